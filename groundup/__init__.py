@@ -1,0 +1,124 @@
+"""groundup builds a large language model from the ground up: raw text in, an assistant you can talk to out.
+
+    import groundup as gu
+
+    tok   = gu.Tokenizer.train(gu.corpus.read("texts/*.jsonl.gz"), vocab_size=32_768)
+    model = gu.Transformer(gu.preset("llama-160m", vocab_size=tok.vocab_size))
+    run   = gu.pretrain(model, shards="runs/mine/shards", settings=gu.PretrainSettings(tokens=2e9))
+    print(gu.generate(run.model, tok, "Once upon a time", max_tokens=64, temperature=0.8).text)
+
+Names are imported when first used, so that `import groundup` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from groundup import corpus
+    from groundup.alignment import fine_tune
+    from groundup.console import Console
+    from groundup.evaluation import bits_per_byte, exact_match, generate_tasks, score_model
+    from groundup.generation import SamplingParams, chat_reply, generate, stream, stream_chat
+    from groundup.interop import LoadedModel, load, load_model, save_model
+    from groundup.model import ModelConfig, Transformer, preset, preset_names
+    from groundup.recipe import (
+        CorpusSettings,
+        EvaluateSettings,
+        PretrainSettings,
+        Recipe,
+        SFTSettings,
+        ShardsSettings,
+        TokenizerSettings,
+        read_recipe,
+    )
+    from groundup.report import write_report
+    from groundup.road import build
+    from groundup.run import Run, list_runs
+    from groundup.shards import TokenShards, WindowLoader, write_shards
+    from groundup.tokenizer import Tokenizer
+    from groundup.training import TrainedModel, pretrain
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "groundup.alignment": ("fine_tune",),
+    "groundup.console": ("Console",),
+    "groundup.evaluation": ("bits_per_byte", "exact_match", "generate_tasks", "score_model"),
+    "groundup.generation": ("SamplingParams", "chat_reply", "generate", "stream", "stream_chat"),
+    "groundup.interop": ("LoadedModel", "load", "load_model", "save_model"),
+    "groundup.model": ("ModelConfig", "Transformer", "preset", "preset_names"),
+    "groundup.recipe": (
+        "CorpusSettings",
+        "EvaluateSettings",
+        "PretrainSettings",
+        "Recipe",
+        "SFTSettings",
+        "ShardsSettings",
+        "TokenizerSettings",
+        "read_recipe",
+    ),
+    "groundup.report": ("write_report",),
+    "groundup.road": ("build",),
+    "groundup.run": ("Run", "list_runs"),
+    "groundup.shards": ("TokenShards", "WindowLoader", "write_shards"),
+    "groundup.tokenizer": ("Tokenizer",),
+    "groundup.training": ("TrainedModel", "pretrain"),
+}
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+
+__all__ = [
+    "Console",
+    "CorpusSettings",
+    "EvaluateSettings",
+    "LoadedModel",
+    "ModelConfig",
+    "PretrainSettings",
+    "Recipe",
+    "Run",
+    "SFTSettings",
+    "SamplingParams",
+    "ShardsSettings",
+    "TokenShards",
+    "Tokenizer",
+    "TokenizerSettings",
+    "TrainedModel",
+    "Transformer",
+    "WindowLoader",
+    "bits_per_byte",
+    "build",
+    "chat_reply",
+    "corpus",
+    "exact_match",
+    "fine_tune",
+    "generate",
+    "generate_tasks",
+    "list_runs",
+    "load",
+    "load_model",
+    "preset",
+    "preset_names",
+    "pretrain",
+    "read_recipe",
+    "save_model",
+    "score_model",
+    "stream",
+    "stream_chat",
+    "write_report",
+    "write_shards",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "corpus":
+        return importlib.import_module("groundup.corpus")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'groundup' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,437 @@
+"""The recipe: what the user asked for, as one TOML file with one section per stage.
+
+In: a TOML file (or the name of a recipe that ships with groundup) and `section.key=value`
+overrides. Out: a frozen, typed `Recipe`. Every field has a type, a range, a default and a line of
+documentation; unknown keys are refused with the nearest valid name; all problems are reported at once.
+A field left unset (`None`) is derived later, by the stage that needs it, which states its reason.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from groundup.errors import Problem, RecipeError
+
+
+def _one_or_many(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
+"""A list of strings; a single string is a list of one."""
+
+
+def _setting(default: Any, about: str, *, affects_result: bool = True, **limits: Any) -> Any:
+    """A field with its documentation; `affects_result=False` keeps it out of fingerprints."""
+    return Field(default, description=about, json_schema_extra={"affects_result": affects_result}, **limits)
+
+
+class Section(BaseModel):
+    """Common to every section: no unknown keys, nothing changes after it is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    def fingerprint_values(self) -> dict[str, Any]:
+        """The settings that can change the stage's result, JSON-able."""
+        values = self.model_dump(mode="json")
+        for name, field in type(self).model_fields.items():
+            extra = field.json_schema_extra
+            if isinstance(extra, dict) and extra.get("affects_result") is False:
+                del values[name]
+        return values
+
+
+class CorpusSettings(Section):
+    """Raw files to clean documents."""
+
+    inputs: Texts = _setting(
+        ("groundup:classics",),
+        "files, folders or globs (.txt .md .jsonl, each also .gz), or a text that ships with groundup: "
+        "groundup:classics, groundup:shakespeare",
+        min_length=1,
+    )
+    text_field: str = _setting("text", "the JSONL field that holds the text")
+    unicode: Literal["NFC", "NFKC", "none"] = _setting("NFC", "Unicode normalization form")
+    languages: Texts = _setting(("en",), "ISO 639-1 codes to keep; an empty list keeps every language")
+    language_floor: float = _setting(
+        0.0, "least probability of the language on top of being the most probable one", ge=0.0, le=1.0
+    )
+    dedup: Literal["exact", "none"] = _setting("exact", "which duplicates to remove")
+    min_characters: int = _setting(1, "shorter documents are dropped", ge=1)
+    max_document_mib: float = _setting(
+        16.0,
+        "a plain text longer than this is split at paragraphs, else lines; a line longer is set aside",
+        gt=0.0,
+        le=1024.0,
+    )
+    validation_share: float = _setting(0.1, "share of the text held out for validation", gt=0.0, lt=1.0)
+    validation_by: Literal["auto", "document", "tail"] = _setting(
+        "auto",
+        "document: whole documents, chosen by a hash of their text; tail: the end of every document; "
+        "auto: document from 20 documents on, else tail",
+    )
+
+
+class TokenizerSettings(Section):
+    """Documents to `tokenizer.json`."""
+
+    kind: Literal["bpe", "characters"] = _setting("bpe", "byte-level BPE, or one token per character")
+    vocab_size: int = _setting(
+        2048, "number of tokens, control tokens included (characters: decided by the text)", ge=280, le=131_072
+    )
+    split: Literal["qwen2", "llama3", "gpt2"] = _setting(
+        "qwen2", "how text is cut before merging (qwen2: digits one by one)"
+    )
+    spare_tokens: int = _setting(4, "unused control tokens kept for later stages", ge=0, le=1024)
+
+
+class ShardsSettings(Section):
+    """Documents and tokenizer to binary token shards."""
+
+    shard_tokens: int = _setting(100_000_000, "most tokens in one shard file", ge=1024, le=2_000_000_000)
+
+
+class ModelSettings(Section):
+    """The Transformer: a preset, and what to change in it (unset: the preset's value)."""
+
+    preset: str = _setting("ground-1m", "a shape to start from; `groundup recipe new --list` names them")
+    context_length: int | None = _setting(None, "tokens the model can see at once", ge=8, le=1 << 20)
+    n_layers: int | None = _setting(None, "number of blocks", ge=1, le=512)
+    n_heads: int | None = _setting(None, "query heads", ge=1, le=512)
+    n_kv_heads: int | None = _setting(None, "key/value heads (a divisor of n_heads)", ge=1, le=512)
+    head_dim: int | None = _setting(None, "width of one head", ge=2, le=1024)
+    d_model: int | None = _setting(None, "width of the residual stream", ge=2, le=1 << 16)
+    d_ff: int | None = _setting(None, "width of the feed-forward layer", ge=2, le=1 << 18)
+    tied_embeddings: bool | None = _setting(None, "input and output embeddings share one matrix")
+    dropout: float | None = _setting(None, "dropout on the residual stream while training", ge=0.0, lt=1.0)
+    initialization: Literal["scaled", "gpt2"] | None = _setting(
+        None, "scaled: 1/sqrt(fan-in), zero output projections; gpt2: N(0, 0.02)"
+    )
+
+    def overrides(self) -> dict[str, Any]:
+        """What the user set beside the preset."""
+        return {name: value for name, value in self.model_dump().items() if name != "preset" and value is not None}
+
+
+class OptimizerSettings(Section):
+    """What every training stage can be told about its optimizer, schedule and numbers."""
+
+    batch_size: int = _setting(32, "sequences in one optimizer step, over all devices", ge=1)
+    micro_batch_size: int | None = _setting(
+        None, "sequences in one forward pass on one device (unset: the batch, or what memory allows)", ge=1
+    )
+    optimizer: Literal["muon", "adamw"] = _setting(
+        "muon", "muon: Muon for the blocks' matrices and AdamW for the rest; adamw: AdamW for all"
+    )
+    lr: float = _setting(3e-3, "peak learning rate of AdamW", gt=0.0, le=1.0)
+    muon_lr: float = _setting(0.02, "peak learning rate of Muon", gt=0.0, le=1.0)
+    weight_decay: float = _setting(0.1, "decoupled weight decay, on matrices only", ge=0.0, le=10.0)
+    beta1: float = _setting(0.9, "AdamW: decay of the first moment", ge=0.0, lt=1.0)
+    beta2: float = _setting(0.95, "AdamW: decay of the second moment", ge=0.0, lt=1.0)
+    muon_momentum: float = _setting(0.95, "Muon: momentum", ge=0.0, lt=1.0)
+    schedule: Literal["wsd", "cosine", "constant"] = _setting(
+        "wsd", "warm-up then: stable and linear decay (wsd), cosine, or constant"
+    )
+    warmup_share: float = _setting(0.03, "share of the steps that warm up", ge=0.0, le=1.0)
+    decay_share: float = _setting(0.6, "wsd: share of the steps that decay", ge=0.0, le=1.0)
+    final_lr_share: float = _setting(0.0, "learning rate at the end, as a share of its peak", ge=0.0, le=1.0)
+    clip: float = _setting(1.0, "clip the gradient to this global norm (0: never)", ge=0.0)
+    precision: Literal["auto", "float32", "bfloat16"] = _setting(
+        "auto", "arithmetic of the model (auto: bfloat16 where the machine does it natively, else float32)"
+    )
+    compile: bool = _setting(False, "compile the model with torch.compile (needs a C++ compiler)")
+    eval_every: int | None = _setting(None, "steps between validation passes (unset: 20 over the run)", ge=1)
+    eval_tokens: int | None = _setting(
+        None, "validation tokens scored each time while training (unset: at most 50,000)", ge=1
+    )
+    log_every: int = _setting(10, "steps between log lines", ge=1, affects_result=False)
+    checkpoint_seconds: float = _setting(30.0, "seconds between checkpoints", ge=0.0, affects_result=False)
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> OptimizerSettings:
+        if self.schedule == "wsd" and self.warmup_share + self.decay_share > 1:
+            raise ValueError(
+                f"warmup_share {self.warmup_share:g} + decay_share {self.decay_share:g} is over 1: lower one of them"
+            )
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}: "
+                "choose a divisor, or leave it unset"
+            )
+        return self
+
+
+class PretrainSettings(OptimizerSettings):
+    """Model and shards to a base model."""
+
+    tokens: int | Literal["compute-optimal"] = _setting(
+        3_000_000, 'tokens to train on, or "compute-optimal" (20 for each parameter)', union_mode="left_to_right"
+    )
+    sequence_length: int | None = _setting(None, "tokens in a row (unset: the model's context)", ge=8)
+    samples: Texts = _setting(("",), "prompts that are continued now and then, for the report")
+    sample_tokens: int = _setting(48, "tokens of each sample", ge=0, le=4096)
+
+    @model_validator(mode="after")
+    def _some_tokens(self) -> PretrainSettings:
+        if isinstance(self.tokens, int) and self.tokens < 1:
+            raise ValueError(f"tokens {self.tokens} must be at least 1")
+        return self
+
+
+class SFTSettings(OptimizerSettings):
+    """Base model and conversations to an assistant."""
+
+    data: Texts = _setting(
+        ("groundup:tasks",), 'conversations: JSONL files with a "messages" list, or groundup:tasks', min_length=1
+    )
+    examples: int = _setting(10_000, "conversations that groundup:tasks generates", ge=100, le=10_000_000)
+    epochs: float = _setting(3.0, "passes over the conversations", gt=0.0, le=1000.0)
+
+
+class Gates(Section):
+    """Figures that a finished run must reach; unset ones are not checked."""
+
+    min_bits_per_byte_drop: float | None = _setting(None, "least fall of bits per byte by pretraining", ge=0.0)
+    max_exact_match_before: float | None = _setting(None, "most exact match before SFT", ge=0.0, le=1.0)
+    min_exact_match: float | None = _setting(None, "least exact match after SFT", ge=0.0, le=1.0)
+
+
+class EvaluateSettings(Section):
+    """Models to scores with error bars."""
+
+    tasks: Texts = _setting(("bits_per_byte",), "bits_per_byte, groundup:tasks", min_length=1)
+    limit: int | None = _setting(None, "most prompts of a task (unset: all held-out ones)", ge=2)
+    max_tokens: int = _setting(32, "tokens that an answer may have", ge=1)
+    gates: Gates = Field(default_factory=Gates, description="figures that the run must reach")
+
+
+class GenerateSettings(Section):
+    """How `generate` and `chat` draw tokens, unless told otherwise."""
+
+    temperature: float = _setting(0.7, "0: always the most probable token", ge=0.0, le=100.0)
+    top_k: int = _setting(0, "draw among the k most probable tokens (0: all)", ge=0)
+    top_p: float = _setting(1.0, "draw among the most probable tokens that hold this mass", gt=0.0, le=1.0)
+    max_tokens: int = _setting(128, "most tokens of an answer", ge=1)
+
+
+class Recipe(Section):
+    """A whole recipe. A stage whose section is absent (`None`) is left out of the road."""
+
+    name: str = _setting(
+        "mine", "the run's name unless --out names its folder", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+    )
+    about: str = _setting("", "one line on what the recipe makes", affects_result=False)
+    seed: int = _setting(1, "seed of everything random", ge=0, le=2**31 - 1)
+    threads: int | None = _setting(
+        None, "CPU threads (unset: all cores); another count may round differently", ge=1, le=1024
+    )
+    corpus: CorpusSettings = Field(default_factory=CorpusSettings)
+    tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings)
+    shards: ShardsSettings = Field(default_factory=ShardsSettings)
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    pretrain: PretrainSettings = Field(default_factory=PretrainSettings)
+    sft: SFTSettings | None = None
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    generate: GenerateSettings = Field(default_factory=GenerateSettings)
+
+    @model_validator(mode="after")
+    def _gates_are_measured(self) -> Recipe:
+        gates, tasks = self.evaluate.gates, self.evaluate.tasks
+        if gates.min_bits_per_byte_drop is not None and "bits_per_byte" not in tasks:
+            raise ValueError('[evaluate.gates] min_bits_per_byte_drop needs "bits_per_byte" in [evaluate] tasks')
+        if gates.min_exact_match is not None and "groundup:tasks" not in tasks:
+            raise ValueError('[evaluate.gates] min_exact_match needs "groundup:tasks" in [evaluate] tasks')
+        if gates.max_exact_match_before is not None and ("groundup:tasks" not in tasks or self.sft is None):
+            raise ValueError(
+                '[evaluate.gates] max_exact_match_before needs [sft], and "groundup:tasks" in [evaluate] tasks'
+            )
+        return self
+
+
+def shipped_recipes() -> dict[str, str]:
+    """Names of the recipes that ship with groundup, each with its line of description."""
+    found = {}
+    for entry in resources.files("groundup.recipes").iterdir():
+        if entry.name.endswith(".toml"):
+            found[entry.name.removesuffix(".toml")] = tomllib.loads(entry.read_text("utf-8")).get("about", "")
+    return dict(sorted(found.items()))
+
+
+def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by path, or by the name of one that ships with groundup.
+
+    Args:
+        source: path of a TOML file, or a shipped recipe's name such as "demo".
+        overrides: `section.key=value` strings; the value is read as TOML, or else as plain text.
+
+    Raises:
+        RecipeError: with every problem found, each with a way out.
+    """
+    text, label = _recipe_text(str(source))
+    return parse_recipe(text, label, overrides, default_name=Path(label).stem)
+
+
+def parse_recipe(text: str, label: str, overrides: Sequence[str] = (), default_name: str | None = None) -> Recipe:
+    """Turn TOML text into a `Recipe`; `label` names it in messages. Raises as `read_recipe`."""
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(label, [Problem("TOML", f"{error}.", "Mend that line; strings need quotes.")]) from error
+    problems = _apply_overrides(values, overrides)
+    values.setdefault("name", default_name or "mine")
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        # A value that could be of several types has one error for each: one problem is enough.
+        problems += {problem.where: problem for problem in map(_problem, error.errors())}.values()
+        raise RecipeError(label, problems) from error
+    if problems:
+        raise RecipeError(label, problems)
+    return recipe
+
+
+def recipe_toml(recipe: Recipe, *, comments: bool = False) -> str:
+    """Write a recipe as TOML that reads back equal; `comments` adds each field's documentation."""
+    lines: list[str] = []
+    _write_section(lines, recipe, "", comments)
+    return "\n".join(lines).strip() + "\n"
+
+
+def changed_settings(before: Recipe, after: Recipe) -> list[str]:
+    """The settings that differ, as `section.key: old -> new` lines."""
+    old, new = dict(_leaves(before.model_dump(mode="json"))), dict(_leaves(after.model_dump(mode="json")))
+    return [
+        f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _recipe_text(source: str) -> tuple[str, str]:
+    path = Path(source)
+    try:
+        if path.is_file():
+            return path.read_text(encoding="utf-8"), str(path)
+        shipped = resources.files("groundup.recipes").joinpath(f"{source}.toml")
+        if "/" not in source and shipped.is_file():
+            return shipped.read_text(encoding="utf-8"), f"{source}.toml"
+    except UnicodeDecodeError as error:
+        raise RecipeError(source, [Problem("file", "is not UTF-8 text.", "Save it as UTF-8.")]) from error
+    names = list(shipped_recipes())
+    near = difflib.get_close_matches(source, names, n=1)
+    fix = f"Did you mean {near[0]!r}?" if near else f"Shipped recipes: {', '.join(names)}."
+    raise RecipeError(source, [Problem("recipe", "no such file, and no recipe of that name ships with groundup.", fix)])
+
+
+def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[Problem]:
+    problems = []
+    for item in overrides:
+        key, equals, raw = item.partition("=")
+        if not equals or not key.strip():
+            problems.append(Problem(f"--set {item}", "is not of the form section.key=value."))
+            continue
+        try:
+            value = tomllib.loads(f"value = {raw.strip()}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = raw.strip()
+        *sections, name = key.strip().split(".")
+        target = values
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                problems.append(Problem(f"--set {item}", f"{section} is a value, not a section."))
+                break
+        else:
+            target[name] = value
+    return problems
+
+
+def _problem(item: Any) -> Problem:
+    """One pydantic error in the user's terms: [section] key = value, what is wrong, the way out."""
+    parts = list(item["loc"])
+    if item["type"] != "extra_forbidden" and parts[-1:] in (["int"], ["literal['compute-optimal']"]):
+        parts.pop()  # pydantic's name for one of several types that a value may have
+    section, field = _field_at([str(part) for part in parts])
+    keys = [part for part in parts if isinstance(part, str)]  # numbers count the items of a list
+    where = f"[{'.'.join(keys[:-1])}] {keys[-1]}" if len(keys) > 1 else (keys[0] if keys else "recipe")
+    shown = item.get("input")
+    if item["type"] == "extra_forbidden":
+        names = list(section.model_fields) if section else []
+        near = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.5)
+        fix = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(names)}."
+        return Problem(where, "no such setting.", fix)
+    if not isinstance(shown, dict | BaseModel):
+        where += f" = {json.dumps(shown, default=str)}"
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    about = f"({field.description})" if field is not None and field.description else None
+    if field is None and item["type"] != "value_error":
+        about = "Write it as a [section] with key = value lines."
+    return Problem(where, f"{message}.", about)
+
+
+def _field_at(location: Sequence[str]) -> tuple[type[Section] | None, FieldInfo | None]:
+    """The section class and the field that a pydantic location points at."""
+    section: type[Section] | None = Recipe
+    field: FieldInfo | None = None
+    for part in location:
+        if section is None or part not in section.model_fields:
+            break
+        field = section.model_fields[part]
+        nested = _section_class(field.annotation)
+        if nested is None:
+            break
+        section, field = nested, None
+    return section, field
+
+
+def _section_class(annotation: Any) -> type[Section] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def _write_section(lines: list[str], section: Section, path: str, comments: bool) -> None:
+    nested = []
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            nested.append((name, value))
+            continue
+        if _section_class(field.annotation) is not None:
+            continue
+        about = f"  # {field.description}" if comments and field.description else ""
+        if value is not None:
+            lines.append(f"{name} = {_toml_value(value)}{about}")
+        elif comments:
+            lines.append(f"# {name} ={about}")
+    for name, value in nested:
+        header = f"{path}.{name}" if path else name
+        lines.append(f"\n[{header}]")
+        _write_section(lines, value, header, comments)
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    # JSON's strings, numbers and booleans are TOML's too, but for DEL (and surrogate pairs, so no ASCII escapes).
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _leaves(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        where = f"{path}.{key}" if path else key
+        if isinstance(value, dict):
+            yield from _leaves(value, where)
+        else:
+            yield where, value

@@ -1,0 +1,225 @@
+"""A run: one folder that holds a recipe and one folder per stage.
+
+`runs/<name>/recipe.toml`, then `corpus/`, `tokenizer/`, ... A stage is done when its `stage.json`
+manifest is there and its fingerprint (its settings, its inputs' fingerprints, its code version) still
+matches; then it is skipped. The manifest is written last, so a stage killed anywhere is simply not done.
+A lock keeps two processes from writing one run; it falls with its process, so none goes stale.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from groundup.errors import ArtifactError, RunError
+from groundup.files import read_json, remove_partials, value_digest, write_error, write_json, write_text
+from groundup.recipe import Recipe, read_recipe, recipe_toml
+
+MANIFEST = "stage.json"
+STARTED = "started.json"
+RECIPE_FILE = "recipe.toml"
+LOCK_FILE = ".lock"
+HOLDER_FILE = ".lock-holder.json"
+
+
+State = Literal["done", "changed", "begun", "missing"]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `stage.json` says of a finished stage.
+
+    Attributes:
+        stage: the stage's name.
+        fingerprint: digest of settings, inputs' fingerprints and code version.
+        seconds: wall-clock seconds of the work since it was last started.
+        summary: the stage's figures, plain JSON values, for the console, the report and `status`.
+        environment: versions, threads and machine.
+        settings: the settings that made it.
+    """
+
+    stage: str
+    fingerprint: str
+    seconds: float
+    summary: dict[str, Any]
+    environment: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest | None:
+        """The manifest in `folder`, or None if the stage is not done."""
+        path = folder / MANIFEST
+        if not path.is_file():
+            return None
+        try:
+            return cls(**read_json(path))
+        except (TypeError, ArtifactError):
+            return None
+
+    def write(self, folder: Path) -> None:
+        """Mark the stage in `folder` as done."""
+        write_json(folder / MANIFEST, self.__dict__)
+
+
+def stage_fingerprint(version: int, settings: object, inputs: Mapping[str, str]) -> str:
+    """Digest of what a stage's result depends on: code version, settings, inputs' fingerprints."""
+    return value_digest({"version": version, "settings": settings, "inputs": dict(inputs)})
+
+
+class Run:
+    """A run's folder.
+
+    Args:
+        root: the folder, such as `runs/demo`; need not exist yet.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    @classmethod
+    def existing(cls, root: str | Path) -> Run:
+        """A run that is there already.
+
+        Raises:
+            RunError: no run in that folder.
+        """
+        run = cls(root)
+        if not (run.root / RECIPE_FILE).is_file():
+            known = [str(other.root) for other in list_runs(run.root.parent if run.root.name else Path("runs"))]
+            fix = f"Runs here: {', '.join(known)}." if known else "Make one: groundup build demo."
+            raise RunError(f"{root}: no run in this folder (it has no {RECIPE_FILE}).", fix)
+        return run
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.root.resolve().name
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe the run was last built with."""
+        return read_recipe(self.root / RECIPE_FILE)
+
+    def create(self, recipe: Recipe) -> None:
+        """Make the folder and keep the recipe in it."""
+        text = recipe_toml(recipe)
+        path = self.root / RECIPE_FILE
+        if not path.is_file() or path.read_bytes() != text.encode():
+            write_text(path, text)
+
+    def folder(self, stage: str) -> Path:
+        """Where a stage's artifact is, or will be."""
+        return self.root / stage
+
+    def manifest(self, stage: str) -> Manifest | None:
+        """The stage's manifest, or None if it is not done."""
+        return Manifest.read(self.folder(stage))
+
+    def state(self, stage: str, fingerprint: str) -> State:
+        """Where the stage stands: done; changed (its settings, inputs or code are others now); begun; missing."""
+        manifest = self.manifest(stage)
+        if manifest is not None:
+            return "done" if manifest.fingerprint == fingerprint else "changed"
+        begun = _read_or_none(self.folder(stage) / STARTED) == {"fingerprint": fingerprint}
+        return "begun" if begun else "missing"
+
+    def begin(self, stage: str, fingerprint: str) -> Path:
+        """Make a stage's folder ready: what another fingerprint left is removed, an interrupted start is kept.
+
+        Returns:
+            The folder. Until `finish`, the stage counts as not done.
+        """
+        folder = self.folder(stage)
+        started = folder / STARTED
+        same = started.is_file() and _read_or_none(started) == {"fingerprint": fingerprint}
+        if not same:
+            self.forget(stage)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_partials(folder)
+        if not same:
+            write_json(started, {"fingerprint": fingerprint})
+        return folder
+
+    def finish(self, manifest: Manifest) -> None:
+        """Mark a stage as done."""
+        folder = self.folder(manifest.stage)
+        manifest.write(folder)
+        (folder / STARTED).unlink(missing_ok=True)
+
+    def forget(self, stage: str) -> None:
+        """Remove a stage's artifact, so that it is made again."""
+        folder = self.folder(stage)
+        if folder.exists():
+            # Both marks first: what a kill leaves of the folder is then neither done nor gone on with.
+            (folder / MANIFEST).unlink(missing_ok=True)
+            (folder / STARTED).unlink(missing_ok=True)
+            shutil.rmtree(folder)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process.
+
+        The operating system frees the lock when its process ends, however it ends: no lock can go stale.
+
+        Raises:
+            RunError: another process holds it.
+        """
+        holder = self.root / HOLDER_FILE
+        lock = FileLock(self.root / LOCK_FILE)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            # Not at once: `is_worked_on` of another process holds the lock for an instant.
+            lock.acquire(timeout=0.5)
+        except Timeout as error:
+            who = _read_or_none(holder) or {}
+            raise RunError(
+                f"{self.root}: process {who.get('pid', '?')} on {who.get('host', '?')} is working on this run.",
+                "Wait for it, or choose another folder with --out.",
+            ) from error
+        except OSError as error:
+            raise write_error(self.root, error) from error
+        try:
+            write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
+
+    def is_worked_on(self) -> bool:
+        """Whether a process holds the run now."""
+        if not (self.root / LOCK_FILE).exists():
+            return False
+        lock = FileLock(self.root / LOCK_FILE)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        except OSError:
+            return False  # not ours to write: then it is not ours to lock either
+        lock.release()
+        return False
+
+
+def list_runs(parent: str | Path = "runs") -> list[Run]:
+    """The runs in a folder, newest first."""
+    parent = Path(parent)
+    if not parent.is_dir():
+        return []
+    found = [Run(folder) for folder in parent.iterdir() if (folder / RECIPE_FILE).is_file()]
+    return sorted(found, key=lambda run: (run.root / RECIPE_FILE).stat().st_mtime, reverse=True)
+
+
+def _read_or_none(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except (ArtifactError, OSError):
+        return None
