@@ -1,0 +1,44 @@
+"""Control tokens, and the layout of a chat that is made of them.
+
+Control tokens carry structure, never text: they stand at fixed ids from 0 on, in every tokenizer, and
+no text can contain one. Spare ones are kept for what later stages may need (tools, thoughts), so that
+a trained model never has to grow its vocabulary.
+"""
+
+from __future__ import annotations
+
+END_OF_TEXT = "<|endoftext|>"
+PAD = "<|pad|>"
+SYSTEM = "<|system|>"
+USER = "<|user|>"
+ASSISTANT = "<|assistant|>"
+END = "<|end|>"
+TOOL = "<|tool|>"
+
+CONTROL_TOKENS = (END_OF_TEXT, PAD, SYSTEM, USER, ASSISTANT, END, TOOL)
+"""In the order of their ids."""
+
+REPLACEMENT = "\ufffd"
+"""What stands for a character that has no token, and for a lone surrogate."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "<|assistant|>{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}"
+    "{% elif message['role'] in ['system', 'user'] %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
+    "{% else %}{{ raise_exception('The role of a message is system, user or assistant.') }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""`chat.render` in Jinja, for transformers; what lies between the generation marks is learned."""
+
+
+def spare_token(index: int) -> str:
+    """The name of a spare control token, numbered from 0."""
+    return f"<|spare_{index}|>"
+
+
+def control_tokens(spare_tokens: int) -> list[str]:
+    """All control tokens in the order of their ids, the spare ones last."""
+    return [*CONTROL_TOKENS, *(spare_token(index) for index in range(spare_tokens))]

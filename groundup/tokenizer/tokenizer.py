@@ -1,0 +1,285 @@
+"""Text to token ids and back.
+
+In: documents to train on, or a folder with `tokenizer.json`. Out: a `Tokenizer`, whose files transformers
+loads as they stand. Two laws: text never becomes a control token unless its name is allowed by the
+caller, and the tokens' bytes joined are the text's UTF-8 bytes (byte-level BPE: for every text;
+characters: for every text whose characters were seen in training).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Engine
+
+from groundup.console import Console
+from groundup.corpus import Document
+from groundup.errors import ArtifactError, DataError, Problem, RecipeError
+from groundup.files import value_digest, write_json, write_text
+from groundup.tokenizer import special
+from groundup.tokenizer.train import build_characters, cut_into_pieces, replace_surrogates, train_bpe
+
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+_KINDS = {"BPE": "bpe", "WordLevel": "characters"}
+_BATCH_CHARACTERS = 1 << 20  # what the engine is given at once: it holds some 200 bytes a character
+
+
+class Tokenizer:
+    """A trained tokenizer; immutable.
+
+    Args:
+        contents: of a `tokenizer.json` that groundup wrote.
+        source: what to call it in an error message.
+
+    Raises:
+        ArtifactError: damaged, or not groundup's.
+    """
+
+    def __init__(self, contents: str, source: str = TOKENIZER_FILE) -> None:
+        self._contents = contents
+        try:
+            spec = json.loads(contents)
+            self.kind: str = _KINDS[spec["model"]["type"]]
+            self._ids: dict[str, int] = spec["model"]["vocab"]
+            self._control = [token["content"] for token in sorted(spec["added_tokens"], key=lambda token: token["id"])]
+            _check_ids(self._ids, self._control)
+            self._bytes = _bytes_of_tokens(self.kind, self._ids, self._control)
+            # The engine knows no control token, so that it cannot find one in a text.
+            self._engine = Engine.from_str(json.dumps({**spec, "added_tokens": []}, ensure_ascii=False))
+        except Exception as error:  # the engine raises bare Exception
+            raise ArtifactError(
+                f"{source}: damaged, or not a tokenizer that groundup trained ({type(error).__name__}: {error}).",
+                "Train it again: groundup build --from tokenizer.",
+            ) from error
+        self.fingerprint: str = value_digest(spec)
+
+    @classmethod
+    def train(
+        cls,
+        documents: Iterable[Document | str],
+        *,
+        kind: str = "bpe",
+        vocab_size: int = 2048,
+        split: str = "qwen2",
+        spare_tokens: int = 4,
+        console: Console | None = None,
+    ) -> Tokenizer:
+        """Train on documents; the same documents give the same tokenizer, bit for bit.
+
+        Args:
+            documents: documents, or plain texts.
+            kind: "bpe" or "characters".
+            vocab_size: tokens in all, control tokens included (characters: decided by the text).
+            split: how text is cut before merging: "qwen2", "llama3" or "gpt2" (characters: not used).
+            spare_tokens: control tokens kept for later.
+            console: where it is said that the text was too small for `vocab_size`.
+
+        Raises:
+            RecipeError: a setting is unknown, or `vocab_size` has no room for the bytes.
+            DataError: there is no text.
+        """
+        texts = (document if isinstance(document, str) else document.text for document in documents)
+        if kind == "bpe":
+            return cls(train_bpe(texts, vocab_size, split, spare_tokens, console))
+        if kind == "characters":
+            return cls(build_characters(texts, spare_tokens))
+        raise RecipeError("tokenizer", [Problem(f"[tokenizer] kind = {kind!r}", "unknown.", "Use bpe or characters.")])
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Load from a folder, or from a `tokenizer.json`.
+
+        Raises:
+            ArtifactError: missing, damaged, or not a tokenizer that groundup trained.
+        """
+        path = Path(path)
+        file = path / TOKENIZER_FILE if path.is_dir() else path
+        try:
+            contents = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ArtifactError(
+                f"{file}: cannot be read ({error}).", "Make it: groundup build --from tokenizer."
+            ) from error
+        return cls(contents, str(file))
+
+    def save(self, folder: str | Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json` (with the chat template) for any Hugging Face tool."""
+        write_text(Path(folder) / TOKENIZER_FILE, self._contents)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": None,
+            "eos_token": special.END,
+            "pad_token": special.PAD,
+            "unk_token": None,  # U+FFFD is text; named here, transformers would leave it out when decoding
+            "clean_up_tokenization_spaces": False,
+            "chat_template": special.CHAT_TEMPLATE,
+        }
+        write_json(Path(folder) / CONFIG_FILE, config)
+
+    def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
+        """Ids of a text. A lone surrogate counts as U+FFFD.
+
+        Args:
+            text: any text; what looks like a control token is plain text.
+            allowed_special: names of control tokens that become their id where they stand in the text.
+
+        Raises:
+            DataError: a name in `allowed_special` is no control token.
+        """
+        if not allowed_special:
+            return self.encode_batch([text])[0]
+        unknown = sorted(set(allowed_special) - set(self._control))
+        if unknown:
+            raise DataError(f"allowed_special = {unknown}: no such control token.", f"There are {self._control}.")
+        parts = re.split(f"({'|'.join(map(re.escape, allowed_special))})", text)  # text, name, text, …
+        plain = iter(self.encode_batch(parts[::2]))
+        return [
+            index
+            for place, part in enumerate(parts)
+            for index in (next(plain) if place % 2 == 0 else [self._ids[part]])
+        ]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, as `encode` gives them, on all cores."""
+        if self.kind == "characters":
+            find, unknown = self._ids.get, self._ids[special.REPLACEMENT]
+            return [[find(character, unknown) for character in text] for text in texts]
+        encoded: list[list[int]] = [[] for _ in texts]
+        for places, pieces in _grouped(texts):
+            for place, encoding in zip(places, self._engine.encode_batch_fast(pieces), strict=True):
+                encoded[place] += encoding.ids
+        return encoded
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of ids; bytes that are not UTF-8 become U+FFFD, control tokens nothing (or their names).
+
+        Raises:
+            DataError: an id that the vocabulary does not have.
+        """
+        parts = []
+        for index in ids:
+            is_name = not skip_special and index in self.special_ids
+            parts.append(self._control[index].encode() if is_name else self.token_bytes(index))
+        return b"".join(parts).decode("utf-8", errors="replace")
+
+    def token_bytes(self, index: int) -> bytes:
+        """The UTF-8 bytes that a token stands for; nothing for a control token.
+
+        Raises:
+            DataError: an id that the vocabulary does not have.
+        """
+        if not 0 <= index < len(self._bytes):
+            raise DataError(f"token id {index}: the vocabulary has ids 0 to {len(self._bytes) - 1}.")
+        return self._bytes[index]
+
+    def longest_tokens(self, n: int = 20) -> list[str]:
+        """The longest tokens, longest first, as text."""
+        order = sorted(range(self.vocab_size), key=lambda index: (-len(self._bytes[index]), index))
+        return [self._bytes[index].decode("utf-8", errors="replace") for index in order[:n]]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, control tokens included."""
+        return len(self._bytes)
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of all control tokens."""
+        return frozenset(range(len(self._control)))
+
+    @property
+    def unknown_id(self) -> int | None:
+        """Characters: the id of U+FFFD, which stands for any character that has no token."""
+        return self._ids[special.REPLACEMENT] if self.kind == "characters" else None
+
+    @property
+    def end_of_text_id(self) -> int:
+        """Ends a document."""
+        return self._ids[special.END_OF_TEXT]
+
+    @property
+    def pad_id(self) -> int:
+        """Fills a row of a batch; never learned, never seen."""
+        return self._ids[special.PAD]
+
+    @property
+    def system_id(self) -> int:
+        """Begins a system message."""
+        return self._ids[special.SYSTEM]
+
+    @property
+    def user_id(self) -> int:
+        """Begins a user's message."""
+        return self._ids[special.USER]
+
+    @property
+    def assistant_id(self) -> int:
+        """Begins an assistant's message."""
+        return self._ids[special.ASSISTANT]
+
+    @property
+    def end_id(self) -> int:
+        """Ends a message of a chat."""
+        return self._ids[special.END]
+
+    def __repr__(self) -> str:
+        return f"Tokenizer(kind={self.kind!r}, vocab_size={self.vocab_size}, fingerprint={self.fingerprint!r})"
+
+
+def _grouped(texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
+    """Pieces of the texts with the texts' places, in groups of bounded size."""
+    places: list[int] = []
+    pieces: list[str] = []
+    size = 0
+    for place, text in enumerate(texts):
+        for piece in cut_into_pieces(replace_surrogates(text)):
+            places.append(place)
+            pieces.append(piece)
+            size += len(piece)
+            if size >= _BATCH_CHARACTERS:
+                yield places, pieces
+                places, pieces, size = [], [], 0
+    if pieces:
+        yield places, pieces
+
+
+def _check_ids(ids: dict[str, int], control: list[str]) -> None:
+    """Refuse a vocabulary with holes, or whose control tokens are not groundup's."""
+    if sorted(ids.values()) != list(range(len(ids))):
+        raise ValueError("the vocabulary's ids have holes")
+    n_spare = len(control) - len(special.CONTROL_TOKENS)
+    if control != special.control_tokens(max(0, n_spare)):
+        raise ValueError(f"its control tokens are {control}")
+    misplaced = [name for index, name in enumerate(control) if ids.get(name) != index]
+    if misplaced:
+        raise ValueError(f"control tokens {misplaced} are not at their ids")
+
+
+def _bytes_of_tokens(kind: str, ids: dict[str, int], control: list[str]) -> list[bytes]:
+    table: list[Any] = [b""] * len(ids)
+    as_byte = _byte_of_letter() if kind == "bpe" else {}
+    for token, index in ids.items():
+        if index >= len(control):
+            table[index] = bytes(as_byte[letter] for letter in token) if kind == "bpe" else token.encode()
+    if kind == "bpe" and not {bytes([value]) for value in range(256)} <= set(table):
+        raise ValueError("some bytes have no token")
+    if kind == "characters" and (
+        special.REPLACEMENT not in ids or any(len(token) != 1 for token in ids.keys() - control)
+    ):
+        raise ValueError("its tokens are not single characters with U+FFFD among them")
+    return table
+
+
+@functools.cache
+def _byte_of_letter() -> dict[str, int]:
+    """GPT-2's table backwards: printable Latin-1 stands for itself, the other bytes for U+0100 and on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [value for value in range(256) if value not in printable]
+    letters = {chr(value): value for value in printable}
+    return letters | {chr(256 + place): value for place, value in enumerate(hidden)}
