@@ -1,0 +1,129 @@
+"""What a folder of token shards holds.
+
+`train-00000.bin`, `train-00001.bin`, … : token ids, little-endian, 16 bits each if the vocabulary has at most
+65,536 entries, else 32; no header. Every document is followed by `<|endoftext|>`. The files are one stream cut
+every so many tokens: a document may run over a border. `train-00000.idx`: 64-bit little-endian ends (in tokens
+from the .bin's beginning) of the documents that end in it. `validation-*` likewise. `manifest.json`: format,
+vocabulary, tokenizer, and for every file its counts and checksum; it carries a checksum of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from groundup.errors import ArtifactError
+from groundup.files import read_json, value_digest, write_json
+
+FORMAT = "groundup-shards"
+VERSION = 1
+MANIFEST = "manifest.json"
+SPLITS = ("train", "validation")
+INDEX_DTYPE = np.dtype("<u8")
+LARGEST_16_BIT_VOCABULARY = 1 << 16
+AGAIN = "Make the shards again with --from shards."
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One pair of files.
+
+    Attributes:
+        name: of the .bin.
+        tokens: ids in it.
+        checksum: 128-bit xxh3 of its bytes.
+        index_name: of the .idx.
+        documents: documents that end in it.
+        index_checksum: 128-bit xxh3 of the index's bytes.
+    """
+
+    name: str
+    tokens: int
+    checksum: str
+    index_name: str
+    documents: int
+    index_checksum: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of one split.
+
+    Attributes:
+        tokens: ids in all files, `<|endoftext|>` included.
+        documents: documents in all files.
+        text_bytes: UTF-8 bytes of the documents' text.
+        files: in the order of the stream.
+    """
+
+    tokens: int
+    documents: int
+    text_bytes: int
+    files: tuple[ShardFile, ...]
+
+
+@dataclass(frozen=True)
+class ShardsManifest:
+    """What `manifest.json` says.
+
+    Attributes:
+        vocab_size: of the tokenizer.
+        tokenizer: its fingerprint.
+        end_of_text_id: of `<|endoftext|>`.
+        splits: by name.
+    """
+
+    vocab_size: int
+    tokenizer: str
+    end_of_text_id: int
+    splits: Mapping[str, Split]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """How ids are stored."""
+        return token_dtype(self.vocab_size)
+
+    def write(self, folder: Path) -> None:
+        """Write it, which makes the folder's shards valid."""
+        values = {
+            "format": FORMAT,
+            "version": VERSION,
+            "dtype": self.dtype.name,
+            "byte_order": "little",
+            "vocab_size": self.vocab_size,
+            "tokenizer": self.tokenizer,
+            "end_of_text_id": self.end_of_text_id,
+            "splits": {name: asdict(split) for name, split in self.splits.items()},
+        }
+        write_json(folder / MANIFEST, {**values, "checksum": value_digest(values)})
+
+    @classmethod
+    def read(cls, folder: Path) -> ShardsManifest:
+        """Read it.
+
+        Raises:
+            ArtifactError: missing, damaged, or of another version.
+        """
+        path = folder / MANIFEST
+        values = read_json(path)
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise ArtifactError(f"{path}: not a manifest of token shards, or damaged.", AGAIN)
+        if values.get("version") != VERSION:
+            raise ArtifactError(f"{path}: version {values.get('version')}; this groundup reads {VERSION}.", AGAIN)
+        checksum = values.pop("checksum", None)
+        if checksum != value_digest(values):
+            raise ArtifactError(f"{path}: damaged, its checksum does not fit.", AGAIN)
+        splits = {
+            name: Split(**{**split, "files": tuple(ShardFile(**file) for file in split["files"])})
+            for name, split in values["splits"].items()
+        }
+        return cls(values["vocab_size"], values["tokenizer"], values["end_of_text_id"], splits)
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The narrowest of 16 and 32 bits that holds every id."""
+    return np.dtype("<u2" if vocab_size <= LARGEST_16_BIT_VOCABULARY else "<u4")
