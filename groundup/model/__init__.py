@@ -1,0 +1,16 @@
+"""The Transformer: configuration, parts, initialization, cost. Knows nothing but itself."""
+
+from groundup.model.attention import KeyValueStore
+from groundup.model.config import ModelConfig, preset, preset_names
+from groundup.model.cost import count_parameters, training_flops_per_token
+from groundup.model.transformer import Transformer
+
+__all__ = [
+    "KeyValueStore",
+    "ModelConfig",
+    "Transformer",
+    "count_parameters",
+    "preset",
+    "preset_names",
+    "training_flops_per_token",
+]

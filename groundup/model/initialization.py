@@ -1,0 +1,70 @@
+"""All initialization, in one place.
+
+| parameter                                   | `scaled` (default)          | `gpt2`                         |
+|---------------------------------------------|-----------------------------|--------------------------------|
+| token and position embeddings               | N(0, 0.02)                  | N(0, 0.02)                     |
+| projections into a sub-layer (q k v gate up)| N(0, 1/sqrt(fan-in))        | N(0, 0.02)                     |
+| projections back to the stream (o down)     | 0: a block starts as x → x  | N(0, 0.02 / sqrt(2 · layers))  |
+| output layer, where untied                  | 0: uniform prediction       | N(0, 0.02)                     |
+| norm weights / all biases                   | 1 / 0                       | 1 / 0                          |
+
+Each parameter is drawn on the CPU from a generator of its own, seeded by (seed, name): the weights do not
+depend on the order of construction, the number of devices or how the model is sharded.
+Sources: GPT-2's report, section 2.3; zero projections as in arXiv:1901.09321 (Fixup).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from groundup.model.config import ModelConfig
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Fill every parameter exactly once, sharded (DTensor) or not."""
+    for name, parameter in model.named_parameters():
+        name = name.replace("_orig_mod.", "")
+        full = _draw(name, tuple(parameter.shape), config.initialization, config.n_layers, seed)
+        if isinstance(parameter, DTensor):
+            # Every rank draws the same full tensor, so no broadcast is needed: each keeps its shard.
+            parameter.copy_(
+                distribute_tensor(
+                    full.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+                )
+            )
+        else:
+            parameter.copy_(full)
+
+
+def _draw(name: str, shape: tuple[int, ...], scheme: str, n_layers: int, seed: int) -> Tensor:
+    """A parameter's initial value, float32, from its name's generator."""
+    std = standard_deviation(name, shape, scheme, n_layers)
+    if std is None:
+        return torch.ones(shape)
+    if std == 0.0:
+        return torch.zeros(shape)
+    generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{seed}/{name}".encode()) >> 1)
+    return torch.randn(shape, generator=generator) * std
+
+
+def standard_deviation(name: str, shape: tuple[int, ...], scheme: str, n_layers: int) -> float | None:
+    """The table above: the standard deviation for a parameter, or None for a norm's weight of ones."""
+    part = name.rsplit(".", 1)[0].rsplit(".", 1)[-1]
+    if name.endswith("bias"):
+        return 0.0
+    if part in ("embed_tokens", "embed_positions"):
+        return 0.02
+    if part.endswith("norm"):
+        return None
+    if scheme == "gpt2":
+        return 0.02 / math.sqrt(2 * n_layers) if part in ("o_proj", "down_proj") else 0.02
+    if part in ("o_proj", "down_proj", "lm_head"):
+        return 0.0
+    assert part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), f"no initialization for {name}"
+    return 1.0 / math.sqrt(shape[1])
