@@ -1,0 +1,31 @@
+"""Model and batches to a trained model: objective, optimizers, schedule, precision, loop, checkpoints."""
+
+from groundup.training.batches import ShardBatches, batched_rows, pad_rows
+from groundup.training.loop import BatchSource, TrainingJob, forget_checkpoints, peak_memory_bytes, train
+from groundup.training.objective import IGNORED, cross_entropy_sum, head_loss
+from groundup.training.precision import choose_precision, native_bfloat16
+from groundup.training.pretrain import TrainedModel, count_tokens, pretrain, sequence_length
+
+VERSION = 1
+"""Raised when the code's results change; part of the stage's fingerprint."""
+
+__all__ = [
+    "IGNORED",
+    "VERSION",
+    "BatchSource",
+    "ShardBatches",
+    "TrainedModel",
+    "TrainingJob",
+    "batched_rows",
+    "choose_precision",
+    "count_tokens",
+    "cross_entropy_sum",
+    "forget_checkpoints",
+    "head_loss",
+    "native_bfloat16",
+    "pad_rows",
+    "peak_memory_bytes",
+    "pretrain",
+    "sequence_length",
+    "train",
+]

@@ -1,0 +1,82 @@
+"""What a training stage writes down while it runs, so that a resumed run's files equal an uninterrupted one's.
+
+`metrics.jsonl` and `samples.jsonl` hold only what the recipe and the seed decide; wall-clock figures go to
+`timings.jsonl`. Lines past the checkpoint that a run resumes from are taken back: those steps come again.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import IO, Any
+
+import orjson
+
+from groundup.files import atomic_writer, write_error
+
+FILES = ("metrics", "samples", "timings")
+
+
+class MetricLog:
+    """The three logs of one stage's folder.
+
+    Args:
+        folder: where they are.
+        step: the last step that counts; later lines are removed.
+        writes: False in all processes but the first.
+    """
+
+    def __init__(self, folder: Path, step: int, *, writes: bool = True) -> None:
+        self._handles: dict[str, IO[bytes]] = {}
+        if not writes:
+            return
+        for name in FILES:
+            path = folder / f"{name}.jsonl"
+            # The validation pass after the last counted step is done again: it may have been cut off.
+            kept = [
+                line
+                for line in read_log(path)
+                if line["step"] < step or (line["step"] == step and name != "samples" and "val_loss" not in line)
+            ]
+            with atomic_writer(path, binary=True) as handle:
+                handle.writelines(orjson.dumps(line) + b"\n" for line in kept)
+            self._handles[name] = path.open("ab")
+
+    def add(self, name: str, line: dict[str, Any]) -> None:
+        """Append one line, which must have a "step"."""
+        if name in self._handles:
+            self._handles[name].write(orjson.dumps(line) + b"\n")
+
+    def flush(self) -> None:
+        """Put everything on disk; called before a checkpoint claims these steps."""
+        for handle in self._handles.values():
+            try:
+                handle.flush()
+                os.fsync(handle.fileno())
+            except OSError as error:
+                raise write_error(Path(handle.name), error) from error
+
+    def close(self) -> None:
+        """Flush and close."""
+        try:
+            self.flush()
+        finally:
+            for handle in self._handles.values():
+                try:
+                    handle.close()
+                except OSError as error:
+                    raise write_error(Path(handle.name), error) from error
+            self._handles = {}
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; a last line cut short by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for raw in path.read_bytes().splitlines():
+        try:
+            lines.append(orjson.loads(raw))
+        except orjson.JSONDecodeError:
+            break
+    return lines
