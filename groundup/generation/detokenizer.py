@@ -1,0 +1,71 @@
+"""Tokens to text, one at a time: what is given out is certain and never taken back.
+
+A token can end in the middle of a character, and a stop text in the middle of a token: incomplete UTF-8 is held
+back, and so is any end of the text that may yet grow into a stop text.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+from groundup.tokenizer import Tokenizer
+
+
+class Detokenizer:
+    """The text of one row, as far as it is certain.
+
+    The text ends before the stop text that is complete first (of several that end at the same character, before
+    the longest): where tokens begin and end makes no difference.
+
+    Args:
+        tokenizer: of the model.
+        stop: texts before which the text ends.
+
+    Attributes:
+        text: everything given out so far.
+        stopped: whether a stop text was met.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._longest_stop = max(map(len, self._stop), default=0)
+        # Bytes that are not UTF-8 become U+FFFD; an incomplete character waits for its other bytes.
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""  # decoded, not yet given out
+        self.text = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """Take a token; return what text became certain."""
+        if self.stopped:
+            return ""
+        self._held += self._decoder.decode(self._tokenizer.token_bytes(token))
+        place = self._find_stop()
+        if place is not None:
+            self.stopped = True
+            certain = self._held[:place]
+            self._held = ""
+        else:
+            cut = len(self._held) - self._n_held_back()
+            certain, self._held = self._held[:cut], self._held[cut:]
+        self.text += certain
+        return certain
+
+    def finish(self) -> str:
+        """No token follows: return what was held back; a character that was cut off in its middle is left out."""
+        rest, self._held = self._held, ""
+        self.text += rest
+        return rest
+
+    def _find_stop(self) -> int | None:
+        """Where the stop text begins that is complete first, or None."""
+        found = [(place + len(text), place) for text in self._stop if (place := self._held.find(text)) >= 0]
+        return min(found)[1] if found else None
+
+    def _n_held_back(self) -> int:
+        """Length of the longest end that may be the beginning of a stop text."""
+        for size in range(min(self._longest_stop - 1, len(self._held)), 0, -1):
+            if any(text.startswith(self._held[-size:]) for text in self._stop):
+                return size
+        return 0
