@@ -1,0 +1,206 @@
+"""Scores with n and standard error: bits per byte of held-out text, exact match of answers.
+
+Bits per byte is −Σ log₂ p(token) / Σ bytes over the text's tokens: it does not depend on the tokenizer, so models
+with different ones can be compared. Control tokens count neither as bits nor as bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from groundup.errors import DataError
+from groundup.evaluation.tasks import Task, verify
+from groundup.generation import Generation, SamplingParams, generate_batch
+from groundup.model import Transformer
+from groundup.shards import TokenShards
+from groundup.tokenizer import Tokenizer, render
+
+_ROWS = 16  # windows scored at once
+_PROMPTS = 128  # prompts answered at once
+_FEWEST_UNITS = 20  # of text, for a standard error over them
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure measured on a sample.
+
+    Attributes:
+        value: the figure.
+        stderr: its standard error.
+        n: size of the sample.
+        unit: of what.
+    """
+
+    value: float
+    stderr: float
+    n: int
+    unit: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answered prompt."""
+
+    kind: str
+    prompt: str
+    expected: str
+    reply: str
+    correct: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def bits_per_byte(model: Transformer, shards: TokenShards, tokenizer: Tokenizer) -> Estimate:
+    """How many bits the model needs for a byte of the text in `shards`.
+
+    Every document starts afresh after `<|endoftext|>` and is scored in windows of the model's context, one after
+    the other, each text token exactly once.
+
+    The standard error is that of a ratio estimate over documents; with fewer than 20 of them over windows, with
+    fewer than 20 of those over tokens, which takes neighbours for independent and so is rather too small.
+
+    Args:
+        model: put into evaluation mode.
+        shards: the text, usually the validation split.
+        tokenizer: of both.
+
+    Returns:
+        In bits per byte; n counts the UTF-8 bytes of the text that was scored.
+
+    Raises:
+        DataError: no text.
+    """
+    is_scored = np.ones(max(model.config.vocab_size, tokenizer.vocab_size), dtype=bool)
+    is_scored[list(tokenizer.special_ids)] = False
+    if tokenizer.unknown_id is not None:
+        is_scored[tokenizer.unknown_id] = False  # stands for characters of any size
+    sizes = np.array([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)])
+    windows = _windows(shards, tokenizer.end_of_text_id, model.config.context_length)
+    document_of: list[int] = []
+    of_windows: list[tuple[float, float]] = []  # (bits, bytes) of each
+    of_tokens: list[np.ndarray] = []  # (2, tokens) of each of the first windows
+    while group := list(itertools.islice(windows, _ROWS)):
+        nats = token_nats(model, [ids for _, ids, _ in group], [targets for _, _, targets in group])
+        for (document, _, targets), row in zip(group, nats, strict=True):
+            scored = is_scored[targets]
+            amounts = np.stack([row[scored] / math.log(2), sizes[targets[scored]]])
+            document_of.append(document)
+            of_windows.append((float(amounts[0].sum(dtype=np.float64)), float(amounts[1].sum(dtype=np.float64))))
+            if len(of_windows) < _FEWEST_UNITS:
+                of_tokens.append(amounts)
+    if sum(size for _, size in of_windows) == 0:
+        raise DataError("the validation text has no bytes to score.", "Add text, or raise [corpus] validation_share.")
+    if len(of_windows) < _FEWEST_UNITS:
+        return ratio_estimate(*np.concatenate(of_tokens, axis=1))
+    bits, n_bytes = np.array(of_windows).T
+    if document_of[-1] + 1 < _FEWEST_UNITS:
+        return ratio_estimate(bits, n_bytes)
+    return ratio_estimate(np.bincount(document_of, bits), np.bincount(document_of, n_bytes))
+
+
+def ratio_estimate(bits: np.ndarray, n_bytes: np.ndarray) -> Estimate:
+    """Σ bits / Σ bytes over units of text, with the standard error of that ratio.
+
+    Cochran, Sampling Techniques, eq. 2.39, for a sample from an endless population.
+    """
+    bits, n_bytes, size = bits.astype(np.float64), n_bytes.astype(np.float64), len(bits)
+    value = float(bits.sum() / n_bytes.sum())
+    variance = float(((bits - value * n_bytes) ** 2).sum()) * size / max(1, size - 1)
+    return Estimate(value, math.sqrt(variance) / float(n_bytes.sum()), int(n_bytes.sum()), "bytes")
+
+
+@torch.inference_mode()
+def token_nats(model: Transformer, ids: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """−log p of every target, row by row, in nats; rows of any lengths."""
+    model.eval()
+    width = max(len(row) for row in ids)
+    padded = torch.zeros((len(ids), width), dtype=torch.int64)
+    wanted = torch.zeros((len(ids), width), dtype=torch.int64)
+    for place, (row_ids, row_targets) in enumerate(zip(ids, targets, strict=True)):
+        padded[place, : len(row_ids)] = torch.from_numpy(row_ids)
+        wanted[place, : len(row_targets)] = torch.from_numpy(row_targets)
+    device = next(model.parameters()).device
+    nats = model(padded.to(device), head=partial(_row_by_row, targets=wanted.to(device))).cpu().numpy()
+    return [row[: len(row_ids)] for row, row_ids in zip(nats, ids, strict=True)]
+
+
+def exact_match(
+    model: Transformer, tokenizer: Tokenizer, tasks: Sequence[Task], *, max_tokens: int = 32
+) -> tuple[Estimate, list[Answer], float]:
+    """How many tasks are answered exactly, greedily, the end token included.
+
+    Returns:
+        The share of right answers; the answers in the tasks' order; tokens written per second, `<|end|>` included
+        (wall clock, in batches of 128).
+
+    Raises:
+        DataError: no task.
+    """
+    if not tasks:
+        raise DataError("there is no held-out task to answer.", "Raise [sft] examples.")
+    prompts = [
+        render(tokenizer, [{"role": "user", "content": task.prompt}], add_generation_prompt=True).ids for task in tasks
+    ]
+    # Prompts of like lengths together: little padding to compute.
+    order = sorted(range(len(tasks)), key=lambda place: len(prompts[place]))
+    replies: dict[int, Generation] = {}
+    params, start = SamplingParams(temperature=0.0, max_tokens=max_tokens), time.perf_counter()
+    for first in range(0, len(order), _PROMPTS):
+        group = order[first : first + _PROMPTS]
+        results = generate_batch(model, tokenizer, [prompts[place] for place in group], params, {tokenizer.end_id})
+        replies.update(zip(group, results, strict=True))
+    seconds = time.perf_counter() - start
+    answers = []
+    for place, task in enumerate(tasks):
+        reply, has_ended = replies[place].text, replies[place].finish_reason == "stop"
+        answers.append(Answer(task.kind, task.prompt, task.answer, reply, has_ended and verify(task, reply)))
+    n_tokens = sum(reply.n_tokens + (reply.finish_reason == "stop") for reply in replies.values())
+    return share([answer.correct for answer in answers]), answers, n_tokens / seconds
+
+
+def share(outcomes: Sequence[bool]) -> Estimate:
+    """A share of yes among n outcomes.
+
+    Its standard error is half the width of the Wilson interval at z = 1 (Wilson 1927): within a hair of the
+    binomial sqrt(p (1 − p) / n), but not 0 when all outcomes agree.
+    """
+    n = len(outcomes)
+    value = sum(outcomes) / n
+    stderr = math.sqrt(value * (1 - value) / n + 1 / (4 * n * n)) / (1 + 1 / n)
+    return Estimate(value, stderr, n, "prompts")
+
+
+def _row_by_row(
+    hidden: Float[Tensor, "batch seq d_model"],
+    weight: Float[Tensor, "vocab d_model"],
+    targets: Int[Tensor, "batch seq"],
+) -> Float[Tensor, "batch seq"]:
+    """−log p of the targets, one row's logits at a time."""
+    cast = weight.to(hidden.dtype)
+    rows = [
+        torch.nn.functional.cross_entropy((part @ cast.T).float(), wanted, reduction="none")
+        for part, wanted in zip(hidden, targets, strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def _windows(shards: TokenShards, end_of_text: int, length: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Windows of every document as (document, ids, targets); the first token follows `<|endoftext|>`."""
+    for number, tokens in enumerate(shards.documents()):
+        targets = tokens[:-1] if len(tokens) and tokens[-1] == end_of_text else tokens
+        inputs = np.concatenate([[end_of_text], targets[:-1]])
+        for start in range(0, len(targets), length):
+            yield number, inputs[start : start + length], targets[start : start + length]
