@@ -1,0 +1,160 @@
+"""The closing table: what each figure was before and is after, with its error bar, n and gate.
+
+In: the content of `evaluate/scores.json`, and the stages' summaries. Out: a rich
+table for the console, or rows of text for the page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from groundup.report.record import STAGES, is_number
+from groundup.run import Run
+
+
+@dataclass(frozen=True)
+class ClosingRow:
+    """One figure as text; empty strings where there is nothing to show.
+
+    Attributes:
+        gate_passed: None without a gate.
+    """
+
+    key: str
+    label: str
+    before: str
+    after: str
+    stderr: str
+    n: str
+    gate: str
+    gate_passed: bool | None
+
+
+def closing_table(scores: Mapping[str, Any], run: Run | None = None) -> Table:
+    """The table that a build ends with: `bits per byte  7.90 → 2.31 ±0.02  51 k bytes`.
+
+    Args:
+        scores: the content of `evaluate/scores.json`; only its "rows" are used.
+        run: adds what its manifests say of documents, compression and speed.
+    """
+    rows = closing_rows(scores)
+    if run is not None:
+        manifests = {stage: run.manifest(stage) for stage in STAGES}
+        rows += road_rows({stage: manifest.summary for stage, manifest in manifests.items() if manifest})
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("")
+    table.add_column("after", justify="right")
+    table.add_column("")
+    table.add_column("n")
+    gated = any(row.gate for row in rows)
+    if gated:
+        table.add_column("gate")
+    for row in rows:
+        # Text, never markup: a label in [brackets] is a label.
+        cells = [row.label, row.before, "→" if row.before and row.after else "", row.after, row.stderr, row.n]
+        shown = [Text(cell, no_wrap=True) for cell in cells]
+        shown[3].stylize("bold")
+        if gated:
+            mark = "" if row.gate_passed is None else ("✓ " if row.gate_passed else "✗ ")
+            shown.append(Text(mark + row.gate, style="green" if row.gate_passed else "red"))
+        table.add_row(*shown)
+    return table
+
+
+def closing_rows(scores: Mapping[str, Any]) -> list[ClosingRow]:
+    """The rows of the closing table, formatted."""
+    return [_row(row) for row in score_rows(scores)]
+
+
+def road_rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[ClosingRow]:
+    """Rows for what the stages' summaries say: documents, compression, speed of training and of generation."""
+    corpus, tokenizer, shards, pretrain, evaluate = (
+        summaries.get(stage, {}) for stage in ("corpus", "tokenizer", "shards", "pretrain", "evaluate")
+    )
+    came, kept = corpus.get("documents_in"), corpus.get("documents_kept")
+    figures = [
+        ("documents", "documents kept", came, kept, None, ""),
+        (
+            "bytes_per_token",
+            "bytes per token",
+            None,
+            tokenizer.get("bytes_per_token"),
+            shards.get("tokens_train"),
+            "tokens",
+        ),
+        ("training", "training, tokens/s", None, pretrain.get("tokens_per_second"), pretrain.get("tokens"), "tokens"),
+        ("generation", "generation, tokens/s", None, evaluate.get("generation_tokens_per_second"), None, ""),
+    ]
+    return [
+        _row(
+            {"key": key, "label": label, "before": {"value": before}, "after": {"value": after, "n": n}, "n_unit": unit}
+        )
+        for key, label, before, after, n, unit in figures
+        if is_number(after)
+    ]
+
+
+def score_rows(scores: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows of `scores.json` as they stand."""
+    rows = scores.get("rows")
+    return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
+
+
+def format_figure(key: str, value: object) -> str:
+    """A figure by the name of its metric: shares in percent, counts with thousands, the rest with two decimals."""
+    if not is_number(value):
+        return ""
+    if is_share(key):
+        return f"{100 * value:.1f}%"
+    whole = float(value).is_integer() and abs(value) >= 10
+    return f"{value:,.0f}" if whole or abs(value) >= 1000 else f"{value:.2f}"
+
+
+def format_many(count: object) -> str:
+    """A count in few digits: `950`, `51 k`, `0.48 M`, `1.20 B`."""
+    if not is_number(count):
+        return ""
+    for floor, size, unit, digits in ((1e9, 1e9, "B", 2), (1e5, 1e6, "M", 2), (1e4, 1e3, "k", 0)):
+        if count >= floor:
+            return f"{count / size:.{digits}f} {unit}"
+    return f"{count:,.0f}"
+
+
+def is_share(key: str) -> bool:
+    """Whether a metric is a share between 0 and 1, shown in percent."""
+    return key.startswith("exact_match") or key.endswith(("accuracy", "share", "rate"))
+
+
+def _row(row: Mapping[str, Any]) -> ClosingRow:
+    key = str(row.get("key", ""))
+    before, after, gate = (_mapping(row.get(name)) for name in ("before", "after", "gate"))
+    n = format_many(after.get("n"))
+    return ClosingRow(
+        key=key,
+        label=str(row.get("label", key)),
+        before=format_figure(key, before.get("value")),
+        after=format_figure(key, after.get("value")),
+        stderr=_stderr(key, after.get("stderr")),
+        n=f"{n} {row.get('n_unit') or ''}".strip() if n else "",
+        gate=str(gate.get("text", "")),
+        gate_passed=bool(gate["passed"]) if "passed" in gate else None,
+    )
+
+
+def _stderr(key: str, value: object) -> str:
+    if not is_number(value):
+        return ""
+    if is_share(key):
+        return f"±{100 * value:.1f}"
+    return f"±{value:,.0f}" if value >= 100 else f"±{value:.2f}"
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,175 @@
+"""What a run's folder says: manifests, logs, samples, scores and the corpus's funnel.
+
+In: a `Run`. Out: a `RunRecord` of plain values. A run that is unfinished, or whose files are damaged, still
+gives a record: what cannot be read is left out and named in `warnings`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeGuard
+
+from groundup.errors import ArtifactError, RecipeError, RunError
+from groundup.files import read_json
+from groundup.run import MANIFEST, RECIPE_FILE, Manifest, Run
+
+STAGES = ("corpus", "tokenizer", "shards", "pretrain", "sft", "evaluate")
+TRAINING_STAGES = ("pretrain", "sft")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a training stage logged, in steps' order.
+
+    Attributes:
+        train: lines of every step (`step`, `loss`, `lr`, ...).
+        validation: lines of the validation passes (`step`, `val_loss`, ...).
+        timings: lines of `step`, `seconds`, `tokens_per_second`.
+        samples: lines of `step`, `prompt`, `text`.
+    """
+
+    train: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    timings: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One stage: how far it is, and its manifest if it is done."""
+
+    name: str
+    state: Literal["done", "unfinished", "to come"]
+    manifest: Manifest | None
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The stage's figures (empty until it is done)."""
+        return self.manifest.summary if self.manifest else {}
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall-clock seconds of the work, once done."""
+        return self.manifest.seconds if self.manifest else None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """All that the page shows, as read; `path` is quoted for a shell."""
+
+    name: str
+    path: str
+    about: str
+    recipe_text: str
+    stages: dict[str, StageRecord]
+    curves: dict[str, Curve]
+    scores: dict[str, Any]
+    funnel: dict[str, Any]
+    model: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+    def summary(self, stage: str) -> dict[str, Any]:
+        """A stage's figures; empty if the stage is not done or not on this road."""
+        return self.stages[stage].summary if stage in self.stages else {}
+
+
+def read_record(run: Run) -> RunRecord:
+    """Read everything the page needs from a run's folder.
+
+    Raises:
+        RunError: the folder has no recipe, so it is no run.
+    """
+    recipe_path = run.root / RECIPE_FILE
+    if not recipe_path.is_file():
+        raise RunError(
+            f"{run.root}: no run in this folder (it has no {RECIPE_FILE}).", "Make one: groundup build demo."
+        )
+    warnings: list[str] = []
+    about, has_sft = "", (run.root / "sft").is_dir()
+    try:
+        recipe = run.recipe
+        about, has_sft = recipe.about, recipe.sft is not None
+    except RecipeError as error:
+        warnings.append(f"The recipe cannot be read: {error}")
+    return RunRecord(
+        name=run.name,
+        path=shlex.quote(run.root.as_posix()),
+        about=about,
+        recipe_text=recipe_path.read_text(encoding="utf-8", errors="replace"),
+        stages={name: _read_stage(run, name, warnings) for name in STAGES if name != "sft" or has_sft},
+        curves={name: curve for name in TRAINING_STAGES if (curve := _read_curve(run.folder(name), warnings))},
+        scores=_read_mapping(run.folder("evaluate") / "scores.json", warnings),
+        funnel=_read_mapping(run.folder("corpus") / "funnel.json", warnings),
+        model=_read_mapping(run.folder("pretrain") / "model" / "config.json", warnings),
+        warnings=warnings,
+    )
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a logged value is a finite number (a loss that overflowed is logged as null)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read_stage(run: Run, name: str, warnings: list[str]) -> StageRecord:
+    manifest = run.manifest(name)
+    if manifest is not None and isinstance(manifest.summary, dict) and isinstance(manifest.environment, dict):
+        return StageRecord(name, "done", manifest)
+    if (run.folder(name) / MANIFEST).is_file():
+        warnings.append(f"{name}/{MANIFEST} is damaged.")
+    return StageRecord(name, "unfinished" if run.folder(name).is_dir() else "to come", None)
+
+
+def _read_curve(folder: Path, warnings: list[str]) -> Curve | None:
+    metrics = [line for line in _lines(folder / "metrics.jsonl", warnings) if is_number(line.get("step"))]
+    if not metrics:
+        return None
+    return Curve(
+        train=[line for line in metrics if is_number(line.get("loss"))],
+        validation=[line for line in metrics if is_number(line.get("val_loss"))],
+        timings=[
+            line
+            for line in _lines(folder / "timings.jsonl", warnings)
+            if is_number(line.get("tokens_per_second")) and is_number(line.get("seconds"))
+        ],
+        samples=[
+            line
+            for line in _lines(folder / "samples.jsonl", warnings)
+            if is_number(line.get("step")) and isinstance(line.get("text"), str)
+        ],
+    )
+
+
+def _read_mapping(path: Path, warnings: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = read_json(path)
+    except ArtifactError:
+        value = None
+    if not isinstance(value, dict):
+        warnings.append(f"{path.parent.name}/{path.name} is damaged.")
+        return {}
+    return value
+
+
+def _lines(path: Path, warnings: list[str]) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a log; the one line that a kill may have cut short is passed over."""
+    if not path.is_file():
+        return
+    damaged = 0
+    with path.open(encoding="utf-8", errors="replace") as handle:
+        for raw in handle:
+            try:
+                value = json.loads(raw)
+            except ValueError:
+                damaged += 1
+                continue
+            if isinstance(value, dict):
+                yield value
+    if damaged > 1:
+        warnings.append(f"{path.parent.name}/{path.name}: {damaged} lines are damaged and not shown.")
