@@ -1,0 +1,4 @@
+"""The textbook forms, a few lines of plain tensor code each: what the tests compare with and the manual prints.
+
+One file a subject, named as its counterpart in the rooms; nothing here imports a room.
+"""

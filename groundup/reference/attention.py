@@ -1,0 +1,22 @@
+"""Causal attention (arXiv:1706.03762, section 3.2), head by head and query by query."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def causal_attention(
+    q: Float[Tensor, "heads seq d"], k: Float[Tensor, "kv_heads seq d"], v: Float[Tensor, "kv_heads seq d"]
+) -> Float[Tensor, "heads seq d"]:
+    """softmax(q kᵀ / √d) v over this and earlier tokens; neighbouring query heads share a key/value head."""
+    heads, seq, d = q.shape
+    group = heads // k.shape[0]
+    out = torch.empty_like(q)
+    for head in range(heads):
+        for i in range(seq):
+            scores = k[head // group, : i + 1] @ q[head, i] / d**0.5  # (i + 1,)
+            weights = scores.exp() / scores.exp().sum()
+            out[head, i] = weights @ v[head // group, : i + 1]
+    return out
