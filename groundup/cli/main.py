@@ -1,0 +1,95 @@
+"""`groundup`: the commands, and how their errors are shown.
+
+Every command is a few lines over the Python API. Results go to standard output, progress and messages to
+standard error. Exit codes: 0 done, 1 an error, 2 a wrong recipe or command line, 3 a gate missed, 130 stopped.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from pathlib import Path
+
+import typer
+from rich.console import Console as RichConsole
+from rich.text import Text
+
+from groundup.cli import building, inspecting, talking
+from groundup.cli.options import same_command
+from groundup.errors import GroundupError, Interrupted
+from groundup.files import write_error
+
+app = typer.Typer(
+    name="groundup",
+    help="Build a large language model from the ground up: raw text in, an assistant you can talk to out.\n\n"
+    "Start with: groundup build demo",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Examples:  groundup build demo  ·  groundup chat runs/demo  ·  groundup recipe show demo",
+)
+
+building.add_to(app)
+talking.add_to(app)
+inspecting.add_to(app)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", help="Print the version and leave."),
+) -> None:
+    """Build a large language model from the ground up."""
+    if version:
+        from groundup import __version__
+
+        typer.echo(f"groundup {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; known errors are shown in words, without a traceback."""
+    # Threads that wait for each other spin for a moment, then sleep. Spinning on, as OpenMP does by itself, makes every
+    # step wait for whatever else runs on the machine (benchmarks/cpu_ladder.py). To be set before torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal or a pipe that is not UTF-8 shows "?" for what it cannot show.
+            stream.reconfigure(errors="replace")
+    try:
+        app(prog_name="groundup")
+    except Interrupted as stop:
+        if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+            _say(f"\n{stop.message}", f"Go on:  {same_command(*_arguments_to_go_on())}")
+        sys.exit(stop.exit_code)
+    except GroundupError as error:
+        _show(error)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        _show(write_error(Path(error.filename or "groundup"), error))
+        sys.exit(1)
+
+
+def _show(error: GroundupError) -> None:
+    first, *rest = str(error).split("\n")
+    _say(Text.assemble(("groundup: ", "bold red"), first), *(f"          {line}" for line in rest))
+
+
+def _say(*lines: str | Text) -> None:
+    errors = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+    for line in lines:
+        errors.print(Text(line) if isinstance(line, str) else line)
+
+
+def _arguments_to_go_on() -> list[str]:
+    """This command's arguments without those that would do again what is done already."""
+    kept: list[str] = []
+    arguments = iter(sys.argv[1:])
+    for argument in arguments:
+        if argument == "--from":
+            next(arguments, None)
+        elif argument != "--force" and not argument.startswith("--from="):
+            kept.append(argument)
+    return kept
