@@ -1,0 +1,42 @@
+"""Run by torchrun in tests: trains a tiny model on random rows; argument: the folder.
+
+A file `stop-at` in the folder names the step at which one process is asked to stop.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from training_rows import RandomRows
+
+from groundup.console import Console
+from groundup.distributed import current_world
+from groundup.model import Transformer, preset
+from groundup.recipe import OptimizerSettings
+from groundup.training import TrainingJob, train
+
+
+class Rows(RandomRows):
+    def batch(self, step, rows):
+        if (folder / "stop-at").exists() and step == int((folder / "stop-at").read_text()) and world.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().batch(step, rows)
+
+
+folder = Path(sys.argv[1])
+folder.mkdir(exist_ok=True)
+torch.set_num_threads(1)
+world = current_world()
+job = TrainingJob(
+    name="test",
+    model=Transformer(preset("ground-nano", vocab_size=63, context_length=16, tied_embeddings=False)),
+    source=Rows(vocab_size=63, learnable=True),
+    settings=OptimizerSettings(batch_size=4, micro_batch_size=2, precision="float32", eval_every=5, warmup_share=0.2),
+    n_steps=20,
+    folder=folder,
+)
+train(job, world, Console(quiet=True))
+if world.size > 1:
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,454 @@
+"""The commands: what they print and where, their exit codes, and the lines that say how to go on."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import tiny_road
+import torch
+from command import PROGRAM, CommandLine, Ended, groundup, run_to_end, start
+from tiny_road import STAGES, bits, copy_of_finished, finished_run, rewritten, times
+
+from groundup import __version__, read_recipe
+from groundup.distributed import World
+from groundup.errors import Interrupted
+from groundup.run import Run
+
+__all__ = ["groundup"]
+
+COMMANDS = [
+    (), ("build",), *((name,) for name in STAGES), ("generate",), ("chat",), ("report",), ("status",), ("runs",),
+    ("doctor",), ("recipe",), ("recipe", "show"), ("recipe", "check"), ("recipe", "new"),
+]  # fmt: skip
+
+
+# --- Help
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_explains_itself_with_examples(groundup: CommandLine, command: tuple[str, ...]) -> None:
+    shown = groundup(*command, "--help")
+    assert shown.code == 0
+    assert shown.err == ""
+    assert "Usage: groundup" in shown.out
+    if command != ("recipe",):
+        words = " ".join(shown.out.split())
+        assert "Examples:" in words
+        assert f"groundup {' '.join(command)}".strip() in words.partition("Examples:")[2]
+
+
+def test_help_and_version_do_not_import_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['groundup', sys.argv[1]]\n"
+        "from groundup.cli.main import main\n"
+        "try: main()\n"
+        "finally: print('torch' in sys.modules, 'matplotlib' in sys.modules, file=sys.stderr)"
+    )
+    for option in ("--help", "--version"):
+        done = subprocess.run([sys.executable, "-c", code, option], capture_output=True, text=True, check=True)
+        assert done.stderr.strip() == "False False"
+    assert done.stdout == f"groundup {__version__}\n"
+
+
+def test_importing_the_package_costs_nothing() -> None:
+    code = "import sys, groundup; print([name for name in ('torch', 'numpy', 'pydantic') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+# --- Building
+
+
+def test_a_build_shows_progress_on_one_stream_and_the_table_on_the_other(groundup: CommandLine, tmp_path: Path) -> None:
+    built = groundup("build", tiny_road.write_recipe(tmp_path), "--runs", tmp_path / "runs")
+    assert built.code == 0
+    assert "bits per byte" in built.out
+    assert "exact match" in built.out
+    assert "documents kept" in built.out
+    assert not any(line.startswith(STAGES) for line in built.out.splitlines())
+    lines = built.err.splitlines()
+    assert lines[0].startswith(f"groundup {__version__} · recipe tiny · run {tmp_path}/runs/tiny · 1 threads, ")
+    assert [line.split()[0] for line in lines if line.startswith(STAGES)] == list(STAGES)
+    assert f"groundup chat {tmp_path}/runs/tiny" in built.err
+    assert f"groundup recipe new my.toml --like {tmp_path}/runs/tiny" in built.err
+
+    again = groundup("build", tmp_path / "runs" / "tiny", "--json")
+    assert again.code == 0
+    assert list(again.json["stages"]) == list(STAGES)
+    assert again.json["run"] == str(tmp_path / "runs" / "tiny")
+    assert [row["key"] for row in again.json["scores"]] == ["bits_per_byte", "bits_per_byte_sft", "exact_match"]
+    assert again.err.count("up to date") == len(STAGES)
+
+    quiet = groundup("build", tmp_path / "runs" / "tiny", "--quiet")
+    assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
+
+
+def test_stage_commands_do_what_they_stand_on_and_no_more(groundup: CommandLine, tmp_path: Path) -> None:
+    recipe, folder = tiny_road.write_recipe(tmp_path), tmp_path / "here"
+    made = groundup("shards", recipe, "--out", folder, "--json")
+    assert made.code == 0
+    assert list(made.json["stages"]) == ["corpus", "tokenizer", "shards"]
+    assert made.json["stages"]["shards"]["summary"]["tokens_train"] > 0
+    assert made.json["scores"] is None
+    before = times(Run(folder))
+    assert groundup("tokenizer", folder, "--force").code == 0
+    assert rewritten(Run(folder), before) == {"tokenizer"}
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ((), dict.fromkeys(STAGES, "done")),
+        (("--force",), dict.fromkeys(STAGES, "forced")),
+        (("--from", "sft"), {**dict.fromkeys(STAGES[:4], "done"), "sft": "forced", "evaluate": "forced"}),
+        (("--set", "sft.epochs=2"), {**dict.fromkeys(STAGES[:4], "done"), "sft": "changed", "evaluate": "changed"}),
+        (("--out", "other"), dict.fromkeys(STAGES, "missing")),
+    ],
+)
+def test_a_dry_run_tells_and_writes_nothing(
+    groundup: CommandLine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    shown: dict[str, str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = finished_run()
+    before = times(run)
+    told = groundup("build", run.root, "--dry-run", "--json", *options)
+    assert told.code == 0
+    assert told.json["stages"] == shown
+    words = groundup("build", run.root, "--dry-run", *options)
+    assert len(words.out.splitlines()) == 1 + len(STAGES)
+    assert times(run) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_of_one_stage_stops_at_it(groundup: CommandLine) -> None:
+    told = groundup("tokenizer", finished_run().root, "--dry-run", "--force", "--json")
+    assert told.json["stages"] == {"corpus": "done", "tokenizer": "forced"}
+
+
+def test_a_missed_gate_exits_with_3_and_still_shows_the_table(groundup: CommandLine, tmp_path: Path) -> None:
+    run = copy_of_finished(tmp_path)
+    gate = ("--set", "evaluate.gates.min_exact_match=0.99")
+    missed = groundup("build", run.root, *gate)
+    assert missed.code == 3
+    assert "✗ at least 99% after" in missed.out
+    assert "a gate of the recipe is missed: exact match" in missed.err
+    assert "Train longer" in missed.err
+    as_json = groundup("build", run.root, *gate, "--json")
+    assert as_json.code == 3
+    assert as_json.json["scores"][-1]["gate"] == {"text": "at least 99% after", "passed": False}
+
+
+def test_smoke_is_for_recipes_only(groundup: CommandLine) -> None:
+    refused = groundup("build", finished_run().root, "--smoke")
+    assert refused.code == 1
+    assert "--smoke" in refused.err
+    told = groundup("build", "demo", "--smoke", "--dry-run", "--json")
+    assert told.json["run"] == "runs/demo-smoke"
+
+
+TEN_MISTAKES = """
+name = "no/slash"
+seed = -1
+speed = 3
+
+[corpus]
+inputs = []
+langages = ["en"]
+dedup = "fuzzy"
+
+[tokenizer]
+vocab_size = 100
+
+[pretrain]
+tokens = "plenty"
+lr = 0
+
+[sftt]
+epochs = 1
+"""
+
+
+def test_a_recipe_with_ten_mistakes_is_told_all_ten(groundup: CommandLine, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(TEN_MISTAKES)
+    for command in (("build", path, "--runs", tmp_path / "runs"), ("recipe", "check", path), ("recipe", "show", path)):
+        refused = groundup(*command)
+        assert refused.code == 2
+        assert refused.out == ""
+        assert "wrong.toml: 10 problems" in refused.err
+        for place in ("name", "seed", "speed", "inputs", "langages", "dedup", "vocab_size", "tokens", "lr", "sftt"):
+            assert place in refused.err
+        assert "Did you mean 'languages'?" in refused.err
+        assert "Did you mean 'sft'?" in refused.err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("build", "demmo"), 2, "Did you mean 'demo'?"),
+        (("build",), 2, "Missing argument 'RECIPE'"),
+        (("bild", "demo"), 2, "No such command 'bild'"),
+        (("build", "demo", "--set", "nonsense"), 2, "is not of the form section.key=value"),
+        (("build", "demo", "--set", "corpus.inputs=nowhere.txt"), 1, "nowhere.txt: no such file or folder"),
+        (("build", "demo", "--from", "cleaning"), 1, "Its stages: corpus, tokenizer, shards, pretrain, sft, evaluate."),
+        (("sft", "shakespeare", "--dry-run"), 1, "'sft' is no stage of this recipe"),
+        (("status", "nowhere"), 1, "no run in this folder"),
+        (("report", "nowhere"), 1, "no run in this folder"),
+        (("chat", "nowhere"), 1, "no model here"),
+        (("generate", "nowhere", "x"), 1, "no model here"),
+        (("recipe", "check", "demo", "--set", "corpus.inputs=nowhere.txt"), 2, "nowhere.txt"),
+        (("recipe", "check", "demo", "--set", "model.preset=ground-1n"), 2, "ground-1m"),
+        (("recipe", "show", "demo", "--set", "model.preset=ground-1n"), 2, "ground-1m"),
+    ],
+)
+def test_what_cannot_be_done_is_said_with_its_exit_code(
+    groundup: CommandLine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    code: int,
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused = groundup(*arguments)
+    assert refused.code == code
+    assert refused.out == ""
+    assert words in " ".join(refused.err.replace("│", " ").split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_said(groundup: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused = groundup("build", tiny_road.write_recipe(tmp_path), "--runs", tmp_path / "file")
+    assert refused.code == 1
+    assert f"{tmp_path}/file" in refused.err
+
+
+# --- Looking
+
+
+def test_status_runs_and_report(groundup: CommandLine, tmp_path: Path) -> None:
+    run = copy_of_finished(tmp_path / "runs")
+    told = groundup("status", run.root, "--json").json
+    assert told["working"] is False
+    assert {name: stage["state"] for name, stage in told["stages"].items()} == dict.fromkeys(STAGES, "done")
+    assert told["stages"]["shards"]["summary"]["tokens_train"] > 0
+
+    run.forget("sft")
+    words = groundup("status", run.root)
+    assert f"Go on:  groundup build {run.root}" in words.out
+    assert next(line for line in words.out.splitlines() if line.startswith("sft")).split() == ["sft", "missing"]
+    with run.lock():
+        assert groundup("status", run.root, "--json").json["working"] is True
+        assert "working on it now" in groundup("status", run.root).out
+        refused = groundup("build", run.root)
+        assert (refused.code, f"process {os.getpid()}" in refused.err) == (1, True)
+
+    (listed,) = groundup("runs", "--runs", run.root.parent, "--json").json
+    assert listed["run"] == str(run.root)
+    assert listed["done"] == [name for name in STAGES if name != "sft"]
+    assert str(run.root) in groundup("runs", "--runs", run.root.parent).out
+    assert groundup("runs", "--runs", tmp_path / "none", "--json").json == []
+    assert "groundup build demo" in groundup("runs", "--runs", tmp_path / "none").out
+
+    (run.root / "report.html").unlink()
+    shown = groundup("report", run.root)
+    assert shown.out == f"{run.root}/report.html\n"
+    assert (run.root / "report.html").is_file()
+
+
+def test_doctor_speaks_json(groundup: CommandLine, tmp_path: Path) -> None:
+    told = groundup("doctor", "--json", "--runs", tmp_path)
+    assert told.json["ok"] is (told.code == 0)
+    assert {"python", "torch", "memory", "expect"} <= {finding["name"] for finding in told.json["findings"]}
+
+
+def test_a_recipe_is_shown_checked_and_copied(
+    groundup: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = groundup("recipe", "show", "demo", "--set", "pretrain.tokens=1_000_000")
+    assert tomllib.loads(shown.out)["pretrain"]["tokens"] == 1_000_000
+    assert "# Derived:" in shown.out
+    told = groundup("recipe", "show", "demo", "--json").json
+    assert told["recipe"]["name"] == "demo"
+    assert {"setting", "value", "reason"} == set(told["derived"][0])
+    assert groundup("recipe", "check", "demo").out == "demo: no problems.\n"
+
+    written = groundup("recipe", "new", "mine.toml")
+    assert "groundup build mine.toml" in written.out
+    assert read_recipe("mine.toml") == read_recipe("demo").model_copy(update={"name": "mine"})
+    assert groundup("recipe", "new", "mine.toml").code == 1
+    assert groundup("recipe", "new", "mine.toml", "--overwrite", "--like", str(finished_run().root)).code == 0
+    assert read_recipe("mine.toml").sft == finished_run().recipe.sft
+    listed = groundup("recipe", "new", "--list").out
+    assert all(name in listed for name in ("demo", "shakespeare", "ground-1m", "llama-160m"))
+
+
+# --- Generating
+
+
+def test_generate_continues_the_prompt(groundup: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    root = finished_run().root
+    drawn = ("-n", "8", "--temperature", "0.9", "--seed", "3")
+    told = groundup("generate", root, "The cat", *drawn, "--json").json
+    assert told["prompt"] == "The cat"
+    assert told["model"] == str(root / "pretrain" / "model")
+    assert 1 <= told["n_tokens"] <= 8
+    streamed = groundup("generate", root, "The cat", *drawn)
+    assert streamed.out == f"The cat{told['text']}\n"
+    assert streamed.err == ""
+    other = groundup("generate", root / "sft" / "model", "The cat", *drawn, "--json").json
+    assert other["model"] == str(root / "sft" / "model")
+    wrong = groundup("generate", root, "The cat", "--temperature", "-1", "--top-p", "2")
+    assert (wrong.code, wrong.out) == (1, "")
+    assert "temperature" in wrong.err
+    assert "top_p" in wrong.err
+    # An argument may hold bytes that are no UTF-8.
+    assert groundup("generate", root, os.fsdecode(b"caf\xe9"), *drawn, "--json").json["prompt"] == "caf\ufffd"
+
+
+# --- Lines that can be pasted
+
+
+@pytest.mark.parametrize(
+    ("program", "on_path", "shown"),
+    [
+        ("venv/bin/groundup", False, "venv/bin/groundup"),
+        ("venv/bin/groundup", True, "groundup"),
+        ("{cwd}/venv/bin/groundup", False, "venv/bin/groundup"),
+        ("/opt/tools/groundup", False, "/opt/tools/groundup"),
+        ("/somewhere/groundup/__main__.py", False, "{python} -m groundup"),
+        ("/usr/lib/pytest", False, "groundup"),
+    ],
+)
+def test_the_lines_on_how_to_go_on_can_be_pasted(
+    groundup: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, on_path: bool, shown: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "venv" / "bin" / "groundup"
+    script.parent.mkdir(parents=True)
+    script.touch(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:/usr/bin" if on_path else "/usr/bin")
+    words = groundup("runs", program=program.format(cwd=tmp_path)).out
+    expected = shown.format(cwd=tmp_path, python=sys.executable)
+    assert words == f"No runs in runs. Make one:  {expected} build demo\n"
+
+
+def test_of_several_processes_one_says_how_all_go_on(
+    groundup: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: object, **options: object) -> None:
+        raise Interrupted("pretrain: stopped.")
+
+    monkeypatch.setattr("groundup.road.build", stop)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    recipe = tiny_road.write_recipe(tmp_path)
+    go_on = f"Go on:  torchrun --nproc-per-node 2 -m groundup build {recipe} --set seed=2\n"
+    for rank in (0, 1):
+        world = World(rank, 2, torch.device("cpu"), None)
+        monkeypatch.setattr("groundup.distributed.current_world", lambda world=world: world)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", str(rank))
+        stopped = groundup("build", recipe, "--set", "seed=2", "--from=sft")
+        assert (stopped.code, stopped.out) == (130, "")
+        assert stopped.err.endswith(go_on) if rank == 0 else stopped.err == ""
+
+
+# --- Real processes
+
+
+def seen(process: subprocess.Popen[str], words: str) -> list[str]:
+    """What a process said up to a line with these words."""
+    lines = []
+    assert process.stderr is not None
+    for line in process.stderr:
+        lines.append(line)
+        if words in line:
+            return lines
+    raise AssertionError(f"ended without saying {words!r}: {''.join(lines)}")
+
+
+@pytest.mark.slow
+def test_stopped_while_training_it_says_how_to_go_on_and_does(tmp_path: Path) -> None:
+    recipe = tiny_road.write_recipe(tmp_path)
+    longer = ("--set", "pretrain.tokens=20_000", "--set", "about=one of these")
+    with start("build", recipe, *longer, "--from", "pretrain", "--force", cwd=tmp_path) as process:
+        seen(process, "step=0/")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    assert "pretrain: stopped at step" in err
+    assert "everything is saved" in err
+    arguments = shlex.split(err.partition("Go on:  ")[2])
+    assert arguments[1:] == ["-m", "groundup", "build", str(recipe), *longer]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0
+    assert "pretrain: going on from step" in done.stderr
+    assert done.stderr.count("up to date") == 3
+    whole = tiny_road.build_quietly(read_recipe(recipe, [longer[1], longer[3]]), tmp_path / "whole")
+    assert bits(Run(tmp_path / "runs" / "tiny")) == bits(whole)
+
+
+@pytest.mark.slow
+def test_stopped_between_it_says_how_to_go_on(tmp_path: Path) -> None:
+    recipe = tiny_road.write_recipe(tmp_path, tiny_road.write_texts(tmp_path / "many.jsonl", 50_000))
+    run = Run(tmp_path / "runs" / "tiny")
+    with start("build", recipe, cwd=tmp_path) as process:
+        while not (run.root / "corpus" / "started.json").exists():
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Stopped. Finished stages are kept" in err
+    assert f"-m groundup build {recipe}" in err
+    assert "Traceback" not in err
+    assert not run.is_worked_on()
+    assert not list(tmp_path.rglob("*.partial-*"))
+
+
+def test_tables_suit_pipes(groundup: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    run = copy_of_finished(tmp_path / ("long-name-" * 12))
+    told = groundup("status", run.root)
+    assert "\x1b" not in told.out
+    assert [line.split()[:2] for line in told.out.splitlines()[1:]] == [[name, "done"] for name in STAGES]
+    listed = groundup("runs", "--runs", run.root.parent)
+    assert any(line.startswith(str(run.root)) for line in listed.out.splitlines()), "a path was folded"
+    table = groundup("build", run.root).out
+    assert any("bits per byte" in line and "→" in line and "bytes" in line for line in table.splitlines())
+
+
+@pytest.mark.slow
+def test_streams_suit_pipes() -> None:
+    told = run_to_end(
+        "generate", finished_run().root, "-n", "4", given="The caf\u00e9\n",
+        PYTHONIOENCODING="ascii", NO_COLOR="1", TERM="dumb",
+    )  # fmt: skip
+    assert told.code == 0
+    assert told.out.startswith("The caf")
+    # A pipe gets the model's text as it is, any control character included, but no colour of ours.
+    assert not re.search(r"\x1b\[[0-9;]*m", told.out + told.err)
+    shell = f"{shlex.join(PROGRAM)} recipe show demo | head -n 1"
+    piped = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert piped.stdout.startswith("name")
+    assert "Traceback" not in piped.stderr
+    assert "BrokenPipe" not in piped.stderr
+
+
+def test_ended_is_strict_about_json() -> None:
+    with pytest.raises(ValueError, match="Extra data"):
+        _ = Ended(0, '{"a": 1}\nprogress', "").json

@@ -1,0 +1,209 @@
+"""The corpus stage: filters in order, books that balance, a held-out part that depends on the text alone."""
+
+import json
+import random
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from groundup.console import Console
+from groundup.corpus import curate, stream_documents
+from groundup.errors import ArtifactError, DataError
+from groundup.recipe import CorpusSettings
+
+ENGLISH = "The fox walked through the forest and looked for something good to eat, number {}."
+FRENCH = "Le renard se promenait dans la forêt et cherchait quelque chose à manger, numéro {}."
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def curated(out: Path, *inputs: Path, **changes: Any) -> dict[str, Any]:
+    return curate(CorpusSettings(inputs=tuple(map(str, inputs)), **changes), out)
+
+
+def validation_texts(out: Path) -> set[str]:
+    return {document.text for document in stream_documents(out, "validation")}
+
+
+def test_filters_remove_in_order_and_the_books_balance(tmp_path: Path) -> None:
+    english = [ENGLISH.format(n) for n in range(40)]
+    texts = [*english, *english[:5], *(FRENCH.format(n) for n in range(7)), "short", "short", FRENCH.format(0), ""]
+    summary = curated(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", texts), min_characters=10)
+    sizes = [len(text.encode()) for text in texts]
+    assert summary["removed"] == {"empty": 1, "short": 2, "language": 8, "duplicate": 5}
+    assert (summary["documents_in"], summary["documents_kept"]) == (len(texts), 40)
+    assert summary["documents_train"] + summary["documents_validation"] == 40
+    assert (summary["bytes_in"], summary["bytes_kept"]) == (sum(sizes), sum(sizes[:40]))
+    assert summary["characters_kept"] == sum(map(len, english))
+    assert summary["validation_by"] == "document"
+    assert [document.text for document in stream_documents(tmp_path / "out")] == english
+    assert {document.language for document in stream_documents(tmp_path / "out")} == {"en"}
+
+
+def test_what_was_left_out_is_listed_with_its_place(tmp_path: Path) -> None:
+    texts = [ENGLISH.format(n) for n in range(30)]
+    path = write_jsonl(tmp_path / "a.jsonl", [*texts, texts[3], FRENCH])
+    curated(tmp_path / "out", path)
+    listed = [json.loads(line) for line in (tmp_path / "out" / "set_aside.jsonl").read_text().splitlines()]
+    assert [(record["source"], record["record"], record["reason"]) for record in listed] == [
+        (str(path), "line 31", "duplicate"),
+        (str(path), "line 32", "language"),
+    ]
+    kept = {document.id: document.text for document in stream_documents(tmp_path / "out")}
+    assert kept[listed[0]["detail"].split()[-1]] == texts[3]
+    assert listed[1]["excerpt"].startswith("Le renard")
+    funnel = json.loads((tmp_path / "out" / "funnel.json").read_text())
+    for step, following in zip(funnel["steps"], funnel["steps"][1:], strict=False):
+        assert step["out"] == following["in"] == step["in"] - sum(step["removed"].values())
+    assert (funnel["steps"][0]["in"], funnel["steps"][-1]["out"]) == (32, 30)
+    assert funnel["languages"] == {"en": 31, "fr": 1}
+    assert funnel["examples"]["language"] == [listed[1]]
+
+
+def test_duplicates_are_found_after_normalization_and_the_first_survives(tmp_path: Path) -> None:
+    texts = [
+        "A caf\u00e9 in the old town, and rain.",
+        "A cafe\u0301 in the old town, and rain.\r\n",
+        "Another text is this.",
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    kept = {"dedup": "exact", "languages": []}
+    assert curated(tmp_path / "out", path, **kept)["removed"] == {"duplicate": 1}
+    first = next(stream_documents(tmp_path / "out"))
+    assert texts[0].startswith(first.text)
+    assert curated(tmp_path / "none", path, **{**kept, "dedup": "none"})["removed"] == {}
+    assert curated(tmp_path / "raw", path, **{**kept, "unicode": "none"})["removed"] == {}
+
+
+@pytest.mark.parametrize("by", ["document", "tail"])
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path, by: str) -> None:
+    texts = [ENGLISH.format(n) for n in range(50)] + [FRENCH, "{broken"]
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    summaries = [curated(tmp_path / name, path, validation_by=by) for name in ("one", "two", "two")]
+    assert summaries[0] == summaries[1] == summaries[2]
+    for name in ("documents.jsonl", "set_aside.jsonl", "funnel.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_the_shipped_classics_hold_out_a_tenth(tmp_path: Path) -> None:
+    summary = curate(CorpusSettings(), tmp_path, Console(quiet=True))
+    assert (summary["documents_in"], summary["documents_kept"], summary["removed"]) == (420, 420, {})
+    assert 0.07 < summary["documents_validation"] / 420 < 0.13
+
+
+def test_who_is_held_out_depends_on_the_text_alone(tmp_path: Path) -> None:
+    texts = [ENGLISH.format(n) for n in range(200)]
+    curated(tmp_path / "one", write_jsonl(tmp_path / "a.jsonl", texts))
+    shuffled = random.Random(1).sample(texts, 120) + [ENGLISH.format(n) for n in range(900, 1000)]
+    (tmp_path / "b").mkdir()
+    half = write_jsonl(tmp_path / "b" / "1.jsonl", shuffled[:90])
+    curated(tmp_path / "two", half, write_jsonl(tmp_path / "b" / "0.jsonl", shuffled[90:]))
+    one, two = validation_texts(tmp_path / "one"), validation_texts(tmp_path / "two")
+    assert one & set(shuffled) == two & set(texts)
+    assert len(one & set(shuffled)) > 5
+
+
+@given(share=st.floats(0.02, 0.9), n=st.integers(300, 600))
+@settings(max_examples=8, deadline=None)
+def test_the_share_held_out_is_the_share_asked_for(
+    tmp_path_factory: pytest.TempPathFactory, share: float, n: int
+) -> None:
+    folder = tmp_path_factory.mktemp("share")
+    path = write_jsonl(folder / "a.jsonl", [ENGLISH.format(k) for k in range(n)])
+    held_out = curated(folder / "out", path, validation_share=share)["documents_validation"]
+    # Five standard deviations of a binomial count.
+    assert abs(held_out - share * n) < 5 * (n * share * (1 - share)) ** 0.5 + 1
+
+
+@pytest.mark.parametrize("share", [1e-9, 1 - 1e-9])
+def test_neither_part_is_ever_empty(tmp_path: Path, share: float, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [ENGLISH.format(n) for n in range(25)])
+    chosen = CorpusSettings(inputs=(str(path),), validation_share=share)
+    summary = curate(chosen, tmp_path / "out", Console(quiet=True))
+    assert min(summary["documents_train"], summary["documents_validation"]) == 1
+    assert "no document's hash falls to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n", [2, 3, 19])
+def test_few_documents_can_be_divided_by_document_when_asked(tmp_path: Path, n: int) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [ENGLISH.format(k) for k in range(n)])
+    by_document = curated(tmp_path / "out", path, validation_by="document")
+    assert by_document["documents_train"] + by_document["documents_validation"] == n
+    assert min(by_document["documents_train"], by_document["documents_validation"]) >= 1
+    assert curated(tmp_path / "out", path)["validation_by"] == "tail"
+
+
+def test_one_document_cannot_be_divided_by_document(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [ENGLISH] * 3)
+    with pytest.raises(DataError, match=r"(?s)not two different documents.*'tail'"):
+        curated(tmp_path / "out", path, validation_by="document")
+    with pytest.raises(DataError, match="not two different documents"):
+        curated(tmp_path / "out", path, validation_by="document", dedup="none")
+    # Thirty times the same text is enough for "auto" by count, but there is nothing to divide.
+    many = write_jsonl(tmp_path / "b.jsonl", [ENGLISH] * 30)
+    assert curated(tmp_path / "out", many, dedup="none")["validation_by"] == "tail"
+
+
+words = st.text(string.ascii_lowercase + "  \n", min_size=30, max_size=3000).filter(lambda text: len(text.split()) > 5)
+
+
+@given(text=words, share=st.floats(0.05, 0.5))
+@settings(max_examples=60, deadline=None)
+def test_a_tail_is_the_end_of_its_document(tmp_path_factory: pytest.TempPathFactory, text: str, share: float) -> None:
+    folder = tmp_path_factory.mktemp("tail")
+    path = write_jsonl(folder / "a.jsonl", [text])
+    summary = curated(folder / "out", path, languages=[], validation_share=share, validation_by="tail")
+    train, validation = stream_documents(folder / "out")
+    assert (train.split, validation.split) == ("train", "validation")
+    assert train.id != validation.id
+    assert (train.text + validation.text).split() == text.split() or (
+        train.text + " " + validation.text
+    ).split() == text.split()
+    assert summary["documents_in"] == summary["documents_kept"] == 1
+    # Cut at a border at most a quarter of the tail too early; blanks at the cut belong to neither.
+    whole = text.strip("\n").rstrip()
+    blanks = len(whole) - len(train.text) - len(validation.text)
+    tail = len(whole) - round(len(whole) * (1 - share))
+    assert tail - blanks - 1 <= len(validation.text) <= 1.25 * tail + 2
+
+
+def test_shakespeare_is_cut_between_two_lines_at_nine_tenths(tmp_path: Path) -> None:
+    curate(CorpusSettings(inputs=("groundup:shakespeare",), languages=(), validation_by="tail"), tmp_path)
+    train, validation = stream_documents(tmp_path)
+    n = len(train.text) + len(validation.text)
+    assert abs(len(validation.text) / n - 0.1) < 0.03
+    assert validation.text[0].isupper()
+    assert train.text.rstrip()[-1] in string.punctuation
+
+
+def test_a_text_of_one_character_cannot_be_held_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(DataError, match="1 characters of text are too few"):
+        curated(tmp_path / "out", tmp_path / "a.txt", languages=[])
+    assert not (tmp_path / "out" / "documents.jsonl").exists()
+
+
+def test_faults_are_shown_even_when_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{ENGLISH.format(n)}"}}\n' for n in range(30)) + '{"text"')
+    curate(CorpusSettings(inputs=(str(tmp_path / "a.jsonl"),)), tmp_path / "out", Console(quiet=True))
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "1 records are broken" in shown
+    assert "line 31: invalid JSON" in shown
+
+
+def test_damaged_documents_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"documents\.jsonl: not found"):
+        next(stream_documents(tmp_path))
+    path = write_jsonl(tmp_path / "a.jsonl", [ENGLISH.format(n) for n in range(30)])
+    curated(tmp_path / "out", path)
+    documents = tmp_path / "out" / "documents.jsonl"
+    documents.write_bytes(documents.read_bytes()[:-20])
+    with pytest.raises(ArtifactError, match=r"documents\.jsonl, line 30: damaged"):
+        list(stream_documents(tmp_path / "out"))

@@ -1,0 +1,295 @@
+"""Broken input: each fault is a clear error, or a set-aside that is counted and listed; the rest is used."""
+
+import contextlib
+import gzip
+import json
+import os
+import tempfile
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from groundup.corpus import Reason, SetAside, curate, read, stream_documents
+from groundup.errors import DataError
+from groundup.recipe import CorpusSettings
+
+GOOD = "It was a bright cold day, and the fox was walking through the forest."
+
+
+def read_all(path: Path, **changes: object) -> tuple[list[str], list[SetAside]]:
+    aside: list[SetAside] = []
+    found = read(path, settings=CorpusSettings(**changes), on_set_aside=aside.append)
+    return [document.text for document in found], aside
+
+
+def only(aside: list[SetAside]) -> SetAside:
+    (record,) = aside
+    return record
+
+
+PACKED = gzip.compress(b"".join(b'{"text": "%d %s"}\n' % (n, os.urandom(40).hex().encode()) for n in range(1000)))
+
+BROKEN_FILES = {
+    "empty.txt": (b"", Reason.EMPTY, "no text"),
+    "empty.jsonl": (b"", Reason.EMPTY, "no record"),
+    "blank.jsonl": (b"\n \n\r\n", Reason.EMPTY, "no record"),
+    "zero.txt.gz": (b"", Reason.EMPTY, "no text"),
+    "zero.jsonl.gz": (b"", Reason.EMPTY, "no record"),
+    "blanks.txt": (b" \n\t\r\n ", Reason.EMPTY, ""),
+    "mark.txt": (b"\xef\xbb\xbf", Reason.EMPTY, "no text"),
+    "not.txt.gz": (GOOD.encode(), Reason.DAMAGED_GZIP, "Not a gzipped file"),
+    "not.jsonl.gz": (b'{"text": "x"}', Reason.DAMAGED_GZIP, "Not a gzipped file"),
+    "cut.txt.gz": (gzip.compress(GOOD.encode() * 9)[:-12], Reason.DAMAGED_GZIP, "cut off"),
+    "head.txt.gz": (gzip.compress(GOOD.encode())[:5], Reason.DAMAGED_GZIP, "cut off"),
+    "sum.txt.gz": (gzip.compress(GOOD.encode())[:-8] + b"\0" * 8, Reason.DAMAGED_GZIP, "CRC"),
+    "latin1.txt": ("Ein Märchen".encode("latin-1"), Reason.INVALID_UTF8, "byte 5"),
+    "marked.txt": (b"\xef\xbb\xbfab\xff", Reason.INVALID_UTF8, "byte 5"),
+    "half.txt": ("Märchen".encode()[:2], Reason.INVALID_UTF8, "byte 1"),
+    "utf16.txt": (GOOD.encode("utf-16"), Reason.INVALID_UTF8, "UTF-16"),
+    "utf16-unmarked.txt": (GOOD.encode("utf-16-le"), Reason.NUL, "at character 1"),
+    "nul.md": (b"some\0thing", Reason.NUL, "at character 4"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_FILES)
+def test_broken_file_is_set_aside_and_the_next_is_read(tmp_path: Path, name: str) -> None:
+    data, reason, detail = BROKEN_FILES[name]
+    (tmp_path / name).write_bytes(data)
+    (tmp_path / "zz.txt").write_text(GOOD)
+    texts, aside = read_all(tmp_path)
+    assert texts == [GOOD]
+    record = only(aside)
+    assert (record.source, record.reason) == ((tmp_path / name).as_posix(), reason)
+    assert detail in record.detail
+
+
+BROKEN_LINES = {
+    "cut in half": (b'{"text": "half a li', Reason.INVALID_JSON, "character"),
+    "no json": (b"hello", Reason.INVALID_JSON, "character"),
+    "too deep": (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", Reason.INVALID_JSON, ""),
+    "list": (b'["text"]', Reason.INVALID_JSON, "a list"),
+    "null": (b"null", Reason.INVALID_JSON, "null"),
+    "no field": (b'{"body": "x", "n": 1}', Reason.NO_TEXT, "only 'body', 'n'"),
+    "no fields": (b"{}", Reason.NO_TEXT, "empty object"),
+    "null text": (b'{"text": null}', Reason.NO_TEXT, "null"),
+    "number": (b'{"text": 3}', Reason.NO_TEXT, "a number"),
+    "list of texts": (b'{"text": ["a"]}', Reason.NO_TEXT, "a list"),
+    "empty text": (b'{"text": ""}', Reason.EMPTY, "no text"),
+    "blank text": (b'{"text": " \\n\\t "}', Reason.EMPTY, ""),
+    "invalid byte": (b'{"text": "a\xffb"}', Reason.INVALID_UTF8, "byte 11"),
+    "half a pair": (b'{"text": "ab\\ud800"}', Reason.INVALID_UTF8, "character 2 is half a surrogate pair (\\ud800)"),
+    "NUL": (b'{"text": "ab\\u0000c"}', Reason.NUL, "at character 2"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_LINES)
+def test_broken_line_is_set_aside_and_its_neighbours_are_read(tmp_path: Path, name: str) -> None:
+    line, reason, detail = BROKEN_LINES[name]
+    good = json.dumps({"text": GOOD}).encode()
+    (tmp_path / "a.jsonl").write_bytes(good + b"\n" + line + b"\n" + good)
+    texts, aside = read_all(tmp_path)
+    assert texts == [GOOD, GOOD]
+    record = only(aside)
+    assert (record.record, record.reason) == ("line 2", reason)
+    assert detail in record.detail
+    record.excerpt.encode()  # can be written as UTF-8
+
+
+@pytest.mark.parametrize("line", [b'{"text": "ok", "x": NaN}', b'{"text": "ok", "x": "\\ud800"}'])
+def test_oddities_beside_the_text_do_no_harm(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(line)
+    assert read_all(tmp_path) == (["ok"], [])
+
+
+def test_last_line_cut_in_half_is_the_only_one_lost(tmp_path: Path) -> None:
+    whole = b"".join(json.dumps({"text": f"{n} {GOOD}"}).encode() + b"\n" for n in range(20))
+    (tmp_path / "a.jsonl").write_bytes(whole[:-30])
+    texts, aside = read_all(tmp_path)
+    assert len(texts) == 19
+    assert (only(aside).record, only(aside).reason) == ("line 20", Reason.INVALID_JSON)
+
+
+def test_lines_before_the_cut_of_a_gzip_are_used(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(PACKED[: len(PACKED) // 2])
+    texts, aside = read_all(tmp_path)
+    assert 100 < len(texts) < 1000
+    assert [text.split()[0] for text in texts] == [str(n) for n in range(len(texts))]
+    record = only(aside)
+    assert (record.record, record.reason) == (f"after line {len(texts)}", Reason.DAMAGED_GZIP)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_a_long_file_with_one_bad_byte_is_not_used_in_part(tmp_path: Path, name: str) -> None:
+    good = (GOOD + "\n\n").encode() * 50_000
+    data = good + b"\xff" + good
+    (tmp_path / name).write_bytes(gzip.compress(data, 1) if name.endswith(".gz") else data)
+    texts, aside = read_all(tmp_path, max_document_mib=1.0)
+    assert texts == []
+    assert only(aside).reason is Reason.INVALID_UTF8
+    assert f"byte {len(good)} " in only(aside).detail
+
+
+def test_a_multibyte_character_on_a_block_border_is_no_fault(tmp_path: Path) -> None:
+    for shift in range(3):
+        (tmp_path / "a.txt").write_bytes(b"x" * (2**20 - 1 - shift) + "\n€uro\n".encode() + b"y\n" * 600_000)
+        texts, aside = read_all(tmp_path, max_document_mib=1.5)
+        assert aside == []
+        assert "€uro" in "".join(texts)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.gz"])
+def test_a_line_of_50_mb_is_set_aside_in_bounded_memory(tmp_path: Path, name: str) -> None:
+    good = json.dumps({"text": GOOD}).encode() + b"\n"
+    with (gzip.open if name.endswith(".gz") else open)(tmp_path / name, "wb") as handle:  # type: ignore[operator]
+        handle.write(good + b'{"text": "')
+        for _ in range(50):
+            handle.write(b"long line " * 100_000)
+        handle.write(b'"}\n' + good)
+    tracemalloc.start()
+    texts, aside = read_all(tmp_path, max_document_mib=1.0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(texts) == 2
+    assert (only(aside).reason, only(aside).size_bytes) == (Reason.TOO_LONG, 50_000_013)
+    assert peak < 8 * 2**20
+
+
+def test_a_paragraph_right_at_the_limit_is_kept_and_one_byte_more_is_not(tmp_path: Path) -> None:
+    limit = 1000
+    lines = [b"a" * limit, b"b" * (limit + 1), b"c" * 10]
+    (tmp_path / "a.txt").write_bytes(b"\n".join(lines))
+    texts, aside = read_all(tmp_path, max_document_mib=limit / 2**20)
+    assert texts == ["a" * limit, "c" * 10]
+    assert only(aside).size_bytes == limit + 2
+
+
+MISSING = {
+    "nothing": ("no such file or folder", "missing.txt"),
+    "pattern": ("nothing matches", "*.nothing"),
+    "empty folder": ("there is none", "folder"),
+    "folder of pictures": ("passed over: cat.png", "pictures"),
+    "pattern of pictures": ("passed over: cat.png", "pictures/*"),
+    "kind": ("not a file type", "pictures/cat.png"),
+    "pipe": ("neither a file nor a folder", "pipe.txt"),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_input_without_text_is_an_error_that_names_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "cat.png").write_bytes(b"\x89PNG")
+    os.mkfifo(tmp_path / "pipe.txt")
+    message, path = MISSING[name]
+    with pytest.raises(DataError, match=message) as caught:
+        curate(CorpusSettings(inputs=("groundup:classics", str(tmp_path / path))), tmp_path / "out")
+    assert str(tmp_path / path) in caught.value.message
+    assert caught.value.fix
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_pipe_in_a_folder_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "a.txt").write_text(GOOD)
+    assert read_all(tmp_path) == ([GOOD], [])
+
+
+def test_a_link_to_nowhere_is_set_aside(tmp_path: Path) -> None:
+    (tmp_path / "lost.txt").symlink_to(tmp_path / "gone")
+    (tmp_path / "a.txt").write_text(GOOD)
+    texts, aside = read_all(tmp_path)
+    assert texts == [GOOD]
+    assert (only(aside).reason, only(aside).detail) == (Reason.UNREADABLE, "No such file or directory")
+
+
+@contextlib.contextmanager
+def not_root() -> Iterator[None]:
+    """Be another user for a while: permissions do not hold for root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_files_and_folders_without_permission_are_set_aside() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "good.txt").write_text(GOOD)
+        (folder / "secret.txt").write_text(GOOD)
+        (folder / "secret.txt").chmod(0)
+        (folder / "closed").mkdir()
+        (folder / "closed" / "x.txt").write_text(GOOD)
+        (folder / "closed").chmod(0)
+        try:
+            with not_root():
+                texts, aside = read_all(folder)
+                with pytest.raises(DataError, match=r"closed: no file here .*could not be listed: Permission denied"):
+                    read(folder / "closed")
+        finally:
+            (folder / "closed").chmod(0o755)
+    assert texts == [GOOD]
+    assert [(Path(record.source).name, record.reason, record.detail) for record in aside] == [
+        ("closed", Reason.UNREADABLE, "the folder cannot be listed (Permission denied)"),
+        ("secret.txt", Reason.UNREADABLE, "Permission denied"),
+    ]
+
+
+NOTHING_LEFT = {
+    "language": (
+        [{"text": "Es war einmal ein König, der hatte drei Söhne und ein großes Schloss im Wald."}],
+        {},
+        r"nothing is left of 1 documents \(1 language\).*languages = \[\"de\"\]",
+    ),
+    "short": ([{"text": "short"}] * 3, {"min_characters": 100}, r"\(3 short\).*min_characters"),
+    "field": ([{"body": GOOD}] * 2, {}, r"\(2 no text field\).*text_field.*only 'body'"),
+    "mixed": ([{"text": ""}, {"text": ""}, {"x": 1}], {}, r"\(1 no text field, 2 empty\)"),
+    "floor": ([{"text": GOOD}], {"language_floor": 1.0}, r"\(1 language\)"),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING_LEFT)
+def test_when_nothing_is_left_the_error_says_what_removed_it(tmp_path: Path, name: str) -> None:
+    records, changes, message = NOTHING_LEFT[name]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(DataError, match=f"(?s){message}"):
+        curate(CorpusSettings(inputs=(str(path),), **changes), tmp_path / "out")
+    assert not (tmp_path / "out" / "documents.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["empty.txt", "zero.txt.gz", "latin1.txt", "cut.txt.gz"])
+def test_a_broken_file_alone_is_an_error_that_names_it(tmp_path: Path, name: str) -> None:
+    data, reason, _ = BROKEN_FILES[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=rf"\(1 {reason}\)") as caught:
+        curate(CorpusSettings(inputs=(str(tmp_path / name),)), tmp_path / "out")
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_every_fault_at_once_is_counted_and_listed(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, (data, _, _) in BROKEN_FILES.items():
+        (folder / name).write_bytes(data)
+    lines = [line for line, _, _ in BROKEN_LINES.values()]
+    good = [json.dumps({"text": f"{GOOD} {n}"}).encode() for n in range(30)]
+    (folder / "lines.jsonl").write_bytes(b"\n".join(lines + good))
+    summary = curate(CorpusSettings(inputs=(str(folder),)), tmp_path / "out")
+    assert summary["documents_kept"] == 30
+    assert summary["documents_in"] == 30 + sum(summary["removed"].values())
+    listed = [json.loads(line) for line in (tmp_path / "out" / "set_aside.jsonl").read_text().splitlines()]
+    assert len(listed) == len(BROKEN_FILES) + len(BROKEN_LINES)
+    assert {record["reason"] for record in listed} == set(summary["removed"])
+    assert len(list(stream_documents(tmp_path / "out"))) == 30
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "documents.jsonl",
+        "funnel.json",
+        "set_aside.jsonl",
+    ]

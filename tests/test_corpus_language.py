@@ -1,0 +1,88 @@
+"""The language filter: offline, on one line of sampled text, refusing codes it can never answer with."""
+
+import json
+import re
+import socket
+from pathlib import Path
+
+import pytest
+
+from groundup.corpus import curate, read
+from groundup.corpus.language import check_languages, detect_language, sample_of
+from groundup.errors import DataError
+from groundup.recipe import CorpusSettings
+
+TEXTS = {
+    "en": "All human beings are born free and equal in dignity and rights.\nThey are endowed with reason.",
+    "de": "Alle Menschen sind frei und gleich an Würde und Rechten geboren.\r\nSie sind mit Vernunft begabt.",
+    "fr": "Tous les êtres humains naissent libres et égaux en dignité et en droits.\n\nIls sont doués de raison.",
+    "es": "Todos los seres humanos nacen libres e iguales en dignidad y derechos,\ty dotados de razón.",
+    "ru": "Все люди рождаются свободными и равными в своём достоинстве и правах.",
+    "zh": "人人生而自由,在尊严和权利上一律平等。他们赋有理性和良心,并应以兄弟关系的精神相对待。",
+}
+
+
+@pytest.mark.parametrize("code", TEXTS)
+def test_well_known_languages_are_recognized(code: str) -> None:
+    language, probability = detect_language(TEXTS[code])
+    assert language == code
+    assert 0.5 < probability <= 1.0
+
+
+@pytest.mark.parametrize("text", ["12 + 30 = 42", "…!?", "\n\n"])
+def test_a_text_without_letters_has_no_language(text: str) -> None:
+    assert detect_language(text) == ("und", 0.0)
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\u2028line\u2029", "a" * 100_000, "😀 hello \U0010ffff", "\r\x0b\x0c x"])
+def test_odd_characters_do_not_stop_the_detector(text: str) -> None:
+    language, probability = detect_language(text)
+    assert re.fullmatch(r"[a-z]{2,3}", language)
+    assert 0 < probability <= 1
+
+
+def test_the_sample_is_start_middle_and_end_on_one_line() -> None:
+    text = "s" * 5000 + "m" * 300 + "e" * 5000
+    assert sample_of(text) == "s" * 300 + " " + "m" * 300 + " " + "e" * 300
+    assert sample_of(" one\ntwo\r\n\tthree ") == "one two three"
+
+
+def test_codes_the_detector_does_not_know_are_refused(tmp_path: Path) -> None:
+    check_languages(["en", "de", "zh", "ceb"])
+    with pytest.raises(DataError, match=r"languages = 'english'.*\n.*Did you mean 'en'"):
+        curate(CorpusSettings(languages=("english",)), tmp_path)
+
+
+def test_no_network_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **rest: object) -> None:
+        raise AssertionError("the network was touched")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert detect_language(TEXTS["en"])[0] == "en"
+
+
+def test_chosen_languages_stay_and_an_empty_list_keeps_all(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for code, text in TEXTS.items():
+        (tmp_path / "in" / f"{code}.txt").write_text(text, encoding="utf-8")
+    inputs = (str(tmp_path / "in"),)
+    chosen = curate(CorpusSettings(inputs=inputs, languages=("de", "fr")), tmp_path / "out")
+    assert (chosen["documents_kept"], chosen["removed"]) == (2, {"language": 4})
+    everything = curate(CorpusSettings(inputs=inputs, languages=()), tmp_path / "out")
+    assert (everything["documents_kept"], everything["removed"]) == (6, {})
+
+
+def test_the_filter_agrees_with_labels_given_by_people(shared_data: Path) -> None:
+    """On real pages labelled by others, nearly all English ones stay and nearly no others pass."""
+    path = shared_data / "raw_web" / "raw-small.jsonl"
+    kept = {True: [0, 0], False: [0, 0]}
+    with path.open(encoding="utf-8") as handle:
+        labels = [json.loads(line).get("lang") for line in handle]
+    for label, document in zip(labels, read(path), strict=True):
+        is_english = label == "en"
+        kept[is_english][0] += detect_language(document.text)[0] == "en"
+        kept[is_english][1] += 1
+    assert kept[True][1] > 100
+    assert kept[True][0] / kept[True][1] > 0.97
+    assert kept[False][0] / kept[False][1] < 0.10

@@ -1,0 +1,197 @@
+"""Reading files into documents: every format, the same text whatever the packing, a stable order."""
+
+import gzip
+import json
+import os
+import unicodedata
+import warnings
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from groundup.corpus import Document, SetAside, input_fingerprint, read
+from groundup.errors import DataError
+from groundup.recipe import CorpusSettings
+
+FABLE = "The Fox and the Grapes\n\nA hungry Fox saw some fine bunches of Grapes."
+
+
+def texts_of(*inputs: object, **changes: object) -> list[str]:
+    return [document.text for document in read(*map(str, inputs), settings=CorpusSettings(**changes))]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.TXT", "a.txt.gz", "a.md.gz"])
+def test_plain_text_in_every_packing_reads_the_same(tmp_path: Path, name: str) -> None:
+    data = (FABLE + "\n").encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    (document,) = read(tmp_path / name)
+    assert document.text == FABLE
+    assert document.source == (tmp_path / name).as_posix()
+    assert len(document.id) == 32
+    assert int(document.id, 16) >= 0
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_jsonl_gives_a_document_a_line(tmp_path: Path, name: str) -> None:
+    data = "".join(json.dumps({"body": f"text {n}", "id": 7}) + "\r\n\n" for n in range(3)).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    documents = list(read(tmp_path / name, settings=CorpusSettings(text_field="body")))
+    assert [document.text for document in documents] == ["text 0", "text 1", "text 2"]
+    # The records carry the same id of their own; ours still differ.
+    assert len({document.id for document in documents}) == 3
+
+
+def test_several_gzip_members_are_one_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one\n") + gzip.compress(b"two\n"))
+    assert texts_of(tmp_path / "a.txt.gz") == ["one\ntwo"]
+
+
+def test_folder_is_read_by_name_at_any_depth(tmp_path: Path) -> None:
+    for name in ["b/z.txt", "b/a.md", "a.txt", "c.txt", ".hidden/x.txt", ".x.txt", "b/picture.png"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert texts_of(tmp_path) == ["a.txt", "c.txt", "b/a.md", "b/z.txt"]
+
+
+def test_globs_match_by_name_and_look_into_folders(tmp_path: Path) -> None:
+    for name in ["b.txt", "a.txt", "d/c.txt", "e.jpg"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert texts_of(tmp_path / "*.txt") == ["a.txt", "b.txt"]
+    assert texts_of(tmp_path / "**/*.txt") == ["a.txt", "b.txt", "d/c.txt"]
+    assert texts_of(tmp_path / "d*") == ["d/c.txt"]
+
+
+def test_inputs_keep_their_order_and_no_file_is_read_twice(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name)
+    (tmp_path / "link.txt").symlink_to(tmp_path / "b.txt")
+    assert texts_of(tmp_path / "b.txt", tmp_path, tmp_path / "*.txt") == ["b", "a", "c"]
+    assert texts_of(tmp_path / "b.txt", tmp_path / "b.txt") == ["b"]
+
+
+def test_artifacts_of_runs_below_the_texts_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    chosen = CorpusSettings(inputs=(str(tmp_path),))
+    before = input_fingerprint(chosen)
+    for name in ["runs/mine/corpus/documents.jsonl", "runs/mine/pretrain/metrics.jsonl"]:
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text('{"text": "ours"}')
+    (tmp_path / "runs/mine/corpus/stage.json").write_text("{}")
+    (tmp_path / "runs/mine/pretrain/started.json").write_text("{}")
+    assert texts_of(tmp_path) == texts_of(tmp_path / "**/*") == ["text"]
+    assert input_fingerprint(chosen) == before
+    # Named as a file, it is read.
+    assert texts_of(tmp_path / "runs/mine/corpus/documents.jsonl") == ["ours"]
+
+
+def test_a_name_with_glob_characters_is_that_file(tmp_path: Path) -> None:
+    (tmp_path / "a[1].txt").write_text("bracket")
+    assert texts_of(tmp_path / "a[1].txt") == ["bracket"]
+
+
+def test_a_file_name_that_is_not_utf8_can_be_named_and_written(tmp_path: Path) -> None:
+    Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.txt")).write_text("coffee")
+    (document,) = read(tmp_path)
+    assert document.text == "coffee"
+    assert document.source.encode().endswith(b"caf\\xe9.txt")
+
+
+def test_texts_that_ship_with_groundup() -> None:
+    classics = list(read("groundup:classics"))
+    assert len(classics) == 420
+    assert classics[0].text.startswith("The Fox and the Grapes")
+    assert classics[0].source == "groundup:classics"
+    (shakespeare,) = read("groundup:shakespeare")
+    assert shakespeare.text.startswith("First Citizen:")
+    with pytest.raises(DataError, match="Did you mean 'groundup:classics'"):
+        read("groundup:classic")
+
+
+@given(text=st.text(max_size=200), form=st.sampled_from(["NFC", "NFKC", "none"]))
+@settings(max_examples=60, deadline=None)
+def test_a_text_comes_back_normalized_and_once_normalized_stays(
+    tmp_path_factory: pytest.TempPathFactory, text: str, form: str
+) -> None:
+    folder = tmp_path_factory.mktemp("text")
+
+    def through(value: str) -> list[str]:
+        (folder / "a.jsonl").write_text(json.dumps({"text": value}), encoding="utf-8")
+        found = read(folder / "a.jsonl", settings=CorpusSettings(unicode=form), on_set_aside=lambda record: None)
+        return [document.text for document in found]
+
+    once = through(text)
+    assert len(once) == (bool(text.removeprefix("\ufeff").strip()) and "\0" not in text)
+    if once:
+        assert "\r" not in once[0]
+        assert form == "none" or unicodedata.is_normalized(form, once[0])
+        assert once[0].startswith("\ufeff") or through(once[0]) == once
+
+
+def test_line_ends_byte_order_marks_and_blank_ends_do_not_matter(tmp_path: Path) -> None:
+    variants = ["one\n\n  two", "\ufeffone\r\n\r\n  two\r\n", "\n\none\r\r  two \n\n", "one\n\n  two\t"]
+    for number, text in enumerate(variants):
+        (tmp_path / f"{number}.txt").write_bytes(text.encode())
+    (tmp_path / "9.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": variants[2]}).encode())
+    assert texts_of(tmp_path) == [variants[0]] * 5
+
+
+def test_a_long_text_is_split_at_paragraphs_and_nothing_is_lost(tmp_path: Path) -> None:
+    paragraphs = [f"Paragraph {n} " + "tells of something. " * (n % 17) + "\nand ends." for n in range(3000)]
+    (tmp_path / "long.txt").write_text("\n\n".join(paragraphs))
+    (tmp_path / "long.txt.gz").write_bytes(gzip.compress("\n\n".join(paragraphs).encode()))
+    limit = 4096
+    for name in ("long.txt", "long.txt.gz"):
+        parts = texts_of(tmp_path / name, max_document_mib=limit / 2**20)
+        assert len(parts) > 100
+        assert max(len(part.encode()) for part in parts) <= limit
+        assert [paragraph for part in parts for paragraph in part.split("\n\n")] == paragraphs
+
+
+def test_a_long_paragraph_is_split_at_lines(tmp_path: Path) -> None:
+    lines = [f"line {n} of a poem without an empty line" for n in range(500)]
+    (tmp_path / "long.txt").write_text("\n".join(lines))
+    parts = texts_of(tmp_path / "long.txt", max_document_mib=1000 / 2**20)
+    assert max(len(part) for part in parts) <= 1000
+    assert "\n".join(parts).split("\n") == lines
+
+
+def test_ids_are_stable_and_never_shared(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("same")
+    (tmp_path / "b.txt").write_text("same")
+    (tmp_path / "c.jsonl").write_text('{"text": "same"}\n{"text": "same"}\n')
+    first, again = ([document.id for document in read(tmp_path)] for _ in range(2))
+    assert first == again
+    assert len(set(first)) == 4
+
+
+def test_without_a_listener_a_warning_counts_what_was_set_aside(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": 1}\n{"tex\n')
+    with pytest.warns(UserWarning, match=r"1 invalid JSON, 1 no text field; the first: .*a\.jsonl, line 2"):
+        assert [document.text for document in read(tmp_path)] == ["good"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        heard: list[SetAside] = []
+        list(read(tmp_path, on_set_aside=heard.append))
+    assert [record.record for record in heard] == ["line 2", "line 3"]
+
+
+def test_input_fingerprint_follows_content_and_not_time(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    chosen = CorpusSettings(inputs=(str(tmp_path),))
+    before = input_fingerprint(chosen)
+    os.utime(path, (1, 1))
+    assert input_fingerprint(chosen) == before
+    path.write_text("two")
+    changed = input_fingerprint(chosen)
+    (tmp_path / "b.txt").write_text("")
+    assert len({before, changed, input_fingerprint(chosen)}) == 3
+
+
+def test_documents_cannot_be_changed() -> None:
+    document = Document("0" * 32, "text", "here")
+    with pytest.raises(AttributeError):
+        document.text = "other"  # type: ignore[misc]

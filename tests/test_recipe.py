@@ -1,0 +1,336 @@
+"""A recipe says what is wrong with it all at once, reads back what it writes, and never breaks on odd input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from groundup.errors import RecipeError
+from groundup.recipe import (
+    Recipe,
+    changed_settings,
+    parse_recipe,
+    read_recipe,
+    recipe_toml,
+    shipped_recipes,
+)
+
+
+def problems_of(text: str, *overrides: str) -> dict[str, str]:
+    """Where each problem is, and what is said of it."""
+    with pytest.raises(RecipeError) as raised:
+        parse_recipe(text, "mine.toml", overrides)
+    assert raised.value.exit_code == 2
+    assert str(raised.value).startswith("mine.toml: ")
+    found = {problem.where: str(problem) for problem in raised.value.problems}
+    assert len(found) == len(raised.value.problems), "a problem was reported twice"
+    return found
+
+
+# --- What is wrong, and the way out
+
+
+def test_ten_mistakes_are_reported_at_once() -> None:
+    found = problems_of(
+        """
+        seed = -1
+        name = "../elsewhere"
+        treads = 4
+        [corpus]
+        inputs = []
+        validation_share = 1.5
+        [tokenizer]
+        kind = "bpee"
+        vocab_size = "many"
+        [pretrain]
+        learning_rate = 0.1
+        lr = nan
+        [tokeniser]
+        kind = "bpe"
+        """
+    )
+    expected = {
+        "seed = -1": "greater than or equal to 0",
+        'name = "../elsewhere"': "pattern",
+        "treads": "Did you mean 'threads'?",
+        "[corpus] inputs = []": "at least 1",
+        "[corpus] validation_share = 1.5": "less than 1",
+        '[tokenizer] kind = "bpee"': "'bpe' or 'characters'",
+        '[tokenizer] vocab_size = "many"': "valid integer",
+        "[pretrain] learning_rate": "no such setting",
+        "[pretrain] lr = NaN": "finite",
+        "tokeniser": "Did you mean 'tokenizer'?",
+    }
+    assert found.keys() == expected.keys()
+    for where, words in expected.items():
+        assert words in found[where]
+
+
+def test_a_problem_names_the_field_the_value_and_what_it_means() -> None:
+    found = problems_of("[pretrain]\nbatch_size = 0")
+    assert found == {
+        "[pretrain] batch_size = 0": "[pretrain] batch_size = 0: input should be greater than or equal to 1. "
+        "(sequences in one optimizer step, over all devices)"
+    }
+
+
+def test_nested_sections_are_named_in_full() -> None:
+    assert list(problems_of("[evaluate.gates]\nmin_exact_match = 2")) == ["[evaluate.gates] min_exact_match = 2"]
+    assert "'min_exact_match'" in problems_of("[evaluate.gates]\nmin_exact = 0.5")["[evaluate.gates] min_exact"]
+
+
+@pytest.mark.parametrize("value", ["3", '"off"', "[1, 2]"])
+def test_a_value_where_a_section_belongs_is_explained(value: str) -> None:
+    (said,) = problems_of(f"pretrain = {value}").values()
+    assert said.startswith("pretrain")
+    assert "[section]" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("warmup_share = 0.6\ndecay_share = 0.6", "lower one of them"),
+        ("batch_size = 30\nmicro_batch_size = 8", "choose a divisor"),
+        ("tokens = 0", "at least 1"),
+        ('tokens = "all"', "compute-optimal"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(settings: str, words: str) -> None:
+    assert any(words in said for said in problems_of(f"[pretrain]\n{settings}").values())
+
+
+def test_broken_toml_names_the_line() -> None:
+    (said,) = problems_of("seed = 1\n[corpus\n").values()
+    assert "line 2" in said
+
+
+def test_a_missing_recipe_names_the_nearest_shipped_one(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="Did you mean 'demo'"):
+        read_recipe("demoo")
+    with pytest.raises(RecipeError, match="Shipped recipes: demo"):
+        read_recipe(tmp_path / "gone.toml")
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError):
+        read_recipe(tmp_path)
+
+
+def test_a_recipe_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes('about = "Größe"'.encode("latin-1"))
+    with pytest.raises(RecipeError, match="UTF-8"):
+        read_recipe(path)
+
+
+# --- Overrides
+
+
+def test_overrides_are_read_as_toml_or_else_as_text() -> None:
+    recipe = parse_recipe(
+        "[pretrain]\nlr = 0.5",
+        "mine.toml",
+        [
+            "pretrain.lr=3e-4",
+            "corpus.inputs=my.txt",
+            "corpus.languages=[]",
+            "pretrain.compile=true",
+            'about="1 = 1"',
+            "evaluate.gates.min_bits_per_byte_drop=0.5",
+            "sft.data = ['a.jsonl', 'b.jsonl']",
+            "pretrain.tokens=compute-optimal",
+        ],
+    )
+    assert recipe.pretrain.lr == 3e-4
+    assert recipe.corpus.inputs == ("my.txt",)
+    assert recipe.corpus.languages == ()
+    assert recipe.pretrain.compile is True
+    assert recipe.about == "1 = 1"
+    assert recipe.evaluate.gates.min_bits_per_byte_drop == 0.5
+    assert recipe.sft is not None
+    assert recipe.sft.data == ("a.jsonl", "b.jsonl")
+    assert recipe.pretrain.tokens == "compute-optimal"
+
+
+def test_the_last_override_of_a_setting_counts() -> None:
+    assert parse_recipe("", "mine.toml", ["seed=2", "seed=3"]).seed == 3
+
+
+def test_wrong_overrides_are_reported_with_the_recipes_own_mistakes() -> None:
+    found = problems_of("seed = -1", "pretrain.lr", "=3", "seed.more=1", "pretrain.batch=4")
+    assert found.keys() == {
+        "seed = -1",
+        "--set pretrain.lr",
+        "--set =3",
+        "--set seed.more=1",
+        "[pretrain] batch",
+    }
+
+
+# --- Defaults and what ships
+
+
+def test_an_empty_recipe_is_valid_and_takes_its_files_name(tmp_path: Path) -> None:
+    path = tmp_path / "my.first-model.toml"
+    path.write_text("")
+    recipe = read_recipe(path)
+    assert recipe == Recipe(name="my.first-model")
+    assert recipe.sft is None
+
+
+def test_every_shipped_recipe_is_valid_and_says_what_it_is() -> None:
+    assert {"demo", "shakespeare"} <= shipped_recipes().keys()
+    for name, about in shipped_recipes().items():
+        recipe = read_recipe(name)
+        assert recipe.name == name
+        assert recipe.about == about != ""
+
+
+def test_the_demo_holds_its_gates() -> None:
+    gates = read_recipe("demo").evaluate.gates
+    assert gates.min_bits_per_byte_drop == 1.5
+    assert gates.max_exact_match_before == 0.05
+    assert gates.min_exact_match == 0.8
+
+
+def test_every_setting_is_documented() -> None:
+    lines = recipe_toml(Recipe.model_validate({"sft": {}}), comments=True).splitlines()
+    assert sum("=" in line for line in lines) > 50
+    assert [line for line in lines if "=" in line and "  # " not in line] == []
+
+
+def test_a_recipe_cannot_be_changed_in_place() -> None:
+    recipe = Recipe()
+    with pytest.raises(ValidationError):
+        recipe.seed = 2
+
+
+# --- Laws
+
+texts = st.text(st.characters(codec="utf-8"), max_size=20)
+shares = st.floats(0.0, 0.5)
+positive = st.floats(1e-12, 1.0)
+recipes = st.builds(
+    lambda seed, about, threads, inputs, languages, lr, warmup, tokens, samples, sft, gate: Recipe.model_validate(
+        {
+            "seed": seed,
+            "about": about,
+            "threads": threads,
+            "corpus": {"inputs": inputs, "languages": languages},
+            "pretrain": {"lr": lr, "warmup_share": warmup, "decay_share": 0.5, "tokens": tokens, "samples": samples},
+            "sft": sft,
+            "evaluate": {"gates": {"min_bits_per_byte_drop": gate}},
+        }
+    ),
+    st.integers(0, 2**31 - 1),
+    texts,
+    st.none() | st.integers(1, 1024),
+    st.lists(texts, min_size=1, max_size=3),
+    st.lists(texts, max_size=3),
+    positive,
+    shares,
+    st.integers(1, 10**15) | st.just("compute-optimal"),
+    st.lists(texts, max_size=3),
+    st.none() | st.fixed_dictionaries({"epochs": st.floats(0.01, 1000), "data": st.lists(texts, min_size=1)}),
+    st.none() | st.floats(0, 1),
+)
+
+
+@given(recipes, st.booleans())
+def test_a_recipe_reads_back_what_it_writes(recipe: Recipe, comments: bool) -> None:
+    assert parse_recipe(recipe_toml(recipe, comments=comments), "again.toml") == recipe
+
+
+@given(recipes, recipes)
+def test_the_changes_are_empty_exactly_for_equal_recipes(one: Recipe, other: Recipe) -> None:
+    assert changed_settings(one, one) == []
+    assert (changed_settings(one, other) == []) == (one == other)
+
+
+overrides_of_all_kinds = st.text(max_size=30) | st.from_regex(r"(seed|pretrain|pretrain\.lr|sft|a\.b\.c|\.)=.{0,12}")
+
+
+def assert_read_or_explained(text: str, overrides: list[str]) -> None:
+    """Either a recipe comes out, or a `RecipeError` that says why; nothing else."""
+    try:
+        assert isinstance(parse_recipe(text, "mine.toml", overrides), Recipe)
+    except RecipeError as error:
+        if not error.problems:
+            pytest.fail("refused without a reason")
+
+
+@given(st.lists(overrides_of_all_kinds, max_size=3))
+def test_no_override_breaks_the_reader(overrides: list[str]) -> None:
+    assert_read_or_explained("seed = 1", overrides)
+
+
+sections = st.sampled_from(["seed", "name", "corpus", "pretrain", "sft", "evaluate", "gates", "lr", "inputs", "tokens"])
+values = st.recursive(
+    st.integers() | st.floats() | st.booleans() | st.text(max_size=5) | st.dates(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(sections | st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(sections | st.text(max_size=3), values, max_size=4))
+def test_no_recipe_breaks_the_reader(written: dict[str, object]) -> None:
+    assert_read_or_explained("\n".join(f"{_quoted(key)} = {_toml(value)}" for key, value in written.items()), [])
+
+
+def _quoted(text: str) -> str:
+    return '"' + "".join(f"\\U{ord(letter):08x}" for letter in text) + '"'
+
+
+def _toml(value: object) -> str:
+    match value:
+        case bool():
+            return str(value).lower()
+        case str():
+            return _quoted(value)
+        case list():
+            return f"[{', '.join(map(_toml, value))}]"
+        case dict():
+            return "{" + ", ".join(f"{_quoted(key)} = {_toml(inner)}" for key, inner in value.items()) + "}"
+        case _:
+            return str(value)
+
+
+def test_settings_without_an_effect_on_the_result_are_no_part_of_its_fingerprint() -> None:
+    quiet = parse_recipe("[pretrain]\nlog_every = 1\ncheckpoint_seconds = 5", "a.toml").pretrain
+    loud = parse_recipe("[pretrain]\nlog_every = 99\ncheckpoint_seconds = 0", "a.toml").pretrain
+    other = parse_recipe("[pretrain]\nlr = 1e-5", "a.toml").pretrain
+    assert quiet.fingerprint_values() == loud.fingerprint_values()
+    assert quiet.fingerprint_values() != other.fingerprint_values()
+
+
+def test_a_changed_setting_is_shown_before_and_after() -> None:
+    before = parse_recipe("[pretrain]\nlr = 0.1", "a.toml")
+    after = parse_recipe("[pretrain]\nlr = 0.2\n[sft]\nepochs = 2.0", "a.toml")
+    changes = changed_settings(before, after)
+    assert "pretrain.lr: 0.1 -> 0.2" in changes
+    assert "sft.epochs: null -> 2.0" in changes
+    assert not any(line.startswith(("corpus", "pretrain.muon")) for line in changes)
+
+
+@pytest.mark.parametrize(
+    ("gate", "overrides"),
+    [
+        ("min_bits_per_byte_drop", ["evaluate.tasks=['groundup:tasks']"]),
+        ("min_exact_match", ["evaluate.tasks=['bits_per_byte']"]),
+        ("max_exact_match_before", ["evaluate.tasks=['bits_per_byte', 'groundup:tasks']"]),
+    ],
+)
+def test_a_gate_on_what_is_not_measured_is_refused(gate, overrides):
+    with pytest.raises(RecipeError, match=rf"{gate} needs"):
+        parse_recipe("", "my.toml", [f"evaluate.gates.{gate}=0.5", *overrides])
+
+
+def test_a_key_named_like_a_type_is_only_an_unknown_key():
+    with pytest.raises(RecipeError, match="int: no such setting"):
+        parse_recipe("int = []", "my.toml")
+    with pytest.raises(RecipeError, match=r"\[pretrain\] int: no such setting"):
+        parse_recipe("[pretrain]\nint = 1", "my.toml")

@@ -1,0 +1,144 @@
+"""The textbook forms against torch, and the rooms' fast forms against the textbook."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from groundup.model import preset
+from groundup.model.attention import attend_to_cache
+from groundup.model.feedforward import GELU, SwiGLU
+from groundup.model.normalization import LayerNorm, RMSNorm
+from groundup.model.positions import rotate, rotation_table
+from groundup.reference import sampling
+from groundup.reference.attention import causal_attention
+from groundup.reference.feedforward import gelu, swiglu
+from groundup.reference.normalization import layernorm, rmsnorm
+from groundup.reference.objective import cross_entropy
+from groundup.reference.optimizers import adamw_step, muon_step
+from groundup.reference.positions import rope
+from groundup.training.muon import Muon
+from groundup.training.objective import cross_entropy_sum
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def filled(layer: torch.nn.Module) -> torch.nn.Module:
+    """One of our layers in float64, every parameter random."""
+    layer = layer.double()
+    with torch.no_grad():
+        for place, parameter in enumerate(layer.parameters()):
+            parameter.copy_(normal(*parameter.shape, seed=10 + place))
+    return layer
+
+
+def test_norms():
+    x, weight, bias = normal(3, 4, 16) * 5 + 1, normal(16, seed=1), normal(16, seed=2)
+    torch.testing.assert_close(rmsnorm(x, weight, 1e-5), F.rms_norm(x, (16,), weight, 1e-5))
+    torch.testing.assert_close(layernorm(x, weight, bias, 1e-5), F.layer_norm(x, (16,), weight, bias, 1e-5))
+    rms, layer = filled(RMSNorm(16, 1e-3)), filled(LayerNorm(16, 1e-3, bias=True))
+    torch.testing.assert_close(rms(x), rmsnorm(x, rms.weight, 1e-3))
+    torch.testing.assert_close(layer(x), layernorm(x, layer.weight, layer.bias, 1e-3))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_attention(kv_heads):
+    q, k, v = normal(6, 9, 4), normal(kv_heads, 9, 4, seed=1), normal(kv_heads, 9, 4, seed=2)
+    expected = causal_attention(q, k, v)
+    fast = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
+    torch.testing.assert_close(fast, expected)
+    cached = attend_to_cache(*(x[None].float() for x in (q, k, v)), torch.arange(9)[None])[0]
+    torch.testing.assert_close(cached, expected.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_rope():
+    x, positions = normal(5, 8), torch.tensor([0, 1, 2, 17, 300])
+    expected = rope(x, positions, 10_000.0)
+    turned = rotate(x[None, None], rotation_table(positions, 8, 10_000.0, torch.float64))[0, 0]
+    torch.testing.assert_close(turned, expected, atol=1e-4, rtol=1e-4)
+    # As a product of complex numbers, first half real and second imaginary.
+    angles = positions[:, None].double() * 10_000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)
+    complex_form = torch.complex(x[:, :4], x[:, 4:]) * torch.polar(torch.ones_like(angles), angles)
+    torch.testing.assert_close(torch.cat([complex_form.real, complex_form.imag], dim=-1), expected)
+
+
+def test_swiglu():
+    x, gate, up, down = normal(3, 8), normal(12, 8, seed=1), normal(12, 8, seed=2), normal(8, 12, seed=3)
+    torch.testing.assert_close(swiglu(x, gate, up, down), F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down))
+    ours, wide = filled(SwiGLU(preset("ground-nano"))), normal(3, 32)
+    parts = ours.gate_proj.weight, ours.up_proj.weight, ours.down_proj.weight
+    torch.testing.assert_close(ours(wide), swiglu(wide, *parts))
+
+
+def test_gelu():
+    x, ours = normal(5, 32), filled(GELU(preset("gpt2-nano")))
+    torch.testing.assert_close(gelu(x), F.gelu(x, approximate="tanh"))
+    torch.testing.assert_close(gelu(x), F.gelu(x), atol=1e-3, rtol=0)  # what it approximates
+    torch.testing.assert_close(ours(x), ours.down_proj(gelu(ours.up_proj(x))))
+
+
+def test_cross_entropy():
+    hidden, weight = normal(7, 6), normal(11, 6, seed=1) * 30  # logits too large for a plain exponential
+    targets = torch.tensor([3, -100, 0, 10, 10, -100, 5])
+    expected = cross_entropy(hidden @ weight.T, targets)
+    torch.testing.assert_close(F.cross_entropy(hidden @ weight.T, targets), expected)
+    fast = cross_entropy_sum(hidden.float(), weight.float(), targets) / 5
+    torch.testing.assert_close(fast, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_adamw():
+    weight = torch.nn.Parameter(normal(4, 3))
+    settings = {"lr": 0.02, "eps": 1e-8, "weight_decay": 0.3}
+    optimizer = torch.optim.AdamW([weight], betas=(0.8, 0.95), **settings)
+    expected, m, v = weight.detach().clone(), torch.zeros(4, 3), torch.zeros(4, 3)
+    for step in range(1, 8):
+        weight.grad = normal(4, 3, seed=step)
+        optimizer.step()
+        expected, m, v = adamw_step(expected, weight.grad, m, v, step, beta1=0.8, beta2=0.95, **settings)
+        torch.testing.assert_close(weight.detach(), expected)
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (5, 12), (8, 8)])
+def test_muon(shape):
+    start = normal(*shape).float()
+    ours, torchs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    settings = {"lr": 0.02, "weight_decay": 0.5}
+    fast = Muon([ours], momentum=0.9, **settings)
+    theirs = torch.optim.Muon([torchs], momentum=0.9, nesterov=True, ns_steps=5, **settings)
+    expected, momentum = start.double(), torch.zeros(shape, dtype=torch.float64)
+    for step in range(1, 6):
+        gradient = normal(*shape, seed=step)
+        ours.grad, torchs.grad = gradient.float(), gradient.float()
+        fast.step()
+        theirs.step()
+        expected, momentum = muon_step(expected, gradient, momentum, beta=0.9, **settings)
+    torch.testing.assert_close(ours.detach(), expected.float(), atol=1e-5, rtol=1e-4)
+    # torch computes its steps in bfloat16.
+    assert (torchs - expected).norm() < 0.05 * (expected - start).norm()
+
+
+@given(st.lists(st.floats(-50, 50), min_size=1, max_size=10), st.floats(0.1, 5))
+def test_softmax(logits, temperature):
+    expected = (torch.tensor(logits, dtype=torch.float64) / temperature).softmax(dim=-1)
+    torch.testing.assert_close(torch.tensor(sampling.softmax(logits, temperature), dtype=torch.float64), expected)
+
+
+def test_filters_by_hand():
+    probabilities = [0.1, 0.4, 0.2, 0.2, 0.1]
+    assert sampling.top_k(probabilities, 1) == [0, 1, 0, 0, 0]
+    assert sampling.top_k(probabilities, 2) == pytest.approx([0, 0.5, 0.25, 0.25, 0])  # two tie for the second place
+    assert sampling.top_k(probabilities, 9) == pytest.approx(probabilities)
+    assert sampling.top_p(probabilities, 0.39) == [0, 1, 0, 0, 0]
+    assert sampling.top_p(probabilities, 0.41) == pytest.approx([0, 0.5, 0.25, 0.25, 0])
+    assert sampling.top_p(probabilities, 1.0) == pytest.approx(probabilities)
+
+
+def test_draws_by_hand():
+    probabilities = [0.25, 0.0, 0.5, 0.25]
+    assert [sampling.draw(probabilities, uniform) for uniform in (0, 0.24, 0.25, 0.74, 0.75)] == [0, 0, 2, 2, 3]
+    assert sampling.draw([1 / 3] * 3 + [0.0], math.nextafter(1, 0)) == 2

@@ -1,0 +1,443 @@
+"""The road: each stage once, again when it must, the same bits whatever happens on the way."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_road
+import torch
+from tiny_road import STAGES, bits, build_quietly, copy_of_finished, finished_run, rewritten, times, tiny_recipe
+
+from groundup import read_recipe
+from groundup.console import Console
+from groundup.errors import DataError, GateError, RecipeError, RunError
+from groundup.preview import check_recipe, derived_values, smoke_profile
+from groundup.recipe import Recipe, parse_recipe
+from groundup.road import build, plan, stages
+from groundup.run import Run
+
+
+def changed(recipe: Recipe, *overrides: str) -> Recipe:
+    """The finished run's recipe with other settings."""
+    return tiny_recipe(Path(recipe.corpus.inputs[0]), *overrides)
+
+
+def states(recipe: Recipe, run: Run) -> dict[str, str]:
+    return {item.stage.name: item.state for item in plan(recipe, run)}
+
+
+# --- What a walk leaves
+
+
+def test_every_stage_leaves_its_manifest_and_the_road_its_page() -> None:
+    run = finished_run()
+    assert states(run.recipe, run) == dict.fromkeys(STAGES, "done")
+    for name in STAGES:
+        manifest = run.manifest(name)
+        assert manifest is not None
+        assert manifest.stage == name
+        assert manifest.seconds > 0
+        assert manifest.environment["torch"] == torch.__version__
+    assert (run.root / "report.html").stat().st_size > 10_000
+    assert not list(run.root.rglob("*.partial-*"))
+    assert not list(run.root.rglob("started.json"))
+    assert not list(run.root.rglob("checkpoints"))
+
+
+def test_a_recipe_without_sft_has_a_shorter_road(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tiny_road.write_texts(tmp_path / "texts.jsonl")).model_copy(update={"sft": None})
+    assert [stage.name for stage in stages(recipe)] == ["corpus", "tokenizer", "shards", "pretrain", "evaluate"]
+    run = build_quietly(recipe, tmp_path / "base")
+    rows = json.loads((run.root / "evaluate" / "scores.json").read_text())["rows"]
+    assert [row["key"] for row in rows] == ["bits_per_byte", "exact_match"]
+    with pytest.raises(RunError, match="'sft' is no stage of this recipe"):
+        build_quietly(recipe, tmp_path / "base", until="sft")
+
+
+def test_same_recipe_same_bits_other_seed_other_bits(tmp_path: Path) -> None:
+    recipe = finished_run().recipe
+    again = build_quietly(recipe, tmp_path / "again")
+    assert bits(again) == bits(finished_run())
+    other = bits(build_quietly(changed(recipe, "seed=2"), tmp_path / "other"))
+    for name in ("pretrain/model/model.safetensors", "pretrain/metrics.jsonl", "sft/model/model.safetensors"):
+        assert other[name] != bits(again)[name]
+
+
+def test_the_caller_keeps_its_number_of_threads(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        build_quietly(finished_run().recipe, tmp_path / "run", until="corpus")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- What is done again
+
+
+def test_a_second_build_touches_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = copy_of_finished(tmp_path)
+    before = times(run)
+    build(run.recipe, run.root, console=Console())
+    assert times(run) == before
+    assert [line.split() for line in capsys.readouterr().err.splitlines()] == [
+        [name, "up", "to", "date"] for name in STAGES
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "again"),
+    [
+        ("sft.epochs=0.5", {"sft", "evaluate"}),
+        ("evaluate.limit=10", {"evaluate"}),
+        ("generate.temperature=0.1", set()),
+        ("pretrain.checkpoint_seconds=7.0", set()),
+        ("about=other words", set()),
+        ("pretrain.lr=0.001", {"pretrain", "sft", "evaluate"}),
+        ("shards.shard_tokens=2000", {"shards", "pretrain", "sft", "evaluate"}),
+        ("corpus.min_characters=2", set(STAGES)),
+    ],
+)
+def test_a_changed_setting_is_done_again_with_what_stands_on_it(override: str, again: set[str]) -> None:
+    run = finished_run()
+    assert {name for name, state in states(changed(run.recipe, override), run).items() if state != "done"} == again
+
+
+def test_a_changed_sft_redoes_sft_and_evaluate_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = copy_of_finished(tmp_path)
+    before = times(run)
+    build(changed(run.recipe, "sft.epochs=0.5"), run.root, console=Console())
+    assert rewritten(run, before) == {"sft", "evaluate"}
+    assert times(run)["report.html"] > before["report.html"]
+    assert "sft.epochs: 1.0 -> 0.5" in capsys.readouterr().err
+
+
+def test_changed_texts_are_noticed_and_touched_ones_are_not(tmp_path: Path) -> None:
+    texts = tiny_road.write_texts(tmp_path / "texts.jsonl")
+    recipe = tiny_recipe(texts)
+    run = build_quietly(recipe, tmp_path / "run", until="shards")
+    os.utime(texts, (1, 1))
+    assert states(recipe, run)["corpus"] == "done"
+    texts.write_text(texts.read_text() + '{"text": "One more."}\n')
+    assert {name: state for name, state in states(recipe, run).items() if state != "missing"} == dict.fromkeys(
+        ("corpus", "tokenizer", "shards"), "changed"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "again"),
+    [
+        ({"start_from": "sft"}, {"sft", "evaluate"}),
+        ({"until": "tokenizer", "force": True}, {"tokenizer"}),
+        ({"until": "shards"}, set()),
+    ],
+)
+def test_what_is_asked_for_is_done_again_with_the_same_bits(
+    tmp_path: Path, options: dict[str, object], again: set[str]
+) -> None:
+    run = copy_of_finished(tmp_path)
+    before = times(run)
+    build_quietly(run.recipe, run.root, **options)
+    assert rewritten(run, before) == again
+    assert bits(run) == bits(finished_run())
+
+
+def test_all_is_done_again_by_force_and_an_interrupted_force_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copy_of_finished(tmp_path)
+    before = times(run)
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("groundup.tokenizer.Tokenizer.train", fail)
+        with pytest.raises(ZeroDivisionError):
+            build_quietly(run.recipe, run.root, force=True)
+    assert states(run.recipe, run) == {
+        "corpus": "done", "tokenizer": "begun", **dict.fromkeys(STAGES[2:], "missing")
+    }  # fmt: skip
+    build_quietly(run.recipe, run.root)
+    assert rewritten(run, before) == set(STAGES)
+    assert bits(run) == bits(finished_run())
+
+
+def test_a_lost_stage_is_made_again_and_nothing_else(tmp_path: Path) -> None:
+    run = copy_of_finished(tmp_path)
+    shutil.rmtree(run.root / "tokenizer")
+    (run.root / "shards" / "stage.json").write_text("{")
+    before = times(run)
+    build_quietly(run.recipe, run.root)
+    assert rewritten(run, before) == {"tokenizer", "shards"}
+    assert bits(run) == bits(finished_run())
+
+
+def test_an_unknown_stage_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="'pretraining' is no stage") as raised:
+        build_quietly(finished_run().recipe, tmp_path / "run", start_from="pretraining")
+    assert "corpus, tokenizer, shards, pretrain, sft, evaluate" in (raised.value.fix or "")
+
+
+# --- One process at a time
+
+HOLDER = """
+import sys, time
+from groundup.run import Run
+with Run(sys.argv[1]).lock():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_run_that_another_process_builds_is_refused_until_that_is_gone(tmp_path: Path) -> None:
+    run = copy_of_finished(tmp_path)
+    before = times(run)
+    command = [sys.executable, "-c", HOLDER, str(run.root)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(RunError, match=f"process {holder.pid} "):
+                build_quietly(run.recipe, run.root, force=True)
+            assert times(run) == before
+        finally:
+            holder.kill()
+    build_quietly(run.recipe, run.root)
+    assert times(run) == before
+
+
+# --- Gates and checks before the walk
+
+
+def test_a_missed_gate_is_told_after_everything_is_built(tmp_path: Path) -> None:
+    run = copy_of_finished(tmp_path)
+    strict = changed(run.recipe, "evaluate.gates.min_exact_match=0.9", "evaluate.gates.min_bits_per_byte_drop=0.01")
+    for _ in range(2):  # building again does not forget it
+        with pytest.raises(GateError, match="exact match: at least 90% after") as raised:
+            build_quietly(strict, run.root)
+        assert "bits per byte" not in str(raised.value)
+        assert set(states(strict, run).values()) == {"done"}
+    build_quietly(strict, run.root, until="sft")
+    build_quietly(changed(run.recipe, "evaluate.gates.min_bits_per_byte_drop=0.01"), run.root)
+
+
+def problems_of(recipe: Recipe) -> list[str]:
+    with pytest.raises(RecipeError) as raised:
+        check_recipe(recipe, "my.toml")
+    return [str(problem) for problem in raised.value.problems]
+
+
+def test_what_only_the_whole_recipe_shows_is_told_at_once(tmp_path: Path) -> None:
+    found = problems_of(
+        parse_recipe(
+            '[corpus]\ninputs = ["no/such.txt"]\nlanguages = ["english"]\n[model]\ncontext_length = 64\n'
+            '[pretrain]\nsequence_length = 128\n[sft]\ndata = ["no/talks.jsonl"]\n'
+            '[evaluate]\ntasks = ["bits_per_bite"]\n',
+            "my.toml",
+        )
+    )
+    places = [
+        "[pretrain] sequence_length = 128: longer than the model's context of 64.",
+        "[corpus] inputs: no/such.txt: no such file or folder",
+        "[corpus] languages = 'english': not a code",
+        "[sft] data = 'no/talks.jsonl': no such file.",
+        "[evaluate] tasks: 'bits_per_bite' is not known. Did you mean 'bits_per_byte'?",
+    ]
+    assert len(found) == len(places)
+    for problem, place in zip(found, places, strict=True):
+        assert problem.startswith(place)
+
+
+def test_an_unknown_preset_is_told_with_the_nearest(tmp_path: Path) -> None:
+    recipe = parse_recipe('[model]\npreset = "ground-1n"\n', "my.toml")
+    assert any("ground-1m" in problem for problem in problems_of(recipe))
+
+
+def test_a_single_missing_file_is_no_wrong_recipe(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "texts.jsonl")
+    with pytest.raises(DataError, match="no such file") as raised:
+        build_quietly(recipe, tmp_path / "run")
+    assert raised.value.exit_code == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["demo", "shakespeare"])
+def test_shipped_recipes_and_their_smoke_profiles_are_sound(name: str) -> None:
+    recipe = read_recipe(name)
+    check_recipe(recipe, name)
+    smoke = smoke_profile(recipe)
+    check_recipe(smoke, name)
+    assert smoke.name == f"{name}-smoke"
+    assert int(smoke.pretrain.tokens) <= 160_000
+    assert smoke.corpus == recipe.corpus
+    assert smoke.model == recipe.model
+
+
+def test_derived_values_say_why() -> None:
+    recipe = finished_run().recipe
+    derived = {name: (value, reason) for name, value, reason in derived_values(recipe)}
+    pretrained = finished_run().manifest("pretrain")
+    assert pretrained is not None
+    assert derived["pretrain.steps"][0] == str(pretrained.summary["steps"])
+    assert derived["model parameters"][0] == f"{pretrained.summary['parameters']:,}"
+    assert derived["pretrain.eval_every"] == ("10", "as the recipe says")
+    assert derived["pretrain.sequence_length"] == ("64", "the model's context")
+    assert "model.context_length" not in derived
+    assert derived["model.n_layers"] == ("2", "preset ground-nano")
+    optimal = {
+        name: (value, why) for name, value, why in derived_values(changed(recipe, "pretrain.tokens=compute-optimal"))
+    }
+    assert optimal["pretrain.tokens"][1].startswith("20 for each of")
+
+
+# --- Killed anywhere
+
+
+def build_in_child(recipe: Recipe, root: Path, events_to_live: int | None = None) -> None:
+    """Build in this (forked) process; with `events_to_live` it kills itself at that sync to disk or rename."""
+    if events_to_live is not None:
+        left = iter(range(events_to_live))
+
+        def mortal(act: Callable[..., object]) -> Callable[..., object]:
+            def acts(*arguments: object, **options: object) -> object:
+                if next(left, None) is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return act(*arguments, **options)
+
+            return acts
+
+        os.fsync = mortal(os.fsync)  # type: ignore[assignment]
+        Path.replace = mortal(Path.replace)  # type: ignore[method-assign, assignment]
+    torch.set_num_threads(1)
+    build_quietly(recipe, root)
+
+
+def server() -> multiprocessing.context.ForkServerContext:
+    """Processes that have imported everything already, so that a kill lands in the work and not in the imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["groundup.road", "groundup.report", "tiny_road"])
+    return context
+
+
+def assert_whole(run: Run, uninterrupted: Run) -> None:
+    """After all kills: the same bits as an uninterrupted run's, and nothing left lying about."""
+    assert bits(run) == bits(uninterrupted)
+    assert not list(run.root.rglob("*.partial-*"))
+    names = {path.name for path in run.root.iterdir() if not path.name.startswith(".")}
+    assert names == {*STAGES, "recipe.toml", "report.html"}
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_it_ends_with_the_same_bits(tmp_path: Path) -> None:
+    # As the finished run, but with a checkpoint after every step.
+    recipe = changed(finished_run().recipe, "pretrain.checkpoint_seconds=0.0", "sft.checkpoint_seconds=0.0")
+    context, draw = server(), random.Random(5)
+
+    def start(run: Run) -> multiprocessing.process.BaseProcess:
+        """A child that has just taken the run's lock."""
+        (run.root / ".lock-holder.json").unlink(missing_ok=True)
+        process = context.Process(target=build_in_child, args=(recipe, run.root))
+        process.start()
+        while process.is_alive() and not (run.root / ".lock-holder.json").exists():
+            time.sleep(0.001)
+        return process
+
+    uninterrupted = Run(tmp_path / "uninterrupted")
+    whole = start(uninterrupted)
+    whole.join()
+    assert whole.exitcode == 0
+    seconds = {name: manifest.seconds for name in STAGES if (manifest := uninterrupted.manifest(name))}
+
+    # Ten moments, each at a random time in a stage, so that every stage is hit however fast this machine is.
+    run = Run(tmp_path / "tiny")
+    for target in (*STAGES[:3], "pretrain", "pretrain", "pretrain", "pretrain", "sft", "sft", "evaluate"):
+        killed = False
+        while not killed:
+            if run.manifest(target) is not None:
+                run.forget(target)  # it was over before the kill: once more
+            process = start(run)
+            while process.is_alive() and not (run.root / target / "started.json").exists():
+                time.sleep(0.001)
+            process.join(draw.uniform(0, seconds[target]))
+            process.kill()
+            process.join()
+            assert process.exitcode in (0, -signal.SIGKILL)
+            killed = process.exitcode == -signal.SIGKILL
+    last = start(run)
+    last.join()
+    assert last.exitcode == 0
+    assert_whole(run, uninterrupted)
+
+
+@pytest.mark.slow
+def test_the_smoke_recipe_killed_at_ten_random_moments_ends_with_the_same_bits(tmp_path: Path) -> None:
+    recipe = smoke_profile(read_recipe("demo", ["threads=1"]))
+    context, draw = server(), random.Random(11)
+
+    def build_for(seconds: float | None, run: Run) -> int | None:
+        process = context.Process(target=build_in_child, args=(recipe, run.root))
+        process.start()
+        process.join(seconds)
+        process.kill()
+        process.join()
+        return process.exitcode
+
+    uninterrupted, run = Run(tmp_path / "uninterrupted"), Run(tmp_path / "killed")
+    began = time.perf_counter()
+    assert build_for(None, uninterrupted) == 0
+    whole = time.perf_counter() - began
+    ends = [build_for(draw.uniform(0, whole / 8), run) for _ in range(10)]
+    assert ends == [-signal.SIGKILL] * 10
+    assert build_for(None, run) == 0
+    assert_whole(run, uninterrupted)
+
+
+@pytest.mark.slow
+def test_killed_at_any_write_it_ends_with_the_same_bits(tmp_path: Path) -> None:
+    recipe = finished_run().recipe
+    run, context, draw = Run(tmp_path / "tiny"), server(), random.Random(7)
+    kills = 0
+    for _ in range(100):
+        process = context.Process(target=build_in_child, args=(recipe, run.root, draw.randint(0, 110)))
+        process.start()
+        process.join(60)
+        assert process.exitcode in (0, -signal.SIGKILL)
+        if process.exitcode == 0:
+            break
+        kills += 1
+    assert process.exitcode == 0
+    assert kills >= 4
+    assert_whole(run, finished_run())
+
+
+def test_a_stage_killed_while_it_is_removed_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage half removed by --force must not be gone on with."""
+    run = copy_of_finished(tmp_path)
+    fingerprint = plan(run.recipe, run)[3].fingerprint
+    run.forget("pretrain")
+    run.begin("pretrain", fingerprint)
+    (run.root / "pretrain" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.0, "tokens": 1}\n')
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build_quietly(run.recipe, run.root, until="pretrain", force=True)
+    assert states(run.recipe, run)["pretrain"] == "missing"
+    build_quietly(run.recipe, run.root)
+    assert bits(run) == bits(finished_run())

@@ -1,0 +1,245 @@
+"""The loader's laws: a true shuffle, every token a target once an epoch, any batch at any time."""
+
+import itertools
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from shards_bytes import opened, stream_of, written
+
+from groundup.errors import ArtifactError, DataError
+from groundup.shards import Batch, Permutation, TokenShards, WindowLoader, validation_windows
+
+GOLDEN_ORDER = [4, 9, 6, 7, 0, 8, 1, 3, 2, 5]
+TEXTS = ["".join(chr(97 + (n * k) % 26) for k in range(n * 7 % 301)) for n in range(1, 25)]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
+    return opened(tmp_path_factory.mktemp("shards"), TEXTS)
+
+
+class NumberedShards(TokenShards):
+    """A stream in which every token is its own place, so that tests can see which is which."""
+
+    def __init__(self, n_tokens: int) -> None:
+        self.n_tokens = n_tokens
+        self.end_of_text_id = -1
+        self.fingerprint = f"numbers to {n_tokens}"
+
+    def window(self, start: int, length: int) -> np.ndarray:
+        assert start >= 0
+        assert start + length <= self.n_tokens
+        return np.arange(start, start + length)
+
+
+def check_rows(batch: Batch, n: int) -> None:
+    """On a numbered stream: each target follows its input, the first token follows the last."""
+    seen = batch.targets != -100
+    assert (batch.targets[seen] == (batch.ids[seen] + 1) % n).all()
+    assert (np.diff(batch.ids, axis=1) % n == 1 % n).all()
+    assert batch.ids.dtype == batch.targets.dtype == np.int64
+
+
+# --- the order
+
+
+@given(n=st.integers(1, 5000), seed=st.integers(0, 2**31 - 1), epoch=st.integers(0, 10**6))
+def test_the_order_is_a_bijection(n: int, seed: int, epoch: int) -> None:
+    images = Permutation(n, (seed, epoch))(np.arange(n))
+    np.testing.assert_array_equal(np.sort(images), np.arange(n))
+
+
+@given(n=st.integers(10**9, 2**62), seed=st.integers(0, 100), data=st.data())
+def test_a_huge_order_is_one_to_one_and_in_range(n: int, seed: int, data: st.DataObject) -> None:
+    indices = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=50, unique=True)))
+    images = Permutation(n, (seed,))(indices)
+    assert len(set(images.tolist())) == len(indices)
+    assert images.min() >= 0
+    assert images.max() < n
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 10, 20])
+def test_every_index_goes_everywhere_equally_often(n: int) -> None:
+    """Chi-square over keys: each of n² (index, place) counts is near its mean."""
+    n_keys = 2000
+    counts = np.zeros((n, n))
+    for key in range(n_keys):
+        counts[np.arange(n), Permutation(n, (key, 0))(np.arange(n))] += 1
+    expected = n_keys / n
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = (n - 1) ** 2
+    assert statistic < freedom + 6 * math.sqrt(2 * freedom)
+
+
+def test_neighbours_are_torn_apart_and_epochs_differ() -> None:
+    n = 10_000
+    one, two = (Permutation(n, (1, epoch))(np.arange(n)) for epoch in (0, 1))
+    for order in (one, two):
+        assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 0.05
+        assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.05
+        assert (np.abs(np.diff(order)) == 1).sum() < 20
+    assert (one == two).sum() < 10
+
+
+def test_the_order_is_the_same_for_ever() -> None:
+    """A checkpoint of an older groundup goes on in the same order: these numbers must never change."""
+    assert Permutation(10, (1, 0))(np.arange(10)).tolist() == GOLDEN_ORDER
+
+
+# --- training batches
+
+
+@given(n=st.integers(2, 400), length=st.integers(1, 60), batch_size=st.integers(1, 9), seed=st.integers(0, 99))
+def test_every_token_is_a_target_exactly_once_an_epoch(n: int, length: int, batch_size: int, seed: int) -> None:
+    loader = WindowLoader(NumberedShards(n), length, batch_size, seed)
+    assert loader.tokens_per_epoch == n
+    rows_of_two_epochs = 2 * loader.n_windows
+    seen: list[Counter[int]] = [Counter(), Counter()]
+    for step in range(math.ceil(rows_of_two_epochs / batch_size)):
+        batch = loader.batch(step)
+        assert batch.ids.shape == batch.targets.shape == (batch_size, min(length, n))
+        check_rows(batch, n)
+        for row in range(batch_size):
+            place = step * batch_size + row
+            if place < rows_of_two_epochs:
+                seen[place // loader.n_windows].update(batch.targets[row][batch.targets[row] != -100].tolist())
+    assert seen[0] == seen[1] == Counter(range(n))
+
+
+@given(seed=st.integers(0, 99), step=st.integers(0, 500), batch_size=st.integers(1, 12), world=st.integers(1, 12))
+def test_the_shares_of_all_processes_make_the_batch(
+    shards: TokenShards, seed: int, step: int, batch_size: int, world: int
+) -> None:
+    loader = WindowLoader(shards, 32, batch_size, seed)
+    whole = loader.batch(step)
+    borders = [rank * batch_size // world for rank in range(world + 1)]
+    shares = [loader.batch(step, slice(*pair)) for pair in itertools.pairwise(borders)]
+    np.testing.assert_array_equal(np.concatenate([share.ids for share in shares]), whole.ids)
+    np.testing.assert_array_equal(np.concatenate([share.targets for share in shares]), whole.targets)
+
+
+def test_the_order_of_rows_does_not_depend_on_the_batch_size(shards: TokenShards) -> None:
+    by_one = WindowLoader(shards, 32, 1, seed=3)
+    by_six = WindowLoader(shards, 32, 6, seed=3)
+    rows = np.concatenate([by_one.batch(step).ids for step in range(60)])
+    np.testing.assert_array_equal(rows, np.concatenate([by_six.batch(step).ids for step in range(10)]))
+
+
+def test_each_epoch_has_an_order_of_its_own() -> None:
+    loader = WindowLoader(NumberedShards(320), 16, 20, seed=1)
+    epochs = [loader.batch(step).ids[:, 0].tolist() for step in range(3)]
+    cuts = [{start % 16 for start in epoch} for epoch in epochs]
+    assert all(len(cut) == 1 for cut in cuts)
+    assert len(set.union(*cuts)) > 1  # each epoch cuts the text at other places
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_rows_hold_the_text(shards: TokenShards) -> None:
+    stream = stream_of(TEXTS)
+    ring = [*stream, *stream]
+    every_row = {tuple(ring[start : start + 16]) for start in range(len(stream))}
+    for step in range(20):
+        assert {tuple(row) for row in WindowLoader(shards, 16, 4, seed=1).batch(step).ids.tolist()} <= every_row
+
+
+@given(stop=st.integers(0, 40), total=st.integers(0, 40), seed=st.integers(0, 9))
+def test_going_on_from_a_state_equals_never_having_stopped(
+    shards: TokenShards, stop: int, total: int, seed: int
+) -> None:
+    def some(loader: WindowLoader, count: int) -> list[Batch]:
+        return [batch for batch, _ in zip(loader, range(count), strict=False)] if count else []
+
+    whole = WindowLoader(shards, 64, 5, seed)
+    expected = [whole.batch(step) for step in range(stop + total)]
+    first = WindowLoader(shards, 64, 5, seed)
+    got = [first.batch(step) for step in range(stop)]
+    first.step = stop
+    second = WindowLoader(shards, 64, 5, seed)
+    second.load_state_dict(first.state_dict())
+    got += some(second, total)
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(one.ids, other.ids)
+        np.testing.assert_array_equal(one.targets, other.targets)
+
+
+def test_a_state_is_a_few_plain_values(shards: TokenShards) -> None:
+    loader = WindowLoader(shards, 64, 5, seed=1)
+    for _ in zip(range(3), loader, strict=False):
+        pass
+    assert loader.state_dict()["step"] == 3
+    assert all(isinstance(value, int | str) for value in loader.state_dict().values())
+    assert len(loader.state_dict()) <= 6
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"sequence_length": 32}, "sequence_length was 64, is 32"),
+        ({"batch_size": 6}, "batch_size"),
+        ({"seed": 2}, "seed"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(shards: TokenShards, other: dict[str, int], named: str) -> None:
+    state = WindowLoader(shards, 64, 5, 1).state_dict()
+    loader = WindowLoader(shards, **{"sequence_length": 64, "batch_size": 5, "seed": 1, **other})
+    with pytest.raises(ArtifactError, match=f"{named}.*twice and others never"):
+        loader.load_state_dict(state)
+    assert loader.step == 0
+
+
+def test_a_state_of_another_text_is_refused(shards: TokenShards, tmp_path: Path) -> None:
+    other = opened(tmp_path, [*TEXTS, "one more"])
+    with pytest.raises(ArtifactError, match="shards was"):
+        WindowLoader(other, 64, 5, 1).load_state_dict(WindowLoader(shards, 64, 5, 1).state_dict())
+
+
+def test_seeds_give_different_orders(shards: TokenShards) -> None:
+    one, two = (WindowLoader(shards, 16, 8, seed).batch(0).ids for seed in (1, 2))
+    assert (one != two).any()
+
+
+@pytest.mark.parametrize("n", [2, 3, 63])
+def test_a_text_shorter_than_a_row_makes_shorter_rows_and_says_so(n: int) -> None:
+    loader = WindowLoader(NumberedShards(n), 64, 4, seed=1)
+    assert (loader.sequence_length, loader.n_windows) == (n, 1)
+    assert loader.note is not None
+    assert f"has {n} tokens" in loader.note
+    for step in range(3):
+        batch = loader.batch(step)
+        check_rows(batch, n)
+        assert np.sort(batch.targets).tolist() == [list(range(n))] * 4
+    assert WindowLoader(NumberedShards(64), 64, 4, seed=1).note is None
+
+
+def test_a_text_of_one_token_is_refused(tmp_path: Path) -> None:
+    shards = opened(tmp_path, [""])
+    with pytest.raises(DataError, match="two are the least"):
+        WindowLoader(shards, 8, 1, 1)
+
+
+# --- validation
+
+
+@given(n=st.integers(1, 500), length=st.integers(1, 70), limit=st.none() | st.integers(0, 600))
+def test_validation_scores_each_token_once_in_order(n: int, length: int, limit: int | None) -> None:
+    batches = list(validation_windows(NumberedShards(n), length, limit))
+    for batch in batches:
+        check_rows(batch, n)
+        assert batch.ids.shape[0] == 1
+        assert batch.ids.shape[1] <= length
+    targets = [target for batch in batches for target in batch.targets.ravel().tolist() if target != -100]
+    assert targets == list(range(n if limit is None else min(n, limit)))
+    assert len({batch.ids.shape for batch in batches}) <= 1
+
+
+def test_validation_of_a_written_split(tmp_path: Path) -> None:
+    written(tmp_path, TEXTS, validation=TEXTS[5:9])
+    shards = TokenShards.open(tmp_path, "validation")
+    rows = list(validation_windows(shards, 50))
+    scored = np.concatenate([row.targets[row.targets != -100] for row in rows])
+    assert scored.tolist() == stream_of(TEXTS[5:9])

@@ -1,0 +1,172 @@
+"""Tokenizer laws: exact bytes, no control token out of text, long texts as short ones."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Engine
+
+from groundup.corpus import Document
+from groundup.errors import DataError
+from groundup.tokenizer import Message, Tokenizer, render
+
+TEXTS = [
+    'The little girl said: "It\'s a lion!" and 1234 birds flew away.\n\nOnce upon a time, in 1900, there was a king.\n',
+    "Ünïcödé — “quotes”, 日本語 and emoji 🙂🙃, don't you'll WE'VE they're\r\n\ttabs   and  spaces\n" * 3,
+    "the king and the queen and the lion and the girl " * 20,
+]
+CONTROL = ["<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|tool|>"]
+SPLITS = ["qwen2", "llama3", "gpt2"]
+
+BPE = Tokenizer.train(TEXTS, vocab_size=400, spare_tokens=2)
+CHARACTERS = Tokenizer.train(TEXTS, kind="characters", spare_tokens=2)
+BOTH = pytest.mark.parametrize("tokenizer", [BPE, CHARACTERS], ids=["bpe", "characters"])
+
+pieces = st.one_of(
+    st.text(),
+    st.sampled_from([*CONTROL, "<|spare_0|>", "<|spare_1|>", "<|", "|>", "<|end", "user|>", "\ufffd"]),
+    st.sampled_from(TEXTS),
+)
+wild_text = st.lists(pieces, max_size=6).map("".join)
+any_str = st.text(st.characters(categories=None)) | wild_text  # lone surrogates too
+
+
+def without_surrogates(text: str) -> str:
+    return "".join("\ufffd" if 0xD800 <= ord(character) <= 0xDFFF else character for character in text)
+
+
+@given(any_str)
+def test_bpe_bytes_of_tokens_are_the_bytes_of_the_text(text: str) -> None:
+    ids = BPE.encode(text)
+    assert b"".join(BPE.token_bytes(index) for index in ids) == without_surrogates(text).encode()
+    assert BPE.decode(ids) == without_surrogates(text)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@given(text=wild_text)
+def test_every_split_keeps_every_byte(split: str, text: str) -> None:
+    assert SPLIT_TOKENIZERS[split].decode(SPLIT_TOKENIZERS[split].encode(text)) == text
+
+
+SPLIT_TOKENIZERS = {split: Tokenizer.train(TEXTS, vocab_size=400, split=split) for split in SPLITS}
+
+
+@given(any_str)
+def test_characters_are_one_token_each_and_unknown_ones_are_replaced(text: str) -> None:
+    known = set("".join(TEXTS))
+    expected = "".join(character if character in known else "\ufffd" for character in text)
+    ids = CHARACTERS.encode(text)
+    assert len(ids) == len(text)
+    assert CHARACTERS.decode(ids) == expected
+    assert b"".join(CHARACTERS.token_bytes(index) for index in ids) == expected.encode()
+
+
+def test_characters_are_sorted_by_code_point_behind_the_control_tokens() -> None:
+    assert Tokenizer.train(["cab\n"], kind="characters", spare_tokens=0).encode("\nabc\ufffd") == [7, 8, 9, 10, 11]
+
+
+@BOTH
+@given(text=any_str)
+def test_text_never_gives_a_control_token(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.special_ids.isdisjoint(tokenizer.encode(text))
+
+
+@BOTH
+@given(contents=st.lists(any_str, min_size=1, max_size=3))
+def test_a_message_cannot_end_itself_or_speak_for_another(tokenizer: Tokenizer, contents: list[str]) -> None:
+    roles = ["system", "user", "assistant"]
+    messages: list[Message] = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]  # type: ignore[typeddict-item]
+    rendered = render(tokenizer, messages)
+    openings = [tokenizer.system_id, tokenizer.user_id, tokenizer.assistant_id]
+    expected = [index for opening in openings[: len(contents)] for index in (opening, tokenizer.end_id)]
+    assert [index for index in rendered.ids if index in tokenizer.special_ids] == expected
+
+
+@BOTH
+@given(texts=st.lists(any_str, max_size=4))
+def test_a_batch_is_its_texts_one_by_one(tokenizer: Tokenizer, texts: list[str]) -> None:
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
+@BOTH
+@given(parts=st.lists(wild_text, min_size=1, max_size=4))
+def test_allowed_names_become_their_ids_and_no_others(tokenizer: Tokenizer, parts: list[str]) -> None:
+    clean = [part.replace("<|end|>", "") for part in parts]
+    expected = tokenizer.encode(clean[0])
+    for part in clean[1:]:
+        expected += [tokenizer.end_id, *tokenizer.encode(part)]
+    joined = "<|end|>".join(clean)
+    # Joining parts may by chance spell the name anew; then there is more to find.
+    if joined.count("<|end|>") == len(clean) - 1:
+        assert tokenizer.encode(joined, allowed_special={"<|end|>"}) == expected
+
+
+def test_all_control_tokens_can_be_allowed_and_named() -> None:
+    ids = BPE.encode("".join(CONTROL), allowed_special=CONTROL)
+    assert ids == list(range(len(CONTROL)))
+    assert BPE.decode(ids) == ""
+    assert BPE.decode(ids, skip_special=False) == "".join(CONTROL)
+    assert [BPE.token_bytes(index) for index in ids] == [b""] * len(CONTROL)
+    ends = [BPE.end_of_text_id, BPE.pad_id, BPE.system_id, BPE.user_id, BPE.assistant_id, BPE.end_id]
+    assert ends == list(range(6))
+
+
+def test_an_unknown_name_cannot_be_allowed() -> None:
+    with pytest.raises(DataError, match="thought"):
+        BPE.encode("x", allowed_special=["<|thought|>"])
+
+
+@BOTH
+@pytest.mark.parametrize("index", [-1, 10**6])
+def test_an_id_outside_the_vocabulary_is_refused(tokenizer: Tokenizer, index: int) -> None:
+    with pytest.raises(DataError, match="ids 0 to"):
+        tokenizer.decode([index])
+
+
+def test_qwen2_splits_digits_one_by_one() -> None:
+    digits = [BPE.encode(digit)[0] for digit in "1234"]
+    assert BPE.encode("1234") == digits
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_long_text_is_encoded_as_if_it_were_not_cut(split: str, tmp_path: Path) -> None:
+    rng = random.Random(7)
+    atoms = [
+        *TEXTS,
+        "a b",
+        " ",
+        "\n",
+        "\r\n",
+        "  x",
+        "it's he",
+        "'s",
+        "1 a 22",
+        "。\n中 文\nа б",
+        "\n\n",
+        ". A",
+        "a\nb",
+    ]
+    text = "".join(rng.choice(atoms) for _ in range(12_000))
+    assert len(text) > 300_000
+    tokenizer = SPLIT_TOKENIZERS[split]
+    # The engine without our cutting: what is in the file, minus the control tokens it would look for.
+    tokenizer.save(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    uncut = Engine.from_str(json.dumps({**spec, "added_tokens": []}))
+    assert tokenizer.encode(text) == uncut.encode(text).ids
+
+
+def test_the_longest_tokens_are_the_longest() -> None:
+    longest = BPE.longest_tokens(3)
+    lengths = [len(BPE.token_bytes(index)) for index in range(BPE.vocab_size)]
+    assert [len(token.encode()) for token in longest] == sorted(lengths, reverse=True)[:3]
+
+
+def test_documents_and_plain_texts_train_the_same() -> None:
+    documents = [Document(id=str(place), text=text, source="here") for place, text in enumerate(TEXTS)]
+    assert Tokenizer.train(documents, vocab_size=400, spare_tokens=2).fingerprint == BPE.fingerprint

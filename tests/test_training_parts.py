@@ -1,0 +1,237 @@
+"""Objective, optimizers, schedule, precision, logs: each against an independent form or a law."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from groundup.model import Transformer, preset
+from groundup.recipe import OptimizerSettings
+from groundup.training import (
+    IGNORED,
+    choose_precision,
+    cross_entropy_sum,
+    head_loss,
+    native_bfloat16,
+    objective,
+    pad_rows,
+)
+from groundup.training.metrics import MetricLog, read_log
+from groundup.training.muon import Muon, orthogonalize
+from groundup.training.optimizers import Optimizers, clip_gradients
+from groundup.training.schedule import learning_rate_share
+
+
+def plain_loss(hidden, weight, targets):
+    return F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORED, reduction="sum")
+
+
+@given(rows=st.integers(1, 40), vocab=st.integers(2, 50), ignored=st.floats(0, 0.9), seed=st.integers(0, 9))
+def test_sliced_loss_is_the_full_loss_in_value_and_gradient(rows, vocab, ignored, seed):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, 8, generator=generator, requires_grad=True)
+    weight = torch.randn(vocab, 8, generator=generator, requires_grad=True)
+    targets = torch.randint(0, vocab, (rows,), generator=generator)
+    targets[torch.rand(rows, generator=generator) < ignored] = IGNORED
+    before = objective._SLICE_LOGITS
+    objective._SLICE_LOGITS = 7 * vocab  # several slices, the last one short
+    try:
+        ours = cross_entropy_sum(hidden, weight, targets)
+        (ours * 0.5).backward()
+    finally:
+        objective._SLICE_LOGITS = before
+    mine = hidden.grad.clone(), weight.grad.clone()
+    hidden.grad = weight.grad = None
+    plain = plain_loss(hidden, weight, targets)
+    (plain * 0.5).backward()
+    torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(mine, (hidden.grad, weight.grad), atol=1e-5, rtol=1e-4)
+
+
+def test_loss_without_gradient_is_the_same_number():
+    hidden, weight, targets = torch.randn(9, 8), torch.randn(20, 8), torch.arange(9)
+    with torch.no_grad():
+        assert cross_entropy_sum(hidden, weight, targets).item() == pytest.approx(
+            plain_loss(hidden, weight, targets).item(), rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_accumulated_gradients_are_the_whole_batch_s_on_uneven_rows(micro):
+    config = preset("ground-nano")
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for length in (3, 17, 9, 30):
+        ids = torch.randint(0, config.vocab_size, (length + 1,), generator=generator).numpy()
+        rows.append((ids[:-1], ids[1:]))
+    ids, targets = pad_rows(rows, 4)
+    count = int((targets != IGNORED).sum())
+    assert count == 59
+
+    def gradients(size):
+        model = Transformer(config)
+        for first in range(0, 4, size):
+            part = slice(first, first + size)
+            (model(ids[part], head=head_loss(targets[part])) / count).backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    whole, accumulated = gradients(4), gradients(micro)
+    model = Transformer(config)
+    F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=IGNORED).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(accumulated[name], whole[name], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(whole[name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+@given(rows=st.integers(2, 24), cols=st.integers(2, 24), seed=st.integers(0, 20))
+def test_orthogonalize_moves_singular_values_near_one_and_keeps_directions(rows, cols, seed):
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(rows, cols, generator=generator)
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    kept = s / s[0] > 0.05  # a direction that is nearly absent needs more than five steps
+    result = orthogonalize(matrix[None])[0]
+    moved = torch.diagonal(u.T @ result @ vt.T)
+    assert ((moved[kept] > 0.5) & (moved[kept] < 1.3)).all()
+
+
+def test_muon_is_torch_s_muon():
+    torch.manual_seed(0)
+    start = [torch.randn(16, 8), torch.randn(8, 16), torch.randn(16, 8)]
+    ours = [torch.nn.Parameter(value.clone()) for value in start]
+    theirs = [torch.nn.Parameter(value.clone()) for value in start]
+    mine = Muon(ours, lr=0.02, momentum=0.95, weight_decay=0.1, dtype=torch.bfloat16)
+    other = torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=0.1, nesterov=True, ns_steps=5)
+    for step in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(step))
+            b.grad = a.grad.clone()
+        mine.step()
+        other.step()
+    for a, b, begin in zip(ours, theirs, start, strict=True):
+        moved = (a - begin).norm()
+        assert (a - b).norm() < 0.05 * moved  # bfloat16 rounds the two orders of operations differently
+
+
+@pytest.mark.parametrize("name", ["ground-nano", "gpt2-nano", "llama-nano"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_every_parameter_is_optimized_exactly_once(name, optimizer):
+    model = Transformer(preset(name))
+    optimizers = Optimizers(model, OptimizerSettings(optimizer=optimizer), torch.float32)
+    updated = [id(parameter) for parameter in optimizers.parameters()]
+    assert sorted(updated) == sorted(id(parameter) for parameter in model.parameters())
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizers.step(1.0)
+    assert all(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_decay_falls_on_matrices_only():
+    model = Transformer(preset("gpt2-nano"))
+    settings = OptimizerSettings(optimizer="adamw", weight_decay=0.5, lr=0.1)
+    for parameter in model.parameters():
+        torch.nn.init.ones_(parameter)
+        parameter.grad = torch.zeros_like(parameter)
+    Optimizers(model, settings, torch.float32).step(1.0)
+    for parameter in model.parameters():
+        expected = 1 - 0.1 * 0.5 if parameter.ndim == 2 else 1.0
+        torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, expected))
+
+
+@given(limit=st.floats(0.01, 10), seed=st.integers(0, 20))
+def test_clipping_is_torch_s(limit, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ours = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (7,))]
+    for parameter in ours:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    theirs = [torch.nn.Parameter(torch.zeros(p.shape)) for p in ours]
+    for a, b in zip(ours, theirs, strict=True):
+        b.grad = a.grad.clone()
+    norm = clip_gradients(ours, limit, lambda values: values)
+    expected = torch.nn.utils.clip_grad_norm_(theirs, limit)
+    assert norm == pytest.approx(expected.item(), rel=1e-5)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@given(
+    schedule=st.sampled_from(["wsd", "cosine", "constant"]),
+    n_steps=st.integers(1, 500),
+    warmup=st.floats(0, 0.3),
+    decay=st.floats(0, 0.7),
+    final=st.floats(0, 0.5),
+)
+def test_schedule_rises_then_never_rises_again(schedule, n_steps, warmup, decay, final):
+    settings = OptimizerSettings(schedule=schedule, warmup_share=warmup, decay_share=decay, final_lr_share=final)
+    shares = [learning_rate_share(settings, step, n_steps) for step in range(n_steps)]
+    top = round(warmup * n_steps)
+    assert all(0 < share <= 1 for share in shares)
+    assert shares[:top] == sorted(shares[:top])
+    assert shares[top:] == sorted(shares[top:], reverse=True)
+    assert max(shares) == pytest.approx(1.0)
+
+
+def test_schedule_ends_where_it_says():
+    wsd = OptimizerSettings(schedule="wsd", warmup_share=0.1, decay_share=0.5)
+    assert [round(learning_rate_share(wsd, step, 10), 2) for step in range(10)] == [
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+        0.8,
+        0.6,
+        0.4,
+        0.2,
+    ]
+    cosine = OptimizerSettings(schedule="cosine", warmup_share=0.0, final_lr_share=0.1)
+    assert learning_rate_share(cosine, 1000, 1001) == pytest.approx(0.1, abs=1e-3)
+
+
+def test_precision_is_what_the_machine_does(monkeypatch):
+    from groundup.training import precision
+
+    monkeypatch.setattr(precision, "_cpu_flags", lambda: frozenset({"avx2", "avx512_bf16"}))
+    native_bfloat16.cache_clear()
+    assert choose_precision("auto") == (torch.bfloat16, "AVX512-BF16")
+    assert choose_precision("float32")[0] == torch.float32
+    monkeypatch.setattr(precision, "_cpu_flags", lambda: frozenset({"avx2"}))
+    native_bfloat16.cache_clear()
+    assert choose_precision("auto")[0] == torch.float32
+    dtype, reason = choose_precision("bfloat16")
+    assert dtype == torch.bfloat16
+    assert "slow" in reason
+    native_bfloat16.cache_clear()
+
+
+def test_log_takes_back_what_comes_after_the_checkpoint(tmp_path):
+    log = MetricLog(tmp_path, 0)
+    for step in (1, 2, 3):
+        log.add("metrics", {"step": step, "loss": 1.0 / step})
+        log.add("metrics", {"step": step, "val_loss": 2.0})
+        log.add("samples", {"step": step, "text": "x"})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as handle:
+        handle.write('{"step": 4, "lo')  # killed in the middle of a line
+    MetricLog(tmp_path, 2).close()
+    kept = read_log(tmp_path / "metrics.jsonl")
+    # The validation pass that follows step 2 is done again; its training line stays.
+    assert [(line["step"], "loss" in line) for line in kept] == [(1, True), (1, False), (2, True)]
+    assert [line["step"] for line in read_log(tmp_path / "samples.jsonl")] == [1]
+    assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+
+
+def test_padding_changes_nothing():
+    config = preset("ground-nano")
+    model = Transformer(config)
+    row = (torch.arange(1, 8).numpy(), torch.arange(2, 9).numpy())
+    long = (torch.arange(20).numpy(), torch.arange(1, 21).numpy())
+    alone = model(pad_rows([row], 1)[0], head=head_loss(pad_rows([row], 1)[1]))
+    ids, targets = pad_rows([row, long], 3)
+    padded = model(ids[:1], head=head_loss(targets[:1]))
+    assert padded.item() == pytest.approx(alone.item(), rel=1e-5)
+    assert model(ids[2:], head=head_loss(targets[2:])).item() == 0.0

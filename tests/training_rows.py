@@ -1,0 +1,38 @@
+"""A source of random rows with uneven masks, for tests of the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from groundup.training import IGNORED
+
+
+class RandomRows:
+    """Rows that are a pure function of (seed, step, row); each with its own number of targets."""
+
+    def __init__(
+        self, vocab_size: int = 64, length: int = 12, batch_size: int = 4, seed: int = 0, learnable: bool = False
+    ) -> None:
+        self.learnable = learnable  # the next token follows from the last
+        self.vocab_size, self.length, self.batch_size, self.seed = vocab_size, length, batch_size, seed
+        self.fingerprint = f"random rows {vocab_size} {length} {batch_size} {seed}"
+
+    def _row(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + index)
+        ids = torch.randint(0, self.vocab_size, (self.length + 1,), generator=generator)
+        if self.learnable:
+            for place in range(self.length):
+                ids[place + 1] = (3 * ids[place] + 1) % self.vocab_size
+        targets = ids[1:].clone()
+        targets[: int(torch.randint(0, self.length, (1,), generator=generator))] = IGNORED
+        return ids[:-1], targets
+
+    def batch(self, step: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = [self._row(step * self.batch_size + row) for row in range(rows.start, rows.stop)]
+        return torch.stack([ids for ids, _ in chosen]), torch.stack([targets for _, targets in chosen])
+
+    def validation(self, batch_size: int, limit_tokens: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        chosen = [self._row(10_000_000 + row) for row in range(batch_size)]
+        yield torch.stack([ids for ids, _ in chosen]), torch.stack([targets for _, targets in chosen])
