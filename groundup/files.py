@@ -156,6 +156,12 @@ def remove_partials(folder: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
+def append_file(handle: IO[bytes], path: Path) -> None:
+    """Copy the bytes of a file to the end of one that is being written."""
+    with Path(path).open("rb") as source:
+        shutil.copyfileobj(source, handle, 1 << 20)
+
+
 def file_digest(path: Path) -> str:
     """The 128-bit xxh3 digest of a file's bytes, in hex."""
     digest = xxhash.xxh3_128()

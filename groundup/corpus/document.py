@@ -1,4 +1,4 @@
-"""What the corpus is made of: documents, and the records that were set aside, each with its reason."""
+"""What the corpus is made of: records as read, documents as kept, and what was set aside, each with its reason."""
 
 from __future__ import annotations
 
@@ -10,15 +10,40 @@ import xxhash
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
-    """One text.
+class Record:
+    """One text as a reader gives it: whole, normalized, not yet judged.
 
     Attributes:
-        id: 32 hex digits, from the source and the record's place in it: stable over runs, never used twice.
         text: its text.
-        source: the file it came from, as the user named it.
+        position: where it begins in its file: a byte offset (of the uncompressed stream) or a row; unique in the file.
+        place: what counts its place for people: "line", "row", "record", "part" or "" (the whole file).
+        number: which line, row, record or part, from 1 on, counted from where the reading began.
+        source: the source that the record itself names, or "" (then it is the file).
+        url: where it was published, or "".
+        key: the record's own id, or "".
+    """
+
+    text: str
+    position: int
+    place: str = ""
+    number: int = 0
+    source: str = ""
+    url: str = ""
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text of the corpus.
+
+    Attributes:
+        id: 32 hex digits, made of its text (copies: of their number too): the same wherever the text came from.
+        text: its text.
+        source: the file it came from, as the user named it, or the source that its record names.
         language: the detector's code, such as "en" ("" before the language filter).
         split: "train" or "validation".
+        url: where it was published, or "".
+        score: the quality classifier's score, or None.
     """
 
     id: str
@@ -26,27 +51,49 @@ class Document:
     source: str
     language: str = ""
     split: str = "train"
+    url: str = ""
+    score: float | None = None
 
 
 class Reason(StrEnum):
-    """Why a record or a file is not among the documents."""
+    """Why a record or a file is not among the documents. Quality rules have names of their own beside these."""
 
     UNREADABLE = "unreadable"
-    DAMAGED_GZIP = "damaged gzip"
+    DAMAGED = "damaged file"
+    CUT_OFF = "cut off"
     INVALID_UTF8 = "invalid UTF-8"
     INVALID_JSON = "invalid JSON"
     NO_TEXT = "no text field"
     TOO_LONG = "too long"
     NUL = "NUL characters"
+    NO_CONTENT = "no content extracted"
+    TIMEOUT = "extraction timeout"
+    CRASH = "extraction crash"
     EMPTY = "empty"
+    NOT_TEXT = "not a text record"
     SHORT = "short"
     LANGUAGE = "language"
+    PREDICATE = "predicate"
+    CLASSIFIER = "classifier"
+    TOXIC = "toxic words"
     DUPLICATE = "duplicate"
+    NEAR_DUPLICATE = "near-duplicate"
+    REPEATED_PARTS = "repeated parts"
+    CONTAMINATED = "contaminated"
+    MIX = "mix"
 
-    @property
-    def is_fault(self) -> bool:
-        """Whether the input is broken, not merely unwanted."""
-        return self not in (Reason.EMPTY, Reason.SHORT, Reason.LANGUAGE, Reason.DUPLICATE)
+
+_FAULTS = frozenset(
+    {
+        Reason.UNREADABLE, Reason.DAMAGED, Reason.CUT_OFF, Reason.INVALID_UTF8, Reason.INVALID_JSON, Reason.NO_TEXT,
+        Reason.TOO_LONG, Reason.NUL, Reason.TIMEOUT, Reason.CRASH,
+    }
+)  # fmt: skip
+
+
+def is_fault(reason: str) -> bool:
+    """Whether the input is broken, not merely unwanted."""
+    return reason in _FAULTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +102,28 @@ class SetAside:
 
     Attributes:
         source: the file.
-        record: where in the file ("line 12", "part 3"; "" for the whole file).
+        place: as in `Record`; "" for the whole file.
+        number: as in `Record`.
         reason: why, as a word that is counted.
         detail: why, in this case.
         excerpt: how its text begins.
         size_bytes: how much was left out, as far as it was read.
+        position: as in `Record`.
     """
 
     source: str
-    record: str
-    reason: Reason
+    place: str
+    number: int
+    reason: str
     detail: str
     excerpt: str = ""
     size_bytes: int = 0
+    position: int = 0
+
+    @property
+    def record(self) -> str:
+        """Where in the file: "line 12", "part 3"; "" for the whole file."""
+        return f"{self.place} {self.number}".strip() if self.place else ""
 
     def __str__(self) -> str:
         where = f"{self.source}, {self.record}" if self.record else self.source
@@ -86,6 +142,11 @@ def excerpt_of(text: str | bytes) -> str:
     return " ".join(text[: 2 * EXCERPT_CHARACTERS].split())[:EXCERPT_CHARACTERS]
 
 
-def document_id(source: str, record: str) -> str:
-    """128-bit xxh3 of source and record, in hex."""
-    return xxhash.xxh3_128_hexdigest(f"{source}\0{record}".encode())
+def text_id(text: str) -> str:
+    """128-bit xxh3 of a text, in hex: the id of the document that has it."""
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def derived_id(document_id: str, what: str) -> str:
+    """The id of a copy or a part of a document: 128-bit xxh3 of its id and `what`, in hex."""
+    return xxhash.xxh3_128_hexdigest(f"{document_id}\0{what}".encode())

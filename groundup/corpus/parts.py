@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
 
+from groundup.corpus.compressed import BLOCK_BYTES
 from groundup.corpus.document import excerpt_of
-from groundup.corpus.sources import BLOCK_BYTES
 
 
 @dataclass(frozen=True)
@@ -18,33 +18,37 @@ class TooLong:
     excerpt: str
 
 
-def split_long(handle: IO[bytes], limit: int) -> Iterator[bytes | TooLong]:
-    """Cut text into parts of at most `limit` bytes (its last line end not counted).
+def split_long(handle: IO[bytes], limit: int) -> Iterator[tuple[int, bytes | TooLong]]:
+    """Cut text into parts of at most `limit` bytes (its last line end not counted), each with the byte it begins at.
 
     Each part ends with the last empty line that lets it fit, else with the last line. At most twice `limit`
     bytes are held at a time.
     """
-    part: list[bytes] = []
-    size = 0
-    border = 0  # how many lines of the part there are up to its last empty one
+    part = bytearray()
+    position = 0
+    border = 0  # the end of the part's last empty line
     while line := handle.readline(limit + 1):
         if is_too_long(line, limit):
             if part:
-                yield b"".join(part)
-            part, size, border = [], 0, 0
-            yield TooLong(len(line) + skip_line(handle), excerpt_of(line))
+                yield position, bytes(part)
+            position += len(part)
+            part.clear()
+            passed = TooLong(len(line) + skip_line(handle), excerpt_of(line))
+            yield position, passed
+            position += passed.size_bytes
+            border = 0
             continue
-        while part and size + len(line) > limit:
+        while part and len(part) + len(line) > limit:
             end = border or len(part)
-            yield b"".join(part[:end])
-            part, border = part[end:], 0
-            size = sum(map(len, part))
-        part.append(line)
-        size += len(line)
-        if not line.strip():
+            yield position, bytes(part[:end])
+            position += end
+            del part[:end]
+            border = 0
+        part += line
+        if line.isspace():
             border = len(part)
     if part:
-        yield b"".join(part)
+        yield position, bytes(part)
 
 
 def is_too_long(line: bytes, limit: int) -> bool:
@@ -52,11 +56,12 @@ def is_too_long(line: bytes, limit: int) -> bool:
     return len(line) > limit and not line.endswith(b"\n")
 
 
-def skip_line(handle: IO[bytes]) -> int:
-    """Read on to the end of the line without keeping it; returns the bytes passed."""
+def skip_line(handle: IO[bytes], most: int | None = None) -> int:
+    """Read on to the end of the line, or over `most` bytes, without keeping them; returns the bytes passed."""
     n_skipped = 0
-    while block := handle.readline(BLOCK_BYTES):
+    while most is None or n_skipped < most:
+        block = handle.readline(BLOCK_BYTES if most is None else min(BLOCK_BYTES, most - n_skipped))
         n_skipped += len(block)
-        if block.endswith(b"\n"):
+        if not block or block.endswith(b"\n"):
             break
     return n_skipped

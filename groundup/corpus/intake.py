@@ -1,0 +1,110 @@
+"""From raw text to a record: one normal form, and a reason for whatever cannot be a document.
+
+Every reader (plain text, JSONL, tables, pages) hands its texts to `admit` and its faults to `unread`, so that the
+same text is the same record and the same fault the same words, whatever it was packed in.
+"""
+
+from __future__ import annotations
+
+import codecs
+import unicodedata
+from typing import Literal
+
+from groundup.corpus.compressed import DamagedStreamError
+from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
+from groundup.corpus.sources import Source
+from groundup.recipe import CorpusSettings
+
+READ_ERRORS = (OSError, DamagedStreamError)
+"""What a stream of a `Source` raises while it is read."""
+
+
+def normalize(text: str, form: Literal["NFC", "NFKC", "none"]) -> str:
+    """One form for every text: `\\n` line ends, Unicode form ("NFC", "NFKC", "none"), no blank ends."""
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if form != "none" and not text.isascii():
+        text = unicodedata.normalize(form, text)
+    return text.strip("\n").rstrip()
+
+
+def admit(
+    file: Source,
+    text: str,
+    settings: CorpusSettings,
+    set_aside: OnSetAside,
+    position: int = 0,
+    place: str = "",
+    number: int = 0,
+    source: str = "",
+    url: str = "",
+    key: str = "",
+) -> Record | None:
+    """The record of a text, normalized, or None if there is no text in it (then it was set aside).
+
+    Args:
+        file: where it was read.
+        text: as it was read; encodable as UTF-8.
+        settings: for the normal form.
+        set_aside: told why there is no record.
+        position: as all that follow, of `Record`.
+        place: see there.
+        number: see there.
+        source: see there.
+        url: see there.
+        key: see there.
+    """
+    normal = normalize(text.removeprefix("\ufeff"), settings.unicode)
+    if normal and "\0" not in normal:
+        return Record(normal, position, place, number, source, url, key)
+    if normal:
+        reason, detail = Reason.NUL, f"at character {normal.find(chr(0))}: a binary or a UTF-16 file?"
+    else:
+        reason, detail = Reason.EMPTY, "no text but blanks" if text.removeprefix("\ufeff") else "no text"
+    size = len(text.encode())
+    excerpt = excerpt_of(normal.replace("\0", "␀"))
+    set_aside(SetAside(file.label, place, number, reason, detail, excerpt, size, position))
+    return None
+
+
+def too_long(
+    file: Source, what: str, size: int, excerpt: str, settings: CorpusSettings,
+    position: int = 0, place: str = "", number: int = 0,
+) -> SetAside:  # fmt: skip
+    """What to say of a text beyond `max_document_mib`; `what` is "", or what it is, such as "a line of "."""
+    detail = f"{what}{size:,} bytes; the limit is {settings.max_document_mib:g} MiB"
+    return SetAside(file.label, place, number, Reason.TOO_LONG, detail, excerpt, size, position)
+
+
+def limit_bytes(settings: CorpusSettings) -> int:
+    """The longest that a document may be."""
+    return int(settings.max_document_mib * 2**20)
+
+
+def unread(
+    file: Source, error: BaseException, position: int = 0, place: str = "", number: int = 0, so_far: str = ""
+) -> SetAside:
+    """What to say of a file that could not be read to its end.
+
+    Args:
+        file: the file.
+        error: one of `READ_ERRORS`, or UnicodeDecodeError with the place of the fault.
+        position: of the first byte or row that was not read.
+        place: as in `Record`.
+        number: of the first line, row or record that was not read.
+        so_far: what was used before the fault, such as "12 records before it are used".
+    """
+    excerpt = ""
+    reason = Reason.UNREADABLE
+    if isinstance(error, UnicodeDecodeError):
+        reason, detail = Reason.INVALID_UTF8, f"byte {error.start} ({error.reason})"
+        if error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            detail += ": this is UTF-16; save it as UTF-8"
+        excerpt = excerpt_of(error.object[max(0, error.start - 20) : error.start + 20])
+    elif isinstance(error, DamagedStreamError):
+        reason, detail = error.reason, error.detail
+    else:
+        detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if so_far:
+        detail += f"; {so_far}"
+    return SetAside(file.label, place, number, reason, detail, excerpt, 0 if so_far else file.size_bytes(), position)

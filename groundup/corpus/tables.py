@@ -1,0 +1,241 @@
+"""Parquet tables to records: a row a document, streamed batch by batch; whole files or ranges of their row groups.
+
+Only the columns that are asked for are read; held are a few MiB of rows, and a page of each column (the writer's
+choice, most often 1 MiB). A row group that is damaged is set aside from the damaged place on,
+and the next one is read. https://parquet.apache.org/docs/file-format/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from groundup.corpus.compressed import DamagedStreamError
+from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
+from groundup.corpus.intake import READ_ERRORS, admit, limit_bytes, too_long, unread
+from groundup.corpus.jsonl import label_of
+from groundup.corpus.remote import RemoteReadError
+from groundup.corpus.sources import Source
+from groundup.recipe import CorpusSettings
+
+PLACE = "row"
+BATCH_BYTES = 4 << 20
+BATCH_ROWS = 1024
+_MAGIC = b"PAR1"
+_SHOWN = 8
+
+
+def read_table(
+    source: Source, start: int, stop: int | None, settings: CorpusSettings, set_aside: OnSetAside
+) -> Generator[Record, None, int]:
+    """The records of row groups `start` to `stop` (without it, to the last).
+
+    Returns:
+        How many rows these have.
+    """
+    try:
+        with source.open() as handle:
+            if not _size_of(handle):
+                set_aside(SetAside(source.label, "", 0, Reason.EMPTY, "no row in the file"))
+                return 0
+            file = _open(handle)
+            return (yield from _read_groups(file, source, start, stop, settings, set_aside))
+    except READ_ERRORS as error:
+        set_aside(unread(source, error))
+        return 0
+
+
+def row_group_borders(source: Source, split_bytes: int) -> list[int]:
+    """The row groups at which pieces of about `split_bytes` (as stored) begin; [0] if the table cannot be read."""
+    borders, size = [0], 0
+    try:
+        with source.open() as handle:
+            metadata = _open(handle).metadata
+            for group in range(metadata.num_row_groups):
+                row_group = metadata.row_group(group)
+                n_bytes = sum(row_group.column(place).total_compressed_size for place in range(row_group.num_columns))
+                if size and size + n_bytes > split_bytes:
+                    borders.append(group)
+                    size = 0
+                size += n_bytes
+    except READ_ERRORS:
+        return [0]
+    return borders
+
+
+def _size_of(handle: IO[bytes]) -> int:
+    size = handle.seek(0, 2)
+    handle.seek(0)
+    return size
+
+
+def _open(handle: IO[bytes]) -> pq.ParquetFile:
+    """The table.
+
+    Raises:
+        DamagedStreamError: it is cut off, damaged or no table.
+    """
+    begins = handle.read(4)
+    size = handle.seek(0, 2)
+    handle.seek(max(0, size - 4))
+    ends = handle.read(4)
+    handle.seek(0)
+    if begins != _MAGIC:
+        raise DamagedStreamError(Reason.DAMAGED, "not a Parquet file")
+    if ends != _MAGIC:
+        raise DamagedStreamError(Reason.CUT_OFF, f"cut off before its end: no table of contents in {size:,} bytes")
+    try:
+        return pq.ParquetFile(handle, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise _fault(error) from error
+
+
+def _read_groups(
+    file: pq.ParquetFile, source: Source, start: int, stop: int | None, settings: CorpusSettings, set_aside: OnSetAside
+) -> Generator[Record, None, int]:
+    metadata = file.metadata
+    stop = metadata.num_row_groups if stop is None else min(stop, metadata.num_row_groups)
+    refusal = _refusal(file.schema_arrow, settings)
+    if refusal is None and not metadata.num_rows:
+        refusal = (Reason.EMPTY, "no row in the file")
+    if refusal is not None:
+        if not start:  # once a file, however it is cut
+            reason, detail = refusal
+            size = source.size_bytes() if reason is not Reason.EMPTY else 0
+            set_aside(SetAside(source.label, "", 0, reason, detail, "", size))
+        return 0
+    columns = _columns(file.schema_arrow, settings)
+    before = sum(metadata.row_group(group).num_rows for group in range(start))
+    n_rows = 0
+    for group in range(start, stop):
+        position, n_read = before + n_rows, 0
+        n_in_group = metadata.row_group(group).num_rows
+        try:
+            for row in _rows(file, group, columns, settings):
+                number = n_rows + n_read + 1
+                n_read += 1
+                record = _record(source, row, settings, set_aside, position + n_read - 1, number)
+                if record is not None:
+                    yield record
+        except (*READ_ERRORS, pa.ArrowException) as error:
+            so_far = f"{n_in_group - n_read:,} rows from here on are lost"
+            set_aside(unread(source, _fault(error), position + n_read, PLACE, n_rows + n_read + 1, so_far))
+        n_rows += n_in_group
+    return n_rows
+
+
+def _refusal(schema: pa.Schema, settings: CorpusSettings) -> tuple[Reason, str] | None:
+    """Why no row of such a table has a text, if so."""
+    field = settings.text_field
+    names = schema.names
+    if field not in names:
+        listed = ", ".join(map(repr, names[:_SHOWN])) + (", …" if len(names) > _SHOWN else "")
+        return Reason.NO_TEXT, f"no column {field!r}, only {listed or 'none at all'}"
+    if names.count(field) > 1:
+        return Reason.NO_TEXT, f"{names.count(field)} columns are named {field!r}"
+    kind = schema.field(field).type
+    if _is_string(kind):
+        return None
+    if _is_list(kind) and pa.types.is_integer(kind.value_type):
+        return Reason.NO_TEXT, f"column {field!r} is {kind}: token ids, not text"
+    return Reason.NO_TEXT, f"column {field!r} is {kind}, not a string"
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _columns(schema: pa.Schema, settings: CorpusSettings) -> dict[str, str]:
+    """The columns to read: for each attribute of a record, its name in the file."""
+    columns = {"text": settings.text_field}
+    wanted = {"key": "id", "url": "url", "source": settings.source_field}
+    for attribute, name in wanted.items():
+        if name and schema.names.count(name) == 1:
+            kind = schema.field(name).type
+            if _is_string(kind) or pa.types.is_integer(kind):
+                columns[attribute] = name
+    if "url" not in columns and schema.names.count("metadata") == 1:
+        kind = schema.field("metadata").type
+        if pa.types.is_struct(kind) and kind.get_field_index("url") >= 0 and _is_string(kind.field("url").type):
+            columns["url"] = "metadata.url"
+    return columns
+
+
+def _rows(
+    file: pq.ParquetFile, group: int, columns: dict[str, str], settings: CorpusSettings
+) -> Iterator[dict[str, Any]]:
+    """The rows of one row group, as values by attribute; bytes instead of a text that is not UTF-8."""
+    metadata = file.metadata.row_group(group)
+    n_bytes = sum(metadata.column(place).total_uncompressed_size for place in range(metadata.num_columns))
+    n_rows = max(1, min(BATCH_ROWS, BATCH_BYTES * metadata.num_rows // max(1, n_bytes)))
+    wanted = sorted(set(columns.values()))
+    for batch in file.iter_batches(n_rows, row_groups=[group], columns=wanted, use_threads=False):
+        values = {attribute: _values(_column(batch, name)) for attribute, name in columns.items()}
+        for row in zip(*values.values(), strict=True):
+            yield dict(zip(values, row, strict=True))
+
+
+def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
+    if name == "metadata.url" and name not in batch.schema.names:
+        return batch.column("metadata").field("url")
+    return batch.column(name)
+
+
+def _values(column: pa.Array) -> list[Any]:
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_text(value) for value in column.cast(pa.large_binary()).to_pylist()]
+
+
+def _text(value: bytes | None) -> str | bytes | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def _record(
+    source: Source, row: dict[str, Any], settings: CorpusSettings, set_aside: OnSetAside, position: int, number: int
+) -> Record | None:
+    text = row["text"]
+    if isinstance(text, str) and len(text) <= limit_bytes(settings) >= len(text.encode()):
+        beside = [label_of(row.get(attribute)) for attribute in ("source", "url", "key")]
+        return admit(source, text, settings, set_aside, position, PLACE, number, *beside)
+    size = 0
+    if text is None:
+        reason, detail, excerpt = Reason.NO_TEXT, f"column {settings.text_field!r} is null", ""
+    elif isinstance(text, bytes):
+        try:
+            text.decode()
+        except UnicodeDecodeError as error:
+            reason, detail = Reason.INVALID_UTF8, f"byte {error.start} ({error.reason})"
+        excerpt, size = excerpt_of(text), len(text)
+    else:
+        size = len(text.encode())
+        set_aside(too_long(source, "", size, excerpt_of(text), settings, position, PLACE, number))
+        return None
+    set_aside(SetAside(source.label, PLACE, number, reason, detail, excerpt, size, position))
+    return None
+
+
+def _fault(error: Exception) -> Exception:
+    """What happened: the file could not be read (that error), or what was read is no table.
+
+    Arrow raises OSError for both; the system's has a number, and the net's is a class of its own.
+    """
+    is_ours = isinstance(error, (DamagedStreamError, RemoteReadError)) or getattr(error, "errno", None) is not None
+    if is_ours:
+        return error
+    return DamagedStreamError(Reason.DAMAGED, excerpt_of(str(error)) or type(error).__name__)

@@ -1,0 +1,59 @@
+"""Pieces of the input that workers read on their own: whole files, and ranges of the large ones.
+
+In: `Sources`. Out: `Unit`s in the order of the files. JSON lines are cut in byte ranges (a line belongs to the unit
+in which its first byte lies), tables in ranges of row groups, so that one file of 100 GB keeps every worker busy.
+All else is read whole: compressed streams have no places to begin at, and texts and archives none that a reader
+could be sure of.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from groundup.corpus.document import Reason, SetAside
+from groundup.corpus.sources import Source, Sources
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A file or a part of it.
+
+    Attributes:
+        source: the file.
+        start: first byte (JSON lines) or row group (tables); 0 otherwise.
+        stop: the one after the last, or None: to the end of the file.
+    """
+
+    source: Source
+    start: int = 0
+    stop: int | None = None
+
+
+def units_of(sources: Sources, split_bytes: int) -> list[Unit]:
+    """Cut the files into pieces of about `split_bytes`.
+
+    The borders depend on the file and `split_bytes` alone, and a file that has grown keeps those it had.
+    """
+    return [unit for source in sources.files for unit in _split(source, max(1, split_bytes))]
+
+
+def unlisted(sources: Sources) -> list[SetAside]:
+    """What to set aside for the folders that could not be looked into."""
+    return [
+        SetAside(name, "", 0, Reason.UNREADABLE, f"the folder cannot be listed ({why})")
+        for name, why in sources.unreadable
+    ]
+
+
+def _split(source: Source, split_bytes: int) -> list[Unit]:
+    size = source.size_bytes()
+    borders = [0]
+    if size > split_bytes and source.can_seek:
+        if source.kind == "lines":
+            borders = list(range(0, size, split_bytes))
+        elif source.kind == "table":
+            from groundup.corpus.tables import row_group_borders  # loads pyarrow
+
+            borders = row_group_borders(source, split_bytes)
+    # The last unit is open at its end: a file that grows meanwhile is read whole, or not at all.
+    return [Unit(source, start, stop) for start, stop in zip(borders, [*borders[1:], None], strict=True)]
