@@ -1,0 +1,282 @@
+"""An archive's bytes as one stream that knows where it was cut, damaged, or begins anew.
+
+In: a file, gzip in members (a record each, as WARC files are), or plain, or packed otherwise. Out: its uncompressed
+bytes by number and by line. Reading stops at borders (a gzip member that begins a record) and at faults (bytes that
+are lost), so that a record with a wrong length cannot swallow the next one, and a damaged member costs no other.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+
+from groundup.corpus.compressed import BLOCK_BYTES, DamagedStreamError
+from groundup.corpus.document import Reason
+from groundup.corpus.intake import READ_ERRORS
+from groundup.corpus.sources import Source
+
+WARC_RECORD = re.compile(rb"WARC/\d+\.\d+[ \t]*(\r|\n|$)")
+ARC_RECORD = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*:\S[^\n]* \d{8,} \S+ ")
+MEMBER_MAGIC = b"\x1f\x8b\x08"
+
+BOMB_BYTES = 1 << 30
+BOMB_RATIO = 1000
+"""gzip data that has grown past both, in bytes and in bytes a stored byte, is an attack."""
+
+_STORED_BLOCK_BYTES = 1 << 18
+_PEEK_BYTES = 4096  # of a member, to see whether it begins a record
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Bytes that are lost.
+
+    Attributes:
+        reason: `Reason.CUT_OFF`, `Reason.DAMAGED` or `Reason.UNREADABLE`.
+        detail: in words.
+        size_bytes: how much of the file as stored.
+        is_within: whether bytes of the same gzip member were handed out before: they are not to be trusted either.
+    """
+
+    reason: Reason
+    detail: str
+    size_bytes: int = 0
+    is_within: bool = False
+
+
+class ArchiveStream:
+    """The uncompressed bytes of an archive, read forward.
+
+    Args:
+        source: the file; its first bytes, not its name, say whether it is gzip.
+
+    Attributes:
+        position: offset of the next byte.
+        record_begins: what a gzip member that begins a record begins with.
+        fault: the fault that reading has stopped at, until `go_on`.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.position = 0
+        self.record_begins: re.Pattern[bytes] = WARC_RECORD
+        self.fault: Fault | None = None
+        self._block = b""
+        self._at = 0
+        self._beyond = b""  # the border: what the next member begins with
+        self._is_at_border = self._is_at_end = False
+        self._pieces = _pieces_of(source)
+
+    def at_end(self) -> bool:
+        """Whether nothing is left: no byte, no border, no fault."""
+        return not self._is_ready() and self.fault is None and not self._is_at_border
+
+    def go_on(self) -> Fault | None:
+        """Pass the border or the fault, if reading has stopped at one; returns the fault."""
+        if self._is_ready():
+            return None
+        fault, self.fault = self.fault, None
+        if self._is_at_border:
+            self._is_at_border = False
+            self._block, self._at, self._beyond = self._beyond, 0, b""
+        return fault
+
+    def take(self, n_bytes: int) -> bytes:
+        """So many bytes, or those before the stop."""
+        parts = []
+        while n_bytes and self._is_ready():
+            part = self._block[self._at : self._at + n_bytes]
+            self._advance(len(part))
+            n_bytes -= len(part)
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def skip(self, n_bytes: int) -> int:
+        """Pass over so many bytes, or those before the stop; returns how many."""
+        left = n_bytes
+        while left and self._is_ready():
+            passed = min(left, len(self._block) - self._at)
+            self._advance(passed)
+            left -= passed
+        return n_bytes - left
+
+    def line(self, limit: int) -> bytes:
+        """The bytes up to and with the next line feed, or the first `limit` of them, or those before the stop."""
+        parts = []
+        while limit and self._is_ready():
+            end = self._block.find(b"\n", self._at, self._at + limit)
+            part = self._block[self._at : end + 1 if end >= 0 else self._at + limit]
+            self._advance(len(part))
+            limit -= len(part)
+            parts.append(part)
+            if end >= 0:
+                break
+        return b"".join(parts)
+
+    def put_back(self, data: bytes) -> None:
+        """Make the bytes that were read last come again."""
+        self._block = data + self._block[self._at :]
+        self._at = 0
+        self.position -= len(data)
+
+    def _advance(self, n_bytes: int) -> None:
+        self._at += n_bytes
+        self.position += n_bytes
+
+    def _is_ready(self) -> bool:
+        """Whether there is a byte to be read before the next stop."""
+        while self._at >= len(self._block):
+            if self._is_at_border or self.fault is not None or self._is_at_end:
+                return False
+            piece = next(self._pieces, None)
+            if piece is None:
+                self._is_at_end = True
+            elif isinstance(piece, Fault):
+                self.fault = piece
+            elif piece[0] and self.position and self.record_begins.match(piece[1]):
+                self._is_at_border, self._beyond = True, piece[1]
+            else:
+                self._block, self._at = piece[1], 0
+        return True
+
+
+_Piece = tuple[bool, bytes] | Fault
+"""Bytes, with whether they begin a gzip member; or bytes that are lost."""
+
+
+def _pieces_of(source: Source) -> Iterator[_Piece]:
+    try:
+        if source.packing in (".zst", ".bz2"):
+            with source.open() as unpacked:
+                while block := unpacked.read(BLOCK_BYTES):
+                    yield False, block
+            return
+        with source.open_stored() as stored:
+            beginning = stored.read(_STORED_BLOCK_BYTES)
+            is_plain = WARC_RECORD.match(beginning) or ARC_RECORD.match(beginning)
+            if beginning.startswith(MEMBER_MAGIC) or (source.packing == ".gz" and not is_plain):
+                inflated = _Inflated(lambda: stored.read(_STORED_BLOCK_BYTES), beginning)
+                yield from inflated.pieces()
+                expected = source.size_bytes()
+                if expected > inflated.n_stored and not inflated.is_given_up:
+                    detail = f"the file has {expected:,} bytes, of which only {inflated.n_stored:,} could be read"
+                    yield Fault(Reason.CUT_OFF, detail, expected - inflated.n_stored)
+                return
+            yield False, beginning
+            while block := stored.read(BLOCK_BYTES):
+                yield False, block
+    except DamagedStreamError as error:
+        yield Fault(error.reason, error.detail)
+    except READ_ERRORS as error:
+        yield Fault(Reason.UNREADABLE, getattr(error, "strerror", None) or str(error) or type(error).__name__)
+
+
+class _Inflated:
+    """gzip members (RFC 1952), one after the other; behind a damaged one, the next that begins a record."""
+
+    def __init__(self, read: Callable[[], bytes], beginning: bytes) -> None:
+        self._read_stored = read
+        self._data = beginning
+        self.n_stored = len(beginning)
+        self._n_inflated = 0
+        self._looked_at = 0  # so many bytes of the data are known to begin no other member
+        self.is_given_up = False
+
+    def pieces(self) -> Iterator[_Piece]:
+        while self._data or self._more():
+            self._data = self._data.lstrip(b"\0")  # padding, as gzip itself takes it
+            if not self._data:
+                continue
+            while len(self._data) < len(MEMBER_MAGIC) and self._more():
+                pass
+            if self._data.startswith(MEMBER_MAGIC):
+                fault = yield from self._member()
+            else:
+                self._looked_at = 0
+                fault = Fault(Reason.DAMAGED, "something else follows the gzip data")
+            if fault is None:
+                continue
+            if fault.reason == Reason.UNREADABLE:
+                self.is_given_up = True
+                yield fault
+                return
+            n_lost = self._find_next()
+            if self._data:  # a damaged member can look like one that never ends
+                detail = f"{fault.detail}; {n_lost:,} bytes up to the next whole member are lost"
+                fault = replace(fault, reason=Reason.DAMAGED, detail=detail)
+            elif fault.reason == Reason.DAMAGED:
+                fault = replace(fault, detail=f"{fault.detail}; {n_lost:,} bytes up to the file's end are lost")
+            yield replace(fault, size_bytes=n_lost)
+
+    def _member(self) -> Generator[_Piece, None, Fault | None]:
+        """One member; returns what is wrong with it."""
+        inflater = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+        data, is_first, held = self._data, True, b""
+        self._looked_at = 1
+        n_member = 0
+        while not inflater.eof:
+            try:
+                chunk = inflater.decompress(data, BLOCK_BYTES)
+            except zlib.error as error:
+                # "Error -3 while decompressing data: incorrect data check"
+                what = f"damaged gzip data: {str(error).split(': ')[-1]}"
+                return Fault(Reason.DAMAGED, what, is_within=not is_first)
+            n_member += len(chunk)
+            self._n_inflated += len(chunk)
+            if self._n_inflated > BOMB_BYTES and self._n_inflated > BOMB_RATIO * self.n_stored:
+                detail = f"a decompression bomb: {self.n_stored:,} bytes have grown to {self._n_inflated:,} so far"
+                return Fault(Reason.UNREADABLE, detail, is_within=True)
+            held += chunk
+            if held and (inflater.eof or len(held) >= _PEEK_BYTES):
+                yield is_first, held
+                is_first, held = False, b""
+            data = inflater.unconsumed_tail
+            if not data and not inflater.eof and len(chunk) < BLOCK_BYTES:  # all that went in has come out
+                block, self._data = self._data, b""
+                if not self._more():
+                    self._data = block
+                    if held:
+                        yield is_first, held
+                        is_first = False
+                    detail = f"the file ends within a gzip member, of which {n_member:,} bytes could be unpacked"
+                    return Fault(Reason.CUT_OFF, detail, is_within=not is_first)
+                data, self._looked_at = self._data, 0
+        self._data = inflater.unused_data
+        return None
+
+    def _more(self) -> bool:
+        block = self._read_stored()
+        self.n_stored += len(block)
+        self._data += block
+        return bool(block)
+
+    def _find_next(self) -> int:
+        """Go to the next member that begins a record; returns how many stored bytes were passed."""
+        n_passed, at = 0, self._looked_at
+        while True:
+            at = self._data.find(MEMBER_MAGIC, at)
+            if at < 0:
+                keep = len(MEMBER_MAGIC) - 1
+                n_passed += max(0, len(self._data) - keep)
+                self._data = self._data[-keep:]
+                at = 0
+                if not self._more():
+                    n_passed += len(self._data)
+                    self._data = b""
+                    return n_passed
+                continue
+            while len(self._data) - at < _PEEK_BYTES and self._more():
+                pass
+            if _begins_record(self._data[at : at + _PEEK_BYTES]):
+                self._data = self._data[at:]
+                return n_passed + at
+            at += 1
+
+
+def _begins_record(data: bytes) -> bool:
+    try:
+        beginning = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS).decompress(data, _PEEK_BYTES)
+    except zlib.error:
+        return False
+    return bool(WARC_RECORD.match(beginning) or ARC_RECORD.match(beginning))
