@@ -1,0 +1,200 @@
+"""`groundup corpus crawl`: the one command of the data stage that goes to the network."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from groundup.cli.options import JsonOption, QuietOption, command_line, print_json, result_console
+
+if TYPE_CHECKING:
+    from groundup.corpus.crawl import CrawlReport, CrawlSettings, Planned
+
+EPILOG = (
+    "Examples:  groundup corpus crawl https://example.org/ --out pages  ·  "
+    "groundup corpus crawl --urls list.txt --out pages --delay 2  ·  "
+    "groundup corpus crawl --sitemap https://example.org/sitemap.xml --out pages --dry-run  ·  "
+    "groundup corpus crawl https://example.org/docs/ --out pages --depth 3 --same-path --max-pages 500"
+)
+
+
+def crawl(
+    urls: Annotated[list[str] | None, typer.Argument(metavar="URL", help="Pages to fetch.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the pages go.")] = Path("pages"),
+    url_files: Annotated[
+        list[Path] | None,
+        typer.Option("--urls", metavar="FILE", help="A list of pages, one a line (#: a comment; -: from stdin)."),
+    ] = None,
+    sitemaps: Annotated[
+        list[str] | None, typer.Option("--sitemap", metavar="URL", help="A sitemap whose pages are fetched.")
+    ] = None,
+    depth: Annotated[int | None, typer.Option(help="Links to follow, on the same host (default 0).")] = None,
+    same_path: Annotated[
+        bool | None, typer.Option("--same-path", help="Follow only links into the folder of a given page.")
+    ] = None,
+    hosts: Annotated[str | None, typer.Option(metavar="A,B", help="Further hosts that links may lead to.")] = None,
+    max_pages: Annotated[int | None, typer.Option(help="Pages to store in all (default 10000).")] = None,
+    max_megabytes: Annotated[float | None, typer.Option(help="MB of pages to store in all (default 1000).")] = None,
+    max_page_mib: Annotated[float | None, typer.Option(help="Leave out longer pages (default 10).")] = None,
+    types: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Content types (default text/html,application/xhtml+xml,text/plain)."),
+    ] = None,
+    delay: Annotated[
+        float | None,
+        typer.Option(help="Seconds between two requests to a host, or more as robots.txt asks (default 1)."),
+    ] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Hosts asked at the same time (default 16).")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds until a page is given up (default 30).")] = None,
+    retries: Annotated[int | None, typer.Option(help="Times to ask again after a passing fault (default 3).")] = None,
+    user_agent: Annotated[
+        str | None, typer.Option(help="Who we say we are; name an address where you can be reached.")
+    ] = None,
+    allow_private: Annotated[
+        bool | None, typer.Option("--allow-private", help="Fetch from private and local addresses too.")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Ask again for what failed for a passing reason.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be fetched; only robots.txt and sitemaps are.")
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Fetch web pages into WARC files, politely: robots.txt obeyed, one request at a time to a host, with pauses.
+
+    Interrupted anywhere, the same command goes on. Exit code 1 if no page is stored.
+    """
+    from groundup.console import Console
+    from groundup.corpus.crawl import crawl as fetch
+    from groundup.corpus.crawl import plan_crawl
+
+    settings = _settings(
+        out,
+        depth=depth,
+        same_path=same_path,
+        hosts=_listed(hosts),
+        max_pages=max_pages,
+        max_megabytes=max_megabytes,
+        max_page_mib=max_page_mib,
+        types=_listed(types),
+        delay_seconds=delay,
+        concurrency=concurrency,
+        timeout_seconds=timeout,
+        retries=retries,
+        user_agent=user_agent,
+        allow_private=allow_private,
+    )
+    console = Console(quiet=quiet)
+    pages = [*(urls or []), *(url for path in url_files or [] for url in _lines(path))]
+    if dry_run:
+        _show_plan(plan_crawl(pages, settings, sitemaps=sitemaps or [], out=out, console=console), settings, as_json)
+        return
+    report = fetch(pages, out, settings, console, sitemaps=sitemaps or [], retry_failed=retry_failed)
+    if as_json:
+        print_json(report.to_json())
+    elif not quiet:
+        result_console().print(_table(report))
+        for line in _advice(report):
+            console.note(line)
+    if not report.stored:
+        raise typer.Exit(1)
+
+
+_OPTIONS = {"delay_seconds": "--delay", "timeout_seconds": "--timeout"}
+
+
+def _settings(out: Path, **chosen: Any) -> CrawlSettings:
+    """The settings that were given, else those of the crawl in the folder; all that is wrong with them at once."""
+    from pydantic import ValidationError
+
+    from groundup.corpus.crawl import CrawlSettings, earlier_settings
+    from groundup.errors import Problem, RecipeError
+
+    given = {name: value for name, value in chosen.items() if value is not None}
+    try:
+        return CrawlSettings(**{**earlier_settings(out), **given})
+    except ValidationError as error:
+        problems = []
+        for fault in error.errors(include_url=False):
+            name = str(fault["loc"][0])
+            option = _OPTIONS.get(name, "--" + name.replace("_", "-"))
+            problems.append(Problem(f"{option} {fault['input']}", fault["msg"] + "."))
+        raise RecipeError("corpus crawl", problems) from error
+
+
+def _listed(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _lines(path: Path) -> list[str]:
+    from groundup.errors import DataError
+
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}).", "Name a file with one address a line."
+        ) from error
+    lines = (line.strip() for line in text.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _show_plan(planned: list[Planned], settings: CrawlSettings, as_json: bool) -> None:
+    if as_json:
+        print_json(
+            [
+                {"url": page.url, "fetch": not page.reason, "reason": page.reason, "detail": page.detail}
+                for page in planned
+            ]
+        )
+        return
+    for page in planned:
+        typer.echo(f"{'fetch' if not page.reason else 'leave'}  {page.url}" + (f"  ({page})" if page.reason else ""))
+    n_fetched = sum(not page.reason for page in planned)
+    typer.echo(f"{n_fetched:,} to fetch, {len(planned) - n_fetched:,} to leave", err=True)
+    if n_fetched > settings.max_pages:
+        typer.echo(f"The first {settings.max_pages:,} of them are fetched: --max-pages", err=True)
+
+
+def _table(report: CrawlReport) -> Table:
+    from groundup.console import format_bytes
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("outcome")
+    table.add_column("addresses", justify="right")
+    table.add_column("for example")
+    n_files = len(report.files)
+    where = f"{format_bytes(report.stored_bytes)} in {n_files:,} {'file' if n_files == 1 else 'files'}"
+    table.add_row("stored", f"{report.stored:,}", where if n_files else "")
+    if report.listed:
+        table.add_row("sitemap read", f"{report.listed:,}", "")
+    for reason, count in report.refused.most_common():
+        url, detail = next(iter(report.examples.get(reason, [])), ("", ""))
+        table.add_row(reason, f"{count:,}", f"{url} {detail}".strip())
+    if report.waiting:
+        table.add_row("waiting", f"{report.waiting:,}", "")
+    table.add_row("found", f"{report.found:,}", "")
+    return table
+
+
+def _advice(report: CrawlReport) -> list[str]:
+    lines = [f"{host}: left alone until next time: {why}" for host, why in list(report.closed_hosts.items())[:10]]
+    if n_private := report.refused["private address"]:
+        lines.append(f"{n_private:,} private addresses were refused (--allow-private, for a network of your own).")
+    if report.elsewhere:
+        lines.append(f"{report.elsewhere:,} addresses in sitemaps lead to other hosts (--hosts allows them).")
+    if report.overflow:
+        lines.append(f"{report.overflow:,} addresses were not followed: too many were waiting.")
+    if report.waiting:
+        more = ["--" + report.limit.replace("_", "-"), "N"] if report.limit else []
+        what = f"{more[0]} is reached. " if more else ""
+        lines.append(f"{what}Go on:  {command_line('corpus', 'crawl', '--out', str(report.folder), *more)}")
+    if report.stored:
+        lines.append(f'Build on it:  [corpus] inputs = ["{report.folder}/*.warc.gz"]')
+    return lines
