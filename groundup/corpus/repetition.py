@@ -1,0 +1,157 @@
+"""How much of a text repeats itself: equal lines and paragraphs, and n-grams of words, for a whole batch at once.
+
+In: a `TextBatch`. Out: shares, one number a text.
+
+An n-gram that comes twice is made of two (n-1)-grams that come twice. So the words that repeat within their text
+are found first, by one sort, and n-grams are made only where both halves are still alive: the pair of the halves'
+numbers names the n-gram exactly, and each further n has far less to sort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from groundup.corpus.textbatch import Bools, Hashes, Ints, TextBatch
+
+_TEXT = np.uint64(0xC2B2AE3D27D4EB4F)
+_SPREAD = np.uint64(0x9E3779B97F4A7C15)
+_CHARACTER_BITS = 32
+
+Shares = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Keys that come at least twice, group by group, each in the order of its places.
+
+    Attributes:
+        places: (members,) where the keys stand.
+        group: (members,) the number of each one's group, from 0 on.
+        first: (members,) whether it is its group's first.
+    """
+
+    places: Ints
+    group: Ints
+    first: Bools
+
+
+def repeated_parts(batch: TextBatch, parts: Ints) -> tuple[Shares, Shares]:
+    """Lines or paragraphs that their text had before.
+
+    Args:
+        batch: the texts.
+        parts: (parts + 1,) the first word of each line or paragraph, and the number of words.
+
+    Returns:
+        Their share of all parts of each text, and of its characters: (n,) each.
+    """
+    groups = _groups(_within_texts(batch, batch.hashes_of(parts), batch.text_of_word[parts[:-1]]))
+    again = groups.places[~groups.first]
+    text = batch.text_of_word[parts[again]]
+    lengths = batch.characters_before[parts[again + 1]] - batch.characters_before[parts[again]]
+    n_parts = np.diff(np.searchsorted(parts[:-1], batch.first_words))
+    count = np.bincount(text, minlength=batch.n)
+    characters = np.bincount(text, weights=lengths, minlength=batch.n)
+    return share(count, n_parts), share(characters, batch.word_characters)
+
+
+def repeated_ngrams(
+    batch: TextBatch, top: Collection[int], duplicate: Collection[int]
+) -> dict[tuple[str, int], Shares]:
+    """The most frequent n-gram's share of the characters, and that of all n-grams that came before.
+
+    Args:
+        batch: the texts.
+        top: for which n the former is wanted.
+        duplicate: for which n the latter is wanted.
+
+    Returns:
+        (n,) shares by ("top", n) and ("duplicate", n).
+    """
+    found: dict[tuple[str, int], Shares] = {}
+    last = max((*top, *duplicate), default=0)
+    keys = _within_texts(batch, batch.word_hashes, batch.text_of_word) if last else np.empty(0, dtype=np.uint64)
+    places = np.arange(batch.n_words)  # where the n-grams begin whose keys are compared, in order
+    for n in range(1, last + 1):
+        groups = _groups(keys, exact_bits=64 if n == 1 else 2 * int(batch.n_words).bit_length())
+        if n in top:
+            found["top", n] = _top(batch, n, places, groups)
+        if n in duplicate:
+            found["duplicate", n] = _duplicate(batch, n, places, groups)
+        # A text has as many n-grams as words, fewer (n - 1): names of one batch's n-grams fit in the bits of n_words.
+        names = np.full(len(places), -1, dtype=np.int64)
+        names[groups.places] = groups.group
+        alive = np.flatnonzero(names >= 0)
+        places, names = places[alive], names[alive]
+        next_too = np.flatnonzero(places[1:] == places[:-1] + 1)
+        places = places[next_too]
+        keys = (names[next_too] << int(batch.n_words).bit_length() | names[next_too + 1]).view(np.uint64)
+    return found
+
+
+def share(part: NDArray[np.generic], whole: NDArray[np.generic]) -> Shares:
+    """part / whole, and 0 where the whole is 0."""
+    return np.divide(part, whole, out=np.zeros(len(whole)), where=whole != 0, dtype=np.float64)
+
+
+def _top(batch: TextBatch, n: int, places: Ints, groups: _Groups) -> Shares:
+    """Length times count of the most frequent n-gram (of equally frequent ones the longest), of all characters."""
+    if not len(groups.places):
+        return np.zeros(batch.n)
+    begins = places[groups.places[groups.first]]
+    lengths = batch.characters_before[begins + n] - batch.characters_before[begins]
+    best = np.zeros(batch.n, dtype=np.int64)
+    np.maximum.at(best, batch.text_of_word[begins], np.bincount(groups.group) << _CHARACTER_BITS | lengths)
+    return share((best >> _CHARACTER_BITS) * (best & ((1 << _CHARACTER_BITS) - 1)), batch.word_characters)
+
+
+def _duplicate(batch: TextBatch, n: int, places: Ints, groups: _Groups) -> Shares:
+    """Characters in n-grams that their text had before, each character once, of all characters."""
+    begins = np.sort(places[groups.places[~groups.first]])
+    if not len(begins):
+        return np.zeros(batch.n)
+    uncounted = begins.copy()
+    uncounted[1:] = np.maximum(begins[1:], begins[:-1] + n)
+    lengths = batch.characters_before[begins + n] - batch.characters_before[uncounted]
+    covered = np.bincount(batch.text_of_word[begins], weights=lengths, minlength=batch.n)
+    return share(covered, batch.word_characters)
+
+
+def _within_texts(batch: TextBatch, hashes: Hashes, texts: Ints) -> Hashes:
+    """Hashes that are equal only for equal things of the same text."""
+    return hashes ^ (texts.view(np.uint64) + np.uint64(1)) * _TEXT if batch.n > 1 else hashes
+
+
+def _groups(keys: Hashes, exact_bits: int = 64) -> _Groups:
+    """Find the keys that come at least twice.
+
+    The place goes into the low bits of one number with the key above it, so one plain sort (many times faster than
+    an argsort) brings equals together in order. Where the key has to be cut for that, equals are compared whole.
+    """
+    n = len(keys)
+    bits = np.uint64(max(1, n - 1).bit_length())
+    place_bits = (np.uint64(1) << bits) - np.uint64(1)
+    is_whole = exact_bits + int(bits) <= 64
+    packed = keys << bits if is_whole else (keys * _SPREAD) & ~place_bits
+    packed |= np.arange(n, dtype=np.uint64)
+    packed.sort()
+    order = (packed & place_bits).view(np.int64)
+    packed >>= bits
+    equal = packed[1:] == packed[:-1]
+    if not is_whole:
+        pairs = np.flatnonzero(equal)
+        if (keys[order[pairs]] != keys[order[pairs + 1]]).any():
+            order = np.argsort(keys, kind="stable")
+            ordered = keys[order]
+            equal = ordered[1:] == ordered[:-1]
+    repeated = np.zeros(n, dtype=np.bool_)
+    repeated[1:] = equal
+    first = ~repeated
+    repeated[:-1] |= equal
+    members = np.flatnonzero(repeated)
+    first = first[members]
+    return _Groups(order[members], np.cumsum(first) - 1, first)

@@ -1,0 +1,153 @@
+"""Which texts are good enough: published rules, each a named threshold on one signal, in presets.
+
+In: a recipe's `quality` and `thresholds`, and the columns of `signals`. Out: for each text the first rule that it
+fails. The rules, their thresholds and where they were published are data: `groundup/data/rules.toml`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from groundup.errors import Problem, RecipeError
+
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One threshold; a text is kept whose signal is at least `least` and at most `most`.
+
+    Attributes:
+        name: as in a recipe, such as "gopher.min_words".
+        signal: a name out of `signals.SIGNALS`.
+        least: the least value that is kept, or None.
+        most: the greatest value that is kept, or None.
+        source: where it was published.
+    """
+
+    name: str
+    signal: str
+    least: float | None
+    most: float | None
+    source: str
+
+    @property
+    def threshold(self) -> float:
+        """The one of `least` and `most` that it has."""
+        return self.most if self.least is None else self.least  # type: ignore[return-value]
+
+    def with_threshold(self, threshold: float) -> Rule:
+        """The same rule with another threshold."""
+        return replace(self, most=threshold) if self.least is None else replace(self, least=threshold)
+
+    def keeps(self, values: NDArray[Any]) -> NDArray[np.bool_]:
+        """(n,) which values pass."""
+        limit = np.float32(self.threshold)  # as the columns: 0.1 must not differ from 0.1
+        return np.asarray(values <= limit if self.least is None else values >= limit, dtype=np.bool_)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.signal} {'<=' if self.least is None else '>='} {self.threshold:g}"
+
+
+def all_rules() -> dict[str, Rule]:
+    """Every rule by name, in the order in which they are tried."""
+    return {
+        record["name"]: Rule(
+            record["name"], record["signal"], record.get("least"), record.get("most"), record["source"]
+        )
+        for record in _data()["rules"]
+    }
+
+
+def presets() -> dict[str, str]:
+    """Every preset and what it is for."""
+    return dict(_data()["about"])
+
+
+def rules_for(quality: Collection[str], thresholds: Mapping[str, float | bool]) -> list[Rule]:
+    """The rules that a recipe asks for.
+
+    Args:
+        quality: presets; "none" stands for none.
+        thresholds: by rule: another threshold, False (off) or True (on, as published). A number or True also
+            switches on a rule that is in none of the presets.
+
+    Returns:
+        The rules in the order in which they are tried.
+
+    Raises:
+        RecipeError: with all the presets and thresholds that do not exist or make no sense.
+    """
+    rules = all_rules()
+    problems = _preset_problems(quality) + _threshold_problems(thresholds, rules)
+    if problems:
+        raise RecipeError("[corpus]", problems)
+    beginnings = tuple(beginning for name in quality if name != NONE for beginning in _data()["presets"][name])
+    chosen = []
+    for name, rule in rules.items():
+        threshold = thresholds.get(name, name.startswith(beginnings))
+        if threshold is True:
+            chosen.append(rule)
+        elif threshold is not False:
+            chosen.append(rule.with_threshold(float(threshold)))
+    return chosen
+
+
+def first_failed(signals: Mapping[str, NDArray[Any]], rules: Sequence[Rule]) -> NDArray[np.int16]:
+    """(n,) the index of the first rule that each text fails, -1 for those that pass them all.
+
+    Args:
+        signals: columns (n,) by name, those of the rules among them.
+        rules: in the order in which they are tried.
+    """
+    n = max((len(column) for column in signals.values()), default=0)
+    failed = np.full(n, -1, dtype=np.int16)
+    for index in reversed(range(len(rules))):
+        failed[~rules[index].keeps(signals[rules[index].signal])] = index
+    return failed
+
+
+def _preset_problems(quality: Collection[str]) -> list[Problem]:
+    known = [NONE, *_data()["presets"]]
+    problems = [
+        Problem(f"quality = {name!r}", "no such preset.", _nearest(name, known))
+        for name in quality
+        if name not in known
+    ]
+    if NONE in quality and len(quality) > 1:
+        problems.append(Problem(f"quality = {list(quality)}", '"none" stands alone.', "Leave it out, or the others."))
+    return problems
+
+
+def _threshold_problems(thresholds: Mapping[str, float | bool], rules: Mapping[str, Rule]) -> list[Problem]:
+    problems = []
+    for name, threshold in thresholds.items():
+        where = f'thresholds."{name}" = {str(threshold).lower() if isinstance(threshold, bool) else threshold}'
+        if name not in rules:
+            problems.append(Problem(where, "no such rule.", _nearest(name, list(rules))))
+        elif not isinstance(threshold, bool) and not (math.isfinite(threshold) and threshold >= 0):
+            problems.append(Problem(where, "not a number from 0 on.", f"As published: {rules[name].threshold:g}."))
+    return problems
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """The nearest spelling, else a rule whose last part is alike, else all there is (if it is little)."""
+    near = difflib.get_close_matches(name, known, n=1) or [one for one in known if one.split(".")[-1] == name][:1]
+    if near:
+        return f"Did you mean {near[0]!r}?"
+    return f"There are: {', '.join(known)}." if len(known) < 10 else "groundup/data/rules.toml lists them."
+
+
+@functools.cache
+def _data() -> dict[str, Any]:
+    return tomllib.loads(resources.files("groundup").joinpath("data", "rules.toml").read_text(encoding="utf-8"))

@@ -1,0 +1,300 @@
+"""A batch of texts as numpy arrays: its characters by class, its words, its lines and its paragraphs.
+
+In: texts. Out: `TextBatch`, whose arrays are made when first asked for, so that nobody pays for what no rule
+needs. All texts are laid end to end, one character an element; what lies outside ASCII is looked up in a table
+that learns every character when it first comes, so words are exactly those of `str.split`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+SPACE, LETTER, DIGIT, UPPER, LINE_END, SENTENCE_END, CLOSER, BULLET = (1 << bit for bit in range(8))
+_UNKNOWN = 0xFF  # no character is white space and a letter at once
+
+SENTENCE_ENDS = ".!?…。！？．｡।॥؟۔።։។៕။།"
+LINE_ENDS = SENTENCE_ENDS + "\"'”’»」』"
+CLOSERS = "\"'”’»)]）」』"
+BULLETS = "-*•‣⁃▪●◦"
+
+_BEYOND_ASCII = 0xFF
+_LONG_WORD_BYTES = 256
+_PADDING = 16
+_SPREAD = np.uint64(0x9E3779B97F4A7C15)
+_ODD = np.uint64(0xD6E8FEB86659FD93)
+# What of eight bytes read at a word's start belongs to a word of so many bytes (little-endian).
+_KEPT_BYTES = np.array([(1 << (8 * size)) - 1 for size in range(9)], dtype=np.uint64)
+
+Ints = NDArray[np.int64]
+Hashes = NDArray[np.uint64]
+Bools = NDArray[np.bool_]
+
+
+def _class_of(character: str) -> int:
+    return (
+        SPACE * character.isspace()
+        | LETTER * character.isalpha()
+        | DIGIT * character.isdecimal()
+        | UPPER * character.isupper()
+        | LINE_END * (character in LINE_ENDS)
+        | SENTENCE_END * (character in SENTENCE_ENDS)
+        | CLOSER * (character in CLOSERS)
+        | BULLET * (character in BULLETS)
+    )
+
+
+_ASCII_CLASSES = bytes(_class_of(chr(code)) for code in range(128)) + bytes(128)
+_classes = np.full(0x110000, _UNKNOWN, dtype=np.uint8)
+
+
+class TextBatch:
+    """Texts laid end to end, each followed by a line break.
+
+    Attributes:
+        n: number of texts.
+        bounds: (n + 1,) where each text begins; text i is [bounds[i], bounds[i + 1] - 1).
+        bytes: (characters + padding,) the ASCII code of every character, 255 beyond ASCII.
+        classes: (characters,) bits: white space, letter, digit, ...
+        codes: (characters + padding,) code points, or None where all is ASCII.
+        word_starts, word_ends: (words,) where each word begins and ends.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.n = len(texts)
+        lengths = np.fromiter((len(text) for text in texts), dtype=np.int64, count=self.n)
+        self.characters: Ints = lengths
+        self.bounds: Ints = np.concatenate(([0], np.cumsum(lengths + 1)))
+        joined = "\n".join(texts) + "\n" if texts else ""
+        self.codes: NDArray[np.uint32] | None = None
+        if joined.isascii():
+            data = joined.encode()
+            self.classes = np.frombuffer(data.translate(_ASCII_CLASSES), dtype=np.uint8)
+            self.bytes = np.frombuffer(data + bytes(_PADDING), dtype=np.uint8)
+        else:
+            self._take_unicode(joined)
+        space = (self.classes & SPACE).view(np.bool_)
+        edges = np.flatnonzero(space[1:] != space[:-1]) + 1
+        if self.n and not space[0]:
+            edges = np.concatenate(([0], edges))
+        self.word_starts: Ints = edges[0::2]
+        self.word_ends: Ints = edges[1::2]
+
+    def _take_unicode(self, joined: str) -> None:
+        size = len(joined)
+        codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass") + bytes(_PADDING), dtype="<u4")
+        low = np.zeros(size + _PADDING, dtype=np.uint8)
+        np.minimum(codes[:size], _BEYOND_ASCII, out=low[:size], casting="unsafe")
+        classes = np.frombuffer(bytearray(low[:size].tobytes().translate(_ASCII_CLASSES)), dtype=np.uint8)
+        others = np.flatnonzero(low[:size] >= 128)
+        other_codes = codes[others]
+        found = _classes[other_codes]
+        if (found == _UNKNOWN).any():
+            for code in np.unique(other_codes[found == _UNKNOWN]).tolist():
+                _classes[code] = _class_of(chr(code))
+            found = _classes[other_codes]
+        classes[others] = found
+        low |= np.negative(low >> 7)  # Latin letters have codes from 128 to 254: marked as all others are
+        others = others[(found & SPACE) == 0]
+        self.codes, self.classes, self.bytes, self._others = codes, classes, low, others
+
+    @property
+    def n_words(self) -> int:
+        """Words of all texts together."""
+        return len(self.word_starts)
+
+    @cached_property
+    def first_words(self) -> Ints:
+        """(n + 1,) the number of the first word of each text, and of all words."""
+        return np.searchsorted(self.word_starts, self.bounds)
+
+    @cached_property
+    def words(self) -> Ints:
+        """(n,) words of each text."""
+        return np.diff(self.first_words)
+
+    @cached_property
+    def word_lengths(self) -> Ints:
+        """(words,) characters."""
+        return self.word_ends - self.word_starts
+
+    @cached_property
+    def characters_before(self) -> Ints:
+        """(words + 1,) characters of words that stand before each word."""
+        return np.concatenate(([0], np.cumsum(self.word_lengths)))
+
+    @cached_property
+    def word_characters(self) -> Ints:
+        """(n,) characters of words of each text."""
+        return np.diff(self.characters_before[self.first_words])
+
+    @cached_property
+    def text_of_word(self) -> Ints:
+        """(words,) which text each word belongs to."""
+        return np.repeat(np.arange(self.n), self.words)
+
+    @cached_property
+    def newlines(self) -> Ints:
+        """Where line breaks stand, also those that end each text."""
+        return np.flatnonzero(self.bytes[: self.bounds[-1]] == 10)
+
+    @cached_property
+    def breaks_before(self) -> Ints:
+        """(words + 1,) line breaks between each word and the one before it."""
+        return np.bincount(np.searchsorted(self.word_starts, self.newlines), minlength=self.n_words + 1)
+
+    @cached_property
+    def lines(self) -> Ints:
+        """The number of the first word of each line, and of all words."""
+        return self._parts(1)
+
+    @cached_property
+    def paragraphs(self) -> Ints:
+        """The number of the first word of each paragraph (after a blank line or a text's end), and of all words."""
+        return self._parts(2)
+
+    def _parts(self, n_breaks: int) -> Ints:
+        begins = self.breaks_before >= n_breaks
+        begins[self.first_words] = True
+        begins[-1] = True
+        return np.flatnonzero(begins)
+
+    @cached_property
+    def _eight(self) -> Hashes:
+        """(words,) the first eight characters of each word, zeros after its end."""
+        return _eight(self.bytes)[self.word_starts] & _KEPT_BYTES.take(self.word_lengths, mode="clip")
+
+    @cached_property
+    def beginnings(self) -> Hashes:
+        """(words,) the first eight characters of each word, A to Z as small letters; compare with `letters`."""
+        return self._eight | (_is_upper(self._eight) >> np.uint64(2))
+
+    @cached_property
+    def word_hashes(self) -> Hashes:
+        """(words,) 64 bits of each word; equal within one batch only."""
+        starts, lengths = self.word_starts, self.word_lengths
+        hashes = _hash_spans(self.bytes, starts, lengths, self._eight)
+        if self.codes is not None and self.n_words:
+            # A word with a character beyond ASCII is hashed by 16 bits a character, or by 32 where it needs them.
+            wide = self._words_with(self._others)
+            hashes[wide] = ~_hash_spans(self.codes.astype("<u2").view(np.uint8), starts[wide] * 2, lengths[wide] * 2)
+            wide = self._words_with(self._others[self.codes[self._others] > 0xFFFF])
+            if len(wide):
+                hashes[wide] = ~_hash_spans(self.codes.view(np.uint8), starts[wide] * 4, lengths[wide] * 4)
+        return hashes
+
+    def _words_with(self, positions: Ints) -> Ints:
+        """The words in which these characters stand (sorted positions, none of them white space)."""
+        if not len(positions):
+            return positions
+        # Most runs of such characters begin where their word does; only the others have to be searched for.
+        marked = np.zeros(self.bounds[-1], dtype=np.bool_)
+        marked[positions] = True
+        begins = marked[self.word_starts]
+        runs = positions[np.concatenate(([True], positions[1:] != positions[:-1] + 1))]
+        inside = runs[(self.classes[runs - 1] & SPACE) == 0]
+        begins[np.searchsorted(self.word_starts, inside, side="right") - 1] = True
+        return np.flatnonzero(begins)
+
+    @cached_property
+    def _hash_sums(self) -> Hashes:
+        """(words + 1,) sums of the hashes of the words before each, times powers: a polynomial of every run."""
+        sums = np.zeros(self.n_words + 1, dtype=np.uint64)
+        np.cumsum(self.word_hashes * _powers(self.n_words)[0], out=sums[1:])
+        return sums
+
+    def hashes_of(self, parts: Ints) -> Hashes:
+        """64 bits of each run of words.
+
+        Args:
+            parts: (parts + 1,) the first word of each, and the number of words.
+        """
+        sums = self._hash_sums[parts]
+        return _mix((sums[1:] - sums[:-1]) * _powers(self.n_words)[1][parts[:-1]])
+
+    def count(self, positions: Ints) -> Ints:
+        """(n,) how many of the sorted positions lie in each text (its final line break included)."""
+        return np.diff(np.searchsorted(positions, self.bounds))
+
+    def count_of(self, classes: int) -> Ints:
+        """(n,) characters of any of these classes in each text (its final line break included)."""
+        if not self.n:
+            return np.empty(0, dtype=np.int64)
+        is_one = (self.classes & classes) != 0
+        return np.add.reduceat(is_one.view(np.uint8), self.bounds[:-1], dtype=np.int64)
+
+    def sum_words(self, words: Ints, values: NDArray[np.generic] | None = None) -> NDArray[np.float64]:
+        """(n,) the number, or the sum of values, of the words with these numbers, for each text."""
+        sums = np.bincount(self.text_of_word[words], weights=values, minlength=self.n)
+        return sums.astype(np.float64)
+
+
+_power_table = np.ones((2, 0), dtype=np.uint64)
+
+
+def _powers(n: int) -> Hashes:
+    """(2, n) the powers of an odd number modulo 2^64, and those of its inverse."""
+    global _power_table
+    if _power_table.shape[1] < n:
+        table = np.ones((2, max(1 << 17, n)), dtype=np.uint64)
+        table[0, 1:], table[1, 1:] = _ODD, pow(int(_ODD), -1, 1 << 64)
+        _power_table = np.cumprod(table, axis=1, dtype=np.uint64)
+    return _power_table[:, :n]
+
+
+def letters(text: str) -> int:
+    """The value that `TextBatch.beginnings` have for a word that is this text (up to eight characters)."""
+    return int.from_bytes(text.encode("ascii"), "little")
+
+
+def _is_upper(words: Hashes) -> Hashes:
+    """128 in every byte that is A to Z (all eight bytes at once)."""
+    high = np.uint64(0x8080808080808080)
+    low7 = words & ~high
+    from_a = low7 + np.uint64(0x0101010101010101 * (128 - ord("A")))
+    past_z = low7 + np.uint64(0x0101010101010101 * (128 - ord("Z") - 1))
+    return (from_a ^ past_z) & high & ~words
+
+
+def _eight(data: NDArray[np.uint8]) -> Hashes:
+    """Eight bytes as a number, from every byte on (no copy)."""
+    return np.ndarray((len(data) - 7,), dtype="<u8", buffer=data.data, strides=(1,))
+
+
+def _mix(values: Hashes) -> Hashes:
+    """Spread every bit over the whole number (the finalizer of splitmix64)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _hash_spans(data: NDArray[np.uint8], starts: Ints, lengths: Ints, heads: Hashes | None = None) -> Hashes:
+    """64 bits of each run of bytes: eight at a time; the few very long ones by xxh3.
+
+    Args:
+        data: bytes, with padding.
+        starts: (spans,) where each begins.
+        lengths: (spans,) bytes of each.
+        heads: (spans,) the first eight bytes of each, if they are known.
+    """
+    eight = _eight(data)
+    if heads is None:
+        heads = eight[starts] & _KEPT_BYTES.take(lengths, mode="clip")
+    hashes = heads * _SPREAD + lengths.view(np.uint64)
+    left = np.flatnonzero((lengths > 8) & (lengths <= _LONG_WORD_BYTES))
+    at, rest, chain = starts[left] + 8, lengths[left] - 8, hashes[left]
+    while len(left):
+        chain ^= chain >> np.uint64(32)
+        chain += eight[at] & _KEPT_BYTES.take(rest, mode="clip")
+        chain *= _SPREAD
+        hashes[left] = chain
+        on = np.flatnonzero(rest > 8)
+        left, at, rest, chain = left[on], at[on] + 8, rest[on] - 8, chain[on]
+    for place in np.flatnonzero(lengths > _LONG_WORD_BYTES).tolist():
+        start = int(starts[place])
+        hashes[place] = xxhash.xxh3_64_intdigest(data[start : start + int(lengths[place])].tobytes())
+    return _mix(hashes)

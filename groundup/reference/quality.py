@@ -1,0 +1,130 @@
+"""The quality signals of one document, each written as it is defined: word by word and line by line, in plain Python.
+
+A word is what stands between white space (`str.split`). A line is a line with a word in it; a paragraph is a run of
+lines between blank ones. Shares of characters count the characters of words, so white space has no weight, and
+lines, paragraphs and n-grams are equal when their words are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
+BULLETS = tuple("-*•‣⁃▪●◦")
+SENTENCE_ENDS = tuple(".!?…。！？．｡।॥؟۔።։។៕။།")
+CLOSERS = tuple("\"'”’»)]）」』")
+LINE_ENDS = (*SENTENCE_ENDS, *"\"'”’»」』")
+URL_BEGINNINGS = ("http://", "https://", "www.")
+SHORT_LINE_CHARACTERS = 30
+
+
+def quality_signals(text: str) -> dict[str, float]:
+    """Every signal of one text, by name."""
+    words = text.split()
+    lines = [line for line in text.split("\n") if line.split()]
+    return {
+        "words": len(words),
+        "characters": len(text),
+        "mean_word_length": _ratio(sum(map(len, words)), len(words)),
+        "longest_word": max(map(len, words), default=0),
+        "hash_signs": _ratio(text.count("#"), len(words)),
+        "ellipses": _ratio(text.count("...") + text.count("…"), len(words)),
+        "alphabetic_words": _ratio(sum(any(c.isalpha() for c in word) for word in words), len(words)),
+        "stop_words": len(STOP_WORDS & {_lower(word) for word in words}),
+        "lines": len(lines),
+        "bullet_lines": _share(line.lstrip().startswith(BULLETS) for line in lines),
+        "ellipsis_lines": _share(line.rstrip().endswith(("...", "…")) for line in lines),
+        "punctuated_lines": _share(line.rstrip().endswith(LINE_ENDS) for line in lines),
+        "short_lines": _share(len(line.strip()) <= SHORT_LINE_CHARACTERS for line in lines),
+        "newlines_per_word": _ratio(text.count("\n"), len(words)),
+        "sentences": sum(map(sentences, lines)),
+        "curly_braces": text.count("{"),
+        "lorem_ipsum": _lower(text).count("lorem ipsum"),
+        "digits": _ratio(sum(c.isdecimal() for c in text), len(text)),
+        "uppercase": _ratio(sum(c.isupper() for c in text), len(text)),
+        "whitespace": _ratio(sum(c.isspace() for c in text), len(text)),
+        "url_characters": _ratio(
+            sum(len(word) for word in words if _lower(word).startswith(URL_BEGINNINGS)), sum(map(len, words))
+        ),
+        **_duplicates("line", [line.split() for line in lines]),
+        **_duplicates("paragraph", paragraphs(text)),
+        **{f"top_{n}gram_characters": top_ngram(words, n) for n in (2, 3, 4)},
+        **{f"duplicate_{n}gram_characters": duplicate_ngrams(words, n) for n in range(5, 11)},
+    }
+
+
+def sentences(line: str) -> int:
+    """Words that end a sentence, the line's last one in any case; up to three closing quotes or brackets may follow."""
+    count = 0
+    for word in line.split()[:-1]:
+        for _ in range(3):
+            if len(word) > 1 and word.endswith(CLOSERS):
+                word = word[:-1]
+        count += word.endswith(SENTENCE_ENDS)
+    return count + 1
+
+
+def paragraphs(text: str) -> list[list[str]]:
+    """The words of every paragraph."""
+    found: list[list[str]] = [[]]
+    for line in text.split("\n"):
+        if line.split():
+            found[-1].extend(line.split())
+        else:
+            found.append([])
+    return [words for words in found if words]
+
+
+def top_ngram(words: Sequence[str], n: int) -> float:
+    """Share of the characters in the most frequent n-gram: its length times its count, 0 if none comes twice.
+
+    Of several equally frequent ones the longest. Its occurrences may overlap.
+    """
+    grams = Counter(tuple(words[start : start + n]) for start in range(len(words) - n + 1))
+    most = max(grams.values(), default=0)
+    if most < 2:
+        return 0.0
+    length = max(sum(map(len, gram)) for gram, count in grams.items() if count == most)
+    return most * length / sum(map(len, words))
+
+
+def duplicate_ngrams(words: Sequence[str], n: int) -> float:
+    """Share of the characters that stand in an n-gram which came before, each character counted once."""
+    seen: set[tuple[str, ...]] = set()
+    covered: set[int] = set()
+    for start in range(len(words) - n + 1):
+        gram = tuple(words[start : start + n])
+        if gram in seen:
+            covered.update(range(start, start + n))
+        seen.add(gram)
+    return _ratio(sum(len(words[place]) for place in covered), sum(map(len, words)))
+
+
+def _duplicates(name: str, parts: Sequence[Sequence[str]]) -> dict[str, float]:
+    seen: set[tuple[str, ...]] = set()
+    count = characters = 0
+    for part in map(tuple, parts):
+        if part in seen:
+            count += 1
+            characters += sum(map(len, part))
+        seen.add(part)
+    total = sum(len(word) for part in parts for word in part)
+    return {
+        f"duplicate_{name}s": _ratio(count, len(parts)),
+        f"duplicate_{name}_characters": _ratio(characters, total),
+    }
+
+
+def _lower(text: str) -> str:
+    """Small letters for A to Z only: what the rules look for is ASCII."""
+    return "".join(c.lower() if c.isascii() else c for c in text)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _share(answers: Iterable[bool]) -> float:
+    listed = list(answers)
+    return _ratio(sum(listed), len(listed))
