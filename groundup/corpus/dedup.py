@@ -1,21 +1,29 @@
-"""Exact duplicates: texts that are equal after normalization, found by their 128-bit xxh3 digest."""
+"""Deduplication: which documents go because another says the same, and which parts of the others.
 
-from __future__ import annotations
+Four kinds, each a step over files that fits in the memory it is given, whatever the corpus is:
 
-import xxhash
+    exact       equal texts, by 128-bit digest                        `exact_duplicates`
+    near        most runs of five words in common, by MinHash          `near_duplicates`
+    parts       paragraphs or lines that another document has          `repeated_parts`
+    substrings  runs of so many words that stand elsewhere             `repeated_substrings`
 
+Who stays is decided by content and id only, so the result is the same however the work was cut and done.
+"""
 
-class ExactDuplicates:
-    """Remembers every text it has seen, 16 bytes for its digest and 16 for its document.
+from groundup.corpus.dedup_cuts import Cuts, cut_spans
+from groundup.corpus.dedup_exact import exact_duplicates
+from groundup.corpus.dedup_files import Removed, UnitKeys
+from groundup.corpus.dedup_near import near_duplicates
+from groundup.corpus.dedup_parts import repeated_parts
+from groundup.corpus.dedup_substrings import repeated_substrings
 
-    Among n different texts two share a digest with probability about n²/2¹²⁹: never, in practice.
-    """
-
-    def __init__(self) -> None:
-        self._first: dict[bytes, bytes] = {}
-
-    def first(self, text: str, document_id: str) -> str | None:
-        """The id of the earlier document with this text, or None if it is new (it is then remembered)."""
-        digest = xxhash.xxh3_128_digest(text.encode())
-        earlier = self._first.setdefault(digest, bytes.fromhex(document_id))
-        return earlier.hex() if earlier.hex() != document_id else None
+__all__ = [
+    "Cuts",
+    "Removed",
+    "UnitKeys",
+    "cut_spans",
+    "exact_duplicates",
+    "near_duplicates",
+    "repeated_parts",
+    "repeated_substrings",
+]

@@ -1,0 +1,106 @@
+"""Exact duplicates: documents whose final texts have the same 128-bit xxh3 digest.
+
+In: the units' keys and who takes part. Out: who goes, and who stays in their place: of equal texts the one with the
+smallest id, and of equal ids the first in the order of the units.
+
+Among n different texts two share a digest with probability about n²/2¹²⁹: never, in practice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from groundup.corpus.dedup_files import (
+    KeyStore,
+    RangeFile,
+    Removed,
+    UnitKeys,
+    check_count,
+    key_store,
+    n_ranges,
+    range_of,
+    read_range,
+    save,
+    write_ranges,
+)
+from groundup.corpus.engine import Engine
+
+_RECORD = np.dtype([("digest", "<u8", 2), ("id", "<u8", 2), ("number", "<i8")])
+
+
+def exact_duplicates(
+    units: Sequence[UnitKeys], kept: Sequence[np.ndarray], folder: Path, engine: Engine, memory_bytes: int
+) -> list[Removed]:
+    """Find documents with equal texts; all but one of each are to go.
+
+    Args:
+        units: the documents' keys, in an order that does not depend on how the input was cut.
+        kept: (n,) bool for each unit: who takes part.
+        folder: for files in between; it is emptied first and removed in the end.
+        engine: who does the work. The result does not depend on it, on `memory_bytes` or on where units begin.
+        memory_bytes: what a task may use.
+
+    Returns:
+        For every unit its rows that go, each with the id of the document that stays.
+    """
+    with key_store(folder, units, kept) as store:
+        if not store.n:
+            return store.removed(np.empty((0, 2), dtype=np.int64))
+        n_taking_part = int(store.kept.sum())
+        ranges = n_ranges(n_taking_part, _RECORD.itemsize, memory_bytes)
+        slices = store.slices(_RECORD.itemsize, memory_bytes, engine.n_workers)
+        files = list(engine.map(_split_digests, [_Slice(str(store.folder), *piece, ranges) for piece in slices]))
+        check_count("exact duplicates", n_taking_part, files)
+        tasks = [_Range(str(store.folder), tuple(files), number) for number in range(ranges)]
+        found = [np.load(path) for path in engine.map(_equal_digests, tasks)]
+        return store.removed(np.concatenate(found))
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Documents `begin` to `end`, to be split into ranges of digests."""
+
+    folder: str
+    begin: int
+    end: int
+    n_ranges: int
+
+
+@dataclass(frozen=True)
+class _Range:
+    """One range of digests, of all files."""
+
+    folder: str
+    files: tuple[RangeFile, ...]
+    number: int
+
+
+def _split_digests(work: _Slice) -> RangeFile:
+    store = KeyStore(work.folder)
+    numbers = np.flatnonzero(store.kept[work.begin : work.end]) + work.begin
+    records = np.empty(len(numbers), dtype=_RECORD)
+    records["digest"] = store.take("digests", numbers)
+    records["id"] = store.take("ids", numbers)
+    records["number"] = numbers
+    ranges = range_of(records["digest"][:, 0], work.n_ranges)
+    return write_ranges(store.folder / f"digests-{work.begin}.npy", records, ranges, work.n_ranges)
+
+
+def _equal_digests(work: _Range) -> str:
+    """(m, 2) int64 in a file: who goes, who stays."""
+    records = read_range(work.files, work.number)
+    digest, ident = records["digest"], records["id"]
+    # The last key sorts first: by digest, then by who is to stay.
+    order = np.lexsort((records["number"], ident[:, 1], ident[:, 0], digest[:, 1], digest[:, 0]))
+    digest, numbers = digest[order], records["number"][order]
+    is_first = np.ones(len(order), dtype=bool)
+    is_first[1:] = (digest[1:] != digest[:-1]).any(axis=1)
+    firsts = np.flatnonzero(is_first)
+    survivors = numbers[firsts[np.cumsum(is_first) - 1]]
+    path = Path(work.folder) / f"equal-{work.number}.npy"
+    save(path, np.stack([numbers, survivors], axis=1)[~is_first])
+    return str(path)

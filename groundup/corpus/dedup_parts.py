@@ -1,0 +1,151 @@
+"""Paragraphs or lines that another document has already.
+
+In: the texts of the documents that stay. Out: for each unit what is to be cut. A part is compared by the 128-bit
+xxh3 digest of its text, runs of white space being one space. It stays where it stands first in the document with
+the smallest id, and goes everywhere else, also where that document repeats it. Parts of fewer than
+`MIN_PART_CHARACTERS` characters are left alone: headings and one-word lines say too little to be copies.
+
+Source: the paragraphs of Soldaini et al., Dolma (2024), section 4.1.4, exactly instead of by a Bloom filter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import xxhash
+
+from groundup.corpus.dedup_cuts import (
+    Cuts,
+    Spill,
+    TextReader,
+    characters_of,
+    cuts_of,
+    stored_texts,
+    texts_of,
+    write_spans,
+)
+from groundup.corpus.dedup_files import (
+    KeyStore,
+    RangeFile,
+    UnitKeys,
+    key_store,
+    n_ranges,
+    range_of,
+    read_range,
+)
+from groundup.corpus.engine import Engine
+
+Within = Literal["paragraphs", "lines"]
+
+MIN_PART_CHARACTERS = 20
+
+_SEPARATORS = {"paragraphs": re.compile(r"\n(?:[^\S\n]*\n)+"), "lines": re.compile(r"\n+")}
+_PART = np.dtype([("digest", "<u8", 2), ("id", "<u8", 2), ("number", "<i8"), ("begin", "<i8"), ("end", "<i8")])
+_CHARACTERS_A_PART = 64
+"""For the number of ranges: text that has more parts than one in so many characters takes some more memory."""
+
+
+def repeated_parts(
+    units: Sequence[UnitKeys],
+    kept: Sequence[np.ndarray],
+    within: Within,
+    folder: Path,
+    engine: Engine,
+    memory_bytes: int,
+    texts: TextReader = stored_texts,
+) -> list[Cuts]:
+    """Find the paragraphs or lines that stand somewhere else too; all but one of each are to be cut.
+
+    Args:
+        units: the documents' keys, in an order that does not depend on how the input was cut.
+        kept: (n,) bool for each unit: who takes part.
+        within: "paragraphs" (between blank lines) or "lines".
+        folder: for files in between; it is emptied first and removed in the end.
+        engine: who does the work. The result does not depend on it, on `memory_bytes` or on where units begin.
+        memory_bytes: what a task may use.
+        texts: reads the texts of a unit's folder.
+
+    Returns:
+        For every unit what to cut: a part with the white space behind it.
+    """
+    with key_store(folder, units, kept) as store:
+        if not store.n:
+            return [Cuts.none() for _ in units]
+        ranges = n_ranges(characters_of(store) // _CHARACTERS_A_PART, _PART.itemsize, memory_bytes)
+        place = str(store.folder)
+        tasks = [_Read(place, unit, ranges, within, memory_bytes, texts) for unit in range(len(units))]
+        files = tuple(file for found in engine.map(_split_parts, tasks) for file in found)
+        if not files:
+            return [Cuts.none() for _ in units]
+        spans = list(engine.map(_equal_parts, [_Range(place, files, number) for number in range(ranges)]))
+        return cuts_of(store, spans, engine)
+
+
+def part_spans(text: str, within: Within) -> Iterator[tuple[int, int, int]]:
+    """Begin, end, and end of the white space behind it, of every paragraph or line."""
+    begin = 0
+    for separator in _SEPARATORS[within].finditer(text):
+        yield begin, separator.start(), separator.end()
+        begin = separator.end()
+    yield begin, len(text), len(text)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A unit whose parts are to be split into ranges of digests."""
+
+    folder: str
+    unit: int
+    n_ranges: int
+    within: Within
+    memory_bytes: int
+    texts: TextReader
+
+
+@dataclass(frozen=True)
+class _Range:
+    """One range of digests, of all files."""
+
+    folder: str
+    files: tuple[RangeFile, ...]
+    number: int
+
+
+def _split_parts(work: _Read) -> list[RangeFile]:
+    store = KeyStore(work.folder)
+    spill = Spill(store.folder / f"parts-{work.unit}", work.n_ranges, work.memory_bytes)
+    for batch in texts_of(store, work.unit, work.texts):
+        digests: list[bytes] = []
+        places: list[tuple[int, int, int]] = []
+        for number, text in batch:
+            for begin, end, behind in part_spans(text, work.within):
+                part = " ".join(text[begin:end].split())
+                if len(part) >= MIN_PART_CHARACTERS:
+                    digests.append(xxhash.xxh3_128_digest(part.encode()))
+                    places.append((number, begin, behind))
+        if not places:
+            continue
+        records = np.empty(len(places), dtype=_PART)
+        records["digest"] = np.frombuffer(b"".join(digests), dtype=">u8").reshape(-1, 2)
+        records["number"], records["begin"], records["end"] = np.array(places, dtype=np.int64).T
+        numbers, which = np.unique(records["number"], return_inverse=True)
+        records["id"] = store.take("ids", numbers)[which]
+        spill.add(records, range_of(records["digest"][:, 0], work.n_ranges))
+    return spill.finish()
+
+
+def _equal_parts(work: _Range) -> RangeFile:
+    """The stretches of all parts that stand elsewhere, cut by unit."""
+    store = KeyStore(work.folder)
+    records = read_range(work.files, work.number)
+    digest, ident = records["digest"], records["id"]
+    order = np.lexsort((records["begin"], records["number"], ident[:, 1], ident[:, 0], digest[:, 1], digest[:, 0]))
+    records = records[order]
+    goes = np.zeros(len(records), dtype=bool)
+    goes[1:] = (records["digest"][1:] == records["digest"][:-1]).all(axis=1)
+    return write_spans(store, f"repeated-{work.number}.npy", records[goes])
