@@ -1,27 +1,31 @@
 """The part of the text that is held out for validation.
 
-By document: a document is held out if the 64-bit hash of its text is below `share`·2⁶⁴. That depends on
-nothing but the text: not on its file, its place or the other documents. Where so few documents fall that way
-that one part would be empty, the one with the nearest hash changes sides.
+By document: a document is held out if the 64-bit hash of its id is below `share`·2⁶⁴. An id is made of the
+text, so that depends on nothing else: not on a file, a place or the other documents. Where so few documents
+fall that way that one part would be empty, the one with the nearest hash changes sides.
 By tail: the last `share` of every document is held out, cut at a paragraph, a line or a word near there.
+
+Several processes can look at different documents; what they saw is merged (`state`, `merge`) before any divides.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Literal
 
 import xxhash
 
-from groundup.corpus.document import Document, document_id
+from groundup.corpus.document import Document, derived_id
 from groundup.errors import DataError
 from groundup.recipe import CorpusSettings
 
 AUTO_DOCUMENTS = 20
-HASH_SEED = 20  # another than that of the ids and of dedup, so that no two of them are linked
+HASH_SEED = 20  # the ids themselves order and partition the documents: a split by them would not be independent
 
 
 class Holdout:
-    """Sees every kept text once (`see`), then says where each belongs (`divide`).
+    """Sees every kept document's id once (`see`), then says where each belongs (`divide`).
 
     Args:
         settings: `validation_by` and `validation_share`.
@@ -34,19 +38,29 @@ class Holdout:
         self._lowest = 2**64
         self._highest = -1
 
-    def see(self, text: str) -> None:
-        """Take note of one kept text."""
-        value = text_hash(text)
+    def see(self, document_id: str) -> None:
+        """Take note of one kept document; copies that mixing made are not seen again."""
+        value = _hash(document_id)
         self._n_seen += 1
         self._lowest = min(self._lowest, value)
         self._highest = max(self._highest, value)
+
+    def state(self) -> dict[str, int]:
+        """What was seen so far, JSON-able: how many documents, and the lowest and the highest hash."""
+        return {"documents": self._n_seen, "lowest": self._lowest, "highest": self._highest}
+
+    def merge(self, state: Mapping[str, int]) -> None:
+        """Take note of what another `Holdout` saw (its `state()`), in any order."""
+        self._n_seen += state["documents"]
+        self._lowest = min(self._lowest, state["lowest"])
+        self._highest = max(self._highest, state["highest"])
 
     @property
     def by(self) -> str:
         """ "document" or "tail".
 
         Raises:
-            DataError: "document" was asked for, but there are not two different texts.
+            DataError: "document" was asked for, but there are not two different documents.
         """
         asked = self._settings.validation_by
         distinct = self._lowest < self._highest
@@ -67,18 +81,26 @@ class Holdout:
         part = "validation" if self._lowest >= self._bound else "training"
         return f"no document's hash falls to {part}; the one that comes nearest was put there"
 
-    def divide(self, document: Document) -> list[Document]:
-        """The document with its split; with "tail" its training part and its validation part."""
+    def divide(self, document: Document, original_id: str | None = None) -> list[Document]:
+        """The document with its split; with "tail" its training part and its validation part.
+
+        Args:
+            document: one whose id was seen, or a copy of it.
+            original_id: the id that decides, where the document is a copy: copies fall to the side of their original.
+        """
         if self.by == "tail":
             return _cut_tail(document, self._settings.validation_share)
+        return [dataclasses.replace(document, split=self.split_of(original_id or document.id))]
+
+    def split_of(self, document_id: str) -> Literal["train", "validation"]:
+        """Where a whole document belongs, by the id that was seen of it: "train" or "validation"."""
         bound = min(max(self._bound, self._lowest + 1), self._highest)
-        split = "validation" if text_hash(document.text) < bound else "train"
-        return [dataclasses.replace(document, split=split)]
+        return "validation" if _hash(document_id) < bound else "train"
 
 
-def text_hash(text: str) -> int:
-    """64-bit xxh3 of a text, as a number."""
-    return xxhash.xxh3_64_intdigest(text.encode(), seed=HASH_SEED)
+def _hash(document_id: str) -> int:
+    """64-bit xxh3 of an id, as a number."""
+    return xxhash.xxh3_64_intdigest(document_id.encode(), seed=HASH_SEED)
 
 
 def _cut_tail(document: Document, share: float) -> list[Document]:
@@ -87,7 +109,7 @@ def _cut_tail(document: Document, share: float) -> list[Document]:
     head, tail = text[:cut].rstrip(), text[cut:].strip("\n")
     if not head or not tail.strip():
         return [dataclasses.replace(document, split="train")]
-    tail_id = document_id(document.id, "validation")
+    tail_id = derived_id(document.id, "validation")
     return [
         dataclasses.replace(document, text=head, split="train"),
         dataclasses.replace(document, id=tail_id, text=tail, split="validation"),

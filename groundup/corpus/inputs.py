@@ -1,0 +1,49 @@
+"""What the corpus depends on outside the run: the texts, and every file that the recipe names beside them."""
+
+from __future__ import annotations
+
+from groundup.corpus.annotate import file_fingerprint, toxic_words
+from groundup.corpus.evaluation_files import find_tasks
+from groundup.corpus.predicate import load_predicate, predicate_fingerprint
+from groundup.corpus.sources import find_sources
+from groundup.files import value_digest
+from groundup.recipe import CorpusSettings
+
+
+def input_fingerprint(settings: CorpusSettings) -> str:
+    """Digest of all files' names and contents; neither their order nor times of change count.
+
+    Raises:
+        DataError: a file is missing; see `find_sources`.
+    """
+    beside = [file_fingerprint(settings.language_model), file_fingerprint(settings.toxic_words)]
+    if settings.predicate:
+        beside.append(predicate_fingerprint(settings.predicate))
+    if settings.classifier is not None:
+        beside += [_contents(settings.classifier.positive), _contents(settings.classifier.negative)]
+    if settings.decontaminate is not None:
+        tasks = find_tasks(settings.decontaminate.files)
+        beside.append(value_digest([[task.name, file_fingerprint(task.path)] for task in tasks]))
+    return value_digest([_contents(settings.inputs), *beside])
+
+
+def check_named_files(settings: CorpusSettings) -> None:
+    """See that everything the recipe names beside the texts is there and can be used.
+
+    Raises:
+        DataError: it is not.
+    """
+    file_fingerprint(settings.language_model)
+    if settings.toxic_words:
+        toxic_words(settings.toxic_words)
+    if settings.predicate:
+        load_predicate(settings.predicate)
+    beside = [settings.classifier.positive, settings.classifier.negative] if settings.classifier is not None else []
+    for files in beside:
+        find_sources(files)
+    if settings.decontaminate is not None:
+        find_tasks(settings.decontaminate.files)
+
+
+def _contents(inputs: tuple[str, ...]) -> str:
+    return value_digest(sorted([source.label, source.digest()] for source in find_sources(inputs).files))
