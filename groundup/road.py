@@ -68,6 +68,7 @@ class Stage:
         outside: digests of what it reads from outside the run.
         work: does it and returns the summary.
         trains: whether every process takes part.
+        keeps: subfolders that outlive a change of the recipe, because the stage checks them piece by piece.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Stage:
     work: Callable[[Context], dict[str, Any]]
     outside: Callable[[Recipe], dict[str, str]] = lambda recipe: {}
     trains: bool = False
+    keeps: tuple[str, ...] = ()
 
 
 def stages(recipe: Recipe) -> list[Stage]:
@@ -84,7 +86,7 @@ def stages(recipe: Recipe) -> list[Stage]:
     road = [
         Stage(
             "corpus", (), corpus.VERSION, lambda r: (r.corpus,), _corpus,
-            outside=lambda r: {"inputs": corpus.input_fingerprint(r.corpus)},
+            outside=lambda r: {"inputs": corpus.input_fingerprint(r.corpus)}, keeps=corpus.KEEPS,
         ),
         Stage("tokenizer", ("corpus",), tokenizer.VERSION, lambda r: (r.tokenizer,), _tokenizer),
         Stage("shards", ("corpus", "tokenizer"), shards.VERSION, lambda r: (r.shards,), _shards),
@@ -230,7 +232,7 @@ def _threads(count: int | None) -> Iterator[None]:
 def _do(stage_plan: StagePlan, context: Context) -> None:
     stage = stage_plan.stage
     if context.world.is_first:
-        context.run.begin(stage.name, stage_plan.fingerprint)
+        context.run.begin(stage.name, stage_plan.fingerprint, stage.keeps)
     context.world.wait()
     start = time.perf_counter()
     summary = stage.work(context) if stage.trains or context.world.is_first else {}
@@ -266,6 +268,8 @@ def _tokenizer(context: Context) -> dict[str, Any]:
             vocab_size=settings.vocab_size,
             split=settings.split,
             spare_tokens=settings.spare_tokens,
+            trainer=settings.trainer,
+            sample_bytes=int(settings.sample_mib * 2**20),
             console=context.console,
         )
         trained.save(context.folder)
@@ -284,8 +288,12 @@ def _tokenizer(context: Context) -> dict[str, Any]:
 
 
 def _shards(context: Context) -> dict[str, Any]:
-    documents = corpus.stream_documents(context.run.folder("corpus"))
-    return shards.write_shards(documents, context.tokenizer, context.folder, context.recipe.shards, context.console)
+    recipe, documents = context.recipe, context.run.folder("corpus") / corpus.DOCUMENTS
+    workers = recipe.shards.workers or recipe.corpus.workers
+    with corpus.engine_for(recipe.corpus.engine, workers, documents.stat().st_size) as engine:
+        return shards.write_shards_from_file(
+            documents, context.run.folder("tokenizer"), context.folder, recipe.shards, context.console, engine
+        )
 
 
 def _pretrain(context: Context) -> dict[str, Any]:

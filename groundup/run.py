@@ -12,7 +12,7 @@ import contextlib
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -131,8 +131,13 @@ class Run:
         begun = _read_or_none(self.folder(stage) / STARTED) == {"fingerprint": fingerprint}
         return "begun" if begun else "missing"
 
-    def begin(self, stage: str, fingerprint: str) -> Path:
+    def begin(self, stage: str, fingerprint: str, keeps: Sequence[str] = ()) -> Path:
         """Make a stage's folder ready: what another fingerprint left is removed, an interrupted start is kept.
+
+        Args:
+            stage: its name.
+            fingerprint: what it will be finished with.
+            keeps: subfolders that the stage itself checks piece by piece, and which stay.
 
         Returns:
             The folder. Until `finish`, the stage counts as not done.
@@ -141,7 +146,7 @@ class Run:
         started = folder / STARTED
         same = started.is_file() and _read_or_none(started) == {"fingerprint": fingerprint}
         if not same:
-            self.forget(stage)
+            self.forget(stage, keeps)
         (folder / MANIFEST).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         remove_partials(folder)
@@ -155,14 +160,23 @@ class Run:
         manifest.write(folder)
         (folder / STARTED).unlink(missing_ok=True)
 
-    def forget(self, stage: str) -> None:
-        """Remove a stage's artifact, so that it is made again."""
+    def forget(self, stage: str, keeps: Sequence[str] = ()) -> None:
+        """Remove a stage's artifact, all but the subfolders `keeps`, so that it is made again."""
         folder = self.folder(stage)
         if folder.exists():
             # Both marks first: what a kill leaves of the folder is then neither done nor gone on with.
             (folder / MANIFEST).unlink(missing_ok=True)
             (folder / STARTED).unlink(missing_ok=True)
-            shutil.rmtree(folder)
+            if not keeps:
+                shutil.rmtree(folder)
+                return
+            for entry in list(folder.iterdir()):
+                if entry.name in keeps:
+                    continue
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

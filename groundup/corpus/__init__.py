@@ -1,11 +1,18 @@
-"""Raw files to clean documents: read, normalize, filter by language, remove duplicates, hold out a part."""
+"""Raw files to clean documents: read, measure, select by rules and duplicates, hold out a part."""
 
-from groundup.corpus.curate import curate, stream_documents
-from groundup.corpus.document import Document, Reason, SetAside
+from groundup.corpus.curate import ANNOTATED, DOCUMENTS, curate, stream_documents
+from groundup.corpus.document import Document, Reason, Record, SetAside
+from groundup.corpus.engine import engine_for
+from groundup.corpus.inputs import input_fingerprint
 from groundup.corpus.read import read
-from groundup.corpus.sources import input_fingerprint
 
-VERSION = 1
+VERSION = 2
 """Raised when the code's results change; part of the stage's fingerprint."""
 
-__all__ = ["VERSION", "Document", "Reason", "SetAside", "curate", "input_fingerprint", "read", "stream_documents"]
+KEEPS = (ANNOTATED,)
+"""What stays of the stage's folder when the recipe changes: every piece in it is checked by its own fingerprint."""
+
+__all__ = [
+    "DOCUMENTS", "KEEPS", "VERSION", "Document", "Reason", "Record", "SetAside", "curate", "engine_for",
+    "input_fingerprint", "read", "stream_documents",
+]  # fmt: skip

@@ -1,77 +1,156 @@
-"""The corpus's books: what came in, what was left out at which step and why, what stayed."""
+"""The corpus's books: what came in, what was left out at which step and why, what stayed.
+
+Every document is entered under (reason, source, language) with its bytes. The law: what came in equals what was
+kept plus what was removed, at every step; a step that breaks it stops the stage.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from groundup.corpus.document import Document, Reason, SetAside
-from groundup.errors import DataError
+from groundup.corpus.document import Reason, SetAside, is_fault
+from groundup.errors import DataError, GroundupError
 
-EXAMPLES_PER_REASON = 5
+EXAMPLES_PER_REASON = 20
+SOURCES_SHOWN = 200
 PASSED_OVER_SHOWN = 50
-FILTERS = (Reason.SHORT, Reason.LANGUAGE, Reason.DUPLICATE)
-"""The steps after reading, in their order; each removes for one reason."""
+KEPT = "kept"
+QUALITY = "quality"
+JUDGED = (
+    Reason.SHORT, Reason.LANGUAGE, QUALITY, Reason.PREDICATE, Reason.CLASSIFIER, Reason.TOXIC, Reason.DUPLICATE,
+    Reason.NEAR_DUPLICATE, Reason.REPEATED_PARTS, Reason.CONTAMINATED, Reason.MIX,
+)  # fmt: skip
+"""The steps after reading, in their order; `quality` stands for all rules."""
+
+Entry = tuple[str, str, str, int, int]
+"""(reason or "kept", source, language, documents, bytes)."""
 
 
 class Funnel:
-    """Counts, with a few examples of everything left out."""
+    """Counts, with examples of everything left out."""
 
     def __init__(self) -> None:
         self.documents_in = 0
-        self.documents_kept = 0
         self.bytes_in = 0
-        self.bytes_kept = 0
+        self.changed: Counter[str] = Counter()
+        self.findings: dict[str, list[str]] = {}
+        self.documents_written: Counter[str] = Counter()
         self.characters_kept = 0
-        self.parts: Counter[str] = Counter()
-        self.languages: Counter[str] = Counter()
-        self._removed: Counter[Reason] = Counter()
-        self._examples: dict[Reason, list[SetAside]] = {}
+        self._documents: Counter[tuple[str, str, str]] = Counter()
+        self._bytes: Counter[tuple[str, str, str]] = Counter()
+        self._examples: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
+        self._first_fault: SetAside | None = None
 
-    def came_in(self, size_bytes: int) -> None:
-        """A record, readable or not, came out of the files."""
-        self.documents_in += 1
+    def came_in(self, documents: int, size_bytes: int) -> None:
+        """Records, readable or not, came out of the files."""
+        self.documents_in += documents
         self.bytes_in += size_bytes
 
-    def set_aside(self, record: SetAside) -> None:
-        """A record that came in was left out."""
-        self._removed[record.reason] += 1
-        examples = self._examples.setdefault(record.reason, [])
-        if len(examples) < EXAMPLES_PER_REASON:
-            examples.append(record)
+    def enter(self, entries: Iterable[Entry]) -> None:
+        """Documents that stayed ("kept") or were left out, for whatever reason."""
+        for reason, source, language, documents, size_bytes in entries:
+            self._documents[reason, source, language] += documents
+            self._bytes[reason, source, language] += size_bytes
 
-    def keep(self, document: Document) -> None:
-        """A document passed every filter."""
-        self.documents_kept += 1
-        self.bytes_kept += len(document.text.encode())
-        self.characters_kept += len(document.text)
+    def open_again(self) -> None:
+        """Strike what stayed so far: the last pass enters it anew, with what the texts themselves decided."""
+        for counts in (self._documents, self._bytes):
+            for key in [key for key in counts if key[0] == KEPT]:
+                del counts[key]
+
+    def move_out(self, entries: Iterable[Entry]) -> None:
+        """Documents that were kept so far, and are not any more."""
+        for reason, source, language, documents, size_bytes in entries:
+            for key, sign in (((KEPT, source, language), -1), ((reason, source, language), 1)):
+                self._documents[key] += sign * documents
+                self._bytes[key] += sign * size_bytes
+
+    @property
+    def bytes_by_source(self) -> dict[str, int]:
+        """UTF-8 bytes of what stayed, by source."""
+        sizes: Counter[str] = Counter()
+        for (reason, source, _), size in self._bytes.items():
+            if reason == KEPT:
+                sizes[source] += size
+        return dict(sorted(sizes.items()))
+
+    def show(self, reason: str, examples: Iterable[tuple[str, dict[str, Any]]]) -> None:
+        """Examples of what was left out, each with a random key: those with the smallest keys are kept."""
+        self._examples[reason] = heapq.nsmallest(
+            EXAMPLES_PER_REASON, [*self._examples[reason], *examples], key=lambda item: item[0]
+        )
+
+    def note_fault(self, record: SetAside) -> None:
+        """Keep the first broken record, for the warning."""
+        self._first_fault = self._first_fault or record
+
+    def check(self, step: str) -> None:
+        """Hold the law after a step.
+
+        Raises:
+            GroundupError: documents came in that were neither kept nor left out, or the other way round.
+        """
+        counted = sum(self._documents.values())
+        if counted != self.documents_in:
+            raise GroundupError(
+                f"corpus: after the step {step!r} there are {counted:,} documents on the books, and "
+                f"{self.documents_in:,} came in.",
+                "This is an error in groundup: nothing was written. Please report it with the recipe.",
+            )
+
+    @property
+    def documents_kept(self) -> int:
+        """How many stayed."""
+        return self._total(self._documents, KEPT)
+
+    @property
+    def bytes_kept(self) -> int:
+        """UTF-8 bytes of what stayed."""
+        return self._total(self._bytes, KEPT)
 
     @property
     def removed(self) -> dict[str, int]:
         """How many were left out, by reason, in the order of the steps."""
-        return {reason.value: self._removed[reason] for reason in Reason if self._removed[reason]}
+        counts: Counter[str] = Counter()
+        for (reason, _, _), count in self._documents.items():
+            if reason != KEPT:
+                counts[reason] += count
+        return {reason: counts[reason] for reason in sorted(counts, key=_place) if counts[reason]}
+
+    @property
+    def languages(self) -> dict[str, int]:
+        """Documents by language, most first; those that could not be read have none."""
+        counts: Counter[str] = Counter()
+        for (_, _, language), count in self._documents.items():
+            if language:
+                counts[language] += count
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
     @property
     def in_words(self) -> str:
-        """`420 docs → 405 kept (9 language, 6 duplicate)`."""
+        """`420 docs → 405 kept (9 language, 6 duplicate)`; rules are summed up as `quality`."""
         line = f"{self.documents_in:,} docs → {self.documents_kept:,} kept"
-        removed = ", ".join(f"{count:,} {reason}" for reason, count in self.removed.items())
+        summed: Counter[str] = Counter()
+        for reason, count in self.removed.items():
+            summed[_step(reason) if _step(reason) == QUALITY else reason] += count
+        removed = ", ".join(f"{count:,} {reason}" for reason, count in summed.items())
         return f"{line} ({removed})" if removed else line
 
     @property
     def faults(self) -> tuple[int, SetAside | None]:
         """How many records were broken (not merely unwanted), and the first of them."""
-        reasons = [reason for reason in Reason if reason.is_fault and self._removed[reason]]
-        return sum(self._removed[reason] for reason in reasons), self._examples[reasons[0]][0] if reasons else None
+        return sum(count for reason, count in self.removed.items() if is_fault(reason)), self._first_fault
 
     def summary(self, validation_by: str) -> dict[str, Any]:
         """The stage's figures."""
-        assert self.documents_in == self.documents_kept + self._removed.total(), "a document went missing"
         return {
             "documents_in": self.documents_in,
             "documents_kept": self.documents_kept,
-            "documents_train": self.parts["train"],
-            "documents_validation": self.parts["validation"],
+            "documents_train": self.documents_written["train"],
+            "documents_validation": self.documents_written["validation"],
             "bytes_in": self.bytes_in,
             "bytes_kept": self.bytes_kept,
             "characters_kept": self.characters_kept,
@@ -79,43 +158,93 @@ class Funnel:
             "validation_by": validation_by,
         }
 
-    def as_json(self, n_files: int, passed_over: list[str]) -> dict[str, Any]:
-        """What `funnel.json` holds: the steps with what went in and out, languages, files, examples."""
-        at_reading = {reason.value: n for reason, n in self._removed.items() if reason not in FILTERS}
-        left = self.documents_in - sum(at_reading.values())
-        in_order = {reason.value: at_reading[reason.value] for reason in Reason if reason.value in at_reading}
-        steps = [{"step": "read", "in": self.documents_in, "out": left, "removed": in_order}]
-        for reason in FILTERS:
-            count = self._removed[reason]
-            removed = {reason.value: count} if count else {}
-            steps.append({"step": reason.value, "in": left, "out": left - count, "removed": removed})
-            left -= count
+    def as_json(self, files: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+        """What `funnel.json` holds: the steps with what went in and out, sources, languages, files, examples."""
         return {
-            "steps": steps,
-            "languages": dict(sorted(self.languages.items(), key=lambda item: (-item[1], item[0]))),
-            "files": {"read": n_files, "passed_over": len(passed_over), "names": passed_over[:PASSED_OVER_SHOWN]},
+            "steps": self._steps(),
+            "languages": self.languages,
+            "by_language": self._table(2),
+            "by_source": self._table(1),
+            "changed": dict(sorted(self.changed.items())),
+            "private": self.findings,
+            "files": dict(files),
+            **more,
             "examples": {
-                reason.value: [set_aside_record(record) for record in self._examples[reason]]
-                for reason in Reason
-                if reason in self._examples
+                reason: [record for _, record in self._examples[reason]]
+                for reason in sorted(self._examples, key=_place)
+                if self._examples[reason]
             },
         }
 
     def nothing_left(self) -> DataError:
         """The error for a corpus in which no document remained: what removed how many, and the way out."""
-        reason = max(Reason, key=lambda reason: self._removed[reason])
-        fix = f"For example {self._examples[reason][0]}."
-        if reason is Reason.LANGUAGE:
-            most = self.languages.most_common(1)[0][0]
+        removed = self.removed
+        reason = max(removed, key=lambda name: removed[name])
+        example = self._examples[reason][0][1] if self._examples[reason] else None
+        fix = f"For example {_in_words(example)}." if example else ""
+        if reason == Reason.LANGUAGE:
+            most = next(iter(self.languages))
             fix = f'Most look like {most!r}: set [corpus] languages = ["{most}"], or [] to keep every language.'
-        elif reason is Reason.SHORT:
+        elif reason == Reason.SHORT:
             fix = f"Lower [corpus] min_characters. {fix}"
-        elif reason is Reason.NO_TEXT:
+        elif reason == Reason.NO_TEXT:
             fix = f"Set [corpus] text_field to the field that holds the text. {fix}"
-        elif reason is Reason.TOO_LONG:
+        elif reason == Reason.TOO_LONG:
             fix = f"Raise [corpus] max_document_mib. {fix}"
-        counts = ", ".join(f"{count:,} {name}" for name, count in self.removed.items())
-        return DataError(f"corpus: nothing is left of {self.documents_in:,} documents ({counts}).", fix)
+        elif _step(reason) == QUALITY:
+            fix = f'Set "{reason}" in [corpus.thresholds], or [corpus] quality = "none". {fix}'
+        counts = ", ".join(f"{count:,} {name}" for name, count in removed.items())
+        return DataError(f"corpus: nothing is left of {self.documents_in:,} documents ({counts}).", fix or None)
+
+    def _total(self, counts: Counter[tuple[str, str, str]], wanted: str) -> int:
+        return sum(count for (reason, _, _), count in counts.items() if reason == wanted)
+
+    def _steps(self) -> list[dict[str, Any]]:
+        documents, sizes = Counter[str](), Counter[str]()
+        for key, count in self._documents.items():
+            documents[key[0]] += count
+            sizes[key[0]] += self._bytes[key]
+        by_step: dict[str, list[str]] = defaultdict(list)
+        for reason in sorted(documents, key=_place):
+            if reason != KEPT and documents[reason]:
+                by_step[_step(reason)].append(reason)
+        left, bytes_left = self.documents_in, sum(sizes.values())
+        steps = []
+        for step in ("read", *map(str, JUDGED)):
+            removed = {reason: documents[reason] for reason in by_step[step]}
+            n_out, bytes_out = sum(removed.values()), sum(sizes[reason] for reason in by_step[step])
+            steps.append(
+                {
+                    "step": step, "in": left, "out": left - n_out, "removed": removed,
+                    "bytes_in": bytes_left, "bytes_out": bytes_left - bytes_out,
+                }
+            )  # fmt: skip
+            left, bytes_left = left - n_out, bytes_left - bytes_out
+        if left != self.documents_kept:
+            raise GroundupError(f"corpus: the steps leave {left:,} documents, {self.documents_kept:,} were kept.")
+        return steps
+
+    def _table(self, column: int) -> dict[str, dict[str, Any]]:
+        """For each source or language: documents in and kept, bytes kept, removed by reason; the largest ones."""
+        rows: dict[str, dict[str, Any]] = {}
+        for key, count in self._documents.items():
+            if not key[column]:
+                continue
+            row = rows.setdefault(key[column], {"in": 0, "kept": 0, "bytes_kept": 0, "removed": Counter()})
+            row["in"] += count
+            if key[0] == KEPT:
+                row["kept"] += count
+                row["bytes_kept"] += self._bytes[key]
+            else:
+                row["removed"][key[0]] += count
+        order = sorted(rows, key=lambda name: (-rows[name]["in"], name))[:SOURCES_SHOWN]
+        return {
+            name: {
+                **rows[name],
+                "removed": {r: rows[name]["removed"][r] for r in sorted(rows[name]["removed"], key=_place)},
+            }
+            for name in order
+        }
 
 
 def set_aside_record(record: SetAside) -> dict[str, Any]:
@@ -123,8 +252,30 @@ def set_aside_record(record: SetAside) -> dict[str, Any]:
     return {
         "source": record.source,
         "record": record.record,
-        "reason": record.reason.value,
+        "reason": str(record.reason),
         "detail": record.detail,
         "bytes": record.size_bytes,
         "excerpt": record.excerpt,
     }
+
+
+_REASONS: Sequence[str] = [str(reason) for reason in Reason]
+
+
+def _step(reason: str) -> str:
+    """The step that removes for this reason: reading's faults belong to "read", rules' names to "quality"."""
+    if reason in JUDGED:
+        return reason
+    return "read" if reason in _REASONS else QUALITY
+
+
+def _place(reason: str) -> tuple[int, int, str]:
+    step = _step(reason)
+    if step == "read":
+        return 0, _REASONS.index(reason), ""
+    return 1 + JUDGED.index(step), 0, reason
+
+
+def _in_words(example: Mapping[str, Any]) -> str:
+    where = f"{example['source']}, {example['record']}" if example["record"] else example["source"]
+    return f"{where}: {example['reason']}" + (f": {example['detail']}" if example["detail"] else "")

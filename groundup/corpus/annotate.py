@@ -1,0 +1,437 @@
+"""The first pass of the data stage: one piece of the input read, changed where asked, and measured.
+
+In: `Unit`s (a part of a file, a file, or many small ones). Out: a folder with
+
+    documents.parquet   id, text, source, file, url, key, position, place, number: one row a document
+    signals.parquet     id, source, language, language_score, characters, bytes, and a column for every signal asked for
+    ids.npy digests.npy lengths.npy signatures.npy    what deduplication compares
+    set_aside.jsonl     what could not be read, and why
+    emptied.jsonl       texts of which the line rules left nothing
+    unit.json           counts, the fingerprint of all that the folder depends on, and the digests of its files
+
+No threshold is looked at here: another threshold needs another selection, not another reading. Only of documents in
+other languages than those asked for no more is kept than how they begin. A folder whose fingerprint still fits is used
+again, if its files are still what was written. The pass is a pure function of the unit, so any worker can do it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import orjson
+import xxhash
+
+from groundup.corpus.arrays import ArrayWriter
+from groundup.corpus.document import EXCERPT_CHARACTERS, Document, Reason, Record, SetAside, excerpt_of
+from groundup.corpus.language import detect_languages
+from groundup.corpus.lines import clean_lines, line_rules_of
+from groundup.corpus.minhash import HASH_VERSION, NO_SHINGLES, signatures
+from groundup.corpus.predicate import load_predicate, predicate_fingerprint
+from groundup.corpus.privacy import replace_private
+from groundup.corpus.read import Extraction, UnitReader
+from groundup.corpus.rules import rules_for
+from groundup.corpus.signals import signals, toxic_share
+from groundup.corpus.sources import Source
+from groundup.corpus.units import Unit
+from groundup.corpus.words import words_of
+from groundup.errors import ArtifactError, DataError
+from groundup.files import atomic_folder, file_digest, read_json, value_digest, write_json
+from groundup.recipe import CorpusSettings
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ANNOTATION_VERSION = 1
+"""Raised when the results of this pass change."""
+
+DOCUMENTS_TABLE = "documents.parquet"
+SIGNALS_TABLE = "signals.parquet"
+SET_ASIDE = "set_aside.jsonl"
+EMPTIED = "emptied.jsonl"
+"""A file apart: each of the two is in the order of the input, however the records were batched."""
+UNIT = "unit.json"
+BATCH_CHARACTERS = 1 << 20
+BATCH_DOCUMENTS = 1024
+FINDINGS_KEPT = 20
+EXCERPT = 4 * EXCERPT_CHARACTERS
+SCORE = "score"
+TOXIC = "toxic_share"
+PREDICATE = "predicate"
+
+
+Stamp = tuple[int, int, int]
+
+
+def stamp_of(source: Source) -> Stamp | None:
+    """A local file's size, time of change and number: another one later means that its contents may be others."""
+    if not isinstance(source.entry, Path):
+        return None
+    try:
+        status = source.entry.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What one piece of work is told.
+
+    Attributes:
+        units: what to read: one, or many small ones.
+        settings: the recipe's `[corpus]`.
+        folder: the unit's own folder.
+        fingerprint: of all that its contents depend on.
+        stamps: `stamp_of` every unit's file, taken before the fingerprint was.
+        classifier: the trained classifier's folder, or "".
+    """
+
+    units: tuple[Unit, ...]
+    settings: CorpusSettings
+    folder: str
+    fingerprint: str
+    stamps: tuple[Stamp | None, ...]
+    classifier: str = ""
+
+
+def annotation_fingerprint(settings: CorpusSettings, classifier: str = "") -> str:
+    """Digest of what every unit's annotation depends on beside the unit: settings, files they name, code."""
+    near = settings.minhash if settings.dedup == "near" else None
+    return value_digest(
+        {
+            "version": ANNOTATION_VERSION,
+            "reading": [
+                settings.text_field, settings.source_field, settings.unicode, settings.max_document_mib,
+                settings.extractor, settings.extract_seconds,
+            ],
+            "languages": [sorted(settings.languages), file_fingerprint(settings.language_model)],
+            "signals": signal_names(settings),
+            "changes": [sorted(line_rules_of(settings.quality)), sorted(settings.privacy)],
+            "toxic": file_fingerprint(settings.toxic_words),
+            "predicate": predicate_fingerprint(settings.predicate) if settings.predicate else "",
+            "classifier": classifier,
+            "minhash": [HASH_VERSION, near.ngram, near.bands * near.rows] if near else None,
+        }
+    )  # fmt: skip
+
+
+def signal_names(settings: CorpusSettings) -> list[str]:
+    """The signals that the recipe's rules look at; those of rules that are switched off too, for another time."""
+    rules = [*rules_for(settings.quality, {}), *rules_for(settings.quality, settings.thresholds)]
+    return sorted({rule.signal for rule in rules})
+
+
+def annotated(folder: str | Path, fingerprint: str) -> dict[str, Any] | None:
+    """What `annotate` returned for the folder, if it is finished, whole and still what its fingerprint says.
+
+    A file that could not be read may be readable by now, so such a folder counts as not finished.
+    """
+    folder = Path(folder)
+    try:
+        record = read_json(folder / UNIT)
+        if not isinstance(record, dict) or record.pop("digest", None) != value_digest(record):
+            return None
+        is_whole = all(file_digest(folder / name) == digest for name, digest in record["contents"].items())
+    except (ArtifactError, OSError):
+        return None
+    is_read = all(reason != Reason.UNREADABLE for reason, _, _ in record["set_aside"])
+    return record if is_whole and is_read and record["fingerprint"] == fingerprint else None
+
+
+def annotate(work: Annotation) -> dict[str, Any]:
+    """Read and measure one unit, or find that this has been done.
+
+    Returns:
+        What `unit.json` says: fingerprint, file (the first one's name), files (how many), documents, records (how many
+        the reader counted), bytes_in, set_aside ([reason, file, documents]), changed (how often, by what), findings
+        (samples of what was taken for private), contents (the folder's other files, each with its digest).
+
+    Raises:
+        DataError: a file changed meanwhile: what was read is not what the fingerprint stands for.
+    """
+    done = annotated(work.folder, work.fingerprint)
+    if done is not None:
+        return done
+    with atomic_folder(Path(work.folder)) as folder:
+        record = _Annotator(work, folder).run()
+        for unit, stamp in zip(work.units, work.stamps, strict=True):
+            if stamp_of(unit.source) != stamp:
+                raise DataError(
+                    f"{unit.source.label}: it was changed or removed while it was being read.",
+                    "Give the same command again when nothing writes to it any more.",
+                )
+        record["contents"] = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
+        write_json(folder / UNIT, {**record, "digest": value_digest(record)})
+    return record
+
+
+class _Annotator:
+    """One unit's pass: batches of records through every measure, each appended to the unit's tables."""
+
+    def __init__(self, work: Annotation, folder: Path) -> None:
+        self._work, self._settings, self._folder = work, work.settings, folder
+        self._signals = signal_names(work.settings)
+        self._line_rules = line_rules_of(work.settings.quality)
+        self._predicate = load_predicate(work.settings.predicate) if work.settings.predicate else None
+        self._toxic = toxic_words(work.settings.toxic_words) if work.settings.toxic_words else None
+        self._classifier = _load_classifier(work.classifier) if work.classifier else None
+        self._set_aside_counts: Counter[tuple[str, str]] = Counter()
+        self._changed: Counter[str] = Counter()
+        self._findings: dict[str, list[str]] = {}
+        self._bytes_in = self._n_documents = self._n_records = 0
+
+    def run(self) -> dict[str, Any]:
+        import pyarrow.parquet as pq
+
+        tables: dict[str, pq.ParquetWriter] = {}
+        with contextlib.ExitStack() as files:
+            self._aside = files.enter_context((self._folder / SET_ASIDE).open("wb"))
+            self._emptied = files.enter_context((self._folder / EMPTIED).open("wb"))
+            self._arrays = {
+                name: files.enter_context(ArrayWriter(self._folder / f"{name}.npy")) for name in self._array_names()
+            }
+            extraction = files.enter_context(Extraction(self._settings))
+            try:
+                for batch in _batches(self._records(extraction)):
+                    for name, table in self._measure(batch):
+                        if name not in tables:
+                            # Statistics and dictionaries of texts cost more than they could ever save.
+                            few = {"source", "file", "place", "language"} & set(table.schema.names)
+                            tables[name] = pq.ParquetWriter(
+                                self._folder / name, table.schema, compression="lz4",
+                                use_dictionary=sorted(few), write_statistics=False,
+                            )  # fmt: skip
+                        tables[name].write_table(table)
+            finally:
+                for table in tables.values():
+                    table.close()
+        return {
+            "fingerprint": self._work.fingerprint,
+            "file": self._work.units[0].source.label,
+            "files": len(self._work.units),
+            "documents": self._n_documents,
+            "records": self._n_records,
+            "bytes_in": self._bytes_in,
+            "set_aside": [[*key, count] for key, count in sorted(self._set_aside_counts.items())],
+            "changed": dict(sorted(self._changed.items())),
+            "findings": self._findings,
+        }
+
+    def _records(self, extraction: Extraction) -> Iterator[tuple[str, Record]]:
+        """Every record with the name of its file."""
+        for unit in self._work.units:
+            reader = UnitReader(unit, self._settings, self._set_aside, extraction)
+            for record in reader:
+                yield unit.source.label, record
+            self._n_records += reader.n_records
+
+    def _array_names(self) -> list[str]:
+        near = ["signatures"] if self._settings.dedup == "near" else []
+        return ["ids", "digests", "lengths", *near]
+
+    def _set_aside(self, record: SetAside) -> None:
+        self._bytes_in += record.size_bytes
+        self._list(record, self._aside)
+
+    def _list(self, record: SetAside, handle: IO[bytes]) -> None:
+        self._set_aside_counts[str(record.reason), record.source] += 1
+        handle.write(orjson.dumps(asdict(record)) + b"\n")
+
+    def _measure(self, batch: Sequence[tuple[str, Record]]) -> Iterator[tuple[str, pa.Table]]:
+        """The batch's rows of both tables, and its rows of the arrays."""
+        import pyarrow as pa
+
+        rows = []
+        for file, record in batch:
+            as_read = record.text.encode()
+            self._bytes_in += len(as_read)
+            text = self._change(file, record)
+            if text is not None:
+                rows.append(_Row(file, record, text, as_read, as_read if text is record.text else text.encode()))
+        if not rows:
+            return
+        self._n_documents += len(rows)
+        languages = detect_languages([row.text for row in rows], self._settings.language_model)
+        # A document in another language than those asked for goes whatever its signals are: they are not reckoned.
+        asked = self._settings.languages
+        wanted = np.array(
+            [place for place, (code, _) in enumerate(languages) if not asked or code in asked], dtype=np.int64
+        )
+        is_wanted = np.isin(np.arange(len(rows)), wanted)
+        identities = [xxhash.xxh3_128_digest(row.as_read) for row in rows]
+        digests = [
+            identity if row.encoded is row.as_read else xxhash.xxh3_128_digest(row.encoded)
+            for identity, row in zip(identities, rows, strict=True)
+        ]
+        stored = [
+            row.encoded if keep else row.text[:EXCERPT].encode() for row, keep in zip(rows, is_wanted, strict=True)
+        ]
+        identity = pa.array(identities, pa.binary(16))
+        yield (
+            DOCUMENTS_TABLE,
+            pa.table(
+                {
+                    "id": identity,
+                    "text": pa.array(stored, pa.binary()).view(pa.string()),
+                    "source": [row.source for row in rows],
+                    "file": [row.file for row in rows],
+                    "url": [row.record.url for row in rows],
+                    "key": [row.record.key for row in rows],
+                    "position": pa.array([row.record.position for row in rows], pa.int64()),
+                    "place": [row.record.place for row in rows],
+                    "number": pa.array([row.record.number for row in rows], pa.int64()),
+                }
+            ),
+        )
+        measured: dict[str, Any] = {
+            "id": identity,
+            "source": [row.source for row in rows],
+            "language": [code for code, _ in languages],
+            "language_score": pa.array([score for _, score in languages], pa.float32()),
+            "characters": pa.array([len(row.text) for row in rows], pa.int64()),
+            "bytes": pa.array([len(row.encoded) for row in rows], pa.int64()),
+            "key_hash": pa.array([_key_hash(row.file, row.record.key) for row in rows], pa.uint64()),
+        }
+        chosen = [rows[place] for place in wanted]
+        names = [languages[place][0] for place in wanted]
+        measured |= {name: _spread(values, wanted, len(rows)) for name, values in self._judge(chosen, names).items()}
+        yield SIGNALS_TABLE, pa.table(measured)
+        self._arrays["ids"].append(_as_words(identities))
+        self._arrays["digests"].append(_as_words(digests))
+        self._arrays["lengths"].append(np.array([len(row.text) for row in rows], dtype=np.int64))
+        if self._settings.dedup == "near":
+            minhash = self._settings.minhash
+            found = np.full((len(rows), minhash.bands * minhash.rows), NO_SHINGLES, dtype=np.uint32)
+            if chosen:
+                words = words_of([row.text for row in chosen])
+                found[wanted] = signatures(words, ngram=minhash.ngram, n_hashes=found.shape[1])
+            self._arrays["signatures"].append(found)
+
+    def _judge(self, rows: Sequence[_Row], languages: Sequence[str]) -> dict[str, np.ndarray]:
+        """Everything about these documents that a selection may look at: (n,) by name."""
+        texts = [row.text for row in rows]
+        found: dict[str, np.ndarray] = dict(signals(texts, self._signals)) if self._signals else {}
+        if self._toxic is not None:
+            found[TOXIC] = toxic_share(texts, self._toxic)
+        if self._classifier is not None:
+            found[SCORE] = self._classifier(texts)
+        if self._predicate is not None:
+            documents = (
+                Document(xxhash.xxh3_128_hexdigest(row.as_read), row.text, row.source, language, url=row.record.url)
+                for row, language in zip(rows, languages, strict=True)
+            )
+            found[PREDICATE] = np.array([bool(self._predicate(document)) for document in documents], dtype=bool)
+        return found
+
+    def _change(self, file: str, record: Record) -> str | None:
+        """The text as the recipe wants it changed; None if nothing was left (it is then set aside)."""
+        text = record.text
+        if self._line_rules:
+            text, counts = clean_lines(text, self._line_rules)
+            self._changed.update({f"lines: {name}": count for name, count in counts.items() if count})
+        if self._settings.privacy:
+            text, findings = replace_private(text, self._settings.privacy)
+            for finding in findings:
+                self._changed[f"private: {finding.kind}"] += 1
+                samples = self._findings.setdefault(finding.kind, [])
+                if len(samples) < FINDINGS_KEPT:
+                    samples.append(finding.excerpt)
+        if text.strip():
+            return text
+        emptied = SetAside(
+            file, record.place, record.number, Reason.EMPTY, "no line is left after the line rules",
+            excerpt_of(record.text), 0, record.position,
+        )  # fmt: skip
+        self._list(emptied, self._emptied)
+        return None
+
+
+class _Row(NamedTuple):
+    """One document on its way: its text as it was read and as it is kept, both as UTF-8 too."""
+
+    file: str
+    record: Record
+    text: str
+    as_read: bytes
+    encoded: bytes
+
+    @property
+    def source(self) -> str:
+        return self.record.source or self.file
+
+
+def toxic_words(path: str) -> frozenset[str]:
+    """The words of a list, one a line; lines that begin with # are left out.
+
+    Raises:
+        DataError: the file cannot be read, or has no word.
+    """
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"[corpus] toxic_words = {path!r}: cannot be read ({error}).", "Name a UTF-8 text file."
+        ) from error
+    words = frozenset(line.strip().casefold() for line in lines if line.strip() and not line.startswith("#"))
+    if not words:
+        raise DataError(f"[corpus] toxic_words = {path!r}: there is no word in it.", "Write one word a line.")
+    return words
+
+
+def _batches(records: Iterator[tuple[str, Record]]) -> Iterator[list[tuple[str, Record]]]:
+    """Records in groups of about a million characters: enough for numpy to be fast, little enough for any memory."""
+    batch: list[tuple[str, Record]] = []
+    size = 0
+    for item in records:
+        batch.append(item)
+        size += len(item[1].text)
+        if size >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _load_classifier(folder: str) -> Callable[[Sequence[str]], np.ndarray]:
+    from groundup.corpus.classifier import Classifier
+
+    return Classifier.load(folder).score
+
+
+def file_fingerprint(path: str) -> str:
+    """Digest of a file that the recipe names; "" for no file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if not path:
+        return ""
+    try:
+        return file_digest(Path(path).expanduser())
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror or error}).", "Check the path in [corpus]."
+        ) from error
+
+
+def _key_hash(file: str, key: str) -> int:
+    """0: the record names no id of its own."""
+    return xxhash.xxh3_64_intdigest(f"{file}\0{key}".encode("utf-8", "surrogatepass")) or 1 if key else 0
+
+
+def _spread(values: np.ndarray, places: np.ndarray, n: int) -> np.ndarray:
+    """The values at their places among n; elsewhere NaN (or false)."""
+    spread = np.full(n, np.nan if values.dtype.kind == "f" else 0, dtype=values.dtype)
+    spread[places] = values
+    return spread
+
+
+def _as_words(digests: Sequence[bytes]) -> np.ndarray:
+    """128-bit digests as numbers: (n, 2) uint64, high half first."""
+    return np.frombuffer(b"".join(digests), dtype=">u8").reshape(-1, 2).astype(np.uint64)

@@ -1,0 +1,188 @@
+"""Who does the pieces of the data stage's work: this process, a pool of local ones, or a Ray cluster.
+
+A piece is a module-level function and one picklable argument; it reads files, writes files and returns a small
+record. Text never travels between processes, only names of files and counts. Results come in the order of the
+arguments whoever does the work, so nothing depends on the number of workers.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from groundup.errors import GroundupError
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+
+RAY_RETRIES = 5
+SMALL_BYTES = 16 << 20
+"""Less input than this is done faster by one process than by several that have to start first."""
+
+
+class Engine:
+    """Runs pieces of work in this process, one after the other; the others do the same elsewhere.
+
+    Use it in a `with` statement: leaving it ends the workers.
+    """
+
+    n_workers = 1
+
+    def map(self, function: Callable[[Argument], Result], arguments: Sequence[Argument]) -> Iterator[Result]:
+        """`function` of each argument, in their order, as each becomes ready."""
+        return map(function, arguments)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End the workers."""
+
+
+class LocalPool(Engine):
+    """Processes on this machine.
+
+    Args:
+        n_workers: how many.
+    """
+
+    def __init__(self, n_workers: int) -> None:
+        self.n_workers = n_workers
+        # Forked from this process they would inherit its threads' locks (torch's among them) in whatever state.
+        self._pool = concurrent.futures.ProcessPoolExecutor(
+            n_workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker
+        )
+
+    def map(self, function: Callable[[Argument], Result], arguments: Sequence[Argument]) -> Iterator[Result]:
+        """As `Engine.map`.
+
+        Raises:
+            GroundupError: a worker was killed (most often: memory ran out).
+        """
+        with _interrupts_held_back():
+            futures = [self._pool.submit(function, argument) for argument in arguments]
+        try:
+            for future in futures:
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise GroundupError(
+                "corpus: a worker process was killed; most often the machine ran out of memory.",
+                "Give the same command again: finished pieces are kept. Lower [corpus] workers or memory_mib.",
+            ) from error
+
+    def __exit__(self, *error: object) -> None:
+        """End the workers; after an error (or Ctrl-C) at once, for a piece of work can take many minutes."""
+        processes = list(self._pool._processes.values())
+        self._pool.shutdown(wait=error[0] is None, cancel_futures=True)
+        if error[0] is not None:
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.join()
+
+
+class RayCluster(Engine):
+    """Tasks of a Ray cluster: the one that RAY_ADDRESS names, else one started on this machine.
+
+    All machines must see the same files under the same names. A task whose worker dies is run again elsewhere.
+    """
+
+    def __init__(self, n_workers: int | None = None) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        try:
+            import ray
+        except ImportError as error:
+            raise GroundupError(
+                "[corpus] engine = 'ray': Ray is not installed.", "Run: pip install 'groundup[ray]'"
+            ) from error
+        self._ray: Any = ray
+        self._ours = not ray.is_initialized()
+        if self._ours:
+            address = os.environ.get("RAY_ADDRESS")
+            options: dict[str, Any] = {} if address else {"num_cpus": n_workers, "include_dashboard": False}
+            try:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+            except (OSError, RuntimeError, ValueError) as error:
+                where = f"join the Ray cluster at {address}" if address else "start Ray on this machine"
+                raise GroundupError(
+                    f"[corpus] engine = 'ray': could not {where} ({str(error).splitlines()[0]}).",
+                    "Check RAY_ADDRESS and RAY_AUTH_TOKEN, or use engine = 'local'.",
+                ) from error
+        self.n_workers = n_workers or int(self._ray.cluster_resources().get("CPU", 1))
+
+    def map(self, function: Callable[[Argument], Result], arguments: Sequence[Argument]) -> Iterator[Result]:
+        """As `Engine.map`.
+
+        Raises:
+            GroundupError: a task's workers died again and again.
+        """
+        task = self._ray.remote(max_retries=RAY_RETRIES, num_cpus=1)(function)
+        waiting = [task.remote(argument) for argument in arguments]
+        try:
+            # Nothing is cancelled on the way out: Ray 2.60 aborts the process when a finished task is cancelled.
+            for reference in waiting:
+                yield self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except self._ray.exceptions.RayError as error:
+            raise GroundupError(
+                f"corpus: Ray gave a piece of work up after {RAY_RETRIES} tries ({type(error).__name__}).",
+                "Give the same command again: finished pieces are kept.",
+            ) from error
+
+    def __exit__(self, *error: object) -> None:
+        """Leave the cluster, if this object joined it."""
+        if self._ours:
+            self._ray.shutdown()
+
+
+def engine_for(kind: str, workers: int | None, input_bytes: int) -> Engine:
+    """The engine that a recipe asks for.
+
+    Args:
+        kind: "local" or "ray".
+        workers: processes; without it one a core, or only this process where the input is small.
+        input_bytes: how much there is to do.
+    """
+    if kind == "ray":
+        return RayCluster(workers)
+    n_workers = workers or (1 if input_bytes < SMALL_BYTES else os.cpu_count() or 1)
+    return LocalPool(n_workers) if n_workers > 1 else Engine()
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Processes begun within never see the Ctrl-C that a terminal sends to all of them; this one sees it afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_worker() -> None:
+    """Make a worker end with its parent, however that ends, and use one thread, since a core has one worker."""
+    # Set before any library with threads is loaded.
+    for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM"):
+        os.environ.setdefault(name, "false" if name.startswith("TOKENIZERS") else "1")
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)

@@ -1,0 +1,201 @@
+"""The second pass: which annotated documents stay, decided on their signals alone, without reading a text.
+
+In: the units' annotations and the recipe. Out: for every unit a code per document (0: it stays, else the place of
+its reason in `reasons`), and for every duplicate the id of the document that stays in its place. The steps are in
+the order of the funnel; a document is removed by the first that refuses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from groundup.corpus.annotate import PREDICATE, SCORE, SIGNALS_TABLE, TOXIC
+from groundup.corpus.document import Reason
+from groundup.corpus.funnel import KEPT, Entry
+from groundup.corpus.rules import Rule, first_failed, rules_for
+from groundup.files import atomic_writer
+from groundup.recipe import CorpusSettings
+
+HISTOGRAM_BINS = 24
+
+
+@dataclass
+class Annotated:
+    """One unit with its annotation, and what was decided about its documents.
+
+    Attributes:
+        folder: the annotation.
+        record: what `unit.json` says.
+        first_number: records of the same file in the units before it.
+        codes: (n,) int16, 0 for documents that stay, else the place of the reason.
+        survivors: for duplicates, (row, id of who stays).
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    first_number: int = 0
+    codes: np.ndarray = field(default_factory=lambda: np.empty(0, np.int16))
+    survivors: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        """Documents."""
+        return int(self.record["documents"])
+
+    @property
+    def stays(self) -> np.ndarray:
+        """(n,) bool: who has not been removed yet."""
+        return self.codes == 0
+
+    def columns(self, names: Sequence[str]) -> dict[str, Any]:
+        """Columns of the signals' table: numpy arrays, text columns as dictionary-encoded arrow arrays."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if not self.n:
+            return {name: np.empty(0) for name in names}
+        texts = [name for name in names if name in ("source", "language")]
+        table = pq.read_table(self.folder / SIGNALS_TABLE, columns=list(names), read_dictionary=texts)
+        found: dict[str, Any] = {}
+        for name in names:
+            column = table[name].combine_chunks()
+            if name in texts:
+                found[name] = column if isinstance(column, pa.DictionaryArray) else column.dictionary_encode()
+            else:
+                found[name] = column.to_numpy(zero_copy_only=False)
+        return found
+
+    def remove(self, rows: np.ndarray, code: int) -> None:
+        """Mark documents that still stay as removed."""
+        assert (self.codes[rows] == 0).all(), "a document was removed twice"
+        self.codes[rows] = code
+
+
+class Selection:
+    """The recipe's decisions.
+
+    Args:
+        settings: the recipe's `[corpus]`.
+    """
+
+    def __init__(self, settings: CorpusSettings) -> None:
+        self._settings = settings
+        self.rules: list[Rule] = rules_for(settings.quality, settings.thresholds)
+        rule_names = [rule.name for rule in self.rules]
+        self.reasons: list[str] = [
+            KEPT, Reason.SHORT, Reason.LANGUAGE, *rule_names, Reason.PREDICATE, Reason.CLASSIFIER, Reason.TOXIC,
+            Reason.DUPLICATE, Reason.NEAR_DUPLICATE, Reason.REPEATED_PARTS, Reason.CONTAMINATED,
+        ]  # fmt: skip
+        self._histograms: dict[str, np.ndarray] = {}
+
+    def code(self, reason: str) -> int:
+        """The code of a reason."""
+        return self.reasons.index(reason)
+
+    def judge(self, unit: Annotated) -> None:
+        """Apply every rule that looks at one document alone."""
+        settings, reasons = self._settings, self.reasons
+        unit.codes = np.zeros(unit.n, dtype=np.int16)
+        unit.survivors = {}
+        columns = unit.columns(["language", "language_score", "characters", *self._extra, *self._rule_signals])
+        refusals: list[tuple[str, np.ndarray]] = [(Reason.SHORT, columns["characters"] < settings.min_characters)]
+        if settings.languages and unit.n:
+            languages = columns["language"]
+            wanted = [
+                place for place, code in enumerate(languages.dictionary.to_pylist()) if code in settings.languages
+            ]
+            foreign = ~np.isin(languages.indices.to_numpy(), wanted)
+            refusals.append((Reason.LANGUAGE, foreign | (columns["language_score"] < settings.language_floor)))
+        failed = first_failed(columns, self.rules) if self.rules else np.full(unit.n, -1)
+        refusals += [(rule.name, failed == place) for place, rule in enumerate(self.rules)]
+        if PREDICATE in columns:
+            refusals.append((Reason.PREDICATE, ~columns[PREDICATE].astype(bool)))
+        if SCORE in columns and settings.classifier is not None:
+            refusals.append((Reason.CLASSIFIER, columns[SCORE] < settings.classifier.min_score))
+        if TOXIC in columns:
+            refusals.append((Reason.TOXIC, columns[TOXIC] > settings.max_toxic_share))
+        for reason, refused in refusals:
+            unit.remove(np.flatnonzero(refused & unit.stays), reasons.index(reason))
+        for name in ("language_score", "characters", *self._rule_signals, *(x for x in self._extra if x != PREDICATE)):
+            self._count(name, columns[name])
+
+    def entries(self, unit: Annotated) -> list[Entry]:
+        """The unit's documents by (reason, source, language), with their bytes."""
+        if not unit.n:
+            return []
+        columns = unit.columns(["source", "language", "bytes"])
+        sources, languages = columns["source"], columns["language"]
+        n_languages = len(languages.dictionary)
+        n_sources = len(sources.dictionary)
+        keys = (unit.codes.astype(np.int64) * n_sources + sources.indices.to_numpy()) * n_languages
+        keys += languages.indices.to_numpy()
+        found, inverse = np.unique(keys, return_inverse=True)
+        documents, sizes = np.bincount(inverse), np.bincount(inverse, weights=columns["bytes"])
+        source_names, language_names = sources.dictionary.to_pylist(), languages.dictionary.to_pylist()
+        return [
+            (
+                str(self.reasons[int(key) // (n_sources * n_languages)]),
+                source_names[int(key) // n_languages % n_sources],
+                language_names[int(key) % n_languages],
+                int(n),
+                int(size),
+            )
+            for key, n, size in zip(found, documents, sizes, strict=True)
+        ]
+
+    @property
+    def histograms(self) -> dict[str, Any]:
+        """How every signal is distributed over all documents, with the threshold that cuts it."""
+        limits = {rule.signal: {"rule": rule.name, "least": rule.least, "most": rule.most} for rule in self.rules}
+        return {
+            name: {"edges": [float(edge) for edge in _edges(name)], "counts": counts.tolist(), **limits.get(name, {})}
+            for name, counts in sorted(self._histograms.items())
+        }
+
+    @cached_property
+    def _rule_signals(self) -> list[str]:
+        return sorted({rule.signal for rule in self.rules})
+
+    @cached_property
+    def _extra(self) -> list[str]:
+        settings = self._settings
+        asked = ((PREDICATE, settings.predicate), (SCORE, settings.classifier), (TOXIC, settings.toxic_words))
+        return [name for name, is_asked in asked if is_asked]
+
+    def _count(self, name: str, values: np.ndarray) -> None:
+        edges = _edges(name)
+        values = values[~np.isnan(values)]
+        counts = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)[0]
+        self._histograms[name] = self._histograms.get(name, 0) + counts
+
+
+def write_decisions(path: Path, unit: Annotated) -> None:
+    """Save what was decided, for the workers that write."""
+    rows = np.array(sorted(unit.survivors), dtype=np.int64)
+    ids = np.array([unit.survivors[int(row)] for row in rows], dtype="S32")
+    with atomic_writer(path, binary=True) as handle:
+        np.savez(handle, codes=unit.codes, rows=rows, ids=ids)
+
+
+def read_decisions(path: Path) -> tuple[np.ndarray, dict[int, str]]:
+    """The codes, and for duplicates the id of who stays."""
+    with np.load(path) as saved:
+        survivors = {int(row): value.decode() for row, value in zip(saved["rows"], saved["ids"], strict=True)}
+        return saved["codes"], survivors
+
+
+def _edges(name: str) -> np.ndarray:
+    """Bins: equal ones for shares and scores, equal ratios for counts."""
+    if name in ("characters", "words", "sentences", "lines"):
+        return np.concatenate([[0.0], np.geomspace(1, 1e7, HISTOGRAM_BINS)])
+    if name in ("mean_word_length",):
+        return np.linspace(0, 24, HISTOGRAM_BINS + 1)
+    if name in ("stop_words",):
+        return np.arange(10.0)
+    return np.linspace(0, 1, HISTOGRAM_BINS + 1)

@@ -1,0 +1,368 @@
+"""The third pass: the documents that stay, written to `documents.jsonl` in the order of their ids.
+
+First every unit's survivors are read again, cut where they repeat others, looked up among the evaluation data, and
+written to a file of the unit, sorted by id, with what was left out beside it. Then the files are merged, a range of
+ids at a time. Since ids are digests of texts, the result is a shuffled corpus whose bytes depend on the texts
+alone: not on their files' order, nor on how the work was cut, nor on who did it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import xxhash
+
+from groundup.corpus.annotate import DOCUMENTS_TABLE, EMPTIED, SCORE, SET_ASIDE, SIGNALS_TABLE, TOXIC
+from groundup.corpus.decontaminate import ContaminationCounts, EvaluationIndex, Match
+from groundup.corpus.dedup import cut_spans
+from groundup.corpus.document import Document, Reason, SetAside, derived_id, excerpt_of, is_fault
+from groundup.corpus.funnel import EXAMPLES_PER_REASON, Entry, set_aside_record
+from groundup.corpus.holdout import Holdout
+from groundup.corpus.mix import copies_of
+from groundup.corpus.rules import Rule
+from groundup.corpus.select import read_decisions
+from groundup.files import atomic_writer, read_json, write_json
+from groundup.recipe import CorpusSettings
+
+ID_PREFIX = b'{"id":"'
+ID_END = len(ID_PREFIX) + 32
+_SPLIT_AT = ID_END + 2  # behind `{"id":"…",`
+
+
+@dataclass(frozen=True)
+class WriteUnit:
+    """One unit's share of the third pass.
+
+    Attributes:
+        annotation: the unit's annotation.
+        decisions: who stays (`write_decisions`).
+        out: the file to write, without its ending.
+        settings: the recipe's `[corpus]`.
+        reasons: what the codes mean.
+        rules: the quality rules.
+        first_number: records of the same file in the units before it.
+        cuts: the stretches to cut out of the texts, in a file (`write_cuts`), or "".
+        evaluation: the evaluation index's folder, or "".
+        bounds: the first 64 bits of the ids at which ranges begin.
+    """
+
+    annotation: str
+    decisions: str
+    out: str
+    settings: CorpusSettings
+    reasons: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    first_number: int
+    cuts: str
+    evaluation: str
+    bounds: tuple[int, ...]
+
+
+def write_unit(work: WriteUnit) -> dict[str, Any]:
+    """Write one unit's survivors, and what was left out of it.
+
+    Returns:
+        entries ((reason, source, language, documents, bytes), of the documents that were read),
+        offsets (bytes at which each range of ids begins in the file), examples (by reason), holdout (its state),
+        characters (kept), fault (the first broken record), contamination (`ContaminationCounts.state`),
+        cut_characters.
+    """
+    writer = _UnitWriter(work)
+    writer.run()
+    return writer.record()
+
+
+class _UnitWriter:
+    def __init__(self, work: WriteUnit) -> None:
+        self._work, self._settings = work, work.settings
+        self._folder = Path(work.annotation)
+        self._codes, self._survivors = read_decisions(Path(work.decisions))
+        self._evaluation = EvaluationIndex.load(work.evaluation) if work.evaluation else None
+        self._cuts = read_cuts(Path(work.cuts)) if work.cuts else {}
+        self._details = _Details(self._folder, self._codes, work) if self._codes.any() else None
+        self._entries: Counter[tuple[str, str, str]] = Counter()
+        self._bytes: Counter[tuple[str, str, str]] = Counter()
+        self._examples: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
+        self._holdout = Holdout(self._settings)
+        self._fault: SetAside | None = None
+        self._contamination = ContaminationCounts()
+        self._characters = self._n_cut = 0
+        self._lines: list[bytes] = []
+        self._offsets: list[int] = []
+
+    def run(self) -> None:
+        aside = self._left_out()
+        with atomic_writer(Path(f"{self._work.out}.aside.jsonl"), binary=True) as handle:
+            for record in aside:
+                handle.write(orjson.dumps(set_aside_record(record)) + b"\n")
+        self._lines.sort()
+        firsts = [int(line[len(ID_PREFIX) : len(ID_PREFIX) + 16], 16) for line in self._lines]
+        begins = np.cumsum([0, *map(len, self._lines)])
+        places = np.searchsorted(np.array(firsts, dtype=np.uint64), np.array(self._work.bounds, dtype=np.uint64))
+        self._offsets = [int(begins[place]) for place in places] + [int(begins[-1])]
+        with atomic_writer(Path(f"{self._work.out}.jsonl"), binary=True) as handle:
+            handle.writelines(self._lines)
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "entries": [(*key, count, self._bytes[key]) for key, count in self._entries.items()],
+            "offsets": self._offsets,
+            "examples": dict(self._examples),
+            "holdout": self._holdout.state(),
+            "characters": self._characters,
+            "fault": self._fault,
+            "contamination": self._contamination.state(),
+            "cut_characters": self._n_cut,
+        }
+
+    def _left_out(self) -> Iterator[SetAside]:
+        """Everything left out, in the order of the file; the lines of those that stay are gathered on the way."""
+        unread = [map(self._unread, _read_set_aside(self._folder / name)) for name in (SET_ASIDE, EMPTIED)]
+        return heapq.merge(*unread, self._judged(), key=lambda record: (record.source, record.position))
+
+    def _unread(self, record: SetAside) -> SetAside:
+        record = self._numbered(record)
+        key = xxhash.xxh3_128_hexdigest(f"{record.source}\0{record.position}".encode())
+        self._show(record, key)
+        if self._fault is None and is_fault(record.reason):
+            self._fault = record
+        return record
+
+    def _judged(self) -> Iterator[SetAside]:
+        first = self._work.first_number
+        for rows in _row_groups(self._folder):
+            texts = {row: self._cut(row, values["text"]) for row, values in rows if not self._codes[row]}
+            matches = self._matches_of(texts)
+            for row, values in rows:
+                code, identity = int(self._codes[row]), values["id"].hex()
+                if code:
+                    reason: str | None = self._work.reasons[code]
+                    detail = self._detail(row, str(reason))
+                else:
+                    reason, detail = self._refusal(values["text"], texts[row], matches.get(row, []), identity)
+                if reason is None:
+                    self._keep(identity, texts[row], values)
+                    continue
+                if not code:  # the others are on the books already
+                    self._enter(str(reason), values, len(texts[row].encode()))
+                record = SetAside(
+                    values["file"], values["place"], values["number"] + first, str(reason), detail,
+                    excerpt_of(values["text"]), values["bytes"], values["position"],
+                )  # fmt: skip
+                self._show(record, identity)
+                yield record
+
+    def _cut(self, row: int, text: str) -> str:
+        return cut_spans(text, self._cuts[row]) if row in self._cuts else text
+
+    def _matches_of(self, texts: Mapping[int, str]) -> dict[int, list[Match]]:
+        """What of the evaluation data each text repeats, where it is enough to remove it."""
+        if self._evaluation is None or self._settings.decontaminate is None:
+            return {}
+        limit = self._settings.decontaminate.max_share
+        found = zip(texts, self._evaluation.find(list(texts.values())), strict=True)
+        return {row: matches for row, matches in found if matches and matches[0].share > limit}
+
+    def _refusal(self, whole: str, text: str, matches: Sequence[Match], identity: str) -> tuple[str | None, str]:
+        """Why a document that was kept so far is not written after all."""
+        n_cut = len(whole) - len(text)
+        self._n_cut += n_cut
+        if n_cut and len(text.strip()) < self._settings.min_characters:
+            return Reason.REPEATED_PARTS, f"{n_cut:,} of {len(whole):,} characters stand elsewhere too"
+        if matches:
+            self._contamination.add(identity, matches)
+            return Reason.CONTAMINATED, f"{matches[0].task}, record {matches[0].record}: {excerpt_of(matches[0].text)}"
+        return None, ""
+
+    def _keep(self, identity: str, text: str, values: Mapping[str, Any]) -> None:
+        self._enter("kept", values, len(text.encode()))
+        self._holdout.see(identity)
+        self._characters += len(text)
+        rest = {"source": values["source"], "language": values["language"], "url": values["url"]}
+        if values.get(SCORE) is not None:
+            rest["score"] = values[SCORE]
+        line = orjson.dumps({"id": identity, **rest, "text": text})
+        self._lines.append(line + b"\n")
+
+    def _enter(self, reason: str, values: Mapping[str, Any], size_bytes: int) -> None:
+        key = (reason, values["source"], values["language"])
+        self._entries[key] += 1
+        self._bytes[key] += size_bytes
+
+    def _detail(self, row: int, reason: str) -> str:
+        if row in self._survivors:
+            same = "the same text as" if reason == Reason.DUPLICATE else "nearly the same text as"
+            return f"{same} document {self._survivors[row]}"
+        assert self._details is not None
+        return self._details.of(row, reason)
+
+    def _numbered(self, record: SetAside) -> SetAside:
+        return replace(record, number=record.number + self._work.first_number) if record.place else record
+
+    def _show(self, record: SetAside, key: str) -> None:
+        examples = self._examples[str(record.reason)]
+        if len(examples) < EXAMPLES_PER_REASON or key < examples[-1][0]:
+            examples.append((key, set_aside_record(record)))
+            examples.sort(key=lambda item: item[0])
+            del examples[EXAMPLES_PER_REASON:]
+
+
+class _Details:
+    """Says of a removed document what its value was and what the threshold is."""
+
+    def __init__(self, folder: Path, codes: np.ndarray, work: WriteUnit) -> None:
+        import pyarrow.parquet as pq
+
+        self._settings = work.settings
+        self._rules = {rule.name: rule for rule in work.rules}
+        table = pq.read_table(folder / SIGNALS_TABLE)
+        rows = np.flatnonzero(codes)
+        table = table.take(rows)
+        self._rows = {int(row): place for place, row in enumerate(rows)}
+        self._columns = {name: table[name].combine_chunks() for name in table.schema.names}
+
+    def of(self, row: int, reason: str) -> str:
+        settings, place = self._settings, self._rows[row]
+
+        def value(name: str) -> Any:
+            return self._columns[name][place].as_py()
+
+        if reason == Reason.SHORT:
+            return f"{value('characters')} characters; the least is {settings.min_characters}"
+        if reason == Reason.LANGUAGE:
+            language, score = value("language"), value("language_score")
+            below = language in settings.languages
+            return f"{language} ({score:.2f})" + (f", below the floor of {settings.language_floor:g}" if below else "")
+        if reason == Reason.CLASSIFIER and settings.classifier is not None:
+            return f"score {value(SCORE):.3f}; the least is {settings.classifier.min_score:g}"
+        if reason == Reason.TOXIC:
+            return f"share {value(TOXIC):.4f}; the most is {settings.max_toxic_share:g}"
+        if reason == Reason.PREDICATE:
+            return f"{settings.predicate} said no"
+        rule = self._rules[reason]
+        bound = f"the least is {rule.least:g}" if rule.least is not None else f"the most is {rule.most:g}"
+        return f"{rule.signal} {value(rule.signal):.4g}; {bound}"
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One range of ids.
+
+    Attributes:
+        files: the units' files with the (begin, end) of the range in each.
+        out: the file to write.
+        settings: the recipe's `[corpus]`.
+        holdout: the state after all documents were seen.
+        factors: for each source how often its documents are written, or None.
+    """
+
+    files: tuple[tuple[str, int, int], ...]
+    out: str
+    settings: CorpusSettings
+    holdout: Any
+    factors: dict[str, float] | None
+
+
+def merge_range(work: Merge) -> dict[str, Any]:
+    """Write the documents of one range of ids, each with its split.
+
+    Returns:
+        documents (written, by split), mixed_out (source, language, documents, bytes).
+    """
+    lines: list[bytes] = []
+    for name, begin, end in work.files:
+        with Path(name).open("rb") as handle:
+            handle.seek(begin)
+            lines += handle.read(end - begin).splitlines(keepends=True)
+    lines.sort()
+    holdout = Holdout(work.settings)
+    holdout.merge(work.holdout)
+    counts: Counter[str] = Counter()
+    mixed_out: list[Entry] = []
+    with atomic_writer(Path(work.out), binary=True) as handle:
+        for line, original, identity in _distinct(lines, work.factors, mixed_out):
+            if holdout.by == "document":
+                split = holdout.split_of(original)
+                counts[split] += 1
+                head = ID_PREFIX + identity.encode() + b'","split":"' + split.encode() + b'",'
+                handle.write(head + line[_SPLIT_AT:])
+            else:
+                for part in holdout.divide(replace(parse_line(line), id=identity)):
+                    counts[part.split] += 1
+                    handle.write(orjson.dumps({"id": part.id, "split": part.split, **_rest(part)}) + b"\n")
+    return {"documents": dict(counts), "mixed_out": mixed_out}
+
+
+def _distinct(
+    lines: Sequence[bytes], factors: Mapping[str, float] | None, mixed_out: list[Entry]
+) -> Iterator[tuple[bytes, str, str]]:
+    """Each line to write with its text's id and its own: copies get an id derived from it."""
+    before, n_same = "", 0
+    for line in lines:
+        original = line[len(ID_PREFIX) : ID_END].decode()
+        n_same = n_same + 1 if original == before else 0
+        before = original
+        identity = derived_id(original, f"same {n_same}") if n_same else original
+        n_copies = 1
+        if factors is not None:
+            document = parse_line(line)
+            n_copies = copies_of(identity, factors[document.source])
+            if not n_copies:
+                size = len(document.text.encode())
+                mixed_out.append((str(Reason.MIX), document.source, document.language, 1, size))
+        for copy in range(n_copies):
+            yield line, original, derived_id(identity, f"copy {copy}") if copy else identity
+
+
+def parse_line(line: bytes) -> Document:
+    """A document as `documents.jsonl` holds it."""
+    return Document(**orjson.loads(line))
+
+
+def _rest(document: Document) -> dict[str, Any]:
+    rest = {"source": document.source, "language": document.language, "url": document.url}
+    return {**rest, **({"score": document.score} if document.score is not None else {}), "text": document.text}
+
+
+def write_cuts(path: Path, cuts: Mapping[int, Sequence[tuple[int, int]]]) -> None:
+    """Save what is to be cut out of which rows."""
+    write_json(path, {str(row): list(spans) for row, spans in cuts.items()})
+
+
+def read_cuts(path: Path) -> dict[int, list[tuple[int, int]]]:
+    """What `write_cuts` saved."""
+    return {int(row): [(begin, end) for begin, end in spans] for row, spans in read_json(path).items()}
+
+
+def _read_set_aside(path: Path) -> Iterator[SetAside]:
+    with path.open("rb") as handle:
+        for line in handle:
+            yield SetAside(**orjson.loads(line))
+
+
+def _row_groups(folder: Path) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+    """The annotated documents in order, with language and score, a group at a time."""
+    import pyarrow.parquet as pq
+
+    if not (folder / DOCUMENTS_TABLE).exists():
+        return
+    with contextlib.ExitStack() as files:
+        documents = files.enter_context(pq.ParquetFile(folder / DOCUMENTS_TABLE))
+        signals = files.enter_context(pq.ParquetFile(folder / SIGNALS_TABLE))
+        names = ["language", "bytes", *([SCORE] if SCORE in signals.schema_arrow.names else [])]
+        row = 0
+        for group in range(documents.num_row_groups):
+            columns = documents.read_row_group(group).to_pydict()
+            columns |= signals.read_row_group(group, columns=names).to_pydict()
+            keys = list(columns)
+            rows = [dict(zip(keys, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            yield list(enumerate(rows, start=row))
+            row += len(rows)
