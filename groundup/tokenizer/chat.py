@@ -16,9 +16,9 @@ from groundup.tokenizer.tokenizer import Tokenizer
 
 
 class Message(TypedDict):
-    """One turn of a conversation."""
+    """One turn of a conversation; a tool's is what it gave back."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
 
 
@@ -46,12 +46,17 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_
     Raises:
         DataError: an unknown role, or content that is not text.
     """
-    openings = {"system": tokenizer.system_id, "user": tokenizer.user_id, "assistant": tokenizer.assistant_id}
+    openings = {
+        "system": tokenizer.system_id,
+        "user": tokenizer.user_id,
+        "assistant": tokenizer.assistant_id,
+        "tool": tokenizer.tool_id,
+    }
     for place, message in enumerate(messages):
         if message.get("role") not in openings or not isinstance(message.get("content"), str):
             raise DataError(
                 f"message {place} of {len(messages)} = {dict(message)!r:.120}: not a message.",
-                'Write {"role": "system" | "user" | "assistant", "content": "text"}.',
+                'Write {"role": "system" | "user" | "assistant" | "tool", "content": "text"}.',
             )
     ids: list[int] = []
     loss_mask: list[bool] = []

@@ -1,8 +1,10 @@
 """Control tokens, and the layout of a chat that is made of them.
 
 Control tokens carry structure, never text: they stand at fixed ids from 0 on, in every tokenizer, and
-no text can contain one. Spare ones are kept for what later stages may need (tools, thoughts), so that
-a trained model never has to grow its vocabulary.
+no text can contain one. Each of the four roles opens its messages with its own token, a tool's result too:
+`<|user|>How warm is it?<|end|><|assistant|>{"look": "thermometer"}<|end|><|tool|>21<|end|><|assistant|>`.
+Spare ones are kept for what later stages may need (thoughts, parts of a file), so that a trained model
+never has to grow its vocabulary.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
     "<|assistant|>{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}"
-    "{% elif message['role'] in ['system', 'user'] %}"
+    "{% elif message['role'] in ['system', 'user', 'tool'] %}"
     "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
-    "{% else %}{{ raise_exception('The role of a message is system, user or assistant.') }}{% endif %}"
+    "{% else %}{{ raise_exception('The role of a message is system, user, assistant or tool.') }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )

@@ -2,8 +2,8 @@
 
 In: documents to train on, or a folder with `tokenizer.json`. Out: a `Tokenizer`, whose files transformers
 loads as they stand. Two laws: text never becomes a control token unless its name is allowed by the
-caller, and the tokens' bytes joined are the text's UTF-8 bytes (byte-level BPE: for every text;
-characters: for every text whose characters were seen in training).
+caller, and the tokens' bytes joined are the text's UTF-8 bytes (for every text; with one token per
+character: for every text whose characters were seen in training).
 """
 
 from __future__ import annotations
@@ -11,23 +11,27 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tokenizers import Tokenizer as Engine
 
 from groundup.console import Console
-from groundup.corpus import Document
-from groundup.errors import ArtifactError, DataError, Problem, RecipeError
+from groundup.corpus.document import Document
+from groundup.errors import ArtifactError, DataError
 from groundup.files import value_digest, write_json, write_text
 from groundup.tokenizer import special
-from groundup.tokenizer.train import build_characters, cut_into_pieces, replace_surrogates, train_bpe
+from groundup.tokenizer.letters import LETTERS, unspelled
+from groundup.tokenizer.split import grouped
+
+if TYPE_CHECKING:
+    from groundup.tokenizer.engines import Encoder
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
-_KINDS = {"BPE": "bpe", "WordLevel": "characters"}
-_BATCH_CHARACTERS = 1 << 20  # what the engine is given at once: it holds some 200 bytes a character
+_KINDS = {"BPE": "bpe", "WordPiece": "wordpiece", "Unigram": "unigram", "WordLevel": "characters"}
 
 
 class Tokenizer:
@@ -46,10 +50,10 @@ class Tokenizer:
         try:
             spec = json.loads(contents)
             self.kind: str = _KINDS[spec["model"]["type"]]
-            self._ids: dict[str, int] = spec["model"]["vocab"]
+            self._ids: dict[str, int] = _ids_of_tokens(self.kind, spec["model"]["vocab"])
             self._control = [token["content"] for token in sorted(spec["added_tokens"], key=lambda token: token["id"])]
             _check_ids(self._ids, self._control)
-            self._bytes = _bytes_of_tokens(self.kind, self._ids, self._control)
+            self._bytes = _bytes_of_tokens(self.kind, self._ids, self._control, spec["model"])
             # The engine knows no control token, so that it cannot find one in a text.
             self._engine = Engine.from_str(json.dumps({**spec, "added_tokens": []}, ensure_ascii=False))
         except Exception as error:  # the engine raises bare Exception
@@ -66,30 +70,34 @@ class Tokenizer:
         *,
         kind: str = "bpe",
         vocab_size: int = 2048,
-        split: str = "qwen2",
+        split: str | None = None,
         spare_tokens: int = 4,
+        trainer: str = "huggingface",
+        sample_bytes: int | None = None,
         console: Console | None = None,
     ) -> Tokenizer:
-        """Train on documents; the same documents give the same tokenizer, bit for bit.
+        """Train on documents; the same documents in any order give the same tokenizer, bit for bit.
 
         Args:
-            documents: documents, or plain texts.
-            kind: "bpe" or "characters".
+            documents: documents, or plain texts; read once.
+            kind: "bpe", "wordpiece", "unigram" or "characters".
             vocab_size: tokens in all, control tokens included (characters: decided by the text).
-            split: how text is cut before merging: "qwen2", "llama3" or "gpt2" (characters: not used).
+            split: how text is cut before merging: "qwen2", "llama3" or "gpt2" (characters: not used); without it
+                qwen2, or llama3 from 32,768 entries on.
             spare_tokens: control tokens kept for later.
-            console: where it is said that the text was too small for `vocab_size`.
+            trainer: "huggingface", or "rustbpe" (BPE only; faster, breaks ties otherwise).
+            sample_bytes: most text to learn from and to hold in memory; of more text every source gives its share.
+                Without it as much as the trainers can count, which is 2 GiB. (characters: all text is looked at.)
+            console: where it is said that the text was sampled, or too small for `vocab_size`.
 
         Raises:
             RecipeError: a setting is unknown, or `vocab_size` has no room for the bytes.
             DataError: there is no text.
+            GroundupError: rustbpe is not installed, or gave no byte-level BPE.
         """
-        texts = (document if isinstance(document, str) else document.text for document in documents)
-        if kind == "bpe":
-            return cls(train_bpe(texts, vocab_size, split, spare_tokens, console))
-        if kind == "characters":
-            return cls(build_characters(texts, spare_tokens))
-        raise RecipeError("tokenizer", [Problem(f"[tokenizer] kind = {kind!r}", "unknown.", "Use bpe or characters.")])
+        from groundup.tokenizer.train import train  # whoever only encodes does not need the trainers
+
+        return cls(train(documents, kind, vocab_size, split, spare_tokens, trainer, sample_bytes, console))
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -151,10 +159,49 @@ class Tokenizer:
             find, unknown = self._ids.get, self._ids[special.REPLACEMENT]
             return [[find(character, unknown) for character in text] for text in texts]
         encoded: list[list[int]] = [[] for _ in texts]
-        for places, pieces in _grouped(texts):
+        for places, pieces in grouped(texts):
             for place, encoding in zip(places, self._engine.encode_batch_fast(pieces), strict=True):
                 encoded[place] += encoding.ids
         return encoded
+
+    def encode_to_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of each text, as `encode` gives them, by the fastest engine at hand and without lists of Python numbers.
+
+        The engine is chosen at the first call (see `choose_engine`); batches of some MiB serve it best. It takes as
+        many threads as RAYON_NUM_THREADS says, else all cores, or one in a worker process.
+
+        Args:
+            texts: any texts; what looks like a control token is plain text.
+
+        Returns:
+            ids, (n_tokens,) uint32, one text after the other, and each text's number of tokens, (n_texts,) int64.
+        """
+        if self.kind == "characters":
+            return self._characters_to_arrays(texts)
+        return self._encoder.encode(texts)
+
+    def choose_engine(self, console: Console | None = None) -> str:
+        """Choose who does `encode_to_arrays`: gigatoken, tiktoken or huggingface, the first that passes a self-test.
+
+        The test is equal ids on a thousand hostile texts; it takes a fraction of a second, once.
+
+        Args:
+            console: where it is said that a faster engine was passed over, and why.
+
+        Returns:
+            The engine's name; "groundup" for one token per character.
+        """
+        if self.kind == "characters":
+            return "groundup"
+        name = self._encoder.name
+        if console is not None and self._passed_over:
+            console.note(f"tokenizer: encodes with {name}; {'; '.join(self._passed_over)}.")
+        return name
+
+    @property
+    def engine_name(self) -> str:
+        """Who does `encode_to_arrays`; see `choose_engine`."""
+        return self.choose_engine()
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD, control tokens nothing (or their names).
@@ -224,29 +271,55 @@ class Tokenizer:
         return self._ids[special.ASSISTANT]
 
     @property
+    def tool_id(self) -> int:
+        """Begins what a tool gave back."""
+        return self._ids[special.TOOL]
+
+    @property
     def end_id(self) -> int:
         """Ends a message of a chat."""
         return self._ids[special.END]
+
+    @functools.cached_property
+    def _chosen(self) -> tuple[Encoder, list[str]]:
+        from groundup.tokenizer.engines import choose
+
+        return choose(json.loads(self._contents), self._engine)
+
+    @property
+    def _encoder(self) -> Encoder:
+        return self._chosen[0]
+
+    @property
+    def _passed_over(self) -> list[str]:
+        return self._chosen[1]
+
+    @functools.cached_property
+    def _id_of_character(self) -> np.ndarray:
+        """(0x110000,) uint32."""
+        assert self.unknown_id is not None
+        table = np.full(0x110000, self.unknown_id, dtype=np.uint32)
+        for token, index in self._ids.items():
+            if len(token) == 1:
+                table[ord(token)] = index
+        return table
+
+    def _characters_to_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
+        points = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        return self._id_of_character[points], lengths
 
     def __repr__(self) -> str:
         return f"Tokenizer(kind={self.kind!r}, vocab_size={self.vocab_size}, fingerprint={self.fingerprint!r})"
 
 
-def _grouped(texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
-    """Pieces of the texts with the texts' places, in groups of bounded size."""
-    places: list[int] = []
-    pieces: list[str] = []
-    size = 0
-    for place, text in enumerate(texts):
-        for piece in cut_into_pieces(replace_surrogates(text)):
-            places.append(place)
-            pieces.append(piece)
-            size += len(piece)
-            if size >= _BATCH_CHARACTERS:
-                yield places, pieces
-                places, pieces, size = [], [], 0
-    if pieces:
-        yield places, pieces
+def _ids_of_tokens(kind: str, vocabulary: Any) -> dict[str, int]:
+    if kind != "unigram":
+        return dict(vocabulary)
+    ids = {token: index for index, (token, _) in enumerate(vocabulary)}
+    if len(ids) != len(vocabulary):
+        raise ValueError("a token stands twice in the vocabulary")
+    return ids
 
 
 def _check_ids(ids: dict[str, int], control: list[str]) -> None:
@@ -261,25 +334,17 @@ def _check_ids(ids: dict[str, int], control: list[str]) -> None:
         raise ValueError(f"control tokens {misplaced} are not at their ids")
 
 
-def _bytes_of_tokens(kind: str, ids: dict[str, int], control: list[str]) -> list[bytes]:
-    table: list[Any] = [b""] * len(ids)
-    as_byte = _byte_of_letter() if kind == "bpe" else {}
-    for token, index in ids.items():
-        if index >= len(control):
-            table[index] = bytes(as_byte[letter] for letter in token) if kind == "bpe" else token.encode()
-    if kind == "bpe" and not {bytes([value]) for value in range(256)} <= set(table):
+def _bytes_of_tokens(kind: str, ids: dict[str, int], control: list[str], model: dict[str, Any]) -> list[bytes]:
+    table = [b""] * len(ids)
+    if kind == "characters":
+        if special.REPLACEMENT not in ids or any(len(token) != 1 for token in ids.keys() - control):
+            raise ValueError("its tokens are not single characters with U+FFFD among them")
+        for token in ids.keys() - control:
+            table[ids[token]] = token.encode()
+        return table
+    mark = model["continuing_subword_prefix"] if kind == "wordpiece" else ""
+    if not {*LETTERS, *(mark + letter for letter in LETTERS)} <= ids.keys():
         raise ValueError("some bytes have no token")
-    if kind == "characters" and (
-        special.REPLACEMENT not in ids or any(len(token) != 1 for token in ids.keys() - control)
-    ):
-        raise ValueError("its tokens are not single characters with U+FFFD among them")
+    for token in ids.keys() - control:
+        table[ids[token]] = unspelled(token.removeprefix(mark))
     return table
-
-
-@functools.cache
-def _byte_of_letter() -> dict[str, int]:
-    """GPT-2's table backwards: printable Latin-1 stands for itself, the other bytes for U+0100 and on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [value for value in range(256) if value not in printable]
-    letters = {chr(value): value for value in printable}
-    return letters | {chr(256 + place): value for place, value in enumerate(hidden)}

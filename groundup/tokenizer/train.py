@@ -1,161 +1,183 @@
-"""Texts to the contents of a `tokenizer.json`: byte-level BPE, or one token per character.
+"""Documents to the contents of a `tokenizer.json`: byte-level BPE, WordPiece, Unigram, or one token per character.
 
-BPE (Sennrich et al. 2016, over bytes as in GPT-2) is trained by Hugging Face `tokenizers`: text is cut by
-a regex, then the most frequent pair of neighbours becomes a token, again and again, ties going to the
-smaller ids. Merges depend on counts alone, so the result is the same bits with any number of threads.
-The regexes and their spelling are those of the Hub's tokenizers, so that other programs know them.
+All but the last work on bytes, each spelled as a printable letter (GPT-2's alphabet) that has a token of its
+own: any text can be encoded, without an unknown token, and its tokens' bytes joined are the text's. Training depends
+on how often each piece of text occurs and on nothing else, so the result is the same bits with any number
+of threads and any order of the documents.
+
+BPE (Sennrich et al. 2016, arXiv:1508.07909, over bytes as in GPT-2): text is cut by a regex, then the most frequent
+pair of neighbours becomes a token, again and again, ties going to the smaller ids. WordPiece and
+Unigram have files of their own; `rust.py` trains BPE by other hands.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Engine
 
-from groundup.console import Console
+from groundup.console import Console, format_bytes
+from groundup.corpus.document import Document
 from groundup.errors import DataError, Problem, RecipeError
+from groundup.tokenizer.letters import LETTERS
+from groundup.tokenizer.sample import COUNTABLE_BYTES, Sample, sample
 from groundup.tokenizer.special import REPLACEMENT, control_tokens
+from groundup.tokenizer.split import PATTERNS, default_split, pre_tokenizer, replace_surrogates
 
-_QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-_MIN_FREQUENCY = 2  # a merge seen once would only store the text
-_N_BYTES = 256
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_LETTER = "[A-Za-z\u0430-\u044f\u3041-\u3096\u4e00-\u9fa5\uac00-\ud7a3]"
-_SAFE_CUT = re.compile(f"(?<={_LETTER})[ \n](?={_LETTER})")
-_PIECE_CHARACTERS = 1 << 16
+KINDS = ("bpe", "wordpiece", "unigram", "characters")
+TRAINERS = ("huggingface", "rustbpe")
+MIN_FREQUENCY = 2
+"""A merge seen once would only store the text."""
 
 
-def pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
-    """How text is cut before merging.
-
-    Args:
-        split: "qwen2" (digits one by one), "llama3" (digits by threes) or "gpt2" (runs of digits).
-    """
-    if split == "gpt2":
-        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    pattern = Regex({"qwen2": _QWEN2, "llama3": _LLAMA3}[split])
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, "isolated"), byte_level])
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int, split: str, spare_tokens: int, console: Console | None) -> str:
-    """Train a byte-level BPE; every byte has a token, so any text can be encoded.
-
-    Args:
-        texts: what to learn from.
-        vocab_size: tokens in all. A text with too few repeated pairs gives fewer; the console says so.
-        split: see `pre_tokenizer`.
-        spare_tokens: control tokens kept for later.
-        console: where that is said.
+def train(
+    documents: Iterable[Document | str],
+    kind: str,
+    vocab_size: int,
+    split: str | None,
+    spare_tokens: int,
+    trainer: str,
+    sample_bytes: int | None,
+    console: Console | None,
+) -> str:
+    """Train; see `Tokenizer.train` for the arguments.
 
     Returns:
         The contents of `tokenizer.json`.
 
     Raises:
-        RecipeError: `vocab_size` has no room for all bytes and control tokens, or the split is unknown.
+        RecipeError: a setting is unknown, or `vocab_size` has no room for the bytes.
         DataError: there is no text.
     """
     control = control_tokens(spare_tokens)
-    _check_settings(vocab_size, split, len(control))
+    _check_settings(kind, vocab_size, split, trainer, len(control))
+    if kind == "characters":
+        return _one_token_per_character(documents, control)
+    if trainer == "rustbpe":
+        from groundup.tokenizer.rust import require_rustbpe
+
+        require_rustbpe()  # before the corpus is read
+    chosen = sample(documents, COUNTABLE_BYTES if sample_bytes is None else sample_bytes)
+    if not chosen.seen_bytes:
+        raise _no_text()
+    if console is not None and not chosen.is_whole:
+        why = " (what 32-bit counters can hold)" if chosen.most_bytes == COUNTABLE_BYTES else ""
+        console.note(
+            f"tokenizer: learns from {format_bytes(chosen.kept_bytes)} of {format_bytes(chosen.seen_bytes)} of text, "
+            f"every source with its share{why}."
+        )
+    spec = _train_on(chosen, kind, vocab_size, split or default_split(vocab_size), control, trainer)
+    trained_size = len(spec["model"]["vocab"])
+    if trained_size < vocab_size and console is not None:
+        console.warn(
+            f"tokenizer: the text repeats enough for {trained_size:,} tokens, not for the {vocab_size:,} asked for; "
+            "the vocabulary is the smaller one."
+        )
+    return as_json(spec)
+
+
+def train_bpe(chosen: Sample, vocab_size: int, split: str, control: list[str]) -> dict[str, Any]:
+    """Train a byte-level BPE with Hugging Face `tokenizers`; the contents of `tokenizer.json`."""
     engine = Engine(models.BPE())
     engine.pre_tokenizer = pre_tokenizer(split)
     engine.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        min_frequency=_MIN_FREQUENCY,
-        special_tokens=[_control(name) for name in control],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        min_frequency=MIN_FREQUENCY,
+        special_tokens=[control_token(name) for name in control],
+        initial_alphabet=LETTERS,
         show_progress=False,
     )
-    engine.train_from_iterator(_pieces_of(texts), trainer)
-    trained_size = engine.get_vocab_size()
-    if trained_size < vocab_size and console is not None:
-        console.warn(
-            f"tokenizer: the text has repeated pairs for {trained_size:,} tokens, not for the {vocab_size:,} asked "
-            "for; the vocabulary is the smaller one."
-        )
-    return _as_json(engine)
+    engine.train_from_iterator(chosen.pieces(), trainer)
+    return contents(engine)
 
 
-def build_characters(texts: Iterable[str], spare_tokens: int) -> str:
-    """One token per character of the texts, sorted by code point; any other character is U+FFFD.
+def control_token(name: str) -> AddedToken:
+    """A control token as the engine wants it: found as it stands, before any change of the text."""
+    return AddedToken(name, special=True, normalized=False)
 
-    Returns:
-        The contents of `tokenizer.json`.
 
-    Raises:
-        DataError: there is no text.
-    """
-    characters = {REPLACEMENT}
-    for piece in _pieces_of(texts):
-        characters.update(piece)
-    control = control_tokens(spare_tokens)
+def contents(engine: Engine) -> dict[str, Any]:
+    """What the engine would write to `tokenizer.json`."""
+    spec: dict[str, Any] = json.loads(engine.to_str())
+    return spec
+
+
+def as_json(spec: dict[str, Any]) -> str:
+    """`tokenizer.json` as text."""
+    return json.dumps(spec, ensure_ascii=False, indent=2) + "\n"
+
+
+def _train_on(
+    chosen: Sample, kind: str, vocab_size: int, split: str, control: list[str], trainer: str
+) -> dict[str, Any]:
+    if kind == "wordpiece":
+        from groundup.tokenizer.wordpiece import train_wordpiece
+
+        return train_wordpiece(chosen, vocab_size, split, control)
+    if kind == "unigram":
+        from groundup.tokenizer.unigram import train_unigram
+
+        return train_unigram(chosen, vocab_size, split, control)
+    if trainer == "rustbpe":
+        from groundup.tokenizer.rust import train_rustbpe
+
+        return train_rustbpe(chosen, vocab_size, split, control)
+    return train_bpe(chosen, vocab_size, split, control)
+
+
+def _one_token_per_character(documents: Iterable[Document | str], control: list[str]) -> str:
+    """Every character of the texts, sorted by code point; any other is U+FFFD. Nothing is held, so nothing sampled."""
+    characters: set[str] = set()
+    for document in documents:
+        characters.update(replace_surrogates(document if isinstance(document, str) else document.text))
+    if not characters:
+        raise _no_text()
+    characters.add(REPLACEMENT)
     vocabulary = {token: index for index, token in enumerate([*control, *sorted(characters)])}
     engine = Engine(models.WordLevel(vocabulary, unk_token=REPLACEMENT))
     engine.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     engine.decoder = decoders.Fuse()
-    engine.add_special_tokens([_control(name) for name in control])
-    return _as_json(engine)
+    engine.add_special_tokens([control_token(name) for name in control])
+    return as_json(contents(engine))
 
 
-def replace_surrogates(text: str) -> str:
-    """The text with U+FFFD for every lone surrogate, which has no UTF-8 form (Python allows it in a str)."""
-    return text if text.isascii() else _SURROGATE.sub(REPLACEMENT, text)
+def _no_text() -> DataError:
+    return DataError("tokenizer: there is no text to learn from.", "Check what the corpus stage kept.")
 
 
-def cut_into_pieces(text: str) -> Iterator[str]:
-    """Cut a long text where every split regex cuts it too: before a space or line end between two letters.
-
-    Encoding the pieces is encoding the text, in a fraction of the memory (which the engine spends per
-    character of its input), and on all cores.
-    """
-    start = 0
-    while len(text) - start > _PIECE_CHARACTERS:
-        cut = _SAFE_CUT.search(text, start + _PIECE_CHARACTERS)
-        if cut is None:
-            break
-        yield text[start : cut.start()]
-        start = cut.start()
-    yield text[start:] if start else text
-
-
-def _check_settings(vocab_size: int, split: str, n_control: int) -> None:
+def _check_settings(kind: str, vocab_size: int, split: str | None, trainer: str, n_control: int) -> None:
     problems = []
-    needed = n_control + _N_BYTES
-    if vocab_size < needed:
+    if kind not in KINDS:
+        problems.append(
+            Problem(f"[tokenizer] kind = {kind!r}", "unknown.", "Use bpe, wordpiece, unigram or characters.")
+        )
+    # WordPiece spells a byte at the start of a word and one inside it differently.
+    n_bytes = {"wordpiece": 2 * len(LETTERS), "characters": 0}.get(kind, len(LETTERS))
+    needed = n_control + n_bytes
+    if kind != "characters" and vocab_size < needed:
+        bytes_twice = " (each at the start of a word and inside one)" if kind == "wordpiece" else ""
         problems.append(
             Problem(
                 f"[tokenizer] vocab_size = {vocab_size}",
-                f"too small: {n_control} control tokens and {_N_BYTES} bytes need {needed}.",
+                f"too small: {n_control} control tokens and {len(LETTERS)} bytes{bytes_twice} need {needed}.",
                 f"Set vocab_size = {needed} or more, or keep fewer spare_tokens.",
             )
         )
-    if split not in ("qwen2", "llama3", "gpt2"):
+    if split is not None and split not in PATTERNS:
         problems.append(Problem(f"[tokenizer] split = {split!r}", "unknown.", "Use qwen2, llama3 or gpt2."))
+    if trainer not in TRAINERS:
+        problems.append(Problem(f"[tokenizer] trainer = {trainer!r}", "unknown.", "Use huggingface or rustbpe."))
+    elif trainer == "rustbpe" and kind in KINDS and kind != "bpe":
+        problems.append(
+            Problem(
+                f"[tokenizer] trainer = {trainer!r}",
+                f"trains BPE, not {kind}.",
+                'Set kind = "bpe", or trainer = "huggingface".',
+            )
+        )
     if problems:
         raise RecipeError("tokenizer", problems)
-
-
-def _pieces_of(texts: Iterable[str]) -> Iterator[str]:
-    any_text = False
-    for text in texts:
-        any_text = any_text or bool(text)
-        yield from cut_into_pieces(replace_surrogates(text))
-    if not any_text:
-        raise DataError("tokenizer: there is no text to learn from.", "Check what the corpus stage kept.")
-
-
-def _control(name: str) -> AddedToken:
-    return AddedToken(name, special=True, normalized=False)
-
-
-def _as_json(engine: Engine) -> str:
-    return json.dumps(json.loads(engine.to_str()), ensure_ascii=False, indent=2) + "\n"

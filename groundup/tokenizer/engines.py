@@ -1,0 +1,277 @@
+"""Who encodes: the fastest engine at hand that gives the same ids as Hugging Face `tokenizers`.
+
+The file `tokenizer.json` means what `tokenizers` makes of it. Two engines do byte-level BPE faster, tiktoken
+about four times and gigatoken twenty times; each must first give equal ids on a thousand hostile texts. One that is
+missing or fails is passed over, and the reason is kept. All take texts and give one flat array: no list of
+numbers in Python for gigatoken, a short-lived one for the others.
+
+Why tiktoken may do without the merges: it merges any two neighbours whose bytes joined are a token, the one
+with the lowest id first. If every merge makes a new token and ids are in the order of the merges, as a
+trainer leaves them, only the pair that made a token can ever meet (whatever stands around a token's bytes cannot
+change what happens inside before its last merge), so both do the same. `_ranks` checks this.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from tokenizers import Tokenizer as HuggingFace
+
+from groundup.environment import usable_cores
+from groundup.tokenizer.hostile import hostile_texts
+from groundup.tokenizer.letters import unspelled
+from groundup.tokenizer.newer import NewerCharacters
+from groundup.tokenizer.split import PATTERNS, cut_into_pieces, grouped, replace_surrogates
+
+ENGINES = ("gigatoken", "tiktoken", "huggingface")
+"""In the order in which they are tried."""
+
+N_SAMPLES = 1000
+_BATCH_BYTES = 1 << 22
+_LONGEST_PIECE = 1 << 18  # longer runs of white space overflow the stack of tiktoken's regex
+_LOOKED_AFTER_BYTES = 64 << 20
+_MOST_GROWTH_BYTES = 256 << 20
+
+Arrays = tuple[np.ndarray, np.ndarray]
+"""ids, (n_tokens,) uint32, one text after the other, and each text's number of tokens, (n_texts,) int64."""
+
+
+class Encoder(Protocol):
+    """Texts to ids."""
+
+    name: str
+
+    def encode(self, texts: Sequence[str]) -> Arrays:
+        """Ids of each text. A lone surrogate counts as U+FFFD."""
+
+
+def choose(spec: dict[str, Any], engine: HuggingFace) -> tuple[Encoder, list[str]]:
+    """The fastest encoder that gives the same ids as Hugging Face's, and why faster ones were passed over.
+
+    Args:
+        spec: the contents of `tokenizer.json`.
+        engine: made of it, without control tokens.
+    """
+    reference = HuggingFaceEncoder(engine)
+    if spec["model"]["type"] != "BPE":
+        return reference, []
+    best: Encoder = reference
+    passed_over = []
+    texts = hostile_texts(N_SAMPLES, seed=0)
+    expected = reference.encode(texts)
+    for kind in (TiktokenEncoder, GigatokenEncoder):
+        try:
+            candidate = kind(spec, best)
+            found = candidate.encode(texts)
+        except ImportError:
+            passed_over.append(f"{kind.name} is not installed")
+        except Exception as error:  # whatever an engine raises on a tokenizer that it does not know
+            passed_over.append(f"{kind.name} does not take this tokenizer ({type(error).__name__}: {error!s:.120})")
+        else:
+            if all(map(np.array_equal, found, expected)):
+                best = candidate
+            else:
+                passed_over.append(f"{kind.name} gave other ids in the self-test")
+    return best, passed_over
+
+
+class HuggingFaceEncoder:
+    """The engine that says what is right."""
+
+    name = "huggingface"
+
+    def __init__(self, engine: HuggingFace) -> None:
+        self._engine = engine
+
+    def encode(self, texts: Sequence[str]) -> Arrays:
+        """Ids of each text. A lone surrogate counts as U+FFFD."""
+        flat = array("I")
+        lengths = np.zeros(len(texts), dtype=np.int64)
+        for places, pieces in grouped(texts):
+            for place, encoding in zip(places, self._engine.encode_batch_fast(pieces), strict=True):
+                ids = encoding.ids
+                flat.extend(ids)
+                lengths[place] += len(ids)
+        return np.frombuffer(flat, dtype=np.uint32), lengths
+
+
+class TiktokenEncoder:
+    """tiktoken with the tokenizer's ranks and regex.
+
+    Raises:
+        ImportError: tiktoken is not installed.
+        ValueError: the tokenizer is not one that ranks describe.
+    """
+
+    name = "tiktoken"
+
+    def __init__(self, spec: dict[str, Any], fallback: Encoder) -> None:
+        import tiktoken
+
+        self._fallback = fallback
+        self._encoding = tiktoken.Encoding(
+            "groundup", pat_str=_pattern(spec), mergeable_ranks=_ranks(spec), special_tokens={}
+        )
+
+    def encode(self, texts: Sequence[str]) -> Arrays:
+        """Ids of each text. A lone surrogate counts as U+FFFD."""
+        flat = array("I")
+        lengths = np.zeros(len(texts), dtype=np.int64)
+        others = []
+        for place, text in enumerate(texts):
+            pieces = [text] if len(text) <= _LONGEST_PIECE else list(cut_into_pieces(text))
+            if max(map(len, pieces)) > _LONGEST_PIECE:
+                others.append(place)
+                continue
+            # One after the other: its threads wait for each other to make their lists, and take twice the time.
+            for piece in pieces:
+                ids = self._encoding.encode_ordinary(replace_surrogates(piece))
+                flat.extend(ids)
+                lengths[place] += len(ids)
+        ids_here = np.frombuffer(flat, dtype=np.uint32)
+        if not others:
+            return ids_here, lengths
+        return _merged(ids_here, lengths, others, self._fallback.encode([texts[place] for place in others]))
+
+
+class GigatokenEncoder:
+    """gigatoken with the tokenizer's own file; it keeps what it has merged before, so later batches are faster.
+
+    Its tables of Unicode are newer than the other engines'; texts where that may matter go to the next engine.
+
+    Raises:
+        ImportError: gigatoken is not installed.
+        RuntimeError: gigatoken does not know the split.
+    """
+
+    name = "gigatoken"
+
+    def __init__(self, spec: dict[str, Any], fallback: Encoder) -> None:
+        import gigatoken
+
+        self._fallback = fallback
+        _pattern(spec)
+        # Without control tokens: it would find their names in texts.
+        self._contents = json.dumps({**spec, "added_tokens": []}, ensure_ascii=False)
+        self._make: Callable[[str], Any] = gigatoken.Tokenizer.from_json
+        self._newer = NewerCharacters()
+        self._since_looked = 0
+        self._memory_at_first = 0
+        self._renew()
+
+    def encode(self, texts: Sequence[str]) -> Arrays:
+        """Ids of each text. A lone surrogate counts as U+FFFD."""
+        parallel = _threads() > 1
+        all_ids, all_lengths = [np.empty(0, dtype=np.uint32)], [np.empty(0, dtype=np.int64)]
+        for first, blobs in _batches(texts):
+            unknown = self._newer.places(texts[first : first + len(blobs)], blobs)
+            for place in unknown:
+                blobs[place] = b""
+            encoded = self._tokenizer.encode_batch(blobs, parallel=parallel).layout
+            offsets = np.asarray(encoded.offsets.data).astype(np.int64, copy=False)
+            ids = np.asarray(encoded.content.data)[offsets[0] : offsets[-1]].astype(np.uint32, copy=False)
+            lengths = np.diff(offsets)
+            if unknown:
+                more = self._fallback.encode([texts[first + place] for place in unknown])
+                ids, lengths = _merged(ids, lengths, unknown, more)
+            all_ids.append(ids)
+            all_lengths.append(lengths)
+            self._watch_memory(sum(map(len, blobs)))
+        return np.concatenate(all_ids), np.concatenate(all_lengths)
+
+    def _watch_memory(self, n_bytes: int) -> None:
+        """Forget what was kept before it is too much: text without repetition would fill any memory."""
+        self._since_looked += n_bytes
+        if self._since_looked >= _LOOKED_AFTER_BYTES:
+            self._since_looked = 0
+            if _memory_bytes() - self._memory_at_first > _MOST_GROWTH_BYTES:
+                self._renew()
+
+    def _renew(self) -> None:
+        self._tokenizer = self._make(self._contents)
+        self._since_looked = 0
+        self._memory_at_first = _memory_bytes()
+
+
+def _merged(ids: np.ndarray, lengths: np.ndarray, places: list[int], more: Arrays) -> Arrays:
+    """Put in the ids of the texts at `places`, which have none yet."""
+    more_ids, more_lengths = more
+    ends = np.cumsum(lengths)
+    where = np.repeat(ends[places], more_lengths)
+    lengths = lengths.copy()
+    lengths[places] = more_lengths
+    return np.insert(ids, where, more_ids), lengths
+
+
+def _batches(texts: Sequence[str]) -> Iterator[tuple[int, list[bytes]]]:
+    """The texts' UTF-8 in batches of a few MiB, with the place of each batch's first text."""
+    first, size = 0, 0
+    blobs: list[bytes] = []
+    for place, text in enumerate(texts):
+        try:
+            blob = text.encode()
+        except UnicodeEncodeError:
+            blob = replace_surrogates(text).encode()
+        blobs.append(blob)
+        size += len(blob)
+        if size >= _BATCH_BYTES:
+            yield first, blobs
+            first, size, blobs = place + 1, 0, []
+    if blobs:
+        yield first, blobs
+
+
+def _threads() -> int:
+    """As many threads as other engines of this kind would use; one in a worker process, which has neighbours."""
+    wanted = os.environ.get("RAYON_NUM_THREADS", "")
+    if wanted.isdigit() and int(wanted) > 0:
+        return int(wanted)
+    return 1 if multiprocessing.parent_process() is not None else usable_cores()
+
+
+def _pattern(spec: dict[str, Any]) -> str:
+    """The regex that cuts the text.
+
+    Raises:
+        ValueError: text is cut or changed in a way that the fast engines do not know.
+    """
+    cutting = spec["pre_tokenizer"]
+    steps = cutting["pretokenizers"] if cutting["type"] == "Sequence" else [cutting]
+    types = [step["type"] for step in steps]
+    if spec.get("normalizer") is not None or spec["model"].get("ignore_merges") or spec["model"].get("dropout"):
+        raise ValueError("it changes the text or its merges")
+    if types == ["ByteLevel"] and steps[0]["use_regex"] and not steps[0]["add_prefix_space"]:
+        return PATTERNS["gpt2"]
+    known = types == ["Split", "ByteLevel"] and steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]
+    if not known or steps[1]["use_regex"] or steps[1]["add_prefix_space"]:
+        raise ValueError(f"it cuts text by {types}")
+    return str(steps[0]["pattern"]["Regex"])
+
+
+def _ranks(spec: dict[str, Any]) -> dict[bytes, int]:
+    """Each token's bytes and its id.
+
+    Raises:
+        ValueError: the ids are not in the order of the merges.
+    """
+    control = {token["content"] for token in spec["added_tokens"]}
+    vocabulary: dict[str, int] = spec["model"]["vocab"]
+    merges = spec["model"]["merges"]
+    first = len(vocabulary) - len(merges)
+    for place, merge in enumerate(merges):
+        left, right = merge if isinstance(merge, list) else merge.split(" ")
+        if vocabulary.get(left + right) != first + place:
+            raise ValueError("its ids are not in the order of its merges")
+    return {unspelled(token): index for token, index in vocabulary.items() if token not in control}
+
+
+def _memory_bytes() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

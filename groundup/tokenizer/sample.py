@@ -1,0 +1,89 @@
+"""A sample of a corpus that a trainer can hold: within a budget of bytes, every source with its share.
+
+Texts are cut into pieces of some eight thousand characters; the pieces whose hash is lowest are kept, as many
+as fit. A piece's hash is made of its document's id and its number, so the sample does not depend on the order
+of the documents, and every source keeps its share of the text, to within the luck of a fair draw. No source
+needs a pass of its own: what is held never grows beyond the budget.
+
+The budget also keeps the trainers' counts in range. Both count pairs of neighbours in 32 bits and would
+wrap around without a word (huggingface/tokenizers issue 1170). No pair stands more often in a text than the text has
+bytes, so fewer than 2^31 bytes can never overflow: `COUNTABLE_BYTES` is the most that any trainer is given.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator
+
+import xxhash
+
+from groundup.corpus.document import Document, text_id
+from groundup.tokenizer.split import cut_into_pieces, replace_surrogates
+
+COUNTABLE_BYTES = 2**31 - 1
+"""A text of so many bytes has at most 2^31 - 2 pairs of neighbours, which a signed 32-bit counter can hold."""
+
+SAMPLE_CHARACTERS = 1 << 13
+_LONGEST_RUN = 1 << 20  # characters without any place where a split is sure to cut
+
+
+class Sample:
+    """What to train on, chosen in one pass.
+
+    Args:
+        most_bytes: UTF-8 bytes to hold at most; never more than `COUNTABLE_BYTES`.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes = min(most_bytes, COUNTABLE_BYTES)
+        self.seen_bytes = 0
+        """Bytes of all texts."""
+        self.kept_bytes = 0
+        """Bytes of the pieces that are held."""
+        self._heap: list[tuple[int, bytes]] = []  # the piece with the highest hash on top
+        self._below = 1 << 64  # pieces from this hash on are out, whatever comes
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every text was kept."""
+        return self.kept_bytes == self.seen_bytes
+
+    def add(self, document: Document | str) -> None:
+        """Look at one document; a plain text is its own id."""
+        text = document if isinstance(document, str) else document.text
+        name = text_id(replace_surrogates(text)) if isinstance(document, str) else document.id
+        for number, piece in enumerate(_pieces(text)):
+            value = piece.encode()
+            self.seen_bytes += len(value)
+            key = xxhash.xxh3_64_intdigest(f"{name}:{number}".encode())
+            if key < self._below:
+                heapq.heappush(self._heap, (-key, value))
+                self.kept_bytes += len(value)
+                self._shrink()
+
+    def pieces(self) -> Iterator[str]:
+        """The chosen pieces, which are forgotten as they are given out: the trainer needs the memory."""
+        while self._heap:
+            yield self._heap.pop()[1].decode()
+
+    def _shrink(self) -> None:
+        # Out go the highest hashes, and with them every piece of an equal or a higher one that is still to come:
+        # what remains is the longest beginning of the pieces in the order of their hashes that fits, in any order.
+        while self.kept_bytes > self.most_bytes and len(self._heap) > 1:
+            self._below = -self._heap[0][0]
+            while self._heap and -self._heap[0][0] >= self._below:
+                self.kept_bytes -= len(heapq.heappop(self._heap)[1])
+
+
+def sample(documents: Iterable[Document | str], most_bytes: int) -> Sample:
+    """Choose what to train on; see `Sample`."""
+    chosen = Sample(most_bytes)
+    for document in documents:
+        chosen.add(document)
+    return chosen
+
+
+def _pieces(text: str) -> Iterator[str]:
+    for piece in cut_into_pieces(replace_surrogates(text), SAMPLE_CHARACTERS):
+        for start in range(0, len(piece), _LONGEST_RUN):
+            yield piece[start : start + _LONGEST_RUN]
