@@ -4,13 +4,14 @@
 65,536 entries, else 32; no header. Every document is followed by `<|endoftext|>`. The files are one stream cut
 every so many tokens: a document may run over a border. `train-00000.idx`: 64-bit little-endian ends (in tokens
 from the .bin's beginning) of the documents that end in it. `validation-*` likewise. `manifest.json`: format,
-vocabulary, tokenizer, and for every file its counts and checksum; it carries a checksum of its own.
+vocabulary, tokenizer, where the documents came from, and for every file its counts and checksum; it carries a
+checksum of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,17 @@ from groundup.errors import ArtifactError
 from groundup.files import read_json, value_digest, write_json
 
 FORMAT = "groundup-shards"
-VERSION = 1
+VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 has no provenance; all else is the same."""
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 INDEX_DTYPE = np.dtype("<u8")
 LARGEST_16_BIT_VOCABULARY = 1 << 16
 AGAIN = "Make the shards again with --from shards."
+
+Counts = Mapping[str, Mapping[str, int]]
+"""By name of a source or a language: its `documents`, `bytes` (UTF-8 of the text) and `tokens`."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +62,18 @@ class Split:
     Attributes:
         tokens: ids in all files, `<|endoftext|>` included.
         documents: documents in all files.
-        text_bytes: UTF-8 bytes of the documents' text.
+        text_bytes: UTF-8 bytes of the documents' text; 0 if they are unknown (converted from ids).
         files: in the order of the stream.
+        sources: what came from where, the largest first (empty if unknown).
+        languages: what is in which language, the largest first (empty if unknown).
     """
 
     tokens: int
     documents: int
     text_bytes: int
     files: tuple[ShardFile, ...]
+    sources: Counts = field(default_factory=dict)
+    languages: Counts = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,15 +82,20 @@ class ShardsManifest:
 
     Attributes:
         vocab_size: of the tokenizer.
-        tokenizer: its fingerprint.
-        end_of_text_id: of `<|endoftext|>`.
+        tokenizer: its fingerprint; "" if it is unknown (converted from ids).
+        end_of_text_id: of `<|endoftext|>`; None if documents are not closed by one (converted from ids).
         splits: by name.
+        provenance: what the shards were made from: `corpus`, the 128-bit xxh3 of `documents.jsonl` (null: the
+            documents came from elsewhere), and `settings`; of converted ones the `format` and its `files`.
+        version: of the format it was read in.
     """
 
     vocab_size: int
     tokenizer: str
-    end_of_text_id: int
+    end_of_text_id: int | None
     splits: Mapping[str, Split]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    version: int = VERSION
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -97,6 +112,7 @@ class ShardsManifest:
             "vocab_size": self.vocab_size,
             "tokenizer": self.tokenizer,
             "end_of_text_id": self.end_of_text_id,
+            "provenance": dict(self.provenance),
             "splits": {name: asdict(split) for name, split in self.splits.items()},
         }
         write_json(folder / MANIFEST, {**values, "checksum": value_digest(values)})
@@ -112,8 +128,9 @@ class ShardsManifest:
         values = read_json(path)
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise ArtifactError(f"{path}: not a manifest of token shards, or damaged.", AGAIN)
-        if values.get("version") != VERSION:
-            raise ArtifactError(f"{path}: version {values.get('version')}; this groundup reads {VERSION}.", AGAIN)
+        if values.get("version") not in READABLE_VERSIONS:
+            readable = " and ".join(map(str, READABLE_VERSIONS))
+            raise ArtifactError(f"{path}: version {values.get('version')}; this groundup reads {readable}.", AGAIN)
         checksum = values.pop("checksum", None)
         if checksum != value_digest(values):
             raise ArtifactError(f"{path}: damaged, its checksum does not fit.", AGAIN)
@@ -121,7 +138,14 @@ class ShardsManifest:
             name: Split(**{**split, "files": tuple(ShardFile(**file) for file in split["files"])})
             for name, split in values["splits"].items()
         }
-        return cls(values["vocab_size"], values["tokenizer"], values["end_of_text_id"], splits)
+        return cls(
+            values["vocab_size"],
+            values["tokenizer"],
+            values["end_of_text_id"],
+            splits,
+            values.get("provenance", {}),
+            values["version"],
+        )
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

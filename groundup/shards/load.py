@@ -9,18 +9,22 @@ index); an epoch's last batch runs on into the next.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import xxhash
 
-from groundup.errors import ArtifactError, DataError
+from groundup.errors import DataError
 from groundup.shards.order import Permutation
 from groundup.shards.read import TokenShards
+from groundup.shards.steps import StepLoader
 
 IGNORED = -100
+PLACES_AT_ONCE = 1024
+"""So many places of the order are computed together: numpy's cost is per call, not per index."""
+ROWS_AT_ONCE = 16
+"""So many rows are read together where they are given one by one."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Batch:
     targets: np.ndarray
 
 
-class WindowLoader:
+class WindowLoader(StepLoader[Batch]):
     """Training batches in shuffled order; batch number `step` at once, without the ones before it.
 
     Args:
@@ -49,6 +53,7 @@ class WindowLoader:
         sequence_length: tokens in a row, as they really are.
         n_windows: rows in an epoch.
         tokens_per_epoch: targets in an epoch.
+        end_of_text_id: of `<|endoftext|>`; None if the shards have none.
         step: the next batch that iterating gives.
         note: what the user should know, or None.
 
@@ -63,10 +68,12 @@ class WindowLoader:
                 "Add text.",
             )
         self._shards = shards
+        self._block: tuple[int, np.ndarray, np.ndarray] | None = None
         self.sequence_length = min(sequence_length, shards.n_tokens)
         self.batch_size = batch_size
         self.seed = seed
         self.tokens_per_epoch = shards.n_tokens
+        self.end_of_text_id = shards.end_of_text_id
         self.n_windows = -(-shards.n_tokens // self.sequence_length)
         self.step = 0
         self.note: str | None = None
@@ -78,48 +85,15 @@ class WindowLoader:
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:
         """Batch number `step` (0, 1, …), or some of its rows (a process's share)."""
-        places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[rows or slice(None)]
-        n_targets = self._shards.n_tokens
-        windows = [
-            _row(self._shards, window, self.sequence_length, n_targets, self._offset(epoch))
-            for epoch, window in self._windows_at(places)
-        ]
-        ids, targets = np.empty((2, len(windows), self.sequence_length), dtype=np.int64)
-        for number, row in enumerate(windows):
-            ids[number], targets[number] = row
-        return Batch(ids, targets)
+        return self.rows(np.arange(step * self.batch_size, (step + 1) * self.batch_size)[rows or slice(None)])
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Whole batches from `step` on, for ever."""
-        while True:
-            batch = self.batch(self.step)
-            self.step += 1
-            yield batch
+    def rows(self, places: np.ndarray) -> Batch:
+        """The rows at any places (n,) of the endless order of rows."""
+        windows, offsets = self._windows_at(places)
+        return _rows(self._shards, windows, self.sequence_length, self._shards.n_tokens, offsets)
 
-    def state_dict(self) -> dict[str, int | str]:
-        """Where it stands, and what that place depends on."""
-        return {"step": self.step, **self._identity()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state.
-
-        Raises:
-            ArtifactError: the state is of another text, sequence length, batch size or seed.
-        """
-        differences = [
-            f"{name} was {state.get(name)}, is {value}"
-            for name, value in self._identity().items()
-            if state.get(name) != value
-        ]
-        if differences:
-            raise ArtifactError(
-                f"the loader's state does not fit ({'; '.join(differences)}): going on from it would show some "
-                "tokens twice and others never.",
-                "Put the settings and the text back, or start this stage afresh with --from.",
-            )
-        self.step = int(state["step"])
-
-    def _identity(self) -> dict[str, int | str]:
+    def identity(self) -> dict[str, int | str]:
+        """All that decides which batch stands at which step."""
         return {
             "seed": self.seed,
             "sequence_length": self.sequence_length,
@@ -131,14 +105,27 @@ class WindowLoader:
         """How far the stream is turned: every epoch cuts the text at other places."""
         return xxhash.xxh3_64_intdigest(f"offset {self.seed} {epoch}".encode()) % self.sequence_length
 
-    def _windows_at(self, places: np.ndarray) -> list[tuple[int, int]]:
-        """Which windows of which epochs stand at these places of the endless order."""
+    def _windows_at(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which windows stand at these places, and how far their epoch turns the stream; (n,) each."""
+        if not len(places):
+            return places, places
+        first, last = int(places.min()), int(places.max())
+        at_once = min(PLACES_AT_ONCE, 2 * self.n_windows)  # every epoch has a key of its own to be made
+        if last - first >= at_once:
+            return self._compute_windows(places)
+        if self._block is None or not self._block[0] <= first <= last < self._block[0] + at_once:
+            self._block = first, *self._compute_windows(np.arange(first, first + at_once))
+        here = places - self._block[0]
+        return self._block[1][here], self._block[2][here]
+
+    def _compute_windows(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         epochs, indices = np.divmod(places, self.n_windows)
-        windows = np.empty_like(indices)
+        windows, offsets = np.empty_like(indices), np.empty_like(indices)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             windows[here] = Permutation(self.n_windows, (self.seed, int(epoch)))(indices[here])
-        return list(zip(epochs.tolist(), windows.tolist(), strict=True))
+            offsets[here] = self._offset(int(epoch))
+        return windows, offsets
 
 
 def validation_windows(shards: TokenShards, sequence_length: int, limit_tokens: int | None = None) -> Iterator[Batch]:
@@ -151,35 +138,41 @@ def validation_windows(shards: TokenShards, sequence_length: int, limit_tokens: 
     """
     n_targets = shards.n_tokens if limit_tokens is None else min(limit_tokens, shards.n_tokens)
     length = min(sequence_length, n_targets)
-    for index in range(-(-n_targets // length) if length else 0):
-        ids, targets = _row(shards, index, length, n_targets)
-        yield Batch(ids[None], targets[None])
+    n_rows = -(-n_targets // length) if length else 0
+    for begin in range(0, n_rows, ROWS_AT_ONCE):
+        windows = np.arange(begin, min(n_rows, begin + ROWS_AT_ONCE))
+        rows = _rows(shards, windows, length, n_targets, np.zeros_like(windows))
+        for row in range(len(windows)):
+            yield Batch(rows.ids[row : row + 1], rows.targets[row : row + 1])
 
 
-def _row(
-    shards: TokenShards, index: int, length: int, n_targets: int, offset: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Row `index`: its targets are the tokens `index·length` … of the first `n_targets`, its ids one earlier.
+def _rows(shards: TokenShards, windows: np.ndarray, length: int, n_targets: int, offsets: np.ndarray) -> Batch:
+    """Rows: the targets of row i are the tokens `i·length` … of the first `n_targets`, its ids one earlier.
 
     Args:
-        offset: places by which the whole stream, closed to a ring, is turned.
-
-    Returns:
-        ids and targets, (length,) int64 each.
+        windows: (rows,) the numbers of the rows.
+        offsets: (rows,) places by which the whole stream, closed to a ring, is turned.
     """
-    first = index * length
-    end = min(first + length, n_targets)
-    begin = end - length  # before `first` in the last row only
-    tokens = _ring(shards, begin + offset - 1, length + 1)
-    targets = tokens[1:].copy()
-    targets[: first - begin] = IGNORED
-    return tokens[:-1], targets
+    first = windows * length
+    begin = np.minimum(first, n_targets - length)  # before `first` in the last row only
+    tokens = _ring(shards, begin + offsets - 1, length + 1)
+    targets = tokens[:, 1:].copy()
+    for row in np.flatnonzero(begin < first):
+        targets[row, : first[row] - begin[row]] = IGNORED
+    return Batch(np.ascontiguousarray(tokens[:, :-1]), targets)
 
 
-def _ring(shards: TokenShards, start: int, length: int) -> np.ndarray:
-    """`length` tokens from `start` on the stream closed to a ring: its last token is an `<|endoftext|>`."""
-    start %= shards.n_tokens
-    until_end = shards.n_tokens - start
-    if length <= until_end:
-        return shards.window(start, length)
-    return np.concatenate([shards.window(start, until_end), shards.window(0, length - until_end)])
+def _ring(shards: TokenShards, starts: np.ndarray, length: int) -> np.ndarray:
+    """(rows, length) tokens from each start on, on the stream closed to a ring: its last is an `<|endoftext|>`."""
+    starts = starts % shards.n_tokens
+    over = starts + length > shards.n_tokens
+    if not over.any():
+        return shards.windows(starts, length)
+    out = np.empty((len(starts), length), dtype=np.int64)
+    out[~over] = shards.windows(starts[~over], length)
+    for row in np.flatnonzero(over):
+        start = int(starts[row])
+        until_end = shards.n_tokens - start
+        out[row, :until_end] = shards.window(start, until_end)
+        out[row, until_end:] = shards.window(0, length - until_end)
+    return out

@@ -41,10 +41,14 @@ class Permutation:
         Returns:
             Their images, the same shape, int64.
         """
-        out = self._mix(np.asarray(indices).astype(np.uint64))
-        while (outside := out >= np.uint64(self.n)).any():
-            out = np.where(outside, self._mix(out), out)
-        return out.astype(np.int64)
+        given = np.asarray(indices)
+        out = self._mix(given.astype(np.uint64).ravel())
+        outside = np.flatnonzero(out >= np.uint64(self.n))
+        while len(outside):
+            mixed = self._mix(out[outside])
+            out[outside] = mixed
+            outside = outside[mixed >= np.uint64(self.n)]
+        return out.astype(np.int64).reshape(given.shape)
 
     def _mix(self, values: np.ndarray) -> np.ndarray:
         left, right = values >> self._half, values & self._mask

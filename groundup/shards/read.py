@@ -17,18 +17,20 @@ class TokenShards:
     """One split's tokens, mapped from its files and read as if they were one.
 
     Attributes:
+        folder: where the files are.
+        split: "train" or "validation".
         n_tokens: ids, `<|endoftext|>` after each document included.
-        n_bytes: UTF-8 bytes of the text.
+        n_bytes: UTF-8 bytes of the text (0: unknown, converted from ids).
         n_documents: documents.
         vocab_size: of the tokenizer that made the ids.
-        tokenizer_fingerprint: of the tokenizer that made the ids.
-        end_of_text_id: of `<|endoftext|>`.
+        tokenizer_fingerprint: of the tokenizer that made the ids ("": unknown, converted from ids).
+        end_of_text_id: of `<|endoftext|>`; None if documents are not closed by one (converted from ids).
         fingerprint: digest of everything above and of every file's checksum.
         dtype: how ids are stored.
     """
 
     def __init__(self, folder: Path, split: str, manifest: ShardsManifest) -> None:
-        self._folder = folder
+        self.folder = folder
         self._files = manifest.splits[split].files
         self.split = split
         self.n_tokens = manifest.splits[split].tokens
@@ -45,13 +47,19 @@ class TokenShards:
         self._tokens = [_mapped(folder / file.name, self.dtype, file.tokens) for file in self._files]
         self._ends = [_mapped(folder / file.index_name, INDEX_DTYPE, file.documents) for file in self._files]
         self._starts = np.cumsum([0, *(file.tokens for file in self._files)])
+        self._documents_before = np.cumsum([0, *(file.documents for file in self._files)])
 
     @classmethod
-    def open(cls, folder: str | Path, split: str, *, tokenizer_fingerprint: str | None = None) -> TokenShards:
+    def open(
+        cls, folder: str | Path, split: str, *, tokenizer_fingerprint: str | None = None, verify: bool = False
+    ) -> TokenShards:
         """Open a split ("train" or "validation") of a folder that `write_shards` made.
 
         Args:
+            folder: the folder.
+            split: the split.
             tokenizer_fingerprint: refuse shards of another tokenizer than this.
+            verify: read every file through and compare its checksum; without it only sizes are compared.
 
         Raises:
             ArtifactError: a file is missing, has the wrong size or a damaged manifest; the split is empty; the
@@ -60,14 +68,18 @@ class TokenShards:
         folder = Path(folder)
         manifest = ShardsManifest.read(folder)
         if tokenizer_fingerprint is not None and manifest.tokenizer != tokenizer_fingerprint:
+            theirs = f"{manifest.tokenizer[:12]}…" if manifest.tokenizer else "unknown"
             raise ArtifactError(
-                f"{folder / MANIFEST}: made with another tokenizer ({manifest.tokenizer[:12]}…, here is "
-                f"{tokenizer_fingerprint[:12]}…); its ids would mean other text.",
+                f"{folder / MANIFEST}: made with another tokenizer ({theirs}, here is {tokenizer_fingerprint[:12]}…); "
+                "its ids would mean other text.",
                 AGAIN,
             )
         if split not in manifest.splits or not manifest.splits[split].files:
             raise ArtifactError(f"{folder}: there are no {split} documents in these shards.", AGAIN)
-        return cls(folder, split, manifest)
+        shards = cls(folder, split, manifest)
+        if verify:
+            shards.verify()
+        return shards
 
     def window(self, start: int, length: int) -> np.ndarray:
         """The ids `start` … `start + length - 1` of the stream.
@@ -75,18 +87,43 @@ class TokenShards:
         Returns:
             (length,) int64.
         """
-        if start < 0 or length < 0 or start + length > self.n_tokens:
-            raise IndexError(f"tokens {start} to {start + length} of {self.n_tokens}")
-        out = np.empty(length, dtype=np.int64)
-        filled = 0
-        file = int(np.searchsorted(self._starts, start, side="right")) - 1
-        while filled < length:
-            offset = start + filled - int(self._starts[file])
-            piece = self._tokens[file][offset : offset + length - filled]
-            out[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            file += 1
+        return self.windows(np.array([start]), length)[0]
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Many windows at once: the ids `start` … `start + length - 1` for each start.
+
+        Args:
+            starts: (rows,) places in the stream.
+            length: ids in a window.
+
+        Returns:
+            (rows, length) int64.
+        """
+        outside = (starts < 0) | (starts + length > self.n_tokens)
+        if length < 0 or outside.any():
+            raise IndexError(f"tokens {starts[outside][:1]} and {length} more, of {self.n_tokens}")
+        out = np.empty((len(starts), length), dtype=np.int64)
+        if not length:
+            return out
+        files = np.searchsorted(self._starts, starts, side="right") - 1
+        offsets = starts - self._starts[files]
+        for row, file, offset in zip(out, files.tolist(), offsets.tolist(), strict=True):
+            piece = self._tokens[file][offset : offset + length]
+            if len(piece) == length:
+                row[:] = piece
+            else:
+                self._fill_over_borders(row, file, piece)
         return out
+
+    def _fill_over_borders(self, row: np.ndarray, file: int, piece: np.ndarray) -> None:
+        filled = 0
+        while True:
+            row[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            if filled == len(row):
+                return
+            file += 1
+            piece = self._tokens[file][: len(row) - filled]
 
     def documents(self) -> Iterator[np.ndarray]:
         """Every document's ids, its closing `<|endoftext|>` included, in order: (length,) int64 each."""
@@ -97,6 +134,34 @@ class TokenShards:
                 yield self.window(begin, stop - begin)
                 begin = stop
 
+    def document(self, number: int) -> np.ndarray:
+        """Document `number` (0, 1, …): its ids, its closing `<|endoftext|>` included, (length,) int64.
+
+        Raises:
+            IndexError: there are fewer documents.
+        """
+        if not 0 <= number < self.n_documents:
+            raise IndexError(f"document {number} of {self.n_documents}")
+        begin = self._end_of(number - 1) if number else 0
+        return self.window(begin, self._end_of(number) - begin)
+
+    def document_ends(self) -> np.ndarray:
+        """Where each document ends in the stream, (n_documents,) int64; in memory, 8 bytes a document."""
+        return np.concatenate(
+            [np.empty(0, dtype=np.int64)]
+            + [ends.astype(np.int64) + start for start, ends in zip(self._starts, self._ends, strict=False)]
+        )
+
+    def blocks(self, n_tokens: int = 1 << 22) -> Iterator[np.ndarray]:
+        """The whole stream in order, in pieces of at most `n_tokens` ids as they are stored."""
+        for tokens in self._tokens:
+            for begin in range(0, len(tokens), n_tokens):
+                yield tokens[begin : begin + n_tokens]
+
+    def _end_of(self, number: int) -> int:
+        file = int(np.searchsorted(self._documents_before, number, side="right")) - 1
+        return int(self._starts[file]) + int(self._ends[file][number - int(self._documents_before[file])])
+
     def verify(self) -> None:
         """Read every file through and compare it with its checksum.
 
@@ -105,7 +170,7 @@ class TokenShards:
         """
         for file in self._files:
             for name, checksum in ((file.name, file.checksum), (file.index_name, file.index_checksum)):
-                path = self._folder / name
+                path = self.folder / name
                 if not path.is_file() or file_digest(path) != checksum:
                     raise ArtifactError(f"{path}: damaged, its checksum does not fit.", AGAIN)
 
@@ -120,4 +185,5 @@ def _mapped(path: Path, dtype: np.dtype[Any], count: int) -> np.ndarray:
         raise ArtifactError(f"{path}: {size:,} bytes instead of {count * dtype.itemsize:,}; cut off or damaged.", AGAIN)
     if not count:
         return np.empty(0, dtype=dtype)  # an empty file cannot be mapped
-    return np.memmap(path, dtype=dtype, mode="r", shape=(count,))
+    # A plain array over the map: np.memmap's own class makes every slice several times slower.
+    return np.memmap(path, dtype=dtype, mode="r", shape=(count,)).view(np.ndarray)

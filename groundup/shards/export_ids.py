@@ -1,0 +1,103 @@
+"""Shards to the files that other programs train on.
+
+llm.c has end-of-text before each document, these shards have it after: the stream is turned by one place on the way
+out, and back on the way in (`import_ids`), so that shards exported and imported again are the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from groundup.errors import GroundupError
+from groundup.files import atomic_writer
+from groundup.shards.foreign import megatron_paths, write_llmc, write_megatron_index
+from groundup.shards.format import SPLITS, ShardsManifest
+from groundup.shards.read import TokenShards
+
+EXPORTED = ("nanogpt", "llmc", "megatron")
+
+
+def export_shards(folder: str | Path, out: str | Path, format: str) -> list[Path]:
+    """Write shards as another program reads them.
+
+    nanogpt: `train.bin`, `val.bin`. llmc: `train_000000.bin`, …, `val_000000.bin`, … one for each shard. megatron:
+    `train_text_document.bin` and `.idx`, `validation_text_document.…`; one sequence a document.
+
+    Args:
+        folder: of the shards; their checksums are compared first.
+        out: the folder for the files.
+        format: one of `EXPORTED`.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ArtifactError: the shards are damaged.
+        GroundupError: the format cannot hold them.
+    """
+    if format not in EXPORTED:
+        raise GroundupError(f"--format {format}: unknown.", f"Formats to write: {', '.join(EXPORTED)}.")
+    folder, out = Path(folder), Path(out)
+    manifest = ShardsManifest.read(folder)
+    if format == "nanogpt" and manifest.dtype.itemsize != 2:
+        raise GroundupError(
+            f"{folder}: {manifest.vocab_size:,} ids do not fit in nanoGPT's uint16.", "Use --format llmc or megatron."
+        )
+    written: list[Path] = []
+    for split in SPLITS:
+        if manifest.splits.get(split) and manifest.splits[split].files:
+            shards = TokenShards.open(folder, split, verify=True)
+            written += _EXPORTERS[format](shards, manifest, out)
+    return written
+
+
+def _export_nanogpt(shards: TokenShards, manifest: ShardsManifest, out: Path) -> list[Path]:
+    path = out / ("train.bin" if shards.split == "train" else "val.bin")
+    with atomic_writer(path, binary=True) as handle:
+        for block in shards.blocks():
+            handle.write(block.data)
+    return [path]
+
+
+def _export_llmc(shards: TokenShards, manifest: ShardsManifest, out: Path) -> list[Path]:
+    name = "train" if shards.split == "train" else "val"
+    written = []
+    first = 0
+    for number, file in enumerate(manifest.splits[shards.split].files):
+        path = out / f"{name}_{number:06d}.bin"
+        write_llmc(path, _turned_blocks(shards, first, file.tokens), file.tokens, shards.dtype)
+        written.append(path)
+        first += file.tokens
+    return written
+
+
+def _turned_blocks(shards: TokenShards, first: int, n_tokens: int, block: int = 1 << 22) -> Iterator[np.ndarray]:
+    """The ids of places `first` … of the stream turned by one, so that end-of-text comes before each document."""
+    turn = 0 if shards.end_of_text_id is None else 1
+    for begin in range(first - turn, first - turn + n_tokens, block):
+        length = min(block, first - turn + n_tokens - begin)
+        if begin < 0:  # the stream's last end-of-text
+            parts = [shards.window(shards.n_tokens - 1, 1), shards.window(0, length - 1)]
+            yield np.concatenate(parts).astype(shards.dtype)
+        else:
+            yield shards.window(begin, length).astype(shards.dtype)
+
+
+def _export_megatron(shards: TokenShards, manifest: ShardsManifest, out: Path) -> list[Path]:
+    index_path, path = megatron_paths(out / f"{shards.split}_text_document")
+    dtype = np.dtype("<u2") if shards.dtype.itemsize == 2 else np.dtype("<i4")
+    with atomic_writer(path, binary=True) as handle:
+        for block in shards.blocks():
+            handle.write(block.astype(dtype, copy=False).data)
+    write_megatron_index(index_path, np.diff(shards.document_ends(), prepend=0), dtype)
+    return [path, index_path]
+
+
+_EXPORTERS: dict[str, Callable[[TokenShards, ShardsManifest, Path], list[Path]]] = {
+    "nanogpt": _export_nanogpt,
+    "llmc": _export_llmc,
+    "megatron": _export_megatron,
+}

@@ -1,0 +1,287 @@
+"""Other programs' files of token ids, as they lie on disk.
+
+- nanoGPT: `train.bin`, `val.bin`; uint16 ids, no header, documents end with end-of-text.
+- llm.c and modded-nanogpt: 256 int32 (magic, version, number of ids, zeros), then ids: magic 20240520 version 1 has
+  uint16, magic 20240801 version 7 has uint32 (llm.c, dev/data/data_common.py). Documents begin with end-of-text.
+- Megatron-LM's IndexedDataset (megatron/core/datasets/indexed_dataset.py): `.bin` has the ids; `.idx` has
+  "MMIDIDX", two zeros, a version (u64, 1), a code of the ids' type (u8), numbers of sequences and of document borders
+  (u64), the sequences' lengths (int32), their bytes' offsets (int64), the borders (int64, counted in sequences, 0
+  first). Documents end with end-of-text if they were made with --append-eod.
+- Parquet, and Arrow files as Hugging Face's `datasets` saves them: a column of lists of integers.
+
+A reader gives pieces: ids with the ends of documents, or without where the format has none.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from groundup.errors import ArtifactError, GroundupError
+from groundup.files import atomic_writer
+
+if TYPE_CHECKING:
+    import pyarrow
+
+LLMC_KINDS: dict[int, tuple[int, np.dtype[Any]]] = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
+LLMC_HEADER = 256 * 4
+LLMC_MOST_TOKENS = (1 << 31) - 1
+MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
+MEGATRON_DTYPES = {1: "|u1", 2: "|i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+"""The codes of integers; 6 and 7 are floats."""
+MEGATRON_HEADER = struct.Struct("<9sQBQQ")
+MEGATRON_MOST_TOKENS = (1 << 31) - 1
+ID_COLUMNS = ("input_ids", "tokens", "token_ids", "ids")
+BLOCK_TOKENS = 1 << 22
+COMPLETE = "Get the file again, whole, or leave it out."
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some of a file's ids.
+
+    Attributes:
+        path: the file.
+        first: the number of the first of them in the file.
+        tokens: (n,) integers of any type.
+        ends: where documents end in them, (n_documents,) int64; None if the format does not say.
+        is_last: whether the file ends here.
+    """
+
+    path: Path
+    first: int
+    tokens: np.ndarray
+    ends: np.ndarray | None
+    is_last: bool
+
+
+def read_nanogpt(path: Path) -> Iterator[Piece]:
+    """The ids of a headerless uint16 file.
+
+    Raises:
+        ArtifactError: unreadable, or cut in the middle of an id.
+    """
+    size = _size(path)
+    if size % 2:
+        raise ArtifactError(f"{path}: {size:,} bytes, which is not a number of uint16 ids: cut off.", COMPLETE)
+    yield from _read_stream(path, np.dtype("<u2"), size // 2, 0)
+
+
+def read_llmc(path: Path) -> Iterator[Piece]:
+    """The ids of an llm.c file.
+
+    Raises:
+        ArtifactError: not such a file, or cut off.
+    """
+    size = _size(path)
+    with path.open("rb") as handle:
+        header = handle.read(LLMC_HEADER)
+    magic, version, n_tokens = struct.unpack_from("<3i", header.ljust(12, b"\0"))
+    if magic not in LLMC_KINDS or LLMC_KINDS[magic][0] != version:
+        raise ArtifactError(
+            f"{path}: begins with magic {magic}, version {version}; llm.c's token files have 20240520, 1 (uint16) or "
+            "20240801, 7 (uint32).",
+            "Say another --format.",
+        )
+    dtype = LLMC_KINDS[magic][1]
+    expected = LLMC_HEADER + n_tokens * dtype.itemsize
+    if size != expected:
+        raise ArtifactError(
+            f"{path}: {size:,} bytes instead of {expected:,} for its {n_tokens:,} ids; cut off or damaged.", COMPLETE
+        )
+    yield from _read_stream(path, dtype, n_tokens, LLMC_HEADER)
+
+
+def read_megatron(path: Path) -> Iterator[Piece]:
+    """The documents of a Megatron data set, named by its `.idx` (or `.bin`, or their common prefix).
+
+    Raises:
+        ArtifactError: a file is missing, cut off or damaged, or its ids are not integers.
+    """
+    index_path, path = megatron_paths(path)
+    dtype, lengths, borders = _read_megatron_index(index_path)
+    size, n_tokens = _size(path), int(lengths.sum(dtype=np.int64))
+    if size != n_tokens * dtype.itemsize:
+        raise ArtifactError(
+            f"{path}: {size:,} bytes instead of {n_tokens * dtype.itemsize:,}, which {index_path.name} asks for; cut "
+            "off or damaged.",
+            COMPLETE,
+        )
+    sequence_ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    ends = sequence_ends[borders[1:]]
+    tokens = _mapped(path, dtype, n_tokens, 0)
+    begin = place = 0
+    while place < len(ends):
+        # Whole documents, as many as fit in a block, at least one.
+        until = max(place + 1, int(np.searchsorted(ends, begin + BLOCK_TOKENS, side="right")))
+        end = int(ends[until - 1])
+        yield Piece(path, begin, tokens[begin:end], ends[place:until] - begin, until == len(ends))
+        begin, place = end, until
+
+
+def read_table(path: Path, column: str | None = None) -> Iterator[Piece]:
+    """The rows of a Parquet or Arrow file, each a document.
+
+    Args:
+        path: the file; Arrow files may be of the stream or of the file form.
+        column: of ids (default: `input_ids`, `tokens`, `token_ids`, `ids`, or the only one with lists of integers).
+
+    Raises:
+        ArtifactError: unreadable, or no such column.
+    """
+    _size(path)
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    first = 0
+    try:
+        schema, batches = _open_parquet(path) if path.suffix == ".parquet" else _open_arrow(path)
+        chosen = _id_column(path, schema, column)
+        for batch in batches(chosen):
+            rows = batch.column(chosen)
+            lengths = pc.fill_null(pc.list_value_length(rows), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+            values = rows.flatten()
+            if values.null_count:
+                raise ArtifactError(f"{path}: column {chosen!r} has lists with nulls in them.", "Fill or remove them.")
+            tokens = values.to_numpy(zero_copy_only=False)
+            yield Piece(path, first, tokens, np.cumsum(lengths), False)
+            first += len(tokens)
+    except pa.ArrowException as error:
+        raise ArtifactError(f"{path}: cannot be read ({str(error).splitlines()[0]}).", COMPLETE) from error
+    yield Piece(path, first, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), True)
+
+
+def write_llmc(path: Path, blocks: Iterator[np.ndarray], n_tokens: int, dtype: np.dtype[Any]) -> None:
+    """Write an llm.c file.
+
+    Raises:
+        GroundupError: more ids than its header can count.
+    """
+    if n_tokens > LLMC_MOST_TOKENS:
+        raise GroundupError(f"{path}: {n_tokens:,} ids; an llm.c file holds {LLMC_MOST_TOKENS:,} at most.")
+    magic, version = next((magic, version) for magic, (version, kind) in LLMC_KINDS.items() if kind == dtype)
+    with atomic_writer(path, binary=True) as handle:
+        handle.write(struct.pack("<3i", magic, version, n_tokens).ljust(LLMC_HEADER, b"\0"))
+        for block in blocks:
+            handle.write(np.ascontiguousarray(block).data)
+
+
+def write_megatron_index(path: Path, lengths: np.ndarray, dtype: np.dtype[Any]) -> None:
+    """Write the `.idx` of a data set whose documents have these lengths, each one sequence.
+
+    Args:
+        path: of the `.idx`.
+        lengths: (n_documents,) ids in each.
+        dtype: of the ids.
+
+    Raises:
+        GroundupError: a document is longer than the format can say.
+    """
+    if len(lengths) and int(lengths.max()) > MEGATRON_MOST_TOKENS:
+        raise GroundupError(f"{path}: a document of {int(lengths.max()):,} ids; the format's lengths are int32.")
+    code = next(code for code, name in MEGATRON_DTYPES.items() if np.dtype(name) == dtype)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    with atomic_writer(path, binary=True) as handle:
+        handle.write(MEGATRON_HEADER.pack(MEGATRON_MAGIC, 1, code, len(lengths), len(lengths) + 1))
+        handle.write(lengths.astype("<i4").tobytes())
+        handle.write(((ends - lengths) * dtype.itemsize).astype("<i8").tobytes())
+        handle.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+
+
+def megatron_paths(path: Path) -> tuple[Path, Path]:
+    """The `.idx` and the `.bin` of a data set."""
+    stem = path.with_suffix("") if path.suffix in (".idx", ".bin") else path
+    return stem.with_name(f"{stem.name}.idx"), stem.with_name(f"{stem.name}.bin")
+
+
+def _read_megatron_index(path: Path) -> tuple[np.dtype[Any], np.ndarray, np.ndarray]:
+    """Type of ids, lengths of sequences, and the sequences at which documents end (0 first)."""
+    size = _size(path)
+    data = path.read_bytes()
+    magic, version, code, n_sequences, n_borders = MEGATRON_HEADER.unpack_from(data.ljust(MEGATRON_HEADER.size, b"\0"))
+    if magic != MEGATRON_MAGIC or version != 1:
+        raise ArtifactError(f"{path}: not an index of Megatron-LM's (MMIDIDX, version 1).", "Say another --format.")
+    if code not in MEGATRON_DTYPES:
+        raise ArtifactError(f"{path}: its ids are of type {code}, which is not an integer type.")
+    expected = MEGATRON_HEADER.size + 12 * n_sequences + 8 * n_borders
+    if size != expected:
+        modes = " (it has sequence modes: data for several kinds of input)" if size == expected + n_sequences else ""
+        raise ArtifactError(f"{path}: {size:,} bytes instead of {expected:,}{modes}; cannot be used.", COMPLETE)
+    dtype = np.dtype(MEGATRON_DTYPES[code])
+    lengths = np.frombuffer(data, "<i4", n_sequences, MEGATRON_HEADER.size)
+    pointers = np.frombuffer(data, "<i8", n_sequences, MEGATRON_HEADER.size + 4 * n_sequences)
+    borders = np.frombuffer(data, "<i8", n_borders, MEGATRON_HEADER.size + 12 * n_sequences)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    if (lengths < 0).any() or (pointers != (ends - lengths) * dtype.itemsize).any():
+        raise ArtifactError(f"{path}: its sequences do not lie one after the other; damaged, or cut by hand.")
+    rises = n_borders > 0 and borders[0] == 0 and borders[-1] == n_sequences and (np.diff(borders) >= 0).all()
+    if not rises:
+        raise ArtifactError(f"{path}: its document borders do not go from 0 to its {n_sequences:,} sequences; damaged.")
+    return dtype, lengths, borders
+
+
+def _read_stream(path: Path, dtype: np.dtype[Any], n_tokens: int, header: int) -> Iterator[Piece]:
+    tokens = _mapped(path, dtype, n_tokens, header)
+    for begin in range(0, max(1, n_tokens), BLOCK_TOKENS):
+        end = min(n_tokens, begin + BLOCK_TOKENS)
+        yield Piece(path, begin, tokens[begin:end], None, end == n_tokens)
+
+
+def _mapped(path: Path, dtype: np.dtype[Any], n_tokens: int, header: int) -> np.ndarray:
+    if not n_tokens:
+        return np.empty(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=header, shape=(n_tokens,)).view(np.ndarray)
+
+
+def _size(path: Path) -> int:
+    try:
+        with path.open("rb"):
+            return path.stat().st_size
+    except OSError as error:
+        raise ArtifactError(f"{path}: missing or unreadable ({error.strerror}).") from error
+
+
+def _open_parquet(path: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path)
+    return file.schema_arrow, lambda column: file.iter_batches(batch_size=4096, columns=[column])
+
+
+def _open_arrow(path: Path) -> Any:
+    import pyarrow as pa
+
+    source = pa.memory_map(str(path))
+    try:
+        stream = pa.ipc.open_stream(source)
+        return stream.schema, lambda column: stream
+    except pa.ArrowInvalid:
+        file = pa.ipc.open_file(source)
+        return file.schema, lambda column: (file.get_batch(number) for number in range(file.num_record_batches))
+
+
+def _id_column(path: Path, schema: pyarrow.Schema, column: str | None) -> str:
+    import pyarrow as pa
+
+    def has_ids(kind: pyarrow.DataType) -> bool:
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        return is_list and pa.types.is_integer(kind.value_type)
+
+    candidates = [field.name for field in schema if has_ids(field.type)]
+    if column is not None:
+        chosen = [column] if column in candidates else []
+    else:
+        chosen = [name for name in ID_COLUMNS if name in candidates][:1] or candidates
+    if len(chosen) != 1:
+        raise ArtifactError(
+            f"{path}: {'more than one' if len(chosen) > 1 else 'no'} column of lists of integers"
+            f"{f' named {column!r}' if column else ''}; its columns are "
+            f"{', '.join(f'{field.name} ({field.type})' for field in schema)}.",
+            "Name the one with the ids: --column.",
+        )
+    return chosen[0]

@@ -1,0 +1,139 @@
+"""Which files hold another program's ids, in which format, and for which split."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from groundup.errors import ArtifactError, GroundupError
+from groundup.files import read_json
+from groundup.shards.foreign import (
+    LLMC_KINDS,
+    MEGATRON_MAGIC,
+    Piece,
+    megatron_paths,
+    read_llmc,
+    read_megatron,
+    read_nanogpt,
+    read_table,
+)
+from groundup.shards.format import FORMAT, MANIFEST, SPLITS
+
+SUFFIXES = {"nanogpt": ".bin", "llmc": ".bin", "megatron": ".idx", "parquet": ".parquet", "arrow": ".arrow"}
+FORMATS = tuple(SUFFIXES)
+_VALIDATION = re.compile(r"(?<![a-z])(val|valid|validation|dev|eval|test)(?![a-z])")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Files to import.
+
+    Attributes:
+        format: one of `FORMATS`.
+        files: of each split, in the order of the stream.
+    """
+
+    format: str
+    files: dict[str, list[Path]]
+
+
+def find_inputs(source: Path, validation: Path | None = None, format: str | None = None) -> Inputs:
+    """Find the files.
+
+    Args:
+        source: a file or folder. In a folder, files with val, valid, validation, dev, eval or test as a word in
+            their name, or their folder's, are the validation split, unless `validation` names another.
+        validation: a file or folder of the validation split.
+        format: one of `FORMATS` (default: told from the files).
+
+    Raises:
+        ArtifactError: nothing there, or groundup's own shards.
+        GroundupError: an unknown format.
+    """
+    if format is not None and format not in FORMATS:
+        raise GroundupError(f"--format {format}: unknown.", f"Formats to read: {', '.join(FORMATS)}.")
+    format = format or _tell(source)
+    files: dict[str, list[Path]] = {name: [] for name in SPLITS}
+    for path in _candidates(source, format):
+        inside = path.relative_to(source).as_posix().lower() if source.is_dir() else ""
+        files["validation" if validation is None and _VALIDATION.search(inside) else "train"].append(path)
+    if validation is not None:
+        files["validation"] = _candidates(validation, format)
+    return Inputs(format, files)
+
+
+def reader(format: str, path: Path, column: str | None, join_rows: bool) -> Callable[[], Iterator[Piece]]:
+    """What reads a file; it can be called again.
+
+    Args:
+        format: one of `FORMATS`.
+        path: the file.
+        column: of a table, with the ids.
+        join_rows: a table's rows are pieces of one stream, not documents.
+    """
+    if format in ("parquet", "arrow"):
+
+        def read() -> Iterator[Piece]:
+            for piece in read_table(path, column):
+                yield Piece(piece.path, piece.first, piece.tokens, None, piece.is_last) if join_rows else piece
+
+        return read
+    return lambda: {"nanogpt": read_nanogpt, "llmc": read_llmc, "megatron": read_megatron}[format](path)
+
+
+def _candidates(source: Path, format: str) -> list[Path]:
+    if not source.is_dir():
+        path = megatron_paths(source)[0] if format == "megatron" else source
+        if not path.is_file():
+            raise ArtifactError(f"{path}: not found.", "Name a file, or a folder of files.")
+        return [path]
+    manifest = source / MANIFEST
+    if manifest.is_file() and FORMAT in str(read_json(manifest)):
+        raise ArtifactError(f"{source}: these are groundup's shards already.", "Use them as they are.")
+    found = sorted(path for path in source.rglob(f"*{SUFFIXES[format]}") if path.is_file())
+    if format in ("nanogpt", "llmc"):
+        found = [path for path in found if not _is_megatron(path)]
+    if not found:
+        raise ArtifactError(f"{source}: there is no *{SUFFIXES[format]} in it.", "Name another folder or --format.")
+    return found
+
+
+def _tell(source: Path) -> str:
+    """The format of a file, or of the first file of a known kind in a folder."""
+    if not source.exists():
+        if megatron_paths(source)[0].is_file():
+            return "megatron"
+        raise ArtifactError(f"{source}: not found.", "Name a file, or a folder of files.")
+    paths = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+    for path in paths:
+        if path.suffix in (".parquet", ".arrow"):
+            return path.suffix[1:]
+        if path.suffix in (".bin", ".idx"):
+            return "megatron" if _is_megatron(path) else "llmc" if _is_llmc(path) else "nanogpt"
+    raise ArtifactError(
+        f"{source}: no file of ids that groundup knows (.bin, .idx, .parquet, .arrow).", "Name the format: --format."
+    )
+
+
+def _is_megatron(path: Path) -> bool:
+    index_path, _ = megatron_paths(path)
+    if not index_path.is_file():
+        return False
+    with index_path.open("rb") as handle:
+        return handle.read(len(MEGATRON_MAGIC)) == MEGATRON_MAGIC
+
+
+def _is_llmc(path: Path) -> bool:
+    with path.open("rb") as handle:
+        magic, version = struct.unpack("<2i", handle.read(8).ljust(8, b"\0"))
+    return magic in LLMC_KINDS and LLMC_KINDS[magic][0] == version
+
+
+def largest_id(pieces: Iterator[Piece]) -> int:
+    """The largest id, −1 if there is none."""
+    return max((int(np.max(piece.tokens)) for piece in pieces if len(piece.tokens)), default=-1)

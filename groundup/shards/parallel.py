@@ -1,0 +1,333 @@
+"""`documents.jsonl` to shards by many processes, with the same bytes whoever does the work.
+
+Two passes over files, as MapReduce does it. First, each byte range of `documents.jsonl` is encoded into a folder of
+its own: the ids and lengths of the documents that begin in it, by split. Then each shard is cut out of the stream
+that the ranges make in their order: where a shard begins depends on token counts only, never on who counted.
+Folders of ranges appear whole and carry the fingerprint of all that decided their bytes, so a run that was killed
+goes on with those that fit; they are removed at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+import orjson
+import xxhash
+
+from groundup.console import Console, format_bytes
+from groundup.corpus.document import Document
+from groundup.corpus.engine import Engine, engine_for
+from groundup.errors import ArtifactError
+from groundup.files import atomic_folder, atomic_writer, file_digest, read_json, value_digest, write_json
+from groundup.recipe import ShardsSettings
+from groundup.shards.encode import Tally, encode_texts
+from groundup.shards.format import SPLITS, ShardFile, token_dtype
+from groundup.shards.stream import remove_shards, shard_names, write_index
+from groundup.shards.write import by_split, finish_shards, groups, in_words, split_of
+
+if TYPE_CHECKING:
+    from groundup.tokenizer import Tokenizer
+
+RANGE_BYTES = 32 << 20
+RANGES = "ranges"
+RANGE_FORMAT = 1
+COPY_TOKENS = 1 << 22
+
+
+def write_shards_from_file(
+    documents: Path,
+    tokenizer_folder: Path,
+    out: Path,
+    settings: ShardsSettings | None = None,
+    console: Console | None = None,
+    engine: Engine | None = None,
+    *,
+    range_bytes: int = RANGE_BYTES,
+) -> dict[str, Any]:
+    """Encode `documents.jsonl` into the folder `out`: the files of `write_shards`, made by an engine's workers.
+
+    Killed at any moment and started again, it gives the same bytes, and does not encode again what was encoded.
+
+    Args:
+        documents: the file that `curate` wrote.
+        tokenizer_folder: where `tokenizer.json` is.
+        out: the folder for the shards.
+        settings: of the stage.
+        console: where the work is shown.
+        engine: who does it (default: `settings.workers` processes; one a core for a large file).
+        range_bytes: how much of the file is one piece of work; changes nothing in the result.
+
+    Returns:
+        The stage's figures, as `write_shards` gives them.
+
+    Raises:
+        ArtifactError: a file is missing or damaged.
+        DataError: no document in the training split.
+    """
+    console = console or Console(quiet=True)
+    settings = settings or ShardsSettings()
+    # Absolute, for workers that stand elsewhere.
+    documents, out, tokenizer_folder = (Path(path).absolute() for path in (documents, out, tokenizer_folder))
+    tokenizer = _tokenizer(str(tokenizer_folder))
+    try:
+        size = documents.stat().st_size
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{documents}: not found.", "Run the corpus stage first.") from error
+    out.mkdir(parents=True, exist_ok=True)
+    remove_shards(out)
+    ranges = [
+        RangeWork(str(documents), begin, min(begin + range_bytes, size), str(tokenizer_folder), str(out / RANGES))
+        for begin in range(0, size, range_bytes)
+    ]
+    _remove_other_ranges(out / RANGES, ranges)
+    with contextlib.ExitStack() as stack:
+        workers = engine or stack.enter_context(engine_for("local", settings.workers, size))
+        bar = stack.enter_context(console.bar("shards", size))
+        records = []
+        for work, record in zip(ranges, workers.map(encode_range, ranges), strict=True):
+            records.append(record)
+            bar.update(work.end, note=f"{format_bytes(work.end)} of {format_bytes(size)}")
+        files: dict[str, list[ShardFile]] = {name: [] for name in SPLITS}
+        shards = [shard for name in SPLITS for shard in plan_shards(records, name, out, settings.shard_tokens)]
+        for shard, file in zip(shards, workers.map(join_shard, shards), strict=True):
+            files[shard.split].append(file)
+        splits = {}
+        for name in SPLITS:
+            n_documents = sum(record["splits"][name]["documents"] for record in records)
+            splits[name] = split_of(tuple(files[name]), n_documents, _tally(records, name))
+        summary = finish_shards(out, tokenizer, splits, file_digest(documents), settings)
+        bar.finish(in_words(summary))
+    shutil.rmtree(out / RANGES, ignore_errors=True)
+    return summary
+
+
+@dataclass(frozen=True)
+class RangeWork:
+    """One byte range to encode: the documents whose line begins in it.
+
+    Attributes:
+        documents: the file.
+        begin: first byte.
+        end: the byte after the last.
+        tokenizer: its folder.
+        out: the folder for the range's folder.
+    """
+
+    documents: str
+    begin: int
+    end: int
+    tokenizer: str
+    out: str
+
+    @property
+    def folder(self) -> Path:
+        """Where the range's ids are put."""
+        return Path(self.out) / f"{self.begin:015d}-{self.end:015d}"
+
+
+def encode_range(work: RangeWork) -> dict[str, Any]:
+    """Encode one range into its folder, unless a folder with its fingerprint is there.
+
+    Returns:
+        folder, fingerprint, and for each split: tokens, documents, text_bytes, sources, languages.
+
+    Raises:
+        ArtifactError: a line is damaged.
+    """
+    tokenizer = _tokenizer(work.tokenizer)
+    data, first_byte = _lines_beginning_in(Path(work.documents), work.begin, work.end)
+    fingerprint = value_digest([RANGE_FORMAT, tokenizer.fingerprint, xxhash.xxh3_128_hexdigest(data)])
+    done = _record_of(work.folder)
+    if done is not None and done["fingerprint"] == fingerprint:
+        return done
+    dtype = token_dtype(tokenizer.vocab_size)
+    tallies = {name: Tally() for name in SPLITS}
+    counts = dict.fromkeys(SPLITS, (0, 0))
+    with atomic_folder(work.folder) as folder:
+        for group in groups(_documents(data, Path(work.documents), first_byte)):
+            for name, part in by_split(group).items():
+                tokens, ends = encode_texts(tokenizer, [document.text for document in part], dtype)
+                tallies[name].add(part, ends)
+                n_tokens, n_documents = counts[name]
+                for path, values in zip(_range_files(folder, name), (tokens, ends + n_tokens), strict=True):
+                    with path.open("ab") as handle:
+                        handle.write(values.data)
+                counts[name] = n_tokens + len(tokens), n_documents + len(part)
+        splits = {
+            name: {
+                "tokens": counts[name][0],
+                "documents": counts[name][1],
+                "text_bytes": tallies[name].text_bytes,
+                "sources": tallies[name].sources,
+                "languages": tallies[name].languages,
+            }
+            for name in SPLITS
+        }
+        record = {
+            "folder": str(work.folder),
+            "fingerprint": fingerprint,
+            "dtype": dtype.str,
+            "splits": splits,
+        }
+        write_json(folder / "record.json", record)
+    return record
+
+
+@dataclass(frozen=True)
+class ShardWork:
+    """One shard to cut out of the ranges.
+
+    Attributes:
+        split: "train" or "validation".
+        number: of the shard in its split.
+        out: the folder.
+        dtype: of the ids.
+        pieces: (the range's folder, its tokens, the first and the last + 1 of them that belong to the shard).
+    """
+
+    split: str
+    number: int
+    out: str
+    dtype: str
+    pieces: tuple[tuple[str, int, int, int], ...]
+
+
+def plan_shards(records: Sequence[Mapping[str, Any]], split: str, out: Path, shard_tokens: int) -> Iterator[ShardWork]:
+    """What each shard of a split is made of.
+
+    Args:
+        records: of the ranges, in their order.
+        split: "train" or "validation".
+        out: the folder for the shards.
+        shard_tokens: ids in a shard (the last has the rest).
+    """
+    number, room = 0, shard_tokens
+    pieces: list[tuple[str, int, int, int]] = []
+    for record in records:
+        n_tokens, begin = record["splits"][split]["tokens"], 0
+        while begin < n_tokens:
+            end = min(n_tokens, begin + room)
+            pieces.append((record["folder"], n_tokens, begin, end))
+            room -= end - begin
+            begin = end
+            if not room:
+                yield ShardWork(split, number, str(out), record["dtype"], tuple(pieces))
+                number, room, pieces = number + 1, shard_tokens, []
+    if pieces:
+        yield ShardWork(split, number, str(out), records[0]["dtype"], tuple(pieces))
+
+
+def join_shard(work: ShardWork) -> ShardFile:
+    """Write one shard and its index."""
+    name, index_name = shard_names(work.split, work.number)
+    checksum = xxhash.xxh3_128()
+    n_tokens = 0
+    all_ends = []
+    with atomic_writer(Path(work.out) / name, binary=True) as handle:
+        for folder, _, begin, end in work.pieces:
+            tokens_path, ends_path = _range_files(Path(folder), work.split)
+            ends = np.fromfile(ends_path, dtype="<i8")
+            here = ends[np.searchsorted(ends, begin, side="right") : np.searchsorted(ends, end, side="right")]
+            all_ends.append(here + (n_tokens - begin))
+            tokens = np.memmap(tokens_path, dtype=work.dtype, mode="r")
+            for start in range(begin, end, COPY_TOKENS):
+                data = tokens[start : min(end, start + COPY_TOKENS)].data
+                handle.write(data)
+                checksum.update(data)
+            n_tokens += end - begin
+    ends = np.concatenate(all_ends)
+    return ShardFile(
+        name=name,
+        tokens=n_tokens,
+        checksum=checksum.hexdigest(),
+        index_name=index_name,
+        documents=len(ends),
+        index_checksum=write_index(Path(work.out) / index_name, ends),
+    )
+
+
+def _range_files(folder: Path, split: str) -> tuple[Path, Path]:
+    return folder / f"{split}.tokens", folder / f"{split}.ends"
+
+
+def _record_of(folder: Path) -> dict[str, Any] | None:
+    try:
+        record = read_json(folder / "record.json")
+    except ArtifactError:
+        return None
+    return {**record, "folder": str(folder)}
+
+
+def _remove_other_ranges(folder: Path, ranges: Sequence[RangeWork]) -> None:
+    """Remove what an earlier call with other ranges left."""
+    wanted = {work.folder.name for work in ranges}
+    for path in folder.glob("*"):
+        if path.name not in wanted:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _tally(records: Sequence[Mapping[str, Any]], split: str) -> Tally:
+    total = Tally()
+    for record in records:
+        counts = record["splits"][split]
+        total.merge(Tally(counts["sources"], counts["languages"], counts["text_bytes"]))
+    return total
+
+
+def _lines_beginning_in(path: Path, begin: int, end: int) -> tuple[bytes, int]:
+    """The lines that begin at bytes `begin` … `end - 1`, whole, and where the first of them begins."""
+    with path.open("rb") as handle:
+        first = _next_line(handle, begin)
+        if first >= end:
+            return b"", first
+        last = _next_line(handle, end)
+        handle.seek(first)
+        return handle.read(last - first), first
+
+
+def _next_line(handle: IO[bytes], place: int) -> int:
+    """Where the first line begins that does not begin before `place`."""
+    if not place:
+        return 0
+    handle.seek(place - 1)
+    handle.readline()  # the rest of a line that began before, or just the end of the one before
+    return handle.tell()
+
+
+def _documents(data: bytes, path: Path, first_byte: int) -> Iterator[Document]:
+    begin = 0
+    while begin < len(data):
+        end = data.find(b"\n", begin) + 1 or len(data)
+        try:
+            document = Document(**orjson.loads(data[begin:end]))
+            if document.split not in SPLITS or not isinstance(document.text, str):
+                raise TypeError(f"split {document.split!r}, text {type(document.text).__name__}")
+        except (orjson.JSONDecodeError, TypeError) as error:
+            raise ArtifactError(
+                f"{path}, the line at byte {first_byte + begin:,}: damaged ({error}).",
+                "Make it again with --from corpus.",
+            ) from error
+        yield document
+        begin = end
+
+
+def _tokenizer(folder: str) -> Tokenizer:
+    """The tokenizer in a folder, loaded once a worker."""
+    from groundup.tokenizer.tokenizer import TOKENIZER_FILE
+
+    path = Path(folder) / TOKENIZER_FILE
+    return _load_tokenizer(folder, file_digest(path) if path.is_file() else "")
+
+
+@functools.lru_cache(maxsize=2)
+def _load_tokenizer(folder: str, digest: str) -> Tokenizer:
+    from groundup.tokenizer import Tokenizer
+
+    return Tokenizer.load(folder)

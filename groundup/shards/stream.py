@@ -1,0 +1,132 @@
+"""One split's stream of tokens, cut into files of exactly so many tokens; each file appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import xxhash
+
+from groundup.files import atomic_writer, remove_partials
+from groundup.shards.format import INDEX_DTYPE, MANIFEST, SPLITS, ShardFile
+
+
+class StreamWriter:
+    """Writes one split's files; use it in a `with` statement: an error leaves no half file behind.
+
+    Args:
+        out: the folder.
+        split: "train" or "validation".
+        dtype: of the ids on disk.
+        shard_tokens: ids in a file (the last has the rest).
+
+    Attributes:
+        n_tokens: ids written so far.
+        n_documents: documents ended so far.
+        files: the files that are complete.
+    """
+
+    def __init__(self, out: Path, split: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
+        self._out = out
+        self._split = split
+        self._dtype = dtype
+        self._shard_tokens = shard_tokens
+        self._file = contextlib.ExitStack()
+        self._handle: IO[bytes] | None = None
+        self.n_tokens = self.n_documents = 0
+        self.files: list[ShardFile] = []
+
+    def __enter__(self) -> StreamWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        self._file.__exit__(kind, error, trace)
+
+    def append(self, tokens: np.ndarray, ends: np.ndarray) -> None:
+        """Append ids, any number of documents or a part of one.
+
+        Args:
+            tokens: (n,) ids.
+            ends: where documents end in them, (n_documents,), each 1 … n, rising.
+        """
+        tokens = tokens.astype(self._dtype, copy=False)
+        begin = 0
+        while begin < len(tokens):
+            if self._handle is None:
+                self._begin_file()
+            end = min(len(tokens), begin + self._shard_tokens - self._tokens_here)
+            here = ends[np.searchsorted(ends, begin, side="right") : np.searchsorted(ends, end, side="right")]
+            self._ends.append(here + (self._tokens_here - begin))
+            self._write(tokens[begin:end])
+            begin = end
+            if self._tokens_here == self._shard_tokens:
+                self._end_file()
+        self.n_tokens += len(tokens)
+        self.n_documents += len(ends)
+
+    def finish(self) -> tuple[ShardFile, ...]:
+        """Close the last file; all files."""
+        if self._handle is not None:
+            self._end_file()
+        return tuple(self.files)
+
+    def _begin_file(self) -> None:
+        name, _ = shard_names(self._split, len(self.files))
+        self._handle = self._file.enter_context(atomic_writer(self._out / name, binary=True))
+        self._checksum = xxhash.xxh3_128()
+        self._tokens_here = 0
+        self._ends: list[np.ndarray] = []
+
+    def _write(self, tokens: np.ndarray) -> None:
+        assert self._handle is not None
+        data = np.ascontiguousarray(tokens).data
+        self._handle.write(data)
+        self._checksum.update(data)
+        self._tokens_here += len(tokens)
+
+    def _end_file(self) -> None:
+        self._file.close()
+        self._handle = None
+        name, index_name = shard_names(self._split, len(self.files))
+        ends = np.concatenate(self._ends)
+        self.files.append(
+            ShardFile(
+                name=name,
+                tokens=self._tokens_here,
+                checksum=self._checksum.hexdigest(),
+                index_name=index_name,
+                documents=len(ends),
+                index_checksum=write_index(self._out / index_name, ends),
+            )
+        )
+
+
+def shard_names(split: str, number: int) -> tuple[str, str]:
+    """The names of a split's file `number` and of its index."""
+    return f"{split}-{number:05d}.bin", f"{split}-{number:05d}.idx"
+
+
+def write_index(path: Path, ends: np.ndarray) -> str:
+    """Write a file's document ends; their 128-bit xxh3."""
+    data = ends.astype(INDEX_DTYPE).tobytes()
+    with atomic_writer(path, binary=True) as handle:
+        handle.write(data)
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def remove_shards(out: Path) -> None:
+    """Remove the shards that a folder has, and what a killed process left half-written in it."""
+    remove_partials(out)
+    # The manifest first: without it, what is left of old shards is no longer taken for shards.
+    (out / MANIFEST).unlink(missing_ok=True)
+    for split in SPLITS:
+        for path in [*out.glob(f"{split}-[0-9]*.bin"), *out.glob(f"{split}-[0-9]*.idx")]:
+            path.unlink()
