@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from groundup.report import write_report
     from groundup.road import build
     from groundup.run import Run, list_runs
-    from groundup.shards import TokenShards, WindowLoader, write_shards
+    from groundup.shards import MixtureLoader, PackedLoader, TokenShards, WindowLoader, write_shards
     from groundup.tokenizer import Tokenizer
     from groundup.training import TrainedModel, pretrain
 
@@ -62,7 +62,7 @@ _WHERE = {
     "groundup.report": ("write_report",),
     "groundup.road": ("build",),
     "groundup.run": ("Run", "list_runs"),
-    "groundup.shards": ("TokenShards", "WindowLoader", "write_shards"),
+    "groundup.shards": ("MixtureLoader", "PackedLoader", "TokenShards", "WindowLoader", "write_shards"),
     "groundup.tokenizer": ("Tokenizer",),
     "groundup.training": ("TrainedModel", "pretrain"),
 }
@@ -73,7 +73,9 @@ __all__ = [
     "CorpusSettings",
     "EvaluateSettings",
     "LoadedModel",
+    "MixtureLoader",
     "ModelConfig",
+    "PackedLoader",
     "PretrainSettings",
     "Recipe",
     "Run",

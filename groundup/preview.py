@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from groundup import alignment, evaluation, training
+from groundup.corpus.inputs import check_named_files
 from groundup.corpus.language import check_languages
+from groundup.corpus.rules import rules_for
 from groundup.corpus.sources import find_sources
 from groundup.distributed import current_world
 from groundup.errors import DataError, GroundupError, Problem, RecipeError
@@ -78,7 +80,9 @@ def check_recipe(recipe: Recipe, label: str) -> None:
     if not problems:
         attempt("[pretrain]", lambda: training.sequence_length(model(), recipe.pretrain))
     attempt("[corpus] inputs", lambda: find_sources(recipe.corpus.inputs))
-    attempt("[corpus] languages", lambda: check_languages(recipe.corpus.languages))
+    attempt("[corpus] languages", lambda: check_languages(recipe.corpus.languages, recipe.corpus.language_model))
+    attempt("[corpus] quality", lambda: rules_for(recipe.corpus.quality, recipe.corpus.thresholds))
+    attempt("[corpus]", lambda: check_named_files(recipe.corpus))
     if (sft := recipe.sft) is not None:
         attempt("[sft] data", lambda: alignment.data_fingerprint(sft))
     attempt("[evaluate] tasks", lambda: evaluation.check_tasks(recipe.evaluate.tasks))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from groundup.cli.grouping import DEFAULT, StageGroup
 from groundup.cli.options import (
     JsonOption,
     QuietOption,
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from groundup.run import Run
 
 STAGES = {
-    "corpus": "Raw files to clean documents: read, normalize, keep the asked languages, remove duplicates.",
-    "tokenizer": "Documents to tokenizer.json: byte-level BPE, or one token per character.",
+    "corpus": "Raw files to clean documents: read, extract, filter by language and quality, remove duplicates.",
+    "tokenizer": "Documents to tokenizer.json: byte-level BPE, WordPiece, Unigram, or one token per character.",
     "shards": "Documents and tokenizer to binary token shards.",
     "pretrain": "Model and shards to a base model: next-token prediction.",
     "sft": "Base model and conversations to an assistant: supervised fine-tuning.",
@@ -43,18 +44,27 @@ SmokeOption = Annotated[
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add these commands to the command line."""
+def add_to(app: typer.Typer, groups: Mapping[str, tuple[typer.Typer, str]]) -> None:
+    """Add these commands to the command line.
+
+    Args:
+        app: the command line.
+        groups: for stages that have other commands too, these, and an example.
+    """
     app.command(
         epilog="Examples:  groundup build demo  ·  groundup build shakespeare --set corpus.inputs=my.txt  ·  "
         "groundup build my.toml --from sft  ·  torchrun --nproc-per-node 2 -m groundup build demo"
     )(build)
     for name, about in STAGES.items():
-        app.command(
-            name,
-            help=f"{about}\n\nStages it stands on are brought up to date first.",
-            epilog=f"Examples:  groundup {name} demo  ·  groundup {name} my.toml --force",
-        )(_stage_command(name))
+        about = f"{about}\n\nStages it stands on are brought up to date first."
+        examples = f"Examples:  groundup {name} demo  ·  groundup {name} my.toml --force"
+        if name not in groups:
+            app.command(name, help=about, epilog=examples)(_stage_command(name))
+            continue
+        group, more = groups[name]
+        group.command(DEFAULT, help=about, epilog=examples)(_stage_command(name))
+        about, examples = f"{about} The other commands look at it.", f"{examples}  ·  {more}"
+        app.add_typer(group, name=name, cls=StageGroup, help=about, epilog=examples, no_args_is_help=True)
 
 
 def build(

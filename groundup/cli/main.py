@@ -15,7 +15,7 @@ import typer
 from rich.console import Console as RichConsole
 from rich.text import Text
 
-from groundup.cli import building, inspecting, talking
+from groundup.cli import building, crawling, inspecting, sharding, talking, tokenizing
 from groundup.cli.options import same_command
 from groundup.errors import GroundupError, Interrupted
 from groundup.files import write_error
@@ -31,7 +31,19 @@ app = typer.Typer(
     epilog="Examples:  groundup build demo  ·  groundup chat runs/demo  ·  groundup recipe show demo",
 )
 
-building.add_to(app)
+corpus_commands, tokenizer_commands, shards_commands = typer.Typer(), typer.Typer(), typer.Typer()
+corpus_commands.command(epilog=crawling.EPILOG)(crawling.crawl)
+tokenizer_commands.command(epilog=tokenizing.REPORT_EXAMPLES)(tokenizing.report)
+tokenizer_commands.command("try", epilog=tokenizing.TRY_EXAMPLES)(tokenizing.try_text)
+sharding.add_to(shards_commands)
+building.add_to(
+    app,
+    {
+        "corpus": (corpus_commands, "groundup corpus crawl https://example.org/ --out pages"),
+        "tokenizer": (tokenizer_commands, 'groundup tokenizer try runs/demo "How is this cut?"'),
+        "shards": (shards_commands, "groundup shards verify runs/demo"),
+    },
+)
 talking.add_to(app)
 inspecting.add_to(app)
 

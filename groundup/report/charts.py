@@ -210,6 +210,56 @@ def exact_match_chart(name: str, by_kind: Mapping[str, Any]) -> Chart | None:
     return Chart(_drawn(name, WIDE, height, paint), _drawn(name, NARROW, height, paint), words)
 
 
+def histogram_chart(name: str, histograms: Mapping[str, Mapping[str, Any]]) -> Chart | None:
+    """How the documents' signals are distributed, small plots side by side, each with the threshold that cuts it."""
+    shown = [(signal, found) for signal, found in histograms.items() if sum(found.get("counts", ())) > 0]
+    if not shown:
+        return None
+    words = "Signals of all documents: " + "; ".join(
+        f"{signal}, {found['rule']} at {found['least'] if found.get('least') is not None else found.get('most')}"
+        if "rule" in found
+        else signal
+        for signal, found in shown
+    )
+
+    def rows_of(canvas: _Canvas) -> tuple[int, int]:
+        columns = 4 if canvas is WIDE else 2
+        return -(-len(shown) // columns), columns
+
+    def height_of(canvas: _Canvas) -> float:
+        return 112 * rows_of(canvas)[0] / canvas.height_factor + 10
+
+    def paint(figure: Figure, canvas: _Canvas) -> None:
+        n_rows, n_columns = rows_of(canvas)
+        grid = figure.add_gridspec(
+            n_rows, n_columns, hspace=1.1, wspace=0.18, **_margins(canvas, height_of(canvas), left=8, right=8, top=26)
+        )
+        for place, (signal, found) in enumerate(shown):
+            axes = figure.add_subplot(grid[place // n_columns, place % n_columns])
+            _quiet(axes)
+            counts, edges = np.array(found["counts"], dtype=float), np.array(found["edges"], dtype=float)
+            grows = bool(edges[-1] > 1000)
+            if grows:
+                axes.set_xscale("symlog", linthresh=1)
+            # Square roots: the few documents that a rule removes stay visible beside the many that it keeps.
+            axes.bar(edges[:-1], np.sqrt(counts), width=np.diff(edges), align="edge", color=TRAIN, linewidth=0)
+            for bound in (found.get("least"), found.get("most")):
+                if bound is not None:
+                    axes.axvline(bound, color=VALIDATION, linewidth=1.6)
+            axes.set_title(signal.replace("_", " "), fontsize=canvas.font_size - 1, color=INK, loc="left")
+            axes.set_yticks([])
+            axes.set_xlim(edges[0], edges[-1])
+            if grows:
+                axes.set_xticks([1, 100, 10_000, 1_000_000], ["1", "100", "10 k", "1 M"], fontsize=canvas.font_size - 2)
+                axes.minorticks_off()
+            else:
+                axes.xaxis.set_major_locator(MaxNLocator(2))
+                axes.tick_params(labelsize=canvas.font_size - 2)
+
+    wide, narrow = (_drawn(name, canvas, height_of(canvas), paint) for canvas in (WIDE, NARROW))
+    return Chart(wide, narrow, words)
+
+
 def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Mean of each value with its neighbours, a hundredth of all values on each side.
 

@@ -19,6 +19,7 @@ from groundup.console import format_bytes
 from groundup.files import write_text
 from groundup.report.charts import exact_match_chart, loss_chart, throughput_chart
 from groundup.report.closing import ClosingRow, closing_rows, format_many, road_rows
+from groundup.report.corpus import corpus_section
 from groundup.report.picture import NARROW_STOP, WIDE_STOP, format_seconds, road_stops, road_words
 from groundup.report.record import Curve, RunRecord, is_number, read_record
 from groundup.run import Run
@@ -28,8 +29,6 @@ MOST_SAMPLES_SHOWN = 6
 MOST_SAMPLES = 40
 MOST_ANSWERS = 24
 LONGEST_TEXT = 1200
-LONGEST_FACT = 60
-EXAMPLES_PER_REASON = 3
 VERDICT_KEYS = ("bits_per_byte", "exact_match")
 STAGE_TITLES = {"pretrain": "Pretraining", "sft": "Supervised fine-tuning"}
 
@@ -60,7 +59,7 @@ def write_report(run: Run) -> Path:
             road_words=road_words(stops),
             wide_stop=WIDE_STOP,
             narrow_stop=NARROW_STOP,
-            corpus=_corpus(record),
+            corpus=corpus_section(record),
             trainings=[_training(record, stage, curve) for stage, curve in record.curves.items()],
             by_kind=exact_match_chart("exact-match", _mapping(record.scores.get("by_kind"))),
             answers=_answers(record.scores.get("answers")),
@@ -134,39 +133,6 @@ def _headline_figures(record: RunRecord) -> list[tuple[str, str]]:
         ("whole road", format_seconds(sum(seconds)) if seconds else ""),
     ]
     return [(label, value) for label, value in figures if value]
-
-
-def _corpus(record: RunRecord) -> dict[str, Any] | None:
-    """What was kept, what was set aside at which step, with examples."""
-    summary, funnel = record.summary("corpus"), record.funnel
-    if not summary:
-        return None
-    languages = ", ".join(f"{name} {count:,}" for name, count in _mapping(funnel.get("languages")).items())
-    facts = [
-        ("documents read", _count(summary.get("documents_in"))),
-        ("documents kept", _count(summary.get("documents_kept"))),
-        ("for training", _count(summary.get("documents_train"))),
-        ("for validation", _count(summary.get("documents_validation"))),
-        ("text kept", format_bytes(summary["bytes_kept"]) if is_number(summary.get("bytes_kept")) else ""),
-        ("validation chosen by", str(summary.get("validation_by", ""))),
-        ("languages found", languages[:LONGEST_FACT] + ("…" if len(languages) > LONGEST_FACT else "")),
-        ("files passed over", _count(_mapping(funnel.get("files")).get("passed_over") or None)),
-    ]
-    examples = [
-        {
-            "reason": reason,
-            "where": f"{example.get('source', '')} {example.get('record', '')}".strip(),
-            "detail": example.get("detail", ""),
-            "excerpt": example.get("excerpt", ""),
-        }
-        for reason, found in _mapping(funnel.get("examples")).items()
-        for example in found[:EXAMPLES_PER_REASON]
-    ]
-    return {
-        "facts": [(label, value) for label, value in facts if value],
-        "steps": [step for step in funnel.get("steps", ()) if step.get("in")],
-        "examples": examples,
-    }
 
 
 def _training(record: RunRecord, stage: str, curve: Curve) -> dict[str, Any]:

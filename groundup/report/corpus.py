@@ -1,0 +1,99 @@
+"""The page's part on the corpus: what came in, what each step took out, how the signals lie, and examples.
+
+In: a run's `funnel.json` and summaries. Out: plain values and one chart for the template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from groundup.console import format_bytes, format_count
+from groundup.report.charts import histogram_chart
+from groundup.report.record import RunRecord, is_number
+
+LONGEST_FACT = 60
+EXAMPLES_PER_REASON = 20
+MOST_ROWS = 20
+
+
+def corpus_section(record: RunRecord) -> dict[str, Any] | None:
+    """What was kept, what was set aside at which step, with histograms and examples; None before the stage is done."""
+    summary, funnel = record.summary("corpus"), record.funnel
+    if not summary:
+        return None
+    ratio = record.summary("tokenizer").get("bytes_per_token")
+    languages = ", ".join(f"{name} {count:,}" for name, count in _mapping(funnel.get("languages")).items())
+    keys, clusters = _mapping(funnel.get("duplicate_keys")), _mapping(funnel.get("clusters"))
+    facts = [
+        ("documents read", _count(summary.get("documents_in"))),
+        ("documents kept", _count(summary.get("documents_kept"))),
+        ("for training", _count(summary.get("documents_train"))),
+        ("for validation", _count(summary.get("documents_validation"))),
+        ("text kept", _size(summary.get("bytes_kept"))),
+        ("validation chosen by", str(summary.get("validation_by", ""))),
+        ("languages found", languages[:LONGEST_FACT] + ("…" if len(languages) > LONGEST_FACT else "")),
+        ("files passed over", _count(_mapping(funnel.get("files")).get("passed_over") or None)),
+        ("records with an id seen before", _count(keys.get("count") or None)),
+        ("largest cluster of near-duplicates", _count(clusters.get("largest_cluster") or None)),
+        *((name, f"{count:,}") for name, count in _mapping(funnel.get("changed")).items()),
+    ]
+    return {
+        "facts": [(label, value) for label, value in facts if value],
+        "steps": [_step(step, ratio) for step in funnel.get("steps", ()) if step.get("in")],
+        "has_tokens": is_number(ratio),
+        "tables": [
+            (title, _rows(_mapping(funnel.get(name))))
+            for title, name in (("language", "by_language"), ("source", "by_source"))
+            if len(_mapping(funnel.get(name))) > 1
+        ],
+        "histograms": histogram_chart("signals", _mapping(funnel.get("histograms"))),
+        "private": [(kind, found) for kind, found in _mapping(funnel.get("private")).items() if found],
+        "matches": [
+            {"task": f"{task}, record {example['record']}", "document": example["document"], "text": example["text"]}
+            for task, found in _mapping(funnel.get("contamination")).items()
+            for example in found["examples"]
+        ][:MOST_ROWS],
+        "examples": [
+            {
+                "reason": reason,
+                "where": f"{example.get('source', '')} {example.get('record', '')}".strip(),
+                "detail": example.get("detail", ""),
+                "excerpt": example.get("excerpt", ""),
+            }
+            for reason, found in _mapping(funnel.get("examples")).items()
+            for example in found[:EXAMPLES_PER_REASON]
+        ],
+    }
+
+
+def _step(step: Mapping[str, Any], bytes_per_token: Any) -> dict[str, Any]:
+    """A row of the funnel; tokens are counted after the last step only, so before it they are reckoned from bytes."""
+    size = step.get("bytes_out")
+    tokens = format_count(size / bytes_per_token) if is_number(size) and is_number(bytes_per_token) else ""
+    return {**step, "size": _size(size), "tokens": tokens}
+
+
+def _rows(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "in": row.get("in", 0),
+            "kept": row.get("kept", 0),
+            "size": _size(row.get("bytes_kept")),
+            "removed": _mapping(row.get("removed")),
+        }
+        for name, row in list(table.items())[:MOST_ROWS]
+    ]
+
+
+def _size(value: Any) -> str:
+    return format_bytes(value) if is_number(value) else ""
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if is_number(value) else ""
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
