@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from groundup.corpus import Document
@@ -22,10 +23,11 @@ class ByteTokenizer:
         self.vocab_size = vocab_size
         self.fingerprint = fingerprint
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_to_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         # In a large vocabulary the ids are the largest there are.
-        shift = self.vocab_size - 256
-        return [[byte + shift for byte in text.encode()] for text in texts]
+        encoded = [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+        ids = np.concatenate(encoded) if encoded else np.empty(0)
+        return ids.astype(np.uint32) + self.vocab_size - 256, np.array([len(row) for row in encoded], dtype=np.int64)
 
 
 def document(text: str, split: str = "train") -> Document:

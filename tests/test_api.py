@@ -35,7 +35,7 @@ def test_the_docstrings_example_runs(
         '"texts/*.jsonl.gz"': '"texts/*.jsonl"',
         "32_768": "320",
         "llama-160m": "llama-nano",
-        "tokens=2e9": "tokens=2e3, eval_every=100",
+        "tokens=2e9": "tokens=3e3, eval_every=100",
         "max_tokens=64": "max_tokens=8",
     }.items():
         assert large in example

@@ -39,7 +39,7 @@ def assert_nothing_half_written(folder: Path) -> None:
 SET_ASIDE: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "empty file": ("bad.txt", lambda: b"", "empty"),
     "gzip of 0 bytes": ("bad.jsonl.gz", lambda: b"", "empty"),
-    "gzip cut in half": ("bad.txt.gz", lambda: gzip.compress(GOOD.encode())[:60], "damaged gzip"),
+    "gzip cut in half": ("bad.txt.gz", lambda: gzip.compress(GOOD.encode())[:60], "cut off"),
     "invalid UTF-8": ("bad.txt", lambda: b"caf\xe9 au lait", "invalid UTF-8"),
     "line cut in half": ("bad.jsonl", lambda: b'{"text": "Whole."}\n{"text": "Ha', "invalid JSON"),
     "no text field": ("bad.jsonl", lambda: b'{"txt": "Hello"}\n', "no text field"),

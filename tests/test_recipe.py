@@ -59,7 +59,7 @@ def test_ten_mistakes_are_reported_at_once() -> None:
         "treads": "Did you mean 'threads'?",
         "[corpus] inputs = []": "at least 1",
         "[corpus] validation_share = 1.5": "less than 1",
-        '[tokenizer] kind = "bpee"': "'bpe' or 'characters'",
+        '[tokenizer] kind = "bpee"': "'unigram' or 'characters'",
         '[tokenizer] vocab_size = "many"': "valid integer",
         "[pretrain] learning_rate": "no such setting",
         "[pretrain] lr = NaN": "finite",

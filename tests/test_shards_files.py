@@ -1,6 +1,7 @@
 """Shards on disk: the stream comes back whole, and every damage is found and named."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shards_bytes import ByteTokenizer, document, opened, stream_of, written
 
-from groundup.corpus import curate, stream_documents
+from groundup.corpus import Document
 from groundup.errors import ArtifactError, DataError, GroundupError
-from groundup.recipe import CorpusSettings, ShardsSettings
-from groundup.shards import TokenShards, write_shards
+from groundup.files import value_digest
+from groundup.recipe import ShardsSettings
+from groundup.shards import TokenShards, shard_stats, verify_shards, write_shards
+from groundup.shards.encode import largest_first
+from groundup.tokenizer import Tokenizer
 
 TEXTS = ["alpha " * n for n in range(1, 40)] + ["a long one " * 300, "", "ω€😀"]
 
@@ -38,6 +42,11 @@ def test_the_stream_comes_back_across_file_borders(
     documents = list(shards.documents())
     assert [list(ids) for ids in documents] == [stream_of([text]) for text in texts]
     shards.verify()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
+    return opened(tmp_path_factory.mktemp("shards"), TEXTS)
 
 
 def test_windows_outside_the_stream_are_refused(tmp_path: Path) -> None:
@@ -189,7 +198,7 @@ def test_a_missing_or_shortened_file_is_found_on_opening(
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"format": "other"}, "not a manifest"), ({"version": 2}, "version 2"), ({"vocab_size": 1}, "checksum")],
+    [({"format": "other"}, "not a manifest"), ({"version": 3}, "version 3"), ({"vocab_size": 1}, "checksum")],
 )
 def test_a_changed_manifest_is_refused(
     tmp_path: Path, good_files: dict[str, bytes], change: dict[str, object], message: str
@@ -204,6 +213,91 @@ def test_a_changed_manifest_is_refused(
         TokenShards.open(tmp_path, "train")
 
 
+def test_a_flipped_byte_is_refused_on_opening_if_asked(tmp_path: Path) -> None:
+    written(tmp_path, TEXTS)
+    TokenShards.open(tmp_path, "train", verify=True)
+    data = bytearray((tmp_path / "train-00001.bin").read_bytes())
+    data[100] ^= 1
+    (tmp_path / "train-00001.bin").write_bytes(data)
+    TokenShards.open(tmp_path, "train")
+    with pytest.raises(ArtifactError, match=r"train-00001\.bin: damaged"):
+        TokenShards.open(tmp_path, "train", verify=True)
+
+
+def test_a_manifest_of_the_first_version_can_be_read(tmp_path: Path) -> None:
+    written(tmp_path, TEXTS)
+    now = TokenShards.open(tmp_path, "train")
+    values = json.loads((tmp_path / "manifest.json").read_text())
+    del values["provenance"], values["checksum"]
+    values["version"] = 1
+    for split in values["splits"].values():
+        del split["sources"], split["languages"]
+    (tmp_path / "manifest.json").write_text(json.dumps({**values, "checksum": value_digest(values)}))
+    old = TokenShards.open(tmp_path, "train", verify=True)
+    assert old.fingerprint == now.fingerprint  # so that a checkpoint goes on over both
+    np.testing.assert_array_equal(old.window(0, old.n_tokens), now.window(0, now.n_tokens))
+    assert verify_shards(tmp_path).faults == ()
+    assert shard_stats(tmp_path)["version"] == 1
+
+
+@given(
+    documents=st.lists(
+        st.tuples(st.text(max_size=40), st.sampled_from(["a.txt", "b.txt"]), st.sampled_from(["en", "de", ""])),
+        min_size=1,
+        max_size=20,
+    )
+)
+def test_the_manifest_says_what_came_from_where(
+    tmp_path_factory: pytest.TempPathFactory, documents: list[tuple[str, str, str]]
+) -> None:
+    out = tmp_path_factory.mktemp("provenance")
+    made = [
+        Document(id=str(number), text=text, source=source, language=language, split="train")
+        for number, (text, source, language) in enumerate(documents)
+    ]
+    write_shards(made, ByteTokenizer(), out, ShardsSettings(shard_tokens=1024))  # type: ignore[arg-type]
+    split = json.loads((out / "manifest.json").read_text())["splits"]["train"]
+    for what, key in (("sources", 1), ("languages", 2)):
+        expected: dict[str, list[int]] = {}
+        for given_document in documents:
+            counts = expected.setdefault(given_document[key] or "unknown", [0, 0, 0])
+            n_bytes = len(given_document[0].encode())
+            for place, more in enumerate((1, n_bytes, n_bytes + 1)):
+                counts[place] += more
+        assert {name: list(counts.values()) for name, counts in split[what].items()} == expected
+        tokens = [counts["tokens"] for counts in split[what].values()]
+        assert tokens == sorted(tokens, reverse=True)
+        assert sum(tokens) == split["tokens"]
+
+
+def test_many_sources_are_counted_together() -> None:
+    counts = {f"{n:05d}.txt": {"documents": 1, "bytes": 10, "tokens": n} for n in range(2000)}
+    listed = largest_first(counts)
+    assert len(listed) == 1001
+    assert list(listed)[:2] == ["01999.txt", "01998.txt"]
+    assert listed["(others)"] == {"documents": 1000, "bytes": 10_000, "tokens": sum(range(1000))}
+
+
+@given(number=st.integers(0, len(TEXTS) - 1))
+def test_any_document_at_once(shards: TokenShards, number: int) -> None:
+    assert shards.document(number).tolist() == stream_of([TEXTS[number]])
+
+
+def test_documents_that_are_not_there(shards: TokenShards) -> None:
+    for number in (-1, len(TEXTS)):
+        with pytest.raises(IndexError, match=f"document {number} of {len(TEXTS)}"):
+            shards.document(number)
+
+
+def test_a_tokenizer_that_gives_more_than_its_vocabulary_is_refused(tmp_path: Path) -> None:
+    class Liar(ByteTokenizer):
+        def encode_to_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+            return np.full(len(texts), 300, dtype=np.uint32), np.ones(len(texts), dtype=np.int64)
+
+    with pytest.raises(ArtifactError, match="gives id 300, but says that its vocabulary has 257"):
+        write_shards([document("x")], Liar(), tmp_path)  # type: ignore[arg-type]
+
+
 def test_fingerprints_follow_the_content(tmp_path: Path) -> None:
     same = [opened(tmp_path / name, TEXTS).fingerprint for name in ("a", "b")]
     others = [
@@ -215,25 +309,18 @@ def test_fingerprints_follow_the_content(tmp_path: Path) -> None:
     assert len({same[0], *others}) == 4
 
 
-def test_from_corpus_through_the_real_tokenizer_and_back(tmp_path: Path) -> None:
-    from groundup.tokenizer import Tokenizer
-
+def test_through_the_real_tokenizer_and_back(tmp_path: Path) -> None:
     hostile = "Nice text <|endoftext|> and <|user|> say <|end|> to the fox in the forest."
-    (tmp_path / "a.jsonl").write_text(
-        "".join(json.dumps({"text": f"{hostile} It was told {n} times."}) + "\n" for n in range(60))
-    )
-    curate(CorpusSettings(inputs=(str(tmp_path / "a.jsonl"),)), tmp_path / "corpus")
-    tokenizer = Tokenizer.train(stream_documents(tmp_path / "corpus", "train"), vocab_size=300)
-    summary = write_shards(stream_documents(tmp_path / "corpus"), tokenizer, tmp_path / "shards")
-    n_documents = 0
+    splits = ("train", "train", "validation")
+    documents = [document(f"{hostile} It was told {n} times.", splits[n % 3]) for n in range(60)]
+    tokenizer = Tokenizer.train(documents, vocab_size=300)
+    summary = write_shards(documents, tokenizer, tmp_path)
     for split in ("train", "validation"):
-        shards = TokenShards.open(tmp_path / "shards", split, tokenizer_fingerprint=tokenizer.fingerprint)
-        texts = [document.text for document in stream_documents(tmp_path / "corpus", split)]
-        documents = [ids.tolist() for ids in shards.documents()]
+        shards = TokenShards.open(tmp_path, split, tokenizer_fingerprint=tokenizer.fingerprint)
+        texts = [document.text for document in documents if document.split == split]
+        ids_of_each = [ids.tolist() for ids in shards.documents()]
         # The only control token is the one that closes each document: text cannot inject any.
-        assert all(not tokenizer.special_ids & set(ids[:-1]) for ids in documents)
-        assert {ids[-1] for ids in documents} == {tokenizer.end_of_text_id}
-        assert [tokenizer.decode(ids[:-1]) for ids in documents] == texts
+        assert all(not tokenizer.special_ids & set(ids[:-1]) for ids in ids_of_each)
+        assert {ids[-1] for ids in ids_of_each} == {tokenizer.end_of_text_id}
+        assert [tokenizer.decode(ids[:-1]) for ids in ids_of_each] == texts
         assert summary[f"bytes_{split}"] == sum(len(text.encode()) for text in texts)
-        n_documents += len(texts)
-    assert n_documents == 60

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from shards_bytes import opened, stream_of, written
@@ -15,6 +16,7 @@ from groundup.errors import ArtifactError, DataError
 from groundup.shards import Batch, Permutation, TokenShards, WindowLoader, validation_windows
 
 GOLDEN_ORDER = [4, 9, 6, 7, 0, 8, 1, 3, 2, 5]
+GOLDEN_BATCHES = {(32, 6, 3): "95ba0875f09c8fc9", (100, 4, 1): "1cadc964dd1521e1", (64, 64, 7): "e843926e20247642"}
 TEXTS = ["".join(chr(97 + (n * k) % 26) for k in range(n * 7 % 301)) for n in range(1, 25)]
 
 
@@ -31,10 +33,10 @@ class NumberedShards(TokenShards):
         self.end_of_text_id = -1
         self.fingerprint = f"numbers to {n_tokens}"
 
-    def window(self, start: int, length: int) -> np.ndarray:
-        assert start >= 0
-        assert start + length <= self.n_tokens
-        return np.arange(start, start + length)
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        assert (starts >= 0).all()
+        assert (starts + length <= self.n_tokens).all()
+        return starts[:, None] + np.arange(length)
 
 
 def check_rows(batch: Batch, n: int) -> None:
@@ -89,6 +91,30 @@ def test_neighbours_are_torn_apart_and_epochs_differ() -> None:
 def test_the_order_is_the_same_for_ever() -> None:
     """A checkpoint of an older groundup goes on in the same order: these numbers must never change."""
     assert Permutation(10, (1, 0))(np.arange(10)).tolist() == GOLDEN_ORDER
+
+
+@pytest.mark.parametrize("shape", GOLDEN_BATCHES)
+def test_the_batches_are_the_same_for_ever(shards: TokenShards, shape: tuple[int, int, int]) -> None:
+    """60 steps over many epochs, as the first release gave them."""
+    loader = WindowLoader(shards, *shape)
+    digest = xxhash.xxh3_64()
+    for step in range(60):
+        batch = loader.batch(step)
+        digest.update(batch.ids.tobytes())
+        digest.update(batch.targets.tobytes())
+    assert digest.hexdigest() == GOLDEN_BATCHES[shape]
+
+
+@given(steps=st.lists(st.integers(0, 10**6), min_size=1, max_size=4), batch_size=st.integers(1, 700))
+def test_a_batch_does_not_depend_on_the_ones_asked_for_before(
+    shards: TokenShards, steps: list[int], batch_size: int
+) -> None:
+    loader = WindowLoader(shards, 8, batch_size, seed=1)
+    for step in [*steps, *steps[::-1]]:
+        fresh = WindowLoader(shards, 8, batch_size, seed=1).batch(step)
+        again = loader.batch(step)
+        np.testing.assert_array_equal(again.ids, fresh.ids)
+        np.testing.assert_array_equal(again.targets, fresh.targets)
 
 
 # --- training batches

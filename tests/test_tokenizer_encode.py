@@ -6,6 +6,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +26,12 @@ SPLITS = ["qwen2", "llama3", "gpt2"]
 
 BPE = Tokenizer.train(TEXTS, vocab_size=400, spare_tokens=2)
 CHARACTERS = Tokenizer.train(TEXTS, kind="characters", spare_tokens=2)
-BOTH = pytest.mark.parametrize("tokenizer", [BPE, CHARACTERS], ids=["bpe", "characters"])
+WORDPIECE = Tokenizer.train(TEXTS, kind="wordpiece", vocab_size=640, spare_tokens=2)
+UNIGRAM = Tokenizer.train(TEXTS, kind="unigram", vocab_size=360, spare_tokens=2)
+WORDPIECE_FILE = WORDPIECE._contents
+EACH_KIND = pytest.mark.parametrize(
+    "tokenizer", [BPE, WORDPIECE, UNIGRAM, CHARACTERS], ids=["bpe", "wordpiece", "unigram", "characters"]
+)
 
 pieces = st.one_of(
     st.text(),
@@ -40,20 +46,69 @@ def without_surrogates(text: str) -> str:
     return "".join("\ufffd" if 0xD800 <= ord(character) <= 0xDFFF else character for character in text)
 
 
-@given(any_str)
-def test_bpe_bytes_of_tokens_are_the_bytes_of_the_text(text: str) -> None:
-    ids = BPE.encode(text)
-    assert b"".join(BPE.token_bytes(index) for index in ids) == without_surrogates(text).encode()
-    assert BPE.decode(ids) == without_surrogates(text)
+@pytest.mark.parametrize("tokenizer", [BPE, WORDPIECE, UNIGRAM], ids=["bpe", "wordpiece", "unigram"])
+@given(text=any_str)
+def test_bytes_of_tokens_are_the_bytes_of_the_text(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert b"".join(tokenizer.token_bytes(index) for index in ids) == without_surrogates(text).encode()
+    assert tokenizer.decode(ids) == without_surrogates(text)
 
 
-@pytest.mark.parametrize("split", SPLITS)
+SPLITS_OF_KINDS = [(kind, split) for kind in ("bpe", "wordpiece", "unigram") for split in SPLITS]
+SPLIT_TOKENIZERS = {
+    (kind, split): Tokenizer.train(TEXTS, kind=kind, vocab_size=640, split=split) for kind, split in SPLITS_OF_KINDS
+}
+
+
+@pytest.mark.parametrize("kind_and_split", SPLITS_OF_KINDS, ids=" ".join)
 @given(text=wild_text)
-def test_every_split_keeps_every_byte(split: str, text: str) -> None:
-    assert SPLIT_TOKENIZERS[split].decode(SPLIT_TOKENIZERS[split].encode(text)) == text
+def test_every_split_keeps_every_byte(kind_and_split: tuple[str, str], text: str) -> None:
+    tokenizer = SPLIT_TOKENIZERS[kind_and_split]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-SPLIT_TOKENIZERS = {split: Tokenizer.train(TEXTS, vocab_size=400, split=split) for split in SPLITS}
+@pytest.mark.parametrize("run", ["a", "#", "## ", "x#", " ", "\n", "中", "7", "=-", "\u200d"])
+@EACH_KIND
+def test_long_runs_keep_every_byte(tokenizer: Tokenizer, run: str) -> None:
+    text = run * 2000
+    ids = tokenizer.encode(text)
+    known = set("".join(TEXTS))
+    if tokenizer is CHARACTERS:
+        text = "".join(letter if letter in known else "\ufffd" for letter in text)
+    assert tokenizer.decode(ids) == text
+
+
+@given(text=wild_text)
+def test_wordpiece_takes_the_longest_token_that_fits_and_marks_what_continues_a_word(text: str) -> None:
+    spec = json.loads(WORDPIECE_FILE)
+    vocabulary = spec["model"]["vocab"]
+    words = Engine.from_str(json.dumps({**spec, "added_tokens": []})).pre_tokenizer.pre_tokenize_str(text)
+    expected = []
+    for word, _ in words:
+        begin = 0
+        while begin < len(word):
+            mark = "##" if begin else ""
+            end = next(end for end in range(len(word), begin, -1) if mark + word[begin:end] in vocabulary)
+            expected.append(vocabulary[mark + word[begin:end]])
+            begin = end
+    assert WORDPIECE.encode(text) == expected
+
+
+@pytest.mark.parametrize("text", ["#", "###", "## the", "#the#", "the##"])
+def test_the_mark_of_wordpiece_is_no_text(text: str) -> None:
+    ids = WORDPIECE.encode(text)
+    assert WORDPIECE.decode(ids) == text
+    assert len({index for index in ids if WORDPIECE.token_bytes(index) == b"#"}) == 1
+
+
+@EACH_KIND
+@given(texts=st.lists(any_str, max_size=5))
+def test_arrays_are_the_lists(tokenizer: Tokenizer, texts: list[str]) -> None:
+    ids, lengths = tokenizer.encode_to_arrays(texts)
+    expected = tokenizer.encode_batch(texts)
+    assert (ids.dtype, lengths.dtype) == (np.uint32, np.int64)
+    assert ids.tolist() == [index for row in expected for index in row]
+    assert lengths.tolist() == [len(row) for row in expected]
 
 
 @given(any_str)
@@ -70,13 +125,13 @@ def test_characters_are_sorted_by_code_point_behind_the_control_tokens() -> None
     assert Tokenizer.train(["cab\n"], kind="characters", spare_tokens=0).encode("\nabc\ufffd") == [7, 8, 9, 10, 11]
 
 
-@BOTH
+@EACH_KIND
 @given(text=any_str)
 def test_text_never_gives_a_control_token(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.special_ids.isdisjoint(tokenizer.encode(text))
 
 
-@BOTH
+@EACH_KIND
 @given(contents=st.lists(any_str, min_size=1, max_size=3))
 def test_a_message_cannot_end_itself_or_speak_for_another(tokenizer: Tokenizer, contents: list[str]) -> None:
     roles = ["system", "user", "assistant"]
@@ -87,13 +142,13 @@ def test_a_message_cannot_end_itself_or_speak_for_another(tokenizer: Tokenizer, 
     assert [index for index in rendered.ids if index in tokenizer.special_ids] == expected
 
 
-@BOTH
+@EACH_KIND
 @given(texts=st.lists(any_str, max_size=4))
 def test_a_batch_is_its_texts_one_by_one(tokenizer: Tokenizer, texts: list[str]) -> None:
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
 
 
-@BOTH
+@EACH_KIND
 @given(parts=st.lists(wild_text, min_size=1, max_size=4))
 def test_allowed_names_become_their_ids_and_no_others(tokenizer: Tokenizer, parts: list[str]) -> None:
     clean = [part.replace("<|end|>", "") for part in parts]
@@ -121,7 +176,7 @@ def test_an_unknown_name_cannot_be_allowed() -> None:
         BPE.encode("x", allowed_special=["<|thought|>"])
 
 
-@BOTH
+@EACH_KIND
 @pytest.mark.parametrize("index", [-1, 10**6])
 def test_an_id_outside_the_vocabulary_is_refused(tokenizer: Tokenizer, index: int) -> None:
     with pytest.raises(DataError, match="ids 0 to"):
@@ -153,7 +208,7 @@ def test_a_long_text_is_encoded_as_if_it_were_not_cut(split: str, tmp_path: Path
     ]
     text = "".join(rng.choice(atoms) for _ in range(12_000))
     assert len(text) > 300_000
-    tokenizer = SPLIT_TOKENIZERS[split]
+    tokenizer = SPLIT_TOKENIZERS["bpe", split]
     # The engine without our cutting: what is in the file, minus the control tokens it would look for.
     tokenizer.save(tmp_path)
     spec = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))

@@ -23,9 +23,10 @@ TEXTS = [
     "Ünïcödé — “quotes”, 日本語 and emoji 🙂🙃, don't you'll WE'VE they're\r\n\ttabs   and  spaces\n" * 3,
     "the king and the queen and the lion and the girl " * 20,
 ]
-KINDS = ["bpe", "characters"]
-BOTH = pytest.mark.parametrize("kind", KINDS)
-TRAINED = {kind: Tokenizer.train(TEXTS, kind=kind, vocab_size=340) for kind in KINDS}
+SIZES = {"bpe": 340, "wordpiece": 620, "unigram": 340, "characters": 340}
+KINDS = list(SIZES)
+EACH_KIND = pytest.mark.parametrize("kind", KINDS)
+TRAINED = {kind: Tokenizer.train(TEXTS, kind=kind, vocab_size=size) for kind, size in SIZES.items()}
 
 TRAIN_IN_A_PROCESS = """
 import sys
@@ -36,7 +37,7 @@ Tokenizer.train(texts, kind=sys.argv[1], vocab_size=900).save(sys.argv[2])
 """
 
 
-@BOTH
+@EACH_KIND
 def test_training_gives_the_same_bits_with_any_number_of_threads(kind: str, tmp_path: Path) -> None:
     written = set()
     for threads, hash_seed in (("1", "0"), ("2", "1"), ("7", "2")):
@@ -47,7 +48,7 @@ def test_training_gives_the_same_bits_with_any_number_of_threads(kind: str, tmp_
     assert len(written) == 1
 
 
-@BOTH
+@EACH_KIND
 def test_a_saved_tokenizer_is_the_same_when_loaded(kind: str, tmp_path: Path) -> None:
     TRAINED[kind].save(tmp_path)
     for path in (tmp_path, tmp_path / "tokenizer.json"):
@@ -73,7 +74,6 @@ def test_fingerprints_tell_tokenizers_apart() -> None:
 
 def change(contents: dict[str, Any], fault: str) -> str:
     model = contents["model"]
-    vocabulary = model["vocab"]
     if fault == "not JSON":
         return json.dumps(contents)[:-20]
     if fault == "empty":
@@ -83,19 +83,11 @@ def change(contents: dict[str, Any], fault: str) -> str:
     if fault == "no model":
         del contents["model"]
     elif fault == "another model":
-        model["type"] = "Unigram"
+        model["type"] = "BPE" if model["type"] == "Unigram" else "Unigram"
     elif fault == "no control tokens":
         contents["added_tokens"] = []
     elif fault == "renamed control token":
         contents["added_tokens"][5]["content"] = "<|im_end|>"
-    elif fault == "moved control token":
-        vocabulary["<|end|>"], vocabulary["<|pad|>"] = vocabulary["<|pad|>"], vocabulary["<|end|>"]
-    elif fault == "hole in the ids":
-        vocabulary[next(reversed(vocabulary))] += 1
-    elif fault == "lost token":
-        del vocabulary["a"]
-    elif fault == "an id that is no number":
-        vocabulary["a"] = "seven"
     elif fault == "split regex":
         contents["pre_tokenizer"] = {
             "type": "Split",
@@ -103,7 +95,34 @@ def change(contents: dict[str, Any], fault: str) -> str:
             "behavior": "Isolated",
             "invert": False,
         }
+    elif model["type"] == "Unigram":
+        change_list(model["vocab"], fault)
+    else:
+        change_ids(model["vocab"], fault)
     return json.dumps(contents)
+
+
+def change_ids(vocabulary: dict[str, Any], fault: str) -> None:
+    if fault == "moved control token":
+        vocabulary["<|end|>"], vocabulary["<|pad|>"] = vocabulary["<|pad|>"], vocabulary["<|end|>"]
+    elif fault == "hole in the ids":
+        vocabulary[next(reversed(vocabulary))] += 1
+    elif fault == "lost token":
+        del vocabulary["a"]
+    elif fault == "an id that is no number":
+        vocabulary["a"] = "seven"
+
+
+def change_list(vocabulary: list[list[Any]], fault: str) -> None:
+    place = [token for token, _ in vocabulary].index("a")
+    if fault == "moved control token":
+        vocabulary[1], vocabulary[5] = vocabulary[5], vocabulary[1]
+    elif fault == "hole in the ids":
+        vocabulary[-1] = vocabulary[place]
+    elif fault == "lost token":
+        del vocabulary[place]
+    elif fault == "an id that is no number":
+        vocabulary[place][1] = "seven"
 
 
 FAULTS = [
@@ -112,7 +131,7 @@ FAULTS = [
 ]  # fmt: skip
 
 
-@BOTH
+@EACH_KIND
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_damaged_file_is_named(kind: str, fault: str, tmp_path: Path) -> None:
     TRAINED[kind].save(tmp_path)
@@ -139,7 +158,7 @@ def test_too_small_a_text_keeps_the_smaller_vocabulary_and_says_so(capsys: pytes
     assert capsys.readouterr().err == ""
 
 
-@BOTH
+@EACH_KIND
 @pytest.mark.parametrize("texts", [[], [""], ["", ""]])
 def test_no_text_is_an_error(kind: str, texts: list[str]) -> None:
     with pytest.raises(DataError, match="no text"):
@@ -151,12 +170,16 @@ def test_no_text_is_an_error(kind: str, texts: list[str]) -> None:
     [
         ({"vocab_size": 300, "spare_tokens": 100}, "363"),
         ({"split": "cl100k"}, "cl100k"),
-        ({"kind": "wordpiece"}, "wordpiece"),
+        ({"kind": "sentencepiece"}, "sentencepiece"),
+        ({"kind": "wordpiece", "vocab_size": 518}, "519"),
+        ({"kind": "unigram", "vocab_size": 262}, "263"),
+        ({"trainer": "sentencepiece"}, "sentencepiece"),
+        ({"kind": "unigram", "trainer": "rustbpe"}, "rustbpe"),
     ],
 )
 def test_impossible_settings_are_named(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(RecipeError, match=named):
-        Tokenizer.train(TEXTS, **settings)
+        Tokenizer.train(TEXTS, **{"spare_tokens": 0, **settings})
 
 
 def test_lone_surrogates_in_training_texts_count_as_replacements() -> None:
@@ -165,13 +188,21 @@ def test_lone_surrogates_in_training_texts_count_as_replacements() -> None:
         assert broken.fingerprint == Tokenizer.train(["a\ufffdb" * 9], kind=kind).fingerprint
 
 
+@EACH_KIND
+@given(text=st.text())
+def test_a_trained_tokenizer_gives_back_the_text(kind: str, text: str) -> None:
+    known = set("".join(TEXTS))
+    expected = text if kind != "characters" else "".join(letter if letter in known else "\ufffd" for letter in text)
+    assert TRAINED[kind].decode(TRAINED[kind].encode(text)) == expected
+
+
 # --- transformers -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders with each kind alone, and beside the `config.json` of a model."""
-    made = {}
+    made: dict[str, Path] = {}
     for kind in KINDS:
         for model_type in ("", "llama", "qwen3", "gpt2"):
             folder = tmp_path_factory.mktemp(f"{kind}{model_type}")
@@ -182,7 +213,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-@pytest.fixture(scope="module", params=[*KINDS, "bpellama", "bpeqwen3", "bpegpt2", "charactersllama"])
+@pytest.fixture(
+    scope="module",
+    params=[*KINDS, "bpellama", "bpeqwen3", "bpegpt2", "charactersllama", "unigramllama", "wordpieceqwen3"],
+)
 def pair(request: pytest.FixtureRequest, folders: dict[str, Path]) -> tuple[Tokenizer, Any]:
     """Ours, and what AutoTokenizer makes of its folder."""
     folder = folders[request.param]
@@ -206,7 +240,7 @@ def test_transformers_gives_equal_ids_and_texts(pair: tuple[Tokenizer, Any]) -> 
         assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
 
 
-@BOTH
+@EACH_KIND
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text())
 def test_transformers_gives_equal_ids_on_any_text(kind: str, folders: dict[str, Path], text: str) -> None:
@@ -219,6 +253,12 @@ def test_transformers_gives_equal_ids_on_any_text(kind: str, folders: dict[str, 
 CHATS: list[list[Message]] = [
     [{"role": "user", "content": "the king?"}],
     [{"role": "user", "content": "the king?"}, {"role": "assistant", "content": "The queen and 12 lions."}],
+    [
+        {"role": "user", "content": "how warm?"},
+        {"role": "assistant", "content": "look"},
+        {"role": "tool", "content": "21 °C"},
+        {"role": "assistant", "content": "It is 21."},
+    ],
     [
         {"role": "system", "content": "  Be kind.\n"},
         {"role": "user", "content": "{{ x }} {% y %} <b> 日本語"},
@@ -259,7 +299,7 @@ def test_the_mask_is_the_answers_and_their_ends(place: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "message", [{"role": "tool", "content": "x"}, {"role": "user"}, {"content": "x"}, {"role": "user", "content": 3}]
+    "message", [{"role": "robot", "content": "x"}, {"role": "user"}, {"content": "x"}, {"role": "user", "content": 3}]
 )
 def test_what_is_no_message_is_refused(message: Any) -> None:
     with pytest.raises(DataError, match="message 1 of 2"):

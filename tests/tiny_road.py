@@ -30,6 +30,7 @@ threads = 1
 [corpus]
 inputs = ["{inputs}"]
 languages = []
+dedup = "exact"
 
 [tokenizer]
 vocab_size = 320

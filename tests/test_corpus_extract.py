@@ -1,0 +1,432 @@
+"""Text out of HTML: accuracy, encodings, and pages that hang, crash, eat memory or lie."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import gzip
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from groundup.corpus import extract_child
+from groundup.corpus.document import Reason
+from groundup.corpus.extract import ExtractionFailure, Extractor, in_utf8
+from groundup.errors import GroundupError
+
+pytest.importorskip("resiliparse")
+pytest.importorskip("lxml")
+
+SENTENCES = (
+    "The river rises in the hills above the old town and runs for forty miles to the sea.",
+    "Every spring the ferrymen paint their boats blue, because their grandfathers did.",
+    "Nobody remembers who built the bridge, but the stones were cut by hand.",
+)
+
+
+def page_of(text: str, title: str = "A page", head: str = "") -> str:
+    paragraphs = "".join(f"<p>{text} {sentence}</p>" for sentence in SENTENCES)
+    menu = "<nav><ul><li><a href='/'>Home</a></li><li><a href='/about'>About us</a></li></ul></nav>"
+    return (
+        f"<!DOCTYPE html><html><head>{head}<title>{title}</title></head><body>{menu}"
+        f"<article><h1>{title}</h1>{paragraphs}</article><footer>Copyright</footer></body></html>"
+    )
+
+
+PAGES = [page_of(f"Number {number} of the pages.", f"Page {number}").encode() for number in range(12)]
+
+
+@pytest.fixture(scope="module", params=["trafilatura", "resiliparse"])
+def extractor(request: pytest.FixtureRequest) -> Iterator[Extractor]:
+    with Extractor(request.param, 20.0) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def fast() -> Iterator[Extractor]:
+    with Extractor("resiliparse", 20.0) as made:
+        yield made
+
+
+def test_main_text_without_the_menu(extractor: Extractor) -> None:
+    text = extractor.extract(PAGES[3], "https://example.org/3")
+    assert isinstance(text, str)
+    assert "Number 3 of the pages." in text
+    assert SENTENCES[2] in text
+    assert "About us" not in text
+
+
+@pytest.mark.parametrize("html", [b"", b" ", b"\0\0\0\0", b"<html></html>", b"<script>var x = 1</script>"])
+def test_nothing_is_no_content(extractor: Extractor, html: bytes) -> None:
+    answer = extractor.extract(html)
+    assert isinstance(answer, ExtractionFailure)
+    assert answer.reason in (Reason.NO_CONTENT, Reason.CRASH)  # a parser may refuse what is no HTML at all
+    assert extractor.extract(PAGES[0]) != answer
+
+
+HOSTILE = {
+    "deep": b"<div>" * 8_000 + b"text",
+    "inline": b"<b><i><a>" * 10_000 + b"text",
+    "colspan": b"<table><tr><td colspan=99999999 rowspan=99999999>cell</td></tr></table>",
+    "attribute": b"<p class='" + b"x" * 2_000_000 + b"'>text</p>",
+    "attributes": b"<p " + b"".join(b"a%d=1 " % n for n in range(8_000)) + b">text</p>",
+    "entities": b"<!DOCTYPE x [<!ENTITY a 'aaaa'><!ENTITY b '&a;&a;&a;'>]><p>&b;</p>" * 50,
+    "binary": bytes(range(256)) * 500,
+    "open": b"<p><table><tr><td><ul><li>" * 3_000,
+    "comment": b"<!--" * 100_000,
+    "surrogates": b"<p>&#xD800;&#xDFFF;&#x110000; text of the page</p>",
+    "declared wrongly": b"<?xml version='1.0' encoding='utf-16'?><html><body><p>text</p></body></html>",
+    "unknown charset": b"<meta charset='no-such-thing'><p>caf\xe9</p>",
+}
+
+
+def test_hostile_pages_cost_only_themselves(extractor: Extractor) -> None:
+    for name, html in HOSTILE.items():
+        answer = extractor.extract(html)
+        assert isinstance(answer, str | ExtractionFailure), name
+        if isinstance(answer, str):
+            answer.encode()
+        after = extractor.extract(PAGES[1])
+        assert isinstance(after, str), name
+        assert "Number 1 of the pages." in after, name
+
+
+def test_many_gives_what_one_by_one_gives_in_order(extractor: Extractor) -> None:
+    large = page_of("A long page. " * 60_000).encode()  # several times what a pipe holds
+    pages = [*PAGES, large, PAGES[0], b"", large, *reversed(PAGES)]
+    together = list(extractor.extract_many((html, "") for html in pages))
+    assert together == [extractor.extract(html) for html in pages]
+    assert len(str(together[12])) > 700_000
+
+
+def test_text_does_not_depend_on_the_pages_before(extractor: Extractor) -> None:
+    # The trap: an extractor that drops paragraphs it has seen gives less of a page the more often it comes.
+    forward = list(extractor.extract_many((html, "") for html in PAGES * 4))
+    with Extractor(extractor.kind, 20.0) as fresh:
+        backward = list(fresh.extract_many((html, "") for html in reversed(PAGES)))
+    assert forward == backward[::-1] * 4
+
+
+def test_given_up_half_way(fast: Extractor) -> None:
+    some = fast.extract_many((html, "") for html in PAGES)
+    first = next(some)
+    del some
+    assert "Number 0" in str(first)
+    assert "Number 7" in str(fast.extract(PAGES[7]))
+
+
+def test_process_is_replaced_after_some_pages() -> None:
+    with Extractor("resiliparse", 20.0, pages_per_process=5) as extractor:
+        answers = list(extractor.extract_many((html, "") for html in PAGES))
+        assert [f"Number {number} " in str(answer) for number, answer in enumerate(answers)] == [True] * 12
+        assert extractor.n_processes == 3
+
+
+def test_without_a_page_there_is_no_process() -> None:
+    with Extractor("trafilatura", 20.0) as extractor:
+        assert list(extractor.extract_many([])) == []
+        assert extractor.process_id is None
+
+
+SLOW_PAGE = page_of("A page that takes a while. " * 40_000).encode() * 12
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_page_over_time(together: bool) -> None:
+    with Extractor("trafilatura", 0.1) as extractor:
+        pages = [PAGES[0], SLOW_PAGE, PAGES[2], SLOW_PAGE, PAGES[3]]
+        if together:
+            answers = list(extractor.extract_many((html, "") for html in pages))
+        else:
+            answers = [extractor.extract(html) for html in pages]
+    late = ExtractionFailure(Reason.TIMEOUT, "more than 0.1 s")
+    assert answers[1] == answers[3] == late
+    assert [f"Number {number} " in str(answers[at]) for at, number in ((0, 0), (2, 2), (4, 3))] == [True] * 3
+
+
+def kill_busy_children(extractor: Extractor, number: signal.Signals, times: int, stop: threading.Event) -> None:
+    """Kill the extractor's child while it works on a page, so many times."""
+    killed = set()
+    while len(killed) < times and not stop.is_set():
+        process_id = extractor.process_id
+        if process_id is not None and process_id not in killed:
+            try:
+                used = sum(psutil.Process(process_id).cpu_times()[:2])
+            except psutil.Error:
+                continue
+            if used > 0.3:  # past its loading
+                os.kill(process_id, number)
+                killed.add(process_id)
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("kills", "number"), [(1, signal.SIGKILL), (2, signal.SIGSEGV)])
+def test_page_whose_process_dies_is_tried_once_more(kills: int, number: signal.Signals) -> None:
+    stop = threading.Event()
+    with Extractor("trafilatura", 60.0) as extractor:
+        killer = threading.Thread(target=kill_busy_children, args=(extractor, number, kills, stop))
+        killer.start()
+        try:
+            answers = list(extractor.extract_many((html, "") for html in (SLOW_PAGE, PAGES[4])))
+        finally:
+            stop.set()
+            killer.join()
+    if kills == 1:
+        assert isinstance(answers[0], str)
+    else:
+        assert answers[0] == ExtractionFailure(Reason.CRASH, "the extractor's process was ended by SIGSEGV")
+    assert "Number 4" in str(answers[1])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not limit a process's memory")
+@pytest.mark.parametrize("kind", ["trafilatura", "resiliparse"])
+def test_page_over_memory(kind: str) -> None:
+    with Extractor(kind, 60.0, memory_mib=64) as extractor:
+        answers = list(extractor.extract_many((html, "") for html in (PAGES[0], SLOW_PAGE * 4, PAGES[5])))
+    assert isinstance(answers[1], ExtractionFailure)
+    assert answers[1].reason == Reason.CRASH
+    assert "Number 0" in str(answers[0])
+    assert "Number 5" in str(answers[2])
+
+
+def is_running(process_id: int) -> bool:
+    try:
+        return psutil.Process(process_id).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until_gone(process_id: int, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and is_running(process_id):
+        time.sleep(0.02)
+    return not is_running(process_id)
+
+
+ORPHAN = """
+import sys, threading
+from groundup.corpus.extract import Extractor
+with Extractor("trafilatura", 2.0) as extractor:
+    extractor.extract(b"<p>text</p>")
+    print(extractor.process_id, flush=True)
+    if sys.argv[1] == "busy":
+        sys.stdin.readline()
+        extractor.extract(b"<p>text <b>and</b> more</p>" * 1_000_000)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("state", ["idle", "busy"])
+def test_no_orphan_when_the_parent_is_killed(state: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", ORPHAN, state], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        process_id = int(parent.stdout.readline())
+        assert is_running(process_id)
+        if state == "busy":
+            parent.stdin.write("\n")
+            parent.stdin.flush()
+            time.sleep(0.5)
+        parent.kill()
+        parent.wait()
+    assert wait_until_gone(process_id, 15.0)
+
+
+def test_no_process_is_left_behind() -> None:
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    with Extractor("resiliparse", 20.0, pages_per_process=2) as extractor:
+        list(extractor.extract_many((html, "") for html in PAGES))
+        last = extractor.process_id
+        assert last is not None
+    assert not psutil.pid_exists(last)
+    assert {process.pid for process in psutil.Process().children(recursive=True)} <= before
+
+
+def extract_some(kind: str) -> list[str]:
+    with Extractor(kind, 20.0) as extractor:  # type: ignore[arg-type]
+        return [str(answer) for answer in extractor.extract_many((html, "") for html in PAGES)]
+
+
+def test_inside_a_worker_of_a_pool(extractor: Extractor) -> None:
+    expected = [extractor.extract(html) for html in PAGES]
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(extract_some, extractor.kind).result() == expected
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # its workers may not have children of multiprocessing
+        assert pool.apply(extract_some, (extractor.kind,)) == expected
+
+
+@pytest.mark.slow
+def test_inside_a_ray_task(fast: Extractor) -> None:
+    pytest.importorskip("ray")
+    from groundup.corpus.engine import RayCluster
+
+    pages = PAGES
+
+    def extract_there(kind: str) -> list[str]:  # a worker of Ray cannot import this file
+        from groundup.corpus.extract import Extractor
+
+        with Extractor(kind, 20.0) as extractor:  # type: ignore[arg-type]
+            return [str(answer) for answer in extractor.extract_many((html, "") for html in pages)]
+
+    with RayCluster(1) as cluster:
+        assert list(cluster.map(extract_there, ["resiliparse"])) == [[fast.extract(html) for html in PAGES]]
+
+
+def test_extractor_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "resiliparse.py").write_text("raise ImportError('not this one')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with Extractor("resiliparse", 20.0) as extractor, pytest.raises(GroundupError, match="not this one") as caught:
+        extractor.extract(PAGES[0])
+    assert "pip install" in str(caught.value.fix)
+
+
+def test_nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = [extract_child.load(kind) for kind in ("trafilatura", "resiliparse")]
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    head = (
+        "<base href='https://example.org/'><link rel=canonical href='https://example.org/x'>"
+        "<link rel=stylesheet href='https://example.org/s.css'><meta http-equiv=refresh content='0;https://example.org'>"
+    )
+    body = page_of(
+        "Linked <img src='https://example.org/i.png'> <iframe src='https://example.org'></iframe>", head=head
+    )
+    for extract in loaded:
+        assert "forty miles" in str(extract(body, "https://example.org/page"))
+
+
+JAPANESE = "川は古い町の上の丘から流れ出し、海まで四十マイルを流れる。"
+RUSSIAN = "Река начинается в холмах над старым городом и течёт сорок миль до моря."
+FRENCH = "La rivière naît dans les collines près de la vieille cité, à côté d’un château."
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "declared"),
+    [
+        (JAPANESE, "utf-8", ""),
+        (JAPANESE, "utf-8", "utf-8"),
+        (JAPANESE, "utf-8", "iso-8859-1"),  # a lie that UTF-8 itself gives away
+        (JAPANESE, "utf-8-sig", "shift_jis"),  # the mark outranks the declaration
+        (JAPANESE, "utf-16", "utf-8"),
+        (JAPANESE, "shift_jis", "Shift_JIS"),
+        (JAPANESE, "euc-jp", "EUC-JP"),
+        (JAPANESE, "iso-2022-jp", "iso-2022-jp"),
+        (JAPANESE, "euc-jp", ""),
+        (JAPANESE, "shift_jis", "utf-8"),  # declared wrongly: told from the bytes
+        (RUSSIAN, "windows-1251", "windows-1251"),
+        (RUSSIAN, "koi8-r", "koi8-r"),
+        (RUSSIAN, "windows-1251", ""),
+        (FRENCH, "cp1252", "iso-8859-1"),  # what the name means on the web
+        (FRENCH, "cp1252", ""),
+    ],
+)
+def test_encoding_of_a_page(text: str, encoding: str, declared: str) -> None:
+    head = f'<meta charset="{declared}">' if declared else ""
+    data = page_of(text * 5, head=head).encode(encoding)
+    assert text * 5 in extract_child.decode_html(data)
+
+
+@pytest.mark.parametrize("declared", ["", "utf-8", "iso-8859-1", "koi8-r"])
+def test_utf8_with_a_broken_byte_is_still_utf8(declared: str) -> None:
+    data = bytearray(f"<meta charset='{declared}'>{RUSSIAN * 10}".encode())
+    data[data.index("Река".encode()) + 1] = 0xFF
+    text = extract_child.decode_html(data)
+    assert text.count("\ufffd") in (1, 2)
+    assert RUSSIAN * 9 in text
+
+
+@pytest.mark.parametrize(
+    "declaration",
+    [
+        "<meta charset=koi8-r>",
+        "<META HTTP-EQUIV='Content-Type' CONTENT='text/html; charset=koi8-r'>",
+        '<meta content="text/html;charset=KOI8-R" http-equiv="content-type"/>',
+        '<?xml version="1.0" encoding="koi8-r"?>',
+    ],
+)
+def test_ways_to_declare_an_encoding(declaration: str) -> None:
+    assert RUSSIAN in extract_child.decode_html((declaration + RUSSIAN).encode("koi8-r"))
+
+
+@given(st.binary(max_size=400))
+def test_any_bytes_are_some_text(data: bytes) -> None:
+    extract_child.decode_html(data).encode()
+    extract_child.decode_html(b"<meta charset=shift_jis>" + data).encode()
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\x1b\ufeff"), max_size=200))
+def test_utf8_is_read_as_it_is(text: str) -> None:
+    assert extract_child.decode_html(text.encode()) == text
+
+
+def test_encoding_that_the_server_names() -> None:
+    undeclared = page_of(RUSSIAN).encode("koi8-r")
+    assert in_utf8(undeclared, "koi8-r").decode("utf-8-sig") == page_of(RUSSIAN)
+    assert in_utf8(undeclared, "") == in_utf8(undeclared, "no-such-thing") == undeclared
+    assert in_utf8(undeclared, "utf-8") == undeclared  # the bytes do not agree
+    utf8 = page_of(RUSSIAN).encode()
+    assert in_utf8(utf8, "koi8-r") == utf8
+    japanese = JAPANESE.encode("iso-2022-jp")
+    assert in_utf8(japanese, "iso-2022-jp").decode("utf-8-sig") == JAPANESE
+    wrong_meta = page_of(RUSSIAN, head="<meta charset=windows-1252>").encode("koi8-r")
+    assert RUSSIAN in extract_child.decode_html(in_utf8(wrong_meta, "koi8-r"))
+
+
+def shingles(text: str, size: int = 4) -> Counter[tuple[str, ...]]:
+    words = re.findall(r"\w+", text)
+    return Counter(tuple(words[at : at + size]) for at in range(max(1, len(words) - size + 1)))
+
+
+def benchmark_f1(pairs: list[tuple[str, str]]) -> float:
+    """The article extraction benchmark's score: 4-word shingles, every page of equal weight."""
+    hits = extra = missing = 0.0
+    for gold, found in pairs:
+        expected, got = shingles(gold), shingles(found)
+        common = sum((expected & got).values())
+        total = sum((expected | got).values())
+        hits += common / total
+        extra += sum((got - expected).values()) / total
+        missing += sum((expected - got).values()) / total
+    return 2 * hits / (2 * hits + extra + missing)
+
+
+def test_benchmark_score_by_hand() -> None:
+    assert benchmark_f1([("a b c d e", "a b c d e"), ("x y", "x y")]) == 1.0
+    # One of two shingles found, and one beside it: 1/3 hit, 1/3 missing, 1/3 extra.
+    assert benchmark_f1([("a b c d e", "a b c d f")]) == pytest.approx(0.5)
+    assert benchmark_f1([("a b c d", "e f g h")]) == 0.0
+
+
+@pytest.mark.parametrize(("kind", "least"), [("trafilatura", 0.95), ("resiliparse", 0.91)])
+def test_accuracy_on_the_article_extraction_benchmark(shared_data: Path, kind: str, least: float) -> None:
+    folder = shared_data / "html" / "article_extraction_benchmark"
+    gold = json.loads((folder / "ground-truth.json").read_text())
+    assert len(gold) == 181
+    pages = (gzip.decompress((folder / "html" / f"{name}.html.gz").read_bytes()) for name in gold)
+    with Extractor(kind, 20.0) as extractor:  # type: ignore[arg-type]
+        found = list(extractor.extract_many((html, "") for html in pages))
+    assert all(isinstance(text, str) for text in found)
+    assert (
+        benchmark_f1([(page["articleBody"], str(text)) for page, text in zip(gold.values(), found, strict=True)])
+        >= least
+    )

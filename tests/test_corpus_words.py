@@ -1,0 +1,184 @@
+"""Words of many texts at once equal those found one character at a time."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import unicodedata
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from groundup.corpus.words import SEPARATORS, SINGLES, words_of
+
+MASK = (1 << 64) - 1
+HOSTILE = "aB9 \n\t.,_'-éÉßẞİıΣσςÇЖжΩ中文のｱｱあไทยກខ한글😀👍🏽’“—\u200d\u0301\ud800\udfffK𐐀𐐨\x00\x7f\ufeff0٣"
+text = st.text(alphabet=st.one_of(st.sampled_from(HOSTILE), st.characters()), max_size=80)
+texts = st.lists(text, max_size=8)
+
+
+def kind(character: str) -> str:
+    point = ord(character)
+    if point < 128:
+        return "word" if character.isalnum() else "separator"
+    for name, ranges in (("separator", SEPARATORS), ("single", SINGLES)):
+        if any(first <= point <= last for first, last in ranges):
+            return name
+    return "word"
+
+
+def encoded(value: str) -> bytes:
+    return value.encode("utf-8", "surrogatepass")
+
+
+def lower(character: str) -> str:
+    small = character.lower()
+    return small if len(small) == 1 and len(encoded(small)) == len(encoded(character)) else character
+
+
+def plain_words(value: str) -> list[tuple[bytes, int, int]]:
+    """Each word, lowered, with its begin and end in characters."""
+    spans: list[list[int]] = []
+    inside = False
+    for place, character in enumerate(value):
+        what = kind(character)
+        if what == "word" and inside:
+            spans[-1][1] = place + 1
+        elif what != "separator":
+            spans.append([place, place + 1])
+        inside = what == "word"
+    return [(encoded("".join(map(lower, value[begin:end]))), begin, end) for begin, end in spans]
+
+
+def plain_hash(word: bytes) -> int:
+    if len(word) > 32:
+        return xxhash.xxh3_64_intdigest(word)
+    value = 0
+    for begin in range(0, len(word), 8):
+        value ^= int.from_bytes(word[begin : begin + 8], "little")
+        value ^= value >> 32
+        value = value * 0x9E3779B97F4A7C15 & MASK
+        value ^= value >> 29
+        value = value * 0xD6E8FEB86659FD93 & MASK
+        value ^= value >> 32
+    return value
+
+
+def plain_grams(hashes: list[int], n: int) -> list[int]:
+    runs = [hashes[begin : begin + n] for begin in range(max(len(hashes) - n + 1, min(len(hashes), 1)))]
+    return [sum(value * 0xA0761D6478BD642F**place for place, value in enumerate(run)) & MASK for run in runs]
+
+
+@given(texts)
+@example(["", "x" * 31, "x" * 32, "x" * 33, "É" * 16, "É" * 17, "K" * 40, " ", "a"])
+@example(["中" * 3 + "ab" + "中", "abไทย", "ไ", "İstanbul", "ΟΔΟΣ"])
+def test_words_and_their_places(values):
+    found = words_of(values)
+    assert found.n_texts == len(values)
+    assert found.starts[0] == 0
+    assert found.starts[-1] == len(found.hashes)
+    for number, value in enumerate(values):
+        mine = slice(found.starts[number], found.starts[number + 1])
+        expected = plain_words(value)
+        assert list(zip(found.word_begin[mine], found.word_end[mine], strict=True)) == [(b, e) for _, b, e in expected]
+        assert found.hashes[mine].tolist() == [plain_hash(word) for word, _, _ in expected]
+        data = encoded(value)
+        for begin, end, (_, first, last) in zip(found.byte_begin[mine], found.byte_end[mine], expected, strict=True):
+            assert data[begin:end] == encoded(value[first:last])
+
+
+@given(texts, st.sampled_from([1, 2, 3, 5, 8, 13, 50]))
+def test_grams(values, n):
+    words = words_of(values)
+    grams, starts = words.ngrams(n)
+    assert grams.dtype == np.uint64
+    for number in range(len(values)):
+        hashes = words.hashes[words.starts[number] : words.starts[number + 1]].tolist()
+        assert grams[starts[number] : starts[number + 1]].tolist() == plain_grams(hashes, n)
+
+
+@given(texts, text)
+def test_a_text_has_the_same_words_whatever_stands_beside_it(values, value):
+    alone, among = words_of([value]), words_of([*values, value, *values])
+    mine = slice(among.starts[len(values)], among.starts[len(values) + 1])
+    assert alone.hashes.tolist() == among.hashes[mine].tolist()
+    assert alone.word_end.tolist() == among.word_end[mine].tolist()
+
+
+def test_numbers_of_old_stay():
+    """Stored hashes are compared with new ones: another hash needs another WORDS_VERSION."""
+    words = words_of(["Hello, world! Straße; internationalization of 数据"])
+    grams, _ = words.ngrams(5)
+    assert [f"{value:016x}" for value in (*words.hashes[:4], grams[0])] == [
+        "d198c717980f9086",
+        "04d85217528def24",
+        "c96af947399df432",
+        "349aa45a1ec82193",
+        "2e12395841c9f9eb",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("don't stop_here", ["don", "t", "stop", "here"]),
+        ("“Hello” — world…", ["hello", "world"]),
+        ("It’s 3.14", ["it", "s", "3", "14"]),
+        ("Ça va, ÉTÉ?", ["ça", "va", "été"]),
+        ("ПРИВЕТ, Мир", ["привет", "мир"]),
+        ("我能吞下玻璃。", list("我能吞下玻璃")),
+        ("東京タワー、2020年", [*"東京タワー", "2020", "年"]),
+        ("สวัสดี", list("สวัสดี")),
+        ("안녕하세요 세계", ["안녕하세요", "세계"]),
+        ("हिन्दी भाषा।", ["हिन्दी", "भाषा"]),
+        ("مرحبا، العالم؟", ["مرحبا", "العالم"]),
+        ("ok👍🏽ok", ["ok", "ok"]),
+        ("cafe\u0301 x", ["cafe\u0301", "x"]),
+        ("***", []),
+        ("", []),
+    ],
+)
+def test_what_a_word_is(value, words):
+    found = words_of([value])
+    spans = zip(found.word_begin, found.word_end, strict=True)
+    assert [value[begin:end].lower() for begin, end in spans] == words
+
+
+def test_letters_and_digits_of_every_script_are_words_and_punctuation_is_not():
+    wrong = []
+    for point in range(128, 0x20000):
+        character = chr(point)
+        category = unicodedata.category(character)
+        is_part = kind(character) != "separator"
+        if category in ("Lu", "Ll", "Lt", "Lo", "Nd") and not is_part:
+            wrong.append(character)
+        if category in ("Zs", "Zl", "Zp", "Pi", "Pf", "Ps", "Pe") and is_part and point < 0x3100:
+            wrong.append(character)
+    assert [f"{ord(character):04X}" for character in wrong] == []
+
+
+def test_ranges_are_in_order_and_apart():
+    for ranges in (SEPARATORS, SINGLES):
+        assert all(first <= last for first, last in ranges)
+        assert all(one[1] < other[0] for one, other in itertools.pairwise(ranges))
+    singles = {point for first, last in SINGLES for point in range(first, last + 1)}
+    assert not any(first <= point <= last for point in singles for first, last in SEPARATORS)
+    assert max(last for _, last in SEPARATORS) == sys.maxunicode
+
+
+def test_hashes_are_spread():
+    """One bit in two changes with any bit of a word, and no two words of 200,000 meet."""
+    found = words_of([" ".join(f"w{number}" for number in range(200_000))])
+    assert len(np.unique(found.hashes)) == 200_000
+    assert len(np.unique(found.hashes >> np.uint64(32))) > 200_000 * (1 - 200_000 / 2**32)  # the expected, roughly
+    share = np.array([((found.hashes >> np.uint64(bit)) & np.uint64(1)).mean() for bit in range(64)])
+    assert np.abs(share - 0.5).max() < 0.006  # five standard errors
+
+
+def test_one_word_of_a_million_characters():
+    found = words_of(["a" * 1_000_000 + " b", "中" * 100_000])
+    assert found.counts.tolist() == [2, 100_000]
+    assert found.word_end[0] == 1_000_000

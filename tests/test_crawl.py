@@ -1,0 +1,648 @@
+"""The crawler against a server that misbehaves: nothing endless, nothing twice, nothing private."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import itertools
+import json
+import random
+import socket
+import sys
+import time
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from misbehaving_server import MisbehavingServer, answering, closing, failing_first, page, redirect
+
+pytest.importorskip("aiohttp")
+pytest.importorskip("protego")
+
+from crawl_pages import check_law, index, only_reason, pages_of, quick, records_of, urlset
+
+from groundup.corpus.crawl import CrawlReport, Refusal, addresses, crawl, plan_crawl
+from groundup.errors import GroundupError
+
+
+@pytest.fixture
+def server() -> Iterator[MisbehavingServer]:
+    with MisbehavingServer() as started:
+        yield started
+
+
+@pytest.fixture
+def as_if_public(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's address counts as public, every other private one as private."""
+    is_public = addresses.is_public
+    monkeypatch.setattr(addresses, "is_public", lambda address: address == "127.0.0.1" or is_public(address))
+
+
+# What is stored
+
+
+def test_a_page_is_stored_as_any_warc_reader_expects(server: MisbehavingServer, tmp_path: Path) -> None:
+    server.pages["/a"] = body = page("a")
+    report = crawl([server.url("/a")], tmp_path / "out", quick(user_agent="tester/1 (me@example.org)"))
+    (info, response, request) = records_of(tmp_path / "out")
+    assert info[0] == "warcinfo"
+    assert b"tester/1 (me@example.org)" in info[3]
+    assert response[0] == "response"
+    assert response[1] == server.url("/a")
+    assert response[3] == body
+    assert request[:2] == ("request", server.url("/a"))
+    assert request[2]["user-agent"] == "tester/1 (me@example.org)"
+    text = gzip.decompress(report.files[0].read_bytes())
+    digest = base64.b32encode(hashlib.sha1(body).digest())
+    assert b"WARC-Payload-Digest: sha1:" + digest in text
+    assert b"WARC-IP-Address: 127.0.0.1" in text
+    summary = json.loads((tmp_path / "out" / "crawl.json").read_text())
+    assert summary["stored"] == 1
+    assert summary["settings"]["user_agent"] == "tester/1 (me@example.org)"
+
+
+def test_the_corpus_reads_what_was_crawled(server: MisbehavingServer, tmp_path: Path) -> None:
+    pytest.importorskip("resiliparse")
+    from groundup.corpus import read
+    from groundup.recipe import CorpusSettings
+
+    words = " ".join(f"The {n}. sentence of a page that somebody wrote by hand." for n in range(30))
+    server.pages["/a"] = f"<html><body><article><h1>Title</h1><p>{words}</p></article></body></html>".encode()
+    server.pages["/b"] = redirect("/a")
+    crawl([server.url("/b")], tmp_path / "out", quick())
+    (document,) = read(tmp_path / "out", settings=CorpusSettings(extractor="resiliparse"))
+    assert "The 29. sentence" in document.text
+    assert document.url == server.url("/a")
+
+
+@pytest.mark.parametrize("path", ["/gzip", "/gzip-twice", "/deflate", "/raw-deflate", "/chunked", "/more-than-said"])
+def test_bodies_are_stored_unpacked_and_headers_tell_the_truth(
+    server: MisbehavingServer, tmp_path: Path, path: str
+) -> None:
+    crawl([server.url(path)], tmp_path, quick())
+    (headers, body), *more = [(headers, body) for kind, _, headers, body in records_of(tmp_path) if kind == "response"]
+    assert not more
+    assert body.startswith(page(path.strip("/").replace("-twice", "").replace("-", " "))[:60])
+    assert int(headers["content-length"]) == len(body)
+    assert "content-encoding" not in headers
+    assert "transfer-encoding" not in headers
+    assert b"smuggled" not in body
+
+
+def test_files_rotate_and_nothing_is_split(server: MisbehavingServer, tmp_path: Path) -> None:
+    noise = random.Random(1)
+    for number in range(8):
+        server.pages[f"/{number}"] = b"<p>" + noise.randbytes(30_000)
+    report = crawl([server.url(f"/{number}") for number in range(8)], tmp_path, quick(file_mib=0.1))
+    assert [path.name for path in report.files] == [f"pages-{number:05d}.warc.gz" for number in range(3)]
+    assert all(path.stat().st_size < 0.11 * 2**20 for path in report.files)
+    assert pages_of(tmp_path) == {server.url(f"/{number}"): server.pages[f"/{number}"] for number in range(8)}
+
+
+# What is refused
+
+
+MISBEHAVIOUR = {
+    "/silent": Refusal.TIMEOUT,
+    "/drip": Refusal.TIMEOUT,
+    "/drip-of-headers": Refusal.TIMEOUT,
+    "/for-ever-continue": Refusal.TIMEOUT,
+    "/endless": Refusal.TOO_LARGE,
+    "/endless-chunks": Refusal.TOO_LARGE,
+    "/endless-nothing": Refusal.TOO_LARGE,
+    "/bomb": Refusal.TOO_LARGE,
+    "/short": Refusal.CUT_OFF,
+    "/reset": Refusal.CUT_OFF,
+    "/half-gzip": Refusal.CUT_OFF,
+    "/not-gzip": Refusal.ENCODING,
+    "/brotli": Refusal.ENCODING,
+    "/many-headers": Refusal.BAD_RESPONSE,
+    "/long-header": Refusal.BAD_RESPONSE,
+    "/garbage": Refusal.BAD_RESPONSE,
+    "/down": Refusal.SERVER_ERROR,
+    "/loop/a": Refusal.REDIRECT_LOOP,
+    "/itself": Refusal.REDIRECT_LOOP,
+    "/hops/6": Refusal.TOO_MANY_REDIRECTS,
+    "/pdf": Refusal.TYPE,
+    "/untyped": Refusal.TYPE,
+    "/nothing": Refusal.STATUS,
+    "/not-there": Refusal.STATUS,
+}
+
+
+@pytest.mark.parametrize("path", MISBEHAVIOUR)
+def test_misbehaviour_ends_in_its_reason_and_costs_no_other_page(
+    server: MisbehavingServer, tmp_path: Path, path: str
+) -> None:
+    server.pages["/good"] = page("good")
+    begin = time.monotonic()
+    timeout = 0.3 if MISBEHAVIOUR[path] == Refusal.TIMEOUT else 10.0
+    report = crawl([server.url(path), server.url("/good")], tmp_path, quick(timeout_seconds=timeout))
+    assert time.monotonic() - begin < 5
+    check_law(report)
+    assert dict(report.refused) == {MISBEHAVIOUR[path]: 1}
+    assert list(pages_of(tmp_path)) == [server.url("/good")]
+
+
+def test_a_bomb_costs_no_memory(server: MisbehavingServer, tmp_path: Path) -> None:
+    crawl([server.url("/gzip")], tmp_path / "imports", quick())
+    tracemalloc.start()
+    try:
+        assert only_reason(crawl([server.url("/bomb")], tmp_path / "bomb", quick())) == Refusal.TOO_LARGE
+        assert tracemalloc.get_traced_memory()[1] < 8e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_passing_faults_are_asked_for_again_with_growing_pauses(server: MisbehavingServer, tmp_path: Path) -> None:
+    server.pages["/flaky"] = failing_first(3, "503 Service Unavailable", page("flaky"))
+    report = crawl([server.url("/flaky")], tmp_path, quick(retries=3, backoff_seconds=0.05))
+    assert report.stored == 1
+    times = [at for at, path in server.requests if path == "/flaky"]
+    first, second, third = (after - before for before, after in itertools.pairwise(times))
+    assert first >= 0.05
+    assert second >= 0.1
+    assert third >= 0.2
+    assert server.counts["/flaky"] == 4
+
+
+def test_no_retry_comes_sooner_than_any_other_request(server: MisbehavingServer, tmp_path: Path) -> None:
+    server.pages["/busy"] = failing_first(2, "503 Service Unavailable", page("busy"), Retry_After="0")
+    assert crawl([server.url("/busy")], tmp_path, quick(delay_seconds=0.15, retries=2)).stored == 1
+    times = [at for at, _ in server.requests]
+    assert min(after - before for before, after in itertools.pairwise(times)) >= 0.15
+
+
+def test_retry_after_is_obeyed(server: MisbehavingServer, tmp_path: Path) -> None:
+    server.pages["/busy"] = failing_first(1, "429 Too Many Requests", page("busy"), Retry_After="1")
+    server.pages["/other"] = page("other")
+    report = crawl([server.url("/busy"), server.url("/other")], tmp_path, quick())
+    assert report.stored == 2
+    before, again, other = [at for at, path in server.requests if path != "/robots.txt"]
+    assert again - before >= 1.0
+    assert other - before >= 1.0, "the whole host is left in peace"
+
+
+def test_a_host_that_asks_for_too_long_a_pause_is_left_alone_and_its_pages_wait(
+    server: MisbehavingServer, tmp_path: Path
+) -> None:
+    server.pages["/busy"] = failing_first(1, "429 Too Many Requests", page("busy"), Retry_After="86400")
+    server.pages["/other"] = page("other")
+    urls = [server.url("/busy"), server.url("/other")]
+    report = crawl(urls, tmp_path, quick())
+    assert (report.stored, report.waiting, server.counts.total()) == (0, 2, 1)
+    assert "86,400 s" in report.closed_hosts["127.0.0.1"]
+    assert crawl([], tmp_path, quick()).stored == 2
+
+
+def test_a_dead_host_is_not_asked_for_ever(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        report = crawl([f"http://127.0.0.1:{port}/{n}" for n in range(50)], tmp_path, quick())
+    assert only_reason(report) == Refusal.ROBOTS_UNREACHABLE
+    assert report.refused.total() == 50
+
+
+def test_a_host_that_dies_is_left_alone(server: MisbehavingServer, tmp_path: Path) -> None:
+    @closing
+    async def dying(exchange: Any) -> None:
+        exchange.writer.transport.abort()
+
+    for number in range(20):
+        server.pages[f"/{number}"] = dying
+    report = crawl([server.url(f"/{number}") for number in range(20)], tmp_path, quick(retries=0))
+    assert report.refused == {Refusal.CONNECTION: 5}
+    assert report.waiting == 15
+    assert "5 pages in a row" in report.closed_hosts["127.0.0.1"]
+
+
+def test_failures_that_pass_are_asked_for_again_on_request(server: MisbehavingServer, tmp_path: Path) -> None:
+    urls = [server.url("/down"), server.url("/pdf")]
+    assert crawl(urls, tmp_path, quick()).refused == {Refusal.SERVER_ERROR: 1, Refusal.TYPE: 1}
+    server.pages["/down"] = server.pages["/pdf"] = page("up again")
+    asked = server.counts.total()
+    assert crawl(urls, tmp_path, quick()).stored == 0
+    assert server.counts.total() == asked
+    report = crawl(urls, tmp_path, quick(), retry_failed=True)
+    check_law(report)
+    assert (report.stored, dict(report.refused)) == (1, {Refusal.TYPE: 1})
+    assert crawl(urls, tmp_path, quick(), retry_failed=True).to_json()["stored"] == 1
+
+
+# Addresses
+
+
+def test_without_leave_nothing_private_is_asked(server: MisbehavingServer, tmp_path: Path) -> None:
+    hosts = ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", "2130706433", "127.1", "0x7f.1"]
+    report = crawl([server.url("/gzip", host) for host in hosts], tmp_path, quick(allow_private=False))
+    check_law(report)
+    assert report.stored == 0
+    assert server.requests == []
+    assert report.refused[Refusal.PRIVATE] >= 5
+
+
+def test_a_name_of_a_private_address_is_refused(
+    server: MisbehavingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _names(monkeypatch, {"public.example": ["127.0.0.1"]})
+    report = crawl([server.url("/gzip", "public.example")], tmp_path, quick(allow_private=False))
+    assert only_reason(report) == Refusal.PRIVATE
+    assert server.requests == []
+
+
+def _names(monkeypatch: pytest.MonkeyPatch, answers: dict[str, list[str]]) -> None:
+    """Names that resolve to one address after the other, the last one again and again."""
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host: str, port: int, *args: Any, **kwargs: Any) -> Any:
+        if host in answers:
+            address = answers[host].pop(0) if len(answers[host]) > 1 else answers[host][0]
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
+        return real(host, port, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+@pytest.mark.usefixtures("as_if_public")
+def test_a_name_that_changes_its_address_gets_nowhere(
+    server: MisbehavingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with MisbehavingServer() as inside:
+        inside.pages["/secret"] = page("secret")
+        server.pages["/a"] = redirect(f"http://rebind.example:{inside.port}/secret")
+        _names(monkeypatch, {"rebind.example": ["127.0.0.1", "127.0.0.2"]})
+        report = crawl([server.url("/a", "rebind.example")], tmp_path, quick(allow_private=False))
+        assert only_reason(report) == Refusal.PRIVATE
+        assert server.counts == {"/a": 1}
+        assert inside.requests == []
+
+
+@pytest.mark.usefixtures("as_if_public")
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("http://127.0.0.2:{port}/gzip", Refusal.PRIVATE),
+        ("http://[::ffff:127.0.0.2]:{port}/gzip", Refusal.PRIVATE),
+        ("http://10.0.0.1/", Refusal.PRIVATE),
+        ("http://169.254.169.254/latest/meta-data/", Refusal.PRIVATE),
+        ("file:///etc/passwd", Refusal.BAD_URL),
+        ("gopher://127.0.0.1/", Refusal.BAD_URL),
+        ("http://user:word@127.0.0.1:{port}/gzip", Refusal.BAD_URL),
+        ("http://[nowhere/", Refusal.BAD_URL),
+    ],
+)
+def test_redirects_lead_nowhere_else(server: MisbehavingServer, tmp_path: Path, target: str, reason: Refusal) -> None:
+    server.pages["/away"] = redirect(target.format(port=server.port))
+    report = crawl([server.url("/away")], tmp_path, quick(allow_private=False))
+    assert only_reason(report) == reason
+    assert server.counts == {"/away": 1}
+
+
+@pytest.mark.usefixtures("as_if_public")
+def test_robots_txt_leads_nowhere_else(server: MisbehavingServer, tmp_path: Path) -> None:
+    server.robots = redirect("http://127.0.0.2/robots.txt")
+    server.pages["/a"] = page("a")
+    assert only_reason(crawl([server.url("/a")], tmp_path, quick(allow_private=False))) == Refusal.PRIVATE
+    assert server.counts == {}
+
+
+def test_what_is_given_must_be_addresses(tmp_path: Path) -> None:
+    with pytest.raises(GroundupError, match=r"2 of the addresses.*\n.*file:"):
+        crawl(["file:///etc/passwd", "example.org", "http://example.org/"], tmp_path / "out", quick())
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(GroundupError, match="no address was given"):
+        crawl([], tmp_path / "out", quick())
+
+
+# Manners
+
+
+def test_robots_txt_is_obeyed(server: MisbehavingServer, tmp_path: Path) -> None:
+    server.robots = b"User-agent: *\nDisallow: /closed\nAllow: /closed/but\nDisallow: /*.cgi$\n"
+    for path in ("/open", "/closed/a", "/closed/but", "/x.cgi"):
+        server.pages[path] = page(path)
+    server.pages["/sly"] = redirect("/closed/sly")
+    report = crawl(
+        [server.url(path) for path in ("/open", "/closed/a", "/closed/but", "/x.cgi", "/sly")], tmp_path, quick()
+    )
+    assert set(pages_of(tmp_path)) == {server.url("/open"), server.url("/closed/but")}
+    assert report.refused == {Refusal.ROBOTS: 3}
+    assert set(server.counts) == {"/open", "/closed/but", "/sly"}
+    assert sum(path == "/robots.txt" for _, path in server.requests) == 1
+
+
+def test_rules_for_us_by_name(server: MisbehavingServer, tmp_path: Path) -> None:
+    server.robots = b"User-agent: gro\nDisallow: /\n\nUser-agent: groundup\nDisallow: /a\n\nUser-agent: *\nDisallow: /"
+    server.pages["/a"] = server.pages["/b"] = page("x")
+    crawl([server.url("/a"), server.url("/b")], tmp_path / "1", quick())
+    assert set(pages_of(tmp_path / "1")) == {server.url("/b")}
+    report = crawl([server.url("/a"), server.url("/b")], tmp_path / "2", quick(user_agent="another/2.0"))
+    assert report.stored == 0
+
+
+@pytest.mark.parametrize(
+    ("robots", "stored"),
+    [
+        ("404 Not Found", 1),
+        ("403 Forbidden", 1),
+        ("410 Gone", 1),
+        ("500 Internal Server Error", 0),
+        ("503 Service Unavailable", 0),
+        ("429 Too Many Requests", 0),
+        (b"<html>not a robots.txt", 1),
+        (b"\xff\xfe\x00\x00", 1),
+        (b"", 1),
+        (b"\xef\xbb\xbfUser-agent: *\nDisallow: /", 0),
+        (redirect("/other-robots.txt"), 0),
+        (redirect("/loop/a"), 1),
+        (redirect("file:///etc/passwd"), 1),
+        (answering(gzip.compress(b"User-agent: *\nDisallow: /"), Content_Encoding="gzip"), 0),
+        (answering(b"User-agent: *\nDisallow: /\n" + b"#" * 600_000 + b"\nAllow: /\n"), 0),
+    ],
+)
+def test_robots_txt_by_answer(server: MisbehavingServer, tmp_path: Path, robots: Any, stored: int) -> None:
+    server.robots = robots
+    server.pages["/a"] = page("a")
+    server.pages["/other-robots.txt"] = answering(b"User-agent: *\nDisallow: /", kind="text/plain")
+    report = crawl([server.url("/a")], tmp_path, quick())
+    check_law(report)
+    assert report.stored == stored
+
+
+@pytest.mark.parametrize("path", ["/drip", "/short", "/garbage", "/silent", "/many-headers"])
+def test_no_usable_robots_txt_means_hands_off(server: MisbehavingServer, tmp_path: Path, path: str) -> None:
+    server.robots = server.pages[path]  # type: ignore[assignment]
+    server.pages["/a"] = page("a")
+    report = crawl([server.url("/a")], tmp_path, quick(timeout_seconds=0.2))
+    assert only_reason(report) == Refusal.ROBOTS_UNREACHABLE
+    assert server.counts == {}
+
+
+def test_an_endless_robots_txt_counts_as_far_as_it_is_read(server: MisbehavingServer, tmp_path: Path) -> None:
+    @closing
+    async def endless(exchange: Any) -> None:
+        await exchange.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\nUser-agent: *\nDisallow: /a\n")
+        while True:
+            await exchange.send(b"Disallow: /b\n" * 5000)
+
+    server.robots = endless
+    server.pages["/a"] = server.pages["/c"] = page("x")
+    crawl([server.url("/a"), server.url("/c")], tmp_path, quick())
+    assert set(pages_of(tmp_path)) == {server.url("/c")}
+
+
+def test_one_request_at_a_time_and_pauses_between_them(server: MisbehavingServer, tmp_path: Path) -> None:
+    for number in range(5):
+        server.pages[f"/{number}"] = page(str(number))
+    crawl([server.url(f"/{number}") for number in range(5)], tmp_path, quick(delay_seconds=0.1))
+    times = [at for at, _ in server.requests]
+    assert len(times) == 6
+    assert min(after - before for before, after in itertools.pairwise(times)) >= 0.1
+    assert server.busiest == 1
+
+
+def test_a_longer_crawl_delay_is_obeyed(server: MisbehavingServer, tmp_path: Path) -> None:
+    server.robots = b"User-agent: *\nCrawl-delay: 0.2\n"
+    server.pages["/a"] = server.pages["/b"] = page("x")
+    assert crawl([server.url("/a"), server.url("/b")], tmp_path / "1", quick()).stored == 2
+    times = [at for at, _ in server.requests]
+    assert min(after - before for before, after in itertools.pairwise(times)) >= 0.2
+    server.robots = b"User-agent: *\nCrawl-delay: 100000\n"
+    report = crawl([server.url("/a"), server.url("/b")], tmp_path / "2", quick(max_wait_seconds=0.0))
+    assert (report.stored, report.waiting) == (0, 2)
+    assert "100,000 s" in report.closed_hosts["127.0.0.1"]
+
+
+def test_a_host_that_rests_holds_up_no_other(server: MisbehavingServer, tmp_path: Path) -> None:
+    paths = {host: [f"/hops/0?{host}{number}" for number in range(4)] for host in ("127.0.0.1", "localhost")}
+    urls = [server.url(path, host) for host, given in paths.items() for path in given]
+    for concurrency in (1, 2):
+        server.requests.clear()
+        folder = tmp_path / str(concurrency)
+        assert crawl(urls, folder, quick(delay_seconds=0.1, concurrency=concurrency)).stored == 8
+        times = {host: [at for at, path in server.requests if path in given] for host, given in paths.items()}
+        assert max(host[0] for host in times.values()) < min(host[-1] for host in times.values())
+
+
+def test_a_page_that_hangs_holds_up_no_other_host(server: MisbehavingServer, tmp_path: Path) -> None:
+    urls = [server.url("/silent"), *(server.url(f"/hops/0?{number}", "localhost") for number in range(5))]
+    assert crawl(urls, tmp_path, quick(timeout_seconds=0.5, retries=0, concurrency=2)).stored == 5
+    (hung,) = [at for at, path in server.requests if path == "/silent"]
+    assert max(at for at, _ in server.requests) < hung + 0.5
+
+
+# Following
+
+
+def test_links_are_followed_to_the_depth_asked_for(server: MisbehavingServer, tmp_path: Path) -> None:
+    server.pages |= {
+        "/": page("0", "/a", "b?x=1&amp;y=2", "/a#top", "//127.0.0.2/", "mailto:x@y", "http://example.org/", "/"),
+        "/a": page("a", "/a/deep", "/"),
+        "/b": page("b"),
+        "/a/deep": page("deep", "/a/deeper"),
+    }
+    expected = {0: {"/"}, 1: {"/", "/a", "/b?x=1&y=2"}, 2: {"/", "/a", "/b?x=1&y=2", "/a/deep"}}
+    for depth, paths in expected.items():
+        report = crawl([server.url()], tmp_path / str(depth), quick(depth=depth))
+        check_law(report)
+        assert set(pages_of(tmp_path / str(depth))) == {server.url(path) for path in paths}
+        assert report.refused == {}
+
+
+def test_a_hundred_links_each_once(server: MisbehavingServer, tmp_path: Path) -> None:
+    links = [f"/page/{number}" for number in range(100)]
+    server.pages["/"] = page("hub", *links, *[f"{link}#again" for link in links])
+    for link in links:
+        server.pages[link] = page(link, "/", *links)
+    report = crawl([server.url()], tmp_path, quick(depth=5))
+    assert report.stored == 101
+    assert set(server.counts.values()) == {1}
+    assert len(pages_of(tmp_path)) == 101
+
+
+def test_scope(server: MisbehavingServer, tmp_path: Path) -> None:
+    server.pages |= {
+        "/docs/": page("docs", "a", "/docs/b/c", "/blog", "/docsx", server.url("/x", "localhost")),
+        "/docs/a": page("a"),
+        "/docs/b/c": page("c"),
+        "/blog": page("blog"),
+        "/x": page("x"),
+    }
+    crawl([server.url("/docs/")], tmp_path / "1", quick(depth=2, same_path=True))
+    assert set(server.counts) == {"/docs/", "/docs/a", "/docs/b/c"}
+    crawl([server.url("/docs/")], tmp_path / "2", quick(depth=1, same_path=True, hosts=("localhost",)))
+    assert server.url("/x", "localhost") in pages_of(tmp_path / "2")
+
+
+def test_redirects_are_followed_once_and_may_not_leave(server: MisbehavingServer, tmp_path: Path) -> None:
+    server.pages |= {
+        "/": page("hub", "/one", "/two", "/target", "/out"),
+        "/one": redirect("/target"),
+        "/two": redirect("/target"),
+        "/target": page("target"),
+        "/out": redirect(server.url("/away", "localhost")),
+        "/away": page("away"),
+        "/moved": redirect(server.url("/new", "localhost")),
+        "/new": page("new", "/more"),
+        "/more": page("more"),
+    }
+    report = crawl([server.url()], tmp_path / "1", quick(depth=1))
+    check_law(report)
+    assert set(pages_of(tmp_path / "1")) == {server.url("/"), server.url("/target")}
+    assert report.refused == {Refusal.DUPLICATE: 2, Refusal.OTHER_HOST: 1}
+    assert server.counts["/target"] == 1
+    assert server.counts["/away"] == 0
+    via = [body for kind, url, _, body in records_of(tmp_path / "1") if kind == "metadata"]
+    assert len(via) == 1
+    assert b"via: " + server.url("/one").encode() in via[0]
+    # What the user named may move to another host, and its links are then that host's.
+    crawl([server.url("/moved")], tmp_path / "2", quick(depth=1))
+    assert set(pages_of(tmp_path / "2")) == {server.url("/new", "localhost"), server.url("/more", "localhost")}
+
+
+def test_pages_are_asked_whether_they_may_be_kept_and_followed(server: MisbehavingServer, tmp_path: Path) -> None:
+    nofollow = '<META NAME="Robots" CONTENT="NoFollow">'
+    server.pages |= {
+        "/": page("hub", "/nofollow", "/noindex", "/header", "/ours", "/others"),
+        "/nofollow": page("nofollow", "/1", head=nofollow),
+        "/noindex": page("noindex", "/2", head='<meta content="noindex, follow" name=robots>'),
+        "/header": answering(page("header", "/3"), X_Robots_Tag="none"),
+        "/ours": answering(page("ours", "/4"), X_Robots_Tag="groundup: noindex"),
+        "/others": answering(page("others", "/5"), X_Robots_Tag="otherbot: noindex, nofollow"),
+        **{f"/{number}": page(str(number)) for number in range(1, 6)},
+    }
+    report = crawl([server.url()], tmp_path, quick(depth=3))
+    kept = {url.removeprefix(server.url("")) for url in pages_of(tmp_path)}
+    assert kept == {"/", "/nofollow", "/2", "/4", "/others", "/5"}
+    assert report.refused == {Refusal.NOINDEX: 3}
+    assert crawl([server.url("/noindex")], tmp_path / "named", quick()).stored == 1, "the user asked for this one"
+
+
+def test_links_with_bytes_that_are_no_text(server: MisbehavingServer, tmp_path: Path) -> None:
+    server.pages |= {
+        "/": b'<meta charset=latin-1><a href="/caf\xe9">x</a><a href="/m\xf6v\xe9d?q=%E9">y</a>',
+        "/caf%C3%A9": page("cafe"),
+        "/m%C3%B6v%C3%A9d": redirect(b"/raw\xe9\xff"),
+        "/raw%E9%FF": page("raw"),
+        "/nul": b"<p>a\0b</p>\0",
+    }
+    crawl([server.url(), server.url("/nul")], tmp_path, quick(depth=1))
+    found = pages_of(tmp_path)
+    assert {url.removeprefix(server.url("")) for url in found} == {"/", "/caf%C3%A9", "/raw%E9%FF", "/nul"}
+    assert found[server.url("/nul")] == b"<p>a\0b</p>\0"
+
+
+# Sitemaps, plans, surroundings
+
+
+def test_sitemaps_lead_to_their_pages(server: MisbehavingServer, tmp_path: Path) -> None:
+    packed = urlset(server.url("/c"), server.url("/a"), "http://elsewhere.example/")
+    server.pages |= {
+        "/sitemap.xml": answering(
+            index(server.url("/1.xml"), server.url("/2.xml.gz"), server.url("/sitemap.xml"), server.url("/bad.xml")),
+            kind="application/xml",
+        ),
+        "/1.xml": answering(urlset(server.url("/a"), server.url("/b?x=1&amp;y=2")), kind="application/xml"),
+        "/2.xml.gz": answering(gzip.compress(packed), kind="application/gzip"),
+        "/bad.xml": answering(b"<urlset", kind="application/xml"),
+        "/urls.txt": answering(f"{server.url('/d')}\n\n{server.url('/a')}\n".encode(), kind="text/plain"),
+        **{path: page(path) for path in ("/a", "/b", "/c", "/d")},
+    }
+    sitemaps = [server.url("/sitemap.xml"), server.url("/urls.txt")]
+    report = crawl([], tmp_path, quick(), sitemaps=sitemaps)
+    check_law(report)
+    assert set(pages_of(tmp_path)) == {server.url(path) for path in ("/a", "/b?x=1&y=2", "/c", "/d")}
+    assert (report.listed, report.elsewhere, dict(report.refused)) == (4, 1, {Refusal.BAD_SITEMAP: 1})
+    assert set(server.counts.values()) == {1}
+    asked = len(server.requests)
+    assert crawl([], tmp_path, quick(), sitemaps=sitemaps).fetched == 0
+    assert len(server.requests) == asked
+
+
+def test_a_plan_fetches_no_page_and_writes_nothing(server: MisbehavingServer, tmp_path: Path) -> None:
+    server.robots = b"User-agent: *\nDisallow: /b"
+    server.pages |= {"/s.xml": answering(urlset(server.url("/b"), server.url("/c"))), "/a": page("a"), "/c": page("c")}
+    plan = plan_crawl([server.url("/a")], quick(), sitemaps=[server.url("/s.xml")], out=tmp_path / "out")
+    assert {item.url: item.reason for item in plan} == {
+        server.url("/a"): "",
+        server.url("/b"): Refusal.ROBOTS,
+        server.url("/c"): "",
+    }
+    assert server.counts == {"/s.xml": 1}
+    assert not (tmp_path / "out").exists()
+    crawl([server.url("/a")], tmp_path / "out", quick())
+    plan = plan_crawl([server.url("/a"), server.url("/c")], quick(), out=tmp_path / "out")
+    assert [item.url for item in plan] == [server.url("/c")]
+    server.robots = b"User-agent: *\nCrawl-delay: 5000"
+    (item,) = plan_crawl([server.url("/a")], quick())
+    assert (item.reason, item.detail) == (Refusal.ASKED_TO_WAIT, "its robots.txt asks for a pause of 5,000 s")
+
+
+def test_within_a_running_event_loop(server: MisbehavingServer, tmp_path: Path) -> None:
+    import asyncio
+
+    async def notebook() -> CrawlReport:
+        return crawl([server.url("/gzip")], tmp_path, quick())
+
+    assert asyncio.run(notebook()).stored == 1
+
+
+def test_without_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    with pytest.raises(GroundupError, match=r"aiohttp.*\n.*groundup\[crawl\]"):
+        crawl(["http://example.org/"], tmp_path / "out", quick())
+    assert not (tmp_path / "out").exists()
+
+
+# The command
+
+
+def _command(*arguments: str) -> Any:
+    import typer
+    from typer.testing import CliRunner
+
+    from groundup.cli.crawling import EPILOG
+    from groundup.cli.crawling import crawl as command
+
+    app = typer.Typer()
+    app.command(epilog=EPILOG)(command)
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_the_command(server: MisbehavingServer, tmp_path: Path) -> None:
+    server.pages |= {"/": page("hub", "/3", "/4"), **{f"/{number}": page(str(number)) for number in range(1, 5)}}
+    server.robots = b"User-agent: *\nDisallow: /2"
+    (tmp_path / "list.txt").write_text(f"# pages\n\n{server.url('/1')}\n{server.url('/2')}\n{server.url('/pdf')}\n")
+    quickly = ["--delay", "0", "--allow-private", "--out", str(tmp_path / "out")]
+    given = [server.url(), "--urls", str(tmp_path / "list.txt"), "--depth", "1"]
+    dry = _command(*given, *quickly, "--dry-run")
+    assert dry.exit_code == 0
+    assert f"leave  {server.url('/2')}  (robots.txt)" in dry.stdout
+    assert not (tmp_path / "out").exists()
+    first = _command(*given, *quickly, "--max-pages", "2", "--json")
+    assert first.exit_code == 0
+    report = json.loads(first.stdout)
+    assert (report["stored"], report["limit"]) == (2, "max_pages")
+    second = _command(*quickly, "--max-pages", "100")
+    assert second.exit_code == 0
+    for words in ("stored", "robots.txt", "content type", "application/pdf"):
+        assert words in second.stdout
+    assert set(server.counts.values()) <= {1}
+
+
+def test_the_command_says_all_that_is_wrong_at_once() -> None:
+    wrong = _command("http://example.org/", "--depth", "-1", "--delay", "-2", "--user-agent", "ü")
+    problems = str(wrong.exception)
+    assert wrong.exception.exit_code == 2
+    assert all(name in problems for name in ("--depth -1", "--delay -2", "--user-agent ü"))
+
+
+def test_a_crawl_that_stores_nothing_exits_with_1(server: MisbehavingServer, tmp_path: Path) -> None:
+    ended = _command(server.url("/gzip"), "--delay", "0", "--retries", "0", "--out", str(tmp_path / "out"))
+    assert ended.exit_code == 1
+    assert "private address" in ended.stdout
+    assert server.requests == []

@@ -1,0 +1,353 @@
+"""The whole data stage: the same bytes whoever does the work, however it is cut, and wherever it is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import start
+from data_stage import digests, near_copy, text_of, write_inputs, write_recipe
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from groundup.corpus import curate, stream_documents
+from groundup.corpus.curate import ANNOTATED
+from groundup.errors import GroundupError
+from groundup.files import file_digest
+from groundup.recipe import CorpusSettings, read_recipe
+from groundup.road import build
+
+N_KILLS = 20
+
+
+def corpus_files(out: Path) -> list[str]:
+    return [file_digest(out / name) for name in ("documents.jsonl", "set_aside.jsonl", "funnel.json")]
+
+
+def curated(out: Path, *inputs: Path, **changes: Any) -> dict[str, Any]:
+    chosen = {"quality": ("gopher",), "dedup_within": "paragraphs", "privacy": ("email",), **changes}
+    return curate(CorpusSettings(inputs=tuple(map(str, inputs)), **chosen), out)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("few")
+    write_inputs(folder, n=120)
+    return folder
+
+
+def test_every_document_is_accounted_for_at_every_step(tmp_path: Path, inputs: Path) -> None:
+    summary = curated(tmp_path, inputs)
+    assert summary["documents_in"] == summary["documents_kept"] + sum(summary["removed"].values())
+    assert summary["removed"]["duplicate"] == 4
+    assert summary["removed"]["near-duplicate"] >= 4
+    assert {"language", "invalid JSON", "no text field", "NUL characters", "empty", "invalid UTF-8", "cut off"} <= set(
+        summary["removed"]
+    )
+    funnel = json.loads((tmp_path / "funnel.json").read_text())
+    for step, following in zip(funnel["steps"], funnel["steps"][1:], strict=False):
+        assert step["out"] == following["in"] == step["in"] - sum(step["removed"].values())
+        assert step["bytes_out"] == following["bytes_in"]
+    for table in (funnel["by_source"], funnel["by_language"]):
+        assert all(row["in"] == row["kept"] + sum(row["removed"].values()) for row in table.values())
+    listed = [json.loads(line) for line in (tmp_path / "set_aside.jsonl").read_text().splitlines()]
+    assert len(listed) == sum(summary["removed"].values())
+    assert funnel["duplicate_keys"]["count"] > 0
+    assert funnel["changed"]["private: email"] == 1
+    assert funnel["private"]["email"]
+    assert not any("ann@example.org" in document.text for document in stream_documents(tmp_path))
+    by_language = {language: row["in"] for language, row in funnel["by_language"].items()}
+    for name, histogram in funnel["histograms"].items():
+        # Signals are reckoned of documents in the languages asked for.
+        seen = sum(by_language.values()) if name in ("characters", "language_score") else by_language["en"]
+        assert sum(histogram["counts"]) == seen, name
+
+
+@given(split_kib=st.sampled_from([2, 7, 30, 100, 400]), memory_mib=st.integers(128, 200), seed=st.integers(0, 9))
+@settings(max_examples=5, deadline=None, phases=[Phase.generate])  # a smaller example would take minutes to find
+def test_neither_pieces_nor_memory_nor_the_order_of_files_change_a_byte(
+    tmp_path_factory: pytest.TempPathFactory, inputs: Path, split_kib: int, memory_mib: int, seed: int
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    files = sorted(inputs.iterdir())
+    curated(folder / "one", inputs)
+    random.Random(seed).shuffle(files)
+    curated(folder / "two", *files, split_mib=split_kib / 1024, memory_mib=memory_mib, workers=1)
+    assert corpus_files(folder / "one")[:2] == corpus_files(folder / "two")[:2]
+    one, two = (json.loads((folder / name / "funnel.json").read_text()) for name in ("one", "two"))
+    assert {**one, "files": 0} == {**two, "files": 0}
+
+
+def test_documents_do_not_depend_on_which_file_holds_them(tmp_path: Path) -> None:
+    chance = random.Random(5)
+    texts = [text_of(chance) for _ in range(60)]
+    for name, order in (("one", texts), ("two", chance.sample(texts, len(texts)))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in order))
+        curated(tmp_path / name, tmp_path / f"{name}.jsonl")
+    one, two = ([(d.id, d.text, d.split) for d in stream_documents(tmp_path / name)] for name in ("one", "two"))
+    assert one == two
+
+
+def test_another_threshold_reads_no_text_again(tmp_path: Path, inputs: Path) -> None:
+    strict = curated(tmp_path / "out", inputs, thresholds={"gopher.min_words": 150})
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / ANNOTATED).rglob("*") if path.is_file()}
+    loose = curated(tmp_path / "out", inputs, thresholds={"gopher.max_duplicate_lines": False})
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / ANNOTATED).rglob("*") if path.is_file()}
+    assert before == after
+    assert loose["documents_kept"] > strict["documents_kept"]
+    curated(tmp_path / "anew", inputs, thresholds={"gopher.max_duplicate_lines": False})
+    assert corpus_files(tmp_path / "out") == corpus_files(tmp_path / "anew")
+
+
+def test_the_road_keeps_measurements_when_a_threshold_changes(tmp_path: Path, inputs: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.toml", inputs)
+    build(read_recipe(recipe), tmp_path / "run", until="corpus")
+    folder = tmp_path / "run" / "corpus" / ANNOTATED
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    build(read_recipe(recipe, ["corpus.min_characters=200"]), tmp_path / "run", until="corpus")
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    build(read_recipe(recipe, ["corpus.unicode=NFKC"]), tmp_path / "run", until="corpus")
+    assert not set(before) & set(folder.rglob("*.parquet"))
+
+
+def test_a_file_that_is_added_is_the_only_one_that_is_read(tmp_path: Path) -> None:
+    chance = random.Random(6)
+    (tmp_path / "in").mkdir()
+    for name in "abcdefgh":
+        (tmp_path / "in" / f"{name}.txt").write_text(text_of(chance, 30))
+    options: dict[str, Any] = {"split_mib": 0.001, "validation_by": "document"}  # a file a piece
+    curated(tmp_path / "out", tmp_path / "in", **options)
+    before = {path.name for path in (tmp_path / "out" / ANNOTATED).iterdir()}
+    (tmp_path / "in" / "cc.txt").write_text(text_of(chance, 30))
+    curated(tmp_path / "out", tmp_path / "in", **options)
+    after = {path.name for path in (tmp_path / "out" / ANNOTATED).iterdir()}
+    assert len(after - before) == 1
+    assert before < after
+
+
+def test_planted_copies_go_and_single_texts_stay(tmp_path: Path) -> None:
+    chance = random.Random(11)
+    single = [text_of(chance, 30) for _ in range(150)]
+    copies = [near_copy(text, chance) for text in single[:50]] + single[50:75]
+    rows = [*single, *copies]
+    chance.shuffle(rows)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    summary = curated(tmp_path / "out", tmp_path / "a.jsonl", quality=("none",), dedup_within="none")
+    assert summary["removed"] == {"duplicate": 25, "near-duplicate": 50}
+    kept = {document.text for document in stream_documents(tmp_path / "out")}
+    assert set(single[75:]) <= kept
+
+
+def test_evaluation_data_is_found_and_listed(tmp_path: Path) -> None:
+    chance = random.Random(3)
+    texts = [text_of(chance) for _ in range(40)]
+    question = " ".join(texts[7].split()[5:25])
+    (tmp_path / "quiz.jsonl").write_text(json.dumps({"question": question, "answer": "none"}) + "\n")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    summary = curated(
+        tmp_path / "out", tmp_path / "a.jsonl", quality=("none",), decontaminate={"files": str(tmp_path / "quiz.jsonl")}
+    )
+    assert summary["removed"] == {"contaminated": 1}
+    found = json.loads((tmp_path / "out" / "funnel.json").read_text())["contamination"]["quiz"]
+    assert (found["records"], found["records_hit"], found["documents"]) == (1, 1, 1)
+    assert found["examples"][0]["text"]
+    assert texts[7] not in {document.text for document in stream_documents(tmp_path / "out")}
+
+
+def test_a_mixture_has_the_shares_asked_for(tmp_path: Path) -> None:
+    chance = random.Random(4)
+    for name, n in (("books", 300), ("web", 300)):
+        rows = [json.dumps({"text": text_of(chance), "kind": name}) + "\n" for _ in range(n)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    mix = {"books": 0.8, "web": 0.2}
+    options: dict[str, Any] = {"quality": ("none",), "source_field": "kind", "dedup_within": "none", "mix": mix}
+    summary = curated(tmp_path / "out", tmp_path / "books.jsonl", tmp_path / "web.jsonl", **options)
+    sizes = {"books": 0, "web": 0}
+    for document in stream_documents(tmp_path / "out"):
+        sizes[document.source] += len(document.text)
+    assert abs(sizes["books"] / sum(sizes.values()) - 0.8) < 0.05
+    assert summary["removed"]["mix"] + summary["documents_kept"] == 600
+
+
+def test_a_predicate_a_classifier_and_a_word_list_decide(tmp_path: Path, inputs: Path) -> None:
+    (tmp_path / "mine.py").write_text("def keep(document):\n    return 'river' in document.text\n")
+    (tmp_path / "bad.txt").write_text("# words\nsilver\n")
+    chance = random.Random(8)
+    other = "".join(json.dumps({"text": f"{n} {n * 7} percent of {n * 3} index table value"}) + "\n" for n in range(60))
+    (tmp_path / "no.jsonl").write_text(other)
+    (tmp_path / "yes.jsonl").write_text("".join(json.dumps({"text": text_of(chance)}) + "\n" for _ in range(60)))
+    summary = curated(
+        tmp_path / "out", inputs, tmp_path / "no.jsonl", quality=("none",), dedup="exact", dedup_within="none",
+        predicate=f"{tmp_path / 'mine.py'}:keep", toxic_words=str(tmp_path / "bad.txt"), max_toxic_share=0.06,
+        classifier={"positive": str(tmp_path / "yes.jsonl"), "negative": str(tmp_path / "no.jsonl")}, languages=(),
+    )  # fmt: skip
+    assert summary["removed"]["predicate"] >= 60
+    assert summary["removed"]["toxic words"] > 3
+    for document in stream_documents(tmp_path / "out"):
+        assert "river" in document.text
+        assert document.score is not None
+        assert document.score >= 0.5
+    (tmp_path / "mine.py").write_text("def keep(document):\n    return True\n")
+    again = curated(tmp_path / "out", inputs, quality=("none",), predicate=f"{tmp_path / 'mine.py'}:keep")
+    assert "predicate" not in again["removed"]
+
+
+def test_a_worker_that_is_killed_is_named_and_its_work_can_go_on(tmp_path: Path, inputs: Path) -> None:
+    (tmp_path / "kill.py").write_text(
+        f"import os, pathlib\nflag = pathlib.Path({str(tmp_path / 'flag')!r})\n"
+        "def keep(document):\n"
+        "    if not flag.exists():\n        flag.touch(); os.kill(os.getpid(), 9)\n    return True\n"
+    )
+    options: dict[str, Any] = {"predicate": f"{tmp_path / 'kill.py'}:keep", "split_mib": 0.01, "workers": 2}
+    with pytest.raises(GroundupError, match="a worker process was killed"):
+        curated(tmp_path / "out", inputs, **options)
+    assert not (tmp_path / "out" / "documents.jsonl").exists()
+    curated(tmp_path / "out", inputs, **options)
+    curated(tmp_path / "whole", inputs, **{**options, "workers": 1})
+    assert corpus_files(tmp_path / "out") == corpus_files(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_workers_give_the_bytes_of_one(tmp_path: Path, inputs: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.toml", inputs)
+    for workers in (1, 2):
+        overrides = [f"corpus.workers={workers}", f"shards.workers={workers}", "corpus.split_mib=0.05"]
+        build(read_recipe(recipe, overrides), tmp_path / str(workers), until="shards")
+    assert digests(tmp_path / "1") == digests(tmp_path / "2")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_at_random_moments_the_data_stage_ends_with_the_same_bytes(tmp_path: Path, few: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.toml", few, split_mib=0.05, workers=2)
+    whole, seconds = _to_the_end(recipe, tmp_path / "whole")
+    _kill_again_and_again(whole, seconds, recipe, tmp_path / "killed")
+    assert not list((tmp_path / "killed").rglob("*.partial-*"))
+
+
+RAY_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+
+
+class RayHead:
+    """A Ray cluster of one machine that outlives its drivers."""
+
+    def __init__(self) -> None:
+        self._ray = [sys.executable, "-m", "ray.scripts.scripts"]
+        self._environment = {**os.environ, **RAY_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+        begun = subprocess.run(
+            [*self._ray, "start", "--head", "--num-cpus=2", "--include-dashboard=false", "--port=0",
+             "--node-ip-address=127.0.0.1"],
+            capture_output=True, text=True, env=self._environment, timeout=120,
+        )  # fmt: skip
+        assert begun.returncode == 0, begun.stderr
+        self.address = begun.stdout.split("--address='")[1].split("'")[0]
+
+    def stop(self) -> None:
+        subprocess.run([*self._ray, "stop", "--force"], capture_output=True, env=self._environment, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Any:
+    """The environment in which a command finds a running cluster."""
+    pytest.importorskip("ray")
+    head = RayHead()
+    yield {"RAY_ADDRESS": head.address, **RAY_ENVIRONMENT}
+    head.stop()
+
+
+OUR_TASKS = tuple(f"ray::{name}" for name in ("annotate", "write_unit", "merge_range", "encode_range", "join_shard"))
+ON_RAY = ("--set", "corpus.engine=ray", "--set", "corpus.workers=2")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ray_gives_the_same_bytes_also_when_its_workers_are_killed(
+    tmp_path: Path, inputs: Path, cluster: dict[str, str]
+) -> None:
+    recipe = write_recipe(tmp_path / "r.toml", inputs, split_mib=0.05)
+    whole, _ = _to_the_end(recipe, tmp_path / "local")
+    _same(whole, _to_the_end(recipe, tmp_path / "ray", *ON_RAY, **cluster)[0])
+    for attempt in range(3):
+        run = tmp_path / f"killed {attempt}"
+        process = start("shards", recipe, "--out", run, *ON_RAY, **cluster)
+        n_killed = 0
+        while process.poll() is None:
+            n_killed += _kill_one_ray_worker() if n_killed < 4 else 0
+            time.sleep(0.02)
+        assert process.returncode == 0, process.communicate()[1]
+        _same(whole, digests(run))
+        if n_killed:
+            return
+    pytest.fail("no worker could be caught at work")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_driver_of_ray_that_is_killed_goes_on_to_the_same_bytes(
+    tmp_path: Path, few: Path, cluster: dict[str, str]
+) -> None:
+    recipe = write_recipe(tmp_path / "r.toml", few, split_mib=0.05)
+    whole, _ = _to_the_end(recipe, tmp_path / "local")
+    _, seconds = _to_the_end(recipe, tmp_path / "ray", *ON_RAY, **cluster)
+    _kill_again_and_again(whole, seconds, recipe, tmp_path / "killed", *ON_RAY, **cluster)
+
+
+def _kill_again_and_again(
+    whole: dict[str, str], seconds: float, recipe: Path, run: Path, *options: str, **environment: str
+) -> None:
+    """Twenty kills, half of them at any moment of a first attempt, half while it goes on where it was killed."""
+    chance = random.Random(1)
+    for kill in range(N_KILLS):
+        _killed_after(chance.uniform(0.15, 0.95) * seconds, recipe, run, *options, **environment)
+        if kill % 2 and kill < N_KILLS - 2:
+            shutil.rmtree(run, ignore_errors=True)
+    _same(whole, _to_the_end(recipe, run, *options, **environment)[0])
+
+
+def _to_the_end(recipe: Path, run: Path, *options: str, **environment: str) -> tuple[dict[str, str], float]:
+    begun = time.monotonic()
+    process = start("shards", recipe, "--out", run, *options, **environment)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    return digests(run), time.monotonic() - begun
+
+
+def _killed_after(seconds: float, recipe: Path, run: Path, *options: str, **environment: str) -> None:
+    process = start("shards", recipe, "--out", run, *options, **environment)
+    try:
+        process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+
+
+def _same(one: dict[str, str], two: dict[str, str]) -> None:
+    assert one == two, [name for name in one.keys() | two.keys() if one.get(name) != two.get(name)]
+
+
+def _kill_one_ray_worker() -> int:
+    """Kill a Ray worker that is at work on one of our tasks, if there is one: 1, else 0."""
+    import psutil
+
+    for process in psutil.process_iter(["cmdline"]):
+        title = " ".join(process.info["cmdline"] or [])
+        if title.startswith(OUR_TASKS):  # Ray's own agents are called ray::, too
+            process.kill()
+            return 1
+    return 0
