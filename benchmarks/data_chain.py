@@ -11,16 +11,18 @@ Training the tokenizer is not part of either.
 Examples:
     python benchmarks/data_chain.py --quick                         a smoke run on 1 MB
     python benchmarks/data_chain.py --generated 60 300              two made-up corpora beside the real one
-    python benchmarks/data_chain.py --input pages.jsonl --generated 0 --rounds 5
+    python benchmarks/data_chain.py --input pages.jsonl --generated 0 --large 0 --rounds 5
     python benchmarks/data_chain.py --without-datatrove             groundup's rows only
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gzip
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import shutil
@@ -54,9 +56,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, default=RAW, help="real text: JSONL (.gz too) with id and text")
     parser.add_argument("--generated", type=float, nargs="*", default=[60.0], help="megabytes of made-up corpora")
+    parser.add_argument("--large", type=float, nargs="*", default=[400.0], help="megabytes, for groundup's rows only")
     parser.add_argument("--seed", type=int, default=0, help="of the made-up corpora")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--default-mb", type=float, default=10.0, help="text for datatrove's slow default form")
+    parser.add_argument("--default-mb", type=float, default=20.0, help="text for datatrove's slow default form")
     parser.add_argument("--default-rounds", type=int, default=1)
     parser.add_argument("--venv", type=Path, default=ENVIRONMENT, help="datatrove's environment")
     parser.add_argument("--without-datatrove", action="store_true")
@@ -73,11 +76,12 @@ def main() -> None:
         if arguments.make_environment:
             return
     if arguments.quick:
-        arguments.generated, arguments.rounds, arguments.default_mb, arguments.input = [1.0], 1, 0.3, Path()
+        arguments.generated, arguments.large, arguments.rounds = [1.0], [], 1
+        arguments.default_mb, arguments.input = 0.3, Path()
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, file, origin in prepare(arguments, Path(folder)):
-            found.append({"corpus": name, **origin, **benchmark(file, arguments)})
+        for name, file, origin, with_datatrove in prepare(arguments, Path(folder)):
+            found.append({"corpus": name, **origin, **benchmark(file, arguments, with_datatrove)})
             print(table(found[-1]))
     if not arguments.quick:
         from record import write_result
@@ -87,31 +91,33 @@ def main() -> None:
         write_result("data_chain", {"vocab_size": VOCAB_SIZE, "versions": {**versions, **baseline}, "corpora": found})
 
 
-def prepare(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
-    """The corpora as plain JSONL, each in a folder of its own: name, file, and where it comes from."""
+def prepare(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Path, dict[str, Any], bool]]:
+    """The corpora as plain JSONL, each in a folder of its own: name, file, where it comes from, and for whom."""
     from data_corpus import write_corpus
 
     if arguments.input.is_file():
         file = _place(folder, "real")
         with _open(arguments.input) as source, file.open("wb") as out:
             shutil.copyfileobj(source, out)
-        yield arguments.input.name, file, {}
-    for megabytes in filter(None, arguments.generated):
+        yield arguments.input.name, file, {}, not arguments.without_datatrove
+    sizes = [(megabytes, not arguments.without_datatrove) for megabytes in arguments.generated]
+    for megabytes, with_datatrove in [*sizes, *((megabytes, False) for megabytes in arguments.large)]:
+        if not megabytes:
+            continue
         file = _place(folder, f"generated-{megabytes:g}")
-        pools = tuple(path for path in [RAW] if path.is_file() and not arguments.quick)
-        kinds = write_corpus(file, megabytes, arguments.seed, pools)
+        kinds = write_corpus(file, megabytes, arguments.seed)
         with file.open("rb") as handle:
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        made_of = ["groundup:classics", *(path.name for path in pools)]
         yield (
             f"generated, {megabytes:g} MB",
             file,
-            {"seed": arguments.seed, "made_of": made_of, "kinds": kinds, "sha256": digest},
+            {"seed": arguments.seed, "made_of": "groundup:classics", "kinds": kinds, "sha256": digest},
+            with_datatrove,
         )
 
 
-def benchmark(file: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """All rows on one corpus."""
+def benchmark(file: Path, arguments: argparse.Namespace, with_datatrove: bool) -> dict[str, Any]:
+    """All rows on one corpus, or groundup's alone."""
     with tempfile.TemporaryDirectory(dir=file.parents[1]) as name:
         folder = Path(name)
         tokenizer = folder / "tokenizer"
@@ -123,7 +129,7 @@ def benchmark(file: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         for number in range(arguments.rounds):
             for row, how in GROUNDUP.items():
                 runs.setdefault(row, []).append(measure({"do": "chain", "input": str(file), **how}, folder))
-            for row, form in {} if arguments.without_datatrove else DATATROVE.items():
+            for row, form in DATATROVE.items() if with_datatrove else ():
                 if form == "patched" or number < arguments.default_rounds:
                     what = sample if form == "default" else file
                     runs.setdefault(row, []).append(run_chain(form, what, tokenizer, folder, arguments.venv))
@@ -137,14 +143,14 @@ def benchmark(file: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             "rows": rows,
             "ratios": ratios(rows),
         }
-        stages, found = compare(file, sample, tokenizer, folder, arguments)
+        stages, found = compare(file, sample, tokenizer, folder, arguments.venv if with_datatrove else None)
         if found:
             result["baseline_versions"] = runs["datatrove, patched"][0]["versions"]
         return {**result, "groundup_stages": stages, "agreement": found}
 
 
 def compare(
-    file: Path, sample: Path, tokenizer: Path, folder: Path, arguments: argparse.Namespace
+    file: Path, sample: Path, tokenizer: Path, folder: Path, venv: Path | None
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Runs that are not timed against each other: groundup's CPU seconds by step, and who decides how."""
     found = {}
@@ -152,9 +158,9 @@ def compare(
     for form, what in (("patched", file), ("default", sample)):
         mine = measure({"do": "chain", "input": str(what), **GROUNDUP["groundup"], "again": True}, folder)
         first = first or mine["stages"]
-        if arguments.without_datatrove:
+        if venv is None:
             break
-        theirs = run_chain(form, what, tokenizer, folder, arguments.venv, explain=True)
+        theirs = run_chain(form, what, tokenizer, folder, venv, explain=True)
         found[form] = agreement(what, folder / "out" / "corpus", theirs)
     return first, found
 
@@ -164,7 +170,9 @@ def measure(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     result = folder / "result.json"
     row = {"tokenizer": str(folder / "tokenizer"), "out": str(folder / "out"), **row, "result": str(result)}
     shutil.rmtree(row["out"], ignore_errors=True)
-    usage = run([sys.executable, str(Path(__file__).resolve()), "--one", json.dumps(row)], ONE_THREAD)
+    # A stage that needs no other process uses as many threads instead.
+    threads = {**ONE_THREAD, "RAYON_NUM_THREADS": str(row.get("workers", 1))}
+    usage = run([sys.executable, str(Path(__file__).resolve()), "--one", json.dumps(row)], threads)
     return {**json.loads(result.read_text(encoding="utf-8")), "usage": dataclasses.asdict(usage)}
 
 
@@ -178,8 +186,11 @@ def train(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def chain(row: dict[str, Any]) -> dict[str, Any]:
-    """groundup's chain, through its public functions."""
+    """groundup's chain, through its public functions, with the worker counts that a recipe would lead to."""
     _choose(row["engine"])
+    for library in ("awkward", "pyarrow.parquet", "groundup.tokenizer.engines"):  # loaded at first use otherwise
+        with contextlib.suppress(ImportError):
+            importlib.import_module(library)
     from groundup.corpus import curate
     from groundup.recipe import CorpusSettings, ShardsSettings
     from groundup.shards import write_shards_from_file
@@ -194,7 +205,11 @@ def chain(row: dict[str, Any]) -> dict[str, Any]:
     corpus = curate(settings, out / "corpus")
     curated = cpu_seconds()
     shards = write_shards_from_file(
-        documents, tokenizer, out / "shards", ShardsSettings(workers=workers), range_bytes=PIECE_MIB << 20
+        documents,
+        tokenizer,
+        out / "shards",
+        ShardsSettings(workers=None if workers > 1 else 1),
+        range_bytes=PIECE_MIB << 20,
     )
     ended, wall_seconds = cpu_seconds(), time.perf_counter() - began
     stages = {"curate": curated - started, "encode and write shards": ended - curated}

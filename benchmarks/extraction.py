@@ -1,8 +1,9 @@
-"""HTML to text: pages per CPU-second and accuracy of both extractors, as `groundup.corpus.extract` runs them.
+"""HTML to text: pages per CPU-second and accuracy of both extractors, as `groundup.corpus.reading.extract` runs them.
 
 Processor time is that of this process and of the extractor's, its start included, over as many pages as one process
-lives for. Accuracy: the article extraction benchmark's own score (4-word shingles, every page of equal weight), and on
-Mozilla's readability pages the F1 of words against the text of the expected page.
+lives for; beside it the library by itself, called in this process. Accuracy: the article extraction benchmark's own
+score (4-word shingles, every page of equal weight), and on Mozilla's readability pages the F1 of words against the text
+of the expected page.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 
 from record import spread, write_result
 
-from groundup.corpus.extract import ExtractionFailure, Extractor
+from groundup.corpus.reading import extract_child
+from groundup.corpus.reading.extract import ExtractionFailure, Extractor
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "html"
 KINDS = ("trafilatura", "resiliparse")
@@ -35,10 +37,12 @@ def main() -> None:
     timed = [articles[at % len(articles)] for at in range(TIMED_PAGES)]
     speeds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     walls: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    alone: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in range(arguments.rounds):
         for kind in KINDS:
             cpu_seconds, wall_seconds = seconds_for(kind, timed)
             speeds[kind].append(TIMED_PAGES / cpu_seconds)
+            alone[kind].append(TIMED_PAGES / seconds_alone(kind, timed))
             walls[kind].append(TIMED_PAGES / wall_seconds)
     mozilla, expected = read_mozilla()
     rows = []
@@ -49,6 +53,7 @@ def main() -> None:
             {
                 "extractor": kind,
                 "pages_per_cpu_second": spread(speeds[kind]),
+                "library_alone_pages_per_cpu_second": spread(alone[kind]),
                 "pages_per_second": spread(walls[kind]),
                 "article_extraction_benchmark": {"n_pages": len(articles), **accuracy},
                 "mozilla_readability_words": {"n_pages": len(mozilla), **tokens},
@@ -56,6 +61,7 @@ def main() -> None:
         )
         print(
             f"| {kind} | {rows[-1]['pages_per_cpu_second']['median']:.0f} pages/cpu-s | "
+            f"library alone {rows[-1]['library_alone_pages_per_cpu_second']['median']:.0f} | "
             f"F1 {accuracy['f1']:.4f} | Mozilla words F1 {tokens['f1']:.4f} |"
         )
     mean_kib = sum(map(len, articles)) / len(articles) / 1024
@@ -83,6 +89,16 @@ def seconds_for(kind: str, pages: list[bytes]) -> tuple[float, float]:
     begin, before = time.perf_counter(), sum(os.times()[:4])
     extracted(kind, pages)
     return sum(os.times()[:4]) - before, time.perf_counter() - begin
+
+
+def seconds_alone(kind: str, pages: list[bytes]) -> float:
+    """Processor seconds of the library itself, in this process, with pages that are characters already."""
+    extract = extract_child.load(kind)
+    texts = list(map(extract_child.decode_html, pages))
+    before = time.process_time()
+    for text in texts:
+        extract(text, "")
+    return time.process_time() - before
 
 
 def extracted(kind: str, pages: list[bytes]) -> list[str]:

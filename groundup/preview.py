@@ -10,9 +10,9 @@ import torch
 
 from groundup import alignment, evaluation, training
 from groundup.corpus.inputs import check_named_files
-from groundup.corpus.language import check_languages
-from groundup.corpus.rules import rules_for
-from groundup.corpus.sources import find_sources
+from groundup.corpus.quality.language import check_languages
+from groundup.corpus.quality.rules import rules_for
+from groundup.corpus.reading.sources import find_sources
 from groundup.distributed import current_world
 from groundup.errors import DataError, GroundupError, Problem, RecipeError
 from groundup.model import ModelConfig, count_parameters, preset, training_flops_per_token

@@ -290,7 +290,8 @@ def _tokenizer(context: Context) -> dict[str, Any]:
 def _shards(context: Context) -> dict[str, Any]:
     recipe, documents = context.recipe, context.run.folder("corpus") / corpus.DOCUMENTS
     workers = recipe.shards.workers or recipe.corpus.workers
-    with corpus.engine_for(recipe.corpus.engine, workers, documents.stat().st_size) as engine:
+    size = documents.stat().st_size
+    with corpus.engine_for(recipe.corpus.engine, workers, size, shards.SMALL_BYTES) as engine:
         return shards.write_shards_from_file(
             documents, context.run.folder("tokenizer"), context.folder, recipe.shards, context.console, engine
         )

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from groundup.corpus.dedup import UnitKeys
-from groundup.corpus.minhash import signatures
+from groundup.corpus.dedup.minhash import signatures
 from groundup.reference.minhash import jaccard, shingles
 
 NGRAM = 5

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import groundup.corpus.classifier as module
-from groundup.corpus.classifier import Classifier
+import groundup.corpus.quality.classifier as module
+from groundup.corpus.quality.classifier import Classifier
 from groundup.errors import ArtifactError, DataError
 
 COMMON = [f"w{number}" for number in range(300)]

@@ -16,9 +16,9 @@ import zstandard
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from groundup.corpus.decontaminate import ContaminationCounts, EvaluationIndex, Match
-from groundup.corpus.evaluation_files import find_tasks
-from groundup.corpus.evaluation_runs import COMMON_TEXTS
+from groundup.corpus.decontamination.files import find_tasks
+from groundup.corpus.decontamination.index import ContaminationCounts, EvaluationIndex, Match
+from groundup.corpus.decontamination.runs import COMMON_TEXTS
 from groundup.errors import ArtifactError, DataError
 
 NUMBERS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()  # noqa: SIM905

@@ -11,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import NGRAM, digests_of, planted_pairs, texts_of, write_units
 
-from groundup.corpus import dedup_rounds
-from groundup.corpus.dedup import Removed, UnitKeys, exact_duplicates, near_duplicates
-from groundup.corpus.dedup_files import range_of
-from groundup.corpus.dedup_near import join
-from groundup.corpus.dedup_rounds import decide
+from groundup.corpus.dedup import Removed, UnitKeys, exact_duplicates, near_duplicates, rounds
+from groundup.corpus.dedup.files import range_of
+from groundup.corpus.dedup.minhash import signatures
+from groundup.corpus.dedup.near import join
+from groundup.corpus.dedup.rounds import decide
 from groundup.corpus.engine import Engine, LocalPool
-from groundup.corpus.minhash import signatures
 from groundup.errors import ArtifactError
 from groundup.recipe import MinHashSettings
 from groundup.reference.minhash import jaccard, shingles, survivors
@@ -202,7 +201,7 @@ def test_killed_and_started_again(crowd, tmp_path, monkeypatch, pieces):
     units = write_units(tmp_path, crowd, [50])
     work = tmp_path / "work"
     with monkeypatch.context() as patch:
-        patch.setattr("groundup.corpus.dedup_files.shutil.rmtree", lambda *_, **__: None)
+        patch.setattr("groundup.corpus.dedup.files.shutil.rmtree", lambda *_, **__: None)
         with pytest.raises(Killed):
             near_duplicates(units, everyone(units), MINHASH, work, DyingEngine(pieces), 60_000)
     assert work.exists()
@@ -314,7 +313,7 @@ def test_rounds_are_deciding_one_after_the_other(data):
 
 
 def test_a_bucket_of_many_unlike_documents_is_given_up(monkeypatch):
-    monkeypatch.setattr(dedup_rounds, "MAX_LEADERS", 5)
+    monkeypatch.setattr(rounds, "MAX_LEADERS", 5)
     asked = []
 
     def unlike(left, right):

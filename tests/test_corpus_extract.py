@@ -23,9 +23,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groundup.corpus import extract_child
 from groundup.corpus.document import Reason
-from groundup.corpus.extract import ExtractionFailure, Extractor, in_utf8
+from groundup.corpus.reading import extract_child
+from groundup.corpus.reading.extract import ExtractionFailure, Extractor, in_utf8
 from groundup.errors import GroundupError
 
 pytest.importorskip("resiliparse")
@@ -219,7 +219,7 @@ def wait_until_gone(process_id: int, seconds: float) -> bool:
 
 ORPHAN = """
 import sys, threading
-from groundup.corpus.extract import Extractor
+from groundup.corpus.reading.extract import Extractor
 with Extractor("trafilatura", 2.0) as extractor:
     extractor.extract(b"<p>text</p>")
     print(extractor.process_id, flush=True)
@@ -279,7 +279,7 @@ def test_inside_a_ray_task(fast: Extractor) -> None:
     pages = PAGES
 
     def extract_there(kind: str) -> list[str]:  # a worker of Ray cannot import this file
-        from groundup.corpus.extract import Extractor
+        from groundup.corpus.reading.extract import Extractor
 
         with Extractor(kind, 20.0) as extractor:  # type: ignore[arg-type]
             return [str(answer) for answer in extractor.extract_many((html, "") for html in pages)]

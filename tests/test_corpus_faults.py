@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from groundup.corpus import Reason, SetAside, compressed, curate, read, stream_documents
+from groundup.corpus import Reason, SetAside, curate, read, stream_documents
+from groundup.corpus.reading import compressed
 from groundup.errors import DataError
 from groundup.recipe import CorpusSettings
 

@@ -12,10 +12,10 @@ import pytest
 import zstandard
 
 from groundup.corpus import Reason, Record, SetAside, read
-from groundup.corpus import extract as extract_module
-from groundup.corpus.read import Extraction, UnitReader
-from groundup.corpus.sources import find_sources
-from groundup.corpus.units import units_of
+from groundup.corpus.reading import extract as extract_module
+from groundup.corpus.reading.read import Extraction, UnitReader
+from groundup.corpus.reading.sources import find_sources
+from groundup.corpus.reading.units import units_of
 from groundup.recipe import CorpusSettings
 
 GOOD = "It was a bright cold day, and the fox was walking through the forest."

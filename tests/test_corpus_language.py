@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from groundup.corpus import curate, read
-from groundup.corpus.language import check_languages, detect_language, detect_languages, middle_of, sample_of
+from groundup.corpus.quality.language import check_languages, detect_language, detect_languages, middle_of, sample_of
 from groundup.errors import DataError
 from groundup.recipe import CorpusSettings
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groundup.corpus.lines import LINE_RULES, clean_lines, line_rules_of
+from groundup.corpus.quality.lines import LINE_RULES, clean_lines, line_rules_of
 
 GOOD = "This line has words and ends well."
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planted import planted_pairs
 
-import groundup.corpus.minhash as minhash
-from groundup.corpus.minhash import NO_SHINGLES, hash_family, match_probability, signatures
+import groundup.corpus.dedup.minhash as minhash
+from groundup.corpus.dedup.minhash import NO_SHINGLES, hash_family, match_probability, signatures
 from groundup.corpus.words import words_of
 from groundup.reference.minhash import agreement, share_a_band, signature
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from groundup.corpus.document import Document
-from groundup.corpus.predicate import load_predicate, predicate_fingerprint
+from groundup.corpus.quality.predicate import load_predicate, predicate_fingerprint
 from groundup.errors import DataError
 
 DOCUMENT = Document("ab" * 16, "some text", "pages.jsonl")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groundup.corpus.privacy import Finding, replace_private
+from groundup.corpus.quality.privacy import Finding, replace_private
 from groundup.errors import DataError
 
 ALL = ("email", "phone", "ip", "credit_card")

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from groundup.corpus import Document, SetAside, input_fingerprint, read
 from groundup.corpus.document import text_id
-from groundup.corpus.read import UnitReader
-from groundup.corpus.sources import find_sources
-from groundup.corpus.units import units_of
+from groundup.corpus.reading.read import UnitReader
+from groundup.corpus.reading.sources import find_sources
+from groundup.corpus.reading.units import units_of
 from groundup.errors import DataError
 from groundup.recipe import CorpusSettings
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from planted import digests_of, planted_pairs, stored, write_units
 
 from groundup.corpus.dedup import Cuts, cut_spans, repeated_parts, repeated_substrings
-from groundup.corpus.dedup_cuts import SPAN, stored_texts, union
-from groundup.corpus.dedup_parts import MIN_PART_CHARACTERS, part_spans
+from groundup.corpus.dedup.cuts import SPAN, stored_texts, union
+from groundup.corpus.dedup.parts import MIN_PART_CHARACTERS, part_spans
 from groundup.corpus.engine import Engine, LocalPool
 from groundup.corpus.words import words_of
 

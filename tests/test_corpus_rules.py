@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groundup.corpus.rules import all_rules, first_failed, presets, rules_for
-from groundup.corpus.signals import SIGNALS, signals
+from groundup.corpus.quality.rules import all_rules, first_failed, presets, rules_for
+from groundup.corpus.quality.signals import SIGNALS, signals
 from groundup.errors import RecipeError
 
 CLASSICS = Path(__file__).parents[1] / "groundup" / "data" / "classics.jsonl"

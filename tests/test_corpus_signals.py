@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groundup.corpus import repetition, textbatch
-from groundup.corpus import signals as signals_module
-from groundup.corpus.signals import SIGNALS, signals, toxic_share
+from groundup.corpus.quality import repetition, textbatch
+from groundup.corpus.quality import signals as signals_module
+from groundup.corpus.quality.signals import SIGNALS, signals, toxic_share
 from groundup.reference.quality import quality_signals
 
 # Few words, so that lines and n-grams repeat; every kind of white space, and what the rules look for.

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from groundup.corpus.document import Reason, Record, SetAside
-from groundup.corpus.read import UnitReader, read_unit
-from groundup.corpus.sources import Source, Sources, find_sources
-from groundup.corpus.units import Unit, units_of, unlisted
+from groundup.corpus.reading.read import UnitReader, read_unit
+from groundup.corpus.reading.sources import Source, Sources, find_sources
+from groundup.corpus.reading.units import Unit, units_of, unlisted
 from groundup.recipe import CorpusSettings
 
 Read = tuple[list[Record], list[SetAside]]

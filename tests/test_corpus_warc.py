@@ -19,12 +19,12 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groundup.corpus.archive import Loss, read_records
 from groundup.corpus.document import Reason, Record, SetAside
-from groundup.corpus.extract import ExtractionFailure, Extractor
-from groundup.corpus.http_body import BodyError, join_chunks, parse_response
-from groundup.corpus.sources import Source
-from groundup.corpus.warc import SILENT_KINDS, WRONG_DIGEST, read_warc
+from groundup.corpus.reading.archive import Loss, read_records
+from groundup.corpus.reading.extract import ExtractionFailure, Extractor
+from groundup.corpus.reading.http_body import BodyError, join_chunks, parse_response
+from groundup.corpus.reading.sources import Source
+from groundup.corpus.reading.warc import SILENT_KINDS, WRONG_DIGEST, read_warc
 from groundup.recipe import CorpusSettings
 
 fastwarc = pytest.importorskip("fastwarc.warc")

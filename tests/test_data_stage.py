@@ -20,7 +20,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from groundup.corpus import curate, stream_documents
-from groundup.corpus.curate import ANNOTATED
+from groundup.corpus.passes import ANNOTATED
 from groundup.errors import GroundupError
 from groundup.files import file_digest
 from groundup.recipe import CorpusSettings, read_recipe

@@ -14,9 +14,9 @@ import typer
 from data_stage import text_of
 
 from groundup.cli.main import app
+from groundup.corpus.dedup.minhash import match_probability
 from groundup.corpus.document import Reason
-from groundup.corpus.minhash import match_probability
-from groundup.corpus.rules import all_rules, presets
+from groundup.corpus.quality.rules import all_rules, presets
 from groundup.recipe import CorpusSettings, ShardsSettings, TokenizerSettings, parse_recipe, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,9 +97,9 @@ def test_every_preset_every_reason_and_every_setting_is_told() -> None:
     judged = {Reason.SHORT, Reason.LANGUAGE, Reason.PREDICATE, Reason.CLASSIFIER, Reason.TOXIC, Reason.MIX}
     assert [reason for reason in Reason if reason not in judged and str(reason) not in text] == []
     assert [name for name in CorpusSettings.model_fields if name not in text] == []
-    assert [name for name in (*TokenizerSettings.model_fields, *ShardsSettings.model_fields) if name not in tokens] == [
-        "workers"
-    ]
+    assert [
+        name for name in (*TokenizerSettings.model_fields, *ShardsSettings.model_fields) if name not in tokens
+    ] == []
 
 
 def test_the_table_of_probabilities_is_the_formula() -> None:
@@ -118,7 +118,20 @@ def test_every_recipe_that_ships_is_named_in_the_readme() -> None:
     assert all(f"groundup build {name}" in text for name in shipped_recipes())
 
 
-@pytest.mark.parametrize("room", ["corpus", "corpus/crawl", "tokenizer", "shards", "cli"])
+@pytest.mark.parametrize(
+    "room",
+    [
+        "corpus",
+        "corpus/reading",
+        "corpus/quality",
+        "corpus/dedup",
+        "corpus/decontamination",
+        "corpus/crawl",
+        "tokenizer",
+        "shards",
+        "cli",
+    ],
+)
 def test_every_file_of_the_data_rooms_is_on_the_plan(room: str) -> None:
     plan = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     files = [path.stem for path in (ROOT / "groundup" / room).glob("*.py") if path.stem != "__init__"]

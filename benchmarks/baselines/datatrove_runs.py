@@ -84,7 +84,7 @@ def agreement(file: Path, corpus: Path, theirs: dict[str, Any]) -> dict[str, Any
         theirs: what `run_chain` returned, with `explain`.
     """
     from groundup.corpus.document import text_id
-    from groundup.corpus.intake import normalize
+    from groundup.corpus.reading.intake import normalize
 
     with (corpus / "documents.jsonl").open("rb") as lines:
         kept_here = {json.loads(line)["id"] for line in lines}

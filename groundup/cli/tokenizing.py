@@ -113,7 +113,7 @@ def _documents(tokenizer: Path, text: list[str] | None) -> Iterator[Document]:
     from groundup.errors import DataError
 
     if text:
-        from groundup.corpus.language import detect_language
+        from groundup.corpus.quality.language import detect_language
 
         for document in read(*text):
             yield dataclasses.replace(document, language=detect_language(document.text)[0])

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from groundup.environment import usable_cores
 from groundup.errors import GroundupError
 
 Argument = TypeVar("Argument")
@@ -146,17 +147,18 @@ class RayCluster(Engine):
             self._ray.shutdown()
 
 
-def engine_for(kind: str, workers: int | None, input_bytes: int) -> Engine:
+def engine_for(kind: str, workers: int | None, input_bytes: int, small_bytes: int = SMALL_BYTES) -> Engine:
     """The engine that a recipe asks for.
 
     Args:
         kind: "local" or "ray".
         workers: processes; without it one a core, or only this process where the input is small.
         input_bytes: how much there is to do.
+        small_bytes: up to here one process is done before others have begun.
     """
     if kind == "ray":
         return RayCluster(workers)
-    n_workers = workers or (1 if input_bytes < SMALL_BYTES else os.cpu_count() or 1)
+    n_workers = workers or (1 if input_bytes < small_bytes else usable_cores())
     return LocalPool(n_workers) if n_workers > 1 else Engine()
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from groundup.corpus.annotate import file_fingerprint, toxic_words
-from groundup.corpus.evaluation_files import find_tasks
-from groundup.corpus.predicate import load_predicate, predicate_fingerprint
-from groundup.corpus.sources import find_sources
+from groundup.corpus.annotate import toxic_words
+from groundup.corpus.annotation import file_fingerprint
+from groundup.corpus.decontamination.files import find_tasks
+from groundup.corpus.quality.predicate import load_predicate, predicate_fingerprint
+from groundup.corpus.reading.sources import find_sources
 from groundup.files import value_digest
 from groundup.recipe import CorpusSettings
 

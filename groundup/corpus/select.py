@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from groundup.corpus.annotate import PREDICATE, SCORE, SIGNALS_TABLE, TOXIC
+from groundup.corpus.annotation import PREDICATE, SCORE, SIGNALS_TABLE, TOXIC
 from groundup.corpus.document import Reason
 from groundup.corpus.funnel import KEPT, Entry
-from groundup.corpus.rules import Rule, first_failed, rules_for
+from groundup.corpus.quality.rules import Rule, first_failed, rules_for
 from groundup.files import atomic_writer
 from groundup.recipe import CorpusSettings
 

@@ -20,14 +20,14 @@ import numpy as np
 import orjson
 import xxhash
 
-from groundup.corpus.annotate import DOCUMENTS_TABLE, EMPTIED, SCORE, SET_ASIDE, SIGNALS_TABLE, TOXIC
-from groundup.corpus.decontaminate import ContaminationCounts, EvaluationIndex, Match
+from groundup.corpus.annotation import DOCUMENTS_TABLE, EMPTIED, SCORE, SET_ASIDE, SIGNALS_TABLE, TOXIC
+from groundup.corpus.decontamination.index import ContaminationCounts, EvaluationIndex, Match
 from groundup.corpus.dedup import cut_spans
 from groundup.corpus.document import Document, Reason, SetAside, derived_id, excerpt_of, is_fault
 from groundup.corpus.funnel import EXAMPLES_PER_REASON, Entry, set_aside_record
 from groundup.corpus.holdout import Holdout
 from groundup.corpus.mix import copies_of
-from groundup.corpus.rules import Rule
+from groundup.corpus.quality.rules import Rule
 from groundup.corpus.select import read_decisions
 from groundup.files import atomic_writer, read_json, write_json
 from groundup.recipe import CorpusSettings

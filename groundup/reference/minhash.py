@@ -1,6 +1,6 @@
 """MinHash and banding, one text and one hash at a time (Mining of Massive Datasets, sections 3.2 to 3.4).
 
-The fast form is `groundup.corpus.minhash`.
+The fast form is `groundup.corpus.dedup.minhash`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from groundup.shards.load import Batch, WindowLoader, validation_windows
 from groundup.shards.mixture import MixtureLoader
 from groundup.shards.order import Permutation
 from groundup.shards.packing import PackedBatch, PackedLoader, document_mask
-from groundup.shards.parallel import write_shards_from_file
+from groundup.shards.parallel import SMALL_BYTES, write_shards_from_file
 from groundup.shards.read import TokenShards
 from groundup.shards.stats import shard_stats
 from groundup.shards.verify import verify_shards
@@ -16,6 +16,7 @@ VERSION = 2
 """Raised when the code's results change; part of the stage's fingerprint."""
 
 __all__ = [
+    "SMALL_BYTES",
     "VERSION",
     "Batch",
     "MixtureLoader",

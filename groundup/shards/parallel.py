@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from groundup.tokenizer import Tokenizer
 
 RANGE_BYTES = 32 << 20
+SMALL_BYTES = 128 << 20
+"""Less than this the threads of one process encode sooner than several processes, each with a tokenizer to load."""
 RANGES = "ranges"
 RANGE_FORMAT = 1
 COPY_TOKENS = 1 << 22
@@ -88,7 +90,7 @@ def write_shards_from_file(
     ]
     _remove_other_ranges(out / RANGES, ranges)
     with contextlib.ExitStack() as stack:
-        workers = engine or stack.enter_context(engine_for("local", settings.workers, size))
+        workers = engine or stack.enter_context(engine_for("local", settings.workers, size, SMALL_BYTES))
         bar = stack.enter_context(console.bar("shards", size))
         records = []
         for work, record in zip(ranges, workers.map(encode_range, ranges), strict=True):

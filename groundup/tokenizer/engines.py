@@ -61,13 +61,12 @@ def choose(spec: dict[str, Any], engine: HuggingFace) -> tuple[Encoder, list[str
     reference = HuggingFaceEncoder(engine)
     if spec["model"]["type"] != "BPE":
         return reference, []
-    best: Encoder = reference
     passed_over = []
     texts = hostile_texts(N_SAMPLES, seed=0)
     expected = reference.encode(texts)
-    for kind in (TiktokenEncoder, GigatokenEncoder):
+    for kind in (GigatokenEncoder, TiktokenEncoder):
         try:
-            candidate = kind(spec, best)
+            candidate = kind(spec, reference)
             found = candidate.encode(texts)
         except ImportError:
             passed_over.append(f"{kind.name} is not installed")
@@ -75,10 +74,9 @@ def choose(spec: dict[str, Any], engine: HuggingFace) -> tuple[Encoder, list[str
             passed_over.append(f"{kind.name} does not take this tokenizer ({type(error).__name__}: {error!s:.120})")
         else:
             if all(map(np.array_equal, found, expected)):
-                best = candidate
-            else:
-                passed_over.append(f"{kind.name} gave other ids in the self-test")
-    return best, passed_over
+                return candidate, passed_over
+            passed_over.append(f"{kind.name} gave other ids in the self-test")
+    return reference, passed_over
 
 
 class HuggingFaceEncoder:
@@ -143,7 +141,7 @@ class TiktokenEncoder:
 class GigatokenEncoder:
     """gigatoken with the tokenizer's own file; it keeps what it has merged before, so later batches are faster.
 
-    Its tables of Unicode are newer than the other engines'; texts where that may matter go to the next engine.
+    Its tables of Unicode are newer than the other engines'; texts where that may matter go to `fallback`.
 
     Raises:
         ImportError: gigatoken is not installed.

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from groundup.corpus.dedup_cuts import (
+from groundup.corpus.dedup.cuts import (
     Cuts,
     Spill,
     TextReader,
@@ -32,7 +32,7 @@ from groundup.corpus.dedup_cuts import (
     texts_of,
     write_spans,
 )
-from groundup.corpus.dedup_files import (
+from groundup.corpus.dedup.files import (
     COPIES,
     KeyStore,
     RangeFile,

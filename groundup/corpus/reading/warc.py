@@ -14,14 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from groundup.corpus.archive import Loss, RawRecord, read_records
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
-from groundup.corpus.extract import ExtractionFailure, in_utf8
-from groundup.corpus.http_body import BodyError, parse_response
-from groundup.corpus.intake import admit, limit_bytes
+from groundup.corpus.reading.archive import Loss, RawRecord, read_records
+from groundup.corpus.reading.extract import ExtractionFailure, in_utf8
+from groundup.corpus.reading.http_body import BodyError, parse_response
+from groundup.corpus.reading.intake import admit, limit_bytes
 
 if TYPE_CHECKING:
-    from groundup.corpus.sources import Source
+    from groundup.corpus.reading.sources import Source
     from groundup.recipe import CorpusSettings
 
 PLACE = "record"

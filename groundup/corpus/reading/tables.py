@@ -13,12 +13,12 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from groundup.corpus.compressed import DamagedStreamError
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
-from groundup.corpus.intake import READ_ERRORS, admit, limit_bytes, too_long, unread
-from groundup.corpus.jsonl import label_of
-from groundup.corpus.remote import RemoteReadError
-from groundup.corpus.sources import Source
+from groundup.corpus.reading.compressed import DamagedStreamError
+from groundup.corpus.reading.intake import READ_ERRORS, admit, limit_bytes, too_long, unread
+from groundup.corpus.reading.jsonl import label_of
+from groundup.corpus.reading.remote import RemoteReadError
+from groundup.corpus.reading.sources import Source
 from groundup.recipe import CorpusSettings
 
 PLACE = "row"

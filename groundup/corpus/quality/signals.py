@@ -19,9 +19,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from groundup.corpus import textbatch
-from groundup.corpus.repetition import Shares, repeated_ngrams, repeated_parts, share
-from groundup.corpus.textbatch import Bools, Ints, TextBatch, letters
+from groundup.corpus.quality import textbatch
+from groundup.corpus.quality.repetition import Shares, repeated_ngrams, repeated_parts, share
+from groundup.corpus.quality.textbatch import Bools, Ints, TextBatch, letters
 
 BATCH_CHARACTERS = 1 << 19
 SHORT_LINE_CHARACTERS = 30

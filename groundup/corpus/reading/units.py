@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from groundup.corpus.document import Reason, SetAside
-from groundup.corpus.sources import Source, Sources
+from groundup.corpus.reading.sources import Source, Sources
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def _split(source: Source, split_bytes: int) -> list[Unit]:
         if source.kind == "lines":
             borders = list(range(0, size, split_bytes))
         elif source.kind == "table":
-            from groundup.corpus.tables import row_group_borders  # loads pyarrow
+            from groundup.corpus.reading.tables import row_group_borders  # loads pyarrow
 
             borders = row_group_borders(source, split_bytes)
     # The last unit is open at its end: a file that grows meanwhile is read whole, or not at all.

@@ -12,10 +12,10 @@ import zlib
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 
-from groundup.corpus.compressed import BLOCK_BYTES, DamagedStreamError
 from groundup.corpus.document import Reason
-from groundup.corpus.intake import READ_ERRORS
-from groundup.corpus.sources import Source
+from groundup.corpus.reading.compressed import BLOCK_BYTES, DamagedStreamError
+from groundup.corpus.reading.intake import READ_ERRORS
+from groundup.corpus.reading.sources import Source
 
 WARC_RECORD = re.compile(rb"WARC/\d+\.\d+[ \t]*(\r|\n|$)")
 ARC_RECORD = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*:\S[^\n]* \d{8,} \S+ ")

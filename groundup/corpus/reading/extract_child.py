@@ -1,9 +1,9 @@
 """The process that takes text out of HTML pages: pages come in by its standard input, texts go out by its output.
 
 It runs as a script of its own, so that it holds an extractor and nothing else of groundup, and so that a crash, a
-hang or a leak of the extractor's native code ends here (`groundup.corpus.extract` starts it and takes its place).
-It ends when its input ends, so it never outlives its parent by more than a page, and a page never takes longer than
-the kernel's timers allow.
+hang or a leak of the extractor's native code ends here (`reading/extract.py` starts it and takes its place). It ends
+when its input ends, so it never outlives its parent by more than a page, and a page never takes longer than the
+kernel's timers allow.
 
 A page:   url bytes and html bytes as two uint32, then both.
 An answer: kind (uint8, see below), bytes (uint32), then so many bytes of UTF-8.

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
 
-from groundup.corpus.compressed import BLOCK_BYTES
 from groundup.corpus.document import excerpt_of
+from groundup.corpus.reading.compressed import BLOCK_BYTES
 
 
 @dataclass(frozen=True)

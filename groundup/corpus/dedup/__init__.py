@@ -10,12 +10,12 @@ Four kinds, each a step over files that fits in the memory it is given, whatever
 Who stays is decided by content and id only, so the result is the same however the work was cut and done.
 """
 
-from groundup.corpus.dedup_cuts import Cuts, cut_spans
-from groundup.corpus.dedup_exact import exact_duplicates
-from groundup.corpus.dedup_files import Removed, UnitKeys
-from groundup.corpus.dedup_near import near_duplicates
-from groundup.corpus.dedup_parts import repeated_parts
-from groundup.corpus.dedup_substrings import repeated_substrings
+from groundup.corpus.dedup.cuts import Cuts, cut_spans
+from groundup.corpus.dedup.exact import exact_duplicates
+from groundup.corpus.dedup.files import Removed, UnitKeys
+from groundup.corpus.dedup.near import near_duplicates
+from groundup.corpus.dedup.parts import repeated_parts
+from groundup.corpus.dedup.substrings import repeated_substrings
 
 __all__ = [
     "Cuts",

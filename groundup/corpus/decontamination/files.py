@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import orjson
 
-from groundup.corpus.compressed import PACKINGS, DamagedStreamError, open_uncompressed
+from groundup.corpus.reading.compressed import PACKINGS, DamagedStreamError, open_uncompressed
 from groundup.errors import DataError
 
 _SPLIT_NAMES = re.compile(r"(?:test|train|dev|val|valid|validation|data|eval)(?:[-_.]|$)", re.IGNORECASE)

@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from groundup.corpus.archive_stream import ARC_RECORD, WARC_RECORD, ArchiveStream, Fault
 from groundup.corpus.document import Reason, excerpt_of
-from groundup.corpus.sources import Source
+from groundup.corpus.reading.archive_stream import ARC_RECORD, WARC_RECORD, ArchiveStream, Fault
+from groundup.corpus.reading.sources import Source
 
 HEAD_BYTES = 1 << 16
 """A record's header that is longer is damage."""

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from groundup.corpus.evaluation_files import find_tasks
-from groundup.corpus.evaluation_runs import SHORTEST_WORDS, EvaluationRuns, length_salt, may_be_keys
+from groundup.corpus.decontamination.files import find_tasks
+from groundup.corpus.decontamination.runs import SHORTEST_WORDS, EvaluationRuns, length_salt, may_be_keys
 from groundup.corpus.words import WORDS_VERSION, Words, words_of
 from groundup.errors import ArtifactError, DataError
 from groundup.files import atomic_folder, read_json, write_json

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from groundup.corpus.textbatch import Bools, Hashes, Ints, TextBatch
+from groundup.corpus.quality.textbatch import Bools, Hashes, Ints, TextBatch
 
 _TEXT = np.uint64(0xC2B2AE3D27D4EB4F)
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)

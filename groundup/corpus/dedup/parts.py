@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import xxhash
 
-from groundup.corpus.dedup_cuts import (
+from groundup.corpus.dedup.cuts import (
     Cuts,
     Spill,
     TextReader,
@@ -29,7 +29,7 @@ from groundup.corpus.dedup_cuts import (
     texts_of,
     write_spans,
 )
-from groundup.corpus.dedup_files import (
+from groundup.corpus.dedup.files import (
     KeyStore,
     RangeFile,
     UnitKeys,

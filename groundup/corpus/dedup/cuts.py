@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from groundup.corpus.dedup_files import COPIES, KeyStore, RangeFile, read_range, save, write_ranges
+from groundup.corpus.dedup.files import COPIES, KeyStore, RangeFile, read_range, save, write_ranges
 from groundup.corpus.engine import Engine
 
 TextReader = Callable[[Path], Iterator[str]]

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from groundup.corpus import extract_child as child
 from groundup.corpus.document import Reason
+from groundup.corpus.reading import extract_child as child
 from groundup.errors import GroundupError
 
 MEMORY_MIB = 2048.0

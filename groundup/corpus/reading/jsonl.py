@@ -13,11 +13,11 @@ from typing import IO, Any
 
 import orjson
 
-from groundup.corpus.compressed import BLOCK_BYTES
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
-from groundup.corpus.intake import READ_ERRORS, admit, limit_bytes, too_long, unread
-from groundup.corpus.parts import is_too_long, skip_line
-from groundup.corpus.sources import Source
+from groundup.corpus.reading.compressed import BLOCK_BYTES
+from groundup.corpus.reading.intake import READ_ERRORS, admit, limit_bytes, too_long, unread
+from groundup.corpus.reading.parts import is_too_long, skip_line
+from groundup.corpus.reading.sources import Source
 from groundup.recipe import CorpusSettings
 
 PLACE = "line"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from groundup.corpus.dedup_files import (
+from groundup.corpus.dedup.files import (
     KeyStore,
     RangeFile,
     Removed,

@@ -18,8 +18,8 @@ from typing import IO, Literal
 
 import xxhash
 
-from groundup.corpus.compressed import BLOCK_BYTES, PACKINGS, open_uncompressed
-from groundup.corpus.remote import RemoteFile, find_remote
+from groundup.corpus.reading.compressed import BLOCK_BYTES, PACKINGS, open_uncompressed
+from groundup.corpus.reading.remote import RemoteFile, find_remote
 from groundup.errors import DataError
 from groundup.files import value_digest
 from groundup.run import MANIFEST

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from groundup.corpus.dedup_files import (
+from groundup.corpus.dedup.files import (
     COPIES,
     KeyStore,
     RangeFile,
@@ -44,9 +44,9 @@ from groundup.corpus.dedup_files import (
     save,
     write_ranges,
 )
-from groundup.corpus.dedup_rounds import MAX_LEADERS, decide
+from groundup.corpus.dedup.minhash import NO_SHINGLES
+from groundup.corpus.dedup.rounds import MAX_LEADERS, decide
 from groundup.corpus.engine import Engine
-from groundup.corpus.minhash import NO_SHINGLES
 from groundup.errors import ArtifactError
 from groundup.recipe import MinHashSettings
 

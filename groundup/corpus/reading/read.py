@@ -14,17 +14,17 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from groundup.corpus.compressed import BLOCK_BYTES
 from groundup.corpus.document import Document, OnSetAside, Record, SetAside, excerpt_of, text_id
-from groundup.corpus.intake import READ_ERRORS, admit, limit_bytes, normalize, too_long, unread
-from groundup.corpus.jsonl import read_lines
-from groundup.corpus.parts import TooLong, split_long
-from groundup.corpus.sources import Source, find_sources
-from groundup.corpus.units import Unit, units_of, unlisted
+from groundup.corpus.reading.compressed import BLOCK_BYTES
+from groundup.corpus.reading.intake import READ_ERRORS, admit, limit_bytes, normalize, too_long, unread
+from groundup.corpus.reading.jsonl import read_lines
+from groundup.corpus.reading.parts import TooLong, split_long
+from groundup.corpus.reading.sources import Source, find_sources
+from groundup.corpus.reading.units import Unit, units_of, unlisted
 from groundup.recipe import CorpusSettings
 
 if TYPE_CHECKING:
-    from groundup.corpus.extract import ExtractionFailure, Extractor
+    from groundup.corpus.reading.extract import ExtractionFailure, Extractor
 
 __all__ = ["Extraction", "UnitReader", "normalize", "read", "read_unit"]
 
@@ -90,7 +90,7 @@ class UnitReader:
         elif source.kind == "text":
             self.n_records = yield from _read_plain(source, self._settings, self._set_aside)
         elif source.kind == "table":
-            from groundup.corpus.tables import read_table  # loads pyarrow
+            from groundup.corpus.reading.tables import read_table  # loads pyarrow
 
             self.n_records = yield from read_table(source, unit.start, unit.stop, self._settings, self._set_aside)
         elif self._extraction is not None:
@@ -104,7 +104,7 @@ class UnitReader:
         if source.kind == "page":
             records: Iterator[Record] = _read_page(source, self._settings, self._set_aside, extraction)
         else:
-            from groundup.corpus.warc import read_warc  # loads FastWARC
+            from groundup.corpus.reading.warc import read_warc  # loads FastWARC
 
             records = read_warc(source, self._settings, self._set_aside, extraction, self.kinds)
         for record in records:
@@ -125,7 +125,7 @@ class Extraction:
     def __call__(self, html: bytes, url: str = "") -> str | ExtractionFailure:
         """The text of a page, or why there is none."""
         if self._extractor is None:
-            from groundup.corpus.extract import Extractor
+            from groundup.corpus.reading.extract import Extractor
 
             self._extractor = Extractor(self._settings.extractor, self._settings.extract_seconds).__enter__()
         return self._extractor.extract(html, url)

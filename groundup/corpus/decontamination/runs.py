@@ -1,6 +1,6 @@
 """Evaluation data as the arrays that decontamination looks texts up in.
 
-In: tasks, their records and strings (`evaluation_files.py`). Out: a sorted key for every run of words that counts, and
+In: tasks, their records and strings (`files.py`). Out: a sorted key for every run of words that counts, and
 for each key the strings and records that have it. Which runs count is said in `decontaminate.py`.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import xxhash
 
-from groundup.corpus.evaluation_files import EvaluationTask
+from groundup.corpus.decontamination.files import EvaluationTask
 from groundup.corpus.words import Words, words_of
 
 SHORTEST_WORDS = 8

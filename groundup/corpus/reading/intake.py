@@ -10,9 +10,9 @@ import codecs
 import unicodedata
 from typing import Literal
 
-from groundup.corpus.compressed import DamagedStreamError
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
-from groundup.corpus.sources import Source
+from groundup.corpus.reading.compressed import DamagedStreamError
+from groundup.corpus.reading.sources import Source
 from groundup.recipe import CorpusSettings
 
 READ_ERRORS = (OSError, DamagedStreamError)

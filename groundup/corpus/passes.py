@@ -1,0 +1,389 @@
+"""The three passes over a corpus, and what each hands to the next: read and measure, decide, write.
+
+In: the files of `[corpus] inputs`. Out: `documents.jsonl`, `set_aside.jsonl`, and a `Funnel` whose books balance.
+Every piece of work goes to an `Engine`; what comes back is counts and names of files, never a text.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from groundup.console import format_bytes
+from groundup.corpus.annotate import annotate
+from groundup.corpus.annotation import (
+    DOCUMENTS_TABLE,
+    Annotation,
+    Stamp,
+    annotation_fingerprint,
+    stamp_of,
+)
+from groundup.corpus.decontamination.index import ContaminationCounts, EvaluationIndex
+from groundup.corpus.dedup import (
+    Removed,
+    UnitKeys,
+    exact_duplicates,
+    near_duplicates,
+    repeated_parts,
+    repeated_substrings,
+)
+from groundup.corpus.document import Reason, SetAside
+from groundup.corpus.engine import Engine
+from groundup.corpus.funnel import Funnel, set_aside_record
+from groundup.corpus.holdout import Holdout
+from groundup.corpus.mix import plan_mix
+from groundup.corpus.reading.read import read
+from groundup.corpus.reading.sources import Source, Sources, find_sources
+from groundup.corpus.reading.units import Unit, units_of, unlisted
+from groundup.corpus.select import Annotated, Selection, write_decisions
+from groundup.corpus.write import Merge, WriteUnit, merge_range, write_cuts, write_unit
+from groundup.errors import DataError
+from groundup.files import (
+    append_file,
+    atomic_folder,
+    atomic_writer,
+    read_json,
+    value_digest,
+    write_json,
+)
+from groundup.recipe import CorpusSettings
+
+DOCUMENTS = "documents.jsonl"
+SET_ASIDE_FILE = "set_aside.jsonl"
+FUNNEL = "funnel.json"
+ANNOTATED = "annotated"
+CLASSIFIER = "classifier"
+KEYS_LISTED = 20
+FILES_IN_A_PACK = 2000
+
+
+class Passes:
+    """The three passes, and what each hands to the next."""
+
+    def __init__(
+        self, settings: CorpusSettings, out: Path, work: Path, engine: Engine, show: Callable[..., None]
+    ) -> None:
+        self._settings, self._out, self._work, self._engine, self._show = settings, out, work, engine, show
+        self._memory_bytes = int(settings.memory_mib * 2**20)
+        self._selection = Selection(settings)
+        self._units: list[Annotated] = []
+        self.funnel = Funnel()
+        self.holdout = Holdout(settings)
+        self.more: dict[str, Any] = {}
+        self._unlisted: list[SetAside] = []
+
+    def annotate(self, sources: Sources) -> None:
+        """Read and measure every unit that is not measured yet; forget units that are no longer asked for."""
+        settings = self._settings
+        root = self._out / ANNOTATED
+        root.mkdir(exist_ok=True)
+        classifier = self._train_classifier()
+        common = annotation_fingerprint(settings, classifier)
+        split_bytes = int(settings.split_mib * 2**20)
+        stamps = {source: stamp_of(source) for source in sources.files}
+        digests = {source: source.digest() for source in sources.files}
+        packs = _packed(units_of(sources, split_bytes), split_bytes)
+        tasks = [self._annotation(pack, root, common, stamps, digests, classifier) for pack in packs]
+        wanted = {Path(task.folder).name for task in tasks}
+        for old in root.iterdir():
+            if old.name not in wanted and old.name != CLASSIFIER:
+                shutil.rmtree(old, ignore_errors=True)
+        read_bytes = 0
+        self._units = []
+        numbers: Counter[str] = Counter()
+        for task, record in zip(tasks, self._engine.map(annotate, tasks), strict=True):
+            self._units.append(Annotated(Path(task.folder), record, numbers[record["file"]]))
+            numbers[record["file"]] += record["records"]
+            read_bytes += record["bytes_in"]
+            self._show(
+                len(self._units),
+                total=len(tasks),
+                note=f"{len(self._units)}/{len(tasks)} read · {format_bytes(read_bytes)}",
+            )
+        self._book_reading(sources)
+
+    def select(self) -> None:
+        """Decide who stays, on signals and keys alone."""
+        selection, units = self._selection, self._units
+        self._show(0, total=1, note="selecting")
+        for unit in units:
+            selection.judge(unit)
+        if self._settings.dedup != "none":
+            self._remove_duplicates()
+        for unit in units:
+            self.funnel.enter(selection.entries(unit))
+        self.funnel.check("select")
+        self.more["histograms"] = selection.histograms
+        self.more["duplicate_keys"] = self._duplicate_keys()
+
+    def write(self) -> None:
+        """Write the documents that stay, and everything that was left out."""
+        units, settings = self._units, self._settings
+        for name in (FUNNEL, DOCUMENTS, SET_ASIDE_FILE):  # of an earlier call: the three belong together
+            (self._out / name).unlink(missing_ok=True)
+        for number, unit in enumerate(units):
+            write_decisions(self._decisions(number), unit)
+        cuts = self._find_cuts()
+        evaluation = self._index_evaluation()
+        n_ranges = max(1, -(-self.funnel.bytes_kept // max(1, self._memory_bytes // 8)))
+        bounds = tuple(int(step) for step in (np.arange(1, n_ranges) * (2**64 / n_ranges)))
+        tasks = [
+            WriteUnit(
+                annotation=str(unit.folder),
+                decisions=str(self._decisions(number)),
+                out=str(self._work / f"{number:06d}"),
+                settings=settings,
+                reasons=tuple(self._selection.reasons),
+                rules=tuple(self._selection.rules),
+                first_number=unit.first_number,
+                cuts=cuts[number],
+                evaluation=evaluation,
+                bounds=(0, *bounds),
+            )
+            for number, unit in enumerate(units)
+        ]
+        self._rebook(tasks)
+        self._merge(tasks)
+
+    def _annotation(
+        self, units: tuple[Unit, ...], root: Path, common: str,
+        stamps: dict[Source, Stamp | None], digests: dict[Source, str], classifier: str,
+    ) -> Annotation:  # fmt: skip
+        places = [[unit.source.label, digests[unit.source], unit.start, unit.stop] for unit in units]
+        fingerprint = value_digest([common, places])
+        folder = str(root / fingerprint)
+        before = tuple(stamps[unit.source] for unit in units)
+        trained = str(root / CLASSIFIER) if classifier else ""
+        return Annotation(units, self._settings, folder, fingerprint, before, trained)
+
+    def _train_classifier(self) -> str:
+        """Train the quality classifier, if the recipe has one; its fingerprint."""
+        asked = self._settings.classifier
+        if asked is None:
+            return ""
+        from groundup.corpus.quality.classifier import CLASSIFIER_VERSION, Classifier
+
+        folder = self._out / ANNOTATED / CLASSIFIER
+        plain = CorpusSettings(unicode=self._settings.unicode, text_field=self._settings.text_field)
+        both = (asked.positive, asked.negative)
+        digests = [[source.digest() for source in find_sources(files).files] for files in both]
+        fingerprint = value_digest([CLASSIFIER_VERSION, *digests])
+        marker = folder / "fingerprint.json"
+        if not marker.is_file() or read_json(marker) != fingerprint:
+            good, bad = ((item.text for item in read(*files, settings=plain)) for files in both)
+            self._show(0, total=1, note="training the quality classifier")
+            with atomic_folder(folder) as place:
+                Classifier.train(good, bad, seed=0).save(place)
+                write_json(place / marker.name, fingerprint)
+        self.more["classifier"] = Classifier.load(folder).report
+        return fingerprint
+
+    def _book_reading(self, sources: Sources) -> None:
+        self._unlisted = unlisted(sources)
+        for folder in self._unlisted:
+            self.funnel.came_in(1, 0)
+            self.funnel.enter([(folder.reason, folder.source, "", 1, 0)])
+            self.funnel.show(folder.reason, [("", set_aside_record(folder))])
+            self.funnel.note_fault(folder)
+        for unit in self._units:
+            record = unit.record
+            n_aside = sum(count for _, _, count in record["set_aside"])
+            self.funnel.came_in(record["documents"] + n_aside, record["bytes_in"])
+            self.funnel.enter((reason, file, "", count, 0) for reason, file, count in record["set_aside"])
+            self.funnel.changed.update(record["changed"])
+            for kind, samples in record["findings"].items():
+                known = self.funnel.findings.setdefault(kind, [])
+                known += samples[: 20 - len(known)]
+
+    def _remove_duplicates(self) -> None:
+        selection, units = self._selection, self._units
+        keys = self._keys
+        self._show(0, total=1, note="exact duplicates")
+        found = exact_duplicates(keys, [u.stays for u in units], self._work / "exact", self._engine, self._memory_bytes)
+        self._remove(found, selection.code(Reason.DUPLICATE))
+        if self._settings.dedup == "near":
+            self._show(0, total=1, note="near-duplicates")
+            kept = [unit.stays for unit in units]
+            minhash = self._settings.minhash
+            found, clusters = near_duplicates(
+                keys, kept, minhash, self._work / "near", self._engine, self._memory_bytes
+            )
+            self._remove(found, selection.code(Reason.NEAR_DUPLICATE))
+            self.more["clusters"] = clusters
+
+    def _find_cuts(self) -> list[str]:
+        """For each unit a file with what is to be cut out of its texts, or ""."""
+        settings, names = self._settings, [""] * len(self._units)
+        common = (self._engine, self._memory_bytes)
+        kept = [unit.stays for unit in self._units]
+        searches = []
+        if settings.dedup_within != "none":
+            self._show(0, total=1, note=f"repeated {settings.dedup_within}")
+            searches.append(repeated_parts(self._keys, kept, settings.dedup_within, self._work / "parts", *common))
+        if settings.dedup_substring:
+            self._show(0, total=1, note="repeated passages")
+            n_words = settings.dedup_substring
+            searches.append(repeated_substrings(self._keys, kept, n_words, self._work / "substrings", *common))
+        for number, found in enumerate(zip(*searches, strict=True)):
+            spans: dict[int, list[tuple[int, int]]] = {}
+            for cuts in found:
+                for row, stretches in cuts.by_row().items():
+                    spans.setdefault(row, []).extend(stretches)
+            if spans:
+                names[number] = str(self._work / f"{number:06d}.cuts.json")
+                write_cuts(Path(names[number]), spans)
+        return names
+
+    @property
+    def _keys(self) -> list[UnitKeys]:
+        return [UnitKeys(unit.folder.name, unit.folder, unit.n) for unit in self._units]
+
+    def _remove(self, found: Sequence[Removed], code: int) -> None:
+        for unit, removed in zip(self._units, found, strict=True):
+            unit.remove(removed.rows, code)
+            for row, survivor in zip(removed.rows, removed.survivors, strict=True):
+                unit.survivors[int(row)] = f"{int(survivor[0]):016x}{int(survivor[1]):016x}"
+
+    def _duplicate_keys(self) -> dict[str, Any]:
+        """Records of one file that carry the same id; they are kept, since their texts decide, but they are listed."""
+        count = 0
+        examples: list[dict[str, Any]] = []
+        for units in self._by_file():
+            columns = [unit.columns(["key_hash"])["key_hash"] for unit in units if unit.n]
+            hashes = np.concatenate([*columns, np.empty(0)]).astype(np.uint64)
+            repeated, times = np.unique(hashes[hashes != 0], return_counts=True)
+            repeated, times = repeated[times > 1], times[times > 1]
+            count += int((times - 1).sum())
+            if len(repeated) and len(examples) < KEYS_LISTED:
+                examples += _records_with(units, set(repeated.tolist()))[: KEYS_LISTED - len(examples)]
+        return {"count": count, "examples": examples}
+
+    def _by_file(self) -> Iterator[list[Annotated]]:
+        """The units, those of one large file together."""
+        whole: dict[str, list[Annotated]] = {}
+        for unit in self._units:
+            if unit.record["files"] == 1:
+                whole.setdefault(unit.record["file"], []).append(unit)
+            else:
+                yield [unit]
+        yield from whole.values()
+
+    def _index_evaluation(self) -> str:
+        """Build the index of evaluation data, if the recipe has any; its folder."""
+        asked = self._settings.decontaminate
+        if asked is None:
+            return ""
+        self._show(0, total=1, note="indexing evaluation data")
+        folder = self._work / "evaluation"
+        EvaluationIndex.build(asked.files, asked.ngram, folder)
+        return str(folder)
+
+    def _decisions(self, number: int) -> Path:
+        return self._work / f"{number:06d}.decisions.npz"
+
+    def _rebook(self, tasks: Sequence[WriteUnit]) -> None:
+        """Write every unit's survivors, and put on the books what the texts themselves decided."""
+        funnel = self.funnel
+        funnel.open_again()
+        self._offsets: list[list[int]] = []
+        contamination = ContaminationCounts()
+        cut = 0
+        for record in self._engine.map(write_unit, tasks):
+            funnel.enter(record["entries"])
+            for reason, examples in record["examples"].items():
+                funnel.show(reason, examples)
+            if record["fault"] is not None:
+                funnel.note_fault(record["fault"])
+            self.holdout.merge(record["holdout"])
+            funnel.characters_kept += record["characters"]
+            contamination.merge(record["contamination"])
+            cut += record["cut_characters"]
+            self._offsets.append(record["offsets"])
+            self._show(len(self._offsets), total=len(tasks), note=f"{len(self._offsets)}/{len(tasks)} written")
+        funnel.check("write")
+        if cut:
+            funnel.changed["characters cut as repeated"] = cut
+        if tasks[0].evaluation:
+            self.more["contamination"] = contamination.summary(EvaluationIndex.load(tasks[0].evaluation).tasks)
+        with atomic_writer(self._out / SET_ASIDE_FILE, binary=True) as handle:
+            for item in self._unlisted:
+                handle.write(orjson.dumps(set_aside_record(item)) + b"\n")
+            for task in tasks:
+                append_file(handle, Path(f"{task.out}.aside.jsonl"))
+        if not funnel.documents_kept:
+            raise funnel.nothing_left()
+
+    def _merge(self, tasks: Sequence[WriteUnit]) -> None:
+        """Merge the units' files, one range of ids after the other, into `documents.jsonl`."""
+        factors = None
+        if self._settings.mix:
+            factors = plan_mix(self.funnel.bytes_by_source, self._settings.mix)
+            self.more["mix"] = factors
+        merges = [
+            Merge(
+                files=tuple(
+                    (f"{task.out}.jsonl", offsets[number], offsets[number + 1])
+                    for task, offsets in zip(tasks, self._offsets, strict=True)
+                    if offsets[number] < offsets[number + 1]
+                ),
+                out=str(self._work / f"range-{number:06d}.jsonl"),
+                settings=self._settings,
+                holdout=self.holdout.state(),
+                factors=factors,
+            )
+            for number in range(len(tasks[0].bounds))
+        ]
+        with atomic_writer(self._out / DOCUMENTS, binary=True) as handle:
+            for merge, record in zip(merges, self._engine.map(merge_range, merges), strict=True):
+                self.funnel.documents_written.update(record["documents"])
+                self.funnel.move_out(record["mixed_out"])
+                append_file(handle, Path(merge.out))
+                Path(merge.out).unlink()
+            self.funnel.check("mix")
+            if not self.funnel.documents_written["validation"]:
+                raise DataError(
+                    f"corpus: {self.funnel.characters_kept:,} characters of text are too few to hold a part out for "
+                    "validation.",
+                    "Add text, or raise [corpus] validation_share.",
+                )
+
+
+def _packed(units: Sequence[Unit], split_bytes: int) -> Iterator[tuple[Unit, ...]]:
+    """Small files together, so that a hundred thousand pages are not as many pieces of work."""
+    pack: list[Unit] = []
+    size = 0
+    for unit in units:
+        unit_bytes = unit.source.size_bytes()
+        stands_alone = bool(unit.start) or unit.stop is not None or unit_bytes >= split_bytes
+        if pack and (stands_alone or size + unit_bytes > split_bytes or len(pack) >= FILES_IN_A_PACK):
+            yield tuple(pack)
+            pack, size = [], 0
+        if stands_alone:
+            yield (unit,)
+            continue
+        pack.append(unit)
+        size += unit_bytes
+    if pack:
+        yield tuple(pack)
+
+
+def _records_with(units: Sequence[Annotated], hashes: set[int]) -> list[dict[str, Any]]:
+    """The ids behind these hashes, with the records that carry them."""
+    import pyarrow.parquet as pq
+
+    places: dict[tuple[str, str], list[str]] = {}
+    for unit in units:
+        column = unit.columns(["key_hash"])["key_hash"] if unit.n else []
+        rows = [row for row, value in enumerate(column) if int(value) in hashes]
+        if rows:
+            table = pq.read_table(unit.folder / DOCUMENTS_TABLE, columns=["file", "key", "place", "number"]).take(rows)
+            for item in table.to_pylist():
+                record = f"{item['place']} {item['number'] + unit.first_number}"
+                places.setdefault((item["file"], item["key"]), []).append(record)
+    return [{"source": file, "id": key, "records": found[:10]} for (file, key), found in sorted(places.items())]

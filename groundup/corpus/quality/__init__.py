@@ -1,0 +1,1 @@
+"""What a text is like, and whether it stays: language, signals, rules, privacy, classifier, predicate."""

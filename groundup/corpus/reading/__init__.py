@@ -1,0 +1,1 @@
+"""Files, archives and pages to records: every format in, normalized texts out, with everything unreadable named."""
