@@ -14,7 +14,7 @@ from groundup.corpus import Document
 from groundup.evaluation import compare, exact_match, generate_tasks, verify
 from groundup.evaluation import metrics as evaluation_metrics
 from groundup.evaluation.metrics import bits_per_byte
-from groundup.model import ModelConfig
+from groundup.model import ModelConfig, OutputLayer
 from groundup.recipe import EvaluateSettings
 from groundup.shards import TokenShards, write_shards
 from groundup.tokenizer import Tokenizer, render
@@ -52,7 +52,7 @@ class Scripted(nn.Module):
             for row, places in enumerate(positions.tolist()):
                 for column, place in enumerate(places):
                     hidden[row, column, self.next_token(read[row, 0, : place + 1, 0].long().tolist())] = 1.0
-        return hidden if head is None else head(hidden, self.weight)
+        return hidden if head is None else head(hidden, OutputLayer(self.weight, self.config.vocab_size))
 
     def next_token(self, read):
         if TOKENIZER.assistant_id not in read:

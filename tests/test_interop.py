@@ -171,7 +171,7 @@ FAULTS = {
     "another program's": (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "no groundup model"),
     "a list": (lambda f: (f / "config.json").write_text("[1]"), "config.json: no groundup model"),
     "a missing field": (lambda f: (f / "config.json").write_text('{"groundup": {"n_layers": 2}}'), "config.json.*req"),
-    "an unknown field": (lambda f: config_with(f, n_experts=8), r"config.json: .*does not know \(n_experts\)"),
+    "an unknown field": (lambda f: config_with(f, n_wheels=8), r"config.json: .*does not know \(n_experts\)"),
     "a text for a number": (lambda f: config_with(f, n_layers="two"), "config.json: n_layers = 'two'"),
     "half a layer": (lambda f: config_with(f, n_layers=2.5), "config.json: n_layers = 2.5"),
     "an unknown part": (lambda f: config_with(f, norm="batchnorm"), "config.json: norm = 'batchnorm'"),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from groundup.errors import RecipeError
 from groundup.model import ModelConfig, Transformer, count_parameters, preset, preset_names, training_flops_per_token
 from groundup.model.attention import attend_to_cache
+from groundup.model.masks import AttentionRule, attention_bias
 from groundup.model.positions import rotate, rotation_table
 
 NANO = ["ground-nano", "gpt2-nano", "llama-nano"]
@@ -116,7 +117,8 @@ def test_attention_to_a_cache_is_grouped_query_attention():
     positions = torch.tensor([[2, 3, 4, 5, 6], [4, 5, 6, 7, 8]])
     mask = torch.arange(9) <= positions[..., None]
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True)
-    torch.testing.assert_close(attend_to_cache(q, k, v, positions), expected, atol=1e-5, rtol=1e-5)
+    bias = attention_bias(AttentionRule(), positions, torch.arange(9), torch.float32)
+    torch.testing.assert_close(attend_to_cache(q, k, v, bias, 8**-0.5), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_dropout_acts_while_training_only():

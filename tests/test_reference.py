@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from groundup.model import preset
 from groundup.model.attention import attend_to_cache
-from groundup.model.feedforward import GELU, SwiGLU
+from groundup.model.feedforward import FeedForward
+from groundup.model.masks import AttentionRule, attention_bias
 from groundup.model.normalization import LayerNorm, RMSNorm
 from groundup.model.positions import rotate, rotation_table
 from groundup.reference import sampling
@@ -41,7 +42,7 @@ def test_norms():
     x, weight, bias = normal(3, 4, 16) * 5 + 1, normal(16, seed=1), normal(16, seed=2)
     torch.testing.assert_close(rmsnorm(x, weight, 1e-5), F.rms_norm(x, (16,), weight, 1e-5))
     torch.testing.assert_close(layernorm(x, weight, bias, 1e-5), F.layer_norm(x, (16,), weight, bias, 1e-5))
-    rms, layer = filled(RMSNorm(16, 1e-3)), filled(LayerNorm(16, 1e-3, bias=True))
+    rms, layer = filled(RMSNorm(16, 1e-3)), filled(LayerNorm(16, 1e-3, has_bias=True))
     torch.testing.assert_close(rms(x), rmsnorm(x, rms.weight, 1e-3))
     torch.testing.assert_close(layer(x), layernorm(x, layer.weight, layer.bias, 1e-3))
 
@@ -52,7 +53,8 @@ def test_attention(kv_heads):
     expected = causal_attention(q, k, v)
     fast = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
     torch.testing.assert_close(fast, expected)
-    cached = attend_to_cache(*(x[None].float() for x in (q, k, v)), torch.arange(9)[None])[0]
+    bias = attention_bias(AttentionRule(), torch.arange(9), torch.arange(9), torch.float32)
+    cached = attend_to_cache(*(x[None].float() for x in (q, k, v)), bias, 4**-0.5)[0]
     torch.testing.assert_close(cached, expected.float(), atol=1e-5, rtol=1e-5)
 
 
@@ -70,13 +72,13 @@ def test_rope():
 def test_swiglu():
     x, gate, up, down = normal(3, 8), normal(12, 8, seed=1), normal(12, 8, seed=2), normal(8, 12, seed=3)
     torch.testing.assert_close(swiglu(x, gate, up, down), F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down))
-    ours, wide = filled(SwiGLU(preset("ground-nano"))), normal(3, 32)
+    ours, wide = filled(FeedForward(preset("ground-nano"))), normal(3, 32)
     parts = ours.gate_proj.weight, ours.up_proj.weight, ours.down_proj.weight
     torch.testing.assert_close(ours(wide), swiglu(wide, *parts))
 
 
 def test_gelu():
-    x, ours = normal(5, 32), filled(GELU(preset("gpt2-nano")))
+    x, ours = normal(5, 32), filled(FeedForward(preset("gpt2-nano")))
     torch.testing.assert_close(gelu(x), F.gelu(x, approximate="tanh"))
     torch.testing.assert_close(gelu(x), F.gelu(x), atol=1e-3, rtol=0)  # what it approximates
     torch.testing.assert_close(ours(x), ours.down_proj(gelu(ours.up_proj(x))))

@@ -22,7 +22,7 @@ from torch import Tensor
 from groundup.errors import DataError
 from groundup.evaluation.tasks import Task, verify
 from groundup.generation import Generation, SamplingParams, generate_batch
-from groundup.model import Transformer
+from groundup.model import OutputLayer, Transformer
 from groundup.shards import TokenShards
 from groundup.tokenizer import Tokenizer, render
 
@@ -185,13 +185,12 @@ def share(outcomes: Sequence[bool]) -> Estimate:
 
 def _row_by_row(
     hidden: Float[Tensor, "batch seq d_model"],
-    weight: Float[Tensor, "vocab d_model"],
+    output: OutputLayer,
     targets: Int[Tensor, "batch seq"],
 ) -> Float[Tensor, "batch seq"]:
     """−log p of the targets, one row's logits at a time."""
-    cast = weight.to(hidden.dtype)
     rows = [
-        torch.nn.functional.cross_entropy((part @ cast.T).float(), wanted, reduction="none")
+        torch.nn.functional.cross_entropy(output.logits(part), wanted, reduction="none")
         for part, wanted in zip(hidden, targets, strict=True)
     ]
     return torch.stack(rows)

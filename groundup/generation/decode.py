@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from groundup.errors import DataError
 from groundup.generation.cache import KVCache
 from groundup.generation.sampling import SamplingParams, sample, seeded_generator
-from groundup.model import Transformer
+from groundup.model import OutputLayer, Transformer
 
 FinishReason = Literal["stop", "length"]
 OnToken = Callable[[int, int], bool]
@@ -134,8 +133,8 @@ def _read(model: Transformer, prompts: Sequence[Sequence[int]], cache: KVCache) 
     rows = torch.arange(len(prompts), device=device)
     last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
 
-    def logits_of_last(hidden: Float[Tensor, "batch seq d_model"], weight: Float[Tensor, "vocab d_model"]) -> Tensor:
-        return F.linear(hidden[rows, last], weight.to(hidden.dtype)).float()
+    def logits_of_last(hidden: Float[Tensor, "batch seq d_model"], output: OutputLayer) -> Tensor:
+        return output.logits(hidden[rows, last])
 
     return model(padded, cache=cache, head=logits_of_last)
 

@@ -6,14 +6,25 @@ theirs, under the prefix `model.`, so weights need no change at all.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from groundup.model import ModelConfig
+
+_PLAIN = ModelConfig(vocab_size=1, context_length=1, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=2, d_model=1, d_ff=1)
+_TOLD = {
+    "vocab_size", "context_length", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_model", "d_ff", "norm_eps",
+    "qk_norm", "rope_base", "bias", "tied_embeddings", "dropout", "initialization", "experts_per_token", "router_loss",
+}  # fmt: skip
+"""Fields that `huggingface_config` tells, or that change nothing in what the model computes."""
 
 
 def architecture_name(config: ModelConfig) -> str | None:
     """The transformers class that computes the same function, or None."""
     if config.norm != "rmsnorm" or config.position != "rope" or config.activation != "swiglu":
+        return None
+    shared = {field.name for field in dataclasses.fields(config)} - _TOLD
+    if any(getattr(config, name) != getattr(_PLAIN, name) for name in shared):
         return None
     if config.qk_norm:
         return None if config.bias else "Qwen3ForCausalLM"

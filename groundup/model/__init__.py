@@ -1,13 +1,15 @@
 """The Transformer: configuration, parts, initialization, cost. Knows nothing but itself."""
 
 from groundup.model.attention import KeyValueStore
-from groundup.model.config import ModelConfig, preset, preset_names
+from groundup.model.config import ModelConfig, RopeScaling, preset, preset_names
 from groundup.model.cost import count_parameters, training_flops_per_token
-from groundup.model.transformer import Transformer
+from groundup.model.transformer import OutputLayer, Transformer
 
 __all__ = [
     "KeyValueStore",
     "ModelConfig",
+    "OutputLayer",
+    "RopeScaling",
     "Transformer",
     "count_parameters",
     "preset",

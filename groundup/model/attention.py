@@ -1,11 +1,14 @@
-"""Causal self-attention: multi-head and grouped-query, with or without a key/value cache.
+"""Causal self-attention: multi-head, grouped-query and multi-query, full or sparse, with or without a cache.
 
-softmax(q kᵀ / sqrt(head_dim) + mask) v (arXiv:1706.03762, section 3.2.1), by torch's fused kernel where that is the
-fastest, by plain products where those are: with a cache, and on a CPU in bfloat16.
+softmax(cap(q kᵀ · scale) + bias) v (arXiv:1706.03762, section 3.2.1; the bias says who sees whom: `masks.py`), by the
+fastest form at hand: torch's fused kernel (`scaled_dot_product_attention`); on a GPU, where the bias is sparse or
+scores are capped, FlexAttention (arXiv:2412.05496), which never holds the bias; plain products with a cache, with
+capped scores elsewhere, and on a CPU in bfloat16. `groundup.reference.attention` is the textbook form of all.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -14,13 +17,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from groundup.model.config import ModelConfig
+from groundup.model.flex import FlexPlan, flex_attention
 from groundup.model.linear import Linear
+from groundup.model.masks import AttentionRule, attention_bias
 from groundup.model.normalization import RMSNorm
 from groundup.model.positions import Rotation, rotate
 
 # torch's fused kernel has no bfloat16 matrix units behind it on CPUs: up to about this many positions the products
 # of the plain form are faster, forward and backward: a quarter off a step of ground-1m (benchmarks/cpu_ladder.py).
 _PLAIN_UP_TO = 1024
+
+Bias = Float[Tensor, "*batch heads q k"]
+Sight = Bias | FlexPlan | None
+"""What a layer's queries see: a bias, its compressed form for FlexAttention, or None: all that came before."""
 
 
 class KeyValueStore(Protocol):
@@ -37,6 +46,27 @@ class KeyValueStore(Protocol):
         ...
 
 
+@dataclass
+class Cached:
+    """A cache, and where this call's tokens stand in it.
+
+    Attributes:
+        store: keys and values of earlier calls.
+        positions: of this call's tokens.
+    """
+
+    store: KeyValueStore
+    positions: Int[Tensor, "batch seq"]
+    _biases: dict[tuple[AttentionRule, int], Tensor] = field(default_factory=dict)
+
+    def bias(self, rule: AttentionRule, length: int) -> Bias:
+        """What queries at `positions` see of the keys 0 … length−1; made once for all layers with the rule."""
+        if (rule, length) not in self._biases:
+            keys = torch.arange(length, device=self.positions.device)
+            self._biases[rule, length] = attention_bias(rule, self.positions, keys, torch.float32)
+        return self._biases[rule, length]
+
+
 class Attention(nn.Module):
     """One attention sub-layer.
 
@@ -48,22 +78,34 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
+        self.rule = AttentionRule.of_layer(config, layer)
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
-        self.q_proj = Linear(config.d_model, config.n_heads * config.head_dim, config.bias)
-        self.k_proj = Linear(config.d_model, config.n_kv_heads * config.head_dim, config.bias)
-        self.v_proj = Linear(config.d_model, config.n_kv_heads * config.head_dim, config.bias)
-        self.o_proj = Linear(config.n_heads * config.head_dim, config.d_model, config.bias)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        self.softcap = config.attention_softcap
+        q_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q_proj = Linear(config.d_model, q_width, config.has_bias("qkv"))
+        self.k_proj = Linear(config.d_model, kv_width, config.has_bias("qkv"))
+        self.v_proj = Linear(config.d_model, kv_width, config.has_bias("qkv"))
+        self.o_proj = Linear(q_width, config.d_model, config.has_bias("o"))
+        norms = config.qk_norm
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps, config.norm_weight) if norms else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps, config.norm_weight) if norms else None
 
     def forward(
         self,
         x: Float[Tensor, "batch seq d_model"],
         rotation: Rotation | None,
-        positions: Int[Tensor, "batch seq"] | None = None,
-        cache: KeyValueStore | None = None,
+        sight: Sight = None,
+        cached: Cached | None = None,
     ) -> Float[Tensor, "batch seq d_model"]:
-        """Attend to this and earlier positions."""
+        """Attend to this and earlier positions.
+
+        Args:
+            x: the sub-layer's input.
+            rotation: RoPE's table, or None.
+            sight: without a cache: what this layer's queries see.
+            cached: keys and values of earlier calls; they decide what is seen.
+        """
         batch, seq, _ = x.shape
         q = self.q_proj(x).view(batch, seq, self.n_heads, self.head_dim)
         k = self.k_proj(x).view(batch, seq, self.n_kv_heads, self.head_dim)
@@ -73,12 +115,12 @@ class Attention(nn.Module):
         q, k = q.transpose(1, 2), k.transpose(1, 2)  # (batch, heads, seq, head_dim)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        if cache is None:
-            out = causal_attention(q, k, v)
+        if cached is None:
+            out = causal_attention(q, k, v, self.scale, sight, self.softcap)
         else:
-            assert positions is not None
-            keys, values = cache.update(self.layer, k, v, positions)
-            out = attend_to_cache(q, keys, values, positions)
+            keys, values = cached.store.update(self.layer, k, v, cached.positions)
+            bias = cached.bias(self.rule, keys.shape[2])
+            out = attend_to_cache(q, keys, values, bias, self.scale, self.softcap)
         return self.o_proj(out.transpose(1, 2).reshape(batch, seq, -1))
 
 
@@ -86,20 +128,38 @@ def causal_attention(
     q: Float[Tensor, "batch heads seq head_dim"],
     k: Float[Tensor, "batch kv_heads seq head_dim"],
     v: Float[Tensor, "batch kv_heads seq head_dim"],
+    scale: float,
+    sight: Sight = None,
+    softcap: float | None = None,
 ) -> Float[Tensor, "batch heads seq head_dim"]:
-    """Each position attends to itself and to earlier ones."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= _PLAIN_UP_TO:
-        return _plain_causal_attention(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    """Attention among the positions of one call, by the fastest form for them."""
+    if isinstance(sight, FlexPlan):
+        return flex_attention(q, k, v, scale, sight)
+    is_small = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= _PLAIN_UP_TO
+    if softcap is not None or is_small:
+        return _plain_attention(q, k, v, scale, sight, softcap)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=sight, is_causal=sight is None, scale=scale, enable_gqa=grouped
+    )
 
 
-def _plain_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, softcap: float | None
+) -> Tensor:
     batch, heads, seq, head_dim = q.shape
     group = heads // k.shape[1]
     k, v = (part.repeat_interleave(group, dim=1) if group > 1 else part for part in (k, v))
+    if bias is None:
+        bias = torch.full((seq, seq), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
     flat = (batch * heads, seq, head_dim)
-    mask = torch.full((seq, seq), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
-    scores = torch.baddbmm(mask, (q * head_dim**-0.5).reshape(flat), k.reshape(flat).transpose(1, 2))
+    q, k = (q * scale).reshape(flat), k.reshape(flat).transpose(1, 2)
+    if softcap is not None or bias.ndim > 2:
+        scores = (q @ k).view(batch, heads, seq, seq)
+        scores = (scores if softcap is None else capped(scores, softcap)) + bias
+        scores = scores.view(batch * heads, seq, seq)
+    else:
+        scores = torch.baddbmm(bias, q, k)
     return (scores.softmax(dim=-1) @ v.reshape(flat)).view(batch, heads, seq, head_dim)
 
 
@@ -107,15 +167,22 @@ def attend_to_cache(
     q: Float[Tensor, "batch heads seq head_dim"],
     keys: Float[Tensor, "batch kv_heads length head_dim"],
     values: Float[Tensor, "batch kv_heads length head_dim"],
-    positions: Int[Tensor, "batch seq"],
+    bias: Float[Tensor, "batch heads_or_1 seq length"],
+    scale: float,
+    softcap: float | None = None,
 ) -> Float[Tensor, "batch heads seq head_dim"]:
-    """Attention of queries at `positions` to cached keys 0 … length−1, each to its own and earlier positions."""
+    """Attention of new queries to cached keys, the scores in float32."""
     batch, heads, seq, head_dim = q.shape
     kv_heads, length = keys.shape[1], keys.shape[2]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads * seq, head_dim)
-    scores = (grouped @ keys.transpose(-1, -2)).float() * head_dim**-0.5  # (batch, kv_heads, group·seq, length)
-    visible = torch.arange(length, device=q.device) <= positions[..., None]  # (batch, seq, length)
-    scores = scores.view(batch, kv_heads, heads // kv_heads, seq, length)
-    scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
+    scores = (grouped @ keys.transpose(-1, -2)).float() * scale  # (batch, kv_heads, group·seq, length)
+    if softcap is not None:
+        scores = capped(scores, softcap)
+    scores = scores.view(batch, heads, seq, length) + bias
     weights = scores.softmax(dim=-1).to(q.dtype).view(batch, kv_heads, -1, length)
     return (weights @ values).view(batch, heads, seq, head_dim)
+
+
+def capped(scores: Float[Tensor, "*shape"], cap: float) -> Float[Tensor, "*shape"]:
+    """cap · tanh(scores / cap): what is small stays as it is, nothing is beyond ± cap."""
+    return cap * torch.tanh(scores / cap)

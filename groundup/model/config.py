@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -16,16 +17,82 @@ from typing import Any, Literal, get_args
 from groundup.errors import Problem, RecipeError
 
 Norm = Literal["rmsnorm", "layernorm"]
-Position = Literal["rope", "learned"]
-Activation = Literal["swiglu", "gelu"]
+NormPlacement = Literal["pre", "post"]
+Position = Literal["rope", "learned", "sinusoidal", "alibi", "none"]
+Pattern = Literal["full", "window", "strided", "fixed"]
+Activation = Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu2"]
 Initialization = Literal["scaled", "gpt2"]
+RopeScalingKind = Literal["linear", "ntk", "yarn", "llama3"]
+
+GATED: tuple[Activation, ...] = ("swiglu", "geglu")
+"""Activations of a feed-forward layer with three matrices instead of two."""
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "norm": get_args(Norm),
+    "norm_placement": get_args(NormPlacement),
     "position": get_args(Position),
     "activation": get_args(Activation),
     "initialization": get_args(Initialization),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are changed, so that a model reads more than it was trained on.
+
+    Attributes:
+        kind: "linear": every angle divided by `factor` (position interpolation, arXiv:2306.15595); "ntk": the base
+            raised so that the slowest frequency is divided by it and the fastest stays (arXiv:2309.00071, section
+            3.1); "yarn": slow frequencies divided, fast ones kept, a ramp between (the same, section 3.2); "llama3":
+            the same by wavelengths (Llama 3.1).
+        factor: how many times longer the context becomes.
+        original_context: tokens of context that the model was trained on (yarn, llama3).
+        beta_fast: yarn: frequencies that turn more often than this within the original context stay.
+        beta_slow: yarn: those that turn less often than this are divided.
+        low_frequency_factor: llama3: wavelengths over `original_context` / this are divided.
+        high_frequency_factor: llama3: wavelengths under `original_context` / this stay.
+        attention_factor: yarn: what queries and keys are multiplied by; None: 0.1 · ln(factor) + 1.
+    """
+
+    kind: RopeScalingKind
+    factor: float
+    original_context: int | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    attention_factor: float | None = None
+
+    def problems(self) -> list[Problem]:
+        """What is wrong with it."""
+        found = []
+        if self.kind not in get_args(RopeScalingKind):
+            found.append(_unknown("rope_scaling.kind", self.kind, get_args(RopeScalingKind)))
+        if not self.factor >= 1:
+            found.append(Problem(f"[model] rope_scaling.factor = {self.factor}", "must be at least 1."))
+        if self.kind in ("yarn", "llama3") and (self.original_context or 0) < 1:
+            found.append(
+                Problem(
+                    "[model] rope_scaling.original_context",
+                    f"is missing; {self.kind} needs it.",
+                    "Give the context length that the model was trained with.",
+                )
+            )
+        if self.kind == "llama3" and not 0 < self.low_frequency_factor < self.high_frequency_factor:
+            found.append(
+                Problem(
+                    f"[model] rope_scaling.high_frequency_factor = {self.high_frequency_factor}",
+                    f"must be above low_frequency_factor = {self.low_frequency_factor}, and both above 0.",
+                )
+            )
+        if self.kind == "yarn" and not 0 < self.beta_slow < self.beta_fast:
+            found.append(
+                Problem(
+                    f"[model] rope_scaling.beta_fast = {self.beta_fast}",
+                    f"must be above beta_slow = {self.beta_slow}, and both above 0.",
+                )
+            )
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,18 +104,45 @@ class ModelConfig:
         context_length: tokens the model can see at once.
         n_layers: number of blocks.
         n_heads: query heads.
-        n_kv_heads: key/value heads; fewer than `n_heads` is grouped-query attention (arXiv:2305.13245).
+        n_kv_heads: key/value heads; fewer than `n_heads` is grouped-query attention (arXiv:2305.13245), one is
+            multi-query attention (arXiv:1911.02150).
         head_dim: width of one head.
         d_model: width of the residual stream.
-        d_ff: width of the feed-forward layer.
-        norm: normalization before every sub-layer and at the end.
+        d_ff: width of the feed-forward layer; of each expert's, where there are experts.
+        norm: RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450).
+        norm_placement: before every sub-layer and at the end ("pre"), or behind every sum ("post": the original,
+            arXiv:1706.03762, without one at the end).
+        norm_weight: norms have a weight.
         norm_eps: added to the variance.
-        qk_norm: normalize queries and keys per head (arXiv:2010.04245), as Qwen3 does.
-        position: rotary (arXiv:2104.09864, half-split as in Llama) or learned absolute embeddings (GPT-2).
+        qk_norm: normalize queries and keys per head by RMSNorm (arXiv:2010.04245), as Qwen3 does.
+        position: rotary ("rope", arXiv:2104.09864, half-split as in Llama), learned absolute (GPT-2), sinusoidal
+            (arXiv:1706.03762, section 3.5), linear biases ("alibi", arXiv:2108.12409), or none (arXiv:2305.19466).
         rope_base: base of the rotary frequencies.
-        activation: SwiGLU (arXiv:2002.05202) or GELU in its tanh form (GPT-2).
-        bias: linear layers and LayerNorms have a bias.
+        rope_scaling: see `RopeScaling`; None: as trained.
+        rope_share: share of each head's features that is rotated, from the first on (1: all).
+        attention: patterns of the layers in turn: ("window", "full") makes layers 0, 2, … local and 1, 3, … global.
+            "full": every earlier token; "window": the last `window`; "strided" and "fixed": those of Sparse
+            Transformers (arXiv:1904.10509, section 4.3) with `stride`.
+        window: tokens that a position of a "window" layer sees, itself included.
+        stride: length of a row ("strided") or block ("fixed").
+        summary: "fixed": columns at each block's end that all later positions see.
+        sink_tokens: first tokens that "window" layers see from everywhere (arXiv:2309.17453).
+        attention_scale: factor of the products of queries and keys; None: 1 / sqrt(head_dim).
+        attention_softcap: caps those products at ± this by tanh; None: no cap (Gemma 2, arXiv:2408.00118).
+        logit_softcap: caps the model's logits in the same way.
+        activation: SwiGLU or GeGLU (arXiv:2002.05202: three matrices), GELU exactly or in GPT-2's tanh form
+            (arXiv:1606.08415), or squared ReLU (arXiv:2109.08668).
+        n_experts: feed-forward layers in each block, of which a router chooses; 0: one, without a router.
+        experts_per_token: how many of them compute a token.
+        router_loss: coefficient of the load-balancing loss (arXiv:2101.03961, equation 4).
+        bias: linear layers and LayerNorms have a bias; the next four say otherwise where they are not None.
+        qkv_bias: of queries, keys and values.
+        o_bias: of attention's output.
+        ff_bias: of the feed-forward layer.
+        norm_bias: of LayerNorms.
         tied_embeddings: the output layer is the embedding matrix.
+        vocab_multiple: rows of the embedding are filled up to a multiple of this, for the sake of speed; nobody
+            outside of the model sees them.
         dropout: dropout on embeddings and on what each sub-layer adds, while training.
         initialization: see `model/initialization.py`.
     """
@@ -62,18 +156,47 @@ class ModelConfig:
     d_model: int
     d_ff: int
     norm: Norm = "rmsnorm"
+    norm_placement: NormPlacement = "pre"
+    norm_weight: bool = True
     norm_eps: float = 1e-6
     qk_norm: bool = True
     position: Position = "rope"
     rope_base: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    rope_share: float = 1.0
+    attention: tuple[Pattern, ...] = ("full",)
+    window: int | None = None
+    stride: int | None = None
+    summary: int = 1
+    sink_tokens: int = 0
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
     activation: Activation = "swiglu"
+    n_experts: int = 0
+    experts_per_token: int = 2
+    router_loss: float = 0.01
     bias: bool = False
+    qkv_bias: bool | None = None
+    o_bias: bool | None = None
+    ff_bias: bool | None = None
+    norm_bias: bool | None = None
     tied_embeddings: bool = True
+    vocab_multiple: int = 1
     dropout: float = 0.0
     initialization: Initialization = "scaled"
 
     def __post_init__(self) -> None:
-        counts = ["vocab_size", "context_length", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_model", "d_ff"]
+        problems = [*self._out_of_range(), *self._unfitting()]
+        if problems:
+            raise RecipeError("model", problems)
+
+    def _out_of_range(self) -> list[Problem]:
+        """Values that could fit no model."""
+        counts = (
+            "vocab_size", "context_length", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_model", "d_ff",
+            "vocab_multiple", "summary",
+        )  # fmt: skip
         problems = [
             Problem(f"[model] {name} = {getattr(self, name)}", "must be at least 1.")
             for name in counts
@@ -81,9 +204,28 @@ class ModelConfig:
         ]
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                what = f"is not one of {', '.join(choices)}."
-                problems.append(Problem(f"[model] {name} = {getattr(self, name)!r}", what))
-        if not problems and self.n_heads % self.n_kv_heads:
+                problems.append(_unknown(name, getattr(self, name), choices))
+        patterns = get_args(Pattern)
+        problems += [_unknown("attention", one, patterns) for one in self.attention if one not in patterns]
+        if not self.attention:
+            problems.append(Problem("[model] attention = []", "names no pattern.", 'For the usual one: ["full"].'))
+        for name in ("attention_softcap", "logit_softcap", "attention_scale", "rope_base", "norm_eps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                problems.append(Problem(f"[model] {name} = {value}", "must be above 0."))
+        problems += [
+            Problem(f"[model] {name} = {getattr(self, name)}", "must be at least 0.")
+            for name in ("n_experts", "sink_tokens", "router_loss", "dropout")
+            if not getattr(self, name) >= 0
+        ]
+        if self.rope_scaling is not None:
+            problems.extend(self.rope_scaling.problems())
+        return problems
+
+    def _unfitting(self) -> list[Problem]:
+        """Values that do not fit together."""
+        problems = []
+        if self.n_kv_heads >= 1 and self.n_heads % self.n_kv_heads:
             problems.append(
                 Problem(
                     f"[model] n_kv_heads = {self.n_kv_heads}",
@@ -95,12 +237,69 @@ class ModelConfig:
             problems.append(
                 Problem(f"[model] head_dim = {self.head_dim}", "is odd.", "RoPE rotates pairs: choose an even number.")
             )
-        if problems:
-            raise RecipeError("model", problems)
+        elif self.position == "rope" and (self.rotated < 2 or not self.rope_share <= 1):
+            problems.append(
+                Problem(
+                    f"[model] rope_share = {self.rope_share:g}",
+                    f"rotates {self.rotated} of {self.head_dim} features.",
+                    "Choose a share of at most 1 that leaves at least one pair.",
+                )
+            )
+        if self.position == "sinusoidal" and self.d_model % 2:
+            problems.append(Problem(f"[model] d_model = {self.d_model}", "is odd; sines and cosines come in pairs."))
+        for pattern, name in (("window", "window"), ("strided", "stride"), ("fixed", "stride")):
+            if pattern in self.attention and (getattr(self, name) or 0) < 1:
+                problems.append(
+                    Problem(
+                        f"[model] {name} = {getattr(self, name)}",
+                        f'is needed by attention = "{pattern}".',
+                        f"Give a number of tokens, such as {name} = {max(1, self.context_length // 4)}.",
+                    )
+                )
+        if "fixed" in self.attention and self.stride and self.summary > self.stride:
+            problems.append(Problem(f"[model] summary = {self.summary}", f"is over stride = {self.stride}."))
+        if self.n_experts and not 1 <= self.experts_per_token <= self.n_experts:
+            problems.append(
+                Problem(
+                    f"[model] experts_per_token = {self.experts_per_token}",
+                    f"must be from 1 to n_experts = {self.n_experts}.",
+                )
+            )
+        return problems
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and of the output layer."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def rotated(self) -> int:
+        """Features of each head that RoPE rotates; an even number."""
+        return int(self.head_dim * self.rope_share) // 2 * 2 if self.position == "rope" else 0
+
+    @property
+    def is_gated(self) -> bool:
+        """The feed-forward layer has a gate: three matrices instead of two."""
+        return self.activation in GATED
+
+    def pattern(self, layer: int) -> Pattern:
+        """What the attention of a layer sees."""
+        return self.attention[layer % len(self.attention)]
+
+    def has_bias(self, part: Literal["qkv", "o", "ff", "norm"]) -> bool:
+        """Whether the linear layers of a part (or its norms) have a bias."""
+        own: bool | None = getattr(self, f"{part}_bias")
+        return self.bias if own is None else own
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in a checkpoint."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "attention": list(self.attention)}
+
+
+def _unknown(name: str, value: object, choices: tuple[str, ...]) -> Problem:
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    fix = f"Did you mean {near[0]!r}?" if near else None
+    return Problem(f"[model] {name} = {value!r}", f"is not one of {', '.join(choices)}.", fix)
 
 
 @cache
@@ -159,4 +358,20 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
         base["head_dim"] = width // heads
     if "d_model" in changed and "d_ff" not in overrides:
         base["d_ff"] = max(1, round(base["d_ff"] * overrides["d_model"] / base["d_model"]))
-    return ModelConfig(**{**base, **overrides})
+    return ModelConfig(**_typed({**base, **overrides}))
+
+
+def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a TOML file can only say as a list or a table, as `ModelConfig` has it."""
+    typed = dict(values)
+    if isinstance(typed.get("attention"), (list, str)):
+        patterns = typed["attention"]
+        typed["attention"] = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    if isinstance(typed.get("rope_scaling"), Mapping):
+        try:
+            typed["rope_scaling"] = RopeScaling(**typed["rope_scaling"])
+        except TypeError as error:
+            reason = str(error).replace("RopeScaling.__init__() ", "")
+            known = ", ".join(field.name for field in dataclasses.fields(RopeScaling))
+            raise RecipeError("model", [Problem("[model] rope_scaling", f"{reason}.", f"Fields: {known}.")]) from error
+    return typed

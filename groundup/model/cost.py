@@ -13,24 +13,27 @@ def count_parameters(config: ModelConfig) -> int:
     """Number of parameters, exact; a tied embedding counts once."""
     embedding = config.vocab_size * config.d_model
     positions = config.context_length * config.d_model if config.position == "learned" else 0
-    norm = config.d_model * (2 if config.norm == "layernorm" and config.bias else 1)
+    norm = config.d_model * (config.norm_weight + (config.norm == "layernorm" and config.has_bias("norm")))
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    attention = config.d_model * (q + 2 * kv) + q * config.d_model
-    n_ff = 3 if config.activation == "swiglu" else 2
-    block = attention + n_ff * config.d_model * config.d_ff + 2 * norm
-    if config.bias:
-        block += q + 2 * kv + config.d_model + (n_ff - 1) * config.d_ff + config.d_model
-    if config.qk_norm:
-        block += 2 * config.head_dim
+    block = config.d_model * (q + 2 * kv) + q * config.d_model + 2 * norm
+    block += (q + 2 * kv) * config.has_bias("qkv") + config.d_model * config.has_bias("o")
+    block += 2 * config.head_dim * (config.qk_norm and config.norm_weight)
+    n_ff = 3 if config.is_gated else 2
+    feedforward = n_ff * config.d_model * config.d_ff
+    feedforward += ((n_ff - 1) * config.d_ff + config.d_model) * config.has_bias("ff")
+    block += config.n_experts * (feedforward + config.d_model) if config.n_experts else feedforward
     head = 0 if config.tied_embeddings else embedding
-    return embedding + positions + config.n_layers * block + norm + head
+    last_norm = norm if config.norm_placement == "pre" else 0
+    return embedding + positions + config.n_layers * block + last_norm + head
 
 
 def matmul_parameters(config: ModelConfig) -> int:
     """Parameters that take part in a matrix product for every token (the output layer included)."""
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    n_ff = 3 if config.activation == "swiglu" else 2
-    block = config.d_model * (q + 2 * kv) + q * config.d_model + n_ff * config.d_model * config.d_ff
+    feedforward = (3 if config.is_gated else 2) * config.d_model * config.d_ff
+    if config.n_experts:
+        feedforward = config.experts_per_token * feedforward + config.n_experts * config.d_model
+    block = config.d_model * (q + 2 * kv) + q * config.d_model + feedforward
     return config.n_layers * block + config.vocab_size * config.d_model
 
 

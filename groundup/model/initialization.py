@@ -4,9 +4,11 @@
 |---------------------------------------------|-----------------------------|--------------------------------|
 | token and position embeddings               | N(0, 0.02)                  | N(0, 0.02)                     |
 | projections into a sub-layer (q k v gate up)| N(0, 1/sqrt(fan-in))        | N(0, 0.02)                     |
+| routers of experts                          | N(0, 0.02)                  | N(0, 0.02)                     |
 | projections back to the stream (o down)     | 0: a block starts as x → x  | N(0, 0.02 / sqrt(2 · layers))  |
 | output layer, where untied                  | 0: uniform prediction       | N(0, 0.02)                     |
 | norm weights / all biases                   | 1 / 0                       | 1 / 0                          |
+| rows that fill up the vocabulary            | 0                           | 0                              |
 
 Each parameter is drawn on the CPU from a generator of its own, seeded by (seed, name): the weights do not
 depend on the order of construction, the number of devices or how the model is sharded.
@@ -30,7 +32,7 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Fill every parameter exactly once, sharded (DTensor) or not."""
     for name, parameter in model.named_parameters():
         name = name.replace("_orig_mod.", "")
-        full = _draw(name, tuple(parameter.shape), config.initialization, config.n_layers, seed)
+        full = _draw(name, tuple(parameter.shape), config, seed)
         if isinstance(parameter, DTensor):
             # Every rank draws the same full tensor, so no broadcast is needed: each keeps its shard.
             parameter.copy_(
@@ -42,14 +44,18 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
             parameter.copy_(full)
 
 
-def _draw(name: str, shape: tuple[int, ...], scheme: str, n_layers: int, seed: int) -> Tensor:
+def _draw(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
     """A parameter's initial value, float32, from its name's generator."""
-    std = standard_deviation(name, shape, scheme, n_layers)
+    std = standard_deviation(name, shape, config.initialization, config.n_layers)
     if std is None:
         return torch.ones(shape)
     if std == 0.0:
         return torch.zeros(shape)
     generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{seed}/{name}".encode()) >> 1)
+    if name.startswith(("embed_tokens.", "lm_head.")):
+        filled = torch.zeros(shape)  # the tokens' rows do not depend on how many follow that are none
+        filled[: config.vocab_size] = torch.randn((config.vocab_size, shape[1]), generator=generator) * std
+        return filled
     return torch.randn(shape, generator=generator) * std
 
 
@@ -58,7 +64,7 @@ def standard_deviation(name: str, shape: tuple[int, ...], scheme: str, n_layers:
     part = name.rsplit(".", 1)[0].rsplit(".", 1)[-1]
     if name.endswith("bias"):
         return 0.0
-    if part in ("embed_tokens", "embed_positions"):
+    if part in ("embed_tokens", "embed_positions", "router"):
         return 0.02
     if part.endswith("norm"):
         return None
@@ -67,4 +73,4 @@ def standard_deviation(name: str, shape: tuple[int, ...], scheme: str, n_layers:
     if part in ("o_proj", "down_proj", "lm_head"):
         return 0.0
     assert part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), f"no initialization for {name}"
-    return 1.0 / math.sqrt(shape[1])
+    return 1.0 / math.sqrt(shape[-1])

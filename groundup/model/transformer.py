@@ -1,4 +1,4 @@
-"""A decoder-only, pre-norm Transformer, GPT-2-shaped or Llama-shaped from the same parts.
+"""A decoder-only Transformer, GPT-2-shaped, Llama-shaped or anything between, from the same parts.
 
 In: token ids. Out: logits. Plain single-device code: devices, precision and compilation are applied from
 outside. Names follow Hugging Face's Llama, so that a checkpoint's weights need no renaming.
@@ -8,6 +8,7 @@ Sources: arXiv:1706.03762 (Transformer), GPT-2's report, arXiv:2302.13971 (Llama
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
 import torch
@@ -15,19 +16,42 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from groundup.model.attention import Attention, KeyValueStore
+from groundup.model.attention import Attention, Cached, KeyValueStore, Sight, capped
 from groundup.model.config import ModelConfig
+from groundup.model.experts import Experts
 from groundup.model.feedforward import make_feedforward
+from groundup.model.flex import plan_attention
 from groundup.model.initialization import initialize
 from groundup.model.linear import Linear
+from groundup.model.masks import AttentionRule, attention_bias
 from groundup.model.normalization import make_norm
-from groundup.model.positions import Rotation, rotation_table
+from groundup.model.positions import Rotation, rotation_table, sinusoids
 
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True)
+class OutputLayer:
+    """The last layer, for whoever wants something else than all logits: some rows', or a loss.
+
+    Attributes:
+        weight: (padded_vocab, d_model), float32; rows from `vocab_size` on stand for no token.
+        vocab_size: tokens.
+        softcap: of the logits, or None.
+    """
+
+    weight: Float[Tensor, "padded_vocab d_model"]
+    vocab_size: int
+    softcap: float | None = None
+
+    def logits(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
+        """Logits of the tokens, float32; the products are taken in the dtype of `hidden`."""
+        found = F.linear(hidden, self.weight.to(hidden.dtype))[..., : self.vocab_size].float()
+        return found if self.softcap is None else capped(found, self.softcap)
+
+
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)); with post-norm norm(x + attention(x)) and so on."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -35,17 +59,21 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = make_norm(config, config.d_model)
         self.mlp = make_feedforward(config)
+        self.is_post_norm = config.norm_placement == "post"
         self.dropout = config.dropout
 
     def forward(
         self,
         x: Float[Tensor, "batch seq d_model"],
         rotation: Rotation | None,
-        positions: Int[Tensor, "batch seq"] | None = None,
-        cache: KeyValueStore | None = None,
+        sight: Sight = None,
+        cached: Cached | None = None,
     ) -> Float[Tensor, "batch seq d_model"]:
         """Apply both sub-layers."""
-        x = x + self._drop(self.self_attn(self.input_layernorm(x), rotation, positions, cache))
+        if self.is_post_norm:
+            x = self.input_layernorm(x + self._drop(self.self_attn(x, rotation, sight, cached)))
+            return self.post_attention_layernorm(x + self._drop(self.mlp(x)))
+        x = x + self._drop(self.self_attn(self.input_layernorm(x), rotation, sight, cached))
         return x + self._drop(self.mlp(self.post_attention_layernorm(x)))
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -69,20 +97,25 @@ class Transformer(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         with torch.device(device):
-            self.embed_tokens = _Embedding(config.vocab_size, config.d_model)
+            self.embed_tokens = _Embedding(config.padded_vocab_size, config.d_model)
             self.embed_positions = (
                 _Embedding(config.context_length, config.d_model) if config.position == "learned" else None
             )
             self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-            self.norm = make_norm(config, config.d_model)
-            self.lm_head = None if config.tied_embeddings else Linear(config.d_model, config.vocab_size, bias=False)
+            self.norm = make_norm(config, config.d_model) if config.norm_placement == "pre" else None
+            self.lm_head = (
+                None if config.tied_embeddings else Linear(config.d_model, config.padded_vocab_size, bias=False)
+            )
+        self._rules = [AttentionRule.of_layer(config, layer) for layer in range(config.n_layers)]
         if torch.device(device).type != "meta":
             initialize(self, config, seed)
 
     @property
     def n_parameters(self) -> int:
-        """Number of parameters, a tied embedding counted once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Number of parameters, a tied embedding counted once, rows that stand for no token not at all."""
+        n_matrices = 1 if self.lm_head is None else 2
+        n_idle = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.d_model * n_matrices
+        return sum(parameter.numel() for parameter in self.parameters()) - n_idle
 
     @overload
     def forward(
@@ -90,6 +123,7 @@ class Transformer(nn.Module):
         ids: Int[Tensor, "batch seq"],
         *,
         positions: Int[Tensor, "batch seq"] | None = None,
+        documents: Int[Tensor, "batch seq"] | None = None,
         cache: KeyValueStore | None = None,
         head: None = None,
     ) -> Float[Tensor, "batch seq vocab"]: ...
@@ -100,8 +134,9 @@ class Transformer(nn.Module):
         ids: Int[Tensor, "batch seq"],
         *,
         positions: Int[Tensor, "batch seq"] | None = None,
+        documents: Int[Tensor, "batch seq"] | None = None,
         cache: KeyValueStore | None = None,
-        head: Callable[[Tensor, Tensor], Result],
+        head: Callable[[Tensor, OutputLayer], Result],
     ) -> Result: ...
 
     def forward(
@@ -109,43 +144,83 @@ class Transformer(nn.Module):
         ids: Int[Tensor, "batch seq"],
         *,
         positions: Int[Tensor, "batch seq"] | None = None,
+        documents: Int[Tensor, "batch seq"] | None = None,
         cache: KeyValueStore | None = None,
-        head: Callable[[Tensor, Tensor], Any] | None = None,
+        head: Callable[[Tensor, OutputLayer], Any] | None = None,
     ) -> Any:
         """Logits of the next token at every position, in float32.
 
         Args:
             ids: token ids, int64.
-            positions: each token's position in its row (default 0, 1, 2, …). With a cache, rows may differ.
+            positions: each token's position in its row or document (default 0, 1, 2, …). With a cache, rows may
+                differ.
+            documents: which document of its row each token belongs to, where rows hold several: it sees no other.
+                Not with a cache.
             cache: keys and values of earlier calls; then each query sees the cached positions up to its own.
-            head: what to make of the last hidden states (batch, seq, d_model) and the output matrix
-                (vocab, d_model) instead of logits: a loss that never holds all logits, for instance.
+            head: what to make of the last hidden states (batch, seq, d_model) and the output layer instead of
+                logits: a loss that never holds all logits, for instance.
         """
-        hidden = self._hidden(ids, positions, cache)
+        hidden = self._hidden(ids, positions, documents, cache)
         weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        if head is not None:
-            return head(hidden, weight)
-        return F.linear(hidden, weight.to(hidden.dtype)).float()
+        output = OutputLayer(weight, self.config.vocab_size, self.config.logit_softcap)
+        return output.logits(hidden) if head is None else head(hidden, output)
+
+    def balance_loss(self) -> Float[Tensor, ""] | None:
+        """Of the last forward pass in training: the routers' loss, times its coefficient and the number of tokens.
+
+        None without experts. To be added to a loss that is summed over tokens.
+        """
+        found = [block.mlp.balance for block in self.layers if isinstance(block.mlp, Experts)]
+        if not found or not self.training:
+            return None
+        return self.config.router_loss * torch.stack([one for one in found if one is not None]).mean()
 
     def _hidden(
-        self, ids: Int[Tensor, "batch seq"], positions: Int[Tensor, "batch seq"] | None, cache: KeyValueStore | None
+        self,
+        ids: Int[Tensor, "batch seq"],
+        positions: Int[Tensor, "batch seq"] | None,
+        documents: Int[Tensor, "batch seq"] | None,
+        cache: KeyValueStore | None,
     ) -> Float[Tensor, "batch seq d_model"]:
+        config = self.config
         batch, seq = ids.shape
         if cache is not None and positions is None:
             positions = torch.arange(seq, device=ids.device).expand(batch, seq)
+        cached = None if cache is None or positions is None else Cached(cache, positions)
         # Rows that all start at 0 share one table of (seq, ...) positions.
         where = torch.arange(seq, device=ids.device) if positions is None else positions
         x = self.embed_tokens(ids).to(self.compute_dtype)
         rotation: Rotation | None = None
         if self.embed_positions is not None:
             x = x + self.embed_positions(where).to(self.compute_dtype)
-        else:
-            rotation = rotation_table(where, self.config.head_dim, self.config.rope_base, self.compute_dtype)
-        if self.training and self.config.dropout:
-            x = F.dropout(x, self.config.dropout)
-        for block in self.layers:
-            x = block(x, rotation, positions, cache)
-        return self.norm(x)
+        elif config.position == "sinusoidal":
+            x = x * config.d_model**0.5 + sinusoids(where, config.d_model).to(self.compute_dtype)
+        elif config.position == "rope":
+            rotation = rotation_table(where, config.rotated, config.rope_base, self.compute_dtype, config.rope_scaling)
+        if self.training and config.dropout:
+            x = F.dropout(x, config.dropout)
+        sights = self._sights(seq, where, documents) if cached is None else {}
+        for block, rule in zip(self.layers, self._rules, strict=True):
+            x = block(x, rotation, sights.get(rule), cached)
+        return x if self.norm is None else self.norm(x)
+
+    def _sights(
+        self, seq: int, where: Int[Tensor, "*rows seq"], documents: Int[Tensor, "batch seq"] | None
+    ) -> dict[AttentionRule, Sight]:
+        """What each rule's layers see; nothing is made for plain causal attention."""
+        softcap = self.config.attention_softcap
+        sights: dict[AttentionRule, Sight] = {}
+        for rule in dict.fromkeys(self._rules):
+            is_plain = documents is None and where.ndim == 1 and rule.is_causal_only(seq)
+            if where.is_cuda and (softcap is not None or not is_plain):
+                positions = where if where.ndim == 2 else None
+                sights[rule] = plan_attention(
+                    rule, seq, where.device, softcap=softcap, positions=positions, documents=documents
+                )
+            elif not is_plain:
+                both = None if documents is None else (documents, documents)
+                sights[rule] = attention_bias(rule, where, where, self.compute_dtype, both)
+        return sights
 
 
 class _Embedding(nn.Embedding):

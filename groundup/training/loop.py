@@ -222,8 +222,10 @@ class _Loop:
         for first in range(0, len(ids), self.micro):
             part = slice(first, first + self.micro)
             loss_sum = self.model(ids[part], head=head_loss(targets[part]))
+            balance = self.model.balance_loss()
+            to_minimize = loss_sum if balance is None else loss_sum + balance
             # FSDP averages gradients over processes: times the world's size it is the sum again.
-            (loss_sum * (self.world.size / count)).backward()
+            (to_minimize * (self.world.size / count)).backward()
             total += loss_sum.detach()
         loss = float(self.world.sum(total)[0] / count)
         grad_norm = clip_gradients(self.optimizers.parameters(), self.job.settings.clip, self.world.sum)

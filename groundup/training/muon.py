@@ -23,8 +23,8 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
 def orthogonalize(
-    matrices: Float[Tensor, "n rows cols"], *, steps: int = 5, dtype: torch.dtype = torch.float32
-) -> Float[Tensor, "n rows cols"]:
+    matrices: Float[Tensor, "*n rows cols"], *, steps: int = 5, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*n rows cols"]:
     """Move every singular value of each matrix to about 1; computed and returned in `dtype`."""
     x = matrices.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
@@ -38,10 +38,10 @@ def orthogonalize(
 
 
 class Muon(Optimizer):
-    """Muon for 2-D parameters, sharded or not.
+    """Muon for matrices, sharded or not.
 
     Args:
-        params: matrices.
+        params: 2-D, or 3-D: a stack of matrices, as experts have.
         lr: learning rate (0.02 is a good start at any size).
         momentum: β above.
         weight_decay: decoupled; each step multiplies the weights by 1 − lr · weight_decay.
@@ -70,7 +70,7 @@ class Muon(Optimizer):
             for shape, parameters in by_shape.items():
                 updates = [full_tensor(self._momentum_update(parameter, group["momentum"])) for parameter in parameters]
                 directions = orthogonalize(torch.stack(updates), dtype=self.dtype).float()
-                scale = max(1.0, shape[0] / shape[1]) ** 0.5
+                scale = max(1.0, shape[-2] / shape[-1]) ** 0.5
                 for parameter, direction in zip(parameters, directions, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(like_parameter(direction, parameter), alpha=-group["lr"] * scale)

@@ -9,12 +9,14 @@ hidden states and of the output matrix are kept (as in Liger Kernel, arXiv:2410.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from groundup.model import OutputLayer
 
 IGNORED = -100
 """The target of a position that is not predicted."""
@@ -23,7 +25,11 @@ _SLICE_LOGITS = 1 << 20  # logits held at once; 4 MiB in float32 stays near the 
 
 
 def cross_entropy_sum(
-    hidden: Float[Tensor, "*batch d_model"], weight: Float[Tensor, "vocab d_model"], targets: Int[Tensor, "*batch"]
+    hidden: Float[Tensor, "*batch d_model"],
+    weight: Float[Tensor, "padded_vocab d_model"],
+    targets: Int[Tensor, "*batch"],
+    vocab_size: int | None = None,
+    softcap: float | None = None,
 ) -> Float[Tensor, ""]:
     """Sum over valid targets of −log softmax(hidden weightᵀ)[target], in nats, float32.
 
@@ -31,15 +37,23 @@ def cross_entropy_sum(
         hidden: last hidden states, in the compute dtype, in which the products are taken.
         weight: the output matrix, float32.
         targets: token ids, or `IGNORED`.
+        vocab_size: rows of `weight` that stand for tokens (default: all).
+        softcap: logits z become softcap · tanh(z / softcap).
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
-    loss: Tensor = _LinearCrossEntropy.apply(rows, weight, targets.reshape(-1))  # type: ignore[no-untyped-call]
+    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        rows, weight, targets.reshape(-1), vocab_size or weight.shape[0], softcap
+    )
     return loss
 
 
-def head_loss(targets: Int[Tensor, "batch seq"]) -> Any:
+def head_loss(targets: Int[Tensor, "batch seq"]) -> Callable[[Tensor, OutputLayer], Tensor]:
     """`cross_entropy_sum` for these targets, in the form that `Transformer.forward(head=…)` takes."""
-    return partial(cross_entropy_sum, targets=targets)
+
+    def loss(hidden: Float[Tensor, "batch seq d_model"], output: OutputLayer) -> Float[Tensor, ""]:
+        return cross_entropy_sum(hidden, output.weight, targets, output.vocab_size, output.softcap)
+
+    return loss
 
 
 def valid_tokens(targets: Int[Tensor, "*batch"]) -> int:
@@ -49,7 +63,9 @@ def valid_tokens(targets: Int[Tensor, "*batch"]) -> int:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, softcap: float | None
+    ) -> Tensor:
         cast = weight.to(hidden.dtype)
         wants_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         if wants_gradient:
@@ -59,7 +75,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         step = max(1, _SLICE_LOGITS // weight.shape[0])
         for start in range(0, hidden.shape[0], step):
             part, target = hidden[start : start + step], targets[start : start + step]
-            logits = (part @ cast.T).float()  # (rows, vocab)
+            logits = (part @ cast.T).float()  # (rows, padded_vocab)
+            if softcap is not None:
+                bend = torch.tanh_(logits.div_(softcap))
+                logits = bend * softcap
+            logits[:, vocab_size:] = float("-inf")
             log_normalizer = logits.logsumexp(dim=-1, keepdim=True)
             valid = target != IGNORED
             index = target.where(valid, 0)[:, None]
@@ -67,6 +87,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if wants_gradient:
                 gradient = logits.sub_(log_normalizer).exp_()
                 gradient.scatter_add_(1, index, torch.full_like(index, -1.0, dtype=torch.float32))
+                if softcap is not None:
+                    gradient.mul_(1 - bend.square())
                 gradient = gradient.mul_(valid[:, None]).to(hidden.dtype)
                 d_hidden[start : start + step] = gradient @ cast
                 d_weight += gradient.T @ part
@@ -75,6 +97,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * outputs[0], d_weight * outputs[0], None
+        return d_hidden * outputs[0], d_weight * outputs[0], None, None, None

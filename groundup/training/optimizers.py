@@ -27,14 +27,14 @@ class Optimizers:
 
     def __init__(self, model: nn.Module, settings: OptimizerSettings, precision: torch.dtype) -> None:
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in f".{name}"]
+        matrices = [p for name, p in model.named_parameters() if _is_matrix(name, p) and ".layers." in f".{name}"]
         to_muon = matrices if settings.optimizer == "muon" else []
         rest = [p for p in model.parameters() if not any(p is matrix for matrix in to_muon)]
         self.all: list[Optimizer] = [
             AdamW(
                 [
-                    {"params": [p for p in rest if p.ndim == 2], "weight_decay": settings.weight_decay},
-                    {"params": [p for p in rest if p.ndim != 2], "weight_decay": 0.0},
+                    {"params": [p for p in rest if self._is_matrix(p)], "weight_decay": settings.weight_decay},
+                    {"params": [p for p in rest if not self._is_matrix(p)], "weight_decay": 0.0},
                 ],
                 lr=settings.lr,
                 betas=(settings.beta1, settings.beta2),
@@ -47,6 +47,9 @@ class Optimizers:
                 Muon(to_muon, settings.muon_lr, settings.muon_momentum, settings.weight_decay, dtype=precision)
             )
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.all]
+
+    def _is_matrix(self, parameter: Tensor) -> bool:
+        return _is_matrix(self._names[parameter], parameter)
 
     def parameters(self) -> list[Tensor]:
         """Every parameter that is updated, once for each time it is."""
@@ -89,6 +92,11 @@ class Optimizers:
                         key: like_parameter(value, parameter) if value.ndim else value.clone()
                         for key, value in by_name[name].items()
                     }
+
+
+def _is_matrix(name: str, parameter: Tensor) -> bool:
+    """A matrix or a stack of them; a stack of biases is none."""
+    return parameter.ndim >= 2 and not name.endswith("bias")
 
 
 @torch.no_grad()
