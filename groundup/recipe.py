@@ -143,6 +143,12 @@ class CorpusSettings(Section):
     mix: dict[str, float] = _setting(
         {}, 'share of the text by source, such as { "books*" = 0.7, "*" = 0.3 }; drops or repeats documents'
     )
+    mix_tokens: dict[str, float | Literal["all"]] = _setting(
+        {}, 'instead of shares: tokens from each source, such as { "books*" = 3e6, "*" = "all" }'
+    )
+    bytes_per_token: float = _setting(
+        4.0, "mix_tokens: how many bytes a token is reckoned at (`groundup tokenizer report` measures it)", gt=0.0
+    )
     validation_share: float = _setting(0.1, "share of the text held out for validation", gt=0.0, lt=1.0)
     validation_by: Literal["auto", "document", "tail"] = _setting(
         "auto",
@@ -162,6 +168,12 @@ class CorpusSettings(Section):
     )
     split_mib: float = _setting(64.0, "size of a piece of work", gt=0.0, le=65536.0, affects_result=False)
     memory_mib: float = _setting(1024.0, "memory that one process may use", ge=128.0, affects_result=False)
+
+    @model_validator(mode="after")
+    def _one_mix(self) -> CorpusSettings:
+        if self.mix and self.mix_tokens:
+            raise ValueError("mix and mix_tokens are two ways to say one thing: leave one of them out")
+        return self
 
 
 class TokenizerSettings(Section):

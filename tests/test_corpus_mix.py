@@ -1,13 +1,18 @@
 """Mixing: the shares that were asked for, by the ids alone, with the scarce repeated no more than stated."""
 
+import math
 import random
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groundup.corpus.mix import MOST_REPEATS, copies_of, plan_mix
+from groundup.corpus import curate, stream_documents
+from groundup.corpus.mix import MOST_REPEATS, copies_of, plan_mix, plan_tokens
 from groundup.errors import DataError
+from groundup.recipe import CorpusSettings
 
 
 def identity(number: int) -> str:
@@ -115,3 +120,47 @@ def test_thinning_says_nothing_about_the_split() -> None:
     kept = [one for one in ids if copies_of(one, 0.5)]
     n_held_out = sum(holdout.split_of(one) == "validation" for one in kept)
     assert abs(n_held_out - len(kept) / 2) < 4 * (len(kept) / 4) ** 0.5
+
+
+def test_tokens_are_reckoned_from_bytes_and_all_is_what_there_is() -> None:
+    sizes = {"books-1": 600, "books-2": 200, "web": 1000, "spam": 50}
+    factors = plan_tokens(sizes, {"books*": 100, "spam": 0, "*": "all"}, bytes_per_token=4.0)
+    assert factors == pytest.approx({"books-1": 0.5, "books-2": 0.5, "web": 1.0, "spam": 0.0})
+    assert plan_tokens({"a": 400}, {"a": 300}, bytes_per_token=2.0) == pytest.approx({"a": 1.5})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ({"a": 401.0}, r"'a' = 401, but its text has about 100 tokens.*at most 400"),
+        ({"b": 5.0, "*": 1.0}, "no text comes from 'b'"),
+        ({"b": 5.0}, "no share is given for 'a'"),
+        ({"a": -1.0}, "a count of tokens is a number of at least 0"),
+        ({"a": math.nan}, "a count of tokens is a number of at least 0"),
+        ({"a": 0.0}, "no count of tokens is above 0"),
+    ],
+)
+def test_what_cannot_be_taken_is_refused(tokens: dict[str, float], message: str) -> None:
+    with pytest.raises(DataError) as refusal:
+        plan_tokens({"a": 400}, tokens, bytes_per_token=4.0)
+    assert re.search(message, str(refusal.value.message) + " " + str(refusal.value.fix), re.IGNORECASE)
+
+
+def test_a_corpus_of_so_many_tokens(tmp_path: Path) -> None:
+    for source in ("book", "web"):
+        (tmp_path / source).mkdir()
+        for number in range(200):
+            text = " ".join(identity(200 * len(source) + number) for _ in range(10))
+            (tmp_path / source / f"{number}.txt").write_text(f"{source} {number} {text}", encoding="utf-8")
+    settings = CorpusSettings(
+        inputs=(str(tmp_path / "book"), str(tmp_path / "web")), languages=(), dedup="none",
+        mix_tokens={"*/book/*": 8000, "*": "all"},
+    )  # fmt: skip
+    curate(settings, tmp_path / "out")
+    sizes = {"book": 0, "web": 0}
+    for document in stream_documents(tmp_path / "out"):
+        sizes[document.text.split()[0]] += len(document.text.encode())
+    assert sizes["book"] / settings.bytes_per_token == pytest.approx(8000, rel=0.2)
+    assert sizes["web"] > 60_000  # all of it
+    with pytest.raises(ValueError, match="leave one of them out"):
+        CorpusSettings(mix={"*": 1.0}, mix_tokens={"*": 1.0})

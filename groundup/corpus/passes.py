@@ -37,7 +37,7 @@ from groundup.corpus.document import Reason, SetAside
 from groundup.corpus.engine import Engine
 from groundup.corpus.funnel import Funnel, set_aside_record
 from groundup.corpus.holdout import Holdout
-from groundup.corpus.mix import plan_mix
+from groundup.corpus.mix import plan_mix, plan_tokens
 from groundup.corpus.reading.read import read
 from groundup.corpus.reading.sources import Source, Sources, find_sources
 from groundup.corpus.reading.units import Unit, units_of, unlisted
@@ -324,6 +324,10 @@ class Passes:
         factors = None
         if self._settings.mix:
             factors = plan_mix(self.funnel.bytes_by_source, self._settings.mix)
+        elif self._settings.mix_tokens:
+            tokens, bytes_per_token = self._settings.mix_tokens, self._settings.bytes_per_token
+            factors = plan_tokens(self.funnel.bytes_by_source, tokens, bytes_per_token)
+        if factors is not None:
             self.more["mix"] = factors
         merges = [
             Merge(

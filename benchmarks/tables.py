@@ -1,0 +1,163 @@
+"""Puts the tables of measured figures into the manual: each stands between `<!-- table: NAME -->` and `<!-- end -->`.
+
+The figures are those of `benchmarks/results/*.json`; nothing is typed by hand. `--check` says which are out of date.
+
+Examples:
+    python benchmarks/tables.py
+    python benchmarks/tables.py --check
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def main() -> None:
+    """Write or check every table of every page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a table is out of date")
+    arguments = parser.parse_args()
+    old = [page for page in pages() if filled(page.read_text(encoding="utf-8")) != page.read_text(encoding="utf-8")]
+    for page in old:
+        print(f"{page.relative_to(ROOT)}: {'out of date' if arguments.check else 'written'}")
+        if not arguments.check:
+            page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    sys.exit(bool(old) and arguments.check)
+
+
+def pages() -> list[Path]:
+    """Every page that may have tables."""
+    return [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "manual").glob("*.md"))]
+
+
+def filled(page: str) -> str:
+    """The page with the tables of today's results."""
+    return MARKED.sub(lambda found: f"<!-- table: {found[1]} -->\n{table(found[1])}\n<!-- end -->", page)
+
+
+def table(name: str) -> str:
+    """One table, with where and when it was measured."""
+    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    machine = result["environment"]
+    where = f"{machine['cores']} cores of an {machine['cpu']}, {result['date']}; median (least … most) of n"
+    return f"{TABLES[name](result)}\n\n`benchmarks/{name}.py`, {where}."
+
+
+def rows_of(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def amount(values: dict[str, float], digits: int = 0) -> str:
+    """A median with its spread."""
+    low, high = f"{values['min']:,.{digits}f}", f"{values['max']:,.{digits}f}"
+    return f"{values['median']:,.{digits}f} ({low} … {high}), n = {values['n']:g}"
+
+
+def extraction(result: dict[str, Any]) -> str:
+    """Speed and accuracy of both extractors."""
+    rows = (
+        [
+            row["extractor"],
+            amount(row["pages_per_cpu_second"]),
+            amount(row["library_alone_pages_per_cpu_second"]),
+            f"{row['article_extraction_benchmark']['f1']:.3f}",
+            f"{row['mozilla_readability_words']['f1']:.3f}",
+        ]
+        for row in result["rows"]
+    )
+    head = ["extractor", "pages per CPU-second", "the library alone", "F1, article extraction", "F1, Mozilla's pages"]
+    return rows_of(head, rows)
+
+
+def minhash(result: dict[str, Any]) -> str:
+    """Speed of the signatures, and what is found of planted pairs."""
+    speeds = ([name, f"{amount(speed)} MB/cpu-s"] for name, speed in result["megabytes_per_cpu_second"].items())
+    planted = (
+        [
+            one["similarities"],
+            f"{one['min_agreement']:g}",
+            f"{one['recall_from_0.8']:.3f}",
+            f"{one['precision_from_0.7']:.3f}",
+        ]
+        for one in result["planted"]
+    )
+    head = ["planted pairs", "`min_agreement`", "recall, similarity ≥ 0.8", "precision, similarity ≥ 0.7"]
+    return f"{rows_of(['step', 'speed'], speeds)}\n\n{rows_of(head, planted)}"
+
+
+def data_chain(result: dict[str, Any]) -> str:
+    """The chain beside datatrove, corpus by corpus."""
+    parts = []
+    for corpus in result["corpora"]:
+        rows = (
+            [
+                name,
+                amount(row["megabytes_per_cpu_second"], 2),
+                f"{row['wall_seconds']['median']:.1f}",
+                f"{row['peak_mib']:.0f} / {row['children_peak_mib']:.0f}",
+                f"{row['documents_kept']:,}",
+            ]
+            for name, row in corpus["rows"].items()
+        )
+        title = f"**{corpus['corpus']}**: {corpus['megabytes']:.0f} MB, {corpus['documents']:,} documents"
+        head = ["", "MB per CPU-second", "wall s", "peak MiB, process / child", "kept"]
+        found = corpus["ratios"]
+        over = "; ".join(f"{name}: {value:.1f}×" for name, value in found.items() if "whole" not in name)
+        parts.append(f"{title}\n\n{rows_of(head, rows)}\n\n{over}.")
+    return "\n\n".join(parts)
+
+
+def data_memory(result: dict[str, Any]) -> str:
+    """Peak memory by size of the corpus."""
+    rows = (
+        [
+            f"{row['megabytes']:,.0f} MB",
+            f"{row['workers']}",
+            row["stage"],
+            f"{row['process_mib']:.0f}",
+            f"{row['worker_mib']:.0f}" if row["workers"] > 1 else "",
+        ]
+        for row in result["rows"]
+    )
+    return rows_of(["corpus", "workers", "stage", "first process, MiB", "largest worker, MiB"], rows)
+
+
+def tokenization(result: dict[str, Any]) -> str:
+    """Engines and trainers."""
+    engines = (
+        [
+            name,
+            amount(row["mb_per_cpu_second"], 1),
+            f"{row['mb_per_cpu_second_again']['median']:.1f}",
+            f"{row['peak_mib']:.0f}",
+        ]
+        for name, row in result["engines"].items()
+    )
+    return rows_of(["engine", "MB per CPU-second", "the same text again", "peak MiB"], engines)
+
+
+def loader(result: dict[str, Any]) -> str:
+    """Orders of reading."""
+    rows = ([name, amount(row["million_tokens_per_cpu_second"])] for name, row in result["rows"].items())
+    return rows_of(["order", "million tokens per CPU-second"], rows)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    function.__name__: function for function in (extraction, minhash, data_chain, data_memory, tokenization, loader)
+}
+
+
+if __name__ == "__main__":
+    main()
