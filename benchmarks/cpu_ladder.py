@@ -86,7 +86,7 @@ def measure(row: dict[str, object]) -> float:
     if row.get("keep"):
         keep_freed_memory()
     if not row.get("plain"):
-        attention._PLAIN_UP_TO = 0
+        attention.PLAIN_UP_TO = 0
     model = Transformer(preset("ground-1m"))
     model.compute_dtype = torch.bfloat16 if row.get("precision") == "bfloat16" else torch.float32
     optimizers = Optimizers(model, OptimizerSettings(), model.compute_dtype)
@@ -94,7 +94,7 @@ def measure(row: dict[str, object]) -> float:
     times = []
     for step in range(STEPS + 2):
         start = time.perf_counter()
-        (model(ids[:, :-1], head=head_loss(ids[:, 1:])) / ids[:, 1:].numel()).backward()
+        (model(ids[:, :-1], head=head_loss(ids[:, 1:])).objective / ids[:, 1:].numel()).backward()
         clip_gradients(optimizers.parameters(), 1.0, lambda values: values)
         optimizers.step(1.0)
         if step >= 2:

@@ -29,34 +29,50 @@ def plain_loss(hidden, weight, targets):
     return F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORED, reduction="sum")
 
 
-@given(rows=st.integers(1, 40), vocab=st.integers(2, 50), ignored=st.floats(0, 0.9), seed=st.integers(0, 9))
-def test_sliced_loss_is_the_full_loss_in_value_and_gradient(rows, vocab, ignored, seed):
+@given(
+    rows=st.integers(1, 40), vocab=st.integers(2, 50), ignored=st.floats(0, 0.9), seed=st.integers(0, 9),
+    padding=st.integers(0, 5), softcap=st.sampled_from([None, 2.0, 30.0]),
+    label_smoothing=st.sampled_from([0.0, 0.1]), z_loss=st.sampled_from([0.0, 1e-2]),
+)  # fmt: skip
+def test_sliced_loss_is_the_full_loss_in_value_and_gradient(
+    rows, vocab, ignored, seed, padding, softcap, label_smoothing, z_loss
+):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, 8, generator=generator, requires_grad=True)
-    weight = torch.randn(vocab, 8, generator=generator, requires_grad=True)
+    weight = torch.randn(vocab + padding, 8, generator=generator, requires_grad=True)
     targets = torch.randint(0, vocab, (rows,), generator=generator)
     targets[torch.rand(rows, generator=generator) < ignored] = IGNORED
     before = objective._SLICE_LOGITS
     objective._SLICE_LOGITS = 7 * vocab  # several slices, the last one short
     try:
-        ours = cross_entropy_sum(hidden, weight, targets)
-        (ours * 0.5).backward()
+        ours = cross_entropy_sum(
+            hidden, weight, targets, vocab, softcap, label_smoothing=label_smoothing, z_loss=z_loss
+        )  # fmt: skip
+        (ours.objective * 0.5).backward()
     finally:
         objective._SLICE_LOGITS = before
     mine = hidden.grad.clone(), weight.grad.clone()
     hidden.grad = weight.grad = None
-    plain = plain_loss(hidden, weight, targets)
+    logits = hidden @ weight[:vocab].T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    plain = F.cross_entropy(
+        logits, targets, ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing
+    ) + z_loss * (logits.logsumexp(-1).square() * (targets != IGNORED)).sum()  # fmt: skip
     (plain * 0.5).backward()
-    torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(ours.objective, plain, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(mine, (hidden.grad, weight.grad), atol=1e-5, rtol=1e-4)
+    nats = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    torch.testing.assert_close(ours.nats, nats, atol=1e-4, rtol=1e-5)
+    assert not ours.nats.requires_grad
 
 
 def test_loss_without_gradient_is_the_same_number():
     hidden, weight, targets = torch.randn(9, 8), torch.randn(20, 8), torch.arange(9)
     with torch.no_grad():
-        assert cross_entropy_sum(hidden, weight, targets).item() == pytest.approx(
-            plain_loss(hidden, weight, targets).item(), rel=1e-5
-        )
+        ours = cross_entropy_sum(hidden, weight, targets)
+    expected = pytest.approx(plain_loss(hidden, weight, targets).item(), rel=1e-5)
+    assert ours.objective.item() == expected
+    assert ours.nats.item() == expected
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
@@ -75,7 +91,7 @@ def test_accumulated_gradients_are_the_whole_batch_s_on_uneven_rows(micro):
         model = Transformer(config)
         for first in range(0, 4, size):
             part = slice(first, first + size)
-            (model(ids[part], head=head_loss(targets[part])) / count).backward()
+            (model(ids[part], head=head_loss(targets[part])).objective / count).backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
     whole, accumulated = gradients(4), gradients(micro)
@@ -230,8 +246,8 @@ def test_padding_changes_nothing():
     model = Transformer(config)
     row = (torch.arange(1, 8).numpy(), torch.arange(2, 9).numpy())
     long = (torch.arange(20).numpy(), torch.arange(1, 21).numpy())
-    alone = model(pad_rows([row], 1)[0], head=head_loss(pad_rows([row], 1)[1]))
+    alone = model(pad_rows([row], 1)[0], head=head_loss(pad_rows([row], 1)[1])).nats
     ids, targets = pad_rows([row, long], 3)
-    padded = model(ids[:1], head=head_loss(targets[:1]))
+    padded = model(ids[:1], head=head_loss(targets[:1])).nats
     assert padded.item() == pytest.approx(alone.item(), rel=1e-5)
-    assert model(ids[2:], head=head_loss(targets[2:])).item() == 0.0
+    assert model(ids[2:], head=head_loss(targets[2:])).nats.item() == 0.0

@@ -2,7 +2,7 @@
 
 from groundup.training.batches import ShardBatches, batched_rows, pad_rows
 from groundup.training.loop import BatchSource, TrainingJob, forget_checkpoints, peak_memory_bytes, train
-from groundup.training.objective import IGNORED, cross_entropy_sum, head_loss
+from groundup.training.objective import IGNORED, Loss, cross_entropy_sum, head_loss
 from groundup.training.precision import choose_precision, native_bfloat16
 from groundup.training.pretrain import TrainedModel, count_tokens, pretrain, sequence_length
 

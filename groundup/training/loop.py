@@ -221,23 +221,23 @@ class _Loop:
         total = torch.zeros(1, dtype=torch.float64, device=self.world.device)
         for first in range(0, len(ids), self.micro):
             part = slice(first, first + self.micro)
-            loss_sum = self.model(ids[part], head=head_loss(targets[part]))
+            loss = self.model(ids[part], head=head_loss(targets[part]))
             balance = self.model.balance_loss()
-            to_minimize = loss_sum if balance is None else loss_sum + balance
+            objective = loss.objective if balance is None else loss.objective + balance
             # FSDP averages gradients over processes: times the world's size it is the sum again.
-            (to_minimize * (self.world.size / count)).backward()
-            total += loss_sum.detach()
-        loss = float(self.world.sum(total)[0] / count)
+            (objective * (self.world.size / count)).backward()
+            total += loss.nats
+        nats = float(self.world.sum(total)[0] / count)
         grad_norm = clip_gradients(self.optimizers.parameters(), self.job.settings.clip, self.world.sum)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        if not (math.isfinite(nats) and math.isfinite(grad_norm)):
             raise GroundupError(
-                f"{self.job.name}: loss {loss} and gradient norm {grad_norm} at step {step + 1} are not finite.",
+                f"{self.job.name}: loss {nats} and gradient norm {grad_norm} at step {step + 1} are not finite.",
                 "Likely causes: a learning rate too high (lower lr and muon_lr), or clip = 0. "
                 "The last checkpoint is kept.",
             )
         lr_share = learning_rate_share(self.job.settings, step, self.job.n_steps)
         self.optimizers.step(lr_share)
-        return {"loss": loss, "lr": self.job.settings.lr * lr_share, "grad_norm": grad_norm}, int(count)
+        return {"loss": nats, "lr": self.job.settings.lr * lr_share, "grad_norm": grad_norm}, int(count)
 
     def watch(self, step: int, tokens: int) -> None:
         """Validation loss and samples."""
@@ -262,7 +262,7 @@ class _Loop:
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for ids, targets in self.job.source.validation(batch_size, self.job.settings.eval_tokens or 50_000):
             mine_ids, mine = ids[self.rows].to(self.world.device), targets[self.rows].to(self.world.device)
-            sums[0] += self.model(mine_ids, head=head_loss(mine))
+            sums[0] += self.model(mine_ids, head=head_loss(mine)).nats
             sums[1] += valid_tokens(mine)
         total, count = self.world.sum(sums).tolist()
         return total / count
