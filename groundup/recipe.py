@@ -244,14 +244,28 @@ class OptimizerSettings(Section):
     beta1: float = _setting(0.9, "AdamW: decay of the first moment", ge=0.0, lt=1.0)
     beta2: float = _setting(0.95, "AdamW: decay of the second moment", ge=0.0, lt=1.0)
     muon_momentum: float = _setting(0.95, "Muon: momentum", ge=0.0, lt=1.0)
-    schedule: Literal["wsd", "cosine", "constant"] = _setting(
-        "wsd", "warm-up then: stable and linear decay (wsd), cosine, or constant"
+    schedule: Literal["wsd", "cosine", "linear", "constant"] = _setting(
+        "wsd", "warm-up then: stable and linear decay (wsd), cosine, linear, or constant"
     )
     warmup_share: float = _setting(0.03, "share of the steps that warm up", ge=0.0, le=1.0)
     decay_share: float = _setting(0.6, "wsd: share of the steps that decay", ge=0.0, le=1.0)
     final_lr_share: float = _setting(0.0, "learning rate at the end, as a share of its peak", ge=0.0, le=1.0)
+    ramp_from: int | None = _setting(None, "rows of the first batch, which then grows to batch_size (unset: no)", ge=1)
+    ramp_share: float = _setting(0.25, "share of the rows over which the batch grows", gt=0.0, le=1.0)
     clip: float = _setting(1.0, "clip the gradient to this global norm (0: never)", ge=0.0)
-    precision: Literal["auto", "float32", "bfloat16"] = _setting(
+    label_smoothing: float = _setting(0.0, "share of the target's probability that is spread evenly", ge=0.0, lt=1.0)
+    z_loss: float = _setting(0.0, "weight of log(Z)², which keeps logits near 0 (1e-4 is usual)", ge=0.0)
+    ema: float = _setting(0.0, "decay of an average of the weights, which becomes the model (0: none)", ge=0.0, lt=1.0)
+    on_trouble: Literal["stop", "skip", "rollback", "ignore"] = _setting(
+        "stop", "what to do about a loss that is not finite or leaps: stop, skip the update, roll back, or ignore leaps"
+    )
+    spike_z: float = _setting(
+        8.0, "standard deviations above the last 128 steps' mean from which a loss is a leap (0: none is)", ge=0.0
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = _setting(
+        "none", "what the backward pass computes again instead of keeping it: less memory, more time"
+    )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = _setting(
         "auto", "arithmetic of the model (auto: bfloat16 where the machine does it natively, else float32)"
     )
     compile: bool = _setting(False, "compile the model with torch.compile (needs a C++ compiler)")
@@ -261,6 +275,16 @@ class OptimizerSettings(Section):
     )
     log_every: int = _setting(10, "steps between log lines", ge=1, affects_result=False)
     checkpoint_seconds: float = _setting(30.0, "seconds between checkpoints", ge=0.0, affects_result=False)
+    keep_checkpoints: int = _setting(
+        2, "how many of the newest checkpoints stay while training", ge=1, affects_result=False
+    )
+    keep_best: bool = _setting(False, "keep the model of the lowest validation loss too", affects_result=False)
+    checkpoint_beside: bool | None = _setting(
+        None, "write checkpoints while training goes on (unset: on a GPU)", affects_result=False
+    )
+    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = _setting(
+        (), "where figures go beside metrics.jsonl: tensorboard, wandb, trackio", affects_result=False
+    )
 
     @model_validator(mode="after")
     def _shares_fit(self) -> OptimizerSettings:
@@ -273,6 +297,8 @@ class OptimizerSettings(Section):
                 f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}: "
                 "choose a divisor, or leave it unset"
             )
+        if self.ramp_from is not None and self.batch_size % self.ramp_from:
+            raise ValueError(f"ramp_from {self.ramp_from} does not divide batch_size {self.batch_size}")
         return self
 
 

@@ -3,6 +3,7 @@
 A file `stop-at` in the folder names the step at which one process is asked to stop.
 """
 
+import itertools
 import os
 import signal
 import sys
@@ -18,13 +19,6 @@ from groundup.recipe import OptimizerSettings
 from groundup.training import TrainingJob, train
 
 
-class Rows(RandomRows):
-    def batch(self, step, rows):
-        if (folder / "stop-at").exists() and step == int((folder / "stop-at").read_text()) and world.rank == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().batch(step, rows)
-
-
 folder = Path(sys.argv[1])
 folder.mkdir(exist_ok=True)
 torch.set_num_threads(1)
@@ -32,11 +26,22 @@ world = current_world()
 job = TrainingJob(
     name="test",
     model=Transformer(preset("ground-nano", vocab_size=63, context_length=16, tied_embeddings=False)),
-    source=Rows(vocab_size=63, learnable=True),
+    source=RandomRows(vocab_size=63, learnable=True),
     settings=OptimizerSettings(batch_size=4, micro_batch_size=2, precision="float32", eval_every=5, warmup_share=0.2),
-    n_steps=20,
+    n_rows=80,
     folder=folder,
 )
+passes = itertools.count()
+
+
+def stop(model, arguments):
+    at = 2 * int((folder / "stop-at").read_text()) // world.size  # two micro-batches a step, over all processes
+    if model.training and next(passes) == at and world.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+if (folder / "stop-at").exists():
+    job.model.register_forward_pre_hook(stop)
 train(job, world, Console(quiet=True))
 if world.size > 1:
     torch.distributed.destroy_process_group()

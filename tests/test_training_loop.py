@@ -1,5 +1,6 @@
 """The loop: resumed equals uninterrupted, damaged checkpoints are passed over, two processes equal one."""
 
+import itertools
 import json
 import os
 import re
@@ -31,7 +32,7 @@ def make_job(folder: Path, *, n_steps=12, source=None, **settings) -> TrainingJo
         model=Transformer(preset("ground-nano", vocab_size=64, context_length=16, dropout=0.1)),
         source=source or RandomRows(),
         settings=OptimizerSettings(**settings),
-        n_steps=n_steps,
+        n_rows=n_steps * settings["batch_size"],
         folder=folder,
     )
 
@@ -40,16 +41,16 @@ def weights(job: TrainingJob) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in job.model.named_parameters()}
 
 
-def interrupt_at(step: int):
-    """A source that asks this process to stop while it makes the given step's batch."""
+def interrupted_at(step: int, job: TrainingJob, number: int = signal.SIGINT) -> TrainingJob:
+    """The job, whose process is asked to stop while it computes the given step."""
+    passes = itertools.count()
 
-    class Interrupting(RandomRows):
-        def batch(self, at, rows):
-            if at == step:
-                os.kill(os.getpid(), signal.SIGINT)
-            return super().batch(at, rows)
+    def ask(model, arguments):
+        if model.training and next(passes) == step:
+            os.kill(os.getpid(), number)
 
-    return Interrupting()
+    job.model.register_forward_pre_hook(ask)
+    return job
 
 
 @pytest.mark.parametrize("stop_at", [0, 3, 4, 9, 10])
@@ -57,7 +58,7 @@ def test_interrupted_and_resumed_is_bit_identical(tmp_path, stop_at):
     whole = make_job(tmp_path / "whole")
     train(whole, current_world(), QUIET)
     with pytest.raises(Interrupted, match=f"stopped at step {stop_at + 1} of 12"):
-        train(make_job(tmp_path / "parts", source=interrupt_at(stop_at)), current_world(), QUIET)
+        train(interrupted_at(stop_at, make_job(tmp_path / "parts")), current_world(), QUIET)
     parts = make_job(tmp_path / "parts")
     train(parts, current_world(), QUIET)
     expected = weights(whole)
@@ -74,7 +75,7 @@ def test_metrics_say_what_happened(tmp_path):
     lines = read_log(tmp_path / "run" / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 13))
-    targets = sum(int((RandomRows().batch(step, slice(0, 4))[1] >= 0).sum()) for step in range(12))
+    targets = sum(int((RandomRows().rows(4 * step, 4 * step + 4)[1] >= 0).sum()) for step in range(12))
     assert steps[-1]["tokens"] == summary["tokens"] == targets
     assert [line["step"] for line in lines if "val_loss" in line] == [0, 5, 10, 12]
     assert summary["final_loss"] < summary["initial_loss"]
@@ -85,7 +86,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, damage, capsys)
     whole = make_job(tmp_path / "whole")
     train(whole, current_world(), QUIET)
     with pytest.raises(Interrupted):
-        train(make_job(tmp_path / "parts", source=interrupt_at(6)), current_world(), QUIET)
+        train(interrupted_at(6, make_job(tmp_path / "parts")), current_world(), QUIET)
     newest = sorted((tmp_path / "parts" / "checkpoints").iterdir())[-1]
     assert newest.name == "step-00000007"
     victim = newest / "weights.safetensors"
@@ -108,7 +109,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, damage, capsys)
 
 def test_a_checkpoint_of_other_settings_is_not_resumed(tmp_path):
     with pytest.raises(Interrupted):
-        train(make_job(tmp_path / "run", source=interrupt_at(6)), current_world(), QUIET)
+        train(interrupted_at(6, make_job(tmp_path / "run")), current_world(), QUIET)
     other = make_job(tmp_path / "run", lr=1e-4)
     train(other, current_world(), QUIET)
     fresh = make_job(tmp_path / "fresh", lr=1e-4)
@@ -144,7 +145,7 @@ def test_a_wrong_initial_loss_is_said(tmp_path, capsys):
 def test_another_thread_count_is_said(tmp_path, capsys):
     before = torch.get_num_threads()
     with pytest.raises(Interrupted):
-        train(make_job(tmp_path / "run", source=interrupt_at(6)), current_world(), QUIET)
+        train(interrupted_at(6, make_job(tmp_path / "run")), current_world(), QUIET)
     try:
         torch.set_num_threads(before + 1)
         train(make_job(tmp_path / "run"), current_world(), QUIET)

@@ -29,8 +29,8 @@ class RandomRows:
         targets[: int(torch.randint(0, self.length, (1,), generator=generator))] = IGNORED
         return ids[:-1], targets
 
-    def batch(self, step: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        chosen = [self._row(step * self.batch_size + row) for row in range(rows.start, rows.stop)]
+    def rows(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = [self._row(row) for row in range(first, last)]
         return torch.stack([ids for ids, _ in chosen]), torch.stack([targets for _, targets in chosen])
 
     def validation(self, batch_size: int, limit_tokens: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -55,7 +55,7 @@ class ConversationBatches:
                 "[sft]: no answer fits into the model's context.",
                 f"Raise [model] context_length = {context_length}, or use shorter conversations.",
             )
-        self._pad_id, self._batch_size, self._seed = tokenizer.pad_id, batch_size, seed
+        self._pad_id, self._seed = tokenizer.pad_id, seed
         self.supervised_tokens = sum(int((targets != IGNORED).sum()) for _, targets in self._train)
         self.fingerprint = value_digest(
             [tokenizer.fingerprint, context_length, batch_size, seed, [ids.tolist() for ids, _ in self._train]]
@@ -71,10 +71,9 @@ class ConversationBatches:
         """Conversations held out."""
         return len(self._held_out)
 
-    def batch(self, step: int, rows: slice) -> Rows:
-        """The given rows of step `step`'s batch."""
-        first = step * self._batch_size
-        chosen = [self._train[self._at(index)] for index in range(first + rows.start, first + rows.stop)]
+    def rows(self, first: int, last: int) -> Rows:
+        """Rows `first` … `last` − 1 of the endless order."""
+        chosen = [self._train[self._at(index)] for index in range(first, last)]
         return pad_rows(chosen, len(chosen), self._pad_id)
 
     def validation(self, batch_size: int, limit_tokens: int | None) -> Iterator[Rows]:
@@ -153,7 +152,7 @@ def fine_tune(
         model=model,
         source=source,
         settings=settings,
-        n_steps=math.ceil(settings.epochs * source.n_train / settings.batch_size),
+        n_rows=math.ceil(settings.epochs * source.n_train),
         folder=out,
         seed=seed,
     )

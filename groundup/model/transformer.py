@@ -51,7 +51,13 @@ class OutputLayer:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)); with post-norm norm(x + attention(x)) and so on."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)); with post-norm norm(x + attention(x)) and so on.
+
+    Attributes:
+        compute: what the block does; may be replaced by a compiled form of it.
+        recompute: in training, who calls the function that it is given with its arguments, so that less is kept for
+            the backward pass; None: nobody.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -61,6 +67,8 @@ class Block(nn.Module):
         self.mlp = make_feedforward(config)
         self.is_post_norm = config.norm_placement == "post"
         self.dropout = config.dropout
+        self.compute: Callable[..., Tensor] = self._compute
+        self.recompute: Callable[..., Tensor] | None = None
 
     def forward(
         self,
@@ -70,6 +78,13 @@ class Block(nn.Module):
         cached: Cached | None = None,
     ) -> Float[Tensor, "batch seq d_model"]:
         """Apply both sub-layers."""
+        if self.recompute is not None and self.training:
+            return self.recompute(self.compute, x, rotation, sight, cached)
+        return self.compute(x, rotation, sight, cached)
+
+    def _compute(
+        self, x: Tensor, rotation: Rotation | None, sight: Sight = None, cached: Cached | None = None
+    ) -> Tensor:
         if self.is_post_norm:
             x = self.input_layernorm(x + self._drop(self.self_attn(x, rotation, sight, cached)))
             return self.post_attention_layernorm(x + self._drop(self.mlp(x)))
@@ -109,6 +124,11 @@ class Transformer(nn.Module):
         self._rules = [AttentionRule.of_layer(config, layer) for layer in range(config.n_layers)]
         if torch.device(device).type != "meta":
             initialize(self, config, seed)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks, first to last."""
+        return [block for block in self.layers if isinstance(block, Block)]
 
     @property
     def n_parameters(self) -> int:

@@ -34,9 +34,9 @@ class ShardBatches:
         self._validation = validation
         self.fingerprint = value_digest([train.fingerprint, validation.fingerprint, sequence_length, batch_size, seed])
 
-    def batch(self, step: int, rows: slice) -> Rows:
-        """The given rows of step `step`'s batch."""
-        batch = self.loader.batch(step, rows)
+    def rows(self, first: int, last: int) -> Rows:
+        """Rows `first` … `last` − 1 of the endless order."""
+        batch = self.loader.rows(np.arange(first, last))
         return torch.from_numpy(batch.ids), torch.from_numpy(batch.targets)
 
     def validation(self, batch_size: int, limit_tokens: int | None) -> Iterator[Rows]:

@@ -1,15 +1,19 @@
 """Training checkpoints: everything a run needs to go on with the same bits.
 
-A checkpoint is a folder `step-00000120/` with the weights and the optimizer state as safetensors (whole tensors
-by parameter name, so that any number of devices can load them) and `state.json` with the step, the settings'
-fingerprint and the files' digests. It appears whole; the newest undamaged one is resumed.
+A checkpoint is a folder `step-00000120/` with safetensors of whole tensors by parameter name, so that any number of
+devices can load them (`weights`, `optimizer`, `average`), and `state.json` with the step, the guard, the settings'
+fingerprint and the files' digests. It appears whole; the newest undamaged one is resumed. `best/` is the model of the
+lowest validation loss. Writing may go on beside training: what is written was copied first.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,10 +24,10 @@ from groundup.console import Console
 from groundup.distributed import World, full_tensor, like_parameter
 from groundup.errors import ArtifactError, GroundupError
 from groundup.files import atomic_folder, file_digest, read_json, write_json, write_tensors
-from groundup.training.optimizers import Optimizers
 
-KEPT = 2
-_WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+BEST = "best"
+_STATE = "state.json"
+_WEIGHTS = "weights"
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,11 @@ class Progress:
         fingerprint: digest of model, data order and settings; another one must not be resumed from this.
         threads: CPU threads used; another number may round differently.
         world_size: number of processes; likewise.
+        compiled: whether the blocks were compiled; likewise.
+        shift: steps whose batches were passed over, by going back behind them.
+        best_loss: lowest validation loss so far, or None.
+        guard: what the guard remembers.
+        scaler: what float16's loss scaler remembers.
     """
 
     step: int
@@ -45,44 +54,112 @@ class Progress:
     fingerprint: str
     threads: int
     world_size: int
+    compiled: bool = False
+    shift: int = 0
+    best_loss: float | None = None
+    guard: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizers: Optimizers, progress: Progress, world: World) -> None:
-    """Write a checkpoint and drop all but the newest `KEPT`; every process must call it."""
-    weights = {name: full_tensor(p).detach().cpu().contiguous() for name, p in model.named_parameters()}
-    state = optimizers.state_dict()
-    if world.is_first:
-        target = folder / f"step-{progress.step:08d}"
+Stateful = Mapping[str, Callable[[], dict[str, Tensor]]]
+"""Parts of a checkpoint by the name of their file: each gives whole tensors, and every process must call it."""
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints and keeps the newest few.
+
+    Args:
+        folder: where they are.
+        world: the first process writes.
+        keep: how many of the newest stay.
+        beside: write while training goes on, from copies.
+    """
+
+    def __init__(self, folder: Path, world: World, keep: int, *, beside: bool) -> None:
+        self._folder, self._world, self._keep = folder, world, keep
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint") if beside and world.is_first else None
+        self._writing: concurrent.futures.Future[None] | None = None
+
+    def save(self, parts: Stateful, progress: Progress, *, is_best: bool = False, at_once: bool = False) -> None:
+        """Write a checkpoint; every process must call it.
+
+        Args:
+            parts: what it is made of.
+            progress: how far the run has come.
+            is_best: keep the model as `best/` too.
+            at_once: have it on disk before returning.
+
+        Raises:
+            GroundupError: this one (or, beside training, the one before) could not be written.
+        """
+        self.wait()
+        tensors = {name: give() for name, give in parts.items()}
+        if self._world.is_first:
+            if self._thread is None or at_once:
+                self._write(tensors, progress, is_best)
+            else:
+                copies = {name: {key: t.clone() for key, t in part.items()} for name, part in tensors.items()}
+                self._writing = self._thread.submit(self._write, copies, progress, is_best)
+        self._world.wait()
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more.
+
+        Raises:
+            GroundupError: it could not be written.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def close(self) -> None:
+        """End the thread; what it writes is written to its end."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+
+    def _write(self, tensors: Mapping[str, Mapping[str, Tensor]], progress: Progress, is_best: bool) -> None:
+        target = self._folder / f"step-{progress.step:08d}"
         with atomic_folder(target) as partial:
-            write_tensors(partial / _WEIGHTS, weights)
-            write_tensors(partial / _OPTIMIZER, state)
-            digests = {name: file_digest(partial / name) for name in (_WEIGHTS, _OPTIMIZER)}
+            for name, part in tensors.items():
+                write_tensors(partial / f"{name}.safetensors", part)
+            digests = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
             write_json(partial / _STATE, {**asdict(progress), "digests": digests})
-        for old in _checkpoints(folder)[KEPT:]:
+        if is_best:
+            weights = tensors.get("average") or tensors[_WEIGHTS]
+            with atomic_folder(self._folder / BEST) as partial:
+                write_tensors(partial / f"{_WEIGHTS}.safetensors", {k: v for k, v in weights.items() if k != "n"})
+                write_json(partial / _STATE, {"step": progress.step, "val_loss": progress.best_loss})
+        for old in complete_checkpoints(self._folder)[self._keep :]:
             shutil.rmtree(old, ignore_errors=True)
-    world.wait()
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizers: Optimizers, fingerprint: str, console: Console
-) -> Progress | None:
-    """Load the newest undamaged checkpoint of this fingerprint into model and optimizers, or return None."""
-    for path in _checkpoints(folder):
+    folder: Path, fingerprint: str, console: Console
+) -> tuple[Progress, dict[str, dict[str, Tensor]]] | None:
+    """The newest undamaged checkpoint of this fingerprint: progress and parts; None if there is none."""
+    for path in complete_checkpoints(folder):
         try:
-            progress, weights, state = _read_checkpoint(path)
+            progress, parts = _read_checkpoint(path)
         except GroundupError as error:
             console.warn(f"{error.message} Going back to the checkpoint before it.")
             continue
-        if progress.fingerprint != fingerprint:
-            continue
-        load_weights(model, weights)
-        optimizers.load_state_dict(state)
-        return progress
+        if progress.fingerprint == fingerprint:
+            return progress, parts
     return None
 
 
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """A run's checkpoints, newest first; those that were being written when it was killed are none."""
+    return sorted((path for path in folder.glob("step-????????") if path.is_dir()), reverse=True)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A model's weights as whole tensors by name (every process must call it)."""
+    return {name: full_tensor(p).detach().cpu().contiguous() for name, p in model.named_parameters()}
+
+
 @torch.no_grad()
-def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy whole tensors into a model, sharded or not.
 
     Raises:
@@ -98,17 +175,14 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
         parameter.copy_(like_parameter(weights[name], parameter))
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, newest first."""
-    return sorted((path for path in folder.glob("step-????????") if path.is_dir()), reverse=True)
-
-
-def _read_checkpoint(path: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
+def _read_checkpoint(path: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]]:
     values = read_json(path / _STATE)
     try:
+        parts = {}
         for name, digest in values.pop("digests").items():
             if file_digest(path / name) != digest:
                 raise ArtifactError(f"{path / name}: damaged (its digest is not the one written down).")
-        return Progress(**values), load_file(path / _WEIGHTS), load_file(path / _OPTIMIZER)
+            parts[name.removesuffix(".safetensors")] = load_file(path / name)
+        return Progress(**values), parts
     except (OSError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ArtifactError(f"{path}: cannot be read ({error}).") from error

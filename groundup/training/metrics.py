@@ -28,10 +28,14 @@ class MetricLog:
 
     def __init__(self, folder: Path, step: int, *, writes: bool = True) -> None:
         self._handles: dict[str, IO[bytes]] = {}
-        if not writes:
-            return
-        for name in FILES:
-            path = folder / f"{name}.jsonl"
+        self._folder, self._writes = folder, writes
+        self.take_back(step)
+
+    def take_back(self, step: int) -> None:
+        """Remove what comes after this step."""
+        self.close()
+        for name in FILES if self._writes else ():
+            path = self._folder / f"{name}.jsonl"
             # The validation pass after the last counted step is done again: it may have been cut off.
             kept = [
                 line

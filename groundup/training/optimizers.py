@@ -63,6 +63,11 @@ class Optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
+    def forget_gradients(self) -> None:
+        """Clear every gradient without an update."""
+        for optimizer in self.all:
+            optimizer.zero_grad(set_to_none=True)
+
     def state_dict(self) -> dict[str, Tensor]:
         """All state as whole tensors named `parameter/state` (every process must call it)."""
         found = {}

@@ -30,12 +30,15 @@ def native_bfloat16(device_type: str = "cpu") -> tuple[bool, str]:
 
 
 def choose_precision(
-    setting: Literal["auto", "float32", "bfloat16"], device_type: str = "cpu"
+    setting: Literal["auto", "float32", "bfloat16", "float16"], device_type: str = "cpu"
 ) -> tuple[torch.dtype, str]:
     """The dtype of the model's arithmetic and the reason for it."""
     native, evidence = native_bfloat16(device_type)
     if setting == "auto":
         return (torch.bfloat16 if native else torch.float32), evidence
+    if setting == "float16":
+        slow = "as the recipe says; no CPU multiplies float16 fast" if device_type == "cpu" else "as the recipe says"
+        return torch.float16, slow
     if setting == "bfloat16" and not native:
         return torch.bfloat16, f"as the recipe says; slow here: {evidence}"
     return (torch.bfloat16 if setting == "bfloat16" else torch.float32), "as the recipe says"

@@ -107,7 +107,7 @@ def pretraining_job(
         model=model,
         source=source,
         settings=settings,
-        n_steps=count_steps(model, settings),
+        n_rows=count_rows(model, settings),
         folder=out,
         seed=seed,
         expected_initial_loss=math.log(model.config.vocab_size),
@@ -140,10 +140,10 @@ def count_tokens(n_parameters: int, settings: PretrainSettings) -> tuple[int, st
     return settings.tokens, "as the recipe says"
 
 
-def count_steps(model: Transformer, settings: PretrainSettings) -> int:
-    """Optimizer steps that see at least the asked number of tokens."""
+def count_rows(model: Transformer, settings: PretrainSettings) -> int:
+    """Rows that hold at least the asked number of tokens."""
     tokens, _ = count_tokens(model.n_parameters, settings)
-    return math.ceil(tokens / (settings.batch_size * sequence_length(model.config, settings)))
+    return math.ceil(tokens / sequence_length(model.config, settings))
 
 
 def _continuation(tokenizer: Tokenizer, max_tokens: int, seed: int) -> Callable[[Transformer, str], str]:

@@ -1,7 +1,10 @@
-"""The learning rate over a run, as a share of its peak.
+"""The learning rate and the batch over a run.
 
 Warm-up is linear. Then: `wsd` stays at the peak and decays linearly over the last part (arXiv:2404.06395,
-arXiv:2405.18392), `cosine` falls along half a cosine (arXiv:1608.03983), `constant` stays.
+arXiv:2405.18392), `cosine` falls along half a cosine (arXiv:1608.03983), `linear` along a line, `constant` stays.
+
+A batch may grow over the first part of a run (GPT-3, arXiv:2005.14165, appendix B): while the gradient is large beside
+its noise, small batches say as much (arXiv:1812.06162).
 """
 
 from __future__ import annotations
@@ -24,4 +27,40 @@ def learning_rate_share(settings: OptimizerSettings, step: int, n_steps: int) ->
         decay = max(1, round(settings.decay_share * n_steps))
         left = n_steps - step
         return final + (1 - final) * min(1.0, left / decay)
+    if settings.schedule == "linear":
+        return final + (1 - final) * (n_steps - step) / max(1, n_steps - warmup)
     return 1.0
+
+
+class BatchPlan:
+    """Which rows of the endless order every step takes.
+
+    Args:
+        batch_size: rows of a step, once grown.
+        n_rows: rows that the run needs at least.
+        ramp_from: rows of the first step (default: no ramp). Batches grow by as many.
+        ramp_share: share of the rows over which they grow.
+    """
+
+    def __init__(self, batch_size: int, n_rows: int, ramp_from: int | None = None, ramp_share: float = 0.0) -> None:
+        self.batch_size = batch_size
+        self._ramp: list[int] = [0]  # where each step of the ramp begins, and where the ramp ends
+        if ramp_from is not None:
+            while (size := self._grown(ramp_from, ramp_share * n_rows)) < batch_size and self._ramp[-1] < n_rows:
+                self._ramp.append(self._ramp[-1] + size)
+        left = n_rows - self._ramp[-1]
+        self.n_steps = len(self._ramp) - 1 + max(0, -(-left // batch_size))
+
+    def rows(self, step: int) -> tuple[int, int]:
+        """First and last + 1 of the rows of a step."""
+        n_ramp = len(self._ramp) - 1
+        if step < n_ramp:
+            return self._ramp[step], self._ramp[step + 1]
+        first = self._ramp[-1] + (step - n_ramp) * self.batch_size
+        return first, first + self.batch_size
+
+    def _grown(self, ramp_from: int, ramp_rows: float) -> int:
+        """Rows of the ramp's next step: in proportion to what was seen, in multiples of `ramp_from`."""
+        share = self._ramp[-1] / ramp_rows if ramp_rows else 1.0
+        size = ramp_from + (self.batch_size - ramp_from) * min(1.0, share)
+        return min(self.batch_size, math.floor(size / ramp_from) * ramp_from)
