@@ -69,6 +69,7 @@ class TrainingJob:
         n_steps: optimizer steps.
         folder: where logs and checkpoints go.
         seed: of dropout.
+        start: what stands for the weights it begins with; "fresh": those that its seed draws.
         expected_initial_loss: what the first step's loss should be, in nats, for a model that knows nothing.
         bytes_per_token: turns validation loss into bits per byte, where the targets are plain text.
         samples: prompts to continue at each validation pass, and what continues them.
@@ -81,6 +82,7 @@ class TrainingJob:
     n_steps: int
     folder: Path
     seed: int = 1
+    start: str = "fresh"
     expected_initial_loss: float | None = None
     bytes_per_token: float | None = None
     samples: tuple[str, ...] = ()
@@ -96,6 +98,7 @@ class TrainingJob:
                 "settings": self.settings.fingerprint_values(),
                 "steps": self.n_steps,
                 "seed": self.seed,
+                "start": self.start,
             }
         )
 
