@@ -11,11 +11,12 @@ COVERAGE_FLOOR := 95
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint types imports fast slow smoke clean always
+.PHONY: help demo test lint types imports fast slow smoke test-interop clean always
 
 help:
 	@echo 'make demo    build the demo: raw text in, a small assistant out (minutes on two cores)'
 	@echo 'make test    everything CI runs, which is, in this order: lint types imports fast slow smoke'
+	@echo 'make test-interop  llama.cpp reads our GGUF files (built from source the first time: about eight minutes)'
 	@echo 'make clean   remove .venv and caches; runs stay'
 	@echo 'Add PYTHON=/path/to/python3 to choose the Python of a new .venv.'
 
@@ -48,6 +49,20 @@ smoke: .venv/installed-test
 	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && trap 'exit 130' INT TERM && \
 	.venv/bin/groundup build demo --smoke --runs "$$runs" && \
 	find "$$runs" -name report.html -size +8k | grep -q . || { echo 'groundup: the smoke run failed, or left no report.html.' >&2; exit 1; }
+
+# llama.cpp has wheels for few machines: it is built from source, once, in an environment of its own.
+LLAMA_CPP := benchmarks/.cache/llama_cpp
+LLAMA_CPP_VERSION := 0.3.36
+
+test-interop: .venv/installed-test $(LLAMA_CPP)/installed-$(LLAMA_CPP_VERSION)
+	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/llama_cpp.py --python $(LLAMA_CPP)/bin/python
+
+$(LLAMA_CPP)/installed-$(LLAMA_CPP_VERSION): | .venv/installed-test
+	rm -rf $(LLAMA_CPP) && .venv/bin/python -m venv $(LLAMA_CPP)
+	CMAKE_ARGS='-DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF' \
+	  $(LLAMA_CPP)/bin/python -m pip --disable-pip-version-check install -q --no-binary llama-cpp-python \
+	  llama-cpp-python==$(LLAMA_CPP_VERSION)
+	@touch $@
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.* htmlcov

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from groundup.console import Console
     from groundup.evaluation import bits_per_byte, exact_match, generate_tasks, score_model
     from groundup.generation import SamplingParams, chat_reply, generate, stream, stream_chat
-    from groundup.interop import LoadedModel, load, load_model, save_model
-    from groundup.model import ModelConfig, Transformer, preset, preset_names
+    from groundup.interop import LoadedModel, export_folder, import_folder, load, load_model, save_model
+    from groundup.model import ModelConfig, Transformer, extend_vocabulary, ladder_config, preset, preset_names
     from groundup.recipe import (
         CorpusSettings,
         EvaluateSettings,
+        ModelSettings,
         PretrainSettings,
         Recipe,
         SFTSettings,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from groundup.run import Run, list_runs
     from groundup.shards import MixtureLoader, PackedLoader, TokenShards, WindowLoader, write_shards
     from groundup.tokenizer import Tokenizer
-    from groundup.training import TrainedModel, pretrain
+    from groundup.training import TrainedModel, pretrain, start_model
 
 __version__ = "0.1.0"
 
@@ -47,11 +48,19 @@ _WHERE = {
     "groundup.console": ("Console",),
     "groundup.evaluation": ("bits_per_byte", "exact_match", "generate_tasks", "score_model"),
     "groundup.generation": ("SamplingParams", "chat_reply", "generate", "stream", "stream_chat"),
-    "groundup.interop": ("LoadedModel", "load", "load_model", "save_model"),
-    "groundup.model": ("ModelConfig", "Transformer", "preset", "preset_names"),
+    "groundup.interop": ("LoadedModel", "export_folder", "import_folder", "load", "load_model", "save_model"),
+    "groundup.model": (
+        "ModelConfig",
+        "Transformer",
+        "extend_vocabulary",
+        "ladder_config",
+        "preset",
+        "preset_names",
+    ),
     "groundup.recipe": (
         "CorpusSettings",
         "EvaluateSettings",
+        "ModelSettings",
         "PretrainSettings",
         "Recipe",
         "SFTSettings",
@@ -64,7 +73,7 @@ _WHERE = {
     "groundup.run": ("Run", "list_runs"),
     "groundup.shards": ("MixtureLoader", "PackedLoader", "TokenShards", "WindowLoader", "write_shards"),
     "groundup.tokenizer": ("Tokenizer",),
-    "groundup.training": ("TrainedModel", "pretrain"),
+    "groundup.training": ("TrainedModel", "pretrain", "start_model"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
@@ -75,6 +84,7 @@ __all__ = [
     "LoadedModel",
     "MixtureLoader",
     "ModelConfig",
+    "ModelSettings",
     "PackedLoader",
     "PretrainSettings",
     "Recipe",
@@ -93,9 +103,13 @@ __all__ = [
     "chat_reply",
     "corpus",
     "exact_match",
+    "export_folder",
+    "extend_vocabulary",
     "fine_tune",
     "generate",
     "generate_tasks",
+    "import_folder",
+    "ladder_config",
     "list_runs",
     "load",
     "load_model",
@@ -105,6 +119,7 @@ __all__ = [
     "read_recipe",
     "save_model",
     "score_model",
+    "start_model",
     "stream",
     "stream_chat",
     "write_report",

@@ -15,17 +15,28 @@ from groundup.corpus.quality.rules import rules_for
 from groundup.corpus.reading.sources import find_sources
 from groundup.distributed import current_world
 from groundup.errors import DataError, GroundupError, Problem, RecipeError
-from groundup.model import ModelConfig, count_parameters, preset, training_flops_per_token
-from groundup.recipe import Recipe
+from groundup.model import ModelConfig, count_parameters, training_flops_per_token
+from groundup.model.activations import training_bytes
+from groundup.model.ladder import shape_choices
+from groundup.recipe import DEFAULT_PRESET, Recipe, choices
+from groundup.tokenizer.foreign import ForeignTokenizer
 
 
 def derived_values(recipe: Recipe) -> list[tuple[str, str, str]]:
     """What the recipe leaves open and what it becomes here, as (setting, value, reason)."""
     precision, evidence = training.choose_precision(recipe.pretrain.precision, current_world().device.type)
-    config = preset(recipe.model.preset, **recipe.model.overrides(), vocab_size=recipe.tokenizer.vocab_size)
+    config, whence = _model(recipe)
+    reasons = {} if recipe.init or not recipe.model.follows_from_one_number else {
+        choice.name: choice.reason for choice in shape_choices(config, whence)
+    }  # fmt: skip
+    followed = [
+        (choice.name, choice.value, choice.reason) for choice in choices(recipe) if choice.name != "pretrain.tokens"
+    ]  # fmt: skip
     settings = recipe.pretrain
     tokens, why_tokens = training.count_tokens(count_parameters(config), settings)
     length = settings.sequence_length or config.context_length
+    micro = settings.micro_batch_size or settings.batch_size
+    memory = training_bytes(config, micro, length, settings.optimizer, str(precision).removeprefix("torch."))
     steps = math.ceil(tokens / (settings.batch_size * length))
     # A character tokenizer's vocabulary is as large as its text's alphabet: known when the text is read.
     about = "about " if recipe.tokenizer.kind == "characters" else ""
@@ -37,17 +48,27 @@ def derived_values(recipe: Recipe) -> list[tuple[str, str, str]]:
         ("threads", *chosen(recipe.threads, torch.get_num_threads(), "cores that this process may use")),
         ("pretrain.precision", str(precision).removeprefix("torch."), evidence),
         *(
-            (f"model.{name}", str(getattr(config, name)), f"preset {recipe.model.preset}")
+            (f"model.{name}", str(getattr(config, name)), reasons.get(f"model.{name}", whence))
             for name in ("context_length", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_model", "d_ff")
             if getattr(recipe.model, name) is None
         ),
+        *((name, _shown(value), reason) for name, value, reason in followed),
         ("model parameters", f"{about}{count_parameters(config):,}", f"vocabulary of {about}{config.vocab_size:,}"),
         ("pretrain.tokens", f"{about if isinstance(settings.tokens, str) else ''}{tokens:,}", why_tokens),
         ("pretrain.sequence_length", *chosen(settings.sequence_length, length, "the model's context")),
         ("pretrain.steps", f"{steps:,}", f"{settings.batch_size} rows × {length} tokens a step"),
         ("pretrain.micro_batch_size", *chosen(settings.micro_batch_size, settings.batch_size, "the batch")),
         ("pretrain.eval_every", *chosen(settings.eval_every, max(1, math.ceil(steps / 20)), "20 over the run")),
-        ("training FLOPs", f"{training_flops_per_token(config, length) * tokens:.2e}", "6 · matmul parameters a token"),
+        (
+            "training FLOPs",
+            f"{training_flops_per_token(config, length) * tokens:.2e}",
+            "6 a matmul parameter and token; attention",
+        ),
+        (
+            "training memory",
+            f"{memory / 2**20:,.0f} MiB",
+            f"weights, gradients, optimizer, {micro} rows of activations",
+        ),
     ]
 
 
@@ -73,12 +94,10 @@ def check_recipe(recipe: Recipe, label: str) -> None:
             if isinstance(error, DataError) and where in ("[corpus] inputs", "[sft] data"):
                 of_files.append(error)
 
-    def model() -> ModelConfig:
-        return preset(recipe.model.preset, **recipe.model.overrides(), vocab_size=recipe.tokenizer.vocab_size)
-
-    attempt("[model]", model)
-    if not problems:
-        attempt("[pretrain]", lambda: training.sequence_length(model(), recipe.pretrain))
+    attempt("[model]" if recipe.init is None else "init", lambda: _model(recipe))
+    if not problems and (recipe.sft is None or recipe.sft.init is None):
+        attempt("[pretrain]", lambda: training.sequence_length(_model(recipe)[0], recipe.pretrain))
+    attempt("[tokenizer]", lambda: _check_tokenizer(recipe))
     attempt("[corpus] inputs", lambda: find_sources(recipe.corpus.inputs))
     attempt("[corpus] languages", lambda: check_languages(recipe.corpus.languages, recipe.corpus.language_model))
     attempt("[corpus] quality", lambda: rules_for(recipe.corpus.quality, recipe.corpus.thresholds))
@@ -111,7 +130,36 @@ def smoke_profile(recipe: Recipe) -> Recipe:
         changes["sft"] = recipe.sft.model_copy(
             update={"examples": min(recipe.sft.examples, 2000), "epochs": 2.0, **less}
         )
-    return recipe.model_copy(update=changes)
+    smaller = recipe.model_copy(update=changes)
+    # Read again, so that what follows from the model's size follows from the smaller budget.
+    return Recipe.model_validate(smaller.model_dump(exclude_unset=True))
+
+
+def _model(recipe: Recipe) -> tuple[ModelConfig, str]:
+    """The model that the recipe asks for, and where its shape comes from."""
+    model = recipe.model
+    if recipe.init is not None:
+        return training.start_config(recipe.init, model), f"init {recipe.init}"
+    config = model.config(recipe.tokenizer.vocab_size)
+    if model.size is not None:
+        return config, f"size {model.size}"
+    return config, f"depth {model.depth}" if model.depth is not None else f"preset {model.preset or DEFAULT_PRESET}"
+
+
+def _check_tokenizer(recipe: Recipe) -> None:
+    """Hold that a tokenizer that is given fits the model to start from, and what is to be made of it."""
+    given = training.given_tokenizer(recipe.tokenizer.use, recipe.init)
+    if given is not None and recipe.sft is not None and isinstance(given, ForeignTokenizer):
+        raise DataError(
+            f"[sft]: the tokenizer of {recipe.tokenizer.use or recipe.init} has no tokens for the roles of a chat.",
+            "Leave [sft] out: the model goes on learning from text alone.",
+        )
+    if given is not None and recipe.init is not None and recipe.tokenizer.use is not None:
+        training.check_vocabulary(training.start_tokenizer(recipe.init), given, recipe.init)
+
+
+def _shown(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _whole(tokens: int | str) -> int:

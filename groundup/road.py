@@ -2,6 +2,8 @@
 
     corpus → tokenizer → shards → pretrain → sft → evaluate
 
+(With `[sft] init` without pretraining, and without text unless bits per byte are asked for.)
+
 A stage is a function from settings and finished stages to a folder and a summary. Its fingerprint is made of its
 settings, the fingerprints of the stages it stands on, outside files' digests and its code's version: change
 `[sft]` and only sft and what stands on it are made again. Started by `torchrun`, all processes walk the road
@@ -11,6 +13,7 @@ together; the first alone does what is not training.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +30,7 @@ from groundup.environment import describe_environment
 from groundup.errors import GateError, GroundupError, RunError
 from groundup.files import read_json, remove_partials, write_json
 from groundup.interop import load_model
-from groundup.model import ModelConfig, Transformer, preset
+from groundup.model import Transformer
 from groundup.preview import check_recipe
 from groundup.recipe import Recipe, Section, changed_settings
 from groundup.run import MANIFEST, RECIPE_FILE, Manifest, Run, State, stage_fingerprint
@@ -48,12 +51,16 @@ class Context:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The run's tokenizer."""
-        return Tokenizer.load(self.run.folder("tokenizer"))
+        """The run's tokenizer; of a road without text, that of the model it starts from."""
+        if self.recipe.reads_text:
+            return Tokenizer.load(self.run.folder("tokenizer"))
+        return training.start_tokenizer(self.recipe.init or "")
 
-    def model_config(self) -> ModelConfig:
-        """The model the recipe asks for, with this run's vocabulary."""
-        return preset(self.recipe.model.preset, **self.recipe.model.overrides(), vocab_size=self.tokenizer.vocab_size)
+    def first_model(self) -> Transformer:
+        """The model before any training: that of `init`, or a fresh one with this run's vocabulary."""
+        if self.recipe.init is not None:
+            return training.start_model(self.recipe.init, self.recipe.model, self.tokenizer, self.console)
+        return Transformer(self.recipe.model.config(self.tokenizer.vocab_size), seed=self.recipe.seed)
 
 
 @dataclass(frozen=True)
@@ -83,28 +90,33 @@ class Stage:
 
 def stages(recipe: Recipe) -> list[Stage]:
     """The recipe's stages, in the order of the road."""
-    road = [
+    text = [
         Stage(
             "corpus", (), corpus.VERSION, lambda r: (r.corpus,), _corpus,
             outside=lambda r: {"inputs": corpus.input_fingerprint(r.corpus)}, keeps=corpus.KEEPS,
         ),
-        Stage("tokenizer", ("corpus",), tokenizer.VERSION, lambda r: (r.tokenizer,), _tokenizer),
-        Stage("shards", ("corpus", "tokenizer"), shards.VERSION, lambda r: (r.shards,), _shards),
         Stage(
-            "pretrain", ("tokenizer", "shards"), training.VERSION, lambda r: (r.model, r.pretrain), _pretrain,
-            trains=True,
+            "tokenizer", ("corpus",), tokenizer.VERSION, lambda r: (r.tokenizer,), _tokenizer, outside=_given_tokenizer
         ),
+        Stage("shards", ("corpus", "tokenizer"), shards.VERSION, lambda r: (r.shards,), _shards),
     ]  # fmt: skip
-    if recipe.sft is not None:
-        road.append(
-            Stage(
-                "sft", ("pretrain",), alignment.VERSION, lambda r: (_sft(r),), _fine_tune,
-                outside=lambda r: {"data": ",".join(alignment.data_fingerprint(_sft(r)))}, trains=True,
-            )
-        )  # fmt: skip
-    trained = ("shards", "pretrain", "sft") if recipe.sft is not None else ("shards", "pretrain")
-    road.append(Stage("evaluate", trained, evaluation.VERSION, lambda r: (r.evaluate,), _evaluate))
-    return road
+    pretrain = Stage(
+        "pretrain", ("tokenizer", "shards"), training.VERSION, lambda r: (r.model, r.pretrain), _pretrain,
+        outside=_init_digest, trains=True,
+    )  # fmt: skip
+    fine_tune = Stage(
+        "sft", ("pretrain",), alignment.VERSION, lambda r: (_sft(r),), _fine_tune,
+        outside=lambda r: {"data": ",".join(alignment.data_fingerprint(_sft(r)))}, trains=True,
+    )  # fmt: skip
+    road = [*text, pretrain] if recipe.sft is None else [*text, pretrain, fine_tune]
+    if recipe.sft is not None and recipe.sft.init is not None:
+        text = text if recipe.reads_text else []
+        road = [*text, dataclasses.replace(
+            fine_tune, needs=("tokenizer",) if text else (), settings=lambda r: (r.model, _sft(r)),
+            outside=lambda r: {**fine_tune.outside(r), **_init_digest(r)},
+        )]  # fmt: skip
+    trained = tuple(stage.name for stage in road if stage.name in ("shards", "pretrain", "sft"))
+    return [*road, Stage("evaluate", trained, evaluation.VERSION, lambda r: (r.evaluate,), _evaluate)]
 
 
 @dataclass(frozen=True)
@@ -262,7 +274,7 @@ def _tokenizer(context: Context) -> dict[str, Any]:
     settings = context.recipe.tokenizer
     documents = context.run.folder("corpus")
     with context.console.bar("tokenizer") as bar:
-        trained = Tokenizer.train(
+        trained = training.given_tokenizer(settings.use, context.recipe.init) or Tokenizer.train(
             corpus.stream_documents(documents, "train"),
             kind=settings.kind,
             vocab_size=settings.vocab_size,
@@ -280,11 +292,20 @@ def _tokenizer(context: Context) -> dict[str, Any]:
         ratio = n_bytes / max(1, n_tokens)
         bar.finish(f"{trained.vocab_size:,} entries · {ratio:.2f} bytes/token")
     return {
-        "kind": settings.kind,
+        "kind": trained.kind,
         "vocab_size": trained.vocab_size,
         "bytes_per_token": ratio,
         "longest": trained.longest_tokens(20),
     }
+
+
+def _given_tokenizer(recipe: Recipe) -> dict[str, str]:
+    given = training.given_tokenizer(recipe.tokenizer.use, recipe.init)
+    return {} if given is None else {"tokenizer": given.fingerprint}
+
+
+def _init_digest(recipe: Recipe) -> dict[str, str]:
+    return {} if recipe.init is None else {"init": training.start_digest(recipe.init)}
 
 
 def _shards(context: Context) -> dict[str, Any]:
@@ -298,9 +319,8 @@ def _shards(context: Context) -> dict[str, Any]:
 
 
 def _pretrain(context: Context) -> dict[str, Any]:
-    model = Transformer(context.model_config(), seed=context.recipe.seed)
     return training.pretrain(
-        model,
+        context.first_model(),
         context.run.folder("shards"),
         context.recipe.pretrain,
         out=context.folder,
@@ -312,7 +332,10 @@ def _pretrain(context: Context) -> dict[str, Any]:
 
 
 def _fine_tune(context: Context) -> dict[str, Any]:
-    model, own_tokenizer = load_model(context.run.folder("pretrain") / "model")
+    if _sft(context.recipe).init is not None:
+        model, own_tokenizer = context.first_model(), None
+    else:
+        model, own_tokenizer = load_model(context.run.folder("pretrain") / "model")
     return alignment.fine_tune(
         model,
         own_tokenizer or context.tokenizer,
@@ -326,8 +349,11 @@ def _fine_tune(context: Context) -> dict[str, Any]:
 
 def _evaluate(context: Context) -> dict[str, Any]:
     recipe, run = context.recipe, context.run
-    models = {"initial": Transformer(context.model_config(), seed=recipe.seed).eval()}
-    models["base"] = load_model(run.folder("pretrain") / "model")[0]
+    if recipe.sft is not None and recipe.sft.init is not None:
+        models = {"base": context.first_model().eval()}
+    else:
+        models = {"initial": context.first_model().eval()}
+        models["base"] = load_model(run.folder("pretrain") / "model")[0]
     if recipe.sft is not None:
         models["assistant"] = load_model(run.folder("sft") / "model")[0]
     scores, summary = evaluation.compare(

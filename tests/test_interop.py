@@ -1,6 +1,5 @@
 """Model folders: transformers computes what we compute, and nothing damaged or half-written is loaded."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -168,10 +167,13 @@ def change_first_byte(path):
 FAULTS = {
     "no configuration": (lambda f: (f / "config.json").unlink(), "config.json: not found"),
     "half a configuration": (lambda f: cut_short(f / "config.json"), "config.json: not valid JSON"),
-    "another program's": (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "no groundup model"),
-    "a list": (lambda f: (f / "config.json").write_text("[1]"), "config.json: no groundup model"),
+    "another program's": (
+        lambda f: (f / "config.json").write_text('{"model_type": "llama"}'),
+        "hidden_size: is missing",
+    ),
+    "a list": (lambda f: (f / "config.json").write_text("[1]"), "config.json: is a JSON list"),
     "a missing field": (lambda f: (f / "config.json").write_text('{"groundup": {"n_layers": 2}}'), "config.json.*req"),
-    "an unknown field": (lambda f: config_with(f, n_wheels=8), r"config.json: .*does not know \(n_experts\)"),
+    "an unknown field": (lambda f: config_with(f, n_wheels=8), r"config.json: .*does not know \(n_wheels\)"),
     "a text for a number": (lambda f: config_with(f, n_layers="two"), "config.json: n_layers = 'two'"),
     "half a layer": (lambda f: config_with(f, n_layers=2.5), "config.json: n_layers = 2.5"),
     "an unknown part": (lambda f: config_with(f, norm="batchnorm"), "config.json: norm = 'batchnorm'"),
@@ -259,7 +261,7 @@ def save_and_die(moment, target, model):
 
 
 def test_the_configuration_for_transformers_is_left_out_where_it_has_no_such_model(tmp_path):
-    model = random_model("gpt2-nano")
+    model = random_model("gpt2-nano", position="alibi")
     gu.save_model(tmp_path / "model", model)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert config == {"groundup": dataclasses.asdict(model.config)}
+    assert config == {"groundup": model.config.to_dict()}

@@ -27,6 +27,7 @@ from groundup.tokenizer import Message, Tokenizer, render
 from groundup.training import IGNORED, TrainedModel, TrainingJob, batched_rows, forget_checkpoints, pad_rows, train
 from groundup.training.batches import Row
 from groundup.training.loop import Rows
+from groundup.training.start import start_digest
 
 
 class ConversationBatches:
@@ -127,7 +128,7 @@ def fine_tune(
     Args:
         model: trained in place.
         tokenizer: of the model.
-        settings: what `[sft]` of a recipe says.
+        settings: what `[sft]` of a recipe says; `init` there says where the model came from, and loads nothing.
         out: the folder for logs, checkpoints and the model.
         conversations: what to learn (default: what `settings.data` names).
         seed: of the generated tasks, the order and dropout.
@@ -155,6 +156,7 @@ def fine_tune(
         n_rows=math.ceil(settings.epochs * source.n_train),
         folder=out,
         seed=seed,
+        start=start_digest(settings.init) if settings.init is not None else "fresh",
     )
     summary = train(job, world, console)
     summary.update(

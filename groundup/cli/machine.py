@@ -216,10 +216,10 @@ def _tokens_per_second(recipe: Recipe, bfloat16: bool, rows: int = 8, seconds: f
     """Forward and backward of the recipe's model on a few rows of tokens."""
     import torch
 
-    from groundup.model import Transformer, preset
+    from groundup.model import Transformer
     from groundup.training.objective import head_loss
 
-    config = preset(recipe.model.preset, **{"vocab_size": recipe.tokenizer.vocab_size, **recipe.model.overrides()})
+    config = recipe.model.config(recipe.tokenizer.vocab_size)
     model = Transformer(config)
     model.compute_dtype = torch.bfloat16 if bfloat16 else torch.float32
     ids = torch.arange(rows * config.context_length).reshape(rows, -1) % config.vocab_size

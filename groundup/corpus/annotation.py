@@ -20,7 +20,7 @@ from groundup.recipe import CorpusSettings
 if TYPE_CHECKING:
     pass
 
-ANNOTATION_VERSION = 1
+ANNOTATION_VERSION = 2
 """Raised when the results of this pass change."""
 
 DOCUMENTS_TABLE = "documents.parquet"

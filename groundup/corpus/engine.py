@@ -59,9 +59,10 @@ class LocalPool(Engine):
     def __init__(self, n_workers: int) -> None:
         self.n_workers = n_workers
         # Forked from this process they would inherit its threads' locks (torch's among them) in whatever state.
-        self._pool = concurrent.futures.ProcessPoolExecutor(
-            n_workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker
-        )
+        with _safe_path():  # its semaphores begin Python's own helper
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                n_workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker
+            )
 
     def map(self, function: Callable[[Argument], Result], arguments: Sequence[Argument]) -> Iterator[Result]:
         """As `Engine.map`.
@@ -69,7 +70,7 @@ class LocalPool(Engine):
         Raises:
             GroundupError: a worker was killed (most often: memory ran out).
         """
-        with _interrupts_held_back():
+        with _interrupts_held_back(), _safe_path():
             futures = [self._pool.submit(function, argument) for argument in arguments]
         try:
             for future in futures:
@@ -173,6 +174,21 @@ def _interrupts_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _safe_path() -> Iterator[None]:
+    """Processes begun within look for no module in the working folder, where a `random.py` would hide Python's."""
+    name = "PYTHONSAFEPATH"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _begin_worker() -> None:

@@ -256,7 +256,7 @@ class Passes:
         examples: list[dict[str, Any]] = []
         for units in self._by_file():
             columns = [unit.columns(["key_hash"])["key_hash"] for unit in units if unit.n]
-            hashes = np.concatenate([*columns, np.empty(0)]).astype(np.uint64)
+            hashes = np.concatenate([*columns, np.empty(0, np.uint64)])
             repeated, times = np.unique(hashes[hashes != 0], return_counts=True)
             repeated, times = repeated[times > 1], times[times > 1]
             count += int((times - 1).sum())

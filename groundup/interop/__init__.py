@@ -1,5 +1,6 @@
-"""Ours and everybody's formats: models as folders that Hugging Face's transformers load as they stand."""
+"""Ours and everybody's formats: models as folders that Hugging Face's transformers load as they stand, and GGUF."""
 
-from groundup.interop.folder import LoadedModel, load, load_model, save_model
+from groundup.interop.convert import export_folder, import_folder
+from groundup.interop.folder import LoadedModel, find_model, load, load_model, save_model
 
-__all__ = ["LoadedModel", "load", "load_model", "save_model"]
+__all__ = ["LoadedModel", "export_folder", "find_model", "import_folder", "load", "load_model", "save_model"]

@@ -1,116 +1,135 @@
 """A model's folder: `model.safetensors`, `config.json` and the tokenizer's files, complete in itself.
 
-`config.json` carries our configuration under the key "groundup" and, where transformers has the architecture,
-theirs beside it. Nothing is pickled and nothing executes code from a file.
+Where transformers has the architecture, the folder is what it loads as it stands: its names and layouts, and its fields
+in `config.json`, with our configuration beside them under the key "groundup". Other models have our names. Read are
+those, and folders that Hugging Face's families come in. Nothing is pickled and nothing executes code from a file.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 from pathlib import Path
+from typing import Any
 
-import pydantic
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from torch import Tensor
 
 from groundup.distributed import World, current_world, full_tensor
-from groundup.errors import ArtifactError, RecipeError
-from groundup.files import atomic_folder, read_json, write_json, write_tensors
-from groundup.interop.huggingface import huggingface_config, inside_name, outside_name
-from groundup.model import ModelConfig, Transformer
+from groundup.errors import ArtifactError
+from groundup.files import atomic_folder, write_json
+from groundup.interop.families import huggingface_config
+from groundup.interop.layouts import put_together, shapes_in_file
+from groundup.interop.read_weights import WEIGHTS_FILE
+from groundup.interop.stored import CONFIG_FILE, OURS_KEY, StoredModel, open_stored, target_layout
+from groundup.interop.write_weights import TensorSpec, write_weights
+from groundup.model import Transformer
 from groundup.tokenizer import Tokenizer
+from groundup.tokenizer.foreign import TOKENIZER_FILES, ForeignTokenizer, read_files, read_tokenizer
 from groundup.tokenizer.tokenizer import TOKENIZER_FILE
 
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "LoadedModel", "find_model", "load", "load_model", "save_model"]
+
+GENERATION_FILE = "generation_config.json"
 
 
 def save_model(
     folder: str | Path, model: Transformer, tokenizer: Tokenizer | None = None, *, world: World | None = None
 ) -> None:
-    """Write a model (and its tokenizer) as a folder that appears whole; every process must call it."""
+    """Write a model (and its tokenizer) as a folder that appears whole; every process must call it.
+
+    Weights are written as float32, one after the other.
+    """
     world = world or current_world()
-    weights = {
-        outside_name(name): full_tensor(parameter).detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-    }
+    config = model.config
+    parameters = dict(model.named_parameters())
+    shapes = shapes_in_file({name: tuple(parameter.shape) for name, parameter in parameters.items()}, config)
+    layout = target_layout(config, shapes)
+    specs = [TensorSpec(name, torch.float32, made.shape) for name, made in layout.tensors.items()]
+
+    # An expert's file tensors take turns with its other matrices: three wholes are gathered once for all experts.
+    @functools.lru_cache(maxsize=3 if config.n_experts else 0)
+    def whole(name: str) -> Tensor:
+        return full_tensor(parameters[name]).detach().float().cpu()[: shapes[name][0]]
+
+    def parameter(name: str, expert: int | None) -> Tensor:
+        return whole(name) if expert is None else whole(name)[expert]
+
+    def tensor(name: str) -> Tensor:
+        return put_together(layout.tensors[name], parameter, config.n_experts)
+
     if world.is_first:
-        config = {**huggingface_config(model.config), "groundup": model.config.to_dict()}
-        if tokenizer is not None:
-            config.update(
-                bos_token_id=tokenizer.end_of_text_id,
-                eos_token_id=[tokenizer.end_id, tokenizer.end_of_text_id],
-                pad_token_id=tokenizer.pad_id,
-            )
         with atomic_folder(Path(folder)) as partial:
-            write_tensors(partial / WEIGHTS_FILE, weights)
-            write_json(partial / CONFIG_FILE, config)
+            write_weights(partial, specs, tensor)
+            values = {**huggingface_config(config), OURS_KEY: config.to_dict()}
+            if "model_type" in values:
+                values["dtype"] = "float32"
             if tokenizer is not None:
+                ids = token_ids(tokenizer)
+                values |= ids
                 tokenizer.save(partial)
-                names = ("bos_token_id", "eos_token_id", "pad_token_id")
-                write_json(partial / "generation_config.json", {name: config[name] for name in names})
+                write_json(partial / GENERATION_FILE, ids)
+            write_json(partial / CONFIG_FILE, values)
+    else:
+        write_weights(None, specs, tensor)
     world.wait()
 
 
 def load_model(folder: str | Path) -> tuple[Transformer, Tokenizer | None]:
-    """Read what `save_model` wrote; the model's arithmetic is float32 until told otherwise.
+    """Read a model's folder, groundup's or Hugging Face's; the model's arithmetic is float32 until told otherwise.
 
     Raises:
-        ArtifactError: a file is missing, damaged or does not fit the configuration.
+        ArtifactError: a file is missing, damaged or does not fit the configuration; or the model is of a family, or
+            has a part, that groundup does not compute.
     """
-    folder = Path(folder)
-    config = _read_config(folder / CONFIG_FILE)
-    try:
-        weights = load_file(folder / WEIGHTS_FILE)
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise ArtifactError(f"{folder / WEIGHTS_FILE}: cannot be read ({error}).") from error
-    model = Transformer(config, device="meta")
-    expected = {outside_name(name): parameter for name, parameter in model.named_parameters()}
-    if weights.keys() != expected.keys():
-        odd = sorted(weights.keys() ^ expected.keys())
-        raise ArtifactError(f"{folder / WEIGHTS_FILE}: not the weights of this configuration ({', '.join(odd[:4])}).")
-    for name, tensor in weights.items():
-        if tensor.shape != expected[name].shape:
-            raise ArtifactError(
-                f"{folder / WEIGHTS_FILE}: {name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}."
-            )
-    own = {inside_name(name): tensor.to(torch.float32) for name, tensor in weights.items()}
+    stored = open_stored(Path(folder))
+    model = Transformer(stored.config, device="meta")
+    own = {name: _filled(stored.parameter(name), tuple(made.shape)) for name, made in model.named_parameters()}
     model.load_state_dict(own, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     model.eval()
-    tokenizer = Tokenizer.load(folder) if (folder / TOKENIZER_FILE).is_file() else None
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+    return model, load_tokenizer(stored)
+
+
+def load_tokenizer(stored: StoredModel) -> Tokenizer | None:
+    """The tokenizer beside a model: ours, or somebody else's with the same methods; None without `tokenizer.json`.
+
+    Raises:
+        ArtifactError: damaged, or with more tokens than the model has.
+    """
+    files = read_files(stored.folder, TOKENIZER_FILES)
+    if TOKENIZER_FILE not in files:
+        return None
+    path = stored.folder / TOKENIZER_FILE
+    tokenizer = read_tokenizer(files, str(path), stored.values, stored.config.vocab_size)
+    if tokenizer.vocab_size > stored.config.vocab_size:
         raise ArtifactError(
-            f"{folder / TOKENIZER_FILE}: has {tokenizer.vocab_size} tokens, the model beside it {config.vocab_size}.",
+            f"{path}: has {tokenizer.vocab_size} tokens, the model beside it {stored.config.vocab_size}.",
             "Put the tokenizer there that the model was trained with.",
         )
-    return model, tokenizer
+    return tokenizer
 
 
-def _read_config(path: Path) -> ModelConfig:
-    """Our configuration in a `config.json`, every value of it checked."""
-    contents = read_json(path)
-    values = contents.get("groundup") if isinstance(contents, dict) else None
-    if not isinstance(values, dict):
-        raise ArtifactError(f"{path}: no groundup model is described here.")
-    unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(ModelConfig)})
-    if unknown:
-        # Left out, it could be a part of the model that is then silently not computed.
-        raise ArtifactError(
-            f"{path}: describes a model that this version of groundup does not know ({', '.join(unknown)}).",
-            "Install a newer groundup.",
-        )
-    try:
-        return pydantic.TypeAdapter(ModelConfig).validate_python(values)
-    except pydantic.ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ArtifactError(f"{path}: {place} = {first['input']!r:.60}: {first['msg']}.") from error
-    except RecipeError as error:
-        raise ArtifactError(f"{path}: {'; '.join(map(str, error.problems))}") from error
+def _filled(stored: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A parameter of this shape in float32, in memory of its own: rows that stand for no token are zeros."""
+    is_alone = stored.untyped_storage().nbytes() == stored.numel() * stored.itemsize and stored.is_contiguous()
+    if is_alone and tuple(stored.shape) == shape and stored.dtype == torch.float32:
+        return stored
+    filled = torch.zeros(shape) if tuple(stored.shape) != shape else torch.empty(shape)
+    filled[: len(stored)] = stored
+    return filled
+
+
+def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a `config.json` says of a tokenizer: the tokens that begin and end a text and fill up a batch."""
+    if isinstance(tokenizer, ForeignTokenizer):
+        return {f"{role}_token_id": index for role, index in tokenizer.role_ids.items()}
+    return {
+        "bos_token_id": tokenizer.end_of_text_id,
+        "eos_token_id": [tokenizer.end_id, tokenizer.end_of_text_id],
+        "pad_token_id": tokenizer.pad_id,
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +137,7 @@ class LoadedModel:
     """A model ready to be used.
 
     Attributes:
-        model: in evaluation mode.
+        model: in evaluation mode; `model(ids)` gives logits (batch, seq, vocab).
         tokenizer: None if the folder has none.
         folder: where it was read from.
     """
@@ -129,14 +148,25 @@ class LoadedModel:
 
 
 def load(path: str | Path, *, stage: str | None = None) -> LoadedModel:
-    """Load a run's model, a stage's model or a model folder, whichever `path` is.
+    """Load a run's model, a stage's model or a model folder, groundup's or Hugging Face's, whichever `path` is.
 
     Args:
-        path: `runs/demo`, `runs/demo/pretrain` or `runs/demo/pretrain/model`.
+        path: `runs/demo`, `runs/demo/pretrain`, `runs/demo/pretrain/model`, or a folder with a Llama in it.
         stage: of a run: "pretrain" or "sft" (default: the last one there is).
 
     Raises:
-        ArtifactError: no model there, or a damaged one.
+        ArtifactError: no model there, a damaged one, or one of a family or with a part that groundup does not compute.
+    """
+    folder = find_model(path, stage=stage)
+    model, tokenizer = load_model(folder)
+    return LoadedModel(model, tokenizer, folder)
+
+
+def find_model(path: str | Path, *, stage: str | None = None) -> Path:
+    """The model's folder that `load` would read.
+
+    Raises:
+        ArtifactError: there is none.
     """
     path = Path(path)
     stages = (stage,) if stage else ("sft", "pretrain")
@@ -145,8 +175,7 @@ def load(path: str | Path, *, stage: str | None = None) -> LoadedModel:
         candidates = [path, path / "model", *candidates]
     for folder in candidates:
         if (folder / CONFIG_FILE).is_file():
-            model, tokenizer = load_model(folder)
-            return LoadedModel(model, tokenizer, folder)
+            return folder
     raise ArtifactError(
         f"{path}: no model here" + (f" of stage {stage!r}." if stage else "."),
         "Name a run (runs/demo) or a model's folder (runs/demo/sft/model); `groundup runs` lists the runs.",

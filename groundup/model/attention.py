@@ -25,7 +25,7 @@ from groundup.model.positions import Rotation, rotate
 
 # torch's fused kernel has no bfloat16 matrix units behind it on CPUs: up to about this many positions the products
 # of the plain form are faster, forward and backward: a quarter off a step of ground-1m (benchmarks/cpu_ladder.py).
-_PLAIN_UP_TO = 1024
+PLAIN_UP_TO = 1024
 
 Bias = Float[Tensor, "*batch heads q k"]
 Sight = Bias | FlexPlan | None
@@ -135,7 +135,7 @@ def causal_attention(
     """Attention among the positions of one call, by the fastest form for them."""
     if isinstance(sight, FlexPlan):
         return flex_attention(q, k, v, scale, sight)
-    is_small = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= _PLAIN_UP_TO
+    is_small = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= PLAIN_UP_TO
     if softcap is not None or is_small:
         return _plain_attention(q, k, v, scale, sight, softcap)
     grouped = q.shape[1] != k.shape[1]

@@ -6,14 +6,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def rmsnorm(x: Float[Tensor, "*batch d"], weight: Float[Tensor, " d"], eps: float) -> Float[Tensor, "*batch d"]:
+def rmsnorm(x: Float[Tensor, "*batch d"], weight: Float[Tensor, " d"] | float, eps: float) -> Float[Tensor, "*batch d"]:
     """Divide by the root of the mean square, then scale."""
     mean_square = (x**2).mean(dim=-1, keepdim=True)
     return x / (mean_square + eps) ** 0.5 * weight
 
 
 def layernorm(
-    x: Float[Tensor, "*batch d"], weight: Float[Tensor, " d"], bias: Float[Tensor, " d"], eps: float
+    x: Float[Tensor, "*batch d"], weight: Float[Tensor, " d"] | float, bias: Float[Tensor, " d"] | float, eps: float
 ) -> Float[Tensor, "*batch d"]:
     """Take away the mean, divide by the standard deviation, then scale and shift."""
     centred = x - x.mean(dim=-1, keepdim=True)

@@ -1,6 +1,6 @@
-"""From logits to a token, token by token in Python numbers: softmax, top-k, top-p and the draw.
+"""From logits to a token, token by token in Python numbers: softmax, top-k, top-p, min-p and the draw.
 
-Tokens of equal probability are treated alike: both filters keep all that tie with the last one they need.
+Tokens of equal probability are treated alike: filters keep all that tie with the last one they need.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ def top_p(probabilities: Sequence[float], p: float) -> list[float]:
         if held >= p:
             break
     return _at_least(probabilities, probability)
+
+
+def min_p(probabilities: Sequence[float], share: float) -> list[float]:
+    """Only tokens at least `share` times as probable as the most probable one (arXiv:2407.01082), renormalized."""
+    return _at_least(probabilities, share * max(probabilities))
 
 
 def draw(probabilities: Sequence[float], uniform: float) -> int:

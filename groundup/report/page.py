@@ -140,7 +140,7 @@ def _training(record: RunRecord, stage: str, curve: Curve) -> dict[str, Any]:
     summary = record.summary(stage)
     expected = summary.get("expected_initial_loss")
     vocab_size = record.summary("tokenizer").get("vocab_size")
-    if stage == "pretrain" and expected is None and is_number(vocab_size):
+    if stage == "pretrain" and "expected_initial_loss" not in summary and is_number(vocab_size):
         expected = math.log(vocab_size)
     return {
         "stage": stage,

@@ -101,10 +101,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Load from a folder, or from a `tokenizer.json`.
+        """Load from a folder, or from a `tokenizer.json`; somebody else's too (see `foreign.py`).
 
         Raises:
-            ArtifactError: missing, damaged, or not a tokenizer that groundup trained.
+            ArtifactError: missing, damaged, or of a kind that cannot be read.
         """
         path = Path(path)
         file = path / TOKENIZER_FILE if path.is_dir() else path
@@ -114,7 +114,14 @@ class Tokenizer:
             raise ArtifactError(
                 f"{file}: cannot be read ({error}).", "Make it: groundup build --from tokenizer."
             ) from error
-        return cls(contents, str(file))
+        try:
+            return cls(contents, str(file))
+        except ArtifactError:
+            from groundup.tokenizer.foreign import TOKENIZER_FILES, is_foreign, read_files, read_tokenizer
+
+            if file.name != TOKENIZER_FILE or not is_foreign(contents.encode(), str(file)):
+                raise
+            return read_tokenizer(read_files(file.parent, TOKENIZER_FILES), str(file), {})
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json` (with the chat template) for any Hugging Face tool."""

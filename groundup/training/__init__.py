@@ -5,6 +5,14 @@ from groundup.training.loop import BatchSource, TrainingJob, forget_checkpoints,
 from groundup.training.objective import IGNORED, Loss, cross_entropy_sum, head_loss
 from groundup.training.precision import choose_precision, native_bfloat16
 from groundup.training.pretrain import TrainedModel, count_tokens, pretrain, sequence_length
+from groundup.training.start import (
+    check_vocabulary,
+    given_tokenizer,
+    start_config,
+    start_digest,
+    start_model,
+    start_tokenizer,
+)
 
 VERSION = 1
 """Raised when the code's results change; part of the stage's fingerprint."""
@@ -13,19 +21,26 @@ __all__ = [
     "IGNORED",
     "VERSION",
     "BatchSource",
+    "Loss",
     "ShardBatches",
     "TrainedModel",
     "TrainingJob",
     "batched_rows",
+    "check_vocabulary",
     "choose_precision",
     "count_tokens",
     "cross_entropy_sum",
     "forget_checkpoints",
+    "given_tokenizer",
     "head_loss",
     "native_bfloat16",
     "pad_rows",
     "peak_memory_bytes",
     "pretrain",
     "sequence_length",
+    "start_config",
+    "start_digest",
+    "start_model",
+    "start_tokenizer",
     "train",
 ]

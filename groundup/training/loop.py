@@ -80,6 +80,7 @@ class TrainingJob:
         n_rows: rows to see, at least; the last batch is whole.
         folder: where logs and checkpoints go.
         seed: of dropout.
+        start: what stands for the weights it begins with; "fresh": those that its seed draws.
         expected_initial_loss: what the first step's loss should be, in nats, for a model that knows nothing.
         bytes_per_token: turns validation loss into bits per byte, where the targets are plain text.
         samples: prompts to continue at each validation pass, and what continues them.
@@ -92,6 +93,7 @@ class TrainingJob:
     n_rows: int
     folder: Path
     seed: int = 1
+    start: str = "fresh"
     expected_initial_loss: float | None = None
     bytes_per_token: float | None = None
     samples: tuple[str, ...] = ()
@@ -118,6 +120,7 @@ class TrainingJob:
                 "settings": self.settings.fingerprint_values(),
                 "steps": self.n_steps,
                 "seed": self.seed,
+                "start": self.start,
             }
         )
 

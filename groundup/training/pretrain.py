@@ -19,6 +19,7 @@ from groundup.shards import TokenShards
 from groundup.tokenizer import Tokenizer
 from groundup.training.batches import ShardBatches
 from groundup.training.loop import TrainingJob, forget_checkpoints, train
+from groundup.training.start import start_digest
 
 COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. (arXiv:2203.15556)."""
@@ -55,7 +56,8 @@ def pretrain(
     Args:
         model: trained in place.
         shards: a folder written by `groundup.shards.write_shards`.
-        settings: what `[pretrain]` of a recipe says.
+        settings: what `[pretrain]` of a recipe says; `init` there says where the model came from, and loads nothing
+            (`start_model` does).
         out: the folder for logs, checkpoints and the model (default: `pretrain/` beside the shards).
         tokenizer: the shards' tokenizer, for samples and to be kept with the model (default: `tokenizer/`
             beside the shards, where there is one).
@@ -110,7 +112,8 @@ def pretraining_job(
         n_rows=count_rows(model, settings),
         folder=out,
         seed=seed,
-        expected_initial_loss=math.log(model.config.vocab_size),
+        start=start_digest(settings.init) if settings.init is not None else "fresh",
+        expected_initial_loss=math.log(model.config.vocab_size) if settings.init is None else None,
         bytes_per_token=validation.n_bytes / max(1, validation.n_tokens - validation.n_documents),
         samples=settings.samples if tokenizer is not None and settings.sample_tokens else (),
         continue_text=_continuation(tokenizer, settings.sample_tokens, seed) if tokenizer is not None else None,

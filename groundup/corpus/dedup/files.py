@@ -27,6 +27,8 @@ MIN_TASK_DOCUMENTS = 20_000
 """Fewer documents than this are not worth another task."""
 COPIES = 4
 """How many times a task's records stand in memory while they are sorted."""
+OPEN_MAPS = 200
+"""Files that a `KeyStore` holds open: systems commonly allow a process 1,024, and a large corpus has more units."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,8 @@ class KeyStore:
                 raise ArtifactError(
                     f"{path}: {len(known):,} rows for {n:,} documents.", "Make it again with --from corpus."
                 )
+            if len(self._maps) >= OPEN_MAPS:
+                del self._maps[next(iter(self._maps))]  # the one opened first: documents are asked for in their order
             self._maps[unit, name] = known
         return known
 
@@ -205,15 +209,21 @@ def read_range(files: Sequence[RangeFile], number: int) -> np.ndarray:
     Raises:
         ArtifactError: a file is missing or not whole.
     """
-    parts = []
-    for file in files:
+    size = sum(file.offsets[number + 1] - file.offsets[number] for file in files)
+    found, at = None, 0
+    for file in files:  # copied one by one, so that only one is open at a time
         records = load(Path(file.path))
         if len(records) != file.offsets[-1]:
             raise ArtifactError(
                 f"{file.path}: {len(records):,} records of {file.offsets[-1]:,}.", "Give the same command again."
             )
-        parts.append(records[file.offsets[number] : file.offsets[number + 1]])
-    return np.concatenate(parts)
+        part = records[file.offsets[number] : file.offsets[number + 1]]
+        if found is None:
+            found = np.empty((size, *records.shape[1:]), dtype=records.dtype)
+        found[at : at + len(part)] = part
+        at += len(part)
+    assert found is not None, "a range of no file"
+    return found
 
 
 def check_count(step: str, n_in: int, files: Sequence[RangeFile]) -> None:
@@ -238,8 +248,10 @@ def load(path: Path) -> np.ndarray:
         return np.load(path, mmap_mode="r")
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: not found.", "Make it again with --from corpus.") from error
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError) as error:
         raise ArtifactError(f"{path}: damaged ({error}).", "Make it again with --from corpus.") from error
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror or error}).") from error
 
 
 def _nothing(name: str) -> np.ndarray:

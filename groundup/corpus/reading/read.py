@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from groundup.corpus.document import Document, OnSetAside, Record, SetAside, excerpt_of, text_id
+from groundup.corpus.document import Document, OnSetAside, Reason, Record, SetAside, excerpt_of, text_id
 from groundup.corpus.reading.compressed import BLOCK_BYTES
 from groundup.corpus.reading.intake import READ_ERRORS, admit, limit_bytes, normalize, too_long, unread
 from groundup.corpus.reading.jsonl import read_lines
@@ -101,15 +101,26 @@ class UnitReader:
 
     def _read_pages(self, extraction: Extraction) -> Iterator[Record]:
         source = self._unit.source
+        n_aside = 0
+
+        def set_aside(record: SetAside) -> None:
+            nonlocal n_aside
+            n_aside += 1
+            self._set_aside(record)
+
         if source.kind == "page":
-            records: Iterator[Record] = _read_page(source, self._settings, self._set_aside, extraction)
+            records: Iterator[Record] = _read_page(source, self._settings, set_aside, extraction)
         else:
             from groundup.corpus.reading.warc import read_warc  # loads FastWARC
 
-            records = read_warc(source, self._settings, self._set_aside, extraction, self.kinds)
+            records = read_warc(source, self._settings, set_aside, extraction, self.kinds)
         for record in records:
             self.n_records += 1
             yield record
+        if not self.n_records and not n_aside:  # every file ends in records or a reason
+            held = ", ".join(f"{count} {kind}" for kind, count in sorted(self.kinds.items()))
+            detail = f"no page in the file, only records of other types ({held})"
+            self._set_aside(SetAside(source.label, "", 0, Reason.EMPTY, detail, "", source.size_bytes()))
 
 
 class Extraction:

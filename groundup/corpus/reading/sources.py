@@ -32,6 +32,9 @@ SUFFIXES: dict[str, Kind] = {
 """What a file's name says of it; all but tables may be packed too (`PACKINGS`)."""
 SHIPPED = {"groundup:classics": "classics.jsonl", "groundup:shakespeare": "shakespeare.txt"}
 STARTED = "started.json"
+SET_ASIDE = "set_aside.jsonl"
+CURATED = ("funnel.json", "unit.json")
+"""Beside `SET_ASIDE` in a folder of documents, and in one of measurements."""
 
 
 @dataclass(frozen=True)
@@ -299,7 +302,10 @@ def _add_if_text(path: Path, found: Sources) -> None:
 
 def _is_stage_folder(folder: Path) -> bool:
     """Whether groundup itself wrote this folder: runs often lie below the folder the texts are in."""
-    return os.path.exists(folder / MANIFEST) or os.path.exists(folder / STARTED)
+    if os.path.exists(folder / MANIFEST) or os.path.exists(folder / STARTED):
+        return True
+    # `curate` called from Python writes no manifest; what it left out must not come back as an input.
+    return os.path.exists(folder / SET_ASIDE) and any(os.path.exists(folder / name) for name in CURATED)
 
 
 def _shipped(name: str) -> Path:

@@ -24,8 +24,13 @@ from groundup.recipe import CorpusSettings
 PLACE = "row"
 BATCH_BYTES = 4 << 20
 BATCH_ROWS = 1024
+DISTINCT_BYTES = 16 << 20
+"""Row groups up to this size, as stored, are read by their distinct texts."""
+DISTINCT_BATCHES = 16
+"""In at most so many batches: each brings all texts that came before along."""
 _MAGIC = b"PAR1"
 _SHOWN = 8
+_READING: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
 
 
 def read_table(
@@ -41,8 +46,7 @@ def read_table(
             if not _size_of(handle):
                 set_aside(SetAside(source.label, "", 0, Reason.EMPTY, "no row in the file"))
                 return 0
-            file = _open(handle)
-            return (yield from _read_groups(file, source, start, stop, settings, set_aside))
+            return (yield from _read_groups(handle, _open(handle), source, start, stop, settings, set_aside))
     except READ_ERRORS as error:
         set_aside(unread(source, error))
         return 0
@@ -88,13 +92,19 @@ def _open(handle: IO[bytes]) -> pq.ParquetFile:
     if ends != _MAGIC:
         raise DamagedStreamError(Reason.CUT_OFF, f"cut off before its end: no table of contents in {size:,} bytes")
     try:
-        return pq.ParquetFile(handle, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
+        return pq.ParquetFile(handle, **_READING)
     except (OSError, pa.ArrowException) as error:
         raise _fault(error) from error
 
 
 def _read_groups(
-    file: pq.ParquetFile, source: Source, start: int, stop: int | None, settings: CorpusSettings, set_aside: OnSetAside
+    handle: IO[bytes],
+    file: pq.ParquetFile,
+    source: Source,
+    start: int,
+    stop: int | None,
+    settings: CorpusSettings,
+    set_aside: OnSetAside,
 ) -> Generator[Record, None, int]:
     metadata = file.metadata
     stop = metadata.num_row_groups if stop is None else min(stop, metadata.num_row_groups)
@@ -108,13 +118,14 @@ def _read_groups(
             set_aside(SetAside(source.label, "", 0, reason, detail, "", size))
         return 0
     columns = _columns(file.schema_arrow, settings)
+    distinct = _by_distinct_texts(handle, file, columns)
     before = sum(metadata.row_group(group).num_rows for group in range(start))
     n_rows = 0
     for group in range(start, stop):
         position, n_read = before + n_rows, 0
         n_in_group = metadata.row_group(group).num_rows
         try:
-            for row in _rows(file, group, columns, settings):
+            for row in _rows(file, distinct, group, columns):
                 number = n_rows + n_read + 1
                 n_read += 1
                 record = _record(source, row, settings, set_aside, position + n_read - 1, number)
@@ -170,13 +181,26 @@ def _columns(schema: pa.Schema, settings: CorpusSettings) -> dict[str, str]:
     return columns
 
 
+def _by_distinct_texts(handle: IO[bytes], file: pq.ParquetFile, columns: dict[str, str]) -> pq.ParquetFile:
+    """The same table, read as each distinct text once and a number a row."""
+    schema = file.schema_arrow
+    texts = [name for name in columns.values() if name in schema.names and _is_string(schema.field(name).type)]
+    return pq.ParquetFile(handle, metadata=file.metadata, read_dictionary=texts, **_READING)
+
+
 def _rows(
-    file: pq.ParquetFile, group: int, columns: dict[str, str], settings: CorpusSettings
+    file: pq.ParquetFile, distinct: pq.ParquetFile, group: int, columns: dict[str, str]
 ) -> Iterator[dict[str, Any]]:
-    """The rows of one row group, as values by attribute; bytes instead of a text that is not UTF-8."""
+    """The rows of one row group, as values by attribute; bytes instead of a text that is not UTF-8.
+
+    A table may store a text once and then say in a byte that a row has it too, so that a few bytes stand for
+    gigabytes. Row groups that are small as stored are therefore read by their distinct texts, whose sum is no larger.
+    """
     metadata = file.metadata.row_group(group)
     n_bytes = sum(metadata.column(place).total_uncompressed_size for place in range(metadata.num_columns))
     n_rows = max(1, min(BATCH_ROWS, BATCH_BYTES * metadata.num_rows // max(1, n_bytes)))
+    if n_bytes <= DISTINCT_BYTES:
+        file, n_rows = distinct, max(n_rows, metadata.num_rows // DISTINCT_BATCHES)
     wanted = sorted(set(columns.values()))
     for batch in file.iter_batches(n_rows, row_groups=[group], columns=wanted, use_threads=False):
         values = {attribute: _values(_column(batch, name)) for attribute, name in columns.items()}
@@ -192,7 +216,8 @@ def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
 
 def _values(column: pa.Array) -> list[Any]:
     if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
+        distinct = _values(column.dictionary)
+        return [None if place is None else distinct[place] for place in column.indices.to_pylist()]
     try:
         return column.to_pylist()
     except UnicodeDecodeError:

@@ -1,0 +1,235 @@
+"""Hugging Face's families: what each calls the parts of a model, and where its files keep the weights.
+
+A family is data and two functions: `read` makes our configuration of its `config.json`, `write` the reverse. Nothing
+else says what a family can express: a model has a family's name if what `write` wrote, read again, computes the same
+(`huggingface_config`). So a part that is new in `ModelConfig` can never leave unnoticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from groundup.errors import ArtifactError, RecipeError
+from groundup.interop.fields import Fields
+from groundup.interop.gpt_configs import read_gpt2, read_gpt_neo, write_gpt2, write_gpt_neo
+from groundup.interop.layouts import Place, Places
+from groundup.interop.llama_configs import LlamaLike, read_llama_like, write_llama_like
+from groundup.interop.rope import resolved_rope
+from groundup.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family.
+
+    Attributes:
+        model_type: its name in a `config.json`.
+        architecture: the class of transformers.
+        read: fields to the arguments of `ModelConfig`.
+        write: a configuration to fields, as well as it can.
+        layouts: where the weights stand, the first as they are written; the others are read too.
+        base: the class without an output layer.
+        aliases: other names of fields.
+    """
+
+    model_type: str
+    architecture: str
+    read: Callable[[Fields], dict[str, Any]]
+    write: Callable[[ModelConfig], dict[str, Any]]
+    layouts: tuple[Places, ...] = ({},)
+    base: str = ""
+    aliases: dict[str, str] = field(default_factory=dict)
+
+
+OURS: Places = {}
+"""The layout of models that no family computes: our names, `model.` before them; that is Llama's layout too."""
+
+_GPT2: Places = {
+    "embed_tokens": Place("transformer.wte"),
+    "embed_positions": Place("transformer.wpe"),
+    "norm": Place("transformer.ln_f"),
+    "layers.*.input_layernorm": Place("transformer.h.*.ln_1"),
+    "layers.*.post_attention_layernorm": Place("transformer.h.*.ln_2"),
+    "layers.*.self_attn.q_proj": Place("transformer.h.*.attn.c_attn", transposed=True, slot=0, slots=3),
+    "layers.*.self_attn.k_proj": Place("transformer.h.*.attn.c_attn", transposed=True, slot=1, slots=3),
+    "layers.*.self_attn.v_proj": Place("transformer.h.*.attn.c_attn", transposed=True, slot=2, slots=3),
+    "layers.*.self_attn.o_proj": Place("transformer.h.*.attn.c_proj", transposed=True),
+    "layers.*.mlp.up_proj": Place("transformer.h.*.mlp.c_fc", transposed=True),
+    "layers.*.mlp.down_proj": Place("transformer.h.*.mlp.c_proj", transposed=True),
+}
+_GPT_NEO: Places = {
+    "embed_tokens": Place("transformer.wte"),
+    "embed_positions": Place("transformer.wpe"),
+    "norm": Place("transformer.ln_f"),
+    "layers.*.input_layernorm": Place("transformer.h.*.ln_1"),
+    "layers.*.post_attention_layernorm": Place("transformer.h.*.ln_2"),
+    "layers.*.self_attn.q_proj": Place("transformer.h.*.attn.attention.q_proj"),
+    "layers.*.self_attn.k_proj": Place("transformer.h.*.attn.attention.k_proj"),
+    "layers.*.self_attn.v_proj": Place("transformer.h.*.attn.attention.v_proj"),
+    "layers.*.self_attn.o_proj": Place("transformer.h.*.attn.attention.out_proj"),
+    "layers.*.mlp.up_proj": Place("transformer.h.*.mlp.c_fc"),
+    "layers.*.mlp.down_proj": Place("transformer.h.*.mlp.c_proj"),
+}
+_MIXTRAL: Places = {
+    "layers.*.mlp.router": Place("model.layers.*.block_sparse_moe.gate"),
+    "layers.*.mlp.gate_proj": Place("model.layers.*.block_sparse_moe.experts.#.w1"),
+    "layers.*.mlp.down_proj": Place("model.layers.*.block_sparse_moe.experts.#.w2"),
+    "layers.*.mlp.up_proj": Place("model.layers.*.block_sparse_moe.experts.#.w3"),
+}
+_MIXTRAL_STACKED: Places = {  # as transformers 5 holds them in memory
+    "layers.*.mlp.router": Place("model.layers.*.mlp.gate"),
+    "layers.*.mlp.gate_proj": Place("model.layers.*.mlp.experts.gate_up_proj", slot=0, slots=2, suffixed=False),
+    "layers.*.mlp.up_proj": Place("model.layers.*.mlp.experts.gate_up_proj", slot=1, slots=2, suffixed=False),
+    "layers.*.mlp.down_proj": Place("model.layers.*.mlp.experts.down_proj", suffixed=False),
+}
+
+
+def _llama_like(model_type: str, stem: str, shape: LlamaLike, layouts: tuple[Places, ...] = ({},)) -> Family:
+    return Family(
+        model_type,
+        f"{stem}ForCausalLM",
+        lambda fields: read_llama_like(fields, shape),
+        lambda config: write_llama_like(config, shape),
+        layouts,
+        f"{stem}Model",
+        {"num_experts": "num_local_experts"} if shape.has_experts else {},
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        _llama_like("llama", "Llama", LlamaLike(context=2048, has_bias_fields=True, is_divided=True)),
+        _llama_like("mistral", "Mistral", LlamaLike(context=131_072, n_kv_heads=8, windows="all", window=4096)),
+        _llama_like("qwen2", "Qwen2", LlamaLike(context=32_768, n_kv_heads=32, windows="layers", qkv_bias=True)),
+        _llama_like(
+            "qwen3",
+            "Qwen3",
+            LlamaLike(
+                context=32_768, n_kv_heads=32, windows="layers", head_dim=128, qk_norm=True, has_attention_bias=True
+            ),
+        ),
+        _llama_like(
+            "mixtral",
+            "Mixtral",
+            LlamaLike(context=131_072, n_kv_heads=8, windows="all", has_experts=True, norm_eps=1e-5, rope_base=1e6),
+            (_MIXTRAL, _MIXTRAL_STACKED),
+        ),
+        Family(
+            "gpt2",
+            "GPT2LMHeadModel",
+            read_gpt2,
+            write_gpt2,
+            (_GPT2,),
+            "GPT2Model",
+            {
+                "hidden_size": "n_embd",
+                "max_position_embeddings": "n_positions",
+                "num_attention_heads": "n_head",
+                "num_hidden_layers": "n_layer",
+            },
+        ),
+        Family(
+            "gpt_neo",
+            "GPTNeoForCausalLM",
+            read_gpt_neo,
+            write_gpt_neo,
+            (_GPT_NEO,),
+            "GPTNeoModel",
+            {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"},
+        ),
+    )
+}
+"""By model type; where several compute the same, the first gives a model its name."""
+
+
+def read_config(values: dict[str, Any], path: Path) -> tuple[ModelConfig, Family, list[str]]:
+    """Our configuration from a family's `config.json`.
+
+    Args:
+        values: of the file.
+        path: of the file, for messages.
+
+    Returns:
+        The configuration, its family, and the noise of training that it leaves out.
+
+    Raises:
+        ArtifactError: of no family that is read, or a field has a value that is not computed here; all are named.
+    """
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ArtifactError(
+            f"{path}: model_type = {kind!r:.60}: no groundup model, and of no family that is read.",
+            f"Read are {', '.join(FAMILIES)}.",
+        )
+    family = FAMILIES[kind]
+    fields = Fields(values, path, family.aliases)
+    named = values.get("architectures")
+    if named is not None and named not in ([family.architecture], [family.base]):
+        fields.refuse("architectures", f"only {family.architecture} is read of this family.")
+    arguments = family.read(fields)
+    fields.finish()
+    try:
+        return ModelConfig(**arguments), family, fields.left_out()
+    except RecipeError as error:
+        raise ArtifactError(f"{path}: {'; '.join(map(str, error.problems)).replace('[model] ', '')}") from error
+
+
+def huggingface_config(config: ModelConfig, prefer: str | None = None) -> dict[str, Any]:
+    """What transformers needs to know, or an empty dictionary where it has no such architecture.
+
+    Args:
+        config: of the model.
+        prefer: the model type to take where several compute the same.
+    """
+    names = sorted(FAMILIES, key=lambda name: name != prefer)
+    found = next((name for name in names if not differences(config, name)), None)
+    if found is None:
+        return {}
+    family = FAMILIES[found]
+    return {"architectures": [family.architecture], "model_type": found, **family.write(config)}
+
+
+def differences(config: ModelConfig, model_type: str) -> list[str]:
+    """The parts of a model that a family cannot express, as `field = value`; none: it is of that family."""
+    family = FAMILIES[model_type]
+    written = family.write(config)
+    try:
+        again, _, _ = read_config({"model_type": model_type, **written}, Path("config.json"))
+    except ArtifactError as error:
+        return [error.message.removeprefix("config.json: this model cannot be read: ")]
+    ours, theirs = computed(config), computed(again)
+    return [f"{name} = {value!r}" for name, value in ours.items() if theirs[name] != value]
+
+
+def computed(config: ModelConfig) -> dict[str, Any]:
+    """A configuration without what changes nothing in the function that the model computes."""
+    values = config.to_dict()
+    for name in ("bias", "dropout", "initialization", "vocab_multiple", "router_loss"):
+        del values[name]
+    for part in ("qkv", "o", "ff"):
+        values[f"{part}_bias"] = config.has_bias(part)
+    values["norm_bias"] = config.norm == "layernorm" and config.has_bias("norm")
+    patterns = [config.pattern(layer) for layer in range(config.n_layers)]
+    values["attention"] = patterns
+    for name, users in (
+        ("window", {"window"}),
+        ("sink_tokens", {"window"}),
+        ("stride", {"strided", "fixed"}),
+        ("summary", {"fixed"}),
+    ):
+        if not users & set(patterns):
+            values[name] = None
+    if config.position == "rope":
+        values["rope_base"], values["rope_scaling"] = resolved_rope(config)
+        values["rope_share"] = config.rotated
+    else:
+        values["rope_base"] = values["rope_scaling"] = values["rope_share"] = None
+    if config.attention_scale is None:
+        values["attention_scale"] = config.head_dim**-0.5
+    if not config.n_experts:
+        values["experts_per_token"] = None
+    return values

@@ -1,0 +1,186 @@
+"""Which of llama.cpp's architectures computes what a model computes, and the keys that describe it there.
+
+llama.cpp has a function for each family, with fixed parts. A model leaves if one of them fits:
+
+    llama      RMSNorm, RoPE (rows of queries and keys interleaved), SwiGLU, any biases, or experts (Mixtral)
+    qwen2      the same with RoPE half-split and biases of queries, keys and values only
+    qwen3      the same with QK-norm and without biases; qwen3moe: with experts
+    gpt2       LayerNorm, learned positions, GELU in its tanh form
+
+What an architecture demands and the model lacks is written as its neutral element: a bias of zeros, a norm's weight of
+ones. Another scale of attention goes into the queries' weights. A window that no architecture here knows bounds the
+context: up to its length it hides nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from groundup.errors import ArtifactError
+from groundup.model import ModelConfig
+from groundup.model.masks import AttentionRule
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a model is told to llama.cpp.
+
+    Attributes:
+        name: `general.architecture`.
+        context_length: up to which llama.cpp computes the same.
+    """
+
+    name: str
+    context_length: int
+
+    @property
+    def is_interleaved(self) -> bool:
+        """RoPE pairs neighbours (2i, 2i + 1) instead of halves (i, i + half)."""
+        return self.name == "llama"
+
+    @property
+    def is_fused(self) -> bool:
+        """Queries, keys and values are one matrix."""
+        return self.name == "gpt2"
+
+
+def architecture_of(config: ModelConfig, out: Path) -> Architecture:
+    """The architecture for a model.
+
+    Args:
+        config: the model's.
+        out: the file to be, for the error message.
+
+    Raises:
+        ArtifactError: none computes the same; every field that stands in the way is named.
+    """
+    name = _nearest(config)
+    context_length = _common_context(config)
+    found = [*_in_the_way_anywhere(config, context_length)]
+    found += _in_the_way_of_gpt2(config) if name == "gpt2" else _in_the_way_of_llama(config, name)
+    if found:
+        raise ArtifactError(
+            f"{out}: llama.cpp has no architecture for this model; the nearest is {name}, but\n  " + "\n  ".join(found),
+            "A GGUF file can hold the shapes of Llama, Mistral, Mixtral, Qwen2, Qwen3 and GPT-2; safetensors hold all.",
+        )
+    return Architecture(name, context_length)
+
+
+def _nearest(config: ModelConfig) -> str:
+    if config.position == "learned" or config.norm == "layernorm":
+        return "gpt2"
+    if config.qk_norm:
+        return "qwen3moe" if config.n_experts else "qwen3"
+    only_qkv = config.has_bias("qkv") and not config.has_bias("o") and not config.has_bias("ff")
+    is_square = config.n_heads * config.head_dim == config.d_model
+    has_factors = config.rope_scaling is not None and config.rope_scaling.kind == "llama3"
+    return "qwen2" if only_qkv and is_square and not config.n_experts and not has_factors else "llama"
+
+
+def _common_context(config: ModelConfig) -> int:
+    """The longest text in which no layer's pattern hides anything; at least 1."""
+    rules = {AttentionRule.of_layer(config, layer) for layer in range(config.n_layers)}
+    spans = [rule.window + rule.sink_tokens for rule in rules if rule.pattern == "window"]
+    return min([config.context_length, *spans])
+
+
+def _in_the_way_anywhere(config: ModelConfig, context_length: int) -> list[str]:
+    found = []
+    if config.norm_placement != "pre":
+        found.append(f'norm_placement = "{config.norm_placement}": norms stand before the sub-layers there.')
+    for layer in range(min(config.n_layers, len(config.attention))):
+        rule = AttentionRule.of_layer(config, layer)
+        if config.position != "alibi" and not rule.is_causal_only(context_length):
+            found.append(f'attention = "{rule.pattern}": has no such pattern.')
+    caps = {"attention_softcap": config.attention_softcap, "logit_softcap": config.logit_softcap}
+    found += [f"{field} = {cap:g}: has no soft cap." for field, cap in caps.items() if cap is not None]
+    return found
+
+
+def _in_the_way_of_llama(config: ModelConfig, name: str) -> list[str]:
+    found = []
+    if config.position != "rope":
+        found.append(f'position = "{config.position}": positions are rotary ("rope") there.')
+    if config.activation != "swiglu":
+        found.append(f'activation = "{config.activation}": is "swiglu" there.')
+    if config.position == "rope" and config.rotated != config.head_dim:
+        found.append(f"rope_share = {config.rope_share:g}: whole heads are rotated there.")
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "llama3" and name != "llama":
+        found.append('rope_scaling.kind = "llama3": is known to llama alone, which has no QK-norm.')
+    if scaling is not None and scaling.kind == "yarn" and (scaling.beta_fast, scaling.beta_slow) != (32.0, 1.0):
+        found.append(
+            f"rope_scaling.beta_fast, beta_slow = {scaling.beta_fast:g}, {scaling.beta_slow:g}: are 32 and 1 there."
+        )
+    if config.qk_norm:
+        found += [f"{part}_bias = true: has no such bias." for part in ("qkv", "o", "ff") if config.has_bias(part)]
+    elif config.n_experts and config.has_bias("ff"):
+        found.append("ff_bias = true: experts have no biases there.")
+    return found
+
+
+def _in_the_way_of_gpt2(config: ModelConfig) -> list[str]:
+    found = []
+    if config.norm != "layernorm":
+        found.append(f'norm = "{config.norm}": is "layernorm" there.')
+    if config.position != "learned":
+        found.append(f'position = "{config.position}": positions are "learned" there.')
+    if config.activation != "gelu_tanh":
+        found.append(f'activation = "{config.activation}": is "gelu_tanh" there.')
+    if config.qk_norm:
+        found.append("qk_norm = true: has none.")
+    if config.n_experts:
+        found.append(f"n_experts = {config.n_experts}: has none.")
+    if config.n_heads * config.head_dim != config.d_model:
+        found.append(f"head_dim = {config.head_dim}: is d_model / n_heads = {config.d_model / config.n_heads:g} there.")
+    return found
+
+
+def describe_architecture(writer: GGUFWriter, config: ModelConfig, architecture: Architecture) -> None:
+    """Write the keys that llama.cpp builds the model from."""
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(architecture.context_length)
+    writer.add_embedding_length(config.d_model)
+    writer.add_block_count(config.n_layers)
+    writer.add_feed_forward_length(config.d_ff)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    if architecture.name == "gpt2":
+        writer.add_layer_norm_eps(config.norm_eps)
+        return
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    _describe_rope(writer, config)
+    if config.n_experts:
+        writer.add_expert_count(config.n_experts)
+        writer.add_expert_used_count(config.experts_per_token)
+        writer.add_expert_feed_forward_length(config.d_ff)
+
+
+def _describe_rope(writer: GGUFWriter, config: ModelConfig) -> None:
+    from gguf import RopeScalingType
+
+    scaling, base, dim = config.rope_scaling, config.rope_base, config.head_dim
+    if scaling is not None and scaling.kind == "ntk" and dim > 2:
+        base *= scaling.factor ** (dim / (dim - 2))  # which is all that this scaling does
+    writer.add_rope_dimension_count(dim)
+    writer.add_rope_freq_base(base)
+    if scaling is None or scaling.kind in ("ntk", "llama3"):  # llama3's is a tensor: `rope_freqs`
+        return
+    writer.add_rope_scaling_factor(scaling.factor)
+    if scaling.kind == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        return
+    writer.add_rope_scaling_type(RopeScalingType.YARN)
+    assert scaling.original_context is not None
+    writer.add_rope_scaling_orig_ctx_len(scaling.original_context)
+    if scaling.attention_factor is not None:
+        # llama.cpp multiplies by 0.1 · ln(factor) + 1 in any case, and then by this.
+        writer.add_rope_scaling_attn_factors(scaling.attention_factor / (0.1 * math.log(scaling.factor) + 1))

@@ -1,0 +1,159 @@
+"""A model's weights under llama.cpp's names and in its layouts, one at a time.
+
+In: a model, and the architecture it is told as. Out: `Piece`s, each with a shape known beforehand and a function that
+makes the values when they are needed, so that no more than one tensor exists twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from groundup.interop.gguf_architecture import Architecture
+from groundup.model import ModelConfig, Transformer
+from groundup.model.attention import Attention
+from groundup.model.experts import Experts, StackedLinear
+from groundup.model.feedforward import FeedForward
+from groundup.model.linear import Linear
+from groundup.model.positions import rotary_frequencies
+from groundup.model.transformer import Block
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of the file.
+
+    Attributes:
+        name: llama.cpp's.
+        shape: with the features of the input last.
+        make: its values, float32.
+        is_matrix: multiplied with, so that it may be kept in fewer bits; norms, biases, positions and routers are not.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+    is_matrix: bool = False
+
+    @property
+    def n_values(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+
+def pieces_of(model: Transformer, architecture: Architecture) -> Iterator[Piece]:
+    """All tensors of the file, in the order of the computation."""
+    config = model.config
+    needs_bias = architecture.name == "gpt2"
+    # Rows that stand for no token stay here.
+    yield _piece("token_embd.weight", model.embed_tokens.weight[: config.vocab_size], is_matrix=True)
+    if model.embed_positions is not None:
+        yield _piece("position_embd.weight", model.embed_positions.weight[: architecture.context_length])
+    if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
+        yield _piece("rope_freqs.weight", _wavelength_factors(config))
+    for layer, block in enumerate(model.layers):
+        assert isinstance(block, Block)
+        yield from _norm(f"blk.{layer}.attn_norm", block.input_layernorm, config.d_model, needs_bias)
+        yield from _attention(f"blk.{layer}", block.self_attn, config, architecture)
+        yield from _norm(f"blk.{layer}.ffn_norm", block.post_attention_layernorm, config.d_model, needs_bias)
+        yield from _feedforward(f"blk.{layer}", block.mlp, needs_bias)
+    assert model.norm is not None
+    yield from _norm("output_norm", model.norm, config.d_model, needs_bias)
+    if model.lm_head is not None:
+        yield _piece("output.weight", model.lm_head.weight[: config.vocab_size], is_matrix=True)
+
+
+def interleaved(rows: Float[Tensor, "rows ..."], n_heads: int) -> Float[Tensor, "rows ..."]:
+    """Rows of queries or keys in another order: of each head i, i + half becomes 2i, 2i + 1.
+
+    Meta's Llama rotates neighbours, Hugging Face's (and ours) halves; llama.cpp's "llama" is Meta's. At position 0
+    nothing is rotated, so a wrong order shows from the second token on only.
+    """
+    heads = rows.reshape(n_heads, 2, -1, *rows.shape[1:])  # (heads, 2, half, …)
+    return heads.transpose(1, 2).reshape(rows.shape)
+
+
+def _piece(name: str, values: Tensor, *, is_matrix: bool = False) -> Piece:
+    return Piece(name, tuple(values.shape), lambda: values, is_matrix)
+
+
+def _norm(name: str, norm: nn.Module, width: int, needs_bias: bool) -> Iterator[Piece]:
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    yield _piece(f"{name}.weight", torch.ones(width) if weight is None else weight)
+    if needs_bias:
+        yield _piece(f"{name}.bias", torch.zeros(width) if bias is None else bias)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A linear layer (or one for each expert) as it shall stand in the file: weight and bias changed alike."""
+
+    linear: Linear | StackedLinear
+    change: Callable[[Tensor], Tensor] = lambda rows: rows
+
+    def weight(self) -> Tensor:
+        return self.change(self.linear.weight)
+
+    def bias(self) -> Tensor:
+        weight, bias = self.linear.weight, self.linear.bias
+        return self.change(torch.zeros(weight.shape[:-1], device=weight.device) if bias is None else bias)
+
+    def pieces(self, name: str, needs_bias: bool = False) -> Iterator[Piece]:
+        shape = tuple(self.linear.weight.shape)
+        yield Piece(f"{name}.weight", shape, self.weight, is_matrix=True)
+        if needs_bias or self.linear.bias is not None:
+            yield Piece(f"{name}.bias", shape[:-1], self.bias)
+
+
+def _attention(name: str, attention: Attention, config: ModelConfig, architecture: Architecture) -> Iterator[Piece]:
+    # llama.cpp divides products by sqrt(head_dim). What our scale differs by goes into whatever makes queries last.
+    factor = attention.scale * config.head_dim**0.5
+    if math.isclose(factor, 1.0, rel_tol=1e-12):
+        factor = 1.0
+
+    def order(rows: Tensor, n_heads: int) -> Tensor:
+        return interleaved(rows, n_heads) if architecture.is_interleaved else rows
+
+    def queries(rows: Tensor) -> Tensor:
+        return order(rows if factor == 1 or config.qk_norm else rows * factor, config.n_heads)
+
+    q = _Rows(attention.q_proj, queries)
+    k = _Rows(attention.k_proj, lambda rows: order(rows, config.n_kv_heads))
+    v = _Rows(attention.v_proj)
+    if architecture.is_fused:
+        width = sum(part.linear.weight.shape[0] for part in (q, k, v))
+        shape = (width, config.d_model)
+        yield Piece(f"{name}.attn_qkv.weight", shape, lambda: torch.cat([q.weight(), k.weight(), v.weight()]), True)
+        yield Piece(f"{name}.attn_qkv.bias", (width,), lambda: torch.cat([q.bias(), k.bias(), v.bias()]))
+    else:
+        for letter, part in (("q", q), ("k", k), ("v", v)):
+            yield from part.pieces(f"{name}.attn_{letter}", needs_bias=architecture.name == "qwen2")
+    for letter, norm, scale in (("q", attention.q_norm, factor), ("k", attention.k_norm, 1.0)):
+        if norm is not None:
+            weight = torch.ones(config.head_dim) if norm.weight is None else norm.weight
+            yield _piece(f"{name}.attn_{letter}_norm.weight", weight if scale == 1 else weight * scale)
+    yield from _Rows(attention.o_proj).pieces(f"{name}.attn_output", needs_bias=architecture.is_fused)
+
+
+def _feedforward(name: str, layer: nn.Module, needs_bias: bool) -> Iterator[Piece]:
+    assert isinstance(layer, FeedForward | Experts)
+    ending = ""
+    if isinstance(layer, Experts):
+        yield _piece(f"{name}.ffn_gate_inp.weight", layer.router.weight)
+        ending = "_exps"
+    if layer.gate_proj is not None:
+        yield from _Rows(layer.gate_proj).pieces(f"{name}.ffn_gate{ending}", needs_bias)
+    yield from _Rows(layer.up_proj).pieces(f"{name}.ffn_up{ending}", needs_bias)
+    yield from _Rows(layer.down_proj).pieces(f"{name}.ffn_down{ending}", needs_bias)
+
+
+def _wavelength_factors(config: ModelConfig) -> Float[Tensor, " half"]:
+    """What llama.cpp divides each pair's frequency by, for Llama 3.1's scaling."""
+    plain, _ = rotary_frequencies(config.rotated, config.rope_base)
+    scaled, _ = rotary_frequencies(config.rotated, config.rope_base, config.rope_scaling)
+    return plain / scaled

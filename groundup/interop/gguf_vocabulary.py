@@ -1,0 +1,214 @@
+"""A tokenizer as llama.cpp reads it: tokens, their types, merges, and the name of the split.
+
+In: any tokenizer that writes Hugging Face's files. llama.cpp carries no regexes in its files, it knows some by name;
+byte-level BPE with one of those three that groundup offers can leave, and nothing is taken for what it only resembles:
+another vocabulary or split in the same clothes would tokenize text wrongly and say nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer as Engine
+
+from groundup.errors import ArtifactError
+from groundup.files import read_json
+from groundup.tokenizer import Tokenizer
+from groundup.tokenizer.foreign import ForeignTokenizer
+from groundup.tokenizer.split import PATTERNS, pre_tokenizer
+from groundup.tokenizer.tokenizer import CONFIG_FILE, TOKENIZER_FILE
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+_NAMES = {
+    ("qwen2", False): "qwen2",
+    ("gpt2", False): "gpt-2",
+    ("llama3", True): "llama-bpe",
+    ("llama3", False): "smaug-bpe",
+}
+"""llama.cpp's name by split, and by whether a word that is a token is taken whole without looking at the merges."""
+
+TEMPLATE_FILE = "chat_template.jinja"
+
+_GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a GGUF file says of a tokenizer.
+
+    Attributes:
+        split: llama.cpp's name of the split.
+        tokens: by id; bytes in GPT-2's letters, control tokens as they are called.
+        types: of each token, as llama.cpp numbers them.
+        merges: pairs, first merged first.
+        bos_id: begins a text that has no other beginning.
+        eos_id: ends what the model says.
+        pad_id: fills a row.
+        adds_bos: an encoded text begins with `bos_id`.
+        adds_eos: and ends with `eos_id`.
+        chat_template: Jinja.
+    """
+
+    split: str
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    adds_bos: bool
+    adds_eos: bool
+    chat_template: str | None
+
+
+def vocabulary_of(tokenizer: Tokenizer, n_rows: int, out: Path) -> Vocabulary:
+    """The tokenizer for a model with `n_rows` tokens; those beyond the tokenizer's become unused ones.
+
+    Args:
+        tokenizer: the model's, ours or somebody else's.
+        n_rows: vocabulary size of the model.
+        out: the file to be, for error messages.
+
+    Raises:
+        ArtifactError: llama.cpp would tokenize otherwise, or the model is smaller than the vocabulary.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        engine = Engine.from_file(str(Path(folder) / TOKENIZER_FILE))
+        template = _chat_template(Path(folder))
+    spec = json.loads(engine.to_str())  # one spelling of what several versions of the format say
+    split = _split_of(spec, out)
+    tokens, types = _tokens_of(spec, n_rows, out)
+    bos_id, eos_id, pad_id = _ids_of(tokenizer)
+    added = engine.encode("").ids
+    return Vocabulary(
+        split=split,
+        tokens=tokens,
+        types=types,
+        merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]],
+        bos_id=bos_id,
+        eos_id=eos_id,
+        pad_id=pad_id,
+        adds_bos=bos_id is not None and added[:1] == [bos_id],
+        adds_eos=eos_id is not None and added[1:] == [eos_id],
+        chat_template=template,
+    )
+
+
+def _ids_of(tokenizer: Tokenizer) -> tuple[int | None, int | None, int | None]:
+    """What begins a text, ends what the model says, and fills a row."""
+    if isinstance(tokenizer, ForeignTokenizer):
+        roles = tokenizer.role_ids
+        return roles["eos"] if roles["bos"] is None else roles["bos"], roles["eos"], roles["pad"]
+    # Documents follow one another in training, so what ends one stands before the next.
+    return tokenizer.end_of_text_id, tokenizer.end_id, tokenizer.pad_id
+
+
+def _split_of(spec: dict[str, Any], out: Path) -> str:
+    model = spec["model"]
+    if model["type"] != "BPE":
+        raise ArtifactError(
+            f"{out}: a {model['type']} tokenizer has no place in a GGUF file.",
+            'Train a byte-level BPE: [tokenizer] kind = "bpe".',
+        )
+    odd = [
+        f"model.{field} = {model[field]!r}"
+        for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+        if model.get(field)
+    ]
+    if spec["normalizer"] not in (None, {"type": "NFC"}):
+        odd.append(f"normalizer: {spec['normalizer']['type']}")
+    split = next((name for name in PATTERNS if _is_split(spec["pre_tokenizer"], name)), None)
+    takes_whole_words = bool(model.get("ignore_merges"))
+    if split is None:
+        odd.append("pre_tokenizer: neither qwen2's nor Llama 3's nor GPT-2's")
+    elif (split, takes_whole_words) not in _NAMES:
+        odd.append(f"model.ignore_merges = {takes_whole_words} with the split of {split}")
+    if odd or split is None:
+        raise ArtifactError(
+            f"{out}: byte-level BPE with a split that llama.cpp knows can be written as GGUF, and this tokenizer is "
+            f"another ({'; '.join(odd)}).",
+            "For SentencePiece's (Llama 2, Mistral) export with --to hf and convert that folder by llama.cpp's own "
+            "convert_hf_to_gguf.py.",
+        )
+    return _NAMES[split, takes_whole_words]
+
+
+def _is_split(found: dict[str, Any] | None, name: str) -> bool:
+    """Whether a pre-tokenizer of a `tokenizer.json` cuts as ours of this name does."""
+
+    def essence(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: essence(part) for key, part in value.items() if key != "trim_offsets"}
+        return [essence(part) for part in value] if isinstance(value, list) else value
+
+    ours = json.loads(pre_tokenizer(name).__getstate__())
+    return essence(found) == essence(ours)
+
+
+def _tokens_of(spec: dict[str, Any], n_rows: int, out: Path) -> tuple[list[str], list[int]]:
+    from gguf import TokenType
+
+    names = {index: (token, TokenType.NORMAL) for token, index in spec["model"]["vocab"].items()}
+    for token in spec["added_tokens"]:
+        kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+        names[token["id"]] = (token["content"], kind)
+    if max(names) >= n_rows:
+        raise ArtifactError(
+            f"{out}: the tokenizer has {max(names) + 1} tokens, the model {n_rows}.",
+            "Export the model with the tokenizer that it was trained with.",
+        )
+    taken = {name for name, _ in names.values()}
+    for index in range(n_rows):
+        if index not in names:
+            filler = f"[PAD{index}]"
+            while filler in taken:
+                filler += "_"
+            names[index] = (filler, TokenType.UNUSED)
+    tokens, types = zip(*(names[index] for index in range(n_rows)), strict=True)
+    return list(tokens), [int(kind) for kind in types]
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The template, without transformers' generation marks, which not every reader of GGUF knows."""
+    separate, config = folder / TEMPLATE_FILE, folder / CONFIG_FILE
+    template: Any = None
+    if separate.is_file():
+        template = separate.read_text("utf-8")
+    elif config.is_file():
+        template = read_json(config).get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((one["template"] for one in template if one.get("name") == "default"), None)
+    if not isinstance(template, str):
+        return None
+    # As conditions that always hold, so that white space around the tags is trimmed as before.
+    return _GENERATION_TAG.sub(lambda tag: tag[1] + ("endif" if tag[2] else "if true") + tag[3], template)
+
+
+def describe_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary | None) -> None:
+    """Write the tokenizer's keys; without one llama.cpp is told that there is none and takes ids only."""
+    if vocabulary is None:
+        writer.add_tokenizer_model("none")
+        return
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(vocabulary.split)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    writer.add_token_merges(vocabulary.merges)
+    if vocabulary.bos_id is not None:
+        writer.add_bos_token_id(vocabulary.bos_id)
+    if vocabulary.eos_id is not None:
+        writer.add_eos_token_id(vocabulary.eos_id)
+    if vocabulary.pad_id is not None:
+        writer.add_pad_token_id(vocabulary.pad_id)
+    writer.add_add_bos_token(vocabulary.adds_bos)
+    writer.add_add_eos_token(vocabulary.adds_eos)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)

@@ -1,0 +1,204 @@
+"""A model in a folder, of whichever family: its configuration, and any parameter of it on request.
+
+`open_stored` finds out what stands in the folder and checks that it is whole (every tensor there, none too many, each
+of the right shape) before a weight is read. Loading, importing and exporting are then loops over parameters, and hold
+no more in memory than they make.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+from torch import Tensor
+
+from groundup.errors import ArtifactError, RecipeError
+from groundup.interop.families import FAMILIES, OURS, Family, huggingface_config, read_config
+from groundup.interop.fields import MOST_LAYERS
+from groundup.interop.layouts import Layout, is_of_experts, make_layout, shapes_in_file, take
+from groundup.interop.read_weights import Weights, open_weights
+from groundup.model import ModelConfig
+from groundup.model.cost import parameter_shapes
+from groundup.untrusted import file_inside, read_object
+
+CONFIG_FILE = "config.json"
+OURS_KEY = "groundup"
+"""Where our configuration stands in a `config.json`."""
+
+_MOST_EXPERTS = 1 << 18
+"""In all layers: far more than any model has."""
+
+_PREFIXES = ("transformer.", "model.")
+_NO_WEIGHTS = re.compile(r"\.attn(\.attention)?\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
+"""Tables that old versions of transformers saved with the weights: they follow from the configuration."""
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A whole model in a folder.
+
+    Attributes:
+        folder: where.
+        config: its configuration.
+        family: the one that its `config.json` names, or None.
+        left_out: noise of training that its `config.json` has and ours has not.
+        values: of its `config.json`.
+        weights: its tensors.
+        layout: where in them each parameter stands.
+        shapes: of the parameters, without filling rows.
+        prefix: what the layout's names begin with and the file's do not.
+    """
+
+    folder: Path
+    config: ModelConfig
+    family: Family | None
+    left_out: list[str]
+    values: dict[str, Any]
+    weights: Weights
+    layout: Layout
+    shapes: dict[str, tuple[int, ...]]
+    prefix: str
+    _kept: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in which a parameter is stored; of several, the one that holds them all."""
+        found = {self.weights.dtype(self._outside(part.tensor)) for part in self.layout.parts[name]}
+        return found.pop() if len(found) == 1 else torch.float32
+
+    def parameter(self, name: str, expert: int | None = None) -> Tensor:
+        """A parameter of ours, or one expert's part of it: in our orientation, in its stored dtype, unpadded."""
+        parts = self.layout.parts[name]
+        if len(parts) > 1:
+            if expert is None:
+                return torch.stack([self.parameter(name, index) for index in range(len(parts))])
+            return take(self._read(parts[expert].tensor, parts[expert].place.slots > 1), parts[expert].place)
+        place, stacked = parts[0].place, is_of_experts(name, self.config.n_experts)
+        contents = self._read(parts[0].tensor, place.slots > 1 or expert is not None)
+        whole = take(contents, place, stacked=stacked)
+        return whole if expert is None else whole[expert]
+
+    def _read(self, tensor: str, is_shared: bool) -> Tensor:
+        """A tensor; the last two of those that several parameters are cut from are kept."""
+        name = self._outside(tensor)
+        if not is_shared:
+            return self.weights.read(name)
+        if name not in self._kept:
+            while len(self._kept) > 1:
+                del self._kept[next(iter(self._kept))]
+            self._kept[name] = self.weights.read(name)
+        return self._kept[name]
+
+    def _outside(self, tensor: str) -> str:
+        return tensor.removeprefix(self.prefix)
+
+
+def open_stored(folder: Path) -> StoredModel:
+    """Find out what model a folder holds, and that it is whole.
+
+    Args:
+        folder: of groundup's or of a Hugging Face family.
+
+    Raises:
+        ArtifactError: no model, one of a family that is not read, or one whose files are damaged or do not fit.
+    """
+    path = folder / CONFIG_FILE
+    values = read_object(file_inside(folder, CONFIG_FILE))
+    left_out: list[str] = []
+    if isinstance(values.get(OURS_KEY), dict):
+        config = _own_config(values[OURS_KEY], path)
+        family = FAMILIES.get(str(values.get("model_type")))
+    else:
+        config, family, left_out = read_config(values, path)
+    weights = open_weights(folder)
+    names = {name for name in weights.tensors if not _NO_WEIGHTS.search(name)}
+    if config.n_layers > min(MOST_LAYERS, len(names)) or config.n_layers * config.n_experts > _MOST_EXPERTS:
+        raise ArtifactError(
+            f"{weights.source}: not the weights of this configuration ({len(names):,} tensors for "
+            f"{config.n_layers:,} layers)."
+        )
+    shapes = shapes_in_file(parameter_shapes(config), config)
+    tables = [*(family.layouts if family else ()), *([] if family and {} in family.layouts else [OURS])]
+    layouts = [make_layout(table, shapes, config.n_experts) for table in tables]
+    found = [(layout, prefix) for layout in layouts for prefix in _prefixes(layout, names)]
+    # The first whose tensors are all there; else the one with the fewest missing, to say which.
+    layout, prefix = min(
+        found, key=lambda pair: sum(name.removeprefix(pair[1]) not in names for name in pair[0].tensors)
+    )
+    expected = {name.removeprefix(prefix): made.shape for name, made in layout.tensors.items()}
+    left_over = _without_tied_copy(names - expected.keys(), config, weights, layout, prefix)
+    odd = sorted((expected.keys() - names) | left_over)
+    if odd:
+        listed = ", ".join(f"{name} {'missing' if name in expected else 'left over'}" for name in odd[:4])
+        more = f", and {len(odd) - 4:,} more" if len(odd) > 4 else ""
+        raise ArtifactError(f"{weights.source}: not the weights of this configuration ({listed}{more}).")
+    for name, shape in expected.items():
+        stored = weights.tensors[name]
+        if stored.shape != shape:
+            raise ArtifactError(f"{stored.file}: {name} has shape {stored.shape}, not {shape}.")
+        weights.dtype(name)
+    return StoredModel(folder, config, family, left_out, values, weights, layout, shapes, prefix)
+
+
+def target_layout(config: ModelConfig, shapes: dict[str, tuple[int, ...]], prefer: str | None = None) -> Layout:
+    """Where a model's parameters stand in the file that we write of it.
+
+    Args:
+        config: of the model.
+        shapes: of its parameters in a file.
+        prefer: the model type to take where several compute the same.
+    """
+    kind = huggingface_config(config, prefer).get("model_type")
+    return make_layout(FAMILIES[kind].layouts[0] if kind else OURS, shapes, config.n_experts)
+
+
+def _prefixes(layout: Layout, names: set[str]) -> list[str]:
+    """What may be missing before the names: a model saved without its output layer has no `transformer.`."""
+    missing = [
+        prefix
+        for prefix in _PREFIXES
+        if any(name.startswith(prefix) for name in layout.tensors)
+        and not any(name.startswith(prefix) for name in names)
+    ]
+    return ["", *missing]
+
+
+def _without_tied_copy(
+    left_over: set[str], config: ModelConfig, weights: Weights, layout: Layout, prefix: str
+) -> set[str]:
+    """The tensors left over, but for a copy of the embedding in the place of a tied output layer."""
+    name = "lm_head.weight"
+    if name not in left_over or not config.tied_embeddings:
+        return left_over
+    embedding = layout.parts["embed_tokens.weight"][0].tensor.removeprefix(prefix)
+    if embedding not in weights.tensors or weights.tensors[name].shape != weights.tensors[embedding].shape:
+        return left_over
+    if not torch.equal(weights.read(name), weights.read(embedding)):
+        raise ArtifactError(
+            f"{weights.source}: lm_head.weight is not the embedding, though tie_word_embeddings = true.",
+            "Set it to false in config.json, if the output layer has weights of its own.",
+        )
+    return left_over - {name}
+
+
+def _own_config(values: dict[str, Any], path: Path) -> ModelConfig:
+    """Our configuration in a `config.json`, every value of it checked."""
+    unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(ModelConfig)})
+    if unknown:
+        # Left out, it could be a part of the model that is then silently not computed.
+        raise ArtifactError(
+            f"{path}: describes a model that this version of groundup does not know ({', '.join(unknown)}).",
+            "Install a newer groundup.",
+        )
+    try:
+        return pydantic.TypeAdapter(ModelConfig).validate_python(values)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ArtifactError(f"{path}: {place} = {first['input']!r:.60}: {first['msg']}.") from error
+    except RecipeError as error:
+        raise ArtifactError(f"{path}: {'; '.join(map(str, error.problems))}") from error

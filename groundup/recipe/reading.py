@@ -1,0 +1,138 @@
+"""TOML to a `Recipe`, with every problem that there is, each with a way out."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from groundup.errors import Problem, RecipeError
+from groundup.recipe.sections import Section, section_class
+from groundup.recipe.whole import Recipe
+
+
+def shipped_recipes() -> dict[str, str]:
+    """Names of the recipes that ship with groundup, each with its line of description."""
+    found = {}
+    for entry in resources.files("groundup.recipes").iterdir():
+        if entry.name.endswith(".toml"):
+            found[entry.name.removesuffix(".toml")] = tomllib.loads(entry.read_text("utf-8")).get("about", "")
+    return dict(sorted(found.items()))
+
+
+def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by path, or by the name of one that ships with groundup.
+
+    Args:
+        source: path of a TOML file, or a shipped recipe's name such as "demo".
+        overrides: `section.key=value` strings; the value is read as TOML, or else as plain text.
+
+    Raises:
+        RecipeError: with every problem found, each with a way out.
+    """
+    text, label = _recipe_text(str(source))
+    return parse_recipe(text, label, overrides, default_name=Path(label).stem)
+
+
+def parse_recipe(text: str, label: str, overrides: Sequence[str] = (), default_name: str | None = None) -> Recipe:
+    """Turn TOML text into a `Recipe`; `label` names it in messages. Raises as `read_recipe`."""
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(label, [Problem("TOML", f"{error}.", "Mend that line; strings need quotes.")]) from error
+    problems = _apply_overrides(values, overrides)
+    values.setdefault("name", default_name or "mine")
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        # A value that could be of several types has one error for each: one problem is enough.
+        problems += {problem.where: problem for problem in map(_problem, error.errors())}.values()
+        raise RecipeError(label, problems) from error
+    if problems:
+        raise RecipeError(label, problems)
+    return recipe
+
+
+def _recipe_text(source: str) -> tuple[str, str]:
+    path = Path(source)
+    try:
+        if path.is_file():
+            return path.read_text(encoding="utf-8"), str(path)
+        shipped = resources.files("groundup.recipes").joinpath(f"{source}.toml")
+        if "/" not in source and shipped.is_file():
+            return shipped.read_text(encoding="utf-8"), f"{source}.toml"
+    except UnicodeDecodeError as error:
+        raise RecipeError(source, [Problem("file", "is not UTF-8 text.", "Save it as UTF-8.")]) from error
+    names = list(shipped_recipes())
+    near = difflib.get_close_matches(source, names, n=1)
+    fix = f"Did you mean {near[0]!r}?" if near else f"Shipped recipes: {', '.join(names)}."
+    raise RecipeError(source, [Problem("recipe", "no such file, and no recipe of that name ships with groundup.", fix)])
+
+
+def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[Problem]:
+    problems = []
+    for item in overrides:
+        key, equals, raw = item.partition("=")
+        if not equals or not key.strip():
+            problems.append(Problem(f"--set {item}", "is not of the form section.key=value."))
+            continue
+        try:
+            value = tomllib.loads(f"value = {raw.strip()}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = raw.strip()
+        *sections, name = key.strip().split(".")
+        target = values
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                problems.append(Problem(f"--set {item}", f"{section} is a value, not a section."))
+                break
+        else:
+            target[name] = value
+    return problems
+
+
+def _problem(item: Any) -> Problem:
+    """One pydantic error in the user's terms: [section] key = value, what is wrong, the way out."""
+    parts = list(item["loc"])
+    if item["type"] != "extra_forbidden" and parts[-1:] in (["int"], ["literal['compute-optimal']"]):
+        parts.pop()  # pydantic's name for one of several types that a value may have
+    section, field = _field_at([str(part) for part in parts])
+    keys = [part for part in parts if isinstance(part, str)]  # numbers count the items of a list
+    where = f"[{'.'.join(keys[:-1])}] {keys[-1]}" if len(keys) > 1 else (keys[0] if keys else "recipe")
+    shown = item.get("input")
+    if item["type"] == "extra_forbidden":
+        names = list(section.model_fields) if section else []
+        near = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.5)
+        fix = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(names)}."
+        return Problem(where, "no such setting.", fix)
+    if not isinstance(shown, dict | BaseModel):
+        where += f" = {json.dumps(shown, default=str)}"
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    about = f"({field.description})" if field is not None and field.description else None
+    if field is None and item["type"] != "value_error":
+        about = "Write it as a [section] with key = value lines."
+    return Problem(where, f"{message}.", about)
+
+
+def _field_at(location: Sequence[str]) -> tuple[type[Section] | None, FieldInfo | None]:
+    """The section class and the field that a pydantic location points at."""
+    section: type[Section] | None = Recipe
+    field: FieldInfo | None = None
+    for part in location:
+        if section is None or part not in section.model_fields:
+            break
+        field = section.model_fields[part]
+        nested = section_class(field.annotation)
+        if nested is None:
+            break
+        section, field = nested, None
+    return section, field

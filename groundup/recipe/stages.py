@@ -1,0 +1,142 @@
+"""The sections of the stages that train, and of those that look at what came out."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from groundup.recipe.sections import Section, Texts, setting
+
+
+class OptimizerSettings(Section):
+    """What every training stage can be told about its optimizer, schedule and numbers."""
+
+    batch_size: int = setting(32, "sequences in one optimizer step, over all devices", ge=1)
+    micro_batch_size: int | None = setting(
+        None, "sequences in one forward pass on one device (unset: the batch, or what memory allows)", ge=1
+    )
+    optimizer: Literal["muon", "adamw"] = setting(
+        "muon", "muon: Muon for the blocks' matrices and AdamW for the rest; adamw: AdamW for all"
+    )
+    lr: float = setting(3e-3, "peak learning rate of AdamW", gt=0.0, le=1.0)
+    muon_lr: float = setting(0.02, "peak learning rate of Muon", gt=0.0, le=1.0)
+    weight_decay: float = setting(0.1, "decoupled weight decay, on matrices only", ge=0.0, le=10.0)
+    beta1: float = setting(0.9, "AdamW: decay of the first moment", ge=0.0, lt=1.0)
+    beta2: float = setting(0.95, "AdamW: decay of the second moment", ge=0.0, lt=1.0)
+    muon_momentum: float = setting(0.95, "Muon: momentum", ge=0.0, lt=1.0)
+    schedule: Literal["wsd", "cosine", "linear", "constant"] = setting(
+        "wsd", "warm-up then: stable and linear decay (wsd), cosine, linear, or constant"
+    )
+    warmup_share: float = setting(0.03, "share of the steps that warm up", ge=0.0, le=1.0)
+    decay_share: float = setting(0.6, "wsd: share of the steps that decay", ge=0.0, le=1.0)
+    final_lr_share: float = setting(0.0, "learning rate at the end, as a share of its peak", ge=0.0, le=1.0)
+    ramp_from: int | None = setting(None, "rows of the first batch, which grows to batch_size (unset: no ramp)", ge=1)
+    ramp_share: float = setting(0.25, "share of the rows over which the batch grows", gt=0.0, le=1.0)
+    clip: float = setting(1.0, "clip the gradient to this global norm (0: never)", ge=0.0)
+    label_smoothing: float = setting(0.0, "share of the target's probability that is spread evenly", ge=0.0, lt=1.0)
+    z_loss: float = setting(0.0, "weight of log(Z)², which keeps logits near 0 (1e-4 is usual)", ge=0.0)
+    ema: float = setting(0.0, "decay of an average of the weights, which becomes the model (0: none)", ge=0.0, lt=1.0)
+    on_trouble: Literal["stop", "skip", "rollback", "ignore"] = setting(
+        "stop", "a loss that is not finite or leaps: stop, skip the update, roll back, or ignore leaps"
+    )
+    spike_z: float = setting(
+        8.0, "standard deviations above the last 128 steps' mean from which a loss is a leap (0: none is)", ge=0.0
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = setting(
+        "none", "what the backward pass computes again instead of keeping it: less memory, more time"
+    )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "arithmetic of the model (auto: bfloat16 where the machine does it natively, else float32)"
+    )
+    compile: bool = setting(False, "compile the model with torch.compile (needs a C++ compiler)")
+    eval_every: int | None = setting(None, "steps between validation passes (unset: 20 over the run)", ge=1)
+    eval_tokens: int | None = setting(
+        None, "validation tokens scored each time while training (unset: at most 50,000)", ge=1
+    )
+    log_every: int = setting(10, "steps between log lines", ge=1, affects_result=False)
+    checkpoint_seconds: float = setting(30.0, "seconds between checkpoints", ge=0.0, affects_result=False)
+    keep_checkpoints: int = setting(2, "how many of the newest checkpoints stay", ge=1, affects_result=False)
+    keep_best: bool = setting(False, "keep the model of the lowest validation loss too", affects_result=False)
+    checkpoint_beside: bool | None = setting(
+        None, "write checkpoints while training goes on (unset: on a GPU)", affects_result=False
+    )
+    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = setting(
+        (), "where figures go beside metrics.jsonl: tensorboard, wandb, trackio", affects_result=False
+    )
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> OptimizerSettings:
+        if self.schedule == "wsd" and self.warmup_share + self.decay_share > 1:
+            raise ValueError(
+                f"warmup_share {self.warmup_share:g} + decay_share {self.decay_share:g} is over 1: lower one of them"
+            )
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}: "
+                "choose a divisor, or leave it unset"
+            )
+        if self.ramp_from is not None and self.batch_size % self.ramp_from:
+            raise ValueError(f"ramp_from {self.ramp_from} does not divide batch_size {self.batch_size}")
+        return self
+
+
+class PretrainSettings(OptimizerSettings):
+    """Model and shards to a base model."""
+
+    init: str | None = setting(
+        None,
+        "a run or a model's folder, groundup's or Hugging Face's, to start from (unset: a fresh model)",
+        affects_result=False,
+    )
+    tokens: int | Literal["compute-optimal"] = setting(
+        3_000_000, 'tokens to train on, or "compute-optimal" (20 for each parameter)', union_mode="left_to_right"
+    )
+    sequence_length: int | None = setting(None, "tokens in a row (unset: the model's context)", ge=8)
+    samples: Texts = setting(("",), "prompts that are continued now and then, for the report")
+    sample_tokens: int = setting(48, "tokens of each sample", ge=0, le=4096)
+
+    @model_validator(mode="after")
+    def _some_tokens(self) -> PretrainSettings:
+        if isinstance(self.tokens, int) and self.tokens < 1:
+            raise ValueError(f"tokens {self.tokens} must be at least 1")
+        return self
+
+
+class SFTSettings(OptimizerSettings):
+    """Base model and conversations to an assistant."""
+
+    init: str | None = setting(
+        None, "the same; [pretrain] is then left out (unset: start from the recipe's base model)", affects_result=False
+    )
+    data: Texts = setting(
+        ("groundup:tasks",), 'conversations: JSONL files with a "messages" list, or groundup:tasks', min_length=1
+    )
+    examples: int = setting(10_000, "conversations that groundup:tasks generates", ge=100, le=10_000_000)
+    epochs: float = setting(3.0, "passes over the conversations", gt=0.0, le=1000.0)
+
+
+class Gates(Section):
+    """Figures that a finished run must reach; unset ones are not checked."""
+
+    min_bits_per_byte_drop: float | None = setting(None, "least fall of bits per byte by pretraining", ge=0.0)
+    max_exact_match_before: float | None = setting(None, "most exact match before SFT", ge=0.0, le=1.0)
+    min_exact_match: float | None = setting(None, "least exact match after SFT", ge=0.0, le=1.0)
+
+
+class EvaluateSettings(Section):
+    """Models to scores with error bars."""
+
+    tasks: Texts = setting(("bits_per_byte",), "bits_per_byte, groundup:tasks", min_length=1)
+    limit: int | None = setting(None, "most prompts of a task (unset: all held-out ones)", ge=2)
+    max_tokens: int = setting(32, "tokens that an answer may have", ge=1)
+    gates: Gates = Field(default_factory=Gates, description="figures that the run must reach")
+
+
+class GenerateSettings(Section):
+    """How `generate` and `chat` draw tokens, unless told otherwise."""
+
+    temperature: float = setting(0.7, "0: always the most probable token", ge=0.0, le=100.0)
+    top_k: int = setting(0, "draw among the k most probable tokens (0: all)", ge=0)
+    top_p: float = setting(1.0, "draw among the most probable tokens that hold this mass", gt=0.0, le=1.0)
+    max_tokens: int = setting(128, "most tokens of an answer", ge=1)

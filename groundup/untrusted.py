@@ -1,0 +1,105 @@
+"""Files that somebody else made: opened only inside their folder, read only up to a size, parsed strictly.
+
+A model's folder comes from the network as often as from a run. Nothing in it is trusted: no path that leads out of it,
+no JSON that says the same name twice, no file that is larger than such a file can be.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any, NoReturn
+
+from groundup.errors import ArtifactError
+
+MOST_JSON_BYTES = 256 * 2**20
+"""A tokenizer of a million entries with its merges has a tenth of it."""
+
+
+def file_inside(folder: Path, name: str) -> Path:
+    """The path of a file of a folder.
+
+    A link may lead to another file of the folder, or, in the Hub's cache, from `snapshots/REVISION/` to `blobs/`.
+
+    Args:
+        folder: of the model.
+        name: of the file, as another file may have named it.
+
+    Raises:
+        ArtifactError: the name is a path, or leads out of the folder by a link; or it is no ordinary file.
+    """
+    if name in ("", ".", "..") or any(mark in name for mark in ("/", "\\", "\0")) or Path(name).is_absolute():
+        raise ArtifactError(
+            f"{folder}: names the file {name!r:.80}, which is not in the folder.",
+            "A model's files stand side by side; whoever made this folder is not to be trusted.",
+        )
+    path = folder / name
+    try:
+        real, home = path.resolve(strict=True), folder.resolve(strict=True)
+        mode = real.stat().st_mode
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: not found.") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ArtifactError(f"{path}: cannot be read ({error}).") from error
+    is_cached = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+    if not (real.is_relative_to(home) or is_cached):
+        raise ArtifactError(
+            f"{path}: is a link that leads out of its folder.", "Put the file itself there, if you trust it."
+        )
+    if not stat.S_ISREG(mode):
+        raise ArtifactError(f"{path}: is not an ordinary file.")
+    return path
+
+
+def read_bytes(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
+    """A whole file that is not larger than `most` bytes.
+
+    Raises:
+        ArtifactError: it is, or cannot be read.
+    """
+    try:
+        with path.open("rb") as handle:
+            contents = handle.read(most + 1)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    if len(contents) > most:
+        raise ArtifactError(f"{path}: is larger than {most:,} bytes, which no such file is.")
+    return contents
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ArtifactError: too large, not JSON, or not an object.
+    """
+    return parse_object(read_bytes(path), str(path))
+
+
+def parse_object(contents: bytes, source: str) -> dict[str, Any]:
+    """A JSON object, strictly: no name twice in an object, no NaN or Infinity.
+
+    Raises:
+        ArtifactError: it is something else.
+    """
+    try:
+        value = json.loads(contents.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
+        raise ArtifactError(f"{source}: not valid JSON ({str(error)[:200]}).") from error
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{source}: is a JSON {type(value).__name__}, not an object.")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the name {twice!r:.80} stands twice in one object")
+    return found
+
+
+def _no_constant(value: str) -> NoReturn:
+    raise ValueError(f"{value} is no number of JSON")
