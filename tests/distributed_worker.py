@@ -18,7 +18,6 @@ from groundup.model import Transformer, preset
 from groundup.recipe import OptimizerSettings
 from groundup.training import TrainingJob, train
 
-
 folder = Path(sys.argv[1])
 folder.mkdir(exist_ok=True)
 torch.set_num_threads(1)

@@ -14,6 +14,7 @@ from test_training_loop import QUIET, interrupted_at, make_job, weights
 
 from groundup.distributed import current_world
 from groundup.errors import ArtifactError, GroundupError, Interrupted
+from groundup.interop import load_model
 from groundup.model import Transformer, preset
 from groundup.recipe import OptimizerSettings
 from groundup.training import train
@@ -233,3 +234,13 @@ def test_figures_go_to_tensorboard_if_asked_for(tmp_path):
 def test_a_board_that_is_not_installed_is_named(tmp_path):
     with pytest.raises(GroundupError, match=r"track = 'trackio': not installed.\n.*pip install trackio"):
         train(make_job(tmp_path / "run", track=["trackio"]), current_world(), QUIET)
+
+
+def test_a_checkpoint_and_the_best_model_can_be_loaded_as_models(tmp_path):
+    job = make_job(tmp_path / "run", keep_best=True)
+    train(job, current_world(), QUIET)
+    ids = torch.arange(10)[None]
+    loaded = load_model(tmp_path / "run" / "checkpoints" / "step-00000012")[0]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids), job.model.eval()(ids))
+    load_model(tmp_path / "run" / "checkpoints" / "best")

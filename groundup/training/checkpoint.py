@@ -24,6 +24,7 @@ from groundup.console import Console
 from groundup.distributed import World, full_tensor, like_parameter
 from groundup.errors import ArtifactError, GroundupError
 from groundup.files import atomic_folder, file_digest, read_json, write_json, write_tensors
+from groundup.model import ModelConfig
 
 BEST = "best"
 _STATE = "state.json"
@@ -71,12 +72,14 @@ class CheckpointWriter:
     Args:
         folder: where they are.
         world: the first process writes.
+        config: of the model, so that `gu.load` reads a checkpoint too.
         keep: how many of the newest stay.
         beside: write while training goes on, from copies.
     """
 
-    def __init__(self, folder: Path, world: World, keep: int, *, beside: bool) -> None:
+    def __init__(self, folder: Path, world: World, config: ModelConfig, keep: int, *, beside: bool) -> None:
         self._folder, self._world, self._keep = folder, world, keep
+        self._config = {"groundup": config.to_dict()}
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint") if beside and world.is_first else None
         self._writing: concurrent.futures.Future[None] | None = None
 
@@ -123,11 +126,13 @@ class CheckpointWriter:
             for name, part in tensors.items():
                 write_tensors(partial / f"{name}.safetensors", part)
             digests = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
+            write_json(partial / "config.json", self._config)
             write_json(partial / _STATE, {**asdict(progress), "digests": digests})
         if is_best:
             weights = tensors.get("average") or tensors[_WEIGHTS]
             with atomic_folder(self._folder / BEST) as partial:
                 write_tensors(partial / f"{_WEIGHTS}.safetensors", {k: v for k, v in weights.items() if k != "n"})
+                write_json(partial / "config.json", self._config)
                 write_json(partial / _STATE, {"step": progress.step, "val_loss": progress.best_loss})
         for old in complete_checkpoints(self._folder)[self._keep :]:
             shutil.rmtree(old, ignore_errors=True)

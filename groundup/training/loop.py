@@ -162,7 +162,7 @@ def train(job: TrainingJob, world: World, console: Console) -> dict[str, Any]:
         trackers = Trackers(names, job.folder, job.folder.parent.name, job.name, progress.step, settings.model_dump())
         stack.callback(trackers.close)
         beside = world.device.type == "cuda" if settings.checkpoint_beside is None else settings.checkpoint_beside
-        writer = CheckpointWriter(folder, world, settings.keep_checkpoints, beside=beside)
+        writer = CheckpointWriter(folder, world, model.config, settings.keep_checkpoints, beside=beside)
         stack.callback(writer.close)
         stop = stack.enter_context(stop_on_signal())
         bar = stack.enter_context(console.bar(job.name, job.n_steps))
