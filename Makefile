@@ -59,7 +59,7 @@ test-interop: .venv/installed-test $(LLAMA_CPP)/installed-$(LLAMA_CPP_VERSION)
 
 $(LLAMA_CPP)/installed-$(LLAMA_CPP_VERSION): | .venv/installed-test
 	rm -rf $(LLAMA_CPP) && .venv/bin/python -m venv $(LLAMA_CPP)
-	CMAKE_ARGS='-DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF' \
+	CMAKE_ARGS='-DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TOOLS=OFF' \
 	  $(LLAMA_CPP)/bin/python -m pip --disable-pip-version-check install -q --no-binary llama-cpp-python \
 	  llama-cpp-python==$(LLAMA_CPP_VERSION)
 	@touch $@

@@ -13,6 +13,7 @@ Examples:
     python benchmarks/data_chain.py --generated 60 300              two made-up corpora beside the real one
     python benchmarks/data_chain.py --input pages.jsonl --generated 0 --large 0 --rounds 5
     python benchmarks/data_chain.py --without-datatrove             groundup's rows only
+    python benchmarks/data_chain.py --input none --generated 0 --large 400 --keep      one corpus anew
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--default-rounds", type=int, default=1)
     parser.add_argument("--venv", type=Path, default=ENVIRONMENT, help="datatrove's environment")
     parser.add_argument("--without-datatrove", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="keep earlier results of corpora that are not measured now")
     parser.add_argument("--quick", action="store_true", help="1 MB, one round, and no result file")
     parser.add_argument("--make-environment", action="store_true", help="make datatrove's environment, and stop")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -84,8 +86,12 @@ def main() -> None:
             found.append({"corpus": name, **origin, **benchmark(file, arguments, with_datatrove)})
             print(table(found[-1]))
     if not arguments.quick:
-        from record import write_result
+        from record import RESULTS, write_result
 
+        if arguments.keep and (RESULTS / "data_chain.json").is_file():
+            earlier = json.loads((RESULTS / "data_chain.json").read_text(encoding="utf-8"))["corpora"]
+            names = {one["corpus"] for one in found}
+            found = [*(one for one in earlier if one["corpus"] not in names), *found]
         baseline = {"datatrove": found[0].get("baseline_versions")} if found else {}
         versions = {name: importlib.metadata.version(name) for name in ("gigatoken", "tiktoken", "pyarrow")}
         write_result("data_chain", {"vocab_size": VOCAB_SIZE, "versions": {**versions, **baseline}, "corpora": found})

@@ -181,7 +181,8 @@ def test_page_whose_process_dies_is_tried_once_more(kills: int, number: signal.S
         killer = threading.Thread(target=kill_busy_children, args=(extractor, number, kills, stop))
         killer.start()
         try:
-            answers = list(extractor.extract_many((html, "") for html in (SLOW_PAGE, PAGES[4])))
+            # So slow that it cannot be done before it is caught, on a busy machine either.
+            answers = list(extractor.extract_many((html, "") for html in (SLOW_PAGE * 6, PAGES[4])))
         finally:
             stop.set()
             killer.join()

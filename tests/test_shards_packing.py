@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from shards_bytes import opened
 
 from groundup.errors import DataError
-from groundup.model import ModelConfig, Transformer, attention
+from groundup.model import ModelConfig, Transformer
 from groundup.reference.attention import causal_attention
 from groundup.shards import MixtureLoader, PackedBatch, PackedLoader, TokenShards, WindowLoader, document_mask
 
@@ -96,9 +96,7 @@ def test_masked_attention_over_a_row_is_attention_over_each_document(shards: Tok
 
 
 @pytest.mark.parametrize("position", ["rope", "learned"])
-def test_the_model_sees_each_document_as_if_it_were_alone(
-    shards: TokenShards, monkeypatch: pytest.MonkeyPatch, position: str
-) -> None:
+def test_the_model_sees_each_document_as_if_it_were_alone(shards: TokenShards, position: str) -> None:
     config = ModelConfig(
         vocab_size=257, context_length=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_model=32, d_ff=64,
         position=position,
@@ -109,16 +107,11 @@ def test_the_model_sees_each_document_as_if_it_were_alone(
     batch = PackedLoader(WindowLoader(shards, 64, 2, seed=1)).batch(0)
     assert batch.document_ids.max() >= 2
     ids, positions = torch.from_numpy(batch.ids), torch.from_numpy(batch.positions).long()
-    mask = torch.from_numpy(batch.attention_mask())
+    documents = torch.from_numpy(batch.document_ids).long()
     with torch.no_grad():
         alone = [(row, places, model(ids[row, places][None])[0]) for row, places in parts_of(batch)]
         mixed = model(ids)
-        monkeypatch.setattr(
-            attention,
-            "causal_attention",
-            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True),
-        )
-        packed = model(ids, positions=positions)
+        packed = model(ids, positions=positions, documents=documents)
     for row, places, logits in alone:
         torch.testing.assert_close(packed[row, places], logits, atol=2e-4, rtol=1e-4)
     row, places, logits = next(part for part in alone if part[1].start > 0)

@@ -28,6 +28,7 @@ from groundup.untrusted import file_inside, parse_object, read_bytes
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE = "\u2581"
+_LEAST_OURS = 3  # others begin with <|endoftext|>, too
 ROLES = ("bos", "eos", "pad")
 ROLES_FILE = "special_tokens_map.json"
 
@@ -226,14 +227,21 @@ def read_tokenizer(files: Mapping[str, bytes], source: str, values: Mapping[str,
 
 
 def is_foreign(contents: bytes, source: str) -> bool:
-    """Whether a `tokenizer.json` has not the control tokens that every tokenizer of groundup's begins with.
+    """Whether a `tokenizer.json` is not groundup's, whole or damaged: hardly one of our control tokens has its id.
 
     Raises:
         ArtifactError: it is not JSON.
     """
-    added = parse_object(contents, f"{source}: damaged").get("added_tokens")
-    names = {token.get("id"): token.get("content") for token in added or [] if isinstance(token, dict)}
-    return [names.get(index) for index in range(len(CONTROL_TOKENS))] != list(CONTROL_TOKENS)
+    spec = parse_object(contents, f"{source}: damaged")
+    model = spec.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, list):  # Unigram's: [token, score]
+        first = vocabulary[: len(CONTROL_TOKENS)]
+        vocabulary = {entry[0]: at for at, entry in enumerate(first) if isinstance(entry, list) and entry}
+    if not isinstance(vocabulary, dict):
+        return False
+    n_ours = sum(vocabulary.get(token) == at for at, token in enumerate(CONTROL_TOKENS))
+    return n_ours < _LEAST_OURS
 
 
 def read_files(folder: Path, names: Collection[str]) -> dict[str, bytes]:
