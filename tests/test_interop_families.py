@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import gguf
 import interop_models
 import pytest
 import torch
@@ -13,6 +14,7 @@ import groundup as gu
 from groundup.generation.cache import KVCache
 from groundup.interop import export_folder, import_folder
 from groundup.interop.families import differences
+from groundup.interop.gguf import export_gguf
 
 transformers = pytest.importorskip("transformers")
 
@@ -98,6 +100,9 @@ def test_a_model_goes_in_is_trained_and_goes_out(variant: str, tmp_path: Path) -
         expected = model(ids)
         for name in ("trained", "out"):
             torch.testing.assert_close(their_logits(tmp_path / name, ids), expected, atol=1e-5, rtol=1e-5)
+    export_gguf(gu.load(tmp_path / "trained").model, None, tmp_path / "model.gguf", dtype="f32")
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert torch.equal(torch.from_numpy(tensors["token_embd.weight"].copy()), model.embed_tokens.weight.detach())
 
 
 @pytest.mark.parametrize("variant", ONE_OF_EACH)
