@@ -207,6 +207,8 @@ def build(
             if world.any(world.is_first and (stage_plan.forced or stage_plan.state != "done")):
                 _do(stage_plan, Context(recipe, run, run.folder(name), world, console))
             else:
+                if world.is_first:
+                    run.clear(name)
                 console.stage_line(name, "up to date")
         if world.is_first:
             _write_report_if_old(run)

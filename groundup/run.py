@@ -156,9 +156,12 @@ class Run:
 
     def finish(self, manifest: Manifest) -> None:
         """Mark a stage as done."""
-        folder = self.folder(manifest.stage)
-        manifest.write(folder)
-        (folder / STARTED).unlink(missing_ok=True)
+        manifest.write(self.folder(manifest.stage))
+        self.clear(manifest.stage)
+
+    def clear(self, stage: str) -> None:
+        """Take away a finished stage's mark of having begun, which a kill right behind its manifest leaves there."""
+        (self.folder(stage) / STARTED).unlink(missing_ok=True)
 
     def forget(self, stage: str, keeps: Sequence[str] = ()) -> None:
         """Remove a stage's artifact, all but the subfolders `keeps`, so that it is made again."""

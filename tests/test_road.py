@@ -303,6 +303,16 @@ def test_derived_values_say_why() -> None:
     assert optimal["pretrain.tokens"][1].startswith("20 for each of")
 
 
+def test_a_mark_that_a_kill_left_behind_a_manifest_goes(tmp_path: Path) -> None:
+    shutil.copytree(finished_run().root, tmp_path / "tiny")
+    run = Run(tmp_path / "tiny")
+    marks = [run.folder(stage) / "started.json" for stage in STAGES]
+    for mark in marks:
+        mark.write_text("{}")
+    build_quietly(finished_run().recipe, run.root)
+    assert not any(mark.exists() for mark in marks)
+
+
 # --- Killed anywhere
 
 
