@@ -114,7 +114,9 @@ def data_chain(result: dict[str, Any]) -> str:
         title = f"**{corpus['corpus']}**: {corpus['megabytes']:.0f} MB, {corpus['documents']:,} documents"
         head = ["", "MB per CPU-second", "wall s", "peak MiB, process / child", "kept"]
         found = corpus["ratios"]
-        over = "; ".join(f"{name}: {value:.1f}×" for name, value in found.items() if "whole" not in name)
+        over = "; ".join(
+            f"{name}: {value:.{1 if value > 2 else 2}f}×" for name, value in found.items() if "whole" not in name
+        )
         parts.append(f"{title}\n\n{rows_of(head, rows)}\n\n{over}.")
     return "\n\n".join(parts)
 

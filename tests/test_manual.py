@@ -6,6 +6,8 @@ import itertools
 import random
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -163,3 +165,10 @@ def test_the_examples_of_the_data_stage_run(tmp_path: Path, monkeypatch: pytest.
     for split in ("train", "validation"):
         pairs = itertools.pairwise([names["summary"][f"tokens_{split}"], again[split].tokens])  # type: ignore[index]
         assert all(one == other for one, other in pairs)
+
+
+def test_the_tables_of_figures_are_those_of_the_results() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"], capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
