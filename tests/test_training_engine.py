@@ -17,7 +17,7 @@ from groundup.errors import ArtifactError, GroundupError, Interrupted
 from groundup.interop import load_model
 from groundup.model import Transformer, preset
 from groundup.recipe import OptimizerSettings
-from groundup.training import train
+from groundup.training import forget_checkpoints, train
 from groundup.training.activation import set_checkpointing
 from groundup.training.averaging import WeightAverage
 from groundup.training.metrics import read_log
@@ -152,11 +152,12 @@ def test_as_many_checkpoints_stay_as_asked_for_and_the_best_model(tmp_path):
     job = make_job(tmp_path / "run", keep_checkpoints=3, keep_best=True)
     train(job, current_world(), QUIET)
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert names == ["best", "step-00000010", "step-00000011", "step-00000012"]
+    assert names == ["step-00000010", "step-00000011", "step-00000012"]
+    forget_checkpoints(job, current_world())
     watched = {
         line["step"]: line["val_loss"] for line in read_log(tmp_path / "run" / "metrics.jsonl") if "val_loss" in line
     }
-    best = json.loads((tmp_path / "run" / "checkpoints" / "best" / "state.json").read_text())
+    best = json.loads((tmp_path / "run" / "best" / "state.json").read_text())
     assert best["val_loss"] == min(loss for step, loss in watched.items() if step)
 
 
@@ -243,4 +244,4 @@ def test_a_checkpoint_and_the_best_model_can_be_loaded_as_models(tmp_path):
     loaded = load_model(tmp_path / "run" / "checkpoints" / "step-00000012")[0]
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids), job.model.eval()(ids))
-    load_model(tmp_path / "run" / "checkpoints" / "best")
+    load_model(tmp_path / "run" / "best")

@@ -57,7 +57,7 @@ class OptimizerSettings(Section):
     log_every: int = setting(10, "steps between log lines", ge=1, affects_result=False)
     checkpoint_seconds: float = setting(30.0, "seconds between checkpoints", ge=0.0, affects_result=False)
     keep_checkpoints: int = setting(2, "how many of the newest checkpoints stay", ge=1, affects_result=False)
-    keep_best: bool = setting(False, "keep the model of the lowest validation loss too", affects_result=False)
+    keep_best: bool = setting(False, "keep the model of the lowest validation loss too, in best/", affects_result=False)
     checkpoint_beside: bool | None = setting(
         None, "write checkpoints while training goes on (unset: on a GPU)", affects_result=False
     )

@@ -1,7 +1,7 @@
 """Model and batches to a trained model: objective, optimizers, schedule, precision, loop, checkpoints."""
 
 from groundup.training.batches import ShardBatches, batched_rows, pad_rows
-from groundup.training.loop import BatchSource, TrainingJob, forget_checkpoints, peak_memory_bytes, train
+from groundup.training.loop import BatchSource, TrainingJob, forget_checkpoints, train
 from groundup.training.objective import IGNORED, Loss, cross_entropy_sum, head_loss
 from groundup.training.precision import choose_precision, native_bfloat16
 from groundup.training.pretrain import TrainedModel, count_tokens, pretrain, sequence_length
@@ -13,6 +13,7 @@ from groundup.training.start import (
     start_model,
     start_tokenizer,
 )
+from groundup.training.summary import peak_memory_bytes
 
 VERSION = 2
 """Raised when the code's results change; part of the stage's fingerprint."""

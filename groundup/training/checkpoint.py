@@ -2,8 +2,9 @@
 
 A checkpoint is a folder `step-00000120/` with safetensors of whole tensors by parameter name, so that any number of
 devices can load them (`weights`, `optimizer`, `average`), and `state.json` with the step, the guard, the settings'
-fingerprint and the files' digests. It appears whole; the newest undamaged one is resumed. `best/` is the model of the
-lowest validation loss. Writing may go on beside training: what is written was copied first.
+fingerprint and the files' digests. It appears whole; the newest undamaged one is resumed. `best/`, beside their folder
+and never removed with it, is the model of the lowest validation loss. Writing may go on beside training: what is
+written was copied first.
 """
 
 from __future__ import annotations
@@ -42,7 +43,6 @@ class Progress:
         fingerprint: digest of model, data order and settings; another one must not be resumed from this.
         threads: CPU threads used; another number may round differently.
         world_size: number of processes; likewise.
-        compiled: whether the blocks were compiled; likewise.
         shift: steps whose batches were passed over, by going back behind them.
         best_loss: lowest validation loss so far, or None.
         guard: what the guard remembers.
@@ -55,7 +55,6 @@ class Progress:
     fingerprint: str
     threads: int
     world_size: int
-    compiled: bool = False
     shift: int = 0
     best_loss: float | None = None
     guard: dict[str, Any] = field(default_factory=dict)
@@ -83,13 +82,12 @@ class CheckpointWriter:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint") if beside and world.is_first else None
         self._writing: concurrent.futures.Future[None] | None = None
 
-    def save(self, parts: Stateful, progress: Progress, *, is_best: bool = False, at_once: bool = False) -> None:
+    def save(self, parts: Stateful, progress: Progress, *, at_once: bool = False) -> None:
         """Write a checkpoint; every process must call it.
 
         Args:
             parts: what it is made of.
             progress: how far the run has come.
-            is_best: keep the model as `best/` too.
             at_once: have it on disk before returning.
 
         Raises:
@@ -99,10 +97,10 @@ class CheckpointWriter:
         tensors = {name: give() for name, give in parts.items()}
         if self._world.is_first:
             if self._thread is None or at_once:
-                self._write(tensors, progress, is_best)
+                self._write(tensors, progress)
             else:
                 copies = {name: {key: t.clone() for key, t in part.items()} for name, part in tensors.items()}
-                self._writing = self._thread.submit(self._write, copies, progress, is_best)
+                self._writing = self._thread.submit(self._write, copies, progress)
         self._world.wait()
 
     def wait(self) -> None:
@@ -120,7 +118,16 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.shutdown(wait=True)
 
-    def _write(self, tensors: Mapping[str, Mapping[str, Tensor]], progress: Progress, is_best: bool) -> None:
+    def save_best(self, weights: Mapping[str, Tensor], progress: Progress) -> None:
+        """Write whole weights, and nothing else, as the best model so far."""
+        if self._world.is_first:
+            with atomic_folder(self._folder.parent / BEST) as partial:
+                write_tensors(partial / f"{_WEIGHTS}.safetensors", weights)
+                write_json(partial / "config.json", self._config)
+                write_json(partial / _STATE, {"step": progress.step, "val_loss": progress.best_loss})
+        self._world.wait()
+
+    def _write(self, tensors: Mapping[str, Mapping[str, Tensor]], progress: Progress) -> None:
         target = self._folder / f"step-{progress.step:08d}"
         with atomic_folder(target) as partial:
             for name, part in tensors.items():
@@ -128,12 +135,6 @@ class CheckpointWriter:
             digests = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
             write_json(partial / "config.json", self._config)
             write_json(partial / _STATE, {**asdict(progress), "digests": digests})
-        if is_best:
-            weights = tensors.get("average") or tensors[_WEIGHTS]
-            with atomic_folder(self._folder / BEST) as partial:
-                write_tensors(partial / f"{_WEIGHTS}.safetensors", {k: v for k, v in weights.items() if k != "n"})
-                write_json(partial / "config.json", self._config)
-                write_json(partial / _STATE, {"step": progress.step, "val_loss": progress.best_loss})
         for old in complete_checkpoints(self._folder)[self._keep :]:
             shutil.rmtree(old, ignore_errors=True)
 

@@ -11,9 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -33,12 +31,12 @@ from groundup.model import Transformer
 from groundup.recipe import OptimizerSettings
 from groundup.training.activation import set_checkpointing
 from groundup.training.averaging import WeightAverage
-from groundup.training.checkpoint import CheckpointWriter, Progress
+from groundup.training.checkpoint import CheckpointWriter, Progress, weights_of
 from groundup.training.compilation import compile_blocks
 from groundup.training.guard import Guard, Trouble, likely_causes
 from groundup.training.interruption import StopRequest, stop_on_signal
 from groundup.training.memory import keep_freed_memory
-from groundup.training.metrics import MetricLog, read_log
+from groundup.training.metrics import MetricLog
 from groundup.training.objective import head_loss, valid_tokens
 from groundup.training.optimizers import Optimizers, clip_gradients
 from groundup.training.precision import choose_precision
@@ -46,6 +44,7 @@ from groundup.training.prefetch import Prefetcher, collections_between_steps, to
 from groundup.training.scaling import LossScaler
 from groundup.training.schedule import BatchPlan, learning_rate_share
 from groundup.training.state import TrainingState
+from groundup.training.summary import peak_memory_bytes, summarize, summary_line
 from groundup.training.tracking import Trackers
 
 CHECKPOINTS = "checkpoints"
@@ -136,7 +135,8 @@ def train(job: TrainingJob, world: World, console: Console) -> dict[str, Any]:
     if world.device.type == "cpu":
         keep_freed_memory()
     precision, reason = choose_precision(settings.precision, world.device.type)
-    world.rows(settings.batch_size)
+    for size in filter(None, (settings.batch_size, settings.ramp_from)):
+        world.rows(size)
     model = shard_model(job.model, world)
     model.compute_dtype = precision
     set_checkpointing(model, settings.activation_checkpointing)
@@ -150,7 +150,7 @@ def train(job: TrainingJob, world: World, console: Console) -> dict[str, Any]:
     folder = job.folder / CHECKPOINTS
     progress = state.restore(folder, job.fingerprint, console)
     if progress is None:
-        progress = Progress(0, 0, 0.0, job.fingerprint, torch.get_num_threads(), world.size, settings.compile)
+        progress = Progress(0, 0, 0.0, job.fingerprint, torch.get_num_threads(), world.size)
     elif world.is_first:
         _say_resumed(job, progress, world, console)
     if settings.compile:
@@ -170,8 +170,8 @@ def train(job: TrainingJob, world: World, console: Console) -> dict[str, Any]:
         progress = loop.run(progress, stop)
         log.flush()
         writer.wait()
-        summary = _summary(job, progress, precision, reason, state)
-        bar.finish(_summary_line(summary))
+        summary = summarize(job, progress, precision, reason, state)
+        bar.finish(summary_line(summary))
     if state.average is not None:
         state.average.make_permanent()
     return summary
@@ -222,7 +222,6 @@ class _Loop:
                     seconds=began.seconds + now - start,
                     threads=torch.get_num_threads(),
                     world_size=self.world.size,
-                    compiled=job.settings.compile,
                 )
                 self.note("metrics", {"step": progress.step, "tokens": progress.tokens, **line})
                 if progress.step == 1:
@@ -241,14 +240,15 @@ class _Loop:
                     )
                 collect(progress.step)
 
-    def save(self, progress: Progress, *, at_once: bool = False, is_best: bool = False) -> None:
+    def save(self, progress: Progress, *, at_once: bool = False) -> None:
         """Write a checkpoint that goes on from `progress`."""
         self.log.flush()
-        self.writer.save(self.state.parts(), self.state.remembered(progress), is_best=is_best, at_once=at_once)
+        self.writer.save(self.state.parts(), self.state.remembered(progress), at_once=at_once)
 
     def go_back(self, progress: Progress, what: str) -> Progress:
         """Take the last checkpoint back, and go on behind the batch that made trouble."""
         self.writer.wait()
+        self.world.wait()  # for the process that writes
         guard = self.state.guard
         rollbacks = guard.rollbacks + 1
         last = self.state.restore(self.job.folder / CHECKPOINTS, self.job.fingerprint, self.console)
@@ -375,11 +375,10 @@ class _Loop:
                 for prompt in job.samples:
                     text = job.continue_text(self.model, prompt)
                     self.log.add("samples", {"step": step, "prompt": prompt, "text": text})
-        is_best = step > 0 and (progress.best_loss is None or loss < progress.best_loss)
-        if is_best:
-            progress = replace(progress, best_loss=loss)
-            if job.settings.keep_best:
-                self.save(progress, is_best=True)
+            if step > 0 and (progress.best_loss is None or loss < progress.best_loss):
+                progress = replace(progress, best_loss=loss)
+                if job.settings.keep_best:
+                    self.writer.save_best(weights_of(self.model), progress)
         return progress
 
     @torch.no_grad()
@@ -418,47 +417,3 @@ def _say_resumed(job: TrainingJob, progress: Progress, world: World, console: Co
             f"{torch.get_num_threads()} and {world.size}: sums may round differently, "
             "so the same bits cannot be promised."
         )
-
-
-def _summary(
-    job: TrainingJob, progress: Progress, precision: torch.dtype, reason: str, state: TrainingState
-) -> dict[str, Any]:
-    lines = read_log(job.folder / "metrics.jsonl")
-    losses = [line["loss"] for line in lines if "loss" in line and math.isfinite(line["loss"] or math.nan)]
-    watched = [line for line in lines if "val_loss" in line]
-    tail = losses[-max(1, len(losses) // 20) :]
-    summary = {
-        "parameters": job.model.n_parameters,
-        "steps": progress.step,
-        "tokens": progress.tokens,
-        "initial_loss": losses[0] if losses else math.nan,
-        "expected_initial_loss": job.expected_initial_loss,
-        "final_loss": sum(tail) / len(tail) if tail else math.nan,
-        "val_loss": watched[-1]["val_loss"],
-        "precision": str(precision).removeprefix("torch."),
-        "precision_reason": reason,
-        "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "skipped_steps": state.guard.skipped,
-        "rollbacks": state.guard.rollbacks,
-    }
-    if "val_bits_per_byte" in watched[-1]:
-        summary["val_bits_per_byte"] = watched[-1]["val_bits_per_byte"]
-    return summary
-
-
-def _summary_line(summary: Mapping[str, Any]) -> str:
-    parts = [
-        f"{format_count(summary['tokens'])} tokens",
-        f"loss {summary['initial_loss']:.2f} → {summary['final_loss']:.2f}",
-        f"val {summary['val_loss']:.3f}",
-    ]
-    if "val_bits_per_byte" in summary:
-        parts.append(f"{summary['val_bits_per_byte']:.3f} bits/byte")
-    return " · ".join([*parts, f"{format_count(summary['tokens_per_second'])} tok/s"])
-
-
-def peak_memory_bytes() -> int:
-    """The most memory this process has held (resident set), in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
