@@ -1,0 +1,56 @@
+"""What was measured once on this machine, for the next run: matmul ceilings, whether compiling pays.
+
+Every measurement has a name and a key of plain values that says what was measured. Machine, threads and torch's version
+belong to every key, so that another processor, or another version, measures anew. A file that cannot be read or written
+costs a measurement, nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from groundup.environment import cpu_name
+from groundup.errors import GroundupError
+from groundup.files import read_json, value_digest, write_json
+
+
+def cache_root() -> Path:
+    """Where groundup keeps what it can make again: `groundup/` in the user's cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "groundup"
+
+
+def measured_once(
+    name: str, key: Mapping[str, Any], device: torch.device, measure: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """What `measure` gives; on this machine it is called once for each key.
+
+    Args:
+        name: of the measurement, as a file name.
+        key: plain values that decide the result.
+        device: where it is measured.
+        measure: gives plain values.
+    """
+    whole = {**key, "machine": machine(device)}
+    path = cache_root() / "measured" / f"{name}-{value_digest(whole)[:16]}.json"
+    with contextlib.suppress(GroundupError, OSError, KeyError, TypeError):
+        found = read_json(path)
+        if found["key"] == whole:
+            return dict(found["result"])
+    result = measure()
+    with contextlib.suppress(GroundupError, OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"key": whole, "result": result})
+    return result
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What decides how fast this machine is, as far as one can see."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
