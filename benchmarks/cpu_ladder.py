@@ -86,7 +86,7 @@ def measure(row: dict[str, object]) -> float:
     if row.get("keep"):
         keep_freed_memory()
     if not row.get("plain"):
-        attention.PLAIN_UP_TO = 0
+        attention.PRODUCTS_UP_TO = 0
     model = Transformer(preset("ground-1m"))
     model.compute_dtype = torch.bfloat16 if row.get("precision") == "bfloat16" else torch.float32
     optimizers = Optimizers(model, OptimizerSettings(), model.compute_dtype)

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from groundup.shards import MixtureLoader, PackedLoader, TokenShards, WindowLoader, write_shards
     from groundup.tokenizer import Tokenizer
     from groundup.training import TrainedModel, pretrain, start_model
+    from groundup.training.scaling_law import ScalingLaw
+    from groundup.training.scaling_sweep import scaling_sweep
 
 __version__ = "0.1.0"
 
@@ -74,6 +76,8 @@ _WHERE = {
     "groundup.shards": ("MixtureLoader", "PackedLoader", "TokenShards", "WindowLoader", "write_shards"),
     "groundup.tokenizer": ("Tokenizer",),
     "groundup.training": ("TrainedModel", "pretrain", "start_model"),
+    "groundup.training.scaling_law": ("ScalingLaw",),
+    "groundup.training.scaling_sweep": ("scaling_sweep",),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
@@ -91,6 +95,7 @@ __all__ = [
     "Run",
     "SFTSettings",
     "SamplingParams",
+    "ScalingLaw",
     "ShardsSettings",
     "TokenShards",
     "Tokenizer",
@@ -118,6 +123,7 @@ __all__ = [
     "pretrain",
     "read_recipe",
     "save_model",
+    "scaling_sweep",
     "score_model",
     "start_model",
     "stream",

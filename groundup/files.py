@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PARTIAL_MARK = ".partial-"
+_REPLACED = "-old"
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @contextlib.contextmanager
@@ -37,7 +39,7 @@ def atomic_writer(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
         GroundupError: the disk is full, or the folder cannot be written.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}{PARTIAL_MARK}{uuid.uuid4().hex[:8]}")
+    partial = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle: IO[Any] = partial.open("wb") if binary else partial.open("w", encoding="utf-8", newline="\n")
@@ -55,8 +57,9 @@ def atomic_writer(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
         raise
 
 
-def write_error(path: Path, error: OSError) -> GroundupError:
-    """Say in words why `path` could not be written."""
+def write_error(path: Path | str, error: OSError) -> GroundupError:
+    """Say in words why `path` could not be written; a temporary name gives way to the one it stands for."""
+    path = re.sub(rf"{re.escape(PARTIAL_MARK)}[0-9a-f]{{8}}", "", str(path))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return GroundupError(
             f"{path}: the disk is full; nothing half-written was left behind.",
@@ -68,13 +71,20 @@ def write_error(path: Path, error: OSError) -> GroundupError:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a folder's entries, so that they survive a power cut (a no-op where unsupported)."""
-    with contextlib.suppress(OSError):
+    """Flush a file, or a folder's entries, so that they survive a power cut (a no-op where unsupported).
+
+    Raises:
+        OSError: the disk is full or fails: what was written is not there.
+    """
+    try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -123,10 +133,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Fill a new folder that appears under its name only when complete (an old one is replaced)."""
+    """Fill a new folder that appears under its name only when complete (an old one is replaced).
+
+    Killed between the two renames of a replacement, the old one is there under a temporary name, from which
+    `remove_partials` takes it back.
+
+    Raises:
+        GroundupError: the disk is full, or the folder cannot be written.
+    """
     path = Path(path)
-    partial = path.with_name(f"{path.name}{PARTIAL_MARK}{uuid.uuid4().hex[:8]}")
-    old = partial.with_name(f"{partial.name}-old")
+    partial = _temporary(path)
+    old = partial.with_name(f"{partial.name}{_REPLACED}")
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -137,23 +154,49 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             path.replace(old)
         partial.replace(path)
         sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            old.replace(partial)  # what is half removed must not be taken for what is to be taken back
+            shutil.rmtree(partial, ignore_errors=True)
     except BaseException as error:
-        if old.exists() and not path.exists():
-            old.replace(path)
+        with contextlib.suppress(OSError):  # else it is taken back by `remove_partials`
+            if old.exists() and not path.exists():
+                old.replace(path)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):
             raise write_error(path, error) from error
         raise
 
 
-def remove_partials(folder: Path) -> None:
-    """Clear what a killed process left under temporary names, at any depth."""
-    for leftover in list(Path(folder).rglob(f"*{PARTIAL_MARK}*")):
-        if leftover.is_dir():
+def remove_folder(path: Path) -> None:
+    """Remove a folder, as far as the system lets us; it loses its name first, so that nobody finds half of it."""
+    going = _temporary(path)
+    with contextlib.suppress(OSError):
+        path.replace(going)
+        shutil.rmtree(going, ignore_errors=True)
+
+
+def remove_partials(folder: Path, *, deep: bool = True) -> None:
+    """Clear what a killed process left under temporary names; a folder it was about to replace is taken back.
+
+    Args:
+        folder: where to look.
+        deep: in its folders too, at any depth.
+    """
+    pattern = f"*{PARTIAL_MARK}*"
+    for leftover in list(Path(folder).rglob(pattern) if deep else Path(folder).glob(pattern)):
+        replaced = leftover.with_name(leftover.name.rpartition(PARTIAL_MARK)[0])
+        if leftover.name.endswith(_REPLACED) and leftover.is_dir() and not replaced.exists():
+            leftover.replace(replaced)
+        elif leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}{PARTIAL_MARK}{uuid.uuid4().hex[:8]}")
 
 
 def append_file(handle: IO[bytes], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from groundup.distributed import current_world
 from groundup.errors import DataError, GroundupError, Problem, RecipeError
 from groundup.model import ModelConfig, count_parameters, training_flops_per_token
 from groundup.model.activations import training_bytes
+from groundup.model.cost import parameter_shapes
 from groundup.model.ladder import shape_choices
 from groundup.recipe import DEFAULT_PRESET, Recipe, choices
 from groundup.tokenizer.foreign import ForeignTokenizer
@@ -47,6 +49,7 @@ def derived_values(recipe: Recipe) -> list[tuple[str, str, str]]:
     return [
         ("threads", *chosen(recipe.threads, torch.get_num_threads(), "cores that this process may use")),
         ("pretrain.precision", str(precision).removeprefix("torch."), evidence),
+        *training.describe_groups(parameter_shapes(config), settings),
         *(
             (f"model.{name}", str(getattr(config, name)), reasons.get(f"model.{name}", whence))
             for name in ("context_length", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_model", "d_ff")
@@ -97,6 +100,18 @@ def check_recipe(recipe: Recipe, label: str) -> None:
     attempt("[model]" if recipe.init is None else "init", lambda: _model(recipe))
     if not problems and (recipe.sft is None or recipe.sft.init is None):
         attempt("[pretrain]", lambda: training.sequence_length(_model(recipe)[0], recipe.pretrain))
+    shapes = None if problems else parameter_shapes(_model(recipe)[0])
+    for stage, settings in (("pretrain", recipe.pretrain), ("sft", recipe.sft)):
+        if settings is not None and (stage == "sft" or recipe.sft is None or recipe.sft.init is None):
+            device_type, n_processes = current_world().device.type, current_world().size
+            checks: list[Callable[[], object]] = [
+                functools.partial(training.check_precision, settings.precision, device_type, stage),
+                functools.partial(training.check_optimizer, settings, stage, n_processes),
+            ]
+            if shapes is not None:
+                checks.append(functools.partial(training.group_parameters, shapes, settings, stage))
+            for check in checks:
+                attempt(f"[{stage}]", check)
     attempt("[tokenizer]", lambda: _check_tokenizer(recipe))
     attempt("[corpus] inputs", lambda: find_sources(recipe.corpus.inputs))
     attempt("[corpus] languages", lambda: check_languages(recipe.corpus.languages, recipe.corpus.language_model))

@@ -1,19 +1,22 @@
 """Run by torchrun in tests: trains a tiny model on random rows; argument: the folder.
 
-A file `stop-at` in the folder names the step at which one process is asked to stop.
+A file `stop-at` in the folder names the step at which one process is asked to stop, `micro-batch-size` the rows of a
+micro-batch, `settings.json` other settings. The trained weights go to `weights.safetensors`.
 """
 
 import itertools
+import json
 import os
 import signal
 import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from training_rows import RandomRows
 
 from groundup.console import Console
-from groundup.distributed import current_world
+from groundup.distributed import current_world, full_tensor
 from groundup.model import Transformer, preset
 from groundup.recipe import OptimizerSettings
 from groundup.training import TrainingJob, train
@@ -22,11 +25,15 @@ folder = Path(sys.argv[1])
 folder.mkdir(exist_ok=True)
 torch.set_num_threads(1)
 world = current_world()
+micro = int((folder / "micro-batch-size").read_text()) if (folder / "micro-batch-size").exists() else 2
 job = TrainingJob(
     name="test",
     model=Transformer(preset("ground-nano", vocab_size=63, context_length=16, tied_embeddings=False)),
     source=RandomRows(vocab_size=63, learnable=True),
-    settings=OptimizerSettings(batch_size=4, micro_batch_size=2, precision="float32", eval_every=5, warmup_share=0.2),
+    settings=OptimizerSettings(
+        **{"batch_size": 4, "micro_batch_size": micro, "precision": "float32", "eval_every": 5, "warmup_share": 0.2}
+        | (json.loads((folder / "settings.json").read_text()) if (folder / "settings.json").exists() else {})
+    ),
     n_rows=80,
     folder=folder,
 )
@@ -42,5 +49,8 @@ def stop(model, arguments):
 if (folder / "stop-at").exists():
     job.model.register_forward_pre_hook(stop)
 train(job, world, Console(quiet=True))
+trained = {name: full_tensor(parameter).detach() for name, parameter in job.model.named_parameters()}
+if world.is_first:
+    save_file(trained, folder / "weights.safetensors")
 if world.size > 1:
     torch.distributed.destroy_process_group()

@@ -28,7 +28,7 @@ COMMANDS = [
     (), ("build",), *((name,) for name in STAGES), ("generate",), ("chat",), ("report",), ("status",), ("runs",),
     ("doctor",), ("recipe",), ("recipe", "show"), ("recipe", "check"), ("recipe", "new"), ("corpus", "crawl"),
     ("tokenizer", "report"), ("tokenizer", "try"), ("shards", "verify"), ("shards", "stats"), ("shards", "show"),
-    ("shards", "import"), ("shards", "export"),
+    ("shards", "import"), ("shards", "export"), ("scaling",),
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from groundup.generation.cache import KVCache
 from groundup.model import ModelConfig, Transformer, activation_bytes, cost, count_parameters, preset, preset_names
 from groundup.model.activations import training_bytes
-from groundup.model.attention import PLAIN_UP_TO
+from groundup.model.attention import KEPT_UP_TO, PRODUCTS_UP_TO
 from groundup.model.masks import AttentionRule
 from groundup.recipe import OptimizerSettings
 from groundup.training.objective import head_loss
@@ -167,9 +167,9 @@ def test_activations_are_those_that_autograd_keeps(parts, dtype):
         assert sum(activation_bytes(config, batch, length, dtype).values()) == kept
 
 
-def test_activations_of_long_rows_have_no_square():
+@pytest.mark.parametrize("length", [KEPT_UP_TO + 8, PRODUCTS_UP_TO + 8])
+def test_activations_of_long_rows_have_no_square(length):
     config = config_of("qwen3", n_layers=1, context_length=2048)
-    length = PLAIN_UP_TO + 8
     counted = activation_bytes(config, 1, length, "bfloat16")
     assert sum(counted.values()) == kept_for_backward(config, 1, length, torch.bfloat16)
     assert counted["attention"] < 2 * length * length

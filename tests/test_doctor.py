@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 
 from groundup.cli.doctor import Finding, examine, render, to_json
-from groundup.cli.machine import Arithmetic, Machine, container_limits, look
+from groundup.cli.machine import Arithmetic, Machine, look
+from groundup.environment import container_limits
 from groundup.recipe import parse_recipe
 
 GIB = 1 << 30

@@ -125,8 +125,9 @@ def test_label_smoothing_and_z_loss():
 @pytest.mark.parametrize("vocab", [8, 11])
 @pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.3), (0.2, 0.1)])
 def test_cross_entropy_never_holding_all_logits(softcap, vocab, smoothing, z_loss, monkeypatch):
-    """In slices of two rows, with rows of the matrix that stand for no token, capped logits and both regularizers."""
-    monkeypatch.setattr("groundup.training.objective._SLICE_LOGITS", 22)
+    """In slices of four rows and pieces of two, with idle rows of the matrix, capped logits and both regularizers."""
+    monkeypatch.setattr("groundup.training.objective.SLICE_BYTES", 4 * 4 * 11)
+    monkeypatch.setattr("groundup.training.objective.PIECE_LOGITS", 22)
     targets = torch.tensor([3, -100, 0, 7, 7, -100, 5])
     hidden, weight = normal(7, 6).float().requires_grad_(), normal(11, 6, seed=1).float().requires_grad_()
     exact, exact_weight = (part.detach().double().requires_grad_() for part in (hidden, weight))

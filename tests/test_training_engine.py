@@ -20,10 +20,10 @@ from groundup.recipe import OptimizerSettings
 from groundup.training import forget_checkpoints, train
 from groundup.training.activation import set_checkpointing
 from groundup.training.averaging import WeightAverage
+from groundup.training.loss_scaling import FIRST_SCALE, GROWTH_STEPS, LossScaler
 from groundup.training.metrics import read_log
 from groundup.training.objective import head_loss
 from groundup.training.prefetch import Prefetcher, collections_between_steps
-from groundup.training.scaling import FIRST_SCALE, GROWTH_STEPS, LossScaler
 from groundup.training.schedule import BatchPlan, learning_rate_share
 
 

@@ -42,15 +42,13 @@ def test_sliced_loss_is_the_full_loss_in_value_and_gradient(
     weight = torch.randn(vocab + padding, 8, generator=generator, requires_grad=True)
     targets = torch.randint(0, vocab, (rows,), generator=generator)
     targets[torch.rand(rows, generator=generator) < ignored] = IGNORED
-    before = objective._SLICE_LOGITS
-    objective._SLICE_LOGITS = 7 * vocab  # several slices, the last one short
-    try:
+    with pytest.MonkeyPatch.context() as patch:  # several slices of several pieces, the last ones short
+        patch.setattr(objective, "SLICE_BYTES", 4 * 7 * vocab)
+        patch.setattr(objective, "PIECE_LOGITS", 3 * vocab)
         ours = cross_entropy_sum(
             hidden, weight, targets, vocab, softcap, label_smoothing=label_smoothing, z_loss=z_loss
         )  # fmt: skip
         (ours.objective * 0.5).backward()
-    finally:
-        objective._SLICE_LOGITS = before
     mine = hidden.grad.clone(), weight.grad.clone()
     hidden.grad = weight.grad = None
     logits = hidden @ weight[:vocab].T

@@ -26,7 +26,7 @@ from groundup.recipe import SFTSettings
 from groundup.tokenizer import Message, Tokenizer, render
 from groundup.training import IGNORED, TrainedModel, TrainingJob, batched_rows, forget_checkpoints, pad_rows, train
 from groundup.training.batches import Row
-from groundup.training.loop import Rows
+from groundup.training.job import Rows
 from groundup.training.start import start_digest
 
 

@@ -85,7 +85,7 @@ def build(
 
     Finished stages are skipped. Interrupted anywhere, the same command goes on.
     """
-    chosen, folder = _recipe_and_run(recipe, settings or [], smoke, run, runs)
+    chosen, folder = recipe_and_run(recipe, settings or [], smoke, run, runs)
     if dry_run:
         _show_plan(chosen, folder, None, start_from, force, as_json)
         return
@@ -104,7 +104,7 @@ def _stage_command(name: str) -> Callable[..., None]:
         as_json: JsonOption = False,
         quiet: QuietOption = False,
     ) -> None:
-        chosen, folder = _recipe_and_run(recipe, settings or [], smoke, run, runs)
+        chosen, folder = recipe_and_run(recipe, settings or [], smoke, run, runs)
         if dry_run:
             _show_plan(chosen, folder, name, None, force, as_json)
             return
@@ -137,7 +137,7 @@ def _build(
     )
     missed: GateError | None = None
     try:
-        with _stopped_by_sigterm():
+        with stopped_by_sigterm():
             walk(recipe, folder, until=until, start_from=start_from, force=force, console=console)
     except GateError as error:
         missed = error
@@ -169,7 +169,7 @@ def show_table(run: Run, console: Console) -> None:
 
 
 @contextlib.contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
+def stopped_by_sigterm() -> Iterator[None]:
     """Within this block SIGTERM stops as Ctrl-C does, with the same message."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -200,7 +200,7 @@ def _result(run: Run, recipe: Recipe, until: str | None) -> dict[str, object]:
     }
 
 
-def _recipe_and_run(source: str, settings: list[str], smoke: bool, run: Path | None, runs: Path) -> tuple[Recipe, Path]:
+def recipe_and_run(source: str, settings: list[str], smoke: bool, run: Path | None, runs: Path) -> tuple[Recipe, Path]:
     """The recipe asked for and the folder it is built in; a run's folder stands for its own recipe."""
     from groundup.errors import RunError
     from groundup.recipe import read_recipe

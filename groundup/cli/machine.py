@@ -1,7 +1,6 @@
 """The facts of the machine that groundup runs on: versions, cores, limits, memory, devices, two measurements.
 
 `look` reads them all in about a second and writes nothing; what they mean is `doctor.py`'s matter.
-A container's limits are read from its control groups, version 1 or 2 (kernel documentation, admin-guide).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from pathlib import Path
 import psutil
 
 import groundup
-from groundup.environment import cpu_name, usable_cores, version_of
+from groundup.environment import container_limits, cpu_name, usable_cores, version_of
 from groundup.recipe import Recipe
 
 
@@ -138,52 +137,6 @@ def broken_imports() -> dict[str, str]:
         except Exception as error:  # a library that is half-installed can raise anything
             broken[name] = f"{type(error).__name__}: {error}"
     return broken
-
-
-def container_limits(root: Path = Path("/")) -> tuple[float | None, int | None]:
-    """The cores' worth of time and the bytes of memory that this process's control groups allow.
-
-    Limits hold for a group and all below it, so the tightest on the way up counts.
-
-    Args:
-        root: the file system's root; another one in tests.
-    """
-    quotas: list[float] = []
-    limits: list[int] = []
-    for folder in _control_groups(root):
-        both = (
-            _whole_numbers(folder / "cpu.max"),
-            _whole_numbers(folder / "cpu.cfs_quota_us") + _whole_numbers(folder / "cpu.cfs_period_us"),
-        )
-        quotas += [pair[0] / pair[1] for pair in both if len(pair) == 2 and min(pair) > 0]
-        limits += _whole_numbers(folder / "memory.max") + _whole_numbers(folder / "memory.limit_in_bytes")
-    # Version 1 writes "no limit" as a number of bytes beyond any machine.
-    return min(quotas, default=None), min((limit for limit in limits if 0 < limit < 1 << 60), default=None)
-
-
-def _control_groups(root: Path) -> list[Path]:
-    """The folders of this process's control groups, and of all groups above them."""
-    folders = []
-    try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)  # version 2's single tree names no controllers
-        below = Path(path.strip("/"))
-        if ".." in below.parts:  # a group outside the container's view
-            below = Path()
-        for mount in {controllers, *controllers.split(",")}:
-            folders += [root / "sys/fs/cgroup" / mount / part for part in (below, *below.parents)]
-    return folders
-
-
-def _whole_numbers(path: Path) -> list[int]:
-    """The numbers in a control file; none when it is absent or says "max"."""
-    try:
-        return [int(word) for word in path.read_text(encoding="ascii").split()]
-    except (OSError, ValueError):
-        return []
 
 
 def _arithmetic(ask_training: bool) -> Arithmetic:

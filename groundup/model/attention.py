@@ -9,7 +9,7 @@ capped scores elsewhere, and on a CPU in bfloat16. `groundup.reference.attention
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,11 @@ from groundup.model.masks import AttentionRule, attention_bias
 from groundup.model.normalization import RMSNorm
 from groundup.model.positions import Rotation, rotate
 
-# torch's fused kernel has no bfloat16 matrix units behind it on CPUs: up to about this many positions the products
-# of the plain form are faster, forward and backward: a quarter off a step of ground-1m (benchmarks/cpu_ladder.py).
-PLAIN_UP_TO = 1024
+# torch's fused kernel has no bfloat16 matrix units behind its backward pass on CPUs: up to about this many positions
+# plain products are faster, forward and backward: a quarter off a step of ground-1m (benchmarks/cpu_ladder.py).
+PRODUCTS_UP_TO = 512
+KEPT_UP_TO = 256
+"""Positions up to which the weights are kept for the backward pass; beyond, taking them anew costs less than memory."""
 
 Bias = Float[Tensor, "*batch heads q k"]
 Sight = Bias | FlexPlan | None
@@ -135,7 +137,10 @@ def causal_attention(
     """Attention among the positions of one call, by the fastest form for them."""
     if isinstance(sight, FlexPlan):
         return flex_attention(q, k, v, scale, sight)
-    is_small = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= PLAIN_UP_TO
+    seq = q.shape[2]
+    is_small = q.device.type == "cpu" and q.dtype == torch.bfloat16 and seq <= PRODUCTS_UP_TO
+    if is_small and seq > KEPT_UP_TO and sight is None and softcap is None:
+        return _forgetful_attention(q, k, v, scale)
     if softcap is not None or is_small:
         return _plain_attention(q, k, v, scale, sight, softcap)
     grouped = q.shape[1] != k.shape[1]
@@ -148,8 +153,7 @@ def _plain_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, softcap: float | None
 ) -> Tensor:
     batch, heads, seq, head_dim = q.shape
-    group = heads // k.shape[1]
-    k, v = (part.repeat_interleave(group, dim=1) if group > 1 else part for part in (k, v))
+    k, v = (_for_every_query_head(part, heads) for part in (k, v))
     if bias is None:
         bias = torch.full((seq, seq), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
     flat = (batch * heads, seq, head_dim)
@@ -161,6 +165,63 @@ def _plain_attention(
     else:
         scores = torch.baddbmm(bias, q, k)
     return (scores.softmax(dim=-1) @ v.reshape(flat)).view(batch, heads, seq, head_dim)
+
+
+def _forgetful_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention by products that keeps nothing of (seq, seq) for the backward pass."""
+    shape = q.shape
+    k, v = (_for_every_query_head(part, shape[1]) for part in (k, v))
+    q, k, v = (part.reshape(-1, *shape[2:]) for part in (q * scale, k, v))
+    out: Tensor = _Forgetful.apply(q, k, v)  # type: ignore[no-untyped-call]
+    return out.view(shape)
+
+
+class _Forgetful(torch.autograd.Function):
+    """softmax(q kᵀ + causal bias) v, block of queries by block, without the keys behind a block.
+
+    The backward pass takes the weights anew, as FlashAttention does (arXiv:2205.14135, algorithm 4).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        blocks = [_weights(q[:, rows], k[:, : rows.stop]) @ v[:, : rows.stop] for rows in _blocks(q.shape[1])]
+        return torch.cat(blocks, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = ctx.saved_tensors
+        d_q, d_k, d_v = [], torch.empty(0), torch.empty(0)
+        for rows in reversed(_blocks(q.shape[1])):  # the last queries first: they see every key
+            queries, keys, d_out = q[:, rows], k[:, : rows.stop], gradients[0][:, rows]
+            weights = _weights(queries, keys)
+            d_weights = d_out @ v[:, : rows.stop].mT
+            d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            d_q.append(d_scores @ keys)
+            d_keys, d_values = d_scores.mT @ queries, weights.mT @ d_out
+            if rows.stop == q.shape[1]:
+                d_k, d_v = d_keys, d_values
+            else:
+                d_k[:, : rows.stop] += d_keys
+                d_v[:, : rows.stop] += d_values
+        return torch.cat(d_q[::-1], dim=1), d_k, d_v
+
+
+def _blocks(seq: int) -> list[slice]:
+    return [slice(first, min(first + KEPT_UP_TO, seq)) for first in range(0, seq, KEPT_UP_TO)]
+
+
+def _weights(q: Float[Tensor, "rows q head_dim"], k: Float[Tensor, "rows k head_dim"]) -> Float[Tensor, "rows q k"]:
+    """Of the last queries, over the keys up to the last of them."""
+    n_queries, n_keys = q.shape[1], k.shape[1]
+    bias = torch.full((n_queries, n_keys), float("-inf"), dtype=q.dtype, device=q.device).triu(n_keys - n_queries + 1)
+    return torch.baddbmm(bias, q, k.mT).softmax(dim=-1)
+
+
+def _for_every_query_head(x: Tensor, heads: int) -> Tensor:
+    """Keys or values, repeated where several query heads share them."""
+    group = heads // x.shape[1]
+    return x.repeat_interleave(group, dim=1) if group > 1 else x
 
 
 def attend_to_cache(

@@ -14,6 +14,7 @@ from typing import Literal
 from groundup.model.config import ModelConfig
 
 Shape = tuple[int, ...]
+OptimizerName = Literal["muon", "adamw", "lion", "adafactor"]
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
@@ -158,13 +159,21 @@ def gradient_bytes(config: ModelConfig) -> int:
     return _stored(config) * 4
 
 
-def optimizer_bytes(config: ModelConfig, optimizer: Literal["muon", "adamw"] = "muon") -> int:
-    """Bytes of the optimizers' state: AdamW two float32 moments and a step a tensor, Muon one momentum a matrix."""
+def optimizer_bytes(config: ModelConfig, optimizer: OptimizerName = "muon") -> int:
+    """Bytes of the optimizers' state, float32: AdamW two moments and a step a tensor, Muon one momentum a matrix.
+
+    Lion keeps one momentum a tensor; Adafactor a mean of squares for every row and every column, and a step.
+    """
     total = 0
     for name, shape in parameter_shapes(config).items():
         is_matrix = name.startswith("layers.") and len(shape) >= 2 and not name.endswith("bias")
         size = 4 * math.prod(shape)
-        total += size if optimizer == "muon" and is_matrix else 2 * size + 4
+        if optimizer == "lion" or (optimizer == "muon" and is_matrix):
+            total += size
+        elif optimizer == "adafactor":
+            total += 4 + (size // shape[-1] + size // shape[-2] if len(shape) >= 2 else size)
+        else:
+            total += 2 * size + 4
     return total
 
 

@@ -18,11 +18,11 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from groundup.errors import Problem, RecipeError
 from groundup.model.config import ModelConfig
-from groundup.model.cost import count_parameters, vocabulary_parameters
+from groundup.model.cost import OptimizerName, count_parameters, vocabulary_parameters
 from groundup.model.presets import reshaped
 
 SMALLEST, LARGEST = 200_000, 10_000_000_000
@@ -112,6 +112,18 @@ def shape_of_size(size: int, vocab_size: int | None = None) -> dict[str, Any]:
     return _shape(*min(_candidates(), key=lambda pair: distance(*pair)))
 
 
+def shape_on_line(size: int, vocab_size: int) -> dict[str, Any]:
+    """The fields of the model nearest to a size whose depth is the one that its width usually has.
+
+    Between the rungs of `shape_of_size` depth and width jump in turn; along this line only the size changes, as a
+    comparison of sizes needs.
+    """
+    widths = (*range(64, 256, 32), *range(256, 1024, 128), *range(1024, 4097, 256))
+    line = [_shape(round(_usual_depth(width)), width) for width in widths]
+    counts = [count_parameters(ModelConfig(**{**shape, "vocab_size": vocab_size})) for shape in line]
+    return min(zip(line, counts, strict=True), key=lambda pair: abs(math.log(pair[1] / size)))[0]
+
+
 def shape_choices(config: ModelConfig, asked: str) -> list[Choice]:
     """Why a configuration of the ladder is as it is.
 
@@ -141,7 +153,7 @@ def training_choices(
     *,
     tokens: int | None = None,
     sequence_length: int | None = None,
-    optimizer: Literal["muon", "adamw"] = "muon",
+    optimizer: OptimizerName = "muon",
 ) -> list[Choice]:
     """How to train a model from its start: tokens, batch and learning rates.
 
@@ -169,12 +181,18 @@ def training_choices(
             f"1.79 · N^-0.713 · tokens^0.307 = {law:.2g} at N = {inner:,} (Step Law, arXiv:2503.04715), at most 0.003"
         )
         choices.append(Choice("pretrain.lr", _rounded(min(3e-3, law)), reason))
-    else:
+    elif optimizer == "muon":
         lr = _rounded(3e-3 * math.sqrt(128 / config.d_model))
         reason = "AdamW for embeddings and norms: 0.003 at width 128 (measured: recipes/demo), falling as 1/√width"
         choices.append(Choice("pretrain.lr", lr, reason))
         reason = "for every width: orthogonal updates change outputs alike in all (arXiv:2310.17813; recipes/demo)"
         choices.append(Choice("pretrain.muon_lr", 0.02, reason))
+    elif optimizer == "lion":
+        lr = _rounded(3e-4 * math.sqrt(128 / config.d_model))
+        reason = "a tenth of AdamW's (arXiv:2302.06675, section 5): 0.0003 at width 128, falling as 1/√width"
+        choices.append(Choice("pretrain.lr", lr, reason))
+    else:
+        choices.append(Choice("pretrain.lr", 0.01, "a share of the weights' own size (arXiv:1804.04235, section 8)"))
     return choices
 
 

@@ -54,7 +54,7 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)); with post-norm norm(x + attention(x)) and so on.
 
     Attributes:
-        compute: what the block does; may be replaced by a compiled form of it.
+        compute: what the block does: `eager`, or a compiled form of it.
         recompute: in training, who calls the function that it is given with its arguments, so that less is kept for
             the backward pass; None: nobody.
     """
@@ -67,7 +67,7 @@ class Block(nn.Module):
         self.mlp = make_feedforward(config)
         self.is_post_norm = config.norm_placement == "post"
         self.dropout = config.dropout
-        self.compute: Callable[..., Tensor] = self._compute
+        self.compute: Callable[..., Tensor] = self.eager
         self.recompute: Callable[..., Tensor] | None = None
 
     def forward(
@@ -82,9 +82,10 @@ class Block(nn.Module):
             return self.recompute(self.compute, x, rotation, sight, cached)
         return self.compute(x, rotation, sight, cached)
 
-    def _compute(
+    def eager(
         self, x: Tensor, rotation: Rotation | None, sight: Sight = None, cached: Cached | None = None
     ) -> Tensor:
+        """What `compute` is unless something replaces it."""
         if self.is_post_norm:
             x = self.input_layernorm(x + self._drop(self.self_attn(x, rotation, sight, cached)))
             return self.post_attention_layernorm(x + self._drop(self.mlp(x)))

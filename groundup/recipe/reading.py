@@ -104,8 +104,8 @@ def _problem(item: Any) -> Problem:
     parts = list(item["loc"])
     if item["type"] != "extra_forbidden" and parts[-1:] in (["int"], ["literal['compute-optimal']"]):
         parts.pop()  # pydantic's name for one of several types that a value may have
-    section, field = _field_at([str(part) for part in parts])
     keys = [part for part in parts if isinstance(part, str)]  # numbers count the items of a list
+    section, field = _field_at(keys)
     where = f"[{'.'.join(keys[:-1])}] {keys[-1]}" if len(keys) > 1 else (keys[0] if keys else "recipe")
     shown = item.get("input")
     if item["type"] == "extra_forbidden":

@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from groundup.recipe.sections import Section, Texts, setting
+
+OptimizerName = Literal["muon", "adamw", "lion", "adafactor"]
+PrecisionName = Literal["auto", "float32", "bfloat16", "float16", "float8"]
+
+_DEFAULTS: dict[OptimizerName, dict[str, float]] = {
+    # a step by signs is larger: a tenth of AdamW's rate, and ten times its decay (arXiv:2302.06675, section 5)
+    "lion": {"lr": 3e-4, "weight_decay": 1.0, "beta2": 0.99},
+    # a share of the weights' own size (arXiv:1804.04235, section 8)
+    "adafactor": {"lr": 1e-2},
+}
+
+
+class GroupSettings(Section):
+    """Parameters that are trained in another way than the rest; the first group whose pattern matches one counts."""
+
+    match: str = setting(..., 'pattern of parameter names, such as "embed_tokens*" or "layers.0.*"', min_length=1)
+    lr: float | None = setting(None, "their peak learning rate", gt=0.0, le=1.0)
+    lr_scale: float | None = setting(None, "what their peak learning rate is multiplied by", gt=0.0, le=1000.0)
+    weight_decay: float | None = setting(None, "of the matrices among them", ge=0.0, le=10.0)
+    frozen: bool = setting(False, "they stay as they are, without gradient and optimizer state")
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> GroupSettings:
+        rates = [value for value in (self.lr, self.lr_scale) if value is not None]
+        if len(rates) == 2:
+            raise ValueError(f'"{self.match}": lr and lr_scale are both set: keep one')
+        if self.frozen and (rates or self.weight_decay is not None):
+            raise ValueError(
+                f'"{self.match}": frozen parameters have no learning rate and no decay'
+            )
+        if not self.frozen and not rates and self.weight_decay is None:
+            raise ValueError(f'"{self.match}" changes nothing: set lr, lr_scale, weight_decay or frozen')
+        return self
 
 
 class OptimizerSettings(Section):
@@ -16,15 +49,24 @@ class OptimizerSettings(Section):
     micro_batch_size: int | None = setting(
         None, "sequences in one forward pass on one device (unset: the batch, or what memory allows)", ge=1
     )
-    optimizer: Literal["muon", "adamw"] = setting(
-        "muon", "muon: Muon for the blocks' matrices and AdamW for the rest; adamw: AdamW for all"
+    optimizer: OptimizerName = setting(
+        "muon", "muon: Muon for the blocks' matrices and AdamW for the rest; adamw, lion or adafactor: for all"
     )
-    lr: float = setting(3e-3, "peak learning rate of AdamW", gt=0.0, le=1.0)
+    lr: float = setting(
+        3e-3, "peak learning rate of all but Muon (unset: 3e-4 with lion, 0.01 with adafactor)", gt=0.0, le=1.0
+    )
     muon_lr: float = setting(0.02, "peak learning rate of Muon", gt=0.0, le=1.0)
-    weight_decay: float = setting(0.1, "decoupled weight decay, on matrices only", ge=0.0, le=10.0)
-    beta1: float = setting(0.9, "AdamW: decay of the first moment", ge=0.0, lt=1.0)
-    beta2: float = setting(0.95, "AdamW: decay of the second moment", ge=0.0, lt=1.0)
+    weight_decay: float = setting(
+        0.1, "decoupled weight decay, on matrices only (unset: 1.0 with lion)", ge=0.0, le=10.0
+    )
+    beta1: float = setting(0.9, "AdamW: decay of the first moment; Lion: share in a step", ge=0.0, lt=1.0)
+    beta2: float = setting(
+        0.95, "AdamW: decay of the second moment; Lion: of its momentum (unset: 0.99)", ge=0.0, lt=1.0
+    )
     muon_momentum: float = setting(0.95, "Muon: momentum", ge=0.0, lt=1.0)
+    groups: tuple[GroupSettings, ...] = setting(
+        (), "[[groups]] of parameters with a learning rate or decay of their own, or frozen"
+    )
     schedule: Literal["wsd", "cosine", "linear", "constant"] = setting(
         "wsd", "warm-up then: stable and linear decay (wsd), cosine, linear, or constant"
     )
@@ -46,10 +88,14 @@ class OptimizerSettings(Section):
     activation_checkpointing: Literal["none", "selective", "full"] = setting(
         "none", "what the backward pass computes again instead of keeping it: less memory, more time"
     )
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "arithmetic of the model (auto: bfloat16 where the machine does it natively, else float32)"
+    precision: PrecisionName = setting(
+        "auto",
+        "arithmetic of the model (auto: bfloat16 where the machine does it natively, else float32); float8: the "
+        "blocks' linear layers, on GPUs that have it",
     )
-    compile: bool = setting(False, "compile the model with torch.compile (needs a C++ compiler)")
+    compile: bool | Literal["auto"] = setting(
+        "auto", "compile the model with torch.compile (auto: where a short trial on this machine says that it pays)"
+    )
     eval_every: int | None = setting(None, "steps between validation passes (unset: 20 over the run)", ge=1)
     eval_tokens: int | None = setting(
         None, "validation tokens scored each time while training (unset: at most 50,000)", ge=1
@@ -66,6 +112,13 @@ class OptimizerSettings(Section):
     )
 
     @model_validator(mode="after")
+    def _rates_of_the_optimizer(self) -> OptimizerSettings:
+        # Not yet anybody else's: a frozen model may be filled up while it is made.
+        defaults = _DEFAULTS.get(self.optimizer, {})
+        self.__dict__.update({name: value for name, value in defaults.items() if name not in self.model_fields_set})
+        return self
+
+    @model_validator(mode="after")
     def _shares_fit(self) -> OptimizerSettings:
         if self.schedule == "wsd" and self.warmup_share + self.decay_share > 1:
             raise ValueError(
@@ -79,6 +132,11 @@ class OptimizerSettings(Section):
         if self.ramp_from is not None and self.batch_size % self.ramp_from:
             raise ValueError(f"ramp_from {self.ramp_from} does not divide batch_size {self.batch_size}")
         return self
+
+    def fingerprint_values(self) -> dict[str, Any]:
+        """The settings that can change the result; no groups are as if there had never been any."""
+        values = super().fingerprint_values()
+        return values if self.groups else {name: value for name, value in values.items() if name != "groups"}
 
 
 class PretrainSettings(OptimizerSettings):

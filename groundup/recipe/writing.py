@@ -35,7 +35,7 @@ def _write_section(lines: list[str], section: Section, path: str, comments: bool
         if isinstance(value, Section):
             nested.append((name, value))
             continue
-        if section_class(field.annotation) is not None:
+        if value is None and section_class(field.annotation) is not None:
             continue
         about = f"  # {field.description}" if comments and field.description else ""
         if name in follows.get(path, ()):
@@ -51,6 +51,8 @@ def _write_section(lines: list[str], section: Section, path: str, comments: bool
 
 
 def _toml_value(value: object) -> str:
+    if isinstance(value, Section):  # one of a list of tables
+        value = value.model_dump(exclude_unset=True)
     if isinstance(value, tuple | list):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     if isinstance(value, dict):

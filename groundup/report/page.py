@@ -176,6 +176,7 @@ def _training_facts(record: RunRecord, stage: str, summary: Mapping[str, Any]) -
         ("validation bits per byte", _number(summary.get("val_bits_per_byte"), 3)),
         ("arithmetic", str(summary.get("precision", ""))),
         ("tokens per second", _count(summary.get("tokens_per_second"))),
+        ("of the measured matmul ceiling (MFU)", f"{mfu:.0%}" if is_number(mfu := summary.get("mfu")) else ""),
     ]
     return [(label, value) for label, value in facts if value]
 

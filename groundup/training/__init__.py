@@ -1,9 +1,12 @@
 """Model and batches to a trained model: objective, optimizers, schedule, precision, loop, checkpoints."""
 
 from groundup.training.batches import ShardBatches, batched_rows, pad_rows
-from groundup.training.loop import BatchSource, TrainingJob, forget_checkpoints, train
+from groundup.training.groups import describe_groups, group_parameters
+from groundup.training.job import BatchSource, TrainingJob
+from groundup.training.loop import forget_checkpoints, train
 from groundup.training.objective import IGNORED, Loss, cross_entropy_sum, head_loss
-from groundup.training.precision import choose_precision, native_bfloat16
+from groundup.training.optimizers import check_optimizer
+from groundup.training.precision import check_precision, choose_precision, native_bfloat16
 from groundup.training.pretrain import TrainedModel, count_tokens, pretrain, sequence_length
 from groundup.training.start import (
     check_vocabulary,
@@ -27,12 +30,16 @@ __all__ = [
     "TrainedModel",
     "TrainingJob",
     "batched_rows",
+    "check_optimizer",
+    "check_precision",
     "check_vocabulary",
     "choose_precision",
     "count_tokens",
     "cross_entropy_sum",
+    "describe_groups",
     "forget_checkpoints",
     "given_tokenizer",
+    "group_parameters",
     "head_loss",
     "native_bfloat16",
     "pad_rows",

@@ -9,7 +9,7 @@ import torch
 
 from groundup.files import value_digest
 from groundup.shards import TokenShards, WindowLoader, validation_windows
-from groundup.training.loop import Rows
+from groundup.training.job import Rows
 from groundup.training.objective import IGNORED
 
 Row = tuple[np.ndarray, np.ndarray]

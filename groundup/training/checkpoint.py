@@ -1,22 +1,22 @@
 """Training checkpoints: everything a run needs to go on with the same bits.
 
 A checkpoint is a folder `step-00000120/` with safetensors of whole tensors by parameter name, so that any number of
-devices can load them (`weights`, `optimizer`, `average`), and `state.json` with the step, the guard, the settings'
-fingerprint and the files' digests. It appears whole; the newest undamaged one is resumed. `best/`, beside their folder
-and never removed with it, is the model of the lowest validation loss. Writing may go on beside training: what is
-written was copied first.
+devices can load them (`weights`, `optimizer`, `average`), `config.json`, and `state.json` with the step, the guard, the
+settings' fingerprint, the files' digests and its own. It appears whole; the newest undamaged one is resumed. `best/`,
+beside their folder and never removed with it, is the model of the lowest validation loss. Writing may go on beside
+training: what is written was copied first.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -24,14 +24,26 @@ from torch import Tensor, nn
 from groundup.console import Console
 from groundup.distributed import World, full_tensor, like_parameter
 from groundup.errors import ArtifactError, GroundupError
-from groundup.files import atomic_folder, file_digest, read_json, write_json, write_tensors
+from groundup.files import (
+    atomic_folder,
+    file_digest,
+    remove_folder,
+    remove_partials,
+    value_digest,
+    write_json,
+    write_tensors,
+)
 from groundup.model import ModelConfig
+from groundup.untrusted import file_inside, read_object
 
 BEST = "best"
 _STATE = "state.json"
+_CONFIG = "config.json"
 _WEIGHTS = "weights"
+_TENSORS = ".safetensors"
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Progress:
     """How far a run has come.
@@ -47,6 +59,7 @@ class Progress:
         best_loss: lowest validation loss so far, or None.
         guard: what the guard remembers.
         scaler: what float16's loss scaler remembers.
+        compiled: whether the model is compiled, which rounds otherwise; None: not decided yet.
     """
 
     step: int
@@ -59,6 +72,7 @@ class Progress:
     best_loss: float | None = None
     guard: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
+    compiled: bool | None = None
 
 
 Stateful = Mapping[str, Callable[[], dict[str, Tensor]]]
@@ -122,8 +136,8 @@ class CheckpointWriter:
         """Write whole weights, and nothing else, as the best model so far."""
         if self._world.is_first:
             with atomic_folder(self._folder.parent / BEST) as partial:
-                write_tensors(partial / f"{_WEIGHTS}.safetensors", weights)
-                write_json(partial / "config.json", self._config)
+                write_tensors(partial / f"{_WEIGHTS}{_TENSORS}", weights)
+                write_json(partial / _CONFIG, self._config)
                 write_json(partial / _STATE, {"step": progress.step, "val_loss": progress.best_loss})
         self._world.wait()
 
@@ -131,26 +145,43 @@ class CheckpointWriter:
         target = self._folder / f"step-{progress.step:08d}"
         with atomic_folder(target) as partial:
             for name, part in tensors.items():
-                write_tensors(partial / f"{name}.safetensors", part)
+                write_tensors(partial / f"{name}{_TENSORS}", part)
+            write_json(partial / _CONFIG, self._config)
             digests = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
-            write_json(partial / "config.json", self._config)
-            write_json(partial / _STATE, {**asdict(progress), "digests": digests})
-        for old in complete_checkpoints(self._folder)[self._keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+            values = {**asdict(progress), "digests": digests}
+            write_json(partial / _STATE, {**values, "digest": value_digest(values)})
+        # What stands before the newest in their order was passed over when the run went on: damaged, or of other
+        # settings. It must not push out those of this run.
+        found = complete_checkpoints(self._folder)
+        place = found.index(target)
+        for old in [*found[:place], *found[place + self._keep :]]:
+            remove_folder(old)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Clear what a killed process left half written beside and among the checkpoints in `folder`."""
+    remove_partials(folder.parent, deep=False)
+    remove_partials(folder)
 
 
 def load_checkpoint(
     folder: Path, fingerprint: str, console: Console
 ) -> tuple[Progress, dict[str, dict[str, Tensor]]] | None:
-    """The newest undamaged checkpoint of this fingerprint: progress and parts; None if there is none."""
-    for path in complete_checkpoints(folder):
+    """The newest undamaged checkpoint of this fingerprint: progress and parts; None if there is none.
+
+    Every one that is passed over is named on the console, with the reason.
+    """
+    found = complete_checkpoints(folder)
+    for place, path in enumerate(found):
         try:
             progress, parts = _read_checkpoint(path)
+            if progress.fingerprint == fingerprint:
+                return progress, parts
+            what = f"{path}: of other settings, another model or other data."
         except GroundupError as error:
-            console.warn(f"{error.message} Going back to the checkpoint before it.")
-            continue
-        if progress.fingerprint == fingerprint:
-            return progress, parts
+            what = error.message
+        is_last = place == len(found) - 1
+        console.warn(f"{what} {'Training begins anew.' if is_last else 'Going back to the checkpoint before it.'}")
     return None
 
 
@@ -182,13 +213,25 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _read_checkpoint(path: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]]:
-    values = read_json(path / _STATE)
+    """Progress and parts, after every byte was held against its digest.
+
+    Raises:
+        ArtifactError: damaged: which file, and how.
+    """
+    values = read_object(file_inside(path, _STATE))
+    if values.pop("digest", None) != value_digest(values):
+        raise ArtifactError(f"{path / _STATE}: damaged (its digest is not the one written down).")
     try:
         parts = {}
         for name, digest in values.pop("digests").items():
-            if file_digest(path / name) != digest:
-                raise ArtifactError(f"{path / name}: damaged (its digest is not the one written down).")
-            parts[name.removesuffix(".safetensors")] = load_file(path / name)
-        return Progress(**values), parts
-    except (OSError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ArtifactError(f"{path}: cannot be read ({error}).") from error
+            file = file_inside(path, name)
+            if file_digest(file) != digest:
+                raise ArtifactError(f"{file}: damaged (its digest is not the one written down).")
+            if name.endswith(_TENSORS):
+                parts[name.removesuffix(_TENSORS)] = load_file(file)
+        progress: Progress = TypeAdapter(Progress).validate_python(values)
+    except (OSError, KeyError, TypeError, AttributeError, SafetensorError, ValidationError) as error:
+        raise ArtifactError(f"{path}: cannot be read ({str(error).splitlines()[0]:.200}).") from error
+    if path.name != f"step-{progress.step:08d}":
+        raise ArtifactError(f"{path}: holds step {progress.step}, which is not the one of its name.")
+    return progress, parts

@@ -80,10 +80,25 @@ class Guard:
         self._in_a_row += 1
         if self._on_trouble == "skip" and self._in_a_row > MOST_SKIPPED_IN_A_ROW:
             return Trouble(f"{what}; {MOST_SKIPPED_IN_A_ROW} steps before it were skipped", "stop")
-        if self._on_trouble == "rollback" and self.rollbacks >= MOST_ROLLBACKS:
-            return Trouble(f"{what}; the run was rolled back {self.rollbacks} times", "stop")
+        if self._on_trouble == "rollback":
+            return self._roll_back(what)
         self.skipped += self._on_trouble == "skip"
         return Trouble(what, self._on_trouble)
+
+    def judge_weights(self, what: str) -> Trouble:
+        """What is to be done about weights that are not finite: to leave out updates does not mend them.
+
+        Args:
+            what: in words, which.
+        """
+        if self._on_trouble != "rollback":
+            return Trouble(what, "stop")
+        return self._roll_back(what)
+
+    def _roll_back(self, what: str) -> Trouble:
+        if self.rollbacks >= MOST_ROLLBACKS:
+            return Trouble(f"{what}; the run was rolled back {self.rollbacks} times", "stop")
+        return Trouble(what, "rollback")
 
     def _what_is_wrong(self, loss: float, grad_norm: float) -> str | None:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -126,7 +141,8 @@ def likely_causes(what: str) -> str:
     if "not finite" in what:
         return (
             "Likely causes: a learning rate too high (lower lr and muon_lr, or lengthen warmup_share), clip = 0, or "
-            "float16 without enough range (precision = 'bfloat16' or 'float32')."
+            "float16 without enough range (precision = 'bfloat16' or 'float32'). on_trouble = 'rollback' goes back and "
+            "around the batch."
         )
     return (
         "Likely causes: a learning rate too high, or a stretch of unusual text (look at what the step saw: `groundup "

@@ -13,115 +13,43 @@ import functools
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 import xxhash
-from jaxtyping import Int
 from torch import Tensor
 
-from groundup.console import Bar, Console, format_count, format_duration
+from groundup.console import Bar, Console
 from groundup.distributed import World, shard_model
 from groundup.errors import GroundupError, Interrupted
-from groundup.files import value_digest
-from groundup.model import Transformer
-from groundup.recipe import OptimizerSettings
+from groundup.model.cost import training_flops
 from groundup.training.activation import set_checkpointing
 from groundup.training.averaging import WeightAverage
-from groundup.training.checkpoint import CheckpointWriter, Progress, weights_of
-from groundup.training.compilation import compile_blocks
+from groundup.training.checkpoint import CheckpointWriter, Progress, clear_leftovers, weights_of
+from groundup.training.compilation import CompiledBlocks
+from groundup.training.compile_trial import Choice, choose_by_trial, choose_without_trial
+from groundup.training.diagnosis import bad_weights, origin
+from groundup.training.fp8 import float8_products
+from groundup.training.groups import frozen
 from groundup.training.guard import Guard, Trouble, likely_causes
 from groundup.training.interruption import StopRequest, stop_on_signal
+from groundup.training.job import TrainingJob
+from groundup.training.loss_scaling import LossScaler
 from groundup.training.memory import keep_freed_memory
 from groundup.training.metrics import MetricLog
 from groundup.training.objective import head_loss, valid_tokens
-from groundup.training.optimizers import Optimizers, clip_gradients
-from groundup.training.precision import choose_precision
+from groundup.training.optimizers import Optimizers, check_optimizer, scale_to_norm, squared_norm
+from groundup.training.precision import check_precision, choose_precision
 from groundup.training.prefetch import Prefetcher, collections_between_steps, to_device
-from groundup.training.scaling import LossScaler
-from groundup.training.schedule import BatchPlan, learning_rate_share
+from groundup.training.schedule import learning_rate_share
+from groundup.training.speed import Speedometer
 from groundup.training.state import TrainingState
-from groundup.training.summary import peak_memory_bytes, summarize, summary_line
+from groundup.training.summary import live_line, peak_memory_bytes, summarize, summary_line
 from groundup.training.tracking import Trackers
 
 CHECKPOINTS = "checkpoints"
-
-Rows = tuple[Int[Tensor, "rows seq"], Int[Tensor, "rows seq"]]
-"""Token ids and targets (-100: not predicted), int64."""
-
-
-class BatchSource(Protocol):
-    """Where a stage's rows come from; each a pure function of its place."""
-
-    fingerprint: str
-
-    def rows(self, first: int, last: int) -> Rows:
-        """Rows `first` … `last` − 1 of the endless order."""
-        ...
-
-    def validation(self, batch_size: int, limit_tokens: int | None) -> Iterator[Rows]:
-        """Validation batches of exactly `batch_size` rows, always the same, each target once."""
-        ...
-
-
-@dataclass
-class TrainingJob:
-    """What is trained, on what, and what is watched.
-
-    Attributes:
-        name: the stage, as shown on the console.
-        model: trained in place.
-        source: batches.
-        settings: optimizer, schedule, precision, intervals.
-        n_rows: rows to see, at least; the last batch is whole.
-        folder: where logs and checkpoints go.
-        seed: of dropout.
-        start: what stands for the weights it begins with; "fresh": those that its seed draws.
-        expected_initial_loss: what the first step's loss should be, in nats, for a model that knows nothing.
-        bytes_per_token: turns validation loss into bits per byte, where the targets are plain text.
-        samples: prompts to continue at each validation pass, and what continues them.
-    """
-
-    name: str
-    model: Transformer
-    source: BatchSource
-    settings: OptimizerSettings
-    n_rows: int
-    folder: Path
-    seed: int = 1
-    start: str = "fresh"
-    expected_initial_loss: float | None = None
-    bytes_per_token: float | None = None
-    samples: tuple[str, ...] = ()
-    continue_text: Callable[[Transformer, str], str] | None = None
-
-    @functools.cached_property
-    def plan(self) -> BatchPlan:
-        """Which rows each step takes."""
-        settings = self.settings
-        return BatchPlan(settings.batch_size, self.n_rows, settings.ramp_from, settings.ramp_share)
-
-    @property
-    def n_steps(self) -> int:
-        """Optimizer steps."""
-        return self.plan.n_steps
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of everything that decides the weights: a checkpoint of another one is not resumed."""
-        return value_digest(
-            {
-                "model": self.model.config.to_dict(),
-                "source": self.source.fingerprint,
-                "settings": self.settings.fingerprint_values(),
-                "steps": self.n_steps,
-                "seed": self.seed,
-                "start": self.start,
-            }
-        )
 
 
 def train(job: TrainingJob, world: World, console: Console) -> dict[str, Any]:
@@ -129,8 +57,21 @@ def train(job: TrainingJob, world: World, console: Console) -> dict[str, Any]:
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; everything is saved.
-        GroundupError: the guard stops the run, or the batch does not fit the world.
+        GroundupError: the guard stops the run, the batch does not fit the world, or the machine cannot do what the
+            settings ask for.
     """
+    settings = job.settings
+    check_precision(settings.precision, world.device.type, job.name)
+    check_optimizer(settings, job.name, world.size)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signal())
+        stack.enter_context(frozen(job.model, settings, job.name))
+        if settings.precision == "float8":
+            stack.enter_context(float8_products(job.model, job.name))
+        return _train(job, world, console, stop)
+
+
+def _train(job: TrainingJob, world: World, console: Console, stop: StopRequest) -> dict[str, Any]:
     settings = job.settings
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -142,19 +83,22 @@ def train(job: TrainingJob, world: World, console: Console) -> dict[str, Any]:
     set_checkpointing(model, settings.activation_checkpointing)
     state = TrainingState(
         model=model,
-        optimizers=Optimizers(model, settings, precision),
+        optimizers=Optimizers(model, settings, precision, job.name),
         guard=Guard(settings.on_trouble, settings.spike_z),
         scaler=LossScaler() if precision == torch.float16 else None,
         average=WeightAverage(model, settings.ema) if settings.ema else None,
     )
     folder = job.folder / CHECKPOINTS
+    if world.is_first:
+        clear_leftovers(folder)
+    world.wait()
     progress = state.restore(folder, job.fingerprint, console)
     if progress is None:
         progress = Progress(0, 0, 0.0, job.fingerprint, torch.get_num_threads(), world.size)
     elif world.is_first:
         _say_resumed(job, progress, world, console)
-    if settings.compile:
-        compile_blocks(model, console)
+    choice = _choose_compilation(job, state, progress, world, console)
+    progress = replace(progress, compiled=choice.compiled)
     log = MetricLog(job.folder, progress.step, writes=world.is_first)
     names = settings.track if world.is_first else ()
     with contextlib.ExitStack() as stack:
@@ -164,13 +108,13 @@ def train(job: TrainingJob, world: World, console: Console) -> dict[str, Any]:
         beside = world.device.type == "cuda" if settings.checkpoint_beside is None else settings.checkpoint_beside
         writer = CheckpointWriter(folder, world, model.config, settings.keep_checkpoints, beside=beside)
         stack.callback(writer.close)
-        stop = stack.enter_context(stop_on_signal())
         bar = stack.enter_context(console.bar(job.name, job.n_steps))
-        loop = _Loop(job, state, log, trackers, writer, world, console, bar)
-        progress = loop.run(progress, stop)
+        loop = _Loop(job, state, log, trackers, writer, world, console, bar, stop)
+        progress = loop.run(progress)
         log.flush()
         writer.wait()
-        summary = summarize(job, progress, precision, reason, state)
+        summary = summarize(job, progress, precision, reason, state, loop.speed.overall())
+        summary |= {"compiled": choice.compiled, "compiled_reason": choice.reason}
         bar.finish(summary_line(summary))
     if state.average is not None:
         state.average.make_permanent()
@@ -188,32 +132,39 @@ class _Loop:
 
     def __init__(
         self, job: TrainingJob, state: TrainingState, log: MetricLog, trackers: Trackers, writer: CheckpointWriter,
-        world: World, console: Console, bar: Bar,
+        world: World, console: Console, bar: Bar, stop: StopRequest,
     ) -> None:  # fmt: skip
         self.job, self.state, self.model = job, state, state.model
         self.log, self.trackers, self.writer = log, trackers, writer
-        self.world, self.console, self.bar = world, console, bar
+        self.world, self.console, self.bar, self.stop = world, console, bar, stop
         self.eval_every = job.settings.eval_every or max(1, math.ceil(job.n_steps / 20))
         share = job.settings.batch_size // world.size
         self.micro = min(job.settings.micro_batch_size or job.settings.batch_size, share)
+        self.speed = Speedometer(
+            job.model.config, job.model.compute_dtype, world.device, world.size, measures=world.is_first
+        )
 
-    def run(self, progress: Progress, stop: StopRequest) -> Progress:
+    def run(self, progress: Progress) -> Progress:
         """Train from `progress` to the last step."""
         job, began = self.job, progress
-        start = saved = shown = time.perf_counter()
-        shown_tokens, done_here = began.tokens, 0
+        start = saved = time.perf_counter()
+        done_here = 0
+        self.leave_if_asked(progress)
         with Prefetcher(self.batch) as self.batches, collections_between_steps() as collect:
             while True:
                 if self.watch_due(progress.step):
                     progress = self.watch(progress)
                 if progress.step == job.n_steps:
+                    self.leave_if_asked(progress)
                     return progress
+                before = time.perf_counter()
                 try:
-                    line, tokens = self.step(progress.step, progress.shift)
+                    line, tokens, flops = self.step(progress.step, progress.shift)
                 except _RollBack as trouble:
                     progress = self.go_back(progress, str(trouble))
                     continue
                 now = time.perf_counter()
+                self.speed.add(now - before, tokens, flops)
                 done_here += 1
                 progress = replace(
                     progress,
@@ -227,21 +178,39 @@ class _Loop:
                 if progress.step == 1:
                     self.check_initial_loss(line["loss"])
                 if progress.step % job.settings.log_every == 0 or progress.step == job.n_steps:
-                    speed = (progress.tokens - shown_tokens) / (now - shown)
-                    self.show(progress, line, speed, (now - start) / done_here)
-                    shown, shown_tokens = now, progress.tokens
-                asked, late = self.world.any(stop.asked), now - saved >= job.settings.checkpoint_seconds
-                if asked or self.watch_due(progress.step) or self.world.any(late):
-                    self.save(progress, at_once=asked)
+                    self.show(progress, line, (now - start) / done_here)
+                asked, late = self.anywhere(self.stop.asked, now - saved >= job.settings.checkpoint_seconds)
+                if asked or late or self.watch_due(progress.step):
+                    try:
+                        self.save(progress, at_once=asked)
+                    except _RollBack as trouble:
+                        progress = self.go_back(progress, str(trouble))
                     saved = time.perf_counter()
-                if asked and progress.step < job.n_steps:
-                    raise Interrupted(
-                        f"{job.name}: stopped at step {progress.step} of {job.n_steps}; everything is saved."
-                    )
+                    self.leave_if_asked(progress)
                 collect(progress.step)
 
+    def leave_if_asked(self, progress: Progress) -> None:
+        """End the run where someone asked for it; to be called where a checkpoint of `progress` was written, if any.
+
+        Raises:
+            Interrupted: someone did, in any process.
+        """
+        if self.world.any(self.stop.asked):
+            self.writer.wait()
+            raise Interrupted(
+                f"{self.job.name}: stopped at step {progress.step} of {self.job.n_steps}; everything is saved."
+            )
+
     def save(self, progress: Progress, *, at_once: bool = False) -> None:
-        """Write a checkpoint that goes on from `progress`."""
+        """Write a checkpoint that goes on from `progress`.
+
+        Raises:
+            GroundupError: a weight is not finite, and the run is to stop.
+        """
+        spoiled = bad_weights(self.model, self.world)
+        if spoiled is not None:
+            what = f"{spoiled}, so no checkpoint is made of them"
+            self.give_way(self.state.guard.judge_weights(what), progress.step - 1, {})
         self.log.flush()
         self.writer.save(self.state.parts(), self.state.remembered(progress), at_once=at_once)
 
@@ -265,12 +234,20 @@ class _Loop:
         self.save(back, at_once=True)  # a kill must not lead back into the same batch
         return back
 
-    def batch(self, place: int) -> Rows:
-        """This process's rows of the batch at a place of the plan."""
+    def anywhere(self, *flags: bool) -> list[bool]:
+        """Which of the flags are set in any process; all must call it."""
+        if self.world.size == 1:
+            return list(flags)
+        return [count > 0 for count in self.world.sum(torch.tensor(flags, dtype=torch.float32)).tolist()]
+
+    def batch(self, place: int) -> tuple[Tensor, Tensor, int]:
+        """This process's rows of the batch at a place of the plan, and how many of their targets are predicted."""
         first, last = self.job.plan.rows(place)
         share = self.world.rows(last - first)
         ids, targets = self.job.source.rows(first + share.start, first + share.stop)
-        return to_device(ids, self.world.device), to_device(targets, self.world.device)
+        # Counted here, before they go to a GPU, which would have to be waited for.
+        count = valid_tokens(targets)
+        return to_device(ids, self.world.device), to_device(targets, self.world.device), count
 
     def watch_due(self, step: int) -> bool:
         """Whether validation and samples come after this step."""
@@ -281,33 +258,35 @@ class _Loop:
         self.log.add(name, line)
         self.trackers.log(line["step"], line)
 
-    def show(self, progress: Progress, line: Mapping[str, float], speed: float, seconds_per_step: float) -> None:
+    def show(self, progress: Progress, line: Mapping[str, float], seconds_per_step: float) -> None:
         """The live line, and the wall-clock log."""
-        left = format_duration((self.job.n_steps - progress.step) * seconds_per_step)
-        self.bar.update(
-            progress.step,
-            note=f"step {progress.step}/{self.job.n_steps} loss {line['loss']:.3f} "
-            f"· {format_count(speed)} tok/s · eta {left}",
-        )
-        timing = {"seconds": progress.seconds, "tokens_per_second": speed, "peak_memory_bytes": peak_memory_bytes()}
-        self.note("timings", {"step": progress.step, **timing})
+        speed, memory = self.speed.lately(), peak_memory_bytes(self.world.device)
+        of_step = {name: line[name] for name in ("loss", "lr", "muon_lr", "grad_norm") if name in line}
+        fields = {"step": f"{progress.step}/{self.job.n_steps}", **of_step}
+        left = (self.job.n_steps - progress.step) * seconds_per_step
+        self.bar.update(progress.step, note=live_line(fields, speed, left, memory, self.console.rich.width))
+        timing: dict[str, Any] = {"seconds": progress.seconds, "tokens_per_second": speed.tokens_per_second}
+        if speed.mfu is not None:
+            timing["mfu"] = speed.mfu
+        self.note("timings", {"step": progress.step, **timing, "peak_memory_bytes": memory})
 
-    def step(self, step: int, shift: int) -> tuple[dict[str, float], int]:
-        """One optimizer step: its metrics (mean loss in nats, learning rate, gradient norm) and its valid tokens.
+    def step(self, step: int, shift: int) -> tuple[dict[str, float], int, float]:
+        """One optimizer step: its metrics, its predicted targets and its FLOPs, over all processes.
+
+        The device is waited for once, when loss and gradient norm are known, which the update stands on.
 
         Raises:
             GroundupError: the guard stops the run.
         """
         job, state = self.job, self.state
-        # Dropout's randomness is a function of the step, so there is no generator state to save.
-        torch.manual_seed(xxhash.xxh3_64_intdigest(f"{job.seed}/{step + shift}/{self.world.rank}".encode()) >> 1)
         place = step + shift
-        ids, targets = self.batches.take(place, place + 1 if step + 1 < job.n_steps else None)
-        count = self.world.sum(torch.tensor([float(valid_tokens(targets))], dtype=torch.float64))[0]
+        self.seed_dropout(place)
+        ids, targets, own = self.batches.take(place, place + 1 if step + 1 < job.n_steps else None)
+        work = self.world.sum(torch.tensor([own, self.speed.flops(*ids.shape)], dtype=torch.float64))
         self.model.train()
         total = torch.zeros(1, dtype=torch.float64, device=self.world.device)
         # FSDP averages gradients over processes: times the world's size it is the sum again.
-        weight = self.world.size / count * (1.0 if state.scaler is None else state.scaler.scale)
+        weight = self.world.size / work[0] * (1.0 if state.scaler is None else state.scaler.scale)
         for first in range(0, len(ids), self.micro):
             part = slice(first, first + self.micro)
             loss = self.model(ids[part], head=self.head(targets[part]))
@@ -315,23 +294,49 @@ class _Loop:
             objective = loss.objective if balance is None else loss.objective + balance
             (objective * weight).backward()
             total += loss.nats
-        nats = float(self.world.sum(total)[0] / count)
-        lr_share = learning_rate_share(job.settings, step, job.n_steps)
         parameters = state.optimizers.parameters()
         if state.scaler is not None:
             state.scaler.unscale(parameters)
-        grad_norm = clip_gradients(parameters, job.settings.clip, self.world.sum)
-        line = {"loss": nats, "lr": job.settings.lr * lr_share, "grad_norm": grad_norm}
-        if state.scaler is not None and not state.scaler.judge(grad_norm):
+        nats, squared = self.world.sum(torch.cat([total, squared_norm(parameters)])).tolist()
+        tokens, flops = work.tolist()
+        nats, grad_norm = nats / tokens, math.sqrt(squared)
+        scale_to_norm(parameters, job.settings.clip, grad_norm)
+        lr_share = learning_rate_share(job.settings, step, job.n_steps)
+        line = {"loss": nats}
+        if job.train_bytes_per_token is not None:
+            line["bits_per_byte"] = nats / math.log(2) / job.train_bytes_per_token
+        line["lr"] = job.settings.lr * lr_share
+        if job.settings.optimizer == "muon":
+            line["muon_lr"] = job.settings.muon_lr * lr_share
+        line["grad_norm"] = grad_norm
+        # A loss that is not finite has nothing to do with the scale.
+        if state.scaler is not None and math.isfinite(nats) and not state.scaler.judge(grad_norm):
             state.optimizers.forget_gradients()
-            return {**line, "skipped": 1}, int(count)
+            return {**line, "skipped": 1}, int(tokens), flops
         trouble = state.guard.judge(nats, grad_norm)
         if trouble is not None and trouble.action != "ignore":
-            return self.give_way(trouble, step, line), int(count)
+            if not (math.isfinite(nats) and math.isfinite(grad_norm)):
+                trouble = replace(trouble, what=f"{trouble.what}; {self.origin(step + shift, ids, targets)}")
+            return self.give_way(trouble, step, line), int(tokens), flops
         state.optimizers.step(lr_share)
         if state.average is not None:
             state.average.update()
-        return line, int(count)
+        return line, int(tokens), flops
+
+    def seed_dropout(self, place: int) -> None:
+        """Dropout's randomness is a function of the step's place, so there is no generator state to save."""
+        torch.manual_seed(xxhash.xxh3_64_intdigest(f"{self.job.seed}/{place}/{self.world.rank}".encode()) >> 1)
+
+    def origin(self, place: int, ids: Tensor, targets: Tensor) -> str:
+        """Where the first number of a step arose that is not finite."""
+
+        def forward(part: slice) -> Tensor:
+            nats: Tensor = self.model(ids[part], head=self.head(targets[part])).nats
+            return nats
+
+        self.seed_dropout(place)
+        parts = [slice(first, first + self.micro) for first in range(0, len(ids), self.micro)]
+        return origin(self.model, [functools.partial(forward, part) for part in parts], self.world)
 
     def give_way(self, trouble: Trouble, step: int, line: dict[str, float]) -> dict[str, float]:
         """Leave a step's update out, or more.
@@ -363,7 +368,7 @@ class _Loop:
         step, job = progress.step, self.job
         averaged = self.state.average.in_place() if self.state.average is not None else contextlib.nullcontext()
         with averaged:
-            loss = self.validation_loss()
+            loss = self.validation_loss(progress)
             line: dict[str, Any] = {"step": step, "tokens": progress.tokens, "val_loss": loss}
             if job.bytes_per_token is not None:
                 line["val_bits_per_byte"] = loss / math.log(2) / job.bytes_per_token
@@ -372,26 +377,30 @@ class _Loop:
                 {"step": f"{step}/{job.n_steps}", **{k: v for k, v in line.items() if k.startswith("val")}}
             )
             if job.continue_text is not None:
-                for prompt in job.samples:
+                for place, prompt in enumerate(job.samples):
+                    if place:
+                        self.leave_if_asked(progress)
                     text = job.continue_text(self.model, prompt)
                     self.log.add("samples", {"step": step, "prompt": prompt, "text": text})
-            if step > 0 and (progress.best_loss is None or loss < progress.best_loss):
+            is_better = progress.best_loss is None or loss < progress.best_loss
+            if step > 0 and math.isfinite(loss) and is_better:
                 progress = replace(progress, best_loss=loss)
                 if job.settings.keep_best:
                     self.writer.save_best(weights_of(self.model), progress)
         return progress
 
     @torch.no_grad()
-    def validation_loss(self) -> float:
-        """Mean loss in nats over the validation targets."""
+    def validation_loss(self, progress: Progress) -> float:
+        """Mean loss in nats over the validation targets; left early if asked, since it is done again on resume."""
         self.model.eval()
         batch_size = self.job.settings.batch_size
         share = self.world.rows(batch_size)
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for ids, targets in self.job.source.validation(batch_size, self.job.settings.eval_tokens or 50_000):
+            self.leave_if_asked(progress)
             mine_ids, mine = ids[share].to(self.world.device), targets[share].to(self.world.device)
             sums[0] += self.model(mine_ids, head=head_loss(mine)).nats
-            sums[1] += valid_tokens(mine)
+            sums[1] += valid_tokens(targets[share])
         total, count = self.world.sum(sums).tolist()
         return total / count
 
@@ -403,6 +412,41 @@ class _Loop:
                 f"{self.job.name}: the first loss is {loss:.3f}, but a model that knows nothing gives "
                 f"ln V = {expected:.3f}. Look at the initialization, the targets and the vocabulary's size."
             )
+
+
+def _choose_compilation(
+    job: TrainingJob, state: TrainingState, progress: Progress, world: World, console: Console
+) -> Choice:
+    """Whether the blocks are compiled; if so, they are when this returns."""
+    settings, model, config = job.settings, state.model, state.model.config
+    if progress.compiled is not None:
+        choice: Choice | None = Choice(progress.compiled, "as before it was interrupted")
+    else:
+        n_flops = job.n_rows * training_flops(config, job.row_length or config.context_length)
+        choice = choose_without_trial(
+            settings.compile, world.device.type, n_flops, world.size, rows_are_alike=job.row_length is not None
+        )
+    if choice is not None:
+        if choice.compiled:
+            CompiledBlocks(model, console)
+        return choice
+    n_rows = min(settings.micro_batch_size or settings.batch_size, settings.batch_size)
+    ids, targets = (part.to(world.device) for part in job.source.rows(0, n_rows))
+
+    def run() -> None:
+        model(ids, head=head_loss(targets)).objective.backward()
+        state.optimizers.forget_gradients()
+
+    key = {
+        "model": config.to_dict(),
+        "shape": list(ids.shape),
+        "precision": str(model.compute_dtype),
+        "recomputed": settings.activation_checkpointing,
+    }
+    model.train()
+    choice = choose_by_trial(model, run, key, world.device, console)
+    console.note(f"{job.name}: {'compiled' if choice.compiled else 'not compiled'} ({choice.reason})")
+    return choice
 
 
 class _RollBack(Exception):

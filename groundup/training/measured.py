@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import orjson
 import torch
 
 from groundup.environment import cpu_name
@@ -37,20 +38,42 @@ def measured_once(
         device: where it is measured.
         measure: gives plain values.
     """
-    whole = {**key, "machine": machine(device)}
-    path = cache_root() / "measured" / f"{name}-{value_digest(whole)[:16]}.json"
+    found = recall(name, key, device)
+    if found is None:
+        found = measure()
+        remember(name, key, device, found)
+    return found
+
+
+def recall(name: str, key: Mapping[str, Any], device: torch.device) -> dict[str, Any] | None:
+    """What was measured here before, or None."""
+    whole = _whole(key, device)
     with contextlib.suppress(GroundupError, OSError, KeyError, TypeError):
-        found = read_json(path)
+        found = read_json(_file(name, whole))
         if found["key"] == whole:
             return dict(found["result"])
-    result = measure()
+    return None
+
+
+def remember(name: str, key: Mapping[str, Any], device: torch.device, result: Mapping[str, Any]) -> None:
+    """Keep a measurement for the next run."""
+    whole = _whole(key, device)
+    path = _file(name, whole)
     with contextlib.suppress(GroundupError, OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"key": whole, "result": result})
-    return result
+        write_json(path, {"key": whole, "result": dict(result)})
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What decides how fast this machine is, as far as one can see."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+
+
+def _whole(key: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    whole: dict[str, Any] = orjson.loads(orjson.dumps({**key, "machine": machine(device)}))  # as it is read back
+    return whole
+
+
+def _file(name: str, whole: Mapping[str, Any]) -> Path:
+    return cache_root() / "measured" / f"{name}-{value_digest(whole)[:16]}.json"

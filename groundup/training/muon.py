@@ -3,12 +3,15 @@
 For each matrix with gradient G: M ← β M + (1 − β) G, U = (1 − β) G + β M (Nesterov), and
 W ← W − lr · sqrt(max(1, rows/cols)) · orthogonalize(U), where orthogonalize replaces the singular values
 of U by values near 1 with five Newton-Schulz steps: X ← a X + (b A + c A²) X, A = X Xᵀ. Every direction
-of the matrix is thus moved by about the same amount. Matrices of one shape are done in one batched product.
+of the matrix is thus moved by about the same amount. Matrices of one shape are done together, as many as stay near
+the processor: beside a small batch these products are a quarter of a step (`groundup.reference.optimizers` is the plain
+form).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,20 +24,26 @@ from groundup.distributed import full_tensor, like_parameter
 # Chosen by Jordan for the steepest slope at 0 with five steps; singular values land in about [0.7, 1.2].
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
+# Of one batch of matrices in the dtype of the steps. On a CPU about a core's second-level cache, which takes a quarter
+# off the time of all matrices at once (benchmarks/optimizer_step.py). On a GPU only memory sets a limit.
+BATCH_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
+
 
 def orthogonalize(
     matrices: Float[Tensor, "*n rows cols"], *, steps: int = 5, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "*n rows cols"]:
     """Move every singular value of each matrix to about 1; computed and returned in `dtype`."""
-    x = matrices.to(dtype)
-    tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    shape = matrices.shape
+    tall = shape[-2] > shape[-1]
+    x = (matrices.mT if tall else matrices).reshape(-1, min(shape[-2:]), max(shape[-2:]))
+    # Divided before the cast: float16 could not hold what a small gradient is.
+    norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    x = (x / (norms + 1e-7)).to(dtype)
     for _ in range(steps):
         gram = x @ x.mT
-        x = _A * x + (_B * gram + _C * gram @ gram) @ x
-    return x.mT if tall else x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
+        x = torch.baddbmm(x, polynomial, x, beta=_A)
+    return (x.mT if tall else x).reshape(shape)
 
 
 class Muon(Optimizer):
@@ -67,19 +76,32 @@ class Muon(Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape[parameter.shape].append(parameter)
-            for shape, parameters in by_shape.items():
-                updates = [full_tensor(self._momentum_update(parameter, group["momentum"])) for parameter in parameters]
-                directions = orthogonalize(torch.stack(updates), dtype=self.dtype).float()
-                scale = max(1.0, shape[-2] / shape[-1]) ** 0.5
-                for parameter, direction in zip(parameters, directions, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(like_parameter(direction, parameter), alpha=-group["lr"] * scale)
+            for parameters in by_shape.values():
+                for batch in self._batches(parameters):
+                    self._update(batch, group["lr"], group["momentum"], group["weight_decay"])
 
-    def _momentum_update(self, parameter: Tensor, momentum: float) -> Tensor:
-        state, gradient = self.state[parameter], parameter.grad
-        assert gradient is not None
+    def _update(self, parameters: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+        gradients: list[Tensor] = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        buffers = [self._buffer(parameter) for parameter in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        updates = torch._foreach_lerp(gradients, buffers, momentum)
+        directions = orthogonalize(torch.stack([full_tensor(update) for update in updates]), dtype=self.dtype)
+        if weight_decay:
+            torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+        rows, cols = parameters[0].shape[-2:]
+        for parameter, direction in zip(parameters, directions.float(), strict=True):
+            parameter.add_(like_parameter(direction, parameter), alpha=-lr * max(1.0, rows / cols) ** 0.5)
+
+    def _buffer(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer = state["momentum_buffer"]
-        buffer.lerp_(gradient, 1 - momentum)
-        return gradient.lerp(buffer, momentum)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
+
+    def _batches(self, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        first = parameters[0]
+        limit = BATCH_BYTES.get(first.device.type, BATCH_BYTES["cuda"])
+        n = max(1, limit // (first.numel() * self.dtype.itemsize))
+        for start in range(0, len(parameters), n):
+            yield list(parameters[start : start + n])

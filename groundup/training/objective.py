@@ -4,7 +4,9 @@ The sum over a step (micro-batches, processes) is divided once by the step's glo
 that uneven masks weigh every token alike. The logits of (batch · seq) × vocab are the largest tensor of
 training; here they exist one slice of rows at a time. The gradient with respect to logits is known in closed
 form, so it is taken in the forward pass, slice by slice, and only the gradients of the hidden states and of the
-output matrix are kept (as in Liger Kernel, arXiv:2410.10989, section 3.2).
+output matrix are kept (as in Liger Kernel, arXiv:2410.10989, section 3.2). A slice is large, so that its products are
+efficient and the output matrix's gradient is read and written seldom; on a CPU what is done to its logits one by one
+is done to pieces that stay in the cache (benchmarks/training_speed.py).
 
 With logits z of V tokens, target y, label smoothing ε (arXiv:1512.00567, section 7) and z-loss ζ (PaLM,
 arXiv:2204.02311, section 5), what is minimized is
@@ -29,7 +31,12 @@ from groundup.model import OutputLayer
 IGNORED = -100
 """The target of a position that is not predicted."""
 
-_SLICE_LOGITS = 1 << 20  # logits held at once; 4 MiB in float32 stays near the cache
+SLICE_BYTES = 32 << 20
+"""Logits held at once, in the compute dtype."""
+PIECE_LOGITS = 1 << 18
+"""Logits worked on at once on a CPU: 1 MiB in float32."""
+PIECE_WEIGHTS = 1 << 22
+"""Of the output matrix's gradient, what is added at once on a CPU: 8 MiB in bfloat16."""
 
 
 class Loss(NamedTuple):
@@ -99,41 +106,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         cast = weight.to(hidden.dtype)
         wants_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        if wants_gradient:
-            d_hidden = torch.empty_like(hidden)
-            d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        objective, nats = (torch.zeros((), dtype=torch.float32, device=hidden.device) for _ in range(2))
-        step = max(1, _SLICE_LOGITS // weight.shape[0])
-        for start in range(0, hidden.shape[0], step):
-            part, target = hidden[start : start + step], targets[start : start + step]
-            logits = (part @ cast.T).float()  # (rows, padded_vocab)
-            if softcap is not None:
-                bend = torch.tanh_(logits.div_(softcap))
-                logits = bend * softcap
-            logits[:, vocab_size:] = float("-inf")
-            log_normalizer = logits.logsumexp(dim=-1, keepdim=True)
-            valid = target != IGNORED
-            index = target.where(valid, 0)[:, None]
-            loss = log_normalizer - logits.gather(1, index)
-            nats += (loss[:, 0] * valid).sum()
-            if smoothing:
-                mean = logits[:, :vocab_size].mean(dim=-1, keepdim=True)
-                loss = (1 - smoothing) * loss + smoothing * (log_normalizer - mean)
-            if z_loss:
-                loss = loss + z_loss * log_normalizer.square()
-            objective += (loss[:, 0] * valid).sum()
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros(weight.shape if wants_gradient else 0, dtype=torch.float32, device=hidden.device)
+        sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)  # objective, nats
+        n_slice = max(1, SLICE_BYTES // (cast.element_size() * cast.shape[0]))
+        n_piece = max(1, PIECE_LOGITS // cast.shape[0]) if hidden.device.type == "cpu" else n_slice
+        n_columns = max(1, PIECE_WEIGHTS // cast.shape[1]) if hidden.device.type == "cpu" else cast.shape[0]
+        for start in range(0, hidden.shape[0], n_slice):
+            rows = slice(start, start + n_slice)
+            logits = hidden[rows] @ cast.T  # (rows, padded_vocab); becomes its own gradient
+            for piece, target in zip(torch.split(logits, n_piece), torch.split(targets[rows], n_piece), strict=True):
+                loss, gradient = _piece(piece, target, vocab_size, softcap, smoothing, z_loss, wants_gradient)
+                sums += loss
+                if gradient is not None:
+                    piece.copy_(gradient)
             if wants_gradient:
-                gradient = logits.sub_(log_normalizer).exp_()
-                if z_loss:
-                    gradient.mul_(1 + 2 * z_loss * log_normalizer)
-                gradient.scatter_add_(1, index, torch.full_like(index, smoothing - 1.0, dtype=torch.float32))
-                if smoothing:
-                    gradient[:, :vocab_size] -= smoothing / vocab_size
-                if softcap is not None:
-                    gradient.mul_(1 - bend.square())
-                gradient = gradient.mul_(valid[:, None]).to(hidden.dtype)
-                d_hidden[start : start + step] = gradient @ cast
-                d_weight += gradient.T @ part
+                torch.mm(logits, cast, out=d_hidden[rows])
+                parts = zip(torch.split(logits, n_columns, dim=1), torch.split(d_weight, n_columns), strict=True)
+                for columns, d_part in parts:
+                    d_part += columns.T @ hidden[rows]
+        objective, nats = sums.unbind()
         if wants_gradient:
             ctx.save_for_backward(d_hidden, d_weight)
         ctx.mark_non_differentiable(nats)
@@ -141,5 +133,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * outputs[0], d_weight * outputs[0], None, None, None, None, None
+        d_hidden, d_weight = ctx.saved_tensors  # in place: a copy of the output matrix's would be the step's largest
+        return d_hidden.mul_(outputs[0]), d_weight.mul_(outputs[0]), None, None, None, None, None
+
+
+def _piece(
+    scores: Tensor, target: Tensor, vocab_size: int, softcap: float | None, smoothing: float, z_loss: float,
+    wants_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Sums over some rows of (objective, nats), and the objective's gradient by the rows' scores, float32."""
+    logits = scores.to(torch.float32, copy=True)
+    if softcap is not None:
+        bend = torch.tanh_(logits.div_(softcap))
+        logits = bend * softcap
+    logits[:, vocab_size:] = float("-inf")
+    log_normalizer = logits.logsumexp(dim=-1, keepdim=True)
+    valid = (target != IGNORED)[:, None]
+    index = target[:, None].where(valid, 0)
+    nats = loss = log_normalizer - logits.gather(1, index)
+    if smoothing:
+        mean = logits[:, :vocab_size].mean(dim=-1, keepdim=True)
+        loss = (1 - smoothing) * loss + smoothing * (log_normalizer - mean)
+    if z_loss:
+        loss = loss + z_loss * log_normalizer.square()
+    sums = torch.stack([(loss * valid).sum(), (nats * valid).sum()])
+    if not wants_gradient:
+        return sums, None
+    gradient = logits.sub_(log_normalizer).exp_()
+    if z_loss:
+        gradient.mul_(1 + 2 * z_loss * log_normalizer)
+    gradient.scatter_add_(1, index, torch.full_like(index, smoothing - 1.0, dtype=torch.float32))
+    if smoothing:
+        gradient[:, :vocab_size] -= smoothing / vocab_size
+    if softcap is not None:
+        gradient.mul_(1 - bend.square())
+    return sums, gradient.mul_(valid)

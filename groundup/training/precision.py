@@ -1,7 +1,8 @@
 """Which arithmetic the machine does natively, and the choice that follows, with its reason.
 
 bfloat16 needs hardware: AVX512-BF16 or AMX on x86, BF16 on Arm, compute capability 8.0 on NVIDIA. Without it
-bfloat16 is slower than float32 on a CPU; float16 has no fast path on any CPU and is never chosen there.
+bfloat16 is slower than float32 on a CPU; float16 has no fast path on any CPU and is never chosen there. float8 is
+bfloat16 with the blocks' products in 8 bits (`fp8.py`), where the recipe asks for it.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import functools
 import sys
 from pathlib import Path
-from typing import Literal
 
 import torch
+
+from groundup.recipe import PrecisionName
+from groundup.training.fp8 import check_float8
 
 
 @functools.cache
@@ -29,11 +32,21 @@ def native_bfloat16(device_type: str = "cpu") -> tuple[bool, str]:
     return False, "this CPU has neither AVX512-BF16, AMX nor Arm BF16"
 
 
-def choose_precision(
-    setting: Literal["auto", "float32", "bfloat16", "float16"], device_type: str = "cpu"
-) -> tuple[torch.dtype, str]:
-    """The dtype of the model's arithmetic and the reason for it."""
+def check_precision(setting: PrecisionName, device_type: str, stage: str = "pretrain") -> None:
+    """Hold that this machine can do the arithmetic that a recipe asks for; nothing is allocated.
+
+    Raises:
+        GroundupError: it cannot.
+    """
+    if setting == "float8":
+        check_float8(device_type, stage)
+
+
+def choose_precision(setting: PrecisionName, device_type: str = "cpu") -> tuple[torch.dtype, str]:
+    """The dtype of the model's arithmetic and the reason for it (`check_precision` says whether it can be)."""
     native, evidence = native_bfloat16(device_type)
+    if setting == "float8":
+        return torch.bfloat16, "float8 in the blocks' linear layers, as the recipe says"
     if setting == "auto":
         return (torch.bfloat16 if native else torch.float32), evidence
     if setting == "float16":

@@ -18,7 +18,9 @@ from groundup.recipe import PretrainSettings
 from groundup.shards import TokenShards
 from groundup.tokenizer import Tokenizer
 from groundup.training.batches import ShardBatches
-from groundup.training.loop import TrainingJob, forget_checkpoints, train
+from groundup.training.job import TrainingJob
+from groundup.training.loop import forget_checkpoints, train
+from groundup.training.precision import choose_precision
 from groundup.training.start import start_digest
 
 COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER = 20
@@ -70,7 +72,11 @@ def pretrain(
         DataError: too little text.
         Interrupted: asked to stop; everything is saved.
     """
+    says_precision = console is None  # whoever brings a console has said it in a line of their own
     settings, console, world = settings or PretrainSettings(), console or Console(), world or current_world()
+    if says_precision and world.is_first:
+        dtype, reason = choose_precision(settings.precision, world.device.type)
+        console.note(f"pretrain: {str(dtype).removeprefix('torch.')} ({reason})")
     shards = Path(shards)
     out = Path(out) if out is not None else shards.parent / "pretrain"
     if tokenizer is None and (shards.parent / "tokenizer" / "tokenizer.json").is_file():
@@ -112,9 +118,11 @@ def pretraining_job(
         n_rows=count_rows(model, settings),
         folder=out,
         seed=seed,
+        row_length=length,
         start=start_digest(settings.init) if settings.init is not None else "fresh",
         expected_initial_loss=math.log(model.config.vocab_size) if settings.init is None else None,
         bytes_per_token=validation.n_bytes / max(1, validation.n_tokens - validation.n_documents),
+        train_bytes_per_token=train_shards.n_bytes / max(1, train_shards.n_tokens - train_shards.n_documents),
         samples=settings.samples if tokenizer is not None and settings.sample_tokens else (),
         continue_text=_continuation(tokenizer, settings.sample_tokens, seed) if tokenizer is not None else None,
     )

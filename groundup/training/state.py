@@ -10,8 +10,8 @@ from groundup.model import Transformer
 from groundup.training.averaging import WeightAverage
 from groundup.training.checkpoint import Progress, Stateful, load_checkpoint, load_weights, weights_of
 from groundup.training.guard import Guard
+from groundup.training.loss_scaling import LossScaler
 from groundup.training.optimizers import Optimizers
-from groundup.training.scaling import LossScaler
 
 
 @dataclass

@@ -43,6 +43,8 @@ class LossScaler:
             grad_norm: of all unscaled gradients.
         """
         if not math.isfinite(grad_norm):
+            if self.scale == 1.0:
+                return True  # it is not the scale: the guard is to judge
             self.scale, self._n_good = max(1.0, self.scale / 2), 0
             return False
         self._n_good += 1

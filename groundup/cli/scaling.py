@@ -1,0 +1,264 @@
+"""`groundup scaling`: a small sweep of models, and the law that says what larger ones would reach."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from groundup.cli.building import recipe_and_run, stopped_by_sigterm
+from groundup.cli.options import (
+    JsonOption,
+    QuietOption,
+    RecipeArgument,
+    RunsOption,
+    SetOption,
+    command_line,
+    print_json,
+    result_console,
+)
+
+if TYPE_CHECKING:
+    from groundup.console import Console
+    from groundup.recipe import Recipe
+    from groundup.training.scaling_law import Optimum, ScalingLaw
+    from groundup.training.scaling_sweep import Sweep
+
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
+FURTHER = (1, 10, 100)
+"""The table's budgets of compute, as multiples of the largest run's."""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command(
+        epilog="Examples:  groundup scaling demo --dry-run  ·  groundup scaling demo  ·  groundup scaling my.toml "
+        "--sizes 1m,2m,4m,8m --minutes 60",
+    )(scaling)
+
+
+def scaling(
+    recipe: RecipeArgument,
+    settings: SetOption = None,
+    sizes: Annotated[
+        str | None, typer.Option("--sizes", metavar="N,N,…", help="Parameters in all [200k,500k,1m,2m].")
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option("--tokens", metavar="D,D,…", help="Token budgets, each for each size.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", metavar="M", help="Choose the budgets for so much time here.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="The sweep's folder (default: RUNS/scaling).")
+    ] = None,
+    runs: RunsOption = Path("runs"),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be trained and how long it takes, and train nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Fit a scaling law: train a few small models on a few budgets, and predict what larger ones reach.
+
+    Uses the recipe's text, tokenizer and shards (made first where they are missing) and its architecture. Finished
+    runs are kept; interrupted, the same command goes on. Leaves points.jsonl, law.json and scaling.svg.
+    """
+    from groundup.console import Console
+    from groundup.distributed import current_world
+    from groundup.training.scaling_grid import DEFAULT_SIZES
+
+    chosen, folder = recipe_and_run(recipe, settings or [], False, None, runs)
+    asked: dict[str, Any] = {
+        "out": out or runs / "scaling",
+        "sizes": [size.strip() for size in sizes.split(",")] if sizes is not None else list(DEFAULT_SIZES),
+        "tokens": _budgets(tokens) if tokens is not None else None,
+        "minutes": minutes,
+    }
+    world = current_world()
+    console = Console(quiet=quiet or not world.is_first)
+    if dry_run:
+        _show_plan(chosen, folder, asked, as_json, console)
+        return
+    law = _sweep(chosen, folder, asked, console)
+    if not world.is_first:
+        return
+    if as_json:
+        print_json({"folder": str(asked["out"]), **law.to_dict(), "compute_optimal": _ahead(law)})
+    elif not quiet:
+        show_law(law, asked["out"])
+
+
+def _sweep(recipe: Recipe, folder: Path, asked: dict[str, Any], console: Console) -> ScalingLaw:
+    from groundup.errors import Interrupted
+    from groundup.road import build
+    from groundup.training.scaling_sweep import check_start, scaling_sweep
+
+    check_start(recipe, asked["out"])
+    try:
+        with stopped_by_sigterm():
+            run = build(recipe, folder, until="shards", console=console)
+            return scaling_sweep(recipe, run.folder("shards"), console=console, **asked)
+    except KeyboardInterrupt as error:
+        raise Interrupted("Stopped. Finished runs and stages are kept, and no file is half written.") from error
+
+
+def show_law(law: ScalingLaw, out: Path) -> None:
+    """The law, how well it fits, and what it says of more compute."""
+    from groundup.console import format_count
+    from groundup.training.scaling_law import LEVEL
+
+    console = result_console()
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("L(N, D) = E + A / N^alpha + B / D^beta", "", f"{LEVEL:.0%} interval"):
+        table.add_column(column, justify="left" if column.startswith("L") else "right")
+    intervals = law.intervals()
+    for name, meaning in (
+        ("e", "E, nats per token that nothing takes away"), ("a", "A"), ("alpha", "alpha, of parameters N"),
+        ("b", "B"), ("beta", "beta, of tokens D"),
+    ):  # fmt: skip
+        low, high = intervals[name]
+        table.add_row(meaning, f"{getattr(law, name):.3g}", f"{low:.3g} to {high:.3g}")
+    console.print(table)
+    console.print(
+        f"n = {len(law.points)} runs · scatter about the law {law.noise:.2%} of loss · a run that the law has not seen "
+        f"is off by {law.left_out_error:.2%} (rms)\n"
+    )
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("compute", "best N", "best D", "D / N", "loss", f"{LEVEL:.0%} interval", ""):
+        table.add_column(column, justify="right" if column else "left")
+    for row in _optima(law):
+        said = row.prediction
+        table.add_row(
+            f"{row.flops:.1e}",
+            format_count(row.n_parameters),
+            format_count(row.n_tokens),
+            f"{row.n_tokens / row.n_parameters:.1f}",
+            f"{said.loss:.3f}",
+            f"{said.low:.3f} to {said.high:.3f}",
+            reach(row, law),
+        )
+    console.print(table)
+    typer.echo(
+        f"\nSee it:  {out / 'scaling.svg'}      Use it:  {command_line('plan', law.data.recipe if law.data else '')}"
+    )
+
+
+def reach(row: Optimum, law: ScalingLaw) -> str:
+    """How far from what was measured a prediction is, in words."""
+    from groundup.training.scaling_grid import MOST_EPOCHS
+
+    if row.beyond > 1.0:
+        words = f"extrapolated: {row.beyond:.3g}× the compute of the largest run"
+    elif row.prediction.beyond > 1.0:
+        words = f"extrapolated: {row.prediction.beyond:.3g}× beyond the sweep's sizes or budgets"
+    else:
+        words = "within the sweep"
+    passes = row.n_tokens / law.data.train_tokens if law.data is not None else 0.0
+    return f"{words}; {passes:.1f} passes over this text: needs more" if passes > MOST_EPOCHS else words
+
+
+def _optima(law: ScalingLaw) -> list[Optimum]:
+    largest = max(point.flops for point in law.points)
+    return [law.compute_optimal(factor * largest) for factor in FURTHER]
+
+
+def _ahead(law: ScalingLaw) -> list[dict[str, Any]]:
+    from dataclasses import asdict
+
+    return [asdict(row) for row in _optima(law)]
+
+
+def _show_plan(recipe: Recipe, folder: Path, asked: dict[str, Any], as_json: bool, console: Console) -> None:
+    """The runs, what each costs, and which are there; the road's stages as `build --dry-run` says them."""
+    from groundup.preview import check_recipe
+    from groundup.road import plan
+    from groundup.run import Run
+    from groundup.training.scaling_sweep import check_start, limited_threads, plan_sweep
+    from groundup.training.scaling_time import seconds_of
+
+    check_start(recipe, asked["out"])
+    check_recipe(recipe, recipe.name)
+    run = Run(folder)
+    missing = [item.stage.name for item in plan(recipe, run, until="shards") if item.state != "done"]
+    if missing:
+        if as_json:
+            print_json({"folder": str(asked["out"]), "missing_stages": missing, "runs": None, "seconds": None})
+            return
+        typer.echo(
+            f"{folder}: {', '.join(missing)} would be done first; how much text there is, and so which budgets and how "
+            f"long, is known then.\nDo that now:  {command_line('shards', recipe.name)}"
+        )
+        return
+    with limited_threads(recipe.threads):
+        sweep = plan_sweep(recipe, run.folder("shards"), **asked)
+        seconds = seconds_of(sweep.runs)
+    for note in sweep.notes:
+        console.warn(note)
+    if as_json:
+        print_json({"folder": str(sweep.out), "missing_stages": [], **_plan_json(sweep, seconds)})
+        return
+    _show_runs(sweep, seconds)
+
+
+def _show_runs(sweep: Sweep, seconds: list[float]) -> None:
+    from groundup.console import format_duration
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    names = ("parameters", "blocks × width", "tokens", "a parameter", "passes", "batch", "lr", "FLOPs", "time", "")
+    for column in names:
+        table.add_column(column, justify="right" if column else "left")
+    left = 0.0
+    for run, took in zip(sweep.runs, seconds, strict=True):
+        done = sweep.finished(run) is not None
+        left += 0.0 if done else took
+        table.add_row(
+            f"{run.n_parameters:,}",
+            f"{run.config.n_layers} × {run.config.d_model}",
+            f"{run.tokens:,}",
+            f"{run.tokens / run.n_parameters:.1f}",
+            f"{run.tokens / sweep.data.train_tokens:.1f}",
+            f"{run.settings.batch_size} × {run.sequence_length}",
+            f"{run.settings.lr:g}",
+            f"{run.flops:.1e}",
+            format_duration(took),
+            "there already" if done else "",
+        )
+    result_console().print(table)
+    typer.echo(
+        f"\n{len(sweep.runs)} runs · {sum(run.flops for run in sweep.runs):.2g} FLOPs · about {format_duration(left)} "
+        f"to go here, by a few steps of each model\nfolder {sweep.out}"
+    )
+
+
+def _plan_json(sweep: Sweep, seconds: list[float]) -> dict[str, Any]:
+    rows = [
+        {
+            "n_parameters": run.n_parameters,
+            "n_tokens": run.tokens,
+            "batch_size": run.settings.batch_size,
+            "sequence_length": run.sequence_length,
+            "lr": run.settings.lr,
+            "flops": run.flops,
+            "seconds": took,
+            "done": sweep.finished(run) is not None,
+        }
+        for run, took in zip(sweep.runs, seconds, strict=True)
+    ]
+    left = sum(took for row, took in zip(rows, seconds, strict=True) if not row["done"])
+    return {"runs": rows, "seconds": left}
+
+
+def _budgets(text: str) -> list[int]:
+    """Token counts that "200k,1.6m" means."""
+    from groundup.errors import Problem, RecipeError
+
+    found = [re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s*([kmb]?)", part.strip().lower()) for part in text.split(",")]
+    numbers = [float(one[1].replace("_", "")) * _UNITS[one[2]] for one in found if one is not None]
+    if len(numbers) < len(found):
+        problem = Problem(f"--tokens {text}", "is no list of numbers.", "Write it as 200k,400k,1.6m.")
+        raise RecipeError("command line", [problem])
+    return [round(number) for number in numbers]

@@ -1,0 +1,142 @@
+"""Accelerators that are not here: their memory, and a pace that follows from peak, bandwidth and an assumed utilization.
+
+`data/devices.toml` holds the figures. A step takes the longest of three: arithmetic at an assumed share of the peak;
+starting its kernels, which decides for small models; and moving weights and gradients between devices. The update
+moves weights, gradients and moments through memory once, and Muon's products come on top.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import re
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+
+from groundup.errors import GroundupError
+from groundup.model import ModelConfig
+from groundup.model.activations import Arithmetic
+from groundup.model.cost import parameter_shapes, training_flops, weight_bytes
+from groundup.recipe import OptimizerSettings
+from groundup.training.groups import group_parameters
+from groundup.training.plan_fit import Room
+from groundup.training.plan_memory import Step
+from groundup.training.plan_pace import Pace
+
+KERNELS_PER_BLOCK = 140
+"""That forward and backward pass of a block start, counted with torch's dispatcher; a third of them forward."""
+KERNEL_SECONDS = 6e-6
+"""To start one, assumed."""
+DEVICES_A_MACHINE = 8
+NETWORK = 5e10
+"""Bytes/s of each device to those of other machines, one way, assumed: 400 Gbit/s."""
+_MOST = 4096
+
+
+@dataclass(frozen=True)
+class Device:
+    """One kind of accelerator; see `data/devices.toml`.
+
+    Attributes:
+        name: as for --device.
+        bfloat16: FLOP/s of dense products; 0: not native.
+        float16: the same.
+        float32: the same.
+        memory: GiB.
+        bandwidth: of the memory, bytes/s.
+        link: to another device, bytes/s.
+        price: dollars an hour.
+        mfu: assumed share of the peak.
+    """
+
+    name: str
+    bfloat16: float
+    float16: float
+    float32: float
+    memory: float
+    bandwidth: float
+    link: float
+    price: float
+    mfu: float
+
+    @property
+    def room(self) -> Room:
+        """Its memory."""
+        return Room(int(self.memory * 2**30), self.name, "cuda")
+
+    def peak(self, dtype: Arithmetic) -> float:
+        """FLOP/s of dense products; of float32's where it has no other."""
+        return {"bfloat16": self.bfloat16, "float16": self.float16, "float32": self.float32}[dtype] or self.float32
+
+    def arithmetic(self, precision: str) -> Arithmetic:
+        """What a recipe's precision comes to on it."""
+        if precision in ("float32", "float16", "bfloat16"):
+            return {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}[precision]  # type: ignore[return-value]
+        return "bfloat16" if self.bfloat16 else "float32"
+
+
+@functools.cache
+def devices() -> dict[str, Device]:
+    """All of the table, by name."""
+    text = resources.files("groundup").joinpath("data", "devices.toml").read_text(encoding="utf-8")
+    return {name: Device(name=name, **values) for name, values in tomllib.loads(text).items()}
+
+
+def find_device(text: str) -> tuple[Device, int]:
+    """The device and the number of them that "h100x8" or "l4" means.
+
+    Raises:
+        GroundupError: no such device, or no such number of them.
+    """
+    match = re.fullmatch(r"(.+?)(?:x(\d+))?", text.strip().lower())
+    name, count = (match[1], int(match[2] or 1)) if match else ("", 0)
+    if name not in devices():
+        near = difflib.get_close_matches(name, devices(), n=2, cutoff=0.4)
+        meant = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise GroundupError(f"--device {text}: not in the table.{meant}", f"Known: {', '.join(devices())}.")
+    if not 1 <= count <= _MOST:
+        raise GroundupError(f"--device {text}: {count} devices.", f"Ask for 1 to {_MOST:,}.")
+    return devices()[name], count
+
+
+def table_pace(config: ModelConfig, settings: OptimizerSettings, step: Step, device: Device) -> Pace:
+    """What the table says of a run on `step.n_devices` of a device."""
+    rate = device.peak(step.dtype) * device.mfu
+    n_micro = math.ceil(step.rows / step.micro)
+    arithmetic = step.rows * training_flops(config, step.length) / rate
+    kernels = n_micro * config.n_layers * KERNELS_PER_BLOCK * KERNEL_SECONDS
+    passes = {"arithmetic": arithmetic, "starting kernels": kernels, "moving weights": n_micro * _moving(config, step, device)}
+    bound, seconds = max(passes.items(), key=lambda part: part[1])
+    weights = weight_bytes(config)
+    update = 7 * weights / step.n_devices / device.bandwidth + _products_of_muon(config, settings) / rate
+    forward = max(arithmetic, kernels) / 3 / step.rows / step.n_devices
+    token = max(config.n_layers * KERNELS_PER_BLOCK / 3 * KERNEL_SECONDS, weights / 2 / device.bandwidth)
+    batch = step.rows * step.n_devices
+    flops = batch * training_flops(config, step.length) / seconds
+    how = f"table: {device.mfu:.0%} of {device.peak(step.dtype) / 1e12:,.0f} TFLOP/s assumed, not measured"
+    if bound != "arithmetic":
+        how += f"; bound by {bound}"
+    return Pace(
+        row=seconds / batch, update=update, eval_row=forward, sample_token=token, save=0.0,
+        begin=30.0, flops=flops, how=how, is_measured=False,
+    )  # fmt: skip
+
+
+def _moving(config: ModelConfig, step: Step, device: Device) -> float:
+    """Seconds to gather weights twice and scatter gradients once, float32, for each micro-batch."""
+    n = step.n_devices
+    link = device.link if n <= DEVICES_A_MACHINE else min(device.link, NETWORK)
+    return 3 * weight_bytes(config) * (n - 1) / n / link
+
+
+def _products_of_muon(config: ModelConfig, settings: OptimizerSettings) -> float:
+    """FLOPs of Newton-Schulz, five steps, which every device does for all matrices."""
+    shapes = parameter_shapes(config)
+    total = 0
+    for group in group_parameters(shapes, settings).groups:
+        for shape in (shapes[name] for name in group.names if group.optimizer == "muon"):
+            small, large = min(shape[-2:]), max(shape[-2:])
+            total += math.prod(shape[:-2]) * 5 * (4 * small * small * large + 2 * small**3)
+    return float(total)

@@ -1,0 +1,269 @@
+"""A pace by measuring: some real steps of the real model on this machine, within a time.
+
+Forward and backward pass, update, validation, one token of a sample and a checkpoint are timed each for itself, as
+medians. A model that is too large for the time is probed with fewer rows of a batch, then at two depths, then with
+shorter rows; what is carried on from there is said. Nothing stays but the figures.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from groundup.distributed import World
+from groundup.files import remove_partials
+from groundup.generation.cache import KVCache
+from groundup.model import ModelConfig, Transformer, count_parameters
+from groundup.model.cost import optimizer_bytes, training_flops, weight_bytes
+from groundup.recipe import OptimizerSettings
+from groundup.training.activation import set_checkpointing
+from groundup.training.ceiling import measured_ceiling
+from groundup.training.checkpoint import CheckpointWriter, Progress, weights_of
+from groundup.training.groups import frozen
+from groundup.training.memory import keep_freed_memory
+from groundup.training.objective import head_loss
+from groundup.training.optimizers import Optimizers, clip_gradients
+from groundup.training.plan_fit import Room, need
+from groundup.training.plan_memory import Step
+from groundup.training.plan_pace import Pace
+
+PROBE_SECONDS = 20.0
+ASSUMED_MFU = 0.35
+"""Of the measured matmul ceiling: to choose what to probe, and the pace of what cannot be probed at all."""
+_MOST_REPEATS = 30
+_SHORTEST = 64
+_LARGEST_SAVED = 1 << 30
+_DISK = 5e8
+"""Bytes/s of a disk that is not tried."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a model, rows and tokens that stand for the whole."""
+
+    n_layers: int
+    rows: int
+    length: int
+
+    def of(self, config: ModelConfig) -> ModelConfig:
+        """The model with so many blocks."""
+        return ModelConfig(**{**config.to_dict(), "n_layers": self.n_layers})
+
+
+@dataclass(frozen=True)
+class Times:
+    """Measured seconds: of one pass over all rows of the part, of an update, and so on."""
+
+    both: float
+    update: float
+    forward: float
+    token: float
+    save: float
+    build: float
+
+    def combined(self, other: Times, weight: float) -> Times:
+        """self + (other − self) · weight, each at least 0."""
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Times(*(max(0.0, one + (two - one) * weight) for one, two in pairs))
+
+
+def probe(
+    config: ModelConfig, settings: OptimizerSettings, step: Step, world: World, room: Room,
+    *, seconds: float = PROBE_SECONDS, folder: Path | None = None,
+) -> Pace:  # fmt: skip
+    """Measure this machine's pace.
+
+    Args:
+        config: the model.
+        settings: optimizer, checkpointing, groups.
+        step: what this device does.
+        world: the device.
+        room: its memory.
+        seconds: at most about so long.
+        folder: where checkpoints would go, whose disk is tried (default: the system's temporary folder).
+    """
+    if world.device.type == "cpu":
+        keep_freed_memory()
+    until = time.perf_counter() + seconds
+    dtype = getattr(torch, step.dtype)
+    rate = ASSUMED_MFU * measured_ceiling(dtype, world.device)
+    whole = Part(config.n_layers, step.micro, step.length)
+    chosen = next(_affordable(config, settings, step, whole, rate, room, 0.75 * seconds), None)
+    if chosen is None:
+        return _untried(config, step, rate)
+    measured = [_measure(config, part, settings, step, world, until, len(chosen), folder) for part in chosen]
+    part, times = chosen[-1], measured[-1]
+    if len(chosen) == 2:
+        first, second = (one.n_layers for one in chosen)
+        times = measured[0].combined(measured[1], (config.n_layers - first) / (second - first))
+    longer = training_flops(config, step.length) / training_flops(config, part.length)
+    row = times.both / part.rows * longer
+    return Pace(
+        row=row / step.n_devices,
+        update=times.update,
+        eval_row=times.forward / part.rows * longer / step.n_devices,
+        sample_token=times.token,
+        save=times.save,
+        begin=times.build,
+        flops=training_flops(config, step.length) / row * step.n_devices,
+        how=_told(chosen, whole),
+        is_measured=True,
+    )
+
+
+def _affordable(
+    config: ModelConfig, settings: OptimizerSettings, step: Step, whole: Part, rate: float, room: Room, seconds: float
+) -> Iterator[tuple[Part, ...]]:
+    """Parts that stand for the whole, the most faithful first, of those that fit into time and memory."""
+    rows = [whole.rows]
+    while rows[-1] > 1:
+        rows.append(rows[-1] // 2)
+    ways: list[tuple[Part, ...]] = [(replace(whole, rows=count),) for count in rows]
+    lengths = [whole.length]
+    while lengths[-1] > _SHORTEST:
+        lengths.append(max(_SHORTEST, lengths[-1] // 2))
+    if config.n_layers > 2:
+        for length in lengths:
+            depths = ((2, 4), (1, 2)) if config.n_layers > 4 else ((1, 2),)
+            ways += [tuple(Part(depth, 1, length) for depth in pair) for pair in depths]
+    else:
+        ways += [(Part(config.n_layers, 1, length),) for length in lengths[1:]]
+    for way in ways:
+        taken = sum(_expected(part.of(config), part, rate) for part in way)
+        wanted = max(
+            need(part.of(config), _without_groups(settings), _as_step(part, step)).total for part in way
+        )
+        if taken <= seconds and wanted <= room.usable:
+            yield way
+
+
+def _expected(config: ModelConfig, part: Part, rate: float) -> float:
+    """Seconds to build it, for one step to warm up and two more."""
+    return 3 * part.rows * training_flops(config, part.length) / rate + 2.5e-8 * count_parameters(config)
+
+
+def _measure(
+    config: ModelConfig, part: Part, settings: OptimizerSettings, step: Step, world: World, until: float, n_parts: int,
+    folder: Path | None,
+) -> Times:  # fmt: skip
+    start = time.perf_counter()
+    share = start + (until - start) / n_parts * 0.7
+    smaller = part.of(config)
+    if part.n_layers < config.n_layers:
+        settings = _without_groups(settings)
+        n_parts = 1  # the second has what the first leaves
+    model = Transformer(smaller).to(world.device)
+    model.compute_dtype = getattr(torch, step.dtype)
+    set_checkpointing(model, settings.activation_checkpointing)
+    build = time.perf_counter() - start
+    generator = torch.Generator().manual_seed(0)
+    shape = (part.rows, part.length)
+    ids, targets = (
+        torch.randint(0, smaller.vocab_size, shape, generator=generator).to(world.device) for _ in range(2)
+    )
+    with frozen(model, settings):
+        optimizers = Optimizers(model, settings, model.compute_dtype)
+
+        def both() -> None:
+            model.train()
+            loss = model(ids, head=head_loss(targets)).objective
+            balance = model.balance_loss()
+            ((loss if balance is None else loss + balance) / ids.numel()).backward()
+
+        def update() -> None:
+            clip_gradients(optimizers.parameters(), settings.clip, lambda values: values)
+            optimizers.step(1.0)
+
+        pairs = _alternate((both, update), world, share)
+        with torch.no_grad():
+            model.eval()
+            forward = _median(lambda: model(ids, head=head_loss(targets)), world, 3)
+            token = _token_seconds(model, ids, world)
+    saved = weight_bytes(smaller) + optimizer_bytes(smaller, settings.optimizer)
+    save = saved / _DISK if saved > _LARGEST_SAVED else _save_seconds(model, optimizers, world, folder)
+    if world.device.type == "cuda":
+        save = 0.0  # written beside training
+    return Times(*pairs, forward=forward, token=token, save=save, build=build)
+
+
+def _alternate(pieces: tuple[Callable[[], object], ...], world: World, until: float) -> tuple[float, ...]:
+    """Medians of pieces that are done in turn: twice at least after a first time, then until a time."""
+    taken: list[list[float]] = [[] for _ in pieces]
+    for repeat in range(_MOST_REPEATS + 1):
+        for piece, seconds in zip(pieces, taken, strict=True):
+            seconds.append(_timed(piece, world))
+        if repeat >= 2 and time.perf_counter() > until:
+            break
+    return tuple(statistics.median(seconds[1:]) for seconds in taken)
+
+
+def _median(piece: Callable[[], object], world: World, repeats: int) -> float:
+    piece()
+    return statistics.median(_timed(piece, world) for _ in range(repeats))
+
+
+def _timed(piece: Callable[[], object], world: World) -> float:
+    start = time.perf_counter()
+    piece()
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+    return time.perf_counter() - start
+
+
+def _token_seconds(model: Transformer, ids: torch.Tensor, world: World) -> float:
+    """One more token of one text, with a cache."""
+    n_before = min(16, ids.shape[1] - 1)
+    cache = KVCache(model.config, 1, n_before + 1, model.compute_dtype, world.device)
+    model(ids[:1, :n_before], cache=cache)
+    last = torch.tensor([[n_before]], device=world.device)
+    return _median(lambda: model(ids[:1, n_before : n_before + 1], positions=last, cache=cache), world, 5)
+
+
+def _save_seconds(model: Transformer, optimizers: Optimizers, world: World, folder: Path | None) -> float:
+    """Writing one checkpoint."""
+    existing = None if folder is None else next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    with tempfile.TemporaryDirectory(dir=existing, prefix=".probe-") as place:
+        writer = CheckpointWriter(Path(place), world, model.config, 1, beside=False)
+        parts = {"weights": lambda: weights_of(model), "optimizer": optimizers.state_dict}
+        seconds = _timed(lambda: writer.save(parts, Progress(0, 0, 0.0, "", 1, 1), at_once=True), world)
+        writer.close()
+        remove_partials(Path(place))
+    return seconds
+
+
+def _untried(config: ModelConfig, step: Step, rate: float) -> Pace:
+    row = training_flops(config, step.length) / rate / step.n_devices
+    saved = 3 * weight_bytes(config)
+    how = f"not probed, too large for it: {ASSUMED_MFU:.0%} of the measured matmul ceiling assumed"
+    return Pace(
+        row=row, update=saved / 1e10, eval_row=row / 3, sample_token=weight_bytes(config) / 2e10, save=saved / _DISK,
+        begin=2.5e-8 * count_parameters(config), flops=rate * step.n_devices, how=how, is_measured=False,
+    )  # fmt: skip
+
+
+def _told(chosen: tuple[Part, ...], whole: Part) -> str:
+    part = chosen[-1]
+    if chosen == (whole,):
+        return "probe: steps of the whole model"
+    carried = []
+    if len(chosen) == 2:
+        carried.append(f"from {chosen[0].n_layers} and {chosen[1].n_layers} of {whole.n_layers} blocks")
+    if part.rows < whole.rows:
+        carried.append(f"from {part.rows} of {whole.rows} rows")
+    if part.length < whole.length:
+        carried.append(f"from {part.length} of {whole.length} tokens")
+    return f"probe, extrapolated {', '.join(carried)}"
+
+
+def _as_step(part: Part, step: Step) -> Step:
+    return replace(step, rows=part.rows, micro=part.rows, length=part.length, n_devices=1)
+
+
+def _without_groups(settings: OptimizerSettings) -> OptimizerSettings:
+    return settings.model_copy(update={"groups": ()})

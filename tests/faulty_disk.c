@@ -1,0 +1,160 @@
+/* A disk that fails when told to: preloaded into a process, counts every operation that changes files under a folder,
+ * and at the n-th kills the process, as a power cut would, or says from then on that the disk is full. A write that is
+ * cut off has written half of its bytes. See faulty_disk.py. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+enum { COUNT, KILL, FULL };
+enum fate { GO_ON, HALF_THEN_DIE, NO_SPACE };
+
+static char root[PATH_MAX];
+static long at_operation;
+static int mode;
+static atomic_long operations;
+
+void disk_arm(const char *folder, long at, int how) {
+    snprintf(root, sizeof root, "%s", folder);
+    at_operation = at;
+    mode = how;
+    operations = 0;
+}
+
+long disk_operations(void) { return operations; }
+
+static int is_inside(const char *path) {
+    size_t length = strlen(root);
+    return length && !strncmp(path, root, length) && (path[length] == '/' || !path[length]);
+}
+
+static int is_open_inside(int descriptor) {
+    char link[64], path[PATH_MAX];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
+    ssize_t length = readlink(link, path, sizeof path - 1);
+    if (length < 0) return 0;
+    path[length] = 0;
+    return is_inside(path);
+}
+
+static int is_at_inside(int folder, const char *path) {
+    return path[0] == '/' || folder == AT_FDCWD ? is_inside(path) : is_open_inside(folder);
+}
+
+/* What becomes of the next operation; one that needs no space is none the worse for a full disk. */
+static enum fate next(int inside, int needs_space, int is_write) {
+    int saved = errno;
+    if (!inside) return GO_ON;
+    long number = operations++;
+    errno = saved;
+    if (mode == KILL && number == at_operation) {
+        if (is_write) return HALF_THEN_DIE;
+        kill(getpid(), SIGKILL);
+    }
+    if (mode == FULL && needs_space && number >= at_operation) {
+        errno = ENOSPC;
+        return NO_SPACE;
+    }
+    return GO_ON;
+}
+
+#define REAL(name) \
+    static __typeof__(&name) real; \
+    if (!real) real = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
+
+#define PASS(inside, needs_space, call) return next(inside, needs_space, 0) == NO_SPACE ? -1 : (call)
+
+static int writes(int flags) { return (flags & O_ACCMODE) != O_RDONLY || (flags & O_CREAT); }
+
+#define MODE_OF(flags) \
+    mode_t permissions = 0; \
+    if (flags & O_CREAT) { \
+        va_list rest; \
+        va_start(rest, flags); \
+        permissions = va_arg(rest, mode_t); \
+        va_end(rest); \
+    }
+
+#define OPEN(name) \
+    int name(const char *path, int flags, ...) { \
+        REAL(name); \
+        MODE_OF(flags) \
+        PASS(writes(flags) && is_inside(path), flags & O_CREAT, real(path, flags, permissions)); \
+    }
+OPEN(open)
+OPEN(open64)
+
+#define OPENAT(name) \
+    int name(int folder, const char *path, int flags, ...) { \
+        REAL(name); \
+        MODE_OF(flags) \
+        PASS(writes(flags) && is_at_inside(folder, path), flags & O_CREAT, real(folder, path, flags, permissions)); \
+    }
+OPENAT(openat)
+OPENAT(openat64)
+
+#define CUT_OFF(half) \
+    do { \
+        (void)!(half); \
+        kill(getpid(), SIGKILL); \
+    } while (0)
+
+ssize_t write(int descriptor, const void *bytes, size_t count) {
+    REAL(write);
+    enum fate fate = next(is_open_inside(descriptor), 1, 1);
+    if (fate == HALF_THEN_DIE) CUT_OFF(real(descriptor, bytes, count / 2));
+    return fate == NO_SPACE ? -1 : real(descriptor, bytes, count);
+}
+
+ssize_t pwrite64(int descriptor, const void *bytes, size_t count, off64_t offset) {
+    REAL(pwrite64);
+    enum fate fate = next(is_open_inside(descriptor), 1, 1);
+    if (fate == HALF_THEN_DIE) CUT_OFF(real(descriptor, bytes, count / 2, offset));
+    return fate == NO_SPACE ? -1 : real(descriptor, bytes, count, offset);
+}
+
+int ftruncate(int descriptor, off_t length) {
+    REAL(ftruncate);
+    PASS(is_open_inside(descriptor), 1, real(descriptor, length));
+}
+int ftruncate64(int descriptor, off64_t length) {
+    REAL(ftruncate64);
+    PASS(is_open_inside(descriptor), 1, real(descriptor, length));
+}
+int fsync(int descriptor) {
+    REAL(fsync);
+    PASS(is_open_inside(descriptor), 1, real(descriptor));
+}
+int mkdir(const char *path, mode_t permissions) {
+    REAL(mkdir);
+    PASS(is_inside(path), 1, real(path, permissions));
+}
+int rename(const char *from, const char *to) {
+    REAL(rename);
+    PASS(is_inside(to), 1, real(from, to));
+}
+int renameat(int from_folder, const char *from, int to_folder, const char *to) {
+    REAL(renameat);
+    PASS(is_at_inside(to_folder, to), 1, real(from_folder, from, to_folder, to));
+}
+int unlink(const char *path) {
+    REAL(unlink);
+    PASS(is_inside(path), 0, real(path));
+}
+int unlinkat(int folder, const char *path, int flags) {
+    REAL(unlinkat);
+    PASS(is_at_inside(folder, path), 0, real(folder, path, flags));
+}
+int rmdir(const char *path) {
+    REAL(rmdir);
+    PASS(is_inside(path), 0, real(path));
+}
