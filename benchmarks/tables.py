@@ -156,8 +156,37 @@ def loader(result: dict[str, Any]) -> str:
     return rows_of(["order", "million tokens per CPU-second"], rows)
 
 
+def quality(result: dict[str, Any]) -> str:
+    """Tokens to the same loss, and what each change from the baseline to the defaults pays."""
+    rows = (
+        [
+            corpus,
+            f"{found['tokens'] / 1e6:g} M",
+            f"{found['rates']['best']:g}",
+            amount(found["target_loss"], 3),
+            amount(found["share"], 2) if found["share"] else "not reached",
+        ]
+        for corpus, found in result["corpora"].items()
+    )
+    head = [
+        "text",
+        "T, tokens",
+        "baseline's best rate",
+        "its validation loss at T",
+        "the defaults reach it after, of T",
+    ]
+    ladders = {corpus: found["ladder"] for corpus, found in result["corpora"].items()}
+    rungs = (
+        [runs[0]["variant"].partition(",")[0], *(f"{run['val_loss']:.3f}" for run in runs)]
+        for runs in zip(*ladders.values(), strict=True)
+    )
+    steps = rows_of([f"after {next(iter(ladders.values()))[0]['share']:g} T, seed 1", *ladders], rungs)
+    return f"{rows_of(head, rows)}\n\n{steps}"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    function.__name__: function for function in (extraction, minhash, data_chain, data_memory, tokenization, loader)
+    function.__name__: function
+    for function in (extraction, minhash, data_chain, data_memory, tokenization, loader, quality)
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from groundup.corpus.reading.sources import find_sources
 from groundup.distributed import current_world
 from groundup.errors import DataError, GroundupError, Problem, RecipeError
 from groundup.model import ModelConfig, count_parameters, training_flops_per_token
-from groundup.model.activations import training_bytes
 from groundup.model.cost import parameter_shapes
 from groundup.model.ladder import shape_choices
 from groundup.recipe import DEFAULT_PRESET, Recipe, choices
@@ -37,8 +36,9 @@ def derived_values(recipe: Recipe) -> list[tuple[str, str, str]]:
     settings = recipe.pretrain
     tokens, why_tokens = training.count_tokens(count_parameters(config), settings)
     length = settings.sequence_length or config.context_length
-    micro = settings.micro_batch_size or settings.batch_size
-    memory = training_bytes(config, micro, length, settings.optimizer, str(precision).removeprefix("torch."))
+    room, n_devices = training.device_memory(current_world()), current_world().size
+    micro, why_micro = training.choose_micro_batch(config, settings, length, room, n_devices)
+    needed = training.need(config, settings, training.step_of(settings, length, room, n_devices, micro))
     steps = math.ceil(tokens / (settings.batch_size * length))
     # A character tokenizer's vocabulary is as large as its text's alphabet: known when the text is read.
     about = "about " if recipe.tokenizer.kind == "characters" else ""
@@ -60,7 +60,7 @@ def derived_values(recipe: Recipe) -> list[tuple[str, str, str]]:
         ("pretrain.tokens", f"{about if isinstance(settings.tokens, str) else ''}{tokens:,}", why_tokens),
         ("pretrain.sequence_length", *chosen(settings.sequence_length, length, "the model's context")),
         ("pretrain.steps", f"{steps:,}", f"{settings.batch_size} rows × {length} tokens a step"),
-        ("pretrain.micro_batch_size", *chosen(settings.micro_batch_size, settings.batch_size, "the batch")),
+        ("pretrain.micro_batch_size", *chosen(settings.micro_batch_size, micro, why_micro)),
         ("pretrain.eval_every", *chosen(settings.eval_every, max(1, math.ceil(steps / 20)), "20 over the run")),
         (
             "training FLOPs",
@@ -69,8 +69,8 @@ def derived_values(recipe: Recipe) -> list[tuple[str, str, str]]:
         ),
         (
             "training memory",
-            f"{memory / 2**20:,.0f} MiB",
-            f"weights, gradients, optimizer, {micro} rows of activations",
+            f"{needed.total / 2**20:,.0f} MiB",
+            f"about, at its fullest, {micro} rows at a time; groundup plan shows the parts",
         ),
     ]
 
@@ -124,6 +124,25 @@ def check_recipe(recipe: Recipe, label: str) -> None:
         raise of_files[0]
     if problems:
         raise RecipeError(label, problems)
+
+
+def check_memory(recipe: Recipe, stages: Collection[str]) -> None:
+    """Hold that what is to be trained can fit into memory, before anything of it is made.
+
+    Args:
+        recipe: the recipe.
+        stages: that are to be done.
+
+    Raises:
+        GroundupError: it is certain that it cannot; with the parts and the ways out.
+    """
+    world = current_world()
+    room = training.device_memory(world)
+    for name, settings in (("pretrain", recipe.pretrain), ("sft", recipe.sft)):
+        if name in stages and settings is not None:
+            config, _ = _model(recipe)
+            length = training.sequence_length(config, recipe.pretrain) if name == "pretrain" else config.context_length
+            training.refuse_what_cannot_fit(config, settings, length, room, world.size, name)
 
 
 def smoke_profile(recipe: Recipe) -> Recipe:

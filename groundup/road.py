@@ -31,7 +31,7 @@ from groundup.errors import GateError, GroundupError, RunError
 from groundup.files import read_json, remove_partials, write_json
 from groundup.interop import load_model
 from groundup.model import Transformer
-from groundup.preview import check_recipe
+from groundup.preview import check_memory, check_recipe
 from groundup.recipe import Recipe, Section, changed_settings
 from groundup.run import MANIFEST, RECIPE_FILE, Manifest, Run, State, stage_fingerprint
 from groundup.tokenizer import Tokenizer
@@ -193,6 +193,7 @@ def build(
         check_recipe(recipe, recipe.name)
     with _threads(recipe.threads), run.lock() if world.is_first else contextlib.nullcontext():
         plans = plan(recipe, run, until=until, start_from=start_from, force=force)
+        check_memory(recipe, [item.stage.name for item in plans if item.forced or item.state != "done"])
         if world.is_first:
             remove_partials(run.root)
             _say_what_changed(run, recipe, console)

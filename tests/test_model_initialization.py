@@ -18,7 +18,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache as clear_s
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from groundup.model import ModelConfig, Transformer
-from groundup.model.initialization import initialize, standard_deviation
+from groundup.model.initialization import expected_initial_loss, initialize, standard_deviation
 from groundup.reference.feedforward import gelu, relu2, swish
 from groundup.reference.initialization import activation_means, predicted_variances
 
@@ -215,3 +215,29 @@ def test_a_model_on_the_meta_device_holds_nothing() -> None:
     assert all(parameter.is_meta for parameter in model.parameters())
     assert model.n_parameters > 40_000_000_000
     assert set(dict(model.named_parameters())) > set(exact_weights(Transformer(tiny())))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"d_model": 64, "n_heads": 2},
+        {"d_model": 512, "n_heads": 8},
+        {"d_model": 768, "n_heads": 12, "vocab_size": 4096},
+        {"d_model": 512, "n_heads": 8, "position": "learned", "norm": "layernorm"},
+        {"d_model": 512, "n_heads": 8, "position": "sinusoidal"},
+        {"d_model": 512, "n_heads": 8, "logit_softcap": 8.0},
+        {"d_model": 512, "n_heads": 8, "norm_placement": "post"},
+        {"d_model": 512, "n_heads": 8, "tied_embeddings": False},
+    ],
+    ids=str,
+)
+def test_the_first_loss_is_the_one_that_is_expected(fields: dict[str, object]) -> None:
+    config = ModelConfig(**{"vocab_size": 1000, "context_length": 128, "n_layers": 2, "n_kv_heads": fields["n_heads"],
+                            "head_dim": 32, "d_ff": 64, "tied_embeddings": True, **fields})  # fmt: skip
+    ids = torch.randint(0, config.vocab_size, (8, 129), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = Transformer(config)(ids[:, :-1])
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+    assert loss == pytest.approx(expected_initial_loss(config), rel=0.01)
+    if not config.tied_embeddings:
+        assert expected_initial_loss(config) == math.log(config.vocab_size)

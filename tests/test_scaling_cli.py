@@ -225,6 +225,8 @@ def test_sizes_that_fall_together_are_said_in_the_refusal(folder: Path) -> None:
     [
         ({"sizes": ("200k", "400k", "1")}, RecipeError, "no number of parameters"),
         ({"tokens": [0, 2_000, 4_000]}, DataError, "no budget"),
+        ({"tokens": []}, DataError, "0 runs"),
+        ({"sizes": []}, DataError, "0 runs"),
         ({"tokens": TOKENS, "minutes": 3.0}, DataError, "both given"),
         ({"minutes": -1.0}, DataError, "no time"),
         ({"minutes": float("nan")}, DataError, "no time"),
@@ -351,6 +353,9 @@ def test_losses_without_a_law_are_refused_but_kept(tmp_path: Path) -> None:
     # Taught that every token is about as probable as any other, no model learns, whatever its size.
     recipe = tiny_recipe(write_texts(tmp_path / "texts.jsonl"), "pretrain.label_smoothing=0.999")
     run = build_quietly(recipe, tmp_path / "tiny", until="shards")
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "law.json").write_text("an earlier sweep's", encoding="utf-8")
     with pytest.raises(DataError, match="do not fall"):
         gu.scaling_sweep(recipe, run.folder("shards"), out=tmp_path / "s", console=QUIET, **ASKED)
+    assert not (tmp_path / "s" / "law.json").exists()
     assert len((tmp_path / "s" / "points.jsonl").read_text(encoding="utf-8").splitlines()) == 9

@@ -14,7 +14,7 @@ from groundup.console import Console
 from groundup.distributed import current_world
 from groundup.errors import Interrupted
 from groundup.model import Transformer, preset
-from groundup.training import loop, train
+from groundup.training import compile_trial, train
 from groundup.training.checkpoint import complete_checkpoints
 from groundup.training.compilation import CompiledBlocks, find_compiler, remove_truncated
 from groundup.training.compile_trial import TRIED_FROM_FLOPS, choose_by_trial, choose_without_trial
@@ -124,9 +124,9 @@ def test_a_resumed_run_does_as_it_did_before(tmp_path, monkeypatch):
     def choose(model, run, key, device, console):
         run()
         decided.append(key)
-        return loop.Choice(False, "tried")
+        return compile_trial.Choice(False, "tried")
 
-    monkeypatch.setattr(loop, "choose_by_trial", choose)
+    monkeypatch.setattr(compile_trial, "choose_by_trial", choose)
     job = interrupted_at(4, make_job(tmp_path, n_steps=6))  # the trial's pass counts
     job.row_length = 12
     with pytest.raises(Interrupted):
@@ -146,7 +146,9 @@ def test_a_trial_leaves_no_trace(tmp_path, monkeypatch):
     for tried in (False, True):
         monkeypatch.setitem(TRIED_FROM_FLOPS, "cpu", 0.0 if tried else 1e30)
         monkeypatch.setattr(
-            loop, "choose_by_trial", lambda model, run, *rest: (run(), run(), loop.Choice(False, "tried"))[-1]
+            compile_trial,
+            "choose_by_trial",
+            lambda model, run, *rest: (run(), run(), compile_trial.Choice(False, "tried"))[-1],
         )
         job = make_job(tmp_path / str(tried), n_steps=4)
         job.row_length = 12

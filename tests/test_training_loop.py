@@ -139,7 +139,7 @@ def test_a_wrong_initial_loss_is_said(tmp_path, capsys):
     job = make_job(tmp_path / "run", n_steps=1)
     job.expected_initial_loss = 3.0
     train(job, current_world(), QUIET)
-    assert re.search(r"first loss is 4\.\d+, but .* ln V = 3\.000", capsys.readouterr().err)
+    assert re.search(r"first loss is 4\.\d+, but .* gives 3\.000", capsys.readouterr().err)
 
 
 def test_another_thread_count_is_said(tmp_path, capsys):

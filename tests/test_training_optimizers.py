@@ -411,7 +411,7 @@ def test_all_groups_are_described():
 
 @pytest.mark.parametrize(
     ("optimizer", "expected"),
-    [("muon", (3e-3, 0.1, 0.95)), ("lion", (3e-4, 1.0, 0.99)), ("adafactor", (0.01, 0.1, 0.95))],
+    [("muon", (3e-3, 0.1, 0.95)), ("lion", (1e-3, 0.3, 0.99)), ("adafactor", (0.03, 0.1, 0.95))],
 )
 def test_what_is_unset_follows_from_the_optimizer(optimizer, expected):
     settings = settings_of(optimizer)

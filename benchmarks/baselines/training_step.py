@@ -74,7 +74,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attention, then feed-forward."""
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm_1(x)).chunk(3, -1))
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm_1(x)).chunk(3, -1)
+        )
         x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm_2(x))))
 
@@ -157,7 +159,9 @@ def litgpt(what: dict[str, Any]) -> Step:
     return looped(model, loss, what, whole=False)
 
 
-def looped(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], what: dict[str, Any], whole: bool = True) -> Step:
+def looped(
+    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], what: dict[str, Any], whole: bool = True
+) -> Step:
     """The loop that all peers share: autocast where bfloat16 is asked for, clipping, AdamW.
 
     Args:
@@ -187,7 +191,7 @@ def looped(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], what: dic
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(value)
+        return float(value.detach())
 
     return step
 
@@ -209,7 +213,7 @@ def groundup(what: dict[str, Any]) -> Step:
               "head_dim": width // heads, "d_model": width, "tied_embeddings": shape.get("tied", True)}  # fmt: skip
     if what["model"] == "gpt":
         fields |= {"d_ff": 4 * width, "activation": "gelu", "norm": "layernorm", "position": "learned", "bias": True,
-                   "qk_norm": False}  # fmt: skip
+                   "norm_eps": 1e-5, "qk_norm": False}  # fmt: skip
     else:
         fields |= {"d_ff": shape["inner"], "activation": "swiglu", "qk_norm": False}
     device = torch.device(what.get("device", "cpu"))
@@ -222,6 +226,8 @@ def groundup(what: dict[str, Any]) -> Step:
     if what.get("compile"):
         CompiledBlocks(model, Console())
     what["parameters"] = model.n_parameters
+    if "take" in what:
+        what["take"]({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
 
     def step(ids: Tensor, targets: Tensor) -> float:
         loss = model(ids, head=head_loss(targets))

@@ -15,7 +15,18 @@ import typer
 from rich.console import Console as RichConsole
 from rich.text import Text
 
-from groundup.cli import building, crawling, inspecting, modelling, moving, scaling, sharding, talking, tokenizing
+from groundup.cli import (
+    building,
+    crawling,
+    inspecting,
+    modelling,
+    moving,
+    planning,
+    scaling,
+    sharding,
+    talking,
+    tokenizing,
+)
 from groundup.cli.options import same_command
 from groundup.errors import GroundupError, Interrupted
 from groundup.files import write_error
@@ -47,6 +58,7 @@ building.add_to(
 talking.add_to(app)
 modelling.add_to(app)
 moving.add_to(app)
+planning.add_to(app)
 scaling.add_to(app)
 inspecting.add_to(app)
 

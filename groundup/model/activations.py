@@ -24,7 +24,6 @@ from groundup.model.config import ModelConfig
 from groundup.model.cost import OptimizerName, gradient_bytes, optimizer_bytes, weight_bytes
 from groundup.model.masks import AttentionRule
 
-
 Arithmetic = Literal["float32", "bfloat16", "float16"]
 Checkpointing = Literal["none", "selective", "full"]
 Device = Literal["cpu", "cuda"]
@@ -188,7 +187,7 @@ def _attention(
 def _attention_products(
     config: ModelConfig, layer: int, batch: int, length: int, dtype: Arithmetic, device: Device
 ) -> int:  # fmt: skip
-    """Results of the products: queries, keys, values, the scores or one float32 a row of them, attention's, o_proj's."""
+    """Results of products: queries, keys, values, scores (or a float32 for each row of them), attention's, o_proj's."""
     n_tokens, size = batch * length, _size(dtype)
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     scores = attention_squares(config, layer, batch, length, dtype, device) or n_tokens * config.n_heads * 4

@@ -26,6 +26,34 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from groundup.model.config import ModelConfig
 
+_EMBEDDING_STD = 0.02
+
+
+def expected_initial_loss(config: ModelConfig) -> float:
+    """Cross-entropy of a fresh model in nats, for targets that have nothing to do with their inputs.
+
+    ln V, but for a tied output layer. There, where blocks start as x → x, a token's own logit is not small: its row
+    times itself, which with rows of N(0, s) and a stream normalized to 1 is s · width, and
+
+        loss = ln((V − 1) · exp(s² · width / 2) + exp(s · width))
+
+    which beyond a width of some hundreds is nats above ln V. (Smaller rows would begin at ln V and learn more slowly:
+    benchmarks/LOG.md.)
+    """
+    vocabulary, width, std = config.vocab_size, config.d_model, _EMBEDDING_STD
+    if not config.tied_embeddings or config.initialization != "scaled":
+        return math.log(vocabulary)
+    token, position = std, 0.0
+    if config.position == "learned":
+        position = std
+    elif config.position == "sinusoidal":
+        token, position = std * math.sqrt(width), math.sqrt(0.5)
+    own = std * width * token / math.hypot(token, position)
+    if config.logit_softcap is not None:
+        own = config.logit_softcap * math.tanh(own / config.logit_softcap)
+    others = math.log(vocabulary - 1) + std**2 * width / 2
+    return max(own, others) + math.log1p(math.exp(-abs(own - others)))
+
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
@@ -65,7 +93,7 @@ def standard_deviation(name: str, shape: tuple[int, ...], scheme: str, n_layers:
     if name.endswith("bias"):
         return 0.0
     if part in ("embed_tokens", "embed_positions", "router"):
-        return 0.02
+        return _EMBEDDING_STD
     if part.endswith("norm"):
         return None
     if scheme == "gpt2":

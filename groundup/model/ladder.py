@@ -188,11 +188,11 @@ def training_choices(
         reason = "for every width: orthogonal updates change outputs alike in all (arXiv:2310.17813; recipes/demo)"
         choices.append(Choice("pretrain.muon_lr", 0.02, reason))
     elif optimizer == "lion":
-        lr = _rounded(3e-4 * math.sqrt(128 / config.d_model))
-        reason = "a tenth of AdamW's (arXiv:2302.06675, section 5): 0.0003 at width 128, falling as 1/√width"
+        lr = _rounded(1e-3 * math.sqrt(128 / config.d_model))
+        reason = "a third of AdamW's (arXiv:2302.06675, section 5): 0.001 at width 128, falling as 1/√width"
         choices.append(Choice("pretrain.lr", lr, reason))
     else:
-        choices.append(Choice("pretrain.lr", 0.01, "a share of the weights' own size (arXiv:1804.04235, section 8)"))
+        choices.append(Choice("pretrain.lr", 0.03, "a share of the weights' own size (arXiv:1804.04235, section 8)"))
     return choices
 
 

@@ -82,9 +82,7 @@ class Block(nn.Module):
             return self.recompute(self.compute, x, rotation, sight, cached)
         return self.compute(x, rotation, sight, cached)
 
-    def eager(
-        self, x: Tensor, rotation: Rotation | None, sight: Sight = None, cached: Cached | None = None
-    ) -> Tensor:
+    def eager(self, x: Tensor, rotation: Rotation | None, sight: Sight = None, cached: Cached | None = None) -> Tensor:
         """What `compute` is unless something replaces it."""
         if self.is_post_norm:
             x = self.input_layernorm(x + self._drop(self.self_attn(x, rotation, sight, cached)))

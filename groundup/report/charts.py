@@ -65,7 +65,7 @@ def loss_chart(name: str, curve: Curve, expected_initial_loss: float | None) -> 
     Args:
         name: unique on the page.
         curve: what the stage logged; at least one training line.
-        expected_initial_loss: ln V, drawn as the level of knowing nothing; None leaves it out.
+        expected_initial_loss: drawn as the level of knowing nothing; None leaves it out.
     """
     steps = np.array([line["step"] for line in curve.train])
     losses = np.array([line["loss"] for line in curve.train], dtype=float)
@@ -276,7 +276,7 @@ def _mark_knowing_nothing(axes: Axes, level: float, steps: NDArray[np.int64], lo
     axes.axhline(level, color=SOFT, linewidth=1, linestyle=":")
     axes.plot([steps[0]], [losses[0]], color=INK, marker="o", markersize=6, markerfacecolor="none", linestyle="")
     axes.annotate(
-        f"ln V = {level:.2f}: knowing nothing",
+        f"{level:.2f}: knowing nothing",
         (0, level),
         xycoords=("axes fraction", "data"),
         xytext=(12, 4),

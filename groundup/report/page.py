@@ -159,7 +159,7 @@ def _training_facts(record: RunRecord, stage: str, summary: Mapping[str, Any]) -
     first, expected = summary.get("initial_loss"), summary.get("expected_initial_loss")
     start = _number(first, 3)
     if start and is_number(expected):
-        start += f" (ln V = {expected:.3f})"
+        start += f" (knowing nothing: {expected:.3f})"
     shape = _mapping(record.model.get("groundup"))
     layers, width, context = (shape.get(name) for name in ("n_layers", "d_model", "context_length"))
     facts = [

@@ -6,6 +6,7 @@ from groundup.training.job import BatchSource, TrainingJob
 from groundup.training.loop import forget_checkpoints, train
 from groundup.training.objective import IGNORED, Loss, cross_entropy_sum, head_loss
 from groundup.training.optimizers import check_optimizer
+from groundup.training.plan_fit import choose_micro_batch, device_memory, need, refuse_what_cannot_fit, step_of
 from groundup.training.precision import check_precision, choose_precision, native_bfloat16
 from groundup.training.pretrain import TrainedModel, count_tokens, pretrain, sequence_length
 from groundup.training.start import (
@@ -33,22 +34,27 @@ __all__ = [
     "check_optimizer",
     "check_precision",
     "check_vocabulary",
+    "choose_micro_batch",
     "choose_precision",
     "count_tokens",
     "cross_entropy_sum",
     "describe_groups",
+    "device_memory",
     "forget_checkpoints",
     "given_tokenizer",
     "group_parameters",
     "head_loss",
     "native_bfloat16",
+    "need",
     "pad_rows",
     "peak_memory_bytes",
     "pretrain",
+    "refuse_what_cannot_fit",
     "sequence_length",
     "start_config",
     "start_digest",
     "start_model",
     "start_tokenizer",
+    "step_of",
     "train",
 ]

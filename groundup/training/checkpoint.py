@@ -10,7 +10,7 @@ training: what is written was copied first.
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,19 +165,26 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def load_checkpoint(
-    folder: Path, fingerprint: str, console: Console
+    folder: Path, fingerprint: str, parts: Collection[str], console: Console
 ) -> tuple[Progress, dict[str, dict[str, Tensor]]] | None:
     """The newest undamaged checkpoint of this fingerprint: progress and parts; None if there is none.
 
-    Every one that is passed over is named on the console, with the reason.
+    Args:
+        folder: where the checkpoints are.
+        fingerprint: of the run that is to go on.
+        parts: names of those that it must have.
+        console: on which every one that is passed over is named, with the reason.
     """
     found = complete_checkpoints(folder)
     for place, path in enumerate(found):
         try:
-            progress, parts = _read_checkpoint(path)
-            if progress.fingerprint == fingerprint:
-                return progress, parts
+            progress, read = _read_checkpoint(path)
+            lacking = sorted({*parts} - read.keys())
+            if progress.fingerprint == fingerprint and not lacking:
+                return progress, read
             what = f"{path}: of other settings, another model or other data."
+            if lacking:
+                what = f"{path}: cannot be read (it lacks {', '.join(lacking)})."
         except GroundupError as error:
             what = error.message
         is_last = place == len(found) - 1

@@ -8,16 +8,21 @@ otherwise: a resumed run does as it did before.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from groundup.console import Console
-from groundup.model import Transformer
+from groundup.distributed import World
+from groundup.model import ModelConfig, Transformer
+from groundup.model.cost import training_flops
 from groundup.training.compilation import CompiledBlocks, find_compiler
+from groundup.training.job import TrainingJob
 from groundup.training.measured import recall, remember
+from groundup.training.objective import head_loss
+from groundup.training.state import TrainingState
 
 TRIED_FROM_FLOPS = {"cpu": 1e13, "cuda": 3e16}
 """Of a whole run: about a minute, on two cores or on one large GPU."""
@@ -37,6 +42,44 @@ class Choice:
 
     compiled: bool
     reason: str
+
+
+def choose_compilation(
+    job: TrainingJob, state: TrainingState, decided: bool | None, world: World, console: Console
+) -> Choice:
+    """Whether a run's blocks are compiled; if so, they are when this returns.
+
+    Args:
+        job: what is trained.
+        state: of it, its model not compiled yet.
+        decided: what its checkpoint says.
+        world: the processes.
+        console: is told what a trial found.
+    """
+    settings, model, config = job.settings, state.model, state.model.config
+    if decided is not None:
+        choice: Choice | None = Choice(decided, "as before it was interrupted")
+    else:
+        n_flops = job.n_rows * training_flops(config, job.row_length or config.context_length)
+        choice = choose_without_trial(
+            settings.compile, world.device.type, n_flops, world.size, rows_are_alike=job.row_length is not None
+        )
+    if choice is not None:
+        if choice.compiled:
+            CompiledBlocks(model, console)
+        return choice
+    ids, targets = (part.to(world.device) for part in job.source.rows(0, job.micro_rows))
+
+    def run() -> None:
+        model(ids, head=head_loss(targets)).objective.backward()
+        state.optimizers.forget_gradients()
+
+    dtype = str(model.compute_dtype).removeprefix("torch.")
+    key = trial_key(config, ids.shape, dtype, settings.activation_checkpointing)
+    model.train()
+    choice = choose_by_trial(model, run, key, world.device, console)
+    console.note(f"{job.name}: {'compiled' if choice.compiled else 'not compiled'} ({choice.reason})")
+    return choice
 
 
 def choose_without_trial(
@@ -64,6 +107,18 @@ def choose_without_trial(
     if device_type == "cpu" and find_compiler() is None:
         return Choice(False, "no C++ compiler here")
     return None
+
+
+def trial_key(config: ModelConfig, shape: Sequence[int], dtype: str, recomputed: str) -> dict[str, Any]:
+    """What decides how long a forward and backward pass takes, as `choose_by_trial` remembers it.
+
+    Args:
+        config: the model.
+        shape: (rows, tokens) of a micro-batch.
+        dtype: of the arithmetic, by name.
+        recomputed: the kind of activation checkpointing.
+    """
+    return {"model": config.to_dict(), "shape": list(shape), "precision": dtype, "recomputed": recomputed}
 
 
 def choose_by_trial(

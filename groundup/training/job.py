@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -52,6 +52,7 @@ class TrainingJob:
         train_bytes_per_token: the same for the loss of training; the mean over all of the text, not a step's own.
         samples: prompts to continue at each validation pass, and what continues them.
         row_length: tokens in every row, where all are alike.
+        micro_rows: rows in one forward pass on one device; found by `train` (`plan_fit.py`).
     """
 
     name: str
@@ -68,6 +69,7 @@ class TrainingJob:
     samples: tuple[str, ...] = ()
     continue_text: Callable[[Transformer, str], str] | None = None
     row_length: int | None = None
+    micro_rows: int = field(default=1, init=False)
 
     @functools.cached_property
     def plan(self) -> BatchPlan:

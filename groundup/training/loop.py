@@ -24,12 +24,10 @@ from torch import Tensor
 from groundup.console import Bar, Console
 from groundup.distributed import World, shard_model
 from groundup.errors import GroundupError, Interrupted
-from groundup.model.cost import training_flops
 from groundup.training.activation import set_checkpointing
 from groundup.training.averaging import WeightAverage
-from groundup.training.checkpoint import CheckpointWriter, Progress, clear_leftovers, weights_of
-from groundup.training.compilation import CompiledBlocks
-from groundup.training.compile_trial import Choice, choose_by_trial, choose_without_trial
+from groundup.training.checkpoint import CheckpointWriter, Progress, clear_leftovers
+from groundup.training.compile_trial import choose_compilation
 from groundup.training.diagnosis import bad_weights, origin
 from groundup.training.fp8 import float8_products
 from groundup.training.groups import frozen
@@ -41,6 +39,7 @@ from groundup.training.memory import keep_freed_memory
 from groundup.training.metrics import MetricLog
 from groundup.training.objective import head_loss, valid_tokens
 from groundup.training.optimizers import Optimizers, check_optimizer, scale_to_norm, squared_norm
+from groundup.training.plan_fit import check_memory
 from groundup.training.precision import check_precision, choose_precision
 from groundup.training.prefetch import Prefetcher, collections_between_steps, to_device
 from groundup.training.schedule import learning_rate_share
@@ -48,6 +47,7 @@ from groundup.training.speed import Speedometer
 from groundup.training.state import TrainingState
 from groundup.training.summary import live_line, peak_memory_bytes, summarize, summary_line
 from groundup.training.tracking import Trackers
+from groundup.training.watching import Watch, check_initial_loss
 
 CHECKPOINTS = "checkpoints"
 
@@ -58,7 +58,7 @@ def train(job: TrainingJob, world: World, console: Console) -> dict[str, Any]:
     Raises:
         Interrupted: Ctrl-C or SIGTERM; everything is saved.
         GroundupError: the guard stops the run, the batch does not fit the world, or the machine cannot do what the
-            settings ask for.
+            settings ask for, or has too little memory.
     """
     settings = job.settings
     check_precision(settings.precision, world.device.type, job.name)
@@ -72,7 +72,8 @@ def train(job: TrainingJob, world: World, console: Console) -> dict[str, Any]:
 
 
 def _train(job: TrainingJob, world: World, console: Console, stop: StopRequest) -> dict[str, Any]:
-    settings = job.settings
+    settings, config = job.settings, job.model.config
+    job.micro_rows = check_memory(config, settings, job.row_length or config.context_length, world, console, job.name)
     if world.device.type == "cpu":
         keep_freed_memory()
     precision, reason = choose_precision(settings.precision, world.device.type)
@@ -97,7 +98,7 @@ def _train(job: TrainingJob, world: World, console: Console, stop: StopRequest) 
         progress = Progress(0, 0, 0.0, job.fingerprint, torch.get_num_threads(), world.size)
     elif world.is_first:
         _say_resumed(job, progress, world, console)
-    choice = _choose_compilation(job, state, progress, world, console)
+    choice = choose_compilation(job, state, progress.compiled, world, console)
     progress = replace(progress, compiled=choice.compiled)
     log = MetricLog(job.folder, progress.step, writes=world.is_first)
     names = settings.track if world.is_first else ()
@@ -138,8 +139,8 @@ class _Loop:
         self.log, self.trackers, self.writer = log, trackers, writer
         self.world, self.console, self.bar, self.stop = world, console, bar, stop
         self.eval_every = job.settings.eval_every or max(1, math.ceil(job.n_steps / 20))
-        share = job.settings.batch_size // world.size
-        self.micro = min(job.settings.micro_batch_size or job.settings.batch_size, share)
+        self.micro = job.micro_rows
+        self.watch = Watch(job, state, writer, world, console, self.note, self.leave_if_asked)
         self.speed = Speedometer(
             job.model.config, job.model.compute_dtype, world.device, world.size, measures=world.is_first
         )
@@ -153,7 +154,7 @@ class _Loop:
         with Prefetcher(self.batch) as self.batches, collections_between_steps() as collect:
             while True:
                 if self.watch_due(progress.step):
-                    progress = self.watch(progress)
+                    progress = self.watch.look(progress)
                 if progress.step == job.n_steps:
                     self.leave_if_asked(progress)
                     return progress
@@ -176,7 +177,7 @@ class _Loop:
                 )
                 self.note("metrics", {"step": progress.step, "tokens": progress.tokens, **line})
                 if progress.step == 1:
-                    self.check_initial_loss(line["loss"])
+                    check_initial_loss(job, line["loss"], self.console)
                 if progress.step % job.settings.log_every == 0 or progress.step == job.n_steps:
                     self.show(progress, line, (now - start) / done_here)
                 asked, late = self.anywhere(self.stop.asked, now - saved >= job.settings.checkpoint_seconds)
@@ -254,7 +255,7 @@ class _Loop:
         return step % self.eval_every == 0 or step == self.job.n_steps
 
     def note(self, name: str, line: dict[str, Any]) -> None:
-        """Write a line to a log, and to whoever tracks the run."""
+        """Write a line to a log, and its numbers to whoever tracks the run."""
         self.log.add(name, line)
         self.trackers.log(line["step"], line)
 
@@ -362,91 +363,6 @@ class _Loop:
         """The loss of these targets."""
         settings = self.job.settings
         return head_loss(targets, label_smoothing=settings.label_smoothing, z_loss=settings.z_loss)
-
-    def watch(self, progress: Progress) -> Progress:
-        """Validation loss and samples, by the averaged weights where there are some."""
-        step, job = progress.step, self.job
-        averaged = self.state.average.in_place() if self.state.average is not None else contextlib.nullcontext()
-        with averaged:
-            loss = self.validation_loss(progress)
-            line: dict[str, Any] = {"step": step, "tokens": progress.tokens, "val_loss": loss}
-            if job.bytes_per_token is not None:
-                line["val_bits_per_byte"] = loss / math.log(2) / job.bytes_per_token
-            self.note("metrics", line)
-            self.console.log(
-                {"step": f"{step}/{job.n_steps}", **{k: v for k, v in line.items() if k.startswith("val")}}
-            )
-            if job.continue_text is not None:
-                for place, prompt in enumerate(job.samples):
-                    if place:
-                        self.leave_if_asked(progress)
-                    text = job.continue_text(self.model, prompt)
-                    self.log.add("samples", {"step": step, "prompt": prompt, "text": text})
-            is_better = progress.best_loss is None or loss < progress.best_loss
-            if step > 0 and math.isfinite(loss) and is_better:
-                progress = replace(progress, best_loss=loss)
-                if job.settings.keep_best:
-                    self.writer.save_best(weights_of(self.model), progress)
-        return progress
-
-    @torch.no_grad()
-    def validation_loss(self, progress: Progress) -> float:
-        """Mean loss in nats over the validation targets; left early if asked, since it is done again on resume."""
-        self.model.eval()
-        batch_size = self.job.settings.batch_size
-        share = self.world.rows(batch_size)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        for ids, targets in self.job.source.validation(batch_size, self.job.settings.eval_tokens or 50_000):
-            self.leave_if_asked(progress)
-            mine_ids, mine = ids[share].to(self.world.device), targets[share].to(self.world.device)
-            sums[0] += self.model(mine_ids, head=head_loss(mine)).nats
-            sums[1] += valid_tokens(targets[share])
-        total, count = self.world.sum(sums).tolist()
-        return total / count
-
-    def check_initial_loss(self, loss: float) -> None:
-        """A model that knows nothing predicts uniformly: its loss is ln V, or something is wrong."""
-        expected = self.job.expected_initial_loss
-        if expected is not None and abs(loss / expected - 1) > 0.02:
-            self.console.warn(
-                f"{self.job.name}: the first loss is {loss:.3f}, but a model that knows nothing gives "
-                f"ln V = {expected:.3f}. Look at the initialization, the targets and the vocabulary's size."
-            )
-
-
-def _choose_compilation(
-    job: TrainingJob, state: TrainingState, progress: Progress, world: World, console: Console
-) -> Choice:
-    """Whether the blocks are compiled; if so, they are when this returns."""
-    settings, model, config = job.settings, state.model, state.model.config
-    if progress.compiled is not None:
-        choice: Choice | None = Choice(progress.compiled, "as before it was interrupted")
-    else:
-        n_flops = job.n_rows * training_flops(config, job.row_length or config.context_length)
-        choice = choose_without_trial(
-            settings.compile, world.device.type, n_flops, world.size, rows_are_alike=job.row_length is not None
-        )
-    if choice is not None:
-        if choice.compiled:
-            CompiledBlocks(model, console)
-        return choice
-    n_rows = min(settings.micro_batch_size or settings.batch_size, settings.batch_size)
-    ids, targets = (part.to(world.device) for part in job.source.rows(0, n_rows))
-
-    def run() -> None:
-        model(ids, head=head_loss(targets)).objective.backward()
-        state.optimizers.forget_gradients()
-
-    key = {
-        "model": config.to_dict(),
-        "shape": list(ids.shape),
-        "precision": str(model.compute_dtype),
-        "recomputed": settings.activation_checkpointing,
-    }
-    model.train()
-    choice = choose_by_trial(model, run, key, world.device, console)
-    console.note(f"{job.name}: {'compiled' if choice.compiled else 'not compiled'} ({choice.reason})")
-    return choice
 
 
 class _RollBack(Exception):

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,33 +46,47 @@ class MetricLog:
             ]
             with atomic_writer(path, binary=True) as handle:
                 handle.writelines(orjson.dumps(line) + b"\n" for line in kept)
-            self._handles[name] = path.open("ab")
+            with _named(path):
+                self._handles[name] = path.open("ab")
 
     def add(self, name: str, line: dict[str, Any]) -> None:
         """Append one line, which must have a "step"."""
         if name in self._handles:
-            self._handles[name].write(orjson.dumps(line) + b"\n")
+            handle = self._handles[name]
+            with _named(Path(handle.name)):
+                handle.write(orjson.dumps(line) + b"\n")
 
     def flush(self) -> None:
         """Put everything on disk; called before a checkpoint claims these steps."""
         for handle in self._handles.values():
-            try:
+            with _named(Path(handle.name)):
                 handle.flush()
                 os.fsync(handle.fileno())
-            except OSError as error:
-                raise write_error(Path(handle.name), error) from error
 
     def close(self) -> None:
-        """Flush and close."""
+        """Flush and close, all of them, whichever fails."""
+        handles, self._handles = self._handles, {}
+        with contextlib.ExitStack() as stack:
+            for handle in handles.values():
+                stack.callback(_close, handle)
+
+
+def _close(handle: IO[bytes]) -> None:
+    with _named(Path(handle.name)):
         try:
-            self.flush()
+            handle.flush()
+            os.fsync(handle.fileno())
         finally:
-            for handle in self._handles.values():
-                try:
-                    handle.close()
-                except OSError as error:
-                    raise write_error(Path(handle.name), error) from error
-            self._handles = {}
+            handle.close()
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Within this block an error of the system says which file could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(path, error) from error
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Accelerators that are not here: their memory, and a pace that follows from peak, bandwidth and an assumed utilization.
+"""Accelerators that are not here: their memory, and a pace from peak, bandwidth and an assumed utilization.
 
 `data/devices.toml` holds the figures. A step takes the longest of three: arithmetic at an assumed share of the peak;
 starting its kernels, which decides for small models; and moving weights and gradients between devices. The update
@@ -64,7 +64,7 @@ class Device:
     @property
     def room(self) -> Room:
         """Its memory."""
-        return Room(int(self.memory * 2**30), self.name, "cuda")
+        return Room(int(self.memory * 2**30), self.name, "cuda", self.bfloat16 > 0)
 
     def peak(self, dtype: Arithmetic) -> float:
         """FLOP/s of dense products; of float32's where it has no other."""
@@ -90,8 +90,10 @@ def find_device(text: str) -> tuple[Device, int]:
     Raises:
         GroundupError: no such device, or no such number of them.
     """
-    match = re.fullmatch(r"(.+?)(?:x(\d+))?", text.strip().lower())
-    name, count = (match[1], int(match[2] or 1)) if match else ("", 0)
+    name, count = text.strip().lower(), 1
+    match = re.fullmatch(r"(.+)x(\d+)", name)
+    if match and name not in devices():
+        name, count = match[1], int(match[2])
     if name not in devices():
         near = difflib.get_close_matches(name, devices(), n=2, cutoff=0.4)
         meant = f" Did you mean {' or '.join(near)}?" if near else ""
@@ -107,7 +109,11 @@ def table_pace(config: ModelConfig, settings: OptimizerSettings, step: Step, dev
     n_micro = math.ceil(step.rows / step.micro)
     arithmetic = step.rows * training_flops(config, step.length) / rate
     kernels = n_micro * config.n_layers * KERNELS_PER_BLOCK * KERNEL_SECONDS
-    passes = {"arithmetic": arithmetic, "starting kernels": kernels, "moving weights": n_micro * _moving(config, step, device)}
+    passes = {
+        "arithmetic": arithmetic,
+        "starting kernels": kernels,
+        "moving weights": n_micro * _moving(config, step, device),
+    }
     bound, seconds = max(passes.items(), key=lambda part: part[1])
     weights = weight_bytes(config)
     update = 7 * weights / step.n_devices / device.bandwidth + _products_of_muon(config, settings) / rate

@@ -20,18 +20,20 @@ from groundup.distributed import World
 from groundup.environment import container_limits
 from groundup.errors import GroundupError, RecipeError
 from groundup.model import ModelConfig, ladder_config
-from groundup.model.activations import Arithmetic
+from groundup.model.activations import Arithmetic, Device
 from groundup.model.cost import count_parameters
 from groundup.recipe import OptimizerSettings
-from groundup.training.plan_process import PROCESS_BYTES, heap_bytes
 from groundup.training.plan_memory import Memory, Step, step_memory
-from groundup.training.precision import choose_precision
+from groundup.training.plan_process import PROCESS_BYTES, heap_bytes
+from groundup.training.precision import native_bfloat16
 
 USABLE_SHARE = 0.9
 """Of a device's memory, what a plan gives away: others need some, and estimates err."""
 
-LADDER = tuple(f"{number}{unit}" for unit in "kmb" for number in (1, 2, 3, 5, 7, 10, 20, 30, 50, 70, 100, 200, 300, 500, 700)
-               if 200_000 <= number * {"k": 1e3, "m": 1e6, "b": 1e9}[unit] <= 10_000_000_000)  # fmt: skip
+LADDER = (
+    "200k", "300k", "500k", "700k", "1m", "2m", "3m", "5m", "7m", "10m", "20m", "30m", "50m", "70m", "100m", "200m",
+    "300m", "500m", "700m", "1b", "2b", "3b", "5b", "7b", "10b",
+)  # fmt: skip
 """Sizes that are tried where a model is looked for, smallest first."""
 
 
@@ -42,12 +44,14 @@ class Room:
     Attributes:
         total: bytes that one process of the run can have.
         what: whose they are, in words.
-        device: "cpu" or "cuda".
+        device: whose kernels.
+        has_bfloat16: natively.
     """
 
     total: int
     what: str
-    device: str
+    device: Device
+    has_bfloat16: bool
 
     @property
     def usable(self) -> int:
@@ -102,7 +106,7 @@ def device_memory(world: World) -> Room:
     """The memory that this process's device has; on a CPU it is shared among this machine's processes of the run."""
     if world.device.type == "cuda":
         _, total = torch.cuda.mem_get_info(world.device)
-        return Room(total, torch.cuda.get_device_name(world.device), "cuda")
+        return Room(total, torch.cuda.get_device_name(world.device), "cuda", native_bfloat16("cuda")[0])
     _, limit = container_limits()
     total = psutil.virtual_memory().total
     what = "this machine's memory"
@@ -111,12 +115,10 @@ def device_memory(world: World) -> Room:
     n_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if n_here > 1:
         total, what = total // n_here, f"a share of {what} among {n_here} processes"
-    return Room(total, what, "cpu")
+    return Room(total, what, "cpu", native_bfloat16()[0])
 
 
-def step_of(
-    settings: OptimizerSettings, length: int, room: Room, n_devices: int, micro: int | None = None
-) -> Step:
+def step_of(settings: OptimizerSettings, length: int, room: Room, n_devices: int, micro: int | None = None) -> Step:
     """What one of the devices does between two updates.
 
     Args:
@@ -128,16 +130,12 @@ def step_of(
     """
     rows = max(1, settings.batch_size // n_devices)
     micro = min(micro or settings.micro_batch_size or rows, rows)
-    device = "cuda" if room.device == "cuda" else "cpu"
-    return Step(rows, micro, length, arithmetic_of(settings, room.device), device, n_devices)
-
-
-def arithmetic_of(settings: OptimizerSettings, device_type: str) -> Arithmetic:
-    """The dtype of the model's arithmetic, by name."""
-    if settings.precision in ("auto", "float8"):
-        auto = settings.precision == "auto"
-        return _NAMES[choose_precision("auto", device_type)[0]] if auto else "bfloat16"
-    return _NAMES[choose_precision(settings.precision, device_type)[0]]
+    dtype: Arithmetic
+    if settings.precision == "auto":
+        dtype = "bfloat16" if room.has_bfloat16 else "float32"
+    else:  # around float8's products the arithmetic is in bfloat16
+        dtype = "bfloat16" if settings.precision == "float8" else settings.precision
+    return Step(rows, micro, length, dtype, room.device, n_devices)
 
 
 def need(config: ModelConfig, settings: OptimizerSettings, step: Step, stage: str = "pretrain") -> Need:
@@ -216,6 +214,8 @@ def refuse_what_cannot_fit(
     Raises:
         GroundupError: it does not; with the parts, largest first, and the ways out.
     """
+    if settings.compile:  # a compiler may compute nearly all activations again
+        settings = settings.model_copy(update={"activation_checkpointing": "full"})
     least = step_memory(config, settings, step_of(settings, length, room, n_devices, 1), stage)
     if least.total <= room.total:
         return
@@ -224,7 +224,7 @@ def refuse_what_cannot_fit(
     where = "" if n_devices == 1 else f" on each of {n_devices} devices"
     raise GroundupError(
         f"[{stage}]: training {count_parameters(config):,} parameters takes {format_bytes(least.total)}{where} at "
-        f"least, one row of {length:,} tokens at a time, but {_of(room)} is all there is: {listed}.",
+        f"least, one row of {length:,} tokens at a time, and {room.what} is {format_bytes(room.total)}: {listed}.",
         _ways_out(config, settings, length, room, n_devices, stage),
     )
 
@@ -242,9 +242,10 @@ def remedies(
     if before <= room.usable:
         return []
     found: list[Remedy] = []
-    for changes, cost in _settings_that_save(settings, length, room, n_devices, micro):
+    asked = settings
+    for changes, cost in _settings_that_save(settings, room, n_devices, micro):
         settings = settings.model_copy(update=changes)
-        total = need(config, settings, step_of(settings, length, room, n_devices), stage).total
+        total = need(config, settings, step_of(settings, length, room, n_devices, 1), stage).total
         if total >= before:
             continue
         names = " ".join(f"{stage}.{name}={value}" for name, value in changes.items())
@@ -252,28 +253,18 @@ def remedies(
         before = total
         if found[-1].fits:
             return found
-    for smaller in _smaller_model(config, settings, length, room, n_devices, stage):
-        found.append(smaller)
-    for more in _more_devices(config, settings, length, room, n_devices, stage):
-        found.append(more)
+    found += _smaller_model(config, asked, length, room, n_devices, stage)
+    found += _more_devices(config, asked, length, room, n_devices, stage)
     return found
 
 
-_NAMES: dict[torch.dtype, Arithmetic] = {
-    torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16",
-}  # fmt: skip
-
-
 def _settings_that_save(
-    settings: OptimizerSettings, length: int, room: Room, n_devices: int, micro: int
+    settings: OptimizerSettings, room: Room, n_devices: int, micro: int
 ) -> Iterator[tuple[dict[str, object], str]]:
     """Changes of settings with what they cost, the cheapest first."""
     if micro > 1:
         yield {"micro_batch_size": 1}, "more passes a step; small ones are less efficient"
-    elif settings.micro_batch_size is None:
-        settings = settings.model_copy(update={"micro_batch_size": 1})
-    native = choose_precision("auto", room.device)[0] == torch.bfloat16
-    if settings.precision == "float32" and native:
+    if settings.precision == "float32" and room.has_bfloat16:
         yield {"precision": "bfloat16"}, "results round otherwise; faster here"
     if settings.activation_checkpointing == "none":
         yield {"activation_checkpointing": "selective"}, "a few percent more time"
@@ -330,7 +321,7 @@ def _ways_out(
     ways = " or ".join(
         f"--set {remedy.setting}" if remedy.setting.startswith("model.") else remedy.setting for remedy in enough
     )
-    return f"It fits with:  {ways}."
+    return f"It fits with:  {ways}"
 
 
 def _divisors(count: int) -> list[int]:

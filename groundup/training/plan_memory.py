@@ -207,7 +207,7 @@ def _inner_gradients(config: ModelConfig, n_tokens: int, size: int) -> int:
 
 
 def _logits(config: ModelConfig, n_tokens: int, dtype: Arithmetic, device: Device) -> int:
-    """What the loss needs beside what it keeps (`objective.py`): slices of logits, pieces of them, the output matrix."""
+    """What the loss needs beside what it keeps (`objective.py`): slices of logits, pieces, the output matrix."""
     size, vocabulary, d = 4 if dtype == "float32" else 2, config.padded_vocab_size, config.d_model
     in_slice = max(1, SLICE_BYTES // (size * vocabulary))
     first = min(in_slice, n_tokens)

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 from groundup.distributed import World
-from groundup.files import remove_partials
 from groundup.generation.cache import KVCache
 from groundup.model import ModelConfig, Transformer, count_parameters
 from groundup.model.cost import optimizer_bytes, training_flops, weight_bytes
@@ -37,10 +36,13 @@ PROBE_SECONDS = 20.0
 ASSUMED_MFU = 0.35
 """Of the measured matmul ceiling: to choose what to probe, and the pace of what cannot be probed at all."""
 _MOST_REPEATS = 30
+_TIMED_SECONDS = 8.0
 _SHORTEST = 64
 _LARGEST_SAVED = 1 << 30
-_DISK = 5e8
-"""Bytes/s of a disk that is not tried."""
+_DISK, _MEMORY = 5e8, 1e10
+"""Bytes/s of a disk and a memory that are not tried."""
+_SECONDS_TO_DRAW = 2.5e-8
+"""One initial weight."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,11 @@ def probe(
     whole = Part(config.n_layers, step.micro, step.length)
     chosen = next(_affordable(config, settings, step, whole, rate, room, 0.75 * seconds), None)
     if chosen is None:
-        return _untried(config, step, rate)
-    measured = [_measure(config, part, settings, step, world, until, len(chosen), folder) for part in chosen]
+        return assumed_pace(config, step, world)
+    measured = [
+        _measure(config, part, settings, step, world, until, len(chosen) - index, folder)
+        for index, part in enumerate(chosen)
+    ]
     part, times = chosen[-1], measured[-1]
     if len(chosen) == 2:
         first, second = (one.n_layers for one in chosen)
@@ -114,6 +119,24 @@ def probe(
         flops=training_flops(config, step.length) / row * step.n_devices,
         how=_told(chosen, whole),
         is_measured=True,
+    )
+
+
+def assumed_pace(config: ModelConfig, step: Step, world: World) -> Pace:
+    """This machine's pace without a probe, or for a model that is too large for one: from the measured ceiling."""
+    rate = ASSUMED_MFU * measured_ceiling(getattr(torch, step.dtype), world.device)
+    row = training_flops(config, step.length) / rate / step.n_devices
+    weights = weight_bytes(config)
+    return Pace(
+        row=row,
+        update=7 * weights / _MEMORY,
+        eval_row=row / 3,
+        sample_token=weights / _MEMORY,
+        save=3 * weights / _DISK,
+        begin=_SECONDS_TO_DRAW * count_parameters(config),
+        flops=rate * step.n_devices,
+        how=f"not probed: {ASSUMED_MFU:.0%} of the measured matmul ceiling assumed",
+        is_measured=False,
     )
 
 
@@ -136,37 +159,33 @@ def _affordable(
         ways += [(Part(config.n_layers, 1, length),) for length in lengths[1:]]
     for way in ways:
         taken = sum(_expected(part.of(config), part, rate) for part in way)
-        wanted = max(
-            need(part.of(config), _without_groups(settings), _as_step(part, step)).total for part in way
-        )
+        wanted = max(need(part.of(config), _without_groups(settings), _as_step(part, step)).total for part in way)
         if taken <= seconds and wanted <= room.usable:
             yield way
 
 
 def _expected(config: ModelConfig, part: Part, rate: float) -> float:
     """Seconds to build it, for one step to warm up and two more."""
-    return 3 * part.rows * training_flops(config, part.length) / rate + 2.5e-8 * count_parameters(config)
+    return 3 * part.rows * training_flops(config, part.length) / rate + _SECONDS_TO_DRAW * count_parameters(config)
 
 
 def _measure(
-    config: ModelConfig, part: Part, settings: OptimizerSettings, step: Step, world: World, until: float, n_parts: int,
+    config: ModelConfig, part: Part, settings: OptimizerSettings, step: Step, world: World, until: float, n_left: int,
     folder: Path | None,
 ) -> Times:  # fmt: skip
+    """Seconds of the pieces for one part; `n_left` of them, this one too, share what is left of the time."""
     start = time.perf_counter()
-    share = start + (until - start) / n_parts * 0.7
+    share = start + min(_TIMED_SECONDS, (until - start) / n_left * 0.7)
     smaller = part.of(config)
     if part.n_layers < config.n_layers:
         settings = _without_groups(settings)
-        n_parts = 1  # the second has what the first leaves
     model = Transformer(smaller).to(world.device)
     model.compute_dtype = getattr(torch, step.dtype)
     set_checkpointing(model, settings.activation_checkpointing)
     build = time.perf_counter() - start
     generator = torch.Generator().manual_seed(0)
     shape = (part.rows, part.length)
-    ids, targets = (
-        torch.randint(0, smaller.vocab_size, shape, generator=generator).to(world.device) for _ in range(2)
-    )
+    ids, targets = (torch.randint(0, smaller.vocab_size, shape, generator=generator).to(world.device) for _ in range(2))
     with frozen(model, settings):
         optimizers = Optimizers(model, settings, model.compute_dtype)
 
@@ -227,24 +246,15 @@ def _token_seconds(model: Transformer, ids: torch.Tensor, world: World) -> float
 
 def _save_seconds(model: Transformer, optimizers: Optimizers, world: World, folder: Path | None) -> float:
     """Writing one checkpoint."""
-    existing = None if folder is None else next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    existing = (
+        None if folder is None else next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    )
     with tempfile.TemporaryDirectory(dir=existing, prefix=".probe-") as place:
         writer = CheckpointWriter(Path(place), world, model.config, 1, beside=False)
         parts = {"weights": lambda: weights_of(model), "optimizer": optimizers.state_dict}
         seconds = _timed(lambda: writer.save(parts, Progress(0, 0, 0.0, "", 1, 1), at_once=True), world)
         writer.close()
-        remove_partials(Path(place))
     return seconds
-
-
-def _untried(config: ModelConfig, step: Step, rate: float) -> Pace:
-    row = training_flops(config, step.length) / rate / step.n_devices
-    saved = 3 * weight_bytes(config)
-    how = f"not probed, too large for it: {ASSUMED_MFU:.0%} of the measured matmul ceiling assumed"
-    return Pace(
-        row=row, update=saved / 1e10, eval_row=row / 3, sample_token=weight_bytes(config) / 2e10, save=saved / _DISK,
-        begin=2.5e-8 * count_parameters(config), flops=rate * step.n_devices, how=how, is_measured=False,
-    )  # fmt: skip
 
 
 def _told(chosen: tuple[Part, ...], whole: Part) -> str:

@@ -14,6 +14,7 @@ from groundup.errors import DataError
 from groundup.generation import generate
 from groundup.interop import save_model
 from groundup.model import ModelConfig, Transformer
+from groundup.model.initialization import expected_initial_loss
 from groundup.recipe import PretrainSettings
 from groundup.shards import TokenShards
 from groundup.tokenizer import Tokenizer
@@ -120,7 +121,7 @@ def pretraining_job(
         seed=seed,
         row_length=length,
         start=start_digest(settings.init) if settings.init is not None else "fresh",
-        expected_initial_loss=math.log(model.config.vocab_size) if settings.init is None else None,
+        expected_initial_loss=expected_initial_loss(model.config) if settings.init is None else None,
         bytes_per_token=validation.n_bytes / max(1, validation.n_tokens - validation.n_documents),
         train_bytes_per_token=train_shards.n_bytes / max(1, train_shards.n_tokens - train_shards.n_documents),
         samples=settings.samples if tokenizer is not None and settings.sample_tokens else (),

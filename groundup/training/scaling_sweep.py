@@ -116,6 +116,8 @@ def plan_sweep(
         train_tokens=train.n_tokens,
         bytes_per_token=validation.n_bytes / max(1, validation.n_tokens - validation.n_documents),
     )
+    if not sizes:
+        check_enough((), ())
     if tokens is not None and minutes is not None:
         raise DataError("--tokens and --minutes are both given: each says how long to train.", "Keep one.")
     question = None
@@ -127,16 +129,16 @@ def plan_sweep(
     elif tokens is None:
         tokens = default_tokens(recipe, sizes, vocab_size, data.train_tokens)
     runs, notes = sweep_runs(recipe, sizes, tokens, vocab_size)
+    try:
+        check_enough([run.n_parameters for run in runs], [run.tokens for run in runs])
+    except DataError as error:
+        raise DataError(" ".join([error.message, *notes]), error.fix) from error
     most = max(run.tokens for run in runs) / data.train_tokens
     if most > MOST_EPOCHS:
         notes.append(
             f"The largest budget sees the training text {most:.1f} times: over {MOST_EPOCHS} times, text teaches less "
             "than new text would (arXiv:2305.16264), and the law is of such text."
         )
-    try:
-        check_enough([run.n_parameters for run in runs], [run.tokens for run in runs])
-    except DataError as error:
-        raise DataError(" ".join([error.message, *notes]), error.fix) from error
     return Sweep(recipe, shards, data, tuple(runs), out, tuple(notes), question)
 
 
@@ -193,6 +195,9 @@ def scaling_sweep(
         for note in sweep.notes if world.is_first else ():
             console.warn(note)
         figures = _train_all(sweep, tokenizer, world, console)
+        if world.is_first:
+            for name in (LAW_FILE, PICTURE_FILE):  # of an earlier sweep, should this one's losses follow no law
+                (out / name).unlink(missing_ok=True)
         law = law_of(figures, sweep.data)
         if world.is_first:
             law.save(out / LAW_FILE)
@@ -210,7 +215,7 @@ def check_start(recipe: Recipe, out: Path) -> None:
     if recipe.init is not None:
         raise DataError(
             f"init = {recipe.init!r}: a scaling law is of models that begin fresh.",
-            "Leave init unset: --set is for values; copy the recipe without it.",
+            "Leave init out of the recipe.",
         )
     if (out / RECIPE_FILE).is_file():
         raise DataError(f"{out}: a run's folder, and a sweep needs one of its own.", "Choose another with --out.")

@@ -48,7 +48,7 @@ class TrainingState:
         Raises:
             ArtifactError: it is of another model or other optimizers.
         """
-        found = load_checkpoint(folder, fingerprint, console)
+        found = load_checkpoint(folder, fingerprint, self.parts().keys(), console)
         if found is None:
             return None
         progress, parts = found

@@ -64,7 +64,7 @@ class Trackers:
             for name, value in values.items()
             if name not in ("step", "tokens") and isinstance(value, (int, float))
         }
-        for tracker in self._all:
+        for tracker in self._all if numbers else ():
             tracker.log(step, numbers)
 
     def close(self) -> None:
