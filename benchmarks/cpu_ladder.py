@@ -10,49 +10,64 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 from record import spread, write_result
 
-ROWS = {
-    "float32, torch's fused attention": {},
-    "+ bfloat16": {"precision": "bfloat16"},
-    "+ plain attention": {"precision": "bfloat16", "plain": True},
-    "+ freed memory is kept": {"precision": "bfloat16", "plain": True, "keep": True},
-    "the same beside a busy program": {
-        "precision": "bfloat16",
-        "plain": True,
-        "keep": True,
-        "busy": True,
-        "spin": True,
-    },
-    "+ waiting threads spin briefly, then sleep": {"precision": "bfloat16", "plain": True, "keep": True, "busy": True},
+SLICED: dict[str, Any] = {"sliced": True}
+BFLOAT16 = {**SLICED, "precision": "bfloat16"}
+PRODUCTS = {**BFLOAT16, "products": True}
+FUSED = {**PRODUCTS, "fused": True}
+KEPT = {**FUSED, "keep": True}
+COMPILED = {**KEPT, "compile": True}
+ROWS: dict[str, dict[str, Any]] = {
+    "float32, all logits at once, AdamW op by op": {},
+    "+ the loss in slices, logits never held": SLICED,
+    "+ bfloat16": BFLOAT16,
+    "+ attention by products": PRODUCTS,
+    "+ AdamW in one pass": FUSED,
+    "+ freed memory is kept": KEPT,
+    "+ blocks compiled": COMPILED,
+    "the same beside a busy program": {**COMPILED, "busy": True, "spin": True},
+    "+ waiting threads spin briefly, then sleep": {**COMPILED, "busy": True},
 }
-STEPS = 8
+SIZES: dict[str, dict[str, int]] = {
+    "1m": {"vocab_size": 1024, "n_layers": 4, "n_heads": 4, "d_model": 128, "d_ff": 344, "rows": 16},
+    "14m": {"vocab_size": 8192, "n_layers": 6, "n_heads": 6, "d_model": 384, "d_ff": 1024, "rows": 8},
+}
+LENGTH, STEPS = 256, 8
 
 
 def main() -> None:
     """Run the rows in turn for some rounds, and print medians and ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", nargs="*", choices=SIZES, default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measure(json.loads(arguments.one))))
         return
-    seconds: dict[str, list[float]] = {name: [] for name in ROWS}
-    for _ in range(arguments.rounds):
-        for name, row in ROWS.items():
-            seconds[name].append(run(row))
-    first = spread(seconds["float32, torch's fused attention"])["median"]
-    rows = []
-    for name, values in seconds.items():
-        found = spread(values)
-        rows.append({"row": name, "seconds_per_step": found, "speed_over_first": first / found["median"]})
-        print(f"| {name} | {1000 * found['median']:.0f} | {first / found['median']:.2f}× |")
-    write_result("cpu_ladder", {"model": "ground-1m, 16 rows of 256 tokens, optimizer step included", "rows": rows})
+    found = []
+    for size in arguments.sizes:
+        run({**COMPILED, "size": size})  # what is compiled once stays so
+        seconds: dict[str, list[float]] = {name: [] for name in ROWS}
+        for _ in range(arguments.rounds):
+            for name, row in ROWS.items():
+                seconds[name].append(run({**row, "size": size}))
+        first = spread(seconds[next(iter(ROWS))])["median"]
+        rows = [
+            {"row": name, "seconds_per_step": spread(values), "speed_over_first": first / spread(values)["median"]}
+            for name, values in seconds.items()
+        ]
+        found.append({"size": size, "shape": SIZES[size], "length": LENGTH, "rows": rows})
+        for row in rows:
+            print(f"| {size} | {row['row']} | {1000 * row['seconds_per_step']['median']:.0f} "
+                  f"| {row['speed_over_first']:.2f}× |")  # fmt: skip
+    write_result("cpu_ladder", {"sizes": found})
 
 
-def run(row: dict[str, object]) -> float:
+def run(row: dict[str, Any]) -> float:
     """One row in a fresh process, beside a busy program where the row says so."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     if not row.get("spin"):
@@ -60,7 +75,7 @@ def run(row: dict[str, object]) -> float:
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if row.get("busy") else None
     try:
         command = [sys.executable, __file__, "--one", json.dumps(row)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
         return float(json.loads(done.stdout))
     finally:
         if busy is not None:
@@ -68,33 +83,53 @@ def run(row: dict[str, object]) -> float:
             busy.wait()
 
 
-def measure(row: dict[str, object]) -> float:
+def measure(row: dict[str, Any]) -> float:
     """The median seconds of a training step."""
     import statistics
     import time
 
     import torch
+    import torch.nn.functional as F
 
+    from groundup.console import Console
     from groundup.environment import usable_cores
-    from groundup.model import Transformer, attention, preset
+    from groundup.model import ModelConfig, Transformer, attention
     from groundup.recipe import OptimizerSettings
     from groundup.training import head_loss
+    from groundup.training.compilation import CompiledBlocks
     from groundup.training.memory import keep_freed_memory
     from groundup.training.optimizers import Optimizers, clip_gradients
 
     torch.set_num_threads(usable_cores())
     if row.get("keep"):
         keep_freed_memory()
-    if not row.get("plain"):
+    if not row.get("products"):
         attention.PRODUCTS_UP_TO = 0
-    model = Transformer(preset("ground-1m"))
+    shape = dict(SIZES[row["size"]])
+    n_rows = shape.pop("rows")
+    heads = shape["n_heads"]
+    config = ModelConfig(**shape, context_length=LENGTH, n_kv_heads=heads, head_dim=shape["d_model"] // heads,
+                         tied_embeddings=True)  # fmt: skip
+    model = Transformer(config)
     model.compute_dtype = torch.bfloat16 if row.get("precision") == "bfloat16" else torch.float32
-    optimizers = Optimizers(model, OptimizerSettings(), model.compute_dtype)
-    ids = torch.randint(0, model.config.vocab_size, (16, 257), generator=torch.Generator().manual_seed(0))
+    optimizers = Optimizers(model, OptimizerSettings(optimizer="adamw"), model.compute_dtype)
+    if not row.get("fused"):
+        (adamw,) = optimizers.all
+        for group in adamw.param_groups:
+            group |= {"fused": False, "foreach": False}
+        adamw._step_supports_amp_scaling = False
+    if row.get("compile"):
+        CompiledBlocks(model, Console())
+    ids = torch.randint(0, config.vocab_size, (n_rows, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     times = []
     for step in range(STEPS + 2):
         start = time.perf_counter()
-        (model(ids[:, :-1], head=head_loss(ids[:, 1:])).objective / ids[:, 1:].numel()).backward()
+        if row.get("sliced"):
+            loss = model(inputs, head=head_loss(targets)).objective / targets.numel()
+        else:
+            loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        loss.backward()
         clip_gradients(optimizers.parameters(), 1.0, lambda values: values)
         optimizers.step(1.0)
         if step >= 2:

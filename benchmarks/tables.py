@@ -184,9 +184,67 @@ def quality(result: dict[str, Any]) -> str:
     return f"{rows_of(head, rows)}\n\n{steps}"
 
 
+def training_speed(result: dict[str, Any]) -> str:
+    """Tokens per second beside the peers, and what comes of it."""
+    head = ["size", "contestant", "tokens per second", "of the bfloat16 ceiling", "peak MiB"]
+    rows = []
+    for size in result["sizes"]:
+        for row in size["rows"]:
+            name = row["contestant"] + (", beside the defaults" if row.get("beside_defaults") else "")
+            share, peak = f"{row['share_of_bfloat16_ceiling']:.0%}", f"{row['peak_mib']:,.0f}"
+            rows.append([size["size"], name, amount(row["tokens_per_second"]), share, peak])
+    ratios = rows_of(
+        ["size", "over the best peer", "GPT-2's shape over the plain loop", "Llama's over the best Llama",
+         "over the best default", "peak over the leanest peer"],
+        (
+            [
+                size["size"],
+                *(
+                    f"{size[key]:.2f}×" if key in size else "–"
+                    for key in ("over_the_best_peer", "over_the_best_peer_of_GPT-2_shape",
+                                "over_the_best_peer_of_Llama_shape", "over_the_best_default",
+                                "peak_over_the_leanest_peer")
+                ),
+            ]
+            for size in result["sizes"]
+        ),
+    )  # fmt: skip
+    return f"{ratios}\n\n{rows_of(head, rows)}"
+
+
+def cpu_ladder(result: dict[str, Any]) -> str:
+    """What each trick pays."""
+    head = ["one change a row", *(f"{size['size']}, ms a step | over the first" for size in result["sizes"])]
+    names = [row["row"] for row in result["sizes"][0]["rows"]]
+    rows = (
+        [
+            name,
+            *(
+                f"{1000 * row['seconds_per_step']['median']:.0f} ({1000 * row['seconds_per_step']['min']:.0f} … "
+                f"{1000 * row['seconds_per_step']['max']:.0f}) | {row['speed_over_first']:.2f}×"
+                for row in (size["rows"][index] for size in result["sizes"])
+            ),
+        ]
+        for index, name in enumerate(names)
+    )
+    lines = rows_of(head, rows).splitlines()
+    lines[1] = "| --- " * (1 + 2 * len(result["sizes"])) + "|"
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     function.__name__: function
-    for function in (extraction, minhash, data_chain, data_memory, tokenization, loader, quality)
+    for function in (
+        extraction,
+        minhash,
+        data_chain,
+        data_memory,
+        tokenization,
+        loader,
+        quality,
+        training_speed,
+        cpu_ladder,
+    )
 }
 
 

@@ -3,8 +3,8 @@
 Every contestant is a process of its own that stays alive; they take turns, some steps each, so that a slow minute of
 the machine is everybody's. Same shapes, same tokens a step; forward, backward, clipping and AdamW included. Peers run
 at their defaults (float32, AdamW as the library makes it) and at their best: bfloat16 by autocast, torch.compile over
-model and loss, fused AdamW. Groundup runs the same two models (GPT-2's shape and Llama's). litgpt has an environment of its
-own, made here at the first run (`--make-environment` makes it and stops).
+model and loss, fused AdamW. Groundup runs the same two models (GPT-2's shape and Llama's). litgpt has an environment
+of its own, made here at the first run (`--make-environment` makes it and stops).
 
 `--curves` trains one model three times from the same weights on the same text: groundup's best form, a plain loop in
 float32, and that loop on the text in another order, which says what noise is.
@@ -230,7 +230,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def flops_per_token(shape: dict[str, Any]) -> float:
-    """6 for each parameter in a product, 12 · layers · width · sequence for attention (the whole square, as nanoGPT)."""
+    """6 for each parameter in a product, 12 · layers · width · sequence for attention (the square, as nanoGPT)."""
     inner = 3 * shape["inner"] if "inner" in shape else 8 * shape["width"]
     block = 4 * shape["width"] ** 2 + inner * shape["width"]
     products = shape["layers"] * block + shape["vocab"] * shape["width"]

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from groundup.shards import MixtureLoader, PackedLoader, TokenShards, WindowLoader, write_shards
     from groundup.tokenizer import Tokenizer
     from groundup.training import TrainedModel, pretrain, start_model
+    from groundup.training.plan import Plan, plan
     from groundup.training.scaling_law import ScalingLaw
     from groundup.training.scaling_sweep import scaling_sweep
 
@@ -76,6 +77,7 @@ _WHERE = {
     "groundup.shards": ("MixtureLoader", "PackedLoader", "TokenShards", "WindowLoader", "write_shards"),
     "groundup.tokenizer": ("Tokenizer",),
     "groundup.training": ("TrainedModel", "pretrain", "start_model"),
+    "groundup.training.plan": ("Plan", "plan"),
     "groundup.training.scaling_law": ("ScalingLaw",),
     "groundup.training.scaling_sweep": ("scaling_sweep",),
 }
@@ -90,6 +92,7 @@ __all__ = [
     "ModelConfig",
     "ModelSettings",
     "PackedLoader",
+    "Plan",
     "PretrainSettings",
     "Recipe",
     "Run",
@@ -118,6 +121,7 @@ __all__ = [
     "list_runs",
     "load",
     "load_model",
+    "plan",
     "preset",
     "preset_names",
     "pretrain",

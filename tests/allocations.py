@@ -1,4 +1,4 @@
-"""What torch allocates in a training step, by its own record: the most alive at once, and what the forward pass keeps."""
+"""What torch allocates in a training step, by its own record: the most alive at once, and what forward keeps."""
 
 from __future__ import annotations
 

@@ -143,10 +143,12 @@ def litgpt(what: dict[str, Any]) -> Step:
 
     shape = what["shape"]
     heads, width = shape["heads"], shape["width"]
-    config = Config(name="same", block_size=shape["length"], vocab_size=shape["vocab"], padded_vocab_size=shape["vocab"],
-                    n_layer=shape["layers"], n_head=heads, n_query_groups=shape.get("kv_heads") or heads,
-                    n_embd=width, rotary_percentage=1.0, parallel_residual=False, bias=False, norm_class_name="RMSNorm",
-                    mlp_class_name="LLaMAMLP", intermediate_size=shape["inner"])  # fmt: skip
+    config = Config(
+        name="same", block_size=shape["length"], vocab_size=shape["vocab"], padded_vocab_size=shape["vocab"],
+        n_layer=shape["layers"], n_head=heads, n_query_groups=shape.get("kv_heads") or heads, n_embd=width,
+        rotary_percentage=1.0, parallel_residual=False, bias=False, norm_class_name="RMSNorm",
+        mlp_class_name="LLaMAMLP", intermediate_size=shape["inner"],
+    )  # fmt: skip
     model = GPT(config)
     if shape.get("tied", True):
         model.lm_head.weight = model.transformer.wte.weight

@@ -3,7 +3,7 @@
 from groundup.alignment.conversations import Conversations, data_fingerprint, load_conversations
 from groundup.alignment.sft import ConversationBatches, fine_tune
 
-VERSION = 2
+VERSION = 3
 """Raised when the code's results change; part of the stage's fingerprint."""
 
 __all__ = ["VERSION", "ConversationBatches", "Conversations", "data_fingerprint", "fine_tune", "load_conversations"]

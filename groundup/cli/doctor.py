@@ -190,7 +190,7 @@ def _compiler(machine: Machine) -> Finding:
         *([] if machine.python_headers else ["Python's headers (Debian, Ubuntu: apt install python3-dev)"]),
     ]
     if missing:
-        advice = f"Only compile=true needs it; then install {' and '.join(missing)}."
+        advice = f"Training runs without it, more slowly. Install {' and '.join(missing)}."
         return Finding("compiler", "torch.compile cannot be used", "warn", advice)
     return Finding("compiler", f"{machine.compiler}")
 

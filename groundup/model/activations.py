@@ -101,6 +101,17 @@ def attention_squares(
     return batch * config.n_heads * length * length * _score_size(config, length, dtype)
 
 
+def score_bytes(
+    config: ModelConfig, layer: int, batch: int, length: int, dtype: Arithmetic = "float32", device: Device = "cpu"
+) -> int:
+    """Bytes of the scores that a layer's products give, of those pairs that they are taken for; 0 by a fused kernel."""
+    if not score_block_bytes(config, layer, batch, length, dtype, device):
+        return attention_squares(config, layer, batch, length, dtype, device)
+    ends = [*range(KEPT_UP_TO, length, KEPT_UP_TO), length]  # blocks of queries, each over the keys up to its end
+    pairs = sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False))
+    return batch * config.n_heads * pairs * _size(dtype)
+
+
 def score_block_bytes(
     config: ModelConfig, layer: int, batch: int, length: int, dtype: Arithmetic = "float32", device: Device = "cpu"
 ) -> int:
@@ -190,12 +201,7 @@ def _attention_products(
     """Results of products: queries, keys, values, scores (or a float32 for each row of them), attention's, o_proj's."""
     n_tokens, size = batch * length, _size(dtype)
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    scores = attention_squares(config, layer, batch, length, dtype, device) or n_tokens * config.n_heads * 4
-    if score_block_bytes(config, layer, batch, length, dtype, device):
-        ends = [*range(KEPT_UP_TO, length, KEPT_UP_TO), length]  # blocks of queries, each over the keys up to its end
-        starts = [0, *ends[:-1]]
-        pairs = sum((end - start) * end for start, end in zip(starts, ends, strict=True))
-        scores = batch * config.n_heads * pairs * size
+    scores = score_bytes(config, layer, batch, length, dtype, device) or n_tokens * config.n_heads * 4
     return n_tokens * (2 * q + 2 * kv + config.d_model) * size + scores
 
 

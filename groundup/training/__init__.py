@@ -19,7 +19,7 @@ from groundup.training.start import (
 )
 from groundup.training.summary import peak_memory_bytes
 
-VERSION = 2
+VERSION = 3
 """Raised when the code's results change; part of the stage's fingerprint."""
 
 __all__ = [

@@ -137,7 +137,8 @@ def choose_by_trial(
     if found is None:
         console.note("Trying torch.compile on the first batch (once on this machine for a model of this shape) …")
         found = _tried(model, run, device, console)
-        remember("compile", key, device, found)
+        if found["failure"] is None:  # a compiler may be there tomorrow
+            remember("compile", key, device, found)
     elif found["pays"]:
         CompiledBlocks(model, console)
     if found["failure"] is not None:

@@ -214,9 +214,9 @@ def refuse_what_cannot_fit(
     Raises:
         GroundupError: it does not; with the parts, largest first, and the ways out.
     """
-    if settings.compile:  # a compiler may compute nearly all activations again
-        settings = settings.model_copy(update={"activation_checkpointing": "full"})
-    least = step_memory(config, settings, step_of(settings, length, room, n_devices, 1), stage)
+    # A compiler may compute nearly all activations again.
+    frugal = settings.model_copy(update={"activation_checkpointing": "full"}) if settings.compile else settings
+    least = step_memory(config, frugal, step_of(settings, length, room, n_devices, 1), stage)
     if least.total <= room.total:
         return
     parts = sorted(least.parts().items(), key=lambda part: -part[1])
@@ -298,14 +298,15 @@ def _smaller_model(
 def _more_devices(
     config: ModelConfig, settings: OptimizerSettings, length: int, room: Room, n_devices: int, stage: str
 ) -> Iterator[Remedy]:
+    """The least power of two of them, as they are or with all activations computed again."""
     before = need(config, settings, step_of(settings, length, room, n_devices, 1), stage).total
-    count = n_devices
-    while count < 1024:
-        count *= 2
-        total = need(config, settings, step_of(settings, length, room, count, 1), stage).total
-        if total <= room.usable:
-            yield Remedy(f"{count} devices of this size", before - total, total, True, "their price")
-            return
+    frugal = settings.model_copy(update={"activation_checkpointing": "full"})
+    for chosen, extra in ((settings, ""), (frugal, f" and {stage}.activation_checkpointing=full")):
+        for count in (n_devices * 2**power for power in range(1, 11)):
+            total = need(config, chosen, step_of(chosen, length, room, count, 1), stage).total
+            if total <= room.usable:
+                yield Remedy(f"{count} devices of this size{extra}", before - total, total, True, "their price")
+                return
 
 
 def _ways_out(

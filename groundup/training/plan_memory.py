@@ -24,6 +24,7 @@ from groundup.model.activations import (
     block_bytes,
     last_norm_bytes,
     score_block_bytes,
+    score_bytes,
 )
 from groundup.model.cost import parameter_shapes
 from groundup.recipe import OptimizerName, OptimizerSettings
@@ -193,10 +194,10 @@ def _computed_again(
     there = ways * config.d_ff + config.d_model
     if config.qk_norm and (size == 4 or device == "cuda"):
         there += (config.n_heads + config.n_kv_heads) * config.head_dim
-    squares = attention_squares(config, layer, rows, length, dtype, device)
-    if not squares:
+    scores = score_bytes(config, layer, rows, length, dtype, device)
+    if not scores:
         there += (config.n_heads + config.n_kv_heads) * config.head_dim  # result and values
-    return sum(whole.values()) - n_tokens * there * size - squares, whole  # scores make place for the softmax
+    return sum(whole.values()) - n_tokens * there * size - scores, whole  # scores make place for the softmax
 
 
 def _inner_gradients(config: ModelConfig, n_tokens: int, size: int) -> int:

@@ -28,7 +28,7 @@ _HOLES = {"none": (0.15, 0.27), "selective": (0.31, 0.32), "full": (0.43, 0.34)}
 _SMALLEST_RUN = """
 import resource, sys, tempfile, torch
 torch.set_num_threads(int(sys.argv[1]))
-import groundup.road
+import groundup.report, groundup.road
 from groundup.model import Transformer, preset
 from groundup.recipe import OptimizerSettings
 from groundup.training.optimizers import Optimizers, clip_gradients
@@ -61,7 +61,7 @@ def process_bytes(dtype: str, *, measure: bool = True) -> int:
     """
     if not measure:
         return PROCESS_BYTES
-    key = {"dtype": dtype}
+    key = {"dtype": dtype, "run": _SMALLEST_RUN}
     return int(measured_once("process", key, torch.device("cpu"), lambda: {"bytes": _measure(dtype)})["bytes"])
 
 
