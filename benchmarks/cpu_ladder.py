@@ -71,7 +71,7 @@ def run(row: dict[str, Any]) -> float:
     """One row in a fresh process, beside a busy program where the row says so."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     if not row.get("spin"):
-        environment["GOMP_SPINCOUNT"] = "3000"  # what the command line sets
+        environment["GOMP_SPINCOUNT"] = "10000"  # what the command line sets
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if row.get("busy") else None
     try:
         command = [sys.executable, __file__, "--one", json.dumps(row)]

@@ -4,7 +4,8 @@ Baseline: GPT-2's parts at ground-1m's size, AdamW, cosine to a tenth; its learn
 all T tokens), walked on while the best is at an end. T is the recipe's own budget; a seed's baseline ends at its L*.
 Defaults: the recipe as it is, nothing tuned here, at shares of T, each share a run with its own schedule. Tokens to L*
 are interpolated in log tokens between the two shares around it. Within a seed both see the same rows in the same order
-and the same dropout; all held-out text is scored. The ladder goes from one to the other at half of T, seed 1.
+and the same dropout; all held-out text is scored. On seed 1 also: the baseline with a quarter of the batch, as more
+steps may suit it better, and the ladder from one to the other at half of T.
 A killed benchmark goes on in `--work`; no clock is read.
 """
 
@@ -18,6 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,10 +37,11 @@ COLOURS = {"baseline": "#c2410c", "defaults": "#1d4ed8"}
 
 RECIPES = {"shakespeare": "shakespeare", "classics": "demo"}
 SHARES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-FIRST_SHARES = (0.3, 0.4)
+FIRST_SHARES = (0.3,)
 RATES = (3e-4, 6e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 FIRST_RATES = (4e-3, 8e-3)
 LADDER_SHARE = 0.5
+SMALLER = 4  # what the baseline's batch is also divided by
 N_PASSES = 6  # validation passes in T tokens
 TARGET = 0.6
 
@@ -80,22 +83,23 @@ class Point:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where runs are kept and how many run at once; `scale` shortens all of them, to try the script."""
+    """Where runs are kept, and slots for those that run at once; `scale` shortens all of them, to try the script."""
 
     work: Path
-    jobs: int
+    slots: threading.Semaphore
     scale: float
 
     def run(self, points: Iterable[Point]) -> list[Finished]:
         """The points, in their order."""
-        with ThreadPoolExecutor(self.jobs) as pool:
+        points = list(points)
+        with ThreadPoolExecutor(len(points)) as pool:
             return list(pool.map(self.run_one, points))
 
     def run_one(self, point: Point) -> Finished:
         """One point by `groundup pretrain`, which goes on where it was killed and repeats nothing that is done."""
         recipe = RECIPES[point.corpus]
         whole = self.budget(point.corpus)
-        rows = read_recipe(recipe).pretrain.batch_size
+        rows = point.changes.get("pretrain.batch_size", read_recipe(recipe).pretrain.batch_size)
         length = config_of(point.corpus, point.changes).context_length
         settings = {
             **point.changes,
@@ -109,9 +113,9 @@ class Bench:
         command = [sys.executable, "-m", "groundup", "pretrain", recipe, "--runs", str(folder)]
         for name, value in settings.items():
             command += ["--set", f"{name}={json.dumps(value)}"]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with self.slots:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             raise SystemExit(f"{folder.name}: {done.stderr[-3000:]}")
         stage = folder / recipe / "pretrain"
@@ -148,24 +152,26 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="shorten all runs; nothing is then written")
     arguments = parser.parse_args()
-    bench = Bench(arguments.work, arguments.jobs, arguments.scale)
+    bench = Bench(arguments.work, threading.Semaphore(arguments.jobs), arguments.scale)
     seeds = range(1, arguments.seeds + 1)
-    bench.run(list(itertools.chain(*map(first_points, RECIPES))))  # at once, so that nobody waits for one run
-    found = {corpus: {"rates": best_rate(bench, corpus)} for corpus in RECIPES}
+    with ThreadPoolExecutor(len(RECIPES)) as pool:
+        found = dict(zip(RECIPES, pool.map(lambda corpus: measure(bench, corpus, seeds), RECIPES), strict=True))
     for corpus, result in found.items():
-        result |= compare(bench, corpus, result["rates"]["best"], seeds)
-        print(f"\n{corpus}\n{table(result)}\n", flush=True)
-    for corpus, result in found.items():
-        result["ladder"] = bench.run(ladder(corpus, result["rates"]["best"]))
-        print(f"\n{corpus}\n{ladder_table(result)}\n", flush=True)
+        print(f"\n{corpus}\n{table(result)}\n{smaller_batch_line(result)}\n\n{ladder_table(result)}")
     if bench.scale == 1.0:
         write_result("quality", {"target": TARGET, "n": len(seeds), "corpora": found})
         draw(found, PICTURE)
 
 
-def first_points(corpus: str) -> list[Point]:
-    """What is run whatever comes out."""
-    return [*(baseline(corpus, rate, 1) for rate in FIRST_RATES), *defaults(corpus, 1, FIRST_SHARES)]
+def measure(bench: Bench, corpus: str, seeds: range) -> dict[str, Any]:
+    """All of one corpus."""
+    rates = best_rate(bench, corpus)
+    return {
+        "rates": rates,
+        **compare(bench, corpus, rates["best"], seeds),
+        "smaller_batch": smaller_batch(bench, corpus, rates["best"]),
+        "ladder": bench.run(ladder(corpus, rates["best"])),
+    }
 
 
 def best_rate(bench: Bench, corpus: str) -> dict[str, Any]:
@@ -203,6 +209,20 @@ def compare(bench: Bench, corpus: str, rate: float, seeds: range) -> dict[str, A
         "baseline": baselines,
         "defaults": ours,
     }
+
+
+def smaller_batch(bench: Bench, corpus: str, rate: float) -> dict[str, Any]:
+    """Seed 1 against a baseline whose batch was chosen too: more and smaller steps for the same tokens."""
+    rows = read_recipe(RECIPES[corpus]).pretrain.batch_size // SMALLER
+    place = RATES.index(rate)
+    points = [
+        Point(corpus, f"{point.name}, {rows} rows", point.changes | {"pretrain.batch_size": rows}, 1.0, 1)
+        for point in (baseline(corpus, one, 1) for one in RATES[place - 1 : place + 1])
+    ]
+    tried = bench.run(points)
+    best = min(tried, key=lambda run: run["val_loss"])
+    tokens = tokens_to(best["val_loss"], approach(bench, corpus, 1, best["val_loss"], FIRST_SHARES))
+    return {"rows": rows, "tried": tried, "best": best, "share": None if tokens is None else tokens / best["tokens"]}
 
 
 def approach(bench: Bench, corpus: str, seed: int, target: float, first: Iterable[float]) -> list[Finished]:
@@ -296,6 +316,13 @@ def table(found: dict[str, Any]) -> str:
         rows.append([str(run["seed"]), f"{run['val_loss']:.4f}", *(mine.get(share, "") for share in shares), reached])
     rates = ", ".join(f"{rate}: {loss:.4f}" for rate, loss in found["rates"]["val_loss"].items())
     return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", f"baseline's rates: {rates}"])
+
+
+def smaller_batch_line(found: dict[str, Any]) -> str:
+    """What is left of it against the baseline with smaller steps."""
+    tougher = found["smaller_batch"]
+    reached = "is not reached" if tougher["share"] is None else f"is reached after {tougher['share']:.3f} T"
+    return f"{tougher['best']['variant']}, seed 1: {tougher['best']['val_loss']:.4f}, which {reached}"
 
 
 def ladder_table(found: dict[str, Any]) -> str:

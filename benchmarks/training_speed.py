@@ -142,7 +142,7 @@ class Contestant:
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
         environment |= {"TORCHINDUCTOR_CACHE_DIR": str(HERE / ".cache" / "inductor"), "TOKENIZERS_PARALLELISM": "false"}
         if what["who"] == "groundup":
-            environment["GOMP_SPINCOUNT"] = "3000"  # what the command line sets
+            environment["GOMP_SPINCOUNT"] = "10000"  # what the command line sets
         self._process = subprocess.Popen(
             [python, str(HERE / "baselines" / "training_step.py"), json.dumps(what)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,

@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from groundup.generation.cache import KVCache
 from groundup.model import ModelConfig, Transformer, activation_bytes, cost, count_parameters, preset, preset_names
-from groundup.model.activations import training_bytes
 from groundup.model.attention import KEPT_UP_TO, PRODUCTS_UP_TO
 from groundup.model.masks import AttentionRule
 from groundup.recipe import OptimizerSettings
@@ -173,7 +172,7 @@ def test_activations_of_long_rows_have_no_square(length):
     counted = activation_bytes(config, 1, length, "bfloat16")
     assert sum(counted.values()) == kept_for_backward(config, 1, length, torch.bfloat16)
     twice = activation_bytes(config, 1, 2 * length, "bfloat16")
-    assert twice["attention"] < 2 * counted["attention"]
+    assert twice["attention"] < 2.5 * counted["attention"]  # a square would make it 3.3 times as much
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -190,8 +189,6 @@ def test_weights_gradients_and_optimizer_state_are_as_counted(parts, optimizer):
     optimizers.step(1.0)
     state = sum(value.nbytes for value in optimizers.state_dict().values())
     assert state == cost.optimizer_bytes(config, optimizer)
-    activations = sum(activation_bytes(config, 2, 16).values())
-    assert training_bytes(config, 2, 16, optimizer) == 2 * weights + state + activations
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

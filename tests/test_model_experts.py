@@ -15,6 +15,7 @@ from groundup.model.experts import Experts, load_balance
 from groundup.model.feedforward import FeedForward, make_feedforward
 from groundup.reference import experts as reference
 from groundup.reference.feedforward import swiglu
+from groundup.training.activation import set_checkpointing
 
 
 def layer(**overrides: object) -> Experts:
@@ -200,3 +201,15 @@ def test_a_mixture_trains() -> None:
 def test_more_choices_than_experts_are_refused(k: int) -> None:
     with pytest.raises(RecipeError, match=rf"experts_per_token = {k}.*from 1 to n_experts = 4"):
         tiny(n_experts=4, experts_per_token=k)
+
+
+def test_what_is_computed_again_is_not_kept() -> None:
+    """With recomputed blocks the balance stays the first pass's: the second's graph would hold all it computed."""
+    model = Transformer(tiny(n_experts=4, experts_per_token=2)).train()
+    set_checkpointing(model, "full")
+    loss = model(tokens(model.config, 2, 8)).square().mean() + model.balance_loss()
+    kept = [block.mlp.balance for block in model.blocks]
+    loss.backward()
+    assert all(block.mlp.balance is one for block, one in zip(model.blocks, kept, strict=True))
+    model(tokens(model.config, 2, 8, seed=1))
+    assert all(block.mlp.balance is not one for block, one in zip(model.blocks, kept, strict=True))

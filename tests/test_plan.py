@@ -56,14 +56,14 @@ def pace(**changes: float) -> Pace:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_fullest_moment_is_that_of_torchs_record(shape, dtype, kind):
     config, settings = ModelConfig(**{**BASE, **SHAPES[shape]}), OptimizerSettings(activation_checkpointing=kind)
-    for rows, length in ((4, 192), (2, 320)):
-        most, kept = of_a_step(config, settings, rows, rows, length, dtype)
-        memory = step_memory(config, settings, Step(rows, rows, length, dtype))
-        found = memory.gradients + memory.activations + memory.logits + memory.other
-        assert found == pytest.approx(most, rel=0.12, abs=0.5 * MIB)
-        masks = 4 * length * length if shape == "windows" else 0  # held by the caller, not by the graph
-        counted = sum(activation_bytes(config, rows, length, dtype, kind).values())
-        assert counted == pytest.approx(kept, rel=0.01, abs=masks + 64 * 1024)
+    rows, length = (4, 192) if dtype == "float32" else (2, 320)
+    most, kept = of_a_step(config, settings, rows, rows, length, dtype)
+    memory = step_memory(config, settings, Step(rows, rows, length, dtype))
+    found = memory.gradients + memory.activations + memory.logits + memory.other
+    assert found == pytest.approx(most, rel=0.12, abs=0.5 * MIB)
+    masks = 4 * length * length if shape == "windows" else 0  # held by the caller, not by the graph
+    counted = sum(activation_bytes(config, rows, length, dtype, kind).values())
+    assert counted == pytest.approx(kept, rel=0.01, abs=masks + 64 * 1024)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw", "adafactor"])

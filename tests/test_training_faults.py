@@ -136,17 +136,27 @@ def test_a_disk_full_at_every_file_operation_is_named_and_the_former_checkpoint_
     assert refused > n_operations / stride / 2
 
 
-def killed_and_gone_on_with(disk: FaultyDisk, folder: Path, mode: str, at: int, **options: object) -> Outcome:
-    """Train on a disk that fails at this operation, then once more on one that does not: whole, and little done twice.
+def killed_and_gone_on_with(
+    disk: FaultyDisk, folder: Path, expected: dict[str, object], mode: str, at: int, **options: object
+) -> Outcome:
+    """Train on a disk that fails at this operation, then once more on one that does not: the same bits, little twice.
 
-    One process computes a step after the other and writes a checkpoint after each: only the step that was not yet in
-    one when it ended is computed again.
+    One step after the other is computed and a checkpoint written after each: only the step that was not yet in one when
+    the first process ended is computed again (or two, where checkpoints are written beside training).
     """
     first = disk.do("train", folder, mode, at, **SMALL, **options)
     second = disk.do("train", folder, **SMALL, **options)
     assert second.status == 0, second.error
-    n_steps = SMALL["n_steps"]
-    assert n_steps <= len(first.all("step")) + len(second.all("step")) <= n_steps + 1, at
+    n_steps, n_twice = SMALL["n_steps"], 2 if options else 1
+    assert n_steps <= len(first.all("step")) + len(second.all("step")) <= n_steps + n_twice, at
+    # Killed right behind the last checkpoint, the one before it is still there: it goes with the next that is written.
+    newest, *older = complete_checkpoints(folder / "checkpoints")
+    assert newest.name == f"step-{n_steps:08d}"
+    if older:
+        assert [path.name for path in older] == [f"step-{n_steps - 1:08d}"]
+        assert not second.all("step")
+        shutil.rmtree(older[0])
+    assert bits(folder) == expected, at
     return first
 
 
@@ -156,9 +166,7 @@ def test_a_run_whose_disk_failed_is_gone_on_with_to_the_same_bits(tmp_path: Path
     n_operations = disk.do("train", tmp_path / "whole", **SMALL).operations
     expected = bits(tmp_path / "whole")
     for at in range(5, n_operations, n_operations // 4):
-        folder = tmp_path / f"at-{at}"
-        killed_and_gone_on_with(disk, folder, mode, at)
-        assert bits(folder) == expected
+        killed_and_gone_on_with(disk, tmp_path / f"at-{at}", expected, mode, at)
 
 
 @needs_a_compiler
@@ -173,11 +181,10 @@ def test_a_run_is_gone_on_with_to_the_same_bits_from_every_file_operation(
     ends = set()
     for at in range(n_operations):
         folder = tmp_path / f"at-{at}"
-        first = killed_and_gone_on_with(disk, folder, mode, at)
+        first = killed_and_gone_on_with(disk, folder, expected, mode, at)
         ends.add(first.status)
         if first.status == 1:
             assert ": the disk is full" in str(first.error)
-        assert bits(folder) == expected
         shutil.rmtree(folder)
     assert ends == ({-9} if mode == "kill" else {0, 1})
 
@@ -191,10 +198,7 @@ def test_killed_while_checkpoints_are_written_beside_training_the_run_goes_on_to
     n_operations = disk.do("train", tmp_path / "whole", **SMALL, checkpoint_beside=True).operations
     expected = bits(tmp_path / "whole")
     for at in range(3, n_operations, 11):
-        folder = tmp_path / f"at-{at}"
-        disk.do("train", folder, "kill", at, **SMALL, checkpoint_beside=True)
-        assert disk.do("train", folder, **SMALL, checkpoint_beside=True).status == 0
-        assert bits(folder) == expected
+        killed_and_gone_on_with(disk, tmp_path / f"at-{at}", expected, "kill", at, checkpoint_beside=True)
 
 
 # --- Damaged checkpoints

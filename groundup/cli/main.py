@@ -80,7 +80,7 @@ def main() -> None:
     """Run the command line; known errors are shown in words, without a traceback."""
     # Threads that wait for each other spin for a moment, then sleep. Spinning on, as OpenMP does by itself, makes every
     # step wait for whatever else runs on the machine (benchmarks/cpu_ladder.py). To be set before torch is loaded.
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal or a pipe that is not UTF-8 shows "?" for what it cannot show.

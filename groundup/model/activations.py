@@ -21,7 +21,6 @@ from typing import Literal
 
 from groundup.model.attention import KEPT_UP_TO, PRODUCTS_UP_TO
 from groundup.model.config import ModelConfig
-from groundup.model.cost import OptimizerName, gradient_bytes, optimizer_bytes, weight_bytes
 from groundup.model.masks import AttentionRule
 
 Arithmetic = Literal["float32", "bfloat16", "float16"]
@@ -120,17 +119,6 @@ def score_block_bytes(
         config, layer, length, dtype, device
     )
     return batch * config.n_heads * min(KEPT_UP_TO, length) * length * _size(dtype) if forgets else 0
-
-
-def training_bytes(
-    config: ModelConfig, batch: int, length: int, optimizer: OptimizerName, dtype: str = "float32"
-) -> int:
-    """Bytes of weights, gradients, optimizer state and activations together, on one device.
-
-    What kernels need for a moment comes on top, and whatever the process held before.
-    """
-    kept = activation_bytes(config, batch, length, "bfloat16" if dtype == "bfloat16" else "float32")
-    return weight_bytes(config) + gradient_bytes(config) + optimizer_bytes(config, optimizer) + sum(kept.values())
 
 
 def _positions(config: ModelConfig, length: int, size: int) -> int:

@@ -44,6 +44,8 @@ class Experts(nn.Module):
 
     Attributes:
         balance: after a forward pass in training: the load-balancing loss times its number of tokens, float32.
+        takes_balance: or not, while a forward pass is computed again for the backward pass: `balance` would hold all
+            that was computed.
     """
 
     def __init__(self, config: ModelConfig, activation: Callable[[Tensor], Tensor]) -> None:
@@ -56,6 +58,7 @@ class Experts(nn.Module):
         self.up_proj = StackedLinear(n, config.d_model, config.d_ff, has_bias)
         self.down_proj = StackedLinear(n, config.d_ff, config.d_model, has_bias)
         self.balance: Tensor | None = None
+        self.takes_balance = True
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """Each token's chosen experts, weighed by the router."""
@@ -64,7 +67,9 @@ class Experts(nn.Module):
         weights, chosen = probabilities.topk(self.n_chosen, dim=-1)
         weights = (weights / weights.sum(dim=-1, keepdim=True)).to(x.dtype)
         if self.training:
-            self.balance = load_balance(probabilities, chosen) * len(tokens)
+            balance = load_balance(probabilities, chosen) * len(tokens)
+            if self.takes_balance:
+                self.balance = balance
         out = torch.zeros_like(tokens)
         for index in range(self.n_experts):
             rows, slots = (chosen == index).nonzero(as_tuple=True)

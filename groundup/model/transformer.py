@@ -219,8 +219,13 @@ class Transformer(nn.Module):
         if self.training and config.dropout:
             x = F.dropout(x, config.dropout)
         sights = self._sights(seq, where, documents) if cached is None else {}
+        experts = [block.mlp for block in self.blocks if isinstance(block.mlp, Experts)]
+        for layer in experts:
+            layer.takes_balance = True
         for block, rule in zip(self.layers, self._rules, strict=True):
             x = block(x, rotation, sights.get(rule), cached)
+        for layer in experts:
+            layer.takes_balance = False
         return x if self.norm is None else self.norm(x)
 
     def _sights(

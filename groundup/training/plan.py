@@ -87,7 +87,7 @@ def plan(
     found_law, why_none = _law(law, text)
     sizes = [] if seconds is None else candidates(
         seconds * parts["training"] / sum(parts.values()), _speed(pace, settings, place, known), settings,
-        config.vocab_size, place.room, place.count, found_law,
+        _vocabulary(recipe, config, found_law), place.room, place.count, found_law,
     )  # fmt: skip
     return Plan(
         recipe=recipe.name, config=config, settings=settings, place=place, amount=amount, fit=fit, pace=pace,
@@ -123,6 +123,12 @@ def _model(recipe: Recipe, text: _Text) -> ModelConfig:
     if recipe.init is not None:
         return start_config(recipe.init, recipe.model)
     return recipe.model.config(text.vocab_size or recipe.tokenizer.vocab_size)
+
+
+def _vocabulary(recipe: Recipe, config: ModelConfig, law: ScalingLaw | None) -> int | None:
+    """Of other sizes: the same where a tokenizer is given, or a law is about one; else it follows from the size."""
+    follows = recipe.model.follows_from_one_number and "vocab_size" not in recipe.tokenizer.model_fields_set
+    return None if follows and law is None else config.vocab_size
 
 
 def _place(settings: PretrainSettings, device: str | None, price: float | None) -> tuple[Device | None, Place]:

@@ -7,6 +7,7 @@ tokens for each parameter (arXiv:2203.15556).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,8 +47,8 @@ class Candidate:
 
 
 def candidates(
-    seconds: float, speed: Callable[[ModelConfig], float], settings: OptimizerSettings, vocab_size: int, room: Room,
-    n_devices: int, law: ScalingLaw | None,
+    seconds: float, speed: Callable[[ModelConfig], float], settings: OptimizerSettings, vocab_size: int | None,
+    room: Room, n_devices: int, law: ScalingLaw | None,
 ) -> list[Candidate]:  # fmt: skip
     """Every size of the ladder with at least one token a parameter in so many seconds of training.
 
@@ -55,25 +56,34 @@ def candidates(
         seconds: of training alone.
         speed: a model's training FLOP/s.
         settings: optimizer and checkpointing, for memory.
-        vocab_size: of the recipe's tokenizer.
+        vocab_size: of the tokenizer; None: what the ladder gives each size.
         room: memory of a device.
         n_devices: how many.
         law: for losses.
     """
-    found = []
+    found: list[Candidate] = []
     for size in LADDER:
-        try:
-            config = ladder_config(size=size, vocab_size=vocab_size)
-        except RecipeError:
+        config = _rung(size, vocab_size)
+        if config is None:
             continue
         length, n = config.context_length, count_parameters(config)
         tokens = int(seconds * speed(config) / training_flops_per_token(config, length))
         if tokens < n:
             break
+        if found and found[-1].parameters == n:
+            continue  # with this vocabulary the ladder has no other
         step = step_of(settings, length, room, n_devices, 1)
         fits = step_memory(config, settings.model_copy(update={"groups": ()}), step).total <= room.usable
         found.append(Candidate(size, n, tokens, None if law is None else law.loss(n, tokens), fits))
     return found
+
+
+@functools.cache
+def _rung(size: str, vocab_size: int | None) -> ModelConfig | None:
+    try:
+        return ladder_config(size=size, **({} if vocab_size is None else {"vocab_size": vocab_size}))
+    except RecipeError:
+        return None
 
 
 def best(found: list[Candidate]) -> Candidate | None:

@@ -27,7 +27,7 @@ from groundup.model.activations import (
     score_bytes,
 )
 from groundup.model.cost import parameter_shapes
-from groundup.recipe import OptimizerName, OptimizerSettings
+from groundup.recipe import OptimizerSettings
 from groundup.training.groups import Grouping, group_parameters
 from groundup.training.muon import BATCH_BYTES
 from groundup.training.objective import PIECE_LOGITS, PIECE_WEIGHTS, SLICE_BYTES
@@ -126,11 +126,6 @@ def step_memory(config: ModelConfig, settings: OptimizerSettings, step: Step, st
         moment=moment,
         all_gradients=gradients // spread,
     )
-
-
-def least_memory(config: ModelConfig, settings: OptimizerSettings, step: Step, stage: str = "pretrain") -> Memory:
-    """The same for micro-batches of one row: less than this no setting but the model's own takes."""
-    return step_memory(config, settings, Step(**{**vars(step), "micro": 1}), stage)
 
 
 def _moments(
@@ -263,8 +258,3 @@ def _gathered(config: ModelConfig, sizes: Mapping[str, int]) -> int:
     """Where weights are spread: two whole blocks (one computes, one comes), and all that is in no block."""
     outside = sum(size for name, size in sizes.items() if not name.startswith("layers."))
     return outside + 2 * (sum(sizes.values()) - outside) // config.n_layers
-
-
-def optimizer_names(grouping: Grouping) -> tuple[OptimizerName, ...]:
-    """The optimizers that have something to do."""
-    return tuple(dict.fromkeys(group.optimizer for group in grouping.groups))

@@ -36,7 +36,7 @@ PROBE_SECONDS = 20.0
 ASSUMED_MFU = 0.35
 """Of the measured matmul ceiling: to choose what to probe, and the pace of what cannot be probed at all."""
 _MOST_REPEATS = 30
-_TIMED_SECONDS = 8.0
+_TIMED_SECONDS, _RATE_SECONDS = 8.0, 0.5
 _SHORTEST = 64
 _LARGEST_SAVED = 1 << 30
 _DISK, _MEMORY = 5e8, 1e10
@@ -69,10 +69,13 @@ class Times:
     save: float
     build: float
 
-    def combined(self, other: Times, weight: float) -> Times:
-        """self + (other − self) · weight, each at least 0."""
+    def carried(self, other: Times, distance: float) -> Times:
+        """self + (other − self) · distance, where a deeper model is never faster than a less deep one.
+
+        Where the two cannot be told apart, the second times half the distance: a bound, for all is in the blocks.
+        """
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Times(*(max(0.0, one + (two - one) * weight) for one, two in pairs))
+        return Times(*(one + (two - one) * distance if two > one else two * distance / 2 for one, two in pairs))
 
 
 def probe(
@@ -93,8 +96,9 @@ def probe(
     if world.device.type == "cpu":
         keep_freed_memory()
     until = time.perf_counter() + seconds
-    dtype = getattr(torch, step.dtype)
-    rate = ASSUMED_MFU * measured_ceiling(dtype, world.device)
+    if not seconds:
+        return assumed_pace(config, step, world)
+    rate = ASSUMED_MFU * _rate_now(getattr(torch, step.dtype), world)
     whole = Part(config.n_layers, step.micro, step.length)
     chosen = next(_affordable(config, settings, step, whole, rate, room, 0.75 * seconds), None)
     if chosen is None:
@@ -106,7 +110,7 @@ def probe(
     part, times = chosen[-1], measured[-1]
     if len(chosen) == 2:
         first, second = (one.n_layers for one in chosen)
-        times = measured[0].combined(measured[1], (config.n_layers - first) / (second - first))
+        times = measured[0].carried(measured[1], (config.n_layers - first) / (second - first))
     longer = training_flops(config, step.length) / training_flops(config, part.length)
     row = times.both / part.rows * longer
     return Pace(
@@ -165,8 +169,8 @@ def _affordable(
 
 
 def _expected(config: ModelConfig, part: Part, rate: float) -> float:
-    """Seconds to build it, for one step to warm up and two more."""
-    return 3 * part.rows * training_flops(config, part.length) / rate + _SECONDS_TO_DRAW * count_parameters(config)
+    """Seconds to build it, for one step to warm up, two more, and some validation."""
+    return 4 * part.rows * training_flops(config, part.length) / rate + _SECONDS_TO_DRAW * count_parameters(config)
 
 
 def _measure(
@@ -202,7 +206,7 @@ def _measure(
         pairs = _alternate((both, update), world, share)
         with torch.no_grad():
             model.eval()
-            forward = _median(lambda: model(ids, head=head_loss(targets)), world, 3)
+            forward = _median(lambda: model(ids, head=head_loss(targets)), world, 3 if pairs[0] < 1 else 1)
             token = _token_seconds(model, ids, world)
     saved = weight_bytes(smaller) + optimizer_bytes(smaller, settings.optimizer)
     save = saved / _DISK if saved > _LARGEST_SAVED else _save_seconds(model, optimizers, world, folder)
@@ -212,19 +216,31 @@ def _measure(
 
 
 def _alternate(pieces: tuple[Callable[[], object], ...], world: World, until: float) -> tuple[float, ...]:
-    """Medians of pieces that are done in turn: twice at least after a first time, then until a time."""
+    """Medians of pieces that are done in turn: once at least after a first time, then until a time."""
     taken: list[list[float]] = [[] for _ in pieces]
     for repeat in range(_MOST_REPEATS + 1):
         for piece, seconds in zip(pieces, taken, strict=True):
             seconds.append(_timed(piece, world))
-        if repeat >= 2 and time.perf_counter() > until:
+        if repeat and time.perf_counter() + sum(seconds[-1] for seconds in taken) > until:
             break
     return tuple(statistics.median(seconds[1:]) for seconds in taken)
 
 
 def _median(piece: Callable[[], object], world: World, repeats: int) -> float:
-    piece()
+    """The median of so many times after a first one; of once, the first one."""
+    if repeats > 1:
+        piece()
     return statistics.median(_timed(piece, world) for _ in range(repeats))
+
+
+def _rate_now(dtype: torch.dtype, world: World) -> float:
+    """FLOP/s of matrix products at this moment, beside whatever else runs here."""
+    matrix = torch.ones((1024, 1024), dtype=dtype, device=world.device)
+    out, count, start = matrix @ matrix, 0, time.perf_counter()
+    while time.perf_counter() - start < _RATE_SECONDS:
+        _timed(lambda: torch.mm(matrix, matrix, out=out), world)
+        count += 1
+    return count * 2 * 1024**3 / (time.perf_counter() - start)
 
 
 def _timed(piece: Callable[[], object], world: World) -> float:

@@ -71,6 +71,7 @@ def pretrain(
     Raises:
         ArtifactError: shards missing, damaged or of another tokenizer.
         DataError: too little text.
+        GroundupError: what it takes at least is more memory than there is; nothing was allocated for it.
         Interrupted: asked to stop; everything is saved.
     """
     says_precision = console is None  # whoever brings a console has said it in a line of their own
