@@ -1,6 +1,6 @@
 /* A disk that fails when told to: preloaded into a process, counts every operation that changes files under a folder,
- * and at the n-th kills the process, as a power cut would, or says from then on that the disk is full. A write that is
- * cut off has written half of its bytes. See faulty_disk.py. */
+ * and at the n-th kills the process, as a power cut would, or says that the disk is full: from then on, or only then. A
+ * write that is cut off has written half of its bytes. See faulty_disk.py. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -15,22 +15,25 @@
 #include <sys/types.h>
 #include <unistd.h>
 
-enum { COUNT, KILL, FULL };
+enum { COUNT, KILL, FULL, FULL_ONCE };
 enum fate { GO_ON, HALF_THEN_DIE, NO_SPACE };
 
 static char root[PATH_MAX];
 static long at_operation;
 static int mode;
 static atomic_long operations;
+static char kinds[100000]; /* of the operations: open, write, truncate, sync, mkdir, rename, unlink, by first letter */
 
 void disk_arm(const char *folder, long at, int how) {
     snprintf(root, sizeof root, "%s", folder);
     at_operation = at;
     mode = how;
     operations = 0;
+    memset(kinds, 0, sizeof kinds);
 }
 
 long disk_operations(void) { return operations; }
+const char *disk_kinds(void) { return kinds; }
 
 static int is_inside(const char *path) {
     size_t length = strlen(root);
@@ -50,17 +53,19 @@ static int is_at_inside(int folder, const char *path) {
     return path[0] == '/' || folder == AT_FDCWD ? is_inside(path) : is_open_inside(folder);
 }
 
-/* What becomes of the next operation; one that needs no space is none the worse for a full disk. */
-static enum fate next(int inside, int needs_space, int is_write) {
+/* What becomes of the next operation; one that takes something away is none the worse for a full disk. */
+static enum fate next(int inside, char kind) {
     int saved = errno;
     if (!inside) return GO_ON;
     long number = operations++;
+    if (number < (long)sizeof kinds - 1) kinds[number] = kind;
     errno = saved;
     if (mode == KILL && number == at_operation) {
-        if (is_write) return HALF_THEN_DIE;
+        if (kind == 'w') return HALF_THEN_DIE;
         kill(getpid(), SIGKILL);
     }
-    if (mode == FULL && needs_space && number >= at_operation) {
+    int is_full = (mode == FULL && number >= at_operation) || (mode == FULL_ONCE && number == at_operation);
+    if (is_full && kind != 'u') {
         errno = ENOSPC;
         return NO_SPACE;
     }
@@ -71,7 +76,7 @@ static enum fate next(int inside, int needs_space, int is_write) {
     static __typeof__(&name) real; \
     if (!real) real = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
 
-#define PASS(inside, needs_space, call) return next(inside, needs_space, 0) == NO_SPACE ? -1 : (call)
+#define PASS(inside, kind, call) return next(inside, kind) == NO_SPACE ? -1 : (call)
 
 static int writes(int flags) { return (flags & O_ACCMODE) != O_RDONLY || (flags & O_CREAT); }
 
@@ -88,7 +93,7 @@ static int writes(int flags) { return (flags & O_ACCMODE) != O_RDONLY || (flags 
     int name(const char *path, int flags, ...) { \
         REAL(name); \
         MODE_OF(flags) \
-        PASS(writes(flags) && is_inside(path), flags & O_CREAT, real(path, flags, permissions)); \
+        PASS(writes(flags) && is_inside(path), 'o', real(path, flags, permissions)); \
     }
 OPEN(open)
 OPEN(open64)
@@ -97,7 +102,7 @@ OPEN(open64)
     int name(int folder, const char *path, int flags, ...) { \
         REAL(name); \
         MODE_OF(flags) \
-        PASS(writes(flags) && is_at_inside(folder, path), flags & O_CREAT, real(folder, path, flags, permissions)); \
+        PASS(writes(flags) && is_at_inside(folder, path), 'o', real(folder, path, flags, permissions)); \
     }
 OPENAT(openat)
 OPENAT(openat64)
@@ -110,51 +115,51 @@ OPENAT(openat64)
 
 ssize_t write(int descriptor, const void *bytes, size_t count) {
     REAL(write);
-    enum fate fate = next(is_open_inside(descriptor), 1, 1);
+    enum fate fate = next(is_open_inside(descriptor), 'w');
     if (fate == HALF_THEN_DIE) CUT_OFF(real(descriptor, bytes, count / 2));
     return fate == NO_SPACE ? -1 : real(descriptor, bytes, count);
 }
 
 ssize_t pwrite64(int descriptor, const void *bytes, size_t count, off64_t offset) {
     REAL(pwrite64);
-    enum fate fate = next(is_open_inside(descriptor), 1, 1);
+    enum fate fate = next(is_open_inside(descriptor), 'w');
     if (fate == HALF_THEN_DIE) CUT_OFF(real(descriptor, bytes, count / 2, offset));
     return fate == NO_SPACE ? -1 : real(descriptor, bytes, count, offset);
 }
 
 int ftruncate(int descriptor, off_t length) {
     REAL(ftruncate);
-    PASS(is_open_inside(descriptor), 1, real(descriptor, length));
+    PASS(is_open_inside(descriptor), 't', real(descriptor, length));
 }
 int ftruncate64(int descriptor, off64_t length) {
     REAL(ftruncate64);
-    PASS(is_open_inside(descriptor), 1, real(descriptor, length));
+    PASS(is_open_inside(descriptor), 't', real(descriptor, length));
 }
 int fsync(int descriptor) {
     REAL(fsync);
-    PASS(is_open_inside(descriptor), 1, real(descriptor));
+    PASS(is_open_inside(descriptor), 's', real(descriptor));
 }
 int mkdir(const char *path, mode_t permissions) {
     REAL(mkdir);
-    PASS(is_inside(path), 1, real(path, permissions));
+    PASS(is_inside(path), 'm', real(path, permissions));
 }
 int rename(const char *from, const char *to) {
     REAL(rename);
-    PASS(is_inside(to), 1, real(from, to));
+    PASS(is_inside(to), 'r', real(from, to));
 }
 int renameat(int from_folder, const char *from, int to_folder, const char *to) {
     REAL(renameat);
-    PASS(is_at_inside(to_folder, to), 1, real(from_folder, from, to_folder, to));
+    PASS(is_at_inside(to_folder, to), 'r', real(from_folder, from, to_folder, to));
 }
 int unlink(const char *path) {
     REAL(unlink);
-    PASS(is_inside(path), 0, real(path));
+    PASS(is_inside(path), 'u', real(path));
 }
 int unlinkat(int folder, const char *path, int flags) {
     REAL(unlinkat);
-    PASS(is_at_inside(folder, path), 0, real(folder, path, flags));
+    PASS(is_at_inside(folder, path), 'u', real(folder, path, flags));
 }
 int rmdir(const char *path) {
     REAL(rmdir);
-    PASS(is_inside(path), 0, real(path));
+    PASS(is_inside(path), 'u', real(path));
 }

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MODES = {"count": 0, "kill": 1, "full": 2}
+MODES = {"count": 0, "kill": 1, "full": 2, "full once": 3}
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Outcome:
 
     Attributes:
         status: its exit code, or minus the signal that ended it.
-        told: what it told on its way; at its end, unless it was killed, how many file operations it made, and the
-            message of the error that ended it.
+        told: what it told on its way; at its end, unless it was killed, how many file operations it made, of which
+            kinds, and the message of the error that ended it.
     """
 
     status: int
@@ -41,6 +41,11 @@ class Outcome:
     def operations(self) -> int:
         """Its file operations; it must have come to an end."""
         return int(self.all("operations")[0])
+
+    @property
+    def kinds(self) -> str:
+        """The first letters of open, write, truncate, sync, mkdir, rename and unlink; it must have come to an end."""
+        return str(self.all("kinds")[0])
 
     @property
     def error(self) -> str | None:
@@ -128,7 +133,8 @@ def run(shim: ctypes.CDLL, order: dict[str, Any], writing: int) -> None:
         status, error = 1, str(refused)
     except BaseException as unexpected:
         status, error = 2, repr(unexpected)
-    tell(operations=shim.disk_operations(), error=error)
+    shim.disk_kinds.restype = ctypes.c_char_p
+    tell(operations=shim.disk_operations(), kinds=shim.disk_kinds().decode(), error=error)
     os._exit(status)
 
 

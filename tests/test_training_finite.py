@@ -151,7 +151,8 @@ def test_weights_that_an_update_spoils_are_never_saved(tmp_path: Path, on_troubl
 
 
 def test_float16_does_not_skip_for_ever_what_no_scale_can_mend(tmp_path: Path) -> None:
-    job = make_job(tmp_path / "run", precision="float16", on_trouble="stop")
+    options = {"precision": "float16", "on_trouble": "stop", "eval_every": 30, "checkpoint_seconds": 1e9}
+    job = make_job(tmp_path / "run", **options)
     where = bad_weight(job, 1, 4, math.nan)
     with pytest.raises(GroundupError, match="at step 5") as raised:
         train(job, current_world(), QUIET)
