@@ -61,12 +61,12 @@ def test_a_run_that_is_there_says_how_much_text_there_is(groundup, tmp_path):  #
     assert told["parameters"]["all"] == made["parameters"]
 
 
-def test_a_probe_of_a_tiny_model_is_over_soon(groundup, tmp_path):  # noqa: F811
+def test_a_tiny_model_is_probed_whole(groundup, tmp_path):  # noqa: F811
     told = groundup("plan", write_recipe(tmp_path), "--json").json
     assert told["time"]["is_measured"] is True
     assert told["time"]["how"] == "probe: steps of the whole model"
     assert told["time"]["total_seconds"] > 0
-    assert 100 * 2**20 < told["memory"]["parts"]["process"] < 2**30
+    assert told["memory"]["parts"]["process"] > 100 * 2**20  # of this process, which may have run other tests
 
 
 def test_other_devices_and_budgets(groundup, tmp_path):  # noqa: F811

@@ -96,9 +96,14 @@ def check_what_was_saved(folder: Path, outcome: Outcome) -> None:
         assert files(folder / "best") == {"weights.safetensors", "config.json", "state.json"}
 
 
+# Of many operations the quick tests take one in three.
+some_and_all = pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+
+
 @needs_a_compiler
+@some_and_all
 def test_killed_at_every_file_operation_of_a_write_the_checkpoint_before_or_the_new_one_is_there(
-    tmp_path: Path, disk: FaultyDisk
+    tmp_path: Path, disk: FaultyDisk, stride: int
 ) -> None:
     whole = disk.do("save", tmp_path / "whole")
     assert whole.error is None
@@ -106,7 +111,7 @@ def test_killed_at_every_file_operation_of_a_write_the_checkpoint_before_or_the_
     check_what_was_saved(tmp_path / "whole", whole)
     assert [path.name for path in complete_checkpoints(tmp_path / "whole" / "checkpoints")] == ["step-00000002"]
     assert whole.operations > 100
-    for at in range(whole.operations):
+    for at in range(0, whole.operations, stride):
         folder = tmp_path / f"killed-{at}"
         outcome = disk.do("save", folder, "kill", at)
         assert outcome.status == -9, at
@@ -114,7 +119,7 @@ def test_killed_at_every_file_operation_of_a_write_the_checkpoint_before_or_the_
 
 
 @needs_a_compiler
-@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+@some_and_all
 def test_a_disk_full_at_every_file_operation_is_named_and_the_former_checkpoint_stays(
     tmp_path: Path, disk: FaultyDisk, stride: int
 ) -> None:

@@ -16,13 +16,16 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from shards_bytes import opened
 from test_training_faults import bits, steps_computed
 from test_training_loop import QUIET, interrupted_at, make_job, weights
 from training_rows import RandomRows
 
 from groundup.distributed import current_world
 from groundup.errors import Interrupted
-from groundup.training import TrainingJob, checkpoint, train
+from groundup.model import Transformer, preset
+from groundup.shards import TokenShards
+from groundup.training import ShardBatches, TrainingJob, checkpoint, train
 from groundup.training.job import Rows
 from groundup.training.metrics import read_log
 
@@ -77,6 +80,30 @@ def test_stopped_again_and_again_everything_ends_as_in_one_go(tmp_path: Path, op
     state = json.loads((tmp_path / "parts" / "checkpoints" / f"step-{n_steps:08d}" / "state.json").read_text())
     assert len(state["guard"]["losses"]) == n_steps
     assert bool(state["scaler"]) == ("precision" in options)
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 5, 9])
+def test_stopped_in_any_epoch_of_real_shards_it_goes_on_at_its_place(tmp_path: Path, stop_at: int) -> None:
+    """Twelve batches of four rows are nearly five passes over the text, each in another order."""
+    texts = ["one two three four five " * 3 + name for name in ("six", "seven")]
+    opened(tmp_path / "shards", texts, validation=["held out" * 9])
+    shards = [TokenShards.open(tmp_path / "shards", split) for split in ("train", "validation")]
+
+    def job(name: str) -> TrainingJob:
+        made = make_job(tmp_path / name, source=ShardBatches(*shards, 16, 4, seed=3))
+        made.model = Transformer(preset("ground-nano", vocab_size=257, context_length=16, dropout=0.1))
+        return made
+
+    whole, parts = job("whole"), job("parts")
+    assert whole.source.loader.n_windows == 10
+    train(whole, current_world(), QUIET)
+    with pytest.raises(Interrupted):
+        train(interrupted_at(stop_at, parts), current_world(), QUIET)
+    parts = job("parts")
+    computed = steps_computed(parts)
+    train(parts, current_world(), QUIET)
+    assert len(computed) == 11 - stop_at
+    assert_same_run(whole, parts)
 
 
 def in_pass(job: TrainingJob, at: int, act: Callable[[], object]) -> None:
