@@ -18,7 +18,7 @@ from groundup.road import build
 from groundup.run import Run
 
 STAGES = ("corpus", "tokenizer", "shards", "pretrain", "sft", "evaluate")
-WALL_CLOCK = ("tokens_per_second", "mfu", "peak_memory_bytes", "generation_tokens_per_second")
+WALL_CLOCK = ("tokens_per_second", "mfu", "peak_memory_bytes", "generation_tokens_per_second", "compiled_reason")
 WORDS = tuple(
     "the cat sat on a mat and saw big red dog run home with old king who gave bread to poor child".split()  # noqa: SIM905
 )
