@@ -13,21 +13,19 @@ from tiny_road import copy_of_finished, write_recipe
 TOO_LARGE = '[corpus]\ninputs = ["groundup:classics"]\n\n[model]\nsize = "10b"\n\n[pretrain]\nbatch_size = 64\n'
 
 REFUSED = """
-import json, resource, sys
+import json, sys
 import groundup as gu
 from groundup.console import Console
 import groundup.road
 from groundup.errors import GroundupError
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+from groundup.training import peak_memory_bytes
 
 gu.plan(gu.read_recipe("demo"), probe=False)  # so that everything is imported
-before = peak()
+before = peak_memory_bytes()
 try:
     gu.build(gu.read_recipe(sys.argv[1]), sys.argv[2], until="pretrain", console=Console(quiet=True))
 except GroundupError as error:
-    print(json.dumps({"message": str(error), "grown": peak() - before}))
+    print(json.dumps({"message": str(error), "grown": peak_memory_bytes() - before}))
 """
 
 

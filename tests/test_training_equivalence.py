@@ -20,13 +20,12 @@ from groundup.training.metrics import read_log
 # --- The loss in slices
 
 MEASURE = """
-import resource, sys, torch
+import sys, torch
 torch.set_num_threads(1)
-from groundup.training import IGNORED, cross_entropy_sum
+from groundup.training import IGNORED, cross_entropy_sum, peak_memory_bytes
 from groundup.training.memory import keep_freed_memory
 keep_freed_memory()
 n, vocab, width = 4096 * 8, 32 * 1024, 64
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 def step(n):
     hidden = torch.randn(n, width, requires_grad=True)
@@ -40,9 +39,9 @@ def step(n):
     assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
 
 step(16)  # what a first call loads is no part of it
-before = peak()
+before = peak_memory_bytes()
 step(n if sys.argv[1] == "sliced" else n // 32)
-print(peak() - before)
+print(peak_memory_bytes() - before)
 """
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,14 @@ def test_peak_memory_is_at_least_what_is_held_now():
     held = torch.ones(1 << 22)
     assert peak_memory_bytes(held.device) >= 0.98 * psutil.Process().memory_info().rss
     assert peak_memory_bytes() >= held.nbytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="elsewhere a peak begins with the parent's")
+def test_peak_memory_is_not_that_of_the_process_that_started_this_one():
+    held = torch.ones(1 << 28)  # 1 GiB
+    line = "from groundup.training import peak_memory_bytes; print(peak_memory_bytes())"
+    done = subprocess.run([sys.executable, "-c", line], check=True, capture_output=True, text=True)
+    assert 1 << 26 < int(done.stdout) < held.nbytes
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -26,13 +26,14 @@ PROCESS_BYTES = 400 << 20
 _HOLES = {"none": (0.15, 0.27), "selective": (0.31, 0.32), "full": (0.43, 0.34)}
 
 _SMALLEST_RUN = """
-import resource, sys, tempfile, torch
+import sys, torch
 torch.set_num_threads(int(sys.argv[1]))
 import groundup.report, groundup.road
 from groundup.model import Transformer, preset
 from groundup.recipe import OptimizerSettings
 from groundup.training.optimizers import Optimizers, clip_gradients
 from groundup.training.objective import head_loss
+from groundup.training.summary import peak_memory_bytes
 model = Transformer(preset("ground-nano"))
 optimizers = Optimizers(model, OptimizerSettings(), torch.float32)
 for dtype in (torch.float32, getattr(torch, sys.argv[2])):
@@ -41,8 +42,7 @@ for dtype in (torch.float32, getattr(torch, sys.argv[2])):
     model(ids, head=head_loss(ids)).objective.backward()
     clip_gradients(optimizers.parameters(), 1.0, lambda values: values)
     optimizers.step(1.0)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(peak if sys.platform == "darwin" else peak * 1024)
+print(peak_memory_bytes())
 """
 
 
