@@ -1,6 +1,7 @@
 """Objective, optimizers, schedule, precision, logs: each against an independent form or a law."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -62,6 +63,25 @@ def test_sliced_loss_is_the_full_loss_in_value_and_gradient(
     nats = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
     torch.testing.assert_close(ours.nats, nats, atol=1e-4, rtol=1e-5)
     assert not ours.nats.requires_grad
+
+
+def test_a_loss_over_no_rows_is_nothing():
+    hidden, weight = torch.randn(0, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    loss = cross_entropy_sum(hidden, weight, torch.empty(0, dtype=torch.int64))
+    loss.objective.backward()
+    assert loss.objective.item() == loss.nats.item() == 0
+    assert hidden.grad.shape == (0, 8)
+    assert not weight.grad.any()
+
+
+@given(n_rows=st.integers(0, 1 << 16), row_bytes=st.integers(1, 1 << 28))
+def test_slices_are_as_few_and_as_equal_as_memory_and_matrix_units_allow(n_rows, row_bytes):
+    rows = objective.slice_rows(n_rows, row_bytes)
+    assert 1 <= rows <= max(1, n_rows)
+    assert rows == 1 or rows * row_bytes <= objective.SLICE_BYTES
+    most = max(1, objective.SLICE_BYTES // row_bytes)
+    assert math.ceil(n_rows / rows) <= math.ceil(n_rows / most) + 1
+    assert rows % objective.SLICE_ROWS == 0 or rows in (most, max(1, n_rows))
 
 
 def test_loss_without_gradient_is_the_same_number():

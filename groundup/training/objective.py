@@ -31,12 +31,14 @@ from groundup.model import OutputLayer
 IGNORED = -100
 """The target of a position that is not predicted."""
 
-SLICE_BYTES = 32 << 20
+SLICE_BYTES = 96 << 20
 """Logits held at once, in the compute dtype."""
+SLICE_ROWS = 64
+"""Of which a slice is a multiple: what matrix units work on at once."""
 PIECE_LOGITS = 1 << 18
 """Logits worked on at once on a CPU: 1 MiB in float32."""
-PIECE_WEIGHTS = 1 << 22
-"""Of the output matrix's gradient, what is added at once on a CPU: 8 MiB in bfloat16."""
+PIECE_WEIGHTS = 1 << 21
+"""Of the output matrix's gradient, what is added at once on a CPU: 4 MiB in bfloat16."""
 
 
 class Loss(NamedTuple):
@@ -107,14 +109,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         cast = weight.to(hidden.dtype)
         wants_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros(weight.shape if wants_gradient else 0, dtype=torch.float32, device=hidden.device)
+        d_weight = torch.empty(weight.shape if wants_gradient else 0, dtype=torch.float32, device=hidden.device)
         sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)  # objective, nats
-        n_slice = max(1, SLICE_BYTES // (cast.element_size() * cast.shape[0]))
+        n_slice = slice_rows(hidden.shape[0], cast.element_size() * cast.shape[0])
         n_piece = max(1, PIECE_LOGITS // cast.shape[0]) if hidden.device.type == "cpu" else n_slice
         n_columns = max(1, PIECE_WEIGHTS // cast.shape[1]) if hidden.device.type == "cpu" else cast.shape[0]
-        for start in range(0, hidden.shape[0], n_slice):
+        held = hidden.new_empty(n_slice, cast.shape[0])
+        for start in range(0, max(1, hidden.shape[0]), n_slice):  # of no rows, one slice: the gradient is zero
             rows = slice(start, start + n_slice)
-            logits = hidden[rows] @ cast.T  # (rows, padded_vocab); becomes its own gradient
+            logits = held[: hidden[rows].shape[0]]  # (rows, padded_vocab); become their own gradient
+            torch.mm(hidden[rows], cast.T, out=logits)
             for piece, target in zip(torch.split(logits, n_piece), torch.split(targets[rows], n_piece), strict=True):
                 loss, gradient = _piece(piece, target, vocab_size, softcap, smoothing, z_loss, wants_gradient)
                 sums += loss
@@ -124,7 +128,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, cast, out=d_hidden[rows])
                 parts = zip(torch.split(logits, n_columns, dim=1), torch.split(d_weight, n_columns), strict=True)
                 for columns, d_part in parts:
-                    d_part += columns.T @ hidden[rows]
+                    product = columns.T @ hidden[rows]
+                    d_part.add_(product) if start else d_part.copy_(product)
         objective, nats = sums.unbind()
         if wants_gradient:
             ctx.save_for_backward(d_hidden, d_weight)
@@ -137,6 +142,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_hidden.mul_(outputs[0]), d_weight.mul_(outputs[0]), None, None, None, None, None
 
 
+def slice_rows(n_rows: int, row_bytes: int) -> int:
+    """Rows of a slice: as few slices as `SLICE_BYTES` allows, about equally large."""
+    most = max(1, SLICE_BYTES // row_bytes)
+    n_rows = max(1, n_rows)
+    share = -(-n_rows // -(-n_rows // most))
+    return min(most, n_rows, -(-share // SLICE_ROWS) * SLICE_ROWS)
+
+
 def _piece(
     scores: Tensor, target: Tensor, vocab_size: int, softcap: float | None, smoothing: float, z_loss: float,
     wants_gradient: bool,
@@ -147,24 +160,26 @@ def _piece(
         bend = torch.tanh_(logits.div_(softcap))
         logits = bend * softcap
     logits[:, vocab_size:] = float("-inf")
-    log_normalizer = logits.logsumexp(dim=-1, keepdim=True)
     valid = (target != IGNORED)[:, None]
     index = target[:, None].where(valid, 0)
-    nats = loss = log_normalizer - logits.gather(1, index)
-    if smoothing:
-        mean = logits[:, :vocab_size].mean(dim=-1, keepdim=True)
+    at_target, largest = logits.gather(1, index), logits.amax(dim=-1, keepdim=True)
+    mean = logits[:, :vocab_size].mean(dim=-1, keepdim=True) if smoothing else None
+    powers = logits.sub_(largest).exp_()
+    total = powers.sum(dim=-1, keepdim=True)
+    log_normalizer = total.log().add_(largest)
+    nats = loss = log_normalizer - at_target
+    if mean is not None:
         loss = (1 - smoothing) * loss + smoothing * (log_normalizer - mean)
     if z_loss:
         loss = loss + z_loss * log_normalizer.square()
     sums = torch.stack([(loss * valid).sum(), (nats * valid).sum()])
     if not wants_gradient:
         return sums, None
-    gradient = logits.sub_(log_normalizer).exp_()
-    if z_loss:
-        gradient.mul_(1 + 2 * z_loss * log_normalizer)
-    gradient.scatter_add_(1, index, torch.full_like(index, smoothing - 1.0, dtype=torch.float32))
+    counts = valid.to(torch.float32)
+    gradient = powers.mul_(counts / total * (1 + 2 * z_loss * log_normalizer) if z_loss else counts / total)
+    gradient.scatter_add_(1, index, counts * (smoothing - 1))
     if smoothing:
-        gradient[:, :vocab_size] -= smoothing / vocab_size
+        gradient[:, :vocab_size] -= counts * (smoothing / vocab_size)
     if softcap is not None:
-        gradient.mul_(1 - bend.square())
-    return sums, gradient.mul_(valid)
+        gradient.mul_(bend.square_().neg_().add_(1))
+    return sums, gradient

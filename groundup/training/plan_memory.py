@@ -30,7 +30,7 @@ from groundup.model.cost import parameter_shapes
 from groundup.recipe import OptimizerSettings
 from groundup.training.groups import Grouping, group_parameters
 from groundup.training.muon import BATCH_BYTES
-from groundup.training.objective import PIECE_LOGITS, PIECE_WEIGHTS, SLICE_BYTES
+from groundup.training.objective import PIECE_LOGITS, PIECE_WEIGHTS, slice_rows
 
 
 @dataclass(frozen=True)
@@ -203,19 +203,16 @@ def _inner_gradients(config: ModelConfig, n_tokens: int, size: int) -> int:
 
 
 def _logits(config: ModelConfig, n_tokens: int, dtype: Arithmetic, device: Device) -> int:
-    """What the loss needs beside what it keeps (`objective.py`): slices of logits, pieces, the output matrix."""
+    """What the loss needs beside what it keeps (`objective.py`): a slice of logits, a piece, the output matrix."""
     size, vocabulary, d = 4 if dtype == "float32" else 2, config.padded_vocab_size, config.d_model
-    in_slice = max(1, SLICE_BYTES // (size * vocabulary))
-    first = min(in_slice, n_tokens)
-    second = min(in_slice, n_tokens - first)  # the slice before stays until this one is there
+    rows = slice_rows(n_tokens, size * vocabulary)
     on_cpu = device == "cpu"
-    pieces = 3 * 4 * vocabulary * min(first, max(1, PIECE_LOGITS // vocabulary) if on_cpu else first)
+    piece = 4 * vocabulary * min(rows, max(1, PIECE_LOGITS // vocabulary) if on_cpu else rows)
     if config.logit_softcap is not None:
-        pieces = pieces * 4 // 3
+        piece *= 2  # what it was before it was bent
     # A piece of the output matrix's gradient, in two-byte arithmetic also in float32 to be added.
     gradient = d * min(vocabulary, max(1, PIECE_WEIGHTS // d) if on_cpu else vocabulary) * (size + 4 * (size == 2))
-    slices = first * vocabulary * size
-    return max(slices + second * vocabulary * size + pieces, slices + gradient) + _cast(vocabulary * d, size)
+    return rows * vocabulary * size + max(piece, gradient) + _cast(vocabulary * d, size)
 
 
 def _optimizer_state(shapes: Mapping[str, tuple[int, ...]], grouping: Grouping) -> int:
