@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from groundup.shards import MixtureLoader, PackedLoader, TokenShards, WindowLoader, write_shards
     from groundup.tokenizer import Tokenizer
     from groundup.training import TrainedModel, pretrain, start_model
-    from groundup.training.plan import Plan, plan
-    from groundup.training.scaling_law import ScalingLaw
-    from groundup.training.scaling_sweep import scaling_sweep
+    from groundup.training.planning.plan import Plan, plan
+    from groundup.training.scaling.law import ScalingLaw
+    from groundup.training.scaling.sweep import scaling_sweep
 
 __version__ = "0.1.0"
 
@@ -77,9 +77,9 @@ _WHERE = {
     "groundup.shards": ("MixtureLoader", "PackedLoader", "TokenShards", "WindowLoader", "write_shards"),
     "groundup.tokenizer": ("Tokenizer",),
     "groundup.training": ("TrainedModel", "pretrain", "start_model"),
-    "groundup.training.plan": ("Plan", "plan"),
-    "groundup.training.scaling_law": ("ScalingLaw",),
-    "groundup.training.scaling_sweep": ("scaling_sweep",),
+    "groundup.training.planning.plan": ("Plan", "plan"),
+    "groundup.training.scaling.law": ("ScalingLaw",),
+    "groundup.training.scaling.sweep": ("scaling_sweep",),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 

@@ -16,14 +16,15 @@ from groundup.distributed import current_world
 from groundup.errors import DataError, GroundupError, Interrupted
 from groundup.model import ModelConfig, activation_bytes, cost, ladder_config, preset
 from groundup.recipe import OptimizerSettings, PretrainSettings, parse_recipe
-from groundup.training import choose_micro_batch, device_memory, need, plan_fit, refuse_what_cannot_fit, step_of, train
+from groundup.training import choose_micro_batch, device_memory, need, refuse_what_cannot_fit, step_of, train
 from groundup.training.metrics import read_log
-from groundup.training.plan_device import devices, find_device, table_pace
-from groundup.training.plan_fit import Room, remedies
-from groundup.training.plan_memory import Step, step_memory
-from groundup.training.plan_pace import Pace, Watching, count_passes, rows_within, run_seconds
-from groundup.training.plan_probe import probe
-from groundup.training.scaling_law import ScalingLaw
+from groundup.training.planning import fit as plan_fit
+from groundup.training.planning.device import devices, find_device, table_pace
+from groundup.training.planning.fit import Room, remedies
+from groundup.training.planning.memory import Step, step_memory
+from groundup.training.planning.pace import Pace, Watching, count_passes, rows_within, run_seconds
+from groundup.training.planning.probe import probe
+from groundup.training.scaling.law import ScalingLaw
 
 MIB, GIB = 2**20, 2**30
 BASE = {

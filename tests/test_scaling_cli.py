@@ -22,10 +22,10 @@ from groundup.errors import DataError, GroundupError, Interrupted, RecipeError
 from groundup.model import count_parameters, training_flops_per_token
 from groundup.model.ladder import shape_on_line
 from groundup.recipe import Recipe
-from groundup.training import scaling_time
-from groundup.training.scaling_grid import default_tokens, sweep_runs
-from groundup.training.scaling_sweep import plan_sweep
-from groundup.training.scaling_time import seconds_of, tokens_for
+from groundup.training.scaling import time as scaling_time
+from groundup.training.scaling.grid import default_tokens, sweep_runs
+from groundup.training.scaling.sweep import plan_sweep
+from groundup.training.scaling.time import seconds_of, tokens_for
 
 __all__ = ["groundup"]
 

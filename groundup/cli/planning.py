@@ -20,7 +20,7 @@ from groundup.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from groundup.training.plan_result import Plan
+    from groundup.training.planning.result import Plan
 
 
 def add_to(app: typer.Typer) -> None:
@@ -63,7 +63,7 @@ def plan(
     """
     # Imported here: loads torch.
     from groundup.console import Console
-    from groundup.training.plan import plan as make
+    from groundup.training.planning.plan import plan as make
 
     chosen, folder = recipe_and_run(recipe, settings or [], False, None, runs)
     if device is None and not no_probe:

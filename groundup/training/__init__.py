@@ -6,7 +6,7 @@ from groundup.training.job import BatchSource, TrainingJob
 from groundup.training.loop import forget_checkpoints, train
 from groundup.training.objective import IGNORED, Loss, cross_entropy_sum, head_loss
 from groundup.training.optimizers import check_optimizer
-from groundup.training.plan_fit import choose_micro_batch, device_memory, need, refuse_what_cannot_fit, step_of
+from groundup.training.planning.fit import choose_micro_batch, device_memory, need, refuse_what_cannot_fit, step_of
 from groundup.training.precision import check_precision, choose_precision, native_bfloat16
 from groundup.training.pretrain import TrainedModel, count_tokens, pretrain, sequence_length
 from groundup.training.start import (

@@ -52,7 +52,7 @@ class TrainingJob:
         train_bytes_per_token: the same for the loss of training; the mean over all of the text, not a step's own.
         samples: prompts to continue at each validation pass, and what continues them.
         row_length: tokens in every row, where all are alike.
-        micro_rows: rows in one forward pass on one device; found by `train` (`plan_fit.py`).
+        micro_rows: rows in one forward pass on one device; found by `train` (`planning/fit.py`).
     """
 
     name: str

@@ -39,7 +39,7 @@ from groundup.training.memory import keep_freed_memory
 from groundup.training.metrics import MetricLog
 from groundup.training.objective import head_loss, valid_tokens
 from groundup.training.optimizers import Optimizers, check_optimizer, scale_to_norm, squared_norm
-from groundup.training.plan_fit import check_memory
+from groundup.training.planning.fit import check_memory
 from groundup.training.precision import check_precision, choose_precision
 from groundup.training.prefetch import Prefetcher, collections_between_steps, to_device
 from groundup.training.schedule import learning_rate_share

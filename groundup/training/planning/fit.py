@@ -23,8 +23,8 @@ from groundup.model import ModelConfig, ladder_config
 from groundup.model.activations import Arithmetic, Device
 from groundup.model.cost import count_parameters
 from groundup.recipe import OptimizerSettings
-from groundup.training.plan_memory import Memory, Step, step_memory
-from groundup.training.plan_process import PROCESS_BYTES, heap_bytes
+from groundup.training.planning.memory import Memory, Step, step_memory
+from groundup.training.planning.process import PROCESS_BYTES, heap_bytes
 from groundup.training.precision import native_bfloat16
 
 USABLE_SHARE = 0.9

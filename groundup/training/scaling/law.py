@@ -1,6 +1,6 @@
 """A scaling law: the loss that a model of N parameters reaches on D tokens, L(N, D) = E + A / N^alpha + B / D^beta.
 
-In: points of finished runs, each with a schedule of its own (`training.scaling_fit` fits them). Out: predicted losses
+In: points of finished runs, each with a schedule of its own (`training.scaling.fit` fits them). Out: predicted losses
 with intervals, and the best N and D for a budget of compute. Hoffmann et al., arXiv:2203.15556, approach 3.
 
 N counts all parameters, a tied embedding once, as `[model] size` does: small models are mostly embedding, and

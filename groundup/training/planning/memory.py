@@ -4,7 +4,7 @@ In: a model's configuration, settings, rows and tokens of a micro-batch. Out: wh
 step. Weights, gradients and optimizer state are counted from shapes, activations tensor by tensor
 (`model/activations.py`); what else is alive depends on the moment, of which there are six, see `_moments`. A test
 compares them with torch's own record of every allocation. On a CPU the C library's heap comes on top: it keeps freed
-pieces that nothing fits into again (`plan_process.py`).
+pieces that nothing fits into again (`process.py`).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from groundup.errors import DataError
-from groundup.training.scaling_law import COEFFICIENTS, LawData, ScalingLaw, ScalingPoint
+from groundup.training.scaling.law import COEFFICIENTS, LawData, ScalingLaw, ScalingPoint
 
 HUBER_DELTA = 1e-3
 """As published: residuals over a tenth of a percent count by their size, not by its square."""

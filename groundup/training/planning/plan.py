@@ -1,8 +1,8 @@
 """A training run before it runs: parameters, tokens, memory, time, cost, expected loss, and what to change.
 
 In: a recipe, and a device or a budget. Out: a `Plan`, which `groundup plan` prints. Nothing of the run is made: on this
-machine a probe of at most 20 seconds measures how fast it is, for another a table says it. The parts: `plan_memory.py`,
-`plan_process.py`, `plan_fit.py` (bytes); `plan_pace.py`, `plan_probe.py`, `plan_device.py` (seconds); `plan_budget.py`.
+machine a probe of at most 20 seconds measures how fast it is, for another a table says it. The parts: `memory.py`,
+`process.py`, `fit.py` (bytes); `pace.py`, `probe.py`, `device.py` (seconds); `budget.py`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from groundup.run import Run
 from groundup.shards import TokenShards
 from groundup.training.compile_trial import choose_without_trial, trial_key
 from groundup.training.measured import recall
-from groundup.training.plan_budget import best, candidates, neighbours
-from groundup.training.plan_device import Device, find_device, table_pace
-from groundup.training.plan_fit import choose_micro_batch, device_memory, need, remedies, step_of
-from groundup.training.plan_pace import Pace, Watching, rows_within, run_seconds, watching
-from groundup.training.plan_probe import PROBE_SECONDS, assumed_pace
-from groundup.training.plan_probe import probe as measured_pace
-from groundup.training.plan_process import process_bytes
-from groundup.training.plan_result import Amount, Expected, Fit, Place, Plan
+from groundup.training.planning.budget import best, candidates, neighbours
+from groundup.training.planning.device import Device, find_device, table_pace
+from groundup.training.planning.fit import choose_micro_batch, device_memory, need, remedies, step_of
+from groundup.training.planning.pace import Pace, Watching, rows_within, run_seconds, watching
+from groundup.training.planning.probe import PROBE_SECONDS, assumed_pace
+from groundup.training.planning.probe import probe as measured_pace
+from groundup.training.planning.process import process_bytes
+from groundup.training.planning.result import Amount, Expected, Fit, Place, Plan
 from groundup.training.precision import choose_precision
 from groundup.training.pretrain import count_tokens, sequence_length
-from groundup.training.scaling_law import DEFAULT_LAW, ScalingLaw
+from groundup.training.scaling.law import DEFAULT_LAW, ScalingLaw
 from groundup.training.schedule import BatchPlan
 from groundup.training.start import start_config
 

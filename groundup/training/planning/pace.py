@@ -1,6 +1,6 @@
 """How fast a device works: seconds of the pieces that a run is made of, and what a run of so many rows takes.
 
-In: a pace, from a probe (`plan_probe.py`) or from a table (`plan_device.py`), and a run's settings. Out: seconds by
+In: a pace, from a probe (`probe.py`) or from a table (`device.py`), and a run's settings. Out: seconds by
 part: training, validation, samples, checkpoints.
 """
 

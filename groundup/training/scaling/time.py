@@ -19,7 +19,7 @@ from groundup.training.memory import keep_freed_memory
 from groundup.training.objective import head_loss
 from groundup.training.optimizers import Optimizers, clip_gradients
 from groundup.training.precision import choose_precision
-from groundup.training.scaling_grid import MOST_EPOCHS, SweepRun, halved, sweep_runs
+from groundup.training.scaling.grid import MOST_EPOCHS, SweepRun, halved, sweep_runs
 
 PROBE_SECONDS = 1.0
 _FIRST_GUESS = 1_000_000

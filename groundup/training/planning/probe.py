@@ -28,9 +28,9 @@ from groundup.training.groups import frozen
 from groundup.training.memory import keep_freed_memory
 from groundup.training.objective import head_loss
 from groundup.training.optimizers import Optimizers, clip_gradients
-from groundup.training.plan_fit import Room, need
-from groundup.training.plan_memory import Step
-from groundup.training.plan_pace import Pace
+from groundup.training.planning.fit import Room, need
+from groundup.training.planning.memory import Step
+from groundup.training.planning.pace import Pace
 
 PROBE_SECONDS = 20.0
 ASSUMED_MFU = 0.35

@@ -17,9 +17,9 @@ from groundup.model import ModelConfig, ladder_config
 from groundup.model.cost import count_parameters, training_flops_per_token
 from groundup.model.ladder import TOKENS_PER_PARAMETER
 from groundup.recipe import OptimizerSettings
-from groundup.training.plan_fit import LADDER, Room, step_of
-from groundup.training.plan_memory import step_memory
-from groundup.training.scaling_law import ScalingLaw
+from groundup.training.planning.fit import LADDER, Room, step_of
+from groundup.training.planning.memory import step_memory
+from groundup.training.scaling.law import ScalingLaw
 
 
 @dataclass(frozen=True)

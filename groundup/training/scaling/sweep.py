@@ -30,10 +30,10 @@ from groundup.run import RECIPE_FILE, Run
 from groundup.shards import TokenShards
 from groundup.tokenizer import Tokenizer
 from groundup.training import VERSION, pretrain
-from groundup.training.scaling_fit import check_enough, fit_scaling_law
-from groundup.training.scaling_grid import DEFAULT_SIZES, MOST_EPOCHS, SweepRun, default_tokens, sweep_runs
-from groundup.training.scaling_law import DEFAULT_LAW, LAW_FILE, LawData, ScalingLaw, ScalingPoint
-from groundup.training.scaling_time import tokens_for
+from groundup.training.scaling.fit import check_enough, fit_scaling_law
+from groundup.training.scaling.grid import DEFAULT_SIZES, MOST_EPOCHS, SweepRun, default_tokens, sweep_runs
+from groundup.training.scaling.law import DEFAULT_LAW, LAW_FILE, LawData, ScalingLaw, ScalingPoint
+from groundup.training.scaling.time import tokens_for
 
 POINTS_FOLDER, POINT_FILE, POINTS_FILE, PICTURE_FILE, BUDGET_FILE = (
     "points", "point.json", "points.jsonl", "scaling.svg", "budget.json",

@@ -8,10 +8,10 @@ from typing import Any
 from groundup.model import ModelConfig, count_parameters
 from groundup.model.cost import active_parameters, training_flops, vocabulary_parameters
 from groundup.recipe import PretrainSettings
-from groundup.training.plan_budget import Candidate
-from groundup.training.plan_fit import Need, Remedy, Room, refuse_what_cannot_fit
-from groundup.training.plan_memory import Step
-from groundup.training.plan_pace import Pace
+from groundup.training.planning.budget import Candidate
+from groundup.training.planning.fit import Need, Remedy, Room, refuse_what_cannot_fit
+from groundup.training.planning.memory import Step
+from groundup.training.planning.pace import Pace
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from groundup.model.activations import Arithmetic
 from groundup.model.cost import parameter_shapes, training_flops, weight_bytes
 from groundup.recipe import OptimizerSettings
 from groundup.training.groups import group_parameters
-from groundup.training.plan_fit import Room
-from groundup.training.plan_memory import Step
-from groundup.training.plan_pace import Pace
+from groundup.training.planning.fit import Room
+from groundup.training.planning.memory import Step
+from groundup.training.planning.pace import Pace
 
 KERNELS_PER_BLOCK = 140
 """That forward and backward pass of a block start, counted with torch's dispatcher; a third of them forward."""

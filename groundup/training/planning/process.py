@@ -17,7 +17,7 @@ from groundup.model import ModelConfig
 from groundup.model.activations import activation_bytes
 from groundup.recipe import OptimizerSettings
 from groundup.training.measured import measured_once
-from groundup.training.plan_memory import Step
+from groundup.training.planning.memory import Step
 
 PROCESS_BYTES = 400 << 20
 """The program, where it is not measured."""
