@@ -210,8 +210,9 @@ def _logits(config: ModelConfig, n_tokens: int, dtype: Arithmetic, device: Devic
     piece = 4 * vocabulary * min(rows, max(1, PIECE_LOGITS // vocabulary) if on_cpu else rows)
     if config.logit_softcap is not None:
         piece *= 2  # what it was before it was bent
-    # A piece of the output matrix's gradient, in two-byte arithmetic also in float32 to be added.
-    gradient = d * min(vocabulary, max(1, PIECE_WEIGHTS // d) if on_cpu else vocabulary) * (size + 4 * (size == 2))
+    # A piece of the output matrix's gradient; that of a second slice, in two-byte arithmetic, in float32 to be added.
+    widened = 4 * (size == 2 and rows < n_tokens)
+    gradient = d * min(vocabulary, max(1, PIECE_WEIGHTS // d) if on_cpu else vocabulary) * (size + widened)
     return rows * vocabulary * size + max(piece, gradient) + _cast(vocabulary * d, size)
 
 
