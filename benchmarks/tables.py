@@ -48,9 +48,10 @@ def filled(page: str) -> str:
 def table(name: str) -> str:
     """One table, with where and when it was measured."""
     result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    machine = result["environment"]
-    where = f"{machine['cores']} cores of an {machine['cpu']}, {result['date']}; median (least … most) of n"
-    return f"{TABLES[name](result)}\n\n`benchmarks/{name}.py`, {where}."
+    machine, shown = result["environment"], TABLES[name](result)
+    where = f"{machine['cores']} cores of an {machine['cpu']}, {result['date']}"
+    spread = "; median (least … most) of n" if "n = " in shown or " … " in shown else ""
+    return f"{shown}\n\n`benchmarks/{name}.py`, {where}{spread}."
 
 
 def rows_of(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -232,6 +233,24 @@ def cpu_ladder(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def plan(result: dict[str, Any]) -> str:
+    """What was planned beside what happened."""
+    rows = []
+    for row in result["rows"]:
+        settings = ", ".join(str(value) for value in row["settings"].values())
+        time, memory = row["seconds"], row["bytes"]
+        rows.append(
+            [
+                f"{row['run'].partition(':')[0]}: {settings}",
+                *(f"{time[name]:.1f}" for name in ("plan", "real")),
+                f"{time['error']:+.0%}",
+                *(f"{memory[name] / 2**20:,.0f}" for name in ("plan", "real")),
+                f"{memory['error']:+.0%}",
+            ]
+        )
+    return rows_of(["run", "seconds: plan", "real", "off by", "MiB: plan", "real", "off by"], rows)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     function.__name__: function
     for function in (
@@ -244,6 +263,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
         quality,
         training_speed,
         cpu_ladder,
+        plan,
     )
 }
 
