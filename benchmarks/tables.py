@@ -166,6 +166,8 @@ def quality(result: dict[str, Any]) -> str:
             f"{found['rates']['best']:g}",
             amount(found["target_loss"], 3),
             amount(found["share"], 2) if found["share"] else "not reached",
+            f"{found['smaller_batch']['best']['val_loss']:.3f}",
+            f"{found['smaller_batch']['share']:.2f}" if found["smaller_batch"]["share"] else "not reached",
         ]
         for corpus, found in result["corpora"].items()
     )
@@ -175,6 +177,8 @@ def quality(result: dict[str, Any]) -> str:
         "baseline's best rate",
         "its validation loss at T",
         "the defaults reach it after, of T",
+        "with a quarter of the batch, seed 1",
+        "reached after, of T",
     ]
     ladders = {corpus: found["ladder"] for corpus, found in result["corpora"].items()}
     rungs = (
