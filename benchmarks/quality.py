@@ -345,12 +345,12 @@ def draw(corpora: dict[str, Any], path: Path) -> None:
         for panel, (corpus, found) in zip(figure.subplots(1, len(corpora)), corpora.items(), strict=True):
             target = statistics.mean(run["val_loss"] for run in found["baseline"])
             curves = [[point for point in run["curve"] if point[0]] for run in found["baseline"]]
-            _lines(panel, curves, COLOURS["baseline"], "AdamW and GPT-2's defaults, on the way to T", marker=None)
+            _lines(panel, curves, COLOURS["baseline"], "AdamW and GPT-2's defaults, on the way to T", every=False)
             ends = [
                 [(run["tokens"], run["val_loss"]) for run in found["defaults"] if run["seed"] == seed]
                 for seed in {run["seed"] for run in found["defaults"]}
             ]
-            _lines(panel, ends, COLOURS["defaults"], "our defaults, each budget a run", marker="o")
+            _lines(panel, ends, COLOURS["defaults"], "our defaults, each budget a run", every=True)
             panel.axhline(target, color=COLOURS["baseline"], linewidth=0.8, linestyle=(0, (4, 3)))
             share = f": {found['share']['median']:.2f} T to the same loss" if found["share"] else ""
             shown = [loss for line in [*ends, *curves] for tokens, loss in line if tokens >= 0.2 * found["tokens"]]
@@ -364,24 +364,19 @@ def draw(corpora: dict[str, Any], path: Path) -> None:
             panel.grid(color="#dddddd", linewidth=0.6)
             panel.spines[["top", "right"]].set_visible(False)
         figure.axes[0].set_ylabel("validation loss, nats per token")
-        figure.axes[0].legend(frameon=False, fontsize=9)
+        figure.axes[-1].legend(frameon=False, fontsize=9, loc="lower right")
         figure.savefig(path, metadata={"Date": None})
     print(f"written: {path.relative_to(PICTURE.parent.parent)}")
 
 
-def _lines(panel: Any, lines: list[list[Any]], colour: str, label: str, marker: str | None) -> None:
-    """Every seed faintly, and their mean at the places that all have."""
+def _lines(panel: Any, lines: list[list[Any]], colour: str, label: str, every: bool) -> None:
+    """One line a seed; a dot at its end, or at every point."""
     for line in lines:
         tokens, losses = zip(*line, strict=True)
-        panel.plot([one / 1e6 for one in tokens], losses, color=colour, linewidth=0.7, alpha=0.35)
-        panel.plot(tokens[-1] / 1e6, losses[-1], color=colour, marker="o", markersize=3, alpha=0.35)
-    places = sorted(set.intersection(*({tokens for tokens, _ in line} for line in lines)))
-    means = [statistics.mean(dict(line)[place] for line in map(_pairs, lines)) for place in places]
-    panel.plot([one / 1e6 for one in places], means, color=colour, marker=marker, linewidth=1.6, label=label)
-
-
-def _pairs(line: list[Any]) -> list[tuple[int, float]]:
-    return [(tokens, loss) for tokens, loss in line]
+        dots = {"marker": "o", "markersize": 4, "markevery": None if every else [len(line) - 1]}
+        millions = [one / 1e6 for one in tokens]
+        panel.plot(millions, losses, color=colour, linewidth=1.3, alpha=0.7, label=label, **dots)
+        label = "_"  # one entry in the legend
 
 
 if __name__ == "__main__":
