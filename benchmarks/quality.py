@@ -364,7 +364,8 @@ def draw(corpora: dict[str, Any], path: Path) -> None:
             panel.grid(color="#dddddd", linewidth=0.6)
             panel.spines[["top", "right"]].set_visible(False)
         figure.axes[0].set_ylabel("validation loss, nats per token")
-        figure.axes[-1].legend(frameon=False, fontsize=9, loc="lower right")
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
         figure.savefig(path, metadata={"Date": None})
     print(f"written: {path.relative_to(PICTURE.parent.parent)}")
 

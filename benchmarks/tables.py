@@ -255,6 +255,22 @@ def plan(result: dict[str, Any]) -> str:
     return rows_of(["run", "seconds: plan", "real", "off by", "MiB: plan", "real", "off by"], rows)
 
 
+def scaling(result: dict[str, Any]) -> str:
+    """The law's coefficients, and a run that it has not seen."""
+    intervals, check = result["intervals"], result["check"]
+    rows = (
+        [name, f"{result[name]:.3g}", f"{intervals[name][0]:.3g} to {intervals[name][1]:.3g}"]
+        for name in ("e", "a", "alpha", "b", "beta")
+    )
+    said = check["predicted"]
+    lines = (
+        f"{result['n']} runs in {result['seconds'] / 60:.0f} minutes; scatter {result['noise']:.2%}, left out "
+        f"{result['left_out_error']:.2%}. A run of {check['n_parameters']:,} parameters that the law has not seen: "
+        f"predicted {said['loss']:.3f} ({said['low']:.3f} to {said['high']:.3f}), measured {check['loss']:.3f}."
+    )
+    return f"{rows_of(['coefficient', 'value', '90 %'], rows)}\n\n{lines}"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     function.__name__: function
     for function in (
@@ -268,6 +284,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
         training_speed,
         cpu_ladder,
         plan,
+        scaling,
     )
 }
 

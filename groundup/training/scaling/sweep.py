@@ -162,7 +162,7 @@ def scaling_sweep(
         shards: a folder written by `groundup.shards.write_shards`.
         out: the sweep's folder.
         sizes: parameters in all, such as "400k".
-        tokens: budgets, each for each size (default: four, each half of the next, for about ten minutes on two cores
+        tokens: budgets, each for each size (default: four, each half of the next, for six to ten minutes on two cores
             with the default sizes; at most four passes over the text).
         minutes: choose the budgets so that the sweep takes so long here; what was chosen is kept in `out`.
         tokenizer: the shards' tokenizer (default: `tokenizer/` beside the shards, where there is one).
