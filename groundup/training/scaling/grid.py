@@ -24,7 +24,7 @@ DEFAULT_SIZES = ("200k", "500k", "1m", "2m")
 N_BUDGETS = 4
 """Token budgets of a sweep that names none: each half of the next."""
 TOKENS_PER_PARAMETER = 1.5
-"""Of the middle size, for the largest default budget: few, so that the sweep of the demo takes six to ten minutes on two cores."""
+"""Of the middle size, for the largest default budget: few, so that the sweep of the demo takes minutes."""
 MOST_EPOCHS = 4
 """Up to so many passes, text teaches nearly as much as new text: arXiv:2305.16264."""
 _SHAPE = ("n_layers", "n_heads", "n_kv_heads", "head_dim", "d_model", "d_ff")
