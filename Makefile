@@ -41,9 +41,9 @@ fast: .venv/installed-test
 	OMP_NUM_THREADS=1 $(RUN) pytest -q -n auto -m 'not slow' --cov=groundup --cov-report=
 	$(RUN) coverage report --include='$(CORE_ROOMS)' --fail-under=$(COVERAGE_FLOOR)
 
-# These start processes of their own, or fill every core: one after the other.
+# These start processes of their own, or wait for them: two at a time, on any number of cores.
 slow: .venv/installed-test
-	$(RUN) pytest -q -m slow
+	$(RUN) pytest -q -n 2 --dist worksteal -m slow
 
 smoke: .venv/installed-test
 	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && trap 'exit 130' INT TERM && \

@@ -22,6 +22,7 @@ from groundup.distributed import current_world
 from groundup.model import ModelConfig, Transformer, preset
 from groundup.training import TrainingJob, ceiling, peak_memory_bytes, speed, train
 from groundup.training.ceiling import measured_ceiling
+from groundup.training.measured import machine
 from groundup.training.metrics import read_log
 from groundup.training.speed import Speed, Speedometer
 from groundup.training.summary import live_line, summary_line
@@ -176,6 +177,13 @@ def test_peak_memory_is_at_least_what_is_held_now():
     held = torch.ones(1 << 22)
     assert peak_memory_bytes(held.device) >= 0.98 * psutil.Process().memory_info().rss
     assert peak_memory_bytes() >= held.nbytes
+
+
+def test_a_rate_measured_with_fewer_vector_units_is_not_taken_for_the_whole_machine_s(monkeypatch):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    whole = machine(CPU)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert machine(CPU) != whole
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="elsewhere a peak begins with the parent's")

@@ -20,6 +20,9 @@ from groundup.environment import cpu_name
 from groundup.errors import GroundupError
 from groundup.files import read_json, value_digest, write_json
 
+_LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+"""Settings of torch's libraries that forbid them some of the machine's vector units."""
+
 
 def cache_root() -> Path:
     """Where groundup keeps what it can make again: `groundup/` in the user's cache."""
@@ -67,7 +70,9 @@ def remember(name: str, key: Mapping[str, Any], device: torch.device, result: Ma
 def machine(device: torch.device) -> dict[str, Any]:
     """What decides how fast this machine is, as far as one can see."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+    limits = {name: os.environ[name] for name in _LIMITS if name in os.environ}
+    known = {"device": device.type, "name": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+    return known | ({"limits": limits} if limits else {})
 
 
 def _whole(key: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
