@@ -65,7 +65,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of a turn, about")
     parser.add_argument("--threads", type=int, default=0, help="of each process (0: one for each core)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--without-amx", action="store_true", help="as on a machine with AVX512-BF16 and no AMX")
     parser.add_argument("--only", nargs="*", help="contestants whose names have one of these words")
     parser.add_argument("--without-litgpt", action="store_true")
     parser.add_argument("--curves", action="store_true", help="loss curves beside a plain float32 loop, and no races")
@@ -78,15 +77,13 @@ def main() -> None:
 
         curves(arguments.steps)
         return
-    if arguments.without_amx:
-        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"  # of oneDNN, which takes the products of all contestants
     if not arguments.without_litgpt:
         make_environment()
         if arguments.make_environment:
             return
     arguments.threads = arguments.threads or len(os.sched_getaffinity(0))
     found = [race(size, arguments) for size in arguments.sizes]
-    name = "training_speed" + ("_cuda" if arguments.device == "cuda" else "") + "_without_amx" * arguments.without_amx
+    name = "training_speed" if arguments.device == "cpu" else "training_speed_cuda"
     if arguments.keep and (RESULTS / f"{name}.json").is_file():
         earlier = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["sizes"]
         found = [*(one for one in earlier if one["size"] not in arguments.sizes), *found]
