@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from groundup.preview import check_memory, check_recipe
 from groundup.recipe import Recipe, Section, changed_settings
 from groundup.run import MANIFEST, RECIPE_FILE, Manifest, Run, State, stage_fingerprint
 from groundup.tokenizer import Tokenizer
+from groundup.training.threads import limited_threads
 
 REPORT_FILE = "report.html"
 
@@ -191,7 +192,7 @@ def build(
     if world.is_first:
         _check_names(stages(recipe), until, start_from)
         check_recipe(recipe, recipe.name)
-    with _threads(recipe.threads), run.lock() if world.is_first else contextlib.nullcontext():
+    with limited_threads(recipe.threads), run.lock() if world.is_first else contextlib.nullcontext():
         plans = plan(recipe, run, until=until, start_from=start_from, force=force)
         check_memory(recipe, [item.stage.name for item in plans if item.forced or item.state != "done"])
         if world.is_first:
@@ -231,17 +232,6 @@ def check_gates(run: Run) -> None:
             f"{run.root}: everything is built, but a gate of the recipe is missed: {'; '.join(missed)}.",
             "Train longer (--set pretrain.tokens=…, --set sft.epochs=…), or change [evaluate.gates].",
         )
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """As many threads as the recipe says; the caller's number comes back afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _do(stage_plan: StagePlan, context: Context) -> None:

@@ -177,8 +177,9 @@ def _show_plan(recipe: Recipe, folder: Path, asked: dict[str, Any], as_json: boo
     from groundup.preview import check_recipe
     from groundup.road import plan
     from groundup.run import Run
-    from groundup.training.scaling.sweep import check_start, limited_threads, plan_sweep
+    from groundup.training.scaling.sweep import check_start, plan_sweep
     from groundup.training.scaling.time import seconds_of
+    from groundup.training.threads import limited_threads
 
     check_start(recipe, asked["out"])
     check_recipe(recipe, recipe.name)

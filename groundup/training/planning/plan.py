@@ -7,9 +7,8 @@ machine a probe of at most 20 seconds measures how fast it is, for another a tab
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from groundup.training.pretrain import count_tokens, sequence_length
 from groundup.training.scaling.law import DEFAULT_LAW, ScalingLaw
 from groundup.training.schedule import BatchPlan
 from groundup.training.start import start_config
+from groundup.training.threads import limited_threads
 
 __all__ = ["Plan", "plan"]
 
@@ -77,7 +77,7 @@ def plan(
     fit = _fit(config, settings, length, place, is_here=known is None, measure=probe)
     notes: list[str] = []
     if known is None:
-        with _threads(recipe.threads):
+        with limited_threads(recipe.threads):
             pace, notes = _pace_here(config, settings, fit, probe, run)
     else:
         pace = table_pace(config, settings, fit.step, known)
@@ -185,17 +185,6 @@ def _pace_here(
     gain = found["eager_seconds"] / found["compiled_seconds"]
     how = f"{pace.how}; compiled, {gain:.2f}× as fast when it was tried here"
     return replace(pace, row=pace.row / gain, flops=pace.flops * gain, how=how), []
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """As many threads as the recipe says; the caller's number comes back afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _budget(hours: float | None, budget: float | None, place: Place) -> float | None:

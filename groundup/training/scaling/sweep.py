@@ -11,12 +11,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from groundup.console import Bar, Console
 from groundup.distributed import World, current_world
@@ -34,6 +32,7 @@ from groundup.training.scaling.fit import check_enough, fit_scaling_law
 from groundup.training.scaling.grid import DEFAULT_SIZES, MOST_EPOCHS, SweepRun, default_tokens, sweep_runs
 from groundup.training.scaling.law import DEFAULT_LAW, LAW_FILE, LawData, ScalingLaw, ScalingPoint
 from groundup.training.scaling.time import tokens_for
+from groundup.training.threads import limited_threads
 
 POINTS_FOLDER, POINT_FILE, POINTS_FILE, PICTURE_FILE, BUDGET_FILE = (
     "points", "point.json", "points.jsonl", "scaling.svg", "budget.json",
@@ -313,17 +312,6 @@ def _kept_budgets(out: Path, question: Mapping[str, Any]) -> list[int] | None:
         kept = read_json(out / BUDGET_FILE)
         return [int(budget) for budget in kept["tokens"]] if kept["question"] == question else None
     return None
-
-
-@contextlib.contextmanager
-def limited_threads(count: int | None) -> Iterator[None]:
-    """As many threads as the recipe says; the caller's number comes back afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _RunConsole(Console):
