@@ -50,7 +50,7 @@ def table(name: str) -> str:
     result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     machine, shown = result["environment"], TABLES[name](result)
     where = f"{machine['cores']} cores of an {machine['cpu']}, {result['date']}"
-    spread = "; median (least … most) of n" if "n = " in shown or " … " in shown else ""
+    spread = "; median (least … most) of n" if " … " in shown else ""
     return f"{shown}\n\n`benchmarks/{name}.py`, {where}{spread}."
 
 

@@ -349,6 +349,23 @@ def test_wrong_questions_are_answered_in_words(
     assert said in " ".join(ended.err.split())
 
 
+@pytest.mark.parametrize(
+    ("asked", "code", "said"),
+    [
+        (("--minutes", "0"), 1, "no time"),
+        (("--sizes", "200k,400k,banana"), 2, "no number of parameters"),
+        (("--tokens", "5000"), 1, "too few for a law"),
+    ],
+)
+def test_wrong_questions_are_answered_before_the_text_is_read(
+    groundup: CommandLine, tmp_path: Path, asked: tuple[str, str], code: int, said: str
+) -> None:
+    ended = groundup("scaling", "demo", "--runs", str(tmp_path / "runs"), *asked)
+    assert ended.code == code
+    assert said in " ".join(ended.err.split())
+    assert not (tmp_path / "runs").exists()
+
+
 def test_losses_without_a_law_are_refused_but_kept(tmp_path: Path) -> None:
     # Taught that every token is about as probable as any other, no model learns, whatever its size.
     recipe = tiny_recipe(write_texts(tmp_path / "texts.jsonl"), "pretrain.label_smoothing=0.999")

@@ -95,9 +95,10 @@ def scaling(
 def _sweep(recipe: Recipe, folder: Path, asked: dict[str, Any], console: Console) -> ScalingLaw:
     from groundup.errors import Interrupted
     from groundup.road import build
-    from groundup.training.scaling.sweep import check_start, scaling_sweep
+    from groundup.training.scaling.sweep import check_question, check_start, scaling_sweep
 
     check_start(recipe, asked["out"])
+    check_question(asked["sizes"], asked["tokens"], asked["minutes"])
     try:
         with stopped_by_sigterm():
             run = build(recipe, folder, until="shards", console=console)

@@ -1,8 +1,8 @@
 """What was measured once on this machine, for the next run: matmul ceilings, whether compiling pays.
 
-Every measurement has a name and a key of plain values that says what was measured. Machine, threads and torch's version
-belong to every key, so that another processor, or another version, measures anew. A file that cannot be read or written
-costs a measurement, nothing else.
+Every measurement has a name and a key of plain values that says what was measured. Machine, threads, torch's version
+and forbidden vector units belong to every key, so that another processor, or another version, measures anew. A file
+that cannot be read or written costs a measurement, nothing else.
 """
 
 from __future__ import annotations

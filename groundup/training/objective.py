@@ -116,19 +116,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         n_columns = max(1, PIECE_WEIGHTS // cast.shape[1]) if hidden.device.type == "cpu" else cast.shape[0]
         held = hidden.new_empty(n_slice, cast.shape[0])
         for start in range(0, max(1, hidden.shape[0]), n_slice):  # of no rows, one slice: the gradient is zero
-            rows = slice(start, start + n_slice)
-            logits = held[: hidden[rows].shape[0]]  # (rows, padded_vocab); become their own gradient
-            torch.mm(hidden[rows], cast.T, out=logits)
-            for piece, target in zip(torch.split(logits, n_piece), torch.split(targets[rows], n_piece), strict=True):
+            rows = hidden[start : start + n_slice]
+            parts = torch.split(targets[start : start + n_slice], n_piece)
+            logits = held[: len(rows)]  # (rows, padded_vocab); become their own gradient
+            torch.mm(rows, cast.T, out=logits)
+            for piece, target in zip(torch.split(logits, n_piece), parts, strict=True):
                 loss, gradient = _piece(piece, target, vocab_size, softcap, smoothing, z_loss, wants_gradient)
                 sums += loss
                 if gradient is not None:
                     piece.copy_(gradient)
             if wants_gradient:
-                torch.mm(logits, cast, out=d_hidden[rows])
-                parts = zip(torch.split(logits, n_columns, dim=1), torch.split(d_weight, n_columns), strict=True)
-                for columns, d_part in parts:
-                    product = columns.T @ hidden[rows]
+                torch.mm(logits, cast, out=d_hidden[start : start + n_slice])
+                pairs = zip(torch.split(logits, n_columns, dim=1), torch.split(d_weight, n_columns), strict=True)
+                for columns, d_part in pairs:
+                    product = columns.T @ rows
                     d_part.add_(product) if start else d_part.copy_(product)
         objective, nats = sums.unbind()
         if wants_gradient:

@@ -9,6 +9,7 @@ goes on from its checkpoint; what decides its weights is in its folder's name.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from groundup.errors import ArtifactError, DataError, GroundupError, Interrupted
 from groundup.files import read_json, value_digest, write_json, write_text
 from groundup.model import Transformer
 from groundup.model.cost import training_flops_per_token, vocabulary_parameters
+from groundup.model.ladder import parse_size
 from groundup.recipe import Recipe
 from groundup.report.scaling import draw_scaling
 from groundup.run import RECIPE_FILE, Run
@@ -29,7 +31,7 @@ from groundup.shards import TokenShards
 from groundup.tokenizer import Tokenizer
 from groundup.training import VERSION, pretrain
 from groundup.training.scaling.fit import check_enough, fit_scaling_law
-from groundup.training.scaling.grid import DEFAULT_SIZES, MOST_EPOCHS, SweepRun, default_tokens, sweep_runs
+from groundup.training.scaling.grid import DEFAULT_SIZES, MOST_EPOCHS, N_BUDGETS, SweepRun, default_tokens, sweep_runs
 from groundup.training.scaling.law import DEFAULT_LAW, LAW_FILE, LawData, ScalingLaw, ScalingPoint
 from groundup.training.scaling.time import tokens_for
 from groundup.training.threads import limited_threads
@@ -102,6 +104,7 @@ def plan_sweep(
         DataError: too few sizes or budgets for a law.
         RecipeError: the recipe's model cannot have one of the sizes.
     """
+    check_question(sizes, tokens, minutes)
     shards, out = Path(shards), Path(out)
     expected = tokenizer.fingerprint if tokenizer is not None else None
     train = TokenShards.open(shards, "train", tokenizer_fingerprint=expected)
@@ -115,14 +118,8 @@ def plan_sweep(
         train_tokens=train.n_tokens,
         bytes_per_token=validation.n_bytes / max(1, validation.n_tokens - validation.n_documents),
     )
-    if not sizes:
-        check_enough((), ())
-    if tokens is not None and minutes is not None:
-        raise DataError("--tokens and --minutes are both given: each says how long to train.", "Keep one.")
     question = None
     if minutes is not None:
-        if not (math.isfinite(minutes) and minutes > 0):
-            raise DataError(f"--minutes {minutes:g}: no time.", "Give a positive number.")
         question = _question(minutes, recipe, sizes, data)
         tokens = _kept_budgets(out, question) or tokens_for(minutes, recipe, sizes, vocab_size, data.train_tokens)
     elif tokens is None:
@@ -218,6 +215,22 @@ def check_start(recipe: Recipe, out: Path) -> None:
         )
     if (out / RECIPE_FILE).is_file():
         raise DataError(f"{out}: a run's folder, and a sweep needs one of its own.", "Choose another with --out.")
+
+
+def check_question(sizes: Sequence[int | str], tokens: Sequence[int] | None, minutes: float | None) -> None:
+    """Hold what can be held of a sweep's arguments before there are shards.
+
+    Raises:
+        DataError: too few sizes or budgets for a law, or no time.
+        RecipeError: a size that is no number of parameters.
+    """
+    if tokens is not None and minutes is not None:
+        raise DataError("--tokens and --minutes are both given: each says how long to train.", "Keep one.")
+    if minutes is not None and not (math.isfinite(minutes) and minutes > 0):
+        raise DataError(f"--minutes {minutes:g}: no time.", "Give a positive number.")
+    wanted = [parse_size(str(size)) for size in sizes]
+    runs = list(itertools.product(wanted, range(N_BUDGETS) if tokens is None else tokens))
+    check_enough([size for size, _ in runs], [budget for _, budget in runs])
 
 
 def law_of(figures: Sequence[Mapping[str, Any]], data: LawData) -> ScalingLaw:
