@@ -24,8 +24,8 @@ from groundup.distributed import full_tensor, like_parameter
 # Chosen by Jordan for the steepest slope at 0 with five steps; singular values land in about [0.7, 1.2].
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
-# Of one batch of matrices in the dtype of the steps. On a CPU about a core's second-level cache, which takes a quarter
-# off the time of all matrices at once (benchmarks/optimizer_step.py). On a GPU only memory sets a limit.
+# Of one batch of matrices in the dtype of the steps. On a CPU about a core's second-level cache: about as fast as all
+# matrices at once (benchmarks/optimizer_step.py), and little is held. On a GPU only memory sets a limit.
 BATCH_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 
 

@@ -146,8 +146,8 @@ def _make(
         lion: Any = importlib.import_module(_LION).Lion
         made: Optimizer = lion(members, lr=settings.lr, betas=betas)
         return made
-    # One pass over weights, gradients and moments where torch has such a kernel: on a CPU a quarter to a third of the
-    # time of the passes one after another (benchmarks/optimizer_step.py).
+    # One pass over weights, gradients and moments where torch has such a kernel: on a CPU a third of the time
+    # of the passes one after another (benchmarks/optimizer_step.py).
     device_type = next(iter(parameters.values())).device.type
     is_fused = device_type in ("cpu", "cuda")
     return AdamW(members, lr=settings.lr, betas=betas, eps=1e-8, fused=is_fused, foreach=not is_fused)
