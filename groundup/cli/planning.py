@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 def add_to(app: typer.Typer) -> None:
     """Add the command to the command line."""
     app.command(
+        rich_help_panel="Plan",
         epilog="Examples:  groundup plan demo  ·  groundup plan my.toml --hours 8  ·  groundup plan my.toml --device "
         "h100x8 --budget 500  ·  groundup plan demo --set model.size=1b",
     )(plan)

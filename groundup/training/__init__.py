@@ -9,22 +9,10 @@ from groundup.training.optimizers import check_optimizer
 from groundup.training.planning.fit import choose_micro_batch, device_memory, need, refuse_what_cannot_fit, step_of
 from groundup.training.precision import check_precision, choose_precision, native_bfloat16
 from groundup.training.pretrain import TrainedModel, count_tokens, pretrain, sequence_length
-from groundup.training.start import (
-    check_vocabulary,
-    given_tokenizer,
-    start_config,
-    start_digest,
-    start_model,
-    start_tokenizer,
-)
 from groundup.training.summary import peak_memory_bytes
-
-VERSION = 3
-"""Raised when the code's results change; part of the stage's fingerprint."""
 
 __all__ = [
     "IGNORED",
-    "VERSION",
     "BatchSource",
     "Loss",
     "ShardBatches",
@@ -33,7 +21,6 @@ __all__ = [
     "batched_rows",
     "check_optimizer",
     "check_precision",
-    "check_vocabulary",
     "choose_micro_batch",
     "choose_precision",
     "count_tokens",
@@ -41,7 +28,6 @@ __all__ = [
     "describe_groups",
     "device_memory",
     "forget_checkpoints",
-    "given_tokenizer",
     "group_parameters",
     "head_loss",
     "native_bfloat16",
@@ -51,10 +37,6 @@ __all__ = [
     "pretrain",
     "refuse_what_cannot_fit",
     "sequence_length",
-    "start_config",
-    "start_digest",
-    "start_model",
-    "start_tokenizer",
     "step_of",
     "train",
 ]

@@ -17,9 +17,10 @@ import torch
 from groundup.distributed import current_world
 from groundup.environment import cpu_name
 from groundup.errors import DataError, GroundupError
+from groundup.interop.start import start_config
 from groundup.model import ModelConfig, count_parameters
 from groundup.model.cost import training_flops
-from groundup.recipe import PretrainSettings, Recipe, read_recipe
+from groundup.recipe import PretrainSettings, Recipe, read_recipe, resolve
 from groundup.run import Run
 from groundup.shards import TokenShards
 from groundup.training.compile_trial import choose_without_trial, trial_key
@@ -36,7 +37,6 @@ from groundup.training.precision import choose_precision
 from groundup.training.pretrain import count_tokens, sequence_length
 from groundup.training.scaling.law import DEFAULT_LAW, ScalingLaw
 from groundup.training.schedule import BatchPlan
-from groundup.training.start import start_config
 from groundup.training.threads import limited_threads
 
 __all__ = ["Plan", "plan"]
@@ -66,8 +66,9 @@ def plan(
         GroundupError: no such device, or the recipe does not pretrain.
     """
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(str(recipe), list(overrides))
-    if recipe.sft is not None and recipe.sft.init is not None:
-        raise GroundupError(f"{recipe.name}: [sft] starts from a model, so there is nothing to pretrain.")
+    recipe = resolve(recipe)
+    if not recipe.has_trunk:
+        raise GroundupError(f"{recipe.name}: every stage starts from a model, so there is nothing to pretrain.")
     text = _Text.of(run)
     config = _model(recipe, text)
     known, place = _place(recipe.pretrain, device, price)

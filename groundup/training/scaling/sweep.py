@@ -29,7 +29,8 @@ from groundup.report.scaling import draw_scaling
 from groundup.run import RECIPE_FILE, Run
 from groundup.shards import TokenShards
 from groundup.tokenizer import Tokenizer
-from groundup.training import VERSION, pretrain
+from groundup.training import pretrain
+from groundup.training.pretrain import PRETRAIN
 from groundup.training.scaling.fit import check_enough, fit_scaling_law
 from groundup.training.scaling.grid import DEFAULT_SIZES, MOST_EPOCHS, N_BUDGETS, SweepRun, default_tokens, sweep_runs
 from groundup.training.scaling.law import DEFAULT_LAW, LAW_FILE, LawData, ScalingLaw, ScalingPoint
@@ -66,7 +67,7 @@ class Sweep:
     def digest(self, run: SweepRun) -> str:
         """Digest of everything that decides a run's weights and its loss."""
         return value_digest({
-            "version": VERSION,
+            "version": PRETRAIN.version,
             "seed": self.recipe.seed,
             "model": run.config.to_dict(),
             "settings": run.settings.fingerprint_values(),
