@@ -6,6 +6,7 @@ the report show. Nothing is measured here.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
