@@ -38,7 +38,7 @@ def derived_values(recipe: Recipe) -> list[tuple[str, str, str]]:
     length = settings.sequence_length or config.context_length
     room, n_devices = training.device_memory(current_world()), current_world().size
     micro, why_micro = training.choose_micro_batch(config, settings, length, room, n_devices)
-    needed = training.need(config, settings, training.step_of(settings, length, room, n_devices, micro))
+    needed = training.estimate_memory(config, settings, training.step_of(settings, length, room, n_devices, micro))
     steps = math.ceil(tokens / (settings.batch_size * length))
     # A character tokenizer's vocabulary is as large as its text's alphabet: known when the text is read.
     about = "about " if recipe.tokenizer.kind == "characters" else ""

@@ -35,7 +35,7 @@ from groundup.preview import check_memory, check_recipe
 from groundup.recipe import Recipe, Section, changed_settings
 from groundup.run import MANIFEST, RECIPE_FILE, Manifest, Run, State, stage_fingerprint
 from groundup.tokenizer import Tokenizer
-from groundup.training.threads import limited_threads
+from groundup.training.process import limited_threads
 
 REPORT_FILE = "report.html"
 

@@ -21,13 +21,13 @@ from groundup.distributed import World, current_world
 from groundup.errors import DataError
 from groundup.files import value_digest
 from groundup.interop import save_model
+from groundup.interop.start import start_digest
 from groundup.model import Transformer
 from groundup.recipe import SFTSettings
 from groundup.tokenizer import Message, Tokenizer, render
 from groundup.training import IGNORED, TrainedModel, TrainingJob, batched_rows, forget_checkpoints, pad_rows, train
 from groundup.training.batches import Row
 from groundup.training.job import Rows
-from groundup.training.start import start_digest
 
 
 class ConversationBatches:

@@ -13,6 +13,7 @@ from groundup.distributed import World, current_world
 from groundup.errors import DataError
 from groundup.generation import generate
 from groundup.interop import save_model
+from groundup.interop.start import start_digest
 from groundup.model import ModelConfig, Transformer
 from groundup.model.initialization import expected_initial_loss
 from groundup.recipe import PretrainSettings
@@ -22,7 +23,6 @@ from groundup.training.batches import ShardBatches
 from groundup.training.job import TrainingJob
 from groundup.training.loop import forget_checkpoints, train
 from groundup.training.precision import choose_precision
-from groundup.training.start import start_digest
 
 COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. (arXiv:2203.15556)."""
