@@ -26,7 +26,7 @@ from groundup.preview import check_memory, check_recipe
 from groundup.recipe import Recipe, changed_settings
 from groundup.run import MANIFEST, RECIPE_FILE, Manifest, Run, State, stage_fingerprint
 from groundup.stage import Context, Stage, ancestors, graph, select
-from groundup.training.threads import limited_threads
+from groundup.training.process import limited_threads
 
 REPORT_FILE = "report.html"
 

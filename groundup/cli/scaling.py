@@ -70,7 +70,7 @@ def scaling(
     """
     from groundup.console import Console
     from groundup.distributed import current_world
-    from groundup.training.scaling.grid import DEFAULT_SIZES
+    from groundup.training.scaling.sweep import DEFAULT_SIZES
 
     chosen, folder = recipe_and_run(recipe, settings or [], False, None, runs)
     asked: dict[str, Any] = {
@@ -151,7 +151,7 @@ def show_law(law: ScalingLaw, out: Path) -> None:
 
 def reach(row: Optimum, law: ScalingLaw) -> str:
     """How far from what was measured a prediction is, in words."""
-    from groundup.training.scaling.grid import MOST_EPOCHS
+    from groundup.training.scaling.sweep import MOST_EPOCHS
 
     if row.beyond > 1.0:
         words = f"extrapolated: {row.beyond:.3g}× the compute of the largest run"
@@ -179,9 +179,8 @@ def _show_plan(recipe: Recipe, folder: Path, asked: dict[str, Any], as_json: boo
     from groundup.pipeline import plan
     from groundup.preview import check_recipe
     from groundup.run import Run
-    from groundup.training.scaling.sweep import check_start, plan_sweep
-    from groundup.training.scaling.time import seconds_of
-    from groundup.training.threads import limited_threads
+    from groundup.training.process import limited_threads
+    from groundup.training.scaling.sweep import check_start, plan_sweep, seconds_of
 
     check_start(recipe, asked["out"])
     check_recipe(recipe, recipe.name)

@@ -67,17 +67,28 @@ class OptimizerSettings(Section):
     warmup_share: float = setting(0.03, "share of the steps that warm up", ge=0.0, le=1.0)
     decay_share: float = setting(0.6, "wsd: share of the steps that decay", ge=0.0, le=1.0)
     final_lr_share: float = setting(0.0, "learning rate at the end, as a share of its peak", ge=0.0, le=1.0)
-    ramp_from: int | None = setting(None, "rows of the first batch, which grows to batch_size (unset: no ramp)", ge=1)
-    ramp_share: float = setting(0.25, "share of the rows over which the batch grows", gt=0.0, le=1.0)
-    clip: float = setting(1.0, "clip the gradient to this global norm (0: never)", ge=0.0)
+    batch_warmup_from: int | None = setting(
+        None, "batch-size warm-up: rows of the first batch, from which it grows to batch_size (unset: no warm-up)", ge=1
+    )
+    batch_warmup_share: float = setting(
+        0.25, "batch-size warm-up: share of the run's rows over which the batch grows", gt=0.0, le=1.0
+    )
+    max_grad_norm: float = setting(
+        1.0, "the gradient is scaled down to this global norm where it is larger (0: never)", ge=0.0
+    )
     label_smoothing: float = setting(0.0, "share of the target's probability that is spread evenly", ge=0.0, lt=1.0)
     z_loss: float = setting(0.0, "weight of log(Z)², which keeps logits near 0 (1e-4 is usual)", ge=0.0)
     ema: float = setting(0.0, "decay of an average of the weights, which becomes the model (0: none)", ge=0.0, lt=1.0)
-    on_trouble: Literal["stop", "skip", "rollback", "ignore"] = setting(
-        "stop", "a loss that is not finite or leaps: stop, skip the update, roll back, or ignore leaps"
+    on_spike: Literal["stop", "skip", "rollback", "ignore"] = setting(
+        "stop",
+        "what happens when the loss spikes or is not finite: stop the run, skip the update, roll back to the last "
+        "checkpoint and pass over the batch, or ignore spikes",
     )
     spike_z: float = setting(
-        8.0, "standard deviations above the last 128 steps' mean from which a loss is a leap (0: none is)", ge=0.0
+        8.0,
+        "standard deviations above the mean of the last 128 steps from which a loss is a spike (0: only a loss that is "
+        "not finite)",
+        ge=0.0,
     )
     activation_checkpointing: Literal["none", "selective", "full"] = setting(
         "none", "what the backward pass computes again instead of keeping it: less memory, more time"
@@ -116,8 +127,8 @@ class OptimizerSettings(Section):
                 f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}: "
                 "choose a divisor, or leave it unset"
             )
-        if self.ramp_from is not None and self.batch_size % self.ramp_from:
-            raise ValueError(f"ramp_from {self.ramp_from} does not divide batch_size {self.batch_size}")
+        if self.batch_warmup_from is not None and self.batch_size % self.batch_warmup_from:
+            raise ValueError(f"batch_warmup_from {self.batch_warmup_from} does not divide batch_size {self.batch_size}")
         return self
 
     def fingerprint_values(self) -> dict[str, Any]:

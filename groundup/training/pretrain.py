@@ -24,11 +24,16 @@ from groundup.shards import TokenShards
 from groundup.stage import Check, Context, Method, Shown, Stage, model_digest
 from groundup.tokenizer import Tokenizer
 from groundup.training.batches import ShardBatches
-from groundup.training.groups import describe_groups, group_parameters
 from groundup.training.job import TrainingJob
 from groundup.training.loop import forget_checkpoints, train
-from groundup.training.optimizers import check_optimizer
-from groundup.training.planning.fit import choose_micro_batch, device_memory, need, refuse_what_cannot_fit, step_of
+from groundup.training.optimizers import check_optimizer, describe_groups, group_parameters
+from groundup.training.planning.memory import (
+    choose_micro_batch,
+    device_memory,
+    estimate_memory,
+    refuse_what_cannot_fit,
+    step_of,
+)
 from groundup.training.precision import check_precision, choose_precision
 
 COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER = 20
@@ -283,7 +288,7 @@ def training_derived(
     yield from describe_groups(parameter_shapes(config), settings, where)
     room = device_memory(world)
     micro, why = choose_micro_batch(config, settings, length, room, world.size)
-    needed = need(config, settings, step_of(settings, length, room, world.size, micro))
+    needed = estimate_memory(config, settings, step_of(settings, length, room, world.size, micro))
     if settings.micro_batch_size is None:
         yield f"{where}.micro_batch_size", f"{micro:,}", why
     if n_rows is not None:
