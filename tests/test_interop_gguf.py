@@ -59,7 +59,7 @@ SHAPES = {
     "Llama, tied, one key head": ("llama-nano", {"tied_embeddings": True, "n_kv_heads": 1}, "llama", {}),
     "Llama, wide heads": ("llama-nano", WIDE, "llama", {}),
     "Llama, biases": ("llama-nano", {"bias": True}, "llama", {"attention_bias": True, "mlp_bias": True}),
-    "Llama, another base and eps": ("llama-nano", {"rope_base": 5e5, "norm_eps": 1e-3}, "llama", {}),
+    "Llama, another base and eps": ("llama-nano", {"rope_theta": 5e5, "norm_eps": 1e-3}, "llama", {}),
     "Llama, padded vocabulary": ("llama-nano", {"vocab_multiple": 128}, "llama", {}),
     "Mistral, long window": ("llama-nano", {"attention": ("window",), "window": 64}, "llama", {}),
     "Qwen2": ("llama-nano", {"qkv_bias": True}, "qwen2", {}),
@@ -475,7 +475,7 @@ REFUSED = {
     "GeGLU": ("llama-nano", {"activation": "geglu"}, ['activation = "geglu"']),
     "squared ReLU": ("ground-nano", {"activation": "relu2"}, ['activation = "relu2"']),
     "exact GELU": ("gpt2-nano", {"activation": "gelu"}, ['activation = "gelu"']),
-    "partial RoPE": ("llama-nano", {"rope_share": 0.5}, ["rope_share = 0.5"]),
+    "partial RoPE": ("llama-nano", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor = 0.5"]),
     "llama3 scaling with QK-norm": (
         "ground-nano",
         {"rope_scaling": RopeScaling(kind="llama3", factor=8, original_context=64)},
@@ -512,14 +512,14 @@ def test_every_field_of_a_model_is_told_or_refused():
     # A new field of ModelConfig must be thought of here: told to llama.cpp, refused, or known to change nothing.
     told = {
         "vocab_size", "context_length", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_model", "d_ff", "norm_eps",
-        "rope_base", "rope_scaling", "window", "sink_tokens", "n_experts", "experts_per_token", "norm_weight", "bias",
+        "rope_theta", "rope_scaling", "window", "sink_tokens", "n_experts", "experts_per_token", "norm_weight", "bias",
         "qkv_bias", "o_bias", "ff_bias", "norm_bias", "attention_scale", "tied_embeddings", "qk_norm",
     }  # fmt: skip
     refused = {
-        "norm", "norm_placement", "position", "rope_share", "attention", "stride", "summary", "attention_softcap",
-        "logit_softcap", "activation",
+        "norm", "norm_placement", "position", "partial_rotary_factor", "attention", "stride", "summary",
+        "attention_softcap", "logit_softcap", "activation",
     }  # fmt: skip
-    changes_nothing = {"router_loss", "vocab_multiple", "dropout", "initialization"}
+    changes_nothing = {"router_aux_loss_coef", "vocab_multiple", "dropout", "initialization"}
     fields = {one.name for one in dataclasses.fields(preset("llama-nano"))}
     assert fields == told | refused | changes_nothing
 

@@ -192,7 +192,7 @@ class Transformer(nn.Module):
         found = [block.mlp.balance for block in self.layers if isinstance(block.mlp, Experts)]
         if not found or not self.training:
             return None
-        return self.config.router_loss * torch.stack([one for one in found if one is not None]).mean()
+        return self.config.router_aux_loss_coef * torch.stack([one for one in found if one is not None]).mean()
 
     def _hidden(
         self,
@@ -215,7 +215,7 @@ class Transformer(nn.Module):
         elif config.position == "sinusoidal":
             x = x * config.d_model**0.5 + sinusoids(where, config.d_model).to(self.compute_dtype)
         elif config.position == "rope":
-            rotation = rotation_table(where, config.rotated, config.rope_base, self.compute_dtype, config.rope_scaling)
+            rotation = rotation_table(where, config.rotated, config.rope_theta, self.compute_dtype, config.rope_scaling)
         if self.training and config.dropout:
             x = F.dropout(x, config.dropout)
         sights = self._sights(seq, where, documents) if cached is None else {}
