@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from groundup.road import build
     from groundup.run import Run, list_runs
     from groundup.shards import MixtureLoader, PackedLoader, TokenShards, WindowLoader, write_shards
-    from groundup.tokenizer import Tokenizer
+    from groundup.tokenizer import Tokenizer, load_tokenizer
     from groundup.training import TrainedModel, pretrain, start_model
     from groundup.training.planning.plan import Plan, plan
     from groundup.training.scaling.law import ScalingLaw
@@ -75,7 +75,7 @@ _WHERE = {
     "groundup.road": ("build",),
     "groundup.run": ("Run", "list_runs"),
     "groundup.shards": ("MixtureLoader", "PackedLoader", "TokenShards", "WindowLoader", "write_shards"),
-    "groundup.tokenizer": ("Tokenizer",),
+    "groundup.tokenizer": ("Tokenizer", "load_tokenizer"),
     "groundup.training": ("TrainedModel", "pretrain", "start_model"),
     "groundup.training.planning.plan": ("Plan", "plan"),
     "groundup.training.scaling.law": ("ScalingLaw",),
@@ -121,6 +121,7 @@ __all__ = [
     "list_runs",
     "load",
     "load_model",
+    "load_tokenizer",
     "plan",
     "preset",
     "preset_names",

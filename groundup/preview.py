@@ -20,7 +20,7 @@ from groundup.model import ModelConfig, count_parameters, training_flops_per_tok
 from groundup.model.cost import parameter_shapes
 from groundup.model.ladder import shape_choices
 from groundup.recipe import DEFAULT_PRESET, Recipe, choices
-from groundup.tokenizer.foreign import ForeignTokenizer
+from groundup.tokenizer.pretrained import PretrainedTokenizer
 
 
 def derived_values(recipe: Recipe) -> list[tuple[str, str, str]]:
@@ -183,7 +183,7 @@ def _model(recipe: Recipe) -> tuple[ModelConfig, str]:
 def _check_tokenizer(recipe: Recipe) -> None:
     """Hold that a tokenizer that is given fits the model to start from, and what is to be made of it."""
     given = training.given_tokenizer(recipe.tokenizer.use, recipe.init)
-    if given is not None and recipe.sft is not None and isinstance(given, ForeignTokenizer):
+    if given is not None and recipe.sft is not None and isinstance(given, PretrainedTokenizer):
         raise DataError(
             f"[sft]: the tokenizer of {recipe.tokenizer.use or recipe.init} has no tokens for the roles of a chat.",
             "Leave [sft] out: the model goes on learning from text alone.",

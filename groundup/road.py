@@ -34,7 +34,7 @@ from groundup.model import Transformer
 from groundup.preview import check_memory, check_recipe
 from groundup.recipe import Recipe, Section, changed_settings
 from groundup.run import MANIFEST, RECIPE_FILE, Manifest, Run, State, stage_fingerprint
-from groundup.tokenizer import Tokenizer
+from groundup.tokenizer import Tokenizer, load_tokenizer
 from groundup.training.threads import limited_threads
 
 REPORT_FILE = "report.html"
@@ -54,7 +54,7 @@ class Context:
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer; of a road without text, that of the model it starts from."""
         if self.recipe.reads_text:
-            return Tokenizer.load(self.run.folder("tokenizer"))
+            return load_tokenizer(self.run.folder("tokenizer"))
         return training.start_tokenizer(self.recipe.init or "")
 
     def first_model(self) -> Transformer:

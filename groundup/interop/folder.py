@@ -25,8 +25,8 @@ from groundup.interop.stored import CONFIG_FILE, OURS_KEY, StoredModel, open_sto
 from groundup.interop.write_weights import TensorSpec, write_weights
 from groundup.model import Transformer
 from groundup.tokenizer import Tokenizer
-from groundup.tokenizer.foreign import TOKENIZER_FILES, ForeignTokenizer, read_files, read_tokenizer
-from groundup.tokenizer.tokenizer import TOKENIZER_FILE
+from groundup.tokenizer.files import TOKENIZER_FILE, TOKENIZER_FILES, read_files
+from groundup.tokenizer.pretrained import PretrainedTokenizer, read_tokenizer
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "LoadedModel", "find_model", "load", "load_model", "save_model"]
 
@@ -89,11 +89,11 @@ def load_model(folder: str | Path) -> tuple[Transformer, Tokenizer | None]:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     model.eval()
-    return model, load_tokenizer(stored)
+    return model, tokenizer_beside(stored)
 
 
-def load_tokenizer(stored: StoredModel) -> Tokenizer | None:
-    """The tokenizer beside a model: ours, or somebody else's with the same methods; None without `tokenizer.json`.
+def tokenizer_beside(stored: StoredModel) -> Tokenizer | None:
+    """The tokenizer beside a model: groundup's or a pretrained one; None without `tokenizer.json`.
 
     Raises:
         ArtifactError: damaged, or with more tokens than the model has.
@@ -123,8 +123,8 @@ def _filled(stored: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     """What a `config.json` says of a tokenizer: the tokens that begin and end a text and fill up a batch."""
-    if isinstance(tokenizer, ForeignTokenizer):
-        return {f"{role}_token_id": index for role, index in tokenizer.role_ids.items()}
+    if isinstance(tokenizer, PretrainedTokenizer):
+        return {f"{name}_token_id": index for name, index in tokenizer.special_token_ids.items()}
     return {
         "bos_token_id": tokenizer.end_of_text_id,
         "eos_token_id": [tokenizer.end_id, tokenizer.end_of_text_id],

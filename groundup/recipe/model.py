@@ -21,7 +21,8 @@ class RopeScalingSettings(Section):
 
     kind: Literal["linear", "ntk", "yarn", "llama3"] = setting(
         ...,
-        "linear: positions are divided by the factor; ntk: rope_theta is raised; yarn, llama3: low frequencies are divided",
+        "linear: positions are divided by the factor; ntk: rope_theta is raised; "
+        "yarn, llama3: low frequencies are divided",
     )
     factor: float = setting(
         ..., "how many times longer the context becomes: new length / trained length", ge=1.0, le=1024.0

@@ -17,7 +17,7 @@ from groundup.model import ModelConfig, Transformer
 from groundup.model.initialization import expected_initial_loss
 from groundup.recipe import PretrainSettings
 from groundup.shards import TokenShards
-from groundup.tokenizer import Tokenizer
+from groundup.tokenizer import Tokenizer, load_tokenizer
 from groundup.training.batches import ShardBatches
 from groundup.training.job import TrainingJob
 from groundup.training.loop import forget_checkpoints, train
@@ -82,7 +82,7 @@ def pretrain(
     shards = Path(shards)
     out = Path(out) if out is not None else shards.parent / "pretrain"
     if tokenizer is None and (shards.parent / "tokenizer" / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.load(shards.parent / "tokenizer")
+        tokenizer = load_tokenizer(shards.parent / "tokenizer")
     job = pretraining_job(model, shards, settings, out, tokenizer, seed, console)
     summary = train(job, world, console)
     save_model(out / "model", model, tokenizer, world=world)

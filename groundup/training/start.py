@@ -13,13 +13,13 @@ from groundup.console import Console
 from groundup.errors import ArtifactError, DataError, Problem, RecipeError
 from groundup.files import file_digest, value_digest
 from groundup.interop import find_model, load_model
-from groundup.interop.folder import CONFIG_FILE, load_tokenizer
+from groundup.interop.folder import CONFIG_FILE, tokenizer_beside
 from groundup.interop.stored import open_stored
 from groundup.model import ModelConfig, Transformer, extend_vocabulary, reshaped
 from groundup.model.cost import parameter_shapes
 from groundup.recipe import ModelSettings
-from groundup.tokenizer import Tokenizer
-from groundup.tokenizer.tokenizer import TOKENIZER_FILE
+from groundup.tokenizer import Tokenizer, load_tokenizer
+from groundup.tokenizer.files import TOKENIZER_FILE
 
 _DECIDES = (CONFIG_FILE, TOKENIZER_FILE)
 _SHOWN_IDS = 5
@@ -77,7 +77,7 @@ def start_tokenizer(init: str | Path) -> Tokenizer:
         ArtifactError: no model there, or none with a tokenizer.
     """
     folder = find_model(init)
-    found = load_tokenizer(open_stored(folder))
+    found = tokenizer_beside(open_stored(folder))
     if found is None:
         raise ArtifactError(
             f"{folder}: no tokenizer beside the model, so its ids cannot be understood.",
@@ -97,7 +97,7 @@ def given_tokenizer(use: str | None, init: str | None) -> Tokenizer | None:
     if use is None:
         return None
     in_run = Path(use) / "tokenizer" / TOKENIZER_FILE
-    return Tokenizer.load(in_run if in_run.is_file() else use)
+    return load_tokenizer(in_run if in_run.is_file() else use)
 
 
 def start_digest(init: str | Path) -> str:
