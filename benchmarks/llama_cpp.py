@@ -2,7 +2,7 @@
 
 Shapes: random models of every architecture and RoPE scaling that `export_gguf` writes, as F32; llama.cpp (with float32
 keys and values) must continue three prompts greedily with our tokens, and its logits are compared at every position.
-Texts: adversarial ones, tokenized by both with each split, by a vocabulary that learned from such texts too. Types: a small
+Texts: adversarial ones, tokenized by both with each split and by a vocabulary that learned from them. Types: a small
 model is trained on Shakespeare; llama.cpp's predictions of held-out text from each type of file are compared with ours,
 and the bytes of q8_0 and q4_0 with those of its own quantizer.
 
@@ -236,7 +236,7 @@ def text() -> str:
 
 
 def trained_tokenizer(split: str) -> Tokenizer:
-    """A byte-level BPE of a split; having learned from adversarial texts too, it shows where another split cuts them."""
+    """A byte-level BPE of a split; it learns from adversarial texts too, which shows where another split cuts them."""
     return Tokenizer.train([text()[:200_000], *adversarial_texts(2 * N_TEXTS, seed=1)], vocab_size=4096, split=split)
 
 

@@ -44,8 +44,8 @@ class Experts(nn.Module):
 
     Attributes:
         balance: after a forward pass in training: the load-balancing loss times its number of tokens, float32.
-        takes_balance: or not, while a forward pass is computed again for the backward pass: `balance` would hold all
-            that was computed.
+        takes_balance: false while a forward pass is recomputed for the backward pass: `balance` would keep that
+            pass's whole graph in memory.
     """
 
     def __init__(self, config: ModelConfig, activation: Callable[[Tensor], Tensor]) -> None:
@@ -83,7 +83,7 @@ class Experts(nn.Module):
 
 
 def load_balance(probabilities: Float[Tensor, "tokens experts"], chosen: Int[Tensor, "tokens k"]) -> Float[Tensor, ""]:
-    """n · Σᵢ fᵢ Pᵢ; see above. Its gradient goes through the probabilities alone."""
+    """The load-balancing loss n · Σᵢ fᵢ Pᵢ; its gradient goes through the probabilities alone."""
     n = probabilities.shape[-1]
     shares = torch.zeros(n, device=chosen.device).index_add_(
         0, chosen.flatten(), torch.full((chosen.numel(),), 1 / max(1, len(chosen)), device=chosen.device)
