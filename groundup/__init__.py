@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from groundup.run import Run, list_runs
     from groundup.shards import MixtureLoader, PackedLoader, TokenShards, WindowLoader, write_shards
     from groundup.stage import Method, Shown
-    from groundup.tokenizer import Tokenizer
+    from groundup.tokenizer import Tokenizer, load_tokenizer
     from groundup.training import TrainedModel, pretrain
     from groundup.training.planning.plan import Plan, plan
     from groundup.training.scaling.law import ScalingLaw
@@ -79,7 +79,7 @@ _WHERE = {
     "groundup.report": ("write_report",),
     "groundup.run": ("Run", "list_runs"),
     "groundup.shards": ("MixtureLoader", "PackedLoader", "TokenShards", "WindowLoader", "write_shards"),
-    "groundup.tokenizer": ("Tokenizer",),
+    "groundup.tokenizer": ("Tokenizer", "load_tokenizer"),
     "groundup.interop.start": ("start_model",),
     "groundup.stage": ("Method", "Shown"),
     "groundup.training": ("TrainedModel", "pretrain"),
@@ -129,6 +129,7 @@ __all__ = [
     "list_runs",
     "load",
     "load_model",
+    "load_tokenizer",
     "plan",
     "preset",
     "preset_names",

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import tiny_road
 import torch
+from groundup.road import build, plan, stages
 from tiny_road import STAGES, bits, build_quietly, copy_of_finished, finished_run, rewritten, times, tiny_recipe
 
 from groundup import read_recipe
@@ -24,7 +25,6 @@ from groundup.console import Console
 from groundup.errors import DataError, GateError, RecipeError, RunError
 from groundup.preview import check_recipe, derived_values, smoke_profile
 from groundup.recipe import Recipe, parse_recipe
-from groundup.road import build, plan, stages
 from groundup.run import Run
 
 

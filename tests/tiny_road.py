@@ -13,8 +13,8 @@ from typing import Any
 
 from groundup.console import Console
 from groundup.files import file_digest
-from groundup.recipe import Recipe, parse_recipe
 from groundup.pipeline import build
+from groundup.recipe import Recipe, parse_recipe
 from groundup.run import Run
 
 STAGES = ("corpus", "tokenizer", "shards", "pretrain", "sft", "evaluate")

@@ -25,8 +25,8 @@ from groundup.interop.write_weights import TensorSpec, write_weights
 from groundup.model import Transformer
 from groundup.stage import find_model
 from groundup.tokenizer import Tokenizer
-from groundup.tokenizer.foreign import ForeignTokenizer
-from groundup.tokenizer.stage import load_tokenizer
+from groundup.tokenizer.pretrained import PretrainedTokenizer
+from groundup.tokenizer.stage import tokenizer_beside
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "LoadedModel", "find_model", "load", "load_model", "save_model"]
 
@@ -89,7 +89,7 @@ def load_model(folder: str | Path) -> tuple[Transformer, Tokenizer | None]:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     model.eval()
-    return model, load_tokenizer(stored.folder, stored.values, stored.config.vocab_size)
+    return model, tokenizer_beside(stored.folder, stored.values, stored.config.vocab_size)
 
 
 def _filled(stored: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -104,8 +104,8 @@ def _filled(stored: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     """What a `config.json` says of a tokenizer: the tokens that begin and end a text and fill up a batch."""
-    if isinstance(tokenizer, ForeignTokenizer):
-        return {f"{role}_token_id": index for role, index in tokenizer.role_ids.items()}
+    if isinstance(tokenizer, PretrainedTokenizer):
+        return {f"{name}_token_id": index for name, index in tokenizer.special_token_ids.items()}
     return {
         "bos_token_id": tokenizer.end_of_text_id,
         "eos_token_id": [tokenizer.end_id, tokenizer.end_of_text_id],

@@ -18,7 +18,7 @@ from groundup.model.cost import parameter_shapes
 from groundup.recipe import DEFAULT_PRESET, AlignSettings, ModelSettings
 from groundup.run import Run
 from groundup.stage import MODEL_FOLDER, Stage, find_model, graph
-from groundup.tokenizer import Tokenizer
+from groundup.tokenizer import Tokenizer, load_tokenizer
 from groundup.tokenizer.stage import check_vocabulary, given_tokenizer
 
 
@@ -37,7 +37,7 @@ def starting_point(stage: Stage, run: Run, console: Console | None = None) -> tu
         assert tokenizer is not None, "a stage saves its model with its tokenizer"
         return model.requires_grad_(True), tokenizer
     if not isinstance(stage.settings, AlignSettings):
-        own: Tokenizer | None = Tokenizer.load(run.folder("tokenizer"))
+        own: Tokenizer | None = load_tokenizer(run.folder("tokenizer"))
     else:
         own = given_tokenizer(recipe.tokenizer.use, stage.outside_start)
     assert own is not None

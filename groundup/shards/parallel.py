@@ -325,7 +325,7 @@ def _documents(data: bytes, path: Path, first_byte: int) -> Iterator[Document]:
 
 def _tokenizer(folder: str) -> Tokenizer:
     """The tokenizer in a folder, loaded once a worker."""
-    from groundup.tokenizer.tokenizer import TOKENIZER_FILE
+    from groundup.tokenizer.files import TOKENIZER_FILE
 
     path = Path(folder) / TOKENIZER_FILE
     return _load_tokenizer(folder, file_digest(path) if path.is_file() else "")
@@ -333,9 +333,9 @@ def _tokenizer(folder: str) -> Tokenizer:
 
 @functools.lru_cache(maxsize=2)
 def _load_tokenizer(folder: str, digest: str) -> Tokenizer:
-    from groundup.tokenizer import Tokenizer
+    from groundup.tokenizer import load_tokenizer
 
-    return Tokenizer.load(folder)
+    return load_tokenizer(folder)
 
 
 class Shards(Method):

@@ -14,8 +14,9 @@ from groundup.errors import ArtifactError, DataError
 from groundup.recipe import TokenizerSettings
 from groundup.report.format import format_lines
 from groundup.stage import CONFIG_FILE, Check, Context, Method, Shown, Stage, find_model
-from groundup.tokenizer.foreign import TOKENIZER_FILES, ForeignTokenizer, read_files, read_tokenizer
-from groundup.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer
+from groundup.tokenizer.files import TOKENIZER_FILE, TOKENIZER_FILES, read_files
+from groundup.tokenizer.pretrained import PretrainedTokenizer, load_tokenizer, read_tokenizer
+from groundup.tokenizer.tokenizer import Tokenizer
 from groundup.untrusted import file_inside, read_object
 
 
@@ -93,7 +94,7 @@ def given_tokenizer(use: str | None, init: str | None) -> Tokenizer | None:
     if use is None:
         return None if init is None else start_tokenizer(init)
     in_run = Path(use) / "tokenizer" / TOKENIZER_FILE
-    return Tokenizer.load(in_run if in_run.is_file() else use)
+    return load_tokenizer(in_run if in_run.is_file() else use)
 
 
 def start_tokenizer(init: str | Path) -> Tokenizer:
@@ -103,7 +104,7 @@ def start_tokenizer(init: str | Path) -> Tokenizer:
         ArtifactError: no model there, or none with a tokenizer.
     """
     folder = find_model(init)
-    found = load_tokenizer(folder, read_object(file_inside(folder, CONFIG_FILE)))
+    found = tokenizer_beside(folder, read_object(file_inside(folder, CONFIG_FILE)))
     if found is None:
         raise ArtifactError(
             f"{folder}: no tokenizer beside the model, so its ids cannot be understood.",
@@ -112,7 +113,7 @@ def start_tokenizer(init: str | Path) -> Tokenizer:
     return found
 
 
-def load_tokenizer(folder: Path, values: Mapping[str, Any], n_ids: int | None = None) -> Tokenizer | None:
+def tokenizer_beside(folder: Path, values: Mapping[str, Any], n_ids: int | None = None) -> Tokenizer | None:
     """The tokenizer beside a model: ours, or somebody else's with the same methods; None without `tokenizer.json`.
 
     Args:
@@ -172,7 +173,7 @@ def check_chat(tokenizer: Tokenizer, where: str, source: str) -> None:
     Raises:
         DataError: it has no tokens for the roles.
     """
-    if isinstance(tokenizer, ForeignTokenizer):
+    if isinstance(tokenizer, PretrainedTokenizer):
         raise DataError(
             f"{where}: the tokenizer of {source} has no tokens for the roles of a chat.",
             "Leave this stage out: the model goes on learning from text alone.",

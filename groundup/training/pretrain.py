@@ -22,7 +22,7 @@ from groundup.recipe import OptimizerSettings, PretrainSettings, Section, resolv
 from groundup.report.format import format_lines, loss_line, training_facts
 from groundup.shards import TokenShards
 from groundup.stage import Check, Context, Method, Shown, Stage, model_digest
-from groundup.tokenizer import Tokenizer
+from groundup.tokenizer import Tokenizer, load_tokenizer
 from groundup.training.batches import ShardBatches
 from groundup.training.job import TrainingJob
 from groundup.training.loop import forget_checkpoints, train
@@ -95,7 +95,7 @@ def pretrain(
     shards = Path(shards)
     out = Path(out) if out is not None else shards.parent / "pretrain"
     if tokenizer is None and (shards.parent / "tokenizer" / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.load(shards.parent / "tokenizer")
+        tokenizer = load_tokenizer(shards.parent / "tokenizer")
     job = pretraining_job(model, shards, settings, out, tokenizer, seed, console)
     summary = train(job, world, console)
     save_model(out / "model", model, tokenizer, world=world)

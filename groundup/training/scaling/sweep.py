@@ -34,7 +34,7 @@ from groundup.recipe import PretrainSettings, Recipe
 from groundup.report.scaling import draw_scaling
 from groundup.run import RECIPE_FILE, Run
 from groundup.shards import TokenShards
-from groundup.tokenizer import Tokenizer
+from groundup.tokenizer import Tokenizer, load_tokenizer
 from groundup.training import pretrain
 from groundup.training.objective import head_loss
 from groundup.training.optimizers import Optimizers, clip_gradients
@@ -203,7 +203,7 @@ def scaling_sweep(
     world, console, out = world or current_world(), console or Console(), Path(out)
     beside = Path(shards).parent / "tokenizer" / "tokenizer.json"
     if tokenizer is None and beside.is_file():
-        tokenizer = Tokenizer.load(beside.parent)
+        tokenizer = load_tokenizer(beside.parent)
     check_start(recipe, out)
     with limited_threads(recipe.threads), Run(out).lock() if world.is_first else contextlib.nullcontext():
         for first in (True, False):  # what the first process measures, the others read
