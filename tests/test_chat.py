@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from command import CommandLine, groundup, run_to_end
-from tiny_road import finished_run
+from tiny_run import finished_run
 
 from groundup import SamplingParams, load
 from groundup.cli.chat import Chat

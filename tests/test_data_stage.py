@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from command import start
 from data_stage import digests, near_copy, text_of, write_inputs, write_recipe
-from groundup.road import build
+from groundup.pipeline import build
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 

@@ -44,7 +44,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from data_stage import near_copy, sentence, text_of, write_inputs
-from groundup.road import build
+from groundup.pipeline import build
 
 from groundup import Tokenizer, TokenShards
 from groundup.console import Console

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from generation_models import random_model
-from groundup.road import plan
+from groundup.pipeline import plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_road import problems_of
-from tiny_road import STAGES, build_quietly, finished_run, tiny_recipe
+from tiny_run import STAGES, build_quietly, finished_run, tiny_recipe
 
 from groundup import corpus
 from groundup.console import Console

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from command import groundup  # noqa: F401
-from tiny_road import copy_of_finished, write_recipe
+from tiny_run import copy_of_finished, write_recipe
 
 TOO_LARGE = '[corpus]\ninputs = ["groundup:classics"]\n\n[model]\nsize = "10b"\n\n[pretrain]\nbatch_size = 64\n'
 
@@ -16,7 +16,7 @@ REFUSED = """
 import json, sys
 import groundup as gu
 from groundup.console import Console
-import groundup.road
+import groundup.pipeline
 from groundup.errors import GroundupError
 from groundup.training import peak_memory_bytes
 

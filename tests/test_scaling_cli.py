@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from command import CommandLine, groundup, start
-from tiny_road import build_quietly, tiny_recipe, write_recipe, write_texts
+from tiny_run import build_quietly, tiny_recipe, write_recipe, write_texts
 
 import groundup as gu
 from groundup.console import Bar, Console

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_training_loop import QUIET, interrupted_at, make_job, weights
-from tiny_road import finished_run
+from tiny_run import finished_run
 
 from groundup.distributed import current_world
 from groundup.errors import GroundupError, Interrupted, RecipeError

@@ -410,7 +410,7 @@ def rows_within(seconds: float, timings: Timings, settings: OptimizerSettings, v
 _SMALLEST_RUN = """
 import sys, torch
 torch.set_num_threads(int(sys.argv[1]))
-import groundup.report, groundup.road
+import groundup.report, groundup.pipeline
 from groundup.model import Transformer, preset
 from groundup.recipe import OptimizerSettings
 from groundup.training.optimizers import Optimizers, clip_gradients
