@@ -28,9 +28,18 @@ from groundup.recipe import AlignSettings, OptimizerSettings, Section, Texts, re
 from groundup.report.format import format_lines, format_whole, loss_line, training_facts
 from groundup.stage import Check, Context, Method, Shown, Stage, model_digest
 from groundup.tokenizer import Message, Tokenizer, render
-from groundup.training import IGNORED, TrainedModel, TrainingJob, batched_rows, forget_checkpoints, pad_rows, train
+from groundup.training import (
+    IGNORED,
+    Batch,
+    NextToken,
+    TrainedModel,
+    TrainingJob,
+    batched_rows,
+    forget_checkpoints,
+    pad_rows,
+    train,
+)
 from groundup.training.batches import Row
-from groundup.training.job import Rows
 from groundup.training.pretrain import QUICK_VALIDATION, training_checks, training_derived
 
 
@@ -71,9 +80,9 @@ class ConversationBatches:
                 f"Raise [model] context_length = {context_length}, or use shorter conversations.",
             )
         self._pad_id, self._seed = tokenizer.pad_id, seed
-        self.supervised_tokens = sum(int((targets != IGNORED).sum()) for _, targets in self._train)
+        self.supervised_tokens = sum(int((row["targets"] != IGNORED).sum()) for row in self._train)
         self.fingerprint = value_digest(
-            [tokenizer.fingerprint, context_length, batch_size, seed, [ids.tolist() for ids, _ in self._train]]
+            [tokenizer.fingerprint, context_length, batch_size, seed, [row["ids"].tolist() for row in self._train]]
         )
 
     @property
@@ -86,17 +95,17 @@ class ConversationBatches:
         """Conversations held out."""
         return len(self._held_out)
 
-    def rows(self, first: int, last: int) -> Rows:
+    def rows(self, first: int, last: int) -> Batch:
         """Rows `first` … `last` − 1 of the endless order."""
         chosen = [self._train[self._at(index)] for index in range(first, last)]
         return pad_rows(chosen, len(chosen), self._pad_id)
 
-    def validation(self, batch_size: int, limit_tokens: int | None) -> Iterator[Rows]:
+    def validation(self, batch_size: int, limit_tokens: int | None) -> Iterator[Batch]:
         """Held-out batches, until `limit_tokens` supervised tokens are passed."""
         rows, seen = [], 0
         for row in self._held_out:
             rows.append(row)
-            seen += int((row[1] != IGNORED).sum())
+            seen += int((row["targets"] != IGNORED).sum())
             if limit_tokens is not None and seen >= limit_tokens:
                 break
         yield from batched_rows(rows, batch_size)
@@ -107,7 +116,7 @@ class ConversationBatches:
         return int(_epoch_order(self._seed, epoch, len(self._train))[place])
 
     def _encode(self, conversations: Sequence[list[Message]], tokenizer: Tokenizer, context_length: int) -> list[Row]:
-        rows = []
+        rows: list[Row] = []
         for messages in conversations:
             rendered = render(tokenizer, messages)
             ids = np.array(rendered.ids, dtype=np.int64)
@@ -117,7 +126,7 @@ class ConversationBatches:
             if (targets == IGNORED).all():
                 self.unsupervised += 1
             else:
-                rows.append((ids[:-1][:context_length], targets))
+                rows.append({"ids": ids[:-1][:context_length], "targets": targets})
         return rows
 
 
@@ -169,7 +178,8 @@ def fine_tune(
         )
     job = TrainingJob(
         name=name,
-        model=model,
+        modules={"model": model},
+        objective=NextToken(settings.label_smoothing, settings.z_loss),
         source=source,
         settings=settings,
         n_rows=math.ceil(settings.epochs * source.n_train),
