@@ -45,9 +45,7 @@ def write_report(run: Run) -> Path:
     rows = closing_rows(record.scores)
     if rows:
         rows += pipeline_rows({stage: record.summary(stage) for stage in record.stages})
-    model = str(record.scores.get("model") or [*record.curves, "pretrain"][-1])
-    model = model if model in record.stages else "pretrain"
-    stops = pipeline_stops(record, model)
+    stops = pipeline_stops(record, record.end)
     page = (
         _environment()
         .get_template("page.html.j2")
@@ -61,13 +59,12 @@ def write_report(run: Run) -> Path:
             wide_stop=WIDE_STOP,
             narrow_stop=NARROW_STOP,
             lane=LANE,
-            model=model,
             corpus=corpus_section(record),
             trainings=[_training(record, stage, curve) for stage, curve in record.curves.items()],
             by_kind=exact_match_chart("exact-match", _mapping(record.scores.get("by_kind"))),
             answers=_answers(record.scores.get("answers")),
             machine=_machine(record),
-            can_chat=model != "pretrain" and record.stages[model].state == "done",
+            can_chat=record.end != "pretrain" and record.state(record.end) == "done",
             can_generate=any(record.stages[name].state == "done" for name in record.curves if name in record.stages),
         )
     )
@@ -83,10 +80,10 @@ def verdict(record: RunRecord, rows: Sequence[ClosingRow]) -> str:
     if waiting:
         done = len(record.stages) - len(waiting)
         return f"Unfinished: {done} of {len(record.stages)} stages are done; next is {waiting[0]}."
+    firsts = {row.key: row for row in reversed(rows) if row.key in VERDICT_KEYS and row.after}
     told = [
         f"{row.label} {row.before} → {row.after}" if row.before else f"{row.label} {row.after}"
-        for row in rows
-        if row.key in VERDICT_KEYS and row.after
+        for row in (firsts[key] for key in VERDICT_KEYS if key in firsts)
     ]
     missed = [row.label for row in rows if row.gate_passed is False]
     if missed:
