@@ -71,7 +71,7 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """All that the page shows, as read; `path` is quoted for a shell, `end` the stage whose model is used at the end."""
+    """All that the page shows, as read; `path` is quoted for a shell, `end` is the stage whose model is used."""
 
     name: str
     path: str
