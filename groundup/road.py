@@ -28,7 +28,7 @@ from groundup.console import Console
 from groundup.distributed import World, current_world
 from groundup.environment import describe_environment
 from groundup.errors import GateError, GroundupError, RunError
-from groundup.files import read_json, remove_partials, write_json
+from groundup.files import read_json, write_json
 from groundup.interop import load_model
 from groundup.model import Transformer
 from groundup.preview import check_memory, check_recipe
@@ -192,11 +192,11 @@ def build(
     if world.is_first:
         _check_names(stages(recipe), until, start_from)
         check_recipe(recipe, recipe.name)
+        run.check(recipe, [stage.name for stage in stages(recipe)])
     with limited_threads(recipe.threads), run.lock() if world.is_first else contextlib.nullcontext():
         plans = plan(recipe, run, until=until, start_from=start_from, force=force)
         check_memory(recipe, [item.stage.name for item in plans if item.forced or item.state != "done"])
         if world.is_first:
-            remove_partials(run.root)
             _say_what_changed(run, recipe, console)
             run.create(recipe)
             # All at once: if this is interrupted, the same command without --force does what is left.

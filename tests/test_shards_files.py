@@ -118,7 +118,7 @@ def test_a_failure_in_the_middle_leaves_no_shards_behind(tmp_path: Path) -> None
     with pytest.raises(RuntimeError, match="stopped"):
         write_shards(documents(), ByteTokenizer(), tmp_path, ShardsSettings(shard_tokens=4_000_000))  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.glob("*.bin")] == ["train-00000.bin"]
-    assert not list(tmp_path.glob("*.partial-*"))
+    assert not list(tmp_path.glob("*.groundup-partial-*"))
     with pytest.raises(ArtifactError, match=r"manifest\.json: not found"):
         TokenShards.open(tmp_path, "train")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -24,9 +23,10 @@ from torch import Tensor
 from groundup.console import Bar, Console
 from groundup.distributed import World, shard_model
 from groundup.errors import GroundupError, Interrupted
+from groundup.files import own_folder, remove_folder, remove_partials
 from groundup.training.activation import set_checkpointing
 from groundup.training.averaging import WeightAverage
-from groundup.training.checkpoint import CheckpointWriter, Progress, clear_leftovers
+from groundup.training.checkpoint import CheckpointWriter, Progress
 from groundup.training.compile_trial import choose_compilation
 from groundup.training.diagnosis import bad_weights, origin
 from groundup.training.fp8 import float8_products
@@ -91,7 +91,9 @@ def _train(job: TrainingJob, world: World, console: Console, stop: StopRequest) 
     )
     folder = job.folder / CHECKPOINTS
     if world.is_first:
-        clear_leftovers(folder)
+        own_folder(job.folder)
+        own_folder(folder)
+        remove_partials(job.folder)
     world.wait()
     progress = state.restore(folder, job.fingerprint, console)
     if progress is None:
@@ -125,7 +127,7 @@ def _train(job: TrainingJob, world: World, console: Console, stop: StopRequest) 
 def forget_checkpoints(job: TrainingJob, world: World) -> None:
     """Remove the training checkpoints; called when the finished model is safely on disk."""
     if world.is_first:
-        shutil.rmtree(job.folder / CHECKPOINTS, ignore_errors=True)
+        remove_folder(job.folder / CHECKPOINTS)
 
 
 class _Loop:
