@@ -92,7 +92,7 @@ def test_a_stage_is_done_only_when_finished_and_only_for_its_fingerprint(run: Ru
 
 def test_a_finished_stage_keeps_only_its_result_and_manifest(run: Run) -> None:
     folder = made(run, "corpus", "aa", result="x")
-    assert sorted(path.name for path in folder.iterdir()) == ["result", "stage.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [".groundup-folder", "result", "stage.json"]
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"stage": "corpus"}', '{"unknown": 1}'])

@@ -94,10 +94,11 @@ def test_the_same_documents_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_shards_of_an_earlier_call_are_replaced(tmp_path: Path) -> None:
-    (tmp_path / "started.json").write_text("{}")
     written(tmp_path, TEXTS)
+    (tmp_path / "started.json").write_text("{}")
     written(tmp_path, ["short"])
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".groundup-folder",
         "manifest.json",
         "started.json",
         "train-00000.bin",
@@ -145,7 +146,7 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
 def good_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("good")
     written(folder, TEXTS, validation=TEXTS[:9])
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("[!.]*"))}
 
 
 def put(folder: Path, files: dict[str, bytes]) -> Path:
