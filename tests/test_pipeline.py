@@ -51,7 +51,7 @@ def test_every_stage_leaves_its_manifest_and_the_pipeline_its_page() -> None:
         assert manifest.seconds > 0
         assert manifest.environment["torch"] == torch.__version__
     assert (run.root / "report.html").stat().st_size > 10_000
-    assert not list(run.root.rglob("*.partial-*"))
+    assert not list(run.root.rglob("*.groundup-partial-*"))
     assert not list(run.root.rglob("started.json"))
     assert not list(run.root.rglob("checkpoints"))
 
@@ -348,7 +348,7 @@ def server() -> multiprocessing.context.ForkServerContext:
 def assert_whole(run: Run, uninterrupted: Run) -> None:
     """After all kills: the same bits as an uninterrupted run's, and nothing left lying about."""
     assert bits(run) == bits(uninterrupted)
-    assert not list(run.root.rglob("*.partial-*"))
+    assert not list(run.root.rglob("*.groundup-partial-*"))
     names = {path.name for path in run.root.iterdir() if not path.name.startswith(".")}
     assert names == {*STAGES[:5], "evaluate", "recipe.toml", "report.html"}
 
@@ -361,10 +361,10 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_bits(tmp_path: Path)
 
     def start(run: Run) -> multiprocessing.process.BaseProcess:
         """A child that has just taken the run's lock."""
-        (run.root / ".lock-holder.json").unlink(missing_ok=True)
+        (run.root / ".groundup-lock-holder.json").unlink(missing_ok=True)
         process = context.Process(target=build_in_child, args=(recipe, run.root))
         process.start()
-        while process.is_alive() and not (run.root / ".lock-holder.json").exists():
+        while process.is_alive() and not (run.root / ".groundup-lock-holder.json").exists():
             time.sleep(0.001)
         return process
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,18 +31,10 @@ from groundup.corpus.quality.rules import rules_for
 from groundup.corpus.reading.sources import Sources, find_sources
 from groundup.corpus.write import parse_line
 from groundup.errors import ArtifactError, DataError, RunError
-from groundup.files import (
-    PARTIAL_MARK,
-    remove_partials,
-    write_error,
-    write_json,
-)
+from groundup.files import own_folder, remove_partials, temporary, write_error, write_json
 from groundup.recipe import CorpusSettings
 from groundup.report.format import format_lines, is_number
 from groundup.stage import Check, Context, Method, Shown, Stage
-
-WORK = f"work{PARTIAL_MARK}corpus"
-"""Everything in it can be made again, so it goes when the stage ends, or when the next one begins."""
 
 
 def curate(settings: CorpusSettings, out: Path, console: Console | None = None) -> dict[str, Any]:
@@ -62,7 +53,7 @@ def curate(settings: CorpusSettings, out: Path, console: Console | None = None) 
 
     Raises:
         DataError: an input is missing or changes meanwhile, nothing is left, or nothing can be held out.
-        RunError: another process works in `out`.
+        RunError: another process works in `out`, or it holds files that are not ours.
         GroundupError: a worker died, the disk is full, or the books do not balance.
     """
     console = console or Console(quiet=True)
@@ -70,10 +61,11 @@ def curate(settings: CorpusSettings, out: Path, console: Console | None = None) 
     check_languages(settings.languages, settings.language_model)
     check_named_files(settings)
     sources = _without_own_files(find_sources(settings.inputs), out)
+    own_folder(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         with _alone_in(out):
             try:
+                remove_partials(out)  # those of a process that was killed
                 passes = _make(settings, sources, out, console)
             finally:
                 remove_partials(out)  # those of workers that were stopped too
@@ -119,9 +111,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 def _make(settings: CorpusSettings, sources: Sources, out: Path, console: Console) -> Passes:
     """All three passes."""
-    work = out / WORK
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+    work = temporary(out / "work")  # all in it can be made again
+    own_folder(work)
     workers = engine_for(settings.engine, settings.workers, sources.size_bytes())
     with console.bar("corpus") as bar, workers as engine:
         passes = Passes(settings, out, work, engine, bar.update)

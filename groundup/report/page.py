@@ -15,16 +15,15 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from groundup.console import format_bytes
-from groundup.files import write_text
+from groundup.files import write_signed
 from groundup.report.charts import curve_chart, exact_match_chart, loss_chart, throughput_chart
 from groundup.report.closing import ClosingRow, closing_rows, pipeline_rows
 from groundup.report.corpus import corpus_section
 from groundup.report.format import format_many, format_number, format_whole, is_number
 from groundup.report.picture import LANE, NARROW_STOP, WIDE_STOP, format_seconds, pipeline_stops, pipeline_words
 from groundup.report.record import Curve, RunRecord, read_record
-from groundup.run import Run
+from groundup.run import REPORT_FILE, Run
 
-REPORT_FILE = "report.html"
 MOST_SAMPLES_SHOWN = 6
 MOST_SAMPLES = 40
 MOST_ANSWERS = 24
@@ -39,7 +38,7 @@ def write_report(run: Run) -> Path:
         The page's path.
 
     Raises:
-        RunError: the folder holds no run.
+        RunError: the folder holds no run, or a `report.html` that is somebody else's.
     """
     record = read_record(run)
     rows = closing_rows(record.scores)
@@ -70,7 +69,7 @@ def write_report(run: Run) -> Path:
     )
     path = run.root / REPORT_FILE
     # A model can emit halves of characters; what UTF-8 cannot hold is shown as "?".
-    write_text(path, page.encode("utf-8", errors="replace").decode("utf-8"))
+    write_signed(path, page.encode("utf-8", errors="replace").decode("utf-8"), "<!-- {} -->")
     return path
 
 
