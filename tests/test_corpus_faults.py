@@ -428,6 +428,6 @@ def test_every_fault_at_once_is_counted_and_listed(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "annotated",
         "documents.jsonl",
-        "funnel.json",
+        "filter_statistics.json",
         "set_aside.jsonl",
     ]
