@@ -35,7 +35,7 @@ from groundup.corpus import curate as curate_function
 from groundup.corpus.reading.extract import Extractor
 from groundup.corpus.reading.sources import find_sources
 from groundup.errors import DataError, GroundupError
-from groundup.files import PARTIAL_MARK, file_digest
+from groundup.files import file_digest
 from groundup.recipe import CorpusSettings
 
 GOOD = "It was a bright cold day, and the fox was walking through the forest."
@@ -63,7 +63,7 @@ def check_counts(out: Path, summary: dict[str, Any]) -> None:
     assert statistics["steps"][-1]["out"] == summary["documents_kept"]
     listed = Counter(record["reason"] for record in left_out(out))
     assert listed == Counter(summary["removed"])
-    assert not list(out.rglob(f"*{PARTIAL_MARK}*"))
+    assert not list(out.rglob("*.groundup-partial-*"))
 
 
 def left_out(out: Path) -> list[dict[str, Any]]:
@@ -409,7 +409,7 @@ def test_wherever_writing_fails_nothing_is_half_and_the_same_command_goes_on(
                 curated(out, inputs, dedup="near", workers=workers, split_mib=0.02)
         except GroundupError as error:
             failed[n_bytes] = error.message.removeprefix(str(out))
-        assert not list(out.rglob(f"*{PARTIAL_MARK}*"))
+        assert not list(out.rglob("*.groundup-partial-*"))
         assert (n_bytes in failed) is not (out / "documents.jsonl").exists()
     assert all(message.endswith("File too large") for message in failed.values())
     assert len(set(failed.values())) >= 2  # other files, at other steps

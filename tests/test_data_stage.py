@@ -23,8 +23,8 @@ from groundup.corpus import curate, stream_documents
 from groundup.corpus.passes import ANNOTATED
 from groundup.errors import GroundupError
 from groundup.files import file_digest
+from groundup.pipeline import build
 from groundup.recipe import CorpusSettings, read_recipe
-from groundup.road import build
 
 N_KILLS = 20
 
@@ -238,7 +238,7 @@ def test_killed_at_random_moments_the_data_stage_ends_with_the_same_bytes(tmp_pa
     recipe = write_recipe(tmp_path / "r.toml", few, split_mib=0.05, workers=2)
     whole, seconds = _to_the_end(recipe, tmp_path / "whole")
     _kill_again_and_again(whole, seconds, recipe, tmp_path / "killed")
-    assert not list((tmp_path / "killed").rglob("*.partial-*"))
+    assert not list((tmp_path / "killed").rglob("*.groundup-partial-*"))
 
 
 RAY_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}

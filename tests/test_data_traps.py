@@ -53,8 +53,8 @@ from groundup.corpus.engine import Engine
 from groundup.corpus.passes import ANNOTATED
 from groundup.errors import ArtifactError
 from groundup.files import file_digest
+from groundup.pipeline import build
 from groundup.recipe import CorpusSettings, parse_recipe
-from groundup.road import build
 from groundup.shards import write_shards
 
 RESULT = ("documents.jsonl", "set_aside.jsonl", "filter_statistics.json")

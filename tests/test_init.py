@@ -11,16 +11,16 @@ from generation_models import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_road import problems_of
-from tiny_road import STAGES, build_quietly, finished_run, tiny_recipe
+from tiny_run import STAGES, build_quietly, finished_run, tiny_recipe
 
 from groundup import corpus
 from groundup.console import Console
 from groundup.errors import ArtifactError, DataError, GroundupError, RecipeError
 from groundup.interop import load, load_model, save_model
 from groundup.model import Transformer, count_parameters, extend_vocabulary, preset
+from groundup.pipeline import plan
 from groundup.preview import check_recipe, derived_values
 from groundup.recipe import ModelSettings, Recipe, parse_recipe, recipe_toml
-from groundup.road import plan
 from groundup.run import Run
 from groundup.tokenizer import Tokenizer, load_tokenizer
 from groundup.training import start_config, start_digest, start_model, start_tokenizer

@@ -15,7 +15,7 @@ from groundup.model.experts import Experts, load_balance
 from groundup.model.feedforward import FeedForward, make_feedforward
 from groundup.reference import experts as reference
 from groundup.reference.feedforward import swiglu
-from groundup.training.activation import set_checkpointing
+from groundup.training.compilation import set_checkpointing
 
 
 def layer(**overrides: object) -> Experts:

@@ -39,7 +39,7 @@ def build_web(groundup: CommandLine, *overrides: str) -> Any:
 
 
 def check_run(root: Path) -> dict[str, Any]:
-    """Every stage is done, on the same documents, and the books balance; the statistics."""
+    """Every stage is done, on the same documents, and the counts add up; the filter statistics."""
     run = Run(root)
     manifests = {name: run.manifest(name) for name in ("corpus", "tokenizer", "shards", "pretrain", "evaluate")}
     assert all(manifests.values())

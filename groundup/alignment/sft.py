@@ -9,25 +9,39 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from groundup.alignment.conversations import Conversations, load_conversations
+from groundup.alignment.conversations import Conversations, data_fingerprint, load_conversations
 from groundup.console import Console
 from groundup.distributed import World, current_world
 from groundup.errors import DataError
 from groundup.files import value_digest
 from groundup.interop import save_model
+from groundup.interop.start import starting_config, starting_point
 from groundup.model import Transformer
-from groundup.recipe import SFTSettings
+from groundup.recipe import AlignSettings, OptimizerSettings, Section, Texts, resolve_optimizer, setting
+from groundup.report.format import format_lines, format_whole, loss_line, training_facts
+from groundup.stage import Check, Context, Method, Shown, Stage, model_digest
 from groundup.tokenizer import Message, Tokenizer, render
 from groundup.training import IGNORED, TrainedModel, TrainingJob, batched_rows, forget_checkpoints, pad_rows, train
 from groundup.training.batches import Row
 from groundup.training.job import Rows
-from groundup.training.start import start_digest
+from groundup.training.pretrain import QUICK_VALIDATION, training_checks, training_derived
+
+
+class SFTSettings(AlignSettings, OptimizerSettings):
+    """Base model and conversations to an assistant."""
+
+    data: Texts = setting(
+        ("groundup:tasks",), 'conversations: JSONL files with a "messages" list, or groundup:tasks', min_length=1
+    )
+    examples: int = setting(10_000, "conversations that groundup:tasks generates", ge=100, le=10_000_000)
+    epochs: float = setting(3.0, "passes over the conversations", gt=0.0, le=1000.0)
 
 
 class ConversationBatches:
@@ -120,6 +134,8 @@ def fine_tune(
     out: str | Path,
     conversations: Conversations | None = None,
     seed: int = 1,
+    name: str = "sft",
+    start: str = "fresh",
     world: World | None = None,
     console: Console | None = None,
 ) -> TrainedModel:
@@ -128,10 +144,12 @@ def fine_tune(
     Args:
         model: trained in place.
         tokenizer: of the model.
-        settings: what `[sft]` of a recipe says; `init` there says where the model came from, and loads nothing.
+        settings: what `[align.sft]` of a recipe says; its `start` loads nothing.
         out: the folder for logs, checkpoints and the model.
         conversations: what to learn (default: what `settings.data` names).
         seed: of the generated tasks, the order and dropout.
+        name: of the stage, in messages.
+        start: what stands for the weights it begins with, so that a checkpoint of others is not resumed.
         world: the processes to train on (default: those of `torchrun`, or this one).
         console: where progress is shown.
 
@@ -139,24 +157,25 @@ def fine_tune(
         DataError: no usable conversation.
         Interrupted: asked to stop; everything is saved.
     """
-    settings, console, world = settings or SFTSettings(), console or Console(), world or current_world()
+    settings = resolve_optimizer(settings or SFTSettings())
+    console, world = console or Console(), world or current_world()
     out = Path(out)
     conversations = conversations or load_conversations(settings, seed, console)
     source = ConversationBatches(conversations, tokenizer, model.config.context_length, settings.batch_size, seed)
     if source.truncated:
         console.warn(
-            f"sft: {source.truncated} conversations are longer than the context of {model.config.context_length} "
+            f"{name}: {source.truncated} conversations are longer than the context of {model.config.context_length} "
             f"tokens and were cut; {source.unsupervised} had no answer left and were dropped."
         )
     job = TrainingJob(
-        name="sft",
+        name=name,
         model=model,
         source=source,
         settings=settings,
         n_rows=math.ceil(settings.epochs * source.n_train),
         folder=out,
         seed=seed,
-        start=start_digest(settings.init) if settings.init is not None else "fresh",
+        start=start,
     )
     summary = train(job, world, console)
     summary.update(
@@ -168,3 +187,61 @@ def fine_tune(
     save_model(out / "model", model, tokenizer, world=world)
     forget_checkpoints(job, world)
     return TrainedModel(model, out, summary)
+
+
+class SupervisedFineTuning(Method):
+    """The stage: a model learns to answer."""
+
+    settings = SFTSettings
+    version = 4
+    makes = "lm"
+    trains = True
+    figures = ("val_loss", "final_loss")
+
+    def outside(self, stage: Stage) -> dict[str, str]:
+        """The conversations, and a model made elsewhere."""
+        start = stage.outside_start
+        digests = {} if start is None else {"start": model_digest(start)}
+        return {**digests, "data": ",".join(data_fingerprint(stage.settings))}
+
+    def sections(self, stage: Stage) -> tuple[Section, ...]:
+        """`[model]` can change a model made elsewhere."""
+        return (stage.settings,) if stage.outside_start is None else (stage.recipe.model, stage.settings)
+
+    def checks(self, stage: Stage) -> Iterable[Check]:
+        """Data, model, optimizer."""
+        yield f"[{stage.section}] start", lambda: starting_config(stage)
+        yield from training_checks(stage)
+        yield f"[{stage.section}] data", lambda: data_fingerprint(stage.settings)
+
+    def derived(self, stage: Stage) -> Iterable[tuple[str, str, str]]:
+        """Micro-batch and memory."""
+        config, _ = starting_config(stage)
+        yield from training_derived(stage, config, config.context_length, None)
+
+    def quick(self, settings: SFTSettings) -> SFTSettings:
+        """Fewer conversations."""
+        examples = min(settings.examples, 2000)
+        return settings.model_copy(update={"examples": examples, "epochs": 2.0, **QUICK_VALIDATION})
+
+    def work(self, context: Context) -> dict[str, Any]:
+        """See `fine_tune`."""
+        stage = context.stage
+        model, tokenizer = starting_point(stage, context.run, context.console)
+        return fine_tune(
+            model, tokenizer, stage.settings, out=context.folder, seed=context.recipe.seed, name=stage.name,
+            world=context.world, console=context.console,
+        ).summary  # fmt: skip
+
+    def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:
+        """Conversations and loss."""
+        counts = [
+            ("conversations", format_whole(summary.get("conversations_train"))),
+            ("held out", format_whole(summary.get("conversations_held_out"))),
+            ("supervised tokens", format_whole(summary.get("supervised_tokens"))),
+        ]
+        lines = format_lines((summary.get("conversations_train"), "{} dialogues"), loss_line(summary))
+        return Shown("Supervised fine-tuning", [*counts, *training_facts(summary)], lines)
+
+
+SFT = SupervisedFineTuning()

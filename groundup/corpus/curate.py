@@ -13,8 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,22 +24,17 @@ from groundup.console import Console
 from groundup.corpus.document import Document
 from groundup.corpus.engine import engine_for
 from groundup.corpus.filter_statistics import PASSED_OVER_SHOWN
-from groundup.corpus.inputs import check_named_files
-from groundup.corpus.passes import DOCUMENTS, SET_ASIDE_FILE, STATISTICS_FILE, Passes
+from groundup.corpus.inputs import check_named_files, input_fingerprint
+from groundup.corpus.passes import ANNOTATED, DOCUMENTS, SET_ASIDE_FILE, STATISTICS_FILE, Passes
 from groundup.corpus.quality.language import check_languages
+from groundup.corpus.quality.rules import rules_for
 from groundup.corpus.reading.sources import Sources, find_sources
 from groundup.corpus.write import parse_line
 from groundup.errors import ArtifactError, DataError, RunError
-from groundup.files import (
-    PARTIAL_MARK,
-    remove_partials,
-    write_error,
-    write_json,
-)
+from groundup.files import own_folder, remove_partials, temporary, write_error, write_json
 from groundup.recipe import CorpusSettings
-
-WORK = f"work{PARTIAL_MARK}corpus"
-"""Everything in it can be made again; it is deleted when the stage ends, or when the next one begins."""
+from groundup.report.format import format_lines, is_number
+from groundup.stage import Check, Context, Method, Shown, Stage
 
 
 def curate(settings: CorpusSettings, out: Path, console: Console | None = None) -> dict[str, Any]:
@@ -59,7 +53,7 @@ def curate(settings: CorpusSettings, out: Path, console: Console | None = None) 
 
     Raises:
         DataError: an input is missing or changes meanwhile, nothing is left, or nothing can be held out.
-        RunError: another process works in `out`.
+        RunError: another process works in `out`, or it holds files that are not ours.
         GroundupError: a worker died, the disk is full, or the counts of documents do not add up.
     """
     console = console or Console(quiet=True)
@@ -67,10 +61,11 @@ def curate(settings: CorpusSettings, out: Path, console: Console | None = None) 
     check_languages(settings.languages, settings.language_model)
     check_named_files(settings)
     sources = _without_own_files(find_sources(settings.inputs), out)
+    own_folder(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         with _alone_in(out):
             try:
+                remove_partials(out)  # those of a process that was killed
                 passes = _make(settings, sources, out, console)
             finally:
                 remove_partials(out)  # those of workers that were stopped too
@@ -116,9 +111,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 def _make(settings: CorpusSettings, sources: Sources, out: Path, console: Console) -> Passes:
     """All three passes."""
-    work = out / WORK
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+    work = temporary(out / "work")  # all in it can be made again
+    own_folder(work)
     workers = engine_for(settings.engine, settings.workers, sources.size_bytes())
     with console.bar("corpus") as bar, workers as engine:
         passes = Passes(settings, out, work, engine, bar.update)
@@ -168,3 +162,36 @@ def stream_documents(folder: Path, split: str | None = None) -> Iterator[Documen
                     yield document
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: not found.", "Run the corpus stage first.") from error
+
+
+class Corpus(Method):
+    """The stage: raw files to documents."""
+
+    settings = CorpusSettings
+    version = 2
+    keeps = (ANNOTATED,)  # every piece in it is checked by its own fingerprint
+
+    def outside(self, stage: Stage) -> dict[str, str]:
+        """Digests of the input files."""
+        return {"inputs": input_fingerprint(stage.settings)}
+
+    def checks(self, stage: Stage) -> Iterable[Check]:
+        """Inputs that are missing, languages and rules that are unknown."""
+        settings = stage.settings
+        yield "[corpus] inputs", lambda: find_sources(settings.inputs)
+        yield "[corpus] languages", lambda: check_languages(settings.languages, settings.language_model)
+        yield "[corpus] quality", lambda: rules_for(settings.quality, settings.thresholds)
+        yield "[corpus]", lambda: check_named_files(settings)
+
+    def work(self, context: Context) -> dict[str, Any]:
+        """See `curate`."""
+        return curate(context.recipe.corpus, context.folder, context.console)
+
+    def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:
+        """How many documents stayed."""
+        came, kept = summary.get("documents_in"), summary.get("documents_kept")
+        aside = came - kept if is_number(came) and is_number(kept) else None
+        return Shown("Corpus", lines=format_lines((kept, "{} kept"), (aside, "{} set aside")))
+
+
+CORPUS = Corpus()

@@ -6,7 +6,6 @@ Every piece of work goes to an `Engine`; what comes back is counts and names of 
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -48,7 +47,9 @@ from groundup.files import (
     append_file,
     atomic_folder,
     atomic_writer,
+    own_folder,
     read_json,
+    remove_folder,
     value_digest,
     write_json,
 )
@@ -82,7 +83,7 @@ class Passes:
         """Read and measure every unit that is not measured yet; forget units that are no longer asked for."""
         settings = self._settings
         root = self._out / ANNOTATED
-        root.mkdir(exist_ok=True)
+        own_folder(root)
         classifier = self._train_classifier()
         common = annotation_fingerprint(settings, classifier)
         split_bytes = int(settings.split_mib * 2**20)
@@ -93,7 +94,7 @@ class Passes:
         wanted = {Path(task.folder).name for task in tasks}
         for old in root.iterdir():
             if old.name not in wanted and old.name != CLASSIFIER:
-                shutil.rmtree(old, ignore_errors=True)
+                remove_folder(old)
         read_bytes = 0
         self._units = []
         numbers: Counter[str] = Counter()

@@ -24,7 +24,7 @@ from groundup.corpus.crawl.settings import CrawlSettings
 from groundup.corpus.crawl.urls import normalize_url
 from groundup.corpus.crawl.warc import store_error
 from groundup.errors import ArtifactError, GroundupError, Interrupted, RunError
-from groundup.files import read_json, remove_partials, write_json
+from groundup.files import own_folder, read_json, remove_partials, write_json
 
 SUMMARY = "crawl.json"
 _BINDING = ("depth", "same_path")  # settings that decide what a finished page led to
@@ -52,7 +52,7 @@ def crawl(
 
     Raises:
         GroundupError: an address is not http(s), nothing was given, the disk is full, or a package is missing.
-        RunError: another process works in the folder, or it holds a crawl of another scope.
+        RunError: another process works in the folder, it holds a crawl of another scope, or it is not ours.
         Interrupted: Ctrl-C or SIGTERM; everything fetched is stored.
     """
     settings, console, out = settings or CrawlSettings(), console or Console(quiet=True), Path(out)
@@ -144,9 +144,9 @@ def _given(urls: Sequence[str], sitemaps: Sequence[str]) -> list[Entry]:
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
+    own_folder(out)
     lock = FileLock(out / ".lock")
     try:
-        out.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0.5)
     except Timeout as error:
         raise RunError(
