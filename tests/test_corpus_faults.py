@@ -429,6 +429,6 @@ def test_every_fault_at_once_is_counted_and_listed(tmp_path: Path) -> None:
         ".groundup-folder",
         "annotated",
         "documents.jsonl",
-        "funnel.json",
+        "filter_statistics.json",
         "set_aside.jsonl",
     ]

@@ -165,7 +165,7 @@ def fake_run(root: Path, *, prompt: str = "Once upon a time", source: str = "gro
         ],
         "duplicate": [("line 14", "same text as line 3", "A hungry Fox saw some fine bunches of Grapes hanging")],
     }
-    funnel = {
+    statistics = {
         "steps": [
             {"step": "read", "in": 420, "out": 419, "removed": {"invalid JSON": 1}},
             {"step": "short", "in": 419, "out": 419, "removed": {}},
@@ -189,7 +189,7 @@ def fake_run(root: Path, *, prompt: str = "Once upon a time", source: str = "gro
             for reason, found in examples.items()
         },
     }
-    write_json(run.folder("corpus") / "funnel.json", funnel)
+    write_json(run.folder("corpus") / "filter_statistics.json", statistics)
     done(
         run,
         "corpus",

@@ -1,11 +1,11 @@
-"""The corpus stage: raw files in, `documents.jsonl` out, and the whole story of what was left out.
+"""The corpus stage: raw files in, `documents.jsonl` out, with every record that was removed and why.
 
     read and measure (annotate) → decide (select) → write
 
-Writes `documents.jsonl` (in the order of ids), `set_aside.jsonl` (every record left out, and why), `funnel.json`
-(counts, histograms and examples) and keeps the measurements in `annotated/`, so that another threshold does not
-read the texts again. The same texts give the same bytes, for any number of workers, size of pieces, engine, or
-order of the files; killed anywhere, the same call goes on and ends with the same bytes.
+Writes `documents.jsonl` (in the order of ids), `set_aside.jsonl` (every record left out, and why),
+`filter_statistics.json` (counts, histograms and examples), and keeps the measurements in `annotated/`, so that another
+threshold does not read the texts again. The same texts give the same bytes, for any number of workers, size of pieces,
+engine, or order of the files; killed anywhere, the same call goes on and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import orjson
 from groundup.console import Console
 from groundup.corpus.document import Document
 from groundup.corpus.engine import engine_for
-from groundup.corpus.funnel import PASSED_OVER_SHOWN
+from groundup.corpus.filter_statistics import PASSED_OVER_SHOWN
 from groundup.corpus.inputs import check_named_files, input_fingerprint
-from groundup.corpus.passes import ANNOTATED, DOCUMENTS, FUNNEL, SET_ASIDE_FILE, Passes
+from groundup.corpus.passes import ANNOTATED, DOCUMENTS, SET_ASIDE_FILE, STATISTICS_FILE, Passes
 from groundup.corpus.quality.language import check_languages
 from groundup.corpus.quality.rules import rules_for
 from groundup.corpus.reading.sources import Sources, find_sources
@@ -42,7 +42,7 @@ def curate(settings: CorpusSettings, out: Path, console: Console | None = None) 
 
     Args:
         settings: inputs, filters, and who does the work.
-        out: the folder for `documents.jsonl`, `set_aside.jsonl`, `funnel.json` and `annotated/`.
+        out: the folder for `documents.jsonl`, `set_aside.jsonl`, `filter_statistics.json` and `annotated/`.
         console: where the work is shown.
 
     Returns:
@@ -54,7 +54,7 @@ def curate(settings: CorpusSettings, out: Path, console: Console | None = None) 
     Raises:
         DataError: an input is missing or changes meanwhile, nothing is left, or nothing can be held out.
         RunError: another process works in `out`, or it holds files that are not ours.
-        GroundupError: a worker died, the disk is full, or the books do not balance.
+        GroundupError: a worker died, the disk is full, or the counts of documents do not add up.
     """
     console = console or Console(quiet=True)
     out = Path(out).absolute()  # workers may stand elsewhere
@@ -71,19 +71,19 @@ def curate(settings: CorpusSettings, out: Path, console: Console | None = None) 
                 remove_partials(out)  # those of workers that were stopped too
     except OSError as error:
         raise write_error(Path(error.filename or out), error) from error
-    funnel = passes.funnel
+    statistics = passes.statistics
     files = {
         "read": len(sources.files),
         "passed_over": len(sources.passed_over),
         "names": sources.passed_over[:PASSED_OVER_SHOWN],
     }
-    write_json(out / FUNNEL, funnel.as_json(files, passes.more))
-    n_faults, first = funnel.faults
+    write_json(out / STATISTICS_FILE, statistics.as_json(files, passes.more))
+    n_faults, first = statistics.faults
     if first is not None:
         console.warn(f"{n_faults:,} records are broken and were set aside ({out / SET_ASIDE_FILE}). The first: {first}")
     if passes.holdout.moved:
         console.warn(f"validation: {passes.holdout.moved}.")
-    return funnel.summary(passes.holdout.by)
+    return statistics.summary(passes.holdout.by)
 
 
 @contextlib.contextmanager
@@ -119,7 +119,7 @@ def _make(settings: CorpusSettings, sources: Sources, out: Path, console: Consol
         passes.annotate(sources)
         passes.select()
         passes.write()
-        bar.finish(passes.funnel.in_words)
+        bar.finish(passes.statistics.in_words)
     return passes
 
 

@@ -1,4 +1,4 @@
-"""What a run's folder says: manifests, logs, samples, scores and the corpus's statistics.
+"""What a run's folder says: manifests, logs, samples, scores and the corpus's filter statistics.
 
 In: a `Run`. Out: a `RunRecord` of plain values. A run that is unfinished, or whose files are damaged, still
 gives a record: what cannot be read is left out and named in `warnings`.
@@ -81,7 +81,7 @@ class RunRecord:
     stages: dict[str, StageRecord]
     curves: dict[str, Curve]
     scores: dict[str, Any]
-    funnel: dict[str, Any]
+    filter_statistics: dict[str, Any]
     model: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
 
@@ -123,7 +123,7 @@ def read_record(run: Run) -> RunRecord:
         stages=stages,
         curves={name: curve for name in stages if (curve := _read_curve(run.folder(name), warnings))},
         scores=_read_mapping(run.folder("evaluate") / "scores.json", warnings),
-        funnel=_read_mapping(run.folder("corpus") / "funnel.json", warnings),
+        filter_statistics=_read_mapping(run.folder("corpus") / "filter_statistics.json", warnings),
         model=_read_mapping(run.folder("pretrain") / "model" / "config.json", warnings),
         warnings=warnings,
     )

@@ -45,7 +45,7 @@ def crawl(
     Args:
         urls: pages to fetch, and to follow links from.
         out: the crawl's folder; new, or of a crawl that is to go on.
-        settings: scope, limits, manners.
+        settings: scope, limits, politeness.
         console: where progress is shown.
         sitemaps: addresses of sitemaps whose pages are fetched.
         retry_failed: ask again for what earlier sessions gave up for a passing reason.
