@@ -10,10 +10,12 @@ import io
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console as RichConsole
 from rich.text import Text
+from typer.core import TyperGroup
 
 from groundup.cli import (
     building,
@@ -30,8 +32,20 @@ from groundup.cli import (
 from groundup.cli.options import same_command
 from groundup.errors import GroundupError, Interrupted
 from groundup.files import write_error
+from groundup.recipe.registry import registered
+
+
+class PipelineGroup(TyperGroup):
+    """The commands in the order of the pipeline."""
+
+    def list_commands(self, context: Any) -> list[str]:
+        """`build`, the stages in their order, then the others."""
+        order = {name: place for place, name in enumerate(("build", *registered()))}
+        return sorted(super().list_commands(context), key=lambda name: order.get(name, len(order)))
+
 
 app = typer.Typer(
+    cls=PipelineGroup,
     name="groundup",
     help="Build a large language model from the ground up: raw text in, an assistant you can talk to out.\n\n"
     "Start with: groundup build demo",

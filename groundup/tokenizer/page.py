@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from groundup.console import format_bytes
-from groundup.files import write_text
+from groundup.files import write_signed
 from groundup.tokenizer.measure import Group, Measured
 from groundup.tokenizer.pieces import in_colour
 
@@ -48,6 +48,7 @@ def write_page(measured: Measured, name: str, path: Path) -> None:
     """The report as one HTML file: no script, no network, light and dark.
 
     Raises:
+        RunError: somebody else's file is there.
         GroundupError: the file cannot be written.
     """
     environment = Environment(
@@ -84,7 +85,7 @@ def write_page(measured: Measured, name: str, path: Path) -> None:
         height=CURVE_HEIGHT,
         margin=_MARGIN,
     )
-    write_text(path, page)
+    write_signed(path, page, "<!-- {} -->")
 
 
 def headline(measured: Measured, name: str) -> str:
