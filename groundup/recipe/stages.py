@@ -171,6 +171,10 @@ class SFTSettings(OptimizerSettings):
     )
     examples: int = setting(10_000, "conversations that groundup:tasks generates", ge=100, le=10_000_000)
     epochs: float = setting(3.0, "passes over the conversations", gt=0.0, le=1000.0)
+    packing: bool = setting(True, "several whole conversations in a row (false: one, padded); the loss is the same")
+    replay: float = setting(
+        0.0, "share of the rows that are text of pretraining, so that it is not forgotten (0.25 is plenty)", ge=0.0, lt=1.0
+    )
 
 
 class Gates(Section):

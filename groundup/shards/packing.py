@@ -80,12 +80,18 @@ class PackedLoader(StepLoader[PackedBatch]):
 
     def batch(self, step: int, rows: slice | None = None) -> PackedBatch:
         """Batch number `step` (0, 1, …), or some of its rows (a process's share)."""
-        batch = self._loader.batch(step, rows)
-        return PackedBatch(batch.ids, batch.targets, *document_borders(batch.ids, self._end_of_text_id))
+        return self._with_borders(self._loader.batch(step, rows))
+
+    def rows(self, places: np.ndarray) -> PackedBatch:
+        """The rows at any places (n,) of the endless order of rows."""
+        return self._with_borders(self._loader.rows(places))
 
     def identity(self) -> dict[str, int | str]:
         """All that decides which batch stands at which step."""
         return self._loader.identity()
+
+    def _with_borders(self, batch: Batch) -> PackedBatch:
+        return PackedBatch(batch.ids, batch.targets, *document_borders(batch.ids, self._end_of_text_id))
 
 
 def document_borders(ids: np.ndarray, end_of_text_id: int) -> tuple[np.ndarray, np.ndarray]:
