@@ -56,11 +56,11 @@ def lay_out(rows: Sequence[Sequence[Text]], width: int, pad_id: int) -> dict[str
     Args:
         rows: the texts of each row, in order; at most `width` tokens together. A row may be empty.
         width: tokens of a row.
-        pad_id: of the padding, which is a document of its own without targets.
+        pad_id: of the padding, which has no targets.
 
     Returns:
-        `ids`, `targets`, `documents` (a text's number in its row) and `positions` (a token's place in its text),
-        (rows, width) int64 each.
+        `ids`, `targets`, `documents` (a text's number in its row; −1: padding) and `positions` (a token's place in
+        its text), (rows, width) int64 each.
     """
     shape = (len(rows), width)
     ids, targets = np.full(shape, pad_id, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
@@ -71,6 +71,6 @@ def lay_out(rows: Sequence[Sequence[Text]], width: int, pad_id: int) -> dict[str
             ids[row, end - len(own_ids) : end] = own_ids
             targets[row, end - len(own_ids) : end] = own_targets
         begins, lengths = np.append(0, ends), np.diff(ends, prepend=0, append=width)
-        documents[row] = np.repeat(np.arange(len(lengths)), lengths)
+        documents[row] = np.repeat([*range(len(texts)), -1], lengths)
         positions[row] = np.arange(width) - np.repeat(begins, lengths)
     return {"ids": ids, "targets": targets, "documents": documents, "positions": positions}
