@@ -11,7 +11,9 @@ from torch import Tensor
 from groundup.alignment.packing import lay_out, pack
 from groundup.training import IGNORED, head_loss
 
-sizes = st.integers(1, 40).flatmap(lambda width: st.tuples(st.just(width), st.lists(st.integers(1, width), max_size=50)))
+sizes = st.integers(1, 40).flatmap(
+    lambda width: st.tuples(st.just(width), st.lists(st.integers(1, width), max_size=50))
+)
 
 
 def text(number: int, length: int) -> tuple[np.ndarray, np.ndarray]:

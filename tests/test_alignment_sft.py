@@ -1,8 +1,9 @@
-"""Supervised fine-tuning: which rows the loop is given, and that packed and padded rows, replay or none, do what they say."""
+"""Supervised fine-tuning: the rows that the loop is given, packed or padded, with replayed text or none."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from shards_bytes import document
 from torch import Tensor
 
-from groundup.alignment import Conversations, ConversationRows, load_conversations
+from groundup.alignment import ConversationRows, Conversations, load_conversations
 from groundup.alignment.sft import open_replay
 from groundup.errors import ArtifactError, DataError
 from groundup.recipe import SFTSettings, ShardsSettings
@@ -45,7 +46,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def source(shards: Path | None = None, conversations: Conversations | None = None, **settings: object) -> ConversationRows:
+def source(
+    shards: Path | None = None, conversations: Conversations | None = None, **settings: object
+) -> ConversationRows:
     chosen = SFTSettings(batch_size=4, **settings)
     replayed = open_replay(chosen, shards, tokenizer(), CONTEXT, SEED)
     return ConversationRows(conversations or talks(), tokenizer(), CONTEXT, chosen, SEED, replayed)
@@ -119,7 +122,7 @@ def test_a_row_is_a_function_of_its_place(shards: Path, cuts: list[int], seed: i
     rows = whole(shards)
     cuts = sorted(cuts)
     batch = rows.rows(cuts[0], cuts[-1])
-    parts = [rows.rows(first, last) for first, last in zip(cuts, cuts[1:], strict=False)]
+    parts = [rows.rows(first, last) for first, last in itertools.pairwise(cuts)]
     for name, values in batch.items():
         torch.testing.assert_close(torch.cat([part[name] for part in parts]), values)
 

@@ -173,7 +173,10 @@ class SFTSettings(OptimizerSettings):
     epochs: float = setting(3.0, "passes over the conversations", gt=0.0, le=1000.0)
     packing: bool = setting(True, "several whole conversations in a row (false: one, padded); the loss is the same")
     replay: float = setting(
-        0.0, "share of the rows that are text of pretraining, so that it is not forgotten (0.25 is plenty)", ge=0.0, lt=1.0
+        0.0,
+        "share of the rows that are text of pretraining, so that it is not forgotten (0.25 is plenty)",
+        ge=0.0,
+        lt=1.0,
     )
 
 
