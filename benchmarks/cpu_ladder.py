@@ -97,8 +97,8 @@ def measure(row: dict[str, Any]) -> float:
     from groundup.recipe import OptimizerSettings
     from groundup.training import head_loss
     from groundup.training.compilation import CompiledBlocks
-    from groundup.training.memory import keep_freed_memory
     from groundup.training.optimizers import Optimizers, clip_gradients
+    from groundup.training.process import keep_freed_memory
 
     torch.set_num_threads(usable_cores())
     if row.get("keep"):

@@ -235,9 +235,9 @@ def chain(row: dict[str, Any]) -> dict[str, Any]:
 def encoder(row: dict[str, Any]) -> dict[str, Any]:
     """Who encodes in this row."""
     _choose(row["engine"])
-    from groundup.tokenizer import Tokenizer
+    from groundup.tokenizer import load_tokenizer
 
-    return {"encoder": Tokenizer.load(row["tokenizer"]).engine_name}
+    return {"encoder": load_tokenizer(row["tokenizer"]).engine_name}
 
 
 DO = {"train": train, "chain": chain, "encoder": encoder}

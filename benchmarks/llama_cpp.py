@@ -2,7 +2,7 @@
 
 Shapes: random models of every architecture and RoPE scaling that `export_gguf` writes, as F32; llama.cpp (with float32
 keys and values) must continue three prompts greedily with our tokens, and its logits are compared at every position.
-Texts: hostile ones, tokenized by both with each split, by a vocabulary that learned from such texts too. Types: a small
+Texts: adversarial ones, tokenized by both with each split and by a vocabulary that learned from them. Types: a small
 model is trained on Shakespeare; llama.cpp's predictions of held-out text from each type of file are compared with ours,
 and the bytes of q8_0 and q4_0 with those of its own quantizer.
 
@@ -31,7 +31,7 @@ from groundup.generation import SamplingParams, generate_ids
 from groundup.interop.gguf import GgufType, export_gguf
 from groundup.model import RopeScaling, Transformer, preset
 from groundup.tokenizer import Tokenizer, render
-from groundup.tokenizer.hostile import hostile_texts
+from groundup.tokenizer.adversarial import adversarial_texts
 from groundup.tokenizer.split import PATTERNS, replace_surrogates
 
 READER = Path(__file__).resolve().parent / "baselines" / "llama_cpp_reader.py"
@@ -68,7 +68,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 QUANTIZED = {"q8_0": 7, "q4_0": 2}
 """llama.cpp's numbers of these types of files."""
 NEWER = set("\U00016d40\U000323b0\u088f\ua7ce")
-"""Letters of Unicode 16 and 17 among the hostile texts: llama.cpp's tables are of 15.1, ours know them."""
+"""Letters of Unicode 16 and 17 among the adversarial texts: llama.cpp's tables are of 15.1, ours know them."""
 LARGEST_DIVERGENCE = {"f32": 1e-6, "f16": 1e-4, "bf16": 1e-3, "q8_0": 1e-3, "q4_0": 0.1}
 MESSAGES = [
     {"role": "system", "content": "Be kind."},
@@ -139,9 +139,9 @@ def shape_jobs(folder: Path) -> list[Any]:
 
 
 def text_jobs(folder: Path) -> list[Any]:
-    """One job a split: hostile texts, a chat, and where the model ends."""
+    """One job a split: adversarial texts, a chat, and where the model ends."""
     jobs = []
-    texts = [replace_surrogates(text) for text in hostile_texts(N_TEXTS, seed=7)]
+    texts = [replace_surrogates(text) for text in adversarial_texts(N_TEXTS, seed=7)]
     for split in PATTERNS:
         tokenizer = trained_tokenizer(split)
         file = folder / f"{split}.gguf"
@@ -236,8 +236,8 @@ def text() -> str:
 
 
 def trained_tokenizer(split: str) -> Tokenizer:
-    """A byte-level BPE of a split; having learned from hostile texts too, it shows where another split cuts them."""
-    return Tokenizer.train([text()[:200_000], *hostile_texts(2 * N_TEXTS, seed=1)], vocab_size=4096, split=split)
+    """A byte-level BPE of a split; it learns from adversarial texts too, which shows where another split cuts them."""
+    return Tokenizer.train([text()[:200_000], *adversarial_texts(2 * N_TEXTS, seed=1)], vocab_size=4096, split=split)
 
 
 def trained_model(steps: int) -> tuple[Transformer, list[int]]:

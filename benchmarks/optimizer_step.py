@@ -17,8 +17,8 @@ from groundup.environment import usable_cores
 from groundup.model import Transformer, preset
 from groundup.recipe import OptimizerSettings
 from groundup.training import choose_precision, head_loss, muon
-from groundup.training.memory import keep_freed_memory
 from groundup.training.optimizers import Optimizers, clip_gradients
+from groundup.training.process import keep_freed_memory
 
 SIZES = {
     "0.95M": ({"vocab_size": 1024, "n_layers": 4, "n_heads": 4, "n_kv_heads": 4, "head_dim": 32, "d_model": 128,

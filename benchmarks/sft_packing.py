@@ -16,20 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from groundup.training.memory import keep_freed_memory
 from record import spread, write_result
 
-from groundup.alignment import ConversationRows, load_conversations
-from groundup.alignment.sft import open_replay
+from groundup.alignment import ConversationRows, SFTSettings, load_conversations
 from groundup.console import Console
 from groundup.corpus import Document
 from groundup.environment import usable_cores
 from groundup.model import Transformer, preset
-from groundup.recipe import SFTSettings, ShardsSettings
+from groundup.recipe import ShardsSettings
 from groundup.shards import write_shards
 from groundup.tokenizer import Tokenizer
 from groundup.training import IGNORED, choose_precision, head_loss
 from groundup.training.compilation import CompiledBlocks
-from groundup.training.memory import keep_freed_memory
 from groundup.training.optimizers import Optimizers, clip_gradients
 
 CLASSICS = Path(__file__).resolve().parents[1] / "groundup" / "data" / "classics.jsonl"
@@ -75,9 +74,8 @@ class Variant:
 
     def __init__(self, what: dict[str, Any], tokenizer: Tokenizer, shards: Path, precision: torch.dtype) -> None:
         settings = SFTSettings(**{name: value for name, value in what.items() if name != "compile"})
-        replayed = open_replay(settings, shards, tokenizer, CONTEXT, SEED)
         conversations = load_conversations(settings, SEED)
-        self.source = ConversationRows(conversations, tokenizer, CONTEXT, settings, SEED, replayed)
+        self.source = ConversationRows(conversations, tokenizer, CONTEXT, settings, SEED, shards)
         self.batch_size = settings.batch_size
         self.model = Transformer(preset("ground-1m", vocab_size=tokenizer.vocab_size, context_length=CONTEXT))
         self.model.compute_dtype = precision

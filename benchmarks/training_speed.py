@@ -240,7 +240,7 @@ def flops_per_token(shape: dict[str, Any]) -> float:
 def measured_ceilings(device: str) -> dict[str, float]:
     """The best matmul rates here and now, FLOP/s."""
     program = (
-        "import json, torch; from groundup.training.ceiling import measured_ceiling as c; "
+        "import json, torch; from groundup.training.throughput import measured_ceiling as c; "
         f"d = torch.device('{device}'); "
         "print(json.dumps({n: c(getattr(torch, n), d) for n in ('float32', 'bfloat16')}))"
     )

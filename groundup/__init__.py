@@ -17,29 +17,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from groundup import corpus
-    from groundup.alignment import fine_tune
+    from groundup.alignment import SFTSettings, fine_tune
     from groundup.console import Console
     from groundup.evaluation import bits_per_byte, exact_match, generate_tasks, score_model
     from groundup.generation import SamplingParams, chat_reply, generate, stream, stream_chat
     from groundup.interop import LoadedModel, export_folder, import_folder, load, load_model, save_model
+    from groundup.interop.start import start_model
     from groundup.model import ModelConfig, Transformer, extend_vocabulary, ladder_config, preset, preset_names
+    from groundup.pipeline import build
     from groundup.recipe import (
         CorpusSettings,
         EvaluateSettings,
         ModelSettings,
         PretrainSettings,
         Recipe,
-        SFTSettings,
         ShardsSettings,
         TokenizerSettings,
         read_recipe,
+        register,
+        resolve,
     )
     from groundup.report import write_report
-    from groundup.road import build
     from groundup.run import Run, list_runs
     from groundup.shards import MixtureLoader, PackedLoader, TokenShards, WindowLoader, write_shards
-    from groundup.tokenizer import Tokenizer
-    from groundup.training import TrainedModel, pretrain, start_model
+    from groundup.stage import Method, Shown
+    from groundup.tokenizer import Tokenizer, load_tokenizer
+    from groundup.training import TrainedModel, pretrain
     from groundup.training.planning.plan import Plan, plan
     from groundup.training.scaling.law import ScalingLaw
     from groundup.training.scaling.sweep import scaling_sweep
@@ -47,7 +50,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
-    "groundup.alignment": ("fine_tune",),
+    "groundup.alignment": ("SFTSettings", "fine_tune"),
     "groundup.console": ("Console",),
     "groundup.evaluation": ("bits_per_byte", "exact_match", "generate_tasks", "score_model"),
     "groundup.generation": ("SamplingParams", "chat_reply", "generate", "stream", "stream_chat"),
@@ -60,23 +63,26 @@ _WHERE = {
         "preset",
         "preset_names",
     ),
+    "groundup.pipeline": ("build",),
     "groundup.recipe": (
         "CorpusSettings",
         "EvaluateSettings",
         "ModelSettings",
         "PretrainSettings",
         "Recipe",
-        "SFTSettings",
         "ShardsSettings",
         "TokenizerSettings",
         "read_recipe",
+        "register",
+        "resolve",
     ),
     "groundup.report": ("write_report",),
-    "groundup.road": ("build",),
     "groundup.run": ("Run", "list_runs"),
     "groundup.shards": ("MixtureLoader", "PackedLoader", "TokenShards", "WindowLoader", "write_shards"),
-    "groundup.tokenizer": ("Tokenizer",),
-    "groundup.training": ("TrainedModel", "pretrain", "start_model"),
+    "groundup.tokenizer": ("Tokenizer", "load_tokenizer"),
+    "groundup.interop.start": ("start_model",),
+    "groundup.stage": ("Method", "Shown"),
+    "groundup.training": ("TrainedModel", "pretrain"),
     "groundup.training.planning.plan": ("Plan", "plan"),
     "groundup.training.scaling.law": ("ScalingLaw",),
     "groundup.training.scaling.sweep": ("scaling_sweep",),
@@ -88,6 +94,7 @@ __all__ = [
     "CorpusSettings",
     "EvaluateSettings",
     "LoadedModel",
+    "Method",
     "MixtureLoader",
     "ModelConfig",
     "ModelSettings",
@@ -100,6 +107,7 @@ __all__ = [
     "SamplingParams",
     "ScalingLaw",
     "ShardsSettings",
+    "Shown",
     "TokenShards",
     "Tokenizer",
     "TokenizerSettings",
@@ -121,11 +129,14 @@ __all__ = [
     "list_runs",
     "load",
     "load_model",
+    "load_tokenizer",
     "plan",
     "preset",
     "preset_names",
     "pretrain",
     "read_recipe",
+    "register",
+    "resolve",
     "save_model",
     "scaling_sweep",
     "score_model",

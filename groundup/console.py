@@ -73,7 +73,7 @@ class Bar:
                 transient=True,
                 refresh_per_second=8,
             )
-            self._task = self._progress.add_task(f"{name:<10}", total=total, note="")
+            self._task = self._progress.add_task(f"{name:<{console.name_width}}", total=total, note="")
             self._progress.start()
 
     def update(self, completed: float, total: float | None = None, note: str | None = None) -> None:
@@ -108,12 +108,16 @@ class Console:
 
     Args:
         quiet: show nothing but warnings.
+
+    Attributes:
+        name_width: columns of the stages' names.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
         self.rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
         self.live = not quiet and self.rich.is_terminal
+        self.name_width = 10
 
     def bar(self, name: str, total: float | None = None) -> Bar:
         """A bar for the stage `name`; use it in a `with` statement."""
@@ -122,7 +126,7 @@ class Console:
     def stage_line(self, name: str, summary: str, right: str = "") -> None:
         """One finished line: `corpus     420 docs -> 405 kept   2.1 s`."""
         if not self.quiet:
-            line = Text(f"{name:<10} ", style="bold")
+            line = Text(f"{name:<{self.name_width}} ", style="bold")
             line.append(summary, style="not bold")
             if right:
                 line.append(f"  {right}", style="dim not bold")

@@ -44,6 +44,7 @@ class Manifest:
         summary: the stage's figures, plain JSON values, for the console, the report and `status`.
         environment: versions, threads and machine.
         settings: the settings that made it.
+        shown: what the report shows of it: title, facts, lines, curves.
     """
 
     stage: str
@@ -51,7 +52,8 @@ class Manifest:
     seconds: float
     summary: dict[str, Any]
     environment: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    shown: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
@@ -122,6 +124,12 @@ class Run:
     def manifest(self, stage: str) -> Manifest | None:
         """The stage's manifest, or None if it is not done."""
         return Manifest.read(self.folder(stage))
+
+    def finished(self) -> list[str]:
+        """The names of the stages that are done, in the order in which they were."""
+        found = [path for pattern in ("*", "*/*") for path in self.root.glob(f"{pattern}/{MANIFEST}")]
+        ordered = sorted(found, key=lambda path: path.stat().st_mtime_ns)
+        return [path.parent.relative_to(self.root).as_posix() for path in ordered]
 
     def state(self, stage: str, fingerprint: str) -> State:
         """Where the stage stands: done; changed (its settings, inputs or code are others now); begun; missing."""

@@ -6,7 +6,7 @@ import torch
 
 from groundup.model import ModelConfig, Transformer
 from groundup.recipe import OptimizerSettings
-from groundup.training.activation import set_checkpointing
+from groundup.training.compilation import set_checkpointing
 from groundup.training.objective import head_loss
 from groundup.training.optimizers import Optimizers, clip_gradients
 

@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from shards_bytes import document
 from torch import Tensor
 
-from groundup.alignment import ConversationRows, Conversations, load_conversations
-from groundup.alignment.sft import open_replay
+from groundup.alignment import ConversationRows, Conversations, SFTSettings, load_conversations
 from groundup.errors import ArtifactError, DataError
-from groundup.recipe import SFTSettings, ShardsSettings
+from groundup.recipe import ShardsSettings
 from groundup.shards import PackedLoader, TokenShards, WindowLoader, write_shards
 from groundup.tokenizer import Tokenizer, render
 from groundup.training import IGNORED
@@ -50,8 +49,7 @@ def source(
     shards: Path | None = None, conversations: Conversations | None = None, **settings: object
 ) -> ConversationRows:
     chosen = SFTSettings(batch_size=4, **settings)
-    replayed = open_replay(chosen, shards, tokenizer(), CONTEXT, SEED)
-    return ConversationRows(conversations or talks(), tokenizer(), CONTEXT, chosen, SEED, replayed)
+    return ConversationRows(conversations or talks(), tokenizer(), CONTEXT, chosen, SEED, shards)
 
 
 def encoded(conversations: list) -> Counter[Talk]:
@@ -63,7 +61,7 @@ def read_back(batch: dict[str, Tensor]) -> tuple[Counter[Talk], list[int]]:
     found: Counter[Talk] = Counter()
     text = []
     for row, ids in enumerate(batch["ids"].tolist()):
-        if ids[0] not in (tokenizer().user_id, tokenizer().pad_id):
+        if ids[0] not in (tokenizer().role_id("user"), tokenizer().pad_id):
             text.append(row)
             continue
         is_padded = "documents" not in batch
@@ -152,7 +150,7 @@ def test_what_is_learned_is_what_the_assistant_says_and_its_end() -> None:
     batch = source().rows(0, 8)
     told = Counter(batch["targets"][batch["targets"] != IGNORED].tolist())
     assert told[tokenizer().end_id] == sum(read_back(batch)[0].values())  # one answer in each, none never ends
-    assert tokenizer().user_id not in told
+    assert tokenizer().role_id("user") not in told
     assert tokenizer().pad_id not in told
 
 
@@ -173,7 +171,6 @@ def test_replay_needs_shards_of_this_tokenizer(tmp_path: Path, shards: Path) -> 
     write_shards([document("some text"), document("x", "validation")], other, tmp_path, ShardsSettings())
     with pytest.raises(ArtifactError, match="another tokenizer"):
         source(tmp_path, replay=0.25)
-    assert open_replay(SFTSettings(), None, tokenizer(), CONTEXT, SEED) is None
 
 
 def test_all_that_decides_the_rows_is_in_the_fingerprint(shards: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_road
+import tiny_run
 import torch
 
 import groundup as gu
@@ -29,7 +29,7 @@ def test_the_docstrings_example_runs(
 ) -> None:
     texts = tmp_path / "texts"
     texts.mkdir()
-    tiny_road.write_texts(texts / "stories.jsonl")
+    tiny_run.write_texts(texts / "stories.jsonl")
     example = docstring_example()
     for large, small in {
         '"texts/*.jsonl.gz"': '"texts/*.jsonl"',
@@ -42,7 +42,7 @@ def test_the_docstrings_example_runs(
         example = example.replace(large, small)
     monkeypatch.chdir(tmp_path)
     # The example takes it that shards are there.
-    gu.build(tiny_road.tiny_recipe(texts / "stories.jsonl"), "runs/mine", until="shards")
+    gu.build(tiny_run.tiny_recipe(texts / "stories.jsonl"), "runs/mine", until="shards")
     capsys.readouterr()
     names: dict[str, Any] = {}
     exec(example, names)
@@ -75,7 +75,7 @@ def test_every_name_is_there_and_listed() -> None:
 
 def test_names_are_those_of_the_rooms() -> None:
     assert gu.corpus is importlib.import_module("groundup.corpus")
-    assert gu.build is importlib.import_module("groundup.road").build
+    assert gu.build is importlib.import_module("groundup.pipeline").build
     assert gu.Tokenizer is importlib.import_module("groundup.tokenizer").Tokenizer
 
 
@@ -94,7 +94,7 @@ def test_the_package_is_typed() -> None:
 
 
 def test_build_and_load_do_what_the_commands_do(tmp_path: Path) -> None:
-    recipe = gu.read_recipe(tiny_road.write_recipe(tmp_path), ["pretrain.tokens=1000", "sft.examples=100"])
+    recipe = gu.read_recipe(tiny_run.write_recipe(tmp_path), ["pretrain.tokens=1000", "sft.examples=100"])
     run = gu.build(recipe, tmp_path / "run", console=gu.Console(quiet=True))
     assert isinstance(run, gu.Run)
     assert run.recipe == recipe
@@ -128,7 +128,7 @@ def test_build_and_load_do_what_the_commands_do(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_model_is_named(tmp_path: Path, damage: Callable[[Path], object], words: str) -> None:
-    run = tiny_road.copy_of_finished(tmp_path)
+    run = tiny_run.copy_of_finished(tmp_path)
     damage(run.root / "sft" / "model")
     with pytest.raises(ArtifactError, match=words) as raised:
         gu.load(run.root / "sft")

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_road
+import tiny_run
 from command import CommandLine, groundup
-from tiny_road import STAGES, bits, build_quietly, tiny_recipe
+from tiny_run import STAGES, bits, build_quietly, tiny_recipe
 
-from groundup import Tokenizer, TokenShards
+from groundup import TokenShards, load_tokenizer
 from groundup.run import Run
 
 __all__ = ["groundup"]
@@ -56,8 +56,8 @@ def test_what_cannot_be_read_is_counted_and_listed_and_the_rest_is_used(
     texts = tmp_path / "texts"
     texts.mkdir()
     (texts / file).write_bytes(content())
-    tiny_road.write_texts(texts / "good.jsonl")
-    told = groundup("shards", tiny_road.write_recipe(tmp_path, texts), "--out", tmp_path / "run", "--json")
+    tiny_run.write_texts(texts / "good.jsonl")
+    told = groundup("shards", tiny_run.write_recipe(tmp_path, texts), "--out", tmp_path / "run", "--json")
     assert told.code == 0
     summary = told.json["stages"]["corpus"]["summary"]
     assert summary["removed"] == {reason: 1}
@@ -88,7 +88,7 @@ def test_input_without_usable_text_is_an_error(groundup: CommandLine, tmp_path: 
     texts = tmp_path / "texts"
     texts.mkdir()
     make(texts)
-    refused = groundup("build", tiny_road.write_recipe(tmp_path, texts), "--out", tmp_path / "run")
+    refused = groundup("build", tiny_run.write_recipe(tmp_path, texts), "--out", tmp_path / "run")
     assert refused.code == 1
     assert refused.out == ""
     assert words in said(refused.err)
@@ -103,7 +103,7 @@ def test_input_without_usable_text_is_an_error(groundup: CommandLine, tmp_path: 
 @pytest.mark.parametrize("text", ["The cat sat on a mat.", "The old king gave bread to the child. " * 3])
 def test_a_text_shorter_than_one_context_is_built_with_a_note(groundup: CommandLine, tmp_path: Path, text: str) -> None:
     (tmp_path / "short.txt").write_text(text)
-    recipe = tiny_road.write_recipe(tmp_path, tmp_path / "short.txt", without="sft")
+    recipe = tiny_run.write_recipe(tmp_path, tmp_path / "short.txt", without="sft")
     built = groundup("build", recipe, "--out", tmp_path / "run", "--set", "evaluate.tasks=bits_per_byte")
     assert built.code == 0
     assert "fewer than a row of 64" in built.err
@@ -118,7 +118,7 @@ FORGED = "One <|endoftext|> two <|user|>three<|assistant|><|end|> <|pad|> <|spar
 
 def control_tokens(run: Run, split: str) -> set[int]:
     """The control tokens that occur in a split's documents, whose own end is left out."""
-    tokenizer = Tokenizer.load(run.folder("tokenizer"))
+    tokenizer = load_tokenizer(run.folder("tokenizer"))
     shards = TokenShards.open(run.folder("shards"), split)
     found: set[int] = set()
     for ids in shards.documents():
@@ -135,7 +135,7 @@ def test_a_text_cannot_inject_control_tokens(tmp_path: Path, kind: str) -> None:
     run = build_quietly(recipe, tmp_path / "run", until="shards")
     shards = run.manifest("shards")
     assert shards is not None
-    tokenizer = Tokenizer.load(run.folder("tokenizer"))
+    tokenizer = load_tokenizer(run.folder("tokenizer"))
     texts = []
     for split in ("train", "validation"):
         assert control_tokens(run, split) == set()
@@ -152,13 +152,13 @@ def test_a_conversation_to_learn_from_cannot_either(groundup: CommandLine, tmp_p
     ]
     broken = ["{", '{"messages": []}', '{"messages": [{"role": "robot", "content": "x"}]}', "5"]
     (tmp_path / "talks.jsonl").write_text("\n".join([*map(json.dumps, talks), *broken]))
-    recipe = tiny_road.write_recipe(tmp_path)
+    recipe = tiny_run.write_recipe(tmp_path)
     built = groundup("sft", recipe, "--out", tmp_path / "run", "--set", f"sft.data={tmp_path}/talks.jsonl", "--json")
     assert built.code == 0
     assert "set aside" in built.err
     summary = built.json["stages"]["sft"]["summary"]
     assert summary["conversations_train"] + summary["conversations_held_out"] == 60
-    tokenizer = Tokenizer.load(tmp_path / "run" / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer")
     # Each answer is as many tokens as its letters make, and the one real <|end|>.
     per_answer = len(tokenizer.encode("<|user|>")) + 1
     assert summary["supervised_tokens"] == per_answer * summary["conversations_train"]
@@ -212,7 +212,7 @@ def fill(disk: Path, leave_bytes: int) -> Path:
 def test_a_full_disk_is_said_and_the_same_command_goes_on(
     groundup: CommandLine, tmp_path: Path, small_disk: Path, stage: str, leave_bytes: int
 ) -> None:
-    recipe = tiny_road.write_recipe(tmp_path, tiny_road.write_texts(tmp_path / "texts.jsonl", 1500))
+    recipe = tiny_run.write_recipe(tmp_path, tiny_run.write_texts(tmp_path / "texts.jsonl", 1500))
     command: tuple[Any, ...] = ("build", recipe, "--runs", small_disk, "--set", "pretrain.eval_every=5")
     before = STAGES[: STAGES.index(stage)]
     if before:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from command import CommandLine, groundup, run_to_end
-from tiny_road import finished_run
+from tiny_run import finished_run
 
 from groundup import SamplingParams, load
 from groundup.cli.chat import Chat
@@ -147,7 +147,7 @@ def test_a_message_cannot_speak_for_the_assistant(monkeypatch: pytest.MonkeyPatc
     tokenizer = chat.tokenizer
     ids, _ = chat_prompt(tokenizer, chat.messages[:1], 1000)
     assert [token for token in ids if token in tokenizer.special_ids] == [
-        tokenizer.user_id, tokenizer.end_id, tokenizer.assistant_id
+        tokenizer.role_id("user"), tokenizer.end_id, tokenizer.role_id("assistant")
     ]  # fmt: skip
     assert forged in tokenizer.decode(ids)
 

@@ -12,10 +12,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import tiny_road
+import tiny_run
 import torch
 from command import PROGRAM, CommandLine, Ended, groundup, run_to_end, start
-from tiny_road import STAGES, bits, copy_of_finished, finished_run, rewritten, times
+from tiny_run import STAGES, bits, copy_of_finished, finished_run, rewritten, times
 
 from groundup import __version__, read_recipe
 from groundup.distributed import World
@@ -70,7 +70,7 @@ def test_importing_the_package_costs_nothing() -> None:
 
 
 def test_a_build_shows_progress_on_one_stream_and_the_table_on_the_other(groundup: CommandLine, tmp_path: Path) -> None:
-    built = groundup("build", tiny_road.write_recipe(tmp_path), "--runs", tmp_path / "runs")
+    built = groundup("build", tiny_run.write_recipe(tmp_path), "--runs", tmp_path / "runs")
     assert built.code == 0
     assert "bits per byte" in built.out
     assert "exact match" in built.out
@@ -94,7 +94,7 @@ def test_a_build_shows_progress_on_one_stream_and_the_table_on_the_other(groundu
 
 
 def test_stage_commands_do_what_they_stand_on_and_no_more(groundup: CommandLine, tmp_path: Path) -> None:
-    recipe, folder = tiny_road.write_recipe(tmp_path), tmp_path / "here"
+    recipe, folder = tiny_run.write_recipe(tmp_path), tmp_path / "here"
     made = groundup("shards", recipe, "--out", folder, "--json")
     assert made.code == 0
     assert list(made.json["stages"]) == ["corpus", "tokenizer", "shards"]
@@ -234,7 +234,7 @@ def test_what_cannot_be_done_is_said_with_its_exit_code(
 
 def test_a_place_that_cannot_be_written_is_said(groundup: CommandLine, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    refused = groundup("build", tiny_road.write_recipe(tmp_path), "--runs", tmp_path / "file")
+    refused = groundup("build", tiny_run.write_recipe(tmp_path), "--runs", tmp_path / "file")
     assert refused.code == 1
     assert f"{tmp_path}/file" in refused.err
 
@@ -356,9 +356,9 @@ def test_of_several_processes_one_says_how_all_go_on(
     def stop(*arguments: object, **options: object) -> None:
         raise Interrupted("pretrain: stopped.")
 
-    monkeypatch.setattr("groundup.road.build", stop)
+    monkeypatch.setattr("groundup.pipeline.build", stop)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    recipe = tiny_road.write_recipe(tmp_path)
+    recipe = tiny_run.write_recipe(tmp_path)
     go_on = f"Go on:  torchrun --nproc-per-node 2 -m groundup build {recipe} --set seed=2\n"
     for rank in (0, 1):
         world = World(rank, 2, torch.device("cpu"), None)
@@ -386,7 +386,7 @@ def seen(process: subprocess.Popen[str], words: str) -> list[str]:
 
 @pytest.mark.slow
 def test_stopped_while_training_it_says_how_to_go_on_and_does(tmp_path: Path) -> None:
-    recipe = tiny_road.write_recipe(tmp_path)
+    recipe = tiny_run.write_recipe(tmp_path)
     longer = ("--set", "pretrain.tokens=20_000", "--set", "about=one of these")
     with start("build", recipe, *longer, "--from", "pretrain", "--force", cwd=tmp_path) as process:
         seen(process, "step=0/")
@@ -402,13 +402,13 @@ def test_stopped_while_training_it_says_how_to_go_on_and_does(tmp_path: Path) ->
     assert done.returncode == 0
     assert "pretrain: going on from step" in done.stderr
     assert done.stderr.count("up to date") == 3
-    whole = tiny_road.build_quietly(read_recipe(recipe, [longer[1], longer[3]]), tmp_path / "whole")
+    whole = tiny_run.build_quietly(read_recipe(recipe, [longer[1], longer[3]]), tmp_path / "whole")
     assert bits(Run(tmp_path / "runs" / "tiny")) == bits(whole)
 
 
 @pytest.mark.slow
 def test_stopped_between_it_says_how_to_go_on(tmp_path: Path) -> None:
-    recipe = tiny_road.write_recipe(tmp_path, tiny_road.write_texts(tmp_path / "many.jsonl", 50_000))
+    recipe = tiny_run.write_recipe(tmp_path, tiny_run.write_texts(tmp_path / "many.jsonl", 50_000))
     run = Run(tmp_path / "runs" / "tiny")
     with start("build", recipe, cwd=tmp_path) as process:
         while not (run.root / "corpus" / "started.json").exists():

@@ -94,7 +94,7 @@ HOSTILE = {
 }
 
 
-def test_hostile_pages_cost_only_themselves(extractor: Extractor) -> None:
+def test_adversarial_pages_cost_only_themselves(extractor: Extractor) -> None:
     for name, html in HOSTILE.items():
         answer = extractor.extract(html)
         assert isinstance(answer, str | ExtractionFailure), name

@@ -1,4 +1,4 @@
-"""Private data: what is found, what only looks like it, a second pass that finds nothing, and hostile texts."""
+"""Private data: what is found, what only looks like it, a second pass that finds nothing, and adversarial texts."""
 
 import random
 import time
@@ -204,14 +204,14 @@ def test_findings_account_for_every_change(text: str) -> None:
         "update ",
     ],
 )  # fmt: skip
-def test_hostile_megabytes_take_linear_time(piece: str) -> None:
+def test_adversarial_megabytes_take_linear_time(piece: str) -> None:
     text = (piece * (2**18 // len(piece) + 1))[: 2**18]
     start = time.process_time()
     replace_private(text, ALL)
     assert time.process_time() - start < HOSTILE_SECONDS / 4
 
 
-def test_a_hostile_megabyte_on_one_line_ends() -> None:
+def test_an_adversarial_megabyte_on_one_line_ends() -> None:
     text = "".join(random.Random(7).choices("0123456789.-:@+() a", k=2**20))
     start = time.process_time()
     replace_private(text, ALL)

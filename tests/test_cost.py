@@ -33,7 +33,7 @@ PARTS = {
     "LayerNorm without bias": {"norm": "layernorm", "position": "none"},
     "ReLU², untied": {"activation": "relu2", "position": "none", "qk_norm": False, "tied_embeddings": False},
     "grouped": {"n_kv_heads": 1},
-    "wide heads": {"head_dim": 32, "rope_share": 0.5},
+    "wide heads": {"head_dim": 32, "partial_rotary_factor": 0.5},
     "experts": {"n_experts": 4, "qk_norm": False},
     "experts with biases": {"n_experts": 4, "experts_per_token": 1, "activation": "gelu", "bias": True},
     "capped": {"attention_softcap": 5.0, "logit_softcap": 3.0},

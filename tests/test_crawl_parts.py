@@ -1,4 +1,4 @@
-"""The crawler's parts on their own: spellings, links, sitemaps, robots.txt, and hostile forms of each."""
+"""The crawler's parts on their own: spellings, links, sitemaps, robots.txt, and adversarial forms of each."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_scope_of_hosts() -> None:
         "User-agent: " + "*" * 400_000 + "\nDisallow: /",
     ],
 )
-def test_hostile_robots_txt_is_read_in_time(text: str) -> None:
+def test_adversarial_robots_txt_is_read_in_time(text: str) -> None:
     begin = time.process_time()
     rules = parse_robots(text.encode(), "groundup")
     rules.can_fetch("http://example.org/" + "abcd" * 1000, "groundup")
@@ -194,7 +194,7 @@ def test_any_bytes_have_links(body: bytes) -> None:
 @pytest.mark.parametrize(
     "piece", [b"<a ", b"<a href='", b'<a "', b"<!--", b"<script>", b"<a x=y ", b"<", b"&amp;", b"<a href=x>", b"<meta "]
 )
-def test_hostile_pages_are_scanned_in_linear_time(piece: bytes) -> None:
+def test_adversarial_pages_are_scanned_in_linear_time(piece: bytes) -> None:
     begin = time.process_time()
     look_out(piece * (3_000_000 // len(piece)), "http://example.org/", {}, "groundup")
     assert time.process_time() - begin < 2
@@ -222,7 +222,7 @@ LAUGHS = (
         b"\x1f\x8b rubbish",
     ],
 )
-def test_hostile_sitemaps(body: bytes) -> None:
+def test_adversarial_sitemaps(body: bytes) -> None:
     begin = time.process_time()
     with pytest.raises(BadSitemap):
         parse_sitemap(body)

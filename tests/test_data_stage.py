@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from command import start
 from data_stage import digests, near_copy, text_of, write_inputs, write_recipe
+from groundup.pipeline import build
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +25,6 @@ from groundup.corpus.passes import ANNOTATED
 from groundup.errors import GroundupError
 from groundup.files import file_digest
 from groundup.recipe import CorpusSettings, read_recipe
-from groundup.road import build
 
 N_KILLS = 20
 

@@ -44,6 +44,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from data_stage import near_copy, sentence, text_of, write_inputs
+from groundup.pipeline import build
 
 from groundup import Tokenizer, TokenShards
 from groundup.console import Console
@@ -54,7 +55,6 @@ from groundup.corpus.passes import ANNOTATED
 from groundup.errors import ArtifactError
 from groundup.files import file_digest
 from groundup.recipe import CorpusSettings, parse_recipe
-from groundup.road import build
 from groundup.shards import write_shards
 
 RESULT = ("documents.jsonl", "set_aside.jsonl", "funnel.json")

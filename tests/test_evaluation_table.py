@@ -55,9 +55,9 @@ class Scripted(nn.Module):
         return hidden if head is None else head(hidden, OutputLayer(self.weight, self.config.vocab_size))
 
     def next_token(self, read):
-        if TOKENIZER.assistant_id not in read:
+        if TOKENIZER.role_id("assistant") not in read:
             return TOKENIZER.pad_id
-        border = read.index(TOKENIZER.assistant_id) + 1
+        border = read.index(TOKENIZER.role_id("assistant")) + 1
         reply = self.replies.get(tuple(read[:border]), [TOKENIZER.pad_id])
         place = len(read) - border
         return reply[place] if place < len(reply) else TOKENIZER.end_id

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from generation_models import random_model
+from groundup.pipeline import plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_road import problems_of
-from tiny_road import STAGES, build_quietly, finished_run, tiny_recipe
+from tiny_run import STAGES, build_quietly, finished_run, tiny_recipe
 
 from groundup import corpus
 from groundup.console import Console
@@ -20,9 +21,8 @@ from groundup.interop import load, load_model, save_model
 from groundup.model import Transformer, count_parameters, extend_vocabulary, preset
 from groundup.preview import check_recipe, derived_values
 from groundup.recipe import ModelSettings, Recipe, parse_recipe, recipe_toml
-from groundup.road import plan
 from groundup.run import Run
-from groundup.tokenizer import Tokenizer
+from groundup.tokenizer import Tokenizer, load_tokenizer
 from groundup.training import start_config, start_digest, start_model, start_tokenizer
 
 FAMILIES = ["ground-nano", "gpt2-nano", "llama-nano"]
@@ -138,7 +138,7 @@ def test_a_learned_context_cannot_grow(tmp_path: Path) -> None:
 
 
 def test_a_larger_tokenizer_that_begins_the_same_extends_the_model(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(larger_tokenizer(tmp_path))
+    tokenizer = load_tokenizer(larger_tokenizer(tmp_path))
     model = start_model(first_run() / BASE, tokenizer=tokenizer)
     assert model.config.vocab_size == tokenizer.vocab_size == 360
     old = load_model(first_run() / BASE)[0].embed_tokens.weight
@@ -147,11 +147,11 @@ def test_a_larger_tokenizer_that_begins_the_same_extends_the_model(tmp_path: Pat
 
 
 def test_a_tokenizer_with_other_ids_is_refused(tmp_path: Path) -> None:
-    other = Tokenizer.load(larger_tokenizer(tmp_path, other_texts=True))
+    other = load_tokenizer(larger_tokenizer(tmp_path, other_texts=True))
     with pytest.raises(DataError, match=r"\d+ \(b'.*' there, b'.*' here\).* and \d+ more") as raised:
         start_model(first_run() / BASE, tokenizer=other)
     assert "begins with the same entries" in str(raised.value)
-    smaller = Tokenizer.load(larger_tokenizer(tmp_path, vocab_size=310))
+    smaller = load_tokenizer(larger_tokenizer(tmp_path, vocab_size=310))
     with pytest.raises(DataError, match=r"310 \(missing here\)"):
         start_model(first_run() / BASE, tokenizer=smaller)
 
@@ -163,7 +163,7 @@ def test_a_model_without_a_tokenizer_is_no_judge(tmp_path: Path, capsys: pytest.
     assert "cannot be seen" in capsys.readouterr().err
     with pytest.raises(ArtifactError, match="no tokenizer beside"):
         start_tokenizer(tmp_path / "bare")
-    larger = Tokenizer.load(larger_tokenizer(tmp_path / "tokenizer", vocab_size=600))
+    larger = load_tokenizer(larger_tokenizer(tmp_path / "tokenizer", vocab_size=600))
     if larger.vocab_size > 512:
         with pytest.raises(DataError, match="knows 512"):
             start_model(tmp_path / "bare", tokenizer=larger)
@@ -194,7 +194,7 @@ def test_pretraining_goes_on_from_a_model(tmp_path: Path) -> None:
     assert after.summary["initial_loss"] < before.summary["initial_loss"] - 0.5
     assert after.summary["expected_initial_loss"] is None
     assert run.manifest("tokenizer").summary["vocab_size"] == 320  # type: ignore[union-attr]
-    assert Tokenizer.load(run.folder("tokenizer")).fingerprint == start_tokenizer(first_run()).fingerprint
+    assert load_tokenizer(run.folder("tokenizer")).fingerprint == start_tokenizer(first_run()).fingerprint
     derived = {name: reason for name, _, reason in derived_values(recipe)}
     assert derived["model.n_layers"] == f"init {first_run() / BASE}"
 

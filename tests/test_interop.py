@@ -24,7 +24,7 @@ SHAPES = {
     "Llama, untied, GQA": ("llama-nano", {}),
     "Llama, tied, one key head": ("llama-nano", {"tied_embeddings": True, "n_kv_heads": 1}),
     "Llama, biases": ("llama-nano", {"bias": True}),
-    "Llama, another rope": ("llama-nano", {"rope_base": 500_000.0, "norm_eps": 1e-3}),
+    "Llama, another rope": ("llama-nano", {"rope_theta": 500_000.0, "norm_eps": 1e-3}),
 }
 
 

@@ -152,7 +152,7 @@ def test_the_words_of_transformers_4_say_the_same() -> None:
     assert renamed == read("gpt2")
 
 
-def test_mixtrals_router_loss_is_ours_times_the_experts_of_a_token() -> None:
+def test_mixtrals_coefficient_has_the_meaning_of_ours() -> None:
     model = transformers.AutoModelForCausalLM.from_config(
         transformers.MixtralConfig(**LLAMA, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.05)
     )
@@ -160,9 +160,9 @@ def test_mixtrals_router_loss_is_ours_times_the_experts_of_a_token() -> None:
     out = model(ids, labels=ids)
     theirs = out.aux_loss.item() * 0.05
     gu_config = read("mixtral", num_local_experts=4, router_aux_loss_coef=0.05)
-    assert gu_config.router_loss == pytest.approx(0.1)
-    # Every layer's experts are chosen as often as they are probable here: the loss is at its least, the coefficient.
-    assert theirs == pytest.approx(gu_config.router_loss, rel=0.2)
+    assert gu_config.router_aux_loss_coef == 0.05
+    # Every layer's experts are chosen as often as they are probable here: the loss is at its minimum, k.
+    assert theirs == pytest.approx(gu_config.experts_per_token * gu_config.router_aux_loss_coef, rel=0.2)
 
 
 # --- from ours to theirs
@@ -173,7 +173,7 @@ CHOICES: dict[str, list[Any]] = {
     "norm_placement": ["pre", "post"],
     "qk_norm": [False, True],
     "position": ["rope", "learned", "sinusoidal", "alibi", "none"],
-    "rope_share": [1.0, 0.5],
+    "partial_rotary_factor": [1.0, 0.5],
     "rope_scaling": [
         None,
         RopeScaling(kind="linear", factor=2.0),
@@ -273,7 +273,7 @@ def test_every_field_of_the_configuration_is_compared_or_known_to_change_nothing
     """A new part of ModelConfig must make a difference, or be named among those that make none."""
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
     assert fields - computed(preset("ground-nano")).keys() == {
-        "bias", "dropout", "initialization", "vocab_multiple", "router_loss",
+        "bias", "dropout", "initialization", "vocab_multiple", "router_aux_loss_coef",
     }  # fmt: skip
 
 

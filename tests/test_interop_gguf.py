@@ -26,8 +26,8 @@ from groundup.model import RopeScaling, Transformer, preset
 from groundup.model.positions import rotary_frequencies
 from groundup.tokenizer import Tokenizer as OurTokenizer
 from groundup.tokenizer import render
-from groundup.tokenizer.foreign import ForeignTokenizer
-from groundup.tokenizer.hostile import hostile_texts
+from groundup.tokenizer.adversarial import adversarial_texts
+from groundup.tokenizer.pretrained import PretrainedTokenizer
 from groundup.tokenizer.split import pre_tokenizer as split_of
 
 gguf = pytest.importorskip("gguf")
@@ -59,7 +59,7 @@ SHAPES = {
     "Llama, tied, one key head": ("llama-nano", {"tied_embeddings": True, "n_kv_heads": 1}, "llama", {}),
     "Llama, wide heads": ("llama-nano", WIDE, "llama", {}),
     "Llama, biases": ("llama-nano", {"bias": True}, "llama", {"attention_bias": True, "mlp_bias": True}),
-    "Llama, another base and eps": ("llama-nano", {"rope_base": 5e5, "norm_eps": 1e-3}, "llama", {}),
+    "Llama, another base and eps": ("llama-nano", {"rope_theta": 5e5, "norm_eps": 1e-3}, "llama", {}),
     "Llama, padded vocabulary": ("llama-nano", {"vocab_multiple": 128}, "llama", {}),
     "Mistral, long window": ("llama-nano", {"attention": ("window",), "window": 64}, "llama", {}),
     "Qwen2": ("llama-nano", {"qkv_bias": True}, "qwen2", {}),
@@ -330,7 +330,7 @@ def test_transformers_tokenizes_the_same_from_the_file(split, tmp_path):
     assert field(reader, "tokenizer.ggml.pre") == SPLITS[split]
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     # Transformers takes names of control tokens in a text for the tokens; we never do.
-    texts = [text for text in hostile_texts(400, seed=3) if "<|" not in text and text.isprintable()]
+    texts = [text for text in adversarial_texts(400, seed=3) if "<|" not in text and text.isprintable()]
     assert len(texts) > 100
     for text in [TEXT, *texts]:
         assert theirs(text)["input_ids"] == tokenizer.encode(text)
@@ -364,11 +364,11 @@ def test_a_model_without_a_tokenizer_says_so(tmp_path):
     assert field(reader, "tokenizer.ggml.tokens") is None
 
 
-def foreign(config=None, **changes):
+def pretrained(config=None, **changes):
     """A tokenizer of another house: ours, but for some parts of its files."""
     spec = {**json.loads(own_contents()), **changes}
     files = {"tokenizer.json": json.dumps(spec).encode(), "tokenizer_config.json": json.dumps(config or {}).encode()}
-    return ForeignTokenizer(files, "tokenizer.json", {"bos": None, "eos": 5, "pad": None})
+    return PretrainedTokenizer(files, "tokenizer.json", {"bos": None, "eos": 5, "pad": None})
 
 
 @functools.cache
@@ -389,7 +389,7 @@ def part(made):
 def test_llama_3s_tokenizer_takes_whole_words_and_begins_with_bos(tmp_path):
     bos = {"content": "<|endoftext|>"}
     template = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
-    files = foreign(
+    files = pretrained(
         {"bos_token": bos, "eos_token": "<|end|>", "chat_template": [{"name": "default", "template": "hello"}]},
         post_processor=part(template),
         **with_model(ignore_merges=True),
@@ -406,7 +406,7 @@ def test_tokens_added_for_users_are_no_control_tokens(tmp_path):
     spec = json.loads(own_contents())
     n, first = len(spec["model"]["vocab"]), spec["added_tokens"][0]
     added = [*spec["added_tokens"], {**first, "id": n, "content": "<think>", "special": False}]
-    _, reader = written(tmp_path, model_of("llama-nano", vocab_size=n + 2), foreign(added_tokens=added))
+    _, reader = written(tmp_path, model_of("llama-nano", vocab_size=n + 2), pretrained(added_tokens=added))
     tokens, types = field(reader, "tokenizer.ggml.tokens"), field(reader, "tokenizer.ggml.token_type")
     assert tokens[n:] == ["<think>", f"[PAD{n + 1}]"]
     assert types[n:] == [gguf.TokenType.USER_DEFINED, gguf.TokenType.UNUSED]
@@ -437,13 +437,13 @@ FOREIGN = {
 def test_a_tokenizer_that_llama_cpp_would_take_for_another_is_refused(case, tmp_path):
     changes, reason = FOREIGN[case]
     with pytest.raises(ArtifactError, match=re.escape(reason)):
-        export_gguf(model_of("llama-nano", vocab_size=400), foreign(**changes), tmp_path / "model.gguf")
+        export_gguf(model_of("llama-nano", vocab_size=400), pretrained(**changes), tmp_path / "model.gguf")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_unicode_normal_form_is_no_obstacle(tmp_path):
     # Qwen's own tokenizers have it. llama.cpp does without, and everybody's Qwen files too.
-    written(tmp_path, model_of("llama-nano", vocab_size=400), foreign(normalizer=part(normalizers.NFC())))
+    written(tmp_path, model_of("llama-nano", vocab_size=400), pretrained(normalizer=part(normalizers.NFC())))
 
 
 @pytest.mark.parametrize(("kind", "name"), [("wordpiece", "WordPiece"), ("unigram", "Unigram"), ("characters", "Word")])
@@ -475,7 +475,7 @@ REFUSED = {
     "GeGLU": ("llama-nano", {"activation": "geglu"}, ['activation = "geglu"']),
     "squared ReLU": ("ground-nano", {"activation": "relu2"}, ['activation = "relu2"']),
     "exact GELU": ("gpt2-nano", {"activation": "gelu"}, ['activation = "gelu"']),
-    "partial RoPE": ("llama-nano", {"rope_share": 0.5}, ["rope_share = 0.5"]),
+    "partial RoPE": ("llama-nano", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor = 0.5"]),
     "llama3 scaling with QK-norm": (
         "ground-nano",
         {"rope_scaling": RopeScaling(kind="llama3", factor=8, original_context=64)},
@@ -512,14 +512,14 @@ def test_every_field_of_a_model_is_told_or_refused():
     # A new field of ModelConfig must be thought of here: told to llama.cpp, refused, or known to change nothing.
     told = {
         "vocab_size", "context_length", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_model", "d_ff", "norm_eps",
-        "rope_base", "rope_scaling", "window", "sink_tokens", "n_experts", "experts_per_token", "norm_weight", "bias",
+        "rope_theta", "rope_scaling", "window", "sink_tokens", "n_experts", "experts_per_token", "norm_weight", "bias",
         "qkv_bias", "o_bias", "ff_bias", "norm_bias", "attention_scale", "tied_embeddings", "qk_norm",
     }  # fmt: skip
     refused = {
-        "norm", "norm_placement", "position", "rope_share", "attention", "stride", "summary", "attention_softcap",
-        "logit_softcap", "activation",
+        "norm", "norm_placement", "position", "partial_rotary_factor", "attention", "stride", "summary",
+        "attention_softcap", "logit_softcap", "activation",
     }  # fmt: skip
-    changes_nothing = {"router_loss", "vocab_multiple", "dropout", "initialization"}
+    changes_nothing = {"router_aux_loss_coef", "vocab_multiple", "dropout", "initialization"}
     fields = {one.name for one in dataclasses.fields(preset("llama-nano"))}
     assert fields == told | refused | changes_nothing
 

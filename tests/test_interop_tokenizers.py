@@ -17,7 +17,7 @@ import groundup as gu
 from groundup.errors import ArtifactError, DataError
 from groundup.interop import export_folder, import_folder
 from groundup.tokenizer import render
-from groundup.tokenizer.foreign import ForeignTokenizer
+from groundup.tokenizer.pretrained import PretrainedTokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -86,7 +86,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def test_ids_and_texts_are_those_of_transformers(folder: Path) -> None:
     ours, theirs = gu.load(folder).tokenizer, transformers.AutoTokenizer.from_pretrained(folder)
-    assert isinstance(ours, ForeignTokenizer)
+    assert isinstance(ours, PretrainedTokenizer)
     assert ours.vocab_size == len(theirs)
     assert ours.special_ids == frozenset(theirs.all_special_ids)
     names = theirs.all_special_tokens
@@ -115,9 +115,9 @@ def test_the_tokens_bytes_are_the_text(text: str) -> None:
     assert found == (f" {text}" if text else "").replace("\u2581", " ").encode()
 
 
-def load_alone(kind: str) -> ForeignTokenizer:
+def load_alone(kind: str) -> PretrainedTokenizer:
     contents = KINDS[kind][0]().to_str().encode()
-    return ForeignTokenizer({"tokenizer.json": contents}, kind, {})
+    return PretrainedTokenizer({"tokenizer.json": contents}, kind, {})
 
 
 LOADED = {kind: load_alone(kind) for kind in KINDS}
@@ -174,10 +174,10 @@ def test_our_own_tokenizer_stays_ours(tmp_path: Path) -> None:
 
 def test_ids_of_the_configuration_stand_in_where_no_file_names_tokens(tmp_path: Path) -> None:
     files = {"tokenizer.json": byte_level().to_str().encode()}
-    named = ForeignTokenizer(files, "t", {"bos": None, "eos": 7, "pad": 9999})
+    named = PretrainedTokenizer(files, "t", {"bos": None, "eos": 7, "pad": 9999})
     assert (named.end_of_text_id, named.end_id, named.pad_id) == (7, 7, 7)
     with pytest.raises(DataError, match="names no token for eos"):
-        _ = ForeignTokenizer(files, "t", {}).end_id
+        _ = PretrainedTokenizer(files, "t", {}).end_id
 
 
 BROKEN = {
@@ -221,4 +221,4 @@ def test_a_changed_byte_is_another_tokenizer_or_an_error(kind: str, place: float
     contents = bytearray(CONTENTS[kind])
     contents[int(place * len(contents))] = value
     with contextlib.suppress(ArtifactError):
-        ForeignTokenizer({"tokenizer.json": bytes(contents)}, "t", {}).encode("a cat")
+        PretrainedTokenizer({"tokenizer.json": bytes(contents)}, "t", {}).encode("a cat")

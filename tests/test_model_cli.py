@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from command import CommandLine, groundup  # noqa: F401
-from tiny_road import finished_run
+from tiny_run import finished_run
 
 from groundup.interop import load_model
 from groundup.model import activation_bytes, count_parameters, preset, preset_names

@@ -22,7 +22,7 @@ LENGTH = 13
 CHOICES: dict[str, list[dict[str, object]]] = {
     "position": [
         {"position": "rope"},
-        {"position": "rope", "rope_share": 0.5, "rope_base": 500.0},
+        {"position": "rope", "partial_rotary_factor": 0.5, "rope_theta": 500.0},
         {"position": "rope", "rope_scaling": RopeScaling(kind="linear", factor=2.5)},
         {"position": "rope", "rope_scaling": RopeScaling(kind="ntk", factor=4)},
         {"position": "rope", "rope_scaling": RopeScaling(kind="yarn", factor=4, original_context=16, beta_fast=2)},

@@ -16,14 +16,19 @@ from groundup.distributed import current_world
 from groundup.errors import DataError, GroundupError, Interrupted
 from groundup.model import ModelConfig, activation_bytes, cost, ladder_config, preset
 from groundup.recipe import OptimizerSettings, PretrainSettings, parse_recipe
-from groundup.training import choose_micro_batch, device_memory, need, refuse_what_cannot_fit, step_of, train
+from groundup.training import choose_micro_batch, device_memory, estimate_memory, refuse_what_cannot_fit, step_of, train
 from groundup.training.metrics import read_log
-from groundup.training.planning import fit as plan_fit
-from groundup.training.planning.device import devices, find_device, table_pace
-from groundup.training.planning.fit import Room, remedies
-from groundup.training.planning.memory import Step, step_memory
-from groundup.training.planning.pace import Pace, Watching, count_passes, rows_within, run_seconds
-from groundup.training.planning.probe import probe
+from groundup.training.planning import memory as plan_memory
+from groundup.training.planning.device import devices, find_device, table_timings
+from groundup.training.planning.memory import DeviceMemory, Step, step_memory, suggestions
+from groundup.training.planning.probe import (
+    Timings,
+    ValidationPass,
+    count_passes,
+    measured_timings,
+    rows_within,
+    run_seconds,
+)
 from groundup.training.scaling.law import ScalingLaw
 
 MIB, GIB = 2**20, 2**30
@@ -41,15 +46,15 @@ SHAPES = {
 TOML = '[corpus]\ninputs = ["groundup:classics"]\n'
 
 
-def room(gibibytes: float, device: str = "cpu") -> Room:
-    return Room(int(gibibytes * GIB), "a machine", device, True)
+def available(gibibytes: float, device: str = "cpu") -> DeviceMemory:
+    return DeviceMemory(int(gibibytes * GIB), "a machine", device, True)
 
 
-def pace(**changes: float) -> Pace:
+def timings(**changes: float) -> Timings:
     values = {
         "row": 0.01, "update": 0.02, "eval_row": 0.003, "sample_token": 0.001, "save": 0.1, "begin": 1.0, "flops": 1e11,
     }  # fmt: skip
-    return Pace(**{**values, **changes}, how="made up", is_measured=False)
+    return Timings(**{**values, **changes}, how="made up", is_measured=False)
 
 
 @pytest.mark.parametrize("kind", ["none", "selective", "full"])
@@ -102,7 +107,7 @@ def test_devices_share_weights_gradients_and_state():
 def test_a_gpus_peak_is_as_counted(kind):
     """Held to the allocator's peak; has not run where these tests were written."""
     from groundup.model import Transformer
-    from groundup.training.activation import set_checkpointing
+    from groundup.training.compilation import set_checkpointing
     from groundup.training.objective import head_loss
 
     config = preset("ground-10m")
@@ -119,21 +124,21 @@ def test_a_gpus_peak_is_as_counted(kind):
 
 def test_the_whole_batch_is_kept_wherever_it_fits():
     config, settings = preset("ground-1m"), OptimizerSettings(batch_size=24)
-    assert choose_micro_batch(config, settings, 256, room(8)) == (24, "the batch")
-    micro, reason = choose_micro_batch(config, settings, 256, room(0.75))
+    assert choose_micro_batch(config, settings, 256, available(8)) == (24, "the batch")
+    micro, reason = choose_micro_batch(config, settings, 256, available(0.75))
     assert micro in (1, 2, 3, 4, 6, 8, 12)
     assert "fits a machine" in reason
     asked = settings.model_copy(update={"micro_batch_size": 3})
-    assert choose_micro_batch(config, asked, 256, room(0.01)) == (3, "as the recipe says")
-    assert choose_micro_batch(config, settings, 256, room(8), n_devices=4)[0] == 6
+    assert choose_micro_batch(config, asked, 256, available(0.01)) == (3, "as the recipe says")
+    assert choose_micro_batch(config, settings, 256, available(8), n_devices=4)[0] == 6
 
 
 @given(gibibytes=st.floats(0.6, 6.0), rows=st.integers(1, 96))
 def test_the_micro_batch_is_the_largest_divisor_that_fits(gibibytes, rows):
-    config, settings, place = preset("ground-1m"), OptimizerSettings(batch_size=rows), room(gibibytes)
+    config, settings, place = preset("ground-1m"), OptimizerSettings(batch_size=rows), available(gibibytes)
 
     def fits(micro: int) -> bool:
-        return need(config, settings, step_of(settings, 256, place, 1, micro)).total <= place.usable
+        return estimate_memory(config, settings, step_of(settings, 256, place, 1, micro)).total <= place.usable
 
     micro, _ = choose_micro_batch(config, settings, 256, place)
     assert rows % micro == 0
@@ -144,7 +149,7 @@ def test_the_micro_batch_is_the_largest_divisor_that_fits(gibibytes, rows):
 def test_a_refusal_names_the_parts_and_a_way_out():
     config, settings = ladder_config(size="10b"), OptimizerSettings(batch_size=8)
     with pytest.raises(GroundupError) as refused:
-        refuse_what_cannot_fit(config, settings, 2048, room(24))
+        refuse_what_cannot_fit(config, settings, 2048, available(24))
     text = str(refused.value)
     assert "[pretrain]" in text
     assert "a machine is 24.0 GiB" in text
@@ -154,13 +159,13 @@ def test_a_refusal_names_the_parts_and_a_way_out():
     assert sizes == sorted(sizes, reverse=True)
     assert len(sizes) >= 3
     assert "--set model.size=" in text
-    refuse_what_cannot_fit(config, settings, 2048, room(400))
+    refuse_what_cannot_fit(config, settings, 2048, available(400))
 
 
 def test_only_what_is_certain_is_refused():
     """At the edge: a byte less than one row at a time takes is refused, so many bytes are not."""
     config, settings = preset("ground-10m"), OptimizerSettings(batch_size=8, compile=False)
-    place = room(1)
+    place = available(1)
     least = step_memory(config, settings, step_of(settings, 512, place, 1, 1)).total
     refuse_what_cannot_fit(config, settings, 512, dataclasses.replace(place, total=least))
     with pytest.raises(GroundupError, match="at least"):
@@ -171,9 +176,9 @@ def test_only_what_is_certain_is_refused():
 def test_remedies_add_up_and_end_with_one_that_is_enough(size):
     config = ladder_config(size=size)
     settings = OptimizerSettings(batch_size=16, micro_batch_size=16, optimizer="adamw", precision="float32", ema=0.99)
-    length, place = config.context_length, room(2)
-    found = remedies(config, settings, length, place)
-    before = need(config, settings, step_of(settings, length, place, 1)).total
+    length, place = config.context_length, available(2)
+    found = suggestions(config, settings, length, place)
+    before = estimate_memory(config, settings, step_of(settings, length, place, 1)).total
     if before <= place.usable:
         assert not found
         return
@@ -195,12 +200,12 @@ def test_an_unset_micro_batch_is_what_memory_allows_and_resumes_anywhere(tmp_pat
     train(explicit, current_world(), QUIET)
     small = make_job(tmp_path / "small")
     config, settings = small.model.config, small.settings
-    wanted = need(config, settings, step_of(settings, 16, device_memory(current_world()), 1, 2)).total
-    tight = Room(int(wanted / plan_fit.USABLE_SHARE) + 1, "a small machine", "cpu", False)
+    wanted = estimate_memory(config, settings, step_of(settings, 16, device_memory(current_world()), 1, 2)).total
+    tight = DeviceMemory(int(wanted / plan_memory.USABLE_SHARE) + 1, "a small machine", "cpu", False)
     assert choose_micro_batch(config, settings, 16, tight)[0] == 2
     whole = make_job(tmp_path / "whole").fingerprint
     assert small.fingerprint == whole != explicit.fingerprint
-    monkeypatch.setattr(plan_fit, "device_memory", lambda world: tight)
+    monkeypatch.setattr(plan_memory, "device_memory", lambda world: tight)
     with pytest.raises(Interrupted):
         train(interrupted_at(9, small), current_world(), QUIET)
     again = make_job(tmp_path / "small")
@@ -231,7 +236,7 @@ def test_validation_passes_are_counted_as_the_loop_makes_them(tmp_path, every):
 
 def test_seconds_by_hand():
     settings = PretrainSettings(batch_size=8, eval_every=50, checkpoint_seconds=1e9)
-    parts = run_seconds(pace(), settings, 800, Watching(16, 2, 10))
+    parts = run_seconds(timings(), settings, 800, ValidationPass(16, 2, 10))
     assert parts == pytest.approx({
         "begin": 1.0,
         "training": 800 * 0.01 + 100 * 0.02,
@@ -239,7 +244,7 @@ def test_seconds_by_hand():
         "samples": 3 * 2 * 10 * 0.001,
         "checkpoints": 2 * 0.1,
     })  # fmt: skip
-    often = run_seconds(pace(), settings.model_copy(update={"checkpoint_seconds": 0.5}), 800, Watching(16))
+    often = run_seconds(timings(), settings.model_copy(update={"checkpoint_seconds": 0.5}), 800, ValidationPass(16))
     assert often["checkpoints"] == pytest.approx(20 * 0.1)
 
 
@@ -248,8 +253,8 @@ def test_seconds_by_hand():
     every=st.none() | st.integers(1, 50),
 )  # fmt: skip
 def test_a_budget_is_spent_and_not_exceeded(seconds, row, rows, ramp, every):
-    settings = PretrainSettings(batch_size=rows, ramp_from=1 if ramp else None, eval_every=every)
-    watch, speed = Watching(2 * rows, 1, 16), pace(row=row)
+    settings = PretrainSettings(batch_size=rows, batch_warmup_from=1 if ramp else None, eval_every=every)
+    watch, speed = ValidationPass(2 * rows, 1, 16), timings(row=row)
     found = rows_within(seconds, speed, settings, watch)
     assert found % rows == 0
     if found:
@@ -277,24 +282,24 @@ def test_the_table_by_hand():
     """GPT-2 XL's size on one A100: bound by arithmetic, so FLOPs over assumed rate; and on many bound by links."""
     config, settings = preset("gpt2-xl"), OptimizerSettings(batch_size=16, optimizer="adamw")
     device = devices()["a100-80"]
-    one = table_pace(config, settings, Step(16, 16, 1024, "bfloat16", "cuda"), device)
+    one = table_timings(config, settings, Step(16, 16, 1024, "bfloat16", "cuda"), device)
     flops = cost.training_flops(config, 1024)
     assert one.row == pytest.approx(flops / (3.12e14 * device.mfu))
     assert one.update == pytest.approx(7 * cost.weight_bytes(config) / 2.04e12)
     assert "assumed" in one.how
-    many = table_pace(config, settings, Step(1, 1, 1024, "bfloat16", "cuda", 64), device)
+    many = table_timings(config, settings, Step(1, 1, 1024, "bfloat16", "cuda", 64), device)
     gathered = 3 * cost.weight_bytes(config) * 63 / 64 / 5e10
     assert many.row == pytest.approx(gathered / 64)
     assert "moving weights" in many.how
-    small = table_pace(preset("ground-1m"), settings, Step(8, 8, 256, "bfloat16", "cuda"), device)
+    small = table_timings(preset("ground-1m"), settings, Step(8, 8, 256, "bfloat16", "cuda"), device)
     assert "starting kernels" in small.how
     assert small.flops < 0.1 * one.flops
 
 
 def test_a_probe_measures_and_says_what_it_carried_on(tmp_path):
-    settings, place = PretrainSettings(batch_size=4), room(8)
+    settings, place = PretrainSettings(batch_size=4), available(8)
     config = preset("ground-nano", context_length=64)
-    found = probe(
+    found = measured_timings(
         config, settings, step_of(settings, 64, place, 1), current_world(), place, seconds=2.0, folder=tmp_path
     )
     assert found.is_measured
@@ -304,10 +309,10 @@ def test_a_probe_measures_and_says_what_it_carried_on(tmp_path):
     assert not list(tmp_path.iterdir())
     deep = ModelConfig(**{**BASE, "n_layers": 40, "context_length": 2048})
     step = step_of(settings, 2048, place, 1)
-    rough = probe(deep, settings, step, current_world(), place, seconds=0.5)
+    rough = measured_timings(deep, settings, step, current_world(), place, seconds=0.5)
     assert "of 40 blocks" in rough.how or "of 2048 tokens" in rough.how or "not probed" in rough.how
     assert rough.row > found.row
-    assert "not probed" in probe(deep, settings, step, current_world(), place, seconds=0.0).how
+    assert "not probed" in measured_timings(deep, settings, step, current_world(), place, seconds=0.0).how
 
 
 def test_a_plan_without_a_probe_is_arithmetic():
@@ -319,7 +324,7 @@ def test_a_plan_without_a_probe_is_arithmetic():
     assert found.amount.steps * found.settings.batch_size == found.amount.rows
     assert found.flops == found.amount.rows * cost.training_flops(found.config, found.fit.step.length)
     assert found.fits
-    assert found.fit.remedies == []
+    assert found.fit.suggestions == []
     assert found.dollars is None
     assert "groundup scaling" in found.expected.why
     told = json.loads(json.dumps(found.to_dict()))

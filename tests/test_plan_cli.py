@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from command import groundup  # noqa: F401
-from tiny_road import copy_of_finished, write_recipe
+from tiny_run import copy_of_finished, write_recipe
 
 TOO_LARGE = '[corpus]\ninputs = ["groundup:classics"]\n\n[model]\nsize = "10b"\n\n[pretrain]\nbatch_size = 64\n'
 
@@ -16,7 +16,7 @@ REFUSED = """
 import json, sys
 import groundup as gu
 from groundup.console import Console
-import groundup.road
+import groundup.pipeline
 from groundup.errors import GroundupError
 from groundup.training import peak_memory_bytes
 
@@ -43,7 +43,7 @@ def test_what_a_plan_shows(groundup, tmp_path):  # noqa: F811
         assert word in shown.out
     told = groundup("plan", recipe, "--no-probe", "--json").json
     assert told["memory"]["fits"] is True
-    assert told["memory"]["remedies"] == []
+    assert told["memory"]["suggestions"] == []
     assert told["training"]["steps"] == -(-5000 // (8 * 64))
     assert not (tmp_path / "runs").exists()
 
@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_told_with_what_to_change(groundup, tmp_path):  # n
     assert "at least" in ended.err
     told = json.loads(groundup("plan", recipe, "--device", "l4", "--json").out)
     assert told["memory"]["fits"] is False
-    assert told["memory"]["remedies"][-1]["fits"] is True
+    assert told["memory"]["suggestions"][-1]["fits"] is True
 
 
 def test_nothing_is_made_of_what_cannot_fit(tmp_path):

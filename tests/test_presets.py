@@ -131,7 +131,7 @@ def test_every_rung_is_exactly_qwen3_shaped(number):
     assert config.n_heads * config.head_dim == config.d_model
     assert config.d_model % 256 == 0 or config.d_model < 256
     assert config.n_heads % config.n_kv_heads == 0
-    same = ("norm", "qk_norm", "position", "activation", "bias", "tied_embeddings", "rope_base", "attention")
+    same = ("norm", "qk_norm", "position", "activation", "bias", "tied_embeddings", "rope_theta", "attention")
     assert [getattr(config, name) for name in same] == [getattr(preset("ground-1m"), name) for name in same]
 
 

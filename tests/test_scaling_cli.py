@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from command import CommandLine, groundup, start
-from tiny_road import build_quietly, tiny_recipe, write_recipe, write_texts
+from tiny_run import build_quietly, tiny_recipe, write_recipe, write_texts
 
 import groundup as gu
 from groundup.console import Bar, Console
@@ -22,10 +22,8 @@ from groundup.errors import DataError, GroundupError, Interrupted, RecipeError
 from groundup.model import count_parameters, training_flops_per_token
 from groundup.model.ladder import shape_on_line
 from groundup.recipe import Recipe
-from groundup.training.scaling import time as scaling_time
-from groundup.training.scaling.grid import default_tokens, sweep_runs
-from groundup.training.scaling.sweep import plan_sweep
-from groundup.training.scaling.time import seconds_of, tokens_for
+from groundup.training.scaling import sweep as scaling_sweeps
+from groundup.training.scaling.sweep import default_tokens, plan_sweep, seconds_of, sweep_runs, tokens_for
 
 __all__ = ["groundup"]
 
@@ -196,13 +194,15 @@ def test_sizes_lie_on_one_line_of_shapes() -> None:
 
 
 def test_runs_keep_the_recipe_s_architecture_and_follow_the_ladder(folder: Path) -> None:
-    recipe = recipe_in(folder, "model.activation=gelu", "model.dropout=0.1", "pretrain.clip=0.5", "pretrain.ema=0.9")
+    recipe = recipe_in(
+        folder, "model.activation=gelu", "model.dropout=0.1", "pretrain.max_grad_norm=0.5", "pretrain.ema=0.9"
+    )
     runs, notes = sweep_runs(recipe, SIZES, TOKENS, 320)
     assert notes == []
     assert [run.flops for run in runs] == sorted(run.flops for run in runs)
     for run in runs:
         assert (run.config.activation, run.config.dropout, run.config.context_length) == ("gelu", 0.1, 64)
-        assert (run.settings.clip, run.settings.ema, run.settings.tokens) == (0.5, 0.9, run.tokens)
+        assert (run.settings.max_grad_norm, run.settings.ema, run.settings.tokens) == (0.5, 0.9, run.tokens)
     rates = {run.config.d_model: run.settings.lr for run in runs}
     assert rates[64] > rates[96] > rates[128]
 
@@ -236,7 +236,7 @@ def test_sizes_that_fall_together_are_said_in_the_refusal(folder: Path) -> None:
 def test_what_cannot_be_is_refused_before_anything_is_trained(
     folder: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], error: type[GroundupError], said: str
 ) -> None:
-    monkeypatch.setattr(scaling_time, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(scaling_sweeps, "PROBE_SECONDS", 0.01)
     with pytest.raises(error, match=said) as raised:
         plan_sweep(recipe_in(folder), shards(folder), **{"sizes": SIZES, **asked})
     assert len(str(raised.value).splitlines()) >= 2  # with a way out
@@ -246,9 +246,9 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(
 
 
 def test_budgets_for_a_time_take_about_that_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling_time, "PROBE_SECONDS", 0.05)
+    monkeypatch.setattr(scaling_sweeps, "PROBE_SECONDS", 0.05)
     # The clock is the machine's: here each model runs at a speed that is given.
-    monkeypatch.setattr(scaling_time, "training_speed", lambda run: 1e10 / run.n_parameters)
+    monkeypatch.setattr(scaling_sweeps, "training_speed", lambda run: 1e10 / run.n_parameters)
     recipe = recipe_in(folder, "pretrain.eval_tokens=1000")
     budgets = tokens_for(10.0, recipe, SIZES, 320, 10**12)
     runs, _ = sweep_runs(recipe, SIZES, budgets, 320)
@@ -258,7 +258,7 @@ def test_budgets_for_a_time_take_about_that_time(folder: Path, monkeypatch: pyte
 
 
 def test_the_probe_measures_real_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling_time, "PROBE_SECONDS", 0.05)
+    monkeypatch.setattr(scaling_sweeps, "PROBE_SECONDS", 0.05)
     runs, _ = sweep_runs(recipe_in(folder), ("200k",), [2_000, 8_000], 320)
     short, long = seconds_of(runs)
     assert 0 < short < long
@@ -266,8 +266,8 @@ def test_the_probe_measures_real_steps(folder: Path, monkeypatch: pytest.MonkeyP
 
 def test_budgets_chosen_for_a_time_stay(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     speed = [1e5]
-    monkeypatch.setattr(scaling_time, "_speeds", lambda runs: speed * len(runs))
-    monkeypatch.setattr(scaling_time, "MOST_EPOCHS", 10**6)
+    monkeypatch.setattr(scaling_sweeps, "_speeds", lambda runs: speed * len(runs))
+    monkeypatch.setattr(scaling_sweeps, "MOST_EPOCHS", 10**6)
     recipe, asked = recipe_in(folder, "pretrain.eval_tokens=100"), {"sizes": SIZES, "minutes": 2.0}
     first = plan_sweep(recipe, shards(folder), out=tmp_path, **asked)
     budgets = sorted({run.tokens for run in first.runs})
@@ -310,7 +310,7 @@ def test_in_json_it_is_the_law(groundup: CommandLine, folder: Path) -> None:
 def test_a_dry_run_says_what_it_would_cost(
     groundup: CommandLine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scaling_time, "PROBE_SECONDS", 0.05)
+    monkeypatch.setattr(scaling_sweeps, "PROBE_SECONDS", 0.05)
     out = tmp_path / "new"
     told = scaling(groundup, folder, "--dry-run", "--json", "--out", str(out)).json
     assert [row["done"] for row in told["runs"]] == [False] * 9

@@ -14,7 +14,7 @@ from groundup.cli import sharding
 from groundup.corpus import Document
 from groundup.errors import ArtifactError, DataError
 from groundup.shards import write_shards_from_file
-from groundup.tokenizer import Tokenizer
+from groundup.tokenizer import Tokenizer, load_tokenizer
 
 TEXTS = ["The stone by the river [bold]x[/bold].", "Die Brücke am Fluss.", "水 and 😀", "The last stone."]
 
@@ -76,7 +76,7 @@ def test_stats(run_folder: Path) -> None:
     assert train["languages"]["de"] == {
         "documents": 1,
         "bytes": len(TEXTS[1].encode()),
-        "tokens": len(Tokenizer.load(run_folder / "tokenizer").encode(TEXTS[1])) + 1,
+        "tokens": len(load_tokenizer(run_folder / "tokenizer").encode(TEXTS[1])) + 1,
     }
 
 
@@ -89,7 +89,7 @@ def test_show(run_folder: Path) -> None:
         assert f"source={number % 2}.txt" in about
         assert cut.rstrip("\n").removesuffix("│<|endoftext|>").replace("│", "") == text or "�" in cut
         found = json.loads(call("show", run_folder, number, "--json").stdout)
-        tokenizer = Tokenizer.load(run_folder / "tokenizer")
+        tokenizer = load_tokenizer(run_folder / "tokenizer")
         assert found["ids"] == [*tokenizer.encode(text), tokenizer.end_of_text_id]
         assert found["pieces"][-1] == "<|endoftext|>"
         assert (found["tokens"], found["bytes"]) == (len(found["ids"]), len(text.encode()))

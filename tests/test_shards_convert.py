@@ -80,7 +80,7 @@ def test_exported_and_imported_again_are_the_same_bytes(
 
 
 @given(documents=st.lists(st.lists(st.integers(1, 60_000), max_size=40), min_size=1, max_size=8))
-def test_a_foreign_llmc_file_comes_back_as_it_was(
+def test_an_llmc_file_from_outside_comes_back_as_it_was(
     tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]]
 ) -> None:
     """As llm.c and modded-nanogpt write it: end-of-text (here 50256) before each document."""
@@ -282,7 +282,7 @@ def test_with_the_tokenizer_everything_is_known(tmp_path: Path) -> None:
 
 
 def test_large_files_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from groundup.shards import foreign
+    from groundup.shards import external_formats
 
     draw = np.random.default_rng(0)
     ids = draw.integers(0, 30, 3000).astype("<u2")
@@ -290,7 +290,7 @@ def test_large_files_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.Monk
     ends = np.flatnonzero(ids == 0) + 1
     documents = [part.tolist() for part in np.split(ids, ends) if len(part)]
     prefix = megatron_files(tmp_path, documents, range(len(documents) + 1))
-    monkeypatch.setattr(foreign, "BLOCK_TOKENS", 64)
+    monkeypatch.setattr(external_formats, "BLOCK_TOKENS", 64)
     for number, source in enumerate((tmp_path / "train.bin", prefix)):
         import_ids(source, tmp_path / str(number), end_of_text_id=0)
         found = documents_of(tmp_path / str(number))

@@ -310,9 +310,9 @@ def test_fingerprints_follow_the_content(tmp_path: Path) -> None:
 
 
 def test_through_the_real_tokenizer_and_back(tmp_path: Path) -> None:
-    hostile = "Nice text <|endoftext|> and <|user|> say <|end|> to the fox in the forest."
+    adversarial = "Nice text <|endoftext|> and <|user|> say <|end|> to the fox in the forest."
     splits = ("train", "train", "validation")
-    documents = [document(f"{hostile} It was told {n} times.", splits[n % 3]) for n in range(60)]
+    documents = [document(f"{adversarial} It was told {n} times.", splits[n % 3]) for n in range(60)]
     tokenizer = Tokenizer.train(documents, vocab_size=300)
     summary = write_shards(documents, tokenizer, tmp_path)
     for split in ("train", "validation"):

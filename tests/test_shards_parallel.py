@@ -24,7 +24,7 @@ from groundup.files import file_digest
 from groundup.recipe import ShardsSettings
 from groundup.shards import TokenShards, verify_shards, write_shards, write_shards_from_file
 from groundup.shards import parallel as parallel_module
-from groundup.tokenizer import Tokenizer
+from groundup.tokenizer import Tokenizer, load_tokenizer
 
 SMALL = ShardsSettings(shard_tokens=1024)
 WORDS = ["stone", "river", "Brücke", "naïve", "水", "😀", "\u2028", "<|endoftext|>", "0", "\n", "\x00", "\\u0041", '"']
@@ -92,7 +92,7 @@ def expected(
 def test_it_gives_the_bytes_of_the_plain_form(
     tmp_path: Path, tokenizer_folder: Path, expected: tuple[dict[str, bytes], dict[str, Any]]
 ) -> None:
-    summary = write_shards(documents_of(150), Tokenizer.load(tokenizer_folder), tmp_path, SMALL)
+    summary = write_shards(documents_of(150), load_tokenizer(tokenizer_folder), tmp_path, SMALL)
     assert summary == expected[1]
     assert len(expected[0]) > 12  # several files of each split
     assert without_corpus(contents(tmp_path)) == without_corpus(expected[0])
@@ -136,7 +136,7 @@ def test_ranges_shorter_than_a_line_lose_nothing(tmp_path: Path, tokenizer_folde
     path = put(tmp_path / "documents.jsonl", documents)
     path.write_bytes(path.read_bytes().rstrip(b"\n"))  # and the last line is not ended
     write_shards_from_file(path, tokenizer_folder, tmp_path / "out", SMALL, range_bytes=range_bytes)
-    tokenizer = Tokenizer.load(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder)
     texts = [tokenizer.decode(ids) for ids in TokenShards.open(tmp_path / "out", "train").documents()]
     assert texts == [document.text for document in documents if document.split == "train"]
 

@@ -137,7 +137,7 @@ def test_a_message_cannot_end_itself_or_speak_for_another(tokenizer: Tokenizer, 
     roles = ["system", "user", "assistant"]
     messages: list[Message] = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]  # type: ignore[typeddict-item]
     rendered = render(tokenizer, messages)
-    openings = [tokenizer.system_id, tokenizer.user_id, tokenizer.assistant_id]
+    openings = [tokenizer.role_id("system"), tokenizer.role_id("user"), tokenizer.role_id("assistant")]
     expected = [index for opening in openings[: len(contents)] for index in (opening, tokenizer.end_id)]
     assert [index for index in rendered.ids if index in tokenizer.special_ids] == expected
 
@@ -167,7 +167,14 @@ def test_all_control_tokens_can_be_allowed_and_named() -> None:
     assert BPE.decode(ids) == ""
     assert BPE.decode(ids, skip_special=False) == "".join(CONTROL)
     assert [BPE.token_bytes(index) for index in ids] == [b""] * len(CONTROL)
-    ends = [BPE.end_of_text_id, BPE.pad_id, BPE.system_id, BPE.user_id, BPE.assistant_id, BPE.end_id]
+    ends = [
+        BPE.end_of_text_id,
+        BPE.pad_id,
+        BPE.role_id("system"),
+        BPE.role_id("user"),
+        BPE.role_id("assistant"),
+        BPE.end_id,
+    ]
     assert ends == list(range(6))
 
 

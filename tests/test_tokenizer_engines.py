@@ -1,4 +1,4 @@
-"""Fast engines: equal ids on hostile texts, a self-test before one is used, and memory that does not grow."""
+"""Fast engines: equal ids on adversarial texts, a self-test before one is used, and memory that does not grow."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from tokenizers import Tokenizer as HuggingFace
 
 from groundup.console import Console
 from groundup.tokenizer import Tokenizer, engines
+from groundup.tokenizer.adversarial import adversarial_texts
 from groundup.tokenizer.engines import GigatokenEncoder, HuggingFaceEncoder, TiktokenEncoder, choose
-from groundup.tokenizer.hostile import hostile_texts
 from groundup.tokenizer.newer import NewerCharacters
 from groundup.tokenizer.special import CONTROL_TOKENS
 
 SPLITS = ["qwen2", "llama3", "gpt2"]
 TRAINED = {
-    split: Tokenizer.train([*hostile_texts(1500, seed=5), "the king and the queen " * 50], vocab_size=2000, split=split)
+    split: Tokenizer.train(
+        [*adversarial_texts(1500, seed=5), "the king and the queen " * 50], vocab_size=2000, split=split
+    )
     for split in SPLITS
 }
 EACH_SPLIT = pytest.mark.parametrize("split", SPLITS)
@@ -49,8 +51,8 @@ def differing(texts: Sequence[str], found: engines.Arrays, expected: engines.Arr
 
 
 @EACH_SPLIT
-def test_twenty_thousand_hostile_texts_have_equal_ids_in_all_engines(split: str) -> None:
-    texts = hostile_texts(20_000, seed=20_261_121)
+def test_twenty_thousand_adversarial_texts_have_equal_ids_in_all_engines(split: str) -> None:
+    texts = adversarial_texts(20_000, seed=20_261_121)
     reference, fast, fastest = engines_of(TRAINED[split])
     expected = reference.encode(texts)
     assert differing(texts, fast.encode(texts), expected) == []
@@ -58,15 +60,15 @@ def test_twenty_thousand_hostile_texts_have_equal_ids_in_all_engines(split: str)
     assert expected[0].min() >= len(CONTROL_TOKENS) + 4  # no control token, though their names are among the texts
 
 
-def test_the_hostile_texts_are_hostile() -> None:
-    texts = hostile_texts(20_000, seed=20_261_121)
+def test_the_adversarial_texts_are_adversarial() -> None:
+    texts = adversarial_texts(20_000, seed=20_261_121)
     joined = "".join(texts)
     assert {ord(character) >> 16 for character in joined} == set(range(17))  # all planes
     assert {unicodedata.category(character) for character in set(joined)} >= {"Cs", "Cc", "Cf", "Mn", "Nd", "Nl", "Zs"}
     assert all(name in joined for name in CONTROL_TOKENS)
     assert max(map(len, texts)) > 250
     assert "" in texts
-    assert hostile_texts(50, seed=1) == hostile_texts(50, seed=1) != hostile_texts(50, seed=2)
+    assert adversarial_texts(50, seed=1) == adversarial_texts(50, seed=1) != adversarial_texts(50, seed=2)
 
 
 @EACH_SPLIT
@@ -195,7 +197,7 @@ assert not {"tiktoken", "gigatoken", "awkward", "rustbpe"} & set(sys.modules), s
 def test_the_number_of_threads_changes_nothing(threads: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAYON_NUM_THREADS", threads)
     assert engines._threads() == int(threads)
-    texts = hostile_texts(300, seed=3)
+    texts = adversarial_texts(300, seed=3)
     tokenizer = TRAINED["qwen2"]
     ids, lengths = tokenizer.encode_to_arrays(texts)
     rows = tokenizer.encode_batch(texts)
@@ -215,7 +217,7 @@ def test_what_an_engine_keeps_is_forgotten_before_it_is_too_much(monkeypatch: py
     monkeypatch.setattr(engines, "_memory_bytes", lambda: next(grown))
     reference, _, fastest = engines_of(TRAINED["llama3"])
     first = fastest._tokenizer
-    texts = hostile_texts(200, seed=4)
+    texts = adversarial_texts(200, seed=4)
     assert differing(texts, fastest.encode(texts), reference.encode(texts)) == []
     assert fastest._tokenizer is not first
     assert differing(texts, fastest.encode(texts), reference.encode(texts)) == []

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from groundup.console import Console
 from groundup.errors import ArtifactError, DataError, RecipeError
-from groundup.tokenizer import Message, Tokenizer, render
+from groundup.tokenizer import Message, Tokenizer, load_tokenizer, render
 
 TEXTS = [
     'The little girl said: "It\'s a lion!" and 1234 birds flew away.\n\nOnce upon a time, in 1900, there was a king.\n',
@@ -52,7 +52,7 @@ def test_training_gives_the_same_bits_with_any_number_of_threads(kind: str, tmp_
 def test_a_saved_tokenizer_is_the_same_when_loaded(kind: str, tmp_path: Path) -> None:
     TRAINED[kind].save(tmp_path)
     for path in (tmp_path, tmp_path / "tokenizer.json"):
-        loaded = Tokenizer.load(path)
+        loaded = load_tokenizer(path)
         assert loaded.fingerprint == TRAINED[kind].fingerprint
         assert loaded.kind == kind
         assert loaded.encode(TEXTS[1]) == TRAINED[kind].encode(TEXTS[1])
@@ -138,7 +138,7 @@ def test_a_damaged_file_is_named(kind: str, fault: str, tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     file.write_text(change(json.loads(file.read_text(encoding="utf-8")), fault), encoding="utf-8")
     with pytest.raises(ArtifactError, match=r"tokenizer\.json"):
-        Tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("contents", [None, b"\xff\xfe\x00"])
@@ -146,7 +146,7 @@ def test_a_missing_or_binary_file_is_named(contents: bytes | None, tmp_path: Pat
     if contents is not None:
         (tmp_path / "tokenizer.json").write_bytes(contents)
     with pytest.raises(ArtifactError, match=r"tokenizer\.json"):
-        Tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_too_small_a_text_keeps_the_smaller_vocabulary_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,7 +220,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def pair(request: pytest.FixtureRequest, folders: dict[str, Path]) -> tuple[Tokenizer, Any]:
     """Ours, and what AutoTokenizer makes of its folder."""
     folder = folders[request.param]
-    return Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+    return load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
 
 
 def test_transformers_knows_the_same_tokens(pair: tuple[Tokenizer, Any]) -> None:
@@ -281,7 +281,7 @@ def test_the_saved_chat_template_is_render(pair: tuple[Tokenizer, Any], chat: li
     prompted = render(ours, chat, add_generation_prompt=True)
     if chat:
         assert theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) == prompted.ids
-    assert prompted.ids[-1] == ours.assistant_id
+    assert prompted.ids[-1] == ours.role_id("assistant")
     assert prompted.loss_mask[-1] is False
 
 

@@ -223,11 +223,11 @@ class Checked(HTMLParser):
 
 
 def test_the_page_has_no_script_no_network_and_nothing_unescaped(tmp_path: Path) -> None:
-    hostile = [
+    adversarial = [
         Document("1", "<script>alert(1)</script> \u202e \x1b[31m the king", "<b>books</b>", "en"),
         Document("2", "日本語", "pages", "ja"),
     ]
-    write_page(measure.measure(TOKENIZER, hostile), "<i>mine</i>", tmp_path / "report.html")
+    write_page(measure.measure(TOKENIZER, adversarial), "<i>mine</i>", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     parsed = Checked()
     parsed.feed(page)

@@ -17,8 +17,8 @@ from groundup.corpus import Document
 from groundup.errors import GroundupError
 from groundup.reference import bpe
 from groundup.tokenizer import Tokenizer
+from groundup.tokenizer.bpe import merges_of
 from groundup.tokenizer.letters import BYTE_OF_LETTER, LETTERS, spelled, unspelled
-from groundup.tokenizer.rust import merges_of
 from groundup.tokenizer.sample import COUNTABLE_BYTES, SAMPLE_CHARACTERS, Sample, sample
 from groundup.tokenizer.special import CONTROL_TOKENS, control_tokens
 from groundup.tokenizer.split import PATTERNS, cut_into_pieces, default_split, pre_tokenizer
@@ -113,7 +113,10 @@ def test_control_tokens_have_the_same_ids_in_every_kind(kind: str) -> None:
     tokenizer = Tokenizer.train(TEXTS, kind=kind, vocab_size=600, spare_tokens=3)
     ids = tokenizer.encode("".join(control_tokens(3)), allowed_special=control_tokens(3))
     assert ids == list(range(10))
-    assert (tokenizer.tool_id, tokenizer.special_ids) == (CONTROL_TOKENS.index("<|tool|>"), frozenset(range(10)))
+    assert (tokenizer.role_id("tool"), tokenizer.special_ids) == (
+        CONTROL_TOKENS.index("<|tool|>"),
+        frozenset(range(10)),
+    )
 
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])

@@ -14,11 +14,17 @@ from groundup.console import Console
 from groundup.distributed import current_world
 from groundup.errors import Interrupted
 from groundup.model import Transformer, preset
-from groundup.training import compile_trial, train
+from groundup.training import compilation, train
 from groundup.training.checkpoint import complete_checkpoints
-from groundup.training.compilation import CompiledBlocks, find_compiler, remove_truncated
-from groundup.training.compile_trial import TRIED_FROM_FLOPS, choose_by_trial, choose_without_trial
-from groundup.training.measured import machine, measured_once, recall, remember
+from groundup.training.compilation import (
+    TRIED_FROM_FLOPS,
+    CompiledBlocks,
+    choose_by_trial,
+    choose_without_trial,
+    find_compiler,
+    remove_truncated,
+)
+from groundup.training.process import machine, measured_once, recall, remember
 
 CPU = torch.device("cpu")
 needs_a_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler for torch.compile")
@@ -124,9 +130,9 @@ def test_a_resumed_run_does_as_it_did_before(tmp_path, monkeypatch):
     def choose(model, run, key, device, console):
         run()
         decided.append(key)
-        return compile_trial.Choice(False, "tried")
+        return compilation.Choice(False, "tried")
 
-    monkeypatch.setattr(compile_trial, "choose_by_trial", choose)
+    monkeypatch.setattr(compilation, "choose_by_trial", choose)
     job = interrupted_at(4, make_job(tmp_path, n_steps=6))  # the trial's pass counts
     job.row_length = 12
     with pytest.raises(Interrupted):
@@ -146,9 +152,9 @@ def test_a_trial_leaves_no_trace(tmp_path, monkeypatch):
     for tried in (False, True):
         monkeypatch.setitem(TRIED_FROM_FLOPS, "cpu", 0.0 if tried else 1e30)
         monkeypatch.setattr(
-            compile_trial,
+            compilation,
             "choose_by_trial",
-            lambda model, run, *rest: (run(), run(), compile_trial.Choice(False, "tried"))[-1],
+            lambda model, run, *rest: (run(), run(), compilation.Choice(False, "tried"))[-1],
         )
         job = make_job(tmp_path / str(tried), n_steps=4)
         job.row_length = 12

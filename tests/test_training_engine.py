@@ -18,12 +18,12 @@ from groundup.interop import load_model
 from groundup.model import Transformer, preset
 from groundup.recipe import OptimizerSettings
 from groundup.training import forget_checkpoints, train
-from groundup.training.activation import set_checkpointing
-from groundup.training.averaging import WeightAverage
-from groundup.training.loss_scaling import FIRST_SCALE, GROWTH_STEPS, LossScaler
+from groundup.training.compilation import set_checkpointing
+from groundup.training.loop import Prefetcher, collections_between_steps
 from groundup.training.metrics import read_log
 from groundup.training.objective import head_loss
-from groundup.training.prefetch import Prefetcher, collections_between_steps
+from groundup.training.optimizers import WeightAverage
+from groundup.training.precision import FIRST_SCALE, GROWTH_STEPS, LossScaler
 from groundup.training.schedule import BatchPlan, learning_rate_share
 
 
@@ -53,7 +53,7 @@ def test_a_ramp_begins_small_and_ends_whole():
 
 
 def test_a_ramped_run_is_resumed_to_the_same_bits(tmp_path):
-    options = {"n_steps": 12, "ramp_from": 1, "ramp_share": 0.5}
+    options = {"n_steps": 12, "batch_warmup_from": 1, "batch_warmup_share": 0.5}
     whole = make_job(tmp_path / "whole", **options)
     train(whole, current_world(), QUIET)
     with pytest.raises(Interrupted):

@@ -23,7 +23,7 @@ MEASURE = """
 import sys, torch
 torch.set_num_threads(1)
 from groundup.training import IGNORED, cross_entropy_sum, peak_memory_bytes
-from groundup.training.memory import keep_freed_memory
+from groundup.training.process import keep_freed_memory
 keep_freed_memory()
 n, vocab, width = 4096 * 8, 32 * 1024, 64
 

@@ -56,11 +56,11 @@ def bad_gradient(job: TrainingJob, layer: int, at: int, value: float) -> str:
 
 @pytest.mark.parametrize("spoil", [bad_weight, bad_output, bad_gradient])
 @pytest.mark.parametrize(("layer", "value"), [(0, math.nan), (1, math.inf)])
-@pytest.mark.parametrize("on_trouble", ["stop", "ignore"])
+@pytest.mark.parametrize("on_spike", ["stop", "ignore"])
 def test_what_is_not_finite_is_caught_in_its_step_and_its_place_is_named(
-    tmp_path: Path, spoil: Callable[..., str], layer: int, value: float, on_trouble: str
+    tmp_path: Path, spoil: Callable[..., str], layer: int, value: float, on_spike: str
 ) -> None:
-    job = make_job(tmp_path / "run", on_trouble=on_trouble)
+    job = make_job(tmp_path / "run", on_spike=on_spike)
     where = spoil(job, layer, 6, value)
     with pytest.raises(GroundupError) as raised:
         train(job, current_world(), QUIET)
@@ -74,10 +74,10 @@ def test_what_is_not_finite_is_caught_in_its_step_and_its_place_is_named(
 
 @pytest.mark.parametrize("activation_checkpointing", ["none", "full"])
 def test_the_search_leaves_the_model_as_it_was(tmp_path: Path, activation_checkpointing: str) -> None:
-    calm = make_job(tmp_path / "calm", on_trouble="skip", activation_checkpointing=activation_checkpointing)
+    calm = make_job(tmp_path / "calm", on_spike="skip", activation_checkpointing=activation_checkpointing)
     train(calm, current_world(), QUIET)
     n_hooks = [len(module._forward_hooks) for module in calm.model.modules()]
-    job = make_job(tmp_path / "run", on_trouble="skip", activation_checkpointing=activation_checkpointing)
+    job = make_job(tmp_path / "run", on_spike="skip", activation_checkpointing=activation_checkpointing)
     where, console = bad_gradient(job, 1, 6, math.nan), Listening()
     train(job, current_world(), console)
     (warning,) = console.warnings
@@ -91,7 +91,7 @@ def test_the_search_leaves_the_model_as_it_was(tmp_path: Path, activation_checkp
 
 
 def test_what_happens_only_once_is_said_to_be_so(tmp_path: Path) -> None:
-    job = make_job(tmp_path / "run", on_trouble="skip")
+    job = make_job(tmp_path / "run", on_spike="skip")
     passes = itertools.count()
     job.model.layers[0].register_forward_hook(
         lambda module, arguments, output: output * math.nan if module.training and next(passes) == 4 else None
@@ -105,7 +105,7 @@ def test_what_happens_only_once_is_said_to_be_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spoil", [bad_weight, bad_gradient])
 def test_rolled_back_the_run_finishes_and_the_weights_are_sound(tmp_path: Path, spoil: Callable[..., str]) -> None:
-    job = make_job(tmp_path / "run", on_trouble="rollback", checkpoint_seconds=1e9)
+    job = make_job(tmp_path / "run", on_spike="rollback", checkpoint_seconds=1e9)
     where, console = spoil(job, 1, 7, math.nan), Listening()
     summary = train(job, current_world(), console)
     assert (summary["rollbacks"], summary["steps"]) == (1, 12)
@@ -115,7 +115,7 @@ def test_rolled_back_the_run_finishes_and_the_weights_are_sound(tmp_path: Path, 
 
 
 def test_weights_that_stay_bad_are_given_up_by_whoever_skips(tmp_path: Path) -> None:
-    job = make_job(tmp_path / "run", on_trouble="skip", n_steps=30, eval_every=30, checkpoint_seconds=1e9)
+    job = make_job(tmp_path / "run", on_spike="skip", n_steps=30, eval_every=30, checkpoint_seconds=1e9)
     where = bad_weight(job, 0, 3, math.nan)
     with pytest.raises(GroundupError, match="10 steps before it were skipped") as raised:
         train(job, current_world(), QUIET)
@@ -123,11 +123,11 @@ def test_weights_that_stay_bad_are_given_up_by_whoever_skips(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("on_trouble", "at"), [("stop", 6), ("skip", 6), ("rollback", 6), ("ignore", 6), ("stop", 11), ("rollback", 11)]
+    ("on_spike", "at"), [("stop", 6), ("skip", 6), ("rollback", 6), ("ignore", 6), ("stop", 11), ("rollback", 11)]
 )
-def test_weights_that_an_update_spoils_are_never_saved(tmp_path: Path, on_trouble: str, at: int) -> None:
+def test_weights_that_an_update_spoils_are_never_saved(tmp_path: Path, on_spike: str, at: int) -> None:
     """Whether in the midst of the run or by its very last update."""
-    job = make_job(tmp_path / "run", on_trouble=on_trouble)
+    job = make_job(tmp_path / "run", on_spike=on_spike)
     updates = itertools.count()
 
     def spoil(optimizer: torch.optim.Optimizer, *rest: object) -> None:
@@ -137,7 +137,7 @@ def test_weights_that_an_update_spoils_are_never_saved(tmp_path: Path, on_troubl
     handle, console = register_optimizer_step_post_hook(spoil), Listening()
     said = "weights of embed_tokens.weight are not finite, so no checkpoint is made of them"
     try:
-        if on_trouble == "rollback":
+        if on_spike == "rollback":
             assert train(job, current_world(), console)["rollbacks"] == 1
             assert said in console.warnings[0]
         else:
@@ -145,13 +145,13 @@ def test_weights_that_an_update_spoils_are_never_saved(tmp_path: Path, on_troubl
                 train(job, current_world(), console)
     finally:
         handle.remove()
-    again = make_job(tmp_path / "run", on_trouble=on_trouble)
+    again = make_job(tmp_path / "run", on_spike=on_spike)
     train(again, current_world(), QUIET)
     assert all(value.isfinite().all() for value in weights(again).values())
 
 
 def test_float16_does_not_skip_for_ever_what_no_scale_can_mend(tmp_path: Path) -> None:
-    options = {"precision": "float16", "on_trouble": "stop", "eval_every": 30, "checkpoint_seconds": 1e9}
+    options = {"precision": "float16", "on_spike": "stop", "eval_every": 30, "checkpoint_seconds": 1e9}
     job = make_job(tmp_path / "run", **options)
     where = bad_weight(job, 1, 4, math.nan)
     with pytest.raises(GroundupError, match="at step 5") as raised:
@@ -160,7 +160,7 @@ def test_float16_does_not_skip_for_ever_what_no_scale_can_mend(tmp_path: Path) -
 
 
 def test_float16_lowers_its_scale_before_the_guard_is_asked(tmp_path: Path) -> None:
-    job = make_job(tmp_path / "run", precision="float16", on_trouble="stop", n_steps=30)
+    job = make_job(tmp_path / "run", precision="float16", on_spike="stop", n_steps=30)
     job.model.layers[0].mlp.down_proj.weight.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(GroundupError, match="at step 17"):  # 2^16 can be halved sixteen times
         train(job, current_world(), QUIET)

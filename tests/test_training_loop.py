@@ -128,7 +128,7 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_likely_causes(tmp_path):
-    job = make_job(tmp_path / "run", clip=0.0)
+    job = make_job(tmp_path / "run", max_grad_norm=0.0)
     with torch.no_grad():
         job.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(GroundupError, match=r"not finite.*\n.*learning rate"):

@@ -20,12 +20,10 @@ from training_rows import RandomRows
 from groundup.console import Console
 from groundup.distributed import current_world
 from groundup.model import ModelConfig, Transformer, preset
-from groundup.training import TrainingJob, ceiling, peak_memory_bytes, speed, train
-from groundup.training.ceiling import measured_ceiling
-from groundup.training.measured import machine
-from groundup.training.metrics import read_log
-from groundup.training.speed import Speed, Speedometer
-from groundup.training.summary import live_line, summary_line
+from groundup.training import TrainingJob, peak_memory_bytes, throughput, train
+from groundup.training.metrics import live_line, read_log, summary_line
+from groundup.training.process import machine
+from groundup.training.throughput import Throughput, ThroughputMeter, peak_matmul_flops
 
 CPU = torch.device("cpu")
 
@@ -48,7 +46,9 @@ def plain_job(folder: Path, **settings: Any) -> TrainingJob:
 
 
 def test_the_figures_of_a_step_are_those_computed_by_hand(tmp_path):
-    job = plain_job(tmp_path / "run", n_steps=4, schedule="linear", warmup_share=0.5, lr=0.004, muon_lr=0.02, clip=0.5)
+    job = plain_job(
+        tmp_path / "run", n_steps=4, schedule="linear", warmup_share=0.5, lr=0.004, muon_lr=0.02, max_grad_norm=0.5
+    )
     job.bytes_per_token, job.train_bytes_per_token = 2.5, 4.0
     ids, targets = job.source.rows(0, 4)
     model = Transformer(job.model.config)
@@ -86,7 +86,7 @@ def test_boards_get_every_figure(tmp_path):
     assert wanted <= set(events.Tags()["scalars"])
 
 
-# --- Speed
+# --- Throughput
 
 
 def flops_by_hand(config: ModelConfig, length: int) -> int:
@@ -99,39 +99,39 @@ def flops_by_hand(config: ModelConfig, length: int) -> int:
 
 
 def test_utilization_is_flops_over_what_the_processes_could_do(monkeypatch):
-    monkeypatch.setattr(speed, "measured_ceiling", lambda dtype, device: {torch.bfloat16: 5e11}[dtype])
+    monkeypatch.setattr(throughput, "peak_matmul_flops", lambda dtype, device: {torch.bfloat16: 5e11}[dtype])
     config = preset("ground-nano")
-    meter = Speedometer(config, torch.bfloat16, CPU, n_processes=2)
+    meter = ThroughputMeter(config, torch.bfloat16, CPU, n_processes=2)
     flops = meter.flops(8, 32)
     assert flops == 8 * flops_by_hand(config, 32)
     meter.add(4.0, 700, flops)
-    assert meter.overall() == Speed(175.0, None)  # too short to be worth measuring
-    assert meter.lately() == Speed(175.0, None)
+    assert meter.overall() == Throughput(175.0, None)  # too short to be worth measuring
+    assert meter.lately() == Throughput(175.0, None)
     meter.add(2.0, 100, 3e12)
-    assert meter.lately() == Speed(50.0, pytest.approx(3e12 / 2.0 / (2 * 5e11)))
-    assert meter.overall() == Speed(pytest.approx(800 / 6), pytest.approx((flops + 3e12) / 6.0 / 1e12))
-    assert meter.lately() == Speed(0.0, None)
-    other = Speedometer(config, torch.bfloat16, CPU, n_processes=2, measures=False)
+    assert meter.lately() == Throughput(50.0, pytest.approx(3e12 / 2.0 / (2 * 5e11)))
+    assert meter.overall() == Throughput(pytest.approx(800 / 6), pytest.approx((flops + 3e12) / 6.0 / 1e12))
+    assert meter.lately() == Throughput(0.0, None)
+    other = ThroughputMeter(config, torch.bfloat16, CPU, n_processes=2, measures=False)
     other.add(6.0, 60, flops)
-    assert other.overall() == Speed(10.0, None)
+    assert other.overall() == Throughput(10.0, None)
 
 
 def test_a_run_counts_all_positions_and_the_time_of_its_steps_alone(tmp_path, monkeypatch, own_cache):
     """Rows have masked targets: tokens are those that are predicted, FLOPs those of every position."""
     added: list[tuple[float, float, float]] = []
-    add = Speedometer.add
+    add = ThroughputMeter.add
 
-    def noted(self: Speedometer, seconds: float, tokens: float, flops: float) -> None:
+    def noted(self: ThroughputMeter, seconds: float, tokens: float, flops: float) -> None:
         added.append((seconds, tokens, flops))
         add(self, seconds, tokens, flops)
 
-    monkeypatch.setattr(Speedometer, "add", noted)
-    monkeypatch.setattr(speed, "MEASURED_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(ThroughputMeter, "add", noted)
+    monkeypatch.setattr(throughput, "MEASURED_AFTER_SECONDS", 0.0)
     job = plain_job(tmp_path / "run", n_steps=6, log_every=3, precision="float32")
     summary = train(job, current_world(), QUIET)
     assert [flops for _, _, flops in added] == [4 * flops_by_hand(job.model.config, RandomRows().length)] * 6
     assert sum(tokens for _, tokens, _ in added) == summary["tokens"]
-    best = measured_ceiling(torch.float32, CPU)
+    best = peak_matmul_flops(torch.float32, CPU)
     timings = read_log(tmp_path / "run" / "timings.jsonl")
     assert [line["step"] for line in timings] == [3, 6]
     for line, steps in zip(timings, (added[:3], added[3:]), strict=True):
@@ -146,29 +146,29 @@ def test_a_run_counts_all_positions_and_the_time_of_its_steps_alone(tmp_path, mo
     assert all("mfu" not in line for line in read_log(tmp_path / "run" / "metrics.jsonl"))
 
 
-def test_a_short_run_is_not_made_to_wait_for_the_ceiling(tmp_path, monkeypatch):
+def test_a_short_run_is_not_made_to_wait_for_the_peak_matmul_rate(tmp_path, monkeypatch):
     def measure(dtype: torch.dtype, device: torch.device) -> float:
         raise AssertionError("measured for a run of less than five seconds")
 
-    monkeypatch.setattr(speed, "measured_ceiling", measure)
+    monkeypatch.setattr(throughput, "peak_matmul_flops", measure)
     summary = train(plain_job(tmp_path / "run", n_steps=2), current_world(), QUIET)
     assert summary["mfu"] is None
     assert "mfu" not in summary_line(summary)
     assert all("mfu" not in line for line in read_log(tmp_path / "run" / "timings.jsonl"))
 
 
-def test_the_ceiling_is_measured_once(monkeypatch, own_cache):
+def test_the_peak_matmul_rate_is_measured_once(monkeypatch, own_cache):
     before = torch.random.get_rng_state()
-    first = measured_ceiling(torch.float32, CPU)
+    first = peak_matmul_flops(torch.float32, CPU)
     assert torch.equal(before, torch.random.get_rng_state())
     assert first > 1e8
-    monkeypatch.setattr(ceiling, "_best_rate", lambda dtype, device, sizes: 1.0)
-    assert measured_ceiling(torch.float32, CPU) == first
-    assert measured_ceiling(torch.bfloat16, CPU) == 1.0  # of another dtype nothing is known
+    monkeypatch.setattr(throughput, "_best_rate", lambda dtype, device, sizes: 1.0)
+    assert peak_matmul_flops(torch.float32, CPU) == first
+    assert peak_matmul_flops(torch.bfloat16, CPU) == 1.0  # of another dtype nothing is known
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        assert measured_ceiling(torch.float32, CPU) == 1.0
+        assert peak_matmul_flops(torch.float32, CPU) == 1.0
     finally:
         torch.set_num_threads(threads)
 
@@ -208,7 +208,7 @@ FIELDS = {"step": "120/2000", "loss": 2.914, "lr": 3e-4, "muon_lr": 0.02, "grad_
 
 
 def test_the_live_line_is_in_the_grammar_of_log_lines():
-    line = live_line(FIELDS, Speed(18_420.4, 0.412), 130.0, 1_288_490_189, width=200)
+    line = live_line(FIELDS, Throughput(18_420.4, 0.412), 130.0, 1_288_490_189, width=200)
     assert line == (
         "step=120/2000 loss=2.914 lr=3.0e-04 muon_lr=2.0e-02 grad_norm=0.810 tok/s=18,420 mfu=41% mem=1.2GiB eta=2m10s"
     )
@@ -218,12 +218,12 @@ def test_the_live_line_is_in_the_grammar_of_log_lines():
     ("seconds", "shown"), [(0.2, "0s"), (59.4, "59s"), (130, "2m10s"), (3720, "1h02m"), (90_000, "25h00m")]
 )
 def test_the_time_that_is_left_is_short(seconds, shown):
-    assert live_line(FIELDS, Speed(1.0, None), seconds, 1, 200).endswith(f" eta={shown}")
+    assert live_line(FIELDS, Throughput(1.0, None), seconds, 1, 200).endswith(f" eta={shown}")
 
 
 @given(width=st.integers(20, 200), has_mfu=st.booleans())
 def test_on_a_narrow_terminal_the_least_missed_goes_first(width, has_mfu):
-    line = live_line(FIELDS, Speed(18_420.4, 0.41 if has_mfu else None), 130.0, 1 << 30, width)
+    line = live_line(FIELDS, Throughput(18_420.4, 0.41 if has_mfu else None), 130.0, 1 << 30, width)
     names = [field.split("=")[0] for field in line.split()]
     assert [name for name in names if name in ("step", "loss", "tok/s", "eta")] == ["step", "loss", "tok/s", "eta"]
     least_missed_first = ["mem", "muon_lr", "grad_norm", "lr", *["mfu"] * has_mfu]

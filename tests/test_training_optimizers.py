@@ -22,10 +22,17 @@ from groundup.preview import check_recipe, derived_values
 from groundup.recipe import GroupSettings, OptimizerSettings, parse_recipe, recipe_toml
 from groundup.reference.optimizers import adafactor_step, lion_step, muon_step
 from groundup.training import TrainingJob, muon, optimizers, train
-from groundup.training.groups import describe_groups, group_parameters, is_matrix
 from groundup.training.metrics import read_log
 from groundup.training.muon import Muon, orthogonalize
-from groundup.training.optimizers import Optimizers, check_optimizer, scale_to_norm, squared_norm
+from groundup.training.optimizers import (
+    Optimizers,
+    check_optimizer,
+    describe_groups,
+    group_parameters,
+    is_matrix,
+    scale_to_norm,
+    squared_norm,
+)
 
 ALL = ("muon", "adamw", "lion", "adafactor")
 
@@ -230,7 +237,7 @@ def test_a_state_goes_into_other_optimizers_of_the_same_kind(optimizer):
 
 def test_a_checkpoint_from_before_the_first_update_can_be_resumed(tmp_path):
     """The first step of float16 overflows as a rule: its update is left out, and there is no state yet."""
-    options = {"on_trouble": "skip", "n_steps": 4, "precision": "float16"}
+    options = {"on_spike": "skip", "n_steps": 4, "precision": "float16"}
     with pytest.raises(Interrupted):
         train(interrupted_at(0, spoiled(make_job(tmp_path / "a", **options))), current_world(), QUIET)
     saved = load_file(tmp_path / "a" / "checkpoints" / "step-00000001" / "optimizer.safetensors")

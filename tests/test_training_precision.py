@@ -8,16 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_training_loop import QUIET, interrupted_at, make_job, weights
-from tiny_road import finished_run
+from tiny_run import finished_run
 
 from groundup.distributed import current_world
 from groundup.errors import GroundupError, Interrupted, RecipeError
 from groundup.model import Transformer, preset
 from groundup.preview import check_recipe
 from groundup.recipe import PretrainSettings, parse_recipe
-from groundup.training import check_precision, choose_precision, fp8, head_loss, pretrain, train
-from groundup.training.fp8 import float8_layers, float8_products
+from groundup.training import check_precision, choose_precision, head_loss, precision, pretrain, train
 from groundup.training.metrics import read_log
+from groundup.training.precision import float8_layers, float8_products
 
 WIDE = {"d_model": 32, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "d_ff": 48}
 PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -51,7 +51,7 @@ def test_a_gpu_that_is_too_old_or_has_no_library_is_refused_by_name(monkeypatch,
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "Some GPU")
     library = SimpleNamespace(find_spec=lambda name: object() if has_torchao else None)
-    monkeypatch.setattr(fp8.importlib, "util", library)
+    monkeypatch.setattr(precision.importlib, "util", library)
     with pytest.raises(GroundupError) as raised:
         check_precision("float8", "cuda")
     assert words in str(raised.value)
@@ -102,7 +102,7 @@ needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, 
 
 @pytest.fixture
 def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fp8, "_EMULATED", True)
+    monkeypatch.setattr(precision, "_EMULATED", True)
 
 
 @needs_torchao

@@ -53,10 +53,11 @@ def assert_same_run(whole: TrainingJob, parts: TrainingJob) -> None:
 
 EVERYTHING = {
     "muon and all": {
-        "ema": 0.9, "ramp_from": 1, "ramp_share": 0.5, "keep_best": True, "on_trouble": "skip", "spike_z": 3.0
+        "ema": 0.9, "batch_warmup_from": 1, "batch_warmup_share": 0.5, "keep_best": True, "on_spike": "skip",
+        "spike_z": 3.0,
     },
     "adamw in float16": {"optimizer": "adamw", "precision": "float16", "micro_batch_size": 2, "ema": 0.5},
-    "rolled back": {"on_trouble": "rollback", "z_loss": 1e-4, "label_smoothing": 0.1, "schedule": "cosine"},
+    "rolled back": {"on_spike": "rollback", "z_loss": 1e-4, "label_smoothing": 0.1, "schedule": "cosine"},
 }  # fmt: skip
 
 
@@ -78,7 +79,7 @@ def test_stopped_again_and_again_everything_ends_as_in_one_go(tmp_path: Path, op
     assert len(computed) == 0  # only the last validation was left to do
     assert_same_run(whole, last)
     state = json.loads((tmp_path / "parts" / "checkpoints" / f"step-{n_steps:08d}" / "state.json").read_text())
-    assert len(state["guard"]["losses"]) == n_steps
+    assert len(state["spikes"]["losses"]) == n_steps
     assert bool(state["scaler"]) == ("precision" in options)
 
 

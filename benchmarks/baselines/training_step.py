@@ -205,8 +205,8 @@ def groundup(what: dict[str, Any]) -> Step:
     from groundup.recipe import OptimizerSettings
     from groundup.training import head_loss
     from groundup.training.compilation import CompiledBlocks
-    from groundup.training.memory import keep_freed_memory
     from groundup.training.optimizers import Optimizers, clip_gradients
+    from groundup.training.process import keep_freed_memory
 
     shape = what["shape"]
     heads, width = shape["heads"], shape["width"]

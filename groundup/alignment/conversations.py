@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import xxhash
@@ -17,8 +17,10 @@ from groundup.console import Console
 from groundup.errors import DataError
 from groundup.evaluation import generate_tasks
 from groundup.files import file_digest
-from groundup.recipe import SFTSettings
 from groundup.tokenizer import Message
+
+if TYPE_CHECKING:
+    from groundup.alignment.sft import SFTSettings
 
 TASKS = "groundup:tasks"
 HELD_OUT_SHARE = 10  # one prompt in so many

@@ -8,31 +8,55 @@ it a small model forgets how to write. The sum of losses is divided by the step'
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
-from groundup.alignment.conversations import Conversations, load_conversations
+from groundup.alignment.conversations import Conversations, data_fingerprint, load_conversations
 from groundup.alignment.packing import Text, lay_out, pack
 from groundup.console import Console
 from groundup.distributed import World, current_world
 from groundup.errors import DataError
 from groundup.files import value_digest
 from groundup.interop import save_model
+from groundup.interop.start import starting_config, starting_point
 from groundup.model import Transformer
-from groundup.recipe import SFTSettings
+from groundup.recipe import AlignSettings, OptimizerSettings, Section, Texts, resolve_optimizer, setting
+from groundup.report.format import format_lines, format_whole, loss_line, training_facts
 from groundup.shards import PackedLoader, Permutation, TokenShards, WindowLoader
 from groundup.shards.mixture import Shares, integer_weights
+from groundup.stage import Check, Context, Method, Shown, Stage, model_digest
 from groundup.tokenizer import Message, Tokenizer, render
 from groundup.training import IGNORED, TrainedModel, TrainingJob, forget_checkpoints, train
-from groundup.training.start import start_digest
+from groundup.training.pretrain import QUICK_VALIDATION, training_checks, training_derived
 
 Batch = dict[str, Tensor]
+
+
+class SFTSettings(AlignSettings, OptimizerSettings):
+    """Base model and conversations to an assistant."""
+
+    data: Texts = setting(
+        ("groundup:tasks",), 'conversations: JSONL files with a "messages" list, or groundup:tasks', min_length=1
+    )
+    examples: int = setting(10_000, "conversations that groundup:tasks generates", ge=100, le=10_000_000)
+    epochs: float = setting(3.0, "passes over the conversations", gt=0.0, le=1000.0)
+    packing: bool = setting(
+        True, "a row holds several whole conversations (false: one, padded; the same loss in more time)"
+    )
+    replay: float = setting(
+        0.0,
+        "share of the rows that are text of pretraining, against forgetting (try 0.25)",
+        ge=0.0,
+        lt=1.0,
+    )
 
 
 def fine_tune(
@@ -44,6 +68,8 @@ def fine_tune(
     conversations: Conversations | None = None,
     replay_shards: str | Path | None = None,
     seed: int = 1,
+    name: str = "sft",
+    start: str = "fresh",
     world: World | None = None,
     console: Console | None = None,
 ) -> TrainedModel:
@@ -52,31 +78,33 @@ def fine_tune(
     Args:
         model: trained in place.
         tokenizer: of the model.
-        settings: what the recipe's section says; `init` there says where the model came from, and loads nothing.
+        settings: what `[align.sft]` of a recipe says; its `start` loads nothing.
         out: the folder for logs, checkpoints and the model.
         conversations: what to learn (default: what `settings.data` names).
         replay_shards: a folder written by `write_shards` with this tokenizer, for `settings.replay`.
         seed: of the generated tasks, the order and dropout.
+        name: of the stage, in messages.
+        start: what stands for the weights it begins with, so that a checkpoint of others is not resumed.
         world: the processes to train on (default: those of `torchrun`, or this one).
         console: where progress is shown.
 
     Raises:
         ArtifactError: shards missing, damaged or of another tokenizer.
-        DataError: no usable conversation, or text to replay without shards.
+        DataError: no usable conversation, or no shards to replay.
         Interrupted: asked to stop; everything is saved.
     """
-    settings, console, world = settings or SFTSettings(), console or Console(), world or current_world()
+    settings = resolve_optimizer(settings or SFTSettings())
+    console, world = console or Console(), world or current_world()
     out, length = Path(out), model.config.context_length
-    replayed = open_replay(settings, replay_shards, tokenizer, length, seed)
     conversations = conversations or load_conversations(settings, seed, console)
-    source = ConversationRows(conversations, tokenizer, length, settings, seed, replayed)
+    source = ConversationRows(conversations, tokenizer, length, settings, seed, replay_shards, f"align.{name}")
     if source.truncated:
         console.warn(
-            f"sft: {source.truncated} conversations are longer than the context of {length} tokens and were cut; "
+            f"{name}: {source.truncated} conversations are longer than the context of {length} tokens and were cut; "
             f"{source.unsupervised} had no answer left and were dropped."
         )
     job = TrainingJob(
-        name="sft",
+        name=name,
         model=model,
         source=source,
         settings=settings,
@@ -84,7 +112,7 @@ def fine_tune(
         folder=out,
         seed=seed,
         row_length=length if source.is_packed else None,
-        start=start_digest(settings.init) if settings.init is not None else "fresh",
+        start=start,
     )
     summary = train(job, world, console)
     summary |= source.figures(job.plan.rows(job.n_steps - 1)[1])
@@ -102,7 +130,8 @@ class ConversationRows:
         context_length: of the model; longer conversations are cut at the end, and counted in `truncated`.
         settings: how to pack, and how much to replay.
         seed: of the order.
-        replayed: rows of text, for `settings.replay`.
+        replay_shards: the text, for `settings.replay`.
+        section: of the recipe, in messages.
 
     Attributes:
         is_packed: whether all rows have the context's length, and say where their documents are.
@@ -110,31 +139,36 @@ class ConversationRows:
         unsupervised: those of them without an answer left, which are dropped.
 
     Raises:
-        DataError: nothing supervised is left.
+        ArtifactError: shards missing, damaged or of another tokenizer.
+        DataError: nothing supervised is left, or there is no text to replay.
     """
 
     def __init__(
         self, conversations: Conversations, tokenizer: Tokenizer, context_length: int, settings: SFTSettings,
-        seed: int, replayed: PackedLoader | None = None,
+        seed: int, replay_shards: str | Path | None = None, section: str = "align.sft",
     ) -> None:  # fmt: skip
+        check_replay(settings, replay_shards is not None, section)
         self.truncated = self.unsupervised = 0
         self._width, self._pad_id, self._seed = context_length, tokenizer.pad_id, seed
         self._train = self._encode(conversations.train, tokenizer)
         self._held_out = self._encode(conversations.held_out, tokenizer)
         if not self._train or not self._held_out:
             raise DataError(
-                "[sft]: no answer fits into the model's context.",
+                f"[{section}]: no answer fits into the model's context.",
                 f"Raise [model] context_length = {context_length}, or use shorter conversations.",
             )
-        self._packs, self._replayed, self._replay = settings.packing, replayed, settings.replay
-        self.is_packed = self._packs or replayed is not None
+        self._packs, self._replay = settings.packing, settings.replay
+        self._text: PackedLoader | None = None
+        if settings.replay and replay_shards is not None:
+            shards = TokenShards.open(replay_shards, "train", tokenizer_fingerprint=tokenizer.fingerprint)
+            self._text = PackedLoader(WindowLoader(shards, context_length, settings.batch_size, seed))
+        self.is_packed = self._packs or self._text is not None
         self._rows = self._into_rows(self._train)
-        self._shares = Shares([1] if replayed is None else integer_weights([1 - self._replay, self._replay]), seed)
+        self._shares = Shares(integer_weights([1 - self._replay, self._replay] if self._replay else [1]), seed)
         digest = xxhash.xxh3_128()
-        for text in self._train:
-            for part in text:
-                digest.update(part.tobytes())
-        text = None if replayed is None else replayed.identity()
+        for part in itertools.chain.from_iterable(self._train):
+            digest.update(part.tobytes())
+        text = None if self._text is None else self._text.identity()
         self.fingerprint = value_digest(
             [tokenizer.fingerprint, context_length, self._packs, self._replay, text, seed, digest.hexdigest()]
         )
@@ -151,8 +185,8 @@ class ConversationRows:
         for place, row in zip(np.flatnonzero(~is_text), self._shuffled(numbers[~is_text]), strict=True):
             rows[place] = self._rows[row]
         batch = self._lay_out(rows)
-        if self._replayed is not None and is_text.any():
-            text = self._replayed.rows(numbers[is_text])
+        if self._text is not None and is_text.any():
+            text = self._text.rows(numbers[is_text])
             parts = (text.ids, text.targets, text.document_ids, text.positions)
             for name, part in zip(("ids", "targets", "documents", "positions"), parts, strict=True):
                 batch[name][is_text, : part.shape[1]] = part
@@ -182,7 +216,7 @@ class ConversationRows:
         if self._packs:
             tokens = sum(len(ids) for ids, _ in self._train)
             figures["packing_efficiency"] = tokens / (len(self._rows) * self._width)
-        if self._replayed is not None:
+        if self._text is not None:
             figures["replay_share"] = self._shares.counts(n_rows)[1] / n_rows
         return figures
 
@@ -221,26 +255,89 @@ class ConversationRows:
         return texts
 
 
-def open_replay(
-    settings: SFTSettings, shards: str | Path | None, tokenizer: Tokenizer, context_length: int, seed: int
-) -> PackedLoader | None:
-    """The rows of text that `settings.replay` asks for; None if it asks for none.
+def check_replay(settings: SFTSettings, has_shards: bool, section: str) -> None:
+    """Hold that there is text to replay if some is to be.
 
     Raises:
-        ArtifactError: shards missing, damaged or of another tokenizer.
-        DataError: no shards are given, or too little text.
+        DataError: there is none.
     """
-    if not settings.replay:
-        return None
-    if shards is None:
+    if settings.replay and not has_shards:
         raise DataError(
-            f"[sft] replay = {settings.replay:g}: there are no token shards to replay text from.",
-            "Give the recipe a [corpus], or set replay = 0 (the model then forgets much of its text).",
+            f"[{section}] replay = {settings.replay:g}: there are no token shards to replay text from.",
+            "Give the recipe a [corpus], or set replay = 0 (the model then forgets much of what it has read).",
         )
-    train_shards = TokenShards.open(shards, "train", tokenizer_fingerprint=tokenizer.fingerprint)
-    return PackedLoader(WindowLoader(train_shards, context_length, settings.batch_size, seed))
 
 
 def supervised(text: Text) -> int:
     """How many targets a text has."""
     return int((text[1] != IGNORED).sum())
+
+
+class SupervisedFineTuning(Method):
+    """The stage: a model learns to answer."""
+
+    settings = SFTSettings
+    version = 5
+    makes = "lm"
+    trains = True
+    figures = ("val_loss", "final_loss")
+
+    def needs(self, stage: Stage) -> tuple[str, ...]:
+        """The text to replay."""
+        return ("shards",) if stage.settings.replay and stage.recipe.reads_text else ()
+
+    def outside(self, stage: Stage) -> dict[str, str]:
+        """The conversations, and a model made elsewhere."""
+        start = stage.outside_start
+        digests = {} if start is None else {"start": model_digest(start)}
+        return {**digests, "data": ",".join(data_fingerprint(stage.settings))}
+
+    def sections(self, stage: Stage) -> tuple[Section, ...]:
+        """`[model]` can change a model made elsewhere."""
+        return (stage.settings,) if stage.outside_start is None else (stage.recipe.model, stage.settings)
+
+    def checks(self, stage: Stage) -> Iterable[Check]:
+        """Data, model, optimizer."""
+        yield f"[{stage.section}] start", lambda: starting_config(stage)
+        yield from training_checks(stage)
+        yield f"[{stage.section}] data", lambda: data_fingerprint(stage.settings)
+        yield f"[{stage.section}] replay", lambda: check_replay(stage.settings, stage.recipe.reads_text, stage.section)
+
+    def derived(self, stage: Stage) -> Iterable[tuple[str, str, str]]:
+        """Micro-batch and memory."""
+        config, _ = starting_config(stage)
+        yield from training_derived(stage, config, config.context_length, None)
+
+    def quick(self, settings: SFTSettings) -> SFTSettings:
+        """Fewer conversations."""
+        examples = min(settings.examples, 2000)
+        return settings.model_copy(update={"examples": examples, "epochs": 2.0, **QUICK_VALIDATION})
+
+    def work(self, context: Context) -> dict[str, Any]:
+        """See `fine_tune`."""
+        stage = context.stage
+        model, tokenizer = starting_point(stage, context.run, context.console)
+        shards = context.run.folder("shards") if "shards" in stage.needs else None
+        return fine_tune(
+            model, tokenizer, stage.settings, out=context.folder, replay_shards=shards, seed=context.recipe.seed,
+            name=stage.name, world=context.world, console=context.console,
+        ).summary  # fmt: skip
+
+    def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:
+        """Conversations and loss."""
+        counts = [
+            ("conversations", format_whole(summary.get("conversations_train"))),
+            ("held out", format_whole(summary.get("conversations_held_out"))),
+            ("supervised tokens", format_whole(summary.get("supervised_tokens"))),
+            ("rows filled", _percent(summary.get("packing_efficiency"))),
+            ("rows of replayed text", _percent(summary.get("replay_share"))),
+        ]
+        lines = format_lines((summary.get("conversations_train"), "{} dialogues"), loss_line(summary))
+        return Shown("Supervised fine-tuning", [*counts, *training_facts(summary)], lines)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+SFT = SupervisedFineTuning()

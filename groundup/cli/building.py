@@ -1,4 +1,4 @@
-"""Commands that build: `build`, and one for each stage."""
+"""Commands that build: `build`, and one for each method."""
 
 from __future__ import annotations
 
@@ -23,55 +23,57 @@ from groundup.cli.options import (
     print_json,
     result_console,
 )
+from groundup.recipe.registry import registered
 
 if TYPE_CHECKING:
     from groundup.console import Console
     from groundup.recipe import Recipe
     from groundup.run import Run
 
-STAGES = {
-    "corpus": "Raw files to clean documents: read, extract, filter by language and quality, remove duplicates.",
-    "tokenizer": "Documents to tokenizer.json: byte-level BPE, WordPiece, Unigram, or one token per character.",
-    "shards": "Documents and tokenizer to binary token shards.",
-    "pretrain": "Model and shards to a base model: next-token prediction.",
-    "sft": "Base model and conversations to an assistant: supervised fine-tuning.",
-    "evaluate": "Models to scores with error bars: bits per byte, exact match.",
-}
-
 SmokeOption = Annotated[
-    bool, typer.Option("--smoke", help="The same road in a fraction of the time, to see that it works.")
+    bool, typer.Option("--smoke", help="The same pipeline in a fraction of the time, to see that it works.")
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 
 
+PANEL = "Build, stage by stage"
+
+
 def add_to(app: typer.Typer, groups: Mapping[str, tuple[typer.Typer, str]]) -> None:
-    """Add these commands to the command line.
+    """Add these commands to the command line: `build`, and one for each method, those of others too.
 
     Args:
         app: the command line.
         groups: for stages that have other commands too, these, and an example.
     """
     app.command(
+        rich_help_panel=PANEL,
         epilog="Examples:  groundup build demo  ·  groundup build shakespeare --set corpus.inputs=my.txt  ·  "
-        "groundup build my.toml --from sft  ·  torchrun --nproc-per-node 2 -m groundup build demo"
+        "groundup build my.toml --from pretrain  ·  torchrun --nproc-per-node 2 -m groundup build demo",
     )(build)
-    for name, about in STAGES.items():
-        about = f"{about}\n\nStages it stands on are brought up to date first."
+    for name, method in registered().items():
+        about = f"{method.about}\n\nStages it stands on are brought up to date first."
         examples = f"Examples:  groundup {name} demo  ·  groundup {name} my.toml --force"
         if name not in groups:
-            app.command(name, help=about, epilog=examples)(_stage_command(name))
+            app.command(name, help=about, epilog=examples, rich_help_panel=PANEL)(_stage_command(name))
             continue
         group, more = groups[name]
         group.command(DEFAULT, help=about, epilog=examples)(_stage_command(name))
         about, examples = f"{about} The other commands look at it.", f"{examples}  ·  {more}"
-        app.add_typer(group, name=name, cls=StageGroup, help=about, epilog=examples, no_args_is_help=True)
+        app.add_typer(
+            group, name=name, cls=StageGroup, help=about, epilog=examples, no_args_is_help=True, rich_help_panel=PANEL
+        )
 
 
 def build(
     recipe: RecipeArgument,
     settings: SetOption = None,
     start_from: Annotated[
-        str | None, typer.Option("--from", metavar="STAGE", help="Do this stage and all that follow again.")
+        str | None, typer.Option("--from", metavar="STAGE", help="Do this stage and all that stand on it again.")
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="STAGE", help="Do this stage and what it stands on; may be given many times."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Do every stage again.")] = False,
     smoke: SmokeOption = False,
@@ -81,15 +83,15 @@ def build(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Walk the whole road of a recipe: text in, a model, its scores and its report out.
+    """Run the whole pipeline of a recipe: text in, models, their scores and a report out.
 
     Finished stages are skipped. Interrupted anywhere, the same command goes on.
     """
     chosen, folder = recipe_and_run(recipe, settings or [], smoke, run, runs)
     if dry_run:
-        _show_plan(chosen, folder, None, start_from, force, as_json)
+        _show_plan(chosen, folder, only or None, start_from, force, as_json)
         return
-    _build(chosen, folder, None, start_from, force, as_json, quiet)
+    _build(chosen, folder, only or None, start_from, force, as_json, quiet)
 
 
 def _stage_command(name: str) -> Callable[..., None]:
@@ -106,23 +108,24 @@ def _stage_command(name: str) -> Callable[..., None]:
     ) -> None:
         chosen, folder = recipe_and_run(recipe, settings or [], smoke, run, runs)
         if dry_run:
-            _show_plan(chosen, folder, name, None, force, as_json)
+            _show_plan(chosen, folder, [name], None, force, as_json)
             return
-        _build(chosen, folder, name, None, force, as_json, quiet)
+        _build(chosen, folder, [name], None, force, as_json, quiet)
 
     return command
 
 
 def _build(
-    recipe: Recipe, folder: Path, until: str | None, start_from: str | None, force: bool, as_json: bool, quiet: bool
-) -> None:
+    recipe: Recipe, folder: Path, only: list[str] | None, start_from: str | None, force: bool, as_json: bool,
+    quiet: bool,
+) -> None:  # fmt: skip
     import torch
 
     from groundup import __version__
     from groundup.console import Console
     from groundup.distributed import current_world
     from groundup.errors import GateError, Interrupted
-    from groundup.road import build as walk
+    from groundup.pipeline import build as run_pipeline
     from groundup.run import Run
     from groundup.training import choose_precision
 
@@ -138,14 +141,14 @@ def _build(
     missed: GateError | None = None
     try:
         with stopped_by_sigterm():
-            walk(recipe, folder, until=until, start_from=start_from, force=force, console=console)
+            run_pipeline(recipe, folder, only=only, start_from=start_from, force=force, console=console)
     except GateError as error:
         missed = error
     except KeyboardInterrupt as error:
         raise Interrupted("Stopped. Finished stages are kept, and no file is half written.") from error
     if world.is_first and as_json:
-        print_json(_result(Run(folder), recipe, until))
-    elif world.is_first and until in (None, "evaluate") and not quiet:
+        print_json(_result(Run(folder), recipe, only))
+    elif world.is_first and not quiet and (only is None or "evaluate" in only):
         show_table(Run(folder), console)
     if missed is not None:
         raise missed
@@ -153,13 +156,16 @@ def _build(
 
 def show_table(run: Run, console: Console) -> None:
     """The closing table, and how to go on."""
-    from groundup.files import read_json
+    from groundup.evaluation import read_comparison
     from groundup.recipe import shipped_recipes
     from groundup.report import closing_table
+    from groundup.stage import default_model
 
-    result_console().print(closing_table(read_json(run.folder("evaluate") / "scores.json"), run))
     recipe, page = run.recipe, run.root / "report.html"
-    if recipe.sft is not None:
+    if (run.folder("evaluate") / "scores.json").is_file():
+        result_console().print(closing_table(read_comparison(run), run))
+    model, _ = default_model(recipe, to_chat=True)
+    if model in recipe.align:
         console.note(f"Talk to it:    {command_line('chat', str(run.root))}      See it:  {page}")
     else:
         console.note(f"Let it write:  {command_line('generate', str(run.root))}      See it:  {page}")
@@ -181,14 +187,16 @@ def stopped_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _result(run: Run, recipe: Recipe, until: str | None) -> dict[str, object]:
+def _result(run: Run, recipe: Recipe, only: list[str] | None) -> dict[str, object]:
     """What a program wants to know of a build."""
-    from groundup.files import read_json
-    from groundup.road import stages
+    from groundup.evaluation import read_comparison
+    from groundup.stage import ancestors, graph, select
 
-    names = [stage.name for stage in stages(recipe)]
-    names = names[: names.index(until) + 1] if until else names
-    manifests = {name: run.manifest(name) for name in names}
+    stages = graph(recipe)
+    wanted = ancestors(stages, select(stages, stages if only is None else only))
+    manifests = {name: run.manifest(name) for name in stages if name in wanted}
+    is_scored = any(stages[name].subject is not None for name in wanted)
+    found = read_comparison(run) if is_scored else {"rows": None, "gates": None}
     return {
         "run": str(run.root),
         "stages": {
@@ -196,7 +204,8 @@ def _result(run: Run, recipe: Recipe, until: str | None) -> dict[str, object]:
             for name, manifest in manifests.items()
             if manifest is not None
         },
-        "scores": read_json(run.folder("evaluate") / "scores.json")["rows"] if "evaluate" in names else None,
+        "scores": found["rows"],
+        "gates": found["gates"],
     }
 
 
@@ -223,10 +232,10 @@ def recipe_and_run(source: str, settings: list[str], smoke: bool, run: Path | No
 
 
 def _show_plan(
-    recipe: Recipe, folder: Path, until: str | None, start_from: str | None, force: bool, as_json: bool
+    recipe: Recipe, folder: Path, only: list[str] | None, start_from: str | None, force: bool, as_json: bool
 ) -> None:
+    from groundup.pipeline import plan
     from groundup.preview import check_recipe
-    from groundup.road import plan
     from groundup.run import Run
 
     words = {
@@ -237,11 +246,12 @@ def _show_plan(
         "forced": "would be done again, as asked",
     }
     check_recipe(recipe, recipe.name)
-    plans = plan(recipe, Run(folder), until=until, start_from=start_from, force=force)
+    plans = plan(recipe, Run(folder), only=only, start_from=start_from, force=force)
     states = {item.stage.name: "forced" if item.forced and item.state != "missing" else item.state for item in plans}
     if as_json:
         print_json({"run": str(folder), "stages": states})
         return
     typer.echo(f"run {folder}")
+    width = max(len(name) for name in states)
     for name, state in states.items():
-        typer.echo(f"{name:<10} {words[state]}")
+        typer.echo(f"{name:<{width}} {words[state]}")

@@ -171,7 +171,7 @@ def _bfloat16(torch: Arithmetic) -> Finding:
     if not native:
         return Finding("precision", f"float32: {evidence}; {measured}")
     if torch.bfloat16_flops < torch.float32_flops:
-        advice = "bfloat16 is slower than float32 here: --set pretrain.precision=float32 --set sft.precision=float32."
+        advice = "bfloat16 is slower than float32 here: --set pretrain.precision=float32"
         return Finding("precision", f"bfloat16: {evidence}; {measured}", "warn", advice)
     return Finding("precision", f"bfloat16: {evidence}; {measured}")
 
@@ -233,7 +233,7 @@ def _expectation(machine: Machine, demo: Recipe) -> Finding:
 
 def _demo_tokens(demo: Recipe) -> float:
     pretrain = demo.pretrain.tokens if isinstance(demo.pretrain.tokens, int) else 0
-    return pretrain + (demo.sft.examples * demo.sft.epochs * CONVERSATION_TOKENS if demo.sft else 0)
+    return pretrain
 
 
 def _two_digits(number: float) -> int:

@@ -20,16 +20,23 @@ from groundup.cli.options import (
     result_console,
 )
 
+PANEL = "Look at runs, recipes and this machine"
 recipe_app = typer.Typer(help="Look at recipes, check them, make new ones.", no_args_is_help=True)
 
 
 def add_to(app: typer.Typer) -> None:
     """Add these commands to the command line."""
-    app.command(epilog="Examples:  groundup report runs/demo  ·  groundup report runs/demo --open")(report)
-    app.command(epilog="Examples:  groundup status runs/demo  ·  groundup status runs/demo --json")(status)
-    app.command("runs", epilog="Examples:  groundup runs  ·  groundup runs --json")(list_all_runs)
-    app.command(epilog="Examples:  groundup doctor  ·  groundup doctor --json")(doctor)
-    app.add_typer(recipe_app, name="recipe")
+    app.command(
+        rich_help_panel=PANEL, epilog="Examples:  groundup report runs/demo  ·  groundup report runs/demo --open"
+    )(report)
+    app.command(
+        rich_help_panel=PANEL, epilog="Examples:  groundup status runs/demo  ·  groundup status runs/demo --json"
+    )(status)
+    app.command("runs", rich_help_panel=PANEL, epilog="Examples:  groundup runs  ·  groundup runs --json")(
+        list_all_runs
+    )
+    app.command(rich_help_panel=PANEL, epilog="Examples:  groundup doctor  ·  groundup doctor --json")(doctor)
+    app.add_typer(recipe_app, name="recipe", rich_help_panel=PANEL)
 
 
 def report(
@@ -48,7 +55,7 @@ def report(
 
 def status(run: RunArgument, as_json: JsonOption = False) -> None:
     """What of a run is done, changed, interrupted or missing, and whether someone works on it now."""
-    from groundup.road import plan
+    from groundup.pipeline import plan
     from groundup.run import Run
 
     found = Run.existing(run)
@@ -85,12 +92,11 @@ def status(run: RunArgument, as_json: JsonOption = False) -> None:
 
 def list_all_runs(runs: RunsOption = Path("runs"), as_json: JsonOption = False) -> None:
     """The runs in a folder, newest first."""
-    from groundup.cli.building import STAGES
     from groundup.run import RECIPE_FILE, list_runs
 
     rows: list[dict[str, Any]] = []
     for run in list_runs(runs):
-        done = [name for name in STAGES if run.manifest(name)]
+        done = run.finished()
         changed = (run.root / RECIPE_FILE).stat().st_mtime
         rows.append({"run": str(run.root), "done": done, "recipe_written": changed})
     if as_json:
@@ -125,19 +131,19 @@ def doctor(as_json: JsonOption = False, runs: RunsOption = Path("runs")) -> None
 def recipe_show(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption = False) -> None:
     """Print a recipe with every default filled in, and each derived value with its reason."""
     from groundup.preview import derived_values
-    from groundup.recipe import read_recipe, recipe_toml
+    from groundup.recipe import read_recipe, recipe_toml, resolve
 
     chosen = read_recipe(_of_run(recipe), settings or [])
     derived = derived_values(chosen)
     if as_json:
         print_json(
             {
-                "recipe": chosen.model_dump(mode="json"),
+                "recipe": resolve(chosen).model_dump(mode="json"),
                 "derived": [{"setting": name, "value": value, "reason": reason} for name, value, reason in derived],
             }
         )
         return
-    typer.echo(recipe_toml(chosen))
+    typer.echo(recipe_toml(chosen, all_settings=True))
     typer.echo("# Derived:")
     for name, value, reason in derived:
         typer.echo(f"#   {name} = {value}  ({reason})")
@@ -161,15 +167,18 @@ def recipe_check(recipe: RecipeArgument, settings: SetOption = None) -> None:
 @recipe_app.command(
     "new",
     epilog="Examples:  groundup recipe new my.toml  ·  groundup recipe new my.toml --like shakespeare  ·  "
-    "groundup recipe new --list",
+    "groundup recipe new my.toml --all  ·  groundup recipe new --list",
 )
 def recipe_new(
     path: Annotated[Path | None, typer.Argument(metavar="FILE", help="The file to write.")] = None,
     like: Annotated[str, typer.Option("--like", help="The recipe or run to start from.")] = "demo",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every setting there is, each with its default and its comment.")
+    ] = False,
     names: Annotated[bool, typer.Option("--list", help="List the shipped recipes and the model presets.")] = False,
 ) -> None:
-    """Write a new recipe with every setting in it, each with its comment."""
+    """Write a new recipe: what another one sets, or with --all every setting there is."""
     from groundup.errors import GroundupError
     from groundup.files import write_text
     from groundup.recipe import read_recipe, recipe_toml, shipped_recipes
@@ -187,7 +196,7 @@ def recipe_new(
         raise GroundupError(f"{path}: is there already.", "Choose another name, or add --overwrite.")
     recipe = read_recipe(_of_run(like))
     renamed = recipe.model_copy(update={"name": path.stem}) if _fits_as_name(path.stem) else recipe
-    write_text(path, recipe_toml(renamed, comments=True))
+    write_text(path, recipe_toml(renamed, all_settings=every, comments=True))
     typer.echo(f"{path}: written. Change it, then:  {command_line('build', str(path))}")
 
 

@@ -55,11 +55,11 @@ building.add_to(
         "shards": (shards_commands, "groundup shards verify runs/demo"),
     },
 )
+planning.add_to(app)
+scaling.add_to(app)
 talking.add_to(app)
 modelling.add_to(app)
 moving.add_to(app)
-planning.add_to(app)
-scaling.add_to(app)
 inspecting.add_to(app)
 
 

@@ -24,7 +24,7 @@ FieldOption = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Add these commands to the command line."""
-    app.add_typer(model_app, name="model", no_args_is_help=True)
+    app.add_typer(model_app, name="model", no_args_is_help=True, rich_help_panel="Models in and out")
 
 
 @model_app.command("list", epilog="Examples:  groundup model list  ·  groundup model list --json")

@@ -34,11 +34,13 @@ def add_to(app: typer.Typer) -> None:
     """Add these commands to the command line."""
     app.command(
         "import",
+        rich_help_panel="Models in and out",
         epilog="Examples:  groundup import downloads/SmolLM2-135M models/smollm2  ·  "
         "groundup generate models/smollm2 'Once upon a time'",
     )(import_model)
     app.command(
         "export",
+        rich_help_panel="Models in and out",
         epilog="Examples:  groundup export runs/demo demo-hf --to hf --dtype bf16  ·  "
         "groundup export runs/demo demo.gguf --to gguf --dtype q8_0",
     )(export_model)
@@ -73,7 +75,8 @@ def export_model(
         typer.Option("--dtype", help="How weights are kept. hf: f32, f16, bf16 (default: as they are). gguf: f16."),
     ] = None,
     stage: Annotated[
-        str | None, typer.Option("--stage", help="Of a run: pretrain or sft (default: the last there is).")
+        str | None,
+        typer.Option("--model", "-m", metavar="STAGE", help="Of a run: whose model (default: what chat takes)."),
     ] = None,
     shard_gb: Annotated[
         float, typer.Option("--shard-gb", metavar="GB", min=0.001, help="hf: most gigabytes of weights in one file.")

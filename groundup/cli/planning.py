@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 def add_to(app: typer.Typer) -> None:
     """Add the command to the command line."""
     app.command(
+        rich_help_panel="Plan",
         epilog="Examples:  groundup plan demo  ·  groundup plan my.toml --hours 8  ·  groundup plan my.toml --device "
         "h100x8 --budget 500  ·  groundup plan demo --set model.size=1b",
     )(plan)
@@ -84,7 +85,7 @@ def _show(plan: Plan) -> None:
     console = result_console()
     console.print(_table(("plan", plan.recipe, ""), _facts(plan), right=()))
     typer.echo()
-    memory = plan.fit.need
+    memory = plan.fit.estimate
     rows: list[tuple[str, ...]] = [(name, format_bytes(size), "") for name, size in memory.parts().items() if size]
     later = memory.memory.all_gradients - memory.memory.gradients
     if later > 0:
@@ -92,17 +93,17 @@ def _show(plan: Plan) -> None:
         shown = (format_bytes(memory.memory.gradients), f"{format_bytes(later)} more come when activations have gone")
         rows[place : place + (rows[place][0] == "gradients")] = [("gradients", *shown)]
     verdict = "fits" if plan.fits else "does not fit"
-    room = plan.place.room
-    rows.append(("all", format_bytes(memory.total), f"{verdict}: {format_bytes(room.total)}, {room.what}"))
+    available = plan.hardware.available
+    rows.append(("all", format_bytes(memory.total), f"{verdict}: {format_bytes(available.total)}, {available.what}"))
     console.print(_table(("memory, each device", "bytes", f"fullest: {memory.memory.moment}"), rows))
-    if plan.fit.remedies:
+    if plan.fit.suggestions:
         typer.echo()
-        console.print(_table(("to make it fit", "saves", "then needs", ""), _remedies(plan), right=(1, 2)))
+        console.print(_table(("to make it fit", "saves", "then needs", ""), _suggestions(plan), right=(1, 2)))
     typer.echo()
     whole = plan.total_seconds
     times = [(name, _duration(one), f"{one / whole:.0%}") for name, one in plan.seconds.items() if one >= 0.05]
     times.append(("all", _duration(whole), "" if plan.dollars is None else f"${plan.dollars:,.2f}"))
-    console.print(_table(("time", "", plan.pace.how), times))
+    console.print(_table(("time", "", plan.timings.how), times))
     if plan.sizes:
         typer.echo()
         console.print(_table(("size for this budget", "parameters", "tokens", "each", "loss", ""), _sizes(plan)))
@@ -113,24 +114,28 @@ def _show(plan: Plan) -> None:
 def _facts(plan: Plan) -> list[tuple[str, ...]]:
     from groundup.console import format_bytes, format_count
 
-    counts, amount, place, expected = plan.parameters, plan.amount, plan.place, plan.expected
+    counts, amount, hardware, expected = plan.parameters, plan.amount, plan.hardware, plan.expected
     parts = f"{counts['non_embedding']:,} of them not in embeddings"
     if counts["active"] != counts["all"]:
         parts += f"; {counts['active']:,} compute a token"
     epochs = "" if amount.epochs is None else f"; the text {amount.epochs:.2g} times"
-    devices = place.device if place.count == 1 else f"{place.count} × {place.device}"
+    devices = hardware.device if hardware.count == 1 else f"{hardware.count} × {hardware.device}"
     largest = plan.fit.largest_micro
     micro = plan.fit.micro_why
     if largest is not None and largest != plan.fit.step.micro:
         micro += f"; up to {largest} fit"
     rows: list[tuple[str, ...]] = [
-        ("device", devices, f"{format_bytes(place.room.total)} of memory" + (" each" if place.count > 1 else "")),
+        (
+            "device",
+            devices,
+            f"{format_bytes(hardware.available.total)} of memory" + (" each" if hardware.count > 1 else ""),
+        ),
         ("parameters", f"{counts['all']:,}", parts),
         ("tokens", f"{amount.tokens:,}", amount.why + epochs),
         ("steps", f"{amount.steps:,}", f"{plan.settings.batch_size} rows × {plan.fit.step.length:,} tokens"),
         ("micro-batch", f"{plan.fit.step.micro:,}", micro),
-        ("precision", place.precision, place.precision_why),
-        ("FLOPs", f"{plan.flops:.2e}", f"at {plan.pace.flops:.2e} a second"),
+        ("precision", hardware.precision, hardware.precision_why),
+        ("FLOPs", f"{plan.flops:.2e}", f"at {plan.timings.flops:.2e} a second"),
         ("speed", f"{format_count(plan.tokens_per_second)} tok/s", "of the training steps"),
     ]
     if expected.loss is None:
@@ -139,11 +144,11 @@ def _facts(plan: Plan) -> list[tuple[str, ...]]:
     return [*rows, ("validation loss", f"{expected.loss:.3f}", f"nats per token{spread}, by {expected.why}")]
 
 
-def _remedies(plan: Plan) -> list[tuple[str, ...]]:
+def _suggestions(plan: Plan) -> list[tuple[str, ...]]:
     from groundup.console import format_bytes
 
     rows: list[tuple[str, ...]] = []
-    for one in plan.fit.remedies:
+    for one in plan.fit.suggestions:
         verdict = "fits" if one.fits else "not enough yet"
         rows.append((one.setting, format_bytes(one.saves), format_bytes(one.total), f"{verdict}; {one.cost}"))
     return rows

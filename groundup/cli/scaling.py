@@ -35,6 +35,7 @@ FURTHER = (1, 10, 100)
 def add_to(app: typer.Typer) -> None:
     """Add the command to the command line."""
     app.command(
+        rich_help_panel="Plan",
         epilog="Examples:  groundup scaling demo --dry-run  ·  groundup scaling demo  ·  groundup scaling my.toml "
         "--sizes 1m,2m,4m,8m --minutes 60",
     )(scaling)
@@ -69,7 +70,7 @@ def scaling(
     """
     from groundup.console import Console
     from groundup.distributed import current_world
-    from groundup.training.scaling.grid import DEFAULT_SIZES
+    from groundup.training.scaling.sweep import DEFAULT_SIZES
 
     chosen, folder = recipe_and_run(recipe, settings or [], False, None, runs)
     asked: dict[str, Any] = {
@@ -94,14 +95,14 @@ def scaling(
 
 def _sweep(recipe: Recipe, folder: Path, asked: dict[str, Any], console: Console) -> ScalingLaw:
     from groundup.errors import Interrupted
-    from groundup.road import build
+    from groundup.pipeline import build
     from groundup.training.scaling.sweep import check_question, check_start, scaling_sweep
 
     check_start(recipe, asked["out"])
     check_question(asked["sizes"], asked["tokens"], asked["minutes"])
     try:
         with stopped_by_sigterm():
-            run = build(recipe, folder, until="shards", console=console)
+            run = build(recipe, folder, only=["shards"], console=console)
             return scaling_sweep(recipe, run.folder("shards"), console=console, **asked)
     except KeyboardInterrupt as error:
         raise Interrupted("Stopped. Finished runs and stages are kept, and no file is half written.") from error
@@ -150,7 +151,7 @@ def show_law(law: ScalingLaw, out: Path) -> None:
 
 def reach(row: Optimum, law: ScalingLaw) -> str:
     """How far from what was measured a prediction is, in words."""
-    from groundup.training.scaling.grid import MOST_EPOCHS
+    from groundup.training.scaling.sweep import MOST_EPOCHS
 
     if row.beyond > 1.0:
         words = f"extrapolated: {row.beyond:.3g}× the compute of the largest run"
@@ -174,18 +175,17 @@ def _ahead(law: ScalingLaw) -> list[dict[str, Any]]:
 
 
 def _show_plan(recipe: Recipe, folder: Path, asked: dict[str, Any], as_json: bool, console: Console) -> None:
-    """The runs, what each costs, and which are there; the road's stages as `build --dry-run` says them."""
+    """The runs, what each costs, and which are there; the pipeline's stages as `build --dry-run` says them."""
+    from groundup.pipeline import plan
     from groundup.preview import check_recipe
-    from groundup.road import plan
     from groundup.run import Run
-    from groundup.training.scaling.sweep import check_start, plan_sweep
-    from groundup.training.scaling.time import seconds_of
-    from groundup.training.threads import limited_threads
+    from groundup.training.process import limited_threads
+    from groundup.training.scaling.sweep import check_start, plan_sweep, seconds_of
 
     check_start(recipe, asked["out"])
     check_recipe(recipe, recipe.name)
     run = Run(folder)
-    missing = [item.stage.name for item in plan(recipe, run, until="shards") if item.state != "done"]
+    missing = [item.stage.name for item in plan(recipe, run, only=["shards"]) if item.state != "done"]
     if missing:
         if as_json:
             print_json({"folder": str(asked["out"]), "missing_stages": missing, "runs": None, "seconds": None})

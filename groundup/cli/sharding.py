@@ -168,14 +168,14 @@ def import_(
     """
     from groundup.recipe import ShardsSettings
     from groundup.shards import import_ids
-    from groundup.tokenizer import Tokenizer
+    from groundup.tokenizer import load_tokenizer
 
     done = import_ids(
         source,
         out,
         validation=validation,
         format=format,
-        tokenizer=Tokenizer.load(tokenizer) if tokenizer is not None else None,
+        tokenizer=load_tokenizer(tokenizer) if tokenizer is not None else None,
         end_of_text_id=end_of_text_id,
         vocab_size=vocab_size,
         column=column,
@@ -221,12 +221,12 @@ def _tokenizer_of(shards: TokenShards, named: Path | None) -> Tokenizer | None:
         ArtifactError: it is not the one that made the ids.
     """
     from groundup.errors import ArtifactError
-    from groundup.tokenizer import Tokenizer
+    from groundup.tokenizer import load_tokenizer
 
     path = named or shards.folder.parent / "tokenizer"
     if named is None and not (path / "tokenizer.json").is_file():
         return None
-    tokenizer = Tokenizer.load(path)
+    tokenizer = load_tokenizer(path)
     if shards.tokenizer_fingerprint not in ("", tokenizer.fingerprint):
         raise ArtifactError(
             f"{path}: not the tokenizer of these shards ({shards.tokenizer_fingerprint[:12]}…, this is "

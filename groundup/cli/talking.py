@@ -25,15 +25,23 @@ MaxTokensOption = Annotated[int | None, typer.Option("--max-tokens", "-n", help=
 SeedOption = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")]
 
 
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", metavar="STAGE", help="Of a run: the stage whose model it is.")
+]
+PANEL = "Use a model"
+
+
 def add_to(app: typer.Typer) -> None:
     """Add these commands to the command line."""
     app.command(
+        rich_help_panel=PANEL,
         epilog='Examples:  groundup generate runs/demo "Once upon a time"  ·  '
-        "groundup generate runs/shakespeare ROMEO: -n 300 -t 0.8 --seed 7  ·  echo Once | groundup generate runs/demo"
+        "groundup generate runs/shakespeare ROMEO: -n 300 -t 0.8 --seed 7  ·  echo Once | groundup generate runs/demo",
     )(generate)
     app.command(
+        rich_help_panel=PANEL,
         epilog="Examples:  groundup chat runs/demo  ·  groundup chat runs/demo --temperature 0  ·  "
-        'groundup chat runs/demo --say "What is the capital of France?"'
+        'groundup chat runs/demo --say "What is the capital of France?"',
     )(chat)
 
 
@@ -46,16 +54,16 @@ def generate(
     max_tokens: MaxTokensOption = None,
     seed: SeedOption = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop before this text; may be given often.")] = None,
-    stage: Annotated[str, typer.Option("--stage", help="Of a run: which stage's model.")] = "pretrain",
+    stage: ModelOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a text with a base model, streaming."""
+    """Continue a text, streaming: of a run, with its base model unless --model names another."""
     from groundup.cli.chat import printable
     from groundup.generation import generate as generate_text
     from groundup.generation import stream
 
     text = _as_text(prompt) if prompt is not None else _standard_input()
-    network, tokenizer, folder = _load(model, stage)
+    network, tokenizer, folder = _load(model, stage, to_chat=False)
     defaults = _defaults(model)
     options: dict[str, Any] = {
         "max_tokens": max_tokens if max_tokens is not None else defaults.max_tokens,
@@ -94,13 +102,14 @@ def chat(
     top_p: TopPOption = None,
     max_tokens: MaxTokensOption = None,
     seed: SeedOption = None,
+    stage: ModelOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Talk to the assistant, streaming. Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands."""
     from groundup.cli.chat import Chat
     from groundup.generation import SamplingParams
 
-    network, tokenizer, folder = _load(model, None)
+    network, tokenizer, folder = _load(model, stage, to_chat=True)
     defaults = _defaults(model)
     params = SamplingParams(
         temperature=temperature if temperature is not None else defaults.temperature,
@@ -135,13 +144,16 @@ def _as_text(argument: str) -> str:
     return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _load(path: Path, stage: str | None) -> tuple[Transformer, Tokenizer, Path]:
+def _load(path: Path, stage: str | None, *, to_chat: bool) -> tuple[Transformer, Tokenizer, Path]:
     from groundup.errors import ArtifactError
     from groundup.interop import load
-    from groundup.run import RECIPE_FILE
+    from groundup.run import RECIPE_FILE, Run
+    from groundup.stage import default_model
 
-    is_run = (path / RECIPE_FILE).is_file()
-    loaded = load(path, stage=stage if is_run else None)
+    if stage is None and (path / RECIPE_FILE).is_file():
+        stage, why = default_model(Run(path).recipe, to_chat=to_chat)
+        typer.echo(f"model: {path / stage} ({why}; --model STAGE takes another)", err=True)
+    loaded = load(path, stage=stage)
     if loaded.tokenizer is None:
         raise ArtifactError(
             f"{loaded.folder}: this model has no tokenizer beside it.", "Copy its tokenizer.json there."

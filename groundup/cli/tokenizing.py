@@ -48,12 +48,12 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """What a tokenizer makes of a corpus: bytes per token by language and source, tokens never used, samples."""
-    from groundup.tokenizer import Tokenizer
+    from groundup.tokenizer import load_tokenizer
     from groundup.tokenizer.measure import measure, to_json
     from groundup.tokenizer.page import render, write_page
 
     file = tokenizer_file(tokenizer)
-    measured = measure(Tokenizer.load(file), _documents(tokenizer, text), int(most_mib * 2**20))
+    measured = measure(load_tokenizer(file), _documents(tokenizer, text), int(most_mib * 2**20))
     name = _name_of(tokenizer)
     if html is not None:
         write_page(measured, name, html)
@@ -72,10 +72,10 @@ def try_text(
     as_json: JsonOption = False,
 ) -> None:
     """How a text is cut: its pieces in colour, each with its id."""
-    from groundup.tokenizer import Tokenizer
+    from groundup.tokenizer import load_tokenizer
     from groundup.tokenizer.pieces import cut, in_colour, to_json
 
-    pieces = cut(Tokenizer.load(tokenizer_file(tokenizer)), text)
+    pieces = cut(load_tokenizer(tokenizer_file(tokenizer)), text)
     figures = to_json(pieces, text)
     if as_json:
         print_json(figures)

@@ -14,7 +14,7 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from groundup.console import Console
 from groundup.corpus.document import Document
 from groundup.corpus.engine import engine_for
 from groundup.corpus.funnel import PASSED_OVER_SHOWN
-from groundup.corpus.inputs import check_named_files
-from groundup.corpus.passes import DOCUMENTS, FUNNEL, SET_ASIDE_FILE, Passes
+from groundup.corpus.inputs import check_named_files, input_fingerprint
+from groundup.corpus.passes import ANNOTATED, DOCUMENTS, FUNNEL, SET_ASIDE_FILE, Passes
 from groundup.corpus.quality.language import check_languages
+from groundup.corpus.quality.rules import rules_for
 from groundup.corpus.reading.sources import Sources, find_sources
 from groundup.corpus.write import parse_line
 from groundup.errors import ArtifactError, DataError, RunError
@@ -38,6 +39,8 @@ from groundup.files import (
     write_json,
 )
 from groundup.recipe import CorpusSettings
+from groundup.report.format import format_lines, is_number
+from groundup.stage import Check, Context, Method, Shown, Stage
 
 WORK = f"work{PARTIAL_MARK}corpus"
 """Everything in it can be made again, so it goes when the stage ends, or when the next one begins."""
@@ -168,3 +171,36 @@ def stream_documents(folder: Path, split: str | None = None) -> Iterator[Documen
                     yield document
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: not found.", "Run the corpus stage first.") from error
+
+
+class Corpus(Method):
+    """The stage: raw files to documents."""
+
+    settings = CorpusSettings
+    version = 2
+    keeps = (ANNOTATED,)  # every piece in it is checked by its own fingerprint
+
+    def outside(self, stage: Stage) -> dict[str, str]:
+        """Digests of the input files."""
+        return {"inputs": input_fingerprint(stage.settings)}
+
+    def checks(self, stage: Stage) -> Iterable[Check]:
+        """Inputs that are missing, languages and rules that are unknown."""
+        settings = stage.settings
+        yield "[corpus] inputs", lambda: find_sources(settings.inputs)
+        yield "[corpus] languages", lambda: check_languages(settings.languages, settings.language_model)
+        yield "[corpus] quality", lambda: rules_for(settings.quality, settings.thresholds)
+        yield "[corpus]", lambda: check_named_files(settings)
+
+    def work(self, context: Context) -> dict[str, Any]:
+        """See `curate`."""
+        return curate(context.recipe.corpus, context.folder, context.console)
+
+    def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:
+        """How many documents stayed."""
+        came, kept = summary.get("documents_in"), summary.get("documents_kept")
+        aside = came - kept if is_number(came) and is_number(kept) else None
+        return Shown("Corpus", lines=format_lines((kept, "{} kept"), (aside, "{} set aside")))
+
+
+CORPUS = Corpus()

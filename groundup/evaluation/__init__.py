@@ -2,14 +2,10 @@
 
 from groundup.evaluation.harness import Scores, check_tasks, score_model
 from groundup.evaluation.metrics import Answer, Estimate, bits_per_byte, exact_match
-from groundup.evaluation.table import compare
+from groundup.evaluation.table import compare, evaluation_checks, read_comparison, write_comparison
 from groundup.evaluation.tasks import Task, generate_tasks, reward, verify
 
-VERSION = 1
-"""Raised when the code's results change; part of the stage's fingerprint."""
-
 __all__ = [
-    "VERSION",
     "Answer",
     "Estimate",
     "Scores",
@@ -17,9 +13,12 @@ __all__ = [
     "bits_per_byte",
     "check_tasks",
     "compare",
+    "evaluation_checks",
     "exact_match",
     "generate_tasks",
+    "read_comparison",
     "reward",
     "score_model",
     "verify",
+    "write_comparison",
 ]

@@ -1,21 +1,36 @@
-"""All the scores that a recipe asks for, of one model."""
+"""All the scores that a recipe asks for, of one model; every language model of a run is scored by itself and kept.
+
+`evaluate/NAME/scores.json` holds the figures of the model that the stage NAME made; `evaluate/before-NAME`, those of
+the model that it started from, where no stage of the recipe made that one.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
+from groundup.corpus import stream_documents
 from groundup.errors import DataError
 from groundup.evaluation.metrics import Answer, Estimate, bits_per_byte, exact_match, share
 from groundup.evaluation.tasks import generate_tasks
+from groundup.files import write_json
+from groundup.interop import load_model
+from groundup.interop.start import starting_point
 from groundup.model import Transformer
-from groundup.recipe import EvaluateSettings
-from groundup.shards import TokenShards
+from groundup.recipe import BEFORE, EvaluateSettings, Section
+from groundup.report.format import format_lines
+from groundup.run import Run
+from groundup.stage import MODEL_FOLDER, Context, Method, Shown, Stage, graph, model_digest
 from groundup.tokenizer import Tokenizer
 
 BITS_PER_BYTE, TASKS = "bits_per_byte", "groundup:tasks"
+METRIC_OF_TASK = {BITS_PER_BYTE: "bits_per_byte", TASKS: "exact_match"}
+N_TASKS = 10_000
+"""Tasks that are generated; the held-out ones among them are asked."""
+SCORES_FILE = "scores.json"
+_KEPT_ANSWERS = 60
 
 
 @dataclass
@@ -34,13 +49,19 @@ class Scores:
     answers: list[Answer] = field(default_factory=list)
     generation_tokens_per_second: float | None = None
 
+    @property
+    def figures(self) -> dict[str, Estimate]:
+        """The scores that were asked for, by metric."""
+        found = {name: getattr(self, name) for name in METRIC_OF_TASK.values()}
+        return {name: value for name, value in found.items() if value is not None}
+
 
 def check_tasks(names: Sequence[str]) -> None:
     """Raise DataError for a task that is not known."""
     for name in names:
-        if name not in (BITS_PER_BYTE, TASKS):
-            near = difflib.get_close_matches(name, (BITS_PER_BYTE, TASKS), n=1)
-            fix = f"Did you mean {near[0]!r}?" if near else f"Known: {BITS_PER_BYTE}, {TASKS}."
+        if name not in METRIC_OF_TASK:
+            near = difflib.get_close_matches(name, METRIC_OF_TASK, n=1)
+            fix = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(METRIC_OF_TASK)}."
             raise DataError(f"[evaluate] tasks: {name!r} is not known.", fix)
 
 
@@ -49,9 +70,9 @@ def score_model(
     tokenizer: Tokenizer,
     *,
     settings: EvaluateSettings,
-    shards_folder: Path | None = None,
-    n_tasks: int = 10_000,
-    tasks_seed: int = 1,
+    texts: Iterable[str] | None = None,
+    n_tasks: int = N_TASKS,
+    seed: int = 1,
 ) -> Scores:
     """Score a model on what `settings.tasks` names.
 
@@ -59,9 +80,9 @@ def score_model(
         model: put into evaluation mode; its arithmetic is in its `compute_dtype`.
         tokenizer: of the model.
         settings: which tasks, and how many prompts.
-        shards_folder: where the validation text is, for bits per byte.
-        n_tasks: how many tasks the generator made for training; the held-out ones among them are asked.
-        tasks_seed: of the generator.
+        texts: the validation documents, for bits per byte.
+        n_tasks: how many tasks are generated; the held-out ones among them are asked.
+        seed: of the generator.
 
     Raises:
         DataError: an unknown task, or no validation text.
@@ -69,12 +90,11 @@ def score_model(
     check_tasks(settings.tasks)
     scores = Scores()
     if BITS_PER_BYTE in settings.tasks:
-        if shards_folder is None:
-            raise DataError("bits_per_byte needs the folder of the token shards.")
-        shards = TokenShards.open(shards_folder, "validation", tokenizer_fingerprint=tokenizer.fingerprint)
-        scores.bits_per_byte = bits_per_byte(model, shards, tokenizer)
+        if texts is None:
+            raise DataError("bits_per_byte needs a validation text.", "Give texts, or leave the task out.")
+        scores.bits_per_byte = bits_per_byte(model, texts, tokenizer)
     if TASKS in settings.tasks:
-        held_out = [task for task in generate_tasks(n_tasks, tasks_seed) if task.split == "held_out"]
+        held_out = [task for task in generate_tasks(n_tasks, seed) if task.split == "held_out"]
         asked = held_out[: settings.limit]
         scores.exact_match, scores.answers, scores.generation_tokens_per_second = exact_match(
             model, tokenizer, asked, max_tokens=settings.max_tokens
@@ -84,3 +104,114 @@ def score_model(
             kind: share([answer.correct for answer in scores.answers if answer.kind == kind]) for kind in kinds
         }
     return scores
+
+
+class Evaluate(Method):
+    """The stage: one model to its scores."""
+
+    settings = EvaluateSettings
+    version = 2
+
+    def subjects(self, stage: Stage) -> list[str]:
+        """What is scored for a stage that makes a language model: what it started from, and what it made."""
+        starts_fresh = stage.start is None and stage.outside_start is None
+        # An untrained model is scored on text only: there is nothing it could answer.
+        is_new = stage.start is None and (not starts_fresh or BITS_PER_BYTE in stage.recipe.evaluate.tasks)
+        return [f"{BEFORE}{stage.name}", stage.name] if is_new else [stage.name]
+
+    def needs(self, stage: Stage) -> tuple[str, ...]:
+        """The model, and the validation text."""
+        assert stage.subject is not None
+        model = () if stage.subject.startswith(BEFORE) else (stage.subject,)
+        if not stage.recipe.reads_text:
+            return model
+        return (*model, *(("tokenizer",) if not model else ()), "corpus")
+
+    def sections(self, stage: Stage) -> tuple[Section, ...]:
+        """The tasks; of a model that no stage made, its shape."""
+        own = (stage.recipe.model,) if _stage_after(stage) else ()
+        return (*own, stage.settings)
+
+    def outside(self, stage: Stage) -> dict[str, str]:
+        """A model made elsewhere."""
+        after = _stage_after(stage)
+        start = None if after is None else after.outside_start
+        return {} if start is None else {"model": model_digest(start)}
+
+    def quick(self, settings: EvaluateSettings) -> EvaluateSettings:
+        """A hundred prompts, and gates that check the direction only."""
+        gates = tuple(
+            gate.model_copy(update=change)
+            for gate in settings.gates
+            if (change := _direction(gate.over, gate.min, gate.max)) is not None
+        )
+        return settings.model_copy(update={"limit": 100, "gates": gates})
+
+    def work(self, context: Context) -> dict[str, Any]:
+        """Load the model and score it."""
+        stage, recipe, run = context.stage, context.recipe, context.run
+        settings, after = recipe.evaluate, _stage_after(stage)
+        with context.console.bar(stage.name) as bar:
+            model, tokenizer = _model(stage, after, run)
+            if after is not None and after.outside_start is None:
+                settings = settings.model_copy(update={"tasks": (BITS_PER_BYTE,)})
+            documents = stream_documents(run.folder("corpus"), "validation") if recipe.reads_text else None
+            texts = None if documents is None else (document.text for document in documents)
+            scores = score_model(model.eval(), tokenizer, settings=settings, texts=texts, seed=recipe.seed)
+            figures = scores.figures
+            bar.finish(" · ".join(_lines({name: figure.value for name, figure in figures.items()})))
+        write_json(
+            context.folder / SCORES_FILE,
+            {
+                "figures": {name: asdict(figure) for name, figure in figures.items()},
+                "by_kind": {kind: asdict(figure) for kind, figure in scores.by_kind.items()},
+                "answers": [answer.to_dict() for answer in scores.answers[:_KEPT_ANSWERS]],
+            },
+        )
+        speed = scores.generation_tokens_per_second
+        return {name: figure.value for name, figure in figures.items()} | (
+            {} if speed is None else {"generation_tokens_per_second": speed}
+        )
+
+    def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:
+        """Its scores."""
+        return Shown(f"Scores of {stage.subject}", lines=_lines(summary))
+
+
+EVALUATE = Evaluate()
+
+
+def _stage_after(stage: Stage) -> Stage | None:
+    """Where a starting model is scored: the stage that starts from it."""
+    assert stage.subject is not None
+    if not stage.subject.startswith(BEFORE):
+        return None
+    return graph(stage.recipe)[stage.subject.removeprefix(BEFORE)]
+
+
+def _model(stage: Stage, after: Stage | None, run: Run) -> tuple[Transformer, Tokenizer]:
+    if after is not None:
+        return starting_point(after, run)
+    assert stage.subject is not None
+    model, tokenizer = load_model(run.folder(stage.subject) / MODEL_FOLDER)
+    assert tokenizer is not None, "a stage saves its model with its tokenizer"
+    return model, tokenizer
+
+
+def _direction(over: str | None, least: float | None, most: float | None) -> dict[str, Any] | None:
+    """What a gate asks of a quick run: a gain where one is asked for; a price may be any; None: nothing."""
+    tiny = 1e-6
+    if over is None and least is not None:
+        return {"over": "start", "min": tiny, "max": None}
+    if over is None:
+        return {}
+    if least is not None and least > 0:
+        return {"min": tiny, "max": None}
+    return {"min": None, "max": -tiny} if most is not None and most < 0 else None
+
+
+def _lines(figures: Mapping[str, Any]) -> tuple[str, ...]:
+    return format_lines(
+        (figures.get("bits_per_byte"), lambda value: f"{value:.2f} bits/byte"),
+        (figures.get("exact_match"), lambda value: f"{value:.1%} right"),
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,6 @@ from groundup.errors import DataError
 from groundup.evaluation.tasks import Task, verify
 from groundup.generation import Generation, SamplingParams, generate_batch
 from groundup.model import OutputLayer, Transformer
-from groundup.shards import TokenShards
 from groundup.tokenizer import Tokenizer, render
 
 _ROWS = 16  # windows scored at once
@@ -63,8 +62,8 @@ class Answer:
         return asdict(self)
 
 
-def bits_per_byte(model: Transformer, shards: TokenShards, tokenizer: Tokenizer) -> Estimate:
-    """How many bits the model needs for a byte of the text in `shards`.
+def bits_per_byte(model: Transformer, texts: Iterable[str], tokenizer: Tokenizer) -> Estimate:
+    """How many bits the model needs for a byte of text.
 
     Every document starts afresh after `<|endoftext|>` and is scored in windows of the model's context, one after
     the other, each text token exactly once.
@@ -74,8 +73,8 @@ def bits_per_byte(model: Transformer, shards: TokenShards, tokenizer: Tokenizer)
 
     Args:
         model: put into evaluation mode.
-        shards: the text, usually the validation split.
-        tokenizer: of both.
+        texts: documents, usually those of the validation split.
+        tokenizer: of the model.
 
     Returns:
         In bits per byte; n counts the UTF-8 bytes of the text that was scored.
@@ -88,7 +87,7 @@ def bits_per_byte(model: Transformer, shards: TokenShards, tokenizer: Tokenizer)
     if tokenizer.unknown_id is not None:
         is_scored[tokenizer.unknown_id] = False  # stands for characters of any size
     sizes = np.array([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)])
-    windows = _windows(shards, tokenizer.end_of_text_id, model.config.context_length)
+    windows = _windows(texts, tokenizer, model.config.context_length)
     document_of: list[int] = []
     of_windows: list[tuple[float, float]] = []  # (bits, bytes) of each
     of_tokens: list[np.ndarray] = []  # (2, tokens) of each of the first windows
@@ -196,10 +195,10 @@ def _row_by_row(
     return torch.stack(rows)
 
 
-def _windows(shards: TokenShards, end_of_text: int, length: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+def _windows(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Windows of every document as (document, ids, targets); the first token follows `<|endoftext|>`."""
-    for number, tokens in enumerate(shards.documents()):
-        targets = tokens[:-1] if len(tokens) and tokens[-1] == end_of_text else tokens
-        inputs = np.concatenate([[end_of_text], targets[:-1]])
+    for number, text in enumerate(texts):
+        targets = np.array(tokenizer.encode(text), dtype=np.int64)
+        inputs = np.concatenate([[tokenizer.end_of_text_id], targets[:-1]]).astype(np.int64)
         for start in range(0, len(targets), length):
             yield number, inputs[start : start + length], targets[start : start + length]

@@ -1,137 +1,142 @@
-"""Before and after: the same scores of several models, as the rows of the closing table.
+"""The models of a run side by side: each beside what it started from, and the recipe's gates.
 
-Each row says what was measured on held-out data, with n and standard error, and whether the recipe's gate for it
-is met. Wall-clock figures are kept apart: they belong to the machine, not to the model.
+In: `evaluate/NAME/scores.json` of every model, and the recipe. Out: `evaluate/scores.json`, which the closing table and
+the report show. Nothing is measured here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from groundup.console import Console, format_count
-from groundup.evaluation.harness import Scores, score_model
-from groundup.evaluation.metrics import Estimate
-from groundup.model import Transformer
-from groundup.recipe import EvaluateSettings, Gates
-from groundup.tokenizer import Tokenizer
+from groundup.errors import ArtifactError, DataError
+from groundup.evaluation.harness import BITS_PER_BYTE, METRIC_OF_TASK, SCORES_FILE, check_tasks
+from groundup.files import read_json, write_json
+from groundup.recipe import BEFORE, Gate, Recipe
+from groundup.run import Run
+from groundup.stage import Check, Stage, default_model, graph, language_models
 
-_SHOWN_ANSWERS = 60
+LABELS = {"bits_per_byte": "bits per byte", "exact_match": "exact match"}
+LOWER_IS_BETTER = ("bits_per_byte",)
 
 
-def compare(
-    models: Mapping[str, Transformer],
-    tokenizer: Tokenizer,
-    *,
-    settings: EvaluateSettings,
-    shards_folder: Path,
-    n_tasks: int,
-    seed: int,
-    console: Console | None = None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Score the models on the road and lay their scores side by side.
+def write_comparison(recipe: Recipe, run: Run) -> None:
+    """Write `evaluate/scores.json` from the scores that are there."""
+    path, found = run.folder("evaluate") / SCORES_FILE, compare(recipe, run)
+    if not path.is_file() or read_json(path) != found:
+        write_json(path, found)
 
-    Args:
-        models: "initial" (untrained), "base" (pretrained) and, where there is one, "assistant" (fine-tuned).
-        tokenizer: of all of them.
-        settings: which tasks, how many prompts, which gates.
-        shards_folder: the run's shards; their validation split is scored.
-        n_tasks: conversations that the task generator made for fine-tuning; its held-out ones are asked.
-        seed: of the generator.
-        console: where progress is shown.
 
-    Returns:
-        What `scores.json` holds, and the stage's summary (which alone has wall-clock figures).
+def read_comparison(run: Run) -> dict[str, Any]:
+    """What `write_comparison` wrote.
+
+    Raises:
+        ArtifactError: it is not there, or damaged.
     """
-    console = console or Console(quiet=True)
-    found: dict[str, Scores] = {}
-    with console.bar("evaluate", len(models)) as bar:
-        for number, (name, model) in enumerate(models.items()):
-            bar.update(number, note=f"the {name} model")
-            # An untrained model is scored on text only: nothing it could answer.
-            tasks = settings.tasks if name != "initial" else ("bits_per_byte",)
-            if name == "initial" and "bits_per_byte" not in settings.tasks:
-                continue
-            found[name] = score_model(
-                model,
-                tokenizer,
-                settings=settings.model_copy(update={"tasks": tasks}),
-                shards_folder=shards_folder,
-                tasks_seed=seed,
-                n_tasks=n_tasks,
-            )
-        rows = _rows(found, settings.gates)
-        bar.finish(" · ".join(_in_words(row) for row in rows))
-    last = list(found.values())[-1]
-    asked = found.get("assistant", found["base"])
-    scores = {
-        "rows": rows,
-        "answers": [answer.to_dict() for answer in asked.answers[:_SHOWN_ANSWERS]],
-        "by_kind": {
-            kind: {"before": _value(found["base"].by_kind.get(kind)), "after": _value(after)}
-            for kind, after in asked.by_kind.items()
-        },
-    }
-    return scores, {"rows": rows, "generation_tokens_per_second": last.generation_tokens_per_second}
+    found: dict[str, Any] = read_json(run.folder("evaluate") / SCORES_FILE)
+    return found
 
 
-def _rows(found: Mapping[str, Scores], gates: Gates) -> list[dict[str, Any]]:
+def compare(recipe: Recipe, run: Run) -> dict[str, Any]:
+    """Rows of scores before and after each stage, the gates, and what the default model answered."""
+    stages = graph(recipe)
+    models = language_models(stages)
+    scores = {name: _scores(run, name) for stage in models for name in (stage.name, f"{BEFORE}{stage.name}")}
+    starts = {stage.name: stage.start or f"{BEFORE}{stage.name}" for stage in models}
     rows = []
-    initial, base, assistant = found.get("initial"), found["base"], found.get("assistant")
-    if initial is not None and initial.bits_per_byte and base.bits_per_byte:
-        row = _row("bits_per_byte", "bits per byte", initial.bits_per_byte, base.bits_per_byte, lower_is_better=True)
-        least = gates.min_bits_per_byte_drop
-        if least is not None:
-            fell = initial.bits_per_byte.value - base.bits_per_byte.value
-            row["gate"] = {"text": f"falls by at least {least:g}", "passed": fell >= least}
-        rows.append(row)
-    if assistant is not None and assistant.bits_per_byte and base.bits_per_byte:
-        # What learning to answer costs on plain text.
-        rows.append(
-            _row(
-                "bits_per_byte_sft", "bits per byte, by SFT", base.bits_per_byte, assistant.bits_per_byte,
-                lower_is_better=True,
+    for stage in models:
+        before, after = scores[starts[stage.name]], scores[stage.name]
+        for metric, value in after.get("figures", {}).items():
+            was = before.get("figures", {}).get(metric)
+            if was is None and stage.name in starts.values():
+                continue  # it is shown as what another one started from
+            label = f"{LABELS[metric]}, {stage.name}" + (" (control)" if stage.is_control else "")
+            rows.append(
+                {
+                    "key": metric,
+                    "model": stage.name,
+                    "label": label,
+                    "before": was,
+                    "after": value,
+                    "lower_is_better": metric in LOWER_IS_BETTER,
+                }
             )
-        )  # fmt: skip
-    asked = assistant or base
-    if asked.exact_match is not None:
-        before = base.exact_match if assistant is not None else None
-        row = _row("exact_match", "exact match", before, asked.exact_match, lower_is_better=False)
-        row["gate"] = _exact_match_gate(gates, before, asked.exact_match)
-        rows.append(row)
-    return rows
-
-
-def _exact_match_gate(gates: Gates, before: Estimate | None, after: Estimate) -> dict[str, Any] | None:
-    texts, passed = [], True
-    if gates.max_exact_match_before is not None and before is not None:
-        texts.append(f"at most {gates.max_exact_match_before:.0%} before")
-        passed = passed and before.value <= gates.max_exact_match_before
-    if gates.min_exact_match is not None:
-        texts.append(f"at least {gates.min_exact_match:.0%} after")
-        passed = passed and after.value >= gates.min_exact_match
-    return {"text": ", ".join(texts), "passed": passed} if texts else None
-
-
-def _row(key: str, label: str, before: Estimate | None, after: Estimate, *, lower_is_better: bool) -> dict[str, Any]:
+    shown = default_model(recipe, to_chat=True)[0]
+    before, after = (scores[name].get("by_kind", {}) for name in (starts[shown], shown))
     return {
-        "key": key,
-        "label": label,
-        "before": _value(before),
-        "after": _value(after),
-        "n_unit": after.unit,
-        "lower_is_better": lower_is_better,
-        "gate": None,
+        "rows": rows,
+        "gates": [_gate(gate, stages, scores, run) for gate in recipe.evaluate.gates],
+        "model": shown,
+        "by_kind": {kind: {"before": before.get(kind), "after": value} for kind, value in after.items()},
+        "answers": scores[shown].get("answers", []),
     }
 
 
-def _value(estimate: Estimate | None) -> dict[str, Any] | None:
-    return None if estimate is None else {"value": estimate.value, "stderr": estimate.stderr, "n": estimate.n}
+def evaluation_checks(recipe: Recipe, stages: Mapping[str, Stage]) -> Iterable[Check]:
+    """What can be wrong with tasks and gates."""
+    yield "[evaluate] tasks", lambda: check_tasks(recipe.evaluate.tasks)
+    if BITS_PER_BYTE in recipe.evaluate.tasks and not recipe.reads_text:
+        what = "bits_per_byte needs a validation text."
+        yield "[evaluate] tasks", functools.partial(_refuse, what, "Add [corpus] inputs = […].")
+    for gate in recipe.evaluate.gates:
+        yield "[[evaluate.gates]]", functools.partial(_check_gate, gate, recipe, stages)
 
 
-def _in_words(row: Mapping[str, Any]) -> str:
-    before, after = row["before"], row["after"]
-    shown = "{:.1%}" if row["key"] == "exact_match" else "{:.3f}"
-    start = f"{shown.format(before['value'])} → " if before else ""
-    return f"{row['label']} {start}{shown.format(after['value'])} (n {format_count(after['n'])})"
+def _check_gate(gate: Gate, recipe: Recipe, stages: Mapping[str, Stage]) -> None:
+    scored = {METRIC_OF_TASK[task] for task in recipe.evaluate.tasks if task in METRIC_OF_TASK}
+    for name in filter(None, (gate.model, gate.over)):
+        if name == "start":
+            stage = stages[gate.model]
+            is_fresh = stage.start is None and stage.outside_start is None
+            known = scored - {"exact_match"} if is_fresh else scored
+        else:
+            stage = stages[name]
+            known = {*stage.method.figures, *(scored if stage.method.makes == "lm" else ())}
+        if gate.metric not in known:
+            what = f"what {gate.model} starts from" if name == "start" else name
+            _refuse(
+                f'metric = "{gate.metric}" is not measured of {what}.',
+                f"Measured there: {', '.join(sorted(known)) or 'nothing'} ([evaluate] tasks say what is).",
+            )
+
+
+def _refuse(what: str, fix: str) -> None:
+    raise DataError(what, fix)
+
+
+def _scores(run: Run, name: str) -> dict[str, Any]:
+    path = run.folder(f"evaluate/{name}") / SCORES_FILE
+    return read_json(path) if path.is_file() else {}
+
+
+def _gate(gate: Gate, stages: Mapping[str, Stage], scores: Mapping[str, Any], run: Run) -> dict[str, Any]:
+    value = _figure(gate.model, gate.metric, scores, run)
+    words = [LABELS.get(gate.metric, gate.metric), f"of {gate.model}"]
+    if gate.over is not None:
+        other = gate.over if gate.over != "start" else stages[gate.model].start or f"{BEFORE}{gate.model}"
+        value -= _figure(other, gate.metric, scores, run)
+        words.append(f"over {'what it started from' if gate.over == 'start' else gate.over}")
+    bounds = [f"at least {gate.min:g}"] if gate.min is not None else []
+    bounds += [f"at most {gate.max:g}"] if gate.max is not None else []
+    passed = (gate.min is None or value >= gate.min) and (gate.max is None or value <= gate.max)
+    return {
+        "key": gate.metric,
+        "model": gate.model,
+        "over": gate.over,
+        "value": value,
+        "bounds": " and ".join(bounds) + (f" over {gate.over}" if gate.over else ""),
+        "text": f"{' '.join(words)}: {' and '.join(bounds)}, is {value:.4g}",
+        "passed": passed,
+    }
+
+
+def _figure(name: str, metric: str, scores: Mapping[str, Any], run: Run) -> float:
+    figures = scores.get(name, {}).get("figures", {})
+    if metric in figures:
+        return float(figures[metric]["value"])
+    manifest = run.manifest(name)
+    value = None if manifest is None else manifest.summary.get(metric)
+    if not isinstance(value, int | float):
+        raise ArtifactError(f"{run.root}: {name} has no figure {metric}.", "Build that stage first.")
+    return float(value)

@@ -24,14 +24,14 @@ from groundup.interop.read_weights import DTYPES
 from groundup.interop.stored import OURS_KEY, StoredModel, open_stored, target_layout
 from groundup.interop.write_weights import TensorSpec, write_weights
 from groundup.model import count_parameters
-from groundup.tokenizer.foreign import ROLES, TOKENIZER_FILES, read_files, read_tokenizer
-from groundup.tokenizer.tokenizer import TOKENIZER_FILE
+from groundup.tokenizer.files import TOKENIZER_FILE, TOKENIZER_FILES, read_files
+from groundup.tokenizer.pretrained import SPECIAL_TOKENS, read_tokenizer
 from groundup.untrusted import parse_object
 
 SHARD_BYTES = 5 * 10**9
 """Of tensors in one file of an export."""
 
-_TOKEN_IDS = tuple(f"{role}_token_id" for role in ROLES)
+_TOKEN_IDS = tuple(f"{name}_token_id" for name in SPECIAL_TOKENS)
 _DTYPES = {name.lower(): dtype for name, dtype in DTYPES.items()}
 
 

@@ -115,7 +115,7 @@ FAMILIES: dict[str, Family] = {
         _llama_like(
             "mixtral",
             "Mixtral",
-            LlamaLike(context=131_072, n_kv_heads=8, windows="all", has_experts=True, norm_eps=1e-5, rope_base=1e6),
+            LlamaLike(context=131_072, n_kv_heads=8, windows="all", has_experts=True, norm_eps=1e-5, rope_theta=1e6),
             (_MIXTRAL, _MIXTRAL_STACKED),
         ),
         Family(
@@ -208,7 +208,7 @@ def differences(config: ModelConfig, model_type: str) -> list[str]:
 def computed(config: ModelConfig) -> dict[str, Any]:
     """A configuration without what changes nothing in the function that the model computes."""
     values = config.to_dict()
-    for name in ("bias", "dropout", "initialization", "vocab_multiple", "router_loss"):
+    for name in ("bias", "dropout", "initialization", "vocab_multiple", "router_aux_loss_coef"):
         del values[name]
     for part in ("qkv", "o", "ff"):
         values[f"{part}_bias"] = config.has_bias(part)
@@ -224,10 +224,10 @@ def computed(config: ModelConfig) -> dict[str, Any]:
         if not users & set(patterns):
             values[name] = None
     if config.position == "rope":
-        values["rope_base"], values["rope_scaling"] = resolved_rope(config)
-        values["rope_share"] = config.rotated
+        values["rope_theta"], values["rope_scaling"] = resolved_rope(config)
+        values["partial_rotary_factor"] = config.rotated
     else:
-        values["rope_base"] = values["rope_scaling"] = values["rope_share"] = None
+        values["rope_theta"] = values["rope_scaling"] = values["partial_rotary_factor"] = None
     if config.attention_scale is None:
         values["attention_scale"] = config.head_dim**-0.5
     if not config.n_experts:

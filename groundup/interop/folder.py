@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from groundup.distributed import World, current_world, full_tensor
-from groundup.errors import ArtifactError
 from groundup.files import atomic_folder, write_json
 from groundup.interop.families import huggingface_config
 from groundup.interop.layouts import put_together, shapes_in_file
 from groundup.interop.read_weights import WEIGHTS_FILE
-from groundup.interop.stored import CONFIG_FILE, OURS_KEY, StoredModel, open_stored, target_layout
+from groundup.interop.stored import CONFIG_FILE, OURS_KEY, open_stored, target_layout
 from groundup.interop.write_weights import TensorSpec, write_weights
 from groundup.model import Transformer
+from groundup.stage import find_model
 from groundup.tokenizer import Tokenizer
-from groundup.tokenizer.foreign import TOKENIZER_FILES, ForeignTokenizer, read_files, read_tokenizer
-from groundup.tokenizer.tokenizer import TOKENIZER_FILE
+from groundup.tokenizer.pretrained import PretrainedTokenizer
+from groundup.tokenizer.stage import tokenizer_beside
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "LoadedModel", "find_model", "load", "load_model", "save_model"]
 
@@ -89,26 +89,7 @@ def load_model(folder: str | Path) -> tuple[Transformer, Tokenizer | None]:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     model.eval()
-    return model, load_tokenizer(stored)
-
-
-def load_tokenizer(stored: StoredModel) -> Tokenizer | None:
-    """The tokenizer beside a model: ours, or somebody else's with the same methods; None without `tokenizer.json`.
-
-    Raises:
-        ArtifactError: damaged, or with more tokens than the model has.
-    """
-    files = read_files(stored.folder, TOKENIZER_FILES)
-    if TOKENIZER_FILE not in files:
-        return None
-    path = stored.folder / TOKENIZER_FILE
-    tokenizer = read_tokenizer(files, str(path), stored.values, stored.config.vocab_size)
-    if tokenizer.vocab_size > stored.config.vocab_size:
-        raise ArtifactError(
-            f"{path}: has {tokenizer.vocab_size} tokens, the model beside it {stored.config.vocab_size}.",
-            "Put the tokenizer there that the model was trained with.",
-        )
-    return tokenizer
+    return model, tokenizer_beside(stored.folder, stored.values, stored.config.vocab_size)
 
 
 def _filled(stored: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -123,8 +104,8 @@ def _filled(stored: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     """What a `config.json` says of a tokenizer: the tokens that begin and end a text and fill up a batch."""
-    if isinstance(tokenizer, ForeignTokenizer):
-        return {f"{role}_token_id": index for role, index in tokenizer.role_ids.items()}
+    if isinstance(tokenizer, PretrainedTokenizer):
+        return {f"{name}_token_id": index for name, index in tokenizer.special_token_ids.items()}
     return {
         "bos_token_id": tokenizer.end_of_text_id,
         "eos_token_id": [tokenizer.end_id, tokenizer.end_of_text_id],
@@ -152,7 +133,7 @@ def load(path: str | Path, *, stage: str | None = None) -> LoadedModel:
 
     Args:
         path: `runs/demo`, `runs/demo/pretrain`, `runs/demo/pretrain/model`, or a folder with a Llama in it.
-        stage: of a run: "pretrain" or "sft" (default: the last one there is).
+        stage: of a run, by name (default: what chat takes, else the last one there is).
 
     Raises:
         ArtifactError: no model there, a damaged one, or one of a family or with a part that groundup does not compute.
@@ -160,23 +141,3 @@ def load(path: str | Path, *, stage: str | None = None) -> LoadedModel:
     folder = find_model(path, stage=stage)
     model, tokenizer = load_model(folder)
     return LoadedModel(model, tokenizer, folder)
-
-
-def find_model(path: str | Path, *, stage: str | None = None) -> Path:
-    """The model's folder that `load` would read.
-
-    Raises:
-        ArtifactError: there is none.
-    """
-    path = Path(path)
-    stages = (stage,) if stage else ("sft", "pretrain")
-    candidates = [path / name / "model" for name in stages]
-    if stage is None:
-        candidates = [path, path / "model", *candidates]
-    for folder in candidates:
-        if (folder / CONFIG_FILE).is_file():
-            return folder
-    raise ArtifactError(
-        f"{path}: no model here" + (f" of stage {stage!r}." if stage else "."),
-        "Name a run (runs/demo) or a model's folder (runs/demo/sft/model); `groundup runs` lists the runs.",
-    )

@@ -110,7 +110,7 @@ def _in_the_way_of_llama(config: ModelConfig, name: str) -> list[str]:
     if config.activation != "swiglu":
         found.append(f'activation = "{config.activation}": is "swiglu" there.')
     if config.position == "rope" and config.rotated != config.head_dim:
-        found.append(f"rope_share = {config.rope_share:g}: whole heads are rotated there.")
+        found.append(f"partial_rotary_factor = {config.partial_rotary_factor:g}: whole heads are rotated there.")
     scaling = config.rope_scaling
     if scaling is not None and scaling.kind == "llama3" and name != "llama":
         found.append('rope_scaling.kind = "llama3": is known to llama alone, which has no QK-norm.')
@@ -167,7 +167,7 @@ def describe_architecture(writer: GGUFWriter, config: ModelConfig, architecture:
 def _describe_rope(writer: GGUFWriter, config: ModelConfig) -> None:
     from gguf import RopeScalingType
 
-    scaling, base, dim = config.rope_scaling, config.rope_base, config.head_dim
+    scaling, base, dim = config.rope_scaling, config.rope_theta, config.head_dim
     if scaling is not None and scaling.kind == "ntk" and dim > 2:
         base *= scaling.factor ** (dim / (dim - 2))  # which is all that this scaling does
     writer.add_rope_dimension_count(dim)

@@ -154,6 +154,6 @@ def _feedforward(name: str, layer: nn.Module, needs_bias: bool) -> Iterator[Piec
 
 def _wavelength_factors(config: ModelConfig) -> Float[Tensor, " half"]:
     """What llama.cpp divides each pair's frequency by, for Llama 3.1's scaling."""
-    plain, _ = rotary_frequencies(config.rotated, config.rope_base)
-    scaled, _ = rotary_frequencies(config.rotated, config.rope_base, config.rope_scaling)
+    plain, _ = rotary_frequencies(config.rotated, config.rope_theta)
+    scaled, _ = rotary_frequencies(config.rotated, config.rope_theta, config.rope_scaling)
     return plain / scaled

@@ -19,9 +19,9 @@ from tokenizers import Tokenizer as Engine
 from groundup.errors import ArtifactError
 from groundup.files import read_json
 from groundup.tokenizer import Tokenizer
-from groundup.tokenizer.foreign import ForeignTokenizer
+from groundup.tokenizer.files import CONFIG_FILE, TOKENIZER_FILE
+from groundup.tokenizer.pretrained import PretrainedTokenizer
 from groundup.tokenizer.split import PATTERNS, pre_tokenizer
-from groundup.tokenizer.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -72,7 +72,7 @@ def vocabulary_of(tokenizer: Tokenizer, n_rows: int, out: Path) -> Vocabulary:
     """The tokenizer for a model with `n_rows` tokens; those beyond the tokenizer's become unused ones.
 
     Args:
-        tokenizer: the model's, ours or somebody else's.
+        tokenizer: the model's, groundup's or a pretrained one.
         n_rows: vocabulary size of the model.
         out: the file to be, for error messages.
 
@@ -104,9 +104,9 @@ def vocabulary_of(tokenizer: Tokenizer, n_rows: int, out: Path) -> Vocabulary:
 
 def _ids_of(tokenizer: Tokenizer) -> tuple[int | None, int | None, int | None]:
     """What begins a text, ends what the model says, and fills a row."""
-    if isinstance(tokenizer, ForeignTokenizer):
-        roles = tokenizer.role_ids
-        return roles["eos"] if roles["bos"] is None else roles["bos"], roles["eos"], roles["pad"]
+    if isinstance(tokenizer, PretrainedTokenizer):
+        found = tokenizer.special_token_ids
+        return found["eos"] if found["bos"] is None else found["bos"], found["eos"], found["pad"]
     # Documents follow one another in training, so what ends one stands before the next.
     return tokenizer.end_of_text_id, tokenizer.end_id, tokenizer.pad_id
 

@@ -27,7 +27,7 @@ class LlamaLike:
         n_kv_heads: default of num_key_value_heads; None: as many as there are heads.
         head_dim: default of head_dim; None: hidden_size / num_attention_heads.
         norm_eps: default of rms_norm_eps.
-        rope_base: default of rope_theta.
+        rope_theta: default of the field of that name.
         windows: no sliding window, one for all layers, or layer by layer.
         window: default of sliding_window.
         qk_norm: queries and keys are normalized.
@@ -42,7 +42,7 @@ class LlamaLike:
     n_kv_heads: int | None = None
     head_dim: int | None = None
     norm_eps: float = 1e-6
-    rope_base: float = 10_000.0
+    rope_theta: float = 10_000.0
     windows: Literal["none", "all", "layers"] = "none"
     window: int | None = None
     qk_norm: bool = False
@@ -83,18 +83,17 @@ def read_llama_like(fields: Fields, shape: LlamaLike) -> dict[str, Any]:
         "o_bias": has_bias,
         "ff_bias": fields.flag("mlp_bias", False) if shape.has_bias_fields else False,
         "tied_embeddings": fields.flag("tie_word_embeddings", False),
-        **read_rope(fields, shape.rope_base, context),
+        **read_rope(fields, shape.rope_theta, context),
         **_read_windows(fields, shape, n_layers),
     }
     if shape.has_experts:
         values["n_experts"] = fields.count("num_local_experts", 8)
         values["experts_per_token"] = fields.count("num_experts_per_tok", 2)
-        # Theirs sums over the chosen experts where ours takes the mean.
         coefficient = fields.get("router_aux_loss_coef", 0.001)
         if type(coefficient) not in (int, float) or not 0 <= coefficient < float("inf"):
             fields.refuse("router_aux_loss_coef", "must be a number from 0 on.")
             coefficient = 0.0
-        values["router_loss"] = float(coefficient) * values["experts_per_token"]
+        values["router_aux_loss_coef"] = float(coefficient)
     return values
 
 
@@ -123,7 +122,7 @@ def write_llama_like(config: ModelConfig, shape: LlamaLike) -> dict[str, Any]:
     if shape.has_experts:
         values["num_local_experts"] = max(1, config.n_experts)
         values["num_experts_per_tok"] = config.experts_per_token
-        values["router_aux_loss_coef"] = config.router_loss / config.experts_per_token
+        values["router_aux_loss_coef"] = config.router_aux_loss_coef
     return values
 
 

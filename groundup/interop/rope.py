@@ -25,16 +25,16 @@ _KEYS = {
 """What each kind is described by."""
 
 
-def read_rope(fields: Fields, default_base: float, context: int) -> dict[str, Any]:
-    """`rope_base` and `rope_scaling` of a model.
+def read_rope(fields: Fields, default_theta: float, context: int) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` of a model.
 
     Args:
         fields: of its configuration.
-        default_base: of its family.
+        default_theta: of its family.
         context: its length, which stands for a missing original one.
     """
     table = _table(fields)
-    base = fields.number("rope_theta", default_base)
+    base = fields.number("rope_theta", default_theta)
     own = table.get("rope_theta", base)
     if type(own) not in (int, float) or not 0 < own < math.inf:
         fields.refuse("rope_parameters", "rope_theta must be a number above 0.")
@@ -44,7 +44,7 @@ def read_rope(fields: Fields, default_base: float, context: int) -> dict[str, An
     share = fields.get("partial_rotary_factor")
     if share not in (None, 1) or table.get("partial_rotary_factor", 1) not in (None, 1):
         fields.refuse("partial_rotary_factor", "this family rotates whole heads.")
-    return {"rope_base": float(own), "rope_scaling": _scaling(fields, table, context)}
+    return {"rope_theta": float(own), "rope_scaling": _scaling(fields, table, context)}
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
@@ -79,10 +79,10 @@ def resolved_rope(config: ModelConfig) -> tuple[float, RopeScaling | None]:
     """The base and the scaling, NTK (which is another base) and YaRN's own factor of the scores put in."""
     scaling, rotated = config.rope_scaling, config.rotated
     if scaling is None:
-        return config.rope_base, None
+        return config.rope_theta, None
     if scaling.kind == "ntk":
         raised = scaling.factor ** (rotated / (rotated - 2)) if rotated > 2 else 1.0
-        return config.rope_base * raised, None
+        return config.rope_theta * raised, None
     values: dict[str, Any] = {"kind": scaling.kind, "factor": float(scaling.factor)}
     if scaling.kind != "linear":
         values["original_context"] = scaling.original_context
@@ -93,7 +93,7 @@ def resolved_rope(config: ModelConfig) -> tuple[float, RopeScaling | None]:
         factor = scaling.attention_factor
         values["attention_factor"] = _yarn_factor(scaling.factor) if factor is None else float(factor)
         values["beta_fast"], values["beta_slow"] = float(scaling.beta_fast), float(scaling.beta_slow)
-    return config.rope_base, RopeScaling(**values)
+    return config.rope_theta, RopeScaling(**values)
 
 
 def _table(fields: Fields) -> dict[str, Any]:

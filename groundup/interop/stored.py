@@ -192,7 +192,7 @@ def _own_config(values: dict[str, Any], path: Path) -> ModelConfig:
         # Left out, it could be a part of the model that is then silently not computed.
         raise ArtifactError(
             f"{path}: describes a model that this version of groundup does not know ({', '.join(unknown)}).",
-            "Install a newer groundup.",
+            "Read it with the version of groundup that wrote it.",
         )
     try:
         return pydantic.TypeAdapter(ModelConfig).validate_python(values)

@@ -5,7 +5,7 @@ bfloat16). What they are, for N = batch · length tokens:
 
     linear layers   their input; in bfloat16 also a bfloat16 copy of the weights
     norms           their input, and one or two numbers a row; RMSNorm also its result before the weight, in float32
-    attention       queries, keys, values, its result; by products in sight (bfloat16 up to 1024 positions, capped
+    attention       queries, keys, values, its result; by plain products (bfloat16 up to 1024 positions, capped
                     scores, masks) also the square of weights for every head
     feed-forward    up, activation and product (with a gate), or before and after the activation
     head            gradients of the last hidden states and of the output matrix: logits are never kept
@@ -65,7 +65,7 @@ def block_bytes(
     config: ModelConfig, layer: int, batch: int, length: int, dtype: Arithmetic = "float32",
     checkpointing: Checkpointing = "none", device: Device = "cpu",
 ) -> dict[str, int]:  # fmt: skip
-    """What one block of them keeps: bytes of norms, attention, feedforward and dropout; see `activation_bytes`."""
+    """What one block keeps: bytes of norms, attention, feedforward and dropout; arguments as in `activation_bytes`."""
     size = _size(dtype)
     n_tokens, d = batch * length, config.d_model
     if checkpointing == "full":
@@ -114,11 +114,11 @@ def score_bytes(
 def score_block_bytes(
     config: ModelConfig, layer: int, batch: int, length: int, dtype: Arithmetic = "float32", device: Device = "cpu"
 ) -> int:
-    """Where a layer takes its attention's weights anew, the bytes of the largest block of them; 0 where it does not."""
-    forgets = _is_products(config, layer, length, dtype, device) and not _has_squares(
+    """Where a layer computes its attention's weights again, the bytes of their largest block; 0 where it does not."""
+    recomputes = _is_products(config, layer, length, dtype, device) and not _has_squares(
         config, layer, length, dtype, device
     )
-    return batch * config.n_heads * min(KEPT_UP_TO, length) * length * _size(dtype) if forgets else 0
+    return batch * config.n_heads * min(KEPT_UP_TO, length) * length * _size(dtype) if recomputes else 0
 
 
 def _positions(config: ModelConfig, length: int, size: int) -> int:
@@ -155,7 +155,7 @@ def _has_squares(config: ModelConfig, layer: int, length: int, dtype: Arithmetic
 
 
 def _is_products(config: ModelConfig, layer: int, length: int, dtype: Arithmetic, device: Device) -> bool:
-    """Whether a layer's attention is products in sight, not torch's fused kernel."""
+    """Whether a layer's attention is plain products, not torch's fused kernel."""
     is_short = device == "cpu" and dtype == "bfloat16" and length <= PRODUCTS_UP_TO
     return is_short or _has_squares(config, layer, length, dtype, device)
 

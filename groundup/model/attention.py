@@ -1,6 +1,6 @@
 """Causal self-attention: multi-head, grouped-query and multi-query, full or sparse, with or without a cache.
 
-softmax(cap(q kᵀ · scale) + bias) v (arXiv:1706.03762, section 3.2.1; the bias says who sees whom: `masks.py`), by the
+softmax(cap(q kᵀ · scale) + bias) v (arXiv:1706.03762, section 3.2.1; the bias is the mask of `masks.py`), by the
 fastest form at hand: torch's fused kernel (`scaled_dot_product_attention`); on a GPU, where the bias is sparse or
 scores are capped, FlexAttention (arXiv:2412.05496), which never holds the bias; plain products with a cache, with
 capped scores elsewhere, and on a CPU in bfloat16. `groundup.reference.attention` is the textbook form of all.
@@ -27,11 +27,11 @@ from groundup.model.positions import Rotation, rotate
 # plain products are faster, forward and backward: a quarter off a step of ground-1m (benchmarks/cpu_ladder.py).
 PRODUCTS_UP_TO = 512
 KEPT_UP_TO = 256
-"""Positions up to which the weights are kept for the backward pass; beyond, taking them anew costs less than memory."""
+"""Positions up to which the weights are kept for the backward pass; beyond, computing them again is faster."""
 
 Bias = Float[Tensor, "*batch heads q k"]
-Sight = Bias | FlexPlan | None
-"""What a layer's queries see: a bias, its compressed form for FlexAttention, or None: all that came before."""
+AttentionMask = Bias | FlexPlan | None
+"""What a layer's queries attend to: a bias, a plan for FlexAttention, or None for plain causal attention."""
 
 
 class KeyValueStore(Protocol):
@@ -62,7 +62,7 @@ class Cached:
     _biases: dict[tuple[AttentionRule, int], Tensor] = field(default_factory=dict)
 
     def bias(self, rule: AttentionRule, length: int) -> Bias:
-        """What queries at `positions` see of the keys 0 … length−1; made once for all layers with the rule."""
+        """The bias of queries at `positions` over keys 0 … length−1; made once for all layers with the rule."""
         if (rule, length) not in self._biases:
             keys = torch.arange(length, device=self.positions.device)
             self._biases[rule, length] = attention_bias(rule, self.positions, keys, torch.float32)
@@ -97,7 +97,7 @@ class Attention(nn.Module):
         self,
         x: Float[Tensor, "batch seq d_model"],
         rotation: Rotation | None,
-        sight: Sight = None,
+        mask: AttentionMask = None,
         cached: Cached | None = None,
     ) -> Float[Tensor, "batch seq d_model"]:
         """Attend to this and earlier positions.
@@ -105,8 +105,8 @@ class Attention(nn.Module):
         Args:
             x: the sub-layer's input.
             rotation: RoPE's table, or None.
-            sight: without a cache: what this layer's queries see.
-            cached: keys and values of earlier calls; they decide what is seen.
+            mask: what this layer's queries attend to; not used with a cache.
+            cached: keys and values of earlier calls; the mask follows from their positions.
         """
         batch, seq, _ = x.shape
         q = self.q_proj(x).view(batch, seq, self.n_heads, self.head_dim)
@@ -118,7 +118,7 @@ class Attention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         if cached is None:
-            out = causal_attention(q, k, v, self.scale, sight, self.softcap)
+            out = causal_attention(q, k, v, self.scale, mask, self.softcap)
         else:
             keys, values = cached.store.update(self.layer, k, v, cached.positions)
             bias = cached.bias(self.rule, keys.shape[2])
@@ -131,21 +131,21 @@ def causal_attention(
     k: Float[Tensor, "batch kv_heads seq head_dim"],
     v: Float[Tensor, "batch kv_heads seq head_dim"],
     scale: float,
-    sight: Sight = None,
+    mask: AttentionMask = None,
     softcap: float | None = None,
 ) -> Float[Tensor, "batch heads seq head_dim"]:
-    """Attention among the positions of one call, by the fastest form for them."""
-    if isinstance(sight, FlexPlan):
-        return flex_attention(q, k, v, scale, sight)
+    """Attention among the positions of one call, by the fastest implementation for their number."""
+    if isinstance(mask, FlexPlan):
+        return flex_attention(q, k, v, scale, mask)
     seq = q.shape[2]
     is_small = q.device.type == "cpu" and q.dtype == torch.bfloat16 and seq <= PRODUCTS_UP_TO
-    if is_small and seq > KEPT_UP_TO and sight is None and softcap is None:
-        return _forgetful_attention(q, k, v, scale)
+    if is_small and seq > KEPT_UP_TO and mask is None and softcap is None:
+        return _recomputed_attention(q, k, v, scale)
     if softcap is not None or is_small:
-        return _plain_attention(q, k, v, scale, sight, softcap)
+        return _plain_attention(q, k, v, scale, mask, softcap)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=sight, is_causal=sight is None, scale=scale, enable_gqa=grouped
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )
 
 
@@ -167,19 +167,19 @@ def _plain_attention(
     return (scores.softmax(dim=-1) @ v.reshape(flat)).view(batch, heads, seq, head_dim)
 
 
-def _forgetful_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention by products that keeps nothing of (seq, seq) for the backward pass."""
+def _recomputed_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention by products that keeps no (seq, seq) tensor for the backward pass."""
     shape = q.shape
     k, v = (_for_every_query_head(part, shape[1]) for part in (k, v))
     q, k, v = (part.reshape(-1, *shape[2:]) for part in (q * scale, k, v))
-    out: Tensor = _Forgetful.apply(q, k, v)  # type: ignore[no-untyped-call]
+    out: Tensor = _RecomputedAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
     return out.view(shape)
 
 
-class _Forgetful(torch.autograd.Function):
-    """softmax(q kᵀ + causal bias) v, block of queries by block, without the keys behind a block.
+class _RecomputedAttention(torch.autograd.Function):
+    """softmax(q kᵀ + causal bias) v, one block of queries after the other, over the keys up to the block's end.
 
-    The backward pass takes the weights anew, as FlashAttention does (arXiv:2205.14135, algorithm 4).
+    The backward pass computes the weights again, as FlashAttention does (arXiv:2205.14135, algorithm 4).
     """
 
     @staticmethod
@@ -212,7 +212,7 @@ def _blocks(seq: int) -> list[slice]:
 
 
 def _weights(q: Float[Tensor, "rows q head_dim"], k: Float[Tensor, "rows k head_dim"]) -> Float[Tensor, "rows q k"]:
-    """Of the last queries, over the keys up to the last of them."""
+    """Attention weights of the last `q` of the positions over all of them."""
     n_queries, n_keys = q.shape[1], k.shape[1]
     bias = torch.full((n_queries, n_keys), float("-inf"), dtype=q.dtype, device=q.device).triu(n_keys - n_queries + 1)
     return torch.baddbmm(bias, q, k.mT).softmax(dim=-1)
@@ -245,5 +245,5 @@ def attend_to_cache(
 
 
 def capped(scores: Float[Tensor, "*shape"], cap: float) -> Float[Tensor, "*shape"]:
-    """cap · tanh(scores / cap): what is small stays as it is, nothing is beyond ± cap."""
+    """cap · tanh(scores / cap): small scores hardly change, none exceeds ± cap."""
     return cap * torch.tanh(scores / cap)

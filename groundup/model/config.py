@@ -110,9 +110,9 @@ class ModelConfig:
         qk_norm: normalize queries and keys per head by RMSNorm (arXiv:2010.04245), as Qwen3 does.
         position: rotary ("rope", arXiv:2104.09864, half-split as in Llama), learned absolute (GPT-2), sinusoidal
             (arXiv:1706.03762, section 3.5), linear biases ("alibi", arXiv:2108.12409), or none (arXiv:2305.19466).
-        rope_base: base of the rotary frequencies.
+        rope_theta: base of the rotary frequencies.
         rope_scaling: see `RopeScaling`; None: as trained.
-        rope_share: share of each head's features that is rotated, from the first on (1: all).
+        partial_rotary_factor: share of each head's features that is rotated, from the first on (1: all).
         attention: patterns of the layers in turn: ("window", "full") makes layers 0, 2, … local and 1, 3, … global.
             "full": every earlier token; "window": the last `window`; "strided" and "fixed": those of Sparse
             Transformers (arXiv:1904.10509, section 4.3) with `stride`.
@@ -127,15 +127,15 @@ class ModelConfig:
             (arXiv:1606.08415), or squared ReLU (arXiv:2109.08668).
         n_experts: feed-forward layers in each block, of which a router chooses; 0: one, without a router.
         experts_per_token: how many of them compute a token.
-        router_loss: coefficient of the load-balancing loss (arXiv:2101.03961, equation 4).
-        bias: linear layers and LayerNorms have a bias; the next four say otherwise where they are not None.
-        qkv_bias: of queries, keys and values.
-        o_bias: of attention's output.
-        ff_bias: of the feed-forward layer.
-        norm_bias: of LayerNorms.
+        router_aux_loss_coef: coefficient of the load-balancing loss (`model/experts.py`), as Mixtral has it.
+        bias: linear layers and LayerNorms have a bias.
+        qkv_bias: queries, keys and values have a bias; None: as `bias` says.
+        o_bias: attention's output has a bias; None: as `bias` says.
+        ff_bias: the feed-forward layer has a bias; None: as `bias` says.
+        norm_bias: LayerNorms have a bias; None: as `bias` says.
         tied_embeddings: the output layer is the embedding matrix.
-        vocab_multiple: rows of the embedding are filled up to a multiple of this, for the sake of speed; nobody
-            outside of the model sees them.
+        vocab_multiple: rows of the embedding are padded to a multiple of this, for speed; the padding never shows in
+            logits or files.
         dropout: dropout on embeddings and on what each sub-layer adds, while training.
         initialization: see `model/initialization.py`.
     """
@@ -154,9 +154,9 @@ class ModelConfig:
     norm_eps: float = 1e-6
     qk_norm: bool = True
     position: Position = "rope"
-    rope_base: float = 10_000.0
+    rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
-    rope_share: float = 1.0
+    partial_rotary_factor: float = 1.0
     attention: tuple[Pattern, ...] = ("full",)
     window: int | None = None
     stride: int | None = None
@@ -168,7 +168,7 @@ class ModelConfig:
     activation: Activation = "swiglu"
     n_experts: int = 0
     experts_per_token: int = 2
-    router_loss: float = 0.01
+    router_aux_loss_coef: float = 0.005
     bias: bool = False
     qkv_bias: bool | None = None
     o_bias: bool | None = None
@@ -202,13 +202,13 @@ class ModelConfig:
         problems += [_unknown("attention", one, patterns) for one in self.attention if one not in patterns]
         if not self.attention:
             problems.append(Problem("[model] attention = []", "names no pattern.", 'For the usual one: ["full"].'))
-        for name in ("attention_softcap", "logit_softcap", "attention_scale", "rope_base", "norm_eps"):
+        for name in ("attention_softcap", "logit_softcap", "attention_scale", "rope_theta", "norm_eps"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 problems.append(Problem(f"[model] {name} = {value}", "must be above 0."))
         problems += [
             Problem(f"[model] {name} = {getattr(self, name)}", "must be at least 0.")
-            for name in ("n_experts", "sink_tokens", "router_loss", "dropout")
+            for name in ("n_experts", "sink_tokens", "router_aux_loss_coef", "dropout")
             if not getattr(self, name) >= 0
         ]
         if self.rope_scaling is not None:
@@ -230,10 +230,10 @@ class ModelConfig:
             problems.append(
                 Problem(f"[model] head_dim = {self.head_dim}", "is odd.", "RoPE rotates pairs: choose an even number.")
             )
-        elif self.position == "rope" and (self.rotated < 2 or not self.rope_share <= 1):
+        elif self.position == "rope" and (self.rotated < 2 or not self.partial_rotary_factor <= 1):
             problems.append(
                 Problem(
-                    f"[model] rope_share = {self.rope_share:g}",
+                    f"[model] partial_rotary_factor = {self.partial_rotary_factor:g}",
                     f"rotates {self.rotated} of {self.head_dim} features.",
                     "Choose a share of at most 1 that leaves at least one pair.",
                 )
@@ -268,7 +268,7 @@ class ModelConfig:
     @property
     def rotated(self) -> int:
         """Features of each head that RoPE rotates; an even number."""
-        return int(self.head_dim * self.rope_share) // 2 * 2 if self.position == "rope" else 0
+        return int(self.head_dim * self.partial_rotary_factor) // 2 * 2 if self.position == "rope" else 0
 
     @property
     def is_gated(self) -> bool:

@@ -43,10 +43,7 @@ def parts_in_words(config: ModelConfig) -> dict[str, str]:
         "positions": _positions(config),
         "attention": _attention(config),
         "feed-forward": _feedforward(config),
-        "embedding": f"{config.vocab_size:,} tokens, {'tied' if config.tied_embeddings else 'untied'}"
-        + (
-            f", filled up to {config.padded_vocab_size:,} rows" if config.padded_vocab_size != config.vocab_size else ""
-        ),
+        "embedding": _embedding(config),
         "biases": _biases(config),
         "initialization": config.initialization,
         "context": f"{config.context_length:,} tokens",
@@ -125,7 +122,7 @@ def _positions(config: ModelConfig) -> str:
         return {"learned": "learned, one vector a position", "alibi": "ALiBi"}.get(config.position, config.position)
     share = "" if config.rotated == config.head_dim else f", {config.rotated} of {config.head_dim} features"
     scaling = config.rope_scaling
-    return f"RoPE, base {config.rope_base:,.0f}{share}" + (
+    return f"RoPE, base {config.rope_theta:,.0f}{share}" + (
         f", {scaling.kind} scaling by {scaling.factor:g}" if scaling is not None else ""
     )
 

@@ -1,16 +1,16 @@
 """A mixture of experts in the feed-forward layer's place: a router sends each token to the best k of n layers.
 
 Mixtral's shape (arXiv:2401.04088): the k largest of the router's probabilities, divided by their sum, weigh the outputs
-of their experts. No token is ever dropped. The load-balancing loss (Switch, arXiv:2101.03961, equation 4)
+of their experts. No token is ever dropped. The load-balancing loss (Switch, arXiv:2101.03961, equation 4; for k > 1 as
+Mixtral counts it)
 
-    n · Σᵢ fᵢ Pᵢ        fᵢ: share of the tokens' choices that fell on expert i,  Pᵢ: its mean probability
+    n · Σᵢ fᵢ Pᵢ        fᵢ: share of the tokens that chose expert i,  Pᵢ: its mean probability
 
-is 1 where all experts have the same to do, and n where one does everything.
+is k where all experts have the same to do, and n where k of them do everything.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -44,8 +44,8 @@ class Experts(nn.Module):
 
     Attributes:
         balance: after a forward pass in training: the load-balancing loss times its number of tokens, float32.
-        takes_balance: or not, while a forward pass is computed again for the backward pass: `balance` would hold all
-            that was computed.
+        takes_balance: false while a forward pass is recomputed for the backward pass: `balance` would keep that
+            pass's whole graph in memory.
     """
 
     def __init__(self, config: ModelConfig, activation: Callable[[Tensor], Tensor]) -> None:
@@ -83,9 +83,9 @@ class Experts(nn.Module):
 
 
 def load_balance(probabilities: Float[Tensor, "tokens experts"], chosen: Int[Tensor, "tokens k"]) -> Float[Tensor, ""]:
-    """n · Σᵢ fᵢ Pᵢ; see above. Its gradient goes through the probabilities alone."""
+    """The load-balancing loss n · Σᵢ fᵢ Pᵢ; its gradient goes through the probabilities alone."""
     n = probabilities.shape[-1]
     shares = torch.zeros(n, device=chosen.device).index_add_(
-        0, chosen.flatten(), torch.full((math.prod(chosen.shape),), 1 / max(1, chosen.numel()), device=chosen.device)
+        0, chosen.flatten(), torch.full((chosen.numel(),), 1 / max(1, len(chosen)), device=chosen.device)
     )
     return n * (shares * probabilities.mean(dim=0)).sum()

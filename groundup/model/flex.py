@@ -1,7 +1,7 @@
-"""Sparse and capped attention on a GPU by FlexAttention (arXiv:2412.05496): blocks that nobody sees are not computed.
+"""Sparse and capped attention on a GPU by FlexAttention (arXiv:2412.05496): fully masked blocks are not computed.
 
-The rule becomes a `BlockMask` (which blocks of 128 × 128 scores have anything to see) and the change of a score
-(ALiBi, soft cap) a few lines that are compiled into the kernel; the bias itself never exists. Without `compiled` torch
+The rule becomes a `BlockMask` (which blocks of 128 × 128 scores are not fully masked) and the change of a score
+(ALiBi, soft cap) a few lines that are compiled into the kernel; the bias itself is never made. Without `compiled` torch
 runs the same functions step by step, which the tests use to compare them with the textbook form on a CPU.
 """
 
@@ -22,11 +22,11 @@ from groundup.model.masks import AttentionRule, alibi_slopes
 
 @dataclass(frozen=True)
 class FlexPlan:
-    """What FlexAttention is told of a layer.
+    """How FlexAttention computes a layer.
 
     Attributes:
         block_mask: which blocks of scores are computed.
-        change: of a score: (score, batch, head, query, key) → score; None: none.
+        change: changes each score, (score, batch, head, query, key) → score; None: scores stay.
         compiled: by torch.compile, as it should be on a GPU.
     """
 

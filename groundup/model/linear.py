@@ -1,6 +1,6 @@
 """A linear layer whose weights stay in float32 and whose arithmetic is in the dtype of its input.
 
-No autocast: the cast stands here, in sight, and gradients come back in the weights' own float32.
+No autocast: the cast is written out here, and gradients are float32 as the weights are.
 """
 
 from __future__ import annotations

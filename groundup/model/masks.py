@@ -1,4 +1,4 @@
-"""Who sees whom: the rule of a layer's attention, and what it adds to the scores.
+"""Attention masks: which positions a layer attends to, and the bias that is added to its scores.
 
 A query at position i sees the key at position j ≤ i of its own document, if the layer's pattern lets it:
 
@@ -25,7 +25,7 @@ from groundup.model.config import ModelConfig, Pattern
 
 @dataclass(frozen=True)
 class AttentionRule:
-    """What one layer's attention sees; layers with equal rules share a mask.
+    """What one layer attends to; layers with equal rules share a mask.
 
     Attributes:
         pattern: see above.
@@ -57,7 +57,7 @@ class AttentionRule:
         )
 
     def is_causal_only(self, length: int) -> bool:
-        """Whether texts of this length are seen as by plain causal attention."""
+        """Whether the rule is plain causal attention for texts of this length."""
         if self.alibi_heads:
             return False
         if self.pattern == "window":

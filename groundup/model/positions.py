@@ -1,4 +1,4 @@
-"""Where a token stands: rotary embeddings with their scalings, and the original sinusoids.
+"""Position encodings: rotary embeddings with their scalings, and the original sinusoids.
 
 RoPE (arXiv:2104.09864) in the half-split form that Llama and Qwen use: of the r rotated features of a head, feature i
 is paired with feature i + r/2, and the pair is turned by position · base^(−2i/r). Longer contexts change the

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from groundup.model.attention import Attention, Cached, KeyValueStore, Sight, capped
+from groundup.model.attention import Attention, AttentionMask, Cached, KeyValueStore, capped
 from groundup.model.config import ModelConfig
 from groundup.model.experts import Experts
 from groundup.model.feedforward import make_feedforward
@@ -32,10 +32,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class OutputLayer:
-    """The last layer, for whoever wants something else than all logits: some rows', or a loss.
+    """The output layer, for a `head` that computes something else than all logits: some rows', or a loss.
 
     Attributes:
-        weight: (padded_vocab, d_model), float32; rows from `vocab_size` on stand for no token.
+        weight: (padded_vocab, d_model), float32; rows from `vocab_size` on are padding.
         vocab_size: tokens.
         softcap: of the logits, or None.
     """
@@ -54,9 +54,9 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)); with post-norm norm(x + attention(x)) and so on.
 
     Attributes:
-        compute: what the block does: `eager`, or a compiled form of it.
-        recompute: in training, who calls the function that it is given with its arguments, so that less is kept for
-            the backward pass; None: nobody.
+        compute: `eager`, or a compiled form of it.
+        recompute: activation checkpointing: in training it is called with `compute` and its arguments, so that less is
+            kept for the backward pass; None: `compute` is called directly.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -74,20 +74,22 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "batch seq d_model"],
         rotation: Rotation | None,
-        sight: Sight = None,
+        mask: AttentionMask = None,
         cached: Cached | None = None,
     ) -> Float[Tensor, "batch seq d_model"]:
         """Apply both sub-layers."""
         if self.recompute is not None and self.training:
-            return self.recompute(self.compute, x, rotation, sight, cached)
-        return self.compute(x, rotation, sight, cached)
+            return self.recompute(self.compute, x, rotation, mask, cached)
+        return self.compute(x, rotation, mask, cached)
 
-    def eager(self, x: Tensor, rotation: Rotation | None, sight: Sight = None, cached: Cached | None = None) -> Tensor:
-        """What `compute` is unless something replaces it."""
+    def eager(
+        self, x: Tensor, rotation: Rotation | None, mask: AttentionMask = None, cached: Cached | None = None
+    ) -> Tensor:
+        """Both sub-layers, uncompiled."""
         if self.is_post_norm:
-            x = self.input_layernorm(x + self._drop(self.self_attn(x, rotation, sight, cached)))
+            x = self.input_layernorm(x + self._drop(self.self_attn(x, rotation, mask, cached)))
             return self.post_attention_layernorm(x + self._drop(self.mlp(x)))
-        x = x + self._drop(self.self_attn(self.input_layernorm(x), rotation, sight, cached))
+        x = x + self._drop(self.self_attn(self.input_layernorm(x), rotation, mask, cached))
         return x + self._drop(self.mlp(self.post_attention_layernorm(x)))
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -131,7 +133,7 @@ class Transformer(nn.Module):
 
     @property
     def n_parameters(self) -> int:
-        """Number of parameters, a tied embedding counted once, rows that stand for no token not at all."""
+        """Number of parameters; a tied embedding counts once, padding rows do not count."""
         n_matrices = 1 if self.lm_head is None else 2
         n_idle = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.d_model * n_matrices
         return sum(parameter.numel() for parameter in self.parameters()) - n_idle
@@ -173,11 +175,11 @@ class Transformer(nn.Module):
             ids: token ids, int64.
             positions: each token's position in its row or document (default 0, 1, 2, …). With a cache, rows may
                 differ.
-            documents: which document of its row each token belongs to, where rows hold several: it sees no other.
-                Not with a cache.
-            cache: keys and values of earlier calls; then each query sees the cached positions up to its own.
-            head: what to make of the last hidden states (batch, seq, d_model) and the output layer instead of
-                logits: a loss that never holds all logits, for instance.
+            documents: which document of its row each token belongs to, where rows hold several; a token attends to its
+                own only. Not with a cache.
+            cache: keys and values of earlier calls; each query attends to the cached positions up to its own.
+            head: computes the result from the last hidden states (batch, seq, d_model) and the output layer instead
+                of logits: a loss that never holds all logits, for instance.
         """
         hidden = self._hidden(ids, positions, documents, cache)
         weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
@@ -185,14 +187,14 @@ class Transformer(nn.Module):
         return output.logits(hidden) if head is None else head(hidden, output)
 
     def balance_loss(self) -> Float[Tensor, ""] | None:
-        """Of the last forward pass in training: the routers' loss, times its coefficient and the number of tokens.
+        """The load-balancing loss of the last forward pass in training; None without experts.
 
-        None without experts. To be added to a loss that is summed over tokens.
+        It is multiplied by its coefficient and the number of tokens, to be added to a loss that is summed over tokens.
         """
         found = [block.mlp.balance for block in self.layers if isinstance(block.mlp, Experts)]
         if not found or not self.training:
             return None
-        return self.config.router_loss * torch.stack([one for one in found if one is not None]).mean()
+        return self.config.router_aux_loss_coef * torch.stack([one for one in found if one is not None]).mean()
 
     def _hidden(
         self,
@@ -215,36 +217,36 @@ class Transformer(nn.Module):
         elif config.position == "sinusoidal":
             x = x * config.d_model**0.5 + sinusoids(where, config.d_model).to(self.compute_dtype)
         elif config.position == "rope":
-            rotation = rotation_table(where, config.rotated, config.rope_base, self.compute_dtype, config.rope_scaling)
+            rotation = rotation_table(where, config.rotated, config.rope_theta, self.compute_dtype, config.rope_scaling)
         if self.training and config.dropout:
             x = F.dropout(x, config.dropout)
-        sights = self._sights(seq, where, documents) if cached is None else {}
+        masks = self._attention_masks(seq, where, documents) if cached is None else {}
         experts = [block.mlp for block in self.blocks if isinstance(block.mlp, Experts)]
         for layer in experts:
             layer.takes_balance = True
         for block, rule in zip(self.layers, self._rules, strict=True):
-            x = block(x, rotation, sights.get(rule), cached)
+            x = block(x, rotation, masks.get(rule), cached)
         for layer in experts:
             layer.takes_balance = False
         return x if self.norm is None else self.norm(x)
 
-    def _sights(
+    def _attention_masks(
         self, seq: int, where: Int[Tensor, "*rows seq"], documents: Int[Tensor, "batch seq"] | None
-    ) -> dict[AttentionRule, Sight]:
-        """What each rule's layers see; nothing is made for plain causal attention."""
+    ) -> dict[AttentionRule, AttentionMask]:
+        """The mask of each rule's layers; none for plain causal attention."""
         softcap = self.config.attention_softcap
-        sights: dict[AttentionRule, Sight] = {}
+        masks: dict[AttentionRule, AttentionMask] = {}
         for rule in dict.fromkeys(self._rules):
             is_plain = documents is None and where.ndim == 1 and rule.is_causal_only(seq)
             if where.is_cuda and (softcap is not None or not is_plain):
                 positions = where if where.ndim == 2 else None
-                sights[rule] = plan_attention(
+                masks[rule] = plan_attention(
                     rule, seq, where.device, softcap=softcap, positions=positions, documents=documents
                 )
             elif not is_plain:
                 both = None if documents is None else (documents, documents)
-                sights[rule] = attention_bias(rule, where, where, self.compute_dtype, both)
-        return sights
+                masks[rule] = attention_bias(rule, where, where, self.compute_dtype, both)
+        return masks
 
 
 class _Embedding(nn.Embedding):

@@ -3,8 +3,8 @@
 In: a TOML file (or the name of a recipe that ships with groundup) and `section.key=value`
 overrides. Out: a frozen, typed `Recipe`. Every field has a type, a range, a default and a line of
 documentation; unknown keys are refused with the nearest valid name; all problems are reported at once.
-A field left unset (`None`) is derived later, by the stage that needs it, which states its reason; what follows from
-the model's one number (`[model] size`) is filled in at once.
+Reading gives what was written; `resolve` gives what follows from it; what depends on the machine is decided by the
+stage that needs it. Which stages and methods there are says `registry.py`.
 """
 
 from groundup.recipe.data import (
@@ -15,31 +15,35 @@ from groundup.recipe.data import (
     ShardsSettings,
     TokenizerSettings,
 )
-from groundup.recipe.follow import choices
 from groundup.recipe.model import DEFAULT_PRESET, ModelSettings, RopeScalingSettings
 from groundup.recipe.reading import parse_recipe, read_recipe, shipped_recipes
-from groundup.recipe.sections import Section, Texts
+from groundup.recipe.recipe import BEFORE, Recipe
+from groundup.recipe.registry import find_method, register, registered
+from groundup.recipe.resolve import Derived, derivations, resolve, resolve_optimizer
+from groundup.recipe.sections import Section, Texts, setting
 from groundup.recipe.stages import (
+    AlignSettings,
     EvaluateSettings,
-    Gates,
+    Gate,
     GenerateSettings,
     GroupSettings,
     OptimizerName,
     OptimizerSettings,
     PrecisionName,
     PretrainSettings,
-    SFTSettings,
 )
-from groundup.recipe.whole import Recipe
 from groundup.recipe.writing import changed_settings, recipe_toml
 
 __all__ = [
+    "BEFORE",
     "DEFAULT_PRESET",
+    "AlignSettings",
     "ClassifierSettings",
     "CorpusSettings",
     "DecontaminationSettings",
+    "Derived",
     "EvaluateSettings",
-    "Gates",
+    "Gate",
     "GenerateSettings",
     "GroupSettings",
     "MinHashSettings",
@@ -50,15 +54,20 @@ __all__ = [
     "PretrainSettings",
     "Recipe",
     "RopeScalingSettings",
-    "SFTSettings",
     "Section",
     "ShardsSettings",
     "Texts",
     "TokenizerSettings",
     "changed_settings",
-    "choices",
+    "derivations",
+    "find_method",
     "parse_recipe",
     "read_recipe",
     "recipe_toml",
+    "register",
+    "registered",
+    "resolve",
+    "resolve_optimizer",
+    "setting",
     "shipped_recipes",
 ]

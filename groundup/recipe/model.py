@@ -20,32 +20,40 @@ class RopeScalingSettings(Section):
     """How rotary frequencies are changed for contexts longer than those of training."""
 
     kind: Literal["linear", "ntk", "yarn", "llama3"] = setting(
-        ..., "linear: positions divided by the factor; ntk: the base raised; yarn, llama3: slow frequencies divided"
+        ...,
+        "linear: positions are divided by the factor; ntk: rope_theta is raised; "
+        "yarn, llama3: low frequencies are divided",
     )
-    factor: float = setting(..., "how many times longer the context becomes", ge=1.0, le=1024.0)
-    original_context: int | None = setting(None, "yarn, llama3: tokens of context in training", ge=1)
-    beta_fast: float = setting(32.0, "yarn: frequencies that turn more often within the original context stay", gt=0.0)
-    beta_slow: float = setting(1.0, "yarn: those that turn less often are divided", gt=0.0)
-    low_frequency_factor: float = setting(1.0, "llama3: wavelengths over original_context / this are divided", gt=0.0)
-    high_frequency_factor: float = setting(4.0, "llama3: wavelengths under original_context / this stay", gt=0.0)
+    factor: float = setting(
+        ..., "how many times longer the context becomes: new length / trained length", ge=1.0, le=1024.0
+    )
+    original_context: int | None = setting(
+        None, "context length that the model was trained with; yarn and llama3 need it", ge=1
+    )
+    beta_fast: float = setting(32.0, "yarn: frequencies with more turns than this in original_context are kept", gt=0.0)
+    beta_slow: float = setting(
+        1.0, "yarn: frequencies with fewer turns than this in original_context are divided", gt=0.0
+    )
+    low_frequency_factor: float = setting(1.0, "llama3: wavelengths above original_context / this are divided", gt=0.0)
+    high_frequency_factor: float = setting(4.0, "llama3: wavelengths below original_context / this are kept", gt=0.0)
     attention_factor: float | None = setting(
-        None, "yarn: factor of queries and keys (unset: 0.1 · ln(factor) + 1)", gt=0.0
+        None, "yarn: queries and keys are multiplied by this (unset: 0.1 · ln(factor) + 1)", gt=0.0
     )
 
 
 class ModelSettings(Section):
-    """The Transformer: a preset or one number to start from, and what to change in it (unset: as it is there)."""
+    """The Transformer: a preset or one number to start from, and what to change in it (unset: as in the preset)."""
 
     preset: str | None = setting(
         None, f"a shape to start from; `groundup model list` names them (unset: {DEFAULT_PRESET}, or that of init)"
     )
     size: str | None = setting(
         None,
-        'instead of a preset: parameters in all, such as "10m"; shape, vocabulary, batch, learning rates and tokens '
-        "follow where they are unset",
+        'instead of a preset: number of parameters, such as "10m"; shape, vocabulary, batch, learning rates and tokens '
+        "are derived from it where they are unset",
     )
     depth: int | None = setting(
-        None, "instead of a size: the number of blocks, from which the same follows", ge=2, le=64
+        None, "instead of a size: number of blocks, from which the rest of the model is derived", ge=2, le=64
     )
     context_length: int | None = setting(None, "tokens the model can see at once", ge=8, le=1 << 20)
     n_layers: int | None = setting(None, "number of blocks", ge=1, le=512)
@@ -53,51 +61,80 @@ class ModelSettings(Section):
     n_kv_heads: int | None = setting(None, "key/value heads (a divisor of n_heads)", ge=1, le=512)
     head_dim: int | None = setting(None, "width of one head", ge=2, le=1024)
     d_model: int | None = setting(None, "width of the residual stream", ge=2, le=1 << 16)
-    d_ff: int | None = setting(None, "width of the feed-forward layer, of each expert's", ge=2, le=1 << 18)
+    d_ff: int | None = setting(
+        None, "width of the feed-forward layer (of each expert, where there are experts)", ge=2, le=1 << 18
+    )
     norm: Literal["rmsnorm", "layernorm"] | None = setting(None, "normalization: rmsnorm or layernorm")
     norm_placement: Literal["pre", "post"] | None = setting(
-        None, "before every sub-layer (pre), or behind every sum as in the original Transformer (post)"
+        None, "pre: before every sub-layer; post: after every residual sum, as in the original Transformer"
     )
-    norm_weight: bool | None = setting(None, "norms have a weight")
-    norm_eps: float | None = setting(None, "added to the variance", gt=0.0, le=0.1)
-    qk_norm: bool | None = setting(None, "queries and keys are normalized per head")
+    norm_weight: bool | None = setting(None, "norms have a learned weight")
+    norm_eps: float | None = setting(None, "added to the variance in norms, against division by zero", gt=0.0, le=0.1)
+    qk_norm: bool | None = setting(
+        None, "normalize queries and keys per head by RMSNorm; steadier at high learning rates"
+    )
     position: Literal["rope", "learned", "sinusoidal", "alibi", "none"] | None = setting(
-        None, "how positions are told: rope, learned, sinusoidal, alibi or none"
+        None, "position encoding: rope, learned, sinusoidal, alibi or none"
     )
-    rope_base: float | None = setting(None, "base of the rotary frequencies", gt=1.0, le=1e9)
-    rope_share: float | None = setting(None, "share of each head's features that is rotated", gt=0.0, le=1.0)
+    rope_theta: float | None = setting(
+        None, "base of the rotary frequencies; larger for longer contexts", gt=1.0, le=1e9
+    )
+    partial_rotary_factor: float | None = setting(
+        None, "share of each head's features that RoPE rotates (1: all)", gt=0.0, le=1.0
+    )
     rope_scaling: RopeScalingSettings | None = None
     attention: tuple[Literal["full", "window", "strided", "fixed"], ...] | None = setting(
-        None, 'patterns of the layers in turn, such as ["window", "full"]: full, window, strided, fixed', min_length=1
+        None,
+        'attention patterns, repeated over the layers, such as ["window", "full"]: full, window, strided, fixed',
+        min_length=1,
     )
-    window: int | None = setting(None, "tokens that a window layer sees, itself included", ge=1, le=1 << 20)
-    stride: int | None = setting(None, "strided, fixed: length of a row or block", ge=1, le=1 << 20)
-    summary: int | None = setting(None, "fixed: columns at each block's end that all later positions see", ge=1)
-    sink_tokens: int | None = setting(None, "first tokens that window layers see from everywhere", ge=0)
-    attention_scale: float | None = setting(None, "factor of q · k (unset: 1 / sqrt(head_dim))", gt=0.0, le=16.0)
-    attention_softcap: float | None = setting(None, "caps q · k at ± this by tanh", gt=0.0)
-    logit_softcap: float | None = setting(None, "caps the logits at ± this by tanh", gt=0.0)
+    window: int | None = setting(
+        None, "window layers: tokens that each position attends to, itself included", ge=1, le=1 << 20
+    )
+    stride: int | None = setting(None, "strided and fixed layers: length of a row or block in tokens", ge=1, le=1 << 20)
+    summary: int | None = setting(
+        None, "fixed layers: last positions of each block that all later positions attend to", ge=1
+    )
+    sink_tokens: int | None = setting(
+        None, "window layers: first tokens of the text that every position attends to", ge=0
+    )
+    attention_scale: float | None = setting(
+        None, "attention scores are q · k times this (unset: 1 / sqrt(head_dim))", gt=0.0, le=16.0
+    )
+    attention_softcap: float | None = setting(
+        None, "attention scores are capped at ± this by tanh (unset: no cap)", gt=0.0
+    )
+    logit_softcap: float | None = setting(None, "logits are capped at ± this by tanh (unset: no cap)", gt=0.0)
     activation: Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu2"] | None = setting(
-        None, "of the feed-forward layer: swiglu, geglu, gelu, gelu_tanh (GPT-2's) or relu2"
+        None, "activation of the feed-forward layer: swiglu, geglu, gelu, gelu_tanh (GPT-2's) or relu2"
     )
-    n_experts: int | None = setting(None, "feed-forward layers in a block that a router chooses from (0: one)", ge=0)
-    experts_per_token: int | None = setting(None, "how many of them compute a token", ge=1)
-    router_loss: float | None = setting(None, "coefficient of the load-balancing loss", ge=0.0)
-    bias: bool | None = setting(None, "linear layers and LayerNorms have a bias; the next four say otherwise")
-    qkv_bias: bool | None = setting(None, "queries, keys and values have a bias")
-    o_bias: bool | None = setting(None, "attention's output has a bias")
-    ff_bias: bool | None = setting(None, "the feed-forward layer has a bias")
-    norm_bias: bool | None = setting(None, "LayerNorms have a bias")
+    n_experts: int | None = setting(
+        None, "experts per block: feed-forward layers that a router chooses from (0: no experts)", ge=0
+    )
+    experts_per_token: int | None = setting(None, "experts that compute each token", ge=1)
+    router_aux_loss_coef: float | None = setting(
+        None, "coefficient of the experts' load-balancing loss, as in Mixtral's config", ge=0.0
+    )
+    bias: bool | None = setting(None, "linear layers and LayerNorms have a bias")
+    qkv_bias: bool | None = setting(None, "queries, keys and values have a bias (unset: as bias says)")
+    o_bias: bool | None = setting(None, "attention's output has a bias (unset: as bias says)")
+    ff_bias: bool | None = setting(None, "the feed-forward layer has a bias (unset: as bias says)")
+    norm_bias: bool | None = setting(None, "LayerNorms have a bias (unset: as bias says)")
     tied_embeddings: bool | None = setting(None, "input and output embeddings share one matrix")
     vocab_multiple: int | None = setting(
         None,
-        "the embedding is filled up to a multiple of so many rows, for speed; nobody else sees them",
+        "embedding rows are padded to a multiple of this, for speed; 64 suits GPUs",
         ge=1,
         le=4096,
     )
-    dropout: float | None = setting(None, "dropout on the residual stream while training", ge=0.0, lt=1.0)
+    dropout: float | None = setting(
+        None,
+        "dropout on embeddings and sub-layer outputs in training; 0 for a single pass over the data",
+        ge=0.0,
+        lt=1.0,
+    )
     initialization: Literal["scaled", "gpt2"] | None = setting(
-        None, "scaled: 1/sqrt(fan-in), zero output projections; gpt2: N(0, 0.02)"
+        None, "initial weights: scaled (1/sqrt(fan-in), output projections 0) or gpt2 (N(0, 0.02))"
     )
 
     @model_validator(mode="before")
@@ -108,7 +145,7 @@ class ModelSettings(Section):
         return values
 
     @model_validator(mode="after")
-    def _one_start(self) -> ModelSettings:
+    def _one_starting_point(self) -> ModelSettings:
         given = [name for name in _CHOOSES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are both given: each is a whole shape, keep one")

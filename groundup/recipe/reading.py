@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,18 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from groundup.errors import Problem, RecipeError
+from groundup.recipe.recipe import Recipe
+from groundup.recipe.registry import METHODS, find_method
 from groundup.recipe.sections import Section, section_class
-from groundup.recipe.whole import Recipe
+
+RENAMED = {
+    "rope_base": "rope_theta",
+    "rope_share": "partial_rotary_factor",
+    "router_loss": "router_aux_loss_coef",
+    "clip": "max_grad_norm",
+    "on_trouble": "on_spike",
+}
+"""Settings that had another name once."""
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -53,7 +63,8 @@ def parse_recipe(text: str, label: str, overrides: Sequence[str] = (), default_n
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         # A value that could be of several types has one error for each: one problem is enough.
-        problems += {problem.where: problem for problem in map(_problem, error.errors())}.values()
+        found = [_problem(item, values) for item in error.errors()]
+        problems += {problem.where: problem for problem in found}.values()
         raise RecipeError(label, problems) from error
     if problems:
         raise RecipeError(label, problems)
@@ -99,16 +110,24 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[P
     return problems
 
 
-def _problem(item: Any) -> Problem:
+def _problem(item: Any, values: Mapping[str, Any]) -> Problem:
     """One pydantic error in the user's terms: [section] key = value, what is wrong, the way out."""
     parts = list(item["loc"])
     if item["type"] != "extra_forbidden" and parts[-1:] in (["int"], ["literal['compute-optimal']"]):
         parts.pop()  # pydantic's name for one of several types that a value may have
     keys = [part for part in parts if isinstance(part, str)]  # numbers count the items of a list
-    section, field = _field_at(keys)
+    section, field = _field_at(keys, values)
     where = f"[{'.'.join(keys[:-1])}] {keys[-1]}" if len(keys) > 1 else (keys[0] if keys else "recipe")
     shown = item.get("input")
     if item["type"] == "extra_forbidden":
+        if len(keys) == 1 and keys[0] in METHODS:
+            return Problem(
+                f"[{keys[0]}]", "is a stage of the graph now.",
+                f"Write [align.{keys[0]}], and its init as start = \"…\" (unset: the recipe's own base model).",
+            )  # fmt: skip
+        new = "start" if keys[0] == "align" and keys[-1] == "init" else RENAMED.get(keys[-1])
+        if new is not None:
+            return Problem(where, f"is called {new} now.", f"Write: {new} = …")
         names = list(section.model_fields) if section else []
         near = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.5)
         fix = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(names)}."
@@ -123,10 +142,13 @@ def _problem(item: Any) -> Problem:
     return Problem(where, f"{message}.", about)
 
 
-def _field_at(location: Sequence[str]) -> tuple[type[Section] | None, FieldInfo | None]:
+def _field_at(location: Sequence[str], values: Mapping[str, Any]) -> tuple[type[Section] | None, FieldInfo | None]:
     """The section class and the field that a pydantic location points at."""
     section: type[Section] | None = Recipe
     field: FieldInfo | None = None
+    if location[:1] == ["align"] and len(location) > 1:
+        method = values["align"][location[1]].get("method", location[1])
+        section, location = find_method(method).settings if method in METHODS else None, location[2:]
     for part in location:
         if section is None or part not in section.model_fields:
             break

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, model_validator
 
 from groundup.recipe.sections import Section, Texts, setting
 
 OptimizerName = Literal["muon", "adamw", "lion", "adafactor"]
 PrecisionName = Literal["auto", "float32", "bfloat16", "float16", "float8"]
-
-_DEFAULTS: dict[OptimizerName, dict[str, float]] = {
-    # a step by signs is larger: 3 to 10 times less than AdamW's rate, and as many times its decay (arXiv:2302.06675,
-    # section 5); of small models the least less learns most
-    "lion": {"lr": 1e-3, "weight_decay": 0.3, "beta2": 0.99},
-    # a share of the weights' own size (arXiv:1804.04235, section 8: 0.01); small models learn more with more
-    "adafactor": {"lr": 0.03},
-}
 
 
 class GroupSettings(Section):
@@ -52,7 +44,10 @@ class OptimizerSettings(Section):
         "muon", "muon: Muon for the blocks' matrices and AdamW for the rest; adamw, lion or adafactor: for all"
     )
     lr: float = setting(
-        3e-3, "peak learning rate of all but Muon (unset: 1e-3 with lion, 0.03 with adafactor)", gt=0.0, le=1.0
+        3e-3,
+        "peak learning rate of all but Muon (unset: what suits the optimizer and the model's size)",
+        gt=0.0,
+        le=1.0,
     )
     muon_lr: float = setting(0.02, "peak learning rate of Muon", gt=0.0, le=1.0)
     weight_decay: float = setting(
@@ -72,17 +67,28 @@ class OptimizerSettings(Section):
     warmup_share: float = setting(0.03, "share of the steps that warm up", ge=0.0, le=1.0)
     decay_share: float = setting(0.6, "wsd: share of the steps that decay", ge=0.0, le=1.0)
     final_lr_share: float = setting(0.0, "learning rate at the end, as a share of its peak", ge=0.0, le=1.0)
-    ramp_from: int | None = setting(None, "rows of the first batch, which grows to batch_size (unset: no ramp)", ge=1)
-    ramp_share: float = setting(0.25, "share of the rows over which the batch grows", gt=0.0, le=1.0)
-    clip: float = setting(1.0, "clip the gradient to this global norm (0: never)", ge=0.0)
+    batch_warmup_from: int | None = setting(
+        None, "batch-size warm-up: rows of the first batch, from which it grows to batch_size (unset: no warm-up)", ge=1
+    )
+    batch_warmup_share: float = setting(
+        0.25, "batch-size warm-up: share of the run's rows over which the batch grows", gt=0.0, le=1.0
+    )
+    max_grad_norm: float = setting(
+        1.0, "the gradient is scaled down to this global norm where it is larger (0: never)", ge=0.0
+    )
     label_smoothing: float = setting(0.0, "share of the target's probability that is spread evenly", ge=0.0, lt=1.0)
     z_loss: float = setting(0.0, "weight of log(Z)², which keeps logits near 0 (1e-4 is usual)", ge=0.0)
     ema: float = setting(0.0, "decay of an average of the weights, which becomes the model (0: none)", ge=0.0, lt=1.0)
-    on_trouble: Literal["stop", "skip", "rollback", "ignore"] = setting(
-        "stop", "a loss that is not finite or leaps: stop, skip the update, roll back, or ignore leaps"
+    on_spike: Literal["stop", "skip", "rollback", "ignore"] = setting(
+        "stop",
+        "what happens when the loss spikes or is not finite: stop the run, skip the update, roll back to the last "
+        "checkpoint and pass over the batch, or ignore spikes",
     )
     spike_z: float = setting(
-        8.0, "standard deviations above the last 128 steps' mean from which a loss is a leap (0: none is)", ge=0.0
+        8.0,
+        "standard deviations above the mean of the last 128 steps from which a loss is a spike (0: only a loss that is "
+        "not finite)",
+        ge=0.0,
     )
     activation_checkpointing: Literal["none", "selective", "full"] = setting(
         "none", "what the backward pass computes again instead of keeping it: less memory, more time"
@@ -111,13 +117,6 @@ class OptimizerSettings(Section):
     )
 
     @model_validator(mode="after")
-    def _rates_of_the_optimizer(self) -> OptimizerSettings:
-        # Not yet anybody else's: a frozen model may be filled up while it is made.
-        defaults = _DEFAULTS.get(self.optimizer, {})
-        self.__dict__.update({name: value for name, value in defaults.items() if name not in self.model_fields_set})
-        return self
-
-    @model_validator(mode="after")
     def _shares_fit(self) -> OptimizerSettings:
         if self.schedule == "wsd" and self.warmup_share + self.decay_share > 1:
             raise ValueError(
@@ -128,8 +127,8 @@ class OptimizerSettings(Section):
                 f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}: "
                 "choose a divisor, or leave it unset"
             )
-        if self.ramp_from is not None and self.batch_size % self.ramp_from:
-            raise ValueError(f"ramp_from {self.ramp_from} does not divide batch_size {self.batch_size}")
+        if self.batch_warmup_from is not None and self.batch_size % self.batch_warmup_from:
+            raise ValueError(f"batch_warmup_from {self.batch_warmup_from} does not divide batch_size {self.batch_size}")
         return self
 
     def fingerprint_values(self) -> dict[str, Any]:
@@ -160,41 +159,57 @@ class PretrainSettings(OptimizerSettings):
         return self
 
 
-class SFTSettings(OptimizerSettings):
-    """Base model and conversations to an assistant."""
+class AlignSettings(Section):
+    """What every `[align.NAME]` section can be told, whatever its method."""
 
-    init: str | None = setting(
-        None, "the same; [pretrain] is then left out (unset: start from the recipe's base model)", affects_result=False
+    method: str = setting("", "what the stage does (unset: the section's own name)")
+    start: str = setting(
+        "pretrain",
+        "the stage whose model it starts from, or a run or a model's folder",
+        min_length=1,
+        affects_result=False,
     )
-    data: Texts = setting(
-        ("groundup:tasks",), 'conversations: JSONL files with a "messages" list, or groundup:tasks', min_length=1
-    )
-    examples: int = setting(10_000, "conversations that groundup:tasks generates", ge=100, le=10_000_000)
-    epochs: float = setting(3.0, "passes over the conversations", gt=0.0, le=1000.0)
-    packing: bool = setting(True, "several whole conversations in a row (false: one, padded); the loss is the same")
-    replay: float = setting(
-        0.0,
-        "share of the rows that are text of pretraining, so that it is not forgotten (0.25 is plenty)",
-        ge=0.0,
-        lt=1.0,
+    compute: str | None = setting(
+        None, "a stage: train until as many FLOPs are spent as it took, as its control", affects_result=False
     )
 
 
-class Gates(Section):
-    """Figures that a finished run must reach; unset ones are not checked."""
+class Gate(Section):
+    """A figure that a finished run must reach."""
 
-    min_bits_per_byte_drop: float | None = setting(None, "least fall of bits per byte by pretraining", ge=0.0)
-    max_exact_match_before: float | None = setting(None, "most exact match before SFT", ge=0.0, le=1.0)
-    min_exact_match: float | None = setting(None, "least exact match after SFT", ge=0.0, le=1.0)
+    metric: str = setting(..., "a score (bits_per_byte, exact_match) or a figure of the stage's own (val_loss, …)")
+    model: str = setting("pretrain", "the stage whose model is meant", min_length=1)
+    over: str | None = setting(
+        None,
+        'a second stage, or "start" for what the first starts from: their difference then counts (unset: the value)',
+    )
+    min: float | None = setting(None, "the least that passes")
+    max: float | None = setting(None, "the most that passes")
+
+    @model_validator(mode="after")
+    def _has_a_bound(self) -> Gate:
+        if self.min is None and self.max is None:
+            raise ValueError(f"the gate on {self.metric} of {self.model} can never fail: set min or max")
+        return self
+
+
+def _list_of_gates(value: Any) -> Any:
+    if isinstance(value, dict):
+        raise ValueError('is a list now: write [[evaluate.gates]] with metric = "exact_match", model = "…", min = 0.8')
+    return value
 
 
 class EvaluateSettings(Section):
     """Models to scores with error bars."""
 
-    tasks: Texts = setting(("bits_per_byte",), "bits_per_byte, groundup:tasks", min_length=1)
+    tasks: Texts = setting(
+        ("bits_per_byte",), "bits_per_byte (of the validation text), groundup:tasks (short questions)"
+    )
     limit: int | None = setting(None, "most prompts of a task (unset: all held-out ones)", ge=2)
     max_tokens: int = setting(32, "tokens that an answer may have", ge=1)
-    gates: Gates = Field(default_factory=Gates, description="figures that the run must reach")
+    gates: Annotated[tuple[Gate, ...], BeforeValidator(_list_of_gates)] = setting(
+        (), "[[evaluate.gates]]: figures that the run must reach", affects_result=False
+    )
 
 
 class GenerateSettings(Section):
@@ -204,3 +219,4 @@ class GenerateSettings(Section):
     top_k: int = setting(0, "draw among the k most probable tokens (0: all)", ge=0)
     top_p: float = setting(1.0, "draw among the most probable tokens that hold this mass", gt=0.0, le=1.0)
     max_tokens: int = setting(128, "most tokens of an answer", ge=1)
+    model: str | None = setting(None, "the stage that chat talks to (unset: the last one that is no control)")

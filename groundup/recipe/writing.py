@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from groundup.recipe.follow import following
+from groundup.recipe.recipe import Recipe
+from groundup.recipe.resolve import derivations
 from groundup.recipe.sections import Section, section_class
-from groundup.recipe.whole import Recipe
 
 
-def recipe_toml(recipe: Recipe, *, comments: bool = False) -> str:
-    """Write a recipe as TOML that reads back equal; `comments` adds each field's documentation."""
+def recipe_toml(recipe: Recipe, *, all_settings: bool = False, comments: bool = False) -> str:
+    """Write a recipe as TOML that reads back equal.
+
+    Args:
+        recipe: as it was read; of a resolved one, what follows counts as written.
+        all_settings: defaults too; what follows from other settings, or is unset, stands there as a comment.
+        comments: each setting's documentation behind it.
+    """
     lines: list[str] = []
-    _write_section(lines, recipe, "", comments, following(recipe))
+    follows = {item.setting: item.value for item in derivations(recipe)} if all_settings else {}
+    _write_section(lines, recipe, "", all_settings, comments, follows)
     return "\n".join(lines).strip() + "\n"
 
 
@@ -28,31 +35,38 @@ def changed_settings(before: Recipe, after: Recipe) -> list[str]:
     ]
 
 
-def _write_section(lines: list[str], section: Section, path: str, comments: bool, follows: dict[str, set[str]]) -> None:
-    nested = []
+def _write_section(
+    lines: list[str], section: Section, path: str, is_whole: bool, comments: bool, follows: Mapping[str, Any]
+) -> None:
+    nested: list[tuple[str, Section]] = []
+    tables: list[tuple[str, Section]] = []
     for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
+        value, where = getattr(section, name), f"{path}.{name}" if path else name
+        if not (is_whole or name in section.model_fields_set):
+            continue
         if isinstance(value, Section):
-            nested.append((name, value))
-            continue
-        if value is None and section_class(field.annotation) is not None:
-            continue
-        about = f"  # {field.description}" if comments and field.description else ""
-        if name in follows.get(path, ()):
-            lines += [f"# {name} = {_toml_value(value)}  # follows from [model]"] if comments else []
-        elif value is not None:
-            lines.append(f"{name} = {_toml_value(value)}{about}")
-        elif comments:
-            lines.append(f"# {name} ={about}")
-    for name, value in nested:
-        header = f"{path}.{name}" if path else name
-        lines.append(f"\n[{header}]")
-        _write_section(lines, value, header, comments, follows)
+            nested.append((where, value))
+        elif isinstance(value, dict) and value and all(isinstance(item, Section) for item in value.values()):
+            nested += [(f"{where}.{key}", item) for key, item in value.items()]
+        elif isinstance(value, tuple) and value and all(isinstance(item, Section) for item in value):
+            tables += [(where, item) for item in value]
+        elif section_class(field.annotation) is None and not (name == "method" and path == f"align.{value}"):
+            about = f"  # {field.description}" if comments and field.description else ""
+            if where in follows:
+                lines.append(f"# {name} = {_toml_value(follows[where])}  # follows from other settings")
+            elif value is not None and value != {}:
+                lines.append(f"{name} = {_toml_value(value)}{about}")
+            elif is_whole:
+                lines.append(f"# {name} ={about}")
+    for where, item in nested:
+        lines.append(f"\n[{where}]")
+        _write_section(lines, item, where, is_whole, comments, follows)
+    for where, item in tables:
+        lines.append(f"\n[[{where}]]")
+        _write_section(lines, item, where, False, comments, follows)
 
 
 def _toml_value(value: object) -> str:
-    if isinstance(value, Section):  # one of a list of tables
-        value = value.model_dump(exclude_unset=True)
     if isinstance(value, tuple | list):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     if isinstance(value, dict):

@@ -27,9 +27,9 @@ def mixture(
 
 
 def load_balance(x: Float[Tensor, "tokens d"], router: Float[Tensor, "n d"], k: int) -> Float[Tensor, ""]:
-    """n Σᵢ fᵢ Pᵢ (Switch Transformer, arXiv:2101.03961, equations 4 to 6).
+    """n Σᵢ fᵢ Pᵢ (Switch Transformer, arXiv:2101.03961, equations 4 to 6; for k > 1 as Mixtral counts it).
 
-    fᵢ is the share of the tokens' k choices that fell on expert i, Pᵢ the mean of its probability.
+    fᵢ is the share of the tokens that chose expert i, Pᵢ the mean of its probability.
     """
     n = len(router)
     scores = x @ router.T
@@ -37,5 +37,5 @@ def load_balance(x: Float[Tensor, "tokens d"], router: Float[Tensor, "n d"], k: 
     loss = probabilities.new_zeros(())
     choices = [i for row in probabilities.tolist() for i in sorted(range(n), key=lambda i: -row[i])[:k]]
     for i in range(n):
-        loss = loss + n * choices.count(i) / len(choices) * probabilities[:, i].mean()
+        loss = loss + n * choices.count(i) / len(x) * probabilities[:, i].mean()
     return loss

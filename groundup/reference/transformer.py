@@ -103,7 +103,11 @@ def feedforward(x: Tensor, part: Mapping[str, Tensor], config: Any) -> Float[Ten
 
 def scaled_frequencies(config: Any) -> tuple[list[float], float]:
     """Frequencies of the features that turn, and what these features are multiplied by."""
-    d, base, scaling = int(config.head_dim * config.rope_share) // 2 * 2, config.rope_base, config.rope_scaling
+    d, base, scaling = (
+        int(config.head_dim * config.partial_rotary_factor) // 2 * 2,
+        config.rope_theta,
+        config.rope_scaling,
+    )
     if scaling is None:
         return rope_frequencies(d, base), 1.0
     if scaling.kind == "linear":

@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from groundup.report.record import Curve, is_number
+from groundup.report.format import is_number
+from groundup.report.record import Curve
 
 # Stand-ins that no other part of a plot uses; in the SVG each becomes a CSS variable of the page.
 INK, SOFT, LINE, TRAIN, VALIDATION, BEFORE = "#010a01", "#020a02", "#030a03", "#040a04", "#050a05", "#060a06"
@@ -125,6 +126,24 @@ def loss_chart(name: str, curve: Curve, expected_initial_loss: float | None) -> 
         above.set_xlim(0, float(steps[-1]) * 1.01 + 1)
 
     return Chart(_drawn(name, WIDE, 400, paint), _drawn(name, NARROW, 400, paint), words)
+
+
+def curve_chart(name: str, key: str, curve: Curve) -> Chart:
+    """One more of the values that a stage logged, each step and smoothed; at least one line has it."""
+    lines = [(line["step"], line[key]) for line in curve.lines if is_number(line.get(key))]
+    steps, values = np.array([step for step, _ in lines]), np.array([value for _, value in lines], dtype=float)
+    smooth = smoothed(values)
+    words = f"{key}: from {smooth[0]:.3g} at step {steps[0]:,} to {smooth[-1]:.3g} at step {steps[-1]:,}."
+
+    def paint(figure: Figure, canvas: _Canvas) -> None:
+        axes = figure.add_subplot(figure.add_gridspec(1, 1, **_margins(canvas, 210, bottom=46))[0])
+        _quiet(axes)
+        axes.plot(*_thinned(steps, values), color=TRAIN, alpha=0.45, linewidth=1)
+        axes.plot(*_thinned(steps, smooth), color=TRAIN, linewidth=2)
+        axes.set_ylabel(key)
+        axes.set_xlabel("step")
+
+    return Chart(_drawn(name, WIDE, 210, paint), _drawn(name, NARROW, 210, paint), words)
 
 
 def throughput_chart(name: str, curve: Curve) -> Chart:

@@ -6,14 +6,14 @@ table for the console, or rows of text for the page.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from groundup.report.record import STAGES, is_number
+from groundup.report.format import format_many, is_number
 from groundup.run import Run
 
 
@@ -39,13 +39,13 @@ def closing_table(scores: Mapping[str, Any], run: Run | None = None) -> Table:
     """The table that a build ends with: `bits per byte  7.90 → 2.31 ±0.02  51 k bytes`.
 
     Args:
-        scores: the content of `evaluate/scores.json`; only its "rows" are used.
+        scores: the content of `evaluate/scores.json`.
         run: adds what its manifests say of documents, compression and speed.
     """
     rows = closing_rows(scores)
     if run is not None:
-        manifests = {stage: run.manifest(stage) for stage in STAGES}
-        rows += road_rows({stage: manifest.summary for stage, manifest in manifests.items() if manifest})
+        manifests = {stage: run.manifest(stage) for stage in run.finished()}
+        rows += pipeline_rows({stage: manifest.summary for stage, manifest in manifests.items() if manifest})
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
     table.add_column("")
     table.add_column("before", justify="right")
@@ -69,33 +69,32 @@ def closing_table(scores: Mapping[str, Any], run: Run | None = None) -> Table:
 
 
 def closing_rows(scores: Mapping[str, Any]) -> list[ClosingRow]:
-    """The rows of the closing table, formatted."""
-    return [_row(row) for row in score_rows(scores)]
+    """The rows of the closing table, formatted: scores with their gates, then gates on a stage's own figures."""
+    gates: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for gate in _mappings(scores.get("gates")):
+        gates.setdefault((str(gate.get("key")), str(gate.get("model"))), []).append(gate)
+    rows = [_row(row, gates.pop((str(row.get("key")), str(row.get("model"))), ())) for row in score_rows(scores)]
+    for (key, model), others in gates.items():
+        value = next((gate.get("value") for gate in others if gate.get("over") is None), None)
+        rows.append(_row({"key": key, "label": f"{key}, {model}", "after": {"value": value}}, others))
+    return rows
 
 
-def road_rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[ClosingRow]:
+def pipeline_rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[ClosingRow]:
     """Rows for what the stages' summaries say: documents, compression, speed of training and of generation."""
-    corpus, tokenizer, shards, pretrain, evaluate = (
-        summaries.get(stage, {}) for stage in ("corpus", "tokenizer", "shards", "pretrain", "evaluate")
-    )
-    came, kept = corpus.get("documents_in"), corpus.get("documents_kept")
-    figures = [
-        ("documents", "documents kept", came, kept, None, ""),
-        (
-            "bytes_per_token",
-            "bytes per token",
-            None,
-            tokenizer.get("bytes_per_token"),
-            shards.get("tokens_train"),
-            "tokens",
-        ),
-        ("training", "training, tokens/s", None, pretrain.get("tokens_per_second"), pretrain.get("tokens"), "tokens"),
-        ("generation", "generation, tokens/s", None, evaluate.get("generation_tokens_per_second"), None, ""),
-    ]
+    figures: list[tuple[str, str, object, object, object, str]] = []
+    for name, summary in summaries.items():
+        came, kept = summary.get("documents_in"), summary.get("documents_kept")
+        if is_number(kept):
+            figures.append(("documents", "documents kept", came, kept, None, ""))
+        if is_number(summary.get("vocab_size")):
+            figures.append(("bytes_per_token", "bytes per token", None, summary.get("bytes_per_token"), None, ""))
+        label, speed = f"training, tokens/s, {name}", summary.get("tokens_per_second")
+        figures.append(("training", label, None, speed, summary.get("tokens"), "tokens"))
+    speeds = [speed for one in summaries.values() if is_number(speed := one.get("generation_tokens_per_second"))]
+    figures.append(("generation", "generation, tokens/s", None, max(speeds, default=None), None, ""))
     return [
-        _row(
-            {"key": key, "label": label, "before": {"value": before}, "after": {"value": after, "n": n}, "n_unit": unit}
-        )
+        _row({"key": key, "label": label, "before": {"value": before}, "after": {"value": after, "n": n, "unit": unit}})
         for key, label, before, after, n, unit in figures
         if is_number(after)
     ]
@@ -103,8 +102,7 @@ def road_rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[ClosingRow]:
 
 def score_rows(scores: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The rows of `scores.json` as they stand."""
-    rows = scores.get("rows")
-    return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
+    return _mappings(scores.get("rows"))
 
 
 def format_figure(key: str, value: object) -> str:
@@ -117,24 +115,14 @@ def format_figure(key: str, value: object) -> str:
     return f"{value:,.0f}" if whole or abs(value) >= 1000 else f"{value:.2f}"
 
 
-def format_many(count: object) -> str:
-    """A count in few digits: `950`, `51 k`, `0.48 M`, `1.20 B`."""
-    if not is_number(count):
-        return ""
-    for floor, size, unit, digits in ((1e9, 1e9, "B", 2), (1e5, 1e6, "M", 2), (1e4, 1e3, "k", 0)):
-        if count >= floor:
-            return f"{count / size:.{digits}f} {unit}"
-    return f"{count:,.0f}"
-
-
 def is_share(key: str) -> bool:
     """Whether a metric is a share between 0 and 1, shown in percent."""
     return key.startswith("exact_match") or key.endswith(("accuracy", "share", "rate"))
 
 
-def _row(row: Mapping[str, Any]) -> ClosingRow:
+def _row(row: Mapping[str, Any], gates: Sequence[Mapping[str, Any]] = ()) -> ClosingRow:
     key = str(row.get("key", ""))
-    before, after, gate = (_mapping(row.get(name)) for name in ("before", "after", "gate"))
+    before, after = (_mapping(row.get(name)) for name in ("before", "after"))
     n = format_many(after.get("n"))
     return ClosingRow(
         key=key,
@@ -142,9 +130,9 @@ def _row(row: Mapping[str, Any]) -> ClosingRow:
         before=format_figure(key, before.get("value")),
         after=format_figure(key, after.get("value")),
         stderr=_stderr(key, after.get("stderr")),
-        n=f"{n} {row.get('n_unit') or ''}".strip() if n else "",
-        gate=str(gate.get("text", "")),
-        gate_passed=bool(gate["passed"]) if "passed" in gate else None,
+        n=f"{n} {after.get('unit') or ''}".strip() if n else "",
+        gate="; ".join(str(gate.get("bounds", "")) for gate in gates),
+        gate_passed=all(gate.get("passed") is True for gate in gates) if gates else None,
     )
 
 
@@ -158,3 +146,7 @@ def _stderr(key: str, value: object) -> str:
 
 def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
+
+
+def _mappings(values: object) -> list[Mapping[str, Any]]:
+    return [value for value in values if isinstance(value, Mapping)] if isinstance(values, list) else []

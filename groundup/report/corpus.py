@@ -10,7 +10,8 @@ from typing import Any
 
 from groundup.console import format_bytes, format_count
 from groundup.report.charts import histogram_chart
-from groundup.report.record import RunRecord, is_number
+from groundup.report.format import is_number
+from groundup.report.record import RunRecord
 
 LONGEST_FACT = 60
 EXAMPLES_PER_REASON = 20

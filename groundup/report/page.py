@@ -6,7 +6,6 @@ the page has no script at all, and forbids any by its content security policy.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -17,11 +16,12 @@ from markupsafe import Markup
 
 from groundup.console import format_bytes
 from groundup.files import write_text
-from groundup.report.charts import exact_match_chart, loss_chart, throughput_chart
-from groundup.report.closing import ClosingRow, closing_rows, format_many, road_rows
+from groundup.report.charts import curve_chart, exact_match_chart, loss_chart, throughput_chart
+from groundup.report.closing import ClosingRow, closing_rows, pipeline_rows
 from groundup.report.corpus import corpus_section
-from groundup.report.picture import NARROW_STOP, WIDE_STOP, format_seconds, road_stops, road_words
-from groundup.report.record import Curve, RunRecord, is_number, read_record
+from groundup.report.format import format_many, format_number, format_whole, is_number
+from groundup.report.picture import LANE, NARROW_STOP, WIDE_STOP, format_seconds, pipeline_stops, pipeline_words
+from groundup.report.record import Curve, RunRecord, read_record
 from groundup.run import Run
 
 REPORT_FILE = "report.html"
@@ -30,7 +30,6 @@ MOST_SAMPLES = 40
 MOST_ANSWERS = 24
 LONGEST_TEXT = 1200
 VERDICT_KEYS = ("bits_per_byte", "exact_match")
-STAGE_TITLES = {"pretrain": "Pretraining", "sft": "Supervised fine-tuning"}
 
 
 def write_report(run: Run) -> Path:
@@ -45,8 +44,10 @@ def write_report(run: Run) -> Path:
     record = read_record(run)
     rows = closing_rows(record.scores)
     if rows:
-        rows += road_rows({stage: record.summary(stage) for stage in record.stages})
-    stops = road_stops(record)
+        rows += pipeline_rows({stage: record.summary(stage) for stage in record.stages})
+    model = str(record.scores.get("model") or [*record.curves, "pretrain"][-1])
+    model = model if model in record.stages else "pretrain"
+    stops = pipeline_stops(record, model)
     page = (
         _environment()
         .get_template("page.html.j2")
@@ -56,16 +57,18 @@ def write_report(run: Run) -> Path:
             rows=rows,
             figures=_headline_figures(record),
             stops=stops,
-            road_words=road_words(stops),
+            pipeline_words=pipeline_words(stops),
             wide_stop=WIDE_STOP,
             narrow_stop=NARROW_STOP,
+            lane=LANE,
+            model=model,
             corpus=corpus_section(record),
             trainings=[_training(record, stage, curve) for stage, curve in record.curves.items()],
             by_kind=exact_match_chart("exact-match", _mapping(record.scores.get("by_kind"))),
             answers=_answers(record.scores.get("answers")),
             machine=_machine(record),
-            can_chat=record.stages["sft"].state == "done" if "sft" in record.stages else False,
-            can_generate=record.stages["pretrain"].state == "done",
+            can_chat=model != "pretrain" and record.stages[model].state == "done",
+            can_generate=any(record.stages[name].state == "done" for name in record.curves if name in record.stages),
         )
     )
     path = run.root / REPORT_FILE
@@ -96,7 +99,7 @@ def verdict(record: RunRecord, rows: Sequence[ClosingRow]) -> str:
 
 def _environment() -> Environment:
     files = resources.files("groundup.report")
-    names = ("page.html.j2", "road.svg.j2", "style.css")
+    names = ("page.html.j2", "pipeline.svg.j2", "style.css")
     environment = Environment(
         loader=DictLoader({name: files.joinpath(name).read_text("utf-8") for name in names}),
         autoescape=True,
@@ -127,58 +130,36 @@ def _headline_figures(record: RunRecord) -> list[tuple[str, str]]:
     figures = [
         ("parameters", format_many(pretrain.get("parameters"))),
         ("tokens read", format_many(pretrain.get("tokens"))),
-        ("tokens/s in training", _count(pretrain.get("tokens_per_second"))),
-        ("bytes per token", _number(tokenizer.get("bytes_per_token"), 2)),
+        ("tokens/s in training", format_whole(pretrain.get("tokens_per_second"))),
+        ("bytes per token", format_number(tokenizer.get("bytes_per_token"), 2)),
         ("peak memory", format_bytes(max(peaks)) if peaks else ""),
-        ("whole road", format_seconds(sum(seconds)) if seconds else ""),
+        ("whole pipeline", format_seconds(sum(seconds)) if seconds else ""),
     ]
     return [(label, value) for label, value in figures if value]
 
 
-def _training(record: RunRecord, stage: str, curve: Curve) -> dict[str, Any]:
-    """One training stage: its plots, figures and samples."""
-    summary = record.summary(stage)
+def _training(record: RunRecord, name: str, curve: Curve) -> dict[str, Any]:
+    """One stage that trains: its plots, figures and samples."""
+    stage, summary = record.stages[name], record.summary(name)
     expected = summary.get("expected_initial_loss")
-    vocab_size = record.summary("tokenizer").get("vocab_size")
-    if stage == "pretrain" and "expected_initial_loss" not in summary and is_number(vocab_size):
-        expected = math.log(vocab_size)
+    facts = [tuple(pair) for pair in stage.shown.get("facts", ()) if len(pair) == 2 and pair[1]]
+    others = [
+        curve_chart(f"{name}-{key}", key, curve)
+        for key in stage.shown.get("curves", ())
+        if any(is_number(line.get(key)) for line in curve.lines)
+    ]
     return {
-        "stage": stage,
-        "title": STAGE_TITLES[stage],
-        "state": record.stages[stage].state if stage in record.stages else "done",
+        "stage": name,
+        "title": stage.title if stage.title == name else f"{stage.title}: {name}",
+        "state": stage.state,
         "last_step": curve.train[-1]["step"] if curve.train else 0,
-        "facts": _training_facts(record, stage, summary),
-        "loss": loss_chart(f"{stage}-loss", curve, expected if is_number(expected) else None) if curve.train else None,
-        "throughput": throughput_chart(f"{stage}-speed", curve) if curve.timings else None,
+        "facts": facts,
+        "loss": loss_chart(f"{name}-loss", curve, expected if is_number(expected) else None) if curve.train else None,
+        "curves": others,
+        "throughput": throughput_chart(f"{name}-speed", curve) if curve.timings else None,
         "validation": curve.validation,
         "samples": _samples(curve.samples),
     }
-
-
-def _training_facts(record: RunRecord, stage: str, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    first, expected = summary.get("initial_loss"), summary.get("expected_initial_loss")
-    start = _number(first, 3)
-    if start and is_number(expected):
-        start += f" (knowing nothing: {expected:.3f})"
-    shape = _mapping(record.model.get("groundup"))
-    layers, width, context = (shape.get(name) for name in ("n_layers", "d_model", "context_length"))
-    facts = [
-        ("model", f"{layers} layers × {width} wide, context {context}" if stage == "pretrain" and layers else ""),
-        ("parameters", _count(summary.get("parameters"))),
-        ("conversations", _count(summary.get("conversations_train"))),
-        ("held out", _count(summary.get("conversations_held_out"))),
-        ("supervised tokens", _count(summary.get("supervised_tokens"))),
-        ("steps", _count(summary.get("steps"))),
-        ("tokens", _count(summary.get("tokens"))),
-        ("loss at the start", start),
-        ("loss at the end", _number(summary.get("final_loss"), 3)),
-        ("validation loss", _number(summary.get("val_loss"), 3)),
-        ("validation bits per byte", _number(summary.get("val_bits_per_byte"), 3)),
-        ("arithmetic", str(summary.get("precision", ""))),
-        ("tokens per second", _count(summary.get("tokens_per_second"))),
-        ("of the measured matmul ceiling (MFU)", f"{mfu:.0%}" if is_number(mfu := summary.get("mfu")) else ""),
-    ]
-    return [(label, value) for label, value in facts if value]
 
 
 def _samples(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -254,11 +235,3 @@ def _machine(record: RunRecord) -> list[tuple[str, str]]:
 
 def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
-
-
-def _number(value: object, digits: int) -> str:
-    return f"{value:.{digits}f}" if is_number(value) else ""
-
-
-def _count(value: object) -> str:
-    return f"{value:,.0f}" if is_number(value) else ""

@@ -1,32 +1,34 @@
-"""The road as a picture: a stop for each stage, what came out of it, and how long it took.
+"""The pipeline as a picture: a stop for each stage, what came out of it, how long it took, and branches side by side.
 
-In: a `RunRecord`. Out: stops with texts and positions, which `road.svg.j2` draws: left to right for a desk,
-top to bottom for a phone.
+In: a `RunRecord`. Out: stops with texts and places, which `pipeline.svg.j2` draws: left to right for a desk, a lane for
+each branch; top to bottom for a phone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from groundup.console import format_bytes
-from groundup.report.closing import format_many, score_rows
-from groundup.report.record import RunRecord, is_number
+from groundup.report.format import format_lines
+from groundup.report.record import RunRecord, StageRecord
 
-WIDE_STOP, NARROW_STOP = 116, 92
+WIDE_STOP, NARROW_STOP, LANE = 116, 92, 150
 
 
 @dataclass(frozen=True)
 class Stop:
-    """One stop of the road.
+    """One stop.
 
     Attributes:
         icon: which glyph stands in its circle.
         lines: what came out, at most three short lines.
-        took: wall-clock time, "" for the ends of the road.
+        took: wall-clock time, "" for the ends of the pipeline.
         state: "done", "unfinished" or "to come".
         share: its part of the whole time, 0 to 1.
+        column: how many stops are before it.
+        lane: which branch it is on, 0 at the top.
+        after: the place of the stop before it in the list, -1 for the first.
     """
 
     name: str
@@ -35,39 +37,64 @@ class Stop:
     took: str
     state: str
     share: float
+    column: int
+    lane: int
+    after: int
 
 
-def road_stops(record: RunRecord) -> list[Stop]:
-    """Raw text, the stages of this road, and what one can do at its end."""
+def pipeline_stops(record: RunRecord, end: str) -> list[Stop]:
+    """Raw text, the stages, their evaluation as one, and what one can do at the end.
+
+    Args:
+        record: the run.
+        end: the stage whose model is used at the end.
+    """
     total = sum(stage.seconds or 0.0 for stage in record.stages.values()) or 1.0
     corpus = record.summary("corpus")
-    raw = _lines((corpus.get("documents_in"), "{} documents"), (corpus.get("bytes_in"), format_bytes))
-    stops = [Stop("raw text", "text", raw, "", record.stages["corpus"].state, 0.0)]
-    for name, stage in record.stages.items():
-        lines = _came_out(name, stage.summary, record.scores) if stage.state == "done" else ()
-        took = format_seconds(stage.seconds) if stage.seconds is not None else ""
-        stops.append(Stop(name, name, lines, took, stage.state, (stage.seconds or 0.0) / total))
-    end = "sft" if "sft" in record.stages else "pretrain"
-    stops.append(
-        Stop(
-            "chat" if end == "sft" else "generate",
-            "chat",
-            ("talk to it" if end == "sft" else "let it write",) if record.stages[end].state == "done" else (),
-            "",
-            record.stages[end].state,
-            0.0,
-        )
-    )
+    stages = [stage for stage in record.stages.values() if "/" not in stage.name]
+    evaluations = [stage for stage in record.stages.values() if "/" in stage.name]
+    stops: list[Stop] = []
+
+    def add(name: str, icon: str, lines: Sequence[str], of: list[StageRecord], state: str, after: int) -> None:
+        seconds = sum(stage.seconds or 0.0 for stage in of)
+        took = format_seconds(seconds) if of and any(stage.seconds is not None for stage in of) else ""
+        column = stops[after].column + 1 if stops else 0
+        is_taken = {(stop.column, stop.lane) for stop in stops}
+        lane = stops[after].lane if stops else 0
+        while (column, lane) in is_taken:
+            lane += 1
+        stops.append(Stop(name, icon, tuple(lines), took, state, seconds / total, column, lane, after))
+
+    if corpus or any(stage.name == "corpus" for stage in stages):
+        raw = format_lines((corpus.get("documents_in"), "{} documents"), (corpus.get("bytes_in"), format_bytes))
+        add("raw text", "text", raw, [], record.stages["corpus"].state, -1)
+    place = {stop.name: index for index, stop in enumerate(stops)}
+    for stage in stages:
+        before = max((place[name] for name in stage.needs if name in place), key=lambda at: stops[at].column, default=0)
+        lines = stage.shown.get("lines", ()) if stage.state == "done" else ()
+        add(stage.name, stage.name, lines, [stage], stage.state, before if stops else -1)
+        place[stage.name] = len(stops) - 1
+    if evaluations:
+        states = {stage.state for stage in evaluations}
+        of_end = next((stage for stage in evaluations if stage.name.endswith(f"/{end}")), evaluations[-1])
+        state = "done" if states == {"done"} else "to come" if states == {"to come"} else "unfinished"
+        add("evaluate", "evaluate", of_end.shown.get("lines", ()), evaluations, state, place.get(end, len(stops) - 1))
+    if end in place:
+        talks = end != "pretrain"
+        state = record.stages[end].state
+        words = ("talk to it" if talks else "let it write",) if state == "done" else ()
+        add("chat" if talks else "generate", "chat", words, [], state, len(stops) - 1)
     return stops
 
 
-def road_words(stops: list[Stop]) -> str:
+def pipeline_words(stops: list[Stop]) -> str:
     """The picture in words, for those who cannot see it."""
     parts = []
-    for stop in stops:
+    for place, stop in enumerate(stops):
         told = ", ".join(stop.lines) if stop.lines else stop.state
-        parts.append(f"{stop.name}: {told}" + (f", {stop.took}" if stop.took else ""))
-    return "The road. " + "; ".join(parts) + "."
+        origin = f" (after {stops[stop.after].name})" if stop.after not in (-1, place - 1) else ""
+        parts.append(f"{stop.name}{origin}: {told}" + (f", {stop.took}" if stop.took else ""))
+    return "The pipeline. " + "; ".join(parts) + "."
 
 
 def format_seconds(seconds: float) -> str:
@@ -77,41 +104,3 @@ def format_seconds(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d} h" if hours else f"{minute}:{second:02d} min"
-
-
-def _came_out(name: str, summary: Mapping[str, Any], scores: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a finished stage's output is, in a few words."""
-    if name == "corpus":
-        came, kept = summary.get("documents_in"), summary.get("documents_kept")
-        aside = came - kept if is_number(came) and is_number(kept) else None
-        return _lines((kept, "{} kept"), (aside, "{} set aside"))
-    if name == "tokenizer":
-        return _lines(
-            (summary.get("vocab_size"), lambda value: f"{value:,} entries"),
-            (summary.get("bytes_per_token"), lambda value: f"{value:.2f} bytes/token"),
-        )
-    if name == "shards":
-        return _lines((summary.get("tokens_train"), "{} tokens"), (summary.get("tokens_validation"), "{} held out"))
-    if name == "pretrain":
-        return _lines((summary.get("parameters"), "{} weights"), (summary.get("tokens"), "{} tokens"), _loss(summary))
-    if name == "sft":
-        return _lines((summary.get("conversations_train"), "{} dialogues"), _loss(summary))
-    after = {row.get("key"): (row.get("after") or {}).get("value") for row in score_rows(scores)}
-    return _lines(
-        (after.get("bits_per_byte"), lambda value: f"{value:.2f} bits/byte"),
-        (after.get("exact_match"), lambda value: f"{value:.1%} right"),
-    )
-
-
-def _loss(summary: Mapping[str, Any]) -> tuple[Any, Any]:
-    first, last = summary.get("initial_loss"), summary.get("final_loss")
-    return (last, lambda value: f"loss {first:.2f} → {value:.2f}" if is_number(first) else f"loss {value:.2f}")
-
-
-def _lines(*figures: tuple[Any, Any]) -> tuple[str, ...]:
-    """Each figure that is there, by its format: a function, or a text around a short count."""
-    return tuple(
-        form(value) if callable(form) else form.format(format_many(value))
-        for value, form in figures
-        if is_number(value)
-    )

@@ -1,4 +1,4 @@
-"""What a run's folder says: manifests, logs, samples, scores and the corpus's funnel.
+"""What a run's folder says: manifests, logs, samples, scores and the corpus's statistics.
 
 In: a `Run`. Out: a `RunRecord` of plain values. A run that is unfinished, or whose files are damaged, still
 gives a record: what cannot be read is left out and named in `warnings`.
@@ -7,19 +7,17 @@ gives a record: what cannot be read is left out and named in `warnings`.
 from __future__ import annotations
 
 import json
-import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
-from groundup.errors import ArtifactError, RecipeError, RunError
+from groundup.errors import ArtifactError, GroundupError, RunError
 from groundup.files import read_json
+from groundup.report.format import is_number
 from groundup.run import MANIFEST, RECIPE_FILE, Manifest, Run
-
-STAGES = ("corpus", "tokenizer", "shards", "pretrain", "sft", "evaluate")
-TRAINING_STAGES = ("pretrain", "sft")
+from groundup.stage import graph
 
 
 @dataclass(frozen=True)
@@ -31,21 +29,34 @@ class Curve:
         validation: lines of the validation passes (`step`, `val_loss`, ...).
         timings: lines of `step`, `seconds`, `tokens_per_second`.
         samples: lines of `step`, `prompt`, `text`.
+        lines: all lines of metrics.jsonl.
     """
 
     train: list[dict[str, Any]]
     validation: list[dict[str, Any]]
     timings: list[dict[str, Any]]
     samples: list[dict[str, Any]]
+    lines: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One stage: how far it is, and its manifest if it is done."""
+    """One stage: how far it is, its manifest if it is done, and the stages it stands on."""
 
     name: str
     state: Literal["done", "unfinished", "to come"]
     manifest: Manifest | None
+    needs: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """Its heading."""
+        return str(self.shown.get("title", self.name))
+
+    @property
+    def shown(self) -> Mapping[str, Any]:
+        """What it says of itself (empty until it is done)."""
+        return self.manifest.shown if self.manifest else {}
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -90,19 +101,21 @@ def read_record(run: Run) -> RunRecord:
             f"{run.root}: no run in this folder (it has no {RECIPE_FILE}).", "Make one: groundup build demo."
         )
     warnings: list[str] = []
-    about, has_sft = "", (run.root / "sft").is_dir()
+    about, needs = "", dict.fromkeys(run.finished(), ())
     try:
         recipe = run.recipe
-        about, has_sft = recipe.about, recipe.sft is not None
-    except RecipeError as error:
+        about = recipe.about
+        needs = {name: stage.needs for name, stage in graph(recipe).items()}
+    except GroundupError as error:
         warnings.append(f"The recipe cannot be read: {error}")
+    stages = {name: _read_stage(run, name, before, warnings) for name, before in needs.items()}
     return RunRecord(
         name=run.name,
         path=shlex.quote(run.root.as_posix()),
         about=about,
         recipe_text=recipe_path.read_text(encoding="utf-8", errors="replace"),
-        stages={name: _read_stage(run, name, warnings) for name in STAGES if name != "sft" or has_sft},
-        curves={name: curve for name in TRAINING_STAGES if (curve := _read_curve(run.folder(name), warnings))},
+        stages=stages,
+        curves={name: curve for name in stages if (curve := _read_curve(run.folder(name), warnings))},
         scores=_read_mapping(run.folder("evaluate") / "scores.json", warnings),
         funnel=_read_mapping(run.folder("corpus") / "funnel.json", warnings),
         model=_read_mapping(run.folder("pretrain") / "model" / "config.json", warnings),
@@ -110,18 +123,14 @@ def read_record(run: Run) -> RunRecord:
     )
 
 
-def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether a logged value is a finite number (a loss that overflowed is logged as null)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _read_stage(run: Run, name: str, warnings: list[str]) -> StageRecord:
+def _read_stage(run: Run, name: str, needs: tuple[str, ...], warnings: list[str]) -> StageRecord:
     manifest = run.manifest(name)
-    if manifest is not None and isinstance(manifest.summary, dict) and isinstance(manifest.environment, dict):
-        return StageRecord(name, "done", manifest)
+    mappings = () if manifest is None else (manifest.summary, manifest.environment, manifest.shown)
+    if manifest is not None and all(isinstance(value, dict) for value in mappings):
+        return StageRecord(name, "done", manifest, needs)
     if (run.folder(name) / MANIFEST).is_file():
         warnings.append(f"{name}/{MANIFEST} is damaged.")
-    return StageRecord(name, "unfinished" if run.folder(name).is_dir() else "to come", None)
+    return StageRecord(name, "unfinished" if run.folder(name).is_dir() else "to come", None, needs)
 
 
 def _read_curve(folder: Path, warnings: list[str]) -> Curve | None:
@@ -141,6 +150,7 @@ def _read_curve(folder: Path, warnings: list[str]) -> Curve | None:
             for line in _lines(folder / "samples.jsonl", warnings)
             if is_number(line.get("step")) and isinstance(line.get("text"), str)
         ],
+        lines=metrics,
     )
 
 

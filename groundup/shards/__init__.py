@@ -12,12 +12,8 @@ from groundup.shards.stats import shard_stats
 from groundup.shards.verify import verify_shards
 from groundup.shards.write import write_shards
 
-VERSION = 2
-"""Raised when the code's results change; part of the stage's fingerprint."""
-
 __all__ = [
     "SMALL_BYTES",
-    "VERSION",
     "Batch",
     "MixtureLoader",
     "PackedBatch",

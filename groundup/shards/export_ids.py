@@ -13,7 +13,7 @@ import numpy as np
 
 from groundup.errors import GroundupError
 from groundup.files import atomic_writer
-from groundup.shards.foreign import megatron_paths, write_llmc, write_megatron_index
+from groundup.shards.external_formats import megatron_paths, write_llmc, write_megatron_index
 from groundup.shards.format import SPLITS, ShardsManifest
 from groundup.shards.read import TokenShards
 

@@ -17,7 +17,7 @@ import numpy as np
 from groundup.errors import ArtifactError, DataError, GroundupError
 from groundup.files import file_digest
 from groundup.recipe import ShardsSettings
-from groundup.shards.foreign import Piece
+from groundup.shards.external_formats import Piece
 from groundup.shards.format import SPLITS, ShardsManifest, Split, token_dtype
 from groundup.shards.inputs import Inputs, find_inputs, largest_id, reader
 from groundup.shards.stream import StreamWriter, remove_shards

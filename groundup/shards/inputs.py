@@ -12,7 +12,7 @@ import numpy as np
 
 from groundup.errors import ArtifactError, GroundupError
 from groundup.files import read_json
-from groundup.shards.foreign import (
+from groundup.shards.external_formats import (
     LLMC_KINDS,
     MEGATRON_MAGIC,
     Piece,

@@ -24,13 +24,16 @@ import xxhash
 from groundup.console import Console, format_bytes
 from groundup.corpus.document import Document
 from groundup.corpus.engine import Engine, engine_for
+from groundup.corpus.passes import DOCUMENTS
 from groundup.errors import ArtifactError
 from groundup.files import atomic_folder, atomic_writer, file_digest, read_json, value_digest, write_json
 from groundup.recipe import ShardsSettings
+from groundup.report.format import format_lines
 from groundup.shards.encode import Tally, encode_texts
 from groundup.shards.format import SPLITS, ShardFile, token_dtype
 from groundup.shards.stream import remove_shards, shard_names, write_index
 from groundup.shards.write import by_split, finish_shards, groups, in_words, split_of
+from groundup.stage import Context, Method, Shown, Stage
 
 if TYPE_CHECKING:
     from groundup.tokenizer import Tokenizer
@@ -322,7 +325,7 @@ def _documents(data: bytes, path: Path, first_byte: int) -> Iterator[Document]:
 
 def _tokenizer(folder: str) -> Tokenizer:
     """The tokenizer in a folder, loaded once a worker."""
-    from groundup.tokenizer.tokenizer import TOKENIZER_FILE
+    from groundup.tokenizer.files import TOKENIZER_FILE
 
     path = Path(folder) / TOKENIZER_FILE
     return _load_tokenizer(folder, file_digest(path) if path.is_file() else "")
@@ -330,6 +333,34 @@ def _tokenizer(folder: str) -> Tokenizer:
 
 @functools.lru_cache(maxsize=2)
 def _load_tokenizer(folder: str, digest: str) -> Tokenizer:
-    from groundup.tokenizer import Tokenizer
+    from groundup.tokenizer import load_tokenizer
 
-    return Tokenizer.load(folder)
+    return load_tokenizer(folder)
+
+
+class Shards(Method):
+    """The stage: documents and tokenizer to token shards."""
+
+    settings = ShardsSettings
+    version = 2
+
+    def needs(self, stage: Stage) -> tuple[str, ...]:
+        """Text and tokenizer."""
+        return ("corpus", "tokenizer")
+
+    def work(self, context: Context) -> dict[str, Any]:
+        """See `write_shards_from_file`."""
+        recipe, documents = context.recipe, context.run.folder("corpus") / DOCUMENTS
+        workers = recipe.shards.workers or recipe.corpus.workers
+        with engine_for(recipe.corpus.engine, workers, documents.stat().st_size, SMALL_BYTES) as engine:
+            return write_shards_from_file(
+                documents, context.run.folder("tokenizer"), context.folder, recipe.shards, context.console, engine
+            )
+
+    def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:
+        """How many tokens there are."""
+        counts = (summary.get("tokens_train"), "{} tokens"), (summary.get("tokens_validation"), "{} held out")
+        return Shown("Token shards", lines=format_lines(*counts))
+
+
+SHARDS = Shards()

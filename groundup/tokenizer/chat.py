@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 from groundup.errors import DataError
+from groundup.tokenizer.special import ROLE_TOKENS
 from groundup.tokenizer.tokenizer import Tokenizer
 
 
@@ -46,12 +47,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_
     Raises:
         DataError: an unknown role, or content that is not text.
     """
-    openings = {
-        "system": tokenizer.system_id,
-        "user": tokenizer.user_id,
-        "assistant": tokenizer.assistant_id,
-        "tool": tokenizer.tool_id,
-    }
+    openings = {role: tokenizer.role_id(role) for role in ROLE_TOKENS}
     for place, message in enumerate(messages):
         if message.get("role") not in openings or not isinstance(message.get("content"), str):
             raise DataError(
@@ -66,6 +62,6 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_
         ids += [openings[message["role"]], *content, tokenizer.end_id]
         loss_mask += [False, *[is_learned] * (len(content) + 1)]
     if add_generation_prompt:
-        ids.append(tokenizer.assistant_id)
+        ids.append(openings["assistant"])
         loss_mask.append(False)
     return Rendered(ids, loss_mask)

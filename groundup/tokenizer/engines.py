@@ -1,7 +1,7 @@
 """Who encodes: the fastest engine at hand that gives the same ids as Hugging Face `tokenizers`.
 
 The file `tokenizer.json` means what `tokenizers` makes of it. Two engines do byte-level BPE faster, tiktoken
-about four times and gigatoken twenty times; each must first give equal ids on a thousand hostile texts. One that is
+about four times and gigatoken twenty times; each must first give equal ids on a thousand adversarial texts. One that is
 missing or fails is passed over, and the reason is kept. All take texts and give one flat array: no list of
 numbers in Python for gigatoken, a short-lived one for the others.
 
@@ -24,7 +24,7 @@ import numpy as np
 from tokenizers import Tokenizer as HuggingFace
 
 from groundup.environment import usable_cores
-from groundup.tokenizer.hostile import hostile_texts
+from groundup.tokenizer.adversarial import adversarial_texts
 from groundup.tokenizer.letters import unspelled
 from groundup.tokenizer.newer import NewerCharacters
 from groundup.tokenizer.split import PATTERNS, cut_into_pieces, grouped, replace_surrogates
@@ -62,7 +62,7 @@ def choose(spec: dict[str, Any], engine: HuggingFace) -> tuple[Encoder, list[str
     if spec["model"]["type"] != "BPE":
         return reference, []
     passed_over = []
-    texts = hostile_texts(N_SAMPLES, seed=0)
+    texts = adversarial_texts(N_SAMPLES, seed=0)
     expected = reference.encode(texts)
     for kind in (GigatokenEncoder, TiktokenEncoder):
         try:

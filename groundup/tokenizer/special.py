@@ -9,6 +9,8 @@ never has to grow its vocabulary.
 
 from __future__ import annotations
 
+from tokenizers import AddedToken
+
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 SYSTEM = "<|system|>"
@@ -19,6 +21,9 @@ TOOL = "<|tool|>"
 
 CONTROL_TOKENS = (END_OF_TEXT, PAD, SYSTEM, USER, ASSISTANT, END, TOOL)
 """In the order of their ids."""
+
+ROLE_TOKENS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT, "tool": TOOL}
+"""What opens a message, by the role of who speaks."""
 
 REPLACEMENT = "\ufffd"
 """What stands for a character that has no token, and for a lone surrogate."""
@@ -44,3 +49,8 @@ def spare_token(index: int) -> str:
 def control_tokens(spare_tokens: int) -> list[str]:
     """All control tokens in the order of their ids, the spare ones last."""
     return [*CONTROL_TOKENS, *(spare_token(index) for index in range(spare_tokens))]
+
+
+def control_token(name: str) -> AddedToken:
+    """A control token as the engine wants it: found as it stands, before any change of the text."""
+    return AddedToken(name, special=True, normalized=False)

@@ -23,14 +23,13 @@ from groundup.corpus.document import Document
 from groundup.errors import ArtifactError, DataError
 from groundup.files import value_digest, write_json, write_text
 from groundup.tokenizer import special
+from groundup.tokenizer.files import CONFIG_FILE, TOKENIZER_FILE
 from groundup.tokenizer.letters import LETTERS, unspelled
 from groundup.tokenizer.split import grouped
 
 if TYPE_CHECKING:
     from groundup.tokenizer.engines import Encoder
 
-TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
 _KINDS = {"BPE": "bpe", "WordPiece": "wordpiece", "Unigram": "unigram", "WordLevel": "characters"}
 
 
@@ -99,30 +98,6 @@ class Tokenizer:
 
         return cls(train(documents, kind, vocab_size, split, spare_tokens, trainer, sample_bytes, console))
 
-    @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Load from a folder, or from a `tokenizer.json`; somebody else's too (see `foreign.py`).
-
-        Raises:
-            ArtifactError: missing, damaged, or of a kind that cannot be read.
-        """
-        path = Path(path)
-        file = path / TOKENIZER_FILE if path.is_dir() else path
-        try:
-            contents = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ArtifactError(
-                f"{file}: cannot be read ({error}).", "Make it: groundup build --from tokenizer."
-            ) from error
-        try:
-            return cls(contents, str(file))
-        except ArtifactError:
-            from groundup.tokenizer.foreign import TOKENIZER_FILES, is_foreign, read_files, read_tokenizer
-
-            if file.name != TOKENIZER_FILE or not is_foreign(contents.encode(), str(file)):
-                raise
-            return read_tokenizer(read_files(file.parent, TOKENIZER_FILES), str(file), {})
-
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json` (with the chat template) for any Hugging Face tool."""
         write_text(Path(folder) / TOKENIZER_FILE, self._contents)
@@ -190,7 +165,7 @@ class Tokenizer:
     def choose_engine(self, console: Console | None = None) -> str:
         """Choose who does `encode_to_arrays`: gigatoken, tiktoken or huggingface, the first that passes a self-test.
 
-        The test is equal ids on a thousand hostile texts; it takes a fraction of a second, once.
+        The test is equal ids on a thousand adversarial texts; it takes a fraction of a second, once.
 
         Args:
             console: where it is said that a faster engine was passed over, and why.
@@ -263,29 +238,17 @@ class Tokenizer:
         return self._ids[special.PAD]
 
     @property
-    def system_id(self) -> int:
-        """Begins a system message."""
-        return self._ids[special.SYSTEM]
-
-    @property
-    def user_id(self) -> int:
-        """Begins a user's message."""
-        return self._ids[special.USER]
-
-    @property
-    def assistant_id(self) -> int:
-        """Begins an assistant's message."""
-        return self._ids[special.ASSISTANT]
-
-    @property
-    def tool_id(self) -> int:
-        """Begins what a tool gave back."""
-        return self._ids[special.TOOL]
-
-    @property
     def end_id(self) -> int:
         """Ends a message of a chat."""
         return self._ids[special.END]
+
+    def role_id(self, role: str) -> int:
+        """The token that opens a message of a role: "system", "user", "assistant" or "tool".
+
+        Raises:
+            KeyError: there is no such role.
+        """
+        return self._ids[special.ROLE_TOKENS[role]]
 
     @functools.cached_property
     def _chosen(self) -> tuple[Encoder, list[str]]:

@@ -5,32 +5,31 @@ own: any text can be encoded, without an unknown token, and its tokens' bytes jo
 on how often each piece of text occurs and on nothing else, so the result is the same bits with any number
 of threads and any order of the documents.
 
-BPE (Sennrich et al. 2016, arXiv:1508.07909, over bytes as in GPT-2): text is cut by a regex, then the most frequent
-pair of neighbours becomes a token, again and again, ties going to the smaller ids. WordPiece and
-Unigram have files of their own; `rust.py` trains BPE by other hands.
+The algorithms are in `bpe.py`, `wordpiece.py` and `unigram.py`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
 from groundup.console import Console, format_bytes
 from groundup.corpus.document import Document
 from groundup.errors import DataError, Problem, RecipeError
+from groundup.tokenizer.bpe import require_rustbpe, train_bpe, train_rustbpe
+from groundup.tokenizer.files import as_json, contents
 from groundup.tokenizer.letters import LETTERS
 from groundup.tokenizer.sample import COUNTABLE_BYTES, Sample, sample
-from groundup.tokenizer.special import REPLACEMENT, control_tokens
-from groundup.tokenizer.split import PATTERNS, default_split, pre_tokenizer, replace_surrogates
+from groundup.tokenizer.special import REPLACEMENT, control_token, control_tokens
+from groundup.tokenizer.split import PATTERNS, default_split, replace_surrogates
+from groundup.tokenizer.unigram import train_unigram
+from groundup.tokenizer.wordpiece import train_wordpiece
 
 KINDS = ("bpe", "wordpiece", "unigram", "characters")
 TRAINERS = ("huggingface", "rustbpe")
-MIN_FREQUENCY = 2
-"""A merge seen once would only store the text."""
 
 
 def train(
@@ -57,8 +56,6 @@ def train(
     if kind == "characters":
         return _one_token_per_character(documents, control)
     if trainer == "rustbpe":
-        from groundup.tokenizer.rust import require_rustbpe
-
         require_rustbpe()  # before the corpus is read
     chosen = sample(documents, COUNTABLE_BYTES if sample_bytes is None else sample_bytes)
     if not chosen.seen_bytes:
@@ -79,52 +76,14 @@ def train(
     return as_json(spec)
 
 
-def train_bpe(chosen: Sample, vocab_size: int, split: str, control: list[str]) -> dict[str, Any]:
-    """Train a byte-level BPE with Hugging Face `tokenizers`; the contents of `tokenizer.json`."""
-    engine = Engine(models.BPE())
-    engine.pre_tokenizer = pre_tokenizer(split)
-    engine.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=MIN_FREQUENCY,
-        special_tokens=[control_token(name) for name in control],
-        initial_alphabet=LETTERS,
-        show_progress=False,
-    )
-    engine.train_from_iterator(chosen.pieces(), trainer)
-    return contents(engine)
-
-
-def control_token(name: str) -> AddedToken:
-    """A control token as the engine wants it: found as it stands, before any change of the text."""
-    return AddedToken(name, special=True, normalized=False)
-
-
-def contents(engine: Engine) -> dict[str, Any]:
-    """What the engine would write to `tokenizer.json`."""
-    spec: dict[str, Any] = json.loads(engine.to_str())
-    return spec
-
-
-def as_json(spec: dict[str, Any]) -> str:
-    """`tokenizer.json` as text."""
-    return json.dumps(spec, ensure_ascii=False, indent=2) + "\n"
-
-
 def _train_on(
     chosen: Sample, kind: str, vocab_size: int, split: str, control: list[str], trainer: str
 ) -> dict[str, Any]:
     if kind == "wordpiece":
-        from groundup.tokenizer.wordpiece import train_wordpiece
-
         return train_wordpiece(chosen, vocab_size, split, control)
     if kind == "unigram":
-        from groundup.tokenizer.unigram import train_unigram
-
         return train_unigram(chosen, vocab_size, split, control)
     if trainer == "rustbpe":
-        from groundup.tokenizer.rust import train_rustbpe
-
         return train_rustbpe(chosen, vocab_size, split, control)
     return train_bpe(chosen, vocab_size, split, control)
 

@@ -13,10 +13,11 @@ from typing import Any
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, trainers
 
+from groundup.tokenizer.files import contents
 from groundup.tokenizer.letters import LETTERS
 from groundup.tokenizer.sample import Sample
+from groundup.tokenizer.special import control_token
 from groundup.tokenizer.split import pre_tokenizer
-from groundup.tokenizer.train import contents, control_token
 
 _DECIMALS = 4
 _PENALTY_STEP = 1e-4

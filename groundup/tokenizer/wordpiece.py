@@ -16,11 +16,12 @@ from typing import Any
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Engine
 
+from groundup.tokenizer.bpe import MIN_FREQUENCY
+from groundup.tokenizer.files import contents
 from groundup.tokenizer.letters import LETTERS
 from groundup.tokenizer.sample import Sample
-from groundup.tokenizer.special import PAD
+from groundup.tokenizer.special import PAD, control_token
 from groundup.tokenizer.split import pre_tokenizer
-from groundup.tokenizer.train import MIN_FREQUENCY, contents, control_token
 
 MARK = "##"
 """Before every token that continues a word."""

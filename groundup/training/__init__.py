@@ -1,30 +1,23 @@
 """Model and batches to a trained model: objective, optimizers, schedule, precision, loop, checkpoints."""
 
 from groundup.training.batches import ShardBatches, batched_rows, pad_rows
-from groundup.training.groups import describe_groups, group_parameters
 from groundup.training.job import BatchSource, TrainingJob
 from groundup.training.loop import forget_checkpoints, train
 from groundup.training.objective import IGNORED, Loss, cross_entropy_sum, head_loss
-from groundup.training.optimizers import check_optimizer
-from groundup.training.planning.fit import choose_micro_batch, device_memory, need, refuse_what_cannot_fit, step_of
+from groundup.training.optimizers import check_optimizer, describe_groups, group_parameters
+from groundup.training.planning.memory import (
+    choose_micro_batch,
+    device_memory,
+    estimate_memory,
+    refuse_what_cannot_fit,
+    step_of,
+)
 from groundup.training.precision import check_precision, choose_precision, native_bfloat16
 from groundup.training.pretrain import TrainedModel, count_tokens, pretrain, sequence_length
-from groundup.training.start import (
-    check_vocabulary,
-    given_tokenizer,
-    start_config,
-    start_digest,
-    start_model,
-    start_tokenizer,
-)
-from groundup.training.summary import peak_memory_bytes
-
-VERSION = 3
-"""Raised when the code's results change; part of the stage's fingerprint."""
+from groundup.training.process import peak_memory_bytes
 
 __all__ = [
     "IGNORED",
-    "VERSION",
     "BatchSource",
     "Loss",
     "ShardBatches",
@@ -33,28 +26,22 @@ __all__ = [
     "batched_rows",
     "check_optimizer",
     "check_precision",
-    "check_vocabulary",
     "choose_micro_batch",
     "choose_precision",
     "count_tokens",
     "cross_entropy_sum",
     "describe_groups",
     "device_memory",
+    "estimate_memory",
     "forget_checkpoints",
-    "given_tokenizer",
     "group_parameters",
     "head_loss",
     "native_bfloat16",
-    "need",
     "pad_rows",
     "peak_memory_bytes",
     "pretrain",
     "refuse_what_cannot_fit",
     "sequence_length",
-    "start_config",
-    "start_digest",
-    "start_model",
-    "start_tokenizer",
     "step_of",
     "train",
 ]

@@ -1,17 +1,17 @@
 """Training checkpoints: everything a run needs to go on with the same bits.
 
 A checkpoint is a folder `step-00000120/` with safetensors of whole tensors by parameter name, so that any number of
-devices can load them (`weights`, `optimizer`, `average`), `config.json`, and `state.json` with the step, the guard, the
-settings' fingerprint, the files' digests and its own. It appears whole; the newest undamaged one is resumed. `best/`,
-beside their folder and never removed with it, is the model of the lowest validation loss. Writing may go on beside
-training: what is written was copied first.
+devices can load them (`weights`, `optimizer`, `average`), `config.json`, and `state.json` with the step, the spikes,
+the settings' fingerprint, the files' digests and its own. It appears whole; the newest undamaged one is resumed.
+`best/`, beside their folder and never removed with it, is the model of the lowest validation loss. Writing may go on
+beside training: what is written was copied first.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,10 @@ from groundup.files import (
     write_json,
     write_tensors,
 )
-from groundup.model import ModelConfig
+from groundup.model import ModelConfig, Transformer
+from groundup.training.optimizers import Optimizers, WeightAverage
+from groundup.training.precision import LossScaler
+from groundup.training.spikes import SpikeDetector
 from groundup.untrusted import file_inside, read_object
 
 BEST = "best"
@@ -57,7 +60,7 @@ class Progress:
         world_size: number of processes; likewise.
         shift: steps whose batches were passed over, by going back behind them.
         best_loss: lowest validation loss so far, or None.
-        guard: what the guard remembers.
+        spikes: what loss-spike handling remembers.
         scaler: what float16's loss scaler remembers.
         compiled: whether the model is compiled, which rounds otherwise; None: not decided yet.
     """
@@ -70,7 +73,7 @@ class Progress:
     world_size: int
     shift: int = 0
     best_loss: float | None = None
-    guard: dict[str, Any] = field(default_factory=dict)
+    spikes: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
     compiled: bool | None = None
 
@@ -242,3 +245,51 @@ def _read_checkpoint(path: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]
     if path.name != f"step-{progress.step:08d}":
         raise ArtifactError(f"{path}: holds step {progress.step}, which is not the one of its name.")
     return progress, parts
+
+
+@dataclass
+class TrainingState:
+    """What a step changes.
+
+    Attributes:
+        model: weights.
+        optimizers: their moments.
+        spikes: the losses that loss-spike handling remembers.
+        scaler: float16's, or None.
+        average: of the weights, or None.
+    """
+
+    model: Transformer
+    optimizers: Optimizers
+    spikes: SpikeDetector
+    scaler: LossScaler | None = None
+    average: WeightAverage | None = None
+
+    def parts(self) -> Stateful:
+        """The checkpoint's files of tensors."""
+        parts = {"weights": lambda: weights_of(self.model), "optimizer": self.optimizers.state_dict}
+        return parts if self.average is None else {**parts, "average": self.average.state_dict}
+
+    def remembered(self, progress: Progress) -> Progress:
+        """`progress` with what is no tensor."""
+        scaler = {} if self.scaler is None else self.scaler.state_dict()
+        return replace(progress, spikes=self.spikes.state_dict(), scaler=scaler)
+
+    def restore(self, folder: Path, fingerprint: str, console: Console) -> Progress | None:
+        """Take back the newest undamaged checkpoint of this fingerprint; None if there is none.
+
+        Raises:
+            ArtifactError: it is of another model or other optimizers.
+        """
+        found = load_checkpoint(folder, fingerprint, self.parts().keys(), console)
+        if found is None:
+            return None
+        progress, parts = found
+        load_weights(self.model, parts["weights"])
+        self.optimizers.load_state_dict(parts["optimizer"])
+        self.spikes.load_state_dict(progress.spikes)
+        if self.scaler is not None:
+            self.scaler.load_state_dict(progress.scaler)
+        if self.average is not None:
+            self.average.load_state_dict(parts["average"])
+        return progress

@@ -75,7 +75,7 @@ class TrainingJob:
     def plan(self) -> BatchPlan:
         """Which rows each step takes."""
         settings = self.settings
-        return BatchPlan(settings.batch_size, self.n_rows, settings.ramp_from, settings.ramp_share)
+        return BatchPlan(settings.batch_size, self.n_rows, settings.batch_warmup_from, settings.batch_warmup_share)
 
     @property
     def n_steps(self) -> int:

@@ -1,21 +1,27 @@
 """The training loop, for every stage that trains and for any number of processes.
 
 Each step: take the step's batch (a pure function of its place in the order), run forward and backward micro-batch by
-micro-batch, divide by the whole step's count of valid tokens, let the guard judge, clip, update. In between:
+micro-batch, divide by the whole step's count of valid tokens, look for a loss spike, clip, update. In between:
 checkpoints, then validation and samples. What is written depends on recipe and seed only, so that a resumed run gives
-the same bits.
+the same bits. The next batch is made and moved to the device while this one is computed. Ctrl-C and SIGTERM set a flag
+that is seen after the step.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
+import gc
 import math
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from types import FrameType
+from typing import Any, Generic, TypeVar
 
 import torch
 import xxhash
@@ -24,30 +30,26 @@ from torch import Tensor
 from groundup.console import Bar, Console
 from groundup.distributed import World, shard_model
 from groundup.errors import GroundupError, Interrupted
-from groundup.training.activation import set_checkpointing
-from groundup.training.averaging import WeightAverage
-from groundup.training.checkpoint import CheckpointWriter, Progress, clear_leftovers
-from groundup.training.compile_trial import choose_compilation
-from groundup.training.diagnosis import bad_weights, origin
-from groundup.training.fp8 import float8_products
-from groundup.training.groups import frozen
-from groundup.training.guard import Guard, Trouble, likely_causes
-from groundup.training.interruption import StopRequest, stop_on_signal
+from groundup.training.checkpoint import CheckpointWriter, Progress, TrainingState, clear_leftovers
+from groundup.training.compilation import choose_compilation, set_checkpointing
 from groundup.training.job import TrainingJob
-from groundup.training.loss_scaling import LossScaler
-from groundup.training.memory import keep_freed_memory
-from groundup.training.metrics import MetricLog
+from groundup.training.metrics import MetricLog, Trackers, live_line, summarize, summary_line
 from groundup.training.objective import head_loss, valid_tokens
-from groundup.training.optimizers import Optimizers, check_optimizer, scale_to_norm, squared_norm
-from groundup.training.planning.fit import check_memory
-from groundup.training.precision import check_precision, choose_precision
-from groundup.training.prefetch import Prefetcher, collections_between_steps, to_device
+from groundup.training.optimizers import (
+    Optimizers,
+    WeightAverage,
+    check_optimizer,
+    frozen_groups,
+    scale_to_norm,
+    squared_norm,
+)
+from groundup.training.planning.memory import check_memory
+from groundup.training.precision import LossScaler, check_precision, choose_precision, float8_products
+from groundup.training.process import keep_freed_memory, peak_memory_bytes
 from groundup.training.schedule import learning_rate_share
-from groundup.training.speed import Speedometer
-from groundup.training.state import TrainingState
-from groundup.training.summary import live_line, peak_memory_bytes, summarize, summary_line
-from groundup.training.tracking import Trackers
-from groundup.training.watching import Watch, check_initial_loss
+from groundup.training.spikes import Spike, SpikeDetector, bad_weights, find_origin, likely_causes
+from groundup.training.throughput import ThroughputMeter
+from groundup.training.validation import Validation, check_initial_loss
 
 CHECKPOINTS = "checkpoints"
 
@@ -57,7 +59,7 @@ def train(job: TrainingJob, world: World, console: Console) -> dict[str, Any]:
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; everything is saved.
-        GroundupError: the guard stops the run, the batch does not fit the world, or the machine cannot do what the
+        GroundupError: a loss spike stops the run, the batch does not fit the world, or the machine cannot do what the
             settings ask for, or has too little memory.
     """
     settings = job.settings
@@ -65,7 +67,7 @@ def train(job: TrainingJob, world: World, console: Console) -> dict[str, Any]:
     check_optimizer(settings, job.name, world.size)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signal())
-        stack.enter_context(frozen(job.model, settings, job.name))
+        stack.enter_context(frozen_groups(job.model, settings, job.name))
         if settings.precision == "float8":
             stack.enter_context(float8_products(job.model, job.name))
         return _train(job, world, console, stop)
@@ -77,7 +79,7 @@ def _train(job: TrainingJob, world: World, console: Console, stop: StopRequest) 
     if world.device.type == "cpu":
         keep_freed_memory()
     precision, reason = choose_precision(settings.precision, world.device.type)
-    for size in filter(None, (settings.batch_size, settings.ramp_from)):
+    for size in filter(None, (settings.batch_size, settings.batch_warmup_from)):
         world.rows(size)
     model = shard_model(job.model, world)
     model.compute_dtype = precision
@@ -85,7 +87,7 @@ def _train(job: TrainingJob, world: World, console: Console, stop: StopRequest) 
     state = TrainingState(
         model=model,
         optimizers=Optimizers(model, settings, precision, job.name),
-        guard=Guard(settings.on_trouble, settings.spike_z),
+        spikes=SpikeDetector(settings.on_spike, settings.spike_z),
         scaler=LossScaler() if precision == torch.float16 else None,
         average=WeightAverage(model, settings.ema) if settings.ema else None,
     )
@@ -140,8 +142,8 @@ class _Loop:
         self.world, self.console, self.bar, self.stop = world, console, bar, stop
         self.eval_every = job.settings.eval_every or max(1, math.ceil(job.n_steps / 20))
         self.micro = job.micro_rows
-        self.watch = Watch(job, state, writer, world, console, self.note, self.leave_if_asked)
-        self.speed = Speedometer(
+        self.validation = Validation(job, state, writer, world, console, self.note, self.leave_if_asked)
+        self.speed = ThroughputMeter(
             job.model.config, job.model.compute_dtype, world.device, world.size, measures=world.is_first
         )
 
@@ -153,16 +155,16 @@ class _Loop:
         self.leave_if_asked(progress)
         with Prefetcher(self.batch) as self.batches, collections_between_steps() as collect:
             while True:
-                if self.watch_due(progress.step):
-                    progress = self.watch.look(progress)
+                if self.validation_due(progress.step):
+                    progress = self.validation.run(progress)
                 if progress.step == job.n_steps:
                     self.leave_if_asked(progress)
                     return progress
                 before = time.perf_counter()
                 try:
                     line, tokens, flops = self.step(progress.step, progress.shift)
-                except _RollBack as trouble:
-                    progress = self.go_back(progress, str(trouble))
+                except _RollBack as reason:
+                    progress = self.go_back(progress, str(reason))
                     continue
                 now = time.perf_counter()
                 self.speed.add(now - before, tokens, flops)
@@ -181,11 +183,11 @@ class _Loop:
                 if progress.step % job.settings.log_every == 0 or progress.step == job.n_steps:
                     self.show(progress, line, (now - start) / done_here)
                 asked, late = self.anywhere(self.stop.asked, now - saved >= job.settings.checkpoint_seconds)
-                if asked or late or self.watch_due(progress.step):
+                if asked or late or self.validation_due(progress.step):
                     try:
                         self.save(progress, at_once=asked)
-                    except _RollBack as trouble:
-                        progress = self.go_back(progress, str(trouble))
+                    except _RollBack as reason:
+                        progress = self.go_back(progress, str(reason))
                     saved = time.perf_counter()
                     self.leave_if_asked(progress)
                 collect(progress.step)
@@ -211,20 +213,20 @@ class _Loop:
         spoiled = bad_weights(self.model, self.world)
         if spoiled is not None:
             what = f"{spoiled}, so no checkpoint is made of them"
-            self.give_way(self.state.guard.judge_weights(what), progress.step - 1, {})
+            self.give_way(self.state.spikes.judge_weights(what), progress.step - 1, {})
         self.log.flush()
         self.writer.save(self.state.parts(), self.state.remembered(progress), at_once=at_once)
 
     def go_back(self, progress: Progress, what: str) -> Progress:
-        """Take the last checkpoint back, and go on behind the batch that made trouble."""
+        """Take the last checkpoint back, and go on behind the batch with the spike."""
         self.writer.wait()
         self.world.wait()  # for the process that writes
-        guard = self.state.guard
-        rollbacks = guard.rollbacks + 1
+        spikes = self.state.spikes
+        rollbacks = spikes.rollbacks + 1
         last = self.state.restore(self.job.folder / CHECKPOINTS, self.job.fingerprint, self.console)
         if last is None:  # nothing was saved yet: there is nothing to go back to
             raise self.stopped(f"{what}, before the first checkpoint", progress.step)
-        guard.rollbacks = rollbacks
+        spikes.rollbacks = rollbacks
         shift = progress.shift + progress.step - last.step + 1
         self.log.take_back(last.step)
         self.console.warn(
@@ -250,7 +252,7 @@ class _Loop:
         count = valid_tokens(targets)
         return to_device(ids, self.world.device), to_device(targets, self.world.device), count
 
-    def watch_due(self, step: int) -> bool:
+    def validation_due(self, step: int) -> bool:
         """Whether validation and samples come after this step."""
         return step % self.eval_every == 0 or step == self.job.n_steps
 
@@ -277,7 +279,7 @@ class _Loop:
         The device is waited for once, when loss and gradient norm are known, which the update stands on.
 
         Raises:
-            GroundupError: the guard stops the run.
+            GroundupError: a loss spike stops the run.
         """
         job, state = self.job, self.state
         place = step + shift
@@ -301,7 +303,7 @@ class _Loop:
         nats, squared = self.world.sum(torch.cat([total, squared_norm(parameters)])).tolist()
         tokens, flops = work.tolist()
         nats, grad_norm = nats / tokens, math.sqrt(squared)
-        scale_to_norm(parameters, job.settings.clip, grad_norm)
+        scale_to_norm(parameters, job.settings.max_grad_norm, grad_norm)
         lr_share = learning_rate_share(job.settings, step, job.n_steps)
         line = {"loss": nats}
         if job.train_bytes_per_token is not None:
@@ -314,11 +316,11 @@ class _Loop:
         if state.scaler is not None and math.isfinite(nats) and not state.scaler.judge(grad_norm):
             state.optimizers.forget_gradients()
             return {**line, "skipped": 1}, int(tokens), flops
-        trouble = state.guard.judge(nats, grad_norm)
-        if trouble is not None and trouble.action != "ignore":
+        spike = state.spikes.judge(nats, grad_norm)
+        if spike is not None and spike.action != "ignore":
             if not (math.isfinite(nats) and math.isfinite(grad_norm)):
-                trouble = replace(trouble, what=f"{trouble.what}; {self.origin(step + shift, ids, targets)}")
-            return self.give_way(trouble, step, line), int(tokens), flops
+                spike = replace(spike, what=f"{spike.what}; {self.origin(step + shift, ids, targets)}")
+            return self.give_way(spike, step, line), int(tokens), flops
         state.optimizers.step(lr_share)
         if state.average is not None:
             state.average.update()
@@ -337,20 +339,20 @@ class _Loop:
 
         self.seed_dropout(place)
         parts = [slice(first, first + self.micro) for first in range(0, len(ids), self.micro)]
-        return origin(self.model, [functools.partial(forward, part) for part in parts], self.world)
+        return find_origin(self.model, [functools.partial(forward, part) for part in parts], self.world)
 
-    def give_way(self, trouble: Trouble, step: int, line: dict[str, float]) -> dict[str, float]:
+    def give_way(self, spike: Spike, step: int, line: dict[str, float]) -> dict[str, float]:
         """Leave a step's update out, or more.
 
         Raises:
             GroundupError: the run is to stop.
         """
         self.state.optimizers.forget_gradients()
-        if trouble.action == "stop":
-            raise self.stopped(trouble.what, step)
-        if trouble.action == "rollback":
-            raise _RollBack(trouble.what)
-        self.console.warn(f"{self.job.name}, step {step + 1}: {trouble.what}; its update is left out.")
+        if spike.action == "stop":
+            raise self.stopped(spike.what, step)
+        if spike.action == "rollback":
+            raise _RollBack(spike.what)
+        self.console.warn(f"{self.job.name}, step {step + 1}: {spike.what}; its update is left out.")
         return {**line, "skipped": 1}
 
     def stopped(self, what: str, step: int) -> GroundupError:
@@ -366,7 +368,7 @@ class _Loop:
 
 
 class _RollBack(Exception):
-    """The guard wants the last checkpoint back; says why."""
+    """The last checkpoint is wanted back; says why."""
 
 
 def _say_resumed(job: TrainingJob, progress: Progress, world: World, console: Console) -> None:
@@ -377,3 +379,90 @@ def _say_resumed(job: TrainingJob, progress: Progress, world: World, console: Co
             f"{torch.get_num_threads()} and {world.size}: sums may round differently, "
             "so the same bits cannot be promised."
         )
+
+
+class StopRequest:
+    """Whether someone asked to stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Within this block the first SIGINT or SIGTERM only sets the flag; a second SIGINT raises KeyboardInterrupt."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # signals reach the main thread only
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if request.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.asked = True
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+Batch = TypeVar("Batch")
+
+STEPS_BETWEEN_COLLECTIONS = 200
+
+
+class Prefetcher(Generic[Batch]):
+    """Makes one batch ahead, in a thread. Use it in a `with` statement.
+
+    Args:
+        make: the batch of a place.
+    """
+
+    def __init__(self, make: Callable[[int], Batch]) -> None:
+        self._make = make
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="next batch")
+        self._next: tuple[int, concurrent.futures.Future[Batch]] | None = None
+
+    def take(self, place: int, following: int | None) -> Batch:
+        """The batch of `place`; that of `following` is begun (None: there is none)."""
+        is_ahead = self._next is not None and self._next[0] == place
+        batch = self._next[1].result() if is_ahead and self._next is not None else self._make(place)
+        self._next = None if following is None else (following, self._thread.submit(self._make, following))
+        return batch
+
+    def __enter__(self) -> Prefetcher[Batch]:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a batch, on CUDA through pinned memory, so that the copy runs beside the arithmetic."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@contextlib.contextmanager
+def collections_between_steps() -> Iterator[Callable[[int], None]]:
+    """Within this block garbage is collected only when the function that is given says so: once every some steps."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+
+    def collect(step: int) -> None:
+        if step % STEPS_BETWEEN_COLLECTIONS == 0:
+            gc.collect()
+
+    try:
+        yield collect
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()

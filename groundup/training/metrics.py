@@ -1,20 +1,34 @@
-"""What a training stage writes down while it runs, so that a resumed run's files equal an uninterrupted one's.
+"""What a training stage writes down while it runs and says at its end.
 
-`metrics.jsonl` and `samples.jsonl` hold only what the recipe and the seed decide; wall-clock figures go to
-`timings.jsonl`. Lines past the checkpoint that a run resumes from are taken back: those steps come again.
+`metrics.jsonl` and `samples.jsonl` hold only what the recipe and the seed decide, so that a resumed run's files equal
+an uninterrupted one's; wall-clock figures go to `timings.jsonl`. Lines past the checkpoint that a run resumes from are
+taken back: those steps come again. Copies go to TensorBoard, Weights & Biases or trackio where the recipe says so; none
+is imported unless asked for, and a run that goes on writes into the same board.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
 
 import orjson
+import torch
 
+from groundup.console import format_bytes, format_count, format_fields
+from groundup.errors import GroundupError
 from groundup.files import atomic_writer, write_error
+from groundup.training.checkpoint import Progress, TrainingState
+from groundup.training.optimizers import describe_groups
+from groundup.training.process import peak_memory_bytes
+from groundup.training.throughput import Throughput
+
+if TYPE_CHECKING:
+    from groundup.training.job import TrainingJob
+
 
 FILES = ("metrics", "samples", "timings")
 
@@ -100,3 +114,182 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except orjson.JSONDecodeError:
             break
     return lines
+
+
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+
+
+class Tracker(Protocol):
+    """Where figures go."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Note the figures of a step."""
+        ...
+
+    def close(self) -> None:
+        """Write what is left."""
+        ...
+
+
+class Trackers:
+    """All that a recipe asks for, as one.
+
+    Args:
+        names: of the trackers.
+        folder: the stage's folder; TensorBoard's files go into `tensorboard/` in it.
+        project: the run's name.
+        stage: the stage's name.
+        step: the step that the run goes on from.
+        config: settings, shown beside the curves.
+
+    Raises:
+        GroundupError: a tracker is not installed or refuses to start.
+    """
+
+    def __init__(
+        self, names: Sequence[TrackerName], folder: Path, project: str, stage: str, step: int, config: Mapping[str, Any]
+    ) -> None:
+        self._all: list[Tracker] = []
+        for name in names:
+            try:
+                if name == "tensorboard":
+                    self._all.append(_TensorBoard(folder / "tensorboard", step))
+                else:
+                    self._all.append(_Remote(name, project, stage, step, config))
+            except ImportError as error:
+                raise GroundupError(
+                    f"[{stage}] track = {name!r}: not installed.", f"Run: pip install {name}, or leave it out."
+                ) from error
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Note the numbers among the figures of a step."""
+        numbers = {
+            name: float(value)
+            for name, value in values.items()
+            if name not in ("step", "tokens") and isinstance(value, (int, float))
+        }
+        for tracker in self._all if numbers else ():
+            tracker.log(step, numbers)
+
+    def close(self) -> None:
+        """Write what is left."""
+        for tracker in self._all:
+            tracker.close()
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What a killed run wrote beyond its checkpoint is hidden.
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Remote:
+    """Weights & Biases, or trackio, which has the same interface."""
+
+    def __init__(self, name: str, project: str, stage: str, step: int, config: Mapping[str, Any]) -> None:
+        import importlib
+
+        self._module: Any = importlib.import_module(name)
+        options = {"resume": "allow"} if name == "wandb" else {}
+        self._module.init(project=project, name=stage, config=dict(config), **options)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._module.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._module.finish()
+
+
+_BAR_WIDTH = 34
+"""Columns that a stage's name and its bar take on a terminal."""
+
+
+def summarize(
+    job: TrainingJob, progress: Progress, precision: torch.dtype, reason: str, state: TrainingState, speed: Throughput
+) -> dict[str, Any]:
+    """The stage's figures, as its manifest keeps them.
+
+    `tokens_per_second` is of the whole run, validation and checkpoints included; `mfu` of the training steps since it
+    was last started.
+    """
+    lines = read_log(job.folder / "metrics.jsonl")
+    losses = [line["loss"] for line in lines if "loss" in line and math.isfinite(line["loss"] or math.nan)]
+    passes = [line for line in lines if "val_loss" in line]
+    tail = losses[-max(1, len(losses) // 20) :]
+    summary = {
+        "parameters": job.model.n_parameters,
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "initial_loss": losses[0] if losses else math.nan,
+        "expected_initial_loss": job.expected_initial_loss,
+        "final_loss": sum(tail) / len(tail) if tail else math.nan,
+        "val_loss": passes[-1]["val_loss"],
+        "precision": "float8" if job.settings.precision == "float8" else str(precision).removeprefix("torch."),
+        "precision_reason": reason,
+        "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
+        "mfu": speed.mfu,
+        "peak_memory_bytes": peak_memory_bytes(next(job.model.parameters()).device),
+        "skipped_steps": state.spikes.skipped,
+        "rollbacks": state.spikes.rollbacks,
+    }
+    if job.settings.groups:
+        shapes = {name: parameter.shape for name, parameter in job.model.named_parameters()}
+        rows = describe_groups(shapes, job.settings, job.name)
+        summary["groups"] = [f"{match}: {reach}" for place, match, reach in rows if place.endswith("groups")]
+    if "val_bits_per_byte" in passes[-1]:
+        summary["val_bits_per_byte"] = passes[-1]["val_bits_per_byte"]
+    return summary
+
+
+def summary_line(summary: Mapping[str, Any]) -> str:
+    """The most telling of them, for the finished line."""
+    parts = [
+        f"{format_count(summary['tokens'])} tokens",
+        f"loss {summary['initial_loss']:.2f} → {summary['final_loss']:.2f}",
+        f"val {summary['val_loss']:.3f}",
+    ]
+    if "val_bits_per_byte" in summary:
+        parts.append(f"{summary['val_bits_per_byte']:.3f} bits/byte")
+    parts.append(f"{format_count(summary['tokens_per_second'])} tok/s")
+    if summary["mfu"] is not None:
+        parts.append(f"mfu {summary['mfu']:.0%}")
+    return " · ".join(parts)
+
+
+def live_line(fields: Mapping[str, Any], speed: Throughput, seconds_left: float, memory_bytes: int, width: int) -> str:
+    """What stands behind the bar, in the grammar of a log line; what is least missed goes first on a narrow terminal.
+
+    Args:
+        fields: step, loss, learning rates and gradient norm.
+        speed: of the last steps.
+        seconds_left: to the end of the run.
+        memory_bytes: peak so far.
+        width: columns of the terminal.
+    """
+    shown = {**fields, "tok/s": round(speed.tokens_per_second)}
+    if speed.mfu is not None:
+        shown["mfu"] = f"{speed.mfu:.0%}"
+    shown |= {"mem": format_bytes(memory_bytes).replace(" ", ""), "eta": _duration(seconds_left)}
+    for name in ("mem", "muon_lr", "grad_norm", "lr", "mfu"):
+        if len(format_fields(shown)) <= width - _BAR_WIDTH:
+            break
+        shown.pop(name, None)
+    return format_fields(shown)
+
+
+def _duration(seconds: float) -> str:
+    """`45s`, `2m10s`, `1h02m`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minute:02d}m"
+    return f"{minute}m{second:02d}s" if minute else f"{second}s"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,28 @@ from groundup.distributed import World, current_world
 from groundup.errors import DataError
 from groundup.generation import generate
 from groundup.interop import save_model
-from groundup.model import ModelConfig, Transformer
+from groundup.interop.start import starting_config, starting_point
+from groundup.model import ModelConfig, Transformer, count_parameters, training_flops_per_token
+from groundup.model.cost import parameter_shapes
 from groundup.model.initialization import expected_initial_loss
-from groundup.recipe import PretrainSettings
+from groundup.model.ladder import shape_choices
+from groundup.recipe import OptimizerSettings, PretrainSettings, Section, resolve_optimizer
+from groundup.report.format import format_lines, loss_line, training_facts
 from groundup.shards import TokenShards
-from groundup.tokenizer import Tokenizer
+from groundup.stage import Check, Context, Method, Shown, Stage, model_digest
+from groundup.tokenizer import Tokenizer, load_tokenizer
 from groundup.training.batches import ShardBatches
 from groundup.training.job import TrainingJob
 from groundup.training.loop import forget_checkpoints, train
-from groundup.training.precision import choose_precision
-from groundup.training.start import start_digest
+from groundup.training.optimizers import check_optimizer, describe_groups, group_parameters
+from groundup.training.planning.memory import (
+    choose_micro_batch,
+    device_memory,
+    estimate_memory,
+    refuse_what_cannot_fit,
+    step_of,
+)
+from groundup.training.precision import check_precision, choose_precision
 
 COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. (arXiv:2203.15556)."""
@@ -75,14 +87,15 @@ def pretrain(
         Interrupted: asked to stop; everything is saved.
     """
     says_precision = console is None  # whoever brings a console has said it in a line of their own
-    settings, console, world = settings or PretrainSettings(), console or Console(), world or current_world()
+    settings = resolve_optimizer(settings or PretrainSettings())
+    console, world = console or Console(), world or current_world()
     if says_precision and world.is_first:
         dtype, reason = choose_precision(settings.precision, world.device.type)
         console.note(f"pretrain: {str(dtype).removeprefix('torch.')} ({reason})")
     shards = Path(shards)
     out = Path(out) if out is not None else shards.parent / "pretrain"
     if tokenizer is None and (shards.parent / "tokenizer" / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.load(shards.parent / "tokenizer")
+        tokenizer = load_tokenizer(shards.parent / "tokenizer")
     job = pretraining_job(model, shards, settings, out, tokenizer, seed, console)
     summary = train(job, world, console)
     save_model(out / "model", model, tokenizer, world=world)
@@ -121,7 +134,7 @@ def pretraining_job(
         folder=out,
         seed=seed,
         row_length=length,
-        start=start_digest(settings.init) if settings.init is not None else "fresh",
+        start=model_digest(settings.init) if settings.init is not None else "fresh",
         expected_initial_loss=expected_initial_loss(model.config) if settings.init is None else None,
         bytes_per_token=validation.n_bytes / max(1, validation.n_tokens - validation.n_documents),
         train_bytes_per_token=train_shards.n_bytes / max(1, train_shards.n_tokens - train_shards.n_documents),
@@ -164,3 +177,127 @@ def _continuation(tokenizer: Tokenizer, max_tokens: int, seed: int) -> Callable[
         return generate(model, tokenizer, prompt, max_tokens=max_tokens, temperature=0.8, top_p=0.95, seed=seed).text
 
     return continue_text
+
+
+class Pretrain(Method):
+    """The stage: shards to a base model."""
+
+    settings = PretrainSettings
+    version = 4
+    makes = "lm"
+    trains = True
+    figures = ("val_loss", "val_bits_per_byte", "final_loss")
+
+    def needs(self, stage: Stage) -> tuple[str, ...]:
+        """Tokens, and who made them."""
+        return ("tokenizer", "shards")
+
+    def sections(self, stage: Stage) -> tuple[Section, ...]:
+        """The model's shape counts too."""
+        return (stage.recipe.model, stage.settings)
+
+    def outside(self, stage: Stage) -> dict[str, str]:
+        """The model that it goes on with."""
+        return {} if stage.settings.init is None else {"init": model_digest(stage.settings.init)}
+
+    def checks(self, stage: Stage) -> Iterable[Check]:
+        """Shape, optimizer, precision."""
+        yield "[model]" if stage.settings.init is None else "init", lambda: starting_config(stage)
+        yield "[pretrain]", lambda: sequence_length(starting_config(stage)[0], stage.settings)
+        yield from training_checks(stage)
+
+    def derived(self, stage: Stage) -> Iterable[tuple[str, str, str]]:
+        """Shape, steps, micro-batch, memory."""
+        recipe, settings, (config, whence) = stage.recipe, stage.settings, starting_config(stage)
+        sized = recipe.model.follows_from_one_number
+        reasons = {choice.name: choice.reason for choice in shape_choices(config, whence)} if sized else {}
+        # A character tokenizer's vocabulary is as large as its text's alphabet: known when the text is read.
+        about = "about " if recipe.tokenizer.kind == "characters" else ""
+        tokens, why = count_tokens(count_parameters(config), settings)
+        length = sequence_length(config, settings)
+        rows = -(-tokens // length)
+        yield from (
+            (f"model.{name}", str(getattr(config, name)), reasons.get(f"model.{name}", whence))
+            for name in ("context_length", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_model", "d_ff")
+            if getattr(recipe.model, name) is None
+        )
+        yield "model parameters", f"{about}{count_parameters(config):,}", f"vocabulary of {about}{config.vocab_size:,}"
+        yield "pretrain.tokens", f"{about if isinstance(settings.tokens, str) else ''}{tokens:,}", why
+        if settings.sequence_length is None:
+            yield "pretrain.sequence_length", f"{length:,}", "the model's context"
+        yield from training_derived(stage, config, length, rows)
+        flops = training_flops_per_token(config, length) * tokens
+        yield "training FLOPs", f"{flops:.2e}", "6 a matmul parameter and token; attention"
+
+    def check_memory(self, stage: Stage) -> None:
+        """Refuse what cannot fit."""
+        config, _ = starting_config(stage)
+        world = current_world()
+        length = sequence_length(config, stage.settings)
+        refuse_what_cannot_fit(config, stage.settings, length, device_memory(world), world.size, stage.section)
+
+    def quick(self, settings: PretrainSettings) -> PretrainSettings:
+        """A few seconds of training."""
+        tokens = min(settings.tokens, 160_000) if isinstance(settings.tokens, int) else 160_000
+        quick = {"tokens": tokens, "sample_tokens": 16, **QUICK_VALIDATION}
+        return settings.model_copy(update=quick)
+
+    def work(self, context: Context) -> dict[str, Any]:
+        """See `pretrain`."""
+        model, tokenizer = starting_point(context.stage, context.run, context.console)
+        return pretrain(
+            model, context.run.folder("shards"), context.recipe.pretrain, out=context.folder, tokenizer=tokenizer,
+            seed=context.recipe.seed, world=context.world, console=context.console,
+        ).summary  # fmt: skip
+
+    def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:
+        """Its size, tokens and loss."""
+        config, _ = starting_config(stage)
+        shape = f"{config.n_layers} layers × {config.d_model} wide, context {config.context_length}"
+        parts = (summary.get("parameters"), "{} weights"), (summary.get("tokens"), "{} tokens"), loss_line(summary)
+        return Shown("Pretraining", [("model", shape), *training_facts(summary)], format_lines(*parts))
+
+
+QUICK_VALIDATION = {"eval_every": 20, "eval_tokens": 5_000}
+"""Of a quick version of a stage that trains."""
+
+
+def training_checks(stage: Stage) -> Iterable[Check]:
+    """What can be wrong with the optimizer's settings of any stage that trains."""
+    settings: OptimizerSettings = stage.settings
+    world, where = current_world(), f"[{stage.section}]"
+    yield where, lambda: check_precision(settings.precision, world.device.type, stage.section)
+    yield where, lambda: check_optimizer(settings, stage.section, world.size)
+    yield where, lambda: group_parameters(parameter_shapes(starting_config(stage)[0]), settings, stage.section)
+
+
+def training_derived(
+    stage: Stage, config: ModelConfig, length: int, n_rows: int | None
+) -> Iterable[tuple[str, str, str]]:
+    """What every stage that trains derives.
+
+    Args:
+        stage: the stage.
+        config: its model.
+        length: tokens in a row.
+        n_rows: that it trains on; None: known when its data are read.
+    """
+    settings, where, world = stage.settings, stage.section, current_world()
+    precision, evidence = choose_precision(settings.precision, world.device.type)
+    yield f"{where}.precision", str(precision).removeprefix("torch."), evidence
+    yield from describe_groups(parameter_shapes(config), settings, where)
+    room = device_memory(world)
+    micro, why = choose_micro_batch(config, settings, length, room, world.size)
+    needed = estimate_memory(config, settings, step_of(settings, length, room, world.size, micro))
+    if settings.micro_batch_size is None:
+        yield f"{where}.micro_batch_size", f"{micro:,}", why
+    if n_rows is not None:
+        steps = -(-n_rows // settings.batch_size)
+        yield f"{where}.steps", f"{steps:,}", f"{settings.batch_size} rows × {length} tokens a step"
+        if settings.eval_every is None:
+            yield f"{where}.eval_every", f"{max(1, -(-steps // 20)):,}", "20 over the run"
+    memory = f"{needed.total / 2**20:,.0f} MiB"
+    yield f"{where} memory", memory, f"about, at its fullest, {micro} rows at a time; groundup plan shows the parts"
+
+
+PRETRAIN = Pretrain()

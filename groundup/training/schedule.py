@@ -38,15 +38,19 @@ class BatchPlan:
     Args:
         batch_size: rows of a step, once grown.
         n_rows: rows that the run needs at least.
-        ramp_from: rows of the first step (default: no ramp). Batches grow by as many.
-        ramp_share: share of the rows over which they grow.
+        batch_warmup_from: rows of the first step (default: no ramp). Batches grow by as many.
+        batch_warmup_share: share of the rows over which they grow.
     """
 
-    def __init__(self, batch_size: int, n_rows: int, ramp_from: int | None = None, ramp_share: float = 0.0) -> None:
+    def __init__(
+        self, batch_size: int, n_rows: int, batch_warmup_from: int | None = None, batch_warmup_share: float = 0.0
+    ) -> None:
         self.batch_size = batch_size
         self._ramp: list[int] = [0]  # where each step of the ramp begins, and where the ramp ends
-        if ramp_from is not None:
-            while (size := self._grown(ramp_from, ramp_share * n_rows)) < batch_size and self._ramp[-1] < n_rows:
+        if batch_warmup_from is not None:
+            while (size := self._grown(batch_warmup_from, batch_warmup_share * n_rows)) < batch_size and self._ramp[
+                -1
+            ] < n_rows:
                 self._ramp.append(self._ramp[-1] + size)
         left = n_rows - self._ramp[-1]
         self.n_steps = len(self._ramp) - 1 + max(0, -(-left // batch_size))
@@ -59,8 +63,8 @@ class BatchPlan:
         first = self._ramp[-1] + (step - n_ramp) * self.batch_size
         return first, first + self.batch_size
 
-    def _grown(self, ramp_from: int, ramp_rows: float) -> int:
-        """Rows of the ramp's next step: in proportion to what was seen, in multiples of `ramp_from`."""
+    def _grown(self, batch_warmup_from: int, ramp_rows: float) -> int:
+        """Rows of the ramp's next step: in proportion to what was seen, in multiples of `batch_warmup_from`."""
         share = self._ramp[-1] / ramp_rows if ramp_rows else 1.0
-        size = ramp_from + (self.batch_size - ramp_from) * min(1.0, share)
-        return min(self.batch_size, math.floor(size / ramp_from) * ramp_from)
+        size = batch_warmup_from + (self.batch_size - batch_warmup_from) * min(1.0, share)
+        return min(self.batch_size, math.floor(size / batch_warmup_from) * batch_warmup_from)

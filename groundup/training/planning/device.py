@@ -1,4 +1,4 @@
-"""Accelerators that are not here: their memory, and a pace from peak, bandwidth and an assumed utilization.
+"""Accelerators that are not here: their memory, and timings from peak, bandwidth and an assumed utilization.
 
 `data/devices.toml` holds the figures. A step takes the longest of three: arithmetic at an assumed share of the peak;
 starting its kernels, which decides for small models; and moving weights and gradients between devices. The update
@@ -20,10 +20,9 @@ from groundup.model import ModelConfig
 from groundup.model.activations import Arithmetic
 from groundup.model.cost import parameter_shapes, training_flops, weight_bytes
 from groundup.recipe import OptimizerSettings
-from groundup.training.groups import group_parameters
-from groundup.training.planning.fit import Room
-from groundup.training.planning.memory import Step
-from groundup.training.planning.pace import Pace
+from groundup.training.optimizers import group_parameters
+from groundup.training.planning.memory import DeviceMemory, Step
+from groundup.training.planning.probe import Timings
 
 KERNELS_PER_BLOCK = 140
 """That forward and backward pass of a block start, counted with torch's dispatcher; a third of them forward."""
@@ -62,9 +61,9 @@ class Device:
     mfu: float
 
     @property
-    def room(self) -> Room:
+    def available(self) -> DeviceMemory:
         """Its memory."""
-        return Room(int(self.memory * 2**30), self.name, "cuda", self.bfloat16 > 0)
+        return DeviceMemory(int(self.memory * 2**30), self.name, "cuda", self.bfloat16 > 0)
 
     def peak(self, dtype: Arithmetic) -> float:
         """FLOP/s of dense products; of float32's where it has no other."""
@@ -103,7 +102,7 @@ def find_device(text: str) -> tuple[Device, int]:
     return devices()[name], count
 
 
-def table_pace(config: ModelConfig, settings: OptimizerSettings, step: Step, device: Device) -> Pace:
+def table_timings(config: ModelConfig, settings: OptimizerSettings, step: Step, device: Device) -> Timings:
     """What the table says of a run on `step.n_devices` of a device."""
     rate = device.peak(step.dtype) * device.mfu
     n_micro = math.ceil(step.rows / step.micro)
@@ -124,7 +123,7 @@ def table_pace(config: ModelConfig, settings: OptimizerSettings, step: Step, dev
     how = f"table: {device.mfu:.0%} of {device.peak(step.dtype) / 1e12:,.0f} TFLOP/s assumed, not measured"
     if bound != "arithmetic":
         how += f"; bound by {bound}"
-    return Pace(
+    return Timings(
         row=seconds / batch, update=update, eval_row=forward, sample_token=token, save=0.0,
         begin=30.0, flops=flops, how=how, is_measured=False,
     )  # fmt: skip

@@ -1,20 +1,29 @@
-"""Bytes that training needs on one device, part by part, before anything is allocated.
+"""The bytes that training needs on one device, before anything is allocated, and whether they fit.
 
-In: a model's configuration, settings, rows and tokens of a micro-batch. Out: what is alive at the fullest moment of a
-step. Weights, gradients and optimizer state are counted from shapes, activations tensor by tensor
-(`model/activations.py`); what else is alive depends on the moment, of which there are six, see `_moments`. A test
-compares them with torch's own record of every allocation. On a CPU the C library's heap comes on top: it keeps freed
-pieces that nothing fits into again (`process.py`).
+Weights, gradients and optimizer state are counted from shapes, activations tensor by tensor (`model/activations.py`);
+what else is alive depends on the moment of a step, of which there are six (`_moments`). A test compares them with
+torch's own record of every allocation. A refusal is certain: the activations of one row and the rest are more than the
+device has. What may be too much, because a heap has holes and other programs need memory too, is a warning. The
+micro-batch depends on the device's size only, not on what is free at the moment, so that a run that is stopped and goes
+on computes in the same pieces and rounds alike.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
-from groundup.model import ModelConfig
+import psutil
+import torch
+
+from groundup.console import Console, format_bytes
+from groundup.distributed import World
+from groundup.environment import container_limits
+from groundup.errors import GroundupError, RecipeError
+from groundup.model import ModelConfig, ladder_config
 from groundup.model.activations import (
     Arithmetic,
     Checkpointing,
@@ -26,11 +35,334 @@ from groundup.model.activations import (
     score_block_bytes,
     score_bytes,
 )
-from groundup.model.cost import parameter_shapes
+from groundup.model.cost import count_parameters, parameter_shapes
 from groundup.recipe import OptimizerSettings
-from groundup.training.groups import Grouping, group_parameters
 from groundup.training.muon import BATCH_BYTES
 from groundup.training.objective import PIECE_LOGITS, PIECE_WEIGHTS, slice_rows
+from groundup.training.optimizers import Grouping, group_parameters
+from groundup.training.precision import native_bfloat16
+
+USABLE_SHARE = 0.9
+"""Of a device's memory, what a plan gives away: others need some, and estimates err."""
+
+PROCESS_BYTES = 400 << 20
+"""What the program itself takes on a CPU, where that is not measured."""
+
+# Holes in a CPU's heap, as shares of the activations of a step without checkpointing: (float32, two-byte arithmetic).
+# Freed buffers are kept for the next step (`process.py`), and glibc before 2.38 cannot put an aligned buffer into the
+# place of a freed one of the same size (its bug 14581). Measured by benchmarks/plan.py.
+_HOLES = {"none": (0.15, 0.27), "selective": (0.31, 0.32), "full": (0.43, 0.34)}
+
+LADDER = (
+    "200k", "300k", "500k", "700k", "1m", "2m", "3m", "5m", "7m", "10m", "20m", "30m", "50m", "70m", "100m", "200m",
+    "300m", "500m", "700m", "1b", "2b", "3b", "5b", "7b", "10b",
+)  # fmt: skip
+"""Sizes that are tried where a model is looked for, smallest first."""
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """The memory of one device.
+
+    Attributes:
+        total: bytes that one process of the run can have.
+        what: whose they are, in words.
+        device: whose kernels.
+        has_bfloat16: natively.
+    """
+
+    total: int
+    what: str
+    device: Device
+    has_bfloat16: bool
+
+    @property
+    def usable(self) -> int:
+        """Bytes that a plan may give away."""
+        return int(USABLE_SHARE * self.total)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What a run takes on one device.
+
+    Attributes:
+        memory: alive at the fullest moment.
+        heap: pieces of the heap that nothing fits into (CPU).
+        process: the program itself (CPU).
+    """
+
+    memory: Memory
+    heap: int
+    process: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all: the peak of the resident set on a CPU, of the allocator on a GPU."""
+        return self.memory.total + self.heap + self.process
+
+    def parts(self) -> dict[str, int]:
+        """The bytes by name."""
+        return {**self.memory.parts(), "heap": self.heap, "process": self.process}
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A change that saves memory.
+
+    Attributes:
+        setting: what to set, as for --set, or what else to do.
+        saves: bytes, beside the changes before it.
+        total: bytes that are needed with it and the changes before it.
+        fits: whether that is little enough.
+        cost: what it costs otherwise.
+    """
+
+    setting: str
+    saves: int
+    total: int
+    fits: bool
+    cost: str
+
+
+def device_memory(world: World) -> DeviceMemory:
+    """The memory that this process's device has; on a CPU it is shared among this machine's processes of the run."""
+    if world.device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(world.device)
+        return DeviceMemory(total, torch.cuda.get_device_name(world.device), "cuda", native_bfloat16("cuda")[0])
+    _, limit = container_limits()
+    total = psutil.virtual_memory().total
+    what = "this machine's memory"
+    if limit is not None and limit < total:
+        total, what = limit, "the memory that this container may use"
+    n_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if n_here > 1:
+        total, what = total // n_here, f"a share of {what} among {n_here} processes"
+    return DeviceMemory(total, what, "cpu", native_bfloat16()[0])
+
+
+def step_of(
+    settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int, micro: int | None = None
+) -> Step:
+    """What one of the devices does between two updates.
+
+    Args:
+        settings: batch, precision.
+        length: tokens in a row.
+        available: the device.
+        n_devices: over which the batch is spread.
+        micro: rows in a forward pass (default: as the settings say, or all).
+    """
+    rows = max(1, settings.batch_size // n_devices)
+    micro = min(micro or settings.micro_batch_size or rows, rows)
+    dtype: Arithmetic
+    if settings.precision == "auto":
+        dtype = "bfloat16" if available.has_bfloat16 else "float32"
+    else:  # around float8's products the arithmetic is in bfloat16
+        dtype = "bfloat16" if settings.precision == "float8" else settings.precision
+    return Step(rows, micro, length, dtype, available.device, n_devices)
+
+
+def estimate_memory(
+    config: ModelConfig, settings: OptimizerSettings, step: Step, stage: str = "pretrain"
+) -> MemoryEstimate:
+    """What a run takes on one device.
+
+    Raises:
+        RecipeError: a group's pattern matches no parameter.
+    """
+    memory = step_memory(config, settings, step, stage)
+    if step.device == "cuda":
+        return MemoryEstimate(memory, 0, 0)
+    allocated = sum(activation_bytes(config, step.micro, step.length, step.dtype).values())
+    holes = round(_HOLES[settings.activation_checkpointing][step.dtype != "float32"] * allocated)
+    return MemoryEstimate(memory, holes, PROCESS_BYTES)
+
+
+def choose_micro_batch(
+    config: ModelConfig, settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int = 1,
+    stage: str = "pretrain",
+) -> tuple[int, str]:  # fmt: skip
+    """Rows in one forward pass on one device, and why so many: the whole batch wherever it fits.
+
+    Args:
+        config: the model.
+        settings: batch, and what else decides memory.
+        length: tokens in a row.
+        available: the device.
+        n_devices: over which the batch is spread.
+        stage: named in messages.
+    """
+    whole = step_of(settings, length, available, n_devices)
+    if settings.micro_batch_size is not None:
+        return whole.micro, "as the recipe says"
+    for micro in _divisors(whole.rows):
+        if estimate_memory(config, settings, replace(whole, micro=micro), stage).total <= available.usable:
+            return micro, "the batch" if micro == whole.rows else f"the most that fits {_of(available)}"
+    return 1, f"one row at a time, and even so perhaps too much for {_of(available)}"
+
+
+def check_memory(
+    config: ModelConfig, settings: OptimizerSettings, length: int, world: World, console: Console,
+    stage: str = "pretrain",
+) -> int:  # fmt: skip
+    """Refuse what cannot fit, warn of what may not, and say how many rows one forward pass takes.
+
+    Args:
+        config: the model.
+        settings: of the stage.
+        length: tokens in a row, at most.
+        world: the processes; each has one device.
+        console: where it is said.
+        stage: named in messages.
+
+    Raises:
+        GroundupError: it is certain that memory will not do.
+    """
+    available = device_memory(world)
+    refuse_what_cannot_fit(config, settings, length, available, world.size, stage)
+    micro, reason = choose_micro_batch(config, settings, length, available, world.size, stage)
+    step = step_of(settings, length, available, world.size, micro)
+    wanted = estimate_memory(config, settings, step, stage).total
+    if micro < step.rows and settings.micro_batch_size is None:
+        console.note(f"{stage}: micro-batches of {micro} of {step.rows} rows: {reason}")
+    if wanted > available.usable:
+        console.warn(
+            f"{stage}: needs about {format_bytes(wanted)} of {_of(available)} and may run out of it. "
+            "What would help:  groundup plan"
+        )
+    return micro
+
+
+def refuse_what_cannot_fit(
+    config: ModelConfig, settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int = 1,
+    stage: str = "pretrain",
+) -> None:  # fmt: skip
+    """Hold that one row at a time would fit; nothing is allocated.
+
+    Raises:
+        GroundupError: it does not; with the parts, largest first, and the ways out.
+    """
+    # A compiler may compute nearly all activations again.
+    frugal = settings.model_copy(update={"activation_checkpointing": "full"}) if settings.compile else settings
+    least = step_memory(config, frugal, step_of(settings, length, available, n_devices, 1), stage)
+    if least.total <= available.total:
+        return
+    parts = sorted(least.parts().items(), key=lambda part: -part[1])
+    listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts if size)
+    where = "" if n_devices == 1 else f" on each of {n_devices} devices"
+    raise GroundupError(
+        f"[{stage}]: training {count_parameters(config):,} parameters takes {format_bytes(least.total)}{where} at "
+        f"least, one row of {length:,} tokens at a time, and {available.what} is {format_bytes(available.total)}: "
+        f"{listed}.",
+        _ways_out(config, settings, length, available, n_devices, stage),
+    )
+
+
+def suggestions(
+    config: ModelConfig, settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int = 1,
+    stage: str = "pretrain",
+) -> list[Suggestion]:  # fmt: skip
+    """What to change so that it fits, cheapest first, each on top of those before; up to the first that is enough.
+
+    Then, each for itself: a smaller model, and more devices. Empty if it fits.
+    """
+    micro, _ = choose_micro_batch(config, settings, length, available, n_devices, stage)
+    before = estimate_memory(config, settings, step_of(settings, length, available, n_devices, micro), stage).total
+    if before <= available.usable:
+        return []
+    found: list[Suggestion] = []
+    asked = settings
+    for changes, cost in _settings_that_save(settings, available, n_devices, micro):
+        settings = settings.model_copy(update=changes)
+        total = estimate_memory(config, settings, step_of(settings, length, available, n_devices, 1), stage).total
+        if total >= before:
+            continue
+        names = " ".join(f"{stage}.{name}={value}" for name, value in changes.items())
+        found.append(Suggestion(names, before - total, total, total <= available.usable, cost))
+        before = total
+        if found[-1].fits:
+            return found
+    found += _smaller_model(config, asked, length, available, n_devices, stage)
+    found += _more_devices(config, asked, length, available, n_devices, stage)
+    return found
+
+
+def _settings_that_save(
+    settings: OptimizerSettings, available: DeviceMemory, n_devices: int, micro: int
+) -> Iterator[tuple[dict[str, object], str]]:
+    """Changes of settings with what they cost, the cheapest first."""
+    if micro > 1:
+        yield {"micro_batch_size": 1}, "more passes a step; small ones are less efficient"
+    if settings.precision == "float32" and available.has_bfloat16:
+        yield {"precision": "bfloat16"}, "results round otherwise; faster here"
+    if settings.activation_checkpointing == "none":
+        yield {"activation_checkpointing": "selective"}, "a few percent more time"
+    if settings.activation_checkpointing != "full":
+        yield {"activation_checkpointing": "full"}, "up to a third more time"
+    if settings.ema:
+        yield {"ema": 0.0}, "no averaged weights"
+    if settings.optimizer == "adamw":
+        yield {"optimizer": "muon"}, "another optimizer, with a rate of its own"
+    if settings.optimizer != "adafactor" and n_devices == 1:
+        yield {"optimizer": "adafactor"}, "learns less from a token"
+
+
+def _smaller_model(
+    config: ModelConfig, settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int, stage: str
+) -> Iterator[Suggestion]:
+    before = estimate_memory(config, settings, step_of(settings, length, available, n_devices, 1), stage).total
+    for size in reversed(LADDER):
+        try:
+            smaller = ladder_config(size=size, vocab_size=config.vocab_size, context_length=config.context_length)
+        except RecipeError:
+            continue
+        if count_parameters(smaller) >= count_parameters(config):
+            continue
+        total = estimate_memory(smaller, settings, step_of(settings, length, available, n_devices, 1), stage).total
+        if total <= available.usable:
+            yield Suggestion(f"model.size={size}", before - total, total, True, "another model")
+            return
+
+
+def _more_devices(
+    config: ModelConfig, settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int, stage: str
+) -> Iterator[Suggestion]:
+    """The least power of two of them, as they are or with all activations computed again."""
+    before = estimate_memory(config, settings, step_of(settings, length, available, n_devices, 1), stage).total
+    frugal = settings.model_copy(update={"activation_checkpointing": "full"})
+    for chosen, extra in ((settings, ""), (frugal, f" and {stage}.activation_checkpointing=full")):
+        for count in (n_devices * 2**power for power in range(1, 11)):
+            total = estimate_memory(config, chosen, step_of(chosen, length, available, count, 1), stage).total
+            if total <= available.usable:
+                yield Suggestion(f"{count} devices of this size{extra}", before - total, total, True, "their price")
+                return
+
+
+def _ways_out(
+    config: ModelConfig, settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int, stage: str
+) -> str:
+    found = suggestions(config, settings, length, available, n_devices, stage)
+    enough = [suggestion for suggestion in found if suggestion.fits]
+    if not enough:
+        return "No setting and no number of devices makes it fit: choose a smaller model."
+    steps = [suggestion.setting for suggestion in found[: found.index(enough[0])]]
+    if enough[0].setting.startswith(f"{stage}."):
+        return "It fits with:  " + " ".join(f"--set {one}" for one in " ".join([*steps, enough[0].setting]).split())
+    ways = " or ".join(
+        f"--set {suggestion.setting}" if suggestion.setting.startswith("model.") else suggestion.setting
+        for suggestion in enough
+    )
+    return f"It fits with:  {ways}"
+
+
+def _divisors(count: int) -> list[int]:
+    """Of a number of rows, the largest first."""
+    return [size for size in range(count, 0, -1) if count % size == 0]
+
+
+def _of(available: DeviceMemory) -> str:
+    return f"{available.what}, {format_bytes(available.total)}"
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """A training run before it runs: parameters, tokens, memory, time, cost, expected loss, and what to change.
 
 In: a recipe, and a device or a budget. Out: a `Plan`, which `groundup plan` prints. Nothing of the run is made: on this
-machine a probe of at most 20 seconds measures how fast it is, for another a table says it. The parts: `memory.py`,
-`process.py`, `fit.py` (bytes); `pace.py`, `probe.py`, `device.py` (seconds); `budget.py`.
+machine a probe of at most 20 seconds measures how fast it is, for another a table says it. A budget of time or money
+buys tokens for the recipe's model, and the size on the ladder that makes most of it: with a scaling law the one of the
+lowest predicted loss, else the one nearest to 20 tokens for each parameter (arXiv:2203.15556). On this machine the
+probe's FLOP/s are carried over to every size; of a device in the table each size has its own.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,28 +19,43 @@ import torch
 
 from groundup.distributed import current_world
 from groundup.environment import cpu_name
-from groundup.errors import DataError, GroundupError
-from groundup.model import ModelConfig, count_parameters
-from groundup.model.cost import training_flops
-from groundup.recipe import PretrainSettings, Recipe, read_recipe
+from groundup.errors import DataError, GroundupError, RecipeError
+from groundup.interop.start import start_config
+from groundup.model import ModelConfig, count_parameters, ladder_config
+from groundup.model.cost import training_flops, training_flops_per_token
+from groundup.model.ladder import TOKENS_PER_PARAMETER
+from groundup.recipe import OptimizerSettings, PretrainSettings, Recipe, read_recipe, resolve
 from groundup.run import Run
 from groundup.shards import TokenShards
-from groundup.training.compile_trial import choose_without_trial, trial_key
-from groundup.training.measured import recall
-from groundup.training.planning.budget import best, candidates, neighbours
-from groundup.training.planning.device import Device, find_device, table_pace
-from groundup.training.planning.fit import choose_micro_batch, device_memory, need, remedies, step_of
-from groundup.training.planning.pace import Pace, Watching, rows_within, run_seconds, watching
-from groundup.training.planning.probe import PROBE_SECONDS, assumed_pace
-from groundup.training.planning.probe import probe as measured_pace
-from groundup.training.planning.process import process_bytes
-from groundup.training.planning.result import Amount, Expected, Fit, Place, Plan
+from groundup.training.compilation import choose_without_trial, trial_key
+from groundup.training.planning.device import Device, find_device, table_timings
+from groundup.training.planning.memory import (
+    LADDER,
+    DeviceMemory,
+    choose_micro_batch,
+    device_memory,
+    estimate_memory,
+    step_memory,
+    step_of,
+    suggestions,
+)
+from groundup.training.planning.probe import (
+    PROBE_SECONDS,
+    Timings,
+    ValidationPass,
+    assumed_timings,
+    measured_timings,
+    process_bytes,
+    rows_within,
+    run_seconds,
+    validation_pass,
+)
+from groundup.training.planning.result import Amount, Candidate, Expected, Fit, Hardware, Plan
 from groundup.training.precision import choose_precision
 from groundup.training.pretrain import count_tokens, sequence_length
+from groundup.training.process import limited_threads, recall
 from groundup.training.scaling.law import DEFAULT_LAW, ScalingLaw
 from groundup.training.schedule import BatchPlan
-from groundup.training.start import start_config
-from groundup.training.threads import limited_threads
 
 __all__ = ["Plan", "plan"]
 
@@ -56,7 +74,7 @@ def plan(
         budget: the same in dollars.
         device: from the table, as "h100x8" (default: this machine).
         price: dollars an hour of one device (default: the table's).
-        probe: measure this machine's pace and process; else both are assumed.
+        probe: measure this machine's timings and process; else both are assumed.
         run: the run's folder, whose shards say how much text there is.
         law: a scaling law's file (default: the one that `groundup scaling` left, if there is one).
 
@@ -66,32 +84,33 @@ def plan(
         GroundupError: no such device, or the recipe does not pretrain.
     """
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(str(recipe), list(overrides))
-    if recipe.sft is not None and recipe.sft.init is not None:
-        raise GroundupError(f"{recipe.name}: [sft] starts from a model, so there is nothing to pretrain.")
+    recipe = resolve(recipe)
+    if not recipe.has_trunk:
+        raise GroundupError(f"{recipe.name}: every stage starts from a model, so there is nothing to pretrain.")
     text = _Text.of(run)
     config = _model(recipe, text)
-    known, place = _place(recipe.pretrain, device, price)
-    seconds = _budget(hours, budget, place)
-    settings = recipe.pretrain.model_copy(update={"precision": place.precision})
+    known, hardware = _hardware(recipe.pretrain, device, price)
+    seconds = _budget(hours, budget, hardware)
+    settings = recipe.pretrain.model_copy(update={"precision": hardware.precision})
     length = sequence_length(config, settings)
-    fit = _fit(config, settings, length, place, is_here=known is None, measure=probe)
+    fit = _fit(config, settings, length, hardware, is_here=known is None, measure=probe)
     notes: list[str] = []
     if known is None:
         with limited_threads(recipe.threads):
-            pace, notes = _pace_here(config, settings, fit, probe, run)
+            timings, notes = _timings_here(config, settings, fit, probe, run)
     else:
-        pace = table_pace(config, settings, fit.step, known)
-    watch = watching(settings, length, text.validation_tokens)
-    settings, amount = _amount(config, settings, length, text, pace, watch, seconds)
-    parts = run_seconds(pace, settings, amount.rows, watch)
+        timings = table_timings(config, settings, fit.step, known)
+    validation = validation_pass(settings, length, text.validation_tokens)
+    settings, amount = _amount(config, settings, length, text, timings, validation, seconds)
+    parts = run_seconds(timings, settings, amount.rows, validation)
     found_law, why_none = _law(law, text)
     sizes = [] if seconds is None else candidates(
-        seconds * parts["training"] / sum(parts.values()), _speed(pace, settings, place, known), settings,
-        _vocabulary(recipe, config, found_law), place.room, place.count, found_law,
+        seconds * parts["training"] / sum(parts.values()), _speed(timings, settings, hardware, known), settings,
+        _vocabulary(recipe, config, found_law), hardware.available, hardware.count, found_law,
     )  # fmt: skip
     return Plan(
-        recipe=recipe.name, config=config, settings=settings, place=place, amount=amount, fit=fit, pace=pace,
-        seconds=parts, expected=_expected(found_law, why_none, config, amount), best=best(sizes),
+        recipe=recipe.name, config=config, settings=settings, hardware=hardware, amount=amount, fit=fit,
+        timings=timings, seconds=parts, expected=_expected(found_law, why_none, config, amount), best=best(sizes),
         sizes=neighbours(sizes), notes=notes,
     )  # fmt: skip
 
@@ -131,63 +150,65 @@ def _vocabulary(recipe: Recipe, config: ModelConfig, law: ScalingLaw | None) -> 
     return None if follows and law is None else config.vocab_size
 
 
-def _place(settings: PretrainSettings, device: str | None, price: float | None) -> tuple[Device | None, Place]:
+def _hardware(settings: PretrainSettings, device: str | None, price: float | None) -> tuple[Device | None, Hardware]:
     if device is not None:
         known, count = find_device(device)
         precision = known.arithmetic(settings.precision)
         why = "as the recipe says" if precision == settings.precision else f"what {known.name} multiplies fastest"
-        return known, Place(known.name, count, known.room, known.price if price is None else price, precision, why)
+        return known, Hardware(
+            known.name, count, known.available, known.price if price is None else price, precision, why
+        )
     world = current_world()
     dtype, why = choose_precision(settings.precision, world.device.type)
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else cpu_name()
     shown = "float8" if settings.precision == "float8" else str(dtype).removeprefix("torch.")
-    return None, Place(name, world.size, device_memory(world), price, shown, why)
+    return None, Hardware(name, world.size, device_memory(world), price, shown, why)
 
 
 def _fit(
-    config: ModelConfig, settings: PretrainSettings, length: int, place: Place, *, is_here: bool, measure: bool
+    config: ModelConfig, settings: PretrainSettings, length: int, hardware: Hardware, *, is_here: bool, measure: bool
 ) -> Fit:
-    room, count = place.room, place.count
-    micro, why = choose_micro_batch(config, settings, length, room, count)
-    step = step_of(settings, length, room, count, micro)
-    needed = need(config, settings, step)
-    if is_here and room.device == "cpu":
+    available, count = hardware.available, hardware.count
+    micro, why = choose_micro_batch(config, settings, length, available, count)
+    step = step_of(settings, length, available, count, micro)
+    needed = estimate_memory(config, settings, step)
+    if is_here and available.device == "cpu":
         needed = replace(needed, process=process_bytes(step.dtype, measure=measure))
     free = settings.model_copy(update={"micro_batch_size": None})
-    largest, _ = choose_micro_batch(config, free, length, room, count)
-    if need(config, free, replace(step, micro=largest)).total > room.usable:
-        return Fit(step, why, None, needed, remedies(config, settings, length, room, count))
-    return Fit(step, why, largest, needed, remedies(config, settings, length, room, count))
+    largest, _ = choose_micro_batch(config, free, length, available, count)
+    if estimate_memory(config, free, replace(step, micro=largest)).total > available.usable:
+        return Fit(step, why, None, needed, suggestions(config, settings, length, available, count))
+    return Fit(step, why, largest, needed, suggestions(config, settings, length, available, count))
 
 
-def _pace_here(
+def _timings_here(
     config: ModelConfig, settings: PretrainSettings, fit: Fit, probe: bool, run: str | Path | None
-) -> tuple[Pace, list[str]]:
-    """This machine's pace, with a compiler's gain where it is known; and what is to be said of it."""
+) -> tuple[Timings, list[str]]:
+    """This machine's timings, with a compiler's gain where it is known; and what is to be said of it."""
     world = current_world()
     if not probe:
-        return assumed_pace(config, fit.step, world), []
-    room = device_memory(world)
-    pace = measured_pace(
-        config, settings, fit.step, world, room, seconds=PROBE_SECONDS, folder=None if run is None else Path(run)
+        return assumed_timings(config, fit.step, world), []
+    available = device_memory(world)
+    timings = measured_timings(
+        config, settings, fit.step, world, available, seconds=PROBE_SECONDS, folder=None if run is None else Path(run)
     )
     tokens, _ = count_tokens(count_parameters(config), settings)
     n_flops = tokens / fit.step.length * training_flops(config, fit.step.length)
     choice = choose_without_trial(settings.compile, world.device.type, n_flops, world.size, rows_are_alike=True)
     if choice is not None and not choice.compiled:
-        return pace, []
+        return timings, []
     key = trial_key(config, (fit.step.micro, fit.step.length), fit.step.dtype, settings.activation_checkpointing)
     found = recall("compile", key, world.device)
     if found is None:
-        return pace, ["The run will try torch.compile, which may make it faster; the plan is without it."]
+        return timings, ["The run will try torch.compile, which may make it faster; the plan is without it."]
     if not found["pays"] or found["failure"] is not None:
-        return pace, []
+        return timings, []
     gain = found["eager_seconds"] / found["compiled_seconds"]
-    how = f"{pace.how}; compiled, {gain:.2f}× as fast when it was tried here"
-    return replace(pace, row=pace.row / gain, flops=pace.flops * gain, how=how), []
+    how = f"{timings.how}; compiled, {gain:.2f}× as fast when it was tried here"
+    return replace(timings, row=timings.row / gain, flops=timings.flops * gain, how=how), []
 
 
-def _budget(hours: float | None, budget: float | None, place: Place) -> float | None:
+def _budget(hours: float | None, budget: float | None, hardware: Hardware) -> float | None:
     """Seconds that a time or a sum of money allows; None without either.
 
     Raises:
@@ -200,14 +221,14 @@ def _budget(hours: float | None, budget: float | None, place: Place) -> float | 
             raise DataError(f"--{name} {value:g}: no budget.", "Give a positive number.")
     if budget is None:
         return None if hours is None else 3600 * hours
-    if not place.price:
+    if not hardware.price:
         raise DataError("--budget: this machine has no price.", "Name a --device, or its --price in dollars an hour.")
-    return 3600 * budget / (place.price * place.count)
+    return 3600 * budget / (hardware.price * hardware.count)
 
 
 def _amount(
-    config: ModelConfig, settings: PretrainSettings, length: int, text: _Text, pace: Pace, watch: Watching,
-    seconds: float | None,
+    config: ModelConfig, settings: PretrainSettings, length: int, text: _Text, timings: Timings,
+    validation: ValidationPass, seconds: float | None,
 ) -> tuple[PretrainSettings, Amount]:  # fmt: skip
     """How much is trained, and the settings that say so.
 
@@ -216,33 +237,37 @@ def _amount(
     """
     tokens, why = count_tokens(count_parameters(config), settings)
     if seconds is not None:
-        rows = rows_within(seconds, pace, settings, watch)
+        rows = rows_within(seconds, timings, settings, validation)
         if not rows:
-            needed = sum(run_seconds(pace, settings, settings.batch_size, watch).values())
+            needed = sum(run_seconds(timings, settings, settings.batch_size, validation).values())
             raise DataError(
                 f"{seconds:,.0f} seconds are too few: one step, with the validation around it, takes {needed:,.0f}.",
                 "Give more, or take a smaller model.",
             )
         tokens, why = rows * length, f"what fits into {seconds / 3600:.3g} hours"
         settings = settings.model_copy(update={"tokens": tokens})
-    plan = BatchPlan(settings.batch_size, math.ceil(tokens / length), settings.ramp_from, settings.ramp_share)
+    plan = BatchPlan(
+        settings.batch_size, math.ceil(tokens / length), settings.batch_warmup_from, settings.batch_warmup_share
+    )
     rows = plan.rows(plan.n_steps - 1)[1]
     epochs = None if text.train_tokens is None else rows * length / text.train_tokens
     return settings, Amount(rows * length, why, plan.n_steps, rows, epochs)
 
 
 def _speed(
-    pace: Pace, settings: PretrainSettings, place: Place, known: Device | None
+    timings: Timings, settings: PretrainSettings, hardware: Hardware, known: Device | None
 ) -> Callable[[ModelConfig], float]:
-    """Training FLOP/s of a model: those of the pace, or its own by the table."""
+    """Training FLOP/s of a model: those of the timings, or its own by the table."""
 
     def by_table(config: ModelConfig) -> float:
         assert known is not None
         length = config.context_length
-        micro, _ = choose_micro_batch(config, settings, length, place.room, place.count)
-        return table_pace(config, settings, step_of(settings, length, place.room, place.count, micro), known).flops
+        micro, _ = choose_micro_batch(config, settings, length, hardware.available, hardware.count)
+        return table_timings(
+            config, settings, step_of(settings, length, hardware.available, hardware.count, micro), known
+        ).flops
 
-    return by_table if known is not None else lambda config: pace.flops
+    return by_table if known is not None else lambda config: timings.flops
 
 
 def _law(asked: str | Path | None, text: _Text) -> tuple[ScalingLaw | None, str]:
@@ -269,3 +294,62 @@ def _expected(law: ScalingLaw | None, why: str, config: ModelConfig, amount: Amo
         why += f", {found.beyond:.1f}× beyond its runs"
     has_interval = math.isfinite(found.low)
     return Expected(found.loss, found.low if has_interval else None, found.high if has_interval else None, why)
+
+
+def candidates(
+    seconds: float, speed: Callable[[ModelConfig], float], settings: OptimizerSettings, vocab_size: int | None,
+    available: DeviceMemory, n_devices: int, law: ScalingLaw | None,
+) -> list[Candidate]:  # fmt: skip
+    """Every size of the ladder with at least one token a parameter in so many seconds of training.
+
+    Args:
+        seconds: of training alone.
+        speed: a model's training FLOP/s.
+        settings: optimizer and checkpointing, for memory.
+        vocab_size: of the tokenizer; None: what the ladder gives each size.
+        available: memory of a device.
+        n_devices: how many.
+        law: for losses.
+    """
+    found: list[Candidate] = []
+    for size in LADDER:
+        config = _rung(size, vocab_size)
+        if config is None:
+            continue
+        length, n = config.context_length, count_parameters(config)
+        tokens = int(seconds * speed(config) / training_flops_per_token(config, length))
+        if tokens < n:
+            break
+        if found and found[-1].parameters == n:
+            continue  # with this vocabulary the ladder has no other
+        step = step_of(settings, length, available, n_devices, 1)
+        fits = step_memory(config, settings.model_copy(update={"groups": ()}), step).total <= available.usable
+        found.append(Candidate(size, n, tokens, None if law is None else law.loss(n, tokens), fits))
+    return found
+
+
+@functools.cache
+def _rung(size: str, vocab_size: int | None) -> ModelConfig | None:
+    try:
+        return ladder_config(size=size, **({} if vocab_size is None else {"vocab_size": vocab_size}))
+    except RecipeError:
+        return None
+
+
+def best(found: list[Candidate]) -> Candidate | None:
+    """The one that makes most of the budget, of those that fit in memory."""
+    fitting = [one for one in found if one.fits]
+    if not fitting:
+        return None
+    if fitting[0].loss is not None:
+        return min(fitting, key=lambda one: one.loss if one.loss is not None else math.inf)
+    return min(fitting, key=lambda one: abs(math.log(one.tokens_per_parameter / TOKENS_PER_PARAMETER)))
+
+
+def neighbours(found: list[Candidate], how_many: int = 2) -> list[Candidate]:
+    """The best and so many on each side."""
+    chosen = best(found)
+    if chosen is None:
+        return found[-(2 * how_many + 1) :]
+    place = found.index(chosen)
+    return found[max(0, place - how_many) : place + how_many + 1]

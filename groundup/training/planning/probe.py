@@ -1,13 +1,18 @@
-"""A pace by measuring: some real steps of the real model on this machine, within a time.
+"""How long the pieces of a run take, measured with real steps of the real model on this machine, and so a whole run.
 
 Forward and backward pass, update, validation, one token of a sample and a checkpoint are timed each for itself, as
 medians. A model that is too large for the time is probed with fewer rows of a batch, then at two depths, then with
-shorter rows; what is carried on from there is said. Nothing stays but the figures.
+shorter rows; what is extrapolated is said. Nothing stays but the figures. The memory of the program itself
+(interpreter, torch, threads, kernels' buffers) is measured once on a machine, in a process that trains the smallest
+model.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,20 +26,18 @@ from groundup.generation.cache import KVCache
 from groundup.model import ModelConfig, Transformer, count_parameters
 from groundup.model.cost import optimizer_bytes, training_flops, weight_bytes
 from groundup.recipe import OptimizerSettings
-from groundup.training.activation import set_checkpointing
-from groundup.training.ceiling import measured_ceiling
 from groundup.training.checkpoint import CheckpointWriter, Progress, weights_of
-from groundup.training.groups import frozen
-from groundup.training.memory import keep_freed_memory
+from groundup.training.compilation import set_checkpointing
 from groundup.training.objective import head_loss
-from groundup.training.optimizers import Optimizers, clip_gradients
-from groundup.training.planning.fit import Room, need
-from groundup.training.planning.memory import Step
-from groundup.training.planning.pace import Pace
+from groundup.training.optimizers import Optimizers, clip_gradients, frozen_groups
+from groundup.training.planning.memory import PROCESS_BYTES, DeviceMemory, Step, estimate_memory
+from groundup.training.process import keep_freed_memory, measured_once
+from groundup.training.schedule import BatchPlan
+from groundup.training.throughput import peak_matmul_flops
 
 PROBE_SECONDS = 20.0
 ASSUMED_MFU = 0.35
-"""Of the measured matmul ceiling: to choose what to probe, and the pace of what cannot be probed at all."""
+"""Of the peak matmul FLOP/s: to choose what to probe, and for the timings of what cannot be probed."""
 _MOST_REPEATS = 30
 _TIMED_SECONDS, _RATE_SECONDS = 8.0, 0.5
 _SHORTEST = 64
@@ -78,18 +81,18 @@ class Times:
         return Times(*(one + (two - one) * distance if two > one else two * distance / 2 for one, two in pairs))
 
 
-def probe(
-    config: ModelConfig, settings: OptimizerSettings, step: Step, world: World, room: Room,
+def measured_timings(
+    config: ModelConfig, settings: OptimizerSettings, step: Step, world: World, available: DeviceMemory,
     *, seconds: float = PROBE_SECONDS, folder: Path | None = None,
-) -> Pace:  # fmt: skip
-    """Measure this machine's pace.
+) -> Timings:  # fmt: skip
+    """Measure how long the pieces of a run take on this machine.
 
     Args:
         config: the model.
         settings: optimizer, checkpointing, groups.
         step: what this device does.
         world: the device.
-        room: its memory.
+        available: its memory.
         seconds: at most about so long.
         folder: where checkpoints would go, whose disk is tried (default: the system's temporary folder).
     """
@@ -97,12 +100,12 @@ def probe(
         keep_freed_memory()
     until = time.perf_counter() + seconds
     if not seconds:
-        return assumed_pace(config, step, world)
+        return assumed_timings(config, step, world)
     rate = ASSUMED_MFU * _rate_now(getattr(torch, step.dtype), world)
     whole = Part(config.n_layers, step.micro, step.length)
-    chosen = next(_affordable(config, settings, step, whole, rate, room, 0.75 * seconds), None)
+    chosen = next(_affordable(config, settings, step, whole, rate, available, 0.75 * seconds), None)
     if chosen is None:
-        return assumed_pace(config, step, world)
+        return assumed_timings(config, step, world)
     measured = [
         _measure(config, part, settings, step, world, until, len(chosen) - index, folder)
         for index, part in enumerate(chosen)
@@ -113,7 +116,7 @@ def probe(
         times = measured[0].carried(measured[1], (config.n_layers - first) / (second - first))
     longer = training_flops(config, step.length) / training_flops(config, part.length)
     row = times.both / part.rows * longer
-    return Pace(
+    return Timings(
         row=row / step.n_devices,
         update=times.update,
         eval_row=times.forward / part.rows * longer / step.n_devices,
@@ -126,12 +129,12 @@ def probe(
     )
 
 
-def assumed_pace(config: ModelConfig, step: Step, world: World) -> Pace:
-    """This machine's pace without a probe, or for a model that is too large for one: from the measured ceiling."""
-    rate = ASSUMED_MFU * measured_ceiling(getattr(torch, step.dtype), world.device)
+def assumed_timings(config: ModelConfig, step: Step, world: World) -> Timings:
+    """Timings without a probe, or of a model that is too large for one: from the peak matmul FLOP/s."""
+    rate = ASSUMED_MFU * peak_matmul_flops(getattr(torch, step.dtype), world.device)
     row = training_flops(config, step.length) / rate / step.n_devices
     weights = weight_bytes(config)
-    return Pace(
+    return Timings(
         row=row,
         update=7 * weights / _MEMORY,
         eval_row=row / 3,
@@ -139,13 +142,19 @@ def assumed_pace(config: ModelConfig, step: Step, world: World) -> Pace:
         save=3 * weights / _DISK,
         begin=_SECONDS_TO_DRAW * count_parameters(config),
         flops=rate * step.n_devices,
-        how=f"not probed: {ASSUMED_MFU:.0%} of the measured matmul ceiling assumed",
+        how=f"not probed: {ASSUMED_MFU:.0%} of the peak matmul FLOP/s assumed",
         is_measured=False,
     )
 
 
 def _affordable(
-    config: ModelConfig, settings: OptimizerSettings, step: Step, whole: Part, rate: float, room: Room, seconds: float
+    config: ModelConfig,
+    settings: OptimizerSettings,
+    step: Step,
+    whole: Part,
+    rate: float,
+    available: DeviceMemory,
+    seconds: float,
 ) -> Iterator[tuple[Part, ...]]:
     """Parts that stand for the whole, the most faithful first, of those that fit into time and memory."""
     rows = [whole.rows]
@@ -163,8 +172,10 @@ def _affordable(
         ways += [(Part(config.n_layers, 1, length),) for length in lengths[1:]]
     for way in ways:
         taken = sum(_expected(part.of(config), part, rate) for part in way)
-        wanted = max(need(part.of(config), _without_groups(settings), _as_step(part, step)).total for part in way)
-        if taken <= seconds and wanted <= room.usable:
+        wanted = max(
+            estimate_memory(part.of(config), _without_groups(settings), _as_step(part, step)).total for part in way
+        )
+        if taken <= seconds and wanted <= available.usable:
             yield way
 
 
@@ -190,7 +201,7 @@ def _measure(
     generator = torch.Generator().manual_seed(0)
     shape = (part.rows, part.length)
     ids, targets = (torch.randint(0, smaller.vocab_size, shape, generator=generator).to(world.device) for _ in range(2))
-    with frozen(model, settings):
+    with frozen_groups(model, settings):
         optimizers = Optimizers(model, settings, model.compute_dtype)
 
         def both() -> None:
@@ -200,7 +211,7 @@ def _measure(
             ((loss if balance is None else loss + balance) / ids.numel()).backward()
 
         def update() -> None:
-            clip_gradients(optimizers.parameters(), settings.clip, lambda values: values)
+            clip_gradients(optimizers.parameters(), settings.max_grad_norm, lambda values: values)
             optimizers.step(1.0)
 
         pairs = _alternate((both, update), world, share)
@@ -293,3 +304,147 @@ def _as_step(part: Part, step: Step) -> Step:
 
 def _without_groups(settings: OptimizerSettings) -> OptimizerSettings:
     return settings.model_copy(update={"groups": ()})
+
+
+EVAL_TOKENS = 50_000
+"""Validation tokens of a pass, unless the settings say otherwise."""
+PASSES = 20
+"""Validation passes of a run, unless the settings say otherwise."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of each piece of a run, for all devices together.
+
+    Attributes:
+        row: forward and backward pass of one row of the batch.
+        update: clipping and the optimizer's step.
+        eval_row: forward pass of one row.
+        sample_token: one more token of a sample.
+        save: one checkpoint, as long as training waits for it.
+        begin: building the model.
+        flops: training FLOPs per second, updates left out.
+        how: where these come from, for people.
+        is_measured: from a probe.
+    """
+
+    row: float
+    update: float
+    eval_row: float
+    sample_token: float
+    save: float
+    begin: float
+    flops: float
+    how: str
+    is_measured: bool
+
+
+@dataclass(frozen=True)
+class ValidationPass:
+    """What a run does beside training.
+
+    Attributes:
+        validation_rows: of a pass, filled up to whole batches.
+        n_samples: prompts that are continued at a pass.
+        sample_tokens: of each.
+    """
+
+    validation_rows: int
+    n_samples: int = 0
+    sample_tokens: int = 0
+
+
+def validation_pass(settings: OptimizerSettings, length: int, validation_tokens: int | None) -> ValidationPass:
+    """What happens at each validation pass.
+
+    Args:
+        settings: of the stage.
+        length: tokens in a row.
+        validation_tokens: how many there are, if that is known.
+    """
+    n_tokens = settings.eval_tokens or EVAL_TOKENS
+    if validation_tokens is not None:
+        n_tokens = min(n_tokens, validation_tokens)
+    n_batches = math.ceil(n_tokens / length / settings.batch_size)
+    sample_tokens = getattr(settings, "sample_tokens", 0)
+    n_samples = len(getattr(settings, "samples", ())) if sample_tokens else 0
+    return ValidationPass(n_batches * settings.batch_size, n_samples, sample_tokens)
+
+
+def count_passes(settings: OptimizerSettings, n_steps: int) -> int:
+    """Validation passes of a run: before the first step, at every interval, after the last."""
+    every = settings.eval_every or max(1, math.ceil(n_steps / PASSES))
+    return 1 + n_steps // every + (n_steps % every > 0)
+
+
+def run_seconds(
+    timings: Timings, settings: OptimizerSettings, n_rows: int, validation: ValidationPass
+) -> dict[str, float]:
+    """Seconds of a run that sees at least so many rows, by part."""
+    plan = BatchPlan(settings.batch_size, n_rows, settings.batch_warmup_from, settings.batch_warmup_share)
+    seen = plan.rows(plan.n_steps - 1)[1] if plan.n_steps else 0
+    training = seen * timings.row + plan.n_steps * timings.update
+    passes = count_passes(settings, plan.n_steps)
+    interval = max(settings.checkpoint_seconds, timings.row * settings.batch_size + timings.update)
+    saves = max(passes - 1, training / interval if interval else 0.0)
+    return {
+        "begin": timings.begin,
+        "training": training,
+        "validation": passes * validation.validation_rows * timings.eval_row,
+        "samples": passes * validation.n_samples * validation.sample_tokens * timings.sample_token,
+        "checkpoints": saves * timings.save,
+    }
+
+
+def rows_within(seconds: float, timings: Timings, settings: OptimizerSettings, validation: ValidationPass) -> int:
+    """The most rows that a run can see in so many seconds, whole batches; 0 if not one."""
+    most = int(seconds / max(timings.row, 1e-12) / settings.batch_size) + 1
+    fits, too_many = 0, most + 1
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        taken = sum(run_seconds(timings, settings, middle * settings.batch_size, validation).values())
+        fits, too_many = (middle, too_many) if taken <= seconds else (fits, middle)
+    return fits * settings.batch_size
+
+
+_SMALLEST_RUN = """
+import sys, torch
+torch.set_num_threads(int(sys.argv[1]))
+import groundup.report, groundup.pipeline
+from groundup.model import Transformer, preset
+from groundup.recipe import OptimizerSettings
+from groundup.training.optimizers import Optimizers, clip_gradients
+from groundup.training.objective import head_loss
+from groundup.training.process import peak_memory_bytes
+model = Transformer(preset("ground-nano"))
+optimizers = Optimizers(model, OptimizerSettings(), torch.float32)
+for dtype in (torch.float32, getattr(torch, sys.argv[2])):
+    model.compute_dtype = dtype
+    ids = torch.zeros((2, 32), dtype=torch.int64)
+    model(ids, head=head_loss(ids)).objective.backward()
+    clip_gradients(optimizers.parameters(), 1.0, lambda values: values)
+    optimizers.step(1.0)
+print(peak_memory_bytes())
+"""
+
+
+def process_bytes(dtype: str, *, measure: bool = True) -> int:
+    """Resident bytes of the program itself.
+
+    Args:
+        dtype: of the arithmetic, whose kernels are loaded.
+        measure: in a process of its own, unless that was done here before; else a usual value.
+    """
+    if not measure:
+        return PROCESS_BYTES
+    key = {"dtype": dtype, "run": _SMALLEST_RUN}
+    return int(measured_once("process", key, torch.device("cpu"), lambda: {"bytes": _process_peak(dtype)})["bytes"])
+
+
+def _process_peak(dtype: str) -> int:
+    command = [sys.executable, "-c", _SMALLEST_RUN, str(torch.get_num_threads()), dtype]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        return int(done.stdout.split()[-1])
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
+        return PROCESS_BYTES

@@ -8,20 +8,18 @@ from typing import Any
 from groundup.model import ModelConfig, count_parameters
 from groundup.model.cost import active_parameters, training_flops, vocabulary_parameters
 from groundup.recipe import PretrainSettings
-from groundup.training.planning.budget import Candidate
-from groundup.training.planning.fit import Need, Remedy, Room, refuse_what_cannot_fit
-from groundup.training.planning.memory import Step
-from groundup.training.planning.pace import Pace
+from groundup.training.planning.memory import DeviceMemory, MemoryEstimate, Step, Suggestion, refuse_what_cannot_fit
+from groundup.training.planning.probe import Timings
 
 
 @dataclass(frozen=True)
-class Place:
+class Hardware:
     """Where a run is to be.
 
     Attributes:
         device: its name.
         count: how many.
-        room: memory of one.
+        available: memory of one.
         price: dollars an hour of one; None: unknown.
         precision: of the arithmetic.
         precision_why: the reason.
@@ -29,7 +27,7 @@ class Place:
 
     device: str
     count: int
-    room: Room
+    available: DeviceMemory
     price: float | None
     precision: str
     precision_why: str
@@ -62,15 +60,15 @@ class Fit:
         step: what the device does between two updates; its micro-batch is the one that will be used.
         micro_why: why its micro-batch has so many rows.
         largest_micro: the most rows that fit; None: not one.
-        need: bytes.
-        remedies: what to change; empty if it fits.
+        estimate: bytes.
+        suggestions: what to change; empty if it fits.
     """
 
     step: Step
     micro_why: str
     largest_micro: int | None
-    need: Need
-    remedies: list[Remedy]
+    estimate: MemoryEstimate
+    suggestions: list[Suggestion]
 
 
 @dataclass(frozen=True)
@@ -91,6 +89,30 @@ class Expected:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A size on the ladder and what a budget makes of it.
+
+    Attributes:
+        size: as for [model] size.
+        parameters: exactly.
+        tokens: that fit into the budget.
+        loss: predicted, nats per token; None without a law.
+        fits: in memory, one row at a time at least.
+    """
+
+    size: str
+    parameters: int
+    tokens: int
+    loss: float | None
+    fits: bool
+
+    @property
+    def tokens_per_parameter(self) -> float:
+        """20 is compute-optimal."""
+        return self.tokens / self.parameters
+
+
+@dataclass(frozen=True)
 class Plan:
     """A run before it runs.
 
@@ -98,10 +120,10 @@ class Plan:
         recipe: its name.
         config: the model.
         settings: of the stage, with the tokens that the plan has.
-        place: where.
+        hardware: where.
         amount: how much is trained.
         fit: memory.
-        pace: how fast one is there.
+        timings: how fast one is there.
         seconds: of the stage, by part.
         expected: loss.
         best: of a budget: the size on the ladder that makes most of it.
@@ -112,10 +134,10 @@ class Plan:
     recipe: str
     config: ModelConfig
     settings: PretrainSettings
-    place: Place
+    hardware: Hardware
     amount: Amount
     fit: Fit
-    pace: Pace
+    timings: Timings
     seconds: dict[str, float]
     expected: Expected
     best: Candidate | None = None
@@ -148,13 +170,13 @@ class Plan:
     @property
     def dollars(self) -> float | None:
         """Of all devices, where there is a price."""
-        price = self.place.price
-        return None if price is None else price * self.place.count * self.total_seconds / 3600
+        price = self.hardware.price
+        return None if price is None else price * self.hardware.count * self.total_seconds / 3600
 
     @property
     def fits(self) -> bool:
         """Whether the memory that is expected is there."""
-        return self.fit.need.total <= self.place.room.usable
+        return self.fit.estimate.total <= self.hardware.available.usable
 
     def check(self) -> None:
         """Hold that it can fit.
@@ -162,30 +184,35 @@ class Plan:
         Raises:
             GroundupError: it is certain that it cannot.
         """
-        refuse_what_cannot_fit(self.config, self.settings, self.fit.step.length, self.place.room, self.place.count)
+        refuse_what_cannot_fit(
+            self.config, self.settings, self.fit.step.length, self.hardware.available, self.hardware.count
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        fit, place = self.fit, self.place
+        fit, hardware, memory = self.fit, self.hardware, self.fit.estimate
         return {
             "recipe": self.recipe,
             "parameters": self.parameters,
-            "device": {"name": place.device, "count": place.count, "memory": place.room.total, "of": place.room.what},
-            "precision": {"name": place.precision, "why": place.precision_why},
+            "device": {
+                "name": hardware.device, "count": hardware.count,
+                "memory": hardware.available.total, "of": hardware.available.what,
+            },
+            "precision": {"name": hardware.precision, "why": hardware.precision_why},
             "training": {
                 **vars(self.amount), "batch_size": self.settings.batch_size, "sequence_length": fit.step.length,
                 "flops": self.flops,
             },
             "memory": {
-                "parts": fit.need.parts(), "total": fit.need.total, "usable": place.room.usable, "fits": self.fits,
-                "fullest": fit.need.memory.moment, "all_gradients": fit.need.memory.all_gradients,
+                "parts": memory.parts(), "total": memory.total, "usable": hardware.available.usable, "fits": self.fits,
+                "fullest": memory.memory.moment, "all_gradients": memory.memory.all_gradients,
                 "micro_batch_size": fit.step.micro, "micro_why": fit.micro_why,
-                "largest_micro_batch": fit.largest_micro, "remedies": [vars(one) for one in fit.remedies],
+                "largest_micro_batch": fit.largest_micro, "suggestions": [vars(one) for one in fit.suggestions],
             },
             "time": {
                 "seconds": self.seconds, "total_seconds": self.total_seconds,
-                "tokens_per_second": self.tokens_per_second, "flops_per_second": self.pace.flops,
-                "how": self.pace.how, "is_measured": self.pace.is_measured,
+                "tokens_per_second": self.tokens_per_second, "flops_per_second": self.timings.flops,
+                "how": self.timings.how, "is_measured": self.timings.is_measured,
             },
             "dollars": self.dollars,
             "expected_loss": vars(self.expected),

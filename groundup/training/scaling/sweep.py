@@ -1,41 +1,69 @@
 """A small sweep for a scaling law: models of several sizes, each trained on several token budgets.
 
 In: a recipe and its token shards. Out, in one folder: `points/` with a folder for each finished run, `points.jsonl`,
-`law.json` and `scaling.svg`. Each budget is a run with a schedule of its own: in the middle of a schedule the loss is
-not yet what those tokens can give (arXiv:2203.15556, section 3.1). A finished run is not trained again, a killed one
-goes on from its checkpoint; what decides its weights is in its folder's name.
+`law.json` and `scaling.svg`. All runs have the recipe's architecture, context and training settings; width, depth,
+batch and learning rates follow the ladder (`model.ladder`). Each budget is a run with a schedule of its own: in the
+middle of a schedule the loss is not yet what those tokens can give (arXiv:2203.15556, section 3.1). A finished run is
+not trained again, a killed one goes on from its checkpoint; what decides its weights is in its folder's name.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from groundup.console import Bar, Console
 from groundup.distributed import World, current_world
 from groundup.errors import ArtifactError, DataError, GroundupError, Interrupted
 from groundup.files import read_json, value_digest, write_json, write_text
-from groundup.model import Transformer
+from groundup.model import ModelConfig, Transformer, count_parameters
 from groundup.model.cost import training_flops_per_token, vocabulary_parameters
-from groundup.model.ladder import parse_size
-from groundup.recipe import Recipe
+from groundup.model.ladder import parse_size, shape_on_line, training_choices
+from groundup.model.presets import reshaped
+from groundup.recipe import PretrainSettings, Recipe
 from groundup.report.scaling import draw_scaling
 from groundup.run import RECIPE_FILE, Run
 from groundup.shards import TokenShards
-from groundup.tokenizer import Tokenizer
-from groundup.training import VERSION, pretrain
-from groundup.training.scaling.fit import check_enough, fit_scaling_law
-from groundup.training.scaling.grid import DEFAULT_SIZES, MOST_EPOCHS, N_BUDGETS, SweepRun, default_tokens, sweep_runs
-from groundup.training.scaling.law import DEFAULT_LAW, LAW_FILE, LawData, ScalingLaw, ScalingPoint
-from groundup.training.scaling.time import tokens_for
-from groundup.training.threads import limited_threads
+from groundup.tokenizer import Tokenizer, load_tokenizer
+from groundup.training import pretrain
+from groundup.training.objective import head_loss
+from groundup.training.optimizers import Optimizers, clip_gradients
+from groundup.training.precision import choose_precision
+from groundup.training.pretrain import PRETRAIN, sequence_length
+from groundup.training.process import keep_freed_memory, limited_threads
+from groundup.training.scaling.law import (
+    DEFAULT_LAW,
+    LAW_FILE,
+    LawData,
+    ScalingLaw,
+    ScalingPoint,
+    check_enough,
+    fit_scaling_law,
+)
 
+DEFAULT_SIZES = ("200k", "500k", "1m", "2m")
+N_BUDGETS = 4
+"""Token budgets of a sweep that names none: each half of the next."""
+TOKENS_PER_PARAMETER = 1.5
+"""Of the middle size, for the largest default budget: few, so that the sweep of the demo takes minutes."""
+MOST_EPOCHS = 4
+"""Up to so many passes, text teaches nearly as much as new text: arXiv:2305.16264."""
+_SHAPE = ("n_layers", "n_heads", "n_kv_heads", "head_dim", "d_model", "d_ff")
+_NEVER = 1_000_000_000
+PROBE_SECONDS = 1.0
+_FIRST_GUESS = 1_000_000
+_VALIDATION_PASSES = 2
+_FEWEST_STEPS = 20
 POINTS_FOLDER, POINT_FILE, POINTS_FILE, PICTURE_FILE, BUDGET_FILE = (
     "points", "point.json", "points.jsonl", "scaling.svg", "budget.json",
 )  # fmt: skip
@@ -66,7 +94,7 @@ class Sweep:
     def digest(self, run: SweepRun) -> str:
         """Digest of everything that decides a run's weights and its loss."""
         return value_digest({
-            "version": VERSION,
+            "version": PRETRAIN.version,
             "seed": self.recipe.seed,
             "model": run.config.to_dict(),
             "settings": run.settings.fingerprint_values(),
@@ -175,7 +203,7 @@ def scaling_sweep(
     world, console, out = world or current_world(), console or Console(), Path(out)
     beside = Path(shards).parent / "tokenizer" / "tokenizer.json"
     if tokenizer is None and beside.is_file():
-        tokenizer = Tokenizer.load(beside.parent)
+        tokenizer = load_tokenizer(beside.parent)
     check_start(recipe, out)
     with limited_threads(recipe.threads), Run(out).lock() if world.is_first else contextlib.nullcontext():
         for first in (True, False):  # what the first process measures, the others read
@@ -347,3 +375,162 @@ class _RunConsole(Console):
     def warn(self, text: str) -> None:
         """Shown by the sweep's console."""
         self._outer.warn(f"{self._name}: {text}")
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep.
+
+    Attributes:
+        config: its model.
+        settings: how it is trained; `tokens` is its budget.
+        tokens: the same.
+        sequence_length: tokens in a row.
+        n_parameters: all parameters of the model.
+        flops: of its training, about.
+    """
+
+    config: ModelConfig
+    settings: PretrainSettings
+    tokens: int
+    sequence_length: int
+    n_parameters: int
+    flops: float
+
+    @property
+    def name(self) -> str:
+        """`n344256-d770000`: parameters and tokens."""
+        return f"n{self.n_parameters}-d{self.tokens}"
+
+
+def sweep_runs(
+    recipe: Recipe, sizes: Sequence[int | str], tokens: Sequence[int], vocab_size: int
+) -> tuple[list[SweepRun], list[str]]:
+    """Every size with every budget, the cheapest first; and what is to be said of sizes that fell together.
+
+    Raises:
+        DataError: a budget that is none.
+        RecipeError: a size that the ladder does not have.
+    """
+    notes, configs = [], {}
+    for size in sizes:
+        config = config_of(recipe, size, vocab_size)
+        n_parameters = count_parameters(config)
+        if n_parameters in configs:
+            notes.append(f"Size {size} is {n_parameters:,} parameters with this vocabulary, as another: trained once.")
+        configs[n_parameters] = config
+    for budget in tokens:
+        if budget < 1:
+            raise DataError(f"--tokens {budget}: no budget.", "Give positive numbers.")
+    runs = [_run(recipe, config, budget) for config in configs.values() for budget in sorted(set(tokens))]
+    return sorted(runs, key=lambda run: run.flops), notes
+
+
+def config_of(recipe: Recipe, size: int | str, vocab_size: int) -> ModelConfig:
+    """The recipe's architecture in the shape that the ladder gives a size.
+
+    Raises:
+        RecipeError: a size that the ladder does not have, or an architecture that does not go with its shape.
+    """
+    shape = _shape_of(parse_size(str(size)), vocab_size)
+    return reshaped(recipe.model.config(vocab_size).to_dict(), {name: shape[name] for name in _SHAPE})
+
+
+def default_tokens(recipe: Recipe, sizes: Sequence[int | str], vocab_size: int, train_tokens: int) -> list[int]:
+    """Budgets that suit these sizes and this much text."""
+    logs = [math.log(count_parameters(config_of(recipe, size, vocab_size))) for size in sizes]
+    middle = math.exp(sum(logs) / max(1, len(logs)))
+    return halved(min(TOKENS_PER_PARAMETER * middle, MOST_EPOCHS * train_tokens))
+
+
+def halved(most: float) -> list[int]:
+    """A largest budget, its half, and so on, in two digits; the smallest first."""
+    return [int(float(f"{most / 2**power:.1e}")) for power in reversed(range(N_BUDGETS))]
+
+
+@functools.cache  # a search along the whole ladder
+def _shape_of(size: int, vocab_size: int) -> dict[str, Any]:
+    return shape_on_line(size, vocab_size)
+
+
+def _run(recipe: Recipe, config: ModelConfig, tokens: int) -> SweepRun:
+    given = recipe.pretrain
+    length = sequence_length(config, given)
+    choices = training_choices(config, tokens=tokens, sequence_length=length, optimizer=given.optimizer)
+    chosen = {choice.name.removeprefix("pretrain."): choice.value for choice in choices}
+    # Validation at the start and at the end only, and no batch that a ramp or a micro-batch would not divide.
+    plain = {"tokens": tokens, "eval_every": _NEVER, "samples": (), "track": (), "keep_best": False}
+    settings = PretrainSettings.model_validate(
+        {**given.model_dump(), **chosen, **plain, "micro_batch_size": None, "batch_warmup_from": None}
+    )
+    flops = tokens * training_flops_per_token(config, length)
+    return SweepRun(config, settings, tokens, length, count_parameters(config), flops)
+
+
+def seconds_of(runs: Sequence[SweepRun]) -> list[float]:
+    """Seconds that each run takes here, about: training, and validation before and after it."""
+    speeds = _speeds(runs)
+    return [(run.tokens + _validation_cost(run)) / speed for run, speed in zip(runs, speeds, strict=True)]
+
+
+def tokens_for(
+    minutes: float, recipe: Recipe, sizes: Sequence[int | str], vocab_size: int, train_tokens: int
+) -> list[int]:
+    """Budgets with which a sweep of these sizes takes so many minutes here, at most four passes over the text.
+
+    Raises:
+        DataError: in that time the smallest budget would be no training.
+    """
+    most = float(_FIRST_GUESS)
+    for _ in range(2):  # again with the batches that the budgets found first have
+        runs, _ = sweep_runs(recipe, sizes, halved(most), vocab_size)
+        speeds = _speeds(runs)
+        training = sum(run.tokens / speed for run, speed in zip(runs, speeds, strict=True))
+        validation = sum(_validation_cost(run) / speed for run, speed in zip(runs, speeds, strict=True))
+        most *= max(0.0, 60 * minutes - validation) / training
+        smallest, step = halved(most)[0], max(run.settings.batch_size * run.sequence_length for run in runs)
+        if smallest < _FEWEST_STEPS * step:
+            raise DataError(
+                f"--minutes {minutes:g}: the smallest budget would be {smallest:,} tokens, under {_FEWEST_STEPS} "
+                f"steps; validation alone takes {validation / 60:.1f} minutes.",
+                "Give more minutes, or smaller --sizes.",
+            )
+    return halved(min(most, MOST_EPOCHS * train_tokens))
+
+
+def training_speed(run: SweepRun) -> float:
+    """Tokens per second of a run's training steps, optimizer included."""
+    device = current_world().device
+    settings, config = run.settings, run.config
+    if device.type == "cpu":
+        keep_freed_memory()
+    model = Transformer(config).to(device)
+    model.compute_dtype, _ = choose_precision(settings.precision, device.type)
+    optimizers = Optimizers(model, settings, model.compute_dtype)
+    shape = (settings.batch_size, run.sequence_length)
+    ids = torch.randint(0, config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def step() -> None:
+        (model(ids, head=head_loss(ids)).objective / ids.numel()).backward()
+        float(clip_gradients(optimizers.parameters(), settings.max_grad_norm, lambda values: values))
+        optimizers.step(1.0)
+
+    step()
+    best, end = math.inf, time.perf_counter() + PROBE_SECONDS
+    while best == math.inf or time.perf_counter() < end:
+        start = time.perf_counter()
+        step()
+        best = min(best, time.perf_counter() - start)
+    return ids.numel() / best
+
+
+def _speeds(runs: Sequence[SweepRun]) -> list[float]:
+    """Tokens per second of each run; runs of one model and batch are measured once."""
+    keys = [(run.n_parameters, run.settings.batch_size) for run in runs]
+    measured = {key: training_speed(run) for key, run in dict(zip(keys, runs, strict=True)).items()}
+    return [measured[key] for key in keys]
+
+
+def _validation_cost(run: SweepRun) -> float:
+    """Validation's tokens as so many of training: forward alone is a third."""
+    return _VALIDATION_PASSES * (run.settings.eval_tokens or 50_000) / 3

@@ -13,8 +13,8 @@ from typing import Any
 
 from groundup.console import Console
 from groundup.files import file_digest
+from groundup.pipeline import build
 from groundup.recipe import Recipe, parse_recipe
-from groundup.road import build
 from groundup.run import Run
 
 STAGES = ("corpus", "tokenizer", "shards", "pretrain", "sft", "evaluate")
@@ -45,7 +45,7 @@ batch_size = 8
 eval_every = 10
 sample_tokens = 4
 
-[sft]
+[align.sft]
 examples = 200
 epochs = 1.0
 eval_every = 100

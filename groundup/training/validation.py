@@ -1,4 +1,4 @@
-"""What is watched while a model trains: the loss on held-out text, samples, and which model was best so far.
+"""What happens at intervals while a model trains: the loss on held-out rows, samples, and which model was best so far.
 
 By the averaged weights, where there are some. All of it is left early when the run is asked to stop, and done again
 when it goes on: the checkpoint was written before.
@@ -16,18 +16,17 @@ import torch
 
 from groundup.console import Console
 from groundup.distributed import World
-from groundup.training.checkpoint import CheckpointWriter, Progress, weights_of
+from groundup.training.checkpoint import CheckpointWriter, Progress, TrainingState, weights_of
 from groundup.training.job import TrainingJob
 from groundup.training.objective import head_loss, valid_tokens
-from groundup.training.state import TrainingState
 
 EVAL_TOKENS = 50_000
 """Scored in a pass, unless the recipe says otherwise."""
 
 
 @dataclass
-class Watch:
-    """Watches one run.
+class Validation:
+    """The validation of one run.
 
     Attributes:
         job: what is trained.
@@ -47,7 +46,7 @@ class Watch:
     note: Callable[[str, dict[str, Any]], None]
     leave_if_asked: Callable[[Progress], None]
 
-    def look(self, progress: Progress) -> Progress:
+    def run(self, progress: Progress) -> Progress:
         """One pass; `progress` with the lowest loss so far."""
         step, job = progress.step, self.job
         averaged = self.state.average.in_place() if self.state.average is not None else contextlib.nullcontext()

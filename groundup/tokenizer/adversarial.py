@@ -1,4 +1,4 @@
-"""Texts that tokenizers trip over: what engines must agree on before one may stand for another.
+"""Adversarial texts: what two engines must encode alike before one may replace the other.
 
 All planes of Unicode, halves of surrogate pairs, control characters, long runs, names of control tokens, digits,
 mixed white space, joined emoji, stacked accents. The same seed gives the same texts.
@@ -29,8 +29,8 @@ _BLOCKS = (
 )  # fmt: skip
 
 
-def hostile_texts(count: int, seed: int) -> list[str]:
-    """So many hostile texts, some empty, most short, a few long."""
+def adversarial_texts(count: int, seed: int) -> list[str]:
+    """So many adversarial texts, some empty, most short, a few long."""
     rng = random.Random(seed)
     return [_text(rng) for _ in range(count)]
 

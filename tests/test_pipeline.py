@@ -15,16 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny_road
+import tiny_run
 import torch
-from tiny_road import STAGES, bits, build_quietly, copy_of_finished, finished_run, rewritten, times, tiny_recipe
+from groundup.pipeline import build, plan, stages
+from tiny_run import STAGES, bits, build_quietly, copy_of_finished, finished_run, rewritten, times, tiny_recipe
 
 from groundup import read_recipe
 from groundup.console import Console
 from groundup.errors import DataError, GateError, RecipeError, RunError
 from groundup.preview import check_recipe, derived_values, smoke_profile
 from groundup.recipe import Recipe, parse_recipe
-from groundup.road import build, plan, stages
 from groundup.run import Run
 
 
@@ -56,7 +56,7 @@ def test_every_stage_leaves_its_manifest_and_the_road_its_page() -> None:
 
 
 def test_a_recipe_without_sft_has_a_shorter_road(tmp_path: Path) -> None:
-    recipe = tiny_recipe(tiny_road.write_texts(tmp_path / "texts.jsonl")).model_copy(update={"sft": None})
+    recipe = tiny_recipe(tiny_run.write_texts(tmp_path / "texts.jsonl")).model_copy(update={"sft": None})
     assert [stage.name for stage in stages(recipe)] == ["corpus", "tokenizer", "shards", "pretrain", "evaluate"]
     run = build_quietly(recipe, tmp_path / "base")
     rows = json.loads((run.root / "evaluate" / "scores.json").read_text())["rows"]
@@ -125,7 +125,7 @@ def test_a_changed_sft_redoes_sft_and_evaluate_only(tmp_path: Path, capsys: pyte
 
 
 def test_changed_texts_are_noticed_and_touched_ones_are_not(tmp_path: Path) -> None:
-    texts = tiny_road.write_texts(tmp_path / "texts.jsonl")
+    texts = tiny_run.write_texts(tmp_path / "texts.jsonl")
     recipe = tiny_recipe(texts)
     run = build_quietly(recipe, tmp_path / "run", until="shards")
     os.utime(texts, (1, 1))
@@ -338,7 +338,7 @@ def build_in_child(recipe: Recipe, root: Path, events_to_live: int | None = None
 def server() -> multiprocessing.context.ForkServerContext:
     """Processes that have imported everything already, so that a kill lands in the work and not in the imports."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["groundup.road", "groundup.report", "tiny_road"])
+    context.set_forkserver_preload(["groundup.pipeline", "groundup.report", "tiny_run"])
     return context
 
 

@@ -10,19 +10,59 @@ from __future__ import annotations
 from pathlib import Path
 
 from groundup.console import Console
-from groundup.errors import ArtifactError, DataError, Problem, RecipeError
-from groundup.files import file_digest, value_digest
-from groundup.interop import find_model, load_model
-from groundup.interop.folder import CONFIG_FILE, load_tokenizer
+from groundup.errors import DataError, Problem, RecipeError
+from groundup.interop.folder import load_model
 from groundup.interop.stored import open_stored
 from groundup.model import ModelConfig, Transformer, extend_vocabulary, reshaped
 from groundup.model.cost import parameter_shapes
-from groundup.recipe import ModelSettings
-from groundup.tokenizer import Tokenizer
-from groundup.tokenizer.tokenizer import TOKENIZER_FILE
+from groundup.recipe import DEFAULT_PRESET, AlignSettings, ModelSettings
+from groundup.run import Run
+from groundup.stage import MODEL_FOLDER, Stage, find_model, graph
+from groundup.tokenizer import Tokenizer, load_tokenizer
+from groundup.tokenizer.stage import check_vocabulary, given_tokenizer
 
-_DECIDES = (CONFIG_FILE, TOKENIZER_FILE)
-_SHOWN_IDS = 5
+
+def starting_point(stage: Stage, run: Run, console: Console | None = None) -> tuple[Transformer, Tokenizer]:
+    """The model that a stage starts from, and its tokenizer.
+
+    It is that of another stage of the run, or one made elsewhere, or fresh: with the recipe's shape and seed, and the
+    vocabulary of the run.
+
+    Raises:
+        GroundupError: see `start_model`.
+    """
+    recipe = stage.recipe
+    if stage.start is not None:
+        model, tokenizer = load_model(run.folder(stage.start) / MODEL_FOLDER)
+        assert tokenizer is not None, "a stage saves its model with its tokenizer"
+        return model.requires_grad_(True), tokenizer
+    if not isinstance(stage.settings, AlignSettings):
+        own: Tokenizer | None = load_tokenizer(run.folder("tokenizer"))
+    else:
+        own = given_tokenizer(recipe.tokenizer.use, stage.outside_start)
+    assert own is not None
+    if stage.outside_start is not None:
+        return start_model(stage.outside_start, recipe.model, own, console), own
+    return Transformer(recipe.model.config(own.vocab_size), seed=recipe.seed), own
+
+
+def starting_config(stage: Stage) -> tuple[ModelConfig, str]:
+    """The shape of the model that a stage starts from, and where it comes from; no weight is read.
+
+    Raises:
+        ArtifactError: no model where the recipe says.
+        RecipeError: settings of `[model]` that do not fit together, or the weights.
+    """
+    recipe = stage.recipe
+    if stage.start is not None:
+        return starting_config(graph(recipe)[stage.start])
+    if stage.outside_start is not None:
+        return start_config(stage.outside_start, recipe.model), f"start {stage.outside_start}"
+    model = recipe.model
+    config = model.config(recipe.tokenizer.vocab_size)
+    if model.size is not None:
+        return config, f"size {model.size}"
+    return config, f"depth {model.depth}" if model.depth is not None else f"preset {model.preset or DEFAULT_PRESET}"
 
 
 def start_config(init: str | Path, settings: ModelSettings | None = None) -> ModelConfig:
@@ -68,70 +108,6 @@ def start_model(
     if tokenizer is not None:
         _fit_vocabulary(model, own, tokenizer, init, console)
     return model
-
-
-def start_tokenizer(init: str | Path) -> Tokenizer:
-    """The tokenizer beside a model.
-
-    Raises:
-        ArtifactError: no model there, or none with a tokenizer.
-    """
-    folder = find_model(init)
-    found = load_tokenizer(open_stored(folder))
-    if found is None:
-        raise ArtifactError(
-            f"{folder}: no tokenizer beside the model, so its ids cannot be understood.",
-            'Name the one it was trained with: [tokenizer] use = "…".',
-        )
-    return found
-
-
-def given_tokenizer(use: str | None, init: str | None) -> Tokenizer | None:
-    """The tokenizer that a run is not to train: the one that `[tokenizer] use` names, else that of `init`, else None.
-
-    Raises:
-        ArtifactError: there is none where it should be.
-    """
-    if use is None and init is not None:
-        return start_tokenizer(init)
-    if use is None:
-        return None
-    in_run = Path(use) / "tokenizer" / TOKENIZER_FILE
-    return Tokenizer.load(in_run if in_run.is_file() else use)
-
-
-def start_digest(init: str | Path) -> str:
-    """What stands for the model in a fingerprint: the digests of its configuration, tokenizer and weights.
-
-    Raises:
-        ArtifactError: no model there.
-    """
-    folder = find_model(init)
-    files = [folder / name for name in _DECIDES if (folder / name).is_file()] + sorted(folder.glob("*.safetensors"))
-    return value_digest({path.name: file_digest(path) for path in files})
-
-
-def check_vocabulary(own: Tokenizer, tokenizer: Tokenizer, init: str | Path) -> None:
-    """Hold that every id of a model's own tokenizer stands for the same in another.
-
-    Raises:
-        DataError: with the first ids that do not.
-    """
-    if own.fingerprint == tokenizer.fingerprint:
-        return
-    theirs, ours = _tokens(own), _tokens(tokenizer)
-    differing = [index for index, token in enumerate(theirs) if index >= len(ours) or ours[index] != token]
-    if not differing:
-        return
-    shown = ", ".join(
-        f"{index} ({theirs[index]!r} there, {ours[index]!r} here)" if index < len(ours) else f"{index} (missing here)"
-        for index in differing[:_SHOWN_IDS]
-    )
-    more = f" and {len(differing) - _SHOWN_IDS:,} more" if len(differing) > _SHOWN_IDS else ""
-    raise DataError(
-        f"[tokenizer]: its ids are not those that the model in {init} was trained with: {shown}{more}.",
-        "Leave [tokenizer] use unset to take the model's own, or use one that begins with the same entries.",
-    )
 
 
 def _changed(config: ModelConfig, init: str | Path, settings: ModelSettings) -> ModelConfig:
@@ -182,12 +158,3 @@ def _fit_vocabulary(
         console.note(
             f"{init}: {tokenizer.vocab_size - known:,} tokens are new to the model; their rows begin as the mean."
         )
-
-
-def _tokens(tokenizer: Tokenizer) -> list[str | bytes]:
-    """What each id stands for: a control token's name, or bytes."""
-    control = tokenizer.special_ids
-    return [
-        tokenizer.decode([index], skip_special=False) if index in control else tokenizer.token_bytes(index)
-        for index in range(tokenizer.vocab_size)
-    ]

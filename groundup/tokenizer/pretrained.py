@@ -1,8 +1,8 @@
-"""Somebody else's tokenizer, as Hugging Face keeps it, in the place of one of ours.
+"""A pretrained tokenizer, as Hugging Face keeps it, with the methods of one that groundup trained.
 
 It encodes, decodes and is saved again with the same bytes; it cannot be trained or changed. Its control tokens are its
-own: text never becomes one unless allowed, as with ours. What groundup's chats are laid out with (a token for each
-role) it has not, so asking for that is an error: a chat template is a program of somebody else's.
+own: text never becomes one unless allowed, as with ours. It has no tokens for the roles of groundup's chats: its chat
+template is a program that groundup does not run.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer as Engine
@@ -20,27 +20,83 @@ from tokenizers import Tokenizer as Engine
 from groundup.console import Console
 from groundup.errors import ArtifactError, DataError
 from groundup.files import value_digest, write_json
+from groundup.tokenizer.files import CONFIG_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_FILE, TOKENIZER_FILES, read_files
 from groundup.tokenizer.letters import BYTE_OF_LETTER
 from groundup.tokenizer.special import CONTROL_TOKENS
 from groundup.tokenizer.split import replace_surrogates
-from groundup.tokenizer.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
-from groundup.untrusted import file_inside, parse_object, read_bytes
+from groundup.tokenizer.tokenizer import Tokenizer
+from groundup.untrusted import parse_object
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE = "\u2581"
 _LEAST_OURS = 3  # others begin with <|endoftext|>, too
-ROLES = ("bos", "eos", "pad")
-ROLES_FILE = "special_tokens_map.json"
+SPECIAL_TOKENS = ("bos", "eos", "pad")
+"""What begins a text, ends it and fills up a batch, by Hugging Face's names."""
 
 
-TOKENIZER_FILES = (
-    TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-"""What a tokenizer can consist of, as Hugging Face keeps it."""
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a tokenizer from a folder or from its `tokenizer.json`: groundup's, or a pretrained one.
+
+    Raises:
+        ArtifactError: missing, damaged, or of a kind that cannot be read.
+    """
+    path = Path(path)
+    file = path / TOKENIZER_FILE if path.is_dir() else path
+    try:
+        contents = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(
+            f"{file}: cannot be read ({error}).", "Make it: groundup build --from tokenizer."
+        ) from error
+    try:
+        return Tokenizer(contents, str(file))
+    except ArtifactError:
+        if file.name != TOKENIZER_FILE or not is_pretrained(contents.encode(), str(file)):
+            raise
+        return read_tokenizer(read_files(file.parent, TOKENIZER_FILES), str(file), {})
 
 
-class ForeignTokenizer(Tokenizer):
+def read_tokenizer(files: Mapping[str, bytes], source: str, values: Mapping[str, Any], n_ids: int = 0) -> Tokenizer:
+    """A tokenizer from its files.
+
+    Args:
+        files: their contents by name, `tokenizer.json` among them.
+        source: what to call it in an error message.
+        values: of the model's `config.json`, for what begins and ends a text.
+        n_ids: of the model.
+
+    Raises:
+        ArtifactError: damaged, or of a kind that cannot be read.
+    """
+    if not is_pretrained(files[TOKENIZER_FILE], source):
+        return Tokenizer(files[TOKENIZER_FILE].decode(), source)
+    ids: dict[str, int | None] = {}
+    for name in SPECIAL_TOKENS:
+        value = values.get(f"{name}_token_id")
+        value = value[0] if isinstance(value, list) and value else value
+        ids[name] = value if type(value) is int else None
+    return PretrainedTokenizer(files, source, ids, n_ids)
+
+
+def is_pretrained(contents: bytes, source: str) -> bool:
+    """Whether a `tokenizer.json` is not groundup's, whole or damaged: hardly one of our control tokens has its id.
+
+    Raises:
+        ArtifactError: it is not JSON.
+    """
+    spec = parse_object(contents, f"{source}: damaged")
+    model = spec.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, list):  # Unigram's: [token, score]
+        first = vocabulary[: len(CONTROL_TOKENS)]
+        vocabulary = {entry[0]: at for at, entry in enumerate(first) if isinstance(entry, list) and entry}
+    if not isinstance(vocabulary, dict):
+        return False
+    n_ours = sum(vocabulary.get(token) == at for at, token in enumerate(CONTROL_TOKENS))
+    return n_ours < _LEAST_OURS
+
+
+class PretrainedTokenizer(Tokenizer):
     """A tokenizer that groundup did not train; immutable.
 
     Args:
@@ -77,24 +133,26 @@ class ForeignTokenizer(Tokenizer):
                 f"{source}: damaged, or not a tokenizer that can be read ({type(error).__name__}: {str(error)[:200]}).",
                 "Move it away to load the model alone.",
             ) from error
-        self.kind = "foreign"
+        self.kind = "pretrained"
         self.fingerprint = value_digest(spec)
-        self._role_ids = self._find_roles(ids, str(Path(source).with_name(CONFIG_FILE)))
+        self._special_token_ids = self._find_special(ids, str(Path(source).with_name(CONFIG_FILE)))
 
     @property
-    def role_ids(self) -> dict[str, int | None]:
+    def special_token_ids(self) -> dict[str, int | None]:
         """What begins ("bos") and ends a text ("eos") and fills up a batch ("pad"), where it has such tokens."""
-        return dict(self._role_ids)
+        return dict(self._special_token_ids)
 
     def save(self, folder: str | Path) -> None:
-        """Write its files as they were read; if only a model's configuration named its roles, one more that does."""
+        """Write its files as they were read; if only a model's configuration named bos, eos and pad, one more file."""
         for name, contents in self._files.items():
             (Path(folder) / name).write_bytes(contents)
-        missing = self._role_ids != self._find_roles({}, CONFIG_FILE)
-        if missing and ROLES_FILE not in self._files:
-            names = {index: name for name, index in self._ids.items()}
-            roles = {f"{role}_token": names[index] for role, index in self._role_ids.items() if index is not None}
-            write_json(Path(folder) / ROLES_FILE, roles)
+        missing = self._special_token_ids != self._find_special({}, CONFIG_FILE)
+        if missing and SPECIAL_TOKENS_FILE not in self._files:
+            names = {index: token for token, index in self._ids.items()}
+            found = {
+                f"{name}_token": names[index] for name, index in self._special_token_ids.items() if index is not None
+            }
+            write_json(Path(folder) / SPECIAL_TOKENS_FILE, found)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without the tokens that a model of it may expect at its beginning."""
@@ -108,7 +166,7 @@ class ForeignTokenizer(Tokenizer):
         return np.fromiter((one for ids in encoded for one in ids), dtype=np.uint32, count=int(lengths.sum())), lengths
 
     def choose_engine(self, console: Console | None = None) -> str:
-        """Always Hugging Face's: a faster one would have to prove itself on somebody else's rules."""
+        """Always Hugging Face's: the self-test of faster ones covers groundup's own tokenizers only."""
         return "huggingface"
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -152,106 +210,45 @@ class ForeignTokenizer(Tokenizer):
 
     @property
     def pad_id(self) -> int:
-        """Fills a row of a batch; where it has no token for that, the one for the end, which nobody looks at."""
+        """Fills a row of a batch; where it has no token for that, the one for the end, which no loss looks at."""
         return self._required("pad", "eos", "bos")
 
-    @property
-    def system_id(self) -> int:
-        """Not to be had."""
-        self._has_no_roles()
+    def role_id(self, role: str) -> int:
+        """Always an error: a pretrained tokenizer has no tokens for the roles of groundup's chats.
 
-    @property
-    def user_id(self) -> int:
-        """Not to be had."""
-        self._has_no_roles()
-
-    @property
-    def assistant_id(self) -> int:
-        """Not to be had."""
-        self._has_no_roles()
-
-    @property
-    def tool_id(self) -> int:
-        """Not to be had."""
-        self._has_no_roles()
-
-    def _required(self, *roles: str) -> int:
-        for role in roles:
-            index = self._role_ids[role]
-            if index is not None:
-                return index
-        raise DataError(
-            f"this tokenizer names no token for {roles[0]}.", f"Name one in {CONFIG_FILE}: {roles[0]}_token."
-        )
-
-    def _has_no_roles(self) -> NoReturn:
+        Raises:
+            DataError: at every call.
+        """
         raise DataError(
             "this model's chats are laid out by a template of its own, which groundup does not run.",
             "Continue texts with it: groundup generate.",
         )
 
-    def _find_roles(self, ids: Mapping[str, int | None], source: str) -> dict[str, int | None]:
-        files = [parse_object(self._files[name], source) for name in (CONFIG_FILE, ROLES_FILE) if name in self._files]
+    def _required(self, *names: str) -> int:
+        for name in names:
+            index = self._special_token_ids[name]
+            if index is not None:
+                return index
+        raise DataError(
+            f"this tokenizer names no token for {names[0]}.", f"Name one in {CONFIG_FILE}: {names[0]}_token."
+        )
+
+    def _find_special(self, ids: Mapping[str, int | None], source: str) -> dict[str, int | None]:
+        files = [
+            parse_object(self._files[name], source)
+            for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE)
+            if name in self._files
+        ]
         found: dict[str, int | None] = {}
-        for role in ROLES:
-            named = next((file[f"{role}_token"] for file in files if file.get(f"{role}_token") is not None), None)
-            named = named.get("content") if isinstance(named, dict) else named
-            index = self._ids.get(named) if isinstance(named, str) else ids.get(role)
-            found[role] = index if index is not None and 0 <= index < len(self._bytes) else None
+        for name in SPECIAL_TOKENS:
+            token = next((file[f"{name}_token"] for file in files if file.get(f"{name}_token") is not None), None)
+            token = token.get("content") if isinstance(token, dict) else token
+            index = self._ids.get(token) if isinstance(token, str) else ids.get(name)
+            found[name] = index if index is not None and 0 <= index < len(self._bytes) else None
         return found
 
     def __repr__(self) -> str:
-        return f"ForeignTokenizer(vocab_size={self.vocab_size}, fingerprint={self.fingerprint!r})"
-
-
-def read_tokenizer(files: Mapping[str, bytes], source: str, values: Mapping[str, Any], n_ids: int = 0) -> Tokenizer:
-    """A tokenizer from its files.
-
-    Args:
-        files: their contents by name, `tokenizer.json` among them.
-        source: what to call it in an error message.
-        values: of the model's `config.json`, for what begins and ends a text.
-        n_ids: of the model.
-
-    Raises:
-        ArtifactError: damaged, or of a kind that cannot be read.
-    """
-    if not is_foreign(files[TOKENIZER_FILE], source):
-        return Tokenizer(files[TOKENIZER_FILE].decode(), source)
-    ids: dict[str, int | None] = {}
-    for role in ROLES:
-        value = values.get(f"{role}_token_id")
-        value = value[0] if isinstance(value, list) and value else value
-        ids[role] = value if type(value) is int else None
-    return ForeignTokenizer(files, source, ids, n_ids)
-
-
-def is_foreign(contents: bytes, source: str) -> bool:
-    """Whether a `tokenizer.json` is not groundup's, whole or damaged: hardly one of our control tokens has its id.
-
-    Raises:
-        ArtifactError: it is not JSON.
-    """
-    spec = parse_object(contents, f"{source}: damaged")
-    model = spec.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocabulary, list):  # Unigram's: [token, score]
-        first = vocabulary[: len(CONTROL_TOKENS)]
-        vocabulary = {entry[0]: at for at, entry in enumerate(first) if isinstance(entry, list) and entry}
-    if not isinstance(vocabulary, dict):
-        return False
-    n_ours = sum(vocabulary.get(token) == at for at, token in enumerate(CONTROL_TOKENS))
-    return n_ours < _LEAST_OURS
-
-
-def read_files(folder: Path, names: Collection[str]) -> dict[str, bytes]:
-    """The contents of those files that are there.
-
-    Raises:
-        ArtifactError: one is no ordinary file of this folder, or too large.
-    """
-    found = [name for name in names if (folder / name).exists() or (folder / name).is_symlink()]
-    return {name: read_bytes(file_inside(folder, name)) for name in found}
+        return f"PretrainedTokenizer(vocab_size={self.vocab_size}, fingerprint={self.fingerprint!r})"
 
 
 def _bytes_of_tokens(spec: dict[str, Any], ids: Mapping[str, int], specials: set[str]) -> list[bytes]:

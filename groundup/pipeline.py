@@ -1,0 +1,211 @@
+"""The pipeline: a recipe's stages in order, each done once and skipped while it still stands.
+
+A stage's fingerprint is made of its settings, the fingerprints of the stages that it needs, the digests of what it
+reads from outside and its method's version: a change of one section redoes its stage and what stands on it, nothing
+else. Started by `torchrun`, all processes run the pipeline together; the first alone does what is not training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from groundup import evaluation
+from groundup.console import Console
+from groundup.distributed import current_world
+from groundup.environment import describe_environment
+from groundup.errors import GateError, GroundupError
+from groundup.files import remove_partials
+from groundup.preview import check_memory, check_recipe
+from groundup.recipe import Recipe, changed_settings
+from groundup.run import MANIFEST, RECIPE_FILE, Manifest, Run, State, stage_fingerprint
+from groundup.stage import Context, Stage, ancestors, graph, select
+from groundup.training.process import limited_threads
+
+REPORT_FILE = "report.html"
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Whether a stage is to be done, and why.
+
+    Attributes:
+        state: done; changed (settings, inputs or code are not what they were); begun (interrupted); missing.
+        forced: asked for, whatever its state.
+    """
+
+    stage: Stage
+    fingerprint: str
+    state: State
+    forced: bool = False
+
+    @property
+    def is_due(self) -> bool:
+        """It is to be done."""
+        return self.forced or self.state != "done"
+
+
+def plan(
+    recipe: Recipe,
+    run: Run,
+    *,
+    only: Iterable[str] | None = None,
+    start_from: str | None = None,
+    force: bool = False,
+) -> list[StagePlan]:
+    """Each stage's fingerprint and state, in order; the arguments are those of `build`.
+
+    Raises:
+        DataError: an input file that the recipe names is missing.
+        RunError: no such stage.
+    """
+    stages = graph(recipe)
+    asked = select(stages, stages if only is None else only)
+    again = set(asked) if force else set()
+    if start_from is not None:
+        begin = set(select(stages, [start_from]))
+        again |= {name for name in stages if ancestors(stages, [name]) & begin}
+    plans: dict[str, StagePlan] = {}
+    wanted = ancestors(stages, asked)
+    for name, stage in stages.items():
+        if name in wanted:
+            method = stage.method
+            settings = [section.fingerprint_values() for section in method.sections(stage)]
+            inputs = {need: plans[need].fingerprint for need in stage.needs} | method.outside(stage)
+            what = [stage.kind, recipe.seed, stage.subject, settings]
+            fingerprint = stage_fingerprint(method.version, what, inputs)
+            plans[name] = StagePlan(stage, fingerprint, run.state(name, fingerprint), name in again)
+    return list(plans.values())
+
+
+def build(
+    recipe: Recipe,
+    root: str | Path,
+    *,
+    only: Iterable[str] | None = None,
+    start_from: str | None = None,
+    force: bool = False,
+    console: Console | None = None,
+) -> Run:
+    """Run the pipeline: do every stage that is not done, and write the report.
+
+    Args:
+        recipe: what to build, as it was read.
+        root: the run's folder.
+        only: stages, or methods, to do, with what they need (default: all).
+        start_from: do this stage and all that stand on it again.
+        force: do every stage again; with `only`, those alone.
+        console: where progress is shown.
+
+    Raises:
+        GateError: all is done, but a figure is short of the recipe's gate.
+        RunError: no such stage, or another process works on the run.
+        GroundupError: what a stage raises.
+    """
+    world = current_world()
+    console = console if console is not None and world.is_first else Console(quiet=not world.is_first)
+    console.rich.quiet = not world.is_first  # of several processes, one warns
+    run = Run(root)
+    only = None if only is None else list(only)
+    if world.is_first:
+        for names in (only or [], [] if start_from is None else [start_from]):
+            select(graph(recipe), names)
+        check_recipe(recipe, recipe.name)
+    with limited_threads(recipe.threads), run.lock() if world.is_first else contextlib.nullcontext():
+        plans = plan(recipe, run, only=only, start_from=start_from, force=force)
+        check_memory([item.stage for item in plans if item.is_due])
+        console.name_width = max(len(item.stage.name) for item in plans)
+        if world.is_first:
+            remove_partials(run.root)
+            _say_what_changed(run, recipe, console)
+            run.create(recipe)
+            # All at once: if this is interrupted, the same command without --force does what is left.
+            for item in plans:
+                if item.forced:
+                    run.forget(item.stage.name)
+        world.wait()
+        for item in plans:
+            if world.any(world.is_first and item.is_due):
+                _do(item, Context(item.stage, run, world, console))
+            else:
+                if world.is_first:
+                    run.clear(item.stage.name)
+                console.stage_line(item.stage.name, "up to date")
+        if world.is_first:
+            is_scored = any(item.stage.subject is not None for item in plans)
+            if is_scored:
+                evaluation.write_comparison(recipe, run)
+            _write_report_if_old(run)
+            if is_scored:
+                check_gates(run)
+    return run
+
+
+def check_gates(run: Run) -> None:
+    """Hold the scores against the recipe's gates.
+
+    Raises:
+        GateError: with every gate that is missed.
+    """
+    missed = [gate["text"] for gate in evaluation.read_comparison(run)["gates"] if not gate["passed"]]
+    if missed:
+        raise GateError(
+            f"{run.root}: everything is built, but a gate of the recipe is missed: {'; '.join(missed)}.",
+            "Train longer (--set pretrain.tokens=…), or change [[evaluate.gates]].",
+        )
+
+
+def _do(item: StagePlan, context: Context) -> None:
+    stage, method = item.stage, item.stage.method
+    if context.world.is_first:
+        context.run.begin(stage.name, item.fingerprint, method.keeps)
+    context.world.wait()
+    start = time.perf_counter()
+    summary = method.work(context) if method.trains or context.world.is_first else {}
+    if context.world.is_first:
+        context.run.finish(
+            Manifest(
+                stage=stage.name,
+                fingerprint=item.fingerprint,
+                seconds=time.perf_counter() - start,
+                summary=summary,
+                environment={**describe_environment(), "threads": torch.get_num_threads()},
+                settings=_settings(stage),
+                shown=dataclasses.asdict(method.shown(stage, summary)),
+            )
+        )
+    context.world.wait()
+
+
+def _settings(stage: Stage) -> Mapping[str, object]:
+    return {
+        name: value
+        for section in stage.method.sections(stage)
+        for name, value in section.model_dump(mode="json").items()
+    }
+
+
+def _say_what_changed(run: Run, recipe: Recipe, console: Console) -> None:
+    with contextlib.suppress(GroundupError, OSError):
+        changes = changed_settings(run.recipe, recipe)
+        if changes:
+            more = f"; and {len(changes) - 6} more" if len(changes) > 6 else ""
+            console.note("The recipe has changed since the last build: " + "; ".join(changes[:6]) + more)
+
+
+def _write_report_if_old(run: Run) -> None:
+    """Write the page unless it is younger than all it shows."""
+    page = run.root / REPORT_FILE
+    made = [path for pattern in ("*", "*/*") for path in run.root.glob(f"{pattern}/{MANIFEST}")]
+    newest = max(path.stat().st_mtime_ns for path in (run.root / RECIPE_FILE, *made))
+    if not page.exists() or page.stat().st_mtime_ns <= newest:
+        # Imported here: charts take long to import, and most commands draw none.
+        from groundup.report import write_report
+
+        write_report(run)

@@ -1,0 +1,119 @@
+"""A whole recipe, and what only its sections together show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+
+from groundup.errors import RunError
+from groundup.recipe.data import CorpusSettings, ShardsSettings, TokenizerSettings
+from groundup.recipe.model import ModelSettings
+from groundup.recipe.registry import TRUNK, find_method
+from groundup.recipe.sections import Section, setting
+from groundup.recipe.stages import AlignSettings, EvaluateSettings, GenerateSettings, PretrainSettings
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+_TAKEN = {*TRUNK, "align", "model", "evaluate", "generate", "quantize", "start", "recipe.toml", "report.html"}
+BEFORE = "before-"
+"""Begins the name under which the model is scored that a stage starts from, where no stage of the recipe made it."""
+
+
+def _method_settings(value: Any) -> Any:
+    """An `[align.NAME]` section as the settings of its method; `Recipe` has put the method's name into it."""
+    if not isinstance(value, dict):
+        return value
+    try:
+        settings: type[AlignSettings] = find_method(str(value.get("method"))).settings
+    except RunError as error:
+        raise ValueError(f"{error.message} {error.fix}") from error
+    return settings.model_validate(value)
+
+
+class Recipe(Section):
+    """A whole recipe: what was written, and defaults for the rest. `resolve` adds what follows from it."""
+
+    name: str = setting("mine", "the run's name unless --out names its folder", pattern=NAME)
+    about: str = setting("", "one line on what the recipe makes", affects_result=False)
+    seed: int = setting(1, "seed of everything random", ge=0, le=2**31 - 1)
+    threads: int | None = setting(
+        None, "CPU threads (unset: all cores); another count may round differently", ge=1, le=1024
+    )
+    corpus: CorpusSettings = Field(default_factory=CorpusSettings)
+    tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings)
+    shards: ShardsSettings = Field(default_factory=ShardsSettings)
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    pretrain: PretrainSettings = Field(default_factory=PretrainSettings)
+    align: dict[str, SerializeAsAny[Annotated[AlignSettings, BeforeValidator(_method_settings)]]] = Field(
+        default_factory=dict, description="[align.NAME]: stages that start from a model of the run"
+    )
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    generate: GenerateSettings = Field(default_factory=GenerateSettings)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _methods_by_name(cls, values: Any) -> Any:
+        align = values.get("align") if isinstance(values, dict) else None
+        if not isinstance(align, dict):
+            return values
+        named = {
+            name: {**section, "method": section.get("method", name)} if isinstance(section, dict) else section
+            for name, section in align.items()
+        }
+        return {**values, "align": named}
+
+    @model_validator(mode="after")
+    def _stages_fit_together(self) -> Recipe:
+        problems = [*self._names(), *self._references()]
+        if self.init is not None and self.model.follows_from_one_number:
+            problems.append("[model] size and depth are of fresh models, but init has a shape already: keep one")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _names(self) -> Iterator[str]:
+        for name in self.align:
+            if name in _TAKEN or name.startswith(BEFORE) or not re.fullmatch(NAME, name):
+                yield f"[align.{name}]: the name is taken or no folder's name: choose another"
+
+    def _references(self) -> Iterator[str]:
+        known = {*self.align, *(["pretrain"] if self.has_trunk else [])}
+        for name, section in self.align.items():
+            if section.compute is not None and section.compute not in known - {name, "pretrain"}:
+                yield f'[align.{name}] compute = "{section.compute}": no other stage of this recipe has that name'
+            seen = {name}
+            waiting = [section.start, section.compute]
+            while waiting:
+                place = waiting.pop()
+                if place in self.align and place not in seen:
+                    seen.add(place)
+                    waiting += [self.align[place].start, self.align[place].compute]
+                elif place == name:
+                    yield f"[align.{name}] needs itself, by its start or compute"
+                    break
+        for gate in self.evaluate.gates:
+            for place in {gate.model, gate.over} - {None, "start"} - known:
+                yield f'[[evaluate.gates]] "{place}" is no stage of this recipe: {", ".join(sorted(known))}'
+        chosen = self.generate.model
+        if chosen is not None and chosen not in known:
+            yield f'[generate] model = "{chosen}": is no stage of this recipe: {", ".join(sorted(known))}'
+
+    @property
+    def has_trunk(self) -> bool:
+        """Whether a model is pretrained; not where every `[align.NAME]` section starts from a model made elsewhere."""
+        starts = {section.start for section in self.align.values()}
+        return not self.align or "pretrain" in starts or "pretrain" in self.model_fields_set
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether there are corpus, tokenizer and shards: with a trunk, and where `[corpus]` is written."""
+        return self.has_trunk or "corpus" in self.model_fields_set
+
+    @property
+    def init(self) -> str | None:
+        """The model made elsewhere that the first training stage starts from; None: a fresh one."""
+        if self.has_trunk:
+            return self.pretrain.init
+        return next((one.start for one in self.align.values() if one.start not in self.align), None)

@@ -1,0 +1,89 @@
+"""Which stages there are: the one place, beside a method's own file, that names it.
+
+A recipe's trunk is `[corpus] [tokenizer] [shards] [pretrain]`; `[align.NAME]` sections use the methods; `evaluate`
+scores every language model that the others make. Each line says where the method's object is (a
+`groundup.stage.Method`, imported when first used) and what `--help` says of it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from groundup.errors import RunError
+
+
+@dataclass(frozen=True)
+class Registered:
+    """One method.
+
+    Attributes:
+        where: "module:object", or the object itself.
+        about: what it does, one line.
+    """
+
+    where: Any
+    about: str
+
+
+TRUNK = {
+    "corpus": Registered(
+        "groundup.corpus.curate:CORPUS",
+        "Raw files to clean documents: read, extract, filter by language and quality, remove duplicates.",
+    ),
+    "tokenizer": Registered(
+        "groundup.tokenizer.stage:TOKENIZER",
+        "Documents to tokenizer.json: byte-level BPE, WordPiece, Unigram, or one token per character.",
+    ),
+    "shards": Registered("groundup.shards.parallel:SHARDS", "Documents and tokenizer to binary token shards."),
+    "pretrain": Registered(
+        "groundup.training.pretrain:PRETRAIN", "Model and shards to a base model: next-token prediction."
+    ),
+}
+METHODS = {
+    "sft": Registered(
+        "groundup.alignment.sft:SFT", "Base model and conversations to an assistant: supervised fine-tuning."
+    ),
+}
+EVALUATE = Registered(
+    "groundup.evaluation.harness:EVALUATE", "Models to scores with error bars: bits per byte, exact match."
+)
+
+
+def register(name: str, method: Any, about: str) -> None:
+    """Add a method of `[align.NAME]` sections.
+
+    Args:
+        name: what a recipe calls it.
+        method: a `groundup.stage.Method`.
+        about: one line for `--help`.
+    """
+    METHODS[name] = Registered(method, about)
+
+
+def registered() -> dict[str, Registered]:
+    """All of them, in the order of the pipeline."""
+    return {**TRUNK, **METHODS, "evaluate": EVALUATE}
+
+
+def find_method(name: str) -> Any:
+    """The object of a method of `[align.NAME]` sections.
+
+    Raises:
+        RunError: no such method.
+    """
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        fix = f"Did you mean {near[0]!r}?" if near else f"Methods: {', '.join(METHODS)}."
+        raise RunError(f"{name!r} is no method.", fix)
+    return load(METHODS[name])
+
+
+def load(entry: Registered) -> Any:
+    """A method's object, from its module."""
+    if isinstance(entry.where, str):
+        module, _, attribute = entry.where.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    return entry.where

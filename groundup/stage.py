@@ -1,0 +1,313 @@
+"""Stages: what a method is, and the graph of named stages that a recipe makes of methods.
+
+A method is one object, in the file of what it does, that says all there is to know of it: its settings, what it needs,
+its version, what it reads from outside, how it checks its settings, its quick version, its memory, its work, and what
+it shows in the report. A stage is a method under a name, with the settings of a recipe's section. Pipeline, preview,
+command line and report walk over stages and know none by name.
+
+    corpus → tokenizer → shards → pretrain → [align.NAME] … → evaluate/MODEL for every language model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from groundup.console import Console
+from groundup.distributed import World
+from groundup.errors import ArtifactError, GroundupError, RunError
+from groundup.files import file_digest, value_digest
+from groundup.recipe import BEFORE, AlignSettings, Recipe, Section, registered, resolve
+from groundup.recipe.registry import EVALUATE, METHODS, TRUNK, load
+from groundup.run import RECIPE_FILE, Run
+
+MODEL_FOLDER, CONFIG_FILE = "model", "config.json"
+Check = tuple[str, Callable[[], object]]
+"""Where in the recipe, and what raises a GroundupError if something is wrong there."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a finished stage shows in the report; kept in its manifest.
+
+    Attributes:
+        title: its heading.
+        facts: labels and values.
+        lines: the few words under its picture.
+        curves: names of values in its metrics.jsonl that are plotted beside the loss.
+    """
+
+    title: str
+    facts: Sequence[tuple[str, str]] = ()
+    lines: Sequence[str] = ()
+    curves: Sequence[str] = ()
+
+
+class Method:
+    """What a stage does; a method subclasses this and gives what differs.
+
+    Attributes:
+        settings: the class of its section.
+        version: of its code; raised when results change.
+        makes: what kind of model; "": none.
+        trains: every process takes part in its work.
+        figures: names in its summary that a gate may be on.
+        keeps: subfolders that outlive a change of the recipe, because the stage checks them piece by piece.
+    """
+
+    settings: ClassVar[type[Section]]
+    version: ClassVar[int] = 1
+    makes: ClassVar[Literal["", "lm", "scorer", "classifier"]] = ""
+    trains: ClassVar[bool] = False
+    figures: ClassVar[tuple[str, ...]] = ()
+    keeps: ClassVar[tuple[str, ...]] = ()
+
+    def needs(self, stage: Stage) -> tuple[str, ...]:
+        """The stages it stands on, beside its `start` and `compute`."""
+        return ()
+
+    def sections(self, stage: Stage) -> tuple[Section, ...]:
+        """What of the recipe decides its result."""
+        return (stage.settings,)
+
+    def outside(self, stage: Stage) -> dict[str, str]:
+        """Digests of what it reads from outside the run.
+
+        Raises:
+            GroundupError: something is missing.
+        """
+        return {}
+
+    def checks(self, stage: Stage) -> Iterable[Check]:
+        """What can be found wrong with its settings before anything runs."""
+        return ()
+
+    def derived(self, stage: Stage) -> Iterable[tuple[str, str, str]]:
+        """What its settings leave open and become on this machine: (setting, value, reason)."""
+        return ()
+
+    def check_memory(self, stage: Stage) -> None:
+        """Refuse what cannot fit into memory, before anything is allocated.
+
+        Raises:
+            GroundupError: with the parts and the ways out.
+        """
+
+    def quick(self, settings: Any) -> Any:
+        """The same settings for a fraction of the time: they show that everything works, not how good it gets."""
+        return settings
+
+    def work(self, context: Context) -> dict[str, Any]:
+        """Do it, and return its figures: plain JSON values, with "flops" if it trains."""
+        raise NotImplementedError
+
+    def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:
+        """What the report shows of it."""
+        return Shown(stage.name)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A method under a name.
+
+    Attributes:
+        name: its folder in the run.
+        kind: the method's name.
+        method: what it does.
+        settings: its section, resolved.
+        recipe: the whole recipe, resolved.
+        subject: of an evaluation, whose model is scored.
+    """
+
+    name: str
+    kind: str
+    method: Method
+    settings: Any
+    recipe: Recipe = field(repr=False)
+    subject: str | None = None
+
+    @property
+    def section(self) -> str:
+        """Where its settings stand in the recipe."""
+        return f"align.{self.name}" if self.name in self.recipe.align else self.kind
+
+    @property
+    def start(self) -> str | None:
+        """The stage of this recipe that it starts from; None: it is no such stage, or starts from outside."""
+        if not isinstance(self.settings, AlignSettings):
+            return None
+        known = self.settings.start in self.recipe.align or (
+            self.settings.start == "pretrain" and self.recipe.has_trunk
+        )
+        return self.settings.start if known else None
+
+    @property
+    def outside_start(self) -> str | None:
+        """The model made elsewhere that it starts from, if it does."""
+        if isinstance(self.settings, AlignSettings):
+            return None if self.start is not None else self.settings.start
+        return getattr(self.settings, "init", None)
+
+    @property
+    def is_control(self) -> bool:
+        """It spends another stage's compute, to be compared with."""
+        return isinstance(self.settings, AlignSettings) and self.settings.compute is not None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The stages it stands on."""
+        own = (self.start, self.settings.compute) if isinstance(self.settings, AlignSettings) else ()
+        return tuple(dict.fromkeys(name for name in (*own, *self.method.needs(self)) if name is not None))
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage's work is given."""
+
+    stage: Stage
+    run: Run
+    world: World
+    console: Console
+
+    @property
+    def recipe(self) -> Recipe:
+        """The whole recipe, resolved."""
+        return self.stage.recipe
+
+    @property
+    def folder(self) -> Path:
+        """Where the result goes."""
+        return self.run.folder(self.stage.name)
+
+    def compute(self) -> float | None:
+        """FLOPs of the stage whose compute this one is to spend; None if it is no control."""
+        name = getattr(self.stage.settings, "compute", None)
+        if name is None:
+            return None
+        manifest = self.run.manifest(name)
+        assert manifest is not None, "a stage that another one needs is done before it"
+        return float(manifest.summary["flops"])
+
+
+def graph(recipe: Recipe) -> dict[str, Stage]:
+    """The recipe's stages by name, every one behind those that it needs."""
+    recipe = resolve(recipe)
+    names = [name for name in TRUNK if (recipe.has_trunk if name == "pretrain" else recipe.reads_text)]
+    stages = {name: Stage(name, name, load(TRUNK[name]), getattr(recipe, name), recipe) for name in names}
+    waiting = {
+        name: Stage(name, section.method, load(METHODS[section.method]), section, recipe)
+        for name, section in recipe.align.items()
+    }
+    while waiting:
+        ready = next(stage for stage in waiting.values() if not {*stage.needs} & waiting.keys())
+        stages[ready.name] = waiting.pop(ready.name)
+    if recipe.evaluate.tasks:
+        method = load(EVALUATE)
+        for stage in [stage for stage in stages.values() if stage.method.makes == "lm"]:
+            for subject in method.subjects(stage):
+                name = f"evaluate/{subject}"
+                stages[name] = Stage(name, "evaluate", method, recipe.evaluate, recipe, subject)
+    return stages
+
+
+def select(stages: Mapping[str, Stage], asked: Iterable[str]) -> list[str]:
+    """The names of the stages that are asked for, by their own names or those of their methods.
+
+    Raises:
+        RunError: there is none of a name.
+    """
+    found = []
+    for name in asked:
+        chosen = [name] if name in stages else [stage.name for stage in stages.values() if stage.kind == name]
+        if not chosen:
+            raise RunError(f"{name!r} is no stage of this recipe.", f"Its stages: {', '.join(stages)}.")
+        found += chosen
+    return found
+
+
+def ancestors(stages: Mapping[str, Stage], names: Iterable[str]) -> set[str]:
+    """These stages and all that they stand on."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        if (name := waiting.pop()) not in found:
+            found.add(name)
+            waiting += stages[name].needs
+    return found
+
+
+def language_models(stages: Mapping[str, Stage]) -> list[Stage]:
+    """The stages that make one, in order."""
+    return [stage for stage in stages.values() if stage.method.makes == "lm"]
+
+
+def default_model(recipe: Recipe, *, to_chat: bool) -> tuple[str, str]:
+    """The stage whose model is meant where none is named, and why.
+
+    To continue a text: the base model. To chat, serve and export: `[generate] model`, else the last that is no control.
+    """
+    models = language_models(graph(recipe))
+    if not to_chat and any(stage.name == "pretrain" for stage in models):
+        return "pretrain", "the base model"
+    if recipe.generate.model is not None:
+        return recipe.generate.model, "[generate] model"
+    return [stage.name for stage in models if not stage.is_control][-1], "the last model that is no control"
+
+
+def find_model(path: str | Path, *, stage: str | None = None) -> Path:
+    """The folder of a model: that of a run's stage, or a model's folder of anybody's.
+
+    Args:
+        path: `runs/demo`, `runs/demo/pretrain`, `runs/demo/pretrain/model`, or a folder with a model in it.
+        stage: of a run (default: what chat takes, if it is there, else the last that is).
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    path = Path(path)
+    candidates = [path / stage / MODEL_FOLDER] if stage else [path, path / MODEL_FOLDER, *_models_of_run(path)]
+    for folder in candidates:
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    there = [folder.parent.name for folder in _models_of_run(path) if (folder / CONFIG_FILE).is_file()]
+    raise ArtifactError(
+        f"{path}: no model here" + (f" of stage {stage!r}." if stage else "."),
+        f"Its models: {', '.join(there)}." if there else "Name a run (runs/demo) or a model's folder; `groundup runs` "
+        "lists the runs.",
+    )  # fmt: skip
+
+
+def model_digest(start: str | Path) -> str:
+    """What stands for a model made elsewhere in a fingerprint: the digests of its configuration, tokenizer and weights.
+
+    Raises:
+        ArtifactError: no model there.
+    """
+    folder = find_model(start)
+    files = [folder / name for name in (CONFIG_FILE, "tokenizer.json") if (folder / name).is_file()]
+    return value_digest({path.name: file_digest(path) for path in [*files, *sorted(folder.glob("*.safetensors"))]})
+
+
+def _models_of_run(path: Path) -> Iterator[Path]:
+    """Where a run's models are, or would be, that of the default first."""
+    if not (path / RECIPE_FILE).is_file():
+        return
+    try:
+        recipe = Run(path).recipe
+    except GroundupError:  # of another version: what is there is found all the same
+        yield from sorted(path.glob(f"*/{MODEL_FOLDER}"), key=lambda folder: folder.stat().st_mtime, reverse=True)
+        return
+    models = language_models(graph(recipe))
+    first = default_model(recipe, to_chat=True)[0]
+    models.reverse()
+    models.sort(key=lambda one: (one.name != first, one.is_control))
+    for stage in models:
+        yield path / stage.name / MODEL_FOLDER
+
+
+__all__ = [
+    "BEFORE", "CONFIG_FILE", "Check", "Context", "Method", "Shown", "Stage", "ancestors", "default_model", "find_model",
+    "graph", "language_models", "model_digest", "registered", "select",
+]  # fmt: skip

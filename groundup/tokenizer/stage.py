@@ -1,0 +1,189 @@
+"""Documents to a tokenizer: trained on them, or one that is there already (`[tokenizer] use`, or a model's own).
+
+In: the corpus stage's documents. Out: `tokenizer.json` and the files that transformers read beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from groundup.corpus import stream_documents
+from groundup.errors import ArtifactError, DataError
+from groundup.recipe import TokenizerSettings
+from groundup.report.format import format_lines
+from groundup.stage import CONFIG_FILE, Check, Context, Method, Shown, Stage, find_model
+from groundup.tokenizer.files import TOKENIZER_FILE, TOKENIZER_FILES, read_files
+from groundup.tokenizer.pretrained import PretrainedTokenizer, load_tokenizer, read_tokenizer
+from groundup.tokenizer.tokenizer import Tokenizer
+from groundup.untrusted import file_inside, read_object
+
+
+class TokenizerStage(Method):
+    """Documents to `tokenizer.json`."""
+
+    settings = TokenizerSettings
+
+    def needs(self, stage: Stage) -> tuple[str, ...]:
+        """The documents."""
+        return ("corpus",)
+
+    def outside(self, stage: Stage) -> dict[str, str]:
+        """The tokenizer that is given."""
+        given = given_tokenizer(stage.settings.use, stage.recipe.init)
+        return {} if given is None else {"tokenizer": given.fingerprint}
+
+    def checks(self, stage: Stage) -> Iterable[Check]:
+        """A tokenizer that is given fits the model to start from."""
+        use, init = stage.settings.use, stage.recipe.init
+
+        def fits() -> None:
+            given = given_tokenizer(use, init)
+            if given is not None and init is not None and use is not None:
+                check_vocabulary(start_tokenizer(init), given, init)
+
+        yield "[tokenizer]", fits
+
+    def work(self, context: Context) -> dict[str, Any]:
+        """Train it, or take the given one, and measure it on the validation text."""
+        settings, documents = context.recipe.tokenizer, context.run.folder("corpus")
+        with context.console.bar("tokenizer") as bar:
+            trained = given_tokenizer(settings.use, context.recipe.init) or Tokenizer.train(
+                stream_documents(documents, "train"),
+                kind=settings.kind,
+                vocab_size=settings.vocab_size,
+                split=settings.split,
+                spare_tokens=settings.spare_tokens,
+                trainer=settings.trainer,
+                sample_bytes=int(settings.sample_mib * 2**20),
+                console=context.console,
+            )
+            trained.save(context.folder)
+            n_bytes, n_tokens = 0, 0
+            for document in stream_documents(documents, "validation"):
+                n_bytes += len(document.text.encode())
+                n_tokens += len(trained.encode(document.text))
+            ratio = n_bytes / max(1, n_tokens)
+            bar.finish(f"{trained.vocab_size:,} entries · {ratio:.2f} bytes/token")
+        return {
+            "kind": trained.kind,
+            "vocab_size": trained.vocab_size,
+            "bytes_per_token": ratio,
+            "longest": trained.longest_tokens(20),
+        }
+
+    def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:
+        """Its size and compression."""
+        lines = format_lines(
+            (summary.get("vocab_size"), lambda value: f"{value:,} entries"),
+            (summary.get("bytes_per_token"), lambda value: f"{value:.2f} bytes/token"),
+        )
+        return Shown("Tokenizer", lines=lines)
+
+
+TOKENIZER = TokenizerStage()
+
+
+def given_tokenizer(use: str | None, init: str | None) -> Tokenizer | None:
+    """The tokenizer that a run is not to train: the one that `[tokenizer] use` names, else that of `init`, else None.
+
+    Raises:
+        ArtifactError: there is none where it should be.
+    """
+    if use is None:
+        return None if init is None else start_tokenizer(init)
+    in_run = Path(use) / "tokenizer" / TOKENIZER_FILE
+    return load_tokenizer(in_run if in_run.is_file() else use)
+
+
+def start_tokenizer(init: str | Path) -> Tokenizer:
+    """The tokenizer beside a model.
+
+    Raises:
+        ArtifactError: no model there, or none with a tokenizer.
+    """
+    folder = find_model(init)
+    found = tokenizer_beside(folder, read_object(file_inside(folder, CONFIG_FILE)))
+    if found is None:
+        raise ArtifactError(
+            f"{folder}: no tokenizer beside the model, so its ids cannot be understood.",
+            'Name the one it was trained with: [tokenizer] use = "…".',
+        )
+    return found
+
+
+def tokenizer_beside(folder: Path, values: Mapping[str, Any], n_ids: int | None = None) -> Tokenizer | None:
+    """The tokenizer beside a model: ours, or somebody else's with the same methods; None without `tokenizer.json`.
+
+    Args:
+        folder: the model's.
+        values: of its `config.json`.
+        n_ids: tokens that the model knows (default: what those say).
+
+    Raises:
+        ArtifactError: damaged, or with more tokens than the model has.
+    """
+    files = read_files(folder, TOKENIZER_FILES)
+    if TOKENIZER_FILE not in files:
+        return None
+    if n_ids is None:
+        ours = values.get("groundup")
+        known = (ours if isinstance(ours, dict) else values).get("vocab_size")
+        n_ids = known if type(known) is int else 0
+    path = folder / TOKENIZER_FILE
+    tokenizer = read_tokenizer(files, str(path), values, n_ids)
+    if n_ids and tokenizer.vocab_size > n_ids:
+        raise ArtifactError(
+            f"{path}: has {tokenizer.vocab_size} tokens, the model beside it {n_ids}.",
+            "Put the tokenizer there that the model was trained with.",
+        )
+    return tokenizer
+
+
+_SHOWN_IDS = 5
+
+
+def check_vocabulary(own: Tokenizer, tokenizer: Tokenizer, init: str | Path) -> None:
+    """Hold that every id of a model's own tokenizer stands for the same in another.
+
+    Raises:
+        DataError: with the first ids that do not.
+    """
+    if own.fingerprint == tokenizer.fingerprint:
+        return
+    theirs, ours = _tokens(own), _tokens(tokenizer)
+    differing = [index for index, token in enumerate(theirs) if index >= len(ours) or ours[index] != token]
+    if not differing:
+        return
+    shown = ", ".join(
+        f"{index} ({theirs[index]!r} there, {ours[index]!r} here)" if index < len(ours) else f"{index} (missing here)"
+        for index in differing[:_SHOWN_IDS]
+    )
+    more = f" and {len(differing) - _SHOWN_IDS:,} more" if len(differing) > _SHOWN_IDS else ""
+    raise DataError(
+        f"[tokenizer]: its ids are not those that the model in {init} was trained with: {shown}{more}.",
+        "Leave [tokenizer] use unset to take the model's own, or use one that begins with the same entries.",
+    )
+
+
+def check_chat(tokenizer: Tokenizer, where: str, source: str) -> None:
+    """Hold that a tokenizer can lay out a chat.
+
+    Raises:
+        DataError: it has no tokens for the roles.
+    """
+    if isinstance(tokenizer, PretrainedTokenizer):
+        raise DataError(
+            f"{where}: the tokenizer of {source} has no tokens for the roles of a chat.",
+            "Leave this stage out: the model goes on learning from text alone.",
+        )
+
+
+def _tokens(tokenizer: Tokenizer) -> list[str | bytes]:
+    """What each id stands for: a control token's name, or bytes."""
+    control = tokenizer.special_ids
+    return [
+        tokenizer.decode([index], skip_special=False) if index in control else tokenizer.token_bytes(index)
+        for index in range(tokenizer.vocab_size)
+    ]

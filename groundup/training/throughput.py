@@ -1,0 +1,150 @@
+"""How fast a run is: tokens per second, and model FLOPs utilization (MFU; arXiv:2204.02311, appendix B).
+
+Both are of the training steps alone, without validation, samples and checkpoints. Tokens are targets that are
+predicted. FLOPs are those of every position that is computed, masked targets and padding too, forward and backward once
+each (`model/cost.py`); activations that are computed again do not count. MFU is their share of this machine's peak
+matmul FLOP/s in the dtype of the arithmetic: not a published figure, but the fastest square product that was timed
+here, which `process.py` remembers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from groundup.model import ModelConfig
+from groundup.model.cost import training_flops
+from groundup.training.process import measured_once
+
+MEASURED_AFTER_SECONDS = 5.0
+"""Of training: a shorter run does not wait for the peak to be measured, and has no MFU."""
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Of some steps.
+
+    Attributes:
+        tokens_per_second: predicted targets.
+        mfu: a share of the measured peak, or None while that is not known.
+    """
+
+    tokens_per_second: float
+    mfu: float | None
+
+
+class ThroughputMeter:
+    """Adds up steps.
+
+    Args:
+        config: the model's.
+        dtype: of its arithmetic.
+        device: where one process computes.
+        n_processes: that compute at the same time.
+        measures: False in all processes but the first, which would disturb each other.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        n_processes: int = 1,
+        *,
+        measures: bool = True,
+    ) -> None:
+        self._config, self._dtype, self._device, self._n_processes = config, dtype, device, n_processes
+        self._measures = measures
+        self._flops_of_row: dict[int, int] = {}
+        self._window = (0.0, 0.0, 0.0)  # seconds, tokens, FLOPs
+        self._total = (0.0, 0.0, 0.0)
+        self._peak: float | None = None
+
+    def flops(self, n_rows: int, length: int) -> int:
+        """FLOPs of forward and backward over this many rows of this many positions."""
+        if length not in self._flops_of_row:
+            self._flops_of_row[length] = training_flops(self._config, length)
+        return n_rows * self._flops_of_row[length]
+
+    def add(self, seconds: float, tokens: float, flops: float) -> None:
+        """Count a step: all processes' tokens and FLOPs."""
+        step = (seconds, tokens, flops)
+        self._window = _sum(self._window, step)
+        self._total = _sum(self._total, step)
+
+    def lately(self) -> Throughput:
+        """The speed of the steps since this was last asked."""
+        speed = self._speed(self._window)
+        self._window = (0.0, 0.0, 0.0)
+        return speed
+
+    def overall(self) -> Throughput:
+        """The speed of all steps."""
+        return self._speed(self._total)
+
+    def _speed(self, sums: tuple[float, float, float]) -> Throughput:
+        seconds, tokens, flops = sums
+        if self._peak is None and self._measures and self._total[0] >= MEASURED_AFTER_SECONDS:
+            self._peak = peak_matmul_flops(self._dtype, self._device)
+        if not seconds:
+            return Throughput(0.0, None)
+        mfu = None if self._peak is None else flops / seconds / (self._peak * self._n_processes)
+        return Throughput(tokens / seconds, mfu)
+
+
+def _sum(one: tuple[float, float, float], other: tuple[float, float, float]) -> tuple[float, float, float]:
+    return one[0] + other[0], one[1] + other[1], one[2] + other[2]
+
+
+_SIZES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}
+_PEAK_SECONDS = 1.2
+"""Of timed products, over all sizes; the whole stays under two seconds."""
+
+
+def peak_matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
+    """The peak matmul rate of one device, FLOP/s (two for each multiply-add); about a second the first time.
+
+    Args:
+        dtype: of both factors and of the product.
+        device: where; on a CPU with as many threads as torch has now.
+    """
+    sizes = _SIZES["cuda" if device.type == "cuda" else "cpu"]
+    key = {"dtype": str(dtype), "sizes": list(sizes)}
+    return float(measured_once("matmul", key, device, lambda: {"flops": _best_rate(dtype, device, sizes)})["flops"])
+
+
+def _best_rate(dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...]) -> float:
+    best, end = 0.0, time.perf_counter() + _PEAK_SECONDS
+    for left, size in zip(range(len(sizes), 0, -1), sizes, strict=True):
+        until = time.perf_counter() + (end - time.perf_counter()) / left
+        if best and time.perf_counter() + 2 * _flops(size) / best > end:
+            break  # a dtype that this device does slowly: the smaller sizes must do
+        best = max(best, _rate(size, dtype, device, until))
+    return best
+
+
+def _rate(size: int, dtype: torch.dtype, device: torch.device, until: float) -> float:
+    """FLOP/s of the fastest product of two (size, size) matrices that ends by a time; of one at least."""
+    generator = torch.Generator().manual_seed(size)  # not the global one: a run that measures keeps its randomness
+    left, right = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
+    out = left @ right  # loads the kernel
+    _wait(device)
+    fastest = math.inf
+    while math.isinf(fastest) or time.perf_counter() < until:
+        start = time.perf_counter()
+        torch.mm(left, right, out=out)
+        _wait(device)
+        fastest = min(fastest, time.perf_counter() - start)
+    return _flops(size) / fastest
+
+
+def _flops(size: int) -> int:
+    return 2 * size**3
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
