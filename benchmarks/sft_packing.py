@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from groundup.training.memory import keep_freed_memory
 from record import spread, write_result
 
 from groundup.alignment import ConversationRows, SFTSettings, load_conversations
@@ -30,6 +31,7 @@ from groundup.tokenizer import Tokenizer
 from groundup.training import IGNORED, choose_precision, head_loss
 from groundup.training.compilation import CompiledBlocks
 from groundup.training.optimizers import Optimizers, clip_gradients
+from groundup.training.process import keep_freed_memory
 
 CLASSICS = Path(__file__).resolve().parents[1] / "groundup" / "data" / "classics.jsonl"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -48,6 +50,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25, help="steps of each variant")
     parser.add_argument("--threads", type=int, default=usable_cores())
     arguments = parser.parse_args()
+    if "GOMP_SPINCOUNT" not in os.environ:  # what the command line sets, before torch is loaded
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GOMP_SPINCOUNT": "10000"})
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     precision, reason = choose_precision("auto")
