@@ -19,7 +19,7 @@ from groundup.console import Console
 from groundup.distributed import current_world, full_tensor
 from groundup.model import Transformer, preset
 from groundup.recipe import OptimizerSettings
-from groundup.training import TrainingJob, train
+from groundup.training import NextToken, TrainingJob, train
 
 folder = Path(sys.argv[1])
 folder.mkdir(exist_ok=True)
@@ -28,7 +28,8 @@ world = current_world()
 micro = int((folder / "micro-batch-size").read_text()) if (folder / "micro-batch-size").exists() else 2
 job = TrainingJob(
     name="test",
-    model=Transformer(preset("ground-nano", vocab_size=63, context_length=16, tied_embeddings=False)),
+    modules={"model": Transformer(preset("ground-nano", vocab_size=63, context_length=16, tied_embeddings=False))},
+    objective=NextToken(),
     source=RandomRows(vocab_size=63, learnable=True),
     settings=OptimizerSettings(
         **{"batch_size": 4, "micro_batch_size": micro, "precision": "float32", "eval_every": 5, "warmup_share": 0.2}

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from command import start
 from data_stage import digests, near_copy, text_of, write_inputs, write_recipe
-from groundup.pipeline import build
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +23,7 @@ from groundup.corpus import curate, stream_documents
 from groundup.corpus.passes import ANNOTATED
 from groundup.errors import GroundupError
 from groundup.files import file_digest
+from groundup.pipeline import build
 from groundup.recipe import CorpusSettings, read_recipe
 
 N_KILLS = 20

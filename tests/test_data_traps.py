@@ -44,7 +44,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from data_stage import near_copy, sentence, text_of, write_inputs
-from groundup.pipeline import build
 
 from groundup import Tokenizer, TokenShards
 from groundup.console import Console
@@ -54,6 +53,7 @@ from groundup.corpus.engine import Engine
 from groundup.corpus.passes import ANNOTATED
 from groundup.errors import ArtifactError
 from groundup.files import file_digest
+from groundup.pipeline import build
 from groundup.recipe import CorpusSettings, parse_recipe
 from groundup.shards import write_shards
 

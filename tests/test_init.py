@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from generation_models import random_model
-from groundup.pipeline import plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_road import problems_of
@@ -19,6 +18,7 @@ from groundup.console import Console
 from groundup.errors import ArtifactError, DataError, GroundupError, RecipeError
 from groundup.interop import load, load_model, save_model
 from groundup.model import Transformer, count_parameters, extend_vocabulary, preset
+from groundup.pipeline import plan
 from groundup.preview import check_recipe, derived_values
 from groundup.recipe import ModelSettings, Recipe, parse_recipe, recipe_toml
 from groundup.run import Run

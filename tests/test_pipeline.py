@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 import tiny_run
 import torch
-from groundup.pipeline import build, plan, stages
 from tiny_run import STAGES, bits, build_quietly, copy_of_finished, finished_run, rewritten, times, tiny_recipe
 
 from groundup import read_recipe
 from groundup.console import Console
 from groundup.errors import DataError, GateError, RecipeError, RunError
+from groundup.pipeline import build, plan, stages
 from groundup.preview import check_recipe, derived_values, smoke_profile
 from groundup.recipe import Recipe, parse_recipe
 from groundup.run import Run

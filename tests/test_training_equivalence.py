@@ -66,7 +66,7 @@ def test_a_loss_over_32k_tokens_of_vocabulary_takes_less_than_a_tenth_of_its_log
 def trained(folder: Path, config: dict[str, object], **options: object) -> tuple[TrainingJob, list[dict[str, float]]]:
     """A job after its run, with its metrics."""
     job = make_job(folder, **options)
-    job.model = Transformer(preset("ground-nano", vocab_size=64, context_length=16, **config))
+    job.modules["model"] = Transformer(preset("ground-nano", vocab_size=64, context_length=16, **config))
     train(job, current_world(), QUIET)
     return job, read_log(folder / "metrics.jsonl")
 
@@ -98,7 +98,7 @@ def test_eight_micro_batches_of_one_row_train_as_one_of_eight(tmp_path: Path, mi
 
 def test_a_mean_of_means_would_be_noticed(tmp_path: Path) -> None:
     """The rows of the test above are uneven enough: their counts of targets differ several times over."""
-    _, targets = make_job(tmp_path / "run").source.rows(0, 8)
+    targets = make_job(tmp_path / "run").source.rows(0, 8)["targets"]
     counts = (targets >= 0).sum(dim=1)
     assert counts.max() > 2 * counts.min()
 

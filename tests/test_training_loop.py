@@ -18,7 +18,7 @@ from groundup.distributed import current_world
 from groundup.errors import GroundupError, Interrupted
 from groundup.model import Transformer, preset
 from groundup.recipe import OptimizerSettings
-from groundup.training import TrainingJob, forget_checkpoints, train
+from groundup.training import NextToken, TrainingJob, forget_checkpoints, train
 from groundup.training.metrics import read_log
 
 QUIET = Console(quiet=True)
@@ -29,7 +29,8 @@ def make_job(folder: Path, *, n_steps=12, source=None, **settings) -> TrainingJo
     settings = {"batch_size": 4, "precision": "float32", "eval_every": 5, "checkpoint_seconds": 0.0} | settings
     return TrainingJob(
         name="test",
-        model=Transformer(preset("ground-nano", vocab_size=64, context_length=16, dropout=0.1)),
+        modules={"model": Transformer(preset("ground-nano", vocab_size=64, context_length=16, dropout=0.1))},
+        objective=NextToken(settings.get("label_smoothing", 0.0), settings.get("z_loss", 0.0)),
         source=source or RandomRows(),
         settings=OptimizerSettings(**settings),
         n_rows=n_steps * settings["batch_size"],
@@ -75,7 +76,7 @@ def test_metrics_say_what_happened(tmp_path):
     lines = read_log(tmp_path / "run" / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 13))
-    targets = sum(int((RandomRows().rows(4 * step, 4 * step + 4)[1] >= 0).sum()) for step in range(12))
+    targets = sum(int((RandomRows().rows(4 * step, 4 * step + 4)["targets"] >= 0).sum()) for step in range(12))
     assert steps[-1]["tokens"] == summary["tokens"] == targets
     assert [line["step"] for line in lines if "val_loss" in line] == [0, 5, 10, 12]
     assert summary["final_loss"] < summary["initial_loss"]
@@ -121,7 +122,7 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(tmp_path):
 def test_micro_batches_change_nothing_but_rounding(tmp_path):
     whole, parts = make_job(tmp_path / "a"), make_job(tmp_path / "b", micro_batch_size=1)
     for job in (whole, parts):
-        job.model = Transformer(preset("ground-nano", vocab_size=64, context_length=16))
+        job.modules["model"] = Transformer(preset("ground-nano", vocab_size=64, context_length=16))
         train(job, current_world(), QUIET)
     losses = [[line.get("loss", 0) for line in read_log(tmp_path / name / "metrics.jsonl")] for name in "ab"]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
@@ -163,7 +164,7 @@ def test_compiled_blocks_give_the_same_losses(tmp_path):
     losses = []
     for name, compiled in (("eager", False), ("compiled", True)):
         job = make_job(tmp_path / name, n_steps=3, compile=compiled)
-        job.model = Transformer(preset("ground-nano", n_layers=1, vocab_size=64, context_length=16))
+        job.modules["model"] = Transformer(preset("ground-nano", n_layers=1, vocab_size=64, context_length=16))
         train(job, current_world(), QUIET)
         losses.append([line["loss"] for line in read_log(tmp_path / name / "metrics.jsonl") if "loss" in line])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)

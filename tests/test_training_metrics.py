@@ -20,7 +20,7 @@ from training_rows import RandomRows
 from groundup.console import Console
 from groundup.distributed import current_world
 from groundup.model import ModelConfig, Transformer, preset
-from groundup.training import TrainingJob, peak_memory_bytes, throughput, train
+from groundup.training import NextToken, TrainingJob, peak_memory_bytes, throughput, train
 from groundup.training.metrics import live_line, read_log, summary_line
 from groundup.training.process import machine
 from groundup.training.throughput import Throughput, ThroughputMeter, peak_matmul_flops
@@ -38,7 +38,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def plain_job(folder: Path, **settings: Any) -> TrainingJob:
     """A job whose model has no dropout, so that its first step can be computed again."""
     job = make_job(folder, **settings)
-    job.model = Transformer(preset("ground-nano", vocab_size=64, context_length=16))
+    job.modules["model"] = Transformer(preset("ground-nano", vocab_size=64, context_length=16))
     return job
 
 
@@ -50,7 +50,7 @@ def test_the_figures_of_a_step_are_those_computed_by_hand(tmp_path):
         tmp_path / "run", n_steps=4, schedule="linear", warmup_share=0.5, lr=0.004, muon_lr=0.02, max_grad_norm=0.5
     )
     job.bytes_per_token, job.train_bytes_per_token = 2.5, 4.0
-    ids, targets = job.source.rows(0, 4)
+    ids, targets = job.source.rows(0, 4).values()
     model = Transformer(job.model.config)
     loss = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=-100)
     loss.backward()
@@ -101,8 +101,8 @@ def flops_by_hand(config: ModelConfig, length: int) -> int:
 def test_utilization_is_flops_over_what_the_processes_could_do(monkeypatch):
     monkeypatch.setattr(throughput, "peak_matmul_flops", lambda dtype, device: {torch.bfloat16: 5e11}[dtype])
     config = preset("ground-nano")
-    meter = ThroughputMeter(config, torch.bfloat16, CPU, n_processes=2)
-    flops = meter.flops(8, 32)
+    meter = ThroughputMeter(torch.bfloat16, CPU, n_processes=2)
+    flops = NextToken().flops(config, (8, 32))
     assert flops == 8 * flops_by_hand(config, 32)
     meter.add(4.0, 700, flops)
     assert meter.overall() == Throughput(175.0, None)  # too short to be worth measuring
@@ -111,7 +111,7 @@ def test_utilization_is_flops_over_what_the_processes_could_do(monkeypatch):
     assert meter.lately() == Throughput(50.0, pytest.approx(3e12 / 2.0 / (2 * 5e11)))
     assert meter.overall() == Throughput(pytest.approx(800 / 6), pytest.approx((flops + 3e12) / 6.0 / 1e12))
     assert meter.lately() == Throughput(0.0, None)
-    other = ThroughputMeter(config, torch.bfloat16, CPU, n_processes=2, measures=False)
+    other = ThroughputMeter(torch.bfloat16, CPU, n_processes=2, measures=False)
     other.add(6.0, 60, flops)
     assert other.overall() == Throughput(10.0, None)
 

@@ -100,8 +100,8 @@ def test_accumulated_gradients_are_the_whole_batch_s_on_uneven_rows(micro):
     rows = []
     for length in (3, 17, 9, 30):
         ids = torch.randint(0, config.vocab_size, (length + 1,), generator=generator).numpy()
-        rows.append((ids[:-1], ids[1:]))
-    ids, targets = pad_rows(rows, 4)
+        rows.append({"ids": ids[:-1], "targets": ids[1:]})
+    ids, targets = pad_rows(rows, 4).values()
     count = int((targets != IGNORED).sum())
     assert count == 59
 
@@ -262,10 +262,11 @@ def test_log_takes_back_what_comes_after_the_checkpoint(tmp_path):
 def test_padding_changes_nothing():
     config = preset("ground-nano")
     model = Transformer(config)
-    row = (torch.arange(1, 8).numpy(), torch.arange(2, 9).numpy())
-    long = (torch.arange(20).numpy(), torch.arange(1, 21).numpy())
-    alone = model(pad_rows([row], 1)[0], head=head_loss(pad_rows([row], 1)[1])).nats
-    ids, targets = pad_rows([row, long], 3)
+    row = {"ids": torch.arange(1, 8).numpy(), "targets": torch.arange(2, 9).numpy()}
+    long = {"ids": torch.arange(20).numpy(), "targets": torch.arange(1, 21).numpy()}
+    ids, targets = pad_rows([row], 1).values()
+    alone = model(ids, head=head_loss(targets)).nats
+    ids, targets = pad_rows([row, long], 3).values()
     padded = model(ids[:1], head=head_loss(targets[:1])).nats
     assert padded.item() == pytest.approx(alone.item(), rel=1e-5)
     assert model(ids[2:], head=head_loss(targets[2:])).nats.item() == 0.0

@@ -146,7 +146,7 @@ def test_products_are_rounded_and_the_model_is_given_back(over):
 def test_a_run_in_8_bits_learns_and_resumes_to_the_same_bits(tmp_path):
     def job_in(name: str):
         job = make_job(tmp_path / name, precision="float8", n_steps=10)
-        job.model = small()
+        job.modules["model"] = small()
         return job
 
     whole = job_in("whole")

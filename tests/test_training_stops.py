@@ -25,8 +25,7 @@ from groundup.distributed import current_world
 from groundup.errors import Interrupted
 from groundup.model import Transformer, preset
 from groundup.shards import TokenShards
-from groundup.training import ShardBatches, TrainingJob, checkpoint, train
-from groundup.training.job import Rows
+from groundup.training import Batch, ShardBatches, TrainingJob, checkpoint, train
 from groundup.training.metrics import read_log
 
 STOPS = [signal.SIGINT, signal.SIGTERM]
@@ -129,7 +128,7 @@ class LongValidation(RandomRows):
         self.number, self.at = number, at
         self.given = 0
 
-    def validation(self, batch_size: int, limit_tokens: int | None) -> Iterator[Rows]:
+    def validation(self, batch_size: int, limit_tokens: int | None) -> Iterator[Batch]:
         for batch in range(20):
             if self.given == self.at:
                 ask_to_stop(self.number)
@@ -254,7 +253,7 @@ if how == "itself":
     from torch._dynamo.callback import callback_handler
     callback_handler.register_start_callback(lambda arguments: os.kill(os.getpid(), signal.SIGTERM))
 job = make_job(folder, n_steps=3, eval_every=3, compile=True)
-job.model = Transformer(preset("ground-nano", n_layers=1, vocab_size=64, context_length=16))
+job.modules["model"] = Transformer(preset("ground-nano", n_layers=1, vocab_size=64, context_length=16))
 try:
     train(job, current_world(), Console(quiet=True))
 except Interrupted as stop:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from groundup.training import IGNORED
+from groundup.training import IGNORED, Batch
 
 
 class RandomRows:
@@ -29,10 +29,14 @@ class RandomRows:
         targets[: int(torch.randint(0, self.length, (1,), generator=generator))] = IGNORED
         return ids[:-1], targets
 
-    def rows(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _batch(self, first: int, last: int) -> Batch:
         chosen = [self._row(row) for row in range(first, last)]
-        return torch.stack([ids for ids, _ in chosen]), torch.stack([targets for _, targets in chosen])
+        return {
+            name: torch.stack(part) for name, part in zip(("ids", "targets"), zip(*chosen, strict=True), strict=True)
+        }
 
-    def validation(self, batch_size: int, limit_tokens: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        chosen = [self._row(10_000_000 + row) for row in range(batch_size)]
-        yield torch.stack([ids for ids, _ in chosen]), torch.stack([targets for _, targets in chosen])
+    def rows(self, first: int, last: int) -> Batch:
+        return self._batch(first, last)
+
+    def validation(self, batch_size: int, limit_tokens: int | None) -> Iterator[Batch]:
+        yield self._batch(10_000_000, 10_000_000 + batch_size)

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from torch import Tensor
 
 from groundup.alignment.conversations import Conversations, data_fingerprint, load_conversations
 from groundup.alignment.packing import Text, lay_out, pack
@@ -34,10 +33,8 @@ from groundup.shards import PackedLoader, Permutation, TokenShards, WindowLoader
 from groundup.shards.mixture import Shares, integer_weights
 from groundup.stage import Check, Context, Method, Shown, Stage, model_digest
 from groundup.tokenizer import Message, Tokenizer, render
-from groundup.training import IGNORED, TrainedModel, TrainingJob, forget_checkpoints, train
+from groundup.training import IGNORED, Batch, NextToken, TrainedModel, TrainingJob, forget_checkpoints, train
 from groundup.training.pretrain import QUICK_VALIDATION, training_checks, training_derived
-
-Batch = dict[str, Tensor]
 
 
 class SFTSettings(AlignSettings, OptimizerSettings):
@@ -105,7 +102,8 @@ def fine_tune(
         )
     job = TrainingJob(
         name=name,
-        model=model,
+        modules={"model": model},
+        objective=NextToken(settings.label_smoothing, settings.z_loss),
         source=source,
         settings=settings,
         n_rows=source.rows_of_epochs(settings.epochs),

@@ -1,6 +1,6 @@
 """The same model on many devices: the world of processes, and sharding over it."""
 
-from groundup.distributed.shard import full_tensor, like_parameter, shard_model
-from groundup.distributed.world import World, current_world
+from groundup.distributed.shard import full_tensor, like_parameter, shard_module
+from groundup.distributed.world import AXES, World, current_world
 
-__all__ = ["World", "current_world", "full_tensor", "like_parameter", "shard_model"]
+__all__ = ["AXES", "World", "current_world", "full_tensor", "like_parameter", "shard_module"]

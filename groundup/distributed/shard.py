@@ -6,22 +6,21 @@ state are split over the processes; each block is gathered when it computes (arX
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from groundup.distributed.world import World
-from groundup.model import Transformer
+from groundup.model.transformer import Block
 
 
-def shard_model(model: Transformer, world: World) -> Transformer:
-    """Shard the model in place over the world's mesh; in a world of one it stays as it is."""
-    model.to(world.device)
+def shard_module(module: nn.Module, world: World) -> None:
+    """Shard a module (a model, or a head of one) in place over the world's mesh; a world of one leaves it as it is."""
+    module.to(world.device)
     if world.mesh is not None:
-        for block in model.layers:
+        for block in [part for part in module.modules() if isinstance(part, Block)]:
             fully_shard(block, mesh=world.mesh)
-        fully_shard(model, mesh=world.mesh)
-    return model
+        fully_shard(module, mesh=world.mesh)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -20,6 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from groundup.errors import GroundupError
 
+AXES = ("replicate", "shard", "tensor", "pipeline", "context")
+"""The `[parallel]` axes over which a run can be spread."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -42,12 +45,26 @@ class World:
         """Whether this process writes files and talks to the user."""
         return self.rank == 0
 
+    @property
+    def axes(self) -> frozenset[str]:
+        """The `[parallel]` axes that these processes use."""
+        return frozenset({"shard"} if self.size > 1 else ())
+
     def sum(self, values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """The elementwise sum of a small tensor over all processes."""
         if self.size > 1:
             values = values.to(self.device)
             dist.all_reduce(values, op=dist.ReduceOp.SUM)
         return values
+
+    def gather(self, share: Tensor) -> Tensor:
+        """The shares of all processes, which are equally large, one behind the other; on the CPU. All must call it."""
+        if self.size == 1:
+            return share.cpu()
+        share = share.to(self.device).contiguous()
+        parts = [torch.empty_like(share) for _ in range(self.size)]
+        dist.all_gather(parts, share)
+        return torch.cat(parts).cpu()
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process; all must call it."""

@@ -137,6 +137,17 @@ class OptimizerSettings(Section):
         return values if self.groups else {name: value for name, value in values.items() if name != "groups"}
 
 
+class MixtureSettings(Section):
+    """Other token shards that pretraining takes rows from."""
+
+    shards: str = setting(
+        ..., "a folder of token shards, made with the run's tokenizer: another run's shards/", min_length=1
+    )
+    weight: float = setting(
+        1.0, "how many rows come from it for each row of the run's own shards", gt=0.0, le=1_000_000.0
+    )
+
+
 class PretrainSettings(OptimizerSettings):
     """Model and shards to a base model."""
 
@@ -149,8 +160,19 @@ class PretrainSettings(OptimizerSettings):
         3_000_000, 'tokens to train on, or "compute-optimal" (20 for each parameter)', union_mode="left_to_right"
     )
     sequence_length: int | None = setting(None, "tokens in a row (unset: the model's context)", ge=8)
+    mixture: tuple[MixtureSettings, ...] = setting(
+        (), "[[pretrain.mixture]]: other folders of token shards that rows are drawn from too, each with a weight"
+    )
+    document_mask: bool = setting(
+        False,
+        "no token attends to another document of its row (slower; choose it where documents are short and unrelated)",
+    )
     samples: Texts = setting(("",), "prompts that are continued now and then, for the report")
     sample_tokens: int = setting(48, "tokens of each sample", ge=0, le=4096)
+
+    def fingerprint_values(self) -> dict[str, Any]:
+        """Of the mixture the weights: what is in the folders, wherever they are, has digests of its own."""
+        return {**super().fingerprint_values(), "mixture": [part.weight for part in self.mixture]}
 
     @model_validator(mode="after")
     def _some_tokens(self) -> PretrainSettings:

@@ -1,9 +1,19 @@
 """Model and batches to a trained model: objective, optimizers, schedule, precision, loop, checkpoints."""
 
 from groundup.training.batches import ShardBatches, batched_rows, pad_rows
-from groundup.training.job import BatchSource, TrainingJob
+from groundup.training.job import OnPolicySource, Source, TrainingJob
 from groundup.training.loop import forget_checkpoints, train
-from groundup.training.objective import IGNORED, Loss, cross_entropy_sum, head_loss
+from groundup.training.objective import (
+    IGNORED,
+    Batch,
+    Loss,
+    NextToken,
+    Objective,
+    Term,
+    cross_entropy_sum,
+    head_loss,
+    pass_flops,
+)
 from groundup.training.optimizers import check_optimizer, describe_groups, group_parameters
 from groundup.training.planning.memory import (
     choose_micro_batch,
@@ -18,9 +28,14 @@ from groundup.training.process import peak_memory_bytes
 
 __all__ = [
     "IGNORED",
-    "BatchSource",
+    "Batch",
     "Loss",
+    "NextToken",
+    "Objective",
+    "OnPolicySource",
     "ShardBatches",
+    "Source",
+    "Term",
     "TrainedModel",
     "TrainingJob",
     "batched_rows",
@@ -38,6 +53,7 @@ __all__ = [
     "head_loss",
     "native_bfloat16",
     "pad_rows",
+    "pass_flops",
     "peak_memory_bytes",
     "pretrain",
     "refuse_what_cannot_fit",

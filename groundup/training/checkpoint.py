@@ -1,10 +1,10 @@
 """Training checkpoints: everything a run needs to go on with the same bits.
 
 A checkpoint is a folder `step-00000120/` with safetensors of whole tensors by parameter name, so that any number of
-devices can load them (`weights`, `optimizer`, `average`), `config.json`, and `state.json` with the step, the spikes,
-the settings' fingerprint, the files' digests and its own. It appears whole; the newest undamaged one is resumed.
-`best/`, beside their folder and never removed with it, is the model of the lowest validation loss. Writing may go on
-beside training: what is written was copied first.
+devices can load them (`weights`, `optimizer`, `average`; of on-policy jobs `buffer`), `config.json`, and `state.json`
+with the step, the spikes, the settings' fingerprint, the files' digests and its own. It appears whole; the newest
+undamaged one is resumed. `best/`, beside their folder and never removed with it, is the model of the lowest validation
+loss. Writing may go on beside training: what is written was copied first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from groundup.files import (
     write_json,
     write_tensors,
 )
-from groundup.model import ModelConfig, Transformer
+from groundup.model import ModelConfig
 from groundup.training.optimizers import Optimizers, WeightAverage
 from groundup.training.precision import LossScaler
 from groundup.training.spikes import SpikeDetector
@@ -63,6 +63,8 @@ class Progress:
         spikes: what loss-spike handling remembers.
         scaler: what float16's loss scaler remembers.
         compiled: whether the model is compiled, which rounds otherwise; None: not decided yet.
+        flops: of training and of making rows, over all processes.
+        buffer_place: place of the batch before which the on-policy buffer was made; None: there is none.
     """
 
     step: int
@@ -76,6 +78,8 @@ class Progress:
     spikes: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
     compiled: bool | None = None
+    flops: float = 0.0
+    buffer_place: int | None = None
 
 
 Stateful = Mapping[str, Callable[[], dict[str, Tensor]]]
@@ -252,23 +256,29 @@ class TrainingState:
     """What a step changes.
 
     Attributes:
-        model: weights.
+        trained: weights, of all modules that are trained.
         optimizers: their moments.
         spikes: the losses that loss-spike handling remembers.
         scaler: float16's, or None.
         average: of the weights, or None.
+        buffer: rows that the model has made; empty: none.
     """
 
-    model: Transformer
+    trained: nn.Module
     optimizers: Optimizers
     spikes: SpikeDetector
     scaler: LossScaler | None = None
     average: WeightAverage | None = None
+    buffer: dict[str, Tensor] = field(default_factory=dict)
 
     def parts(self) -> Stateful:
         """The checkpoint's files of tensors."""
-        parts = {"weights": lambda: weights_of(self.model), "optimizer": self.optimizers.state_dict}
-        return parts if self.average is None else {**parts, "average": self.average.state_dict}
+        parts = {"weights": lambda: weights_of(self.trained), "optimizer": self.optimizers.state_dict}
+        if self.average is not None:
+            parts["average"] = self.average.state_dict
+        if self.buffer:
+            parts["buffer"] = self.buffer.copy
+        return parts
 
     def remembered(self, progress: Progress) -> Progress:
         """`progress` with what is no tensor."""
@@ -285,11 +295,12 @@ class TrainingState:
         if found is None:
             return None
         progress, parts = found
-        load_weights(self.model, parts["weights"])
+        load_weights(self.trained, parts["weights"])
         self.optimizers.load_state_dict(parts["optimizer"])
         self.spikes.load_state_dict(progress.spikes)
         if self.scaler is not None:
             self.scaler.load_state_dict(progress.scaler)
         if self.average is not None:
             self.average.load_state_dict(parts["average"])
+        self.buffer = parts.get("buffer", {})
         return progress

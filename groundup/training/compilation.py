@@ -41,11 +41,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from groundup.console import Console
 from groundup.distributed import World
 from groundup.model import ModelConfig, Transformer
-from groundup.model.cost import training_flops
 from groundup.model.transformer import Block
 from groundup.training.checkpoint import TrainingState
-from groundup.training.job import TrainingJob
-from groundup.training.objective import head_loss
+from groundup.training.job import OnPolicySource, TrainingJob
+from groundup.training.objective import weighted_sum
 from groundup.training.process import cache_root, recall, remember
 
 TRIED_FROM_FLOPS = {"cpu": 1e13, "cuda": 3e16}
@@ -80,26 +79,28 @@ def choose_compilation(
         world: the processes.
         console: is told what a trial found.
     """
-    settings, model, config = job.settings, state.model, state.model.config
+    settings, model, config = job.settings, job.model, job.model.config
     if decided is not None:
         choice: Choice | None = Choice(decided, "as before it was interrupted")
     else:
-        n_flops = job.n_rows * training_flops(config, job.row_length or config.context_length)
+        n_flops = job.objective.flops(config, (job.n_rows, job.row_length or config.context_length))
         choice = choose_without_trial(
             settings.compile, world.device.type, n_flops, world.size, rows_are_alike=job.row_length is not None
         )
-    if choice is not None:
+    if choice is not None or isinstance(job.source, OnPolicySource):
+        choice = choice or Choice(False, "there are no rows yet to try it on: only with compile = true")
         if choice.compiled:
             CompiledBlocks(model, console)
         return choice
-    ids, targets = (part.to(world.device) for part in job.source.rows(0, job.micro_rows))
+    batch = {name: tensor.to(world.device) for name, tensor in job.source.rows(0, job.micro_rows).items()}
 
     def run() -> None:
-        model(ids, head=head_loss(targets)).objective.backward()
+        terms = job.objective.terms(job.all_modules, batch)
+        weighted_sum(terms, dict.fromkeys(terms, 1.0)).backward()  # type: ignore[no-untyped-call]
         state.optimizers.forget_gradients()
 
     dtype = str(model.compute_dtype).removeprefix("torch.")
-    key = trial_key(config, ids.shape, dtype, settings.activation_checkpointing)
+    key = trial_key(config, batch["ids"].shape, dtype, settings.activation_checkpointing)
     model.train()
     choice = choose_by_trial(model, run, key, world.device, console)
     console.note(f"{job.name}: {'compiled' if choice.compiled else 'not compiled'} ({choice.reason})")

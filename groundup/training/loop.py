@@ -1,10 +1,11 @@
 """The training loop, for every stage that trains and for any number of processes.
 
 Each step: take the step's batch (a pure function of its place in the order), run forward and backward micro-batch by
-micro-batch, divide by the whole step's count of valid tokens, look for a loss spike, clip, update. In between:
-checkpoints, then validation and samples. What is written depends on recipe and seed only, so that a resumed run gives
-the same bits. The next batch is made and moved to the device while this one is computed. Ctrl-C and SIGTERM set a flag
-that is seen after the step.
+micro-batch, divide every term of the objective by the whole step's count of it, look for a loss spike, clip, update. In
+between: checkpoints, then validation and samples. What is written depends on recipe and seed only, so that a resumed
+run gives the same bits. A batch of a fixed data set is made and moved to the device while the one before is computed.
+An on-policy source asks the model as it is now: its buffer is gathered whole on every process and is in the checkpoint
+that is written at once, so that no sample is drawn twice. Ctrl-C and SIGTERM set a flag that is seen after the step.
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ from typing import Any, Generic, TypeVar
 
 import torch
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 
 from groundup.console import Bar, Console
-from groundup.distributed import World, shard_model
+from groundup.distributed import World, shard_module
 from groundup.errors import GroundupError, Interrupted
+from groundup.model import Transformer
 from groundup.training.checkpoint import CheckpointWriter, Progress, TrainingState, clear_leftovers
 from groundup.training.compilation import choose_compilation, set_checkpointing
-from groundup.training.job import TrainingJob
+from groundup.training.job import OnPolicySource, TrainingJob
 from groundup.training.metrics import MetricLog, Trackers, live_line, summarize, summary_line
-from groundup.training.objective import head_loss, valid_tokens
+from groundup.training.objective import Batch, micro_batches, weighted_sum
 from groundup.training.optimizers import (
     Optimizers,
     WeightAverage,
@@ -65,9 +67,10 @@ def train(job: TrainingJob, world: World, console: Console) -> dict[str, Any]:
     settings = job.settings
     check_precision(settings.precision, world.device.type, job.name)
     check_optimizer(settings, job.name, world.size)
+    job.check_axes(world)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signal())
-        stack.enter_context(frozen_groups(job.model, settings, job.name))
+        stack.enter_context(frozen_groups(job.trained, settings, job.name))
         if settings.precision == "float8":
             stack.enter_context(float8_products(job.model, job.name))
         return _train(job, world, console, stop)
@@ -75,21 +78,30 @@ def train(job: TrainingJob, world: World, console: Console) -> dict[str, Any]:
 
 def _train(job: TrainingJob, world: World, console: Console, stop: StopRequest) -> dict[str, Any]:
     settings, config = job.settings, job.model.config
-    job.micro_rows = check_memory(config, settings, job.row_length or config.context_length, world, console, job.name)
+    beside = sum(_held_bytes(job, module, world) for module in job.all_modules.values() if module is not job.model)
+    length = job.row_length or config.context_length
+    # Patterns of groups may be about other modules, which are counted by their sizes alone.
+    sized = settings if len(job.modules) == 1 else settings.model_copy(update={"groups": ()})
+    job.micro_rows = check_memory(config, sized, length, world, console, job.name, beside=beside)
     if world.device.type == "cpu":
         keep_freed_memory()
     precision, reason = choose_precision(settings.precision, world.device.type)
     for size in filter(None, (settings.batch_size, settings.batch_warmup_from)):
         world.rows(size)
-    model = shard_model(job.model, world)
-    model.compute_dtype = precision
-    set_checkpointing(model, settings.activation_checkpointing)
+    for module in job.frozen.values():
+        module.requires_grad_(False)
+    for module in job.all_modules.values():
+        shard_module(module, world)
+        for model in (part for part in module.modules() if isinstance(part, Transformer)):
+            model.compute_dtype = precision
+            set_checkpointing(model, settings.activation_checkpointing)
+    trained = job.trained
     state = TrainingState(
-        model=model,
-        optimizers=Optimizers(model, settings, precision, job.name),
+        trained=trained,
+        optimizers=Optimizers(trained, settings, precision, job.name),
         spikes=SpikeDetector(settings.on_spike, settings.spike_z),
         scaler=LossScaler() if precision == torch.float16 else None,
-        average=WeightAverage(model, settings.ema) if settings.ema else None,
+        average=WeightAverage(trained, settings.ema) if settings.ema else None,
     )
     folder = job.folder / CHECKPOINTS
     if world.is_first:
@@ -108,8 +120,8 @@ def _train(job: TrainingJob, world: World, console: Console, stop: StopRequest) 
         stack.callback(log.close)
         trackers = Trackers(names, job.folder, job.folder.parent.name, job.name, progress.step, settings.model_dump())
         stack.callback(trackers.close)
-        beside = world.device.type == "cuda" if settings.checkpoint_beside is None else settings.checkpoint_beside
-        writer = CheckpointWriter(folder, world, model.config, settings.keep_checkpoints, beside=beside)
+        in_thread = world.device.type == "cuda" if settings.checkpoint_beside is None else settings.checkpoint_beside
+        writer = CheckpointWriter(folder, world, config, settings.keep_checkpoints, beside=in_thread)
         stack.callback(writer.close)
         bar = stack.enter_context(console.bar(job.name, job.n_steps))
         loop = _Loop(job, state, log, trackers, writer, world, console, bar, stop)
@@ -137,15 +149,14 @@ class _Loop:
         self, job: TrainingJob, state: TrainingState, log: MetricLog, trackers: Trackers, writer: CheckpointWriter,
         world: World, console: Console, bar: Bar, stop: StopRequest,
     ) -> None:  # fmt: skip
-        self.job, self.state, self.model = job, state, state.model
+        self.job, self.state, self.modules = job, state, job.all_modules
+        self.on_policy = job.source if isinstance(job.source, OnPolicySource) else None
         self.log, self.trackers, self.writer = log, trackers, writer
         self.world, self.console, self.bar, self.stop = world, console, bar, stop
         self.eval_every = job.settings.eval_every or max(1, math.ceil(job.n_steps / 20))
         self.micro = job.micro_rows
         self.validation = Validation(job, state, writer, world, console, self.note, self.leave_if_asked)
-        self.speed = ThroughputMeter(
-            job.model.config, job.model.compute_dtype, world.device, world.size, measures=world.is_first
-        )
+        self.speed = ThroughputMeter(job.model.compute_dtype, world.device, world.size, measures=world.is_first)
 
     def run(self, progress: Progress) -> Progress:
         """Train from `progress` to the last step."""
@@ -160,8 +171,10 @@ class _Loop:
                 if progress.step == job.n_steps:
                     self.leave_if_asked(progress)
                     return progress
-                before = time.perf_counter()
                 try:
+                    if self.on_policy is not None:
+                        progress = self.fill_buffer(progress, self.on_policy)
+                    before = time.perf_counter()
                     line, tokens, flops = self.step(progress.step, progress.shift)
                 except _RollBack as reason:
                     progress = self.go_back(progress, str(reason))
@@ -173,13 +186,14 @@ class _Loop:
                     progress,
                     step=progress.step + 1,
                     tokens=progress.tokens + tokens,
+                    flops=progress.flops + flops,
                     seconds=began.seconds + now - start,
                     threads=torch.get_num_threads(),
                     world_size=self.world.size,
                 )
                 self.note("metrics", {"step": progress.step, "tokens": progress.tokens, **line})
                 if progress.step == 1:
-                    check_initial_loss(job, line["loss"], self.console)
+                    check_initial_loss(job, next(iter(line.values())), self.console)
                 if progress.step % job.settings.log_every == 0 or progress.step == job.n_steps:
                     self.show(progress, line, (now - start) / done_here)
                 asked, late = self.anywhere(self.stop.asked, now - saved >= job.settings.checkpoint_seconds)
@@ -191,6 +205,23 @@ class _Loop:
                     saved = time.perf_counter()
                     self.leave_if_asked(progress)
                 collect(progress.step)
+
+    def fill_buffer(self, progress: Progress, source: OnPolicySource) -> Progress:
+        """Have the model make the rows from which the next steps take theirs, where a new buffer is due."""
+        place = progress.step + progress.shift
+        is_due = source.is_due(place) or progress.buffer_place is None
+        if not is_due or progress.buffer_place == place:
+            return progress
+        for module in self.modules.values():
+            module.eval()
+        with torch.no_grad():
+            rows, flops = source.collect(self.modules, place, self.world.rows(source.buffer_rows))
+        self.state.buffer = {name: self.world.gather(rows[name]).contiguous() for name in sorted(rows)}
+        flops = float(self.world.sum(torch.tensor([flops], dtype=torch.float64))[0])
+        progress = replace(progress, buffer_place=place, flops=progress.flops + flops)
+        self.save(progress, at_once=True)
+        self.leave_if_asked(progress)
+        return progress
 
     def leave_if_asked(self, progress: Progress) -> None:
         """End the run where someone asked for it; to be called where a checkpoint of `progress` was written, if any.
@@ -210,7 +241,7 @@ class _Loop:
         Raises:
             GroundupError: a weight is not finite, and the run is to stop.
         """
-        spoiled = bad_weights(self.model, self.world)
+        spoiled = bad_weights(self.state.trained, self.world)
         if spoiled is not None:
             what = f"{spoiled}, so no checkpoint is made of them"
             self.give_way(self.state.spikes.judge_weights(what), progress.step - 1, {})
@@ -243,14 +274,18 @@ class _Loop:
             return list(flags)
         return [count > 0 for count in self.world.sum(torch.tensor(flags, dtype=torch.float32)).tolist()]
 
-    def batch(self, place: int) -> tuple[Tensor, Tensor, int]:
-        """This process's rows of the batch at a place of the plan, and how many of their targets are predicted."""
+    def batch(self, place: int) -> tuple[Batch, dict[str, float]]:
+        """This process's rows of the batch at a place of the plan, and what each term of them is divided by."""
         first, last = self.job.plan.rows(place)
         share = self.world.rows(last - first)
-        ids, targets = self.job.source.rows(first + share.start, first + share.stop)
+        if isinstance(self.job.source, OnPolicySource):
+            chosen = self.job.source.minibatch(place, last - first)[share]
+            rows = {name: tensor[chosen] for name, tensor in self.state.buffer.items()}
+        else:
+            rows = self.job.source.rows(first + share.start, first + share.stop)
         # Counted here, before they go to a GPU, which would have to be waited for.
-        count = valid_tokens(targets)
-        return to_device(ids, self.world.device), to_device(targets, self.world.device), count
+        counts = self.job.objective.counts(rows)
+        return {name: to_device(tensor, self.world.device) for name, tensor in rows.items()}, counts
 
     def validation_due(self, step: int) -> bool:
         """Whether validation and samples come after this step."""
@@ -264,7 +299,7 @@ class _Loop:
     def show(self, progress: Progress, line: Mapping[str, float], seconds_per_step: float) -> None:
         """The live line, and the wall-clock log."""
         speed, memory = self.speed.lately(), peak_memory_bytes(self.world.device)
-        of_step = {name: line[name] for name in ("loss", "lr", "muon_lr", "grad_norm") if name in line}
+        of_step = {name: line[name] for name in (next(iter(line)), "lr", "muon_lr", "grad_norm") if name in line}
         fields = {"step": f"{progress.step}/{self.job.n_steps}", **of_step}
         left = (self.job.n_steps - progress.step) * seconds_per_step
         self.bar.update(progress.step, note=live_line(fields, speed, left, memory, self.console.rich.width))
@@ -284,62 +319,65 @@ class _Loop:
         job, state = self.job, self.state
         place = step + shift
         self.seed_dropout(place)
-        ids, targets, own = self.batches.take(place, place + 1 if step + 1 < job.n_steps else None)
-        work = self.world.sum(torch.tensor([own, self.speed.flops(*ids.shape)], dtype=torch.float64))
-        self.model.train()
-        total = torch.zeros(1, dtype=torch.float64, device=self.world.device)
+        is_ahead = self.on_policy is None and step + 1 < job.n_steps
+        batch, own = self.batches.take(place, place + 1 if is_ahead else None)
+        flops_here = job.objective.flops(job.model.config, batch["ids"].shape)
+        work = self.world.sum(torch.tensor([*own.values(), flops_here], dtype=torch.float64))
+        *counts, flops = work.tolist()
+        for name, module in self.modules.items():
+            module.train(name in job.modules)
+        totals = torch.zeros(len(own), dtype=torch.float64, device=self.world.device)
         # FSDP averages gradients over processes: times the world's size it is the sum again.
-        weight = self.world.size / work[0] * (1.0 if state.scaler is None else state.scaler.scale)
-        for first in range(0, len(ids), self.micro):
-            part = slice(first, first + self.micro)
-            loss = self.model(ids[part], head=self.head(targets[part]))
-            balance = self.model.balance_loss()
-            objective = loss.objective if balance is None else loss.objective + balance
-            (objective * weight).backward()
-            total += loss.nats
+        scale = self.world.size / work[:-1] * (1.0 if state.scaler is None else state.scaler.scale)
+        first = next(iter(own))
+        named = zip(own, scale, counts, strict=True)
+        factors = {name: factor for name, factor, count in named if count or name == first}
+        for part in micro_batches(batch, self.micro):
+            terms = job.objective.terms(self.modules, part)
+            totals += torch.stack([terms[name].reported for name in own])
+            weighted_sum(terms, factors).backward()  # type: ignore[no-untyped-call]
         parameters = state.optimizers.parameters()
         if state.scaler is not None:
             state.scaler.unscale(parameters)
-        nats, squared = self.world.sum(torch.cat([total, squared_norm(parameters)])).tolist()
-        tokens, flops = work.tolist()
-        nats, grad_norm = nats / tokens, math.sqrt(squared)
+        *sums, squared = self.world.sum(torch.cat([totals, squared_norm(parameters)])).tolist()
+        found = {name: part / count for name, part, count in zip(own, sums, counts, strict=True) if count}
+        loss, grad_norm = found.get(first, math.nan), math.sqrt(squared)
         scale_to_norm(parameters, job.settings.max_grad_norm, grad_norm)
         lr_share = learning_rate_share(job.settings, step, job.n_steps)
-        line = {"loss": nats}
+        line = {first: loss}
         if job.train_bytes_per_token is not None:
-            line["bits_per_byte"] = nats / math.log(2) / job.train_bytes_per_token
-        line["lr"] = job.settings.lr * lr_share
+            line["bits_per_byte"] = loss / math.log(2) / job.train_bytes_per_token
+        line |= {**found, "lr": job.settings.lr * lr_share}
         if job.settings.optimizer == "muon":
             line["muon_lr"] = job.settings.muon_lr * lr_share
         line["grad_norm"] = grad_norm
         # A loss that is not finite has nothing to do with the scale.
-        if state.scaler is not None and math.isfinite(nats) and not state.scaler.judge(grad_norm):
+        if state.scaler is not None and math.isfinite(loss) and not state.scaler.judge(grad_norm):
             state.optimizers.forget_gradients()
-            return {**line, "skipped": 1}, int(tokens), flops
-        spike = state.spikes.judge(nats, grad_norm)
+            return {**line, "skipped": 1}, int(counts[0]), flops
+        spike = state.spikes.judge(loss, grad_norm)
         if spike is not None and spike.action != "ignore":
-            if not (math.isfinite(nats) and math.isfinite(grad_norm)):
-                spike = replace(spike, what=f"{spike.what}; {self.origin(step + shift, ids, targets)}")
-            return self.give_way(spike, step, line), int(tokens), flops
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                spike = replace(spike, what=f"{spike.what}; {self.origin(place, batch)}")
+            return self.give_way(spike, step, line), int(counts[0]), flops
         state.optimizers.step(lr_share)
         if state.average is not None:
             state.average.update()
-        return line, int(tokens), flops
+        return line, int(counts[0]), flops
 
     def seed_dropout(self, place: int) -> None:
         """Dropout's randomness is a function of the step's place, so there is no generator state to save."""
         torch.manual_seed(xxhash.xxh3_64_intdigest(f"{self.job.seed}/{place}/{self.world.rank}".encode()) >> 1)
 
-    def origin(self, place: int, ids: Tensor, targets: Tensor) -> str:
+    def origin(self, place: int, batch: Batch) -> str:
         """Where the first number of a step arose that is not finite."""
 
-        def forward(part: slice) -> Tensor:
-            nats: Tensor = self.model(ids[part], head=self.head(targets[part])).nats
-            return nats
+        def forward(part: Batch) -> Tensor:
+            return torch.stack([term.reported for term in self.job.objective.terms(self.modules, part).values()])
 
         self.seed_dropout(place)
-        parts = [slice(first, first + self.micro) for first in range(0, len(ids), self.micro)]
-        return find_origin(self.model, [functools.partial(forward, part) for part in parts], self.world)
+        passes = [functools.partial(forward, part) for part in micro_batches(batch, self.micro)]
+        return find_origin(self.state.trained, passes, self.world)
 
     def give_way(self, spike: Spike, step: int, line: dict[str, float]) -> dict[str, float]:
         """Leave a step's update out, or more.
@@ -361,14 +399,15 @@ class _Loop:
             f"{self.job.name}: {what}, at step {step + 1}. The last checkpoint is kept.", likely_causes(what)
         )
 
-    def head(self, targets: Tensor) -> Callable[..., Any]:
-        """The loss of these targets."""
-        settings = self.job.settings
-        return head_loss(targets, label_smoothing=settings.label_smoothing, z_loss=settings.z_loss)
-
 
 class _RollBack(Exception):
     """The last checkpoint is wanted back; says why."""
+
+
+def _held_bytes(job: TrainingJob, module: nn.Module, world: World) -> int:
+    """Bytes of a module beside the model on one device: its weights; of a trained one gradient and moments too."""
+    copies = 1 if module in job.frozen.values() else 4
+    return 4 * copies * sum(parameter.numel() for parameter in module.parameters()) // world.size
 
 
 def _say_resumed(job: TrainingJob, progress: Progress, world: World, console: Console) -> None:
@@ -409,31 +448,31 @@ def stop_on_signal() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-Batch = TypeVar("Batch")
+Made = TypeVar("Made")
 
 STEPS_BETWEEN_COLLECTIONS = 200
 
 
-class Prefetcher(Generic[Batch]):
+class Prefetcher(Generic[Made]):
     """Makes one batch ahead, in a thread. Use it in a `with` statement.
 
     Args:
         make: the batch of a place.
     """
 
-    def __init__(self, make: Callable[[int], Batch]) -> None:
+    def __init__(self, make: Callable[[int], Made]) -> None:
         self._make = make
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="next batch")
-        self._next: tuple[int, concurrent.futures.Future[Batch]] | None = None
+        self._next: tuple[int, concurrent.futures.Future[Made]] | None = None
 
-    def take(self, place: int, following: int | None) -> Batch:
+    def take(self, place: int, following: int | None) -> Made:
         """The batch of `place`; that of `following` is begun (None: there is none)."""
         is_ahead = self._next is not None and self._next[0] == place
         batch = self._next[1].result() if is_ahead and self._next is not None else self._make(place)
         self._next = None if following is None else (following, self._thread.submit(self._make, following))
         return batch
 
-    def __enter__(self) -> Prefetcher[Batch]:
+    def __enter__(self) -> Prefetcher[Made]:
         return self
 
     def __exit__(self, *error: object) -> None:

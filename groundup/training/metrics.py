@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 
 FILES = ("metrics", "samples", "timings")
+_NO_TERMS = {"step", "tokens", "lr", "muon_lr", "grad_norm", "bits_per_byte", "skipped"}
+"""What a step's line has beside the objective's terms."""
 
 
 class MetricLog:
@@ -56,7 +58,7 @@ class MetricLog:
             kept = [
                 line
                 for line in read_log(path)
-                if line["step"] < step or (line["step"] == step and name != "samples" and "val_loss" not in line)
+                if line["step"] < step or (line["step"] == step and name != "samples" and not _is_validation(line))
             ]
             with atomic_writer(path, binary=True) as handle:
                 handle.writelines(orjson.dumps(line) + b"\n" for line in kept)
@@ -101,6 +103,10 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise write_error(path, error) from error
+
+
+def _is_validation(line: Mapping[str, Any]) -> bool:
+    return any(name.startswith("val_") for name in line)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -222,17 +228,25 @@ def summarize(
     was last started.
     """
     lines = read_log(job.folder / "metrics.jsonl")
-    losses = [line["loss"] for line in lines if "loss" in line and math.isfinite(line["loss"] or math.nan)]
-    passes = [line for line in lines if "val_loss" in line]
-    tail = losses[-max(1, len(losses) // 20) :]
+    steps = [line for line in lines if "lr" in line]
+    validation: dict[str, Any] = next((line for line in reversed(lines) if _is_validation(line)), {})
+    terms = [name for name in (steps[-1] if steps else ()) if name not in _NO_TERMS]
+    curves = {name: [line[name] for line in steps if math.isfinite(line.get(name) or math.nan)] for name in terms}
+    final = {name: sum(tail) / len(tail) for name, values in curves.items() if (tail := values[-_tail(values) :])}
+    first = terms[0] if terms else "loss"
+    losses = curves.get(first, [])
+    others = [module for module in job.modules.values() if module is not job.model]
     summary = {
-        "parameters": job.model.n_parameters,
+        "parameters": job.model.n_parameters + sum(p.numel() for module in others for p in module.parameters()),
         "steps": progress.step,
         "tokens": progress.tokens,
+        "flops": progress.flops,
         "initial_loss": losses[0] if losses else math.nan,
         "expected_initial_loss": job.expected_initial_loss,
-        "final_loss": sum(tail) / len(tail) if tail else math.nan,
-        "val_loss": passes[-1]["val_loss"],
+        "final_loss": final.get(first, math.nan),
+        "val_loss": validation.get(f"val_{first}"),
+        **{f"final_{name}": value for name, value in final.items() if name != first},
+        **{name: value for name, value in validation.items() if name not in ("step", "tokens", f"val_{first}")},
         "precision": "float8" if job.settings.precision == "float8" else str(precision).removeprefix("torch."),
         "precision_reason": reason,
         "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
@@ -242,12 +256,15 @@ def summarize(
         "rollbacks": state.spikes.rollbacks,
     }
     if job.settings.groups:
-        shapes = {name: parameter.shape for name, parameter in job.model.named_parameters()}
+        shapes = {name: parameter.shape for name, parameter in job.trained.named_parameters()}
         rows = describe_groups(shapes, job.settings, job.name)
         summary["groups"] = [f"{match}: {reach}" for place, match, reach in rows if place.endswith("groups")]
-    if "val_bits_per_byte" in passes[-1]:
-        summary["val_bits_per_byte"] = passes[-1]["val_bits_per_byte"]
     return summary
+
+
+def _tail(values: Sequence[float]) -> int:
+    """How many of a run's last values stand for its end."""
+    return max(1, len(values) // 20)
 
 
 def summary_line(summary: Mapping[str, Any]) -> str:
@@ -255,8 +272,9 @@ def summary_line(summary: Mapping[str, Any]) -> str:
     parts = [
         f"{format_count(summary['tokens'])} tokens",
         f"loss {summary['initial_loss']:.2f} → {summary['final_loss']:.2f}",
-        f"val {summary['val_loss']:.3f}",
     ]
+    if summary["val_loss"] is not None:
+        parts.append(f"val {summary['val_loss']:.3f}")
     if "val_bits_per_byte" in summary:
         parts.append(f"{summary['val_bits_per_byte']:.3f} bits/byte")
     parts.append(f"{format_count(summary['tokens_per_second'])} tok/s")

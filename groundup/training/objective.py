@@ -1,12 +1,16 @@
-"""Next-token cross-entropy, summed over valid tokens, without ever holding all logits.
+"""What training minimizes: terms with denominators of their own, and next-token cross-entropy.
 
-The sum over a step (micro-batches, processes) is divided once by the step's global count of valid tokens, so
-that uneven masks weigh every token alike. The logits of (batch · seq) × vocab are the largest tensor of
-training; here they exist one slice of rows at a time. The gradient with respect to logits is known in closed
-form, so it is taken in the forward pass, slice by slice, and only the gradients of the hidden states and of the
-output matrix are kept (as in Liger Kernel, arXiv:2410.10989, section 3.2). A slice is large, so that its products are
-efficient and the output matrix's gradient is read and written seldom; on a CPU what is done to its logits one by one
-is done to pieces that stay in the cache (benchmarks/training_speed.py).
+An objective makes the model passes of one micro-batch and returns terms, each a sum over items (tokens, pairs, rows)
+with a count of its own. The loop divides each sum by its count over micro-batches and processes together, so that
+uneven masks weigh every item alike and every denominator is right whatever the layout: the loss of a step is Σ_terms
+weight · (Σ total) / (Σ count).
+
+Cross-entropy: the logits of (batch · seq) × vocab are the largest tensor of training; here they exist one slice of rows
+at a time. The gradient with respect to logits is known in closed form, so it is taken in the forward pass, slice by
+slice, and only the gradients of the hidden states and of the output matrix are kept (as in Liger Kernel,
+arXiv:2410.10989, section 3.2). A slice is large, so that its products are efficient and the output matrix's gradient is
+read and written seldom; on a CPU what is done to its logits one by one is done to pieces that stay in the cache
+(benchmarks/training_speed.py).
 
 With logits z of V tokens, target y, label smoothing ε (arXiv:1512.00567, section 7) and z-loss ζ (PaLM,
 arXiv:2204.02311, section 5), what is minimized is
@@ -19,14 +23,20 @@ where ε = ζ = 0 is plain cross-entropy. What is reported is always the plain o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from groundup.model import OutputLayer
+from groundup.model import ModelConfig, OutputLayer
+from groundup.model.cost import training_flops
+
+Batch = dict[str, Tensor]
+"""Named tensors, whose first dimension is the rows; `ids` (rows, seq) int64 is always there."""
 
 IGNORED = -100
 """The target of a position that is not predicted."""
@@ -42,6 +52,99 @@ PIECE_WEIGHTS = 1 << 21
 
 MOSTLY_VALID = 0.75
 """From this share of valid targets on, logits are made of the others' positions too, instead of leaving them out."""
+
+
+class Term(NamedTuple):
+    """One part of what is minimized, summed over the items of a micro-batch.
+
+    Attributes:
+        total: what is minimized; has the gradient.
+        reported: what logs show in its place, without gradient.
+        weight: in the sum of all terms; 0: only reported.
+    """
+
+    total: Float[Tensor, ""]
+    reported: Float[Tensor, ""]
+    weight: float = 1.0
+
+
+class Objective(Protocol):
+    """Which model passes are made, and what of them is minimized.
+
+    The first term is the one by which loss spikes are found and the best model is chosen; its count is what a run's
+    progress is told in.
+    """
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """What each term is divided by, of these rows, by the term's name; called on the host before the passes."""
+        ...
+
+    def terms(self, modules: Mapping[str, nn.Module], batch: Batch) -> dict[str, Term]:
+        """The passes over one micro-batch, and the terms by the names that `counts` gives.
+
+        Modules are called as a whole, never a part of one: the weights of sharded ones are there only then.
+        """
+        ...
+
+    def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
+        """FLOPs of all its passes, forward and backward, over rows whose `ids` have this shape; see `pass_flops`."""
+        ...
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Cross-entropy of the next token, in nats: the objective of pretraining and of supervised fine-tuning.
+
+    A batch has `ids`, `targets` (the next token of each, or `IGNORED`) and, where rows hold several documents,
+    `documents` (which one each token belongs to) and `positions` (its place there).
+
+    Attributes:
+        label_smoothing: ε above.
+        z_loss: ζ above.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """How many targets are predicted."""
+        return {"loss": int((batch["targets"] != IGNORED).sum())}
+
+    def terms(self, modules: Mapping[str, nn.Module], batch: Batch) -> dict[str, Term]:
+        """One forward pass; the loss of its routers is added to what is minimized."""
+        model = modules["model"]
+        head = head_loss(batch["targets"], label_smoothing=self.label_smoothing, z_loss=self.z_loss)
+        loss = model(batch["ids"], positions=batch.get("positions"), documents=batch.get("documents"), head=head)
+        balance = model.balance_loss()  # type: ignore[operator]
+        return {"loss": Term(loss.objective if balance is None else loss.objective + balance, loss.nats)}
+
+    def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
+        """One forward and one backward pass."""
+        return pass_flops(config, shape)
+
+
+def pass_flops(config: ModelConfig, shape: Sequence[int]) -> float:
+    """FLOPs of one forward and one backward pass over rows of ids of this shape: (rows, positions)."""
+    return shape[0] * _row_flops(config, shape[1])
+
+
+def weighted_sum(terms: Mapping[str, Term], factors: Mapping[str, Tensor | float]) -> Float[Tensor, ""]:
+    """Σ total · factor · weight, over the terms that have a factor and a weight."""
+    parts = [
+        terms[name].total * (factor * terms[name].weight) for name, factor in factors.items() if terms[name].weight
+    ]
+    return functools.reduce(torch.add, parts)
+
+
+def micro_batches(batch: Batch, n_rows: int) -> Iterator[Batch]:
+    """A batch in pieces of at most so many rows."""
+    for first in range(0, len(batch["ids"]), n_rows):
+        yield {name: tensor[first : first + n_rows] for name, tensor in batch.items()}
+
+
+@functools.lru_cache(maxsize=1024)
+def _row_flops(config: ModelConfig, length: int) -> int:
+    return training_flops(config, length)
 
 
 class Loss(NamedTuple):
@@ -100,11 +203,6 @@ def head_loss(
         )  # fmt: skip
 
     return loss
-
-
-def valid_tokens(targets: Int[Tensor, "*batch"]) -> int:
-    """How many targets are predicted."""
-    return int((targets != IGNORED).sum())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

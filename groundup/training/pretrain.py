@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from groundup.console import Console
-from groundup.distributed import World, current_world
+from groundup.distributed import AXES, World, current_world
 from groundup.errors import DataError
 from groundup.generation import generate
 from groundup.interop import save_model
@@ -26,6 +26,7 @@ from groundup.tokenizer import Tokenizer, load_tokenizer
 from groundup.training.batches import ShardBatches
 from groundup.training.job import TrainingJob
 from groundup.training.loop import forget_checkpoints, train
+from groundup.training.objective import NextToken
 from groundup.training.optimizers import check_optimizer, describe_groups, group_parameters
 from groundup.training.planning.memory import (
     choose_micro_batch,
@@ -122,25 +123,52 @@ def pretraining_job(
             f"Build the model with vocab_size={train_shards.vocab_size}.",
         )
     length = sequence_length(model.config, settings)
-    source = ShardBatches(train_shards, validation, length, settings.batch_size, seed)
-    if source.loader.note:
-        console.warn(f"pretrain: {source.loader.note}.")
+    mixture = [
+        (TokenShards.open(part.shards, "train", tokenizer_fingerprint=train_shards.tokenizer_fingerprint), part.weight)
+        for part in settings.mixture
+    ]
+    source = ShardBatches(
+        train_shards, validation, length, settings.batch_size, seed,
+        mixture=mixture, document_mask=settings.document_mask,
+    )  # fmt: skip
+    if source.note:
+        console.warn(f"pretrain: {source.note}.")
     return TrainingJob(
         name="pretrain",
-        model=model,
+        modules={"model": model},
+        objective=NextToken(settings.label_smoothing, settings.z_loss),
         source=source,
         settings=settings,
         n_rows=count_rows(model, settings),
         folder=out,
         seed=seed,
+        axes=frozenset(AXES),
         row_length=length,
         start=model_digest(settings.init) if settings.init is not None else "fresh",
         expected_initial_loss=expected_initial_loss(model.config) if settings.init is None else None,
-        bytes_per_token=validation.n_bytes / max(1, validation.n_tokens - validation.n_documents),
-        train_bytes_per_token=train_shards.n_bytes / max(1, train_shards.n_tokens - train_shards.n_documents),
+        bytes_per_token=_bytes_per_token([(validation, 1.0)]),
+        train_bytes_per_token=_bytes_per_token([(train_shards, 1.0), *mixture]),
         samples=settings.samples if tokenizer is not None and settings.sample_tokens else (),
         continue_text=_continuation(tokenizer, settings.sample_tokens, seed) if tokenizer is not None else None,
     )
+
+
+def _bytes_per_token(parts: Sequence[tuple[TokenShards, float]]) -> float:
+    """Of text, without the tokens that end documents; the mean over shards by their weights."""
+    ratios = ((shards.n_bytes / max(1, shards.n_tokens - shards.n_documents), weight) for shards, weight in parts)
+    return sum(ratio * weight for ratio, weight in ratios) / sum(weight for _, weight in parts)
+
+
+def mixture_digests(settings: PretrainSettings) -> dict[str, str]:
+    """What stands for the other shards of the mixture in the stage's fingerprint.
+
+    Raises:
+        ArtifactError: one of them is missing or damaged.
+    """
+    return {
+        f"mixture {number}": TokenShards.open(part.shards, "train").fingerprint
+        for number, part in enumerate(settings.mixture)
+    }
 
 
 def sequence_length(config: ModelConfig, settings: PretrainSettings) -> int:
@@ -197,13 +225,15 @@ class Pretrain(Method):
         return (stage.recipe.model, stage.settings)
 
     def outside(self, stage: Stage) -> dict[str, str]:
-        """The model that it goes on with."""
-        return {} if stage.settings.init is None else {"init": model_digest(stage.settings.init)}
+        """The model that it goes on with, and other shards."""
+        digests = {} if stage.settings.init is None else {"init": model_digest(stage.settings.init)}
+        return digests | mixture_digests(stage.settings)
 
     def checks(self, stage: Stage) -> Iterable[Check]:
         """Shape, optimizer, precision."""
         yield "[model]" if stage.settings.init is None else "init", lambda: starting_config(stage)
         yield "[pretrain]", lambda: sequence_length(starting_config(stage)[0], stage.settings)
+        yield "[pretrain] mixture", lambda: mixture_digests(stage.settings)
         yield from training_checks(stage)
 
     def derived(self, stage: Stage) -> Iterable[tuple[str, str, str]]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from groundup.distributed import World
 from groundup.errors import ArtifactError
-from groundup.model import Transformer
+from groundup.model.transformer import Block
 
 OnSpike = Literal["skip", "rollback", "stop", "ignore"]
 
@@ -162,11 +162,11 @@ def bad_weights(model: nn.Module, world: World) -> str | None:
     return None if found is None else f"weights of {found} are not finite"
 
 
-def find_origin(model: Transformer, passes: Iterable[Callable[[], Tensor]], world: World) -> str:
+def find_origin(model: nn.Module, passes: Iterable[Callable[[], Tensor]], world: World) -> str:
     """Where the first number that is not finite arose (every process must call it).
 
     Args:
-        model: with the bad step's gradients.
+        model: or all trained modules as one, with the bad step's gradients.
         passes: the step's forward passes on this process, each to its loss; they are done again, without a gradient.
         world: the processes; what any of them sees counts.
     """
@@ -194,7 +194,7 @@ def find_origin(model: Transformer, passes: Iterable[Callable[[], Tensor]], worl
 
 
 @contextlib.contextmanager
-def _watched(model: Transformer, bad: dict[str, bool]) -> Iterator[None]:
+def _watched(model: nn.Module, bad: dict[str, bool]) -> Iterator[None]:
     """Within this block `bad` notes for each part, in the order in which they finish, whether its output was bad."""
 
     def note(name: str) -> Callable[..., None]:
@@ -204,7 +204,7 @@ def _watched(model: Transformer, bad: dict[str, bool]) -> Iterator[None]:
 
         return look
 
-    ways = [(block, block.compute, block.recompute) for block in model.blocks]
+    ways = [(block, block.compute, block.recompute) for block in model.modules() if isinstance(block, Block)]
     hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
     try:
         for block, _, _ in ways:  # what is compiled cannot be looked into

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 
 import torch
 
-from groundup.model import ModelConfig
-from groundup.model.cost import training_flops
 from groundup.training.process import measured_once
 
 MEASURED_AFTER_SECONDS = 5.0
@@ -40,7 +38,6 @@ class ThroughputMeter:
     """Adds up steps.
 
     Args:
-        config: the model's.
         dtype: of its arithmetic.
         device: where one process computes.
         n_processes: that compute at the same time.
@@ -49,25 +46,17 @@ class ThroughputMeter:
 
     def __init__(
         self,
-        config: ModelConfig,
         dtype: torch.dtype,
         device: torch.device,
         n_processes: int = 1,
         *,
         measures: bool = True,
     ) -> None:
-        self._config, self._dtype, self._device, self._n_processes = config, dtype, device, n_processes
+        self._dtype, self._device, self._n_processes = dtype, device, n_processes
         self._measures = measures
-        self._flops_of_row: dict[int, int] = {}
         self._window = (0.0, 0.0, 0.0)  # seconds, tokens, FLOPs
         self._total = (0.0, 0.0, 0.0)
         self._peak: float | None = None
-
-    def flops(self, n_rows: int, length: int) -> int:
-        """FLOPs of forward and backward over this many rows of this many positions."""
-        if length not in self._flops_of_row:
-            self._flops_of_row[length] = training_flops(self._config, length)
-        return n_rows * self._flops_of_row[length]
 
     def add(self, seconds: float, tokens: float, flops: float) -> None:
         """Count a step: all processes' tokens and FLOPs."""

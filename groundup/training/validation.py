@@ -18,7 +18,7 @@ from groundup.console import Console
 from groundup.distributed import World
 from groundup.training.checkpoint import CheckpointWriter, Progress, TrainingState, weights_of
 from groundup.training.job import TrainingJob
-from groundup.training.objective import head_loss, valid_tokens
+from groundup.training.objective import micro_batches
 
 EVAL_TOKENS = 50_000
 """Scored in a pass, unless the recipe says otherwise."""
@@ -47,46 +47,55 @@ class Validation:
     leave_if_asked: Callable[[Progress], None]
 
     def run(self, progress: Progress) -> Progress:
-        """One pass; `progress` with the lowest loss so far."""
+        """One pass; `progress` with the lowest loss so far, which is the objective's first term."""
         step, job = progress.step, self.job
         averaged = self.state.average.in_place() if self.state.average is not None else contextlib.nullcontext()
         with averaged:
-            loss = self.validation_loss(progress)
-            line: dict[str, Any] = {"step": step, "tokens": progress.tokens, "val_loss": loss}
-            if job.bytes_per_token is not None:
-                line["val_bits_per_byte"] = loss / math.log(2) / job.bytes_per_token
-            self.note("metrics", line)
-            self.console.log(
-                {"step": f"{step}/{job.n_steps}", **{k: v for k, v in line.items() if k.startswith("val")}}
-            )
+            found = self.terms(progress)
+            loss = next(iter(found.values()), math.nan)
+            if found:
+                scores = {f"val_{name}": value for name, value in found.items()}
+                if job.bytes_per_token is not None:
+                    scores["val_bits_per_byte"] = loss / math.log(2) / job.bytes_per_token
+                self.note("metrics", {"step": step, "tokens": progress.tokens, **scores})
+                self.console.log({"step": f"{step}/{job.n_steps}", **scores})
             if job.continue_text is not None:
                 for place, prompt in enumerate(job.samples):
                     if place:
                         self.leave_if_asked(progress)
-                    text = job.continue_text(self.state.model, prompt)
+                    text = job.continue_text(job.model.eval(), prompt)
                     self.note("samples", {"step": step, "prompt": prompt, "text": text})
             is_better = progress.best_loss is None or loss < progress.best_loss
             if step > 0 and math.isfinite(loss) and is_better:
                 progress = replace(progress, best_loss=loss)
                 if job.settings.keep_best:
-                    self.writer.save_best(weights_of(self.state.model), progress)
+                    self.writer.save_best(weights_of(self.state.trained), progress)
         return progress
 
     @torch.no_grad()
-    def validation_loss(self, progress: Progress) -> float:
-        """Mean loss in nats over the validation targets."""
-        model, settings, device = self.state.model.eval(), self.job.settings, self.world.device
-        share = self.world.rows(settings.batch_size)
-        sums = torch.zeros(2, dtype=torch.float64, device=device)
-        for ids, targets in self.job.source.validation(settings.batch_size, settings.eval_tokens or EVAL_TOKENS):
+    def terms(self, progress: Progress) -> dict[str, float]:
+        """The objective's terms over all held-out rows; none if the source holds none out."""
+        job, device, modules = self.job, self.world.device, self.job.all_modules
+        for module in modules.values():
+            module.eval()
+        share = self.world.rows(job.settings.batch_size)
+        counts: dict[str, float] = {}
+        sums = torch.zeros(0, dtype=torch.float64, device=device)
+        for whole in job.source.validation(job.settings.batch_size, job.settings.eval_tokens or EVAL_TOKENS):
             self.leave_if_asked(progress)
-            mine_ids, mine = ids[share].to(device), targets[share].to(device)
-            for first in range(0, len(mine), self.job.micro_rows):
-                part = slice(first, first + self.job.micro_rows)
-                sums[0] += model(mine_ids[part], head=head_loss(mine[part])).nats
-            sums[1] += valid_tokens(targets[share])
-        total, count = self.world.sum(sums).tolist()
-        return total / count
+            batch = {name: tensor[share] for name, tensor in whole.items()}
+            own = job.objective.counts(batch)
+            counts = {name: counts.get(name, 0.0) + count for name, count in own.items()}
+            sums = sums if len(sums) else sums.new_zeros(len(own))
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            for part in micro_batches(batch, job.micro_rows):
+                terms = job.objective.terms(modules, part)
+                sums += torch.stack([terms[name].reported for name in own])
+        if not counts:
+            return {}
+        both = torch.cat([sums, torch.tensor(list(counts.values()), dtype=torch.float64, device=device)])
+        totals, divisors = self.world.sum(both).view(2, -1).tolist()
+        return {name: total / count for name, total, count in zip(counts, totals, divisors, strict=True) if count}
 
 
 def check_initial_loss(job: TrainingJob, loss: float, console: Console) -> None:

@@ -204,7 +204,7 @@ def choose_micro_batch(
 
 def check_memory(
     config: ModelConfig, settings: OptimizerSettings, length: int, world: World, console: Console,
-    stage: str = "pretrain",
+    stage: str = "pretrain", *, beside: int = 0,
 ) -> int:  # fmt: skip
     """Refuse what cannot fit, warn of what may not, and say how many rows one forward pass takes.
 
@@ -215,11 +215,13 @@ def check_memory(
         world: the processes; each has one device.
         console: where it is said.
         stage: named in messages.
+        beside: bytes that other modules of the job take.
 
     Raises:
         GroundupError: it is certain that memory will not do.
     """
     available = device_memory(world)
+    available = replace(available, total=max(0, available.total - beside))
     refuse_what_cannot_fit(config, settings, length, available, world.size, stage)
     micro, reason = choose_micro_batch(config, settings, length, available, world.size, stage)
     step = step_of(settings, length, available, world.size, micro)

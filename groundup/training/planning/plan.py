@@ -250,7 +250,8 @@ def _amount(
         settings.batch_size, math.ceil(tokens / length), settings.batch_warmup_from, settings.batch_warmup_share
     )
     rows = plan.rows(plan.n_steps - 1)[1]
-    epochs = None if text.train_tokens is None else rows * length / text.train_tokens
+    own_share = 1 / (1 + sum(part.weight for part in settings.mixture))
+    epochs = None if text.train_tokens is None else own_share * rows * length / text.train_tokens
     return settings, Amount(rows * length, why, plan.n_steps, rows, epochs)
 
 
