@@ -9,14 +9,9 @@ import torch
 from shards_bytes import opened
 
 from groundup.console import Console
-from groundup.distributed import current_world
-from groundup.errors import ArtifactError, RecipeError
 from groundup.model import Transformer, preset
-from groundup.recipe import PretrainSettings, parse_recipe
-from groundup.shards import TokenShards
-from groundup.training import IGNORED, NextToken, ShardBatches, head_loss, pretrain, train
-from groundup.training.metrics import read_log
-from groundup.training.pretrain import mixture_digests, pretraining_job
+from groundup.recipe import PretrainSettings
+from groundup.training.pretrain import pretraining_job
 
 QUIET = Console(quiet=True)
 OWN = ["".join(chr(97 + (n * k) % 26) for k in range(n * 7 % 61)) for n in range(25)]
