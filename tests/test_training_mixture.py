@@ -28,7 +28,7 @@ SMALL = {"vocab_size": 257, "context_length": 24, "n_layers": 2}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of three texts: lowercase, the digit 7 and the digit 8; validation is lowercase."""
     root = tmp_path_factory.mktemp("shards")
-    opened(root / "own", OWN, validation=["held out " * 20])
+    opened(root / "own", OWN, validation=["held out " * number for number in range(1, 9)])
     for digit in "78":
         opened(root / digit, [digit * 300])
     return root
