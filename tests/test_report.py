@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from groundup.errors import RunError
-from groundup.files import write_json
+from groundup.files import own_folder, write_json
 from groundup.recipe import read_recipe
 from groundup.report import closing_table, write_report
 from groundup.run import Manifest, Run
@@ -99,12 +99,12 @@ SCORES = {
 
 
 def lines(path: Path, values: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    own_folder(path.parent)
     path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
 
 
 def done(run: Run, stage: str, seconds: float, summary: dict) -> None:
-    run.folder(stage).mkdir(parents=True, exist_ok=True)
+    own_folder(run.folder(stage))
     known = graph(run.recipe)[stage]
     shown = asdict(known.method.shown(known, summary))
     run.finish(Manifest(stage, "f" * 32, seconds, summary, ENVIRONMENT, {}, shown))
@@ -189,6 +189,7 @@ def fake_run(root: Path, *, prompt: str = "Once upon a time", source: str = "gro
             for reason, found in examples.items()
         },
     }
+    own_folder(run.folder("corpus"))
     write_json(run.folder("corpus") / "filter_statistics.json", statistics)
     done(
         run,
@@ -224,6 +225,7 @@ def fake_run(root: Path, *, prompt: str = "Once upon a time", source: str = "gro
     train(run, "sft", 420, 4.4, 0.09, [{"step": 400, "prompt": "What is the opposite of hot?", "text": "cold"}], 3.402)
     conversations = {"conversations_train": 9_012, "conversations_held_out": 988, "supervised_tokens": 41_200}
     done(run, "sft", 96.2, {**training_summary(420, 4.4, 0.09), "expected_initial_loss": None, **conversations})
+    own_folder(run.folder("evaluate"))
     write_json(run.folder("evaluate") / "scores.json", SCORES)
     done(run, "evaluate/before-pretrain", 1.1, {"bits_per_byte": 7.9})
     done(run, "evaluate/pretrain", 10.1, {"bits_per_byte": 2.31, "exact_match": 0.0})

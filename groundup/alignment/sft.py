@@ -1,13 +1,14 @@
-"""Supervised fine-tuning: a base model learns to answer.
+"""Supervised fine-tuning: a base model learns to answer, and keeps what it knows.
 
-Loss on the assistant's tokens only, the end token included, so that it learns to stop
-(arXiv:2203.02155, section 3.5, step 1). Rows are padded on the right; the sum of losses is divided by the step's
-count of supervised tokens, whatever the rows' lengths.
+Loss on the assistant's tokens only, the end token included, so that it learns to stop (arXiv:2203.02155, section 3.5,
+step 1). Conversations are short, so a row holds several, each for itself (`packing.py`). A share of the rows, `replay`,
+is text of pretraining, every token of it a target (arXiv:2203.02155, section 3.5, "PPO-ptx"; arXiv:2403.08763): without
+it a small model forgets how to write. The sum of losses is divided by the step's count of targets, whoever's they are.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 from groundup.alignment.conversations import Conversations, data_fingerprint, load_conversations
+from groundup.alignment.packing import Text, lay_out, pack
 from groundup.console import Console
 from groundup.distributed import World, current_world
 from groundup.errors import DataError
@@ -26,20 +29,11 @@ from groundup.interop.start import starting_config, starting_point
 from groundup.model import Transformer
 from groundup.recipe import AlignSettings, OptimizerSettings, Section, Texts, resolve_optimizer, setting
 from groundup.report.format import format_lines, format_whole, loss_line, training_facts
+from groundup.shards import PackedLoader, Permutation, TokenShards, WindowLoader
+from groundup.shards.mixture import Shares, integer_weights
 from groundup.stage import Check, Context, Method, Shown, Stage, model_digest
 from groundup.tokenizer import Message, Tokenizer, render
-from groundup.training import (
-    IGNORED,
-    Batch,
-    NextToken,
-    TrainedModel,
-    TrainingJob,
-    batched_rows,
-    forget_checkpoints,
-    pad_rows,
-    train,
-)
-from groundup.training.batches import Row
+from groundup.training import IGNORED, Batch, NextToken, TrainedModel, TrainingJob, forget_checkpoints, train
 from groundup.training.pretrain import QUICK_VALIDATION, training_checks, training_derived
 
 
@@ -51,88 +45,15 @@ class SFTSettings(AlignSettings, OptimizerSettings):
     )
     examples: int = setting(10_000, "conversations that groundup:tasks generates", ge=100, le=10_000_000)
     epochs: float = setting(3.0, "passes over the conversations", gt=0.0, le=1000.0)
-
-
-class ConversationBatches:
-    """The loop's batches from conversations.
-
-    Args:
-        conversations: both sides of the split.
-        tokenizer: of the model.
-        context_length: longer conversations are cut at the end, and counted in `truncated`.
-        batch_size: conversations in a batch, over all processes.
-        seed: of the order.
-
-    Raises:
-        DataError: nothing supervised is left.
-    """
-
-    def __init__(
-        self, conversations: Conversations, tokenizer: Tokenizer, context_length: int, batch_size: int, seed: int
-    ) -> None:
-        self.truncated = 0
-        self.unsupervised = 0
-        self._train = self._encode(conversations.train, tokenizer, context_length)
-        self._held_out = self._encode(conversations.held_out, tokenizer, context_length)
-        if not self._train or not self._held_out:
-            raise DataError(
-                "[sft]: no answer fits into the model's context.",
-                f"Raise [model] context_length = {context_length}, or use shorter conversations.",
-            )
-        self._pad_id, self._seed = tokenizer.pad_id, seed
-        self.supervised_tokens = sum(int((row["targets"] != IGNORED).sum()) for row in self._train)
-        self.fingerprint = value_digest(
-            [tokenizer.fingerprint, context_length, batch_size, seed, [row["ids"].tolist() for row in self._train]]
-        )
-
-    @property
-    def n_train(self) -> int:
-        """Conversations to learn from."""
-        return len(self._train)
-
-    @property
-    def n_held_out(self) -> int:
-        """Conversations held out."""
-        return len(self._held_out)
-
-    def rows(self, first: int, last: int) -> Batch:
-        """Rows `first` … `last` − 1 of the endless order."""
-        chosen = [self._train[self._at(index)] for index in range(first, last)]
-        return pad_rows(chosen, len(chosen), self._pad_id)
-
-    def validation(self, batch_size: int, limit_tokens: int | None) -> Iterator[Batch]:
-        """Held-out batches, until `limit_tokens` supervised tokens are passed."""
-        rows, seen = [], 0
-        for row in self._held_out:
-            rows.append(row)
-            seen += int((row["targets"] != IGNORED).sum())
-            if limit_tokens is not None and seen >= limit_tokens:
-                break
-        yield from batched_rows(rows, batch_size)
-
-    def _at(self, index: int) -> int:
-        """Which conversation stands at `index` of the endless shuffled order."""
-        epoch, place = divmod(index, len(self._train))
-        return int(_epoch_order(self._seed, epoch, len(self._train))[place])
-
-    def _encode(self, conversations: Sequence[list[Message]], tokenizer: Tokenizer, context_length: int) -> list[Row]:
-        rows: list[Row] = []
-        for messages in conversations:
-            rendered = render(tokenizer, messages)
-            ids = np.array(rendered.ids, dtype=np.int64)
-            mask = np.array(rendered.loss_mask, dtype=bool)
-            self.truncated += len(ids) - 1 > context_length
-            targets = np.where(mask, ids, IGNORED)[1:][:context_length]
-            if (targets == IGNORED).all():
-                self.unsupervised += 1
-            else:
-                rows.append({"ids": ids[:-1][:context_length], "targets": targets})
-        return rows
-
-
-@functools.lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, size: int) -> torch.Tensor:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    packing: bool = setting(
+        True, "a row holds several whole conversations (false: one, padded; the same loss in more time)"
+    )
+    replay: float = setting(
+        0.0,
+        "share of the rows that are text of pretraining, against forgetting (try 0.25)",
+        ge=0.0,
+        lt=1.0,
+    )
 
 
 def fine_tune(
@@ -142,6 +63,7 @@ def fine_tune(
     *,
     out: str | Path,
     conversations: Conversations | None = None,
+    replay_shards: str | Path | None = None,
     seed: int = 1,
     name: str = "sft",
     start: str = "fresh",
@@ -156,6 +78,7 @@ def fine_tune(
         settings: what `[align.sft]` of a recipe says; its `start` loads nothing.
         out: the folder for logs, checkpoints and the model.
         conversations: what to learn (default: what `settings.data` names).
+        replay_shards: a folder written by `write_shards` with this tokenizer, for `settings.replay`.
         seed: of the generated tasks, the order and dropout.
         name: of the stage, in messages.
         start: what stands for the weights it begins with, so that a checkpoint of others is not resumed.
@@ -163,18 +86,19 @@ def fine_tune(
         console: where progress is shown.
 
     Raises:
-        DataError: no usable conversation.
+        ArtifactError: shards missing, damaged or of another tokenizer.
+        DataError: no usable conversation, or no shards to replay.
         Interrupted: asked to stop; everything is saved.
     """
     settings = resolve_optimizer(settings or SFTSettings())
     console, world = console or Console(), world or current_world()
-    out = Path(out)
+    out, length = Path(out), model.config.context_length
     conversations = conversations or load_conversations(settings, seed, console)
-    source = ConversationBatches(conversations, tokenizer, model.config.context_length, settings.batch_size, seed)
+    source = ConversationRows(conversations, tokenizer, length, settings, seed, replay_shards, f"align.{name}")
     if source.truncated:
         console.warn(
-            f"{name}: {source.truncated} conversations are longer than the context of {model.config.context_length} "
-            f"tokens and were cut; {source.unsupervised} had no answer left and were dropped."
+            f"{name}: {source.truncated} conversations are longer than the context of {length} tokens and were cut; "
+            f"{source.unsupervised} had no answer left and were dropped."
         )
     job = TrainingJob(
         name=name,
@@ -182,31 +106,183 @@ def fine_tune(
         objective=NextToken(settings.label_smoothing, settings.z_loss),
         source=source,
         settings=settings,
-        n_rows=math.ceil(settings.epochs * source.n_train),
+        n_rows=source.rows_of_epochs(settings.epochs),
         folder=out,
         seed=seed,
+        row_length=length if source.is_packed else None,
         start=start,
     )
     summary = train(job, world, console)
-    summary.update(
-        conversations_train=source.n_train,
-        conversations_held_out=source.n_held_out,
-        conversations_truncated=source.truncated,
-        supervised_tokens=source.supervised_tokens,
-    )
+    summary |= source.figures(job.plan.rows(job.n_steps - 1)[1])
     save_model(out / "model", model, tokenizer, world=world)
     forget_checkpoints(job, world)
     return TrainedModel(model, out, summary)
+
+
+class ConversationRows:
+    """Rows of conversations, with text of pretraining between them; each a pure function of (seed, place).
+
+    Args:
+        conversations: both sides of the split.
+        tokenizer: of the model.
+        context_length: of the model; longer conversations are cut at the end, and counted in `truncated`.
+        settings: how to pack, and how much to replay.
+        seed: of the order.
+        replay_shards: the text, for `settings.replay`.
+        section: of the recipe, in messages.
+
+    Attributes:
+        is_packed: whether all rows have the context's length, and say where their documents are.
+        truncated: conversations that were cut.
+        unsupervised: those of them without an answer left, which are dropped.
+
+    Raises:
+        ArtifactError: shards missing, damaged or of another tokenizer.
+        DataError: nothing supervised is left, or there is no text to replay.
+    """
+
+    def __init__(
+        self, conversations: Conversations, tokenizer: Tokenizer, context_length: int, settings: SFTSettings,
+        seed: int, replay_shards: str | Path | None = None, section: str = "align.sft",
+    ) -> None:  # fmt: skip
+        check_replay(settings, replay_shards is not None, section)
+        self.truncated = self.unsupervised = 0
+        self._width, self._pad_id, self._seed = context_length, tokenizer.pad_id, seed
+        self._train = self._encode(conversations.train, tokenizer)
+        self._held_out = self._encode(conversations.held_out, tokenizer)
+        if not self._train or not self._held_out:
+            raise DataError(
+                f"[{section}]: no answer fits into the model's context.",
+                f"Raise [model] context_length = {context_length}, or use shorter conversations.",
+            )
+        self._packs, self._replay = settings.packing, settings.replay
+        self._text: PackedLoader | None = None
+        if settings.replay and replay_shards is not None:
+            shards = TokenShards.open(replay_shards, "train", tokenizer_fingerprint=tokenizer.fingerprint)
+            self._text = PackedLoader(WindowLoader(shards, context_length, settings.batch_size, seed))
+        self.is_packed = self._packs or self._text is not None
+        self._rows = self._into_rows(self._train)
+        self._shares = Shares(integer_weights([1 - self._replay, self._replay] if self._replay else [1]), seed)
+        digest = xxhash.xxh3_128()
+        for part in itertools.chain.from_iterable(self._train):
+            digest.update(part.tobytes())
+        text = None if self._text is None else self._text.identity()
+        self.fingerprint = value_digest(
+            [tokenizer.fingerprint, context_length, self._packs, self._replay, text, seed, digest.hexdigest()]
+        )
+
+    def rows_of_epochs(self, epochs: float) -> int:
+        """Rows in which every conversation is met so often; text comes on top."""
+        return math.ceil(epochs * len(self._rows) / (1 - self._replay))
+
+    def rows(self, first: int, last: int) -> Batch:
+        """Rows `first` … `last` − 1 of the endless order."""
+        components, numbers = self._shares(np.arange(first, last))
+        is_text = components == 1
+        rows: list[list[Text]] = [[] for _ in components]
+        for place, row in zip(np.flatnonzero(~is_text), self._shuffled(numbers[~is_text]), strict=True):
+            rows[place] = self._rows[row]
+        batch = self._lay_out(rows)
+        if self._text is not None and is_text.any():
+            text = self._text.rows(numbers[is_text])
+            parts = (text.ids, text.targets, text.document_ids, text.positions)
+            for name, part in zip(("ids", "targets", "documents", "positions"), parts, strict=True):
+                batch[name][is_text, : part.shape[1]] = part
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+    def validation(self, batch_size: int, limit: int | None) -> Iterator[Batch]:
+        """Held-out conversations, until `limit` supervised tokens are passed; the last batch has empty rows."""
+        taken = len(self._held_out)
+        if limit is not None:
+            seen = np.cumsum([supervised(text) for text in self._held_out])
+            taken = min(taken, int(np.searchsorted(seen, limit)) + 1)
+        rows = self._into_rows(self._held_out[:taken])
+        for first in range(0, len(rows), batch_size):
+            part = rows[first : first + batch_size]
+            batch = self._lay_out([*part, *[[]] * (batch_size - len(part))])
+            yield {name: torch.from_numpy(values) for name, values in batch.items()}
+
+    def figures(self, n_rows: int) -> dict[str, float]:
+        """What the first `n_rows` rows were made of."""
+        figures: dict[str, float] = {
+            "conversations_train": len(self._train),
+            "conversations_held_out": len(self._held_out),
+            "conversations_truncated": self.truncated,
+            "supervised_tokens": sum(supervised(text) for text in self._train),
+            "rows": n_rows,
+        }
+        if self._packs:
+            tokens = sum(len(ids) for ids, _ in self._train)
+            figures["packing_efficiency"] = tokens / (len(self._rows) * self._width)
+        if self._text is not None:
+            figures["replay_share"] = self._shares.counts(n_rows)[1] / n_rows
+        return figures
+
+    def _shuffled(self, numbers: np.ndarray) -> np.ndarray:
+        """Which rows of conversations stand at these places of their own endless order, another one in each epoch."""
+        epochs, rows = np.divmod(numbers, len(self._rows))
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            rows[here] = Permutation(len(self._rows), (self._seed, int(epoch)))(rows[here])
+        return rows
+
+    def _into_rows(self, texts: Sequence[Text]) -> list[list[Text]]:
+        if not self._packs:
+            return [[text] for text in texts]
+        return [[texts[number] for number in row] for row in pack([len(ids) for ids, _ in texts], self._width)]
+
+    def _lay_out(self, rows: Sequence[Sequence[Text]]) -> dict[str, np.ndarray]:
+        if self.is_packed:
+            return lay_out(rows, self._width, self._pad_id)
+        # One text begins every row: what stands behind it is hidden by causal attention alone.
+        batch = lay_out(rows, max(len(ids) for row in rows for ids, _ in row), self._pad_id)
+        return {name: batch[name] for name in ("ids", "targets")}
+
+    def _encode(self, conversations: Sequence[list[Message]], tokenizer: Tokenizer) -> list[Text]:
+        texts = []
+        for messages in conversations:
+            rendered = render(tokenizer, messages)
+            ids = np.array(rendered.ids, dtype=np.int64)
+            mask = np.array(rendered.loss_mask, dtype=bool)
+            self.truncated += len(ids) - 1 > self._width
+            text = ids[:-1][: self._width], np.where(mask, ids, IGNORED)[1:][: self._width]
+            if supervised(text):
+                texts.append(text)
+            else:
+                self.unsupervised += 1
+        return texts
+
+
+def check_replay(settings: SFTSettings, has_shards: bool, section: str) -> None:
+    """Hold that there is text to replay if some is to be.
+
+    Raises:
+        DataError: there is none.
+    """
+    if settings.replay and not has_shards:
+        raise DataError(
+            f"[{section}] replay = {settings.replay:g}: there are no token shards to replay text from.",
+            "Give the recipe a [corpus], or set replay = 0 (the model then forgets much of what it has read).",
+        )
+
+
+def supervised(text: Text) -> int:
+    """How many targets a text has."""
+    return int((text[1] != IGNORED).sum())
 
 
 class SupervisedFineTuning(Method):
     """The stage: a model learns to answer."""
 
     settings = SFTSettings
-    version = 4
+    version = 5
     makes = "lm"
     trains = True
     figures = ("val_loss", "final_loss")
+
+    def needs(self, stage: Stage) -> tuple[str, ...]:
+        """The text to replay."""
+        return ("shards",) if stage.settings.replay and stage.recipe.reads_text else ()
 
     def outside(self, stage: Stage) -> dict[str, str]:
         """The conversations, and a model made elsewhere."""
@@ -223,6 +299,7 @@ class SupervisedFineTuning(Method):
         yield f"[{stage.section}] start", lambda: starting_config(stage)
         yield from training_checks(stage)
         yield f"[{stage.section}] data", lambda: data_fingerprint(stage.settings)
+        yield f"[{stage.section}] replay", lambda: check_replay(stage.settings, stage.recipe.reads_text, stage.section)
 
     def derived(self, stage: Stage) -> Iterable[tuple[str, str, str]]:
         """Micro-batch and memory."""
@@ -238,9 +315,10 @@ class SupervisedFineTuning(Method):
         """See `fine_tune`."""
         stage = context.stage
         model, tokenizer = starting_point(stage, context.run, context.console)
+        shards = context.run.folder("shards") if "shards" in stage.needs else None
         return fine_tune(
-            model, tokenizer, stage.settings, out=context.folder, seed=context.recipe.seed, name=stage.name,
-            world=context.world, console=context.console,
+            model, tokenizer, stage.settings, out=context.folder, replay_shards=shards, seed=context.recipe.seed,
+            name=stage.name, world=context.world, console=context.console,
         ).summary  # fmt: skip
 
     def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:
@@ -249,9 +327,15 @@ class SupervisedFineTuning(Method):
             ("conversations", format_whole(summary.get("conversations_train"))),
             ("held out", format_whole(summary.get("conversations_held_out"))),
             ("supervised tokens", format_whole(summary.get("supervised_tokens"))),
+            ("rows filled", _percent(summary.get("packing_efficiency"))),
+            ("rows of replayed text", _percent(summary.get("replay_share"))),
         ]
         lines = format_lines((summary.get("conversations_train"), "{} dialogues"), loss_line(summary))
         return Shown("Supervised fine-tuning", [*counts, *training_facts(summary)], lines)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
 
 
 SFT = SupervisedFineTuning()

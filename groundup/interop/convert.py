@@ -29,7 +29,7 @@ from groundup.tokenizer.pretrained import SPECIAL_TOKENS, read_tokenizer
 from groundup.untrusted import parse_object
 
 SHARD_BYTES = 5 * 10**9
-"""Of tensors in one file of an export."""
+"""Bytes of tensors in one file of an export."""
 
 _TOKEN_IDS = tuple(f"{name}_token_id" for name in SPECIAL_TOKENS)
 _DTYPES = {name.lower(): dtype for name, dtype in DTYPES.items()}
@@ -93,7 +93,7 @@ def export_folder(
         lacking = min((differences(stored.config, name) for name in FAMILIES), key=len)
         raise ArtifactError(
             f"{stored.folder}: transformers has no architecture that computes this model: {'; '.join(lacking)[:400]}.",
-            "groundup loads the folder as it is; what cannot leave has to be decided before training.",
+            "groundup loads the folder as it is; choose parts that transformers has before training.",
         )
     target = None if dtype is None else _DTYPES[dtype]
     return _convert(stored, Path(out), config, prefer, dtype=target, most_bytes=most_bytes, force=force)
@@ -166,7 +166,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype, source: str) -> Tensor:
 
 @contextmanager
 def _new_folder(out: Path, source: Path, *, force: bool) -> Iterator[Path]:
-    """A folder that appears whole, and takes the place of nothing but an empty folder or, if forced, a model."""
+    """A folder that appears whole; it replaces only an empty folder or, if forced, a model."""
     here, there = out.resolve(), source.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise GroundupError(f"{out}: is the folder that is read, or one inside or around it.", "Name another folder.")

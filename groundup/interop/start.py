@@ -1,4 +1,4 @@
-"""Starting from a model that is there already, instead of a fresh one: `init = "<folder>"` of a training stage.
+"""Starting from an existing model instead of a fresh one: `init = "<folder>"` of a training stage.
 
 In: a run, a model's folder of groundup's or of a Hugging Face family; what `[model]` of the recipe changes in it; the
 run's tokenizer. Out: the model, with rows for tokens that it did not know. Weights are never cut or reordered: what
@@ -92,7 +92,7 @@ def start_model(
         init: a run or a model's folder.
         settings: as for `start_config`.
         tokenizer: of the run, where it is not the model's own: it may have more entries, but must begin with the same.
-        console: where it is said how many tokens are new.
+        console: where the number of new tokens is reported.
 
     Raises:
         ArtifactError: no model there, or a damaged one.
@@ -152,7 +152,7 @@ def _fit_vocabulary(
             "Put its tokenizer.json into that folder.",
         )
     else:
-        console.warn(f"{init}: has no tokenizer, so whether its ids are those of this run's cannot be seen.")
+        console.warn(f"{init}: has no tokenizer, so its ids cannot be compared with this run's.")
     if tokenizer.vocab_size > known:
         extend_vocabulary(model, tokenizer.vocab_size)
         console.note(

@@ -16,7 +16,8 @@ from groundup.recipe.sections import Section, setting
 from groundup.recipe.stages import AlignSettings, EvaluateSettings, GenerateSettings, PretrainSettings
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-_TAKEN = {*TRUNK, "align", "model", "evaluate", "generate", "quantize", "start", "recipe.toml", "report.html"}
+_STAGE_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"  # of a folder, and of a TOML key without quotes
+_TAKEN = {*TRUNK, "align", "model", "evaluate", "generate", "quantize", "start"}
 BEFORE = "before-"
 """Begins the name under which the model is scored that a stage starts from, where no stage of the recipe made it."""
 
@@ -75,8 +76,10 @@ class Recipe(Section):
 
     def _names(self) -> Iterator[str]:
         for name in self.align:
-            if name in _TAKEN or name.startswith(BEFORE) or not re.fullmatch(NAME, name):
-                yield f"[align.{name}]: the name is taken or no folder's name: choose another"
+            if name in _TAKEN or name.startswith(BEFORE):
+                yield f"[align.{name}]: the name is taken: choose another"
+            elif not re.fullmatch(_STAGE_NAME, name):
+                yield f"[align.'{name}']: a stage's name is made of letters, digits, - and _: choose another"
 
     def _references(self) -> Iterator[str]:
         known = {*self.align, *(["pretrain"] if self.has_trunk else [])}

@@ -1,4 +1,4 @@
-"""The page's part on the corpus: what came in, what each step took out, how the signals lie, and examples.
+"""The page's part on the corpus: documents read, what each step removed, the signals' distributions, and examples.
 
 In: a run's `filter_statistics.json` and summaries. Out: plain values and one chart for the template.
 """

@@ -1,8 +1,8 @@
-"""`documents.jsonl` to shards by many processes, with the same bytes whoever does the work.
+"""`documents.jsonl` to shards by many processes, with the same bytes for any number of workers.
 
 Two passes over files, as MapReduce does it. First, each byte range of `documents.jsonl` is encoded into a folder of
 its own: the ids and lengths of the documents that begin in it, by split. Then each shard is cut out of the stream
-that the ranges make in their order: where a shard begins depends on token counts only, never on who counted.
+that the ranges make in their order: where a shard begins depends on token counts only.
 Folders of ranges appear whole and carry the fingerprint of all that decided their bytes, so a run that was killed
 goes on with those that fit; they are removed at the end.
 """

@@ -48,7 +48,7 @@ def write_page(measured: Measured, name: str, path: Path) -> None:
     """The report as one HTML file: no script, no network, light and dark.
 
     Raises:
-        RunError: somebody else's file is there.
+        RunError: a file that groundup did not write is there.
         GroundupError: the file cannot be written.
     """
     environment = Environment(
@@ -98,7 +98,7 @@ def headline(measured: Measured, name: str) -> str:
 
 
 def unused(measured: Measured) -> str:
-    """How much of the vocabulary is idle, in words."""
+    """How much of the vocabulary is unused, in words."""
     return f"Never used in this text: {measured.unused:,} tokens, {_unused_share(measured):.1%} of the vocabulary."
 
 

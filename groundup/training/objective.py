@@ -50,6 +50,9 @@ PIECE_LOGITS = 1 << 18
 PIECE_WEIGHTS = 1 << 21
 """Of the output matrix's gradient, what is added at once on a CPU: 4 MiB in bfloat16."""
 
+MOSTLY_VALID = 0.75
+"""From this share of valid targets on, logits are made of the others' positions too, instead of leaving them out."""
+
 
 class Term(NamedTuple):
     """One part of what is minimized, summed over the items of a micro-batch.
@@ -177,9 +180,13 @@ def cross_entropy_sum(
         label_smoothing: ε.
         z_loss: ζ.
     """
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    if rows.requires_grad and rows.device.type == "cpu":  # a GPU would have to be waited for to know how many they are
+        valid = (targets != IGNORED).nonzero()[:, 0]
+        if len(valid) < MOSTLY_VALID * len(targets):
+            rows, targets = rows[valid], targets[valid]
     objective, nats = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        rows, weight, targets.reshape(-1), vocab_size or weight.shape[0], softcap, label_smoothing, z_loss
+        rows, weight, targets, vocab_size or weight.shape[0], softcap, label_smoothing, z_loss
     )
     return Loss(objective, nats)
 

@@ -1,0 +1,184 @@
+"""Supervised fine-tuning: the rows that the loop is given, packed or padded, with replayed text or none."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from shards_bytes import document
+from torch import Tensor
+
+from groundup.alignment import ConversationRows, Conversations, SFTSettings, load_conversations
+from groundup.errors import ArtifactError, DataError
+from groundup.recipe import ShardsSettings
+from groundup.shards import PackedLoader, TokenShards, WindowLoader, write_shards
+from groundup.tokenizer import Tokenizer, render
+from groundup.training import IGNORED
+
+CONTEXT, SEED = 96, 3
+TEXTS = [f"{number} times the cat sat on the mat, and then it left." * (number % 4 + 1) for number in range(40)]
+Talk = tuple[int, ...]
+
+
+@functools.cache
+def talks() -> Conversations:
+    return load_conversations(SFTSettings(examples=150), seed=1)
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([*TEXTS, *(one["content"] for talk in talks().train for one in talk)], vocab_size=400)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    documents = [*map(document, TEXTS), document("held out", "validation")]
+    write_shards(documents, tokenizer(), folder, ShardsSettings())
+    return folder
+
+
+def source(
+    shards: Path | None = None, conversations: Conversations | None = None, **settings: object
+) -> ConversationRows:
+    chosen = SFTSettings(batch_size=4, **settings)
+    return ConversationRows(conversations or talks(), tokenizer(), CONTEXT, chosen, SEED, shards)
+
+
+def encoded(conversations: list) -> Counter[Talk]:
+    return Counter(tuple(render(tokenizer(), messages).ids[:-1]) for messages in conversations)
+
+
+def read_back(batch: dict[str, Tensor]) -> tuple[Counter[Talk], list[int]]:
+    """The conversations of a batch, and its rows that are text; padding is left out."""
+    found: Counter[Talk] = Counter()
+    text = []
+    for row, ids in enumerate(batch["ids"].tolist()):
+        if ids[0] not in (tokenizer().role_id("user"), tokenizer().pad_id):
+            text.append(row)
+            continue
+        is_padded = "documents" not in batch
+        documents = [-(i == tokenizer().pad_id) for i in ids] if is_padded else batch["documents"][row].tolist()
+        for number in range(max(documents) + 1):
+            found[tuple(token for token, of in zip(ids, documents, strict=True) if of == number)] += 1
+    return found, text
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("replay", [0.0, 0.3])
+def test_epochs_count_conversations_and_replay_counts_rows(shards: Path, packing: bool, replay: float) -> None:
+    rows = source(shards, packing=packing, replay=replay)
+    n_rows = rows.rows_of_epochs(2)
+    found, text = read_back(rows.rows(0, n_rows))
+    once = encoded(talks().train)
+    assert len(text) == pytest.approx(replay * n_rows, abs=1)
+    assert sum(found.values()) == pytest.approx(2 * sum(once.values()), rel=0.05 if replay else 0)
+    assert set(found) == set(once)
+    assert all(abs(found[talk] - 2 * n) <= n for talk, n in once.items())
+    figures = rows.figures(n_rows)
+    assert figures.get("replay_share", 0) == pytest.approx(len(text) / n_rows)
+    if packing and not replay:
+        batch = rows.rows(0, n_rows)
+        padding = float((batch["ids"] == tokenizer().pad_id).float().mean())
+        assert figures["packing_efficiency"] == pytest.approx(1 - padding)
+        assert padding < 0.1
+
+
+def test_replayed_rows_are_the_shards_own_with_their_borders(shards: Path) -> None:
+    rows = source(shards, replay=0.5)
+    batch = rows.rows(0, 12)
+    _, text = read_back(batch)
+    loader = PackedLoader(WindowLoader(TokenShards.open(shards, "train"), CONTEXT, 4, SEED))
+    expected = loader.rows(np.arange(len(text)))
+    assert len(text) == 6
+    names = {"ids": "ids", "targets": "targets", "documents": "document_ids", "positions": "positions"}
+    for name, theirs in names.items():
+        np.testing.assert_array_equal(batch[name][text].numpy(), getattr(expected, theirs))
+    assert expected.document_ids.max() > 0
+
+
+def test_text_shorter_than_the_context_is_padded(tmp_path: Path) -> None:
+    write_shards([document("A short text."), document("x", "validation")], tokenizer(), tmp_path, ShardsSettings())
+    batch = source(tmp_path, replay=0.5).rows(0, 4)
+    _, (row, _) = read_back(batch)
+    length = TokenShards.open(tmp_path, "train").n_tokens
+    assert (batch["targets"][row, :length] != IGNORED).all()
+    assert (batch["targets"][row, length:] == IGNORED).all()
+    assert (batch["documents"][row, :length] >= 0).all()
+    assert (batch["documents"][row, length:] == -1).all()
+
+
+@given(cuts=st.lists(st.integers(0, 40), min_size=2, max_size=4), seed=st.integers(0, 3))
+def test_a_row_is_a_function_of_its_place(shards: Path, cuts: list[int], seed: int) -> None:
+    rows = whole(shards)
+    cuts = sorted(cuts)
+    batch = rows.rows(cuts[0], cuts[-1])
+    parts = [rows.rows(first, last) for first, last in itertools.pairwise(cuts)]
+    for name, values in batch.items():
+        torch.testing.assert_close(torch.cat([part[name] for part in parts]), values)
+
+
+@functools.cache
+def whole(shards: Path) -> ConversationRows:
+    return source(shards, replay=0.3)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_validation_asks_every_held_out_conversation_once(packing: bool, batch_size: int) -> None:
+    rows = source(packing=packing)
+    batches = list(rows.validation(batch_size, None))
+    assert {len(batch["ids"]) for batch in batches} == {batch_size}
+    found: Counter[Talk] = Counter()
+    for batch in batches:
+        found.update(read_back(batch)[0])
+    assert found == encoded(talks().held_out)
+    supervised = sum(sum(render(tokenizer(), talk).loss_mask) for talk in talks().held_out)
+    assert sum(int((batch["targets"] != IGNORED).sum()) for batch in batches) == supervised
+    few = list(rows.validation(batch_size, 10))
+    assert 10 <= sum(int((batch["targets"] != IGNORED).sum()) for batch in few) < 30
+
+
+def test_what_is_learned_is_what_the_assistant_says_and_its_end() -> None:
+    batch = source().rows(0, 8)
+    told = Counter(batch["targets"][batch["targets"] != IGNORED].tolist())
+    assert told[tokenizer().end_id] == sum(read_back(batch)[0].values())  # one answer in each, none never ends
+    assert tokenizer().role_id("user") not in told
+    assert tokenizer().pad_id not in told
+
+
+def test_long_conversations_are_cut_and_counted() -> None:
+    long = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "cat " * 200}]
+    lost = [{"role": "user", "content": "cat " * 200}, {"role": "assistant", "content": "Yes"}]
+    rows = source(conversations=Conversations([*talks().train, long, lost], talks().held_out, {}))
+    assert (rows.truncated, rows.unsupervised) == (2, 1)
+    assert rows.figures(1)["conversations_train"] == len(talks().train) + 1
+    with pytest.raises(DataError, match="no answer fits"):
+        source(conversations=Conversations([lost], talks().held_out, {}))
+
+
+def test_replay_needs_shards_of_this_tokenizer(tmp_path: Path, shards: Path) -> None:
+    with pytest.raises(DataError, match=r"replay = 0.25: there are no token shards(.|\n)*set replay = 0"):
+        source(None, replay=0.25)
+    other = Tokenizer.train(["another text"], vocab_size=300)
+    write_shards([document("some text"), document("x", "validation")], other, tmp_path, ShardsSettings())
+    with pytest.raises(ArtifactError, match="another tokenizer"):
+        source(tmp_path, replay=0.25)
+
+
+def test_all_that_decides_the_rows_is_in_the_fingerprint(shards: Path, tmp_path: Path) -> None:
+    write_shards([document("other " * 99), document("x", "validation")], tokenizer(), tmp_path, ShardsSettings())
+    fewer = Conversations(talks().train[1:], talks().held_out, {})
+    found = [
+        source(), source(packing=False), source(shards, replay=0.2), source(shards, replay=0.3),
+        source(tmp_path, replay=0.3), source(conversations=fewer),
+    ]  # fmt: skip
+    assert len({one.fingerprint for one in found}) == len(found)
+    assert source(shards, replay=0.3).fingerprint == found[3].fingerprint
