@@ -21,7 +21,7 @@ import xxhash
 from groundup.alignment.conversations import Conversations, data_fingerprint, load_conversations
 from groundup.alignment.packing import Text, lay_out, pack
 from groundup.console import Console
-from groundup.distributed import World, current_world
+from groundup.distributed import AXES, World, current_world
 from groundup.errors import DataError
 from groundup.files import value_digest
 from groundup.interop import save_model
@@ -111,6 +111,7 @@ def fine_tune(
         seed=seed,
         row_length=length if source.is_packed else None,
         start=start,
+        axes=frozenset(AXES),
     )
     summary = train(job, world, console)
     summary |= source.figures(job.plan.rows(job.n_steps - 1)[1])
