@@ -22,7 +22,7 @@ from pydantic import model_validator
 from groundup.alignment.conversations import Conversations, data_fingerprint, load_conversations
 from groundup.alignment.packing import Text, lay_out, pack
 from groundup.console import Console
-from groundup.distributed import World, current_world
+from groundup.distributed import AXES, World, current_world
 from groundup.errors import DataError
 from groundup.files import value_digest
 from groundup.interop import save_model
@@ -123,6 +123,7 @@ def fine_tune(
         folder=out,
         seed=seed,
         row_length=length if source.is_packed else None,
+        axes=frozenset(AXES),
     )
     summary = train(job, world, console)
     summary |= source.figures(job.plan.rows(job.n_steps - 1)[1])
