@@ -1,7 +1,5 @@
 """A method is one file and one line: one from outside the package does all that those within do."""
 
-# ruff: noqa: F811  (the fixture that runs commands)
-
 from __future__ import annotations
 
 import re
@@ -14,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 import toy_method  # registers the method
-from command import CommandLine, groundup
+from command import CommandLine
 from tiny_run import bits, build_quietly, finished_run
 
 import groundup as package
