@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 import toy_method  # registers the method
-from command import CommandLine
+from command import CommandLine, groundup  # noqa: F401
 from tiny_run import bits, build_quietly, finished_run
 
 import groundup as package
