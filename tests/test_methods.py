@@ -98,7 +98,7 @@ def test_it_is_found_wherever_stages_are_shown(run: Run, recipe_file: Path, grou
     assert 'id="toy-grad_norm-wide' in page
     again = groundup("toy", recipe_file, "--out", run.root)
     assert again.code == 0
-    assert "toy             up to date" in again.err
+    assert "toy       up to date" in again.err
 
 
 def test_a_change_of_its_code_redoes_its_branch_only(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
