@@ -104,7 +104,7 @@ class Bar:
 
 
 class Console:
-    """Where people watch.
+    """Where progress and messages are shown.
 
     Args:
         quiet: show nothing but warnings.

@@ -1,7 +1,10 @@
-"""Files that appear whole or not at all.
+"""Files that appear whole or not at all, and folders that groundup may remove.
 
 Everything groundup writes goes to a temporary name in the target's folder, is flushed to disk
 (fsync) and renamed: a reader, or a run killed at any moment, sees the old file or the new one, never half.
+
+Nobody's files are lost: a folder is emptied, removed or replaced only if it carries our mark, the file
+`.groundup-folder`, which is the first thing in it and the last to go. Links are never followed to remove something.
 """
 
 from __future__ import annotations
@@ -13,19 +16,22 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import xxhash
 
-from groundup.errors import ArtifactError, GroundupError
+from groundup.errors import ArtifactError, GroundupError, RunError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PARTIAL_MARK = ".partial-"
-_REPLACED = "-old"
+MARK = ".groundup-folder"
+_ABOUT = "groundup made this folder, and may empty or remove it. Keep nothing of your own in it.\n"
+_PARTIAL, _REPLACED = ".groundup-partial-", ".groundup-replaced-"
+_SUFFIXES = rf"(?:(?P<kind>{re.escape(_PARTIAL)}|{re.escape(_REPLACED)})[0-9a-f]{{16}})+"
+_SIGNED = re.compile(r"groundup, ([0-9a-f]{32})\W*")
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -39,7 +45,7 @@ def atomic_writer(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
         GroundupError: the disk is full, or the folder cannot be written.
     """
     path = Path(path)
-    partial = _temporary(path)
+    partial = temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle: IO[Any] = partial.open("wb") if binary else partial.open("w", encoding="utf-8", newline="\n")
@@ -59,7 +65,7 @@ def atomic_writer(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
 
 def write_error(path: Path | str, error: OSError) -> GroundupError:
     """Say in words why `path` could not be written; a temporary name gives way to the one it stands for."""
-    path = re.sub(rf"{re.escape(PARTIAL_MARK)}[0-9a-f]{{8}}", "", str(path))
+    path = re.sub(_SUFFIXES, "", str(path))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return GroundupError(
             f"{path}: the disk is full; nothing half-written was left behind.",
@@ -98,6 +104,43 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
+def write_signed(path: Path, text: str, comment: str) -> None:
+    """Write a text file whole whose last line says that it is ours, in the place of nothing but such a file.
+
+    Args:
+        path: the file.
+        text: all but the last line.
+        comment: how the file's language writes one, such as "# {}".
+
+    Raises:
+        RunError: what is there is somebody else's, or somebody has changed it.
+        GroundupError: the disk is full, or the folder cannot be written.
+    """
+    check_signed(path)
+    text += "" if text.endswith("\n") else "\n"
+    digest = xxhash.xxh3_128_hexdigest(text.encode())
+    write_text(path, text + comment.format(f"Written by groundup, {digest}") + "\n")
+
+
+def check_signed(path: Path) -> None:
+    """Hold that a file may be replaced: it is not there, or as `write_signed` wrote it.
+
+    Raises:
+        RunError: it is somebody else's, or somebody has changed it.
+    """
+    if not os.path.lexists(path):
+        return
+    with contextlib.suppress(OSError):
+        *lines, last = path.read_bytes().splitlines(keepends=True) or [b""]
+        found = _SIGNED.search(last.decode(errors="replace"))
+        if not path.is_symlink() and found and found[1] == xxhash.xxh3_128_hexdigest(b"".join(lines)):
+            return
+    raise RunError(
+        f"{path}: was not written by groundup, or was changed since. It is left as it is.",
+        "Move it away, or choose another place with --out.",
+    )
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file that groundup wrote.
 
@@ -133,70 +176,161 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Fill a new folder that appears under its name only when complete (an old one is replaced).
+    """Fill a new folder that appears under its name only when complete; it replaces one of ours, or an empty one.
 
     Killed between the two renames of a replacement, the old one is there under a temporary name, from which
     `remove_partials` takes it back.
 
     Raises:
+        RunError: what is there is not ours.
         GroundupError: the disk is full, or the folder cannot be written.
     """
     path = Path(path)
-    partial = _temporary(path)
-    old = partial.with_name(f"{partial.name}{_REPLACED}")
+    check_ours(path)
+    partial, replaced = temporary(path), temporary(path, _REPLACED)
     try:
         partial.mkdir(parents=True)
+        _mark(partial)
         yield partial
         for written in [*partial.rglob("*"), partial]:
             sync(written)
         # Renamed first: removing takes time, and a kill meanwhile must not leave half a folder under the name.
-        if path.exists():
-            path.replace(old)
-        partial.replace(path)
+        if is_ours(path):
+            path.replace(replaced)
+        partial.replace(path)  # refused by the system if somebody has put something else there meanwhile
         sync(path.parent)
-        if old.exists():
-            old.replace(partial)  # what is half removed must not be taken for what is to be taken back
-            shutil.rmtree(partial, ignore_errors=True)
+        remove_folder(replaced)
     except BaseException as error:
         with contextlib.suppress(OSError):  # else it is taken back by `remove_partials`
-            if old.exists() and not path.exists():
-                old.replace(path)
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(partial, ignore_errors=True)
+            if replaced.exists() and not path.exists():
+                replaced.replace(path)
+        with contextlib.suppress(OSError):
+            _clear(partial)
         if isinstance(error, OSError):
             raise write_error(path, error) from error
         raise
 
 
-def remove_folder(path: Path) -> None:
-    """Remove a folder, as far as the system lets us; it loses its name first, so that nobody finds half of it."""
-    going = _temporary(path)
-    with contextlib.suppress(OSError):
-        path.replace(going)
-        shutil.rmtree(going, ignore_errors=True)
+def is_ours(folder: Path) -> bool:
+    """Whether groundup made this folder. A link is not ours, whatever it leads to."""
+    return os.path.isfile(folder / MARK) and not os.path.islink(folder)
 
 
-def remove_partials(folder: Path, *, deep: bool = True) -> None:
-    """Clear what a killed process left under temporary names; a folder it was about to replace is taken back.
+def check_ours(folder: Path) -> None:
+    """Hold that groundup may write and remove in a folder: it is ours, empty, or not there.
 
-    Args:
-        folder: where to look.
-        deep: in its folders too, at any depth.
+    Raises:
+        RunError: it is somebody else's.
     """
-    pattern = f"*{PARTIAL_MARK}*"
-    for leftover in list(Path(folder).rglob(pattern) if deep else Path(folder).glob(pattern)):
-        replaced = leftover.with_name(leftover.name.rpartition(PARTIAL_MARK)[0])
-        if leftover.name.endswith(_REPLACED) and leftover.is_dir() and not replaced.exists():
-            leftover.replace(replaced)
-        elif leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
+    if is_ours(folder) or not os.path.lexists(folder):
+        return
+    what = "holds files that groundup did not make"
+    if folder.is_symlink():
+        what = "is a link, and no folder that groundup made"
+    elif not folder.is_dir():
+        what = "is a file, and a folder is needed there"
+    else:
+        with contextlib.suppress(OSError):
+            if not any(folder.iterdir()):
+                return
+    raise RunError(f"{folder}: {what}. It is left as it is.", "Move it away, or choose another place with --out.")
+
+
+def own_folder(folder: Path) -> None:
+    """Make a folder that carries our mark from its first moment, or mark an empty one.
+
+    Raises:
+        RunError: it is somebody else's.
+        GroundupError: the disk is full, or the folder cannot be written.
+    """
+    check_ours(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not is_ours(folder):
+            _mark(folder)
+            sync(folder)
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
+def _mark(folder: Path) -> None:
+    (folder / MARK).write_text(_ABOUT, encoding="utf-8")  # the name alone counts: a kill before the text does no harm
+
+
+def clear_folder(folder: Path, keeps: Collection[str] = ()) -> None:
+    """Remove a folder of ours; or, with `keeps`, all that is in it but these entries.
+
+    Raises:
+        RunError: it is somebody else's.
+        OSError: something cannot be removed; what is left is still marked.
+    """
+    check_ours(folder)
+    if folder.is_dir():
+        _clear(folder, keeps)
+
+
+def _clear(folder: Path, keeps: Collection[str] = ()) -> None:
+    for entry in list(folder.iterdir()):
+        if entry.name == MARK or entry.name in keeps:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
         else:
-            leftover.unlink(missing_ok=True)
+            entry.unlink(missing_ok=True)
+    if not keeps:
+        (folder / MARK).unlink(missing_ok=True)
+        folder.rmdir()
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}{PARTIAL_MARK}{uuid.uuid4().hex[:8]}")
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of ours, as far as the system lets us; it loses its name first, so that nobody finds half of it.
+
+    What is not ours stays.
+    """
+    with contextlib.suppress(OSError):
+        if is_ours(folder):
+            going = temporary(folder)
+            folder.replace(going)
+            _clear(going)
+
+
+def remove_partials(folder: Path) -> None:
+    """Clear what a killed process left under temporary names in a folder of ours, and in those of ours within it.
+
+    A folder that was about to be replaced is taken back. A folder that is not ours is not even looked into.
+    """
+    if is_ours(folder):
+        for entry in list(folder.iterdir()):
+            if not _clear_leftover(entry):
+                remove_partials(entry)
+
+
+def remove_partials_of(path: Path) -> None:
+    """Clear what a killed process left of one file or folder, beside it under temporary names."""
+    if path.parent.is_dir():
+        for entry in list(path.parent.iterdir()):
+            _clear_leftover(entry, of=path.name)
+
+
+def _clear_leftover(entry: Path, of: str | None = None) -> bool:
+    """Clear an entry with a temporary name (of that one file or folder), and say whether it has one."""
+    found = re.fullmatch(rf"(?P<name>.+?){_SUFFIXES}", entry.name)
+    if found is None or of not in (None, found["name"]):
+        return False
+    before = entry.with_name(found["name"])
+    with contextlib.suppress(OSError, RunError):
+        if not entry.is_dir() or entry.is_symlink():
+            entry.unlink(missing_ok=True)
+        elif found["kind"] == _REPLACED and not before.exists():
+            entry.replace(before)
+        else:
+            clear_folder(entry)
+    return True
+
+
+def temporary(path: Path, kind: str = _PARTIAL) -> Path:
+    """A new name beside `path`, by which `remove_partials` knows what a killed process left."""
+    return path.with_name(f"{path.name}{kind}{uuid.uuid4().hex[:16]}")
 
 
 def append_file(handle: IO[bytes], path: Path) -> None:

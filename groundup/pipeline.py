@@ -21,14 +21,11 @@ from groundup.console import Console
 from groundup.distributed import current_world
 from groundup.environment import describe_environment
 from groundup.errors import GateError, GroundupError
-from groundup.files import remove_partials
 from groundup.preview import check_memory, check_recipe
 from groundup.recipe import Recipe, changed_settings
-from groundup.run import MANIFEST, RECIPE_FILE, Manifest, Run, State, stage_fingerprint
+from groundup.run import MANIFEST, RECIPE_FILE, REPORT_FILE, Manifest, Run, State, stage_fingerprint
 from groundup.stage import Context, Stage, ancestors, graph, select
 from groundup.training.process import limited_threads
-
-REPORT_FILE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -117,12 +114,12 @@ def build(
         for names in (only or [], [] if start_from is None else [start_from]):
             select(graph(recipe), names)
         check_recipe(recipe, recipe.name)
+        run.check(recipe, [part for name in graph(recipe) for part in (name.partition("/")[0], name)])
     with limited_threads(recipe.threads), run.lock() if world.is_first else contextlib.nullcontext():
         plans = plan(recipe, run, only=only, start_from=start_from, force=force)
         check_memory([item.stage for item in plans if item.is_due])
         console.name_width = max(len(item.stage.name) for item in plans)
         if world.is_first:
-            remove_partials(run.root)
             _say_what_changed(run, recipe, console)
             run.create(recipe)
             # All at once: if this is interrupted, the same command without --force does what is left.

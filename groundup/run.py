@@ -4,30 +4,46 @@
 manifest is there and its fingerprint (its settings, its inputs' fingerprints, its code version) still
 matches; then it is skipped. The manifest is written last, so a stage killed anywhere is simply not done.
 A lock keeps two processes from writing one run; it falls with its process, so none goes stale.
+
+The folder may be one that holds other things too: nothing in it is replaced or removed but a stage's folder that
+carries our mark, and a recipe and a report that are as groundup wrote them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from groundup.errors import ArtifactError, RunError
-from groundup.files import read_json, remove_partials, value_digest, write_error, write_json, write_text
+from groundup.errors import ArtifactError, GroundupError, RunError
+from groundup.files import (
+    check_ours,
+    check_signed,
+    clear_folder,
+    is_ours,
+    own_folder,
+    read_json,
+    remove_partials,
+    remove_partials_of,
+    value_digest,
+    write_error,
+    write_json,
+    write_signed,
+)
 from groundup.recipe import Recipe, read_recipe, recipe_toml
 
 MANIFEST = "stage.json"
 STARTED = "started.json"
 RECIPE_FILE = "recipe.toml"
-LOCK_FILE = ".lock"
-HOLDER_FILE = ".lock-holder.json"
+REPORT_FILE = "report.html"
+LOCK_FILE = ".groundup-lock"
+HOLDER_FILE = ".groundup-lock-holder.json"
 
 
 State = Literal["done", "changed", "begun", "missing"]
@@ -110,12 +126,33 @@ class Run:
         """The recipe the run was last built with."""
         return read_recipe(self.root / RECIPE_FILE)
 
+    def check(self, recipe: Recipe, stages: Iterable[str]) -> None:
+        """Hold that a build would replace nothing that is not ours; called before anything is done.
+
+        Raises:
+            RunError: something in the folder is somebody else's.
+        """
+        for stage in stages:
+            check_ours(self.folder(stage))
+        if not self._keeps(recipe):
+            check_signed(self.root / RECIPE_FILE)
+        check_signed(self.root / REPORT_FILE)
+
     def create(self, recipe: Recipe) -> None:
-        """Make the folder and keep the recipe in it."""
-        text = recipe_toml(recipe)
-        path = self.root / RECIPE_FILE
-        if not path.is_file() or path.read_bytes() != text.encode():
-            write_text(path, text)
+        """Make the folder and keep the recipe in it.
+
+        Raises:
+            RunError: another recipe is there that somebody has written or changed by hand.
+        """
+        if not self._keeps(recipe):
+            write_signed(self.root / RECIPE_FILE, recipe_toml(recipe), "# {}")
+
+    def _keeps(self, recipe: Recipe) -> bool:
+        """Whether the recipe in the folder is this one, however it is written."""
+        try:
+            return recipe_toml(self.recipe) == recipe_toml(recipe)
+        except (GroundupError, OSError):
+            return False
 
     def folder(self, stage: str) -> Path:
         """Where a stage's artifact is, or will be."""
@@ -149,14 +186,19 @@ class Run:
 
         Returns:
             The folder. Until `finish`, the stage counts as not done.
+
+        Raises:
+            RunError: the folder is not ours.
         """
         folder = self.folder(stage)
         started = folder / STARTED
         same = started.is_file() and _read_or_none(started) == {"fingerprint": fingerprint}
         if not same:
             self.forget(stage, keeps)
+        if folder.parent != self.root:
+            own_folder(folder.parent)
+        own_folder(folder)
         (folder / MANIFEST).unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
         remove_partials(folder)
         if not same:
             write_json(started, {"fingerprint": fingerprint})
@@ -169,25 +211,25 @@ class Run:
 
     def clear(self, stage: str) -> None:
         """Take away a finished stage's mark of having begun, which a kill right behind its manifest leaves there."""
-        (self.folder(stage) / STARTED).unlink(missing_ok=True)
+        if is_ours(self.folder(stage)):
+            (self.folder(stage) / STARTED).unlink(missing_ok=True)
 
     def forget(self, stage: str, keeps: Sequence[str] = ()) -> None:
-        """Remove a stage's artifact, all but the subfolders `keeps`, so that it is made again."""
+        """Remove a stage's artifact, all but the subfolders `keeps`, so that it is made again.
+
+        Raises:
+            RunError: the folder is not ours.
+        """
         folder = self.folder(stage)
-        if folder.exists():
-            # Both marks first: what a kill leaves of the folder is then neither done nor gone on with.
-            (folder / MANIFEST).unlink(missing_ok=True)
-            (folder / STARTED).unlink(missing_ok=True)
-            if not keeps:
-                shutil.rmtree(folder)
-                return
-            for entry in list(folder.iterdir()):
-                if entry.name in keeps:
-                    continue
-                if entry.is_dir():
-                    shutil.rmtree(entry)
-                else:
-                    entry.unlink()
+        check_ours(folder)
+        try:
+            if is_ours(folder):
+                # First: what a kill leaves of the folder is then neither done nor gone on with.
+                (folder / MANIFEST).unlink(missing_ok=True)
+                (folder / STARTED).unlink(missing_ok=True)
+                clear_folder(folder, keeps)
+        except OSError as error:
+            raise write_error(folder, error) from error
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -213,6 +255,8 @@ class Run:
         except OSError as error:
             raise write_error(self.root, error) from error
         try:
+            for name in (RECIPE_FILE, REPORT_FILE, HOLDER_FILE):
+                remove_partials_of(self.root / name)
             write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
             yield
         finally:

@@ -1,4 +1,4 @@
-"""Files that somebody else made: opened only inside their folder, read only up to a size, parsed strictly.
+"""Files from outside: opened only inside their folder, read only up to a size, parsed strictly.
 
 A model's folder comes from the network as often as from a run. Nothing in it is trusted: no path that leads out of it,
 no JSON that says the same name twice, no file that is larger than such a file can be.

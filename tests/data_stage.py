@@ -16,7 +16,7 @@ _WORDS = (
 )
 WORDS = _WORDS.split()
 STAGES_FILES = {
-    "corpus": ("documents.jsonl", "set_aside.jsonl", "funnel.json"),
+    "corpus": ("documents.jsonl", "set_aside.jsonl", "filter_statistics.json"),
     "tokenizer": ("tokenizer.json",),
     "shards": ("manifest.json",),
 }

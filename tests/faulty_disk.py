@@ -158,6 +158,7 @@ def save_a_little(folder: Path, tell: Callable[..., None], keep: int = 1) -> Cal
     import torch
 
     from groundup.distributed import current_world
+    from groundup.files import own_folder
     from groundup.model import preset
     from groundup.training.checkpoint import CheckpointWriter, Progress
     from groundup.training.metrics import MetricLog
@@ -165,6 +166,8 @@ def save_a_little(folder: Path, tell: Callable[..., None], keep: int = 1) -> Cal
     world = current_world()
 
     def work() -> None:
+        own_folder(folder)
+        own_folder(folder / "checkpoints")
         writer = CheckpointWriter(folder / "checkpoints", world, preset("ground-nano"), keep, beside=False)
         log = MetricLog(folder, 0)
         for step, shift in ((1, 0), (2, 0), (2, 7)):

@@ -35,7 +35,7 @@ Talk = tuple[int, ...]
 
 @functools.cache
 def talks() -> Conversations:
-    return load_conversations(SFTSettings(examples=150), seed=1)
+    return load_conversations(["groundup:tasks"], 150, 1, "align.sft")
 
 
 @functools.cache

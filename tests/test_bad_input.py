@@ -31,7 +31,7 @@ def said(err: str) -> str:
 
 
 def assert_nothing_half_written(folder: Path) -> None:
-    assert not list(folder.rglob("*.partial-*"))
+    assert not list(folder.rglob("*.groundup-partial-*"))
 
 
 # --- Set aside, counted and listed; the rest is built

@@ -80,11 +80,24 @@ def test_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     for words in ("Temperature 0.", "warm: not a number", "temperature = -1.0", "/dance: no such", "/save needs"):
         assert words in err
 
-    saved = tmp_path / "talk.json"
-    talk(chat, monkeypatch, f"/save {saved}", f"/save {tmp_path}", "/reset", "/quit", "never said")
+    saved, theirs = tmp_path / "talk.json", tmp_path / "letter.txt"
+    theirs.write_text("mine")
+    talk(
+        chat,
+        monkeypatch,
+        f"/save {saved}",
+        f"/save {saved}",
+        f"/save {tmp_path}",
+        f"/save {theirs}",
+        "/reset",
+        "/quit",
+        "never said",
+    )
     out, err = capsys.readouterr()
     assert [message["content"] for message in json.loads(saved.read_text())][:2] == ["Be brief.", "One"]
     assert f"{saved}: written." in err
+    assert f"{theirs}: is there already" in err
+    assert theirs.read_text() == "mine"
     assert str(tmp_path) in err
     assert roles(chat) == ["system"]
     assert out == ""

@@ -420,7 +420,7 @@ def test_stopped_between_it_says_how_to_go_on(tmp_path: Path) -> None:
     assert f"-m groundup build {recipe}" in err
     assert "Traceback" not in err
     assert not run.is_worked_on()
-    assert not list(tmp_path.rglob("*.partial-*"))
+    assert not list(tmp_path.rglob("*.groundup-partial-*"))
 
 
 def test_tables_suit_pipes(groundup: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

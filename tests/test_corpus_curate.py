@@ -1,4 +1,4 @@
-"""The corpus stage: filters in order, books that balance, a held-out part that depends on the text alone."""
+"""The corpus stage: filters in order, counts that add up, a held-out part that depends on the text alone."""
 
 import json
 import random
@@ -34,7 +34,7 @@ def validation_texts(out: Path) -> set[str]:
     return {document.text for document in stream_documents(out, "validation")}
 
 
-def test_filters_remove_in_order_and_the_books_balance(tmp_path: Path) -> None:
+def test_filters_remove_in_order_and_the_counts_add_up(tmp_path: Path) -> None:
     english = [ENGLISH.format(n) for n in range(40)]
     texts = [*english, *english[:5], *(FRENCH.format(n) for n in range(7)), "short", "short", FRENCH.format(0), ""]
     summary = curated(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", texts), min_characters=10)
@@ -63,12 +63,12 @@ def test_what_was_left_out_is_listed_with_its_place(tmp_path: Path) -> None:
     kept = {document.id: document.text for document in stream_documents(tmp_path / "out")}
     assert kept[listed[0]["detail"].split()[-1]] == texts[3]
     assert listed[1]["excerpt"].startswith("Le renard")
-    funnel = json.loads((tmp_path / "out" / "funnel.json").read_text())
-    for step, following in zip(funnel["steps"], funnel["steps"][1:], strict=False):
+    statistics = json.loads((tmp_path / "out" / "filter_statistics.json").read_text())
+    for step, following in zip(statistics["steps"], statistics["steps"][1:], strict=False):
         assert step["out"] == following["in"] == step["in"] - sum(step["removed"].values())
-    assert (funnel["steps"][0]["in"], funnel["steps"][-1]["out"]) == (32, 30)
-    assert funnel["languages"] == {"en": 31, "fr": 1}
-    assert funnel["examples"]["language"] == [listed[1]]
+    assert (statistics["steps"][0]["in"], statistics["steps"][-1]["out"]) == (32, 30)
+    assert statistics["languages"] == {"en": 31, "fr": 1}
+    assert statistics["examples"]["language"] == [listed[1]]
 
 
 def test_duplicates_are_found_after_normalization_and_the_first_survives(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path, by: str) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", texts)
     summaries = [curated(tmp_path / name, path, validation_by=by) for name in ("one", "two", "two")]
     assert summaries[0] == summaries[1] == summaries[2]
-    for name in ("documents.jsonl", "set_aside.jsonl", "funnel.json"):
+    for name in ("documents.jsonl", "set_aside.jsonl", "filter_statistics.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 

@@ -201,7 +201,7 @@ def test_killed_and_started_again(crowd, tmp_path, monkeypatch, pieces):
     units = write_units(tmp_path, crowd, [50])
     work = tmp_path / "work"
     with monkeypatch.context() as patch:
-        patch.setattr("groundup.corpus.dedup.files.shutil.rmtree", lambda *_, **__: None)
+        patch.setattr("groundup.corpus.dedup.files.remove_folder", lambda *_, **__: None)
         with pytest.raises(Killed):
             near_duplicates(units, everyone(units), MINHASH, work, DyingEngine(pieces), 60_000)
     assert work.exists()

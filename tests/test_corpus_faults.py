@@ -426,8 +426,9 @@ def test_every_fault_at_once_is_counted_and_listed(tmp_path: Path) -> None:
     assert {record["reason"] for record in listed} == set(summary["removed"])
     assert len(list(stream_documents(tmp_path / "out"))) == 30
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        ".groundup-folder",
         "annotated",
         "documents.jsonl",
-        "funnel.json",
+        "filter_statistics.json",
         "set_aside.jsonl",
     ]

@@ -17,7 +17,7 @@ from crawl_pages import XMLNS, index, urlset
 
 from groundup.corpus.crawl import addresses
 from groundup.corpus.crawl.fetch import _Unpacker, retry_after_seconds
-from groundup.corpus.crawl.links import look_out
+from groundup.corpus.crawl.links import extract_links
 from groundup.corpus.crawl.robots import Robots, parse_robots
 from groundup.corpus.crawl.settings import Refused
 from groundup.corpus.crawl.sitemap import BadSitemap, parse_sitemap
@@ -182,12 +182,12 @@ def test_robots_cut_in_a_line() -> None:
 )
 def test_links_of_a_page(body: bytes, links: list[str]) -> None:
     base = "http://example.org/d/"
-    assert list(look_out(body, base, {}, "groundup").links) == [normalize_url(link, base) for link in links]
+    assert list(extract_links(body, base, {}, "groundup").links) == [normalize_url(link, base) for link in links]
 
 
 @given(st.binary(max_size=300))
 def test_any_bytes_have_links(body: bytes) -> None:
-    for link in look_out(b"<a href=" + body, "http://example.org/", {}, "groundup").links:
+    for link in extract_links(b"<a href=" + body, "http://example.org/", {}, "groundup").links:
         assert normalize_url(link) == link
 
 
@@ -196,7 +196,7 @@ def test_any_bytes_have_links(body: bytes) -> None:
 )
 def test_adversarial_pages_are_scanned_in_linear_time(piece: bytes) -> None:
     begin = time.process_time()
-    look_out(piece * (3_000_000 // len(piece)), "http://example.org/", {}, "groundup")
+    extract_links(piece * (3_000_000 // len(piece)), "http://example.org/", {}, "groundup")
     assert time.process_time() - begin < 2
 
 

@@ -1,4 +1,4 @@
-"""Faults through the whole corpus stage: whatever comes in is counted, listed with its place, and the books balance.
+"""Faults through the whole corpus stage: whatever comes in is counted, listed with its place, and the counts add up.
 
 What one reader makes of one fault is in `test_corpus_faults.py` (files, lines, packings, permissions),
 `test_corpus_formats.py` (tables, pages) and `test_corpus_warc.py` (archives); full disks in `test_bad_input.py`.
@@ -35,35 +35,35 @@ from groundup.corpus import curate as curate_function
 from groundup.corpus.reading.extract import Extractor
 from groundup.corpus.reading.sources import find_sources
 from groundup.errors import DataError, GroundupError
-from groundup.files import PARTIAL_MARK, file_digest
+from groundup.files import file_digest
 from groundup.recipe import CorpusSettings
 
 GOOD = "It was a bright cold day, and the fox was walking through the forest."
 MORE = "In the evening it came to a river, and the bridge was gone."
-RESULT = ("documents.jsonl", "set_aside.jsonl", "funnel.json")
+RESULT = ("documents.jsonl", "set_aside.jsonl", "filter_statistics.json")
 
 
 def curated(out: Path, *inputs: Path, **changes: Any) -> dict[str, Any]:
-    """The corpus stage, every language; its books must balance."""
+    """The corpus stage, every language; its counts must add up."""
     options: dict[str, Any] = {
         "languages": (), "dedup": "exact", "extractor": "resiliparse", "validation_by": "document", **changes
     }  # fmt: skip
     summary = curate(CorpusSettings(inputs=tuple(map(str, inputs)), **options), out)
-    check_books(out, summary)
+    check_counts(out, summary)
     return summary
 
 
-def check_books(out: Path, summary: dict[str, Any]) -> None:
+def check_counts(out: Path, summary: dict[str, Any]) -> None:
     """In = kept + removed, at every step and for every source; what was left out is listed, each with its reason."""
     assert summary["documents_in"] == summary["documents_kept"] + sum(summary["removed"].values())
-    funnel = json.loads((out / "funnel.json").read_text(encoding="utf-8"))
-    for step in funnel["steps"]:
+    statistics = json.loads((out / "filter_statistics.json").read_text(encoding="utf-8"))
+    for step in statistics["steps"]:
         assert step["in"] == step["out"] + sum(step["removed"].values())
-    assert funnel["steps"][0]["in"] == summary["documents_in"]
-    assert funnel["steps"][-1]["out"] == summary["documents_kept"]
+    assert statistics["steps"][0]["in"] == summary["documents_in"]
+    assert statistics["steps"][-1]["out"] == summary["documents_kept"]
     listed = Counter(record["reason"] for record in left_out(out))
     assert listed == Counter(summary["removed"])
-    assert not list(out.rglob(f"*{PARTIAL_MARK}*"))
+    assert not list(out.rglob("*.groundup-partial-*"))
 
 
 def left_out(out: Path) -> list[dict[str, Any]]:
@@ -237,7 +237,7 @@ def test_records_with_one_id_are_kept_and_listed_with_their_places(tmp_path: Pat
     files = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.parquet")]
     # Cut in pieces, their records' numbers still count from the beginning of the file.
     assert curated(tmp_path / "out", *files, split_mib=300 / 2**20)["documents_kept"] == 10
-    found = json.loads((tmp_path / "out" / "funnel.json").read_text())["duplicate_keys"]
+    found = json.loads((tmp_path / "out" / "filter_statistics.json").read_text())["duplicate_keys"]
     assert found["count"] == 3
     assert {(Path(one["source"]).name, one["id"], tuple(one["records"])) for one in found["examples"]} == {
         ("a.jsonl", "x", ("line 1", "line 3", "line 5")),
@@ -360,15 +360,15 @@ def test_every_archive_of_the_collection_ends_in_documents_or_reasons(
     if not folder.is_dir():
         pytest.skip("needs the collection of odd archives in shared/data/warc")
     summary = curated(tmp_path / "out", folder, dedup="none")
-    funnel = json.loads((tmp_path / "out" / "funnel.json").read_text())
+    statistics = json.loads((tmp_path / "out" / "filter_statistics.json").read_text())
     documents = Counter(document.source for document in stream_documents(tmp_path / "out"))
     reasons = Counter(record["source"] for record in left_out(tmp_path / "out"))
     files = [source.label for source in find_sources([folder]).files]
-    assert len(files) == funnel["files"]["read"] == 30
+    assert len(files) == statistics["files"]["read"] == 30
     assert set(files) == set(documents) | set(reasons)
     assert {"cut off", "damaged file", "empty", "not a text record"} <= set(summary["removed"])
     assert all(record["record"].startswith("record ") for record in left_out(tmp_path / "out") if record["record"])
-    passed_over = funnel["files"]["passed_over"]
+    passed_over = statistics["files"]["passed_over"]
     assert len(files) + passed_over == sum(path.is_file() for path in folder.rglob("*"))
 
 
@@ -409,7 +409,7 @@ def test_wherever_writing_fails_nothing_is_half_and_the_same_command_goes_on(
                 curated(out, inputs, dedup="near", workers=workers, split_mib=0.02)
         except GroundupError as error:
             failed[n_bytes] = error.message.removeprefix(str(out))
-        assert not list(out.rglob(f"*{PARTIAL_MARK}*"))
+        assert not list(out.rglob("*.groundup-partial-*"))
         assert (n_bytes in failed) is not (out / "documents.jsonl").exists()
     assert all(message.endswith("File too large") for message in failed.values())
     assert len(set(failed.values())) >= 2  # other files, at other steps

@@ -30,7 +30,7 @@ N_KILLS = 20
 
 
 def corpus_files(out: Path) -> list[str]:
-    return [file_digest(out / name) for name in ("documents.jsonl", "set_aside.jsonl", "funnel.json")]
+    return [file_digest(out / name) for name in ("documents.jsonl", "set_aside.jsonl", "filter_statistics.json")]
 
 
 def curated(out: Path, *inputs: Path, **changes: Any) -> dict[str, Any]:
@@ -60,20 +60,20 @@ def test_every_document_is_accounted_for_at_every_step(tmp_path: Path, inputs: P
     assert {"language", "invalid JSON", "no text field", "NUL characters", "empty", "invalid UTF-8", "cut off"} <= set(
         summary["removed"]
     )
-    funnel = json.loads((tmp_path / "funnel.json").read_text())
-    for step, following in zip(funnel["steps"], funnel["steps"][1:], strict=False):
+    statistics = json.loads((tmp_path / "filter_statistics.json").read_text())
+    for step, following in zip(statistics["steps"], statistics["steps"][1:], strict=False):
         assert step["out"] == following["in"] == step["in"] - sum(step["removed"].values())
         assert step["bytes_out"] == following["bytes_in"]
-    for table in (funnel["by_source"], funnel["by_language"]):
+    for table in (statistics["by_source"], statistics["by_language"]):
         assert all(row["in"] == row["kept"] + sum(row["removed"].values()) for row in table.values())
     listed = [json.loads(line) for line in (tmp_path / "set_aside.jsonl").read_text().splitlines()]
     assert len(listed) == sum(summary["removed"].values())
-    assert funnel["duplicate_keys"]["count"] > 0
-    assert funnel["changed"]["private: email"] == 1
-    assert funnel["private"]["email"]
+    assert statistics["duplicate_keys"]["count"] > 0
+    assert statistics["changed"]["private: email"] == 1
+    assert statistics["private"]["email"]
     assert not any("ann@example.org" in document.text for document in stream_documents(tmp_path))
-    by_language = {language: row["in"] for language, row in funnel["by_language"].items()}
-    for name, histogram in funnel["histograms"].items():
+    by_language = {language: row["in"] for language, row in statistics["by_language"].items()}
+    for name, histogram in statistics["histograms"].items():
         # Signals are reckoned of documents in the languages asked for.
         seen = sum(by_language.values()) if name in ("characters", "language_score") else by_language["en"]
         assert sum(histogram["counts"]) == seen, name
@@ -90,7 +90,7 @@ def test_neither_pieces_nor_memory_nor_the_order_of_files_change_a_byte(
     random.Random(seed).shuffle(files)
     curated(folder / "two", *files, split_mib=split_kib / 1024, memory_mib=memory_mib, workers=1)
     assert corpus_files(folder / "one")[:2] == corpus_files(folder / "two")[:2]
-    one, two = (json.loads((folder / name / "funnel.json").read_text()) for name in ("one", "two"))
+    one, two = (json.loads((folder / name / "filter_statistics.json").read_text()) for name in ("one", "two"))
     assert {**one, "files": 0} == {**two, "files": 0}
 
 
@@ -164,7 +164,7 @@ def test_evaluation_data_is_found_and_listed(tmp_path: Path) -> None:
         tmp_path / "out", tmp_path / "a.jsonl", quality=("none",), decontaminate={"files": str(tmp_path / "quiz.jsonl")}
     )
     assert summary["removed"] == {"contaminated": 1}
-    found = json.loads((tmp_path / "out" / "funnel.json").read_text())["contamination"]["quiz"]
+    found = json.loads((tmp_path / "out" / "filter_statistics.json").read_text())["contamination"]["quiz"]
     assert (found["records"], found["records_hit"], found["documents"]) == (1, 1, 1)
     assert found["examples"][0]["text"]
     assert texts[7] not in {document.text for document in stream_documents(tmp_path / "out")}
@@ -238,7 +238,7 @@ def test_killed_at_random_moments_the_data_stage_ends_with_the_same_bytes(tmp_pa
     recipe = write_recipe(tmp_path / "r.toml", few, split_mib=0.05, workers=2)
     whole, seconds = _to_the_end(recipe, tmp_path / "whole")
     _kill_again_and_again(whole, seconds, recipe, tmp_path / "killed")
-    assert not list((tmp_path / "killed").rglob("*.partial-*"))
+    assert not list((tmp_path / "killed").rglob("*.groundup-partial-*"))
 
 
 RAY_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}

@@ -57,7 +57,7 @@ from groundup.pipeline import build
 from groundup.recipe import CorpusSettings, parse_recipe
 from groundup.shards import write_shards
 
-RESULT = ("documents.jsonl", "set_aside.jsonl", "funnel.json")
+RESULT = ("documents.jsonl", "set_aside.jsonl", "filter_statistics.json")
 
 
 def curated(out: Path, *inputs: Path, **changes: Any) -> dict[str, Any]:
@@ -75,8 +75,8 @@ def write_lines(path: Path, texts: Sequence[str], **more: Sequence[str]) -> Path
     return path
 
 
-def funnel_of(out: Path) -> dict[str, Any]:
-    return dict(json.loads((out / "funnel.json").read_text()))
+def statistics_of(out: Path) -> dict[str, Any]:
+    return dict(json.loads((out / "filter_statistics.json").read_text()))
 
 
 # --- 1
@@ -191,7 +191,7 @@ def test_07_clusters_are_reported_and_removing_can_be_switched_down(tmp_path: Pa
     texts = [*originals, *(near_copy(originals[0], chance) for _ in range(4)), near_copy(originals[1], chance)]
     source = write_lines(tmp_path / "a.jsonl", [*texts, originals[2], originals[2]])
     curated(tmp_path / "near", source)
-    clusters = funnel_of(tmp_path / "near")["clusters"]
+    clusters = statistics_of(tmp_path / "near")["clusters"]
     assert clusters["largest_cluster"] == 5
     by_size = {row["size"]: (row["clusters"], row["documents"]) for row in clusters["clusters"]}
     assert by_size == {"2": (1, 2), "3-4": (0, 0), "5-8": (1, 5)}
@@ -216,7 +216,7 @@ def test_08_technical_pages_pass_the_published_rules_and_every_source_has_its_ow
     # Repetition is not what this is about: our sentences are drawn from forty words.
     rules = dict.fromkeys(REPETITION, False)
     curated(tmp_path / "out", source, quality=("gopher",), thresholds=rules, source_field="kind", dedup="none")
-    rows = funnel_of(tmp_path / "out")["by_source"]
+    rows = statistics_of(tmp_path / "out")["by_source"]
     assert {name: (row["in"], row["kept"]) for name, row in rows.items()} == {
         "manual": (20, 20), "book": (20, 20), "symbols": (5, 0),
     }  # fmt: skip
@@ -324,8 +324,8 @@ def test_18_modules_in_the_working_folder_hide_none_of_pythons(closed_world: Pat
     assert code == 0, said
     assert "Traceback" not in said
     assert not (closed_world / "stray.log").exists()
-    funnel = funnel_of(closed_world / "run" / "corpus")
-    assert "extraction crash" not in {reason for step in funnel["steps"] for reason in step["removed"]}
+    statistics = statistics_of(closed_world / "run" / "corpus")
+    assert "extraction crash" not in {reason for step in statistics["steps"] for reason in step["removed"]}
 
 
 # --- 12
@@ -448,16 +448,16 @@ def test_20_the_report_shows_the_thresholds_that_were_used(tmp_path: Path) -> No
         "t.toml",
     )
     build(recipe, tmp_path / "run", until="corpus", console=Console(quiet=True))
-    funnel = funnel_of(tmp_path / "run" / "corpus")
-    assert funnel["histograms"]["words"]["rule"] in ("gopher.min_words", "gopher.max_words")
-    used = funnel["histograms"]["mean_word_length"]
+    statistics = statistics_of(tmp_path / "run" / "corpus")
+    assert statistics["histograms"]["words"]["rule"] in ("gopher.min_words", "gopher.max_words")
+    used = statistics["histograms"]["mean_word_length"]
     assert (used["least"], used["most"]) in ((3, None), (None, 10))
-    assert "rule" not in funnel["histograms"].get("ellipses", {})
+    assert "rule" not in statistics["histograms"].get("ellipses", {})
     page = html.unescape((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
     assert "the least is 37" in page  # beside the examples of what it removed
     assert "gopher.min_words" in page
     assert any(f"gopher.max_hash_signs at {value}" in page for value in ("0.1", "0.10"))
-    removed = next(step["removed"] for step in funnel["steps"] if "gopher.min_words" in step["removed"])
+    removed = next(step["removed"] for step in statistics["steps"] if "gopher.min_words" in step["removed"])
     assert removed["gopher.min_words"] == 5
 
 

@@ -23,7 +23,7 @@ TORCH = Arithmetic(
     version="2.13.0",
     threads=4,
     gpus=(),
-    mps=False,
+    unused_device=None,
     bfloat16=(True, "AVX512-BF16"),
     float32_flops=200e9,
     bfloat16_flops=800e9,
@@ -86,13 +86,14 @@ def test_a_healthy_machine_is_healthy() -> None:
         ({"memory_free": GIB}, "memory", "warn", "micro_batch_size"),
         ({"memory_limit": GIB}, "memory", "warn", "container"),
         ({"bfloat16_flops": 100e9}, "precision", "warn", "precision=float32"),
+        ({"unused_device": "Apple's GPU"}, "gpu", "warn", "runs on the CPU"),
         ({"compiler": None}, "compiler", "warn", "g++"),
         ({"python_headers": False}, "compiler", "warn", "python3-dev"),
         ({"runs_writable": False}, "disk", "fail", "--runs"),
         ({"disk_free": 1 << 20}, "disk", "fail", "--runs"),
         ({"language_model": False}, "languages", "fail", "corpus.languages=[]"),
         ({"tokens_per_second": 2_000.0}, "expect", "warn", "Slow"),
-        ({"tokens_per_second": None}, "expect", "fail", "Mend"),
+        ({"tokens_per_second": None}, "expect", "fail", "Fix"),
     ],
 )
 def test_a_fault_is_found_with_what_to_do(changes: dict[str, Any], name: str, status: str, words: str) -> None:
@@ -116,7 +117,6 @@ def test_a_fault_is_found_with_what_to_do(changes: dict[str, Any], name: str, st
         {"threads": 2},
         {"bfloat16": (False, "no such unit"), "bfloat16_flops": 10e9},
         {"gpus": ("H200",)},
-        {"mps": True},
     ],
 )
 def test_a_difference_that_is_no_fault_is_none(changes: dict[str, Any]) -> None:
@@ -244,6 +244,20 @@ def test_no_limit_is_no_limit(tree: Tree, files: dict[str, str]) -> None:
 def test_a_group_outside_the_containers_view_leaves_the_top_one(tree: Tree) -> None:
     root = tree({"proc/self/cgroup": "0::/../../pod", "sys/fs/cgroup/cpu.max": "50000 100000"})
     assert container_limits(root) == (0.5, None)
+
+
+@pytest.mark.parametrize(
+    ("device", "words"), [("mps", "Apple's GPU is not used"), ("xpu", "Intel's GPU is not used"), ("cuda", "none")]
+)
+def test_a_device_that_groundup_does_not_use_is_named(
+    device: str, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(device))
+    machine = look(parse_recipe('[model]\npreset = "ground-nano"\n[tokenizer]\nvocab_size = 512', "a.toml"), tmp_path)
+    gpu = next(finding for finding in examine(machine) if finding.name == "gpu")
+    assert gpu.value == words
+    assert (gpu.status == "warn") == (device != "cuda")
 
 
 def test_this_machine_can_be_looked_at(tmp_path: Path) -> None:

@@ -19,9 +19,12 @@ from groundup.errors import ArtifactError, GroundupError
 from groundup.files import (
     atomic_folder,
     atomic_writer,
+    clear_folder,
     file_digest,
+    own_folder,
     read_json,
     remove_partials,
+    remove_partials_of,
     value_digest,
     write_json,
     write_text,
@@ -51,7 +54,8 @@ def write_half_a_folder(target: Path) -> None:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """What is in a folder, but for our mark."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".groundup-folder")
 
 
 def test_nothing_is_under_the_name_until_the_writer_is_done(tmp_path: Path) -> None:
@@ -91,6 +95,7 @@ while True:
 
 
 def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
+    own_folder(tmp_path)
     target = tmp_path / "file.txt"
     for more in (0.0, 0.013, 0.031):
         target.unlink(missing_ok=True)
@@ -211,7 +216,8 @@ def test_a_folder_whose_writer_is_killed_is_never_half(tmp_path: Path) -> None:
         finally:
             writer.send_signal(signal.SIGKILL)
             writer.wait()
-        remove_partials(tmp_path)
+        remove_partials_of(target)
+        assert names(tmp_path) in ([], ["model"])
         if target.exists():
             assert len(names(target)) == 40
             assert len({(target / name).read_text() for name in names(target)}) == 1
@@ -239,20 +245,26 @@ def test_the_old_folder_is_whole_until_the_new_one_stands(tmp_path: Path, monkey
     assert all(state in (old, new) for state in seen), seen
 
 
-def test_leftovers_are_cleared_at_any_depth_and_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "deep" / "er").mkdir(parents=True)
+def test_leftovers_are_cleared_at_any_depth_of_our_folders_and_nothing_else(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "deep", tmp_path / "deep" / "er"):
+        own_folder(folder)
     (tmp_path / "keep.txt").write_text("keep")
     with atomic_writer(tmp_path / "deep" / "er" / "file"), atomic_folder(tmp_path / "model"):
-        (file_name,) = (tmp_path / "deep" / "er").iterdir()
+        (file_name,) = (path for path in (tmp_path / "deep" / "er").iterdir() if path.name.startswith("file"))
         (folder_name,) = (path for path in tmp_path.iterdir() if path.name.startswith("model"))
     (tmp_path / "deep" / "er" / "file").unlink()
-    (tmp_path / "model").rmdir()
+    clear_folder(tmp_path / "model")
     # Now as a killed process would have left them:
     file_name.write_text("half")
-    (folder_name / "inner").mkdir(parents=True)
+    own_folder(folder_name)
+    (folder_name / "inner").mkdir()
     (folder_name / "inner" / file_name.name).write_text("nested")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / file_name.name).write_text("not in a folder of ours")
     remove_partials(tmp_path)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "er", "keep.txt"]
+    assert names(tmp_path) == ["deep", "keep.txt", "theirs"]
+    assert names(tmp_path / "deep" / "er") == []
+    assert names(tmp_path / "theirs") == [file_name.name]
 
 
 @given(json_values)

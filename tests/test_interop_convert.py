@@ -183,12 +183,15 @@ def test_nothing_but_a_model_is_replaced_and_only_if_forced(folder: Path, tmp_pa
     with pytest.raises(GroundupError, match="holds a model already"):
         export_folder(folder, tmp_path / "out")
     export_folder(folder, tmp_path / "out", dtype="bf16", force=True)
+    (tmp_path / "out" / "README.md").write_text("My model card")
+    with pytest.raises(GroundupError, match=r"also holds README\.md"):
+        export_folder(folder, tmp_path / "out", force=True)
     (tmp_path / "papers").mkdir()
     export_folder(folder, tmp_path / "papers")  # an empty folder is no loss
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear.txt").write_text("Dear reader")
     for force in (False, True):
-        with pytest.raises(GroundupError, match="is there already, and no model"):
+        with pytest.raises(GroundupError, match="holds files that groundup did not make"):
             import_folder(tmp_path / "out", tmp_path / "letters", force=force)
         for place in (folder, folder / "inside", tmp_path):
             with pytest.raises(GroundupError, match="is the folder that is read, or one inside or around it"):

@@ -1,4 +1,4 @@
-"""The road: each stage once, again when it must, the same bits whatever happens on the way."""
+"""The pipeline: each stage once, again when it must, the same bits whatever happens on the way."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from pathlib import Path
 import pytest
 import tiny_run
 import torch
-from tiny_run import STAGES, bits, build_quietly, copy_of_finished, finished_run, rewritten, times, tiny_recipe
+from tiny_run import SCORES, STAGES, bits, build_quietly, copy_of_finished, finished_run, rewritten, times, tiny_recipe
 
 from groundup import read_recipe
 from groundup.console import Console
 from groundup.errors import DataError, GateError, RecipeError, RunError
-from groundup.pipeline import build, plan, stages
+from groundup.pipeline import build, plan
 from groundup.preview import check_recipe, derived_values, smoke_profile
 from groundup.recipe import Recipe, parse_recipe
 from groundup.run import Run
+from groundup.stage import graph
 
 
 def changed(recipe: Recipe, *overrides: str) -> Recipe:
@@ -37,10 +38,10 @@ def states(recipe: Recipe, run: Run) -> dict[str, str]:
     return {item.stage.name: item.state for item in plan(recipe, run)}
 
 
-# --- What a walk leaves
+# --- What a build leaves
 
 
-def test_every_stage_leaves_its_manifest_and_the_road_its_page() -> None:
+def test_every_stage_leaves_its_manifest_and_the_pipeline_its_page() -> None:
     run = finished_run()
     assert states(run.recipe, run) == dict.fromkeys(STAGES, "done")
     for name in STAGES:
@@ -50,19 +51,19 @@ def test_every_stage_leaves_its_manifest_and_the_road_its_page() -> None:
         assert manifest.seconds > 0
         assert manifest.environment["torch"] == torch.__version__
     assert (run.root / "report.html").stat().st_size > 10_000
-    assert not list(run.root.rglob("*.partial-*"))
+    assert not list(run.root.rglob("*.groundup-partial-*"))
     assert not list(run.root.rglob("started.json"))
     assert not list(run.root.rglob("checkpoints"))
 
 
-def test_a_recipe_without_sft_has_a_shorter_road(tmp_path: Path) -> None:
-    recipe = tiny_recipe(tiny_run.write_texts(tmp_path / "texts.jsonl")).model_copy(update={"sft": None})
-    assert [stage.name for stage in stages(recipe)] == ["corpus", "tokenizer", "shards", "pretrain", "evaluate"]
+def test_a_recipe_may_end_with_the_base_model(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tiny_run.write_texts(tmp_path / "texts.jsonl")).model_copy(update={"align": {}})
+    assert list(graph(recipe)) == ["corpus", "tokenizer", "shards", "pretrain", *SCORES[:2]]
     run = build_quietly(recipe, tmp_path / "base")
     rows = json.loads((run.root / "evaluate" / "scores.json").read_text())["rows"]
     assert [row["key"] for row in rows] == ["bits_per_byte", "exact_match"]
     with pytest.raises(RunError, match="'sft' is no stage of this recipe"):
-        build_quietly(recipe, tmp_path / "base", until="sft")
+        build_quietly(recipe, tmp_path / "base", only=["sft"])
 
 
 def test_same_recipe_same_bits_other_seed_other_bits(tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_the_caller_keeps_its_number_of_threads(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        build_quietly(finished_run().recipe, tmp_path / "run", until="corpus")
+        build_quietly(finished_run().recipe, tmp_path / "run", only=["corpus"])
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -100,13 +101,13 @@ def test_a_second_build_touches_nothing(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("override", "again"),
     [
-        ("sft.epochs=0.5", {"sft", "evaluate"}),
-        ("evaluate.limit=10", {"evaluate"}),
+        ("align.sft.epochs=0.5", {"sft", "evaluate/sft"}),
+        ("evaluate.limit=10", set(SCORES)),
         ("generate.temperature=0.1", set()),
         ("pretrain.checkpoint_seconds=7.0", set()),
         ("about=other words", set()),
-        ("pretrain.lr=0.001", {"pretrain", "sft", "evaluate"}),
-        ("shards.shard_tokens=2000", {"shards", "pretrain", "sft", "evaluate"}),
+        ("pretrain.lr=0.001", {"pretrain", "sft", *SCORES[1:]}),
+        ("shards.shard_tokens=2000", {"shards", "pretrain", "sft", *SCORES[1:]}),
         ("corpus.min_characters=2", set(STAGES)),
     ],
 )
@@ -115,19 +116,19 @@ def test_a_changed_setting_is_done_again_with_what_stands_on_it(override: str, a
     assert {name for name, state in states(changed(run.recipe, override), run).items() if state != "done"} == again
 
 
-def test_a_changed_sft_redoes_sft_and_evaluate_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_branch_redoes_it_and_its_scores_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = copy_of_finished(tmp_path)
     before = times(run)
-    build(changed(run.recipe, "sft.epochs=0.5"), run.root, console=Console())
-    assert rewritten(run, before) == {"sft", "evaluate"}
+    build(changed(run.recipe, "align.sft.epochs=0.5"), run.root, console=Console())
+    assert rewritten(run, before) == {"sft", "evaluate/sft"}
     assert times(run)["report.html"] > before["report.html"]
-    assert "sft.epochs: 1.0 -> 0.5" in capsys.readouterr().err
+    assert "align.sft.epochs: 1.0 -> 0.5" in capsys.readouterr().err
 
 
 def test_changed_texts_are_noticed_and_touched_ones_are_not(tmp_path: Path) -> None:
     texts = tiny_run.write_texts(tmp_path / "texts.jsonl")
     recipe = tiny_recipe(texts)
-    run = build_quietly(recipe, tmp_path / "run", until="shards")
+    run = build_quietly(recipe, tmp_path / "run", only=["shards"])
     os.utime(texts, (1, 1))
     assert states(recipe, run)["corpus"] == "done"
     texts.write_text(texts.read_text() + '{"text": "One more."}\n')
@@ -139,9 +140,10 @@ def test_changed_texts_are_noticed_and_touched_ones_are_not(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "again"),
     [
-        ({"start_from": "sft"}, {"sft", "evaluate"}),
-        ({"until": "tokenizer", "force": True}, {"tokenizer"}),
-        ({"until": "shards"}, set()),
+        ({"start_from": "sft"}, {"sft", "evaluate/sft"}),
+        ({"only": ["tokenizer"], "force": True}, {"tokenizer"}),
+        ({"only": ["evaluate"], "start_from": "evaluate/pretrain"}, {"evaluate/pretrain"}),
+        ({"only": ["shards"]}, set()),
     ],
 )
 def test_what_is_asked_for_is_done_again_with_the_same_bits(
@@ -188,7 +190,7 @@ def test_a_lost_stage_is_made_again_and_nothing_else(tmp_path: Path) -> None:
 def test_an_unknown_stage_is_refused_with_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="'pretraining' is no stage") as raised:
         build_quietly(finished_run().recipe, tmp_path / "run", start_from="pretraining")
-    assert "corpus, tokenizer, shards, pretrain, sft, evaluate" in (raised.value.fix or "")
+    assert ", ".join(STAGES) in (raised.value.fix or "")
 
 
 # --- One process at a time
@@ -196,6 +198,7 @@ def test_an_unknown_stage_is_refused_with_those_there_are(tmp_path: Path) -> Non
 HOLDER = """
 import sys, time
 from groundup.run import Run
+from groundup.stage import graph
 with Run(sys.argv[1]).lock():
     print("held", flush=True)
     time.sleep(60)
@@ -219,19 +222,20 @@ def test_a_run_that_another_process_builds_is_refused_until_that_is_gone(tmp_pat
     assert times(run) == before
 
 
-# --- Gates and checks before the walk
+# --- Gates and checks before anything runs
 
 
 def test_a_missed_gate_is_told_after_everything_is_built(tmp_path: Path) -> None:
     run = copy_of_finished(tmp_path)
-    strict = changed(run.recipe, "evaluate.gates.min_exact_match=0.9", "evaluate.gates.min_bits_per_byte_drop=0.01")
+    fall = '{metric = "bits_per_byte", over = "start", max = -0.01}'
+    strict = changed(run.recipe, f'evaluate.gates=[{fall}, {{metric = "exact_match", model = "sft", min = 0.9}}]')
     for _ in range(2):  # building again does not forget it
-        with pytest.raises(GateError, match="exact match: at least 90% after") as raised:
+        with pytest.raises(GateError, match=r"exact match of sft: at least 0\.9, is 0") as raised:
             build_quietly(strict, run.root)
         assert "bits per byte" not in str(raised.value)
         assert set(states(strict, run).values()) == {"done"}
-    build_quietly(strict, run.root, until="sft")
-    build_quietly(changed(run.recipe, "evaluate.gates.min_bits_per_byte_drop=0.01"), run.root)
+    build_quietly(strict, run.root, only=["sft"])
+    build_quietly(changed(run.recipe, f"evaluate.gates=[{fall}]"), run.root)
 
 
 def problems_of(recipe: Recipe) -> list[str]:
@@ -244,16 +248,16 @@ def test_what_only_the_whole_recipe_shows_is_told_at_once(tmp_path: Path) -> Non
     found = problems_of(
         parse_recipe(
             '[corpus]\ninputs = ["no/such.txt"]\nlanguages = ["english"]\n[model]\ncontext_length = 64\n'
-            '[pretrain]\nsequence_length = 128\n[sft]\ndata = ["no/talks.jsonl"]\n'
+            '[pretrain]\nsequence_length = 128\n[align.sft]\ndata = ["no/talks.jsonl"]\n'
             '[evaluate]\ntasks = ["bits_per_bite"]\n',
             "my.toml",
         )
     )
     places = [
-        "[pretrain] sequence_length = 128: longer than the model's context of 64.",
         "[corpus] inputs: no/such.txt: no such file or folder",
         "[corpus] languages = 'english': not a code",
-        "[sft] data = 'no/talks.jsonl': no such file.",
+        "[pretrain] sequence_length = 128: longer than the model's context of 64.",
+        "[align.sft] data = 'no/talks.jsonl': no such file.",
         "[evaluate] tasks: 'bits_per_bite' is not known. Did you mean 'bits_per_byte'?",
     ]
     assert len(found) == len(places)
@@ -293,7 +297,6 @@ def test_derived_values_say_why() -> None:
     assert pretrained is not None
     assert derived["pretrain.steps"][0] == str(pretrained.summary["steps"])
     assert derived["model parameters"][0] == f"{pretrained.summary['parameters']:,}"
-    assert derived["pretrain.eval_every"] == ("10", "as the recipe says")
     assert derived["pretrain.sequence_length"] == ("64", "the model's context")
     assert "model.context_length" not in derived
     assert derived["model.n_layers"] == ("2", "preset ground-nano")
@@ -345,23 +348,23 @@ def server() -> multiprocessing.context.ForkServerContext:
 def assert_whole(run: Run, uninterrupted: Run) -> None:
     """After all kills: the same bits as an uninterrupted run's, and nothing left lying about."""
     assert bits(run) == bits(uninterrupted)
-    assert not list(run.root.rglob("*.partial-*"))
+    assert not list(run.root.rglob("*.groundup-partial-*"))
     names = {path.name for path in run.root.iterdir() if not path.name.startswith(".")}
-    assert names == {*STAGES, "recipe.toml", "report.html"}
+    assert names == {*STAGES[:5], "evaluate", "recipe.toml", "report.html"}
 
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_it_ends_with_the_same_bits(tmp_path: Path) -> None:
     # As the finished run, but with a checkpoint after every step.
-    recipe = changed(finished_run().recipe, "pretrain.checkpoint_seconds=0.0", "sft.checkpoint_seconds=0.0")
+    recipe = changed(finished_run().recipe, "pretrain.checkpoint_seconds=0.0", "align.sft.checkpoint_seconds=0.0")
     context, draw = server(), random.Random(5)
 
     def start(run: Run) -> multiprocessing.process.BaseProcess:
         """A child that has just taken the run's lock."""
-        (run.root / ".lock-holder.json").unlink(missing_ok=True)
+        (run.root / ".groundup-lock-holder.json").unlink(missing_ok=True)
         process = context.Process(target=build_in_child, args=(recipe, run.root))
         process.start()
-        while process.is_alive() and not (run.root / ".lock-holder.json").exists():
+        while process.is_alive() and not (run.root / ".groundup-lock-holder.json").exists():
             time.sleep(0.001)
         return process
 
@@ -373,7 +376,7 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_bits(tmp_path: Path)
 
     # Ten moments, each at a random time in a stage, so that every stage is hit however fast this machine is.
     run = Run(tmp_path / "tiny")
-    for target in (*STAGES[:3], "pretrain", "pretrain", "pretrain", "pretrain", "sft", "sft", "evaluate"):
+    for target in (*STAGES[:3], "pretrain", "pretrain", "pretrain", "pretrain", "sft", "sft", "evaluate/sft"):
         killed = False
         while not killed:
             if run.manifest(target) is not None:
@@ -447,7 +450,7 @@ def test_a_stage_killed_while_it_is_removed_begins_anew(tmp_path: Path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            build_quietly(run.recipe, run.root, until="pretrain", force=True)
+            build_quietly(run.recipe, run.root, only=["pretrain"], force=True)
     assert states(run.recipe, run)["pretrain"] == "missing"
     build_quietly(run.recipe, run.root)
     assert bits(run) == bits(finished_run())

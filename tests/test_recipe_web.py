@@ -39,7 +39,7 @@ def build_web(groundup: CommandLine, *overrides: str) -> Any:
 
 
 def check_run(root: Path) -> dict[str, Any]:
-    """Every stage is done, on the same documents, and the books balance; the funnel."""
+    """Every stage is done, on the same documents, and the counts add up; the filter statistics."""
     run = Run(root)
     manifests = {name: run.manifest(name) for name in ("corpus", "tokenizer", "shards", "pretrain", "evaluate")}
     assert all(manifests.values())
@@ -52,7 +52,7 @@ def check_run(root: Path) -> dict[str, Any]:
     assert any("bits" in row["label"] for row in rows)
     page = (root / "report.html").read_text(encoding="utf-8")
     assert all(reason in page for reason in corpus["removed"])
-    return dict(json.loads((root / "corpus" / "funnel.json").read_text()))
+    return dict(json.loads((root / "corpus" / "filter_statistics.json").read_text()))
 
 
 def cut_of(shared_data: Path, out: Path, language: str, n: int) -> Path:
@@ -99,7 +99,7 @@ def test_real_pages_become_a_model(
     monkeypatch.chdir(tmp_path)
     cut_of(shared_data, tmp_path / "my-pages.jsonl", language, n)
     corpus = build_web(groundup, "corpus.inputs=my-pages.jsonl", *overrides)["corpus"]["summary"]
-    funnel = check_run(tmp_path / "run")
+    statistics = check_run(tmp_path / "run")
     assert corpus["documents_kept"] > n / 3
     assert corpus["removed"]["language"] >= 10
     assert corpus["removed"]["invalid JSON"] == 1
@@ -108,11 +108,11 @@ def test_real_pages_become_a_model(
     assert {document.language for document in documents} == {language}
     assert not any(private in document.text for document in documents for private in PLACEHOLDERS)
     wanted = {rule.name for rule in rules_for(("gentle",) if language == "zh" else ("gopher",), {})}
-    assert {f"private: {kind}" for kind in ("email", "phone", "ip", "credit_card")} <= set(funnel["changed"])
+    assert {f"private: {kind}" for kind in ("email", "phone", "ip", "credit_card")} <= set(statistics["changed"])
     read = {"language", "invalid JSON", "duplicate", "near-duplicate", "empty", "short"}
     assert set(corpus["removed"]) <= wanted | read
     assert "gopher.min_stop_words" not in corpus["removed"]
-    assert funnel["by_language"][language]["kept"] == corpus["documents_kept"]
+    assert statistics["by_language"][language]["kept"] == corpus["documents_kept"]
     settings = json.loads((tmp_path / "run" / "corpus" / "stage.json").read_text())["settings"]
     assert settings["languages"] == [language]
 

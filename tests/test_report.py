@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import pytest
 from rich.console import Console
 
 from groundup.errors import RunError
-from groundup.files import write_json
+from groundup.files import own_folder, write_json
 from groundup.recipe import read_recipe
 from groundup.report import closing_table, write_report
 from groundup.run import Manifest, Run
+from groundup.stage import graph
 
-HOSTILE = '<script>alert("x")</script><img src=https://evil.example/x onerror=alert(1)>'
+ADVERSARIAL = '<script>alert("x")</script><img src=https://evil.example/x onerror=alert(1)>'
 ENVIRONMENT = {
     "groundup": "0.1.0",
     "python": "3.11.9",
@@ -40,32 +42,41 @@ SCORES = {
     "rows": [
         {
             "key": "bits_per_byte",
-            "label": "bits/byte",
-            "before": {"value": 7.9, "stderr": 0.01, "n": 51_234},
-            "after": {"value": 2.31, "stderr": 0.02, "n": 51_234},
-            "n_unit": "bytes",
+            "model": "pretrain",
+            "label": "bits/byte, pretrain",
+            "before": {"value": 7.9, "stderr": 0.01, "n": 51_234, "unit": "bytes"},
+            "after": {"value": 2.31, "stderr": 0.02, "n": 51_234, "unit": "bytes"},
             "lower_is_better": True,
-            "gate": {"text": "falls by at least 1.5", "passed": True},
         },
         {
             "key": "exact_match",
-            "label": "exact match",
-            "before": {"value": 0.0, "stderr": 0.0, "n": 450},
-            "after": {"value": 0.912, "stderr": 0.0133, "n": 450},
-            "n_unit": "prompts",
+            "model": "sft",
+            "label": "exact match, sft",
+            "before": {"value": 0.0, "stderr": 0.0, "n": 450, "unit": "prompts"},
+            "after": {"value": 0.912, "stderr": 0.0133, "n": 450, "unit": "prompts"},
             "lower_is_better": False,
-            "gate": {"text": "at least 80 %", "passed": True},
         },
         {
-            "key": "bits_per_byte_sft",
-            "label": "bits/byte, by SFT",
-            "before": {"value": 2.31, "stderr": 0.02, "n": 51_234},
-            "after": {"value": 2.56, "stderr": 0.03, "n": 51_234},
-            "n_unit": "bytes",
+            "key": "bits_per_byte",
+            "model": "sft",
+            "label": "bits/byte, sft",
+            "before": {"value": 2.31, "stderr": 0.02, "n": 51_234, "unit": "bytes"},
+            "after": {"value": 2.56, "stderr": 0.03, "n": 51_234, "unit": "bytes"},
             "lower_is_better": True,
-            "gate": None,
         },
     ],
+    "gates": [
+        {
+            "key": "bits_per_byte",
+            "model": "pretrain",
+            "over": "start",
+            "bounds": "at most -1.5 over start",
+            "passed": True,
+        },
+        {"key": "exact_match", "model": "sft", "over": None, "value": 0.912, "bounds": "at least 0.8", "passed": True},
+        {"key": "val_loss", "model": "sft", "over": None, "value": 0.0918, "bounds": "at most 1", "passed": True},
+    ],
+    "model": "sft",
     "by_kind": {
         kind: {
             "before": {"value": 0.01 * (index % 3), "stderr": 0.01, "n": 50},
@@ -88,13 +99,15 @@ SCORES = {
 
 
 def lines(path: Path, values: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    own_folder(path.parent)
     path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
 
 
 def done(run: Run, stage: str, seconds: float, summary: dict) -> None:
-    run.folder(stage).mkdir(parents=True, exist_ok=True)
-    run.finish(Manifest(stage, "f" * 32, seconds, summary, ENVIRONMENT, {}))
+    own_folder(run.folder(stage))
+    known = graph(run.recipe)[stage]
+    shown = asdict(known.method.shown(known, summary))
+    run.finish(Manifest(stage, "f" * 32, seconds, summary, ENVIRONMENT, {}, shown))
 
 
 def train(
@@ -152,7 +165,7 @@ def fake_run(root: Path, *, prompt: str = "Once upon a time", source: str = "gro
         ],
         "duplicate": [("line 14", "same text as line 3", "A hungry Fox saw some fine bunches of Grapes hanging")],
     }
-    funnel = {
+    statistics = {
         "steps": [
             {"step": "read", "in": 420, "out": 419, "removed": {"invalid JSON": 1}},
             {"step": "short", "in": 419, "out": 419, "removed": {}},
@@ -176,7 +189,8 @@ def fake_run(root: Path, *, prompt: str = "Once upon a time", source: str = "gro
             for reason, found in examples.items()
         },
     }
-    write_json(run.folder("corpus") / "funnel.json", funnel)
+    own_folder(run.folder("corpus"))
+    write_json(run.folder("corpus") / "filter_statistics.json", statistics)
     done(
         run,
         "corpus",
@@ -211,8 +225,13 @@ def fake_run(root: Path, *, prompt: str = "Once upon a time", source: str = "gro
     train(run, "sft", 420, 4.4, 0.09, [{"step": 400, "prompt": "What is the opposite of hot?", "text": "cold"}], 3.402)
     conversations = {"conversations_train": 9_012, "conversations_held_out": 988, "supervised_tokens": 41_200}
     done(run, "sft", 96.2, {**training_summary(420, 4.4, 0.09), "expected_initial_loss": None, **conversations})
+    own_folder(run.folder("evaluate"))
     write_json(run.folder("evaluate") / "scores.json", SCORES)
-    done(run, "evaluate", 21.4, {"generation_tokens_per_second": 1204.6})
+    done(run, "evaluate/before-pretrain", 1.1, {"bits_per_byte": 7.9})
+    done(run, "evaluate/pretrain", 10.1, {"bits_per_byte": 2.31, "exact_match": 0.0})
+    done(
+        run, "evaluate/sft", 10.2, {"bits_per_byte": 2.56, "exact_match": 0.912, "generation_tokens_per_second": 1204.6}
+    )
     return run
 
 
@@ -284,7 +303,7 @@ def test_page_needs_no_network(page):
 
 def test_page_tells_the_run(page):
     told = " ".join(page.text.split())
-    assert "Bits/byte 7.90 → 2.31; exact match 0.0% → 91.2%; every gate passed." in told
+    assert "Bits/byte, pretrain 7.90 → 2.31; exact match, sft 0.0% → 91.2%; every gate passed." in told
     for expected in (
         "405 kept",
         "2,048 entries",
@@ -292,7 +311,7 @@ def test_page_tells_the_run(page):
         "1.05 M weights",
         "1:19 min",
         "3.01 M tokens",
-        "2.31 bits/byte",
+        "2.56 bits/byte",
     ):
         assert expected in told, expected
     for expected in (
@@ -303,7 +322,7 @@ def test_page_tells_the_run(page):
         "Some Processor 9000",
     ):
         assert expected in told, expected
-    for expected in ("±0.02", "51 k bytes", "±1.3", "450 prompts", "38,120", "falls by at least 1.5"):
+    for expected in ("±0.02", "51 k bytes", "±1.3", "450 prompts", "38,120", "at most -1.5 over start"):
         assert expected in told, expected
     assert 'inputs = ["groundup:classics"]' in told
     assert "groundup chat" in told
@@ -338,23 +357,32 @@ def test_same_run_gives_the_same_bytes(page, tmp_path):
 
 
 def test_texts_stay_texts(tmp_path):
-    run = fake_run(tmp_path / "hostile", prompt=HOSTILE, source=HOSTILE)
+    run = fake_run(tmp_path / "hostile", prompt=ADVERSARIAL, source=ADVERSARIAL)
     scores = json.loads(json.dumps(SCORES))
-    scores["rows"][0]["label"] = HOSTILE
-    scores["rows"][0]["gate"]["text"] = HOSTILE
-    scores["by_kind"][f"{HOSTILE} $x^2$ ]]> -->"] = scores["by_kind"].pop("capital")
-    hostile = {"kind": HOSTILE, "prompt": HOSTILE, "reply": HOSTILE, "expected": HOSTILE, "correct": False}
+    scores["rows"][0]["label"] = ADVERSARIAL
+    scores["gates"][0]["bounds"] = ADVERSARIAL
+    scores["by_kind"][f"{ADVERSARIAL} $x^2$ ]]> -->"] = scores["by_kind"].pop("capital")
+    hostile = {
+        "kind": ADVERSARIAL,
+        "prompt": ADVERSARIAL,
+        "reply": ADVERSARIAL,
+        "expected": ADVERSARIAL,
+        "correct": False,
+    }
     scores["answers"].append(hostile)
     write_json(run.folder("evaluate") / "scores.json", scores)
     done(
-        run, "corpus", 1.0, {"documents_in": 2, "documents_kept": 1, "removed": {HOSTILE: 1}, "validation_by": HOSTILE}
+        run,
+        "corpus",
+        1.0,
+        {"documents_in": 2, "documents_kept": 1, "removed": {ADVERSARIAL: 1}, "validation_by": ADVERSARIAL},
     )
     recipe = run.root / "recipe.toml"
-    recipe.write_text(recipe.read_text().replace("children", HOSTILE.replace('"', "'")) + f"# {HOSTILE}\n")
+    recipe.write_text(recipe.read_text().replace("children", ADVERSARIAL.replace('"', "'")) + f"# {ADVERSARIAL}\n")
     page = Page(write_report(run))
     assert page.open == []
     assert_harmless(page)
-    assert page.text.count(HOSTILE) >= 13
+    assert page.text.count(ADVERSARIAL) >= 13
 
 
 def test_bytes_that_are_no_characters_are_shown(tmp_path):
@@ -369,9 +397,9 @@ def test_bytes_that_are_no_characters_are_shown(tmp_path):
 @pytest.mark.parametrize(
     ("kept", "verdict"),
     [
-        ((), "0 of 6 stages are done; next is corpus"),
-        (("corpus", "tokenizer", "shards"), "3 of 6 stages are done; next is pretrain"),
-        (("corpus", "tokenizer", "shards", "pretrain", "sft"), "5 of 6 stages are done; next is evaluate"),
+        ((), "0 of 8 stages are done; next is corpus"),
+        (("corpus", "tokenizer", "shards"), "3 of 8 stages are done; next is pretrain"),
+        (("corpus", "tokenizer", "shards", "pretrain", "sft"), "5 of 8 stages are done; next is evaluate/before-"),
     ],
 )
 def test_unfinished_run_shows_what_is_there(tmp_path, kept, verdict):
@@ -470,24 +498,27 @@ def test_closing_table_has_the_shape_of_the_design():
     told = console_lines(SCORES)
     assert told == [
         "before after n gate",
-        "bits/byte 7.90 → 2.31 ±0.02 51 k bytes ✓ falls by at least 1.5",
-        "exact match 0.0% → 91.2% ±1.3 450 prompts ✓ at least 80 %",
-        "bits/byte, by SFT 2.31 → 2.56 ±0.03 51 k bytes",
+        "bits/byte, pretrain 7.90 → 2.31 ±0.02 51 k bytes ✓ at most -1.5 over start",
+        "exact match, sft 0.0% → 91.2% ±1.3 450 prompts ✓ at least 0.8",
+        "bits/byte, sft 2.31 → 2.56 ±0.03 51 k bytes",
+        "val_loss, sft 0.09 ✓ at most 1",
     ]
 
 
 def test_closing_table_with_a_run_adds_documents_compression_and_speed(tmp_path):
-    assert console_lines(SCORES, fake_run(tmp_path / "demo"))[4:] == [
+    assert console_lines(SCORES, fake_run(tmp_path / "demo"))[5:] == [
         "documents kept 420 → 405",
-        "bytes per token 3.40 0.48 M tokens",
-        "training, tokens/s 38,120 3.01 M tokens",
+        "bytes per token 3.40",
+        "training, tokens/s, pretrain 38,120 3.01 M tokens",
+        "training, tokens/s, sft 38,120 1.72 M tokens",
         "generation, tokens/s 1,205",
     ]
 
 
 def test_closing_table_marks_a_missed_gate_and_survives_gaps():
-    row = {**SCORES["rows"][1], "label": "[bold]exact match", "gate": {"text": "at least 95 %", "passed": False}}
-    told = console_lines({"rows": [row, {"key": "odd", "before": None, "after": {"value": None}}]})
-    assert told[1] == "[bold]exact match 0.0% → 91.2% ±1.3 450 prompts ✗ at least 95 %"
+    row = {**SCORES["rows"][1], "label": "[bold]exact match"}
+    gates = [{**SCORES["gates"][1], "bounds": "at least 0.95", "passed": False}]
+    told = console_lines({"rows": [row, {"key": "odd", "before": None, "after": {"value": None}}], "gates": gates})
+    assert told[1] == "[bold]exact match 0.0% → 91.2% ±1.3 450 prompts ✗ at least 0.95"
     assert told[2] == "odd"
     assert console_lines({})[0] == "before after n"

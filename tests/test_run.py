@@ -92,7 +92,7 @@ def test_a_stage_is_done_only_when_finished_and_only_for_its_fingerprint(run: Ru
 
 def test_a_finished_stage_keeps_only_its_result_and_manifest(run: Run) -> None:
     folder = made(run, "corpus", "aa", result="x")
-    assert sorted(path.name for path in folder.iterdir()) == ["result", "stage.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [".groundup-folder", "result", "stage.json"]
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"stage": "corpus"}', '{"unknown": 1}'])
@@ -106,10 +106,10 @@ def test_a_damaged_manifest_counts_as_not_done(run: Run, damage: str) -> None:
 def test_an_interrupted_start_is_gone_on_with(run: Run) -> None:
     folder = run.begin("pretrain", "aa")
     (folder / "checkpoint").write_text("step 100")
-    (folder / "model.partial-12345678").write_text("ha")
+    (folder / "model.groundup-partial-0123456789abcdef").write_text("ha")
     again = Run(run.root).begin("pretrain", "aa")
     assert (again / "checkpoint").read_text() == "step 100"
-    assert not (again / "model.partial-12345678").exists()
+    assert not (again / "model.groundup-partial-0123456789abcdef").exists()
 
 
 @pytest.mark.parametrize("finished", [True, False])

@@ -19,6 +19,7 @@ from tiny_run import build_quietly, tiny_recipe, write_recipe, write_texts
 import groundup as gu
 from groundup.console import Bar, Console
 from groundup.errors import DataError, GroundupError, Interrupted, RecipeError
+from groundup.files import own_folder
 from groundup.model import count_parameters, training_flops_per_token
 from groundup.model.ladder import shape_on_line
 from groundup.recipe import Recipe
@@ -370,7 +371,7 @@ def test_losses_without_a_law_are_refused_but_kept(tmp_path: Path) -> None:
     # Taught that every token is about as probable as any other, no model learns, whatever its size.
     recipe = tiny_recipe(write_texts(tmp_path / "texts.jsonl"), "pretrain.label_smoothing=0.999")
     run = build_quietly(recipe, tmp_path / "tiny", until="shards")
-    (tmp_path / "s").mkdir()
+    own_folder(tmp_path / "s")
     (tmp_path / "s" / "law.json").write_text("an earlier sweep's", encoding="utf-8")
     with pytest.raises(DataError, match="do not fall"):
         gu.scaling_sweep(recipe, run.folder("shards"), out=tmp_path / "s", console=QUIET, **ASKED)

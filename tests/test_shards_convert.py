@@ -140,6 +140,9 @@ def test_the_nanogpt_layout(tmp_path: Path) -> None:
     written(tmp_path / "mine", TEXTS, HELD_OUT)
     train, val = export_shards(tmp_path / "mine", tmp_path / "out", "nanogpt")
     assert (train.name, val.name) == ("train.bin", "val.bin")
+    with pytest.raises(GroundupError, match=r"train\.bin: is there already"):
+        export_shards(tmp_path / "mine", tmp_path / "out", "nanogpt")
+    export_shards(tmp_path / "mine", tmp_path / "out", "nanogpt", force=True)
     assert np.memmap(train, dtype=np.uint16, mode="r").tolist() == stream_of(TEXTS)
     assert np.memmap(val, dtype=np.uint16, mode="r").tolist() == stream_of(HELD_OUT)
 

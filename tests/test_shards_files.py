@@ -94,10 +94,11 @@ def test_the_same_documents_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_shards_of_an_earlier_call_are_replaced(tmp_path: Path) -> None:
-    (tmp_path / "started.json").write_text("{}")
     written(tmp_path, TEXTS)
+    (tmp_path / "started.json").write_text("{}")
     written(tmp_path, ["short"])
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".groundup-folder",
         "manifest.json",
         "started.json",
         "train-00000.bin",
@@ -118,7 +119,7 @@ def test_a_failure_in_the_middle_leaves_no_shards_behind(tmp_path: Path) -> None
     with pytest.raises(RuntimeError, match="stopped"):
         write_shards(documents(), ByteTokenizer(), tmp_path, ShardsSettings(shard_tokens=4_000_000))  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.glob("*.bin")] == ["train-00000.bin"]
-    assert not list(tmp_path.glob("*.partial-*"))
+    assert not list(tmp_path.glob("*.groundup-partial-*"))
     with pytest.raises(ArtifactError, match=r"manifest\.json: not found"):
         TokenShards.open(tmp_path, "train")
 
@@ -145,7 +146,7 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
 def good_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("good")
     written(folder, TEXTS, validation=TEXTS[:9])
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("[!.]*"))}
 
 
 def put(folder: Path, files: dict[str, bytes]) -> Path:

@@ -14,7 +14,7 @@ from groundup.errors import ArtifactError
 from groundup.files import value_digest
 from groundup.shards import shard_stats, verify_shards
 from groundup.shards.format import ShardsManifest
-from groundup.shards.stream import remove_shards
+from groundup.shards.stream import begin_shards
 from groundup.shards.verify import refuse_faults
 
 TEXTS = ["alpha " * n for n in range(1, 40)] + ["a long one " * 300, "", "ω€😀"]
@@ -128,7 +128,7 @@ def test_counts_that_do_not_add_up_are_found(folder: Path) -> None:
 
 
 def test_without_a_manifest_nothing_can_be_judged(folder: Path) -> None:
-    remove_shards(folder)
+    begin_shards(folder)
     with pytest.raises(ArtifactError, match=r"manifest\.json: not found"):
         verify_shards(folder)
 

@@ -151,7 +151,7 @@ def test_interrupted_and_resumed_is_bit_identical_with(tmp_path, options):
 def test_as_many_checkpoints_stay_as_asked_for_and_the_best_model(tmp_path):
     job = make_job(tmp_path / "run", keep_checkpoints=3, keep_best=True)
     train(job, current_world(), QUIET)
-    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
     assert names == ["step-00000010", "step-00000011", "step-00000012"]
     forget_checkpoints(job, current_world())
     watched = {

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_training_loop import QUIET, make_job, run_processes, weights
 
 from groundup.distributed import current_world
+from groundup.files import own_folder
 from groundup.model import Transformer, preset
 from groundup.training import TrainingJob, train
 from groundup.training.metrics import read_log
@@ -109,7 +110,7 @@ def test_two_processes_of_one_row_each_train_as_one_of_four(tmp_path: Path) -> N
     found = {}
     for n, micro in ((1, 4), (2, 1)):
         out = tmp_path / f"{n}"
-        out.mkdir()
+        own_folder(out)
         (out / "micro-batch-size").write_text(str(micro))
         found[n] = run_processes(n, out), load_file(out / "weights.safetensors")
     assert_close_runs(found[1][0], found[2][0], 2e-5)

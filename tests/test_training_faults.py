@@ -18,9 +18,9 @@ from test_training_loop import QUIET, interrupted_at, make_job, weights
 from groundup.console import Console
 from groundup.distributed import current_world
 from groundup.errors import GroundupError, Interrupted
-from groundup.files import file_digest, value_digest, write_json
+from groundup.files import file_digest, own_folder, remove_partials, value_digest, write_json
 from groundup.training import TrainingJob, train
-from groundup.training.checkpoint import clear_leftovers, complete_checkpoints, load_checkpoint
+from groundup.training.checkpoint import complete_checkpoints, load_checkpoint
 from groundup.training.metrics import read_log
 
 needs_a_compiler = pytest.mark.skipif(
@@ -48,7 +48,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyDisk]:
 
 
 def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != ".groundup-folder"}
 
 
 def bits(folder: Path) -> dict[str, object]:
@@ -68,7 +68,7 @@ def bits(folder: Path) -> dict[str, object]:
 
 def check_what_was_saved(folder: Path, outcome: Outcome) -> None:
     """What `save` told is there, or what it was about to write is; nothing else."""
-    clear_leftovers(folder / "checkpoints")
+    remove_partials(folder)
     assert not [name for name in files(folder) if "partial" in name or ".tmp" in name]
     console = Listening()
     found = load_checkpoint(folder / "checkpoints", "print", {"weights"}, console)
@@ -403,6 +403,7 @@ def test_what_was_passed_over_does_not_push_out_what_is_written_next(tmp_path: P
 
 def test_a_checkpoint_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     job = make_job(tmp_path / "run", n_steps=2)
+    own_folder(tmp_path / "run")
     (tmp_path / "run" / "checkpoints").write_text("in the way")
     with pytest.raises(GroundupError, match=r"run/checkpoints"):
         train(job, current_world(), QUIET)

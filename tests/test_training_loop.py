@@ -16,6 +16,7 @@ from training_rows import RandomRows
 from groundup.console import Console
 from groundup.distributed import current_world
 from groundup.errors import GroundupError, Interrupted
+from groundup.files import own_folder
 from groundup.model import Transformer, preset
 from groundup.recipe import OptimizerSettings
 from groundup.training import NextToken, TrainingJob, forget_checkpoints, train
@@ -194,7 +195,7 @@ def test_two_processes_give_one_process_s_losses(tmp_path):
 def test_begun_on_two_processes_finished_on_one(tmp_path):
     whole = run_processes(1, tmp_path / "whole")
     environment_stop = tmp_path / "parts"
-    environment_stop.mkdir()
+    own_folder(environment_stop)
     (environment_stop / "stop-at").write_text("5")
     run_processes_until_stopped = subprocess.run(
         [

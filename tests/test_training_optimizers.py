@@ -17,6 +17,7 @@ from test_training_loop import QUIET, interrupted_at, make_job, run_processes, w
 
 from groundup.distributed import current_world
 from groundup.errors import ArtifactError, GroundupError, Interrupted, RecipeError
+from groundup.files import own_folder
 from groundup.model import Transformer, cost, preset
 from groundup.preview import check_recipe, derived_values
 from groundup.recipe import GroupSettings, OptimizerSettings, parse_recipe, recipe_toml
@@ -463,7 +464,7 @@ def test_two_processes_train_as_one(tmp_path: Path, settings: dict[str, object])
     found = {}
     for n in (1, 2):
         out = tmp_path / f"{n}"
-        out.mkdir()
+        own_folder(out)
         (out / "settings.json").write_text(json.dumps(settings))
         run_processes(n, out)
         found[n] = read_log(out / "metrics.jsonl"), load_file(out / "weights.safetensors")

@@ -91,7 +91,7 @@ def test_stopped_in_any_epoch_of_real_shards_it_goes_on_at_its_place(tmp_path: P
 
     def job(name: str) -> TrainingJob:
         made = make_job(tmp_path / name, source=ShardBatches(*shards, 16, 4, seed=3))
-        made.model = Transformer(preset("ground-nano", vocab_size=257, context_length=16, dropout=0.1))
+        made.modules["model"] = Transformer(preset("ground-nano", vocab_size=257, context_length=16, dropout=0.1))
         return made
 
     whole, parts = job("whole"), job("parts")

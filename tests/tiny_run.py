@@ -1,4 +1,4 @@
-"""A recipe that walks the whole road in two seconds, one finished run of it, and what may differ between runs."""
+"""A recipe of the whole pipeline in two seconds, one finished run of it, and what may differ between runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from groundup.pipeline import build
 from groundup.recipe import Recipe, parse_recipe
 from groundup.run import Run
 
-STAGES = ("corpus", "tokenizer", "shards", "pretrain", "sft", "evaluate")
+SCORES = ("evaluate/before-pretrain", "evaluate/pretrain", "evaluate/sft")
+STAGES = ("corpus", "tokenizer", "shards", "pretrain", "sft", *SCORES)
 WALL_CLOCK = ("tokens_per_second", "mfu", "peak_memory_bytes", "generation_tokens_per_second", "compiled_reason")
 WORDS = tuple(
     "the cat sat on a mat and saw big red dog run home with old king who gave bread to poor child".split()  # noqa: SIM905
@@ -121,7 +122,7 @@ def rewritten(run: Run, before: dict[str, int]) -> set[str]:
     """The stages of which anything was written or removed since."""
     now = times(run)
     changed = {name for name in now.keys() | before.keys() if now.get(name) != before.get(name)}
-    return {name.split("/")[0] for name in changed if "/" in name}
+    return {stage for stage in STAGES if any(name.startswith(f"{stage}/") for name in changed)}
 
 
 def _decided(manifest: dict[str, Any]) -> dict[str, Any]:

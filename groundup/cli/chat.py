@@ -46,6 +46,7 @@ class Chat:
         self.messages: list[Message] = list(self._first)
         self._n_answers = 0
         self._n_left_out = 0
+        self._saved: set[str] = set()
 
     def answer(self, text: str, *, echo: bool = True) -> str:
         """Ask, stream the answer to standard output where `echo` is set, and keep both.
@@ -118,7 +119,10 @@ class Chat:
         elif name == "/save":
             if not argument:
                 raise GroundupError("/save needs a file.", "For example: /save talk.json")
+            if Path(argument).exists() and argument not in self._saved:
+                raise GroundupError(f"{argument}: is there already.", "Save under another name.")
             write_json(Path(argument), self.messages)
+            self._saved.add(argument)
             _hint(f"{argument}: written.")
         else:
             _hint(f"{printable(name)}: no such command. /help lists them.")

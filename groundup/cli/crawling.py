@@ -52,7 +52,7 @@ def crawl(
     timeout: Annotated[float | None, typer.Option(help="Seconds until a page is given up (default 30).")] = None,
     retries: Annotated[int | None, typer.Option(help="Times to ask again after a passing fault (default 3).")] = None,
     user_agent: Annotated[
-        str | None, typer.Option(help="Who we say we are; name an address where you can be reached.")
+        str | None, typer.Option(help="User-Agent header; name an address where you can be reached.")
     ] = None,
     allow_private: Annotated[
         bool | None, typer.Option("--allow-private", help="Fetch from private and local addresses too.")

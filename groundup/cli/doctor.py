@@ -179,8 +179,9 @@ def _bfloat16(torch: Arithmetic) -> Finding:
 def _gpu(torch: Arithmetic) -> Finding:
     if torch.gpus:
         return Finding("gpu", ", ".join(torch.gpus))
-    if torch.mps:
-        return Finding("gpu", "Apple (MPS)")
+    if torch.unused_device is not None:
+        advice = "Everything runs on the CPU here: groundup computes on the GPUs of NVIDIA and AMD alone."
+        return Finding("gpu", f"{torch.unused_device} is not used", "warn", advice)
     return Finding("gpu", "none", "ok", "Not needed for the demo.")
 
 
@@ -219,14 +220,14 @@ def _language_model(machine: Machine) -> Finding:
 def _expectation(machine: Machine, demo: Recipe) -> Finding:
     rate = machine.tokens_per_second
     if rate is None:
-        return Finding("expect", "nothing can be trained until the above is mended", "fail", "Mend what failed above.")
+        return Finding("expect", "nothing can be trained until the above is fixed", "fail", "Fix what failed above.")
     minutes = OVERHEAD * _demo_tokens(demo) / rate / 60
     shown = f"{max(1, round(minutes))} min" if minutes < 90 else f"{minutes / 60:.0f} h"
     value = f"about {_two_digits(rate):,} tokens/s with the demo's model; groundup build demo: about {shown}"
     if machine.load > _usable_cores(machine) / 2:
         value += f" (while other programs keep {machine.load:.1f} cores busy)"
     if minutes > PATIENCE_MINUTES:
-        advice = "Slow, but it works, and can be stopped and gone on with. See threads and precision above."
+        advice = "Slow, but it works, and can be stopped and resumed. See threads and precision above."
         return Finding("expect", value, "warn", advice)
     return Finding("expect", value)
 

@@ -1,6 +1,6 @@
 """The facts of the machine that groundup runs on: versions, cores, limits, memory, devices, two measurements.
 
-`look` reads them all in about a second and writes nothing; what they mean is `doctor.py`'s matter.
+`look` reads them all in about a second and writes nothing; `doctor.py` judges them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Arithmetic:
         version: torch's version.
         threads: threads that it uses.
         gpus: names of the CUDA or ROCm devices.
-        mps: whether Apple's GPU can be used.
+        unused_device: a device that torch can use and groundup does not, such as Apple's GPU; None where none is.
         bfloat16: whether the CPU multiplies bfloat16 natively, and what says so.
         float32_flops: measured rate of float32 matrix products, FLOP/s.
         bfloat16_flops: the same in bfloat16.
@@ -42,7 +42,7 @@ class Arithmetic:
     version: str
     threads: int
     gpus: tuple[str, ...]
-    mps: bool
+    unused_device: str | None
     bfloat16: tuple[bool, str]
     float32_flops: float
     bfloat16_flops: float
@@ -158,11 +158,21 @@ def _arithmetic(ask_training: bool) -> Arithmetic:
         version=torch.__version__,
         threads=torch.get_num_threads(),
         gpus=tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())),
-        mps=torch.backends.mps.is_available(),
+        unused_device=_unused_device(),
         bfloat16=bfloat16,
         float32_flops=rate(torch.float32),
         bfloat16_flops=rate(torch.bfloat16),
     )
+
+
+def _unused_device() -> str | None:
+    """The accelerator that torch sees here, unless it is CUDA's or ROCm's, which groundup computes on."""
+    import torch
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is None or device.type == "cuda":
+        return None
+    return {"mps": "Apple's GPU", "xpu": "Intel's GPU"}.get(device.type, f"the accelerator {device.type}")
 
 
 def _tokens_per_second(recipe: Recipe, bfloat16: bool, rows: int = 8, seconds: float = 0.5) -> float:

@@ -198,11 +198,12 @@ def export(
     folder: FolderArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder for the files.")],
     format: Annotated[str, typer.Option("--format", help="nanogpt, llmc or megatron.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there already.")] = False,
 ) -> None:
     """Write shards as nanoGPT, llm.c or Megatron-LM reads them; `import` makes the same shards of them again."""
     from groundup.shards import export_shards
 
-    for path in export_shards(shards_folder(folder), out, format):
+    for path in export_shards(shards_folder(folder), out, format, force=force):
         typer.echo(path)
 
 

@@ -9,9 +9,9 @@ In: `Unit`s (a part of a file, a file, or many small ones). Out: a folder with
     emptied.jsonl       texts of which the line rules left nothing
     unit.json           counts, the fingerprint of all that the folder depends on, and the digests of its files
 
-No threshold is looked at here: another threshold needs another selection, not another reading. Only of documents in
-other languages than those asked for no more is kept than how they begin. A folder whose fingerprint still fits is used
-again, if its files are still what was written. The pass is a pure function of the unit, so any worker can do it.
+No threshold is applied here, so that changing one needs no second reading. Of documents in other languages than
+those asked for only the beginning is kept. A folder whose fingerprint and files still fit is used again. The pass is a
+pure function of the unit, so any worker can do it.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def annotate(work: Annotation) -> dict[str, Any]:
 
 
 class _Annotator:
-    """One unit's pass: batches of records through every measure, each appended to the unit's tables."""
+    """One unit's pass: records are measured in batches and appended to the unit's tables."""
 
     def __init__(self, work: Annotation, folder: Path) -> None:
         self._work, self._settings, self._folder = work, work.settings, folder
@@ -177,7 +177,7 @@ class _Annotator:
             return
         self._n_documents += len(rows)
         languages = detect_languages([row.text for row in rows], self._settings.language_model)
-        # A document in another language than those asked for goes whatever its signals are: they are not reckoned.
+        # Documents in other languages are dropped whatever their signals are, so these are not computed.
         asked = self._settings.languages
         wanted = np.array(
             [place for place, (code, _) in enumerate(languages) if not asked or code in asked], dtype=np.int64
@@ -272,7 +272,7 @@ class _Annotator:
 
 
 class _Row(NamedTuple):
-    """One document on its way: its text as it was read and as it is kept, both as UTF-8 too."""
+    """One document of a batch: its text as it was read and as it is kept, both as UTF-8 too."""
 
     file: str
     record: Record

@@ -1,10 +1,10 @@
-"""A piece of the first pass: what it is told, what its result depends on, and whether that is still there."""
+"""A piece of the first pass: its task, what its result depends on, and whether an earlier result still holds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from groundup.corpus.dedup.minhash import HASH_VERSION
 from groundup.corpus.document import Reason
@@ -17,9 +17,6 @@ from groundup.errors import ArtifactError, DataError
 from groundup.files import file_digest, read_json, value_digest
 from groundup.recipe import CorpusSettings
 
-if TYPE_CHECKING:
-    pass
-
 ANNOTATION_VERSION = 2
 """Raised when the results of this pass change."""
 
@@ -27,7 +24,7 @@ DOCUMENTS_TABLE = "documents.parquet"
 SIGNALS_TABLE = "signals.parquet"
 SET_ASIDE = "set_aside.jsonl"
 EMPTIED = "emptied.jsonl"
-"""A file apart: each of the two is in the order of the input, however the records were batched."""
+"""Separate from `SET_ASIDE`, so that each of the two is in the order of the input, however records were batched."""
 UNIT = "unit.json"
 SCORE = "score"
 TOXIC = "toxic_share"
@@ -50,7 +47,7 @@ def stamp_of(source: Source) -> Stamp | None:
 
 @dataclass(frozen=True)
 class Annotation:
-    """What one piece of work is told.
+    """The task of one piece of work.
 
     Attributes:
         units: what to read: one, or many small ones.
@@ -91,7 +88,7 @@ def annotation_fingerprint(settings: CorpusSettings, classifier: str = "") -> st
 
 
 def signal_names(settings: CorpusSettings) -> list[str]:
-    """The signals that the recipe's rules look at; those of rules that are switched off too, for another time."""
+    """The signals of the recipe's rules; of rules that are switched off too, so that they can be switched on later."""
     rules = [*rules_for(settings.quality, {}), *rules_for(settings.quality, settings.thresholds)]
     return sorted({rule.signal for rule in rules})
 

@@ -1,11 +1,11 @@
-"""The corpus stage: raw files in, `documents.jsonl` out, and the whole story of what was left out.
+"""The corpus stage: raw files in, `documents.jsonl` out, with every record that was removed and why.
 
     read and measure (annotate) → decide (select) → write
 
-Writes `documents.jsonl` (in the order of ids), `set_aside.jsonl` (every record left out, and why), `funnel.json`
-(counts, histograms and examples) and keeps the measurements in `annotated/`, so that another threshold does not
-read the texts again. The same texts give the same bytes, for any number of workers, size of pieces, engine, or
-order of the files; killed anywhere, the same call goes on and ends with the same bytes.
+Writes `documents.jsonl` (in the order of ids), `set_aside.jsonl` (every record left out, and why),
+`filter_statistics.json` (counts, histograms and examples), and keeps the measurements in `annotated/`, so that another
+threshold does not read the texts again. The same texts give the same bytes, for any number of workers, size of pieces,
+engine, or order of the files; killed anywhere, the same call goes on and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,26 +23,18 @@ import orjson
 from groundup.console import Console
 from groundup.corpus.document import Document
 from groundup.corpus.engine import engine_for
-from groundup.corpus.funnel import PASSED_OVER_SHOWN
+from groundup.corpus.filter_statistics import PASSED_OVER_SHOWN
 from groundup.corpus.inputs import check_named_files, input_fingerprint
-from groundup.corpus.passes import ANNOTATED, DOCUMENTS, FUNNEL, SET_ASIDE_FILE, Passes
+from groundup.corpus.passes import ANNOTATED, DOCUMENTS, SET_ASIDE_FILE, STATISTICS_FILE, Passes
 from groundup.corpus.quality.language import check_languages
 from groundup.corpus.quality.rules import rules_for
 from groundup.corpus.reading.sources import Sources, find_sources
 from groundup.corpus.write import parse_line
 from groundup.errors import ArtifactError, DataError, RunError
-from groundup.files import (
-    PARTIAL_MARK,
-    remove_partials,
-    write_error,
-    write_json,
-)
+from groundup.files import own_folder, remove_partials, temporary, write_error, write_json
 from groundup.recipe import CorpusSettings
 from groundup.report.format import format_lines, is_number
 from groundup.stage import Check, Context, Method, Shown, Stage
-
-WORK = f"work{PARTIAL_MARK}corpus"
-"""Everything in it can be made again, so it goes when the stage ends, or when the next one begins."""
 
 
 def curate(settings: CorpusSettings, out: Path, console: Console | None = None) -> dict[str, Any]:
@@ -51,7 +42,7 @@ def curate(settings: CorpusSettings, out: Path, console: Console | None = None) 
 
     Args:
         settings: inputs, filters, and who does the work.
-        out: the folder for `documents.jsonl`, `set_aside.jsonl`, `funnel.json` and `annotated/`.
+        out: the folder for `documents.jsonl`, `set_aside.jsonl`, `filter_statistics.json` and `annotated/`.
         console: where the work is shown.
 
     Returns:
@@ -62,36 +53,37 @@ def curate(settings: CorpusSettings, out: Path, console: Console | None = None) 
 
     Raises:
         DataError: an input is missing or changes meanwhile, nothing is left, or nothing can be held out.
-        RunError: another process works in `out`.
-        GroundupError: a worker died, the disk is full, or the books do not balance.
+        RunError: another process works in `out`, or it holds files that are not ours.
+        GroundupError: a worker died, the disk is full, or the counts of documents do not add up.
     """
     console = console or Console(quiet=True)
     out = Path(out).absolute()  # workers may stand elsewhere
     check_languages(settings.languages, settings.language_model)
     check_named_files(settings)
     sources = _without_own_files(find_sources(settings.inputs), out)
+    own_folder(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         with _alone_in(out):
             try:
+                remove_partials(out)  # those of a process that was killed
                 passes = _make(settings, sources, out, console)
             finally:
                 remove_partials(out)  # those of workers that were stopped too
     except OSError as error:
         raise write_error(Path(error.filename or out), error) from error
-    funnel = passes.funnel
+    statistics = passes.statistics
     files = {
         "read": len(sources.files),
         "passed_over": len(sources.passed_over),
         "names": sources.passed_over[:PASSED_OVER_SHOWN],
     }
-    write_json(out / FUNNEL, funnel.as_json(files, passes.more))
-    n_faults, first = funnel.faults
+    write_json(out / STATISTICS_FILE, statistics.as_json(files, passes.more))
+    n_faults, first = statistics.faults
     if first is not None:
         console.warn(f"{n_faults:,} records are broken and were set aside ({out / SET_ASIDE_FILE}). The first: {first}")
     if passes.holdout.moved:
         console.warn(f"validation: {passes.holdout.moved}.")
-    return funnel.summary(passes.holdout.by)
+    return statistics.summary(passes.holdout.by)
 
 
 @contextlib.contextmanager
@@ -119,16 +111,15 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 def _make(settings: CorpusSettings, sources: Sources, out: Path, console: Console) -> Passes:
     """All three passes."""
-    work = out / WORK
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+    work = temporary(out / "work")  # all in it can be made again
+    own_folder(work)
     workers = engine_for(settings.engine, settings.workers, sources.size_bytes())
     with console.bar("corpus") as bar, workers as engine:
         passes = Passes(settings, out, work, engine, bar.update)
         passes.annotate(sources)
         passes.select()
         passes.write()
-        bar.finish(passes.funnel.in_words)
+        bar.finish(passes.statistics.in_words)
     return passes
 
 

@@ -1,12 +1,11 @@
-"""The three passes over a corpus, and what each hands to the next: read and measure, decide, write.
+"""The three passes over a corpus: read and measure (annotate), select, write.
 
-In: the files of `[corpus] inputs`. Out: `documents.jsonl`, `set_aside.jsonl`, and a `Funnel` whose books balance.
+In: the files of `[corpus] inputs`. Out: `documents.jsonl`, `set_aside.jsonl` and `FilterStatistics`.
 Every piece of work goes to an `Engine`; what comes back is counts and names of files, never a text.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ from groundup.corpus.dedup import (
 )
 from groundup.corpus.document import Reason, SetAside
 from groundup.corpus.engine import Engine
-from groundup.corpus.funnel import Funnel, set_aside_record
+from groundup.corpus.filter_statistics import FilterStatistics, set_aside_record
 from groundup.corpus.holdout import Holdout
 from groundup.corpus.mix import plan_mix, plan_tokens
 from groundup.corpus.reading.read import read
@@ -48,7 +47,9 @@ from groundup.files import (
     append_file,
     atomic_folder,
     atomic_writer,
+    own_folder,
     read_json,
+    remove_folder,
     value_digest,
     write_json,
 )
@@ -56,7 +57,7 @@ from groundup.recipe import CorpusSettings
 
 DOCUMENTS = "documents.jsonl"
 SET_ASIDE_FILE = "set_aside.jsonl"
-FUNNEL = "funnel.json"
+STATISTICS_FILE = "filter_statistics.json"
 ANNOTATED = "annotated"
 CLASSIFIER = "classifier"
 KEYS_LISTED = 20
@@ -73,7 +74,7 @@ class Passes:
         self._memory_bytes = int(settings.memory_mib * 2**20)
         self._selection = Selection(settings)
         self._units: list[Annotated] = []
-        self.funnel = Funnel()
+        self.statistics = FilterStatistics()
         self.holdout = Holdout(settings)
         self.more: dict[str, Any] = {}
         self._unlisted: list[SetAside] = []
@@ -82,7 +83,7 @@ class Passes:
         """Read and measure every unit that is not measured yet; forget units that are no longer asked for."""
         settings = self._settings
         root = self._out / ANNOTATED
-        root.mkdir(exist_ok=True)
+        own_folder(root)
         classifier = self._train_classifier()
         common = annotation_fingerprint(settings, classifier)
         split_bytes = int(settings.split_mib * 2**20)
@@ -93,7 +94,7 @@ class Passes:
         wanted = {Path(task.folder).name for task in tasks}
         for old in root.iterdir():
             if old.name not in wanted and old.name != CLASSIFIER:
-                shutil.rmtree(old, ignore_errors=True)
+                remove_folder(old)
         read_bytes = 0
         self._units = []
         numbers: Counter[str] = Counter()
@@ -106,10 +107,10 @@ class Passes:
                 total=len(tasks),
                 note=f"{len(self._units)}/{len(tasks)} read · {format_bytes(read_bytes)}",
             )
-        self._book_reading(sources)
+        self._count_read(sources)
 
     def select(self) -> None:
-        """Decide who stays, on signals and keys alone."""
+        """Select the documents to keep, by their signals and keys alone."""
         selection, units = self._selection, self._units
         self._show(0, total=1, note="selecting")
         for unit in units:
@@ -117,21 +118,21 @@ class Passes:
         if self._settings.dedup != "none":
             self._remove_duplicates()
         for unit in units:
-            self.funnel.enter(selection.entries(unit))
-        self.funnel.check("select")
+            self.statistics.add(selection.entries(unit))
+        self.statistics.check("select")
         self.more["histograms"] = selection.histograms
         self.more["duplicate_keys"] = self._duplicate_keys()
 
     def write(self) -> None:
-        """Write the documents that stay, and everything that was left out."""
+        """Write the documents that are kept, and list all others."""
         units, settings = self._units, self._settings
-        for name in (FUNNEL, DOCUMENTS, SET_ASIDE_FILE):  # of an earlier call: the three belong together
+        for name in (STATISTICS_FILE, DOCUMENTS, SET_ASIDE_FILE):  # of an earlier call: the three belong together
             (self._out / name).unlink(missing_ok=True)
         for number, unit in enumerate(units):
             write_decisions(self._decisions(number), unit)
         cuts = self._find_cuts()
         evaluation = self._index_evaluation()
-        n_ranges = max(1, -(-self.funnel.bytes_kept // max(1, self._memory_bytes // 8)))
+        n_ranges = max(1, -(-self.statistics.bytes_kept // max(1, self._memory_bytes // 8)))
         bounds = tuple(int(step) for step in (np.arange(1, n_ranges) * (2**64 / n_ranges)))
         tasks = [
             WriteUnit(
@@ -148,7 +149,7 @@ class Passes:
             )
             for number, unit in enumerate(units)
         ]
-        self._rebook(tasks)
+        self._write_units(tasks)
         self._merge(tasks)
 
     def _annotation(
@@ -184,21 +185,21 @@ class Passes:
         self.more["classifier"] = Classifier.load(folder).report
         return fingerprint
 
-    def _book_reading(self, sources: Sources) -> None:
+    def _count_read(self, sources: Sources) -> None:
         self._unlisted = unlisted(sources)
         for folder in self._unlisted:
-            self.funnel.came_in(1, 0)
-            self.funnel.enter([(folder.reason, folder.source, "", 1, 0)])
-            self.funnel.show(folder.reason, [("", set_aside_record(folder))])
-            self.funnel.note_fault(folder)
+            self.statistics.add_input(1, 0)
+            self.statistics.add([(folder.reason, folder.source, "", 1, 0)])
+            self.statistics.add_examples(folder.reason, [("", set_aside_record(folder))])
+            self.statistics.note_fault(folder)
         for unit in self._units:
             record = unit.record
             n_aside = sum(count for _, _, count in record["set_aside"])
-            self.funnel.came_in(record["documents"] + n_aside, record["bytes_in"])
-            self.funnel.enter((reason, file, "", count, 0) for reason, file, count in record["set_aside"])
-            self.funnel.changed.update(record["changed"])
+            self.statistics.add_input(record["documents"] + n_aside, record["bytes_in"])
+            self.statistics.add((reason, file, "", count, 0) for reason, file, count in record["set_aside"])
+            self.statistics.changed.update(record["changed"])
             for kind, samples in record["findings"].items():
-                known = self.funnel.findings.setdefault(kind, [])
+                known = self.statistics.findings.setdefault(kind, [])
                 known += samples[: 20 - len(known)]
 
     def _remove_duplicates(self) -> None:
@@ -218,7 +219,7 @@ class Passes:
             self.more["clusters"] = clusters
 
     def _find_cuts(self) -> list[str]:
-        """For each unit a file with what is to be cut out of its texts, or ""."""
+        """For each unit a file with the repeated spans to cut out of its texts, or ""."""
         settings, names = self._settings, [""] * len(self._units)
         common = (self._engine, self._memory_bytes)
         kept = [unit.stays for unit in self._units]
@@ -287,28 +288,28 @@ class Passes:
     def _decisions(self, number: int) -> Path:
         return self._work / f"{number:06d}.decisions.npz"
 
-    def _rebook(self, tasks: Sequence[WriteUnit]) -> None:
-        """Write every unit's survivors, and put on the books what the texts themselves decided."""
-        funnel = self.funnel
-        funnel.open_again()
+    def _write_units(self, tasks: Sequence[WriteUnit]) -> None:
+        """Write every unit's survivors, and count what the steps that read their texts have removed."""
+        statistics = self.statistics
+        statistics.clear_kept()
         self._offsets: list[list[int]] = []
         contamination = ContaminationCounts()
         cut = 0
         for record in self._engine.map(write_unit, tasks):
-            funnel.enter(record["entries"])
+            statistics.add(record["entries"])
             for reason, examples in record["examples"].items():
-                funnel.show(reason, examples)
+                statistics.add_examples(reason, examples)
             if record["fault"] is not None:
-                funnel.note_fault(record["fault"])
+                statistics.note_fault(record["fault"])
             self.holdout.merge(record["holdout"])
-            funnel.characters_kept += record["characters"]
+            statistics.characters_kept += record["characters"]
             contamination.merge(record["contamination"])
             cut += record["cut_characters"]
             self._offsets.append(record["offsets"])
             self._show(len(self._offsets), total=len(tasks), note=f"{len(self._offsets)}/{len(tasks)} written")
-        funnel.check("write")
+        statistics.check("write")
         if cut:
-            funnel.changed["characters cut as repeated"] = cut
+            statistics.changed["characters cut as repeated"] = cut
         if tasks[0].evaluation:
             self.more["contamination"] = contamination.summary(EvaluationIndex.load(tasks[0].evaluation).tasks)
         with atomic_writer(self._out / SET_ASIDE_FILE, binary=True) as handle:
@@ -316,17 +317,17 @@ class Passes:
                 handle.write(orjson.dumps(set_aside_record(item)) + b"\n")
             for task in tasks:
                 append_file(handle, Path(f"{task.out}.aside.jsonl"))
-        if not funnel.documents_kept:
-            raise funnel.nothing_left()
+        if not statistics.documents_kept:
+            raise statistics.nothing_left()
 
     def _merge(self, tasks: Sequence[WriteUnit]) -> None:
         """Merge the units' files, one range of ids after the other, into `documents.jsonl`."""
         factors = None
         if self._settings.mix:
-            factors = plan_mix(self.funnel.bytes_by_source, self._settings.mix)
+            factors = plan_mix(self.statistics.bytes_by_source, self._settings.mix)
         elif self._settings.mix_tokens:
             tokens, bytes_per_token = self._settings.mix_tokens, self._settings.bytes_per_token
-            factors = plan_tokens(self.funnel.bytes_by_source, tokens, bytes_per_token)
+            factors = plan_tokens(self.statistics.bytes_by_source, tokens, bytes_per_token)
         if factors is not None:
             self.more["mix"] = factors
         merges = [
@@ -345,21 +346,21 @@ class Passes:
         ]
         with atomic_writer(self._out / DOCUMENTS, binary=True) as handle:
             for merge, record in zip(merges, self._engine.map(merge_range, merges), strict=True):
-                self.funnel.documents_written.update(record["documents"])
-                self.funnel.move_out(record["mixed_out"])
+                self.statistics.documents_written.update(record["documents"])
+                self.statistics.remove_kept(record["mixed_out"])
                 append_file(handle, Path(merge.out))
                 Path(merge.out).unlink()
-            self.funnel.check("mix")
-            if not self.funnel.documents_written["validation"]:
+            self.statistics.check("mix")
+            if not self.statistics.documents_written["validation"]:
                 raise DataError(
-                    f"corpus: {self.funnel.characters_kept:,} characters of text are too few to hold a part out for "
-                    "validation.",
+                    f"corpus: {self.statistics.characters_kept:,} characters of text are too few to hold out a "
+                    "validation part.",
                     "Add text, or raise [corpus] validation_share.",
                 )
 
 
 def _packed(units: Sequence[Unit], split_bytes: int) -> Iterator[tuple[Unit, ...]]:
-    """Small files together, so that a hundred thousand pages are not as many pieces of work."""
+    """Small files grouped, so that a hundred thousand pages are not as many pieces of work."""
     pack: list[Unit] = []
     size = 0
     for unit in units:

@@ -1,8 +1,8 @@
-"""The second pass: which annotated documents stay, decided on their signals alone, without reading a text.
+"""The second pass: which annotated documents are kept, decided by their signals alone, without reading a text.
 
-In: the units' annotations and the recipe. Out: for every unit a code per document (0: it stays, else the place of
-its reason in `reasons`), and for every duplicate the id of the document that stays in its place. The steps are in
-the order of the funnel; a document is removed by the first that refuses it.
+In: the units' annotations and the recipe. Out: for every unit a code per document (0: kept, else the place of its
+reason in `reasons`), and for every duplicate the id of the document that is kept instead. A document is removed by
+the first step that refuses it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from groundup.corpus.annotation import PREDICATE, SCORE, SIGNALS_TABLE, TOXIC
 from groundup.corpus.document import Reason
-from groundup.corpus.funnel import KEPT, Entry
+from groundup.corpus.filter_statistics import KEPT, Entry
 from groundup.corpus.quality.rules import Rule, first_failed, rules_for
 from groundup.files import atomic_writer
 from groundup.recipe import CorpusSettings
@@ -50,7 +50,7 @@ class Annotated:
 
     @property
     def stays(self) -> np.ndarray:
-        """(n,) bool: who has not been removed yet."""
+        """(n,) bool: which documents have not been removed yet."""
         return self.codes == 0
 
     def columns(self, names: Sequence[str]) -> dict[str, Any]:
@@ -110,8 +110,8 @@ class Selection:
             wanted = [
                 place for place, code in enumerate(languages.dictionary.to_pylist()) if code in settings.languages
             ]
-            foreign = ~np.isin(languages.indices.to_numpy(), wanted)
-            refusals.append((Reason.LANGUAGE, foreign | (columns["language_score"] < settings.language_floor)))
+            is_other = ~np.isin(languages.indices.to_numpy(), wanted)
+            refusals.append((Reason.LANGUAGE, is_other | (columns["language_score"] < settings.language_floor)))
         failed = first_failed(columns, self.rules) if self.rules else np.full(unit.n, -1)
         refusals += [(rule.name, failed == place) for place, rule in enumerate(self.rules)]
         if PREDICATE in columns:

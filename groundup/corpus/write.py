@@ -3,7 +3,7 @@
 First every unit's survivors are read again, cut where they repeat others, looked up among the evaluation data, and
 written to a file of the unit, sorted by id, with what was left out beside it. Then the files are merged, a range of
 ids at a time. Since ids are digests of texts, the result is a shuffled corpus whose bytes depend on the texts
-alone: not on their files' order, nor on how the work was cut, nor on who did it.
+alone, not on the order of their files or on how the work was divided.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from groundup.corpus.annotation import DOCUMENTS_TABLE, EMPTIED, SCORE, SET_ASID
 from groundup.corpus.decontamination.index import ContaminationCounts, EvaluationIndex, Match
 from groundup.corpus.dedup import cut_spans
 from groundup.corpus.document import Document, Reason, SetAside, derived_id, excerpt_of, is_fault
-from groundup.corpus.funnel import EXAMPLES_PER_REASON, Entry, set_aside_record
+from groundup.corpus.filter_statistics import EXAMPLES_PER_REASON, Entry, set_aside_record
 from groundup.corpus.holdout import Holdout
 from groundup.corpus.mix import copies_of
 from groundup.corpus.quality.rules import Rule
@@ -43,7 +43,7 @@ class WriteUnit:
 
     Attributes:
         annotation: the unit's annotation.
-        decisions: who stays (`write_decisions`).
+        decisions: which documents are kept (`write_decisions`).
         out: the file to write, without its ending.
         settings: the recipe's `[corpus]`.
         reasons: what the codes mean.
@@ -124,7 +124,7 @@ class _UnitWriter:
         }
 
     def _left_out(self) -> Iterator[SetAside]:
-        """Everything left out, in the order of the file; the lines of those that stay are gathered on the way."""
+        """Everything left out, in the order of the file; the lines of kept documents are collected meanwhile."""
         unread = [map(self._unread, _read_set_aside(self._folder / name)) for name in (SET_ASIDE, EMPTIED)]
         return heapq.merge(*unread, self._judged(), key=lambda record: (record.source, record.position))
 
@@ -151,7 +151,7 @@ class _UnitWriter:
                 if reason is None:
                     self._keep(identity, texts[row], values)
                     continue
-                if not code:  # the others are on the books already
+                if not code:  # the others are counted already
                     self._enter(str(reason), values, len(texts[row].encode()))
                 record = SetAside(
                     values["file"], values["place"], values["number"] + first, str(reason), detail,
@@ -216,7 +216,7 @@ class _UnitWriter:
 
 
 class _Details:
-    """Says of a removed document what its value was and what the threshold is."""
+    """Says for a removed document what its value was and what the threshold is."""
 
     def __init__(self, folder: Path, codes: np.ndarray, work: WriteUnit) -> None:
         import pyarrow.parquet as pq

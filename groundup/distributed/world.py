@@ -1,4 +1,4 @@
-"""The world: which of how many processes this is, on which device, and how they talk.
+"""The world: this process's rank, the number of processes, the device, and how they communicate.
 
 Started by `torchrun`, a process finds its rank and the world's size in the environment and joins the group
 (gloo on CPU, NCCL on GPUs). Started alone, the world has one member and no group: the degenerate case of the
@@ -42,7 +42,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes files and talks to the user."""
+        """Whether this process writes files and shows progress."""
         return self.rank == 0
 
     @property
@@ -73,7 +73,7 @@ class World:
         return bool(self.sum(torch.tensor([float(flag)]))[0] > 0)
 
     def wait(self) -> None:
-        """Return when every process has come here."""
+        """Return when every process has called it (a barrier)."""
         if self.size > 1:
             dist.barrier()
 

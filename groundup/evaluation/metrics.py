@@ -149,7 +149,7 @@ def exact_match(
         DataError: no task.
     """
     if not tasks:
-        raise DataError("there is no held-out task to answer.", "Raise [sft] examples.")
+        raise DataError("there is no held-out task to answer.", "Give some of those whose split is held_out.")
     prompts = [
         render(tokenizer, [{"role": "user", "content": task.prompt}], add_generation_prompt=True).ids for task in tasks
     ]

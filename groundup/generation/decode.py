@@ -21,7 +21,7 @@ from groundup.model import OutputLayer, Transformer
 
 FinishReason = Literal["stop", "length"]
 OnToken = Callable[[int, int], bool]
-"""Told (row, token) for every token that is written; True stops that row."""
+"""Called with (row, token) for every token that is written; True stops that row."""
 
 
 @dataclass
@@ -60,9 +60,9 @@ def generate_ids(
         model: put into evaluation mode.
         prompts: token ids, at least one each; of any lengths. One of `context_length` or more is cut on the left,
             so that `max_tokens` more have room, or at least half the context remains.
-        params: how tokens are drawn; stop texts are the business of whoever knows the tokenizer.
+        params: how tokens are drawn; stop texts are handled by `text.py`, which knows the tokenizer.
         stop_ids: tokens that end a row and are not written.
-        on_token: told of every token; may stop a row.
+        on_token: called with every token; may stop a row.
         seeds: one for each row (default: `params.seed` for every row).
         slides: go on past the context's end instead of finishing with "length".
 
@@ -87,7 +87,7 @@ def decode(
     seeds: Sequence[int | None] | None = None,
     slides: bool = False,
 ) -> Iterator[list[Generation]]:
-    """As `generate_ids`, but gives what there is after every step; whoever stops asking stops the work."""
+    """As `generate_ids`, but yields the texts so far after every step; generation stops when iteration does."""
     if not prompts:
         return
     model.eval()
@@ -128,7 +128,7 @@ def _read(model: Transformer, prompts: Sequence[Sequence[int]], cache: KVCache) 
     """Put whole prompts into an empty cache; the logits behind each one's last token."""
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
-    # Padding stands behind a prompt: nothing before it sees it, and what is written there later replaces it.
+    # Padding stands behind a prompt: no token attends to it, and tokens written later replace it.
     padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
     rows = torch.arange(len(prompts), device=device)
     last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)

@@ -1,4 +1,4 @@
-"""Tokens to text, one at a time: what is given out is certain and never taken back.
+"""Tokens to text, one at a time: text is given out only when later tokens cannot change it.
 
 A token can end in the middle of a character, and a stop text in the middle of a token: incomplete UTF-8 is held
 back, and so is any end of the text that may yet grow into a stop text.

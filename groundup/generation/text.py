@@ -115,7 +115,7 @@ def stream_chat(
         messages: the conversation; what does not fit into the context is left out from the oldest turn on, a
             system message stays.
         params: how tokens are drawn; `max_tokens`, but no more than half the context, are kept free.
-        on_left_out: told how many messages were left out, if any.
+        on_left_out: called with the number of messages that were left out, if any.
 
     Raises:
         GroundupError: not even the last message fits.

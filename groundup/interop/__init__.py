@@ -1,4 +1,4 @@
-"""Ours and everybody's formats: models as folders that Hugging Face's transformers load as they stand, and GGUF."""
+"""Other programs' formats: models as folders that Hugging Face's transformers load as they stand, and GGUF."""
 
 from groundup.interop.convert import export_folder, import_folder
 from groundup.interop.folder import LoadedModel, find_model, load, load_model, save_model

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from groundup.errors import ArtifactError, GroundupError
-from groundup.files import atomic_folder, write_json
+from groundup.files import MARK, atomic_folder, check_ours, remove_partials_of, write_json
 from groundup.interop.families import FAMILIES, differences, huggingface_config
 from groundup.interop.folder import CONFIG_FILE, GENERATION_FILE, find_model, token_ids
 from groundup.interop.layouts import put_together
-from groundup.interop.read_weights import DTYPES
+from groundup.interop.read_weights import DTYPES, INDEX_FILE
 from groundup.interop.stored import OURS_KEY, StoredModel, open_stored, target_layout
 from groundup.interop.write_weights import TensorSpec, write_weights
 from groundup.model import count_parameters
@@ -29,7 +29,7 @@ from groundup.tokenizer.pretrained import SPECIAL_TOKENS, read_tokenizer
 from groundup.untrusted import parse_object
 
 SHARD_BYTES = 5 * 10**9
-"""Of tensors in one file of an export."""
+"""Bytes of tensors in one file of an export."""
 
 _TOKEN_IDS = tuple(f"{name}_token_id" for name in SPECIAL_TOKENS)
 _DTYPES = {name.lower(): dtype for name, dtype in DTYPES.items()}
@@ -93,7 +93,7 @@ def export_folder(
         lacking = min((differences(stored.config, name) for name in FAMILIES), key=len)
         raise ArtifactError(
             f"{stored.folder}: transformers has no architecture that computes this model: {'; '.join(lacking)[:400]}.",
-            "groundup loads the folder as it is; what cannot leave has to be decided before training.",
+            "groundup loads the folder as it is; choose parts that transformers has before training.",
         )
     target = None if dtype is None else _DTYPES[dtype]
     return _convert(stored, Path(out), config, prefer, dtype=target, most_bytes=most_bytes, force=force)
@@ -166,14 +166,18 @@ def _cast(tensor: Tensor, dtype: torch.dtype, source: str) -> Tensor:
 
 @contextmanager
 def _new_folder(out: Path, source: Path, *, force: bool) -> Iterator[Path]:
-    """A folder that appears whole, and takes the place of nothing but an empty folder or, if forced, a model."""
+    """A folder that appears whole; it replaces only an empty folder or, if forced, a model."""
     here, there = out.resolve(), source.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise GroundupError(f"{out}: is the folder that is read, or one inside or around it.", "Name another folder.")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        if not (out / CONFIG_FILE).is_file():
-            raise GroundupError(f"{out}: is there already, and no model.", "Name another folder.")
+    remove_partials_of(out)
+    if (out / CONFIG_FILE).is_file():
         if not force:
             raise GroundupError(f"{out}: holds a model already.", "Name another folder, or replace it with --force.")
+        known = {CONFIG_FILE, GENERATION_FILE, INDEX_FILE, MARK, *TOKENIZER_FILES}
+        more = [path.name for path in out.iterdir() if path.name not in known and path.suffix != ".safetensors"]
+        if more:
+            raise GroundupError(f"{out}: also holds {', '.join(sorted(more)[:4])}.", "Move that away first.")
+    check_ours(out)
     with atomic_folder(out) as partial:
         yield partial

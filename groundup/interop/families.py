@@ -2,7 +2,7 @@
 
 A family is data and two functions: `read` makes our configuration of its `config.json`, `write` the reverse. Nothing
 else says what a family can express: a model has a family's name if what `write` wrote, read again, computes the same
-(`huggingface_config`). So a part that is new in `ModelConfig` can never leave unnoticed.
+(`huggingface_config`). So a new part of `ModelConfig` can never be exported silently as something else.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def read_config(values: dict[str, Any], path: Path) -> tuple[ModelConfig, Family
         path: of the file, for messages.
 
     Returns:
-        The configuration, its family, and the noise of training that it leaves out.
+        The configuration, its family, and the training noise (dropout) that it leaves out.
 
     Raises:
         ArtifactError: of no family that is read, or a field has a value that is not computed here; all are named.
@@ -206,7 +206,7 @@ def differences(config: ModelConfig, model_type: str) -> list[str]:
 
 
 def computed(config: ModelConfig) -> dict[str, Any]:
-    """A configuration without what changes nothing in the function that the model computes."""
+    """The parts of a configuration that change the function that the model computes."""
     values = config.to_dict()
     for name in ("bias", "dropout", "initialization", "vocab_multiple", "router_aux_loss_coef"):
         del values[name]

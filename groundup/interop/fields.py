@@ -1,8 +1,8 @@
-"""The fields of somebody's `config.json`, each asked for by name and type; what nobody asked for is refused.
+"""The fields of a Hugging Face `config.json`, each read by name and type; fields that nothing reads are refused.
 
 A field that is left unread could be a part of the model that is then silently not computed. So a field is read, is on
 the list of those that change nothing (`HARMLESS`), has the one value under which it changes nothing (`ONLY`), or ends
-in an error that names it. All that is wrong is said at once.
+in an error that names it. All problems are reported at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from groundup.errors import ArtifactError, Problem
 Value = TypeVar("Value")
 
 LARGEST = 2**31 - 1
-"""Of any count in a configuration."""
+"""The largest count that a configuration may have."""
 
 MOST_LAYERS = 4096
 """Far more than any model has; what is made layer by layer must end."""
@@ -58,7 +58,7 @@ TRAINING_ONLY = (
     "resid_pdrop", "embd_pdrop", "attn_pdrop", "resid_dropout", "embed_dropout", "attention_dropout",
     "classifier_dropout", "router_jitter_noise",
 )  # fmt: skip
-"""Noise of training: a model starts without; an import says which it left out."""
+"""Dropout and other noise of training: an imported model has none; an import reports which it left out."""
 
 
 class Fields:

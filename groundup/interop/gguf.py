@@ -57,10 +57,8 @@ def export_gguf(
     f32 in every file.
 
     Args:
-        model: on one device.
-        tokenizer: byte-level BPE, ours or somebody else's; None: the file has none, and llama.cpp takes ids only.
-        out: the file.
-        dtype: how matrices are kept.
+        model: on one device. tokenizer: byte-level BPE, groundup's or a pretrained one; None: the file has none, and
+        llama.cpp takes ids only. out: the file. dtype: how matrices are kept.
 
     Returns:
         What was written: `architecture`, `context_length`, `n_tensors`, `n_parameters`, `bytes`, `types` (tensors by

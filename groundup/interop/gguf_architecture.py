@@ -1,6 +1,6 @@
-"""Which of llama.cpp's architectures computes what a model computes, and the keys that describe it there.
+"""Which of llama.cpp's architectures computes the same as a model, and the keys that describe it there.
 
-llama.cpp has a function for each family, with fixed parts. A model leaves if one of them fits:
+llama.cpp has a function for each family, with fixed parts. A model can be exported if one of them fits:
 
     llama      RMSNorm, RoPE (rows of queries and keys interleaved), SwiGLU, any biases, or experts (Mixtral)
     qwen2      the same with RoPE half-split and biases of queries, keys and values only
@@ -8,8 +8,8 @@ llama.cpp has a function for each family, with fixed parts. A model leaves if on
     gpt2       LayerNorm, learned positions, GELU in its tanh form
 
 What an architecture demands and the model lacks is written as its neutral element: a bias of zeros, a norm's weight of
-ones. Another scale of attention goes into the queries' weights. A window that no architecture here knows bounds the
-context: up to its length it hides nothing.
+ones. Another scale of attention goes into the queries' weights. A window that no architecture here knows limits the
+context: within the window it masks nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a model is told to llama.cpp.
+    """How llama.cpp describes a model.
 
     Attributes:
         name: `general.architecture`.
@@ -58,12 +58,12 @@ def architecture_of(config: ModelConfig, out: Path) -> Architecture:
         out: the file to be, for the error message.
 
     Raises:
-        ArtifactError: none computes the same; every field that stands in the way is named.
+        ArtifactError: none computes the same; every field that prevents it is named.
     """
     name = _nearest(config)
     context_length = _common_context(config)
-    found = [*_in_the_way_anywhere(config, context_length)]
-    found += _in_the_way_of_gpt2(config) if name == "gpt2" else _in_the_way_of_llama(config, name)
+    found = [*_unsupported_anywhere(config, context_length)]
+    found += _unsupported_by_gpt2(config) if name == "gpt2" else _unsupported_by_llama(config, name)
     if found:
         raise ArtifactError(
             f"{out}: llama.cpp has no architecture for this model; the nearest is {name}, but\n  " + "\n  ".join(found),
@@ -84,13 +84,13 @@ def _nearest(config: ModelConfig) -> str:
 
 
 def _common_context(config: ModelConfig) -> int:
-    """The longest text in which no layer's pattern hides anything; at least 1."""
+    """The longest text in which no layer's pattern masks anything; at least 1."""
     rules = {AttentionRule.of_layer(config, layer) for layer in range(config.n_layers)}
     spans = [rule.window + rule.sink_tokens for rule in rules if rule.pattern == "window"]
     return min([config.context_length, *spans])
 
 
-def _in_the_way_anywhere(config: ModelConfig, context_length: int) -> list[str]:
+def _unsupported_anywhere(config: ModelConfig, context_length: int) -> list[str]:
     found = []
     if config.norm_placement != "pre":
         found.append(f'norm_placement = "{config.norm_placement}": norms stand before the sub-layers there.')
@@ -103,7 +103,7 @@ def _in_the_way_anywhere(config: ModelConfig, context_length: int) -> list[str]:
     return found
 
 
-def _in_the_way_of_llama(config: ModelConfig, name: str) -> list[str]:
+def _unsupported_by_llama(config: ModelConfig, name: str) -> list[str]:
     found = []
     if config.position != "rope":
         found.append(f'position = "{config.position}": positions are rotary ("rope") there.')
@@ -125,7 +125,7 @@ def _in_the_way_of_llama(config: ModelConfig, name: str) -> list[str]:
     return found
 
 
-def _in_the_way_of_gpt2(config: ModelConfig) -> list[str]:
+def _unsupported_by_gpt2(config: ModelConfig) -> list[str]:
     found = []
     if config.norm != "layernorm":
         found.append(f'norm = "{config.norm}": is "layernorm" there.')

@@ -1,6 +1,6 @@
 """A model's weights under llama.cpp's names and in its layouts, one at a time.
 
-In: a model, and the architecture it is told as. Out: `Piece`s, each with a shape known beforehand and a function that
+In: a model, and its llama.cpp architecture. Out: `Piece`s, each with a shape known beforehand and a function that
 makes the values when they are needed, so that no more than one tensor exists twice.
 """
 

@@ -1,8 +1,8 @@
 """A tokenizer as llama.cpp reads it: tokens, their types, merges, and the name of the split.
 
 In: any tokenizer that writes Hugging Face's files. llama.cpp carries no regexes in its files, it knows some by name;
-byte-level BPE with one of those three that groundup offers can leave, and nothing is taken for what it only resembles:
-another vocabulary or split in the same clothes would tokenize text wrongly and say nothing.
+byte-level BPE with one of the three that groundup offers can be exported. A tokenizer that only resembles one of them
+is refused: it would tokenize text wrongly without an error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""`config.json` of Llama, Mistral, Qwen2, Qwen3 and Mixtral: one shape, of which each family leaves some parts open.
+"""`config.json` of Llama, Mistral, Qwen2, Qwen3 and Mixtral: one architecture with options, of which each family has
+some.
 
 Defaults are those of transformers' classes, which a file need not repeat.
 """
@@ -20,7 +21,7 @@ _LAYER_TYPES: dict[str, Pattern] = {"full_attention": "full", "sliding_attention
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaLike:
-    """What a family has.
+    """The options of a family.
 
     Attributes:
         context: default of max_position_embeddings.
@@ -33,7 +34,7 @@ class LlamaLike:
         qk_norm: queries and keys are normalized.
         qkv_bias: queries, keys and values have a bias, and attention's output has none.
         has_attention_bias: attention_bias says whether attention has biases.
-        has_bias_fields: so it does, and mlp_bias for the feed-forward layers.
+        has_bias_fields: attention_bias and mlp_bias say whether attention and the feed-forward layers have biases.
         has_experts: a router and experts in place of each feed-forward layer.
         is_divided: transformers takes a width only if the heads divide it, whatever head_dim says.
     """

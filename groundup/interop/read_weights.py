@@ -22,13 +22,13 @@ from groundup.untrusted import file_inside, parse_object, read_object
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CHECKPOINT_FILE = "weights.safetensors"
-"""What a training checkpoint has in the place of `WEIGHTS_FILE`."""
+"""The weights' file of a training checkpoint."""
 
 MOST_HEADER_BYTES = 16 * 2**20
 """Some hundred thousand tensors; a model that stands here has thousands."""
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""What weights can be; others are quantized, or no weights."""
+"""The dtypes of weights; tensors of other dtypes are quantized, or no weights."""
 
 _SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,

@@ -22,7 +22,7 @@ _KEYS = {
         "mscale_all_dim", "truncate",
     ),
 }  # fmt: skip
-"""What each kind is described by."""
+"""The fields of each kind."""
 
 
 def read_rope(fields: Fields, default_theta: float, context: int) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
 
 
 def resolved_rope(config: ModelConfig) -> tuple[float, RopeScaling | None]:
-    """The base and the scaling, NTK (which is another base) and YaRN's own factor of the scores put in."""
+    """The base and the scaling, NTK written as a larger base, and YaRN with its own attention factor."""
     scaling, rotated = config.rope_scaling, config.rotated
     if scaling is None:
         return config.rope_theta, None

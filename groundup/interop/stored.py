@@ -1,4 +1,4 @@
-"""A model in a folder, of whichever family: its configuration, and any parameter of it on request.
+"""A model in a folder, of any family: its configuration, and any parameter of it on request.
 
 `open_stored` finds out what stands in the folder and checks that it is whole (every tensor there, none too many, each
 of the right shape) before a weight is read. Loading, importing and exporting are then loops over parameters, and hold
@@ -46,7 +46,7 @@ class StoredModel:
         folder: where.
         config: its configuration.
         family: the one that its `config.json` names, or None.
-        left_out: noise of training that its `config.json` has and ours has not.
+        left_out: training noise (dropout) that its `config.json` has and ours has not.
         values: of its `config.json`.
         weights: its tensors.
         layout: where in them each parameter stands.

@@ -125,10 +125,10 @@ def _problem(item: Any, values: Mapping[str, Any]) -> Problem:
                 f"[{keys[0]}]", "is a stage of the graph now.",
                 f"Write [align.{keys[0]}], and its init as start = \"…\" (unset: the recipe's own base model).",
             )  # fmt: skip
-        new = "start" if keys[0] == "align" and keys[-1] == "init" else RENAMED.get(keys[-1])
-        if new is not None:
-            return Problem(where, f"is called {new} now.", f"Write: {new} = …")
         names = list(section.model_fields) if section else []
+        new = "start" if keys[0] == "align" and keys[-1] == "init" else RENAMED.get(keys[-1])
+        if new in names:
+            return Problem(where, f"is called {new} now.", f"Write: {new} = …")
         near = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.5)
         fix = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(names)}."
         return Problem(where, "no such setting.", fix)
@@ -147,7 +147,8 @@ def _field_at(location: Sequence[str], values: Mapping[str, Any]) -> tuple[type[
     section: type[Section] | None = Recipe
     field: FieldInfo | None = None
     if location[:1] == ["align"] and len(location) > 1:
-        method = values["align"][location[1]].get("method", location[1])
+        written = values["align"][location[1]]
+        method = str(written.get("method", location[1])) if isinstance(written, Mapping) else ""
         section, location = find_method(method).settings if method in METHODS else None, location[2:]
     for part in location:
         if section is None or part not in section.model_fields:

@@ -16,20 +16,31 @@ from groundup.recipe.sections import Section, setting
 from groundup.recipe.stages import AlignSettings, EvaluateSettings, GenerateSettings, PretrainSettings
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-_TAKEN = {*TRUNK, "align", "model", "evaluate", "generate", "quantize", "start", "recipe.toml", "report.html"}
+_STAGE_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"  # of a folder, and of a TOML key without quotes
+_TAKEN = {*TRUNK, "align", "model", "evaluate", "generate", "quantize", "start"}
 BEFORE = "before-"
 """Begins the name under which the model is scored that a stage starts from, where no stage of the recipe made it."""
 
 
 def _method_settings(value: Any) -> Any:
     """An `[align.NAME]` section as the settings of its method; `Recipe` has put the method's name into it."""
-    if not isinstance(value, dict):
+    if not isinstance(value, dict | AlignSettings):
         return value
+    method = value.get("method") if isinstance(value, dict) else value.method
     try:
-        settings: type[AlignSettings] = find_method(str(value.get("method"))).settings
+        settings: type[AlignSettings] = find_method(str(method)).settings
     except RunError as error:
         raise ValueError(f"{error.message} {error.fix}") from error
     return settings.model_validate(value)
+
+
+def _with_method(section: Any, name: str) -> Any:
+    """A section that names its method; the default is the section's own name."""
+    if isinstance(section, dict):
+        return {"method": name, **section}
+    if isinstance(section, AlignSettings) and not section.method:
+        return section.model_copy(update={"method": name})
+    return section
 
 
 class Recipe(Section):
@@ -58,11 +69,7 @@ class Recipe(Section):
         align = values.get("align") if isinstance(values, dict) else None
         if not isinstance(align, dict):
             return values
-        named = {
-            name: {**section, "method": section.get("method", name)} if isinstance(section, dict) else section
-            for name, section in align.items()
-        }
-        return {**values, "align": named}
+        return {**values, "align": {name: _with_method(section, name) for name, section in align.items()}}
 
     @model_validator(mode="after")
     def _stages_fit_together(self) -> Recipe:
@@ -75,8 +82,10 @@ class Recipe(Section):
 
     def _names(self) -> Iterator[str]:
         for name in self.align:
-            if name in _TAKEN or name.startswith(BEFORE) or not re.fullmatch(NAME, name):
-                yield f"[align.{name}]: the name is taken or no folder's name: choose another"
+            if name in _TAKEN or name.startswith(BEFORE):
+                yield f"[align.{name}]: the name is taken: choose another"
+            elif not re.fullmatch(_STAGE_NAME, name):
+                yield f"[align.'{name}']: a stage's name is made of letters, digits, - and _: choose another"
 
     def _references(self) -> Iterator[str]:
         known = {*self.align, *(["pretrain"] if self.has_trunk else [])}

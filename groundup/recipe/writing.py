@@ -61,9 +61,10 @@ def _write_section(
     for where, item in nested:
         lines.append(f"\n[{where}]")
         _write_section(lines, item, where, is_whole, comments, follows)
-    for where, item in tables:
+    for place, (where, item) in enumerate(tables):
         lines.append(f"\n[[{where}]]")
-        _write_section(lines, item, where, False, comments, follows)
+        is_first = place == 0 or tables[place - 1][0] != where
+        _write_section(lines, item, where, False, comments and is_first, follows)
 
 
 def _toml_value(value: object) -> str:
@@ -72,6 +73,8 @@ def _toml_value(value: object) -> str:
     if isinstance(value, dict):
         pairs = ", ".join(f"{_toml_value(key)} = {_toml_value(item)}" for key, item in value.items())
         return f"{{ {pairs} }}" if pairs else "{}"
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10_000:
+        return f"{value:_}"
     # JSON's strings, numbers and booleans are TOML's too, but for DEL (and surrogate pairs, so no ASCII escapes).
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 

@@ -1,4 +1,4 @@
-"""Who sees whom, as sets of positions, the way Sparse Transformers (arXiv:1904.10509, section 4.2) writes it.
+"""Attention masks as sets of positions, the way Sparse Transformers (arXiv:1904.10509, section 4.2) writes them.
 
 Each function gives the keys that the query at position i sees; none is later than i.
 """
@@ -35,7 +35,7 @@ def fixed(i: int, stride: int, summary: int) -> set[int]:
 
 
 def alibi_slopes(n_heads: int) -> list[float]:
-    """How much each head dislikes distance (arXiv:2108.12409, section 3): 2^(−8/n), 2^(−16/n), … 2^(−8).
+    """Each head's penalty per position of distance (arXiv:2108.12409, section 3): 2^(−8/n), 2^(−16/n), … 2^(−8).
 
     Where n is no power of two: the slopes of the power below, then every other slope of the power above.
     """

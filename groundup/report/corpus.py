@@ -1,6 +1,6 @@
-"""The page's part on the corpus: what came in, what each step took out, how the signals lie, and examples.
+"""The page's part on the corpus: documents read, what each step removed, the signals' distributions, and examples.
 
-In: a run's `funnel.json` and summaries. Out: plain values and one chart for the template.
+In: a run's `filter_statistics.json` and summaries. Out: plain values and one chart for the template.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ MOST_ROWS = 20
 
 def corpus_section(record: RunRecord) -> dict[str, Any] | None:
     """What was kept, what was set aside at which step, with histograms and examples; None before the stage is done."""
-    summary, funnel = record.summary("corpus"), record.funnel
+    summary, statistics = record.summary("corpus"), record.filter_statistics
     if not summary:
         return None
     ratio = record.summary("tokenizer").get("bytes_per_token")
-    languages = ", ".join(f"{name} {count:,}" for name, count in _mapping(funnel.get("languages")).items())
-    keys, clusters = _mapping(funnel.get("duplicate_keys")), _mapping(funnel.get("clusters"))
+    languages = ", ".join(f"{name} {count:,}" for name, count in _mapping(statistics.get("languages")).items())
+    keys, clusters = _mapping(statistics.get("duplicate_keys")), _mapping(statistics.get("clusters"))
     facts = [
         ("documents read", _count(summary.get("documents_in"))),
         ("documents kept", _count(summary.get("documents_kept"))),
@@ -34,25 +34,25 @@ def corpus_section(record: RunRecord) -> dict[str, Any] | None:
         ("text kept", _size(summary.get("bytes_kept"))),
         ("validation chosen by", str(summary.get("validation_by", ""))),
         ("languages found", languages[:LONGEST_FACT] + ("…" if len(languages) > LONGEST_FACT else "")),
-        ("files passed over", _count(_mapping(funnel.get("files")).get("passed_over") or None)),
+        ("files passed over", _count(_mapping(statistics.get("files")).get("passed_over") or None)),
         ("records with an id seen before", _count(keys.get("count") or None)),
         ("largest cluster of near-duplicates", _count(clusters.get("largest_cluster") or None)),
-        *((name, f"{count:,}") for name, count in _mapping(funnel.get("changed")).items()),
+        *((name, f"{count:,}") for name, count in _mapping(statistics.get("changed")).items()),
     ]
     return {
         "facts": [(label, value) for label, value in facts if value],
-        "steps": [_step(step, ratio) for step in funnel.get("steps", ()) if step.get("in")],
+        "steps": [_step(step, ratio) for step in statistics.get("steps", ()) if step.get("in")],
         "has_tokens": is_number(ratio),
         "tables": [
-            (title, _rows(_mapping(funnel.get(name))))
+            (title, _rows(_mapping(statistics.get(name))))
             for title, name in (("language", "by_language"), ("source", "by_source"))
-            if len(_mapping(funnel.get(name))) > 1
+            if len(_mapping(statistics.get(name))) > 1
         ],
-        "histograms": histogram_chart("signals", _mapping(funnel.get("histograms"))),
-        "private": [(kind, found) for kind, found in _mapping(funnel.get("private")).items() if found],
+        "histograms": histogram_chart("signals", _mapping(statistics.get("histograms"))),
+        "private": [(kind, found) for kind, found in _mapping(statistics.get("private")).items() if found],
         "matches": [
             {"task": f"{task}, record {example['record']}", "document": example["document"], "text": example["text"]}
-            for task, found in _mapping(funnel.get("contamination")).items()
+            for task, found in _mapping(statistics.get("contamination")).items()
             for example in found["examples"]
         ][:MOST_ROWS],
         "examples": [
@@ -62,14 +62,14 @@ def corpus_section(record: RunRecord) -> dict[str, Any] | None:
                 "detail": example.get("detail", ""),
                 "excerpt": example.get("excerpt", ""),
             }
-            for reason, found in _mapping(funnel.get("examples")).items()
+            for reason, found in _mapping(statistics.get("examples")).items()
             for example in found[:EXAMPLES_PER_REASON]
         ],
     }
 
 
 def _step(step: Mapping[str, Any], bytes_per_token: Any) -> dict[str, Any]:
-    """A row of the funnel; tokens are counted after the last step only, so before it they are reckoned from bytes."""
+    """A row of the steps' table; tokens are estimated from bytes, since only the last step's are counted."""
     size = step.get("bytes_out")
     tokens = format_count(size / bytes_per_token) if is_number(size) and is_number(bytes_per_token) else ""
     return {**step, "size": _size(size), "tokens": tokens}

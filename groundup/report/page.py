@@ -15,16 +15,15 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from groundup.console import format_bytes
-from groundup.files import write_text
+from groundup.files import write_signed
 from groundup.report.charts import curve_chart, exact_match_chart, loss_chart, throughput_chart
 from groundup.report.closing import ClosingRow, closing_rows, pipeline_rows
 from groundup.report.corpus import corpus_section
 from groundup.report.format import format_many, format_number, format_whole, is_number
 from groundup.report.picture import LANE, NARROW_STOP, WIDE_STOP, format_seconds, pipeline_stops, pipeline_words
 from groundup.report.record import Curve, RunRecord, read_record
-from groundup.run import Run
+from groundup.run import REPORT_FILE, Run
 
-REPORT_FILE = "report.html"
 MOST_SAMPLES_SHOWN = 6
 MOST_SAMPLES = 40
 MOST_ANSWERS = 24
@@ -39,15 +38,13 @@ def write_report(run: Run) -> Path:
         The page's path.
 
     Raises:
-        RunError: the folder holds no run.
+        RunError: the folder holds no run, or a `report.html` that is somebody else's.
     """
     record = read_record(run)
     rows = closing_rows(record.scores)
     if rows:
         rows += pipeline_rows({stage: record.summary(stage) for stage in record.stages})
-    model = str(record.scores.get("model") or [*record.curves, "pretrain"][-1])
-    model = model if model in record.stages else "pretrain"
-    stops = pipeline_stops(record, model)
+    stops = pipeline_stops(record, record.end)
     page = (
         _environment()
         .get_template("page.html.j2")
@@ -61,19 +58,18 @@ def write_report(run: Run) -> Path:
             wide_stop=WIDE_STOP,
             narrow_stop=NARROW_STOP,
             lane=LANE,
-            model=model,
             corpus=corpus_section(record),
             trainings=[_training(record, stage, curve) for stage, curve in record.curves.items()],
             by_kind=exact_match_chart("exact-match", _mapping(record.scores.get("by_kind"))),
             answers=_answers(record.scores.get("answers")),
             machine=_machine(record),
-            can_chat=model != "pretrain" and record.stages[model].state == "done",
+            can_chat=record.end != "pretrain" and record.state(record.end) == "done",
             can_generate=any(record.stages[name].state == "done" for name in record.curves if name in record.stages),
         )
     )
     path = run.root / REPORT_FILE
     # A model can emit halves of characters; what UTF-8 cannot hold is shown as "?".
-    write_text(path, page.encode("utf-8", errors="replace").decode("utf-8"))
+    write_signed(path, page.encode("utf-8", errors="replace").decode("utf-8"), "<!-- {} -->")
     return path
 
 
@@ -83,10 +79,10 @@ def verdict(record: RunRecord, rows: Sequence[ClosingRow]) -> str:
     if waiting:
         done = len(record.stages) - len(waiting)
         return f"Unfinished: {done} of {len(record.stages)} stages are done; next is {waiting[0]}."
+    firsts = {row.key: row for row in reversed(rows) if row.key in VERDICT_KEYS and row.after}
     told = [
         f"{row.label} {row.before} → {row.after}" if row.before else f"{row.label} {row.after}"
-        for row in rows
-        if row.key in VERDICT_KEYS and row.after
+        for row in (firsts[key] for key in VERDICT_KEYS if key in firsts)
     ]
     missed = [row.label for row in rows if row.gate_passed is False]
     if missed:

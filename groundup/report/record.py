@@ -1,4 +1,4 @@
-"""What a run's folder says: manifests, logs, samples, scores and the corpus's statistics.
+"""What a run's folder says: manifests, logs, samples, scores and the corpus's filter statistics.
 
 In: a `Run`. Out: a `RunRecord` of plain values. A run that is unfinished, or whose files are damaged, still
 gives a record: what cannot be read is left out and named in `warnings`.
@@ -17,7 +17,7 @@ from groundup.errors import ArtifactError, GroundupError, RunError
 from groundup.files import read_json
 from groundup.report.format import is_number
 from groundup.run import MANIFEST, RECIPE_FILE, Manifest, Run
-from groundup.stage import graph
+from groundup.stage import default_model, graph
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,23 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """All that the page shows, as read; `path` is quoted for a shell."""
+    """All that the page shows, as read; `path` is quoted for a shell, `end` is the stage whose model is used."""
 
     name: str
     path: str
     about: str
+    end: str
     recipe_text: str
     stages: dict[str, StageRecord]
     curves: dict[str, Curve]
     scores: dict[str, Any]
-    funnel: dict[str, Any]
+    filter_statistics: dict[str, Any]
     model: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
+
+    def state(self, stage: str) -> str:
+        """How far a stage is; "" if there is none of that name."""
+        return self.stages[stage].state if stage in self.stages else ""
 
     def summary(self, stage: str) -> dict[str, Any]:
         """A stage's figures; empty if the stage is not done or not on this road."""
@@ -101,10 +106,10 @@ def read_record(run: Run) -> RunRecord:
             f"{run.root}: no run in this folder (it has no {RECIPE_FILE}).", "Make one: groundup build demo."
         )
     warnings: list[str] = []
-    about, needs = "", dict.fromkeys(run.finished(), ())
+    about, end, needs = "", "pretrain", dict.fromkeys(run.finished(), ())
     try:
         recipe = run.recipe
-        about = recipe.about
+        about, end = recipe.about, default_model(recipe, to_chat=True)[0]
         needs = {name: stage.needs for name, stage in graph(recipe).items()}
     except GroundupError as error:
         warnings.append(f"The recipe cannot be read: {error}")
@@ -113,11 +118,12 @@ def read_record(run: Run) -> RunRecord:
         name=run.name,
         path=shlex.quote(run.root.as_posix()),
         about=about,
+        end=end,
         recipe_text=recipe_path.read_text(encoding="utf-8", errors="replace"),
         stages=stages,
         curves={name: curve for name in stages if (curve := _read_curve(run.folder(name), warnings))},
         scores=_read_mapping(run.folder("evaluate") / "scores.json", warnings),
-        funnel=_read_mapping(run.folder("corpus") / "funnel.json", warnings),
+        filter_statistics=_read_mapping(run.folder("corpus") / "filter_statistics.json", warnings),
         model=_read_mapping(run.folder("pretrain") / "model" / "config.json", warnings),
         warnings=warnings,
     )

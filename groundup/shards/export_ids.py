@@ -20,7 +20,7 @@ from groundup.shards.read import TokenShards
 EXPORTED = ("nanogpt", "llmc", "megatron")
 
 
-def export_shards(folder: str | Path, out: str | Path, format: str) -> list[Path]:
+def export_shards(folder: str | Path, out: str | Path, format: str, *, force: bool = False) -> list[Path]:
     """Write shards as another program reads them.
 
     nanogpt: `train.bin`, `val.bin`. llmc: `train_000000.bin`, …, `val_000000.bin`, … one for each shard. megatron:
@@ -30,13 +30,14 @@ def export_shards(folder: str | Path, out: str | Path, format: str) -> list[Path
         folder: of the shards; their checksums are compared first.
         out: the folder for the files.
         format: one of `EXPORTED`.
+        force: replace files that are there.
 
     Returns:
         The files written.
 
     Raises:
         ArtifactError: the shards are damaged.
-        GroundupError: the format cannot hold them.
+        GroundupError: the format cannot hold them, or one of the files is there already.
     """
     if format not in EXPORTED:
         raise GroundupError(f"--format {format}: unknown.", f"Formats to write: {', '.join(EXPORTED)}.")
@@ -46,32 +47,39 @@ def export_shards(folder: str | Path, out: str | Path, format: str) -> list[Path
         raise GroundupError(
             f"{folder}: {manifest.vocab_size:,} ids do not fit in nanoGPT's uint16.", "Use --format llmc or megatron."
         )
-    written: list[Path] = []
-    for split in SPLITS:
-        if manifest.splits.get(split) and manifest.splits[split].files:
-            shards = TokenShards.open(folder, split, verify=True)
-            written += _EXPORTERS[format](shards, manifest, out)
+    files = {
+        split: _files(out, format, split, len(manifest.splits[split].files))
+        for split in SPLITS
+        if manifest.splits.get(split) and manifest.splits[split].files
+    }
+    written = [path for paths in files.values() for path in paths]
+    if not force and (there := [path for path in written if path.exists()]):
+        raise GroundupError(f"{there[0]}: is there already.", "Name another folder, or replace it with --force.")
+    for split, paths in files.items():
+        _EXPORTERS[format](TokenShards.open(folder, split, verify=True), manifest, paths)
     return written
 
 
-def _export_nanogpt(shards: TokenShards, manifest: ShardsManifest, out: Path) -> list[Path]:
-    path = out / ("train.bin" if shards.split == "train" else "val.bin")
-    with atomic_writer(path, binary=True) as handle:
+def _files(out: Path, format: str, split: str, n_shards: int) -> list[Path]:
+    name = "train" if split == "train" else "val"
+    if format == "nanogpt":
+        return [out / f"{name}.bin"]
+    if format == "llmc":
+        return [out / f"{name}_{number:06d}.bin" for number in range(n_shards)]
+    return list(megatron_paths(out / f"{split}_text_document"))
+
+
+def _export_nanogpt(shards: TokenShards, manifest: ShardsManifest, paths: list[Path]) -> None:
+    with atomic_writer(paths[0], binary=True) as handle:
         for block in shards.blocks():
             handle.write(block.data)
-    return [path]
 
 
-def _export_llmc(shards: TokenShards, manifest: ShardsManifest, out: Path) -> list[Path]:
-    name = "train" if shards.split == "train" else "val"
-    written = []
+def _export_llmc(shards: TokenShards, manifest: ShardsManifest, paths: list[Path]) -> None:
     first = 0
-    for number, file in enumerate(manifest.splits[shards.split].files):
-        path = out / f"{name}_{number:06d}.bin"
+    for path, file in zip(paths, manifest.splits[shards.split].files, strict=True):
         write_llmc(path, _turned_blocks(shards, first, file.tokens), file.tokens, shards.dtype)
-        written.append(path)
         first += file.tokens
-    return written
 
 
 def _turned_blocks(shards: TokenShards, first: int, n_tokens: int, block: int = 1 << 22) -> Iterator[np.ndarray]:
@@ -86,17 +94,16 @@ def _turned_blocks(shards: TokenShards, first: int, n_tokens: int, block: int = 
             yield shards.window(begin, length).astype(shards.dtype)
 
 
-def _export_megatron(shards: TokenShards, manifest: ShardsManifest, out: Path) -> list[Path]:
-    index_path, path = megatron_paths(out / f"{shards.split}_text_document")
+def _export_megatron(shards: TokenShards, manifest: ShardsManifest, paths: list[Path]) -> None:
+    index_path, path = paths
     dtype = np.dtype("<u2") if shards.dtype.itemsize == 2 else np.dtype("<i4")
     with atomic_writer(path, binary=True) as handle:
         for block in shards.blocks():
             handle.write(block.astype(dtype, copy=False).data)
     write_megatron_index(index_path, np.diff(shards.document_ends(), prepend=0), dtype)
-    return [path, index_path]
 
 
-_EXPORTERS: dict[str, Callable[[TokenShards, ShardsManifest, Path], list[Path]]] = {
+_EXPORTERS: dict[str, Callable[[TokenShards, ShardsManifest, list[Path]], None]] = {
     "nanogpt": _export_nanogpt,
     "llmc": _export_llmc,
     "megatron": _export_megatron,

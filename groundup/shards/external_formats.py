@@ -1,4 +1,4 @@
-"""Other programs' files of token ids, as they lie on disk.
+"""Other programs' files of token ids.
 
 - nanoGPT: `train.bin`, `val.bin`; uint16 ids, no header, documents end with end-of-text.
 - llm.c and modded-nanogpt: 256 int32 (magic, version, number of ids, zeros), then ids: magic 20240520 version 1 has

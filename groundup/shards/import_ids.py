@@ -20,7 +20,7 @@ from groundup.recipe import ShardsSettings
 from groundup.shards.external_formats import Piece
 from groundup.shards.format import SPLITS, ShardsManifest, Split, token_dtype
 from groundup.shards.inputs import Inputs, find_inputs, largest_id, reader
-from groundup.shards.stream import StreamWriter, remove_shards
+from groundup.shards.stream import StreamWriter, begin_shards
 
 if TYPE_CHECKING:
     from groundup.tokenizer import Tokenizer
@@ -92,8 +92,7 @@ def import_ids(
         raise GroundupError(f"end-of-text id {end_of_text_id}: the vocabulary has ids 0 to {vocab_size - 1}.")
     if any(path.resolve().parent == out.resolve() for name in SPLITS for path in inputs.files[name]):
         raise GroundupError(f"{out}: the ids to import lie in it.", "Name another folder for the shards.")
-    out.mkdir(parents=True, exist_ok=True)
-    remove_shards(out)
+    begin_shards(out)
     dtype = token_dtype(vocab_size)
     borders = _Borders(end_of_text_id, begins_documents=inputs.format == "llmc", dtype=dtype)
     splits, byte_counts = {}, _byte_counts(tokenizer)

@@ -55,7 +55,7 @@ class WindowLoader(StepLoader[Batch]):
         tokens_per_epoch: targets in an epoch.
         end_of_text_id: of `<|endoftext|>`; None if the shards have none.
         step: the next batch that iterating gives.
-        note: what the user should know, or None.
+        note: a remark for the user, or None.
 
     Raises:
         DataError: fewer than two tokens.

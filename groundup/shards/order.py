@@ -1,9 +1,9 @@
 """A shuffled order that needs no list: a keyed permutation of 0 … n−1, computed one index at a time.
 
-A Feistel network (Luby and Rackoff 1988) mixes the two halves of an index's bits for some rounds; each round is
-undone by itself, so the whole is a bijection of 0 … 4ᵏ−1 whatever the round function is. Where the result is
-not below n it is mixed again until it is ("cycle walking", Black and Rogaway 2002): a bijection of 0 … n−1,
-with 4ᵏ < 4n and so fewer than four turns on average. Memory O(1); any index at once.
+A Feistel network (Luby and Rackoff 1988) mixes the two halves of an index's bits for some rounds; each round is undone
+by itself, so the whole is a bijection of 0 … 4ᵏ−1 whatever the round function is. Where the result is not below n it
+is mixed again until it is (cycle walking: Black and Rogaway 2002): a bijection of 0 … n−1, with 4ᵏ < 4n and so fewer
+than four turns on average. Memory O(1); any index at once.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class PackedBatch(Batch):
         return int(self.positions.max()) + 1
 
     def attention_mask(self) -> np.ndarray:
-        """Who may attend to whom: (rows, 1, seq, seq) bool, as scaled_dot_product_attention takes it."""
+        """The attention mask, (rows, 1, seq, seq) bool, as scaled_dot_product_attention takes it."""
         return document_mask(self.document_ids)
 
 

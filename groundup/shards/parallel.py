@@ -1,8 +1,8 @@
-"""`documents.jsonl` to shards by many processes, with the same bytes whoever does the work.
+"""`documents.jsonl` to shards by many processes, with the same bytes for any number of workers.
 
 Two passes over files, as MapReduce does it. First, each byte range of `documents.jsonl` is encoded into a folder of
 its own: the ids and lengths of the documents that begin in it, by split. Then each shard is cut out of the stream
-that the ranges make in their order: where a shard begins depends on token counts only, never on who counted.
+that the ranges make in their order: where a shard begins depends on token counts only.
 Folders of ranges appear whole and carry the fingerprint of all that decided their bytes, so a run that was killed
 goes on with those that fit; they are removed at the end.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +25,21 @@ from groundup.corpus.document import Document
 from groundup.corpus.engine import Engine, engine_for
 from groundup.corpus.passes import DOCUMENTS
 from groundup.errors import ArtifactError
-from groundup.files import atomic_folder, atomic_writer, file_digest, read_json, value_digest, write_json
+from groundup.files import (
+    atomic_folder,
+    atomic_writer,
+    file_digest,
+    own_folder,
+    read_json,
+    remove_folder,
+    value_digest,
+    write_json,
+)
 from groundup.recipe import ShardsSettings
 from groundup.report.format import format_lines
 from groundup.shards.encode import Tally, encode_texts
 from groundup.shards.format import SPLITS, ShardFile, token_dtype
-from groundup.shards.stream import remove_shards, shard_names, write_index
+from groundup.shards.stream import begin_shards, shard_names, write_index
 from groundup.shards.write import by_split, finish_shards, groups, in_words, split_of
 from groundup.stage import Context, Method, Shown, Stage
 
@@ -85,12 +93,12 @@ def write_shards_from_file(
         size = documents.stat().st_size
     except FileNotFoundError as error:
         raise ArtifactError(f"{documents}: not found.", "Run the corpus stage first.") from error
-    out.mkdir(parents=True, exist_ok=True)
-    remove_shards(out)
+    begin_shards(out)
     ranges = [
         RangeWork(str(documents), begin, min(begin + range_bytes, size), str(tokenizer_folder), str(out / RANGES))
         for begin in range(0, size, range_bytes)
     ]
+    own_folder(out / RANGES)
     _remove_other_ranges(out / RANGES, ranges)
     with contextlib.ExitStack() as stack:
         workers = engine or stack.enter_context(engine_for("local", settings.workers, size, SMALL_BYTES))
@@ -109,7 +117,7 @@ def write_shards_from_file(
             splits[name] = split_of(tuple(files[name]), n_documents, _tally(records, name))
         summary = finish_shards(out, tokenizer, splits, file_digest(documents), settings)
         bar.finish(in_words(summary))
-    shutil.rmtree(out / RANGES, ignore_errors=True)
+    remove_folder(out / RANGES)
     return summary
 
 
@@ -275,7 +283,7 @@ def _remove_other_ranges(folder: Path, ranges: Sequence[RangeWork]) -> None:
     wanted = {work.folder.name for work in ranges}
     for path in folder.glob("*"):
         if path.name not in wanted:
-            shutil.rmtree(path, ignore_errors=True)
+            remove_folder(path)
 
 
 def _tally(records: Sequence[Mapping[str, Any]], split: str) -> Tally:

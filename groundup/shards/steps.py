@@ -1,4 +1,4 @@
-"""What every loader is: batches by number, a place to go on from, and a refusal when that place does not fit."""
+"""What every loader has: batches by number, a state to resume from, and an error when that state does not fit."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class StepLoader(abc.ABC, Generic[BatchType]):
             yield batch
 
     def state_dict(self) -> dict[str, int | str]:
-        """Where it stands, and what that place depends on."""
+        """The next step, and what the batches depend on."""
         return {"step": self.step, **self.identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -56,6 +56,6 @@ class StepLoader(abc.ABC, Generic[BatchType]):
             raise ArtifactError(
                 f"the loader's state does not fit ({'; '.join(differences)}): going on from it would show some "
                 "tokens twice and others never.",
-                "Put the settings and the text back, or start this stage afresh with --from.",
+                "Restore the settings and the text, or run this stage again with --from.",
             )
         self.step = int(state["step"])

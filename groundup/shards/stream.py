@@ -10,7 +10,7 @@ from typing import IO, Any
 import numpy as np
 import xxhash
 
-from groundup.files import atomic_writer, remove_partials
+from groundup.files import atomic_writer, own_folder, remove_partials
 from groundup.shards.format import INDEX_DTYPE, MANIFEST, SPLITS, ShardFile
 
 
@@ -122,8 +122,13 @@ def write_index(path: Path, ends: np.ndarray) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def remove_shards(out: Path) -> None:
-    """Remove the shards that a folder has, and what a killed process left half-written in it."""
+def begin_shards(out: Path) -> None:
+    """Make the folder for shards, and remove those that it has and what a killed process left half-written in it.
+
+    Raises:
+        RunError: it holds files that are not ours.
+    """
+    own_folder(out)
     remove_partials(out)
     # The manifest first: without it, what is left of old shards is no longer taken for shards.
     (out / MANIFEST).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from groundup.errors import DataError
 from groundup.recipe import ShardsSettings
 from groundup.shards.encode import Tally, encode_texts, largest_first
 from groundup.shards.format import SPLITS, ShardFile, ShardsManifest, Split, token_dtype
-from groundup.shards.stream import StreamWriter, remove_shards
+from groundup.shards.stream import StreamWriter, begin_shards
 
 if TYPE_CHECKING:
     from groundup.tokenizer import Tokenizer
@@ -46,8 +46,7 @@ def write_shards(
     console = console or Console(quiet=True)
     settings = settings or ShardsSettings()
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    remove_shards(out)
+    begin_shards(out)
     dtype = token_dtype(tokenizer.vocab_size)
     tallies = {name: Tally() for name in SPLITS}
     with console.bar("shards") as bar, contextlib.ExitStack() as stack:

@@ -1,7 +1,7 @@
 """Conversations to token ids: which ids a chat has, and which of them the assistant learns.
 
 In: messages. Out: `<|user|>text<|end|><|assistant|>text<|end|>` as ids. Every message is encoded by itself
-and its control tokens are added as ids, so that no message can end itself or speak for someone else.
+and its control tokens are added as ids, so that no message can end itself or speak in another role.
 The Jinja template that is saved with the tokenizer gives the same ids in transformers.
 """
 

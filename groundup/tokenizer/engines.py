@@ -1,11 +1,11 @@
-"""Who encodes: the fastest engine at hand that gives the same ids as Hugging Face `tokenizers`.
+"""Which engine encodes: the fastest one installed that gives the same ids as Hugging Face `tokenizers`.
 
 The file `tokenizer.json` means what `tokenizers` makes of it. Two engines do byte-level BPE faster, tiktoken
 about four times and gigatoken twenty times; each must first give equal ids on a thousand adversarial texts. One that is
 missing or fails is passed over, and the reason is kept. All take texts and give one flat array: no list of
 numbers in Python for gigatoken, a short-lived one for the others.
 
-Why tiktoken may do without the merges: it merges any two neighbours whose bytes joined are a token, the one
+Why tiktoken needs no merges: it merges any two neighbours whose bytes joined are a token, the one
 with the lowest id first. If every merge makes a new token and ids are in the order of the merges, as a
 trainer leaves them, only the pair that made a token can ever meet (whatever stands around a token's bytes cannot
 change what happens inside before its last merge), so both do the same. `_ranks` checks this.
@@ -80,7 +80,7 @@ def choose(spec: dict[str, Any], engine: HuggingFace) -> tuple[Encoder, list[str
 
 
 class HuggingFaceEncoder:
-    """The engine that says what is right."""
+    """Hugging Face's engine, with which the others are compared."""
 
     name = "huggingface"
 
@@ -184,7 +184,7 @@ class GigatokenEncoder:
         return np.concatenate(all_ids), np.concatenate(all_lengths)
 
     def _watch_memory(self, n_bytes: int) -> None:
-        """Forget what was kept before it is too much: text without repetition would fill any memory."""
+        """Empty the cache before it grows too large: text without repetition would fill any memory."""
         self._since_looked += n_bytes
         if self._since_looked >= _LOOKED_AFTER_BYTES:
             self._since_looked = 0
@@ -226,7 +226,7 @@ def _batches(texts: Sequence[str]) -> Iterator[tuple[int, list[bytes]]]:
 
 
 def _threads() -> int:
-    """As many threads as other engines of this kind would use; one in a worker process, which has neighbours."""
+    """As many threads as other engines of this kind would use; one in a worker process."""
     wanted = os.environ.get("RAYON_NUM_THREADS", "")
     if wanted.isdigit() and int(wanted) > 0:
         return int(wanted)

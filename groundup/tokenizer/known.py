@@ -20,9 +20,7 @@ class Known:
     """A tokenizer that others have published.
 
     Attributes:
-        name: as people say it.
-        encoding: as tiktoken says it.
-        sha256: of its file.
+        name: the usual one. encoding: tiktoken's name. sha256: of its file.
     """
 
     name: str

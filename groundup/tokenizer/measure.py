@@ -1,4 +1,5 @@
-"""What a tokenizer makes of a corpus: bytes per token by language and source, fertility, what is used and what never.
+"""What a tokenizer makes of a corpus: bytes per token by language and source, fertility, which tokens are used and
+which never.
 
 In: a tokenizer and documents. Out: a `Measured` of plain values, which the terminal, the page and JSON all show.
 Fertility is tokens per word, words being what white space separates (Rust et al. 2021, arXiv:2012.15613, section 4);

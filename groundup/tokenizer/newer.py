@@ -60,7 +60,7 @@ def _code_points(data: np.ndarray, leads: np.ndarray) -> np.ndarray:
 
 
 def _first_two_bytes(is_newer: np.ndarray) -> np.ndarray:
-    """Which pairs of bytes begin the UTF-8 of such a character, (65536,) bool: it spares most texts the arithmetic."""
+    """Which pairs of bytes begin the UTF-8 of such a character, (65536,) bool: most texts need no further look."""
     found = np.zeros(1 << 16, dtype=bool)
     points = np.flatnonzero(is_newer)
     for mark, least, most, shift in ((0xC0, 0x80, 0x7FF, 0), (0xE0, 0x800, 0xFFFF, 6), (0xF0, 0x10000, 0x10FFFF, 12)):

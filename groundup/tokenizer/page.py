@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from groundup.console import format_bytes
-from groundup.files import write_text
+from groundup.files import write_signed
 from groundup.tokenizer.measure import Group, Measured
 from groundup.tokenizer.pieces import in_colour
 
@@ -48,6 +48,7 @@ def write_page(measured: Measured, name: str, path: Path) -> None:
     """The report as one HTML file: no script, no network, light and dark.
 
     Raises:
+        RunError: a file that groundup did not write is there.
         GroundupError: the file cannot be written.
     """
     environment = Environment(
@@ -84,7 +85,7 @@ def write_page(measured: Measured, name: str, path: Path) -> None:
         height=CURVE_HEIGHT,
         margin=_MARGIN,
     )
-    write_text(path, page)
+    write_signed(path, page, "<!-- {} -->")
 
 
 def headline(measured: Measured, name: str) -> str:
@@ -97,7 +98,7 @@ def headline(measured: Measured, name: str) -> str:
 
 
 def unused(measured: Measured) -> str:
-    """How much of the vocabulary is idle, in words."""
+    """How much of the vocabulary is unused, in words."""
     return f"Never used in this text: {measured.unused:,} tokens, {_unused_share(measured):.1%} of the vocabulary."
 
 

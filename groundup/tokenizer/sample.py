@@ -2,12 +2,12 @@
 
 Texts are cut into pieces of some eight thousand characters; the pieces whose hash is lowest are kept, as many
 as fit. A piece's hash is made of its document's id and its number, so the sample does not depend on the order
-of the documents, and every source keeps its share of the text, to within the luck of a fair draw. No source
+of the documents, and every source keeps its share of the text, up to the variance of a random sample. No source
 needs a pass of its own: what is held never grows beyond the budget.
 
-The budget also keeps the trainers' counts in range. Both count pairs of neighbours in 32 bits and would
-wrap around without a word (huggingface/tokenizers issue 1170). No pair stands more often in a text than the text has
-bytes, so fewer than 2^31 bytes can never overflow: `COUNTABLE_BYTES` is the most that any trainer is given.
+The budget also keeps the trainers' counts in range. Both count pairs of neighbours in 32 bits and would overflow
+silently (huggingface/tokenizers issue 1170). No pair stands more often in a text than the text has bytes, so fewer
+than 2^31 bytes can never overflow: `COUNTABLE_BYTES` is the most that any trainer is given.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Sample:
         self.kept_bytes = 0
         """Bytes of the pieces that are held."""
         self._heap: list[tuple[int, bytes]] = []  # the piece with the highest hash on top
-        self._below = 1 << 64  # pieces from this hash on are out, whatever comes
+        self._below = 1 << 64  # pieces from this hash on are left out for good
 
     @property
     def is_whole(self) -> bool:
@@ -67,7 +67,7 @@ class Sample:
             yield self._heap.pop()[1].decode()
 
     def _shrink(self) -> None:
-        # Out go the highest hashes, and with them every piece of an equal or a higher one that is still to come:
+        # The highest hashes are dropped, and with them every piece of an equal or a higher one that is still to come:
         # what remains is the longest beginning of the pieces in the order of their hashes that fits, in any order.
         while self.kept_bytes > self.most_bytes and len(self._heap) > 1:
             self._below = -self._heap[0][0]

@@ -1,7 +1,7 @@
-"""How text is cut before tokens are made of it: the split regexes, and cuts that no split can tell from none.
+"""How text is cut before tokens are made of it: the split regexes, and cuts that do not change any split's result.
 
-Only regexes that llama.cpp and the Hub implement are offered, in the Hub's spelling: a tokenizer with a regex
-of its own could never leave for another program.
+Only regexes that llama.cpp and the Hub implement are offered, in the Hub's spelling: a tokenizer with a regex of its
+own could not be used in another program.
 """
 
 from __future__ import annotations

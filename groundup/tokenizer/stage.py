@@ -114,7 +114,7 @@ def start_tokenizer(init: str | Path) -> Tokenizer:
 
 
 def tokenizer_beside(folder: Path, values: Mapping[str, Any], n_ids: int | None = None) -> Tokenizer | None:
-    """The tokenizer beside a model: ours, or somebody else's with the same methods; None without `tokenizer.json`.
+    """The tokenizer beside a model: groundup's or a pretrained one; None without `tokenizer.json`.
 
     Args:
         folder: the model's.
@@ -145,7 +145,7 @@ _SHOWN_IDS = 5
 
 
 def check_vocabulary(own: Tokenizer, tokenizer: Tokenizer, init: str | Path) -> None:
-    """Hold that every id of a model's own tokenizer stands for the same in another.
+    """Check that every id of a model's own tokenizer stands for the same token in another.
 
     Raises:
         DataError: with the first ids that do not.
@@ -168,7 +168,7 @@ def check_vocabulary(own: Tokenizer, tokenizer: Tokenizer, init: str | Path) -> 
 
 
 def check_chat(tokenizer: Tokenizer, where: str, source: str) -> None:
-    """Hold that a tokenizer can lay out a chat.
+    """Check that a tokenizer can lay out a chat.
 
     Raises:
         DataError: it has no tokens for the roles.

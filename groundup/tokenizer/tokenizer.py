@@ -87,14 +87,14 @@ class Tokenizer:
             trainer: "huggingface", or "rustbpe" (BPE only; faster, breaks ties otherwise).
             sample_bytes: most text to learn from and to hold in memory; of more text every source gives its share.
                 Without it as much as the trainers can count, which is 2 GiB. (characters: all text is looked at.)
-            console: where it is said that the text was sampled, or too small for `vocab_size`.
+            console: where it is reported that the text was sampled, or too small for `vocab_size`.
 
         Raises:
             RecipeError: a setting is unknown, or `vocab_size` has no room for the bytes.
             DataError: there is no text.
             GroundupError: rustbpe is not installed, or gave no byte-level BPE.
         """
-        from groundup.tokenizer.train import train  # whoever only encodes does not need the trainers
+        from groundup.tokenizer.train import train  # encoding alone does not need the trainers
 
         return cls(train(documents, kind, vocab_size, split, spare_tokens, trainer, sample_bytes, console))
 
@@ -163,12 +163,13 @@ class Tokenizer:
         return self._encoder.encode(texts)
 
     def choose_engine(self, console: Console | None = None) -> str:
-        """Choose who does `encode_to_arrays`: gigatoken, tiktoken or huggingface, the first that passes a self-test.
+        """Choose the engine of `encode_to_arrays`: gigatoken, tiktoken or huggingface, the first that passes a
+        self-test.
 
         The test is equal ids on a thousand adversarial texts; it takes a fraction of a second, once.
 
         Args:
-            console: where it is said that a faster engine was passed over, and why.
+            console: where it is reported that a faster engine was passed over, and why.
 
         Returns:
             The engine's name; "groundup" for one token per character.
@@ -182,7 +183,7 @@ class Tokenizer:
 
     @property
     def engine_name(self) -> str:
-        """Who does `encode_to_arrays`; see `choose_engine`."""
+        """The engine of `encode_to_arrays`, as `choose_engine` chooses it."""
         return self.choose_engine()
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -234,7 +235,7 @@ class Tokenizer:
 
     @property
     def pad_id(self) -> int:
-        """Fills a row of a batch; never learned, never seen."""
+        """Fills a row of a batch; excluded from loss and attention."""
         return self._ids[special.PAD]
 
     @property

@@ -3,7 +3,7 @@
 Trained by Hugging Face `tokenizers`: of all frequent substrings those are dropped, round by round, whose loss costs the
 likelihood of the text least. Its sums of floating-point numbers run in an order that changes from process to
 process; the tokens come out the same, their log-probabilities differ in the last digits. They are therefore kept to
-four decimals, which changes no cut that anyone would miss and makes training repeatable.
+four decimals, which changes next to no cut and makes training repeatable.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def train_unigram(chosen: Sample, vocab_size: int, split: str, control: list[str
 
 
 def _settled(tokens: list[tuple[str, float]]) -> list[list[Any]]:
-    """The tokens in an order and with scores that do not depend on the order of anyone's sums."""
+    """The tokens in an order and with scores that do not depend on the order in which floats were summed."""
     least = min(score for _, score in tokens)
     # Letters that the text does not need come last, a step apart, in no order: one score for all of them.
     needless = least + (len(LETTERS) + 1) * _PENALTY_STEP

@@ -28,7 +28,6 @@ from groundup.files import (
     atomic_folder,
     file_digest,
     remove_folder,
-    remove_partials,
     value_digest,
     write_json,
     write_tensors,
@@ -163,12 +162,6 @@ class CheckpointWriter:
         place = found.index(target)
         for old in [*found[:place], *found[place + self._keep :]]:
             remove_folder(old)
-
-
-def clear_leftovers(folder: Path) -> None:
-    """Clear what a killed process left half written beside and among the checkpoints in `folder`."""
-    remove_partials(folder.parent, deep=False)
-    remove_partials(folder)
 
 
 def load_checkpoint(

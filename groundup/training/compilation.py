@@ -265,8 +265,9 @@ class CompiledBlocks:
         return budget
 
     def _clear(self) -> bool:
-        """Remove what a killed compiler left; whether there was anything."""
-        removed = remove_truncated(Path(os.environ[_CACHE]))
+        """Remove what a killed compiler left in the cache, if it is ours; whether there was anything."""
+        cache = cache_folder()
+        removed = remove_truncated(cache) if os.environ[_CACHE] == str(cache) else []
         if removed:
             self._console.note(
                 f"{len(removed)} truncated objects of a killed compiler are removed: {removed[0].parent}"

@@ -15,7 +15,6 @@ import contextlib
 import functools
 import gc
 import math
-import shutil
 import signal
 import threading
 import time
@@ -31,8 +30,9 @@ from torch import Tensor, nn
 from groundup.console import Bar, Console
 from groundup.distributed import World, shard_module
 from groundup.errors import GroundupError, Interrupted
+from groundup.files import own_folder, remove_folder, remove_partials
 from groundup.model import Transformer
-from groundup.training.checkpoint import CheckpointWriter, Progress, TrainingState, clear_leftovers
+from groundup.training.checkpoint import CheckpointWriter, Progress, TrainingState
 from groundup.training.compilation import choose_compilation, set_checkpointing
 from groundup.training.job import OnPolicySource, TrainingJob
 from groundup.training.metrics import MetricLog, Trackers, live_line, summarize, summary_line
@@ -105,7 +105,9 @@ def _train(job: TrainingJob, world: World, console: Console, stop: StopRequest) 
     )
     folder = job.folder / CHECKPOINTS
     if world.is_first:
-        clear_leftovers(folder)
+        own_folder(job.folder)
+        own_folder(folder)
+        remove_partials(job.folder)
     world.wait()
     progress = state.restore(folder, job.fingerprint, console)
     if progress is None:
@@ -139,7 +141,7 @@ def _train(job: TrainingJob, world: World, console: Console, stop: StopRequest) 
 def forget_checkpoints(job: TrainingJob, world: World) -> None:
     """Remove the training checkpoints; called when the finished model is safely on disk."""
     if world.is_first:
-        shutil.rmtree(job.folder / CHECKPOINTS, ignore_errors=True)
+        remove_folder(job.folder / CHECKPOINTS)
 
 
 class _Loop:

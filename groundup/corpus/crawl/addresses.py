@@ -1,7 +1,7 @@
 """Which network addresses may be connected to: public ones, unless the user allows the others.
 
 The rule is asked when a socket is about to be made, with the address that the name was resolved to, so that neither
-a redirect, nor a name of a private machine, nor a name that changes its address between two looks (DNS rebinding)
+a redirect, nor a name of a private machine, nor a name that changes its address between two look-ups (DNS rebinding)
 leads into the user's own network.
 """
 

@@ -24,7 +24,7 @@ from groundup.corpus.crawl.settings import CrawlSettings
 from groundup.corpus.crawl.urls import normalize_url
 from groundup.corpus.crawl.warc import store_error
 from groundup.errors import ArtifactError, GroundupError, Interrupted, RunError
-from groundup.files import read_json, remove_partials, write_json
+from groundup.files import own_folder, read_json, remove_partials, write_json
 
 SUMMARY = "crawl.json"
 _BINDING = ("depth", "same_path")  # settings that decide what a finished page led to
@@ -45,14 +45,14 @@ def crawl(
     Args:
         urls: pages to fetch, and to follow links from.
         out: the crawl's folder; new, or of a crawl that is to go on.
-        settings: scope, limits, manners.
+        settings: scope, limits, politeness.
         console: where progress is shown.
         sitemaps: addresses of sitemaps whose pages are fetched.
         retry_failed: ask again for what earlier sessions gave up for a passing reason.
 
     Raises:
         GroundupError: an address is not http(s), nothing was given, the disk is full, or a package is missing.
-        RunError: another process works in the folder, or it holds a crawl of another scope.
+        RunError: another process works in the folder, it holds a crawl of another scope, or it is not ours.
         Interrupted: Ctrl-C or SIGTERM; everything fetched is stored.
     """
     settings, console, out = settings or CrawlSettings(), console or Console(quiet=True), Path(out)
@@ -144,9 +144,9 @@ def _given(urls: Sequence[str], sitemaps: Sequence[str]) -> list[Entry]:
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
+    own_folder(out)
     lock = FileLock(out / ".lock")
     try:
-        out.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0.5)
     except Timeout as error:
         raise RunError(

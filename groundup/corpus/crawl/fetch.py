@@ -1,4 +1,4 @@
-"""One HTTP request, with a bound on everything a server can make endless: time, headers, body, what it unpacks to.
+"""One HTTP request, with a limit on everything a server can make endless: time, headers, body, what it unpacks to.
 
 In: a normalized address. Out: a `Response` whose body is unpacked and whole, or a `Refused` that says why not.
 Redirects come back as responses: each hop is a page of its own to the crawl's rules.
@@ -136,7 +136,7 @@ class Fetcher:
             async with asyncio.timeout(self._settings.timeout_seconds):
                 return await self._get(url, max_bytes, accept, cut, started)
         except TimeoutError as error:
-            # Who answered and then dripped will drip again; who did not answer may have been busy.
+            # A server that answered and then sent slowly will do so again; one that did not answer may have been busy.
             what = f"not whole after {self._settings.timeout_seconds:g} s" if started.answered else "no answer in time"
             raise Refused(Refusal.TIMEOUT, what, again=not started.answered) from error
         except (self._aiohttp.ClientError, HttpProcessingError, OSError, ValueError) as error:
@@ -272,7 +272,7 @@ async def _body(
 
 
 class _Unpacker:
-    """Content-Encoding, undone in steps of a bounded size: a bomb is noticed before it goes off."""
+    """Content-Encoding, undone in steps of a bounded size: a decompression bomb is stopped early."""
 
     def __init__(self, encoding: str) -> None:
         self._name = encoding.strip().lower()

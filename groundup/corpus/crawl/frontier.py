@@ -1,4 +1,4 @@
-"""The frontier: addresses that wait, one queue a host, and whose turn it is.
+"""The frontier: the addresses to fetch, one queue a host, and which host comes next.
 
 At most one request at a time goes to a host, and after each the host rests. A host that rests holds up no other:
 who asks for a page gets one of the host that has rested longest.
@@ -68,7 +68,7 @@ class Host:
 
 
 class Frontier:
-    """What waits, and what was ever seen.
+    """The addresses that wait, and all that were ever seen.
 
     Args:
         may_go_on: whether another page may be begun, given how many are in flight; asked before each.
@@ -108,7 +108,7 @@ class Frontier:
         self._claimed.update(map(_key, (url, *hops)))
 
     def claim(self, url: str) -> bool:
-        """Take an address for oneself; False if it is taken or done."""
+        """Mark an address as taken; False if it is taken or done."""
         key = _key(url)
         if key in self._claimed:
             return False

@@ -188,7 +188,7 @@ class Store:
                 handle.truncate(end)
 
     def _check_files(self, sizes: dict[int, int], number: int) -> None:
-        """A kill leaves every file under one of its names, and finished ones as they were: else it was someone else."""
+        """Check that finished files are unchanged: a killed crawl leaves them whole."""
         fix = "Put it back as it was, or begin a new crawl in another folder with --out."
         for file, size in sizes.items():
             path = self._files.path(file)

@@ -1,7 +1,7 @@
 """Links of a page, and what it says about following them.
 
-A scan of the tags, not a parse of the tree: one pass, linear in the page's length whatever its author intended,
-and nothing is executed. In: the body's bytes. Out: addresses as written, `nofollow` ones left out, and two flags.
+A scan of the tags, not a parse of the tree: one pass, linear in the page's length for any input, and nothing is
+executed. In: the body's bytes. Out: addresses as written, `nofollow` ones left out, and two flags.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _CHARSET = re.compile(rb"""charset\s*=\s*["']?([\w.:-]{1,40})""", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Outlook:
-    """What a page leads to.
+class PageLinks:
+    """The links of a page.
 
     Attributes:
         links: normalized addresses, each once, in the page's order.
@@ -41,8 +41,8 @@ class Outlook:
     noindex: bool = False
 
 
-def look_out(body: bytes, url: str, headers: Mapping[str, str], product: str) -> Outlook:
-    """Scan an HTML page.
+def extract_links(body: bytes, url: str, headers: Mapping[str, str], product: str) -> PageLinks:
+    """The links of an HTML page, and whether they may be followed.
 
     Args:
         body: the page, unpacked.
@@ -69,11 +69,11 @@ def look_out(body: bytes, url: str, headers: Mapping[str, str], product: str) ->
             written[href] = None
     nofollow = bool(rules & {"nofollow", "none"})
     found = dict.fromkeys(normalize_url(href, base) for href in (() if nofollow else written))
-    return Outlook(tuple(link for link in found if link is not None), nofollow, bool(rules & {"noindex", "none"}))
+    return PageLinks(tuple(link for link in found if link is not None), nofollow, bool(rules & {"noindex", "none"}))
 
 
 def _tags(text: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Names (lower case) and attributes of the tags that matter; comments, scripts and the like are jumped over."""
+    """Names (lower case) and attributes of the tags that matter; comments, scripts and the like are skipped."""
     at = 0
     while match := _TAG.search(text, at):
         at = match.end()

@@ -19,7 +19,7 @@ from groundup.console import Bar, Console, format_bytes
 from groundup.corpus.crawl.fetch import REDIRECTS, Fetcher, Response
 from groundup.corpus.crawl.frontier import Frontier, Host, Page
 from groundup.corpus.crawl.journal import Entry, Store
-from groundup.corpus.crawl.links import Outlook, look_out
+from groundup.corpus.crawl.links import PageLinks, extract_links
 from groundup.corpus.crawl.report import CrawlReport
 from groundup.corpus.crawl.robots import MAX_AGE_SECONDS, MAX_ROBOTS_BYTES, Robots, parse_robots
 from groundup.corpus.crawl.settings import CrawlSettings, Refusal, Refused
@@ -50,7 +50,7 @@ class Session:
     """The work between a start and an end of `crawl`.
 
     Args:
-        settings: scope, limits, manners.
+        settings: scope, limits, politeness.
         console: where progress is shown.
         fetcher: makes the requests.
         report: what is counted.
@@ -293,25 +293,25 @@ class Session:
         if page.sitemap:
             self._outcome(await self._listed(page, response))
             return
-        outlook, records = await asyncio.to_thread(self._prepared, page, response)
-        unwanted = outlook.noindex and not page.named
+        found, records = await asyncio.to_thread(self._prepared, page, response)
+        unwanted = found.noindex and not page.named
         entry = Entry(
             "refused" if unwanted else "stored", page.first_url, depth=page.depth, hops=page.hops,
-            links=self._new_links(page, outlook), reason=Refusal.NOINDEX if unwanted else "",
+            links=self._new_links(page, found), reason=Refusal.NOINDEX if unwanted else "",
             size_bytes=0 if unwanted else len(response.body),
         )  # fmt: skip
         self._outcome(entry, None if unwanted else records)
 
-    def _prepared(self, page: Page, response: Response) -> tuple[Outlook, bytes]:
+    def _prepared(self, page: Page, response: Response) -> tuple[PageLinks, bytes]:
         body = response.body if response.content_type in _HTML else b""
-        outlook = look_out(body, response.url, response.headers, self._settings.product)
+        found = extract_links(body, response.url, response.headers, self._settings.product)
         hops = (page.first_url, *page.hops[:-1]) if page.hops else ()
-        return outlook, page_records(response, hops)
+        return found, page_records(response, hops)
 
-    def _new_links(self, page: Page, outlook: Outlook) -> list[str]:
+    def _new_links(self, page: Page, found: PageLinks) -> list[str]:
         if page.depth >= self._settings.depth:
             return []
-        return [url for url in outlook.links if url in self._scope and self._frontier.is_new(url)]
+        return [url for url in found.links if url in self._scope and self._frontier.is_new(url)]
 
     def _redirect(self, page: Page, location: str) -> None:
         target = normalize_url(location, page.url)

@@ -1,4 +1,4 @@
-"""What a crawl may do (`CrawlSettings`), and the words for what it does not do (`Refusal`)."""
+"""What a crawl may do (`CrawlSettings`), and why an address is not stored (`Refusal`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEFAULT_TYPES = ("text/html", "application/xhtml+xml", "text/plain")
 
 
 class CrawlSettings(Section):
-    """The scope, the limits and the manners of a crawl."""
+    """The scope, the limits and the politeness of a crawl."""
 
     depth: int = Field(0, ge=0, le=100, description="links to follow from a given page; 0: only the given pages")
     same_path: bool = Field(False, description="follow only links into the folder of a given page")
@@ -32,7 +32,7 @@ class CrawlSettings(Section):
     )
     user_agent: str = Field(
         f"groundup/{version_of('groundup')} (corpus crawler)",
-        description="who we say we are; its first word is looked up in robots.txt",
+        description="the User-Agent header; its first word is looked up in robots.txt",
     )
     allow_private: bool = Field(False, description="also fetch from private, loopback and link-local addresses")
     file_mib: float = Field(256.0, gt=0.0, le=65536.0, description="size after which a new WARC file is begun")
@@ -92,7 +92,7 @@ class Refusal(StrEnum):
 
     @property
     def passes(self) -> bool:
-        """Whether another day may bring another answer: `--retry-failed` asks again."""
+        """Whether a later session may succeed: `--retry-failed` asks again."""
         return self in _PASSING
 
 

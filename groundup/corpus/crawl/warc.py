@@ -4,7 +4,7 @@ A file grows under `NAME.open`; when it is full, or the crawl stops, it is flush
 behind the last page that the journal knows is cut off when the crawl goes on.
 
 Bodies are stored unpacked and in one piece. Headers that speak of the packed or chunked form they had on the wire keep
-their values under an `X-Crawl-` name, as Common Crawl does it: a reader that believes the headers reads right.
+their values under an `X-Crawl-` name, as Common Crawl does it: a reader that follows the headers reads correctly.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class EvaluationTask:
             what = error.strerror or error if isinstance(error, OSError) else error
             raise DataError(
                 f"[corpus.decontaminate] files: {self.path} cannot be read as {Path(stem).suffix[1:]} ({what}).",
-                "Mend the file, or take it off the list: half-read evaluation data would let its other half through.",
+                "Repair the file, or take it off the list: the part that cannot be read would stay in the corpus.",
             ) from error
 
 

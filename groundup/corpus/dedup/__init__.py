@@ -1,4 +1,4 @@
-"""Deduplication: which documents go because another says the same, and which parts of the others.
+"""Deduplication: which documents are removed as duplicates, and which repeated parts are cut out of the others.
 
 Four kinds, each a step over files that fits in the memory it is given, whatever the corpus is:
 
@@ -7,7 +7,7 @@ Four kinds, each a step over files that fits in the memory it is given, whatever
     parts       paragraphs or lines that another document has          `repeated_parts`
     substrings  runs of so many words that stand elsewhere             `repeated_substrings`
 
-Who stays is decided by content and id only, so the result is the same however the work was cut and done.
+Which document is kept is decided by content and id only, so the result does not depend on how work was divided.
 """
 
 from groundup.corpus.dedup.cuts import Cuts, cut_spans

@@ -1,7 +1,7 @@
 """Exact duplicates: documents whose final texts have the same 128-bit xxh3 digest.
 
-In: the units' keys and who takes part. Out: who goes, and who stays in their place: of equal texts the one with the
-smallest id, and of equal ids the first in the order of the units.
+In: the units' keys and who takes part. Out: which are removed, and which are kept instead: of equal texts the one with
+the smallest id, and of equal ids the first in the order of the units.
 
 Among n different texts two share a digest with probability about n²/2¹²⁹: never, in practice.
 """
@@ -91,10 +91,10 @@ def _split_digests(work: _Slice) -> RangeFile:
 
 
 def _equal_digests(work: _Range) -> str:
-    """(m, 2) int64 in a file: who goes, who stays."""
+    """(m, 2) int64 in a file: the document removed, the one kept."""
     records = read_range(work.files, work.number)
     digest, ident = records["digest"], records["id"]
-    # The last key sorts first: by digest, then by who is to stay.
+    # The last key sorts first: by digest, then by which is to be kept.
     order = np.lexsort((records["number"], ident[:, 1], ident[:, 0], digest[:, 1], digest[:, 0]))
     digest, numbers = digest[order], records["number"][order]
     is_first = np.ones(len(order), dtype=bool)

@@ -10,7 +10,6 @@ key travels between processes. Counts are compared after every step: a file that
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from groundup.errors import ArtifactError
-from groundup.files import atomic_writer, read_json, write_json
+from groundup.files import atomic_writer, own_folder, read_json, remove_folder, write_json
 
 UNITS = "units.json"
 KEPT = "kept.npy"
@@ -85,14 +84,18 @@ class KeyStore:
 
     @classmethod
     def create(cls, folder: Path, units: Sequence[UnitKeys], kept: Sequence[np.ndarray]) -> KeyStore:
-        """Begin a call in an empty folder.
+        """Begin a call in a new folder.
 
         Args:
-            folder: emptied: what a killed process left is not used.
+            folder: made again if it is ours: what a killed process left is not used.
             units: in an order that does not depend on how the input was cut.
             kept: (n,) bool for each unit: who takes part.
+
+        Raises:
+            RunError: the folder is not ours.
         """
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder)
+        own_folder(folder)
         assert len(units) == len(kept), "a mask for every unit"
         for unit, mask in zip(units, kept, strict=True):
             assert mask.shape == (unit.n,), f"unit {unit.name}: {mask.shape} flags for {unit.n} documents"
@@ -175,7 +178,7 @@ def key_store(folder: Path, units: Sequence[UnitKeys], kept: Sequence[np.ndarray
     try:
         yield KeyStore.create(Path(folder), units, kept)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(Path(folder))
 
 
 def n_ranges(n_records: int, record_bytes: int, memory_bytes: int) -> int:

@@ -1,4 +1,4 @@
-"""Who stays among documents that share buckets, decided in the order of survival, many at a time.
+"""Which documents are kept among those that share buckets, decided in order of rank, many at a time.
 
 In: buckets of documents that are named by their rank, 0 the first to stay. Out: for each the kept document that
 removed it. One after the other, it would read:
@@ -7,8 +7,8 @@ removed it. One after the other, it would read:
         if nobody removed it:
             keep it; remove every later document of its buckets that is similar to it
 
-All documents that are the first undecided ones of every bucket they are in can be taken at once: nobody who is
-still to be decided can remove them. A round takes them all; random orders need about log n rounds.
+All documents that are the first undecided ones of every bucket they are in can be kept at once: no document that is
+still undecided can remove them. A round keeps them all; random orders need about log n rounds.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def decide(bucket: np.ndarray, rank: np.ndarray, n: int, similar: Similar) -> tu
         undecided = (survivor[rank] < 0) & ~is_kept[rank]
         given_up += len(np.unique(bucket[undecided & ~is_open]))
         stays = undecided & is_open
-        # Alone in a bucket, a document has nobody to fear there.
+        # A document that is alone in its bucket cannot be removed there.
         stays &= np.bincount(bucket[stays], minlength=len(n_kept_in))[bucket] > 1
         bucket, rank = bucket[stays], rank[stays]
     return survivor, given_up
@@ -64,13 +64,13 @@ def decide(bucket: np.ndarray, rank: np.ndarray, n: int, similar: Similar) -> tu
 def _remove_similar(
     leader: np.ndarray, rank: np.ndarray, is_kept: np.ndarray, survivor: np.ndarray, similar: Similar
 ) -> None:
-    """Compare each kept leader with the others of its bucket, in place; the first of several keeps the honour."""
+    """Compare each kept leader with the others of its bucket, in place; of several similar ones the first counts."""
     asked = is_kept[leader] & (leader != rank)
     n = len(survivor)
     pairs = np.unique(leader[asked] * n + rank[asked])
     for begin in range(0, len(pairs), _PAIRS_AT_ONCE):
         left, right = np.divmod(pairs[begin : begin + _PAIRS_AT_ONCE], n)
-        new = survivor[right] < 0  # pairs are sorted by leader, so an earlier one has the better right
+        new = survivor[right] < 0  # pairs are sorted by leader, so the first leader counts
         left, right = left[new], right[new]
         found = similar(left, right) if len(left) else np.zeros(0, dtype=bool)
         gone, first = np.unique(right[found], return_index=True)

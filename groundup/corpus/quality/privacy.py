@@ -131,7 +131,7 @@ def _passes_luhn(digits: str) -> bool:
     return (sum(from_right[::2]) + sum(sum(divmod(2 * digit, 10)) for digit in from_right[1::2])) % 10 == 0
 
 
-# --- IP addresses that reach someone: public ones, not networks (….0) and not what is rather a version ----------------
+# --- IP addresses: public ones, not networks (….0) and not what is more likely a version ------------------------------
 
 _OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _IPV4 = re.compile(rf"[1-9](?<![{_WORD}.+\\#-].)(?<![^/]/.)[0-9]{{0,2}}(?:\.{_OCTET}){{3}}(?![{_WORD}]|[.+-][{_WORD}])")

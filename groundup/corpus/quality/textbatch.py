@@ -1,8 +1,8 @@
 """A batch of texts as numpy arrays: its characters by class, its words, its lines and its paragraphs.
 
-In: texts. Out: `TextBatch`, whose arrays are made when first asked for, so that nobody pays for what no rule
-needs. All texts are laid end to end, one character an element; what lies outside ASCII is looked up in a table
-that learns every character when it first comes, so words are exactly those of `str.split`.
+In: texts. Out: `TextBatch`, whose arrays are computed when first asked for, so that only what the rules need is
+computed. All texts are laid end to end, one character an element; what lies outside ASCII is looked up in a table that
+learns every character when it first comes, so words are exactly those of `str.split`.
 """
 
 from __future__ import annotations

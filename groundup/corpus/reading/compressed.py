@@ -3,7 +3,7 @@
 A stream ends only where its file ends and every member of it is whole. Otherwise it raises `DamagedStreamError`
 instead of looking finished: cut off before the end, a checksum that does not fit, bytes of something else behind the
 data, or a bomb. What was read before the fault has been handed out by then. Formats: RFC 1952 (gzip), RFC 8878
-(Zstandard, walked block by block, so that no input makes more than 128 KiB at once).
+(Zstandard, read block by block, so that no input makes more than 128 KiB at once).
 """
 
 from __future__ import annotations

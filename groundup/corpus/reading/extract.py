@@ -119,7 +119,7 @@ class Extractor:
                 yield self._take_first(waiting)
         finally:
             self._is_busy = False
-            if waiting:  # given up half-way: the answers to come belong to nobody
+            if waiting:  # abandoned half-way: discard the answers still to come
                 self._end()
 
     def __enter__(self) -> Extractor:
@@ -144,8 +144,8 @@ class Extractor:
                 waiting.popleft()
                 self._child.n_answered += 1
                 self._send(waiting)
-                return _judged(*answer)
-            failure = self._child.post_mortem(is_out_of_memory=answer is not None)
+                return _result_of(*answer)
+            failure = self._child.exit_reason(is_out_of_memory=answer is not None)
             self._n_failed_starts = 0 if self._child.is_loaded else self._n_failed_starts + 1
             if self._n_failed_starts >= _STARTS:
                 raise self._child.not_loaded(failure.detail)
@@ -190,7 +190,7 @@ def in_utf8(html: bytes, encoding: str) -> bytes:
     name = child.known_encoding(encoding) if encoding else None
     if not name or html.startswith(child.BYTE_ORDER_MARKS):
         return html
-    if not name.startswith(("iso2022", "hz")):  # those are ASCII to the eye
+    if not name.startswith(("iso2022", "hz")):  # their bytes are ASCII
         with contextlib.suppress(UnicodeDecodeError):
             html.decode("utf-8")
             return html  # nothing else looks like UTF-8 by chance
@@ -208,14 +208,14 @@ class _Page:
     was_tried: bool = False
 
 
-def _judged(kind: int, text: str) -> str | ExtractionFailure:
+def _result_of(kind: int, text: str) -> str | ExtractionFailure:
     if kind == child.FAILED:
         return ExtractionFailure(Reason.CRASH, text)
     return text or ExtractionFailure(Reason.NO_CONTENT, "the extractor found no main text in the page")
 
 
 class _Child:
-    """One child process and the two pipes to it, of which neither is ever waited for alone."""
+    """One child process and the two pipes to it, which are served together so that neither blocks the other."""
 
     def __init__(self, owner: Extractor) -> None:
         self.n_sent = self.n_answered = 0
@@ -303,8 +303,8 @@ class _Child:
                     return None
                 self._incoming += data
 
-    def post_mortem(self, is_out_of_memory: bool) -> ExtractionFailure:
-        """What the end of the process says of the page that it was at."""
+    def exit_reason(self, is_out_of_memory: bool) -> ExtractionFailure:
+        """Why the process ended, as the failure of the page that it was reading."""
         code = self.process.wait()
         if is_out_of_memory:
             detail = f"out of memory: a page may take {self._owner.memory_mib:,.0f} MiB"
@@ -330,7 +330,7 @@ class _Child:
             self.process.wait()
 
     def not_loaded(self, why: str) -> GroundupError:
-        """What to say of an extractor that does not start."""
+        """The error for an extractor that does not start."""
         return GroundupError(
             f"[corpus] extractor = {self._owner.kind!r} cannot be started: {why}",
             "Run: pip install trafilatura lxml_html_clean resiliparse, or choose the other of the two extractors.",

@@ -105,7 +105,7 @@ def decode_html(data: bytes | bytearray) -> str:
     except UnicodeDecodeError:
         text = _decode_other(data)
     else:
-        if b"\x1b" in data and data.isascii():  # ISO-2022-JP and its kin are ASCII to the eye
+        if b"\x1b" in data and data.isascii():  # the bytes of ISO-2022-JP and its relatives are ASCII
             text = _decode_as(data, _declared(data)) or text
     return text.replace("\0", "") if b"\0" in data else text
 
@@ -123,7 +123,7 @@ def _decode_other(data: bytes | bytearray) -> str:
 
 
 def _decode_mostly(data: bytes | bytearray, encoding: str | None) -> str | None:
-    """The text, if the bytes beyond ASCII agree with the encoding but for a few: a character cut, a foreign name."""
+    """The text, if all but a few of the bytes beyond ASCII fit the encoding (a cut character, a name in another)."""
     if encoding is None:
         return None
     text = data.decode(encoding, "replace")
@@ -135,7 +135,7 @@ def _declared(data: bytes | bytearray) -> str | None:
     beginning = data[:_META_WITHIN_BYTES]
     found = _XML.search(beginning) or _META.search(beginning)
     encoding = known_encoding(found.group(1).decode("ascii")) if found else None
-    # Whoever could read the declaration byte by byte was not reading UTF-16.
+    # A declaration that can be read byte by byte is not in UTF-16.
     return "utf-8" if encoding and encoding.startswith(("utf-16", "utf-32")) else encoding
 
 
@@ -196,7 +196,7 @@ def _attempt(extract: Callable[[str, str], str | None], html: bytes | bytearray,
 
 
 def _default_signals() -> None:
-    """Whatever the parent ignores or blocks, the timers must end this process; Ctrl-C is the parent's business."""
+    """Whatever the parent ignores or blocks, the timers must end this process; Ctrl-C is left to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGALRM, signal.SIGPROF):
         signal.signal(number, signal.SIG_DFL)

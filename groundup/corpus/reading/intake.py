@@ -1,7 +1,7 @@
 """From raw text to a record: one normal form, and a reason for whatever cannot be a document.
 
-Every reader (plain text, JSONL, tables, pages) hands its texts to `admit` and its faults to `unread`, so that the
-same text is the same record and the same fault the same words, whatever it was packed in.
+Every reader (plain text, JSONL, tables, pages) gives its texts to `make_record` and its faults to `unread`, so that the
+same text becomes the same record and the same fault the same message in every format.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def normalize(text: str, form: Literal["NFC", "NFKC", "none"]) -> str:
     return text.strip("\n").rstrip()
 
 
-def admit(
+def make_record(
     file: Source,
     text: str,
     settings: CorpusSettings,
@@ -47,12 +47,12 @@ def admit(
         text: as it was read; encodable as UTF-8.
         settings: for the normal form.
         set_aside: told why there is no record.
-        position: as all that follow, of `Record`.
-        place: see there.
-        number: see there.
-        source: see there.
-        url: see there.
-        key: see there.
+        position: as in `Record`.
+        place: as in `Record`.
+        number: as in `Record`.
+        source: as in `Record`.
+        url: as in `Record`.
+        key: as in `Record`.
     """
     normal = normalize(text.removeprefix("\ufeff"), settings.unicode)
     if normal and "\0" not in normal:
@@ -71,7 +71,7 @@ def too_long(
     file: Source, what: str, size: int, excerpt: str, settings: CorpusSettings,
     position: int = 0, place: str = "", number: int = 0,
 ) -> SetAside:  # fmt: skip
-    """What to say of a text beyond `max_document_mib`; `what` is "", or what it is, such as "a line of "."""
+    """The record of a text beyond `max_document_mib`; `what` names it, such as "a line of ", or is ""."""
     detail = f"{what}{size:,} bytes; the limit is {settings.max_document_mib:g} MiB"
     return SetAside(file.label, place, number, Reason.TOO_LONG, detail, excerpt, size, position)
 
@@ -84,7 +84,7 @@ def limit_bytes(settings: CorpusSettings) -> int:
 def unread(
     file: Source, error: BaseException, position: int = 0, place: str = "", number: int = 0, so_far: str = ""
 ) -> SetAside:
-    """What to say of a file that could not be read to its end.
+    """The record of a file that could not be read to its end.
 
     Args:
         file: the file.

@@ -15,7 +15,7 @@ import orjson
 
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
 from groundup.corpus.reading.compressed import BLOCK_BYTES
-from groundup.corpus.reading.intake import READ_ERRORS, admit, limit_bytes, too_long, unread
+from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, make_record, too_long, unread
 from groundup.corpus.reading.parts import is_too_long, skip_line
 from groundup.corpus.reading.sources import Source
 from groundup.recipe import CorpusSettings
@@ -127,7 +127,7 @@ def _record(
         named, url, key = (_encodable(value) for value in (named, url, fields.get("id")))
     else:
         key = fields.get("id")
-    return admit(
+    return make_record(
         source, text, settings, set_aside, position, PLACE, number, label_of(named), label_of(url), label_of(key)
     )
 

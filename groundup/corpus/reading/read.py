@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from groundup.corpus.document import Document, OnSetAside, Reason, Record, SetAside, excerpt_of, text_id
 from groundup.corpus.reading.compressed import BLOCK_BYTES
-from groundup.corpus.reading.intake import READ_ERRORS, admit, limit_bytes, normalize, too_long, unread
+from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, make_record, normalize, too_long, unread
 from groundup.corpus.reading.jsonl import read_lines
 from groundup.corpus.reading.parts import TooLong, split_long
 from groundup.corpus.reading.sources import Source, find_sources
@@ -185,7 +185,7 @@ def _read_plain(source: Source, settings: CorpusSettings, set_aside: OnSetAside)
         with source.open() as handle:
             data = handle.read(limit + 1)
         if len(data) <= limit:
-            record = admit(source, data.decode(), settings, set_aside)
+            record = make_record(source, data.decode(), settings, set_aside)
             if record is not None:
                 yield record
             return 1
@@ -197,7 +197,7 @@ def _read_plain(source: Source, settings: CorpusSettings, set_aside: OnSetAside)
                     size, excerpt = part.size_bytes, part.excerpt
                     set_aside(too_long(source, "a line of ", size, excerpt, settings, position, "part", number))
                     continue
-                record = admit(source, part.decode(), settings, set_aside, position, "part", number)
+                record = make_record(source, part.decode(), settings, set_aside, position, "part", number)
                 if record is not None:
                     yield record
     except (*READ_ERRORS, UnicodeDecodeError) as error:
@@ -245,11 +245,11 @@ def _read_page(
         set_aside(too_long(source, "", size, excerpt_of(html), settings))
         return
     if not html.strip():
-        admit(source, "", settings, set_aside)
+        make_record(source, "", settings, set_aside)
         return
     text = extract(html)
     if isinstance(text, str):
-        record = admit(source, text, settings, set_aside)
+        record = make_record(source, text, settings, set_aside)
         if record is not None:
             yield record
     else:

@@ -33,7 +33,7 @@ SUFFIXES: dict[str, Kind] = {
 SHIPPED = {"groundup:classics": "classics.jsonl", "groundup:shakespeare": "shakespeare.txt"}
 STARTED = "started.json"
 SET_ASIDE = "set_aside.jsonl"
-CURATED = ("funnel.json", "unit.json")
+CURATED = ("filter_statistics.json", "unit.json")
 """Beside `SET_ASIDE` in a folder of documents, and in one of measurements."""
 
 
@@ -188,7 +188,7 @@ def _expand(item: str) -> Sources:
     path = Path(item).expanduser()
     found = Sources()
     if path.is_dir():
-        _walk(path, found)
+        _files_below(path, found)
     elif path.is_file():
         if kind_of(path.name) is None:
             raise _unknown_kind(item)
@@ -199,7 +199,7 @@ def _expand(item: str) -> Sources:
             raise DataError(f"{item}: nothing matches this pattern (seen from {Path.cwd()}).", "Check [corpus] inputs.")
         for match in matches:
             if match.is_dir():
-                _walk(match, found)
+                _files_below(match, found)
             else:
                 _add_if_text(match, found)
     elif os.path.lexists(path):
@@ -233,7 +233,7 @@ def _parents_of(url: str) -> Iterator[str]:
         url = parent
 
 
-def _walk(folder: Path, found: Sources) -> None:
+def _files_below(folder: Path, found: Sources) -> None:
     """All files below a folder, hidden ones and runs left out; links to folders are not followed."""
 
     if _is_stage_folder(folder):

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
 from groundup.corpus.reading.compressed import DamagedStreamError
-from groundup.corpus.reading.intake import READ_ERRORS, admit, limit_bytes, too_long, unread
+from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, make_record, too_long, unread
 from groundup.corpus.reading.jsonl import label_of
 from groundup.corpus.reading.remote import RemoteReadError
 from groundup.corpus.reading.sources import Source
@@ -237,7 +237,7 @@ def _record(
     text = row["text"]
     if isinstance(text, str) and len(text) <= limit_bytes(settings) >= len(text.encode()):
         beside = [label_of(row.get(attribute)) for attribute in ("source", "url", "key")]
-        return admit(source, text, settings, set_aside, position, PLACE, number, *beside)
+        return make_record(source, text, settings, set_aside, position, PLACE, number, *beside)
     size = 0
     if text is None:
         reason, detail, excerpt = Reason.NO_TEXT, f"column {settings.text_field!r} is null", ""

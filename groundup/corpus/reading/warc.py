@@ -18,7 +18,7 @@ from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excer
 from groundup.corpus.reading.archive import Loss, RawRecord, read_records
 from groundup.corpus.reading.extract import ExtractionFailure, in_utf8
 from groundup.corpus.reading.http_body import BodyError, parse_response
-from groundup.corpus.reading.intake import admit, limit_bytes
+from groundup.corpus.reading.intake import limit_bytes, make_record
 
 if TYPE_CHECKING:
     from groundup.corpus.reading.sources import Source
@@ -80,7 +80,7 @@ def read_warc(
             _refuse(source, set_aside, raw, text.reason, text.detail)
             continue
         key = raw.fields.get("warc-record-id", "")
-        record = admit(source, text, settings, set_aside, raw.position, PLACE, raw.number, url=url, key=key)
+        record = make_record(source, text, settings, set_aside, raw.position, PLACE, raw.number, url=url, key=key)
         if record is not None:
             yield record
     if is_empty:

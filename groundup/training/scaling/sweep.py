@@ -25,7 +25,7 @@ import torch
 from groundup.console import Bar, Console
 from groundup.distributed import World, current_world
 from groundup.errors import ArtifactError, DataError, GroundupError, Interrupted
-from groundup.files import read_json, value_digest, write_json, write_text
+from groundup.files import check_ours, own_folder, read_json, value_digest, write_json, write_text
 from groundup.model import ModelConfig, Transformer, count_parameters
 from groundup.model.cost import training_flops_per_token, vocabulary_parameters
 from groundup.model.ladder import parse_size, shape_on_line, training_choices
@@ -197,7 +197,7 @@ def scaling_sweep(
         ArtifactError: shards missing, damaged or of another tokenizer.
         DataError: too little text; too few sizes or budgets; losses that follow no law.
         RecipeError: the recipe's model cannot have one of the sizes.
-        RunError: another process works in `out`.
+        RunError: another process works in `out`, or it holds files that are not ours.
         Interrupted: asked to stop; finished runs are kept, the one at work goes on from its checkpoint.
     """
     world, console, out = world or current_world(), console or Console(), Path(out)
@@ -205,6 +205,8 @@ def scaling_sweep(
     if tokenizer is None and beside.is_file():
         tokenizer = load_tokenizer(beside.parent)
     check_start(recipe, out)
+    if world.is_first:
+        own_folder(out)
     with limited_threads(recipe.threads), Run(out).lock() if world.is_first else contextlib.nullcontext():
         for first in (True, False):  # what the first process measures, the others read
             if world.is_first == first:
@@ -235,6 +237,7 @@ def check_start(recipe: Recipe, out: Path) -> None:
 
     Raises:
         DataError: it begins from a model that is there, or the folder is a run's.
+        RunError: the folder holds files that are not ours.
     """
     if recipe.init is not None:
         raise DataError(
@@ -243,6 +246,7 @@ def check_start(recipe: Recipe, out: Path) -> None:
         )
     if (out / RECIPE_FILE).is_file():
         raise DataError(f"{out}: a run's folder, and a sweep needs one of its own.", "Choose another with --out.")
+    check_ours(out)
 
 
 def check_question(sizes: Sequence[int | str], tokens: Sequence[int] | None, minutes: float | None) -> None:

@@ -1,7 +1,7 @@
-"""The corpus's books: what came in, what was left out at which step and why, what stayed.
+"""Filter statistics: how many documents came in, how many each step removed and why, how many were kept.
 
-Every document is entered under (reason, source, language) with its bytes. The law: what came in equals what was
-kept plus what was removed, at every step; a step that breaks it stops the stage.
+Every document is counted under (reason, source, language) with its bytes. At every step the documents that came in
+are those kept plus those removed; a step that breaks this stops the stage.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SOURCES_SHOWN = 200
 PASSED_OVER_SHOWN = 50
 KEPT = "kept"
 QUALITY = "quality"
-JUDGED = (
+FILTER_STEPS = (
     Reason.SHORT, Reason.LANGUAGE, QUALITY, Reason.PREDICATE, Reason.CLASSIFIER, Reason.TOXIC, Reason.DUPLICATE,
     Reason.NEAR_DUPLICATE, Reason.REPEATED_PARTS, Reason.CONTAMINATED, Reason.MIX,
 )  # fmt: skip
@@ -29,8 +29,8 @@ Entry = tuple[str, str, str, int, int]
 """(reason or "kept", source, language, documents, bytes)."""
 
 
-class Funnel:
-    """Counts, with examples of everything left out."""
+class FilterStatistics:
+    """Counts, with examples of everything that was removed."""
 
     def __init__(self) -> None:
         self.documents_in = 0
@@ -44,25 +44,25 @@ class Funnel:
         self._examples: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
         self._first_fault: SetAside | None = None
 
-    def came_in(self, documents: int, size_bytes: int) -> None:
-        """Records, readable or not, came out of the files."""
+    def add_input(self, documents: int, size_bytes: int) -> None:
+        """Count records of the files, readable or not."""
         self.documents_in += documents
         self.bytes_in += size_bytes
 
-    def enter(self, entries: Iterable[Entry]) -> None:
-        """Documents that stayed ("kept") or were left out, for whatever reason."""
+    def add(self, entries: Iterable[Entry]) -> None:
+        """Count documents that were kept ("kept") or removed, by reason."""
         for reason, source, language, documents, size_bytes in entries:
             self._documents[reason, source, language] += documents
             self._bytes[reason, source, language] += size_bytes
 
-    def open_again(self) -> None:
-        """Strike what stayed so far: the last pass enters it anew, with what the texts themselves decided."""
+    def clear_kept(self) -> None:
+        """Forget the documents kept so far: the last pass counts them again, after the steps that read their texts."""
         for counts in (self._documents, self._bytes):
             for key in [key for key in counts if key[0] == KEPT]:
                 del counts[key]
 
-    def move_out(self, entries: Iterable[Entry]) -> None:
-        """Documents that were kept so far, and are not any more."""
+    def remove_kept(self, entries: Iterable[Entry]) -> None:
+        """Count documents as removed that were counted as kept."""
         for reason, source, language, documents, size_bytes in entries:
             for key, sign in (((KEPT, source, language), -1), ((reason, source, language), 1)):
                 self._documents[key] += sign * documents
@@ -70,15 +70,15 @@ class Funnel:
 
     @property
     def bytes_by_source(self) -> dict[str, int]:
-        """UTF-8 bytes of what stayed, by source."""
+        """UTF-8 bytes of the documents kept, by source."""
         sizes: Counter[str] = Counter()
         for (reason, source, _), size in self._bytes.items():
             if reason == KEPT:
                 sizes[source] += size
         return dict(sorted(sizes.items()))
 
-    def show(self, reason: str, examples: Iterable[tuple[str, dict[str, Any]]]) -> None:
-        """Examples of what was left out, each with a random key: those with the smallest keys are kept."""
+    def add_examples(self, reason: str, examples: Iterable[tuple[str, dict[str, Any]]]) -> None:
+        """Examples of removed documents, each with a random key: those with the smallest keys are kept."""
         self._examples[reason] = heapq.nsmallest(
             EXAMPLES_PER_REASON, [*self._examples[reason], *examples], key=lambda item: item[0]
         )
@@ -88,32 +88,32 @@ class Funnel:
         self._first_fault = self._first_fault or record
 
     def check(self, step: str) -> None:
-        """Hold the law after a step.
+        """Check after a step that the documents kept and removed are those that came in.
 
         Raises:
-            GroundupError: documents came in that were neither kept nor left out, or the other way round.
+            GroundupError: they are not.
         """
         counted = sum(self._documents.values())
         if counted != self.documents_in:
             raise GroundupError(
-                f"corpus: after the step {step!r} there are {counted:,} documents on the books, and "
+                f"corpus: after the step {step!r} {counted:,} documents are counted as kept or removed, and "
                 f"{self.documents_in:,} came in.",
                 "This is an error in groundup: nothing was written. Please report it with the recipe.",
             )
 
     @property
     def documents_kept(self) -> int:
-        """How many stayed."""
+        """How many were kept."""
         return self._total(self._documents, KEPT)
 
     @property
     def bytes_kept(self) -> int:
-        """UTF-8 bytes of what stayed."""
+        """UTF-8 bytes of the documents kept."""
         return self._total(self._bytes, KEPT)
 
     @property
     def removed(self) -> dict[str, int]:
-        """How many were left out, by reason, in the order of the steps."""
+        """How many were removed, by reason, in the order of the steps."""
         counts: Counter[str] = Counter()
         for (reason, _, _), count in self._documents.items():
             if reason != KEPT:
@@ -159,7 +159,7 @@ class Funnel:
         }
 
     def as_json(self, files: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-        """What `funnel.json` holds: the steps with what went in and out, sources, languages, files, examples."""
+        """What `filter_statistics.json` holds: steps with documents in and out, sources, languages, files, examples."""
         return {
             "steps": self._steps(),
             "languages": self.languages,
@@ -210,7 +210,7 @@ class Funnel:
                 by_step[_step(reason)].append(reason)
         left, bytes_left = self.documents_in, sum(sizes.values())
         steps = []
-        for step in ("read", *map(str, JUDGED)):
+        for step in ("read", *map(str, FILTER_STEPS)):
             removed = {reason: documents[reason] for reason in by_step[step]}
             n_out, bytes_out = sum(removed.values()), sum(sizes[reason] for reason in by_step[step])
             steps.append(
@@ -264,7 +264,7 @@ _REASONS: Sequence[str] = [str(reason) for reason in Reason]
 
 def _step(reason: str) -> str:
     """The step that removes for this reason: reading's faults belong to "read", rules' names to "quality"."""
-    if reason in JUDGED:
+    if reason in FILTER_STEPS:
         return reason
     return "read" if reason in _REASONS else QUALITY
 
@@ -273,7 +273,7 @@ def _place(reason: str) -> tuple[int, int, str]:
     step = _step(reason)
     if step == "read":
         return 0, _REASONS.index(reason), ""
-    return 1 + JUDGED.index(step), 0, reason
+    return 1 + FILTER_STEPS.index(step), 0, reason
 
 
 def _in_words(example: Mapping[str, Any]) -> str:
