@@ -78,7 +78,7 @@ class Variant:
 
     def __init__(self, what: dict[str, Any], tokenizer: Tokenizer, shards: Path, precision: torch.dtype) -> None:
         settings = SFTSettings(**{name: value for name, value in what.items() if name != "compile"})
-        conversations = load_conversations(settings, SEED)
+        conversations = load_conversations(settings.data, settings.examples, SEED, "align.sft")
         self.source = ConversationRows(conversations, tokenizer, CONTEXT, settings, SEED, shards)
         self.batch_size = settings.batch_size
         self.model = Transformer(preset("ground-1m", vocab_size=tokenizer.vocab_size, context_length=CONTEXT))

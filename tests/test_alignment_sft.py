@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections import Counter
@@ -10,15 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from model_parts import random_model, tiny
 from shards_bytes import document
 from torch import Tensor
 
-from groundup.alignment import ConversationRows, Conversations, SFTSettings, load_conversations
+from groundup.alignment import ConversationRows, Conversations, SFTSettings, fine_tune, load_conversations
+from groundup.console import Console
 from groundup.errors import ArtifactError, DataError
-from groundup.recipe import ShardsSettings
+from groundup.model import Transformer, preset
+from groundup.recipe import ShardsSettings, parse_recipe
 from groundup.shards import PackedLoader, TokenShards, WindowLoader, write_shards
+from groundup.stage import Stage, graph
 from groundup.tokenizer import Tokenizer, render
 from groundup.training import IGNORED
 
@@ -29,7 +35,7 @@ Talk = tuple[int, ...]
 
 @functools.cache
 def talks() -> Conversations:
-    return load_conversations(SFTSettings(examples=150), seed=1)
+    return load_conversations(["groundup:tasks"], 150, 1, "align.sft")
 
 
 @functools.cache
@@ -173,6 +179,18 @@ def test_replay_needs_shards_of_this_tokenizer(tmp_path: Path, shards: Path) -> 
         source(tmp_path, replay=0.25)
 
 
+def test_a_stage_that_replays_needs_the_shards() -> None:
+    def stage(text: str) -> Stage:
+        return graph(parse_recipe(text, "r.toml"))["sft"]
+
+    assert "shards" not in stage("[align.sft]").needs
+    assert "shards" in stage("[align.sft]\nreplay = 0.2").needs
+    assert "shards" in stage('[corpus]\n[align.sft]\nstart = "elsewhere"\nreplay = 0.2').needs
+    without = stage('[align.sft]\nstart = "elsewhere"\nreplay = 0.2')
+    with pytest.raises(DataError, match=r"\[align.sft\] replay = 0.2: there are no token shards"):
+        dict(without.method.checks(without))["[align.sft] replay"]()
+
+
 def test_all_that_decides_the_rows_is_in_the_fingerprint(shards: Path, tmp_path: Path) -> None:
     write_shards([document("other " * 99), document("x", "validation")], tokenizer(), tmp_path, ShardsSettings())
     fewer = Conversations(talks().train[1:], talks().held_out, {})
@@ -182,3 +200,42 @@ def test_all_that_decides_the_rows_is_in_the_fingerprint(shards: Path, tmp_path:
     ]  # fmt: skip
     assert len({one.fingerprint for one in found}) == len(found)
     assert source(shards, replay=0.3).fingerprint == found[3].fingerprint
+
+
+def small_model() -> Transformer:
+    return Transformer(preset("ground-nano", vocab_size=tokenizer().vocab_size, context_length=CONTEXT))
+
+
+def test_the_loop_learns_packed_conversations_and_replayed_text(tmp_path: Path, shards: Path) -> None:
+    settings = SFTSettings(batch_size=4, replay=0.4, epochs=6, compile=False)
+    tuned = fine_tune(
+        small_model(), tokenizer(), settings, out=tmp_path, conversations=talks(), replay_shards=shards, seed=SEED,
+        console=Console(quiet=True),
+    )  # fmt: skip
+    summary = tuned.summary
+    assert summary["rows"] == 4 * summary["steps"]
+    assert summary["replay_share"] == pytest.approx(0.4, abs=0.05)
+    assert summary["val_loss"] < 0.7 * summary["initial_loss"]
+    assert summary["tokens"] > 6 * summary["supervised_tokens"]  # those of the text too
+    text = torch.from_numpy(TokenShards.open(shards, "train").window(0, CONTEXT + 1))[None]
+    fresh, taught = (F.cross_entropy(one(text[:, :-1])[0], text[0, 1:]) for one in (small_model(), tuned.model))
+    assert taught < 0.7 * fresh
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_validation_loss_is_the_same_packed_and_padded(tmp_path: Path, packing: bool) -> None:
+    settings = SFTSettings(batch_size=2, packing=packing, epochs=1e-9, lr=1e-9, muon_lr=1e-9, precision="float32")
+    model = random_model(tiny(vocab_size=tokenizer().vocab_size, context_length=CONTEXT))
+    before = copy.deepcopy(model)
+    tuned = fine_tune(
+        model, tokenizer(), settings, out=tmp_path, conversations=talks(), seed=SEED, console=Console(quiet=True)
+    )
+    nats, count = 0.0, 0
+    for messages in talks().held_out:
+        rendered = render(tokenizer(), messages)
+        ids, learned = torch.tensor(rendered.ids), torch.tensor(rendered.loss_mask[1:])
+        with torch.no_grad():
+            logits = before(ids[None, :-1])[0]
+        nats += float(F.cross_entropy(logits[learned], ids[1:][learned], reduction="sum"))
+        count += int(learned.sum())
+    assert tuned.summary["val_loss"] == pytest.approx(nats / count, rel=1e-5)

@@ -15,7 +15,7 @@ import pytest
 import typer
 from data_stage import text_of
 
-from groundup.cli.main import app
+from groundup.cli.main import make_app
 from groundup.corpus.dedup.minhash import match_probability
 from groundup.corpus.document import Reason
 from groundup.corpus.quality.rules import all_rules, presets
@@ -49,7 +49,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_exists_and_has_its_options(page: Path) -> None:
     for words in commands(page):
-        command = typer.main.get_command(app)
+        command = typer.main.get_command(make_app())
         rest = list(words)
         while subcommands := getattr(command, "commands", {}):
             if rest and rest[0] in subcommands:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import subprocess
@@ -13,9 +12,10 @@ from pathlib import Path
 import pytest
 import tiny_run
 import toy_method  # registers the method
+from command import CommandLine, groundup  # noqa: F401
 from tiny_run import bits, build_quietly, finished_run
 
-import groundup
+import groundup as package
 from groundup.files import read_json
 from groundup.pipeline import plan
 from groundup.recipe import parse_recipe
@@ -62,13 +62,6 @@ def run(recipe_file: Path) -> Run:
     return build_quietly(parse_recipe(recipe_file.read_text(), "tiny.toml"), recipe_file.parent / "run")
 
 
-def told(*arguments: object) -> str:
-    """What groundup with the method says."""
-    command = [sys.executable, toy_method.__file__, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
-
-
 def test_a_branch_beside_another_leaves_that_one_as_it_is(run: Run) -> None:
     ours, alone = bits(run), bits(finished_run())
     for name in ("pretrain/model/model.safetensors", "sft/model/model.safetensors", "evaluate/sft/scores.json"):
@@ -89,23 +82,23 @@ def test_it_is_scored_gated_and_compared_with_its_control(run: Run) -> None:
     assert "toy-control (control)" in " ".join(row["label"] for row in scores["rows"])
 
 
-def test_it_is_found_wherever_stages_are_shown(run: Run, recipe_file: Path) -> None:
-    shown = told("recipe", "show", recipe_file)
+def test_it_is_found_wherever_stages_are_shown(run: Run, recipe_file: Path, groundup: CommandLine) -> None:  # noqa: F811
+    shown = groundup("recipe", "show", recipe_file).out
     assert "token = 70" in shown
     assert 'compute = "toy"' in shown
-    assert "A model learns to say one token." in told("--help")
-    assert (
-        "token to be said"
-        in told("recipe", "new", recipe_file.parent / "new.toml", "--like", recipe_file, "--all")
-        + (recipe_file.parent / "new.toml").read_text()
-    )
-    states = json.loads(told("status", run.root, "--json"))["stages"]
+    assert "A model learns to say one token." in groundup("--help").out
+    new = recipe_file.parent / "new.toml"
+    groundup("recipe", "new", new, "--like", recipe_file, "--all")
+    assert "# the token to be said" in new.read_text()
+    states = groundup("status", run.root, "--json").json["stages"]
     assert states["toy"]["state"] == states["evaluate/toy"]["state"] == "done"
     page = (run.root / "report.html").read_text()
     assert "Saying one token: toy" in page
     assert "probability of the token" in page
     assert 'id="toy-grad_norm-wide' in page
-    assert "up to date" in told("toy", recipe_file, "--out", run.root)
+    again = groundup("toy", recipe_file, "--out", run.root)
+    assert again.code == 0
+    assert "toy       up to date" in again.err
 
 
 def test_a_change_of_its_code_redoes_its_branch_only(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +107,9 @@ def test_a_change_of_its_code_redoes_its_branch_only(run: Run, monkeypatch: pyte
     assert due == {"toy", "toy-control", "evaluate/toy", "evaluate/toy-control"}
 
 
-def test_killed_and_resumed_it_gives_the_same_bits(run: Run, recipe_file: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_it_gives_the_same_bits(
+    run: Run, recipe_file: Path, tmp_path: Path, groundup: CommandLine  # noqa: F811
+) -> None:
     killed = Run(tmp_path / "killed")
     command = [sys.executable, toy_method.__file__, "build", str(recipe_file), "--out", str(killed.root)]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
@@ -123,19 +118,19 @@ def test_killed_and_resumed_it_gives_the_same_bits(run: Run, recipe_file: Path, 
         process.kill()
     assert process.returncode == -signal.SIGKILL
     assert killed.manifest("toy") is None
-    assert "going on from step" in told("build", recipe_file, "--out", killed.root)
+    assert "going on from step" in groundup("build", recipe_file, "--out", killed.root).err
     assert bits(killed) == bits(run)
 
 
 def test_no_method_is_named_outside_its_file_and_the_registry() -> None:
-    package = Path(groundup.__file__).parent
+    folder = Path(package.__file__).parent
     found = []
     for name, entry in METHODS.items():
         if not isinstance(entry.where, str):
             continue
         own = Path(entry.where.partition(":")[0].replace(".", "/") + ".py")
-        for path in sorted(package.rglob("*.py")):
-            if path.relative_to(package.parent) in (own, Path("groundup/recipe/registry.py")):
+        for path in sorted(folder.rglob("*.py")):
+            if path.relative_to(folder.parent) in (own, Path("groundup/recipe/registry.py")):
                 continue
             lines = path.read_text().splitlines()
             # A room names its files where it gathers what it offers.

@@ -9,8 +9,8 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_road import problems_of
 
+from groundup.alignment import SFTSettings
 from groundup.errors import RecipeError
 from groundup.model import (
     ModelConfig,
@@ -33,16 +33,16 @@ from groundup.model.ladder import (
     shape_of_size,
     training_choices,
 )
-from groundup.preview import derived_values, smoke_profile
+from groundup.preview import check_recipe, derived_values, smoke_profile
 from groundup.recipe import (
     ModelSettings,
     PretrainSettings,
     Recipe,
     RopeScalingSettings,
-    SFTSettings,
-    choices,
+    derivations,
     parse_recipe,
     recipe_toml,
+    resolve,
 )
 
 PUBLISHED = {
@@ -180,13 +180,17 @@ def test_every_derived_value_has_a_reason():
 
 
 def test_a_recipe_of_one_number():
-    recipe = parse_recipe('[model]\nsize = "10m"\n[sft]\n', "my.toml")
-    assert recipe.tokenizer.vocab_size == 8192
-    assert recipe.pretrain.tokens == "compute-optimal"
-    assert (recipe.pretrain.batch_size, recipe.pretrain.lr, recipe.sft.lr) == (64, 0.0021, 0.0021)
-    assert recipe.model.config(8192) == preset("ground-10m")
+    recipe = parse_recipe('[model]\nsize = "10m"\n[align.sft]\n', "my.toml")
+    whole = resolve(recipe)
+    assert whole.tokenizer.vocab_size == 8192
+    assert whole.pretrain.tokens == "compute-optimal"
+    rates = (whole.pretrain.batch_size, whole.pretrain.lr, whole.align["sft"].lr)
+    assert rates == (64, 0.0021, 0.0021)
+    assert whole.model.config(8192) == preset("ground-10m")
+    # The recipe itself says what was written.
+    assert (recipe.tokenizer.vocab_size, recipe.pretrain.lr) == (2048, PretrainSettings().lr)
     derived = {name: (value, reason) for name, value, reason in derived_values(recipe)}
-    assert {choice.name for choice in choices(recipe)} <= set(derived)
+    assert {item.setting for item in derivations(recipe)} <= set(derived)
     assert derived["model.d_model"][0] == "256"
     assert "arXiv" in derived["pretrain.batch_size"][1]
 
@@ -194,35 +198,41 @@ def test_a_recipe_of_one_number():
 def test_what_follows_is_not_written_down_and_follows_again():
     recipe = parse_recipe('[model]\nsize = "10m"\n', "my.toml")
     text = recipe_toml(recipe)
-    assert "lr = 0.0021" not in text
-    assert "vocab_size" not in tomllib.loads(text)["tokenizer"]
+    assert tomllib.loads(text) == {"name": "mine", "model": {"size": "10m"}}
     assert parse_recipe(text, "my.toml") == recipe
     larger = parse_recipe(text, "my.toml", ['model.size="100m"'])
-    assert larger.pretrain.lr == 0.0012
-    assert parse_recipe(recipe_toml(recipe, comments=True), "my.toml") == recipe
-    assert "# lr = 0.0021" in recipe_toml(recipe, comments=True)
+    assert resolve(larger).pretrain.lr == 0.0012
+    every = recipe_toml(recipe, all_settings=True, comments=True)
+    assert resolve(parse_recipe(every, "my.toml", ['model.size="100m"'])).pretrain.lr == 0.0012
+    assert "# lr = 0.0021" in every
+    assert "vocab_size" not in tomllib.loads(every)["tokenizer"]
 
 
 def test_explicit_values_win():
     asked = ["model.depth=8", "model.n_kv_heads=2", "tokenizer.vocab_size=1000", "pretrain.lr=1e-3"]
     recipe = parse_recipe("", "my.toml", [*asked, "pretrain.tokens=1_000_000"])
-    assert (recipe.pretrain.lr, recipe.pretrain.tokens, recipe.tokenizer.vocab_size) == (1e-3, 1_000_000, 1000)
-    assert recipe.pretrain.batch_size == 8  # 0.58 · (10⁶)^0.571 = 1,547 tokens: the least batch
+    whole = resolve(recipe)
+    assert (whole.pretrain.lr, whole.pretrain.tokens, whole.tokenizer.vocab_size) == (1e-3, 1_000_000, 1000)
+    assert whole.pretrain.batch_size == 8  # 0.58 · (10⁶)^0.571 = 1,547 tokens: the least batch
     config = recipe.model.config(1000)
     assert (config.n_kv_heads, config.n_layers, config.d_model) == (2, 8, 256)
-    assert {choice.name for choice in choices(recipe)} == {"pretrain.batch_size", "pretrain.muon_lr"}
+    assert {item.setting for item in derivations(recipe)} == {"pretrain.batch_size", "pretrain.muon_lr"}
 
 
 def test_without_one_number_nothing_is_derived():
     recipe = parse_recipe('[model]\npreset = "ground-10m"\n', "my.toml")
-    assert recipe.pretrain == PretrainSettings()
-    assert choices(recipe) == []
+    assert resolve(recipe).pretrain == PretrainSettings()
+    assert derivations(recipe) == []
 
 
 def test_a_smoke_run_of_one_number_is_read_back_as_it_is():
-    smoke = smoke_profile(parse_recipe('[model]\nsize = "3m"\n[sft]\n', "my.toml"))
+    smoke = smoke_profile(parse_recipe('[model]\nsize = "3m"\n[align.sft]\n', "my.toml"))
     assert smoke.pretrain.tokens == 160_000
-    assert parse_recipe(recipe_toml(smoke), "my.toml") == smoke
+    again = parse_recipe(recipe_toml(smoke), "my.toml")
+    assert again == smoke
+    assert resolve(again) == resolve(smoke)
+    # Rates follow from the size as in the whole run.
+    assert "pretrain.lr" in {item.setting for item in derivations(smoke)}
 
 
 @pytest.mark.parametrize(
@@ -242,7 +252,8 @@ def test_models_that_cannot_be_meant_are_refused(text, what):
 
 
 def test_a_size_off_the_ladder_is_told_by_the_check():
-    assert any("200k to 10b" in problem for problem in problems_of(parse_recipe('[model]\nsize = "90b"\n', "my.toml")))
+    with pytest.raises(RecipeError, match="200k to 10b"):
+        check_recipe(parse_recipe('[model]\nsize = "90b"\n', "my.toml"), "my.toml")
 
 
 def test_every_field_of_a_model_can_be_set_in_a_recipe():
@@ -276,14 +287,17 @@ def test_reading_a_recipe_does_not_load_torch():
     import subprocess
     import sys
 
-    code = "import sys; from groundup.recipe import read_recipe; read_recipe('demo'); sys.exit('torch' in sys.modules)"
+    # One with [align.NAME] loads its methods, whose settings are in the files of what they do.
+    code = "import sys; from groundup.recipe import read_recipe; read_recipe('web'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[1]).returncode == 0
 
 
 def test_recipes_made_in_python_follow_too():
-    recipe = Recipe(model=ModelSettings(depth=8), sft=SFTSettings(optimizer="adamw"))
+    recipe = resolve(Recipe(model=ModelSettings(depth=8), align={"sft": SFTSettings(optimizer="adamw")}))
     assert recipe.pretrain.lr == 0.0021
-    assert recipe.sft.lr == 3e-3
+    assert (recipe.align["sft"].method, recipe.align["sft"].lr) == ("sft", 3e-3)
+    with pytest.raises(ValueError, match="'mine' is no method"):
+        Recipe(align={"mine": SFTSettings()})
 
 
 def test_the_manual_shows_the_ladder_as_it_is():

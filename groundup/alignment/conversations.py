@@ -5,10 +5,10 @@ Held-out conversations are chosen by a hash of the prompt, so that the same prom
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 import xxhash
@@ -18,9 +18,6 @@ from groundup.errors import DataError
 from groundup.evaluation import generate_tasks
 from groundup.files import file_digest
 from groundup.tokenizer import Message
-
-if TYPE_CHECKING:
-    from groundup.alignment.sft import SFTSettings
 
 TASKS = "groundup:tasks"
 HELD_OUT_SHARE = 10  # one prompt in so many
@@ -36,8 +33,17 @@ class Conversations:
     set_aside: dict[str, int]
 
 
-def load_conversations(settings: SFTSettings, seed: int, console: Console | None = None) -> Conversations:
-    """Read or generate everything that `[sft] data` names.
+def load_conversations(
+    data: Sequence[str], n_tasks: int, seed: int, section: str, console: Console | None = None
+) -> Conversations:
+    """Read or generate conversations.
+
+    Args:
+        data: JSONL files, or groundup:tasks.
+        n_tasks: conversations that groundup:tasks generates.
+        seed: of the generator.
+        section: of the recipe, in messages.
+        console: is told what was set aside.
 
     Raises:
         DataError: a file is missing, or no conversation is left.
@@ -45,41 +51,45 @@ def load_conversations(settings: SFTSettings, seed: int, console: Console | None
     train: list[list[Message]] = []
     held_out: list[list[Message]] = []
     set_aside: dict[str, int] = {}
-    for source in settings.data:
+    for source in data:
         if source == TASKS:
-            for task in generate_tasks(settings.examples, seed):
+            for task in generate_tasks(n_tasks, seed):
                 (train if task.split == "train" else held_out).append(list(task.messages))
             continue
-        for messages in _read_jsonl(Path(source), set_aside):
+        for messages in _read_jsonl(Path(source), set_aside, section):
             (held_out if _is_held_out(messages) else train).append(messages)
     if set_aside and console is not None:
         listed = ", ".join(f"{count} {reason}" for reason, count in set_aside.items())
-        console.warn(f"sft: set aside {listed}.")
+        console.warn(f"[{section}] data: set aside {listed}.")
     if not train or not held_out:
         raise DataError(
-            f"[sft] data = {list(settings.data)}: {len(train)} conversations to learn from, {len(held_out)} held out.",
+            f"[{section}] data = {list(data)}: {len(train)} conversations to learn from, {len(held_out)} held out.",
             'Each line needs {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}; '
             "a few dozen lines are the least.",
         )
     return Conversations(train, held_out, set_aside)
 
 
-def data_fingerprint(settings: SFTSettings) -> list[str]:
-    """What stands for the data in a stage's fingerprint: the generator's name or the file's digest."""
+def data_fingerprint(data: Sequence[str], section: str) -> list[str]:
+    """What stands for the data in a stage's fingerprint: the generator's name or the file's digest.
+
+    Raises:
+        DataError: a file is missing.
+    """
     prints = []
-    for source in settings.data:
+    for source in data:
         if source == TASKS:
             prints.append(source)
         elif Path(source).is_file():
             prints.append(file_digest(Path(source)))
         else:
-            raise DataError(f"[sft] data = {source!r}: no such file.", f"Name a JSONL file, or {TASKS}.")
+            raise DataError(f"[{section}] data = {source!r}: no such file.", f"Name a JSONL file, or {TASKS}.")
     return prints
 
 
-def _read_jsonl(path: Path, set_aside: dict[str, int]) -> Iterator[list[Message]]:
+def _read_jsonl(path: Path, set_aside: dict[str, int], section: str) -> Iterator[list[Message]]:
     if not path.is_file():
-        raise DataError(f"[sft] data = {str(path)!r}: no such file.", f"Name a JSONL file, or {TASKS}.")
+        raise DataError(f"[{section}] data = {str(path)!r}: no such file.", f"Name a JSONL file, or {TASKS}.")
     for line in path.read_bytes().splitlines():
         if not line.strip():
             continue

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
+from pydantic import model_validator
 
 from groundup.alignment.conversations import Conversations, data_fingerprint, load_conversations
 from groundup.alignment.packing import Text, lay_out, pack
 from groundup.console import Console
-from groundup.distributed import World, current_world
+from groundup.distributed import AXES, World, current_world
 from groundup.errors import DataError
 from groundup.files import value_digest
 from groundup.interop import save_model
@@ -34,6 +35,7 @@ from groundup.shards.mixture import Shares, integer_weights
 from groundup.stage import Check, Context, Method, Shown, Stage, model_digest
 from groundup.tokenizer import Message, Tokenizer, render
 from groundup.training import IGNORED, Batch, NextToken, TrainedModel, TrainingJob, forget_checkpoints, train
+from groundup.training.objective import pass_flops
 from groundup.training.pretrain import QUICK_VALIDATION, training_checks, training_derived
 
 
@@ -55,6 +57,15 @@ class SFTSettings(AlignSettings, OptimizerSettings):
         lt=1.0,
     )
 
+    @model_validator(mode="after")
+    def _one_length(self) -> SFTSettings:
+        if self.compute is not None and ("epochs" in self.model_fields_set or not self.packing):
+            raise ValueError(
+                f'compute = "{self.compute}" says how long to train: leave epochs unset, and packing on (the FLOPs of '
+                "rows of several lengths are not known beforehand)"
+            )
+        return self
+
 
 def fine_tune(
     model: Transformer,
@@ -65,8 +76,8 @@ def fine_tune(
     conversations: Conversations | None = None,
     replay_shards: str | Path | None = None,
     seed: int = 1,
+    flops: float | None = None,
     name: str = "sft",
-    start: str = "fresh",
     world: World | None = None,
     console: Console | None = None,
 ) -> TrainedModel:
@@ -80,8 +91,8 @@ def fine_tune(
         conversations: what to learn (default: what `settings.data` names).
         replay_shards: a folder written by `write_shards` with this tokenizer, for `settings.replay`.
         seed: of the generated tasks, the order and dropout.
+        flops: how many to spend, for a control, instead of so many epochs.
         name: of the stage, in messages.
-        start: what stands for the weights it begins with, so that a checkpoint of others is not resumed.
         world: the processes to train on (default: those of `torchrun`, or this one).
         console: where progress is shown.
 
@@ -93,24 +104,26 @@ def fine_tune(
     settings = resolve_optimizer(settings or SFTSettings())
     console, world = console or Console(), world or current_world()
     out, length = Path(out), model.config.context_length
-    conversations = conversations or load_conversations(settings, seed, console)
-    source = ConversationRows(conversations, tokenizer, length, settings, seed, replay_shards, f"align.{name}")
+    section = f"align.{name}"
+    conversations = conversations or load_conversations(settings.data, settings.examples, seed, section, console)
+    source = ConversationRows(conversations, tokenizer, length, settings, seed, replay_shards, section)
     if source.truncated:
         console.warn(
             f"{name}: {source.truncated} conversations are longer than the context of {length} tokens and were cut; "
             f"{source.unsupervised} had no answer left and were dropped."
         )
+    row_flops = pass_flops(model.config, (1, length))
     job = TrainingJob(
         name=name,
         modules={"model": model},
         objective=NextToken(settings.label_smoothing, settings.z_loss),
         source=source,
         settings=settings,
-        n_rows=source.rows_of_epochs(settings.epochs),
+        n_rows=source.rows_of_epochs(settings.epochs) if flops is None else math.ceil(flops / row_flops),
         folder=out,
         seed=seed,
         row_length=length if source.is_packed else None,
-        start=start,
+        axes=frozenset(AXES),
     )
     summary = train(job, world, console)
     summary |= source.figures(job.plan.rows(job.n_steps - 1)[1])
@@ -288,7 +301,7 @@ class SupervisedFineTuning(Method):
         """The conversations, and a model made elsewhere."""
         start = stage.outside_start
         digests = {} if start is None else {"start": model_digest(start)}
-        return {**digests, "data": ",".join(data_fingerprint(stage.settings))}
+        return {**digests, "data": ",".join(data_fingerprint(stage.settings.data, stage.section))}
 
     def sections(self, stage: Stage) -> tuple[Section, ...]:
         """`[model]` can change a model made elsewhere."""
@@ -298,7 +311,7 @@ class SupervisedFineTuning(Method):
         """Data, model, optimizer."""
         yield f"[{stage.section}] start", lambda: starting_config(stage)
         yield from training_checks(stage)
-        yield f"[{stage.section}] data", lambda: data_fingerprint(stage.settings)
+        yield f"[{stage.section}] data", lambda: data_fingerprint(stage.settings.data, stage.section)
         yield f"[{stage.section}] replay", lambda: check_replay(stage.settings, stage.recipe.reads_text, stage.section)
 
     def derived(self, stage: Stage) -> Iterable[tuple[str, str, str]]:
@@ -308,8 +321,8 @@ class SupervisedFineTuning(Method):
 
     def quick(self, settings: SFTSettings) -> SFTSettings:
         """Fewer conversations."""
-        examples = min(settings.examples, 2000)
-        return settings.model_copy(update={"examples": examples, "epochs": 2.0, **QUICK_VALIDATION})
+        less = {"examples": min(settings.examples, 2000), **QUICK_VALIDATION}
+        return settings.model_copy(update=less if settings.compute is not None else {**less, "epochs": 2.0})
 
     def work(self, context: Context) -> dict[str, Any]:
         """See `fine_tune`."""
@@ -318,7 +331,7 @@ class SupervisedFineTuning(Method):
         shards = context.run.folder("shards") if "shards" in stage.needs else None
         return fine_tune(
             model, tokenizer, stage.settings, out=context.folder, replay_shards=shards, seed=context.recipe.seed,
-            name=stage.name, world=context.world, console=context.console,
+            flops=context.compute(), name=stage.name, world=context.world, console=context.console,
         ).summary  # fmt: skip
 
     def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:

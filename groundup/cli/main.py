@@ -44,41 +44,37 @@ class PipelineGroup(TyperGroup):
         return sorted(super().list_commands(context), key=lambda name: order.get(name, len(order)))
 
 
-app = typer.Typer(
-    cls=PipelineGroup,
-    name="groundup",
-    help="Build a large language model from the ground up: raw text in, an assistant you can talk to out.\n\n"
-    "Start with: groundup build demo",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Examples:  groundup build demo  ·  groundup chat runs/demo  ·  groundup recipe show demo",
-)
-
-corpus_commands, tokenizer_commands, shards_commands = typer.Typer(), typer.Typer(), typer.Typer()
-corpus_commands.command(epilog=crawling.EPILOG)(crawling.crawl)
-tokenizer_commands.command(epilog=tokenizing.REPORT_EXAMPLES)(tokenizing.report)
-tokenizer_commands.command("try", epilog=tokenizing.TRY_EXAMPLES)(tokenizing.try_text)
-sharding.add_to(shards_commands)
-building.add_to(
-    app,
-    {
-        "corpus": (corpus_commands, "groundup corpus crawl https://example.org/ --out pages"),
-        "tokenizer": (tokenizer_commands, 'groundup tokenizer try runs/demo "How is this cut?"'),
-        "shards": (shards_commands, "groundup shards verify runs/demo"),
-    },
-)
-planning.add_to(app)
-scaling.add_to(app)
-talking.add_to(app)
-modelling.add_to(app)
-moving.add_to(app)
-inspecting.add_to(app)
+def make_app() -> typer.Typer:
+    """The command line, with a command for every method that is registered now."""
+    app = typer.Typer(
+        cls=PipelineGroup,
+        name="groundup",
+        help="Build a large language model from the ground up: raw text in, an assistant you can talk to out.\n\n"
+        "Start with: groundup build demo",
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        epilog="Examples:  groundup build demo  ·  groundup chat runs/demo  ·  groundup recipe show demo",
+    )
+    app.callback(invoke_without_command=True)(_root)
+    corpus, tokenizer, shards = typer.Typer(), typer.Typer(), typer.Typer()
+    corpus.command(epilog=crawling.EPILOG)(crawling.crawl)
+    tokenizer.command(epilog=tokenizing.REPORT_EXAMPLES)(tokenizing.report)
+    tokenizer.command("try", epilog=tokenizing.TRY_EXAMPLES)(tokenizing.try_text)
+    sharding.add_to(shards)
+    groups = {
+        "corpus": (corpus, "groundup corpus crawl https://example.org/ --out pages"),
+        "tokenizer": (tokenizer, 'groundup tokenizer try runs/demo "How is this cut?"'),
+        "shards": (shards, "groundup shards verify runs/demo"),
+    }
+    building.add_to(app, groups)
+    for room in (planning, scaling, talking, modelling, moving, inspecting):
+        room.add_to(app)
+    return app
 
 
-@app.callback(invoke_without_command=True)
-def root(
+def _root(
     context: typer.Context,
     version: bool = typer.Option(False, "--version", help="Print the version and leave."),
 ) -> None:
@@ -100,7 +96,7 @@ def main() -> None:
             # A terminal or a pipe that is not UTF-8 shows "?" for what it cannot show.
             stream.reconfigure(errors="replace")
     try:
-        app(prog_name="groundup")
+        make_app()(prog_name="groundup")
     except Interrupted as stop:
         if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
             _say(f"\n{stop.message}", f"Go on:  {same_command(*_arguments_to_go_on())}")

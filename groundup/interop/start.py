@@ -1,4 +1,4 @@
-"""Starting from an existing model instead of a fresh one: `init = "<folder>"` of a training stage.
+"""The model that a stage starts from: another stage's, one made elsewhere (`start`, `[pretrain] init`), or a fresh one.
 
 In: a run, a model's folder of groundup's or of a Hugging Face family; what `[model]` of the recipe changes in it; the
 run's tokenizer. Out: the model, with rows for tokens that it did not know. Weights are never cut or reordered: what
@@ -7,10 +7,12 @@ does not fit is refused by name.
 
 from __future__ import annotations
 
+import difflib
+import json
 from pathlib import Path
 
 from groundup.console import Console
-from groundup.errors import DataError, Problem, RecipeError
+from groundup.errors import ArtifactError, DataError, Problem, RecipeError
 from groundup.interop.folder import load_model
 from groundup.interop.stored import open_stored
 from groundup.model import ModelConfig, Transformer, extend_vocabulary, reshaped
@@ -57,12 +59,30 @@ def starting_config(stage: Stage) -> tuple[ModelConfig, str]:
     if stage.start is not None:
         return starting_config(graph(recipe)[stage.start])
     if stage.outside_start is not None:
+        _check_start(stage)
         return start_config(stage.outside_start, recipe.model), f"start {stage.outside_start}"
     model = recipe.model
     config = model.config(recipe.tokenizer.vocab_size)
     if model.size is not None:
         return config, f"size {model.size}"
     return config, f"depth {model.depth}" if model.depth is not None else f"preset {model.preset or DEFAULT_PRESET}"
+
+
+def _check_start(stage: Stage) -> None:
+    """Hold that there is a model where a stage starts from; `start` may have been meant for the name of a stage."""
+    settings = stage.settings
+    if not isinstance(settings, AlignSettings):
+        return
+    try:
+        find_model(settings.start)
+    except ArtifactError as error:
+        known = ["pretrain", *(name for name in stage.recipe.align if name != stage.name)]
+        near = difflib.get_close_matches(settings.start, known, n=1)
+        raise ArtifactError(
+            f"[{stage.section}] start = {json.dumps(settings.start)}: no stage of this recipe, and no model there.",
+            f"Did you mean {near[0]!r}?" if near else f"Stages of this recipe: {', '.join(known)}. Or name a run, or a "
+            "model's folder.",
+        ) from error  # fmt: skip
 
 
 def start_config(init: str | Path, settings: ModelSettings | None = None) -> ModelConfig:

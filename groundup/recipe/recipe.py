@@ -24,13 +24,23 @@ BEFORE = "before-"
 
 def _method_settings(value: Any) -> Any:
     """An `[align.NAME]` section as the settings of its method; `Recipe` has put the method's name into it."""
-    if not isinstance(value, dict):
+    if not isinstance(value, dict | AlignSettings):
         return value
+    method = value.get("method") if isinstance(value, dict) else value.method
     try:
-        settings: type[AlignSettings] = find_method(str(value.get("method"))).settings
+        settings: type[AlignSettings] = find_method(str(method)).settings
     except RunError as error:
         raise ValueError(f"{error.message} {error.fix}") from error
     return settings.model_validate(value)
+
+
+def _with_method(section: Any, name: str) -> Any:
+    """A section that names its method; the default is the section's own name."""
+    if isinstance(section, dict):
+        return {"method": name, **section}
+    if isinstance(section, AlignSettings) and not section.method:
+        return section.model_copy(update={"method": name})
+    return section
 
 
 class Recipe(Section):
@@ -59,11 +69,7 @@ class Recipe(Section):
         align = values.get("align") if isinstance(values, dict) else None
         if not isinstance(align, dict):
             return values
-        named = {
-            name: {**section, "method": section.get("method", name)} if isinstance(section, dict) else section
-            for name, section in align.items()
-        }
-        return {**values, "align": named}
+        return {**values, "align": {name: _with_method(section, name) for name, section in align.items()}}
 
     @model_validator(mode="after")
     def _stages_fit_together(self) -> Recipe:

@@ -1,0 +1,215 @@
+"""The graph of stages that a recipe makes: what is there, what stands on what, which model is meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_run import finished_run
+
+from groundup.errors import ArtifactError, GroundupError, RecipeError, RunError
+from groundup.preview import check_recipe
+from groundup.recipe import Recipe, parse_recipe, recipe_toml
+from groundup.run import Run
+from groundup.stage import ancestors, default_model, find_model, graph, select
+
+TRUNK = ["corpus", "tokenizer", "shards", "pretrain"]
+BRANCHES = """
+[align.last]
+method = "sft"
+start = "second"
+
+[align.sft]
+
+[align.second]
+method = "sft"
+
+[align.control]
+method = "sft"
+compute = "last"
+"""
+
+
+def read(text: str, *overrides: str) -> Recipe:
+    return parse_recipe(text, "my.toml", overrides)
+
+
+def problems_of(recipe: Recipe) -> list[str]:
+    with pytest.raises(RecipeError) as raised:
+        check_recipe(recipe, "my.toml")
+    return [str(problem) for problem in raised.value.problems]
+
+
+def test_several_assistants_grow_from_one_base_and_each_model_is_scored() -> None:
+    stages = graph(read(BRANCHES))
+    names = ["sft", "second", "last", "control"]
+    assert [name for name in stages if name not in TRUNK and "/" not in name] == names
+    assert {name: stages[name].needs for name in names} == {
+        "sft": ("pretrain",), "second": ("pretrain",), "last": ("second",), "control": ("pretrain", "last"),
+    }  # fmt: skip
+    scored = [f"evaluate/{name}" for name in ("before-pretrain", "pretrain", *names)]
+    assert [name for name in stages if "/" in name] == scored
+    assert {name: stages[name].needs for name in scored} == {
+        "evaluate/before-pretrain": ("tokenizer", "corpus"),
+        **{f"evaluate/{name}": (name, "corpus") for name in ("pretrain", *names)},
+    }
+    assert [stage.name for stage in stages.values() if stage.is_control] == ["control"]
+    assert ancestors(stages, ["evaluate/last"]) == {*TRUNK, "second", "last", "evaluate/last"}
+
+
+@given(st.permutations(BRANCHES.strip().split("\n\n")))
+def test_a_stage_stands_behind_what_it_needs_in_whatever_order_it_is_written(sections: list[str]) -> None:
+    stages = graph(read("\n\n".join(sections)))
+    places = {name: place for place, name in enumerate(stages)}
+    assert len(places) == 4 + 4 + 6
+    for stage in stages.values():
+        assert all(places[need] < places[stage.name] for need in stage.needs)
+
+
+def test_stages_are_asked_for_by_name_or_by_method() -> None:
+    stages = graph(read(BRANCHES))
+    assert select(stages, ["last", "shards"]) == ["last", "shards"]
+    assert select(stages, ["evaluate"]) == [name for name in stages if name.startswith("evaluate/")]
+    assert select(stages, ["sft"]) == ["sft"]  # a stage's own name goes before its method's
+    without = graph(read(BRANCHES.replace("[align.sft]", '[align.third]\nmethod = "sft"')))
+    assert select(without, ["sft"]) == ["third", "second", "last", "control"]
+    with pytest.raises(RunError, match=r"'dpo' is no stage of this recipe.\nIts stages: corpus, tokenizer"):
+        select(stages, ["dpo"])
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "to_generate", "to_chat"),
+    [
+        ("", (), "pretrain", "pretrain"),
+        ("[align.sft]", (), "pretrain", "sft"),
+        (BRANCHES, (), "pretrain", "last"),
+        (BRANCHES, ("generate.model=sft",), "pretrain", "sft"),
+        (BRANCHES, ("generate.model=control",), "pretrain", "control"),
+        ("[align.sft]\nstart = 'there'", (), "sft", "sft"),
+    ],
+)
+def test_the_model_that_is_meant_where_none_is_named(
+    text: str, overrides: tuple[str, ...], to_generate: str, to_chat: str
+) -> None:
+    recipe = read(text, *overrides)
+    assert default_model(recipe, to_chat=False)[0] == to_generate
+    name, why = default_model(recipe, to_chat=True)
+    assert name == to_chat
+    assert ("[generate] model" in why) is bool(overrides)
+
+
+def test_a_runs_model_is_found_by_the_same_rule(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.create(read(BRANCHES))
+
+    def make(stage: str) -> None:
+        (run.folder(stage) / "model").mkdir(parents=True)
+        (run.folder(stage) / "model" / "config.json").write_text("{}")
+
+    with pytest.raises(ArtifactError, match=r"no model here\.\nName a run"):
+        find_model(tmp_path)
+    for stage in ("control", "pretrain", "sft", "last"):  # the better choice each time
+        make(stage)
+        assert find_model(tmp_path) == tmp_path / stage / "model"
+        assert find_model(tmp_path, stage="control") == tmp_path / "control" / "model"
+    with pytest.raises(ArtifactError, match=r"of stage 'second'\.\nIts models: last, sft, pretrain, control\."):
+        find_model(tmp_path, stage="second")
+
+
+# --- Without a trunk
+
+OUTSIDE = """
+[align.one]
+method = "sft"
+start = "{start}"
+
+[align.two]
+method = "sft"
+start = "one"
+"""
+
+
+def test_where_every_start_is_outside_nothing_is_pretrained() -> None:
+    text = OUTSIDE.format(start=finished_run().root)
+    recipe = read(text)
+    assert list(graph(recipe)) == ["one", "two"]
+    assert graph(recipe)["one"].needs == ()
+    check_recipe(recipe, "my.toml")
+    asked = graph(read(text, "evaluate.tasks=groundup:tasks"))
+    assert list(asked) == ["one", "two", "evaluate/before-one", "evaluate/one", "evaluate/two"]
+    assert asked["evaluate/before-one"].needs == ()
+    # A text is read where it is written.
+    assert list(graph(read(text, "corpus.inputs=my.txt"))) == [
+        *TRUNK[:3], "one", "two", "evaluate/before-one", "evaluate/one", "evaluate/two",
+    ]  # fmt: skip
+    assert list(graph(read(text, "pretrain.tokens=9")))[:4] == TRUNK
+
+
+def test_bits_per_byte_without_a_text_are_refused() -> None:
+    recipe = read(OUTSIDE.format(start=finished_run().root), "evaluate.tasks=bits_per_byte")
+    assert problems_of(recipe) == [
+        "[evaluate] tasks: bits_per_byte needs a validation text. Add [corpus] inputs = […]."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("start", "way_out"),
+    [
+        ("pretrian", "Did you mean 'pretrain'?"),
+        ("secnod", "Did you mean 'second'?"),
+        ("runs/none", "Stages of this recipe: pretrain, second."),
+    ],
+)
+def test_a_start_that_is_nothing_is_refused_with_the_nearest_stage(start: str, way_out: str) -> None:
+    recipe = read(f'[pretrain]\n[align.sft]\nstart = "{start}"\n[align.second]\nmethod = "sft"')
+    (problem,) = problems_of(recipe)
+    assert problem.startswith(f'[align.sft] start = "{start}": no stage of this recipe, and no model there.')
+    assert way_out in problem
+    alone = problems_of(read(f'[align.sft]\nstart = "{start}"'))  # now there is no trunk
+    assert [one.partition(". ")[0] for one in alone] == [problem.partition(". ")[0]]
+
+
+def test_a_stages_name_wins_over_a_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("pretrain", "second"):
+        (tmp_path / name).mkdir()
+    stages = graph(read(BRANCHES))
+    assert (stages["sft"].start, stages["last"].start) == ("pretrain", "second")
+    assert (stages["sft"].outside_start, stages["last"].outside_start) == (None, None)
+
+
+# --- Gates
+
+
+@pytest.mark.parametrize(
+    ("gate", "words"),
+    [
+        (
+            'metric = "exact_match"\nmin = 0.1',
+            '"exact_match" is not measured of pretrain. Measured there: bits_per_byte',
+        ),
+        ('metric = "bits_per_bite"\nmax = 1', '"bits_per_bite" is not measured of pretrain.'),
+        ('metric = "val_loss"\nover = "start"\nmax = 1', '"val_loss" is not measured of what pretrain starts from.'),
+        ('metric = "exact_match"\nmodel = "sft"\nover = "pretrain"\nmin = 0', "exact_match"),
+    ],
+)
+def test_a_gate_on_what_is_not_measured_is_refused(gate: str, words: str) -> None:
+    found = problems_of(read(f"[align.sft]\n[[evaluate.gates]]\n{gate}\n"))
+    assert any(words in problem for problem in found)
+    assert all(problem.startswith("[[evaluate.gates]]") for problem in found)
+
+
+def test_gates_on_a_score_and_on_a_stages_own_figure_are_sound() -> None:
+    gates = (
+        '[[evaluate.gates]]\nmetric = "val_loss"\nmodel = "sft"\nmax = 2\n'
+        '[[evaluate.gates]]\nmetric = "exact_match"\nmodel = "sft"\nover = "start"\nmin = 0.1\n'
+        '[[evaluate.gates]]\nmetric = "bits_per_byte"\nmodel = "sft"\nover = "pretrain"\nmax = 0.1\n'
+        '[[evaluate.gates]]\nmetric = "bits_per_byte"\nover = "start"\nmax = -1\n'
+    )
+    recipe = read(f'[align.sft]\n[evaluate]\ntasks = ["bits_per_byte", "groundup:tasks"]\n{gates}')
+    check_recipe(recipe, "my.toml")
+    assert read(recipe_toml(recipe)) == recipe
+    with pytest.raises(GroundupError, match="exact_match"):
+        check_recipe(read(gates.join(["[align.sft]\n", ""])), "my.toml")
