@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="a sweep of seconds, to see that it works; not recorded")
     arguments = parser.parse_args()
     recipe = gu.read_recipe(arguments.recipe)
-    run = gu.build(recipe, arguments.work / "run", until="shards")
+    run = gu.build(recipe, arguments.work / "run", only=["shards"])
     out, shards = arguments.work / ("short" if arguments.short else "sweep"), run.folder("shards")
     is_fresh, start = not (out / "points").exists(), time.perf_counter()
     law = gu.scaling_sweep(recipe, shards, out=out, **(SHORT if arguments.short else {}))

@@ -191,7 +191,7 @@ def quality(result: dict[str, Any]) -> str:
 
 def training_speed(result: dict[str, Any]) -> str:
     """Tokens per second beside the peers, and what comes of it."""
-    head = ["size", "contestant", "tokens per second", "of the bfloat16 ceiling", "peak MiB"]
+    head = ["size", "contestant", "tokens per second", "of peak bfloat16", "peak MiB"]
     rows = []
     for size in result["sizes"]:
         for row in size["rows"]:

@@ -237,7 +237,7 @@ def error_bound(kind, row):
 def test_each_type_keeps_its_precision(dtype, tied, tmp_path):
     model = model_of("ground-nano", tied_embeddings=tied)
     told, reader = written(tmp_path, model, small_tokenizer(), dtype)
-    exact = {piece.name: piece.make().detach().numpy() for piece in gguf_tensors.pieces_of(model, _qwen3(model))}
+    exact = {piece.name: piece.make().detach().numpy() for piece in gguf_tensors.tensors_of(model, _qwen3(model))}
     assert exact.keys() == {one.name for one in reader.tensors}
     for one in reader.tensors:
         name, kind = one.name, one.tensor_type.name
