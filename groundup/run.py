@@ -242,6 +242,7 @@ class Run:
         """
         holder = self.root / HOLDER_FILE
         lock = FileLock(self.root / LOCK_FILE)
+        was_run = (self.root / LOCK_FILE).is_file()
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             # Not at once: `is_worked_on` of another process holds the lock for an instant.
@@ -255,7 +256,7 @@ class Run:
         except OSError as error:
             raise write_error(self.root, error) from error
         try:
-            for name in (RECIPE_FILE, REPORT_FILE, HOLDER_FILE):
+            for name in (RECIPE_FILE, REPORT_FILE, HOLDER_FILE) if was_run else ():
                 remove_partials_of(self.root / name)
             write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
             yield

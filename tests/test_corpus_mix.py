@@ -122,7 +122,7 @@ def test_thinning_says_nothing_about_the_split() -> None:
     assert abs(n_held_out - len(kept) / 2) < 4 * (len(kept) / 4) ** 0.5
 
 
-def test_tokens_are_reckoned_from_bytes_and_all_is_what_there_is() -> None:
+def test_tokens_are_estimated_from_bytes_and_all_is_what_there_is() -> None:
     sizes = {"books-1": 600, "books-2": 200, "web": 1000, "spam": 50}
     factors = plan_tokens(sizes, {"books*": 100, "spam": 0, "*": "all"}, bytes_per_token=4.0)
     assert factors == pytest.approx({"books-1": 0.5, "books-2": 0.5, "web": 1.0, "spam": 0.0})

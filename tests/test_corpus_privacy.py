@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groundup.corpus.quality.privacy import Finding, replace_private
+from groundup.corpus.quality.privacy import Replacement, replace_private
 from groundup.errors import DataError
 
 ALL = ("email", "phone", "ip", "credit_card")
@@ -158,8 +158,8 @@ def test_only_what_is_asked_for_is_replaced_and_findings_show_their_surroundings
     changed, findings = replace_private(text, ["phone", "email"])
     assert changed == "Ask Jane at <EMAIL> or at\n<PHONE> before noon."
     assert findings == [
-        Finding("email", "jane@example.org", "Ask Jane at jane@example.org or at +1 (212) 555-0123 befor"),
-        Finding("phone", "+1 (212) 555-0123", "Ask Jane at <EMAIL> or at +1 (212) 555-0123 before noon."),
+        Replacement("email", "jane@example.org", "Ask Jane at jane@example.org or at +1 (212) 555-0123 befor"),
+        Replacement("phone", "+1 (212) 555-0123", "Ask Jane at <EMAIL> or at +1 (212) 555-0123 before noon."),
     ]
     with pytest.raises(DataError, match=r"unknown kind 'ssn'.*\n.*email, credit_card, ip, phone"):
         replace_private(text, ["ssn"])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from groundup.corpus.document import Reason, Record, SetAside
 from groundup.corpus.reading.read import UnitReader, read_unit
-from groundup.corpus.reading.sources import Source, Sources, find_sources
+from groundup.corpus.reading.sources import InputFile, InputFiles, find_sources
 from groundup.corpus.reading.units import Unit, units_of, unlisted
 from groundup.recipe import CorpusSettings
 
@@ -106,7 +106,7 @@ def test_pieces_within_a_long_line_do_not_read_it_again(tmp_path: Path, monkeypa
             counted[0] += n_bytes
             return n_bytes
 
-    monkeypatch.setattr(Source, "open_stored", lambda source: io.BufferedReader(Counting(path), 8192))
+    monkeypatch.setattr(InputFile, "open_stored", lambda source: io.BufferedReader(Counting(path), 8192))
     (source,) = find_sources([path]).files
     units = [Unit(source, start, start + 100_000) for start in range(100_000, 4_000_000, 100_000)]
     for unit in units:
@@ -194,4 +194,4 @@ def test_files_that_cannot_be_read_are_one_piece_that_says_so(tmp_path: Path) ->
     records, aside = read_units(units_of(find_sources([tmp_path]), 10))
     assert records == []
     assert [record.reason for record in aside] == [Reason.CUT_OFF, Reason.UNREADABLE]
-    assert [record.reason for record in unlisted(Sources(unreadable=[("x", "no")]))] == [Reason.UNREADABLE]
+    assert [record.reason for record in unlisted(InputFiles(unreadable=[("x", "no")]))] == [Reason.UNREADABLE]

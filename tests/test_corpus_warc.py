@@ -20,10 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from groundup.corpus.document import Reason, Record, SetAside
-from groundup.corpus.reading.archive import Loss, read_records
+from groundup.corpus.reading.archive import LostBytes, read_records
 from groundup.corpus.reading.extract import ExtractionFailure, Extractor
 from groundup.corpus.reading.http_body import BodyError, join_chunks, parse_response
-from groundup.corpus.reading.sources import Source
+from groundup.corpus.reading.sources import InputFile
 from groundup.corpus.reading.warc import SILENT_KINDS, WRONG_DIGEST, read_warc
 from groundup.recipe import CorpusSettings
 
@@ -71,7 +71,7 @@ def read_bytes(
     path.write_bytes(data)
     aside: list[SetAside] = []
     counts: Counter[str] = Counter()
-    source = Source(name, path)
+    source = InputFile(name, path)
     records = list(read_warc(source, settings or CorpusSettings(), aside.append, extract_whole, counts))
     assert len({record.position for record in records}) == len(records)
     assert len({record.number for record in records} | {item.number for item in aside}) == len(records) + len(aside)
@@ -253,7 +253,7 @@ def test_what_is_no_archive(folder: Path) -> None:
 
 
 def test_file_that_gives_less_than_its_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Source, "size_bytes", lambda self: self.entry.stat().st_size + 1000)
+    monkeypatch.setattr(InputFile, "size_bytes", lambda self: self.entry.stat().st_size + 1000)
     records, aside, _ = read_bytes(folder, b"".join(MEMBERS))
     assert len(records) == 6
     assert [(item.reason, item.size_bytes) for item in aside] == [(Reason.CUT_OFF, 1000)]
@@ -261,7 +261,7 @@ def test_file_that_gives_less_than_its_size(folder: Path, monkeypatch: pytest.Mo
 
 def test_file_that_cannot_be_read(folder: Path) -> None:
     aside: list[SetAside] = []
-    source = Source("x.warc", folder / "missing.warc")
+    source = InputFile("x.warc", folder / "missing.warc")
     assert list(read_warc(source, CorpusSettings(), aside.append, extract_whole)) == []
     assert [item.reason for item in aside] == [Reason.UNREADABLE]
 
@@ -445,7 +445,7 @@ def test_failure_of_the_extractor_is_the_records_reason(folder: Path) -> None:
 
     (folder / "x.warc").write_bytes(PAGES[0] + PAGES[1])
     aside: list[SetAside] = []
-    assert list(read_warc(Source("x.warc", folder / "x.warc"), CorpusSettings(), aside.append, refuse)) == []
+    assert list(read_warc(InputFile("x.warc", folder / "x.warc"), CorpusSettings(), aside.append, refuse)) == []
     assert [(item.reason, item.detail) for item in aside] == [(Reason.TIMEOUT, "more than 1 s")] * 2
     assert [item.position for item in aside] == [0, len(PAGES[0])]
 
@@ -580,7 +580,7 @@ def test_every_file_ends_in_texts_or_reasons(shared_data: Path) -> None:
         for path in all_files(shared_data):
             aside: list[SetAside] = []
             counts: Counter[str] = Counter()
-            source = Source(path.name, path)
+            source = InputFile(path.name, path)
             records = list(read_warc(source, CorpusSettings(), aside.append, extractor.extract, counts))
             reasons = Counter(str(item.reason) for item in aside)
             name = f"{path.parent.name}/{path.name}"
@@ -595,11 +595,11 @@ def is_notes(fields: dict[str, str]) -> bool:
 def test_every_record_of_every_file_is_accounted_for(shared_data: Path) -> None:
     for path in all_files(shared_data):
         aside: list[SetAside] = []
-        kept = list(read_warc(Source(path.name, path), CorpusSettings(), aside.append, extract_whole))
-        raw = list(read_records(Source(path.name, path), 16 * MIB))
-        n_losses = sum(isinstance(item, Loss) for item in raw)
+        kept = list(read_warc(InputFile(path.name, path), CorpusSettings(), aside.append, extract_whole))
+        raw = list(read_records(InputFile(path.name, path), 16 * MIB))
+        n_losses = sum(isinstance(item, LostBytes) for item in raw)
         with_text = [
-            item for item in raw if not isinstance(item, Loss)
+            item for item in raw if not isinstance(item, LostBytes)
             and item.kind not in SILENT_KINDS and not (item.kind == "resource" and is_notes(item.fields))
         ]  # fmt: skip
         assert len(kept) + len(aside) == len(with_text) + n_losses, path.name
@@ -611,7 +611,7 @@ BROKEN = {"clipped.warc.gz", "example-trunc.warc", "CC-MAIN-2024-22.warc.paths.g
 def test_same_records_as_an_independent_reader(shared_data: Path) -> None:
     n_compared = 0
     for path in all_files(shared_data):
-        ours = [item for item in read_records(Source(path.name, path), 16 * MIB) if not isinstance(item, Loss)]
+        ours = [item for item in read_records(InputFile(path.name, path), 16 * MIB) if not isinstance(item, LostBytes)]
         if ".arc" in path.name:
             data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
             lines = re.findall(rb"(?m)^[a-z]+://\S.* [\d.]+ \d{14,} \S+ \d+$", data)
@@ -633,7 +633,7 @@ def test_same_records_as_an_independent_reader(shared_data: Path) -> None:
 def test_japanese_pages_of_a_crawl(shared_data: Path) -> None:
     path = shared_data / "warc" / "resiliparse" / "clueweb-quirk.warc.gz"
     with Extractor("resiliparse", 20.0) as extractor:
-        records = list(read_warc(Source("x", path), CorpusSettings(), lambda item: None, extractor.extract))
+        records = list(read_warc(InputFile("x", path), CorpusSettings(), lambda item: None, extractor.extract))
     assert len(records) == 29
     text = "".join(record.text for record in records)
     assert len(re.findall(r"[\u3040-\u30ff\u4e00-\u9fff]", text)) > 0.5 * len(re.findall(r"\w", text))

@@ -74,7 +74,7 @@ def test_every_document_is_accounted_for_at_every_step(tmp_path: Path, inputs: P
     assert not any("ann@example.org" in document.text for document in stream_documents(tmp_path))
     by_language = {language: row["in"] for language, row in statistics["by_language"].items()}
     for name, histogram in statistics["histograms"].items():
-        # Signals are reckoned of documents in the languages asked for.
+        # Signals are computed for documents in the languages asked for.
         seen = sum(by_language.values()) if name in ("characters", "language_score") else by_language["en"]
         assert sum(histogram["counts"]) == seen, name
 

@@ -237,7 +237,7 @@ def error_bound(kind, row):
 def test_each_type_keeps_its_precision(dtype, tied, tmp_path):
     model = model_of("ground-nano", tied_embeddings=tied)
     told, reader = written(tmp_path, model, small_tokenizer(), dtype)
-    exact = {piece.name: piece.make().detach().numpy() for piece in gguf_tensors.pieces_of(model, _qwen3(model))}
+    exact = {piece.name: piece.make().detach().numpy() for piece in gguf_tensors.tensors_of(model, _qwen3(model))}
     assert exact.keys() == {one.name for one in reader.tensors}
     for one in reader.tensors:
         name, kind = one.name, one.tensor_type.name
@@ -365,7 +365,7 @@ def test_a_model_without_a_tokenizer_says_so(tmp_path):
 
 
 def pretrained(config=None, **changes):
-    """A tokenizer of another house: ours, but for some parts of its files."""
+    """A pretrained tokenizer: ours, but for some parts of its files."""
     spec = {**json.loads(own_contents()), **changes}
     files = {"tokenizer.json": json.dumps(spec).encode(), "tokenizer_config.json": json.dumps(config or {}).encode()}
     return PretrainedTokenizer(files, "tokenizer.json", {"bos": None, "eos": 5, "pad": None})

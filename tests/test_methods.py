@@ -82,7 +82,7 @@ def test_it_is_scored_gated_and_compared_with_its_control(run: Run) -> None:
     assert "toy-control (control)" in " ".join(row["label"] for row in scores["rows"])
 
 
-def test_it_is_found_wherever_stages_are_shown(run: Run, recipe_file: Path, groundup: CommandLine) -> None:
+def test_it_is_found_wherever_stages_are_shown(run: Run, recipe_file: Path, groundup: CommandLine) -> None:  # noqa: F811
     shown = groundup("recipe", "show", recipe_file).out
     assert "token = 70" in shown
     assert 'compute = "toy"' in shown
@@ -108,7 +108,7 @@ def test_a_change_of_its_code_redoes_its_branch_only(run: Run, monkeypatch: pyte
 
 
 def test_killed_and_resumed_it_gives_the_same_bits(
-    run: Run, recipe_file: Path, tmp_path: Path, groundup: CommandLine
+    run: Run, recipe_file: Path, tmp_path: Path, groundup: CommandLine  # noqa: F811
 ) -> None:
     killed = Run(tmp_path / "killed")
     command = [sys.executable, toy_method.__file__, "build", str(recipe_file), "--out", str(killed.root)]

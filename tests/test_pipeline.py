@@ -443,6 +443,7 @@ def test_a_stage_killed_while_it_is_removed_begins_anew(tmp_path: Path, monkeypa
     run.forget("pretrain")
     run.begin("pretrain", fingerprint)
     (run.root / "pretrain" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.0, "tokens": 1}\n')
+    (run.root / "pretrain" / "checkpoints").mkdir()
 
     def killed(folder: Path) -> None:
         raise KeyboardInterrupt

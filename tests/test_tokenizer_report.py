@@ -22,7 +22,7 @@ from groundup.cli import tokenizing
 from groundup.corpus import Document
 from groundup.errors import DataError
 from groundup.tokenizer import Tokenizer, known, measure
-from groundup.tokenizer.measure import MOST_GROUPS, Group, to_json
+from groundup.tokenizer.measure import MOST_GROUPS, TextGroup, to_json
 from groundup.tokenizer.page import write_page
 from groundup.tokenizer.pieces import cut, in_colour, piece_of, readable
 
@@ -340,4 +340,4 @@ def test_an_empty_text_has_no_tokens(tmp_path: Path) -> None:
 
 
 def test_groups_without_words_have_figures() -> None:
-    assert (Group("x").bytes_per_token, Group("x").fertility) == (0.0, 0.0)
+    assert (TextGroup("x").bytes_per_token, TextGroup("x").fertility) == (0.0, 0.0)

@@ -11,7 +11,7 @@ from groundup.corpus.document import Reason
 from groundup.corpus.quality.lines import line_rules_of
 from groundup.corpus.quality.predicate import predicate_fingerprint
 from groundup.corpus.quality.rules import rules_for
-from groundup.corpus.reading.sources import Source
+from groundup.corpus.reading.sources import InputFile
 from groundup.corpus.reading.units import Unit
 from groundup.errors import ArtifactError, DataError
 from groundup.files import file_digest, read_json, value_digest
@@ -34,7 +34,7 @@ PREDICATE = "predicate"
 Stamp = tuple[int, int, int]
 
 
-def stamp_of(source: Source) -> Stamp | None:
+def stamp_of(source: InputFile) -> Stamp | None:
     """A local file's size, time of change and number: another one later means that its contents may be others."""
     if not isinstance(source.entry, Path):
         return None

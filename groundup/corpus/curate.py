@@ -28,7 +28,7 @@ from groundup.corpus.inputs import check_named_files, input_fingerprint
 from groundup.corpus.passes import ANNOTATED, DOCUMENTS, SET_ASIDE_FILE, STATISTICS_FILE, Passes
 from groundup.corpus.quality.language import check_languages
 from groundup.corpus.quality.rules import rules_for
-from groundup.corpus.reading.sources import Sources, find_sources
+from groundup.corpus.reading.sources import InputFiles, find_sources
 from groundup.corpus.write import parse_line
 from groundup.errors import ArtifactError, DataError, RunError
 from groundup.files import own_folder, remove_partials, temporary, write_error, write_json
@@ -109,7 +109,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _make(settings: CorpusSettings, sources: Sources, out: Path, console: Console) -> Passes:
+def _make(settings: CorpusSettings, sources: InputFiles, out: Path, console: Console) -> Passes:
     """All three passes."""
     work = temporary(out / "work")  # all in it can be made again
     own_folder(work)
@@ -123,7 +123,7 @@ def _make(settings: CorpusSettings, sources: Sources, out: Path, console: Consol
     return passes
 
 
-def _without_own_files(sources: Sources, out: Path) -> Sources:
+def _without_own_files(sources: InputFiles, out: Path) -> InputFiles:
     """What an earlier call has left in `out` is no input of this one.
 
     Raises:

@@ -62,7 +62,7 @@ def plan_tokens(
     Args:
         bytes_by_source: bytes of text that each source has.
         tokens: tokens from the sources that each pattern fits (as in `plan_mix`); "all": what there is, once.
-        bytes_per_token: how many bytes of text a token is reckoned at.
+        bytes_per_token: bytes of text that count as one token.
 
     Returns:
         A factor for each source, in the order of `bytes_by_source`.

@@ -38,7 +38,7 @@ from groundup.corpus.filter_statistics import FilterStatistics, set_aside_record
 from groundup.corpus.holdout import Holdout
 from groundup.corpus.mix import plan_mix, plan_tokens
 from groundup.corpus.reading.read import read
-from groundup.corpus.reading.sources import Source, Sources, find_sources
+from groundup.corpus.reading.sources import InputFile, InputFiles, find_sources
 from groundup.corpus.reading.units import Unit, units_of, unlisted
 from groundup.corpus.select import Annotated, Selection, write_decisions
 from groundup.corpus.write import Merge, WriteUnit, merge_range, write_cuts, write_unit
@@ -79,7 +79,7 @@ class Passes:
         self.more: dict[str, Any] = {}
         self._unlisted: list[SetAside] = []
 
-    def annotate(self, sources: Sources) -> None:
+    def annotate(self, sources: InputFiles) -> None:
         """Read and measure every unit that is not measured yet; forget units that are no longer asked for."""
         settings = self._settings
         root = self._out / ANNOTATED
@@ -154,7 +154,7 @@ class Passes:
 
     def _annotation(
         self, units: tuple[Unit, ...], root: Path, common: str,
-        stamps: dict[Source, Stamp | None], digests: dict[Source, str], classifier: str,
+        stamps: dict[InputFile, Stamp | None], digests: dict[InputFile, str], classifier: str,
     ) -> Annotation:  # fmt: skip
         places = [[unit.source.label, digests[unit.source], unit.start, unit.stop] for unit in units]
         fingerprint = value_digest([common, places])
@@ -185,7 +185,7 @@ class Passes:
         self.more["classifier"] = Classifier.load(folder).report
         return fingerprint
 
-    def _count_read(self, sources: Sources) -> None:
+    def _count_read(self, sources: InputFiles) -> None:
         self._unlisted = unlisted(sources)
         for folder in self._unlisted:
             self.statistics.add_input(1, 0)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from groundup.errors import ArtifactError, GroundupError
-from groundup.files import MARK, atomic_folder, check_ours, remove_partials_of, write_json
+from groundup.files import MARK, atomic_folder, check_ours, write_json
 from groundup.interop.families import FAMILIES, differences, huggingface_config
 from groundup.interop.folder import CONFIG_FILE, GENERATION_FILE, find_model, token_ids
 from groundup.interop.layouts import put_together
@@ -170,7 +170,6 @@ def _new_folder(out: Path, source: Path, *, force: bool) -> Iterator[Path]:
     here, there = out.resolve(), source.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise GroundupError(f"{out}: is the folder that is read, or one inside or around it.", "Name another folder.")
-    remove_partials_of(out)
     if (out / CONFIG_FILE).is_file():
         if not force:
             raise GroundupError(f"{out}: holds a model already.", "Name another folder, or replace it with --force.")

@@ -15,7 +15,7 @@ from typing import Any
 from groundup.errors import ArtifactError, RecipeError
 from groundup.interop.fields import Fields
 from groundup.interop.gpt_configs import read_gpt2, read_gpt_neo, write_gpt2, write_gpt_neo
-from groundup.interop.layouts import Place, Places
+from groundup.interop.layouts import ModuleMapping, ModuleMappings
 from groundup.interop.llama_configs import LlamaLike, read_llama_like, write_llama_like
 from groundup.interop.rope import resolved_rope
 from groundup.model import ModelConfig
@@ -39,55 +39,55 @@ class Family:
     architecture: str
     read: Callable[[Fields], dict[str, Any]]
     write: Callable[[ModelConfig], dict[str, Any]]
-    layouts: tuple[Places, ...] = ({},)
+    layouts: tuple[ModuleMappings, ...] = ({},)
     base: str = ""
     aliases: dict[str, str] = field(default_factory=dict)
 
 
-OURS: Places = {}
+OURS: ModuleMappings = {}
 """The layout of models that no family computes: our names, `model.` before them; that is Llama's layout too."""
 
-_GPT2: Places = {
-    "embed_tokens": Place("transformer.wte"),
-    "embed_positions": Place("transformer.wpe"),
-    "norm": Place("transformer.ln_f"),
-    "layers.*.input_layernorm": Place("transformer.h.*.ln_1"),
-    "layers.*.post_attention_layernorm": Place("transformer.h.*.ln_2"),
-    "layers.*.self_attn.q_proj": Place("transformer.h.*.attn.c_attn", transposed=True, slot=0, slots=3),
-    "layers.*.self_attn.k_proj": Place("transformer.h.*.attn.c_attn", transposed=True, slot=1, slots=3),
-    "layers.*.self_attn.v_proj": Place("transformer.h.*.attn.c_attn", transposed=True, slot=2, slots=3),
-    "layers.*.self_attn.o_proj": Place("transformer.h.*.attn.c_proj", transposed=True),
-    "layers.*.mlp.up_proj": Place("transformer.h.*.mlp.c_fc", transposed=True),
-    "layers.*.mlp.down_proj": Place("transformer.h.*.mlp.c_proj", transposed=True),
+_GPT2: ModuleMappings = {
+    "embed_tokens": ModuleMapping("transformer.wte"),
+    "embed_positions": ModuleMapping("transformer.wpe"),
+    "norm": ModuleMapping("transformer.ln_f"),
+    "layers.*.input_layernorm": ModuleMapping("transformer.h.*.ln_1"),
+    "layers.*.post_attention_layernorm": ModuleMapping("transformer.h.*.ln_2"),
+    "layers.*.self_attn.q_proj": ModuleMapping("transformer.h.*.attn.c_attn", transposed=True, slot=0, slots=3),
+    "layers.*.self_attn.k_proj": ModuleMapping("transformer.h.*.attn.c_attn", transposed=True, slot=1, slots=3),
+    "layers.*.self_attn.v_proj": ModuleMapping("transformer.h.*.attn.c_attn", transposed=True, slot=2, slots=3),
+    "layers.*.self_attn.o_proj": ModuleMapping("transformer.h.*.attn.c_proj", transposed=True),
+    "layers.*.mlp.up_proj": ModuleMapping("transformer.h.*.mlp.c_fc", transposed=True),
+    "layers.*.mlp.down_proj": ModuleMapping("transformer.h.*.mlp.c_proj", transposed=True),
 }
-_GPT_NEO: Places = {
-    "embed_tokens": Place("transformer.wte"),
-    "embed_positions": Place("transformer.wpe"),
-    "norm": Place("transformer.ln_f"),
-    "layers.*.input_layernorm": Place("transformer.h.*.ln_1"),
-    "layers.*.post_attention_layernorm": Place("transformer.h.*.ln_2"),
-    "layers.*.self_attn.q_proj": Place("transformer.h.*.attn.attention.q_proj"),
-    "layers.*.self_attn.k_proj": Place("transformer.h.*.attn.attention.k_proj"),
-    "layers.*.self_attn.v_proj": Place("transformer.h.*.attn.attention.v_proj"),
-    "layers.*.self_attn.o_proj": Place("transformer.h.*.attn.attention.out_proj"),
-    "layers.*.mlp.up_proj": Place("transformer.h.*.mlp.c_fc"),
-    "layers.*.mlp.down_proj": Place("transformer.h.*.mlp.c_proj"),
+_GPT_NEO: ModuleMappings = {
+    "embed_tokens": ModuleMapping("transformer.wte"),
+    "embed_positions": ModuleMapping("transformer.wpe"),
+    "norm": ModuleMapping("transformer.ln_f"),
+    "layers.*.input_layernorm": ModuleMapping("transformer.h.*.ln_1"),
+    "layers.*.post_attention_layernorm": ModuleMapping("transformer.h.*.ln_2"),
+    "layers.*.self_attn.q_proj": ModuleMapping("transformer.h.*.attn.attention.q_proj"),
+    "layers.*.self_attn.k_proj": ModuleMapping("transformer.h.*.attn.attention.k_proj"),
+    "layers.*.self_attn.v_proj": ModuleMapping("transformer.h.*.attn.attention.v_proj"),
+    "layers.*.self_attn.o_proj": ModuleMapping("transformer.h.*.attn.attention.out_proj"),
+    "layers.*.mlp.up_proj": ModuleMapping("transformer.h.*.mlp.c_fc"),
+    "layers.*.mlp.down_proj": ModuleMapping("transformer.h.*.mlp.c_proj"),
 }
-_MIXTRAL: Places = {
-    "layers.*.mlp.router": Place("model.layers.*.block_sparse_moe.gate"),
-    "layers.*.mlp.gate_proj": Place("model.layers.*.block_sparse_moe.experts.#.w1"),
-    "layers.*.mlp.down_proj": Place("model.layers.*.block_sparse_moe.experts.#.w2"),
-    "layers.*.mlp.up_proj": Place("model.layers.*.block_sparse_moe.experts.#.w3"),
+_MIXTRAL: ModuleMappings = {
+    "layers.*.mlp.router": ModuleMapping("model.layers.*.block_sparse_moe.gate"),
+    "layers.*.mlp.gate_proj": ModuleMapping("model.layers.*.block_sparse_moe.experts.#.w1"),
+    "layers.*.mlp.down_proj": ModuleMapping("model.layers.*.block_sparse_moe.experts.#.w2"),
+    "layers.*.mlp.up_proj": ModuleMapping("model.layers.*.block_sparse_moe.experts.#.w3"),
 }
-_MIXTRAL_STACKED: Places = {  # as transformers 5 holds them in memory
-    "layers.*.mlp.router": Place("model.layers.*.mlp.gate"),
-    "layers.*.mlp.gate_proj": Place("model.layers.*.mlp.experts.gate_up_proj", slot=0, slots=2, suffixed=False),
-    "layers.*.mlp.up_proj": Place("model.layers.*.mlp.experts.gate_up_proj", slot=1, slots=2, suffixed=False),
-    "layers.*.mlp.down_proj": Place("model.layers.*.mlp.experts.down_proj", suffixed=False),
+_MIXTRAL_STACKED: ModuleMappings = {  # as transformers 5 holds them in memory
+    "layers.*.mlp.router": ModuleMapping("model.layers.*.mlp.gate"),
+    "layers.*.mlp.gate_proj": ModuleMapping("model.layers.*.mlp.experts.gate_up_proj", slot=0, slots=2, suffixed=False),
+    "layers.*.mlp.up_proj": ModuleMapping("model.layers.*.mlp.experts.gate_up_proj", slot=1, slots=2, suffixed=False),
+    "layers.*.mlp.down_proj": ModuleMapping("model.layers.*.mlp.experts.down_proj", suffixed=False),
 }
 
 
-def _llama_like(model_type: str, stem: str, shape: LlamaLike, layouts: tuple[Places, ...] = ({},)) -> Family:
+def _llama_like(model_type: str, stem: str, shape: LlamaLike, layouts: tuple[ModuleMappings, ...] = ({},)) -> Family:
     return Family(
         model_type,
         f"{stem}ForCausalLM",

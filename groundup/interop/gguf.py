@@ -19,7 +19,7 @@ import torch
 from groundup.errors import ArtifactError, GroundupError
 from groundup.files import atomic_writer
 from groundup.interop.gguf_architecture import architecture_of, describe_architecture
-from groundup.interop.gguf_tensors import Piece, pieces_of
+from groundup.interop.gguf_tensors import GGUFTensor, tensors_of
 from groundup.interop.gguf_vocabulary import describe_vocabulary, vocabulary_of
 from groundup.model import Transformer
 from groundup.tokenizer import Tokenizer
@@ -76,7 +76,7 @@ def export_gguf(
     config = model.config
     architecture = architecture_of(config, out)
     vocabulary = None if tokenizer is None else vocabulary_of(tokenizer, config.vocab_size, out)
-    plan = [(piece, _type_of(piece, dtype, config.tied_embeddings)) for piece in pieces_of(model, architecture)]
+    plan = [(piece, _type_of(piece, dtype, config.tied_embeddings)) for piece in tensors_of(model, architecture)]
     with atomic_writer(out, binary=True) as handle:
         writer = gguf.GGUFWriter(handle.name, architecture.name)
         writer.add_type("model")
@@ -117,7 +117,7 @@ def _package() -> Any:
     return gguf
 
 
-def _type_of(piece: Piece, dtype: GgufType, is_tied: bool) -> GGMLQuantizationType:
+def _type_of(piece: GGUFTensor, dtype: GgufType, is_tied: bool) -> GGMLQuantizationType:
     from gguf import GGMLQuantizationType as Kind
 
     if not piece.is_matrix or dtype == "f32":
@@ -128,14 +128,14 @@ def _type_of(piece: Piece, dtype: GgufType, is_tied: bool) -> GGMLQuantizationTy
     return Kind.Q8_0 if dtype == "q4_0" and is_output else Kind[dtype.upper()]
 
 
-def _n_bytes(piece: Piece, kind: GGMLQuantizationType) -> int:
+def _n_bytes(piece: GGUFTensor, kind: GGMLQuantizationType) -> int:
     from gguf import GGML_QUANT_SIZES
 
     block, size = GGML_QUANT_SIZES[kind]
     return piece.n_values // block * size
 
 
-def _slices(piece: Piece, kind: GGMLQuantizationType, out: Path) -> Iterator[bytes]:
+def _slices(piece: GGUFTensor, kind: GGMLQuantizationType, out: Path) -> Iterator[bytes]:
     """The tensor's bytes, some rows at a time."""
     from gguf import quantize
 
@@ -152,7 +152,7 @@ def _slices(piece: Piece, kind: GGMLQuantizationType, out: Path) -> Iterator[byt
 
 
 def _notes(
-    model: Transformer, context_length: int, plan: list[tuple[Piece, GGMLQuantizationType]], dtype: GgufType
+    model: Transformer, context_length: int, plan: list[tuple[GGUFTensor, GGMLQuantizationType]], dtype: GgufType
 ) -> list[str]:
     notes = []
     if context_length < model.config.context_length:

@@ -1,6 +1,6 @@
 """A model's weights under llama.cpp's names and in its layouts, one at a time.
 
-In: a model, and its llama.cpp architecture. Out: `Piece`s, each with a shape known beforehand and a function that
+In: a model, and its llama.cpp architecture. Out: `GGUFTensor`s, each with a shape known beforehand and a function that
 makes the values when they are needed, so that no more than one tensor exists twice.
 """
 
@@ -25,7 +25,7 @@ from groundup.model.transformer import Block
 
 
 @dataclass(frozen=True)
-class Piece:
+class GGUFTensor:
     """One tensor of the file.
 
     Attributes:
@@ -46,7 +46,7 @@ class Piece:
         return math.prod(self.shape)
 
 
-def pieces_of(model: Transformer, architecture: Architecture) -> Iterator[Piece]:
+def tensors_of(model: Transformer, architecture: Architecture) -> Iterator[GGUFTensor]:
     """All tensors of the file, in the order of the computation."""
     config = model.config
     needs_bias = architecture.name == "gpt2"
@@ -78,11 +78,11 @@ def interleaved(rows: Float[Tensor, "rows ..."], n_heads: int) -> Float[Tensor, 
     return heads.transpose(1, 2).reshape(rows.shape)
 
 
-def _piece(name: str, values: Tensor, *, is_matrix: bool = False) -> Piece:
-    return Piece(name, tuple(values.shape), lambda: values, is_matrix)
+def _piece(name: str, values: Tensor, *, is_matrix: bool = False) -> GGUFTensor:
+    return GGUFTensor(name, tuple(values.shape), lambda: values, is_matrix)
 
 
-def _norm(name: str, norm: nn.Module, width: int, needs_bias: bool) -> Iterator[Piece]:
+def _norm(name: str, norm: nn.Module, width: int, needs_bias: bool) -> Iterator[GGUFTensor]:
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     yield _piece(f"{name}.weight", torch.ones(width) if weight is None else weight)
     if needs_bias:
@@ -103,14 +103,16 @@ class _Rows:
         weight, bias = self.linear.weight, self.linear.bias
         return self.change(torch.zeros(weight.shape[:-1], device=weight.device) if bias is None else bias)
 
-    def pieces(self, name: str, needs_bias: bool = False) -> Iterator[Piece]:
+    def pieces(self, name: str, needs_bias: bool = False) -> Iterator[GGUFTensor]:
         shape = tuple(self.linear.weight.shape)
-        yield Piece(f"{name}.weight", shape, self.weight, is_matrix=True)
+        yield GGUFTensor(f"{name}.weight", shape, self.weight, is_matrix=True)
         if needs_bias or self.linear.bias is not None:
-            yield Piece(f"{name}.bias", shape[:-1], self.bias)
+            yield GGUFTensor(f"{name}.bias", shape[:-1], self.bias)
 
 
-def _attention(name: str, attention: Attention, config: ModelConfig, architecture: Architecture) -> Iterator[Piece]:
+def _attention(
+    name: str, attention: Attention, config: ModelConfig, architecture: Architecture
+) -> Iterator[GGUFTensor]:
     # llama.cpp divides products by sqrt(head_dim). What our scale differs by goes into whatever makes queries last.
     factor = attention.scale * config.head_dim**0.5
     if math.isclose(factor, 1.0, rel_tol=1e-12):
@@ -128,8 +130,10 @@ def _attention(name: str, attention: Attention, config: ModelConfig, architectur
     if architecture.is_fused:
         width = sum(part.linear.weight.shape[0] for part in (q, k, v))
         shape = (width, config.d_model)
-        yield Piece(f"{name}.attn_qkv.weight", shape, lambda: torch.cat([q.weight(), k.weight(), v.weight()]), True)
-        yield Piece(f"{name}.attn_qkv.bias", (width,), lambda: torch.cat([q.bias(), k.bias(), v.bias()]))
+        yield GGUFTensor(
+            f"{name}.attn_qkv.weight", shape, lambda: torch.cat([q.weight(), k.weight(), v.weight()]), True
+        )
+        yield GGUFTensor(f"{name}.attn_qkv.bias", (width,), lambda: torch.cat([q.bias(), k.bias(), v.bias()]))
     else:
         for letter, part in (("q", q), ("k", k), ("v", v)):
             yield from part.pieces(f"{name}.attn_{letter}", needs_bias=architecture.name == "qwen2")
@@ -140,7 +144,7 @@ def _attention(name: str, attention: Attention, config: ModelConfig, architectur
     yield from _Rows(attention.o_proj).pieces(f"{name}.attn_output", needs_bias=architecture.is_fused)
 
 
-def _feedforward(name: str, layer: nn.Module, needs_bias: bool) -> Iterator[Piece]:
+def _feedforward(name: str, layer: nn.Module, needs_bias: bool) -> Iterator[GGUFTensor]:
     assert isinstance(layer, FeedForward | Experts)
     ending = ""
     if isinstance(layer, Experts):

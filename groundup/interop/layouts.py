@@ -24,7 +24,7 @@ _OF_EXPERTS = re.compile(r"\.mlp\.(gate|up|down)_proj\.")
 
 
 @dataclass(frozen=True)
-class Place:
+class ModuleMapping:
     """Where a module's parameters stand.
 
     Attributes:
@@ -42,12 +42,12 @@ class Place:
     suffixed: bool = True
 
 
-Places = Mapping[str, Place]
+ModuleMappings = Mapping[str, ModuleMapping]
 """By our module's name, with `*` for the layer's number."""
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredPart:
     """Where (an expert's part of) one parameter stands.
 
     Attributes:
@@ -56,7 +56,7 @@ class Part:
     """
 
     tensor: str
-    place: Place
+    place: ModuleMapping
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Made:
     """
 
     shape: Shape
-    place: Place
+    place: ModuleMapping
     pieces: tuple[tuple[str, int | None], ...]
 
 
@@ -83,7 +83,7 @@ class Layout:
         tensors: of the file.
     """
 
-    parts: dict[str, tuple[Part, ...]]
+    parts: dict[str, tuple[StoredPart, ...]]
     tensors: dict[str, Made]
 
 
@@ -92,7 +92,7 @@ def shapes_in_file(shapes: Mapping[str, Shape], config: ModelConfig) -> dict[str
     return {name: (config.vocab_size, *shape[1:]) if name in _VOCABULARY else shape for name, shape in shapes.items()}
 
 
-def make_layout(places: Places, shapes: Mapping[str, Shape], n_experts: int = 0) -> Layout:
+def make_layout(places: ModuleMappings, shapes: Mapping[str, Shape], n_experts: int = 0) -> Layout:
     """The layout of a model's parameters by a family's table.
 
     Args:
@@ -100,8 +100,8 @@ def make_layout(places: Places, shapes: Mapping[str, Shape], n_experts: int = 0)
         shapes: of our parameters, as `shapes_in_file` gives them.
         n_experts: of the model.
     """
-    parts: dict[str, tuple[Part, ...]] = {}
-    collected: dict[str, list[tuple[int, str, int | None, Place, Shape]]] = {}
+    parts: dict[str, tuple[StoredPart, ...]] = {}
+    collected: dict[str, list[tuple[int, str, int | None, ModuleMapping, Shape]]] = {}
     for name, shape in shapes.items():
         module, kind = name.rsplit(".", 1)
         number = _LAYER.match(module)
@@ -112,7 +112,7 @@ def make_layout(places: Places, shapes: Mapping[str, Shape], n_experts: int = 0)
         found = []
         for index in each:
             tensor = outside if index is None else outside.replace("#", str(index))
-            found.append(Part(tensor, place))
+            found.append(StoredPart(tensor, place))
             of_one = shape if index is None else shape[1:]
             collected.setdefault(tensor, []).append((place.slot, name, index, place, of_one))
         parts[name] = tuple(found)
@@ -128,7 +128,7 @@ def make_layout(places: Places, shapes: Mapping[str, Shape], n_experts: int = 0)
     return Layout(parts, tensors)
 
 
-def take(contents: Tensor, place: Place, *, stacked: bool = False) -> Tensor:
+def take(contents: Tensor, place: ModuleMapping, *, stacked: bool = False) -> Tensor:
     """A parameter's part of a tensor that was read: a view.
 
     Args:
@@ -162,6 +162,6 @@ def _output_axis(name: str, index: int | None, n_experts: int) -> int:
     return 1 if index is None and is_of_experts(name, n_experts) else 0
 
 
-def _own_place(module: str) -> Place:
+def _own_place(module: str) -> ModuleMapping:
     own = _LAYER.sub("layers.*.", module)
-    return Place(own if module == "lm_head" else f"model.{own}")
+    return ModuleMapping(own if module == "lm_head" else f"model.{own}")

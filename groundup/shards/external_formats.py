@@ -42,7 +42,7 @@ COMPLETE = "Get the file again, whole, or leave it out."
 
 
 @dataclass(frozen=True)
-class Piece:
+class IdBlock:
     """Some of a file's ids.
 
     Attributes:
@@ -60,7 +60,7 @@ class Piece:
     is_last: bool
 
 
-def read_nanogpt(path: Path) -> Iterator[Piece]:
+def read_nanogpt(path: Path) -> Iterator[IdBlock]:
     """The ids of a headerless uint16 file.
 
     Raises:
@@ -72,7 +72,7 @@ def read_nanogpt(path: Path) -> Iterator[Piece]:
     yield from _read_stream(path, np.dtype("<u2"), size // 2, 0)
 
 
-def read_llmc(path: Path) -> Iterator[Piece]:
+def read_llmc(path: Path) -> Iterator[IdBlock]:
     """The ids of an llm.c file.
 
     Raises:
@@ -97,7 +97,7 @@ def read_llmc(path: Path) -> Iterator[Piece]:
     yield from _read_stream(path, dtype, n_tokens, LLMC_HEADER)
 
 
-def read_megatron(path: Path) -> Iterator[Piece]:
+def read_megatron(path: Path) -> Iterator[IdBlock]:
     """The documents of a Megatron data set, named by its `.idx` (or `.bin`, or their common prefix).
 
     Raises:
@@ -120,11 +120,11 @@ def read_megatron(path: Path) -> Iterator[Piece]:
         # Whole documents, as many as fit in a block, at least one.
         until = max(place + 1, int(np.searchsorted(ends, begin + BLOCK_TOKENS, side="right")))
         end = int(ends[until - 1])
-        yield Piece(path, begin, tokens[begin:end], ends[place:until] - begin, until == len(ends))
+        yield IdBlock(path, begin, tokens[begin:end], ends[place:until] - begin, until == len(ends))
         begin, place = end, until
 
 
-def read_table(path: Path, column: str | None = None) -> Iterator[Piece]:
+def read_table(path: Path, column: str | None = None) -> Iterator[IdBlock]:
     """The rows of a Parquet or Arrow file, each a document.
 
     Args:
@@ -149,11 +149,11 @@ def read_table(path: Path, column: str | None = None) -> Iterator[Piece]:
             if values.null_count:
                 raise ArtifactError(f"{path}: column {chosen!r} has lists with nulls in them.", "Fill or remove them.")
             tokens = values.to_numpy(zero_copy_only=False)
-            yield Piece(path, first, tokens, np.cumsum(lengths), False)
+            yield IdBlock(path, first, tokens, np.cumsum(lengths), False)
             first += len(tokens)
     except pa.ArrowException as error:
         raise ArtifactError(f"{path}: cannot be read ({str(error).splitlines()[0]}).", COMPLETE) from error
-    yield Piece(path, first, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), True)
+    yield IdBlock(path, first, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), True)
 
 
 def write_llmc(path: Path, blocks: Iterator[np.ndarray], n_tokens: int, dtype: np.dtype[Any]) -> None:
@@ -225,11 +225,11 @@ def _read_megatron_index(path: Path) -> tuple[np.dtype[Any], np.ndarray, np.ndar
     return dtype, lengths, borders
 
 
-def _read_stream(path: Path, dtype: np.dtype[Any], n_tokens: int, header: int) -> Iterator[Piece]:
+def _read_stream(path: Path, dtype: np.dtype[Any], n_tokens: int, header: int) -> Iterator[IdBlock]:
     tokens = _mapped(path, dtype, n_tokens, header)
     for begin in range(0, max(1, n_tokens), BLOCK_TOKENS):
         end = min(n_tokens, begin + BLOCK_TOKENS)
-        yield Piece(path, begin, tokens[begin:end], None, end == n_tokens)
+        yield IdBlock(path, begin, tokens[begin:end], None, end == n_tokens)
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], n_tokens: int, header: int) -> np.ndarray:

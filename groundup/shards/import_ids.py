@@ -17,7 +17,7 @@ import numpy as np
 from groundup.errors import ArtifactError, DataError, GroundupError
 from groundup.files import file_digest
 from groundup.recipe import ShardsSettings
-from groundup.shards.external_formats import Piece
+from groundup.shards.external_formats import IdBlock
 from groundup.shards.format import SPLITS, ShardsManifest, Split, token_dtype
 from groundup.shards.inputs import Inputs, find_inputs, largest_id, reader
 from groundup.shards.stream import StreamWriter, begin_shards
@@ -123,7 +123,7 @@ class _Borders:
         self.closed = self.empty = 0
         self.by_file = self.turned = False
 
-    def documents(self, pieces: Iterable[Piece]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def documents(self, pieces: Iterable[IdBlock]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids and ends, for `StreamWriter.append`."""
         is_closed, begun, turned = True, False, False
         for piece in pieces:
@@ -160,7 +160,7 @@ class _Borders:
         return tokens, ends + np.cumsum(is_open)
 
 
-def _checked(pieces: Iterable[Piece], vocab_size: int) -> Iterator[Piece]:
+def _checked(pieces: Iterable[IdBlock], vocab_size: int) -> Iterator[IdBlock]:
     """The pieces, each id of which is in the vocabulary."""
     for piece in pieces:
         if len(piece.tokens) and not 0 <= int(piece.tokens.min()) <= int(piece.tokens.max()) < vocab_size:

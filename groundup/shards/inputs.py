@@ -15,7 +15,7 @@ from groundup.files import read_json
 from groundup.shards.external_formats import (
     LLMC_KINDS,
     MEGATRON_MAGIC,
-    Piece,
+    IdBlock,
     megatron_paths,
     read_llmc,
     read_megatron,
@@ -67,7 +67,7 @@ def find_inputs(source: Path, validation: Path | None = None, format: str | None
     return Inputs(format, files)
 
 
-def reader(format: str, path: Path, column: str | None, join_rows: bool) -> Callable[[], Iterator[Piece]]:
+def reader(format: str, path: Path, column: str | None, join_rows: bool) -> Callable[[], Iterator[IdBlock]]:
     """What reads a file; it can be called again.
 
     Args:
@@ -78,9 +78,9 @@ def reader(format: str, path: Path, column: str | None, join_rows: bool) -> Call
     """
     if format in ("parquet", "arrow"):
 
-        def read() -> Iterator[Piece]:
+        def read() -> Iterator[IdBlock]:
             for piece in read_table(path, column):
-                yield Piece(piece.path, piece.first, piece.tokens, None, piece.is_last) if join_rows else piece
+                yield IdBlock(piece.path, piece.first, piece.tokens, None, piece.is_last) if join_rows else piece
 
         return read
     return lambda: {"nanogpt": read_nanogpt, "llmc": read_llmc, "megatron": read_megatron}[format](path)
@@ -134,6 +134,6 @@ def _is_llmc(path: Path) -> bool:
     return magic in LLMC_KINDS and LLMC_KINDS[magic][0] == version
 
 
-def largest_id(pieces: Iterator[Piece]) -> int:
+def largest_id(pieces: Iterator[IdBlock]) -> int:
     """The largest id, −1 if there is none."""
     return max((int(np.max(piece.tokens)) for piece in pieces if len(piece.tokens)), default=-1)

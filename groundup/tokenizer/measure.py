@@ -40,7 +40,7 @@ _CURVE_POINTS = 120
 
 
 @dataclass
-class Group:
+class TextGroup:
     """A language, a source, or all text.
 
     Attributes:
@@ -73,7 +73,7 @@ class Group:
         """The same figure for the well-known tokenizers."""
         return {name: self.bytes / max(1, count) for name, count in self.known_tokens.items()}
 
-    def add(self, other: Group) -> None:
+    def add(self, other: TextGroup) -> None:
         """Count another group in."""
         self.documents += other.documents
         self.bytes += other.bytes
@@ -110,9 +110,9 @@ class Measured:
     """
 
     tokenizer: dict[str, Any]
-    total: Group
-    languages: list[Group]
-    sources: list[Group]
+    total: TextGroup
+    languages: list[TextGroup]
+    sources: list[TextGroup]
     not_at_hand: list[str]
     unused: int
     unused_examples: list[Piece]
@@ -136,17 +136,17 @@ def measure(tokenizer: Tokenizer, documents: Iterable[Document], most_bytes: int
     counters = {known.name: known.counter() for known in KNOWN}
     at_hand = {name: counter for name, counter in counters.items() if counter is not None}
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    languages: dict[str, Group] = {}
-    sources: dict[str, Group] = {}
-    total = Group("all")
+    languages: dict[str, TextGroup] = {}
+    sources: dict[str, TextGroup] = {}
+    total = TextGroup("all")
     samples: dict[tuple[str, str], Document] = {}
     for some in _groups(documents, most_bytes):
         ids, found = _measure_some(tokenizer, some, at_hand)
         counts += np.bincount(ids, minlength=len(counts))
         for document, group in zip(some, found, strict=True):
             total.add(group)
-            languages.setdefault(document.language or "?", Group(document.language or "?")).add(group)
-            sources.setdefault(document.source, Group(document.source)).add(group)
+            languages.setdefault(document.language or "?", TextGroup(document.language or "?")).add(group)
+            sources.setdefault(document.source, TextGroup(document.source)).add(group)
             if len(samples) < 50 * N_SAMPLES:
                 samples.setdefault((document.language, document.source), document)
     if not total.bytes:
@@ -170,7 +170,7 @@ def measure(tokenizer: Tokenizer, documents: Iterable[Document], most_bytes: int
 def to_json(measured: Measured) -> dict[str, Any]:
     """For programs."""
 
-    def group(item: Group) -> dict[str, Any]:
+    def group(item: TextGroup) -> dict[str, Any]:
         return {
             "name": item.name,
             "documents": item.documents,
@@ -221,12 +221,12 @@ def _groups(documents: Iterable[Document], most_bytes: int) -> Iterator[list[Doc
 
 def _measure_some(
     tokenizer: Tokenizer, documents: Sequence[Document], at_hand: dict[str, Callable[[Sequence[str]], list[int]]]
-) -> tuple[np.ndarray, list[Group]]:
+) -> tuple[np.ndarray, list[TextGroup]]:
     texts = [replace_surrogates(document.text) for document in documents]
     ids, lengths = tokenizer.encode_to_arrays(texts)
     known = {name: counter(texts) for name, counter in at_hand.items()}
     return ids, [
-        Group(
+        TextGroup(
             "",
             1,
             len(text.encode()),
@@ -238,11 +238,11 @@ def _measure_some(
     ]
 
 
-def _largest(groups: dict[str, Group]) -> list[Group]:
+def _largest(groups: dict[str, TextGroup]) -> list[TextGroup]:
     ordered = sorted(groups.values(), key=lambda group: (-group.bytes, group.name))
     listed, rest = ordered[:MOST_GROUPS], ordered[MOST_GROUPS:]
     if rest:
-        others = Group(f"{OTHERS}: {len(rest)}")
+        others = TextGroup(f"{OTHERS}: {len(rest)}")
         for group in rest:
             others.add(group)
         listed.append(others)

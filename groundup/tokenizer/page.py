@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import DictLoader, Environment, StrictUndefined
-from rich.console import Group as Together
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from groundup.console import format_bytes
 from groundup.files import write_signed
-from groundup.tokenizer.measure import Group, Measured
+from groundup.tokenizer.measure import Measured, TextGroup
 from groundup.tokenizer.pieces import in_colour
 
 CURVE_WIDTH, CURVE_HEIGHT = 920, 300
@@ -41,7 +40,7 @@ def render(measured: Measured, name: str, *, colour: bool = True) -> RenderableT
     for sample in measured.samples:
         where = " · ".join(part for part in (sample.language, sample.source) if part)
         parts += [Text(""), Text(where, style="dim"), in_colour(sample.pieces, colour=colour)]
-    return Together(*parts)
+    return Group(*parts)
 
 
 def write_page(measured: Measured, name: str, path: Path) -> None:
@@ -124,7 +123,7 @@ def _line(name: str, shown: Sequence[str]) -> Text:
     return Text.assemble((f"{name}: ", "dim"), "  ".join(shown))
 
 
-def _table(title: str, groups: Sequence[Group], measured: Measured) -> Table:
+def _table(title: str, groups: Sequence[TextGroup], measured: Measured) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column(title, overflow="fold")
     known = list(measured.total.known_tokens)

@@ -17,7 +17,7 @@ from typing import IO, Literal
 import orjson
 
 from groundup.corpus.crawl.settings import CrawlSettings, Refusal
-from groundup.corpus.crawl.warc import Place, WarcFiles, store_error
+from groundup.corpus.crawl.warc import PageSpan, WarcFiles, store_error
 from groundup.errors import ArtifactError
 
 JOURNAL = "crawl.journal"  # not .jsonl: the folder itself can be an input of the corpus
@@ -54,7 +54,7 @@ class Entry:
     reason: str = ""
     detail: str = ""
     size_bytes: int = 0
-    place: Place | None = None
+    place: PageSpan | None = None
 
     def line(self) -> bytes:
         """As it is written."""
@@ -73,7 +73,7 @@ class Entry:
         values = orjson.loads(line)
         try:
             if "place" in values:
-                values["place"] = Place(*values["place"])
+                values["place"] = PageSpan(*values["place"])
             if values["event"] == "refused":
                 Refusal(values["reason"])
             return cls(**values)
@@ -171,7 +171,7 @@ class Store:
         while self._files.path(number).exists():
             number += 1
         sizes: dict[int, int] = {}
-        growing: list[tuple[Place, int]] = []  # with the byte at which its line begins
+        growing: list[tuple[PageSpan, int]] = []  # with the byte at which its line begins
         end = 0
         for entry, line_end in read_journal(self._journal_path):
             if entry.place is not None:

@@ -101,7 +101,7 @@ def _without_dots(path: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _HostFolder:
     host: str
     folder: str
 
@@ -117,7 +117,7 @@ class Scope:
     def __init__(self, *, same_path: bool, hosts: Iterable[str]) -> None:
         self._same_path = same_path
         self._hosts = {_bare(host) for host in hosts}
-        self._places: set[_Place] = set()
+        self._host_folders: set[_HostFolder] = set()
         self._hosts_of_places: set[str] = set()
 
     def add(self, url: str) -> None:
@@ -125,7 +125,7 @@ class Scope:
         parts = urlsplit(url)
         self._hosts_of_places.add(_bare(parts.hostname or ""))
         if self._same_path:
-            self._places.add(_Place(_bare(parts.hostname or ""), _folder(parts)))
+            self._host_folders.add(_HostFolder(_bare(parts.hostname or ""), _folder(parts)))
 
     def has_host(self, url: str) -> bool:
         """Whether its host is one that may be visited (`www.` before a name makes no difference)."""
@@ -140,7 +140,7 @@ class Scope:
         # Every folder above the address, not every given page: a list of a million pages is no slower.
         folder = _folder(parts)
         while True:
-            if _Place(host, folder) in self._places:
+            if _HostFolder(host, folder) in self._host_folders:
                 return True
             if folder == "/":
                 return False

@@ -31,7 +31,7 @@ _OF_THE_WIRE = frozenset({b"content-encoding", b"transfer-encoding", b"content-l
 
 
 @dataclass(frozen=True)
-class Place:
+class PageSpan:
     """Where a page stands: the file's number, the bytes in it, and their CRC-32."""
 
     file: int
@@ -118,7 +118,7 @@ class WarcFiles:
         """The name of a finished file."""
         return self._folder / f"pages-{number:05d}.warc.gz"
 
-    def recover(self, places: Sequence[Place], next_number: int) -> int:
+    def recover(self, places: Sequence[PageSpan], next_number: int) -> int:
         """Go on after a kill: keep the pages of the growing file that are there as the journal says.
 
         Args:
@@ -151,7 +151,7 @@ class WarcFiles:
                 stray.unlink()
         return kept
 
-    def append(self, records: bytes) -> Place:
+    def append(self, records: bytes) -> PageSpan:
         """Write a page's records behind the last page.
 
         Raises:
@@ -165,13 +165,13 @@ class WarcFiles:
         except OSError as error:
             raise store_error(self.open_path(self._number), error) from error
         self._end += len(records)
-        return Place(self._number, begin, self._end, zlib.crc32(records))
+        return PageSpan(self._number, begin, self._end, zlib.crc32(records))
 
     def is_full_for(self, n_bytes: int) -> bool:
         """Whether the next page belongs into another file: `finish` this one first."""
         return self._end > self._first_page and self._end + n_bytes > self._max_bytes
 
-    def forget_last(self, place: Place) -> None:
+    def forget_last(self, place: PageSpan) -> None:
         """Take back the page just written."""
         self._end = place.begin
 

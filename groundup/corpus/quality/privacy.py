@@ -22,7 +22,7 @@ EXCERPT_CHARACTERS = 30
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Replacement:
     """One thing that was replaced.
 
     Attributes:
@@ -36,7 +36,7 @@ class Finding:
     excerpt: str
 
 
-def replace_private(text: str, kinds: Sequence[str]) -> tuple[str, list[Finding]]:
+def replace_private(text: str, kinds: Sequence[str]) -> tuple[str, list[Replacement]]:
     """Replace what looks private.
 
     Args:
@@ -52,14 +52,16 @@ def replace_private(text: str, kinds: Sequence[str]) -> tuple[str, list[Finding]
     unknown = sorted(set(kinds) - _FINDERS.keys())
     if unknown:
         raise DataError(f"[corpus] privacy: unknown kind {unknown[0]!r}.", f"Known: {', '.join(_FINDERS)}.")
-    findings: list[Finding] = []
+    findings: list[Replacement] = []
     for kind, find in _FINDERS.items():
         if kind in kinds:
             text = _replace(text, kind, find, findings)
     return text, findings
 
 
-def _replace(text: str, kind: str, find: Callable[[str], Iterator[tuple[int, int]]], findings: list[Finding]) -> str:
+def _replace(
+    text: str, kind: str, find: Callable[[str], Iterator[tuple[int, int]]], findings: list[Replacement]
+) -> str:
     pieces: list[str] = []
     done = 0
     for start, end in find(text):
@@ -69,7 +71,7 @@ def _replace(text: str, kind: str, find: Callable[[str], Iterator[tuple[int, int
         pieces += (text[done:start], f"<{kind.upper()}>")
         done = end
         excerpt = text[max(0, start - EXCERPT_CHARACTERS) : end + EXCERPT_CHARACTERS]
-        findings.append(Finding(kind, text[start:end], " ".join(excerpt.split())))
+        findings.append(Replacement(kind, text[start:end], " ".join(excerpt.split())))
     return "".join([*pieces, text[done:]]) if pieces else text
 
 

@@ -1,8 +1,8 @@
 """WARC, WET and ARC archives cut into records, every byte of them in a record or in a counted loss.
 
-In: an archive file. Out: `RawRecord`s and `Loss`es in the order of the file. Formats: ISO 28500 (WARC 0.18 to 1.1) and
-the Internet Archive's ARC 1 and 2. The cutting is our own because the libraries end without a word where a file is cut
-off (FastWARC 2.0.1 and warcio 1.8.1: 265 of 500 records, no error) and give up at the first damage.
+In: an archive file. Out: `RawRecord`s and `LostBytes` in the order of the file. Formats: ISO 28500 (WARC 0.18 to 1.1)
+and the Internet Archive's ARC 1 and 2. The cutting is our own because the libraries end without a word where a file is
+cut off (FastWARC 2.0.1 and warcio 1.8.1: 265 of 500 records, no error) and give up at the first damage.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from groundup.corpus.document import Reason, excerpt_of
-from groundup.corpus.reading.archive_stream import ARC_RECORD, WARC_RECORD, ArchiveStream, Fault
-from groundup.corpus.reading.sources import Source
+from groundup.corpus.reading.archive_stream import ARC_RECORD, WARC_RECORD, ArchiveStream, StreamFault
+from groundup.corpus.reading.sources import InputFile
 
 HEAD_BYTES = 1 << 16
 """A record's header that is longer is damage."""
@@ -42,11 +42,11 @@ class RawRecord:
     fields: dict[str, str]
     block: bytes
     size_bytes: int
-    fault: Fault | None = None
+    fault: StreamFault | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Loss:
+class LostBytes:
     """Bytes of an archive that belong to no record that can be read.
 
     Attributes:
@@ -66,7 +66,7 @@ class Loss:
     size_bytes: int = 0
 
 
-def read_records(source: Source, limit_bytes: int) -> Iterator[RawRecord | Loss]:
+def read_records(source: InputFile, limit_bytes: int) -> Iterator[RawRecord | LostBytes]:
     """All records of an archive, whatever state it is in.
 
     Args:
@@ -81,7 +81,7 @@ def read_records(source: Source, limit_bytes: int) -> Iterator[RawRecord | Loss]
         fault = stream.go_on()
         if fault is not None:
             number += 1
-            yield Loss(stream.position, number, fault.reason, fault.detail, size_bytes=fault.size_bytes)
+            yield LostBytes(stream.position, number, fault.reason, fault.detail, size_bytes=fault.size_bytes)
             continue
         _skip_blank_lines(stream)
         if stream.at_end():
@@ -104,10 +104,10 @@ def read_records(source: Source, limit_bytes: int) -> Iterator[RawRecord | Loss]
         else:
             n_lost = stream.position - position + _skip_to_record(stream)
             if fault := _taken_fault(stream):
-                yield Loss(position, number, fault.reason, f"{head}: {fault.detail}", excerpt_of(line), n_lost)
+                yield LostBytes(position, number, fault.reason, f"{head}: {fault.detail}", excerpt_of(line), n_lost)
                 continue
             detail = f"{head}; {n_lost:,} bytes up to {_what_follows(stream)} are lost"
-            yield Loss(position, number, Reason.DAMAGED, detail, excerpt_of(line), n_lost)
+            yield LostBytes(position, number, Reason.DAMAGED, detail, excerpt_of(line), n_lost)
 
 
 def _warc_head(line: bytes, stream: ArchiveStream) -> dict[str, str] | str:
@@ -176,16 +176,16 @@ def _content(stream: ArchiveStream, fields: dict[str, str], position: int, numbe
         if stream.fault is not None and (fault := stream.go_on()):
             return replace(record, fault=replace(fault, detail=f"{says}: {fault.detail}"))
         if stream.at_end():
-            return replace(record, fault=Fault(Reason.CUT_OFF, f"{says}: the file ends there"))
+            return replace(record, fault=StreamFault(Reason.CUT_OFF, f"{says}: the file ends there"))
     else:
         n_more = len(follows) + _skip_to_record(stream)
         says = f"{says}, but {n_more:,} more follow that belong to no record"
         if fault := _taken_fault(stream):
             return replace(record, fault=replace(fault, detail=f"{says}: {fault.detail}"))
-    return replace(record, fault=Fault(Reason.DAMAGED, says))
+    return replace(record, fault=StreamFault(Reason.DAMAGED, says))
 
 
-def _taken_fault(stream: ArchiveStream) -> Fault | None:
+def _taken_fault(stream: ArchiveStream) -> StreamFault | None:
     """The fault that reading has stopped at, if it makes what was read last doubtful; then it is passed."""
     return stream.go_on() if stream.fault is not None and stream.fault.is_within else None
 

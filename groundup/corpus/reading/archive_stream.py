@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from groundup.corpus.document import Reason
 from groundup.corpus.reading.compressed import BLOCK_BYTES, DamagedStreamError
 from groundup.corpus.reading.intake import READ_ERRORS
-from groundup.corpus.reading.sources import Source
+from groundup.corpus.reading.sources import InputFile
 
 WARC_RECORD = re.compile(rb"WARC/\d+\.\d+[ \t]*(\r|\n|$)")
 ARC_RECORD = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*:\S[^\n]* \d{8,} \S+ ")
@@ -30,7 +30,7 @@ _PEEK_BYTES = 4096  # of a member, to see whether it begins a record
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class StreamFault:
     """Bytes that are lost.
 
     Attributes:
@@ -58,10 +58,10 @@ class ArchiveStream:
         fault: the fault that reading has stopped at, until `go_on`.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: InputFile) -> None:
         self.position = 0
         self.record_begins: re.Pattern[bytes] = WARC_RECORD
-        self.fault: Fault | None = None
+        self.fault: StreamFault | None = None
         self._block = b""
         self._at = 0
         self._beyond = b""  # the border: what the next member begins with
@@ -72,7 +72,7 @@ class ArchiveStream:
         """Whether nothing is left: no byte, no border, no fault."""
         return not self._is_ready() and self.fault is None and not self._is_at_border
 
-    def go_on(self) -> Fault | None:
+    def go_on(self) -> StreamFault | None:
         """Pass the border or the fault, if reading has stopped at one; returns the fault."""
         if self._is_ready():
             return None
@@ -132,7 +132,7 @@ class ArchiveStream:
             piece = next(self._pieces, None)
             if piece is None:
                 self._is_at_end = True
-            elif isinstance(piece, Fault):
+            elif isinstance(piece, StreamFault):
                 self.fault = piece
             elif piece[0] and self.position and self.record_begins.match(piece[1]):
                 self._is_at_border, self._beyond = True, piece[1]
@@ -141,11 +141,11 @@ class ArchiveStream:
         return True
 
 
-_Piece = tuple[bool, bytes] | Fault
+_Piece = tuple[bool, bytes] | StreamFault
 """Bytes, with whether they begin a gzip member; or bytes that are lost."""
 
 
-def _pieces_of(source: Source) -> Iterator[_Piece]:
+def _pieces_of(source: InputFile) -> Iterator[_Piece]:
     try:
         if source.packing in (".zst", ".bz2"):
             with source.open() as unpacked:
@@ -161,15 +161,15 @@ def _pieces_of(source: Source) -> Iterator[_Piece]:
                 expected = source.size_bytes()
                 if expected > inflated.n_stored and not inflated.is_given_up:
                     detail = f"the file has {expected:,} bytes, of which only {inflated.n_stored:,} could be read"
-                    yield Fault(Reason.CUT_OFF, detail, expected - inflated.n_stored)
+                    yield StreamFault(Reason.CUT_OFF, detail, expected - inflated.n_stored)
                 return
             yield False, beginning
             while block := stored.read(BLOCK_BYTES):
                 yield False, block
     except DamagedStreamError as error:
-        yield Fault(error.reason, error.detail)
+        yield StreamFault(error.reason, error.detail)
     except READ_ERRORS as error:
-        yield Fault(Reason.UNREADABLE, getattr(error, "strerror", None) or str(error) or type(error).__name__)
+        yield StreamFault(Reason.UNREADABLE, getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
 class _Inflated:
@@ -194,7 +194,7 @@ class _Inflated:
                 fault = yield from self._member()
             else:
                 self._looked_at = 0
-                fault = Fault(Reason.DAMAGED, "something else follows the gzip data")
+                fault = StreamFault(Reason.DAMAGED, "something else follows the gzip data")
             if fault is None:
                 continue
             if fault.reason == Reason.UNREADABLE:
@@ -209,7 +209,7 @@ class _Inflated:
                 fault = replace(fault, detail=f"{fault.detail}; {n_lost:,} bytes up to the file's end are lost")
             yield replace(fault, size_bytes=n_lost)
 
-    def _member(self) -> Generator[_Piece, None, Fault | None]:
+    def _member(self) -> Generator[_Piece, None, StreamFault | None]:
         """One member; returns what is wrong with it."""
         inflater = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
         data, is_first, held = self._data, True, b""
@@ -221,12 +221,12 @@ class _Inflated:
             except zlib.error as error:
                 # "Error -3 while decompressing data: incorrect data check"
                 what = f"damaged gzip data: {str(error).split(': ')[-1]}"
-                return Fault(Reason.DAMAGED, what, is_within=not is_first)
+                return StreamFault(Reason.DAMAGED, what, is_within=not is_first)
             n_member += len(chunk)
             self._n_inflated += len(chunk)
             if self._n_inflated > BOMB_BYTES and self._n_inflated > BOMB_RATIO * self.n_stored:
                 detail = f"a decompression bomb: {self.n_stored:,} bytes have grown to {self._n_inflated:,} so far"
-                return Fault(Reason.UNREADABLE, detail, is_within=True)
+                return StreamFault(Reason.UNREADABLE, detail, is_within=True)
             held += chunk
             if held and (inflater.eof or len(held) >= _PEEK_BYTES):
                 yield is_first, held
@@ -240,7 +240,7 @@ class _Inflated:
                         yield is_first, held
                         is_first = False
                     detail = f"the file ends within a gzip member, of which {n_member:,} bytes could be unpacked"
-                    return Fault(Reason.CUT_OFF, detail, is_within=not is_first)
+                    return StreamFault(Reason.CUT_OFF, detail, is_within=not is_first)
                 data, self._looked_at = self._data, 0
         self._data = inflater.unused_data
         return None

@@ -22,7 +22,7 @@ _GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
 @dataclass(frozen=True, slots=True)
-class Response:
+class ArchivedResponse:
     """An HTTP response.
 
     Attributes:
@@ -54,7 +54,7 @@ class BodyError(Exception):
         self.detail = detail
 
 
-def parse_response(block: bytes, limit_bytes: int) -> Response:
+def parse_response(block: bytes, limit_bytes: int) -> ArchivedResponse:
     """Parse a response and decode its body.
 
     Args:
@@ -67,7 +67,7 @@ def parse_response(block: bytes, limit_bytes: int) -> Response:
     from fastwarc.warc import WarcRecord
 
     if not block.startswith(b"HTTP/"):  # HTTP 0.9 had no headers
-        return Response(0, "", "", block, block)
+        return ArchivedResponse(0, "", "", block, block)
     try:
         record = WarcRecord.from_bytes(_HEAD % len(block) + block)
         record.parse_http(max_header_len=HEADER_BYTES, quirks_mode=True)
@@ -82,7 +82,7 @@ def parse_response(block: bytes, limit_bytes: int) -> Response:
     if len(body) > limit_bytes:
         raise BodyError(Reason.TOO_LONG, f"{len(body):,} bytes")
     media_type = (headers.get("Content-Type") or "").partition(";")[0].strip().lower()
-    return Response(headers.status_code or 0, media_type, record.http_charset or "", payload, body)
+    return ArchivedResponse(headers.status_code or 0, media_type, record.http_charset or "", payload, body)
 
 
 def join_chunks(data: bytes) -> bytes:

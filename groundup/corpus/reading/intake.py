@@ -12,11 +12,11 @@ from typing import Literal
 
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
 from groundup.corpus.reading.compressed import DamagedStreamError
-from groundup.corpus.reading.sources import Source
+from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 
 READ_ERRORS = (OSError, DamagedStreamError)
-"""What a stream of a `Source` raises while it is read."""
+"""What a stream of an `InputFile` raises while it is read."""
 
 
 def normalize(text: str, form: Literal["NFC", "NFKC", "none"]) -> str:
@@ -29,7 +29,7 @@ def normalize(text: str, form: Literal["NFC", "NFKC", "none"]) -> str:
 
 
 def make_record(
-    file: Source,
+    file: InputFile,
     text: str,
     settings: CorpusSettings,
     set_aside: OnSetAside,
@@ -46,7 +46,7 @@ def make_record(
         file: where it was read.
         text: as it was read; encodable as UTF-8.
         settings: for the normal form.
-        set_aside: told why there is no record.
+        set_aside: called with the reason why there is no record.
         position: as in `Record`.
         place: as in `Record`.
         number: as in `Record`.
@@ -68,7 +68,7 @@ def make_record(
 
 
 def too_long(
-    file: Source, what: str, size: int, excerpt: str, settings: CorpusSettings,
+    file: InputFile, what: str, size: int, excerpt: str, settings: CorpusSettings,
     position: int = 0, place: str = "", number: int = 0,
 ) -> SetAside:  # fmt: skip
     """The record of a text beyond `max_document_mib`; `what` names it, such as "a line of ", or is ""."""
@@ -82,7 +82,7 @@ def limit_bytes(settings: CorpusSettings) -> int:
 
 
 def unread(
-    file: Source, error: BaseException, position: int = 0, place: str = "", number: int = 0, so_far: str = ""
+    file: InputFile, error: BaseException, position: int = 0, place: str = "", number: int = 0, so_far: str = ""
 ) -> SetAside:
     """The record of a file that could not be read to its end.
 

@@ -17,7 +17,7 @@ from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excer
 from groundup.corpus.reading.compressed import BLOCK_BYTES
 from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, make_record, too_long, unread
 from groundup.corpus.reading.parts import is_too_long, skip_line
-from groundup.corpus.reading.sources import Source
+from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 
 PLACE = "line"
@@ -25,7 +25,7 @@ _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def read_lines(
-    source: Source, start: int, stop: int | None, settings: CorpusSettings, set_aside: OnSetAside
+    source: InputFile, start: int, stop: int | None, settings: CorpusSettings, set_aside: OnSetAside
 ) -> Generator[Record, None, int]:
     """The records of the lines that begin at `start` or behind it and before `stop`.
 
@@ -75,14 +75,14 @@ def _first_line(handle: IO[bytes], start: int, stop: int | None) -> int:
     If none begins before `stop`, that is `stop` or a place behind it.
     """
     if handle.read(2) in _UTF16_MARKS:
-        # Such a file has no lines as we count them; whoever has its beginning says so.
+        # Such a file has no lines as we count them; the unit with its beginning reports it.
         handle.seek(0, 2)
         return handle.tell()
     handle.seek(start - 1)
     return start - 1 + skip_line(handle, None if stop is None else stop - start + 1)
 
 
-def _set_aside_utf16(source: Source, line: bytes, set_aside: OnSetAside) -> None:
+def _set_aside_utf16(source: InputFile, line: bytes, set_aside: OnSetAside) -> None:
     detail = "the file is UTF-16; save it as UTF-8"
     excerpt = excerpt_of(line[:400].decode("utf-16", errors="replace"))
     set_aside(SetAside(source.label, "", 0, Reason.INVALID_UTF8, detail, excerpt, source.size_bytes()))
@@ -103,7 +103,7 @@ class _RefusedLineError(Exception):
 
 
 def _record(
-    source: Source, line: bytes, settings: CorpusSettings, set_aside: OnSetAside, position: int, number: int
+    source: InputFile, line: bytes, settings: CorpusSettings, set_aside: OnSetAside, position: int, number: int
 ) -> Record | None:
     try:
         try:

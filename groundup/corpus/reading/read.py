@@ -19,7 +19,7 @@ from groundup.corpus.reading.compressed import BLOCK_BYTES
 from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, make_record, normalize, too_long, unread
 from groundup.corpus.reading.jsonl import read_lines
 from groundup.corpus.reading.parts import TooLong, split_long
-from groundup.corpus.reading.sources import Source, find_sources
+from groundup.corpus.reading.sources import InputFile, find_sources
 from groundup.corpus.reading.units import Unit, units_of, unlisted
 from groundup.recipe import CorpusSettings
 
@@ -178,7 +178,7 @@ def _read_and_warn(units: list[Unit], lost: list[SetAside], settings: CorpusSett
         warnings.warn(f"set aside while reading: {listed}; the first: {first[0]}", stacklevel=2)
 
 
-def _read_plain(source: Source, settings: CorpusSettings, set_aside: OnSetAside) -> Generator[Record, None, int]:
+def _read_plain(source: InputFile, settings: CorpusSettings, set_aside: OnSetAside) -> Generator[Record, None, int]:
     limit = limit_bytes(settings)
     number = 0
     try:
@@ -205,7 +205,7 @@ def _read_plain(source: Source, settings: CorpusSettings, set_aside: OnSetAside)
     return number
 
 
-def _check_whole(source: Source) -> None:
+def _check_whole(source: InputFile) -> None:
     """Read a long file through once, to learn that it is whole and UTF-8 before any of it is used.
 
     Raises:
@@ -229,7 +229,7 @@ def _check_whole(source: Source) -> None:
 
 
 def _read_page(
-    source: Source, settings: CorpusSettings, set_aside: OnSetAside, extract: Extraction
+    source: InputFile, settings: CorpusSettings, set_aside: OnSetAside, extract: Extraction
 ) -> Iterator[Record]:
     limit = limit_bytes(settings)
     try:

@@ -1,6 +1,6 @@
 """Which files an input means: a file, a folder (with all below it), a glob, an address, or a text that ships along.
 
-In: what the user wrote. Out: `Source`s by name, no file twice, the same whatever the order of the inputs. Files of a
+In: what the user wrote. Out: `InputFile`s by name, no file twice, the same whatever the order of the inputs. Files of a
 folder whose names do not end in one of `SUFFIXES` are passed over, and so is all that runs of groundup wrote.
 """
 
@@ -38,7 +38,7 @@ CURATED = ("filter_statistics.json", "unit.json")
 
 
 @dataclass(frozen=True)
-class Source:
+class InputFile:
     """One input file.
 
     Attributes:
@@ -111,7 +111,7 @@ class Source:
 
 
 @dataclass
-class Sources:
+class InputFiles:
     """What the inputs came to.
 
     Attributes:
@@ -120,7 +120,7 @@ class Sources:
         unreadable: folders that could not be listed, as (name, reason).
     """
 
-    files: list[Source] = field(default_factory=list)
+    files: list[InputFile] = field(default_factory=list)
     passed_over: list[str] = field(default_factory=list)
     unreadable: list[tuple[str, str]] = field(default_factory=list)
 
@@ -129,15 +129,15 @@ class Sources:
         return sum(source.size_bytes() for source in self.files)
 
 
-def find_sources(inputs: Sequence[str | Path]) -> Sources:
+def find_sources(inputs: Sequence[str | Path]) -> InputFiles:
     """Turn inputs into files.
 
     Raises:
         DataError: a path that is not there, a glob without a match, a folder without a readable file, an unknown
             file type or `groundup:` name, an address whose library is not installed or whose server says no.
     """
-    every = Sources()
-    places: dict[str, Source] = {}
+    every = InputFiles()
+    places: dict[str, InputFile] = {}
     for item in inputs:
         found = _expand(str(item))
         if not found.files:
@@ -174,25 +174,25 @@ def _packing(name: str) -> str:
     return suffix if suffix in PACKINGS else ""
 
 
-def _by_label(source: Source) -> str:
+def _by_label(source: InputFile) -> str:
     return source.label
 
 
-def _expand(item: str) -> Sources:
+def _expand(item: str) -> InputFiles:
     if item.startswith("groundup:"):
-        return Sources([Source(item, _shipped(item))])
+        return InputFiles([InputFile(item, _shipped(item))])
     if item.startswith("file://"):
         item = item.removeprefix("file://")
     elif "://" in item:
         return _expand_remote(item)
     path = Path(item).expanduser()
-    found = Sources()
+    found = InputFiles()
     if path.is_dir():
         _files_below(path, found)
     elif path.is_file():
         if kind_of(path.name) is None:
             raise _unknown_kind(item)
-        found.files.append(Source(_label(path), path))
+        found.files.append(InputFile(_label(path), path))
     elif glob.has_magic(item):
         matches = sorted(set(_matches(path)))
         if not matches:
@@ -209,12 +209,12 @@ def _expand(item: str) -> Sources:
     return found
 
 
-def _expand_remote(item: str) -> Sources:
+def _expand_remote(item: str) -> InputFiles:
     files, is_listing = find_remote(item)
     if not is_listing and kind_of(files[0].name) is None:
         raise _unknown_kind(item)
     ours = {os.path.dirname(file.url) for file in files if file.name in (MANIFEST, STARTED)}
-    found = Sources()
+    found = InputFiles()
     for file in files:
         folders = list(_parents_of(file.url))
         hidden = any(part.startswith(".") for part in file.below.split("/"))
@@ -223,7 +223,7 @@ def _expand_remote(item: str) -> Sources:
         if kind_of(file.name) is None:
             found.passed_over.append(file.label)
         else:
-            found.files.append(Source(file.label, file))
+            found.files.append(InputFile(file.label, file))
     return found
 
 
@@ -233,7 +233,7 @@ def _parents_of(url: str) -> Iterator[str]:
         url = parent
 
 
-def _files_below(folder: Path, found: Sources) -> None:
+def _files_below(folder: Path, found: InputFiles) -> None:
     """All files below a folder, hidden ones and runs left out; links to folders are not followed."""
 
     if _is_stage_folder(folder):
@@ -291,11 +291,11 @@ def _matches_below(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
             yield from _matches_below(folder / entry.name, rest)
 
 
-def _add_if_text(path: Path, found: Sources) -> None:
+def _add_if_text(path: Path, found: InputFiles) -> None:
     # A link that leads nowhere counts as a file, to be set aside when it cannot be opened; a pipe would block.
     is_text = kind_of(path.name) is not None and (path.is_file() or not path.exists())
     if is_text and not _is_stage_folder(path.parent):
-        found.files.append(Source(_label(path), path))
+        found.files.append(InputFile(_label(path), path))
     else:
         found.passed_over.append(_label(path))
 
@@ -325,7 +325,7 @@ def _label(path: Path) -> str:
     return os.fsencode(path.as_posix()).decode("utf-8", errors="backslashreplace")
 
 
-def _what_is_there(found: Sources) -> str:
+def _what_is_there(found: InputFiles) -> str:
     if found.unreadable:
         return f"could not be listed: {found.unreadable[0][1]}"
     if not found.passed_over:

@@ -18,7 +18,7 @@ from groundup.corpus.reading.compressed import DamagedStreamError
 from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, make_record, too_long, unread
 from groundup.corpus.reading.jsonl import label_of
 from groundup.corpus.reading.remote import RemoteReadError
-from groundup.corpus.reading.sources import Source
+from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 
 PLACE = "row"
@@ -34,7 +34,7 @@ _READING: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1 << 20, "page_c
 
 
 def read_table(
-    source: Source, start: int, stop: int | None, settings: CorpusSettings, set_aside: OnSetAside
+    source: InputFile, start: int, stop: int | None, settings: CorpusSettings, set_aside: OnSetAside
 ) -> Generator[Record, None, int]:
     """The records of row groups `start` to `stop` (without it, to the last).
 
@@ -52,7 +52,7 @@ def read_table(
         return 0
 
 
-def row_group_borders(source: Source, split_bytes: int) -> list[int]:
+def row_group_borders(source: InputFile, split_bytes: int) -> list[int]:
     """The row groups at which pieces of about `split_bytes` (as stored) begin; [0] if the table cannot be read."""
     borders, size = [0], 0
     try:
@@ -100,7 +100,7 @@ def _open(handle: IO[bytes]) -> pq.ParquetFile:
 def _read_groups(
     handle: IO[bytes],
     file: pq.ParquetFile,
-    source: Source,
+    source: InputFile,
     start: int,
     stop: int | None,
     settings: CorpusSettings,
@@ -232,7 +232,7 @@ def _text(value: bytes | None) -> str | bytes | None:
 
 
 def _record(
-    source: Source, row: dict[str, Any], settings: CorpusSettings, set_aside: OnSetAside, position: int, number: int
+    source: InputFile, row: dict[str, Any], settings: CorpusSettings, set_aside: OnSetAside, position: int, number: int
 ) -> Record | None:
     text = row["text"]
     if isinstance(text, str) and len(text) <= limit_bytes(settings) >= len(text.encode()):

@@ -1,6 +1,6 @@
 """Pieces of the input that workers read on their own: whole files, and ranges of the large ones.
 
-In: `Sources`. Out: `Unit`s in the order of the files. JSON lines are cut in byte ranges (a line belongs to the unit
+In: `InputFiles`. Out: `Unit`s in the order of the files. JSON lines are cut in byte ranges (a line belongs to the unit
 in which its first byte lies), tables in ranges of row groups, so that one file of 100 GB keeps every worker busy.
 All else is read whole: compressed streams have no places to begin at, and texts and archives none that a reader
 could be sure of.
@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from groundup.corpus.document import Reason, SetAside
-from groundup.corpus.reading.sources import Source, Sources
+from groundup.corpus.reading.sources import InputFile, InputFiles
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Unit:
         stop: the one after the last, or None: to the end of the file.
     """
 
-    source: Source
+    source: InputFile
     start: int = 0
     stop: int | None = None
 
 
-def units_of(sources: Sources, split_bytes: int) -> list[Unit]:
+def units_of(sources: InputFiles, split_bytes: int) -> list[Unit]:
     """Cut the files into pieces of about `split_bytes`.
 
     The borders depend on the file and `split_bytes` alone, and a file that has grown keeps those it had.
@@ -37,7 +37,7 @@ def units_of(sources: Sources, split_bytes: int) -> list[Unit]:
     return [unit for source in sources.files for unit in _split(source, max(1, split_bytes))]
 
 
-def unlisted(sources: Sources) -> list[SetAside]:
+def unlisted(sources: InputFiles) -> list[SetAside]:
     """What to set aside for the folders that could not be looked into."""
     return [
         SetAside(name, "", 0, Reason.UNREADABLE, f"the folder cannot be listed ({why})")
@@ -45,7 +45,7 @@ def unlisted(sources: Sources) -> list[SetAside]:
     ]
 
 
-def _split(source: Source, split_bytes: int) -> list[Unit]:
+def _split(source: InputFile, split_bytes: int) -> list[Unit]:
     size = source.size_bytes()
     borders = [0]
     if size > split_bytes and source.can_seek:

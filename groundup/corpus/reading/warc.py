@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
-from groundup.corpus.reading.archive import Loss, RawRecord, read_records
+from groundup.corpus.reading.archive import LostBytes, RawRecord, read_records
 from groundup.corpus.reading.extract import ExtractionFailure, in_utf8
 from groundup.corpus.reading.http_body import BodyError, parse_response
 from groundup.corpus.reading.intake import limit_bytes, make_record
 
 if TYPE_CHECKING:
-    from groundup.corpus.reading.sources import Source
+    from groundup.corpus.reading.sources import InputFile
     from groundup.recipe import CorpusSettings
 
 PLACE = "record"
@@ -37,7 +37,7 @@ _HTTP_OVERHEAD_BYTES = 1 << 16
 
 
 def read_warc(
-    source: Source,
+    source: InputFile,
     settings: CorpusSettings,
     set_aside: OnSetAside,
     extract: Callable[[bytes, str], str | ExtractionFailure],
@@ -48,7 +48,7 @@ def read_warc(
     Args:
         source: the file: .warc, .wet or .arc, plain or compressed.
         settings: for the normal form and the longest document.
-        set_aside: told of every response without a text, and of every stretch that is lost.
+        set_aside: called with every response without a text, and every lost stretch.
         extract: takes text out of an HTML page, given the page and its address (`Extractor.extract`).
         counts: if given, counts records by their kind ("response", "request", ...), and those whose digest does not
             fit their content under `WRONG_DIGEST`: many archives are full of those, so they are used nevertheless.
@@ -57,7 +57,7 @@ def read_warc(
     is_empty = True
     for raw in read_records(source, limit + _HTTP_OVERHEAD_BYTES):
         is_empty = False
-        if isinstance(raw, Loss):
+        if isinstance(raw, LostBytes):
             set_aside(
                 SetAside(source.label, PLACE, raw.number, raw.reason, raw.detail, raw.excerpt, raw.size_bytes,
                          raw.position)
@@ -183,7 +183,7 @@ def _read_digest(text: str) -> set[bytes]:
     return meanings
 
 
-def _refuse(source: Source, set_aside: OnSetAside, raw: RawRecord, reason: Reason, detail: str) -> None:
+def _refuse(source: InputFile, set_aside: OnSetAside, raw: RawRecord, reason: Reason, detail: str) -> None:
     set_aside(
         SetAside(source.label, PLACE, raw.number, reason, detail, excerpt_of(raw.block), raw.size_bytes, raw.position)
     )
