@@ -53,7 +53,7 @@ from groundup.training.planning.probe import (
 from groundup.training.planning.result import Amount, Candidate, Expected, Fit, Hardware, Plan
 from groundup.training.precision import choose_precision
 from groundup.training.process import limited_threads, recall
-from groundup.training.scaling.law import DEFAULT_LAW, ScalingLaw
+from groundup.training.scaling_law import DEFAULT_LAW, ScalingLaw
 from groundup.training.schedule import BatchPlan, count_tokens, sequence_length
 
 __all__ = ["Plan", "plan"]

@@ -41,7 +41,7 @@ from groundup.training.optimizers import Optimizers, clip_gradients
 from groundup.training.precision import choose_precision
 from groundup.training.pretrain import PRETRAIN
 from groundup.training.process import keep_freed_memory, limited_threads
-from groundup.training.scaling.law import (
+from groundup.training.scaling_law import (
     DEFAULT_LAW,
     LAW_FILE,
     LawData,
