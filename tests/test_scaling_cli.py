@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from command import CommandLine, groundup, start
-from groundup.training.scaling import sweep as scaling_sweeps
+from groundup.training import scaling_sweep as scaling_sweeps
 from tiny_run import build_quietly, tiny_recipe, write_recipe, write_texts
 
 import groundup as gu
