@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 from command import CommandLine, groundup, start
-from groundup.training import scaling_sweep as scaling_sweeps
 from tiny_run import build_quietly, tiny_recipe, write_recipe, write_texts
 
 import groundup as gu
@@ -24,6 +23,7 @@ from groundup.files import own_folder
 from groundup.model import count_parameters, training_flops_per_token
 from groundup.model.ladder import shape_on_line
 from groundup.recipe import Recipe
+from groundup.training import scaling_sweep as scaling_sweeps
 from groundup.training.scaling_sweep import default_tokens, plan_sweep, seconds_of, sweep_runs, tokens_for
 
 __all__ = ["groundup"]
