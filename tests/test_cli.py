@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,17 +16,18 @@ import pytest
 import tiny_run
 import torch
 from command import PROGRAM, CommandLine, Ended, groundup, run_to_end, start
-from tiny_run import STAGES, bits, copy_of_finished, finished_run, rewritten, times
+from tiny_run import SCORES, STAGES, bits, copy_of_finished, finished_run, rewritten, times
 
 from groundup import __version__, read_recipe
 from groundup.distributed import World
 from groundup.errors import Interrupted
+from groundup.recipe import parse_recipe, recipe_toml, registered
 from groundup.run import Run
 
 __all__ = ["groundup"]
 
 COMMANDS = [
-    (), ("build",), *((name,) for name in STAGES), ("generate",), ("chat",), ("report",), ("status",), ("runs",),
+    (), ("build",), *((name,) for name in registered()), ("generate",), ("chat",), ("report",), ("status",), ("runs",),
     ("doctor",), ("recipe",), ("recipe", "show"), ("recipe", "check"), ("recipe", "new"), ("corpus", "crawl"),
     ("tokenizer", "report"), ("tokenizer", "try"), ("shards", "verify"), ("shards", "stats"), ("shards", "show"),
     ("shards", "import"), ("shards", "export"), ("scaling",),
@@ -68,6 +70,8 @@ def test_importing_the_package_costs_nothing() -> None:
 
 # --- Building
 
+ALL_DONE = dict.fromkeys(STAGES, "done")
+
 
 def test_a_build_shows_progress_on_one_stream_and_the_table_on_the_other(groundup: CommandLine, tmp_path: Path) -> None:
     built = groundup("build", tiny_run.write_recipe(tmp_path), "--runs", tmp_path / "runs")
@@ -86,7 +90,9 @@ def test_a_build_shows_progress_on_one_stream_and_the_table_on_the_other(groundu
     assert again.code == 0
     assert list(again.json["stages"]) == list(STAGES)
     assert again.json["run"] == str(tmp_path / "runs" / "tiny")
-    assert [row["key"] for row in again.json["scores"]] == ["bits_per_byte", "bits_per_byte_sft", "exact_match"]
+    scores = [(row["model"], row["key"]) for row in again.json["scores"]]
+    assert scores == [("pretrain", "bits_per_byte"), ("sft", "bits_per_byte"), ("sft", "exact_match")]
+    assert again.json["gates"] == []
     assert again.err.count("up to date") == len(STAGES)
 
     quiet = groundup("build", tmp_path / "runs" / "tiny", "--quiet")
@@ -110,8 +116,21 @@ def test_stage_commands_do_what_they_stand_on_and_no_more(groundup: CommandLine,
     [
         ((), dict.fromkeys(STAGES, "done")),
         (("--force",), dict.fromkeys(STAGES, "forced")),
-        (("--from", "sft"), {**dict.fromkeys(STAGES[:4], "done"), "sft": "forced", "evaluate": "forced"}),
-        (("--set", "sft.epochs=2"), {**dict.fromkeys(STAGES[:4], "done"), "sft": "changed", "evaluate": "changed"}),
+        (("--from", "sft"), {**ALL_DONE, "sft": "forced", "evaluate/sft": "forced"}),
+        (("--from", "evaluate"), {**ALL_DONE, **dict.fromkeys(SCORES, "forced")}),
+        (("--set", "align.sft.epochs=2"), {**ALL_DONE, "sft": "changed", "evaluate/sft": "changed"}),
+        (("--set", "align.two.method=sft"), {**ALL_DONE, "two": "missing", "evaluate/two": "missing"}),
+        (("--only", "sft"), dict.fromkeys(STAGES[:5], "done")),
+        (
+            ("--only", "evaluate/pretrain", "--only", "shards", "--force"),
+            {
+                "corpus": "done",
+                "tokenizer": "done",
+                "shards": "forced",
+                "pretrain": "done",
+                "evaluate/pretrain": "forced",
+            },
+        ),
         (("--out", "other"), dict.fromkeys(STAGES, "missing")),
     ],
 )
@@ -129,7 +148,7 @@ def test_a_dry_run_tells_and_writes_nothing(
     assert told.code == 0
     assert told.json["stages"] == shown
     words = groundup("build", run.root, "--dry-run", *options)
-    assert len(words.out.splitlines()) == 1 + len(STAGES)
+    assert [line.split()[0] for line in words.out.splitlines()[1:]] == list(told.json["stages"])
     assert times(run) == before
     assert list(tmp_path.iterdir()) == []
 
@@ -141,15 +160,16 @@ def test_a_dry_run_of_one_stage_stops_at_it(groundup: CommandLine) -> None:
 
 def test_a_missed_gate_exits_with_3_and_still_shows_the_table(groundup: CommandLine, tmp_path: Path) -> None:
     run = copy_of_finished(tmp_path)
-    gate = ("--set", "evaluate.gates.min_exact_match=0.99")
+    gate = ("--set", 'evaluate.gates=[{metric="exact_match", model="sft", min=0.99}]')
     missed = groundup("build", run.root, *gate)
     assert missed.code == 3
-    assert "✗ at least 99% after" in missed.out
-    assert "a gate of the recipe is missed: exact match" in missed.err
+    assert "✗ at least 0.99" in missed.out
+    assert "a gate of the recipe is missed: exact match of sft: at least 0.99, is 0" in missed.err
     assert "Train longer" in missed.err
     as_json = groundup("build", run.root, *gate, "--json")
     assert as_json.code == 3
-    assert as_json.json["scores"][-1]["gate"] == {"text": "at least 99% after", "passed": False}
+    (shown,) = as_json.json["gates"]
+    assert (shown["key"], shown["model"], shown["passed"]) == ("exact_match", "sft", False)
 
 
 def test_smoke_is_for_recipes_only(groundup: CommandLine) -> None:
@@ -177,7 +197,7 @@ vocab_size = 100
 tokens = "plenty"
 lr = 0
 
-[sftt]
+[align.sftt]
 epochs = 1
 """
 
@@ -205,8 +225,10 @@ def test_a_recipe_with_ten_mistakes_is_told_all_ten(groundup: CommandLine, tmp_p
         (("bild", "demo"), 2, "No such command 'bild'"),
         (("build", "demo", "--set", "nonsense"), 2, "is not of the form section.key=value"),
         (("build", "demo", "--set", "corpus.inputs=nowhere.txt"), 1, "nowhere.txt: no such file or folder"),
-        (("build", "demo", "--from", "cleaning"), 1, "Its stages: corpus, tokenizer, shards, pretrain, sft, evaluate."),
+        (("build", "demo", "--from", "cleaning"), 1, "Its stages: corpus, tokenizer, shards, pretrain, sft, evaluate/"),
         (("sft", "shakespeare", "--dry-run"), 1, "'sft' is no stage of this recipe"),
+        (("build", "demo", "--dry-run", "--only", "dpo"), 1, "'dpo' is no stage of this recipe"),
+        (("recipe", "check", "demo", "--set", "align.sft.start=pretrian"), 2, "Did you mean 'pretrain'?"),
         (("status", "nowhere"), 1, "no run in this folder"),
         (("report", "nowhere"), 1, "no run in this folder"),
         (("chat", "nowhere"), 1, "no model here"),
@@ -295,7 +317,13 @@ def test_a_recipe_is_shown_checked_and_copied(
     assert read_recipe("mine.toml") == read_recipe("demo").model_copy(update={"name": "mine"})
     assert groundup("recipe", "new", "mine.toml").code == 1
     assert groundup("recipe", "new", "mine.toml", "--overwrite", "--like", str(finished_run().root)).code == 0
-    assert read_recipe("mine.toml").sft == finished_run().recipe.sft
+    assert read_recipe("mine.toml").align == finished_run().recipe.align
+    short = Path("mine.toml").read_text().splitlines()
+    assert len(short) < 50
+    assert [line for line in short if " = " in line and "  # " not in line] == []
+    assert groundup("recipe", "new", "all.toml", "--all").code == 0
+    assert read_recipe("all.toml") == read_recipe("demo").model_copy(update={"name": "all"})
+    assert len(Path("all.toml").read_text().splitlines()) > 150
     listed = groundup("recipe", "new", "--list").out
     assert all(name in listed for name in ("demo", "shakespeare", "ground-1m", "llama-160m"))
 
@@ -312,15 +340,34 @@ def test_generate_continues_the_prompt(groundup: CommandLine, monkeypatch: pytes
     assert 1 <= told["n_tokens"] <= 8
     streamed = groundup("generate", root, "The cat", *drawn)
     assert streamed.out == f"The cat{told['text']}\n"
-    assert streamed.err == ""
-    other = groundup("generate", root / "sft" / "model", "The cat", *drawn, "--json").json
-    assert other["model"] == str(root / "sft" / "model")
+    assert streamed.err == f"model: {root}/pretrain (the base model; --model STAGE takes another)\n"
+    for named in ((root / "sft" / "model",), (root, "--model", "sft")):
+        other = groundup("generate", named[0], "The cat", *named[1:], *drawn, "--json")
+        assert other.json["model"] == str(root / "sft" / "model")
+        assert other.err == ""
+    missing = groundup("generate", root, "The cat", "--model", "dpo")
+    assert (missing.code, "Its models: sft, pretrain." in missing.err) == (1, True)
     wrong = groundup("generate", root, "The cat", "--temperature", "-1", "--top-p", "2")
     assert (wrong.code, wrong.out) == (1, "")
     assert "temperature" in wrong.err
     assert "top_p" in wrong.err
     # An argument may hold bytes that are no UTF-8.
     assert groundup("generate", root, os.fsdecode(b"caf\xe9"), *drawn, "--json").json["prompt"] == "caf\ufffd"
+
+
+def test_a_run_of_several_assistants_is_talked_to_by_name(groundup: CommandLine, tmp_path: Path) -> None:
+    run = copy_of_finished(tmp_path)
+    for name in ("second", "control"):
+        shutil.copytree(run.folder("sft"), run.folder(name))
+    more = ["align.second.method=sft", "align.control.method=sft", "align.control.compute=second"]
+    text, told = recipe_toml(run.recipe), ("--say", "Hello", "-n", "2", "--json")
+    for chosen, name in (([], "second"), (["generate.model=sft"], "sft")):
+        (run.root / "recipe.toml").write_text(recipe_toml(parse_recipe(text, "tiny.toml", [*more, *chosen])))
+        said = groundup("chat", run.root, *told)
+        assert said.json["model"] == str(run.root / name / "model")
+        assert ("[generate] model" in said.err) is bool(chosen)
+        named = groundup("chat", run.root, "--model", "control", *told)
+        assert named.json["model"] == str(run.root / "control" / "model")
 
 
 # --- Lines that can be pasted

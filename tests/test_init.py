@@ -1,4 +1,4 @@
-"""Starting from a model that is there already: `init`, and tokens that it does not know yet."""
+"""Starting from a model that is there already: `start` and `init`, and tokens that it does not know yet."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ import torch
 from generation_models import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_road import problems_of
 from tiny_run import STAGES, build_quietly, finished_run, tiny_recipe
 
 from groundup import corpus
 from groundup.console import Console
 from groundup.errors import ArtifactError, DataError, GroundupError, RecipeError
+from groundup.evaluation import read_comparison
 from groundup.interop import load, load_model, save_model
+from groundup.interop.start import start_config, start_model
 from groundup.model import Transformer, count_parameters, extend_vocabulary, preset
 from groundup.pipeline import plan
 from groundup.preview import check_recipe, derived_values
 from groundup.recipe import ModelSettings, Recipe, parse_recipe, recipe_toml
 from groundup.run import Run
+from groundup.stage import model_digest
 from groundup.tokenizer import Tokenizer, load_tokenizer
-from groundup.training import start_config, start_digest, start_model, start_tokenizer
+from groundup.tokenizer.stage import start_tokenizer
 
 FAMILIES = ["ground-nano", "gpt2-nano", "llama-nano"]
 BASE = "pretrain/model"
@@ -171,12 +173,18 @@ def test_a_model_without_a_tokenizer_is_no_judge(tmp_path: Path, capsys: pytest.
 
 def test_the_digest_is_of_the_weights(tmp_path: Path) -> None:
     copy = Path(shutil.copytree(first_run() / BASE, tmp_path / "copy"))
-    assert start_digest(copy) == start_digest(first_run() / BASE) != start_digest(first_run() / "sft")
+    assert model_digest(copy) == model_digest(first_run() / BASE) != model_digest(first_run() / "sft")
     weights = copy / "model.safetensors"
     contents = bytearray(weights.read_bytes())
     contents[-1] ^= 1
     weights.write_bytes(contents)
-    assert start_digest(copy) != start_digest(first_run() / BASE)
+    assert model_digest(copy) != model_digest(first_run() / BASE)
+
+
+def problems_of(recipe: Recipe) -> list[str]:
+    with pytest.raises(RecipeError) as raised:
+        check_recipe(recipe, "my.toml")
+    return [str(problem) for problem in raised.value.problems]
 
 
 def continued(*overrides: str) -> Recipe:
@@ -186,7 +194,7 @@ def continued(*overrides: str) -> Recipe:
 
 def test_pretraining_goes_on_from_a_model(tmp_path: Path) -> None:
     recipe = continued(f'pretrain.init="{first_run() / BASE}"')
-    run = build_quietly(recipe, tmp_path / "run", until="pretrain")
+    run = build_quietly(recipe, tmp_path / "run", only=["pretrain"])
     before, after = finished_run().manifest("pretrain"), run.manifest("pretrain")
     assert before is not None
     assert after is not None
@@ -196,16 +204,16 @@ def test_pretraining_goes_on_from_a_model(tmp_path: Path) -> None:
     assert run.manifest("tokenizer").summary["vocab_size"] == 320  # type: ignore[union-attr]
     assert load_tokenizer(run.folder("tokenizer")).fingerprint == start_tokenizer(first_run()).fingerprint
     derived = {name: reason for name, _, reason in derived_values(recipe)}
-    assert derived["model.n_layers"] == f"init {first_run() / BASE}"
+    assert derived["model.n_layers"] == f"start {first_run() / BASE}"
 
 
 def test_a_changed_model_to_start_from_is_noticed(tmp_path: Path) -> None:
     copy = Path(shutil.copytree(first_run() / BASE, tmp_path / "copy"))
     recipe = continued(f'pretrain.init="{copy}"')
-    run = build_quietly(recipe, tmp_path / "run", until="pretrain")
+    run = build_quietly(recipe, tmp_path / "run", only=["pretrain"])
 
     def states() -> dict[str, str]:
-        return {one.stage.name: one.state for one in plan(recipe, run, until="pretrain")}
+        return {one.stage.name: one.state for one in plan(recipe, run, only=["pretrain"])}
 
     assert set(states().values()) == {"done"}
     moved = copy.rename(tmp_path / "moved")
@@ -215,7 +223,7 @@ def test_a_changed_model_to_start_from_is_noticed(tmp_path: Path) -> None:
     assert states() == {"corpus": "done", "tokenizer": "done", "shards": "done", "pretrain": "changed"}
 
 
-def test_the_road_extends_the_vocabulary(tmp_path: Path) -> None:
+def test_the_pipeline_extends_the_vocabulary(tmp_path: Path) -> None:
     tokenizer = larger_tokenizer(tmp_path / "tokenizer")
     recipe = continued(f'pretrain.init="{first_run() / BASE}"', f'tokenizer.use="{tokenizer}"')
     check_recipe(recipe, "tiny.toml")
@@ -229,22 +237,35 @@ def test_the_road_extends_the_vocabulary(tmp_path: Path) -> None:
     assert any("its ids are not those" in problem for problem in problems_of(wrong))
 
 
-def test_fine_tuning_alone_starts_from_a_model_without_text(tmp_path: Path) -> None:
+def test_assistants_start_from_a_model_without_text(tmp_path: Path) -> None:
     recipe = parse_recipe(
-        f'[sft]\ninit = "{first_run() / BASE}"\nexamples = 200\nepochs = 0.5\neval_every = 100\n'
+        f'[align.one]\nmethod = "sft"\nstart = "{first_run() / BASE}"\nexamples = 200\nepochs = 0.5\neval_every = 100\n'
+        '[align.two]\nmethod = "sft"\nstart = "one"\nexamples = 200\nepochs = 0.5\neval_every = 100\n'
         '[evaluate]\ntasks = ["groundup:tasks"]\nlimit = 10\nmax_tokens = 4\n',
         "tiny.toml",
     )
     check_recipe(recipe, "tiny.toml")
     run = build_quietly(recipe, tmp_path / "run")
-    assert sorted(path.name for path in run.root.iterdir() if path.is_dir()) == ["evaluate", "sft"]
-    assert {one.stage.name: one.state for one in plan(recipe, Run(run.root))} == {"sft": "done", "evaluate": "done"}
-    model, tokenizer = load_model(run.folder("sft") / "model")
+    assert sorted(path.name for path in run.root.iterdir() if path.is_dir()) == ["evaluate", "one", "two"]
+    scored = ["evaluate/before-one", "evaluate/one", "evaluate/two"]
+    states = {one.stage.name: one.state for one in plan(recipe, Run(run.root))}
+    assert states == dict.fromkeys(["one", "two", *scored], "done")
+    assert [row["before"] is not None for row in read_comparison(run)["rows"]] == [True, True]
+    model, tokenizer = load_model(run.folder("two") / "model")
     assert model.config == load_model(first_run() / BASE)[0].config
     assert tokenizer is not None
-    with_text = parse_recipe("", "tiny.toml", [f'sft.init="{first_run()}"'])
-    stages = [one.stage.name for one in plan(with_text, Run(tmp_path / "other"))]
-    assert stages == ["corpus", "tokenizer", "shards", "sft", "evaluate"]
+
+
+def test_a_changed_model_to_start_from_is_noticed_by_what_stands_on_it(tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(first_run() / BASE, tmp_path / "copy"))
+    text = (
+        '[align.one]\nmethod = "sft"\nstart = "{}"\n[align.two]\nmethod = "sft"\n[evaluate]\ntasks = "groundup:tasks"'
+    )
+    recipe = parse_recipe(text.format(copy), "my.toml", [f'pretrain.init="{first_run()}"'])
+    before = {one.stage.name: one.fingerprint for one in plan(recipe, Run(tmp_path / "run"))}
+    save_model(copy, random_model("ground-nano", vocab_size=320, context_length=64), start_tokenizer(first_run()))
+    after = {one.stage.name: one.fingerprint for one in plan(recipe, Run(tmp_path / "run"))}
+    assert {name for name in after if after[name] != before[name]} == {"one", "evaluate/before-one", "evaluate/one"}
 
 
 def test_problems_of_a_start_are_told_before_anything_runs(tmp_path: Path) -> None:
@@ -252,8 +273,6 @@ def test_problems_of_a_start_are_told_before_anything_runs(tmp_path: Path) -> No
     init = f'pretrain.init="{first_run()}"'
     found = problems_of(continued(init, "model.n_layers=7", "pretrain.sequence_length=32"))
     assert any("n_layers = 7: does not fit the weights" in one for one in found)
-    with pytest.raises(RecipeError, match="both set"):
-        continued(init, 'sft.init="there"')
     with pytest.raises(RecipeError, match="keep one"):
         continued(init, 'model.size="1m"')
 
@@ -276,7 +295,7 @@ def somebody_elses(folder: Path) -> Path:
     return folder
 
 
-def test_somebody_elses_model_and_tokenizer_go_down_the_road_and_leave_as_they_came(tmp_path: Path) -> None:
+def test_somebody_elses_model_and_tokenizer_go_through_the_pipeline_and_leave_as_they_came(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     theirs = somebody_elses(tmp_path / "theirs")
@@ -304,4 +323,5 @@ def test_somebody_elses_model_and_tokenizer_go_down_the_road_and_leave_as_they_c
 
 def test_somebody_elses_tokenizer_makes_no_chats(tmp_path: Path) -> None:
     found = problems_of(continued(f'pretrain.init="{somebody_elses(tmp_path / "theirs")}"', "corpus.languages=[]"))
-    assert any("no tokens for the roles of a chat" in problem for problem in found)
+    assert [problem.partition(": ")[0] for problem in found] == ["[align.sft]", '[evaluate] tasks = "groundup:tasks"']
+    assert all("no tokens for the roles of a chat" in problem for problem in found)

@@ -29,7 +29,7 @@ from groundup.training.planning.probe import (
     rows_within,
     run_seconds,
 )
-from groundup.training.scaling.law import ScalingLaw
+from groundup.training.scaling_law import ScalingLaw
 
 MIB, GIB = 2**20, 2**30
 BASE = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -213,3 +214,13 @@ def test_gates_on_a_score_and_on_a_stages_own_figure_are_sound() -> None:
     assert read(recipe_toml(recipe)) == recipe
     with pytest.raises(GroundupError, match="exact_match"):
         check_recipe(read(gates.join(["[align.sft]\n", ""])), "my.toml")
+
+
+def test_a_model_without_a_tokenizer_is_told_once(tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(finished_run().root / "pretrain" / "model", tmp_path / "bare"))
+    (copy / "tokenizer.json").unlink()
+    (problem,) = problems_of(read(OUTSIDE.format(start=copy), "evaluate.tasks=groundup:tasks"))
+    assert problem.startswith("[align.one] start")
+    assert "no tokenizer beside the model" in problem
+    use = f'tokenizer.use="{finished_run().root}"'
+    check_recipe(read(OUTSIDE.format(start=copy), use), "my.toml")

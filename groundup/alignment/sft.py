@@ -26,9 +26,9 @@ from groundup.distributed import AXES, World, current_world
 from groundup.errors import DataError
 from groundup.files import value_digest
 from groundup.interop import save_model
-from groundup.interop.start import starting_config, starting_point
+from groundup.interop.start import check_chat, check_start, starting_config, starting_point
 from groundup.model import Transformer
-from groundup.recipe import AlignSettings, OptimizerSettings, Section, Texts, resolve_optimizer, setting
+from groundup.recipe import ControlSettings, OptimizerSettings, Section, Texts, resolve_optimizer, setting
 from groundup.report.format import format_lines, format_whole, loss_line, training_facts
 from groundup.shards import PackedLoader, Permutation, TokenShards, WindowLoader
 from groundup.shards.mixture import Shares, integer_weights
@@ -39,7 +39,7 @@ from groundup.training.objective import pass_flops
 from groundup.training.pretrain import QUICK_VALIDATION, training_checks, training_derived
 
 
-class SFTSettings(AlignSettings, OptimizerSettings):
+class SFTSettings(ControlSettings, OptimizerSettings):
     """Base model and conversations to an assistant."""
 
     data: Texts = setting(
@@ -309,7 +309,8 @@ class SupervisedFineTuning(Method):
 
     def checks(self, stage: Stage) -> Iterable[Check]:
         """Data, model, optimizer."""
-        yield f"[{stage.section}] start", lambda: starting_config(stage)
+        yield f"[{stage.section}] start", lambda: check_start(stage)
+        yield f"[{stage.section}]", lambda: check_chat(stage, f"[{stage.section}]")
         yield from training_checks(stage)
         yield f"[{stage.section}] data", lambda: data_fingerprint(stage.settings.data, stage.section)
         yield f"[{stage.section}] replay", lambda: check_replay(stage.settings, stage.recipe.reads_text, stage.section)

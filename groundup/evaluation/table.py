@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from groundup.errors import ArtifactError, DataError
-from groundup.evaluation.harness import BITS_PER_BYTE, METRIC_OF_TASK, SCORES_FILE, check_tasks
+from groundup.evaluation.harness import BITS_PER_BYTE, METRIC_OF_TASK, SCORES_FILE, TASKS, check_tasks
 from groundup.files import read_json, write_json
+from groundup.interop.start import check_chat
 from groundup.recipe import BEFORE, Gate, Recipe
 from groundup.run import Run
 from groundup.stage import Check, Stage, default_model, graph, language_models
@@ -79,6 +80,11 @@ def evaluation_checks(recipe: Recipe, stages: Mapping[str, Stage]) -> Iterable[C
     if BITS_PER_BYTE in recipe.evaluate.tasks and not recipe.reads_text:
         what = "bits_per_byte needs a validation text."
         yield "[evaluate] tasks", functools.partial(_refuse, what, "Add [corpus] inputs = […].")
+    if TASKS in recipe.evaluate.tasks:
+        where = f'[evaluate] tasks = "{TASKS}"'
+        for stage in language_models(stages):
+            if stage.start is None:
+                yield where, functools.partial(check_chat, stage, where)
     for gate in recipe.evaluate.gates:
         yield "[[evaluate.gates]]", functools.partial(_check_gate, gate, recipe, stages)
 

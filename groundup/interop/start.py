@@ -7,6 +7,7 @@ does not fit is refused by name.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 from pathlib import Path
@@ -21,6 +22,7 @@ from groundup.recipe import DEFAULT_PRESET, AlignSettings, ModelSettings
 from groundup.run import Run
 from groundup.stage import MODEL_FOLDER, Stage, find_model, graph
 from groundup.tokenizer import Tokenizer, load_tokenizer
+from groundup.tokenizer.pretrained import PretrainedTokenizer
 from groundup.tokenizer.stage import check_vocabulary, given_tokenizer
 
 
@@ -38,14 +40,24 @@ def starting_point(stage: Stage, run: Run, console: Console | None = None) -> tu
         model, tokenizer = load_model(run.folder(stage.start) / MODEL_FOLDER)
         assert tokenizer is not None, "a stage saves its model with its tokenizer"
         return model.requires_grad_(True), tokenizer
-    if not isinstance(stage.settings, AlignSettings):
-        own: Tokenizer | None = load_tokenizer(run.folder("tokenizer"))
-    else:
-        own = given_tokenizer(recipe.tokenizer.use, stage.outside_start)
-    assert own is not None
+    # Pretraining takes the run's, which may be a copy of the given one.
+    own = starting_tokenizer(stage) if isinstance(stage.settings, AlignSettings) else None
+    own = own or load_tokenizer(run.folder("tokenizer"))
     if stage.outside_start is not None:
         return start_model(stage.outside_start, recipe.model, own, console), own
     return Transformer(recipe.model.config(own.vocab_size), seed=recipe.seed), own
+
+
+def starting_tokenizer(stage: Stage) -> Tokenizer | None:
+    """The tokenizer of the model that a stage starts from; None where the run trains it.
+
+    Raises:
+        ArtifactError: there is none where it should be.
+    """
+    if stage.start is not None:
+        return starting_tokenizer(graph(stage.recipe)[stage.start])
+    _check_start(stage)
+    return given_tokenizer(stage.recipe.tokenizer.use, stage.outside_start)
 
 
 def starting_config(stage: Stage) -> tuple[ModelConfig, str]:
@@ -66,6 +78,31 @@ def starting_config(stage: Stage) -> tuple[ModelConfig, str]:
     if model.size is not None:
         return config, f"size {model.size}"
     return config, f"depth {model.depth}" if model.depth is not None else f"preset {model.preset or DEFAULT_PRESET}"
+
+
+def check_start(stage: Stage) -> None:
+    """Check that there is a model where a stage starts, that `[model]` fits it, and that it has a tokenizer.
+
+    Raises:
+        GroundupError: if not.
+    """
+    starting_config(stage)
+    if stage.outside_start is not None:
+        starting_tokenizer(stage)
+
+
+def check_chat(stage: Stage, where: str) -> None:
+    """Check that the tokenizer of the model that a stage starts from can lay out a chat.
+
+    Raises:
+        DataError: it has no tokens for the roles.
+    """
+    with contextlib.suppress(ArtifactError):  # other checks say that it is not there
+        if isinstance(starting_tokenizer(stage), PretrainedTokenizer):
+            raise DataError(
+                f"{where}: the tokenizer of the model to start from has no tokens for the roles of a chat.",
+                "Leave this out: such a model goes on learning from text alone, and is scored on text.",
+            )
 
 
 def _check_start(stage: Stage) -> None:

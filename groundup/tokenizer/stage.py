@@ -15,7 +15,7 @@ from groundup.recipe import TokenizerSettings
 from groundup.report.format import format_lines
 from groundup.stage import CONFIG_FILE, Check, Context, Method, Shown, Stage, find_model
 from groundup.tokenizer.files import TOKENIZER_FILE, TOKENIZER_FILES, read_files
-from groundup.tokenizer.pretrained import PretrainedTokenizer, load_tokenizer, read_tokenizer
+from groundup.tokenizer.pretrained import load_tokenizer, read_tokenizer
 from groundup.tokenizer.tokenizer import Tokenizer
 from groundup.untrusted import file_inside, read_object
 
@@ -165,19 +165,6 @@ def check_vocabulary(own: Tokenizer, tokenizer: Tokenizer, init: str | Path) -> 
         f"[tokenizer]: its ids are not those that the model in {init} was trained with: {shown}{more}.",
         "Leave [tokenizer] use unset to take the model's own, or use one that begins with the same entries.",
     )
-
-
-def check_chat(tokenizer: Tokenizer, where: str, source: str) -> None:
-    """Check that a tokenizer can lay out a chat.
-
-    Raises:
-        DataError: it has no tokens for the roles.
-    """
-    if isinstance(tokenizer, PretrainedTokenizer):
-        raise DataError(
-            f"{where}: the tokenizer of {source} has no tokens for the roles of a chat.",
-            "Leave this stage out: the model goes on learning from text alone.",
-        )
 
 
 def _tokens(tokenizer: Tokenizer) -> list[str | bytes]:
