@@ -46,7 +46,7 @@ USABLE_SHARE = 0.9
 """Of a device's memory, what a plan gives away: others need some, and estimates err."""
 
 PROCESS_BYTES = 400 << 20
-"""What the program itself takes on a CPU, where that is not measured."""
+"""What the program itself takes on a CPU: interpreter, torch, our modules, threads, buffers of kernels."""
 
 # Holes in a CPU's heap, as shares of the activations of a step without checkpointing: (float32, two-byte arithmetic).
 # Freed buffers are kept for the next step (`process.py`), and glibc before 2.38 cannot put an aligned buffer into the
@@ -62,19 +62,12 @@ LADDER = (
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """The memory of one device.
+    """The memory of one device."""
 
-    Attributes:
-        total: bytes that one process of the run can have.
-        what: whose they are, in words.
-        device: whose kernels.
-        has_bfloat16: natively.
-    """
-
-    total: int
-    what: str
-    device: Device
-    has_bfloat16: bool
+    total: int  # bytes that one process of the run can have
+    what: str  # whose they are, in words
+    device: Device  # whose kernels
+    has_bfloat16: bool  # natively
 
     @property
     def usable(self) -> int:
@@ -83,46 +76,56 @@ class DeviceMemory:
 
 
 @dataclass(frozen=True)
-class MemoryEstimate:
-    """What a run takes on one device.
+class Suggestion:
+    """A change that saves memory."""
 
-    Attributes:
-        memory: alive at the fullest moment.
-        heap: pieces of the heap that nothing fits into (CPU).
-        process: the program itself (CPU).
-    """
+    setting: str  # what to set, as for --set, or what else to do
+    saves: int  # bytes, beside the changes before it
+    total: int  # bytes that are needed with it and the changes before it
+    fits: bool
+    cost: str  # what it costs otherwise
 
-    memory: Memory
-    heap: int
-    process: int
+
+@dataclass(frozen=True)
+class Step:
+    """What one device does between two updates."""
+
+    rows: int  # of the batch, on this device
+    micro: int  # rows in one forward pass
+    length: int  # tokens in a row
+    dtype: Arithmetic
+    device: Device = "cpu"
+    n_devices: int = 1  # over which weights, gradients and optimizer state are spread
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the fullest moment of a step."""
+
+    weights: int  # float32, and what is gathered of them for a moment where they are spread
+    gradients: int  # those that are there at this moment
+    optimizer: int
+    average: int  # of the weights
+    activations: int  # kept for the backward pass, and the gradients of it at this moment
+    logits: int  # the slice of them that is there, with its gradient
+    other: int  # what an update needs for a moment
+    moment: str  # which one it is
+    all_gradients: int  # of all parameters; where `gradients` is less, they come when activations have gone
+    heap: int = 0  # pieces of the heap that nothing fits into (CPU)
+    process: int = 0  # the program itself (CPU)
 
     @property
     def total(self) -> int:
         """Bytes of all: the peak of the resident set on a CPU, of the allocator on a GPU."""
-        return self.memory.total + self.heap + self.process
+        return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
         """The bytes by name."""
-        return {**self.memory.parts(), "heap": self.heap, "process": self.process}
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """A change that saves memory.
-
-    Attributes:
-        setting: what to set, as for --set, or what else to do.
-        saves: bytes, beside the changes before it.
-        total: bytes that are needed with it and the changes before it.
-        fits: whether that is little enough.
-        cost: what it costs otherwise.
-    """
-
-    setting: str
-    saves: int
-    total: int
-    fits: bool
-    cost: str
+        return {
+            "weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer,
+            "averaged weights": self.average, "activations": self.activations, "logits slice": self.logits,
+            "other": self.other, "heap": self.heap, "process": self.process,
+        }  # fmt: skip
 
 
 def device_memory(world: World) -> DeviceMemory:
@@ -163,26 +166,23 @@ def step_of(
     return Step(rows, micro, length, dtype, available.device, n_devices)
 
 
-def estimate_memory(
-    config: ModelConfig, settings: OptimizerSettings, step: Step, stage: str = "pretrain"
-) -> MemoryEstimate:
-    """What a run takes on one device.
+def estimate_memory(config: ModelConfig, settings: OptimizerSettings, step: Step) -> Memory:
+    """What a run takes on one device, the program and the heap's holes included.
 
     Raises:
         RecipeError: a group's pattern matches no parameter.
     """
-    memory = step_memory(config, settings, step, stage)
+    memory = step_memory(config, settings, step)
     if step.device == "cuda":
-        return MemoryEstimate(memory, 0, 0)
+        return memory
     allocated = sum(activation_bytes(config, step.micro, step.length, step.dtype).values())
     holes = round(_HOLES[settings.activation_checkpointing][step.dtype != "float32"] * allocated)
-    return MemoryEstimate(memory, holes, PROCESS_BYTES)
+    return replace(memory, heap=holes, process=PROCESS_BYTES)
 
 
 def choose_micro_batch(
-    config: ModelConfig, settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int = 1,
-    stage: str = "pretrain",
-) -> tuple[int, str]:  # fmt: skip
+    config: ModelConfig, settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int = 1
+) -> tuple[int, str]:
     """Rows in one forward pass on one device, and why so many: the whole batch wherever it fits.
 
     Args:
@@ -191,13 +191,14 @@ def choose_micro_batch(
         length: tokens in a row.
         available: the device.
         n_devices: over which the batch is spread.
-        stage: named in messages.
     """
     whole = step_of(settings, length, available, n_devices)
     if settings.micro_batch_size is not None:
         return whole.micro, "as the recipe says"
-    for micro in _divisors(whole.rows):
-        if estimate_memory(config, settings, replace(whole, micro=micro), stage).total <= available.usable:
+    for micro in range(whole.rows, 0, -1):
+        if whole.rows % micro:
+            continue
+        if estimate_memory(config, settings, replace(whole, micro=micro)).total <= available.usable:
             return micro, "the batch" if micro == whole.rows else f"the most that fits {_of(available)}"
     return 1, f"one row at a time, and even so perhaps too much for {_of(available)}"
 
@@ -223,9 +224,9 @@ def check_memory(
     available = device_memory(world)
     available = replace(available, total=max(0, available.total - beside))
     refuse_what_cannot_fit(config, settings, length, available, world.size, stage)
-    micro, reason = choose_micro_batch(config, settings, length, available, world.size, stage)
+    micro, reason = choose_micro_batch(config, settings, length, available, world.size)
     step = step_of(settings, length, available, world.size, micro)
-    wanted = estimate_memory(config, settings, step, stage).total
+    wanted = estimate_memory(config, settings, step).total
     if micro < step.rows and settings.micro_batch_size is None:
         console.note(f"{stage}: micro-batches of {micro} of {step.rows} rows: {reason}")
     if wanted > available.usable:
@@ -247,7 +248,7 @@ def refuse_what_cannot_fit(
     """
     # A compiler may compute nearly all activations again.
     frugal = settings.model_copy(update={"activation_checkpointing": "full"}) if settings.compile else settings
-    least = step_memory(config, frugal, step_of(settings, length, available, n_devices, 1), stage)
+    least = step_memory(config, frugal, step_of(settings, length, available, n_devices, 1))
     if least.total <= available.total:
         return
     parts = sorted(least.parts().items(), key=lambda part: -part[1])
@@ -269,15 +270,19 @@ def suggestions(
 
     Then, each for itself: a smaller model, and more devices. Empty if it fits.
     """
-    micro, _ = choose_micro_batch(config, settings, length, available, n_devices, stage)
-    before = estimate_memory(config, settings, step_of(settings, length, available, n_devices, micro), stage).total
+
+    def needed(model: ModelConfig, settings: OptimizerSettings, count: int = n_devices, micro: int = 1) -> int:
+        return estimate_memory(model, settings, step_of(settings, length, available, count, micro)).total
+
+    micro, _ = choose_micro_batch(config, settings, length, available, n_devices)
+    before = needed(config, settings, micro=micro)
     if before <= available.usable:
         return []
     found: list[Suggestion] = []
-    asked = settings
+    changed = settings
     for changes, cost in _settings_that_save(settings, available, n_devices, micro):
-        settings = settings.model_copy(update=changes)
-        total = estimate_memory(config, settings, step_of(settings, length, available, n_devices, 1), stage).total
+        changed = changed.model_copy(update=changes)
+        total = needed(config, changed)
         if total >= before:
             continue
         names = " ".join(f"{stage}.{name}={value}" for name, value in changes.items())
@@ -285,8 +290,23 @@ def suggestions(
         before = total
         if found[-1].fits:
             return found
-    found += _smaller_model(config, asked, length, available, n_devices, stage)
-    found += _more_devices(config, asked, length, available, n_devices, stage)
+    one_row = needed(config, settings)
+    for size in reversed(LADDER):
+        try:
+            smaller = ladder_config(size=size, vocab_size=config.vocab_size, context_length=config.context_length)
+        except RecipeError:
+            continue
+        total = needed(smaller, settings)
+        if count_parameters(smaller) < count_parameters(config) and total <= available.usable:
+            found.append(Suggestion(f"model.size={size}", one_row - total, total, True, "another model"))
+            break
+    frugal = settings.model_copy(update={"activation_checkpointing": "full"})
+    for chosen, extra in ((settings, ""), (frugal, f" and {stage}.activation_checkpointing=full")):
+        for count in (n_devices * 2**power for power in range(1, 11)):
+            total = needed(config, chosen, count)
+            if total <= available.usable:
+                setting = f"{count} devices of this size{extra}"
+                return [*found, Suggestion(setting, one_row - total, total, True, "their price")]
     return found
 
 
@@ -310,37 +330,6 @@ def _settings_that_save(
         yield {"optimizer": "adafactor"}, "learns less from a token"
 
 
-def _smaller_model(
-    config: ModelConfig, settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int, stage: str
-) -> Iterator[Suggestion]:
-    before = estimate_memory(config, settings, step_of(settings, length, available, n_devices, 1), stage).total
-    for size in reversed(LADDER):
-        try:
-            smaller = ladder_config(size=size, vocab_size=config.vocab_size, context_length=config.context_length)
-        except RecipeError:
-            continue
-        if count_parameters(smaller) >= count_parameters(config):
-            continue
-        total = estimate_memory(smaller, settings, step_of(settings, length, available, n_devices, 1), stage).total
-        if total <= available.usable:
-            yield Suggestion(f"model.size={size}", before - total, total, True, "another model")
-            return
-
-
-def _more_devices(
-    config: ModelConfig, settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int, stage: str
-) -> Iterator[Suggestion]:
-    """The least power of two of them, as they are or with all activations computed again."""
-    before = estimate_memory(config, settings, step_of(settings, length, available, n_devices, 1), stage).total
-    frugal = settings.model_copy(update={"activation_checkpointing": "full"})
-    for chosen, extra in ((settings, ""), (frugal, f" and {stage}.activation_checkpointing=full")):
-        for count in (n_devices * 2**power for power in range(1, 11)):
-            total = estimate_memory(config, chosen, step_of(chosen, length, available, count, 1), stage).total
-            if total <= available.usable:
-                yield Suggestion(f"{count} devices of this size{extra}", before - total, total, True, "their price")
-                return
-
-
 def _ways_out(
     config: ModelConfig, settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int, stage: str
 ) -> str:
@@ -358,90 +347,18 @@ def _ways_out(
     return f"It fits with:  {ways}"
 
 
-def _divisors(count: int) -> list[int]:
-    """Of a number of rows, the largest first."""
-    return [size for size in range(count, 0, -1) if count % size == 0]
-
-
 def _of(available: DeviceMemory) -> str:
     return f"{available.what}, {format_bytes(available.total)}"
 
 
-@dataclass(frozen=True)
-class Step:
-    """What one device does between two updates.
-
-    Attributes:
-        rows: of the batch, on this device.
-        micro: rows in one forward pass.
-        length: tokens in a row.
-        dtype: of the arithmetic.
-        device: whose kernels.
-        n_devices: over which weights, gradients and optimizer state are spread.
-    """
-
-    rows: int
-    micro: int
-    length: int
-    dtype: Arithmetic
-    device: Device = "cpu"
-    n_devices: int = 1
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one device at the fullest moment of a step.
-
-    Attributes:
-        weights: float32, and what is gathered of them for a moment where they are spread.
-        gradients: those that are there at this moment.
-        optimizer: its state.
-        average: of the weights, if one is kept.
-        activations: what the forward pass keeps for the backward pass, and the gradients of it at this moment.
-        logits: the slice of them that is there, with its gradient.
-        other: what an update needs for a moment.
-        moment: which one it is.
-        all_gradients: of all parameters; where `gradients` is less, they come when activations have gone.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    average: int
-    activations: int
-    logits: int
-    other: int
-    moment: str
-    all_gradients: int
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return sum(self.parts().values())
-
-    def parts(self) -> dict[str, int]:
-        """The bytes by name."""
-        return {
-            "weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer,
-            "averaged weights": self.average, "activations": self.activations, "logits slice": self.logits,
-            "other": self.other,
-        }  # fmt: skip
-
-
-def step_memory(config: ModelConfig, settings: OptimizerSettings, step: Step, stage: str = "pretrain") -> Memory:
+def step_memory(config: ModelConfig, settings: OptimizerSettings, step: Step) -> Memory:
     """What training holds at the fullest moment of a step, validation included.
-
-    Args:
-        config: the model.
-        settings: optimizer, frozen groups, average, checkpointing.
-        step: what one device does.
-        stage: named in messages.
 
     Raises:
         RecipeError: a group's pattern matches no parameter.
     """
     shapes = parameter_shapes(config)
-    grouping = group_parameters(shapes, settings, stage)
+    grouping = group_parameters(shapes, settings)
     sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
     weights = sum(sizes.values())
     gradients = weights - sum(sizes[name] for name in grouping.frozen)
@@ -487,15 +404,11 @@ def _moments(
     # With several micro-batches the gradients of those before are there all the time, and each new one for a moment.
     earlier = gradients + max(sizes.values()) if step.micro < step.rows else 0
     inner = config.d_model * config.d_ff * 4 * max(1, config.n_experts)  # of a feed-forward layer's matrix
+    feedforward = in_block + stream + _inner_gradients(config, n_tokens, size)
     moments = {
         "end of the forward pass": (earlier, kept + stream, _logits(config, n_tokens, dtype, device), 0),
         "backward pass, last norm": (earlier, kept + norm - stream, 0, 0),
-        "backward pass, feed-forward": (
-            earlier or inner,
-            in_block + stream + _inner_gradients(config, n_tokens, size),
-            0,
-            0,
-        ),
+        "backward pass, feed-forward": (earlier or inner, feedforward, 0, 0),
         "end of the backward pass": (gradients + matrix, 2 * n_tokens * config.d_model * 4, 0, 0),
         "update": (gradients, 0, 0, _update(config, grouping, dtype, device)),
     }
@@ -515,10 +428,8 @@ def _computed_again(
     if kind != "selective":
         return (sum(whole.values()) if kind == "full" else 0), whole
     size = 4 if dtype == "float32" else 2
-    n_tokens, ways = (
-        rows * length,
-        (2 if config.is_gated else 1) * max(1, config.experts_per_token * bool(config.n_experts)),
-    )
+    n_tokens = rows * length
+    ways = (2 if config.is_gated else 1) * max(1, config.experts_per_token * bool(config.n_experts))
     # Of what a block keeps, these are results of products, which are there already.
     there = ways * config.d_ff + config.d_model
     if config.qk_norm and (size == 4 or device == "cuda"):
@@ -547,7 +458,8 @@ def _logits(config: ModelConfig, n_tokens: int, dtype: Arithmetic, device: Devic
     # A piece of the output matrix's gradient; that of a second slice, in two-byte arithmetic, in float32 to be added.
     widened = 4 * (size == 2 and rows < n_tokens)
     gradient = d * min(vocabulary, max(1, PIECE_WEIGHTS // d) if on_cpu else vocabulary) * (size + widened)
-    return rows * vocabulary * size + max(piece, gradient) + _cast(vocabulary * d, size)
+    cast = vocabulary * d * 2 if size == 2 else 0
+    return rows * vocabulary * size + max(piece, gradient) + cast
 
 
 def _optimizer_state(shapes: Mapping[str, tuple[int, ...]], grouping: Grouping) -> int:
@@ -580,10 +492,6 @@ def _update(config: ModelConfig, grouping: Grouping, dtype: Arithmetic, device: 
         elif group.optimizer != "adamw":
             most = max(most, *(2 * 4 * math.prod(shape) for shape in counts))
     return most
-
-
-def _cast(n_weights: int, size: int) -> int:
-    return n_weights * 2 if size == 2 else 0
 
 
 def _gathered(config: ModelConfig, sizes: Mapping[str, int]) -> int:

@@ -45,7 +45,6 @@ from groundup.training.planning.probe import (
     ValidationPass,
     assumed_timings,
     measured_timings,
-    process_bytes,
     rows_within,
     run_seconds,
     validation_pass,
@@ -92,7 +91,7 @@ def plan(
     seconds = _budget(hours, budget, hardware)
     settings = recipe.pretrain.model_copy(update={"precision": hardware.precision})
     length = sequence_length(config, settings)
-    fit = _fit(config, settings, length, hardware, is_here=known is None, measure=probe)
+    fit = _fit(config, settings, length, hardware)
     notes: list[str] = []
     if known is None:
         with limited_threads(recipe.threads):
@@ -164,20 +163,17 @@ def _hardware(settings: PretrainSettings, device: str | None, price: float | Non
     return None, Hardware(name, world.size, device_memory(world), price, shown, why)
 
 
-def _fit(
-    config: ModelConfig, settings: PretrainSettings, length: int, hardware: Hardware, *, is_here: bool, measure: bool
-) -> Fit:
+def _fit(config: ModelConfig, settings: PretrainSettings, length: int, hardware: Hardware) -> Fit:
     available, count = hardware.available, hardware.count
     micro, why = choose_micro_batch(config, settings, length, available, count)
     step = step_of(settings, length, available, count, micro)
-    needed = estimate_memory(config, settings, step)
-    if is_here and available.device == "cpu":
-        needed = replace(needed, process=process_bytes(step.dtype, measure=measure))
     free = settings.model_copy(update={"micro_batch_size": None})
     largest, _ = choose_micro_batch(config, free, length, available, count)
-    if estimate_memory(config, free, replace(step, micro=largest)).total > available.usable:
-        return Fit(step, why, None, needed, suggestions(config, settings, length, available, count))
-    return Fit(step, why, largest, needed, suggestions(config, settings, length, available, count))
+    one_fits = estimate_memory(config, free, replace(step, micro=largest)).total <= available.usable
+    return Fit(
+        step, why, largest if one_fits else None, estimate_memory(config, settings, step),
+        suggestions(config, settings, length, available, count),
+    )  # fmt: skip
 
 
 def _timings_here(

@@ -2,17 +2,13 @@
 
 Forward and backward pass, update, validation, one token of a sample and a checkpoint are timed each for itself, as
 medians. A model that is too large for the time is probed with fewer rows of a batch, then at two depths, then with
-shorter rows; what is extrapolated is said. Nothing stays but the figures. The memory of the program itself
-(interpreter, torch, threads, kernels' buffers) is measured once on a machine, in a process that trains the smallest
-model.
+shorter rows; what is extrapolated is said. Nothing stays but the figures.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,8 +26,8 @@ from groundup.training.checkpoint import CheckpointWriter, Progress, weights_of
 from groundup.training.compilation import set_checkpointing
 from groundup.training.objective import head_loss
 from groundup.training.optimizers import Optimizers, clip_gradients, frozen_groups
-from groundup.training.planning.memory import PROCESS_BYTES, DeviceMemory, Step, estimate_memory
-from groundup.training.process import keep_freed_memory, measured_once
+from groundup.training.planning.memory import DeviceMemory, Step, estimate_memory
+from groundup.training.process import keep_freed_memory
 from groundup.training.schedule import BatchPlan
 from groundup.training.throughput import peak_matmul_flops
 from groundup.training.validation import EVAL_TOKENS, validation_interval
@@ -200,31 +196,38 @@ def _measure(
     set_checkpointing(model, settings.activation_checkpointing)
     build = time.perf_counter() - start
     generator = torch.Generator().manual_seed(0)
-    shape = (part.rows, part.length)
-    ids, targets = (torch.randint(0, smaller.vocab_size, shape, generator=generator).to(world.device) for _ in range(2))
+    ids = torch.randint(0, smaller.vocab_size, (part.rows, part.length), generator=generator).to(world.device)
     with frozen_groups(model, settings):
         optimizers = Optimizers(model, settings, model.compute_dtype)
-
-        def both() -> None:
-            model.train()
-            loss = model(ids, head=head_loss(targets)).objective
-            balance = model.balance_loss()
-            ((loss if balance is None else loss + balance) / ids.numel()).backward()
-
-        def update() -> None:
-            clip_gradients(optimizers.parameters(), settings.max_grad_norm, lambda values: values)
-            optimizers.step(1.0)
-
+        both, update = step_pieces(model, optimizers, settings, ids)
         pairs = _alternate((both, update), world, share)
         with torch.no_grad():
             model.eval()
-            forward = _median(lambda: model(ids, head=head_loss(targets)), world, 3 if pairs[0] < 1 else 1)
+            forward = _median(lambda: model(ids, head=head_loss(ids)), world, 3 if pairs[0] < 1 else 1)
             token = _token_seconds(model, ids, world)
     saved = weight_bytes(smaller) + optimizer_bytes(smaller, settings.optimizer)
     save = saved / _DISK if saved > _LARGEST_SAVED else _save_seconds(model, optimizers, world, folder)
     if world.device.type == "cuda":
         save = 0.0  # written beside training
     return Times(*pairs, forward=forward, token=token, save=save, build=build)
+
+
+def step_pieces(
+    model: Transformer, optimizers: Optimizers, settings: OptimizerSettings, ids: torch.Tensor
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What a training step on (rows, tokens) ids does, to be timed: forward and backward pass; clipping and update."""
+
+    def both() -> None:
+        model.train()
+        loss = model(ids, head=head_loss(ids)).objective
+        balance = model.balance_loss()
+        ((loss if balance is None else loss + balance) / ids.numel()).backward()
+
+    def update() -> None:
+        clip_gradients(optimizers.parameters(), settings.max_grad_norm, lambda values: values)
+        optimizers.step(1.0)
+
+    return both, update
 
 
 def _alternate(pieces: tuple[Callable[[], object], ...], world: World, until: float) -> tuple[float, ...]:
@@ -400,46 +403,3 @@ def rows_within(seconds: float, timings: Timings, settings: OptimizerSettings, v
         taken = sum(run_seconds(timings, settings, middle * settings.batch_size, validation).values())
         fits, too_many = (middle, too_many) if taken <= seconds else (fits, middle)
     return fits * settings.batch_size
-
-
-_SMALLEST_RUN = """
-import sys, torch
-torch.set_num_threads(int(sys.argv[1]))
-import groundup.report, groundup.pipeline
-from groundup.model import Transformer, preset
-from groundup.recipe import OptimizerSettings
-from groundup.training.optimizers import Optimizers, clip_gradients
-from groundup.training.objective import head_loss
-from groundup.training.process import peak_memory_bytes
-model = Transformer(preset("ground-nano"))
-optimizers = Optimizers(model, OptimizerSettings(), torch.float32)
-for dtype in (torch.float32, getattr(torch, sys.argv[2])):
-    model.compute_dtype = dtype
-    ids = torch.zeros((2, 32), dtype=torch.int64)
-    model(ids, head=head_loss(ids)).objective.backward()
-    clip_gradients(optimizers.parameters(), 1.0, lambda values: values)
-    optimizers.step(1.0)
-print(peak_memory_bytes())
-"""
-
-
-def process_bytes(dtype: str, *, measure: bool = True) -> int:
-    """Resident bytes of the program itself.
-
-    Args:
-        dtype: of the arithmetic, whose kernels are loaded.
-        measure: in a process of its own, unless that was done here before; else a usual value.
-    """
-    if not measure:
-        return PROCESS_BYTES
-    key = {"dtype": dtype, "run": _SMALLEST_RUN}
-    return int(measured_once("process", key, torch.device("cpu"), lambda: {"bytes": _process_peak(dtype)})["bytes"])
-
-
-def _process_peak(dtype: str) -> int:
-    command = [sys.executable, "-c", _SMALLEST_RUN, str(torch.get_num_threads()), dtype]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-        return int(done.stdout.split()[-1])
-    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
-        return PROCESS_BYTES

@@ -8,7 +8,7 @@ from typing import Any
 from groundup.model import ModelConfig, count_parameters
 from groundup.model.cost import active_parameters, training_flops, vocabulary_parameters
 from groundup.recipe import PretrainSettings
-from groundup.training.planning.memory import DeviceMemory, MemoryEstimate, Step, Suggestion, refuse_what_cannot_fit
+from groundup.training.planning.memory import DeviceMemory, Memory, Step, Suggestion, refuse_what_cannot_fit
 from groundup.training.planning.probe import Timings
 
 
@@ -67,7 +67,7 @@ class Fit:
     step: Step
     micro_why: str
     largest_micro: int | None
-    estimate: MemoryEstimate
+    estimate: Memory
     suggestions: list[Suggestion]
 
 
@@ -205,7 +205,7 @@ class Plan:
             },
             "memory": {
                 "parts": memory.parts(), "total": memory.total, "usable": hardware.available.usable, "fits": self.fits,
-                "fullest": memory.memory.moment, "all_gradients": memory.memory.all_gradients,
+                "fullest": memory.moment, "all_gradients": memory.all_gradients,
                 "micro_batch_size": fit.step.micro, "micro_why": fit.micro_why,
                 "largest_micro_batch": fit.largest_micro, "suggestions": [vars(one) for one in fit.suggestions],
             },
