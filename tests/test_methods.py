@@ -108,7 +108,10 @@ def test_a_change_of_its_code_redoes_its_branch_only(run: Run, monkeypatch: pyte
 
 
 def test_killed_and_resumed_it_gives_the_same_bits(
-    run: Run, recipe_file: Path, tmp_path: Path, groundup: CommandLine  # noqa: F811
+    run: Run,
+    recipe_file: Path,
+    tmp_path: Path,
+    groundup: CommandLine,  # noqa: F811
 ) -> None:
     killed = Run(tmp_path / "killed")
     command = [sys.executable, toy_method.__file__, "build", str(recipe_file), "--out", str(killed.root)]
