@@ -237,7 +237,7 @@ def encoder(row: dict[str, Any]) -> dict[str, Any]:
     _choose(row["engine"])
     from groundup.tokenizer import load_tokenizer
 
-    return {"encoder": load_tokenizer(row["tokenizer"]).engine_name}
+    return {"encoder": load_tokenizer(row["tokenizer"]).choose_engine()}
 
 
 DO = {"train": train, "chain": chain, "encoder": encoder}

@@ -20,7 +20,8 @@ def main() -> None:
         done = subprocess.run([sys.executable, "-m", "groundup", "build", "demo", "--runs", folder], check=False)
         seconds = time.perf_counter() - start
         run = Path(folder) / "demo"
-        stages = {path.parent.name: json.loads(path.read_text()) for path in sorted(run.glob("*/stage.json"))}
+        manifests = sorted(run.rglob("stage.json"))
+        stages = {path.parent.relative_to(run).as_posix(): json.loads(path.read_text()) for path in manifests}
         scores = json.loads((run / "evaluate" / "scores.json").read_text())
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         write_result(

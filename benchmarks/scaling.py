@@ -17,8 +17,8 @@ from record import write_result
 
 import groundup as gu
 from groundup.files import read_json, write_json
-from groundup.training.scaling.law import COEFFICIENTS, ScalingLaw
-from groundup.training.scaling.sweep import sweep_runs
+from groundup.training.scaling_law import COEFFICIENTS, ScalingLaw
+from groundup.training.scaling_sweep import sweep_runs
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "scaling.svg"
 AHEAD = (1, 10, 100)

@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from groundup.tokenizer import Tokenizer, load_tokenizer
     from groundup.training import TrainedModel, pretrain
     from groundup.training.planning.plan import Plan, plan
-    from groundup.training.scaling.law import ScalingLaw
-    from groundup.training.scaling.sweep import scaling_sweep
+    from groundup.training.scaling_law import ScalingLaw
+    from groundup.training.scaling_sweep import scaling_sweep
 
 __version__ = "0.1.0"
 
@@ -84,8 +84,8 @@ _WHERE = {
     "groundup.stage": ("Method", "Shown"),
     "groundup.training": ("TrainedModel", "pretrain"),
     "groundup.training.planning.plan": ("Plan", "plan"),
-    "groundup.training.scaling.law": ("ScalingLaw",),
-    "groundup.training.scaling.sweep": ("scaling_sweep",),
+    "groundup.training.scaling_law": ("ScalingLaw",),
+    "groundup.training.scaling_sweep": ("scaling_sweep",),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 

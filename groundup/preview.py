@@ -18,10 +18,10 @@ def derived_values(recipe: Recipe) -> list[tuple[str, str, str]]:
     found = {item.setting: (_shown(item.value), item.reason) for item in derivations(recipe)}
     if recipe.threads is None:
         found["threads"] = (f"{torch.get_num_threads():,}", "cores that this process may use")
-    for stage in graph(recipe).values():
-        for name, value, reason in stage.method.derived(stage):
-            found[name] = (value, reason)
-    return [(name, value, reason) for name, (value, reason) in found.items()]
+    of_stages = [row for stage in graph(recipe).values() for row in stage.method.derived(stage)]
+    known_better = {name for name, _, _ in of_stages}
+    rows = [(name, value, reason) for name, (value, reason) in found.items() if name not in known_better]
+    return rows + of_stages
 
 
 def check_recipe(recipe: Recipe, label: str) -> None:

@@ -153,12 +153,12 @@ class Stage:
     @property
     def is_control(self) -> bool:
         """It spends another stage's compute, to be compared with."""
-        return isinstance(self.settings, AlignSettings) and self.settings.compute is not None
+        return getattr(self.settings, "compute", None) is not None
 
     @property
     def needs(self) -> tuple[str, ...]:
         """The stages it stands on."""
-        own = (self.start, self.settings.compute) if isinstance(self.settings, AlignSettings) else ()
+        own = (self.start, getattr(self.settings, "compute", None))
         return tuple(dict.fromkeys(name for name in (*own, *self.method.needs(self)) if name is not None))
 
 
@@ -182,13 +182,20 @@ class Context:
         return self.run.folder(self.stage.name)
 
     def compute(self) -> float | None:
-        """FLOPs of the stage whose compute this one is to spend; None if it is no control."""
+        """FLOPs of the stage whose compute this one is to spend; None if it is no control.
+
+        Raises:
+            RunError: that stage does not say what it took.
+        """
         name = getattr(self.stage.settings, "compute", None)
         if name is None:
             return None
         manifest = self.run.manifest(name)
         assert manifest is not None, "a stage that another one needs is done before it"
-        return float(manifest.summary["flops"])
+        flops = manifest.summary.get("flops")
+        if flops is None:
+            raise RunError(f"{name}: says nothing of the FLOPs it took, so {self.stage.name} cannot spend as many.")
+        return float(flops)
 
 
 def graph(recipe: Recipe) -> dict[str, Stage]:

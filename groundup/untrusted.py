@@ -32,7 +32,7 @@ def file_inside(folder: Path, name: str) -> Path:
     if name in ("", ".", "..") or any(mark in name for mark in ("/", "\\", "\0")) or Path(name).is_absolute():
         raise ArtifactError(
             f"{folder}: names the file {name!r:.80}, which is not in the folder.",
-            "A model's files stand side by side; whoever made this folder is not to be trusted.",
+            "A model's files stand side by side; do not trust the source of this folder.",
         )
     path = folder / name
     try:

@@ -78,7 +78,7 @@ def test_nothing_is_no_content(extractor: Extractor, html: bytes) -> None:
     assert extractor.extract(PAGES[0]) != answer
 
 
-HOSTILE = {
+ADVERSARIAL = {
     "deep": b"<div>" * 8_000 + b"text",
     "inline": b"<b><i><a>" * 10_000 + b"text",
     "colspan": b"<table><tr><td colspan=99999999 rowspan=99999999>cell</td></tr></table>",
@@ -95,7 +95,7 @@ HOSTILE = {
 
 
 def test_adversarial_pages_cost_only_themselves(extractor: Extractor) -> None:
-    for name, html in HOSTILE.items():
+    for name, html in ADVERSARIAL.items():
         answer = extractor.extract(html)
         assert isinstance(answer, str | ExtractionFailure), name
         if isinstance(answer, str):

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from groundup.corpus.words import SEPARATORS, SINGLES, words_of
 
 MASK = (1 << 64) - 1
-HOSTILE = "aB9 \n\t.,_'-éÉßẞİıΣσςÇЖжΩ中文のｱｱあไทยກខ한글😀👍🏽’“—\u200d\u0301\ud800\udfffK𐐀𐐨\x00\x7f\ufeff0٣"
-text = st.text(alphabet=st.one_of(st.sampled_from(HOSTILE), st.characters()), max_size=80)
+ADVERSARIAL = "aB9 \n\t.,_'-éÉßẞİıΣσςÇЖжΩ中文のｱｱあไทยກខ한글😀👍🏽’“—\u200d\u0301\ud800\udfffK𐐀𐐨\x00\x7f\ufeff0٣"
+text = st.text(alphabet=st.one_of(st.sampled_from(ADVERSARIAL), st.characters()), max_size=80)
 texts = st.lists(text, max_size=8)
 
 
@@ -85,9 +85,6 @@ def test_words_and_their_places(values):
         expected = plain_words(value)
         assert list(zip(found.word_begin[mine], found.word_end[mine], strict=True)) == [(b, e) for _, b, e in expected]
         assert found.hashes[mine].tolist() == [plain_hash(word) for word, _, _ in expected]
-        data = encoded(value)
-        for begin, end, (_, first, last) in zip(found.byte_begin[mine], found.byte_end[mine], expected, strict=True):
-            assert data[begin:end] == encoded(value[first:last])
 
 
 @given(texts, st.sampled_from([1, 2, 3, 5, 8, 13, 50]))

@@ -1,4 +1,4 @@
-"""Files that nobody should trust: each ends in an error that names file and fault; nothing is run."""
+"""Untrusted files: each ends in an error that names file and fault; nothing is run."""
 
 import contextlib
 import json

@@ -365,7 +365,7 @@ def test_a_model_without_a_tokenizer_says_so(tmp_path):
 
 
 def pretrained(config=None, **changes):
-    """A tokenizer of another house: ours, but for some parts of its files."""
+    """A pretrained tokenizer: ours, but for some parts of its files."""
     spec = {**json.loads(own_contents()), **changes}
     files = {"tokenizer.json": json.dumps(spec).encode(), "tokenizer_config.json": json.dumps(config or {}).encode()}
     return PretrainedTokenizer(files, "tokenizer.json", {"bos": None, "eos": 5, "pad": None})

@@ -151,7 +151,7 @@ def test_text_is_generated_with_it(folder: Path) -> None:
     assert "".join(gu.stream(loaded.model, loaded.tokenizer, "Once upon", max_tokens=8, temperature=0)) == ours.text
 
 
-def test_a_chat_by_somebody_elses_template_is_an_error_in_words(folder: Path) -> None:
+def test_a_pretrained_tokenizer_lays_out_no_chat(folder: Path) -> None:
     tokenizer = gu.load(folder).tokenizer
     with pytest.raises(DataError, match="template of its own, which groundup does not run"):
         render(tokenizer, [{"role": "user", "content": "hello"}])

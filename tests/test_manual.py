@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tiny_run
 import typer
 from data_stage import text_of
 
@@ -19,6 +20,7 @@ from groundup.cli.main import make_app
 from groundup.corpus.dedup.minhash import match_probability
 from groundup.corpus.document import Reason
 from groundup.corpus.quality.rules import all_rules, presets
+from groundup.files import read_json
 from groundup.recipe import CorpusSettings, ShardsSettings, TokenizerSettings, parse_recipe, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +28,7 @@ MANUAL = ROOT / "manual"
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted(MANUAL.glob("*.md"))]
 DATA_STAGE = MANUAL / "03-the-data-stage.md"
 TOKENS = MANUAL / "04-tokenizer-and-shards.md"
+RUNS = MANUAL / "02-recipes-and-runs.md"
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
@@ -165,6 +168,22 @@ def test_the_examples_of_the_data_stage_run(tmp_path: Path, monkeypatch: pytest.
     for split in ("train", "validation"):
         pairs = itertools.pairwise([names["summary"][f"tokens_{split}"], again[split].tokens])  # type: ignore[index]
         assert all(one == other for one, other in pairs)
+
+
+@pytest.mark.slow
+def test_the_method_of_your_own_runs(tmp_path: Path) -> None:
+    (program,) = blocks(RUNS, "python")
+    (section,) = [block for block in blocks(RUNS, "") if block.startswith("[align.sft]")]
+    (tmp_path / "my_method.py").write_text(program, encoding="utf-8")
+    recipe = tiny_run.write_recipe(tmp_path, without="align.sft")
+    recipe.write_text(recipe.read_text(encoding="utf-8") + section, encoding="utf-8")
+    small = ["align.sft-kl.examples=200", "align.sft-kl.epochs=1.0", "align.sft-kl.replay=0.25"]
+    command = ["build", str(recipe), "--out", "run", "--only", "sft-kl", *(f"--set={value}" for value in small)]
+    done = subprocess.run([sys.executable, "my_method.py", *command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    summary = read_json(tmp_path / "run" / "sft-kl" / "stage.json")["summary"]
+    assert 0 < summary["val_kl"] < 1
+    assert summary["final_loss"] < summary["initial_loss"]
 
 
 def test_the_tables_of_figures_are_those_of_the_results() -> None:

@@ -63,7 +63,7 @@ def test_patterns_are_brute_force_masks(rule: AttentionRule, length: int) -> Non
 
 
 @given(rules(), st.integers(1, 30))
-def test_whoever_sees_all_is_told_so(rule: AttentionRule, length: int) -> None:
+def test_causal_only_is_recognized(rule: AttentionRule, length: int) -> None:
     """A pattern of texts that it does not reach must take the fast path without a bias."""
     if rule.pattern == "full" or (rule.pattern == "window" and rule.window >= length):
         assert rule.is_causal_only(length)

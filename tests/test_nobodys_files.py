@@ -10,7 +10,7 @@ import pytest
 from command import CommandLine, groundup  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_road import write_recipe, write_texts
+from tiny_run import write_recipe, write_texts
 
 from groundup.corpus import curate
 from groundup.corpus.crawl import CrawlSettings, crawl
@@ -141,7 +141,7 @@ def test_whatever_is_not_ours_still_stands(
             try:
                 ACTIONS[action](run, stage, turn)
             except GroundupError as error:
-                assert error.fix
+                assert error.fix  # noqa: PT017
         after = theirs(folder)
         for path, content in before.items():
             empty_before = content == "a folder" and not any(path in one.parents for one in before)

@@ -29,7 +29,7 @@ from groundup.training.planning.probe import (
     rows_within,
     run_seconds,
 )
-from groundup.training.scaling.law import ScalingLaw
+from groundup.training.scaling_law import ScalingLaw
 
 MIB, GIB = 2**20, 2**30
 BASE = {
@@ -367,6 +367,6 @@ def test_a_law_tells_the_loss_and_the_size(tmp_path):
 
 
 def test_a_recipe_without_pretraining_has_no_plan():
-    recipe = parse_recipe(TOML, "r.toml", ["sft.init=somewhere"])
+    recipe = parse_recipe('[align.sft]\nstart = "somewhere"\n', "r.toml")
     with pytest.raises(GroundupError, match="nothing to pretrain"):
         gu.plan(recipe, probe=False)

@@ -23,8 +23,8 @@ from groundup.files import own_folder
 from groundup.model import count_parameters, training_flops_per_token
 from groundup.model.ladder import shape_on_line
 from groundup.recipe import Recipe
-from groundup.training.scaling import sweep as scaling_sweeps
-from groundup.training.scaling.sweep import default_tokens, plan_sweep, seconds_of, sweep_runs, tokens_for
+from groundup.training import scaling_sweep as scaling_sweeps
+from groundup.training.scaling_sweep import default_tokens, plan_sweep, seconds_of, sweep_runs, tokens_for
 
 __all__ = ["groundup"]
 

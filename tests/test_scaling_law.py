@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import groundup as gu
 from groundup.errors import ArtifactError, DataError
 from groundup.report.scaling import draw_scaling
-from groundup.training.scaling.law import COEFFICIENTS, HUBER_DELTA, LawData, ScalingLaw, ScalingPoint, fit_scaling_law
+from groundup.training.scaling_law import COEFFICIENTS, HUBER_DELTA, LawData, ScalingLaw, ScalingPoint, fit_scaling_law
 
 TRUE = ScalingLaw(e=1.7, a=40.0, alpha=0.34, b=120.0, beta=0.31)
 SIZES = (240_000, 340_000, 700_000, 1_500_000)

@@ -121,7 +121,7 @@ def test_newer_characters_are_found_among_others() -> None:
 @EACH_SPLIT
 def test_the_fastest_engine_that_passes_is_taken(split: str) -> None:
     pytest.importorskip("gigatoken")
-    assert TRAINED[split].engine_name == "gigatoken"
+    assert TRAINED[split].choose_engine() == "gigatoken"
 
 
 @pytest.mark.parametrize(("missing", "left"), [(["gigatoken"], "tiktoken"), (["gigatoken", "tiktoken"], "huggingface")])
@@ -177,7 +177,7 @@ def test_ids_out_of_the_order_of_merges_are_not_left_to_ranks() -> None:
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram", "characters"])
 def test_other_kinds_have_one_engine(kind: str) -> None:
     tokenizer = Tokenizer.train(["the king and the queen"], kind=kind, vocab_size=600)
-    assert tokenizer.engine_name == ("groundup" if kind == "characters" else "huggingface")
+    assert tokenizer.choose_engine() == ("groundup" if kind == "characters" else "huggingface")
 
 
 def test_one_text_at_a_time_needs_no_fast_engine() -> None:

@@ -20,7 +20,7 @@ from groundup.errors import ArtifactError, GroundupError, Interrupted, RecipeErr
 from groundup.files import own_folder
 from groundup.model import Transformer, cost, preset
 from groundup.preview import check_recipe, derived_values
-from groundup.recipe import GroupSettings, OptimizerSettings, parse_recipe, recipe_toml
+from groundup.recipe import GroupSettings, OptimizerSettings, parse_recipe, recipe_toml, resolve, resolve_optimizer
 from groundup.reference.optimizers import adafactor_step, lion_step, muon_step
 from groundup.training import TrainingJob, muon, optimizers, train
 from groundup.training.metrics import read_log
@@ -422,13 +422,13 @@ def test_all_groups_are_described():
     [("muon", (3e-3, 0.1, 0.95)), ("lion", (1e-3, 0.3, 0.99)), ("adafactor", (0.03, 0.1, 0.95))],
 )
 def test_what_is_unset_follows_from_the_optimizer(optimizer, expected):
-    settings = settings_of(optimizer)
+    settings = resolve_optimizer(settings_of(optimizer))
     assert (settings.lr, settings.weight_decay, settings.beta2) == expected
-    assert settings_of(optimizer, lr=0.5, weight_decay=0.2).lr == 0.5
-    text = f'[model]\nsize = "1m"\n[pretrain]\noptimizer = "{optimizer}"'
-    of_a_size = parse_recipe(text, "mine.toml").pretrain
+    assert resolve_optimizer(settings_of(optimizer, lr=0.5, weight_decay=0.2)).lr == 0.5
+    recipe = parse_recipe(f'[model]\nsize = "1m"\n[pretrain]\noptimizer = "{optimizer}"', "mine.toml")
+    of_a_size = resolve(recipe).pretrain
     assert of_a_size.lr == expected[0]
-    assert parse_recipe(recipe_toml(parse_recipe(text, "mine.toml")), "mine.toml").pretrain == of_a_size
+    assert resolve(parse_recipe(recipe_toml(recipe), "mine.toml")).pretrain == of_a_size
 
 
 def test_a_library_that_is_missing_is_named_before_any_work(tmp_path, monkeypatch):

@@ -35,11 +35,11 @@ def test_a_machine_without_a_gpu_is_refused_before_any_work(tmp_path):
     with pytest.raises(GroundupError, match=r'\[test\] precision = "float8": needs an NVIDIA GPU.*is a cpu\.\n.*auto'):
         train(job, current_world(), QUIET)
     assert list((tmp_path / "run").iterdir()) == []
-    recipe = parse_recipe('[pretrain]\nprecision = "float8"\n[sft]\nprecision = "float8"', "mine.toml")
+    recipe = parse_recipe('[pretrain]\nprecision = "float8"\n[align.sft]\nprecision = "float8"', "mine.toml")
     with pytest.raises(RecipeError) as raised:
         check_recipe(recipe, "mine.toml")
     assert [problem.where for problem in raised.value.problems] == [
-        f'[{stage}] precision = "float8"' for stage in ("pretrain", "sft")
+        f'[{stage}] precision = "float8"' for stage in ("pretrain", "align.sft")
     ]
 
 
@@ -159,7 +159,7 @@ def test_a_run_in_8_bits_learns_and_resumes_to_the_same_bits(tmp_path):
     train(parts, current_world(), QUIET)
     assert all(torch.equal(weights(whole)[name], value) for name, value in weights(parts).items())
     plain = make_job(tmp_path / "plain", precision="bfloat16", n_steps=10)
-    plain.model = small()
+    plain.modules["model"] = small()
     train(plain, current_world(), QUIET)
     ours, theirs = (
         [line["loss"] for line in read_log(tmp_path / name / "metrics.jsonl") if "loss" in line]

@@ -28,7 +28,7 @@ from groundup.files import value_digest
 from groundup.interop import save_model
 from groundup.interop.start import check_chat, check_start, starting_config, starting_point
 from groundup.model import Transformer
-from groundup.recipe import AlignSettings, OptimizerSettings, Section, Texts, resolve_optimizer, setting
+from groundup.recipe import ControlSettings, OptimizerSettings, Section, Texts, resolve_optimizer, setting
 from groundup.report.format import format_lines, format_whole, loss_line, training_facts
 from groundup.shards import PackedLoader, Permutation, TokenShards, WindowLoader
 from groundup.shards.mixture import Shares, integer_weights
@@ -39,7 +39,7 @@ from groundup.training.objective import pass_flops
 from groundup.training.pretrain import QUICK_VALIDATION, training_checks, training_derived
 
 
-class SFTSettings(AlignSettings, OptimizerSettings):
+class SFTSettings(ControlSettings, OptimizerSettings):
     """Base model and conversations to an assistant."""
 
     data: Texts = setting(

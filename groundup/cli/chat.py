@@ -35,7 +35,7 @@ class Chat:
         model: an assistant.
         tokenizer: of the model.
         params: how tokens are drawn.
-        system: what the assistant is told first.
+        system: the system message, or None.
     """
 
     def __init__(

@@ -24,8 +24,8 @@ from groundup.cli.options import (
 if TYPE_CHECKING:
     from groundup.console import Console
     from groundup.recipe import Recipe
-    from groundup.training.scaling.law import Optimum, ScalingLaw
-    from groundup.training.scaling.sweep import Sweep
+    from groundup.training.scaling_law import Optimum, ScalingLaw
+    from groundup.training.scaling_sweep import Sweep
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
 FURTHER = (1, 10, 100)
@@ -70,7 +70,7 @@ def scaling(
     """
     from groundup.console import Console
     from groundup.distributed import current_world
-    from groundup.training.scaling.sweep import DEFAULT_SIZES
+    from groundup.training.scaling_sweep import DEFAULT_SIZES
 
     chosen, folder = recipe_and_run(recipe, settings or [], False, None, runs)
     asked: dict[str, Any] = {
@@ -96,7 +96,7 @@ def scaling(
 def _sweep(recipe: Recipe, folder: Path, asked: dict[str, Any], console: Console) -> ScalingLaw:
     from groundup.errors import Interrupted
     from groundup.pipeline import build
-    from groundup.training.scaling.sweep import check_question, check_start, scaling_sweep
+    from groundup.training.scaling_sweep import check_question, check_start, scaling_sweep
 
     check_start(recipe, asked["out"])
     check_question(asked["sizes"], asked["tokens"], asked["minutes"])
@@ -111,7 +111,7 @@ def _sweep(recipe: Recipe, folder: Path, asked: dict[str, Any], console: Console
 def show_law(law: ScalingLaw, out: Path) -> None:
     """The law, how well it fits, and what it says of more compute."""
     from groundup.console import format_count
-    from groundup.training.scaling.law import LEVEL
+    from groundup.training.scaling_law import LEVEL
 
     console = result_console()
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -151,7 +151,7 @@ def show_law(law: ScalingLaw, out: Path) -> None:
 
 def reach(row: Optimum, law: ScalingLaw) -> str:
     """How far from what was measured a prediction is, in words."""
-    from groundup.training.scaling.sweep import MOST_EPOCHS
+    from groundup.training.scaling_sweep import MOST_EPOCHS
 
     if row.beyond > 1.0:
         words = f"extrapolated: {row.beyond:.3g}× the compute of the largest run"
@@ -180,7 +180,7 @@ def _show_plan(recipe: Recipe, folder: Path, asked: dict[str, Any], as_json: boo
     from groundup.preview import check_recipe
     from groundup.run import Run
     from groundup.training.process import limited_threads
-    from groundup.training.scaling.sweep import check_start, plan_sweep, seconds_of
+    from groundup.training.scaling_sweep import check_start, plan_sweep, seconds_of
 
     check_start(recipe, asked["out"])
     check_recipe(recipe, recipe.name)

@@ -168,7 +168,7 @@ class Corpus(Method):
     """The stage: raw files to documents."""
 
     settings = CorpusSettings
-    version = 2
+    version = 3
     keeps = (ANNOTATED,)  # every piece in it is checked by its own fingerprint
 
     def outside(self, stage: Stage) -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""Who does the pieces of the data stage's work: this process, a pool of local ones, or a Ray cluster.
+"""Where the pieces of the corpus stage's work run: this process, a pool of local ones, or a Ray cluster.
 
-A piece is a module-level function and one picklable argument; it reads files, writes files and returns a small
-record. Text never travels between processes, only names of files and counts. Results come in the order of the
-arguments whoever does the work, so nothing depends on the number of workers.
+A piece is a module-level function and one picklable argument; it reads files, writes files and returns a small record.
+Text never travels between processes, only names of files and counts. Results come in the order of the arguments, so
+nothing depends on the number of workers.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Annotated:
         record: what `unit.json` says.
         first_number: records of the same file in the units before it.
         codes: (n,) int16, 0 for documents that stay, else the place of the reason.
-        survivors: for duplicates, (row, id of who stays).
+        survivors: for duplicates, (row, id of the document kept).
     """
 
     folder: Path
@@ -184,7 +184,7 @@ def write_decisions(path: Path, unit: Annotated) -> None:
 
 
 def read_decisions(path: Path) -> tuple[np.ndarray, dict[int, str]]:
-    """The codes, and for duplicates the id of who stays."""
+    """The codes, and for duplicates the id of the document kept."""
     with np.load(path) as saved:
         survivors = {int(row): value.decode() for row, value in zip(saved["rows"], saved["ids"], strict=True)}
         return saved["codes"], survivors

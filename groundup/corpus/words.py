@@ -92,16 +92,6 @@ class Words:
         return np.diff(self.starts)
 
     @functools.cached_property
-    def byte_begin(self) -> np.ndarray:
-        """(n_words,) int64: where each word begins in its own text, in bytes of UTF-8."""
-        return self._begin - np.repeat(self._offsets[:-1], self.counts)
-
-    @functools.cached_property
-    def byte_end(self) -> np.ndarray:
-        """(n_words,) int64: where each word ends (behind its last byte) in its own text, in bytes of UTF-8."""
-        return self._end - np.repeat(self._offsets[:-1], self.counts)
-
-    @functools.cached_property
     def word_begin(self) -> np.ndarray:
         """(n_words,) int64: where each word begins in its own text, in characters: `text[begin:end]` is the word."""
         return self._characters(self._begin)

@@ -76,7 +76,7 @@ def save_model(
 
 
 def load_model(folder: str | Path) -> tuple[Transformer, Tokenizer | None]:
-    """Read a model's folder, groundup's or Hugging Face's; the model's arithmetic is float32 until told otherwise.
+    """Read a model's folder, groundup's or Hugging Face's; the model computes in float32 until `compute_dtype` is set.
 
     Raises:
         ArtifactError: a file is missing, damaged or does not fit the configuration; or the model is of a family, or

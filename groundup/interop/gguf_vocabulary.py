@@ -193,7 +193,7 @@ def _chat_template(folder: Path) -> str | None:
 
 
 def describe_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary | None) -> None:
-    """Write the tokenizer's keys; without one llama.cpp is told that there is none and takes ids only."""
+    """Write the tokenizer's keys; a file without a tokenizer takes ids only."""
     if vocabulary is None:
         writer.add_tokenizer_model("none")
         return

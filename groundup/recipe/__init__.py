@@ -23,6 +23,7 @@ from groundup.recipe.resolve import Derived, derivations, resolve, resolve_optim
 from groundup.recipe.sections import Section, Texts, setting
 from groundup.recipe.stages import (
     AlignSettings,
+    ControlSettings,
     EvaluateSettings,
     Gate,
     GenerateSettings,
@@ -39,6 +40,7 @@ __all__ = [
     "DEFAULT_PRESET",
     "AlignSettings",
     "ClassifierSettings",
+    "ControlSettings",
     "CorpusSettings",
     "DecontaminationSettings",
     "Derived",

@@ -23,6 +23,8 @@ RENAMED = {
     "rope_share": "partial_rotary_factor",
     "router_loss": "router_aux_loss_coef",
     "clip": "max_grad_norm",
+    "ramp_from": "batch_warmup_from",
+    "ramp_share": "batch_warmup_share",
     "on_trouble": "on_spike",
 }
 """Settings that had another name once."""
@@ -128,7 +130,8 @@ def _problem(item: Any, values: Mapping[str, Any]) -> Problem:
         names = list(section.model_fields) if section else []
         new = "start" if keys[0] == "align" and keys[-1] == "init" else RENAMED.get(keys[-1])
         if new in names:
-            return Problem(where, f"is called {new} now.", f"Write: {new} = …")
+            how = ", divided by experts_per_token" if new == "router_aux_loss_coef" else ""
+            return Problem(where, f"is called {new} now.", f"Write: {new} = …{how}")
         near = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.5)
         fix = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(names)}."
         return Problem(where, "no such setting.", fix)

@@ -30,7 +30,7 @@ def _method_settings(value: Any) -> Any:
     try:
         settings: type[AlignSettings] = find_method(str(method)).settings
     except RunError as error:
-        raise ValueError(f"{error.message} {error.fix}") from error
+        raise ValueError(f"{error.message} {error.fix}".rstrip(".")) from error
     return settings.model_validate(value)
 
 
@@ -90,15 +90,16 @@ class Recipe(Section):
     def _references(self) -> Iterator[str]:
         known = {*self.align, *(["pretrain"] if self.has_trunk else [])}
         for name, section in self.align.items():
-            if section.compute is not None and section.compute not in known - {name, "pretrain"}:
-                yield f'[align.{name}] compute = "{section.compute}": no other stage of this recipe has that name'
+            compute = getattr(section, "compute", None)
+            if compute is not None and compute not in known - {name, "pretrain"}:
+                yield f'[align.{name}] compute = "{compute}": no other stage of this recipe has that name'
             seen = {name}
-            waiting = [section.start, section.compute]
+            waiting = [section.start, compute]
             while waiting:
                 place = waiting.pop()
                 if place in self.align and place not in seen:
                     seen.add(place)
-                    waiting += [self.align[place].start, self.align[place].compute]
+                    waiting += [self.align[place].start, getattr(self.align[place], "compute", None)]
                 elif place == name:
                     yield f"[align.{name}] needs itself, by its start or compute"
                     break

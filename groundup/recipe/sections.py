@@ -1,4 +1,4 @@
-"""What every section of a recipe is made of: documented, ranged fields that nobody changes once they are read."""
+"""What every section of a recipe is made of: documented, ranged fields that never change once they are read."""
 
 from __future__ import annotations
 

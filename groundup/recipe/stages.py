@@ -191,6 +191,11 @@ class AlignSettings(Section):
         min_length=1,
         affects_result=False,
     )
+
+
+class ControlSettings(AlignSettings):
+    """What a method can be told that trains as long as it is asked to, and so can be another one's control."""
+
     compute: str | None = setting(
         None, "a stage: train until as many FLOPs are spent as it took, as its control", affects_result=False
     )

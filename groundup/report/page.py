@@ -59,7 +59,11 @@ def write_report(run: Run) -> Path:
             narrow_stop=NARROW_STOP,
             lane=LANE,
             corpus=corpus_section(record),
-            trainings=[_training(record, stage, curve) for stage, curve in record.curves.items()],
+            trainings=[
+                _training(record, name, record.curves.get(name, Curve([], [], [], [])))
+                for name, stage in record.stages.items()
+                if name in record.curves or stage.shown.get("facts")
+            ],
             by_kind=exact_match_chart("exact-match", _mapping(record.scores.get("by_kind"))),
             answers=_answers(record.scores.get("answers")),
             machine=_machine(record),
@@ -135,7 +139,7 @@ def _headline_figures(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def _training(record: RunRecord, name: str, curve: Curve) -> dict[str, Any]:
-    """One stage that trains: its plots, figures and samples."""
+    """One stage that trains, or has facts to tell: its plots, figures and samples."""
     stage, summary = record.stages[name], record.summary(name)
     expected = summary.get("expected_initial_loss")
     facts = [tuple(pair) for pair in stage.shown.get("facts", ()) if len(pair) == 2 and pair[1]]

@@ -90,7 +90,7 @@ class RunRecord:
         return self.stages[stage].state if stage in self.stages else ""
 
     def summary(self, stage: str) -> dict[str, Any]:
-        """A stage's figures; empty if the stage is not done or not on this road."""
+        """A stage's figures; empty if the stage is not done or not of this recipe."""
         return self.stages[stage].summary if stage in self.stages else {}
 
 

@@ -1,6 +1,6 @@
 """A scaling law as a picture: loss against compute, and how well each run is predicted by the others.
 
-In: a fitted law (`training.scaling.law`). Out: one SVG, readable on its own, on light and dark pages. Left: a dot for
+In: a fitted law (`training.scaling_law`). Out: one SVG, readable on its own, on light and dark pages. Left: a dot for
 each run, a curve for each size, and the frontier, which is the lowest loss that some size reaches with that compute.
 The same law gives the same bytes.
 """

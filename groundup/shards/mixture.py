@@ -100,7 +100,7 @@ class MixtureLoader(StepLoader[Batch]):
 
 
 class Shares:
-    """Row i of a mixture: whose it is, and its number there.
+    """Row i of a mixture: its component, and its number there.
 
     Args:
         weights: integers.

@@ -181,11 +181,6 @@ class Tokenizer:
             console.note(f"tokenizer: encodes with {name}; {'; '.join(self._passed_over)}.")
         return name
 
-    @property
-    def engine_name(self) -> str:
-        """The engine of `encode_to_arrays`, as `choose_engine` chooses it."""
-        return self.choose_engine()
-
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD, control tokens nothing (or their names).
 

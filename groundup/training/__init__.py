@@ -23,8 +23,9 @@ from groundup.training.planning.memory import (
     step_of,
 )
 from groundup.training.precision import check_precision, choose_precision, native_bfloat16
-from groundup.training.pretrain import TrainedModel, count_tokens, pretrain, sequence_length
+from groundup.training.pretrain import TrainedModel, pretrain
 from groundup.training.process import peak_memory_bytes
+from groundup.training.schedule import count_tokens, sequence_length
 
 __all__ = [
     "IGNORED",

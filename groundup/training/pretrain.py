@@ -36,9 +36,7 @@ from groundup.training.planning.memory import (
     step_of,
 )
 from groundup.training.precision import check_precision, choose_precision
-
-COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER = 20
-"""Hoffmann et al. (arXiv:2203.15556)."""
+from groundup.training.schedule import count_tokens, sequence_length
 
 
 @dataclass(frozen=True)
@@ -169,29 +167,6 @@ def mixture_digests(settings: PretrainSettings) -> dict[str, str]:
         f"mixture {number}": TokenShards.open(part.shards, "train").fingerprint
         for number, part in enumerate(settings.mixture)
     }
-
-
-def sequence_length(config: ModelConfig, settings: PretrainSettings) -> int:
-    """Tokens in a training row: the recipe's, or the model's context.
-
-    Raises:
-        DataError: longer than the model can see.
-    """
-    context = config.context_length
-    if settings.sequence_length is not None and settings.sequence_length > context:
-        raise DataError(
-            f"[pretrain] sequence_length = {settings.sequence_length}: longer than the model's context of {context}.",
-            f"Lower it, or set [model] context_length = {settings.sequence_length}.",
-        )
-    return settings.sequence_length or context
-
-
-def count_tokens(n_parameters: int, settings: PretrainSettings) -> tuple[int, str]:
-    """Tokens to train on, and the reason."""
-    if settings.tokens == "compute-optimal":
-        per_parameter = COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER
-        return per_parameter * n_parameters, f"{per_parameter} for each of {n_parameters:,} parameters"
-    return settings.tokens, "as the recipe says"
 
 
 def count_rows(model: Transformer, settings: PretrainSettings) -> int:

@@ -1,4 +1,4 @@
-"""The learning rate and the batch over a run.
+"""The length of a run, and the learning rate and the batch over it.
 
 Warm-up is linear. Then: `wsd` stays at the peak and decays linearly over the last part (arXiv:2404.06395,
 arXiv:2405.18392), `cosine` falls along half a cosine (arXiv:1608.03983), `linear` along a line, `constant` stays.
@@ -11,7 +11,12 @@ from __future__ import annotations
 
 import math
 
-from groundup.recipe import OptimizerSettings
+from groundup.errors import DataError
+from groundup.model import ModelConfig
+from groundup.recipe import OptimizerSettings, PretrainSettings
+
+COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER = 20
+"""Hoffmann et al. (arXiv:2203.15556)."""
 
 
 def learning_rate_share(settings: OptimizerSettings, step: int, n_steps: int) -> float:
@@ -68,3 +73,26 @@ class BatchPlan:
         share = self._ramp[-1] / ramp_rows if ramp_rows else 1.0
         size = batch_warmup_from + (self.batch_size - batch_warmup_from) * min(1.0, share)
         return min(self.batch_size, math.floor(size / batch_warmup_from) * batch_warmup_from)
+
+
+def sequence_length(config: ModelConfig, settings: PretrainSettings) -> int:
+    """Tokens in a training row: the recipe's, or the model's context.
+
+    Raises:
+        DataError: longer than the model can see.
+    """
+    context = config.context_length
+    if settings.sequence_length is not None and settings.sequence_length > context:
+        raise DataError(
+            f"[pretrain] sequence_length = {settings.sequence_length}: longer than the model's context of {context}.",
+            f"Lower it, or set [model] context_length = {settings.sequence_length}.",
+        )
+    return settings.sequence_length or context
+
+
+def count_tokens(n_parameters: int, settings: PretrainSettings) -> tuple[int, str]:
+    """Tokens to train on, and the reason."""
+    if settings.tokens == "compute-optimal":
+        per_parameter = COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER
+        return per_parameter * n_parameters, f"{per_parameter} for each of {n_parameters:,} parameters"
+    return settings.tokens, "as the recipe says"

@@ -105,7 +105,7 @@ def plan_crawl(
 def earlier_settings(out: str | Path) -> dict[str, Any]:
     """The settings of the crawl in a folder, as `CrawlSettings` takes them; none for a new folder.
 
-    Private addresses are not among them: whoever wants those says so each time.
+    Private addresses are not among them: they must be allowed each time.
 
     Raises:
         ArtifactError: `crawl.json` is damaged.

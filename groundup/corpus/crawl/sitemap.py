@@ -1,6 +1,6 @@
 """Sitemaps (sitemaps.org protocol): XML, an index of others, or one address a line, each perhaps gzipped.
 
-In: a body of bytes from a stranger. Out: the addresses in it, as written. A document type declaration is refused
+In: the body of an untrusted response. Out: the addresses in it, as written. A document type declaration is refused
 before anything of it is expanded: a sitemap needs none, and entity bombs need one.
 """
 
@@ -89,6 +89,6 @@ def _parse_xml(body: bytes) -> Sitemap:
         parser.Parse(body, True)
     except expat.ExpatError as error:
         raise BadSitemap(f"not well-formed XML ({error})") from error
-    except (LookupError, ValueError) as error:  # an encoding nobody knows
+    except (LookupError, ValueError) as error:  # an unknown encoding
         raise BadSitemap(f"unreadable XML ({error})") from error
     return found

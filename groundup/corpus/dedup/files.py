@@ -52,7 +52,7 @@ class Removed:
     """One unit's duplicates.
 
     Attributes:
-        rows: (m,) int64, rising: who goes.
+        rows: (m,) int64, rising: the documents removed.
         survivors: (m, 2) uint64: the id of the document that stays in the place of each.
     """
 
@@ -142,7 +142,7 @@ class KeyStore:
         """What is handed back.
 
         Args:
-            found: (m, 2) int64: numbers of those who go and of who stays in their place.
+            found: (m, 2) int64: numbers of the documents removed and of those kept instead.
         """
         found = found[np.argsort(found[:, 0], kind="stable")]
         assert (np.diff(found[:, 0]) > 0).all(), "a document was removed twice"

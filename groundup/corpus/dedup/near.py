@@ -1,6 +1,6 @@
 """Near-duplicates: documents that share a band of their MinHash signatures and, verified, most of the rest.
 
-In: the units' keys and who takes part. Out: who goes, who stays in their place, and how large the clusters are.
+In: the units' keys and who takes part. Out: which are removed, which are kept instead, and how large the clusters are.
 
 1. Bands. Each band of a signature becomes a 64-bit key; (key, document) records go to files by band and key range.
 2. Buckets. Each band and range is sorted; documents with equal keys are a bucket. Only buckets of two and more go on.
@@ -287,7 +287,7 @@ def join(component: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
 
 
 def _decide(work: _Decision) -> dict[str, Any]:
-    """Path of the (m, 2) int64 pairs (who goes, who stays), documents, cluster sizes, buckets given up."""
+    """Path of the (m, 2) int64 pairs (removed, kept instead), documents, cluster sizes, buckets given up."""
     store = KeyStore(work.folder)
     members = read_range(work.files, work.number)
     numbers, which = np.unique(members["number"], return_inverse=True)
@@ -320,7 +320,7 @@ def _decide(work: _Decision) -> dict[str, Any]:
 
 
 def survival_order(lengths: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Who stays before whom: the longest text, then the smallest id, then the first in order.
+    """The order in which documents are kept: the longest text, then the smallest id, then the first in order.
 
     Args:
         lengths: (n,) characters.

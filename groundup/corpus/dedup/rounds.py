@@ -4,7 +4,7 @@ In: buckets of documents that are named by their rank, 0 the first to stay. Out:
 removed it. One after the other, it would read:
 
     for document in order of rank:
-        if nobody removed it:
+        if it is not removed:
             keep it; remove every later document of its buckets that is similar to it
 
 All documents that are the first undecided ones of every bucket they are in can be kept at once: no document that is

@@ -46,7 +46,7 @@ def make_record(
         file: where it was read.
         text: as it was read; encodable as UTF-8.
         settings: for the normal form.
-        set_aside: told why there is no record.
+        set_aside: called with the reason why there is no record.
         position: as in `Record`.
         place: as in `Record`.
         number: as in `Record`.

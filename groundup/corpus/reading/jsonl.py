@@ -75,7 +75,7 @@ def _first_line(handle: IO[bytes], start: int, stop: int | None) -> int:
     If none begins before `stop`, that is `stop` or a place behind it.
     """
     if handle.read(2) in _UTF16_MARKS:
-        # Such a file has no lines as we count them; whoever has its beginning says so.
+        # Such a file has no lines as we count them; the unit with its beginning reports it.
         handle.seek(0, 2)
         return handle.tell()
     handle.seek(start - 1)

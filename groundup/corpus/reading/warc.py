@@ -48,7 +48,7 @@ def read_warc(
     Args:
         source: the file: .warc, .wet or .arc, plain or compressed.
         settings: for the normal form and the longest document.
-        set_aside: told of every response without a text, and of every stretch that is lost.
+        set_aside: called with every response without a text, and every lost stretch.
         extract: takes text out of an HTML page, given the page and its address (`Extractor.extract`).
         counts: if given, counts records by their kind ("response", "request", ...), and those whose digest does not
             fit their content under `WRONG_DIGEST`: many archives are full of those, so they are used nevertheless.

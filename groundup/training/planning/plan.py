@@ -52,10 +52,9 @@ from groundup.training.planning.probe import (
 )
 from groundup.training.planning.result import Amount, Candidate, Expected, Fit, Hardware, Plan
 from groundup.training.precision import choose_precision
-from groundup.training.pretrain import count_tokens, sequence_length
 from groundup.training.process import limited_threads, recall
-from groundup.training.scaling.law import DEFAULT_LAW, ScalingLaw
-from groundup.training.schedule import BatchPlan
+from groundup.training.scaling_law import DEFAULT_LAW, ScalingLaw
+from groundup.training.schedule import BatchPlan, count_tokens, sequence_length
 
 __all__ = ["Plan", "plan"]
 

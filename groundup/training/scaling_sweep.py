@@ -39,9 +39,9 @@ from groundup.training import pretrain
 from groundup.training.objective import head_loss
 from groundup.training.optimizers import Optimizers, clip_gradients
 from groundup.training.precision import choose_precision
-from groundup.training.pretrain import PRETRAIN, sequence_length
+from groundup.training.pretrain import PRETRAIN
 from groundup.training.process import keep_freed_memory, limited_threads
-from groundup.training.scaling.law import (
+from groundup.training.scaling_law import (
     DEFAULT_LAW,
     LAW_FILE,
     LawData,
@@ -50,6 +50,7 @@ from groundup.training.scaling.law import (
     check_enough,
     fit_scaling_law,
 )
+from groundup.training.schedule import sequence_length
 
 DEFAULT_SIZES = ("200k", "500k", "1m", "2m")
 N_BUDGETS = 4
