@@ -20,7 +20,7 @@ from groundup.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from groundup.training.planning.result import Plan
+    from groundup.training.planning.plan import Plan
 
 
 def add_to(app: typer.Typer) -> None:
