@@ -1,7 +1,7 @@
 """The bytes that training needs on one device, before anything is allocated, and whether they fit.
 
 Weights, gradients and optimizer state are counted from shapes, activations tensor by tensor (`model/activations.py`);
-what else is alive depends on the moment of a step, of which there are six (`_moments`). A test compares them with
+what else is alive depends on the moment of a step, of which there are five (`_moments`). A test compares them with
 torch's own record of every allocation. A refusal is certain: the activations of one row and the rest are more than the
 device has. What may be too much, because a heap has holes and other programs need memory too, is a warning. The
 micro-batch depends on the device's size only, not on what is free at the moment, so that a run that is stopped and goes
@@ -26,14 +26,12 @@ from groundup.errors import GroundupError, RecipeError
 from groundup.model import ModelConfig, ladder_config
 from groundup.model.activations import (
     Arithmetic,
-    Checkpointing,
     Device,
     activation_bytes,
     attention_squares,
     block_bytes,
     last_norm_bytes,
     score_block_bytes,
-    score_bytes,
 )
 from groundup.model.cost import count_parameters, parameter_shapes
 from groundup.recipe import OptimizerSettings
@@ -367,16 +365,10 @@ def step_memory(config: ModelConfig, settings: OptimizerSettings, step: Step) ->
     moments = _moments(config, settings, step, gradients // spread, sizes, grouping)
     moment, (held, activations, logits, other) = max(moments.items(), key=lambda item: sum(item[1]))
     return Memory(
-        weights=weights // spread + gathered,
-        gradients=held,
-        optimizer=_optimizer_state(shapes, grouping) // spread,
-        average=weights // spread if settings.ema else 0,
-        activations=activations,
-        logits=logits,
-        other=other,
-        moment=moment,
-        all_gradients=gradients // spread,
-    )
+        weights=weights // spread + gathered, gradients=held, optimizer=_optimizer_state(shapes, grouping) // spread,
+        average=weights // spread if settings.ema else 0, activations=activations, logits=logits, other=other,
+        moment=moment, all_gradients=gradients // spread,
+    )  # fmt: skip
 
 
 def _moments(
@@ -387,7 +379,7 @@ def _moments(
 
     The forward pass fills up activations; the backward pass takes them down block by block while gradients come, so
     that its fullest moment is in the last block or at its end. Within a block it is where the feed-forward layer's
-    gradients are (of both factors of its product), where the softmax's are if it is held, or where a norm's are.
+    gradients are (of both factors of its product), or where the softmax's are if it is held.
     """
     kind = settings.activation_checkpointing
     rows, length, dtype, device = step.micro, step.length, step.dtype, step.device
@@ -396,48 +388,28 @@ def _moments(
     stream = n_tokens * config.d_model * size  # one value for each feature of the residual stream
     matrix = sizes["embed_tokens.weight"]
     kept = sum(activation_bytes(config, rows, length, dtype, kind, device).values())
-    again, block = _computed_again(config, rows, length, dtype, kind, device)
+    last = config.n_layers - 1
+    block = block_bytes(config, last, rows, length, dtype, "none", device)
+    # What checkpointing computes again in the last block's backward pass.
+    again = sum(block.values()) - sum(block_bytes(config, last, rows, length, dtype, kind, device).values())
     # In the last block, what came behind it is gone: the last norm's and the hidden states' gradient.
     in_block = kept - last_norm_bytes(config, n_tokens, dtype, device) - stream + again
-    squares = attention_squares(config, config.n_layers - 1, rows, length, dtype, device)
-    norm = 4 * n_tokens * config.d_model * 4 if config.norm == "rmsnorm" and device == "cpu" else 2 * stream
+    squares = attention_squares(config, last, rows, length, dtype, device)
     # With several micro-batches the gradients of those before are there all the time, and each new one for a moment.
     earlier = gradients + max(sizes.values()) if step.micro < step.rows else 0
     inner = config.d_model * config.d_ff * 4 * max(1, config.n_experts)  # of a feed-forward layer's matrix
     feedforward = in_block + stream + _inner_gradients(config, n_tokens, size)
     moments = {
         "end of the forward pass": (earlier, kept + stream, _logits(config, n_tokens, dtype, device), 0),
-        "backward pass, last norm": (earlier, kept + norm - stream, 0, 0),
         "backward pass, feed-forward": (earlier or inner, feedforward, 0, 0),
         "end of the backward pass": (gradients + matrix, 2 * n_tokens * config.d_model * 4, 0, 0),
         "update": (gradients, 0, 0, _update(config, grouping, dtype, device)),
     }
-    scores = 2 * squares or 3 * score_block_bytes(config, config.n_layers - 1, rows, length, dtype, device)
+    scores = 2 * squares or 3 * score_block_bytes(config, last, rows, length, dtype, device)
     if scores:
         gone = block["feedforward"] + block["norms"] // 4
         moments["backward pass, attention"] = (earlier or 3 * inner, in_block - gone + scores + 2 * stream, 0, 0)
     return moments
-
-
-def _computed_again(
-    config: ModelConfig, rows: int, length: int, dtype: Arithmetic, kind: Checkpointing, device: Device
-) -> tuple[int, dict[str, int]]:
-    """Bytes that checkpointing computes again in the last block's backward pass, and what a block keeps without it."""
-    layer = config.n_layers - 1
-    whole = block_bytes(config, layer, rows, length, dtype, "none", device)
-    if kind != "selective":
-        return (sum(whole.values()) if kind == "full" else 0), whole
-    size = 4 if dtype == "float32" else 2
-    n_tokens = rows * length
-    ways = (2 if config.is_gated else 1) * max(1, config.experts_per_token * bool(config.n_experts))
-    # Of what a block keeps, these are results of products, which are there already.
-    there = ways * config.d_ff + config.d_model
-    if config.qk_norm and (size == 4 or device == "cuda"):
-        there += (config.n_heads + config.n_kv_heads) * config.head_dim
-    scores = score_bytes(config, layer, rows, length, dtype, device)
-    if not scores:
-        there += (config.n_heads + config.n_kv_heads) * config.head_dim  # result and values
-    return sum(whole.values()) - n_tokens * there * size - scores, whole  # scores make place for the softmax
 
 
 def _inner_gradients(config: ModelConfig, n_tokens: int, size: int) -> int:

@@ -11,7 +11,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,7 +60,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Times:
-    """Measured seconds: of one pass over all rows of the part, of an update, and so on."""
+    """Measured seconds: of forward and backward pass over all rows of the part, of an update, and so on."""
 
     both: float
     update: float
@@ -93,14 +93,14 @@ def measured_timings(
         seconds: at most about so long.
         folder: where checkpoints would go, whose disk is tried (default: the system's temporary folder).
     """
+    if not seconds:
+        return assumed_timings(config, step, world)
     if world.device.type == "cpu":
         keep_freed_memory()
     until = time.perf_counter() + seconds
-    if not seconds:
-        return assumed_timings(config, step, world)
     rate = ASSUMED_MFU * _rate_now(getattr(torch, step.dtype), world)
     whole = Part(config.n_layers, step.micro, step.length)
-    chosen = next(_affordable(config, settings, step, whole, rate, available, 0.75 * seconds), None)
+    chosen = _affordable(config, settings, step, whole, rate, available, 0.75 * seconds)
     if chosen is None:
         return assumed_timings(config, step, world)
     measured = [
@@ -145,35 +145,25 @@ def assumed_timings(config: ModelConfig, step: Step, world: World) -> Timings:
 
 
 def _affordable(
-    config: ModelConfig,
-    settings: OptimizerSettings,
-    step: Step,
-    whole: Part,
-    rate: float,
-    available: DeviceMemory,
+    config: ModelConfig, settings: OptimizerSettings, step: Step, whole: Part, rate: float, available: DeviceMemory,
     seconds: float,
-) -> Iterator[tuple[Part, ...]]:
-    """Parts that stand for the whole, the most faithful first, of those that fit into time and memory."""
-    rows = [whole.rows]
-    while rows[-1] > 1:
-        rows.append(rows[-1] // 2)
-    ways: list[tuple[Part, ...]] = [(replace(whole, rows=count),) for count in rows]
-    lengths = [whole.length]
-    while lengths[-1] > _SHORTEST:
-        lengths.append(max(_SHORTEST, lengths[-1] // 2))
-    if config.n_layers > 2:
-        for length in lengths:
-            depths = ((2, 4), (1, 2)) if config.n_layers > 4 else ((1, 2),)
-            ways += [tuple(Part(depth, 1, length) for depth in pair) for pair in depths]
-    else:
-        ways += [(Part(config.n_layers, 1, length),) for length in lengths[1:]]
+) -> tuple[Part, ...] | None:  # fmt: skip
+    """The most faithful parts that stand for the whole, of those that fit into time and memory."""
+    rows = [whole.rows >> power for power in range(whole.rows.bit_length())]
+    shorter = (whole.length >> power for power in range(1, whole.length.bit_length()))
+    lengths = [whole.length, *(length for length in shorter if length >= _SHORTEST)]
+    depths = [(config.n_layers,)] if config.n_layers <= 2 else [(1, 2)] if config.n_layers <= 4 else [(2, 4), (1, 2)]
+    ways = [(replace(whole, rows=count),) for count in rows]
+    ways += [tuple(Part(depth, 1, length) for depth in pair) for length in lengths for pair in depths]
     for way in ways:
-        taken = sum(_expected(part.of(config), part, rate) for part in way)
-        wanted = max(
-            estimate_memory(part.of(config), _without_groups(settings), _as_step(part, step)).total for part in way
-        )
+        taken = wanted = 0.0
+        for part in way:
+            smaller, cut = part.of(config), replace(step, rows=part.rows, micro=part.rows, length=part.length)
+            taken += _expected(smaller, part, rate)
+            wanted = max(wanted, estimate_memory(smaller, _without_groups(settings), replace(cut, n_devices=1)).total)
         if taken <= seconds and wanted <= available.usable:
-            yield way
+            return way
+    return None
 
 
 def _expected(config: ModelConfig, part: Part, rate: float) -> float:
@@ -277,9 +267,7 @@ def _token_seconds(model: Transformer, ids: torch.Tensor, world: World) -> float
 
 def _save_seconds(model: Transformer, optimizers: Optimizers, world: World, folder: Path | None) -> float:
     """Writing one checkpoint."""
-    existing = (
-        None if folder is None else next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-    )
+    existing = folder and next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
     with tempfile.TemporaryDirectory(dir=existing, prefix=".probe-") as place:
         writer = CheckpointWriter(Path(place), world, model.config, 1, beside=False)
         parts = {"weights": lambda: weights_of(model), "optimizer": optimizers.state_dict}
@@ -295,15 +283,10 @@ def _told(chosen: tuple[Part, ...], whole: Part) -> str:
     carried = []
     if len(chosen) == 2:
         carried.append(f"from {chosen[0].n_layers} and {chosen[1].n_layers} of {whole.n_layers} blocks")
-    if part.rows < whole.rows:
-        carried.append(f"from {part.rows} of {whole.rows} rows")
-    if part.length < whole.length:
-        carried.append(f"from {part.length} of {whole.length} tokens")
+    for name, one, all_of_it in (("rows", part.rows, whole.rows), ("tokens", part.length, whole.length)):
+        if one < all_of_it:
+            carried.append(f"from {one} of {all_of_it} {name}")
     return f"probe, extrapolated {', '.join(carried)}"
-
-
-def _as_step(part: Part, step: Step) -> Step:
-    return replace(step, rows=part.rows, micro=part.rows, length=part.length, n_devices=1)
 
 
 def _without_groups(settings: OptimizerSettings) -> OptimizerSettings:
@@ -312,54 +295,30 @@ def _without_groups(settings: OptimizerSettings) -> OptimizerSettings:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of each piece of a run, for all devices together.
+    """Seconds of each piece of a run, for all devices together."""
 
-    Attributes:
-        row: forward and backward pass of one row of the batch.
-        update: clipping and the optimizer's step.
-        eval_row: forward pass of one row.
-        sample_token: one more token of a sample.
-        save: one checkpoint, as long as training waits for it.
-        begin: building the model.
-        flops: training FLOPs per second, updates left out.
-        how: where these come from, for people.
-        is_measured: from a probe.
-    """
-
-    row: float
-    update: float
-    eval_row: float
-    sample_token: float
-    save: float
-    begin: float
-    flops: float
-    how: str
-    is_measured: bool
+    row: float  # forward and backward pass of one row of the batch
+    update: float  # clipping and the optimizer's step
+    eval_row: float  # forward pass of one row
+    sample_token: float  # one more token of a sample
+    save: float  # one checkpoint, as long as training waits for it
+    begin: float  # building the model
+    flops: float  # of training, a second, updates left out
+    how: str  # where these come from, for people
+    is_measured: bool  # from a probe
 
 
 @dataclass(frozen=True)
 class ValidationPass:
-    """What a run does beside training.
+    """What a run does beside training, each time."""
 
-    Attributes:
-        validation_rows: of a pass, filled up to whole batches.
-        n_samples: prompts that are continued at a pass.
-        sample_tokens: of each.
-    """
-
-    validation_rows: int
-    n_samples: int = 0
-    sample_tokens: int = 0
+    validation_rows: int  # filled up to whole batches
+    n_samples: int = 0  # prompts that are continued
+    sample_tokens: int = 0  # of each
 
 
 def validation_pass(settings: OptimizerSettings, length: int, validation_tokens: int | None) -> ValidationPass:
-    """What happens at each validation pass.
-
-    Args:
-        settings: of the stage.
-        length: tokens in a row.
-        validation_tokens: how many there are, if that is known.
-    """
+    """What happens at each validation pass, of a text with so many tokens for it (None: unknown)."""
     n_tokens = settings.eval_tokens or EVAL_TOKENS
     if validation_tokens is not None:
         n_tokens = min(n_tokens, validation_tokens)
