@@ -14,8 +14,9 @@ import functools
 import itertools
 import json
 import math
+import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ from groundup.training.scaling_law import (
     fit_scaling_law,
 )
 from groundup.training.schedule import sequence_length
+from groundup.training.throughput import timed
 
 DEFAULT_SIZES = ("200k", "500k", "1m", "2m")
 N_BUDGETS = 4
@@ -80,7 +82,7 @@ class Sweep:
     runs: tuple[SweepRun, ...]  # the cheapest first
     out: Path  # the sweep's folder
     notes: tuple[str, ...] = ()  # what the user should know before it starts
-    question: Mapping[str, Any] | None = None  # with `minutes`, what the budgets were chosen for
+    question: str | None = None  # with `minutes`, digest of what the budgets were chosen for
 
     def digest(self, run: SweepRun) -> str:
         """Digest of everything that decides a run's weights and its loss."""
@@ -326,14 +328,13 @@ def _train(
     return figures
 
 
-def _question(minutes: float, recipe: Recipe, sizes: Sequence[int | str], data: LawData) -> dict[str, Any]:
-    """What budgets for a time depend on, but for the machine: they stay when the sweep goes on elsewhere."""
+def _question(minutes: float, recipe: Recipe, sizes: Sequence[int | str], data: LawData) -> str:
+    """Digest of what budgets for a time depend on, but for the machine: they stay when the sweep goes on elsewhere."""
     settings = [recipe.model.fingerprint_values(), recipe.pretrain.fingerprint_values()]
-    names = [str(size) for size in sizes]
-    return {"minutes": minutes, "sizes": names, "data": data.train, "recipe": value_digest(settings)}
+    return value_digest([minutes, [str(size) for size in sizes], data.train, settings])
 
 
-def _kept_budgets(out: Path, question: Mapping[str, Any]) -> list[int] | None:
+def _kept_budgets(out: Path, question: str) -> list[int] | None:
     with contextlib.suppress(ArtifactError, KeyError, TypeError, ValueError):
         kept = read_json(out / BUDGET_FILE)
         return [int(budget) for budget in kept["tokens"]] if kept["question"] == question else None
@@ -414,8 +415,7 @@ def config_of(recipe: Recipe, size: int | str, vocab_size: int) -> ModelConfig:
 
 def default_tokens(recipe: Recipe, sizes: Sequence[int | str], vocab_size: int, train_tokens: int) -> list[int]:
     """Budgets that suit these sizes and this much text."""
-    logs = [math.log(count_parameters(config_of(recipe, size, vocab_size))) for size in sizes]
-    middle = math.exp(sum(logs) / max(1, len(logs)))
+    middle = statistics.geometric_mean([count_parameters(config_of(recipe, size, vocab_size)) for size in sizes])
     return halved(min(TOKENS_PER_PARAMETER * middle, MOST_EPOCHS * train_tokens))
 
 
@@ -485,15 +485,11 @@ def training_speed(run: SweepRun) -> float:
     def step() -> None:
         for piece in pieces:
             piece()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
     step()
     best, end = math.inf, time.perf_counter() + PROBE_SECONDS
     while math.isinf(best) or time.perf_counter() < end:
-        start = time.perf_counter()
-        step()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, timed(step, device))
     return ids.numel() / best
 
 

@@ -58,12 +58,6 @@ class Device:
         rate: float = getattr(self, dtype)
         return rate or self.float32
 
-    def arithmetic(self, precision: str) -> Arithmetic:
-        """What a recipe's precision comes to on it."""
-        if precision == "float32" or precision == "float16" or precision == "bfloat16":
-            return precision
-        return "bfloat16" if self.bfloat16 else "float32"
-
 
 @functools.cache
 def devices() -> dict[str, Device]:

@@ -34,7 +34,7 @@ from groundup.model.activations import (
     score_block_bytes,
 )
 from groundup.model.cost import count_parameters, parameter_shapes
-from groundup.recipe import OptimizerSettings
+from groundup.recipe import OptimizerSettings, PrecisionName
 from groundup.training.muon import BATCH_BYTES
 from groundup.training.objective import PIECE_LOGITS, PIECE_WEIGHTS, slice_rows
 from groundup.training.optimizers import Grouping, group_parameters
@@ -71,6 +71,12 @@ class DeviceMemory:
     def usable(self) -> int:
         """Bytes that a plan may give away."""
         return int(USABLE_SHARE * self.total)
+
+    def arithmetic(self, precision: PrecisionName) -> Arithmetic:
+        """What a recipe's precision comes to; around float8's products it is bfloat16."""
+        if precision == "auto" or precision == "float8":
+            return "bfloat16" if self.has_bfloat16 else "float32"
+        return precision
 
 
 @dataclass(frozen=True)
@@ -156,11 +162,7 @@ def step_of(
     """
     rows = max(1, settings.batch_size // n_devices)
     micro = min(micro or settings.micro_batch_size or rows, rows)
-    dtype: Arithmetic
-    if settings.precision == "auto":
-        dtype = "bfloat16" if available.has_bfloat16 else "float32"
-    else:  # around float8's products the arithmetic is in bfloat16
-        dtype = "bfloat16" if settings.precision == "float8" else settings.precision
+    dtype = available.arithmetic(settings.precision)
     return Step(rows, micro, length, dtype, available.device, n_devices)
 
 
@@ -256,7 +258,7 @@ def refuse_what_cannot_fit(
         f"[{stage}]: training {count_parameters(config):,} parameters takes {format_bytes(least.total)}{where} at "
         f"least, one row of {length:,} tokens at a time, and {available.what} is {format_bytes(available.total)}: "
         f"{listed}.",
-        _ways_out(config, settings, length, available, n_devices, stage),
+        _ways_out(suggestions(config, settings, length, available, n_devices, stage), stage),
     )
 
 
@@ -278,13 +280,12 @@ def suggestions(
         return []
     found: list[Suggestion] = []
     changed = settings
-    for changes, cost in _settings_that_save(settings, available, n_devices, micro):
-        changed = changed.model_copy(update=changes)
+    for name, value, cost in _settings_that_save(settings, available, n_devices, micro):
+        changed = changed.model_copy(update={name: value})
         total = needed(config, changed)
         if total >= before:
             continue
-        names = " ".join(f"{stage}.{name}={value}" for name, value in changes.items())
-        found.append(Suggestion(names, before - total, total, total <= available.usable, cost))
+        found.append(Suggestion(f"{stage}.{name}={value}", before - total, total, total <= available.usable, cost))
         before = total
         if found[-1].fits:
             return found
@@ -310,39 +311,34 @@ def suggestions(
 
 def _settings_that_save(
     settings: OptimizerSettings, available: DeviceMemory, n_devices: int, micro: int
-) -> Iterator[tuple[dict[str, object], str]]:
+) -> Iterator[tuple[str, object, str]]:
     """Changes of settings with what they cost, the cheapest first."""
     if micro > 1:
-        yield {"micro_batch_size": 1}, "more passes a step; small ones are less efficient"
+        yield "micro_batch_size", 1, "more passes a step; small ones are less efficient"
     if settings.precision == "float32" and available.has_bfloat16:
-        yield {"precision": "bfloat16"}, "results round otherwise; faster here"
+        yield "precision", "bfloat16", "results round otherwise; faster here"
     if settings.activation_checkpointing == "none":
-        yield {"activation_checkpointing": "selective"}, "a few percent more time"
+        yield "activation_checkpointing", "selective", "a few percent more time"
     if settings.activation_checkpointing != "full":
-        yield {"activation_checkpointing": "full"}, "up to a third more time"
+        yield "activation_checkpointing", "full", "up to a third more time"
     if settings.ema:
-        yield {"ema": 0.0}, "no averaged weights"
+        yield "ema", 0.0, "no averaged weights"
     if settings.optimizer == "adamw":
-        yield {"optimizer": "muon"}, "another optimizer, with a rate of its own"
+        yield "optimizer", "muon", "another optimizer, with a rate of its own"
     if settings.optimizer != "adafactor" and n_devices == 1:
-        yield {"optimizer": "adafactor"}, "learns less from a token"
+        yield "optimizer", "adafactor", "learns less from a token"
 
 
-def _ways_out(
-    config: ModelConfig, settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int, stage: str
-) -> str:
-    found = suggestions(config, settings, length, available, n_devices, stage)
-    enough = [suggestion for suggestion in found if suggestion.fits]
+def _ways_out(found: list[Suggestion], stage: str) -> str:
+    """Suggestions as options of the command line: all settings up to the one that is enough, or what else would do."""
+    enough = [one for one in found if one.fits]
     if not enough:
         return "No setting and no number of devices makes it fit: choose a smaller model."
-    steps = [suggestion.setting for suggestion in found[: found.index(enough[0])]]
     if enough[0].setting.startswith(f"{stage}."):
-        return "It fits with:  " + " ".join(f"--set {one}" for one in " ".join([*steps, enough[0].setting]).split())
-    ways = " or ".join(
-        f"--set {suggestion.setting}" if suggestion.setting.startswith("model.") else suggestion.setting
-        for suggestion in enough
-    )
-    return f"It fits with:  {ways}"
+        steps = found[: found.index(enough[0]) + 1]
+        return "It fits with:  " + " ".join(f"--set {one.setting}" for one in steps)
+    ways = [f"--set {one.setting}" if one.setting.startswith("model.") else one.setting for one in enough]
+    return "It fits with:  " + " or ".join(ways)
 
 
 def _of(available: DeviceMemory) -> str:

@@ -297,7 +297,7 @@ def _vocabulary(recipe: Recipe, config: ModelConfig, law: ScalingLaw | None) -> 
 def _hardware(settings: PretrainSettings, device: str | None, price: float | None) -> tuple[Device | None, Hardware]:
     if device is not None:
         known, count = find_device(device)
-        precision = known.arithmetic(settings.precision)
+        precision = known.available.arithmetic(settings.precision)
         why = "as the recipe says" if precision == settings.precision else f"what {known.name} multiplies fastest"
         return known, Hardware(
             known.name, count, known.available, known.price if price is None else price, precision, why

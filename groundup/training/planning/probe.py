@@ -29,7 +29,7 @@ from groundup.training.optimizers import Optimizers, clip_gradients, frozen_grou
 from groundup.training.planning.memory import DeviceMemory, Step, estimate_memory
 from groundup.training.process import keep_freed_memory
 from groundup.training.schedule import BatchPlan
-from groundup.training.throughput import peak_matmul_flops
+from groundup.training.throughput import peak_matmul_flops, product_seconds, timed
 from groundup.training.validation import EVAL_TOKENS, validation_interval
 
 PROBE_SECONDS = 20.0
@@ -225,7 +225,7 @@ def _alternate(pieces: tuple[Callable[[], object], ...], world: World, until: fl
     taken: list[list[float]] = [[] for _ in pieces]
     for repeat in range(_MOST_REPEATS + 1):
         for piece, seconds in zip(pieces, taken, strict=True):
-            seconds.append(_timed(piece, world))
+            seconds.append(timed(piece, world.device))
         if repeat and time.perf_counter() + sum(seconds[-1] for seconds in taken) > until:
             break
     return tuple(statistics.median(seconds[1:]) for seconds in taken)
@@ -235,25 +235,12 @@ def _median(piece: Callable[[], object], world: World, repeats: int) -> float:
     """The median of so many times after a first one; of once, the first one."""
     if repeats > 1:
         piece()
-    return statistics.median(_timed(piece, world) for _ in range(repeats))
+    return statistics.median(timed(piece, world.device) for _ in range(repeats))
 
 
 def _rate_now(dtype: torch.dtype, world: World) -> float:
     """FLOP/s of matrix products at this moment, beside whatever else runs here."""
-    matrix = torch.ones((1024, 1024), dtype=dtype, device=world.device)
-    out, count, start = matrix @ matrix, 0, time.perf_counter()
-    while time.perf_counter() - start < _RATE_SECONDS:
-        _timed(lambda: torch.mm(matrix, matrix, out=out), world)
-        count += 1
-    return count * 2 * 1024**3 / (time.perf_counter() - start)
-
-
-def _timed(piece: Callable[[], object], world: World) -> float:
-    start = time.perf_counter()
-    piece()
-    if world.device.type == "cuda":
-        torch.cuda.synchronize(world.device)
-    return time.perf_counter() - start
+    return 2 * 1024**3 / statistics.fmean(product_seconds(1024, dtype, world.device, _RATE_SECONDS))
 
 
 def _token_seconds(model: Transformer, ids: torch.Tensor, world: World) -> float:
@@ -271,7 +258,7 @@ def _save_seconds(model: Transformer, optimizers: Optimizers, world: World, fold
     with tempfile.TemporaryDirectory(dir=existing, prefix=".probe-") as place:
         writer = CheckpointWriter(Path(place), world, model.config, 1, beside=False)
         parts = {"weights": lambda: weights_of(model), "optimizer": optimizers.state_dict}
-        seconds = _timed(lambda: writer.save(parts, Progress(0, 0, 0.0, "", 1, 1), at_once=True), world)
+        seconds = timed(lambda: writer.save(parts, Progress(0, 0, 0.0, "", 1, 1), at_once=True), world.device)
         writer.close()
     return seconds
 
