@@ -64,15 +64,7 @@ class Choice:
 def choose_compilation(
     job: TrainingJob, state: TrainingState, decided: bool | None, world: World, console: Console
 ) -> Choice:
-    """Whether a run's blocks are compiled; if so, they are when this returns.
-
-    Args:
-        job: what is trained.
-        state: of it, its model not compiled yet.
-        decided: what its checkpoint says.
-        world: the processes.
-        console: is told what a trial found.
-    """
+    """Whether a run's blocks are compiled; if so, they are when this returns. A checkpoint says what was `decided`."""
     settings, model, config = job.settings, job.model, job.model.config
     if decided is not None:
         choice: Choice | None = Choice(decided, "as before it was interrupted")
@@ -129,14 +121,7 @@ def choose_without_trial(
 
 
 def trial_key(config: ModelConfig, shape: Sequence[int], dtype: str, recomputed: str) -> dict[str, Any]:
-    """What decides how long a forward and backward pass takes, as `choose_by_trial` remembers it.
-
-    Args:
-        config: the model.
-        shape: (rows, tokens) of a micro-batch.
-        dtype: of the arithmetic, by name.
-        recomputed: the kind of activation checkpointing.
-    """
+    """What decides how long a forward and backward pass of (rows, tokens) takes, as `choose_by_trial` remembers it."""
     return {"model": config.to_dict(), "shape": list(shape), "precision": dtype, "recomputed": recomputed}
 
 

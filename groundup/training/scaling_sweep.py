@@ -38,7 +38,7 @@ from groundup.shards import TokenShards
 from groundup.tokenizer import Tokenizer, load_tokenizer
 from groundup.training import pretrain
 from groundup.training.optimizers import Optimizers
-from groundup.training.planning.probe import step_pieces
+from groundup.training.planning.probe import medians, step_pieces
 from groundup.training.precision import choose_precision
 from groundup.training.pretrain import PRETRAIN
 from groundup.training.process import keep_freed_memory, limited_threads
@@ -52,7 +52,6 @@ from groundup.training.scaling_law import (
     fit_scaling_law,
 )
 from groundup.training.schedule import sequence_length
-from groundup.training.throughput import timed
 
 DEFAULT_SIZES = ("200k", "500k", "1m", "2m")
 N_BUDGETS = 4
@@ -67,9 +66,8 @@ PROBE_SECONDS = 1.0
 _FIRST_GUESS = 1_000_000
 _VALIDATION_PASSES = 2
 _FEWEST_STEPS = 20
-POINTS_FOLDER, POINT_FILE, POINTS_FILE, PICTURE_FILE, BUDGET_FILE = (
-    "points", "point.json", "points.jsonl", "scaling.svg", "budget.json",
-)  # fmt: skip
+POINTS_FOLDER, POINT_FILE, POINTS_FILE = "points", "point.json", "points.jsonl"
+PICTURE_FILE, BUDGET_FILE = "scaling.svg", "budget.json"
 
 
 @dataclass(frozen=True)
@@ -403,6 +401,9 @@ def sweep_runs(
     return sorted(runs, key=lambda run: run.flops), notes
 
 
+_shape_of = functools.cache(shape_on_line)  # a search along the whole ladder
+
+
 def config_of(recipe: Recipe, size: int | str, vocab_size: int) -> ModelConfig:
     """The recipe's architecture in the shape that the ladder gives a size.
 
@@ -422,9 +423,6 @@ def default_tokens(recipe: Recipe, sizes: Sequence[int | str], vocab_size: int, 
 def halved(most: float) -> list[int]:
     """A largest budget, its half, and so on, in two digits; the smallest first."""
     return [int(float(f"{most / 2**power:.1e}")) for power in reversed(range(N_BUDGETS))]
-
-
-_shape_of = functools.cache(shape_on_line)  # a search along the whole ladder
 
 
 def _run(recipe: Recipe, config: ModelConfig, tokens: int) -> SweepRun:
@@ -473,24 +471,15 @@ def tokens_for(
 
 def training_speed(run: SweepRun) -> float:
     """Tokens per second of a run's training steps, optimizer included."""
-    device = current_world().device
-    settings, config = run.settings, run.config
-    if device.type == "cpu":
+    settings, config, world = run.settings, run.config, current_world()
+    if world.device.type == "cpu":
         keep_freed_memory()
-    model = Transformer(config).to(device)
-    model.compute_dtype, _ = choose_precision(settings.precision, device.type)
-    ids = torch.zeros((settings.batch_size, run.sequence_length), dtype=torch.int64, device=device)
+    model = Transformer(config).to(world.device)
+    model.compute_dtype, _ = choose_precision(settings.precision, world.device.type)
+    shape = (settings.batch_size, run.sequence_length)
+    ids = torch.randint(0, config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(world.device)
     pieces = step_pieces(model, Optimizers(model, settings, model.compute_dtype), settings, ids)
-
-    def step() -> None:
-        for piece in pieces:
-            piece()
-
-    step()
-    best, end = math.inf, time.perf_counter() + PROBE_SECONDS
-    while math.isinf(best) or time.perf_counter() < end:
-        best = min(best, timed(step, device))
-    return ids.numel() / best
+    return ids.numel() / sum(medians(pieces, world, time.perf_counter() + PROBE_SECONDS))
 
 
 def _speeds(runs: Sequence[SweepRun]) -> list[float]:

@@ -57,7 +57,7 @@ class SpikeDetector:
     """
 
     def __init__(self, on_spike: OnSpike, spike_z: float) -> None:
-        self._on_trouble, self._spike_z = on_spike, spike_z
+        self._on_spike, self._spike_z = on_spike, spike_z
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self.skipped = self.rollbacks = self._in_a_row = 0
 
@@ -74,17 +74,17 @@ class SpikeDetector:
             self._in_a_row = 0
             return None
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if self._on_trouble == "ignore":
+        if self._on_spike == "ignore":
             if is_finite:
                 self._losses.append(loss)
             return Spike(what, "ignore" if is_finite else "stop")
         self._in_a_row += 1
-        if self._on_trouble == "skip" and self._in_a_row > MOST_SKIPPED_IN_A_ROW:
+        if self._on_spike == "skip" and self._in_a_row > MOST_SKIPPED_IN_A_ROW:
             return Spike(f"{what}; {MOST_SKIPPED_IN_A_ROW} steps before it were skipped", "stop")
-        if self._on_trouble == "rollback":
+        if self._on_spike == "rollback":
             return self._roll_back(what)
-        self.skipped += self._on_trouble == "skip"
-        return Spike(what, self._on_trouble)
+        self.skipped += self._on_spike == "skip"
+        return Spike(what, self._on_spike)
 
     def judge_weights(self, what: str) -> Spike:
         """What is to be done about weights that are not finite: to leave out updates does not mend them.
@@ -92,7 +92,7 @@ class SpikeDetector:
         Args:
             what: in words, which.
         """
-        if self._on_trouble != "rollback":
+        if self._on_spike != "rollback":
             return Spike(what, "stop")
         return self._roll_back(what)
 

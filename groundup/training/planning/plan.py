@@ -77,7 +77,7 @@ def plan(
         budget: the same in dollars.
         device: from the table, as "h100x8" (default: this machine).
         price: dollars an hour of one device (default: the table's).
-        probe: measure this machine's timings and process; else both are assumed.
+        probe: measure how fast this machine is; else that is assumed.
         run: the run's folder, whose shards say how much text there is.
         law: a scaling law's file (default: the one that `groundup scaling` left, if there is one).
 

@@ -36,7 +36,8 @@ PROBE_SECONDS = 20.0
 ASSUMED_MFU = 0.35
 """Of the peak matmul FLOP/s: to choose what to probe, and for the timings of what cannot be probed."""
 _MOST_REPEATS = 30
-_TIMED_SECONDS, _RATE_SECONDS = 8.0, 0.5
+_TIMED_SECONDS, _BRIEF_SECONDS = 8.0, 0.5
+"""Of training steps; of what else is timed."""
 _SHORTEST = 64
 _LARGEST_SAVED = 1 << 30
 _DISK, _MEMORY = 5e8, 1e10
@@ -190,10 +191,12 @@ def _measure(
     with frozen_groups(model, settings):
         optimizers = Optimizers(model, settings, model.compute_dtype)
         both, update = step_pieces(model, optimizers, settings, ids)
-        pairs = _alternate((both, update), world, share)
+        pairs = medians((both, update), world, share)
         with torch.no_grad():
             model.eval()
-            forward = _median(lambda: model(ids, head=head_loss(ids)), world, 3 if pairs[0] < 1 else 1)
+            (forward,) = medians(
+                (lambda: model(ids, head=head_loss(ids)),), world, time.perf_counter() + _BRIEF_SECONDS
+            )
             token = _token_seconds(model, ids, world)
     saved = weight_bytes(smaller) + optimizer_bytes(smaller, settings.optimizer)
     save = saved / _DISK if saved > _LARGEST_SAVED else _save_seconds(model, optimizers, world, folder)
@@ -220,7 +223,7 @@ def step_pieces(
     return both, update
 
 
-def _alternate(pieces: tuple[Callable[[], object], ...], world: World, until: float) -> tuple[float, ...]:
+def medians(pieces: tuple[Callable[[], object], ...], world: World, until: float) -> tuple[float, ...]:
     """Medians of pieces that are done in turn: once at least after a first time, then until a time."""
     taken: list[list[float]] = [[] for _ in pieces]
     for repeat in range(_MOST_REPEATS + 1):
@@ -231,16 +234,9 @@ def _alternate(pieces: tuple[Callable[[], object], ...], world: World, until: fl
     return tuple(statistics.median(seconds[1:]) for seconds in taken)
 
 
-def _median(piece: Callable[[], object], world: World, repeats: int) -> float:
-    """The median of so many times after a first one; of once, the first one."""
-    if repeats > 1:
-        piece()
-    return statistics.median(timed(piece, world.device) for _ in range(repeats))
-
-
 def _rate_now(dtype: torch.dtype, world: World) -> float:
     """FLOP/s of matrix products at this moment, beside whatever else runs here."""
-    return 2 * 1024**3 / statistics.fmean(product_seconds(1024, dtype, world.device, _RATE_SECONDS))
+    return 2 * 1024**3 / statistics.fmean(product_seconds(1024, dtype, world.device, _BRIEF_SECONDS))
 
 
 def _token_seconds(model: Transformer, ids: torch.Tensor, world: World) -> float:
@@ -249,7 +245,11 @@ def _token_seconds(model: Transformer, ids: torch.Tensor, world: World) -> float
     cache = KVCache(model.config, 1, n_before + 1, model.compute_dtype, world.device)
     model(ids[:1, :n_before], cache=cache)
     last = torch.tensor([[n_before]], device=world.device)
-    return _median(lambda: model(ids[:1, n_before : n_before + 1], positions=last, cache=cache), world, 5)
+
+    def next_token() -> None:
+        model(ids[:1, n_before : n_before + 1], positions=last, cache=cache)
+
+    return medians((next_token,), world, time.perf_counter() + _BRIEF_SECONDS)[0]
 
 
 def _save_seconds(model: Transformer, optimizers: Optimizers, world: World, folder: Path | None) -> float:
