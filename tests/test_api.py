@@ -42,7 +42,7 @@ def test_the_docstrings_example_runs(
         example = example.replace(large, small)
     monkeypatch.chdir(tmp_path)
     # The example takes it that shards are there.
-    gu.build(tiny_run.tiny_recipe(texts / "stories.jsonl"), "runs/mine", until="shards")
+    gu.build(tiny_run.tiny_recipe(texts / "stories.jsonl"), "runs/mine", only=["shards"])
     capsys.readouterr()
     names: dict[str, Any] = {}
     exec(example, names)
@@ -94,7 +94,7 @@ def test_the_package_is_typed() -> None:
 
 
 def test_build_and_load_do_what_the_commands_do(tmp_path: Path) -> None:
-    recipe = gu.read_recipe(tiny_run.write_recipe(tmp_path), ["pretrain.tokens=1000", "sft.examples=100"])
+    recipe = gu.read_recipe(tiny_run.write_recipe(tmp_path), ["pretrain.tokens=1000", "align.sft.examples=100"])
     run = gu.build(recipe, tmp_path / "run", console=gu.Console(quiet=True))
     assert isinstance(run, gu.Run)
     assert run.recipe == recipe
@@ -112,9 +112,9 @@ def test_build_and_load_do_what_the_commands_do(tmp_path: Path) -> None:
     page = gu.write_report(run)
     assert page == run.root / "report.html"
     scores = json.loads((run.root / "evaluate" / "scores.json").read_text())
-    shards = gu.TokenShards.open(run.root / "shards", "validation")
+    texts = [document.text for document in gu.corpus.stream_documents(run.root / "corpus", "validation")]
     base.model.compute_dtype = torch.float32
-    measured = gu.bits_per_byte(base.model, shards, assistant.tokenizer)
+    measured = gu.bits_per_byte(base.model, texts, assistant.tokenizer)
     assert measured.value == pytest.approx(scores["rows"][0]["after"]["value"], rel=0.02)
 
 

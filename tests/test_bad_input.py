@@ -103,7 +103,7 @@ def test_input_without_usable_text_is_an_error(groundup: CommandLine, tmp_path: 
 @pytest.mark.parametrize("text", ["The cat sat on a mat.", "The old king gave bread to the child. " * 3])
 def test_a_text_shorter_than_one_context_is_built_with_a_note(groundup: CommandLine, tmp_path: Path, text: str) -> None:
     (tmp_path / "short.txt").write_text(text)
-    recipe = tiny_run.write_recipe(tmp_path, tmp_path / "short.txt", without="sft")
+    recipe = tiny_run.write_recipe(tmp_path, tmp_path / "short.txt", without="align.sft")
     built = groundup("build", recipe, "--out", tmp_path / "run", "--set", "evaluate.tasks=bits_per_byte")
     assert built.code == 0
     assert "fewer than a row of 64" in built.err
@@ -132,7 +132,7 @@ def test_a_text_cannot_inject_control_tokens(tmp_path: Path, kind: str) -> None:
     lines = [json.dumps({"text": f"{number}: {FORGED}"}) for number in range(40)]
     (tmp_path / "forged.jsonl").write_text("\n".join(lines))
     recipe = tiny_recipe(tmp_path / "forged.jsonl", f"tokenizer.kind={kind}")
-    run = build_quietly(recipe, tmp_path / "run", until="shards")
+    run = build_quietly(recipe, tmp_path / "run", only=["shards"])
     shards = run.manifest("shards")
     assert shards is not None
     tokenizer = load_tokenizer(run.folder("tokenizer"))
@@ -153,7 +153,9 @@ def test_a_conversation_to_learn_from_cannot_either(groundup: CommandLine, tmp_p
     broken = ["{", '{"messages": []}', '{"messages": [{"role": "robot", "content": "x"}]}', "5"]
     (tmp_path / "talks.jsonl").write_text("\n".join([*map(json.dumps, talks), *broken]))
     recipe = tiny_run.write_recipe(tmp_path)
-    built = groundup("sft", recipe, "--out", tmp_path / "run", "--set", f"sft.data={tmp_path}/talks.jsonl", "--json")
+    built = groundup(
+        "sft", recipe, "--out", tmp_path / "run", "--set", f"align.sft.data={tmp_path}/talks.jsonl", "--json"
+    )
     assert built.code == 0
     assert "set aside" in built.err
     summary = built.json["stages"]["sft"]["summary"]
@@ -162,7 +164,7 @@ def test_a_conversation_to_learn_from_cannot_either(groundup: CommandLine, tmp_p
     # Each answer is as many tokens as its letters make, and the one real <|end|>.
     per_answer = len(tokenizer.encode("<|user|>")) + 1
     assert summary["supervised_tokens"] == per_answer * summary["conversations_train"]
-    missing = groundup("sft", recipe, "--out", tmp_path / "run", "--set", "sft.data=nowhere.jsonl")
+    missing = groundup("sft", recipe, "--out", tmp_path / "run", "--set", "align.sft.data=nowhere.jsonl")
     assert missing.code == 1
     assert "no such file" in missing.err
 
@@ -206,7 +208,7 @@ def fill(disk: Path, leave_bytes: int) -> Path:
         ("pretrain", 200 << 10),  # the first checkpoint does not fit
         ("pretrain", 600 << 10),  # the second one does not
         ("sft", 24 << 10),
-        ("evaluate", 8 << 10),
+        ("evaluate/before-pretrain", 8 << 10),
     ],
 )
 def test_a_full_disk_is_said_and_the_same_command_goes_on(
@@ -216,7 +218,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
     command: tuple[Any, ...] = ("build", recipe, "--runs", small_disk, "--set", "pretrain.eval_every=5")
     before = STAGES[: STAGES.index(stage)]
     if before:
-        assert groundup(before[-1], *command[1:]).code == 0
+        assert groundup(*command, "--only", before[-1]).code == 0
     ballast = fill(small_disk, leave_bytes)
     full = groundup(*command)
     assert full.code == 1

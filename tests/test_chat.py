@@ -173,7 +173,7 @@ def test_say_answers_once(groundup: CommandLine) -> None:
     assert told["model"] == str(root / "sft" / "model")
     plain = groundup("chat", root, "--say", "Hello", *drawn)
     assert plain.out == told["answer"] + "\n"
-    assert plain.err == ""
+    assert plain.err.startswith(f"model: {root}/sft (")
     base = groundup("chat", root / "pretrain", "--say", "Hello", *drawn)
     assert base.code == 0
     assert "was not taught to answer" in base.err

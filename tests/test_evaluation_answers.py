@@ -1,4 +1,4 @@
-"""Exact match and the harness: answers, their grading, and the rows of the closing table."""
+"""Exact match and the harness: answers, their grading, and what is scored of a model."""
 
 import dataclasses
 
@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 from generation_models import random_model
 
-from groundup.corpus import Document
-from groundup.errors import ArtifactError, DataError
+from groundup.errors import DataError
 from groundup.evaluation import (
     Answer,
+    bits_per_byte,
     check_tasks,
-    compare,
     exact_match,
     generate_tasks,
     score_model,
@@ -20,7 +19,6 @@ from groundup.evaluation import (
 )
 from groundup.model import Transformer, preset
 from groundup.recipe import EvaluateSettings
-from groundup.shards import write_shards
 from groundup.tokenizer import Tokenizer, render
 
 ALL = generate_tasks(120, seed=1)
@@ -89,72 +87,45 @@ def test_no_task_is_an_error(parrot, tokenizer):
         exact_match(parrot, tokenizer, [])
 
 
-@pytest.fixture(scope="module")
-def shards_folder(tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    text = " ".join(task.prompt for task in ALL[:30])
-    documents = [Document(split, text, "test", split=split) for split in ("train", "validation")]
-    write_shards(documents, tokenizer, folder)
-    return folder
+TEXTS = [" ".join(task.prompt for task in ALL[:30])]
 
 
-def test_the_harness_scores_what_is_asked_for_and_only_that(parrot, tokenizer, shards_folder):
-    text_only = score_model(parrot, tokenizer, settings=EvaluateSettings(), shards_folder=shards_folder)
-    assert text_only.bits_per_byte is not None
+def test_the_harness_scores_what_is_asked_for_and_only_that(parrot, tokenizer):
+    text_only = score_model(parrot, tokenizer, settings=EvaluateSettings(), texts=TEXTS)
+    assert text_only.bits_per_byte == bits_per_byte(parrot, TEXTS, tokenizer)
     assert (text_only.exact_match, text_only.answers, text_only.generation_tokens_per_second) == (None, [], None)
     settings = EvaluateSettings(tasks=("groundup:tasks",), limit=20)
-    scores = score_model(parrot, tokenizer, settings=settings, n_tasks=400, tasks_seed=1)
+    scores = score_model(parrot, tokenizer, settings=settings, n_tasks=400, seed=1)
     held_out = [task for task in generate_tasks(400, 1) if task.split == "held_out"][:20]
     assert scores.bits_per_byte is None
+    assert list(scores.figures) == ["exact_match"]
     assert [answer.prompt for answer in scores.answers] == [task.prompt for task in held_out]
     assert scores.exact_match is not None
     assert scores.exact_match.n == sum(estimate.n for estimate in scores.by_kind.values()) == 20
     assert scores.exact_match.value * 20 == pytest.approx(sum(answer.correct for answer in scores.answers))
 
 
-def test_scores_are_the_same_every_time_but_for_the_clock(tokenizer, shards_folder):
+def test_scores_are_the_same_every_time_but_for_the_clock(tokenizer):
     model = random_model(vocab_size=tokenizer.vocab_size, context_length=96)
     settings = EvaluateSettings(tasks=("bits_per_byte", "groundup:tasks"), limit=10)
     one, two = (
         dataclasses.replace(
-            score_model(model, tokenizer, settings=settings, shards_folder=shards_folder, n_tasks=200),
+            score_model(model, tokenizer, settings=settings, texts=TEXTS, n_tasks=200),
             generation_tokens_per_second=None,
         )
         for _ in range(2)
     )
     assert one == two
+    other = score_model(model, tokenizer, settings=settings, texts=TEXTS, n_tasks=200, seed=2)
+    assert other.bits_per_byte == one.bits_per_byte
+    assert [answer.prompt for answer in other.answers] != [answer.prompt for answer in one.answers]
 
 
-def test_shards_of_another_tokenizer_are_refused(parrot, shards_folder):
-    other = Tokenizer.train(["another text"], vocab_size=300)
-    with pytest.raises(ArtifactError, match="another tokenizer"):
-        score_model(parrot, other, settings=EvaluateSettings(), shards_folder=shards_folder)
+def test_bits_per_byte_without_a_text_are_refused(parrot, tokenizer):
+    with pytest.raises(DataError, match="needs a validation text"):
+        score_model(parrot, tokenizer, settings=EvaluateSettings())
 
 
 def test_an_unknown_task_is_named_with_the_nearest_one():
     with pytest.raises(DataError, match=r"'bits_per_bite' is not known[\s\S]*Did you mean 'bits_per_byte'"):
         check_tasks(["groundup:tasks", "bits_per_bite"])
-
-
-def test_the_closing_rows_say_before_after_n_error_and_gate(parrot, tokenizer, shards_folder):
-    fresh = Transformer(parrot.config).eval()
-    settings = EvaluateSettings(
-        tasks=("bits_per_byte", "groundup:tasks"),
-        limit=10,
-        gates={"min_bits_per_byte_drop": 50.0, "max_exact_match_before": 0.05},
-    )
-    models = {"initial": fresh, "base": fresh, "assistant": parrot}
-    scores, summary = compare(models, tokenizer, settings=settings, shards_folder=shards_folder, n_tasks=200, seed=1)
-    rows = {row["key"]: row for row in scores["rows"]}
-    bits = rows["bits_per_byte"]
-    assert bits["before"] == bits["after"]
-    assert bits["gate"] == {"text": "falls by at least 50", "passed": False}
-    assert rows["bits_per_byte_sft"]["before"] == bits["after"]
-    assert rows["exact_match"]["gate"]["passed"]
-    for row in rows.values():
-        assert set(row["after"]) == {"value", "stderr", "n"}
-    assert sum(kind["after"]["n"] for kind in scores["by_kind"].values()) == 10
-    assert all(set(answer) == {field.name for field in dataclasses.fields(Answer)} for answer in scores["answers"])
-    # Wall-clock figures are kept out of the scores, which must be the same on every run.
-    assert "generation_tokens_per_second" not in scores
-    assert summary["generation_tokens_per_second"] > 0

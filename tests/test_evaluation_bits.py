@@ -6,21 +6,17 @@ import numpy as np
 import pytest
 import torch
 from generation_models import TEXT, random_model, small_tokenizer
+from tiny_run import finished_run
 
-from groundup.corpus import Document
+from groundup.corpus import stream_documents
 from groundup.errors import DataError
 from groundup.evaluation import bits_per_byte
 from groundup.evaluation.metrics import ratio_estimate, share
+from groundup.interop import load_model
 from groundup.model import Transformer, preset
-from groundup.shards import TokenShards, write_shards
+from groundup.shards import TokenShards
 
 TEXTS = [TEXT, "The cat.", TEXT * 3, "<|endoftext|> and <|user|> are only text here", "🙂"]
-
-
-def validation(folder, texts, tokenizer):
-    documents = [Document(str(place), text, "test", split="validation") for place, text in enumerate(texts)]
-    write_shards([Document("train", "Once", "test"), *documents], tokenizer, folder)
-    return TokenShards.open(folder, "validation")
 
 
 def model_for(tokenizer, **overrides):
@@ -40,59 +36,71 @@ def plain_bits(model, tokenizer, text):
 
 
 @pytest.mark.parametrize("kind", ["bpe", "characters"])
-def test_a_uniform_model_needs_log2_v_bits_a_token(tmp_path, kind):
+def test_a_uniform_model_needs_log2_v_bits_a_token(kind):
     tokenizer = small_tokenizer(kind)
     texts = [TEXT, TEXT * 2, "the cat sat."]
-    shards = validation(tmp_path, texts, tokenizer)
     # Its untied output layer starts at zero.
     model = Transformer(preset("llama-nano", vocab_size=tokenizer.vocab_size))
     n_tokens, n_bytes = sum(len(tokenizer.encode(text)) for text in texts), len("".join(texts).encode())
-    found = bits_per_byte(model, shards, tokenizer)
+    found = bits_per_byte(model, texts, tokenizer)
     assert found.value == pytest.approx(math.log2(tokenizer.vocab_size) / (n_bytes / n_tokens), rel=1e-6)
     assert (found.n, found.unit) == (n_bytes, "bytes")
-    assert found.n == shards.n_bytes
 
 
-def test_every_text_token_is_scored_exactly_once_each_document_afresh(tmp_path):
+def test_every_text_token_is_scored_exactly_once_each_document_afresh():
     tokenizer = small_tokenizer()
     model = model_for(tokenizer, context_length=16)
     bits = [sum(plain_bits(model, tokenizer, text)) for text in TEXTS]
-    found = bits_per_byte(model, validation(tmp_path, TEXTS, tokenizer), tokenizer)
+    found = bits_per_byte(model, TEXTS, tokenizer)
     assert found.n == sum(len(text.encode()) for text in TEXTS)
     assert found.value == pytest.approx(sum(bits) / found.n, rel=1e-5)
-    reordered = bits_per_byte(model, validation(tmp_path, TEXTS[::-1], tokenizer), tokenizer)
+    reordered = bits_per_byte(model, TEXTS[::-1], tokenizer)
     assert reordered.value == pytest.approx(found.value, rel=1e-6)
 
 
-def test_the_first_token_is_predicted_from_endoftext(tmp_path):
+def test_the_first_token_is_predicted_from_endoftext():
     tokenizer = small_tokenizer()
     model = model_for(tokenizer)
     (first,) = tokenizer.encode("c")
     logits = model(torch.tensor([[tokenizer.end_of_text_id]]))[0, -1].double()
-    found = bits_per_byte(model, validation(tmp_path, ["c"], tokenizer), tokenizer)
+    found = bits_per_byte(model, ["c"], tokenizer)
     assert found.value == pytest.approx(-logits.log_softmax(dim=-1)[first].item() / math.log(2), rel=1e-5)
     assert found.n == 1
 
 
-def test_two_tokenizers_are_compared_by_the_same_bytes(tmp_path):
+def test_two_tokenizers_are_compared_by_the_same_bytes():
     found = [
-        bits_per_byte(model_for(tokenizer), validation(tmp_path / tokenizer.kind, [TEXT], tokenizer), tokenizer)
+        bits_per_byte(model_for(tokenizer), [TEXT], tokenizer)
         for tokenizer in (small_tokenizer(), small_tokenizer("characters"))
     ]
     assert found[0].n == found[1].n == len(TEXT.encode())
 
 
-def test_characters_without_a_token_count_neither_as_bits_nor_as_bytes(tmp_path):
+def test_texts_may_come_one_after_the_other():
+    tokenizer = small_tokenizer()
+    model = model_for(tokenizer)
+    assert bits_per_byte(model, (text for text in TEXTS), tokenizer) == bits_per_byte(model, TEXTS, tokenizer)
+
+
+def test_a_document_of_a_run_is_scored_as_the_shards_have_it():
+    run = finished_run()
+    shards = TokenShards.open(run.folder("shards"), "validation")
+    texts = [document.text for document in stream_documents(run.folder("corpus"), "validation")]
+    model, tokenizer = load_model(run.folder("pretrain") / "model")
+    assert bits_per_byte(model, texts, tokenizer).n == shards.n_bytes
+
+
+def test_characters_without_a_token_count_neither_as_bits_nor_as_bytes():
     tokenizer = small_tokenizer("characters")
     model = model_for(tokenizer)
-    found = bits_per_byte(model, validation(tmp_path, ["a cat§"], tokenizer), tokenizer)
+    found = bits_per_byte(model, ["a cat§"], tokenizer)
     known = plain_bits(model, tokenizer, "a cat§")[:-1]
     assert found.n == 5
     assert found.value == pytest.approx(sum(known) / 5, rel=1e-5)
 
 
 @pytest.mark.parametrize("unit", ["documents", "windows", "tokens"])
-def test_the_standard_error_is_over_the_largest_units_that_are_many(tmp_path, unit):
+def test_the_standard_error_is_over_the_largest_units_that_are_many(unit):
     tokenizer = small_tokenizer()
     model = model_for(tokenizer, context_length=16)
     texts = {"documents": [TEXT[: 9 * n] for n in range(1, 25)], "windows": [TEXT * 3], "tokens": [TEXT[:60]]}[unit]
@@ -105,7 +113,7 @@ def test_the_standard_error_is_over_the_largest_units_that_are_many(tmp_path, un
         n_bytes += [sum(sizes[start : start + step]) for start in range(0, len(sizes), step)]
     assert len(bits) >= 20
     expected = ratio_estimate(np.array(bits), np.array(n_bytes))
-    found = bits_per_byte(model, validation(tmp_path, texts, tokenizer), tokenizer)
+    found = bits_per_byte(model, texts, tokenizer)
     assert found.stderr == pytest.approx(expected.stderr, rel=1e-3)
     assert found.stderr > 0
 
@@ -144,7 +152,8 @@ def test_a_shares_standard_error_is_half_of_wilsons_interval():
         assert found.stderr > 0
 
 
-def test_no_text_is_an_error(tmp_path):
+def test_no_text_is_an_error():
     tokenizer = small_tokenizer()
-    with pytest.raises(DataError, match="no bytes to score"):
-        bits_per_byte(model_for(tokenizer), validation(tmp_path, ["", ""], tokenizer), tokenizer)
+    for texts in (["", ""], []):
+        with pytest.raises(DataError, match="no bytes to score"):
+            bits_per_byte(model_for(tokenizer), texts, tokenizer)

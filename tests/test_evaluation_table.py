@@ -3,20 +3,35 @@
 The models are scripted, so that every figure is known beforehand.
 """
 
+import json
 import math
+import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
 from generation_models import random_model
+from tiny_run import finished_run
 from torch import nn
 
-from groundup.corpus import Document
-from groundup.evaluation import compare, exact_match, generate_tasks, verify
+from groundup.corpus import stream_documents
+from groundup.errors import ArtifactError
+from groundup.evaluation import (
+    bits_per_byte,
+    compare,
+    exact_match,
+    generate_tasks,
+    read_comparison,
+    score_model,
+    verify,
+)
 from groundup.evaluation import metrics as evaluation_metrics
-from groundup.evaluation.metrics import bits_per_byte
+from groundup.evaluation.metrics import share
+from groundup.files import read_json, write_json
+from groundup.interop import load_model
 from groundup.model import ModelConfig, OutputLayer
-from groundup.recipe import EvaluateSettings
-from groundup.shards import TokenShards, write_shards
+from groundup.recipe import parse_recipe
+from groundup.run import Manifest, Run
 from groundup.tokenizer import Tokenizer, render
 
 N_TASKS, SEED = 200, 1
@@ -73,22 +88,37 @@ def knowing(tasks, style=None, **options):
     return Scripted(replies, **options)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    texts = [" ".join(task.prompt for task in ALL[place : place + 3]) for place in range(0, 90, 3)]
-    documents = [Document(str(place), text, "test", split="validation") for place, text in enumerate(texts)]
-    write_shards([Document("train", "Once", "test"), *documents], TOKENIZER, folder)
-    return folder
+TEXTS = [" ".join(task.prompt for task in ALL[place : place + 3]) for place in range(0, 90, 3)]
 
 
-def compared(models, folder, tasks=BOTH, **gates):
-    settings = EvaluateSettings(tasks=tasks, gates=gates)
-    return compare(models, TOKENIZER, settings=settings, shards_folder=folder, n_tasks=N_TASKS, seed=SEED)[0]
+def kept(root, recipe, **models):
+    """A run in which these models are scored, by the names of their stages."""
+    run = Run(root)
+    for name, model in models.items():
+        place = name.replace("_", "-")
+        tasks = ("bits_per_byte",) if place == "before-pretrain" else recipe.evaluate.tasks
+        settings = recipe.evaluate.model_copy(update={"tasks": tasks})
+        found = score_model(model, TOKENIZER, settings=settings, texts=TEXTS, n_tasks=N_TASKS, seed=SEED)
+        scores = {
+            "figures": {metric: asdict(figure) for metric, figure in found.figures.items()},
+            "by_kind": {kind: asdict(figure) for kind, figure in found.by_kind.items()},
+            "answers": [answer.to_dict() for answer in found.answers],
+        }
+        write_json(run.folder(f"evaluate/{place}") / "scores.json", scores)
+    return run
 
 
-def rows_of(*args, **options):
-    return {row["key"]: row for row in compared(*args, **options)["rows"]}
+def read(text="", tasks=BOTH, gates=""):
+    return parse_recipe(f"{text}\n[evaluate]\ntasks = {list(tasks)}\n{gates}", "my.toml")
+
+
+def gate(metric, **said):
+    lines = [f"{name} = {value!r}" for name, value in {"metric": metric, **said}.items()]
+    return "\n".join(["[[evaluate.gates]]", *lines, ""])
+
+
+def figure(run, name, metric):
+    return read_json(run.folder(f"evaluate/{name}") / "scores.json")["figures"][metric]["value"]
 
 
 @pytest.mark.parametrize("style", ["plain", "polite", None])
@@ -105,86 +135,153 @@ def test_a_model_that_knows_some_answers_is_credited_with_these():
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
-def test_how_many_windows_or_prompts_are_computed_at_once_changes_nothing(rows, folder, monkeypatch):
-    model, shards = random_model(vocab_size=TOKENIZER.vocab_size), TokenShards.open(folder, "validation")
-    bits, graded = bits_per_byte(model, shards, TOKENIZER), exact_match(knowing(ALL[::2]), TOKENIZER, ALL[:40])
+def test_how_many_windows_or_prompts_are_computed_at_once_changes_nothing(rows, monkeypatch):
+    model = random_model(vocab_size=TOKENIZER.vocab_size)
+    bits, graded = bits_per_byte(model, TEXTS, TOKENIZER), exact_match(knowing(ALL[::2]), TOKENIZER, ALL[:40])
     monkeypatch.setattr(evaluation_metrics, "_ROWS", rows)
     monkeypatch.setattr(evaluation_metrics, "_PROMPTS", rows)
-    again = bits_per_byte(model, shards, TOKENIZER)
+    again = bits_per_byte(model, TEXTS, TOKENIZER)
     assert again.n == bits.n
     assert (again.value, again.stderr) == pytest.approx((bits.value, bits.stderr), rel=1e-5)
     assert exact_match(knowing(ALL[::2]), TOKENIZER, ALL[:40])[:2] == graded[:2]
 
 
-def test_rows_of_the_whole_road(folder):
-    n_known = len(HELD_OUT) // 2
-    models = {
-        "initial": Scripted({}),
-        "base": Scripted({}, 3.0),
-        "assistant": knowing(HELD_OUT[:n_known], sharpness=1.0),
-    }
-    scores = compared(models, folder)
-    rows = {row["key"]: row for row in scores["rows"]}
-    assert list(rows) == ["bits_per_byte", "bits_per_byte_sft", "exact_match"]
-    bits, after_sft, answers = rows.values()
-    shards = TokenShards.open(folder, "validation")
-    assert bits["before"]["value"] == pytest.approx(bits_per_byte(models["initial"], shards, TOKENIZER).value)
-    assert bits["before"]["n"] == bits["after"]["n"] == shards.n_bytes
+def test_rows_of_the_whole_pipeline(tmp_path):
+    recipe, n_known = read("[align.sft]"), len(HELD_OUT) // 2
+    initial, base = Scripted({}), Scripted({}, 3.0)
+    assistant = knowing(HELD_OUT[:n_known], sharpness=1.0)
+    run = kept(tmp_path, recipe, before_pretrain=initial, pretrain=base, sft=assistant)
+    found = compare(recipe, run)
+    bits, after_sft, answers = found["rows"]
+    assert [(row["model"], row["key"]) for row in found["rows"]] == [
+        ("pretrain", "bits_per_byte"), ("sft", "bits_per_byte"), ("sft", "exact_match"),
+    ]  # fmt: skip
+    assert bits["before"] == asdict(bits_per_byte(initial, TEXTS, TOKENIZER))
+    assert bits["before"]["n"] == bits["after"]["n"] == len("".join(TEXTS).encode())
     assert after_sft["before"] == bits["after"]
     assert after_sft["after"]["value"] > bits["after"]["value"]
-    assert answers["before"] == {"value": 0.0, "stderr": answers["before"]["stderr"], "n": len(HELD_OUT)}
+    assert answers["before"] == asdict(share([False] * len(HELD_OUT)))
     assert answers["after"]["value"] == pytest.approx(n_known / len(HELD_OUT))
-    assert [row["lower_is_better"] for row in rows.values()] == [True, True, False]
-    assert [row["n_unit"] for row in rows.values()] == ["bytes", "bytes", "prompts"]
-    assert [row["gate"] for row in rows.values()] == [None, None, None]
-    assert set(scores["by_kind"]) == {task.kind for task in HELD_OUT}
-    known = sum(kind["after"]["value"] * kind["after"]["n"] for kind in scores["by_kind"].values())
+    assert [row["lower_is_better"] for row in found["rows"]] == [True, True, False]
+    assert [row["after"]["unit"] for row in found["rows"]] == ["bytes", "bytes", "prompts"]
+    assert found["gates"] == []
+    assert found["model"] == "sft"
+    assert set(found["by_kind"]) == {task.kind for task in HELD_OUT}
+    known = sum(kind["after"]["value"] * kind["after"]["n"] for kind in found["by_kind"].values())
     assert known == pytest.approx(n_known)
-    assert [answer["correct"] for answer in scores["answers"]] == [place < n_known for place in range(len(HELD_OUT))][
-        :60
-    ]
+    assert all(kind["before"]["value"] == 0 for kind in found["by_kind"].values())
+    correct = [answer["correct"] for answer in found["answers"]]
+    assert correct == [place < n_known for place in range(len(HELD_OUT))]
 
 
-def test_rows_without_an_assistant(folder):
-    models = {"initial": Scripted({}), "base": knowing(HELD_OUT, sharpness=3.0)}
-    rows = rows_of(models, folder)
-    assert list(rows) == ["bits_per_byte", "exact_match"]
-    assert rows["exact_match"]["before"] is None
-    assert rows["exact_match"]["after"]["value"] == 1.0
-    assert list(rows_of(models, folder, tasks=("bits_per_byte",))) == ["bits_per_byte"]
-    assert list(rows_of(models, folder, tasks=("groundup:tasks",))) == ["exact_match"]
+def test_rows_without_an_assistant(tmp_path):
+    models = {"before_pretrain": Scripted({}), "pretrain": knowing(HELD_OUT, sharpness=3.0)}
+    for tasks in (BOTH, ("bits_per_byte",), ("groundup:tasks",)):
+        recipe = read(tasks=tasks)
+        # An untrained model is scored on text only.
+        run = kept(tmp_path / str(len(tasks)) / tasks[0], recipe, **models)
+        rows = {row["key"]: row for row in compare(recipe, run)["rows"]}
+        assert list(rows) == [
+            {"bits_per_byte": "bits_per_byte", "groundup:tasks": "exact_match"}[task] for task in tasks
+        ]
+        if "exact_match" in rows:
+            assert (rows["exact_match"]["before"], rows["exact_match"]["after"]["value"]) == (None, 1.0)
 
 
-def test_the_gate_on_bits_passes_at_its_border_and_fails_beyond(folder):
-    models = {"initial": Scripted({}), "base": Scripted({}, sharpness=3.0)}
-    row = rows_of(models, folder, ("bits_per_byte",))["bits_per_byte"]
-    fall = row["before"]["value"] - row["after"]["value"]
-    assert fall > 0.5
-    for least, passes in [(0.0, True), (fall, True), (math.nextafter(fall, 9), False), (fall + 1, False)]:
-        gate = rows_of(models, folder, ("bits_per_byte",), min_bits_per_byte_drop=least)["bits_per_byte"]["gate"]
-        assert gate == {"text": f"falls by at least {least:g}", "passed": passes}
+def test_each_branch_stands_beside_what_it_started_from(tmp_path):
+    recipe = read(
+        '[align.one]\nmethod = "sft"\n[align.two]\nmethod = "sft"\nstart = "one"\n'
+        '[align.control]\nmethod = "sft"\nstart = "one"\ncompute = "two"',
+        ("groundup:tasks",),
+    )
+    four = HELD_OUT[:4]
+    models = {"pretrain": 0, "one": 1, "two": 3, "control": 2}
+    run = kept(tmp_path, recipe, **{name: knowing(four[:n]) for name, n in models.items()})
+    found = compare(recipe, run)
+    n = len(HELD_OUT)
+    assert {row["label"]: (row["before"]["value"] * n, row["after"]["value"] * n) for row in found["rows"]} == {
+        "exact match, one": (0, 1), "exact match, two": (1, 3), "exact match, control (control)": (1, 2),
+    }  # fmt: skip
+    assert found["model"] == "two"  # the last that is no control
+    # What is not built yet is left out.
+    shutil.rmtree(run.folder("evaluate/control"))
+    assert len(compare(recipe, run)["rows"]) == 2
+
+
+def test_a_model_made_elsewhere_is_the_start_it_was(tmp_path):
+    recipe = read('[align.sft]\nstart = "there"', ("groundup:tasks",))
+    run = Run(tmp_path)
+    for name, right in (("before-sft", [True, False]), ("sft", [True, True])):
+        write_json(run.folder(f"evaluate/{name}") / "scores.json", {"figures": {"exact_match": asdict(share(right))}})
+    (row,) = compare(recipe, run)["rows"]
+    assert (row["before"]["value"], row["after"]["value"]) == (0.5, 1.0)
+
+
+def test_the_gate_on_bits_passes_at_its_border_and_fails_beyond(tmp_path):
+    recipe = read(tasks=("bits_per_byte",))
+    run = kept(tmp_path, recipe, before_pretrain=Scripted({}), pretrain=Scripted({}, sharpness=3.0))
+    change = figure(run, "pretrain", "bits_per_byte") - figure(run, "before-pretrain", "bits_per_byte")
+    assert change < -0.5
+    for most, passes in [(0.0, True), (change, True), (math.nextafter(change, -9), False), (change - 1, False)]:
+        judged = read(tasks=("bits_per_byte",), gates=gate("bits_per_byte", over="start", max=most))
+        (found,) = compare(judged, run)["gates"]
+        assert (found["passed"], found["value"]) == (passes, change)
+        said = f"bits per byte of pretrain over what it started from: at most {most:g}, is {change:.4g}"
+        assert found["text"] == said
 
 
 @pytest.mark.parametrize(
     ("gates", "passes"),
     [
-        ({"min_exact_match": 0.5}, True),
-        ({"min_exact_match": 0.500001}, False),
-        ({"max_exact_match_before": 0.25}, True),
-        ({"max_exact_match_before": 0.249999}, False),
-        ({"max_exact_match_before": 0.25, "min_exact_match": 0.5}, True),
-        ({"max_exact_match_before": 0.0, "min_exact_match": 0.5}, False),
-        ({"max_exact_match_before": 0.25, "min_exact_match": 1.0}, False),
+        ([{"model": "sft", "min": 0.5}], [True]),
+        ([{"model": "sft", "min": 0.500001}], [False]),
+        ([{"max": 0.25}], [True]),
+        ([{"max": 0.249999}], [False]),
+        ([{"max": 0.25}, {"model": "sft", "min": 0.5}], [True, True]),
+        ([{"max": 0.0}, {"model": "sft", "min": 0.5}], [False, True]),
+        ([{"model": "sft", "over": "pretrain", "min": 0.25}], [True]),
+        ([{"model": "sft", "over": "start", "min": 0.250001}], [False]),
+        ([{"model": "pretrain", "over": "sft", "min": -0.25, "max": -0.25}], [True]),
+        ([{"model": "sft", "min": 0.4, "max": 0.49}], [False]),
     ],
 )
-def test_the_gates_on_answers_pass_at_their_border_and_fail_beyond(gates, passes, folder):
-    four = HELD_OUT[:4]
-    models = {"base": knowing(four[:1]), "assistant": knowing(four[:2])}
-    settings = EvaluateSettings(tasks=("groundup:tasks",), limit=4, gates=gates)
-    scores, _ = compare(models, TOKENIZER, settings=settings, shards_folder=folder, n_tasks=N_TASKS, seed=SEED)
-    (row,) = scores["rows"]
-    assert (row["before"]["value"], row["after"]["value"]) == (0.25, 0.5)
-    assert row["gate"]["passed"] is passes
-    assert [word for word in ("at most", "at least") if word in row["gate"]["text"]] == [
-        word for word, key in (("at most", "max_exact_match_before"), ("at least", "min_exact_match")) if key in gates
-    ]
+def test_the_gates_on_answers_pass_at_their_border_and_fail_beyond(gates, passes, tmp_path):
+    tasks, four = ("groundup:tasks",), HELD_OUT[:4]
+    text = "".join(gate("exact_match", **said) for said in gates)
+    recipe = read("[align.sft]", tasks, f"limit = 4\n{text}")
+    run = kept(tmp_path, recipe, pretrain=knowing(four[:1]), sft=knowing(four[:2]))
+    found = compare(recipe, run)["gates"]
+    assert [judged["passed"] for judged in found] == passes
+    for judged, said in zip(found, gates, strict=True):
+        assert ("at least" in judged["text"]) is ("min" in said)
+        assert ("at most" in judged["text"]) is ("max" in said)
+
+
+def test_a_gate_may_be_on_a_figure_of_the_stages_own(tmp_path):
+    own = gate("val_loss", model="sft", max=1.5)
+    recipe, run = read("[align.sft]", (), own), Run(tmp_path)
+    with pytest.raises(ArtifactError, match="sft has no figure val_loss"):
+        compare(recipe, run)
+    run.folder("sft").mkdir()
+    for loss, passes in ((1.5, True), (1.6, False)):
+        Manifest(stage="sft", fingerprint="", seconds=0, summary={"val_loss": loss}).write(run.folder("sft"))
+        (found,) = compare(recipe, run)["gates"]
+        assert found["passed"] is passes
+
+
+def test_a_runs_table_says_what_its_models_score():
+    run = finished_run()
+    found = read_comparison(run)
+    texts = [document.text for document in stream_documents(run.folder("corpus"), "validation")]
+    rows = {(row["model"], row["key"]): row for row in found["rows"]}
+    assert found == compare(run.recipe, run)
+    for name in ("pretrain", "sft"):
+        model, tokenizer = load_model(run.folder(name) / "model")
+        bits = bits_per_byte(model, texts, tokenizer)
+        assert rows[name, "bits_per_byte"]["after"]["value"] == pytest.approx(bits.value, rel=1e-6)
+    scored = score_model(model, tokenizer, settings=run.recipe.evaluate, texts=texts, seed=run.recipe.seed)
+    assert rows["sft", "exact_match"]["after"] == asdict(scored.exact_match)
+    assert found["answers"] == [answer.to_dict() for answer in scored.answers]
+    # Wall-clock figures are kept out of the scores, which must be the same on every run.
+    assert "tokens_per_second" not in json.dumps(found)
+    assert run.manifest("evaluate/sft").summary["generation_tokens_per_second"] > 0

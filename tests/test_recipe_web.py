@@ -41,7 +41,9 @@ def build_web(groundup: CommandLine, *overrides: str) -> Any:
 def check_run(root: Path) -> dict[str, Any]:
     """Every stage is done, on the same documents, and the counts add up; the filter statistics."""
     run = Run(root)
-    manifests = {name: run.manifest(name) for name in ("corpus", "tokenizer", "shards", "pretrain", "evaluate")}
+    manifests = {
+        name: run.manifest(name) for name in ("corpus", "tokenizer", "shards", "pretrain", "evaluate/pretrain")
+    }
     assert all(manifests.values())
     corpus, shards = (manifests[name].summary for name in ("corpus", "shards"))
     assert corpus["documents_in"] == corpus["documents_kept"] + sum(corpus["removed"].values())
