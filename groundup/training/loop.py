@@ -51,7 +51,7 @@ from groundup.training.process import keep_freed_memory, peak_memory_bytes
 from groundup.training.schedule import learning_rate_share
 from groundup.training.spikes import Spike, SpikeDetector, bad_weights, find_origin, likely_causes
 from groundup.training.throughput import ThroughputMeter
-from groundup.training.validation import Validation, check_initial_loss
+from groundup.training.validation import Validation, check_initial_loss, validation_interval
 
 CHECKPOINTS = "checkpoints"
 
@@ -155,7 +155,7 @@ class _Loop:
         self.on_policy = job.source if isinstance(job.source, OnPolicySource) else None
         self.log, self.trackers, self.writer = log, trackers, writer
         self.world, self.console, self.bar, self.stop = world, console, bar, stop
-        self.eval_every = job.settings.eval_every or max(1, math.ceil(job.n_steps / 20))
+        self.eval_every = validation_interval(job.settings, job.n_steps)
         self.micro = job.micro_rows
         self.validation = Validation(job, state, writer, world, console, self.note, self.leave_if_asked)
         self.speed = ThroughputMeter(job.model.compute_dtype, world.device, world.size, measures=world.is_first)
@@ -325,15 +325,12 @@ class _Loop:
         batch, own = self.batches.take(place, place + 1 if is_ahead else None)
         flops_here = job.objective.flops(job.model.config, batch["ids"].shape)
         work = self.world.sum(torch.tensor([*own.values(), flops_here], dtype=torch.float64))
-        *counts, flops = work.tolist()
         for name, module in self.modules.items():
             module.train(name in job.modules)
         totals = torch.zeros(len(own), dtype=torch.float64, device=self.world.device)
         # FSDP averages gradients over processes: times the world's size it is the sum again.
         scale = self.world.size / work[:-1] * (1.0 if state.scaler is None else state.scaler.scale)
-        first = next(iter(own))
-        named = zip(own, scale, counts, strict=True)
-        factors = {name: factor for name, factor, count in named if count or name == first}
+        factors = dict(zip(own, scale.where(work[:-1] > 0, 0.0), strict=True))
         for part in micro_batches(batch, self.micro):
             terms = job.objective.terms(self.modules, part)
             totals += torch.stack([terms[name].reported for name in own])
@@ -342,7 +339,9 @@ class _Loop:
         if state.scaler is not None:
             state.scaler.unscale(parameters)
         *sums, squared = self.world.sum(torch.cat([totals, squared_norm(parameters)])).tolist()
+        *counts, flops = work.tolist()
         found = {name: part / count for name, part, count in zip(own, sums, counts, strict=True) if count}
+        first = next(iter(own))
         loss, grad_norm = found.get(first, math.nan), math.sqrt(squared)
         scale_to_norm(parameters, job.settings.max_grad_norm, grad_norm)
         lr_share = learning_rate_share(job.settings, step, job.n_steps)

@@ -37,6 +37,7 @@ from groundup.training.planning.memory import (
 )
 from groundup.training.precision import check_precision, choose_precision
 from groundup.training.schedule import count_tokens, sequence_length
+from groundup.training.validation import PASSES, validation_interval
 
 
 @dataclass(frozen=True)
@@ -300,7 +301,7 @@ def training_derived(
         steps = -(-n_rows // settings.batch_size)
         yield f"{where}.steps", f"{steps:,}", f"{settings.batch_size} rows × {length} tokens a step"
         if settings.eval_every is None:
-            yield f"{where}.eval_every", f"{max(1, -(-steps // 20)):,}", "20 over the run"
+            yield f"{where}.eval_every", f"{validation_interval(settings, steps):,}", f"{PASSES} over the run"
     memory = f"{needed.total / 2**20:,.0f} MiB"
     yield f"{where} memory", memory, f"about, at its fullest, {micro} rows at a time; groundup plan shows the parts"
 

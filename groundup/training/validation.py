@@ -16,12 +16,20 @@ import torch
 
 from groundup.console import Console
 from groundup.distributed import World
+from groundup.recipe import OptimizerSettings
 from groundup.training.checkpoint import CheckpointWriter, Progress, TrainingState, weights_of
 from groundup.training.job import TrainingJob
 from groundup.training.objective import micro_batches
 
 EVAL_TOKENS = 50_000
 """Scored in a pass, unless the recipe says otherwise."""
+PASSES = 20
+"""Over a run, unless the recipe says otherwise."""
+
+
+def validation_interval(settings: OptimizerSettings, n_steps: int) -> int:
+    """Steps between two passes."""
+    return settings.eval_every or max(1, math.ceil(n_steps / PASSES))
 
 
 @dataclass

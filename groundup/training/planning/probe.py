@@ -34,6 +34,7 @@ from groundup.training.planning.memory import PROCESS_BYTES, DeviceMemory, Step,
 from groundup.training.process import keep_freed_memory, measured_once
 from groundup.training.schedule import BatchPlan
 from groundup.training.throughput import peak_matmul_flops
+from groundup.training.validation import EVAL_TOKENS, validation_interval
 
 PROBE_SECONDS = 20.0
 ASSUMED_MFU = 0.35
@@ -306,12 +307,6 @@ def _without_groups(settings: OptimizerSettings) -> OptimizerSettings:
     return settings.model_copy(update={"groups": ()})
 
 
-EVAL_TOKENS = 50_000
-"""Validation tokens of a pass, unless the settings say otherwise."""
-PASSES = 20
-"""Validation passes of a run, unless the settings say otherwise."""
-
-
 @dataclass(frozen=True)
 class Timings:
     """Seconds of each piece of a run, for all devices together.
@@ -373,7 +368,7 @@ def validation_pass(settings: OptimizerSettings, length: int, validation_tokens:
 
 def count_passes(settings: OptimizerSettings, n_steps: int) -> int:
     """Validation passes of a run: before the first step, at every interval, after the last."""
-    every = settings.eval_every or max(1, math.ceil(n_steps / PASSES))
+    every = validation_interval(settings, n_steps)
     return 1 + n_steps // every + (n_steps % every > 0)
 
 
