@@ -20,7 +20,7 @@ from groundup.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from groundup.training.planning.result import Plan
+    from groundup.training.planning.plan import Plan
 
 
 def add_to(app: typer.Typer) -> None:
@@ -87,15 +87,15 @@ def _show(plan: Plan) -> None:
     typer.echo()
     memory = plan.fit.estimate
     rows: list[tuple[str, ...]] = [(name, format_bytes(size), "") for name, size in memory.parts().items() if size]
-    later = memory.memory.all_gradients - memory.memory.gradients
+    later = memory.all_gradients - memory.gradients
     if later > 0:
         place = next((index for index, row in enumerate(rows) if row[0] == "gradients"), 1)
-        shown = (format_bytes(memory.memory.gradients), f"{format_bytes(later)} more come when activations have gone")
+        shown = (format_bytes(memory.gradients), f"{format_bytes(later)} more come when activations have gone")
         rows[place : place + (rows[place][0] == "gradients")] = [("gradients", *shown)]
     verdict = "fits" if plan.fits else "does not fit"
     available = plan.hardware.available
     rows.append(("all", format_bytes(memory.total), f"{verdict}: {format_bytes(available.total)}, {available.what}"))
-    console.print(_table(("memory, each device", "bytes", f"fullest: {memory.memory.moment}"), rows))
+    console.print(_table(("memory, each device", "bytes", f"fullest: {memory.moment}"), rows))
     if plan.fit.suggestions:
         typer.echo()
         console.print(_table(("to make it fit", "saves", "then needs", ""), _suggestions(plan), right=(1, 2)))

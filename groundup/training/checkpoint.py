@@ -48,36 +48,21 @@ _TENSORS = ".safetensors"
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come.
+    """How far a run has come."""
 
-    Attributes:
-        step: optimizer steps done.
-        tokens: target tokens seen.
-        seconds: wall-clock seconds of training so far.
-        fingerprint: digest of model, data order and settings; another one must not be resumed from this.
-        threads: CPU threads used; another number may round differently.
-        world_size: number of processes; likewise.
-        shift: steps whose batches were passed over, by going back behind them.
-        best_loss: lowest validation loss so far, or None.
-        spikes: what loss-spike handling remembers.
-        scaler: what float16's loss scaler remembers.
-        compiled: whether the model is compiled, which rounds otherwise; None: not decided yet.
-        flops: of training and of making rows, over all processes.
-        buffer_place: place of the batch before which the on-policy buffer was made; None: there is none.
-    """
-
-    step: int
-    tokens: int
-    seconds: float
-    fingerprint: str
-    threads: int
-    world_size: int
-    shift: int = 0
-    best_loss: float | None = None
-    spikes: dict[str, Any] = field(default_factory=dict)
-    scaler: dict[str, Any] = field(default_factory=dict)
-    compiled: bool | None = None
-    flops: float = 0.0
+    step: int  # optimizer steps done
+    tokens: int  # target tokens seen
+    seconds: float  # wall-clock seconds of training so far
+    fingerprint: str  # digest of model, data order and settings; another one must not be resumed from this
+    threads: int  # CPU threads used; another number may round differently
+    world_size: int  # number of processes; likewise
+    shift: int = 0  # steps whose batches were passed over, by going back behind them
+    best_loss: float | None = None  # lowest validation loss so far, or None
+    spikes: dict[str, Any] = field(default_factory=dict)  # what loss-spike handling remembers
+    scaler: dict[str, Any] = field(default_factory=dict)  # what float16's loss scaler remembers
+    compiled: bool | None = None  # whether the model is compiled, which rounds otherwise; None: not decided yet
+    flops: float = 0.0  # of training and of making rows, over all processes
+    # Place of the batch before which the on-policy buffer was made; None: there is none
     buffer_place: int | None = None
 
 
@@ -246,23 +231,14 @@ def _read_checkpoint(path: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]
 
 @dataclass
 class TrainingState:
-    """What a step changes.
+    """What a step changes."""
 
-    Attributes:
-        trained: weights, of all modules that are trained.
-        optimizers: their moments.
-        spikes: the losses that loss-spike handling remembers.
-        scaler: float16's, or None.
-        average: of the weights, or None.
-        buffer: rows that the model has made; empty: none.
-    """
-
-    trained: nn.Module
-    optimizers: Optimizers
-    spikes: SpikeDetector
-    scaler: LossScaler | None = None
-    average: WeightAverage | None = None
-    buffer: dict[str, Tensor] = field(default_factory=dict)
+    trained: nn.Module  # weights, of all modules that are trained
+    optimizers: Optimizers  # their moments
+    spikes: SpikeDetector  # the losses that loss-spike handling remembers
+    scaler: LossScaler | None = None  # float16's, or None
+    average: WeightAverage | None = None  # of the weights, or None
+    buffer: dict[str, Tensor] = field(default_factory=dict)  # rows that the model has made; empty: none
 
     def parts(self) -> Stateful:
         """The checkpoint's files of tensors."""

@@ -4,10 +4,9 @@ A run that is over before a compiler is done is not compiled, nor one whose rows
 compiler would begin again and again. What was decided is part of a run's checkpoints, as compiled arithmetic rounds
 otherwise. Only what is trained is compiled: validation, with rows of other lengths, and generation run as they are.
 
-A compiler that is killed can leave a truncated object in its cache. Every later compile of that graph then fails ("file
-too short"), or, if the object was the test of the machine's vector units, any compile. So truncated objects are removed
-before the first compile, and after one that fails, which is then tried once more. What fails again costs one line and
-the speed, not the run.
+A compiler that is killed can leave a truncated object in its cache, and then every later compile of that graph fails,
+or any compile. So truncated objects are removed before the first one, and after one that fails, which is then tried
+once more. What fails again costs one line and the speed, not the run.
 
 Activation checkpointing (arXiv:1604.06174) computes again what the backward pass needs instead of keeping it:
 
@@ -25,7 +24,6 @@ import functools
 import os
 import shutil
 import struct
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -46,6 +44,7 @@ from groundup.training.checkpoint import TrainingState
 from groundup.training.job import OnPolicySource, TrainingJob
 from groundup.training.objective import weighted_sum
 from groundup.training.process import cache_root, recall, remember
+from groundup.training.throughput import timed
 
 TRIED_FROM_FLOPS = {"cpu": 1e13, "cuda": 3e16}
 """Of a whole run: about a minute, on two cores or on one large GPU."""
@@ -56,12 +55,7 @@ _REPEATS = 3
 
 @dataclass(frozen=True)
 class Choice:
-    """Whether a run is compiled.
-
-    Attributes:
-        compiled: or not.
-        reason: for the console and the manifest.
-    """
+    """Whether a run is compiled, and why, for the console and the manifest."""
 
     compiled: bool
     reason: str
@@ -175,31 +169,19 @@ def choose_by_trial(
 
 def _tried(model: Transformer, run: Callable[[], None], device: torch.device, console: Console) -> dict[str, Any]:
     run()  # kernels and buffers of the first time
-    eager = min(_seconds(run, device) for _ in range(_REPEATS))
+    eager = min(timed(run, device) for _ in range(_REPEATS))
     blocks = CompiledBlocks(model, console)
-    first = _seconds(run, device)
-    compiled = min(_seconds(run, device) for _ in range(_REPEATS))
+    first = timed(run, device)
+    compiled = min(timed(run, device) for _ in range(_REPEATS))
     pays = blocks.failure is None and eager / compiled >= LEAST_GAIN
     if not pays:
         blocks.undo()
     return {
-        "pays": pays,
-        "eager_seconds": eager,
-        "compiled_seconds": compiled,
-        "compile_seconds": first - compiled,
+        "pays": pays, "eager_seconds": eager, "compiled_seconds": compiled, "compile_seconds": first - compiled,
         "failure": blocks.failure,
-    }
+    }  # fmt: skip
 
 
-def _seconds(run: Callable[[], None], device: torch.device) -> float:
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-TRUNCATED = ("file too short", "invalid ELF header", "EOFError", "unexpected end of data")
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 MEMORY_SHARE = 0.97
@@ -237,23 +219,22 @@ class CompiledBlocks:
         plain = block.eager
         compiled: Callable[..., Any] = torch.compile(plain)
 
-        def run(x: Any, rotation: Any, sight: Any = None, cached: Any = None) -> Any:
+        def run(x: Any, rotation: Any, mask: Any = None, cached: Any = None) -> Any:
             nonlocal compiled
-            if self.failure is None and cached is None and torch.is_grad_enabled():
-                for attempt in range(2):
-                    try:
-                        with self._memory_budget():
-                            return compiled(x, rotation, sight)
-                    except Exception as error:  # whatever a compiler may raise
-                        if not _is_compilers(error):
-                            raise
-                        if attempt == 0 and self._clear():
-                            torch._dynamo.reset()
-                            compiled = torch.compile(plain)
-                            continue
-                        self._give_up(error)
-                        break
-            return plain(x, rotation, sight, cached)
+            if self.failure is not None or cached is not None or not torch.is_grad_enabled():
+                return plain(x, rotation, mask, cached)
+            try:
+                with self._memory_budget():
+                    return compiled(x, rotation, mask)
+            except Exception as error:  # whatever a compiler may raise
+                if not _is_compilers(error):
+                    raise
+                if self._clear():
+                    torch._dynamo.reset()
+                    compiled = torch.compile(plain)
+                else:
+                    self._give_up(error)
+            return run(x, rotation, mask)
 
         return run
 
@@ -298,7 +279,7 @@ def _use_own_cache() -> None:
 
 
 def remove_truncated(cache: Path) -> list[Path]:
-    """Remove the shared objects (ELF) under a folder that end before their table of sections; return them."""
+    """Remove the shared objects (ELF, 64 bits) under a folder that end before their table of sections; return them."""
     found = [path for path in cache.rglob("*.so") if _is_truncated(path)]
     for path in found:
         path.unlink(missing_ok=True)
@@ -315,8 +296,7 @@ def _is_truncated(path: Path) -> bool:
         return True
     if head[:6] != b"\x7fELF\x02\x01":  # 64 bits, little-endian: all others are left alone
         return False
-    (table,) = struct.unpack_from("<Q", head, 40)
-    entry_size, n_entries = struct.unpack_from("<HH", head, 58)
+    (table,), (entry_size, n_entries) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<HH", head, 58)
     return bool(size < table + entry_size * n_entries)
 
 

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import orjson
 import torch
@@ -125,18 +125,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
-class Tracker(Protocol):
-    """Where figures go."""
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Note the figures of a step."""
-        ...
-
-    def close(self) -> None:
-        """Write what is left."""
-        ...
-
-
 class Trackers:
     """All that a recipe asks for, as one.
 
@@ -155,7 +143,7 @@ class Trackers:
     def __init__(
         self, names: Sequence[TrackerName], folder: Path, project: str, stage: str, step: int, config: Mapping[str, Any]
     ) -> None:
-        self._all: list[Tracker] = []
+        self._all: list[_TensorBoard | _Remote] = []
         for name in names:
             try:
                 if name == "tensorboard":

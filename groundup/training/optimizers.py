@@ -213,34 +213,21 @@ Shapes = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that are updated alike.
+    """Parameters that are updated alike."""
 
-    Attributes:
-        optimizer: whose they are.
-        lr: peak learning rate.
-        weight_decay: decoupled.
-        names: of the parameters.
-        match: the recipe's pattern that chose them, if one did.
-    """
-
-    optimizer: OptimizerName
-    lr: float
-    weight_decay: float
-    names: tuple[str, ...]
-    match: str | None = None
+    optimizer: OptimizerName  # whose they are
+    lr: float  # peak learning rate
+    weight_decay: float  # decoupled
+    names: tuple[str, ...]  # of the parameters
+    match: str | None = None  # the recipe's pattern that chose them, if one did
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """All parameters, each in one group or frozen.
+    """All parameters, each in one group or frozen."""
 
-    Attributes:
-        groups: those that are updated.
-        frozen: those that are not.
-    """
-
-    groups: tuple[Group, ...]
-    frozen: tuple[str, ...] = ()
+    groups: tuple[Group, ...]  # those that are updated
+    frozen: tuple[str, ...] = ()  # those that are not
 
 
 def group_parameters(shapes: Shapes, settings: OptimizerSettings, stage: str = "pretrain") -> Grouping:

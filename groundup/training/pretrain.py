@@ -42,17 +42,11 @@ from groundup.training.validation import PASSES, validation_interval
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What a training stage gives.
+    """What a training stage gives."""
 
-    Attributes:
-        model: the trained model.
-        folder: where its logs and its checkpoint folder `model/` are.
-        summary: the stage's figures.
-    """
-
-    model: Transformer
-    folder: Path
-    summary: dict[str, Any]
+    model: Transformer  # the trained model
+    folder: Path  # where its logs and its checkpoint folder `model/` are
+    summary: dict[str, Any]  # the stage's figures
 
 
 def pretrain(

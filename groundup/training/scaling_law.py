@@ -13,14 +13,17 @@ exponents without it are off there (arXiv:2406.12907). D counts target tokens se
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter
 
 from groundup.errors import ArtifactError, DataError
 from groundup.files import read_json, write_json
@@ -34,78 +37,51 @@ COEFFICIENTS = ("e", "a", "alpha", "b", "beta")
 _DIGITS = 7
 
 
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Coefficients = tuple[Positive, Positive, Positive, Positive, Positive]
+
+
 @dataclass(frozen=True)
 class ScalingPoint:
-    """One finished run.
+    """One finished run."""
 
-    Attributes:
-        n_parameters: all parameters.
-        n_tokens: target tokens seen.
-        loss: final validation loss, nats per token.
-        flops: of training, forward and backward.
-    """
-
-    n_parameters: int
-    n_tokens: int
-    loss: float
-    flops: float
+    n_parameters: Annotated[int, Field(gt=0)]  # all
+    n_tokens: Annotated[int, Field(gt=0)]  # target tokens seen
+    loss: Positive  # final validation loss, nats per token
+    flops: Positive  # of training, forward and backward
 
 
 @dataclass(frozen=True)
 class LawData:
-    """What text a law is about: of other text, or cut otherwise, losses are others.
-
-    Attributes:
-        recipe: name of the recipe.
-        tokenizer: its fingerprint ("": the shards do not say).
-        train: fingerprint of the training shards.
-        validation: fingerprint of the validation shards.
-        train_tokens: tokens of training text; runs on more see some again.
-        bytes_per_token: of validation text; turns nats per token into bits per byte (0: the shards do not say).
-    """
+    """What text a law is about: of other text, or cut otherwise, losses are others."""
 
     recipe: str
-    tokenizer: str
-    train: str
-    validation: str
-    train_tokens: int
-    bytes_per_token: float
+    tokenizer: str  # its fingerprint ("": the shards do not say)
+    train: str  # fingerprint of the training shards
+    validation: str  # fingerprint of the validation shards
+    train_tokens: int  # of training text; runs on more see some again
+    bytes_per_token: float  # of validation text; turns nats per token into bits per byte (0: the shards do not say)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a law says of a run.
+    """What a law says of a run."""
 
-    Attributes:
-        loss: nats per token.
-        low: lower end of its 90 % interval (of one run: the fit's uncertainty and a run's own scatter).
-        high: upper end.
-        beyond: how many times further than the sweep's outermost runs, in parameters or tokens; 1: within.
-    """
-
-    loss: float
-    low: float
+    loss: float  # nats per token
+    low: float  # of the 90 % interval of one run: the fit's uncertainty and a run's own scatter
     high: float
-    beyond: float
+    beyond: float  # how many times further than the sweep's outermost runs, in parameters or tokens; 1: within
 
 
 @dataclass(frozen=True)
 class Optimum:
-    """The best model and the tokens for it, for some compute.
-
-    Attributes:
-        flops: the compute.
-        n_parameters: of the best model.
-        n_tokens: to train it on.
-        prediction: its loss.
-        beyond: times the compute of the sweep's largest run; 1: within.
-    """
+    """The best model and the tokens for it, for some compute."""
 
     flops: float
     n_parameters: float
     n_tokens: float
     prediction: Prediction
-    beyond: float
+    beyond: float  # times the compute of the sweep's largest run; 1: within
 
 
 @dataclass(frozen=True)
@@ -114,10 +90,8 @@ class ScalingLaw:
 
     Attributes:
         e: the loss that no size and no data take away.
-        a: factor of the parameters' term.
-        alpha: its exponent.
-        b: factor of the tokens' term.
-        beta: its exponent.
+        a: factor of the parameters' term, and `alpha` its exponent.
+        b: factor of the tokens' term, and `beta` its exponent.
         points: the runs it was fitted to.
         noise: standard deviation of log loss about the law, degrees of freedom counted.
         left_out: for each point, log(measured / predicted) by the law of all other points.
@@ -125,15 +99,15 @@ class ScalingLaw:
         data: what text it is about, or None where that is unknown.
     """
 
-    e: float
-    a: float
-    alpha: float
-    b: float
-    beta: float
+    e: Positive
+    a: Positive
+    alpha: Positive
+    b: Positive
+    beta: Positive
     points: tuple[ScalingPoint, ...] = ()
-    noise: float = 0.0
+    noise: Annotated[float, Field(ge=0)] = 0.0
     left_out: tuple[float, ...] = ()
-    replicates: tuple[tuple[float, ...], ...] = ()
+    replicates: tuple[Coefficients, ...] = ()
     data: LawData | None = None
 
     def loss(self, n_parameters: float, n_tokens: float) -> float:
@@ -170,17 +144,18 @@ class ScalingLaw:
     @property
     def flops_per_parameter_token(self) -> float:
         """k of C = k · N · D: 6 and attention's share, as the sweep's runs had it."""
-        shares = [math.log(point.flops / (point.n_parameters * point.n_tokens)) for point in self.points]
-        return math.exp(sum(shares) / len(shares)) if shares else 6.0
+        ratios = [point.flops / (point.n_parameters * point.n_tokens) for point in self.points]
+        return statistics.geometric_mean(ratios) if ratios else 6.0
 
     def beyond(self, n_parameters: float, n_tokens: float) -> float:
         """How many times outside the sweep's range of parameters or tokens, whichever is more; 1: within."""
-        factors = [1.0]
-        for asked, name in ((n_parameters, "n_parameters"), (n_tokens, "n_tokens")):
-            seen = [getattr(point, name) for point in self.points]
-            if seen:
-                factors += [asked / max(seen), min(seen) / asked]
-        return max(factors)
+        if not self.points:
+            return 1.0
+        sizes = [point.n_parameters for point in self.points]
+        budgets = [point.n_tokens for point in self.points]
+        return max(
+            1.0, n_parameters / max(sizes), min(sizes) / n_parameters, n_tokens / max(budgets), min(budgets) / n_tokens
+        )
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """The 90 % interval of each coefficient; empty without replicates."""
@@ -191,7 +166,7 @@ class ScalingLaw:
     @property
     def left_out_error(self) -> float:
         """Root mean square of `left_out`: how far off a run is that the law has not seen, as a share."""
-        return math.sqrt(sum(error**2 for error in self.left_out) / len(self.left_out)) if self.left_out else math.nan
+        return math.sqrt(statistics.fmean(error**2 for error in self.left_out)) if self.left_out else math.nan
 
     def other_data(
         self, *, tokenizer: str | None = None, train: str | None = None, validation: str | None = None
@@ -199,12 +174,13 @@ class ScalingLaw:
         """Why this law is not about these shards (fingerprints of `TokenShards`); None if it is, as far as is known."""
         if self.data is None:
             return "the law does not say what text it is about"
+        about = f"(recipe {self.data.recipe})"
         if tokenizer and self.data.tokenizer and tokenizer != self.data.tokenizer:
-            return f"it was fitted with another tokenizer (recipe {self.data.recipe}): its losses are of other tokens"
+            return f"it was fitted with another tokenizer {about}: its losses are of other tokens"
         if validation is not None and validation != self.data.validation:
-            return f"it was fitted on other validation text (recipe {self.data.recipe})"
+            return f"it was fitted on other validation text {about}"
         if train is not None and train != self.data.train:
-            return f"it was fitted on other training text (recipe {self.data.recipe})"
+            return f"it was fitted on other training text {about}"
         return None
 
     def save(self, path: str | Path) -> None:
@@ -249,31 +225,10 @@ class ScalingLaw:
         path = Path(path) / LAW_FILE if Path(path).is_dir() else Path(path)
         values = read_json(path)
         try:
-            return cls._from_dict(values)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(f"{path}: no scaling law ({error!r}).", "Fit it again: groundup scaling.") from error
-
-    @classmethod
-    def _from_dict(cls, values: Mapping[str, Any]) -> ScalingLaw:
-        names = ("n_parameters", "n_tokens", "loss", "flops")
-        points = tuple(ScalingPoint(**{name: row[name] for name in names}) for row in values["points"])
-        left_out = tuple(float(row["left_out"]) for row in values["points"] if row["left_out"] is not None)
-        coefficients = {name: float(values[name]) for name in COEFFICIENTS}
-        law = cls(
-            **coefficients,
-            points=points,
-            noise=float(values["noise"]),
-            left_out=left_out,
-            replicates=tuple(tuple(map(float, row)) for row in values["replicates"]),
-            data=None if values["data"] is None else LawData(**values["data"]),
-        )
-        numbers = [*coefficients.values(), *(value for row in law.replicates for value in row)]
-        numbers += [float(getattr(point, name)) for point in points for name in names]
-        if not all(math.isfinite(value) and value > 0 for value in numbers) or law.noise < 0:
-            raise ValueError("a number is not positive")
-        if any(len(row) != len(COEFFICIENTS) for row in law.replicates):
-            raise ValueError("a replicate has not five numbers")
-        return law
+            left_out = [row["left_out"] for row in values["points"] if row["left_out"] is not None]
+            return TypeAdapter(cls).validate_python({**values, "left_out": left_out})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{path}: no scaling law ({error}).", "Fit it again: groundup scaling.") from error
 
     @functools.cached_property
     def _replicates(self) -> NDArray[np.float64]:
@@ -390,14 +345,12 @@ def _check_terms(theta: Array, x: Array, y: Array) -> None:
 def _starts(x: Array, y: Array, losses: Array) -> Array:
     """(starts, 5): for each pair of exponents and floor, the other two by linear least squares of relative errors."""
     rows = []
-    for alpha in _EXPONENTS:
-        for beta in _EXPONENTS:
-            for share in _FLOORS:
-                e = share * losses.min()
-                columns = np.stack([np.exp(-alpha * x), np.exp(-beta * y)], axis=1) / losses[:, None]
-                factors = np.linalg.lstsq(columns, (losses - e) / losses, rcond=None)[0]
-                a, b = np.maximum(factors, 0.01 * losses.min())
-                rows.append([math.log(e), math.log(a), math.log(alpha), math.log(b), math.log(beta)])
+    for alpha, beta, share in itertools.product(_EXPONENTS, _EXPONENTS, _FLOORS):
+        e = share * losses.min()
+        columns = np.stack([np.exp(-alpha * x), np.exp(-beta * y)], axis=1) / losses[:, None]
+        factors = np.linalg.lstsq(columns, (losses - e) / losses, rcond=None)[0]
+        a, b = np.maximum(factors, 0.01 * losses.min())
+        rows.append(np.log([e, a, alpha, b, beta]))
     return np.array(rows)
 
 
@@ -445,10 +398,8 @@ def _log_loss(theta: Array, x: Array, y: Array) -> tuple[Array, Array]:
     """Log loss (problems, points), and the share of each of its three terms (problems, points, 3)."""
     e, a, log_alpha, b, log_beta = (column[:, None] for column in theta.T)
     terms = np.stack([e + 0 * x, a - np.exp(log_alpha) * x, b - np.exp(log_beta) * y], axis=-1)
-    largest = terms.max(axis=-1, keepdims=True)
-    powers = np.exp(terms - largest)
-    total = powers.sum(axis=-1, keepdims=True)
-    return (largest + np.log(total))[..., 0], powers / total
+    total = np.logaddexp.reduce(terms, axis=-1)
+    return total, np.exp(terms - total[..., None])
 
 
 def _slopes(theta: Array, shares: Array, x: Array, y: Array) -> Array:
@@ -472,7 +423,7 @@ def _bounds(targets: Array) -> tuple[Array, Array]:
     return np.array([least, least, slow, least, slow]), np.array([lowest, most, fast, most, fast])
 
 
-def _coefficients(theta: Array, centre: tuple[float, float]) -> tuple[float, float, float, float, float]:
+def _coefficients(theta: Array, centre: tuple[float, float]) -> Coefficients:
     """e, a, alpha, b, beta, no longer at the centre."""
     alpha, beta = math.exp(theta[2]), math.exp(theta[4])
     a, b = math.exp(theta[1] + alpha * centre[0]), math.exp(theta[3] + beta * centre[1])

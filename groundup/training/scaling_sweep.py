@@ -14,8 +14,9 @@ import functools
 import itertools
 import json
 import math
+import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ from groundup.run import RECIPE_FILE, Run
 from groundup.shards import TokenShards
 from groundup.tokenizer import Tokenizer, load_tokenizer
 from groundup.training import pretrain
-from groundup.training.objective import head_loss
-from groundup.training.optimizers import Optimizers, clip_gradients
+from groundup.training.optimizers import Optimizers
+from groundup.training.planning.probe import step_pieces
 from groundup.training.precision import choose_precision
 from groundup.training.pretrain import PRETRAIN
 from groundup.training.process import keep_freed_memory, limited_threads
@@ -51,6 +52,7 @@ from groundup.training.scaling_law import (
     fit_scaling_law,
 )
 from groundup.training.schedule import sequence_length
+from groundup.training.throughput import timed
 
 DEFAULT_SIZES = ("200k", "500k", "1m", "2m")
 N_BUDGETS = 4
@@ -72,25 +74,15 @@ POINTS_FOLDER, POINT_FILE, POINTS_FILE, PICTURE_FILE, BUDGET_FILE = (
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep is to train, and where.
+    """What a sweep is to train, and where."""
 
-    Attributes:
-        recipe: what all its runs have in common.
-        shards: the folder of their token shards.
-        data: what text that is.
-        runs: the cheapest first.
-        out: the sweep's folder.
-        notes: what the user should know before it starts.
-        question: with `minutes`, what the budgets were chosen for.
-    """
-
-    recipe: Recipe
-    shards: Path
-    data: LawData
-    runs: tuple[SweepRun, ...]
-    out: Path
-    notes: tuple[str, ...] = ()
-    question: Mapping[str, Any] | None = None
+    recipe: Recipe  # what all its runs have in common
+    shards: Path  # the folder of their token shards
+    data: LawData  # what text that is
+    runs: tuple[SweepRun, ...]  # the cheapest first
+    out: Path  # the sweep's folder
+    notes: tuple[str, ...] = ()  # what the user should know before it starts
+    question: str | None = None  # with `minutes`, digest of what the budgets were chosen for
 
     def digest(self, run: SweepRun) -> str:
         """Digest of everything that decides a run's weights and its loss."""
@@ -136,8 +128,9 @@ def plan_sweep(
     check_question(sizes, tokens, minutes)
     shards, out = Path(shards), Path(out)
     expected = tokenizer.fingerprint if tokenizer is not None else None
-    train = TokenShards.open(shards, "train", tokenizer_fingerprint=expected)
-    validation = TokenShards.open(shards, "validation", tokenizer_fingerprint=expected)
+    train, validation = (
+        TokenShards.open(shards, split, tokenizer_fingerprint=expected) for split in ("train", "validation")
+    )
     vocab_size = train.vocab_size if tokenizer is None else tokenizer.vocab_size
     data = LawData(
         recipe=recipe.name,
@@ -225,7 +218,8 @@ def scaling_sweep(
         if world.is_first:
             for name in (LAW_FILE, PICTURE_FILE):  # of an earlier sweep, should this one's losses follow no law
                 (out / name).unlink(missing_ok=True)
-        law = law_of(figures, sweep.data)
+        names = ("n_parameters", "n_tokens", "loss", "flops")
+        law = fit_scaling_law([ScalingPoint(**{name: row[name] for name in names}) for row in figures], sweep.data)
         if world.is_first:
             law.save(out / LAW_FILE)
             write_text(out / PICTURE_FILE, draw_scaling(law))
@@ -266,22 +260,10 @@ def check_question(sizes: Sequence[int | str], tokens: Sequence[int] | None, min
     check_enough([size for size, _ in runs], [budget for _, budget in runs])
 
 
-def law_of(figures: Sequence[Mapping[str, Any]], data: LawData) -> ScalingLaw:
-    """The law of finished runs.
-
-    Raises:
-        DataError: they follow none.
-    """
-    names = ("n_parameters", "n_tokens", "loss", "flops")
-    return fit_scaling_law([ScalingPoint(**{name: row[name] for name in names}) for row in figures], data)
-
-
 def _train_all(sweep: Sweep, tokenizer: Tokenizer | None, world: World, console: Console) -> list[dict[str, Any]]:
     """Every run's figures, trained where they are not there yet."""
-    n_runs, found = len(sweep.runs), []
-    total, passed = sum(run.flops for run in sweep.runs), 0.0
-    with console.bar("scaling", total) as bar:
-        kept = 0
+    n_runs, found, kept, passed = len(sweep.runs), [], 0, 0.0
+    with console.bar("scaling", sum(run.flops for run in sweep.runs)) as bar:
         for number, run in enumerate(sweep.runs, 1):
             figures = sweep.finished(run)
             if world.any(world.is_first and figures is None):
@@ -300,7 +282,7 @@ def _train_all(sweep: Sweep, tokenizer: Tokenizer | None, world: World, console:
                 lines = [json.dumps({k: v for k, v in row.items() if k != "digest"}) + "\n" for row in found]
                 write_text(sweep.out / POINTS_FILE, "".join(lines))
         there = f", {kept} of them there already" if kept else ""
-        bar.finish(f"{n_runs} runs{there} · {total:.2g} FLOPs")
+        bar.finish(f"{n_runs} runs{there} · {passed:.2g} FLOPs")
     return found
 
 
@@ -346,14 +328,13 @@ def _train(
     return figures
 
 
-def _question(minutes: float, recipe: Recipe, sizes: Sequence[int | str], data: LawData) -> dict[str, Any]:
-    """What budgets for a time depend on, but for the machine: they stay when the sweep goes on elsewhere."""
+def _question(minutes: float, recipe: Recipe, sizes: Sequence[int | str], data: LawData) -> str:
+    """Digest of what budgets for a time depend on, but for the machine: they stay when the sweep goes on elsewhere."""
     settings = [recipe.model.fingerprint_values(), recipe.pretrain.fingerprint_values()]
-    names = [str(size) for size in sizes]
-    return {"minutes": minutes, "sizes": names, "data": data.train, "recipe": value_digest(settings)}
+    return value_digest([minutes, [str(size) for size in sizes], data.train, settings])
 
 
-def _kept_budgets(out: Path, question: Mapping[str, Any]) -> list[int] | None:
+def _kept_budgets(out: Path, question: str) -> list[int] | None:
     with contextlib.suppress(ArtifactError, KeyError, TypeError, ValueError):
         kept = read_json(out / BUDGET_FILE)
         return [int(budget) for budget in kept["tokens"]] if kept["question"] == question else None
@@ -384,23 +365,14 @@ class _RunConsole(Console):
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run of a sweep.
-
-    Attributes:
-        config: its model.
-        settings: how it is trained; `tokens` is its budget.
-        tokens: the same.
-        sequence_length: tokens in a row.
-        n_parameters: all parameters of the model.
-        flops: of its training, about.
-    """
+    """One run of a sweep."""
 
     config: ModelConfig
     settings: PretrainSettings
-    tokens: int
+    tokens: int  # the budget
     sequence_length: int
-    n_parameters: int
-    flops: float
+    n_parameters: int  # all of the model
+    flops: float  # of its training, about
 
     @property
     def name(self) -> str:
@@ -443,8 +415,7 @@ def config_of(recipe: Recipe, size: int | str, vocab_size: int) -> ModelConfig:
 
 def default_tokens(recipe: Recipe, sizes: Sequence[int | str], vocab_size: int, train_tokens: int) -> list[int]:
     """Budgets that suit these sizes and this much text."""
-    logs = [math.log(count_parameters(config_of(recipe, size, vocab_size))) for size in sizes]
-    middle = math.exp(sum(logs) / max(1, len(logs)))
+    middle = statistics.geometric_mean([count_parameters(config_of(recipe, size, vocab_size)) for size in sizes])
     return halved(min(TOKENS_PER_PARAMETER * middle, MOST_EPOCHS * train_tokens))
 
 
@@ -453,9 +424,7 @@ def halved(most: float) -> list[int]:
     return [int(float(f"{most / 2**power:.1e}")) for power in reversed(range(N_BUDGETS))]
 
 
-@functools.cache  # a search along the whole ladder
-def _shape_of(size: int, vocab_size: int) -> dict[str, Any]:
-    return shape_on_line(size, vocab_size)
+_shape_of = functools.cache(shape_on_line)  # a search along the whole ladder
 
 
 def _run(recipe: Recipe, config: ModelConfig, tokens: int) -> SweepRun:
@@ -474,8 +443,7 @@ def _run(recipe: Recipe, config: ModelConfig, tokens: int) -> SweepRun:
 
 def seconds_of(runs: Sequence[SweepRun]) -> list[float]:
     """Seconds that each run takes here, about: training, and validation before and after it."""
-    speeds = _speeds(runs)
-    return [(run.tokens + _validation_cost(run)) / speed for run, speed in zip(runs, speeds, strict=True)]
+    return [(run.tokens + _validation_cost(run)) / speed for run, speed in zip(runs, _speeds(runs), strict=True)]
 
 
 def tokens_for(
@@ -511,21 +479,17 @@ def training_speed(run: SweepRun) -> float:
         keep_freed_memory()
     model = Transformer(config).to(device)
     model.compute_dtype, _ = choose_precision(settings.precision, device.type)
-    optimizers = Optimizers(model, settings, model.compute_dtype)
-    shape = (settings.batch_size, run.sequence_length)
-    ids = torch.randint(0, config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.zeros((settings.batch_size, run.sequence_length), dtype=torch.int64, device=device)
+    pieces = step_pieces(model, Optimizers(model, settings, model.compute_dtype), settings, ids)
 
     def step() -> None:
-        (model(ids, head=head_loss(ids)).objective / ids.numel()).backward()
-        float(clip_gradients(optimizers.parameters(), settings.max_grad_norm, lambda values: values))
-        optimizers.step(1.0)
+        for piece in pieces:
+            piece()
 
     step()
     best, end = math.inf, time.perf_counter() + PROBE_SECONDS
-    while best == math.inf or time.perf_counter() < end:
-        start = time.perf_counter()
-        step()
-        best = min(best, time.perf_counter() - start)
+    while math.isinf(best) or time.perf_counter() < end:
+        best = min(best, timed(step, device))
     return ids.numel() / best
 
 

@@ -42,15 +42,10 @@ MOST_ROLLBACKS = 3
 
 @dataclass(frozen=True)
 class Spike:
-    """What is wrong with a step.
+    """What is wrong with a step."""
 
-    Attributes:
-        what: in words, with the numbers.
-        action: what the recipe wants done; "stop" where that has been tried often enough.
-    """
-
-    what: str
-    action: OnSpike
+    what: str  # in words, with the numbers
+    action: OnSpike  # what the recipe wants done; "stop" where that has been tried often enough
 
 
 class SpikeDetector:

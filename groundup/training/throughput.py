@@ -9,11 +9,13 @@ here, which `process.py` remembers.
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from groundup.training.process import measured_once
 
@@ -23,15 +25,10 @@ MEASURED_AFTER_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Throughput:
-    """Of some steps.
+    """Of some steps."""
 
-    Attributes:
-        tokens_per_second: predicted targets.
-        mfu: a share of the measured peak, or None while that is not known.
-    """
-
-    tokens_per_second: float
-    mfu: float | None
+    tokens_per_second: float  # predicted targets
+    mfu: float | None  # a share of the measured peak; None while that is not known
 
 
 class ThroughputMeter:
@@ -45,47 +42,36 @@ class ThroughputMeter:
     """
 
     def __init__(
-        self,
-        dtype: torch.dtype,
-        device: torch.device,
-        n_processes: int = 1,
-        *,
-        measures: bool = True,
+        self, dtype: torch.dtype, device: torch.device, n_processes: int = 1, *, measures: bool = True
     ) -> None:
         self._dtype, self._device, self._n_processes = dtype, device, n_processes
         self._measures = measures
-        self._window = (0.0, 0.0, 0.0)  # seconds, tokens, FLOPs
-        self._total = (0.0, 0.0, 0.0)
+        self._window = self._total = np.zeros(3)  # seconds, tokens, FLOPs
         self._peak: float | None = None
 
     def add(self, seconds: float, tokens: float, flops: float) -> None:
         """Count a step: all processes' tokens and FLOPs."""
-        step = (seconds, tokens, flops)
-        self._window = _sum(self._window, step)
-        self._total = _sum(self._total, step)
+        step = np.array([seconds, tokens, flops])
+        self._window, self._total = self._window + step, self._total + step
 
     def lately(self) -> Throughput:
         """The speed of the steps since this was last asked."""
         speed = self._speed(self._window)
-        self._window = (0.0, 0.0, 0.0)
+        self._window = np.zeros(3)
         return speed
 
     def overall(self) -> Throughput:
         """The speed of all steps."""
         return self._speed(self._total)
 
-    def _speed(self, sums: tuple[float, float, float]) -> Throughput:
-        seconds, tokens, flops = sums
+    def _speed(self, sums: NDArray[np.float64]) -> Throughput:
+        seconds, tokens, flops = sums.tolist()
         if self._peak is None and self._measures and self._total[0] >= MEASURED_AFTER_SECONDS:
             self._peak = peak_matmul_flops(self._dtype, self._device)
         if not seconds:
             return Throughput(0.0, None)
         mfu = None if self._peak is None else flops / seconds / (self._peak * self._n_processes)
         return Throughput(tokens / seconds, mfu)
-
-
-def _sum(one: tuple[float, float, float], other: tuple[float, float, float]) -> tuple[float, float, float]:
-    return one[0] + other[0], one[1] + other[1], one[2] + other[2]
 
 
 _SIZES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}
@@ -107,33 +93,36 @@ def peak_matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
 
 def _best_rate(dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...]) -> float:
     best, end = 0.0, time.perf_counter() + _PEAK_SECONDS
-    for left, size in zip(range(len(sizes), 0, -1), sizes, strict=True):
-        until = time.perf_counter() + (end - time.perf_counter()) / left
-        if best and time.perf_counter() + 2 * _flops(size) / best > end:
+    for n_left, size in zip(range(len(sizes), 0, -1), sizes, strict=True):
+        left = end - time.perf_counter()
+        if best and 2 * _flops(size) / best > left:
             break  # a dtype that this device does slowly: the smaller sizes must do
-        best = max(best, _rate(size, dtype, device, until))
+        best = max(best, _flops(size) / min(product_seconds(size, dtype, device, left / n_left)))
     return best
 
 
-def _rate(size: int, dtype: torch.dtype, device: torch.device, until: float) -> float:
-    """FLOP/s of the fastest product of two (size, size) matrices that ends by a time; of one at least."""
+def product_seconds(size: int, dtype: torch.dtype, device: torch.device, seconds: float) -> list[float]:
+    """Times of products of two (size, size) matrices, one after the other for so many seconds; of one at least."""
     generator = torch.Generator().manual_seed(size)  # not the global one: a run that measures keeps its randomness
     left, right = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
     out = left @ right  # loads the kernel
-    _wait(device)
-    fastest = math.inf
-    while math.isinf(fastest) or time.perf_counter() < until:
-        start = time.perf_counter()
-        torch.mm(left, right, out=out)
-        _wait(device)
-        fastest = min(fastest, time.perf_counter() - start)
-    return _flops(size) / fastest
+    taken: list[float] = []
+    until = time.perf_counter() + seconds
+    while not taken or time.perf_counter() < until:
+        taken.append(timed(lambda: torch.mm(left, right, out=out), device))
+    return taken
+
+
+def timed(piece: Callable[[], object], device: torch.device) -> float:
+    """Seconds that something takes, a GPU's queue emptied before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    piece()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def _flops(size: int) -> int:
     return 2 * size**3
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -34,25 +34,15 @@ def validation_interval(settings: OptimizerSettings, n_steps: int) -> int:
 
 @dataclass
 class Validation:
-    """The validation of one run.
+    """The validation of one run."""
 
-    Attributes:
-        job: what is trained.
-        state: of it.
-        writer: of the best model.
-        world: the processes.
-        console: is told the loss.
-        note: writes a line to a log of this name.
-        leave_if_asked: raises `Interrupted` where someone asked to stop.
-    """
-
-    job: TrainingJob
-    state: TrainingState
-    writer: CheckpointWriter
-    world: World
-    console: Console
-    note: Callable[[str, dict[str, Any]], None]
-    leave_if_asked: Callable[[Progress], None]
+    job: TrainingJob  # what is trained
+    state: TrainingState  # of it
+    writer: CheckpointWriter  # of the best model
+    world: World  # the processes
+    console: Console  # is told the loss
+    note: Callable[[str, dict[str, Any]], None]  # writes a line to a log of this name
+    leave_if_asked: Callable[[Progress], None]  # raises `Interrupted` where someone asked to stop
 
     def run(self, progress: Progress) -> Progress:
         """One pass; `progress` with the lowest loss so far, which is the objective's first term."""

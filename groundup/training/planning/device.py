@@ -36,29 +36,17 @@ _MOST = 4096
 
 @dataclass(frozen=True)
 class Device:
-    """One kind of accelerator; see `data/devices.toml`.
+    """One kind of accelerator; `data/devices.toml` says where the figures are from."""
 
-    Attributes:
-        name: as for --device.
-        bfloat16: FLOP/s of dense products; 0: not native.
-        float16: the same.
-        float32: the same.
-        memory: GiB.
-        bandwidth: of the memory, bytes/s.
-        link: to another device, bytes/s.
-        price: dollars an hour.
-        mfu: assumed share of the peak.
-    """
-
-    name: str
-    bfloat16: float
+    name: str  # as for --device
+    bfloat16: float  # FLOP/s of dense products; 0: not native
     float16: float
     float32: float
-    memory: float
-    bandwidth: float
-    link: float
-    price: float
-    mfu: float
+    memory: float  # GiB
+    bandwidth: float  # of the memory, bytes/s
+    link: float  # to another device, bytes/s
+    price: float  # dollars an hour
+    mfu: float  # assumed share of the peak
 
     @property
     def available(self) -> DeviceMemory:
@@ -67,13 +55,8 @@ class Device:
 
     def peak(self, dtype: Arithmetic) -> float:
         """FLOP/s of dense products; of float32's where it has no other."""
-        return {"bfloat16": self.bfloat16, "float16": self.float16, "float32": self.float32}[dtype] or self.float32
-
-    def arithmetic(self, precision: str) -> Arithmetic:
-        """What a recipe's precision comes to on it."""
-        if precision in ("float32", "float16", "bfloat16"):
-            return {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}[precision]  # type: ignore[return-value]
-        return "bfloat16" if self.bfloat16 else "float32"
+        rate: float = getattr(self, dtype)
+        return rate or self.float32
 
 
 @functools.cache

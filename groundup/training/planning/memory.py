@@ -1,7 +1,7 @@
 """The bytes that training needs on one device, before anything is allocated, and whether they fit.
 
 Weights, gradients and optimizer state are counted from shapes, activations tensor by tensor (`model/activations.py`);
-what else is alive depends on the moment of a step, of which there are six (`_moments`). A test compares them with
+what else is alive depends on the moment of a step, of which there are five (`_moments`). A test compares them with
 torch's own record of every allocation. A refusal is certain: the activations of one row and the rest are more than the
 device has. What may be too much, because a heap has holes and other programs need memory too, is a warning. The
 micro-batch depends on the device's size only, not on what is free at the moment, so that a run that is stopped and goes
@@ -26,17 +26,15 @@ from groundup.errors import GroundupError, RecipeError
 from groundup.model import ModelConfig, ladder_config
 from groundup.model.activations import (
     Arithmetic,
-    Checkpointing,
     Device,
     activation_bytes,
     attention_squares,
     block_bytes,
     last_norm_bytes,
     score_block_bytes,
-    score_bytes,
 )
 from groundup.model.cost import count_parameters, parameter_shapes
-from groundup.recipe import OptimizerSettings
+from groundup.recipe import OptimizerSettings, PrecisionName
 from groundup.training.muon import BATCH_BYTES
 from groundup.training.objective import PIECE_LOGITS, PIECE_WEIGHTS, slice_rows
 from groundup.training.optimizers import Grouping, group_parameters
@@ -46,7 +44,7 @@ USABLE_SHARE = 0.9
 """Of a device's memory, what a plan gives away: others need some, and estimates err."""
 
 PROCESS_BYTES = 400 << 20
-"""What the program itself takes on a CPU, where that is not measured."""
+"""What the program itself takes on a CPU: interpreter, torch, our modules, threads, buffers of kernels."""
 
 # Holes in a CPU's heap, as shares of the activations of a step without checkpointing: (float32, two-byte arithmetic).
 # Freed buffers are kept for the next step (`process.py`), and glibc before 2.38 cannot put an aligned buffer into the
@@ -62,67 +60,76 @@ LADDER = (
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """The memory of one device.
+    """The memory of one device."""
 
-    Attributes:
-        total: bytes that one process of the run can have.
-        what: whose they are, in words.
-        device: whose kernels.
-        has_bfloat16: natively.
-    """
-
-    total: int
-    what: str
-    device: Device
-    has_bfloat16: bool
+    total: int  # bytes that one process of the run can have
+    what: str  # whose they are, in words
+    device: Device  # whose kernels
+    has_bfloat16: bool  # natively
 
     @property
     def usable(self) -> int:
         """Bytes that a plan may give away."""
         return int(USABLE_SHARE * self.total)
 
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """What a run takes on one device.
-
-    Attributes:
-        memory: alive at the fullest moment.
-        heap: pieces of the heap that nothing fits into (CPU).
-        process: the program itself (CPU).
-    """
-
-    memory: Memory
-    heap: int
-    process: int
-
-    @property
-    def total(self) -> int:
-        """Bytes of all: the peak of the resident set on a CPU, of the allocator on a GPU."""
-        return self.memory.total + self.heap + self.process
-
-    def parts(self) -> dict[str, int]:
-        """The bytes by name."""
-        return {**self.memory.parts(), "heap": self.heap, "process": self.process}
+    def arithmetic(self, precision: PrecisionName) -> Arithmetic:
+        """What a recipe's precision comes to; around float8's products it is bfloat16."""
+        if precision == "auto" or precision == "float8":
+            return "bfloat16" if self.has_bfloat16 else "float32"
+        return precision
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A change that saves memory.
+    """A change that saves memory."""
 
-    Attributes:
-        setting: what to set, as for --set, or what else to do.
-        saves: bytes, beside the changes before it.
-        total: bytes that are needed with it and the changes before it.
-        fits: whether that is little enough.
-        cost: what it costs otherwise.
-    """
-
-    setting: str
-    saves: int
-    total: int
+    setting: str  # what to set, as for --set, or what else to do
+    saves: int  # bytes, beside the changes before it
+    total: int  # bytes that are needed with it and the changes before it
     fits: bool
-    cost: str
+    cost: str  # what it costs otherwise
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one device does between two updates."""
+
+    rows: int  # of the batch, on this device
+    micro: int  # rows in one forward pass
+    length: int  # tokens in a row
+    dtype: Arithmetic
+    device: Device = "cpu"
+    n_devices: int = 1  # over which weights, gradients and optimizer state are spread
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the fullest moment of a step."""
+
+    weights: int  # float32, and what is gathered of them for a moment where they are spread
+    gradients: int  # those that are there at this moment
+    optimizer: int
+    average: int  # of the weights
+    activations: int  # kept for the backward pass, and the gradients of it at this moment
+    logits: int  # the slice of them that is there, with its gradient
+    other: int  # what an update needs for a moment
+    moment: str  # which one it is
+    all_gradients: int  # of all parameters; where `gradients` is less, they come when activations have gone
+    heap: int = 0  # pieces of the heap that nothing fits into (CPU)
+    process: int = 0  # the program itself (CPU)
+
+    @property
+    def total(self) -> int:
+        """Bytes of all: the peak of the resident set on a CPU, of the allocator on a GPU."""
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """The bytes by name."""
+        return {
+            "weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer,
+            "averaged weights": self.average, "activations": self.activations, "logits slice": self.logits,
+            "other": self.other, "heap": self.heap, "process": self.process,
+        }  # fmt: skip
 
 
 def device_memory(world: World) -> DeviceMemory:
@@ -155,34 +162,27 @@ def step_of(
     """
     rows = max(1, settings.batch_size // n_devices)
     micro = min(micro or settings.micro_batch_size or rows, rows)
-    dtype: Arithmetic
-    if settings.precision == "auto":
-        dtype = "bfloat16" if available.has_bfloat16 else "float32"
-    else:  # around float8's products the arithmetic is in bfloat16
-        dtype = "bfloat16" if settings.precision == "float8" else settings.precision
+    dtype = available.arithmetic(settings.precision)
     return Step(rows, micro, length, dtype, available.device, n_devices)
 
 
-def estimate_memory(
-    config: ModelConfig, settings: OptimizerSettings, step: Step, stage: str = "pretrain"
-) -> MemoryEstimate:
-    """What a run takes on one device.
+def estimate_memory(config: ModelConfig, settings: OptimizerSettings, step: Step) -> Memory:
+    """What a run takes on one device, the program and the heap's holes included.
 
     Raises:
         RecipeError: a group's pattern matches no parameter.
     """
-    memory = step_memory(config, settings, step, stage)
+    memory = step_memory(config, settings, step)
     if step.device == "cuda":
-        return MemoryEstimate(memory, 0, 0)
+        return memory
     allocated = sum(activation_bytes(config, step.micro, step.length, step.dtype).values())
     holes = round(_HOLES[settings.activation_checkpointing][step.dtype != "float32"] * allocated)
-    return MemoryEstimate(memory, holes, PROCESS_BYTES)
+    return replace(memory, heap=holes, process=PROCESS_BYTES)
 
 
 def choose_micro_batch(
-    config: ModelConfig, settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int = 1,
-    stage: str = "pretrain",
-) -> tuple[int, str]:  # fmt: skip
+    config: ModelConfig, settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int = 1
+) -> tuple[int, str]:
     """Rows in one forward pass on one device, and why so many: the whole batch wherever it fits.
 
     Args:
@@ -191,13 +191,14 @@ def choose_micro_batch(
         length: tokens in a row.
         available: the device.
         n_devices: over which the batch is spread.
-        stage: named in messages.
     """
     whole = step_of(settings, length, available, n_devices)
     if settings.micro_batch_size is not None:
         return whole.micro, "as the recipe says"
-    for micro in _divisors(whole.rows):
-        if estimate_memory(config, settings, replace(whole, micro=micro), stage).total <= available.usable:
+    for micro in range(whole.rows, 0, -1):
+        if whole.rows % micro:
+            continue
+        if estimate_memory(config, settings, replace(whole, micro=micro)).total <= available.usable:
             return micro, "the batch" if micro == whole.rows else f"the most that fits {_of(available)}"
     return 1, f"one row at a time, and even so perhaps too much for {_of(available)}"
 
@@ -223,9 +224,9 @@ def check_memory(
     available = device_memory(world)
     available = replace(available, total=max(0, available.total - beside))
     refuse_what_cannot_fit(config, settings, length, available, world.size, stage)
-    micro, reason = choose_micro_batch(config, settings, length, available, world.size, stage)
+    micro, reason = choose_micro_batch(config, settings, length, available, world.size)
     step = step_of(settings, length, available, world.size, micro)
-    wanted = estimate_memory(config, settings, step, stage).total
+    wanted = estimate_memory(config, settings, step).total
     if micro < step.rows and settings.micro_batch_size is None:
         console.note(f"{stage}: micro-batches of {micro} of {step.rows} rows: {reason}")
     if wanted > available.usable:
@@ -247,7 +248,7 @@ def refuse_what_cannot_fit(
     """
     # A compiler may compute nearly all activations again.
     frugal = settings.model_copy(update={"activation_checkpointing": "full"}) if settings.compile else settings
-    least = step_memory(config, frugal, step_of(settings, length, available, n_devices, 1), stage)
+    least = step_memory(config, frugal, step_of(settings, length, available, n_devices, 1))
     if least.total <= available.total:
         return
     parts = sorted(least.parts().items(), key=lambda part: -part[1])
@@ -257,7 +258,7 @@ def refuse_what_cannot_fit(
         f"[{stage}]: training {count_parameters(config):,} parameters takes {format_bytes(least.total)}{where} at "
         f"least, one row of {length:,} tokens at a time, and {available.what} is {format_bytes(available.total)}: "
         f"{listed}.",
-        _ways_out(config, settings, length, available, n_devices, stage),
+        _ways_out(suggestions(config, settings, length, available, n_devices, stage), stage),
     )
 
 
@@ -269,179 +270,89 @@ def suggestions(
 
     Then, each for itself: a smaller model, and more devices. Empty if it fits.
     """
-    micro, _ = choose_micro_batch(config, settings, length, available, n_devices, stage)
-    before = estimate_memory(config, settings, step_of(settings, length, available, n_devices, micro), stage).total
+
+    def needed(model: ModelConfig, settings: OptimizerSettings, count: int = n_devices, micro: int = 1) -> int:
+        return estimate_memory(model, settings, step_of(settings, length, available, count, micro)).total
+
+    micro, _ = choose_micro_batch(config, settings, length, available, n_devices)
+    before = needed(config, settings, micro=micro)
     if before <= available.usable:
         return []
     found: list[Suggestion] = []
-    asked = settings
-    for changes, cost in _settings_that_save(settings, available, n_devices, micro):
-        settings = settings.model_copy(update=changes)
-        total = estimate_memory(config, settings, step_of(settings, length, available, n_devices, 1), stage).total
+    changed = settings
+    for name, value, cost in _settings_that_save(settings, available, n_devices, micro):
+        changed = changed.model_copy(update={name: value})
+        total = needed(config, changed)
         if total >= before:
             continue
-        names = " ".join(f"{stage}.{name}={value}" for name, value in changes.items())
-        found.append(Suggestion(names, before - total, total, total <= available.usable, cost))
+        found.append(Suggestion(f"{stage}.{name}={value}", before - total, total, total <= available.usable, cost))
         before = total
         if found[-1].fits:
             return found
-    found += _smaller_model(config, asked, length, available, n_devices, stage)
-    found += _more_devices(config, asked, length, available, n_devices, stage)
-    return found
-
-
-def _settings_that_save(
-    settings: OptimizerSettings, available: DeviceMemory, n_devices: int, micro: int
-) -> Iterator[tuple[dict[str, object], str]]:
-    """Changes of settings with what they cost, the cheapest first."""
-    if micro > 1:
-        yield {"micro_batch_size": 1}, "more passes a step; small ones are less efficient"
-    if settings.precision == "float32" and available.has_bfloat16:
-        yield {"precision": "bfloat16"}, "results round otherwise; faster here"
-    if settings.activation_checkpointing == "none":
-        yield {"activation_checkpointing": "selective"}, "a few percent more time"
-    if settings.activation_checkpointing != "full":
-        yield {"activation_checkpointing": "full"}, "up to a third more time"
-    if settings.ema:
-        yield {"ema": 0.0}, "no averaged weights"
-    if settings.optimizer == "adamw":
-        yield {"optimizer": "muon"}, "another optimizer, with a rate of its own"
-    if settings.optimizer != "adafactor" and n_devices == 1:
-        yield {"optimizer": "adafactor"}, "learns less from a token"
-
-
-def _smaller_model(
-    config: ModelConfig, settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int, stage: str
-) -> Iterator[Suggestion]:
-    before = estimate_memory(config, settings, step_of(settings, length, available, n_devices, 1), stage).total
+    one_row = needed(config, settings)
     for size in reversed(LADDER):
         try:
             smaller = ladder_config(size=size, vocab_size=config.vocab_size, context_length=config.context_length)
         except RecipeError:
             continue
-        if count_parameters(smaller) >= count_parameters(config):
-            continue
-        total = estimate_memory(smaller, settings, step_of(settings, length, available, n_devices, 1), stage).total
-        if total <= available.usable:
-            yield Suggestion(f"model.size={size}", before - total, total, True, "another model")
-            return
-
-
-def _more_devices(
-    config: ModelConfig, settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int, stage: str
-) -> Iterator[Suggestion]:
-    """The least power of two of them, as they are or with all activations computed again."""
-    before = estimate_memory(config, settings, step_of(settings, length, available, n_devices, 1), stage).total
+        total = needed(smaller, settings)
+        if count_parameters(smaller) < count_parameters(config) and total <= available.usable:
+            found.append(Suggestion(f"model.size={size}", one_row - total, total, True, "another model"))
+            break
     frugal = settings.model_copy(update={"activation_checkpointing": "full"})
     for chosen, extra in ((settings, ""), (frugal, f" and {stage}.activation_checkpointing=full")):
         for count in (n_devices * 2**power for power in range(1, 11)):
-            total = estimate_memory(config, chosen, step_of(chosen, length, available, count, 1), stage).total
+            total = needed(config, chosen, count)
             if total <= available.usable:
-                yield Suggestion(f"{count} devices of this size{extra}", before - total, total, True, "their price")
-                return
+                setting = f"{count} devices of this size{extra}"
+                return [*found, Suggestion(setting, one_row - total, total, True, "their price")]
+    return found
 
 
-def _ways_out(
-    config: ModelConfig, settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int, stage: str
-) -> str:
-    found = suggestions(config, settings, length, available, n_devices, stage)
-    enough = [suggestion for suggestion in found if suggestion.fits]
+def _settings_that_save(
+    settings: OptimizerSettings, available: DeviceMemory, n_devices: int, micro: int
+) -> Iterator[tuple[str, object, str]]:
+    """Changes of settings with what they cost, the cheapest first."""
+    if micro > 1:
+        yield "micro_batch_size", 1, "more passes a step; small ones are less efficient"
+    if settings.precision == "float32" and available.has_bfloat16:
+        yield "precision", "bfloat16", "results round otherwise; faster here"
+    if settings.activation_checkpointing == "none":
+        yield "activation_checkpointing", "selective", "a few percent more time"
+    if settings.activation_checkpointing != "full":
+        yield "activation_checkpointing", "full", "up to a third more time"
+    if settings.ema:
+        yield "ema", 0.0, "no averaged weights"
+    if settings.optimizer == "adamw":
+        yield "optimizer", "muon", "another optimizer, with a rate of its own"
+    if settings.optimizer != "adafactor" and n_devices == 1:
+        yield "optimizer", "adafactor", "learns less from a token"
+
+
+def _ways_out(found: list[Suggestion], stage: str) -> str:
+    """Suggestions as options of the command line: all settings up to the one that is enough, or what else would do."""
+    enough = [one for one in found if one.fits]
     if not enough:
         return "No setting and no number of devices makes it fit: choose a smaller model."
-    steps = [suggestion.setting for suggestion in found[: found.index(enough[0])]]
     if enough[0].setting.startswith(f"{stage}."):
-        return "It fits with:  " + " ".join(f"--set {one}" for one in " ".join([*steps, enough[0].setting]).split())
-    ways = " or ".join(
-        f"--set {suggestion.setting}" if suggestion.setting.startswith("model.") else suggestion.setting
-        for suggestion in enough
-    )
-    return f"It fits with:  {ways}"
-
-
-def _divisors(count: int) -> list[int]:
-    """Of a number of rows, the largest first."""
-    return [size for size in range(count, 0, -1) if count % size == 0]
+        steps = found[: found.index(enough[0]) + 1]
+        return "It fits with:  " + " ".join(f"--set {one.setting}" for one in steps)
+    ways = [f"--set {one.setting}" if one.setting.startswith("model.") else one.setting for one in enough]
+    return "It fits with:  " + " or ".join(ways)
 
 
 def _of(available: DeviceMemory) -> str:
     return f"{available.what}, {format_bytes(available.total)}"
 
 
-@dataclass(frozen=True)
-class Step:
-    """What one device does between two updates.
-
-    Attributes:
-        rows: of the batch, on this device.
-        micro: rows in one forward pass.
-        length: tokens in a row.
-        dtype: of the arithmetic.
-        device: whose kernels.
-        n_devices: over which weights, gradients and optimizer state are spread.
-    """
-
-    rows: int
-    micro: int
-    length: int
-    dtype: Arithmetic
-    device: Device = "cpu"
-    n_devices: int = 1
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one device at the fullest moment of a step.
-
-    Attributes:
-        weights: float32, and what is gathered of them for a moment where they are spread.
-        gradients: those that are there at this moment.
-        optimizer: its state.
-        average: of the weights, if one is kept.
-        activations: what the forward pass keeps for the backward pass, and the gradients of it at this moment.
-        logits: the slice of them that is there, with its gradient.
-        other: what an update needs for a moment.
-        moment: which one it is.
-        all_gradients: of all parameters; where `gradients` is less, they come when activations have gone.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    average: int
-    activations: int
-    logits: int
-    other: int
-    moment: str
-    all_gradients: int
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return sum(self.parts().values())
-
-    def parts(self) -> dict[str, int]:
-        """The bytes by name."""
-        return {
-            "weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer,
-            "averaged weights": self.average, "activations": self.activations, "logits slice": self.logits,
-            "other": self.other,
-        }  # fmt: skip
-
-
-def step_memory(config: ModelConfig, settings: OptimizerSettings, step: Step, stage: str = "pretrain") -> Memory:
+def step_memory(config: ModelConfig, settings: OptimizerSettings, step: Step) -> Memory:
     """What training holds at the fullest moment of a step, validation included.
-
-    Args:
-        config: the model.
-        settings: optimizer, frozen groups, average, checkpointing.
-        step: what one device does.
-        stage: named in messages.
 
     Raises:
         RecipeError: a group's pattern matches no parameter.
     """
     shapes = parameter_shapes(config)
-    grouping = group_parameters(shapes, settings, stage)
+    grouping = group_parameters(shapes, settings)
     sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
     weights = sum(sizes.values())
     gradients = weights - sum(sizes[name] for name in grouping.frozen)
@@ -450,16 +361,10 @@ def step_memory(config: ModelConfig, settings: OptimizerSettings, step: Step, st
     moments = _moments(config, settings, step, gradients // spread, sizes, grouping)
     moment, (held, activations, logits, other) = max(moments.items(), key=lambda item: sum(item[1]))
     return Memory(
-        weights=weights // spread + gathered,
-        gradients=held,
-        optimizer=_optimizer_state(shapes, grouping) // spread,
-        average=weights // spread if settings.ema else 0,
-        activations=activations,
-        logits=logits,
-        other=other,
-        moment=moment,
-        all_gradients=gradients // spread,
-    )
+        weights=weights // spread + gathered, gradients=held, optimizer=_optimizer_state(shapes, grouping) // spread,
+        average=weights // spread if settings.ema else 0, activations=activations, logits=logits, other=other,
+        moment=moment, all_gradients=gradients // spread,
+    )  # fmt: skip
 
 
 def _moments(
@@ -470,7 +375,7 @@ def _moments(
 
     The forward pass fills up activations; the backward pass takes them down block by block while gradients come, so
     that its fullest moment is in the last block or at its end. Within a block it is where the feed-forward layer's
-    gradients are (of both factors of its product), where the softmax's are if it is held, or where a norm's are.
+    gradients are (of both factors of its product), or where the softmax's are if it is held.
     """
     kind = settings.activation_checkpointing
     rows, length, dtype, device = step.micro, step.length, step.dtype, step.device
@@ -479,54 +384,28 @@ def _moments(
     stream = n_tokens * config.d_model * size  # one value for each feature of the residual stream
     matrix = sizes["embed_tokens.weight"]
     kept = sum(activation_bytes(config, rows, length, dtype, kind, device).values())
-    again, block = _computed_again(config, rows, length, dtype, kind, device)
+    last = config.n_layers - 1
+    block = block_bytes(config, last, rows, length, dtype, "none", device)
+    # What checkpointing computes again in the last block's backward pass.
+    again = sum(block.values()) - sum(block_bytes(config, last, rows, length, dtype, kind, device).values())
     # In the last block, what came behind it is gone: the last norm's and the hidden states' gradient.
     in_block = kept - last_norm_bytes(config, n_tokens, dtype, device) - stream + again
-    squares = attention_squares(config, config.n_layers - 1, rows, length, dtype, device)
-    norm = 4 * n_tokens * config.d_model * 4 if config.norm == "rmsnorm" and device == "cpu" else 2 * stream
+    squares = attention_squares(config, last, rows, length, dtype, device)
     # With several micro-batches the gradients of those before are there all the time, and each new one for a moment.
     earlier = gradients + max(sizes.values()) if step.micro < step.rows else 0
     inner = config.d_model * config.d_ff * 4 * max(1, config.n_experts)  # of a feed-forward layer's matrix
+    feedforward = in_block + stream + _inner_gradients(config, n_tokens, size)
     moments = {
         "end of the forward pass": (earlier, kept + stream, _logits(config, n_tokens, dtype, device), 0),
-        "backward pass, last norm": (earlier, kept + norm - stream, 0, 0),
-        "backward pass, feed-forward": (
-            earlier or inner,
-            in_block + stream + _inner_gradients(config, n_tokens, size),
-            0,
-            0,
-        ),
+        "backward pass, feed-forward": (earlier or inner, feedforward, 0, 0),
         "end of the backward pass": (gradients + matrix, 2 * n_tokens * config.d_model * 4, 0, 0),
         "update": (gradients, 0, 0, _update(config, grouping, dtype, device)),
     }
-    scores = 2 * squares or 3 * score_block_bytes(config, config.n_layers - 1, rows, length, dtype, device)
+    scores = 2 * squares or 3 * score_block_bytes(config, last, rows, length, dtype, device)
     if scores:
         gone = block["feedforward"] + block["norms"] // 4
         moments["backward pass, attention"] = (earlier or 3 * inner, in_block - gone + scores + 2 * stream, 0, 0)
     return moments
-
-
-def _computed_again(
-    config: ModelConfig, rows: int, length: int, dtype: Arithmetic, kind: Checkpointing, device: Device
-) -> tuple[int, dict[str, int]]:
-    """Bytes that checkpointing computes again in the last block's backward pass, and what a block keeps without it."""
-    layer = config.n_layers - 1
-    whole = block_bytes(config, layer, rows, length, dtype, "none", device)
-    if kind != "selective":
-        return (sum(whole.values()) if kind == "full" else 0), whole
-    size = 4 if dtype == "float32" else 2
-    n_tokens, ways = (
-        rows * length,
-        (2 if config.is_gated else 1) * max(1, config.experts_per_token * bool(config.n_experts)),
-    )
-    # Of what a block keeps, these are results of products, which are there already.
-    there = ways * config.d_ff + config.d_model
-    if config.qk_norm and (size == 4 or device == "cuda"):
-        there += (config.n_heads + config.n_kv_heads) * config.head_dim
-    scores = score_bytes(config, layer, rows, length, dtype, device)
-    if not scores:
-        there += (config.n_heads + config.n_kv_heads) * config.head_dim  # result and values
-    return sum(whole.values()) - n_tokens * there * size - scores, whole  # scores make place for the softmax
 
 
 def _inner_gradients(config: ModelConfig, n_tokens: int, size: int) -> int:
@@ -547,7 +426,8 @@ def _logits(config: ModelConfig, n_tokens: int, dtype: Arithmetic, device: Devic
     # A piece of the output matrix's gradient; that of a second slice, in two-byte arithmetic, in float32 to be added.
     widened = 4 * (size == 2 and rows < n_tokens)
     gradient = d * min(vocabulary, max(1, PIECE_WEIGHTS // d) if on_cpu else vocabulary) * (size + widened)
-    return rows * vocabulary * size + max(piece, gradient) + _cast(vocabulary * d, size)
+    cast = vocabulary * d * 2 if size == 2 else 0
+    return rows * vocabulary * size + max(piece, gradient) + cast
 
 
 def _optimizer_state(shapes: Mapping[str, tuple[int, ...]], grouping: Grouping) -> int:
@@ -580,10 +460,6 @@ def _update(config: ModelConfig, grouping: Grouping, dtype: Arithmetic, device: 
         elif group.optimizer != "adamw":
             most = max(most, *(2 * 4 * math.prod(shape) for shape in counts))
     return most
-
-
-def _cast(n_weights: int, size: int) -> int:
-    return n_weights * 2 if size == 2 else 0
 
 
 def _gathered(config: ModelConfig, sizes: Mapping[str, int]) -> int:

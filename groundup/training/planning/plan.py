@@ -3,17 +3,16 @@
 In: a recipe, and a device or a budget. Out: a `Plan`, which `groundup plan` prints. Nothing of the run is made: on this
 machine a probe of at most 20 seconds measures how fast it is, for another a table says it. A budget of time or money
 buys tokens for the recipe's model, and the size on the ladder that makes most of it: with a scaling law the one of the
-lowest predicted loss, else the one nearest to 20 tokens for each parameter (arXiv:2203.15556). On this machine the
-probe's FLOP/s are carried over to every size; of a device in the table each size has its own.
+lowest predicted loss, else the one nearest to 20 tokens for each parameter (arXiv:2203.15556).
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +21,12 @@ from groundup.environment import cpu_name
 from groundup.errors import DataError, GroundupError, RecipeError
 from groundup.interop.start import start_config
 from groundup.model import ModelConfig, count_parameters, ladder_config
-from groundup.model.cost import training_flops, training_flops_per_token
+from groundup.model.cost import (
+    active_parameters,
+    training_flops,
+    training_flops_per_token,
+    vocabulary_parameters,
+)
 from groundup.model.ladder import TOKENS_PER_PARAMETER
 from groundup.recipe import OptimizerSettings, PretrainSettings, Recipe, read_recipe, resolve
 from groundup.run import Run
@@ -32,9 +36,13 @@ from groundup.training.planning.device import Device, find_device, table_timings
 from groundup.training.planning.memory import (
     LADDER,
     DeviceMemory,
+    Memory,
+    Step,
+    Suggestion,
     choose_micro_batch,
     device_memory,
     estimate_memory,
+    refuse_what_cannot_fit,
     step_memory,
     step_of,
     suggestions,
@@ -45,18 +53,14 @@ from groundup.training.planning.probe import (
     ValidationPass,
     assumed_timings,
     measured_timings,
-    process_bytes,
     rows_within,
     run_seconds,
     validation_pass,
 )
-from groundup.training.planning.result import Amount, Candidate, Expected, Fit, Hardware, Plan
 from groundup.training.precision import choose_precision
 from groundup.training.process import limited_threads, recall
 from groundup.training.scaling_law import DEFAULT_LAW, ScalingLaw
 from groundup.training.schedule import BatchPlan, count_tokens, sequence_length
-
-__all__ = ["Plan", "plan"]
 
 
 def plan(
@@ -86,61 +90,202 @@ def plan(
     recipe = resolve(recipe)
     if not recipe.has_trunk:
         raise GroundupError(f"{recipe.name}: every stage starts from a model, so there is nothing to pretrain.")
-    text = _Text.of(run)
-    config = _model(recipe, text)
+    shards = _shards_of(run)
+    config = _model(recipe, shards[0].vocab_size if shards else recipe.tokenizer.vocab_size)
     known, hardware = _hardware(recipe.pretrain, device, price)
     seconds = _budget(hours, budget, hardware)
     settings = recipe.pretrain.model_copy(update={"precision": hardware.precision})
     length = sequence_length(config, settings)
-    fit = _fit(config, settings, length, hardware, is_here=known is None, measure=probe)
+    fit = _fit(config, settings, length, hardware)
     notes: list[str] = []
     if known is None:
         with limited_threads(recipe.threads):
             timings, notes = _timings_here(config, settings, fit, probe, run)
     else:
         timings = table_timings(config, settings, fit.step, known)
-    validation = validation_pass(settings, length, text.validation_tokens)
-    settings, amount = _amount(config, settings, length, text, timings, validation, seconds)
+    validation = validation_pass(settings, length, shards[1].n_tokens if shards else None)
+    settings, amount = _amount(
+        config, settings, length, shards[0].n_tokens if shards else None, timings, validation, seconds
+    )
     parts = run_seconds(timings, settings, amount.rows, validation)
-    found_law, why_none = _law(law, text)
-    sizes = [] if seconds is None else candidates(
-        seconds * parts["training"] / sum(parts.values()), _speed(timings, settings, hardware, known), settings,
-        _vocabulary(recipe, config, found_law), hardware.available, hardware.count, found_law,
-    )  # fmt: skip
+    found_law, why_none = _law(law, shards)
+    sizes: list[Candidate] = []
+    if seconds is not None:
+        vocab_size, training = _vocabulary(recipe, config, found_law), seconds * parts["training"] / sum(parts.values())
+        sizes = _candidates(training, timings.flops, known, settings, vocab_size, hardware, found_law)
     return Plan(
         recipe=recipe.name, config=config, settings=settings, hardware=hardware, amount=amount, fit=fit,
-        timings=timings, seconds=parts, expected=_expected(found_law, why_none, config, amount), best=best(sizes),
-        sizes=neighbours(sizes), notes=notes,
+        timings=timings, seconds=parts, expected=_expected(found_law, why_none, config, amount), best=_best(sizes),
+        sizes=_neighbours(sizes), notes=notes,
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class _Text:
-    """What is known of the text: nothing, while there are no shards."""
+class Hardware:
+    """Where a run is to be."""
 
-    vocab_size: int | None = None
-    train_tokens: int | None = None
-    validation_tokens: int | None = None
-    tokenizer: str | None = None
-    train: str | None = None
-    validation: str | None = None
-
-    @classmethod
-    def of(cls, run: str | Path | None) -> _Text:
-        shards = None if run is None else Run(run).folder("shards")
-        if shards is None or not (shards / "manifest.json").is_file():
-            return cls()
-        train, validation = (TokenShards.open(shards, split) for split in ("train", "validation"))
-        return cls(
-            train.vocab_size, train.n_tokens, validation.n_tokens, train.tokenizer_fingerprint, train.fingerprint,
-            validation.fingerprint,
-        )  # fmt: skip
+    device: str
+    count: int
+    available: DeviceMemory  # of one
+    price: float | None  # dollars an hour of one; None: unknown
+    precision: str  # of the arithmetic
+    precision_why: str
 
 
-def _model(recipe: Recipe, text: _Text) -> ModelConfig:
-    if recipe.init is not None:
-        return start_config(recipe.init, recipe.model)
-    return recipe.model.config(text.vocab_size or recipe.tokenizer.vocab_size)
+@dataclass(frozen=True)
+class Amount:
+    """How much is trained."""
+
+    tokens: int  # target tokens to see, in whole batches
+    why: str
+    steps: int
+    rows: int
+    epochs: float | None  # how often the text is seen; None while it is not known how much there is
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Memory on one device."""
+
+    step: Step  # with the micro-batch that will be used
+    micro_why: str
+    largest_micro: int | None  # the most rows that fit; None: not one
+    estimate: Memory
+    suggestions: list[Suggestion]  # what to change; empty if it fits
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a scaling law says of the run: validation loss in nats per token, with the ends of its 90 % interval."""
+
+    loss: float | None
+    low: float | None
+    high: float | None
+    why: str  # where it comes from and how far it is carried, or why there is none
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A size on the ladder and what a budget makes of it."""
+
+    size: str  # as for [model] size
+    parameters: int
+    tokens: int  # that fit into the budget
+    loss: float | None  # predicted, nats per token; None without a law
+    fits: bool  # in memory, one row at a time at least
+
+    @property
+    def tokens_per_parameter(self) -> float:
+        """20 is compute-optimal."""
+        return self.tokens / self.parameters
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it runs."""
+
+    recipe: str
+    config: ModelConfig
+    settings: PretrainSettings  # with the tokens that the plan has
+    hardware: Hardware
+    amount: Amount
+    fit: Fit
+    timings: Timings
+    seconds: dict[str, float]  # of the stage, by part
+    expected: Expected
+    best: Candidate | None  # of a budget: the size on the ladder that makes most of it
+    sizes: list[Candidate]  # the same and its neighbours
+    notes: list[str]  # what else to know
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """All, those in the blocks, and those that compute one token."""
+        n = count_parameters(self.config)
+        return {
+            "all": n, "non_embedding": n - vocabulary_parameters(self.config), "active": active_parameters(self.config),
+        }  # fmt: skip
+
+    @property
+    def flops(self) -> float:
+        """Of training, forward and backward."""
+        return float(self.amount.rows * training_flops(self.config, self.fit.step.length))
+
+    @property
+    def total_seconds(self) -> float:
+        """Of the whole stage."""
+        return sum(self.seconds.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the training steps."""
+        return self.amount.tokens / self.seconds["training"]
+
+    @property
+    def dollars(self) -> float | None:
+        """Of all devices, where there is a price."""
+        price = self.hardware.price
+        return None if price is None else price * self.hardware.count * self.total_seconds / 3600
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory that is expected is there."""
+        return self.fit.estimate.total <= self.hardware.available.usable
+
+    def check(self) -> None:
+        """Hold that it can fit.
+
+        Raises:
+            GroundupError: it is certain that it cannot.
+        """
+        refuse_what_cannot_fit(
+            self.config, self.settings, self.fit.step.length, self.hardware.available, self.hardware.count
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        fit, hardware, memory = self.fit, self.hardware, self.fit.estimate
+        return {
+            "recipe": self.recipe,
+            "parameters": self.parameters,
+            "device": {
+                "name": hardware.device, "count": hardware.count,
+                "memory": hardware.available.total, "of": hardware.available.what,
+            },
+            "precision": {"name": hardware.precision, "why": hardware.precision_why},
+            "training": {
+                **vars(self.amount), "batch_size": self.settings.batch_size, "sequence_length": fit.step.length,
+                "flops": self.flops,
+            },
+            "memory": {
+                "parts": memory.parts(), "total": memory.total, "usable": hardware.available.usable, "fits": self.fits,
+                "fullest": memory.moment, "all_gradients": memory.all_gradients,
+                "micro_batch_size": fit.step.micro, "micro_why": fit.micro_why,
+                "largest_micro_batch": fit.largest_micro, "suggestions": [vars(one) for one in fit.suggestions],
+            },
+            "time": {
+                "seconds": self.seconds, "total_seconds": self.total_seconds,
+                "tokens_per_second": self.tokens_per_second, "flops_per_second": self.timings.flops,
+                "how": self.timings.how, "is_measured": self.timings.is_measured,
+            },
+            "dollars": self.dollars,
+            "expected_loss": vars(self.expected),
+            "budget": None if not self.sizes else {
+                "best": None if self.best is None else vars(self.best), "sizes": [vars(one) for one in self.sizes],
+            },
+            "notes": self.notes,
+        }  # fmt: skip
+
+
+def _shards_of(run: str | Path | None) -> tuple[TokenShards, TokenShards] | None:
+    """Training and validation text of a run, if it is cut into tokens already."""
+    folder = None if run is None else Run(run).folder("shards")
+    if folder is None or not (folder / "manifest.json").is_file():
+        return None
+    return TokenShards.open(folder, "train"), TokenShards.open(folder, "validation")
+
+
+def _model(recipe: Recipe, vocab_size: int) -> ModelConfig:
+    return recipe.model.config(vocab_size) if recipe.init is None else start_config(recipe.init, recipe.model)
 
 
 def _vocabulary(recipe: Recipe, config: ModelConfig, law: ScalingLaw | None) -> int | None:
@@ -152,7 +297,7 @@ def _vocabulary(recipe: Recipe, config: ModelConfig, law: ScalingLaw | None) -> 
 def _hardware(settings: PretrainSettings, device: str | None, price: float | None) -> tuple[Device | None, Hardware]:
     if device is not None:
         known, count = find_device(device)
-        precision = known.arithmetic(settings.precision)
+        precision = known.available.arithmetic(settings.precision)
         why = "as the recipe says" if precision == settings.precision else f"what {known.name} multiplies fastest"
         return known, Hardware(
             known.name, count, known.available, known.price if price is None else price, precision, why
@@ -164,20 +309,17 @@ def _hardware(settings: PretrainSettings, device: str | None, price: float | Non
     return None, Hardware(name, world.size, device_memory(world), price, shown, why)
 
 
-def _fit(
-    config: ModelConfig, settings: PretrainSettings, length: int, hardware: Hardware, *, is_here: bool, measure: bool
-) -> Fit:
+def _fit(config: ModelConfig, settings: PretrainSettings, length: int, hardware: Hardware) -> Fit:
     available, count = hardware.available, hardware.count
     micro, why = choose_micro_batch(config, settings, length, available, count)
     step = step_of(settings, length, available, count, micro)
-    needed = estimate_memory(config, settings, step)
-    if is_here and available.device == "cpu":
-        needed = replace(needed, process=process_bytes(step.dtype, measure=measure))
     free = settings.model_copy(update={"micro_batch_size": None})
     largest, _ = choose_micro_batch(config, free, length, available, count)
-    if estimate_memory(config, free, replace(step, micro=largest)).total > available.usable:
-        return Fit(step, why, None, needed, suggestions(config, settings, length, available, count))
-    return Fit(step, why, largest, needed, suggestions(config, settings, length, available, count))
+    one_fits = estimate_memory(config, free, replace(step, micro=largest)).total <= available.usable
+    return Fit(
+        step, why, largest if one_fits else None, estimate_memory(config, settings, step),
+        suggestions(config, settings, length, available, count),
+    )  # fmt: skip
 
 
 def _timings_here(
@@ -226,7 +368,7 @@ def _budget(hours: float | None, budget: float | None, hardware: Hardware) -> fl
 
 
 def _amount(
-    config: ModelConfig, settings: PretrainSettings, length: int, text: _Text, timings: Timings,
+    config: ModelConfig, settings: PretrainSettings, length: int, text_tokens: int | None, timings: Timings,
     validation: ValidationPass, seconds: float | None,
 ) -> tuple[PretrainSettings, Amount]:  # fmt: skip
     """How much is trained, and the settings that say so.
@@ -250,27 +392,11 @@ def _amount(
     )
     rows = plan.rows(plan.n_steps - 1)[1]
     own_share = 1 / (1 + sum(part.weight for part in settings.mixture))
-    epochs = None if text.train_tokens is None else own_share * rows * length / text.train_tokens
+    epochs = None if text_tokens is None else own_share * rows * length / text_tokens
     return settings, Amount(rows * length, why, plan.n_steps, rows, epochs)
 
 
-def _speed(
-    timings: Timings, settings: PretrainSettings, hardware: Hardware, known: Device | None
-) -> Callable[[ModelConfig], float]:
-    """Training FLOP/s of a model: those of the timings, or its own by the table."""
-
-    def by_table(config: ModelConfig) -> float:
-        assert known is not None
-        length = config.context_length
-        micro, _ = choose_micro_batch(config, settings, length, hardware.available, hardware.count)
-        return table_timings(
-            config, settings, step_of(settings, length, hardware.available, hardware.count, micro), known
-        ).flops
-
-    return by_table if known is not None else lambda config: timings.flops
-
-
-def _law(asked: str | Path | None, text: _Text) -> tuple[ScalingLaw | None, str]:
+def _law(asked: str | Path | None, shards: tuple[TokenShards, TokenShards] | None) -> tuple[ScalingLaw | None, str]:
     """The scaling law, if there is one of this text; else why there is none.
 
     Raises:
@@ -280,7 +406,13 @@ def _law(asked: str | Path | None, text: _Text) -> tuple[ScalingLaw | None, str]
     if asked is None and not path.is_file():
         return None, "no law yet: groundup scaling"
     law = ScalingLaw.load(path)
-    other = law.other_data(tokenizer=text.tokenizer, train=text.train, validation=text.validation)
+    about = {}
+    if shards is not None:
+        train, validation = shards
+        about = {
+            "tokenizer": train.tokenizer_fingerprint, "train": train.fingerprint, "validation": validation.fingerprint,
+        }  # fmt: skip
+    other = law.other_data(**about)
     if other is not None and asked is None:
         return None, f"not by {path}: {other}"
     return law, f"{path}: {other}" if other is not None else str(path)
@@ -292,64 +424,62 @@ def _expected(law: ScalingLaw | None, why: str, config: ModelConfig, amount: Amo
     found = law.predict(count_parameters(config), amount.tokens)
     if found.beyond > 1.05:
         why += f", {found.beyond:.1f}× beyond its runs"
-    has_interval = math.isfinite(found.low)
-    return Expected(found.loss, found.low if has_interval else None, found.high if has_interval else None, why)
+    low, high = (end if math.isfinite(end) else None for end in (found.low, found.high))
+    return Expected(found.loss, low, high, why)
 
 
-def candidates(
-    seconds: float, speed: Callable[[ModelConfig], float], settings: OptimizerSettings, vocab_size: int | None,
-    available: DeviceMemory, n_devices: int, law: ScalingLaw | None,
+def _candidates(
+    seconds: float, flops: float, known: Device | None, settings: OptimizerSettings, vocab_size: int | None,
+    hardware: Hardware, law: ScalingLaw | None,
 ) -> list[Candidate]:  # fmt: skip
     """Every size of the ladder with at least one token a parameter in so many seconds of training.
 
     Args:
         seconds: of training alone.
-        speed: a model's training FLOP/s.
+        flops: a second, as the probe has them; of a device in the table each size has its own.
+        known: that device.
         settings: optimizer and checkpointing, for memory.
         vocab_size: of the tokenizer; None: what the ladder gives each size.
-        available: memory of a device.
-        n_devices: how many.
+        hardware: memory, and how many devices.
         law: for losses.
     """
+    available, count = hardware.available, hardware.count
+    settings = settings.model_copy(update={"groups": ()})
     found: list[Candidate] = []
     for size in LADDER:
-        config = _rung(size, vocab_size)
-        if config is None:
+        try:
+            config = ladder_config(size=size, **({} if vocab_size is None else {"vocab_size": vocab_size}))
+        except RecipeError:  # the vocabulary alone is larger
             continue
         length, n = config.context_length, count_parameters(config)
-        tokens = int(seconds * speed(config) / training_flops_per_token(config, length))
+        if known is not None:
+            micro, _ = choose_micro_batch(config, settings, length, available, count)
+            flops = table_timings(config, settings, step_of(settings, length, available, count, micro), known).flops
+        tokens = int(seconds * flops / training_flops_per_token(config, length))
         if tokens < n:
             break
         if found and found[-1].parameters == n:
             continue  # with this vocabulary the ladder has no other
-        step = step_of(settings, length, available, n_devices, 1)
-        fits = step_memory(config, settings.model_copy(update={"groups": ()}), step).total <= available.usable
-        found.append(Candidate(size, n, tokens, None if law is None else law.loss(n, tokens), fits))
+        needed = step_memory(config, settings, step_of(settings, length, available, count, 1)).total
+        loss = None if law is None else law.loss(n, tokens)
+        found.append(Candidate(size, n, tokens, loss, needed <= available.usable))
     return found
 
 
-@functools.cache
-def _rung(size: str, vocab_size: int | None) -> ModelConfig | None:
-    try:
-        return ladder_config(size=size, **({} if vocab_size is None else {"vocab_size": vocab_size}))
-    except RecipeError:
-        return None
-
-
-def best(found: list[Candidate]) -> Candidate | None:
+def _best(found: list[Candidate]) -> Candidate | None:
     """The one that makes most of the budget, of those that fit in memory."""
-    fitting = [one for one in found if one.fits]
-    if not fitting:
-        return None
-    if fitting[0].loss is not None:
-        return min(fitting, key=lambda one: one.loss if one.loss is not None else math.inf)
-    return min(fitting, key=lambda one: abs(math.log(one.tokens_per_parameter / TOKENS_PER_PARAMETER)))
+
+    def distance(one: Candidate) -> float:
+        from_optimum = abs(math.log(one.tokens_per_parameter / TOKENS_PER_PARAMETER))
+        return from_optimum if one.loss is None else one.loss
+
+    return min((one for one in found if one.fits), key=distance, default=None)
 
 
-def neighbours(found: list[Candidate], how_many: int = 2) -> list[Candidate]:
-    """The best and so many on each side."""
-    chosen = best(found)
-    if chosen is None:
-        return found[-(2 * how_many + 1) :]
-    place = found.index(chosen)
-    return found[max(0, place - how_many) : place + how_many + 1]
+def _neighbours(found: list[Candidate]) -> list[Candidate]:
+    """The best and two on each side."""
+    best = _best(found)
+    if best is None:
+        return found[-5:]
+    place = found.index(best)
+    return found[max(0, place - 2) : place + 3]

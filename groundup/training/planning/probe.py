@@ -2,20 +2,16 @@
 
 Forward and backward pass, update, validation, one token of a sample and a checkpoint are timed each for itself, as
 medians. A model that is too large for the time is probed with fewer rows of a batch, then at two depths, then with
-shorter rows; what is extrapolated is said. Nothing stays but the figures. The memory of the program itself
-(interpreter, torch, threads, kernels' buffers) is measured once on a machine, in a process that trains the smallest
-model.
+shorter rows; what is extrapolated is said. Nothing stays but the figures.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,10 +26,10 @@ from groundup.training.checkpoint import CheckpointWriter, Progress, weights_of
 from groundup.training.compilation import set_checkpointing
 from groundup.training.objective import head_loss
 from groundup.training.optimizers import Optimizers, clip_gradients, frozen_groups
-from groundup.training.planning.memory import PROCESS_BYTES, DeviceMemory, Step, estimate_memory
-from groundup.training.process import keep_freed_memory, measured_once
+from groundup.training.planning.memory import DeviceMemory, Step, estimate_memory
+from groundup.training.process import keep_freed_memory
 from groundup.training.schedule import BatchPlan
-from groundup.training.throughput import peak_matmul_flops
+from groundup.training.throughput import peak_matmul_flops, product_seconds, timed
 from groundup.training.validation import EVAL_TOKENS, validation_interval
 
 PROBE_SECONDS = 20.0
@@ -64,7 +60,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Times:
-    """Measured seconds: of one pass over all rows of the part, of an update, and so on."""
+    """Measured seconds: of forward and backward pass over all rows of the part, of an update, and so on."""
 
     both: float
     update: float
@@ -97,14 +93,14 @@ def measured_timings(
         seconds: at most about so long.
         folder: where checkpoints would go, whose disk is tried (default: the system's temporary folder).
     """
+    if not seconds:
+        return assumed_timings(config, step, world)
     if world.device.type == "cpu":
         keep_freed_memory()
     until = time.perf_counter() + seconds
-    if not seconds:
-        return assumed_timings(config, step, world)
     rate = ASSUMED_MFU * _rate_now(getattr(torch, step.dtype), world)
     whole = Part(config.n_layers, step.micro, step.length)
-    chosen = next(_affordable(config, settings, step, whole, rate, available, 0.75 * seconds), None)
+    chosen = _affordable(config, settings, step, whole, rate, available, 0.75 * seconds)
     if chosen is None:
         return assumed_timings(config, step, world)
     measured = [
@@ -149,35 +145,25 @@ def assumed_timings(config: ModelConfig, step: Step, world: World) -> Timings:
 
 
 def _affordable(
-    config: ModelConfig,
-    settings: OptimizerSettings,
-    step: Step,
-    whole: Part,
-    rate: float,
-    available: DeviceMemory,
+    config: ModelConfig, settings: OptimizerSettings, step: Step, whole: Part, rate: float, available: DeviceMemory,
     seconds: float,
-) -> Iterator[tuple[Part, ...]]:
-    """Parts that stand for the whole, the most faithful first, of those that fit into time and memory."""
-    rows = [whole.rows]
-    while rows[-1] > 1:
-        rows.append(rows[-1] // 2)
-    ways: list[tuple[Part, ...]] = [(replace(whole, rows=count),) for count in rows]
-    lengths = [whole.length]
-    while lengths[-1] > _SHORTEST:
-        lengths.append(max(_SHORTEST, lengths[-1] // 2))
-    if config.n_layers > 2:
-        for length in lengths:
-            depths = ((2, 4), (1, 2)) if config.n_layers > 4 else ((1, 2),)
-            ways += [tuple(Part(depth, 1, length) for depth in pair) for pair in depths]
-    else:
-        ways += [(Part(config.n_layers, 1, length),) for length in lengths[1:]]
+) -> tuple[Part, ...] | None:  # fmt: skip
+    """The most faithful parts that stand for the whole, of those that fit into time and memory."""
+    rows = [whole.rows >> power for power in range(whole.rows.bit_length())]
+    shorter = (whole.length >> power for power in range(1, whole.length.bit_length()))
+    lengths = [whole.length, *(length for length in shorter if length >= _SHORTEST)]
+    depths = [(config.n_layers,)] if config.n_layers <= 2 else [(1, 2)] if config.n_layers <= 4 else [(2, 4), (1, 2)]
+    ways = [(replace(whole, rows=count),) for count in rows]
+    ways += [tuple(Part(depth, 1, length) for depth in pair) for length in lengths for pair in depths]
     for way in ways:
-        taken = sum(_expected(part.of(config), part, rate) for part in way)
-        wanted = max(
-            estimate_memory(part.of(config), _without_groups(settings), _as_step(part, step)).total for part in way
-        )
+        taken = wanted = 0.0
+        for part in way:
+            smaller, cut = part.of(config), replace(step, rows=part.rows, micro=part.rows, length=part.length)
+            taken += _expected(smaller, part, rate)
+            wanted = max(wanted, estimate_memory(smaller, _without_groups(settings), replace(cut, n_devices=1)).total)
         if taken <= seconds and wanted <= available.usable:
-            yield way
+            return way
+    return None
 
 
 def _expected(config: ModelConfig, part: Part, rate: float) -> float:
@@ -200,25 +186,14 @@ def _measure(
     set_checkpointing(model, settings.activation_checkpointing)
     build = time.perf_counter() - start
     generator = torch.Generator().manual_seed(0)
-    shape = (part.rows, part.length)
-    ids, targets = (torch.randint(0, smaller.vocab_size, shape, generator=generator).to(world.device) for _ in range(2))
+    ids = torch.randint(0, smaller.vocab_size, (part.rows, part.length), generator=generator).to(world.device)
     with frozen_groups(model, settings):
         optimizers = Optimizers(model, settings, model.compute_dtype)
-
-        def both() -> None:
-            model.train()
-            loss = model(ids, head=head_loss(targets)).objective
-            balance = model.balance_loss()
-            ((loss if balance is None else loss + balance) / ids.numel()).backward()
-
-        def update() -> None:
-            clip_gradients(optimizers.parameters(), settings.max_grad_norm, lambda values: values)
-            optimizers.step(1.0)
-
+        both, update = step_pieces(model, optimizers, settings, ids)
         pairs = _alternate((both, update), world, share)
         with torch.no_grad():
             model.eval()
-            forward = _median(lambda: model(ids, head=head_loss(targets)), world, 3 if pairs[0] < 1 else 1)
+            forward = _median(lambda: model(ids, head=head_loss(ids)), world, 3 if pairs[0] < 1 else 1)
             token = _token_seconds(model, ids, world)
     saved = weight_bytes(smaller) + optimizer_bytes(smaller, settings.optimizer)
     save = saved / _DISK if saved > _LARGEST_SAVED else _save_seconds(model, optimizers, world, folder)
@@ -227,12 +202,30 @@ def _measure(
     return Times(*pairs, forward=forward, token=token, save=save, build=build)
 
 
+def step_pieces(
+    model: Transformer, optimizers: Optimizers, settings: OptimizerSettings, ids: torch.Tensor
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What a training step on (rows, tokens) ids does, to be timed: forward and backward pass; clipping and update."""
+
+    def both() -> None:
+        model.train()
+        loss = model(ids, head=head_loss(ids)).objective
+        balance = model.balance_loss()
+        ((loss if balance is None else loss + balance) / ids.numel()).backward()
+
+    def update() -> None:
+        clip_gradients(optimizers.parameters(), settings.max_grad_norm, lambda values: values)
+        optimizers.step(1.0)
+
+    return both, update
+
+
 def _alternate(pieces: tuple[Callable[[], object], ...], world: World, until: float) -> tuple[float, ...]:
     """Medians of pieces that are done in turn: once at least after a first time, then until a time."""
     taken: list[list[float]] = [[] for _ in pieces]
     for repeat in range(_MOST_REPEATS + 1):
         for piece, seconds in zip(pieces, taken, strict=True):
-            seconds.append(_timed(piece, world))
+            seconds.append(timed(piece, world.device))
         if repeat and time.perf_counter() + sum(seconds[-1] for seconds in taken) > until:
             break
     return tuple(statistics.median(seconds[1:]) for seconds in taken)
@@ -242,25 +235,12 @@ def _median(piece: Callable[[], object], world: World, repeats: int) -> float:
     """The median of so many times after a first one; of once, the first one."""
     if repeats > 1:
         piece()
-    return statistics.median(_timed(piece, world) for _ in range(repeats))
+    return statistics.median(timed(piece, world.device) for _ in range(repeats))
 
 
 def _rate_now(dtype: torch.dtype, world: World) -> float:
     """FLOP/s of matrix products at this moment, beside whatever else runs here."""
-    matrix = torch.ones((1024, 1024), dtype=dtype, device=world.device)
-    out, count, start = matrix @ matrix, 0, time.perf_counter()
-    while time.perf_counter() - start < _RATE_SECONDS:
-        _timed(lambda: torch.mm(matrix, matrix, out=out), world)
-        count += 1
-    return count * 2 * 1024**3 / (time.perf_counter() - start)
-
-
-def _timed(piece: Callable[[], object], world: World) -> float:
-    start = time.perf_counter()
-    piece()
-    if world.device.type == "cuda":
-        torch.cuda.synchronize(world.device)
-    return time.perf_counter() - start
+    return 2 * 1024**3 / statistics.fmean(product_seconds(1024, dtype, world.device, _RATE_SECONDS))
 
 
 def _token_seconds(model: Transformer, ids: torch.Tensor, world: World) -> float:
@@ -274,13 +254,11 @@ def _token_seconds(model: Transformer, ids: torch.Tensor, world: World) -> float
 
 def _save_seconds(model: Transformer, optimizers: Optimizers, world: World, folder: Path | None) -> float:
     """Writing one checkpoint."""
-    existing = (
-        None if folder is None else next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-    )
+    existing = folder and next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
     with tempfile.TemporaryDirectory(dir=existing, prefix=".probe-") as place:
         writer = CheckpointWriter(Path(place), world, model.config, 1, beside=False)
         parts = {"weights": lambda: weights_of(model), "optimizer": optimizers.state_dict}
-        seconds = _timed(lambda: writer.save(parts, Progress(0, 0, 0.0, "", 1, 1), at_once=True), world)
+        seconds = timed(lambda: writer.save(parts, Progress(0, 0, 0.0, "", 1, 1), at_once=True), world.device)
         writer.close()
     return seconds
 
@@ -292,15 +270,10 @@ def _told(chosen: tuple[Part, ...], whole: Part) -> str:
     carried = []
     if len(chosen) == 2:
         carried.append(f"from {chosen[0].n_layers} and {chosen[1].n_layers} of {whole.n_layers} blocks")
-    if part.rows < whole.rows:
-        carried.append(f"from {part.rows} of {whole.rows} rows")
-    if part.length < whole.length:
-        carried.append(f"from {part.length} of {whole.length} tokens")
+    for name, one, all_of_it in (("rows", part.rows, whole.rows), ("tokens", part.length, whole.length)):
+        if one < all_of_it:
+            carried.append(f"from {one} of {all_of_it} {name}")
     return f"probe, extrapolated {', '.join(carried)}"
-
-
-def _as_step(part: Part, step: Step) -> Step:
-    return replace(step, rows=part.rows, micro=part.rows, length=part.length, n_devices=1)
 
 
 def _without_groups(settings: OptimizerSettings) -> OptimizerSettings:
@@ -309,54 +282,30 @@ def _without_groups(settings: OptimizerSettings) -> OptimizerSettings:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of each piece of a run, for all devices together.
+    """Seconds of each piece of a run, for all devices together."""
 
-    Attributes:
-        row: forward and backward pass of one row of the batch.
-        update: clipping and the optimizer's step.
-        eval_row: forward pass of one row.
-        sample_token: one more token of a sample.
-        save: one checkpoint, as long as training waits for it.
-        begin: building the model.
-        flops: training FLOPs per second, updates left out.
-        how: where these come from, for people.
-        is_measured: from a probe.
-    """
-
-    row: float
-    update: float
-    eval_row: float
-    sample_token: float
-    save: float
-    begin: float
-    flops: float
-    how: str
-    is_measured: bool
+    row: float  # forward and backward pass of one row of the batch
+    update: float  # clipping and the optimizer's step
+    eval_row: float  # forward pass of one row
+    sample_token: float  # one more token of a sample
+    save: float  # one checkpoint, as long as training waits for it
+    begin: float  # building the model
+    flops: float  # of training, a second, updates left out
+    how: str  # where these come from, for people
+    is_measured: bool  # from a probe
 
 
 @dataclass(frozen=True)
 class ValidationPass:
-    """What a run does beside training.
+    """What a run does beside training, each time."""
 
-    Attributes:
-        validation_rows: of a pass, filled up to whole batches.
-        n_samples: prompts that are continued at a pass.
-        sample_tokens: of each.
-    """
-
-    validation_rows: int
-    n_samples: int = 0
-    sample_tokens: int = 0
+    validation_rows: int  # filled up to whole batches
+    n_samples: int = 0  # prompts that are continued
+    sample_tokens: int = 0  # of each
 
 
 def validation_pass(settings: OptimizerSettings, length: int, validation_tokens: int | None) -> ValidationPass:
-    """What happens at each validation pass.
-
-    Args:
-        settings: of the stage.
-        length: tokens in a row.
-        validation_tokens: how many there are, if that is known.
-    """
+    """What happens at each validation pass, of a text with so many tokens for it (None: unknown)."""
     n_tokens = settings.eval_tokens or EVAL_TOKENS
     if validation_tokens is not None:
         n_tokens = min(n_tokens, validation_tokens)
@@ -400,46 +349,3 @@ def rows_within(seconds: float, timings: Timings, settings: OptimizerSettings, v
         taken = sum(run_seconds(timings, settings, middle * settings.batch_size, validation).values())
         fits, too_many = (middle, too_many) if taken <= seconds else (fits, middle)
     return fits * settings.batch_size
-
-
-_SMALLEST_RUN = """
-import sys, torch
-torch.set_num_threads(int(sys.argv[1]))
-import groundup.report, groundup.pipeline
-from groundup.model import Transformer, preset
-from groundup.recipe import OptimizerSettings
-from groundup.training.optimizers import Optimizers, clip_gradients
-from groundup.training.objective import head_loss
-from groundup.training.process import peak_memory_bytes
-model = Transformer(preset("ground-nano"))
-optimizers = Optimizers(model, OptimizerSettings(), torch.float32)
-for dtype in (torch.float32, getattr(torch, sys.argv[2])):
-    model.compute_dtype = dtype
-    ids = torch.zeros((2, 32), dtype=torch.int64)
-    model(ids, head=head_loss(ids)).objective.backward()
-    clip_gradients(optimizers.parameters(), 1.0, lambda values: values)
-    optimizers.step(1.0)
-print(peak_memory_bytes())
-"""
-
-
-def process_bytes(dtype: str, *, measure: bool = True) -> int:
-    """Resident bytes of the program itself.
-
-    Args:
-        dtype: of the arithmetic, whose kernels are loaded.
-        measure: in a process of its own, unless that was done here before; else a usual value.
-    """
-    if not measure:
-        return PROCESS_BYTES
-    key = {"dtype": dtype, "run": _SMALLEST_RUN}
-    return int(measured_once("process", key, torch.device("cpu"), lambda: {"bytes": _process_peak(dtype)})["bytes"])
-
-
-def _process_peak(dtype: str) -> int:
-    command = [sys.executable, "-c", _SMALLEST_RUN, str(torch.get_num_threads()), dtype]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-        return int(done.stdout.split()[-1])
-    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
-        return PROCESS_BYTES
