@@ -36,16 +36,22 @@ _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EP
 
 
 @contextlib.contextmanager
-def atomic_writer(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
+def atomic_writer(path: Path, *, binary: bool = False, through: Path | None = None) -> Iterator[IO[Any]]:
     """Open `path` for writing so that it appears whole on success and not at all on failure.
 
     Text is UTF-8 with `\\n` line ends.
+
+    Args:
+        path: the file.
+        binary: whether bytes are written.
+        through: the folder for what is not whole yet (default: the file's own); one of ours, where `path` lies in a
+            folder that is not.
 
     Raises:
         GroundupError: the disk is full, or the folder cannot be written.
     """
     path = Path(path)
-    partial = temporary(path)
+    partial = temporary((through or path.parent) / path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle: IO[Any] = partial.open("wb") if binary else partial.open("w", encoding="utf-8", newline="\n")
@@ -93,9 +99,9 @@ def sync(path: Path) -> None:
             raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file whole."""
-    with atomic_writer(path) as handle:
+def write_text(path: Path, text: str, *, through: Path | None = None) -> None:
+    """Write a UTF-8 text file whole; the arguments are those of `atomic_writer`."""
+    with atomic_writer(path, through=through) as handle:
         handle.write(text)
 
 
@@ -104,13 +110,14 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
-def write_signed(path: Path, text: str, comment: str) -> None:
+def write_signed(path: Path, text: str, comment: str, *, through: Path | None = None) -> None:
     """Write a text file whole whose last line says that it is ours, in the place of nothing but such a file.
 
     Args:
         path: the file.
         text: all but the last line.
         comment: how the file's language writes one, such as "# {}".
+        through: see `atomic_writer`.
 
     Raises:
         RunError: what is there is somebody else's, or somebody has changed it.
@@ -119,7 +126,7 @@ def write_signed(path: Path, text: str, comment: str) -> None:
     check_signed(path)
     text += "" if text.endswith("\n") else "\n"
     digest = xxhash.xxh3_128_hexdigest(text.encode())
-    write_text(path, text + comment.format(f"Written by groundup, {digest}") + "\n")
+    write_text(path, text + comment.format(f"Written by groundup, {digest}") + "\n", through=through)
 
 
 def check_signed(path: Path) -> None:
@@ -305,17 +312,10 @@ def remove_partials(folder: Path) -> None:
                 remove_partials(entry)
 
 
-def remove_partials_of(path: Path) -> None:
-    """Clear what a killed process left of one file or folder, beside it under temporary names."""
-    if path.parent.is_dir():
-        for entry in list(path.parent.iterdir()):
-            _clear_leftover(entry, of=path.name)
-
-
-def _clear_leftover(entry: Path, of: str | None = None) -> bool:
-    """Clear an entry with a temporary name (of that one file or folder), and say whether it has one."""
+def _clear_leftover(entry: Path) -> bool:
+    """Clear an entry with a temporary name, and say whether it has one."""
     found = re.fullmatch(rf"(?P<name>.+?){_SUFFIXES}", entry.name)
-    if found is None or of not in (None, found["name"]):
+    if found is None:
         return False
     before = entry.with_name(found["name"])
     with contextlib.suppress(OSError, RunError):

@@ -6,7 +6,8 @@ matches; then it is skipped. The manifest is written last, so a stage killed any
 A lock keeps two processes from writing one run; it falls with its process, so none goes stale.
 
 The folder may be one that holds other things too: nothing in it is replaced or removed but a stage's folder that
-carries our mark, and a recipe and a report that are as groundup wrote them.
+carries our mark, and a recipe and a report that are as groundup wrote them. The lock, and what is not whole yet, are
+in `.groundup/`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from groundup.files import (
     own_folder,
     read_json,
     remove_partials,
-    remove_partials_of,
     value_digest,
     write_error,
     write_json,
@@ -42,8 +42,9 @@ MANIFEST = "stage.json"
 STARTED = "started.json"
 RECIPE_FILE = "recipe.toml"
 REPORT_FILE = "report.html"
-LOCK_FILE = ".groundup-lock"
-HOLDER_FILE = ".groundup-lock-holder.json"
+OWN_FOLDER = ".groundup"
+LOCK_FILE = f"{OWN_FOLDER}/lock"
+HOLDER_FILE = f"{OWN_FOLDER}/holder.json"
 
 
 State = Literal["done", "changed", "begun", "missing"]
@@ -132,8 +133,8 @@ class Run:
         Raises:
             RunError: something in the folder is somebody else's.
         """
-        for stage in stages:
-            check_ours(self.folder(stage))
+        for name in (OWN_FOLDER, *stages):
+            check_ours(self.root / name)
         if not self._keeps(recipe):
             check_signed(self.root / RECIPE_FILE)
         check_signed(self.root / REPORT_FILE)
@@ -145,7 +146,12 @@ class Run:
             RunError: another recipe is there that somebody has written or changed by hand.
         """
         if not self._keeps(recipe):
-            write_signed(self.root / RECIPE_FILE, recipe_toml(recipe), "# {}")
+            self.write(RECIPE_FILE, recipe_toml(recipe), "# {}")
+
+    def write(self, name: str, text: str, comment: str) -> None:
+        """Write a file into the folder, in the place of nothing but what groundup wrote; see `write_signed`."""
+        own_folder(self.root / OWN_FOLDER)
+        write_signed(self.root / name, text, comment, through=self.root / OWN_FOLDER)
 
     def _keeps(self, recipe: Recipe) -> bool:
         """Whether the recipe in the folder is this one, however it is written."""
@@ -238,13 +244,12 @@ class Run:
         The operating system frees the lock when its process ends, however it ends: no lock can go stale.
 
         Raises:
-            RunError: another process holds it.
+            RunError: another process holds it, or the folder for the lock is not ours.
         """
         holder = self.root / HOLDER_FILE
         lock = FileLock(self.root / LOCK_FILE)
-        was_run = (self.root / LOCK_FILE).is_file()
+        own_folder(self.root / OWN_FOLDER)
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
             # Not at once: `is_worked_on` of another process holds the lock for an instant.
             lock.acquire(timeout=0.5)
         except Timeout as error:
@@ -256,8 +261,7 @@ class Run:
         except OSError as error:
             raise write_error(self.root, error) from error
         try:
-            for name in (RECIPE_FILE, REPORT_FILE, HOLDER_FILE) if was_run else ():
-                remove_partials_of(self.root / name)
+            remove_partials(self.root / OWN_FOLDER)
             write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
             yield
         finally:

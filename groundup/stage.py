@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 from groundup.console import Console
 from groundup.distributed import World
-from groundup.errors import ArtifactError, GroundupError, RunError
+from groundup.errors import ArtifactError, GroundupError, Problem, RecipeError, RunError
 from groundup.files import file_digest, value_digest
 from groundup.recipe import BEFORE, AlignSettings, Recipe, Section, registered, resolve
 from groundup.recipe.registry import EVALUATE, METHODS, TRUNK, load
@@ -199,7 +199,11 @@ class Context:
 
 
 def graph(recipe: Recipe) -> dict[str, Stage]:
-    """The recipe's stages by name, every one behind those that it needs."""
+    """The recipe's stages by name, every one behind those that it needs.
+
+    Raises:
+        RecipeError: a stage needs one that there is not, or that needs it in turn.
+    """
     recipe = resolve(recipe)
     names = [name for name in TRUNK if (recipe.has_trunk if name == "pretrain" else recipe.reads_text)]
     stages = {name: Stage(name, name, load(TRUNK[name]), getattr(recipe, name), recipe) for name in names}
@@ -208,7 +212,14 @@ def graph(recipe: Recipe) -> dict[str, Stage]:
         for name, section in recipe.align.items()
     }
     while waiting:
-        ready = next(stage for stage in waiting.values() if not {*stage.needs} & waiting.keys())
+        ready = next((stage for stage in waiting.values() if {*stage.needs} <= stages.keys()), None)
+        if ready is None:
+            what = "needs {}: no stage of this recipe, or one that needs it in turn."
+            open_needs = {
+                stage.section: ", ".join(sorted({*stage.needs} - stages.keys())) for stage in waiting.values()
+            }
+            problems = [Problem(f"[{section}]", what.format(names)) for section, names in open_needs.items()]
+            raise RecipeError(recipe.name, problems)
         stages[ready.name] = waiting.pop(ready.name)
     if recipe.evaluate.tasks:
         method = load(EVALUATE)

@@ -82,17 +82,8 @@ def test_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
     saved, theirs = tmp_path / "talk.json", tmp_path / "letter.txt"
     theirs.write_text("mine")
-    talk(
-        chat,
-        monkeypatch,
-        f"/save {saved}",
-        f"/save {saved}",
-        f"/save {tmp_path}",
-        f"/save {theirs}",
-        "/reset",
-        "/quit",
-        "never said",
-    )
+    saves = [f"/save {place}" for place in (saved, saved, tmp_path, theirs)]
+    talk(chat, monkeypatch, *saves, "/reset", "/quit", "never said")
     out, err = capsys.readouterr()
     assert [message["content"] for message in json.loads(saved.read_text())][:2] == ["Be brief.", "One"]
     assert f"{saved}: written." in err

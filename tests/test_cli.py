@@ -99,6 +99,23 @@ def test_a_build_shows_progress_on_one_stream_and_the_table_on_the_other(groundu
     assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
 
 
+def test_an_assistant_from_a_model_made_elsewhere_is_built_without_text(
+    groundup: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    start = finished_run().root / "pretrain" / "model"
+    Path("mine.toml").write_text(f'[align.helper]\nmethod = "sft"\nstart = "{start}"\nexamples = 100\nepochs = 0.2\n')
+    built = groundup("sft", "mine.toml", "--out", "run")
+    assert built.code == 0, built.err
+    assert built.out == ""
+    built = groundup("build", "mine.toml", "--out", "run")
+    assert "Talk to it:    groundup chat run" in built.err
+    assert groundup("build", "run", "--json").json["scores"] is None
+    assert "report.html" in groundup("report", "run").out
+    told = groundup("generate", "run", "The", "-n", "2", "--json")  # it is the only model
+    assert (told.code, Path(told.json["model"])) == (0, Path("run/helper/model"))
+
+
 def test_stage_commands_do_what_they_stand_on_and_no_more(groundup: CommandLine, tmp_path: Path) -> None:
     recipe, folder = tiny_run.write_recipe(tmp_path), tmp_path / "here"
     made = groundup("shards", recipe, "--out", folder, "--json")

@@ -117,12 +117,12 @@ def test_another_threshold_reads_no_text_again(tmp_path: Path, inputs: Path) -> 
 
 def test_the_road_keeps_measurements_when_a_threshold_changes(tmp_path: Path, inputs: Path) -> None:
     recipe = write_recipe(tmp_path / "r.toml", inputs)
-    build(read_recipe(recipe), tmp_path / "run", until="corpus")
+    build(read_recipe(recipe), tmp_path / "run", only=["corpus"])
     folder = tmp_path / "run" / "corpus" / ANNOTATED
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    build(read_recipe(recipe, ["corpus.min_characters=200"]), tmp_path / "run", until="corpus")
+    build(read_recipe(recipe, ["corpus.min_characters=200"]), tmp_path / "run", only=["corpus"])
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    build(read_recipe(recipe, ["corpus.unicode=NFKC"]), tmp_path / "run", until="corpus")
+    build(read_recipe(recipe, ["corpus.unicode=NFKC"]), tmp_path / "run", only=["corpus"])
     assert not set(before) & set(folder.rglob("*.parquet"))
 
 
@@ -228,7 +228,7 @@ def test_two_workers_give_the_bytes_of_one(tmp_path: Path, inputs: Path) -> None
     recipe = write_recipe(tmp_path / "r.toml", inputs)
     for workers in (1, 2):
         overrides = [f"corpus.workers={workers}", f"shards.workers={workers}", "corpus.split_mib=0.05"]
-        build(read_recipe(recipe, overrides), tmp_path / str(workers), until="shards")
+        build(read_recipe(recipe, overrides), tmp_path / str(workers), only=["shards"])
     assert digests(tmp_path / "1") == digests(tmp_path / "2")
 
 

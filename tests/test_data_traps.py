@@ -447,7 +447,7 @@ def test_20_the_report_shows_the_thresholds_that_were_used(tmp_path: Path) -> No
         '[corpus.thresholds]\n"gopher.min_words" = 37\n"gopher.max_ellipses" = false\n',
         "t.toml",
     )
-    build(recipe, tmp_path / "run", until="corpus", console=Console(quiet=True))
+    build(recipe, tmp_path / "run", only=["corpus"], console=Console(quiet=True))
     statistics = statistics_of(tmp_path / "run" / "corpus")
     assert statistics["histograms"]["words"]["rule"] in ("gopher.min_words", "gopher.max_words")
     used = statistics["histograms"]["mean_word_length"]

@@ -24,7 +24,6 @@ from groundup.files import (
     own_folder,
     read_json,
     remove_partials,
-    remove_partials_of,
     value_digest,
     write_json,
     write_text,
@@ -206,6 +205,7 @@ while True:
 
 
 def test_a_folder_whose_writer_is_killed_is_never_half(tmp_path: Path) -> None:
+    own_folder(tmp_path)
     target = tmp_path / "model"
     for more in (0.003, 0.011, 0.017, 0.029):
         writer = subprocess.Popen([sys.executable, "-c", ENDLESS_FOLDER_WRITER, str(target)])
@@ -216,7 +216,7 @@ def test_a_folder_whose_writer_is_killed_is_never_half(tmp_path: Path) -> None:
         finally:
             writer.send_signal(signal.SIGKILL)
             writer.wait()
-        remove_partials_of(target)
+        remove_partials(tmp_path)
         assert names(tmp_path) in ([], ["model"])
         if target.exists():
             assert len(names(target)) == 40

@@ -162,7 +162,7 @@ def test_a_model_without_a_tokenizer_is_no_judge(tmp_path: Path, capsys: pytest.
     save_model(tmp_path / "bare", random_model("ground-nano"))
     own = start_tokenizer(first_run())
     start_model(tmp_path / "bare", tokenizer=own, console=Console())
-    assert "cannot be seen" in capsys.readouterr().err
+    assert "cannot be compared" in capsys.readouterr().err
     with pytest.raises(ArtifactError, match="no tokenizer beside"):
         start_tokenizer(tmp_path / "bare")
     larger = load_tokenizer(larger_tokenizer(tmp_path / "tokenizer", vocab_size=600))

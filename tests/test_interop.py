@@ -14,6 +14,7 @@ import groundup.errors
 import groundup.tokenizer
 from groundup.errors import ArtifactError
 from groundup.generation import SamplingParams, generate_ids
+from groundup.recipe import parse_recipe
 
 transformers = pytest.importorskip("transformers")
 
@@ -128,6 +129,9 @@ def test_a_saved_model_is_not_tied_to_its_file(folder):
 def test_load_finds_the_model_of_a_run_a_stage_and_a_folder(tmp_path):
     base, assistant = random_model(seed=1), random_model(seed=2)
     gu.save_model(tmp_path / "pretrain" / "model", base)
+    with pytest.raises(ArtifactError, match="no model here"):
+        gu.load(tmp_path)  # no run: it has no recipe
+    gu.Run(tmp_path).create(parse_recipe("[align.sft]", "my.toml"))
     assert gu.load(tmp_path).folder == tmp_path / "pretrain" / "model"
     gu.save_model(tmp_path / "sft" / "model", assistant)
 
@@ -142,6 +146,9 @@ def test_load_finds_the_model_of_a_run_a_stage_and_a_folder(tmp_path):
         gu.load(tmp_path, stage="dpo")
     with pytest.raises(ArtifactError, match="nowhere: no model here"):
         gu.load(tmp_path / "nowhere")
+    # Of a recipe that cannot be read any more, the newest.
+    (tmp_path / "recipe.toml").write_text("[sft]\n")
+    assert torch.equal(weight(tmp_path), assistant.embed_tokens.weight)
 
 
 def config_with(folder, **changes):

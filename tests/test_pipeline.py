@@ -361,10 +361,10 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_bits(tmp_path: Path)
 
     def start(run: Run) -> multiprocessing.process.BaseProcess:
         """A child that has just taken the run's lock."""
-        (run.root / ".groundup-lock-holder.json").unlink(missing_ok=True)
+        (run.root / ".groundup/holder.json").unlink(missing_ok=True)
         process = context.Process(target=build_in_child, args=(recipe, run.root))
         process.start()
-        while process.is_alive() and not (run.root / ".groundup-lock-holder.json").exists():
+        while process.is_alive() and not (run.root / ".groundup/holder.json").exists():
             time.sleep(0.001)
         return process
 

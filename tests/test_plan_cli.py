@@ -23,7 +23,7 @@ from groundup.training import peak_memory_bytes
 gu.plan(gu.read_recipe("demo"), probe=False)  # so that everything is imported
 before = peak_memory_bytes()
 try:
-    gu.build(gu.read_recipe(sys.argv[1]), sys.argv[2], until="pretrain", console=Console(quiet=True))
+    gu.build(gu.read_recipe(sys.argv[1]), sys.argv[2], only=["pretrain"], console=Console(quiet=True))
 except GroundupError as error:
     print(json.dumps({"message": str(error), "grown": peak_memory_bytes() - before}))
 """

@@ -273,6 +273,7 @@ def test_the_demo_holds_its_gates() -> None:
         ("bits_per_byte", "pretrain", "start", None, -1.5),
         ("exact_match", "pretrain", None, None, 0.05),
         ("exact_match", "sft", None, 0.8, None),
+        ("bits_per_byte", "sft", "start", None, 0.1),
     ]
 
 

@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny.toml, its shards in runs/tiny, and a finished sweep in runs/scaling."""
     folder = tmp_path_factory.mktemp("sweep")
     write_recipe(folder)
-    run = build_quietly(recipe_in(folder), folder / "runs" / "tiny", until="shards")
+    run = build_quietly(recipe_in(folder), folder / "runs" / "tiny", only=["shards"])
     gu.scaling_sweep(
         recipe_in(folder), run.folder("shards"), out=folder / "runs" / "scaling", console=QUIET, **ASKED
     )  # fmt: skip
@@ -370,7 +370,7 @@ def test_wrong_questions_are_answered_before_the_text_is_read(
 def test_losses_without_a_law_are_refused_but_kept(tmp_path: Path) -> None:
     # Taught that every token is about as probable as any other, no model learns, whatever its size.
     recipe = tiny_recipe(write_texts(tmp_path / "texts.jsonl"), "pretrain.label_smoothing=0.999")
-    run = build_quietly(recipe, tmp_path / "tiny", until="shards")
+    run = build_quietly(recipe, tmp_path / "tiny", only=["shards"])
     own_folder(tmp_path / "s")
     (tmp_path / "s" / "law.json").write_text("an earlier sweep's", encoding="utf-8")
     with pytest.raises(DataError, match="do not fall"):

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from tiny_run import finished_run
 
 from groundup.errors import ArtifactError, GroundupError, RecipeError, RunError
-from groundup.preview import check_recipe
-from groundup.recipe import Recipe, parse_recipe, recipe_toml
+from groundup.preview import check_recipe, smoke_profile
+from groundup.recipe import AlignSettings, Recipe, parse_recipe, recipe_toml, setting
+from groundup.recipe.registry import METHODS, Registered
 from groundup.run import Run
-from groundup.stage import ancestors, default_model, find_model, graph, select
+from groundup.stage import Method, Stage, ancestors, default_model, find_model, graph, select
 
 TRUNK = ["corpus", "tokenizer", "shards", "pretrain"]
 BRANCHES = """
@@ -117,6 +118,31 @@ def test_a_runs_model_is_found_by_the_same_rule(tmp_path: Path) -> None:
         assert find_model(tmp_path, stage="control") == tmp_path / "control" / "model"
     with pytest.raises(ArtifactError, match=r"of stage 'second'\.\nIts models: last, sft, pretrain, control\."):
         find_model(tmp_path, stage="second")
+
+
+class Needy(Method):
+    """A method whose own setting names another stage."""
+
+    class Settings(AlignSettings):
+        """A stage that needs another one."""
+
+        judge: str = setting("judge", "the other one")
+
+    settings = Settings
+
+    def needs(self, stage: Stage) -> tuple[str, ...]:
+        return (stage.settings.judge,)
+
+
+@pytest.mark.parametrize("judge", ["jugde", "two"])
+def test_what_a_method_needs_must_be_there_and_not_need_it_in_turn(monkeypatch: pytest.MonkeyPatch, judge: str) -> None:
+    monkeypatch.setitem(METHODS, "needy", Registered(Needy(), "Needs another stage."))
+    text = '[align.one]\nmethod = "needy"\n[align.two]\nmethod = "needy"\njudge = "one"\n[align.judge]\nmethod = "sft"'
+    stages = graph(read(text))
+    assert [name for name in stages if name in ("one", "two", "judge")] == ["judge", "one", "two"]
+    assert stages["one"].needs == ("pretrain", "judge")
+    with pytest.raises(RecipeError, match=rf"\[align.one\]: needs {judge}: no stage of this recipe, or one that"):
+        graph(read(text, f"align.one.judge={judge}"))
 
 
 # --- Without a trunk
@@ -224,3 +250,34 @@ def test_a_model_without_a_tokenizer_is_told_once(tmp_path: Path) -> None:
     assert "no tokenizer beside the model" in problem
     use = f'tokenizer.use="{finished_run().root}"'
     check_recipe(read(OUTSIDE.format(start=copy), use), "my.toml")
+
+
+@pytest.mark.parametrize(
+    ("gate", "quick"),
+    [
+        ({"metric": "exact_match", "model": "sft", "min": 0.8}, {"min": 1e-6}),
+        ({"metric": "exact_match", "min": 0.1, "max": 0.5}, {"min": 1e-6, "max": 0.5}),
+        ({"metric": "exact_match", "max": 0.05}, {"max": 0.05}),
+        ({"metric": "exact_match", "model": "sft", "over": "start", "min": 0.5}, {"over": "start", "min": 1e-6}),
+        ({"metric": "bits_per_byte", "over": "start", "max": -1.5}, {"over": "start", "max": -1e-6}),
+        ({"metric": "bits_per_byte", "model": "sft", "over": "pretrain", "max": 0.1}, None),
+        ({"metric": "bits_per_byte", "max": 2.0}, None),
+        ({"metric": "val_loss", "model": "sft", "max": 2.0}, None),
+    ],
+)
+def test_a_quick_run_is_asked_for_the_direction_only(gate: dict[str, object], quick: dict[str, object] | None) -> None:
+    lines = "\n".join(f"{name} = {value!r}" for name, value in gate.items())
+    tasks = 'tasks = ["bits_per_byte", "groundup:tasks"]'
+    smoke = smoke_profile(read(f"[align.sft]\n[evaluate]\n{tasks}\n[[evaluate.gates]]\n{lines}"))
+    check_recipe(smoke, "my.toml")
+    assert list(smoke.align) == ["sft"]
+    assert [(one.over, one.min, one.max) for one in smoke.evaluate.gates] == (
+        [] if quick is None else [(quick.get("over"), quick.get("min"), quick.get("max"))]
+    )
+
+
+def test_a_quick_run_without_a_trunk_has_none_either() -> None:
+    recipe = read(OUTSIDE.format(start=finished_run().root), "evaluate.tasks=groundup:tasks")
+    smoke = smoke_profile(recipe)
+    assert list(graph(smoke)) == list(graph(recipe))
+    assert parse_recipe(recipe_toml(smoke), "my.toml") == smoke

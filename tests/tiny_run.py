@@ -107,15 +107,15 @@ def bits(run: Run) -> dict[str, str]:
         name = str(path.relative_to(run.root))
         if path.name == "stage.json":
             found[name] = json.dumps(_decided(json.loads(path.read_text(encoding="utf-8"))), sort_keys=True)
-        elif path.is_file() and path.name not in ("timings.jsonl", "report.html") and not path.name.startswith("."):
+        elif path.is_file() and path.name not in ("timings.jsonl", "report.html") and "/." not in f"/{name}":
             found[name] = file_digest(path)
     return found
 
 
 def times(run: Run) -> dict[str, int]:
     """When each file of a run was written, in nanoseconds; the lock's files left out."""
-    files = (path for path in run.root.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return {str(path.relative_to(run.root)): path.stat().st_mtime_ns for path in files}
+    files = {str(path.relative_to(run.root)): path for path in run.root.rglob("*") if path.is_file()}
+    return {name: path.stat().st_mtime_ns for name, path in files.items() if "/." not in f"/{name}"}
 
 
 def rewritten(run: Run, before: dict[str, int]) -> set[str]:

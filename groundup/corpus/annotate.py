@@ -85,7 +85,7 @@ def annotate(work: Annotation) -> dict[str, Any]:
                     f"{unit.source.label}: it was changed or removed while it was being read.",
                     "Give the same command again when nothing writes to it any more.",
                 )
-        record["contents"] = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
+        record["contents"] = {path.name: file_digest(path) for path in sorted(folder.glob("[!.]*"))}
         write_json(folder / UNIT, {**record, "digest": value_digest(record)})
     return record
 

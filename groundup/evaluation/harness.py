@@ -19,7 +19,7 @@ from groundup.files import write_json
 from groundup.interop import load_model
 from groundup.interop.start import starting_point
 from groundup.model import Transformer
-from groundup.recipe import BEFORE, EvaluateSettings, Section
+from groundup.recipe import BEFORE, EvaluateSettings, Gate, Section
 from groundup.report.format import format_lines
 from groundup.run import Run
 from groundup.stage import MODEL_FOLDER, Context, Method, Shown, Stage, graph, model_digest
@@ -27,6 +27,7 @@ from groundup.tokenizer import Tokenizer
 
 BITS_PER_BYTE, TASKS = "bits_per_byte", "groundup:tasks"
 METRIC_OF_TASK = {BITS_PER_BYTE: "bits_per_byte", TASKS: "exact_match"}
+LOWER_IS_BETTER = ("bits_per_byte",)
 N_TASKS = 10_000
 """Tasks that are generated; the held-out ones among them are asked."""
 SCORES_FILE = "scores.json"
@@ -140,11 +141,7 @@ class Evaluate(Method):
 
     def quick(self, settings: EvaluateSettings) -> EvaluateSettings:
         """A hundred prompts, and gates that check the direction only."""
-        gates = tuple(
-            gate.model_copy(update=change)
-            for gate in settings.gates
-            if (change := _direction(gate.over, gate.min, gate.max)) is not None
-        )
+        gates = tuple(gate for gate in map(_direction, settings.gates) if gate is not None)
         return settings.model_copy(update={"limit": 100, "gates": gates})
 
     def work(self, context: Context) -> dict[str, Any]:
@@ -198,16 +195,18 @@ def _model(stage: Stage, after: Stage | None, run: Run) -> tuple[Transformer, To
     return model, tokenizer
 
 
-def _direction(over: str | None, least: float | None, most: float | None) -> dict[str, Any] | None:
-    """What a gate asks of a quick run: a gain where one is asked for; a price may be any; None: nothing."""
+def _direction(gate: Gate) -> Gate | None:
+    """What a gate asks of a quick run: a gain where one is asked for; how large, or at what price, it does not show."""
     tiny = 1e-6
-    if over is None and least is not None:
-        return {"over": "start", "min": tiny, "max": None}
-    if over is None:
-        return {}
-    if least is not None and least > 0:
-        return {"min": tiny, "max": None}
-    return {"min": None, "max": -tiny} if most is not None and most < 0 else None
+    if gate.over is None:
+        if gate.metric not in METRIC_OF_TASK.values() or gate.metric in LOWER_IS_BETTER:
+            return None
+        return gate if gate.min is None else gate.model_copy(update={"min": min(gate.min, tiny)})
+    if gate.min is not None and gate.min > 0:
+        return gate.model_copy(update={"min": tiny, "max": None})
+    if gate.max is not None and gate.max < 0:
+        return gate.model_copy(update={"min": None, "max": -tiny})
+    return None
 
 
 def _lines(figures: Mapping[str, Any]) -> tuple[str, ...]:

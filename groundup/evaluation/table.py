@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from groundup.errors import ArtifactError, DataError
-from groundup.evaluation.harness import BITS_PER_BYTE, METRIC_OF_TASK, SCORES_FILE, TASKS, check_tasks
+from groundup.evaluation.harness import BITS_PER_BYTE, LOWER_IS_BETTER, METRIC_OF_TASK, SCORES_FILE, TASKS, check_tasks
 from groundup.files import read_json, write_json
 from groundup.interop.start import check_chat
 from groundup.recipe import BEFORE, Gate, Recipe
@@ -19,7 +19,6 @@ from groundup.run import Run
 from groundup.stage import Check, Stage, default_model, graph, language_models
 
 LABELS = {"bits_per_byte": "bits per byte", "exact_match": "exact match"}
-LOWER_IS_BETTER = ("bits_per_byte",)
 
 
 def write_comparison(recipe: Recipe, run: Run) -> None:

@@ -15,7 +15,6 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from groundup.console import format_bytes
-from groundup.files import write_signed
 from groundup.report.charts import curve_chart, exact_match_chart, loss_chart, throughput_chart
 from groundup.report.closing import ClosingRow, closing_rows, pipeline_rows
 from groundup.report.corpus import corpus_section
@@ -71,10 +70,9 @@ def write_report(run: Run) -> Path:
             can_generate=any(record.stages[name].state == "done" for name in record.curves if name in record.stages),
         )
     )
-    path = run.root / REPORT_FILE
     # A model can emit halves of characters; what UTF-8 cannot hold is shown as "?".
-    write_signed(path, page.encode("utf-8", errors="replace").decode("utf-8"), "<!-- {} -->")
-    return path
+    run.write(REPORT_FILE, page.encode("utf-8", errors="replace").decode("utf-8"), "<!-- {} -->")
+    return run.root / REPORT_FILE
 
 
 def verdict(record: RunRecord, rows: Sequence[ClosingRow]) -> str:

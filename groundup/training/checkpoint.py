@@ -138,7 +138,7 @@ class CheckpointWriter:
             for name, part in tensors.items():
                 write_tensors(partial / f"{name}{_TENSORS}", part)
             write_json(partial / _CONFIG, self._config)
-            digests = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
+            digests = {path.name: file_digest(path) for path in sorted(partial.glob("[!.]*"))}
             values = {**asdict(progress), "digests": digests}
             write_json(partial / _STATE, {**values, "digest": value_digest(values)})
         # What stands before the newest in their order was passed over when the run went on: damaged, or of other
