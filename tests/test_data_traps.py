@@ -132,8 +132,8 @@ def test_02_spoiled_measurements_are_noticed_and_made_again(tmp_path: Path, how:
     source = write_lines(tmp_path / "a.jsonl", [*texts, texts[3], near_copy(texts[4], chance), ""])
     curated(tmp_path / "out", source)
     wanted = digests(tmp_path / "out")
-    (folder,) = (tmp_path / "out" / ANNOTATED).iterdir()
-    names = [path.name for path in folder.iterdir() if path.stat().st_size]
+    (folder,) = (path for path in (tmp_path / "out" / ANNOTATED).iterdir() if path.is_dir())
+    names = [path.name for path in folder.iterdir() if path.stat().st_size and not path.name.startswith(".")]
     assert {"ids.npy", "signatures.npy", "signals.parquet", "set_aside.jsonl", "unit.json"} <= set(names)
     for name in names if how == "a flipped byte" else ("ids.npy", "signals.parquet", "unit.json"):
         SPOILED[how](folder / name)
@@ -148,7 +148,7 @@ def test_02_keys_in_another_order_are_noticed(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", [*texts, texts[3]])
     curated(tmp_path / "out", source)
     wanted = digests(tmp_path / "out")
-    (folder,) = (tmp_path / "out" / ANNOTATED).iterdir()
+    (folder,) = (path for path in (tmp_path / "out" / ANNOTATED).iterdir() if path.is_dir())
     for name in ("ids", "digests", "signatures"):
         array = np.load(folder / f"{name}.npy")
         np.save(folder / f"{name}.npy", array[::-1])
