@@ -127,6 +127,7 @@ def _gate(gate: Gate, stages: Mapping[str, Stage], scores: Mapping[str, Any], ru
     passed = (gate.min is None or value >= gate.min) and (gate.max is None or value <= gate.max)
     return {
         "key": gate.metric,
+        "label": f"{LABELS.get(gate.metric, gate.metric)}, {gate.model}",
         "model": gate.model,
         "over": gate.over,
         "value": value,

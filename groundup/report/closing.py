@@ -15,6 +15,7 @@ from rich.text import Text
 
 from groundup.report.format import format_many, is_number
 from groundup.run import Run
+from groundup.stage import graph
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ def closing_table(scores: Mapping[str, Any], run: Run | None = None) -> Table:
     """
     rows = closing_rows(scores)
     if run is not None:
-        manifests = {stage: run.manifest(stage) for stage in run.finished()}
-        rows += pipeline_rows({stage: manifest.summary for stage, manifest in manifests.items() if manifest})
+        manifests = {name: run.manifest(name) for name in graph(run.recipe)}
+        rows += pipeline_rows({name: manifest.summary for name, manifest in manifests.items() if manifest})
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
     table.add_column("")
     table.add_column("before", justify="right")
@@ -76,7 +77,9 @@ def closing_rows(scores: Mapping[str, Any]) -> list[ClosingRow]:
     rows = [_row(row, gates.pop((str(row.get("key")), str(row.get("model"))), ())) for row in score_rows(scores)]
     for (key, model), others in gates.items():
         value = next((gate.get("value") for gate in others if gate.get("over") is None), None)
-        rows.append(_row({"key": key, "label": f"{key}, {model}", "after": {"value": value}}, others))
+        rows.append(
+            _row({"key": key, "label": others[0].get("label", f"{key}, {model}"), "after": {"value": value}}, others)
+        )
     return rows
 
 
