@@ -27,6 +27,7 @@ class ClosingRow:
     """
 
     key: str
+    model: str
     label: str
     before: str
     after: str
@@ -129,6 +130,7 @@ def _row(row: Mapping[str, Any], gates: Sequence[Mapping[str, Any]] = ()) -> Clo
     n = format_many(after.get("n"))
     return ClosingRow(
         key=key,
+        model=str(row.get("model", "")),
         label=str(row.get("label", key)),
         before=format_figure(key, before.get("value")),
         after=format_figure(key, after.get("value")),

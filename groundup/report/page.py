@@ -81,7 +81,9 @@ def verdict(record: RunRecord, rows: Sequence[ClosingRow]) -> str:
     if waiting:
         done = len(record.stages) - len(waiting)
         return f"Unfinished: {done} of {len(record.stages)} stages are done; next is {waiting[0]}."
+
     firsts = {row.key: row for row in reversed(rows) if row.key in VERDICT_KEYS and row.after}
+    firsts |= {row.key: row for row in rows if row.key == VERDICT_KEYS[-1] and row.model == record.end and row.after}
     told = [
         f"{row.label} {row.before} → {row.after}" if row.before else f"{row.label} {row.after}"
         for row in (firsts[key] for key in VERDICT_KEYS if key in firsts)

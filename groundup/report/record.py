@@ -41,7 +41,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One stage: how far it is, its manifest if it is done, and the stages it stands on."""
+    """One stage: how far it is, its manifest if it is done, and the stage it starts from, or those that it needs."""
 
     name: str
     state: Literal["done", "unfinished", "to come"]
@@ -110,7 +110,7 @@ def read_record(run: Run) -> RunRecord:
     try:
         recipe = run.recipe
         about, end = recipe.about, default_model(recipe, to_chat=True)[0]
-        needs = {name: stage.needs for name, stage in graph(recipe).items()}
+        needs = {name: (stage.start,) if stage.start else stage.needs for name, stage in graph(recipe).items()}
     except GroundupError as error:
         warnings.append(f"The recipe cannot be read: {error}")
     stages = {name: _read_stage(run, name, before, warnings) for name, before in needs.items()}
