@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +35,14 @@ class StagePlan:
     Attributes:
         state: done; changed (settings, inputs or code are not what they were); begun (interrupted); missing.
         forced: asked for, whatever its state.
+        problem: why what it reads from outside cannot be read, if it cannot.
     """
 
     stage: Stage
     fingerprint: str
     state: State
     forced: bool = False
+    problem: str | None = None
 
     @property
     def is_due(self) -> bool:
@@ -55,8 +57,12 @@ def plan(
     only: Iterable[str] | None = None,
     start_from: str | None = None,
     force: bool = False,
+    strict: bool = True,
 ) -> list[StagePlan]:
-    """Each stage's fingerprint and state, in order; the arguments are those of `build`.
+    """Each stage's fingerprint and state, in order; the other arguments are those of `build`.
+
+    Args:
+        strict: raise if an input that the recipe names is missing; else its stage says so.
 
     Raises:
         DataError: an input file that the recipe names is missing.
@@ -74,10 +80,18 @@ def plan(
         if name in wanted:
             method = stage.method
             settings = [section.fingerprint_values() for section in method.sections(stage)]
-            inputs = {need: plans[need].fingerprint for need in stage.needs} | method.outside(stage)
+            inputs = {need: plans[need].fingerprint for need in stage.needs}
+            problem = None
+            try:
+                inputs |= method.outside(stage)
+            except GroundupError as error:
+                if strict:
+                    raise
+                problem = error.message
+                inputs["problem"] = problem
             what = [stage.kind, recipe.seed, stage.subject, settings]
             fingerprint = stage_fingerprint(method.version, what, inputs)
-            plans[name] = StagePlan(stage, fingerprint, run.state(name, fingerprint), name in again)
+            plans[name] = StagePlan(stage, fingerprint, run.state(name, fingerprint), name in again, problem)
     return list(plans.values())
 
 
@@ -109,7 +123,7 @@ def build(
     console = console if console is not None and world.is_first else Console(quiet=not world.is_first)
     console.rich.quiet = not world.is_first  # of several processes, one warns
     run = Run(root)
-    only = None if only is None else list(only)
+    only = [only] if isinstance(only, str) else None if only is None else list(only)
     if world.is_first:
         for names in (only or [], [] if start_from is None else [start_from]):
             select(graph(recipe), names)
@@ -135,22 +149,19 @@ def build(
                     run.clear(item.stage.name)
                 console.stage_line(item.stage.name, "up to date")
         if world.is_first:
-            is_scored = any(item.stage.subject is not None for item in plans)
-            if is_scored:
-                evaluation.write_comparison(recipe, run)
+            evaluation.write_comparison(recipe, run)
             _write_report_if_old(run)
-            if is_scored:
-                check_gates(run)
+            check_gates(run)
     return run
 
 
 def check_gates(run: Run) -> None:
-    """Hold the scores against the recipe's gates.
+    """Hold the figures that there are against the recipe's gates.
 
     Raises:
         GateError: with every gate that is missed.
     """
-    missed = [gate["text"] for gate in evaluation.read_comparison(run)["gates"] if not gate["passed"]]
+    missed = [gate["text"] for gate in evaluation.read_comparison(run)["gates"] if gate["passed"] is False]
     if missed:
         raise GateError(
             f"{run.root}: everything is built, but a gate of the recipe is missed: {'; '.join(missed)}.",
@@ -173,19 +184,12 @@ def _do(item: StagePlan, context: Context) -> None:
                 seconds=time.perf_counter() - start,
                 summary=summary,
                 environment={**describe_environment(), "threads": torch.get_num_threads()},
-                settings=_settings(stage),
+                settings=stage.section_values(),
                 shown=dataclasses.asdict(method.shown(stage, summary)),
+                needs={name: found.fingerprint for name in stage.needs if (found := context.run.manifest(name))},
             )
         )
     context.world.wait()
-
-
-def _settings(stage: Stage) -> Mapping[str, object]:
-    return {
-        name: value
-        for section in stage.method.sections(stage)
-        for name, value in section.model_dump(mode="json").items()
-    }
 
 
 def _say_what_changed(run: Run, recipe: Recipe, console: Console) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
 
 from groundup.errors import ArtifactError, GroundupError, RunError
 from groundup.files import (
@@ -62,6 +63,7 @@ class Manifest:
         environment: versions, threads and machine.
         settings: the settings that made it.
         shown: what the report shows of it: title, facts, lines, curves.
+        needs: the fingerprints of the stages it stands on, by name.
     """
 
     stage: str
@@ -71,6 +73,7 @@ class Manifest:
     environment: dict[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     shown: Mapping[str, Any] = field(default_factory=dict)
+    needs: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
@@ -79,8 +82,8 @@ class Manifest:
         if not path.is_file():
             return None
         try:
-            return cls(**read_json(path))
-        except (TypeError, ArtifactError):
+            return TypeAdapter(cls).validate_python(read_json(path))
+        except (ValidationError, ArtifactError):
             return None
 
     def write(self, folder: Path) -> None:

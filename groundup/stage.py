@@ -52,6 +52,7 @@ class Method:
         settings: the class of its section.
         version: of its code; raised when results change.
         makes: what kind of model; "": none.
+        starts_from: what kinds of model it can start from.
         trains: every process takes part in its work.
         figures: names in its summary that a gate may be on.
         keeps: subfolders that outlive a change of the recipe, because the stage checks them piece by piece.
@@ -60,6 +61,7 @@ class Method:
     settings: ClassVar[type[Section]]
     version: ClassVar[int] = 1
     makes: ClassVar[Literal["", "lm", "scorer", "classifier"]] = ""
+    starts_from: ClassVar[tuple[str, ...]] = ("lm",)
     trains: ClassVar[bool] = False
     figures: ClassVar[tuple[str, ...]] = ()
     keeps: ClassVar[tuple[str, ...]] = ()
@@ -132,6 +134,11 @@ class Stage:
     def section(self) -> str:
         """Where its settings stand in the recipe."""
         return f"align.{self.name}" if self.name in self.recipe.align else self.kind
+
+    def section_values(self) -> dict[str, Any]:
+        """The settings that decide its result, as its manifest keeps them."""
+        sections = self.method.sections(self)
+        return {name: value for section in sections for name, value in section.model_dump(mode="json").items()}
 
     @property
     def start(self) -> str | None:
@@ -221,13 +228,56 @@ def graph(recipe: Recipe) -> dict[str, Stage]:
             problems = [Problem(f"[{section}]", what.format(names)) for section, names in open_needs.items()]
             raise RecipeError(recipe.name, problems)
         stages[ready.name] = waiting.pop(ready.name)
+    problems = list(_misnamed(stages, recipe))
+    if problems:
+        raise RecipeError(recipe.name, problems)
     if recipe.evaluate.tasks:
         method = load(EVALUATE)
         for stage in [stage for stage in stages.values() if stage.method.makes == "lm"]:
-            for subject in method.subjects(stage):
+            for subject in method.subjects(stage, stages):
                 name = f"evaluate/{subject}"
                 stages[name] = Stage(name, "evaluate", method, recipe.evaluate, recipe, subject)
     return stages
+
+
+def _misnamed(stages: Mapping[str, Stage], recipe: Recipe) -> Iterator[Problem]:
+    """Stages that are named where what they make, or do, does not serve."""
+    models = ", ".join(stage.name for stage in language_models(stages)) or "none"
+    for stage in stages.values():
+        start = None if stage.start is None else stages[stage.start]
+        if start is not None and start.method.makes not in stage.method.starts_from:
+            what = f"makes no {' or '.join(stage.method.starts_from)}."
+            yield Problem(f'[{stage.section}] start = "{start.name}"', what, f"Language models: {models}.")
+        compute = getattr(stage.settings, "compute", None)
+        if compute is not None and not stages[compute].method.trains:
+            yield Problem(f'[{stage.section}] compute = "{compute}"', "trains nothing, so it spends no FLOPs.")
+    chosen = recipe.generate.model
+    if chosen is not None and stages[chosen].method.makes != "lm":
+        yield Problem(f'[generate] model = "{chosen}"', "makes no language model.", f"Those that do: {models}.")
+
+
+def is_current(stage: Stage, stages: Mapping[str, Stage], run: Run) -> bool:
+    """Whether a stage is done with the settings that the recipe has now, and so are all that it stands on.
+
+    Read from the run's folder alone: whether files outside of it have changed, `groundup.pipeline.plan` knows.
+    """
+    manifest = run.manifest(stage.name)
+    if manifest is None or manifest.settings != stage.section_values():
+        return False
+    needs = {name: run.manifest(name) for name in stage.needs}
+    return all(
+        found is not None and found.fingerprint == manifest.needs.get(name) and is_current(stages[name], stages, run)
+        for name, found in needs.items()
+    )
+
+
+def stages_done(run: Run) -> list[str]:
+    """The names of a run's stages that are done and of its recipe still, in the order in which they were done."""
+    try:
+        stages = graph(run.recipe)
+    except GroundupError:  # of another version
+        return run.finished()
+    return [name for name in run.finished() if name in stages and is_current(stages[name], stages, run)]
 
 
 def select(stages: Mapping[str, Stage], asked: Iterable[str]) -> list[str]:
@@ -265,13 +315,19 @@ def default_model(recipe: Recipe, *, to_chat: bool) -> tuple[str, str]:
     """The stage whose model is meant where none is named, and why.
 
     To continue a text: the base model. To chat, serve and export: `[generate] model`, else the last that is no control.
+
+    Raises:
+        RunError: the recipe makes none.
     """
     models = language_models(graph(recipe))
     if not to_chat and any(stage.name == "pretrain" for stage in models):
         return "pretrain", "the base model"
     if recipe.generate.model is not None:
         return recipe.generate.model, "[generate] model"
-    return [stage.name for stage in models if not stage.is_control][-1], "the last model that is no control"
+    last = [stage.name for stage in models if not stage.is_control]
+    if not last:
+        raise RunError(f"{recipe.name}: this recipe makes no language model.", "Name a model's folder instead.")
+    return last[-1], "the last model that is no control"
 
 
 def find_model(path: str | Path, *, stage: str | None = None) -> Path:
@@ -285,11 +341,16 @@ def find_model(path: str | Path, *, stage: str | None = None) -> Path:
         ArtifactError: there is none.
     """
     path = Path(path)
-    candidates = [path / stage / MODEL_FOLDER] if stage else [path, path / MODEL_FOLDER, *_models_of_run(path)]
+    models = list(_models_of_run(path))
+    if stage is not None and stage not in {folder.parent.name for folder in models}:
+        names = ", ".join(folder.parent.name for folder in models)
+        fix = f"Its models: {names}." if names else "It is no run: leave the stage out."
+        raise ArtifactError(f"{path}: no stage {stage!r} here that makes a model.", fix)
+    candidates = [path / stage / MODEL_FOLDER] if stage else [path, path / MODEL_FOLDER, *models]
     for folder in candidates:
         if (folder / CONFIG_FILE).is_file():
             return folder
-    there = [folder.parent.name for folder in _models_of_run(path) if (folder / CONFIG_FILE).is_file()]
+    there = [folder.parent.name for folder in models if (folder / CONFIG_FILE).is_file()]
     raise ArtifactError(
         f"{path}: no model here" + (f" of stage {stage!r}." if stage else "."),
         f"Its models: {', '.join(there)}." if there else "Name a run (runs/demo) or a model's folder; `groundup runs` "
@@ -318,6 +379,8 @@ def _models_of_run(path: Path) -> Iterator[Path]:
         yield from sorted(path.glob(f"*/{MODEL_FOLDER}"), key=lambda folder: folder.stat().st_mtime, reverse=True)
         return
     models = language_models(graph(recipe))
+    if not models:
+        return
     first = default_model(recipe, to_chat=True)[0]
     models.reverse()
     models.sort(key=lambda one: (one.name != first, one.is_control))

@@ -26,7 +26,7 @@ from groundup.distributed import AXES, World, current_world
 from groundup.errors import DataError
 from groundup.files import value_digest
 from groundup.interop import save_model
-from groundup.interop.start import check_chat, check_start, starting_config, starting_point
+from groundup.interop.start import check_chat, check_start, starting_config, starting_point, starting_tokenizer
 from groundup.model import Transformer
 from groundup.recipe import ControlSettings, OptimizerSettings, Section, Texts, resolve_optimizer, setting
 from groundup.report.format import format_lines, format_whole, loss_line, training_facts
@@ -34,9 +34,10 @@ from groundup.shards import PackedLoader, Permutation, TokenShards, WindowLoader
 from groundup.shards.mixture import Shares, integer_weights
 from groundup.stage import Check, Context, Method, Shown, Stage, model_digest
 from groundup.tokenizer import Message, Tokenizer, render
+from groundup.tokenizer.stage import given_tokenizer
 from groundup.training import IGNORED, Batch, NextToken, TrainedModel, TrainingJob, forget_checkpoints, train
 from groundup.training.objective import pass_flops
-from groundup.training.pretrain import QUICK_VALIDATION, training_checks, training_derived
+from groundup.training.pretrain import QUICK_VALIDATION, check_training_memory, training_checks, training_derived
 
 
 class SFTSettings(ControlSettings, OptimizerSettings):
@@ -279,6 +280,22 @@ def check_replay(settings: SFTSettings, has_shards: bool, section: str) -> None:
         )
 
 
+def _check_shards(stage: Stage) -> None:
+    """Hold that the run's shards are made with the tokenizer of the model that is to replay them.
+
+    Raises:
+        DataError: they are not.
+    """
+    recipe = stage.recipe
+    own, theirs = starting_tokenizer(stage), given_tokenizer(recipe.tokenizer.use, recipe.init)
+    if stage.settings.replay and own is not None and (theirs is None or theirs.fingerprint != own.fingerprint):
+        raise DataError(
+            f"[{stage.section}] replay: this recipe's shards have another tokenizer than the model in "
+            f"{stage.settings.start}.",
+            "Set replay = 0, or fine-tune that model in a recipe of its own.",
+        )
+
+
 def supervised(text: Text) -> int:
     """How many targets a text has."""
     return int((text[1] != IGNORED).sum())
@@ -314,16 +331,22 @@ class SupervisedFineTuning(Method):
         yield from training_checks(stage)
         yield f"[{stage.section}] data", lambda: data_fingerprint(stage.settings.data, stage.section)
         yield f"[{stage.section}] replay", lambda: check_replay(stage.settings, stage.recipe.reads_text, stage.section)
+        yield f"[{stage.section}] replay", lambda: _check_shards(stage)
 
     def derived(self, stage: Stage) -> Iterable[tuple[str, str, str]]:
         """Micro-batch and memory."""
         config, _ = starting_config(stage)
         yield from training_derived(stage, config, config.context_length, None)
 
+    def check_memory(self, stage: Stage) -> None:
+        """Refuse what cannot fit."""
+        check_training_memory(stage, starting_config(stage)[0].context_length)
+
     def quick(self, settings: SFTSettings) -> SFTSettings:
         """Fewer conversations."""
         less = {"examples": min(settings.examples, 2000), **QUICK_VALIDATION}
-        return settings.model_copy(update=less if settings.compute is not None else {**less, "epochs": 2.0})
+        epochs = {} if settings.compute is not None else {"epochs": min(settings.epochs, 2.0)}
+        return settings.model_copy(update=less | epochs)
 
     def work(self, context: Context) -> dict[str, Any]:
         """See `fine_tune`."""

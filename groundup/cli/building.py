@@ -107,12 +107,25 @@ def _stage_command(name: str) -> Callable[..., None]:
         quiet: QuietOption = False,
     ) -> None:
         chosen, folder = recipe_and_run(recipe, settings or [], smoke, run, runs)
+        only = _of_method(chosen, name)
         if dry_run:
-            _show_plan(chosen, folder, [name], None, force, as_json)
+            _show_plan(chosen, folder, only, None, force, as_json)
             return
-        _build(chosen, folder, [name], None, force, as_json, quiet)
+        _build(chosen, folder, only, None, force, as_json, quiet)
 
     return command
+
+
+def _of_method(recipe: Recipe, name: str) -> list[str]:
+    """The stages of a method, whatever they are called."""
+    from groundup.errors import RunError
+    from groundup.stage import graph
+
+    stages = graph(recipe)
+    found = [stage.name for stage in stages.values() if stage.kind == name]
+    if not found:
+        raise RunError(f"no stage of this recipe is done by {name}.", f"Its stages: {', '.join(stages)}.")
+    return found
 
 
 def _build(
@@ -148,10 +161,17 @@ def _build(
         raise Interrupted("Stopped. Finished stages are kept, and no file is half written.") from error
     if world.is_first and as_json:
         print_json(_result(Run(folder), recipe, only))
-    elif world.is_first and not quiet and (only is None or "evaluate" in only):
+    elif world.is_first and not quiet and _is_scored(recipe, only):
         show_table(Run(folder), console)
     if missed is not None:
         raise missed
+
+
+def _is_scored(recipe: Recipe, only: list[str] | None) -> bool:
+    from groundup.stage import graph, select
+
+    stages = graph(recipe)
+    return only is None or any(stages[name].subject is not None for name in select(stages, only))
 
 
 def show_table(run: Run, console: Console) -> None:
@@ -195,8 +215,7 @@ def _result(run: Run, recipe: Recipe, only: list[str] | None) -> dict[str, objec
     stages = graph(recipe)
     wanted = ancestors(stages, select(stages, stages if only is None else only))
     manifests = {name: run.manifest(name) for name in stages if name in wanted}
-    is_scored = any(stages[name].subject is not None for name in wanted)
-    found = read_comparison(run) if is_scored else {"rows": None, "gates": None}
+    found = read_comparison(run) if _is_scored(recipe, only) else {"rows": None, "gates": None}
     return {
         "run": str(run.root),
         "stages": {
@@ -237,6 +256,7 @@ def _show_plan(
     from groundup.pipeline import plan
     from groundup.preview import check_recipe
     from groundup.run import Run
+    from groundup.stage import graph
 
     words = {
         "done": "up to date",
@@ -246,6 +266,7 @@ def _show_plan(
         "forced": "would be done again, as asked",
     }
     check_recipe(recipe, recipe.name)
+    Run(folder).check(recipe, graph(recipe))
     plans = plan(recipe, Run(folder), only=only, start_from=start_from, force=force)
     states = {item.stage.name: "forced" if item.forced and item.state != "missing" else item.state for item in plans}
     if as_json:

@@ -25,8 +25,7 @@ OLDEST_PYTHON = (3, 11)
 DEMO_MEMORY_BYTES = 2 << 30
 DEMO_DISK_BYTES = 256 << 20
 PATIENCE_MINUTES = 10
-CONVERSATION_TOKENS = 32  # of a generated conversation, roughly; only for the estimate of time
-OVERHEAD = 1.5  # of a whole build over its forward and backward passes: optimizer, validation, evaluation
+OVERHEAD = 2.3  # of a whole build over the forward and backward passes of its pretraining
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +136,11 @@ def _threads(machine: Machine) -> Finding:
     value = _count(threads, "thread") + (f", OMP_NUM_THREADS={omp}" if omp is not None else "")
     if omp is not None and not (omp.isascii() and omp.isdigit() and int(omp) > 0):
         return Finding("threads", value, "warn", "OMP_NUM_THREADS is not a whole number above 0: unset it.")
-    remedy = "unset OMP_NUM_THREADS" if omp is not None else f"--set threads={cores}"
+    advice = "unset OMP_NUM_THREADS" if omp is not None else f"--set threads={cores}"
     if threads > cores:
-        return Finding("threads", value, "warn", f"More than the {_count(cores, 'core')} there are: {remedy}.")
+        return Finding("threads", value, "warn", f"More than the {_count(cores, 'core')} there are: {advice}.")
     if 2 * threads <= cores and omp is not None:
-        return Finding("threads", value, "warn", f"{cores - threads} of {cores} cores would stand idle: {remedy}.")
+        return Finding("threads", value, "warn", f"{cores - threads} of {cores} cores would stand idle: {advice}.")
     return Finding("threads", value)
 
 

@@ -59,7 +59,7 @@ def status(run: RunArgument, as_json: JsonOption = False) -> None:
     from groundup.run import Run
 
     found = Run.existing(run)
-    plans = plan(found.recipe, found)
+    plans = plan(found.recipe, found, strict=False)
     manifests = {stage_plan.stage.name: found.manifest(stage_plan.stage.name) for stage_plan in plans}
     if as_json:
         print_json(
@@ -71,6 +71,7 @@ def status(run: RunArgument, as_json: JsonOption = False) -> None:
                         "state": stage_plan.state,
                         "seconds": manifest.seconds if (manifest := manifests[stage_plan.stage.name]) else None,
                         "summary": manifest.summary if manifest else None,
+                        "problem": stage_plan.problem,
                     }
                     for stage_plan in plans
                 },
@@ -84,6 +85,9 @@ def status(run: RunArgument, as_json: JsonOption = False) -> None:
         manifest = manifests[stage_plan.stage.name]
         table.add_row(stage_plan.stage.name, stage_plan.state, f"{manifest.seconds:.1f}" if manifest else "")
     result_console().print(table)
+    for stage_plan in plans:
+        if stage_plan.problem is not None:
+            typer.echo(f"{stage_plan.stage.name}: {stage_plan.problem}", err=True)
     if found.is_worked_on():
         typer.echo("A process is working on it now.")
     elif any(stage_plan.state != "done" for stage_plan in plans):
@@ -93,10 +97,11 @@ def status(run: RunArgument, as_json: JsonOption = False) -> None:
 def list_all_runs(runs: RunsOption = Path("runs"), as_json: JsonOption = False) -> None:
     """The runs in a folder, newest first."""
     from groundup.run import RECIPE_FILE, list_runs
+    from groundup.stage import stages_done
 
     rows: list[dict[str, Any]] = []
     for run in list_runs(runs):
-        done = run.finished()
+        done = stages_done(run)
         changed = (run.root / RECIPE_FILE).stat().st_mtime
         rows.append({"run": str(run.root), "done": done, "recipe_written": changed})
     if as_json:

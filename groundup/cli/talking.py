@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from groundup.cli.options import JsonOption, command_line, print_json
+from groundup.recipe.registry import TRUNK
 
 if TYPE_CHECKING:
     from groundup.model import Transformer
@@ -119,7 +120,7 @@ def chat(
         seed=seed,
     )
     talk = Chat(network, tokenizer, params, system=_as_text(system) if system else None)
-    if folder.parent.name == "pretrain":
+    if folder.parent.name in TRUNK:
         typer.echo("note: this model was not taught to answer; it only continues text.", err=True)
     if say is not None:
         say = _as_text(say)

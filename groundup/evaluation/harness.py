@@ -19,7 +19,7 @@ from groundup.files import write_json
 from groundup.interop import load_model
 from groundup.interop.start import starting_point
 from groundup.model import Transformer
-from groundup.recipe import BEFORE, EvaluateSettings, Gate, Section
+from groundup.recipe import BEFORE, AlignSettings, EvaluateSettings, Gate, Section
 from groundup.report.format import format_lines
 from groundup.run import Run
 from groundup.stage import MODEL_FOLDER, Context, Method, Shown, Stage, graph, model_digest
@@ -32,6 +32,7 @@ N_TASKS = 10_000
 """Tasks that are generated; the held-out ones among them are asked."""
 SCORES_FILE = "scores.json"
 _KEPT_ANSWERS = 60
+_QUICK_PROMPTS = 100
 
 
 @dataclass
@@ -113,12 +114,13 @@ class Evaluate(Method):
     settings = EvaluateSettings
     version = 2
 
-    def subjects(self, stage: Stage) -> list[str]:
-        """What is scored for a stage that makes a language model: what it started from, and what it made."""
+    def subjects(self, stage: Stage, stages: Mapping[str, Stage]) -> list[str]:
+        """What is scored for a stage that makes a language model: what it started from, once, and what it made."""
         starts_fresh = stage.start is None and stage.outside_start is None
         # An untrained model is scored on text only: there is nothing it could answer.
-        is_new = stage.start is None and (not starts_fresh or BITS_PER_BYTE in stage.recipe.evaluate.tasks)
-        return [f"{BEFORE}{stage.name}", stage.name] if is_new else [stage.name]
+        is_scored = stage.start is None and (not starts_fresh or BITS_PER_BYTE in stage.recipe.evaluate.tasks)
+        before = before_name(stage, stages)
+        return [before, stage.name] if is_scored and before == f"{BEFORE}{stage.name}" else [stage.name]
 
     def needs(self, stage: Stage) -> tuple[str, ...]:
         """The model, and the validation text."""
@@ -142,7 +144,8 @@ class Evaluate(Method):
     def quick(self, settings: EvaluateSettings) -> EvaluateSettings:
         """A hundred prompts, and gates that check the direction only."""
         gates = tuple(gate for gate in map(_direction, settings.gates) if gate is not None)
-        return settings.model_copy(update={"limit": 100, "gates": gates})
+        limit = min(settings.limit or _QUICK_PROMPTS, _QUICK_PROMPTS)
+        return settings.model_copy(update={"limit": limit, "gates": gates})
 
     def work(self, context: Context) -> dict[str, Any]:
         """Load the model and score it."""
@@ -176,6 +179,15 @@ class Evaluate(Method):
 
 
 EVALUATE = Evaluate()
+
+
+def before_name(stage: Stage, stages: Mapping[str, Stage]) -> str:
+    """Under which name the model is scored that a stage starts from; of stages with one start, that of the first."""
+    if stage.start is not None:
+        return stage.start
+    outside = [one for one in stages.values() if isinstance(one.settings, AlignSettings) and one.outside_start]
+    same = [one.name for one in outside if one.outside_start == stage.outside_start]
+    return f"{BEFORE}{same[0] if same and stage.name in same else stage.name}"
 
 
 def _stage_after(stage: Stage) -> Stage | None:

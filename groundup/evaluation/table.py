@@ -8,23 +8,34 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from groundup.errors import ArtifactError, DataError
-from groundup.evaluation.harness import BITS_PER_BYTE, LOWER_IS_BETTER, METRIC_OF_TASK, SCORES_FILE, TASKS, check_tasks
-from groundup.files import read_json, write_json
+from groundup.evaluation.harness import (
+    BITS_PER_BYTE,
+    LOWER_IS_BETTER,
+    METRIC_OF_TASK,
+    SCORES_FILE,
+    TASKS,
+    before_name,
+    check_tasks,
+)
+from groundup.files import own_folder, read_json, write_json
 from groundup.interop.start import check_chat
-from groundup.recipe import BEFORE, Gate, Recipe
+from groundup.recipe import Gate, Recipe
+from groundup.report.format import is_number
 from groundup.run import Run
-from groundup.stage import Check, Stage, default_model, graph, language_models
+from groundup.stage import Check, Stage, default_model, graph, is_current, language_models
 
 LABELS = {"bits_per_byte": "bits per byte", "exact_match": "exact match"}
 
 
 def write_comparison(recipe: Recipe, run: Run) -> None:
-    """Write `evaluate/scores.json` from the scores that are there."""
+    """Write `evaluate/scores.json` from the scores that are there and of this recipe."""
     path, found = run.folder("evaluate") / SCORES_FILE, compare(recipe, run)
-    if not path.is_file() or read_json(path) != found:
+    if not path.is_file() or _read(path) != found:
+        own_folder(path.parent)
         write_json(path, found)
 
 
@@ -42,11 +53,15 @@ def compare(recipe: Recipe, run: Run) -> dict[str, Any]:
     """Rows of scores before and after each stage, the gates, and what the default model answered."""
     stages = graph(recipe)
     models = language_models(stages)
-    scores = {name: _scores(run, name) for stage in models for name in (stage.name, f"{BEFORE}{stage.name}")}
-    starts = {stage.name: stage.start or f"{BEFORE}{stage.name}" for stage in models}
+    scores = {
+        str(stage.subject): _read(run.folder(stage.name) / SCORES_FILE)
+        for stage in stages.values()
+        if stage.subject is not None and is_current(stage, stages, run)
+    }
+    starts = {stage.name: before_name(stage, stages) for stage in models}
     rows = []
     for stage in models:
-        before, after = scores[starts[stage.name]], scores[stage.name]
+        before, after = scores.get(starts[stage.name], {}), scores.get(stage.name, {})
         for metric, value in after.get("figures", {}).items():
             was = before.get("figures", {}).get(metric)
             if was is None and stage.name in starts.values():
@@ -62,14 +77,14 @@ def compare(recipe: Recipe, run: Run) -> dict[str, Any]:
                     "lower_is_better": metric in LOWER_IS_BETTER,
                 }
             )
-    shown = default_model(recipe, to_chat=True)[0]
-    before, after = (scores[name].get("by_kind", {}) for name in (starts[shown], shown))
+    shown = default_model(recipe, to_chat=True)[0] if models else ""
+    before, after = (scores.get(name, {}).get("by_kind", {}) for name in (starts.get(shown, ""), shown))
     return {
         "rows": rows,
         "gates": [_gate(gate, stages, scores, run) for gate in recipe.evaluate.gates],
         "model": shown,
         "by_kind": {kind: {"before": before.get(kind), "after": value} for kind, value in after.items()},
-        "answers": scores[shown].get("answers", []),
+        "answers": scores.get(shown, {}).get("answers", []),
     }
 
 
@@ -110,21 +125,28 @@ def _refuse(what: str, fix: str) -> None:
     raise DataError(what, fix)
 
 
-def _scores(run: Run, name: str) -> dict[str, Any]:
-    path = run.folder(f"evaluate/{name}") / SCORES_FILE
-    return read_json(path) if path.is_file() else {}
+def _read(path: Path) -> dict[str, Any]:
+    """What a file of scores holds; nothing if it is not there, or damaged."""
+    try:
+        found = read_json(path)
+    except ArtifactError:
+        return {}
+    figures = found.get("figures", {}) if isinstance(found, dict) else None
+    values = [figure.get("value") for figure in figures.values()] if isinstance(figures, dict) else [None]
+    return found if all(is_number(value) for value in values) else {}
 
 
 def _gate(gate: Gate, stages: Mapping[str, Stage], scores: Mapping[str, Any], run: Run) -> dict[str, Any]:
-    value = _figure(gate.model, gate.metric, scores, run)
+    value = _figure(gate.model, gate.metric, stages, scores, run)
     words = [LABELS.get(gate.metric, gate.metric), f"of {gate.model}"]
     if gate.over is not None:
-        other = gate.over if gate.over != "start" else stages[gate.model].start or f"{BEFORE}{gate.model}"
-        value -= _figure(other, gate.metric, scores, run)
+        other = gate.over if gate.over != "start" else before_name(stages[gate.model], stages)
+        before = _figure(other, gate.metric, stages, scores, run)
+        value = None if value is None or before is None else value - before
         words.append(f"over {'what it started from' if gate.over == 'start' else gate.over}")
     bounds = [f"at least {gate.min:g}"] if gate.min is not None else []
     bounds += [f"at most {gate.max:g}"] if gate.max is not None else []
-    passed = (gate.min is None or value >= gate.min) and (gate.max is None or value <= gate.max)
+    passed = value is not None and (gate.min is None or value >= gate.min) and (gate.max is None or value <= gate.max)
     return {
         "key": gate.metric,
         "label": f"{LABELS.get(gate.metric, gate.metric)}, {gate.model}",
@@ -132,17 +154,18 @@ def _gate(gate: Gate, stages: Mapping[str, Stage], scores: Mapping[str, Any], ru
         "over": gate.over,
         "value": value,
         "bounds": " and ".join(bounds) + (f" over {gate.over}" if gate.over else ""),
-        "text": f"{' '.join(words)}: {' and '.join(bounds)}, is {value:.4g}",
-        "passed": passed,
+        "text": f"{' '.join(words)}: {' and '.join(bounds)}" + ("" if value is None else f", is {value:.4g}"),
+        "passed": None if value is None else passed,
     }
 
 
-def _figure(name: str, metric: str, scores: Mapping[str, Any], run: Run) -> float:
+def _figure(name: str, metric: str, stages: Mapping[str, Stage], scores: Mapping[str, Any], run: Run) -> float | None:
+    """A score, or a figure of the stage's own; None if it is not measured yet, or of other settings."""
     figures = scores.get(name, {}).get("figures", {})
     if metric in figures:
         return float(figures[metric]["value"])
+    if name not in stages or not is_current(stages[name], stages, run):
+        return None
     manifest = run.manifest(name)
     value = None if manifest is None else manifest.summary.get(metric)
-    if not isinstance(value, int | float):
-        raise ArtifactError(f"{run.root}: {name} has no figure {metric}.", "Build that stage first.")
-    return float(value)
+    return float(value) if isinstance(value, int | float) else None

@@ -44,7 +44,7 @@ def starting_point(stage: Stage, run: Run, console: Console | None = None) -> tu
     own = starting_tokenizer(stage) if isinstance(stage.settings, AlignSettings) else None
     own = own or load_tokenizer(run.folder("tokenizer"))
     if stage.outside_start is not None:
-        return start_model(stage.outside_start, recipe.model, own, console), own
+        return start_model(stage.outside_start, _changes(stage), own, console), own
     return Transformer(recipe.model.config(own.vocab_size), seed=recipe.seed), own
 
 
@@ -57,7 +57,7 @@ def starting_tokenizer(stage: Stage) -> Tokenizer | None:
     if stage.start is not None:
         return starting_tokenizer(graph(stage.recipe)[stage.start])
     _check_start(stage)
-    return given_tokenizer(stage.recipe.tokenizer.use, stage.outside_start)
+    return given_tokenizer(stage.recipe.tokenizer.use if _is_of_trunk(stage) else None, stage.outside_start)
 
 
 def starting_config(stage: Stage) -> tuple[ModelConfig, str]:
@@ -72,7 +72,7 @@ def starting_config(stage: Stage) -> tuple[ModelConfig, str]:
         return starting_config(graph(recipe)[stage.start])
     if stage.outside_start is not None:
         _check_start(stage)
-        return start_config(stage.outside_start, recipe.model), f"start {stage.outside_start}"
+        return start_config(stage.outside_start, _changes(stage)), f"start {stage.outside_start}"
     model = recipe.model
     config = model.config(recipe.tokenizer.vocab_size)
     if model.size is not None:
@@ -105,6 +105,16 @@ def check_chat(stage: Stage, where: str) -> None:
             )
 
 
+def _is_of_trunk(stage: Stage) -> bool:
+    """Whether `[tokenizer]` and `[model]` are about the model that a stage starts from, and not about another one."""
+    return not (stage.recipe.has_trunk and isinstance(stage.settings, AlignSettings))
+
+
+def _changes(stage: Stage) -> ModelSettings:
+    """What `[model]` changes in the model made elsewhere that a stage starts from."""
+    return stage.recipe.model if _is_of_trunk(stage) else ModelSettings()
+
+
 def _check_start(stage: Stage) -> None:
     """Hold that there is a model where a stage starts from; `start` may have been meant for the name of a stage."""
     settings = stage.settings
@@ -113,12 +123,12 @@ def _check_start(stage: Stage) -> None:
     try:
         find_model(settings.start)
     except ArtifactError as error:
-        known = ["pretrain", *(name for name in stage.recipe.align if name != stage.name)]
+        known = [name for name in stage.recipe.align if name != stage.name]
+        known += ["pretrain"] if stage.recipe.has_trunk else []
         near = difflib.get_close_matches(settings.start, known, n=1)
         raise ArtifactError(
             f"[{stage.section}] start = {json.dumps(settings.start)}: no stage of this recipe, and no model there.",
-            f"Did you mean {near[0]!r}?" if near else f"Stages of this recipe: {', '.join(known)}. Or name a run, or a "
-            "model's folder.",
+            f"Did you mean {near[0]!r}?" if near else f"Name a run, a model's folder, or a stage: {', '.join(known)}.",
         ) from error  # fmt: skip
 
 
@@ -169,7 +179,7 @@ def start_model(
 
 def _changed(config: ModelConfig, init: str | Path, settings: ModelSettings) -> ModelConfig:
     problems = [
-        Problem(f"[model] {name} = {value!r}", f"a whole shape, but init = {str(init)!r} has one.", "Leave it unset.")
+        Problem(f"[model] {name} = {value!r}", f"a whole shape, but the model in {init} has one.", "Leave it unset.")
         for name in ("preset", "size", "depth")
         if (value := getattr(settings, name)) is not None
     ]

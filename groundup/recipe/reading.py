@@ -142,7 +142,7 @@ def _problem(item: Any, values: Mapping[str, Any]) -> Problem:
     about = f"({field.description})" if field is not None and field.description else None
     if field is None and item["type"] != "value_error":
         about = "Write it as a [section] with key = value lines."
-    return Problem(where, f"{message}.", about)
+    return Problem(where, message if message.endswith("?") else f"{message}.", about)
 
 
 def _field_at(location: Sequence[str], values: Mapping[str, Any]) -> tuple[type[Section] | None, FieldInfo | None]:

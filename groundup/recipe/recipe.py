@@ -73,16 +73,25 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _stages_fit_together(self) -> Recipe:
-        problems = [*self._names(), *self._references()]
+        problems = [*self._names(), *self._references(), *self._unused()]
         if self.init is not None and self.model.follows_from_one_number:
             problems.append("[model] size and depth are of fresh models, but init has a shape already: keep one")
         if problems:
             raise ValueError("; ".join(problems))
         return self
 
+    def _unused(self) -> Iterator[str]:
+        if self.reads_text:
+            return
+        written = ["shards"] if "shards" in self.model_fields_set else []
+        written += ["tokenizer"] if self.tokenizer.model_fields_set - {"use"} else []
+        for name in written:
+            yield f"[{name}] is about text, and this recipe reads none: leave it out, or add [corpus]"
+
     def _names(self) -> Iterator[str]:
-        for name in self.align:
-            if name in _TAKEN or name.startswith(BEFORE):
+        for place, name in enumerate(self.align):
+            others = {other.casefold() for other in list(self.align)[:place]}  # of one folder on some disks
+            if name.casefold() in _TAKEN | others or name.casefold().startswith(BEFORE):
                 yield f"[align.{name}]: the name is taken: choose another"
             elif not re.fullmatch(_STAGE_NAME, name):
                 yield f"[align.'{name}']: a stage's name is made of letters, digits, - and _: choose another"

@@ -217,6 +217,8 @@ class Gate(Section):
     def _has_a_bound(self) -> Gate:
         if self.min is None and self.max is None:
             raise ValueError(f"the gate on {self.metric} of {self.model} can never fail: set min or max")
+        if self.model in ("start", self.over):
+            raise ValueError(f'model = "{self.model}": name a stage, and another one (or "start") in over')
         return self
 
 

@@ -66,7 +66,7 @@ def write_report(run: Run) -> Path:
             by_kind=exact_match_chart("exact-match", _mapping(record.scores.get("by_kind"))),
             answers=_answers(record.scores.get("answers")),
             machine=_machine(record),
-            can_chat=record.end != "pretrain" and record.state(record.end) == "done",
+            can_chat=record.end != record.base and record.state(record.end) == "done",
             can_generate=any(record.stages[name].state == "done" for name in record.curves if name in record.stages),
         )
     )
@@ -124,7 +124,7 @@ def _readable(text: object) -> str:
 
 def _headline_figures(record: RunRecord) -> list[tuple[str, str]]:
     """The few figures at the top: size, data, speed, time."""
-    pretrain, tokenizer = record.summary("pretrain"), record.summary("tokenizer")
+    pretrain, tokenizer = record.summary(record.base), record.summary("tokenizer")
     seconds = [stage.seconds for stage in record.stages.values() if stage.seconds is not None]
     peaks = [value for stage in record.curves if is_number(value := record.summary(stage).get("peak_memory_bytes"))]
     figures = [

@@ -80,7 +80,7 @@ def pipeline_stops(record: RunRecord, end: str) -> list[Stop]:
         state = "done" if states == {"done"} else "to come" if states == {"to come"} else "unfinished"
         add("evaluate", "evaluate", of_end.shown.get("lines", ()), evaluations, state, place.get(end, len(stops) - 1))
     if end in place:
-        talks = end != "pretrain"
+        talks = end != record.base
         state = record.stages[end].state
         words = ("talk to it" if talks else "let it write",) if state == "done" else ()
         add("chat" if talks else "generate", "chat", words, [], state, len(stops) - 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from groundup.errors import ArtifactError, GroundupError, RunError
 from groundup.files import read_json
 from groundup.report.format import is_number
 from groundup.run import MANIFEST, RECIPE_FILE, Manifest, Run
-from groundup.stage import default_model, graph
+from groundup.stage import default_model, graph, is_current, language_models
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class StageRecord:
     """One stage: how far it is, its manifest if it is done, and the stage it starts from, or those that it needs."""
 
     name: str
-    state: Literal["done", "unfinished", "to come"]
+    state: Literal["done", "changed", "unfinished", "to come"]
     manifest: Manifest | None
     needs: tuple[str, ...] = ()
 
@@ -71,18 +71,24 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """All that the page shows, as read; `path` is quoted for a shell, `end` is the stage whose model is used."""
+    """All that the page shows, as read.
+
+    Attributes:
+        path: of the run, quoted for a shell.
+        base: the first stage that makes a language model.
+        end: the stage whose model is used.
+    """
 
     name: str
     path: str
     about: str
+    base: str
     end: str
     recipe_text: str
     stages: dict[str, StageRecord]
     curves: dict[str, Curve]
     scores: dict[str, Any]
     filter_statistics: dict[str, Any]
-    model: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
 
     def state(self, stage: str) -> str:
@@ -106,25 +112,32 @@ def read_record(run: Run) -> RunRecord:
             f"{run.root}: no run in this folder (it has no {RECIPE_FILE}).", "Make one: groundup build demo."
         )
     warnings: list[str] = []
-    about, end, needs = "", "pretrain", dict.fromkeys(run.finished(), ())
+    about, base, end, needs = "", "", "", dict.fromkeys(run.finished(), ())
+    changed: set[str] = set()
     try:
         recipe = run.recipe
-        about, end = recipe.about, default_model(recipe, to_chat=True)[0]
-        needs = {name: (stage.start,) if stage.start else stage.needs for name, stage in graph(recipe).items()}
+        about, stages_now = recipe.about, graph(recipe)
+        models = [stage.name for stage in language_models(stages_now)]
+        if models:
+            base, end = models[0], default_model(recipe, to_chat=True)[0]
+        changed = {name for name, stage in stages_now.items() if not is_current(stage, stages_now, run)}
+        needs = {name: (stage.start,) if stage.start else stage.needs for name, stage in stages_now.items()}
     except GroundupError as error:
         warnings.append(f"The recipe cannot be read: {error}")
     stages = {name: _read_stage(run, name, before, warnings) for name, before in needs.items()}
+    for name in changed & {name for name, stage in stages.items() if stage.state == "done"}:
+        stages[name] = replace(stages[name], state="changed")
     return RunRecord(
         name=run.name,
         path=shlex.quote(run.root.as_posix()),
         about=about,
+        base=base,
         end=end,
         recipe_text=recipe_path.read_text(encoding="utf-8", errors="replace"),
         stages=stages,
         curves={name: curve for name in stages if (curve := _read_curve(run.folder(name), warnings))},
         scores=_read_mapping(run.folder("evaluate") / "scores.json", warnings),
         filter_statistics=_read_mapping(run.folder("corpus") / "filter_statistics.json", warnings),
-        model=_read_mapping(run.folder("pretrain") / "model" / "config.json", warnings),
         warnings=warnings,
     )
 

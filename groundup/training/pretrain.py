@@ -231,10 +231,7 @@ class Pretrain(Method):
 
     def check_memory(self, stage: Stage) -> None:
         """Refuse what cannot fit."""
-        config, _ = starting_config(stage)
-        world = current_world()
-        length = sequence_length(config, stage.settings)
-        refuse_what_cannot_fit(config, stage.settings, length, device_memory(world), world.size, stage.section)
+        check_training_memory(stage, sequence_length(starting_config(stage)[0], stage.settings))
 
     def quick(self, settings: PretrainSettings) -> PretrainSettings:
         """A few seconds of training."""
@@ -271,6 +268,16 @@ def training_checks(stage: Stage) -> Iterable[Check]:
     yield where, lambda: group_parameters(parameter_shapes(starting_config(stage)[0]), settings, stage.section)
 
 
+def check_training_memory(stage: Stage, length: int) -> None:
+    """Refuse a stage that cannot fit into memory with rows of so many tokens.
+
+    Raises:
+        GroundupError: with the parts and the ways out.
+    """
+    config, world = starting_config(stage)[0], current_world()
+    refuse_what_cannot_fit(config, stage.settings, length, device_memory(world), world.size, stage.section)
+
+
 def training_derived(
     stage: Stage, config: ModelConfig, length: int, n_rows: int | None
 ) -> Iterable[tuple[str, str, str]]:
@@ -286,9 +293,9 @@ def training_derived(
     precision, evidence = choose_precision(settings.precision, world.device.type)
     yield f"{where}.precision", str(precision).removeprefix("torch."), evidence
     yield from describe_groups(parameter_shapes(config), settings, where)
-    room = device_memory(world)
-    micro, why = choose_micro_batch(config, settings, length, room, world.size)
-    needed = estimate_memory(config, settings, step_of(settings, length, room, world.size, micro))
+    available = device_memory(world)
+    micro, why = choose_micro_batch(config, settings, length, available, world.size)
+    needed = estimate_memory(config, settings, step_of(settings, length, available, world.size, micro))
     if settings.micro_batch_size is None:
         yield f"{where}.micro_batch_size", f"{micro:,}", why
     if n_rows is not None:
