@@ -184,7 +184,11 @@ def _do(item: StagePlan, context: Context) -> None:
                 seconds=time.perf_counter() - start,
                 summary=summary,
                 environment={**describe_environment(), "threads": torch.get_num_threads()},
-                settings=stage.section_values(),
+                settings={
+                    name: value
+                    for section in method.sections(stage)
+                    for name, value in section.model_dump(mode="json").items()
+                },
                 shown=dataclasses.asdict(method.shown(stage, summary)),
                 needs={name: found.fingerprint for name in stage.needs if (found := context.run.manifest(name))},
             )

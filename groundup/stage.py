@@ -135,11 +135,6 @@ class Stage:
         """Where its settings stand in the recipe."""
         return f"align.{self.name}" if self.name in self.recipe.align else self.kind
 
-    def section_values(self) -> dict[str, Any]:
-        """The settings that decide its result, as its manifest keeps them."""
-        sections = self.method.sections(self)
-        return {name: value for section in sections for name, value in section.model_dump(mode="json").items()}
-
     @property
     def start(self) -> str | None:
         """The stage of this recipe that it starts from; None: it is no such stage, or starts from outside."""
@@ -262,7 +257,11 @@ def is_current(stage: Stage, stages: Mapping[str, Stage], run: Run) -> bool:
     Read from the run's folder alone: whether files outside of it have changed, `groundup.pipeline.plan` knows.
     """
     manifest = run.manifest(stage.name)
-    if manifest is None or manifest.settings != stage.section_values():
+    if manifest is None:
+        return False
+    sections = stage.method.sections(stage)
+    decisive = {name: value for section in sections for name, value in section.fingerprint_values().items()}
+    if any(manifest.settings.get(name) != value for name, value in decisive.items()):
         return False
     needs = {name: run.manifest(name) for name in stage.needs}
     return all(

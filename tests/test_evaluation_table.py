@@ -11,7 +11,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from generation_models import random_model
-from tiny_run import finished_run
+from tiny_run import finished_run, mark_done
 from torch import nn
 
 from groundup.corpus import stream_documents
@@ -105,6 +105,7 @@ def kept(root, recipe, **models):
             "answers": [answer.to_dict() for answer in found.answers],
         }
         write_json(run.folder(f"evaluate/{place}") / "scores.json", scores)
+    mark_done(recipe, run, {f"evaluate/{name.replace('_', '-')}": {} for name in models})
     return run
 
 

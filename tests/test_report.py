@@ -107,7 +107,11 @@ def done(run: Run, stage: str, seconds: float, summary: dict) -> None:
     own_folder(run.folder(stage))
     known = graph(run.recipe)[stage]
     shown = asdict(known.method.shown(known, summary))
-    run.finish(Manifest(stage, "f" * 32, seconds, summary, ENVIRONMENT, {}, shown))
+    settings = {
+        key: value for section in known.method.sections(known) for key, value in section.model_dump(mode="json").items()
+    }
+    needs = dict.fromkeys(known.needs, "f" * 32)
+    run.finish(Manifest(stage, "f" * 32, seconds, summary, ENVIRONMENT, settings, shown, needs))
 
 
 def train(

@@ -186,7 +186,7 @@ def test_bits_per_byte_without_a_text_are_refused() -> None:
     [
         ("pretrian", "Did you mean 'pretrain'?"),
         ("secnod", "Did you mean 'second'?"),
-        ("runs/none", "Stages of this recipe: pretrain, second."),
+        ("runs/none", "or a stage: second, pretrain."),
     ],
 )
 def test_a_start_that_is_nothing_is_refused_with_the_nearest_stage(start: str, way_out: str) -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from groundup.console import Console
-from groundup.files import file_digest
+from groundup.files import file_digest, own_folder
 from groundup.pipeline import build
 from groundup.recipe import Recipe, parse_recipe
-from groundup.run import Run
+from groundup.run import Manifest, Run
+from groundup.stage import ancestors, graph
 
 SCORES = ("evaluate/before-pretrain", "evaluate/pretrain", "evaluate/sft")
 STAGES = ("corpus", "tokenizer", "shards", "pretrain", "sft", *SCORES)
@@ -98,6 +99,19 @@ def finished_run() -> Run:
 def copy_of_finished(folder: Path) -> Run:
     """A copy to change, times of change included."""
     return Run(shutil.copytree(finished_run().root, folder / "tiny"))
+
+
+def mark_done(recipe: Recipe, run: Run, summaries: dict[str, dict[str, Any]]) -> None:
+    """Manifests of these stages, with their figures, and of all that they stand on, as a build would write them."""
+    stages = graph(recipe)
+    for name in ancestors(stages, summaries):
+        stage, folder = stages[name], run.folder(name)
+        for place in {folder.parent, folder} - {run.root}:
+            own_folder(place)
+        sections = stage.method.sections(stage)
+        settings = {key: value for one in sections for key, value in one.model_dump(mode="json").items()}
+        needs = dict.fromkeys(stage.needs, "f")
+        run.finish(Manifest(name, "f", 1.0, summaries.get(name, {}), settings=settings, needs=needs))
 
 
 def bits(run: Run) -> dict[str, str]:

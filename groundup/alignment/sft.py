@@ -287,8 +287,10 @@ def _check_shards(stage: Stage) -> None:
         DataError: they are not.
     """
     recipe = stage.recipe
+    if not stage.settings.replay or not recipe.reads_text:
+        return
     own, theirs = starting_tokenizer(stage), given_tokenizer(recipe.tokenizer.use, recipe.init)
-    if stage.settings.replay and own is not None and (theirs is None or theirs.fingerprint != own.fingerprint):
+    if own is not None and (theirs is None or theirs.fingerprint != own.fingerprint):
         raise DataError(
             f"[{stage.section}] replay: this recipe's shards have another tokenizer than the model in "
             f"{stage.settings.start}.",

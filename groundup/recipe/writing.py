@@ -51,7 +51,9 @@ def _write_section(
             nested.append((where, value, is_written))
         elif isinstance(value, dict) and value and all(isinstance(item, Section) for item in value.values()):
             nested += [(f"{where}.{key}", item, True) for key, item in value.items()]
-        elif section_class(field.annotation) is None and not (name == "method" and path == f"align.{value}"):
+        elif isinstance(value, tuple) or section_class(field.annotation) is None:
+            if name == "method" and path == f"align.{value}":
+                continue
             shown = _toml_value(follows.get(where, value)) if value is not None else ""
             about = f"  # {field.description}" if comments and field.description else ""
             lines.append(f"{'' if is_written and value is not None else '# '}{name} = {shown}".rstrip() + about)
