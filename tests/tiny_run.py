@@ -106,8 +106,9 @@ def mark_done(recipe: Recipe, run: Run, summaries: dict[str, dict[str, Any]]) ->
     stages = graph(recipe)
     for name in ancestors(stages, summaries):
         stage, folder = stages[name], run.folder(name)
-        for place in {folder.parent, folder} - {run.root}:
-            own_folder(place)
+        for place in (folder.parent, folder):
+            if place != run.root:
+                own_folder(place)
         sections = stage.method.sections(stage)
         settings = {key: value for one in sections for key, value in one.model_dump(mode="json").items()}
         needs = dict.fromkeys(stage.needs, "f")

@@ -281,13 +281,14 @@ def check_replay(settings: SFTSettings, has_shards: bool, section: str) -> None:
 
 
 def _check_shards(stage: Stage) -> None:
-    """Hold that the run's shards are made with the tokenizer of the model that is to replay them.
+    """Hold that there is text to replay, in the tokens of the model that is to.
 
     Raises:
-        DataError: they are not.
+        DataError: there is none.
     """
     recipe = stage.recipe
-    if not stage.settings.replay or not recipe.reads_text:
+    check_replay(stage.settings, recipe.reads_text, stage.section)
+    if not stage.settings.replay:
         return
     own, theirs = starting_tokenizer(stage), given_tokenizer(recipe.tokenizer.use, recipe.init)
     if own is not None and (theirs is None or theirs.fingerprint != own.fingerprint):
@@ -332,7 +333,6 @@ class SupervisedFineTuning(Method):
         yield f"[{stage.section}]", lambda: check_chat(stage, f"[{stage.section}]")
         yield from training_checks(stage)
         yield f"[{stage.section}] data", lambda: data_fingerprint(stage.settings.data, stage.section)
-        yield f"[{stage.section}] replay", lambda: check_replay(stage.settings, stage.recipe.reads_text, stage.section)
         yield f"[{stage.section}] replay", lambda: _check_shards(stage)
 
     def derived(self, stage: Stage) -> Iterable[tuple[str, str, str]]:

@@ -137,11 +137,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _gate(gate: Gate, stages: Mapping[str, Stage], scores: Mapping[str, Any], run: Run) -> dict[str, Any]:
-    value = _figure(gate.model, gate.metric, stages, scores, run)
+    value, places = _figure(gate.model, gate.metric, stages, scores, run), [gate.model]
     words = [LABELS.get(gate.metric, gate.metric), f"of {gate.model}"]
     if gate.over is not None:
         other = gate.over if gate.over != "start" else before_name(stages[gate.model], stages)
-        before = _figure(other, gate.metric, stages, scores, run)
+        before, places = _figure(other, gate.metric, stages, scores, run), [gate.model, other]
         value = None if value is None or before is None else value - before
         words.append(f"over {'what it started from' if gate.over == 'start' else gate.over}")
     bounds = [f"at least {gate.min:g}"] if gate.min is not None else []
@@ -153,6 +153,7 @@ def _gate(gate: Gate, stages: Mapping[str, Stage], scores: Mapping[str, Any], ru
         "model": gate.model,
         "over": gate.over,
         "value": value,
+        "measured_by": [f"evaluate/{name}" if gate.metric in LABELS else name for name in places],
         "bounds": " and ".join(bounds) + (f" over {gate.over}" if gate.over else ""),
         "text": f"{' '.join(words)}: {' and '.join(bounds)}" + ("" if value is None else f", is {value:.4g}"),
         "passed": None if value is None else passed,

@@ -27,6 +27,7 @@ MOST_SAMPLES_SHOWN = 6
 MOST_SAMPLES = 40
 MOST_ANSWERS = 24
 LONGEST_TEXT = 1200
+_HAS_MODEL = ("done", "changed")
 VERDICT_KEYS = ("bits_per_byte", "exact_match")
 
 
@@ -66,8 +67,8 @@ def write_report(run: Run) -> Path:
             by_kind=exact_match_chart("exact-match", _mapping(record.scores.get("by_kind"))),
             answers=_answers(record.scores.get("answers")),
             machine=_machine(record),
-            can_chat=record.end != record.base and record.state(record.end) == "done",
-            can_generate=any(record.stages[name].state == "done" for name in record.curves if name in record.stages),
+            can_chat=record.end != record.base and record.state(record.end) in _HAS_MODEL,
+            can_generate=any(record.state(name) in _HAS_MODEL for name in record.curves),
         )
     )
     # A model can emit halves of characters; what UTF-8 cannot hold is shown as "?".
