@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -149,20 +150,15 @@ def build(
                     run.clear(item.stage.name)
                 console.stage_line(item.stage.name, "up to date")
         if world.is_first:
-            evaluation.write_comparison(recipe, run)
+            gates = evaluation.write_comparison(recipe, run)["gates"]
             _write_report_if_old(run)
-            check_gates(run, [item.stage.name for item in plans])
+            _check_gates(run, gates, {item.stage.name for item in plans})
     return run
 
 
-def check_gates(run: Run, names: Collection[str]) -> None:
-    """Hold the figures of these stages against the recipe's gates.
-
-    Raises:
-        GateError: with every gate that is missed.
-    """
-    gates = evaluation.read_comparison(run)["gates"]
-    missed = [gate["text"] for gate in gates if gate["passed"] is False and {*gate["measured_by"]} <= {*names}]
+def _check_gates(run: Run, gates: Iterable[Mapping[str, Any]], names: Set[str]) -> None:
+    """Raise for the gates that the figures of these stages miss."""
+    missed = [gate["text"] for gate in gates if gate["passed"] is False and {*gate["measured_by"]} <= names]
     if missed:
         raise GateError(
             f"{run.root}: everything is built, but a gate of the recipe is missed: {'; '.join(missed)}.",

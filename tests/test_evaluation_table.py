@@ -31,6 +31,7 @@ from groundup.interop import load_model
 from groundup.model import ModelConfig, OutputLayer
 from groundup.recipe import parse_recipe
 from groundup.run import Run
+from groundup.stage import graph
 from groundup.tokenizer import Tokenizer, render
 
 N_TASKS, SEED = 200, 1
@@ -95,6 +96,8 @@ def kept(root, recipe, **models):
     run = Run(root)
     for name, model in models.items():
         place = name.replace("_", "-")
+        if f"evaluate/{place}" not in graph(recipe):
+            continue
         tasks = ("bits_per_byte",) if place == "before-pretrain" else recipe.evaluate.tasks
         settings = recipe.evaluate.model_copy(update={"tasks": tasks})
         found = score_model(model, TOKENIZER, settings=settings, texts=TEXTS, n_tasks=N_TASKS, seed=SEED)

@@ -161,7 +161,7 @@ def _build(
         raise Interrupted("Stopped. Finished stages are kept, and no file is half written.") from error
     if world.is_first and as_json:
         print_json(_result(Run(folder), recipe, only))
-    elif world.is_first and not quiet and _is_scored(recipe, only):
+    elif world.is_first and not quiet and (only is None or _is_scored(recipe, only)):
         show_table(Run(folder), console)
     if missed is not None:
         raise missed
@@ -171,7 +171,8 @@ def _is_scored(recipe: Recipe, only: list[str] | None) -> bool:
     from groundup.stage import graph, select
 
     stages = graph(recipe)
-    return only is None or any(stages[name].subject is not None for name in select(stages, only))
+    names = stages if only is None else select(stages, only)
+    return any(stages[name].subject is not None for name in names)
 
 
 def show_table(run: Run, console: Console) -> None:
@@ -179,15 +180,15 @@ def show_table(run: Run, console: Console) -> None:
     from groundup.evaluation import read_comparison
     from groundup.recipe import shipped_recipes
     from groundup.report import closing_table
-    from groundup.stage import default_model
+    from groundup.stage import default_model, graph, language_models
 
     recipe, page = run.recipe, run.root / "report.html"
     if (run.folder("evaluate") / "scores.json").is_file():
         result_console().print(closing_table(read_comparison(run), run))
-    model, _ = default_model(recipe, to_chat=True)
-    if model in recipe.align:
+    models = language_models(graph(recipe))
+    if models and default_model(recipe, to_chat=True)[0] in recipe.align:
         console.note(f"Talk to it:    {command_line('chat', str(run.root))}      See it:  {page}")
-    else:
+    elif models:
         console.note(f"Let it write:  {command_line('generate', str(run.root))}      See it:  {page}")
     shipped = recipe.name.removesuffix("-smoke")
     like = shipped if shipped in shipped_recipes() else str(run.root)

@@ -31,12 +31,14 @@ from groundup.stage import Check, Stage, default_model, graph, is_current, langu
 LABELS = {"bits_per_byte": "bits per byte", "exact_match": "exact match"}
 
 
-def write_comparison(recipe: Recipe, run: Run) -> None:
-    """Write `evaluate/scores.json` from the scores that are there and of this recipe."""
+def write_comparison(recipe: Recipe, run: Run) -> dict[str, Any]:
+    """Write `evaluate/scores.json` from the scores that are there and of this recipe, and return what it holds."""
     path, found = run.folder("evaluate") / SCORES_FILE, compare(recipe, run)
-    if not path.is_file() or _read(path) != found:
+    if path.is_file() or found["rows"]:
         own_folder(path.parent)
-        write_json(path, found)
+        if _read(path) != found:
+            write_json(path, found)
+    return found
 
 
 def read_comparison(run: Run) -> dict[str, Any]:
