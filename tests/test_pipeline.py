@@ -238,6 +238,28 @@ def test_a_missed_gate_is_told_after_everything_is_built(tmp_path: Path) -> None
     build_quietly(changed(run.recipe, f"evaluate.gates=[{fall}]"), run.root)
 
 
+def test_a_gate_on_a_stages_own_figure_is_held_where_nothing_is_scored(tmp_path: Path) -> None:
+    run = copy_of_finished(tmp_path)
+    strict = changed(run.recipe, "evaluate.tasks=[]", 'evaluate.gates=[{metric="val_loss", model="sft", max=0.001}]')
+    with pytest.raises(GateError, match=r"val_loss of sft: at most 0\.001, is "):
+        build_quietly(strict, run.root)
+
+
+def test_scores_of_other_settings_are_not_taken_for_those_of_now(tmp_path: Path) -> None:
+    run = copy_of_finished(tmp_path)
+    build_quietly(changed(run.recipe, "align.sft.epochs=0.5"), run.root, only="pretrain")
+    scores = json.loads((run.root / "evaluate" / "scores.json").read_text())
+    assert {row["model"] for row in scores["rows"]} == {"pretrain"}
+    assert "Made with other settings" in (run.root / "report.html").read_text()
+
+
+def test_a_damaged_table_of_scores_is_made_again(tmp_path: Path) -> None:
+    run = copy_of_finished(tmp_path)
+    (run.root / "evaluate" / "scores.json").write_text('{"rows": [')
+    build_quietly(run.recipe, run.root)
+    assert bits(run) == bits(finished_run())
+
+
 def problems_of(recipe: Recipe) -> list[str]:
     with pytest.raises(RecipeError) as raised:
         check_recipe(recipe, "my.toml")

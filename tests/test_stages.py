@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from command import CommandLine, groundup  # noqa: F401
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_run import finished_run
@@ -281,3 +282,41 @@ def test_a_quick_run_without_a_trunk_has_none_either() -> None:
     smoke = smoke_profile(recipe)
     assert list(graph(smoke)) == list(graph(recipe))
     assert parse_recipe(recipe_toml(smoke), "my.toml") == smoke
+
+
+def test_a_model_made_elsewhere_stands_beside_a_trunk_of_another_shape() -> None:
+    start = finished_run().root / "sft"
+    recipe = read(f'[model]\npreset = "ground-1m"\n[align.sft]\n[align.other]\nmethod = "sft"\nstart = "{start}"')
+    check_recipe(recipe, "my.toml")
+    # Its tokenizer is not the one of the shards.
+    (problem,) = problems_of(recipe.model_copy(update={"align": read(
+        f'[align.other]\nmethod = "sft"\nreplay = 0.5\nstart = "{start}"\n[align.sft]'
+    ).align}))  # fmt: skip
+    assert problem.startswith("[align.other] replay: this recipe's shards have another tokenizer")
+
+
+def test_one_start_of_several_stages_is_scored_once() -> None:
+    text = f'method = "sft"\nstart = "{finished_run().root}"\n'
+    stages = graph(read(f'[align.one]\n{text}[align.two]\n{text}[evaluate]\ntasks = ["groundup:tasks"]'))
+    assert [name for name in stages if "/" in name] == ["evaluate/before-one", "evaluate/one", "evaluate/two"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[align.sft]\n[align.SFT]\nmethod = 'sft'", "the name is taken"),
+        ("[shards]\n[align.sft]\nstart = 'x'", r"\[shards\] is about text"),
+        ("[[evaluate.gates]]\nmetric = 'val_loss'\nmodel = 'start'\nmax = 1.0", "name a stage"),
+        ("[[evaluate.gates]]\nmetric = 'val_loss'\nover = 'pretrain'\nmax = 1.0", "name a stage"),
+    ],
+)
+def test_what_says_nothing_is_refused(text: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        read(text)
+
+
+def test_a_command_does_every_stage_of_its_method(groundup: CommandLine, tmp_path: Path) -> None:  # noqa: F811
+    path = tmp_path / "my.toml"
+    path.write_text(f'[corpus]\ninputs = ["{finished_run().recipe.corpus.inputs[0]}"]\n{BRANCHES}')
+    planned = groundup("sft", path, "--dry-run", "--json", "--runs", tmp_path).json["stages"]
+    assert list(planned) == [*TRUNK, "sft", "second", "last", "control"]
