@@ -80,7 +80,6 @@ def plan(
     for name, stage in stages.items():
         if name in wanted:
             method = stage.method
-            settings = [section.fingerprint_values() for section in method.sections(stage)]
             inputs = {need: plans[need].fingerprint for need in stage.needs}
             problem = None
             try:
@@ -90,9 +89,11 @@ def plan(
                     raise
                 problem = error.message
                 inputs["problem"] = problem
-            what = [stage.kind, recipe.seed, stage.subject, settings]
-            fingerprint = stage_fingerprint(method.version, what, inputs)
-            plans[name] = StagePlan(stage, fingerprint, run.state(name, fingerprint), name in again, problem)
+            fingerprint = stage_fingerprint(method.version, stage.identity, inputs)
+            state = run.state(name, fingerprint)
+            if state == "done" and not method.is_whole(run.folder(name)):
+                state = "changed"
+            plans[name] = StagePlan(stage, fingerprint, state, name in again, problem)
     return list(plans.values())
 
 
@@ -187,6 +188,7 @@ def _do(item: StagePlan, context: Context) -> None:
                     for name, value in section.model_dump(mode="json").items()
                 },
                 shown=dataclasses.asdict(method.shown(stage, summary)),
+                identity=stage.identity,
                 needs={name: found.fingerprint for name in stage.needs if (found := context.run.manifest(name))},
             )
         )

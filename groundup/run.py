@@ -64,6 +64,7 @@ class Manifest:
         settings: the settings that made it.
         shown: what the report shows of it: title, facts, lines, curves.
         needs: the fingerprints of the stages it stands on, by name.
+        identity: digest of settings, seed and code version alone.
     """
 
     stage: str
@@ -74,6 +75,7 @@ class Manifest:
     settings: Mapping[str, Any] = field(default_factory=dict)
     shown: Mapping[str, Any] = field(default_factory=dict)
     needs: Mapping[str, str] = field(default_factory=dict)
+    identity: str = ""
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:

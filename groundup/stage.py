@@ -19,7 +19,7 @@ from groundup.console import Console
 from groundup.distributed import World
 from groundup.errors import ArtifactError, GroundupError, Problem, RecipeError, RunError
 from groundup.files import file_digest, value_digest
-from groundup.recipe import BEFORE, AlignSettings, Recipe, Section, registered, resolve
+from groundup.recipe import AlignSettings, Recipe, Section, resolve
 from groundup.recipe.registry import EVALUATE, METHODS, TRUNK, load
 from groundup.run import RECIPE_FILE, Run
 
@@ -97,6 +97,10 @@ class Method:
             GroundupError: with the parts and the ways out.
         """
 
+    def is_whole(self, folder: Path) -> bool:
+        """Whether what a finished stage left can be read; if not, it is done again."""
+        return True
+
     def quick(self, settings: Any) -> Any:
         """The same settings for a fraction of the time: they show that everything works, not how good it gets."""
         return settings
@@ -134,6 +138,12 @@ class Stage:
     def section(self) -> str:
         """Where its settings stand in the recipe."""
         return f"align.{self.name}" if self.name in self.recipe.align else self.kind
+
+    @property
+    def identity(self) -> str:
+        """Digest of all that decides its result, beside what it stands on and reads from outside."""
+        settings = [section.fingerprint_values() for section in self.method.sections(self)]
+        return value_digest([self.kind, self.method.version, self.recipe.seed, self.subject, settings])
 
     @property
     def start(self) -> str | None:
@@ -251,32 +261,28 @@ def _misnamed(stages: Mapping[str, Stage], recipe: Recipe) -> Iterator[Problem]:
         yield Problem(f'[generate] model = "{chosen}"', "makes no language model.", f"Those that do: {models}.")
 
 
-def is_current(stage: Stage, stages: Mapping[str, Stage], run: Run) -> bool:
-    """Whether a stage is done with the settings that the recipe has now, and so are all that it stands on.
+def current_stages(stages: Mapping[str, Stage], run: Run) -> set[str]:
+    """The stages that are done as the recipe has them now, and so is all that they stand on.
 
     Read from the run's folder alone: whether files outside of it have changed, `groundup.pipeline.plan` knows.
     """
-    manifest = run.manifest(stage.name)
-    if manifest is None:
-        return False
-    sections = stage.method.sections(stage)
-    decisive = {name: value for section in sections for name, value in section.fingerprint_values().items()}
-    if any(manifest.settings.get(name) != value for name, value in decisive.items()):
-        return False
-    needs = {name: run.manifest(name) for name in stage.needs}
-    return all(
-        found is not None and found.fingerprint == manifest.needs.get(name) and is_current(stages[name], stages, run)
-        for name, found in needs.items()
-    )
+    found: dict[str, str] = {}  # fingerprints by name
+    for name, stage in stages.items():
+        manifest = run.manifest(name)
+        if manifest is None or manifest.identity != stage.identity or not stage.method.is_whole(run.folder(name)):
+            continue
+        if all(need in found and found[need] == manifest.needs.get(need) for need in stage.needs):
+            found[name] = manifest.fingerprint
+    return set(found)
 
 
 def stages_done(run: Run) -> list[str]:
     """The names of a run's stages that are done and of its recipe still, in the order in which they were done."""
     try:
-        stages = graph(run.recipe)
+        current = current_stages(graph(run.recipe), run)
     except GroundupError:  # of another version
         return run.finished()
-    return [name for name in run.finished() if name in stages and is_current(stages[name], stages, run)]
+    return [name for name in run.finished() if name in current]
 
 
 def select(stages: Mapping[str, Stage], asked: Iterable[str]) -> list[str]:
@@ -385,9 +391,3 @@ def _models_of_run(path: Path) -> Iterator[Path]:
     models.sort(key=lambda one: (one.name != first, one.is_control))
     for stage in models:
         yield path / stage.name / MODEL_FOLDER
-
-
-__all__ = [
-    "BEFORE", "CONFIG_FILE", "Check", "Context", "Method", "Shown", "Stage", "ancestors", "default_model", "find_model",
-    "graph", "language_models", "model_digest", "registered", "select",
-]  # fmt: skip

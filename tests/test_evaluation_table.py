@@ -216,7 +216,9 @@ def test_a_model_made_elsewhere_is_the_start_it_was(tmp_path):
     run = Run(tmp_path)
     for name, right in (("before-sft", [True, False]), ("sft", [True, True])):
         mark_done(recipe, run, {f"evaluate/{name}": {}})
-        write_json(run.folder(f"evaluate/{name}") / "scores.json", {"figures": {"exact_match": asdict(share(right))}})
+        figures = {"exact_match": asdict(share(right))}
+        found = {"figures": figures, "by_kind": {}, "answers": []}
+        write_json(run.folder(f"evaluate/{name}") / "scores.json", found)
     (row,) = compare(recipe, run)["rows"]
     assert (row["before"]["value"], row["after"]["value"]) == (0.5, 1.0)
 

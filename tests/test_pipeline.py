@@ -24,9 +24,9 @@ from groundup.console import Console
 from groundup.errors import DataError, GateError, RecipeError, RunError
 from groundup.pipeline import build, plan
 from groundup.preview import check_recipe, derived_values, smoke_profile
-from groundup.recipe import Recipe, parse_recipe
+from groundup.recipe import Recipe, parse_recipe, recipe_toml
 from groundup.run import Run
-from groundup.stage import graph
+from groundup.stage import graph, stages_done
 
 
 def changed(recipe: Recipe, *overrides: str) -> Recipe:
@@ -198,7 +198,7 @@ def test_an_unknown_stage_is_refused_with_those_there_are(tmp_path: Path) -> Non
 HOLDER = """
 import sys, time
 from groundup.run import Run
-from groundup.stage import graph
+from groundup.stage import graph, stages_done
 with Run(sys.argv[1]).lock():
     print("held", flush=True)
     time.sleep(60)
@@ -253,11 +253,20 @@ def test_scores_of_other_settings_are_not_taken_for_those_of_now(tmp_path: Path)
     assert "Made with other settings" in (run.root / "report.html").read_text()
 
 
-def test_a_damaged_table_of_scores_is_made_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["scores.json", "sft/scores.json"])
+@pytest.mark.parametrize("damaged", ['{"rows": [', '{"figures": {}, "by_kind": 3, "answers": []}'])
+def test_damaged_scores_are_made_again(tmp_path: Path, file: str, damaged: str) -> None:
     run = copy_of_finished(tmp_path)
-    (run.root / "evaluate" / "scores.json").write_text('{"rows": [')
+    (run.root / "evaluate" / file).write_text(damaged)
     build_quietly(run.recipe, run.root)
     assert bits(run) == bits(finished_run())
+
+
+def test_with_another_seed_nothing_of_the_first_is_current(tmp_path: Path) -> None:
+    run = copy_of_finished(tmp_path)
+    assert stages_done(run) == list(STAGES)
+    run.create(changed(run.recipe, "seed=2"))
+    assert stages_done(run) == []
 
 
 def problems_of(recipe: Recipe) -> list[str]:
@@ -310,6 +319,7 @@ def test_shipped_recipes_and_their_smoke_profiles_are_sound(name: str) -> None:
     assert int(smoke.pretrain.tokens) <= 160_000
     assert smoke.corpus == recipe.corpus
     assert smoke.model == recipe.model
+    assert parse_recipe(recipe_toml(smoke), name) == smoke
 
 
 def test_derived_values_say_why() -> None:

@@ -105,13 +105,15 @@ def lines(path: Path, values: list[dict]) -> None:
 
 def done(run: Run, stage: str, seconds: float, summary: dict) -> None:
     own_folder(run.folder(stage))
+    if stage.startswith("evaluate/"):
+        write_json(run.folder(stage) / "scores.json", {"figures": {}, "by_kind": {}, "answers": []})
     known = graph(run.recipe)[stage]
     shown = asdict(known.method.shown(known, summary))
     settings = {
         key: value for section in known.method.sections(known) for key, value in section.model_dump(mode="json").items()
     }
     needs = dict.fromkeys(known.needs, "f" * 32)
-    run.finish(Manifest(stage, "f" * 32, seconds, summary, ENVIRONMENT, settings, shown, needs))
+    run.finish(Manifest(stage, "f" * 32, seconds, summary, ENVIRONMENT, settings, shown, needs, known.identity))
 
 
 def train(

@@ -112,7 +112,8 @@ def mark_done(recipe: Recipe, run: Run, summaries: dict[str, dict[str, Any]]) ->
         sections = stage.method.sections(stage)
         settings = {key: value for one in sections for key, value in one.model_dump(mode="json").items()}
         needs = dict.fromkeys(stage.needs, "f")
-        run.finish(Manifest(name, "f", 1.0, summaries.get(name, {}), settings=settings, needs=needs))
+        figures = summaries.get(name, {})
+        run.finish(Manifest(name, "f", 1.0, figures, settings=settings, needs=needs, identity=stage.identity))
 
 
 def bits(run: Run) -> dict[str, str]:

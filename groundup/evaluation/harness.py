@@ -9,18 +9,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from groundup.corpus import stream_documents
-from groundup.errors import DataError
+from groundup.errors import ArtifactError, DataError
 from groundup.evaluation.metrics import Answer, Estimate, bits_per_byte, exact_match, share
 from groundup.evaluation.tasks import generate_tasks
-from groundup.files import write_json
+from groundup.files import read_json, write_json
 from groundup.interop import load_model
 from groundup.interop.start import starting_point
 from groundup.model import Transformer
 from groundup.recipe import BEFORE, AlignSettings, EvaluateSettings, Gate, Section
-from groundup.report.format import format_lines
+from groundup.report.format import format_lines, is_number
 from groundup.run import Run
 from groundup.stage import MODEL_FOLDER, Context, Method, Shown, Stage, graph, model_digest
 from groundup.tokenizer import Tokenizer
@@ -141,6 +142,10 @@ class Evaluate(Method):
         start = None if after is None else after.outside_start
         return {} if start is None else {"model": model_digest(start)}
 
+    def is_whole(self, folder: Path) -> bool:
+        """Its scores can be read."""
+        return bool(read_scores(folder))
+
     def quick(self, settings: EvaluateSettings) -> EvaluateSettings:
         """A hundred prompts, and gates that check the direction only."""
         gates = tuple(gate for gate in map(_direction, settings.gates) if gate is not None)
@@ -179,6 +184,17 @@ class Evaluate(Method):
 
 
 EVALUATE = Evaluate()
+
+
+def read_scores(folder: Path) -> dict[str, Any]:
+    """The scores that are kept in a folder; nothing if they are not there, or damaged."""
+    try:
+        found: dict[str, Any] = read_json(folder / SCORES_FILE)
+        tables = [*found["figures"].values(), *found["by_kind"].values()]
+        is_whole = all(is_number(figure["value"]) for figure in tables) and isinstance(found["answers"], list)
+    except (ArtifactError, AttributeError, KeyError, TypeError):
+        return {}
+    return found if is_whole else {}
 
 
 def before_name(stage: Stage, stages: Mapping[str, Stage]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from groundup.errors import ArtifactError, DataError
@@ -20,13 +19,14 @@ from groundup.evaluation.harness import (
     TASKS,
     before_name,
     check_tasks,
+    read_scores,
 )
 from groundup.files import own_folder, read_json, write_json
 from groundup.interop.start import check_chat
 from groundup.recipe import Gate, Recipe
 from groundup.report.format import is_number
 from groundup.run import Run
-from groundup.stage import Check, Stage, default_model, graph, is_current, language_models
+from groundup.stage import Check, Stage, current_stages, default_model, graph, language_models
 
 LABELS = {"bits_per_byte": "bits per byte", "exact_match": "exact match"}
 
@@ -36,7 +36,11 @@ def write_comparison(recipe: Recipe, run: Run) -> dict[str, Any]:
     path, found = run.folder("evaluate") / SCORES_FILE, compare(recipe, run)
     if path.is_file() or found["rows"]:
         own_folder(path.parent)
-        if _read(path) != found:
+        try:
+            is_new = read_json(path) != found
+        except ArtifactError:
+            is_new = True
+        if is_new:
             write_json(path, found)
     return found
 
@@ -54,11 +58,16 @@ def read_comparison(run: Run) -> dict[str, Any]:
 def compare(recipe: Recipe, run: Run) -> dict[str, Any]:
     """Rows of scores before and after each stage, the gates, and what the default model answered."""
     stages = graph(recipe)
-    models = language_models(stages)
+    models, current = language_models(stages), current_stages(stages, run)
     scores = {
-        str(stage.subject): _read(run.folder(stage.name) / SCORES_FILE)
+        str(stage.subject): read_scores(run.folder(stage.name))
         for stage in stages.values()
-        if stage.subject is not None and is_current(stage, stages, run)
+        if stage.subject is not None and stage.name in current
+    }
+    figures = {
+        name: (manifest.summary if name in current and (manifest := run.manifest(name)) else {})
+        | {metric: figure["value"] for metric, figure in scores.get(name, {}).get("figures", {}).items()}
+        for name in {*stages, *scores}
     }
     starts = {stage.name: before_name(stage, stages) for stage in models}
     rows = []
@@ -83,7 +92,7 @@ def compare(recipe: Recipe, run: Run) -> dict[str, Any]:
     before, after = (scores.get(name, {}).get("by_kind", {}) for name in (starts.get(shown, ""), shown))
     return {
         "rows": rows,
-        "gates": [_gate(gate, stages, scores, run) for gate in recipe.evaluate.gates],
+        "gates": [_gate(gate, stages, figures) for gate in recipe.evaluate.gates],
         "model": shown,
         "by_kind": {kind: {"before": before.get(kind), "after": value} for kind, value in after.items()},
         "answers": scores.get(shown, {}).get("answers", []),
@@ -127,25 +136,15 @@ def _refuse(what: str, fix: str) -> None:
     raise DataError(what, fix)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What a file of scores holds; nothing if it is not there, or damaged."""
-    try:
-        found = read_json(path)
-    except ArtifactError:
-        return {}
-    figures = found.get("figures", {}) if isinstance(found, dict) else None
-    values = [figure.get("value") for figure in figures.values()] if isinstance(figures, dict) else [None]
-    return found if all(is_number(value) for value in values) else {}
-
-
-def _gate(gate: Gate, stages: Mapping[str, Stage], scores: Mapping[str, Any], run: Run) -> dict[str, Any]:
-    value, places = _figure(gate.model, gate.metric, stages, scores, run), [gate.model]
+def _gate(gate: Gate, stages: Mapping[str, Stage], figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    places = [gate.model]
     words = [LABELS.get(gate.metric, gate.metric), f"of {gate.model}"]
     if gate.over is not None:
         other = gate.over if gate.over != "start" else before_name(stages[gate.model], stages)
-        before, places = _figure(other, gate.metric, stages, scores, run), [gate.model, other]
-        value = None if value is None or before is None else value - before
+        places.append(other)
         words.append(f"over {'what it started from' if gate.over == 'start' else gate.over}")
+    found = [value for name in places if is_number(value := figures.get(name, {}).get(gate.metric))]
+    value = found[0] - sum(found[1:]) if len(found) == len(places) else None
     bounds = [f"at least {gate.min:g}"] if gate.min is not None else []
     bounds += [f"at most {gate.max:g}"] if gate.max is not None else []
     passed = value is not None and (gate.min is None or value >= gate.min) and (gate.max is None or value <= gate.max)
@@ -160,15 +159,3 @@ def _gate(gate: Gate, stages: Mapping[str, Stage], scores: Mapping[str, Any], ru
         "text": f"{' '.join(words)}: {' and '.join(bounds)}" + ("" if value is None else f", is {value:.4g}"),
         "passed": None if value is None else passed,
     }
-
-
-def _figure(name: str, metric: str, stages: Mapping[str, Stage], scores: Mapping[str, Any], run: Run) -> float | None:
-    """A score, or a figure of the stage's own; None if it is not measured yet, or of other settings."""
-    figures = scores.get(name, {}).get("figures", {})
-    if metric in figures:
-        return float(figures[metric]["value"])
-    if name not in stages or not is_current(stages[name], stages, run):
-        return None
-    manifest = run.manifest(name)
-    value = None if manifest is None else manifest.summary.get(metric)
-    return float(value) if isinstance(value, int | float) else None

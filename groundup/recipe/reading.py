@@ -124,7 +124,7 @@ def _problem(item: Any, values: Mapping[str, Any]) -> Problem:
     if item["type"] == "extra_forbidden":
         if len(keys) == 1 and keys[0] in METHODS:
             return Problem(
-                f"[{keys[0]}]", "is a stage of the graph now.",
+                f"[{keys[0]}]", f"is written [align.{keys[0]}].",
                 f"Write [align.{keys[0]}], and its init as start = \"…\" (unset: the recipe's own base model).",
             )  # fmt: skip
         names = list(section.model_fields) if section else []
@@ -134,6 +134,8 @@ def _problem(item: Any, values: Mapping[str, Any]) -> Problem:
             return Problem(where, f"is called {new} now.", f"Write: {new} = …{how}")
         near = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.5)
         fix = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(names)}."
+        if len(keys) == 1 and isinstance(shown, dict):
+            fix += f" A stage of a method is written [align.{keys[0]}]."
         return Problem(where, "no such setting.", fix)
     if not isinstance(shown, dict | BaseModel):
         where += f" = {json.dumps(shown, default=str)}"

@@ -64,7 +64,7 @@ def _write_section(
 
 def _toml_value(value: object) -> str:
     if isinstance(value, Section):  # one of a list of tables
-        value = value.model_dump(exclude_unset=True)
+        value = value.model_dump(exclude_unset=True, exclude_none=True)
     if isinstance(value, tuple | list) and value and all(isinstance(item, Section) for item in value):
         return "[\n" + "".join(f"    {_toml_value(item)},\n" for item in value) + "]"
     if isinstance(value, tuple | list):

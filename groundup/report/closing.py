@@ -15,7 +15,7 @@ from rich.text import Text
 
 from groundup.report.format import format_many, is_number
 from groundup.run import Run
-from groundup.stage import graph
+from groundup.stage import stages_done
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def closing_table(scores: Mapping[str, Any], run: Run | None = None) -> Table:
     """
     rows = closing_rows(scores)
     if run is not None:
-        manifests = {name: run.manifest(name) for name in graph(run.recipe)}
+        manifests = {name: run.manifest(name) for name in stages_done(run)}
         rows += pipeline_rows({name: manifest.summary for name, manifest in manifests.items() if manifest})
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
     table.add_column("")
@@ -65,7 +65,7 @@ def closing_table(scores: Mapping[str, Any], run: Run | None = None) -> Table:
         shown[3].stylize("bold")
         if gated:
             mark = "" if row.gate_passed is None else ("✓ " if row.gate_passed else "✗ ")
-            shown.append(Text(mark + row.gate, style="green" if row.gate_passed else "red"))
+            shown.append(Text(mark + row.gate, style={None: "dim", True: "green", False: "red"}[row.gate_passed]))
         table.add_row(*shown)
     return table
 
@@ -127,7 +127,7 @@ def is_share(key: str) -> bool:
 def _row(row: Mapping[str, Any], gates: Sequence[Mapping[str, Any]] = ()) -> ClosingRow:
     key = str(row.get("key", ""))
     before, after = (_mapping(row.get(name)) for name in ("before", "after"))
-    n = format_many(after.get("n"))
+    n, outcomes = format_many(after.get("n")), [gate.get("passed") for gate in gates]
     return ClosingRow(
         key=key,
         model=str(row.get("model", "")),
@@ -136,8 +136,8 @@ def _row(row: Mapping[str, Any], gates: Sequence[Mapping[str, Any]] = ()) -> Clo
         after=format_figure(key, after.get("value")),
         stderr=_stderr(key, after.get("stderr")),
         n=f"{n} {after.get('unit') or ''}".strip() if n else "",
-        gate="; ".join(str(gate.get("bounds", "")) for gate in gates),
-        gate_passed=all(gate.get("passed") is True for gate in gates) if gates else None,
+        gate="; ".join(str(gate.get("bounds", "")) for gate in gates) + (", not measured" if None in outcomes else ""),
+        gate_passed=all(outcomes) if outcomes and None not in outcomes else None,
     )
 
 

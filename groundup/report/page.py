@@ -43,7 +43,7 @@ def write_report(run: Run) -> Path:
     record = read_record(run)
     rows = closing_rows(record.scores)
     if rows:
-        rows += pipeline_rows({stage: record.summary(stage) for stage in record.stages})
+        rows += pipeline_rows({name: stage.summary for name, stage in record.stages.items() if stage.state == "done"})
     stops = pipeline_stops(record, record.end)
     page = (
         _environment()

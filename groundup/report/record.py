@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from groundup.errors import ArtifactError, GroundupError, RunError
 from groundup.files import read_json
 from groundup.report.format import is_number
 from groundup.run import MANIFEST, RECIPE_FILE, Manifest, Run
-from groundup.stage import default_model, graph, is_current, language_models
+from groundup.stage import current_stages, default_model, graph, language_models
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,14 @@ def read_record(run: Run) -> RunRecord:
         )
     warnings: list[str] = []
     about, base, end, needs = "", "", "", dict.fromkeys(run.finished(), ())
-    changed: set[str] = set()
+    changed: Set[str] = set()
     try:
         recipe = run.recipe
         about, stages_now = recipe.about, graph(recipe)
         models = [stage.name for stage in language_models(stages_now)]
         if models:
             base, end = models[0], default_model(recipe, to_chat=True)[0]
-        changed = {name for name, stage in stages_now.items() if not is_current(stage, stages_now, run)}
+        changed = stages_now.keys() - current_stages(stages_now, run)
         needs = {name: (stage.start,) if stage.start else stage.needs for name, stage in stages_now.items()}
     except GroundupError as error:
         warnings.append(f"The recipe cannot be read: {error}")
