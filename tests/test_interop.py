@@ -142,7 +142,7 @@ def test_load_finds_the_model_of_a_run_a_stage_and_a_folder(tmp_path):
         assert torch.equal(weight(path), assistant.embed_tokens.weight)
     assert torch.equal(weight(tmp_path / "pretrain"), base.embed_tokens.weight)
     assert torch.equal(weight(tmp_path, stage="pretrain"), base.embed_tokens.weight)
-    with pytest.raises(ArtifactError, match="no model here of stage 'dpo'"):
+    with pytest.raises(ArtifactError, match="no stage 'dpo' here that makes a model"):
         gu.load(tmp_path, stage="dpo")
     with pytest.raises(ArtifactError, match="nowhere: no model here"):
         gu.load(tmp_path / "nowhere")
