@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from training_rows import RandomRows
 
 from groundup.console import Console
-from groundup.distributed import current_world, full_tensor
+from groundup.distributed import current_world, end_process, full_tensor
 from groundup.model import Transformer, preset
 from groundup.recipe import OptimizerSettings
 from groundup.training import NextToken, TrainingJob, train
@@ -53,5 +53,4 @@ train(job, world, Console(quiet=True))
 trained = {name: full_tensor(parameter).detach() for name, parameter in job.model.named_parameters()}
 if world.is_first:
     save_file(trained, folder / "weights.safetensors")
-if world.size > 1:
-    torch.distributed.destroy_process_group()
+end_process(0)

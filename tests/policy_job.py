@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from groundup.console import Console
-from groundup.distributed import World, current_world
+from groundup.distributed import World, current_world, end_process
 from groundup.model import ModelConfig, Transformer, preset
 from groundup.recipe import OptimizerSettings
 from groundup.training import Batch, Term, TrainingJob, pass_flops, train
@@ -109,5 +109,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     where, *how = sys.argv[1:]
     run(Path(where), current_world(), (how[1], int(how[2])) if how else None)
-    if current_world().size > 1:
-        torch.distributed.destroy_process_group()
+    end_process(0)

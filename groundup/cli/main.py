@@ -96,6 +96,17 @@ def main() -> None:
             # A terminal or a pipe that is not UTF-8 shows "?" for what it cannot show.
             stream.reconfigure(errors="replace")
     try:
+        _run()
+    except SystemExit as end:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            from groundup.distributed import end_process
+
+            end_process(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
+
+
+def _run() -> None:
+    try:
         make_app()(prog_name="groundup")
     except Interrupted as stop:
         if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks

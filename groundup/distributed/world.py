@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -108,3 +109,14 @@ def current_world() -> World:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("dp_shard",))
     return World(rank=dist.get_rank(), size=size, device=device, mesh=mesh)
+
+
+def end_process(status: int) -> None:
+    """End a process of a group here, with this exit status; a process without a group goes on.
+
+    gloo's threads may still hold tensors when Python shuts down, and then abort the process (pytorch issue 190489).
+    """
+    if dist.is_available() and dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
