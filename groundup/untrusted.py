@@ -6,12 +6,14 @@ no JSON that says the same name twice, no file that is larger than such a file c
 
 from __future__ import annotations
 
+import contextlib
 import json
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from groundup.errors import ArtifactError
+from groundup.errors import ArtifactError, GroundupError
 
 MOST_JSON_BYTES = 256 * 2**20
 """A tokenizer of a million entries with its merges has a tenth of it."""
@@ -52,17 +54,50 @@ def file_inside(folder: Path, name: str) -> Path:
     return path
 
 
+def ordinary_file(path: Path, kind: type[GroundupError] = ArtifactError) -> Path:
+    """The path itself, if a file of bytes stands there: a pipe or a device would be read for ever.
+
+    Raises:
+        kind: it is something else, or cannot be looked at.
+    """
+    with reading(str(path), kind):
+        mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise kind(f"{path}: is a folder." if stat.S_ISDIR(mode) else f"{path}: is not an ordinary file.")
+    return path
+
+
+@contextlib.contextmanager
+def reading(source: str, kind: type[GroundupError] = ArtifactError, fix: str | None = None) -> Iterator[None]:
+    """Turn whatever a library throws while it reads `source` into an error of ours that names it.
+
+    Args:
+        source: the file, and the place in it if known.
+        kind: the class of the error.
+        fix: the way out.
+
+    Raises:
+        kind: something was thrown that is neither an error of ours nor a wish to stop.
+    """
+    try:
+        yield
+    except (GroundupError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except FileNotFoundError as error:
+        raise kind(f"{source}: not found.", fix) from error
+    except BaseException as error:  # a panic of a Rust library is no Exception
+        what = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+        raise kind(f"{source}: cannot be read ({what[:200]}).", fix) from error
+
+
 def read_bytes(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
     """A whole file that is not larger than `most` bytes.
 
     Raises:
         ArtifactError: it is, or cannot be read.
     """
-    try:
-        with path.open("rb") as handle:
-            contents = handle.read(most + 1)
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    with reading(str(path)), ordinary_file(path).open("rb") as handle:
+        contents = handle.read(most + 1)
     if len(contents) > most:
         raise ArtifactError(f"{path}: is larger than {most:,} bytes, which no such file is.")
     return contents
