@@ -272,7 +272,7 @@ def test_inside_a_worker_of_a_pool(extractor: Extractor) -> None:
         assert pool.apply(extract_some, (extractor.kind,)) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_inside_a_ray_task(fast: Extractor) -> None:
     pytest.importorskip("ray")
     from groundup.corpus.engine import RayCluster

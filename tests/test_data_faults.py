@@ -38,6 +38,8 @@ from groundup.errors import DataError, GroundupError
 from groundup.files import file_digest
 from groundup.recipe import CorpusSettings
 
+pytestmark = pytest.mark.faults
+
 GOOD = "It was a bright cold day, and the fox was walking through the forest."
 MORE = "In the evening it came to a river, and the bridge was gone."
 RESULT = ("documents.jsonl", "set_aside.jsonl", "filter_statistics.json")

@@ -29,6 +29,8 @@ from groundup.files import (
     write_text,
 )
 
+pytestmark = pytest.mark.faults
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
