@@ -145,8 +145,12 @@ def words_of(texts: Sequence[str]) -> Words:
         _beyond_ascii(np.frombuffer(lowered, dtype=np.uint8), marks)
         data = bytes(lowered)
         begin, end = _edges(marks)
-        inner = _inner_words(data, begin, end, marks)
-        if inner:
+        unspaced = marks[begin] == _UNSPACED
+        if unspaced.any():
+            first, last = begin[unspaced], end[unspaced]
+            runs = [data[a:b].decode() for a, b in zip(first.tolist(), last.tolist(), strict=True)]
+            owner, place = _inner_words(runs)
+            inner = first[owner] + _bytes_before(runs, owner, place)
             begin, end = np.sort(np.append(begin, inner)), np.sort(np.append(end, inner))
     starts = np.searchsorted(begin, offsets)
     return Words(_hashes(data, begin, end), starts, begin, end, data, offsets)
@@ -226,23 +230,26 @@ def _edges(marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return edges[marks[edges] != _SEPARATOR], edges[marks[edges - 1] != _SEPARATOR]
 
 
-def _inner_words(data: bytes, begin: np.ndarray, end: np.ndarray, marks: np.ndarray) -> list[int]:
-    """Where words begin within the runs of scripts without spaces, in bytes."""
-    found: list[int] = []
-    unspaced = marks[begin] == _UNSPACED
-    for first, last in zip(begin[unspaced].tolist(), end[unspaced].tolist(), strict=True):
-        run = data[first:last].decode()
-        if 3 * len(run) == last - first:  # all but the rare letters take three bytes
-            found += [first + 3 * place for place in _word_begins(run)]
-        else:
-            bytes_before = [0, *itertools.accumulate(len(letter.encode()) for letter in run)]
-            found += [first + bytes_before[place] for place in _word_begins(run)]
-    return found
+def _inner_words(runs: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Where ICU's dictionaries begin a word within a run of letters: which run, and the place in it, (n,) int64 each.
+
+    All runs are one text for ICU, which takes far longer to begin than to go on; it never looks beyond a line break.
+    """
+    lengths = np.array([len(run) for run in runs])
+    firsts = np.cumsum(lengths + 1) - (lengths + 1)
+    ends = np.cumsum([len(word) for word in WordBreaker("\n".join(runs), "en")])
+    owner = np.searchsorted(firsts, ends, side="right") - 1
+    place = ends - firsts[owner]
+    is_inner = (place > 0) & (place < lengths[owner])
+    return owner[is_inner], place[is_inner]
 
 
-def _word_begins(run: str) -> list[int]:
-    """Where words begin within a run of letters, by ICU's dictionaries."""
-    return list(itertools.accumulate(map(len, WordBreaker(run, "en"))))[:-1]
+def _bytes_before(runs: Sequence[str], owner: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """UTF-8 bytes of each run before a place; letters of these scripts have three or four."""
+    codes = np.frombuffer("".join(runs).encode("utf-32-le"), dtype="<u4")
+    before = np.concatenate([[0], np.cumsum(3 + (codes > 0xFFFF))])
+    first = np.cumsum([0, *map(len, runs)])[owner]
+    return before[first + place] - before[first]
 
 
 def _hashes(data: bytes, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
@@ -302,11 +309,12 @@ def word_breaks(text: str, places: np.ndarray) -> list[int]:
     """
     if not len(places):
         return []
-    breaks: set[int] = set()
-    gaps = np.flatnonzero(np.diff(places) != 1) + 1
-    for run in np.split(places, gaps):
-        begin, end = int(run[0]), int(run[-1]) + 1
-        breaks.update(begin + place for place in _word_begins(text[begin:end]))
+    is_first = np.diff(places, prepend=-2) != 1
+    begins = places[is_first].tolist()
+    ends = (places[np.append(is_first[1:], True)] + 1).tolist()
+    owner, inner = _inner_words([text[begin:end] for begin, end in zip(begins, ends, strict=True)])
+    breaks = set((places[is_first][owner] + inner).tolist())
+    for begin, end in zip(begins, ends, strict=True):
         follows = _FOLLOWING_WORD.match(text, end)
         for place in (begin, follows.end() if follows else begin):
             while place and unicodedata.category(text[place - 1]) in ("Ps", "Pi"):
