@@ -42,6 +42,7 @@ from groundup.corpus.reading.sources import InputFile, InputFiles, find_sources
 from groundup.corpus.reading.units import Unit, units_of, unlisted
 from groundup.corpus.select import Annotated, Selection, write_decisions
 from groundup.corpus.write import Merge, WriteUnit, merge_range, write_cuts, write_unit
+from groundup.corpus.words import WORDS_VERSION
 from groundup.errors import DataError
 from groundup.files import (
     append_file,
@@ -174,7 +175,7 @@ class Passes:
         plain = CorpusSettings(unicode=self._settings.unicode, text_field=self._settings.text_field)
         both = (asked.positive, asked.negative)
         digests = [[source.digest() for source in find_sources(files).files] for files in both]
-        fingerprint = value_digest([CLASSIFIER_VERSION, *digests])
+        fingerprint = value_digest([CLASSIFIER_VERSION, WORDS_VERSION, *digests])
         marker = folder / "fingerprint.json"
         if not marker.is_file() or read_json(marker) != fingerprint:
             good, bad = ((item.text for item in read(*files, settings=plain)) for files in both)
