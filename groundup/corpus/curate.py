@@ -174,7 +174,7 @@ class Corpus(Method):
     """The stage: raw files to documents."""
 
     settings = CorpusSettings
-    version = 3
+    version = 4
     keeps = (ANNOTATED,)  # every piece in it is checked by its own fingerprint
 
     def outside(self, stage: Stage) -> dict[str, str]:
