@@ -227,7 +227,8 @@ class Passes:
         searches = []
         if settings.dedup_within != "none":
             self._show(0, total=1, note=f"repeated {settings.dedup_within}")
-            searches.append(repeated_parts(self._keys, kept, settings.dedup_within, self._work / "parts", *common))
+            within, least = settings.dedup_within, settings.dedup_within_characters
+            searches.append(repeated_parts(self._keys, kept, within, self._work / "parts", *common, least))
         if settings.dedup_substring:
             self._show(0, total=1, note="repeated passages")
             n_words = settings.dedup_substring
