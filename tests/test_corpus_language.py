@@ -64,9 +64,7 @@ def test_passages_in_capitals_are_english(shipped_passages: list[str]) -> None:
 
 @pytest.mark.parametrize("place", [0.0, 1 / 6, 0.3, 0.5, 0.7, 5 / 6, 1.0])
 @pytest.mark.parametrize("code", ["de", "fr", "es"])
-def test_a_quotation_does_not_decide_wherever_it_stands(
-    shipped_passages: list[str], code: str, place: float
-) -> None:
+def test_a_quotation_does_not_decide_wherever_it_stands(shipped_passages: list[str], code: str, place: float) -> None:
     quoted = []
     for text in shipped_passages[::4]:
         at = int(place * (len(text) - len(TEXTS[code])))

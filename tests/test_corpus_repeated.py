@@ -65,7 +65,7 @@ def in_order_of_ids(texts: list[str]) -> list[int]:
 
 
 LONG = "a line that is long enough to be compared"
-LINES = [LONG, LONG + " too", "Home", "Contact us", "```", "首页", "another line that is long enough", "   " + LONG + " ", ""]
+LINES = [LONG, LONG + " too", "Home", "Contact us", "```", "首页", "one more line of that kind", f"   {LONG} ", ""]
 
 
 @settings(max_examples=30)

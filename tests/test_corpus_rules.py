@@ -158,16 +158,31 @@ def test_gopher_keeps_technical_english() -> None:
 
 
 TEXTS = {
-    "en": """The village library opens at nine, and the old keeper unlocks the heavy door with a key from her belt.
-Children come after school to read about ships, while their parents talk quietly in the garden. On rainy days the
-lamps are lit early, and that makes the long room feel like the inside of a lantern. Who would have guessed that the
-blue book was hidden behind the clock? She laughed, and went to fetch the ladder.""".replace("\n", " "),
-    "zh": """村里的图书馆每天早上九点开门,老管理员用腰间的钥匙打开沉重的木门。放学以后,孩子们来这里阅读关于轮船的故事,父母在花园里轻声谈话。
-下雨的时候,灯很早就亮了,长长的房间像一盏灯笼。谁能想到,那本蓝色的书藏在时钟后面?她笑了起来,去拿梯子。第二天,邻居们带来了新鲜的面包和热茶。""",
-    "ja": """村の図書館は朝九時に開き、年老いた管理人が腰の鍵で重い扉を開ける。放課後になると子どもたちが船の物語を読みに来て、親たちは庭で静かに話をする。
-雨の日には早くから明かりが灯り、長い部屋は提灯の中のようになる。青い本が時計の後ろに隠れていたと誰が思っただろうか。彼女は笑って、はしごを取りに行った。""",
-    "th": """ห้องสมุดของหมู่บ้านเปิดตอนเก้าโมงเช้า บรรณารักษ์ชราใช้กุญแจที่เอวเปิดประตูไม้หนัก หลังเลิกเรียนเด็กๆ มาอ่านเรื่องเรือ ส่วนพ่อแม่คุยกันเบาๆ ในสวน
-วันที่ฝนตกไฟจะเปิดแต่หัวค่ำ ทำให้ห้องยาวดูเหมือนอยู่ในโคมไฟ ใครจะคิดว่าหนังสือสีฟ้าเล่มนั้นซ่อนอยู่หลังนาฬิกา เธอหัวเราะแล้วเดินไปหยิบบันได""",
+    "en": (
+        "The village library opens at nine, and the old keeper unlocks the heavy door with a key from her belt."
+        " Children come after school to read about ships, while their parents talk quietly in the garden. On"
+        " rainy days the lamps are lit early, and that makes the long room feel like the inside of a lantern."
+        " Who would have guessed that the blue book was hidden behind the clock? She laughed, and went to fetch"
+        " the ladder."
+    ),
+    "zh": (
+        "村里的图书馆每天早上九点开门,老管理员用腰间的钥匙打开沉重的木门。放学以后,孩子们来这里阅读关于轮船的故事"
+        ",父母在花园里轻声谈话。\n"
+        "下雨的时候,灯很早就亮了,长长的房间像一盏灯笼。谁能想到,那本蓝色的书藏在时钟后面?她笑了起来,去拿梯子。第"
+        "二天,邻居们带来了新鲜的面包和热茶。"
+    ),
+    "ja": (
+        "村の図書館は朝九時に開き、年老いた管理人が腰の鍵で重い扉を開ける。放課後になると子どもたちが船の物語を読"
+        "みに来て、親たちは庭で静かに話をする。\n"
+        "雨の日には早くから明かりが灯り、長い部屋は提灯の中のようになる。青い本が時計の後ろに隠れていたと誰が思っ"
+        "ただろうか。彼女は笑って、はしごを取りに行った。"
+    ),
+    "th": (
+        "ห้องสมุดของหมู่บ้านเปิดตอนเก้าโมงเช้า บรรณารักษ์ชราใช้กุญแจที่เอวเปิดประตูไม้หนัก หลังเลิกเรียนเด็กๆ"
+        " มาอ่านเรื่องเรือ ส่วนพ่อแม่คุยกันเบาๆ ในสวน\n"
+        "วันที่ฝนตกไฟจะเปิดแต่หัวค่ำ ทำให้ห้องยาวดูเหมือนอยู่ในโคมไฟ ใครจะคิดว่าหนังสือสีฟ้าเล่มนั้นซ่อนอยู่หลังน"
+        "าฬิกา เธอหัวเราะแล้วเดินไปหยิบบันได"
+    ),
 }
 
 

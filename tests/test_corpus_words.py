@@ -16,7 +16,9 @@ from groundup.corpus.words import UNSPACED, WORDS_VERSION, split_words, words_of
 from groundup.reference import quality
 
 MASK = (1 << 64) - 1
-ADVERSARIAL = "aB9 \n\t.,_'-éÉßẞİıΣσςÇЖжΩ中文の野家ｱｱあ食べるไทยກខ𠮷한글😀👍🏽’“—\u200d\u0301\ud800\udfffK𐐀𐐨\x00\x7f\ufeff0٣"
+ADVERSARIAL = (
+    "aB9 \n\t.,_'-éÉßẞİıΣσςÇЖжΩ中文の野家ｱあ食べるไทยກខ𠮷한😀👍🏽’“—\u200d\u0301\ud800\udfffK𐐀𐐨\x00\x7f\ufeff0٣"
+)
 text = st.text(alphabet=st.one_of(st.sampled_from(ADVERSARIAL), st.characters()), max_size=80)
 texts = st.lists(text, max_size=8)
 

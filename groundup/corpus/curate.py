@@ -192,7 +192,8 @@ class Corpus(Method):
     def derived(self, stage: Stage) -> Iterable[tuple[str, str, str]]:
         """Rules that mean nothing in the recipe's languages."""
         for rule in _left_out(stage.settings):
-            yield f'corpus.thresholds."{rule.name}"', "false", f"{rule.why}; languages = {list(stage.settings.languages)}"
+            why = f"{rule.why}; languages = {list(stage.settings.languages)}"
+            yield f'corpus.thresholds."{rule.name}"', "false", why
 
     def work(self, context: Context) -> dict[str, Any]:
         """See `curate`."""

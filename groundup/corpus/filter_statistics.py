@@ -177,7 +177,7 @@ class FilterStatistics:
         }
 
     def nothing_left(self) -> DataError:
-        """The error for a corpus in which no document remained: what removed most of the wanted language, and the way out."""
+        """The error for a corpus in which no document remained: what removed most of those in a wanted language."""
         removed = self.removed
         of_wanted: Counter[str] = Counter()  # documents that got past reading and the language filter
         for (reason, _, language), count in self._documents.items():

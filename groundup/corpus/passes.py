@@ -41,8 +41,8 @@ from groundup.corpus.reading.read import read
 from groundup.corpus.reading.sources import InputFile, InputFiles, find_sources
 from groundup.corpus.reading.units import Unit, units_of, unlisted
 from groundup.corpus.select import Annotated, Selection, write_decisions
-from groundup.corpus.write import Merge, WriteUnit, merge_range, write_cuts, write_unit
 from groundup.corpus.words import WORDS_VERSION
+from groundup.corpus.write import Merge, WriteUnit, merge_range, write_cuts, write_unit
 from groundup.errors import DataError
 from groundup.files import (
     append_file,

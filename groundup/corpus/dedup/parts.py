@@ -2,12 +2,12 @@
 
 In: the texts of the documents that stay. Out: for each unit what is to be cut. A part is compared by the 128-bit
 xxh3 digest of its text, runs of white space being one space. It stays where it stands first in the document with
-the smallest id, and goes everywhere else, also where that document repeats it. Left alone is what has no letter or digit
-(a code block's fence, a rule between sections), and what is shorter than asked for (`MIN_CHARACTERS`): a paragraph of one
-word is a heading, which says too little to be a copy; a line of one word stands in a menu.
+the smallest id, and goes everywhere else, also where that document repeats it. Left alone is what has no letter or
+digit (a code block's fence), and what is shorter than asked for (`MIN_CHARACTERS`): a paragraph of one word is a
+heading, which says too little to be a copy; a line of one word stands in a menu.
 
-Source: the paragraphs of Soldaini et al., Dolma (2024), section 4.1.4, exactly instead of by a Bloom filter; the lines of
-Wenzek et al., CCNet (2020), section 3.1, which has no least length either.
+Source: the paragraphs of Soldaini et al., Dolma (2024), section 4.1.4, exactly instead of by a Bloom filter; the
+lines of Wenzek et al., CCNet (2020), section 3.1, which has no least length either.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ MAX_WORD_CHARACTERS = 1000
 LINE_RULES: dict[str, str] = {
     "citations": "[1], [edit] and [citation needed] are taken out of the line (C4's code)",
     "long word": f"lines with a word of more than {MAX_WORD_CHARACTERS:,} characters go (C4's code)",
-    "terminal punctuation": "lines that do not end in . ? ! (or another script's sign) or a quotation mark, or end in ..., go (C4)",
+    "terminal punctuation": "lines that do not end in . ? ! or a quotation mark (any script's), or end in ..., go (C4)",
     "few words": f"lines of fewer than {MIN_WORDS} words go (C4)",
     "javascript": "lines with the word Javascript go (C4)",
     "policy": "lines about terms of use, privacy policies or cookies go (C4's code)",

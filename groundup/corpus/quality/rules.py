@@ -30,9 +30,9 @@ class Rule:
     Attributes:
         name: as in a recipe, such as "gopher.min_words".
         signal: a name out of `signals.SIGNALS`.
+        source: where it was published.
         least: the least value that is kept, or None.
         most: the greatest value that is kept, or None.
-        source: where it was published.
         languages: the only languages whose documents it judges; none: any.
         not_languages: languages whose documents it does not judge.
         why: why it means nothing in other languages.
@@ -40,9 +40,9 @@ class Rule:
 
     name: str
     signal: str
-    least: float | None
-    most: float | None
     source: str
+    least: float | None = None
+    most: float | None = None
     languages: tuple[str, ...] = ()
     not_languages: tuple[str, ...] = ()
     why: str = ""
@@ -73,9 +73,8 @@ def all_rules() -> dict[str, Rule]:
     """Every rule by name, in the order in which they are tried."""
     return {
         record["name"]: Rule(
-            record["name"], record["signal"], record.get("least"), record.get("most"), record["source"],
-            tuple(record.get("languages", ())), tuple(record.get("not_languages", ())), record.get("why", ""),
-        )  # fmt: skip
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+        )
         for record in _data()["rules"]
     }
 
