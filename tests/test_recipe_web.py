@@ -75,18 +75,12 @@ def cut_of(shared_data: Path, out: Path, language: str, n: int) -> Path:
     return out
 
 
-GENTLE = (
-    "corpus.quality=gentle",
-    'corpus.thresholds={"gentle.min_words"=false,"gentle.max_mean_word_length"=false}',
-)  # as the manual has it for languages written without spaces
-
-
 @pytest.mark.parametrize(
     ("language", "n", "overrides"),
     [
         ("en", 30, ()),
         ("de", 25, ("corpus.languages=de",)),
-        pytest.param("zh", 120, ("corpus.languages=zh", *GENTLE), marks=pytest.mark.slow),
+        pytest.param("zh", 120, ("corpus.languages=zh",), marks=pytest.mark.slow),
     ],
 )
 def test_real_pages_become_a_model(
@@ -109,7 +103,7 @@ def test_real_pages_become_a_model(
     documents = list(stream_documents(tmp_path / "run" / "corpus"))
     assert {document.language for document in documents} == {language}
     assert not any(private in document.text for document in documents for private in PLACEHOLDERS)
-    wanted = {rule.name for rule in rules_for(("gentle",) if language == "zh" else ("gopher",), {})}
+    wanted = {rule.name for rule in rules_for(("gopher",), {})}
     assert {f"private: {kind}" for kind in ("email", "phone", "ip", "credit_card")} <= set(statistics["changed"])
     read = {"language", "invalid JSON", "duplicate", "near-duplicate", "empty", "short"}
     assert set(corpus["removed"]) <= wanted | read

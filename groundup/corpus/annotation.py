@@ -17,7 +17,7 @@ from groundup.errors import ArtifactError, DataError
 from groundup.files import file_digest, read_json, value_digest
 from groundup.recipe import CorpusSettings
 
-ANNOTATION_VERSION = 2
+ANNOTATION_VERSION = 3
 """Raised when the results of this pass change."""
 
 DOCUMENTS_TABLE = "documents.parquet"

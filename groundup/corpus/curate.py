@@ -27,7 +27,7 @@ from groundup.corpus.filter_statistics import PASSED_OVER_SHOWN
 from groundup.corpus.inputs import check_named_files, input_fingerprint
 from groundup.corpus.passes import ANNOTATED, DOCUMENTS, SET_ASIDE_FILE, STATISTICS_FILE, Passes
 from groundup.corpus.quality.language import check_languages
-from groundup.corpus.quality.rules import rules_for
+from groundup.corpus.quality.rules import Rule, left_out, rules_for
 from groundup.corpus.reading.sources import InputFiles, find_sources
 from groundup.corpus.write import parse_line
 from groundup.errors import ArtifactError, DataError, RunError
@@ -71,6 +71,8 @@ def curate(settings: CorpusSettings, out: Path, console: Console | None = None) 
                 remove_partials(out)  # those of workers that were stopped too
     except OSError as error:
         raise write_error(Path(error.filename or out), error) from error
+    for rule in _left_out(settings):
+        console.note(f"{rule.name} is left out: {rule.why}, and languages = {list(settings.languages)}.")
     statistics = passes.statistics
     files = {
         "read": len(sources.files),
@@ -107,6 +109,10 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _left_out(settings: CorpusSettings) -> list[Rule]:
+    return left_out(settings.quality, settings.thresholds, settings.languages)
 
 
 def _make(settings: CorpusSettings, sources: InputFiles, out: Path, console: Console) -> Passes:
@@ -168,7 +174,7 @@ class Corpus(Method):
     """The stage: raw files to documents."""
 
     settings = CorpusSettings
-    version = 3
+    version = 4
     keeps = (ANNOTATED,)  # every piece in it is checked by its own fingerprint
 
     def outside(self, stage: Stage) -> dict[str, str]:
@@ -180,8 +186,14 @@ class Corpus(Method):
         settings = stage.settings
         yield "[corpus] inputs", lambda: find_sources(settings.inputs)
         yield "[corpus] languages", lambda: check_languages(settings.languages, settings.language_model)
-        yield "[corpus] quality", lambda: rules_for(settings.quality, settings.thresholds)
+        yield "[corpus] quality", lambda: rules_for(settings.quality, settings.thresholds, settings.languages)
         yield "[corpus]", lambda: check_named_files(settings)
+
+    def derived(self, stage: Stage) -> Iterable[tuple[str, str, str]]:
+        """Rules that mean nothing in the recipe's languages."""
+        for rule in _left_out(stage.settings):
+            why = f"{rule.why}; languages = {list(stage.settings.languages)}"
+            yield f'corpus.thresholds."{rule.name}"', "false", why
 
     def work(self, context: Context) -> dict[str, Any]:
         """See `curate`."""

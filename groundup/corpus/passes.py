@@ -41,6 +41,7 @@ from groundup.corpus.reading.read import read
 from groundup.corpus.reading.sources import InputFile, InputFiles, find_sources
 from groundup.corpus.reading.units import Unit, units_of, unlisted
 from groundup.corpus.select import Annotated, Selection, write_decisions
+from groundup.corpus.words import WORDS_VERSION
 from groundup.corpus.write import Merge, WriteUnit, merge_range, write_cuts, write_unit
 from groundup.errors import DataError
 from groundup.files import (
@@ -174,7 +175,7 @@ class Passes:
         plain = CorpusSettings(unicode=self._settings.unicode, text_field=self._settings.text_field)
         both = (asked.positive, asked.negative)
         digests = [[source.digest() for source in find_sources(files).files] for files in both]
-        fingerprint = value_digest([CLASSIFIER_VERSION, *digests])
+        fingerprint = value_digest([CLASSIFIER_VERSION, WORDS_VERSION, *digests])
         marker = folder / "fingerprint.json"
         if not marker.is_file() or read_json(marker) != fingerprint:
             good, bad = ((item.text for item in read(*files, settings=plain)) for files in both)
@@ -226,7 +227,8 @@ class Passes:
         searches = []
         if settings.dedup_within != "none":
             self._show(0, total=1, note=f"repeated {settings.dedup_within}")
-            searches.append(repeated_parts(self._keys, kept, settings.dedup_within, self._work / "parts", *common))
+            within, least = settings.dedup_within, settings.dedup_within_characters
+            searches.append(repeated_parts(self._keys, kept, within, self._work / "parts", *common, least))
         if settings.dedup_substring:
             self._show(0, total=1, note="repeated passages")
             n_words = settings.dedup_substring

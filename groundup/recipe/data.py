@@ -89,6 +89,9 @@ class CorpusSettings(Section):
     dedup_within: Literal["none", "paragraphs", "lines"] = setting(
         "none", "remove paragraphs or lines that another document has too"
     )
+    dedup_within_characters: int | None = setting(
+        None, "shorter paragraphs or lines stay (unset: 20 for paragraphs; 1 for lines: those of menus are short)", ge=1
+    )
     dedup_substring: int = setting(
         0, "remove runs of at least this many words that occur elsewhere too (0: none; 50 is usual)"
     )
