@@ -18,14 +18,14 @@ from torch import Tensor
 from groundup.errors import ArtifactError, GroundupError
 from groundup.files import MARK, atomic_folder, check_ours, write_json
 from groundup.interop.families import FAMILIES, differences, huggingface_config
-from groundup.interop.folder import CONFIG_FILE, GENERATION_FILE, find_model, token_ids
+from groundup.interop.folder import CONFIG_FILE, find_model
 from groundup.interop.layouts import put_together
 from groundup.interop.read_weights import DTYPES, INDEX_FILE
 from groundup.interop.stored import OURS_KEY, StoredModel, open_stored, target_layout
 from groundup.interop.write_weights import TensorSpec, write_weights
 from groundup.model import count_parameters
-from groundup.tokenizer.files import TOKENIZER_FILE, TOKENIZER_FILES, read_files
-from groundup.tokenizer.pretrained import SPECIAL_TOKENS, read_tokenizer
+from groundup.tokenizer.files import GENERATION_FILE, TOKENIZER_FILE, TOKENIZER_FILES, read_files
+from groundup.tokenizer.pretrained import SPECIAL_TOKENS, read_tokenizer, token_ids
 from groundup.untrusted import parse_object
 
 SHARD_BYTES = 5 * 10**9
@@ -120,16 +120,16 @@ def _convert(
         whole = put_together(layout.tensors[name], stored.parameter, stored.config.n_experts)
         return _cast(whole, dtypes[name], f"{stored.weights.source}: {name}")
 
-    files = read_files(stored.folder, (*TOKENIZER_FILES, GENERATION_FILE))
+    files = read_files(stored.folder, TOKENIZER_FILES)
     main = next(dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if dtype in dtypes.values())
     config["dtype"] = str(main).removeprefix("torch.")
-    ids = _token_ids(stored, files)
+    ids, generation = _token_ids(stored, files)
     with _new_folder(out, stored.folder, force=force) as partial:
         n_bytes = write_weights(partial, specs, tensor, most_bytes=most_bytes)
         for name, contents in files.items():
             (partial / name).write_bytes(contents)
-        if GENERATION_FILE not in files and ids:
-            write_json(partial / GENERATION_FILE, ids)
+        if generation:
+            write_json(partial / GENERATION_FILE, generation)
         ours = config.pop(OURS_KEY, None)
         write_json(partial / CONFIG_FILE, {**config, **ids, **({} if ours is None else {OURS_KEY: ours})})
     return {
@@ -143,16 +143,20 @@ def _convert(
     }
 
 
-def _token_ids(stored: StoredModel, files: dict[str, bytes]) -> dict[str, Any]:
-    """What begins and ends a text and fills up a batch: as the source has it, else as the tokenizer says."""
-    if GENERATION_FILE in files:
-        parse_object(files[GENERATION_FILE], str(stored.folder / GENERATION_FILE))  # damage is not passed on
+def _token_ids(stored: StoredModel, files: dict[str, bytes]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What begins and ends a text and fills up a batch, and the generation file if it is to be written anew.
+
+    As the source has it, else as the tokenizer says; of the tokens that end a text all that any file names.
+    """
+    theirs = parse_object(files.get(GENERATION_FILE, b"{}"), str(stored.folder / GENERATION_FILE))
+    ids = {name: value for name, value in stored.values.items() if name in _TOKEN_IDS}
     if TOKENIZER_FILE in files:
-        tokenizer = read_tokenizer(files, str(stored.folder / TOKENIZER_FILE), stored.values)
-        ids = token_ids(tokenizer)
-    else:
-        ids = {}
-    return ids | {name: value for name, value in stored.values.items() if name in _TOKEN_IDS}
+        found = token_ids(read_tokenizer(files, str(stored.folder / TOKENIZER_FILE), stored.values))
+        several = {"eos_token_id": found["eos_token_id"]} if isinstance(found["eos_token_id"], list) else {}
+        ids = found | ids | several
+        if GENERATION_FILE in files and theirs != theirs | several:
+            return ids, theirs | several
+    return ids, {} if GENERATION_FILE in files else ids
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, source: str) -> Tensor:

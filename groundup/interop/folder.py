@@ -25,12 +25,11 @@ from groundup.interop.write_weights import TensorSpec, write_weights
 from groundup.model import Transformer
 from groundup.stage import find_model
 from groundup.tokenizer import Tokenizer
-from groundup.tokenizer.pretrained import PretrainedTokenizer
+from groundup.tokenizer.files import GENERATION_FILE
+from groundup.tokenizer.pretrained import token_ids
 from groundup.tokenizer.stage import tokenizer_beside
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "LoadedModel", "find_model", "load", "load_model", "save_model"]
-
-GENERATION_FILE = "generation_config.json"
 
 
 def save_model(
@@ -68,7 +67,8 @@ def save_model(
                 ids = token_ids(tokenizer)
                 values |= ids
                 tokenizer.save(partial)
-                write_json(partial / GENERATION_FILE, ids)
+                if not (partial / GENERATION_FILE).exists():
+                    write_json(partial / GENERATION_FILE, ids)
             write_json(partial / CONFIG_FILE, values)
     else:
         write_weights(None, specs, tensor)
@@ -100,17 +100,6 @@ def _filled(stored: Tensor, shape: tuple[int, ...]) -> Tensor:
     filled = torch.zeros(shape) if tuple(stored.shape) != shape else torch.empty(shape)
     filled[: len(stored)] = stored
     return filled
-
-
-def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a `config.json` says of a tokenizer: the tokens that begin and end a text and fill up a batch."""
-    if isinstance(tokenizer, PretrainedTokenizer):
-        return {f"{name}_token_id": index for name, index in tokenizer.special_token_ids.items()}
-    return {
-        "bos_token_id": tokenizer.end_of_text_id,
-        "eos_token_id": [tokenizer.end_id, tokenizer.end_of_text_id],
-        "pad_token_id": tokenizer.pad_id,
-    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,8 +105,8 @@ def vocabulary_of(tokenizer: Tokenizer, n_rows: int, out: Path) -> Vocabulary:
 def _ids_of(tokenizer: Tokenizer) -> tuple[int | None, int | None, int | None]:
     """What begins a text, ends what the model says, and fills a row."""
     if isinstance(tokenizer, PretrainedTokenizer):
-        found = tokenizer.special_token_ids
-        return found["eos"] if found["bos"] is None else found["bos"], found["eos"], found["pad"]
+        bos, eos, pad = (next(iter(tokenizer.special_token_ids[name]), None) for name in ("bos", "eos", "pad"))
+        return eos if bos is None else bos, eos, pad
     # Documents follow one another in training, so what ends one stands before the next.
     return tokenizer.end_of_text_id, tokenizer.end_id, tokenizer.pad_id
 
