@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from generation_models import random_model
+from generation_models import random_model, small_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -29,6 +29,7 @@ def folder(tmp_path: Path) -> Path:
     """A Hugging Face folder of a Llama."""
     gu.save_model(tmp_path / "made", random_model("llama-nano"))
     export_folder(tmp_path / "made", tmp_path / "theirs")
+    (tmp_path / "theirs" / "digests.json").unlink()
     return tmp_path / "theirs"
 
 
@@ -36,6 +37,7 @@ def folder(tmp_path: Path) -> Path:
 def shards(folder: Path) -> Path:
     """The same in several files with an index."""
     export_folder(folder, folder.parent / "sharded", most_bytes=40_000)
+    (folder.parent / "sharded" / "digests.json").unlink()
     assert len(list((folder.parent / "sharded").glob("*.safetensors"))) > 2
     return folder.parent / "sharded"
 
@@ -131,7 +133,32 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder whose weights are changed and put back."""
     folder = tmp_path_factory.mktemp("changed") / "model"
     gu.save_model(folder, random_model("llama-nano"))
+    (folder / "digests.json").unlink()
     return folder
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"])
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.99])
+def test_a_flipped_bit_is_never_loaded(name: str, place: float, tmp_path: Path) -> None:
+    """Most flips leave a model that loads and writes nonsense."""
+    folder = tmp_path / "model"
+    gu.save_model(folder, random_model("llama-nano"), small_tokenizer())
+    contents = bytearray((folder / name).read_bytes())
+    contents[int(place * len(contents))] ^= 1
+    (folder / name).write_bytes(contents)
+    refused(folder, rf"{name}: (damaged, or changed since|not valid JSON)")
+    with pytest.raises(ArtifactError):
+        export_folder(folder, tmp_path / "out")
+    if name == "model.safetensors" and place > 0.2:
+        gu.load(folder, verify=False)
+        (folder / "digests.json").unlink()  # what the message says
+        gu.load(folder)
+
+
+@pytest.mark.parametrize("entries", [[], {"a": []}, {"../a": {}}, {"config.json": {"bytes": "1"}}, {"gone": {}}])
+def test_digests_that_do_not_hold_are_refused(entries: Any, folder: Path) -> None:
+    (folder / "digests.json").write_text(json.dumps(entries))
+    refused(folder, r"digests\.json|not found|not in the folder|damaged")
 
 
 def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -170,6 +197,7 @@ def test_tables_that_old_versions_saved_are_no_weights(folder: Path) -> None:
 def test_a_tied_output_layer_may_be_there_twice_but_not_be_another(tmp_path: Path) -> None:
     gu.save_model(tmp_path / "made", random_model("llama-nano", tied_embeddings=True))
     export_folder(tmp_path / "made", tmp_path / "tied")
+    (tmp_path / "tied" / "digests.json").unlink()
     copy = load_file(tmp_path / "tied" / "model.safetensors")["model.embed_tokens.weight"].clone()
     change_weights(tmp_path / "tied", lambda w: w.update({"lm_head.weight": copy}))
     assert gu.load(tmp_path / "tied").model.lm_head is None

@@ -7,6 +7,7 @@ and its tokenizer's files as they are.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from groundup.errors import ArtifactError, GroundupError
 from groundup.files import MARK, atomic_folder, check_ours, write_json
+from groundup.interop.digests import DIGESTS_FILE, write_digests
 from groundup.interop.families import FAMILIES, differences, huggingface_config
 from groundup.interop.folder import CONFIG_FILE, find_model
 from groundup.interop.layouts import put_together
@@ -52,7 +54,7 @@ def import_folder(source: str | Path, out: str | Path, *, force: bool = False) -
             groundup does not compute, each named.
         GroundupError: `out` is there already, or cannot be written.
     """
-    stored = open_stored(Path(source))
+    stored = open_stored(Path(source), verify=True)
     prefer = stored.family.model_type if stored.family else None
     config = {**huggingface_config(stored.config, prefer), OURS_KEY: stored.config.to_dict()}
     return _convert(stored, Path(out), config, prefer, dtype=None, most_bytes=None, force=force)
@@ -86,7 +88,7 @@ def export_folder(
     """
     if dtype is not None and dtype not in _DTYPES:
         raise GroundupError(f"dtype = {dtype!r}: is not one of {', '.join(_DTYPES)}.")
-    stored = open_stored(find_model(source, stage=stage))
+    stored = open_stored(find_model(source, stage=stage), verify=True)
     prefer = stored.family.model_type if stored.family else None
     config = huggingface_config(stored.config, prefer)
     if not config:
@@ -132,6 +134,7 @@ def _convert(
             write_json(partial / GENERATION_FILE, generation)
         ours = config.pop(OURS_KEY, None)
         write_json(partial / CONFIG_FILE, {**config, **ids, **({} if ours is None else {OURS_KEY: ours})})
+        write_digests(partial)
     return {
         "folder": str(out),
         "family": config.get("model_type"),
@@ -171,13 +174,13 @@ def _cast(tensor: Tensor, dtype: torch.dtype, source: str) -> Tensor:
 @contextmanager
 def _new_folder(out: Path, source: Path, *, force: bool) -> Iterator[Path]:
     """A folder that appears whole; it replaces only an empty folder or, if forced, a model."""
-    here, there = out.resolve(), source.resolve()
+    here, there = (Path(os.path.realpath(path)) for path in (out, source))
     if here == there or here in there.parents or there in here.parents:
         raise GroundupError(f"{out}: is the folder that is read, or one inside or around it.", "Name another folder.")
     if (out / CONFIG_FILE).is_file():
         if not force:
             raise GroundupError(f"{out}: holds a model already.", "Name another folder, or replace it with --force.")
-        known = {CONFIG_FILE, GENERATION_FILE, INDEX_FILE, MARK, *TOKENIZER_FILES}
+        known = {CONFIG_FILE, DIGESTS_FILE, GENERATION_FILE, INDEX_FILE, MARK, *TOKENIZER_FILES}
         more = [path.name for path in out.iterdir() if path.name not in known and path.suffix != ".safetensors"]
         if more:
             raise GroundupError(f"{out}: also holds {', '.join(sorted(more)[:4])}.", "Move that away first.")

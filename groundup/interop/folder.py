@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from groundup.distributed import World, current_world, full_tensor
 from groundup.files import atomic_folder, write_json
+from groundup.interop.digests import write_digests
 from groundup.interop.families import huggingface_config
 from groundup.interop.layouts import put_together, shapes_in_file
 from groundup.interop.read_weights import WEIGHTS_FILE
@@ -70,19 +70,24 @@ def save_model(
                 if not (partial / GENERATION_FILE).exists():
                     write_json(partial / GENERATION_FILE, ids)
             write_json(partial / CONFIG_FILE, values)
+            write_digests(partial)
     else:
         write_weights(None, specs, tensor)
     world.wait()
 
 
-def load_model(folder: str | Path) -> tuple[Transformer, Tokenizer | None]:
+def load_model(folder: str | Path, *, verify: bool = True) -> tuple[Transformer, Tokenizer | None]:
     """Read a model's folder, groundup's or Hugging Face's; the model computes in float32 until `compute_dtype` is set.
+
+    Args:
+        folder: of the model.
+        verify: compare the files with the digests that were written with them, if there are some.
 
     Raises:
         ArtifactError: a file is missing, damaged or does not fit the configuration; or the model is of a family, or
             has a part, that groundup does not compute.
     """
-    stored = open_stored(Path(folder))
+    stored = open_stored(Path(folder), verify=verify)
     model = Transformer(stored.config, device="meta")
     own = {name: _filled(stored.parameter(name), tuple(made.shape)) for name, made in model.named_parameters()}
     model.load_state_dict(own, assign=True)
@@ -117,16 +122,17 @@ class LoadedModel:
     folder: Path
 
 
-def load(path: str | Path, *, stage: str | None = None) -> LoadedModel:
+def load(path: str | Path, *, stage: str | None = None, verify: bool = True) -> LoadedModel:
     """Load a run's model, a stage's model or a model folder, groundup's or Hugging Face's, whichever `path` is.
 
     Args:
         path: `runs/demo`, `runs/demo/pretrain`, `runs/demo/pretrain/model`, or a folder with a Llama in it.
         stage: of a run, by name (default: what chat takes, else the last one there is).
+        verify: as for `load_model`.
 
     Raises:
         ArtifactError: no model there, a damaged one, or one of a family or with a part that groundup does not compute.
     """
     folder = find_model(path, stage=stage)
-    model, tokenizer = load_model(folder)
+    model, tokenizer = load_model(folder, verify=verify)
     return LoadedModel(model, tokenizer, folder)
