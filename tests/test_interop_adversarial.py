@@ -48,6 +48,7 @@ def refused(folder: Path, message: str) -> None:
         with pytest.raises(ArtifactError, match=message) as error:
             attempt()
         assert str(folder) in str(error.value)
+        assert str(error.value).replace("\n", " ").isprintable()
     assert not list(folder.parent.glob("out*"))
 
 
@@ -85,6 +86,7 @@ HEADERS: dict[str, tuple[Any, bytes, str]] = {
     "a hole at the start": ({"a": {**SOME["a"], "data_offsets": [4, 12]}}, b"\0" * 12, "leave a hole"),
     "something behind": (SOME, b"\0" * 9, "something behind"),
     "cut short": (SOME, b"\0" * 7, "cut short"),
+    "a name that cannot be printed": ({"\x1b[2J\ud800": SOME["a"]}, b"\0" * 8, r"\\x1b\[2J\\ud800 left over"),
 }
 
 

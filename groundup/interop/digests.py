@@ -13,7 +13,7 @@ from typing import Any
 
 from groundup.errors import ArtifactError
 from groundup.files import MARK, file_digest, write_json
-from groundup.untrusted import file_inside, read_object, reading
+from groundup.untrusted import MOST_CONFIG_BYTES, file_inside, read_object, reading
 
 DIGESTS_FILE = "digests.json"
 _FIX = f"Get or make the model again. If the change was meant, remove {DIGESTS_FILE} from the folder."
@@ -43,7 +43,7 @@ def check_digests(folder: Path, values: Mapping[str, Any]) -> None:
     """
     if is_saved_again(values) or not os.path.lexists(folder / DIGESTS_FILE):
         return
-    for name, entry in read_object(file_inside(folder, DIGESTS_FILE)).items():
+    for name, entry in read_object(file_inside(folder, DIGESTS_FILE), MOST_CONFIG_BYTES).items():
         path = folder / name
         with reading(str(path), fix=_FIX):
             size = file_inside(folder, name).stat().st_size

@@ -22,6 +22,7 @@ from groundup.tokenizer import Tokenizer
 from groundup.tokenizer.files import CONFIG_FILE, TOKENIZER_FILE
 from groundup.tokenizer.pretrained import PretrainedTokenizer
 from groundup.tokenizer.split import PATTERNS, pre_tokenizer
+from groundup.untrusted import reading
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -79,27 +80,28 @@ def vocabulary_of(tokenizer: Tokenizer, n_rows: int, out: Path) -> Vocabulary:
     Raises:
         ArtifactError: llama.cpp would tokenize otherwise, or the model is smaller than the vocabulary.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        engine = Engine.from_file(str(Path(folder) / TOKENIZER_FILE))
-        template = _chat_template(Path(folder))
-    spec = json.loads(engine.to_str())  # one spelling of what several versions of the format say
-    split = _split_of(spec, out)
-    tokens, types = _tokens_of(spec, n_rows, out)
-    bos_id, eos_id, pad_id = _ids_of(tokenizer)
-    added = engine.encode("").ids
-    return Vocabulary(
-        split=split,
-        tokens=tokens,
-        types=types,
-        merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]],
-        bos_id=bos_id,
-        eos_id=eos_id,
-        pad_id=pad_id,
-        adds_bos=bos_id is not None and added[:1] == [bos_id],
-        adds_eos=eos_id is not None and added[1:] == [eos_id],
-        chat_template=template,
-    )
+    with reading(f"{out}: the tokenizer"):
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save(folder)
+            engine = Engine.from_file(str(Path(folder) / TOKENIZER_FILE))
+            template = _chat_template(Path(folder))
+        spec = json.loads(engine.to_str())  # one spelling of what several versions of the format say
+        split = _split_of(spec, out)
+        tokens, types = _tokens_of(spec, n_rows, out)
+        bos_id, eos_id, pad_id = _ids_of(tokenizer)
+        added = engine.encode("").ids
+        return Vocabulary(
+            split=split,
+            tokens=tokens,
+            types=types,
+            merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]],
+            bos_id=bos_id,
+            eos_id=eos_id,
+            pad_id=pad_id,
+            adds_bos=bos_id is not None and added[:1] == [bos_id],
+            adds_eos=eos_id is not None and added[1:] == [eos_id],
+            chat_template=template,
+        )
 
 
 def _ids_of(tokenizer: Tokenizer) -> tuple[int | None, int | None, int | None]:

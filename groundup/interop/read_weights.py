@@ -17,15 +17,12 @@ import torch
 from torch import Tensor
 
 from groundup.errors import ArtifactError
-from groundup.untrusted import file_inside, parse_object, read_object
+from groundup.untrusted import MOST_CONFIG_BYTES, file_inside, ordinary_file, parse_object, read_object, reading
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CHECKPOINT_FILE = "weights.safetensors"
 """The weights' file of a training checkpoint."""
-
-MOST_HEADER_BYTES = 16 * 2**20
-"""Some hundred thousand tensors; a model that stands here has thousands."""
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes of weights; tensors of other dtypes are quantized, or no weights."""
@@ -36,6 +33,7 @@ _SIZES = {
 }  # fmt: skip
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _MOST_DIMENSIONS = 8
+_DAMAGED = "The file is damaged: get or make it again."
 
 
 @dataclass(frozen=True)
@@ -90,13 +88,10 @@ class Weights:
             ArtifactError: of a dtype that weights cannot have, or the file is no longer what its header says.
         """
         stored, dtype = self.tensors[name], self.dtype(name)
-        contents = torch.empty(stored.n_bytes, dtype=torch.uint8)
-        try:
-            with stored.file.open("rb") as handle:
-                handle.seek(stored.begin)
-                n_read = handle.readinto(contents.numpy().data)
-        except OSError as error:
-            raise ArtifactError(f"{stored.file}: cannot be read ({error.strerror or error}).") from error
+        with reading(str(stored.file)), stored.file.open("rb") as handle:
+            contents = torch.empty(stored.n_bytes, dtype=torch.uint8)
+            handle.seek(stored.begin)
+            n_read = handle.readinto(contents.numpy().data)
         if n_read != stored.n_bytes:
             raise ArtifactError(f"{stored.file}: cannot be read (cut short in {name}).")
         return contents.view(dtype).view(stored.shape)
@@ -129,17 +124,14 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         ArtifactError: it is not such a file, or damaged.
     """
-    try:
+    with reading(str(path), fix=_DAMAGED), ordinary_file(path).open("rb") as handle:
         size = path.stat().st_size
-        with path.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            if size < 8 or not 2 <= length <= size - 8:
-                raise _unreadable(path, "no safetensors, or cut short")
-            if length > MOST_HEADER_BYTES:
-                raise _unreadable(path, f"its header would be {length:,} bytes long")
-            header = parse_object(handle.read(length), f"{path}: cannot be read: its header")
-    except OSError as error:
-        raise _unreadable(path, str(error.strerror or error)) from error
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or not 2 <= length <= size - 8:
+            raise _unreadable(path, "no safetensors, or cut short")
+        if length > MOST_CONFIG_BYTES:
+            raise _unreadable(path, f"its header would be {length:,} bytes long")
+        header = parse_object(handle.read(length), f"{path}: cannot be read: its header")
     header.pop("__metadata__", None)
     tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
     end = 8 + length
@@ -171,7 +163,7 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
 
 def _open_shards(folder: Path) -> Weights:
     index = file_inside(folder, INDEX_FILE)
-    places = read_object(index).get("weight_map")
+    places = read_object(index, MOST_CONFIG_BYTES).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise ArtifactError(f"{index}: has no weight_map of tensors to files.")
     tensors: dict[str, StoredTensor] = {}
@@ -198,4 +190,4 @@ def _is_counts(value: Any) -> bool:
 
 
 def _unreadable(path: Path, why: str) -> ArtifactError:
-    return ArtifactError(f"{path}: cannot be read ({why}).", "The file is damaged: get or make it again.")
+    return ArtifactError(f"{path}: cannot be read ({why}).", _DAMAGED)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from groundup.interop.fields import Fields
+from groundup.interop.fields import Fields, is_positive
 from groundup.model import ModelConfig
 from groundup.model.config import RopeScaling
 
@@ -36,7 +36,7 @@ def read_rope(fields: Fields, default_theta: float, context: int) -> dict[str, A
     table = _table(fields)
     base = fields.number("rope_theta", default_theta)
     own = table.get("rope_theta", base)
-    if type(own) not in (int, float) or not 0 < own < math.inf:
+    if not is_positive(own):
         fields.refuse("rope_parameters", "rope_theta must be a number above 0.")
         own = base
     if fields.get("rope_theta") is not None and own != base:
@@ -138,7 +138,7 @@ def _scaling(fields: Fields, table: dict[str, Any], context: int) -> RopeScaling
     if kind != "linear":
         values["original_max_position_embeddings"] = own or values.get("original_max_position_embeddings", context)
     missing = {"linear": {"factor"}, "llama3": {*_KEYS["llama3"]}, "yarn": {"factor"}}[kind] - values.keys()
-    wrong = [key for key, value in values.items() if type(value) not in (int, float) or not 0 < value < math.inf]
+    wrong = [key for key, value in values.items() if not is_positive(value)]
     if missing or wrong:
         fault = f"{min(missing)} is missing." if missing else f"{wrong[0]} must be a number above 0."
         fields.refuse(name, fault)

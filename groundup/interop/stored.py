@@ -25,7 +25,7 @@ from groundup.interop.layouts import Layout, is_of_experts, make_layout, shapes_
 from groundup.interop.read_weights import Weights, open_weights
 from groundup.model import ModelConfig
 from groundup.model.cost import parameter_shapes
-from groundup.untrusted import file_inside, read_object, reading
+from groundup.untrusted import MOST_CONFIG_BYTES, file_inside, read_object, reading
 
 CONFIG_FILE = "config.json"
 OURS_KEY = "groundup"
@@ -109,12 +109,13 @@ def open_stored(folder: Path, *, verify: bool = False) -> StoredModel:
         ArtifactError: no model, one of a family that is not read, or one whose files are damaged or do not fit.
     """
     path = folder / CONFIG_FILE
-    values = read_object(file_inside(folder, CONFIG_FILE))
+    values = read_object(file_inside(folder, CONFIG_FILE), MOST_CONFIG_BYTES)
     if verify:
         check_digests(folder, values)
     with reading(str(path)):
         config, family, left_out = _read_config(values, path)
-    weights = open_weights(folder)
+    with reading(str(folder)):
+        weights = open_weights(folder)
     names = {name for name in weights.tensors if not _NO_WEIGHTS.search(name)}
     if config.n_layers > min(MOST_LAYERS, len(names)) or config.n_layers * config.n_experts > _MOST_EXPERTS:
         raise ArtifactError(
