@@ -86,7 +86,6 @@ HEADERS: dict[str, tuple[Any, bytes, str]] = {
     "a hole at the start": ({"a": {**SOME["a"], "data_offsets": [4, 12]}}, b"\0" * 12, "leave a hole"),
     "something behind": (SOME, b"\0" * 9, "something behind"),
     "cut short": (SOME, b"\0" * 7, "cut short"),
-    "a name that cannot be printed": ({"\x1b[2J\ud800": SOME["a"]}, b"\0" * 8, r"\\x1b\[2J\\ud800 left over"),
 }
 
 
@@ -173,6 +172,7 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 WEIGHTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     "one missing": (lambda w: w.pop(NAME), r"not the weights .*layers\.0\.mlp\.up_proj\.weight missing"),
     "one too many": (lambda w: w.update(extra=torch.zeros(2)), r"not the weights .*\(extra left over"),
+    "one that a terminal would obey": (lambda w: w.update({"\x1b[2J": torch.zeros(2)}), r"\(\\x1b\[2J left over"),
     "another shape": (lambda w: w.update({NAME: w[NAME].T.contiguous()}), r"has shape \(\d+, \d+\), not \("),
     "flat": (lambda w: w.update({NAME: w[NAME].flatten()}), r"has shape \(\d+,\), not \("),
     "integers": (lambda w: w.update({NAME: w[NAME].to(torch.int8)}), r"dtype I8; weights have F32, F16, BF16"),
