@@ -14,11 +14,12 @@ from groundup.untrusted import file_inside, read_bytes
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILES = (
-    TOKENIZER_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, "added_tokens.json", "vocab.json", "merges.txt",
+    TOKENIZER_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, GENERATION_FILE, "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-"""What a tokenizer can consist of."""
+"""What a tokenizer can consist of; how a text is generated also says which tokens end it."""
 
 
 def read_files(folder: Path, names: Collection[str]) -> dict[str, bytes]:
