@@ -35,10 +35,11 @@ from groundup.files import (
     value_digest,
     write_json,
 )
+from groundup.integrity import FileRecords, record_files
 from groundup.recipe import ShardsSettings
 from groundup.report.format import format_lines
 from groundup.shards.encode import Tally, encode_texts
-from groundup.shards.format import SPLITS, ShardFile, token_dtype
+from groundup.shards.format import MANIFEST, SPLITS, ShardFile, ShardsManifest, token_dtype
 from groundup.shards.stream import begin_shards, shard_names, write_index
 from groundup.shards.write import by_split, finish_shards, groups, in_words, split_of
 from groundup.stage import Context, Method, Shown, Stage
@@ -355,6 +356,12 @@ class Shards(Method):
     def needs(self, stage: Stage) -> tuple[str, ...]:
         """Text and tokenizer."""
         return ("corpus", "tokenizer")
+
+    def records(self, folder: Path) -> FileRecords:
+        """As the manifest has them."""
+        manifest = ShardsManifest.read(folder)
+        splits = [manifest.records(split) for split in manifest.splits]
+        return {**record_files(folder, [MANIFEST]), **{name: one for split in splits for name, one in split.items()}}
 
     def work(self, context: Context) -> dict[str, Any]:
         """See `write_shards_from_file`."""
