@@ -286,9 +286,11 @@ class Run:
             # Not at once: `is_worked_on` of another process holds the lock for an instant.
             lock.acquire(timeout=0.5)
         except Timeout as error:
-            who = _read_or_none(holder) or {}
+            who = {"pid": "?", "host": "?"}
+            with contextlib.suppress(TypeError, ValueError):  # damaged
+                who |= _read_or_none(holder) or {}
             raise RunError(
-                f"{self.root}: process {who.get('pid', '?')} on {who.get('host', '?')} is working on this run.",
+                f"{self.root}: process {who['pid']} on {who['host']} is working on this run.",
                 "Wait for it, or choose another folder with --out.",
             ) from error
         except OSError as error:

@@ -96,24 +96,12 @@ def test_every_fault_is_told_at_once(folder: Path) -> None:
     change(folder / "validation-00000.bin", 0, 9, "<u2")
     found = verify_shards(folder)
     assert [str(fault) for fault in found.faults] == [
-        f"{folder / 'train-00000.idx'}: missing or unreadable (No such file or directory)",
+        f"{folder / 'train-00000.idx'}: not found.",
         f"{path}, byte 2,046: 2,046 bytes instead of 2,048",
         f"{folder / 'validation-00000.bin'}: damaged, its checksum does not fit",
     ]
     with pytest.raises(ArtifactError, match=r"(?s)train-00000\.idx.*train-00002\.bin.*validation-00000\.bin.*Make"):
         refuse_faults(found)
-
-
-def test_counts_that_do_not_add_up_are_found(folder: Path) -> None:
-    path = folder / "manifest.json"
-    values = json.loads(path.read_text())
-    del values["checksum"]
-    values["splits"]["train"]["tokens"] += 1
-    path.write_text(json.dumps({**values, "checksum": value_digest(values)}))
-    n_tokens = len(stream_of(TEXTS))
-    assert [str(fault) for fault in verify_shards(folder).faults] == [
-        f"{path}: {n_tokens + 1:,} tokens, but its files have {n_tokens:,}"
-    ]
 
 
 def test_without_a_manifest_nothing_can_be_judged(folder: Path) -> None:

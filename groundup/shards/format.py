@@ -148,7 +148,13 @@ class ShardsManifest:
                 raise ArtifactError(f"{path}: version {values.get('version')}; this groundup reads {readable}.", AGAIN)
             if values.pop("checksum", None) != value_digest({"format": FORMAT, **values}):
                 raise ArtifactError(f"{path}: damaged, its checksum does not fit.", AGAIN)
-            return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
+            manifest = TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
+        for name, split in manifest.splits.items():
+            for what in ("tokens", "documents"):
+                said, found = getattr(split, what), sum(getattr(file, what) for file in split.files)
+                if said != found:
+                    raise ArtifactError(f"{path}, splits.{name}: {said:,} {what}, but its files have {found:,}.", AGAIN)
+        return manifest
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

@@ -35,7 +35,7 @@ from groundup.files import (
     value_digest,
     write_json,
 )
-from groundup.integrity import FileRecords, record_files
+from groundup.integrity import FileRecords, check_files, record_files
 from groundup.recipe import ShardsSettings
 from groundup.report.format import format_lines
 from groundup.shards.encode import Tally, encode_texts
@@ -51,7 +51,7 @@ RANGE_BYTES = 32 << 20
 SMALL_BYTES = 128 << 20
 """Less than this the threads of one process encode sooner than several processes, each with a tokenizer to load."""
 RANGES = "ranges"
-RANGE_FORMAT = 1
+RANGE_FORMAT = 2
 COPY_TOKENS = 1 << 22
 
 
@@ -159,7 +159,7 @@ def encode_range(work: RangeWork) -> dict[str, Any]:
     data, first_byte = _lines_beginning_in(Path(work.documents), work.begin, work.end)
     fingerprint = value_digest([RANGE_FORMAT, tokenizer.fingerprint, xxhash.xxh3_128_hexdigest(data)])
     done = _record_of(work.folder)
-    if done is not None and done["fingerprint"] == fingerprint:
+    if done is not None and done.get("fingerprint") == fingerprint:
         return done
     dtype = token_dtype(tokenizer.vocab_size)
     tallies = {name: Tally() for name in SPLITS}
@@ -189,6 +189,7 @@ def encode_range(work: RangeWork) -> dict[str, Any]:
             "fingerprint": fingerprint,
             "dtype": dtype.str,
             "splits": splits,
+            "contents": record_files(folder, [path.name for path in sorted(folder.glob("[!.]*"))]),
         }
         write_json(folder / "record.json", record)
     return record
@@ -272,11 +273,11 @@ def _range_files(folder: Path, split: str) -> tuple[Path, Path]:
 
 
 def _record_of(folder: Path) -> dict[str, Any] | None:
-    try:
+    with contextlib.suppress(ArtifactError, KeyError, TypeError, AttributeError, ValueError):  # damaged: made again
         record = read_json(folder / "record.json")
-    except ArtifactError:
-        return None
-    return {**record, "folder": str(folder)}
+        check_files(folder, record["contents"], "")
+        return {**record, "folder": str(folder)}
+    return None
 
 
 def _remove_other_ranges(folder: Path, ranges: Sequence[RangeWork]) -> None:
