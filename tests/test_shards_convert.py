@@ -404,6 +404,13 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         content[place] ^= 0x55
     (tmp_path / "flipped.parquet").write_bytes(content)
     refused("flipped.parquet", "cannot be read")
+    table = pa.table({"ids": [[1, 2, 3], [4, 5, 6]]})
+    with pa.OSFile(str(tmp_path / "offsets.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    before, after = (np.array([0, middle, 6], dtype="<i4").tobytes() for middle in (3, 1 << 30))
+    path = tmp_path / "offsets.arrow"
+    path.write_bytes(path.read_bytes().replace(before, after))  # Arrow itself would end the process
+    refused("offsets.arrow", "cannot be read")
     os.mkfifo(tmp_path / "pipe.bin")
     refused("pipe.bin", "not found|not an ordinary file")
     (tmp_path / "linked").mkdir()

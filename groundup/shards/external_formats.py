@@ -192,6 +192,7 @@ def read_table(path: Path, column: str | None = None) -> Iterator[IdBlock]:
     import pyarrow.compute as pc
 
     def lengths_of(lists: pyarrow.Array) -> np.ndarray:
+        lists.validate(full=True)  # damaged offsets would end the process
         return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
 
     first = 0
