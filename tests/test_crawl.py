@@ -19,12 +19,11 @@ from typing import Any
 import pytest
 from misbehaving_server import MisbehavingServer, answering, closing, failing_first, page, redirect
 
-pytest.importorskip("aiohttp")
-pytest.importorskip("protego")
+pytest.importorskip("scrapy")
 
 from crawl_pages import check_law, index, only_reason, pages_of, quick, records_of, urlset
 
-from groundup.corpus.crawl import CrawlReport, Refusal, addresses, crawl, plan_crawl
+from groundup.corpus.crawl import CrawlReport, Refusal, crawl, plan_crawl, urls
 from groundup.errors import GroundupError
 
 
@@ -37,8 +36,8 @@ def server() -> Iterator[MisbehavingServer]:
 @pytest.fixture
 def as_if_public(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server's address counts as public, every other private one as private."""
-    is_public = addresses.is_public
-    monkeypatch.setattr(addresses, "is_public", lambda address: address == "127.0.0.1" or is_public(address))
+    is_public = urls.is_public
+    monkeypatch.setattr(urls, "is_public", lambda address: address == "127.0.0.1" or is_public(address))
 
 
 # What is stored
@@ -47,7 +46,7 @@ def as_if_public(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_page_is_stored_as_any_warc_reader_expects(server: MisbehavingServer, tmp_path: Path) -> None:
     server.pages["/a"] = body = page("a")
     report = crawl([server.url("/a")], tmp_path / "out", quick(user_agent="tester/1 (me@example.org)"))
-    (info, response, request) = records_of(tmp_path / "out")
+    info, given, response, request, stored = records_of(tmp_path / "out")
     assert info[0] == "warcinfo"
     assert b"tester/1 (me@example.org)" in info[3]
     assert response[0] == "response"
@@ -55,6 +54,7 @@ def test_a_page_is_stored_as_any_warc_reader_expects(server: MisbehavingServer, 
     assert response[3] == body
     assert request[:2] == ("request", server.url("/a"))
     assert request[2]["user-agent"] == "tester/1 (me@example.org)"
+    assert [json.loads(entry[3])["event"] for entry in (given, stored)] == ["given", "stored"]
     text = gzip.decompress(report.files[0].read_bytes())
     digest = base64.b32encode(hashlib.sha1(body).digest())
     assert b"WARC-Payload-Digest: sha1:" + digest in text
@@ -496,9 +496,10 @@ def test_redirects_are_followed_once_and_may_not_leave(server: MisbehavingServer
     assert report.refused == {Refusal.DUPLICATE: 2, Refusal.OTHER_HOST: 1}
     assert server.counts["/target"] == 1
     assert server.counts["/away"] == 0
-    via = [body for kind, url, _, body in records_of(tmp_path / "1") if kind == "metadata"]
-    assert len(via) == 1
-    assert b"via: " + server.url("/one").encode() in via[0]
+    entries = [json.loads(body) for kind, _, _, body in records_of(tmp_path / "1") if kind == "metadata"]
+    assert [entry["via"] for entry in entries if entry["event"] == "stored" and "via" in entry] == [
+        [server.url("/target")]
+    ]
     # What the user named may move to another host, and its links are then that host's.
     crawl([server.url("/moved")], tmp_path / "2", quick(depth=1))
     assert set(pages_of(tmp_path / "2")) == {server.url("/new", "localhost"), server.url("/more", "localhost")}
@@ -592,8 +593,8 @@ def test_within_a_running_event_loop(server: MisbehavingServer, tmp_path: Path) 
 
 
 def test_without_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "aiohttp", None)
-    with pytest.raises(GroundupError, match=r"aiohttp.*\n.*groundup\[crawl\]"):
+    monkeypatch.setitem(sys.modules, "scrapy", None)
+    with pytest.raises(GroundupError, match=r"scrapy.*\n.*groundup\[crawl\]"):
         crawl(["http://example.org/"], tmp_path / "out", quick())
     assert not (tmp_path / "out").exists()
 
