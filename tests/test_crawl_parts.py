@@ -47,6 +47,10 @@ def test_unpacking_does_not_depend_on_how_bytes_arrive(encoding: str, body: byte
         ("-5", None),
         ("1e9", None),
         ("Sat, 99 Jan 2000", None),
+        ("9" * 400, 999_999_999_999.0),
+        ("Sat, 01 Jan 9999 00:00:00 -9999", None),
+        (f"Sat, 01 Jan {'9' * 400} 00:01:00 GMT", None),
+        ("٣", None),
     ],
 )
 def test_retry_after(value: str, seconds: float | None) -> None:
@@ -190,7 +194,7 @@ def test_any_bytes_have_links(body: bytes) -> None:
 )
 def test_adversarial_pages_are_scanned_in_linear_time(piece: bytes) -> None:
     begin = time.process_time()
-    extract_links(piece * (3_000_000 // len(piece)), "http://example.org/", {}, "groundup")
+    extract_links(piece * (1_000_000 // len(piece)), "http://example.org/", {}, "groundup")
     assert time.process_time() - begin < 2
 
 

@@ -35,8 +35,8 @@ PROCESSES = multiprocessing.get_context("forkserver")  # a server that has impor
 PROCESSES.set_forkserver_preload(["crawl_pages", "groundup.corpus.crawl.session"])
 
 
-def _start(server: MisbehavingServer, out: Path, delay: float) -> Any:
-    process = PROCESSES.Process(target=crawl_and_exit, args=(server.url(), str(out), delay))
+def _start(server: MisbehavingServer, out: Path, delay: float, path: str = "/") -> Any:
+    process = PROCESSES.Process(target=crawl_and_exit, args=(server.url(path), str(out), delay))
     process.start()
     return process
 
@@ -82,18 +82,27 @@ def test_killed_at_any_moment_it_goes_on(server: MisbehavingServer, tmp_path: Pa
     assert json.loads((out / "crawl.json").read_text())["stored"] == len(site)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_it_leaves_whole_files(server: MisbehavingServer, tmp_path: Path, how: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("how", "path", "delay", "until"),
+    [
+        (signal.SIGINT, "/", 0.02, 8),
+        (signal.SIGTERM, "/", 600.0, 1),  # while a host rests
+        (signal.SIGTERM, "/silent", 0.0, 2),  # while a page is under way
+    ],
+)
+def test_stopped_it_leaves_whole_files(
+    server: MisbehavingServer, tmp_path: Path, how: signal.Signals, path: str, delay: float, until: int
+) -> None:
     site = _site(server, 40)
-    process = _start(server, tmp_path, 0.02)
-    while len(server.requests) < 8 and process.is_alive():
+    process = _start(server, tmp_path, delay, path)
+    while len(server.requests) < until and process.is_alive():
         time.sleep(0.001)
     os.kill(process.pid, how)
     process.join(20)
     assert process.exitcode == Interrupted.exit_code
     found = pages_of(tmp_path)
     assert set(found) == _stored(tmp_path)
-    assert 5 <= len(found) < len(site)
+    assert until - 3 <= len(found) < len(site)
 
 
 def test_whatever_did_not_reach_the_disk_is_cut_off(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import logging
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -138,6 +139,8 @@ def _given(urls: Sequence[str], sitemaps: Sequence[str]) -> list[Entry]:
             raise GroundupError(
                 f"Crawling needs the package {package}, which is not installed.", "pip install 'groundup[crawl]'"
             )
+    if "twisted.internet.reactor" in sys.modules:
+        raise GroundupError("This process runs a Twisted reactor, and the crawler needs one without.", "Use another.")
     from groundup.corpus.crawl.urls import normalize_url
     from groundup.corpus.crawl.warc import Entry
 

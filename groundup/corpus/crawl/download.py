@@ -95,6 +95,7 @@ class Downloader(BaseDownloadHandler):
             wait = self._crawl.pause(refusal, request.meta["attempt"])
             raise
         finally:
+            slot.close()  # forgets the pause that it counts from the request's beginning
             slot.lastseen = time.monotonic()
             slot.delay = max(wait, self._crawl.rest(request.meta["address"]))
 

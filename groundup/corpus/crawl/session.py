@@ -400,9 +400,13 @@ class Session:
                 return Rules(None, refusal, 0.0, time.monotonic())
         if response is None or not 200 <= response.status < 300:
             return Rules(None, None, 0.0, time.monotonic())
-        whole = "cut" not in response.flags
-        file = await asyncio.to_thread(parse_robots, response.body, product, whole=whole)
-        delay = float(file.crawl_delay(product) or 0.0)
+        try:
+            file = await asyncio.to_thread(parse_robots, response.body, product, whole="cut" not in response.flags)
+            delay = float(file.crawl_delay(product) or 0.0)
+        except Exception as error:  # a file that its reader cannot stand is none that allows anything
+            return Rules(
+                None, Refused(Refusal.ROBOTS_UNREACHABLE, f"unreadable ({error})"[:120]), 0.0, time.monotonic()
+            )
         if delay > max(settings.max_wait_seconds, settings.delay_seconds):
             why = f"its robots.txt asks for a pause of {delay:,.0f} s"
             return Rules(None, Refused(Refusal.ASKED_TO_WAIT, why, wait_seconds=delay), 0.0, time.monotonic())
@@ -448,8 +452,9 @@ class Session:
                 self._after(host, page, error)
         except GroundupError as fatal:
             self.stop(fatal)
-        slot = self._crawler.engine.downloader.slots.get(host.name)
-        self.frontier.give_back(host, slot.lastseen + slot.delay if slot is not None else 0.0)
+        finally:
+            slot = self._crawler.engine.downloader.slots.get(host.name)
+            self.frontier.give_back(host, slot.lastseen + slot.delay if slot is not None else 0.0)
 
     def _after(self, host: Host, page: Page, refusal: Refused) -> None:
         """Ask again later, leave the host alone, or give the page up."""
