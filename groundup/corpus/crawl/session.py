@@ -286,8 +286,9 @@ class Session:
                 if self.stopping:
                     self._stopped.cancel()
                 await asyncio.wait([work, self._stopped], return_when=asyncio.FIRST_COMPLETED)
-                if self.stopping and not work.done():
+                while self.stopping and not work.done():
                     self._release()
+                    await asyncio.wait([work], timeout=0.05)
                 await work
                 if not self.stopping:
                     self._bar.finish(self._words())
