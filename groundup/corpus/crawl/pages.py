@@ -5,10 +5,11 @@ In: bytes of strangers. Out: addresses and rules, in time linear in the bytes, w
 
 from __future__ import annotations
 
+import io
 import re
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
@@ -94,18 +95,13 @@ def _header_rules(value: str, product: str) -> set[str]:
     return rules
 
 
-@dataclass
-class Sitemap:
-    """What a sitemap lists: pages, or other sitemaps."""
-
-    pages: list[str] = field(default_factory=list)
-    sitemaps: list[str] = field(default_factory=list)
-
-
-def parse_sitemap(body: bytes) -> Sitemap:
+def parse_sitemap(body: bytes) -> tuple[list[str], list[str]]:
     """Read a sitemap (sitemaps.org): XML, an index of others, or one address a line, each perhaps gzipped.
 
     A document type declaration is refused: a sitemap needs none, and entity bombs need one.
+
+    Returns:
+        The pages and the further sitemaps that it lists, as written.
 
     Raises:
         Refused: not well-formed, with a DOCTYPE, too large, broken compression.
@@ -115,23 +111,24 @@ def parse_sitemap(body: bytes) -> Sitemap:
     start = body[:1024].lstrip(b"\xef\xbb\xbf \t\r\n")
     if not start.startswith((b"<", b"\xff\xfe", b"\xfe\xff", b"\x00<")):
         lines = body.decode("utf-8-sig", "replace").splitlines()
-        return Sitemap([line.strip() for line in lines if line.strip()][:MAX_LOCATIONS])
-    parser = etree.XMLParser(resolve_entities=False, no_network=True, remove_comments=True)
+        return [line.strip() for line in lines if line.strip()][:MAX_LOCATIONS], []
+    found: dict[str, list[str]] = {"url": [], "sitemap": []}
+    entries = etree.iterparse(
+        io.BytesIO(body.lstrip()), tag=("{*}url", "{*}sitemap"), resolve_entities=False, no_network=True
+    )
     try:
-        root = etree.fromstring(body.lstrip() if body[:1].isspace() else body, parser)
+        for _, entry in entries:
+            for location in entry.iterchildren("{*}loc"):
+                text = "".join(location.itertext()).strip()
+                if text and len(found["url"]) + len(found["sitemap"]) < MAX_LOCATIONS:
+                    found[etree.QName(entry).localname].append(text)
+            entry.clear()
+        doctype = entries.root.getroottree().docinfo.internalDTD
     except (etree.XMLSyntaxError, LookupError, ValueError) as error:
         raise Refused(Refusal.BAD_SITEMAP, f"not well-formed XML ({error})") from error
-    if root.getroottree().docinfo.internalDTD is not None:
+    if doctype is not None:
         raise Refused(Refusal.BAD_SITEMAP, "has a DOCTYPE, which no sitemap needs")
-    found = Sitemap()
-    into = {"url": found.pages, "sitemap": found.sitemaps}
-    for element in root.iter("{*}loc"):
-        parent = element.getparent()
-        kind = etree.QName(parent).localname.lower() if parent is not None else ""
-        location = "".join(element.itertext()).strip()
-        if kind in into and location and len(found.pages) + len(found.sitemaps) < MAX_LOCATIONS:
-            into[kind].append(location)
-    return found
+    return found["url"], found["sitemap"]
 
 
 def _gunzipped(body: bytes) -> bytes:

@@ -48,44 +48,26 @@ _HTML = frozenset({"text/html", "application/xhtml+xml"})
 
 @dataclass(slots=True)
 class Page:
-    """An address on its way to an outcome.
+    """An address on its way to an outcome."""
 
-    Attributes:
-        url: what to ask for next.
-        first_url: what was given or found.
-        depth: links between it and a given page.
-        named: whether the user gave it, not a page or a sitemap.
-        sitemap: whether it is a sitemap.
-        hops: where redirects led so far.
-        attempts: failed requests for `url`.
-        claimed: whether it is marked as taken.
-    """
-
-    url: str
-    first_url: str
-    depth: int = 0
-    named: bool = False
+    url: str  # what to ask for next
+    first_url: str  # what was given or found
+    depth: int = 0  # links between it and a given page
+    named: bool = False  # whether the user gave it, not a page or a sitemap
     sitemap: bool = False
-    hops: tuple[str, ...] = ()
-    attempts: int = 0
-    claimed: bool = False
+    hops: tuple[str, ...] = ()  # where redirects led so far
+    attempts: int = 0  # failed requests for `url`
+    claimed: bool = False  # whether it is marked as taken
 
 
 @dataclass(eq=False)
 class Host:
-    """One host's queue; at most one of its pages is under way.
-
-    Attributes:
-        name: its name.
-        pages: what waits.
-        failures: connections that failed one after the other.
-        closed: why it is asked no more in this session, or "".
-    """
+    """One host's queue; at most one of its pages is under way."""
 
     name: str
     pages: deque[Page] = field(default_factory=deque)
-    failures: int = 0
-    closed: str = ""
+    failures: int = 0  # connections that failed one after the other
+    closed: str = ""  # why it is asked no more in this session
     busy: bool = False
 
 
@@ -255,7 +237,7 @@ class Session:
                 # None of Scrapy's own: no cookies, no telnet console, no suffix lists, no caches, no redirects.
                 "DOWNLOAD_HANDLERS_BASE": {}, "DOWNLOADER_MIDDLEWARES_BASE": {}, "SPIDER_MIDDLEWARES_BASE": {},
                 "EXTENSIONS_BASE": {}, "ADDONS": {}, "TELNETCONSOLE_ENABLED": False, "COOKIES_ENABLED": False,
-                "CONCURRENT_REQUESTS": 0,  # one a host, of which `concurrency` transfer: see Downloader
+                "CONCURRENT_REQUESTS": 1000,  # most of them wait for their host; `concurrency` transfer: see Downloader
                 "CONCURRENT_REQUESTS_PER_DOMAIN": 1,
                 "DOWNLOAD_DELAY": settings.delay_seconds,
                 "DOWNLOAD_DELAY_JITTER": 0,
@@ -265,7 +247,7 @@ class Session:
 
     def stop(self, error: GroundupError | None = None) -> None:
         """End the session soon, from any thread; what is in flight is dropped."""
-        self._error = error
+        self._error = self._error or error
         self.stopping = True
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._stopped.cancel)
@@ -282,9 +264,9 @@ class Session:
         try:
             self._take_up(given)
             with self._console.bar("crawl", total=report.found) as self._bar:
-                work = asyncio.ensure_future(self._crawler.crawl_async(session=self))
                 if self.stopping:
-                    self._stopped.cancel()
+                    return
+                work = asyncio.ensure_future(self._crawler.crawl_async(session=self))
                 await asyncio.wait([work, self._stopped], return_when=asyncio.FIRST_COMPLETED)
                 while self.stopping and not work.done():
                     self._release()
@@ -517,9 +499,9 @@ class Session:
         self.frontier.put_back(replace(page, url=target, hops=(*page.hops, target), attempts=0))
 
     async def _listed(self, page: Page, body: bytes) -> Entry:
-        sitemap = await asyncio.to_thread(parse_sitemap, body)
+        pages, others = await asyncio.to_thread(parse_sitemap, body)
         links, sitemaps = dict[str, None](), dict[str, None]()
-        for locations, into in ((sitemap.pages, links), (sitemap.sitemaps, sitemaps)):
+        for locations, into in ((pages, links), (others, sitemaps)):
             for location in locations:
                 url = normalize_url(location, page.url)
                 if url is None or url not in self._scope:
