@@ -130,8 +130,7 @@ def test_pages_of_a_crawl_become_a_model(
     groundup: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The two commands at the head of the recipe, in an empty folder."""
-    pytest.importorskip("aiohttp")
-    pytest.importorskip("protego")
+    pytest.importorskip("scrapy")
     from misbehaving_server import MisbehavingServer, answering
 
     monkeypatch.chdir(tmp_path)
