@@ -66,6 +66,7 @@ class Reason(StrEnum):
     NO_TEXT = "no text field"
     TOO_LONG = "too long"
     NUL = "NUL characters"
+    GARBLED = "garbled characters"
     NO_CONTENT = "no content extracted"
     TIMEOUT = "extraction timeout"
     CRASH = "extraction crash"
@@ -86,7 +87,7 @@ class Reason(StrEnum):
 _FAULTS = frozenset(
     {
         Reason.UNREADABLE, Reason.DAMAGED, Reason.CUT_OFF, Reason.INVALID_UTF8, Reason.INVALID_JSON, Reason.NO_TEXT,
-        Reason.TOO_LONG, Reason.NUL, Reason.TIMEOUT, Reason.CRASH,
+        Reason.TOO_LONG, Reason.NUL, Reason.GARBLED, Reason.TIMEOUT, Reason.CRASH,
     }
 )  # fmt: skip
 
