@@ -50,6 +50,7 @@ from groundup.corpus.quality.predicate import load_predicate
 from groundup.corpus.quality.privacy import replace_private
 from groundup.corpus.quality.signals import signals, toxic_share
 from groundup.corpus.reading.read import Extraction, UnitReader
+from groundup.corpus.reading.text import DOCUMENT
 from groundup.corpus.words import words_of
 from groundup.errors import DataError
 from groundup.files import atomic_folder, file_digest, value_digest, write_json
@@ -61,6 +62,7 @@ BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 1024
 FINDINGS_KEPT = 20
 EXCERPT = 4 * EXCERPT_CHARACTERS
+SEPARATED = "documents of text files with separators"
 
 
 def annotate(work: Annotation) -> dict[str, Any]:
@@ -138,7 +140,7 @@ class _Annotator:
             "records": self._n_records,
             "bytes_in": self._bytes_in,
             "set_aside": [[*key, count] for key, count in sorted(self._set_aside_counts.items())],
-            "changed": dict(sorted(self._changed.items())),
+            "changed": {what: count for what, count in sorted(self._changed.items()) if count},
             "findings": self._findings,
         }
 
@@ -147,6 +149,7 @@ class _Annotator:
         for unit in self._work.units:
             reader = UnitReader(unit, self._settings, self._set_aside, extraction)
             for record in reader:
+                self._changed[SEPARATED] += record.place == DOCUMENT
                 yield unit.source.label, record
             self._n_records += reader.n_records
 

@@ -74,7 +74,7 @@ def annotation_fingerprint(settings: CorpusSettings, classifier: str = "") -> st
             "version": ANNOTATION_VERSION,
             "reading": [
                 settings.text_field, settings.source_field, settings.unicode, settings.max_document_mib,
-                settings.extractor, settings.extract_seconds,
+                settings.extractor, settings.extract_seconds, settings.separator,
             ],
             "languages": [sorted(settings.languages), file_fingerprint(settings.language_model)],
             "signals": signal_names(settings),
