@@ -342,6 +342,7 @@ MISSING = {
     "folder of pictures": ("passed over: .*cat.png", "pictures"),
     "pattern of pictures": ("passed over: .*cat.png", "pictures/*"),
     "kind": ("packed again", "pictures/a.parquet.gz"),
+    "name": ("File name too long", "x" * 5000),
     "pipe": ("neither a file nor a folder", "pipe.txt"),
 }
 
@@ -369,6 +370,7 @@ def test_pipes_and_links_that_lead_out_of_a_folder_are_set_aside_and_not_opened(
     os.mkfifo(folder / "pipe.txt")
     (folder / "device.txt").symlink_to("/dev/zero")
     (folder / "good.txt").write_text(GOOD)
+    (folder / "picture.png").symlink_to("/etc/hostname")
     (folder / "deep" / "inside.txt").symlink_to(folder / "good.txt")
     (tmp_path / "secret").write_text("a secret")
     (tmp_path / "out" / "more.txt").write_text("more")

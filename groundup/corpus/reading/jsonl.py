@@ -11,8 +11,8 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, replace
-from typing import IO, Any
+from functools import cache
+from typing import IO, Any, NamedTuple
 
 import orjson
 
@@ -32,8 +32,7 @@ _DECODER = json.JSONDecoder()
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-@dataclass(frozen=True, slots=True)
-class Value:
+class Value(NamedTuple):
     """One record as its file has it: an object of JSON, a row of a table, the cells of a line.
 
     Attributes:
@@ -184,7 +183,7 @@ class _Elements:
             return
         lists = [item for item in value.values() if isinstance(item, list)] if isinstance(value, dict) else []
         if len(lists) != 1 or field in value:
-            yield replace(whole, data=value, is_strict=is_strict)
+            yield whole._replace(data=value, is_strict=is_strict)
             return
         for self.number, item in enumerate(lists[0], start=1):
             yield Value(item, self.number - 1, ELEMENT, self.number, is_strict=is_strict)
@@ -299,11 +298,16 @@ def parse_json(data: bytes, field: str) -> tuple[Any, bool]:
             raise RefusedError(Reason.INVALID_UTF8, detail) from error
         except (ValueError, RecursionError) as error:
             raise RefusedError(Reason.INVALID_JSON, f"{strict.msg} at character {strict.pos}") from error
-    if field and isinstance(value, dict) and data.count(name := json.dumps(field).encode()) > 1:
+    if field and isinstance(value, dict) and data.count(name := _quoted(field)) > 1:
         pairs = json.loads(data, object_pairs_hook=list)
         if sum(key == field for key, _ in pairs) > 1:
             raise RefusedError(Reason.INVALID_JSON, f"the field {name.decode()} stands in it twice")
     return value, is_strict
+
+
+@cache
+def _quoted(field: str) -> bytes:
+    return json.dumps(field).encode()
 
 
 def label_of(value: object) -> str:

@@ -241,12 +241,10 @@ class _Search:
                 raise DataError(f"{item}: nothing matches this pattern (seen from {Path.cwd()}).", self._check)
             home = os.path.realpath(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts)))
             for match in matches:
-                if self._leads_out(match, home):
-                    continue
-                if match.is_dir():
+                if not match.is_dir():
+                    self._add(match, home)
+                elif not self._leads_out(match, home):
                     self._files_below(match, home)
-                else:
-                    self._add(match)
         elif os.path.lexists(path):
             raise DataError(f"{item}: neither a file nor a folder.", f"Name a regular file. {self._check}")
         else:
@@ -300,23 +298,25 @@ class _Search:
                 entered.append(name)
             folders[:] = entered
             for name in files:
-                path = Path(parent, name)
-                if not name.startswith(".") and not (path.is_symlink() and self._leads_out(path, home)):
-                    self._add(path)
+                if not name.startswith("."):
+                    self._add(Path(parent, name), home)
 
     def _leads_out(self, path: Path, home: str) -> bool:
         """Whether a link leads out of the folder and is not to be followed; then it is set aside."""
         real = os.path.realpath(path)
-        if self._follow_links or real == home or real.startswith(os.path.join(home, "")):
+        cache, is_snapshot, _ = home.partition("/snapshots/")  # the Hub's cache: links to `blobs` beside it
+        within = (os.path.join(home, ""), *([f"{cache}/blobs/"] if is_snapshot else []))
+        if self._follow_links or real == home or real.startswith(within):
             return False
-        self._set_aside(
-            path, "a link that leads out of the folder ([corpus] follow_links = true follows it)", Reason.LINK
-        )
+        why = "a link that leads out of the folder: name the file itself, or set [corpus] follow_links = true"
+        self._set_aside(path, why, Reason.LINK)
         return True
 
-    def _add(self, path: Path) -> None:
+    def _add(self, path: Path, home: str) -> None:
         if kind_of(path.name) is None or _is_stage_folder(path.parent):
             self.found.passed_over.append(_label(path))
+        elif self._leads_out(path, home):
+            pass
         elif path.is_file() or not path.exists():  # a link that leads nowhere is set aside when it is opened
             self.found.files.append(InputFile(_label(path), path))
         else:

@@ -8,7 +8,7 @@ so that a long file can be read in pieces. Documents beyond `max_document_mib` a
 from __future__ import annotations
 
 import codecs
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import IO
 
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside
@@ -18,7 +18,7 @@ from groundup.corpus.reading.parts import TooLong, split_long
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 
-DOCUMENT, PART = "document", "part"
+DOCUMENT = "document"
 
 
 def read_text(
@@ -32,7 +32,7 @@ def read_text(
         How many documents (of a file without a separator: parts) these were, empty ones included.
     """
     limit, separator = limit_bytes(settings), settings.separator.encode()
-    number, position, place = 0, 0, DOCUMENT
+    number = position = 0
     try:
         if not start:
             with source.open() as handle:
@@ -45,32 +45,43 @@ def read_text(
                 return 1
             del data
             if not has_separator and not _holds(source, separator):
-                place, separator, stop = PART, b"", None
+                return (yield from _read_parts(source, settings, set_aside))
         with source.open() as handle:
             documents = _Documents(handle, separator)
             documents.go_to(start, stop)
             while not documents.at_end and (stop is None or documents.position < stop):
                 first = position = documents.position
                 is_empty = True
-                for offset, part in split_long(documents, limit):
-                    is_tail = documents.at_end and bool(first) and is_empty
+                for offset, part in documents.parts(limit):
+                    is_tail = bool(first) and is_empty and documents.at_end
                     is_empty = False
                     if is_tail and isinstance(part, bytes) and part.isspace():
                         continue  # the line end behind the last separator
                     number += 1
-                    record = _record(source, part, settings, set_aside, first + offset, place, number)
+                    record = _record(source, part, settings, set_aside, first + offset, DOCUMENT, number)
                     if record is not None:
                         yield record
                 if is_empty and not (documents.at_end and first):
                     number += 1
-                    _record(source, b"", settings, set_aside, first, place, number)
+                    _record(source, b"", settings, set_aside, first, DOCUMENT, number)
                 documents.pass_separator()
     except (*READ_ERRORS, UnicodeDecodeError) as error:
-        if number and place == DOCUMENT:
+        if number:
             so_far = f"the {number:,} documents before it are read"
-            set_aside(unread(source, error, position, place, number + 1, so_far))
+            set_aside(unread(source, error, position, DOCUMENT, number + 1, so_far))
         else:
             set_aside(unread(source, error))
+    return number
+
+
+def _read_parts(source: InputFile, settings: CorpusSettings, set_aside: OnSetAside) -> Generator[Record, None, int]:
+    """One long text, which has been read through before."""
+    number = 0
+    with source.open() as handle:
+        for number, (position, part) in enumerate(split_long(handle, limit_bytes(settings)), start=1):
+            record = _record(source, part, settings, set_aside, position, "part", number)
+            if record is not None:
+                yield record
     return number
 
 
@@ -128,7 +139,7 @@ def _holds(source: InputFile, separator: bytes) -> bool:
 
 
 class _Documents:
-    """A stream whose `readline` ends at a separator as it would at the file's end; without one, the whole stream.
+    """A stream whose `readline` ends at a separator as it would at the file's end.
 
     Attributes:
         position: of the next byte.
@@ -161,6 +172,16 @@ class _Documents:
             self._fill()
         self._take(at + len(self._separator))
 
+    def parts(self, limit: int) -> Iterator[tuple[int, bytes | TooLong]]:
+        """The next document, unless it is empty: in parts, with their places in it, if it is longer than `limit`."""
+        while (at := self._next_separator()) < 0 and not self._is_read and len(self._buffer) <= limit:
+            self._fill()
+        size = len(self._buffer) if at < 0 else at
+        if size > limit:
+            yield from split_long(self, limit)
+        elif size:
+            yield 0, self._take(size)
+
     def readline(self, size: int = -1, /) -> bytes:
         """The next line, at most `size` bytes of it; nothing where a separator or the file's end comes next."""
         while True:
@@ -180,8 +201,6 @@ class _Documents:
 
     def _next_separator(self) -> int:
         """Where in the buffer the next separator begins, or -1; each byte is looked at once."""
-        if not self._separator:
-            return -1
         if self._found < self.position:
             begin = max(0, self._searched - self.position)
             at = self._buffer.find(self._separator, begin)

@@ -7,7 +7,6 @@ cannot be read is set aside with its reason, and the reading goes on.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from dataclasses import replace
 from typing import Any
 
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
@@ -67,9 +66,9 @@ def record_of(source: InputFile, value: Value, settings: CorpusSettings, set_asi
     if url is None and type(metadata := fields.get("metadata")) is dict:
         url = metadata.get("url")
     named = fields.get(settings.source_field) if settings.source_field else None
-    labels = [label_of(item) for item in (named, url, fields.get("id"))]
+    labels = label_of(named), label_of(url), label_of(fields.get("id"))
     if not value.is_strict:
-        labels = [label.encode(errors="replace").decode() for label in labels]
+        labels = tuple(label.encode(errors="replace").decode() for label in labels)  # type: ignore[assignment]
     return make_record(source, text, settings, set_aside, value.position, value.place, value.number, *labels)
 
 
@@ -132,7 +131,7 @@ def _read_named(source: InputFile, settings: CorpusSettings, set_aside: OnSetAsi
     n_rows = 0
     for row in rows:
         n_rows = row.number - 1
-        yield replace(row, data=dict(zip(names, row.data, strict=False)), number=n_rows)
+        yield row._replace(data=dict(zip(names, row.data, strict=False)), number=n_rows)
     if not n_rows and not n_aside:
         set_aside(SetAside(source.label, "", 0, Reason.EMPTY, "no row in the file"))
     return n_rows
