@@ -54,6 +54,7 @@ from groundup.corpus.reading.text import DOCUMENT
 from groundup.corpus.words import words_of
 from groundup.errors import DataError
 from groundup.files import atomic_folder, file_digest, value_digest, write_json
+from groundup.untrusted import read_bytes, reading
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -294,15 +295,12 @@ def toxic_words(path: str) -> frozenset[str]:
     Raises:
         DataError: the file cannot be read, or has no word.
     """
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"[corpus] toxic_words = {path!r}: cannot be read ({error}).", "Name a UTF-8 text file."
-        ) from error
+    where = f"[corpus] toxic_words = {path!r}"
+    with reading(where, DataError, "Name a UTF-8 text file."):
+        lines = read_bytes(Path(path).expanduser()).decode().splitlines()
     words = frozenset(line.strip().casefold() for line in lines if line.strip() and not line.startswith("#"))
     if not words:
-        raise DataError(f"[corpus] toxic_words = {path!r}: there is no word in it.", "Write one word a line.")
+        raise DataError(f"{where}: there is no word in it.", "Write one word a line.")
     return words
 
 

@@ -16,6 +16,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import IO, Literal
@@ -236,10 +237,11 @@ class _Search:
         elif path.is_file():
             self._name(InputFile(_label(path), path))
         elif glob.has_magic(item):
-            matches = sorted(set(_matches(path)))
+            base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+            matches = sorted(set(_matches(base, path.relative_to(base).parts)))
             if not matches:
                 raise DataError(f"{item}: nothing matches this pattern (seen from {Path.cwd()}).", self._check)
-            home = os.path.realpath(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts)))
+            home = os.path.realpath(base)
             for match in matches:
                 if not match.is_dir():
                     self._add(match, home)
@@ -332,45 +334,21 @@ def _parents_of(url: str) -> Iterator[str]:
         url = parent
 
 
-def _matches(pattern: Path) -> Iterator[Path]:
-    """What a glob matches, as `glob.glob(recursive=True)` has it, but for links: `**` does not follow them.
+def _matches(base: Path, pattern: Sequence[str]) -> Iterator[Path]:
+    """What a glob matches below a folder: no hidden file that it does not ask for, nothing of runs.
 
-    (Two links that lead upwards would have it visit 2^40 folders.)
+    `**` does not follow links: two that lead upwards would have it visit 2^40 folders.
     """
-    parts = pattern.parts
-    if pattern.is_absolute():
-        yield from _matches_below(Path(parts[0]), parts[1:])
-    else:
-        yield from _matches_below(Path(), parts)
-
-
-def _matches_below(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
-    if not parts:
-        if os.path.lexists(folder):
-            yield folder
-        return
-    head, rest = parts[0], parts[1:]
-    if not glob.has_magic(head):
-        yield from _matches_below(folder / head, rest)
-        return
-    try:
-        entries = list(os.scandir(folder))
-    except OSError:
-        return
-    if head == "**":
-        while rest[:1] == ("**",):
-            rest = rest[1:]
-        yield from _matches_below(folder, rest or ("*",))
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-                place = folder / entry.name
-                if not _is_stage_folder(place):
-                    yield from _matches_below(place, parts)
-        return
-    for entry in entries:
-        hidden = entry.name.startswith(".") and not head.startswith(".")
-        if not hidden and fnmatch.fnmatchcase(entry.name, head):
-            yield from _matches_below(folder / entry.name, rest)
+    asks_hidden = [part for part in pattern if part.startswith(".")]
+    is_ours = cache(_is_stage_folder)
+    for match in base.glob("/".join(pattern)):
+        parts = match.relative_to(base).parts
+        hidden = [part for part in parts if part.startswith(".")]
+        folders = itertools.accumulate(parts[:-1], Path.joinpath, initial=base)
+        if all(any(fnmatch.fnmatchcase(part, asked) for asked in asks_hidden) for part in hidden) and not any(
+            map(is_ours, folders)
+        ):
+            yield match
 
 
 def _is_stage_folder(folder: Path) -> bool:
