@@ -330,8 +330,8 @@ def test_a_file_that_vanishes_between_listing_and_reading_is_counted_and_read_wh
     good(tmp_path / "in")
     path = make(tmp_path / "in" / "a.txt", TEXTS[0].encode())
 
-    def listed(inputs: Any) -> Any:
-        found = find_sources(inputs)
+    def listed(*inputs: Any, **more: Any) -> Any:
+        found = find_sources(*inputs, **more)
         path.rename(tmp_path / "away")
         return found
 

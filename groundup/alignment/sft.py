@@ -44,7 +44,10 @@ class SFTSettings(ControlSettings, OptimizerSettings):
     """Base model and conversations to an assistant."""
 
     data: Texts = setting(
-        ("groundup:tasks",), 'conversations: JSONL files with a "messages" list, or groundup:tasks', min_length=1
+        ("groundup:tasks",),
+        'conversations: files (JSON lines, JSON, Parquet, also packed) of records with a "messages" list, or '
+        "groundup:tasks",
+        min_length=1,
     )
     examples: int = setting(10_000, "conversations that groundup:tasks generates", ge=100, le=10_000_000)
     epochs: float = setting(3.0, "passes over the conversations", gt=0.0, le=1000.0)
@@ -131,6 +134,7 @@ def fine_tune(
     )
     summary = train(job, world, console)
     summary |= source.figures(job.plan.rows(job.n_steps - 1)[1])
+    summary["conversations_set_aside"] = sum(conversations.set_aside.values())
     save_model(out / "model", model, tokenizer, world=world)
     forget_checkpoints(job, world)
     return TrainedModel(model, out, summary)
@@ -371,6 +375,7 @@ class SupervisedFineTuning(Method):
         counts = [
             ("conversations", format_whole(summary.get("conversations_train"))),
             ("held out", format_whole(summary.get("conversations_held_out"))),
+            ("set aside", format_whole(summary.get("conversations_set_aside"))),
             ("supervised tokens", format_whole(summary.get("supervised_tokens"))),
             ("rows filled", _percent(summary.get("packing_efficiency"))),
             ("rows of replayed text", _percent(summary.get("replay_share"))),

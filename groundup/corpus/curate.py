@@ -21,6 +21,7 @@ from typing import Any
 import orjson
 
 from groundup.console import Console
+from groundup.corpus.annotate import SEPARATED
 from groundup.corpus.document import Document
 from groundup.corpus.engine import engine_for
 from groundup.corpus.filter_statistics import PASSED_OVER_SHOWN
@@ -60,7 +61,9 @@ def curate(settings: CorpusSettings, out: Path, console: Console | None = None) 
     out = Path(out).absolute()  # workers may stand elsewhere
     check_languages(settings.languages, settings.language_model)
     check_named_files(settings)
-    sources = _without_own_files(find_sources(settings.inputs), out)
+    sources = _without_own_files(find_sources(settings.inputs, follow_links=settings.follow_links), out)
+    if words := sources.in_words():
+        console.note(f"corpus: {words}.")
     own_folder(out)
     try:
         with _alone_in(out):
@@ -81,8 +84,15 @@ def curate(settings: CorpusSettings, out: Path, console: Console | None = None) 
     }
     write_json(out / STATISTICS_FILE, statistics.as_json(files, passes.more))
     n_faults, first = statistics.faults
+    if n_separated := statistics.changed.get(SEPARATED):
+        console.note(
+            f"corpus: {n_separated:,} documents were cut out of text files at {settings.separator!r} (separator)."
+        )
     if first is not None:
-        console.warn(f"{n_faults:,} records are broken and were set aside ({out / SET_ASIDE_FILE}). The first: {first}")
+        console.warn(
+            f"{n_faults:,} records or files cannot be used and were set aside ({out / SET_ASIDE_FILE}). "
+            f"The first: {first}"
+        )
     if passes.holdout.moved:
         console.warn(f"validation: {passes.holdout.moved}.")
     return statistics.summary(passes.holdout.by)
@@ -135,8 +145,8 @@ def _without_own_files(sources: InputFiles, out: Path) -> InputFiles:
     Raises:
         DataError: there is nothing else.
     """
-    folder = out.resolve()
-    is_ours = [isinstance(one.entry, Path) and one.entry.resolve().is_relative_to(folder) for one in sources.files]
+    folder = os.path.join(os.path.realpath(out), "")
+    is_ours = [isinstance(one.entry, Path) and os.path.realpath(one.entry).startswith(folder) for one in sources.files]
     files = [source for source, ours in zip(sources.files, is_ours, strict=True) if not ours]
     if not files:
         raise DataError(f"{out}: the corpus is to be written where its input is.", "Choose another folder with --out.")
@@ -185,7 +195,7 @@ class Corpus(Method):
     def checks(self, stage: Stage) -> Iterable[Check]:
         """Inputs that are missing, languages and rules that are unknown."""
         settings = stage.settings
-        yield "[corpus] inputs", lambda: find_sources(settings.inputs)
+        yield "[corpus] inputs", lambda: find_sources(settings.inputs, follow_links=settings.follow_links)
         yield "[corpus] languages", lambda: check_languages(settings.languages, settings.language_model)
         yield "[corpus] quality", lambda: rules_for(settings.quality, settings.thresholds, settings.languages)
         yield "[corpus]", lambda: check_named_files(settings)

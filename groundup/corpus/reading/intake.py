@@ -140,13 +140,10 @@ def unread(
         number: of the first line, row or record that was not read.
         so_far: what was used before the fault, such as "12 records before it are used".
     """
-    excerpt = ""
-    reason = Reason.UNREADABLE
+    reason, excerpt = Reason.UNREADABLE, ""
     if isinstance(error, UnicodeDecodeError):
-        reason, detail = Reason.INVALID_UTF8, f"byte {error.start} ({error.reason})"
-        if error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            detail += ": this is UTF-16; save it as UTF-8"
-        excerpt = excerpt_of(error.object[max(0, error.start - 20) : error.start + 20])
+        reason = Reason.INVALID_UTF8
+        detail, excerpt = invalid_utf8(error)
     elif isinstance(error, DamagedStreamError):
         reason, detail = error.reason, error.detail
     else:
@@ -154,3 +151,11 @@ def unread(
     if so_far:
         detail += f"; {so_far}"
     return SetAside(file.label, place, number, reason, detail, excerpt, 0 if so_far else file.size_bytes(), position)
+
+
+def invalid_utf8(error: UnicodeDecodeError) -> tuple[str, str]:
+    """What is wrong with these bytes, and how they look there."""
+    detail = f"byte {error.start} ({error.reason})"
+    if error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        detail += ": this is UTF-16; save it as UTF-8"
+    return detail, excerpt_of(error.object[max(0, error.start - 20) : error.start + 20])
