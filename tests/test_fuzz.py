@@ -24,15 +24,15 @@ import pytest
 import tiny_run
 from fuzz import PACKING, Files, Reader, faults, grouped
 from generation_models import TEXT, random_model, small_tokenizer
+from groundup.corpus.crawl.journal import Store, read_journal
+from groundup.corpus.crawl.links import extract_links
+from groundup.corpus.crawl.robots import parse_robots
+from groundup.corpus.crawl.sitemap import BadSitemap, parse_sitemap
 from shards_bytes import ByteTokenizer, document
 
 from groundup.alignment.conversations import load_conversations
 from groundup.console import Console
-from groundup.corpus.crawl.journal import Store, read_journal
-from groundup.corpus.crawl.links import extract_links
-from groundup.corpus.crawl.robots import parse_robots
 from groundup.corpus.crawl.settings import CrawlSettings
-from groundup.corpus.crawl.sitemap import BadSitemap, parse_sitemap
 from groundup.corpus.crawl.urls import normalize_url
 from groundup.corpus.decontamination.files import find_tasks
 from groundup.corpus.reading.read import Extraction, UnitReader
