@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -116,7 +117,7 @@ def test_whatever_did_not_reach_the_disk_is_cut_off(tmp_path: Path) -> None:
             f"http://a/{number}", Exchange(b"GET / HTTP/1.1\r\n\r\n", "HTTP/1.1 200 OK", (), ""), body
         )
         killed.append(page_of + Entry("stored", f"http://a/{number}").record())
-        killed.append(Entry("refused", f"http://b/{number}", reason=Refusal.TYPE, detail="\udce9").record())
+        killed.append(Entry("refused", f"http://b/{number}", reason=Refusal.TYPE, detail="ü\udce9").record())
     killed._handle.close()  # type: ignore[union-attr]
     (growing,) = (tmp_path / "killed").glob("*.open")
     data = growing.read_bytes()
@@ -128,6 +129,9 @@ def test_whatever_did_not_reach_the_disk_is_cut_off(tmp_path: Path) -> None:
     damages = [data[:size] for size in range(0, len(data), 97)]
     damages += [data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in range(10, len(data), 97)]
     damages += [data[:at] + bytes(len(data) - at) for at in range(0, len(data), 97)]
+    odd = [b"[]", b"[" * 10**5, b'{"event": 1}', b'{"event": "stored", "url": "x", "links": 5}', b"\xff", b"",
+           b'{"event": "refused", "url": "x", "reason": "never"}', b'{"event": "stored", "url": ["x"]}']  # fmt: skip
+    damages += [data + gzip.compress(b"WARC/1.1\r\nWARC-Type: metadata\r\n\r\n" + block) for block in odd]
     damages += [data + b"torn", data]
     for number, left in enumerate(damages):
         folder = tmp_path / str(number)

@@ -24,7 +24,8 @@ from groundup.console import Console
 from groundup.corpus.crawl.report import CrawlReport, Planned
 from groundup.corpus.crawl.settings import CrawlSettings
 from groundup.errors import ArtifactError, GroundupError, Interrupted, RunError
-from groundup.files import own_folder, read_json, remove_partials, write_error, write_json
+from groundup.files import own_folder, remove_partials, write_error, write_json
+from groundup.untrusted import read_object
 
 if TYPE_CHECKING:
     from groundup.corpus.crawl.session import Session
@@ -127,8 +128,8 @@ def _summary(out: Path) -> dict[str, Any]:
     path = out / SUMMARY
     if not path.exists():
         return {}
-    summary = read_json(path)
-    if not isinstance(summary, dict) or not isinstance(summary.get("settings"), dict):
+    summary = read_object(path)
+    if not isinstance(summary.get("settings"), dict) or not isinstance(summary.get("files", []), list):
         raise ArtifactError(f"{path}: not a crawl's summary.", "Choose another folder with --out.")
     return summary
 
@@ -198,7 +199,7 @@ def _check_scope(out: Path, settings: CrawlSettings, something_given: bool) -> N
             + ".",
             "Go on with the same, or choose another folder with --out.",
         )
-    if gone := [name for name in before.get("files", []) if not (out / name).is_file()]:
+    if gone := [name for name in map(str, before.get("files", [])) if not (out / name).is_file()]:
         raise ArtifactError(
             f"{out / gone[0]}: is gone.", "Put it back as it was, or begin a new crawl in another folder with --out."
         )

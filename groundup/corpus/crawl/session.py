@@ -13,7 +13,7 @@ import heapq
 import itertools
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -510,10 +510,10 @@ class Session:
                     into[url] = None
         room = max(0, MAX_SITEMAPS - self._n_sitemaps)
         self.frontier.overflow += max(0, len(sitemaps) - room)
-        kept = list(sitemaps)[:room]
-        return Entry("listed", page.first_url, sitemap=True, via=page.hops, links=list(links), sitemaps=kept)
+        kept = tuple(sitemaps)[:room]
+        return Entry("listed", page.first_url, sitemap=True, via=page.hops, links=tuple(links), sitemaps=kept)
 
-    def _refuse(self, page: Page, refusal: Refused, links: Sequence[str] = ()) -> None:
+    def _refuse(self, page: Page, refusal: Refused, links: tuple[str, ...] = ()) -> None:
         self._outcome(
             Entry(
                 "refused", page.first_url, sitemap=page.sitemap, depth=page.depth, via=page.hops, links=links,
