@@ -57,13 +57,13 @@ def _stored(out: Path) -> set[str]:
 
 
 def test_killed_at_any_moment_it_goes_on(server: MisbehavingServer, tmp_path: Path) -> None:
-    site = _site(server, 90)
+    site = _site(server, 60)
     moments = random.Random(int(os.environ.get("CRAWL_SEED", "7")))
     out, kills, kept = tmp_path / "out", 0, set[str]()
     while True:
         asked = len(server.requests)
         before = server.counts
-        until = moments.randrange(10, 40)
+        until = moments.randrange(8, 24)
         process = _start(server, out, 0.002)
         while len(server.requests) < asked + until and process.is_alive():
             time.sleep(0.0005)
