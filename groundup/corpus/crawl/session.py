@@ -411,12 +411,12 @@ class Session:
     async def _answered(self, response: Response) -> None:
         page, host = response.meta["page"], response.meta["host"]
         host.failures = 0
+        fault: Exception | None = None
         try:
             await self._take_in(page, response)
         except Exception as error:
-            self._end(host, page, error)
-        else:
-            self._end(host, page, None)
+            fault = error
+        self._end(host, page, fault)
 
     def _failed(self, failure: Any) -> None:
         meta = failure.request.meta
