@@ -14,7 +14,7 @@ pytest.importorskip("scrapy")
 
 from crawl_pages import XMLNS, index, urlset
 
-from groundup.corpus.crawl.download import Unpacker
+from groundup.corpus.crawl.fetch import Unpacker
 from groundup.corpus.crawl.pages import extract_links, parse_robots, parse_sitemap, retry_after_seconds
 from groundup.corpus.crawl.report import Refused
 from groundup.corpus.crawl.urls import Scope, is_public, normalize_url

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -56,13 +57,13 @@ def _stored(out: Path) -> set[str]:
 
 
 def test_killed_at_any_moment_it_goes_on(server: MisbehavingServer, tmp_path: Path) -> None:
-    site = _site(server, 90)
+    site = _site(server, 60)
     moments = random.Random(int(os.environ.get("CRAWL_SEED", "7")))
     out, kills, kept = tmp_path / "out", 0, set[str]()
     while True:
         asked = len(server.requests)
         before = server.counts
-        until = moments.randrange(10, 40)
+        until = moments.randrange(8, 24)
         process = _start(server, out, 0.002)
         while len(server.requests) < asked + until and process.is_alive():
             time.sleep(0.0005)
@@ -116,7 +117,7 @@ def test_whatever_did_not_reach_the_disk_is_cut_off(tmp_path: Path) -> None:
             f"http://a/{number}", Exchange(b"GET / HTTP/1.1\r\n\r\n", "HTTP/1.1 200 OK", (), ""), body
         )
         killed.append(page_of + Entry("stored", f"http://a/{number}").record())
-        killed.append(Entry("refused", f"http://b/{number}", reason=Refusal.TYPE, detail="\udce9").record())
+        killed.append(Entry("refused", f"http://b/{number}", reason=Refusal.TYPE, detail="ü\udce9").record())
     killed._handle.close()  # type: ignore[union-attr]
     (growing,) = (tmp_path / "killed").glob("*.open")
     data = growing.read_bytes()
@@ -128,6 +129,9 @@ def test_whatever_did_not_reach_the_disk_is_cut_off(tmp_path: Path) -> None:
     damages = [data[:size] for size in range(0, len(data), 97)]
     damages += [data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in range(10, len(data), 97)]
     damages += [data[:at] + bytes(len(data) - at) for at in range(0, len(data), 97)]
+    odd = [b"[]", b"[" * 10**5, b'{"event": 1}', b'{"event": "stored", "url": "x", "links": 5}', b"\xff", b"",
+           b'{"event": "refused", "url": "x", "reason": "never"}', b'{"event": "stored", "url": ["x"]}']  # fmt: skip
+    damages += [data + gzip.compress(b"WARC/1.1\r\nWARC-Type: metadata\r\n\r\n" + block) for block in odd]
     damages += [data + b"torn", data]
     for number, left in enumerate(damages):
         folder = tmp_path / str(number)

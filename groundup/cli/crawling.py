@@ -134,13 +134,10 @@ def _listed(text: str | None) -> tuple[str, ...] | None:
 
 def _lines(path: Path) -> list[str]:
     from groundup.errors import DataError
+    from groundup.untrusted import reading
 
-    try:
+    with reading(str(path), DataError, "Name a file with one address a line."):
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}).", "Name a file with one address a line."
-        ) from error
     lines = (line.strip() for line in text.splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 

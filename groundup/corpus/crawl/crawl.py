@@ -24,7 +24,8 @@ from groundup.console import Console
 from groundup.corpus.crawl.report import CrawlReport, Planned
 from groundup.corpus.crawl.settings import CrawlSettings
 from groundup.errors import ArtifactError, GroundupError, Interrupted, RunError
-from groundup.files import own_folder, read_json, remove_partials, write_error, write_json
+from groundup.files import own_folder, remove_partials, write_error, write_json
+from groundup.untrusted import read_object
 
 if TYPE_CHECKING:
     from groundup.corpus.crawl.session import Session
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "crawl.json"
 _BINDING = ("depth", "same_path")  # settings that decide what a finished page led to
+_SILENT = logging.NullHandler()  # without a handler, Python shows warnings on standard error
 _SAID_ANEW = {"allow_private", "user_agent"}
 
 
@@ -90,12 +92,7 @@ def plan_crawl(
 ) -> list[Planned]:
     """What `crawl` would do with these addresses and sitemaps; only robots.txt and sitemaps are fetched.
 
-    Args:
-        urls: as for `crawl`.
-        settings: as for `crawl`.
-        sitemaps: as for `crawl`.
-        out: a folder whose finished pages are left out of the plan; nothing is written to it.
-        console: where progress is shown.
+    The arguments are those of `crawl`; what is finished in `out` is left out of the plan, and nothing is written to it.
     """
     settings, console, folder = settings or CrawlSettings(), console or Console(quiet=True), Path(out or "")
     given = _given(urls, sitemaps)
@@ -127,8 +124,8 @@ def _summary(out: Path) -> dict[str, Any]:
     path = out / SUMMARY
     if not path.exists():
         return {}
-    summary = read_json(path)
-    if not isinstance(summary, dict) or not isinstance(summary.get("settings"), dict):
+    summary = read_object(path)
+    if not isinstance(summary.get("settings"), dict) or not isinstance(summary.get("files", []), list):
         raise ArtifactError(f"{path}: not a crawl's summary.", "Choose another folder with --out.")
     return summary
 
@@ -140,7 +137,9 @@ def _given(urls: Sequence[str], sitemaps: Sequence[str]) -> list[Entry]:
                 f"Crawling needs the package {package}, which is not installed.", "pip install 'groundup[crawl]'"
             )
     if "twisted.internet.reactor" in sys.modules:
-        raise GroundupError("This process runs a Twisted reactor, and the crawler needs one without.", "Use another.")
+        raise GroundupError(
+            "A Twisted reactor is loaded here, which the crawler cannot use.", "Crawl in another process."
+        )
     from groundup.corpus.crawl.urls import normalize_url
     from groundup.corpus.crawl.warc import Entry
 
@@ -192,13 +191,12 @@ def _check_scope(out: Path, settings: CrawlSettings, something_given: bool) -> N
         return
     now = settings.model_dump(mode="json")
     if other := [name for name in _BINDING if before["settings"].get(name) != now[name]]:
+        held = ", ".join(f"{name} = {before['settings'].get(name)}" for name in other)
         raise RunError(
-            f"{out}: holds a crawl with "
-            + ", ".join(f"{name} = {before['settings'].get(name)}" for name in other)
-            + ".",
+            f"{out}: holds a crawl with {held}.",
             "Go on with the same, or choose another folder with --out.",
         )
-    if gone := [name for name in before.get("files", []) if not (out / name).is_file()]:
+    if gone := [name for name in map(str, before.get("files", [])) if not (out / name).is_file()]:
         raise ArtifactError(
             f"{out / gone[0]}: is gone.", "Put it back as it was, or begin a new crawl in another folder with --out."
         )
@@ -210,7 +208,7 @@ def _run(session: Session, given: list[Entry]) -> None:
     Raises:
         KeyboardInterrupt: Ctrl-C, or SIGTERM; the session has stopped.
     """
-    logging.getLogger("scrapy").addHandler(logging.NullHandler())  # else Python shows Scrapy's warnings on stderr
+    logging.getLogger("scrapy").addHandler(_SILENT)
     in_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main else None
     try:
@@ -224,4 +222,4 @@ def _run(session: Session, given: list[Entry]) -> None:
                 raise
     finally:
         if in_main:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

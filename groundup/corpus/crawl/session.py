@@ -2,7 +2,7 @@
 
 For each page, when its host's turn has come: robots.txt, then one request, then an outcome: stored, redirected (the
 target takes its turn as a page of its own), asked for again later, or refused with a reason. Links and sitemaps add
-pages. Scrapy drives it: `Frontier` is its scheduler, `Downloader` its download handler, its slots keep the pauses of
+pages. Scrapy drives it: `Frontier` is its scheduler, `Fetcher` its download handler, its slots keep the pauses of
 each host, and `Robots` is its one middleware.
 """
 
@@ -13,7 +13,7 @@ import heapq
 import itertools
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from scrapy.crawler import AsyncCrawlerRunner, Crawler
 from scrapy.http import Response
 
 from groundup.console import Bar, Console, format_bytes
-from groundup.corpus.crawl.download import REDIRECTS, Downloader, header
+from groundup.corpus.crawl.fetch import REDIRECTS, Fetcher, header
 from groundup.corpus.crawl.pages import MAX_SITEMAP_BYTES, extract_links, parse_robots, parse_sitemap
 from groundup.corpus.crawl.report import CrawlReport, Planned, Refusal, Refused
 from groundup.corpus.crawl.settings import CrawlSettings
@@ -164,10 +164,10 @@ def _key(url: str) -> int:
 class Rules:
     """The rules of one origin for us: the parsed file (None: there is none), or why nothing may be fetched."""
 
-    file: Protego | None
-    refusal: Refused | None
-    delay_seconds: float
-    fetched: float
+    file: Protego | None = None
+    refusal: Refused | None = None
+    delay_seconds: float = 0.0
+    fetched: float = field(default_factory=time.monotonic)
 
 
 class Robots:
@@ -232,12 +232,12 @@ class Session:
             {
                 "TWISTED_REACTOR_ENABLED": False,
                 "SCHEDULER": Frontier,
-                "DOWNLOAD_HANDLERS": {"http": Downloader, "https": Downloader},
+                "DOWNLOAD_HANDLERS": {"http": Fetcher, "https": Fetcher},
                 "DOWNLOADER_MIDDLEWARES": {Robots: 100},
                 # None of Scrapy's own: no cookies, no telnet console, no suffix lists, no caches, no redirects.
                 "DOWNLOAD_HANDLERS_BASE": {}, "DOWNLOADER_MIDDLEWARES_BASE": {}, "SPIDER_MIDDLEWARES_BASE": {},
                 "EXTENSIONS_BASE": {}, "ADDONS": {}, "TELNETCONSOLE_ENABLED": False, "COOKIES_ENABLED": False,
-                "CONCURRENT_REQUESTS": 1000,  # most of them wait for their host; `concurrency` transfer: see Downloader
+                "CONCURRENT_REQUESTS": 1000,  # most of them wait for their host; `concurrency` transfer: see Fetcher
                 "CONCURRENT_REQUESTS_PER_DOMAIN": 1,
                 "DOWNLOAD_DELAY": settings.delay_seconds,
                 "DOWNLOAD_DELAY_JITTER": 0,
@@ -380,20 +380,18 @@ class Session:
                     continue
                 if refusal.reason != Refusal.PRIVATE:
                     refusal = Refused(Refusal.ROBOTS_UNREACHABLE, str(refusal))
-                return Rules(None, refusal, 0.0, time.monotonic())
+                return Rules(refusal=refusal)
         if response is None or not 200 <= response.status < 300:
-            return Rules(None, None, 0.0, time.monotonic())
+            return Rules()
         try:
             file = await asyncio.to_thread(parse_robots, response.body, product, whole="cut" not in response.flags)
             delay = float(file.crawl_delay(product) or 0.0)
         except Exception as error:  # a file that its reader cannot stand is none that allows anything
-            return Rules(
-                None, Refused(Refusal.ROBOTS_UNREACHABLE, f"unreadable ({error})"[:120]), 0.0, time.monotonic()
-            )
+            return Rules(refusal=Refused(Refusal.ROBOTS_UNREACHABLE, f"unreadable ({error})"[:120]))
         if delay > max(settings.max_wait_seconds, settings.delay_seconds):
             why = f"its robots.txt asks for a pause of {delay:,.0f} s"
-            return Rules(None, Refused(Refusal.ASKED_TO_WAIT, why, wait_seconds=delay), 0.0, time.monotonic())
-        return Rules(file, None, delay if delay > 0 else 0.0, time.monotonic())
+            return Rules(refusal=Refused(Refusal.ASKED_TO_WAIT, why, wait_seconds=delay))
+        return Rules(file, delay_seconds=delay if delay > 0 else 0.0)
 
     async def _fetch_robots(self, url: str, attempt: int) -> Response | None:
         """robots.txt, through at most five redirects (RFC 9309, 2.3.1.2); None where they lead nowhere."""
@@ -413,12 +411,12 @@ class Session:
     async def _answered(self, response: Response) -> None:
         page, host = response.meta["page"], response.meta["host"]
         host.failures = 0
+        fault: Exception | None = None
         try:
             await self._take_in(page, response)
         except Exception as error:
-            self._end(host, page, error)
-        else:
-            self._end(host, page, None)
+            fault = error
+        self._end(host, page, fault)
 
     def _failed(self, failure: Any) -> None:
         meta = failure.request.meta
@@ -510,10 +508,10 @@ class Session:
                     into[url] = None
         room = max(0, MAX_SITEMAPS - self._n_sitemaps)
         self.frontier.overflow += max(0, len(sitemaps) - room)
-        kept = list(sitemaps)[:room]
-        return Entry("listed", page.first_url, sitemap=True, via=page.hops, links=list(links), sitemaps=kept)
+        kept = tuple(sitemaps)[:room]
+        return Entry("listed", page.first_url, sitemap=True, via=page.hops, links=tuple(links), sitemaps=kept)
 
-    def _refuse(self, page: Page, refusal: Refused, links: Sequence[str] = ()) -> None:
+    def _refuse(self, page: Page, refusal: Refused, links: tuple[str, ...] = ()) -> None:
         self._outcome(
             Entry(
                 "refused", page.first_url, sitemap=page.sitemap, depth=page.depth, via=page.hops, links=links,

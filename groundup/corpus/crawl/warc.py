@@ -21,15 +21,17 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 from fastwarc.stream_io import GzipWriter
 from fastwarc.warc import WarcRecord, WarcRecordType
+from pydantic import TypeAdapter
 
 from groundup.corpus.crawl.report import Refusal
 from groundup.environment import version_of
 from groundup.errors import ArtifactError, GroundupError
 from groundup.files import sync
+from groundup.untrusted import ordinary_file
 
 _OF_THE_WIRE = frozenset({b"content-encoding", b"transfer-encoding", b"content-length"})
 _MAX_HEAD_BYTES = 24 << 10  # readers of WARC files give up on longer ones
@@ -53,21 +55,24 @@ class Entry:
         size_bytes: size of the stored body.
     """
 
-    event: str
+    event: Literal["given", "stored", "listed", "refused"]
     url: str
     sitemap: bool = False
     depth: int = 0
-    via: Sequence[str] = ()
-    links: Sequence[str] = ()
-    sitemaps: Sequence[str] = ()
-    reason: str = ""
+    via: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
+    sitemaps: tuple[str, ...] = ()
+    reason: Refusal | Literal[""] = ""
     detail: str = ""
     size_bytes: int = 0
 
     def record(self) -> bytes:
         """As a metadata record."""
-        values = {name: value for name, value in vars(self).items() if value}
-        return _record(WarcRecordType.metadata, self.url, "application/json", json.dumps(values).encode())
+        text = json.dumps({name: value for name, value in vars(self).items() if value}, ensure_ascii=False)
+        return _record(WarcRecordType.metadata, self.url, "application/json", text.encode("utf-8", "replace"))
+
+
+_ENTRY = TypeAdapter(Entry)
 
 
 @dataclass(frozen=True)
@@ -217,16 +222,14 @@ class WarcFiles:
     def _read(self, path: Path) -> int:
         """Take up the entries of a file; returns the byte behind the last one."""
         self._end = 0
-        with path.open("rb") as handle:
+        with ordinary_file(path).open("rb") as handle:
             for data, end in _members(handle):
                 head, _, block = data.partition(b"\r\n\r\n")
                 if b"\r\nWARC-Type: metadata\r\n" not in head:
                     continue
                 try:
-                    entry = Entry(**json.loads(block))
-                    if entry.reason:
-                        Refusal(entry.reason)
-                except (TypeError, ValueError):
+                    entry = _ENTRY.validate_json(block)
+                except ValueError:
                     break
                 self.entries.append(entry)
                 self._end = end

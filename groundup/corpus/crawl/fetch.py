@@ -53,7 +53,7 @@ class _Answer(aiohttp.ClientResponse):
         return await super().start(connection)
 
 
-class Downloader(BaseDownloadHandler):
+class Fetcher(BaseDownloadHandler):
     """Makes the requests of a crawl, and says how long the host rests after each."""
 
     def __init__(self, crawler: Crawler) -> None:
