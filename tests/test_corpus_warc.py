@@ -7,6 +7,7 @@ import bz2
 import contextlib
 import gzip
 import hashlib
+import lzma
 import re
 import time
 import zlib
@@ -126,6 +127,7 @@ def packings() -> Iterator[tuple[str, str, bytes]]:
     )  # fmt: skip
     yield "zstandard", "x.warc.zst", b"".join(zstandard.compress(record) for record in PAGES)
     yield "bzip2", "x.warc.bz2", bz2.compress(plain)
+    yield "xz", "x.warc.xz", lzma.compress(plain)
 
 
 @pytest.mark.parametrize(("name", "data"), [pytest.param(n, d, id=i) for i, n, d in packings()])
@@ -233,6 +235,22 @@ def test_wrong_length_swallows_no_other_record(folder: Path, name: str, wrong: i
     assert numbers_in(records) == [0, 2, 3, 4, 5]
     assert [(item.reason, item.number) for item in aside] == [(Reason.DAMAGED, 2)]
     assert f"its length says {len(content) + wrong:,} bytes" in aside[0].detail
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        pytest.param(b"WARC/1.0\r\n", id="heads"),
+        pytest.param(record_of(b"x", length=10**7) + b"\r\n", id="lengths"),
+        pytest.param(b"\r\n", id="blanks"),
+        pytest.param(b"\x1f\x8b\x08\0", id="members"),
+    ],
+)
+def test_a_hundred_thousand_beginnings_take_linear_time(folder: Path, piece: bytes) -> None:
+    begin = time.process_time()
+    _, aside, _ = read_bytes(folder, piece * (1_000_000 // len(piece)), "x.warc")
+    assert time.process_time() - begin < 20  # minutes, where each one has all that follows copied
+    assert aside
 
 
 @pytest.mark.parametrize("length", ["", "-1", "abc", "1e3", "9" * 30])

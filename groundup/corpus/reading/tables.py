@@ -97,7 +97,7 @@ def _open(handle: IO[bytes]) -> pq.ParquetFile:
         raise DamagedStreamError(Reason.CUT_OFF, f"cut off before its end: no table of contents in {size:,} bytes")
     try:
         file = pq.ParquetFile(handle, **_READING)
-        _ = file.schema_arrow, [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        _ = file.schema_arrow.names, [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     except Exception as error:  # on damage pyarrow raises much more than its own errors
         raise _fault(error) from error
     return file
