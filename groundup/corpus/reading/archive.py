@@ -1,8 +1,8 @@
 """WARC, WET and ARC archives cut into records, every byte of them in a record or in a counted loss.
 
-In: an archive file. Out: `RawRecord`s and `LostBytes` in the order of the file. Formats: ISO 28500 (WARC 0.18 to 1.1)
-and the Internet Archive's ARC 1 and 2. The cutting is our own because the libraries end without a word where a file is
-cut off (FastWARC 2.0.1 and warcio 1.8.1: 265 of 500 records, no error) and give up at the first damage.
+In: an archive file. Out: `RawRecord`s, and what is set aside, in the order of the file. Formats: ISO 28500 (WARC 0.18
+to 1.1) and the Internet Archive's ARC 1 and 2. The cutting is our own because the libraries end without a word where a
+file is cut off (FastWARC 2.0.1 and warcio 1.8.1: 265 of 500 records, no error) and give up at the first damage.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from groundup.corpus.document import Reason, excerpt_of
+from groundup.corpus.document import Reason, SetAside, excerpt_of
 from groundup.corpus.reading.archive_stream import ARC_RECORD, WARC_RECORD, ArchiveStream, StreamFault
 from groundup.corpus.reading.sources import InputFile
 
+PLACE = "record"
 HEAD_BYTES = 1 << 16
 """A record's header that is longer is damage."""
 
@@ -46,29 +47,8 @@ class RawRecord:
     fault: StreamFault | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class LostBytes:
-    """Bytes of an archive that belong to no record that can be read.
-
-    Attributes:
-        position: where they begin in the uncompressed file.
-        number: as in `RawRecord`.
-        reason: `Reason.CUT_OFF`, `Reason.DAMAGED` or `Reason.UNREADABLE`.
-        detail: in words.
-        excerpt: how they begin, as far as they could be read.
-        size_bytes: how many.
-    """
-
-    position: int
-    number: int
-    reason: Reason
-    detail: str
-    excerpt: str = ""
-    size_bytes: int = 0
-
-
-def read_records(source: InputFile, limit_bytes: int) -> Iterator[RawRecord | LostBytes]:
-    """All records of an archive, whatever state it is in.
+def read_records(source: InputFile, limit_bytes: int) -> Iterator[RawRecord | SetAside]:
+    """All records of an archive, whatever state it is in, and the bytes of it that belong to none that can be read.
 
     Args:
         source: the file.
@@ -81,7 +61,9 @@ def read_records(source: InputFile, limit_bytes: int) -> Iterator[RawRecord | Lo
     while not stream.at_end():
         if fault := stream.go_on():
             number += 1
-            yield LostBytes(stream.position, number, fault.reason, fault.detail, size_bytes=fault.size_bytes)
+            yield SetAside(
+                source.label, PLACE, number, fault.reason, fault.detail, "", fault.size_bytes, stream.position
+            )
             continue
         stream.skip_blanks()
         line = stream.line(HEAD_BYTES)
@@ -102,11 +84,11 @@ def read_records(source: InputFile, limit_bytes: int) -> Iterator[RawRecord | Lo
         _skip_to_record(stream, begins or WARC_RECORD)
         n_lost = stream.position - position
         if fault := stream.go_on(is_within=True):
-            yield LostBytes(position, number, fault.reason, f"{head}: {fault.detail}", excerpt_of(line), n_lost)
-            continue
-        follows = "the file's end" if stream.at_end() else "the next record"
-        detail = f"{head}; {n_lost:,} bytes up to {follows} are lost"
-        yield LostBytes(position, number, Reason.DAMAGED, detail, excerpt_of(line), n_lost)
+            reason, detail = fault.reason, f"{head}: {fault.detail}"
+        else:
+            follows = "the file's end" if stream.at_end() else "the next record"
+            reason, detail = Reason.DAMAGED, f"{head}; {n_lost:,} bytes up to {follows} are lost"
+        yield SetAside(source.label, PLACE, number, reason, detail, excerpt_of(line), n_lost, position)
 
 
 def _warc_head(line: bytes, stream: ArchiveStream) -> dict[str, str] | str:

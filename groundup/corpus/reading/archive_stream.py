@@ -13,17 +13,13 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 
 from groundup.corpus.document import Reason
-from groundup.corpus.reading.compressed import BLOCK_BYTES, DamagedStreamError
+from groundup.corpus.reading.compressed import BLOCK_BYTES, BOMB_BYTES, BOMB_RATIO, DamagedStreamError
 from groundup.corpus.reading.intake import READ_ERRORS
 from groundup.corpus.reading.sources import InputFile
 
 WARC_RECORD = re.compile(rb"WARC/\d+\.\d+[ \t]*(\r|\n|$)")
 ARC_RECORD = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*:\S[^\n]* \d{8,} \S+ ")
 MEMBER_MAGIC = b"\x1f\x8b\x08"
-
-BOMB_BYTES = 1 << 30
-BOMB_RATIO = 1000
-"""gzip data that has grown past both, in bytes and in bytes a stored byte, is an attack."""
 
 _BLANKS = re.compile(rb"[\r\n]+")
 _STORED_BLOCK_BYTES = 1 << 18
@@ -162,15 +158,14 @@ class _Inflated:
     def pieces(self) -> Iterator[bytes | StreamFault]:
         while self._data or self._more():
             self._data = self._data.lstrip(b"\0")  # padding, as gzip itself takes it
+            while 0 < len(self._data) < len(MEMBER_MAGIC) and self._more():
+                pass
             if not self._data:
                 continue
-            while len(self._data) < len(MEMBER_MAGIC) and self._more():
-                pass
+            self._looked_at = 0
+            fault: StreamFault | None = StreamFault(Reason.DAMAGED, "something else follows the gzip data")
             if self._data.startswith(MEMBER_MAGIC):
                 fault = yield from self._member()
-            else:
-                self._looked_at = 0
-                fault = StreamFault(Reason.DAMAGED, "something else follows the gzip data")
             if fault is None:
                 continue
             if fault.reason == Reason.UNREADABLE:
@@ -188,42 +183,38 @@ class _Inflated:
     def _member(self) -> Generator[bytes | StreamFault, None, StreamFault | None]:
         """One member; returns what is wrong with it."""
         inflater = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-        data, is_first, held = self._data, True, b""
-        self._looked_at = 1
-        n_member = 0
-        while not inflater.eof:
+        data, held, self._looked_at = self._data, b"", 1
+        n_member = n_given = 0
+        fault: StreamFault | None = None
+        while fault is None and not inflater.eof:
             try:
                 chunk = inflater.decompress(data, BLOCK_BYTES)
-            except zlib.error as error:
-                # "Error -3 while decompressing data: incorrect data check"
+            except zlib.error as error:  # "Error -3 while decompressing data: incorrect data check"
                 what = f"damaged gzip data: {str(error).split(': ')[-1]}"
-                return StreamFault(Reason.DAMAGED, what, is_within=not is_first)
+                return StreamFault(Reason.DAMAGED, what, is_within=n_given > 0)
             n_member += len(chunk)
             self._n_inflated += len(chunk)
             if self._n_inflated > BOMB_BYTES and self._n_inflated > BOMB_RATIO * self.n_stored:
                 detail = f"a decompression bomb: {self.n_stored:,} bytes have grown to {self._n_inflated:,} so far"
                 return StreamFault(Reason.UNREADABLE, detail, is_within=True)
             held += chunk
-            if held and (inflater.eof or len(held) >= _PEEK_BYTES):
-                if is_first and _begins_record(held):
-                    yield _BORDER
-                yield held
-                is_first, held = False, b""
             data = inflater.unconsumed_tail
             if not data and not inflater.eof and len(chunk) < BLOCK_BYTES:  # all that went in has come out
-                block, self._data = self._data, b""
-                if not self._more():
-                    self._data = block
-                    if held:
-                        if is_first and _begins_record(held):
-                            yield _BORDER
-                        yield held
-                        is_first = False
+                before, self._data = self._data, b""
+                if self._more():
+                    data, self._looked_at = self._data, 0
+                else:
+                    self._data = before
                     detail = f"the file ends within a gzip member, of which {n_member:,} bytes could be unpacked"
-                    return StreamFault(Reason.CUT_OFF, detail, is_within=not is_first)
-                data, self._looked_at = self._data, 0
-        self._data = inflater.unused_data
-        return None
+                    fault = StreamFault(Reason.CUT_OFF, detail, is_within=n_member > 0)
+            if held and (fault or inflater.eof or len(held) >= _PEEK_BYTES):
+                if not n_given and _begins_record(held):
+                    yield _BORDER
+                yield held
+                n_given, held = n_given + len(held), b""
+        if fault is None:
+            self._data = inflater.unused_data
+        return fault
 
     def _more(self) -> bool:
         block = self._read_stored()
@@ -234,24 +225,21 @@ class _Inflated:
     def _find_next(self) -> int:
         """Go to the next member that begins a record; returns how many stored bytes were passed."""
         n_passed, at = 0, self._looked_at
-        while True:
-            at = self._data.find(MEMBER_MAGIC, at)
-            if at < 0:
-                keep = len(MEMBER_MAGIC) - 1
-                n_passed += max(0, len(self._data) - keep)
-                self._data = self._data[-keep:]
-                at = 0
-                if not self._more():
-                    n_passed += len(self._data)
-                    self._data = b""
-                    return n_passed
+        while (at := self._data.find(MEMBER_MAGIC, at)) >= 0 or self._data:
+            if at >= 0:
+                while len(self._data) - at < _PEEK_BYTES and self._more():
+                    pass
+                if _holds_record(self._data[at : at + _PEEK_BYTES]):
+                    self._data = self._data[at:]
+                    return n_passed + at
+                at += 1
                 continue
-            while len(self._data) - at < _PEEK_BYTES and self._more():
-                pass
-            if _holds_record(self._data[at : at + _PEEK_BYTES]):
-                self._data = self._data[at:]
-                return n_passed + at
-            at += 1
+            at, n_kept = 0, min(len(self._data), len(MEMBER_MAGIC) - 1)
+            n_passed += len(self._data) - n_kept
+            self._data = self._data[-n_kept:]
+            if not self._more():
+                n_passed, self._data = n_passed + n_kept, b""
+        return n_passed
 
 
 def _begins_record(data: bytes) -> bool:
