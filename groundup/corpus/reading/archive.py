@@ -33,7 +33,7 @@ class RawRecord:
         position: where it begins in the uncompressed file.
         number: which record of the file, from 1 on; a loss counts as one.
         fields: its header, names in lower case.
-        block: its content, at most the reader's limit and one byte of it.
+        block: its content, at most the reader's limit and one byte of it; only its beginning where its length is wrong.
         size_bytes: how long the content is by its header.
         fault: why the content is not whole, or None.
     """
@@ -100,7 +100,7 @@ def _warc_head(line: bytes, stream: ArchiveStream) -> dict[str, str] | str:
     left = HEAD_BYTES
     while left > 0:
         line = stream.line(left)
-        if not line.endswith(b"\n") or WARC_RECORD.match(line):
+        if (not line.endswith(b"\n") and len(line) < left) or WARC_RECORD.match(line):
             return "a record's header without an end"
         left -= stream.skip(len(line))
         if line in (b"\r\n", b"\n"):
