@@ -18,7 +18,7 @@ from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excer
 from groundup.corpus.reading.compressed import BOMB_RATIO, DamagedStreamError
 from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, make_record, too_long, unread
 from groundup.corpus.reading.jsonl import label_of
-from groundup.corpus.reading.parquet_footer import RowGroup, read_row_groups
+from groundup.corpus.reading.parquet_footer import RowGroup, page_sizes, read_row_groups
 from groundup.corpus.reading.remote import RemoteReadError
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
@@ -31,8 +31,8 @@ DISTINCT_BYTES = 16 << 20
 DISTINCT_BATCHES = 16
 """In at most so many batches: each brings all texts that came before along."""
 BOMB_BYTES = 128 << 20
-"""A column of a row group that declares more than this, and more than `BOMB_RATIO` times its stored bytes, is not read:
-a page of it is held whole."""
+"""A row group is not read if a column, or a page of one, declares more than this, and more than `BOMB_RATIO` times its
+stored bytes: a page is held whole."""
 DISTINCT_ROWS = 1 << 22
 _MAGIC = b"PAR1"
 _SHOWN = 8
@@ -207,9 +207,13 @@ def _rows(
     wanted = sorted(set(columns.values()))
     read = [column for column in group.columns if column.path in wanted or column.path.split(".")[0] in wanted]
     for column in read:
-        if column.grown_bytes > BOMB_BYTES and column.grown_bytes > BOMB_RATIO * column.stored_bytes:
-            grown = f"{column.stored_bytes:,} bytes of column {column.path!r} grow to {column.grown_bytes:,}"
-            raise DamagedStreamError(Reason.DAMAGED, f"a decompression bomb: {grown}")
+        sizes = [(column.stored_bytes, column.grown_bytes)]
+        if isinstance(handle, io.BufferedReader):  # on the net each page would be a question of its own
+            sizes += page_sizes(handle, column)
+        for stored, grown in sizes:
+            if grown > BOMB_BYTES and grown > BOMB_RATIO * stored:
+                says = f"{stored:,} bytes of column {column.path!r} grow to {grown:,}"
+                raise DamagedStreamError(Reason.DAMAGED, f"a decompression bomb: {says}")
     n_bytes = sum(column.grown_bytes for column in group.columns)
     n_rows = max(1, min(BATCH_ROWS, BATCH_BYTES * group.n_rows // max(1, n_bytes)))
     if n_bytes <= DISTINCT_BYTES and any(column.is_delta for column in read):
