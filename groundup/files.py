@@ -20,14 +20,18 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import orjson
 import xxhash
 
 from groundup.errors import ArtifactError, GroundupError, RunError
+from groundup.untrusted import read_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MARK = ".groundup-folder"
+MOST_LOG_BYTES = 1 << 30
+"""A run of a million steps logs a quarter of it."""
 _ABOUT = "groundup made this folder, and may empty or remove it. Keep nothing of your own in it.\n"
 _PARTIAL, _REPLACED = ".groundup-partial-", ".groundup-replaced-"
 _SUFFIXES = rf"(?:(?P<kind>{re.escape(_PARTIAL)}|{re.escape(_REPLACED)})[0-9a-f]{{16}})+"
@@ -65,7 +69,7 @@ def atomic_writer(path: Path, *, binary: bool = False, through: Path | None = No
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise write_error(path, error) from error
+            raise _failure(partial, path, error) from error
         raise
 
 
@@ -80,6 +84,14 @@ def write_error(path: Path | str, error: OSError) -> GroundupError:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return GroundupError(f"{path}: cannot be written ({error.strerror}).", "Choose another folder with --runs.")
     return GroundupError(f"{path}: {error.strerror or error}")
+
+
+def _failure(partial: Path, path: Path, error: OSError) -> GroundupError:
+    """What went wrong while `path` was written as `partial`: a file that could not be read is no fault of these."""
+    name = error.filename
+    if isinstance(name, str) and not (name.startswith(str(partial)) or path.is_relative_to(name)):
+        return GroundupError(f"{name}: cannot be read ({error.strerror}).")
+    return write_error(path, error)
 
 
 def sync(path: Path) -> None:
@@ -152,16 +164,36 @@ def read_json(path: Path) -> Any:
     """Read a JSON file that groundup wrote.
 
     Raises:
-        ArtifactError: missing, or not JSON.
+        ArtifactError: missing, no ordinary file, too large, or not JSON.
     """
+    contents = read_bytes(Path(path))
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path}: not found.") from error
-    except (ValueError, UnicodeDecodeError) as error:
+        return json.loads(contents.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
         raise ArtifactError(
             f"{path}: not valid JSON ({error}).", "The file is damaged: make it again with --from STAGE."
         ) from error
+
+
+def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a log that groundup wrote, one a line, and how many lines are something else.
+
+    A kill may cut the last line short; every other one is whole unless the file was damaged.
+
+    Raises:
+        ArtifactError: it cannot be read.
+    """
+    objects, n_damaged = [], 0
+    for line in read_bytes(path, MOST_LOG_BYTES).splitlines() if path.exists() else ():
+        try:
+            value = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            value = None
+        if isinstance(value, dict):
+            objects.append(value)
+        else:
+            n_damaged += 1
+    return objects, n_damaged
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -214,7 +246,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             _clear(partial)
         if isinstance(error, OSError):
-            raise write_error(path, error) from error
+            raise _failure(partial, path, error) from error
         raise
 
 

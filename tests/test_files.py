@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from groundup.files import (
     file_digest,
     own_folder,
     read_json,
+    read_json_lines,
     remove_partials,
     value_digest,
     write_json,
@@ -274,13 +276,31 @@ def test_json_reads_back_equal(tmp_path_factory: pytest.TempPathFactory, value: 
     assert read_json(path) == value
 
 
-@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe{}", b"{'a': 1}"])
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe{}", b"{'a': 1}", b"[" * 100_000])
 def test_damaged_json_is_named_with_a_way_out(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "stage.json"
     path.write_bytes(content)
     with pytest.raises(ArtifactError, match=r"stage\.json: not valid JSON") as raised:
         read_json(path)
     assert "--from" in (raised.value.fix or "")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to(path)])
+def test_what_is_no_file_is_never_waited_for(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / "stage.json")
+    with pytest.raises(ArtifactError, match=r"stage\.json: (is|cannot be read)"):
+        read_json(tmp_path / "stage.json")
+
+
+def test_a_damaged_line_of_a_log_costs_no_other_line(tmp_path: Path) -> None:
+    (tmp_path / "log").write_bytes(b'{"step": 1}\n{"st\n7\n' + b"[" * 9_999 + b'\n{"step": 2}\n{"step": 3')
+    assert read_json_lines(tmp_path / "log") == ([{"step": 1}, {"step": 2}], 4)
+    assert read_json_lines(tmp_path / "none") == ([], 0)
+
+
+def test_a_file_that_cannot_be_read_is_no_fault_of_the_one_being_written(tmp_path: Path) -> None:
+    with pytest.raises(GroundupError, match="gone: cannot be read"), atomic_writer(tmp_path / "out") as handle:
+        handle.write((tmp_path / "gone").read_text())
 
 
 def test_missing_json_is_named(tmp_path: Path) -> None:

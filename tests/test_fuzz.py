@@ -53,12 +53,12 @@ from groundup.shards.export_ids import export_shards
 from groundup.tokenizer import load_tokenizer
 from groundup.training.checkpoint import CheckpointWriter, Progress, load_checkpoint, weights_of
 from groundup.training.metrics import read_log
-from groundup.training.scaling_law import ScalingLaw
+from groundup.training.scaling_law import DEFAULT_LAW, ScalingLaw
 
 CASES = int(os.environ.get("GROUNDUP_FUZZ", "3000"))
 ONE_CASE = os.environ.get("GROUNDUP_FUZZ_CASE", "")
 LINES = [f"{TEXT} {number} " + "The old king gave bread. " * (number % 5) for number in range(12)]
-SETTINGS = CorpusSettings(max_document_mib=1.0, extractor="resiliparse")
+SETTINGS = CorpusSettings(max_document_mib=1.0, extractor="resiliparse", extract_seconds=2.0)
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
@@ -170,17 +170,19 @@ def extraction() -> Extraction:
 def read_a_corpus(folder: Path) -> object:
     """Every file ends in records or reasons; every line that is not blank in one of them."""
     sources = find_sources([folder])
-    counts: Counter[str] = Counter(item.source for item in unlisted(sources))
-    shown = []
+    aside = unlisted(sources)
+    shown, counts = [], Counter[str]()
     for unit in units_of(sources, 1 << 12):
-        reader = UnitReader(unit, SETTINGS, lambda item: counts.update([item.source]), extraction())
+        reader = UnitReader(unit, SETTINGS, aside.append, extraction())
         for record in reader:
             counts[unit.source.label] += 1
             shown.append(record.text)
+    counts.update(item.source for item in aside)
+    whole = {item.source for item in aside if not item.place}
     for source in sources.files:
         path = Path(source.entry)
         least = 1
-        if path.suffix == ".jsonl" and path.is_file() and not path.is_symlink():
+        if path.suffix == ".jsonl" and source.label not in whole and path.is_file() and not path.is_symlink():
             least = max(1, sum(bool(line.strip()) for line in path.read_bytes().split(b"\n")))
         assert counts[source.label] >= least, f"lost: {counts[source.label]} of {least} accounted for in {path.name}"
     known = {source.label for source in sources.files} | {*sources.passed_over} | {*counts}
@@ -383,10 +385,7 @@ def checkpoints() -> list[Files]:
 
 
 def read_checkpoints(folder: Path) -> object:
-    found = load_checkpoint(folder, "f", ("weights",), Console(quiet=True))
-    law = folder / "law.json"
-    law.write_bytes(next(folder.rglob("state.json")).read_bytes())
-    return found, ScalingLaw.load(law)
+    return load_checkpoint(folder, "f", ("weights",), Console(quiet=True))
 
 
 # --- Crawling: what comes from the net, and what an earlier crawl left
@@ -446,6 +445,7 @@ READERS: dict[str, Reader] = {
     "run": (runs, read_a_run),
     "report": (runs, read_a_report),
     "checkpoint": (checkpoints, read_checkpoints),
+    "law": (lambda: [{"law.json": DEFAULT_LAW.read_bytes()}], ScalingLaw.load),
     "crawl": (crawl_files, read_crawl_files),
     "crawl-folder": (crawl_folders, read_crawl_folder),
 }

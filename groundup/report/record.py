@@ -6,15 +6,14 @@ gives a record: what cannot be read is left out and named in `warnings`.
 
 from __future__ import annotations
 
-import json
 import shlex
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from groundup.errors import ArtifactError, GroundupError, RunError
-from groundup.files import read_json
+from groundup.files import read_json, read_json_lines
 from groundup.report.format import is_number
 from groundup.run import MANIFEST, RECIPE_FILE, Manifest, Run
 from groundup.stage import current_stages, default_model, graph, language_models
@@ -186,19 +185,13 @@ def _read_mapping(path: Path, warnings: list[str]) -> dict[str, Any]:
     return value
 
 
-def _lines(path: Path, warnings: list[str]) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a log; the one line that a kill may have cut short is passed over."""
-    if not path.is_file():
-        return
-    damaged = 0
-    with path.open(encoding="utf-8", errors="replace") as handle:
-        for raw in handle:
-            try:
-                value = json.loads(raw)
-            except ValueError:
-                damaged += 1
-                continue
-            if isinstance(value, dict):
-                yield value
-    if damaged > 1:
-        warnings.append(f"{path.parent.name}/{path.name}: {damaged} lines are damaged and not shown.")
+def _lines(path: Path, warnings: list[str]) -> list[dict[str, Any]]:
+    """The objects of a log; the one line that a kill may have cut short is passed over."""
+    try:
+        lines, n_damaged = read_json_lines(path)
+    except ArtifactError as error:
+        warnings.append(error.message)
+        return []
+    if n_damaged > 1:
+        warnings.append(f"{path.parent.name}/{path.name}: {n_damaged} lines are damaged and not shown.")
+    return lines

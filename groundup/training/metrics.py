@@ -20,7 +20,8 @@ import torch
 
 from groundup.console import format_bytes, format_count, format_fields
 from groundup.errors import GroundupError
-from groundup.files import atomic_writer, write_error
+from groundup.files import atomic_writer, read_json_lines, write_error
+from groundup.report.format import is_number
 from groundup.training.checkpoint import Progress, TrainingState
 from groundup.training.optimizers import describe_groups
 from groundup.training.process import peak_memory_bytes
@@ -110,16 +111,8 @@ def _is_validation(line: Mapping[str, Any]) -> bool:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; a last line cut short by a kill is left out."""
-    if not path.is_file():
-        return []
-    lines = []
-    for raw in path.read_bytes().splitlines():
-        try:
-            lines.append(orjson.loads(raw))
-        except orjson.JSONDecodeError:
-            break
-    return lines
+    """The lines of a log; a line cut short by a kill, or damaged, is left out."""
+    return [line for line in read_json_lines(path)[0] if is_number(line.get("step"))]
 
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
