@@ -279,9 +279,9 @@ def test_a_place_that_cannot_be_written_is_said(groundup: CommandLine, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", ["<&- >&-", "2>&-"])
 def test_closed_streams_are_nobodys_fault(tmp_path: Path, closed: str) -> None:
-    shell = f"{shlex.join(PROGRAM)} recipe new demo {tmp_path}/mine.toml {closed}"
+    shell = f"{shlex.join(PROGRAM)} recipe new {tmp_path}/mine.toml {closed}"
     told = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     assert "Traceback" not in told.stdout + told.stderr

@@ -25,6 +25,7 @@ import tiny_run
 from fuzz import PACKING, Files, Reader, faults, grouped
 from generation_models import TEXT, random_model, small_tokenizer
 from shards_bytes import ByteTokenizer, document
+from test_scaling_law import DATA, made_up
 
 from groundup.alignment.conversations import load_conversations
 from groundup.console import Console
@@ -53,7 +54,7 @@ from groundup.shards.export_ids import export_shards
 from groundup.tokenizer import load_tokenizer
 from groundup.training.checkpoint import CheckpointWriter, Progress, load_checkpoint, weights_of
 from groundup.training.metrics import read_log
-from groundup.training.scaling_law import DEFAULT_LAW, ScalingLaw
+from groundup.training.scaling_law import ScalingLaw, fit_scaling_law
 
 CASES = int(os.environ.get("GROUNDUP_FUZZ", "3000"))
 ONE_CASE = os.environ.get("GROUNDUP_FUZZ_CASE", "")
@@ -445,7 +446,7 @@ READERS: dict[str, Reader] = {
     "run": (runs, read_a_run),
     "report": (runs, read_a_report),
     "checkpoint": (checkpoints, read_checkpoints),
-    "law": (lambda: [{"law.json": DEFAULT_LAW.read_bytes()}], ScalingLaw.load),
+    "law": (lambda: [made(lambda place: fit_scaling_law(made_up(), DATA).save(place / "law.json"))], ScalingLaw.load),
     "crawl": (crawl_files, read_crawl_files),
     "crawl-folder": (crawl_folders, read_crawl_folder),
 }
