@@ -4,18 +4,19 @@
 PYTHON ?=
 RUN := .venv/bin/python -m
 
-# What `make fast` holds to COVERAGE_FLOOR percent: all rooms but the command line, which end-to-end tests cover.
+# What `make test-long` holds to COVERAGE_FLOOR percent: all rooms but the command line, which end-to-end tests cover.
 CORE_ROOMS := groundup/*.py,groundup/recipe/*,groundup/corpus/*,groundup/tokenizer/*,groundup/shards/*,groundup/model/*,groundup/training/*,groundup/alignment/*,groundup/generation/*,groundup/evaluation/*,groundup/interop/*,groundup/report/*
 COVERAGE_FLOOR := 95
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint types imports fast slow smoke test-interop clean always
+.PHONY: help demo test test-long lint types imports fast slow test-interop clean always
 
 help:
 	@echo 'make demo    build the demo: raw text in, a small assistant out (minutes on two cores)'
-	@echo 'make test    everything CI runs, which is, in this order: lint types imports fast slow smoke'
+	@echo 'make test    everything CI runs, which is, in this order: lint types imports fast slow'
+	@echo 'make test-long  the same and what takes longer: more kills, every file operation, Ray, the benchmarks; with coverage'
 	@echo 'make test-interop  llama.cpp reads our GGUF files (built from source the first time: about eight minutes)'
 	@echo 'make clean   remove .venv and caches; runs stay'
 	@echo 'Add PYTHON=/path/to/python3 to choose the Python of a new .venv.'
@@ -23,7 +24,7 @@ help:
 demo: .venv/installed
 	@.venv/bin/groundup build demo
 
-test: lint types imports fast slow smoke
+test: lint types imports fast slow
 	@echo 'make test: everything passed.'
 
 lint: .venv/installed-test
@@ -38,17 +39,16 @@ imports: .venv/installed-test
 
 # One process a core, so one thread a process.
 fast: .venv/installed-test
-	OMP_NUM_THREADS=1 $(RUN) pytest -q -n auto -m 'not slow' --cov=groundup --cov-report=
-	$(RUN) coverage report --include='$(CORE_ROOMS)' --fail-under=$(COVERAGE_FLOOR)
+	OMP_NUM_THREADS=1 $(RUN) pytest -q -n auto -m 'not slow and not long'
 
 # These start processes of their own, or wait for them: two at a time, on any number of cores.
 slow: .venv/installed-test
-	$(RUN) pytest -q -n 2 --dist worksteal -m slow
+	$(RUN) pytest -q -n 2 --dist worksteal -m 'slow and not long'
 
-smoke: .venv/installed-test
-	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && trap 'exit 130' INT TERM && \
-	.venv/bin/groundup build demo --smoke --runs "$$runs" && \
-	find "$$runs" -name report.html -size +8k | grep -q . || { echo 'groundup: the smoke run failed, or left no report.html.' >&2; exit 1; }
+test-long: lint types imports
+	OMP_NUM_THREADS=1 GROUNDUP_LONG=1 $(RUN) pytest -q -n 2 --dist worksteal --cov=groundup --cov-report=
+	$(RUN) coverage report --include='$(CORE_ROOMS)' --fail-under=$(COVERAGE_FLOOR)
+	@echo 'make test-long: everything passed.'
 
 # llama.cpp has wheels for few machines: it is built from source, once, in an environment of its own.
 LLAMA_CPP := benchmarks/.cache/llama_cpp

@@ -104,7 +104,7 @@ def seconds_alone(kind: str, pages: list[bytes]) -> float:
 def extracted(kind: str, pages: list[bytes]) -> list[str]:
     """The texts, "" where there is none."""
     with Extractor(kind, 60.0) as extractor:  # type: ignore[arg-type]
-        answers = list(extractor.extract_many((page, "") for page in pages))
+        answers = [extractor.extract(page) for page in pages]
     return ["" if isinstance(answer, ExtractionFailure) else answer for answer in answers]
 
 

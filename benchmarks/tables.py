@@ -1,6 +1,8 @@
-"""Puts the tables of measured figures into the manual: each stands between `<!-- table: NAME -->` and `<!-- end -->`.
+"""Puts measured figures into the README and the manual, from `benchmarks/results/*.json`; nothing is typed by hand.
 
-The figures are those of `benchmarks/results/*.json`; nothing is typed by hand. `--check` says which are out of date.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, a figure inside a sentence between
+`<!-- figure: NAME PATH FORMAT -->` and `<!-- end -->`: PATH leads to the value through the result, its steps parted
+by colons; FORMAT is Python's. `--check` says which pages are out of date.
 
 Examples:
     python benchmarks/tables.py
@@ -20,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+FIGURE = re.compile(r"(<!-- figure: (\w+) (\S+) (\S+) -->).*?<!-- end -->")
 
 
 def main() -> None:
@@ -41,13 +44,27 @@ def pages() -> list[Path]:
 
 
 def filled(page: str) -> str:
-    """The page with the tables of today's results."""
-    return MARKED.sub(lambda found: f"<!-- table: {found[1]} -->\n{table(found[1])}\n<!-- end -->", page)
+    """The page with the tables and figures of today's results."""
+    page = MARKED.sub(lambda found: f"<!-- table: {found[1]} -->\n{table(found[1])}\n<!-- end -->", page)
+    return FIGURE.sub(lambda found: f"{found[1]}{figure(found[2], found[3], found[4])}<!-- end -->", page)
+
+
+def figure(name: str, path: str, form: str) -> str:
+    """One value of a result."""
+    value = read(name)
+    for step in path.split(":"):
+        value = value[int(step) if isinstance(value, list) else step]
+    return format(value, form)
+
+
+def read(name: str) -> Any:
+    """A result."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def table(name: str) -> str:
     """One table, with where and when it was measured."""
-    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    result = read(name)
     machine, shown = result["environment"], TABLES[name](result)
     where = f"{machine['cores']} cores of an {machine['cpu']}, {result['date']}"
     spread = "; median (least … most) of n" if " … " in shown else ""
@@ -64,6 +81,50 @@ def amount(values: dict[str, float], digits: int = 0) -> str:
     """A median with its spread."""
     low, high = f"{values['min']:,.{digits}f}", f"{values['max']:,.{digits}f}"
     return f"{values['median']:,.{digits}f} ({low} … {high}), n = {values['n']:g}"
+
+
+def demo(result: dict[str, Any]) -> str:
+    """What the demo reaches, and what it takes."""
+    stages = {name: stage["summary"] for name, stage in result["stages"].items()}
+    base, tuned = stages["evaluate/pretrain"], stages["evaluate/sft"]
+    rows = [row_of(row) for row in result["rows"]]
+    seconds = {name: stage["seconds"] for name, stage in result["stages"].items()}
+    lines = (
+        f"A model of {stages['pretrain']['parameters'] / 1e6:.1f} M parameters; {stages['corpus']['documents_kept']} "
+        f"of {stages['corpus']['documents_in']} documents kept, {stages['tokenizer']['bytes_per_token']:.2f} bytes per "
+        f"token, {stages['pretrain']['tokens_per_second']:,.0f} tokens/s in pretraining; fine-tuning costs "
+        f"{tuned['bits_per_byte'] - base['bits_per_byte']:.2f} bits per byte of plain text. "
+        f"{result['seconds'] / 60:.1f} minutes ({seconds['pretrain']:.0f} s pretraining, {seconds['sft']:.0f} s "
+        f"fine-tuning) and {result['peak_memory_bytes'] / 2**30:.1f} GiB in all, {stages['pretrain']['precision']}, "
+        "one run, seed 1."
+    )
+    return f"{rows_of(['on held-out data', 'before', 'after', 'n'], rows)}\n\n{lines}"
+
+
+def row_of(row: dict[str, Any]) -> list[str]:
+    """One figure of the closing table."""
+    before, after = row["before"], row["after"]
+    if row["key"] == "exact_match":
+        shown = f"{before['value']:.1%}", f"**{after['value']:.1%}** ± {100 * after['stderr']:.1f}"
+    else:
+        shown = f"{before['value']:.2f}", f"**{after['value']:.2f}** ± {after['stderr']:.2f}"
+    return [row["label"], *shown, f"{after['n']:,} {after['unit']}"]
+
+
+def shakespeare(_: dict[str, Any]) -> str:
+    """Both recipes of one character a token, each with its machine."""
+    rows = []
+    for result in (read("shakespeare"), read("shakespeare_long")):
+        curve, machine = result["curves"][0], result["environment"]
+        rows.append(
+            [
+                f"`groundup build {result['recipe']}`",
+                f"{curve['points'][-1]['seconds']:.0f} s",
+                f"{curve['best']:.3f} nats/char",
+                f"{machine['cores']} cores of an {machine['cpu']}, {result['date']}",
+            ]
+        )
+    return rows_of(["Shakespeare, one character a token", "time", "validation loss", "measured on"], rows)
 
 
 def extraction(result: dict[str, Any]) -> str:
@@ -271,9 +332,27 @@ def scaling(result: dict[str, Any]) -> str:
     return f"{rows_of(['coefficient', 'value', '90 %'], rows)}\n\n{lines}"
 
 
+def llama_cpp(result: dict[str, Any]) -> str:
+    """What a type of weights costs, measured by llama.cpp."""
+    stored = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q4_0": 4.5}
+    rows = (
+        [
+            f"`{row['dtype']}`",
+            f"{stored[row['dtype']]:g}",
+            f"{row['bits_per_token']:.3f}",
+            f"{abs(row['mean_divergence']):.4f}",
+            f"{row['same_best_token']:.1%}",
+        ]
+        for row in result["types"]
+    )
+    return rows_of(["`--dtype`", "bits a weight", "bits per token", "divergence from ours", "same best token"], rows)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     function.__name__: function
     for function in (
+        demo,
+        shakespeare,
         extraction,
         minhash,
         data_chain,
@@ -285,6 +364,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
         cpu_ladder,
         plan,
         scaling,
+        llama_cpp,
     )
 }
 

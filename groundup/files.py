@@ -20,7 +20,6 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import orjson
 import xxhash
 
 from groundup.errors import ArtifactError, GroundupError, RunError
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MARK = ".groundup-folder"
-MOST_LOG_BYTES = 1 << 30
-"""A run of a million steps logs a quarter of it."""
 _ABOUT = "groundup made this folder, and may empty or remove it. Keep nothing of your own in it.\n"
 _PARTIAL, _REPLACED = ".groundup-partial-", ".groundup-replaced-"
 _SUFFIXES = rf"(?:(?P<kind>{re.escape(_PARTIAL)}|{re.escape(_REPLACED)})[0-9a-f]{{16}})+"
@@ -173,27 +170,6 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(
             f"{path}: not valid JSON ({error}).", "The file is damaged: make it again with --from STAGE."
         ) from error
-
-
-def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a log that groundup wrote, one a line, and how many lines are something else.
-
-    A kill may cut the last line short; every other one is whole unless the file was damaged.
-
-    Raises:
-        ArtifactError: it cannot be read.
-    """
-    objects, n_damaged = [], 0
-    for line in read_bytes(path, MOST_LOG_BYTES).splitlines() if path.exists() else ():
-        try:
-            value = orjson.loads(line)
-        except orjson.JSONDecodeError:
-            value = None
-        if isinstance(value, dict):
-            objects.append(value)
-        else:
-            n_damaged += 1
-    return objects, n_damaged
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

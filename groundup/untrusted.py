@@ -13,7 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pydantic_core import ValidationError
+
 from groundup.errors import ArtifactError, GroundupError
+
+MOST_CONFIG_BYTES = 16 * 2**20
+"""A configuration has a few thousand, an index of a hundred thousand tensors the half."""
 
 MOST_JSON_BYTES = 256 * 2**20
 """A tokenizer of a million entries with its merges has a tenth of it."""
@@ -85,6 +90,10 @@ def reading(source: str, kind: type[GroundupError] = ArtifactError, fix: str | N
         raise
     except FileNotFoundError as error:
         raise kind(f"{source}: not found.", fix) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise kind(f"{source}{f', {place}' if place else ''}: {first['msg'][:200]}.", fix) from error
     except BaseException as error:  # a panic of a Rust library is no Exception
         what = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
         raise kind(f"{source}: cannot be read ({what[:200]}).", fix) from error
@@ -103,13 +112,13 @@ def read_bytes(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
     return contents
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+def read_object(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file of not more than `most` bytes; in memory it may take twenty times as much.
 
     Raises:
         ArtifactError: too large, not JSON, or not an object.
     """
-    return parse_object(read_bytes(path), str(path))
+    return parse_object(read_bytes(path, most), str(path))
 
 
 def parse_object(contents: bytes, source: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -21,6 +22,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Tests run one process a core (or alone, on models too small for a second thread to pay).
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _without_waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flushing to disk and collecting garbage take most of a tiny run's time; tests marked `faults` do both."""
+    if request.node.get_closest_marker("faults") is None:
+        monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+        monkeypatch.setattr(gc, "collect", lambda generation=2: 0)
 
 
 @pytest.fixture(scope="session")

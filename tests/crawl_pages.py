@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytest.importorskip("aiohttp")
-pytest.importorskip("protego")
+pytest.importorskip("scrapy")
 
-from groundup.corpus.crawl import CrawlReport, CrawlSettings
+from groundup.corpus.crawl import CrawlReport, CrawlSettings, crawl
+from groundup.errors import Interrupted
 
 QUICK: dict[str, Any] = {
     "allow_private": True,
@@ -25,6 +26,14 @@ QUICK: dict[str, Any] = {
 
 def quick(**changes: Any) -> CrawlSettings:
     return CrawlSettings(**{**QUICK, **changes})
+
+
+def crawl_and_exit(url: str, out: str, delay: float) -> None:
+    """For a process of its own."""
+    try:
+        crawl([url], out, CrawlSettings(allow_private=True, delay_seconds=delay, depth=3, file_mib=0.02))
+    except Interrupted as stop:
+        sys.exit(stop.exit_code)
 
 
 def records_of(folder: Path) -> list[tuple[str, str, dict[str, str], bytes]]:

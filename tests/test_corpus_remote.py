@@ -133,11 +133,11 @@ def test_the_fingerprint_of_a_store_follows_its_files(memory: Callable[[str, byt
         ("memory://groundup/*.nothing", "nothing matches"),
         ("gopher-hole://x/a.txt", "no kind of address"),
         ("http://127.0.0.1:9/a.txt", "no such file|cannot be reached"),
-        ("memory://groundup/picture.png", "not a file type"),
+        ("memory://groundup/a.parquet.gz", "packed again"),
     ],
 )
 def test_addresses_that_lead_nowhere_are_errors(memory: Callable[[str, bytes], str], url: str, message: str) -> None:
-    memory("picture.png", b"x")
+    memory("a.parquet.gz", b"x")
     with pytest.raises(DataError, match=message) as caught:
         find_sources([url])
     assert url in caught.value.message

@@ -14,7 +14,7 @@ from planted import digests_of, planted_pairs, stored, write_units
 
 from groundup.corpus.dedup import Cuts, cut_spans, repeated_parts, repeated_substrings
 from groundup.corpus.dedup.cuts import SPAN, stored_texts, union
-from groundup.corpus.dedup.parts import MIN_PART_CHARACTERS, part_spans
+from groundup.corpus.dedup.parts import MIN_CHARACTERS, part_spans
 from groundup.corpus.engine import Engine, LocalPool
 from groundup.corpus.words import words_of
 
@@ -41,11 +41,15 @@ def cut(search, texts, ends=(), memory=MEMORY, engine=None, kept=None):
 
 
 def lines(units, kept, work, engine, memory):
-    return repeated_parts(units, kept, "lines", work, engine, memory, stored)
+    return repeated_parts(units, kept, "lines", work, engine, memory, texts=stored)
+
+
+def lines_from(least):
+    return lambda *work: repeated_parts(*work[:2], "lines", *work[2:], least, stored)
 
 
 def paragraphs(units, kept, work, engine, memory):
-    return repeated_parts(units, kept, "paragraphs", work, engine, memory, stored)
+    return repeated_parts(units, kept, "paragraphs", work, engine, memory, texts=stored)
 
 
 def runs_of(n):
@@ -61,16 +65,17 @@ def in_order_of_ids(texts: list[str]) -> list[int]:
 
 
 LONG = "a line that is long enough to be compared"
-LINES = [LONG, LONG + " too", "short", "another line that is long enough", "   " + LONG + " ", ""]
+LINES = [LONG, LONG + " too", "Home", "Contact us", "```", "首页", "one more line of that kind", f"   {LONG} ", ""]
 
 
 @settings(max_examples=30)
 @given(
     st.lists(st.lists(st.sampled_from(LINES), min_size=1, max_size=6).map("\n".join), min_size=1, max_size=6),
     st.sampled_from([MEMORY, LITTLE]),
+    st.sampled_from([None, 1, 5, 20]),
     st.data(),
 )
-def test_lines(texts, memory, data):
+def test_lines(texts, memory, least, data):
     ends = sorted(data.draw(st.lists(st.integers(0, len(texts)), max_size=3)))
     seen: set[str] = set()
     expected = {}
@@ -78,12 +83,13 @@ def test_lines(texts, memory, data):
         left = []
         for line in texts[place].split("\n"):
             words = " ".join(line.split())
-            if len(words) < MIN_PART_CHARACTERS or words not in seen:
+            is_compared = len(words) >= (least or MIN_CHARACTERS["lines"]) and words != "```"
+            if not is_compared or words not in seen:
                 left.append(line)
-            if len(words) >= MIN_PART_CHARACTERS:
+            if is_compared:
                 seen.add(words)
         expected[place] = [line.rstrip() for line in left if line.strip()]
-    found = cut(lines, texts, ends, memory)
+    found = cut(lines_from(least), texts, ends, memory)
     for place, text in enumerate(found):
         assert [line.rstrip() for line in text.split("\n") if line.strip()] == expected[place]
 

@@ -8,9 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groundup.corpus.quality.rules import all_rules, first_failed, presets, rules_for
+from groundup.corpus import curate
+from groundup.corpus.quality.lines import clean_lines, line_rules_of
+from groundup.corpus.quality.rules import all_rules, first_failed, left_out, presets, rules_for
 from groundup.corpus.quality.signals import SIGNALS, signals
-from groundup.errors import RecipeError
+from groundup.errors import DataError, RecipeError
+from groundup.recipe import CorpusSettings
 
 CLASSICS = Path(__file__).parents[1] / "groundup" / "data" / "classics.jsonl"
 
@@ -152,3 +155,65 @@ def test_gopher_keeps_technical_english() -> None:
     rules = rules_for(["gopher"], {name: False for name in names(["gopher"]) if "duplicate" in name or "top_" in name})
     columns = signals(["\n".join(lines)], sorted({rule.signal for rule in rules}))
     assert first_failed(columns, rules).tolist() == [-1]
+
+
+TEXTS = {
+    "en": (
+        "The village library opens at nine, and the old keeper unlocks the heavy door with a key from her belt."
+        " Children come after school to read about ships, while their parents talk quietly in the garden. On"
+        " rainy days the lamps are lit early, and that makes the long room feel like the inside of a lantern."
+        " Who would have guessed that the blue book was hidden behind the clock? She laughed, and went to fetch"
+        " the ladder."
+    ),
+    "zh": (
+        "村里的图书馆每天早上九点开门,老管理员用腰间的钥匙打开沉重的木门。放学以后,孩子们来这里阅读关于轮船的故事"
+        ",父母在花园里轻声谈话。\n"
+        "下雨的时候,灯很早就亮了,长长的房间像一盏灯笼。谁能想到,那本蓝色的书藏在时钟后面?她笑了起来,去拿梯子。第"
+        "二天,邻居们带来了新鲜的面包和热茶。"
+    ),
+    "ja": (
+        "村の図書館は朝九時に開き、年老いた管理人が腰の鍵で重い扉を開ける。放課後になると子どもたちが船の物語を読"
+        "みに来て、親たちは庭で静かに話をする。\n"
+        "雨の日には早くから明かりが灯り、長い部屋は提灯の中のようになる。青い本が時計の後ろに隠れていたと誰が思っ"
+        "ただろうか。彼女は笑って、はしごを取りに行った。"
+    ),
+    "th": (
+        "ห้องสมุดของหมู่บ้านเปิดตอนเก้าโมงเช้า บรรณารักษ์ชราใช้กุญแจที่เอวเปิดประตูไม้หนัก หลังเลิกเรียนเด็กๆ"
+        " มาอ่านเรื่องเรือ ส่วนพ่อแม่คุยกันเบาๆ ในสวน\n"
+        "วันที่ฝนตกไฟจะเปิดแต่หัวค่ำ ทำให้ห้องยาวดูเหมือนอยู่ในโคมไฟ ใครจะคิดว่าหนังสือสีฟ้าเล่มนั้นซ่อนอยู่หลังน"
+        "าฬิกา เธอหัวเราะแล้วเดินไปหยิบบันได"
+    ),
+}
+
+
+@pytest.mark.parametrize("preset", ["gopher", "c4", "fineweb", "gentle"])
+@pytest.mark.parametrize("language", TEXTS)
+def test_good_text_in_scripts_without_spaces_passes_as_english_does(language: str, preset: str) -> None:
+    text, _ = clean_lines(TEXTS[language], line_rules_of([preset]))
+    assert text == TEXTS[language]
+    rules = rules_for([preset], {}, [language])
+    measured = signals([text], sorted({rule.signal for rule in rules}))
+    failed = first_failed(measured, rules, [language])[0]
+    assert failed < 0, rules[failed]
+
+
+def test_rules_that_mean_english_words_judge_english_documents_only() -> None:
+    assert [rule.name for rule in left_out(["gopher", "c4"], {}, ["zh"])] == [
+        "gopher.min_mean_word_length", "gopher.max_mean_word_length", "gopher.min_stop_words",
+    ]  # fmt: skip
+    assert left_out(["gopher"], {}, []) == left_out(["gopher"], {}, ["zh", "en"]) == []
+    assert left_out(["gopher"], {"gopher.min_stop_words": False}, ["de"]) == []
+    stop_words = rules_for([], {"gopher.min_stop_words": True}, ["zh", "en"])
+    assert first_failed({"stop_words": np.zeros(2, np.float32)}, stop_words, ["zh", "en"]).tolist() == [-1, 0]
+    with pytest.raises(RecipeError, match=r'thresholds\."gopher.min_stop_words" = 3.*English words.*zh.*false'):
+        rules_for(["gopher"], {"gopher.min_stop_words": 3}, ["zh"])
+
+
+def test_when_nothing_is_left_the_error_names_the_rule_that_took_the_wanted_language(tmp_path: Path) -> None:
+    for number, language in enumerate(["en", "en", "en", "zh", "zh"]):
+        (tmp_path / f"{number}.txt").write_text(f"{number}. {TEXTS[language]}", encoding="utf-8")
+    settings = CorpusSettings(
+        inputs=(str(tmp_path),), languages=("zh",), quality=("gopher",), thresholds={"gopher.min_words": 5000}
+    )
+    with pytest.raises(DataError, match=r'3 language, 2 gopher.min_words.*\n.*Set "gopher.min_words"'):
+        curate(settings, tmp_path / "out")

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from groundup.corpus.document import Reason, Record, SetAside
 from groundup.corpus.reading.read import UnitReader, read_unit
-from groundup.corpus.reading.sources import InputFile, InputFiles, find_sources
-from groundup.corpus.reading.units import Unit, units_of, unlisted
+from groundup.corpus.reading.sources import InputFile, find_sources
+from groundup.corpus.reading.units import Unit, units_of
 from groundup.recipe import CorpusSettings
 
 Read = tuple[list[Record], list[SetAside]]
@@ -194,4 +194,3 @@ def test_files_that_cannot_be_read_are_one_piece_that_says_so(tmp_path: Path) ->
     records, aside = read_units(units_of(find_sources([tmp_path]), 10))
     assert records == []
     assert [record.reason for record in aside] == [Reason.CUT_OFF, Reason.UNREADABLE]
-    assert [record.reason for record in unlisted(InputFiles(unreadable=[("x", "no")]))] == [Reason.UNREADABLE]

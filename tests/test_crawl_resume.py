@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import collections
-import gzip
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +16,12 @@ from typing import Any
 import pytest
 from misbehaving_server import MisbehavingServer, page, redirect
 
-pytest.importorskip("aiohttp")
-pytest.importorskip("protego")
+pytest.importorskip("scrapy")
 
-from crawl_pages import pages_of, quick
+from crawl_pages import crawl_and_exit, pages_of, quick
 
-from groundup.corpus.crawl import CrawlSettings, Refusal, crawl
-from groundup.corpus.crawl.journal import JOURNAL, Entry, Store, read_journal
+from groundup.corpus.crawl import Refusal, crawl
+from groundup.corpus.crawl.warc import Entry, Exchange, WarcFiles, page_records
 from groundup.errors import ArtifactError, GroundupError, Interrupted, RunError
 
 
@@ -35,22 +31,14 @@ def server() -> Iterator[MisbehavingServer]:
         yield started
 
 
-CRAWL = """
-import sys
-from groundup.corpus.crawl import CrawlSettings, crawl
-from groundup.errors import Interrupted
-settings = CrawlSettings(allow_private=True, delay_seconds=float(sys.argv[3]), depth=3, file_mib=0.02)
-try:
-    crawl([sys.argv[1]], sys.argv[2], settings)
-except Interrupted as stop:
-    print(stop.message)
-    sys.exit(stop.exit_code)
-"""
+PROCESSES = multiprocessing.get_context("forkserver")  # a server that has imported everything once
+PROCESSES.set_forkserver_preload(["crawl_pages", "groundup.corpus.crawl.session"])
 
 
-def _start(server: MisbehavingServer, out: Path, delay: float) -> subprocess.Popen[str]:
-    arguments = [sys.executable, "-c", CRAWL, server.url(), str(out), str(delay)]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def _start(server: MisbehavingServer, out: Path, delay: float, path: str = "/") -> Any:
+    process = PROCESSES.Process(target=crawl_and_exit, args=(server.url(path), str(out), delay))
+    process.start()
+    return process
 
 
 def _site(server: MisbehavingServer, n_pages: int) -> dict[str, bytes]:
@@ -63,8 +51,8 @@ def _site(server: MisbehavingServer, n_pages: int) -> dict[str, bytes]:
     return site
 
 
-def _stored_by_journal(out: Path) -> set[str]:
-    return {entry.url for entry, _ in read_journal(out / JOURNAL) if entry.event == "stored"}
+def _stored(out: Path) -> set[str]:
+    return {entry.url for entry in WarcFiles(out, "", 0, write=False).entries if entry.event == "stored"}
 
 
 def test_killed_at_any_moment_it_goes_on(server: MisbehavingServer, tmp_path: Path) -> None:
@@ -75,17 +63,18 @@ def test_killed_at_any_moment_it_goes_on(server: MisbehavingServer, tmp_path: Pa
         asked = len(server.requests)
         before = server.counts
         until = moments.randrange(10, 40)
-        with _start(server, out, 0.002) as process:
-            while len(server.requests) < asked + until and process.poll() is None:
-                time.sleep(0.0005)
-            time.sleep(moments.random() * 0.004)
-            process.kill()
-        kills += process.returncode != 0
+        process = _start(server, out, 0.002)
+        while len(server.requests) < asked + until and process.is_alive():
+            time.sleep(0.0005)
+        time.sleep(moments.random() * 0.004)
+        process.kill()
+        process.join()
+        kills += process.exitcode != 0
         again = {path for path, count in server.counts.items() if count > before[path]}
         assert not {server.url(path) for path in again} & kept, "what is stored is not fetched again"
-        assert kept <= _stored_by_journal(out), "what was stored stays stored"
-        kept = _stored_by_journal(out)
-        if process.returncode == 0:
+        assert kept <= _stored(out), "what was stored stays stored"
+        kept = _stored(out)
+        if process.exitcode == 0:
             break
     assert kills >= 2
     assert pages_of(out) == {server.url(path): body for path, body in site.items()}
@@ -93,65 +82,67 @@ def test_killed_at_any_moment_it_goes_on(server: MisbehavingServer, tmp_path: Pa
     assert json.loads((out / "crawl.json").read_text())["stored"] == len(site)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_it_leaves_whole_files(server: MisbehavingServer, tmp_path: Path, how: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("how", "path", "delay", "until"),
+    [
+        (signal.SIGINT, "/", 0.02, 8),
+        (signal.SIGTERM, "/", 600.0, 1),  # while a host rests
+        (signal.SIGTERM, "/silent", 0.0, 2),  # while a page is under way
+    ],
+)
+def test_stopped_it_leaves_whole_files(
+    server: MisbehavingServer, tmp_path: Path, how: signal.Signals, path: str, delay: float, until: int
+) -> None:
     site = _site(server, 40)
-    with _start(server, tmp_path, 0.02) as process:
-        while len(server.requests) < 8 and process.poll() is None:
-            time.sleep(0.001)
-        process.send_signal(how)
-        out = process.communicate(timeout=20)[0]
-    assert process.returncode == Interrupted.exit_code
-    assert "pages are stored" in out
+    process = _start(server, tmp_path, delay, path)
+    while len(server.requests) < until and process.is_alive():
+        time.sleep(0.001)
+    os.kill(process.pid, how)
+    process.join(20)
+    assert process.exitcode == Interrupted.exit_code
     found = pages_of(tmp_path)
-    assert set(found) == _stored_by_journal(tmp_path)
-    assert 5 <= len(found) < len(site)
-
-
-def _folder_of_a_killed_crawl(folder: Path) -> list[Entry]:
-    """Five stored pages, three of them in a growing file."""
-    folder.mkdir()
-    store = Store(folder, CrawlSettings(file_mib=0.003))
-    noise = random.Random(3)
-    for number in range(5):
-        store.store(Entry("stored", f"http://a/{number}"), gzip.compress(noise.randbytes(1000)))
-        store.note(Entry("refused", f"http://b/{number}", reason=Refusal.TYPE))
-    store._journal.close()
-    store._files._handle.close()  # type: ignore[union-attr]
-    return [entry for entry, _ in read_journal(folder / JOURNAL)]
+    assert set(found) == _stored(tmp_path)
+    assert until - 3 <= len(found) < len(site)
 
 
 def test_whatever_did_not_reach_the_disk_is_cut_off(tmp_path: Path) -> None:
-    entries = _folder_of_a_killed_crawl(tmp_path / "killed")
+    """Of a growing file, any cut, flipped bit, or lost end costs the entries from there on, and no other."""
+    (tmp_path / "killed").mkdir()
+    killed = WarcFiles(tmp_path / "killed", "me", 4000)
+    noise = random.Random(3)
+    for number in range(5):
+        body = noise.randbytes(1000)
+        page_of = page_records(
+            f"http://a/{number}", Exchange(b"GET / HTTP/1.1\r\n\r\n", "HTTP/1.1 200 OK", (), ""), body
+        )
+        killed.append(page_of + Entry("stored", f"http://a/{number}").record())
+        killed.append(Entry("refused", f"http://b/{number}", reason=Refusal.TYPE, detail="\udce9").record())
+    killed._handle.close()  # type: ignore[union-attr]
     (growing,) = (tmp_path / "killed").glob("*.open")
-    assert list((tmp_path / "killed").glob("*.warc.gz"))
-    pages, journal = growing.read_bytes(), (tmp_path / "killed" / JOURNAL).read_bytes()
-    places = [entry.place for entry in entries if entry.place is not None]
-    safe = sum(place.file < places[-1].file for place in places)
-    damages = [(pages[:size], journal) for size in range(0, len(pages), 97)]
-    damages += [(pages[:at] + bytes([pages[at] ^ 1]) + pages[at + 1 :], journal) for at in range(0, len(pages), 97)]
-    damages += [(pages[:at] + bytes(len(pages) - at), journal) for at in range(0, len(pages), 97)]
-    kept_lines = journal.index(b"\n", journal.index(b"a/%d" % (safe - 1))) + 1
-    damages += [(pages, journal[:size]) for size in range(kept_lines, len(journal), 13)]
-    damages += [(pages, journal[:at] + b"\0" * 50 + journal[at + 50 :]) for at in range(kept_lines, len(journal), 31)]
-    damages += [(pages + b"torn", journal + b'{"event":"stored"')]
-    for number, (pages_left, journal_left) in enumerate(damages):
+    data = growing.read_bytes()
+    entries = WarcFiles(tmp_path / "killed", "me", 0, write=False).entries
+    assert len(entries) == 10
+    growing.unlink()
+    safe = len(WarcFiles(tmp_path / "killed", "me", 0).entries)
+    assert 0 < safe < 10
+    damages = [data[:size] for size in range(0, len(data), 97)]
+    damages += [data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in range(10, len(data), 97)]
+    damages += [data[:at] + bytes(len(data) - at) for at in range(0, len(data), 97)]
+    damages += [data + b"torn", data]
+    for number, left in enumerate(damages):
         folder = tmp_path / str(number)
         shutil.copytree(tmp_path / "killed", folder)
-        (folder / growing.name).write_bytes(pages_left)
-        (folder / JOURNAL).write_bytes(journal_left)
-        store = Store(folder, CrawlSettings())
-        store.store(Entry("stored", "http://a/new"), gzip.compress(b"new"))
-        store.close()
-        found = [entry.place for entry, _ in read_journal(folder / JOURNAL) if entry.place is not None]
-        assert len(found) >= safe + 1
-        for place in found:
-            path = folder / f"pages-{place.file:05d}.warc.gz"
-            gzip.decompress(path.read_bytes()[place.begin : place.end])
-        by_file = collections.defaultdict(int)
-        for place in found:
-            by_file[place.file] = max(by_file[place.file], place.end)
-        assert {path: (folder / f"pages-{path:05d}.warc.gz").stat().st_size for path in by_file} == by_file
+        (folder / growing.name).write_bytes(left)
+        files = WarcFiles(folder, "me", 10**6)
+        assert files.entries == entries[: len(files.entries)]
+        assert len(files.entries) >= (len(entries) if left.startswith(data) else safe)
+        files.append(Entry("refused", "http://a/new", reason=Refusal.TYPE).record())
+        files.close()
+        assert not list(folder.glob("*.open"))
+        assert WarcFiles(folder, "me", 0).entries == [
+            *files.entries,
+            Entry("refused", "http://a/new", reason=Refusal.TYPE),
+        ]
         shutil.rmtree(folder)
 
 
@@ -177,7 +168,7 @@ def test_a_full_disk_leaves_whole_pages(
     monkeypatch.setattr(warc.WarcFiles, "_write", full_after_five)
     with pytest.raises(GroundupError, match=r"the disk is full.*\n.*same command"):
         crawl([server.url()], tmp_path, quick(depth=3))
-    assert len(pages_of(tmp_path)) == 4 - 1
+    assert len(pages_of(tmp_path)) == 2
     assert crawl([server.url()], tmp_path, quick(depth=3)).stored == len(site)
     assert len(pages_of(tmp_path)) == len(site)
 
@@ -219,7 +210,7 @@ def test_pages_that_someone_removed_or_changed_are_missed(server: MisbehavingSer
     (path,) = crawl([server.url("/gzip")], tmp_path, quick()).files
     data = path.read_bytes()
     path.write_bytes(data[:-1])
-    with pytest.raises(ArtifactError, match="the journal says"):
+    with pytest.raises(ArtifactError, match="is damaged behind byte"):
         crawl([], tmp_path, quick())
     path.unlink()
     with pytest.raises(ArtifactError, match="is gone"):

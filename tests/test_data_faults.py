@@ -38,6 +38,8 @@ from groundup.errors import DataError, GroundupError
 from groundup.files import file_digest
 from groundup.recipe import CorpusSettings
 
+pytestmark = pytest.mark.faults
+
 GOOD = "It was a bright cold day, and the fox was walking through the forest."
 MORE = "In the evening it came to a river, and the bridge was gone."
 RESULT = ("documents.jsonl", "set_aside.jsonl", "filter_statistics.json")
@@ -328,8 +330,8 @@ def test_a_file_that_vanishes_between_listing_and_reading_is_counted_and_read_wh
     good(tmp_path / "in")
     path = make(tmp_path / "in" / "a.txt", TEXTS[0].encode())
 
-    def listed(inputs: Any) -> Any:
-        found = find_sources(inputs)
+    def listed(*inputs: Any, **more: Any) -> Any:
+        found = find_sources(*inputs, **more)
         path.rename(tmp_path / "away")
         return found
 

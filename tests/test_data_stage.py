@@ -18,6 +18,7 @@ from command import start
 from data_stage import digests, near_copy, text_of, write_inputs, write_recipe
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from lengths import N_KILLS
 
 from groundup.corpus import curate, stream_documents
 from groundup.corpus.passes import ANNOTATED
@@ -25,8 +26,6 @@ from groundup.errors import GroundupError
 from groundup.files import file_digest
 from groundup.pipeline import build
 from groundup.recipe import CorpusSettings, read_recipe
-
-N_KILLS = 20
 
 
 def corpus_files(out: Path) -> list[str]:
@@ -275,7 +274,7 @@ OUR_TASKS = tuple(f"ray::{name}" for name in ("annotate", "write_unit", "merge_r
 ON_RAY = ("--set", "corpus.engine=ray", "--set", "corpus.workers=2")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_ray_gives_the_same_bytes_also_when_its_workers_are_killed(
     tmp_path: Path, inputs: Path, cluster: dict[str, str]
@@ -297,7 +296,7 @@ def test_ray_gives_the_same_bytes_also_when_its_workers_are_killed(
     pytest.fail("no worker could be caught at work")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_driver_of_ray_that_is_killed_goes_on_to_the_same_bytes(
     tmp_path: Path, few: Path, cluster: dict[str, str]
@@ -311,7 +310,7 @@ def test_a_driver_of_ray_that_is_killed_goes_on_to_the_same_bytes(
 def _kill_again_and_again(
     whole: dict[str, str], seconds: float, recipe: Path, run: Path, *options: str, **environment: str
 ) -> None:
-    """Twenty kills, half of them at any moment of a first attempt, half while it goes on where it was killed."""
+    """Half of the kills are at any moment of a first attempt, half while it goes on where it was killed."""
     chance = random.Random(1)
     for kill in range(N_KILLS):
         _killed_after(chance.uniform(0.15, 0.95) * seconds, recipe, run, *options, **environment)

@@ -24,12 +24,13 @@ from groundup.files import (
     file_digest,
     own_folder,
     read_json,
-    read_json_lines,
     remove_partials,
     value_digest,
     write_json,
     write_text,
 )
+
+pytestmark = pytest.mark.faults
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -290,12 +291,6 @@ def test_what_is_no_file_is_never_waited_for(tmp_path: Path, make: Callable[[Pat
     make(tmp_path / "stage.json")
     with pytest.raises(ArtifactError, match=r"stage\.json: (is|cannot be read)"):
         read_json(tmp_path / "stage.json")
-
-
-def test_a_damaged_line_of_a_log_costs_no_other_line(tmp_path: Path) -> None:
-    (tmp_path / "log").write_bytes(b'{"step": 1}\n{"st\n7\n' + b"[" * 9_999 + b'\n{"step": 2}\n{"step": 3')
-    assert read_json_lines(tmp_path / "log") == ([{"step": 1}, {"step": 2}], 4)
-    assert read_json_lines(tmp_path / "none") == ([], 0)
 
 
 def test_a_file_that_cannot_be_read_is_no_fault_of_the_one_being_written(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -17,11 +18,12 @@ from pathlib import Path
 import pytest
 import tiny_run
 import torch
+from lengths import N_KILLS
 from tiny_run import SCORES, STAGES, bits, build_quietly, copy_of_finished, finished_run, rewritten, times, tiny_recipe
 
 from groundup import read_recipe
 from groundup.console import Console
-from groundup.errors import DataError, GateError, RecipeError, RunError
+from groundup.errors import ArtifactError, DataError, GateError, RecipeError, RunError
 from groundup.pipeline import build, plan
 from groundup.preview import check_recipe, derived_values, smoke_profile
 from groundup.recipe import Recipe, parse_recipe, recipe_toml
@@ -182,9 +184,34 @@ def test_a_lost_stage_is_made_again_and_nothing_else(tmp_path: Path) -> None:
     shutil.rmtree(run.root / "tokenizer")
     (run.root / "shards" / "stage.json").write_text("{")
     before = times(run)
+    with pytest.raises(ArtifactError, match=r"shards/stage\.json: .*\n.*--from shards"):
+        build_quietly(run.recipe, run.root)
+    assert plan(run.recipe, run, strict=False)[2].problem
+    assert not rewritten(run, before)
+    (run.root / "shards" / "stage.json").unlink()
     build_quietly(run.recipe, run.root)
     assert rewritten(run, before) == {"tokenizer", "shards"}
     assert bits(run) == bits(finished_run())
+
+
+@pytest.mark.parametrize(
+    ("name", "taken_by"),
+    [
+        ("corpus/documents.jsonl", "shards"), ("tokenizer/tokenizer.json", "shards"),
+        ("shards/train-00000.bin", "pretrain"), ("shards/validation-00000.idx", "pretrain"),
+        ("pretrain/model/model.safetensors", "evaluate/pretrain"),
+    ],
+)  # fmt: skip
+def test_one_flipped_bit_stops_the_stage_that_takes_the_file(tmp_path: Path, name: str, taken_by: str) -> None:
+    run = copy_of_finished(tmp_path)
+    content = bytearray((run.root / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (run.root / name).write_bytes(content)
+    made_by = name.partition("/")[0]
+    before = times(run)
+    with pytest.raises(ArtifactError, match=rf"{name}: damaged or changed: .*\n.*--from {made_by}"):
+        build_quietly(run.recipe, run.root, start_from=taken_by)
+    assert not rewritten(run, before)
 
 
 def test_an_unknown_stage_is_refused_with_those_there_are(tmp_path: Path) -> None:
@@ -386,7 +413,7 @@ def assert_whole(run: Run, uninterrupted: Run) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_moments_it_ends_with_the_same_bits(tmp_path: Path) -> None:
+def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path) -> None:
     # As the finished run, but with a checkpoint after every step.
     recipe = changed(finished_run().recipe, "pretrain.checkpoint_seconds=0.0", "align.sft.checkpoint_seconds=0.0")
     context, draw = server(), random.Random(5)
@@ -406,9 +433,9 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_bits(tmp_path: Path)
     assert whole.exitcode == 0
     seconds = {name: manifest.seconds for name in STAGES if (manifest := uninterrupted.manifest(name))}
 
-    # Ten moments, each at a random time in a stage, so that every stage is hit however fast this machine is.
+    # Each at a random time in a stage, so that every stage is hit however fast this machine is.
     run = Run(tmp_path / "tiny")
-    for target in (*STAGES[:3], "pretrain", "pretrain", "pretrain", "pretrain", "sft", "sft", "evaluate/sft"):
+    for target in itertools.islice(itertools.cycle(("corpus", "shards", "pretrain", "sft", "evaluate/sft")), N_KILLS):
         killed = False
         while not killed:
             if run.manifest(target) is not None:
@@ -427,8 +454,8 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_bits(tmp_path: Path)
     assert_whole(run, uninterrupted)
 
 
-@pytest.mark.slow
-def test_the_smoke_recipe_killed_at_ten_random_moments_ends_with_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.long
+def test_the_smoke_recipe_killed_at_random_moments_ends_with_the_same_bits(tmp_path: Path) -> None:
     recipe = smoke_profile(read_recipe("demo", ["threads=1"]))
     context, draw = server(), random.Random(11)
 
@@ -444,8 +471,8 @@ def test_the_smoke_recipe_killed_at_ten_random_moments_ends_with_the_same_bits(t
     began = time.perf_counter()
     assert build_for(None, uninterrupted) == 0
     whole = time.perf_counter() - began
-    ends = [build_for(draw.uniform(0, whole / 8), run) for _ in range(10)]
-    assert ends == [-signal.SIGKILL] * 10
+    ends = [build_for(draw.uniform(0, 0.8 * whole / N_KILLS), run) for _ in range(N_KILLS)]
+    assert ends == [-signal.SIGKILL] * N_KILLS
     assert build_for(None, run) == 0
     assert_whole(run, uninterrupted)
 

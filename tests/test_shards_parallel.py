@@ -177,6 +177,17 @@ def test_what_was_encoded_is_not_encoded_again(
     assert encoded == []
     assert contents(out) == expected[0]
 
+    # What was damaged meanwhile is encoded again.
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel_module, "join_shard", stopped)
+        with pytest.raises(StoppedError):
+            run()
+    flipped = max((out / "ranges").rglob("train.tokens"))
+    flipped.write_bytes(bytes([flipped.read_bytes()[0] ^ 1]) + flipped.read_bytes()[1:])
+    run()
+    assert 0 < sum(encoded) < 150
+    assert contents(out) == expected[0]
+
     # Of another text, another tokenizer, or other ranges, nothing is taken over.
     with monkeypatch.context() as patch:
         patch.setattr(parallel_module, "join_shard", stopped)

@@ -12,6 +12,7 @@ import torch
 from faulty_disk import FaultyDisk, Outcome
 from hypothesis import given
 from hypothesis import strategies as st
+from lengths import IS_LONG
 from safetensors.torch import load_file
 from test_training_loop import QUIET, interrupted_at, make_job, weights
 
@@ -96,14 +97,13 @@ def check_what_was_saved(folder: Path, outcome: Outcome) -> None:
         assert files(folder / "best") == {"weights.safetensors", "config.json", "state.json"}
 
 
-# Of many operations the quick tests take one in three.
-some_and_all = pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+STRIDE = 1 if IS_LONG else 7
+"""Between the file operations that are tried."""
 
 
 @needs_a_compiler
-@some_and_all
 def test_killed_at_every_file_operation_of_a_write_the_checkpoint_before_or_the_new_one_is_there(
-    tmp_path: Path, disk: FaultyDisk, stride: int
+    tmp_path: Path, disk: FaultyDisk
 ) -> None:
     whole = disk.do("save", tmp_path / "whole")
     assert whole.error is None
@@ -111,7 +111,7 @@ def test_killed_at_every_file_operation_of_a_write_the_checkpoint_before_or_the_
     check_what_was_saved(tmp_path / "whole", whole)
     assert [path.name for path in complete_checkpoints(tmp_path / "whole" / "checkpoints")] == ["step-00000002"]
     assert whole.operations > 100
-    for at in range(0, whole.operations, stride):
+    for at in range(0, whole.operations, STRIDE):
         folder = tmp_path / f"killed-{at}"
         outcome = disk.do("save", folder, "kill", at)
         assert outcome.status == -9, at
@@ -119,13 +119,12 @@ def test_killed_at_every_file_operation_of_a_write_the_checkpoint_before_or_the_
 
 
 @needs_a_compiler
-@some_and_all
 def test_a_disk_full_at_every_file_operation_is_named_and_the_former_checkpoint_stays(
-    tmp_path: Path, disk: FaultyDisk, stride: int
+    tmp_path: Path, disk: FaultyDisk
 ) -> None:
     n_operations = disk.do("save", tmp_path / "whole").operations
     refused = 0
-    for at in range(2, n_operations, stride):
+    for at in range(2, n_operations, STRIDE):
         folder = tmp_path / f"full-{at}"
         outcome = disk.do("save", folder, "full", at)
         if outcome.status == 0:  # what was left to do needed no space
@@ -140,7 +139,7 @@ def test_a_disk_full_at_every_file_operation_is_named_and_the_former_checkpoint_
         if (folder / "checkpoints").is_dir() and outcome.all("saved"):
             assert not [name for name in files(folder) if ".tmp" in name]
         check_what_was_saved(folder, outcome)
-    assert refused > n_operations / stride / 2
+    assert refused > n_operations / STRIDE / 2
 
 
 @needs_a_compiler
@@ -148,7 +147,7 @@ def test_a_disk_that_says_only_once_and_late_that_it_is_full_is_heard(tmp_path: 
     """Some systems take what is written and refuse when it is flushed, and do not repeat it."""
     kinds = disk.do("save", tmp_path / "whole").kinds
     assert set(kinds) == set("owtsmru")
-    for at in (place for place, kind in enumerate(kinds) if kind == "s"):
+    for at in [place for place, kind in enumerate(kinds) if kind == "s"][:: 1 if IS_LONG else 3]:
         outcome = disk.do("save", tmp_path / f"full-{at}", "full once", at)
         assert ": the disk is full" in str(outcome.error), at
         check_what_was_saved(tmp_path / f"full-{at}", outcome)
@@ -179,25 +178,13 @@ def killed_and_gone_on_with(
 
 
 @needs_a_compiler
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("mode", ["kill", "full"])
 def test_a_run_whose_disk_failed_is_gone_on_with_to_the_same_bits(tmp_path: Path, disk: FaultyDisk, mode: str) -> None:
     n_operations = disk.do("train", tmp_path / "whole", **SMALL).operations
     expected = bits(tmp_path / "whole")
-    for at in range(5, n_operations, n_operations // 4):
-        killed_and_gone_on_with(disk, tmp_path / f"at-{at}", expected, mode, at)
-
-
-@needs_a_compiler
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("mode", ["kill", "full"])
-def test_a_run_is_gone_on_with_to_the_same_bits_from_every_file_operation(
-    tmp_path: Path, disk: FaultyDisk, mode: str
-) -> None:
-    n_operations = disk.do("train", tmp_path / "whole", **SMALL).operations
-    expected = bits(tmp_path / "whole")
     ends = set()
-    for at in range(n_operations):
+    for at in range(0, n_operations, 1 if IS_LONG else n_operations // 4):
         folder = tmp_path / f"at-{at}"
         first = killed_and_gone_on_with(disk, folder, expected, mode, at)
         ends.add(first.status)
@@ -215,7 +202,7 @@ def test_killed_while_checkpoints_are_written_beside_training_the_run_goes_on_to
 ) -> None:
     n_operations = disk.do("train", tmp_path / "whole", **SMALL, checkpoint_beside=True).operations
     expected = bits(tmp_path / "whole")
-    for at in range(3, n_operations, 11):
+    for at in range(3, n_operations, 11 if IS_LONG else n_operations // 4):
         killed_and_gone_on_with(disk, tmp_path / f"at-{at}", expected, "kill", at, checkpoint_beside=True)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from groundup.errors import ArtifactError
 from groundup.model import Transformer, preset
 from groundup.recipe import OptimizerSettings
 from groundup.training import (
@@ -192,7 +193,7 @@ def test_clipping_is_torch_s(limit, seed):
 
 
 @given(
-    schedule=st.sampled_from(["wsd", "cosine", "constant"]),
+    schedule=st.sampled_from(["wsd", "cosine", "linear", "constant"]),
     n_steps=st.integers(1, 500),
     warmup=st.floats(0, 0.3),
     decay=st.floats(0, 0.7),
@@ -201,8 +202,10 @@ def test_clipping_is_torch_s(limit, seed):
 def test_schedule_rises_then_never_rises_again(schedule, n_steps, warmup, decay, final):
     settings = OptimizerSettings(schedule=schedule, warmup_share=warmup, decay_share=decay, final_lr_share=final)
     shares = [learning_rate_share(settings, step, n_steps) for step in range(n_steps)]
+    later = [learning_rate_share(settings, n_steps + more, n_steps) for more in (0, 1, n_steps, 10**6)]
+    assert later == [shares[-1]] * 4
     top = round(warmup * n_steps)
-    assert all(0 < share <= 1 for share in shares)
+    assert all(0 < share <= 1 + 1e-12 for share in shares)
     assert shares[:top] == sorted(shares[:top])
     assert shares[top:] == sorted(shares[top:], reverse=True)
     assert max(shares) == pytest.approx(1.0)
@@ -257,6 +260,16 @@ def test_log_takes_back_what_comes_after_the_checkpoint(tmp_path):
     assert [(line["step"], "loss" in line) for line in kept] == [(1, True), (1, False), (2, True)]
     assert [line["step"] for line in read_log(tmp_path / "samples.jsonl")] == [1]
     assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize("damage", [b"{", b"5", b'{"loss": 1}', b'{"step": "1"}', b"\xff", b"[" * 10**5])
+def test_a_damaged_line_within_a_log_is_named(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b"\n")
+    assert read_log(path) == [{"step": 1}]  # the last one: a kill may have cut it
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
+    with pytest.raises(ArtifactError, match=r"metrics\.jsonl, line 2: damaged"):
+        read_log(path)
 
 
 def test_padding_changes_nothing():

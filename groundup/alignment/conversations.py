@@ -1,32 +1,38 @@
-"""Conversations to learn from: the generated tasks, or JSONL files with a "messages" list per line.
+"""Conversations to learn from: the generated tasks, or files of records with a "messages" list.
 
-Held-out conversations are chosen by a hash of the prompt, so that the same prompt is never on both sides.
+Files are read as the corpus reads its own: JSON lines, lists of JSON, Parquet, packed or not, folders, globs and
+addresses. One conversation in ten is held out, chosen by a hash of all that is said in it.
 """
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import orjson
 import xxhash
 
 from groundup.console import Console
+from groundup.corpus.document import OnSetAside, Reason, SetAside
+from groundup.corpus.reading.jsonl import RefusedError, Value
+from groundup.corpus.reading.sources import InputFiles, find_sources
+from groundup.corpus.reading.values import check_writable, read_values
 from groundup.errors import DataError
 from groundup.evaluation import generate_tasks
-from groundup.files import file_digest
+from groundup.recipe import CorpusSettings
 from groundup.tokenizer import Message
+from groundup.tokenizer.special import ROLE_TOKENS
 
 TASKS = "groundup:tasks"
-HELD_OUT_SHARE = 10  # one prompt in so many
-_ROLES = ("system", "user", "assistant")
+HELD_OUT_SHARE = 10  # one conversation in so many
+FIELD = "messages"
 
 
 @dataclass(frozen=True)
 class Conversations:
-    """Conversations on both sides of the split, and how many lines could not be used, by reason."""
+    """Conversations on both sides of the split, and how many records could not be used, by reason."""
 
     train: list[list[Message]]
     held_out: list[list[Message]]
@@ -39,7 +45,7 @@ def load_conversations(
     """Read or generate conversations.
 
     Args:
-        data: JSONL files, or groundup:tasks.
+        data: files, folders, globs or addresses of records with "messages", or groundup:tasks.
         n_tasks: conversations that groundup:tasks generates.
         seed: of the generator.
         section: of the recipe, in messages.
@@ -50,74 +56,78 @@ def load_conversations(
     """
     train: list[list[Message]] = []
     held_out: list[list[Message]] = []
-    set_aside: dict[str, int] = {}
-    for source in data:
-        if source == TASKS:
-            for task in generate_tasks(n_tasks, seed):
-                (train if task.split == "train" else held_out).append(list(task.messages))
-            continue
-        for messages in _read_jsonl(Path(source), set_aside, section):
-            (held_out if _is_held_out(messages) else train).append(messages)
-    if set_aside and console is not None:
-        listed = ", ".join(f"{count} {reason}" for reason, count in set_aside.items())
-        console.warn(f"[{section}] data: set aside {listed}.")
+    aside: list[SetAside] = []
+    if TASKS in data:
+        for task in generate_tasks(n_tasks, seed):
+            (train if task.split == "train" else held_out).append(list(task.messages))
+    found = _files(data, section)
+    for messages in _read(found, aside.append):
+        (held_out if _is_held_out(messages) else train).append(messages)
+    counts = Counter(str(item.reason) for item in aside)
+    if console is not None and (words := found.in_words()):
+        console.note(f"[{section}] data: {words}.")
+    if console is not None and aside:
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
+        console.warn(f"[{section}] data: {len(aside):,} records were set aside ({listed}). The first: {aside[0]}")
     if not train or not held_out:
+        first = f" The first that was set aside: {aside[0]}" if aside else ""
         raise DataError(
             f"[{section}] data = {list(data)}: {len(train)} conversations to learn from, {len(held_out)} held out.",
-            'Each line needs {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}; '
-            "a few dozen lines are the least.",
+            'Each record needs {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}; '
+            f"a few dozen are the least.{first}",
         )
-    return Conversations(train, held_out, set_aside)
+    return Conversations(train, held_out, dict(counts))
 
 
 def data_fingerprint(data: Sequence[str], section: str) -> list[str]:
-    """What stands for the data in a stage's fingerprint: the generator's name or the file's digest.
+    """What stands for the data in a stage's fingerprint: the generator's name, and the files' digests.
 
     Raises:
         DataError: a file is missing.
     """
-    prints = []
-    for source in data:
-        if source == TASKS:
-            prints.append(source)
-        elif Path(source).is_file():
-            prints.append(file_digest(Path(source)))
-        else:
-            raise DataError(f"[{section}] data = {source!r}: no such file.", f"Name a JSONL file, or {TASKS}.")
-    return prints
+    return [*[TASKS] * (TASKS in data), *(source.digest() for source in _files(data, section).files)]
 
 
-def _read_jsonl(path: Path, set_aside: dict[str, int], section: str) -> Iterator[list[Message]]:
-    if not path.is_file():
-        raise DataError(f"[{section}] data = {str(path)!r}: no such file.", f"Name a JSONL file, or {TASKS}.")
-    for line in path.read_bytes().splitlines():
-        if not line.strip():
-            continue
-        try:
-            messages, reason = _as_messages(orjson.loads(line))
-        except orjson.JSONDecodeError:
-            messages, reason = None, "lines that are not JSON"
-        if messages is None:
-            set_aside[reason] = set_aside.get(reason, 0) + 1
-        else:
-            yield messages
+def _files(data: Sequence[str], section: str) -> InputFiles:
+    named = [item for item in data if item != TASKS]
+    return find_sources(named, setting=f"[{section}] data")
 
 
-def _as_messages(value: Any) -> tuple[list[Message] | None, str]:
-    """A line's conversation, or None and what is wrong with it."""
-    items = value.get("messages") if isinstance(value, Mapping) else None
+def _read(found: InputFiles, set_aside: OnSetAside) -> Iterator[list[Message]]:
+    settings = CorpusSettings(text_field=FIELD)
+    for item in found.aside:
+        set_aside(item)
+    for source in found.files:
+        for value in read_values(source, settings, set_aside):
+            try:
+                yield _messages(value)
+            except RefusedError as refused:
+                set_aside(refused.of(source, value))
+
+
+def _messages(value: Value) -> list[Message]:
+    """A record's conversation.
+
+    Raises:
+        RefusedError: there is none that could be learned.
+    """
+    items: Any = value.data.get(FIELD) if isinstance(value.data, Mapping) else None
     if not isinstance(items, list) or not items:
-        return None, 'lines without a "messages" list'
+        raise RefusedError(Reason.NO_TEXT, f"no list {FIELD!r}")
     messages: list[Message] = []
-    for item in items:
-        if not isinstance(item, Mapping) or item.get("role") not in _ROLES or not isinstance(item.get("content"), str):
-            return None, "lines with a message that has no known role or no text"
-        messages.append({"role": item["role"], "content": item["content"]})
+    for place, item in enumerate(items, start=1):
+        role, content = (item.get("role"), item.get("content")) if isinstance(item, Mapping) else (None, None)
+        if role not in ROLE_TOKENS or not isinstance(content, str):
+            raise RefusedError(Reason.NO_TEXT, f"message {place} has no text, or no role of {', '.join(ROLE_TOKENS)}")
+        check_writable(content)
+        if "\0" in content:
+            raise RefusedError(Reason.NUL, f"in message {place}")
+        messages.append({"role": role, "content": content})
     if not any(message["role"] == "assistant" and message["content"] for message in messages):
-        return None, "lines without an answer"
-    return messages, ""
+        raise RefusedError(Reason.EMPTY, "no answer in it")
+    return messages
 
 
 def _is_held_out(messages: list[Message]) -> bool:
-    prompt = next((message["content"] for message in messages if message["role"] == "user"), "")
-    return xxhash.xxh3_64_intdigest(prompt.encode("utf-8", "replace")) % HELD_OUT_SHARE == 0
+    said = json.dumps(messages, ensure_ascii=False)
+    return xxhash.xxh3_64_intdigest(said.encode()) % HELD_OUT_SHARE == 0

@@ -50,9 +50,11 @@ from groundup.corpus.quality.predicate import load_predicate
 from groundup.corpus.quality.privacy import replace_private
 from groundup.corpus.quality.signals import signals, toxic_share
 from groundup.corpus.reading.read import Extraction, UnitReader
+from groundup.corpus.reading.text import DOCUMENT
 from groundup.corpus.words import words_of
 from groundup.errors import DataError
 from groundup.files import atomic_folder, file_digest, value_digest, write_json
+from groundup.untrusted import read_bytes, reading
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,6 +63,7 @@ BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 1024
 FINDINGS_KEPT = 20
 EXCERPT = 4 * EXCERPT_CHARACTERS
+SEPARATED = "documents of text files with separators"
 
 
 def annotate(work: Annotation) -> dict[str, Any]:
@@ -138,7 +141,7 @@ class _Annotator:
             "records": self._n_records,
             "bytes_in": self._bytes_in,
             "set_aside": [[*key, count] for key, count in sorted(self._set_aside_counts.items())],
-            "changed": dict(sorted(self._changed.items())),
+            "changed": {what: count for what, count in sorted(self._changed.items()) if count},
             "findings": self._findings,
         }
 
@@ -147,6 +150,7 @@ class _Annotator:
         for unit in self._work.units:
             reader = UnitReader(unit, self._settings, self._set_aside, extraction)
             for record in reader:
+                self._changed[SEPARATED] += record.place == DOCUMENT
                 yield unit.source.label, record
             self._n_records += reader.n_records
 
@@ -291,15 +295,12 @@ def toxic_words(path: str) -> frozenset[str]:
     Raises:
         DataError: the file cannot be read, or has no word.
     """
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"[corpus] toxic_words = {path!r}: cannot be read ({error}).", "Name a UTF-8 text file."
-        ) from error
+    where = f"[corpus] toxic_words = {path!r}"
+    with reading(where, DataError, "Name a UTF-8 text file."):
+        lines = read_bytes(Path(path).expanduser()).decode().splitlines()
     words = frozenset(line.strip().casefold() for line in lines if line.strip() and not line.startswith("#"))
     if not words:
-        raise DataError(f"[corpus] toxic_words = {path!r}: there is no word in it.", "Write one word a line.")
+        raise DataError(f"{where}: there is no word in it.", "Write one word a line.")
     return words
 
 

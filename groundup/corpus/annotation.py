@@ -16,8 +16,9 @@ from groundup.corpus.reading.units import Unit
 from groundup.errors import ArtifactError, DataError
 from groundup.files import file_digest, read_json, value_digest
 from groundup.recipe import CorpusSettings
+from groundup.untrusted import ordinary_file, reading
 
-ANNOTATION_VERSION = 2
+ANNOTATION_VERSION = 3
 """Raised when the results of this pass change."""
 
 DOCUMENTS_TABLE = "documents.parquet"
@@ -74,7 +75,7 @@ def annotation_fingerprint(settings: CorpusSettings, classifier: str = "") -> st
             "version": ANNOTATION_VERSION,
             "reading": [
                 settings.text_field, settings.source_field, settings.unicode, settings.max_document_mib,
-                settings.extractor, settings.extract_seconds,
+                settings.extractor, settings.extract_seconds, settings.separator,
             ],
             "languages": [sorted(settings.languages), file_fingerprint(settings.language_model)],
             "signals": signal_names(settings),
@@ -118,9 +119,5 @@ def file_fingerprint(path: str) -> str:
     """
     if not path:
         return ""
-    try:
-        return file_digest(Path(path).expanduser())
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror or error}).", "Check the path in [corpus]."
-        ) from error
+    with reading(path, DataError, "Check the path in [corpus]."):
+        return file_digest(ordinary_file(Path(path).expanduser(), DataError))

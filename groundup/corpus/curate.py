@@ -21,13 +21,14 @@ from typing import Any
 import orjson
 
 from groundup.console import Console
+from groundup.corpus.annotate import SEPARATED
 from groundup.corpus.document import Document
 from groundup.corpus.engine import engine_for
 from groundup.corpus.filter_statistics import PASSED_OVER_SHOWN
 from groundup.corpus.inputs import check_named_files, input_fingerprint
 from groundup.corpus.passes import ANNOTATED, DOCUMENTS, SET_ASIDE_FILE, STATISTICS_FILE, Passes
 from groundup.corpus.quality.language import check_languages
-from groundup.corpus.quality.rules import rules_for
+from groundup.corpus.quality.rules import Rule, left_out, rules_for
 from groundup.corpus.reading.sources import InputFiles, find_sources
 from groundup.corpus.write import parse_line
 from groundup.errors import ArtifactError, DataError, RunError
@@ -60,7 +61,9 @@ def curate(settings: CorpusSettings, out: Path, console: Console | None = None) 
     out = Path(out).absolute()  # workers may stand elsewhere
     check_languages(settings.languages, settings.language_model)
     check_named_files(settings)
-    sources = _without_own_files(find_sources(settings.inputs), out)
+    sources = _without_own_files(find_sources(settings.inputs, follow_links=settings.follow_links), out)
+    if words := sources.in_words():
+        console.note(f"corpus: {words}.")
     own_folder(out)
     try:
         with _alone_in(out):
@@ -71,6 +74,8 @@ def curate(settings: CorpusSettings, out: Path, console: Console | None = None) 
                 remove_partials(out)  # those of workers that were stopped too
     except OSError as error:
         raise write_error(Path(error.filename or out), error) from error
+    for rule in _left_out(settings):
+        console.note(f"{rule.name} is left out: {rule.why}, and languages = {list(settings.languages)}.")
     statistics = passes.statistics
     files = {
         "read": len(sources.files),
@@ -79,8 +84,15 @@ def curate(settings: CorpusSettings, out: Path, console: Console | None = None) 
     }
     write_json(out / STATISTICS_FILE, statistics.as_json(files, passes.more))
     n_faults, first = statistics.faults
+    if n_separated := statistics.changed.get(SEPARATED):
+        console.note(
+            f"corpus: {n_separated:,} documents were cut out of text files at {settings.separator!r} (separator)."
+        )
     if first is not None:
-        console.warn(f"{n_faults:,} records are broken and were set aside ({out / SET_ASIDE_FILE}). The first: {first}")
+        console.warn(
+            f"{n_faults:,} records or files cannot be used and were set aside ({out / SET_ASIDE_FILE}). "
+            f"The first: {first}"
+        )
     if passes.holdout.moved:
         console.warn(f"validation: {passes.holdout.moved}.")
     return statistics.summary(passes.holdout.by)
@@ -109,6 +121,10 @@ def _alone_in(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _left_out(settings: CorpusSettings) -> list[Rule]:
+    return left_out(settings.quality, settings.thresholds, settings.languages)
+
+
 def _make(settings: CorpusSettings, sources: InputFiles, out: Path, console: Console) -> Passes:
     """All three passes."""
     work = temporary(out / "work")  # all in it can be made again
@@ -129,8 +145,8 @@ def _without_own_files(sources: InputFiles, out: Path) -> InputFiles:
     Raises:
         DataError: there is nothing else.
     """
-    folder = out.resolve()
-    is_ours = [isinstance(one.entry, Path) and one.entry.resolve().is_relative_to(folder) for one in sources.files]
+    folder = os.path.join(os.path.realpath(out), "")
+    is_ours = [isinstance(one.entry, Path) and os.path.realpath(one.entry).startswith(folder) for one in sources.files]
     files = [source for source, ours in zip(sources.files, is_ours, strict=True) if not ours]
     if not files:
         raise DataError(f"{out}: the corpus is to be written where its input is.", "Choose another folder with --out.")
@@ -168,8 +184,9 @@ class Corpus(Method):
     """The stage: raw files to documents."""
 
     settings = CorpusSettings
-    version = 3
+    version = 4
     keeps = (ANNOTATED,)  # every piece in it is checked by its own fingerprint
+    outputs = (DOCUMENTS,)
 
     def outside(self, stage: Stage) -> dict[str, str]:
         """Digests of the input files."""
@@ -178,10 +195,16 @@ class Corpus(Method):
     def checks(self, stage: Stage) -> Iterable[Check]:
         """Inputs that are missing, languages and rules that are unknown."""
         settings = stage.settings
-        yield "[corpus] inputs", lambda: find_sources(settings.inputs)
+        yield "[corpus] inputs", lambda: find_sources(settings.inputs, follow_links=settings.follow_links)
         yield "[corpus] languages", lambda: check_languages(settings.languages, settings.language_model)
-        yield "[corpus] quality", lambda: rules_for(settings.quality, settings.thresholds)
+        yield "[corpus] quality", lambda: rules_for(settings.quality, settings.thresholds, settings.languages)
         yield "[corpus]", lambda: check_named_files(settings)
+
+    def derived(self, stage: Stage) -> Iterable[tuple[str, str, str]]:
+        """Rules that mean nothing in the recipe's languages."""
+        for rule in _left_out(stage.settings):
+            why = f"{rule.why}; languages = {list(stage.settings.languages)}"
+            yield f'corpus.thresholds."{rule.name}"', "false", why
 
     def work(self, context: Context) -> dict[str, Any]:
         """See `curate`."""

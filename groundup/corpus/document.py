@@ -59,13 +59,16 @@ class Reason(StrEnum):
     """Why a record or a file is not among the documents. Quality rules have names of their own beside these."""
 
     UNREADABLE = "unreadable"
+    LINK = "link outside"
     DAMAGED = "damaged file"
     CUT_OFF = "cut off"
     INVALID_UTF8 = "invalid UTF-8"
     INVALID_JSON = "invalid JSON"
+    INVALID_CSV = "invalid CSV"
     NO_TEXT = "no text field"
     TOO_LONG = "too long"
     NUL = "NUL characters"
+    GARBLED = "garbled characters"
     NO_CONTENT = "no content extracted"
     TIMEOUT = "extraction timeout"
     CRASH = "extraction crash"
@@ -85,8 +88,8 @@ class Reason(StrEnum):
 
 _FAULTS = frozenset(
     {
-        Reason.UNREADABLE, Reason.DAMAGED, Reason.CUT_OFF, Reason.INVALID_UTF8, Reason.INVALID_JSON, Reason.NO_TEXT,
-        Reason.TOO_LONG, Reason.NUL, Reason.TIMEOUT, Reason.CRASH,
+        Reason.UNREADABLE, Reason.LINK, Reason.DAMAGED, Reason.CUT_OFF, Reason.INVALID_UTF8, Reason.INVALID_JSON,
+        Reason.INVALID_CSV, Reason.NO_TEXT, Reason.TOO_LONG, Reason.NUL, Reason.GARBLED, Reason.TIMEOUT, Reason.CRASH,
     }
 )  # fmt: skip
 

@@ -177,9 +177,14 @@ class FilterStatistics:
         }
 
     def nothing_left(self) -> DataError:
-        """The error for a corpus in which no document remained: what removed how many, and the way out."""
+        """The error for a corpus in which no document remained: what removed most of those in a wanted language."""
         removed = self.removed
-        reason = max(removed, key=lambda name: removed[name])
+        of_wanted: Counter[str] = Counter()  # documents that got past reading and the language filter
+        for (reason, _, language), count in self._documents.items():
+            if language and reason != Reason.LANGUAGE:
+                of_wanted[reason] += count
+        counted = +of_wanted or removed
+        reason = max(counted, key=lambda name: (counted[name], -list(removed).index(name)))
         example = self._examples[reason][0][1] if self._examples[reason] else None
         fix = f"For example {_in_words(example)}." if example else ""
         if reason == Reason.LANGUAGE:

@@ -21,11 +21,12 @@ def input_fingerprint(settings: CorpusSettings) -> str:
     if settings.predicate:
         beside.append(predicate_fingerprint(settings.predicate))
     if settings.classifier is not None:
-        beside += [_contents(settings.classifier.positive), _contents(settings.classifier.negative)]
+        examples = (settings.classifier.positive, settings.classifier.negative)
+        beside += [_contents(files, settings) for files in examples]
     if settings.decontaminate is not None:
         tasks = find_tasks(settings.decontaminate.files)
-        beside.append(value_digest([[task.name, file_fingerprint(task.path)] for task in tasks]))
-    return value_digest([_contents(settings.inputs), *beside])
+        beside.append(value_digest([[task.name, task.source.digest()] for task in tasks]))
+    return value_digest([_contents(settings.inputs, settings), *beside])
 
 
 def check_named_files(settings: CorpusSettings) -> None:
@@ -41,10 +42,11 @@ def check_named_files(settings: CorpusSettings) -> None:
         load_predicate(settings.predicate)
     beside = [settings.classifier.positive, settings.classifier.negative] if settings.classifier is not None else []
     for files in beside:
-        find_sources(files)
+        find_sources(files, follow_links=settings.follow_links)
     if settings.decontaminate is not None:
         find_tasks(settings.decontaminate.files)
 
 
-def _contents(inputs: tuple[str, ...]) -> str:
-    return value_digest(sorted([source.label, source.digest()] for source in find_sources(inputs).files))
+def _contents(inputs: tuple[str, ...], settings: CorpusSettings) -> str:
+    found = find_sources(inputs, follow_links=settings.follow_links)
+    return value_digest(sorted([source.label, source.digest()] for source in found.files))

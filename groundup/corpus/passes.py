@@ -39,8 +39,9 @@ from groundup.corpus.holdout import Holdout
 from groundup.corpus.mix import plan_mix, plan_tokens
 from groundup.corpus.reading.read import read
 from groundup.corpus.reading.sources import InputFile, InputFiles, find_sources
-from groundup.corpus.reading.units import Unit, units_of, unlisted
+from groundup.corpus.reading.units import Unit, units_of
 from groundup.corpus.select import Annotated, Selection, write_decisions
+from groundup.corpus.words import WORDS_VERSION
 from groundup.corpus.write import Merge, WriteUnit, merge_range, write_cuts, write_unit
 from groundup.errors import DataError
 from groundup.files import (
@@ -77,7 +78,7 @@ class Passes:
         self.statistics = FilterStatistics()
         self.holdout = Holdout(settings)
         self.more: dict[str, Any] = {}
-        self._unlisted: list[SetAside] = []
+        self._aside: list[SetAside] = []
 
     def annotate(self, sources: InputFiles) -> None:
         """Read and measure every unit that is not measured yet; forget units that are no longer asked for."""
@@ -89,7 +90,7 @@ class Passes:
         split_bytes = int(settings.split_mib * 2**20)
         stamps = {source: stamp_of(source) for source in sources.files}
         digests = {source: source.digest() for source in sources.files}
-        packs = _packed(units_of(sources, split_bytes), split_bytes)
+        packs = _packed(units_of(sources, split_bytes, settings.separator), split_bytes)
         tasks = [self._annotation(pack, root, common, stamps, digests, classifier) for pack in packs]
         wanted = {Path(task.folder).name for task in tasks}
         for old in root.iterdir():
@@ -171,10 +172,13 @@ class Passes:
         from groundup.corpus.quality.classifier import CLASSIFIER_VERSION, Classifier
 
         folder = self._out / ANNOTATED / CLASSIFIER
-        plain = CorpusSettings(unicode=self._settings.unicode, text_field=self._settings.text_field)
+        same = ("unicode", "text_field", "separator", "follow_links")
+        plain = CorpusSettings(**{name: getattr(self._settings, name) for name in same})
         both = (asked.positive, asked.negative)
-        digests = [[source.digest() for source in find_sources(files).files] for files in both]
-        fingerprint = value_digest([CLASSIFIER_VERSION, *digests])
+        digests = [
+            [source.digest() for source in find_sources(files, follow_links=plain.follow_links).files] for files in both
+        ]
+        fingerprint = value_digest([CLASSIFIER_VERSION, WORDS_VERSION, *digests])
         marker = folder / "fingerprint.json"
         if not marker.is_file() or read_json(marker) != fingerprint:
             good, bad = ((item.text for item in read(*files, settings=plain)) for files in both)
@@ -186,12 +190,12 @@ class Passes:
         return fingerprint
 
     def _count_read(self, sources: InputFiles) -> None:
-        self._unlisted = unlisted(sources)
-        for folder in self._unlisted:
+        self._aside = sources.aside
+        for item in self._aside:
             self.statistics.add_input(1, 0)
-            self.statistics.add([(folder.reason, folder.source, "", 1, 0)])
-            self.statistics.add_examples(folder.reason, [("", set_aside_record(folder))])
-            self.statistics.note_fault(folder)
+            self.statistics.add([(item.reason, item.source, "", 1, 0)])
+            self.statistics.add_examples(item.reason, [("", set_aside_record(item))])
+            self.statistics.note_fault(item)
         for unit in self._units:
             record = unit.record
             n_aside = sum(count for _, _, count in record["set_aside"])
@@ -226,7 +230,8 @@ class Passes:
         searches = []
         if settings.dedup_within != "none":
             self._show(0, total=1, note=f"repeated {settings.dedup_within}")
-            searches.append(repeated_parts(self._keys, kept, settings.dedup_within, self._work / "parts", *common))
+            within, least = settings.dedup_within, settings.dedup_within_characters
+            searches.append(repeated_parts(self._keys, kept, within, self._work / "parts", *common, least))
         if settings.dedup_substring:
             self._show(0, total=1, note="repeated passages")
             n_words = settings.dedup_substring
@@ -313,7 +318,7 @@ class Passes:
         if tasks[0].evaluation:
             self.more["contamination"] = contamination.summary(EvaluationIndex.load(tasks[0].evaluation).tasks)
         with atomic_writer(self._out / SET_ASIDE_FILE, binary=True) as handle:
-            for item in self._unlisted:
+            for item in self._aside:
                 handle.write(orjson.dumps(set_aside_record(item)) + b"\n")
             for task in tasks:
                 append_file(handle, Path(f"{task.out}.aside.jsonl"))

@@ -86,7 +86,7 @@ class Selection:
 
     def __init__(self, settings: CorpusSettings) -> None:
         self._settings = settings
-        self.rules: list[Rule] = rules_for(settings.quality, settings.thresholds)
+        self.rules: list[Rule] = rules_for(settings.quality, settings.thresholds, settings.languages)
         rule_names = [rule.name for rule in self.rules]
         self.reasons: list[str] = [
             KEPT, Reason.SHORT, Reason.LANGUAGE, *rule_names, Reason.PREDICATE, Reason.CLASSIFIER, Reason.TOXIC,
@@ -105,14 +105,12 @@ class Selection:
         unit.survivors = {}
         columns = unit.columns(["language", "language_score", "characters", *self._extra, *self._rule_signals])
         refusals: list[tuple[str, np.ndarray]] = [(Reason.SHORT, columns["characters"] < settings.min_characters)]
+        column = columns["language"]
+        languages = np.array(column.dictionary.to_pylist())[column.indices.to_numpy()] if unit.n else column
         if settings.languages and unit.n:
-            languages = columns["language"]
-            wanted = [
-                place for place, code in enumerate(languages.dictionary.to_pylist()) if code in settings.languages
-            ]
-            is_other = ~np.isin(languages.indices.to_numpy(), wanted)
+            is_other = ~np.isin(languages, settings.languages)
             refusals.append((Reason.LANGUAGE, is_other | (columns["language_score"] < settings.language_floor)))
-        failed = first_failed(columns, self.rules) if self.rules else np.full(unit.n, -1)
+        failed = first_failed(columns, self.rules, languages) if self.rules else np.full(unit.n, -1)
         refusals += [(rule.name, failed == place) for place, rule in enumerate(self.rules)]
         if PREDICATE in columns:
             refusals.append((Reason.PREDICATE, ~columns[PREDICATE].astype(bool)))

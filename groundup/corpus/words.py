@@ -5,50 +5,35 @@ In: texts. Out: `Words`, a hash for every word in order, where each text's words
 The normalization decides what counts as a duplicate, so it is fixed here and nowhere else:
 - Upper case becomes lower case, one code point at a time. The few letters whose lower case takes another number of
   bytes in UTF-8 (such as the Kelvin sign) stay as they are, so every word stands where it stood.
-- A word is a run of letters, digits and marks; ASCII: `[0-9a-z]`. Punctuation, spaces, symbols and emoji separate
-  (`SEPARATORS`), apostrophes and underscores too.
-- In scripts that are written without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese ...) every character is
-  a word (`SINGLES`). This goes by the character, never by the document's language.
+- A word is a run of letters, digits and marks (Unicode's L, N and M; ASCII: `[0-9a-z]`); all else separates.
+- Where scripts have no spaces (`UNSPACED`), ICU's dictionaries find the words in each run of their letters. This goes
+  by the character, never by the document's language, and it is the same for the quality rules (`split_words`).
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import re
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
 import xxhash
+from icu4py import icu_version
+from icu4py.breakers import WordBreaker
 
-WORDS_VERSION = 1
-"""Raised when another text, or another number, becomes a word's hash; stored hashes are then of no use."""
+WORDS_VERSION = f"2 Unicode {unicodedata.unidata_version} ICU {icu_version}"
+"""Changes when another text, or another number, becomes a word's hash; stored hashes are then of no use."""
 
-SEPARATORS: tuple[tuple[int, int], ...] = (
-    (0x80, 0xA9), (0xAB, 0xB4), (0xB6, 0xB9), (0xBB, 0xBF), (0xD7, 0xD7), (0xF7, 0xF7),  # Latin-1 punctuation
-    (0x37E, 0x37E), (0x387, 0x387), (0x55A, 0x55F), (0x589, 0x58A), (0x5BE, 0x5BE), (0x5C0, 0x5C0),  # Greek ... Hebrew
-    (0x5C3, 0x5C3), (0x5F3, 0x5F4), (0x600, 0x60F), (0x61B, 0x61F), (0x66A, 0x66D), (0x6D4, 0x6D4),  # Arabic
-    (0x964, 0x965), (0xE3F, 0xE3F), (0xE4F, 0xE4F), (0xE5A, 0xE5B),  # Devanagari, Thai
-    (0xF01, 0xF17), (0xF3A, 0xF3D), (0x104A, 0x104F), (0x1361, 0x1368), (0x1400, 0x1400),
-    (0x166D, 0x166E), (0x1680, 0x1680), (0x169B, 0x169C), (0x17D4, 0x17D6), (0x17D8, 0x17DB), (0x1800, 0x180E),
-    (0x2000, 0x206F), (0x207A, 0x207E), (0x208A, 0x208E), (0x20A0, 0x20CF), (0x2190, 0x245F),  # General Punctuation ...
-    (0x2500, 0x2BFF), (0x2E00, 0x2E7F), (0x2FF0, 0x3004), (0x3008, 0x3020), (0x3030, 0x3030), (0x303D, 0x303F),
-    (0x30A0, 0x30A0), (0x30FB, 0x30FB), (0xD800, 0xF8FF), (0xFD3E, 0xFD3F), (0xFE00, 0xFE1F), (0xFE30, 0xFE6F),
-    (0xFEFF, 0xFF0F), (0xFF1A, 0xFF20), (0xFF3B, 0xFF40), (0xFF5B, 0xFF65), (0xFFE0, 0xFFFF),
-    (0x1F000, 0x1FAFF), (0xE0000, 0x10FFFF),  # emoji; tags and private use
+UNSPACED: tuple[tuple[int, int], ...] = (
+    (0xE00, 0xEFF), (0x1000, 0x109F), (0x1780, 0x17FF),  # Thai and Lao, Burmese, Khmer
+    (0x3005, 0x303C), (0x3041, 0x30FF), (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF),  # Kana, Han
+    (0xA9E0, 0xA9FF), (0xAA60, 0xAA7F), (0xF900, 0xFAFF), (0xFF66, 0xFF9F), (0x1AFF0, 0x1B16F), (0x20000, 0x3FFFF),
 )  # fmt: skip
-"""Code points beyond ASCII that end a word: first and last of each range."""
+"""Letters, digits and marks in these ranges belong to scripts without spaces: first and last code point of each."""
 
-SINGLES: tuple[tuple[int, int], ...] = (
-    (0xE01, 0xE3A), (0xE40, 0xE4E), (0xE81, 0xEFF),  # Thai, Lao
-    (0xF00, 0xF00), (0xF18, 0xF39), (0xF3E, 0xFFF), (0x1000, 0x1049), (0x1050, 0x109F),  # Tibetan, Burmese
-    (0x1780, 0x17D3), (0x17D7, 0x17D7), (0x17DC, 0x17DD), (0x1950, 0x19DF), (0x1A20, 0x1AAF),  # Khmer, Tai
-    (0x2E80, 0x2FDF), (0x3005, 0x3007), (0x3021, 0x302F), (0x3031, 0x303C), (0x3041, 0x309F),  # Han, Hiragana
-    (0x30A1, 0x30FA), (0x30FC, 0x312F), (0x31A0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF),  # Katakana, Bopomofo, Han
-    (0xA980, 0xA9DF), (0xA9E0, 0xA9FF), (0xAA60, 0xAADF), (0xF900, 0xFAFF), (0xFF66, 0xFF9F),
-    (0x1AFF0, 0x1B16F), (0x20000, 0x3FFFF),
-)  # fmt: skip
-"""Code points that are words by themselves."""
-
-_SEPARATOR, _WORD, _SINGLE = 0, 1, 2
+_SEPARATOR, _WORD, _UNSPACED = 0, 1, 2
 _PIECE = 8
 _PIECES = 4
 """Words of up to 32 bytes are hashed eight bytes at a time; longer ones, which are rare, by xxh3."""
@@ -58,6 +43,7 @@ _ODD_2 = np.uint64(0xD6E8FEB86659FD93)
 _NEXT_WORD = 0xA0761D6478BD642F
 """What a hash is multiplied by for every word that follows in its n-gram; 3 modulo 4."""
 _CASED = 0x1E960  # behind the last letter that has two cases
+_LETTERS_END = 0x33480  # behind the last letter of all
 
 
 class Words:
@@ -155,15 +141,17 @@ def words_of(texts: Sequence[str]) -> Words:
     if data.isascii():
         begin, end = _edges(np.frombuffer(classes, dtype=np.uint8))
     else:
-        lowered, marks = bytearray(data), bytearray(classes)
-        singles, single_ends = _beyond_ascii(
-            np.frombuffer(lowered, dtype=np.uint8), np.frombuffer(marks, dtype=np.uint8)
-        )
+        lowered, marks = bytearray(data), np.frombuffer(bytearray(classes), dtype=np.uint8)
+        _beyond_ascii(np.frombuffer(lowered, dtype=np.uint8), marks)
         data = bytes(lowered)
-        begin, end = _edges(np.frombuffer(marks, dtype=np.uint8))
-        if len(singles):
-            begin = np.sort(np.concatenate([begin, singles]), kind="stable")
-            end = np.sort(np.concatenate([end, single_ends]), kind="stable")
+        begin, end = _edges(marks)
+        unspaced = marks[begin] == _UNSPACED
+        if unspaced.any():
+            first, last = begin[unspaced], end[unspaced]
+            runs = [data[a:b].decode() for a, b in zip(first.tolist(), last.tolist(), strict=True)]
+            owner, place = _inner_words(runs)
+            inner = first[owner] + _bytes_before(runs, owner, place)
+            begin, end = np.sort(np.append(begin, inner)), np.sort(np.append(end, inner))
     starts = np.searchsorted(begin, offsets)
     return Words(_hashes(data, begin, end), starts, begin, end, data, offsets)
 
@@ -178,11 +166,13 @@ _ASCII_CLASSES = bytes(_WORD if chr(byte).isalnum() and byte < 128 else _SEPARAT
 @functools.cache
 def _classes() -> np.ndarray:
     """The class of every code point: (0x110000,) uint8."""
-    classes = np.full(0x110000, _WORD, dtype=np.uint8)
+    classes = np.zeros(0x110000, dtype=np.uint8)
+    points = range(128, _LETTERS_END)
+    classes[128:_LETTERS_END] = [unicodedata.category(chr(point))[0] in "LMN" for point in points]
+    classes[0xFE00:0xFE10] = _SEPARATOR  # variation selectors: how an emoji looks
     classes[:128] = np.frombuffer(_ASCII_CLASSES, dtype=np.uint8)[:128]
-    for ranges, kind in ((SEPARATORS, _SEPARATOR), (SINGLES, _SINGLE)):
-        for first, last in ranges:
-            classes[first : last + 1] = kind
+    for first, last in UNSPACED:
+        classes[first : last + 1] *= _UNSPACED
     return classes
 
 
@@ -197,19 +187,15 @@ def _lower_case() -> np.ndarray:
     return lower
 
 
-def _beyond_ascii(data: np.ndarray, marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _beyond_ascii(data: np.ndarray, marks: np.ndarray) -> None:
     """Lower and classify, in place, what is not ASCII.
 
     Args:
         data: (n_bytes,) uint8, UTF-8; upper case becomes lower case.
-        marks: (n_bytes,) uint8, becomes 1 where a byte belongs to a word of several characters.
-
-    Returns:
-        Begins and ends of the characters that are words by themselves, as places in `data`.
+        marks: (n_bytes,) uint8, becomes the class of the character that each byte belongs to.
     """
     leads = np.flatnonzero(data >= 0xC0)
     first = data[leads]
-    begins, ends = [], []
     for size, begin, above in ((2, 0xC0, 0xE0), (3, 0xE0, 0xF0), (4, 0xF0, 0x100)):
         here = leads[(first >= begin) & (first < above)]
         if not len(here):
@@ -218,16 +204,11 @@ def _beyond_ascii(data: np.ndarray, marks: np.ndarray) -> tuple[np.ndarray, np.n
         for place in range(1, size):
             points = (points << 6) | (data[here + place] & 0x3F)
         kinds = _classes()[points]
-        word = here[kinds == _WORD]
         for place in range(size):
-            marks[word + place] = _WORD
-        single = here[kinds == _SINGLE]
-        begins.append(single)
-        ends.append(single + size)
+            marks[here + place] = kinds
         lowered = _lower_case()[points]
         upper = lowered != points
         _write_utf8(data, here[upper], lowered[upper], size)
-    return np.sort(np.concatenate(begins)), np.sort(np.concatenate(ends))
 
 
 def _write_utf8(data: np.ndarray, places: np.ndarray, points: np.ndarray, size: int) -> None:
@@ -240,11 +221,35 @@ def _write_utf8(data: np.ndarray, places: np.ndarray, points: np.ndarray, size: 
 
 
 def _edges(marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Begins and ends of the runs of 1; the last byte of `marks` is 0."""
-    changes = np.flatnonzero(marks[1:] != marks[:-1]) + 1
+    """Begins and ends of the runs of one class that is not 0; the last byte of `marks` is 0."""
+    edges = np.flatnonzero(marks[1:] != marks[:-1]) + 1
     if marks[0]:
-        changes = np.concatenate([[0], changes])
-    return changes[0::2], changes[1::2]
+        edges = np.concatenate([[0], edges])
+    if marks.max() < _UNSPACED:
+        return edges[0::2], edges[1::2]
+    return edges[marks[edges] != _SEPARATOR], edges[marks[edges - 1] != _SEPARATOR]
+
+
+def _inner_words(runs: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Where ICU's dictionaries begin a word within a run of letters: which run, and the place in it, (n,) int64 each.
+
+    All runs are one text for ICU, which takes far longer to begin than to go on; it never looks beyond a line break.
+    """
+    lengths = np.array([len(run) for run in runs])
+    firsts = np.cumsum(lengths + 1) - (lengths + 1)
+    ends = np.cumsum([len(word) for word in WordBreaker("\n".join(runs), "en")])
+    owner = np.searchsorted(firsts, ends, side="right") - 1
+    place = ends - firsts[owner]
+    is_inner = (place > 0) & (place < lengths[owner])
+    return owner[is_inner], place[is_inner]
+
+
+def _bytes_before(runs: Sequence[str], owner: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """UTF-8 bytes of each run before a place; letters of these scripts have three or four."""
+    codes = np.frombuffer("".join(runs).encode("utf-32-le"), dtype="<u4")
+    before = np.concatenate([[0], np.cumsum(3 + (codes > 0xFFFF))])
+    first = np.cumsum([0, *map(len, runs)])[owner]
+    return before[first + place] - before[first]
 
 
 def _hashes(data: bytes, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
@@ -276,6 +281,49 @@ def _mix(values: np.ndarray) -> None:
     values ^= values >> np.uint64(29)
     values *= _ODD_2
     values ^= values >> np.uint64(32)
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text as the quality rules count them: what stands between white space, cut at `word_breaks`."""
+    if text.isascii():
+        return text.split()
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    breaks = word_breaks(text, np.flatnonzero(is_unspaced(codes)))
+    return " ".join(text[begin:end] for begin, end in itertools.pairwise([0, *breaks, len(text)])).split()
+
+
+def is_unspaced(codes: np.ndarray) -> np.ndarray:
+    """Which of these code points are letters, digits or marks of scripts without spaces."""
+    return np.equal(_classes()[codes], _UNSPACED)
+
+
+def word_breaks(text: str, places: np.ndarray) -> list[int]:
+    """Where a word begins although there is no white space before it: rising places in a text.
+
+    So it is at the words of scripts without spaces, and at what follows their letters. Punctuation belongs to the word
+    before it, an opening bracket or quotation mark to the one behind.
+
+    Args:
+        text: the text.
+        places: (n,) where the letters of such scripts stand in it, rising.
+    """
+    if not len(places):
+        return []
+    is_first = np.diff(places, prepend=-2) != 1
+    begins = places[is_first].tolist()
+    ends = (places[np.append(is_first[1:], True)] + 1).tolist()
+    owner, inner = _inner_words([text[begin:end] for begin, end in zip(begins, ends, strict=True)])
+    breaks = set((places[is_first][owner] + inner).tolist())
+    for begin, end in zip(begins, ends, strict=True):
+        follows = _FOLLOWING_WORD.match(text, end)
+        for place in (begin, follows.end() if follows else begin):
+            while place and unicodedata.category(text[place - 1]) in ("Ps", "Pi"):
+                place -= 1
+            breaks.add(place)
+    return sorted(place for place in breaks if place and not text[place - 1].isspace())
+
+
+_FOLLOWING_WORD = re.compile(r"[^\w\s]*(?=\w)")
 
 
 def run_hashes(hashes: np.ndarray, n: int) -> np.ndarray:

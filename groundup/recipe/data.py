@@ -33,7 +33,7 @@ class ClassifierSettings(Section):
 class DecontaminationSettings(Section):
     """Documents that repeat evaluation data are dropped."""
 
-    files: Texts = setting(..., "evaluation data: JSONL, Parquet, CSV or text files, folders or globs", min_length=1)
+    files: Texts = setting(..., "evaluation data: JSON, Parquet, CSV or text files, folders or globs", min_length=1)
     ngram: int = setting(13, "words in a row that count as repeated (8 to 13 are usual)", ge=5, le=64)
     max_share: float = setting(
         0.0, "a document is dropped if more than this share of its words is repeated (0: if any is)", ge=0.0, le=1.0
@@ -45,12 +45,18 @@ class CorpusSettings(Section):
 
     inputs: Texts = setting(
         ("groundup:classics",),
-        "files, folders or globs (.txt .md .html .jsonl .parquet .warc .wet, also .gz .zst .bz2), s3:// gs:// https:// "
-        "addresses, or a text that ships with groundup: groundup:classics, groundup:shakespeare",
+        "files, folders or globs (.txt .md .html .jsonl .json .csv .tsv .parquet .warc .wet, also .gz .zst .bz2 .xz; a "
+        "file that is named may end in anything), s3:// gs:// https:// addresses, or a text that ships with groundup: "
+        "groundup:classics, groundup:shakespeare",
         min_length=1,
     )
-    text_field: str = setting("text", "field of a JSONL or Parquet record that holds the text")
+    follow_links: bool = setting(False, "read files outside a folder of inputs that links in it lead to")
+    text_field: str = setting("text", "field of a record (JSON, CSV, Parquet) that holds the text")
     source_field: str = setting("", "field that names a record's source (unset: the file's name)")
+    separator: str = setting(
+        "<|endoftext|>", 'what stands between documents in a text file ("": each text file is one document)',
+        max_length=256,
+    )  # fmt: skip
     unicode: Literal["NFC", "NFKC", "none"] = setting(
         "NFC", "Unicode normalization form; NFKC also unifies ligatures and full-width letters"
     )
@@ -88,6 +94,9 @@ class CorpusSettings(Section):
     )
     dedup_within: Literal["none", "paragraphs", "lines"] = setting(
         "none", "remove paragraphs or lines that another document has too"
+    )
+    dedup_within_characters: int | None = setting(
+        None, "shorter paragraphs or lines stay (unset: 20 for paragraphs; 1 for lines: those of menus are short)", ge=1
     )
     dedup_substring: int = setting(
         0, "remove runs of at least this many words that occur elsewhere too (0: none; 50 is usual)"

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import orjson
+
 from groundup.errors import ArtifactError, GroundupError, RunError
-from groundup.files import read_json, read_json_lines
+from groundup.files import read_json
 from groundup.report.format import is_number
 from groundup.run import MANIFEST, RECIPE_FILE, Manifest, Run
 from groundup.stage import current_stages, default_model, graph, language_models
@@ -187,11 +189,15 @@ def _read_mapping(path: Path, warnings: list[str]) -> dict[str, Any]:
 
 def _lines(path: Path, warnings: list[str]) -> list[dict[str, Any]]:
     """The objects of a log; the one line that a kill may have cut short is passed over."""
-    try:
-        lines, n_damaged = read_json_lines(path)
-    except ArtifactError as error:
-        warnings.append(error.message)
-        return []
+    lines: list[dict[str, Any]] = []
+    n_damaged = 0
+    for raw in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            value = orjson.loads(raw)
+        except orjson.JSONDecodeError:
+            n_damaged += 1
+        else:
+            lines += [value] if isinstance(value, dict) else []
     if n_damaged > 1:
         warnings.append(f"{path.parent.name}/{path.name}: {n_damaged} lines are damaged and not shown.")
     return lines

@@ -35,10 +35,11 @@ from groundup.files import (
     value_digest,
     write_json,
 )
+from groundup.integrity import FileRecords, check_files, record_files
 from groundup.recipe import ShardsSettings
 from groundup.report.format import format_lines
 from groundup.shards.encode import Tally, encode_texts
-from groundup.shards.format import SPLITS, ShardFile, token_dtype
+from groundup.shards.format import MANIFEST, SPLITS, ShardFile, ShardsManifest, token_dtype
 from groundup.shards.stream import begin_shards, shard_names, write_index
 from groundup.shards.write import by_split, finish_shards, groups, in_words, split_of
 from groundup.stage import Context, Method, Shown, Stage
@@ -50,7 +51,7 @@ RANGE_BYTES = 32 << 20
 SMALL_BYTES = 128 << 20
 """Less than this the threads of one process encode sooner than several processes, each with a tokenizer to load."""
 RANGES = "ranges"
-RANGE_FORMAT = 1
+RANGE_FORMAT = 2
 COPY_TOKENS = 1 << 22
 
 
@@ -158,7 +159,7 @@ def encode_range(work: RangeWork) -> dict[str, Any]:
     data, first_byte = _lines_beginning_in(Path(work.documents), work.begin, work.end)
     fingerprint = value_digest([RANGE_FORMAT, tokenizer.fingerprint, xxhash.xxh3_128_hexdigest(data)])
     done = _record_of(work.folder)
-    if done is not None and done["fingerprint"] == fingerprint:
+    if done is not None and done.get("fingerprint") == fingerprint:
         return done
     dtype = token_dtype(tokenizer.vocab_size)
     tallies = {name: Tally() for name in SPLITS}
@@ -188,6 +189,7 @@ def encode_range(work: RangeWork) -> dict[str, Any]:
             "fingerprint": fingerprint,
             "dtype": dtype.str,
             "splits": splits,
+            "contents": record_files(folder, [path.name for path in sorted(folder.glob("[!.]*"))]),
         }
         write_json(folder / "record.json", record)
     return record
@@ -271,11 +273,11 @@ def _range_files(folder: Path, split: str) -> tuple[Path, Path]:
 
 
 def _record_of(folder: Path) -> dict[str, Any] | None:
-    try:
+    with contextlib.suppress(ArtifactError, KeyError, TypeError, AttributeError, ValueError):  # damaged: made again
         record = read_json(folder / "record.json")
-    except ArtifactError:
-        return None
-    return {**record, "folder": str(folder)}
+        check_files(folder, record["contents"], "")
+        return {**record, "folder": str(folder)}
+    return None
 
 
 def _remove_other_ranges(folder: Path, ranges: Sequence[RangeWork]) -> None:
@@ -355,6 +357,12 @@ class Shards(Method):
     def needs(self, stage: Stage) -> tuple[str, ...]:
         """Text and tokenizer."""
         return ("corpus", "tokenizer")
+
+    def records(self, folder: Path) -> FileRecords:
+        """As the manifest has them."""
+        manifest = ShardsManifest.read(folder)
+        splits = [manifest.records(split) for split in manifest.splits]
+        return {**record_files(folder, [MANIFEST]), **{name: one for split in splits for name, one in split.items()}}
 
     def work(self, context: Context) -> dict[str, Any]:
         """See `write_shards_from_file`."""

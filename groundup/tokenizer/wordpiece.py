@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, trainers
 from tokenizers import Tokenizer as Engine
 
 from groundup.tokenizer.bpe import MIN_FREQUENCY
@@ -21,26 +21,19 @@ from groundup.tokenizer.files import contents
 from groundup.tokenizer.letters import LETTERS
 from groundup.tokenizer.sample import Sample
 from groundup.tokenizer.special import PAD, control_token
-from groundup.tokenizer.split import pre_tokenizer
+from groundup.tokenizer.split import LONGEST_WORD, word_pre_tokenizer
 
 MARK = "##"
 """Before every token that continues a word."""
 
-_LONGEST_WORD = 24
-_LONGEST_WORD_LETTERS = 4 * _LONGEST_WORD  # a character has up to four bytes
+_LONGEST_WORD_LETTERS = 4 * LONGEST_WORD  # a character has up to four bytes
 
 
 def train_wordpiece(chosen: Sample, vocab_size: int, split: str, control: list[str]) -> dict[str, Any]:
     """Train a WordPiece; the contents of `tokenizer.json`."""
     # The format demands an unknown token. Nothing is unknown, so any name of the vocabulary will do.
     engine = Engine(models.WordPiece(unk_token=PAD, max_input_chars_per_word=_LONGEST_WORD_LETTERS))
-    engine.pre_tokenizer = pre_tokenizer(
-        split,
-        before=[
-            pre_tokenizers.Split("#", "isolated"),
-            pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{_LONGEST_WORD}}}"), "isolated"),
-        ],
-    )
+    engine.pre_tokenizer = word_pre_tokenizer(split)
     engine.decoder = decoders.Sequence([decoders.Replace(Regex(f"^{MARK}"), ""), decoders.ByteLevel()])
     # Given as special, letters get their ids in this order (found in the text, they would get them in an order that
     # changes from process to process), and those that the text does not have get one too.

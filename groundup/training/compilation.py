@@ -89,7 +89,8 @@ def choose_compilation(
     key = trial_key(config, batch["ids"].shape, dtype, settings.activation_checkpointing)
     model.train()
     choice = choose_by_trial(model, run, key, world.device, console)
-    console.note(f"{job.name}: {'compiled' if choice.compiled else 'not compiled'} ({choice.reason})")
+    decision, repeated = ("compiled", "true") if choice.compiled else ("not compiled", "false")
+    console.note(f"{job.name}: {decision} ({choice.reason}; to repeat it on any machine: compile = {repeated})")
     return choice
 
 

@@ -19,9 +19,8 @@ import orjson
 import torch
 
 from groundup.console import format_bytes, format_count, format_fields
-from groundup.errors import GroundupError
-from groundup.files import atomic_writer, read_json_lines, write_error
-from groundup.report.format import is_number
+from groundup.errors import ArtifactError, GroundupError
+from groundup.files import atomic_writer, write_error
 from groundup.training.checkpoint import Progress, TrainingState
 from groundup.training.optimizers import describe_groups
 from groundup.training.process import peak_memory_bytes
@@ -111,8 +110,21 @@ def _is_validation(line: Mapping[str, Any]) -> bool:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; a line cut short by a kill, or damaged, is left out."""
-    return [line for line in read_json_lines(path)[0] if is_number(line.get("step"))]
+    """The lines of a log; a last line cut short by a kill is left out.
+
+    Raises:
+        ArtifactError: another line is damaged.
+    """
+    lines: list[dict[str, Any]] = []
+    raw = path.read_bytes().splitlines() if path.is_file() else []
+    for number, text in enumerate(raw, 1):
+        with contextlib.suppress(orjson.JSONDecodeError):
+            line = orjson.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
+        if len(lines) < number < len(raw):
+            raise ArtifactError(f"{path}, line {number}: damaged.", "Repair the line or take it out of the file.")
+    return lines
 
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]

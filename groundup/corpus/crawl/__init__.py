@@ -1,12 +1,11 @@
 """From addresses to WARC files: the only part of the data stage that goes to the network, and only where it is told to.
 
-In: addresses, lists of them, sitemaps. Out: a folder of `.warc.gz` files, a journal from which a killed crawl goes on,
-and `crawl.json`. `[corpus] inputs` reads such a folder like any other.
+In: addresses, lists of them, sitemaps. Out: a folder of `.warc.gz` files, from which a killed crawl goes on, and
+`crawl.json`. `[corpus] inputs` reads such a folder like any other.
 """
 
 from groundup.corpus.crawl.crawl import crawl, earlier_settings, plan_crawl
-from groundup.corpus.crawl.report import CrawlReport
-from groundup.corpus.crawl.session import Planned
-from groundup.corpus.crawl.settings import CrawlSettings, Refusal
+from groundup.corpus.crawl.report import CrawlReport, Planned, Refusal
+from groundup.corpus.crawl.settings import CrawlSettings
 
 __all__ = ["CrawlReport", "CrawlSettings", "Planned", "Refusal", "crawl", "earlier_settings", "plan_crawl"]

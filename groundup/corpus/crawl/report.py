@@ -1,16 +1,81 @@
-"""What a crawl did: counts that add up, for people and programs."""
+"""Why an address is not stored (`Refusal`), and what a crawl did (`CrawlReport`): counts that add up."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from groundup.corpus.crawl.journal import Entry
-from groundup.corpus.crawl.settings import Refusal
-
 _EXAMPLES = 3
+
+
+class Refusal(StrEnum):
+    """Why an address was not stored."""
+
+    BAD_URL = "not an http address"
+    OTHER_HOST = "leads to another host"
+    PRIVATE = "private address"
+    ROBOTS = "robots.txt"
+    ROBOTS_UNREACHABLE = "robots.txt unreachable"
+    NOINDEX = "noindex"
+    DUPLICATE = "already fetched"
+    STATUS = "status"
+    SERVER_ERROR = "server error"
+    TYPE = "content type"
+    TOO_LARGE = "too large"
+    TIMEOUT = "timeout"
+    CONNECTION = "connection"
+    CUT_OFF = "cut off"
+    ENCODING = "content encoding"
+    BAD_RESPONSE = "not HTTP"
+    REDIRECT_LOOP = "redirect loop"
+    TOO_MANY_REDIRECTS = "too many redirects"
+    ASKED_TO_WAIT = "asked to wait too long"
+    BAD_SITEMAP = "unusable sitemap"
+
+    @property
+    def passes(self) -> bool:
+        """Whether a later session may succeed: `--retry-failed` asks again."""
+        return self in _PASSING
+
+
+_PASSING = frozenset(
+    {
+        Refusal.ROBOTS_UNREACHABLE, Refusal.SERVER_ERROR, Refusal.TIMEOUT, Refusal.CONNECTION, Refusal.CUT_OFF,
+        Refusal.ASKED_TO_WAIT,
+    }
+)  # fmt: skip
+
+
+class Refused(Exception):
+    """An address is given up, for now or for good.
+
+    Args:
+        reason: why, as a word that is counted.
+        detail: why, in this case.
+        again: whether it pays to ask again soon.
+        wait_seconds: how long the server asks us to wait before that.
+    """
+
+    def __init__(
+        self, reason: Refusal, detail: str = "", *, again: bool = False, wait_seconds: float | None = None
+    ) -> None:
+        super().__init__(f"{reason}: {detail}" if detail else str(reason))
+        self.reason, self.detail, self.again, self.wait_seconds = reason, detail, again, wait_seconds
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a crawl would do with an address: fetch it (no reason), or not."""
+
+    url: str
+    reason: str = ""
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
 @dataclass
@@ -54,41 +119,20 @@ class CrawlReport:
         """The finished WARC files."""
         return sorted(self.folder.glob("pages-*.warc.gz"))
 
-    def count(self, entry: Entry) -> None:
-        """Count an outcome."""
-        if entry.event == "stored":
-            self.stored += 1
-            self.stored_bytes += entry.size_bytes
-        elif entry.event == "listed":
-            self.listed += 1
-        elif entry.event == "refused":
-            reason = str(entry.reason)
-            self.refused[reason] += 1
-            examples = self.examples.setdefault(reason, [])
-            if len(examples) < _EXAMPLES:
-                examples.append((entry.url, entry.detail))
-
-    def discount(self, url: str, reason: Refusal) -> None:
-        """Take back a refusal of an address that is asked for again."""
-        self.refused[str(reason)] -= 1
-        self.refused += Counter()  # drops zeros
-        self.examples[str(reason)] = [example for example in self.examples[str(reason)] if example[0] != url]
+    def refuse(self, url: str, reason: str, detail: str) -> None:
+        """Count an address that was given up."""
+        self.refused[str(reason)] += 1
+        examples = self.examples.setdefault(str(reason), [])
+        if len(examples) < _EXAMPLES:
+            examples.append((url, detail))
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
+        values = {name: value for name, value in vars(self).items() if name != "examples"}
         return {
+            **values,
             "folder": str(self.folder),
-            "found": self.found,
-            "stored": self.stored,
-            "stored_bytes": self.stored_bytes,
-            "listed": self.listed,
             "refused": dict(self.refused.most_common()),
-            "waiting": self.waiting,
-            "fetched": self.fetched,
-            "elsewhere": self.elsewhere,
-            "overflow": self.overflow,
-            "closed_hosts": self.closed_hosts,
-            "limit": self.limit,
             "files": [path.name for path in self.files],
             "seconds": round(self.seconds, 3),
         }

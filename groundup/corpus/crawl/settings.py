@@ -1,8 +1,6 @@
-"""What a crawl may do (`CrawlSettings`), and why an address is not stored (`Refusal`)."""
+"""What a crawl may do: its scope, its limits and its politeness."""
 
 from __future__ import annotations
-
-from enum import StrEnum
 
 from pydantic import Field, field_validator
 
@@ -64,58 +62,3 @@ class CrawlSettings(Section):
     def max_bytes(self) -> int:
         """`max_megabytes` in bytes."""
         return int(self.max_megabytes * 10**6)
-
-
-class Refusal(StrEnum):
-    """Why an address was not stored."""
-
-    BAD_URL = "not an http address"
-    OTHER_HOST = "leads to another host"
-    PRIVATE = "private address"
-    ROBOTS = "robots.txt"
-    ROBOTS_UNREACHABLE = "robots.txt unreachable"
-    NOINDEX = "noindex"
-    DUPLICATE = "already fetched"
-    STATUS = "status"
-    SERVER_ERROR = "server error"
-    TYPE = "content type"
-    TOO_LARGE = "too large"
-    TIMEOUT = "timeout"
-    CONNECTION = "connection"
-    CUT_OFF = "cut off"
-    ENCODING = "content encoding"
-    BAD_RESPONSE = "not HTTP"
-    REDIRECT_LOOP = "redirect loop"
-    TOO_MANY_REDIRECTS = "too many redirects"
-    ASKED_TO_WAIT = "asked to wait too long"
-    BAD_SITEMAP = "unusable sitemap"
-
-    @property
-    def passes(self) -> bool:
-        """Whether a later session may succeed: `--retry-failed` asks again."""
-        return self in _PASSING
-
-
-_PASSING = frozenset(
-    {
-        Refusal.ROBOTS_UNREACHABLE, Refusal.SERVER_ERROR, Refusal.TIMEOUT, Refusal.CONNECTION, Refusal.CUT_OFF,
-        Refusal.ASKED_TO_WAIT,
-    }
-)  # fmt: skip
-
-
-class Refused(Exception):
-    """An address is given up, for now or for good.
-
-    Args:
-        reason: why, as a word that is counted.
-        detail: why, in this case.
-        again: whether it pays to ask again soon.
-        wait_seconds: how long the server asks us to wait before that.
-    """
-
-    def __init__(
-        self, reason: Refusal, detail: str = "", *, again: bool = False, wait_seconds: float | None = None
-    ) -> None:
-        super().__init__(f"{reason}: {detail}" if detail else str(reason))
-        self.reason, self.detail, self.again, self.wait_seconds = reason, detail, again, wait_seconds

@@ -102,7 +102,7 @@ class EvaluationIndex:
         if not len(arrays["keys"]):
             least = min(ngram, SHORTEST_WORDS)
             raise DataError(
-                f"[corpus.decontaminate] files: no string in {tasks[0].path}"
+                f"[corpus.decontaminate] files: no string in {tasks[0].source.label}"
                 + (f" and {len(tasks) - 1} more" if len(tasks) > 1 else "")
                 + f" has {least} words.",
                 "Name the files that hold the questions.",

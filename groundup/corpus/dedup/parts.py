@@ -2,10 +2,12 @@
 
 In: the texts of the documents that stay. Out: for each unit what is to be cut. A part is compared by the 128-bit
 xxh3 digest of its text, runs of white space being one space. It stays where it stands first in the document with
-the smallest id, and goes everywhere else, also where that document repeats it. Parts of fewer than
-`MIN_PART_CHARACTERS` characters are left alone: headings and one-word lines say too little to be copies.
+the smallest id, and goes everywhere else, also where that document repeats it. Left alone is what has no letter or
+digit (a code block's fence), and what is shorter than asked for (`MIN_CHARACTERS`): a paragraph of one word is a
+heading, which says too little to be a copy; a line of one word stands in a menu.
 
-Source: the paragraphs of Soldaini et al., Dolma (2024), section 4.1.4, exactly instead of by a Bloom filter.
+Source: the paragraphs of Soldaini et al., Dolma (2024), section 4.1.4, exactly instead of by a Bloom filter; the
+lines of Wenzek et al., CCNet (2020), section 3.1, which has no least length either.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ from groundup.corpus.engine import Engine
 
 Within = Literal["paragraphs", "lines"]
 
-MIN_PART_CHARACTERS = 20
+MIN_CHARACTERS: dict[Within, int] = {"paragraphs": 20, "lines": 1}
+"""What is compared unless a recipe says otherwise."""
 
 _SEPARATORS = {"paragraphs": re.compile(r"\n(?:[^\S\n]*\n)+"), "lines": re.compile(r"\n+")}
 _PART = np.dtype([("digest", "<u8", 2), ("id", "<u8", 2), ("number", "<i8"), ("begin", "<i8"), ("end", "<i8")])
@@ -57,6 +60,7 @@ def repeated_parts(
     folder: Path,
     engine: Engine,
     memory_bytes: int,
+    min_characters: int | None = None,
     texts: TextReader = stored_texts,
 ) -> list[Cuts]:
     """Find the paragraphs or lines that stand somewhere else too; all but one of each are to be cut.
@@ -68,6 +72,7 @@ def repeated_parts(
         folder: for files in between; it is emptied first and removed in the end.
         engine: who does the work. The result does not depend on it, on `memory_bytes` or on where units begin.
         memory_bytes: what a task may use.
+        min_characters: shorter ones are left alone (None: `MIN_CHARACTERS`).
         texts: reads the texts of a unit's folder.
 
     Returns:
@@ -78,7 +83,8 @@ def repeated_parts(
             return [Cuts.none() for _ in units]
         ranges = n_ranges(characters_of(store) // _CHARACTERS_A_PART, _PART.itemsize, memory_bytes)
         place = str(store.folder)
-        tasks = [_Read(place, unit, ranges, within, memory_bytes, texts) for unit in range(len(units))]
+        least = MIN_CHARACTERS[within] if min_characters is None else min_characters
+        tasks = [_Read(place, unit, ranges, within, least, memory_bytes, texts) for unit in range(len(units))]
         files = tuple(file for found in engine.map(_split_parts, tasks) for file in found)
         if not files:
             return [Cuts.none() for _ in units]
@@ -103,6 +109,7 @@ class _Read:
     unit: int
     n_ranges: int
     within: Within
+    min_characters: int
     memory_bytes: int
     texts: TextReader
 
@@ -125,7 +132,7 @@ def _split_parts(work: _Read) -> list[RangeFile]:
         for number, text in batch:
             for begin, end, behind in part_spans(text, work.within):
                 part = " ".join(text[begin:end].split())
-                if len(part) >= MIN_PART_CHARACTERS:
+                if len(part) >= work.min_characters and any(map(str.isalnum, part)):
                     digests.append(xxhash.xxh3_128_digest(part.encode()))
                     places.append((number, begin, behind))
         if not places:

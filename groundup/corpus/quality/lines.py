@@ -10,13 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
+from groundup.corpus.quality.textbatch import LINE_ENDS
+from groundup.corpus.words import split_words
+
 MIN_WORDS = 3
 MAX_WORD_CHARACTERS = 1000
 
 LINE_RULES: dict[str, str] = {
     "citations": "[1], [edit] and [citation needed] are taken out of the line (C4's code)",
     "long word": f"lines with a word of more than {MAX_WORD_CHARACTERS:,} characters go (C4's code)",
-    "terminal punctuation": "lines that do not end in . ? ! or a quotation mark, or end in ..., go (C4)",
+    "terminal punctuation": "lines that do not end in . ? ! or a quotation mark (any script's), or end in ..., go (C4)",
     "few words": f"lines of fewer than {MIN_WORDS} words go (C4)",
     "javascript": "lines with the word Javascript go (C4)",
     "policy": "lines about terms of use, privacy policies or cookies go (C4's code)",
@@ -24,7 +27,7 @@ LINE_RULES: dict[str, str] = {
 """Every line rule, in the order they are applied: what it does and who published it."""
 
 _CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
-_TERMINAL = (".", "?", "!", '"', "'", "”", "’")
+_TERMINAL = frozenset(LINE_ENDS) - {"…"}
 _POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
 _LONG_WORD = re.compile(rf"\S{{{MAX_WORD_CHARACTERS + 1}}}")
 
@@ -70,15 +73,17 @@ def clean_lines(text: str, rules: Collection[str] | None = None) -> tuple[str, d
 
 
 def _has_long_word(line: str) -> bool:
-    return len(line) > MAX_WORD_CHARACTERS and _LONG_WORD.search(line) is not None
+    if len(line) <= MAX_WORD_CHARACTERS or _LONG_WORD.search(line) is None:
+        return False
+    return max(map(len, split_words(line))) > MAX_WORD_CHARACTERS
 
 
 def _ends_open(line: str) -> bool:
-    return not line.endswith(_TERMINAL) or line.endswith("...")
+    return line[-1] not in _TERMINAL or line.endswith("...")
 
 
 def _has_few_words(line: str) -> bool:
-    return len(line.split(None, MIN_WORDS - 1)) < MIN_WORDS
+    return len(line.split(None, MIN_WORDS - 1)) < MIN_WORDS and len(split_words(line)) < MIN_WORDS
 
 
 def _is_about_javascript(line: str) -> bool:

@@ -40,7 +40,7 @@ def load_predicate(spec: str) -> Predicate:
     sys.modules[module_name] = module
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         raise DataError(
             f"[corpus] predicate = {spec!r}: {path} fails ({_in_words(error)}).", "Run it by itself to see where."
@@ -56,7 +56,7 @@ def load_predicate(spec: str) -> Predicate:
     def keep(document: Document) -> bool:
         try:
             answer = function(document)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise DataError(
                 f"[corpus] predicate = {spec!r}: it fails on document {document.id} of {document.source} "
                 f"({_in_words(error)}).",
@@ -99,5 +99,5 @@ def _parts(spec: str) -> tuple[Path, str]:
     return path, name
 
 
-def _in_words(error: Exception) -> str:
+def _in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

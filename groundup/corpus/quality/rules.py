@@ -30,16 +30,22 @@ class Rule:
     Attributes:
         name: as in a recipe, such as "gopher.min_words".
         signal: a name out of `signals.SIGNALS`.
+        source: where it was published.
         least: the least value that is kept, or None.
         most: the greatest value that is kept, or None.
-        source: where it was published.
+        languages: the only languages whose documents it judges; none: any.
+        not_languages: languages whose documents it does not judge.
+        why: why it means nothing in other languages.
     """
 
     name: str
     signal: str
-    least: float | None
-    most: float | None
     source: str
+    least: float | None = None
+    most: float | None = None
+    languages: tuple[str, ...] = ()
+    not_languages: tuple[str, ...] = ()
+    why: str = ""
 
     @property
     def threshold(self) -> float:
@@ -55,6 +61,10 @@ class Rule:
         limit = np.float32(self.threshold)  # as the columns: 0.1 must not differ from 0.1
         return np.asarray(values <= limit if self.least is None else values >= limit, dtype=np.bool_)
 
+    def judges(self, language: str) -> bool:
+        """Whether it means anything in this language."""
+        return language not in self.not_languages and (not self.languages or language in self.languages)
+
     def __str__(self) -> str:
         return f"{self.name}: {self.signal} {'<=' if self.least is None else '>='} {self.threshold:g}"
 
@@ -63,7 +73,7 @@ def all_rules() -> dict[str, Rule]:
     """Every rule by name, in the order in which they are tried."""
     return {
         record["name"]: Rule(
-            record["name"], record["signal"], record.get("least"), record.get("most"), record["source"]
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
         )
         for record in _data()["rules"]
     }
@@ -74,13 +84,17 @@ def presets() -> dict[str, str]:
     return dict(_data()["about"])
 
 
-def rules_for(quality: Collection[str], thresholds: Mapping[str, float | bool]) -> list[Rule]:
+def rules_for(
+    quality: Collection[str], thresholds: Mapping[str, float | bool], languages: Collection[str] = ()
+) -> list[Rule]:
     """The rules that a recipe asks for.
 
     Args:
         quality: presets; "none" stands for none.
         thresholds: by rule: another threshold, False (off) or True (on, as published). A number or True also
             switches on a rule that is in none of the presets.
+        languages: those of the documents that are kept; none: any. Rules of the presets that judge none of them are
+            left out (`left_out`).
 
     Returns:
         The rules in the order in which they are tried.
@@ -89,13 +103,12 @@ def rules_for(quality: Collection[str], thresholds: Mapping[str, float | bool]) 
         RecipeError: with all the presets and thresholds that do not exist or make no sense.
     """
     rules = all_rules()
-    problems = _preset_problems(quality) + _threshold_problems(thresholds, rules)
+    problems = _preset_problems(quality) + _threshold_problems(thresholds, rules, languages)
     if problems:
         raise RecipeError("[corpus]", problems)
-    beginnings = tuple(beginning for name in quality if name != NONE for beginning in _data()["presets"][name])
     chosen = []
     for name, rule in rules.items():
-        threshold = thresholds.get(name, name.startswith(beginnings))
+        threshold = thresholds.get(name, _in_presets(name, quality) and _means_something(rule, languages))
         if threshold is True:
             chosen.append(rule)
         elif threshold is not False:
@@ -103,18 +116,44 @@ def rules_for(quality: Collection[str], thresholds: Mapping[str, float | bool]) 
     return chosen
 
 
-def first_failed(signals: Mapping[str, NDArray[Any]], rules: Sequence[Rule]) -> NDArray[np.int16]:
+def left_out(
+    quality: Collection[str], thresholds: Mapping[str, float | bool], languages: Collection[str]
+) -> list[Rule]:
+    """The rules of the presets that mean nothing in any of the languages: each says `why`."""
+    return [
+        rule
+        for name, rule in all_rules().items()
+        if name not in thresholds and _in_presets(name, quality) and not _means_something(rule, languages)
+    ]
+
+
+def first_failed(
+    signals: Mapping[str, NDArray[Any]], rules: Sequence[Rule], languages: Sequence[str] | None = None
+) -> NDArray[np.int16]:
     """(n,) the index of the first rule that each text fails, -1 for those that pass them all.
 
     Args:
         signals: columns (n,) by name, those of the rules among them.
         rules: in the order in which they are tried.
+        languages: of each text, where rules are not to judge the languages in which they mean nothing.
     """
     n = max((len(column) for column in signals.values()), default=0)
     failed = np.full(n, -1, dtype=np.int16)
+    codes, which = np.unique([] if languages is None else languages, return_inverse=True)
     for index in reversed(range(len(rules))):
-        failed[~rules[index].keeps(signals[rules[index].signal])] = index
+        fails = ~rules[index].keeps(signals[rules[index].signal])
+        if languages is not None:
+            fails &= np.array([rules[index].judges(str(code)) for code in codes], dtype=np.bool_)[which]
+        failed[fails] = index
     return failed
+
+
+def _in_presets(name: str, quality: Collection[str]) -> bool:
+    return name.startswith(tuple(start for one in quality if one != NONE for start in _data()["presets"][one]))
+
+
+def _means_something(rule: Rule, languages: Collection[str]) -> bool:
+    return not languages or any(map(rule.judges, languages))
 
 
 def _preset_problems(quality: Collection[str]) -> list[Problem]:
@@ -129,7 +168,9 @@ def _preset_problems(quality: Collection[str]) -> list[Problem]:
     return problems
 
 
-def _threshold_problems(thresholds: Mapping[str, float | bool], rules: Mapping[str, Rule]) -> list[Problem]:
+def _threshold_problems(
+    thresholds: Mapping[str, float | bool], rules: Mapping[str, Rule], languages: Collection[str]
+) -> list[Problem]:
     problems = []
     for name, threshold in thresholds.items():
         where = f'thresholds."{name}" = {str(threshold).lower() if isinstance(threshold, bool) else threshold}'
@@ -137,6 +178,9 @@ def _threshold_problems(thresholds: Mapping[str, float | bool], rules: Mapping[s
             problems.append(Problem(where, "no such rule.", _nearest(name, list(rules))))
         elif not isinstance(threshold, bool) and not (math.isfinite(threshold) and threshold >= 0):
             problems.append(Problem(where, "not a number from 0 on.", f"As published: {rules[name].threshold:g}."))
+        elif threshold is not False and not _means_something(rules[name], languages):
+            what = f"{rules[name].why}, and languages = {list(languages)}."
+            problems.append(Problem(where, what, "Leave it out, or write false."))
     return problems
 
 

@@ -2,8 +2,8 @@
 
 In: texts. Out: float32 columns by name (`SIGNALS` lists them). The rules with their thresholds are in `rules`;
 `groundup.reference.quality` defines every signal in plain Python. A word is what stands between white space: with
-a tokenizer's words punctuation would count, and the same thresholds throw out most technical text. Shares of
-characters count the characters of words: white space has no weight.
+a tokenizer's words punctuation would count, and the same thresholds throw out most technical text. In scripts without
+spaces ICU finds the words (`split_words`). Shares of characters count the characters of words: white space has none.
 
 Sources: Gopher (arXiv:2112.11446, appendix A), C4 (arXiv:1910.10683, section 2.2), FineWeb (arXiv:2406.17557,
 section 3.6); n-gram shares as in RedPajama-v2 (arXiv:2411.12372, appendix).
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from groundup.corpus.quality import textbatch
 from groundup.corpus.quality.repetition import Shares, repeated_ngrams, repeated_parts, share
 from groundup.corpus.quality.textbatch import Bools, Ints, TextBatch, letters
+from groundup.corpus.words import split_words
 
 BATCH_CHARACTERS = 1 << 19
 SHORT_LINE_CHARACTERS = 30
@@ -47,7 +48,7 @@ class Signal:
 _GOPHER, _REPETITION, _C4, _FINEWEB = "Gopher, table A1 (quality)", "Gopher, table A1 (repetition)", "C4", "FineWeb"
 
 SIGNALS: dict[str, Signal] = {
-    "words": Signal("words, by white space", _GOPHER),
+    "words": Signal("words, by white space, and by ICU in scripts without spaces", _GOPHER),
     "characters": Signal("characters", "-"),
     "mean_word_length": Signal("mean length of the words, in characters", _GOPHER),
     "longest_word": Signal("length of the longest word, in characters", _C4),
@@ -118,13 +119,18 @@ def toxic_share(texts: Sequence[str], words: frozenset[str]) -> NDArray[np.float
         texts: the texts.
         words: the list's entries.
     """
-    entries = {tuple(_WORD.findall(entry.casefold())) for entry in words} - {()}
+    entries = {tuple(_plain_words(entry)) for entry in words} - {()}
     single = {entry[0] for entry in entries if len(entry) == 1}
     longer = sorted((entry for entry in entries if len(entry) > 1), key=len)
-    return np.array([_toxic_share(_WORD.findall(text.casefold()), single, longer) for text in texts], dtype=np.float32)
+    return np.array([_toxic_share(_plain_words(text), single, longer) for text in texts], dtype=np.float32)
 
 
 _WORD = re.compile(r"\w+")
+
+
+def _plain_words(text: str) -> list[str]:
+    text = text.casefold()
+    return _WORD.findall(text if text.isascii() else " ".join(split_words(text)))
 
 
 def _toxic_share(words: list[str], single: set[str], longer: list[tuple[str, ...]]) -> float:

@@ -2,7 +2,7 @@
 
 In: texts. Out: `TextBatch`, whose arrays are computed when first asked for, so that only what the rules need is
 computed. All texts are laid end to end, one character an element; what lies outside ASCII is looked up in a table that
-learns every character when it first comes, so words are exactly those of `str.split`.
+learns every character when it first comes, so words are exactly those of `words.split_words`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from groundup.corpus.words import is_unspaced, word_breaks
+
 SPACE, LETTER, DIGIT, UPPER, LINE_END, SENTENCE_END, CLOSER, BULLET = (1 << bit for bit in range(8))
 _UNKNOWN = 0xFF  # no character is white space and a letter at once
 
 SENTENCE_ENDS = ".!?…。！？．｡।॥؟۔።։។៕။།"
-LINE_ENDS = SENTENCE_ENDS + "\"'”’»」』"
+WITHOUT_SENTENCE_ENDS = "".join(map(chr, range(0xE00, 0xF00)))
+"""Thai and Lao end a sentence with a space, so a line that ends with a letter of theirs may end a sentence."""
+LINE_ENDS = SENTENCE_ENDS + "\"'”’»」』" + WITHOUT_SENTENCE_ENDS
 CLOSERS = "\"'”’»)]）」』"
 BULLETS = "-*•‣⁃▪●◦"
 
@@ -71,20 +75,25 @@ class TextBatch:
         self.bounds: Ints = np.concatenate(([0], np.cumsum(lengths + 1)))
         joined = "\n".join(texts) + "\n" if texts else ""
         self.codes: NDArray[np.uint32] | None = None
+        breaks: list[int] = []
         if joined.isascii():
             data = joined.encode()
             self.classes = np.frombuffer(data.translate(_ASCII_CLASSES), dtype=np.uint8)
             self.bytes = np.frombuffer(data + bytes(_PADDING), dtype=np.uint8)
         else:
-            self._take_unicode(joined)
+            breaks = self._take_unicode(joined)
         space = (self.classes & SPACE).view(np.bool_)
         edges = np.flatnonzero(space[1:] != space[:-1]) + 1
         if self.n and not space[0]:
             edges = np.concatenate(([0], edges))
         self.word_starts: Ints = edges[0::2]
         self.word_ends: Ints = edges[1::2]
+        if breaks:
+            self.word_starts = np.sort(np.append(self.word_starts, breaks))
+            self.word_ends = np.sort(np.append(self.word_ends, breaks))
 
-    def _take_unicode(self, joined: str) -> None:
+    def _take_unicode(self, joined: str) -> list[int]:
+        """Look at every character; returns where words begin without white space before them."""
         size = len(joined)
         codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass") + bytes(_PADDING), dtype="<u4")
         low = np.zeros(size + _PADDING, dtype=np.uint8)
@@ -99,8 +108,10 @@ class TextBatch:
             found = _classes[other_codes]
         classes[others] = found
         low |= np.negative(low >> 7)  # Latin letters have codes from 128 to 254: marked as all others are
+        unspaced = others[is_unspaced(other_codes)]
         others = others[(found & SPACE) == 0]
         self.codes, self.classes, self.bytes, self._others = codes, classes, low, others
+        return word_breaks(joined, unspaced)
 
     @property
     def n_words(self) -> int:

@@ -4,20 +4,21 @@ In: pages as bytes, whatever their encoding. Out: their main text, or why there 
 that threads bring down and that grows with the pages it has seen, so each page is done by a child process with a limit
 of time and memory; the child is replaced after some pages and after every crash. A page's text depends on the page
 alone, never on those before it. Nothing is fetched.
+
+A process of `multiprocessing` (and so of the pools that build on it) would not do: it imports all of this package, it
+runs the user's script again, it cannot be begun by a worker of a pool, and its sets of strings have another order each
+time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import subprocess
 import sys
-import time
-from collections import deque
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Literal
 
@@ -28,10 +29,6 @@ from groundup.errors import GroundupError
 MEMORY_MIB = 2048.0
 """Memory that one page may take in the child, beside the extractor itself."""
 
-_IN_FLIGHT_PAGES = 32
-_PIPE_BYTES = 1 << 20  # so much waits in the pipe while this process is busy elsewhere
-_IN_FLIGHT_BYTES = _PIPE_BYTES
-_READ_BYTES = 1 << 18
 _STARTS = 3  # a process that is killed while it loads the extractor is started again so often
 _STARTING_SECONDS = 300.0
 _GRACE_SECONDS = 30.0  # beyond the child's own timers, which the kernel keeps
@@ -76,17 +73,20 @@ class Extractor:
         self.timeout_seconds = timeout_seconds
         self.pages_per_process = pages_per_process
         self.memory_mib = memory_mib
-        self.n_processes = self._n_failed_starts = 0
-        self._child: _Child | None = None
-        self._is_busy = False
+        self.n_processes = self._n_answered = 0
+        self._child: tuple[subprocess.Popen[bytes], Connection] | None = None
+        self._is_overdue = False
 
     @property
     def process_id(self) -> int | None:
         """The child's, while there is one."""
-        return self._child.process.pid if self._child else None
+        return self._child[0].pid if self._child else None
 
     def extract(self, html: bytes, url: str = "") -> str | ExtractionFailure:
         """The main text of one page.
+
+        A page whose child dies is tried once more by a fresh one, and that counts: the first may have been killed
+        from outside, or have grown full with the pages before.
 
         Args:
             html: the page as it was served (see `in_utf8` where the server named an encoding).
@@ -95,32 +95,19 @@ class Extractor:
         Raises:
             GroundupError: the extractor is not installed, or cannot start.
         """
-        return next(self.extract_many([(html, url)]))
-
-    def extract_many(self, pages: Iterable[tuple[bytes, str]]) -> Iterator[str | ExtractionFailure]:
-        """The main text of each page, in their order; while the child works on one, the next ones are read.
-
-        Args:
-            pages: (html, url); some are taken ahead, at most 32 of 1 MiB in all.
-
-        Raises:
-            GroundupError: as `extract`.
-        """
-        assert not self._is_busy, "an extractor does one series of pages at a time"
-        self._is_busy = True
-        waiting: deque[_Page] = deque()
-        try:
-            for html, url in pages:
-                waiting.append(_Page(html, url))
-                self._send(waiting)
-                while len(waiting) >= _IN_FLIGHT_PAGES or sum(len(page.html) for page in waiting) >= _IN_FLIGHT_BYTES:
-                    yield self._take_first(waiting)
-            while waiting:
-                yield self._take_first(waiting)
-        finally:
-            self._is_busy = False
-            if waiting:  # abandoned half-way: discard the answers still to come
-                self._end()
+        failure = self._try(html, url)
+        if isinstance(failure, ExtractionFailure):
+            self._end()
+            if failure.reason != Reason.TIMEOUT:
+                failure = self._try(html, url)
+        if isinstance(failure, ExtractionFailure):
+            self._end()
+            return failure
+        kind, text = failure
+        self._n_answered += 1
+        if kind == child.FAILED:
+            return ExtractionFailure(Reason.CRASH, text)
+        return text or ExtractionFailure(Reason.NO_CONTENT, "the extractor found no main text in the page")
 
     def __enter__(self) -> Extractor:
         return self
@@ -129,55 +116,87 @@ class Extractor:
         """End the child."""
         self._end()
 
-    def _take_first(self, waiting: deque[_Page]) -> str | ExtractionFailure:
-        """The answer to the first page that waits; it waits no more.
-
-        A page whose child dies is tried once more by a fresh one, and that counts: the first may have been killed
-        from outside, or have grown full with the pages before.
-        """
-        page = waiting[0]
-        while True:
-            self._send(waiting)
-            assert self._child is not None
-            answer = self._child.receive(child.HANG_FACTOR * self.timeout_seconds + _GRACE_SECONDS)
-            if answer is not None and answer[0] != child.NO_MEMORY:
-                waiting.popleft()
-                self._child.n_answered += 1
-                self._send(waiting)
-                return _result_of(*answer)
-            failure = self._child.exit_reason(is_out_of_memory=answer is not None)
-            self._n_failed_starts = 0 if self._child.is_loaded else self._n_failed_starts + 1
-            if self._n_failed_starts >= _STARTS:
-                raise self._child.not_loaded(failure.detail)
+    def _try(self, html: bytes, url: str) -> tuple[int, str] | ExtractionFailure:
+        """The child's answer, or why it gave none and is of no use any more."""
+        if self._n_answered >= self.pages_per_process:
             self._end()
-            for other in waiting:
-                other.is_sent = False
-            if self._n_failed_starts:
-                continue
-            if page.was_tried or failure.reason == Reason.TIMEOUT:
-                waiting.popleft()
-                return failure
-            page.was_tried = True
+        process, connection = self._child or self._start()
+        try:
+            connection.send_bytes(url.encode("utf-8", "replace"))
+            connection.send_bytes(html)
+        except OSError:
+            return self._exit_reason(process)
+        answer = self._receive(process, connection, child.HANG_FACTOR * self.timeout_seconds + _GRACE_SECONDS)
+        if answer is None:
+            return self._exit_reason(process)
+        if answer[0] == child.NO_MEMORY:
+            return ExtractionFailure(Reason.CRASH, f"out of memory: a page may take {self.memory_mib:,.0f} MiB")
+        return answer
 
-    def _send(self, waiting: deque[_Page]) -> None:
-        """Hand the child the pages that it may still take, and start it if need be."""
-        if not waiting:
-            return
-        if self._child and self._child.n_sent == self._child.n_answered >= self.pages_per_process:
-            self._end()
-        if self._child is None:
-            self._child = _Child(self)
+    def _start(self) -> tuple[subprocess.Popen[bytes], Connection]:
+        path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)
+        # Sets of strings must come in one order in every child; a module beside the script must not hide one of
+        # the library's (-P).
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1", **_KEEP_FREED}
+        why = ""
+        for _ in range(_STARTS):
+            ours, theirs = Pipe()
+            arguments = [self.kind, str(self.timeout_seconds), str(self.memory_mib), str(theirs.fileno())]
+            process = subprocess.Popen(
+                [sys.executable, "-P", str(Path(child.__file__).resolve()), *arguments],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment,
+                pass_fds=[theirs.fileno()], process_group=0,
+            )  # fmt: skip
+            theirs.close()
+            self._child, self._n_answered, self._is_overdue = (process, ours), 0, False
             self.n_processes += 1
-        for page in waiting:
-            if not page.is_sent and self._child.n_sent < self.pages_per_process:
-                self._child.send(page)
-                page.is_sent = True
-        self._child.push()
+            loaded = self._receive(process, ours, _STARTING_SECONDS)
+            if loaded == (child.TEXT, ""):
+                return self._child
+            why = loaded[1] if loaded else self._exit_reason(process).detail
+            self._end()
+            if loaded:
+                break
+        raise GroundupError(
+            f"[corpus] extractor = {self.kind!r} cannot be started: {why}",
+            "Run: pip install trafilatura lxml_html_clean resiliparse, or choose the other of the two extractors.",
+        )
+
+    def _receive(
+        self, process: subprocess.Popen[bytes], connection: Connection, seconds: float
+    ) -> tuple[int, str] | None:
+        """The next answer as (kind, text); None: it died, or said nothing for so many seconds (then it is killed)."""
+        try:
+            if connection.poll(seconds):
+                answer = connection.recv_bytes()
+                return answer[0], answer[1:].decode()
+        except (EOFError, OSError):
+            return None
+        self._is_overdue = True
+        process.kill()
+        return None
+
+    def _exit_reason(self, process: subprocess.Popen[bytes]) -> ExtractionFailure:
+        """Why the process ended, as the failure of the page that it was reading."""
+        code = process.wait()
+        if self._is_overdue or -code in _TIMERS:
+            return ExtractionFailure(Reason.TIMEOUT, f"more than {self.timeout_seconds:g} s")
+        if -code in set(signal.Signals):
+            return ExtractionFailure(
+                Reason.CRASH, f"the extractor's process was ended by {signal.Signals(-code).name}"
+            )  # fmt: skip
+        return ExtractionFailure(Reason.CRASH, f"the extractor's process ended with code {code}")
 
     def _end(self) -> None:
-        if self._child:
-            self._child.end()
-            self._child = None
+        """Close the connection, which ends the child where it waits for a page, and see that it ends."""
+        if self._child is None:
+            return
+        (process, connection), self._child = self._child, None
+        connection.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5.0)
+        process.kill()
+        process.wait()
 
 
 def in_utf8(html: bytes, encoding: str) -> bytes:
@@ -198,147 +217,3 @@ def in_utf8(html: bytes, encoding: str) -> bytes:
         return b"\xef\xbb\xbf" + html.decode(name).encode("utf-8")
     except (UnicodeDecodeError, UnicodeEncodeError, LookupError):
         return html
-
-
-@dataclass(slots=True)
-class _Page:
-    html: bytes
-    url: str
-    is_sent: bool = False
-    was_tried: bool = False
-
-
-def _result_of(kind: int, text: str) -> str | ExtractionFailure:
-    if kind == child.FAILED:
-        return ExtractionFailure(Reason.CRASH, text)
-    return text or ExtractionFailure(Reason.NO_CONTENT, "the extractor found no main text in the page")
-
-
-class _Child:
-    """One child process and the two pipes to it, which are served together so that neither blocks the other."""
-
-    def __init__(self, owner: Extractor) -> None:
-        self.n_sent = self.n_answered = 0
-        self._outgoing: deque[memoryview] = deque()
-        self._incoming = bytearray()
-        self._owner = owner
-        self.is_loaded = self._is_overdue = False
-        path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)
-        # Sets of strings must come in one order in every child; a module beside the script must not hide one of
-        # the library's (-P).
-        environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1", **_KEEP_FREED}
-        arguments = [owner.kind, str(owner.timeout_seconds), str(owner.memory_mib)]
-        script = str(Path(child.__file__).resolve())
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", script, *arguments],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, bufsize=0,
-            process_group=0,
-        )  # fmt: skip
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self._write_end, self._read_end = self.process.stdin.fileno(), self.process.stdout.fileno()
-        for pipe in (self._write_end, self._read_end):
-            os.set_blocking(pipe, False)
-            _widen(pipe)
-
-    def send(self, page: _Page) -> None:
-        """Put a page into the queue to the child."""
-        url = page.url.encode("utf-8", "replace")
-        self._outgoing.append(memoryview(child.PAGE_HEAD.pack(len(url), len(page.html)) + url))
-        self._outgoing.append(memoryview(page.html))
-        self.n_sent += 1
-
-    def push(self) -> None:
-        """Write what the pipe takes."""
-        try:
-            while self._outgoing:
-                n_written = os.write(self._write_end, self._outgoing[0]) if self._outgoing[0] else 0
-                self._outgoing[0] = self._outgoing[0][n_written:]
-                if not self._outgoing[0]:
-                    self._outgoing.popleft()
-        except BlockingIOError:
-            pass
-        except BrokenPipeError:
-            self._outgoing.clear()  # it died; `receive` will see that
-
-    def receive(self, seconds: float) -> tuple[int, str] | None:
-        """The next answer as (kind, text), or None: it died, or said nothing for so many seconds (then it is killed).
-
-        Raises:
-            GroundupError: the extractor could not be loaded.
-        """
-        if not self.is_loaded:
-            first = self._frame(_STARTING_SECONDS)
-            if first is None:
-                return None
-            if first[0] != child.TEXT:
-                raise self.not_loaded(first[1])
-            self.is_loaded = True
-        return self._frame(seconds)
-
-    def _frame(self, seconds: float) -> tuple[int, str] | None:
-        size = child.ANSWER_HEAD.size
-        deadline = time.monotonic() + seconds
-        while True:
-            if len(self._incoming) >= size:
-                kind, n_bytes = child.ANSWER_HEAD.unpack_from(self._incoming)
-                if len(self._incoming) >= size + n_bytes:
-                    text = self._incoming[size : size + n_bytes].decode()
-                    del self._incoming[: size + n_bytes]
-                    return kind, text
-            poll = select.poll()
-            poll.register(self._read_end, select.POLLIN)
-            if self._outgoing:
-                poll.register(self._write_end, select.POLLOUT)
-            ready = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
-            if not ready:
-                self._is_overdue = True
-                self.process.kill()
-                return None
-            if self._write_end in ready:
-                self.push()
-            if self._read_end in ready:
-                data = os.read(self._read_end, _READ_BYTES)
-                if not data:
-                    return None
-                self._incoming += data
-
-    def exit_reason(self, is_out_of_memory: bool) -> ExtractionFailure:
-        """Why the process ended, as the failure of the page that it was reading."""
-        code = self.process.wait()
-        if is_out_of_memory:
-            detail = f"out of memory: a page may take {self._owner.memory_mib:,.0f} MiB"
-        elif self._is_overdue or -code in _TIMERS:
-            return ExtractionFailure(Reason.TIMEOUT, f"more than {self._owner.timeout_seconds:g} s")
-        elif -code in set(signal.Signals):
-            detail = f"the extractor's process was ended by {signal.Signals(-code).name}"
-        else:
-            detail = f"the extractor's process ended with code {code}"
-        return ExtractionFailure(Reason.CRASH, detail)
-
-    def end(self) -> None:
-        """Close the pipes, which ends the process where it has nothing to do, and wait for its end."""
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe is not None
-            pipe.close()
-        try:
-            if self.n_sent > self.n_answered:
-                self.process.kill()
-            self.process.wait(5.0)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-    def not_loaded(self, why: str) -> GroundupError:
-        """The error for an extractor that does not start."""
-        return GroundupError(
-            f"[corpus] extractor = {self._owner.kind!r} cannot be started: {why}",
-            "Run: pip install trafilatura lxml_html_clean resiliparse, or choose the other of the two extractors.",
-        )
-
-
-def _widen(pipe: int) -> None:
-    with contextlib.suppress(ImportError, AttributeError, OSError):
-        import fcntl
-
-        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)

@@ -1,28 +1,24 @@
-"""The process that takes text out of HTML pages: pages come in by its standard input, texts go out by its output.
+"""The process that takes text out of HTML pages: it is sent pages, and sends their texts back.
 
 It runs as a script of its own, so that it holds an extractor and nothing else of groundup, and so that a crash, a
 hang or a leak of the extractor's native code ends here (`reading/extract.py` starts it and takes its place). It ends
-when its input ends, so it never outlives its parent by more than a page, and a page never takes longer than the
+when its connection does, so it never outlives its parent by more than a page, and a page never takes longer than the
 kernel's timers allow.
 
-A page:   url bytes and html bytes as two uint32, then both.
-An answer: kind (uint8, see below), bytes (uint32), then so many bytes of UTF-8.
-The first answer comes without a page and says that the extractor is loaded.
+A page is two messages, its address and its bytes; an answer is one: its kind (a byte) and UTF-8. The first answer comes
+without a page and says that the extractor is loaded.
 """
 
 from __future__ import annotations
 
 import codecs
 import gc
-import os
 import re
 import signal
-import struct
 import sys
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 
-PAGE_HEAD = struct.Struct("<II")  # bytes of the url, bytes of the html
-ANSWER_HEAD = struct.Struct("<BI")  # kind, bytes of the rest
 TEXT, FAILED, NO_MEMORY, NOT_LOADED = range(4)
 """Kinds of answers: the text ("" where there is none), an exception of the extractor, out of memory, no extractor."""
 
@@ -31,6 +27,7 @@ HANG_FACTOR = 4
 
 _META = re.compile(rb"""<meta\b[^>]{0,400}?\bcharset\s*=\s*["']?\s*([A-Za-z0-9_.:+-]{2,40})""", re.IGNORECASE)
 _XML = re.compile(rb"""^\s*<\?xml\b[^>]{0,200}?\bencoding\s*=\s*["']([A-Za-z0-9_.:+-]{2,40})["']""", re.IGNORECASE)
+_TAG = re.compile(rb"<[^<>]*>")
 _META_WITHIN_BYTES = 8192
 _DETECT_WITHIN_BYTES = 1 << 17
 _ASCII = bytes(range(128))
@@ -46,36 +43,28 @@ BYTE_ORDER_MARKS = tuple(mark for mark, _ in _MARKED)
 
 
 def main() -> None:
-    """Serve pages until the input ends. Arguments: the extractor, seconds for a page, MiB of memory."""
-    kind, seconds, memory_mib = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+    """Serve pages until the connection ends. Arguments: the extractor, seconds for a page, MiB of memory, its file."""
+    kind, seconds, memory_mib, connection = sys.argv[1], float(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
     _default_signals()
-    pages, answers = os.dup(0), os.dup(1)
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nowhere, 0)
-    os.dup2(nowhere, 1)  # what a library prints must not run into the answers
-    try:
-        extract = load(kind)
-    except Exception as error:
-        _answer(answers, NOT_LOADED, f"{type(error).__name__}: {error}")
-        return
-    os.dup2(nowhere, 2)
-    gc.freeze()
-    _limit_memory(memory_mib)
-    _answer(answers, TEXT, "")
-    while True:
-        head = _read(pages, PAGE_HEAD.size)
-        if len(head) < PAGE_HEAD.size:
+    with Connection(connection) as parent:
+        try:
+            extract = load(kind)
+        except Exception as error:
+            _answer(parent, NOT_LOADED, f"{type(error).__name__}: {error}")
             return
-        n_url, n_html = PAGE_HEAD.unpack(head)
-        url, html = _read(pages, n_url), _read(pages, n_html)
-        if len(html) < n_html:
-            return
-        _set_timers(seconds)
-        found, text = _attempt(extract, html, url.decode("utf-8", "replace"))
-        _set_timers(0.0)
-        _answer(answers, found, text)
-        if found == NO_MEMORY:
-            return
+        gc.freeze()
+        _limit_memory(memory_mib)
+        _answer(parent, TEXT, "")
+        found = TEXT
+        while found != NO_MEMORY:
+            try:
+                url, html = parent.recv_bytes().decode(), parent.recv_bytes()
+            except (EOFError, OSError):
+                return
+            _set_timers(seconds)
+            found, text = _attempt(extract, html, url)
+            _set_timers(0.0)
+            _answer(parent, found, text)
 
 
 def load(kind: str) -> Callable[[str, str], str | None]:
@@ -90,7 +79,7 @@ def load(kind: str) -> Callable[[str, str], str | None]:
     return _trafilatura() if kind == "trafilatura" else _resiliparse()
 
 
-def decode_html(data: bytes | bytearray) -> str:
+def decode_html(data: bytes) -> str:
     """A page's characters.
 
     Its encoding is, in this order: that of its byte order mark; UTF-8, if the bytes are that, whatever the page says,
@@ -110,7 +99,7 @@ def decode_html(data: bytes | bytearray) -> str:
     return text.replace("\0", "") if b"\0" in data else text
 
 
-def _decode_other(data: bytes | bytearray) -> str:
+def _decode_other(data: bytes) -> str:
     """A page that is not UTF-8 throughout."""
     declared = _declared(data)
     text = _decode_mostly(data, "utf-8") or _decode_as(data, declared) or _decode_mostly(data, declared)
@@ -118,11 +107,17 @@ def _decode_other(data: bytes | bytearray) -> str:
         return text
     from resiliparse.parse.encoding import detect_encoding
 
-    guess = detect_encoding(bytes(data[:_DETECT_WITHIN_BYTES]), html5_compatible=True)
+    # Of the names that HTML knows it gives none for Korean, and it takes the traditional Chinese for simplified.
+    guess = detect_encoding(data[:_DETECT_WITHIN_BYTES], html5_compatible=False)
+    if guess == "gb18030":
+        from charset_normalizer import from_bytes
+
+        best = from_bytes(_TAG.sub(b" ", data[:_DETECT_WITHIN_BYTES]), cp_isolation=["gb18030", "big5"]).best()
+        guess = best.encoding if best else guess
     return data.decode((known_encoding(guess) if guess else None) or declared or "utf-8", "replace")
 
 
-def _decode_mostly(data: bytes | bytearray, encoding: str | None) -> str | None:
+def _decode_mostly(data: bytes, encoding: str | None) -> str | None:
     """The text, if all but a few of the bytes beyond ASCII fit the encoding (a cut character, a name in another)."""
     if encoding is None:
         return None
@@ -131,7 +126,7 @@ def _decode_mostly(data: bytes | bytearray, encoding: str | None) -> str | None:
     return text if text.count("\ufffd") * _AGREEING <= n_beyond_ascii else None
 
 
-def _declared(data: bytes | bytearray) -> str | None:
+def _declared(data: bytes) -> str | None:
     beginning = data[:_META_WITHIN_BYTES]
     found = _XML.search(beginning) or _META.search(beginning)
     encoding = known_encoding(found.group(1).decode("ascii")) if found else None
@@ -151,7 +146,7 @@ def known_encoding(label: str) -> str | None:
         return None
 
 
-def _decode_as(data: bytes | bytearray, encoding: str | None) -> str | None:
+def _decode_as(data: bytes, encoding: str | None) -> str | None:
     try:
         return data.decode(encoding) if encoding else None
     except (UnicodeDecodeError, LookupError):
@@ -185,7 +180,7 @@ def _resiliparse() -> Callable[[str, str], str | None]:
     return of_page
 
 
-def _attempt(extract: Callable[[str, str], str | None], html: bytes | bytearray, url: str) -> tuple[int, str]:
+def _attempt(extract: Callable[[str, str], str | None], html: bytes, url: str) -> tuple[int, str]:
     """Kind and rest of the answer."""
     try:
         return TEXT, (extract(decode_html(html), url) or "").strip()
@@ -223,26 +218,8 @@ def _limit_memory(memory_mib: float) -> None:
         pass
 
 
-def _read(descriptor: int, n_bytes: int) -> bytearray:
-    """So many bytes, or fewer at the input's end."""
-    data = bytearray(n_bytes)
-    view = memoryview(data)
-    n_read = 0
-    while n_read < n_bytes:
-        got = os.readv(descriptor, [view[n_read:]])
-        if not got:
-            break
-        n_read += got
-    view.release()
-    del data[n_read:]
-    return data
-
-
-def _answer(descriptor: int, kind: int, text: str) -> None:
-    data = text.encode("utf-8", "replace")
-    left = memoryview(ANSWER_HEAD.pack(kind, len(data)) + data)
-    while left:
-        left = left[os.write(descriptor, left) :]
+def _answer(parent: Connection, kind: int, text: str) -> None:
+    parent.send_bytes(bytes([kind]) + text.encode("utf-8", "replace"))
 
 
 if __name__ == "__main__":

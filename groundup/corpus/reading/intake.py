@@ -7,8 +7,12 @@ same text becomes the same record and the same fault the same message in every f
 from __future__ import annotations
 
 import codecs
+import functools
+import re
 import unicodedata
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
 from groundup.corpus.reading.compressed import DamagedStreamError
@@ -17,6 +21,12 @@ from groundup.recipe import CorpusSettings
 
 READ_ERRORS = (OSError, DamagedStreamError)
 """What a stream of an `InputFile` raises while it is read."""
+MOST_GARBLED, MOST_GARBLED_SHARE = 3, 0.001
+"""A text with more garbled characters than the sum of both (the second times its length) was misread."""
+_MOST_MARKS = 30
+_BEYOND_MARKS = 0x1F000  # no combining mark has a higher code
+_NO_CONTROLS = bytes(code for code in range(256) if code >= 32 or code in b"\n\t\f")
+_C1 = re.compile(rb"\xc2[\x80-\x84\x86-\x9f]")  # but for U+0085, a line end
 
 
 def normalize(text: str, form: Literal["NFC", "NFKC", "none"]) -> str:
@@ -24,8 +34,40 @@ def normalize(text: str, form: Literal["NFC", "NFKC", "none"]) -> str:
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     if form != "none" and not text.isascii():
-        text = unicodedata.normalize(form, text)
+        text = unicodedata.normalize(form, limit_marks(text))
     return text.strip("\n").rstrip()
+
+
+def limit_marks(text: str) -> str:
+    """The text in Unicode's stream-safe format: U+034F behind every 30 combining marks that follow each other.
+
+    Without it, normalizing takes time in the square of such a run: minutes for 0.8 MB of marks out of order.
+    https://www.unicode.org/reports/tr15/#Stream_Safe_Text_Format
+    """
+    is_mark, run = _marks()
+    for step, longest in ((10, _MOST_MARKS // 10), (1, _MOST_MARKS + 1)):  # first every tenth character
+        codes = np.frombuffer(text[::step].encode("utf-32-le", "surrogatepass"), "<u4")
+        if b"\1" * longest not in is_mark[np.minimum(codes, len(is_mark) - 1)].tobytes():
+            return text
+    return run.sub("\\1\u034f", text)
+
+
+@functools.cache
+def _marks() -> tuple[Any, re.Pattern[str]]:
+    """Which characters are nothing but combining marks, by their code; and a run of the most that may stay together."""
+    decomposed = [unicodedata.normalize("NFKD", chr(code)) for code in range(_BEYOND_MARKS)]
+    is_mark = np.array([all(map(unicodedata.combining, characters)) for characters in decomposed])
+    marks = re.escape("".join(map(chr, np.flatnonzero(is_mark))))
+    return is_mark, re.compile(f"([{marks}]{{{_MOST_MARKS}}})(?=[{marks}])")
+
+
+def n_garbled(text: str) -> int:
+    """How many of its characters no writer meant: U+FFFD, where bytes could not be decoded, and control characters."""
+    data = text.encode()
+    n_controls = len(data.translate(None, _NO_CONTROLS))
+    if text.isascii():
+        return n_controls
+    return n_controls + text.count("\ufffd") + (len(_C1.findall(data)) if b"\xc2" in data else 0)
 
 
 def make_record(
@@ -55,9 +97,13 @@ def make_record(
         key: as in `Record`.
     """
     normal = normalize(text.removeprefix("\ufeff"), settings.unicode)
-    if normal and "\0" not in normal:
+    garbled = n_garbled(normal)
+    if normal and garbled <= MOST_GARBLED + MOST_GARBLED_SHARE * len(normal) and "\0" not in normal:
         return Record(normal, position, place, number, source, url, key)
-    if normal:
+    if normal and "\0" not in normal:
+        reason = Reason.GARBLED
+        detail = f"{garbled:,} of {len(normal):,} characters are U+FFFD or control characters: a wrong encoding?"
+    elif normal:
         reason, detail = Reason.NUL, f"at character {normal.find(chr(0))}: a binary or a UTF-16 file?"
     else:
         reason, detail = Reason.EMPTY, "no text but blanks" if text.removeprefix("\ufeff") else "no text"
@@ -94,13 +140,10 @@ def unread(
         number: of the first line, row or record that was not read.
         so_far: what was used before the fault, such as "12 records before it are used".
     """
-    excerpt = ""
-    reason = Reason.UNREADABLE
+    reason, excerpt = Reason.UNREADABLE, ""
     if isinstance(error, UnicodeDecodeError):
-        reason, detail = Reason.INVALID_UTF8, f"byte {error.start} ({error.reason})"
-        if error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            detail += ": this is UTF-16; save it as UTF-8"
-        excerpt = excerpt_of(error.object[max(0, error.start - 20) : error.start + 20])
+        reason = Reason.INVALID_UTF8
+        detail, excerpt = invalid_utf8(error)
     elif isinstance(error, DamagedStreamError):
         reason, detail = error.reason, error.detail
     else:
@@ -108,3 +151,11 @@ def unread(
     if so_far:
         detail += f"; {so_far}"
     return SetAside(file.label, place, number, reason, detail, excerpt, 0 if so_far else file.size_bytes(), position)
+
+
+def invalid_utf8(error: UnicodeDecodeError) -> tuple[str, str]:
+    """What is wrong with these bytes, and how they look there."""
+    detail = f"byte {error.start} ({error.reason})"
+    if error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        detail += ": this is UTF-16; save it as UTF-8"
+    return detail, excerpt_of(error.object[max(0, error.start - 20) : error.start + 20])

@@ -1,33 +1,79 @@
-"""JSON lines to records: a whole file, or the lines whose first byte lies in a range of bytes.
+"""JSON to values: lines (all, or those whose first byte lies in a range of bytes), and files of one value.
 
-Every line stands for itself: one that is broken is set aside and the next is read. A file read in pieces gives the
-records and the faults of the file read whole, at the same positions. Memory is bounded by `max_document_mib`.
+Every line, and every element of a list, stands for itself: one that is broken is set aside and the next is read. Lines
+read in pieces give the values and the faults of the file read whole, at the same positions. Memory is bounded by
+`max_document_mib`.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Generator
-from typing import IO, Any
+import re
+from collections.abc import Callable, Generator, Iterator
+from functools import cache
+from typing import IO, Any, NamedTuple
 
 import orjson
 
-from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
+from groundup.corpus.document import OnSetAside, Reason, SetAside, excerpt_of
 from groundup.corpus.reading.compressed import BLOCK_BYTES
-from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, make_record, too_long, unread
+from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, too_long, unread
 from groundup.corpus.reading.parts import is_too_long, skip_line
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 
-PLACE = "line"
+PLACE, ELEMENT = "line", "record"
+MOST_OBJECT_BYTES = 64 << 20
+"""A `.json` file that is no list is held whole."""
+_ESCAPE_CHARACTERS = 12
+_BETWEEN = re.compile(r"[\s,]*")
+_DECODER = json.JSONDecoder()
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+class Value(NamedTuple):
+    """One record as its file has it: an object of JSON, a row of a table, the cells of a line.
+
+    Attributes:
+        data: what it holds.
+        position: as in `Record`.
+        place: as in `Record`.
+        number: as in `Record`.
+        size_bytes: how large it is in the file; 0 where that is unknown.
+        raw: it, or its beginning, as it stands there.
+        is_strict: whether its strings are known to be writable as UTF-8.
+    """
+
+    data: Any
+    position: int
+    place: str
+    number: int
+    size_bytes: int = 0
+    raw: bytes | str = ""
+    is_strict: bool = False
+
+
+class RefusedError(Exception):
+    """A record that cannot be used, for a reason that is counted."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+    def of(self, source: InputFile, value: Value) -> SetAside:
+        """What to list."""
+        raw = value.raw if isinstance(value.raw, bytes) else value.raw.encode(errors="replace")
+        return SetAside(
+            source.label, value.place, value.number, self.reason, self.detail, excerpt_of(raw), value.size_bytes,
+            value.position,
+        )  # fmt: skip
 
 
 def read_lines(
     source: InputFile, start: int, stop: int | None, settings: CorpusSettings, set_aside: OnSetAside
-) -> Generator[Record, None, int]:
-    """The records of the lines that begin at `start` or behind it and before `stop`.
+) -> Generator[Value, None, int]:
+    """The values of the lines that begin at `start` or behind it and before `stop`.
 
     Returns:
         How many lines these were, blank ones included.
@@ -58,15 +104,154 @@ def read_lines(
                     set_aside(too_long(source, "", size, excerpt_of(line), settings, begins, PLACE, number))
                 elif line and not line.isspace():
                     n_records += 1
-                    record = _record(source, line, settings, set_aside, begins, number)
-                    if record is not None:
-                        yield record
+                    try:
+                        data, is_strict = parse_json(line, settings.text_field)
+                    except RefusedError as refused:
+                        value = Value(None, begins, PLACE, number, len(line), line)
+                        set_aside(refused.of(source, value))
+                    else:
+                        yield Value(data, begins, PLACE, number, len(line), line, is_strict)
             if not start and not n_records and _only_blanks_follow(handle):
                 set_aside(SetAside(source.label, "", 0, Reason.EMPTY, "no record in the file"))
     except READ_ERRORS as error:
         so_far = f"the {n_records:,} records before it are read" if n_records else ""
         set_aside(unread(source, error, position, PLACE if number else "", number + 1 if number else 0, so_far))
     return number
+
+
+def read_json(source: InputFile, settings: CorpusSettings, set_aside: OnSetAside) -> Generator[Value, None, int]:
+    """The values of a `.json` file: the elements of its list, its one object, or its lines (as C4 has them).
+
+    An object that lacks the text's field and holds just one list is a frame, `{"version": 1, "data": [...]}`.
+
+    Returns:
+        How many there are.
+    """
+    limit = limit_bytes(settings)
+    values = _Elements(source, settings, set_aside)
+    try:
+        with source.open() as handle:
+            head = _solid_line(handle, limit)
+            begins = head.removeprefix(codecs.BOM_UTF8).lstrip()
+            if head.startswith(_UTF16_MARKS):
+                _set_aside_utf16(source, head, set_aside)
+            elif begins.startswith(b"["):
+                yield from values.of_list(handle, begins[1:], limit)
+            elif is_too_long(head, limit) or not (more := _solid_line(handle, limit)).lstrip().startswith(b"{"):
+                data = head + (b"" if is_too_long(head, limit) else more)
+                data += handle.read(max(0, MOST_OBJECT_BYTES + 1 - len(data)))
+                yield from values.of_object(data.removeprefix(codecs.BOM_UTF8))
+            else:
+                return (yield from read_lines(source, 0, None, settings, set_aside))
+    except READ_ERRORS as error:
+        so_far = f"the {values.number:,} records before it are read" if values.number else ""
+        place, number = (ELEMENT, values.number + 1) if values.number else ("", 0)
+        set_aside(unread(source, error, values.number, place, number, so_far))
+    return values.number
+
+
+def _solid_line(handle: IO[bytes], limit: int) -> bytes:
+    """The next line that is not blank, or its beginning."""
+    while (line := handle.readline(limit + 1)).isspace():
+        pass
+    return line
+
+
+class _Elements:
+    """The elements of a file of one value, numbered."""
+
+    def __init__(self, source: InputFile, settings: CorpusSettings, set_aside: OnSetAside) -> None:
+        self._source, self._settings, self._set_aside = source, settings, set_aside
+        self.number = 0
+
+    def of_object(self, data: bytes) -> Iterator[Value]:
+        """A file that is no list."""
+        field = self._settings.text_field
+        if not data.strip():
+            self._set_aside(SetAside(self._source.label, "", 0, Reason.EMPTY, "no record in the file"))
+            return
+        self.number = 1
+        whole = Value(None, 0, "", 0, len(data), data[:400])
+        if len(data) > MOST_OBJECT_BYTES:
+            detail = f"one object of more than {MOST_OBJECT_BYTES:,} bytes: make it a list, or JSON lines"
+            self._set_aside(RefusedError(Reason.TOO_LONG, detail).of(self._source, whole))
+            return
+        try:
+            value, is_strict = parse_json(data, field)
+        except RefusedError as refused:
+            self._set_aside(refused.of(self._source, whole))
+            return
+        lists = [item for item in value.values() if isinstance(item, list)] if isinstance(value, dict) else []
+        if len(lists) != 1 or field in value:
+            yield whole._replace(data=value, is_strict=is_strict)
+            return
+        for self.number, item in enumerate(lists[0], start=1):
+            yield Value(item, self.number - 1, ELEMENT, self.number, is_strict=is_strict)
+        if not self.number:
+            self._set_aside(SetAside(self._source.label, "", 0, Reason.EMPTY, "no record in the file"))
+
+    def of_list(self, handle: IO[bytes], head: bytes, limit: int) -> Iterator[Value]:
+        """The elements of a list, whose bracket and `head` have been read, one at a time."""
+        decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+
+        def read(size: int) -> str:
+            block = handle.read(size)
+            return decoder.decode(block, final=not block)
+
+        buffer, at = decoder.decode(head), 0
+        while True:
+            at = _BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]
+            if at < len(buffer):
+                if buffer[at] == "]":
+                    rest = buffer[at + 1 :] + read(1 << 10)
+                    if rest.strip():
+                        self._lost(f"something else follows the list: {excerpt_of(rest)}", rest, read)
+                    elif not self.number:
+                        self._set_aside(SetAside(self._source.label, "", 0, Reason.EMPTY, "no record in the file"))
+                    return
+                try:
+                    value, end = _DECODER.raw_decode(buffer, at)
+                    is_whole, detail = end < len(buffer), ""  # a number may go on
+                except (ValueError, RecursionError) as error:
+                    is_whole, detail = False, str(error)
+                    if not _may_go_on(error, len(buffer)):
+                        self._lost(detail, buffer[at:], read)
+                        return
+                if is_whole:
+                    self.number += 1
+                    found = Value(value, self.number - 1, ELEMENT, self.number, end - at, buffer[at : at + 400])
+                    if end - at > limit:
+                        detail = f"{end - at:,} characters; the limit is {self._settings.max_document_mib:g} MiB"
+                        self._set_aside(RefusedError(Reason.TOO_LONG, detail).of(self._source, found))
+                    else:
+                        yield found
+                    at = end
+                    continue
+                if len(buffer) - at > 2 * limit:
+                    self._lost(f"an element of more than {2 * limit:,} characters", buffer[at:], read)
+                    return
+            more = read(max(BLOCK_BYTES, len(buffer) - at))
+            if not more:
+                self._lost("the list has no end", buffer[at:], read, Reason.CUT_OFF)
+                return
+            buffer, at = buffer[at:] + more, 0
+
+    def _lost(self, detail: str, rest: str, read: Callable[[int], str], reason: Reason = Reason.INVALID_JSON) -> None:
+        """Set aside an element and all that is behind it: nothing says where the next one would begin."""
+        self.number += 1
+        size = len(rest)
+        while block := read(BLOCK_BYTES):
+            size += len(block)
+        value = Value(None, self.number - 1, ELEMENT, self.number, size, rest[:400])
+        self._set_aside(
+            RefusedError(reason, f"{detail}; from here on nothing of the list is read").of(self._source, value)
+        )
+
+
+def _may_go_on(error: Exception, size: int) -> bool:
+    """Whether a parser's complaint may be that the text is not all there."""
+    is_open = isinstance(error, json.JSONDecodeError)
+    return is_open and (error.msg.startswith("Unterminated string") or error.pos >= size - _ESCAPE_CHARACTERS)  # type: ignore[attr-defined]
 
 
 def _first_line(handle: IO[bytes], start: int, stop: int | None) -> int:
@@ -95,46 +280,34 @@ def _only_blanks_follow(handle: IO[bytes]) -> bool:
     return True
 
 
-class _RefusedLineError(Exception):
-    def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-        self.detail = detail
+def parse_json(data: bytes, field: str) -> tuple[Any, bool]:
+    """A JSON value, and whether the strict parser took it: only then has no string in it half a surrogate pair.
 
+    NaN and such halves do no harm in general, so what the standard parser makes of them is taken.
 
-def _record(
-    source: InputFile, line: bytes, settings: CorpusSettings, set_aside: OnSetAside, position: int, number: int
-) -> Record | None:
+    Raises:
+        RefusedError: neither understands it, or `field` stands in it twice.
+    """
     try:
+        value, is_strict = orjson.loads(data), True
+    except orjson.JSONDecodeError as strict:
         try:
-            fields, is_strict = orjson.loads(line), True
-        except orjson.JSONDecodeError as error:
-            fields, is_strict = _parse_leniently(line, error), False
-        text = _text_of(fields, settings.text_field, is_strict)
-    except _RefusedLineError as refused:
-        excerpt = excerpt_of(line)
-        set_aside(
-            SetAside(
-                source.label, PLACE, number, refused.reason, refused.detail, excerpt, len(line), position
-            )
-        )  # fmt: skip
-        return None
-    url = fields.get("url")
-    if url is None and type(metadata := fields.get("metadata")) is dict:
-        url = metadata.get("url")
-    named = fields.get(settings.source_field) if settings.source_field else None
-    if not is_strict:
-        named, url, key = (_encodable(value) for value in (named, url, fields.get("id")))
-    else:
-        key = fields.get("id")
-    return make_record(
-        source, text, settings, set_aside, position, PLACE, number, label_of(named), label_of(url), label_of(key)
-    )
+            value, is_strict = json.loads(data.decode()), False
+        except UnicodeDecodeError as error:
+            detail = f"byte {error.start} of the line ({error.reason})"
+            raise RefusedError(Reason.INVALID_UTF8, detail) from error
+        except (ValueError, RecursionError) as error:
+            raise RefusedError(Reason.INVALID_JSON, f"{strict.msg} at character {strict.pos}") from error
+    if field and isinstance(value, dict) and data.count(name := _quoted(field)) > 1:
+        pairs = json.loads(data, object_pairs_hook=list)
+        if sum(key == field for key, _ in pairs) > 1:
+            raise RefusedError(Reason.INVALID_JSON, f"the field {name.decode()} stands in it twice")
+    return value, is_strict
 
 
-def _encodable(value: object) -> object:
-    """The value; of a string with half a surrogate pair in it, one that can be written as UTF-8."""
-    return value.encode(errors="replace").decode() if isinstance(value, str) else value
+@cache
+def _quoted(field: str) -> bytes:
+    return json.dumps(field).encode()
 
 
 def label_of(value: object) -> str:
@@ -142,54 +315,3 @@ def label_of(value: object) -> str:
     if isinstance(value, str):
         return value
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else ""
-
-
-def _text_of(fields: Any, field: str, is_strict: bool) -> str:
-    """The text of a record.
-
-    Raises:
-        _RefusedLineError: there is none.
-    """
-    if not isinstance(fields, dict):
-        raise _RefusedLineError(Reason.INVALID_JSON, f"not an object but {_json_type(fields)}")
-    if field not in fields:
-        raise _RefusedLineError(Reason.NO_TEXT, f"no field {field!r}, only {_listed(fields)}")
-    text = fields[field]
-    if not isinstance(text, str):
-        raise _RefusedLineError(Reason.NO_TEXT, f"field {field!r} is {_json_type(text)}, not a string")
-    if not is_strict:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            escape = f"\\u{ord(text[error.start]):04x}"
-            detail = f"character {error.start} is half a surrogate pair ({escape})"
-            raise _RefusedLineError(Reason.INVALID_UTF8, detail) from error
-    return text
-
-
-def _parse_leniently(line: bytes, strict: orjson.JSONDecodeError) -> Any:
-    """What the standard parser makes of it: it takes NaN and halves of surrogate pairs, which do no harm in general.
-
-    Raises:
-        _RefusedLineError: neither does it understand the line.
-    """
-    try:
-        return json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        detail = f"byte {error.start} of the line ({error.reason})"
-        raise _RefusedLineError(Reason.INVALID_UTF8, detail) from error
-    except (ValueError, RecursionError) as error:
-        detail = f"{strict.msg} at character {strict.pos}"
-        raise _RefusedLineError(Reason.INVALID_JSON, detail) from error
-
-
-def _json_type(value: object) -> str:
-    if isinstance(value, bool):
-        return "true or false"
-    names = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
-    return names.get(type(value), "null")
-
-
-def _listed(fields: dict[str, Any]) -> str:
-    names = ", ".join(repr(excerpt_of(name)) for name in list(fields)[:8])
-    return names or "an empty object"

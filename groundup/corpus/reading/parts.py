@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO
+from typing import Protocol
 
 from groundup.corpus.document import excerpt_of
 from groundup.corpus.reading.compressed import BLOCK_BYTES
+
+
+class Lines(Protocol):
+    """All that is asked of a stream here."""
+
+    def readline(self, size: int = -1, /) -> bytes:
+        """The next line, at most `size` bytes of it."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +25,7 @@ class TooLong:
     excerpt: str
 
 
-def split_long(handle: IO[bytes], limit: int) -> Iterator[tuple[int, bytes | TooLong]]:
+def split_long(handle: Lines, limit: int) -> Iterator[tuple[int, bytes | TooLong]]:
     """Cut text into parts of at most `limit` bytes (its last line end not counted), each with the byte it begins at.
 
     Each part ends with the last empty line that lets it fit, else with the last line. At most twice `limit`
@@ -56,7 +63,7 @@ def is_too_long(line: bytes, limit: int) -> bool:
     return len(line) > limit and not line.endswith(b"\n")
 
 
-def skip_line(handle: IO[bytes], most: int | None = None) -> int:
+def skip_line(handle: Lines, most: int | None = None) -> int:
     """Read on to the end of the line, or over `most` bytes, without keeping them; returns the bytes passed."""
     n_skipped = 0
     while most is None or n_skipped < most:

@@ -2,12 +2,11 @@
 
 A `Unit` goes in, `Record`s come out, normalized; what cannot be read is set aside with its reason and the reading goes
 on. Memory is bounded by `max_document_mib`: nothing longer is ever held. A plain text or a page is used whole or set
-aside whole; a line, a row or a record of an archive stands for itself.
+aside whole; a line, a row, a record, or a text between two separators stands for itself.
 """
 
 from __future__ import annotations
 
-import codecs
 import warnings
 from collections import Counter
 from collections.abc import Generator, Iterator
@@ -17,10 +16,11 @@ from typing import TYPE_CHECKING
 from groundup.corpus.document import Document, OnSetAside, Reason, Record, SetAside, excerpt_of, text_id
 from groundup.corpus.reading.compressed import BLOCK_BYTES
 from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, make_record, normalize, too_long, unread
-from groundup.corpus.reading.jsonl import read_lines
-from groundup.corpus.reading.parts import TooLong, split_long
-from groundup.corpus.reading.sources import InputFile, find_sources
-from groundup.corpus.reading.units import Unit, units_of, unlisted
+from groundup.corpus.reading.jsonl import Value
+from groundup.corpus.reading.sources import InputFile, InputFiles, find_sources
+from groundup.corpus.reading.text import read_text
+from groundup.corpus.reading.units import Unit, units_of
+from groundup.corpus.reading.values import read_values, record_of
 from groundup.recipe import CorpusSettings
 
 if TYPE_CHECKING:
@@ -45,14 +45,15 @@ def read(
         Documents whose ids are made of their texts: of two equal texts both have the same.
 
     Raises:
-        DataError: an input that is not there, or holds no file that groundup reads.
+        DataError: an input that is not there, or a folder without a file that groundup reads.
     """
     settings = settings or CorpusSettings()
-    sources = find_sources(inputs or settings.inputs)
-    units, lost = units_of(sources, WHOLE_FILES), unlisted(sources)
+    sources = find_sources(inputs or settings.inputs, follow_links=settings.follow_links)
     if on_set_aside is not None:
-        return _read_units(units, lost, settings, on_set_aside)
-    return _read_and_warn(units, lost, settings)
+        return _read_files(sources, settings, on_set_aside)
+    if sources.unknown:
+        warnings.warn(sources.in_words(), stacklevel=2)
+    return _read_and_warn(sources, settings)
 
 
 def read_unit(unit: Unit, settings: CorpusSettings, set_aside: OnSetAside) -> Iterator[Record]:
@@ -85,19 +86,30 @@ class UnitReader:
 
     def __iter__(self) -> Iterator[Record]:
         unit, source = self._unit, self._unit.source
-        if source.kind == "lines":
-            self.n_records = yield from read_lines(source, unit.start, unit.stop, self._settings, self._set_aside)
-        elif source.kind == "text":
-            self.n_records = yield from _read_plain(source, self._settings, self._set_aside)
+        if source.kind == "text":
+            self.n_records = yield from read_text(source, unit.start, unit.stop, self._settings, self._set_aside)
         elif source.kind == "table":
             from groundup.corpus.reading.tables import read_table  # loads pyarrow
 
             self.n_records = yield from read_table(source, unit.start, unit.stop, self._settings, self._set_aside)
+        elif source.kind in ("lines", "json", "separated"):
+            values = read_values(source, self._settings, self._set_aside, unit.start, unit.stop)
+            self.n_records = yield from self._records(values)
         elif self._extraction is not None:
             yield from self._read_pages(self._extraction)
         else:
             with Extraction(self._settings) as extraction:
                 yield from self._read_pages(extraction)
+
+    def _records(self, values: Generator[Value, None, int]) -> Generator[Record, None, int]:
+        while True:
+            try:
+                value = next(values)
+            except StopIteration as end:
+                return int(end.value)
+            record = record_of(self._unit.source, value, self._settings, self._set_aside)
+            if record is not None:
+                yield record
 
     def _read_pages(self, extraction: Extraction) -> Iterator[Record]:
         source = self._unit.source
@@ -151,19 +163,17 @@ class Extraction:
             self._extractor = None
 
 
-def _read_units(
-    units: list[Unit], lost: list[SetAside], settings: CorpusSettings, set_aside: OnSetAside
-) -> Iterator[Document]:
-    for folder in lost:
-        set_aside(folder)
+def _read_files(sources: InputFiles, settings: CorpusSettings, set_aside: OnSetAside) -> Iterator[Document]:
+    for item in sources.aside:
+        set_aside(item)
     with Extraction(settings) as extraction:
-        for unit in units:
+        for unit in units_of(sources, WHOLE_FILES):
             for record in UnitReader(unit, settings, set_aside, extraction):
                 source = record.source or unit.source.label
                 yield Document(text_id(record.text), record.text, source, url=record.url)
 
 
-def _read_and_warn(units: list[Unit], lost: list[SetAside], settings: CorpusSettings) -> Iterator[Document]:
+def _read_and_warn(sources: InputFiles, settings: CorpusSettings) -> Iterator[Document]:
     counts: Counter[str] = Counter()
     first: list[SetAside] = []
 
@@ -172,60 +182,10 @@ def _read_and_warn(units: list[Unit], lost: list[SetAside], settings: CorpusSett
         if not first:
             first.append(record)
 
-    yield from _read_units(units, lost, settings, note)
+    yield from _read_files(sources, settings, note)
     if first:
         listed = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
         warnings.warn(f"set aside while reading: {listed}; the first: {first[0]}", stacklevel=2)
-
-
-def _read_plain(source: InputFile, settings: CorpusSettings, set_aside: OnSetAside) -> Generator[Record, None, int]:
-    limit = limit_bytes(settings)
-    number = 0
-    try:
-        with source.open() as handle:
-            data = handle.read(limit + 1)
-        if len(data) <= limit:
-            record = make_record(source, data.decode(), settings, set_aside)
-            if record is not None:
-                yield record
-            return 1
-        del data
-        _check_whole(source)
-        with source.open() as handle:
-            for number, (position, part) in enumerate(split_long(handle, limit), start=1):
-                if isinstance(part, TooLong):
-                    size, excerpt = part.size_bytes, part.excerpt
-                    set_aside(too_long(source, "a line of ", size, excerpt, settings, position, "part", number))
-                    continue
-                record = make_record(source, part.decode(), settings, set_aside, position, "part", number)
-                if record is not None:
-                    yield record
-    except (*READ_ERRORS, UnicodeDecodeError) as error:
-        set_aside(unread(source, error))
-    return number
-
-
-def _check_whole(source: InputFile) -> None:
-    """Read a long file through once, to learn that it is whole and UTF-8 before any of it is used.
-
-    Raises:
-        UnicodeDecodeError: with `start` counted from the file's beginning.
-        OSError, DamagedStreamError: it cannot be read to its end.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    n_read = 0
-    with source.open() as handle:
-        while True:
-            block = handle.read(BLOCK_BYTES)
-            begins = n_read - len(decoder.getstate()[0])
-            try:
-                decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                start = begins + error.start
-                raise UnicodeDecodeError("utf-8", b"", start, start + 1, error.reason) from error
-            if not block:
-                return
-            n_read += len(block)
 
 
 def _read_page(

@@ -1,7 +1,9 @@
 """Which files an input means: a file, a folder (with all below it), a glob, an address, or a text that ships along.
 
-In: what the user wrote. Out: `InputFile`s by name, no file twice, the same whatever the order of the inputs. Files of a
-folder whose names do not end in one of `SUFFIXES` are passed over, and so is all that runs of groundup wrote.
+In: what the user wrote. Out: `InputFile`s by name, no file twice, the same whatever the order of the inputs. A file
+that is named is read whatever its name; of a folder those whose names end in one of `SUFFIXES`. The others are listed,
+and so is what cannot be opened: links that lead out of the folder, pipes, folders without permission. Folders that runs
+of groundup wrote are passed over.
 """
 
 from __future__ import annotations
@@ -9,25 +11,31 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import glob
+import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import IO, Literal
 
 import xxhash
 
+from groundup.corpus.document import Reason, SetAside
 from groundup.corpus.reading.compressed import BLOCK_BYTES, PACKINGS, open_uncompressed
 from groundup.corpus.reading.remote import RemoteFile, find_remote
 from groundup.errors import DataError
 from groundup.files import value_digest
 from groundup.run import MANIFEST
+from groundup.untrusted import reading
 
-Kind = Literal["text", "page", "lines", "table", "archive"]
+Kind = Literal["text", "page", "lines", "json", "separated", "table", "archive"]
 SUFFIXES: dict[str, Kind] = {
     ".txt": "text", ".md": "text", ".html": "page", ".htm": "page", ".jsonl": "lines", ".ndjson": "lines",
-    ".parquet": "table", ".warc": "archive", ".wet": "archive", ".arc": "archive",
+    ".json": "json", ".csv": "separated", ".tsv": "separated", ".parquet": "table",
+    ".warc": "archive", ".wet": "archive", ".arc": "archive",
 }  # fmt: skip
 """What a file's name says of it; all but tables may be packed too (`PACKINGS`)."""
 SHIPPED = {"groundup:classics": "classics.jsonl", "groundup:shakespeare": "shakespeare.txt"}
@@ -51,10 +59,13 @@ class InputFile:
 
     @property
     def kind(self) -> Kind:
-        """What is in it: a text, an HTML page, JSON lines, a Parquet table or a web archive."""
-        kind = kind_of(self.entry.name)
-        assert kind is not None, f"{self.label} is no source"
-        return kind
+        """What is in it, by its name; a text, where that says nothing."""
+        return kind_of(self.entry.name) or "text"
+
+    @property
+    def ending(self) -> str:
+        """The end of its name, in lower case, without that of a packing."""
+        return _ending(self.entry.name)
 
     @property
     def packing(self) -> str:
@@ -117,51 +128,74 @@ class InputFiles:
     Attributes:
         files: the files to read, by label.
         passed_over: files in folders and globs whose names say that they are not text.
-        unreadable: folders that could not be listed, as (name, reason).
+        unknown: files that were named, whose endings say nothing: they are read as text.
+        aside: what a folder holds and nobody may read, each with the reason.
     """
 
     files: list[InputFile] = field(default_factory=list)
     passed_over: list[str] = field(default_factory=list)
-    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    aside: list[SetAside] = field(default_factory=list)
 
     def size_bytes(self) -> int:
         """Bytes of all files as stored, as far as known."""
         return sum(source.size_bytes() for source in self.files)
 
+    def in_words(self) -> str:
+        """What is not read as a reader of such files would expect, for the console; "" if all is."""
+        notes = []
+        if self.unknown:
+            listed = ", ".join(self.unknown[:3]) + (", …" if len(self.unknown) > 3 else "")
+            notes.append(f"read as text, whatever the ending: {listed}")
+        if self.passed_over:
+            endings = Counter(os.path.splitext(name)[1].lower() or "without an ending" for name in self.passed_over)
+            listed = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common(12))
+            notes.append(f"passed over, since their endings are not those of text: {listed}")
+        return "; ".join(notes)
 
-def find_sources(inputs: Sequence[str | Path]) -> InputFiles:
+
+def find_sources(
+    inputs: Sequence[str | Path], *, follow_links: bool = False, setting: str = "[corpus] inputs"
+) -> InputFiles:
     """Turn inputs into files.
+
+    Args:
+        inputs: files, folders, globs, addresses or `groundup:` names.
+        follow_links: read what links of a folder lead to outside it.
+        setting: where the user wrote them, for messages.
 
     Raises:
         DataError: a path that is not there, a glob without a match, a folder without a readable file, an unknown
-            file type or `groundup:` name, an address whose library is not installed or whose server says no.
+            `groundup:` name, an address whose library is not installed or whose server says no.
     """
     every = InputFiles()
     places: dict[str, InputFile] = {}
-    for item in inputs:
-        found = _expand(str(item))
+    for item in map(str, inputs):
+        with reading(item, DataError, f"Check {setting}."):
+            found = _Search(item, follow_links, setting).found
         if not found.files:
             raise DataError(
                 f"{item}: no file here that can be read as text ({_what_is_there(found)}).",
-                f"groundup reads {suffix_list()}: rename the files, or name others in [corpus] inputs.",
+                f"groundup reads {suffix_list()}: rename the files, or name others in {setting}.",
             )
         every.passed_over += found.passed_over
-        every.unreadable += found.unreadable
+        every.unknown += found.unknown
+        every.aside += found.aside
         for source in found.files:
             place = os.path.realpath(source.entry) if isinstance(source.entry, Path) else source.entry.url
             # Of two names of one file the first by the alphabet, whichever was written first.
             places[place] = min(places.get(place, source), source, key=_by_label)
     every.files = sorted(places.values(), key=_by_label)
-    every.passed_over = sorted(set(every.passed_over))
-    every.unreadable = sorted(set(every.unreadable))
+    every.passed_over = sorted({*every.passed_over} - {*every.unknown})
+    every.unknown = sorted(set(every.unknown))
+    every.aside = sorted(set(every.aside), key=lambda item: (item.source, item.detail))
     return every
 
 
 def kind_of(name: str) -> Kind | None:
     """What a file's name says of its content, or None if groundup does not read such files."""
-    packing = _packing(name)
-    kind = SUFFIXES.get(os.path.splitext(name.lower().removesuffix(packing))[1])
-    return None if packing and kind == "table" else kind
+    kind = SUFFIXES.get(_ending(name))
+    return None if kind == "table" and _packing(name) else kind
 
 
 def suffix_list() -> str:
@@ -174,57 +208,124 @@ def _packing(name: str) -> str:
     return suffix if suffix in PACKINGS else ""
 
 
+def _ending(name: str) -> str:
+    return os.path.splitext(name.lower().removesuffix(_packing(name)))[1]
+
+
 def _by_label(source: InputFile) -> str:
     return source.label
 
 
-def _expand(item: str) -> InputFiles:
-    if item.startswith("groundup:"):
-        return InputFiles([InputFile(item, _shipped(item))])
-    if item.startswith("file://"):
-        item = item.removeprefix("file://")
-    elif "://" in item:
-        return _expand_remote(item)
-    path = Path(item).expanduser()
-    found = InputFiles()
-    if path.is_dir():
-        _files_below(path, found)
-    elif path.is_file():
-        if kind_of(path.name) is None:
-            raise _unknown_kind(item)
-        found.files.append(InputFile(_label(path), path))
-    elif glob.has_magic(item):
-        matches = sorted(set(_matches(path)))
-        if not matches:
-            raise DataError(f"{item}: nothing matches this pattern (seen from {Path.cwd()}).", "Check [corpus] inputs.")
-        for match in matches:
-            if match.is_dir():
-                _files_below(match, found)
-            else:
-                _add_if_text(match, found)
-    elif os.path.lexists(path):
-        raise DataError(f"{item}: neither a file nor a folder.", "Name a regular file in [corpus] inputs.")
-    else:
-        raise DataError(f"{item}: no such file or folder (seen from {Path.cwd()}).", "Check [corpus] inputs.")
-    return found
+class _Search:
+    """What one input means, in `found`."""
 
-
-def _expand_remote(item: str) -> InputFiles:
-    files, is_listing = find_remote(item)
-    if not is_listing and kind_of(files[0].name) is None:
-        raise _unknown_kind(item)
-    ours = {os.path.dirname(file.url) for file in files if file.name in (MANIFEST, STARTED)}
-    found = InputFiles()
-    for file in files:
-        folders = list(_parents_of(file.url))
-        hidden = any(part.startswith(".") for part in file.below.split("/"))
-        if is_listing and (hidden or ours.intersection(folders)):
-            continue
-        if kind_of(file.name) is None:
-            found.passed_over.append(file.label)
+    def __init__(self, item: str, follow_links: bool, setting: str) -> None:
+        self.found = InputFiles()
+        self._follow_links = follow_links
+        self._check = f"Check {setting}."
+        if item.startswith("groundup:"):
+            self.found.files.append(InputFile(item, _shipped(item)))
+        elif "://" in item and not item.startswith("file://"):
+            self._expand_remote(item)
         else:
-            found.files.append(InputFile(file.label, file))
-    return found
+            self._expand(item.removeprefix("file://"))
+
+    def _expand(self, item: str) -> None:
+        path = Path(item).expanduser()
+        if path.is_dir():
+            self._files_below(path, os.path.realpath(path))
+        elif path.is_file():
+            self._name(InputFile(_label(path), path))
+        elif glob.has_magic(item):
+            base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+            matches = sorted(set(_matches(base, path.relative_to(base).parts)))
+            if not matches:
+                raise DataError(f"{item}: nothing matches this pattern (seen from {Path.cwd()}).", self._check)
+            home = os.path.realpath(base)
+            for match in matches:
+                if not match.is_dir():
+                    self._add(match, home)
+                elif not self._leads_out(match, home):
+                    self._files_below(match, home)
+        elif os.path.lexists(path):
+            raise DataError(f"{item}: neither a file nor a folder.", f"Name a regular file. {self._check}")
+        else:
+            raise DataError(f"{item}: no such file or folder (seen from {Path.cwd()}).", self._check)
+
+    def _name(self, source: InputFile) -> None:
+        """A file that was named, not found in a folder."""
+        name = source.entry.name
+        if kind_of(name) is None:
+            if source.ending in SUFFIXES:
+                raise DataError(f"{source.label}: a Parquet file that was packed again.", "Unpack it.")
+            self.found.unknown.append(source.label)
+        self.found.files.append(source)
+
+    def _expand_remote(self, item: str) -> None:
+        files, is_listing = find_remote(item)
+        if not is_listing:
+            self._name(InputFile(files[0].label, files[0]))
+            return
+        ours = {os.path.dirname(file.url) for file in files if file.name in (MANIFEST, STARTED)}
+        for file in files:
+            hidden = any(part.startswith(".") for part in file.below.split("/"))
+            if hidden or ours.intersection(_parents_of(file.url)):
+                continue
+            if kind_of(file.name) is None:
+                self.found.passed_over.append(file.label)
+            else:
+                self.found.files.append(InputFile(file.label, file))
+
+    def _files_below(self, folder: Path, home: str) -> None:
+        """All files below a folder, hidden ones and those of runs left out."""
+
+        def note_unreadable(error: OSError) -> None:
+            self._set_aside(Path(error.filename), f"the folder cannot be listed ({error.strerror or error})")
+
+        if _is_stage_folder(folder):
+            self.found.passed_over.append(_label(folder))
+            return
+        visited = set()
+        for parent, folders, files in os.walk(folder, onerror=note_unreadable, followlinks=True):
+            visited.add(os.path.realpath(parent))
+            entered = []
+            for name in folders:
+                path = Path(parent, name)
+                if name.startswith(".") or _is_stage_folder(path):
+                    continue
+                if path.is_symlink() and (
+                    self._leads_out(path, home) or not self._follow_links or os.path.realpath(path) in visited
+                ):
+                    continue  # what lies inside the folder is found there
+                entered.append(name)
+            folders[:] = entered
+            for name in files:
+                if not name.startswith("."):
+                    self._add(Path(parent, name), home)
+
+    def _leads_out(self, path: Path, home: str) -> bool:
+        """Whether a link leads out of the folder and is not to be followed; then it is set aside."""
+        real = os.path.realpath(path)
+        cache, is_snapshot, _ = home.partition("/snapshots/")  # the Hub's cache: links to `blobs` beside it
+        within = (os.path.join(home, ""), *([f"{cache}/blobs/"] if is_snapshot else []))
+        if self._follow_links or real == home or real.startswith(within):
+            return False
+        why = "a link that leads out of the folder: name the file itself, or set [corpus] follow_links = true"
+        self._set_aside(path, why, Reason.LINK)
+        return True
+
+    def _add(self, path: Path, home: str) -> None:
+        if kind_of(path.name) is None or _is_stage_folder(path.parent):
+            self.found.passed_over.append(_label(path))
+        elif self._leads_out(path, home):
+            pass
+        elif path.is_file() or not path.exists():  # a link that leads nowhere is set aside when it is opened
+            self.found.files.append(InputFile(_label(path), path))
+        else:
+            self._set_aside(path, "not an ordinary file")
+
+    def _set_aside(self, path: Path, why: str, reason: Reason = Reason.UNREADABLE) -> None:
+        self.found.aside.append(SetAside(_label(path), "", 0, reason, why))
 
 
 def _parents_of(url: str) -> Iterator[str]:
@@ -233,71 +334,21 @@ def _parents_of(url: str) -> Iterator[str]:
         url = parent
 
 
-def _files_below(folder: Path, found: InputFiles) -> None:
-    """All files below a folder, hidden ones and runs left out; links to folders are not followed."""
+def _matches(base: Path, pattern: Sequence[str]) -> Iterator[Path]:
+    """What a glob matches below a folder: no hidden file that it does not ask for, nothing of runs.
 
-    if _is_stage_folder(folder):
-        found.passed_over.append(_label(folder))
-        return
-
-    def note_unreadable(error: OSError) -> None:
-        found.unreadable.append((_label(Path(error.filename)), error.strerror or str(error)))
-
-    for parent, folders, files in os.walk(folder, onerror=note_unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".") and not _is_stage_folder(Path(parent, name))]
-        for name in files:
-            if not name.startswith("."):
-                _add_if_text(Path(parent, name), found)
-
-
-def _matches(pattern: Path) -> Iterator[Path]:
-    """What a glob matches, as `glob.glob(recursive=True)` has it, but for links: `**` does not follow them.
-
-    (Two links that lead upwards would have it visit 2^40 folders.)
+    `**` does not follow links: two that lead upwards would have it visit 2^40 folders.
     """
-    parts = pattern.parts
-    if pattern.is_absolute():
-        yield from _matches_below(Path(parts[0]), parts[1:])
-    else:
-        yield from _matches_below(Path(), parts)
-
-
-def _matches_below(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
-    if not parts:
-        if os.path.lexists(folder):
-            yield folder
-        return
-    head, rest = parts[0], parts[1:]
-    if not glob.has_magic(head):
-        yield from _matches_below(folder / head, rest)
-        return
-    try:
-        entries = list(os.scandir(folder))
-    except OSError:
-        return
-    if head == "**":
-        while rest[:1] == ("**",):
-            rest = rest[1:]
-        yield from _matches_below(folder, rest or ("*",))
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-                place = folder / entry.name
-                if not _is_stage_folder(place):
-                    yield from _matches_below(place, parts)
-        return
-    for entry in entries:
-        hidden = entry.name.startswith(".") and not head.startswith(".")
-        if not hidden and fnmatch.fnmatchcase(entry.name, head):
-            yield from _matches_below(folder / entry.name, rest)
-
-
-def _add_if_text(path: Path, found: InputFiles) -> None:
-    # A link that leads nowhere counts as a file, to be set aside when it cannot be opened; a pipe would block.
-    is_text = kind_of(path.name) is not None and (path.is_file() or not path.exists())
-    if is_text and not _is_stage_folder(path.parent):
-        found.files.append(InputFile(_label(path), path))
-    else:
-        found.passed_over.append(_label(path))
+    asks_hidden = [part for part in pattern if part.startswith(".")]
+    is_ours = cache(_is_stage_folder)
+    for match in base.glob("/".join(pattern)):
+        parts = match.relative_to(base).parts
+        hidden = [part for part in parts if part.startswith(".")]
+        folders = itertools.accumulate(parts[:-1], Path.joinpath, initial=base)
+        if all(any(fnmatch.fnmatchcase(part, asked) for asked in asks_hidden) for part in hidden) and not any(
+            map(is_ours, folders)
+        ):
+            yield match
 
 
 def _is_stage_folder(folder: Path) -> bool:
@@ -316,18 +367,14 @@ def _shipped(name: str) -> Path:
     return Path(str(resources.files("groundup").joinpath("data", SHIPPED[name])))
 
 
-def _unknown_kind(item: str) -> DataError:
-    return DataError(f"{item}: not a file type that groundup reads.", f"It reads {suffix_list()}.")
-
-
 def _label(path: Path) -> str:
     """The path in words; bytes that are not UTF-8 are shown escaped, since labels go into UTF-8 files."""
     return os.fsencode(path.as_posix()).decode("utf-8", errors="backslashreplace")
 
 
 def _what_is_there(found: InputFiles) -> str:
-    if found.unreadable:
-        return f"could not be listed: {found.unreadable[0][1]}"
+    if found.aside:
+        return found.aside[0].detail
     if not found.passed_over:
         return "there is none"
     shown = ", ".join(Path(name).name for name in found.passed_over[:3])

@@ -7,6 +7,7 @@ and the next one is read. https://parquet.apache.org/docs/file-format/
 
 from __future__ import annotations
 
+import io
 from collections.abc import Generator, Iterator
 from typing import IO, Any
 
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
-from groundup.corpus.reading.compressed import DamagedStreamError
+from groundup.corpus.reading.compressed import BOMB_RATIO, DamagedStreamError
 from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, make_record, too_long, unread
 from groundup.corpus.reading.jsonl import label_of
 from groundup.corpus.reading.remote import RemoteReadError
@@ -28,6 +29,9 @@ DISTINCT_BYTES = 16 << 20
 """Row groups up to this size, as stored, are read by their distinct texts."""
 DISTINCT_BATCHES = 16
 """In at most so many batches: each brings all texts that came before along."""
+BOMB_BYTES = 128 << 20
+"""A column of a row group that declares more than this, and more than `BOMB_RATIO` times its stored bytes, is not read:
+a page of it is held whole."""
 _MAGIC = b"PAR1"
 _SHOWN = 8
 _READING: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
@@ -65,7 +69,7 @@ def row_group_borders(source: InputFile, split_bytes: int) -> list[int]:
                     borders.append(group)
                     size = 0
                 size += n_bytes
-    except READ_ERRORS:
+    except Exception:  # told when the table is read
         return [0]
     return borders
 
@@ -92,9 +96,11 @@ def _open(handle: IO[bytes]) -> pq.ParquetFile:
     if ends != _MAGIC:
         raise DamagedStreamError(Reason.CUT_OFF, f"cut off before its end: no table of contents in {size:,} bytes")
     try:
-        return pq.ParquetFile(handle, **_READING)
-    except (OSError, pa.ArrowException) as error:
+        file = pq.ParquetFile(handle, **_READING)
+        _ = file.schema_arrow, [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    except Exception as error:  # on damage pyarrow raises much more than its own errors
         raise _fault(error) from error
+    return file
 
 
 def _read_groups(
@@ -118,22 +124,25 @@ def _read_groups(
             set_aside(SetAside(source.label, "", 0, reason, detail, "", size))
         return 0
     columns = _columns(file.schema_arrow, settings)
-    distinct = _by_distinct_texts(handle, file, columns)
     before = sum(metadata.row_group(group).num_rows for group in range(start))
     n_rows = 0
     for group in range(start, stop):
         position, n_read = before + n_rows, 0
         n_in_group = metadata.row_group(group).num_rows
-        try:
-            for row in _rows(file, distinct, group, columns):
-                number = n_rows + n_read + 1
-                n_read += 1
-                record = _record(source, row, settings, set_aside, position + n_read - 1, number)
-                if record is not None:
-                    yield record
-        except (*READ_ERRORS, pa.ArrowException) as error:
-            so_far = f"{n_in_group - n_read:,} rows from here on are lost"
-            set_aside(unread(source, _fault(error), position + n_read, PLACE, n_rows + n_read + 1, so_far))
+        rows = _rows(handle, file, group, columns)
+        while True:
+            try:
+                row = next(rows, None)
+            except Exception as error:
+                so_far = f"{n_in_group - n_read:,} rows from here on are lost"
+                set_aside(unread(source, _fault(error), position + n_read, PLACE, n_rows + n_read + 1, so_far))
+                break
+            if row is None:
+                break
+            n_read += 1
+            record = _record(source, row, settings, set_aside, position + n_read - 1, n_rows + n_read)
+            if record is not None:
+                yield record
         n_rows += n_in_group
     return n_rows
 
@@ -181,31 +190,47 @@ def _columns(schema: pa.Schema, settings: CorpusSettings) -> dict[str, str]:
     return columns
 
 
-def _by_distinct_texts(handle: IO[bytes], file: pq.ParquetFile, columns: dict[str, str]) -> pq.ParquetFile:
-    """The same table, read as each distinct text once and a number a row."""
-    schema = file.schema_arrow
-    texts = [name for name in columns.values() if name in schema.names and _is_string(schema.field(name).type)]
-    return pq.ParquetFile(handle, metadata=file.metadata, read_dictionary=texts, **_READING)
-
-
-def _rows(
-    file: pq.ParquetFile, distinct: pq.ParquetFile, group: int, columns: dict[str, str]
-) -> Iterator[dict[str, Any]]:
+def _rows(handle: IO[bytes], file: pq.ParquetFile, group: int, columns: dict[str, str]) -> Iterator[dict[str, Any]]:
     """The rows of one row group, as values by attribute; bytes instead of a text that is not UTF-8.
 
     A table may store a text once and then say in a byte that a row has it too, so that a few bytes stand for
-    gigabytes. Row groups that are small as stored are therefore read by their distinct texts, whose sum is no larger.
+    gigabytes. Row groups that are small as stored are therefore read by their distinct texts, whose sum is no larger;
+    or, where their encoding shares beginnings instead (DELTA_BYTE_ARRAY; no text of it is longer than all of it is
+    as stored), in small batches.
+
+    Raises:
+        DamagedStreamError: a column is a decompression bomb.
     """
-    metadata = file.metadata.row_group(group)
-    n_bytes = sum(metadata.column(place).total_uncompressed_size for place in range(metadata.num_columns))
+    metadata, schema = file.metadata.row_group(group), file.schema_arrow
+    chunks = [metadata.column(place) for place in range(metadata.num_columns)]
+    wanted = sorted(set(columns.values()))
+    read = [chunk for chunk in chunks if chunk.path_in_schema in wanted or chunk.path_in_schema.split(".")[0] in wanted]
+    for chunk in read:
+        stored, grown = chunk.total_compressed_size, chunk.total_uncompressed_size
+        if grown > BOMB_BYTES and grown > BOMB_RATIO * stored:
+            what = f"a decompression bomb: {stored:,} bytes of column {chunk.path_in_schema!r} grow to {grown:,}"
+            raise DamagedStreamError(Reason.DAMAGED, what)
+    n_bytes = sum(chunk.total_uncompressed_size for chunk in chunks)
     n_rows = max(1, min(BATCH_ROWS, BATCH_BYTES * metadata.num_rows // max(1, n_bytes)))
     if n_bytes <= DISTINCT_BYTES:
-        file, n_rows = distinct, max(n_rows, metadata.num_rows // DISTINCT_BATCHES)
-    wanted = sorted(set(columns.values()))
+        if any(encoding.startswith("DELTA") for chunk in read for encoding in chunk.encodings):
+            # Arrow can read it into no dictionary, also where the schema it wrote itself beside the table says so.
+            file = pq.ParquetFile(handle, metadata=_without_arrow_schema(file.metadata), **_READING)
+            n_rows = max(1, min(n_rows, 4 * DISTINCT_BYTES // max(1, n_bytes)))
+        else:
+            texts = [name for name in wanted if name in schema.names and _is_string(schema.field(name).type)]
+            file = pq.ParquetFile(handle, metadata=file.metadata, read_dictionary=texts, **_READING)
+            n_rows = max(n_rows, metadata.num_rows // DISTINCT_BATCHES)
     for batch in file.iter_batches(n_rows, row_groups=[group], columns=wanted, use_threads=False):
         values = {attribute: _values(_column(batch, name)) for attribute, name in columns.items()}
         for row in zip(*values.values(), strict=True):
             yield dict(zip(values, row, strict=True))
+
+
+def _without_arrow_schema(metadata: pq.FileMetaData) -> pq.FileMetaData:
+    written = io.BytesIO()
+    metadata.write_metadata_file(written)
+    return pq.read_metadata(io.BytesIO(written.getvalue().replace(b"ARROW:schema", b"OTHER:schema")))
 
 
 def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
@@ -260,7 +285,8 @@ def _fault(error: Exception) -> Exception:
 
     Arrow raises OSError for both; the system's has a number, and the net's is a class of its own.
     """
-    is_ours = isinstance(error, (DamagedStreamError, RemoteReadError)) or getattr(error, "errno", None) is not None
-    if is_ours:
+    if isinstance(error, DamagedStreamError | RemoteReadError) or getattr(error, "errno", None) is not None:
         return error
-    return DamagedStreamError(Reason.DAMAGED, excerpt_of(str(error)) or type(error).__name__)
+    what = excerpt_of(str(error)) or "no reason given"
+    return DamagedStreamError(Reason.DAMAGED, what if isinstance(error, OSError | pa.ArrowException) else
+                              f"{type(error).__name__}: {what}")  # fmt: skip

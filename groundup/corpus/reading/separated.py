@@ -1,0 +1,102 @@
+"""CSV and TSV (RFC 4180) to values: a row a record, its cells as strings; quoted cells may hold line ends.
+
+A row that breaks the rules of quoting, or is longer than a document may be, is set aside, and reading goes on with the
+next line. Memory is bounded by `max_document_mib`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+from collections.abc import Generator
+from typing import IO
+
+from groundup.corpus.document import OnSetAside, Reason, SetAside
+from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, unread
+from groundup.corpus.reading.jsonl import RefusedError, Value
+from groundup.corpus.reading.parts import is_too_long, skip_line
+from groundup.corpus.reading.sources import InputFile
+from groundup.recipe import CorpusSettings
+
+PLACE = "row"
+
+
+def read_rows(source: InputFile, settings: CorpusSettings, set_aside: OnSetAside) -> Generator[Value, None, int]:
+    """The rows of a file, the line with the names of its columns too.
+
+    Returns:
+        How many there are.
+    """
+    csv.field_size_limit(1 << 30)  # `_Lines` sets a narrower one for the whole row
+    delimiter = "\t" if source.ending == ".tsv" else ","
+    number = begins = 0
+    try:
+        with source.open() as handle:
+            lines = _Lines(handle, limit_bytes(settings))
+            rows = csv.reader(lines, delimiter=delimiter, strict=True)
+            while True:
+                begins, lines.row = lines.position, ""
+                try:
+                    row = next(rows, None)
+                except (csv.Error, RefusedError) as error:
+                    number += 1
+                    refused = error if isinstance(error, RefusedError) else RefusedError(Reason.INVALID_CSV, str(error))
+                    size = lines.position - begins
+                    set_aside(refused.of(source, Value(None, begins, PLACE, number, size, lines.row)))
+                    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+                    continue
+                if row is None:
+                    break
+                if any(row):
+                    number += 1
+                    yield Value(row, begins, PLACE, number, lines.position - begins, lines.row)
+            if not number:
+                set_aside(SetAside(source.label, "", 0, Reason.EMPTY, "no row in the file"))
+    except (*READ_ERRORS, UnicodeDecodeError) as error:
+        so_far = f"the {number:,} rows before it are read" if number else ""
+        set_aside(unread(source, error, begins, PLACE if number else "", number + 1 if number else 0, so_far))
+    return number
+
+
+class _Lines:
+    """The lines of a file as a CSV reader takes them; bytes that are not UTF-8 stand for themselves.
+
+    Attributes:
+        position: of the next line.
+        row: the first line since it was last emptied.
+    """
+
+    def __init__(self, handle: IO[bytes], limit: int) -> None:
+        self._handle, self._limit = handle, limit
+        self._begins = self.position = 0
+        self._row = ""
+
+    @property
+    def row(self) -> str:
+        return self._row
+
+    @row.setter
+    def row(self, text: str) -> None:
+        self._row, self._begins = text, self.position
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._handle.readline(self._limit + 1)
+        if not line:
+            raise StopIteration
+        if not self.position:
+            if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise UnicodeDecodeError("utf-8", line, 0, 1, "invalid start byte")
+            line = line.removeprefix(codecs.BOM_UTF8)
+        self.position += len(line)
+        if is_too_long(line, self._limit):
+            self.position += skip_line(self._handle)
+        text = line.decode("utf-8", errors="surrogateescape")
+        self._row = self._row or text[:400]
+        if self.position - self._begins > self._limit:
+            raise RefusedError(
+                Reason.TOO_LONG, f"a row of more than {self._limit:,} bytes; the limit is max_document_mib"
+            )
+        return text

@@ -1,0 +1,186 @@
+"""The one reader of records: JSON lines, JSON, Parquet, CSV and TSV, packed or not, as values of Python.
+
+The corpus makes documents of them (`record_of`), fine-tuning conversations, decontamination strings to look for. What
+cannot be read is set aside with its reason, and the reading goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import Any
+
+from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
+from groundup.corpus.reading.compressed import DamagedStreamError
+from groundup.corpus.reading.intake import make_record, unread
+from groundup.corpus.reading.jsonl import RefusedError, Value, label_of, read_json, read_lines
+from groundup.corpus.reading.separated import read_rows
+from groundup.corpus.reading.sources import InputFile
+from groundup.recipe import CorpusSettings
+
+TABLE_ROWS = 64
+BOMB_BYTES, BOMB_RATIO = 64 << 20, 1000
+
+
+def read_values(
+    source: InputFile,
+    settings: CorpusSettings,
+    set_aside: OnSetAside,
+    start: int = 0,
+    stop: int | None = None,
+) -> Generator[Value, None, int]:
+    """The records of a file.
+
+    Args:
+        source: of any kind but pages and archives; a text is read as lines of JSON.
+        settings: the size limit, and `text_field`: the field that each record must have, once; "" for none. Without
+            it, rows of CSV come as lists of cells, the first line too.
+        set_aside: called with everything left out.
+        start: first byte, of lines.
+        stop: the one after the last, of lines.
+
+    Returns:
+        How many lines (blank ones too), rows or elements there are.
+    """
+    if source.kind in ("lines", "text"):
+        return (yield from read_lines(source, start, stop, settings, set_aside))
+    if source.kind == "json":
+        return (yield from read_json(source, settings, set_aside))
+    if source.kind == "separated":
+        read = _read_named if settings.text_field else read_rows
+        return (yield from read(source, settings, set_aside))
+    if source.kind == "table":
+        return (yield from _table(source, set_aside))
+    set_aside(SetAside(source.label, "", 0, Reason.NO_TEXT, "a page or an archive, which holds no records"))
+    return 0
+
+
+def record_of(source: InputFile, value: Value, settings: CorpusSettings, set_aside: OnSetAside) -> Record | None:
+    """The document in a record, or None if there is none (then it was set aside)."""
+    fields = value.data
+    try:
+        text = text_of(value, settings.text_field)
+    except RefusedError as refused:
+        set_aside(refused.of(source, value))
+        return None
+    url = fields.get("url")
+    if url is None and type(metadata := fields.get("metadata")) is dict:
+        url = metadata.get("url")
+    named = fields.get(settings.source_field) if settings.source_field else None
+    labels = label_of(named), label_of(url), label_of(fields.get("id"))
+    if not value.is_strict:
+        labels = tuple(label.encode(errors="replace").decode() for label in labels)  # type: ignore[assignment]
+    return make_record(source, text, settings, set_aside, value.position, value.place, value.number, *labels)
+
+
+def text_of(value: Value, field: str) -> str:
+    """The text in a field of a record.
+
+    Raises:
+        RefusedError: there is none.
+    """
+    fields = value.data
+    if not isinstance(fields, dict):
+        raise RefusedError(Reason.INVALID_JSON, f"not an object but {_json_type(fields)}")
+    if field not in fields:
+        listed = ", ".join(repr(excerpt_of(name)) for name in list(fields)[:8]) or "an empty object"
+        raise RefusedError(Reason.NO_TEXT, f"no field {field!r}, only {listed}")
+    text = fields[field]
+    if not isinstance(text, str):
+        raise RefusedError(Reason.NO_TEXT, f"field {field!r} is {_json_type(text)}, not a string")
+    if not value.is_strict:
+        check_writable(text)
+    return text
+
+
+def check_writable(text: str) -> None:
+    """Hold that a text can be written as UTF-8.
+
+    Raises:
+        RefusedError: it has half a surrogate pair, or (of CSV) bytes that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        what = f"is half a surrogate pair (\\u{code:04x})"
+        if 0xDC80 <= code <= 0xDCFF:
+            what = f"is no UTF-8 (byte 0x{code - 0xDC00:02x})"
+        raise RefusedError(Reason.INVALID_UTF8, f"character {error.start} {what}") from error
+
+
+def _read_named(source: InputFile, settings: CorpusSettings, set_aside: OnSetAside) -> Generator[Value, None, int]:
+    """The rows of a file behind its first one as objects, with the names that it gives."""
+    field, n_aside = settings.text_field, 0
+
+    def count(record: SetAside) -> None:
+        nonlocal n_aside
+        n_aside += 1
+        set_aside(record)
+
+    rows = read_rows(source, settings, count)
+    header = next(rows, None)
+    if header is None:
+        return 0
+    names = header.data
+    if names.count(field) != 1:
+        listed = ", ".join(repr(excerpt_of(name.encode(errors="replace"))) for name in names[:8])
+        detail = f"no column {field!r}, only {listed}" if field not in names else f"two columns are named {field!r}"
+        set_aside(SetAside(source.label, "", 0, Reason.NO_TEXT, detail, size_bytes=source.size_bytes()))
+        rows.close()
+        return 0
+    n_rows = 0
+    for row in rows:
+        n_rows = row.number - 1
+        yield row._replace(data=dict(zip(names, row.data, strict=False)), number=n_rows)
+    if not n_rows and not n_aside:
+        set_aside(SetAside(source.label, "", 0, Reason.EMPTY, "no row in the file"))
+    return n_rows
+
+
+def _table(source: InputFile, set_aside: OnSetAside) -> Generator[Value, None, int]:
+    """The rows of a Parquet table, all columns of them."""
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with source.open() as handle:
+            table = pq.ParquetFile(handle, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
+            for group in range(table.num_row_groups):
+                row_group = table.metadata.row_group(group)
+                stored = sum(row_group.column(n).total_compressed_size for n in range(row_group.num_columns))
+                if row_group.total_byte_size > max(BOMB_BYTES, BOMB_RATIO * stored):
+                    detail = f"a decompression bomb: {stored:,} bytes stand for {row_group.total_byte_size:,}"
+                    raise DamagedStreamError(Reason.DAMAGED, detail)
+                for batch in table.iter_batches(TABLE_ROWS, row_groups=[group], use_threads=False):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield Value(row, number - 1, "row", number)
+            if not number:
+                set_aside(SetAside(source.label, "", 0, Reason.EMPTY, "no row in the file"))
+    except Exception as error:  # Arrow has many
+        is_known = isinstance(error, DamagedStreamError) or getattr(error, "errno", None) is not None
+        what = excerpt_of(str(error)) or type(error).__name__
+        fault = error if is_known else DamagedStreamError(Reason.DAMAGED, what)
+        so_far = f"the {number:,} rows before it are read" if number else ""
+        set_aside(unread(source, fault, number, "row" if number else "", number + 1 if number else 0, so_far))
+    return number
+
+
+def strings_of(value: Any) -> Iterator[str]:
+    """Every string in a value, however deep in lists and fields; without recursion, so that no depth is too much."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            waiting += reversed(list(item.values()))
+        elif isinstance(item, list | tuple):
+            waiting += reversed(item)
+
+
+def _json_type(value: object) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    names = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
+    return names.get(type(value), "null")
