@@ -119,8 +119,13 @@ def tables() -> list[Files]:
         {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}},
         {"use_dictionary": False, "write_page_checksum": True, "data_page_size": 200},
     )
-    bomb = pa.table({"text": ["a" * (1 << 26)] * 6})
-    made_of = [(rows, choice) for choice in options * 3] + [(bomb, {"compression": "zstd", "use_dictionary": False})]
+    # 300 bytes that stand for 2 GB, and a page of 128 MB
+    alike = pa.DictionaryArray.from_arrays(pa.array([0] * 1_000, pa.int32()), pa.array(["a" * (1 << 21)]))
+    page = pa.table({"text": ["a" * (1 << 21)] * 64})
+    made_of = [(rows, choice) for choice in options * 2] + [
+        (pa.table({"text": alike}), {"compression": "zstd", "store_schema": False}),
+        (page, {"compression": "zstd", "use_dictionary": False, "data_page_size": 1 << 30}),
+    ]
     return [
         made(lambda place, table=table, choice=choice: pq.write_table(table, place / "a.parquet", **choice))
         for table, choice in made_of
