@@ -39,12 +39,14 @@ from groundup.corpus.reading.sources import find_sources
 from groundup.corpus.reading.units import units_of
 from groundup.distributed import current_world
 from groundup.evaluation.harness import read_scores
+from groundup.evaluation.table import compare, read_comparison
 from groundup.files import write_json
 from groundup.interop import export_folder, load_model, save_model
 from groundup.pipeline import plan
 from groundup.preview import check_recipe, derived_values
 from groundup.recipe import CorpusSettings, ShardsSettings, read_recipe, recipe_toml
 from groundup.report import write_report
+from groundup.report.closing import closing_table
 from groundup.report.record import read_record
 from groundup.run import Run
 from groundup.shards import TokenShards, import_ids, verify_shards, write_shards
@@ -337,7 +339,7 @@ def runs() -> list[Files]:
     }
     score = {"value": 0.5, "stderr": 0.1, "n": 20}
     scores = {
-        "figures": {"bits_per_byte": score, "accuracy": score},
+        "figures": {"bits_per_byte": score, "exact_match": score},
         "by_kind": {"capital": score},
         "answers": [{"prompt": "Capital?", "expected": "b", "reply": "b", "right": True, "kind": "capital"}],
     }
@@ -372,7 +374,8 @@ def read_a_run(folder: Path) -> object:
     for path in folder.rglob("*.jsonl"):
         read_log(path)
     read_scores(run.folder("evaluate/pretrain"))
-    return read_record(run), plan(run.recipe, run, strict=False)
+    closing_table(read_comparison(run), run)
+    return read_record(run), compare(run.recipe, run), plan(run.recipe, run, strict=False)
 
 
 def read_a_report(folder: Path) -> None:
