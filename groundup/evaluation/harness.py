@@ -192,6 +192,7 @@ def read_scores(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = read_json(folder / SCORES_FILE)
         tables = [*found["figures"].values(), *found["by_kind"].values()]
         is_whole = all(is_number(figure["value"]) for figure in tables) and isinstance(found["answers"], list)
+        is_whole &= found["figures"].keys() <= set(METRIC_OF_TASK.values())
     except (ArtifactError, AttributeError, KeyError, TypeError):
         return {}
     return found if is_whole else {}
