@@ -235,7 +235,7 @@ class _Search:
         if path.is_dir():
             self._files_below(path, os.path.realpath(path))
         elif path.is_file():
-            self._name(InputFile(_label(path), path))
+            self._name(item, InputFile(_label(path), path))
         elif glob.has_magic(item):
             base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
             matches = sorted(set(_matches(base, path.relative_to(base).parts)))
@@ -252,19 +252,19 @@ class _Search:
         else:
             raise DataError(f"{item}: no such file or folder (seen from {Path.cwd()}).", self._check)
 
-    def _name(self, source: InputFile) -> None:
+    def _name(self, item: str, source: InputFile) -> None:
         """A file that was named, not found in a folder."""
         name = source.entry.name
         if kind_of(name) is None:
             if source.ending in SUFFIXES:
-                raise DataError(f"{source.label}: a Parquet file that was packed again.", "Unpack it.")
+                raise DataError(f"{item}: a Parquet file that was packed again.", "Unpack it.")
             self.found.unknown.append(source.label)
         self.found.files.append(source)
 
     def _expand_remote(self, item: str) -> None:
         files, is_listing = find_remote(item)
         if not is_listing:
-            self._name(InputFile(files[0].label, files[0]))
+            self._name(item, InputFile(files[0].label, files[0]))
             return
         ours = {os.path.dirname(file.url) for file in files if file.name in (MANIFEST, STARTED)}
         for file in files:
