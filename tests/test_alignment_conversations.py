@@ -67,6 +67,9 @@ def test_the_split_is_by_all_that_is_said(tmp_path: Path) -> None:
     found = load(tmp_path / "a.jsonl")
     assert 10 <= len(found.held_out) <= 30
     assert not [one for one in found.held_out if one in found.train]
+    (tmp_path / "a.jsonl").write_bytes(lines(TALKS[:2]))
+    found = load(tmp_path / "a.jsonl")
+    assert (len(found.train), len(found.held_out)) == (1, 1)
 
 
 BAD = {

@@ -41,6 +41,8 @@ SUFFIXES: dict[str, Kind] = {
 SHIPPED = {"groundup:classics": "classics.jsonl", "groundup:shakespeare": "shakespeare.txt"}
 STARTED = "started.json"
 SET_ASIDE = "set_aside.jsonl"
+CRAWLED = "crawl.json"
+"""What a crawl says of itself, beside its pages."""
 CURATED = ("filter_statistics.json", "unit.json")
 """Beside `SET_ASIDE` in a folder of documents, and in one of measurements."""
 
@@ -271,7 +273,7 @@ class _Search:
             hidden = any(part.startswith(".") for part in file.below.split("/"))
             if hidden or ours.intersection(_parents_of(file.url)):
                 continue
-            if kind_of(file.name) is None:
+            if kind_of(file.name) is None or file.name == CRAWLED:
                 self.found.passed_over.append(file.label)
             else:
                 self.found.files.append(InputFile(file.label, file))
@@ -315,7 +317,7 @@ class _Search:
         return True
 
     def _add(self, path: Path, home: str) -> None:
-        if kind_of(path.name) is None or _is_stage_folder(path.parent):
+        if kind_of(path.name) is None or path.name == CRAWLED or _is_stage_folder(path.parent):
             self.found.passed_over.append(_label(path))
         elif self._leads_out(path, home):
             pass
