@@ -119,6 +119,11 @@ BROKEN_LINES = {
     "no json": (b"hello", Reason.INVALID_JSON, "character"),
     "too deep": (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", Reason.INVALID_JSON, ""),
     "twice": (b'{"text": "one", "text": "two"}', Reason.INVALID_JSON, 'the field "text" stands in it twice'),
+    "deep and named again": (
+        b'{"text": "x", "y": {"text": 1}, "z": ' + b"[" * 1000 + b"]" * 1000 + b"}",
+        Reason.INVALID_JSON,
+        "",
+    ),
     "huge number": (b'{"text": "x", "n": NaN, "m": ' + b"9" * 5000 + b"}", Reason.INVALID_JSON, ""),
     "list": (b'["text"]', Reason.INVALID_JSON, "a list"),
     "null": (b"null", Reason.INVALID_JSON, "null"),

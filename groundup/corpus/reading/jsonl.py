@@ -283,7 +283,10 @@ def parse_json(data: bytes, field: str) -> tuple[Any, bool]:
 
 
 def _says_twice(data: bytes | str, field: str) -> bool:
-    pairs = json.loads(data, object_pairs_hook=tuple)
+    try:
+        pairs = json.loads(data, object_pairs_hook=tuple)
+    except (ValueError, RecursionError):  # deeper, or a longer number, than this parser takes: nobody can say
+        return True
     return isinstance(pairs, tuple) and sum(key == field for key, _ in pairs) > 1
 
 
