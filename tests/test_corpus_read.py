@@ -203,7 +203,9 @@ def test_relative_names_and_file_addresses(tmp_path: Path, monkeypatch: pytest.M
         (source,) = find_sources([item]).files
         assert source.label.endswith("b/a.txt")
         assert not source.label.startswith("/")
-    (source,) = find_sources([f"file://{tmp_path}/b/a.txt"]).files
+    for kind in ("file", "local"):
+        (source,) = find_sources([f"{kind}://{tmp_path}/b/a.txt"]).files
+        assert isinstance(source.entry, Path)
     assert source.label == (tmp_path / "b" / "a.txt").as_posix()
 
 

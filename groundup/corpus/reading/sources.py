@@ -227,10 +227,10 @@ class _Search:
         self._check = f"Check {setting}."
         if item.startswith("groundup:"):
             self.found.files.append(InputFile(item, _shipped(item)))
-        elif "://" in item and not item.startswith("file://"):
+        elif "://" in item and not item.startswith(("file://", "local://")):
             self._expand_remote(item)
         else:
-            self._expand(item.removeprefix("file://"))
+            self._expand(item.removeprefix("file://").removeprefix("local://"))
 
     def _expand(self, item: str) -> None:
         path = Path(item).expanduser()
