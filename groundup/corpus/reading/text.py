@@ -116,9 +116,10 @@ def _holds(source: InputFile, separator: bytes) -> bool:
     with source.open() as handle:
         while True:
             block = handle.read(BLOCK_BYTES)
-            if separator and (separator in block or separator in tail + block[: len(separator)]):
-                return True
-            tail = (tail + block[-len(separator) :])[-len(separator) :]
+            if separator:
+                if separator in block or separator in tail + block[: len(separator)]:
+                    return True
+                tail = (tail + block[-len(separator) :])[-len(separator) :]
             begins = n_read - len(decoder.getstate()[0])
             try:
                 if fault is None:
