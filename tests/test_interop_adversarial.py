@@ -68,14 +68,12 @@ HEADERS: dict[str, tuple[Any, bytes]] = {
     "NaN": (b'{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 8]}}', b"\0" * 8),
     "nested without end": (b'{"a":' * 100_000, b""),
     "no offsets": ({"a": {"dtype": "F32", "shape": [2]}}, b"\0" * 8),
-    "more than it has": ({"a": {**SOME["a"], "code": "x"}}, b"\0" * 8),
     "a dtype of its own": ({"a": {**SOME["a"], "dtype": "NaN"}}, b"\0" * 8),
     "a dtype that is none": ({"a": {**SOME["a"], "dtype": ["F32"]}}, b"\0" * 8),
     "a negative shape": ({"a": {**SOME["a"], "shape": [-2]}}, b"\0" * 8),
     "half a row": ({"a": {**SOME["a"], "shape": [2.0]}}, b"\0" * 8),
     "true rows": ({"a": {**SOME["a"], "shape": [True, 2]}}, b"\0" * 8),
     "a shape that overflows": ({"a": {**SOME["a"], "shape": [2**62, 4, 2**62]}}, b"\0" * 8),
-    "a hundred dimensions": ({"a": {**SOME["a"], "shape": [1] * 99 + [2]}}, b"\0" * 8),
     "offsets backwards": ({"a": {**SOME["a"], "data_offsets": [8, 0]}}, b"\0" * 8),
     "three offsets": ({"a": {**SOME["a"], "data_offsets": [0, 4, 8]}}, b"\0" * 8),
     "another size": ({"a": {**SOME["a"], "data_offsets": [0, 4]}}, b"\0" * 4),
@@ -88,17 +86,14 @@ HEADERS: dict[str, tuple[Any, bytes]] = {
 }
 
 
-@pytest.mark.parametrize("fault", HEADERS)
-def test_a_header_that_does_not_hold_is_refused(fault: str, folder: Path) -> None:
-    header, contents = HEADERS[fault]
-    write_file(folder / "model.safetensors", header, contents)
-    refused(folder, r"model\.safetensors: (cannot be read|not the weights)")
-
-
-@pytest.mark.parametrize("length", [0, 1, 2**63, 2**64 - 1, 10**9])
-def test_a_length_of_the_header_that_cannot_be_is_refused(length: int, folder: Path) -> None:
-    write_file(folder / "model.safetensors", SOME, b"\0" * 8, length)
-    refused(folder, r"model\.safetensors: cannot be read")
+@pytest.mark.parametrize("fault", [*HEADERS, 0, 1, 2**63, 2**64 - 1, 10**9])
+def test_a_header_that_does_not_hold_is_refused(fault: str | int, tmp_path: Path) -> None:
+    if isinstance(fault, int):
+        write_file(tmp_path / "model.safetensors", SOME, b"\0" * 8, length=fault)
+    else:
+        write_file(tmp_path / "model.safetensors", *HEADERS[fault])
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: cannot be read"):
+        read_header(tmp_path / "model.safetensors")
 
 
 def test_a_huge_header_is_not_even_read(folder: Path) -> None:
