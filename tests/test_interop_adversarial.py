@@ -263,13 +263,28 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path) -> None:
     refused(folder, "not found")
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "config.json"])
-def test_no_other_file_is_read_through_a_link(name: str, folder: Path) -> None:
-    secret = folder.parent / "secret.json"
-    secret.write_text((folder / "config.json").read_text())
+NO_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a link out": (
+        lambda path: path.symlink_to(path.parent.parent / "made" / "config.json"),
+        "leads out of its folder",
+    ),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "leads out of its folder"),
+    "a link to itself": (lambda path: path.symlink_to(path), "cannot be read"),
+    "a pipe": (lambda path: os.mkfifo(path), "is not an ordinary file"),
+    "a folder": (lambda path: path.mkdir(), "is not an ordinary file"),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("kind", NO_FILES)
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "digests.json"]
+)
+def test_only_files_of_the_folder_are_read(name: str, kind: str, folder: Path) -> None:
+    make, message = NO_FILES[kind]
     (folder / name).unlink(missing_ok=True)
-    (folder / name).symlink_to(secret)
-    with pytest.raises(ArtifactError, match="is a link that leads out of its folder"):
+    make(folder / name)
+    with pytest.raises(ArtifactError, match=rf"{name}: .*{message}"):
         import_folder(folder, folder.parent / "out")
 
 
@@ -281,13 +296,6 @@ def test_links_within_the_hubs_cache_are_followed(folder: Path, tmp_path: Path) 
         path.rename(home / "blobs" / str(number))
         (home / "snapshots" / "r1" / path.name).symlink_to(f"../../blobs/{number}")
     gu.load(home / "snapshots" / "r1")
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_a_pipe_is_not_waited_for(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    os.mkfifo(folder / "model.safetensors")
-    refused(folder, "is not an ordinary file")
 
 
 class Trap:
