@@ -147,6 +147,15 @@ def test_it_is_imported_exported_and_saved_byte_for_byte(folder: Path, tmp_path:
     assert theirs.chat_template == "{{ messages }}"
 
 
+def test_ids_that_stand_for_no_token_are_known() -> None:
+    spec = json.loads(byte_level().to_str())
+    n = len(spec["model"]["vocab"])
+    spec["model"]["vocab"]["zq"] = n + 3  # the added token goes to n + 1
+    holed = PretrainedTokenizer({"tokenizer.json": json.dumps(spec).encode()}, "holed", {})
+    assert holed.unused_ids(n + 6) == [n, n + 2, n + 4, n + 5]
+    assert small_tokenizer().unused_ids(322) == [320, 321]
+
+
 def test_text_is_generated_with_it(folder: Path) -> None:
     loaded = gu.load(folder)
     ours = gu.generate(loaded.model, loaded.tokenizer, "Once upon", max_tokens=8, temperature=0)
