@@ -1,8 +1,10 @@
 """Tokenizers that come with a model: Hugging Face's ids and texts, through the methods that ours have."""
 
 import contextlib
+import itertools
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,11 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 import groundup as gu
 from groundup.errors import ArtifactError, DataError
 from groundup.interop import export_folder, import_folder
-from groundup.tokenizer import render
+from groundup.tokenizer import load_tokenizer, pretrained, render
+from groundup.tokenizer import tokenizer as own_tokenizer
+from groundup.tokenizer.adversarial import adversarial_texts
 from groundup.tokenizer.pretrained import PretrainedTokenizer
+from groundup.tokenizer.split import cut_into_pieces
 
 transformers = pytest.importorskip("transformers")
 
@@ -85,6 +90,7 @@ def make_folder(kind: str, tmp_path: Path) -> Path:
     model = random_model("llama-nano", vocab_size=400)
     gu.save_model(tmp_path / "made", model)
     export_folder(tmp_path / "made", tmp_path / "theirs")
+    (tmp_path / "theirs" / "digests.json").unlink()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=make(), **names, chat_template="{{ messages }}")
     fast.save_pretrained(tmp_path / "theirs")
     return tmp_path / "theirs"
@@ -237,11 +243,30 @@ def test_ids_of_the_configuration_stand_in_where_no_file_names_tokens(tmp_path: 
         _ = PretrainedTokenizer(files, "t", {}).end_id
 
 
+NOTHING = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+DOUBLING = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+
+
+def doubling(name: str) -> dict[str, object]:
+    return {"type": "Sequence", name: [DOUBLING] * 40}
+
+
 BROKEN = {
     "no JSON": b"{",
     "no model": b"{}",
     "a list": b"[]",
-    "another kind": None,
+    "two tokens with one id": b'{"model": {"type": "BPE", "vocab": {"a": 0, "</s>": 0}, "merges": []}}',
+    "a panic": b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "normalizer": '
+    b'{"type": "Precompiled", "precompiled_charsmap": "AAAA"}}',
+    "an end of every unknown character": b'{"model": {"type": "WordLevel", "vocab": {"</s>": 0}, "unk_token": "</s>"}}',
+    "deep": b'{"normalizer": ' + b'{"type": "Sequence", "normalizers": [' * 500 + b"]}" * 500 + b"}",
+    "deeper": b"[" * 100_000,
+    "a decoder that doubles": json.dumps({"model": NOTHING, "decoder": doubling("decoders")}).encode(),
+    "a pre-tokenizer that doubles": json.dumps(
+        {"model": NOTHING, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTE_LEVEL] * 40}}
+    ).encode(),
+    "one step that grows": json.dumps({"model": NOTHING, "normalizer": {**DOUBLING, "content": "a" * 5000}}).encode(),
     "ids to the moon": b'{"model": {"type": "BPE", "vocab": {"a": 99999999999}, "merges": []}}',
     "added without an id": b'{"added_tokens": [{}], "model": {"type": "BPE", "vocab": {}, "merges": []}}',
 }
@@ -250,13 +275,37 @@ BROKEN = {
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_damaged_or_unknown_tokenizer_is_an_error_that_names_the_file(fault: str, tmp_path: Path) -> None:
     interop_models.save("Llama 2, grouped", tmp_path)
-    contents = BROKEN[fault]
-    if contents is None:
-        engine = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
-        contents = engine.to_str().encode()
-    (tmp_path / "tokenizer.json").write_bytes(contents)
+    (tmp_path / "tokenizer.json").write_bytes(BROKEN[fault])
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     with pytest.raises(ArtifactError, match=r"tokenizer\.json"):
         gu.load(tmp_path)
+
+
+def test_a_pipe_is_not_read_for_ever(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokenizer.json")
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        with pytest.raises(ArtifactError, match="not an ordinary file"):
+            load_tokenizer(path)
+
+
+FAILING = {
+    "a normalizer that doubles 40 times": ({"normalizer": doubling("normalizers")}, "characters of one"),
+    "no token for an unknown word": (
+        {"model": {"type": "WordLevel", "vocab": {"b": 0}, "unk_token": "[UNK]"}},
+        "Missing .UNK.",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAILING)
+def test_what_fails_while_encoding_is_an_error_of_ours(fault: str) -> None:
+    changes, said = FAILING[fault]
+    contents = json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, **changes}).encode()
+    for encode in ("encode", "encode_to_arrays"):
+        with pytest.raises(DataError, match=said):
+            getattr(PretrainedTokenizer({"tokenizer.json": contents}, "t", {}), encode)(
+                ["a"][0 if encode == "encode" else slice(1)]
+            )
 
 
 def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path: Path) -> None:
@@ -264,6 +313,269 @@ def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(byte_level().to_str())
     with pytest.raises(ArtifactError, match=r"tokenizer\.json: has 301 tokens, the model beside it 96"):
         gu.load(tmp_path)
+
+
+# --- Text is never a control token
+
+
+LETTERS = "</s>[SEPabc]|_unk"
+BYTES = [f"<0x{value:02X}>" for value in range(256)]
+CONTROL = ["<unk>", "<s>", "</s>"]
+
+
+def special(name: str, index: int, **changes: object) -> dict[str, object]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": index, "content": name, "special": True, **flags, **changes}
+
+
+def bpe_that_merges(*control: str, start: list[str], **model: object) -> dict[str, object]:
+    """Merges lead to every control token, with and without a space, and beyond it."""
+    vocabulary, merges = [*control, *start, *sorted(set(LETTERS) - set(start)), "\u2581"], []
+    for name in (*control, *(f"\u2581{name}" for name in control), f"{control[-1]}a"):
+        for end in range(2, len(name) + 1):
+            if [name[: end - 1], name[end - 1]] not in merges:
+                merges.append([name[: end - 1], name[end - 1]])
+            if name[:end] not in vocabulary:
+                vocabulary.append(name[:end])
+    return {"type": "BPE", "vocab": {name: at for at, name in enumerate(vocabulary)}, "merges": merges, **model}
+
+
+def spec(model: dict[str, object], control: list[str], **parts: object) -> bytes:
+    """With a post-processor, cut-offs and paddings that add to and take from every text."""
+    template = processors.TemplateProcessing(
+        single=f"$A {control[-1]}", special_tokens=[(control[-1], len(control) - 1)]
+    )
+    return json.dumps(
+        {
+            "added_tokens": [special(name, at) for at, name in enumerate(control)],
+            "post_processor": json.loads(template.__getstate__()),
+            "truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
+            "padding": {
+                "strategy": {"Fixed": 9},
+                "direction": "Left",
+                "pad_to_multiple_of": None,
+                "pad_id": 2,
+                "pad_type_id": 0,
+                "pad_token": control[-1],
+            },
+            **{name: json.loads(part.__getstate__()) for name, part in parts.items()},
+            "model": model,
+        }
+    ).encode()
+
+
+def own(kind: str) -> gu.Tokenizer:
+    """Ours, but for a post-processor and a pre-tokenizer that leaves names of control tokens whole."""
+    made = json.loads(gu.Tokenizer.train([TEXT], kind=kind, vocab_size=600)._contents)
+    template = processors.TemplateProcessing(single="$A <|end|>", special_tokens=[("<|end|>", 5)])
+    cuts = json.loads(
+        pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(use_regex=False, add_prefix_space=False)]).__getstate__()
+    )
+    made |= {
+        "post_processor": json.loads(template.__getstate__()),
+        **({"pre_tokenizer": cuts} if kind in ("bpe", "unigram") else {}),
+    }
+    return gu.Tokenizer(json.dumps(made))
+
+
+WORDS = {name: at for at, name in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "##[SEP]", *LETTERS])}
+UNIGRAM = [
+    *((name, 0.0) for name in CONTROL),
+    ("\u2581</s>", -1.0),
+    ("\u2581", -2.0),
+    *((one, -3.0) for one in sorted(set(LETTERS))),
+    *((byte, -9.0) for byte in BYTES),
+]
+LLAMA = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+TRICKY = normalizers.Sequence(
+    [normalizers.Replace("\u00a7", "</s>"), normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()]
+)
+SPELLED = {"type": "Unigram", "unk_id": 0, "vocab": UNIGRAM, "byte_fallback": True}
+TRICKED = {
+    "unigram": spec(SPELLED, CONTROL, pre_tokenizer=pre_tokenizers.Metaspace()),
+    "unigram, normalized": spec(SPELLED, CONTROL, normalizer=TRICKY),
+    "unigram without bytes": spec({**SPELLED, "byte_fallback": False}, CONTROL),
+    "byte-level": spec(
+        bpe_that_merges("</s>", start=sorted(pre_tokenizers.ByteLevel.alphabet())),
+        ["</s>"],
+        pre_tokenizer=pre_tokenizers.ByteLevel(use_regex=False),
+    ),
+    "byte-level, whole words": spec(
+        bpe_that_merges("</s>", start=sorted(pre_tokenizers.ByteLevel.alphabet()), ignore_merges=True, dropout=0.5),
+        ["</s>"],
+        pre_tokenizer=pre_tokenizers.ByteLevel(use_regex=False),
+    ),
+    "llama 2": spec(
+        bpe_that_merges(*CONTROL, start=BYTES, byte_fallback=True, unk_token="<unk>"), CONTROL, normalizer=LLAMA
+    ),
+    "normalized": spec(bpe_that_merges(*CONTROL, start=BYTES, unk_token="<unk>"), CONTROL, normalizer=TRICKY),
+    "wordpiece": spec(
+        {
+            "type": "WordPiece",
+            "vocab": WORDS,
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 99,
+        },
+        list(WORDS)[:4],
+        normalizer=normalizers.BertNormalizer(lowercase=False),
+        pre_tokenizer=pre_tokenizers.WhitespaceSplit(),
+    ),
+    "words": spec(
+        {"type": "WordLevel", "vocab": WORDS, "unk_token": "[UNK]"},
+        list(WORDS)[:4],
+        pre_tokenizer=pre_tokenizers.WhitespaceSplit(),
+    ),
+}
+ALL_KINDS = {kind: PretrainedTokenizer({"tokenizer.json": made}, kind, {}) for kind, made in TRICKED.items()} | {
+    f"own {kind}": own(kind) for kind in ("bpe", "wordpiece", "unigram", "characters")
+}
+TRICKS = st.sampled_from(
+    [
+        *CONTROL,
+        "[SEP]",
+        "[CLS]",
+        "<|end|>",
+        "\u2581</s>",
+        "\uff1c/s\uff1e",
+        "</S>",
+        "\u00a7",
+        "</",
+        "s>",
+        "<",
+        "/s>",
+        " ",
+        "\n",
+        "a",
+        "</s>a",
+        "##[SEP]",
+        "<0x3C>",
+        "\ud800",
+        "\U0001f642",
+        "a" * 40,
+    ]
+)
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@given(text=st.lists(TRICKS | st.text(st.characters(categories=None)), max_size=5).map("".join))
+def test_text_never_gives_a_control_token(kind: str, text: str) -> None:
+    tokenizer = ALL_KINDS[kind]
+    ids = tokenizer.encode(text)
+    assert tokenizer.special_ids & set(ids) <= {tokenizer.unknown_id}
+    assert tokenizer.encode(text) == tokenizer.encode_to_arrays([text])[0].tolist() == ids
+    name = max(tokenizer._specials)
+    assert tokenizer.encode(name, allowed_special=[name]) == [tokenizer._specials[name]]
+
+
+def test_words_that_no_token_ends_are_still_found() -> None:
+    """The law above does not hold because nothing is found: what is no control token is, under the same name."""
+    made = {kind: json.loads(contents) | {"added_tokens": []} for kind, contents in TRICKED.items()}
+    text = {"wordpiece": "[SEP]", "words": "[SEP]"}
+    for kind, changed in made.items():
+        tokenizer = PretrainedTokenizer({"tokenizer.json": json.dumps(changed).encode()}, kind, {})
+        name = text.get(kind, "</s>")
+        index = tokenizer._ids[name]
+        assert {index, tokenizer._ids.get(f"\u2581{name}")} & set(tokenizer.encode(name)), kind
+
+
+def test_added_tokens_behind_control_tokens_keep_their_ids() -> None:
+    """As Qwen 3's `<tool_call>`: numbered anew without the control tokens before it, text would become one of those."""
+    engine = byte_level()
+    engine.add_special_tokens(["<|im_end|>"])
+    engine.add_tokens(["<think>"])
+    tokenizer = PretrainedTokenizer({"tokenizer.json": engine.to_str().encode()}, "t", {})
+    assert tokenizer.encode("<think>") == [engine.token_to_id("<think>")]
+    assert len(tokenizer.encode("<|im_end|>")) > 1
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_control_tokens_that_another_file_names_are_control_tokens(place: str) -> None:
+    made = json.loads(TRICKED["unigram"]) | {"added_tokens": []}
+    files = {
+        "tokenizer.json": json.dumps(made).encode(),
+        place: b'{"eos_token": {"content": "</s>"}, "pad_token": "a"}',
+    }
+    tokenizer = PretrainedTokenizer(files, "t", {"bos_token_id": 1, "eos_token_id": None})
+    assert {1, 2} <= tokenizer.special_ids
+    assert not {1, 2} & set(tokenizer.encode("</s> <s>"))
+    assert tokenizer._ids["a"] in tokenizer.encode("a")  # a letter remains text, whoever fills rows with it
+
+
+def test_of_two_names_that_begin_alike_the_longer_one_is_meant() -> None:
+    made = {"added_tokens": [special(name, at + 1) for at, name in enumerate(["<a", "<a>", "<a>>"])], "model": NOTHING}
+    tokenizer = PretrainedTokenizer({"tokenizer.json": json.dumps(made).encode()}, "t", {})
+    for names in itertools.permutations(["<a", "<a>", "<a>>"]):
+        assert tokenizer.encode("<a><a<a>>", allowed_special=names) == [2, 1, 3]
+
+
+# --- Long texts
+
+
+def short(text: str, characters: int = 50, *, drop_space: bool = False) -> Iterator[str]:
+    return cut_into_pieces(text, characters, drop_space=drop_space)
+
+
+@pytest.mark.parametrize(
+    "kind", ["byte level", "llama 2", "unigram", "wordpiece", "words", "own bpe", "own characters"]
+)
+def test_a_long_text_has_the_same_ids_in_pieces_and_as_a_stream(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = LOADED.get(kind) or ALL_KINDS[kind]
+    text = " ".join([*adversarial_texts(300, seed=2), "abc ab\nabc", TEXT])
+    whole = tokenizer.encode(text)
+    for module in (pretrained, own_tokenizer):
+        monkeypatch.setattr(module, "PIECE_CHARACTERS", 50)
+        monkeypatch.setattr(module, "cut_into_pieces", short)
+    assert len(list(tokenizer._cut(text))) > 20
+    assert tokenizer.encode(text) == whole
+    parts = [text[at : at + 7] for at in range(0, len(text), 7)]
+    stream = tokenizer.encode_iterable(iter(parts))
+    assert list(stream) == whole
+
+
+def test_a_tokenizer_that_merges_across_spaces_is_not_cut_and_does_not_stream() -> None:
+    made = json.loads(TRICKED["llama 2"])
+    made["model"]["vocab"]["a\u2581a"] = len(made["model"]["vocab"])
+    tokenizer = PretrainedTokenizer({"tokenizer.json": json.dumps(made).encode()}, "t", {})
+    assert len(list(tokenizer._cut("a a " * 50_000))) == 1
+    with pytest.raises(DataError, match="other ids than the whole"):
+        tokenizer.encode_iterable(["a a"])
+
+
+# --- vocab.json and merges.txt
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "Qwen2TokenizerFast", None])
+def test_a_vocabulary_and_merges_are_a_tokenizer(name: str | None, tmp_path: Path) -> None:
+    spec = json.loads(byte_level().to_str())
+    (tmp_path / "vocab.json").write_text(json.dumps(spec["model"]["vocab"]))
+    merges = [" ".join(pair) for pair in spec["model"]["merges"]]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    if name is not None:
+        config = {"tokenizer_class": name, "added_tokens_decoder": {"300": {"content": "<x>", "special": True}}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = load_tokenizer(tmp_path)
+    theirs = (
+        transformers.Qwen2TokenizerFast if name == "Qwen2TokenizerFast" else transformers.GPT2TokenizerFast
+    ).from_pretrained(tmp_path)
+    for text in [*TEXTS, "1234 it's e\u0301 <x>"]:
+        assert ours.encode(text) == theirs.encode(text, split_special_tokens=True)
+    assert ours.special_ids == ({0} if name is None else {0, 300})
+    assert [left + right for left, right in ours.merges()] == [ours.vocab()[257 + at] for at in range(len(merges))]
+    (tmp_path / "saved").mkdir()
+    ours.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").fingerprint == ours.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"tokenizer_class": "CLIPTokenizer"}, "CLIPTokenizer"), ({}, "not byte-level")]
+)
+def test_vocabularies_of_another_kind_are_refused_by_name(changes: dict[str, str], said: str, tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    (tmp_path / "merges.txt").write_text("")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(changes))
+    with pytest.raises(ArtifactError, match=said):
+        load_tokenizer(tmp_path)
 
 
 CONTENTS = {kind: KINDS[kind][0]().to_str().encode() for kind in KINDS}

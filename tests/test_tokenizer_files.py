@@ -88,6 +88,8 @@ def change(contents: dict[str, Any], fault: str) -> str:
         contents["added_tokens"] = []
     elif fault == "renamed control token":
         contents["added_tokens"][5]["content"] = "<|im_end|>"
+    elif fault == "a normalizer":
+        contents["normalizer"] = {"type": "Lowercase"}
     elif fault == "split regex":
         contents["pre_tokenizer"] = {
             "type": "Split",
@@ -127,7 +129,7 @@ def change_list(vocabulary: list[list[Any]], fault: str) -> None:
 
 FAULTS = [
     "not JSON", "empty", "a list", "no model", "another model", "no control tokens", "renamed control token",
-    "moved control token", "hole in the ids", "lost token", "an id that is no number", "split regex",
+    "moved control token", "hole in the ids", "lost token", "an id that is no number", "split regex", "a normalizer",
 ]  # fmt: skip
 
 

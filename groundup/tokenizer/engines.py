@@ -17,7 +17,7 @@ import json
 import multiprocessing
 import os
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +25,7 @@ from tokenizers import Tokenizer as HuggingFace
 
 from groundup.environment import usable_cores
 from groundup.tokenizer.adversarial import adversarial_texts
-from groundup.tokenizer.letters import unspelled
+from groundup.tokenizer.letters import LETTERS, unspelled
 from groundup.tokenizer.newer import NewerCharacters
 from groundup.tokenizer.split import PATTERNS, cut_into_pieces, grouped, replace_surrogates
 
@@ -51,14 +51,13 @@ class Encoder(Protocol):
         """Ids of each text. A lone surrogate counts as U+FFFD."""
 
 
-def choose(spec: dict[str, Any], engine: HuggingFace) -> tuple[Encoder, list[str]]:
+def choose(spec: dict[str, Any], reference: Encoder) -> tuple[Encoder, list[str]]:
     """The fastest encoder that gives the same ids as Hugging Face's, and why faster ones were passed over.
 
     Args:
-        spec: the contents of `tokenizer.json`.
-        engine: made of it, without control tokens.
+        spec: what encodes text, as `text_spec` makes it.
+        reference: Hugging Face's engine made of it, or what encodes characters.
     """
-    reference = HuggingFaceEncoder(engine)
     if spec["model"]["type"] != "BPE":
         return reference, []
     passed_over = []
@@ -80,23 +79,50 @@ def choose(spec: dict[str, Any], engine: HuggingFace) -> tuple[Encoder, list[str
 
 
 class HuggingFaceEncoder:
-    """Hugging Face's engine, with which the others are compared."""
+    """Hugging Face's engine, with which the others are compared.
+
+    Args:
+        engine: made by `text_spec`.
+        cut: a text in pieces that have the same ids one by one.
+    """
 
     name = "huggingface"
 
-    def __init__(self, engine: HuggingFace) -> None:
-        self._engine = engine
+    def __init__(self, engine: HuggingFace, cut: Callable[[str], Iterable[str]] = cut_into_pieces) -> None:
+        self._engine, self._cut = engine, cut
 
     def encode(self, texts: Sequence[str]) -> Arrays:
         """Ids of each text. A lone surrogate counts as U+FFFD."""
         flat = array("I")
         lengths = np.zeros(len(texts), dtype=np.int64)
-        for places, pieces in grouped(texts):
-            for place, encoding in zip(places, self._engine.encode_batch_fast(pieces), strict=True):
+        for places, pieces in grouped(texts, self._cut):
+            encoded = self._engine.encode_batch_fast(pieces, add_special_tokens=False)
+            for place, encoding in zip(places, encoded, strict=True):
                 ids = encoding.ids
                 flat.extend(ids)
                 lengths[place] += len(ids)
         return np.frombuffer(flat, dtype=np.uint32), lengths
+
+
+class CharacterEncoder:
+    """One id a character.
+
+    Args:
+        ids: of the characters.
+        unknown: the id of any other.
+    """
+
+    name = "groundup"
+
+    def __init__(self, ids: dict[str, int], unknown: int) -> None:
+        self._ids = np.full(0x110000, unknown, dtype=np.uint32)
+        self._ids[[ord(character) for character in ids]] = list(ids.values())
+
+    def encode(self, texts: Sequence[str]) -> Arrays:
+        """Ids of each text."""
+        lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
+        points = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        return self._ids[points], lengths
 
 
 class TiktokenEncoder:
@@ -155,8 +181,7 @@ class GigatokenEncoder:
 
         self._fallback = fallback
         _pattern(spec)
-        # Without control tokens: it would find their names in texts.
-        self._contents = json.dumps({**spec, "added_tokens": []}, ensure_ascii=False)
+        self._contents = json.dumps(spec, ensure_ascii=False)
         self._make: Callable[[str], Any] = gigatoken.Tokenizer.from_json
         self._newer = NewerCharacters()
         self._since_looked = 0
@@ -258,15 +283,13 @@ def _ranks(spec: dict[str, Any]) -> dict[bytes, int]:
     Raises:
         ValueError: the ids are not in the order of the merges.
     """
-    control = {token["content"] for token in spec["added_tokens"]}
     vocabulary: dict[str, int] = spec["model"]["vocab"]
     merges = spec["model"]["merges"]
     first = len(vocabulary) - len(merges)
     for place, merge in enumerate(merges):
-        left, right = merge if isinstance(merge, list) else merge.split(" ")
-        if vocabulary.get(left + right) != first + place:
+        if vocabulary.get("".join(merge)) != first + place:
             raise ValueError("its ids are not in the order of its merges")
-    return {unspelled(token): index for token, index in vocabulary.items() if token not in control}
+    return {unspelled(token): index for token, index in vocabulary.items() if index >= first - len(LETTERS)}
 
 
 def _memory_bytes() -> int:

@@ -7,29 +7,84 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Engine
+from tokenizers.pre_tokenizers import ByteLevel
 
-from groundup.untrusted import file_inside, read_bytes
+from groundup.errors import ArtifactError
+from groundup.tokenizer.letters import LETTERS
+from groundup.tokenizer.split import pre_tokenizer
+from groundup.untrusted import file_inside, parse_object, read_bytes, reading
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 GENERATION_FILE = "generation_config.json"
+VOCABULARY_FILE = "vocab.json"
+MERGES_FILE = "merges.txt"
 TOKENIZER_FILES = (
-    TOKENIZER_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, GENERATION_FILE, "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    TOKENIZER_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, GENERATION_FILE, "added_tokens.json", VOCABULARY_FILE,
+    MERGES_FILE, "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 """What a tokenizer can consist of; how a text is generated also says which tokens end it."""
 
+_SPLITS = {"GPT2Tokenizer": "gpt2", "CodeGenTokenizer": "gpt2", "RobertaTokenizer": "gpt2", "Qwen2Tokenizer": "qwen2"}
+"""How a text is cut by the tokenizers of transformers that have `vocab.json` and `merges.txt`."""
+
 
 def read_files(folder: Path, names: Collection[str]) -> dict[str, bytes]:
-    """The contents of those files that are there.
+    """The contents of those files that are there; `tokenizer.json` is made of `vocab.json` and `merges.txt` if need be.
 
     Raises:
         ArtifactError: one is no ordinary file of this folder, or too large.
     """
-    found = [name for name in names if (folder / name).exists() or (folder / name).is_symlink()]
-    return {name: read_bytes(file_inside(folder, name)) for name in found}
+    there = [name for name in names if (folder / name).exists() or (folder / name).is_symlink()]
+    found = {name: read_bytes(file_inside(folder, name)) for name in there}
+    if TOKENIZER_FILE in names and TOKENIZER_FILE not in found and {VOCABULARY_FILE, MERGES_FILE} <= found.keys():
+        with reading(str(folder / VOCABULARY_FILE)):
+            found[TOKENIZER_FILE] = _from_vocabulary_and_merges(found, str(folder)).encode()
+    return found
+
+
+def _from_vocabulary_and_merges(files: dict[str, bytes], source: str) -> str:
+    """GPT-2's two files, and what stands beside them, as `tokenizer.json`."""
+    config, named, more = (
+        parse_object(files.get(name, b"{}"), f"{source}/{name}")
+        for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE, "added_tokens.json")
+    )
+    made_for = str(config.get("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
+    if made_for not in _SPLITS:
+        raise ArtifactError(
+            f"{source}/{CONFIG_FILE}: tokenizer_class = {made_for!r:.60}: not known how it cuts a text.",
+            f"Save it with transformers, which writes {TOKENIZER_FILE}.",
+        )
+    vocabulary = parse_object(files[VOCABULARY_FILE], f"{source}/{VOCABULARY_FILE}")
+    if not vocabulary.keys() >= set(LETTERS):
+        raise ArtifactError(f"{source}/{VOCABULARY_FILE}: is not byte-level as GPT-2's: some bytes have no token.")
+    lines = files[MERGES_FILE].decode().splitlines()
+    merges = [(line.split(" ")[0], line.split(" ", 1)[1]) for line in lines if line and not line.startswith("#version")]
+    engine = Engine(models.BPE(vocab=vocabulary, merges=merges))
+    engine.normalizer = normalizers.NFC() if _SPLITS[made_for] == "qwen2" else None
+    prefixed = bool(config.get("add_prefix_space"))
+    is_gpt2 = _SPLITS[made_for] == "gpt2"
+    engine.pre_tokenizer = ByteLevel(add_prefix_space=prefixed) if is_gpt2 else pre_tokenizer(_SPLITS[made_for])
+    engine.decoder = decoders.ByteLevel()
+    added = {str(content): int(index) for content, index in more.items()}
+    special: dict[str, Any] = {"<|endoftext|>": None}
+    for index, token in (config.get("added_tokens_decoder") or {}).items():
+        added[token["content"]] = int(index)
+        special |= {token["content"]: None} if token.get("special") else {}
+    for key, value in [*named.items(), *config.items()]:
+        if key.endswith("_token") and value is not None:
+            special[value["content"] if isinstance(value, dict) else str(value)] = None
+    added = {**{name: vocabulary[name] for name in special if name in vocabulary}, **added}
+    for name, index in sorted(added.items(), key=lambda item: item[1]):
+        engine.add_tokens([AddedToken(name, special=name in special, normalized=False)])
+        if engine.token_to_id(name) != index:
+            raise ArtifactError(
+                f"{source}: the added token {name!r:.60} has the id {index}, which is not the next one."
+            )
+    return as_json(contents(engine))
 
 
 def contents(engine: Engine) -> dict[str, Any]:

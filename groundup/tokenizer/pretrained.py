@@ -7,19 +7,21 @@ template is a program that groundup does not run.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 from tokenizers import Tokenizer as Engine
 
-from groundup.console import Console
 from groundup.errors import ArtifactError, DataError
 from groundup.files import value_digest, write_json
+from groundup.tokenizer.adversarial import adversarial_texts
+from groundup.tokenizer.engines import Encoder, HuggingFaceEncoder
 from groundup.tokenizer.files import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -28,13 +30,17 @@ from groundup.tokenizer.files import (
     TOKENIZER_FILES,
     read_files,
 )
-from groundup.tokenizer.letters import BYTE_OF_LETTER
+from groundup.tokenizer.letters import BYTE_OF_LETTER, LETTERS
 from groundup.tokenizer.special import CONTROL_TOKENS, control_tokens
-from groundup.tokenizer.split import replace_surrogates
+from groundup.tokenizer.split import PIECE_CHARACTERS, cut_into_pieces, replace_surrogates
+from groundup.tokenizer.text_engine import growth_check, text_spec
 from groundup.tokenizer.tokenizer import Tokenizer
-from groundup.untrusted import parse_object
+from groundup.untrusted import parse_object, read_bytes, reading
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_LOOKS_LIKE_CONTROL = re.compile(r"(?!<0x[0-9A-F]{2}>)[<\[].+[>\]]")
+_ACROSS = re.compile(rb"[A-Za-z\x80-\xff][ \n]")
+_MOVE_AWAY = "Move it away to load the model alone."
 _SPACE = "\u2581"
 _LEAST_OURS = 3  # others begin with <|endoftext|>, too
 SPECIAL_TOKENS = ("bos", "eos", "pad")
@@ -49,18 +55,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     file = path / TOKENIZER_FILE if path.is_dir() else path
-    try:
-        contents = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactError(
-            f"{file}: cannot be read ({error}).", "Make it: groundup build --from tokenizer."
-        ) from error
-    try:
-        return Tokenizer(contents, str(file))
-    except ArtifactError:
-        if file.name != TOKENIZER_FILE or not is_pretrained(contents.encode(), str(file)):
-            raise
-        return read_tokenizer(read_files(file.parent, TOKENIZER_FILES), str(file), {})
+    is_alone = file.name != TOKENIZER_FILE
+    files = {TOKENIZER_FILE: read_bytes(file)} if is_alone else read_files(file.parent, TOKENIZER_FILES)
+    if TOKENIZER_FILE not in files:
+        raise ArtifactError(f"{file}: not found.", "Make it: groundup build --from tokenizer.")
+    return read_tokenizer(files, str(file), {})
 
 
 def read_tokenizer(files: Mapping[str, bytes], source: str, values: Mapping[str, Any], n_ids: int = 0) -> Tokenizer:
@@ -115,35 +114,36 @@ class PretrainedTokenizer(Tokenizer):
         n_ids: of the model, which may have more than there are tokens: those beyond stand for nothing.
 
     Raises:
-        ArtifactError: damaged, or neither a byte-level tokenizer nor one of SentencePiece's kind.
+        ArtifactError: damaged, or made to do harm: its parts make a text grow without bound, two tokens have one id,
+            or an unknown character would end a text.
     """
 
     def __init__(self, files: Mapping[str, bytes], source: str, values: Mapping[str, Any], n_ids: int = 0) -> None:
         self._n_ids = n_ids
         self._files = dict(files)
-        try:
-            spec = parse_object(files[TOKENIZER_FILE], source)
-            self._full = Engine.from_str(files[TOKENIZER_FILE].decode())
-            added = [(int(token["id"]), str(token["content"]), token) for token in spec.get("added_tokens") or []]
-            plain = [token for _, _, token in added if not token["special"]]
-            # As with ours, the engine knows no control token, so that it cannot find one in a text.
-            self._engine = Engine.from_str(json.dumps({**spec, "added_tokens": plain, "post_processor": None}))
-            self._engine.no_padding()
-            self._engine.no_truncation()
-            self._ids = {**self._full.get_vocab(with_added_tokens=True)}
-            self._specials = {name: index for index, name, token in added if token["special"]}
-            self._control = list(self._specials)
-            self._bytes = _bytes_of_tokens(spec, self._ids, set(self._specials))
-        except ArtifactError:
-            raise
-        except Exception as error:  # the engine raises bare Exception
-            raise ArtifactError(
-                f"{source}: damaged, or not a tokenizer that can be read ({type(error).__name__}: {str(error)[:200]}).",
-                "Move it away to load the model alone.",
-            ) from error
         self.kind = "pretrained"
-        self.fingerprint = value_digest(spec)
-        self._special_token_ids = self._find_special(values, source)
+        self.fingerprint = value_digest(parse_object(files[TOKENIZER_FILE], source))
+        with reading(f"{source}: damaged, or not a tokenizer that can be read", fix=_MOVE_AWAY):
+            self._full = Engine.from_str(files[TOKENIZER_FILE].decode())
+            spec = json.loads(self._full.to_str())  # one spelling of what several versions of the format say
+            self._ids = self._full.get_vocab(with_added_tokens=True)
+            if len(set(self._ids.values())) != len(self._ids):
+                raise ValueError("two of its tokens have one id")
+            self._bytes = _bytes_of_tokens(spec, self._ids)
+            self._special_token_ids = self._find_special(values, source)
+            self._specials = self._find_control(spec, str(Path(source).with_name(CONFIG_FILE)))
+            for index in self._specials.values():
+                self._bytes[index] = b""
+            self._unknown = _unknown_id(spec, self._ids, self._specials.keys())
+            self._check_growth = growth_check(spec["normalizer"])
+            self._engine = Engine.from_str(json.dumps(text_spec(spec, self._specials), ensure_ascii=False))
+            added = {token["content"] for token in spec["added_tokens"]} - self._specials.keys()
+            if any(self._engine.token_to_id(name) != self._ids[name] for name in added):
+                raise ValueError("its added tokens do not have the ids that it says")
+            self._reference = HuggingFaceEncoder(self._engine, self._cut)
+        with contextlib.suppress(DataError):
+            if self._unknown is not None and self._unknown in (self.end_id, self.end_of_text_id):
+                raise ArtifactError(f"{source}: whatever character it does not know would end a text.", _MOVE_AWAY)
 
     @property
     def special_token_ids(self) -> dict[str, list[int]]:
@@ -170,18 +170,70 @@ class PretrainedTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without the tokens that a model of it may expect at its beginning."""
-        encodings = self._engine.encode_batch([replace_surrogates(text) for text in texts], add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        with reading("a text for this tokenizer", DataError, "Check its tokenizer.json."):
+            return super().encode_batch(texts)
 
     def encode_to_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """As `Tokenizer.encode_to_arrays`, by Hugging Face's engine."""
-        encoded = self.encode_batch(texts)
-        lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
-        return np.fromiter((one for ids in encoded for one in ids), dtype=np.uint32, count=int(lengths.sum())), lengths
+        with reading("a text for this tokenizer", DataError, "Check its tokenizer.json."):
+            return super().encode_to_arrays(texts)
 
-    def choose_engine(self, console: Console | None = None) -> str:
-        """Always Hugging Face's: the self-test of faster ones covers groundup's own tokenizers only."""
-        return "huggingface"
+    def encode_iterable(self, parts: Iterable[str]) -> Iterator[int]:
+        """As `Tokenizer.encode_iterable`.
+
+        Raises:
+            DataError: this tokenizer merges across spaces, or changes a text by what stands far away in it.
+        """
+        if self._drops_space is None:
+            raise DataError(
+                "this tokenizer gives a piece of a text other ids than the whole.", "Encode the text as one: encode."
+            )
+        return super().encode_iterable(parts)
+
+    def _cut(self, text: str) -> Iterator[str]:
+        is_short = len(text) <= PIECE_CHARACTERS
+        drops_space = None if is_short else self._drops_space
+        for piece in [text] if drops_space is None else cut_into_pieces(text, drop_space=drops_space):
+            self._check_growth(piece)
+            yield piece
+
+    @functools.cached_property
+    def _drops_space(self) -> bool | None:
+        """Whether a long text is cut behind its spaces, as each piece gets one in front; None: it must not be cut.
+
+        No token may reach across a space between letters, and a self-test has to show that nothing else does.
+        """
+        if any(_ACROSS.search(token) for token in self._bytes) or not self._splits_words():
+            return None
+        texts = [f"{text}a b{text}\n" for text in adversarial_texts(200, seed=0)]
+        texts = ["".join(texts[place : place + 10]) for place in range(0, len(texts), 10)]
+        texts = [replace_surrogates(text) for text in texts]
+
+        def ids_of(pieces: list[str]) -> list[int]:
+            return [
+                index for one in self._engine.encode_batch_fast(pieces, add_special_tokens=False) for index in one.ids
+            ]
+
+        for drops in (False, True):
+            if all(ids_of(list(cut_into_pieces(text, 1, drop_space=drops))) == ids_of([text]) for text in texts):
+                return drops
+        return None
+
+    def _splits_words(self) -> bool:
+        """Whether a Unigram sees words one by one; the sums that decide its cuts would be rounded otherwise."""
+        if self._model()["type"] != "Unigram":
+            return True
+        text = "a b" if self._full.normalizer is None else self._full.normalizer.normalize_str("a b")
+        return self._full.pre_tokenizer is not None and len(self._full.pre_tokenizer.pre_tokenize_str(text)) > 1
+
+    def _model(self) -> dict[str, Any]:
+        model: dict[str, Any] = json.loads(self._full.to_str())["model"]
+        return model
+
+    @property
+    def _chosen(self) -> tuple[Encoder, list[str]]:
+        """Hugging Face's engine: the self-test of faster ones covers groundup's own tokenizers only."""
+        return self._reference, []
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD, control tokens nothing (or their names).
@@ -192,7 +244,11 @@ class PretrainedTokenizer(Tokenizer):
         listed = list(ids)
         for index in listed:
             self.token_bytes(index)
-        return self._full.decode(listed, skip_special_tokens=skip_special)
+        with reading("ids for this tokenizer", DataError, "Check its tokenizer.json."):
+            if not skip_special:
+                return self._full.decode(listed, skip_special_tokens=False)
+            control = self.special_ids
+            return self._full.decode([index for index in listed if index not in control], skip_special_tokens=True)
 
     def token_bytes(self, index: int) -> bytes:
         """The UTF-8 bytes that a token stands for; nothing for a control token or an id that no token has.
@@ -202,15 +258,10 @@ class PretrainedTokenizer(Tokenizer):
         """
         return b"" if self.vocab_size <= index < self._n_ids else super().token_bytes(index)
 
-    @functools.cached_property
-    def special_ids(self) -> frozenset[int]:
-        """Ids of all control tokens."""
-        return frozenset(self._specials.values())
-
     @property
     def unknown_id(self) -> int | None:
-        """None: no text is without tokens."""
-        return None
+        """What stands for a character without a token, if there are any: the one control token that a text may have."""
+        return self._unknown
 
     @property
     def end_of_text_id(self) -> int:
@@ -265,6 +316,24 @@ class PretrainedTokenizer(Tokenizer):
             found[name] = [*dict.fromkeys(one for one in ids if _is_id(one) and one < len(self._bytes))]
         return found
 
+    def _find_control(self, spec: dict[str, Any], source: str) -> dict[str, int]:
+        """Control tokens, by all that its files say, with their ids."""
+        said: list[Any] = [token for token in spec["added_tokens"] if token["special"]]
+        for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE):
+            for key, value in parse_object(self._files.get(name, b"{}"), source).items():
+                if key.endswith("_token"):
+                    said.append(value)
+                elif key.endswith("special_tokens") and isinstance(value, dict | list):
+                    said += value.values() if isinstance(value, dict) else value
+                elif key == "added_tokens_decoder" and isinstance(value, dict):
+                    said += [token for token in value.values() if isinstance(token, dict) and token.get("special")]
+        contents = [token.get("content") if isinstance(token, dict) else token for token in said]
+        names = {name: self._ids[name] for name in contents if isinstance(name, str) and name in self._ids}
+        named = {index for ids in self._special_token_ids.values() for index in ids}
+        names |= {name: index for name, index in self._ids.items() if index in named}
+        added = {token["content"] for token in spec["added_tokens"]}
+        return {name: index for name, index in names.items() if name in added or _LOOKS_LIKE_CONTROL.fullmatch(name)}
+
     def __repr__(self) -> str:
         return f"PretrainedTokenizer(vocab_size={self.vocab_size}, fingerprint={self.fingerprint!r})"
 
@@ -286,20 +355,22 @@ def _is_id(value: object) -> TypeGuard[int]:
     return type(value) is int and value >= 0
 
 
-def _bytes_of_tokens(spec: dict[str, Any], ids: Mapping[str, int], specials: set[str]) -> list[bytes]:
+def _is_byte_level(spec: dict[str, Any]) -> bool:
+    return '"ByteLevel"' in json.dumps([spec.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")])
+
+
+def _bytes_of_tokens(spec: dict[str, Any], ids: Mapping[str, int]) -> list[bytes]:
     """The bytes that each token stands for, by its id; an id that nothing has stands for none."""
-    parts = json.dumps([spec.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")], ensure_ascii=False)
-    is_byte_level = '"ByteLevel"' in parts
-    if not is_byte_level and _SPACE not in parts:
-        raise ValueError("neither byte-level nor with U+2581 for spaces")
+    is_byte_level = _is_byte_level(spec)
     size = max(ids.values(), default=-1) + 1
     if size > 1 << 24:
         raise ValueError(f"the largest id is {size - 1:,}")
-    added = {str(token["content"]) for token in spec.get("added_tokens") or []}
+    added = {token["content"] for token in spec["added_tokens"]}
+    mark = spec["model"].get("continuing_subword_prefix") or ""
+    decoder = spec.get("decoder")
+    between = " " if decoder is None or decoder["type"] == "WordPiece" else ""  # words of BERT, or of a list of words
     table = [b""] * size
     for token, index in ids.items():
-        if token in specials:
-            continue
         byte = _BYTE.fullmatch(token)
         if token in added:
             table[index] = token.encode()
@@ -307,6 +378,19 @@ def _bytes_of_tokens(spec: dict[str, Any], ids: Mapping[str, int], specials: set
             table[index] = bytes(BYTE_OF_LETTER[letter] for letter in token)
         elif byte is not None and not is_byte_level:
             table[index] = bytes([int(byte[1], 16)])
+        elif mark and token.startswith(mark):
+            table[index] = token.removeprefix(mark).encode()
         else:
-            table[index] = token.replace(_SPACE, " ").encode()
+            table[index] = (between + token.replace(_SPACE, " ")).encode()
     return table
+
+
+def _unknown_id(spec: dict[str, Any], ids: Mapping[str, int], control: Collection[str]) -> int | None:
+    """What stands for characters without a token; None where single bytes have tokens, so that all have some."""
+    model = spec["model"]
+    letters = LETTERS if _is_byte_level(spec) else [f"<0x{value:02X}>" for value in range(256)]
+    is_spelled = _is_byte_level(spec) or bool(model.get("byte_fallback"))
+    if model["type"] in ("BPE", "Unigram") and is_spelled and ids.keys() - control >= set(letters):
+        return None
+    unknown = model["unk_id"] if model["type"] == "Unigram" else ids.get(model.get("unk_token") or "")
+    return unknown if type(unknown) is int else None

@@ -7,7 +7,7 @@ own could not be used in another program.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from tokenizers import Regex, pre_tokenizers
 
@@ -29,7 +29,9 @@ LLAMA3_FROM = 32_768
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LETTER = "[A-Za-z\u0430-\u044f\u3041-\u3096\u4e00-\u9fa5\uac00-\ud7a3]"
 _SAFE_CUT = re.compile(f"(?<={_LETTER})[ \n](?={_LETTER})")
+_SPACE_CUT = re.compile(f"(?<={_LETTER}) (?={_LETTER})")
 PIECE_CHARACTERS = 1 << 16
+LONGEST_WORD = 24  # characters of a word of WordPiece
 BATCH_CHARACTERS = 1 << 20  # what Hugging Face's engine is given at once: it holds some 200 bytes a character
 
 
@@ -56,12 +58,18 @@ def pre_tokenizer(split: str, before: list[pre_tokenizers.PreTokenizer] | None =
     return pre_tokenizers.Sequence([cut, *more, byte_level])
 
 
+def word_pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
+    """The cuts of a split for WordPiece: `#` by itself, as it marks what continues a word, and no word too long."""
+    longest = Regex(rf"[\s\S]{{1,{LONGEST_WORD}}}")
+    return pre_tokenizer(split, [pre_tokenizers.Split("#", "isolated"), pre_tokenizers.Split(longest, "isolated")])
+
+
 def replace_surrogates(text: str) -> str:
     """The text with U+FFFD for every lone surrogate, which has no UTF-8 form (Python allows it in a str)."""
     return text if text.isascii() else _SURROGATE.sub(REPLACEMENT, text)
 
 
-def cut_into_pieces(text: str, characters: int = PIECE_CHARACTERS) -> Iterator[str]:
+def cut_into_pieces(text: str, characters: int = PIECE_CHARACTERS, *, drop_space: bool = False) -> Iterator[str]:
     """Cut a long text where every split regex cuts it too: before a space or line end between two letters.
 
     Encoding the pieces is encoding the text, in a fraction of the memory (which the engine spends per
@@ -70,24 +78,28 @@ def cut_into_pieces(text: str, characters: int = PIECE_CHARACTERS) -> Iterator[s
     Args:
         text: any text.
         characters: a piece is cut at the first such place behind so many; without one it goes on.
+        drop_space: cut at spaces alone and leave them out, for tokenizers that put one before every text.
     """
     start = 0
+    place = _SPACE_CUT if drop_space else _SAFE_CUT
     while len(text) - start > characters:
-        cut = _SAFE_CUT.search(text, start + characters)
+        cut = place.search(text, start + characters)
         if cut is None:
             break
         yield text[start : cut.start()]
-        start = cut.start()
+        start = cut.end() if drop_space else cut.start()
     yield text[start:] if start else text
 
 
-def grouped(texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
+def grouped(
+    texts: Sequence[str], cut: Callable[[str], Iterable[str]] = cut_into_pieces
+) -> Iterator[tuple[list[int], list[str]]]:
     """Pieces of the texts with the texts' places, in groups of bounded size."""
     places: list[int] = []
     pieces: list[str] = []
     size = 0
     for place, text in enumerate(texts):
-        for piece in cut_into_pieces(replace_surrogates(text)):
+        for piece in cut(replace_surrogates(text)):
             places.append(place)
             pieces.append(piece)
             size += len(piece)

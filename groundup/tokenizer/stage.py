@@ -54,6 +54,7 @@ class TokenizerStage(Method):
                 kind=settings.kind,
                 vocab_size=settings.vocab_size,
                 split=settings.split,
+                control_tokens=settings.control_tokens,
                 spare_tokens=settings.spare_tokens,
                 trainer=settings.trainer,
                 sample_bytes=int(settings.sample_mib * 2**20),
@@ -152,12 +153,12 @@ def check_vocabulary(own: Tokenizer, tokenizer: Tokenizer, init: str | Path) -> 
     """
     if own.fingerprint == tokenizer.fingerprint:
         return
-    theirs, ours = _tokens(own), _tokens(tokenizer)
-    differing = [index for index, token in enumerate(theirs) if index >= len(ours) or ours[index] != token]
+    theirs, ours = own.vocab(), tokenizer.vocab()
+    differing = [index for index, token in theirs.items() if ours.get(index) != token]
     if not differing:
         return
     shown = ", ".join(
-        f"{index} ({theirs[index]!r} there, {ours[index]!r} here)" if index < len(ours) else f"{index} (missing here)"
+        f"{index} ({theirs[index]!r} there, {ours[index]!r} here)" if index in ours else f"{index} (missing here)"
         for index in differing[:_SHOWN_IDS]
     )
     more = f" and {len(differing) - _SHOWN_IDS:,} more" if len(differing) > _SHOWN_IDS else ""
@@ -165,12 +166,3 @@ def check_vocabulary(own: Tokenizer, tokenizer: Tokenizer, init: str | Path) -> 
         f"[tokenizer]: its ids are not those that the model in {init} was trained with: {shown}{more}.",
         "Leave [tokenizer] use unset to take the model's own, or use one that begins with the same entries.",
     )
-
-
-def _tokens(tokenizer: Tokenizer) -> list[str | bytes]:
-    """What each id stands for: a control token's name, or bytes."""
-    control = tokenizer.special_ids
-    return [
-        tokenizer.decode([index], skip_special=False) if index in control else tokenizer.token_bytes(index)
-        for index in range(tokenizer.vocab_size)
-    ]

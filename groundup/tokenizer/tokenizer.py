@@ -11,25 +11,26 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer as Engine
 
 from groundup.console import Console
 from groundup.corpus.document import Document
-from groundup.errors import ArtifactError, DataError
+from groundup.errors import DataError
 from groundup.files import value_digest, write_json, write_text
 from groundup.tokenizer import special
+from groundup.tokenizer.engines import CharacterEncoder, Encoder, HuggingFaceEncoder, choose
 from groundup.tokenizer.files import CONFIG_FILE, TOKENIZER_FILE
 from groundup.tokenizer.letters import LETTERS, unspelled
-from groundup.tokenizer.split import grouped
+from groundup.tokenizer.split import PATTERNS, PIECE_CHARACTERS, cut_into_pieces, word_pre_tokenizer
+from groundup.tokenizer.text_engine import text_spec
+from groundup.untrusted import parse_object, reading
 
-if TYPE_CHECKING:
-    from groundup.tokenizer.engines import Encoder
-
+_TRAIN_AGAIN = "Train it again: groundup build --from tokenizer."
 _KINDS = {"BPE": "bpe", "WordPiece": "wordpiece", "Unigram": "unigram", "WordLevel": "characters"}
 
 
@@ -46,30 +47,37 @@ class Tokenizer:
 
     def __init__(self, contents: str, source: str = TOKENIZER_FILE) -> None:
         self._contents = contents
-        try:
-            spec = json.loads(contents)
+        with reading(f"{source}: damaged, or not a tokenizer that groundup trained", fix=_TRAIN_AGAIN):
+            spec = parse_object(contents.encode(), source)
             self.kind: str = _KINDS[spec["model"]["type"]]
             self._ids: dict[str, int] = _ids_of_tokens(self.kind, spec["model"]["vocab"])
-            self._control = [token["content"] for token in sorted(spec["added_tokens"], key=lambda token: token["id"])]
-            _check_ids(self._ids, self._control)
-            self._bytes = _bytes_of_tokens(self.kind, self._ids, self._control, spec["model"])
-            # The engine knows no control token, so that it cannot find one in a text.
-            self._engine = Engine.from_str(json.dumps({**spec, "added_tokens": []}, ensure_ascii=False))
-        except Exception as error:  # the engine raises bare Exception
-            raise ArtifactError(
-                f"{source}: damaged, or not a tokenizer that groundup trained ({type(error).__name__}: {error}).",
-                "Train it again: groundup build --from tokenizer.",
-            ) from error
+            control = [token["content"] for token in sorted(spec["added_tokens"], key=lambda token: token["id"])]
+            _check_ids(self._ids, control)
+            self._specials = {name: index for index, name in enumerate(control)}
+            self._bytes = _bytes_of_tokens(self.kind, self._ids, control, spec["model"])
+            if spec.get("normalizer") is not None:
+                raise ValueError("it changes the text")
+            self._plain = text_spec(spec, control)
+            engine = Engine.from_str(json.dumps(self._plain, ensure_ascii=False))
+            if self.kind == "wordpiece" and str(engine.pre_tokenizer) not in map(
+                str, map(word_pre_tokenizer, PATTERNS)
+            ):
+                raise ValueError("it cuts words otherwise")  # a word too long would be an unknown one
+            self._reference: Encoder = HuggingFaceEncoder(engine)
+        if self.kind == "characters":
+            texts = {token: index for token, index in self._ids.items() if token not in self._specials}
+            self._reference = CharacterEncoder(texts, self._ids[special.REPLACEMENT])
         self.fingerprint: str = value_digest(spec)
 
     @classmethod
     def train(
         cls,
-        documents: Iterable[Document | str],
+        documents: Iterable[Document | str] | str | Path,
         *,
         kind: str = "bpe",
         vocab_size: int = 2048,
         split: str | None = None,
+        control_tokens: Sequence[str] = (),
         spare_tokens: int = 4,
         trainer: str = "huggingface",
         sample_bytes: int | None = None,
@@ -78,11 +86,12 @@ class Tokenizer:
         """Train on documents; the same documents in any order give the same tokenizer, bit for bit.
 
         Args:
-            documents: documents, or plain texts; read once.
+            documents: documents, or plain texts, read once; or the name of a file or folder to read them from.
             kind: "bpe", "wordpiece", "unigram" or "characters".
             vocab_size: tokens in all, control tokens included (characters: decided by the text).
             split: how text is cut before merging: "qwen2", "llama3" or "gpt2" (characters: not used); without it
                 qwen2, or llama3 from 32,768 entries on.
+            control_tokens: names of further control tokens, such as "<think>"; text never becomes one unless allowed.
             spare_tokens: control tokens kept for later.
             trainer: "huggingface", or "rustbpe" (BPE only; faster, breaks ties otherwise).
             sample_bytes: most text to learn from and to hold in memory; of more text every source gives its share.
@@ -90,13 +99,14 @@ class Tokenizer:
             console: where it is reported that the text was sampled, or too small for `vocab_size`.
 
         Raises:
-            RecipeError: a setting is unknown, or `vocab_size` has no room for the bytes.
+            RecipeError: a setting is unknown, `vocab_size` has no room, or a text could spell a control token.
             DataError: there is no text.
             GroundupError: rustbpe is not installed, or gave no byte-level BPE.
         """
         from groundup.tokenizer.train import train  # encoding alone does not need the trainers
 
-        return cls(train(documents, kind, vocab_size, split, spare_tokens, trainer, sample_bytes, console))
+        own = list(control_tokens)
+        return cls(train(documents, kind, vocab_size, split, own, spare_tokens, trainer, sample_bytes, console))
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json` (with the chat template) for any Hugging Face tool."""
@@ -124,27 +134,52 @@ class Tokenizer:
         """
         if not allowed_special:
             return self.encode_batch([text])[0]
-        unknown = sorted(set(allowed_special) - set(self._control))
+        unknown = sorted(set(allowed_special) - self._specials.keys())
         if unknown:
-            raise DataError(f"allowed_special = {unknown}: no such control token.", f"There are {self._control}.")
-        parts = re.split(f"({'|'.join(map(re.escape, allowed_special))})", text)  # text, name, text, …
+            raise DataError(f"allowed_special = {unknown}: no such control token.", f"There are {[*self._specials]}.")
+        names = sorted(allowed_special, key=len, reverse=True)  # where one begins another, the longer one is meant
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", text)  # text, name, text, …
         plain = iter(self.encode_batch(parts[::2]))
         return [
             index
             for place, part in enumerate(parts)
-            for index in (next(plain) if place % 2 == 0 else [self._ids[part]])
+            for index in (next(plain) if place % 2 == 0 else [self._specials[part]])
         ]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, as `encode` gives them, on all cores."""
-        if self.kind == "characters":
-            find, unknown = self._ids.get, self._ids[special.REPLACEMENT]
-            return [[find(character, unknown) for character in text] for text in texts]
-        encoded: list[list[int]] = [[] for _ in texts]
-        for places, pieces in grouped(texts):
-            for place, encoding in zip(places, self._engine.encode_batch_fast(pieces), strict=True):
-                encoded[place] += encoding.ids
-        return encoded
+        ids, lengths = self._reference.encode(texts)
+        ends = np.cumsum(lengths).tolist()
+        return [ids[end - length : end].tolist() for end, length in zip(ends, lengths.tolist(), strict=True)]
+
+    def encode_iterable(self, parts: Iterable[str]) -> Iterator[int]:
+        """Ids of a text that comes in parts, such as the lines of a file: those of the parts joined.
+
+        They come as soon as they are certain, and memory is bounded while the text has places to cut it: spaces or
+        line ends between letters.
+
+        Args:
+            parts: of one text, cut anywhere.
+
+        Raises:
+            DataError: this tokenizer knows no such place (a pretrained one that merges across spaces).
+        """
+        held: list[str] = []
+        size, enough = 0, 2 * PIECE_CHARACTERS
+        for part in parts:
+            held.append(part)
+            size += len(part)
+            if size >= enough:
+                *whole, rest = self._cut("".join(held))
+                for ids in self.encode_batch(whole):
+                    yield from ids
+                held, size = [rest], len(rest)
+                enough = 2 * max(PIECE_CHARACTERS, size)
+        yield from self.encode("".join(held))
+
+    def _cut(self, text: str) -> Iterator[str]:
+        """A text in pieces that have the same ids one by one."""
+        return cut_into_pieces(text)
 
     def encode_to_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of each text, as `encode` gives them, by the fastest engine at hand and without lists of Python numbers.
@@ -158,9 +193,7 @@ class Tokenizer:
         Returns:
             ids, (n_tokens,) uint32, one text after the other, and each text's number of tokens, (n_texts,) int64.
         """
-        if self.kind == "characters":
-            return self._characters_to_arrays(texts)
-        return self._encoder.encode(texts)
+        return self._chosen[0].encode(texts)
 
     def choose_engine(self, console: Console | None = None) -> str:
         """Choose the engine of `encode_to_arrays`: gigatoken, tiktoken or huggingface, the first that passes a
@@ -174,12 +207,10 @@ class Tokenizer:
         Returns:
             The engine's name; "groundup" for one token per character.
         """
-        if self.kind == "characters":
-            return "groundup"
-        name = self._encoder.name
-        if console is not None and self._passed_over:
-            console.note(f"tokenizer: encodes with {name}; {'; '.join(self._passed_over)}.")
-        return name
+        encoder, passed_over = self._chosen
+        if console is not None and passed_over:
+            console.note(f"tokenizer: encodes with {encoder.name}; {'; '.join(passed_over)}.")
+        return encoder.name
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD, control tokens nothing (or their names).
@@ -187,11 +218,8 @@ class Tokenizer:
         Raises:
             DataError: an id that the vocabulary does not have.
         """
-        parts = []
-        for index in ids:
-            is_name = not skip_special and index in self.special_ids
-            parts.append(self._control[index].encode() if is_name else self.token_bytes(index))
-        return b"".join(parts).decode("utf-8", errors="replace")
+        names = {} if skip_special else {index: name.encode() for name, index in self._specials.items()}
+        return b"".join(names.get(index) or self.token_bytes(index) for index in ids).decode("utf-8", errors="replace")
 
     def token_bytes(self, index: int) -> bytes:
         """The UTF-8 bytes that a token stands for; nothing for a control token.
@@ -208,6 +236,21 @@ class Tokenizer:
         order = sorted(range(self.vocab_size), key=lambda index: (-len(self._bytes[index]), index))
         return [self._bytes[index].decode("utf-8", errors="replace") for index in order[:n]]
 
+    def vocab(self) -> dict[int, bytes | str]:
+        """What each id stands for: the bytes of a token, or the name of a control token."""
+        names = {index: name for name, index in self._specials.items()}
+        return {index: names.get(index, value) for index, value in enumerate(self._bytes)}
+
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        """The pairs that a BPE merges, the first learned first; other kinds have none."""
+        pairs = self._model().get("merges") or []
+        return [(self._bytes[self._ids[left]], self._bytes[self._ids[right]]) for left, right in pairs]
+
+    def _model(self) -> dict[str, Any]:
+        """The model of `tokenizer.json`."""
+        model: dict[str, Any] = json.loads(self._contents)["model"]
+        return model
+
     @property
     def vocab_size(self) -> int:
         """Number of tokens, control tokens included."""
@@ -216,7 +259,7 @@ class Tokenizer:
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids of all control tokens."""
-        return frozenset(range(len(self._control)))
+        return frozenset(self._specials.values())
 
     @property
     def unknown_id(self) -> int | None:
@@ -257,32 +300,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _chosen(self) -> tuple[Encoder, list[str]]:
-        from groundup.tokenizer.engines import choose
-
-        return choose(json.loads(self._contents), self._engine)
-
-    @property
-    def _encoder(self) -> Encoder:
-        return self._chosen[0]
-
-    @property
-    def _passed_over(self) -> list[str]:
-        return self._chosen[1]
-
-    @functools.cached_property
-    def _id_of_character(self) -> np.ndarray:
-        """(0x110000,) uint32."""
-        assert self.unknown_id is not None
-        table = np.full(0x110000, self.unknown_id, dtype=np.uint32)
-        for token, index in self._ids.items():
-            if len(token) == 1:
-                table[ord(token)] = index
-        return table
-
-    def _characters_to_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
-        points = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype="<u4")
-        return self._id_of_character[points], lengths
+        return choose(self._plain, self._reference)
 
     def __repr__(self) -> str:
         return f"Tokenizer(kind={self.kind!r}, vocab_size={self.vocab_size}, fingerprint={self.fingerprint!r})"
@@ -301,8 +319,7 @@ def _check_ids(ids: dict[str, int], control: list[str]) -> None:
     """Refuse a vocabulary with holes, or whose control tokens are not groundup's."""
     if sorted(ids.values()) != list(range(len(ids))):
         raise ValueError("the vocabulary's ids have holes")
-    n_spare = len(control) - len(special.CONTROL_TOKENS)
-    if control != special.control_tokens(max(0, n_spare)):
+    if tuple(control[: len(special.CONTROL_TOKENS)]) != special.CONTROL_TOKENS:
         raise ValueError(f"its control tokens are {control}")
     misplaced = [name for index, name in enumerate(control) if ids.get(name) != index]
     if misplaced:
