@@ -158,7 +158,7 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: not found.") from error
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
         raise ArtifactError(
             f"{path}: not valid JSON ({error}).", "The file is damaged: make it again with --from STAGE."
         ) from error

@@ -66,6 +66,7 @@ def plan(
         strict: raise if an input that the recipe names is missing; else its stage says so.
 
     Raises:
+        ArtifactError: a finished stage's manifest is damaged.
         DataError: an input file that the recipe names is missing.
         RunError: no such stage.
     """
@@ -90,7 +91,12 @@ def plan(
                 problem = error.message
                 inputs["problem"] = problem
             fingerprint = stage_fingerprint(method.version, stage.identity, inputs)
-            state = run.state(name, fingerprint)
+            try:
+                state = run.state(name, fingerprint)
+            except GroundupError as error:  # its manifest is damaged
+                if strict and name not in again:
+                    raise
+                state, problem = "changed", problem or error.message
             if state == "done" and not method.is_whole(run.folder(name)):
                 state = "changed"
             plans[name] = StagePlan(stage, fingerprint, state, name in again, problem)
@@ -117,6 +123,7 @@ def build(
         console: where progress is shown.
 
     Raises:
+        ArtifactError: what a stage is to take from one done before is missing, damaged or changed; nothing was done.
         GateError: all is done, but a figure is short of the recipe's gate.
         RunError: no such stage, or another process works on the run.
         GroundupError: what a stage raises.
@@ -136,6 +143,9 @@ def build(
         check_memory([item.stage for item in plans if item.is_due])
         console.name_width = max(len(item.stage.name) for item in plans)
         if world.is_first:
+            due = {item.stage.name: item.stage for item in plans if item.is_due}
+            for need in {need: None for stage in due.values() for need in stage.needs if need not in due}:
+                run.check_files(need, digests=recipe.verify)
             _say_what_changed(run, recipe, console)
             run.create(recipe)
             # All at once: if this is interrupted, the same command without --force does what is left.
@@ -190,6 +200,7 @@ def _do(item: StagePlan, context: Context) -> None:
                 shown=dataclasses.asdict(method.shown(stage, summary)),
                 identity=stage.identity,
                 needs={name: found.fingerprint for name in stage.needs if (found := context.run.manifest(name))},
+                files=method.records(context.folder),
             )
         )
     context.world.wait()

@@ -13,6 +13,7 @@ in `.groundup/`.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from groundup.errors import ArtifactError, GroundupError, RunError
 from groundup.files import (
@@ -37,7 +38,9 @@ from groundup.files import (
     write_json,
     write_signed,
 )
+from groundup.integrity import FileRecords, check_files
 from groundup.recipe import Recipe, read_recipe, recipe_toml
+from groundup.untrusted import read_bytes, reading
 
 MANIFEST = "stage.json"
 STARTED = "started.json"
@@ -46,6 +49,7 @@ REPORT_FILE = "report.html"
 OWN_FOLDER = ".groundup"
 LOCK_FILE = f"{OWN_FOLDER}/lock"
 HOLDER_FILE = f"{OWN_FOLDER}/holder.json"
+_AGAIN = "Make it again with --from {}."
 
 
 State = Literal["done", "changed", "begun", "missing"]
@@ -65,6 +69,7 @@ class Manifest:
         shown: what the report shows of it: title, facts, lines, curves.
         needs: the fingerprints of the stages it stands on, by name.
         identity: digest of settings, seed and code version alone.
+        files: size and digest of the files that other stages take from it.
     """
 
     stage: str
@@ -76,21 +81,28 @@ class Manifest:
     shown: Mapping[str, Any] = field(default_factory=dict)
     needs: Mapping[str, str] = field(default_factory=dict)
     identity: str = ""
+    files: FileRecords = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest | None:
-        """The manifest in `folder`, or None if the stage is not done."""
+    def read(cls, folder: Path, stage: str) -> Manifest | None:
+        """The manifest in a stage's folder, or None if it is not done.
+
+        Raises:
+            ArtifactError: it is damaged, or was changed by hand.
+        """
         path = folder / MANIFEST
         if not path.is_file():
             return None
-        try:
-            return TypeAdapter(cls).validate_python(read_json(path))
-        except (ValidationError, ArtifactError):
-            return None
+        fix = _AGAIN.format(stage)
+        with reading(str(path), fix=fix):
+            values = json.loads(read_bytes(path))
+            if not isinstance(values, dict) or values.pop("digest", value_digest(values)) != value_digest(values):
+                raise ArtifactError(f"{path}: damaged, or changed by hand.", fix)
+            return TypeAdapter(cls).validate_python(values)
 
     def write(self, folder: Path) -> None:
         """Mark the stage in `folder` as done."""
-        write_json(folder / MANIFEST, self.__dict__)
+        write_json(folder / MANIFEST, {**self.__dict__, "digest": value_digest(self.__dict__)})
 
 
 def stage_fingerprint(version: int, settings: object, inputs: Mapping[str, str]) -> str:
@@ -170,8 +182,20 @@ class Run:
         return self.root / stage
 
     def manifest(self, stage: str) -> Manifest | None:
-        """The stage's manifest, or None if it is not done."""
-        return Manifest.read(self.folder(stage))
+        """The stage's manifest, or None if it is not done or its manifest is damaged."""
+        with contextlib.suppress(ArtifactError):
+            return Manifest.read(self.folder(stage), stage)
+        return None
+
+    def check_files(self, stage: str, *, digests: bool = True) -> None:
+        """Hold that a finished stage's files are what they were when it was done; see `groundup.integrity`.
+
+        Raises:
+            ArtifactError: one is missing, damaged or changed.
+        """
+        manifest = Manifest.read(self.folder(stage), stage)
+        if manifest is not None:
+            check_files(self.folder(stage), manifest.files, _AGAIN.format(stage), digests=digests)
 
     def finished(self) -> list[str]:
         """The names of the stages that are done, in the order in which they were."""
@@ -180,8 +204,12 @@ class Run:
         return [path.parent.relative_to(self.root).as_posix() for path in ordered]
 
     def state(self, stage: str, fingerprint: str) -> State:
-        """Where the stage stands: done; changed (its settings, inputs or code are others now); begun; missing."""
-        manifest = self.manifest(stage)
+        """Where the stage stands: done; changed (its settings, inputs or code are others now); begun; missing.
+
+        Raises:
+            ArtifactError: its manifest is damaged.
+        """
+        manifest = Manifest.read(self.folder(stage), stage)
         if manifest is not None:
             return "done" if manifest.fingerprint == fingerprint else "changed"
         begun = _read_or_none(self.folder(stage) / STARTED) == {"fingerprint": fingerprint}
@@ -258,9 +286,11 @@ class Run:
             # Not at once: `is_worked_on` of another process holds the lock for an instant.
             lock.acquire(timeout=0.5)
         except Timeout as error:
-            who = _read_or_none(holder) or {}
+            who = {"pid": "?", "host": "?"}
+            with contextlib.suppress(TypeError, ValueError):  # damaged
+                who |= _read_or_none(holder) or {}
             raise RunError(
-                f"{self.root}: process {who.get('pid', '?')} on {who.get('host', '?')} is working on this run.",
+                f"{self.root}: process {who['pid']} on {who['host']} is working on this run.",
                 "Wait for it, or choose another folder with --out.",
             ) from error
         except OSError as error:

@@ -19,6 +19,7 @@ from groundup.console import Console
 from groundup.distributed import World
 from groundup.errors import ArtifactError, GroundupError, Problem, RecipeError, RunError
 from groundup.files import file_digest, value_digest
+from groundup.integrity import FileRecords, record_files
 from groundup.recipe import AlignSettings, Recipe, Section, resolve
 from groundup.recipe.registry import EVALUATE, METHODS, TRUNK, load
 from groundup.run import RECIPE_FILE, Run
@@ -56,6 +57,7 @@ class Method:
         trains: every process takes part in its work.
         figures: names in its summary that a gate may be on.
         keeps: subfolders that outlive a change of the recipe, because the stage checks them piece by piece.
+        outputs: patterns of the files that other stages take from it.
     """
 
     settings: ClassVar[type[Section]]
@@ -65,6 +67,7 @@ class Method:
     trains: ClassVar[bool] = False
     figures: ClassVar[tuple[str, ...]] = ()
     keeps: ClassVar[tuple[str, ...]] = ()
+    outputs: ClassVar[tuple[str, ...]] = (f"{MODEL_FOLDER}/[!.]*",)
 
     def needs(self, stage: Stage) -> tuple[str, ...]:
         """The stages it stands on, beside its `start` and `compute`."""
@@ -100,6 +103,11 @@ class Method:
     def is_whole(self, folder: Path) -> bool:
         """Whether what a finished stage left can be read; if not, it is done again."""
         return True
+
+    def records(self, folder: Path) -> FileRecords:
+        """Size and digest of the files that other stages take from it."""
+        found = sorted(path for pattern in self.outputs for path in folder.glob(pattern) if path.is_file())
+        return record_files(folder, [path.relative_to(folder).as_posix() for path in found])
 
     def quick(self, settings: Any) -> Any:
         """The same settings for a fraction of the time: they show that everything works, not how good it gets."""

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pydantic_core import ValidationError
+
 from groundup.errors import ArtifactError, GroundupError
 
 MOST_CONFIG_BYTES = 16 * 2**20
@@ -88,6 +90,10 @@ def reading(source: str, kind: type[GroundupError] = ArtifactError, fix: str | N
         raise
     except FileNotFoundError as error:
         raise kind(f"{source}: not found.", fix) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise kind(f"{source}{f', {place}' if place else ''}: {first['msg'][:200]}.", fix) from error
     except BaseException as error:  # a panic of a Rust library is no Exception
         what = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
         raise kind(f"{source}: cannot be read ({what[:200]}).", fix) from error

@@ -21,7 +21,7 @@ from tiny_run import SCORES, STAGES, bits, build_quietly, copy_of_finished, fini
 
 from groundup import read_recipe
 from groundup.console import Console
-from groundup.errors import DataError, GateError, RecipeError, RunError
+from groundup.errors import ArtifactError, DataError, GateError, RecipeError, RunError
 from groundup.pipeline import build, plan
 from groundup.preview import check_recipe, derived_values, smoke_profile
 from groundup.recipe import Recipe, parse_recipe, recipe_toml
@@ -182,9 +182,34 @@ def test_a_lost_stage_is_made_again_and_nothing_else(tmp_path: Path) -> None:
     shutil.rmtree(run.root / "tokenizer")
     (run.root / "shards" / "stage.json").write_text("{")
     before = times(run)
+    with pytest.raises(ArtifactError, match=r"shards/stage\.json: .*\n.*--from shards"):
+        build_quietly(run.recipe, run.root)
+    assert plan(run.recipe, run, strict=False)[2].problem
+    assert not rewritten(run, before)
+    (run.root / "shards" / "stage.json").unlink()
     build_quietly(run.recipe, run.root)
     assert rewritten(run, before) == {"tokenizer", "shards"}
     assert bits(run) == bits(finished_run())
+
+
+@pytest.mark.parametrize(
+    ("name", "taken_by"),
+    [
+        ("corpus/documents.jsonl", "shards"), ("tokenizer/tokenizer.json", "shards"),
+        ("shards/train-00000.bin", "pretrain"), ("shards/validation-00000.idx", "pretrain"),
+        ("pretrain/model/model.safetensors", "evaluate/pretrain"),
+    ],
+)  # fmt: skip
+def test_one_flipped_bit_stops_the_stage_that_takes_the_file(tmp_path: Path, name: str, taken_by: str) -> None:
+    run = copy_of_finished(tmp_path)
+    content = bytearray((run.root / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (run.root / name).write_bytes(content)
+    made_by = name.partition("/")[0]
+    before = times(run)
+    with pytest.raises(ArtifactError, match=rf"{name}: damaged or changed: .*\n.*--from {made_by}"):
+        build_quietly(run.recipe, run.root, start_from=taken_by)
+    assert not rewritten(run, before)
 
 
 def test_an_unknown_stage_is_refused_with_those_there_are(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groundup.errors import RunError
+from groundup.errors import ArtifactError, RunError
 from groundup.recipe import Recipe
 from groundup.run import Manifest, Run, list_runs, stage_fingerprint
 
@@ -95,12 +95,20 @@ def test_a_finished_stage_keeps_only_its_result_and_manifest(run: Run) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [".groundup-folder", "result", "stage.json"]
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"stage": "corpus"}', '{"unknown": 1}'])
-def test_a_damaged_manifest_counts_as_not_done(run: Run, damage: str) -> None:
-    folder = made(run, "corpus", "aa")
-    (folder / "stage.json").write_text(damage)
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("", "Expecting value"), ("{", "Expecting"), ("[]", "damaged"), ("null", "damaged"), ("[" * 10**5, "recursion"),
+        ('{"stage": "corpus"}', "fingerprint: Field required"), ('"seconds": 2.5', "changed by hand"),
+    ],
+)  # fmt: skip
+def test_a_damaged_manifest_is_named_before_its_stage_is_lost(run: Run, damage: str, said: str) -> None:
+    path = made(run, "corpus", "aa") / "stage.json"
+    path.write_text(damage if damage[:1] != '"' else path.read_text().replace('"seconds": 1.5', damage))
     assert run.manifest("corpus") is None
-    assert run.state("corpus", "aa") == "missing"
+    with pytest.raises(ArtifactError, match=rf"stage\.json.*{said}") as caught:
+        run.state("corpus", "aa")
+    assert "--from corpus" in (caught.value.fix or "")
 
 
 def test_an_interrupted_start_is_gone_on_with(run: Run) -> None:

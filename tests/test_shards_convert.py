@@ -1,5 +1,6 @@
 """Other programs' files: there and back without a changed byte, and every damage refused by name."""
 
+import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ def binaries(folder: Path) -> dict[str, bytes]:
 
 
 def documents_of(folder: Path, split: str = "train") -> list[list[int]]:
-    return [ids.tolist() for ids in TokenShards.open(folder, split, verify=True).documents()]
+    return [ids.tolist() for ids in TokenShards.open(folder, split).documents()]
 
 
 def llmc_file(path: Path, ids: Sequence[int], wide: bool = False) -> Path:
@@ -206,6 +207,75 @@ def test_nanogpt_files(tmp_path: Path) -> None:
     assert documents_of(tmp_path / "named", "validation") == [[5, 9]]
 
 
+@pytest.mark.parametrize("dtype", ["uint32", "int64"])
+@pytest.mark.parametrize("largest", [100_000, 50_000, 9])
+def test_raw_ids_wider_than_nanogpts_are_refused_until_their_width_is_said(
+    tmp_path: Path, dtype: str, largest: int
+) -> None:
+    ids = [largest, 2, 3] * 40
+    np.array(ids, dtype=dtype).tofile(tmp_path / "train.bin")
+    with pytest.raises(ArtifactError, match=rf"train\.bin: .*look like {dtype} ones.*\n.*--format {dtype}"):
+        import_ids(tmp_path, tmp_path / "out")
+    done = import_ids(tmp_path, tmp_path / "out", format=dtype)
+    assert (done.format, documents_of(tmp_path / "out")) == (dtype, [ids])
+
+
+@given(ids=st.lists(st.integers(0, 60_000), min_size=64, max_size=200), narrow=st.booleans())
+def test_ids_of_16_bits_are_not_asked_about(
+    tmp_path_factory: pytest.TempPathFactory, ids: list[int], narrow: bool
+) -> None:
+    ids = [*(index % 80 + 1 if narrow else index for index in ids), 70, 79]
+    folder = tmp_path_factory.mktemp("narrow")
+    np.array([*ids, *ids[1:]], dtype="<u2").tofile(folder / "train.bin")  # each id stands in an even and an odd place
+    import_ids(folder / "train.bin", folder / "out")
+    assert documents_of(folder / "out") == [[*ids, *ids[1:]]]
+
+
+@pytest.mark.parametrize("name", ["ids.npy", "train.bin"])
+@pytest.mark.parametrize("dtype", ["<u2", ">i4", "<i8"])
+def test_arrays_of_numpy_are_read_by_their_header(tmp_path: Path, name: str, dtype: str) -> None:
+    rows = np.array([[1, 2, 0], [3, 4, 0]], dtype=dtype)
+    for array, options, expected in (
+        (rows, {}, rows.tolist()),
+        (np.asfortranarray(rows), {}, rows.tolist()),
+        (rows, {"join_rows": True}, rows.tolist()),
+        (rows.ravel(), {}, rows.tolist()),
+        (rows[:, 0], {}, [[1, 3, 0]]),
+    ):
+        with (tmp_path / name).open("wb") as handle:
+            np.save(handle, array)
+        import_ids(tmp_path / name, tmp_path / "out", end_of_text_id=0, **options)
+        assert documents_of(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.array([[[1]]]), "1×1×1 values of int64"),
+        (np.array([1.5]), "1 values of float64"),
+        (np.array(["x", None], dtype=object), "Array can't be memory-mapped"),
+    ],
+)
+def test_arrays_that_hold_no_ids_are_refused(tmp_path: Path, array: np.ndarray, said: str) -> None:
+    np.save(tmp_path / "ids.npy", array)
+    with pytest.raises(ArtifactError, match=rf"ids\.npy: .*{said}"):
+        import_ids(tmp_path / "ids.npy", tmp_path / "out")
+
+
+@pytest.mark.parametrize("mask", [pa.list_(pa.int8()), pa.list_(pa.bool_())])
+def test_what_a_mask_masks_is_left_out(tmp_path: Path, mask: pa.DataType) -> None:
+    rows = [[1, 2, 9, 9], [3, 4, 5, 9], [9, 9, 9, 9], [9, 9, 6, 7]]
+    masks = [[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 1, 1]]
+    table = pa.table({"input_ids": rows, "attention_mask": pa.array(masks).cast(mask)})
+    pq.write_table(table, tmp_path / "ids.parquet", row_group_size=3)
+    done = import_ids(tmp_path / "ids.parquet", tmp_path / "out")
+    assert documents_of(tmp_path / "out") == [[1, 2], [3, 4, 5], [6, 7]]
+    assert "padding, left out as attention_mask says: 9 ids" in done.notes
+    pq.write_table(pa.table({"ids": [[1, 2]], "attention_mask": [[1]]}), tmp_path / "ids.parquet")
+    with pytest.raises(ArtifactError, match=r"ids\.parquet: the rows of column 'attention_mask' are not as long"):
+        import_ids(tmp_path / "ids.parquet", tmp_path / "out")
+
+
 def test_llmc_files_are_one_stream(tmp_path: Path) -> None:
     """Documents run over the borders of files, and GPT-2's end-of-text comes first."""
     (tmp_path / "theirs").mkdir()
@@ -328,6 +398,28 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     refused("columns.parquet", r"no column of lists of integers named 'text'.*text \(string\)", column="text")
     pq.write_table(pa.table({"ids": [[1, None]]}), tmp_path / "nulls.parquet")
     refused("nulls.parquet", "nulls")
+    pq.write_table(pa.table({"ids": [list(range(5000))] * 9}), tmp_path / "flipped.parquet", compression="none")
+    content = bytearray((tmp_path / "flipped.parquet").read_bytes())
+    for place in range(4, 4000):  # pages and dictionary; the footer is whole
+        content[place] ^= 0x55
+    (tmp_path / "flipped.parquet").write_bytes(content)
+    refused("flipped.parquet", "cannot be read")
+    table = pa.table({"ids": [[1, 2, 3], [4, 5, 6]]})
+    with pa.OSFile(str(tmp_path / "offsets.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    before, after = (np.array([0, middle, 6], dtype="<i4").tobytes() for middle in (3, 1 << 30))
+    path = tmp_path / "offsets.arrow"
+    path.write_bytes(path.read_bytes().replace(before, after))  # Arrow itself would end the process
+    refused("offsets.arrow", "cannot be read")
+    os.mkfifo(tmp_path / "pipe.bin")
+    refused("pipe.bin", "not found|not an ordinary file")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "train.bin").symlink_to(tmp_path / "odd.bin")
+    refused("linked", "train.bin: is a link that leads out of")
+    (tmp_path / "less.bin").write_bytes(struct.pack("<256i", 20240520, 1, -12, *[0] * 253)[:1000])
+    refused("less.bin", "1,000 bytes instead of 1,000 for its -12 ids")
+    pq.write_table(pa.table({"ids": [[1, 1 << 40]]}), tmp_path / "huge.parquet")
+    refused("huge.parquet", "ids up to 1,099,511,627,776, more than any vocabulary")
     pq.write_table(pa.table({"ids": [[1, -1]]}), tmp_path / "negative.parquet")
     refused("negative.parquet", "id number 1: -1, but the vocabulary has ids 0 to 1")
     np.array([5, 600], dtype="<u2").tofile(tmp_path / "large.bin")
@@ -368,7 +460,7 @@ def test_megatron_files_cut_off_are_refused(tmp_path: Path) -> None:
                 import_ids(prefix, tmp_path / "out", format="megatron", end_of_text_id=0)
         (tmp_path / name).write_bytes(whole)
     (tmp_path / "mine.bin").unlink()
-    with pytest.raises(ArtifactError, match=r"mine\.bin: missing"):
+    with pytest.raises(ArtifactError, match=r"mine\.bin: not found"):
         import_ids(prefix, tmp_path / "out")
 
 
@@ -376,8 +468,8 @@ def test_options_that_contradict_are_refused(tmp_path: Path) -> None:
     np.array([5, 6], dtype="<u2").tofile(tmp_path / "train.bin")
     with pytest.raises(GroundupError, match="end-of-text id 9: the vocabulary has ids 0 to 7"):
         import_ids(tmp_path / "train.bin", tmp_path / "out", end_of_text_id=9, vocab_size=8)
-    with pytest.raises(GroundupError, match="--format npy: unknown"):
-        import_ids(tmp_path / "train.bin", tmp_path / "out", format="npy")
+    with pytest.raises(GroundupError, match="--format pt: unknown"):
+        import_ids(tmp_path / "train.bin", tmp_path / "out", format="pt")
     with pytest.raises(GroundupError, match="the ids to import lie in it"):
         import_ids(tmp_path / "train.bin", tmp_path)
     (tmp_path / "empty.bin").write_bytes(b"")

@@ -65,11 +65,13 @@ def test_weights_are_shares(weights: list[float], scale: float) -> None:
 
 def test_each_component_goes_through_epochs_without_replacement(components: list[TokenShards]) -> None:
     loader = MixtureLoader([(components[0], 3), (components[1], 1)], 16, 8, seed=5)
-    singles = loader.loaders
+    singles, shares = loader.loaders, Shares(loader.weights, 5)
     rows: list[list[bytes]] = [[], []]
     for step in range(40):
         batch = loader.batch(step)
-        for component, ids, targets in zip(loader.components_of(step), batch.ids, batch.targets, strict=True):
+        for component, ids, targets in zip(
+            shares(np.arange(8 * step, 8 * step + 8))[0], batch.ids, batch.targets, strict=True
+        ):
             rows[component].append(ids.tobytes() + targets.tobytes())
     assert [len(found) for found in rows] == [240, 80]
     for single, found in zip(singles, rows, strict=True):

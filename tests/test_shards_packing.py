@@ -6,15 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from shards_bytes import opened
 
 from groundup.errors import DataError
 from groundup.model import ModelConfig, Transformer
-from groundup.reference.attention import causal_attention
-from groundup.shards import MixtureLoader, PackedBatch, PackedLoader, TokenShards, WindowLoader, document_mask
+from groundup.shards import MixtureLoader, PackedBatch, PackedLoader, TokenShards, WindowLoader
 
 TEXTS = ["".join(chr(97 + (n * k) % 26) for k in range(n * 7 % 61)) for n in range(25)] + ["", "", "x"]
 
@@ -54,7 +52,6 @@ def test_the_borders_are_the_documents(shards: TokenShards, length: int, batch_s
         assert set(np.diff(numbers).tolist()) <= {0, 1}
     begins = [row * batch.ids.shape[1] + places.start for row, places in parts]
     assert batch.cu_seqlens.tolist() == [*begins, batch.ids.size]
-    assert batch.max_seqlen == max(places.stop - places.start for _, places in parts)
 
 
 def test_every_token_is_a_target_once_and_read_from_its_own_document(shards: TokenShards) -> None:
@@ -69,30 +66,6 @@ def test_every_token_is_a_target_once_and_read_from_its_own_document(shards: Tok
             targets = batch.targets[row, places]
             assert (targets[:-1] != 0).all()  # only the last target of a part may be its end-of-text
     assert counted == Counter(np.concatenate(list(shards.documents())).tolist())
-
-
-def test_the_mask_position_by_position() -> None:
-    numbers = np.array([[0, 0, 1, 1, 1, 2], [0, 1, 2, 2, 2, 2]])
-    mask = document_mask(numbers)
-    assert mask.shape == (2, 1, 6, 6)
-    for row in range(2):
-        for query in range(6):
-            for key in range(6):
-                allowed = key <= query and numbers[row, key] == numbers[row, query]
-                assert mask[row, 0, query, key] == allowed
-
-
-def test_masked_attention_over_a_row_is_attention_over_each_document(shards: TokenShards) -> None:
-    batch = PackedLoader(WindowLoader(shards, 100, 2, seed=1)).batch(0)
-    assert batch.document_ids.max() >= 2
-    draw = torch.Generator().manual_seed(0)
-    q = torch.randn(2, 4, 100, 8, generator=draw)
-    k, v = torch.randn(2, 2, 2, 100, 8, generator=draw)
-    mask = torch.from_numpy(batch.attention_mask())
-    packed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    for row, places in parts_of(batch):
-        alone = causal_attention(q[row, :, places], k[row, :, places], v[row, :, places])
-        torch.testing.assert_close(packed[row, :, places], alone)
 
 
 @pytest.mark.parametrize("position", ["rope", "learned"])

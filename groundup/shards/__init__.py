@@ -5,7 +5,7 @@ from groundup.shards.import_ids import import_ids
 from groundup.shards.load import Batch, WindowLoader, validation_windows
 from groundup.shards.mixture import MixtureLoader
 from groundup.shards.order import Permutation
-from groundup.shards.packing import PackedBatch, PackedLoader, document_mask
+from groundup.shards.packing import PackedBatch, PackedLoader
 from groundup.shards.parallel import SMALL_BYTES, write_shards_from_file
 from groundup.shards.read import TokenShards
 from groundup.shards.stats import shard_stats
@@ -21,7 +21,6 @@ __all__ = [
     "Permutation",
     "TokenShards",
     "WindowLoader",
-    "document_mask",
     "export_shards",
     "import_ids",
     "shard_stats",

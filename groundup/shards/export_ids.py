@@ -56,7 +56,7 @@ def export_shards(folder: str | Path, out: str | Path, format: str, *, force: bo
     if not force and (there := [path for path in written if path.exists()]):
         raise GroundupError(f"{there[0]}: is there already.", "Name another folder, or replace it with --force.")
     for split, paths in files.items():
-        _EXPORTERS[format](TokenShards.open(folder, split, verify=True), manifest, paths)
+        _EXPORTERS[format](TokenShards.open(folder, split), manifest, paths)
     return written
 
 

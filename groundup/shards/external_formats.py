@@ -1,15 +1,19 @@
 """Other programs' files of token ids.
 
-- nanoGPT: `train.bin`, `val.bin`; uint16 ids, no header, documents end with end-of-text.
+- nanoGPT: `train.bin`, `val.bin`; uint16 ids, no header, documents end with end-of-text. Nothing in such a file says
+  how wide its ids are: what looks like wider ones is refused until `uint16`, `uint32` or `int64` is named.
+- numpy.save: `.npy`; its header says all. Of two dimensions, each row is a document.
 - llm.c and modded-nanogpt: 256 int32 (magic, version, number of ids, zeros), then ids: magic 20240520 version 1 has
   uint16, magic 20240801 version 7 has uint32 (llm.c, dev/data/data_common.py). Documents begin with end-of-text.
 - Megatron-LM's IndexedDataset (megatron/core/datasets/indexed_dataset.py): `.bin` has the ids; `.idx` has
   "MMIDIDX", two zeros, a version (u64, 1), a code of the ids' type (u8), numbers of sequences and of document borders
   (u64), the sequences' lengths (int32), their bytes' offsets (int64), the borders (int64, counted in sequences, 0
   first). Documents end with end-of-text if they were made with --append-eod.
-- Parquet, and Arrow files as Hugging Face's `datasets` saves them: a column of lists of integers.
+- Parquet, and Arrow files as Hugging Face's `datasets` saves them: a column of lists of integers. What an
+  `attention_mask` beside it masks is padding, and left out.
 
-A reader gives pieces: ids with the ends of documents, or without where the format has none.
+A reader gives pieces: ids with the ends of documents, or without where the format has none. What the system or a
+library throws while it reads, `inputs.reader` turns into an error that names the file.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import numpy as np
 
 from groundup.errors import ArtifactError, GroundupError
 from groundup.files import atomic_writer
+from groundup.untrusted import ordinary_file
 
 if TYPE_CHECKING:
     import pyarrow
@@ -36,7 +41,10 @@ MEGATRON_DTYPES = {1: "|u1", 2: "|i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 """The codes of integers; 6 and 7 are floats."""
 MEGATRON_HEADER = struct.Struct("<9sQBQQ")
 MEGATRON_MOST_TOKENS = (1 << 31) - 1
+NUMPY_MAGIC = b"\x93NUMPY"
+RAW_DTYPES = {"nanogpt": "<u2", "uint16": "<u2", "uint32": "<u4", "int64": "<i8"}
 ID_COLUMNS = ("input_ids", "tokens", "token_ids", "ids")
+MASK_COLUMN = "attention_mask"
 BLOCK_TOKENS = 1 << 22
 COMPLETE = "Get the file again, whole, or leave it out."
 
@@ -51,6 +59,7 @@ class IdBlock:
         tokens: (n,) integers of any type.
         ends: where documents end in them, (n_documents,) int64; None if the format does not say.
         is_last: whether the file ends here.
+        padding: ids that were left out.
     """
 
     path: Path
@@ -58,18 +67,64 @@ class IdBlock:
     tokens: np.ndarray
     ends: np.ndarray | None
     is_last: bool
+    padding: int = 0
 
 
-def read_nanogpt(path: Path) -> Iterator[IdBlock]:
-    """The ids of a headerless uint16 file.
+def read_raw(path: Path, format: str) -> Iterator[IdBlock]:
+    """The ids of a file without a header, or of one that numpy.save wrote.
 
     Raises:
-        ArtifactError: unreadable, or cut in the middle of an id.
+        ArtifactError: cut in the middle of an id, or its ids look wider than nanoGPT's.
     """
-    size = _size(path)
-    if size % 2:
-        raise ArtifactError(f"{path}: {size:,} bytes, which is not a number of uint16 ids: cut off.", COMPLETE)
-    yield from _read_stream(path, np.dtype("<u2"), size // 2, 0)
+    with path.open("rb") as handle:
+        if handle.read(len(NUMPY_MAGIC)) == NUMPY_MAGIC:
+            yield from read_numpy(path)
+            return
+    dtype, size = np.dtype(RAW_DTYPES[format]), _size(path)
+    if size % dtype.itemsize:
+        name = dtype.name
+        raise ArtifactError(f"{path}: {size:,} bytes, which is not a number of {name} ids: cut off.", COMPLETE)
+    tokens = _mapped(path, dtype, size // dtype.itemsize, 0)
+    if format == "nanogpt" and (wider := _looks_wider(tokens)):
+        raise ArtifactError(
+            f"{path}: as uint16, these ids look like {wider} ones cut in pieces; the file does not say how wide it is.",
+            f"Say it: --format {wider}, or --format uint16 if they are.",
+        )
+    yield from _blocks(path, tokens)
+
+
+def _looks_wider(ids: np.ndarray) -> str | None:
+    """The type whose low parts the ids would be, every second (fourth) of them, the rest zero or next to it."""
+    for name, n_parts in (("int64", 4), ("uint32", 2)):
+        if not len(ids) % n_parts and len(ids):
+            parts = ids[: 1 << 20].reshape(-1, n_parts)
+            largest, high = int(parts[:, 0].max()), int(parts[:, 1].max())
+            # Of the few ids of a small file the second may be smaller by chance, but zero it is rarely.
+            is_small = high == 0 or (len(parts) >= 32 and high * 256 <= largest)
+            if largest and is_small and not parts[:, 2:].any():
+                return name
+    return None
+
+
+def read_numpy(path: Path) -> Iterator[IdBlock]:
+    """The ids of a `.npy` file: a stream, or rows that are documents.
+
+    Raises:
+        ArtifactError: not integers of one or two dimensions.
+    """
+    array = np.lib.format.open_memmap(path, mode="r")
+    if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
+        shape = "×".join(map(str, array.shape))
+        raise ArtifactError(f"{path}: {shape} values of {array.dtype}, not ids in one or two dimensions.")
+    if array.ndim == 1:
+        yield from _blocks(path, array.view(np.ndarray))
+        return
+    n_rows, length = array.shape
+    at_once = max(1, BLOCK_TOKENS // max(1, length))
+    for begin in range(0, max(1, n_rows), at_once):
+        rows = np.asarray(array[begin : begin + at_once])
+        ends = np.arange(1, len(rows) + 1, dtype=np.int64) * length
+        yield IdBlock(path, begin * length, rows.ravel(), ends, begin + at_once >= n_rows)
 
 
 def read_llmc(path: Path) -> Iterator[IdBlock]:
@@ -90,11 +145,11 @@ def read_llmc(path: Path) -> Iterator[IdBlock]:
         )
     dtype = LLMC_KINDS[magic][1]
     expected = LLMC_HEADER + n_tokens * dtype.itemsize
-    if size != expected:
+    if size != expected or n_tokens < 0:
         raise ArtifactError(
             f"{path}: {size:,} bytes instead of {expected:,} for its {n_tokens:,} ids; cut off or damaged.", COMPLETE
         )
-    yield from _read_stream(path, dtype, n_tokens, LLMC_HEADER)
+    yield from _blocks(path, _mapped(path, dtype, n_tokens, LLMC_HEADER))
 
 
 def read_megatron(path: Path) -> Iterator[IdBlock]:
@@ -132,27 +187,34 @@ def read_table(path: Path, column: str | None = None) -> Iterator[IdBlock]:
         column: of ids (default: `input_ids`, `tokens`, `token_ids`, `ids`, or the only one with lists of integers).
 
     Raises:
-        ArtifactError: unreadable, or no such column.
+        ArtifactError: no such column, or a mask of another shape.
     """
-    _size(path)
-    import pyarrow as pa
     import pyarrow.compute as pc
 
+    def lengths_of(lists: pyarrow.Array) -> np.ndarray:
+        lists.validate(full=True)  # damaged offsets would end the process
+        return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+
     first = 0
-    try:
-        schema, batches = _open_parquet(path) if path.suffix == ".parquet" else _open_arrow(path)
-        chosen = _id_column(path, schema, column)
-        for batch in batches(chosen):
-            rows = batch.column(chosen)
-            lengths = pc.fill_null(pc.list_value_length(rows), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-            values = rows.flatten()
-            if values.null_count:
-                raise ArtifactError(f"{path}: column {chosen!r} has lists with nulls in them.", "Fill or remove them.")
-            tokens = values.to_numpy(zero_copy_only=False)
-            yield IdBlock(path, first, tokens, np.cumsum(lengths), False)
-            first += len(tokens)
-    except pa.ArrowException as error:
-        raise ArtifactError(f"{path}: cannot be read ({str(error).splitlines()[0]}).", COMPLETE) from error
+    schema, batches = _open_parquet(path) if path.suffix == ".parquet" else _open_arrow(path)
+    chosen = _id_column(path, schema, column)
+    masks = MASK_COLUMN if MASK_COLUMN in schema.names else None
+    for batch in batches([chosen, masks] if masks else [chosen]):
+        rows = batch.column(chosen)
+        lengths, values = lengths_of(rows), rows.flatten()
+        if values.null_count:
+            raise ArtifactError(f"{path}: column {chosen!r} has lists with nulls in them.", "Fill or remove them.")
+        tokens, n_stored = values.to_numpy(zero_copy_only=False), len(values)
+        if masks:
+            mask = batch.column(masks)
+            if not np.array_equal(lengths_of(mask), lengths):
+                what = f"{path}: the rows of column {masks!r} are not as long as those of {chosen!r}."
+                raise ArtifactError(what, f"Take {masks!r} out, or name another --column.")
+            kept = mask.flatten().to_numpy(zero_copy_only=False).astype(bool)
+            before = np.concatenate([[0], np.cumsum(kept)])
+            tokens, lengths = tokens[kept], np.diff(before[np.cumsum(lengths)], prepend=0)
+        yield IdBlock(path, first, tokens, np.cumsum(lengths), False, n_stored - len(tokens))
+        first += n_stored
     yield IdBlock(path, first, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), True)
 
 
@@ -225,11 +287,10 @@ def _read_megatron_index(path: Path) -> tuple[np.dtype[Any], np.ndarray, np.ndar
     return dtype, lengths, borders
 
 
-def _read_stream(path: Path, dtype: np.dtype[Any], n_tokens: int, header: int) -> Iterator[IdBlock]:
-    tokens = _mapped(path, dtype, n_tokens, header)
-    for begin in range(0, max(1, n_tokens), BLOCK_TOKENS):
-        end = min(n_tokens, begin + BLOCK_TOKENS)
-        yield IdBlock(path, begin, tokens[begin:end], None, end == n_tokens)
+def _blocks(path: Path, tokens: np.ndarray) -> Iterator[IdBlock]:
+    for begin in range(0, max(1, len(tokens)), BLOCK_TOKENS):
+        end = min(len(tokens), begin + BLOCK_TOKENS)
+        yield IdBlock(path, begin, tokens[begin:end], None, end == len(tokens))
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], n_tokens: int, header: int) -> np.ndarray:
@@ -239,18 +300,21 @@ def _mapped(path: Path, dtype: np.dtype[Any], n_tokens: int, header: int) -> np.
 
 
 def _size(path: Path) -> int:
-    try:
-        with path.open("rb"):
-            return path.stat().st_size
-    except OSError as error:
-        raise ArtifactError(f"{path}: missing or unreadable ({error.strerror}).") from error
+    return ordinary_file(path).stat().st_size
 
 
 def _open_parquet(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(path)
-    return file.schema_arrow, lambda column: file.iter_batches(batch_size=4096, columns=[column])
+    groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+    # A page of a few bytes can stand for a billion ids; their number is written beside it.
+    most = max(
+        (group.column(place).num_values // max(1, group.num_rows) for group in groups
+         for place in range(group.num_columns)), default=0,
+    )  # fmt: skip
+    at_once = max(1, min(4096, BLOCK_TOKENS // max(1, most)))
+    return file.schema_arrow, lambda columns: file.iter_batches(batch_size=at_once, columns=columns)
 
 
 def _open_arrow(path: Path) -> Any:
@@ -259,10 +323,10 @@ def _open_arrow(path: Path) -> Any:
     source = pa.memory_map(str(path))
     try:
         stream = pa.ipc.open_stream(source)
-        return stream.schema, lambda column: stream
+        return stream.schema, lambda columns: stream
     except pa.ArrowInvalid:
         file = pa.ipc.open_file(source)
-        return file.schema, lambda column: (file.get_batch(number) for number in range(file.num_record_batches))
+        return file.schema, lambda columns: (file.get_batch(number) for number in range(file.num_record_batches))
 
 
 def _id_column(path: Path, schema: pyarrow.Schema, column: str | None) -> str:
@@ -272,7 +336,7 @@ def _id_column(path: Path, schema: pyarrow.Schema, column: str | None) -> str:
         is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
         return is_list and pa.types.is_integer(kind.value_type)
 
-    candidates = [field.name for field in schema if has_ids(field.type)]
+    candidates = [field.name for field in schema if has_ids(field.type) and field.name != MASK_COLUMN]
     if column is not None:
         chosen = [column] if column in candidates else []
     else:

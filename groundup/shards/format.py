@@ -10,15 +10,19 @@ checksum of its own.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, TypeAdapter
 
 from groundup.errors import ArtifactError
-from groundup.files import read_json, value_digest, write_json
+from groundup.files import value_digest, write_json
+from groundup.integrity import FileRecords
+from groundup.untrusted import read_object, reading
 
 FORMAT = "groundup-shards"
 VERSION = 2
@@ -28,9 +32,11 @@ MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 INDEX_DTYPE = np.dtype("<u8")
 LARGEST_16_BIT_VOCABULARY = 1 << 16
-AGAIN = "Make the shards again with --from shards."
+LARGEST_VOCABULARY = 1 << 32
+AGAIN = "Make the shards again: with --from shards, or with groundup shards import."
 
-Counts = Mapping[str, Mapping[str, int]]
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+Counts = Mapping[str, Mapping[str, Count]]
 """By name of a source or a language: its `documents`, `bytes` (UTF-8 of the text) and `tokens`."""
 
 
@@ -48,10 +54,10 @@ class ShardFile:
     """
 
     name: str
-    tokens: int
+    tokens: Count
     checksum: str
     index_name: str
-    documents: int
+    documents: Count
     index_checksum: str
 
 
@@ -68,9 +74,9 @@ class Split:
         languages: what is in which language, the largest first (empty if unknown).
     """
 
-    tokens: int
-    documents: int
-    text_bytes: int
+    tokens: Count
+    documents: Count
+    text_bytes: Count
     files: tuple[ShardFile, ...]
     sources: Counts = field(default_factory=dict)
     languages: Counts = field(default_factory=dict)
@@ -90,9 +96,9 @@ class ShardsManifest:
         version: of the format it was read in.
     """
 
-    vocab_size: int
+    vocab_size: Annotated[int, Field(ge=1, le=LARGEST_VOCABULARY)]
     tokenizer: str
-    end_of_text_id: int | None
+    end_of_text_id: Count | None
     splits: Mapping[str, Split]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     version: int = VERSION
@@ -101,6 +107,14 @@ class ShardsManifest:
     def dtype(self) -> np.dtype[Any]:
         """How ids are stored."""
         return token_dtype(self.vocab_size)
+
+    def records(self, split: str) -> FileRecords:
+        """Size and digest of a split's files, by name."""
+        found = {}
+        for file in self.splits[split].files:
+            found[file.name] = file.tokens * self.dtype.itemsize, file.checksum
+            found[file.index_name] = file.documents * INDEX_DTYPE.itemsize, file.index_checksum
+        return found
 
     def write(self, folder: Path) -> None:
         """Write it, which makes the folder's shards valid."""
@@ -125,27 +139,22 @@ class ShardsManifest:
             ArtifactError: missing, damaged, or of another version.
         """
         path = folder / MANIFEST
-        values = read_json(path)
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise ArtifactError(f"{path}: not a manifest of token shards, or damaged.", AGAIN)
-        if values.get("version") not in READABLE_VERSIONS:
-            readable = " and ".join(map(str, READABLE_VERSIONS))
-            raise ArtifactError(f"{path}: version {values.get('version')}; this groundup reads {readable}.", AGAIN)
-        checksum = values.pop("checksum", None)
-        if checksum != value_digest(values):
-            raise ArtifactError(f"{path}: damaged, its checksum does not fit.", AGAIN)
-        splits = {
-            name: Split(**{**split, "files": tuple(ShardFile(**file) for file in split["files"])})
-            for name, split in values["splits"].items()
-        }
-        return cls(
-            values["vocab_size"],
-            values["tokenizer"],
-            values["end_of_text_id"],
-            splits,
-            values.get("provenance", {}),
-            values["version"],
-        )
+        with reading(str(path), fix=AGAIN):
+            values = read_object(path)
+            if values.pop("format", None) != FORMAT:
+                raise ArtifactError(f"{path}: not a manifest of token shards, or damaged.", AGAIN)
+            if values.get("version") not in READABLE_VERSIONS:
+                readable = " and ".join(map(str, READABLE_VERSIONS))
+                raise ArtifactError(f"{path}: version {values.get('version')}; this groundup reads {readable}.", AGAIN)
+            if values.pop("checksum", None) != value_digest({"format": FORMAT, **values}):
+                raise ArtifactError(f"{path}: damaged, its checksum does not fit.", AGAIN)
+            manifest = TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
+        for name, split in manifest.splits.items():
+            for what in ("tokens", "documents"):
+                said, found = getattr(split, what), sum(getattr(file, what) for file in split.files)
+                if said != found:
+                    raise ArtifactError(f"{path}, splits.{name}: {said:,} {what}, but its files have {found:,}.", AGAIN)
+        return manifest
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

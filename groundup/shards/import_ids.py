@@ -18,7 +18,7 @@ from groundup.errors import ArtifactError, DataError, GroundupError
 from groundup.files import file_digest
 from groundup.recipe import ShardsSettings
 from groundup.shards.external_formats import IdBlock
-from groundup.shards.format import SPLITS, ShardsManifest, Split, token_dtype
+from groundup.shards.format import LARGEST_VOCABULARY, SPLITS, ShardsManifest, Split, token_dtype
 from groundup.shards.inputs import Inputs, find_inputs, largest_id, reader
 from groundup.shards.stream import StreamWriter, begin_shards
 
@@ -64,12 +64,12 @@ def import_ids(
         source: a file or folder (`find_inputs` says which of its files are for validation).
         out: the folder for the shards; those of an earlier call are replaced.
         validation: a file or folder with the validation split.
-        format: nanogpt, llmc, megatron, parquet or arrow (default: told from the files).
+        format: one of `inputs.FORMATS` (default: told from the files).
         tokenizer: that made the ids: gives the end-of-text id, the vocabulary and the bytes of the text.
         end_of_text_id: that closes documents.
         vocab_size: entries of the vocabulary (default: the largest id + 1).
         column: with the ids, of Parquet and Arrow.
-        join_rows: rows of Parquet and Arrow are pieces of one stream, not documents.
+        join_rows: rows of a table or of an array are pieces of one stream, not documents.
         settings: tokens in a shard.
 
     Raises:
@@ -88,6 +88,10 @@ def import_ids(
     if vocab_size is None:
         largest = max(largest_id(read()) for name in SPLITS for read in readers[name])
         vocab_size = 1 + max(largest, end_of_text_id or 0)
+    if vocab_size > LARGEST_VOCABULARY:
+        raise ArtifactError(
+            f"{source}: ids up to {vocab_size - 1:,}, more than any vocabulary has.", "Name the right --format."
+        )
     if end_of_text_id is not None and not 0 <= end_of_text_id < vocab_size:
         raise GroundupError(f"end-of-text id {end_of_text_id}: the vocabulary has ids 0 to {vocab_size - 1}.")
     if any(path.resolve().parent == out.resolve() for name in SPLITS for path in inputs.files[name]):
@@ -120,13 +124,14 @@ class _Borders:
         self._end = end_of_text_id
         self._may_begin = begins_documents and end_of_text_id is not None
         self._dtype = dtype
-        self.closed = self.empty = 0
+        self.closed = self.empty = self.padding = 0
         self.by_file = self.turned = False
 
     def documents(self, pieces: Iterable[IdBlock]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids and ends, for `StreamWriter.append`."""
         is_closed, begun, turned = True, False, False
         for piece in pieces:
+            self.padding += piece.padding
             tokens = piece.tokens.astype(self._dtype, copy=False)
             if piece.ends is not None:
                 yield self._closed(tokens, piece.ends)
@@ -209,6 +214,8 @@ def _notes(manifest: ShardsManifest, borders: _Borders) -> list[str]:
         notes.append(f"documents not closed by end-of-text, which got one: {borders.closed:,}")
     if borders.empty:
         notes.append(f"empty documents, left out: {borders.empty:,}")
+    if borders.padding:
+        notes.append(f"padding, left out as attention_mask says: {borders.padding:,} ids")
     if not manifest.tokenizer:
         notes.append("no tokenizer was named: training takes these shards only without one")
     if not manifest.splits["validation"].tokens:

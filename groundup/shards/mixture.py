@@ -80,10 +80,6 @@ class MixtureLoader(StepLoader[Batch]):
             ids[here], targets[here] = part.ids, part.targets
         return Batch(ids, targets)
 
-    def components_of(self, step: int) -> np.ndarray:
-        """Which component each row of batch `step` comes from, (batch_size,)."""
-        return self._shares(np.arange(step * self.batch_size, (step + 1) * self.batch_size))[0]
-
     def epochs(self, step: int) -> list[float]:
         """How often each component has been gone through before batch `step`."""
         counts = self._shares.counts(step * self.batch_size)

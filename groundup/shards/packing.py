@@ -41,15 +41,6 @@ class PackedBatch(Batch):
         begins = np.flatnonzero(self.positions.ravel() == 0)
         return np.append(begins, self.positions.size).astype(np.int32)
 
-    @property
-    def max_seqlen(self) -> int:
-        """Positions of the longest document."""
-        return int(self.positions.max()) + 1
-
-    def attention_mask(self) -> np.ndarray:
-        """The attention mask, (rows, 1, seq, seq) bool, as scaled_dot_product_attention takes it."""
-        return document_mask(self.document_ids)
-
 
 class PackedLoader(StepLoader[PackedBatch]):
     """A loader's batches with the borders of their documents.
@@ -114,17 +105,3 @@ def document_borders(ids: np.ndarray, end_of_text_id: int) -> tuple[np.ndarray, 
     document_ids = np.repeat(numbers.astype(np.int32), lengths)
     positions = np.arange(ids.size, dtype=np.int32) - np.repeat(begins.astype(np.int32), lengths)
     return document_ids.reshape(rows, seq), positions.reshape(rows, seq)
-
-
-def document_mask(document_ids: np.ndarray) -> np.ndarray:
-    """The causal, block-diagonal mask: a query sees earlier positions of its own document and itself.
-
-    Args:
-        document_ids: (rows, seq).
-
-    Returns:
-        (rows, 1, seq, seq) bool: [row, 0, query, key].
-    """
-    seq = document_ids.shape[1]
-    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-    return same & np.tri(seq, dtype=bool)

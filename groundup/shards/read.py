@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from groundup.errors import ArtifactError
-from groundup.files import file_digest, value_digest
+from groundup.files import value_digest
+from groundup.integrity import check_files
 from groundup.shards.format import AGAIN, INDEX_DTYPE, MANIFEST, ShardsManifest
+from groundup.untrusted import reading
 
 
 class TokenShards:
@@ -29,7 +31,8 @@ class TokenShards:
         dtype: how ids are stored.
     """
 
-    def __init__(self, folder: Path, split: str, manifest: ShardsManifest) -> None:
+    def __init__(self, folder: Path, split: str, manifest: ShardsManifest, *, verify: bool = True) -> None:
+        check_files(folder, manifest.records(split), AGAIN, digests=verify)
         self.folder = folder
         self._files = manifest.splits[split].files
         self.split = split
@@ -44,14 +47,14 @@ class TokenShards:
             [self.vocab_size, self.tokenizer_fingerprint, self.end_of_text_id, self.n_bytes]
             + [[file.tokens, file.checksum, file.index_checksum] for file in self._files]
         )
-        self._tokens = [_mapped(folder / file.name, self.dtype, file.tokens) for file in self._files]
-        self._ends = [_mapped(folder / file.index_name, INDEX_DTYPE, file.documents) for file in self._files]
+        self._tokens = [mapped(folder / file.name, self.dtype, file.tokens) for file in self._files]
+        self._ends = [mapped(folder / file.index_name, INDEX_DTYPE, file.documents) for file in self._files]
         self._starts = np.cumsum([0, *(file.tokens for file in self._files)])
         self._documents_before = np.cumsum([0, *(file.documents for file in self._files)])
 
     @classmethod
     def open(
-        cls, folder: str | Path, split: str, *, tokenizer_fingerprint: str | None = None, verify: bool = False
+        cls, folder: str | Path, split: str, *, tokenizer_fingerprint: str | None = None, verify: bool = True
     ) -> TokenShards:
         """Open a split ("train" or "validation") of a folder that `write_shards` made.
 
@@ -59,11 +62,12 @@ class TokenShards:
             folder: the folder.
             split: the split.
             tokenizer_fingerprint: refuse shards of another tokenizer than this.
-            verify: read every file through and compare its checksum; without it only sizes are compared.
+            verify: compare every file's digest, unless that was done since it was last touched; without it only
+                sizes are compared.
 
         Raises:
-            ArtifactError: a file is missing, has the wrong size or a damaged manifest; the split is empty; the
-                shards are another tokenizer's. The message names the file.
+            ArtifactError: a file is missing or damaged; the split is empty; the shards are another tokenizer's. The
+                message names the file.
         """
         folder = Path(folder)
         manifest = ShardsManifest.read(folder)
@@ -76,10 +80,7 @@ class TokenShards:
             )
         if split not in manifest.splits or not manifest.splits[split].files:
             raise ArtifactError(f"{folder}: there are no {split} documents in these shards.", AGAIN)
-        shards = cls(folder, split, manifest)
-        if verify:
-            shards.verify()
-        return shards
+        return cls(folder, split, manifest, verify=verify)
 
     def window(self, start: int, length: int) -> np.ndarray:
         """The ids `start` … `start + length - 1` of the stream.
@@ -128,29 +129,46 @@ class TokenShards:
     def documents(self) -> Iterator[np.ndarray]:
         """Every document's ids, its closing `<|endoftext|>` included, in order: (length,) int64 each."""
         begin = 0
-        for start, ends in zip(self._starts, self._ends, strict=False):
-            for end in ends:
-                stop = int(start) + int(end)
-                yield self.window(begin, stop - begin)
-                begin = stop
+        for number in range(len(self._files)):
+            for end in self._ends_in(number):
+                yield self.window(begin, int(end) - begin)
+                begin = int(end)
 
     def document(self, number: int) -> np.ndarray:
         """Document `number` (0, 1, …): its ids, its closing `<|endoftext|>` included, (length,) int64.
 
         Raises:
             IndexError: there are fewer documents.
+            ArtifactError: the index is damaged.
         """
         if not 0 <= number < self.n_documents:
             raise IndexError(f"document {number} of {self.n_documents}")
-        begin = self._end_of(number - 1) if number else 0
-        return self.window(begin, self._end_of(number) - begin)
+        (file, end), (_, begin) = self._end_of(number), self._end_of(number - 1) if number else (0, 0)
+        if not begin < end <= self.n_tokens:
+            what = f"document {number} from {begin:,} to {end:,} is none of {self.n_tokens:,} tokens; damaged."
+            raise ArtifactError(f"{self.folder / self._files[file].index_name}: {what}", AGAIN)
+        return self.window(begin, end - begin)
+
+    def _end_of(self, number: int) -> tuple[int, int]:
+        """The file in which a document ends, and where in the stream."""
+        file = int(np.searchsorted(self._documents_before, number, side="right")) - 1
+        return file, int(self._starts[file]) + int(self._ends[file][number - int(self._documents_before[file])])
 
     def document_ends(self) -> np.ndarray:
         """Where each document ends in the stream, (n_documents,) int64; in memory, 8 bytes a document."""
-        return np.concatenate(
-            [np.empty(0, dtype=np.int64)]
-            + [ends.astype(np.int64) + start for start, ends in zip(self._starts, self._ends, strict=False)]
-        )
+        return np.concatenate([np.empty(0, dtype=np.int64), *map(self._ends_in, range(len(self._files)))])
+
+    def _ends_in(self, file: int) -> np.ndarray:
+        """Where the documents end that end in a file, in the stream: (n,) int64, rising.
+
+        Raises:
+            ArtifactError: the index is damaged.
+        """
+        ends = self._ends[file].astype(np.int64)
+        if len(ends) and (ends[0] < 1 or ends[-1] > self._files[file].tokens or (np.diff(ends) < 1).any()):
+            what = f"its documents' ends do not rise from 1 to the file's {self._files[file].tokens:,} tokens; damaged."
+            raise ArtifactError(f"{self.folder / self._files[file].index_name}: {what}", AGAIN)
+        return ends + self._starts[file]
 
     def blocks(self, n_tokens: int = 1 << 22) -> Iterator[np.ndarray]:
         """The whole stream in order, in pieces of at most `n_tokens` ids as they are stored."""
@@ -158,32 +176,11 @@ class TokenShards:
             for begin in range(0, len(tokens), n_tokens):
                 yield tokens[begin : begin + n_tokens]
 
-    def _end_of(self, number: int) -> int:
-        file = int(np.searchsorted(self._documents_before, number, side="right")) - 1
-        return int(self._starts[file]) + int(self._ends[file][number - int(self._documents_before[file])])
 
-    def verify(self) -> None:
-        """Read every file through and compare it with its checksum.
-
-        Raises:
-            ArtifactError: naming the first damaged file.
-        """
-        for file in self._files:
-            for name, checksum in ((file.name, file.checksum), (file.index_name, file.index_checksum)):
-                path = self.folder / name
-                if not path.is_file() or file_digest(path) != checksum:
-                    raise ArtifactError(f"{path}: damaged, its checksum does not fit.", AGAIN)
-
-
-def _mapped(path: Path, dtype: np.dtype[Any], count: int) -> np.ndarray:
+def mapped(path: Path, dtype: np.dtype[Any], count: int) -> np.ndarray:
     """A file's values, mapped read-only: (count,)."""
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise ArtifactError(f"{path}: missing or unreadable ({error.strerror}).", AGAIN) from error
-    if size != count * dtype.itemsize:
-        raise ArtifactError(f"{path}: {size:,} bytes instead of {count * dtype.itemsize:,}; cut off or damaged.", AGAIN)
     if not count:
         return np.empty(0, dtype=dtype)  # an empty file cannot be mapped
     # A plain array over the map: np.memmap's own class makes every slice several times slower.
-    return np.memmap(path, dtype=dtype, mode="r", shape=(count,)).view(np.ndarray)
+    with reading(str(path), fix=AGAIN):
+        return np.memmap(path, dtype=dtype, mode="r", shape=(count,)).view(np.ndarray)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from groundup.errors import ArtifactError
 from groundup.files import file_digest
-from groundup.shards.format import INDEX_DTYPE, MANIFEST, ShardFile, ShardsManifest, Split
+from groundup.shards.format import AGAIN, INDEX_DTYPE, ShardFile, ShardsManifest
+from groundup.shards.read import mapped
+from groundup.untrusted import file_inside, reading
 
 BLOCK_TOKENS = 1 << 22
 
@@ -60,15 +61,14 @@ def verify_shards(folder: str | Path) -> Verification:
     are as many as the manifest says; every document ends with `<|endoftext|>` and the last one with the stream.
 
     Raises:
-        ArtifactError: the manifest is missing or damaged (then nothing else can be judged).
+        ArtifactError: the manifest is missing or damaged, or its counts do not add up: nothing else can be judged.
     """
     folder = Path(folder)
     manifest = ShardsManifest.read(folder)
     faults: list[Fault] = []
     for split in manifest.splits.values():
         for file in split.files:
-            faults += _faults_of_file(folder, file, manifest)
-        faults += _faults_of_split(folder, split)
+            faults += _faults_of_file(folder, file, manifest, is_last=file is split.files[-1])
     return Verification(
         files=2 * sum(len(split.files) for split in manifest.splits.values()),
         tokens=sum(split.tokens for split in manifest.splits.values()),
@@ -77,93 +77,53 @@ def verify_shards(folder: str | Path) -> Verification:
     )
 
 
-def _faults_of_file(folder: Path, file: ShardFile, manifest: ShardsManifest) -> Iterator[Fault]:
+def _faults_of_file(folder: Path, file: ShardFile, manifest: ShardsManifest, *, is_last: bool) -> Iterator[Fault]:
     path, index_path = folder / file.name, folder / file.index_name
-    tokens_fit = yield from _size_faults(path, file.tokens * manifest.dtype.itemsize)
-    index_fits = yield from _size_faults(index_path, file.documents * INDEX_DTYPE.itemsize)
-    if tokens_fit:
-        yield from _token_faults(path, file, manifest)
-    if index_fits:
-        if file_digest(index_path) != file.index_checksum:
-            yield Fault(index_path, None, "damaged, its checksum does not fit")
-        ends = np.fromfile(index_path, dtype=INDEX_DTYPE)
-        yield from _index_faults(index_path, ends, file)
-        if tokens_fit and manifest.end_of_text_id is not None:
-            yield from _border_faults(path, ends, file, manifest)
-
-
-def _size_faults(path: Path, n_bytes: int) -> Generator[Fault, None, bool]:
-    """Yields a fault if the file has another size; returns whether it fits."""
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        yield Fault(path, None, f"missing or unreadable ({error.strerror})")
-        return False
-    if size != n_bytes:
-        yield Fault(path, min(size, n_bytes), f"{size:,} bytes instead of {n_bytes:,}")
-    return size == n_bytes
-
-
-def _token_faults(path: Path, file: ShardFile, manifest: ShardsManifest) -> Iterator[Fault]:
-    checksum = xxhash.xxh3_128()
-    outside: Fault | None = None
-    for first, tokens in _blocks(path, manifest.dtype):
-        checksum.update(tokens.data)
-        if outside is None and int(tokens.max(initial=0)) >= manifest.vocab_size:
-            place = int(np.argmax(tokens >= manifest.vocab_size))
-            offset = (first + place) * manifest.dtype.itemsize
-            outside = Fault(path, offset, f"id {tokens[place]}, but the vocabulary has {manifest.vocab_size} entries")
-    if checksum.hexdigest() != file.checksum:
-        yield Fault(path, None, "damaged, its checksum does not fit")
-    if outside is not None:
-        yield outside
-
-
-def _blocks(path: Path, dtype: np.dtype[Any]) -> Iterator[tuple[int, np.ndarray]]:
-    first = 0
-    with path.open("rb") as handle:
-        while len(tokens := np.fromfile(handle, dtype=dtype, count=BLOCK_TOKENS)):
-            yield first, tokens
-            first += len(tokens)
-
-
-def _index_faults(path: Path, ends: np.ndarray, file: ShardFile) -> Iterator[Fault]:
-    falls = np.flatnonzero(ends[1:] <= ends[:-1]) + 1
-    if len(falls):
-        place = int(falls[0])
-        what = f"document end {ends[place]} does not follow {ends[place - 1]}"
-        yield Fault(path, place * INDEX_DTYPE.itemsize, what)
-    outside = np.flatnonzero((ends < 1) | (ends > file.tokens))
-    if len(outside):
-        place = int(outside[0])
-        what = f"document end {ends[place]} is not in the file's {file.tokens} tokens"
-        yield Fault(path, place * INDEX_DTYPE.itemsize, what)
-
-
-def _border_faults(path: Path, ends: np.ndarray, file: ShardFile, manifest: ShardsManifest) -> Iterator[Fault]:
-    if not file.tokens or not len(ends):
+    tokens = yield from _read(folder, file.name, manifest.dtype, file.tokens, file.checksum)
+    ends = yield from _read(folder, file.index_name, INDEX_DTYPE, file.documents, file.index_checksum)
+    if tokens is not None:
+        for begin in range(0, len(tokens), BLOCK_TOKENS):
+            block = tokens[begin : begin + BLOCK_TOKENS]
+            if int(block.max()) >= manifest.vocab_size:
+                place = begin + int(np.argmax(block >= manifest.vocab_size))
+                what = f"id {tokens[place]}, but the vocabulary has {manifest.vocab_size} entries"
+                yield Fault(path, place * manifest.dtype.itemsize, what)
+                break
+    if ends is None:
         return
-    inside = ends[(ends >= 1) & (ends <= file.tokens)].astype(np.int64)
-    last_ids = np.memmap(path, dtype=manifest.dtype, mode="r")[inside - 1]
-    wrong = np.flatnonzero(last_ids != manifest.end_of_text_id)
-    if len(wrong):
-        place = int(inside[wrong[0]]) - 1
-        what = f"a document ends with id {last_ids[wrong[0]]}, not with end-of-text ({manifest.end_of_text_id})"
-        yield Fault(path, place * manifest.dtype.itemsize, what)
+    for place in np.flatnonzero(ends[1:] <= ends[:-1])[:1] + 1:
+        what = f"document end {ends[place]} does not follow {ends[place - 1]}"
+        yield Fault(index_path, int(place) * INDEX_DTYPE.itemsize, what)
+    is_inside = (ends >= 1) & (ends <= file.tokens)
+    for place in np.flatnonzero(~is_inside)[:1]:
+        what = f"document end {ends[place]} is not in the file's {file.tokens} tokens"
+        yield Fault(index_path, int(place) * INDEX_DTYPE.itemsize, what)
+    if is_last and (not len(ends) or int(ends[-1]) != file.tokens):
+        yield Fault(index_path, None, "the last document is not closed at the stream's end")
+    if tokens is not None and manifest.end_of_text_id is not None:
+        last = ends[is_inside].astype(np.int64) - 1
+        for place in last[tokens[last] != manifest.end_of_text_id][:1]:
+            what = f"a document ends with id {tokens[place]}, not with end-of-text ({manifest.end_of_text_id})"
+            yield Fault(path, int(place) * manifest.dtype.itemsize, what)
 
 
-def _faults_of_split(folder: Path, split: Split) -> Iterator[Fault]:
-    for what, said, found in (
-        ("tokens", split.tokens, sum(file.tokens for file in split.files)),
-        ("documents", split.documents, sum(file.documents for file in split.files)),
-    ):
-        if said != found:
-            yield Fault(folder / MANIFEST, None, f"{said:,} {what}, but its files have {found:,}")
-    if split.files and (folder / split.files[-1].index_name).is_file():
-        file = split.files[-1]
-        ends = np.fromfile(folder / file.index_name, dtype=INDEX_DTYPE)
-        if not len(ends) or int(ends[-1]) != file.tokens:
-            yield Fault(folder / file.index_name, None, "the last document is not closed at the stream's end")
+def _read(
+    folder: Path, name: str, dtype: np.dtype[Any], count: int, checksum: str
+) -> Generator[Fault, None, np.ndarray | None]:
+    """Yields what is wrong with a file's bytes; returns its values, mapped, if there are as many as there should be."""
+    path = folder / name
+    try:
+        with reading(str(path)):
+            size, n_bytes = file_inside(folder, name).stat().st_size, count * dtype.itemsize
+            if size != n_bytes:
+                yield Fault(path, min(size, n_bytes), f"{size:,} bytes instead of {n_bytes:,}")
+                return None
+            if file_digest(path) != checksum:
+                yield Fault(path, None, "damaged, its checksum does not fit")
+            return mapped(path, dtype, count)
+    except ArtifactError as error:
+        yield Fault(path, None, error.message.removeprefix(f"{path}: "))
+        return None
 
 
 def refuse_faults(verification: Verification) -> None:
@@ -174,4 +134,4 @@ def refuse_faults(verification: Verification) -> None:
     """
     if verification.faults:
         first, *rest = map(str, verification.faults)
-        raise ArtifactError("\n".join([first, *rest]), "Make the shards again with --from shards.")
+        raise ArtifactError("\n".join([first, *rest]), AGAIN)

@@ -24,6 +24,7 @@ class TokenizerStage(Method):
     """Documents to `tokenizer.json`."""
 
     settings = TokenizerSettings
+    outputs = TOKENIZER_FILES
 
     def needs(self, stage: Stage) -> tuple[str, ...]:
         """The documents."""

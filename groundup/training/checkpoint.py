@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
-from safetensors import SafetensorError
+from pydantic import ConfigDict, TypeAdapter, with_config
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -36,7 +35,7 @@ from groundup.model import ModelConfig
 from groundup.training.optimizers import Optimizers, WeightAverage
 from groundup.training.precision import LossScaler
 from groundup.training.spikes import SpikeDetector
-from groundup.untrusted import file_inside, read_object
+from groundup.untrusted import file_inside, read_object, reading
 
 BEST = "best"
 _STATE = "state.json"
@@ -210,10 +209,10 @@ def _read_checkpoint(path: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]
     Raises:
         ArtifactError: damaged: which file, and how.
     """
-    values = read_object(file_inside(path, _STATE))
-    if values.pop("digest", None) != value_digest(values):
-        raise ArtifactError(f"{path / _STATE}: damaged (its digest is not the one written down).")
-    try:
+    with reading(str(path)):
+        values = read_object(file_inside(path, _STATE))
+        if values.pop("digest", None) != value_digest(values):
+            raise ArtifactError(f"{path / _STATE}: damaged (its digest is not the one written down).")
         parts = {}
         for name, digest in values.pop("digests").items():
             file = file_inside(path, name)
@@ -222,8 +221,6 @@ def _read_checkpoint(path: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]
             if name.endswith(_TENSORS):
                 parts[name.removesuffix(_TENSORS)] = load_file(file)
         progress: Progress = TypeAdapter(Progress).validate_python(values)
-    except (OSError, KeyError, TypeError, AttributeError, SafetensorError, ValidationError) as error:
-        raise ArtifactError(f"{path}: cannot be read ({str(error).splitlines()[0]:.200}).") from error
     if path.name != f"step-{progress.step:08d}":
         raise ArtifactError(f"{path}: holds step {progress.step}, which is not the one of its name.")
     return progress, parts

@@ -19,7 +19,7 @@ import orjson
 import torch
 
 from groundup.console import format_bytes, format_count, format_fields
-from groundup.errors import GroundupError
+from groundup.errors import ArtifactError, GroundupError
 from groundup.files import atomic_writer, write_error
 from groundup.training.checkpoint import Progress, TrainingState
 from groundup.training.optimizers import describe_groups
@@ -110,15 +110,20 @@ def _is_validation(line: Mapping[str, Any]) -> bool:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; a last line cut short by a kill is left out."""
-    if not path.is_file():
-        return []
-    lines = []
-    for raw in path.read_bytes().splitlines():
-        try:
-            lines.append(orjson.loads(raw))
-        except orjson.JSONDecodeError:
-            break
+    """The lines of a log; a last line cut short by a kill is left out.
+
+    Raises:
+        ArtifactError: another line is damaged.
+    """
+    lines: list[dict[str, Any]] = []
+    raw = path.read_bytes().splitlines() if path.is_file() else []
+    for number, text in enumerate(raw, 1):
+        with contextlib.suppress(orjson.JSONDecodeError):
+            line = orjson.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
+        if len(lines) < number < len(raw):
+            raise ArtifactError(f"{path}, line {number}: damaged.", "Repair the line or take it out of the file.")
     return lines
 
 

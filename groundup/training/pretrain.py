@@ -57,6 +57,7 @@ def pretrain(
     out: str | Path | None = None,
     tokenizer: Tokenizer | None = None,
     seed: int = 1,
+    verify: bool = True,
     world: World | None = None,
     console: Console | None = None,
 ) -> TrainedModel:
@@ -71,6 +72,7 @@ def pretrain(
         tokenizer: the shards' tokenizer, for samples and to be kept with the model (default: `tokenizer/`
             beside the shards, where there is one).
         seed: of the data order and dropout.
+        verify: compare the shards' digests, unless that was done since they were last touched; else only sizes.
         world: the processes to train on (default: those of `torchrun`, or this one).
         console: where progress is shown.
 
@@ -90,7 +92,7 @@ def pretrain(
     out = Path(out) if out is not None else shards.parent / "pretrain"
     if tokenizer is None and (shards.parent / "tokenizer" / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(shards.parent / "tokenizer")
-    job = pretraining_job(model, shards, settings, out, tokenizer, seed, console)
+    job = pretraining_job(model, shards, settings, out, tokenizer, seed, console, verify=verify and world.is_first)
     summary = train(job, world, console)
     save_model(out / "model", model, tokenizer, world=world)
     forget_checkpoints(job, world)
@@ -105,19 +107,22 @@ def pretraining_job(
     tokenizer: Tokenizer | None,
     seed: int,
     console: Console,
+    *,
+    verify: bool = True,
 ) -> TrainingJob:
     """What `pretrain` gives to the training loop."""
     expected = tokenizer.fingerprint if tokenizer is not None else None
-    train_shards = TokenShards.open(shards, "train", tokenizer_fingerprint=expected)
-    validation = TokenShards.open(shards, "validation", tokenizer_fingerprint=expected)
+    train_shards = TokenShards.open(shards, "train", tokenizer_fingerprint=expected, verify=verify)
+    validation = TokenShards.open(shards, "validation", tokenizer_fingerprint=expected, verify=verify)
     if train_shards.vocab_size > model.config.vocab_size:
         raise DataError(
             f"{shards}: written with {train_shards.vocab_size} tokens, but the model knows {model.config.vocab_size}.",
             f"Build the model with vocab_size={train_shards.vocab_size}.",
         )
     length = sequence_length(model.config, settings)
+    made_by = train_shards.tokenizer_fingerprint
     mixture = [
-        (TokenShards.open(part.shards, "train", tokenizer_fingerprint=train_shards.tokenizer_fingerprint), part.weight)
+        (TokenShards.open(part.shards, "train", tokenizer_fingerprint=made_by, verify=verify), part.weight)
         for part in settings.mixture
     ]
     source = ShardBatches(
@@ -159,7 +164,7 @@ def mixture_digests(settings: PretrainSettings) -> dict[str, str]:
         ArtifactError: one of them is missing or damaged.
     """
     return {
-        f"mixture {number}": TokenShards.open(part.shards, "train").fingerprint
+        f"mixture {number}": TokenShards.open(part.shards, "train", verify=False).fingerprint
         for number, part in enumerate(settings.mixture)
     }
 
@@ -244,7 +249,7 @@ class Pretrain(Method):
         model, tokenizer = starting_point(context.stage, context.run, context.console)
         return pretrain(
             model, context.run.folder("shards"), context.recipe.pretrain, out=context.folder, tokenizer=tokenizer,
-            seed=context.recipe.seed, world=context.world, console=context.console,
+            seed=context.recipe.seed, verify=context.recipe.verify, world=context.world, console=context.console,
         ).summary  # fmt: skip
 
     def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:

@@ -281,7 +281,7 @@ def _shards_of(run: str | Path | None) -> tuple[TokenShards, TokenShards] | None
     folder = None if run is None else Run(run).folder("shards")
     if folder is None or not (folder / "manifest.json").is_file():
         return None
-    return TokenShards.open(folder, "train"), TokenShards.open(folder, "validation")
+    return TokenShards.open(folder, "train", verify=False), TokenShards.open(folder, "validation", verify=False)
 
 
 def _model(recipe: Recipe, vocab_size: int) -> ModelConfig:
