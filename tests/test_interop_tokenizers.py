@@ -90,6 +90,7 @@ def make_folder(kind: str, tmp_path: Path) -> Path:
     model = random_model("llama-nano", vocab_size=400)
     gu.save_model(tmp_path / "made", model)
     export_folder(tmp_path / "made", tmp_path / "theirs")
+    (tmp_path / "theirs" / "digests.json").unlink()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=make(), **names, chat_template="{{ messages }}")
     fast.save_pretrained(tmp_path / "theirs")
     return tmp_path / "theirs"
@@ -150,6 +151,15 @@ def test_it_is_imported_exported_and_saved_byte_for_byte(folder: Path, tmp_path:
     )
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
     assert theirs.chat_template == "{{ messages }}"
+
+
+def test_ids_that_stand_for_no_token_are_known() -> None:
+    spec = json.loads(byte_level().to_str())
+    n = len(spec["model"]["vocab"])
+    spec["model"]["vocab"]["zq"] = n + 3  # the added token goes to n + 1
+    holed = PretrainedTokenizer({"tokenizer.json": json.dumps(spec).encode()}, "holed", {})
+    assert holed.unused_ids(n + 6) == [n, n + 2, n + 4, n + 5]
+    assert small_tokenizer().unused_ids(322) == [320, 321]
 
 
 def test_text_is_generated_with_it(folder: Path) -> None:
@@ -486,7 +496,7 @@ def test_control_tokens_that_another_file_names_are_control_tokens(place: str) -
         "tokenizer.json": json.dumps(made).encode(),
         place: b'{"eos_token": {"content": "</s>"}, "pad_token": "a"}',
     }
-    tokenizer = PretrainedTokenizer(files, "t", {"bos": 1, "eos": None, "pad": None})
+    tokenizer = PretrainedTokenizer(files, "t", {"bos_token_id": 1, "eos_token_id": None})
     assert {1, 2} <= tokenizer.special_ids
     assert not {1, 2} & set(tokenizer.encode("</s> <s>"))
     assert tokenizer._ids["a"] in tokenizer.encode("a")  # a letter remains text, whoever fills rows with it

@@ -329,8 +329,7 @@ class PretrainedTokenizer(Tokenizer):
                     said += [token for token in value.values() if isinstance(token, dict) and token.get("special")]
         contents = [token.get("content") if isinstance(token, dict) else token for token in said]
         names = {name: self._ids[name] for name in contents if isinstance(name, str) and name in self._ids}
-        found = self._special_token_ids.values()
-        named = {index for ids in found for index in ids}
+        named = {index for ids in self._special_token_ids.values() for index in ids}
         names |= {name: index for name, index in self._ids.items() if index in named}
         added = {token["content"] for token in spec["added_tokens"]}
         return {name: index for name, index in names.items() if name in added or _LOOKS_LIKE_CONTROL.fullmatch(name)}

@@ -72,11 +72,12 @@ class Tokenizer:
     @classmethod
     def train(
         cls,
-        documents: Iterable[Document | str],
+        documents: Iterable[Document | str] | str | Path,
         *,
         kind: str = "bpe",
         vocab_size: int = 2048,
         split: str | None = None,
+        control_tokens: Sequence[str] = (),
         spare_tokens: int = 4,
         trainer: str = "huggingface",
         sample_bytes: int | None = None,
@@ -85,11 +86,12 @@ class Tokenizer:
         """Train on documents; the same documents in any order give the same tokenizer, bit for bit.
 
         Args:
-            documents: documents, or plain texts; read once.
+            documents: documents, or plain texts, read once; or the name of a file or folder to read them from.
             kind: "bpe", "wordpiece", "unigram" or "characters".
             vocab_size: tokens in all, control tokens included (characters: decided by the text).
             split: how text is cut before merging: "qwen2", "llama3" or "gpt2" (characters: not used); without it
                 qwen2, or llama3 from 32,768 entries on.
+            control_tokens: names of further control tokens, such as "<think>"; text never becomes one unless allowed.
             spare_tokens: control tokens kept for later.
             trainer: "huggingface", or "rustbpe" (BPE only; faster, breaks ties otherwise).
             sample_bytes: most text to learn from and to hold in memory; of more text every source gives its share.
@@ -97,13 +99,14 @@ class Tokenizer:
             console: where it is reported that the text was sampled, or too small for `vocab_size`.
 
         Raises:
-            RecipeError: a setting is unknown, or `vocab_size` has no room for the bytes.
+            RecipeError: a setting is unknown, `vocab_size` has no room, or a text could spell a control token.
             DataError: there is no text.
             GroundupError: rustbpe is not installed, or gave no byte-level BPE.
         """
         from groundup.tokenizer.train import train  # encoding alone does not need the trainers
 
-        return cls(train(documents, kind, vocab_size, split, spare_tokens, trainer, sample_bytes, console))
+        own = list(control_tokens)
+        return cls(train(documents, kind, vocab_size, split, own, spare_tokens, trainer, sample_bytes, console))
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json` (with the chat template) for any Hugging Face tool."""
