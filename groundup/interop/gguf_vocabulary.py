@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer as Engine
 
 from groundup.errors import ArtifactError
+from groundup.files import read_json
 from groundup.tokenizer import Tokenizer
 from groundup.tokenizer.files import CONFIG_FILE, TOKENIZER_FILE
 from groundup.tokenizer.pretrained import PretrainedTokenizer
 from groundup.tokenizer.split import PATTERNS, pre_tokenizer
-from groundup.untrusted import read_bytes, read_object, reading
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -81,14 +81,13 @@ def vocabulary_of(tokenizer: Tokenizer, n_rows: int, out: Path) -> Vocabulary:
     """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
-        with reading(f"{out}: the tokenizer"):
-            engine = Engine.from_file(str(Path(folder) / TOKENIZER_FILE))
-            spec = json.loads(engine.to_str())  # one spelling of what several versions of the format say
-            added = engine.encode("").ids
+        engine = Engine.from_file(str(Path(folder) / TOKENIZER_FILE))
         template = _chat_template(Path(folder))
+    spec = json.loads(engine.to_str())  # one spelling of what several versions of the format say
     split = _split_of(spec, out)
     tokens, types = _tokens_of(spec, n_rows, out)
     bos_id, eos_id, pad_id = _ids_of(tokenizer)
+    added = engine.encode("").ids
     return Vocabulary(
         split=split,
         tokens=tokens,
@@ -182,14 +181,11 @@ def _chat_template(folder: Path) -> str | None:
     separate, config = folder / TEMPLATE_FILE, folder / CONFIG_FILE
     template: Any = None
     if separate.is_file():
-        with reading(str(separate)):
-            template = read_bytes(separate).decode()
+        template = separate.read_text("utf-8")
     elif config.is_file():
-        template = read_object(config).get("chat_template")
+        template = read_json(config).get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = next(
-            (one.get("template") for one in template if isinstance(one, dict) and one.get("name") == "default"), None
-        )
+        template = next((one["template"] for one in template if one.get("name") == "default"), None)
     if not isinstance(template, str):
         return None
     # As conditions that always hold, so that white space around the tags is trimmed as before.
