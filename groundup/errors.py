@@ -7,7 +7,10 @@ traceback and exits with `exit_code`. A broken invariant of our own is an `asser
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+_UNPRINTABLE = re.compile("[^\t\n -~\xa0-\ud7ff\ue000-\U0010ffff]")
 
 
 class GroundupError(Exception):
@@ -21,8 +24,9 @@ class GroundupError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, fix: str | None = None) -> None:
+        # What a file names may hold what a terminal would obey, or cannot print.
+        self.message = message = _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], message)
         super().__init__(message if fix is None else f"{message}\n{fix}")
-        self.message = message
         self.fix = fix
 
 

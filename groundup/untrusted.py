@@ -15,6 +15,9 @@ from typing import Any, NoReturn
 
 from groundup.errors import ArtifactError, GroundupError
 
+MOST_CONFIG_BYTES = 16 * 2**20
+"""A configuration has a few thousand, an index of a hundred thousand tensors the half."""
+
 MOST_JSON_BYTES = 256 * 2**20
 """A tokenizer of a million entries with its merges has a tenth of it."""
 
@@ -103,13 +106,13 @@ def read_bytes(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
     return contents
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+def read_object(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file of not more than `most` bytes; in memory it may take twenty times as much.
 
     Raises:
         ArtifactError: too large, not JSON, or not an object.
     """
-    return parse_object(read_bytes(path), str(path))
+    return parse_object(read_bytes(path, most), str(path))
 
 
 def parse_object(contents: bytes, source: str) -> dict[str, Any]:

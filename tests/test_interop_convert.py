@@ -90,6 +90,7 @@ def test_an_export_can_change_the_dtype_and_says_what_does_not_fit(folder: Path,
             assert value.dtype == dtype
     wide["lm_head.weight"][3, 4] = 70_000
     save_file(wide, folder / "model.safetensors")
+    (folder / "digests.json").unlink()
     with pytest.raises(ArtifactError, match=r"lm_head\.weight has a value of 7e\+04, which float16 cannot hold"):
         export_folder(folder, tmp_path / "f16", dtype="f16", force=True)
     assert not torch.isinf(load_file(tmp_path / "f16" / "model.safetensors")["lm_head.weight"]).any()
@@ -118,6 +119,34 @@ def test_folders_sharded_by_transformers_are_read(tmp_path: Path) -> None:
         with torch.no_grad():
             ours = gu.load(tmp_path / variant).model(some_ids())
             torch.testing.assert_close(ours, theirs(some_ids()).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("place", ["model", "another"])
+@pytest.mark.parametrize("name", ["llama-nano", "gpt2-nano"])
+def test_a_model_of_ours_that_transformers_has_changed_is_read_as_any_other(
+    name: str, place: str, tmp_path: Path
+) -> None:
+    model = random_model(name, vocab_size=320, dropout=0.1)
+    gu.save_model(tmp_path / "model", model, small_tokenizer())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool_call>"]})
+    theirs.resize_token_embeddings(len(tokenizer) + 3)
+    theirs.save_pretrained(tmp_path / place)
+    tokenizer.save_pretrained(tmp_path / place)
+    import_folder(tmp_path / place, tmp_path / "out")
+    ids = torch.tensor([tokenizer.encode("A <think>cat")])
+    assert len(tokenizer) > 320
+    for folder in (tmp_path / place, tmp_path / "out"):
+        loaded = gu.load(folder)
+        assert loaded.tokenizer is not None
+        assert loaded.tokenizer.encode("A <think>cat") == ids[0].tolist()
+        assert loaded.tokenizer.end_ids == small_tokenizer().end_ids
+        assert loaded.model.config.vocab_size == len(tokenizer) + 3
+        assert loaded.model.config.dropout == 0.1  # which theirs cannot say
+        with torch.no_grad():
+            torch.testing.assert_close(loaded.model(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_models_saved_without_their_output_layer_are_read(tmp_path: Path) -> None:

@@ -368,7 +368,7 @@ def pretrained(config=None, **changes):
     """A pretrained tokenizer: ours, but for some parts of its files."""
     spec = {**json.loads(own_contents()), **changes}
     files = {"tokenizer.json": json.dumps(spec).encode(), "tokenizer_config.json": json.dumps(config or {}).encode()}
-    return PretrainedTokenizer(files, "tokenizer.json", {"bos": None, "eos": 5, "pad": None})
+    return PretrainedTokenizer(files, "tokenizer.json", {"eos_token_id": 5})
 
 
 @functools.cache
@@ -425,6 +425,7 @@ FOREIGN = {
     "lower case": ({"normalizer": part(normalizers.Lowercase())}, "normalizer: Lowercase"),
     "bytes as fallback": (with_model(byte_fallback=True), "model.byte_fallback = True"),
     "marks of words": (with_model(end_of_word_suffix="</w>"), "model.end_of_word_suffix = '</w>'"),
+    "a template that is none": ({"config": {"chat_template": [1]}}, "the tokenizer: cannot be read"),
     "dropped merges": (with_model(dropout=0.1), "model.dropout = 0.1"),
     "whole words with another split": (
         {"pre_tokenizer": part(split_of("gpt2")), **with_model(ignore_merges=True)},
@@ -435,9 +436,10 @@ FOREIGN = {
 
 @pytest.mark.parametrize("case", FOREIGN)
 def test_a_tokenizer_that_llama_cpp_would_take_for_another_is_refused(case, tmp_path):
-    changes, reason = FOREIGN[case]
+    changes, reason = dict(FOREIGN[case][0]), FOREIGN[case][1]
+    config = changes.pop("config", None)
     with pytest.raises(ArtifactError, match=re.escape(reason)):
-        export_gguf(model_of("llama-nano", vocab_size=400), pretrained(**changes), tmp_path / "model.gguf")
+        export_gguf(model_of("llama-nano", vocab_size=400), pretrained(config, **changes), tmp_path / "model.gguf")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,8 +4,9 @@ import contextlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import interop_models
 import pytest
@@ -81,10 +82,15 @@ KINDS = {
 @pytest.fixture(params=KINDS)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A Hugging Face folder with a tokenizer."""
-    make, names = KINDS[request.param]
+    return make_folder(request.param, tmp_path)
+
+
+def make_folder(kind: str, tmp_path: Path) -> Path:
+    make, names = KINDS[kind]
     model = random_model("llama-nano", vocab_size=400)
     gu.save_model(tmp_path / "made", model)
     export_folder(tmp_path / "made", tmp_path / "theirs")
+    (tmp_path / "theirs" / "digests.json").unlink()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=make(), **names, chat_template="{{ messages }}")
     fast.save_pretrained(tmp_path / "theirs")
     return tmp_path / "theirs"
@@ -147,14 +153,65 @@ def test_it_is_imported_exported_and_saved_byte_for_byte(folder: Path, tmp_path:
     assert theirs.chat_template == "{{ messages }}"
 
 
+def test_ids_that_stand_for_no_token_are_known() -> None:
+    spec = json.loads(byte_level().to_str())
+    n = len(spec["model"]["vocab"])
+    spec["model"]["vocab"]["zq"] = n + 3  # the added token goes to n + 1
+    holed = PretrainedTokenizer({"tokenizer.json": json.dumps(spec).encode()}, "holed", {})
+    assert holed.unused_ids(n + 6) == [n, n + 2, n + 4, n + 5]
+    assert small_tokenizer().unused_ids(322) == [320, 321]
+
+
 def test_text_is_generated_with_it(folder: Path) -> None:
     loaded = gu.load(folder)
     ours = gu.generate(loaded.model, loaded.tokenizer, "Once upon", max_tokens=8, temperature=0)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor([[loaded.tokenizer.end_of_text_id, *loaded.tokenizer.encode("Once upon")]])
-    out = theirs.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :].tolist()
+    unused = [*range(len(transformers.AutoTokenizer.from_pretrained(folder)), loaded.model.config.vocab_size)]
+    out = theirs.generate(ids, max_new_tokens=8, do_sample=False, suppress_tokens=unused)[0, ids.shape[1] :].tolist()
     assert ours.ids == out
+    assert unused  # rows of the embedding that stand for no token, and are never drawn
     assert "".join(gu.stream(loaded.model, loaded.tokenizer, "Once upon", max_tokens=8, temperature=0)) == ours.text
+
+
+ENDS: dict[str, Callable[[list[int], list[str]], dict[str, dict[str, Any]]]] = {
+    "one id": lambda ids, names: {"config.json": {"eos_token_id": ids[0]}},
+    "ids": lambda ids, names: {"config.json": {"eos_token_id": ids}},
+    "ids for generation": lambda ids, names: {"generation_config.json": {"eos_token_id": [-1, None, *ids, 10**9]}},
+    "a name": lambda ids, names: {"tokenizer_config.json": {"eos_token": names[0]}},
+    "names": lambda ids, names: {"tokenizer_config.json": {"eos_token": [{"content": name} for name in names]}},
+    "ids of the tokenizer": lambda ids, names: {"tokenizer_config.json": {"eos_token_id": ids}},
+    "one in each": lambda ids, names: {
+        "config.json": {"eos_token_id": ids[0]},
+        "tokenizer_config.json": {"eos_token": names[1]},
+    },
+}
+
+
+@pytest.mark.parametrize("said", ENDS)
+def test_any_end_token_that_any_file_names_ends_a_text(said: str, tmp_path: Path) -> None:
+    folder = make_folder("byte level", tmp_path)
+    loaded = gu.load(folder)
+    written = gu.generate(loaded.model, loaded.tokenizer, "Once upon", max_tokens=8, temperature=0).ids
+    names = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    ends = [written[4], next(index for index in range(50, 90) if index not in written)]
+    changes = ENDS[said](ends, [name for index in ends for name, other in names.items() if other == index])
+    for name, values in changes.items():
+        path = folder / name
+        path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **values}))
+    import_folder(folder, tmp_path / "ours")
+    export_folder(tmp_path / "ours", tmp_path / "again")
+    ours = gu.load(tmp_path / "ours")
+    gu.save_model(tmp_path / "saved", ours.model, ours.tokenizer)
+    for place in (folder, tmp_path / "ours", tmp_path / "again", tmp_path / "saved"):
+        loaded = gu.load(place)
+        assert loaded.tokenizer is not None
+        assert loaded.tokenizer.end_ids >= {*ends[: 1 if said.startswith(("one id", "a name")) else 2]}
+        found = gu.generate(loaded.model, loaded.tokenizer, "Once upon", max_tokens=8, temperature=0)
+        assert (found.ids, found.finish_reason) == (written[:4], "stop")
+        if place != folder:
+            theirs = transformers.GenerationConfig.from_pretrained(place).eos_token_id
+            assert {*ours.tokenizer.special_token_ids["eos"]} == ({*theirs} if isinstance(theirs, list) else {theirs})
 
 
 def test_a_pretrained_tokenizer_lays_out_no_chat(folder: Path) -> None:
@@ -180,7 +237,7 @@ def test_our_own_tokenizer_stays_ours(tmp_path: Path) -> None:
 
 def test_ids_of_the_configuration_stand_in_where_no_file_names_tokens(tmp_path: Path) -> None:
     files = {"tokenizer.json": byte_level().to_str().encode()}
-    named = PretrainedTokenizer(files, "t", {"bos": None, "eos": 7, "pad": 9999})
+    named = PretrainedTokenizer(files, "t", {"bos_token_id": None, "eos_token_id": 7, "pad_token_id": 9999})
     assert (named.end_of_text_id, named.end_id, named.pad_id) == (7, 7, 7)
     with pytest.raises(DataError, match="names no token for eos"):
         _ = PretrainedTokenizer(files, "t", {}).end_id
@@ -439,7 +496,7 @@ def test_control_tokens_that_another_file_names_are_control_tokens(place: str) -
         "tokenizer.json": json.dumps(made).encode(),
         place: b'{"eos_token": {"content": "</s>"}, "pad_token": "a"}',
     }
-    tokenizer = PretrainedTokenizer(files, "t", {"bos": 1, "eos": None, "pad": None})
+    tokenizer = PretrainedTokenizer(files, "t", {"bos_token_id": 1, "eos_token_id": None})
     assert {1, 2} <= tokenizer.special_ids
     assert not {1, 2} & set(tokenizer.encode("</s> <s>"))
     assert tokenizer._ids["a"] in tokenizer.encode("a")  # a letter remains text, whoever fills rows with it

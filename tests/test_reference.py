@@ -16,6 +16,7 @@ from groundup.model.normalization import LayerNorm, RMSNorm
 from groundup.model.positions import rotate, rotation_table
 from groundup.reference import sampling
 from groundup.reference.attention import causal_attention
+from groundup.reference.experts import load_balance, mixture
 from groundup.reference.feedforward import geglu, gelu, gelu_tanh, relu2, swiglu, swish
 from groundup.reference.normalization import layernorm, rmsnorm
 from groundup.reference.objective import cross_entropy, regularized_cross_entropy
@@ -92,6 +93,35 @@ def test_activations(form, torchs, name):
     x, ours = normal(5, 32) * 3, filled(FeedForward(preset("gpt2-nano", activation=name)))
     torch.testing.assert_close(form(x), torchs(x))
     torch.testing.assert_close(ours(x), ours.down_proj(form(ours.up_proj(x))))
+
+
+@given(st.lists(st.floats(-1e4, 1e4), min_size=1, max_size=8), st.floats(0, 1e4))
+def test_large_numbers_stay_finite_forwards_and_backwards(values, scale):
+    """Scores of hundreds overflow a plain exponential, and so does its gradient."""
+    x = torch.tensor(values, dtype=torch.float64)[:, None]
+    router = torch.tensor([[1.0], [-1.0], [0.5]], dtype=torch.float64)
+    experts = [lambda x, factor=factor: x * factor for factor in (1.0, 2.0, 3.0)]
+
+    def mixed(x, scale):
+        best, which = (x @ router.T * scale).topk(2, dim=-1)
+        return x * (best.softmax(dim=-1) * (which + 1)).sum(dim=-1, keepdim=True)
+
+    pairs = [
+        (lambda x: swish(x), lambda x: F.silu(x)),
+        (
+            lambda x: causal_attention(x[None] * scale, x[None], x[None]),
+            lambda x: F.scaled_dot_product_attention(x[None] * scale, x[None], x[None], is_causal=True),
+        ),
+        (lambda x: mixture(x, router * scale, experts, 2), lambda x: mixed(x, scale)),
+        (lambda x: load_balance(x, router * scale, 3), lambda x: 3 * (x @ router.T * scale).softmax(-1).mean(0).sum()),
+    ]
+    for ours, torchs in pairs:
+        found, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+        outputs = ours(found), torchs(expected)
+        torch.testing.assert_close(*outputs)
+        torch.autograd.backward([output.sum() for output in outputs])
+        assert found.grad.isfinite().all()
+        assert ours is not pairs[0][0] or torch.allclose(found.grad, expected.grad)
 
 
 def test_activations_by_hand():

@@ -192,7 +192,7 @@ def test_clipping_is_torch_s(limit, seed):
 
 
 @given(
-    schedule=st.sampled_from(["wsd", "cosine", "constant"]),
+    schedule=st.sampled_from(["wsd", "cosine", "linear", "constant"]),
     n_steps=st.integers(1, 500),
     warmup=st.floats(0, 0.3),
     decay=st.floats(0, 0.7),
@@ -201,8 +201,10 @@ def test_clipping_is_torch_s(limit, seed):
 def test_schedule_rises_then_never_rises_again(schedule, n_steps, warmup, decay, final):
     settings = OptimizerSettings(schedule=schedule, warmup_share=warmup, decay_share=decay, final_lr_share=final)
     shares = [learning_rate_share(settings, step, n_steps) for step in range(n_steps)]
+    later = [learning_rate_share(settings, n_steps + more, n_steps) for more in (0, 1, n_steps, 10**6)]
+    assert later == [shares[-1]] * 4
     top = round(warmup * n_steps)
-    assert all(0 < share <= 1 for share in shares)
+    assert all(0 < share <= 1 + 1e-12 for share in shares)
     assert shares[:top] == sorted(shares[:top])
     assert shares[top:] == sorted(shares[top:], reverse=True)
     assert max(shares) == pytest.approx(1.0)

@@ -6,6 +6,7 @@ context's end a row stops, or slides: its last half is read again and writing go
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -53,6 +54,7 @@ def generate_ids(
     *,
     seeds: Sequence[int | None] | None = None,
     slides: bool = False,
+    never: Collection[int] = (),
 ) -> list[Generation]:
     """Continue each prompt.
 
@@ -65,13 +67,15 @@ def generate_ids(
         on_token: called with every token; may stop a row.
         seeds: one for each row (default: `params.seed` for every row).
         slides: go on past the context's end instead of finishing with "length".
+        never: ids that are not drawn, such as those of the model that stand for no token.
 
     Raises:
         DataError: an empty prompt, or an id the model does not have.
         GroundupError: the model's logits are not numbers.
     """
     results: list[Generation] = []
-    for results in decode(model, prompts, params, stop_ids, on_token, seeds=seeds, slides=slides):  # noqa: B007
+    steps = decode(model, prompts, params, stop_ids, on_token, seeds=seeds, slides=slides, never=never)
+    for results in steps:  # noqa: B007
         pass
     return results
 
@@ -86,6 +90,7 @@ def decode(
     *,
     seeds: Sequence[int | None] | None = None,
     slides: bool = False,
+    never: Collection[int] = (),
 ) -> Iterator[list[Generation]]:
     """As `generate_ids`, but yields the texts so far after every step; generation stops when iteration does."""
     if not prompts:
@@ -97,9 +102,12 @@ def decode(
     generators = [seeded_generator(seed) for seed in (seeds if seeds is not None else [params.seed] * len(seen))]
     cache = _new_cache(model, len(seen), min(context, max(map(len, seen)) + params.max_tokens))
     logits = _read(model, seen, cache)
+    masked = torch.tensor(sorted(never), dtype=torch.int64, device=logits.device)
     alive = list(range(len(seen)))  # which prompt each row of the batch belongs to
     positions = [len(prompt) for prompt in seen]  # where each row's next token stands
     for n_written in range(1, params.max_tokens + 1):
+        if never:
+            logits = logits.index_fill(-1, masked, -math.inf)
         tokens = sample(logits, params, [generators[number] for number in alive]).tolist()
         keep = []
         for row, (number, token) in enumerate(zip(alive, tokens, strict=True)):

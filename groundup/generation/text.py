@@ -142,7 +142,8 @@ def generate_batch(
         return watched[row].stopped
 
     stop_ids = end_ids(tokenizer) if stop_ids is None else stop_ids
-    results = generate_ids(model, prompts, params, stop_ids, on_token, seeds=seeds, slides=slides)
+    unused = tokenizer.unused_ids(model.config.vocab_size)
+    results = generate_ids(model, prompts, params, stop_ids, on_token, seeds=seeds, slides=slides, never=unused)
     for result, detokenizer in zip(results, watched, strict=True):
         detokenizer.finish()
         result.text = detokenizer.text
@@ -182,7 +183,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 def end_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Tokens that end an answer or a document."""
-    return frozenset({tokenizer.end_of_text_id, tokenizer.end_id})
+    return tokenizer.end_ids
 
 
 def _chat_ids(
@@ -209,7 +210,8 @@ def _stream_ids(
         pieces.append(detokenizer.add(token))
         return detokenizer.stopped
 
-    for _ in decode(model, [ids], params, end_ids(tokenizer), on_token, slides=slides):
+    unused = tokenizer.unused_ids(model.config.vocab_size)
+    for _ in decode(model, [ids], params, end_ids(tokenizer), on_token, slides=slides, never=unused):
         if pieces and pieces[-1]:
             yield pieces[-1]
         pieces.clear()

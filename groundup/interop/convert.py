@@ -7,6 +7,7 @@ and its tokenizer's files as they are.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,15 +18,16 @@ from torch import Tensor
 
 from groundup.errors import ArtifactError, GroundupError
 from groundup.files import MARK, atomic_folder, check_ours, write_json
+from groundup.interop.digests import DIGESTS_FILE, write_digests
 from groundup.interop.families import FAMILIES, differences, huggingface_config
-from groundup.interop.folder import CONFIG_FILE, GENERATION_FILE, find_model, token_ids
+from groundup.interop.folder import CONFIG_FILE, find_model
 from groundup.interop.layouts import put_together
 from groundup.interop.read_weights import DTYPES, INDEX_FILE
 from groundup.interop.stored import OURS_KEY, StoredModel, open_stored, target_layout
 from groundup.interop.write_weights import TensorSpec, write_weights
 from groundup.model import count_parameters
-from groundup.tokenizer.files import TOKENIZER_FILE, TOKENIZER_FILES, read_files
-from groundup.tokenizer.pretrained import SPECIAL_TOKENS, read_tokenizer
+from groundup.tokenizer.files import GENERATION_FILE, TOKENIZER_FILE, TOKENIZER_FILES, read_files
+from groundup.tokenizer.pretrained import SPECIAL_TOKENS, read_tokenizer, token_ids
 from groundup.untrusted import parse_object
 
 SHARD_BYTES = 5 * 10**9
@@ -52,7 +54,7 @@ def import_folder(source: str | Path, out: str | Path, *, force: bool = False) -
             groundup does not compute, each named.
         GroundupError: `out` is there already, or cannot be written.
     """
-    stored = open_stored(Path(source))
+    stored = open_stored(Path(source), verify=True)
     prefer = stored.family.model_type if stored.family else None
     config = {**huggingface_config(stored.config, prefer), OURS_KEY: stored.config.to_dict()}
     return _convert(stored, Path(out), config, prefer, dtype=None, most_bytes=None, force=force)
@@ -86,7 +88,7 @@ def export_folder(
     """
     if dtype is not None and dtype not in _DTYPES:
         raise GroundupError(f"dtype = {dtype!r}: is not one of {', '.join(_DTYPES)}.")
-    stored = open_stored(find_model(source, stage=stage))
+    stored = open_stored(find_model(source, stage=stage), verify=True)
     prefer = stored.family.model_type if stored.family else None
     config = huggingface_config(stored.config, prefer)
     if not config:
@@ -120,18 +122,19 @@ def _convert(
         whole = put_together(layout.tensors[name], stored.parameter, stored.config.n_experts)
         return _cast(whole, dtypes[name], f"{stored.weights.source}: {name}")
 
-    files = read_files(stored.folder, (*TOKENIZER_FILES, GENERATION_FILE))
+    files = read_files(stored.folder, TOKENIZER_FILES)
     main = next(dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if dtype in dtypes.values())
     config["dtype"] = str(main).removeprefix("torch.")
-    ids = _token_ids(stored, files)
+    ids, generation = _token_ids(stored, files)
     with _new_folder(out, stored.folder, force=force) as partial:
         n_bytes = write_weights(partial, specs, tensor, most_bytes=most_bytes)
         for name, contents in files.items():
             (partial / name).write_bytes(contents)
-        if GENERATION_FILE not in files and ids:
-            write_json(partial / GENERATION_FILE, ids)
+        if generation:
+            write_json(partial / GENERATION_FILE, generation)
         ours = config.pop(OURS_KEY, None)
         write_json(partial / CONFIG_FILE, {**config, **ids, **({} if ours is None else {OURS_KEY: ours})})
+        write_digests(partial)
     return {
         "folder": str(out),
         "family": config.get("model_type"),
@@ -143,16 +146,20 @@ def _convert(
     }
 
 
-def _token_ids(stored: StoredModel, files: dict[str, bytes]) -> dict[str, Any]:
-    """What begins and ends a text and fills up a batch: as the source has it, else as the tokenizer says."""
-    if GENERATION_FILE in files:
-        parse_object(files[GENERATION_FILE], str(stored.folder / GENERATION_FILE))  # damage is not passed on
+def _token_ids(stored: StoredModel, files: dict[str, bytes]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What begins and ends a text and fills up a batch, and the generation file if it is to be written anew.
+
+    As the source has it, else as the tokenizer says; of the tokens that end a text all that any file names.
+    """
+    theirs = parse_object(files.get(GENERATION_FILE, b"{}"), str(stored.folder / GENERATION_FILE))
+    ids = {name: value for name, value in stored.values.items() if name in _TOKEN_IDS}
     if TOKENIZER_FILE in files:
-        tokenizer = read_tokenizer(files, str(stored.folder / TOKENIZER_FILE), stored.values)
-        ids = token_ids(tokenizer)
-    else:
-        ids = {}
-    return ids | {name: value for name, value in stored.values.items() if name in _TOKEN_IDS}
+        found = token_ids(read_tokenizer(files, str(stored.folder / TOKENIZER_FILE), stored.values))
+        several = {"eos_token_id": found["eos_token_id"]} if isinstance(found["eos_token_id"], list) else {}
+        ids = found | ids | several
+        if GENERATION_FILE in files and theirs != theirs | several:
+            return ids, theirs | several
+    return ids, {} if GENERATION_FILE in files else ids
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, source: str) -> Tensor:
@@ -167,13 +174,13 @@ def _cast(tensor: Tensor, dtype: torch.dtype, source: str) -> Tensor:
 @contextmanager
 def _new_folder(out: Path, source: Path, *, force: bool) -> Iterator[Path]:
     """A folder that appears whole; it replaces only an empty folder or, if forced, a model."""
-    here, there = out.resolve(), source.resolve()
+    here, there = (Path(os.path.realpath(path)) for path in (out, source))
     if here == there or here in there.parents or there in here.parents:
         raise GroundupError(f"{out}: is the folder that is read, or one inside or around it.", "Name another folder.")
     if (out / CONFIG_FILE).is_file():
         if not force:
             raise GroundupError(f"{out}: holds a model already.", "Name another folder, or replace it with --force.")
-        known = {CONFIG_FILE, GENERATION_FILE, INDEX_FILE, MARK, *TOKENIZER_FILES}
+        known = {CONFIG_FILE, DIGESTS_FILE, GENERATION_FILE, INDEX_FILE, MARK, *TOKENIZER_FILES}
         more = [path.name for path in out.iterdir() if path.name not in known and path.suffix != ".safetensors"]
         if more:
             raise GroundupError(f"{out}: also holds {', '.join(sorted(more)[:4])}.", "Move that away first.")

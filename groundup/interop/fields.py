@@ -7,6 +7,7 @@ in an error that names it. All problems are reported at once.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,6 +60,11 @@ TRAINING_ONLY = (
     "classifier_dropout", "router_jitter_noise",
 )  # fmt: skip
 """Dropout and other noise of training: an imported model has none; an import reports which it left out."""
+
+
+def is_positive(value: Any) -> bool:
+    """Whether it is a number above 0 that a float can hold."""
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max
 
 
 class Fields:
@@ -115,7 +121,7 @@ class Fields:
     def number(self, name: str, default: float) -> float:
         """A number above 0."""
         value = self.get(name, default)
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
+        if not is_positive(value):
             self.refuse(name, "must be a number above 0.")
             return default
         return float(value)

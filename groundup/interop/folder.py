@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from groundup.distributed import World, current_world, full_tensor
 from groundup.files import atomic_folder, write_json
+from groundup.interop.digests import write_digests
 from groundup.interop.families import huggingface_config
 from groundup.interop.layouts import put_together, shapes_in_file
 from groundup.interop.read_weights import WEIGHTS_FILE
@@ -25,12 +25,11 @@ from groundup.interop.write_weights import TensorSpec, write_weights
 from groundup.model import Transformer
 from groundup.stage import find_model
 from groundup.tokenizer import Tokenizer
-from groundup.tokenizer.pretrained import PretrainedTokenizer
+from groundup.tokenizer.files import GENERATION_FILE
+from groundup.tokenizer.pretrained import token_ids
 from groundup.tokenizer.stage import tokenizer_beside
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "LoadedModel", "find_model", "load", "load_model", "save_model"]
-
-GENERATION_FILE = "generation_config.json"
 
 
 def save_model(
@@ -68,21 +67,27 @@ def save_model(
                 ids = token_ids(tokenizer)
                 values |= ids
                 tokenizer.save(partial)
-                write_json(partial / GENERATION_FILE, ids)
+                if not (partial / GENERATION_FILE).exists():
+                    write_json(partial / GENERATION_FILE, ids)
             write_json(partial / CONFIG_FILE, values)
+            write_digests(partial)
     else:
         write_weights(None, specs, tensor)
     world.wait()
 
 
-def load_model(folder: str | Path) -> tuple[Transformer, Tokenizer | None]:
+def load_model(folder: str | Path, *, verify: bool = True) -> tuple[Transformer, Tokenizer | None]:
     """Read a model's folder, groundup's or Hugging Face's; the model computes in float32 until `compute_dtype` is set.
+
+    Args:
+        folder: of the model.
+        verify: compare the files with the digests that were written with them, if there are some.
 
     Raises:
         ArtifactError: a file is missing, damaged or does not fit the configuration; or the model is of a family, or
             has a part, that groundup does not compute.
     """
-    stored = open_stored(Path(folder))
+    stored = open_stored(Path(folder), verify=verify)
     model = Transformer(stored.config, device="meta")
     own = {name: _filled(stored.parameter(name), tuple(made.shape)) for name, made in model.named_parameters()}
     model.load_state_dict(own, assign=True)
@@ -102,17 +107,6 @@ def _filled(stored: Tensor, shape: tuple[int, ...]) -> Tensor:
     return filled
 
 
-def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a `config.json` says of a tokenizer: the tokens that begin and end a text and fill up a batch."""
-    if isinstance(tokenizer, PretrainedTokenizer):
-        return {f"{name}_token_id": index for name, index in tokenizer.special_token_ids.items()}
-    return {
-        "bos_token_id": tokenizer.end_of_text_id,
-        "eos_token_id": [tokenizer.end_id, tokenizer.end_of_text_id],
-        "pad_token_id": tokenizer.pad_id,
-    }
-
-
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
     """A model ready to be used.
@@ -128,16 +122,17 @@ class LoadedModel:
     folder: Path
 
 
-def load(path: str | Path, *, stage: str | None = None) -> LoadedModel:
+def load(path: str | Path, *, stage: str | None = None, verify: bool = True) -> LoadedModel:
     """Load a run's model, a stage's model or a model folder, groundup's or Hugging Face's, whichever `path` is.
 
     Args:
         path: `runs/demo`, `runs/demo/pretrain`, `runs/demo/pretrain/model`, or a folder with a Llama in it.
         stage: of a run, by name (default: what chat takes, else the last one there is).
+        verify: as for `load_model`.
 
     Raises:
         ArtifactError: no model there, a damaged one, or one of a family or with a part that groundup does not compute.
     """
     folder = find_model(path, stage=stage)
-    model, tokenizer = load_model(folder)
+    model, tokenizer = load_model(folder, verify=verify)
     return LoadedModel(model, tokenizer, folder)

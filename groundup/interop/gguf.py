@@ -20,7 +20,7 @@ from groundup.errors import ArtifactError, GroundupError
 from groundup.files import atomic_writer
 from groundup.interop.gguf_architecture import architecture_of, describe_architecture
 from groundup.interop.gguf_tensors import GGUFTensor, tensors_of
-from groundup.interop.gguf_vocabulary import describe_vocabulary, vocabulary_of
+from groundup.interop.gguf_vocabulary import vocabulary_of
 from groundup.model import Transformer
 from groundup.tokenizer import Tokenizer
 
@@ -75,7 +75,7 @@ def export_gguf(
     gguf = _package()
     config = model.config
     architecture = architecture_of(config, out)
-    vocabulary = None if tokenizer is None else vocabulary_of(tokenizer, config.vocab_size, out)
+    vocabulary = vocabulary_of(tokenizer, config.vocab_size, out)
     plan = [(piece, _type_of(piece, dtype, config.tied_embeddings)) for piece in tensors_of(model, architecture)]
     with atomic_writer(out, binary=True) as handle:
         writer = gguf.GGUFWriter(handle.name, architecture.name)
@@ -84,7 +84,8 @@ def export_gguf(
         writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[dtype]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         describe_architecture(writer, config, architecture)
-        describe_vocabulary(writer, vocabulary)
+        for name, value in vocabulary.items():
+            getattr(writer, f"add_{name}")(value)
         for piece, kind in plan:
             # Of the four-byte type numpy knows, whatever the type in the file: the shape is in values.
             writer.add_tensor_info(piece.name, piece.shape, np.dtype(np.float32), _n_bytes(piece, kind), kind)

@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokenizers import Tokenizer as Engine
 
@@ -22,9 +21,7 @@ from groundup.tokenizer import Tokenizer
 from groundup.tokenizer.files import CONFIG_FILE, TOKENIZER_FILE
 from groundup.tokenizer.pretrained import PretrainedTokenizer
 from groundup.tokenizer.split import PATTERNS, pre_tokenizer
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
+from groundup.untrusted import reading
 
 _NAMES = {
     ("qwen2", False): "qwen2",
@@ -39,74 +36,50 @@ TEMPLATE_FILE = "chat_template.jinja"
 _GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """What a GGUF file says of a tokenizer.
-
-    Attributes:
-        split: llama.cpp's name of the split.
-        tokens: by id; bytes in GPT-2's letters, control tokens as they are called.
-        types: of each token, as llama.cpp numbers them.
-        merges: pairs, first merged first.
-        bos_id: begins a text that has no other beginning.
-        eos_id: ends what the model says.
-        pad_id: fills a row.
-        adds_bos: an encoded text begins with `bos_id`.
-        adds_eos: and ends with `eos_id`.
-        chat_template: Jinja.
-    """
-
-    split: str
-    tokens: list[str]
-    types: list[int]
-    merges: list[str]
-    bos_id: int | None
-    eos_id: int | None
-    pad_id: int | None
-    adds_bos: bool
-    adds_eos: bool
-    chat_template: str | None
-
-
-def vocabulary_of(tokenizer: Tokenizer, n_rows: int, out: Path) -> Vocabulary:
-    """The tokenizer for a model with `n_rows` tokens; those beyond the tokenizer's become unused ones.
+def vocabulary_of(tokenizer: Tokenizer | None, n_rows: int, out: Path) -> dict[str, Any]:
+    """What a GGUF file says of a tokenizer, by the names of the writer's methods without `add_`.
 
     Args:
-        tokenizer: the model's, groundup's or a pretrained one.
-        n_rows: vocabulary size of the model.
+        tokenizer: the model's, groundup's or a pretrained one; None: the file takes ids only.
+        n_rows: vocabulary size of the model; ids beyond the tokenizer's become unused tokens.
         out: the file to be, for error messages.
 
     Raises:
         ArtifactError: llama.cpp would tokenize otherwise, or the model is smaller than the vocabulary.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        engine = Engine.from_file(str(Path(folder) / TOKENIZER_FILE))
-        template = _chat_template(Path(folder))
-    spec = json.loads(engine.to_str())  # one spelling of what several versions of the format say
-    split = _split_of(spec, out)
-    tokens, types = _tokens_of(spec, n_rows, out)
-    bos_id, eos_id, pad_id = _ids_of(tokenizer)
-    added = engine.encode("").ids
-    return Vocabulary(
-        split=split,
-        tokens=tokens,
-        types=types,
-        merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]],
-        bos_id=bos_id,
-        eos_id=eos_id,
-        pad_id=pad_id,
-        adds_bos=bos_id is not None and added[:1] == [bos_id],
-        adds_eos=eos_id is not None and added[1:] == [eos_id],
-        chat_template=template,
-    )
+    if tokenizer is None:
+        return {"tokenizer_model": "none"}
+    with reading(f"{out}: the tokenizer"):
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save(folder)
+            engine = Engine.from_file(str(Path(folder) / TOKENIZER_FILE))
+            template = _chat_template(Path(folder))
+        spec = json.loads(engine.to_str())  # one spelling of what several versions of the format say
+        split = _split_of(spec, out)
+        tokens, types = _tokens_of(spec, n_rows, out)  # bytes in GPT-2's letters, control tokens as they are called
+        bos_id, eos_id, pad_id = _ids_of(tokenizer)
+        added = engine.encode("").ids  # what begins and ends every encoded text
+        values = {
+            "tokenizer_model": "gpt2",
+            "tokenizer_pre": split,
+            "token_list": tokens,
+            "token_types": types,
+            "token_merges": [one if isinstance(one, str) else " ".join(one) for one in spec["model"]["merges"]],
+            "bos_token_id": bos_id,
+            "eos_token_id": eos_id,
+            "pad_token_id": pad_id,
+            "add_bos_token": bos_id is not None and added[:1] == [bos_id],
+            "add_eos_token": eos_id is not None and added[1:] == [eos_id],
+            "chat_template": template,
+        }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _ids_of(tokenizer: Tokenizer) -> tuple[int | None, int | None, int | None]:
     """What begins a text, ends what the model says, and fills a row."""
     if isinstance(tokenizer, PretrainedTokenizer):
-        found = tokenizer.special_token_ids
-        return found["eos"] if found["bos"] is None else found["bos"], found["eos"], found["pad"]
+        bos, eos, pad = (next(iter(tokenizer.special_token_ids[name]), None) for name in ("bos", "eos", "pad"))
+        return eos if bos is None else bos, eos, pad
     # Documents follow one another in training, so what ends one stands before the next.
     return tokenizer.end_of_text_id, tokenizer.end_id, tokenizer.pad_id
 
@@ -190,25 +163,3 @@ def _chat_template(folder: Path) -> str | None:
         return None
     # As conditions that always hold, so that white space around the tags is trimmed as before.
     return _GENERATION_TAG.sub(lambda tag: tag[1] + ("endif" if tag[2] else "if true") + tag[3], template)
-
-
-def describe_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary | None) -> None:
-    """Write the tokenizer's keys; a file without a tokenizer takes ids only."""
-    if vocabulary is None:
-        writer.add_tokenizer_model("none")
-        return
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(vocabulary.split)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.types)
-    writer.add_token_merges(vocabulary.merges)
-    if vocabulary.bos_id is not None:
-        writer.add_bos_token_id(vocabulary.bos_id)
-    if vocabulary.eos_id is not None:
-        writer.add_eos_token_id(vocabulary.eos_id)
-    if vocabulary.pad_id is not None:
-        writer.add_pad_token_id(vocabulary.pad_id)
-    writer.add_add_bos_token(vocabulary.adds_bos)
-    writer.add_add_eos_token(vocabulary.adds_eos)
-    if vocabulary.chat_template is not None:
-        writer.add_chat_template(vocabulary.chat_template)

@@ -91,10 +91,8 @@ def read_llama_like(fields: Fields, shape: LlamaLike) -> dict[str, Any]:
         values["n_experts"] = fields.count("num_local_experts", 8)
         values["experts_per_token"] = fields.count("num_experts_per_tok", 2)
         coefficient = fields.get("router_aux_loss_coef", 0.001)
-        if type(coefficient) not in (int, float) or not 0 <= coefficient < float("inf"):
-            fields.refuse("router_aux_loss_coef", "must be a number from 0 on.")
-            coefficient = 0.0
-        values["router_aux_loss_coef"] = float(coefficient)
+        is_zero = type(coefficient) in (int, float) and coefficient == 0
+        values["router_aux_loss_coef"] = 0.0 if is_zero else fields.number("router_aux_loss_coef", 0.001)
     return values
 
 

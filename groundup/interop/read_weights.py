@@ -1,41 +1,32 @@
 """Weights of a folder, one tensor at a time: safetensors, in one file or in several with an index.
 
-Nothing is mapped and nothing is read ahead: memory holds the tensors that were asked for, and a file that is cut short
-while it is read gives an error instead of a signal. Every header is checked before a tensor is read. The format is
-eight bytes with the header's length, the header (JSON: name → dtype, shape, offsets) and the tensors' bytes without
-holes (https://huggingface.co/docs/safetensors). Pickles are refused: to load one is to run it.
+The safetensors library checks every header before a tensor is read. The tensors are read without it: nothing is mapped,
+so memory holds what was asked for, and a file that is cut short meanwhile gives an error instead of a signal. Pickles
+are refused: to load one is to run it.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from groundup.errors import ArtifactError
-from groundup.untrusted import file_inside, parse_object, read_object
+from groundup.untrusted import MOST_CONFIG_BYTES, file_inside, ordinary_file, parse_object, read_object, reading
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CHECKPOINT_FILE = "weights.safetensors"
 """The weights' file of a training checkpoint."""
 
-MOST_HEADER_BYTES = 16 * 2**20
-"""Some hundred thousand tensors; a model that stands here has thousands."""
-
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes of weights; tensors of other dtypes are quantized, or no weights."""
 
-_SIZES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_MOST_DIMENSIONS = 8
+_DAMAGED = "The file is damaged: get or make it again."
 
 
 @dataclass(frozen=True)
@@ -90,13 +81,10 @@ class Weights:
             ArtifactError: of a dtype that weights cannot have, or the file is no longer what its header says.
         """
         stored, dtype = self.tensors[name], self.dtype(name)
-        contents = torch.empty(stored.n_bytes, dtype=torch.uint8)
-        try:
-            with stored.file.open("rb") as handle:
-                handle.seek(stored.begin)
-                n_read = handle.readinto(contents.numpy().data)
-        except OSError as error:
-            raise ArtifactError(f"{stored.file}: cannot be read ({error.strerror or error}).") from error
+        with reading(str(stored.file)), stored.file.open("rb") as handle:
+            contents = torch.empty(stored.n_bytes, dtype=torch.uint8)
+            handle.seek(stored.begin)
+            n_read = handle.readinto(contents.numpy().data)
         if n_read != stored.n_bytes:
             raise ArtifactError(f"{stored.file}: cannot be read (cut short in {name}).")
         return contents.view(dtype).view(stored.shape)
@@ -124,54 +112,28 @@ def open_weights(folder: Path) -> Weights:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a safetensors file, with dtype, shape and place checked against the file's size.
+    """Every tensor of a safetensors file; the library holds shapes, dtypes, places and the file's size to each other.
 
     Raises:
         ArtifactError: it is not such a file, or damaged.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            if size < 8 or not 2 <= length <= size - 8:
-                raise _unreadable(path, "no safetensors, or cut short")
-            if length > MOST_HEADER_BYTES:
-                raise _unreadable(path, f"its header would be {length:,} bytes long")
+    with reading(str(path), fix=_DAMAGED), ordinary_file(path).open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if MOST_CONFIG_BYTES < length < path.stat().st_size:
+            raise ArtifactError(f"{path}: cannot be read (its header is {length:,} bytes long).", _DAMAGED)
+        with safe_open(path, "np"):
             header = parse_object(handle.read(length), f"{path}: cannot be read: its header")
-    except OSError as error:
-        raise _unreadable(path, str(error.strerror or error)) from error
     header.pop("__metadata__", None)
-    tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
-    end = 8 + length
-    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].n_bytes)):
-        if stored.begin != end:
-            fault = "overlap" if stored.begin < end else "leave a hole"
-            raise _unreadable(path, f"the bytes of {name!r:.80} and of the tensor before it {fault}")
-        end += stored.n_bytes
-    if end != size:
-        raise _unreadable(path, f"it has {size:,} bytes, its header describes {end:,}: cut short, or something behind")
-    return tensors
-
-
-def _entry(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _unreadable(path, f"{name!r:.80} is not described by dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _SIZES:
-        raise _unreadable(path, f"{name!r:.80} has dtype {dtype!r:.40}, which the format does not have")
-    if not _is_counts(shape) or len(shape) > _MOST_DIMENSIONS:
-        raise _unreadable(path, f"{name!r:.80} has shape {shape!r:.80}")
-    if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _unreadable(path, f"{name!r:.80} has data_offsets {offsets!r:.80}")
-    n_bytes = math.prod(shape) * _SIZES[dtype]
-    if offsets[1] - offsets[0] != n_bytes:
-        raise _unreadable(path, f"{name!r:.80} has {offsets[1] - offsets[0]:,} bytes, its shape needs {n_bytes:,}")
-    return StoredTensor(path, dtype, tuple(shape), start + offsets[0], n_bytes)
+    found = {name: (entry["dtype"], entry["shape"], entry["data_offsets"]) for name, entry in header.items()}
+    return {
+        name: StoredTensor(path, dtype, tuple(shape), 8 + length + begin, end - begin)
+        for name, (dtype, shape, (begin, end)) in found.items()
+    }
 
 
 def _open_shards(folder: Path) -> Weights:
     index = file_inside(folder, INDEX_FILE)
-    places = read_object(index).get("weight_map")
+    places = read_object(index, MOST_CONFIG_BYTES).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise ArtifactError(f"{index}: has no weight_map of tensors to files.")
     tensors: dict[str, StoredTensor] = {}
@@ -191,11 +153,3 @@ def _open_shards(folder: Path) -> Weights:
         odd = sorted(tensors.keys() - places.keys())
         raise ArtifactError(f"{index}: does not name {odd[0]!r:.80}, which is in {tensors[odd[0]].file.name}.")
     return Weights(index, tensors)
-
-
-def _is_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
-
-
-def _unreadable(path: Path, why: str) -> ArtifactError:
-    return ArtifactError(f"{path}: cannot be read ({why}).", "The file is damaged: get or make it again.")

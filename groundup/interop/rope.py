@@ -9,20 +9,31 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from groundup.interop.fields import Fields
+from groundup.interop.fields import Fields, is_positive
 from groundup.model import ModelConfig
 from groundup.model.config import RopeScaling
 
-_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-    "yarn": (
-        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
-        "mscale_all_dim", "truncate",
-    ),
-}  # fmt: skip
-"""The fields of each kind."""
+_FIELDS = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_context",
+        "low_freq_factor": "low_frequency_factor",
+        "high_freq_factor": "high_frequency_factor",
+    },
+    "yarn": {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_context",
+        "attention_factor": "attention_factor",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+    },
+}
+"""The fields of each kind, and ours."""
+
+_SCALES = ("mscale", "mscale_all_dim")
+"""DeepSeek's, of YaRN."""
 
 
 def read_rope(fields: Fields, default_theta: float, context: int) -> dict[str, Any]:
@@ -36,7 +47,7 @@ def read_rope(fields: Fields, default_theta: float, context: int) -> dict[str, A
     table = _table(fields)
     base = fields.number("rope_theta", default_theta)
     own = table.get("rope_theta", base)
-    if type(own) not in (int, float) or not 0 < own < math.inf:
+    if not is_positive(own):
         fields.refuse("rope_parameters", "rope_theta must be a number above 0.")
         own = base
     if fields.get("rope_theta") is not None and own != base:
@@ -51,23 +62,11 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
     """RoPE's fields in a `config.json`."""
     base, scaling = resolved_rope(config)
     table: dict[str, Any] = {"rope_type": "default"}
-    if scaling is not None:
-        table = {"rope_type": scaling.kind, "factor": scaling.factor}
-        if scaling.kind == "yarn":
-            table |= {
-                "original_max_position_embeddings": scaling.original_context,
-                "beta_fast": scaling.beta_fast,
-                "beta_slow": scaling.beta_slow,
-            }
-            assert config.rope_scaling is not None
-            if config.rope_scaling.attention_factor is not None:  # else the paper's, there as here
-                table["attention_factor"] = scaling.attention_factor
-        elif scaling.kind == "llama3":
-            table |= {
-                "original_max_position_embeddings": scaling.original_context,
-                "low_freq_factor": scaling.low_frequency_factor,
-                "high_freq_factor": scaling.high_frequency_factor,
-            }
+    if scaling is not None and config.rope_scaling is not None:
+        names = _FIELDS[scaling.kind].items()
+        table = {"rope_type": scaling.kind, **{outside: getattr(scaling, inside) for outside, inside in names}}
+        if config.rope_scaling.attention_factor is None:  # the paper's, there as here
+            table.pop("attention_factor", None)
     return {
         "rope_theta": base,
         "rope_scaling": table if scaling is not None else None,
@@ -83,17 +82,10 @@ def resolved_rope(config: ModelConfig) -> tuple[float, RopeScaling | None]:
     if scaling.kind == "ntk":
         raised = scaling.factor ** (rotated / (rotated - 2)) if rotated > 2 else 1.0
         return config.rope_theta * raised, None
-    values: dict[str, Any] = {"kind": scaling.kind, "factor": float(scaling.factor)}
-    if scaling.kind != "linear":
-        values["original_context"] = scaling.original_context
-    if scaling.kind == "llama3":
-        values["low_frequency_factor"] = float(scaling.low_frequency_factor)
-        values["high_frequency_factor"] = float(scaling.high_frequency_factor)
-    if scaling.kind == "yarn":
-        factor = scaling.attention_factor
-        values["attention_factor"] = _yarn_factor(scaling.factor) if factor is None else float(factor)
-        values["beta_fast"], values["beta_slow"] = float(scaling.beta_fast), float(scaling.beta_slow)
-    return config.rope_theta, RopeScaling(**values)
+    values = {name: getattr(scaling, name) for name in _FIELDS[scaling.kind].values()}
+    if scaling.kind == "yarn" and scaling.attention_factor is None:
+        values["attention_factor"] = _yarn_factor(scaling.factor)
+    return config.rope_theta, RopeScaling(kind=scaling.kind, **{name: _number(name, values[name]) for name in values})
 
 
 def _table(fields: Fields) -> dict[str, Any]:
@@ -124,50 +116,37 @@ def _scaling(fields: Fields, table: dict[str, Any], context: int) -> RopeScaling
     name = "rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling"
     kind = table.get("rope_type", "default")
     own = fields.get("original_max_position_embeddings")  # outside of the table: comes first, as in transformers
-    if not isinstance(kind, str) or kind not in _KEYS:
-        fields.refuse(name, f"rope_type is not one that groundup computes: {', '.join(_KEYS)}.")
+    if not isinstance(kind, str) or kind not in _FIELDS:
+        fields.refuse(name, f"rope_type is not one that groundup computes: {', '.join(_FIELDS)}.")
         return None
-    odd = sorted(table.keys() - {*_KEYS[kind], "rope_type", "rope_theta", "partial_rotary_factor"})
+    names, more = _FIELDS[kind], (*_SCALES, "truncate") if kind == "yarn" else ()
+    odd = sorted(table.keys() - {*names, *more, "rope_type", "rope_theta", "partial_rotary_factor"})
     if odd:
         fields.refuse(name, f"{odd[0]} is no part of rope_type {kind!r}.")
     if kind == "default":
         return None
-    values = {key: table[key] for key in _KEYS[kind] if table.get(key) is not None and key != "truncate"}
     if table.get("truncate") is False:
         fields.refuse(name, "truncate = false is not computed by groundup.")
-    if kind != "linear":
+    values = {key: table[key] for key in (*names, *_SCALES) if table.get(key) is not None}
+    if "original_max_position_embeddings" in names:
         values["original_max_position_embeddings"] = own or values.get("original_max_position_embeddings", context)
-    missing = {"linear": {"factor"}, "llama3": {*_KEYS["llama3"]}, "yarn": {"factor"}}[kind] - values.keys()
-    wrong = [key for key, value in values.items() if type(value) not in (int, float) or not 0 < value < math.inf]
+    missing = {"factor", *(names if kind == "llama3" else ())} - values.keys()
+    wrong = [key for key, value in values.items() if not is_positive(value)]
     if missing or wrong:
-        fault = f"{min(missing)} is missing." if missing else f"{wrong[0]} must be a number above 0."
-        fields.refuse(name, fault)
+        fields.refuse(name, f"{min(missing)} is missing." if missing else f"{wrong[0]} must be a number above 0.")
         return None
-    original = values.get("original_max_position_embeddings")
-    scaling: dict[str, Any] = {"kind": kind, "factor": float(values["factor"])}
-    if original is not None:
-        scaling["original_context"] = int(original)
-    if kind == "llama3":
-        scaling["low_frequency_factor"] = float(values["low_freq_factor"])
-        scaling["high_frequency_factor"] = float(values["high_freq_factor"])
-    if kind == "yarn":
-        scaling["beta_fast"] = float(values.get("beta_fast", 32.0))
-        scaling["beta_slow"] = float(values.get("beta_slow", 1.0))
-        scaling["attention_factor"] = _attention_factor(values)
-    found = RopeScaling(**scaling)
+    if "attention_factor" not in values and values.keys() >= {*_SCALES}:
+        of_one, of_all = (_yarn_factor(float(values["factor"]), values[scale]) for scale in _SCALES)
+        values["attention_factor"] = of_one / of_all
+    ours = {inside: _number(inside, values[outside]) for outside, inside in names.items() if outside in values}
+    found = RopeScaling(**{"kind": kind, **ours})
     for problem in found.problems():
         fields.refuse(name, str(problem).replace("[model] ", ""))
     return found if not found.problems() else None
 
 
-def _attention_factor(values: dict[str, Any]) -> float | None:
-    """YaRN's factor as transformers takes it: given, or from DeepSeek's two scales, or None for the paper's."""
-    if "attention_factor" in values:
-        return float(values["attention_factor"])
-    if "mscale" in values and "mscale_all_dim" in values:
-        factor = float(values["factor"])
-        return _yarn_factor(factor, values["mscale"]) / _yarn_factor(factor, values["mscale_all_dim"])
-    return None
+def _number(name: str, value: float) -> Any:
+    return int(value) if name == "original_context" else float(value)
 
 
 def _yarn_factor(factor: float, scale: float = 1.0) -> float:

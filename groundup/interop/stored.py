@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from groundup.errors import ArtifactError, RecipeError
-from groundup.interop.families import FAMILIES, OURS, Family, huggingface_config, read_config
+from groundup.interop.digests import check_digests, is_saved_again
+from groundup.interop.families import FAMILIES, OURS, Family, computed, huggingface_config, read_config
 from groundup.interop.fields import MOST_LAYERS
 from groundup.interop.layouts import Layout, is_of_experts, make_layout, shapes_in_file, take
 from groundup.interop.read_weights import Weights, open_weights
 from groundup.model import ModelConfig
 from groundup.model.cost import parameter_shapes
-from groundup.untrusted import file_inside, read_object
+from groundup.untrusted import MOST_CONFIG_BYTES, file_inside, read_object, reading
 
 CONFIG_FILE = "config.json"
 OURS_KEY = "groundup"
@@ -97,24 +98,24 @@ class StoredModel:
         return tensor.removeprefix(self.prefix)
 
 
-def open_stored(folder: Path) -> StoredModel:
+def open_stored(folder: Path, *, verify: bool = False) -> StoredModel:
     """Find out what model a folder holds, and that it is whole.
 
     Args:
         folder: of groundup's or of a Hugging Face family.
+        verify: compare all files with the digests that were written with them, if there are some.
 
     Raises:
         ArtifactError: no model, one of a family that is not read, or one whose files are damaged or do not fit.
     """
     path = folder / CONFIG_FILE
-    values = read_object(file_inside(folder, CONFIG_FILE))
-    left_out: list[str] = []
-    if isinstance(values.get(OURS_KEY), dict):
-        config = _own_config(values[OURS_KEY], path)
-        family = FAMILIES.get(str(values.get("model_type")))
-    else:
-        config, family, left_out = read_config(values, path)
-    weights = open_weights(folder)
+    values = read_object(file_inside(folder, CONFIG_FILE), MOST_CONFIG_BYTES)
+    if verify:
+        check_digests(folder, values)
+    with reading(str(path)):
+        config, family, left_out = _read_config(values, path)
+    with reading(str(folder)):
+        weights = open_weights(folder)
     names = {name for name in weights.tensors if not _NO_WEIGHTS.search(name)}
     if config.n_layers > min(MOST_LAYERS, len(names)) or config.n_layers * config.n_experts > _MOST_EXPERTS:
         raise ArtifactError(
@@ -142,6 +143,25 @@ def open_stored(folder: Path) -> StoredModel:
             raise ArtifactError(f"{stored.file}: {name} has shape {stored.shape}, not {shape}.")
         weights.dtype(name)
     return StoredModel(folder, config, family, left_out, values, weights, layout, shapes, prefix)
+
+
+def _read_config(values: dict[str, Any], path: Path) -> tuple[ModelConfig, Family | None, list[str]]:
+    """Our configuration, the family and what is left out, from a `config.json` of ours or of a family.
+
+    Where transformers has saved a model of ours again, its fields decide (the vocabulary may have grown), and ours say
+    what they cannot.
+    """
+    rest = dict(values)
+    own = rest.pop(OURS_KEY, None)
+    ours = _own_config(own, path) if isinstance(own, dict) else None
+    family = FAMILIES.get(str(values.get("model_type")))
+    if ours is not None and not (family and is_saved_again(values)):
+        return ours, family, []
+    config, family, left_out = read_config(rest, path)
+    if ours is not None and ours.n_layers == config.n_layers:
+        ours = dataclasses.replace(ours, vocab_size=config.vocab_size)
+        config = ours if computed(ours) == computed(config) else config
+    return config, family, left_out
 
 
 def target_layout(config: ModelConfig, shapes: dict[str, tuple[int, ...]], prefer: str | None = None) -> Layout:

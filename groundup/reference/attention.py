@@ -19,8 +19,8 @@ def causal_attention(
     for head in range(heads):
         for i in range(seq):
             scores = k[head // group, : i + 1] @ q[head, i] / d**0.5  # (i + 1,)
-            weights = scores.exp() / scores.exp().sum()
-            out[head, i] = weights @ v[head // group, : i + 1]
+            weights = (scores - scores.max()).exp()
+            out[head, i] = weights / weights.sum() @ v[head // group, : i + 1]
     return out
 
 
@@ -46,6 +46,6 @@ def sparse_attention(
                 scores = softcap * (scores / softcap).tanh()
             if slopes is not None:
                 scores = scores - slopes[head] * (i - j)
-            weights = scores.exp() / scores.exp().sum()
-            out[head, i] = weights @ v[head // group, j]
+            weights = (scores - scores.max()).exp()
+            out[head, i] = weights / weights.sum() @ v[head // group, j]
     return out

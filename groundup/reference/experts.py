@@ -20,7 +20,8 @@ def mixture(
     for token, features in enumerate(x):
         scores = router @ features
         chosen = scores.argsort(descending=True)[:k].tolist()
-        weights = scores[chosen].exp() / scores[chosen].exp().sum()
+        weights = (scores[chosen] - scores.max()).exp()
+        weights = weights / weights.sum()
         best = [experts[i] for i in chosen]
         out[token] = sum(weight * expert(features) for weight, expert in zip(weights, best, strict=True))
     return out
@@ -33,7 +34,8 @@ def load_balance(x: Float[Tensor, "tokens d"], router: Float[Tensor, "n d"], k: 
     """
     n = len(router)
     scores = x @ router.T
-    probabilities = scores.exp() / scores.exp().sum(dim=-1, keepdim=True)  # (tokens, n)
+    probabilities = (scores - scores.amax(dim=-1, keepdim=True)).exp()  # (tokens, n)
+    probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
     loss = probabilities.new_zeros(())
     choices = [i for row in probabilities.tolist() for i in sorted(range(n), key=lambda i: -row[i])[:k]]
     for i in range(n):

@@ -29,8 +29,8 @@ def geglu(
 
 
 def swish(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-    """x / (1 + e^−x), also called SiLU (arXiv:1606.08415, section 4; arXiv:1710.05941)."""
-    return x / (1 + (-x).exp())
+    """x σ(x) = x / (1 + e^−x), also called SiLU (arXiv:1606.08415, section 4; arXiv:1710.05941)."""
+    return x * x.sigmoid()  # the quotient's gradient is no number where e^−x overflows
 
 
 def gelu(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:

@@ -19,13 +19,14 @@ from groundup.untrusted import file_inside, parse_object, read_bytes, reading
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+GENERATION_FILE = "generation_config.json"
 VOCABULARY_FILE = "vocab.json"
 MERGES_FILE = "merges.txt"
 TOKENIZER_FILES = (
-    TOKENIZER_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, "added_tokens.json", VOCABULARY_FILE, MERGES_FILE,
-    "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    TOKENIZER_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, GENERATION_FILE, "added_tokens.json", VOCABULARY_FILE,
+    MERGES_FILE, "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-"""What a tokenizer can consist of."""
+"""What a tokenizer can consist of; how a text is generated also says which tokens end it."""
 
 _SPLITS = {"GPT2Tokenizer": "gpt2", "CodeGenTokenizer": "gpt2", "RobertaTokenizer": "gpt2", "Qwen2Tokenizer": "qwen2"}
 """How a text is cut by the tokenizers of transformers that have `vocab.json` and `merges.txt`."""

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from tokenizers import Tokenizer as Engine
@@ -22,7 +22,14 @@ from groundup.errors import ArtifactError, DataError
 from groundup.files import value_digest, write_json
 from groundup.tokenizer.adversarial import adversarial_texts
 from groundup.tokenizer.engines import Encoder, HuggingFaceEncoder
-from groundup.tokenizer.files import CONFIG_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_FILE, TOKENIZER_FILES, read_files
+from groundup.tokenizer.files import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    SPECIAL_TOKENS_FILE,
+    TOKENIZER_FILE,
+    TOKENIZER_FILES,
+    read_files,
+)
 from groundup.tokenizer.letters import BYTE_OF_LETTER, LETTERS
 from groundup.tokenizer.special import CONTROL_TOKENS
 from groundup.tokenizer.split import PIECE_CHARACTERS, cut_into_pieces, replace_surrogates
@@ -69,16 +76,13 @@ def read_tokenizer(files: Mapping[str, bytes], source: str, values: Mapping[str,
     """
     if not is_pretrained(files[TOKENIZER_FILE], source):
         return Tokenizer(files[TOKENIZER_FILE].decode(), source)
-    ids: dict[str, int | None] = {}
-    for name in SPECIAL_TOKENS:
-        value = values.get(f"{name}_token_id")
-        value = value[0] if isinstance(value, list) and value else value
-        ids[name] = value if type(value) is int else None
-    return PretrainedTokenizer(files, source, ids, n_ids)
+    return PretrainedTokenizer(files, source, values, n_ids)
 
 
 def is_pretrained(contents: bytes, source: str) -> bool:
     """Whether a `tokenizer.json` is not groundup's, whole or damaged: hardly one of our control tokens has its id.
+
+    Nor is it ours if another program has added tokens to it: behind the vocabulary, or from it.
 
     Raises:
         ArtifactError: it is not JSON.
@@ -87,12 +91,15 @@ def is_pretrained(contents: bytes, source: str) -> bool:
     model = spec.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, list):  # Unigram's: [token, score]
-        first = vocabulary[: len(CONTROL_TOKENS)]
-        vocabulary = {entry[0]: at for at, entry in enumerate(first) if isinstance(entry, list) and entry}
+        entries = [entry if isinstance(entry, list) and entry else [""] for entry in vocabulary]
+        vocabulary = {str(entry[0]): at for at, entry in enumerate(entries)}
     if not isinstance(vocabulary, dict):
         return False
     n_ours = sum(vocabulary.get(token) == at for at, token in enumerate(CONTROL_TOKENS))
-    return n_ours < _LEAST_OURS
+    listed = spec.get("added_tokens")
+    added = [token for token in listed if isinstance(token, dict)] if isinstance(listed, list) else []
+    behind = any(_is_id(token.get("id")) and token["id"] >= len(added) for token in added)  # ours are the first ids
+    return n_ours < _LEAST_OURS or behind
 
 
 class PretrainedTokenizer(Tokenizer):
@@ -101,8 +108,8 @@ class PretrainedTokenizer(Tokenizer):
     Args:
         files: contents of its files by name, `tokenizer.json` among them; `save` writes them as they are.
         source: what to call it in an error message.
-        ids: what begins a text ("bos"), ends it ("eos") and fills up a batch ("pad"), as the model's configuration has
-            them; `tokenizer_config.json` comes first.
+        values: of the model's `config.json`: what begins a text ("bos_token_id"), ends it ("eos_token_id") and fills
+            up a batch ("pad_token_id"), behind what the tokenizer's own files say.
         n_ids: of the model, which may have more than there are tokens: those beyond stand for nothing.
 
     Raises:
@@ -110,7 +117,7 @@ class PretrainedTokenizer(Tokenizer):
             or an unknown character would end a text.
     """
 
-    def __init__(self, files: Mapping[str, bytes], source: str, ids: Mapping[str, int | None], n_ids: int = 0) -> None:
+    def __init__(self, files: Mapping[str, bytes], source: str, values: Mapping[str, Any], n_ids: int = 0) -> None:
         self._n_ids = n_ids
         self._files = dict(files)
         self.kind = "pretrained"
@@ -122,7 +129,7 @@ class PretrainedTokenizer(Tokenizer):
             if len(set(self._ids.values())) != len(self._ids):
                 raise ValueError("two of its tokens have one id")
             self._bytes = _bytes_of_tokens(spec, self._ids)
-            self._special_token_ids = self._find_special(ids, str(Path(source).with_name(CONFIG_FILE)))
+            self._special_token_ids = self._find_special(values, source)
             self._specials = self._find_control(spec, str(Path(source).with_name(CONFIG_FILE)))
             for index in self._specials.values():
                 self._bytes[index] = b""
@@ -138,21 +145,27 @@ class PretrainedTokenizer(Tokenizer):
                 raise ArtifactError(f"{source}: whatever character it does not know would end a text.", _MOVE_AWAY)
 
     @property
-    def special_token_ids(self) -> dict[str, int | None]:
-        """What begins ("bos") and ends a text ("eos") and fills up a batch ("pad"), where it has such tokens."""
+    def special_token_ids(self) -> dict[str, list[int]]:
+        """What begins ("bos") and ends a text ("eos") and fills up a batch ("pad"): all such tokens, the main first."""
         return dict(self._special_token_ids)
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """All tokens that end a message or a document, of all files that name some."""
+        return super().end_ids | set(self._special_token_ids["eos"])
+
+    def unused_ids(self, n_ids: int) -> list[int]:
+        """As `Tokenizer.unused_ids`; ids between the tokens may be unused, too."""
+        used = set(self._ids.values())
+        return [index for index in range(n_ids) if index not in used]
+
     def save(self, folder: str | Path) -> None:
-        """Write its files as they were read; if only a model's configuration named bos, eos and pad, one more file."""
+        """Write its files as they were read; what only the model's configuration says of bos, eos and pad is added."""
         for name, contents in self._files.items():
             (Path(folder) / name).write_bytes(contents)
-        missing = self._special_token_ids != self._find_special({}, CONFIG_FILE)
-        if missing and SPECIAL_TOKENS_FILE not in self._files:
-            names = {index: token for token, index in self._ids.items()}
-            found = {
-                f"{name}_token": names[index] for name, index in self._special_token_ids.items() if index is not None
-            }
-            write_json(Path(folder) / SPECIAL_TOKENS_FILE, found)
+        if self._special_token_ids != self._find_special({}, GENERATION_FILE):
+            theirs = parse_object(self._files.get(GENERATION_FILE, b"{}"), GENERATION_FILE)
+            write_json(Path(folder) / GENERATION_FILE, theirs | token_ids(self))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without the tokens that a model of it may expect at its beginning."""
@@ -277,25 +290,29 @@ class PretrainedTokenizer(Tokenizer):
 
     def _required(self, *names: str) -> int:
         for name in names:
-            index = self._special_token_ids[name]
-            if index is not None:
+            for index in self._special_token_ids[name]:
                 return index
         raise DataError(
             f"this tokenizer names no token for {names[0]}.", f"Name one in {CONFIG_FILE}: {names[0]}_token."
         )
 
-    def _find_special(self, ids: Mapping[str, int | None], source: str) -> dict[str, int | None]:
+    def _find_special(self, values: Mapping[str, Any], source: str) -> dict[str, list[int]]:
+        """Ids of the tokens for bos, eos and pad, by any name, id or list of them in any file."""
         files = [
-            parse_object(self._files[name], source)
-            for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE)
-            if name in self._files
+            *(
+                parse_object(self._files[name], str(Path(source).with_name(name)))
+                for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE, GENERATION_FILE)
+                if name in self._files
+            ),
+            values,
         ]
-        found: dict[str, int | None] = {}
+        found = {}
         for name in SPECIAL_TOKENS:
-            token = next((file[f"{name}_token"] for file in files if file.get(f"{name}_token") is not None), None)
-            token = token.get("content") if isinstance(token, dict) else token
-            index = self._ids.get(token) if isinstance(token, str) else ids.get(name)
-            found[name] = index if index is not None and 0 <= index < len(self._bytes) else None
+            said = [file.get(key) for file in files for key in (f"{name}_token", f"{name}_token_id")]
+            tokens = [one for value in said for one in (value if isinstance(value, list) else [value])]
+            tokens = [one.get("content") if isinstance(one, dict) else one for one in tokens]
+            ids = [self._ids.get(one) if isinstance(one, str) else one for one in tokens]
+            found[name] = [*dict.fromkeys(one for one in ids if _is_id(one) and one < len(self._bytes))]
         return found
 
     def _find_control(self, spec: dict[str, Any], source: str) -> dict[str, int]:
@@ -311,14 +328,30 @@ class PretrainedTokenizer(Tokenizer):
                     said += [token for token in value.values() if isinstance(token, dict) and token.get("special")]
         contents = [token.get("content") if isinstance(token, dict) else token for token in said]
         names = {name: self._ids[name] for name in contents if isinstance(name, str) and name in self._ids}
-        found = self._special_token_ids.values()
-        named = {index for ids in found for index in (ids if isinstance(ids, list) else [ids])}
+        named = {index for ids in self._special_token_ids.values() for index in ids}
         names |= {name: index for name, index in self._ids.items() if index in named}
         added = {token["content"] for token in spec["added_tokens"]}
         return {name: index for name, index in names.items() if name in added or _LOOKS_LIKE_CONTROL.fullmatch(name)}
 
     def __repr__(self) -> str:
         return f"PretrainedTokenizer(vocab_size={self.vocab_size}, fingerprint={self.fingerprint!r})"
+
+
+def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a `config.json` says of a tokenizer: the tokens that begin and end a text and fill up a batch."""
+    if not isinstance(tokenizer, PretrainedTokenizer):
+        return {
+            "bos_token_id": tokenizer.end_of_text_id,
+            "eos_token_id": [tokenizer.end_id, tokenizer.end_of_text_id],
+            "pad_token_id": tokenizer.pad_id,
+        }
+    found = tokenizer.special_token_ids
+    several = {"eos_token_id": found["eos"]} if len(found["eos"]) > 1 else {}  # of others, programs expect one
+    return {f"{name}_token_id": ids[0] if ids else None for name, ids in found.items()} | several
+
+
+def _is_id(value: object) -> TypeGuard[int]:
+    return type(value) is int and value >= 0
 
 
 def _is_byte_level(spec: dict[str, Any]) -> bool:

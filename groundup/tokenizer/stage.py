@@ -130,7 +130,7 @@ def tokenizer_beside(folder: Path, values: Mapping[str, Any], n_ids: int | None 
         return None
     if n_ids is None:
         ours = values.get("groundup")
-        known = (ours if isinstance(ours, dict) else values).get("vocab_size")
+        known = {**(ours if isinstance(ours, dict) else {}), **values}.get("vocab_size")
         n_ids = known if type(known) is int else 0
     path = folder / TOKENIZER_FILE
     tokenizer = read_tokenizer(files, str(path), values, n_ids)

@@ -281,6 +281,15 @@ class Tokenizer:
         """Ends a message of a chat."""
         return self._ids[special.END]
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """All tokens that end a message or a document."""
+        return frozenset({self.end_id, self.end_of_text_id})
+
+    def unused_ids(self, n_ids: int) -> list[int]:
+        """Those ids of a model with `n_ids` rows that stand for no token; they are never drawn."""
+        return list(range(self.vocab_size, n_ids))
+
     def role_id(self, role: str) -> int:
         """The token that opens a message of a role: "system", "user", "assistant" or "tool".
 

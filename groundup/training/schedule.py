@@ -20,7 +20,8 @@ COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER = 20
 
 
 def learning_rate_share(settings: OptimizerSettings, step: int, n_steps: int) -> float:
-    """The share of the peak learning rate at `step` of 0 … n_steps−1, in (0, 1]."""
+    """The share of the peak learning rate at `step` of 0 … n_steps−1, in (0, 1]; later ones keep the last."""
+    step = min(step, max(0, n_steps - 1))
     warmup = round(settings.warmup_share * n_steps)
     if step < warmup:
         return (step + 1) / warmup
