@@ -24,10 +24,12 @@ import numpy as np
 from tokenizers import Tokenizer as HuggingFace
 
 from groundup.environment import usable_cores
+from groundup.errors import DataError
 from groundup.tokenizer.adversarial import adversarial_texts
 from groundup.tokenizer.letters import LETTERS, unspelled
 from groundup.tokenizer.newer import NewerCharacters
 from groundup.tokenizer.split import PATTERNS, cut_into_pieces, grouped, replace_surrogates
+from groundup.untrusted import reading
 
 ENGINES = ("gigatoken", "tiktoken", "huggingface")
 """In the order in which they are tried."""
@@ -65,12 +67,15 @@ def choose(spec: dict[str, Any], reference: Encoder) -> tuple[Encoder, list[str]
     expected = reference.encode(texts)
     for kind in (GigatokenEncoder, TiktokenEncoder):
         try:
-            candidate = kind(spec, reference)
-            found = candidate.encode(texts)
-        except ImportError:
-            passed_over.append(f"{kind.name} is not installed")
-        except Exception as error:  # whatever an engine raises on a tokenizer that it does not know
-            passed_over.append(f"{kind.name} does not take this tokenizer ({type(error).__name__}: {error!s:.120})")
+            with reading(kind.name, DataError):  # whatever an engine throws on a tokenizer that it does not know
+                candidate = kind(spec, reference)
+                found = candidate.encode(texts)
+        except DataError as error:
+            why = error.__cause__
+            known = (
+                "is not installed" if isinstance(why, ImportError) else f"does not take this tokenizer ({why!s:.120})"
+            )
+            passed_over.append(f"{kind.name} {known}")
         else:
             if all(map(np.array_equal, found, expected)):
                 return candidate, passed_over

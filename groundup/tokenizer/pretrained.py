@@ -11,11 +11,10 @@ import contextlib
 import functools
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import numpy as np
 from tokenizers import Tokenizer as Engine
 
 from groundup.errors import ArtifactError, DataError
@@ -166,16 +165,6 @@ class PretrainedTokenizer(Tokenizer):
         if self._special_token_ids != self._find_special({}, GENERATION_FILE):
             theirs = parse_object(self._files.get(GENERATION_FILE, b"{}"), GENERATION_FILE)
             write_json(Path(folder) / GENERATION_FILE, theirs | token_ids(self))
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without the tokens that a model of it may expect at its beginning."""
-        with reading("a text for this tokenizer", DataError, "Check its tokenizer.json."):
-            return super().encode_batch(texts)
-
-    def encode_to_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """As `Tokenizer.encode_to_arrays`, by Hugging Face's engine."""
-        with reading("a text for this tokenizer", DataError, "Check its tokenizer.json."):
-            return super().encode_to_arrays(texts)
 
     def encode_iterable(self, parts: Iterable[str]) -> Iterator[int]:
         """As `Tokenizer.encode_iterable`.
