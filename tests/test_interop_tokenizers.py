@@ -499,6 +499,13 @@ def test_added_tokens_behind_control_tokens_keep_their_ids() -> None:
     assert len(tokenizer.encode("<|im_end|>")) > 1
 
 
+def test_a_letter_that_fills_rows_remains_text() -> None:
+    engine = byte_level()
+    engine.add_special_tokens(["!"])
+    tokenizer = PretrainedTokenizer({"tokenizer.json": engine.to_str().encode()}, "t", {})
+    assert tokenizer.decode(tokenizer.encode("A cat!")) == "A cat!"
+
+
 @pytest.mark.parametrize("place", ["tokenizer_config.json", "special_tokens_map.json"])
 def test_control_tokens_that_another_file_names_are_control_tokens(place: str) -> None:
     made = json.loads(TRICKED["unigram"]) | {"added_tokens": []}

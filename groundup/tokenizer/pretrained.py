@@ -232,11 +232,9 @@ class PretrainedTokenizer(Tokenizer):
         listed = list(ids)
         for index in listed:
             self.token_bytes(index)
+        kept = [index for index in listed if index not in self.special_ids] if skip_special else listed
         with reading("ids for this tokenizer", DataError, "Check its tokenizer.json."):
-            if not skip_special:
-                return self._full.decode(listed, skip_special_tokens=False)
-            control = self.special_ids
-            return self._full.decode([index for index in listed if index not in control], skip_special_tokens=True)
+            return self._full.decode(kept, skip_special_tokens=False)
 
     def token_bytes(self, index: int) -> bytes:
         """The UTF-8 bytes that a token stands for; nothing for a control token or an id that no token has.
@@ -320,7 +318,11 @@ class PretrainedTokenizer(Tokenizer):
         named = {index for ids in self._special_token_ids.values() for index in ids}
         names |= {name: index for name, index in self._ids.items() if index in named}
         added = {token["content"] for token in spec["added_tokens"]}
-        return {name: index for name, index in names.items() if name in added or _LOOKS_LIKE_CONTROL.fullmatch(name)}
+        return {  # a single character remains text, whoever fills rows with it: texts have no other token for it
+            name: index
+            for name, index in names.items()
+            if len(name) > 1 and (name in added or _LOOKS_LIKE_CONTROL.fullmatch(name))
+        }
 
     def __repr__(self) -> str:
         return f"PretrainedTokenizer(vocab_size={self.vocab_size}, fingerprint={self.fingerprint!r})"
