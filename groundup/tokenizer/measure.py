@@ -241,8 +241,7 @@ def _largest(groups: dict[str, TextGroup]) -> list[TextGroup]:
 
 def _tokens(tokenizer: Tokenizer, counts: np.ndarray) -> dict[str, Any]:
     """What is known of the tokens by how often each occurs."""
-    first = len(tokenizer.special_ids)  # control tokens have the first ids
-    unused = np.flatnonzero(counts[first:] == 0) + first
+    unused = np.setdiff1d(np.flatnonzero(counts == 0), list(tokenizer.special_ids))
     lengths = np.array([len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)])
     longest = np.lexsort((np.arange(len(lengths)), -lengths))[:N_LONGEST]
     order = np.argsort(-counts, kind="stable")
