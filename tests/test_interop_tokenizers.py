@@ -294,6 +294,17 @@ FAILING = {
         {"model": {"type": "WordLevel", "vocab": {"b": 0}, "unk_token": "[UNK]"}},
         "Missing .UNK.",
     ),
+    "a regex that looks back for ever": (
+        {
+            "pre_tokenizer": {
+                "type": "Split",
+                "pattern": {"Regex": "(?:a|a|aa)+c"},
+                "behavior": "Isolated",
+                "invert": False,
+            }
+        },
+        "retry-limit",
+    ),
 }
 
 
@@ -301,11 +312,10 @@ FAILING = {
 def test_what_fails_while_encoding_is_an_error_of_ours(fault: str) -> None:
     changes, said = FAILING[fault]
     contents = json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, **changes}).encode()
-    for encode in ("encode", "encode_to_arrays"):
+    tokenizer = PretrainedTokenizer({"tokenizer.json": contents}, "t", {})
+    for encode in (tokenizer.encode_batch, tokenizer.encode_to_arrays):
         with pytest.raises(DataError, match=said):
-            getattr(PretrainedTokenizer({"tokenizer.json": contents}, "t", {}), encode)(
-                ["a"][0 if encode == "encode" else slice(1)]
-            )
+            encode(["a" * 100])
 
 
 def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path: Path) -> None:
@@ -487,6 +497,13 @@ def test_added_tokens_behind_control_tokens_keep_their_ids() -> None:
     tokenizer = PretrainedTokenizer({"tokenizer.json": engine.to_str().encode()}, "t", {})
     assert tokenizer.encode("<think>") == [engine.token_to_id("<think>")]
     assert len(tokenizer.encode("<|im_end|>")) > 1
+
+
+def test_a_letter_that_fills_rows_remains_text() -> None:
+    engine = byte_level()
+    engine.add_special_tokens(["!"])
+    tokenizer = PretrainedTokenizer({"tokenizer.json": engine.to_str().encode()}, "t", {})
+    assert tokenizer.decode(tokenizer.encode("A cat!")) == "A cat!"
 
 
 @pytest.mark.parametrize("place", ["tokenizer_config.json", "special_tokens_map.json"])

@@ -143,6 +143,7 @@ def test_control_tokens_of_ones_own_stand_behind_those_of_every_tokenizer(kind: 
     own = ["<think>", "[INST]"]
     Tokenizer.train([*TEXTS, "<think> [INST] " * 50], kind=kind, vocab_size=640, control_tokens=own).save(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
+    assert (type(tokenizer), tokenizer.role_id("tool")) == (Tokenizer, 6)
     assert list(tokenizer.vocab().values())[:13] == control_tokens(4, own)
     assert tokenizer.encode("".join(own), allowed_special=own) == [7, 8]
     assert not tokenizer.special_ids & set(tokenizer.encode("<think>[INST] <think"))

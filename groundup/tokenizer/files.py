@@ -61,9 +61,10 @@ def _from_vocabulary_and_merges(files: dict[str, bytes], source: str) -> str:
     vocabulary = parse_object(files[VOCABULARY_FILE], f"{source}/{VOCABULARY_FILE}")
     if not vocabulary.keys() >= set(LETTERS):
         raise ArtifactError(f"{source}/{VOCABULARY_FILE}: is not byte-level as GPT-2's: some bytes have no token.")
-    lines = files[MERGES_FILE].decode().splitlines()
-    merges = [(line.split(" ")[0], line.split(" ", 1)[1]) for line in lines if line and not line.startswith("#version")]
-    engine = Engine(models.BPE(vocab=vocabulary, merges=merges))
+    with reading(f"{source}/{MERGES_FILE}"):
+        lines = [line.split(" ") for line in files[MERGES_FILE].decode().splitlines() if line]
+        merges = [(left, right) for left, right in lines if left != "#version:"]
+        engine = Engine(models.BPE(vocab=vocabulary, merges=merges))
     engine.normalizer = normalizers.NFC() if _SPLITS[made_for] == "qwen2" else None
     prefixed = bool(config.get("add_prefix_space"))
     is_gpt2 = _SPLITS[made_for] == "gpt2"

@@ -147,8 +147,13 @@ class Tokenizer:
         ]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, as `encode` gives them, on all cores."""
-        ids, lengths = self._reference.encode(texts)
+        """Ids of each text, as `encode` gives them, on all cores.
+
+        Raises:
+            DataError: an engine fails at a text, which only tokenizers of others make happen.
+        """
+        with reading("a text for this tokenizer", DataError, "Check its tokenizer.json."):
+            ids, lengths = self._reference.encode(texts)
         ends = np.cumsum(lengths).tolist()
         return [ids[end - length : end].tolist() for end, length in zip(ends, lengths.tolist(), strict=True)]
 
@@ -193,7 +198,8 @@ class Tokenizer:
         Returns:
             ids, (n_tokens,) uint32, one text after the other, and each text's number of tokens, (n_texts,) int64.
         """
-        return self._chosen[0].encode(texts)
+        with reading("a text for this tokenizer", DataError, "Check its tokenizer.json."):
+            return self._chosen[0].encode(texts)
 
     def choose_engine(self, console: Console | None = None) -> str:
         """Choose the engine of `encode_to_arrays`: gigatoken, tiktoken or huggingface, the first that passes a
