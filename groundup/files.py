@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 import xxhash
 
 from groundup.errors import ArtifactError, GroundupError, RunError
+from groundup.untrusted import read_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -152,12 +153,11 @@ def read_json(path: Path) -> Any:
     """Read a JSON file that groundup wrote.
 
     Raises:
-        ArtifactError: missing, or not JSON.
+        ArtifactError: missing, no ordinary file, or not JSON.
     """
+    contents = read_bytes(Path(path))
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path}: not found.") from error
+        return json.loads(contents.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
         raise ArtifactError(
             f"{path}: not valid JSON ({error}).", "The file is damaged: make it again with --from STAGE."

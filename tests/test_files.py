@@ -283,6 +283,12 @@ def test_damaged_json_is_named_with_a_way_out(tmp_path: Path, content: bytes) ->
     assert "--from" in (raised.value.fix or "")
 
 
+def test_a_pipe_is_no_json(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "started.json")
+    with pytest.raises(ArtifactError, match=r"started\.json: is not an ordinary file"):
+        read_json(tmp_path / "started.json")
+
+
 def test_missing_json_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"gone\.json: not found"):
         read_json(tmp_path / "gone.json")
