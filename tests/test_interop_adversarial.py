@@ -150,6 +150,16 @@ def test_a_flipped_bit_is_never_loaded(name: str, place: float, tmp_path: Path) 
         gu.load(folder)
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_half_a_character_is_not_passed_on(name: str, folder: Path) -> None:
+    values = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    (folder / name).write_text(json.dumps(values | {"bos_token_id": "\U0001f600"}))
+    import_folder(folder, folder.parent / "whole")
+    (folder / name).write_text(json.dumps(values | {"bos_token_id": "\ud800"}))
+    with pytest.raises(ArtifactError, match=rf"{name}: not valid JSON .*surrogates not allowed"):
+        import_folder(folder, folder.parent / "out")
+
+
 @pytest.mark.parametrize(
     "entries",
     [[], {"a": []}, {"../a": [1, "a"]}, {"config.json": [1, "a"]}, {"config.json": {"a": 1}}, {"gone": [1, "a"]}],
