@@ -465,18 +465,8 @@ READERS: dict[str, Reader] = {
 COST = {"report": 10}
 """How many times fewer cases than the others, for those that take long."""
 
-KNOWN: dict[str, str] = dict.fromkeys(
-    ("recipe", "jsonl", "html", "warc", "tokenizer", "shards", "ids", "run", "report", "checkpoint", "crawl-folder"),
-    "not mended yet",
-)
-"""Readers that still fail, and why; each goes when its fault is mended."""
 
-
-def named(name: str) -> object:
-    return pytest.param(name, marks=pytest.mark.xfail(strict=False, reason=KNOWN[name]) if name in KNOWN else ())
-
-
-@pytest.mark.parametrize("name", map(named, READERS))
+@pytest.mark.parametrize("name", READERS)
 @pytest.mark.timeout(3000)
 def test_damaged_files_end_in_an_error_of_ours_in_time_and_nothing_is_lost(name: str) -> None:
     numbers = range(CASES // len(READERS) // COST.get(name, 1))
