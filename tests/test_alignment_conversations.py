@@ -81,6 +81,7 @@ BAD = {
     b'["messages"]': "no text field",
     json.dumps(talk("Hi", "Hello", roles=("user", "gpt"))).encode(): "no text field",
     b'{"messages": [{"role": "user", "content": null}]}': "no text field",
+    b'{"messages": [{"role": ["user"], "content": "Hi"}]}': "no text field",
     b'{"messages": [7]}': "no text field",
     json.dumps(talk("Hi", "")).encode(): "empty",
     json.dumps(talk("Hi", "half \ud800")).encode(): "invalid UTF-8",

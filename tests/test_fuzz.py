@@ -1,6 +1,7 @@
 """Every reader meets damaged files: only errors of ours come out, in time, within its memory, and nothing is lost.
 
-GROUNDUP_FUZZ=30000 tries so many files over all readers (default: 3,000); GROUNDUP_FUZZ_CASE=reader:number tries one.
+GROUNDUP_FUZZ=30000 tries so many files over all readers (default: 3,000, in `make test-long` 30,000);
+GROUNDUP_FUZZ_CASE=reader:number tries one.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import pytest
 import tiny_run
 from fuzz import PACKING, Files, Reader, faults, grouped
 from generation_models import TEXT, random_model, small_tokenizer
+from lengths import IS_LONG
 from shards_bytes import ByteTokenizer, document
 from test_scaling_law import DATA, made_up
 
@@ -56,7 +58,7 @@ from groundup.training.checkpoint import CheckpointWriter, Progress, load_checkp
 from groundup.training.metrics import read_log
 from groundup.training.scaling_law import ScalingLaw, fit_scaling_law
 
-CASES = int(os.environ.get("GROUNDUP_FUZZ", "3000"))
+CASES = int(os.environ.get("GROUNDUP_FUZZ", "30000" if IS_LONG else "3000"))
 ONE_CASE = os.environ.get("GROUNDUP_FUZZ_CASE", "")
 LINES = [f"{TEXT} {number} " + "The old king gave bread. " * (number % 5) for number in range(12)]
 SETTINGS = CorpusSettings(max_document_mib=1.0, extractor="resiliparse", extract_seconds=2.0)
@@ -465,18 +467,8 @@ READERS: dict[str, Reader] = {
 COST = {"report": 10}
 """How many times fewer cases than the others, for those that take long."""
 
-KNOWN: dict[str, str] = dict.fromkeys(
-    ("recipe", "jsonl", "html", "warc", "tokenizer", "shards", "ids", "run", "report", "checkpoint", "crawl-folder"),
-    "not mended yet",
-)
-"""Readers that still fail, and why; each goes when its fault is mended."""
 
-
-def named(name: str) -> object:
-    return pytest.param(name, marks=pytest.mark.xfail(strict=False, reason=KNOWN[name]) if name in KNOWN else ())
-
-
-@pytest.mark.parametrize("name", map(named, READERS))
+@pytest.mark.parametrize("name", READERS)
 @pytest.mark.timeout(3000)
 def test_damaged_files_end_in_an_error_of_ours_in_time_and_nothing_is_lost(name: str) -> None:
     numbers = range(CASES // len(READERS) // COST.get(name, 1))

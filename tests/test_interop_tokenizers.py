@@ -23,6 +23,7 @@ from groundup.interop import export_folder, import_folder
 from groundup.tokenizer import load_tokenizer, pretrained, render
 from groundup.tokenizer import tokenizer as own_tokenizer
 from groundup.tokenizer.adversarial import adversarial_texts
+from groundup.tokenizer.letters import LETTERS as BYTE_LETTERS
 from groundup.tokenizer.pretrained import PretrainedTokenizer
 from groundup.tokenizer.split import cut_into_pieces
 
@@ -585,10 +586,20 @@ def test_a_vocabulary_and_merges_are_a_tokenizer(name: str | None, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"), [({"tokenizer_class": "CLIPTokenizer"}, "CLIPTokenizer"), ({}, "not byte-level")]
+    ("changes", "vocabulary", "said"),
+    [
+        ({"tokenizer_class": "CLIPTokenizer"}, {"a": 0}, "CLIPTokenizer"),
+        ({}, {"a": 0}, "not byte-level"),
+        *(
+            ({}, dict.fromkeys(BYTE_LETTERS, 0) | {"ab": wrong}, "'ab' has the id")
+            for wrong in (2**31, -1, "7", True, None)
+        ),
+    ],
 )
-def test_vocabularies_of_another_kind_are_refused_by_name(changes: dict[str, str], said: str, tmp_path: Path) -> None:
-    (tmp_path / "vocab.json").write_text('{"a": 0}')
+def test_vocabularies_of_another_kind_are_refused_by_name(
+    changes: dict[str, str], vocabulary: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     (tmp_path / "merges.txt").write_text("")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(changes))
     with pytest.raises(ArtifactError, match=said):

@@ -119,7 +119,7 @@ def _messages(value: Value) -> list[Message]:
     messages: list[Message] = []
     for place, item in enumerate(items, start=1):
         role, content = (item.get("role"), item.get("content")) if isinstance(item, Mapping) else (None, None)
-        if role not in ROLE_TOKENS or not isinstance(content, str):
+        if isinstance(role, dict | list) or role not in ROLE_TOKENS or not isinstance(content, str):
             raise RefusedError(Reason.NO_TEXT, f"message {place} has no text, or no role of {', '.join(ROLE_TOKENS)}")
         check_writable(content)
         if "\0" in content:
