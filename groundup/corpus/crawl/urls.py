@@ -1,8 +1,4 @@
-"""Addresses in one spelling, so that nothing is fetched twice, and the rules which of them may be asked for.
-
-The spelling is RFC 3986, sections 6.2.2 and 6.2.3: lower-case scheme and host (punycode), no default port, no fragment,
-no dot segments, percent-escapes in upper case and only where they are needed.
-"""
+"""Addresses in one spelling, so that nothing is fetched twice, and the rules which of them may be asked for."""
 
 from __future__ import annotations
 
@@ -11,6 +7,7 @@ import re
 from collections.abc import Iterable
 from urllib.parse import quote, urljoin, urlsplit
 
+from w3lib.url import safe_url_string
 from yarl import URL
 
 MAX_URL_CHARACTERS = 4096
@@ -24,7 +21,7 @@ _LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")
 
 
 def normalize_url(url: str, base: str | None = None) -> str | None:
-    """An http(s) address in its one spelling, ASCII; None if it is not one.
+    """An http(s) address in its one spelling (RFC 3986, 6.2.2 and 6.2.3; Scrapy's too), ASCII; None if it is not one.
 
     Args:
         url: as it was written, with whatever around it; lone surrogates stand for raw bytes (`surrogateescape`).
@@ -38,15 +35,15 @@ def normalize_url(url: str, base: str | None = None) -> str | None:
         url = _TO_QUOTE.sub(lambda found: quote(found[0], errors="surrogateescape"), url)
         parsed = URL(url if base is None else urljoin(base, url))
         host, port = (parsed.raw_host or "").lower().removesuffix("."), parsed.explicit_port
-    except (ValueError, TypeError):
+        known = parsed.scheme in _DEFAULT_PORTS and "@" not in parsed.raw_authority
+        if not known or port == 0 or len(host) > 253 or not _HOST.fullmatch(host):
+            return None
+        query = f"?{parsed.raw_query_string}" if parsed.raw_query_string else ""
+        host = f"[{host}]" if ":" in host else host
+        authority = host if port in (None, _DEFAULT_PORTS[parsed.scheme]) else f"{host}:{port}"
+        return safe_url_string(f"{parsed.scheme}://{authority}{parsed.raw_path or '/'}{query}")
+    except (ValueError, TypeError, LookupError):
         return None
-    known = parsed.scheme in _DEFAULT_PORTS and "@" not in parsed.raw_authority
-    if not known or port == 0 or len(host) > 253 or not _HOST.fullmatch(host):
-        return None
-    query = f"?{parsed.raw_query_string}" if parsed.raw_query_string else ""
-    host = f"[{host}]" if ":" in host else host
-    authority = host if port in (None, _DEFAULT_PORTS[parsed.scheme]) else f"{host}:{port}"
-    return f"{parsed.scheme}://{authority}{parsed.raw_path or '/'}{query}"
 
 
 def host_of(url: str) -> str:
@@ -91,7 +88,7 @@ class Scope:
 
     def __init__(self, *, same_path: bool, hosts: Iterable[str]) -> None:
         self._same_path = same_path
-        self._hosts = {host.strip().lower().removeprefix("www.") for host in hosts}
+        self._hosts = {host.removeprefix("www.") for host in hosts}
         self._given: set[tuple[str, str]] = set()  # host and folder; of each host also without a folder
 
     def add(self, url: str) -> None:
@@ -115,5 +112,4 @@ class Scope:
 
 
 def _place(url: str) -> tuple[str, str]:
-    parts = urlsplit(url)
-    return (parts.hostname or "").removeprefix("www."), parts.path.rpartition("/")[0] + "/"
+    return host_of(url).removeprefix("www."), urlsplit(url).path.rpartition("/")[0] + "/"
