@@ -113,7 +113,7 @@ def test_the_one_spelling_stays(link: str, base: str) -> None:
 
 
 def test_scope_of_hosts() -> None:
-    scope = Scope(same_path=False, hosts=())
+    scope = Scope((), same_path=False)
     scope.add("http://www.example.org/")
     assert "https://example.org/a" in scope
     assert "http://evil-example.org/" not in scope

@@ -7,11 +7,10 @@ end, however it comes, the growing file gets its name and `crawl.json` its count
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from groundup.console import Console
 from groundup.corpus.crawl.report import CrawlReport
 from groundup.corpus.crawl.settings import CrawlSettings
 from groundup.errors import ArtifactError, GroundupError, Interrupted, RunError
-from groundup.files import own_folder, remove_partials, write_error, write_json
+from groundup.files import own_folder, remove_partials, write_json
 from groundup.untrusted import read_object
 
 if TYPE_CHECKING:
@@ -72,18 +71,24 @@ def crawl(
         ) from error
     given, report = _given(urls, sitemaps), CrawlReport(out)
     if dry_run:
-        before = WarcFiles(out, settings.user_agent, 0, write=False).entries
+        before = WarcFiles(out, write=False).entries
         _run(Session(settings, console, report, before, None, retry_failed=retry_failed), given)
         return report
-    with _locked(out):
-        remove_partials(out)
-        _check_scope(out, settings, bool(given))
-        files = WarcFiles(out, settings.user_agent, int(settings.file_mib * 2**20))
-        try:
-            _run(Session(settings, console, report, files.entries, files, retry_failed=retry_failed), given)
-        finally:
-            files.close()
-            write_json(out / SUMMARY, {"settings": settings.model_dump(mode="json"), **report.to_json()})
+    own_folder(out)
+    try:
+        with FileLock(out / ".lock", timeout=0.5):
+            remove_partials(out)
+            _check_scope(out, settings, bool(given))
+            files = WarcFiles(out, settings.user_agent, int(settings.file_mib * 2**20))
+            try:
+                _run(Session(settings, console, report, files.entries, files, retry_failed=retry_failed), given)
+            finally:
+                files.close()
+                write_json(out / SUMMARY, {"settings": settings.model_dump(mode="json"), **report.to_json()})
+    except Timeout as error:
+        raise RunError(
+            f"{out}: another process crawls into this folder.", "Wait for it, or choose another folder with --out."
+        ) from error
     return report
 
 
@@ -123,24 +128,6 @@ def _given(urls: Sequence[str], sitemaps: Sequence[str]) -> list[Entry]:
         )
     entries = [Entry("given", normalize_url(url) or "", sitemap=is_sitemap) for url, is_sitemap in reversed(written)]
     return list({entry.url: entry for entry in entries}.values())[::-1]
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    own_folder(out)
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0.5)
-    except Timeout as error:
-        raise RunError(
-            f"{out}: another process crawls into this folder.", "Wait for it, or choose another folder with --out."
-        ) from error
-    except OSError as error:
-        raise write_error(out, error) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _check_scope(out: Path, settings: CrawlSettings, something_given: bool) -> None:

@@ -22,7 +22,6 @@ from yarl import URL
 from groundup.corpus.crawl import urls
 from groundup.corpus.crawl.pages import MAX_SITEMAP_BYTES, retry_after_seconds, unpacked
 from groundup.corpus.crawl.report import NoOutcome, Refusal, Refused
-from groundup.corpus.crawl.settings import CrawlSettings
 
 if TYPE_CHECKING:
     from scrapy.crawler import Crawler
@@ -42,8 +41,8 @@ class Fetcher(BaseDownloadHandler):
 
     def __init__(self, crawler: Crawler) -> None:
         super().__init__(crawler)
-        self._session: Any = crawler.spider
-        self._options: CrawlSettings = self._session.options
+        session: Any = crawler.spider
+        self._session, self._options = session, session.options
         self._turns = asyncio.Semaphore(self._options.concurrency)
         self._rests: dict[str, tuple[float, float]] = {}  # when a host was asked last, and the pause that it needs
         self._client = aiohttp.ClientSession(
@@ -117,39 +116,49 @@ class Fetcher(BaseDownloadHandler):
             raise _refusal(error) from error
 
     async def _get(self, request: Request) -> Response:
-        page = request.meta.get("page")
-        types = () if page is None or page.sitemap else self._options.types
+        page, options = request.meta.get("page"), self._options
         request.headers.update(
             {
                 "Host": request.url.split("/")[2],
-                "User-Agent": self._options.user_agent,
-                "Accept": ", ".join([*self._options.types, "*/*;q=0.1"]),
+                "User-Agent": options.user_agent,
+                "Accept": ", ".join([*options.types, "*/*;q=0.1"]),
                 "Accept-Encoding": "gzip, deflate",
             }
         )
         sent: Any = request.headers.to_unicode_dict()
         async with self._client.get(URL(request.url, encoded=True), headers=sent, allow_redirects=False) as answer:
             request.flags.append("answered")
-            headers = Headers(list(answer.raw_headers))
-            _check_status(answer.status, header(headers, "Retry-After"))
-            body, whole = b"", True
-            if 200 <= answer.status < 300:
-                found = header(headers, "Content-Type").partition(";")[0].strip().lower()
-                if types and not any(fnmatch.fnmatchcase(found, pattern) for pattern in types):
-                    raise Refused(Refusal.TYPE, found[:80] or "none given")
-                if page is None:
-                    most = MAX_ROBOTS_BYTES
-                else:
-                    most = MAX_SITEMAP_BYTES if page.sitemap else int(self._options.max_page_mib * 2**20)
-                body, whole = await _body(answer, header(headers, "Content-Encoding"), most, cut=page is None)
-            if not whole or not 200 <= answer.status < 300:
+            response = Response(request.url, answer.status, Headers(list(answer.raw_headers)), request=request)
+            _check_status(response)
+            if not 200 <= answer.status < 300:
                 answer.close()  # what is still to come is not read
-            return Response(request.url, answer.status, headers=headers, body=body, flags=[] if whole else ["cut"])
+                return response
+            if page is None:
+                most = MAX_ROBOTS_BYTES
+            elif page.sitemap:
+                most = MAX_SITEMAP_BYTES
+            else:
+                most = int(options.max_page_mib * 2**20)
+                found = header(response, "Content-Type").partition(";")[0].strip().lower()
+                if not any(fnmatch.fnmatchcase(found, pattern) for pattern in options.types):
+                    raise Refused(Refusal.TYPE, found[:80] or "none given")
+            data = bytearray()
+            async for piece in answer.content.iter_any():
+                data += piece
+                if len(data) > most:
+                    answer.close()
+                    break
+        body = bytes(data)
+        if len(body) <= most or page is None:
+            body = await asyncio.to_thread(unpacked, body, header(response, "Content-Encoding"), most)
+        if len(body) > most and page is not None:
+            raise Refused(Refusal.TOO_LARGE, f"more than {most:,} bytes")
+        return response.replace(body=body[:most], flags=["cut"] if len(body) > most else [])
 
 
-def header(headers: Headers, name: str) -> str:
+def header(response: Response, name: str) -> str:
     """A header's values, joined by ", ", each byte as a character; "" without it."""
-    return b", ".join(headers.getlist(name)).decode("latin-1")
+    return b", ".join(response.headers.getlist(name)).decode("latin-1")
 
 
 def location(response: Response) -> str | None:
@@ -158,10 +167,12 @@ def location(response: Response) -> str | None:
     return urls.normalize_url(written, response.url)
 
 
-def _check_status(status: int, retry_after: str) -> None:
+def _check_status(response: Response) -> None:
+    status = response.status
     if status >= 500 or status in (408, 425, 429):
-        wait = retry_after_seconds(retry_after)
-        raise Refused(Refusal.SERVER_ERROR, f"HTTP {status}", again=True, wait_seconds=wait)
+        wait = retry_after_seconds(header(response, "Retry-After"))
+        what = f"HTTP {status}" if wait is None else f"HTTP {status} asks for a pause of {wait:,.0f} s"
+        raise Refused(Refusal.SERVER_ERROR, what, again=True, wait_seconds=wait)
     if status < 200 or (300 <= status < 400 and status not in REDIRECTS):
         raise Refused(Refusal.STATUS, f"HTTP {status}")
 
@@ -183,18 +194,3 @@ def _refusal(error: Exception) -> Refused:
     if isinstance(error, (aiohttp.ClientConnectionError, OSError)) and not isinstance(error, HttpProcessingError):
         return Refused(Refusal.CONNECTION, text, again=True)
     return Refused(Refusal.BAD_RESPONSE, text)
-
-
-async def _body(answer: aiohttp.ClientResponse, encoding: str, most: int, *, cut: bool) -> tuple[bytes, bool]:
-    """The body, unpacked, and whether it is whole: of a longer one, `cut` says to take the beginning."""
-    data = bytearray()
-    async for piece in answer.content.iter_any():
-        data += piece
-        if len(data) > most:
-            break
-    body = bytes(data)
-    if len(data) <= most or cut:
-        body = await asyncio.to_thread(unpacked, body, encoding, most)
-    if len(body) > most and not cut:
-        raise Refused(Refusal.TOO_LARGE, f"more than {most:,} bytes")
-    return body[:most], len(body) <= most

@@ -30,7 +30,6 @@ MAX_LOCATIONS = 50_000
 
 _SCAN_BYTES = 2 << 20
 _AGENT_LINE = re.compile(r"user-?\s*agent\s*:(.*)", re.IGNORECASE)
-_NO_ROBOT_NAMES = ("unavailable_after", "max-snippet", "max-image-preview", "max-video-preview")
 
 
 def unpacked(data: bytes, encoding: str, most: int) -> bytes:
@@ -69,21 +68,16 @@ class PageLinks(NamedTuple):
 
 
 def extract_links(body: bytes, url: str, content_type: str, robots_tag: str, product: str) -> PageLinks:
-    """The links of an HTML page, unless it or they say `nofollow`.
+    """The links of an HTML page, unless it or they say `nofollow`, to us (`product`) or all.
 
-    Args:
-        body: the page, unpacked.
-        url: its address.
-        content_type: its header of that name.
-        robots_tag: its X-Robots-Tag header.
-        product: our name, for rules that are given to us alone.
+    An X-Robots-Tag (`robots_tag`) is obeyed whomever it names.
     """
-    rules, product = _header_rules(robots_tag.lower(), product.lower()), product.lower()
+    rules = set(re.split(r"[\s,:]+", robots_tag.lower()))
     base, written = url, dict[str, None]()
     for element in _root(body[:_SCAN_BYTES], content_type).iter("a", "area", "base", "meta"):
         href = (element.get("href") or "").strip()
         if element.tag == "meta":
-            if (element.get("name") or "").strip().lower() in ("robots", product):
+            if (element.get("name") or "").strip().lower() in ("robots", product.lower()):
                 rules |= set(re.split(r"[\s,]+", (element.get("content") or "").lower()))
         elif element.tag == "base":
             base = normalize_url(href, url) or url if href and base == url else base
@@ -101,18 +95,6 @@ def _root(body: bytes, content_type: str) -> etree._Element:
         return HtmlResponse("http://x/", headers=headers, body=body).selector.root
     except (LookupError, ValueError):  # an encoding that is none of text, or one that knows no "replace"
         return HtmlResponse("http://x/", body=body, encoding="utf-8").selector.root
-
-
-def _header_rules(value: str, product: str) -> set[str]:
-    """X-Robots-Tag: `noindex, nofollow`, each perhaps after the name of the robot it is meant for."""
-    rules, ours = set[str](), True
-    for part in value.split(","):
-        name, colon, rest = part.partition(":")
-        if colon and name.strip() not in _NO_ROBOT_NAMES:
-            ours, part = name.strip() in ("robots", "*", product), rest
-        if ours:
-            rules.add(part.strip())
-    return rules
 
 
 def parse_sitemap(body: bytes) -> tuple[list[str], list[str]]:
@@ -142,13 +124,7 @@ def parse_sitemap(body: bytes) -> tuple[list[str], list[str]]:
 
 
 def parse_robots(body: bytes, product: str, *, whole: bool = True) -> Protego:
-    """Read a robots.txt (RFC 9309).
-
-    Args:
-        body: its bytes, or the beginning of them.
-        product: our name.
-        whole: whether nothing was cut off; a line that was cut off does not count.
-    """
+    """Read a robots.txt (RFC 9309) for us (`product`); of one that is not whole, the last line does not count."""
     if not whole:
         body = body[: max(body.rfind(b"\n"), body.rfind(b"\r")) + 1]
     # Every other robot under one name, and each name once: ten thousand before ten thousand rules cost nothing.

@@ -79,7 +79,7 @@ class Robots:
         except Exception as error:  # a file that its reader cannot stand is none that allows anything
             return Refused(Refusal.ROBOTS_UNREACHABLE, f"unreadable ({error})"[:120])
         if delay > max(options.max_wait_seconds, options.delay_seconds):
-            return Refused(Refusal.ASKED_TO_WAIT, "robots.txt", wait_seconds=delay)
+            return Refused(Refusal.ASKED_TO_WAIT, f"robots.txt asks for a pause of {delay:,.0f} s", wait_seconds=delay)
         if delay > 0:
             self._session.delays[host_of(origin)] = delay
         return rules

@@ -113,16 +113,7 @@ class Frontier(BaseScheduler):
 
 
 class Session(Spider):
-    """The work between a start and an end of `crawl`.
-
-    Args:
-        settings: scope, limits, politeness.
-        console: where progress is shown.
-        report: what is counted.
-        before: what earlier sessions wrote.
-        files: where pages go; None to plan only: robots.txt and sitemaps are fetched, pages are not.
-        retry_failed: ask again for what earlier sessions gave up for a passing reason.
-    """
+    """The work between a start and an end of `crawl`; without `files`, pages are only planned."""
 
     name = "groundup"
 
@@ -137,7 +128,7 @@ class Session(Spider):
         self.requests: set[asyncio.Task[Response]] = set()
         self.stopping = False
         self._console, self._before, self._files, self._retry_failed = console, before, files, retry_failed
-        self._scope = Scope(same_path=settings.same_path, hosts=settings.hosts)
+        self._scope = Scope(settings.hosts, same_path=settings.same_path)
         self._bar: Bar | None = None
         self._n_sitemaps = 0
         self._error: GroundupError | None = None
@@ -181,12 +172,6 @@ class Session(Spider):
             report.waiting = report.found - report.stored - report.listed - report.refused.total()
             report.limit = report.limit if report.waiting else ""
             report.closed_hosts = {name: host.closed for name, host in hosts.items() if host.closed}
-            if self._files is None:
-                report.planned += [
-                    Planned(page.first_url, Refusal.ASKED_TO_WAIT, host.closed)
-                    for host in hosts.values()
-                    for page in host.pages
-                ]
             report.seconds = round(time.perf_counter() - begin, 3)
         if self._error is not None:
             raise self._error
@@ -227,22 +212,21 @@ class Session(Spider):
 
     async def answered(self, response: Response) -> None:
         """Take in an answer, whatever it is, and end the page's turn."""
-        meta, fault = response.meta, None
-        meta["host"].failures = 0
+        response.meta["host"].failures = 0
         try:
-            await self._take_in(meta["page"], response)
+            await self._take_in(response.meta["page"], response)
         except Exception as error:
-            fault = error
-        self._end(meta["host"], meta["page"], fault)
+            self._end(response.meta, error)
+        else:
+            self._end(response.meta)
 
     def failed(self, failure: Any) -> None:
         """End the turn of a page without an answer."""
-        meta = failure.request.meta
-        self._end(meta["host"], meta["page"], failure.value)
+        self._end(failure.request.meta, failure.value)
 
     # What becomes of a page
 
-    def _end(self, host: Host, page: Page, error: BaseException | None) -> None:
+    def _end(self, meta: dict[str, Any], error: BaseException | None = None) -> None:
         """End a page's turn. Whatever it threw is its own fault; but a full disk ends the session."""
         try:
             if isinstance(error, GroundupError):
@@ -250,18 +234,17 @@ class Session(Spider):
             if error is not None and not isinstance(error, NoOutcome):
                 if not isinstance(error, Refused):
                     error = Refused(Refusal.BAD_RESPONSE, f"{type(error).__name__}: {error}"[:120])
-                self._after(host, page, error)
+                self._after(meta["host"], meta["page"], error)
         except GroundupError as fatal:
             self.stop(fatal)
         finally:
-            self.frontier.give_back(host)
+            self.frontier.give_back(meta["host"])
 
     def _after(self, host: Host, page: Page, refusal: Refused) -> None:
         """Ask again later, leave the host alone, or give the page up."""
         page.attempts += 1
-        wait = refusal.wait_seconds or 0.0
-        if wait > self.options.max_wait_seconds:
-            host.closed = f"{refusal} asks for a pause of {wait:,.0f} s"
+        if (refusal.wait_seconds or 0.0) > self.options.max_wait_seconds and self._files is not None:
+            host.closed = str(refusal)
             self.frontier.put(page, first=True)
         elif self.may_retry(refusal, page.attempts):
             self.frontier.put(page, first=True)
@@ -269,7 +252,7 @@ class Session(Spider):
             host.failures += refusal.reason == Refusal.CONNECTION and refusal.again
             if host.failures >= _MAX_FAILURES:
                 host.closed = f"{host.failures} pages in a row: {refusal.detail}"
-            self._refuse(page, refusal)
+            self._outcome("refused", page, reason=refusal.reason, detail=refusal.detail)
 
     async def _take_in(self, page: Page, response: Response) -> None:
         """What an answer leads to: a redirect's target, a sitemap's pages, or a stored page and its links."""
@@ -279,25 +262,22 @@ class Session(Spider):
         if not 200 <= response.status < 300 or response.status in (204, 205, 206):
             raise Refused(Refusal.STATUS, f"HTTP {response.status}")
         if page.sitemap:
-            self._outcome(self._listed(page, *await asyncio.to_thread(parse_sitemap, response.body)))
+            self._listed(page, *await asyncio.to_thread(parse_sitemap, response.body))
             return
-        kind, tag = header(response.headers, "Content-Type"), header(response.headers, "X-Robots-Tag")
+        kind, tag = header(response, "Content-Type"), header(response, "X-Robots-Tag")
         html = response.body if kind.partition(";")[0].strip().lower() in _HTML else b""
         found = await asyncio.to_thread(extract_links, html, page.url, kind, tag, self.options.product)
         links = found.links if page.depth < self.options.depth else ()
         links = tuple(url for url in links if url in self._scope and url not in self.frontier.known)
         if found.noindex and not page.named:
-            self._refuse(page, Refused(Refusal.NOINDEX), links)
+            self._outcome("refused", page, reason=Refusal.NOINDEX, links=links)
             return
         records = await asyncio.to_thread(page_records, response)
-        size = len(response.body)
-        self._outcome(
-            Entry("stored", page.first_url, depth=page.depth, via=page.hops, links=links, size_bytes=size), records
-        )
+        self._outcome("stored", page, records, links=links, size_bytes=len(response.body))
 
     def _redirect(self, page: Page, response: Response) -> None:
         if (target := location(response)) is None:
-            raise Refused(Refusal.BAD_URL, f"redirected to {header(response.headers, 'Location')[:200]!r}")
+            raise Refused(Refusal.BAD_URL, f"redirected to {header(response, 'Location')[:200]!r}")
         if target in (page.first_url, *page.hops):
             raise Refused(Refusal.REDIRECT_LOOP, f"back to {target}")
         if len(page.hops) >= MAX_HOPS:
@@ -312,7 +292,7 @@ class Session(Spider):
         self.frontier.known.add(target)
         self.frontier.put(page, first=True)
 
-    def _listed(self, page: Page, pages: list[str], others: list[str]) -> Entry:
+    def _listed(self, page: Page, pages: list[str], others: list[str]) -> None:
         links, sitemaps = dict[str, None](), dict[str, None]()
         for locations, into in ((pages, links), (others, sitemaps)):
             for written in locations:
@@ -321,20 +301,11 @@ class Session(Spider):
                     self.report.elsewhere += 1
                 elif url not in self.frontier.known:
                     into[url] = None
-        return Entry(
-            "listed", page.first_url, sitemap=True, via=page.hops, links=tuple(links), sitemaps=tuple(sitemaps)
-        )
+        self._outcome("listed", page, links=tuple(links), sitemaps=tuple(sitemaps))
 
-    def _refuse(self, page: Page, refusal: Refused, links: tuple[str, ...] = ()) -> None:
-        self._outcome(
-            Entry(
-                "refused", page.first_url, sitemap=page.sitemap, depth=page.depth, via=page.hops, links=links,
-                reason=refusal.reason, detail=refusal.detail,
-            )
-        )  # fmt: skip
-
-    def _outcome(self, entry: Entry, records: bytes = b"") -> None:
+    def _outcome(self, event: Any, page: Page, records: bytes = b"", **more: Any) -> None:
         """Write an outcome down, then act on it."""
+        entry = Entry(event, page.first_url, sitemap=page.sitemap, depth=page.depth, via=page.hops, **more)
         if self._files is not None:
             self._files.append(records + entry.record())
             self.report.fetched += entry.event == "stored"

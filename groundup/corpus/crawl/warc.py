@@ -101,41 +101,27 @@ def _record(kind: WarcRecordType, url: str, content_type: str, block: bytes, dig
 
 
 class WarcFiles:
-    """The numbered files of a crawl's folder; the last one may be growing. Close it with `close`.
-
-    Args:
-        folder: the crawl's folder.
-        user_agent: said in each file's first record.
-        max_bytes: size after which the next file is begun.
-        write: whether to open it for writing, and so to cut off what a kill left.
-
-    Attributes:
-        entries: what the files hold, in its order.
+    """The numbered files of a crawl's folder, and what they hold (`entries`); the last one may be growing.
 
     Raises:
         ArtifactError: a finished file is missing or damaged.
     """
 
-    def __init__(self, folder: Path, user_agent: str, max_bytes: int, *, write: bool = True) -> None:
+    def __init__(self, folder: Path, user_agent: str = "", max_bytes: int = 0, *, write: bool = True) -> None:
         self._folder, self._user_agent, self._max_bytes = folder, user_agent, max_bytes
         self._handle: IO[bytes] | None = None
-        self._first = self._end = 0  # bytes: behind the file's first record, and behind the last whole entry
+        self._number = self._end = self._first = 0  # bytes: behind the last whole entry, and behind the first record
         self._synced = time.monotonic()
         self.entries: list[Entry] = []
-        finished = sorted(folder.glob("pages-*.warc.gz"))
-        for self._number, path in enumerate(finished):
-            if path != self._path():
-                raise ArtifactError(f"{self._path()}: is gone, and later files are there.", FIX)
+        for path in sorted(folder.glob("pages-*.warc.gz")):
+            if path != self._path:
+                raise ArtifactError(f"{self._path}: is gone, and later files are there.", FIX)
             if self._read(path) != (size := path.stat().st_size):
                 raise ArtifactError(f"{path}: is damaged behind byte {self._end:,} of {size:,}.", FIX)
-        self._number, self._end = len(finished), 0
-        self._growing = self._path().with_suffix(".gz.open")
-        is_begun = self._growing.exists() and self._read(self._growing) > 0
-        if write:
-            for stray in folder.glob("pages-*.warc.gz.open"):
-                if stray != self._growing or not is_begun:
-                    stray.unlink()
-            self._handle = self._growing.open("r+b", buffering=0) if is_begun else None
+            self._number += 1
+        self._end = 0
+        if self._growing.exists() and self._read(self._growing) and write:
+            self._handle = self._growing.open("r+b", buffering=0)
 
     def append(self, records: bytes) -> None:
         """Write records that end with an entry's.
@@ -143,17 +129,15 @@ class WarcFiles:
         Raises:
             GroundupError: the disk is full or the file cannot be written; it ends with the entry before.
         """
+        if self._end > self._first and self._end + len(records) > self._max_bytes:
+            self.close()
         try:
-            if self._end > self._first and self._end + len(records) > self._max_bytes:
-                self._finish()
             if self._handle is None:
-                self._growing = self._path().with_suffix(".gz.open")
                 self._handle, self._end = self._growing.open("wb", buffering=0), 0
                 about = f"software: groundup/{version_of('groundup')}\r\nformat: WARC File Format 1.1\r\n"
                 about += f"robots: obey\r\nhttp-header-user-agent: {self._user_agent}\r\n"
-                self._first = self._write(
-                    _record(WarcRecordType.warcinfo, "", "application/warc-fields", about.encode())
-                )
+                self._write(_record(WarcRecordType.warcinfo, "", "application/warc-fields", about.encode()))
+                self._first = self._end
                 sync(self._folder)
             self._write(records)
             if time.monotonic() - self._synced > _SYNC_SECONDS:
@@ -164,13 +148,22 @@ class WarcFiles:
 
     def close(self) -> None:
         """Give the growing file its name."""
+        if self._handle is None:
+            return
         try:
-            self._finish()
+            with self._handle as handle:
+                self._handle = None
+                handle.truncate(self._end)
+                os.fsync(handle.fileno())
+            if self._end > self._first:
+                self._growing.replace(self._path)
+                self._number += 1
+            sync(self._folder)
         except OSError as error:
             raise write_error(self._growing, error) from error
+        self._end = self._first = 0
 
-    def _write(self, data: bytes) -> int:
-        """Write behind the last whole entry; returns the new end."""
+    def _write(self, data: bytes) -> None:
         assert self._handle is not None
         self._handle.seek(self._end)
         self._handle.truncate()
@@ -178,22 +171,6 @@ class WarcFiles:
         while rest:
             rest = rest[self._handle.write(rest) :]
         self._end += len(data)
-        return self._end
-
-    def _finish(self) -> None:
-        if self._handle is None:
-            return
-        with self._handle as handle:
-            self._handle = None
-            handle.truncate(self._end)
-            os.fsync(handle.fileno())
-        if self._end > self._first:
-            self._growing.replace(self._path())
-            self._number += 1
-        else:
-            self._growing.unlink(missing_ok=True)
-        sync(self._folder)
-        self._end = self._first = 0
 
     def _read(self, path: Path) -> int:
         """Take up the entries of a file; returns the byte behind the last one."""
@@ -201,18 +178,21 @@ class WarcFiles:
         with ordinary_file(path).open("rb") as handle:
             for data, end in _members(handle):
                 head, _, block = data.partition(b"\r\n\r\n")
-                if b"\r\nWARC-Type: metadata\r\n" not in head:
-                    continue
-                try:
-                    entry = _ENTRY.validate_json(block)
-                except ValueError:
-                    break
-                self.entries.append(entry)
-                self._end = end
+                if b"\r\nWARC-Type: metadata\r\n" in head:
+                    try:
+                        self.entries.append(_ENTRY.validate_json(block))
+                    except ValueError:
+                        break
+                    self._end = end
         return self._end
 
+    @property
     def _path(self) -> Path:
         return self._folder / f"pages-{self._number:05d}.warc.gz"
+
+    @property
+    def _growing(self) -> Path:
+        return Path(f"{self._path}.open")
 
 
 def _members(handle: IO[bytes]) -> Iterator[tuple[bytes, int]]:
