@@ -20,7 +20,6 @@ from groundup.shards import MixtureLoader, PackedLoader, TokenShards, WindowLoad
 from groundup.shards.encode import Tally
 from groundup.shards.format import ShardsManifest
 from groundup.shards.stream import StreamWriter
-from groundup.shards.write import split_of
 
 VOCABULARY = 32_768
 END_OF_TEXT = 0
@@ -69,8 +68,8 @@ def write(folder: Path, n_tokens: int, seed: int) -> None:
         for _ in range(n_tokens // len(block)):
             writer.append(block, ends)
         files = writer.finish()
-    empty = split_of((), 0, Tally())
-    splits = {"train": split_of(files, writer.n_documents, Tally()), "validation": empty}
+    train = Tally(documents=writer.n_documents, tokens=writer.n_tokens)
+    splits = {"train": train.split(files), "validation": Tally().split(())}
     ShardsManifest(VOCABULARY, "0" * 32, END_OF_TEXT, splits).write(folder)
 
 

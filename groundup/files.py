@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 import xxhash
 
 from groundup.errors import ArtifactError, GroundupError, RunError
+from groundup.untrusted import read_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +66,7 @@ def atomic_writer(path: Path, *, binary: bool = False, through: Path | None = No
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise write_error(path, error) from error
+            raise _failure(partial, path, error) from error
         raise
 
 
@@ -80,6 +81,14 @@ def write_error(path: Path | str, error: OSError) -> GroundupError:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return GroundupError(f"{path}: cannot be written ({error.strerror}).", "Choose another folder with --runs.")
     return GroundupError(f"{path}: {error.strerror or error}")
+
+
+def _failure(partial: Path, path: Path, error: OSError) -> GroundupError:
+    """What went wrong while `path` was written as `partial`: a file that could not be read is no fault of these."""
+    name = error.filename
+    if isinstance(name, str) and not (name.startswith(str(partial)) or path.is_relative_to(name)):
+        return GroundupError(f"{name}: cannot be read ({error.strerror}).")
+    return write_error(path, error)
 
 
 def sync(path: Path) -> None:
@@ -152,12 +161,11 @@ def read_json(path: Path) -> Any:
     """Read a JSON file that groundup wrote.
 
     Raises:
-        ArtifactError: missing, or not JSON.
+        ArtifactError: missing, no ordinary file, too large, or not JSON.
     """
+    contents = read_bytes(Path(path))
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path}: not found.") from error
+        return json.loads(contents.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
         raise ArtifactError(
             f"{path}: not valid JSON ({error}).", "The file is damaged: make it again with --from STAGE."
@@ -214,7 +222,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             _clear(partial)
         if isinstance(error, OSError):
-            raise write_error(path, error) from error
+            raise _failure(partial, path, error) from error
         raise
 
 
@@ -351,4 +359,4 @@ def file_digest(path: Path) -> str:
 def value_digest(value: object) -> str:
     """The 128-bit xxh3 digest of a JSON-able value, independent of key order, in hex."""
     canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return xxhash.xxh3_128_hexdigest(canonical.encode())
+    return xxhash.xxh3_128_hexdigest(canonical.encode(errors="surrogatepass"))

@@ -42,7 +42,7 @@ def check_files(folder: Path, records: FileRecords, fix: str, *, digests: bool =
         try:
             path = _inside(folder, name)
         except ArtifactError as error:
-            raise ArtifactError(error.message, fix) from error
+            raise ArtifactError(error.message, error.fix or fix) from error
         with reading(str(path), fix=fix):
             found = path.stat()
             if found.st_size != size:

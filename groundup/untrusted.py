@@ -122,13 +122,15 @@ def read_object(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
 
 
 def parse_object(contents: bytes, source: str) -> dict[str, Any]:
-    """A JSON object, strictly: no name twice in an object, no NaN or Infinity.
+    """A JSON object, strictly: no name twice in an object, no NaN or Infinity, no lone surrogate.
 
     Raises:
         ArtifactError: it is something else.
     """
     try:
         value = json.loads(contents.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant)
+        if b"\\ud" in contents.lower():  # half a character, which no file of ours could hold
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
         raise ArtifactError(f"{source}: not valid JSON ({str(error)[:200]}).") from error
     if not isinstance(value, dict):

@@ -34,7 +34,7 @@ from groundup.errors import GroundupError
 Files = dict[str, bytes]
 """A folder: contents by name."""
 
-CPU_SECONDS, SECONDS, MEMORY, MOST_ENDS = 10, 30.0, 1 << 30, 3
+CPU_SECONDS, SECONDS, MEMORY, MOST_ENDS = 10, 60.0, 1 << 30, 3
 """What a case may take: seconds of computing and in all, bytes beyond the process's own; how often a child may end
 before the rest of its cases is left out."""
 SECRET = "nobody-may-read-this"

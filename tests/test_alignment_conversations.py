@@ -67,6 +67,9 @@ def test_the_split_is_by_all_that_is_said(tmp_path: Path) -> None:
     found = load(tmp_path / "a.jsonl")
     assert 10 <= len(found.held_out) <= 30
     assert not [one for one in found.held_out if one in found.train]
+    (tmp_path / "a.jsonl").write_bytes(lines(TALKS[:2]))
+    found = load(tmp_path / "a.jsonl")
+    assert (len(found.train), len(found.held_out)) == (1, 1)
 
 
 BAD = {
@@ -78,6 +81,7 @@ BAD = {
     b'["messages"]': "no text field",
     json.dumps(talk("Hi", "Hello", roles=("user", "gpt"))).encode(): "no text field",
     b'{"messages": [{"role": "user", "content": null}]}': "no text field",
+    b'{"messages": [{"role": ["user"], "content": "Hi"}]}': "no text field",
     b'{"messages": [7]}': "no text field",
     json.dumps(talk("Hi", "")).encode(): "empty",
     json.dumps(talk("Hi", "half \ud800")).encode(): "invalid UTF-8",
@@ -105,3 +109,10 @@ def test_files_without_a_conversation_are_errors_that_say_why(tmp_path: Path) ->
     (tmp_path / "a.jsonl").write_text('{"text": "x"}')
     with pytest.raises(DataError, match=r"0 conversations to learn from(.|\n)*no list 'messages'"):
         load(tmp_path / "a.jsonl")
+
+
+def test_a_table_of_a_few_bytes_that_grows_without_end_is_not_read(tmp_path: Path) -> None:
+    rows = pa.table({"messages": [" " * (80 << 20)]})
+    pq.write_table(rows, tmp_path / "a.parquet", compression="zstd", use_dictionary=False, write_statistics=False)
+    with pytest.raises(DataError, match="a decompression bomb"):
+        load(tmp_path / "a.parquet")

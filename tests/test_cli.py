@@ -278,6 +278,34 @@ def test_a_place_that_cannot_be_written_is_said(groundup: CommandLine, tmp_path:
     assert f"{tmp_path}/file" in refused.err
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["<&- >&-", "2>&-"])
+def test_closed_streams_are_nobodys_fault(tmp_path: Path, closed: str) -> None:
+    shell = f"{shlex.join(PROGRAM)} recipe new {tmp_path}/mine.toml {closed}"
+    told = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert "Traceback" not in told.stdout + told.stderr
+    assert (tmp_path / "mine.toml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/x/texts"), "groundup: /x/texts: Permission denied."),
+        (OSError(5, "Input/output error"), "groundup: Input/output error."),
+    ],
+)
+def test_an_error_of_the_system_names_the_file_once_and_blames_no_writing(
+    groundup: CommandLine, monkeypatch: pytest.MonkeyPatch, error: OSError, said: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("groundup.run.list_runs", fail)
+    told = groundup("runs")
+    assert (told.code, told.err.strip()) == (1, said)
+
+
 # --- Looking
 
 

@@ -84,7 +84,7 @@ BROKEN_FILES = {
     "zero.parquet": (b"", Reason.EMPTY, "no row"),
     "zero.json": (b" \n", Reason.EMPTY, "no record"),
     "none.json": (b"[ ]", Reason.EMPTY, "no record"),
-    "open.json": (b'[{"text": ', Reason.CUT_OFF, "the list has no end; from here on nothing of the list is read"),
+    "open.json": (b'[{"text": ', Reason.CUT_OFF, "the list has no end"),
     "deep.json": (b"[" * 100_000, Reason.INVALID_JSON, "recursion"),
     "huge.json": (b"[" + b"9" * 5000 + b"]", Reason.INVALID_JSON, "4300 digits"),
     "two.json": (b"[] []", Reason.INVALID_JSON, "something else follows the list"),
@@ -124,6 +124,11 @@ BROKEN_LINES = {
     "no json": (b"hello", Reason.INVALID_JSON, "character"),
     "too deep": (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", Reason.INVALID_JSON, ""),
     "twice": (b'{"text": "one", "text": "two"}', Reason.INVALID_JSON, 'the field "text" stands in it twice'),
+    "deep and named again": (
+        b'{"text": "x", "y": {"text": 1}, "z": ' + b"[" * 1000 + b"]" * 1000 + b"}",
+        Reason.INVALID_JSON,
+        "",
+    ),
     "huge number": (b'{"text": "x", "n": NaN, "m": ' + b"9" * 5000 + b"}", Reason.INVALID_JSON, ""),
     "list": (b'["text"]', Reason.INVALID_JSON, "a list"),
     "null": (b"null", Reason.INVALID_JSON, "null"),
@@ -171,10 +176,13 @@ def test_broken_rows_and_elements_leave_their_neighbours(tmp_path: Path) -> None
     assert texts == ["one", "five"]
     assert [one.reason for one in aside if one.record != "row 5"][:2] == [Reason.INVALID_CSV, Reason.TOO_LONG]
     (tmp_path / "a.json").write_text(json.dumps([{"text": "one"}, {"text": long}, 3, {"text": 4}, {"text": "five"}]))
+    twice = '[{"text": "six", "text": "seven"},'
+    (tmp_path / "a.json").write_text((tmp_path / "a.json").read_text().replace("[", twice, 1))
     texts, aside = read_all(tmp_path / "a.json", max_document_mib=2000 / 2**20)
     assert texts == ["one", "five"]
     assert [(one.record, one.reason) for one in aside] == [
-        ("record 2", Reason.TOO_LONG), ("record 3", Reason.INVALID_JSON), ("record 4", Reason.NO_TEXT),
+        ("record 1", Reason.INVALID_JSON), ("record 3", Reason.TOO_LONG), ("record 4", Reason.INVALID_JSON),
+        ("record 5", Reason.NO_TEXT),
     ]  # fmt: skip
 
 

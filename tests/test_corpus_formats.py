@@ -15,6 +15,7 @@ import zstandard
 from groundup.corpus import Reason, Record, SetAside, read
 from groundup.corpus.reading import extract as extract_module
 from groundup.corpus.reading import tables
+from groundup.corpus.reading.parquet_footer import page_sizes, read_row_groups
 from groundup.corpus.reading.read import Extraction, UnitReader
 from groundup.corpus.reading.sources import find_sources
 from groundup.corpus.reading.units import units_of
@@ -174,16 +175,54 @@ def test_any_damage_to_a_table_is_told(tmp_path: Path, compression: str) -> None
             assert records or aside
 
 
+def test_a_schema_that_its_columns_do_not_fit_is_damage_and_no_end_of_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [GOOD, GOOD]}), path)
+    optional, required = b"\x25\x02\x18\x04text", b"\x25\x00\x18\x04text"
+    assert path.read_bytes().count(optional) == 1
+    path.write_bytes(path.read_bytes().replace(optional, required))
+    assert only(read_all(path, split_bytes=1)[1]).reason is Reason.DAMAGED  # pyarrow's view of the column aborts
+
+
+def test_a_footer_says_what_pyarrow_says(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    rows = {"text": [GOOD] * 40, "metadata": [{"url": "https://a.example", "tags": ["a", "b"]}] * 40}
+    pq.write_table(pa.table(rows), path, row_group_size=15, column_encoding={"text": "DELTA_BYTE_ARRAY"},
+                   use_dictionary=["metadata.url"])  # fmt: skip
+    with path.open("rb") as handle:
+        groups = read_row_groups(handle)
+    metadata = pq.ParquetFile(path).metadata
+    assert [group.n_rows for group in groups] == [15, 15, 10]
+    for place, group in enumerate(groups):
+        with path.open("rb") as handle:
+            pages = [list(page_sizes(handle, column)) for column in group.columns]
+        assert all(
+            sum(stored for stored, _ in sizes) < column.stored_bytes <= sum(stored + 400 for stored, _ in sizes)
+            for column, sizes in zip(group.columns, pages, strict=True)
+        )
+        theirs = [metadata.row_group(place).column(at) for at in range(metadata.num_columns)]
+        assert [
+            (column.path, column.stored_bytes, column.grown_bytes, column.is_delta) for column in group.columns
+        ] == [
+            (column.path_in_schema, column.total_compressed_size, column.total_uncompressed_size,
+             "DELTA_BYTE_ARRAY" in column.encodings)
+            for column in theirs
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["alone", "among others"])
 def test_a_page_that_would_fill_the_memory_is_refused_by_its_declared_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hidden: bool
 ) -> None:
     monkeypatch.setattr(tables, "BOMB_BYTES", 16 << 20)
-    texts = [GOOD, "x" * (24 << 20), GOOD]
-    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=1, compression="zstd")
+    noise = random.Random(0).randbytes(100_000).hex()
+    texts = [GOOD, GOOD, "x" * (24 << 20), noise if hidden else GOOD, GOOD, GOOD]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=2, compression="zstd",
+                   use_dictionary=False, write_batch_size=1, data_page_size=1)  # fmt: skip
     before = pa.default_memory_pool().max_memory()
     records, aside = read_all(tmp_path)
-    assert [record.position for record in records] == [0, 2]
-    assert (only(aside).reason, only(aside).position) == (Reason.DAMAGED, 1)
+    assert [record.position for record in records] == [0, 1, 4, 5]
+    assert (only(aside).reason, only(aside).position) == (Reason.DAMAGED, 2)
     assert "a decompression bomb" in only(aside).detail
     assert pa.default_memory_pool().max_memory() == before
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from groundup.corpus.document import Reason, Record, SetAside
-from groundup.corpus.reading.read import UnitReader, read_unit
+from groundup.corpus.reading.read import UnitReader
 from groundup.corpus.reading.sources import InputFile, find_sources
 from groundup.corpus.reading.units import Unit, units_of
 from groundup.recipe import CorpusSettings
@@ -88,11 +88,11 @@ def test_a_line_belongs_to_the_unit_of_its_first_byte(tmp_path: Path) -> None:
     size = len(lines[0])
     for split_bytes, wanted in [(size, [1] * 10), (size * 2, [2] * 5), (size + 1, [2] + [1] * 8 + [0])]:
         units = cut(path, split_bytes)
-        assert [len(list(read_unit(unit, CorpusSettings(), print))) for unit in units] == wanted[: len(units)]
+        assert [len(list(UnitReader(unit, CorpusSettings(), print))) for unit in units] == wanted[: len(units)]
     (source,) = find_sources([path]).files
-    (record,) = read_unit(Unit(source, size, size + 1), CorpusSettings(), print)
+    (record,) = UnitReader(Unit(source, size, size + 1), CorpusSettings(), print)
     assert record == Record("text 1", size, "line", 1)
-    assert list(read_unit(Unit(source, size + 1, 2 * size), CorpusSettings(), print)) == []
+    assert list(UnitReader(Unit(source, size + 1, 2 * size), CorpusSettings(), print)) == []
 
 
 def test_pieces_within_a_long_line_do_not_read_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_pieces_within_a_long_line_do_not_read_it_again(tmp_path: Path, monkeypa
     (source,) = find_sources([path]).files
     units = [Unit(source, start, start + 100_000) for start in range(100_000, 4_000_000, 100_000)]
     for unit in units:
-        assert list(read_unit(unit, CorpusSettings(), print)) == []
+        assert list(UnitReader(unit, CorpusSettings(), print)) == []
     assert counted[0] < 2 * 4_000_000 + len(units) * 3 * 8192
 
 
@@ -185,7 +185,7 @@ def test_units_travel_to_another_process(tmp_path: Path) -> None:
 
 
 def texts_of_unit(unit: Unit) -> list[str]:
-    return [record.text for record in read_unit(unit, CorpusSettings(), print)]
+    return [record.text for record in UnitReader(unit, CorpusSettings(), print)]
 
 
 def test_files_that_cannot_be_read_are_one_piece_that_says_so(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_file_that_is_added_is_the_only_one_that_is_read(tmp_path: Path) -> No
     (tmp_path / "in").mkdir()
     for name in "abcdefgh":
         (tmp_path / "in" / f"{name}.txt").write_text(text_of(chance, 30))
-    options: dict[str, Any] = {"split_mib": 0.001, "validation_by": "document"}  # a file a piece
+    options: dict[str, Any] = {"split_mib": 0.003, "validation_by": "document"}  # a file a piece
     curated(tmp_path / "out", tmp_path / "in", **options)
     before = {path.name for path in (tmp_path / "out" / ANNOTATED).iterdir()}
     (tmp_path / "in" / "cc.txt").write_text(text_of(chance, 30))

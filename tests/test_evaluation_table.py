@@ -15,6 +15,7 @@ from tiny_run import finished_run, mark_done
 from torch import nn
 
 from groundup.corpus import stream_documents
+from groundup.errors import ArtifactError
 from groundup.evaluation import (
     bits_per_byte,
     compare,
@@ -25,8 +26,9 @@ from groundup.evaluation import (
     verify,
 )
 from groundup.evaluation import metrics as evaluation_metrics
+from groundup.evaluation.harness import read_scores
 from groundup.evaluation.metrics import share
-from groundup.files import read_json, write_json
+from groundup.files import own_folder, read_json, write_json
 from groundup.interop import load_model
 from groundup.model import ModelConfig, OutputLayer
 from groundup.recipe import parse_recipe
@@ -290,3 +292,22 @@ def test_a_runs_table_says_what_its_models_score():
     # Wall-clock figures are kept out of the scores, which must be the same on every run.
     assert "tokens_per_second" not in json.dumps(found)
     assert run.manifest("evaluate/sft").summary["generation_tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [[], {"bits_per_byte": 2.0}, {"bits_per_byte": {"value": True}}, {"bits": {"value": 2.0}}, {"bits_per_byte": None}],
+)
+def test_damaged_scores_count_as_none(tmp_path, figures):
+    whole = {"figures": {"bits_per_byte": {"value": 2.0}}, "by_kind": {}, "answers": []}
+    write_json(tmp_path / "scores.json", whole)
+    assert read_scores(tmp_path) == whole
+    write_json(tmp_path / "scores.json", {**whole, "figures": figures})
+    assert read_scores(tmp_path) == {}
+
+
+def test_a_damaged_table_of_scores_is_named(tmp_path):
+    own_folder(tmp_path / "evaluate")
+    write_json(tmp_path / "evaluate" / "scores.json", [1])
+    with pytest.raises(ArtifactError, match=r"scores\.json: is no table"):
+        read_comparison(Run(tmp_path))

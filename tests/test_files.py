@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -276,13 +277,25 @@ def test_json_reads_back_equal(tmp_path_factory: pytest.TempPathFactory, value: 
     assert read_json(path) == value
 
 
-@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe{}", b"{'a': 1}"])
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe{}", b"{'a': 1}", b"[" * 100_000])
 def test_damaged_json_is_named_with_a_way_out(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "stage.json"
     path.write_bytes(content)
     with pytest.raises(ArtifactError, match=r"stage\.json: not valid JSON") as raised:
         read_json(path)
     assert "--from" in (raised.value.fix or "")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to(path)])
+def test_what_is_no_file_is_never_waited_for(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / "stage.json")
+    with pytest.raises(ArtifactError, match=r"stage\.json: (is|cannot be read)"):
+        read_json(tmp_path / "stage.json")
+
+
+def test_a_file_that_cannot_be_read_is_no_fault_of_the_one_being_written(tmp_path: Path) -> None:
+    with pytest.raises(GroundupError, match="gone: cannot be read"), atomic_writer(tmp_path / "out") as handle:
+        handle.write((tmp_path / "gone").read_text())
 
 
 def test_missing_json_is_named(tmp_path: Path) -> None:
@@ -308,3 +321,7 @@ def test_a_values_digest_knows_no_key_order(value: dict[str, object], random: ob
 def test_digests_are_equal_only_for_equal_values(one: object, other: object) -> None:
     same = json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
     assert (value_digest(one) == value_digest(other)) == same
+
+
+def test_half_a_character_has_a_digest_too() -> None:
+    assert value_digest({"a": "\ud800"}) != value_digest({"a": "?"})

@@ -40,6 +40,15 @@ def test_a_batch_of_uneven_prompts_writes_what_the_plain_loop_writes(name):
     assert {result.finish_reason for result in results} == {"length"}
 
 
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=9.0, max_tokens=40, seed=1)])
+def test_an_id_that_stands_for_no_token_is_never_drawn(params):
+    model = random_model()
+    drawn = {3, 77, 300}
+    never = set(range(model.config.vocab_size)) - drawn
+    results = generate_ids(model, random_prompts([1, 7], model.config.vocab_size), params, never=never)
+    assert all(set(result.ids) <= drawn and len(result.ids) == params.max_tokens for result in results)
+
+
 def test_a_row_draws_the_same_in_any_batch():
     model, params = random_model(), SamplingParams(temperature=1.3, max_tokens=12)
     prompts, seeds = random_prompts([4, 9, 4, 15], model.config.vocab_size), [5, 6, 7, 8]

@@ -23,6 +23,7 @@ from groundup.interop import export_folder, import_folder
 from groundup.tokenizer import load_tokenizer, pretrained, render
 from groundup.tokenizer import tokenizer as own_tokenizer
 from groundup.tokenizer.adversarial import adversarial_texts
+from groundup.tokenizer.letters import LETTERS as BYTE_LETTERS
 from groundup.tokenizer.pretrained import PretrainedTokenizer
 from groundup.tokenizer.split import cut_into_pieces
 
@@ -90,6 +91,7 @@ def make_folder(kind: str, tmp_path: Path) -> Path:
     model = random_model("llama-nano", vocab_size=400)
     gu.save_model(tmp_path / "made", model)
     export_folder(tmp_path / "made", tmp_path / "theirs")
+    (tmp_path / "theirs" / "digests.json").unlink()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=make(), **names, chat_template="{{ messages }}")
     fast.save_pretrained(tmp_path / "theirs")
     return tmp_path / "theirs"
@@ -150,6 +152,15 @@ def test_it_is_imported_exported_and_saved_byte_for_byte(folder: Path, tmp_path:
     )
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
     assert theirs.chat_template == "{{ messages }}"
+
+
+def test_ids_that_stand_for_no_token_are_known() -> None:
+    spec = json.loads(byte_level().to_str())
+    n = len(spec["model"]["vocab"])
+    spec["model"]["vocab"]["zq"] = n + 3  # the added token goes to n + 1
+    holed = PretrainedTokenizer({"tokenizer.json": json.dumps(spec).encode()}, "holed", {})
+    assert holed.unused_ids(n + 6) == [n, n + 2, n + 4, n + 5]
+    assert small_tokenizer().unused_ids(322) == [320, 321]
 
 
 def test_text_is_generated_with_it(folder: Path) -> None:
@@ -284,6 +295,17 @@ FAILING = {
         {"model": {"type": "WordLevel", "vocab": {"b": 0}, "unk_token": "[UNK]"}},
         "Missing .UNK.",
     ),
+    "a regex that looks back for ever": (
+        {
+            "pre_tokenizer": {
+                "type": "Split",
+                "pattern": {"Regex": "(?:a|a|aa)+c"},
+                "behavior": "Isolated",
+                "invert": False,
+            }
+        },
+        "retry-limit",
+    ),
 }
 
 
@@ -291,11 +313,10 @@ FAILING = {
 def test_what_fails_while_encoding_is_an_error_of_ours(fault: str) -> None:
     changes, said = FAILING[fault]
     contents = json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, **changes}).encode()
-    for encode in ("encode", "encode_to_arrays"):
+    tokenizer = PretrainedTokenizer({"tokenizer.json": contents}, "t", {})
+    for encode in (tokenizer.encode_batch, tokenizer.encode_to_arrays):
         with pytest.raises(DataError, match=said):
-            getattr(PretrainedTokenizer({"tokenizer.json": contents}, "t", {}), encode)(
-                ["a"][0 if encode == "encode" else slice(1)]
-            )
+            encode(["a" * 100])
 
 
 def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path: Path) -> None:
@@ -479,6 +500,13 @@ def test_added_tokens_behind_control_tokens_keep_their_ids() -> None:
     assert len(tokenizer.encode("<|im_end|>")) > 1
 
 
+def test_a_letter_that_fills_rows_remains_text() -> None:
+    engine = byte_level()
+    engine.add_special_tokens(["!"])
+    tokenizer = PretrainedTokenizer({"tokenizer.json": engine.to_str().encode()}, "t", {})
+    assert tokenizer.decode(tokenizer.encode("A cat!")) == "A cat!"
+
+
 @pytest.mark.parametrize("place", ["tokenizer_config.json", "special_tokens_map.json"])
 def test_control_tokens_that_another_file_names_are_control_tokens(place: str) -> None:
     made = json.loads(TRICKED["unigram"]) | {"added_tokens": []}
@@ -486,7 +514,7 @@ def test_control_tokens_that_another_file_names_are_control_tokens(place: str) -
         "tokenizer.json": json.dumps(made).encode(),
         place: b'{"eos_token": {"content": "</s>"}, "pad_token": "a"}',
     }
-    tokenizer = PretrainedTokenizer(files, "t", {"bos": 1, "eos": None, "pad": None})
+    tokenizer = PretrainedTokenizer(files, "t", {"bos_token_id": 1, "eos_token_id": None})
     assert {1, 2} <= tokenizer.special_ids
     assert not {1, 2} & set(tokenizer.encode("</s> <s>"))
     assert tokenizer._ids["a"] in tokenizer.encode("a")  # a letter remains text, whoever fills rows with it
@@ -558,10 +586,20 @@ def test_a_vocabulary_and_merges_are_a_tokenizer(name: str | None, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"), [({"tokenizer_class": "CLIPTokenizer"}, "CLIPTokenizer"), ({}, "not byte-level")]
+    ("changes", "vocabulary", "said"),
+    [
+        ({"tokenizer_class": "CLIPTokenizer"}, {"a": 0}, "CLIPTokenizer"),
+        ({}, {"a": 0}, "not byte-level"),
+        *(
+            ({}, dict.fromkeys(BYTE_LETTERS, 0) | {"ab": wrong}, "'ab' has the id")
+            for wrong in (2**31, -1, "7", True, None)
+        ),
+    ],
 )
-def test_vocabularies_of_another_kind_are_refused_by_name(changes: dict[str, str], said: str, tmp_path: Path) -> None:
-    (tmp_path / "vocab.json").write_text('{"a": 0}')
+def test_vocabularies_of_another_kind_are_refused_by_name(
+    changes: dict[str, str], vocabulary: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     (tmp_path / "merges.txt").write_text("")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(changes))
     with pytest.raises(ArtifactError, match=said):

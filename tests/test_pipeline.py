@@ -214,6 +214,17 @@ def test_one_flipped_bit_stops_the_stage_that_takes_the_file(tmp_path: Path, nam
     assert not rewritten(run, before)
 
 
+def test_where_sizes_are_to_be_enough_no_digest_is_compared(tmp_path: Path) -> None:
+    run = copy_of_finished(tmp_path)
+    path = run.root / "corpus" / "documents.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"e", b"a", 1))
+    recipe = changed(run.recipe, "verify=false")
+    build_quietly(recipe, run.root, only=["shards"], start_from="shards")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match=r"documents\.jsonl: .* bytes instead of"):
+        build_quietly(recipe, run.root, only=["shards"], start_from="shards")
+
+
 def test_an_unknown_stage_is_refused_with_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="'pretraining' is no stage") as raised:
         build_quietly(finished_run().recipe, tmp_path / "run", start_from="pretraining")

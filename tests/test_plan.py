@@ -131,6 +131,8 @@ def test_the_whole_batch_is_kept_wherever_it_fits():
     asked = settings.model_copy(update={"micro_batch_size": 3})
     assert choose_micro_batch(config, asked, 256, available(0.01)) == (3, "as the recipe says")
     assert choose_micro_batch(config, settings, 256, available(8), n_devices=4)[0] == 6
+    huge = settings.model_copy(update={"batch_size": 2 * 3 * 5 * 10**11})  # no walk over every number up to it
+    assert choose_micro_batch(config, huge, 256, available(0.01))[0] == 1
 
 
 @given(gibibytes=st.floats(0.6, 6.0), rows=st.integers(1, 96))

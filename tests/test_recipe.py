@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -195,16 +197,37 @@ def test_a_missing_recipe_names_the_nearest_shipped_one(tmp_path: Path) -> None:
         read_recipe(tmp_path / "gone.toml")
 
 
-def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError):
-        read_recipe(tmp_path)
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (os.mkdir, "is a folder"),
+        (os.mkfifo, "is not an ordinary file"),
+        (lambda path: path.symlink_to("/dev/zero"), "is not an ordinary file"),
+        (lambda path: path.symlink_to(path), "cannot be read"),
+        (lambda path: path.write_bytes('about = "Größe"'.encode("latin-1")), "UTF-8"),
+        (lambda path: path.write_bytes(b"#" * (1 << 20) + b"#"), "is larger than"),
+        (lambda path: path.write_text("a = " + "[" * 9_999), "TOML"),
+        (lambda path: path.write_text("a" + ".a" * 9_999 + " = 1"), "nested more than 16 deep"),
+        (lambda path: path.write_text("seed = " + "9" * 9_999), "TOML"),
+    ],
+)
+def test_what_is_no_recipe_is_refused_by_name(tmp_path: Path, make: Callable[[Path], object], words: str) -> None:
+    make(tmp_path / "mine.toml")
+    with pytest.raises(RecipeError, match=rf"mine\.toml: 1 problem\n.*{words}"):
+        read_recipe(tmp_path / "mine.toml")
 
 
-def test_a_recipe_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "mine.toml"
-    path.write_bytes('about = "Größe"'.encode("latin-1"))
-    with pytest.raises(RecipeError, match="UTF-8"):
-        read_recipe(path)
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[pretrain]\nlr = true", "lr = true: is true or false where a number stands"),
+        ("[corpus.mix]\na = true", "mix: is true or false where a number stands"),
+        ("[pretrain]\nbatch_size = 10_000_000_000_000_000", "is beyond 1e"),
+        ("[pretrain]\nlr = nan", "lr = NaN"),
+    ],
+)
+def test_what_is_no_number_of_a_setting_is_refused(text: str, words: str) -> None:
+    assert words in " ".join(f"{where}: {what}" for where, what in problems_of(text).items())
 
 
 # --- Overrides

@@ -205,8 +205,10 @@ def test_two_processes_cannot_hold_one_run(run: Run, holder: subprocess.Popen[st
     with pytest.raises(RunError, match=f"process {holder.pid}"), run.lock():
         pytest.fail("the lock was given twice")
     assert run.is_worked_on(), "the refusal took the lock away"
-    with pytest.raises(RunError, match=f"process {holder.pid}"), run.lock():
-        pytest.fail("the lock was given twice")
+    for damage in ("", "[1]", '"ab"', "[" * 10**5):
+        (run.root / ".groundup" / "holder.json").write_text(damage)
+        with pytest.raises(RunError, match=r"process \? on \? is working on this run"), run.lock():
+            pytest.fail("the lock was given twice")
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])

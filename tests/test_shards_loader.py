@@ -1,6 +1,5 @@
 """The loader's laws: a true shuffle, every token a target once an epoch, any batch at any time."""
 
-import itertools
 import math
 from collections import Counter
 from pathlib import Path
@@ -137,18 +136,6 @@ def test_every_token_is_a_target_exactly_once_an_epoch(n: int, length: int, batc
     assert seen[0] == seen[1] == Counter(range(n))
 
 
-@given(seed=st.integers(0, 99), step=st.integers(0, 500), batch_size=st.integers(1, 12), world=st.integers(1, 12))
-def test_the_shares_of_all_processes_make_the_batch(
-    shards: TokenShards, seed: int, step: int, batch_size: int, world: int
-) -> None:
-    loader = WindowLoader(shards, 32, batch_size, seed)
-    whole = loader.batch(step)
-    borders = [rank * batch_size // world for rank in range(world + 1)]
-    shares = [loader.batch(step, slice(*pair)) for pair in itertools.pairwise(borders)]
-    np.testing.assert_array_equal(np.concatenate([share.ids for share in shares]), whole.ids)
-    np.testing.assert_array_equal(np.concatenate([share.targets for share in shares]), whole.targets)
-
-
 def test_the_order_of_rows_does_not_depend_on_the_batch_size(shards: TokenShards) -> None:
     by_one = WindowLoader(shards, 32, 1, seed=3)
     by_six = WindowLoader(shards, 32, 6, seed=3)
@@ -171,35 +158,6 @@ def test_rows_hold_the_text(shards: TokenShards) -> None:
     every_row = {tuple(ring[start : start + 16]) for start in range(len(stream))}
     for step in range(20):
         assert {tuple(row) for row in WindowLoader(shards, 16, 4, seed=1).batch(step).ids.tolist()} <= every_row
-
-
-@given(stop=st.integers(0, 40), total=st.integers(0, 40), seed=st.integers(0, 9))
-def test_going_on_from_a_state_equals_never_having_stopped(
-    shards: TokenShards, stop: int, total: int, seed: int
-) -> None:
-    def some(loader: WindowLoader, count: int) -> list[Batch]:
-        return [batch for batch, _ in zip(loader, range(count), strict=False)] if count else []
-
-    whole = WindowLoader(shards, 64, 5, seed)
-    expected = [whole.batch(step) for step in range(stop + total)]
-    first = WindowLoader(shards, 64, 5, seed)
-    got = [first.batch(step) for step in range(stop)]
-    first.step = stop
-    second = WindowLoader(shards, 64, 5, seed)
-    second.load_state_dict(first.state_dict())
-    got += some(second, total)
-    for one, other in zip(got, expected, strict=True):
-        np.testing.assert_array_equal(one.ids, other.ids)
-        np.testing.assert_array_equal(one.targets, other.targets)
-
-
-def test_a_state_is_a_few_plain_values(shards: TokenShards) -> None:
-    loader = WindowLoader(shards, 64, 5, seed=1)
-    for _ in zip(range(3), loader, strict=False):
-        pass
-    assert loader.state_dict()["step"] == 3
-    assert all(isinstance(value, int | str) for value in loader.state_dict().values())
-    assert len(loader.state_dict()) <= 6
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from groundup.errors import ArtifactError, DataError
 from groundup.files import file_digest
 from groundup.recipe import ShardsSettings
 from groundup.shards import TokenShards, verify_shards, write_shards, write_shards_from_file
+from groundup.shards import encode as encode_module
 from groundup.shards import parallel as parallel_module
 from groundup.tokenizer import Tokenizer, load_tokenizer
 
@@ -150,7 +151,7 @@ def test_what_was_encoded_is_not_encoded_again(
 ) -> None:
     out = tmp_path / "out"
     encoded: list[int] = []
-    really = parallel_module.encode_texts
+    really = encode_module.encode_texts
 
     def counted(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray]:
         encoded.append(len(texts))
@@ -166,7 +167,7 @@ def test_what_was_encoded_is_not_encoded_again(
     def stopped(work: object) -> None:
         raise StoppedError
 
-    monkeypatch.setattr(parallel_module, "encode_texts", counted)
+    monkeypatch.setattr(encode_module, "encode_texts", counted)
     with monkeypatch.context() as patch:
         patch.setattr(parallel_module, "join_shard", stopped)
         with pytest.raises(StoppedError):

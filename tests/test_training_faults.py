@@ -313,10 +313,10 @@ def test_an_empty_folder_and_a_file_in_a_checkpoint_s_place_are_passed_over(
         ({"digests": ["weights.safetensors"]}, "cannot be read"),
         ({"digests": None}, "cannot be read"),
         ({"digests": {}}, "lacks average, optimizer, weights"),
-        ({"step": "three"}, "cannot be read"),
+        ({"step": "three"}, ", step: Input should be a valid integer"),
         ({"step": 4}, "not the one of its name"),
-        ({"guard": 7}, "cannot be read"),
-        ({"more": 1}, "cannot be read"),
+        ({"guard": 7}, ", guard: Unexpected"),
+        ({"more": 1}, ", more: Unexpected"),
     ],
 )
 def test_a_state_that_somebody_made_up_leads_nowhere(

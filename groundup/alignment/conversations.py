@@ -1,7 +1,7 @@
 """Conversations to learn from: the generated tasks, or files of records with a "messages" list.
 
 Files are read as the corpus reads its own: JSON lines, lists of JSON, Parquet, packed or not, folders, globs and
-addresses. One conversation in ten is held out, chosen by a hash of all that is said in it.
+addresses. One conversation in ten is held out (and one at least), chosen by a hash of all that is said in it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def load_conversations(
             (train if task.split == "train" else held_out).append(list(task.messages))
     found = _files(data, section)
     for messages in _read(found, aside.append):
-        (held_out if _is_held_out(messages) else train).append(messages)
+        (train if _hash(messages) % HELD_OUT_SHARE else held_out).append(messages)
+    if len(train) > 1 and not held_out:
+        held_out.append(train.pop(min(range(len(train)), key=lambda place: _hash(train[place]))))
     counts = Counter(str(item.reason) for item in aside)
     if console is not None and (words := found.in_words()):
         console.note(f"[{section}] data: {words}.")
@@ -117,7 +119,7 @@ def _messages(value: Value) -> list[Message]:
     messages: list[Message] = []
     for place, item in enumerate(items, start=1):
         role, content = (item.get("role"), item.get("content")) if isinstance(item, Mapping) else (None, None)
-        if role not in ROLE_TOKENS or not isinstance(content, str):
+        if isinstance(role, dict | list) or role not in ROLE_TOKENS or not isinstance(content, str):
             raise RefusedError(Reason.NO_TEXT, f"message {place} has no text, or no role of {', '.join(ROLE_TOKENS)}")
         check_writable(content)
         if "\0" in content:
@@ -128,6 +130,5 @@ def _messages(value: Value) -> list[Message]:
     return messages
 
 
-def _is_held_out(messages: list[Message]) -> bool:
-    said = json.dumps(messages, ensure_ascii=False)
-    return xxhash.xxh3_64_intdigest(said.encode()) % HELD_OUT_SHARE == 0
+def _hash(messages: list[Message]) -> int:
+    return xxhash.xxh3_64_intdigest(json.dumps(messages, ensure_ascii=False).encode())

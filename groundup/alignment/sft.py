@@ -317,7 +317,7 @@ class SupervisedFineTuning(Method):
     """The stage: a model learns to answer."""
 
     settings = SFTSettings
-    version = 5
+    version = 6
     makes = "lm"
     trains = True
     figures = ("val_loss", "final_loss")

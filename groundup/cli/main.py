@@ -6,6 +6,7 @@ standard error. Exit codes: 0 done, 1 an error, 2 a wrong recipe or command line
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -91,6 +92,9 @@ def main() -> None:
     # Threads that wait for each other spin for a moment, then sleep. Spinning on, as OpenMP does by itself, makes every
     # step wait for whatever else runs on the machine (benchmarks/cpu_ladder.py). To be set before torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started this process
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal or a pipe that is not UTF-8 shows "?" for what it cannot show.
@@ -116,7 +120,11 @@ def _run() -> None:
         _show(error)
         sys.exit(error.exit_code)
     except OSError as error:
-        _show(write_error(Path(error.filename or "groundup"), error))
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _show(write_error(error.filename or Path.cwd(), error))
+        else:  # of reading, most likely: what groundup writes names itself what went wrong
+            place = "" if error.filename is None else f"{error.filename}: "
+            _show(GroundupError(f"{place}{error.strerror or error}."))
         sys.exit(1)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -74,8 +75,9 @@ def curate(settings: CorpusSettings, out: Path, console: Console | None = None) 
                 remove_partials(out)  # those of workers that were stopped too
     except OSError as error:
         raise write_error(Path(error.filename or out), error) from error
-    for rule in _left_out(settings):
-        console.note(f"{rule.name} is left out: {rule.why}, and languages = {list(settings.languages)}.")
+    for why, rules in itertools.groupby(_left_out(settings), key=lambda rule: rule.why):
+        names = ", ".join(rule.name for rule in rules)
+        console.note(f"left out: {names} ({why}; languages = {list(settings.languages)})")
     statistics = passes.statistics
     files = {
         "read": len(sources.files),

@@ -16,8 +16,8 @@ class Record:
     Attributes:
         text: its text.
         position: where it begins in its file: a byte offset (of the uncompressed stream) or a row; unique in the file.
-        place: what counts its place for people: "line", "row", "record", "part" or "" (the whole file).
-        number: which line, row, record or part, from 1 on, counted from where the reading began.
+        place: what counts its place for people: "line", "row", "record", "document", "part" or "" (the whole file).
+        number: which of these, from 1 on, counted from where the reading began.
         source: the source that the record itself names, or "" (then it is the file).
         url: where it was published, or "".
         key: the record's own id, or "".

@@ -128,8 +128,8 @@ class RayCluster(Engine):
         Raises:
             GroundupError: a task's workers died again and again.
         """
-        task = self._ray.remote(max_retries=RAY_RETRIES, num_cpus=1)(function)
-        waiting = [task.remote(argument) for argument in arguments]
+        task = self._ray.remote(max_retries=RAY_RETRIES, num_cpus=1)(_call)
+        waiting = [task.remote(function, argument) for argument in arguments]
         try:
             # Nothing is cancelled on the way out: Ray 2.60 aborts the process when a finished task is cancelled.
             for reference in waiting:
@@ -146,6 +146,11 @@ class RayCluster(Engine):
         """Leave the cluster, if this object joined it."""
         if self._ours:
             self._ray.shutdown()
+
+
+def _call(function: Callable[[Argument], Result], argument: Argument) -> Result:
+    """What Ray runs: it takes no `functools.partial` for a task itself."""
+    return function(argument)
 
 
 def engine_for(kind: str, workers: int | None, input_bytes: int, small_bytes: int = SMALL_BYTES) -> Engine:

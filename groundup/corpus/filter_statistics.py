@@ -71,11 +71,7 @@ class FilterStatistics:
     @property
     def bytes_by_source(self) -> dict[str, int]:
         """UTF-8 bytes of the documents kept, by source."""
-        sizes: Counter[str] = Counter()
-        for (reason, source, _), size in self._bytes.items():
-            if reason == KEPT:
-                sizes[source] += size
-        return dict(sorted(sizes.items()))
+        return dict(sorted(_sums({key: size for key, size in self._bytes.items() if key[0] == KEPT}, 1).items()))
 
     def add_examples(self, reason: str, examples: Iterable[tuple[str, dict[str, Any]]]) -> None:
         """Examples of removed documents, each with a random key: those with the smallest keys are kept."""
@@ -104,30 +100,24 @@ class FilterStatistics:
     @property
     def documents_kept(self) -> int:
         """How many were kept."""
-        return self._total(self._documents, KEPT)
+        return _sums(self._documents, 0)[KEPT]
 
     @property
     def bytes_kept(self) -> int:
         """UTF-8 bytes of the documents kept."""
-        return self._total(self._bytes, KEPT)
+        return _sums(self._bytes, 0)[KEPT]
 
     @property
     def removed(self) -> dict[str, int]:
         """How many were removed, by reason, in the order of the steps."""
-        counts: Counter[str] = Counter()
-        for (reason, _, _), count in self._documents.items():
-            if reason != KEPT:
-                counts[reason] += count
-        return {reason: counts[reason] for reason in sorted(counts, key=_place) if counts[reason]}
+        counts = _sums(self._documents, 0)
+        return {reason: counts[reason] for reason in sorted(counts.keys() - {KEPT}, key=_place) if counts[reason]}
 
     @property
     def languages(self) -> dict[str, int]:
         """Documents by language, most first; those that could not be read have none."""
-        counts: Counter[str] = Counter()
-        for (_, _, language), count in self._documents.items():
-            if language:
-                counts[language] += count
-        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+        counts = _sums(self._documents, 2)
+        return dict(sorted(((code, n) for code, n in counts.items() if code), key=lambda item: (-item[1], item[0])))
 
     @property
     def in_words(self) -> str:
@@ -179,11 +169,9 @@ class FilterStatistics:
     def nothing_left(self) -> DataError:
         """The error for a corpus in which no document remained: what removed most of those in a wanted language."""
         removed = self.removed
-        of_wanted: Counter[str] = Counter()  # documents that got past reading and the language filter
-        for (reason, _, language), count in self._documents.items():
-            if language and reason != Reason.LANGUAGE:
-                of_wanted[reason] += count
-        counted = +of_wanted or removed
+        # Documents that got past reading and the language filter count first.
+        of_wanted = {key: n for key, n in self._documents.items() if key[2] and key[0] != Reason.LANGUAGE}
+        counted = +_sums(of_wanted, 0) or removed
         reason = max(counted, key=lambda name: (counted[name], -list(removed).index(name)))
         example = self._examples[reason][0][1] if self._examples[reason] else None
         fix = f"For example {_in_words(example)}." if example else ""
@@ -201,14 +189,8 @@ class FilterStatistics:
         counts = ", ".join(f"{count:,} {name}" for name, count in removed.items())
         return DataError(f"corpus: nothing is left of {self.documents_in:,} documents ({counts}).", fix or None)
 
-    def _total(self, counts: Counter[tuple[str, str, str]], wanted: str) -> int:
-        return sum(count for (reason, _, _), count in counts.items() if reason == wanted)
-
     def _steps(self) -> list[dict[str, Any]]:
-        documents, sizes = Counter[str](), Counter[str]()
-        for key, count in self._documents.items():
-            documents[key[0]] += count
-            sizes[key[0]] += self._bytes[key]
+        documents, sizes = _sums(self._documents, 0), _sums(self._bytes, 0)
         by_step: dict[str, list[str]] = defaultdict(list)
         for reason in sorted(documents, key=_place):
             if reason != KEPT and documents[reason]:
@@ -262,6 +244,14 @@ def set_aside_record(record: SetAside) -> dict[str, Any]:
         "bytes": record.size_bytes,
         "excerpt": record.excerpt,
     }
+
+
+def _sums(counts: Mapping[tuple[str, str, str], int], column: int) -> Counter[str]:
+    """Counts added up by reason (column 0), source (1) or language (2)."""
+    sums: Counter[str] = Counter()
+    for key, count in counts.items():
+        sums[key[column]] += count
+    return sums
 
 
 _REASONS: Sequence[str] = [str(reason) for reason in Reason]

@@ -16,7 +16,7 @@ import functools
 import itertools
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import xxhash
@@ -153,7 +153,21 @@ def words_of(texts: Sequence[str]) -> Words:
             inner = first[owner] + _bytes_before(runs, owner, place)
             begin, end = np.sort(np.append(begin, inner)), np.sort(np.append(end, inner))
     starts = np.searchsorted(begin, offsets)
-    return Words(_hashes(data, begin, end), starts, begin, end, data, offsets)
+    return Words(span_hashes(data, begin, end), starts, begin, end, data, offsets)
+
+
+def batches(texts: Iterable[str], most_characters: int) -> Iterator[list[str]]:
+    """Texts in groups of about so many characters: enough for numpy to be fast, little enough for any memory."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= most_characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _encode(text: str) -> bytes:
@@ -252,19 +266,25 @@ def _bytes_before(runs: Sequence[str], owner: np.ndarray, place: np.ndarray) -> 
     return before[first + place] - before[first]
 
 
-def _hashes(data: bytes, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """A well mixed hash of each word: h = mix(... mix(mix(piece 0) ^ piece 1) ...), pieces of eight bytes."""
+def span_hashes(
+    data: bytes | memoryview, begin: np.ndarray, end: np.ndarray, heads: np.ndarray | None = None
+) -> np.ndarray:
+    """A well mixed hash of each run of bytes: h = mix(... mix(mix(piece 0) ^ piece 1) ...), pieces of eight bytes.
+
+    Behind the last run there must be seven bytes more. Zeros at the end of a run are not told apart from its end.
+    `heads`, where they are known, are the first eight bytes of each run, zeros after its end.
+    """
     # Element i of `pieces` is the eight bytes from byte i on.
     pieces = np.ndarray((len(data) - _PIECE + 1,), dtype="<u8", buffer=data, strides=(1,))
     sizes = end - begin
-    hashes = pieces[begin] & _MASKS[np.minimum(sizes, _PIECE)]
-    _mix(hashes)
+    hashes = pieces[begin] & _MASKS.take(sizes, mode="clip") if heads is None else heads.copy()
+    mix(hashes)
     longer = np.flatnonzero(sizes > _PIECE)
     for piece in range(1, _PIECES):
         sizes_left = sizes[longer] - piece * _PIECE
-        more = pieces[begin[longer] + piece * _PIECE] & _MASKS[np.minimum(sizes_left, _PIECE)]
+        more = pieces[begin[longer] + piece * _PIECE] & _MASKS.take(sizes_left, mode="clip")
         more ^= hashes[longer]
-        _mix(more)
+        mix(more)
         hashes[longer] = more
         longer = longer[sizes_left > _PIECE]
         if not len(longer):
@@ -274,7 +294,7 @@ def _hashes(data: bytes, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
     return hashes
 
 
-def _mix(values: np.ndarray) -> None:
+def mix(values: np.ndarray) -> None:
     """A bijection of 64-bit numbers in which every bit depends on every bit, in place (after MurmurHash3's)."""
     values ^= values >> np.uint64(32)
     values *= _ODD

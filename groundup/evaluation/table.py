@@ -51,7 +51,10 @@ def read_comparison(run: Run) -> dict[str, Any]:
     Raises:
         ArtifactError: it is not there, or damaged.
     """
-    found: dict[str, Any] = read_json(run.folder("evaluate") / SCORES_FILE)
+    path = run.folder("evaluate") / SCORES_FILE
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{path}: is no table of scores.", "Make it again: the command that built the run.")
     return found
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from groundup.errors import ArtifactError, GroundupError
 from groundup.files import MARK, atomic_folder, check_ours, write_json
+from groundup.integrity import CHECKED
 from groundup.interop.digests import DIGESTS_FILE, write_digests
 from groundup.interop.families import FAMILIES, differences, huggingface_config
 from groundup.interop.folder import CONFIG_FILE, find_model
@@ -180,7 +181,7 @@ def _new_folder(out: Path, source: Path, *, force: bool) -> Iterator[Path]:
     if (out / CONFIG_FILE).is_file():
         if not force:
             raise GroundupError(f"{out}: holds a model already.", "Name another folder, or replace it with --force.")
-        known = {CONFIG_FILE, DIGESTS_FILE, GENERATION_FILE, INDEX_FILE, MARK, *TOKENIZER_FILES}
+        known = {CHECKED, CONFIG_FILE, DIGESTS_FILE, GENERATION_FILE, INDEX_FILE, MARK, *TOKENIZER_FILES}
         more = [path.name for path in out.iterdir() if path.name not in known and path.suffix != ".safetensors"]
         if more:
             raise GroundupError(f"{out}: also holds {', '.join(sorted(more)[:4])}.", "Move that away first.")

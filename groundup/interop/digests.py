@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from groundup.errors import ArtifactError
-from groundup.files import MARK, file_digest, write_json
+from groundup.files import write_json
+from groundup.integrity import check_files, record_files
 from groundup.untrusted import MOST_CONFIG_BYTES, file_inside, read_object, reading
 
 DIGESTS_FILE = "digests.json"
@@ -21,9 +21,7 @@ _FIX = f"Get or make the model again. If the change was meant, remove {DIGESTS_F
 
 def write_digests(folder: Path) -> None:
     """Write the size and digest of every file of a folder; the last thing before it appears."""
-    paths = sorted(path for path in folder.iterdir() if path.name not in (MARK, DIGESTS_FILE))
-    entries = {path.name: {"bytes": path.stat().st_size, "xxh3_128": file_digest(path)} for path in paths}
-    write_json(folder / DIGESTS_FILE, entries)
+    write_json(folder / DIGESTS_FILE, record_files(folder, sorted(path.name for path in folder.glob("[!.]*"))))
 
 
 def is_saved_again(values: Mapping[str, Any]) -> bool:
@@ -43,14 +41,7 @@ def check_digests(folder: Path, values: Mapping[str, Any]) -> None:
     """
     if is_saved_again(values) or not os.path.lexists(folder / DIGESTS_FILE):
         return
-    for name, entry in read_object(file_inside(folder, DIGESTS_FILE), MOST_CONFIG_BYTES).items():
-        path = folder / name
-        with reading(str(path), fix=_FIX):
-            size = file_inside(folder, name).stat().st_size
-            expected = entry if isinstance(entry, dict) else {}
-            if size == expected.get("bytes") and file_digest(path) == expected.get("xxh3_128"):
-                continue
-        raise ArtifactError(
-            f"{path}: damaged, or changed since it was written ({DIGESTS_FILE} has another size or digest of it).",
-            _FIX,
-        )
+    entries = read_object(file_inside(folder, DIGESTS_FILE), MOST_CONFIG_BYTES)
+    with reading(str(folder / DIGESTS_FILE), fix=_FIX):
+        records = {name: (int(size), str(digest)) for name, (size, digest) in entries.items()}
+    check_files(folder, records, _FIX)

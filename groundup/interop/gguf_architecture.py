@@ -126,20 +126,16 @@ def _unsupported_by_llama(config: ModelConfig, name: str) -> list[str]:
 
 
 def _unsupported_by_gpt2(config: ModelConfig) -> list[str]:
-    found = []
-    if config.norm != "layernorm":
-        found.append(f'norm = "{config.norm}": is "layernorm" there.')
-    if config.position != "learned":
-        found.append(f'position = "{config.position}": positions are "learned" there.')
-    if config.activation != "gelu_tanh":
-        found.append(f'activation = "{config.activation}": is "gelu_tanh" there.')
-    if config.qk_norm:
-        found.append("qk_norm = true: has none.")
-    if config.n_experts:
-        found.append(f"n_experts = {config.n_experts}: has none.")
-    if config.n_heads * config.head_dim != config.d_model:
-        found.append(f"head_dim = {config.head_dim}: is d_model / n_heads = {config.d_model / config.n_heads:g} there.")
-    return found
+    width = config.d_model / config.n_heads
+    rules = [
+        (config.norm == "layernorm", f'norm = "{config.norm}": is "layernorm" there.'),
+        (config.position == "learned", f'position = "{config.position}": positions are "learned" there.'),
+        (config.activation == "gelu_tanh", f'activation = "{config.activation}": is "gelu_tanh" there.'),
+        (not config.qk_norm, "qk_norm = true: has none."),
+        (not config.n_experts, f"n_experts = {config.n_experts}: has none."),
+        (config.head_dim == width, f"head_dim = {config.head_dim}: is d_model / n_heads = {width:g} there."),
+    ]
+    return [why for holds, why in rules if not holds]
 
 
 def describe_architecture(writer: GGUFWriter, config: ModelConfig, architecture: Architecture) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import json
 from pathlib import Path
+from typing import Any
 
 from groundup.console import Console
 from groundup.errors import ArtifactError, DataError, Problem, RecipeError
@@ -37,7 +38,7 @@ def starting_point(stage: Stage, run: Run, console: Console | None = None) -> tu
     """
     recipe = stage.recipe
     if stage.start is not None:
-        model, tokenizer = load_model(run.folder(stage.start) / MODEL_FOLDER)
+        model, tokenizer = load_model(run.folder(stage.start) / MODEL_FOLDER, verify=False)  # the pipeline did
         assert tokenizer is not None, "a stage saves its model with its tokenizer"
         return model.requires_grad_(True), tokenizer
     # Pretraining takes the run's, which may be a copy of the given one.
@@ -183,27 +184,23 @@ def _changed(config: ModelConfig, init: str | Path, settings: ModelSettings) -> 
         for name in ("preset", "size", "depth")
         if (value := getattr(settings, name)) is not None
     ]
-    base, overrides = config.to_dict(), settings.overrides()
-    shapes = parameter_shapes(config)
+    base, overrides, shapes = config.to_dict(), settings.overrides(), parameter_shapes(config)
+
+    def fits(changes: dict[str, Any]) -> bool:
+        return parameter_shapes(reshaped(base, changes)) == shapes
+
     for name, value in overrides.items():
-        if base[name] == value:
-            continue
-        try:
-            fits = parameter_shapes(reshaped(base, {name: value})) == shapes
-        except RecipeError:
-            fits = True  # not by itself, which the whole may mend; if not, it says so below
-        if not fits:
-            what = f"does not fit the weights in {init}, which have {base[name]!r}."
-            problems.append(
-                Problem(f"[model] {name} = {value!r}", what, "Leave it unset, or start from a fresh model.")
-            )
+        with contextlib.suppress(RecipeError):  # it is wrong by itself, which the whole may mend; if not, it says so
+            if not fits({name: value}):
+                what = f"does not fit the weights in {init}, which have {base[name]!r}."
+                fix = "Leave it unset, or start from a fresh model."
+                problems.append(Problem(f"[model] {name} = {value!r}", what, fix))
+    if not problems and not fits(overrides):
+        names = ", ".join(name for name, value in overrides.items() if base[name] != value)
+        problems.append(Problem(f"[model] {names}", f"together do not fit the weights in {init}."))
     if problems:
         raise RecipeError("model", problems)
-    changed = reshaped(base, overrides)
-    if parameter_shapes(changed) != shapes:
-        names = ", ".join(name for name, value in overrides.items() if base[name] != value)
-        raise RecipeError("model", [Problem(f"[model] {names}", f"together do not fit the weights in {init}.")])
-    return changed
+    return reshaped(base, overrides)
 
 
 def _fit_vocabulary(

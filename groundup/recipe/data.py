@@ -157,6 +157,9 @@ class TokenizerSettings(Section):
     split: Literal["qwen2", "llama3", "gpt2"] | None = setting(
         None, "regex that cuts text before merging (unset: qwen2, digits one by one; llama3 from 32,768 entries on)"
     )
+    control_tokens: list[str] = setting(
+        [], 'names of further control tokens, such as "<think>", which text never becomes by itself'
+    )
     spare_tokens: int = setting(4, "unused control tokens kept for later stages", ge=0, le=1024)
     trainer: Literal["huggingface", "rustbpe"] = setting(
         "huggingface", "trainer of bpe: huggingface, or rustbpe (two to three times as fast; breaks ties differently)"

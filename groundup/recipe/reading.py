@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -13,10 +14,14 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from groundup.errors import Problem, RecipeError
+from groundup.errors import ArtifactError, Problem, RecipeError
 from groundup.recipe.recipe import Recipe
 from groundup.recipe.registry import METHODS, find_method
 from groundup.recipe.sections import Section, section_class
+from groundup.untrusted import ordinary_file, read_bytes
+
+MOST_BYTES, DEEPEST = 1 << 20, 16
+"""A recipe is no larger, and its sections do not lie deeper in each other."""
 
 RENAMED = {
     "rope_base": "rope_theta",
@@ -57,9 +62,11 @@ def parse_recipe(text: str, label: str, overrides: Sequence[str] = (), default_n
     """Turn TOML text into a `Recipe`; `label` names it in messages. Raises as `read_recipe`."""
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of whole numbers of thousands of digits
         raise RecipeError(label, [Problem("TOML", f"{error}.", "Mend that line; strings need quotes.")]) from error
     problems = _apply_overrides(values, overrides)
+    if _is_nested_beyond(values, DEEPEST):
+        raise RecipeError(label, [Problem("recipe", f"is nested more than {DEEPEST} deep, which no section is.")])
     values.setdefault("name", default_name or "mine")
     try:
         recipe = Recipe.model_validate(values)
@@ -75,18 +82,32 @@ def parse_recipe(text: str, label: str, overrides: Sequence[str] = (), default_n
 
 def _recipe_text(source: str) -> tuple[str, str]:
     path = Path(source)
+    shipped = resources.files("groundup.recipes").joinpath(f"{source}.toml")
     try:
         if path.is_file():
-            return path.read_text(encoding="utf-8"), str(path)
-        shipped = resources.files("groundup.recipes").joinpath(f"{source}.toml")
+            return read_bytes(path, MOST_BYTES).decode("utf-8"), str(path)
         if "/" not in source and shipped.is_file():
             return shipped.read_text(encoding="utf-8"), f"{source}.toml"
+        if os.path.lexists(path):
+            ordinary_file(path)
     except UnicodeDecodeError as error:
         raise RecipeError(source, [Problem("file", "is not UTF-8 text.", "Save it as UTF-8.")]) from error
+    except (ArtifactError, ValueError) as error:  # ValueError: a name that no file can have
+        what = error.message.removeprefix(f"{path}: ") if isinstance(error, ArtifactError) else f"{error}."
+        raise RecipeError(source, [Problem("file", what)]) from error
     names = list(shipped_recipes())
     near = difflib.get_close_matches(source, names, n=1)
     fix = f"Did you mean {near[0]!r}?" if near else f"Shipped recipes: {', '.join(names)}."
     raise RecipeError(source, [Problem("recipe", "no such file, and no recipe of that name ships with groundup.", fix)])
+
+
+def _is_nested_beyond(value: object, most: int) -> bool:
+    """Whether dictionaries and lists lie deeper in each other, found without a stack of calls."""
+    level = [value]
+    for _ in range(most):
+        inside = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = [item for items in inside for item in items]
+    return any(isinstance(one, dict | list) for one in level)
 
 
 def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[Problem]:
@@ -98,7 +119,7 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[P
             continue
         try:
             value = tomllib.loads(f"value = {raw.strip()}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             value = raw.strip()
         *sections, name = key.strip().split(".")
         target = values
@@ -138,7 +159,7 @@ def _problem(item: Any, values: Mapping[str, Any]) -> Problem:
             fix += f" A stage of a method is written [align.{keys[0]}]."
         return Problem(where, "no such setting.", fix)
     if not isinstance(shown, dict | BaseModel):
-        where += f" = {json.dumps(shown, default=str)}"
+        where += f" = {json.dumps(shown, default=str):.200}"
     message = item["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     about = f"({field.description})" if field is not None and field.description else None

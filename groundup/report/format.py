@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
     """Whether a logged value is a finite number (a loss that overflowed is logged as null)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def format_many(count: object) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -186,19 +186,17 @@ def _read_mapping(path: Path, warnings: list[str]) -> dict[str, Any]:
     return value
 
 
-def _lines(path: Path, warnings: list[str]) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a log; the one line that a kill may have cut short is passed over."""
-    if not path.is_file():
-        return
-    damaged = 0
-    with path.open(encoding="utf-8", errors="replace") as handle:
-        for raw in handle:
-            try:
-                value = json.loads(raw)
-            except ValueError:
-                damaged += 1
-                continue
-            if isinstance(value, dict):
-                yield value
-    if damaged > 1:
-        warnings.append(f"{path.parent.name}/{path.name}: {damaged} lines are damaged and not shown.")
+def _lines(path: Path, warnings: list[str]) -> list[dict[str, Any]]:
+    """The objects of a log; the one line that a kill may have cut short is passed over."""
+    lines: list[dict[str, Any]] = []
+    n_damaged = 0
+    for raw in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            value = json.loads(raw)
+        except (ValueError, RecursionError):
+            n_damaged += 1
+        else:
+            lines += [value] if isinstance(value, dict) else []
+    if n_damaged > 1:
+        warnings.append(f"{path.parent.name}/{path.name}: {n_damaged} lines are damaged and not shown.")
+    return lines

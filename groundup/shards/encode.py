@@ -5,18 +5,21 @@ No Python object is made per token: ids stay in numpy from the tokenizer to the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from groundup.corpus.document import Document
 from groundup.errors import ArtifactError
-from groundup.shards.format import Counts
+from groundup.shards.format import Counts, ShardFile, Split
 
 if TYPE_CHECKING:
     from groundup.tokenizer import Tokenizer
 
+GROUP_CHARACTERS = 4 << 20
 MOST_NAMES = 1000
 """So many sources or languages are listed in a manifest; the smaller ones are counted together."""
 OTHERS = "(others)"
@@ -47,19 +50,46 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], dtype: np.dtype[Any
     return out, ends
 
 
+def encode_documents(
+    documents: Iterable[Document], tokenizer: Tokenizer, dtype: np.dtype[Any], tallies: Mapping[str, Tally]
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Documents in groups of a few MiB, so that the tokenizer can use every core in bounded memory.
+
+    Yields:
+        split, ids and ends, as `encode_texts` gives them; they are counted in the split's tally.
+    """
+    group: list[Document] = []
+    size = 0
+    for document in itertools.chain(documents, [None]):
+        if document is not None:
+            group.append(document)
+            size += len(document.text)
+        if size >= GROUP_CHARACTERS or document is None:
+            for name in dict.fromkeys(one.split for one in group):
+                part = [one for one in group if one.split == name]
+                tokens, ends = encode_texts(tokenizer, [one.text for one in part], dtype)
+                tallies[name].add(part, ends)
+                yield name, tokens, ends
+            group, size = [], 0
+
+
+@dataclass
 class Tally:
-    """Documents, bytes and tokens by source and by language.
+    """What is in a split.
 
     Attributes:
-        sources: by source.
+        documents: how many.
+        tokens: ids, `<|endoftext|>` included.
+        text_bytes: UTF-8 bytes of the text.
+        sources: all three by source.
         languages: by language ("unknown" where none is given).
-        text_bytes: UTF-8 bytes in all.
     """
 
-    def __init__(self, sources: Counts | None = None, languages: Counts | None = None, text_bytes: int = 0) -> None:
-        self.sources = {name: dict(counts) for name, counts in (sources or {}).items()}
-        self.languages = {name: dict(counts) for name, counts in (languages or {}).items()}
-        self.text_bytes = text_bytes
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)
+    languages: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def add(self, documents: Sequence[Document], ends: np.ndarray) -> None:
         """Count documents.
@@ -75,13 +105,22 @@ class Tally:
             self.text_bytes += n_bytes
             _count(self.sources, document.source, 1, n_bytes, n_tokens)
             _count(self.languages, document.language or "unknown", 1, n_bytes, n_tokens)
+        self.documents += len(documents)
+        self.tokens += sum(lengths)
 
     def merge(self, other: Tally) -> None:
         """Add another tally to this one."""
+        self.documents += other.documents
+        self.tokens += other.tokens
         self.text_bytes += other.text_bytes
         for mine, theirs in ((self.sources, other.sources), (self.languages, other.languages)):
             for name, counts in theirs.items():
                 _count(mine, name, counts["documents"], counts["bytes"], counts["tokens"])
+
+    def split(self, files: tuple[ShardFile, ...]) -> Split:
+        """What the manifest says of it."""
+        by_size = largest_first(self.sources), largest_first(self.languages)
+        return Split(self.tokens, self.documents, self.text_bytes, files, *by_size)
 
 
 def largest_first(counts: Counts, most: int = MOST_NAMES) -> dict[str, dict[str, int]]:

@@ -134,17 +134,17 @@ def _tell(source: Path) -> str:
 
 
 def _files_below(folder: Path, pattern: str) -> list[Path]:
-    """The files of a folder in order; a link may lead to another file of it.
+    """The files of a folder that may hold ids, in order; a link may lead to another file of it, or of the Hub's cache.
 
     Raises:
         ArtifactError: a link leads out of it.
     """
-    found, home = [], folder.resolve()
-    for path in sorted(folder.rglob(pattern)):
-        if path.is_file():
-            if path.is_symlink() and not path.resolve().is_relative_to(home):
-                raise ArtifactError(f"{path}: is a link that leads out of {folder}.", "Name what it leads to instead.")
-            found.append(path)
+    home = folder.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    found = [path for path in sorted(folder.rglob(pattern)) if path.suffix in SUFFIXES.values() and path.is_file()]
+    for path in found:
+        if not any(path.resolve().is_relative_to(place) for place in (home, blobs)):
+            raise ArtifactError(f"{path}: is a link that leads out of {folder}.", "Name what it leads to instead.")
     return found
 
 

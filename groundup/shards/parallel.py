@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -27,7 +27,6 @@ from groundup.corpus.passes import DOCUMENTS
 from groundup.errors import ArtifactError
 from groundup.files import (
     atomic_folder,
-    atomic_writer,
     file_digest,
     own_folder,
     read_json,
@@ -38,10 +37,10 @@ from groundup.files import (
 from groundup.integrity import FileRecords, check_files, record_files
 from groundup.recipe import ShardsSettings
 from groundup.report.format import format_lines
-from groundup.shards.encode import Tally, encode_texts
+from groundup.shards.encode import Tally, encode_documents
 from groundup.shards.format import MANIFEST, SPLITS, ShardFile, ShardsManifest, token_dtype
-from groundup.shards.stream import begin_shards, shard_names, write_index
-from groundup.shards.write import by_split, finish_shards, groups, in_words, split_of
+from groundup.shards.stream import StreamWriter, begin_shards
+from groundup.shards.write import finish_shards, in_words
 from groundup.stage import Context, Method, Shown, Stage
 
 if TYPE_CHECKING:
@@ -114,8 +113,10 @@ def write_shards_from_file(
             files[shard.split].append(file)
         splits = {}
         for name in SPLITS:
-            n_documents = sum(record["splits"][name]["documents"] for record in records)
-            splits[name] = split_of(tuple(files[name]), n_documents, _tally(records, name))
+            tally = Tally()
+            for record in records:
+                tally.merge(Tally(**record["splits"][name]))
+            splits[name] = tally.split(tuple(files[name]))
         summary = finish_shards(out, tokenizer, splits, file_digest(documents), settings)
         bar.finish(in_words(summary))
     remove_folder(out / RANGES)
@@ -163,32 +164,18 @@ def encode_range(work: RangeWork) -> dict[str, Any]:
         return done
     dtype = token_dtype(tokenizer.vocab_size)
     tallies = {name: Tally() for name in SPLITS}
-    counts = dict.fromkeys(SPLITS, (0, 0))
     with atomic_folder(work.folder) as folder:
-        for group in groups(_documents(data, Path(work.documents), first_byte)):
-            for name, part in by_split(group).items():
-                tokens, ends = encode_texts(tokenizer, [document.text for document in part], dtype)
-                tallies[name].add(part, ends)
-                n_tokens, n_documents = counts[name]
-                for path, values in zip(_range_files(folder, name), (tokens, ends + n_tokens), strict=True):
-                    with path.open("ab") as handle:
-                        handle.write(values.data)
-                counts[name] = n_tokens + len(tokens), n_documents + len(part)
-        splits = {
-            name: {
-                "tokens": counts[name][0],
-                "documents": counts[name][1],
-                "text_bytes": tallies[name].text_bytes,
-                "sources": tallies[name].sources,
-                "languages": tallies[name].languages,
-            }
-            for name in SPLITS
-        }
+        documents = _documents(data, Path(work.documents), first_byte)
+        for name, tokens, ends in encode_documents(documents, tokenizer, dtype, tallies):
+            before = tallies[name].tokens - len(tokens)
+            for path, values in zip(_range_files(folder, name), (tokens, ends + before), strict=True):
+                with path.open("ab") as handle:
+                    handle.write(values.data)
         record = {
             "folder": str(work.folder),
             "fingerprint": fingerprint,
             "dtype": dtype.str,
-            "splits": splits,
+            "splits": {name: asdict(tally) for name, tally in tallies.items()},
             "contents": record_files(folder, [path.name for path in sorted(folder.glob("[!.]*"))]),
         }
         write_json(folder / "record.json", record)
@@ -241,31 +228,16 @@ def plan_shards(records: Sequence[Mapping[str, Any]], split: str, out: Path, sha
 
 def join_shard(work: ShardWork) -> ShardFile:
     """Write one shard and its index."""
-    name, index_name = shard_names(work.split, work.number)
-    checksum = xxhash.xxh3_128()
-    n_tokens = 0
-    all_ends = []
-    with atomic_writer(Path(work.out) / name, binary=True) as handle:
+    with StreamWriter(Path(work.out), work.split, np.dtype(work.dtype), first=work.number) as writer:
         for folder, _, begin, end in work.pieces:
             tokens_path, ends_path = _range_files(Path(folder), work.split)
-            ends = np.fromfile(ends_path, dtype="<i8")
-            here = ends[np.searchsorted(ends, begin, side="right") : np.searchsorted(ends, end, side="right")]
-            all_ends.append(here + (n_tokens - begin))
-            tokens = np.memmap(tokens_path, dtype=work.dtype, mode="r")
+            tokens, ends = np.memmap(tokens_path, dtype=work.dtype, mode="r"), np.fromfile(ends_path, dtype="<i8")
             for start in range(begin, end, COPY_TOKENS):
-                data = tokens[start : min(end, start + COPY_TOKENS)].data
-                handle.write(data)
-                checksum.update(data)
-            n_tokens += end - begin
-    ends = np.concatenate(all_ends)
-    return ShardFile(
-        name=name,
-        tokens=n_tokens,
-        checksum=checksum.hexdigest(),
-        index_name=index_name,
-        documents=len(ends),
-        index_checksum=write_index(Path(work.out) / index_name, ends),
-    )
+                stop = min(end, start + COPY_TOKENS)
+                first, last = np.searchsorted(ends, [start, stop], side="right")
+                writer.append(tokens[start:stop], ends[first:last] - start)
+        (file,) = writer.finish()
+        return file
 
 
 def _range_files(folder: Path, split: str) -> tuple[Path, Path]:
@@ -286,14 +258,6 @@ def _remove_other_ranges(folder: Path, ranges: Sequence[RangeWork]) -> None:
     for path in folder.glob("*"):
         if path.name not in wanted:
             remove_folder(path)
-
-
-def _tally(records: Sequence[Mapping[str, Any]], split: str) -> Tally:
-    total = Tally()
-    for record in records:
-        counts = record["splits"][split]
-        total.merge(Tally(counts["sources"], counts["languages"], counts["text_bytes"]))
-    return total
 
 
 def _lines_beginning_in(path: Path, begin: int, end: int) -> tuple[bytes, int]:

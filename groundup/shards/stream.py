@@ -21,7 +21,8 @@ class StreamWriter:
         out: the folder.
         split: "train" or "validation".
         dtype: of the ids on disk.
-        shard_tokens: ids in a file (the last has the rest).
+        shard_tokens: ids in a file (the last has the rest; default: one file for all).
+        first: the number of the first file.
 
     Attributes:
         n_tokens: ids written so far.
@@ -29,8 +30,11 @@ class StreamWriter:
         files: the files that are complete.
     """
 
-    def __init__(self, out: Path, split: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
+    def __init__(
+        self, out: Path, split: str, dtype: np.dtype[Any], shard_tokens: int = 1 << 62, first: int = 0
+    ) -> None:
         self._out = out
+        self._first = first
         self._split = split
         self._dtype = dtype
         self._shard_tokens = shard_tokens
@@ -79,8 +83,9 @@ class StreamWriter:
         return tuple(self.files)
 
     def _begin_file(self) -> None:
-        name, _ = shard_names(self._split, len(self.files))
-        self._handle = self._file.enter_context(atomic_writer(self._out / name, binary=True))
+        number = self._first + len(self.files)
+        self._name, self._index_name = f"{self._split}-{number:05d}.bin", f"{self._split}-{number:05d}.idx"
+        self._handle = self._file.enter_context(atomic_writer(self._out / self._name, binary=True))
         self._checksum = xxhash.xxh3_128()
         self._tokens_here = 0
         self._ends: list[np.ndarray] = []
@@ -95,31 +100,13 @@ class StreamWriter:
     def _end_file(self) -> None:
         self._file.close()
         self._handle = None
-        name, index_name = shard_names(self._split, len(self.files))
-        ends = np.concatenate(self._ends)
+        ends = np.concatenate(self._ends).astype(INDEX_DTYPE)
+        with atomic_writer(self._out / self._index_name, binary=True) as handle:
+            handle.write(ends.data)
+        checksums = self._checksum.hexdigest(), xxhash.xxh3_128_hexdigest(ends.data)
         self.files.append(
-            ShardFile(
-                name=name,
-                tokens=self._tokens_here,
-                checksum=self._checksum.hexdigest(),
-                index_name=index_name,
-                documents=len(ends),
-                index_checksum=write_index(self._out / index_name, ends),
-            )
+            ShardFile(self._name, self._tokens_here, checksums[0], self._index_name, len(ends), checksums[1])
         )
-
-
-def shard_names(split: str, number: int) -> tuple[str, str]:
-    """The names of a split's file `number` and of its index."""
-    return f"{split}-{number:05d}.bin", f"{split}-{number:05d}.idx"
-
-
-def write_index(path: Path, ends: np.ndarray) -> str:
-    """Write a file's document ends; their 128-bit xxh3."""
-    data = ends.astype(INDEX_DTYPE).tobytes()
-    with atomic_writer(path, binary=True) as handle:
-        handle.write(data)
-    return xxhash.xxh3_128_hexdigest(data)
 
 
 def begin_shards(out: Path) -> None:

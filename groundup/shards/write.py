@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +13,12 @@ from groundup.console import Console, format_count
 from groundup.corpus.document import Document
 from groundup.errors import DataError
 from groundup.recipe import ShardsSettings
-from groundup.shards.encode import Tally, encode_texts, largest_first
-from groundup.shards.format import SPLITS, ShardFile, ShardsManifest, Split, token_dtype
+from groundup.shards.encode import Tally, encode_documents
+from groundup.shards.format import SPLITS, ShardsManifest, Split, token_dtype
 from groundup.shards.stream import StreamWriter, begin_shards
 
 if TYPE_CHECKING:
     from groundup.tokenizer import Tokenizer
-
-GROUP_CHARACTERS = 4 << 20
 
 
 def write_shards(
@@ -51,54 +49,14 @@ def write_shards(
     tallies = {name: Tally() for name in SPLITS}
     with console.bar("shards") as bar, contextlib.ExitStack() as stack:
         writers = {name: stack.enter_context(StreamWriter(out, name, dtype, settings.shard_tokens)) for name in SPLITS}
-        n_documents = 0
-        for group in groups(documents):
-            for name, part in by_split(group).items():
-                tokens, ends = encode_texts(tokenizer, [document.text for document in part], dtype)
-                writers[name].append(tokens, ends)
-                tallies[name].add(part, ends)
-            n_documents += len(group)
+        for name, tokens, ends in encode_documents(documents, tokenizer, dtype, tallies):
+            writers[name].append(tokens, ends)
+            n_documents = sum(tally.documents for tally in tallies.values())
             bar.update(n_documents, note=f"{n_documents:,} docs")
-        splits = {
-            name: split_of(writer.finish(), writer.n_documents, tallies[name]) for name, writer in writers.items()
-        }
+        splits = {name: tallies[name].split(writer.finish()) for name, writer in writers.items()}
         summary = finish_shards(out, tokenizer, splits, None, settings)
         bar.finish(in_words(summary))
     return summary
-
-
-def groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in groups of a few MiB, so that the tokenizer can use every core in bounded memory."""
-    group: list[Document] = []
-    size = 0
-    for document in documents:
-        group.append(document)
-        size += len(document.text)
-        if size >= GROUP_CHARACTERS:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
-
-def by_split(documents: Iterable[Document]) -> dict[str, list[Document]]:
-    """Documents of each split, in order; only splits that have one."""
-    parts: dict[str, list[Document]] = {}
-    for document in documents:
-        parts.setdefault(document.split, []).append(document)
-    return parts
-
-
-def split_of(files: tuple[ShardFile, ...], n_documents: int, tally: Tally) -> Split:
-    """What the manifest says of a split."""
-    return Split(
-        tokens=sum(file.tokens for file in files),
-        documents=n_documents,
-        text_bytes=tally.text_bytes,
-        files=files,
-        sources=largest_first(tally.sources),
-        languages=largest_first(tally.languages),
-    )
 
 
 def finish_shards(

@@ -24,10 +24,12 @@ import numpy as np
 from tokenizers import Tokenizer as HuggingFace
 
 from groundup.environment import usable_cores
+from groundup.errors import DataError
 from groundup.tokenizer.adversarial import adversarial_texts
 from groundup.tokenizer.letters import LETTERS, unspelled
 from groundup.tokenizer.newer import NewerCharacters
 from groundup.tokenizer.split import PATTERNS, cut_into_pieces, grouped, replace_surrogates
+from groundup.untrusted import reading
 
 ENGINES = ("gigatoken", "tiktoken", "huggingface")
 """In the order in which they are tried."""
@@ -65,12 +67,15 @@ def choose(spec: dict[str, Any], reference: Encoder) -> tuple[Encoder, list[str]
     expected = reference.encode(texts)
     for kind in (GigatokenEncoder, TiktokenEncoder):
         try:
-            candidate = kind(spec, reference)
-            found = candidate.encode(texts)
-        except ImportError:
-            passed_over.append(f"{kind.name} is not installed")
-        except Exception as error:  # whatever an engine raises on a tokenizer that it does not know
-            passed_over.append(f"{kind.name} does not take this tokenizer ({type(error).__name__}: {error!s:.120})")
+            with reading(kind.name, DataError):  # whatever an engine throws on a tokenizer that it does not know
+                candidate = kind(spec, reference)
+                found = candidate.encode(texts)
+        except DataError as error:
+            why = error.__cause__
+            known = (
+                "is not installed" if isinstance(why, ImportError) else f"does not take this tokenizer ({why!s:.120})"
+            )
+            passed_over.append(f"{kind.name} {known}")
         else:
             if all(map(np.array_equal, found, expected)):
                 return candidate, passed_over
@@ -93,15 +98,13 @@ class HuggingFaceEncoder:
 
     def encode(self, texts: Sequence[str]) -> Arrays:
         """Ids of each text. A lone surrogate counts as U+FFFD."""
-        flat = array("I")
-        lengths = np.zeros(len(texts), dtype=np.int64)
-        for places, pieces in grouped(texts, self._cut):
-            encoded = self._engine.encode_batch_fast(pieces, add_special_tokens=False)
-            for place, encoding in zip(places, encoded, strict=True):
-                ids = encoding.ids
-                flat.extend(ids)
-                lengths[place] += len(ids)
-        return np.frombuffer(flat, dtype=np.uint32), lengths
+
+        def encoded() -> Iterator[tuple[int, list[int]]]:
+            for places, pieces in grouped(texts, self._cut):
+                found = self._engine.encode_batch_fast(pieces, add_special_tokens=False)
+                yield from ((place, encoding.ids) for place, encoding in zip(places, found, strict=True))
+
+        return _arrays(len(texts), encoded())
 
 
 class CharacterEncoder:
@@ -145,23 +148,21 @@ class TiktokenEncoder:
 
     def encode(self, texts: Sequence[str]) -> Arrays:
         """Ids of each text. A lone surrogate counts as U+FFFD."""
-        flat = array("I")
-        lengths = np.zeros(len(texts), dtype=np.int64)
         others = []
-        for place, text in enumerate(texts):
-            pieces = [text] if len(text) <= _LONGEST_PIECE else list(cut_into_pieces(text))
-            if max(map(len, pieces)) > _LONGEST_PIECE:
-                others.append(place)
-                continue
-            # One after the other: its threads wait for each other to make their lists, and take twice the time.
-            for piece in pieces:
-                ids = self._encoding.encode_ordinary(replace_surrogates(piece))
-                flat.extend(ids)
-                lengths[place] += len(ids)
-        ids_here = np.frombuffer(flat, dtype=np.uint32)
+
+        def encoded() -> Iterator[tuple[int, list[int]]]:
+            for place, text in enumerate(texts):
+                pieces = [text] if len(text) <= _LONGEST_PIECE else list(cut_into_pieces(text))
+                if max(map(len, pieces)) > _LONGEST_PIECE:
+                    others.append(place)
+                    continue
+                # One after the other: its threads wait for each other to make their lists, and take twice the time.
+                yield from ((place, self._encoding.encode_ordinary(replace_surrogates(piece))) for piece in pieces)
+
+        ids, lengths = _arrays(len(texts), encoded())
         if not others:
-            return ids_here, lengths
-        return _merged(ids_here, lengths, others, self._fallback.encode([texts[place] for place in others]))
+            return ids, lengths
+        return _merged(ids, lengths, others, self._fallback.encode([texts[place] for place in others]))
 
 
 class GigatokenEncoder:
@@ -220,6 +221,16 @@ class GigatokenEncoder:
         self._tokenizer = self._make(self._contents)
         self._since_looked = 0
         self._memory_at_first = _memory_bytes()
+
+
+def _arrays(n_texts: int, encoded: Iterable[tuple[int, Sequence[int]]]) -> Arrays:
+    """Of each text's place and the ids of its next piece."""
+    flat = array("I")
+    lengths = np.zeros(n_texts, dtype=np.int64)
+    for place, ids in encoded:
+        flat.extend(ids)
+        lengths[place] += len(ids)
+    return np.frombuffer(flat, dtype=np.uint32), lengths
 
 
 def _merged(ids: np.ndarray, lengths: np.ndarray, places: list[int], more: Arrays) -> Arrays:

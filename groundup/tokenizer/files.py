@@ -28,6 +28,8 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 """What a tokenizer can consist of; how a text is generated also says which tokens end it."""
 
+_MOST_IDS = 1 << 24
+"""The library makes room for every id below the largest one."""
 _SPLITS = {"GPT2Tokenizer": "gpt2", "CodeGenTokenizer": "gpt2", "RobertaTokenizer": "gpt2", "Qwen2Tokenizer": "qwen2"}
 """How a text is cut by the tokenizers of transformers that have `vocab.json` and `merges.txt`."""
 
@@ -61,9 +63,13 @@ def _from_vocabulary_and_merges(files: dict[str, bytes], source: str) -> str:
     vocabulary = parse_object(files[VOCABULARY_FILE], f"{source}/{VOCABULARY_FILE}")
     if not vocabulary.keys() >= set(LETTERS):
         raise ArtifactError(f"{source}/{VOCABULARY_FILE}: is not byte-level as GPT-2's: some bytes have no token.")
-    lines = files[MERGES_FILE].decode().splitlines()
-    merges = [(line.split(" ")[0], line.split(" ", 1)[1]) for line in lines if line and not line.startswith("#version")]
-    engine = Engine(models.BPE(vocab=vocabulary, merges=merges))
+    for token, index in vocabulary.items():
+        if type(index) is not int or not 0 <= index < _MOST_IDS:
+            raise ArtifactError(f"{source}/{VOCABULARY_FILE}: {token!r:.60} has the id {index!r:.40}.")
+    with reading(f"{source}/{MERGES_FILE}"):
+        lines = [line.split(" ") for line in files[MERGES_FILE].decode().splitlines() if line]
+        merges = [(left, right) for left, right in lines if left != "#version:"]
+        engine = Engine(models.BPE(vocab=vocabulary, merges=merges))
     engine.normalizer = normalizers.NFC() if _SPLITS[made_for] == "qwen2" else None
     prefixed = bool(config.get("add_prefix_space"))
     is_gpt2 = _SPLITS[made_for] == "gpt2"

@@ -37,6 +37,7 @@ N_SAMPLES = 8
 SAMPLE_CHARACTERS = 280
 _GROUP_BYTES = 4 << 20
 _CURVE_POINTS = 120
+_COUNTS = ("documents", "bytes", "words", "tokens")
 
 
 @dataclass
@@ -75,11 +76,8 @@ class TextGroup:
 
     def add(self, other: TextGroup) -> None:
         """Count another group in."""
-        self.documents += other.documents
-        self.bytes += other.bytes
-        self.words += other.words
-        self.tokens += other.tokens
-        self.known_tokens += other.known_tokens
+        for name in (*_COUNTS, "known_tokens"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 @dataclass(frozen=True)
@@ -171,16 +169,8 @@ def to_json(measured: Measured) -> dict[str, Any]:
     """For programs."""
 
     def group(item: TextGroup) -> dict[str, Any]:
-        return {
-            "name": item.name,
-            "documents": item.documents,
-            "bytes": item.bytes,
-            "words": item.words,
-            "tokens": item.tokens,
-            "bytes_per_token": item.bytes_per_token,
-            "tokens_per_word": item.fertility,
-            "bytes_per_token_of": item.known_bytes_per_token(),
-        }
+        plain = {name: getattr(item, name) for name in ("name", *_COUNTS, "bytes_per_token")}
+        return {**plain, "tokens_per_word": item.fertility, "bytes_per_token_of": item.known_bytes_per_token()}
 
     def counted(items: list[tuple[Piece, int]]) -> list[dict[str, Any]]:
         return [{"id": piece.id, "shown": piece.shown, "count": count} for piece, count in items]
@@ -210,11 +200,11 @@ def _groups(documents: Iterable[Document], most_bytes: int) -> Iterator[list[Doc
         group.append(document)
         size += len(document.text)
         seen += len(document.text.encode("utf-8", errors="replace"))
-        if size >= _GROUP_BYTES or seen >= most_bytes:
+        if seen >= most_bytes:
+            break
+        if size >= _GROUP_BYTES:
             yield group
             group, size = [], 0
-        if seen >= most_bytes:
-            return
     if group:
         yield group
 
@@ -251,8 +241,7 @@ def _largest(groups: dict[str, TextGroup]) -> list[TextGroup]:
 
 def _tokens(tokenizer: Tokenizer, counts: np.ndarray) -> dict[str, Any]:
     """What is known of the tokens by how often each occurs."""
-    first = len(tokenizer.special_ids)  # control tokens have the first ids
-    unused = np.flatnonzero(counts[first:] == 0) + first
+    unused = np.setdiff1d(np.flatnonzero(counts == 0), list(tokenizer.special_ids))
     lengths = np.array([len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)])
     longest = np.lexsort((np.arange(len(lengths)), -lengths))[:N_LONGEST]
     order = np.argsort(-counts, kind="stable")

@@ -11,11 +11,10 @@ import contextlib
 import functools
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import numpy as np
 from tokenizers import Tokenizer as Engine
 
 from groundup.errors import ArtifactError, DataError
@@ -31,7 +30,7 @@ from groundup.tokenizer.files import (
     read_files,
 )
 from groundup.tokenizer.letters import BYTE_OF_LETTER, LETTERS
-from groundup.tokenizer.special import CONTROL_TOKENS, control_tokens
+from groundup.tokenizer.special import CONTROL_TOKENS
 from groundup.tokenizer.split import PIECE_CHARACTERS, cut_into_pieces, replace_surrogates
 from groundup.tokenizer.text_engine import growth_check, text_spec
 from groundup.tokenizer.tokenizer import Tokenizer
@@ -98,9 +97,8 @@ def is_pretrained(contents: bytes, source: str) -> bool:
     n_ours = sum(vocabulary.get(token) == at for at, token in enumerate(CONTROL_TOKENS))
     listed = spec.get("added_tokens")
     added = [token for token in listed if isinstance(token, dict)] if isinstance(listed, list) else []
-    outside = any(_is_id(token.get("id")) and token["id"] >= len(vocabulary) for token in added)
-    names = {token["content"] for token in added if isinstance(token.get("content"), str)}
-    return n_ours < _LEAST_OURS or outside or bool((names - set(control_tokens(len(added)))) & vocabulary.keys())
+    behind = any(_is_id(token.get("id")) and token["id"] >= len(added) for token in added)  # ours are the first ids
+    return n_ours < _LEAST_OURS or behind
 
 
 class PretrainedTokenizer(Tokenizer):
@@ -168,16 +166,6 @@ class PretrainedTokenizer(Tokenizer):
             theirs = parse_object(self._files.get(GENERATION_FILE, b"{}"), GENERATION_FILE)
             write_json(Path(folder) / GENERATION_FILE, theirs | token_ids(self))
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without the tokens that a model of it may expect at its beginning."""
-        with reading("a text for this tokenizer", DataError, "Check its tokenizer.json."):
-            return super().encode_batch(texts)
-
-    def encode_to_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """As `Tokenizer.encode_to_arrays`, by Hugging Face's engine."""
-        with reading("a text for this tokenizer", DataError, "Check its tokenizer.json."):
-            return super().encode_to_arrays(texts)
-
     def encode_iterable(self, parts: Iterable[str]) -> Iterator[int]:
         """As `Tokenizer.encode_iterable`.
 
@@ -244,11 +232,9 @@ class PretrainedTokenizer(Tokenizer):
         listed = list(ids)
         for index in listed:
             self.token_bytes(index)
+        kept = [index for index in listed if index not in self.special_ids] if skip_special else listed
         with reading("ids for this tokenizer", DataError, "Check its tokenizer.json."):
-            if not skip_special:
-                return self._full.decode(listed, skip_special_tokens=False)
-            control = self.special_ids
-            return self._full.decode([index for index in listed if index not in control], skip_special_tokens=True)
+            return self._full.decode(kept, skip_special_tokens=False)
 
     def token_bytes(self, index: int) -> bytes:
         """The UTF-8 bytes that a token stands for; nothing for a control token or an id that no token has.
@@ -329,11 +315,14 @@ class PretrainedTokenizer(Tokenizer):
                     said += [token for token in value.values() if isinstance(token, dict) and token.get("special")]
         contents = [token.get("content") if isinstance(token, dict) else token for token in said]
         names = {name: self._ids[name] for name in contents if isinstance(name, str) and name in self._ids}
-        found = self._special_token_ids.values()
-        named = {index for ids in found for index in ids}
+        named = {index for ids in self._special_token_ids.values() for index in ids}
         names |= {name: index for name, index in self._ids.items() if index in named}
         added = {token["content"] for token in spec["added_tokens"]}
-        return {name: index for name, index in names.items() if name in added or _LOOKS_LIKE_CONTROL.fullmatch(name)}
+        return {  # a single character remains text, whoever fills rows with it: texts have no other token for it
+            name: index
+            for name, index in names.items()
+            if len(name) > 1 and (name in added or _LOOKS_LIKE_CONTROL.fullmatch(name))
+        }
 
     def __repr__(self) -> str:
         return f"PretrainedTokenizer(vocab_size={self.vocab_size}, fingerprint={self.fingerprint!r})"

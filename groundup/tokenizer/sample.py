@@ -13,6 +13,8 @@ than 2^31 bytes can never overflow: `COUNTABLE_BYTES` is the most that any train
 from __future__ import annotations
 
 import heapq
+import itertools
+import re
 from collections.abc import Iterable, Iterator
 
 import xxhash
@@ -25,6 +27,8 @@ COUNTABLE_BYTES = 2**31 - 1
 
 SAMPLE_CHARACTERS = 1 << 13
 _LONGEST_RUN = 1 << 20  # characters without any place where a split is sure to cut
+_LONG_WORD = re.compile(r"[^\W\d_]{256}|\s{256}|\d{256}|(?:(?!\s)[\W_]){256}")
+_MAY_BE_LONG = re.compile(r"\S{256}|\s{256}")
 
 
 class Sample:
@@ -84,6 +88,9 @@ def sample(documents: Iterable[Document | str], most_bytes: int) -> Sample:
 
 
 def _pieces(text: str) -> Iterator[str]:
+    """Pieces without a very long word: trainers take the square of its length, or overflow the stack."""
     for piece in cut_into_pieces(replace_surrogates(text), SAMPLE_CHARACTERS):
-        for start in range(0, len(piece), _LONGEST_RUN):
-            yield piece[start : start + _LONGEST_RUN]
+        ends = [match.end() for match in _LONG_WORD.finditer(piece)] if _MAY_BE_LONG.search(piece) else []
+        for start, end in itertools.pairwise([0, *ends, len(piece)]):
+            for place in range(start, end, _LONGEST_RUN):
+                yield piece[place : min(end, place + _LONGEST_RUN)]

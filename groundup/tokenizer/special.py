@@ -9,6 +9,8 @@ never has to grow its vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tokenizers import AddedToken
 
 END_OF_TEXT = "<|endoftext|>"
@@ -46,9 +48,9 @@ def spare_token(index: int) -> str:
     return f"<|spare_{index}|>"
 
 
-def control_tokens(spare_tokens: int) -> list[str]:
-    """All control tokens in the order of their ids, the spare ones last."""
-    return [*CONTROL_TOKENS, *(spare_token(index) for index in range(spare_tokens))]
+def control_tokens(spare_tokens: int, own: Sequence[str] = ()) -> list[str]:
+    """All control tokens in the order of their ids: those of every tokenizer, the user's own, the spare ones."""
+    return [*CONTROL_TOKENS, *own, *(spare_token(index) for index in range(spare_tokens))]
 
 
 def control_token(name: str) -> AddedToken:

@@ -55,6 +55,7 @@ class TokenizerStage(Method):
                 kind=settings.kind,
                 vocab_size=settings.vocab_size,
                 split=settings.split,
+                control_tokens=settings.control_tokens,
                 spare_tokens=settings.spare_tokens,
                 trainer=settings.trainer,
                 sample_bytes=int(settings.sample_mib * 2**20),

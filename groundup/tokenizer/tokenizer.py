@@ -72,11 +72,12 @@ class Tokenizer:
     @classmethod
     def train(
         cls,
-        documents: Iterable[Document | str],
+        documents: Iterable[Document | str] | str | Path,
         *,
         kind: str = "bpe",
         vocab_size: int = 2048,
         split: str | None = None,
+        control_tokens: Sequence[str] = (),
         spare_tokens: int = 4,
         trainer: str = "huggingface",
         sample_bytes: int | None = None,
@@ -85,11 +86,12 @@ class Tokenizer:
         """Train on documents; the same documents in any order give the same tokenizer, bit for bit.
 
         Args:
-            documents: documents, or plain texts; read once.
+            documents: documents, or plain texts, read once; or the name of a file or folder to read them from.
             kind: "bpe", "wordpiece", "unigram" or "characters".
             vocab_size: tokens in all, control tokens included (characters: decided by the text).
             split: how text is cut before merging: "qwen2", "llama3" or "gpt2" (characters: not used); without it
                 qwen2, or llama3 from 32,768 entries on.
+            control_tokens: names of further control tokens, such as "<think>"; text never becomes one unless allowed.
             spare_tokens: control tokens kept for later.
             trainer: "huggingface", or "rustbpe" (BPE only; faster, breaks ties otherwise).
             sample_bytes: most text to learn from and to hold in memory; of more text every source gives its share.
@@ -97,13 +99,14 @@ class Tokenizer:
             console: where it is reported that the text was sampled, or too small for `vocab_size`.
 
         Raises:
-            RecipeError: a setting is unknown, or `vocab_size` has no room for the bytes.
+            RecipeError: a setting is unknown, `vocab_size` has no room, or a text could spell a control token.
             DataError: there is no text.
             GroundupError: rustbpe is not installed, or gave no byte-level BPE.
         """
         from groundup.tokenizer.train import train  # encoding alone does not need the trainers
 
-        return cls(train(documents, kind, vocab_size, split, spare_tokens, trainer, sample_bytes, console))
+        own = list(control_tokens)
+        return cls(train(documents, kind, vocab_size, split, own, spare_tokens, trainer, sample_bytes, console))
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json` (with the chat template) for any Hugging Face tool."""
@@ -144,8 +147,13 @@ class Tokenizer:
         ]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, as `encode` gives them, on all cores."""
-        ids, lengths = self._reference.encode(texts)
+        """Ids of each text, as `encode` gives them, on all cores.
+
+        Raises:
+            DataError: an engine fails at a text, which only tokenizers of others make happen.
+        """
+        with reading("a text for this tokenizer", DataError, "Check its tokenizer.json."):
+            ids, lengths = self._reference.encode(texts)
         ends = np.cumsum(lengths).tolist()
         return [ids[end - length : end].tolist() for end, length in zip(ends, lengths.tolist(), strict=True)]
 
@@ -190,7 +198,8 @@ class Tokenizer:
         Returns:
             ids, (n_tokens,) uint32, one text after the other, and each text's number of tokens, (n_texts,) int64.
         """
-        return self._chosen[0].encode(texts)
+        with reading("a text for this tokenizer", DataError, "Check its tokenizer.json."):
+            return self._chosen[0].encode(texts)
 
     def choose_engine(self, console: Console | None = None) -> str:
         """Choose the engine of `encode_to_arrays`: gigatoken, tiktoken or huggingface, the first that passes a

@@ -1,58 +1,81 @@
 """Documents to the contents of a `tokenizer.json`: byte-level BPE, WordPiece, Unigram, or one token per character.
 
-All but the last work on bytes, each spelled as a printable letter (GPT-2's alphabet) that has a token of its
-own: any text can be encoded, without an unknown token, and its tokens' bytes joined are the text's. Training depends
-on how often each piece of text occurs and on nothing else, so the result is the same bits with any number
-of threads and any order of the documents.
+All but the last work on bytes, each spelled as a printable letter (GPT-2's alphabet) that has a token of its own: any
+text can be encoded, without an unknown token, and its tokens' bytes joined are the text's. Training depends on how
+often each piece of text occurs and on nothing else: the same bits with any number of threads and any order of the
+documents.
 
-The algorithms are in `bpe.py`, `wordpiece.py` and `unigram.py`.
+- BPE (Sennrich et al. 2016, arXiv:1508.07909, over bytes as in GPT-2): text is cut by a regex, then the most frequent
+  pair of neighbours becomes a token, again and again, ties going to the smaller ids. By Hugging Face `tokenizers`, or
+  by rustbpe, which is two to three times as fast (`ranks.py`).
+- WordPiece (Schuster and Nakajima 2012; BERT): the same over letters of which those inside a word carry the mark `##`.
+  Encoding takes the longest token that fits, from left to right, so merges are not kept. Words are spelled in byte
+  letters, with and without the mark, and `#` is always a word by itself, so that `##` can only be a mark.
+- Unigram (Kudo 2018, arXiv:1804.10959): of all frequent substrings those are dropped, round by round, whose loss costs
+  the likelihood of the text least; a text is cut where the product of its tokens' probabilities is largest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, decoders, models, pre_tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Engine
 
 from groundup.console import Console, format_bytes
+from groundup.corpus import read
 from groundup.corpus.document import Document
 from groundup.errors import DataError, Problem, RecipeError
-from groundup.tokenizer.bpe import require_rustbpe, train_bpe, train_rustbpe
 from groundup.tokenizer.files import as_json, contents
 from groundup.tokenizer.letters import LETTERS
+from groundup.tokenizer.ranks import require_rustbpe, train_rustbpe
 from groundup.tokenizer.sample import COUNTABLE_BYTES, Sample, sample
-from groundup.tokenizer.special import REPLACEMENT, control_token, control_tokens
-from groundup.tokenizer.split import PATTERNS, default_split, replace_surrogates
-from groundup.tokenizer.unigram import train_unigram
-from groundup.tokenizer.wordpiece import train_wordpiece
+from groundup.tokenizer.special import PAD, REPLACEMENT, control_token, control_tokens
+from groundup.tokenizer.split import (
+    LONGEST_WORD,
+    PATTERNS,
+    default_split,
+    pre_tokenizer,
+    replace_surrogates,
+    word_pre_tokenizer,
+)
 
-KINDS = ("bpe", "wordpiece", "unigram", "characters")
-TRAINERS = ("huggingface", "rustbpe")
+MARK = "##"
+"""Before every token of a WordPiece that continues a word."""
+
+MIN_FREQUENCY = 2
+"""A merge seen once would only store the text."""
+
+_DECIMALS = 4
+_PENALTY_STEP = 1e-4
 
 
 def train(
-    documents: Iterable[Document | str],
+    documents: Iterable[Document | str] | str | Path,
     kind: str,
     vocab_size: int,
     split: str | None,
+    own: Sequence[str],
     spare_tokens: int,
     trainer: str,
     sample_bytes: int | None,
     console: Console | None,
 ) -> str:
-    """Train; see `Tokenizer.train` for the arguments.
+    """Train; see `Tokenizer.train` for the arguments, of which `own` are its `control_tokens`.
 
     Returns:
         The contents of `tokenizer.json`.
 
     Raises:
-        RecipeError: a setting is unknown, or `vocab_size` has no room for the bytes.
+        RecipeError: a setting is unknown, `vocab_size` has no room for the bytes, or text could spell a control token.
         DataError: there is no text.
     """
-    control = control_tokens(spare_tokens)
-    _check_settings(kind, vocab_size, split, trainer, len(control))
+    control = control_tokens(spare_tokens, own)
+    _check_settings(kind, vocab_size, split, trainer, own, control)
+    if isinstance(documents, str | Path):
+        documents = read(documents)
     if kind == "characters":
         return _one_token_per_character(documents, control)
     if trainer == "rustbpe":
@@ -66,7 +89,8 @@ def train(
             f"tokenizer: learns from {format_bytes(chosen.kept_bytes)} of {format_bytes(chosen.seen_bytes)} of text, "
             f"every source with its share{why}."
         )
-    spec = _train_on(chosen, kind, vocab_size, split or default_split(vocab_size), control, trainer)
+    train_kind = train_rustbpe if trainer == "rustbpe" else _TRAINERS[kind]
+    spec = train_kind(chosen, vocab_size, split or default_split(vocab_size), control)
     trained_size = len(spec["model"]["vocab"])
     if trained_size < vocab_size and console is not None:
         console.warn(
@@ -76,16 +100,71 @@ def train(
     return as_json(spec)
 
 
-def _train_on(
-    chosen: Sample, kind: str, vocab_size: int, split: str, control: list[str], trainer: str
-) -> dict[str, Any]:
-    if kind == "wordpiece":
-        return train_wordpiece(chosen, vocab_size, split, control)
-    if kind == "unigram":
-        return train_unigram(chosen, vocab_size, split, control)
-    if trainer == "rustbpe":
-        return train_rustbpe(chosen, vocab_size, split, control)
-    return train_bpe(chosen, vocab_size, split, control)
+def _train_bpe(chosen: Sample, vocab_size: int, split: str, control: list[str]) -> dict[str, Any]:
+    engine = Engine(models.BPE())
+    engine.pre_tokenizer, engine.decoder = pre_tokenizer(split), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=MIN_FREQUENCY,
+        special_tokens=[control_token(name) for name in control],
+        initial_alphabet=LETTERS,
+        show_progress=False,
+    )
+    engine.train_from_iterator(chosen.pieces(), trainer)
+    return contents(engine)
+
+
+def _train_wordpiece(chosen: Sample, vocab_size: int, split: str, control: list[str]) -> dict[str, Any]:
+    # The format demands an unknown token. Nothing is unknown, so any name of the vocabulary will do.
+    # The search for the longest token takes the square of a word's length, so words are cut. A character: four bytes.
+    engine = Engine(models.WordPiece(unk_token=PAD, max_input_chars_per_word=4 * LONGEST_WORD))
+    engine.pre_tokenizer = word_pre_tokenizer(split)
+    engine.decoder = decoders.Sequence([decoders.Replace(Regex(f"^{MARK}"), ""), decoders.ByteLevel()])
+    # Given as special, letters get their ids in this order (found in the text, they would get them in an order that
+    # changes from process to process), and those that the text does not have get one too.
+    spelled = [*LETTERS, *(MARK + letter for letter in LETTERS)]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=MIN_FREQUENCY,
+        special_tokens=[control_token(name) for name in [*control, *spelled]],
+        continuing_subword_prefix=MARK,
+        show_progress=False,
+    )
+    engine.train_from_iterator(chosen.pieces(), trainer)
+    spec = contents(engine)
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in control]
+    return spec
+
+
+def _train_unigram(chosen: Sample, vocab_size: int, split: str, control: list[str]) -> dict[str, Any]:
+    engine = Engine(models.Unigram())
+    engine.pre_tokenizer, engine.decoder = pre_tokenizer(split), decoders.ByteLevel()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[control_token(name) for name in control],
+        initial_alphabet=LETTERS,
+        show_progress=False,
+    )
+    engine.train_from_iterator(chosen.pieces(), trainer)
+    spec = contents(engine)
+    tokens = [(token, float(score)) for token, score in spec["model"]["vocab"] if token not in control]
+    spec["model"]["vocab"] = [[name, 0.0] for name in control] + _settled(tokens)
+    return spec
+
+
+def _settled(tokens: list[tuple[str, float]]) -> list[list[Any]]:
+    """The tokens in an order and with scores that do not depend on the order in which floats were summed.
+
+    That order changes from process to process; the tokens come out the same, and their log-probabilities differ in the
+    last digits. Kept to four decimals, they make training repeatable and change next to no cut.
+    """
+    least = min(score for _, score in tokens)
+    # Letters that the text does not need come last, a step apart, in no order: one score for all of them.
+    needless = least + (len(LETTERS) + 1) * _PENALTY_STEP
+    rounded = [
+        [token, round(least if len(token) == 1 and score < needless else score, _DECIMALS)] for token, score in tokens
+    ]
+    return sorted(rounded, key=lambda item: (-item[1], item[0]))
 
 
 def _one_token_per_character(documents: Iterable[Document | str], control: list[str]) -> str:
@@ -108,7 +187,15 @@ def _no_text() -> DataError:
     return DataError("tokenizer: there is no text to learn from.", "Check what the corpus stage kept.")
 
 
-def _check_settings(kind: str, vocab_size: int, split: str | None, trainer: str, n_control: int) -> None:
+_TRAINERS: dict[str, Callable[[Sample, int, str, list[str]], dict[str, Any]]] = {
+    "bpe": _train_bpe, "wordpiece": _train_wordpiece, "unigram": _train_unigram
+}  # fmt: skip
+KINDS = (*_TRAINERS, "characters")
+
+
+def _check_settings(
+    kind: str, vocab_size: int, split: str | None, trainer: str, own: Sequence[str], control: list[str]
+) -> None:
     problems = []
     if kind not in KINDS:
         problems.append(
@@ -116,19 +203,19 @@ def _check_settings(kind: str, vocab_size: int, split: str | None, trainer: str,
         )
     # WordPiece spells a byte at the start of a word and one inside it differently.
     n_bytes = {"wordpiece": 2 * len(LETTERS), "characters": 0}.get(kind, len(LETTERS))
-    needed = n_control + n_bytes
+    needed = len(control) + n_bytes
     if kind != "characters" and vocab_size < needed:
         bytes_twice = " (each at the start of a word and inside one)" if kind == "wordpiece" else ""
         problems.append(
             Problem(
                 f"[tokenizer] vocab_size = {vocab_size}",
-                f"too small: {n_control} control tokens and {len(LETTERS)} bytes{bytes_twice} need {needed}.",
+                f"too small: {len(control)} control tokens and {len(LETTERS)} bytes{bytes_twice} need {needed}.",
                 f"Set vocab_size = {needed} or more, or keep fewer spare_tokens.",
             )
         )
     if split is not None and split not in PATTERNS:
         problems.append(Problem(f"[tokenizer] split = {split!r}", "unknown.", "Use qwen2, llama3 or gpt2."))
-    if trainer not in TRAINERS:
+    if trainer not in ("huggingface", "rustbpe"):
         problems.append(Problem(f"[tokenizer] trainer = {trainer!r}", "unknown.", "Use huggingface or rustbpe."))
     elif trainer == "rustbpe" and kind in KINDS and kind != "bpe":
         problems.append(
@@ -138,5 +225,18 @@ def _check_settings(kind: str, vocab_size: int, split: str | None, trainer: str,
                 'Set kind = "bpe", or trainer = "huggingface".',
             )
         )
+    for name in own:
+        why = "stands there twice, or is one that every tokenizer has." if control.count(name) > 1 else ""
+        if replace_surrogates(name) != name or any(_is_word(name, cut) for cut in PATTERNS):
+            why = "is a word that text can contain, which would become the control token."
+        if why:
+            problems.append(
+                Problem(f"[tokenizer] control_tokens: {name!r:.60}", why, 'Use another name, such as "<name>".')
+            )
     if problems:
         raise RecipeError("tokenizer", problems)
+
+
+def _is_word(name: str, split: str) -> bool:
+    """Whether a split leaves the name whole, so that a token can be learned that is spelled like it."""
+    return len(pre_tokenizer(split).pre_tokenize_str(name)) < 2

@@ -13,7 +13,7 @@ run in which fewer than half of the words have a letter, such as "1, 2, 3, 4 ...
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 
 from groundup.corpus.decontamination.files import find_tasks
 from groundup.corpus.decontamination.runs import SHORTEST_WORDS, EvaluationRuns, length_salt, may_be_keys
-from groundup.corpus.words import WORDS_VERSION, Words, words_of
+from groundup.corpus.words import WORDS_VERSION, Words, batches, words_of
 from groundup.errors import ArtifactError, DataError
 from groundup.files import atomic_folder, read_json, write_json
 
@@ -130,7 +130,7 @@ class EvaluationIndex:
 
     def find(self, texts: Sequence[str]) -> list[list[Match]]:
         """The evaluation records that each text repeats, by task and number. Many texts at once are faster."""
-        return [matches for batch in _batches(texts) for matches in self._find(batch)]
+        return [matches for batch in batches(texts, _BATCH_CHARACTERS) for matches in self._find(batch)]
 
     def _find(self, texts: Sequence[str]) -> list[list[Match]]:
         words = words_of(texts)
@@ -248,17 +248,6 @@ class ContaminationCounts:
 
     def _show(self, task: str, examples: list[tuple[str, int, str]]) -> None:
         self._examples[task] = sorted({*self._examples.get(task, []), *examples})[:EXAMPLES_PER_TASK]
-
-
-def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    first = size = 0
-    for place, text in enumerate(texts):
-        size += len(text)
-        if size >= _BATCH_CHARACTERS:
-            yield texts[first : place + 1]
-            first, size = place + 1, 0
-    if first < len(texts):
-        yield texts[first:]
 
 
 def _covered(places: np.ndarray, lengths: np.ndarray, n_words: int) -> np.ndarray:

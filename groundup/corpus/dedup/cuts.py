@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -145,15 +146,6 @@ class Spill:
         self._records, self._ranges, self._bytes = [], [], 0
 
 
-@dataclass(frozen=True)
-class _Merge:
-    """The stretches of some documents, of all files."""
-
-    folder: str
-    files: tuple[RangeFile, ...]
-    number: int
-
-
 def cuts_of(store: KeyStore, files: Sequence[RangeFile], engine: Engine) -> list[Cuts]:
     """Unite the stretches of every document, and sort them by unit.
 
@@ -162,9 +154,9 @@ def cuts_of(store: KeyStore, files: Sequence[RangeFile], engine: Engine) -> list
         files: `SPAN` records, cut by unit.
         engine: who does the work.
     """
-    n = len(store.folders)
-    tasks = [_Merge(str(store.folder), tuple(files), number) for number in range(n)] if files else []
-    merged = [np.load(path) for path in engine.map(_merge_spans, tasks)] or [np.empty(0, dtype=SPAN)] * n
+    units = range(len(store.folders) if files else 0)
+    merged = [np.load(path) for path in engine.map(partial(_merge_spans, store.folder, files), units)]
+    merged = merged or [np.empty(0, dtype=SPAN)] * len(store.folders)
     return [
         Cuts(spans["number"] - first, spans["begin"].copy(), spans["end"].copy())
         for first, spans in zip(store.offsets[:-1], merged, strict=True)
@@ -188,12 +180,9 @@ def characters_of(store: KeyStore) -> int:
     )
 
 
-def _merge_spans(work: _Merge) -> str:
-    spans = read_range(work.files, work.number)
-    spans = spans[np.lexsort((spans["begin"], spans["number"]))]
-    path = Path(work.folder) / f"cuts-{work.number}.npy"
-    save(path, union(spans))
-    return str(path)
+def _merge_spans(folder: Path, files: Sequence[RangeFile], number: int) -> Path:
+    spans = read_range(files, number)
+    return save(folder / f"cuts-{number}.npy", union(spans[np.lexsort((spans["begin"], spans["number"]))]))
 
 
 def union(spans: np.ndarray) -> np.ndarray:

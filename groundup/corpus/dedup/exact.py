@@ -9,7 +9,7 @@ Among n different texts two share a digest with probability about n²/2¹²⁹: 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,8 @@ from groundup.corpus.dedup.files import (
     Removed,
     UnitKeys,
     check_count,
+    first_places,
+    is_new,
     key_store,
     n_ranges,
     range_of,
@@ -53,54 +55,28 @@ def exact_duplicates(
         n_taking_part = int(store.kept.sum())
         ranges = n_ranges(n_taking_part, _RECORD.itemsize, memory_bytes)
         slices = store.slices(_RECORD.itemsize, memory_bytes, engine.n_workers)
-        files = list(engine.map(_split_digests, [_Slice(str(store.folder), *piece, ranges) for piece in slices]))
+        files = list(engine.map(partial(_split_digests, store.folder, ranges), slices))
         check_count("exact duplicates", n_taking_part, files)
-        tasks = [_Range(str(store.folder), tuple(files), number) for number in range(ranges)]
-        found = [np.load(path) for path in engine.map(_equal_digests, tasks)]
+        found = [np.load(path) for path in engine.map(partial(_equal_digests, store.folder, files), range(ranges))]
         return store.removed(np.concatenate(found))
 
 
-@dataclass(frozen=True)
-class _Slice:
-    """Documents `begin` to `end`, to be split into ranges of digests."""
-
-    folder: str
-    begin: int
-    end: int
-    n_ranges: int
-
-
-@dataclass(frozen=True)
-class _Range:
-    """One range of digests, of all files."""
-
-    folder: str
-    files: tuple[RangeFile, ...]
-    number: int
-
-
-def _split_digests(work: _Slice) -> RangeFile:
-    store = KeyStore(work.folder)
-    numbers = np.flatnonzero(store.kept[work.begin : work.end]) + work.begin
+def _split_digests(folder: Path, n: int, piece: tuple[int, int]) -> RangeFile:
+    store = KeyStore(folder)
+    numbers = store.numbers(*piece)
     records = np.empty(len(numbers), dtype=_RECORD)
     records["digest"] = store.take("digests", numbers)
     records["id"] = store.take("ids", numbers)
     records["number"] = numbers
-    ranges = range_of(records["digest"][:, 0], work.n_ranges)
-    return write_ranges(store.folder / f"digests-{work.begin}.npy", records, ranges, work.n_ranges)
+    return write_ranges(folder / f"digests-{piece[0]}.npy", records, range_of(records["digest"][:, 0], n), n)
 
 
-def _equal_digests(work: _Range) -> str:
+def _equal_digests(folder: Path, files: Sequence[RangeFile], number: int) -> Path:
     """(m, 2) int64 in a file: the document removed, the one kept."""
-    records = read_range(work.files, work.number)
+    records = read_range(files, number)
     digest, ident = records["digest"], records["id"]
     # The last key sorts first: by digest, then by which is to be kept.
     order = np.lexsort((records["number"], ident[:, 1], ident[:, 0], digest[:, 1], digest[:, 0]))
     digest, numbers = digest[order], records["number"][order]
-    is_first = np.ones(len(order), dtype=bool)
-    is_first[1:] = (digest[1:] != digest[:-1]).any(axis=1)
-    firsts = np.flatnonzero(is_first)
-    survivors = numbers[firsts[np.cumsum(is_first) - 1]]
-    path = Path(work.folder) / f"equal-{work.number}.npy"
-    save(path, np.stack([numbers, survivors], axis=1)[~is_first])
-    return str(path)
+    pairs = np.stack([numbers, numbers[first_places(digest)]], axis=1)
+    return save(folder / f"equal-{number}.npy", pairs[~is_new(digest)])

@@ -113,6 +113,10 @@ class KeyStore:
         """(n,) bool by document number: who takes part."""
         return np.load(self.folder / KEPT, mmap_mode="r")
 
+    def numbers(self, begin: int, end: int) -> np.ndarray:
+        """The documents from `begin` to `end` that take part."""
+        return np.flatnonzero(self.kept[begin:end]) + begin
+
     def slices(self, bytes_per_document: int, memory_bytes: int, n_workers: int) -> list[tuple[int, int]]:
         """Cut the documents into ranges of numbers, each small enough for a task."""
         fits = max(memory_bytes // (COPIES * bytes_per_document), 1)
@@ -229,16 +233,29 @@ def read_range(files: Sequence[RangeFile], number: int) -> np.ndarray:
     return found
 
 
+def is_new(keys: np.ndarray) -> np.ndarray:
+    """(n,) bool: which of these sorted keys differ from the one before: (n,) or (n, width)."""
+    differs = keys[1:] != keys[:-1]
+    return np.concatenate([np.ones(min(1, len(keys)), dtype=bool), differs.any(axis=1) if keys.ndim > 1 else differs])
+
+
+def first_places(keys: np.ndarray) -> np.ndarray:
+    """(n,) int64: for each of these sorted keys the place of the first that is equal."""
+    new = is_new(keys)
+    return np.flatnonzero(new)[np.cumsum(new) - 1]
+
+
 def check_count(step: str, n_in: int, files: Sequence[RangeFile]) -> None:
     """Records that went into a step must be those that came out of it."""
     n_out = sum(file.offsets[-1] for file in files)
     assert n_in == n_out, f"{step}: {n_in:,} records in, {n_out:,} out"
 
 
-def save(path: Path, array: np.ndarray) -> None:
+def save(path: Path, array: np.ndarray) -> Path:
     """Write a `.npy` file whole."""
     with atomic_writer(path, binary=True) as handle:
         np.save(handle, array)
+    return path
 
 
 def load(path: Path) -> np.ndarray:

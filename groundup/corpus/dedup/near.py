@@ -23,7 +23,7 @@ lexicographically first maximal independent set, in rounds (Blelloch, Fineman, S
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from groundup.corpus.dedup.files import (
     Removed,
     UnitKeys,
     check_count,
+    first_places,
+    is_new,
     key_store,
     load,
     n_ranges,
@@ -94,70 +96,34 @@ def near_duplicates(
         ranges = n_ranges(n_keys // n_bands, _KEY.itemsize, memory_bytes)
         per_document = n_bands * _KEY.itemsize + 2 * 4 * n_bands * settings.rows
         slices = store.slices(per_document, memory_bytes, engine.n_workers)
-        tasks = [_Slice(str(store.folder), *piece, ranges, n_bands, settings.rows) for piece in slices]
-        keyed = list(engine.map(_split_bands, tasks))
+        keyed = list(engine.map(partial(_split_bands, store.folder, ranges, settings), slices))
         files = [file for file, _ in keyed]
         check_count("bands", n_keys - sum(n_wordless for _, n_wordless in keyed) * n_bands, files)
         parts = _parts(files, memory_bytes, engine.n_workers)
-        tasks_of_parts = [_Parts(str(store.folder), tuple(files), begin, end) for begin, end in parts]
-        buckets = [path for path, n in engine.map(_buckets, tasks_of_parts) if n]
+        buckets = [path for path, n in engine.map(partial(_buckets, store.folder, files), parts) if n]
         if not buckets:
             return store.removed(np.empty((0, 2), dtype=np.int64)), _report(int(store.kept.sum()), 0, [])
         members, n_tasks = _share_out(buckets, store.folder, memory_bytes, engine.n_workers)
-        decisions = [_Decision(str(store.folder), tuple(members), n, settings) for n in range(n_tasks)]
-        decided = list(engine.map(_decide, decisions))
+        decided = list(engine.map(partial(_decide, store.folder, members, settings), range(n_tasks)))
         found = store.removed(np.concatenate([np.load(record["path"]) for record in decided]))
         return found, _report(int(store.kept.sum()), sum(record["documents"] for record in decided), decided)
 
 
-@dataclass(frozen=True)
-class _Slice:
-    """Documents `begin` to `end`, whose bands are to be split into ranges of keys."""
-
-    folder: str
-    begin: int
-    end: int
-    n_ranges: int
-    n_bands: int
-    n_rows: int
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """Some bands' ranges of keys, `begin` to `end`, of all files."""
-
-    folder: str
-    files: tuple[RangeFile, ...]
-    begin: int
-    end: int
-
-
-@dataclass(frozen=True)
-class _Decision:
-    """Some components, to be decided."""
-
-    folder: str
-    files: tuple[RangeFile, ...]
-    number: int
-    settings: MinHashSettings
-
-
-def _split_bands(work: _Slice) -> tuple[RangeFile, int]:
+def _split_bands(folder: Path, n: int, settings: MinHashSettings, piece: tuple[int, int]) -> tuple[RangeFile, int]:
     """The file, and how many documents have no words."""
-    store = KeyStore(work.folder)
-    numbers = np.flatnonzero(store.kept[work.begin : work.end]) + work.begin
-    found = _signatures(store, numbers, work.n_bands * work.n_rows)
+    store = KeyStore(folder)
+    numbers, bands, rows = store.numbers(*piece), settings.bands, settings.rows
+    found = _signatures(store, numbers, bands * rows)
     has_words = (found != NO_SHINGLES).any(axis=1)
     numbers, found = numbers[has_words], found[has_words]
-    records = np.empty((work.n_bands, len(numbers)), dtype=_KEY)
+    records = np.empty((bands, len(numbers)), dtype=_KEY)
     records["number"] = numbers
-    parts = np.empty((work.n_bands, len(numbers)), dtype=np.int64)
-    for band in range(work.n_bands):
-        keys = band_keys(found[:, band * work.n_rows : (band + 1) * work.n_rows])
+    parts = np.empty((bands, len(numbers)), dtype=np.int64)
+    for band in range(bands):
+        keys = band_keys(found[:, band * rows : (band + 1) * rows])
         records["key"][band] = keys
-        parts[band] = band * work.n_ranges + range_of(keys, work.n_ranges)
-    path = store.folder / f"bands-{work.begin}.npy"
-    file = write_ranges(path, records.reshape(-1), parts.reshape(-1), work.n_bands * work.n_ranges)
+        parts[band] = band * n + range_of(keys, n)
+    file = write_ranges(folder / f"bands-{piece[0]}.npy", records.reshape(-1), parts.reshape(-1), bands * n)
     return file, int((~has_words).sum())
 
 
@@ -186,23 +152,20 @@ def _parts(files: Sequence[RangeFile], memory_bytes: int, n_workers: int) -> lis
     sizes = np.diff(np.array([file.offsets for file in files]), axis=1).sum(axis=0)
     most = max(1, min(memory_bytes // (COPIES * _KEY.itemsize), max(_MIN_TASK_KEYS, int(sizes.sum()) // n_workers)))
     task = (np.cumsum(sizes) - 1) // most
-    begins = np.flatnonzero(np.concatenate([[True], task[1:] != task[:-1]])).tolist()
+    begins = np.flatnonzero(is_new(task)).tolist()
     return list(zip(begins, [*begins[1:], len(sizes)], strict=True))
 
 
-def _buckets(work: _Parts) -> tuple[str, int]:
+def _buckets(folder: Path, files: Sequence[RangeFile], parts: tuple[int, int]) -> tuple[Path, int]:
     """The members of buckets of two and more, in a file, and how many they are."""
     found, n_before = [], 0
-    for number in range(work.begin, work.end):
-        members = _shared(read_range(work.files, number))
+    for number in range(*parts):
+        members = _shared(read_range(files, number))
         members["bucket"] += n_before
         n_before = int(members["bucket"][-1]) + 1 if len(members) else n_before
         found.append(members)
     members = np.concatenate(found)
-    path = Path(work.folder) / f"buckets-{work.begin}.npy"
-    if len(members):
-        save(path, members)
-    return str(path), len(members)
+    return save(folder / f"buckets-{parts[0]}.npy", members), len(members)
 
 
 def _shared(records: np.ndarray) -> np.ndarray:
@@ -210,30 +173,28 @@ def _shared(records: np.ndarray) -> np.ndarray:
     keys = records["key"]
     order = np.lexsort((records["number"], keys))
     keys, numbers = keys[order], records["number"][order]
-    is_first = np.ones(len(keys), dtype=bool)
-    is_first[1:] = keys[1:] != keys[:-1]
-    bucket = np.cumsum(is_first) - 1
+    bucket = np.cumsum(is_new(keys)) - 1
     shared = np.bincount(bucket, minlength=1)[bucket] > 1
     members = np.empty(int(shared.sum()), dtype=_MEMBER)
     members["bucket"], members["number"] = bucket[shared], numbers[shared]
     return members
 
 
-def _share_out(buckets: Sequence[str], folder: Path, memory_bytes: int, n_workers: int) -> tuple[list[RangeFile], int]:
+def _share_out(buckets: Sequence[Path], folder: Path, memory_bytes: int, n_workers: int) -> tuple[list[RangeFile], int]:
     """Find the components, and write every bucket to the file range of its component's task."""
     involved = _involved(buckets)
     component = np.arange(len(involved))
     sizes = np.zeros(len(involved), dtype=np.int64)  # memberships of each document, later of each component
-    for members in map(load, map(Path, buckets)):
+    for members in map(load, buckets):
         places = np.searchsorted(involved, members["number"])
         sizes += np.bincount(places, minlength=len(involved))
-        join(component, places[_first_places(members["bucket"])], places)
+        join(component, places[first_places(members["bucket"])], places)
     sizes = np.bincount(component, weights=sizes, minlength=len(involved)).astype(np.int64)
     most = max(1, min(memory_bytes // _MEMBER_BYTES, max(_MIN_TASK_MEMBERS, int(sizes.sum()) // n_workers)))
     task_of = (np.cumsum(sizes) - 1) // most
     n_tasks = int(task_of[-1]) + 1
     files, n_before = [], 0
-    for number, members in enumerate(map(load, map(Path, buckets))):
+    for number, members in enumerate(map(load, buckets)):
         records = np.array(members)
         tasks = task_of[component[np.searchsorted(involved, records["number"])]]
         records["bucket"] += n_before
@@ -243,23 +204,16 @@ def _share_out(buckets: Sequence[str], folder: Path, memory_bytes: int, n_worker
     return files, n_tasks
 
 
-def _involved(buckets: Sequence[str]) -> np.ndarray:
+def _involved(buckets: Sequence[Path]) -> np.ndarray:
     """The numbers of all documents that share a bucket with another: (n_involved,) int64, rising."""
     known, waiting, n_waiting = np.empty(0, dtype=np.int64), [], 0
-    for members in map(load, map(Path, buckets)):
+    for members in map(load, buckets):
         waiting.append(np.unique(members["number"]))
         n_waiting += len(waiting[-1])
         if n_waiting > max(len(known), _BUCKETS_AT_ONCE):
             known = np.unique(np.concatenate([known, *waiting]))
             waiting, n_waiting = [], 0
     return np.unique(np.concatenate([known, *waiting]))
-
-
-def _first_places(bucket: np.ndarray) -> np.ndarray:
-    """For each member the place of its bucket's first."""
-    is_first = np.ones(len(bucket), dtype=bool)
-    is_first[1:] = bucket[1:] != bucket[:-1]
-    return np.flatnonzero(is_first)[np.cumsum(is_first) - 1]
 
 
 def join(component: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
@@ -286,16 +240,15 @@ def join(component: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
             component[:] = above
 
 
-def _decide(work: _Decision) -> dict[str, Any]:
+def _decide(folder: Path, files: Sequence[RangeFile], settings: MinHashSettings, number: int) -> dict[str, Any]:
     """Path of the (m, 2) int64 pairs (removed, kept instead), documents, cluster sizes, buckets given up."""
-    store = KeyStore(work.folder)
-    members = read_range(work.files, work.number)
+    store = KeyStore(folder)
+    members = read_range(files, number)
     numbers, which = np.unique(members["number"], return_inverse=True)
     order = survival_order(store.take("lengths", numbers), store.take("ids", numbers))
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     numbers = numbers[order]
-    settings = work.settings
     width = settings.bands * settings.rows
 
     def similar(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -308,11 +261,10 @@ def _decide(work: _Decision) -> dict[str, Any]:
 
     survivor, given_up = decide(members["bucket"], rank[which], len(numbers), similar)
     gone = np.flatnonzero(survivor >= 0)
-    path = Path(work.folder) / f"near-{work.number}.npy"
-    save(path, np.stack([numbers[gone], numbers[survivor[gone]]], axis=1))
+    path = save(folder / f"near-{number}.npy", np.stack([numbers[gone], numbers[survivor[gone]]], axis=1))
     sizes, counts = np.unique(np.unique(survivor[gone], return_counts=True)[1] + 1, return_counts=True)
     return {
-        "path": str(path),
+        "path": path,
         "documents": len(numbers),
         "sizes": dict(zip(sizes.tolist(), counts.tolist(), strict=True)),
         "given_up": given_up,

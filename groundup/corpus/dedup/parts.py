@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +35,7 @@ from groundup.corpus.dedup.files import (
     KeyStore,
     RangeFile,
     UnitKeys,
+    is_new,
     key_store,
     n_ranges,
     range_of,
@@ -82,13 +83,12 @@ def repeated_parts(
         if not store.n:
             return [Cuts.none() for _ in units]
         ranges = n_ranges(characters_of(store) // _CHARACTERS_A_PART, _PART.itemsize, memory_bytes)
-        place = str(store.folder)
         least = MIN_CHARACTERS[within] if min_characters is None else min_characters
-        tasks = [_Read(place, unit, ranges, within, least, memory_bytes, texts) for unit in range(len(units))]
-        files = tuple(file for found in engine.map(_split_parts, tasks) for file in found)
+        split = partial(_split_parts, store.folder, ranges, within, least, memory_bytes, texts)
+        files = [file for found in engine.map(split, range(len(units))) for file in found]
         if not files:
             return [Cuts.none() for _ in units]
-        spans = list(engine.map(_equal_parts, [_Range(place, files, number) for number in range(ranges)]))
+        spans = list(engine.map(partial(_equal_parts, store.folder, files), range(ranges)))
         return cuts_of(store, spans, engine)
 
 
@@ -101,38 +101,18 @@ def part_spans(text: str, within: Within) -> Iterator[tuple[int, int, int]]:
     yield begin, len(text), len(text)
 
 
-@dataclass(frozen=True)
-class _Read:
-    """A unit whose parts are to be split into ranges of digests."""
-
-    folder: str
-    unit: int
-    n_ranges: int
-    within: Within
-    min_characters: int
-    memory_bytes: int
-    texts: TextReader
-
-
-@dataclass(frozen=True)
-class _Range:
-    """One range of digests, of all files."""
-
-    folder: str
-    files: tuple[RangeFile, ...]
-    number: int
-
-
-def _split_parts(work: _Read) -> list[RangeFile]:
-    store = KeyStore(work.folder)
-    spill = Spill(store.folder / f"parts-{work.unit}", work.n_ranges, work.memory_bytes)
-    for batch in texts_of(store, work.unit, work.texts):
+def _split_parts(
+    folder: Path, n: int, within: Within, min_characters: int, memory_bytes: int, texts: TextReader, unit: int
+) -> list[RangeFile]:
+    store = KeyStore(folder)
+    spill = Spill(folder / f"parts-{unit}", n, memory_bytes)
+    for batch in texts_of(store, unit, texts):
         digests: list[bytes] = []
         places: list[tuple[int, int, int]] = []
         for number, text in batch:
-            for begin, end, behind in part_spans(text, work.within):
+            for begin, end, behind in part_spans(text, within):
                 part = " ".join(text[begin:end].split())
-                if len(part) >= work.min_characters and any(map(str.isalnum, part)):
+                if len(part) >= min_characters and any(map(str.isalnum, part)):
                     digests.append(xxhash.xxh3_128_digest(part.encode()))
                     places.append((number, begin, behind))
         if not places:
@@ -142,17 +122,14 @@ def _split_parts(work: _Read) -> list[RangeFile]:
         records["number"], records["begin"], records["end"] = np.array(places, dtype=np.int64).T
         numbers, which = np.unique(records["number"], return_inverse=True)
         records["id"] = store.take("ids", numbers)[which]
-        spill.add(records, range_of(records["digest"][:, 0], work.n_ranges))
+        spill.add(records, range_of(records["digest"][:, 0], n))
     return spill.finish()
 
 
-def _equal_parts(work: _Range) -> RangeFile:
+def _equal_parts(folder: Path, files: Sequence[RangeFile], number: int) -> RangeFile:
     """The stretches of all parts that stand elsewhere, cut by unit."""
-    store = KeyStore(work.folder)
-    records = read_range(work.files, work.number)
+    records = read_range(files, number)
     digest, ident = records["digest"], records["id"]
     order = np.lexsort((records["begin"], records["number"], ident[:, 1], ident[:, 0], digest[:, 1], digest[:, 0]))
     records = records[order]
-    goes = np.zeros(len(records), dtype=bool)
-    goes[1:] = (records["digest"][1:] == records["digest"][:-1]).all(axis=1)
-    return write_spans(store, f"repeated-{work.number}.npy", records[goes])
+    return write_spans(KeyStore(folder), f"repeated-{number}.npy", records[~is_new(records["digest"])])

@@ -16,8 +16,8 @@ the order of the corpus.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,8 @@ from groundup.corpus.dedup.files import (
     KeyStore,
     RangeFile,
     UnitKeys,
+    first_places,
+    is_new,
     key_store,
     load,
     n_ranges,
@@ -86,55 +88,29 @@ def repeated_substrings(
         For every unit what to cut: from the first character of a run to the last.
     """
     with key_store(folder, units, kept) as store:
-        place = str(store.folder)
         ranges = n_ranges(characters_of(store) // _CHARACTERS_A_WORD, _HASH_BYTES, memory_bytes)
-        tasks = [_Read(place, unit, ranges, n_words, memory_bytes, texts) for unit in range(len(units))]
-        files = _all_files(engine.map(_split_hashes, tasks))
-        repeated = list(engine.map(_repeated_hashes, [_Range(place, files, n, n_words) for n in range(ranges)]))
-        n_repeated = sum(len(load(Path(path))) for path in repeated)
+        split = partial(_split_hashes, store.folder, ranges, n_words, memory_bytes, texts)
+        files = [file for found in engine.map(split, range(len(units))) for file in found]
+        repeated = list(engine.map(partial(_repeated_hashes, store.folder, files), range(ranges)))
+        n_repeated = sum(len(load(path)) for path in repeated)
         if not n_repeated:
             return [Cuts.none() for _ in units]
         _mark(store, repeated, n_repeated, memory_bytes)
         ranges = n_ranges(_TIMES_REPEATED * n_repeated, _WINDOW.itemsize, memory_bytes)
-        tasks = [_Read(place, unit, ranges, n_words, memory_bytes, texts) for unit in range(len(units))]
-        files = _all_files(engine.map(_split_windows, tasks))
-        spans = list(engine.map(_equal_windows, [_Range(place, files, n, n_words) for n in range(ranges)]))
+        split = partial(_split_windows, store.folder, ranges, n_words, memory_bytes, texts)
+        files = [file for found in engine.map(split, range(len(units))) for file in found]
+        spans = list(engine.map(partial(_equal_windows, store.folder, files, n_words), range(ranges)))
         return cuts_of(store, spans, engine)
 
 
-@dataclass(frozen=True)
-class _Read:
-    """A unit whose windows are to be split into ranges of hashes."""
-
-    folder: str
-    unit: int
-    n_ranges: int
-    n_words: int
-    memory_bytes: int
-    texts: TextReader
-
-
-@dataclass(frozen=True)
-class _Range:
-    """One range of hashes, of all files."""
-
-    folder: str
-    files: tuple[RangeFile, ...]
-    number: int
-    n_words: int
-
-
-def _all_files(found: Iterable[list[RangeFile]]) -> tuple[RangeFile, ...]:
-    return tuple(file for files in found for file in files)
-
-
-def _split_hashes(work: _Read) -> list[RangeFile]:
-    store = KeyStore(work.folder)
-    spill = Spill(store.folder / f"hashes-{work.unit}", work.n_ranges, work.memory_bytes)
-    for batch in texts_of(store, work.unit, work.texts):
+def _split_hashes(
+    folder: Path, n: int, n_words: int, memory_bytes: int, texts: TextReader, unit: int
+) -> list[RangeFile]:
+    spill = Spill(folder / f"hashes-{unit}", n, memory_bytes)
+    for batch in texts_of(KeyStore(folder), unit, texts):
         words = words_of([text for _, text in batch])
-        hashes = run_hashes(words.hashes, work.n_words)[_windows(words, work.n_words)[0]]
-        spill.add(hashes, range_of(hashes, work.n_ranges))
+        hashes = run_hashes(words.hashes, n_words)[_windows(words, n_words)[0]]
+        spill.add(hashes, range_of(hashes, n))
     return spill.finish()
 
 
@@ -146,34 +122,34 @@ def _windows(words: Words, n: int) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(len(text)) + (words.starts[:-1] - before)[text], text
 
 
-def _repeated_hashes(work: _Range) -> str:
-    hashes = np.sort(read_range(work.files, work.number)) if work.files else np.empty(0, dtype=np.uint64)
-    path = Path(work.folder) / f"twice-{work.number}.npy"
-    save(path, np.unique(hashes[1:][hashes[1:] == hashes[:-1]]))
-    return str(path)
+def _repeated_hashes(folder: Path, files: Sequence[RangeFile], number: int) -> Path:
+    hashes = np.sort(read_range(files, number)) if files else np.empty(0, dtype=np.uint64)
+    return save(folder / f"twice-{number}.npy", np.unique(hashes[~is_new(hashes)]))
 
 
-def _mark(store: KeyStore, repeated: Sequence[str], n_repeated: int, memory_bytes: int) -> None:
+def _mark(store: KeyStore, repeated: Sequence[Path], n_repeated: int, memory_bytes: int) -> None:
     """Set a bit for each repeated hash, named by the hash's highest bits."""
     wanted = max(10, (_BITS_A_HASH * n_repeated - 1).bit_length())
     n_bits = min(wanted, max(10, (8 * memory_bytes // COPIES).bit_length() - 1))
     marks = np.zeros(1 << (n_bits - 3), dtype=np.uint8)
     for path in repeated:
-        bits = load(Path(path)) >> np.uint64(64 - n_bits)
+        bits = load(path) >> np.uint64(64 - n_bits)
         np.bitwise_or.at(marks, bits >> np.uint64(3), np.uint8(1) << (bits & np.uint64(7)).astype(np.uint8))
     save(store.folder / _MARKS, marks)
 
 
-def _split_windows(work: _Read) -> list[RangeFile]:
-    store = KeyStore(work.folder)
-    spill = Spill(store.folder / f"windows-{work.unit}", work.n_ranges, work.memory_bytes)
+def _split_windows(
+    folder: Path, n: int, n_words: int, memory_bytes: int, texts: TextReader, unit: int
+) -> list[RangeFile]:
+    store = KeyStore(folder)
+    spill = Spill(folder / f"windows-{unit}", n, memory_bytes)
     marks = load(store.folder / _MARKS)
     shift = np.uint64(64 - (len(marks).bit_length() - 1 + 3))
-    for batch in texts_of(store, work.unit, work.texts):
+    for batch in texts_of(store, unit, texts):
         numbers = np.array([number for number, _ in batch], dtype=np.int64)
         words = words_of([text for _, text in batch])
-        first, text = _windows(words, work.n_words)
-        hashes = run_hashes(words.hashes, work.n_words)[first]
+        first, text = _windows(words, n_words)
+        hashes = run_hashes(words.hashes, n_words)[first]
         bits = hashes >> shift
         is_marked = (marks[bits >> np.uint64(3)] >> (bits & np.uint64(7)).astype(np.uint8)) & 1 == 1
         first, text = first[is_marked], text[is_marked]
@@ -181,26 +157,23 @@ def _split_windows(work: _Read) -> list[RangeFile]:
             continue
         records = np.empty(len(first), dtype=_WINDOW)
         records["hashes"][:, 0] = hashes[is_marked]
-        records["hashes"][:, 1] = run_hashes((words.hashes ^ _ANOTHER) * _ANOTHER, work.n_words)[first]
+        records["hashes"][:, 1] = run_hashes((words.hashes ^ _ANOTHER) * _ANOTHER, n_words)[first]
         records["id"] = store.take("ids", numbers)[text]
         records["number"] = numbers[text]
         records["word"] = first - words.starts[text]
         records["begin"] = words.word_begin[first]
-        records["end"] = words.word_end[first + work.n_words - 1]
-        spill.add(records, range_of(records["hashes"][:, 0], work.n_ranges))
+        records["end"] = words.word_end[first + n_words - 1]
+        spill.add(records, range_of(records["hashes"][:, 0], n))
     return spill.finish()
 
 
-def _equal_windows(work: _Range) -> RangeFile:
+def _equal_windows(folder: Path, files: Sequence[RangeFile], n_words: int, number: int) -> RangeFile:
     """The stretches of all windows that stand elsewhere, cut by unit."""
-    store = KeyStore(work.folder)
-    records = read_range(work.files, work.number)
+    records = read_range(files, number)
     hashes, ident = records["hashes"], records["id"]
     order = np.lexsort((records["word"], records["number"], ident[:, 1], ident[:, 0], hashes[:, 1], hashes[:, 0]))
     records = records[order]
-    is_first = np.ones(len(records), dtype=bool)
-    is_first[1:] = (records["hashes"][1:] != records["hashes"][:-1]).any(axis=1)
-    owner = records[np.flatnonzero(is_first)[np.cumsum(is_first) - 1]]
+    owner = records[first_places(records["hashes"])]
     # In its own document a window is cut where it comes again, but not where it overlaps itself.
-    stays = (records["number"] == owner["number"]) & (records["word"] < owner["word"] + work.n_words)
-    return write_spans(store, f"repeated-{work.number}.npy", records[~stays])
+    stays = (records["number"] == owner["number"]) & (records["word"] < owner["word"] + n_words)
+    return write_spans(KeyStore(folder), f"repeated-{number}.npy", records[~stays])

@@ -15,14 +15,14 @@ they have. A tenth of the texts, chosen by their hash, is kept apart; accuracy a
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from groundup.corpus.words import WORDS_VERSION, words_of
+from groundup.corpus.words import WORDS_VERSION, batches, words_of
 from groundup.errors import ArtifactError, DataError
 from groundup.files import atomic_writer, file_digest, read_json, write_json
 
@@ -98,7 +98,7 @@ class Classifier:
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
         """The probability that each text is a positive one, (n_texts,) float32; it does not depend on the others."""
-        scores = [self._probability(*_features(batch)) for batch in _batches(texts)]
+        scores = [self._probability(*_features(batch)) for batch in batches(texts, _BATCH_CHARACTERS)]
         return np.concatenate([*scores, np.empty(0)]).astype(np.float32)
 
     def save(self, folder: str | Path) -> None:
@@ -159,7 +159,7 @@ def _gather(texts: Iterable[str]) -> list[_Example]:
     kept: dict[int, _Example] = {}
     highest: list[int] = []  # a heap of minus the hashes
     n_features = 0
-    for batch in _batches(texts):
+    for batch in batches(texts, _BATCH_CHARACTERS):
         features, starts = _features(batch, MOST_TEXT_WORDS)
         for place, text in enumerate(batch):
             data = text.encode("utf-8", "surrogatepass")
@@ -265,16 +265,3 @@ def _quality(positive: np.ndarray, negative: np.ndarray) -> dict[str, Any]:
 
 def _sigmoid(values: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-np.clip(values, -60, 60)))
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

@@ -8,7 +8,7 @@ them but the terminal punctuation, which alone removes about 30 % of the tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from groundup.corpus.quality.textbatch import LINE_ENDS
 from groundup.corpus.words import split_words
@@ -78,27 +78,10 @@ def _has_long_word(line: str) -> bool:
     return max(map(len, split_words(line))) > MAX_WORD_CHARACTERS
 
 
-def _ends_open(line: str) -> bool:
-    return line[-1] not in _TERMINAL or line.endswith("...")
-
-
-def _has_few_words(line: str) -> bool:
-    return len(line.split(None, MIN_WORDS - 1)) < MIN_WORDS and len(split_words(line)) < MIN_WORDS
-
-
-def _is_about_javascript(line: str) -> bool:
-    return "javascript" in line.lower()
-
-
-def _is_about_policy(line: str) -> bool:
-    lowered = line.lower()
-    return any(phrase in lowered for phrase in _POLICIES)
-
-
-_CHECKS = {
+_CHECKS: dict[str, Callable[[str], bool]] = {
     "long word": _has_long_word,
-    "terminal punctuation": _ends_open,
-    "few words": _has_few_words,
-    "javascript": _is_about_javascript,
-    "policy": _is_about_policy,
+    "terminal punctuation": lambda line: line[-1] not in _TERMINAL or line.endswith("..."),
+    "few words": lambda line: len(line.split(None, MIN_WORDS - 1)) < MIN_WORDS and len(split_words(line)) < MIN_WORDS,
+    "javascript": lambda line: "javascript" in line.lower(),
+    "policy": lambda line: bool(low := line.lower()) and any(phrase in low for phrase in _POLICIES),
 }

@@ -43,8 +43,8 @@ class Rule:
     source: str
     least: float | None = None
     most: float | None = None
-    languages: tuple[str, ...] = ()
-    not_languages: tuple[str, ...] = ()
+    languages: Sequence[str] = ()
+    not_languages: Sequence[str] = ()
     why: str = ""
 
     @property
@@ -71,12 +71,7 @@ class Rule:
 
 def all_rules() -> dict[str, Rule]:
     """Every rule by name, in the order in which they are tried."""
-    return {
-        record["name"]: Rule(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
-        )
-        for record in _data()["rules"]
-    }
+    return {record["name"]: Rule(**record) for record in _data()["rules"]}
 
 
 def presets() -> dict[str, str]:

@@ -12,7 +12,7 @@ section 3.6); n-gram shares as in RedPajama-v2 (arXiv:2411.12372, appendix).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from groundup.corpus.quality import textbatch
 from groundup.corpus.quality.repetition import Shares, repeated_ngrams, repeated_parts, share
 from groundup.corpus.quality.textbatch import Bools, Ints, TextBatch, letters
-from groundup.corpus.words import split_words
+from groundup.corpus.words import batches, split_words
 
-BATCH_CHARACTERS = 1 << 19
+BATCH_CHARACTERS = 1 << 19  # what follows stays near the processor's cache
 SHORT_LINE_CHARACTERS = 30
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 CLOSERS_AFTER_SENTENCE = 3
@@ -102,7 +102,7 @@ def signals(texts: Sequence[str], names: Sequence[str] | None = None) -> dict[st
     names = list(SIGNALS) if names is None else list(names)
     unknown = [name for name in names if name not in SIGNALS]
     assert not unknown, f"no such signals: {unknown}"
-    parts = [_Measures(TextBatch(part)).columns(names) for part in _batches(texts)] if names else []
+    parts = [_Measures(TextBatch(part)).columns(names) for part in batches(texts, BATCH_CHARACTERS)] if names else []
     return {
         name: np.concatenate([part[name] for part in parts]) if parts else np.empty(0, dtype=np.float32)
         for name in names
@@ -144,18 +144,6 @@ def _toxic_share(words: list[str], single: set[str], longer: list[tuple[str, ...
                 if tuple(words[start : start + len(entry)]) == entry:
                     covered.update(range(start, start + len(entry)))
     return len(covered) / len(words)
-
-
-def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Texts in groups of about half a million characters: what follows stays near the processor's cache."""
-    start = size = 0
-    for place, text in enumerate(texts):
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield texts[start : place + 1]
-            start, size = place + 1, 0
-    if start < len(texts):
-        yield texts[start:]
 
 
 class _Measures:

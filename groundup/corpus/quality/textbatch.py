@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
-from groundup.corpus.words import is_unspaced, word_breaks
+from groundup.corpus.words import is_unspaced, mix, span_hashes, word_breaks
 
 SPACE, LETTER, DIGIT, UPPER, LINE_END, SENTENCE_END, CLOSER, BULLET = (1 << bit for bit in range(8))
 _UNKNOWN = 0xFF  # no character is white space and a letter at once
@@ -27,9 +26,7 @@ CLOSERS = "\"'”’»)]）」』"
 BULLETS = "-*•‣⁃▪●◦"
 
 _BEYOND_ASCII = 0xFF
-_LONG_WORD_BYTES = 256
 _PADDING = 16
-_SPREAD = np.uint64(0x9E3779B97F4A7C15)
 _ODD = np.uint64(0xD6E8FEB86659FD93)
 # What of eight bytes read at a word's start belongs to a word of so many bytes (little-endian).
 _KEPT_BYTES = np.array([(1 << (8 * size)) - 1 for size in range(9)], dtype=np.uint64)
@@ -187,16 +184,17 @@ class TextBatch:
     @cached_property
     def word_hashes(self) -> Hashes:
         """(words,) 64 bits of each word; equal within one batch only."""
-        starts, lengths = self.word_starts, self.word_lengths
-        hashes = _hash_spans(self.bytes, starts, lengths, self._eight)
+        starts, ends = self.word_starts, self.word_ends
+        hashes = span_hashes(self.bytes.data, starts, ends, self._eight)
         if self.codes is not None and self.n_words:
             # A word with a character beyond ASCII is hashed by 16 bits a character, or by 32 where it needs them.
             wide = self._words_with(self._others)
-            hashes[wide] = ~_hash_spans(self.codes.astype("<u2").view(np.uint8), starts[wide] * 2, lengths[wide] * 2)
+            halves = self.codes.astype("<u2").view(np.uint8).data
+            hashes[wide] = ~span_hashes(halves, starts[wide] * 2, ends[wide] * 2)
             wide = self._words_with(self._others[self.codes[self._others] > 0xFFFF])
             if len(wide):
-                hashes[wide] = ~_hash_spans(self.codes.view(np.uint8), starts[wide] * 4, lengths[wide] * 4)
-        return hashes
+                hashes[wide] = ~span_hashes(self.codes.view(np.uint8).data, starts[wide] * 4, ends[wide] * 4)
+        return hashes ^ self.word_lengths.view(np.uint64) * _ODD  # a word may end in zeros
 
     def _words_with(self, positions: Ints) -> Ints:
         """The words in which these characters stand (sorted positions, none of them white space)."""
@@ -225,7 +223,9 @@ class TextBatch:
             parts: (parts + 1,) the first word of each, and the number of words.
         """
         sums = self._hash_sums[parts]
-        return _mix((sums[1:] - sums[:-1]) * _powers(self.n_words)[1][parts[:-1]])
+        hashes: Hashes = (sums[1:] - sums[:-1]) * _powers(self.n_words)[1][parts[:-1]]
+        mix(hashes)
+        return hashes
 
     def count(self, positions: Ints) -> Ints:
         """(n,) how many of the sorted positions lie in each text (its final line break included)."""
@@ -274,38 +274,3 @@ def _is_upper(words: Hashes) -> Hashes:
 def _eight(data: NDArray[np.uint8]) -> Hashes:
     """Eight bytes as a number, from every byte on (no copy)."""
     return np.ndarray((len(data) - 7,), dtype="<u8", buffer=data.data, strides=(1,))
-
-
-def _mix(values: Hashes) -> Hashes:
-    """Spread every bit over the whole number (the finalizer of splitmix64)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def _hash_spans(data: NDArray[np.uint8], starts: Ints, lengths: Ints, heads: Hashes | None = None) -> Hashes:
-    """64 bits of each run of bytes: eight at a time; the few very long ones by xxh3.
-
-    Args:
-        data: bytes, with padding.
-        starts: (spans,) where each begins.
-        lengths: (spans,) bytes of each.
-        heads: (spans,) the first eight bytes of each, if they are known.
-    """
-    eight = _eight(data)
-    if heads is None:
-        heads = eight[starts] & _KEPT_BYTES.take(lengths, mode="clip")
-    hashes = heads * _SPREAD + lengths.view(np.uint64)
-    left = np.flatnonzero((lengths > 8) & (lengths <= _LONG_WORD_BYTES))
-    at, rest, chain = starts[left] + 8, lengths[left] - 8, hashes[left]
-    while len(left):
-        chain ^= chain >> np.uint64(32)
-        chain += eight[at] & _KEPT_BYTES.take(rest, mode="clip")
-        chain *= _SPREAD
-        hashes[left] = chain
-        on = np.flatnonzero(rest > 8)
-        left, at, rest, chain = left[on], at[on] + 8, rest[on] - 8, chain[on]
-    for place in np.flatnonzero(lengths > _LONG_WORD_BYTES).tolist():
-        start = int(starts[place])
-        hashes[place] = xxhash.xxh3_64_intdigest(data[start : start + int(lengths[place])].tobytes())
-    return _mix(hashes)

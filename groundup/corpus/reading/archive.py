@@ -1,8 +1,8 @@
 """WARC, WET and ARC archives cut into records, every byte of them in a record or in a counted loss.
 
-In: an archive file. Out: `RawRecord`s and `LostBytes` in the order of the file. Formats: ISO 28500 (WARC 0.18 to 1.1)
-and the Internet Archive's ARC 1 and 2. The cutting is our own because the libraries end without a word where a file is
-cut off (FastWARC 2.0.1 and warcio 1.8.1: 265 of 500 records, no error) and give up at the first damage.
+In: an archive file. Out: `RawRecord`s, and what is set aside, in the order of the file. Formats: ISO 28500 (WARC 0.18
+to 1.1) and the Internet Archive's ARC 1 and 2. The cutting is our own because the libraries end without a word where a
+file is cut off (FastWARC 2.0.1 and warcio 1.8.1: 265 of 500 records, no error) and give up at the first damage.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from groundup.corpus.document import Reason, excerpt_of
+from groundup.corpus.document import Reason, SetAside, excerpt_of
 from groundup.corpus.reading.archive_stream import ARC_RECORD, WARC_RECORD, ArchiveStream, StreamFault
 from groundup.corpus.reading.sources import InputFile
 
+PLACE = "record"
 HEAD_BYTES = 1 << 16
 """A record's header that is longer is damage."""
 
+_SHOWN_BYTES = 4096
 _SWALLOWED = re.compile(rb"\r?\n\r?\n(WARC/\d+\.\d+\r?\n)")
 _ARC_FIELDS = {b"1": 4, b"2": 9}  # behind the address, by version
 
@@ -31,7 +33,7 @@ class RawRecord:
         position: where it begins in the uncompressed file.
         number: which record of the file, from 1 on; a loss counts as one.
         fields: its header, names in lower case.
-        block: its content, at most the reader's limit and one byte of it.
+        block: its content, at most the reader's limit and one byte of it; only its beginning where its length is wrong.
         size_bytes: how long the content is by its header.
         fault: why the content is not whole, or None.
     """
@@ -45,29 +47,8 @@ class RawRecord:
     fault: StreamFault | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class LostBytes:
-    """Bytes of an archive that belong to no record that can be read.
-
-    Attributes:
-        position: where they begin in the uncompressed file.
-        number: as in `RawRecord`.
-        reason: `Reason.CUT_OFF`, `Reason.DAMAGED` or `Reason.UNREADABLE`.
-        detail: in words.
-        excerpt: how they begin, as far as they could be read.
-        size_bytes: how many.
-    """
-
-    position: int
-    number: int
-    reason: Reason
-    detail: str
-    excerpt: str = ""
-    size_bytes: int = 0
-
-
-def read_records(source: InputFile, limit_bytes: int) -> Iterator[RawRecord | LostBytes]:
-    """All records of an archive, whatever state it is in.
+def read_records(source: InputFile, limit_bytes: int) -> Iterator[RawRecord | SetAside]:
+    """All records of an archive, whatever state it is in, and the bytes of it that belong to none that can be read.
 
     Args:
         source: the file.
@@ -75,39 +56,39 @@ def read_records(source: InputFile, limit_bytes: int) -> Iterator[RawRecord | Lo
     """
     stream = ArchiveStream(source)
     number = 0
-    is_arc: bool | None = None
+    begins: re.Pattern[bytes] | None = None
     arc_version = b"1"
-    while True:
-        fault = stream.go_on()
-        if fault is not None:
+    while not stream.at_end():
+        if fault := stream.go_on():
             number += 1
-            yield LostBytes(stream.position, number, fault.reason, fault.detail, size_bytes=fault.size_bytes)
+            yield SetAside(
+                source.label, PLACE, number, fault.reason, fault.detail, "", fault.size_bytes, stream.position
+            )
             continue
-        _skip_blank_lines(stream)
-        if stream.at_end():
-            return
-        position = stream.position
+        stream.skip_blanks()
         line = stream.line(HEAD_BYTES)
         if not line:
             continue  # a border or a fault comes first
         number += 1
-        if is_arc is None and ARC_RECORD.match(line):
-            is_arc, stream.record_begins = True, ARC_RECORD
-        elif is_arc is None and WARC_RECORD.match(line):
-            is_arc = False
-        head = _arc_head(line, arc_version) if is_arc else _warc_head(line, stream)
+        position = stream.position
+        if begins is None:
+            begins = next((kind for kind in (ARC_RECORD, WARC_RECORD) if kind.match(line)), None)
+        stream.skip(len(line))
+        head = _arc_head(line, arc_version) if begins is ARC_RECORD else _warc_head(line, stream)
         if isinstance(head, dict):
-            record = _content(stream, head, position, number, limit_bytes)
-            if is_arc and record.kind == "warcinfo" and (version := record.block[:1]) in _ARC_FIELDS:
+            record = _content(stream, head, position, number, limit_bytes, begins or WARC_RECORD)
+            if begins is ARC_RECORD and record.kind == "warcinfo" and (version := record.block[:1]) in _ARC_FIELDS:
                 arc_version = version
             yield record
+            continue
+        _skip_to_record(stream, begins or WARC_RECORD)
+        n_lost = stream.position - position
+        if fault := stream.go_on(is_within=True):
+            reason, detail = fault.reason, f"{head}: {fault.detail}"
         else:
-            n_lost = stream.position - position + _skip_to_record(stream)
-            if fault := _taken_fault(stream):
-                yield LostBytes(position, number, fault.reason, f"{head}: {fault.detail}", excerpt_of(line), n_lost)
-                continue
-            detail = f"{head}; {n_lost:,} bytes up to {_what_follows(stream)} are lost"
-            yield LostBytes(position, number, Reason.DAMAGED, detail, excerpt_of(line), n_lost)
+            follows = "the file's end" if stream.at_end() else "the next record"
+            reason, detail = Reason.DAMAGED, f"{head}; {n_lost:,} bytes up to {follows} are lost"
+        yield SetAside(source.label, PLACE, number, reason, detail, excerpt_of(line), n_lost, position)
 
 
 def _warc_head(line: bytes, stream: ArchiveStream) -> dict[str, str] | str:
@@ -119,14 +100,11 @@ def _warc_head(line: bytes, stream: ArchiveStream) -> dict[str, str] | str:
     left = HEAD_BYTES
     while left > 0:
         line = stream.line(left)
-        left -= len(line)
-        if not line.endswith(b"\n"):
-            break
-        if line in (b"\r\n", b"\n"):
-            return _with_length(fields, "content-length")
-        if WARC_RECORD.match(line):
-            stream.put_back(line)
+        if (not line.endswith(b"\n") and len(line) < left) or WARC_RECORD.match(line):
             return "a record's header without an end"
+        left -= stream.skip(len(line))
+        if line in (b"\r\n", b"\n"):
+            return _with_length(fields)
         text = line.decode("utf-8", "replace").strip()
         if line[:1] in b" \t" and name:
             fields[name] = f"{fields[name]} {text}"
@@ -134,7 +112,7 @@ def _warc_head(line: bytes, stream: ArchiveStream) -> dict[str, str] | str:
             name, _, value = text.partition(":")
             name = name.strip().lower()
             fields.setdefault(name, value.strip())
-    return "a record's header without an end" if left > 0 else f"a record's header beyond {HEAD_BYTES:,} bytes"
+    return f"a record's header beyond {HEAD_BYTES:,} bytes"
 
 
 def _arc_head(line: bytes, version: bytes) -> dict[str, str] | str:
@@ -145,86 +123,72 @@ def _arc_head(line: bytes, version: bytes) -> dict[str, str] | str:
         return "not the beginning of a record"
     fields = {"warc-target-uri": parts[0], "content-type": parts[3], "content-length": parts[-1]}
     fields["warc-type"] = "warcinfo" if parts[0].startswith("filedesc:") else "response"
-    return _with_length(fields, "content-length")
+    return _with_length(fields)
 
 
-def _with_length(fields: dict[str, str], name: str) -> dict[str, str] | str:
-    length = fields.get(name, "")
+def _with_length(fields: dict[str, str]) -> dict[str, str] | str:
+    length = fields.get("content-length", "")
     if length.isascii() and length.isdigit() and len(length) <= 18:
         return fields
     return f"a record whose length is {length!r}" if length else "a record without a length"
 
 
-def _content(stream: ArchiveStream, fields: dict[str, str], position: int, number: int, limit_bytes: int) -> RawRecord:
+def _content(
+    stream: ArchiveStream, fields: dict[str, str], position: int, number: int, limit_bytes: int,
+    begins: re.Pattern[bytes],
+) -> RawRecord:  # fmt: skip
     """The record whose content comes next, with what follows it as far as that shows whether its length is right."""
     size = int(fields["content-length"])
-    block = stream.take(min(size, limit_bytes + 1))
-    n_read = len(block) + stream.skip(size - len(block))
+    n_kept = min(size, limit_bytes + 1)
+    n_there = min(stream.fill(n_kept), n_kept)
+    is_longer = n_there == n_kept < size
+    block = b""
+    if is_longer:
+        block = bytes(stream.data[stream.at : stream.at + n_there])
+        n_there = stream.skip(size)
+    n_left = 0 if is_longer else n_there  # of the content, not passed yet
+    follows = stream.line(HEAD_BYTES, n_left) if n_there == size else b""
+    is_right = n_there == size and (not follows or follows in (b"\r\n", b"\n", b"\r") or begins.match(follows))
+    if not is_longer:  # of a wrong one just enough to recognize it: it may claim all that follows, again and again
+        block = bytes(stream.data[stream.at : stream.at + (n_there if is_right else min(n_there, _SHOWN_BYTES))])
     record = RawRecord(fields.get("warc-type", "").lower(), position, number, fields, block, size)
-    follows = b"" if n_read < size else _line_behind(stream)
-    if n_read == size and not follows:
+    if is_right:
+        stream.skip(n_left)
+        stream.skip_blanks()
         # The member's checksum comes after the content; the fault that it shows is this record's.
-        return replace(record, fault=_taken_fault(stream))
-    seen = block + follows
-    swallowed = _SWALLOWED.search(seen) if n_read == len(block) else None
+        fault = stream.go_on(is_within=True)
+        return replace(record, fault=fault) if fault else record
     says = f"its length says {size:,} bytes"
+    seen = stream.at + n_left + len(follows)
+    swallowed = None if is_longer else _SWALLOWED.search(stream.data, stream.at, seen)
     if swallowed:
-        stream.put_back(seen[swallowed.start(1) :])
-        says = f"{says}, but the next record begins after {swallowed.start():,}"
-    elif n_read < size:
-        says = f"{says}, of which {n_read:,} are there"
-        if stream.fault is not None and (fault := stream.go_on()):
-            return replace(record, fault=replace(fault, detail=f"{says}: {fault.detail}"))
-        if stream.at_end():
+        n_before = swallowed.start(1) - stream.at
+        stream.skip(n_before)
+        return replace(
+            record, fault=StreamFault(Reason.DAMAGED, f"{says}, but the next record begins after {n_before:,}")
+        )  # fmt: skip
+    stream.skip(n_left)
+    if n_there < size:
+        says = f"{says}, of which {n_there:,} are there"
+        fault = stream.go_on()
+        if fault is None and stream.at_end():
             return replace(record, fault=StreamFault(Reason.CUT_OFF, f"{says}: the file ends there"))
     else:
-        n_more = len(follows) + _skip_to_record(stream)
+        n_more = stream.skip(len(follows)) + _skip_to_record(stream, begins)
         says = f"{says}, but {n_more:,} more follow that belong to no record"
-        if fault := _taken_fault(stream):
-            return replace(record, fault=replace(fault, detail=f"{says}: {fault.detail}"))
+        fault = stream.go_on(is_within=True)
+    if fault:
+        return replace(record, fault=replace(fault, detail=f"{says}: {fault.detail}"))
     return replace(record, fault=StreamFault(Reason.DAMAGED, says))
 
 
-def _taken_fault(stream: ArchiveStream) -> StreamFault | None:
-    """The fault that reading has stopped at, if it makes what was read last doubtful; then it is passed."""
-    return stream.go_on() if stream.fault is not None and stream.fault.is_within else None
-
-
-def _line_behind(stream: ArchiveStream) -> bytes:
-    """Pass the blank lines behind a record; returns what follows them if it is no record (then it has been read)."""
-    n_blank = _skip_blank_lines(stream)
-    line = stream.line(HEAD_BYTES)
-    if not line:
-        return b""
-    if n_blank or WARC_RECORD.match(line) or (stream.record_begins is ARC_RECORD and ARC_RECORD.match(line)):
-        stream.put_back(line)
-        return b""
-    return line
-
-
-def _skip_blank_lines(stream: ArchiveStream) -> int:
-    n_blank = 0
-    while True:
-        line = stream.line(2)
-        if line not in (b"\r\n", b"\n", b"\r"):
-            if line:
-                stream.put_back(line)
-            return n_blank
-        n_blank += 1
-
-
-def _skip_to_record(stream: ArchiveStream) -> int:
+def _skip_to_record(stream: ArchiveStream, begins: re.Pattern[bytes]) -> int:
     """Pass over what is no record; returns how many bytes."""
     n_bytes = 0
     begins_line = True
     while line := stream.line(HEAD_BYTES):
-        if begins_line and stream.record_begins.match(line):
-            stream.put_back(line)
+        if begins_line and begins.match(line):
             break
         begins_line = line.endswith(b"\n")
-        n_bytes += len(line)
+        n_bytes += stream.skip(len(line))
     return n_bytes
-
-
-def _what_follows(stream: ArchiveStream) -> str:
-    return "the file's end" if stream.at_end() else "the next record"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 
 from groundup.corpus.document import Reason
-from groundup.corpus.reading.compressed import BLOCK_BYTES, DamagedStreamError
+from groundup.corpus.reading.compressed import BLOCK_BYTES, BOMB_BYTES, BOMB_RATIO, DamagedStreamError
 from groundup.corpus.reading.intake import READ_ERRORS
 from groundup.corpus.reading.sources import InputFile
 
@@ -21,10 +21,7 @@ WARC_RECORD = re.compile(rb"WARC/\d+\.\d+[ \t]*(\r|\n|$)")
 ARC_RECORD = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*:\S[^\n]* \d{8,} \S+ ")
 MEMBER_MAGIC = b"\x1f\x8b\x08"
 
-BOMB_BYTES = 1 << 30
-BOMB_RATIO = 1000
-"""gzip data that has grown past both, in bytes and in bytes a stored byte, is an attack."""
-
+_BLANKS = re.compile(rb"[\r\n]+")
 _STORED_BLOCK_BYTES = 1 << 18
 _PEEK_BYTES = 4096  # of a member, to see whether it begins a record
 
@@ -46,116 +43,91 @@ class StreamFault:
     is_within: bool = False
 
 
+_BORDER = StreamFault(Reason.EMPTY, "the next gzip member begins a record")
+_END = StreamFault(Reason.EMPTY, "the file's end")
+
+
 class ArchiveStream:
-    """The uncompressed bytes of an archive, read forward.
+    """The uncompressed bytes of an archive, read forward up to the next stop: a border, a fault, the file's end.
 
     Args:
         source: the file; its first bytes, not its name, say whether it is gzip.
 
     Attributes:
         position: offset of the next byte.
-        record_begins: what a gzip member that begins a record begins with.
-        fault: the fault that reading has stopped at, until `go_on`.
+        data: bytes that have been read, from `at` on not yet passed.
+        at: where in them the next byte is.
     """
 
     def __init__(self, source: InputFile) -> None:
-        self.position = 0
-        self.record_begins: re.Pattern[bytes] = WARC_RECORD
-        self.fault: StreamFault | None = None
-        self._block = b""
-        self._at = 0
-        self._beyond = b""  # the border: what the next member begins with
-        self._is_at_border = self._is_at_end = False
+        self.position = self.at = 0
+        self.data = bytearray()
+        self._stop: StreamFault | None = None  # what comes behind the data
         self._pieces = _pieces_of(source)
+
+    def fill(self, n_bytes: int) -> int:
+        """Have so many bytes in `data`, or those before the stop; returns how many there are, which may be more."""
+        while len(self.data) - self.at < n_bytes and self._stop is None:
+            piece = next(self._pieces, _END)
+            if isinstance(piece, bytes):
+                del self.data[: self.at]
+                self.at = 0
+                self.data += piece
+            elif piece is not _BORDER or self.position or self.data:
+                self._stop = piece
+        return len(self.data) - self.at
 
     def at_end(self) -> bool:
         """Whether nothing is left: no byte, no border, no fault."""
-        return not self._is_ready() and self.fault is None and not self._is_at_border
+        return not self.fill(1) and self._stop is _END
 
-    def go_on(self) -> StreamFault | None:
-        """Pass the border or the fault, if reading has stopped at one; returns the fault."""
-        if self._is_ready():
+    def go_on(self, is_within: bool = False) -> StreamFault | None:
+        """Pass the border or the fault, if reading has stopped at one; returns the fault.
+
+        Args:
+            is_within: only a fault that makes what was read last doubtful.
+        """
+        stop = None if self.fill(1) else self._stop
+        if stop is None or stop is _END or (is_within and not stop.is_within):
             return None
-        fault, self.fault = self.fault, None
-        if self._is_at_border:
-            self._is_at_border = False
-            self._block, self._at, self._beyond = self._beyond, 0, b""
-        return fault
+        self._stop = None
+        return None if stop is _BORDER else stop
 
-    def take(self, n_bytes: int) -> bytes:
-        """So many bytes, or those before the stop."""
-        parts = []
-        while n_bytes and self._is_ready():
-            part = self._block[self._at : self._at + n_bytes]
-            self._advance(len(part))
-            n_bytes -= len(part)
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+    def line(self, limit: int, offset: int = 0) -> bytes:
+        """What begins `offset` bytes from here, up to and with the line feed, at most `limit` bytes. None is passed."""
+        n_bytes = len(self.data) - self.at
+        while True:
+            start = self.at + offset
+            end = self.data.find(b"\n", start, start + limit) + 1
+            if end or n_bytes >= offset + limit or n_bytes == (n_bytes := self.fill(n_bytes + 1)):
+                return bytes(self.data[start : end or start + limit])
 
     def skip(self, n_bytes: int) -> int:
         """Pass over so many bytes, or those before the stop; returns how many."""
         left = n_bytes
-        while left and self._is_ready():
-            passed = min(left, len(self._block) - self._at)
-            self._advance(passed)
+        while left and (there := len(self.data) - self.at or self.fill(1)):
+            passed = min(left, there)
+            self.at += passed
+            self.position += passed
             left -= passed
         return n_bytes - left
 
-    def line(self, limit: int) -> bytes:
-        """The bytes up to and with the next line feed, or the first `limit` of them, or those before the stop."""
-        parts = []
-        while limit and self._is_ready():
-            end = self._block.find(b"\n", self._at, self._at + limit)
-            part = self._block[self._at : end + 1 if end >= 0 else self._at + limit]
-            self._advance(len(part))
-            limit -= len(part)
-            parts.append(part)
-            if end >= 0:
-                break
-        return b"".join(parts)
-
-    def put_back(self, data: bytes) -> None:
-        """Make the bytes that were read last come again."""
-        self._block = data + self._block[self._at :]
-        self._at = 0
-        self.position -= len(data)
-
-    def _advance(self, n_bytes: int) -> None:
-        self._at += n_bytes
-        self.position += n_bytes
-
-    def _is_ready(self) -> bool:
-        """Whether there is a byte to be read before the next stop."""
-        while self._at >= len(self._block):
-            if self._is_at_border or self.fault is not None or self._is_at_end:
-                return False
-            piece = next(self._pieces, None)
-            if piece is None:
-                self._is_at_end = True
-            elif isinstance(piece, StreamFault):
-                self.fault = piece
-            elif piece[0] and self.position and self.record_begins.match(piece[1]):
-                self._is_at_border, self._beyond = True, piece[1]
-            else:
-                self._block, self._at = piece[1], 0
-        return True
+    def skip_blanks(self) -> None:
+        """Pass over line ends."""
+        while self.fill(1) and (blanks := _BLANKS.match(self.data, self.at)):
+            self.skip(blanks.end() - self.at)
 
 
-_Piece = tuple[bool, bytes] | StreamFault
-"""Bytes, with whether they begin a gzip member; or bytes that are lost."""
-
-
-def _pieces_of(source: InputFile) -> Iterator[_Piece]:
+def _pieces_of(source: InputFile) -> Iterator[bytes | StreamFault]:
     try:
-        if source.packing in (".zst", ".bz2"):
+        if source.packing not in ("", ".gz"):
             with source.open() as unpacked:
                 while block := unpacked.read(BLOCK_BYTES):
-                    yield False, block
+                    yield block
             return
         with source.open_stored() as stored:
             beginning = stored.read(_STORED_BLOCK_BYTES)
-            is_plain = WARC_RECORD.match(beginning) or ARC_RECORD.match(beginning)
-            if beginning.startswith(MEMBER_MAGIC) or (source.packing == ".gz" and not is_plain):
+            if beginning.startswith(MEMBER_MAGIC) or (source.packing == ".gz" and not _begins_record(beginning)):
                 inflated = _Inflated(lambda: stored.read(_STORED_BLOCK_BYTES), beginning)
                 yield from inflated.pieces()
                 expected = source.size_bytes()
@@ -163,9 +135,9 @@ def _pieces_of(source: InputFile) -> Iterator[_Piece]:
                     detail = f"the file has {expected:,} bytes, of which only {inflated.n_stored:,} could be read"
                     yield StreamFault(Reason.CUT_OFF, detail, expected - inflated.n_stored)
                 return
-            yield False, beginning
+            yield beginning
             while block := stored.read(BLOCK_BYTES):
-                yield False, block
+                yield block
     except DamagedStreamError as error:
         yield StreamFault(error.reason, error.detail)
     except READ_ERRORS as error:
@@ -183,18 +155,17 @@ class _Inflated:
         self._looked_at = 0  # so many bytes of the data are known to begin no other member
         self.is_given_up = False
 
-    def pieces(self) -> Iterator[_Piece]:
+    def pieces(self) -> Iterator[bytes | StreamFault]:
         while self._data or self._more():
             self._data = self._data.lstrip(b"\0")  # padding, as gzip itself takes it
+            while 0 < len(self._data) < len(MEMBER_MAGIC) and self._more():
+                pass
             if not self._data:
                 continue
-            while len(self._data) < len(MEMBER_MAGIC) and self._more():
-                pass
+            self._looked_at = 0
+            fault: StreamFault | None = StreamFault(Reason.DAMAGED, "something else follows the gzip data")
             if self._data.startswith(MEMBER_MAGIC):
                 fault = yield from self._member()
-            else:
-                self._looked_at = 0
-                fault = StreamFault(Reason.DAMAGED, "something else follows the gzip data")
             if fault is None:
                 continue
             if fault.reason == Reason.UNREADABLE:
@@ -209,41 +180,41 @@ class _Inflated:
                 fault = replace(fault, detail=f"{fault.detail}; {n_lost:,} bytes up to the file's end are lost")
             yield replace(fault, size_bytes=n_lost)
 
-    def _member(self) -> Generator[_Piece, None, StreamFault | None]:
+    def _member(self) -> Generator[bytes | StreamFault, None, StreamFault | None]:
         """One member; returns what is wrong with it."""
         inflater = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-        data, is_first, held = self._data, True, b""
-        self._looked_at = 1
-        n_member = 0
-        while not inflater.eof:
+        data, held, self._looked_at = self._data, b"", 1
+        n_member = n_given = 0
+        fault: StreamFault | None = None
+        while fault is None and not inflater.eof:
             try:
                 chunk = inflater.decompress(data, BLOCK_BYTES)
-            except zlib.error as error:
-                # "Error -3 while decompressing data: incorrect data check"
+            except zlib.error as error:  # "Error -3 while decompressing data: incorrect data check"
                 what = f"damaged gzip data: {str(error).split(': ')[-1]}"
-                return StreamFault(Reason.DAMAGED, what, is_within=not is_first)
+                return StreamFault(Reason.DAMAGED, what, is_within=n_given > 0)
             n_member += len(chunk)
             self._n_inflated += len(chunk)
             if self._n_inflated > BOMB_BYTES and self._n_inflated > BOMB_RATIO * self.n_stored:
                 detail = f"a decompression bomb: {self.n_stored:,} bytes have grown to {self._n_inflated:,} so far"
                 return StreamFault(Reason.UNREADABLE, detail, is_within=True)
             held += chunk
-            if held and (inflater.eof or len(held) >= _PEEK_BYTES):
-                yield is_first, held
-                is_first, held = False, b""
             data = inflater.unconsumed_tail
             if not data and not inflater.eof and len(chunk) < BLOCK_BYTES:  # all that went in has come out
-                block, self._data = self._data, b""
-                if not self._more():
-                    self._data = block
-                    if held:
-                        yield is_first, held
-                        is_first = False
+                before, self._data = self._data, b""
+                if self._more():
+                    data, self._looked_at = self._data, 0
+                else:
+                    self._data = before
                     detail = f"the file ends within a gzip member, of which {n_member:,} bytes could be unpacked"
-                    return StreamFault(Reason.CUT_OFF, detail, is_within=not is_first)
-                data, self._looked_at = self._data, 0
-        self._data = inflater.unused_data
-        return None
+                    fault = StreamFault(Reason.CUT_OFF, detail, is_within=n_member > 0)
+            if held and (fault or inflater.eof or len(held) >= _PEEK_BYTES):
+                if not n_given and _begins_record(held):
+                    yield _BORDER
+                yield held
+                n_given, held = n_given + len(held), b""
+        if fault is None:
+            self._data = inflater.unused_data
+        return fault
 
     def _more(self) -> bool:
         block = self._read_stored()
@@ -254,29 +225,29 @@ class _Inflated:
     def _find_next(self) -> int:
         """Go to the next member that begins a record; returns how many stored bytes were passed."""
         n_passed, at = 0, self._looked_at
-        while True:
-            at = self._data.find(MEMBER_MAGIC, at)
-            if at < 0:
-                keep = len(MEMBER_MAGIC) - 1
-                n_passed += max(0, len(self._data) - keep)
-                self._data = self._data[-keep:]
-                at = 0
-                if not self._more():
-                    n_passed += len(self._data)
-                    self._data = b""
-                    return n_passed
+        while (at := self._data.find(MEMBER_MAGIC, at)) >= 0 or self._data:
+            if at >= 0:
+                while len(self._data) - at < _PEEK_BYTES and self._more():
+                    pass
+                if _holds_record(self._data[at : at + _PEEK_BYTES]):
+                    self._data = self._data[at:]
+                    return n_passed + at
+                at += 1
                 continue
-            while len(self._data) - at < _PEEK_BYTES and self._more():
-                pass
-            if _begins_record(self._data[at : at + _PEEK_BYTES]):
-                self._data = self._data[at:]
-                return n_passed + at
-            at += 1
+            at, n_kept = 0, min(len(self._data), len(MEMBER_MAGIC) - 1)
+            n_passed += len(self._data) - n_kept
+            self._data = self._data[-n_kept:]
+            if not self._more():
+                n_passed, self._data = n_passed + n_kept, b""
+        return n_passed
 
 
 def _begins_record(data: bytes) -> bool:
+    return bool(WARC_RECORD.match(data) or ARC_RECORD.match(data))
+
+
+def _holds_record(data: bytes) -> bool:
     try:
-        beginning = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS).decompress(data, _PEEK_BYTES)
+        return _begins_record(zlib.decompressobj(wbits=16 + zlib.MAX_WBITS).decompress(data, _PEEK_BYTES))
     except zlib.error:
         return False
-    return bool(WARC_RECORD.match(beginning) or ARC_RECORD.match(beginning))

@@ -32,10 +32,10 @@ _ZSTD_PIECE_BYTES = (64, 2048)  # 4 bytes may be a block of 128 KiB
 
 
 class DamagedStreamError(Exception):
-    """A file does not hold what its format promises.
+    """A file, or the body of an archived response, does not hold what its format promises.
 
     Attributes:
-        reason: `Reason.CUT_OFF` or `Reason.DAMAGED`.
+        reason: `Reason.CUT_OFF` or `Reason.DAMAGED`; of a body also `Reason.TOO_LONG`.
         detail: what is wrong.
     """
 

@@ -13,6 +13,7 @@ import zlib
 from dataclasses import dataclass
 
 from groundup.corpus.document import Reason
+from groundup.corpus.reading.compressed import DamagedStreamError
 
 HEADER_BYTES = 1 << 16
 _HEAD = b"WARC/1.0\r\nWARC-Type: response\r\nContent-Type: application/http\r\nContent-Length: %d\r\n\r\n"
@@ -40,20 +41,6 @@ class ArchivedResponse:
     body: bytes
 
 
-class BodyError(Exception):
-    """A response cannot be decoded.
-
-    Attributes:
-        reason: `Reason.DAMAGED`, `Reason.CUT_OFF` or `Reason.TOO_LONG`.
-        detail: in words.
-    """
-
-    def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-        self.detail = detail
-
-
 def parse_response(block: bytes, limit_bytes: int) -> ArchivedResponse:
     """Parse a response and decode its body.
 
@@ -62,7 +49,7 @@ def parse_response(block: bytes, limit_bytes: int) -> ArchivedResponse:
         limit_bytes: a body that grows beyond this is refused, and never held.
 
     Raises:
-        BodyError: it is damaged, cut off or too long.
+        DamagedStreamError: it is damaged, cut off or too long.
     """
     from fastwarc.warc import WarcRecord
 
@@ -74,13 +61,13 @@ def parse_response(block: bytes, limit_bytes: int) -> ArchivedResponse:
         headers = record.http_headers
         payload = record.reader.read()
     except (OSError, ValueError) as error:
-        raise BodyError(Reason.DAMAGED, f"bad HTTP headers: {error}") from error
+        raise DamagedStreamError(Reason.DAMAGED, f"bad HTTP headers: {error}") from error
     codings = [*_listed(headers.get_multiple("Content-Encoding")), *_listed(headers.get_multiple("Transfer-Encoding"))]
     body = payload
     for coding in reversed(codings):
         body = _undone(coding, body, limit_bytes)
     if len(body) > limit_bytes:
-        raise BodyError(Reason.TOO_LONG, f"{len(body):,} bytes")
+        raise DamagedStreamError(Reason.TOO_LONG, f"{len(body):,} bytes")
     media_type = (headers.get("Content-Type") or "").partition(";")[0].strip().lower()
     return ArchivedResponse(headers.status_code or 0, media_type, record.http_charset or "", payload, body)
 
@@ -89,7 +76,7 @@ def join_chunks(data: bytes) -> bytes:
     """A chunked body in one piece; unchanged if it is not chunked.
 
     Raises:
-        BodyError: a chunk is damaged or missing.
+        DamagedStreamError: a chunk is damaged or missing.
     """
     parts: list[bytes] = []
     at = 0
@@ -99,8 +86,10 @@ def join_chunks(data: bytes) -> bytes:
             if not parts:
                 return data
             if at >= len(data):
-                raise BodyError(Reason.CUT_OFF, f"the last chunk is missing, behind {sum(map(len, parts)):,} bytes")
-            raise BodyError(Reason.DAMAGED, f"a bad chunk behind {sum(map(len, parts)):,} bytes")
+                raise DamagedStreamError(
+                    Reason.CUT_OFF, f"the last chunk is missing, behind {sum(map(len, parts)):,} bytes"
+                )
+            raise DamagedStreamError(Reason.DAMAGED, f"a bad chunk behind {sum(map(len, parts)):,} bytes")
         size = int(head.group(1), 16)
         if size == 0:
             return b"".join(parts)
@@ -108,7 +97,7 @@ def join_chunks(data: bytes) -> bytes:
         if len(part) < size:
             if not parts and _MARKUP.match(data):
                 return data
-            raise BodyError(Reason.CUT_OFF, f"a chunk of {size:,} bytes, of which {len(part):,} are there")
+            raise DamagedStreamError(Reason.CUT_OFF, f"a chunk of {size:,} bytes, of which {len(part):,} are there")
         parts.append(part)
         at = head.end() + size
         at += 2 if data[at : at + 2] == b"\r\n" else 1 if data[at : at + 1] == b"\n" else 0
@@ -122,7 +111,7 @@ def _undone(coding: str, data: bytes, limit_bytes: int) -> bytes:
     """The data without one coding, at most one byte longer than the limit.
 
     Raises:
-        BodyError: see `parse_response`.
+        DamagedStreamError: see `parse_response`.
     """
     if coding == "chunked":
         return join_chunks(data)
@@ -139,7 +128,7 @@ def _undone(coding: str, data: bytes, limit_bytes: int) -> bytes:
     else:
         body = data  # "identity", and names that are none, such as "utf-8"
     if len(body) > limit_bytes:
-        raise BodyError(Reason.TOO_LONG, f"{len(data):,} bytes of {coding} grow beyond {limit_bytes:,}")
+        raise DamagedStreamError(Reason.TOO_LONG, f"{len(data):,} bytes of {coding} grow beyond {limit_bytes:,}")
     return body
 
 
@@ -148,9 +137,11 @@ def _inflated(data: bytes, window_bits: int, limit_bytes: int) -> bytes:
     try:
         body = inflater.decompress(data, limit_bytes + 1)
     except zlib.error as error:
-        raise BodyError(Reason.DAMAGED, f"damaged compressed body: {str(error).split(': ')[-1]}") from error
+        raise DamagedStreamError(Reason.DAMAGED, f"damaged compressed body: {str(error).split(': ')[-1]}") from error
     if not inflater.eof and len(body) <= limit_bytes:
-        raise BodyError(Reason.CUT_OFF, f"the compressed body ends early: {len(body):,} bytes could be unpacked")
+        raise DamagedStreamError(
+            Reason.CUT_OFF, f"the compressed body ends early: {len(body):,} bytes could be unpacked"
+        )
     return body
 
 
@@ -161,4 +152,4 @@ def _read_by_library(coding: str, data: bytes, limit_bytes: int) -> bytes:
     try:
         return reader.read(limit_bytes + 1)
     except OSError as error:
-        raise BodyError(Reason.DAMAGED, f"damaged {coding} body: {error}") from error
+        raise DamagedStreamError(Reason.DAMAGED, f"damaged {coding} body: {error}") from error

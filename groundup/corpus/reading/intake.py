@@ -89,12 +89,7 @@ def make_record(
         text: as it was read; encodable as UTF-8.
         settings: for the normal form.
         set_aside: called with the reason why there is no record.
-        position: as in `Record`.
-        place: as in `Record`.
-        number: as in `Record`.
-        source: as in `Record`.
-        url: as in `Record`.
-        key: as in `Record`.
+        position, place, number, source, url, key: as in `Record`.
     """
     normal = normalize(text.removeprefix("\ufeff"), settings.unicode)
     garbled = n_garbled(normal)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from functools import cache
 from typing import IO, Any, NamedTuple
 
@@ -127,27 +127,37 @@ def read_json(source: InputFile, settings: CorpusSettings, set_aside: OnSetAside
     Returns:
         How many there are.
     """
-    limit = limit_bytes(settings)
-    values = _Elements(source, settings, set_aside)
+    limit, field, number = limit_bytes(settings), settings.text_field, 0
     try:
         with source.open() as handle:
             head = _solid_line(handle, limit)
             begins = head.removeprefix(codecs.BOM_UTF8).lstrip()
             if head.startswith(_UTF16_MARKS):
                 _set_aside_utf16(source, head, set_aside)
-            elif begins.startswith(b"["):
-                yield from values.of_list(handle, begins[1:], limit)
+                return 0
+            if begins.startswith(b"["):
+                elements = _elements(handle, begins[1:], limit, field)
             elif is_too_long(head, limit) or not (more := _solid_line(handle, limit)).lstrip().startswith(b"{"):
-                data = head + (b"" if is_too_long(head, limit) else more)
-                data += handle.read(max(0, MOST_OBJECT_BYTES + 1 - len(data)))
-                yield from values.of_object(data.removeprefix(codecs.BOM_UTF8))
+                elements = _of_object(handle, begins if is_too_long(head, limit) else begins + more, field)
             else:
                 return (yield from read_lines(source, 0, None, settings, set_aside))
+            try:
+                for data, raw, size in elements:
+                    number += 1
+                    value = Value(data, number - 1, ELEMENT, number, size, raw)
+                    if isinstance(data, RefusedError):
+                        set_aside(data.of(source, value))
+                    else:
+                        yield value
+            except RefusedError as refused:  # nothing says where the next element would begin
+                number += 1
+                set_aside(refused.of(source, Value(None, number - 1, ELEMENT, number)))
+            if not number:
+                set_aside(SetAside(source.label, "", 0, Reason.EMPTY, "no record in the file"))
     except READ_ERRORS as error:
-        so_far = f"the {values.number:,} records before it are read" if values.number else ""
-        place, number = (ELEMENT, values.number + 1) if values.number else ("", 0)
-        set_aside(unread(source, error, values.number, place, number, so_far))
-    return values.number
+        so_far = f"the {number:,} records before it are read" if number else ""
+        set_aside(unread(source, error, number, ELEMENT if number else "", number + 1 if number else 0, so_far))
+    return number
 
 
 def _solid_line(handle: IO[bytes], limit: int) -> bytes:
@@ -157,95 +167,64 @@ def _solid_line(handle: IO[bytes], limit: int) -> bytes:
     return line
 
 
-class _Elements:
-    """The elements of a file of one value, numbered."""
+def _of_object(handle: IO[bytes], head: bytes, field: str) -> Iterator[tuple[Any, str, int]]:
+    """The one object of a file of which `head` has been read, or the elements of the frame that it is.
 
-    def __init__(self, source: InputFile, settings: CorpusSettings, set_aside: OnSetAside) -> None:
-        self._source, self._settings, self._set_aside = source, settings, set_aside
-        self.number = 0
+    Raises:
+        RefusedError: it is too large, or no JSON.
+    """
+    data = head + handle.read(max(0, MOST_OBJECT_BYTES + 1 - len(head)))
+    if len(data) > MOST_OBJECT_BYTES:
+        detail = f"one object of more than {MOST_OBJECT_BYTES:,} bytes: make it a list, or JSON lines"
+        raise RefusedError(Reason.TOO_LONG, detail)
+    if not data.strip():
+        return
+    value, _ = parse_json(data, field)
+    lists = [item for item in value.values() if isinstance(item, list)] if isinstance(value, dict) else []
+    if len(lists) == 1 and field not in value:
+        yield from ((item, "", 0) for item in lists[0])
+    else:
+        yield value, data[:400].decode(errors="replace"), len(data)
 
-    def of_object(self, data: bytes) -> Iterator[Value]:
-        """A file that is no list."""
-        field = self._settings.text_field
-        if not data.strip():
-            self._set_aside(SetAside(self._source.label, "", 0, Reason.EMPTY, "no record in the file"))
+
+def _elements(handle: IO[bytes], head: bytes, limit: int, field: str) -> Iterator[tuple[Any, str, int]]:
+    """The elements of a list whose bracket and `head` have been read: what each is, how it begins, and its size.
+
+    Raises:
+        RefusedError: from here on nothing can be read. One that is yielded stands for its element alone.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    buffer, at = decoder.decode(head), 0
+    name = _quoted(field).decode()
+    while True:
+        at = _BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]
+        if buffer[at : at + 1] == "]":
+            if (buffer[at + 1 :] + decoder.decode(handle.read(1 << 10))).strip():
+                raise RefusedError(Reason.INVALID_JSON, "something else follows the list, and is not read")
             return
-        self.number = 1
-        whole = Value(None, 0, "", 0, len(data), data[:400])
-        if len(data) > MOST_OBJECT_BYTES:
-            detail = f"one object of more than {MOST_OBJECT_BYTES:,} bytes: make it a list, or JSON lines"
-            self._set_aside(RefusedError(Reason.TOO_LONG, detail).of(self._source, whole))
-            return
-        try:
-            value, is_strict = parse_json(data, field)
-        except RefusedError as refused:
-            self._set_aside(refused.of(self._source, whole))
-            return
-        lists = [item for item in value.values() if isinstance(item, list)] if isinstance(value, dict) else []
-        if len(lists) != 1 or field in value:
-            yield whole._replace(data=value, is_strict=is_strict)
-            return
-        for self.number, item in enumerate(lists[0], start=1):
-            yield Value(item, self.number - 1, ELEMENT, self.number, is_strict=is_strict)
-        if not self.number:
-            self._set_aside(SetAside(self._source.label, "", 0, Reason.EMPTY, "no record in the file"))
-
-    def of_list(self, handle: IO[bytes], head: bytes, limit: int) -> Iterator[Value]:
-        """The elements of a list, whose bracket and `head` have been read, one at a time."""
-        decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-
-        def read(size: int) -> str:
-            block = handle.read(size)
-            return decoder.decode(block, final=not block)
-
-        buffer, at = decoder.decode(head), 0
-        while True:
-            at = _BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]
-            if at < len(buffer):
-                if buffer[at] == "]":
-                    rest = buffer[at + 1 :] + read(1 << 10)
-                    if rest.strip():
-                        self._lost(f"something else follows the list: {excerpt_of(rest)}", rest, read)
-                    elif not self.number:
-                        self._set_aside(SetAside(self._source.label, "", 0, Reason.EMPTY, "no record in the file"))
-                    return
-                try:
-                    value, end = _DECODER.raw_decode(buffer, at)
-                    is_whole, detail = end < len(buffer), ""  # a number may go on
-                except (ValueError, RecursionError) as error:
-                    is_whole, detail = False, str(error)
-                    if not _may_go_on(error, len(buffer)):
-                        self._lost(detail, buffer[at:], read)
-                        return
-                if is_whole:
-                    self.number += 1
-                    found = Value(value, self.number - 1, ELEMENT, self.number, end - at, buffer[at : at + 400])
-                    if end - at > limit:
-                        detail = f"{end - at:,} characters; the limit is {self._settings.max_document_mib:g} MiB"
-                        self._set_aside(RefusedError(Reason.TOO_LONG, detail).of(self._source, found))
-                    else:
-                        yield found
-                    at = end
-                    continue
-                if len(buffer) - at > 2 * limit:
-                    self._lost(f"an element of more than {2 * limit:,} characters", buffer[at:], read)
-                    return
-            more = read(max(BLOCK_BYTES, len(buffer) - at))
-            if not more:
-                self._lost("the list has no end", buffer[at:], read, Reason.CUT_OFF)
-                return
-            buffer, at = buffer[at:] + more, 0
-
-    def _lost(self, detail: str, rest: str, read: Callable[[int], str], reason: Reason = Reason.INVALID_JSON) -> None:
-        """Set aside an element and all that is behind it: nothing says where the next one would begin."""
-        self.number += 1
-        size = len(rest)
-        while block := read(BLOCK_BYTES):
-            size += len(block)
-        value = Value(None, self.number - 1, ELEMENT, self.number, size, rest[:400])
-        self._set_aside(
-            RefusedError(reason, f"{detail}; from here on nothing of the list is read").of(self._source, value)
-        )
+        if at < len(buffer):
+            try:
+                value, end = _DECODER.raw_decode(buffer, at)
+            except (ValueError, RecursionError) as error:
+                if not _may_go_on(error, len(buffer)):
+                    detail = f"{error}; from here on nothing of the list is read"
+                    raise RefusedError(Reason.INVALID_JSON, detail) from error
+                end = len(buffer)
+            if end < len(buffer):  # a number at the buffer's end may go on
+                if end - at > limit:
+                    value = RefusedError(Reason.TOO_LONG, f"{end - at:,} characters; the limit is {limit:,} bytes")
+                elif field and buffer.count(name, at, end) > 1 and _says_twice(buffer[at:end], field):
+                    value = RefusedError(Reason.INVALID_JSON, f"the field {name} stands in it twice")
+                yield value, buffer[at : min(end, at + 400)], end - at
+                at = end
+                continue
+            if len(buffer) - at > 2 * limit:
+                detail = f"an element of more than {2 * limit:,} characters; from here on nothing of the list is read"
+                raise RefusedError(Reason.TOO_LONG, detail)
+        block = handle.read(max(BLOCK_BYTES, len(buffer) - at))
+        if not block:
+            raise RefusedError(Reason.CUT_OFF, "the list has no end; its last element is not read")
+        buffer, at = buffer[at:] + decoder.decode(block), 0
 
 
 def _may_go_on(error: Exception, size: int) -> bool:
@@ -298,11 +277,17 @@ def parse_json(data: bytes, field: str) -> tuple[Any, bool]:
             raise RefusedError(Reason.INVALID_UTF8, detail) from error
         except (ValueError, RecursionError) as error:
             raise RefusedError(Reason.INVALID_JSON, f"{strict.msg} at character {strict.pos}") from error
-    if field and isinstance(value, dict) and data.count(name := _quoted(field)) > 1:
-        pairs = json.loads(data, object_pairs_hook=list)
-        if sum(key == field for key, _ in pairs) > 1:
-            raise RefusedError(Reason.INVALID_JSON, f"the field {name.decode()} stands in it twice")
+    if field and data.count(name := _quoted(field)) > 1 and _says_twice(data, field):
+        raise RefusedError(Reason.INVALID_JSON, f"the field {name.decode()} stands in it twice")
     return value, is_strict
+
+
+def _says_twice(data: bytes | str, field: str) -> bool:
+    try:
+        pairs = json.loads(data, object_pairs_hook=tuple)
+    except (ValueError, RecursionError):  # deeper, or a longer number, than this parser takes: nobody can say
+        return True
+    return isinstance(pairs, tuple) and sum(key == field for key, _ in pairs) > 1
 
 
 @cache

@@ -26,7 +26,7 @@ from groundup.recipe import CorpusSettings
 if TYPE_CHECKING:
     from groundup.corpus.reading.extract import ExtractionFailure, Extractor
 
-__all__ = ["Extraction", "UnitReader", "normalize", "read", "read_unit"]
+__all__ = ["Extraction", "UnitReader", "normalize", "read"]
 
 WHOLE_FILES = 1 << 62
 
@@ -54,11 +54,6 @@ def read(
     if sources.unknown:
         warnings.warn(sources.in_words(), stacklevel=2)
     return _read_and_warn(sources, settings)
-
-
-def read_unit(unit: Unit, settings: CorpusSettings, set_aside: OnSetAside) -> Iterator[Record]:
-    """The records of a file or a part of one; see `UnitReader` for how many lines it had."""
-    return iter(UnitReader(unit, settings, set_aside))
 
 
 class UnitReader:

@@ -41,6 +41,8 @@ SUFFIXES: dict[str, Kind] = {
 SHIPPED = {"groundup:classics": "classics.jsonl", "groundup:shakespeare": "shakespeare.txt"}
 STARTED = "started.json"
 SET_ASIDE = "set_aside.jsonl"
+CRAWLED = "crawl.json"
+"""What a crawl says of itself, beside its pages."""
 CURATED = ("filter_statistics.json", "unit.json")
 """Beside `SET_ASIDE` in a folder of documents, and in one of measurements."""
 
@@ -225,17 +227,17 @@ class _Search:
         self._check = f"Check {setting}."
         if item.startswith("groundup:"):
             self.found.files.append(InputFile(item, _shipped(item)))
-        elif "://" in item and not item.startswith("file://"):
+        elif "://" in item and not item.startswith(("file://", "local://")):
             self._expand_remote(item)
         else:
-            self._expand(item.removeprefix("file://"))
+            self._expand(item.removeprefix("file://").removeprefix("local://"))
 
     def _expand(self, item: str) -> None:
         path = Path(item).expanduser()
         if path.is_dir():
             self._files_below(path, os.path.realpath(path))
         elif path.is_file():
-            self._name(InputFile(_label(path), path))
+            self._name(item, InputFile(_label(path), path))
         elif glob.has_magic(item):
             base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
             matches = sorted(set(_matches(base, path.relative_to(base).parts)))
@@ -252,26 +254,26 @@ class _Search:
         else:
             raise DataError(f"{item}: no such file or folder (seen from {Path.cwd()}).", self._check)
 
-    def _name(self, source: InputFile) -> None:
+    def _name(self, item: str, source: InputFile) -> None:
         """A file that was named, not found in a folder."""
         name = source.entry.name
         if kind_of(name) is None:
             if source.ending in SUFFIXES:
-                raise DataError(f"{source.label}: a Parquet file that was packed again.", "Unpack it.")
+                raise DataError(f"{item}: a Parquet file that was packed again.", "Unpack it.")
             self.found.unknown.append(source.label)
         self.found.files.append(source)
 
     def _expand_remote(self, item: str) -> None:
         files, is_listing = find_remote(item)
         if not is_listing:
-            self._name(InputFile(files[0].label, files[0]))
+            self._name(item, InputFile(files[0].label, files[0]))
             return
         ours = {os.path.dirname(file.url) for file in files if file.name in (MANIFEST, STARTED)}
         for file in files:
             hidden = any(part.startswith(".") for part in file.below.split("/"))
             if hidden or ours.intersection(_parents_of(file.url)):
                 continue
-            if kind_of(file.name) is None:
+            if kind_of(file.name) is None or file.name == CRAWLED:
                 self.found.passed_over.append(file.label)
             else:
                 self.found.files.append(InputFile(file.label, file))
@@ -315,7 +317,7 @@ class _Search:
         return True
 
     def _add(self, path: Path, home: str) -> None:
-        if kind_of(path.name) is None or _is_stage_folder(path.parent):
+        if kind_of(path.name) is None or path.name == CRAWLED or _is_stage_folder(path.parent):
             self.found.passed_over.append(_label(path))
         elif self._leads_out(path, home):
             pass

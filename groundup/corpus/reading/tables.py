@@ -18,6 +18,7 @@ from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excer
 from groundup.corpus.reading.compressed import BOMB_RATIO, DamagedStreamError
 from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, make_record, too_long, unread
 from groundup.corpus.reading.jsonl import label_of
+from groundup.corpus.reading.parquet_footer import RowGroup, page_sizes, read_row_groups
 from groundup.corpus.reading.remote import RemoteReadError
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
@@ -30,8 +31,9 @@ DISTINCT_BYTES = 16 << 20
 DISTINCT_BATCHES = 16
 """In at most so many batches: each brings all texts that came before along."""
 BOMB_BYTES = 128 << 20
-"""A column of a row group that declares more than this, and more than `BOMB_RATIO` times its stored bytes, is not read:
-a page of it is held whole."""
+"""A row group is not read if a column, or a page of one, declares more than this, and more than `BOMB_RATIO` times its
+stored bytes: a page is held whole."""
+DISTINCT_ROWS = 1 << 22
 _MAGIC = b"PAR1"
 _SHOWN = 8
 _READING: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
@@ -50,7 +52,7 @@ def read_table(
             if not _size_of(handle):
                 set_aside(SetAside(source.label, "", 0, Reason.EMPTY, "no row in the file"))
                 return 0
-            return (yield from _read_groups(handle, _open(handle), source, start, stop, settings, set_aside))
+            return (yield from _read_groups(handle, *_open(handle), source, start, stop, settings, set_aside))
     except READ_ERRORS as error:
         set_aside(unread(source, error))
         return 0
@@ -61,12 +63,10 @@ def row_group_borders(source: InputFile, split_bytes: int) -> list[int]:
     borders, size = [0], 0
     try:
         with source.open() as handle:
-            metadata = _open(handle).metadata
-            for group in range(metadata.num_row_groups):
-                row_group = metadata.row_group(group)
-                n_bytes = sum(row_group.column(place).total_compressed_size for place in range(row_group.num_columns))
+            for place, group in enumerate(_open(handle)[1]):
+                n_bytes = sum(column.stored_bytes for column in group.columns)
                 if size and size + n_bytes > split_bytes:
-                    borders.append(group)
+                    borders.append(place)
                     size = 0
                 size += n_bytes
     except Exception:  # told when the table is read
@@ -80,8 +80,8 @@ def _size_of(handle: IO[bytes]) -> int:
     return size
 
 
-def _open(handle: IO[bytes]) -> pq.ParquetFile:
-    """The table.
+def _open(handle: IO[bytes]) -> tuple[pq.ParquetFile, list[RowGroup]]:
+    """The table and its row groups.
 
     Raises:
         DamagedStreamError: it is cut off, damaged or no table.
@@ -96,26 +96,27 @@ def _open(handle: IO[bytes]) -> pq.ParquetFile:
     if ends != _MAGIC:
         raise DamagedStreamError(Reason.CUT_OFF, f"cut off before its end: no table of contents in {size:,} bytes")
     try:
+        groups = read_row_groups(handle)
         file = pq.ParquetFile(handle, **_READING)
-        _ = file.schema_arrow, [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        _ = file.schema_arrow.names
     except Exception as error:  # on damage pyarrow raises much more than its own errors
         raise _fault(error) from error
-    return file
+    return file, groups
 
 
 def _read_groups(
     handle: IO[bytes],
     file: pq.ParquetFile,
+    groups: list[RowGroup],
     source: InputFile,
     start: int,
     stop: int | None,
     settings: CorpusSettings,
     set_aside: OnSetAside,
 ) -> Generator[Record, None, int]:
-    metadata = file.metadata
-    stop = metadata.num_row_groups if stop is None else min(stop, metadata.num_row_groups)
+    stop = len(groups) if stop is None else min(stop, len(groups))
     refusal = _refusal(file.schema_arrow, settings)
-    if refusal is None and not metadata.num_rows:
+    if refusal is None and not any(group.n_rows for group in groups):
         refusal = (Reason.EMPTY, "no row in the file")
     if refusal is not None:
         if not start:  # once a file, however it is cut
@@ -124,12 +125,12 @@ def _read_groups(
             set_aside(SetAside(source.label, "", 0, reason, detail, "", size))
         return 0
     columns = _columns(file.schema_arrow, settings)
-    before = sum(metadata.row_group(group).num_rows for group in range(start))
+    before = sum(group.n_rows for group in groups[:start])
     n_rows = 0
     for group in range(start, stop):
         position, n_read = before + n_rows, 0
-        n_in_group = metadata.row_group(group).num_rows
-        rows = _rows(handle, file, group, columns)
+        n_in_group = groups[group].n_rows
+        rows = _rows(handle, file, groups[group], group, columns)
         while True:
             try:
                 row = next(rows, None)
@@ -190,7 +191,9 @@ def _columns(schema: pa.Schema, settings: CorpusSettings) -> dict[str, str]:
     return columns
 
 
-def _rows(handle: IO[bytes], file: pq.ParquetFile, group: int, columns: dict[str, str]) -> Iterator[dict[str, Any]]:
+def _rows(
+    handle: IO[bytes], file: pq.ParquetFile, group: RowGroup, place: int, columns: dict[str, str]
+) -> Iterator[dict[str, Any]]:
     """The rows of one row group, as values by attribute; bytes instead of a text that is not UTF-8.
 
     A table may store a text once and then say in a byte that a row has it too, so that a few bytes stand for
@@ -201,27 +204,28 @@ def _rows(handle: IO[bytes], file: pq.ParquetFile, group: int, columns: dict[str
     Raises:
         DamagedStreamError: a column is a decompression bomb.
     """
-    metadata, schema = file.metadata.row_group(group), file.schema_arrow
-    chunks = [metadata.column(place) for place in range(metadata.num_columns)]
     wanted = sorted(set(columns.values()))
-    read = [chunk for chunk in chunks if chunk.path_in_schema in wanted or chunk.path_in_schema.split(".")[0] in wanted]
-    for chunk in read:
-        stored, grown = chunk.total_compressed_size, chunk.total_uncompressed_size
-        if grown > BOMB_BYTES and grown > BOMB_RATIO * stored:
-            what = f"a decompression bomb: {stored:,} bytes of column {chunk.path_in_schema!r} grow to {grown:,}"
-            raise DamagedStreamError(Reason.DAMAGED, what)
-    n_bytes = sum(chunk.total_uncompressed_size for chunk in chunks)
-    n_rows = max(1, min(BATCH_ROWS, BATCH_BYTES * metadata.num_rows // max(1, n_bytes)))
-    if n_bytes <= DISTINCT_BYTES:
-        if any(encoding.startswith("DELTA") for chunk in read for encoding in chunk.encodings):
-            # Arrow can read it into no dictionary, also where the schema it wrote itself beside the table says so.
-            file = pq.ParquetFile(handle, metadata=_without_arrow_schema(file.metadata), **_READING)
-            n_rows = max(1, min(n_rows, 4 * DISTINCT_BYTES // max(1, n_bytes)))
-        else:
-            texts = [name for name in wanted if name in schema.names and _is_string(schema.field(name).type)]
-            file = pq.ParquetFile(handle, metadata=file.metadata, read_dictionary=texts, **_READING)
-            n_rows = max(n_rows, metadata.num_rows // DISTINCT_BATCHES)
-    for batch in file.iter_batches(n_rows, row_groups=[group], columns=wanted, use_threads=False):
+    read = [column for column in group.columns if column.path in wanted or column.path.split(".")[0] in wanted]
+    for column in read:
+        sizes = [(column.stored_bytes, column.grown_bytes)]
+        if isinstance(handle, io.BufferedReader):  # on the net each page would be a question of its own
+            sizes += page_sizes(handle, column)
+        for stored, grown in sizes:
+            if grown > BOMB_BYTES and grown > BOMB_RATIO * stored:
+                says = f"{stored:,} bytes of column {column.path!r} grow to {grown:,}"
+                raise DamagedStreamError(Reason.DAMAGED, f"a decompression bomb: {says}")
+    n_bytes = sum(column.grown_bytes for column in group.columns)
+    n_rows = max(1, min(BATCH_ROWS, BATCH_BYTES * group.n_rows // max(1, n_bytes)))
+    if n_bytes <= DISTINCT_BYTES and any(column.is_delta for column in read):
+        # Arrow can read it into no dictionary, also where the schema it wrote itself beside the table says so.
+        file = pq.ParquetFile(handle, metadata=_without_arrow_schema(file.metadata), **_READING)
+        n_rows = max(1, min(n_rows, 4 * DISTINCT_BYTES // max(1, n_bytes)))
+    elif n_bytes <= DISTINCT_BYTES:
+        schema = file.schema_arrow
+        texts = [name for name in wanted if name in schema.names and _is_string(schema.field(name).type)]
+        file = pq.ParquetFile(handle, metadata=file.metadata, read_dictionary=texts, **_READING)
+        n_rows = max(n_rows, min(group.n_rows // DISTINCT_BATCHES, DISTINCT_ROWS))
+    for batch in file.iter_batches(n_rows, row_groups=[place], columns=wanted, use_threads=False):
         values = {attribute: _values(_column(batch, name)) for attribute, name in columns.items()}
         for row in zip(*values.values(), strict=True):
             yield dict(zip(values, row, strict=True))

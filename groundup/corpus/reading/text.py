@@ -51,19 +51,14 @@ def read_text(
             documents.go_to(start, stop)
             while not documents.at_end and (stop is None or documents.position < stop):
                 first = position = documents.position
-                is_empty = True
                 for offset, part in documents.parts(limit):
-                    is_tail = bool(first) and is_empty and documents.at_end
-                    is_empty = False
-                    if is_tail and isinstance(part, bytes) and part.isspace():
+                    is_blank = isinstance(part, bytes) and not part.strip()
+                    if is_blank and first and not offset and documents.at_end:
                         continue  # the line end behind the last separator
                     number += 1
                     record = _record(source, part, settings, set_aside, first + offset, DOCUMENT, number)
                     if record is not None:
                         yield record
-                if is_empty and not (documents.at_end and first):
-                    number += 1
-                    _record(source, b"", settings, set_aside, first, DOCUMENT, number)
                 documents.pass_separator()
     except (*READ_ERRORS, UnicodeDecodeError) as error:
         if number:
@@ -121,8 +116,10 @@ def _holds(source: InputFile, separator: bytes) -> bool:
     with source.open() as handle:
         while True:
             block = handle.read(BLOCK_BYTES)
-            if separator and separator in (tail := tail[-len(separator) :] + block):
-                return True
+            if separator:
+                if separator in block or separator in tail + block[: len(separator)]:
+                    return True
+                tail = (tail + block[-len(separator) :])[-len(separator) :]
             begins = n_read - len(decoder.getstate()[0])
             try:
                 if fault is None:
@@ -173,13 +170,13 @@ class _Documents:
         self._take(at + len(self._separator))
 
     def parts(self, limit: int) -> Iterator[tuple[int, bytes | TooLong]]:
-        """The next document, unless it is empty: in parts, with their places in it, if it is longer than `limit`."""
+        """The next document; if it is longer than `limit`, in parts, each with its place in it."""
         while (at := self._next_separator()) < 0 and not self._is_read and len(self._buffer) <= limit:
             self._fill()
         size = len(self._buffer) if at < 0 else at
         if size > limit:
             yield from split_long(self, limit)
-        elif size:
+        else:
             yield 0, self._take(size)
 
     def readline(self, size: int = -1, /) -> bytes:

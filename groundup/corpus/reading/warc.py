@@ -15,16 +15,16 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
-from groundup.corpus.reading.archive import LostBytes, RawRecord, read_records
+from groundup.corpus.reading.archive import PLACE, RawRecord, read_records
+from groundup.corpus.reading.compressed import DamagedStreamError
 from groundup.corpus.reading.extract import ExtractionFailure, in_utf8
-from groundup.corpus.reading.http_body import BodyError, parse_response
+from groundup.corpus.reading.http_body import parse_response
 from groundup.corpus.reading.intake import limit_bytes, make_record
 
 if TYPE_CHECKING:
     from groundup.corpus.reading.sources import InputFile
     from groundup.recipe import CorpusSettings
 
-PLACE = "record"
 HTML_TYPES = frozenset({"text/html", "application/xhtml+xml"})
 TEXT_TYPES = frozenset({"text/plain", "text/markdown"})
 SILENT_KINDS = frozenset({"warcinfo", "request", "metadata", "revisit"})
@@ -57,11 +57,8 @@ def read_warc(
     is_empty = True
     for raw in read_records(source, limit + _HTTP_OVERHEAD_BYTES):
         is_empty = False
-        if isinstance(raw, LostBytes):
-            set_aside(
-                SetAside(source.label, PLACE, raw.number, raw.reason, raw.detail, raw.excerpt, raw.size_bytes,
-                         raw.position)
-            )  # fmt: skip
+        if isinstance(raw, SetAside):
+            set_aside(raw)
             continue
         kind = raw.kind or "unknown"
         if counts is not None:
@@ -73,9 +70,8 @@ def read_warc(
             continue
         try:
             text = _text_of(raw, url, limit, extract, counts)
-        except BodyError as error:
-            _refuse(source, set_aside, raw, error.reason, error.detail)
-            continue
+        except DamagedStreamError as error:
+            text = ExtractionFailure(error.reason, error.detail)
         if isinstance(text, ExtractionFailure):
             _refuse(source, set_aside, raw, text.reason, text.detail)
             continue
@@ -97,14 +93,14 @@ def _text_of(
     """The text of a record that may have one, or why it has none.
 
     Raises:
-        BodyError: its content is damaged, cut off or too long.
+        DamagedStreamError: its content is damaged, cut off or too long.
     """
     if raw.fault is not None:
-        raise BodyError(raw.fault.reason, raw.fault.detail)
+        raise DamagedStreamError(raw.fault.reason, raw.fault.detail)
     if raw.kind not in ("response", "resource", "conversion"):
         return ExtractionFailure(Reason.NOT_TEXT, f"a record of type {raw.kind!r}")
     if len(raw.block) < raw.size_bytes:
-        raise BodyError(Reason.TOO_LONG, f"{raw.size_bytes:,} bytes; the limit is {limit / 2**20:g} MiB")
+        raise DamagedStreamError(Reason.TOO_LONG, f"{raw.size_bytes:,} bytes; the limit is {limit / 2**20:g} MiB")
     media_type, _, parameters = raw.fields.get("content-type", "").partition(";")
     media_type, charset = media_type.strip().lower(), _charset_of(parameters)
     payload = body = raw.block
@@ -116,7 +112,7 @@ def _text_of(
     if counts is not None and not _digests_fit(raw, payload, body):
         counts[WRONG_DIGEST] += 1
     if len(body) > limit:
-        raise BodyError(Reason.TOO_LONG, f"{len(body):,} bytes; the limit is {limit / 2**20:g} MiB")
+        raise DamagedStreamError(Reason.TOO_LONG, f"{len(body):,} bytes; the limit is {limit / 2**20:g} MiB")
     if not body:
         return ExtractionFailure(Reason.EMPTY, "no content")
     return _decoded(body, media_type or _sniffed(raw, body), charset, url, extract)

@@ -195,9 +195,8 @@ def choose_micro_batch(
     whole = step_of(settings, length, available, n_devices)
     if settings.micro_batch_size is not None:
         return whole.micro, "as the recipe says"
-    for micro in range(whole.rows, 0, -1):
-        if whole.rows % micro:
-            continue
+    small = [n for n in range(1, math.isqrt(whole.rows) + 1) if whole.rows % n == 0]
+    for micro in (*(whole.rows // n for n in small), *reversed(small)):  # every divisor, the largest first
         if estimate_memory(config, settings, replace(whole, micro=micro)).total <= available.usable:
             return micro, "the batch" if micro == whole.rows else f"the most that fits {_of(available)}"
     return 1, f"one row at a time, and even so perhaps too much for {_of(available)}"
