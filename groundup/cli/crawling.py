@@ -73,12 +73,16 @@ def crawl(
     Interrupted anywhere, the same command goes on. Exit code 1 if no page is stored.
     """
     settings = _settings(out, locals())
+    from groundup.cli.building import stopped_by_sigterm
     from groundup.console import Console
     from groundup.corpus.crawl import crawl as fetch
 
     console = Console(quiet=quiet)
     pages = [*(urls or []), *(url for path in url_files or [] for url in _lines(path))]
-    report = fetch(pages, out, settings, console, sitemaps=sitemaps or [], retry_failed=retry_failed, dry_run=dry_run)
+    with stopped_by_sigterm():
+        report = fetch(
+            pages, out, settings, console, sitemaps=sitemaps or [], retry_failed=retry_failed, dry_run=dry_run
+        )
     if dry_run:
         _show_plan(report, settings.max_pages, as_json)
         return

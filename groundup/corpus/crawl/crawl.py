@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,7 +57,7 @@ def crawl(
         GroundupError: an address is not http(s), nothing was given, the disk is full, or a package is missing.
         ArtifactError: a file of the crawl is missing or damaged.
         RunError: another process works in the folder, it holds a crawl of another scope, or it is not ours.
-        Interrupted: Ctrl-C or SIGTERM; everything fetched is stored.
+        Interrupted: Ctrl-C; everything fetched is stored.
     """
     settings, console, out = settings or CrawlSettings(), console or Console(quiet=True), Path(out)
     try:
@@ -118,16 +116,19 @@ def _given(urls: Sequence[str], sitemaps: Sequence[str]) -> list[Entry]:
     from groundup.corpus.crawl.urls import normalize_url
     from groundup.corpus.crawl.warc import Entry
 
-    written = [*((url, False) for url in urls), *((url, True) for url in sitemaps)]
-    if wrong := [url for url, _ in written if normalize_url(url) is None]:
-        shown = "\n".join(f"  {url[:200]!r}" for url in wrong[:10])
-        more = f"\n  and {len(wrong) - 10:,} more" if len(wrong) > 10 else ""
+    entries, wrong = list[Entry](), list[str]()
+    for written, is_sitemap in [*((url, False) for url in urls), *((url, True) for url in sitemaps)]:
+        if (url := normalize_url(written)) is None:
+            wrong.append(f"  {written[:200]!r}")
+        else:
+            entries.append(Entry("given", url, sitemap=is_sitemap))
+    if wrong:
+        shown = "\n".join([*wrong[:10], *([f"  and {len(wrong) - 10:,} more"] if len(wrong) > 10 else [])])
         raise GroundupError(
-            f"{len(wrong):,} of the addresses given cannot be fetched:\n{shown}{more}",
+            f"{len(wrong):,} of the addresses given cannot be fetched:\n{shown}",
             "An address begins with http:// or https://, names a host and carries no password.",
         )
-    entries = [Entry("given", normalize_url(url) or "", sitemap=is_sitemap) for url, is_sitemap in reversed(written)]
-    return list({entry.url: entry for entry in entries}.values())[::-1]
+    return entries
 
 
 def _check_scope(out: Path, settings: CrawlSettings, something_given: bool) -> None:
@@ -153,18 +154,12 @@ def _check_scope(out: Path, settings: CrawlSettings, something_given: bool) -> N
 def _run(session: Session, given: list[Entry]) -> None:
     """Run to the end in a thread with an event loop of its own: it works within a notebook's loop too."""
     logging.getLogger("scrapy").addHandler(_SILENT)
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main else None
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            work = pool.submit(asyncio.run, session.run(given))
-            try:
-                work.result()
-            except KeyboardInterrupt as error:
-                session.stop()
-                work.result()
-                said = f"Stopped. {session.report.stored:,} pages are stored in {session.report.folder}."
-                raise Interrupted(said) from error
-    finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(asyncio.run, session.run(given))
+        try:
+            work.result()
+        except KeyboardInterrupt as error:
+            session.stop()
+            work.result()
+            said = f"Stopped. {session.report.stored:,} pages are stored in {session.report.folder}."
+            raise Interrupted(said) from error

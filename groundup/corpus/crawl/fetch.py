@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import fnmatch
+import math
 import socket
 import time
 from typing import TYPE_CHECKING, Any
@@ -32,10 +33,6 @@ MAX_ROBOTS_BYTES = 512 << 10
 """Of a longer robots.txt, the beginning counts (RFC 9309, section 2.5, asks for 500 KiB at least)."""
 
 
-class _PrivateAddress(OSError):
-    """A connection to an address that is not public was refused."""
-
-
 class Fetcher(BaseDownloadHandler):
     """Makes the requests of a crawl: one at a time to a host, with its pauses; `concurrency` in all."""
 
@@ -49,7 +46,7 @@ class Fetcher(BaseDownloadHandler):
             connector=aiohttp.TCPConnector(
                 limit=0,
                 socket_factory=self._socket,
-                happy_eyeballs_delay=None,  # one address after the other, so that a refusal keeps its own name
+                happy_eyeballs_delay=None,  # one address after the other: a refusal ends the attempt
             ),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=15.0),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -58,12 +55,7 @@ class Fetcher(BaseDownloadHandler):
         )
 
     async def download_request(self, request: Request) -> Response:
-        """Ask for an address.
-
-        Raises:
-            Refused: no usable answer; any status but 2xx, 3xx redirects and 4xx is a refusal too.
-            NoOutcome: the session was stopped.
-        """
+        """Ask for an address; any status but 2xx, redirects and 4xx is `Refused` too."""
         task = asyncio.ensure_future(self._in_turn(request))
         self._session.requests.add(task)
         try:
@@ -81,39 +73,25 @@ class Fetcher(BaseDownloadHandler):
         """For a resolved address, a socket or a refusal: a name that resolves anew is looked at anew."""
         family, kind, protocol, _, address = address_info
         if not self._options.allow_private and not urls.is_public(str(address[0])):
-            raise _PrivateAddress(address[0])
+            raise Refused(Refusal.PRIVATE, str(address[0]))
         return socket.socket(family, kind, protocol)
 
     async def _in_turn(self, request: Request) -> Response:
         if self._session.stopping:
             raise NoOutcome
-        host, pause = urls.host_of(request.url), 0.0
-        last, rest = self._rests.get(host, (0.0, 0.0))
-        rest = max(rest, self._options.delay_seconds, self._session.delays.get(host, 0.0)) if last else 0.0
+        options, host, pause = self._options, urls.host_of(request.url), 0.0
+        last, rest = self._rests.get(host, (-math.inf, 0.0))
+        rest = max(rest, options.delay_seconds, self._session.delays.get(host, 0.0))
         await asyncio.sleep(last + rest - time.monotonic())
         try:
-            async with self._turns:
-                return await self._bounded(request)
-        except Refused as refusal:
+            async with self._turns, asyncio.timeout(options.timeout_seconds):
+                return await self._get(request)
+        except Exception as error:
+            refusal = _refusal(error, answered="answered" in request.flags)
             pause = self._session.pause(refusal, request.meta["attempt"])
-            raise
+            raise refusal from error
         finally:
             self._rests[host] = (time.monotonic(), pause)
-
-    async def _bounded(self, request: Request) -> Response:
-        seconds = self._options.timeout_seconds
-        try:
-            async with asyncio.timeout(seconds):
-                return await self._get(request)
-        except TimeoutError as error:
-            # A server that answered and then sent slowly will do so again; one that did not answer may have been busy.
-            answered = "answered" in request.flags
-            what = f"not whole after {seconds:g} s" if answered else "no answer in time"
-            raise Refused(Refusal.TIMEOUT, what, again=not answered) from error
-        except Refused:
-            raise
-        except Exception as error:  # whatever else a server makes a library throw
-            raise _refusal(error) from error
 
     async def _get(self, request: Request) -> Response:
         page, options = request.meta.get("page"), self._options
@@ -177,12 +155,13 @@ def _check_status(response: Response) -> None:
         raise Refused(Refusal.STATUS, f"HTTP {status}")
 
 
-def _refusal(error: Exception) -> Refused:
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, _PrivateAddress):
-            return Refused(Refusal.PRIVATE, str(inner.args[0]))
-        inner = getattr(inner, "os_error", None) or inner.__cause__
+def _refusal(error: Exception, *, answered: bool) -> Refused:
+    """Whatever a server makes a library throw, in our words."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, TimeoutError):
+        # A server that answered and then sent slowly will do so again; one that did not answer may have been busy.
+        return Refused(Refusal.TIMEOUT, "not whole in time" if answered else "no answer in time", again=not answered)
     said = getattr(error, "message", "") or str(error) or type(error).__name__
     text = said.strip().partition("\n")[0][:120]
     if isinstance(error, aiohttp.ClientConnectorDNSError):

@@ -44,14 +44,7 @@ class NoOutcome(Exception):
 
 
 class Refused(Exception):
-    """An address is given up, for now or for good.
-
-    Args:
-        reason: why, as a word that is counted.
-        detail: why, in this case.
-        again: whether it pays to ask again soon.
-        wait_seconds: how long the server asks us to wait before that.
-    """
+    """An address is given up, for now or for good (`again`: it pays to ask again soon, after `wait_seconds`)."""
 
     def __init__(
         self, reason: Refusal, detail: str = "", *, again: bool = False, wait_seconds: float | None = None

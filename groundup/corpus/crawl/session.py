@@ -204,8 +204,8 @@ class Session(Spider):
 
     def pause(self, refusal: Refused, attempt: int) -> float:
         """How long the host rests after a failure: as the server asks, else doubling from `backoff_seconds`."""
-        if (wait := refusal.wait_seconds) is not None:
-            return wait if wait <= self.options.max_wait_seconds else 0.0
+        if refusal.wait_seconds is not None:
+            return min(refusal.wait_seconds, self.options.max_wait_seconds)
         if not self.may_retry(refusal, attempt):
             return 0.0
         return min(self.options.backoff_seconds * 2.0 ** (attempt - 1), _LONGEST_BACKOFF_SECONDS)
@@ -218,7 +218,7 @@ class Session(Spider):
         except Exception as error:
             self._end(response.meta, error)
         else:
-            self._end(response.meta)
+            self.frontier.give_back(response.meta["host"])
 
     def failed(self, failure: Any) -> None:
         """End the turn of a page without an answer."""
@@ -226,33 +226,31 @@ class Session(Spider):
 
     # What becomes of a page
 
-    def _end(self, meta: dict[str, Any], error: BaseException | None = None) -> None:
+    def _end(self, meta: dict[str, Any], error: BaseException) -> None:
         """End a page's turn. Whatever it threw is its own fault; but a full disk ends the session."""
+        if not isinstance(error, (Refused, NoOutcome, GroundupError)):
+            error = Refused(Refusal.BAD_RESPONSE, f"{type(error).__name__}: {error}"[:120])
         try:
-            if isinstance(error, GroundupError):
-                raise error
-            if error is not None and not isinstance(error, NoOutcome):
-                if not isinstance(error, Refused):
-                    error = Refused(Refusal.BAD_RESPONSE, f"{type(error).__name__}: {error}"[:120])
+            if isinstance(error, Refused):
                 self._after(meta["host"], meta["page"], error)
         except GroundupError as fatal:
-            self.stop(fatal)
-        finally:
-            self.frontier.give_back(meta["host"])
+            error = fatal
+        if isinstance(error, GroundupError):
+            self.stop(error)
+        self.frontier.give_back(meta["host"])
 
     def _after(self, host: Host, page: Page, refusal: Refused) -> None:
         """Ask again later, leave the host alone, or give the page up."""
         page.attempts += 1
-        if (refusal.wait_seconds or 0.0) > self.options.max_wait_seconds and self._files is not None:
-            host.closed = str(refusal)
+        too_long = (refusal.wait_seconds or 0.0) > self.options.max_wait_seconds and self._files is not None
+        if too_long or self.may_retry(refusal, page.attempts):
+            host.closed = str(refusal) if too_long else ""
             self.frontier.put(page, first=True)
-        elif self.may_retry(refusal, page.attempts):
-            self.frontier.put(page, first=True)
-        else:
-            host.failures += refusal.reason == Refusal.CONNECTION and refusal.again
-            if host.failures >= _MAX_FAILURES:
-                host.closed = f"{host.failures} pages in a row: {refusal.detail}"
-            self._outcome("refused", page, reason=refusal.reason, detail=refusal.detail)
+            return
+        host.failures += refusal.reason == Refusal.CONNECTION and refusal.again
+        if host.failures >= _MAX_FAILURES:
+            host.closed = f"{host.failures} pages in a row: {refusal.detail}"
+        self._outcome("refused", page, reason=refusal.reason, detail=refusal.detail)
 
     async def _take_in(self, page: Page, response: Response) -> None:
         """What an answer leads to: a redirect's target, a sitemap's pages, or a stored page and its links."""
