@@ -314,7 +314,6 @@ _BAD_MANNERS: dict[str, bytes | Handler] = {
     "/gzip": answering(gzip.compress(page("gzip")), Content_Encoding="gzip"),
     "/gzip-twice": answering(gzip.compress(page("gzip")) + gzip.compress(b"<p>more"), Content_Encoding="gzip"),
     "/deflate": answering(zlib.compress(page("deflate")), Content_Encoding="deflate"),
-    "/raw-deflate": answering(zlib.compress(page("raw deflate"))[2:-4], Content_Encoding="deflate"),
     "/half-gzip": answering(gzip.compress(page("half"))[:-20], Content_Encoding="gzip"),
     "/not-gzip": answering(page("not gzip"), Content_Encoding="gzip"),
     "/brotli": answering(b"\x1b\x00", Content_Encoding="br"),

@@ -423,7 +423,7 @@ def read_crawl_files(folder: Path) -> None:
     parse_robots(body, "groundup").can_fetch("https://example.org/private", "groundup")
     retry_after_seconds(end)
     with contextlib.suppress(Refused):
-        unpacked(body, "deflate", 1 << 20)
+        unpacked(body, "gzip", 1 << 20)
     with contextlib.suppress(Refused):
         _ = [normalize_url(url) for urls in parse_sitemap(body) for url in urls]
 

@@ -100,7 +100,7 @@ class Fetcher(BaseDownloadHandler):
                 "Host": request.url.split("/")[2],
                 "User-Agent": options.user_agent,
                 "Accept": ", ".join([*options.types, "*/*;q=0.1"]),
-                "Accept-Encoding": "gzip, deflate",
+                "Accept-Encoding": "gzip",
             }
         )
         sent: Any = request.headers.to_unicode_dict()
@@ -164,10 +164,6 @@ def _refusal(error: Exception, *, answered: bool) -> Refused:
         return Refused(Refusal.TIMEOUT, "not whole in time" if answered else "no answer in time", again=not answered)
     said = getattr(error, "message", "") or str(error) or type(error).__name__
     text = said.strip().partition("\n")[0][:120]
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return Refused(Refusal.CONNECTION, "the name is not known", again=True)
-    if isinstance(error, aiohttp.ClientSSLError):
-        return Refused(Refusal.CONNECTION, text)
     if isinstance(error, aiohttp.ClientPayloadError):
         return Refused(Refusal.CUT_OFF, "the connection ended before the page did", again=True)
     if isinstance(error, (aiohttp.ClientConnectionError, OSError)) and not isinstance(error, HttpProcessingError):

@@ -38,26 +38,17 @@ def unpacked(data: bytes, encoding: str, most: int) -> bytes:
     Raises:
         Refused: it is not what its header says, or stops in the middle.
     """
-    found, ended = data, True
+    encoding = encoding.strip().lower()
+    if encoding in ("", "identity"):
+        return data
+    if encoding not in ("gzip", "x-gzip"):
+        raise Refused(Refusal.ENCODING, f"{encoding[:40]!r}, which we did not ask for")
     try:
-        match encoding.strip().lower():
-            case "" | "identity":
-                pass
-            case "gzip" | "x-gzip":
-                found = gzip.GzipFile(fileobj=io.BytesIO(data)).read(most + 1)
-            case "deflate":
-                stream = zlib.decompressobj(-15 if data[:1] and data[0] & 15 != 8 else 15)
-                found = stream.decompress(data, most + 1)
-                ended = stream.eof or len(found) > most
-            case _:
-                raise Refused(Refusal.ENCODING, f"{encoding[:40]!r}, which we did not ask for")
-    except EOFError:
-        ended = False
+        return gzip.GzipFile(fileobj=io.BytesIO(data)).read(most + 1)
+    except EOFError as error:
+        raise Refused(Refusal.CUT_OFF, "the gzip stream stops in the middle", again=True) from error
     except (OSError, zlib.error) as error:
-        raise Refused(Refusal.ENCODING, f"broken {encoding[:40]} ({error})"[:120]) from error
-    if not ended:
-        raise Refused(Refusal.CUT_OFF, f"the {encoding[:40]} stream stops in the middle", again=True)
-    return found
+        raise Refused(Refusal.ENCODING, f"broken gzip ({error})"[:120]) from error
 
 
 class PageLinks(NamedTuple):

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from protego import Protego
 from scrapy import Request
-from scrapy.http import Response
 
 from groundup.corpus.crawl.fetch import MAX_HOPS, REDIRECTS, location
 from groundup.corpus.crawl.pages import parse_robots
-from groundup.corpus.crawl.report import Refusal, Refused
+from groundup.corpus.crawl.report import NoOutcome, Refusal, Refused
 from groundup.corpus.crawl.urls import host_of, origin_of
 
 if TYPE_CHECKING:
@@ -53,33 +52,30 @@ class Robots:
         self._session.may_fetch(page)
 
     async def _fetch(self, origin: str) -> Protego | Refused:
+        session, options, product = self._session, self._session.options, self._session.options.product
         url: str | None = f"{origin}/robots.txt"
         hops, attempt = 0, 1
         while url is not None and hops <= MAX_HOPS:
-            request = Request(url, meta={"attempt": attempt})
             try:
-                response = await self._session.crawler.engine.download_async(request)
-            except Refused as refusal:
-                if not self._session.may_retry(refusal, attempt):
-                    private = refusal.reason == Refusal.PRIVATE
-                    return refusal if private else Refused(Refusal.ROBOTS_UNREACHABLE, str(refusal))
-                attempt += 1
-                continue
-            if response.status not in REDIRECTS:
-                return await self._read(origin, response)
-            url, hops = location(response), hops + 1
+                response = await session.crawler.engine.download_async(Request(url, meta={"attempt": attempt}))
+                if response.status in REDIRECTS:
+                    url, hops = location(response), hops + 1
+                    continue
+                body = response.body if 200 <= response.status < 300 else b""
+                rules = await asyncio.to_thread(parse_robots, body, product, whole="cut" not in response.flags)
+                delay = float(rules.crawl_delay(product) or 0.0)
+            except NoOutcome:
+                raise
+            except Exception as error:  # also a file that its reader cannot stand: it is none that allows anything
+                if isinstance(error, Refused) and session.may_retry(error, attempt):
+                    attempt += 1
+                    continue
+                if isinstance(error, Refused) and error.reason == Refusal.PRIVATE:
+                    return error
+                return Refused(Refusal.ROBOTS_UNREACHABLE, str(error)[:120])
+            if delay > max(options.max_wait_seconds, options.delay_seconds):
+                said = f"robots.txt asks for a pause of {delay:,.0f} s"
+                return Refused(Refusal.ASKED_TO_WAIT, said, wait_seconds=delay)
+            session.delays[host_of(origin)] = delay if delay > 0 else 0.0
+            return rules
         return Protego.parse("")
-
-    async def _read(self, origin: str, response: Response) -> Protego | Refused:
-        options = self._session.options
-        body = response.body if 200 <= response.status < 300 else b""
-        try:
-            rules = await asyncio.to_thread(parse_robots, body, options.product, whole="cut" not in response.flags)
-            delay = float(rules.crawl_delay(options.product) or 0.0)
-        except Exception as error:  # a file that its reader cannot stand is none that allows anything
-            return Refused(Refusal.ROBOTS_UNREACHABLE, f"unreadable ({error})"[:120])
-        if delay > max(options.max_wait_seconds, options.delay_seconds):
-            return Refused(Refusal.ASKED_TO_WAIT, f"robots.txt asks for a pause of {delay:,.0f} s", wait_seconds=delay)
-        if delay > 0:
-            self._session.delays[host_of(origin)] = delay
-        return rules
