@@ -20,10 +20,10 @@ from misbehaving_server import MisbehavingServer, page, redirect
 pytest.importorskip("scrapy")
 
 from crawl_pages import crawl_and_exit, pages_of, quick
-from scrapy.http import Request, Response
+from scrapy.http import Response
 
 from groundup.corpus.crawl import Refusal, crawl
-from groundup.corpus.crawl.warc import Entry, WarcFiles, page_records
+from groundup.corpus.crawl.warc import Entry, WarcFiles, page_record
 from groundup.errors import ArtifactError, GroundupError, Interrupted, RunError
 
 
@@ -115,8 +115,7 @@ def test_whatever_did_not_reach_the_disk_is_cut_off(tmp_path: Path) -> None:
     for number in range(5):
         body = noise.randbytes(1000)
         url = f"http://a/{number}"
-        page_of = page_records(Response(url, body=body, request=Request(url + "/")))
-        killed.append(page_of + Entry("stored", url).record())
+        killed.append(page_record(Response(url, body=body)) + Entry("stored", url).record())
         killed.append(Entry("refused", f"http://b/{number}", reason=Refusal.TYPE, detail="ü\udce9").record())
     killed._handle.close()  # type: ignore[union-attr]
     (growing,) = (tmp_path / "killed").glob("*.open")

@@ -155,11 +155,10 @@ def _run(session: Session, given: list[Entry]) -> None:
     """Run to the end in a thread with an event loop of its own: it works within a notebook's loop too."""
     logging.getLogger("scrapy").addHandler(_SILENT)
     with ThreadPoolExecutor(1) as pool:
-        work = pool.submit(asyncio.run, session.run(given))
         try:
-            work.result()
+            pool.submit(asyncio.run, session.run(given)).result()
         except KeyboardInterrupt as error:
             session.stop()
-            work.result()
+            pool.shutdown()
             said = f"Stopped. {session.report.stored:,} pages are stored in {session.report.folder}."
             raise Interrupted(said) from error

@@ -48,6 +48,11 @@ class Fetcher(BaseDownloadHandler):
                 socket_factory=self._socket,
                 happy_eyeballs_delay=None,  # one address after the other: a refusal ends the attempt
             ),
+            headers={
+                "User-Agent": self._options.user_agent,
+                "Accept": ", ".join([*self._options.types, "*/*;q=0.1"]),
+                "Accept-Encoding": "gzip",
+            },
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=15.0),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
@@ -95,18 +100,9 @@ class Fetcher(BaseDownloadHandler):
 
     async def _get(self, request: Request) -> Response:
         page, options = request.meta.get("page"), self._options
-        request.headers.update(
-            {
-                "Host": request.url.split("/")[2],
-                "User-Agent": options.user_agent,
-                "Accept": ", ".join([*options.types, "*/*;q=0.1"]),
-                "Accept-Encoding": "gzip",
-            }
-        )
-        sent: Any = request.headers.to_unicode_dict()
-        async with self._client.get(URL(request.url, encoded=True), headers=sent, allow_redirects=False) as answer:
+        async with self._client.get(URL(request.url, encoded=True), allow_redirects=False) as answer:
             request.flags.append("answered")
-            response = Response(request.url, answer.status, Headers(list(answer.raw_headers)), request=request)
+            response = Response(request.url, answer.status, Headers(list(answer.raw_headers)))
             _check_status(response)
             if not 200 <= answer.status < 300:
                 answer.close()  # what is still to come is not read

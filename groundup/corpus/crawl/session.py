@@ -27,7 +27,7 @@ from groundup.corpus.crawl.report import CrawlReport, NoOutcome, Planned, Refusa
 from groundup.corpus.crawl.robots import Robots
 from groundup.corpus.crawl.settings import CrawlSettings
 from groundup.corpus.crawl.urls import Scope, host_of, normalize_url
-from groundup.corpus.crawl.warc import Entry, WarcFiles, page_records
+from groundup.corpus.crawl.warc import Entry, WarcFiles, page_record
 from groundup.errors import GroundupError
 
 MAX_WAITING = 1_000_000
@@ -270,8 +270,8 @@ class Session(Spider):
         if found.noindex and not page.named:
             self._outcome("refused", page, reason=Refusal.NOINDEX, links=links)
             return
-        records = await asyncio.to_thread(page_records, response)
-        self._outcome("stored", page, records, links=links, size_bytes=len(response.body))
+        record = await asyncio.to_thread(page_record, response)
+        self._outcome("stored", page, record, links=links, size_bytes=len(response.body))
 
     def _redirect(self, page: Page, response: Response) -> None:
         if (target := location(response)) is None:
@@ -301,11 +301,11 @@ class Session(Spider):
                     into[url] = None
         self._outcome("listed", page, links=tuple(links), sitemaps=tuple(sitemaps))
 
-    def _outcome(self, event: Any, page: Page, records: bytes = b"", **more: Any) -> None:
+    def _outcome(self, event: Any, page: Page, record: bytes = b"", **more: Any) -> None:
         """Write an outcome down, then act on it."""
         entry = Entry(event, page.first_url, sitemap=page.sitemap, depth=page.depth, via=page.hops, **more)
         if self._files is not None:
-            self._files.append(records + entry.record())
+            self._files.append(record + entry.record())
             self.report.fetched += entry.event == "stored"
         elif entry.event == "refused":
             self.report.planned.append(Planned(entry.url, entry.reason, entry.detail))

@@ -1,9 +1,8 @@
 """The WARC files of a crawl (ISO 28500), which are its journal too: a killed crawl goes on from what they hold.
 
-A page is a response and a request record; every outcome, and every address that the user gave, is a metadata record
-with an `Entry` as JSON, a page's behind its other records. Each record is a gzip member of its own. A file grows under
-`NAME.open`, and gets its name when it is full or the crawl stops; what a kill left behind the last whole entry is cut
-off at the next start.
+A page is a response record; every outcome, and every address that the user gave, is a metadata record with an `Entry`
+as JSON, a page's behind its response. Each record is a gzip member of its own. A file grows under `NAME.open`, and gets
+its name when it is full or the crawl stops; what a kill left behind the last whole entry is cut off at the next start.
 
 Bodies are stored unpacked and in one piece. Headers that speak of the packed or chunked form they had on the wire keep
 their values under an `X-Crawl-` name, as Common Crawl does it: a reader that follows the headers reads correctly.
@@ -16,7 +15,6 @@ import io
 import json
 import os
 import re
-import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ from typing import IO, Literal
 from fastwarc.stream_io import GzipWriter
 from fastwarc.warc import WarcRecord, WarcRecordType
 from pydantic import TypeAdapter
-from scrapy.http import Headers, Response
+from scrapy.http import Response
 
 from groundup.corpus.crawl.report import Refusal
 from groundup.environment import version_of
@@ -37,7 +35,6 @@ from groundup.untrusted import ordinary_file
 
 _OF_THE_WIRE = frozenset({b"content-encoding", b"transfer-encoding", b"content-length"})
 _MAX_HEAD_BYTES = 24 << 10  # readers of WARC files give up on longer ones
-_SYNC_SECONDS = 5.0
 FIX = "Put it back as it was, or begin a new crawl in another folder with --out."
 
 
@@ -65,26 +62,18 @@ class Entry:
 _ENTRY = TypeAdapter(Entry)
 
 
-def page_records(response: Response) -> bytes:
-    """A page as response and request records."""
-    assert response.request is not None
-    request, body = response.request, response.body
+def page_record(response: Response) -> bytes:
+    """A page as a response record."""
     head = [f"HTTP/1.1 {response.status} {responses.get(response.status, '')}".rstrip().encode()]
-    for name, value in _lines_of(response.headers):
-        head.append((b"X-Crawl-" if name.lower() in _OF_THE_WIRE else b"") + name + b": " + value)
-        if sum(map(len, head)) > _MAX_HEAD_BYTES:
-            head.pop()
-    block = b"\r\n".join([*head, b"Content-Length: %d" % len(body), b"", b""]) + body
-    asked = [f"GET /{request.url.split('/', 3)[3]} HTTP/1.1".encode()]
-    asked += [name + b": " + value for name, value in _lines_of(request.headers)]
-    kind, digest = "application/http; msgtype=", hashlib.sha1(body, usedforsecurity=False).digest()
-    return _record(WarcRecordType.response, request.url, kind + "response", block, digest) + _record(
-        WarcRecordType.request, request.url, kind + "request", b"\r\n".join([*asked, b"", b""])
-    )
-
-
-def _lines_of(headers: Headers) -> list[tuple[bytes, bytes]]:
-    return [(name, re.sub(rb"[\r\n]", b" ", value)) for name in headers for value in headers.getlist(name)]
+    for name in response.headers:
+        for value in response.headers.getlist(name):
+            kept = b"X-Crawl-" + name if name.lower() in _OF_THE_WIRE else name
+            head.append(kept + b": " + re.sub(rb"[\r\n]", b" ", value))
+            if sum(map(len, head)) > _MAX_HEAD_BYTES:
+                head.pop()
+    block = b"\r\n".join([*head, b"Content-Length: %d" % len(response.body), b"", b""]) + response.body
+    digest = hashlib.sha1(response.body, usedforsecurity=False).digest()
+    return _record(WarcRecordType.response, response.url, "application/http; msgtype=response", block, digest)
 
 
 def _record(kind: WarcRecordType, url: str, content_type: str, block: bytes, digest: bytes | None = None) -> bytes:
@@ -111,7 +100,6 @@ class WarcFiles:
         self._folder, self._user_agent, self._max_bytes = folder, user_agent, max_bytes
         self._handle: IO[bytes] | None = None
         self._number = self._end = self._first = 0  # bytes: behind the last whole entry, and behind the first record
-        self._synced = time.monotonic()
         self.entries: list[Entry] = []
         for path in sorted(folder.glob("pages-*.warc.gz")):
             if path != self._path:
@@ -140,9 +128,6 @@ class WarcFiles:
                 self._first = self._end
                 sync(self._folder)
             self._write(records)
-            if time.monotonic() - self._synced > _SYNC_SECONDS:
-                os.fsync(self._handle.fileno())
-                self._synced = time.monotonic()
         except OSError as error:
             raise write_error(self._growing, error) from error
 
