@@ -128,7 +128,7 @@ def _given(urls: Sequence[str], sitemaps: Sequence[str]) -> list[Entry]:
             f"{len(wrong):,} of the addresses given cannot be fetched:\n{shown}",
             "An address begins with http:// or https://, names a host and carries no password.",
         )
-    return entries
+    return list(dict.fromkeys(entries))
 
 
 def _check_scope(out: Path, settings: CrawlSettings, something_given: bool) -> None:
