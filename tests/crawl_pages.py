@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("scrapy")
 
+from groundup.cli.building import stopped_by_sigterm
 from groundup.corpus.crawl import CrawlReport, CrawlSettings, crawl
 from groundup.errors import Interrupted
 
@@ -31,7 +32,8 @@ def quick(**changes: Any) -> CrawlSettings:
 def crawl_and_exit(url: str, out: str, delay: float) -> None:
     """For a process of its own."""
     try:
-        crawl([url], out, CrawlSettings(allow_private=True, delay_seconds=delay, depth=3, file_mib=0.02))
+        with stopped_by_sigterm():
+            crawl([url], out, CrawlSettings(allow_private=True, delay_seconds=delay, depth=3, file_mib=0.02))
     except Interrupted as stop:
         sys.exit(stop.exit_code)
 

@@ -31,7 +31,7 @@ from test_scaling_law import DATA, made_up
 
 from groundup.alignment.conversations import load_conversations
 from groundup.console import Console
-from groundup.corpus.crawl.pages import extract_links, parse_robots, parse_sitemap, retry_after_seconds
+from groundup.corpus.crawl.pages import extract_links, parse_robots, parse_sitemap, retry_after_seconds, unpacked
 from groundup.corpus.crawl.report import Refused
 from groundup.corpus.crawl.urls import normalize_url
 from groundup.corpus.crawl.warc import Entry, WarcFiles
@@ -418,10 +418,12 @@ def read_crawl_files(folder: Path) -> None:
     if path.is_symlink():
         return  # what comes from the net is no file
     body = path.read_bytes()
-    headers = {"content-type": body[:99].decode("latin-1"), "x-robots-tag": body[-99:].decode("latin-1")}
-    extract_links(body, "https://example.org/", headers, "groundup")
+    start, end = body[:99].decode("latin-1"), body[-99:].decode("latin-1")
+    extract_links(body, "https://example.org/", start, end, "groundup")
     parse_robots(body, "groundup").can_fetch("https://example.org/private", "groundup")
-    retry_after_seconds(headers["x-robots-tag"])
+    retry_after_seconds(end)
+    with contextlib.suppress(Refused):
+        unpacked(body, "gzip", 1 << 20)
     with contextlib.suppress(Refused):
         _ = [normalize_url(url) for urls in parse_sitemap(body) for url in urls]
 

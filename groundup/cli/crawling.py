@@ -12,7 +12,7 @@ from rich.table import Table
 from groundup.cli.options import JsonOption, QuietOption, command_line, print_json, result_console
 
 if TYPE_CHECKING:
-    from groundup.corpus.crawl import CrawlReport, CrawlSettings, Planned
+    from groundup.corpus.crawl import CrawlReport, CrawlSettings
 
 EPILOG = (
     "Examples:  groundup corpus crawl https://example.org/ --out pages  ·  "
@@ -44,12 +44,14 @@ def crawl(
         str | None,
         typer.Option(metavar="A,B", help="Content types (default text/html,application/xhtml+xml,text/plain)."),
     ] = None,
-    delay: Annotated[
+    delay_seconds: Annotated[
         float | None,
-        typer.Option(help="Seconds between two requests to a host, or more as robots.txt asks (default 1)."),
+        typer.Option("--delay", help="Seconds between two requests to a host, or more as robots.txt asks (default 1)."),
     ] = None,
     concurrency: Annotated[int | None, typer.Option(help="Hosts asked at the same time (default 16).")] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds until a page is given up (default 30).")] = None,
+    timeout_seconds: Annotated[
+        float | None, typer.Option("--timeout", help="Seconds until a page is given up (default 30).")
+    ] = None,
     retries: Annotated[int | None, typer.Option(help="Times to ask again after a passing fault (default 3).")] = None,
     user_agent: Annotated[
         str | None, typer.Option(help="User-Agent header; name an address where you can be reached.")
@@ -70,32 +72,20 @@ def crawl(
 
     Interrupted anywhere, the same command goes on. Exit code 1 if no page is stored.
     """
+    settings = _settings(out, locals())
+    from groundup.cli.building import stopped_by_sigterm
     from groundup.console import Console
     from groundup.corpus.crawl import crawl as fetch
-    from groundup.corpus.crawl import plan_crawl
 
-    settings = _settings(
-        out,
-        depth=depth,
-        same_path=same_path,
-        hosts=_listed(hosts),
-        max_pages=max_pages,
-        max_megabytes=max_megabytes,
-        max_page_mib=max_page_mib,
-        types=_listed(types),
-        delay_seconds=delay,
-        concurrency=concurrency,
-        timeout_seconds=timeout,
-        retries=retries,
-        user_agent=user_agent,
-        allow_private=allow_private,
-    )
     console = Console(quiet=quiet)
     pages = [*(urls or []), *(url for path in url_files or [] for url in _lines(path))]
+    with stopped_by_sigterm():
+        report = fetch(
+            pages, out, settings, console, sitemaps=sitemaps or [], retry_failed=retry_failed, dry_run=dry_run
+        )
     if dry_run:
-        _show_plan(plan_crawl(pages, settings, sitemaps=sitemaps or [], out=out, console=console), settings, as_json)
+        _show_plan(report, settings.max_pages, as_json)
         return
-    report = fetch(pages, out, settings, console, sitemaps=sitemaps or [], retry_failed=retry_failed)
     if as_json:
         print_json(report.to_json())
     elif not quiet:
@@ -106,30 +96,24 @@ def crawl(
         raise typer.Exit(1)
 
 
-_OPTIONS = {"delay_seconds": "--delay", "timeout_seconds": "--timeout"}
-
-
-def _settings(out: Path, **chosen: Any) -> CrawlSettings:
+def _settings(out: Path, chosen: dict[str, Any]) -> CrawlSettings:
     """The settings that were given, else those of the crawl in the folder; all that is wrong with them at once."""
     from pydantic import ValidationError
 
     from groundup.corpus.crawl import CrawlSettings, earlier_settings
     from groundup.errors import Problem, RecipeError
 
-    given = {name: value for name, value in chosen.items() if value is not None}
+    given = {name: chosen[name] for name in CrawlSettings.model_fields if chosen.get(name) is not None}
+    for name in {"hosts", "types"} & given.keys():
+        given[name] = tuple(part for part in given[name].split(",") if part.strip())
     try:
         return CrawlSettings(**{**earlier_settings(out), **given})
     except ValidationError as error:
         problems = []
         for fault in error.errors(include_url=False):
-            name = str(fault["loc"][0])
-            option = _OPTIONS.get(name, "--" + name.replace("_", "-"))
+            option = "--" + str(fault["loc"][0]).removesuffix("_seconds").replace("_", "-")
             problems.append(Problem(f"{option} {fault['input']}", fault["msg"] + "."))
         raise RecipeError("corpus crawl", problems) from error
-
-
-def _listed(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _lines(path: Path) -> list[str]:
@@ -142,21 +126,17 @@ def _lines(path: Path) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def _show_plan(planned: list[Planned], settings: CrawlSettings, as_json: bool) -> None:
+def _show_plan(report: CrawlReport, max_pages: int, as_json: bool) -> None:
     if as_json:
-        print_json(
-            [
-                {"url": page.url, "fetch": not page.reason, "reason": page.reason, "detail": page.detail}
-                for page in planned
-            ]
-        )
+        print_json([page._asdict() for page in report.planned])
         return
-    for page in planned:
-        typer.echo(f"{'fetch' if not page.reason else 'leave'}  {page.url}" + (f"  ({page})" if page.reason else ""))
-    n_fetched = sum(not page.reason for page in planned)
-    typer.echo(f"{n_fetched:,} to fetch, {len(planned) - n_fetched:,} to leave", err=True)
-    if n_fetched > settings.max_pages:
-        typer.echo(f"The first {settings.max_pages:,} of them are fetched: --max-pages", err=True)
+    for url, *why in report.planned:
+        reason = ": ".join(filter(None, why))
+        typer.echo(f"leave  {url}  ({reason})" if reason else f"fetch  {url}")
+    n_fetched = sum(not page.reason for page in report.planned)
+    typer.echo(f"{n_fetched:,} to fetch, {len(report.planned) - n_fetched:,} to leave", err=True)
+    if n_fetched > max_pages:
+        typer.echo(f"The first {max_pages:,} of them are fetched: --max-pages", err=True)
 
 
 def _table(report: CrawlReport) -> Table:
@@ -166,17 +146,11 @@ def _table(report: CrawlReport) -> Table:
     table.add_column("outcome")
     table.add_column("addresses", justify="right")
     table.add_column("for example")
-    n_files = len(report.files)
-    where = f"{format_bytes(report.stored_bytes)} in {n_files:,} {'file' if n_files == 1 else 'files'}"
-    table.add_row("stored", f"{report.stored:,}", where if n_files else "")
-    if report.listed:
-        table.add_row("sitemap read", f"{report.listed:,}", "")
-    for reason, count in report.refused.most_common():
-        url, detail = next(iter(report.examples.get(reason, [])), ("", ""))
-        table.add_row(reason, f"{count:,}", f"{url} {detail}".strip())
-    if report.waiting:
-        table.add_row("waiting", f"{report.waiting:,}", "")
-    table.add_row("found", f"{report.found:,}", "")
+    rows = [("stored", report.stored, format_bytes(report.stored_bytes)), ("sitemap read", report.listed, "")]
+    rows += [(reason, count, " ".join(report.examples[reason])) for reason, count in report.refused.most_common()]
+    for outcome, count, example in (*rows, ("waiting", report.waiting, ""), ("found", report.found, "")):
+        if count or outcome in ("stored", "found"):
+            table.add_row(outcome, f"{count:,}", example)
     return table
 
 

@@ -6,9 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
-
-_EXAMPLES = 3
+from typing import Any, NamedTuple
 
 
 class Refusal(StrEnum):
@@ -38,26 +36,15 @@ class Refusal(StrEnum):
     @property
     def passes(self) -> bool:
         """Whether a later session may succeed: `--retry-failed` asks again."""
-        return self in _PASSING
+        return self.name in ("ROBOTS_UNREACHABLE", "SERVER_ERROR", "TIMEOUT", "CONNECTION", "CUT_OFF")
 
 
-_PASSING = frozenset(
-    {
-        Refusal.ROBOTS_UNREACHABLE, Refusal.SERVER_ERROR, Refusal.TIMEOUT, Refusal.CONNECTION, Refusal.CUT_OFF,
-        Refusal.ASKED_TO_WAIT,
-    }
-)  # fmt: skip
+class NoOutcome(Exception):
+    """A page's turn ends without an outcome."""
 
 
 class Refused(Exception):
-    """An address is given up, for now or for good.
-
-    Args:
-        reason: why, as a word that is counted.
-        detail: why, in this case.
-        again: whether it pays to ask again soon.
-        wait_seconds: how long the server asks us to wait before that.
-    """
+    """An address is given up, for now or for good (`again`: it pays to ask again soon, after `wait_seconds`)."""
 
     def __init__(
         self, reason: Refusal, detail: str = "", *, again: bool = False, wait_seconds: float | None = None
@@ -66,73 +53,40 @@ class Refused(Exception):
         self.reason, self.detail, self.again, self.wait_seconds = reason, detail, again, wait_seconds
 
 
-@dataclass(frozen=True)
-class Planned:
+class Planned(NamedTuple):
     """What a crawl would do with an address: fetch it (no reason), or not."""
 
     url: str
     reason: str = ""
     detail: str = ""
 
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}" if self.detail else self.reason
-
 
 @dataclass
 class CrawlReport:
-    """The state of a crawl's folder, all sessions together: found = stored + listed + refused + waiting.
-
-    Attributes:
-        folder: where it is.
-        stored: pages in the WARC files.
-        stored_bytes: bytes of their bodies.
-        listed: sitemaps that were read.
-        refused: addresses given up, by reason.
-        examples: a few of them by reason: (address, detail).
-        waiting: addresses without an outcome.
-        found: addresses given or found.
-        fetched: pages stored in this session.
-        elsewhere: addresses in sitemaps that lead to hosts outside the crawl; not among the found.
-        overflow: addresses not followed because too many waited; not among the found.
-        closed_hosts: hosts that are left alone until the next session, and why.
-        limit: the setting that ended this session, or "".
-        seconds: how long this session took.
-    """
+    """The state of a crawl's folder, all sessions together: found = stored + listed + refused + waiting."""
 
     folder: Path
-    stored: int = 0
-    stored_bytes: int = 0
-    listed: int = 0
-    refused: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-    waiting: int = 0
-    found: int = 0
-    fetched: int = 0
-    elsewhere: int = 0
-    overflow: int = 0
-    closed_hosts: dict[str, str] = field(default_factory=dict)
-    limit: str = ""
-    seconds: float = 0.0
+    stored: int = 0  # pages in the WARC files
+    stored_bytes: int = 0  # of their bodies
+    listed: int = 0  # sitemaps that were read
+    refused: Counter[str] = field(default_factory=Counter)  # addresses given up, by reason
+    examples: dict[str, tuple[str, str]] = field(default_factory=dict)  # the first of each reason, and its detail
+    waiting: int = 0  # addresses without an outcome
+    found: int = 0  # addresses given or found
+    fetched: int = 0  # pages stored in this session
+    elsewhere: int = 0  # addresses in sitemaps that lead to hosts outside the crawl; not among the found
+    overflow: int = 0  # addresses not followed because too many waited; not among the found
+    closed_hosts: dict[str, str] = field(default_factory=dict)  # left alone until the next session, and why
+    limit: str = ""  # the setting that ended this session
+    seconds: float = 0.0  # how long this session took
+    planned: list[Planned] = field(default_factory=list)  # what a dry run found
 
     @property
     def files(self) -> list[Path]:
         """The finished WARC files."""
         return sorted(self.folder.glob("pages-*.warc.gz"))
 
-    def refuse(self, url: str, reason: str, detail: str) -> None:
-        """Count an address that was given up."""
-        self.refused[str(reason)] += 1
-        examples = self.examples.setdefault(str(reason), [])
-        if len(examples) < _EXAMPLES:
-            examples.append((url, detail))
-
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        values = {name: value for name, value in vars(self).items() if name != "examples"}
-        return {
-            **values,
-            "folder": str(self.folder),
-            "refused": dict(self.refused.most_common()),
-            "files": [path.name for path in self.files],
-            "seconds": round(self.seconds, 3),
-        }
+        values = {name: value for name, value in vars(self).items() if name not in ("examples", "planned")}
+        return {**values, "folder": str(self.folder), "files": [path.name for path in self.files]}

@@ -52,13 +52,3 @@ class CrawlSettings(Section):
     def product(self) -> str:
         """The name that robots.txt may give rules for: the user agent's first word, without its version."""
         return self.user_agent.split()[0].split("/")[0]
-
-    @property
-    def max_page_bytes(self) -> int:
-        """`max_page_mib` in bytes."""
-        return int(self.max_page_mib * 2**20)
-
-    @property
-    def max_bytes(self) -> int:
-        """`max_megabytes` in bytes."""
-        return int(self.max_megabytes * 10**6)

@@ -1,8 +1,4 @@
-"""Addresses in one spelling, so that nothing is fetched twice, and the rules which of them may be asked for.
-
-The spelling is RFC 3986, sections 6.2.2 and 6.2.3: lower-case scheme and host (punycode), no default port, no fragment,
-no dot segments, percent-escapes in upper case and only where they are needed.
-"""
+"""Addresses in one spelling, so that nothing is fetched twice, and the rules which of them may be asked for."""
 
 from __future__ import annotations
 
@@ -11,6 +7,7 @@ import re
 from collections.abc import Iterable
 from urllib.parse import quote, urljoin, urlsplit
 
+from w3lib.url import safe_url_string
 from yarl import URL
 
 MAX_URL_CHARACTERS = 4096
@@ -24,11 +21,9 @@ _LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")
 
 
 def normalize_url(url: str, base: str | None = None) -> str | None:
-    """An http(s) address in its one spelling, ASCII; None if it is not one.
+    """An http(s) address in its one spelling (RFC 3986, 6.2.2 and 6.2.3; Scrapy's too), ASCII; None if it is not one.
 
-    Args:
-        url: as it was written, with whatever around it; lone surrogates stand for raw bytes (`surrogateescape`).
-        base: the page it stands on, if it may be relative to it.
+    It may be relative to `base`; lone surrogates stand for raw bytes (`surrogateescape`).
     """
     # As browsers do (WHATWG URL, 4.4): surrounding spaces and control characters go, and tabs and newlines inside.
     url = re.sub(r"[\t\r\n]", "", url.strip(_BLANKS))
@@ -38,15 +33,15 @@ def normalize_url(url: str, base: str | None = None) -> str | None:
         url = _TO_QUOTE.sub(lambda found: quote(found[0], errors="surrogateescape"), url)
         parsed = URL(url if base is None else urljoin(base, url))
         host, port = (parsed.raw_host or "").lower().removesuffix("."), parsed.explicit_port
-    except (ValueError, TypeError):
+        known = parsed.scheme in _DEFAULT_PORTS and "@" not in parsed.raw_authority
+        if not known or port == 0 or len(host) > 253 or not _HOST.fullmatch(host):
+            return None
+        query = f"?{parsed.raw_query_string}" if parsed.raw_query_string else ""
+        host = f"[{host}]" if ":" in host else host
+        authority = host if port in (None, _DEFAULT_PORTS[parsed.scheme]) else f"{host}:{port}"
+        return safe_url_string(f"{parsed.scheme}://{authority}{parsed.raw_path or '/'}{query}")
+    except (ValueError, TypeError, LookupError):
         return None
-    known = parsed.scheme in _DEFAULT_PORTS and "@" not in parsed.raw_authority
-    if not known or port == 0 or len(host) > 253 or not _HOST.fullmatch(host):
-        return None
-    query = f"?{parsed.raw_query_string}" if parsed.raw_query_string else ""
-    host = f"[{host}]" if ":" in host else host
-    authority = host if port in (None, _DEFAULT_PORTS[parsed.scheme]) else f"{host}:{port}"
-    return f"{parsed.scheme}://{authority}{parsed.raw_path or '/'}{query}"
 
 
 def host_of(url: str) -> str:
@@ -82,38 +77,30 @@ def is_public(address: str) -> bool:
 
 
 class Scope:
-    """Which of the addresses found on pages and in sitemaps belong to a crawl (`www.` makes no difference).
+    """Which of the addresses found on pages and in sitemaps belong to a crawl (`www.` makes no difference)."""
 
-    Args:
-        same_path: whether the folder must be that of a given page.
-        hosts: hosts that belong to it in any case.
-    """
-
-    def __init__(self, *, same_path: bool, hosts: Iterable[str]) -> None:
+    def __init__(self, hosts: Iterable[str], *, same_path: bool) -> None:
         self._same_path = same_path
-        self._hosts = {host.strip().lower().removeprefix("www.") for host in hosts}
-        self._given: set[tuple[str, str]] = set()  # host and folder; of each host also without a folder
+        self._hosts = {host.removeprefix("www.") for host in hosts}
+        self._given: set[str] = set()  # host/folder/ of what was given, and its host
 
     def add(self, url: str) -> None:
         """An address that the user gave, or that a given one was redirected to."""
-        host, folder = _place(url)
-        self._given |= {(host, folder), (host, "")}
+        folder = _folder(url)
+        self._given |= {folder, folder.partition("/")[0]}
 
     def has_host(self, url: str) -> bool:
         """Whether its host is one that may be visited."""
-        host = _place(url)[0]
-        return host in self._hosts or (host, "") in self._given
+        host = _folder(url).partition("/")[0]
+        return host in self._hosts or host in self._given
 
     def __contains__(self, url: str) -> bool:
-        host, folder = _place(url)
-        if not self._same_path or host in self._hosts:
+        folder = _folder(url)
+        if not self._same_path or folder.partition("/")[0] in self._hosts:
             return self.has_host(url)
         # Every folder above the address, not every given page: a list of a million pages is no slower.
-        while folder and (host, folder) not in self._given:
-            folder = folder[:-1].rpartition("/")[0] + "/" if folder != "/" else ""
-        return bool(folder)
+        return any(folder[: mark.end()] in self._given for mark in re.finditer("/", folder))
 
 
-def _place(url: str) -> tuple[str, str]:
-    parts = urlsplit(url)
-    return (parts.hostname or "").removeprefix("www."), parts.path.rpartition("/")[0] + "/"
+def _folder(url: str) -> str:
+    return host_of(url).removeprefix("www.") + urlsplit(url).path.rpartition("/")[0] + "/"

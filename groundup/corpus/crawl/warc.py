@@ -1,9 +1,8 @@
 """The WARC files of a crawl (ISO 28500), which are its journal too: a killed crawl goes on from what they hold.
 
-A page is a response and a request record; every outcome, and every address that the user gave, is a metadata record
-with an `Entry` as JSON, a page's behind its other records. Each record is a gzip member of its own. A file grows under
-`NAME.open`, and gets its name when it is full or the crawl stops; what a kill left behind the last whole entry is cut
-off at the next start.
+A page is a response record; every outcome, and every address that the user gave, is a metadata record with an `Entry`
+as JSON, a page's behind its response. Each record is a gzip member of its own. A file grows under `NAME.open`, and gets
+its name when it is full or the crawl stops; what a kill left behind the last whole entry is cut off at the next start.
 
 Bodies are stored unpacked and in one piece. Headers that speak of the packed or chunked form they had on the wire keep
 their values under an `X-Crawl-` name, as Common Crawl does it: a reader that follows the headers reads correctly.
@@ -11,60 +10,48 @@ their values under an `X-Crawl-` name, as Common Crawl does it: a reader that fo
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
 import os
-import time
+import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import responses
 from pathlib import Path
 from typing import IO, Literal
 
 from fastwarc.stream_io import GzipWriter
 from fastwarc.warc import WarcRecord, WarcRecordType
 from pydantic import TypeAdapter
+from scrapy.http import Response
 
 from groundup.corpus.crawl.report import Refusal
 from groundup.environment import version_of
-from groundup.errors import ArtifactError, GroundupError
-from groundup.files import sync
+from groundup.errors import ArtifactError
+from groundup.files import sync, write_error
 from groundup.untrusted import ordinary_file
 
 _OF_THE_WIRE = frozenset({b"content-encoding", b"transfer-encoding", b"content-length"})
 _MAX_HEAD_BYTES = 24 << 10  # readers of WARC files give up on longer ones
-_SYNC_SECONDS = 5.0
+FIX = "Put it back as it was, or begin a new crawl in another folder with --out."
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a metadata record says.
+    """What a metadata record says."""
 
-    Attributes:
-        event: "given" by the user; "stored"; "listed": a sitemap was read; "refused".
-        url: the address, as it was given or found.
-        sitemap: whether it is a sitemap.
-        depth: links between it and a given page.
-        via: the addresses it was redirected to, in their order; the last one is what was stored.
-        links: new addresses that it led to; those of a sitemap are no deeper than it.
-        sitemaps: new sitemaps that it led to.
-        reason: why it was refused.
-        detail: why, in this case.
-        size_bytes: size of the stored body.
-    """
-
-    event: Literal["given", "stored", "listed", "refused"]
-    url: str
+    event: Literal["given", "stored", "listed", "refused"]  # given: by the user; listed: a sitemap was read
+    url: str  # as it was given or found
     sitemap: bool = False
-    depth: int = 0
-    via: tuple[str, ...] = ()
-    links: tuple[str, ...] = ()
-    sitemaps: tuple[str, ...] = ()
+    depth: int = 0  # links between it and a given page
+    via: tuple[str, ...] = ()  # where it was redirected to, in their order; the last one is what was stored
+    links: tuple[str, ...] = ()  # new addresses that it led to; those of a sitemap are no deeper than it
+    sitemaps: tuple[str, ...] = ()  # new sitemaps that it led to
     reason: Refusal | Literal[""] = ""
     detail: str = ""
-    size_bytes: int = 0
+    size_bytes: int = 0  # of the stored body
 
     def record(self) -> bytes:
         """As a metadata record."""
@@ -75,40 +62,26 @@ class Entry:
 _ENTRY = TypeAdapter(Entry)
 
 
-@dataclass(frozen=True)
-class Exchange:
-    """What was asked and answered, as it was sent, apart from the body."""
-
-    request: bytes
-    status_line: str
-    headers: Sequence[tuple[bytes, bytes]]
-    address: str
-
-
-def page_records(url: str, exchange: Exchange, body: bytes) -> bytes:
-    """A page as response and request records."""
-    head = [exchange.status_line.encode("latin-1", "replace")]
-    for name, value in exchange.headers:
-        name = b"X-Crawl-" + name if name.lower() in _OF_THE_WIRE else name
-        head.append(name + b": " + value.replace(b"\r", b" ").replace(b"\n", b" "))
-        if sum(map(len, head)) > _MAX_HEAD_BYTES:
-            head.pop()
-    block = b"\r\n".join([*head, b"Content-Length: %d" % len(body), b"", b""]) + body
-    digest = hashlib.sha1(body, usedforsecurity=False).digest()
-    kind = "application/http; msgtype="
-    return _record(WarcRecordType.response, url, kind + "response", block, exchange.address, digest) + _record(
-        WarcRecordType.request, url, kind + "request", exchange.request
-    )
+def page_record(response: Response) -> bytes:
+    """A page as a response record."""
+    head = [f"HTTP/1.1 {response.status} {responses.get(response.status, '')}".rstrip().encode()]
+    for name in response.headers:
+        for value in response.headers.getlist(name):
+            kept = b"X-Crawl-" + name if name.lower() in _OF_THE_WIRE else name
+            head.append(kept + b": " + re.sub(rb"[\r\n]", b" ", value))
+            if sum(map(len, head)) > _MAX_HEAD_BYTES:
+                head.pop()
+    block = b"\r\n".join([*head, b"Content-Length: %d" % len(response.body), b"", b""]) + response.body
+    digest = hashlib.sha1(response.body, usedforsecurity=False).digest()
+    return _record(WarcRecordType.response, response.url, "application/http; msgtype=response", block, digest)
 
 
-def _record(
-    kind: WarcRecordType, url: str, content_type: str, block: bytes, address: str = "", digest: bytes | None = None
-) -> bytes:
+def _record(kind: WarcRecordType, url: str, content_type: str, block: bytes, digest: bytes | None = None) -> bytes:
     record = WarcRecord()
     record.init_headers(kind, content_length=len(block))
-    for name, value in (("WARC-Target-URI", url), ("WARC-IP-Address", address), ("Content-Type", content_type)):
-        if value:
-            record.headers[name] = value
+    if url:
+        record.headers["WARC-Target-URI"] = url
+    record.headers["Content-Type"] = content_type
     record.set_bytes_content(block)
     packed = io.BytesIO()
     with GzipWriter(packed, 6) as writer:
@@ -117,41 +90,26 @@ def _record(
 
 
 class WarcFiles:
-    """The numbered files of a crawl's folder; the last one may be growing. Close it with `close`.
-
-    Args:
-        folder: the crawl's folder.
-        user_agent: said in each file's first record.
-        max_bytes: size after which the next file is begun.
-        write: whether to open it for writing, and so to cut off what a kill left.
-
-    Attributes:
-        entries: what the files hold, in its order.
+    """The numbered files of a crawl's folder, and what they hold (`entries`); the last one may be growing.
 
     Raises:
         ArtifactError: a finished file is missing or damaged.
     """
 
-    def __init__(self, folder: Path, user_agent: str, max_bytes: int, *, write: bool = True) -> None:
+    def __init__(self, folder: Path, user_agent: str = "", max_bytes: int = 0, *, write: bool = True) -> None:
         self._folder, self._user_agent, self._max_bytes = folder, user_agent, max_bytes
         self._handle: IO[bytes] | None = None
-        self._first = self._end = 0  # bytes: behind the file's first record, and behind the last whole entry
-        self._synced = time.monotonic()
+        self._number = self._end = self._first = 0  # bytes: behind the last whole entry, and behind the first record
         self.entries: list[Entry] = []
-        finished = sorted(folder.glob("pages-*.warc.gz"))
-        for self._number, path in enumerate(finished):
-            if path != self._path():
-                raise ArtifactError(f"{self._path()}: is gone, and later files are there.", _FIX)
+        for path in sorted(folder.glob("pages-*.warc.gz")):
+            if path != self._path:
+                raise ArtifactError(f"{self._path}: is gone, and later files are there.", FIX)
             if self._read(path) != (size := path.stat().st_size):
-                raise ArtifactError(f"{path}: is damaged behind byte {self._end:,} of {size:,}.", _FIX)
-        self._number, self._end = len(finished), 0
-        growing = self._open_path()
-        if growing.exists() and self._read(growing) and write:
-            self._handle = growing.open("r+b", buffering=0)
-        if write:
-            for stray in folder.glob("pages-*.warc.gz.open"):
-                if stray != growing or self._handle is None:
-                    stray.unlink()
+                raise ArtifactError(f"{path}: is damaged behind byte {self._end:,} of {size:,}.", FIX)
+            self._number += 1
+        self._end = 0
+        if self._growing.exists() and self._read(self._growing) and write:
+            self._handle = self._growing.open("r+b", buffering=0)
 
     def append(self, records: bytes) -> None:
         """Write records that end with an entry's.
@@ -159,40 +117,36 @@ class WarcFiles:
         Raises:
             GroundupError: the disk is full or the file cannot be written; it ends with the entry before.
         """
+        if self._end > self._first and self._end + len(records) > self._max_bytes:
+            self.close()
         try:
-            if self._end > self._first and self._end + len(records) > self._max_bytes:
-                self._finish()
             if self._handle is None:
-                self._begin()
+                self._handle, self._end = self._growing.open("wb", buffering=0), 0
+                about = f"software: groundup/{version_of('groundup')}\r\nformat: WARC File Format 1.1\r\n"
+                about += f"robots: obey\r\nhttp-header-user-agent: {self._user_agent}\r\n"
+                self._write(_record(WarcRecordType.warcinfo, "", "application/warc-fields", about.encode()))
+                self._first = self._end
+                sync(self._folder)
             self._write(records)
-            self._end += len(records)
-            if time.monotonic() - self._synced > _SYNC_SECONDS and self._handle is not None:
-                os.fsync(self._handle.fileno())
-                self._synced = time.monotonic()
         except OSError as error:
-            raise store_error(self._open_path(), error) from error
+            raise write_error(self._growing, error) from error
 
     def close(self) -> None:
         """Give the growing file its name."""
+        if self._handle is None:
+            return
         try:
-            self._finish()
+            with self._handle as handle:
+                self._handle = None
+                handle.truncate(self._end)
+                os.fsync(handle.fileno())
+            if self._end > self._first:
+                self._growing.replace(self._path)
+                self._number += 1
+            sync(self._folder)
         except OSError as error:
-            raise store_error(self._open_path(), error) from error
-
-    def _begin(self) -> None:
-        self._end = 0
-        self._handle = self._open_path().open("wb", buffering=0)
-        lines = [
-            f"software: groundup/{version_of('groundup')}",
-            "format: WARC File Format 1.1",
-            "robots: obey",
-            f"http-header-user-agent: {self._user_agent}",
-            "",
-        ]
-        about = _record(WarcRecordType.warcinfo, "", "application/warc-fields", "\r\n".join(lines).encode())
-        self._write(about)
-        self._first = self._end = len(about)
-        sync(self._folder)
+            raise write_error(self._growing, error) from error
+        self._end = self._first = 0
 
     def _write(self, data: bytes) -> None:
         assert self._handle is not None
@@ -201,23 +155,7 @@ class WarcFiles:
         rest = memoryview(data)
         while rest:
             rest = rest[self._handle.write(rest) :]
-
-    def _finish(self) -> None:
-        if self._handle is None:
-            return
-        try:
-            self._handle.truncate(self._end)
-            os.fsync(self._handle.fileno())
-        finally:
-            self._handle.close()
-            self._handle = None
-        if self._end > self._first:
-            self._open_path().replace(self._path())
-            self._number += 1
-        else:
-            self._open_path().unlink(missing_ok=True)
-        sync(self._folder)
-        self._end = self._first = 0
+        self._end += len(data)
 
     def _read(self, path: Path) -> int:
         """Take up the entries of a file; returns the byte behind the last one."""
@@ -225,24 +163,21 @@ class WarcFiles:
         with ordinary_file(path).open("rb") as handle:
             for data, end in _members(handle):
                 head, _, block = data.partition(b"\r\n\r\n")
-                if b"\r\nWARC-Type: metadata\r\n" not in head:
-                    continue
-                try:
-                    entry = _ENTRY.validate_json(block)
-                except ValueError:
-                    break
-                self.entries.append(entry)
-                self._end = end
+                if b"\r\nWARC-Type: metadata\r\n" in head:
+                    try:
+                        self.entries.append(_ENTRY.validate_json(block))
+                    except ValueError:
+                        break
+                    self._end = end
         return self._end
 
+    @property
     def _path(self) -> Path:
         return self._folder / f"pages-{self._number:05d}.warc.gz"
 
-    def _open_path(self) -> Path:
-        return self._folder / f"pages-{self._number:05d}.warc.gz.open"
-
-
-_FIX = "Put it back as it was, or begin a new crawl in another folder with --out."
+    @property
+    def _growing(self) -> Path:
+        return Path(f"{self._path}.open")
 
 
 def _members(handle: IO[bytes]) -> Iterator[tuple[bytes, int]]:
@@ -259,13 +194,3 @@ def _members(handle: IO[bytes]) -> Iterator[tuple[bytes, int]]:
             if not rest and not unpacker.eof:
                 return
         yield b"".join(parts), handle.tell() - len(rest)
-
-
-def store_error(path: Path, error: OSError) -> GroundupError:
-    """Say in words why something in a crawl's folder could not be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return GroundupError(
-            f"{path}: the disk is full; every page that was stored before is whole.",
-            "Free some space, then give the same command again.",
-        )
-    return GroundupError(f"{path}: cannot be written ({error.strerror or error}).", "Choose another folder with --out.")
