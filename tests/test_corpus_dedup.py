@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import NGRAM, digests_of, planted_pairs, texts_of, write_units
 
-from groundup.corpus.dedup import Removed, UnitKeys, exact_duplicates, near_duplicates, rounds
+from groundup.corpus.dedup import Removed, UnitKeys, exact_duplicates, near_duplicates
+from groundup.corpus.dedup import near as near_module
 from groundup.corpus.dedup.files import range_of
 from groundup.corpus.dedup.minhash import signatures
-from groundup.corpus.dedup.near import join
-from groundup.corpus.dedup.rounds import decide
+from groundup.corpus.dedup.near import decide, join
 from groundup.corpus.engine import Engine, LocalPool
 from groundup.errors import ArtifactError
 from groundup.recipe import MinHashSettings
@@ -313,7 +313,7 @@ def test_rounds_are_deciding_one_after_the_other(data):
 
 
 def test_a_bucket_of_many_unlike_documents_is_given_up(monkeypatch):
-    monkeypatch.setattr(rounds, "MAX_LEADERS", 5)
+    monkeypatch.setattr(near_module, "MAX_LEADERS", 5)
     asked = []
 
     def unlike(left, right):

@@ -42,7 +42,7 @@ from groundup.corpus.reading.sources import InputFile, InputFiles, find_sources
 from groundup.corpus.reading.units import Unit, units_of
 from groundup.corpus.select import Annotated, Selection, write_decisions
 from groundup.corpus.words import WORDS_VERSION
-from groundup.corpus.write import Merge, WriteUnit, merge_range, write_cuts, write_unit
+from groundup.corpus.write import Merge, WriteUnit, merge_range, write_unit
 from groundup.errors import DataError
 from groundup.files import (
     append_file,
@@ -237,13 +237,9 @@ class Passes:
             n_words = settings.dedup_substring
             searches.append(repeated_substrings(self._keys, kept, n_words, self._work / "substrings", *common))
         for number, found in enumerate(zip(*searches, strict=True)):
-            spans: dict[int, list[tuple[int, int]]] = {}
-            for cuts in found:
-                for row, stretches in cuts.by_row().items():
-                    spans.setdefault(row, []).extend(stretches)
-            if spans:
-                names[number] = str(self._work / f"{number:06d}.cuts.json")
-                write_cuts(Path(names[number]), spans)
+            if any(map(len, found)):
+                names[number] = str(self._work / f"{number:06d}.cuts.npy")
+                np.save(names[number], np.concatenate(found))
         return names
 
     @property

@@ -382,3 +382,20 @@ def _combined(hashes: np.ndarray, begins: np.ndarray, n: int) -> np.ndarray:
 @functools.cache
 def _power(exponent: int) -> np.uint64:
     return np.uint64(pow(_NEXT_WORD, exponent, 1 << 64))
+
+
+def set_bits(field: np.ndarray, hashes: np.ndarray) -> None:
+    """Mark hashes in a field of bits, by their highest bits: `has_bits` then dismisses nearly all other hashes.
+
+    Args:
+        field: (a power of two,) uint8.
+        hashes: (n,) uint64.
+    """
+    bits = hashes >> np.uint64(65 - (8 * len(field)).bit_length())
+    np.bitwise_or.at(field, bits >> np.uint64(3), np.uint8(1) << (bits & np.uint64(7)).astype(np.uint8))
+
+
+def has_bits(field: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """(n,) bool: which hashes may be among those that are marked in the field."""
+    bits = hashes >> np.uint64(65 - (8 * len(field)).bit_length())
+    return (field[bits >> np.uint64(3)] >> (bits & np.uint64(7)).astype(np.uint8) & 1).astype(bool)
