@@ -266,18 +266,15 @@ def _bytes_before(runs: Sequence[str], owner: np.ndarray, place: np.ndarray) -> 
     return before[first + place] - before[first]
 
 
-def span_hashes(
-    data: bytes | memoryview, begin: np.ndarray, end: np.ndarray, heads: np.ndarray | None = None
-) -> np.ndarray:
+def span_hashes(data: bytes | memoryview, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
     """A well mixed hash of each run of bytes: h = mix(... mix(mix(piece 0) ^ piece 1) ...), pieces of eight bytes.
 
     Behind the last run there must be seven bytes more. Zeros at the end of a run are not told apart from its end.
-    `heads`, where they are known, are the first eight bytes of each run, zeros after its end.
     """
     # Element i of `pieces` is the eight bytes from byte i on.
     pieces = np.ndarray((len(data) - _PIECE + 1,), dtype="<u8", buffer=data, strides=(1,))
     sizes = end - begin
-    hashes = pieces[begin] & _MASKS.take(sizes, mode="clip") if heads is None else heads.copy()
+    hashes = pieces[begin] & _MASKS.take(sizes, mode="clip")
     mix(hashes)
     longer = np.flatnonzero(sizes > _PIECE)
     for piece in range(1, _PIECES):
