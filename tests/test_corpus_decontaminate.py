@@ -17,8 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from groundup.corpus.decontamination.files import find_tasks
-from groundup.corpus.decontamination.index import ContaminationCounts, EvaluationIndex, Match
-from groundup.corpus.decontamination.runs import COMMON_TEXTS
+from groundup.corpus.decontamination.index import COMMON_TEXTS, ContaminationCounts, EvaluationIndex, Match
 from groundup.errors import ArtifactError, DataError
 
 NUMBERS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()  # noqa: SIM905
@@ -212,13 +211,13 @@ def test_the_index_is_the_same_on_disk_and_elsewhere(tmp_path: Path, index: Eval
     texts = [QUESTION, "nothing", f"a {PIECE} b"]
     again = pickle.loads(pickle.dumps(index))
     assert len(pickle.dumps(index)) < 1000
-    assert again.find(texts) == index.find(texts) == EvaluationIndex.load(tmp_path / "index").find(texts)
+    assert again.find(texts) == index.find(texts) == EvaluationIndex(tmp_path / "index").find(texts)
     with pytest.raises(ArtifactError):
-        EvaluationIndex.load(tmp_path)
+        EvaluationIndex(tmp_path)
     about = json.loads((tmp_path / "index" / "index.json").read_text())
     (tmp_path / "index" / "index.json").write_text(json.dumps({**about, "words_version": -1}))
     with pytest.raises(ArtifactError, match="another version"):
-        EvaluationIndex.load(tmp_path / "index")
+        EvaluationIndex(tmp_path / "index")
 
 
 def plain_matches(evaluation: list[list[str]], text: str, ngram: int) -> dict[int, int]:

@@ -312,7 +312,7 @@ class Passes:
         if cut:
             statistics.changed["characters cut as repeated"] = cut
         if tasks[0].evaluation:
-            self.more["contamination"] = contamination.summary(EvaluationIndex.load(tasks[0].evaluation).tasks)
+            self.more["contamination"] = contamination.summary(EvaluationIndex(tasks[0].evaluation).tasks)
         with atomic_writer(self._out / SET_ASIDE_FILE, binary=True) as handle:
             for item in self._aside:
                 handle.write(orjson.dumps(set_aside_record(item)) + b"\n")

@@ -85,7 +85,7 @@ class _UnitWriter:
         self._work, self._settings = work, work.settings
         self._folder = Path(work.annotation)
         self._codes, self._survivors = read_decisions(Path(work.decisions))
-        self._evaluation = EvaluationIndex.load(work.evaluation) if work.evaluation else None
+        self._evaluation = EvaluationIndex(work.evaluation) if work.evaluation else None
         self._cuts = _read_cuts(work.cuts) if work.cuts else {}
         self._details = _Details(self._folder, self._codes, work) if self._codes.any() else None
         self._entries: Counter[tuple[str, str, str]] = Counter()
