@@ -205,10 +205,11 @@ class _TaskCounts:
     records: set[int] = field(default_factory=set)
     examples: list[tuple[str, int, str]] = field(default_factory=list)
 
-    def merge(self, documents: int, records: Iterable[int], examples: Iterable[tuple[str, int, str]]) -> None:
+    def merge(self, documents: int, records: Iterable[int], examples: Iterable[Sequence[Any]]) -> None:
         self.documents += documents
         self.records.update(records)
-        self.examples = sorted({*self.examples, *map(tuple, examples)})[:EXAMPLES_PER_TASK]
+        self.examples = sorted({*self.examples, *((of, record, text) for of, record, text in examples)})
+        del self.examples[EXAMPLES_PER_TASK:]
 
 
 class ContaminationCounts:

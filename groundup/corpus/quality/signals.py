@@ -191,7 +191,7 @@ def _sentences(m: _Measures) -> Shares:
 
 
 def _lorem_ipsum(m: _Measures) -> Ints:
-    found = [match.start() for match in re.finditer(b"lorem ipsum", m.bytes.tobytes().lower())]
+    found = [match.start() for match in re.finditer(b"lorem ipsum", m.lowered)]
     return m.count(np.array(found, dtype=np.int64))
 
 

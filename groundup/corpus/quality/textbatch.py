@@ -175,9 +175,13 @@ class TextBatch:
     def beginnings(self) -> Hashes:
         """(words,) the first eight characters of each word, A to Z as small letters; compare with `letters`."""
         # Eight bytes as a number, from every byte on (no copy).
-        eights = np.ndarray((len(self.bytes) - 7,), dtype="<u8", buffer=self.bytes.data, strides=(1,))
-        found = eights[self.word_starts] & _KEPT_BYTES.take(self.word_lengths, mode="clip")
-        return found | (_is_upper(found) >> np.uint64(2))
+        eights = np.ndarray((len(self.bytes) - 7,), dtype="<u8", buffer=self.lowered, strides=(1,))
+        return eights[self.word_starts] & _KEPT_BYTES.take(self.word_lengths, mode="clip")
+
+    @cached_property
+    def lowered(self) -> bytes:
+        """`bytes` with A to Z as small letters."""
+        return self.bytes.tobytes().lower()
 
     @cached_property
     def word_hashes(self) -> Hashes:
@@ -240,12 +244,3 @@ def _powers(n: int) -> Hashes:
 def letters(text: str) -> int:
     """The value that `TextBatch.beginnings` have for a word that is this text (up to eight characters)."""
     return int.from_bytes(text.encode("ascii"), "little")
-
-
-def _is_upper(words: Hashes) -> Hashes:
-    """128 in every byte that is A to Z (all eight bytes at once)."""
-    high = np.uint64(0x8080808080808080)
-    low7 = words & ~high
-    from_a = low7 + np.uint64(0x0101010101010101 * (128 - ord("A")))
-    past_z = low7 + np.uint64(0x0101010101010101 * (128 - ord("Z") - 1))
-    return (from_a ^ past_z) & high & ~words
