@@ -98,14 +98,6 @@ def test_short_strings_count_whole_from_eight_words_on(tmp_path: Path) -> None:
     assert [match.n_words for match in found[2]] == [8, 12]
 
 
-@pytest.mark.parametrize("ngram", [5, 8, 13, 20])
-def test_any_length_of_run(tmp_path: Path, ngram: int) -> None:
-    words = [f"word{number}" for number in range(60)]
-    index = index_of(tmp_path, [{"q": " ".join(words)}], ngram)
-    there, short = " ".join(words[7 : 7 + ngram]), " ".join(words[7 : 6 + ngram])
-    assert [len(matches) for matches in index.find([there, short, f"x {there} x", f"x {short} x"])] == [1, 0, 1, 0]
-
-
 def test_the_wording_of_instructions_is_ignored_but_not_what_is_asked(tmp_path: Path) -> None:
     fixed = "Read the passage below with care and then choose the one answer that fits the question best of all"
     random_words = random.Random(1)
