@@ -270,8 +270,8 @@ def _windows(words: Words, n: int) -> tuple[np.ndarray, np.ndarray]:
 def _records(store: KeyStore, documents: np.ndarray) -> np.ndarray:
     """Records of these documents (rising numbers), with their ids."""
     records = np.empty(len(documents), dtype=_RECORD)
-    numbers, which = np.unique(documents, return_inverse=True)
-    records["document"], records["id"] = documents, store.take("ids", numbers)[which]
+    first = is_new(documents)
+    records["document"], records["id"] = documents, store.take("ids", documents[first])[np.cumsum(first) - 1]
     return records
 
 
@@ -324,11 +324,13 @@ def _elsewhere(files: Sequence[RangeFile], number: int) -> tuple[np.ndarray, np.
     records = read_range(files, number)
     key, ident = records["key"], records["id"]
     # Records come in the order of documents and places, and the sort is stable; its last key sorts first.
-    records = records[np.lexsort((ident[:, 1], ident[:, 0], key[:, 1], key[:, 0]))]
-    owner = records[first_places(records["key"])]
-    # A record is, or overlaps, the one that stays.
-    goes = (records["document"] != owner["document"]) | (records["begin"] >= owner["end"])
-    return records[goes], owner[goes]
+    order = np.lexsort((ident[:, 1], ident[:, 0], key[:, 1], key[:, 0]))
+    key = key[order]
+    again = ~is_new(key)
+    found, owner = records[order[again]], records[order[first_places(key)[again]]]
+    # In its own document a run of words goes where it comes again, but not where it overlaps itself.
+    goes = (found["document"] != owner["document"]) | (found["begin"] >= owner["end"])
+    return found[goes], owner[goes]
 
 
 def _equal_documents(folder: Path, files: Sequence[RangeFile], number: int) -> Path:
