@@ -6,11 +6,13 @@ Used by the tests of `groundup.corpus.dedup` and by `benchmarks/minhash.py`.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import xxhash
 
 from groundup.corpus.dedup import UnitKeys
@@ -92,14 +94,9 @@ def write_units(
             np.save(place / "digests.npy", digests)
             np.save(place / "lengths.npy", np.array([len(text) for text in mine], dtype=np.int64))
             np.save(place / "signatures.npy", signatures(mine, ngram=ngram, n_hashes=bands * rows))
-            (place / "texts.txt").write_text("\0".join(mine), encoding="utf-8", newline="\n")
+            pq.write_table(pa.table({"text": mine}), place / "documents.parquet", row_group_size=100)
         units.append(UnitKeys(place.name, place, len(mine)))
     return units
-
-
-def stored(folder: Path) -> Iterator[str]:
-    """The texts of a unit that `write_units` wrote."""
-    yield from (folder / "texts.txt").read_bytes().decode().split("\0")
 
 
 def digests_of(texts: Sequence[str]) -> np.ndarray:

@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import NGRAM, digests_of, planted_pairs, texts_of, write_units
 
-from groundup.corpus.dedup import Removed, UnitKeys, exact_duplicates, near_duplicates, rounds
-from groundup.corpus.dedup.files import range_of
+from groundup.corpus.dedup import Removed, UnitKeys, exact_duplicates, near_duplicates
+from groundup.corpus.dedup import near as near_module
 from groundup.corpus.dedup.minhash import signatures
-from groundup.corpus.dedup.near import join
-from groundup.corpus.dedup.rounds import decide
+from groundup.corpus.dedup.near import decide, join
 from groundup.corpus.engine import Engine, LocalPool
 from groundup.errors import ArtifactError
 from groundup.recipe import MinHashSettings
@@ -313,7 +312,7 @@ def test_rounds_are_deciding_one_after_the_other(data):
 
 
 def test_a_bucket_of_many_unlike_documents_is_given_up(monkeypatch):
-    monkeypatch.setattr(rounds, "MAX_LEADERS", 5)
+    monkeypatch.setattr(near_module, "MAX_LEADERS", 5)
     asked = []
 
     def unlike(left, right):
@@ -348,13 +347,6 @@ def test_union_find_of_a_long_chain():
     component = np.arange(n)
     join(component, np.arange(n - 1, 0, -1), np.arange(n - 2, -1, -1))
     assert (component == 0).all()
-
-
-@given(st.lists(st.integers(0, (1 << 64) - 1), min_size=1), st.integers(1, 5000))
-def test_ranges_of_keys(keys, n):
-    found = range_of(np.array(keys, dtype=np.uint64), n)
-    assert found.tolist() == [(key >> 32) * n >> 32 for key in keys]
-    assert 0 <= found.min() <= found.max() < n
 
 
 def test_signatures_of_other_settings_are_refused(tmp_path):

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planted import digests_of, planted_pairs, stored, write_units
+from planted import digests_of, planted_pairs, write_units
 
-from groundup.corpus.dedup import Cuts, cut_spans, repeated_parts, repeated_substrings
-from groundup.corpus.dedup.cuts import SPAN, stored_texts, union
-from groundup.corpus.dedup.parts import MIN_CHARACTERS, part_spans
+from groundup.corpus.dedup import cut_spans, repeated_parts, repeated_substrings
+from groundup.corpus.dedup.repeats import MIN_CHARACTERS, SPAN, part_spans, union
 from groundup.corpus.engine import Engine, LocalPool
 from groundup.corpus.words import words_of
 
@@ -33,30 +34,23 @@ def cut(search, texts, ends=(), memory=MEMORY, engine=None, kept=None):
         assert not (Path(folder) / "work").exists()
         result = list(texts)
         for first, cuts in zip(bounds, found, strict=False):
-            for row, spans in cuts.by_row().items():
-                assert spans == sorted(spans)
+            for row, of_row in itertools.groupby(cuts.tolist(), key=operator.itemgetter(0)):
+                spans = [(begin, end) for _, begin, end in of_row]
                 assert all(one[1] < other[0] for one, other in itertools.pairwise(spans))
                 result[first + row] = cut_spans(texts[first + row], spans)
         return result
 
 
-def lines(units, kept, work, engine, memory):
-    return repeated_parts(units, kept, "lines", work, engine, memory, texts=stored)
+def lines(units, kept, *work, least=None):
+    return repeated_parts(units, kept, "lines", *work, least)
 
 
-def lines_from(least):
-    return lambda *work: repeated_parts(*work[:2], "lines", *work[2:], least, stored)
-
-
-def paragraphs(units, kept, work, engine, memory):
-    return repeated_parts(units, kept, "paragraphs", work, engine, memory, texts=stored)
+def paragraphs(units, kept, *work):
+    return repeated_parts(units, kept, "paragraphs", *work)
 
 
 def runs_of(n):
-    def search(units, kept, work, engine, memory):
-        return repeated_substrings(units, kept, n, work, engine, memory, stored)
-
-    return search
+    return lambda units, kept, *work: repeated_substrings(units, kept, n, *work)
 
 
 def in_order_of_ids(texts: list[str]) -> list[int]:
@@ -89,7 +83,7 @@ def test_lines(texts, memory, least, data):
             if is_compared:
                 seen.add(words)
         expected[place] = [line.rstrip() for line in left if line.strip()]
-    found = cut(lines_from(least), texts, ends, memory)
+    found = cut(partial(lines, least=least), texts, ends, memory)
     for place, text in enumerate(found):
         assert [line.rstrip() for line in text.split("\n") if line.strip()] == expected[place]
 
@@ -195,9 +189,9 @@ def test_the_result_does_not_depend_on_units_memory_or_workers(copied):
         units = write_units(Path(folder), texts, [12], bands=1, rows=1)
         kept = [np.ones(unit.n, dtype=bool) for unit in units]
         work = Path(folder) / "work"
-        one = repeated_substrings(units, kept, 50, work, Engine(), MEMORY, stored)
-        two = repeated_substrings(units, kept, 50, work, pool, LITTLE * 20, stored)
-        assert [cuts.by_row() for cuts in one] == [cuts.by_row() for cuts in two]
+        one = repeated_substrings(units, kept, 50, work, Engine(), MEMORY)
+        two = repeated_substrings(units, kept, 50, work, pool, LITTLE * 20)
+        assert [cuts.tolist() for cuts in one] == [cuts.tolist() for cuts in two]
 
 
 def test_nothing_repeated_nothing_cut(tmp_path):
@@ -205,13 +199,6 @@ def test_nothing_repeated_nothing_cut(tmp_path):
         assert cut(search, ["one two three four five six", "seven"], [1, 1]) == ["one two three four five six", "seven"]
         assert cut(search, ["", "a"]) == ["", "a"]
         assert search([], [], tmp_path / "work", Engine(), MEMORY) == []
-
-
-def test_texts_of_an_annotated_unit(tmp_path):
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    texts = [f"text {number}\n" for number in range(700)]
-    pq.write_table(pa.table({"text": texts}), tmp_path / "documents.parquet", row_group_size=100)
-    assert list(stored_texts(tmp_path)) == texts
 
 
 @given(st.text(alphabet="ab \n", max_size=30), st.data())
@@ -249,4 +236,3 @@ def test_union_of_stretches(values):
     assert {(n, place) for n, begin, end in found.tolist() for place in range(begin, end)} == inside
     for one, other in zip(found.tolist(), found.tolist()[1:], strict=False):
         assert one[0] < other[0] or one[2] < other[1]
-    assert Cuts.none().by_row() == {}

@@ -42,7 +42,7 @@ from groundup.corpus.reading.sources import InputFile, InputFiles, find_sources
 from groundup.corpus.reading.units import Unit, units_of
 from groundup.corpus.select import Annotated, Selection, write_decisions
 from groundup.corpus.words import WORDS_VERSION
-from groundup.corpus.write import Merge, WriteUnit, merge_range, write_cuts, write_unit
+from groundup.corpus.write import Merge, WriteUnit, merge_range, write_unit
 from groundup.errors import DataError
 from groundup.files import (
     append_file,
@@ -237,13 +237,9 @@ class Passes:
             n_words = settings.dedup_substring
             searches.append(repeated_substrings(self._keys, kept, n_words, self._work / "substrings", *common))
         for number, found in enumerate(zip(*searches, strict=True)):
-            spans: dict[int, list[tuple[int, int]]] = {}
-            for cuts in found:
-                for row, stretches in cuts.by_row().items():
-                    spans.setdefault(row, []).extend(stretches)
-            if spans:
-                names[number] = str(self._work / f"{number:06d}.cuts.json")
-                write_cuts(Path(names[number]), spans)
+            if any(map(len, found)):
+                names[number] = str(self._work / f"{number:06d}.cuts.npy")
+                np.save(names[number], np.concatenate(found))
         return names
 
     @property
@@ -316,7 +312,7 @@ class Passes:
         if cut:
             statistics.changed["characters cut as repeated"] = cut
         if tasks[0].evaluation:
-            self.more["contamination"] = contamination.summary(EvaluationIndex.load(tasks[0].evaluation).tasks)
+            self.more["contamination"] = contamination.summary(EvaluationIndex(tasks[0].evaluation).tasks)
         with atomic_writer(self._out / SET_ASIDE_FILE, binary=True) as handle:
             for item in self._aside:
                 handle.write(orjson.dumps(set_aside_record(item)) + b"\n")

@@ -266,18 +266,15 @@ def _bytes_before(runs: Sequence[str], owner: np.ndarray, place: np.ndarray) -> 
     return before[first + place] - before[first]
 
 
-def span_hashes(
-    data: bytes | memoryview, begin: np.ndarray, end: np.ndarray, heads: np.ndarray | None = None
-) -> np.ndarray:
+def span_hashes(data: bytes | memoryview, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
     """A well mixed hash of each run of bytes: h = mix(... mix(mix(piece 0) ^ piece 1) ...), pieces of eight bytes.
 
     Behind the last run there must be seven bytes more. Zeros at the end of a run are not told apart from its end.
-    `heads`, where they are known, are the first eight bytes of each run, zeros after its end.
     """
     # Element i of `pieces` is the eight bytes from byte i on.
     pieces = np.ndarray((len(data) - _PIECE + 1,), dtype="<u8", buffer=data, strides=(1,))
     sizes = end - begin
-    hashes = pieces[begin] & _MASKS.take(sizes, mode="clip") if heads is None else heads.copy()
+    hashes = pieces[begin] & _MASKS.take(sizes, mode="clip")
     mix(hashes)
     longer = np.flatnonzero(sizes > _PIECE)
     for piece in range(1, _PIECES):
@@ -382,3 +379,20 @@ def _combined(hashes: np.ndarray, begins: np.ndarray, n: int) -> np.ndarray:
 @functools.cache
 def _power(exponent: int) -> np.uint64:
     return np.uint64(pow(_NEXT_WORD, exponent, 1 << 64))
+
+
+def set_bits(field: np.ndarray, hashes: np.ndarray) -> None:
+    """Mark hashes in a field of bits, by their highest bits: `has_bits` then dismisses nearly all other hashes.
+
+    Args:
+        field: (a power of two,) uint8.
+        hashes: (n,) uint64.
+    """
+    bits = hashes >> np.uint64(65 - (8 * len(field)).bit_length())
+    np.bitwise_or.at(field, bits >> np.uint64(3), np.uint8(1) << (bits & np.uint64(7)).astype(np.uint8))
+
+
+def has_bits(field: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """(n,) bool: which hashes may be among those that are marked in the field."""
+    bits = hashes >> np.uint64(65 - (8 * len(field)).bit_length())
+    return (field[bits >> np.uint64(3)] >> (bits & np.uint64(7)).astype(np.uint8) & 1).astype(bool)

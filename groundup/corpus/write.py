@@ -29,7 +29,7 @@ from groundup.corpus.holdout import Holdout
 from groundup.corpus.mix import copies_of
 from groundup.corpus.quality.rules import Rule
 from groundup.corpus.select import read_decisions
-from groundup.files import atomic_writer, read_json, write_json
+from groundup.files import atomic_writer
 from groundup.recipe import CorpusSettings
 
 ID_PREFIX = b'{"id":"'
@@ -49,7 +49,7 @@ class WriteUnit:
         reasons: what the codes mean.
         rules: the quality rules.
         first_number: records of the same file in the units before it.
-        cuts: the stretches to cut out of the texts, in a file (`write_cuts`), or "".
+        cuts: the stretches to cut out of the texts, `SPAN` records in a file, or "".
         evaluation: the evaluation index's folder, or "".
         bounds: the first 64 bits of the ids at which ranges begin.
     """
@@ -85,8 +85,8 @@ class _UnitWriter:
         self._work, self._settings = work, work.settings
         self._folder = Path(work.annotation)
         self._codes, self._survivors = read_decisions(Path(work.decisions))
-        self._evaluation = EvaluationIndex.load(work.evaluation) if work.evaluation else None
-        self._cuts = read_cuts(Path(work.cuts)) if work.cuts else {}
+        self._evaluation = EvaluationIndex(work.evaluation) if work.evaluation else None
+        self._cuts = _read_cuts(work.cuts) if work.cuts else {}
         self._details = _Details(self._folder, self._codes, work) if self._codes.any() else None
         self._entries: Counter[tuple[str, str, str]] = Counter()
         self._bytes: Counter[tuple[str, str, str]] = Counter()
@@ -332,14 +332,12 @@ def _rest(document: Document) -> dict[str, Any]:
     return {**rest, **({"score": document.score} if document.score is not None else {}), "text": document.text}
 
 
-def write_cuts(path: Path, cuts: Mapping[int, Sequence[tuple[int, int]]]) -> None:
-    """Save what is to be cut out of which rows."""
-    write_json(path, {str(row): list(spans) for row, spans in cuts.items()})
-
-
-def read_cuts(path: Path) -> dict[int, list[tuple[int, int]]]:
-    """What `write_cuts` saved."""
-    return {int(row): [(begin, end) for begin, end in spans] for row, spans in read_json(path).items()}
+def _read_cuts(path: str) -> dict[int, list[tuple[int, int]]]:
+    """What is to be cut out of each row."""
+    cuts: dict[int, list[tuple[int, int]]] = {}
+    for row, begin, end in np.load(path).tolist():
+        cuts.setdefault(row, []).append((begin, end))
+    return cuts
 
 
 def _read_set_aside(path: Path) -> Iterator[SetAside]:

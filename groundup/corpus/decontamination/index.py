@@ -12,25 +12,32 @@ run in which fewer than half of the words have a letter, such as "1, 2, 3, 4 ...
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
-from groundup.corpus.decontamination.files import find_tasks
-from groundup.corpus.decontamination.runs import SHORTEST_WORDS, EvaluationRuns, length_salt, may_be_keys
-from groundup.corpus.words import WORDS_VERSION, Words, batches, words_of
+from groundup.corpus.decontamination.files import EvaluationTask, find_tasks
+from groundup.corpus.dedup.files import is_new
+from groundup.corpus.words import WORDS_VERSION, Words, batches, has_bits, set_bits, words_of
 from groundup.errors import ArtifactError, DataError
 from groundup.files import atomic_folder, read_json, write_json
 
+SHORTEST_WORDS = 8
+COMMON_TEXTS = 10
 SHOWN_CHARACTERS = 400
 EXAMPLES_PER_TASK = 20
 _BATCH_CHARACTERS = 1 << 20
 _INDEX = "index.json"
-_ARRAYS = ("keys", "key_starts", "key_texts", "text_tasks", "text_starts", "text_records", "filter")
+_FILTER_BITS_PER_KEY = 32
+_FILTER_MOST_BITS = 28
+_LENGTH_SALT = 0xC2B2AE3D27D4EB4F
+_SECOND_PROBE = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +82,14 @@ class EvaluationIndex:
         """Runs of words that were ignored in each task because too many of its strings have them."""
         self._lengths: list[int] = about["lengths"]
         self._names = list(self.tasks)
-        arrays = {name: np.asarray(np.load(self._folder / f"{name}.npy", mmap_mode="r")) for name in _ARRAYS}
-        self._keys, self._filter = arrays["keys"], arrays["filter"]
-        self._key_starts, self._key_texts = arrays["key_starts"], arrays["key_texts"]
-        self._text_tasks, self._text_starts = arrays["text_tasks"], arrays["text_starts"]
-        self._text_records = arrays["text_records"]
+
+        def array(name: str) -> np.ndarray:
+            return np.asarray(np.load(self._folder / f"{name}.npy", mmap_mode="r"))
+
+        self._keys, self._filter = array("keys"), array("filter")
+        self._key_starts, self._key_texts = array("key_starts"), array("key_texts")
+        self._text_tasks, self._text_starts = array("text_tasks"), array("text_starts")
+        self._text_records = array("text_records")
 
     @classmethod
     def build(cls, files: Sequence[str | Path], ngram: int, folder: str | Path) -> EvaluationIndex:
@@ -96,9 +106,9 @@ class EvaluationIndex:
             DataError: a file that is not there or cannot be read, or no string of enough words in any.
         """
         tasks = find_tasks(files)
-        builder = EvaluationRuns(ngram)
-        n_records = {task.name: builder.add(number, task) for number, task in enumerate(tasks)}
-        arrays, n_ignored = builder.arrays(len(tasks))
+        runs = _Runs(ngram)
+        n_records = {task.name: runs.add(number, task) for number, task in enumerate(tasks)}
+        arrays, n_ignored = runs.arrays(len(tasks))
         if not len(arrays["keys"]):
             least = min(ngram, SHORTEST_WORDS)
             raise DataError(
@@ -113,16 +123,11 @@ class EvaluationIndex:
             about = {
                 "words_version": WORDS_VERSION,
                 "ngram": ngram,
-                "lengths": builder.lengths,
+                "lengths": sorted(runs.lengths),
                 "tasks": n_records,
                 "ignored": {task.name: int(n) for task, n in zip(tasks, n_ignored, strict=True)},
             }
             write_json(place / _INDEX, about)
-        return cls(folder)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> EvaluationIndex:
-        """An index that was built before. Raises as the class."""
         return cls(folder)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -153,8 +158,9 @@ class EvaluationIndex:
         found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         for length in self._lengths:
             grams, starts = words.ngrams(length)
-            grams = grams ^ length_salt(length)
-            hits = may_be_keys(self._filter, grams)
+            grams = grams ^ _length_salt(length)
+            hits = np.flatnonzero(has_bits(self._filter, grams))
+            hits = hits[has_bits(self._filter, grams[hits] * _SECOND_PROBE)]
             keys = np.searchsorted(self._keys, grams[hits])
             keys[keys == len(self._keys)] = 0
             same = self._keys[keys] == grams[hits]
@@ -176,7 +182,8 @@ class EvaluationIndex:
         share = float(_covered(places, lengths, len(begin)).mean())
         sizes = self._key_starts[keys + 1] - self._key_starts[keys]
         hit = np.repeat(np.arange(len(keys)), sizes)
-        evaluation_texts = self._key_texts[_ranges(self._key_starts[keys], sizes)]
+        before = np.cumsum(sizes) - sizes
+        evaluation_texts = self._key_texts[np.arange(len(hit)) + (self._key_starts[keys] - before)[hit]]
         longest: dict[tuple[int, int], tuple[int, int]] = {}
         order = np.argsort(evaluation_texts, kind="stable")
         borders = np.flatnonzero(np.diff(evaluation_texts[order])) + 1
@@ -186,46 +193,48 @@ class EvaluationIndex:
             task = int(self._text_tasks[number])
             for record in self._text_records[self._text_starts[number] : self._text_starts[number + 1]].tolist():
                 longest[task, record] = max(longest.get((task, record), (0, 0)), run)
-        matches = []
-        for (task, record), (n_words, first) in sorted(longest.items()):
-            first = -first
-            shown = text[begin[first] : end[first + n_words - 1]][:SHOWN_CHARACTERS]
-            matches.append(Match(self._names[task], record, shown, n_words, share))
-        return matches
+        return [
+            Match(self._names[task], record, text[begin[-at] : end[n - at - 1]][:SHOWN_CHARACTERS], n, share)
+            for (task, record), (n, at) in sorted(longest.items())
+        ]
+
+
+@dataclass
+class _TaskCounts:
+    documents: int = 0
+    records: set[int] = field(default_factory=set)
+    examples: list[tuple[str, int, str]] = field(default_factory=list)
+
+    def merge(self, documents: int, records: Iterable[int], examples: Iterable[Sequence[Any]]) -> None:
+        self.documents += documents
+        self.records.update(records)
+        self.examples = sorted({*self.examples, *((of, record, text) for of, record, text in examples)})
+        del self.examples[EXAMPLES_PER_TASK:]
 
 
 class ContaminationCounts:
     """What decontamination found, task by task; the same whatever the order of documents and workers."""
 
     def __init__(self) -> None:
-        self._documents: Counter[str] = Counter()
-        self._records: dict[str, set[int]] = {}
-        self._examples: dict[str, list[tuple[str, int, str]]] = {}
+        self._tasks: dict[str, _TaskCounts] = {}
 
     def add(self, document_id: str, matches: Iterable[Match]) -> None:
-        """Take note of one document's matches."""
-        for task, group in _by_task(matches).items():
-            self._documents[task] += 1
-            self._records.setdefault(task, set()).update(match.record for match in group)
-            self._show(task, [(document_id, match.record, match.text) for match in group])
+        """Take note of one document's matches, those of a task side by side."""
+        for task, group in itertools.groupby(matches, key=attrgetter("task")):
+            examples = [(document_id, match.record, match.text) for match in group]
+            self.merge({task: {"documents": 1, "records": [record for _, record, _ in examples], "examples": examples}})
 
     def state(self) -> dict[str, Any]:
         """All of it, JSON-able, for `merge`."""
         return {
-            task: {
-                "documents": self._documents[task],
-                "records": sorted(self._records[task]),
-                "examples": [list(example) for example in self._examples[task]],
-            }
-            for task in sorted(self._documents)
+            task: {"documents": seen.documents, "records": sorted(seen.records), "examples": seen.examples}
+            for task, seen in sorted(self._tasks.items())
         }
 
     def merge(self, state: Mapping[str, Any]) -> None:
         """Add what another counted (its `state()`), of other documents."""
         for task, seen in state.items():
-            self._documents[task] += seen["documents"]
-            self._records.setdefault(task, set()).update(seen["records"])
-            self._show(task, [(document, record, text) for document, record, text in seen["examples"]])
+            self._tasks.setdefault(task, _TaskCounts()).merge(**seen)
 
     def summary(self, n_records: Mapping[str, int]) -> dict[str, Any]:
         """For each task: records (all), records_hit, documents (that repeat it), examples (document, record, text).
@@ -233,21 +242,17 @@ class ContaminationCounts:
         Args:
             n_records: `EvaluationIndex.tasks`.
         """
-        return {
-            task: {
+        summaries = {}
+        for task, total in n_records.items():
+            seen = self._tasks.get(task, _TaskCounts())
+            names = ("document", "record", "text")
+            summaries[task] = {
                 "records": total,
-                "records_hit": len(self._records.get(task, ())),
-                "documents": self._documents[task],
-                "examples": [
-                    {"document": document, "record": record, "text": text}
-                    for document, record, text in self._examples.get(task, [])
-                ],
+                "records_hit": len(seen.records),
+                "documents": seen.documents,
+                "examples": [dict(zip(names, example, strict=True)) for example in seen.examples],
             }
-            for task, total in n_records.items()
-        }
-
-    def _show(self, task: str, examples: list[tuple[str, int, str]]) -> None:
-        self._examples[task] = sorted({*self._examples.get(task, []), *examples})[:EXAMPLES_PER_TASK]
+        return summaries
 
 
 def _covered(places: np.ndarray, lengths: np.ndarray, n_words: int) -> np.ndarray:
@@ -268,14 +273,114 @@ def _longest_run(places: np.ndarray, lengths: np.ndarray) -> tuple[int, int]:
     return int(sizes[best]), -int(places[first[best]])
 
 
-def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """start, start + 1, … start + size - 1, for each, in one array."""
-    before = np.cumsum(sizes) - sizes
-    return np.arange(int(sizes.sum())) + np.repeat(starts - before, sizes)
+class _Runs:
+    """Gathers the runs of words ("grams") of every different string of each task."""
+
+    def __init__(self, ngram: int) -> None:
+        self._ngram = ngram
+        self._shortest = min(ngram, SHORTEST_WORDS)
+        self._grams: list[np.ndarray] = []
+        self._gram_texts: list[np.ndarray] = []
+        self._text_tasks: list[int] = []
+        self._text_records: list[list[int]] = []
+        self.lengths: set[int] = set()
+        """How many words the grams have."""
+
+    def add(self, task_number: int, task: EvaluationTask) -> int:
+        """Take a task's strings in; returns the number of its records."""
+        n_records = 0
+
+        def new_texts() -> Iterator[str]:
+            nonlocal n_records
+            numbers: dict[bytes, int] = {}
+            for record, strings in task.records():
+                n_records += 1
+                for text in strings:
+                    key = xxhash.xxh3_128_digest(text.encode("utf-8", "surrogatepass"))
+                    number = numbers.setdefault(key, len(self._text_records))
+                    if number == len(self._text_records):
+                        self._text_records.append([record])
+                        yield text
+                    elif self._text_records[number][-1] != record:
+                        self._text_records[number].append(record)
+
+        first = len(self._text_records)
+        for texts in batches(new_texts(), _BATCH_CHARACTERS):
+            self._index(texts, first)
+            first += len(texts)
+        self._text_tasks += [task_number] * (first - len(self._text_tasks))
+        return n_records
+
+    def arrays(self, n_tasks: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The index's arrays by name, and how many grams of each task are too common to count.
+
+        keys: (n_keys,) uint64, sorted; filter: see `_filter_of`; key_starts: (n_keys + 1,) int64, places in key_texts,
+        where each key's texts begin; key_texts: int32. text_tasks: (n_texts,) int32; text_starts: (n_texts + 1,) int64,
+        places in text_records, where each text's records begin; text_records: int32.
+        """
+        grams = np.concatenate([*self._grams, np.empty(0, dtype=np.uint64)])
+        texts = np.concatenate([*self._gram_texts, np.empty(0, dtype=np.int32)])
+        tasks = np.array(self._text_tasks, dtype=np.int32)
+        order = np.lexsort((texts, grams))
+        grams, texts = grams[order], texts[order]
+        once = is_new(grams) | is_new(texts)
+        grams, texts = grams[once], texts[once]
+        # A task's texts are numbered in a row, so within a gram they stand together.
+        changes = is_new(grams) | is_new(tasks[texts])
+        group = np.cumsum(changes) - 1
+        is_common = np.bincount(group, minlength=1)[group] > COMMON_TEXTS
+        n_ignored = np.bincount(tasks[texts[is_common & changes]], minlength=n_tasks)
+        grams, texts = grams[~is_common], texts[~is_common]
+        keys, starts = np.unique(grams, return_index=True)
+        n_records = [len(records) for records in self._text_records]
+        arrays = {
+            "keys": keys,
+            "filter": _filter_of(keys),
+            "key_starts": np.append(starts, len(grams)).astype(np.int64),
+            "key_texts": texts,
+            "text_tasks": tasks,
+            "text_starts": np.concatenate([[0], np.cumsum(n_records)]).astype(np.int64),
+            "text_records": np.array([record for found in self._text_records for record in found], dtype=np.int32),
+        }
+        return arrays, n_ignored
+
+    def _index(self, texts: Sequence[str], first: int) -> None:
+        """Add the grams of texts, the first of which has this number."""
+        words = words_of(texts)
+        grams, starts = words.ngrams(self._ngram)
+        owners = np.repeat(np.arange(words.n_texts), np.diff(starts))
+        lengths = np.minimum(words.counts, self._ngram)[owners]
+        places = words.starts[owners] + np.arange(len(grams)) - starts[owners]
+        n_with_letters = np.concatenate([[0], np.cumsum(_have_letters(words, texts))])
+        are_words = 2 * (n_with_letters[places + lengths] - n_with_letters[places]) >= lengths
+        counted = are_words & (lengths >= self._shortest)
+        salts = np.array([_length_salt(length) for length in range(self._ngram + 1)], dtype=np.uint64)
+        self._grams.append((grams ^ salts[lengths])[counted])
+        self._gram_texts.append((first + owners[counted]).astype(np.int32))
+        self.lengths.update(np.unique(lengths[counted]).tolist())
 
 
-def _by_task(matches: Iterable[Match]) -> dict[str, list[Match]]:
-    groups: dict[str, list[Match]] = {}
-    for match in matches:
-        groups.setdefault(match.task, []).append(match)
-    return groups
+def _have_letters(words: Words, texts: Sequence[str]) -> np.ndarray:
+    """(n_words,) bool: which words are not mere numbers; each different word is looked at once."""
+    _, first, which = np.unique(words.hashes, return_index=True, return_inverse=True)
+    owners = np.searchsorted(words.starts, first, side="right") - 1
+    begin, end = words.word_begin[first].tolist(), words.word_end[first].tolist()
+    found = [
+        any(map(str.isalpha, texts[owner][start:stop]))
+        for owner, start, stop in zip(owners.tolist(), begin, end, strict=True)
+    ]
+    return np.array(found, dtype=bool)[which]
+
+
+def _length_salt(length: int) -> np.uint64:
+    """Keeps runs of different lengths apart in one table."""
+    return np.uint64(length * _LENGTH_SALT & (1 << 64) - 1)
+
+
+def _filter_of(keys: np.ndarray) -> np.ndarray:
+    """A Bloom filter (Bloom 1970) with two probes, (n_bits / 8,) uint8: it dismisses nearly all that is not a key."""
+    n_bits = 1 << min(_FILTER_MOST_BITS, max(6, int(len(keys) * _FILTER_BITS_PER_KEY).bit_length() - 1))
+    bits = np.zeros(n_bits // 8, dtype=np.uint8)
+    set_bits(bits, keys)
+    set_bits(bits, keys * _SECOND_PROBE)
+    return bits

@@ -10,15 +10,11 @@ Four kinds, each a step over files that fits in the memory it is given, whatever
 Which document is kept is decided by content and id only, so the result does not depend on how work was divided.
 """
 
-from groundup.corpus.dedup.cuts import Cuts, cut_spans
-from groundup.corpus.dedup.exact import exact_duplicates
 from groundup.corpus.dedup.files import Removed, UnitKeys
 from groundup.corpus.dedup.near import near_duplicates
-from groundup.corpus.dedup.parts import repeated_parts
-from groundup.corpus.dedup.substrings import repeated_substrings
+from groundup.corpus.dedup.repeats import cut_spans, exact_duplicates, repeated_parts, repeated_substrings
 
 __all__ = [
-    "Cuts",
     "Removed",
     "UnitKeys",
     "cut_spans",

@@ -6,8 +6,8 @@ In: the units' keys and who takes part. Out: which are removed, which are kept i
 2. Buckets. Each band and range is sorted; documents with equal keys are a bucket. Only buckets of two and more go on.
 3. Components. Documents joined by buckets are one component (union-find on arrays): what happens in one concerns no
    other, so components are shared out among tasks.
-4. Decisions. The documents of a component are taken in the order of survival: the longest text first, then the
-   smallest id. A document that no kept one has removed is kept, and removes those documents of its buckets whose
+4. Decisions (`decide`). The documents of a component are taken in the order of survival: the longest text first, then
+   the smallest id. A document that no kept one has removed is kept, and removes those documents of its buckets whose
    signature agrees with its own in at least `min_agreement` of the places.
 
 So a document goes only if it is similar to one that stays. The usual rule, one survivor for a connected component
@@ -22,7 +22,8 @@ lexicographically first maximal independent set, in rounds (Blelloch, Fineman, S
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,10 @@ from typing import Any
 import numpy as np
 
 from groundup.corpus.dedup.files import (
-    COPIES,
     KeyStore,
     RangeFile,
     Removed,
     UnitKeys,
-    check_count,
     first_places,
     is_new,
     key_store,
@@ -47,17 +46,22 @@ from groundup.corpus.dedup.files import (
     write_ranges,
 )
 from groundup.corpus.dedup.minhash import NO_SHINGLES
-from groundup.corpus.dedup.rounds import MAX_LEADERS, decide
 from groundup.corpus.engine import Engine
 from groundup.errors import ArtifactError
 from groundup.recipe import MinHashSettings
 
+MAX_LEADERS = 256
+"""A bucket is given up when so many of its documents have been kept: they share it, but not their text."""
+
 _KEY = np.dtype([("key", "<u8"), ("number", "<i8")])
 _MEMBER = np.dtype([("bucket", "<i8"), ("number", "<i8")])
 _MEMBER_BYTES = 8 * _MEMBER.itemsize  # with what deciding keeps beside it
-_BUCKETS_AT_ONCE = 1 << 22
-_MIN_TASK_KEYS, _MIN_TASK_MEMBERS = 500_000, 50_000
+_MIN_TASK_MEMBERS = 50_000
 """Fewer than this are not worth another task."""
+_PAIRS_AT_ONCE = 1 << 14
+
+Similar = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""(m,) ranks and (m,) ranks to (m,) bool: are they near-duplicates?"""
 
 
 def near_duplicates(
@@ -77,7 +81,7 @@ def near_duplicates(
         folder: for files in between; it is emptied first and removed in the end.
         engine: who does the work. The result does not depend on it, on `memory_bytes` or on where units begin.
         memory_bytes: what a task may use. Beside it this process holds 24 bytes for every document that shares a
-            band with another.
+            band with another, and one for every other.
 
     Returns:
         For every unit its rows that go, each with the id of the document that stays; and the report, JSON-able:
@@ -89,42 +93,36 @@ def near_duplicates(
         ArtifactError: the signatures were made with other settings.
     """
     with key_store(folder, units, kept) as store:
-        if not store.n:
-            return store.removed(np.empty((0, 2), dtype=np.int64)), _report(0, 0, [])
-        n_bands = settings.bands
-        n_keys = int(store.kept.sum()) * n_bands
-        ranges = n_ranges(n_keys // n_bands, _KEY.itemsize, memory_bytes)
+        n_documents, n_bands = int(store.kept.sum()), settings.bands
+        ranges = n_ranges(n_documents, _KEY.itemsize, memory_bytes)
         per_document = n_bands * _KEY.itemsize + 2 * 4 * n_bands * settings.rows
         slices = store.slices(per_document, memory_bytes, engine.n_workers)
-        keyed = list(engine.map(partial(_split_bands, store.folder, ranges, settings), slices))
-        files = [file for file, _ in keyed]
-        check_count("bands", n_keys - sum(n_wordless for _, n_wordless in keyed) * n_bands, files)
-        parts = _parts(files, memory_bytes, engine.n_workers)
-        buckets = [path for path, n in engine.map(partial(_buckets, store.folder, files), parts) if n]
-        if not buckets:
-            return store.removed(np.empty((0, 2), dtype=np.int64)), _report(int(store.kept.sum()), 0, [])
-        members, n_tasks = _share_out(buckets, store.folder, memory_bytes, engine.n_workers)
-        decided = list(engine.map(partial(_decide, store.folder, members, settings), range(n_tasks)))
-        found = store.removed(np.concatenate([np.load(record["path"]) for record in decided]))
-        return found, _report(int(store.kept.sum()), sum(record["documents"] for record in decided), decided)
+        files = list(engine.map(partial(_split_bands, folder, ranges, settings), slices))
+        found = engine.map(partial(_buckets, folder, files), range(n_bands * ranges if files else 0))
+        members, n_tasks = _share_out([path for path, n in found if n], store, memory_bytes, engine.n_workers)
+        decided = list(engine.map(partial(_decide, folder, members, settings), range(n_tasks)))
+        removed = store.removed([load(record["path"]) for record in decided])
+        return removed, _report(n_documents, decided)
 
 
-def _split_bands(folder: Path, n: int, settings: MinHashSettings, piece: tuple[int, int]) -> tuple[RangeFile, int]:
-    """The file, and how many documents have no words."""
+def _split_bands(folder: Path, n: int, settings: MinHashSettings, piece: tuple[int, int]) -> RangeFile:
     store = KeyStore(folder)
     numbers, bands, rows = store.numbers(*piece), settings.bands, settings.rows
-    found = _signatures(store, numbers, bands * rows)
+    found = store.take("signatures", numbers)
+    if found.shape[1] != bands * rows:
+        raise ArtifactError(
+            f"{store.folders[0]}: signatures of {found.shape[1]} hashes where the recipe asks for {bands * rows}.",
+            "Make them again with --from corpus.",
+        )
     has_words = (found != NO_SHINGLES).any(axis=1)
     numbers, found = numbers[has_words], found[has_words]
     records = np.empty((bands, len(numbers)), dtype=_KEY)
     records["number"] = numbers
     parts = np.empty((bands, len(numbers)), dtype=np.int64)
     for band in range(bands):
-        keys = band_keys(found[:, band * rows : (band + 1) * rows])
-        records["key"][band] = keys
+        records["key"][band] = keys = band_keys(found[:, band * rows : (band + 1) * rows])
         parts[band] = band * n + range_of(keys, n)
-    file = write_ranges(folder / f"bands-{piece[0]}.npy", records.reshape(-1), parts.reshape(-1), bands * n)
-    return file, int((~has_words).sum())
+    return write_ranges(folder / f"bands-{piece[0]}.npy", records.reshape(-1), parts.reshape(-1), bands * n)
 
 
 def band_keys(band: np.ndarray) -> np.ndarray:
@@ -137,52 +135,27 @@ def band_keys(band: np.ndarray) -> np.ndarray:
     return keys ^ (keys >> np.uint64(32))
 
 
-def _signatures(store: KeyStore, numbers: np.ndarray, width: int) -> np.ndarray:
-    found = store.take("signatures", numbers)
-    if len(found) and found.shape[1] != width:
-        raise ArtifactError(
-            f"{store.folders[0]}: signatures of {found.shape[1]} hashes where the recipe asks for {width}.",
-            "Make them again with --from corpus.",
-        )
-    return found if len(found) else np.empty((0, width), dtype=np.uint32)
-
-
-def _parts(files: Sequence[RangeFile], memory_bytes: int, n_workers: int) -> list[tuple[int, int]]:
-    """Ranges in a row for one task each: small ones are not worth a task of their own."""
-    sizes = np.diff(np.array([file.offsets for file in files]), axis=1).sum(axis=0)
-    most = max(1, min(memory_bytes // (COPIES * _KEY.itemsize), max(_MIN_TASK_KEYS, int(sizes.sum()) // n_workers)))
-    task = (np.cumsum(sizes) - 1) // most
-    begins = np.flatnonzero(is_new(task)).tolist()
-    return list(zip(begins, [*begins[1:], len(sizes)], strict=True))
-
-
-def _buckets(folder: Path, files: Sequence[RangeFile], parts: tuple[int, int]) -> tuple[Path, int]:
-    """The members of buckets of two and more, in a file, and how many they are."""
-    found, n_before = [], 0
-    for number in range(*parts):
-        members = _shared(read_range(files, number))
-        members["bucket"] += n_before
-        n_before = int(members["bucket"][-1]) + 1 if len(members) else n_before
-        found.append(members)
-    members = np.concatenate(found)
-    return save(folder / f"buckets-{parts[0]}.npy", members), len(members)
-
-
-def _shared(records: np.ndarray) -> np.ndarray:
-    """Those whose key others have too, bucket by bucket."""
-    keys = records["key"]
-    order = np.lexsort((records["number"], keys))
-    keys, numbers = keys[order], records["number"][order]
-    bucket = np.cumsum(is_new(keys)) - 1
+def _buckets(folder: Path, files: Sequence[RangeFile], number: int) -> tuple[Path, int]:
+    """The members of buckets of two and more, bucket by bucket, in a file, and how many they are."""
+    records = read_range(files, number)
+    records = records[np.lexsort((records["number"], records["key"]))]
+    bucket = np.cumsum(is_new(records["key"])) - 1
     shared = np.bincount(bucket, minlength=1)[bucket] > 1
     members = np.empty(int(shared.sum()), dtype=_MEMBER)
-    members["bucket"], members["number"] = bucket[shared], numbers[shared]
-    return members
+    members["bucket"], members["number"] = bucket[shared], records["number"][shared]
+    return save(folder / f"buckets-{number}.npy", members), len(members)
 
 
-def _share_out(buckets: Sequence[Path], folder: Path, memory_bytes: int, n_workers: int) -> tuple[list[RangeFile], int]:
+def _share_out(
+    buckets: Sequence[Path], store: KeyStore, memory_bytes: int, n_workers: int
+) -> tuple[list[RangeFile], int]:
     """Find the components, and write every bucket to the file range of its component's task."""
-    involved = _involved(buckets)
+    if not buckets:
+        return [], 0
+    is_involved = np.zeros(len(store.kept), dtype=bool)
+    for members in map(load, buckets):
+        is_involved[members["number"]] = True
+    involved = np.flatnonzero(is_involved)
     component = np.arange(len(involved))
     sizes = np.zeros(len(involved), dtype=np.int64)  # memberships of each document, later of each component
     for members in map(load, buckets):
@@ -199,21 +172,8 @@ def _share_out(buckets: Sequence[Path], folder: Path, memory_bytes: int, n_worke
         tasks = task_of[component[np.searchsorted(involved, records["number"])]]
         records["bucket"] += n_before
         n_before = int(records["bucket"][-1]) + 1
-        files.append(write_ranges(folder / f"members-{number}.npy", records, tasks, n_tasks))
-    check_count("components", int(sizes.sum()), files)
+        files.append(write_ranges(store.folder / f"members-{number}.npy", records, tasks, n_tasks))
     return files, n_tasks
-
-
-def _involved(buckets: Sequence[Path]) -> np.ndarray:
-    """The numbers of all documents that share a bucket with another: (n_involved,) int64, rising."""
-    known, waiting, n_waiting = np.empty(0, dtype=np.int64), [], 0
-    for members in map(load, buckets):
-        waiting.append(np.unique(members["number"]))
-        n_waiting += len(waiting[-1])
-        if n_waiting > max(len(known), _BUCKETS_AT_ONCE):
-            known = np.unique(np.concatenate([known, *waiting]))
-            waiting, n_waiting = [], 0
-    return np.unique(np.concatenate([known, *waiting]))
 
 
 def join(component: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
@@ -245,7 +205,8 @@ def _decide(folder: Path, files: Sequence[RangeFile], settings: MinHashSettings,
     store = KeyStore(folder)
     members = read_range(files, number)
     numbers, which = np.unique(members["number"], return_inverse=True)
-    order = survival_order(store.take("lengths", numbers), store.take("ids", numbers))
+    ids = store.take("ids", numbers)
+    order = np.lexsort((ids[:, 1], ids[:, 0], -store.take("lengths", numbers)))
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     numbers = numbers[order]
@@ -253,7 +214,7 @@ def _decide(folder: Path, files: Sequence[RangeFile], settings: MinHashSettings,
 
     def similar(left: np.ndarray, right: np.ndarray) -> np.ndarray:
         wanted, places = np.unique(numbers[np.concatenate([left, right])], return_inverse=True)
-        found = _signatures(store, wanted, width)
+        found = store.take("signatures", wanted)
         equal = found[places[: len(left)]] == found[places[len(left) :]]
         # Keys of bands may be equal by chance, once in 2⁶⁴: the band itself is looked at too.
         shares_band = equal.reshape(-1, settings.bands, settings.rows).all(axis=2).any(axis=1)
@@ -262,36 +223,75 @@ def _decide(folder: Path, files: Sequence[RangeFile], settings: MinHashSettings,
     survivor, given_up = decide(members["bucket"], rank[which], len(numbers), similar)
     gone = np.flatnonzero(survivor >= 0)
     path = save(folder / f"near-{number}.npy", np.stack([numbers[gone], numbers[survivor[gone]]], axis=1))
-    sizes, counts = np.unique(np.unique(survivor[gone], return_counts=True)[1] + 1, return_counts=True)
-    return {
-        "path": path,
-        "documents": len(numbers),
-        "sizes": dict(zip(sizes.tolist(), counts.tolist(), strict=True)),
-        "given_up": given_up,
-    }
+    sizes = Counter((np.unique(survivor[gone], return_counts=True)[1] + 1).tolist())
+    return {"path": path, "documents": len(numbers), "sizes": sizes, "given_up": given_up}
 
 
-def survival_order(lengths: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """The order in which documents are kept: the longest text, then the smallest id, then the first in order.
+def decide(bucket: np.ndarray, rank: np.ndarray, n: int, similar: Similar) -> tuple[np.ndarray, int]:
+    """Which documents are kept among those that share buckets, named by their rank: 0 is the first to stay.
+
+    One after the other, it would read:
+
+        for document in order of rank:
+            if it is not removed:
+                keep it; remove every later document of its buckets that is similar to it
+
+    All documents that are the first undecided ones of every bucket they are in can be kept at once: no document that
+    is still undecided can remove them. A round keeps them all; random orders need about log n rounds.
 
     Args:
-        lengths: (n,) characters.
-        ids: (n, 2) uint64, high half first.
+        bucket: (n_members,) int64: a bucket ...
+        rank: (n_members,) int64: ... and a document that is in it; no pair twice.
+        n: documents; ranks are below it.
+        similar: compares documents; asked only about pairs of a document that stays and a later one of its bucket.
 
     Returns:
-        (n,) int64: places, the first to stay first.
+        (n,) int64: the rank of the kept document that removed each, -1 for those that stay; how many buckets
+        were given up.
     """
-    return np.lexsort((ids[:, 1], ids[:, 0], -lengths))
+    order = np.lexsort((rank, bucket))
+    bucket, rank = np.unique(bucket[order], return_inverse=True)[1], rank[order]
+    survivor = np.full(n, -1, dtype=np.int64)
+    n_kept_in = np.zeros(int(bucket[-1]) + 1 if len(bucket) else 0, dtype=np.int64)
+    given_up = 0
+    while len(bucket):
+        firsts = np.flatnonzero(is_new(bucket))
+        leads, belongs = np.bincount(rank[firsts], minlength=n), np.bincount(rank, minlength=n)
+        is_kept = (leads == belongs) & (belongs > 0)
+        leader = np.repeat(rank[firsts], np.diff(np.append(firsts, len(rank))))
+        _remove_similar(leader, rank, is_kept, survivor, similar)
+        n_kept_in[bucket[firsts[is_kept[rank[firsts]]]]] += 1
+        is_open = n_kept_in[bucket] < MAX_LEADERS
+        undecided = (survivor[rank] < 0) & ~is_kept[rank]
+        given_up += len(np.unique(bucket[undecided & ~is_open]))
+        stays = undecided & is_open
+        # A document that is alone in its bucket cannot be removed there.
+        stays &= np.bincount(bucket[stays], minlength=len(n_kept_in))[bucket] > 1
+        bucket, rank = bucket[stays], rank[stays]
+    return survivor, given_up
 
 
-def _report(n_documents: int, n_candidates: int, decided: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    sizes: dict[int, int] = {}
-    for record in decided:
-        for size, count in record["sizes"].items():
-            sizes[size] = sizes.get(size, 0) + count
+def _remove_similar(
+    leader: np.ndarray, rank: np.ndarray, is_kept: np.ndarray, survivor: np.ndarray, similar: Similar
+) -> None:
+    """Compare each kept leader with the others of its bucket, in place; of several similar ones the first counts."""
+    asked = is_kept[leader] & (leader != rank)
+    n = len(survivor)
+    pairs = np.unique(leader[asked] * n + rank[asked])
+    for begin in range(0, len(pairs), _PAIRS_AT_ONCE):
+        left, right = np.divmod(pairs[begin : begin + _PAIRS_AT_ONCE], n)
+        new = survivor[right] < 0  # pairs are sorted by leader, so the first leader counts
+        left, right = left[new], right[new]
+        found = similar(left, right) if len(left) else np.zeros(0, dtype=bool)
+        gone, first = np.unique(right[found], return_index=True)
+        survivor[gone] = left[found][first]
+
+
+def _report(n_documents: int, decided: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    sizes: Counter[int] = sum((record["sizes"] for record in decided), Counter())
     return {
         "documents": n_documents,
-        "candidates": n_candidates,
+        "candidates": sum(record["documents"] for record in decided),
         "removed": sum((size - 1) * count for size, count in sizes.items()),
         "clusters": list(_bins(sizes)),
         "largest_cluster": max(sizes, default=0),

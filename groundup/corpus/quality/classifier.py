@@ -17,7 +17,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -87,18 +87,15 @@ class Classifier:
                     "Give files with at least some dozens of texts; hundreds are better.",
                 )
         weights, bias = _fit(learnt, seed)
-        model = cls(weights, bias, {})
         held_out = [[example for example in kind if example.is_held_out] for kind in examples]
-        model.report = {
-            "positive": len(examples[0]),
-            "negative": len(examples[1]),
-            **_quality(*(model._score_examples(kind) for kind in held_out)),
-        }
-        return model
+        scores = [_probability(weights, bias, *_joined(kind)) for kind in held_out]
+        report = {"positive": len(examples[0]), "negative": len(examples[1]), **_quality(*scores)}
+        return cls(weights, bias, report)
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
         """The probability that each text is a positive one, (n_texts,) float32; it does not depend on the others."""
-        scores = [self._probability(*_features(batch)) for batch in batches(texts, _BATCH_CHARACTERS)]
+        found = map(_features, batches(texts, _BATCH_CHARACTERS))
+        scores = [_probability(self._weights, self._bias, *features) for features in found]
         return np.concatenate([*scores, np.empty(0)]).astype(np.float32)
 
     def save(self, folder: str | Path) -> None:
@@ -132,26 +129,13 @@ class Classifier:
             raise ArtifactError(f"{folder}/{_WEIGHTS}: not the weights that were saved.", "Train it again.")
         return cls(np.asarray(weights), float(about["bias"]), about["report"])
 
-    def _probability(self, features: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        return _sigmoid(self._bias + _means(self._weights, features, starts))
 
-    def _score_examples(self, examples: Sequence[_Example]) -> np.ndarray:
-        return self._probability(*_joined(examples)) if examples else np.empty(0)
+class _Example(NamedTuple):
+    """One training text: the hash by which texts are sampled and sorted, and its features, (n_features,) uint32."""
 
-
-class _Example:
-    """One training text as its features.
-
-    Attributes:
-        order: the hash by which texts are sampled and sorted.
-        is_held_out: whether it is kept apart.
-        features: (n_features,) uint32 buckets.
-    """
-
-    __slots__ = ("features", "is_held_out", "order")
-
-    def __init__(self, order: int, is_held_out: bool, features: np.ndarray) -> None:
-        self.order, self.is_held_out, self.features = order, is_held_out, features
+    order: int
+    is_held_out: bool
+    features: np.ndarray
 
 
 def _gather(texts: Iterable[str]) -> list[_Example]:
@@ -185,12 +169,12 @@ def _features(texts: Sequence[str], most_words: int | None = None) -> tuple[np.n
     """
     words = words_of(texts)
     pairs, pair_starts = words.ngrams(2)
-    counts = words.counts, np.diff(pair_starts)
-    sizes = tuple(counted if most_words is None else np.minimum(counted, most_words) for counted in counts)
+    kinds = ((words.hashes, words.starts), (pairs ^ _PAIR_SALT, pair_starts))
+    sizes = [np.minimum(np.diff(begins), most_words or len(words.hashes)) for _, begins in kinds]
     starts = np.concatenate([[0], np.cumsum(sizes[0] + sizes[1])])
     features = np.empty(int(starts[-1]), dtype=np.int64)
     first = starts[:-1]
-    for hashes, begins, size in ((words.hashes, words.starts, sizes[0]), ((pairs ^ _PAIR_SALT), pair_starts, sizes[1])):
+    for (hashes, begins), size in zip(kinds, sizes, strict=True):
         within = np.arange(int(size.sum())) - np.repeat(np.cumsum(size) - size, size)
         # The product's upper bits depend on all bits of the hash.
         buckets = (hashes * _PAIR_SALT) >> _SHIFT
@@ -209,9 +193,14 @@ def _means(weights: np.ndarray, features: np.ndarray, starts: np.ndarray) -> np.
     return sums / np.maximum(sizes, 1)
 
 
+def _probability(weights: np.ndarray, bias: float, features: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    return _sigmoid(bias + _means(weights, features, starts))
+
+
 def _joined(examples: Sequence[_Example]) -> tuple[np.ndarray, np.ndarray]:
-    starts = np.concatenate([[0], np.cumsum([len(example.features) for example in examples])])
-    return np.concatenate([example.features for example in examples]), starts
+    """As `_features` has them."""
+    starts = np.cumsum([0, *(len(example.features) for example in examples)])
+    return np.concatenate([np.empty(0, dtype=np.uint32), *(example.features for example in examples)]), starts
 
 
 def _fit(kinds: Sequence[Sequence[_Example]], seed: int) -> tuple[np.ndarray, float]:
@@ -236,7 +225,7 @@ def _fit(kinds: Sequence[Sequence[_Example]], seed: int) -> tuple[np.ndarray, fl
         for chosen in np.array_split(random.permutation(len(examples)), n_batches):
             features, starts = _joined([examples[number] for number in chosen])
             features, sizes = places[features], np.diff(starts)
-            error = _sigmoid(bias + _means(weights, features, starts)) - labels[chosen]
+            error = _probability(weights, bias, features, starts) - labels[chosen]
             error *= class_weights[chosen] / len(chosen)
             sums = np.bincount(features, weights=np.repeat(error / sizes, sizes), minlength=len(weights))
             slope: np.ndarray = sums.astype(np.float32)

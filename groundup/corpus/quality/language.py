@@ -36,39 +36,28 @@ _CAPITALS = re.compile(r"[A-ZÀ-ÖØ-ÞΑ-ΫЀ-ЯԱ-Ֆ]{3}")
 
 
 def detect_language(text: str, model_path: str = "") -> tuple[str, float]:
-    """The most probable language of a text.
-
-    Args:
-        text: the text.
-        model_path: a fastText language model ("": `lid.176.ftz`).
-
-    Returns:
-        Its code (ISO 639-1 where there is one, such as "en") and probability; ("und", 0) without any letter.
-
-    Raises:
-        DataError: the model is missing, or not a fastText language model.
-    """
+    """As `detect_languages`, of one text."""
     return detect_languages([text], model_path)[0]
 
 
 def detect_languages(texts: Sequence[str], model_path: str = "") -> list[tuple[str, float]]:
-    """The most probable language of each text, as `detect_language` has it; each by itself, whatever the others.
+    """The most probable language of each text, whatever the others are.
 
     Args:
         texts: the texts.
         model_path: a fastText language model ("": `lid.176.ftz`).
 
     Returns:
-        Code and probability of each.
+        Code (ISO 639-1 where there is one, such as "en") and probability of each; ("und", 0) without any letter.
 
     Raises:
         DataError: the model is missing, or not a fastText language model.
     """
     model = _model(model_path)
-    return [_detect(model, text) or (UNDETERMINED, 0.0) for text in texts]
+    return [_detect(model, text) for text in texts]
 
 
-def _detect(model: Any, text: str) -> tuple[str, float] | None:
+def _detect(model: Any, text: str) -> tuple[str, float]:
     for n_windows, size, sure in STEPS if len(text) > SHORT_TEXT else ():
         sums: dict[str, float] = {}
         for window in windows_of(text, n_windows, size):
@@ -77,9 +66,10 @@ def _detect(model: Any, text: str) -> tuple[str, float] | None:
         best = max(sums, key=lambda label: (sums[label], label), default="")
         if best and sums[best] >= sure:
             return best.removeprefix(_LABEL), min(1.0, sums[best])
-    answers = _ask(model, " ".join(windows_of(text, N_LONG, LONG_WINDOW)), 1)
-    # The softmax of the compressed model can come out a hair above one.
-    return (answers[0][1].removeprefix(_LABEL), min(1.0, answers[0][0])) if answers else None
+    for probability, label in _ask(model, " ".join(windows_of(text, N_LONG, LONG_WINDOW)), 1):
+        # The softmax of the compressed model can come out a hair above one.
+        return label.removeprefix(_LABEL), min(1.0, probability)
+    return UNDETERMINED, 0.0
 
 
 def windows_of(text: str, n_windows: int, size: int) -> list[str]:

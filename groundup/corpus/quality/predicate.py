@@ -31,6 +31,7 @@ def load_predicate(spec: str) -> Predicate:
             on a document or returns something that is neither true nor false.
     """
     path, name = _parts(spec)
+    where = f"[corpus] predicate = {spec!r}"
     # A name of its own for every path: two files called filter.py must not become one module.
     module_name = f"groundup_predicate_{xxhash.xxh3_64_hexdigest(str(path.resolve()).encode())}"
     module_spec = importlib.util.spec_from_file_location(module_name, path)
@@ -42,32 +43,24 @@ def load_predicate(spec: str) -> Predicate:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[module_name]
-        raise DataError(
-            f"[corpus] predicate = {spec!r}: {path} fails ({_in_words(error)}).", "Run it by itself to see where."
-        ) from error
+        raise DataError(f"{where}: {path} fails ({_in_words(error)}).", "Run it by itself to see where.") from error
     function = getattr(module, name, None)
     if not callable(function):
         there = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        fix = (
-            f"It has: {', '.join(there)}." if there else f"Write: def {name}(document): return len(document.text) > 100"
-        )
-        raise DataError(f"[corpus] predicate = {spec!r}: {path} has no function {name!r}.", fix)
+        example = f"Write: def {name}(document): return len(document.text) > 100"
+        fix = f"It has: {', '.join(there)}." if there else example
+        raise DataError(f"{where}: {path} has no function {name!r}.", fix)
 
     def keep(document: Document) -> bool:
+        which = f"document {document.id} of {document.source}"
         try:
             answer = function(document)
         except (Exception, SystemExit) as error:
-            raise DataError(
-                f"[corpus] predicate = {spec!r}: it fails on document {document.id} of {document.source} "
-                f"({_in_words(error)}).",
-                "Make it accept every document, or catch the error inside it.",
-            ) from error
+            fix = "Make it accept every document, or catch the error inside it."
+            raise DataError(f"{where}: it fails on {which} ({_in_words(error)}).", fix) from error
         if answer is None or not (isinstance(answer, bool) or hasattr(answer, "__bool__")):
-            raise DataError(
-                f"[corpus] predicate = {spec!r}: it returns {answer!r} for document {document.id} of "
-                f"{document.source}.",
-                "Return True to keep a document, False to drop it.",
-            )
+            fix = "Return True to keep a document, False to drop it."
+            raise DataError(f"{where}: it returns {answer!r} for {which}.", fix)
         return bool(answer)
 
     return keep
@@ -86,17 +79,17 @@ def predicate_fingerprint(spec: str) -> str:
 
 
 def _parts(spec: str) -> tuple[Path, str]:
-    place, colon, name = spec.rpartition(":")
-    if not colon or not place or not name.isidentifier():
-        raise DataError(f"[corpus] predicate = {spec!r}: not a file and a function.", 'Write "file.py:function".')
+    place, _, name = spec.rpartition(":")
     path = Path(place).expanduser()
-    if not path.is_file():
-        raise DataError(f"[corpus] predicate = {spec!r}: there is no file {place}.", "Check the path.")
-    if path.suffix != ".py":
-        raise DataError(
-            f"[corpus] predicate = {spec!r}: {place} is not a Python file (.py).", 'Write "file.py:function".'
-        )
-    return path, name
+    if not place or not name.isidentifier():
+        wrong = "not a file and a function"
+    elif not path.is_file():
+        wrong = f"there is no file {place}"
+    elif path.suffix != ".py":
+        wrong = f"{place} is not a Python file (.py)"
+    else:
+        return path, name
+    raise DataError(f"[corpus] predicate = {spec!r}: {wrong}.", 'Write "file.py:function".')
 
 
 def _in_words(error: BaseException) -> str:

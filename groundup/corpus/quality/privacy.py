@@ -10,6 +10,7 @@ cannot tell by the number alone it decides by the words just before it.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -53,26 +54,19 @@ def replace_private(text: str, kinds: Sequence[str]) -> tuple[str, list[Replacem
     if unknown:
         raise DataError(f"[corpus] privacy: unknown kind {unknown[0]!r}.", f"Known: {', '.join(_FINDERS)}.")
     findings: list[Replacement] = []
-    for kind, find in _FINDERS.items():
-        if kind in kinds:
-            text = _replace(text, kind, find, findings)
+    for kind in (kind for kind in _FINDERS if kind in kinds):
+        pieces: list[str] = []
+        done = 0
+        for start, end in _FINDERS[kind](text):
+            # What touches a placeholder is left alone, or a second pass would find what the first saw as one word.
+            if start < done or text.endswith(_PLACEHOLDERS, 0, start) or text.startswith(_PLACEHOLDERS, end):
+                continue
+            pieces += (text[done:start], f"<{kind.upper()}>")
+            done = end
+            excerpt = text[max(0, start - EXCERPT_CHARACTERS) : end + EXCERPT_CHARACTERS]
+            findings.append(Replacement(kind, text[start:end], " ".join(excerpt.split())))
+        text = "".join([*pieces, text[done:]])
     return text, findings
-
-
-def _replace(
-    text: str, kind: str, find: Callable[[str], Iterator[tuple[int, int]]], findings: list[Replacement]
-) -> str:
-    pieces: list[str] = []
-    done = 0
-    for start, end in find(text):
-        # What touches a placeholder is left alone, or a second pass would find what the first saw as one word.
-        if start < done or text.endswith(_PLACEHOLDERS, 0, start) or text.startswith(_PLACEHOLDERS, end):
-            continue
-        pieces += (text[done:start], f"<{kind.upper()}>")
-        done = end
-        excerpt = text[max(0, start - EXCERPT_CHARACTERS) : end + EXCERPT_CHARACTERS]
-        findings.append(Replacement(kind, text[start:end], " ".join(excerpt.split())))
-    return "".join([*pieces, text[done:]]) if pieces else text
 
 
 _WORD = r"0-9A-Z_a-zÀ-ԯ"
@@ -123,14 +117,11 @@ def _credit_cards(text: str) -> Iterator[tuple[int, int]]:
         if len(groups) > 1 and (tuple(map(len, groups)) not in _GROUPINGS or (" " in match[0] and "-" in match[0])):
             continue
         issued = any(start.match(digits) and len(digits) in lengths for start, lengths in _ISSUERS)
-        if issued and _passes_luhn(digits):
+        # Luhn's check: every second digit from the right doubled, the sum of all digits divisible by 10.
+        from_right = [int(digit) for digit in reversed(digits)]
+        total = sum(from_right[::2]) + sum(sum(divmod(2 * digit, 10)) for digit in from_right[1::2])
+        if issued and total % 10 == 0:
             yield match.span()
-
-
-def _passes_luhn(digits: str) -> bool:
-    """Luhn's check: every second digit from the right doubled, the sum of all digits divisible by 10."""
-    from_right = [int(digit) for digit in reversed(digits)]
-    return (sum(from_right[::2]) + sum(sum(divmod(2 * digit, 10)) for digit in from_right[1::2])) % 10 == 0
 
 
 # --- IP addresses: public ones, not networks (….0) and not what is more likely a version ------------------------------
@@ -162,10 +153,11 @@ _PORT_BEHIND = re.compile(r"(?::[0-9]{2,5}|/[0-9]{1,2})(?![\w.])")
 
 def _ips(text: str) -> Iterator[tuple[int, int]]:
     spans = [match.span() for match in _IPV4.finditer(text) if _is_public_ipv4(text, match)]
-    if ":" in text:
-        spans += [match.span() for match in _IPV6.finditer(text) if _is_public_ipv6(match[0])]
-        spans.sort()
-    yield from spans
+    for match in _IPV6.finditer(text) if ":" in text else ():
+        with contextlib.suppress(ValueError):
+            if ipaddress.IPv6Address(match[0]).is_global:
+                spans.append(match.span())
+    yield from sorted(spans)
 
 
 def _is_public_ipv4(text: str, match: re.Match[str]) -> bool:
@@ -181,14 +173,6 @@ def _is_public_ipv4(text: str, match: re.Match[str]) -> bool:
         return False
     address = ipaddress.IPv4Address(match[0])
     return address.is_global and not address.is_multicast
-
-
-def _is_public_ipv6(found: str) -> bool:
-    try:
-        address = ipaddress.IPv6Address(found)
-    except ValueError:
-        return False
-    return address.is_global
 
 
 # --- phone numbers ----------------------------------------------------------------------------------------------------
@@ -231,8 +215,7 @@ def _phones(text: str) -> Iterator[tuple[int, int]]:
         n_digits = sum(map(str.isdigit, match[0]))
         if n_digits >= _LEAST_DIGITS and _LABEL.search(text, max(0, match.start() - _BEFORE_CHARACTERS), match.start()):
             spans.append(match.span())
-    spans.sort()
-    for start, end in spans:
+    for start, end in sorted(spans):
         before = text[max(0, start - _BEFORE_CHARACTERS) : start]
         if not (_DATE.match(text, start, end) or _BOOK.search(before)):
             yield start, end

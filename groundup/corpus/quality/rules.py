@@ -10,7 +10,7 @@ import difflib
 import functools
 import math
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
@@ -98,8 +98,7 @@ def rules_for(
         RecipeError: with all the presets and thresholds that do not exist or make no sense.
     """
     rules = all_rules()
-    problems = _preset_problems(quality) + _threshold_problems(thresholds, rules, languages)
-    if problems:
+    if problems := list(_problems(quality, thresholds, rules, languages)):
         raise RecipeError("[corpus]", problems)
     chosen = []
     for name, rule in rules.items():
@@ -151,32 +150,27 @@ def _means_something(rule: Rule, languages: Collection[str]) -> bool:
     return not languages or any(map(rule.judges, languages))
 
 
-def _preset_problems(quality: Collection[str]) -> list[Problem]:
+def _problems(
+    quality: Collection[str],
+    thresholds: Mapping[str, float | bool],
+    rules: Mapping[str, Rule],
+    languages: Collection[str],
+) -> Iterator[Problem]:
     known = [NONE, *_data()["presets"]]
-    problems = [
-        Problem(f"quality = {name!r}", "no such preset.", _nearest(name, known))
-        for name in quality
-        if name not in known
-    ]
+    for name in quality:
+        if name not in known:
+            yield Problem(f"quality = {name!r}", "no such preset.", _nearest(name, known))
     if NONE in quality and len(quality) > 1:
-        problems.append(Problem(f"quality = {list(quality)}", '"none" stands alone.', "Leave it out, or the others."))
-    return problems
-
-
-def _threshold_problems(
-    thresholds: Mapping[str, float | bool], rules: Mapping[str, Rule], languages: Collection[str]
-) -> list[Problem]:
-    problems = []
+        yield Problem(f"quality = {list(quality)}", '"none" stands alone.', "Leave it out, or the others.")
     for name, threshold in thresholds.items():
         where = f'thresholds."{name}" = {str(threshold).lower() if isinstance(threshold, bool) else threshold}'
         if name not in rules:
-            problems.append(Problem(where, "no such rule.", _nearest(name, list(rules))))
+            yield Problem(where, "no such rule.", _nearest(name, list(rules)))
         elif not isinstance(threshold, bool) and not (math.isfinite(threshold) and threshold >= 0):
-            problems.append(Problem(where, "not a number from 0 on.", f"As published: {rules[name].threshold:g}."))
+            yield Problem(where, "not a number from 0 on.", f"As published: {rules[name].threshold:g}.")
         elif threshold is not False and not _means_something(rules[name], languages):
             what = f"{rules[name].why}, and languages = {list(languages)}."
-            problems.append(Problem(where, what, "Leave it out, or write false."))
-    return problems
+            yield Problem(where, what, "Leave it out, or write false.")
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -71,6 +71,7 @@ class TextBatch:
         self.characters: Ints = lengths
         self.bounds: Ints = np.concatenate(([0], np.cumsum(lengths + 1)))
         joined = "\n".join(texts) + "\n" if texts else ""
+        self._joined = joined
         self.codes: NDArray[np.uint32] | None = None
         breaks: list[int] = []
         if joined.isascii():
@@ -106,8 +107,7 @@ class TextBatch:
         classes[others] = found
         low |= np.negative(low >> 7)  # Latin letters have codes from 128 to 254: marked as all others are
         unspaced = others[is_unspaced(other_codes)]
-        others = others[(found & SPACE) == 0]
-        self.codes, self.classes, self.bytes, self._others = codes, classes, low, others
+        self.codes, self.classes, self.bytes = codes, classes, low
         return word_breaks(joined, unspaced)
 
     @property
@@ -172,42 +172,26 @@ class TextBatch:
         return np.flatnonzero(begins)
 
     @cached_property
-    def _eight(self) -> Hashes:
-        """(words,) the first eight characters of each word, zeros after its end."""
-        return _eight(self.bytes)[self.word_starts] & _KEPT_BYTES.take(self.word_lengths, mode="clip")
-
-    @cached_property
     def beginnings(self) -> Hashes:
         """(words,) the first eight characters of each word, A to Z as small letters; compare with `letters`."""
-        return self._eight | (_is_upper(self._eight) >> np.uint64(2))
+        # Eight bytes as a number, from every byte on (no copy).
+        eights = np.ndarray((len(self.bytes) - 7,), dtype="<u8", buffer=self.lowered, strides=(1,))
+        return eights[self.word_starts] & _KEPT_BYTES.take(self.word_lengths, mode="clip")
+
+    @cached_property
+    def lowered(self) -> bytes:
+        """`bytes` with A to Z as small letters."""
+        return self.bytes.tobytes().lower()
 
     @cached_property
     def word_hashes(self) -> Hashes:
         """(words,) 64 bits of each word; equal within one batch only."""
-        starts, ends = self.word_starts, self.word_ends
-        hashes = span_hashes(self.bytes.data, starts, ends, self._eight)
-        if self.codes is not None and self.n_words:
-            # A word with a character beyond ASCII is hashed by 16 bits a character, or by 32 where it needs them.
-            wide = self._words_with(self._others)
-            halves = self.codes.astype("<u2").view(np.uint8).data
-            hashes[wide] = ~span_hashes(halves, starts[wide] * 2, ends[wide] * 2)
-            wide = self._words_with(self._others[self.codes[self._others] > 0xFFFF])
-            if len(wide):
-                hashes[wide] = ~span_hashes(self.codes.view(np.uint8).data, starts[wide] * 4, ends[wide] * 4)
-        return hashes ^ self.word_lengths.view(np.uint64) * _ODD  # a word may end in zeros
-
-    def _words_with(self, positions: Ints) -> Ints:
-        """The words in which these characters stand (sorted positions, none of them white space)."""
-        if not len(positions):
-            return positions
-        # Most runs of such characters begin where their word does; only the others have to be searched for.
-        marked = np.zeros(self.bounds[-1], dtype=np.bool_)
-        marked[positions] = True
-        begins = marked[self.word_starts]
-        runs = positions[np.concatenate(([True], positions[1:] != positions[:-1] + 1))]
-        inside = runs[(self.classes[runs - 1] & SPACE) == 0]
-        begins[np.searchsorted(self.word_starts, inside, side="right") - 1] = True
-        return np.flatnonzero(begins)
+        data, starts, ends = self.bytes.data, self.word_starts, self.word_ends
+        if self.codes is not None:
+            data = memoryview(self._joined.encode("utf-8", "surrogatepass") + bytes(_PADDING))
+            begins = np.flatnonzero((np.frombuffer(data, dtype=np.uint8) & 0xC0) != 0x80)  # of each character
+            starts, ends = begins[starts], begins[ends]
+        return span_hashes(data, starts, ends) ^ (ends - starts).view(np.uint64) * _ODD  # a word may end in zeros
 
     @cached_property
     def _hash_sums(self) -> Hashes:
@@ -260,17 +244,3 @@ def _powers(n: int) -> Hashes:
 def letters(text: str) -> int:
     """The value that `TextBatch.beginnings` have for a word that is this text (up to eight characters)."""
     return int.from_bytes(text.encode("ascii"), "little")
-
-
-def _is_upper(words: Hashes) -> Hashes:
-    """128 in every byte that is A to Z (all eight bytes at once)."""
-    high = np.uint64(0x8080808080808080)
-    low7 = words & ~high
-    from_a = low7 + np.uint64(0x0101010101010101 * (128 - ord("A")))
-    past_z = low7 + np.uint64(0x0101010101010101 * (128 - ord("Z") - 1))
-    return (from_a ^ past_z) & high & ~words
-
-
-def _eight(data: NDArray[np.uint8]) -> Hashes:
-    """Eight bytes as a number, from every byte on (no copy)."""
-    return np.ndarray((len(data) - 7,), dtype="<u8", buffer=data.data, strides=(1,))
