@@ -15,7 +15,7 @@ from groundup.errors import ArtifactError, DataError, GroundupError
 from groundup.files import value_digest
 from groundup.recipe import ShardsSettings
 from groundup.shards import TokenShards, shard_stats, verify_shards, write_shards
-from groundup.shards.encode import largest_first
+from groundup.shards.write import largest_first
 from groundup.tokenizer import Tokenizer
 
 TEXTS = ["alpha " * n for n in range(1, 40)] + ["a long one " * 300, "", "ω€😀"]
