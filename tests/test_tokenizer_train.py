@@ -19,10 +19,10 @@ from groundup.errors import DataError, GroundupError, RecipeError
 from groundup.reference import bpe
 from groundup.tokenizer import Tokenizer, load_tokenizer
 from groundup.tokenizer.letters import BYTE_OF_LETTER, LETTERS, spelled, unspelled
-from groundup.tokenizer.ranks import merges_of
 from groundup.tokenizer.sample import COUNTABLE_BYTES, SAMPLE_CHARACTERS, Sample, _pieces, sample
 from groundup.tokenizer.special import CONTROL_TOKENS, control_tokens
 from groundup.tokenizer.split import PATTERNS, cut_into_pieces, default_split, pre_tokenizer
+from groundup.tokenizer.train import merges_of
 
 WORDS = ["the", "king", "and", "1900", "birds", "don't", "sing:", "it's", "naïve", "—", "日本語", "über", "alles!"]
 
