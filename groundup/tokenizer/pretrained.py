@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as Engine
 from groundup.errors import ArtifactError, DataError
 from groundup.files import value_digest, write_json
 from groundup.tokenizer.adversarial import adversarial_texts
-from groundup.tokenizer.engines import Encoder, HuggingFaceEncoder
+from groundup.tokenizer.engines import HuggingFaceEncoder
 from groundup.tokenizer.files import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -123,7 +123,8 @@ class PretrainedTokenizer(Tokenizer):
         self.fingerprint = value_digest(parse_object(files[TOKENIZER_FILE], source))
         with reading(f"{source}: damaged, or not a tokenizer that can be read", fix=_MOVE_AWAY):
             self._full = Engine.from_str(files[TOKENIZER_FILE].decode())
-            spec = json.loads(self._full.to_str())  # one spelling of what several versions of the format say
+            self._contents = self._full.to_str()  # one spelling of what several versions of the format say
+            spec = json.loads(self._contents)
             self._ids = self._full.get_vocab(with_added_tokens=True)
             if len(set(self._ids.values())) != len(self._ids):
                 raise ValueError("two of its tokens have one id")
@@ -139,6 +140,7 @@ class PretrainedTokenizer(Tokenizer):
             if any(self._engine.token_to_id(name) != self._ids[name] for name in added):
                 raise ValueError("its added tokens do not have the ids that it says")
             self._reference = HuggingFaceEncoder(self._engine, self._cut)
+            self._chosen = self._reference, []  # the self-test of faster engines covers groundup's own tokenizers only
         with contextlib.suppress(DataError):
             if self._unknown is not None and self._unknown in (self.end_id, self.end_of_text_id):
                 raise ArtifactError(f"{source}: whatever character it does not know would end a text.", _MOVE_AWAY)
@@ -152,11 +154,6 @@ class PretrainedTokenizer(Tokenizer):
     def end_ids(self) -> frozenset[int]:
         """All tokens that end a message or a document, of all files that name some."""
         return super().end_ids | set(self._special_token_ids["eos"])
-
-    def unused_ids(self, n_ids: int) -> list[int]:
-        """As `Tokenizer.unused_ids`; ids between the tokens may be unused, too."""
-        used = set(self._ids.values())
-        return [index for index in range(n_ids) if index not in used]
 
     def save(self, folder: str | Path) -> None:
         """Write its files as they were read; what only the model's configuration says of bos, eos and pad is added."""
@@ -213,15 +210,6 @@ class PretrainedTokenizer(Tokenizer):
             return True
         text = "a b" if self._full.normalizer is None else self._full.normalizer.normalize_str("a b")
         return self._full.pre_tokenizer is not None and len(self._full.pre_tokenizer.pre_tokenize_str(text)) > 1
-
-    def _model(self) -> dict[str, Any]:
-        model: dict[str, Any] = json.loads(self._full.to_str())["model"]
-        return model
-
-    @property
-    def _chosen(self) -> tuple[Encoder, list[str]]:
-        """Hugging Face's engine: the self-test of faster ones covers groundup's own tokenizers only."""
-        return self._reference, []
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD, control tokens nothing (or their names).
@@ -323,9 +311,6 @@ class PretrainedTokenizer(Tokenizer):
             for name, index in names.items()
             if len(name) > 1 and (name in added or _LOOKS_LIKE_CONTROL.fullmatch(name))
         }
-
-    def __repr__(self) -> str:
-        return f"PretrainedTokenizer(vocab_size={self.vocab_size}, fingerprint={self.fingerprint!r})"
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
