@@ -85,13 +85,6 @@ def test_ids_are_as_wide_as_the_vocabulary_needs(tmp_path: Path, vocab_size: int
     assert list(np.fromfile(tmp_path / "train-00000.idx", dtype="<u8")) == [len(expected)]
 
 
-def test_the_same_documents_give_the_same_bytes(tmp_path: Path) -> None:
-    for name in ("one", "two", "two"):
-        written(tmp_path / name, TEXTS)
-    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
-    assert one == two
-
-
 def test_shards_of_an_earlier_call_are_replaced(tmp_path: Path) -> None:
     written(tmp_path, TEXTS)
     (tmp_path / "started.json").write_text("{}")

@@ -13,9 +13,11 @@ change what happens inside before its last merge), so both do the same. `_ranks`
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
+import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -27,7 +29,6 @@ from groundup.environment import usable_cores
 from groundup.errors import DataError
 from groundup.tokenizer.adversarial import adversarial_texts
 from groundup.tokenizer.letters import LETTERS, unspelled
-from groundup.tokenizer.newer import NewerCharacters
 from groundup.tokenizer.split import PATTERNS, cut_into_pieces, grouped, replace_surrogates
 from groundup.untrusted import reading
 
@@ -39,6 +40,9 @@ _BATCH_BYTES = 1 << 22
 _LONGEST_PIECE = 1 << 18  # longer runs of white space overflow the stack of tiktoken's regex
 _LOOKED_AFTER_BYTES = 64 << 20
 _MOST_GROWTH_BYTES = 256 << 20
+_KNOWN_PLANES = 0x30000  # characters behind are all counted as newer: there are few, and they are seldom used
+_FIRST_BYTE = 0xCD  # begins U+0340 and on; every character before is assigned for good
+_OLDEST_TABLES = 16
 
 Arrays = tuple[np.ndarray, np.ndarray]
 """ids, (n_tokens,) uint32, one text after the other, and each text's number of tokens, (n_texts,) int64."""
@@ -168,7 +172,8 @@ class TiktokenEncoder:
 class GigatokenEncoder:
     """gigatoken with the tokenizer's own file; it keeps what it has merged before, so later batches are faster.
 
-    Its tables of Unicode are newer than the other engines'; texts where that may matter go to `fallback`.
+    Its tables of Unicode are newer than the other engines'; texts where that may matter go to `fallback`: a split regex
+    asks whether a character is a letter, and U+088F is one since Unicode 17, while 16 does not know it.
 
     Raises:
         ImportError: gigatoken is not installed.
@@ -184,7 +189,6 @@ class GigatokenEncoder:
         _pattern(spec)
         self._contents = json.dumps(spec, ensure_ascii=False)
         self._make: Callable[[str], Any] = gigatoken.Tokenizer.from_json
-        self._newer = NewerCharacters()
         self._since_looked = 0
         self._memory_at_first = 0
         self._renew()
@@ -194,7 +198,7 @@ class GigatokenEncoder:
         parallel = _threads() > 1
         all_ids, all_lengths = [np.empty(0, dtype=np.uint32)], [np.empty(0, dtype=np.int64)]
         for first, blobs in _batches(texts):
-            unknown = self._newer.places(texts[first : first + len(blobs)], blobs)
+            unknown = with_newer_characters(blobs)
             for place in unknown:
                 blobs[place] = b""
             encoded = self._tokenizer.encode_batch(blobs, parallel=parallel).layout
@@ -259,6 +263,35 @@ def _batches(texts: Sequence[str]) -> Iterator[tuple[int, list[bytes]]]:
             first, size, blobs = place + 1, 0, []
     if blobs:
         yield first, blobs
+
+
+def with_newer_characters(blobs: Sequence[bytes]) -> list[int]:
+    """Which texts, given as UTF-8, have a character that no Unicode up to 16 has assigned."""
+    places = [place for place, blob in enumerate(blobs) if not blob.isascii()]
+    data = np.frombuffer(b"".join([blobs[place] for place in places]), dtype=np.uint8)
+    if data.max(initial=0) < _FIRST_BYTE:
+        return []
+    is_newer = _newer_characters()
+    high = np.flatnonzero(data >= 0x80)
+    points = np.frombuffer(data[high].tobytes().decode().encode("utf-32-le"), dtype="<u4")
+    found = is_newer[np.minimum(points, len(is_newer) - 1)]
+    if not found.any():
+        return []
+    begins = high[data[high] >= 0xC0][found]
+    ends = np.cumsum([len(blobs[place]) for place in places])
+    return [places[place] for place in np.unique(np.searchsorted(ends, begins, side="right"))]
+
+
+@functools.cache
+def _newer_characters() -> np.ndarray:
+    """By code point, whether no Unicode up to 16, the oldest of any engine here, has assigned it; the last for all on.
+
+    Python's own table says which, while it is not newer than that itself; the one of Unicode 3.2, which every Python
+    has too, always does.
+    """
+    is_older = int(unicodedata.unidata_version.split(".")[0]) <= _OLDEST_TABLES
+    category = unicodedata.category if is_older else unicodedata.ucd_3_2_0.category
+    return np.array([*(category(chr(point)) == "Cn" for point in range(_KNOWN_PLANES)), True])
 
 
 def _threads() -> int:
