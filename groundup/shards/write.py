@@ -22,7 +22,7 @@ import orjson
 import xxhash
 
 from groundup.console import Console, format_bytes, format_count
-from groundup.corpus.document import Document
+from groundup.corpus.document import Document, batches
 from groundup.corpus.engine import Engine, engine_for
 from groundup.corpus.passes import DOCUMENTS
 from groundup.errors import ArtifactError, DataError
@@ -295,23 +295,17 @@ def _encode_into(
     """Write each split's files, in groups of a few MiB of text: the tokenizer uses every core in bounded memory."""
     dtype = token_dtype(tokenizer.vocab_size)
     tallies = {name: Tally() for name in SPLITS}
-    group: list[Document] = []
-    size = seen = 0
+    seen = 0
     with contextlib.ExitStack() as stack:
         writers = {name: stack.enter_context(StreamWriter(out, name, dtype, shard_tokens)) for name in SPLITS}
-        for document in itertools.chain(documents, [None]):
-            if document is not None:
-                group.append(document)
-                size += len(document.text)
-            if size >= GROUP_CHARACTERS or document is None:
-                for name in dict.fromkeys(one.split for one in group):
-                    part = [one for one in group if one.split == name]
-                    tokens, ends = encode_texts(tokenizer, [one.text for one in part], dtype)
-                    tallies[name].add(part, ends)
-                    writers[name].append(tokens, ends)
-                seen += len(group)
-                show(seen)
-                group, size = [], 0
+        for group in batches(documents, GROUP_CHARACTERS, lambda one: len(one.text)):
+            for name in dict.fromkeys(one.split for one in group):
+                part = [one for one in group if one.split == name]
+                tokens, ends = encode_texts(tokenizer, [one.text for one in part], dtype)
+                tallies[name].add(part, ends)
+                writers[name].append(tokens, ends)
+            seen += len(group)
+            show(seen)
         for name, writer in writers.items():
             tallies[name].files = writer.finish()
     return tallies

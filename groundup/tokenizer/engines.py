@@ -25,11 +25,12 @@ from typing import Any, Protocol
 import numpy as np
 from tokenizers import Tokenizer as HuggingFace
 
+from groundup.corpus.document import batches
 from groundup.environment import usable_cores
 from groundup.errors import DataError
 from groundup.tokenizer.adversarial import adversarial_texts
 from groundup.tokenizer.letters import LETTERS, unspelled
-from groundup.tokenizer.split import PATTERNS, cut_into_pieces, grouped, replace_surrogates
+from groundup.tokenizer.split import PATTERNS, cut_into_pieces, replace_surrogates
 from groundup.untrusted import reading
 
 ENGINES = ("gigatoken", "tiktoken", "huggingface")
@@ -37,6 +38,7 @@ ENGINES = ("gigatoken", "tiktoken", "huggingface")
 
 N_SAMPLES = 1000
 _BATCH_BYTES = 1 << 22
+_BATCH_CHARACTERS = 1 << 20  # what Hugging Face's engine is given at once: it holds some 200 bytes a character
 _LONGEST_PIECE = 1 << 18  # longer runs of white space overflow the stack of tiktoken's regex
 _LOOKED_AFTER_BYTES = 64 << 20
 _MOST_GROWTH_BYTES = 256 << 20
@@ -103,10 +105,12 @@ class HuggingFaceEncoder:
     def encode(self, texts: Sequence[str]) -> Arrays:
         """Ids of each text. A lone surrogate counts as U+FFFD."""
 
+        pieces = ((place, piece) for place, text in enumerate(texts) for piece in self._cut(replace_surrogates(text)))
+
         def encoded() -> Iterator[tuple[int, list[int]]]:
-            for places, pieces in grouped(texts, self._cut):
-                found = self._engine.encode_batch_fast(pieces, add_special_tokens=False)
-                yield from ((place, encoding.ids) for place, encoding in zip(places, found, strict=True))
+            for batch in batches(pieces, _BATCH_CHARACTERS, lambda item: len(item[1])):
+                found = self._engine.encode_batch_fast([piece for _, piece in batch], add_special_tokens=False)
+                yield from ((place, encoding.ids) for (place, _), encoding in zip(batch, found, strict=True))
 
         return _arrays(len(texts), encoded())
 
@@ -197,7 +201,8 @@ class GigatokenEncoder:
         """Ids of each text. A lone surrogate counts as U+FFFD."""
         parallel = _threads() > 1
         all_ids, all_lengths = [np.empty(0, dtype=np.uint32)], [np.empty(0, dtype=np.int64)]
-        for first, blobs in _batches(texts):
+        first = 0
+        for blobs in batches(map(_utf8, texts), _BATCH_BYTES, len):
             unknown = with_newer_characters(blobs)
             for place in unknown:
                 blobs[place] = b""
@@ -210,6 +215,7 @@ class GigatokenEncoder:
                 ids, lengths = _merged(ids, lengths, unknown, more)
             all_ids.append(ids)
             all_lengths.append(lengths)
+            first += len(blobs)
             self._watch_memory(sum(map(len, blobs)))
         return np.concatenate(all_ids), np.concatenate(all_lengths)
 
@@ -247,22 +253,11 @@ def _merged(ids: np.ndarray, lengths: np.ndarray, places: list[int], more: Array
     return np.insert(ids, where, more_ids), lengths
 
 
-def _batches(texts: Sequence[str]) -> Iterator[tuple[int, list[bytes]]]:
-    """The texts' UTF-8 in batches of a few MiB, with the place of each batch's first text."""
-    first, size = 0, 0
-    blobs: list[bytes] = []
-    for place, text in enumerate(texts):
-        try:
-            blob = text.encode()
-        except UnicodeEncodeError:
-            blob = replace_surrogates(text).encode()
-        blobs.append(blob)
-        size += len(blob)
-        if size >= _BATCH_BYTES:
-            yield first, blobs
-            first, size, blobs = place + 1, 0, []
-    if blobs:
-        yield first, blobs
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return replace_surrogates(text).encode()
 
 
 def with_newer_characters(blobs: Sequence[bytes]) -> list[int]:

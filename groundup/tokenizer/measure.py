@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from groundup.corpus.document import Document
+from groundup.corpus.document import Document, batches
 from groundup.errors import DataError
 from groundup.tokenizer.pieces import cut, piece_of
 from groundup.tokenizer.split import replace_surrogates
@@ -45,7 +45,7 @@ N_UNUSED = 60
 N_FREQUENT = 40
 N_SAMPLES = 8
 SAMPLE_CHARACTERS = 280
-_GROUP_BYTES = 4 << 20
+_GROUP_CHARACTERS = 4 << 20
 _CURVE_POINTS = 120
 _ADDRESS = "https://openaipublic.blob.core.windows.net/encodings/{}.tiktoken"
 _COUNTS = ("documents", "bytes", "words", "tokens")
@@ -77,7 +77,7 @@ def measure(tokenizer: Tokenizer, documents: Iterable[Document], most_bytes: int
     languages: dict[str, Counter[str]] = defaultdict(Counter)
     sources: dict[str, Counter[str]] = defaultdict(Counter)
     samples: dict[tuple[str, str], Document] = {}
-    for some in _groups(documents, most_bytes):
+    for some in batches(_enough(documents, most_bytes), _GROUP_CHARACTERS, lambda one: len(one.text)):
         texts = [replace_surrogates(document.text) for document in some]
         ids, lengths = tokenizer.encode_to_arrays(texts)
         occurrences += np.bincount(ids, minlength=len(occurrences))
@@ -136,20 +136,13 @@ def figures(name: str, counts: Mapping[str, int], known: Iterable[str] = ()) -> 
     }
 
 
-def _groups(documents: Iterable[Document], most_bytes: int) -> Iterator[list[Document]]:
-    group: list[Document] = []
-    size = seen = 0
+def _enough(documents: Iterable[Document], most_bytes: int) -> Iterator[Document]:
+    seen = 0
     for document in documents:
-        group.append(document)
-        size += len(document.text)
+        yield document
         seen += len(document.text.encode("utf-8", errors="replace"))
         if seen >= most_bytes:
-            break
-        if size >= _GROUP_BYTES:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+            return
 
 
 def _largest(groups: Mapping[str, Counter[str]], known: Iterable[str]) -> list[dict[str, Any]]:

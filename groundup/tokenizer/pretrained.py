@@ -121,6 +121,8 @@ class PretrainedTokenizer(Tokenizer):
         self._files = dict(files)
         self.kind = "pretrained"
         self.fingerprint = value_digest(parse_object(files[TOKENIZER_FILE], source))
+        said_in = [name for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE, GENERATION_FILE) if name in files]
+        self._said = {name: parse_object(files[name], str(Path(source).with_name(name))) for name in said_in}
         with reading(f"{source}: damaged, or not a tokenizer that can be read", fix=_MOVE_AWAY):
             self._full = Engine.from_str(files[TOKENIZER_FILE].decode())
             self._contents = self._full.to_str()  # one spelling of what several versions of the format say
@@ -129,8 +131,8 @@ class PretrainedTokenizer(Tokenizer):
             if len(set(self._ids.values())) != len(self._ids):
                 raise ValueError("two of its tokens have one id")
             self._bytes = _bytes_of_tokens(spec, self._ids)
-            self._special_token_ids = self._find_special(values, source)
-            self._specials = self._find_control(spec, str(Path(source).with_name(CONFIG_FILE)))
+            self._special_token_ids = self._find_special(values)
+            self._specials = self._find_control(spec)
             for index in self._specials.values():
                 self._bytes[index] = b""
             self._unknown = _unknown_id(spec, self._ids, self._specials.keys())
@@ -159,9 +161,8 @@ class PretrainedTokenizer(Tokenizer):
         """Write its files as they were read; what only the model's configuration says of bos, eos and pad is added."""
         for name, contents in self._files.items():
             (Path(folder) / name).write_bytes(contents)
-        if self._special_token_ids != self._find_special({}, GENERATION_FILE):
-            theirs = parse_object(self._files.get(GENERATION_FILE, b"{}"), GENERATION_FILE)
-            write_json(Path(folder) / GENERATION_FILE, theirs | token_ids(self))
+        if self._special_token_ids != self._find_special({}):
+            write_json(Path(folder) / GENERATION_FILE, self._said.get(GENERATION_FILE, {}) | token_ids(self))
 
     def encode_iterable(self, parts: Iterable[str]) -> Iterator[int]:
         """As `Tokenizer.encode_iterable`.
@@ -271,16 +272,9 @@ class PretrainedTokenizer(Tokenizer):
             f"this tokenizer names no token for {names[0]}.", f"Name one in {CONFIG_FILE}: {names[0]}_token."
         )
 
-    def _find_special(self, values: Mapping[str, Any], source: str) -> dict[str, list[int]]:
+    def _find_special(self, values: Mapping[str, Any]) -> dict[str, list[int]]:
         """Ids of the tokens for bos, eos and pad, by any name, id or list of them in any file."""
-        files = [
-            *(
-                parse_object(self._files[name], str(Path(source).with_name(name)))
-                for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE, GENERATION_FILE)
-                if name in self._files
-            ),
-            values,
-        ]
+        files = [*self._said.values(), values]
         found = {}
         for name in SPECIAL_TOKENS:
             said = [file.get(key) for file in files for key in (f"{name}_token", f"{name}_token_id")]
@@ -290,11 +284,11 @@ class PretrainedTokenizer(Tokenizer):
             found[name] = [*dict.fromkeys(one for one in ids if _is_id(one) and one < len(self._bytes))]
         return found
 
-    def _find_control(self, spec: dict[str, Any], source: str) -> dict[str, int]:
+    def _find_control(self, spec: dict[str, Any]) -> dict[str, int]:
         """Control tokens, by all that its files say, with their ids."""
         said: list[Any] = [token for token in spec["added_tokens"] if token["special"]]
         for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE):
-            for key, value in parse_object(self._files.get(name, b"{}"), source).items():
+            for key, value in self._said.get(name, {}).items():
                 if key.endswith("_token"):
                     said.append(value)
                 elif key.endswith("special_tokens") and isinstance(value, dict | list):
