@@ -268,50 +268,35 @@ def _check_settings(
     kind: str, vocab_size: int, split: str | None, trainer: str, own: Sequence[str], control: list[str]
 ) -> None:
     problems = []
+
+    def refuse(what: str, why: str, fix: str) -> None:
+        problems.append(Problem(f"[tokenizer] {what}", why, fix))
+
     if kind not in KINDS:
-        problems.append(
-            Problem(f"[tokenizer] kind = {kind!r}", "unknown.", "Use bpe, wordpiece, unigram or characters.")
-        )
+        refuse(f"kind = {kind!r}", "unknown.", "Use bpe, wordpiece, unigram or characters.")
     # WordPiece spells a byte at the start of a word and one inside it differently.
     n_bytes = {"wordpiece": 2 * len(LETTERS), "characters": 0}.get(kind, len(LETTERS))
     needed = len(control) + n_bytes
     if kind != "characters" and vocab_size < needed:
         bytes_twice = " (each at the start of a word and inside one)" if kind == "wordpiece" else ""
-        problems.append(
-            Problem(
-                f"[tokenizer] vocab_size = {vocab_size}",
-                f"too small: {len(control)} control tokens and {len(LETTERS)} bytes{bytes_twice} need {needed}.",
-                f"Set vocab_size = {needed} or more, or keep fewer spare_tokens.",
-            )
-        )
+        why = f"too small: {len(control)} control tokens and {len(LETTERS)} bytes{bytes_twice} need {needed}."
+        refuse(f"vocab_size = {vocab_size}", why, f"Set vocab_size = {needed} or more, or keep fewer spare_tokens.")
     if split is not None and split not in PATTERNS:
-        problems.append(Problem(f"[tokenizer] split = {split!r}", "unknown.", "Use qwen2, llama3 or gpt2."))
+        refuse(f"split = {split!r}", "unknown.", "Use qwen2, llama3 or gpt2.")
+    named = f"trainer = {trainer!r}"
     if trainer not in ("huggingface", "rustbpe"):
-        problems.append(Problem(f"[tokenizer] trainer = {trainer!r}", "unknown.", "Use huggingface or rustbpe."))
+        refuse(named, "unknown.", "Use huggingface or rustbpe.")
     elif trainer == "rustbpe" and kind in KINDS and kind != "bpe":
-        problems.append(
-            Problem(
-                f"[tokenizer] trainer = {trainer!r}",
-                f"trains BPE, not {kind}.",
-                'Set kind = "bpe", or trainer = "huggingface".',
-            )
-        )
+        refuse(named, f"trains BPE, not {kind}.", 'Set kind = "bpe", or trainer = "huggingface".')
     elif trainer == "rustbpe" and importlib.util.find_spec("rustbpe") is None:
-        problems.append(
-            Problem(
-                f"[tokenizer] trainer = {trainer!r}",
-                "the package rustbpe is not installed.",
-                "pip install 'groundup[fast]', or set trainer = \"huggingface\".",
-            )
-        )
+        install = "pip install 'groundup[fast]', or set trainer = \"huggingface\"."
+        refuse(named, "the package rustbpe is not installed.", install)
     for name in own:
         why = "stands there twice, or is one that every tokenizer has." if control.count(name) > 1 else ""
         if replace_surrogates(name) != name or any(_is_word(name, cut) for cut in PATTERNS):
             why = "is a word that text can contain, which would become the control token."
         if why:
-            problems.append(
-                Problem(f"[tokenizer] control_tokens: {name!r:.60}", why, 'Use another name, such as "<name>".')
-            )
+            refuse(f"control_tokens: {name!r:.60}", why, 'Use another name, such as "<name>".')
     if problems:
         raise RecipeError("tokenizer", problems)
 
