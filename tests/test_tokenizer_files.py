@@ -72,65 +72,38 @@ def test_fingerprints_tell_tokenizers_apart() -> None:
     assert len({tokenizer.fingerprint for tokenizer in others}) == len(others)
 
 
+NO_REGEX = {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
+TEXT_FAULTS = {"not JSON": '{"model": {', "empty": "", "a list": "[]"}
+PART_FAULTS = {
+    "no model": {"model": None}, "no control tokens": {"added_tokens": []}, "split regex": {"pre_tokenizer": NO_REGEX},
+    "a normalizer": {"normalizer": {"type": "Lowercase"}},
+}  # fmt: skip
+VOCABULARY_FAULTS = ["moved control token", "a token twice", "lost token", "an id that is no number"]
+FAULTS = [*TEXT_FAULTS, *PART_FAULTS, *VOCABULARY_FAULTS, "another model", "renamed control token"]
+
+
 def change(contents: dict[str, Any], fault: str) -> str:
     model = contents["model"]
-    if fault == "not JSON":
-        return json.dumps(contents)[:-20]
-    if fault == "empty":
-        return ""
-    if fault == "a list":
-        return "[]"
-    if fault == "no model":
-        del contents["model"]
-    elif fault == "another model":
+    if fault in TEXT_FAULTS:
+        return TEXT_FAULTS[fault]
+    if fault == "another model":
         model["type"] = "BPE" if model["type"] == "Unigram" else "Unigram"
-    elif fault == "no control tokens":
-        contents["added_tokens"] = []
     elif fault == "renamed control token":
         contents["added_tokens"][5]["content"] = "<|im_end|>"
-    elif fault == "a normalizer":
-        contents["normalizer"] = {"type": "Lowercase"}
-    elif fault == "split regex":
-        contents["pre_tokenizer"] = {
-            "type": "Split",
-            "pattern": {"Regex": "("},
-            "behavior": "Isolated",
-            "invert": False,
-        }
-    elif model["type"] == "Unigram":
-        change_list(model["vocab"], fault)
-    else:
-        change_ids(model["vocab"], fault)
-    return json.dumps(contents)
-
-
-def change_ids(vocabulary: dict[str, Any], fault: str) -> None:
-    if fault == "moved control token":
-        vocabulary["<|end|>"], vocabulary["<|pad|>"] = vocabulary["<|pad|>"], vocabulary["<|end|>"]
-    elif fault == "hole in the ids":
-        vocabulary[next(reversed(vocabulary))] += 1
-    elif fault == "lost token":
-        del vocabulary["a"]
-    elif fault == "an id that is no number":
-        vocabulary["a"] = "seven"
-
-
-def change_list(vocabulary: list[list[Any]], fault: str) -> None:
-    place = [token for token, _ in vocabulary].index("a")
-    if fault == "moved control token":
-        vocabulary[1], vocabulary[5] = vocabulary[5], vocabulary[1]
-    elif fault == "hole in the ids":
-        vocabulary[-1] = vocabulary[place]
-    elif fault == "lost token":
-        del vocabulary[place]
-    elif fault == "an id that is no number":
-        vocabulary[place][1] = "seven"
-
-
-FAULTS = [
-    "not JSON", "empty", "a list", "no model", "another model", "no control tokens", "renamed control token",
-    "moved control token", "hole in the ids", "lost token", "an id that is no number", "split regex", "a normalizer",
-]  # fmt: skip
+    elif fault in VOCABULARY_FAULTS:
+        is_list = isinstance(model["vocab"], list)  # of tokens and scores: Unigram's
+        entries = [list(entry) for entry in (model["vocab"] if is_list else model["vocab"].items())]
+        place = [token for token, _ in entries].index("a")
+        if fault == "moved control token":
+            entries[1][0], entries[5][0] = entries[5][0], entries[1][0]
+        elif fault == "a token twice":
+            entries[-1][0] = "a"
+        elif fault == "lost token":
+            del entries[place]
+        else:
+            entries[place][1] = "seven"
+        model["vocab"] = entries if is_list else dict(entries)
+    return json.dumps({**contents, **PART_FAULTS.get(fault, {})})
 
 
 @EACH_KIND
