@@ -359,4 +359,4 @@ def file_digest(path: Path) -> str:
 def value_digest(value: object) -> str:
     """The 128-bit xxh3 digest of a JSON-able value, independent of key order, in hex."""
     canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return xxhash.xxh3_128_hexdigest(canonical.encode())
+    return xxhash.xxh3_128_hexdigest(canonical.encode(errors="surrogatepass"))

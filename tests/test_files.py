@@ -321,3 +321,7 @@ def test_a_values_digest_knows_no_key_order(value: dict[str, object], random: ob
 def test_digests_are_equal_only_for_equal_values(one: object, other: object) -> None:
     same = json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
     assert (value_digest(one) == value_digest(other)) == same
+
+
+def test_half_a_character_has_a_digest_too() -> None:
+    assert value_digest({"a": "\ud800"}) != value_digest({"a": "?"})

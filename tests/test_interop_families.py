@@ -70,7 +70,7 @@ def test_there_and_back(variant: str, tmp_path: Path) -> None:
     assert "groundup" not in json.loads((tmp_path / "again" / "config.json").read_text())
     assert same_weights(weights_of(tmp_path / "again"), weights_of(tmp_path / "theirs"))
     import_folder(tmp_path / "again", tmp_path / "ours-again")
-    for path in (tmp_path / "ours").iterdir():
+    for path in (tmp_path / "ours").glob("[!.]*"):
         assert path.read_bytes() == (tmp_path / "ours-again" / path.name).read_bytes(), path.name
 
 

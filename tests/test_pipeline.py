@@ -326,7 +326,7 @@ def test_what_only_the_whole_recipe_shows_is_told_at_once(tmp_path: Path) -> Non
         "[corpus] inputs: no/such.txt: no such file or folder",
         "[corpus] languages = 'english': not a code",
         "[pretrain] sequence_length = 128: longer than the model's context of 64.",
-        "[align.sft] data = 'no/talks.jsonl': no such file.",
+        "[align.sft] data: no/talks.jsonl: no such file or folder",
         "[evaluate] tasks: 'bits_per_bite' is not known. Did you mean 'bits_per_byte'?",
     ]
     assert len(found) == len(places)

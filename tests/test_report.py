@@ -448,7 +448,7 @@ def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path):
     (run.folder("evaluate") / "scores.json").write_text('{"rows": [')
     (run.folder("tokenizer") / "stage.json").write_text("not json")
     (run.root / "recipe.toml").write_text("name = [")
-    (run.folder("pretrain") / "samples.jsonl").write_text("[" * 9_999 + '\n{"step": 1%s}\nnull' % ("0" * 400))
+    (run.folder("pretrain") / "samples.jsonl").write_text("[" * 9_999 + '\n{"st\n{"step": 1%s}\nnull' % ("0" * 400))
     page = Page(write_report(run))
     assert "evaluate/scores.json is damaged" in page.text
     assert "tokenizer/stage.json is damaged" in page.text

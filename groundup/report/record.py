@@ -6,13 +6,12 @@ gives a record: what cannot be read is left out and named in `warnings`.
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
-
-import orjson
 
 from groundup.errors import ArtifactError, GroundupError, RunError
 from groundup.files import read_json
@@ -193,8 +192,8 @@ def _lines(path: Path, warnings: list[str]) -> list[dict[str, Any]]:
     n_damaged = 0
     for raw in path.read_bytes().splitlines() if path.is_file() else ():
         try:
-            value = orjson.loads(raw)
-        except orjson.JSONDecodeError:
+            value = json.loads(raw)
+        except (ValueError, RecursionError):
             n_damaged += 1
         else:
             lines += [value] if isinstance(value, dict) else []
