@@ -17,8 +17,7 @@ import numpy as np
 from record import spread, write_result
 
 from groundup.shards import MixtureLoader, PackedLoader, TokenShards, WindowLoader, validation_windows
-from groundup.shards.encode import Tally
-from groundup.shards.format import ShardsManifest
+from groundup.shards.format import ShardsManifest, Split
 from groundup.shards.stream import StreamWriter
 
 VOCABULARY = 32_768
@@ -68,8 +67,7 @@ def write(folder: Path, n_tokens: int, seed: int) -> None:
         for _ in range(n_tokens // len(block)):
             writer.append(block, ends)
         files = writer.finish()
-    train = Tally(documents=writer.n_documents, tokens=writer.n_tokens)
-    splits = {"train": train.split(files), "validation": Tally().split(())}
+    splits = {"train": Split(writer.n_tokens, writer.n_documents, 0, files), "validation": Split(0, 0, 0, ())}
     ShardsManifest(VOCABULARY, "0" * 32, END_OF_TEXT, splits).write(folder)
 
 

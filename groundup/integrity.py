@@ -55,6 +55,8 @@ def check_files(folder: Path, records: FileRecords, fix: str, *, digests: bool =
                 news[name] = identity
     if news and is_ours(folder):
         with contextlib.suppress(GroundupError, OSError):  # where nothing can be written, the next check reads again
+            for left_by_a_kill in folder.glob(f"{CHECKED}.groundup-partial-*"):
+                left_by_a_kill.unlink()
             write_json(folder / CHECKED, {**checked, **news})
 
 

@@ -152,10 +152,3 @@ def test_import_says_what_it_assumed(tmp_path: Path) -> None:
     found = json.loads(again.stdout)
     assert found["splits"]["train"] == {"tokens": 4, "documents": 2}
     assert (found["format"], found["dtype"]) == ("nanogpt", "uint16")
-
-
-def test_every_command_has_help_with_examples() -> None:
-    for name in ("verify", "stats", "show", "import", "export"):
-        done = call(name, "--help")
-        assert done.exit_code == 0
-        assert f"groundup shards {name}" in done.stdout

@@ -69,6 +69,8 @@ def test_exported_and_imported_again_are_the_same_bytes(
     tmp_path_factory: pytest.TempPathFactory, format: str, texts: list[str], held_out: list[str], wide: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("convert")
+    # Two ids of 16 bits of which the second is zero are also one of 32; such a file is refused until it is named.
+    texts, held_out = ["ab", *texts], held_out and ["ab", *held_out]
     vocab_size = 70_000 if wide and format != "nanogpt" else 257
     written(folder / "mine", texts, held_out, vocab_size=vocab_size)
     for path in export_shards(folder / "mine", folder / "theirs", format):

@@ -15,7 +15,7 @@ from groundup.errors import ArtifactError, DataError, GroundupError
 from groundup.files import value_digest
 from groundup.recipe import ShardsSettings
 from groundup.shards import TokenShards, shard_stats, verify_shards, write_shards
-from groundup.shards.encode import largest_first
+from groundup.shards.write import largest_first
 from groundup.tokenizer import Tokenizer
 
 TEXTS = ["alpha " * n for n in range(1, 40)] + ["a long one " * 300, "", "ω€😀"]
@@ -83,13 +83,6 @@ def test_ids_are_as_wide_as_the_vocabulary_needs(tmp_path: Path, vocab_size: int
     # Anybody can read the files without groundup.
     assert list(np.fromfile(tmp_path / "train-00000.bin", dtype=dtype)) == expected
     assert list(np.fromfile(tmp_path / "train-00000.idx", dtype="<u8")) == [len(expected)]
-
-
-def test_the_same_documents_give_the_same_bytes(tmp_path: Path) -> None:
-    for name in ("one", "two", "two"):
-        written(tmp_path / name, TEXTS)
-    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
-    assert one == two
 
 
 def test_shards_of_an_earlier_call_are_replaced(tmp_path: Path) -> None:

@@ -23,8 +23,7 @@ from groundup.errors import ArtifactError, DataError
 from groundup.files import file_digest
 from groundup.recipe import ShardsSettings
 from groundup.shards import TokenShards, verify_shards, write_shards, write_shards_from_file
-from groundup.shards import encode as encode_module
-from groundup.shards import parallel as parallel_module
+from groundup.shards import write as write_module
 from groundup.tokenizer import Tokenizer, load_tokenizer
 
 SMALL = ShardsSettings(shard_tokens=1024)
@@ -151,7 +150,7 @@ def test_what_was_encoded_is_not_encoded_again(
 ) -> None:
     out = tmp_path / "out"
     encoded: list[int] = []
-    really = encode_module.encode_texts
+    really = write_module.encode_texts
 
     def counted(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray]:
         encoded.append(len(texts))
@@ -167,9 +166,9 @@ def test_what_was_encoded_is_not_encoded_again(
     def stopped(work: object) -> None:
         raise StoppedError
 
-    monkeypatch.setattr(encode_module, "encode_texts", counted)
+    monkeypatch.setattr(write_module, "encode_texts", counted)
     with monkeypatch.context() as patch:
-        patch.setattr(parallel_module, "join_shard", stopped)
+        patch.setattr(write_module, "join_shard", stopped)
         with pytest.raises(StoppedError):
             run()
     assert sum(encoded) == 150
@@ -180,10 +179,10 @@ def test_what_was_encoded_is_not_encoded_again(
 
     # What was damaged meanwhile is encoded again.
     with monkeypatch.context() as patch:
-        patch.setattr(parallel_module, "join_shard", stopped)
+        patch.setattr(write_module, "join_shard", stopped)
         with pytest.raises(StoppedError):
             run()
-    flipped = max((out / "ranges").rglob("train.tokens"))
+    flipped = max((out / "ranges").rglob("train-*.bin"))
     flipped.write_bytes(bytes([flipped.read_bytes()[0] ^ 1]) + flipped.read_bytes()[1:])
     run()
     assert 0 < sum(encoded) < 150
@@ -191,7 +190,7 @@ def test_what_was_encoded_is_not_encoded_again(
 
     # Of another text, another tokenizer, or other ranges, nothing is taken over.
     with monkeypatch.context() as patch:
-        patch.setattr(parallel_module, "join_shard", stopped)
+        patch.setattr(write_module, "join_shard", stopped)
         with pytest.raises(StoppedError):
             run()
     changed = documents_of(150)

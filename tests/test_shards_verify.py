@@ -15,7 +15,6 @@ from groundup.files import value_digest
 from groundup.shards import shard_stats, verify_shards
 from groundup.shards.format import ShardsManifest
 from groundup.shards.stream import begin_shards
-from groundup.shards.verify import refuse_faults
 
 TEXTS = ["alpha " * n for n in range(1, 40)] + ["a long one " * 300, "", "ω€😀"]
 
@@ -52,7 +51,6 @@ def test_good_shards_have_no_faults(folder: Path) -> None:
     assert found.files == len(list(folder.glob("*.bin"))) + len(list(folder.glob("*.idx")))
     assert found.tokens == len(stream_of(TEXTS)) + len(stream_of(TEXTS[:9]))
     assert found.documents == len(TEXTS) + 9
-    refuse_faults(found)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +98,6 @@ def test_every_fault_is_told_at_once(folder: Path) -> None:
         f"{path}, byte 2,046: 2,046 bytes instead of 2,048",
         f"{folder / 'validation-00000.bin'}: damaged, its checksum does not fit",
     ]
-    with pytest.raises(ArtifactError, match=r"(?s)train-00000\.idx.*train-00002\.bin.*validation-00000\.bin.*Make"):
-        refuse_faults(found)
 
 
 def test_without_a_manifest_nothing_can_be_judged(folder: Path) -> None:

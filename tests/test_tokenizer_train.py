@@ -19,10 +19,10 @@ from groundup.errors import DataError, GroundupError, RecipeError
 from groundup.reference import bpe
 from groundup.tokenizer import Tokenizer, load_tokenizer
 from groundup.tokenizer.letters import BYTE_OF_LETTER, LETTERS, spelled, unspelled
-from groundup.tokenizer.ranks import merges_of
 from groundup.tokenizer.sample import COUNTABLE_BYTES, SAMPLE_CHARACTERS, Sample, _pieces, sample
 from groundup.tokenizer.special import CONTROL_TOKENS, control_tokens
 from groundup.tokenizer.split import PATTERNS, cut_into_pieces, default_split, pre_tokenizer
+from groundup.tokenizer.train import merges_of
 
 WORDS = ["the", "king", "and", "1900", "birds", "don't", "sing:", "it's", "naïve", "—", "日本語", "über", "alles!"]
 
@@ -109,17 +109,6 @@ def test_the_size_asked_for_is_the_size_given(kind: str) -> None:
         assert Tokenizer.train(TEXTS, kind=kind, vocab_size=vocab_size).vocab_size == vocab_size
 
 
-@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram", "characters"])
-def test_control_tokens_have_the_same_ids_in_every_kind(kind: str) -> None:
-    tokenizer = Tokenizer.train(TEXTS, kind=kind, vocab_size=600, spare_tokens=3)
-    ids = tokenizer.encode("".join(control_tokens(3)), allowed_special=control_tokens(3))
-    assert ids == list(range(10))
-    assert (tokenizer.role_id("tool"), tokenizer.special_ids) == (
-        CONTROL_TOKENS.index("<|tool|>"),
-        frozenset(range(10)),
-    )
-
-
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
 def test_learned_tokens_compress(kind: str) -> None:
     tokenizer = Tokenizer.train(TEXTS, kind=kind, vocab_size=1000)
@@ -127,12 +116,16 @@ def test_learned_tokens_compress(kind: str) -> None:
     assert n_bytes / sum(map(len, tokenizer.encode_batch(TEXTS))) > 1.8
 
 
-@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram", "characters"])
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram", "characters", "rustbpe"])
 def test_the_order_of_documents_changes_nothing(kind: str) -> None:
+    trainer = {"kind": kind}
+    if kind == "rustbpe":
+        pytest.importorskip("rustbpe")
+        trainer = {"trainer": kind}
     documents = corpus({"a": [900, 2000], "b": [60] * 8})
     for sample_bytes in (None, 9_000):
         trained = {
-            Tokenizer.train(order, kind=kind, vocab_size=600, sample_bytes=sample_bytes).fingerprint
+            Tokenizer.train(order, vocab_size=600, sample_bytes=sample_bytes, **trainer).fingerprint
             for order in (documents, documents[::-1], documents[5:] + documents[:5])
         }
         assert len(trained) == 1
@@ -144,8 +137,9 @@ def test_control_tokens_of_ones_own_stand_behind_those_of_every_tokenizer(kind: 
     Tokenizer.train([*TEXTS, "<think> [INST] " * 50], kind=kind, vocab_size=640, control_tokens=own).save(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     assert (type(tokenizer), tokenizer.role_id("tool")) == (Tokenizer, 6)
-    assert list(tokenizer.vocab().values())[:13] == control_tokens(4, own)
-    assert tokenizer.encode("".join(own), allowed_special=own) == [7, 8]
+    assert list(tokenizer.vocab().values())[:13] == [*CONTROL_TOKENS, *own, *control_tokens(4)[7:]]
+    every = control_tokens(4, own)
+    assert tokenizer.encode("".join(every), allowed_special=every) == list(range(13)) == sorted(tokenizer.special_ids)
     assert not tokenizer.special_ids & set(tokenizer.encode("<think>[INST] <think"))
 
 
@@ -309,13 +303,6 @@ def test_rustbpe_gives_a_bpe_that_compresses_as_well() -> None:
         text = "unseen: ß Ж 漢字 1234 \n\n <|end|>"
         assert fast.decode(fast.encode(text)) == text
         assert fast.choose_engine() == usual.choose_engine()
-
-
-def test_rustbpe_trains_the_same_bits_in_any_order() -> None:
-    pytest.importorskip("rustbpe")
-    documents = corpus({"a": [900, 2000], "b": [60] * 8})
-    one, other = (Tokenizer.train(o, vocab_size=500, trainer="rustbpe") for o in (documents, documents[::-1]))
-    assert one.fingerprint == other.fingerprint
 
 
 def test_without_rustbpe_the_way_to_get_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

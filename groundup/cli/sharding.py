@@ -54,7 +54,9 @@ def verify(folder: FolderArgument, as_json: JsonOption = False) -> None:
 
     Every fault is named with its file and the byte at which it is.
     """
-    from groundup.shards.verify import refuse_faults, verify_shards
+    from groundup.errors import ArtifactError
+    from groundup.shards import verify_shards
+    from groundup.shards.format import AGAIN
 
     found = verify_shards(shards_folder(folder))
     if as_json:
@@ -72,7 +74,8 @@ def verify(folder: FolderArgument, as_json: JsonOption = False) -> None:
         if found.faults:
             raise typer.Exit(1)
         return
-    refuse_faults(found)
+    if found.faults:
+        raise ArtifactError("\n".join(map(str, found.faults)), AGAIN)
     typer.echo(f"{folder}: {found.files} files, {found.documents:,} documents, {found.tokens:,} tokens: all good.")
 
 

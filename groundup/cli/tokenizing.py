@@ -49,7 +49,7 @@ def report(
 ) -> None:
     """What a tokenizer makes of a corpus: bytes per token by language and source, tokens never used, samples."""
     from groundup.tokenizer import load_tokenizer
-    from groundup.tokenizer.measure import measure, to_json
+    from groundup.tokenizer.measure import measure
     from groundup.tokenizer.page import render, write_page
 
     file = tokenizer_file(tokenizer)
@@ -58,7 +58,7 @@ def report(
     if html is not None:
         write_page(measured, name, html)
     if as_json:
-        print_json(to_json(measured))
+        print_json(measured)
         return
     console = result_console()
     console.print(render(measured, name, colour=console.color_system is not None))
@@ -81,7 +81,7 @@ def try_text(
         print_json(figures)
         return
     console = result_console()
-    console.print(in_colour(pieces, colour=console.color_system is not None))
+    console.print(in_colour([piece.shown for piece in pieces], colour=console.color_system is not None))
     ratio = f" · {figures['bytes_per_token']:.2f} bytes per token" if pieces else ""
     console.print(Text(f"{figures['tokens']:,} tokens · {figures['bytes']:,} bytes{ratio}", style="dim"))
     table = Table(box=None, pad_edge=False, show_header=True)

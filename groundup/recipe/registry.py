@@ -37,7 +37,7 @@ TRUNK = {
         "groundup.tokenizer.stage:TOKENIZER",
         "Documents to tokenizer.json: byte-level BPE, WordPiece, Unigram, or one token per character.",
     ),
-    "shards": Registered("groundup.shards.parallel:SHARDS", "Documents and tokenizer to binary token shards."),
+    "shards": Registered("groundup.shards.write:SHARDS", "Documents and tokenizer to binary token shards."),
     "pretrain": Registered(
         "groundup.training.pretrain:PRETRAIN", "Model and shards to a base model: next-token prediction."
     ),

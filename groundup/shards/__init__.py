@@ -6,11 +6,10 @@ from groundup.shards.load import Batch, WindowLoader, validation_windows
 from groundup.shards.mixture import MixtureLoader
 from groundup.shards.order import Permutation
 from groundup.shards.packing import PackedBatch, PackedLoader
-from groundup.shards.parallel import SMALL_BYTES, write_shards_from_file
 from groundup.shards.read import TokenShards
 from groundup.shards.stats import shard_stats
 from groundup.shards.verify import verify_shards
-from groundup.shards.write import write_shards
+from groundup.shards.write import SMALL_BYTES, write_shards, write_shards_from_file
 
 __all__ = [
     "SMALL_BYTES",

@@ -6,14 +6,13 @@ out, and back on the way in (`import_ids`), so that shards exported and imported
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from groundup.errors import GroundupError
-from groundup.files import atomic_writer
-from groundup.shards.external_formats import megatron_paths, write_llmc, write_megatron_index
+from groundup.shards.external_formats import BLOCK_TOKENS, megatron_paths, write_ids, write_llmc, write_megatron_index
 from groundup.shards.format import SPLITS, ShardsManifest
 from groundup.shards.read import TokenShards
 
@@ -47,20 +46,28 @@ def export_shards(folder: str | Path, out: str | Path, format: str, *, force: bo
         raise GroundupError(
             f"{folder}: {manifest.vocab_size:,} ids do not fit in nanoGPT's uint16.", "Use --format llmc or megatron."
         )
-    files = {
-        split: _files(out, format, split, len(manifest.splits[split].files))
-        for split in SPLITS
-        if manifest.splits.get(split) and manifest.splits[split].files
-    }
+    splits = {name: manifest.splits[name].files for name in SPLITS if name in manifest.splits}
+    files = {name: _paths(out, format, name, len(shards)) for name, shards in splits.items() if shards}
     written = [path for paths in files.values() for path in paths]
     if not force and (there := [path for path in written if path.exists()]):
         raise GroundupError(f"{there[0]}: is there already.", "Name another folder, or replace it with --force.")
-    for split, paths in files.items():
-        _EXPORTERS[format](TokenShards.open(folder, split), manifest, paths)
+    for name, paths in files.items():
+        shards = TokenShards.open(folder, name)
+        if format == "nanogpt":
+            write_ids(paths[0], shards.blocks())
+        elif format == "llmc":
+            first = 0
+            for path, file in zip(paths, splits[name], strict=True):
+                write_llmc(path, _turned_blocks(shards, first, file.tokens), file.tokens, shards.dtype)
+                first += file.tokens
+        else:
+            dtype = np.dtype("<u2") if shards.dtype.itemsize == 2 else np.dtype("<i4")
+            write_ids(paths[1], (block.astype(dtype, copy=False) for block in shards.blocks()))
+            write_megatron_index(paths[0], np.diff(shards.document_ends(), prepend=0), dtype)
     return written
 
 
-def _files(out: Path, format: str, split: str, n_shards: int) -> list[Path]:
+def _paths(out: Path, format: str, split: str, n_shards: int) -> list[Path]:
     name = "train" if split == "train" else "val"
     if format == "nanogpt":
         return [out / f"{name}.bin"]
@@ -69,42 +76,12 @@ def _files(out: Path, format: str, split: str, n_shards: int) -> list[Path]:
     return list(megatron_paths(out / f"{split}_text_document"))
 
 
-def _export_nanogpt(shards: TokenShards, manifest: ShardsManifest, paths: list[Path]) -> None:
-    with atomic_writer(paths[0], binary=True) as handle:
-        for block in shards.blocks():
-            handle.write(block.data)
-
-
-def _export_llmc(shards: TokenShards, manifest: ShardsManifest, paths: list[Path]) -> None:
-    first = 0
-    for path, file in zip(paths, manifest.splits[shards.split].files, strict=True):
-        write_llmc(path, _turned_blocks(shards, first, file.tokens), file.tokens, shards.dtype)
-        first += file.tokens
-
-
-def _turned_blocks(shards: TokenShards, first: int, n_tokens: int, block: int = 1 << 22) -> Iterator[np.ndarray]:
+def _turned_blocks(shards: TokenShards, first: int, n_tokens: int) -> Iterator[np.ndarray]:
     """The ids of places `first` … of the stream turned by one, so that end-of-text comes before each document."""
-    turn = 0 if shards.end_of_text_id is None else 1
-    for begin in range(first - turn, first - turn + n_tokens, block):
-        length = min(block, first - turn + n_tokens - begin)
-        if begin < 0:  # the stream's last end-of-text
-            parts = [shards.window(shards.n_tokens - 1, 1), shards.window(0, length - 1)]
-            yield np.concatenate(parts).astype(shards.dtype)
-        else:
-            yield shards.window(begin, length).astype(shards.dtype)
-
-
-def _export_megatron(shards: TokenShards, manifest: ShardsManifest, paths: list[Path]) -> None:
-    index_path, path = paths
-    dtype = np.dtype("<u2") if shards.dtype.itemsize == 2 else np.dtype("<i4")
-    with atomic_writer(path, binary=True) as handle:
-        for block in shards.blocks():
-            handle.write(block.astype(dtype, copy=False).data)
-    write_megatron_index(index_path, np.diff(shards.document_ends(), prepend=0), dtype)
-
-
-_EXPORTERS: dict[str, Callable[[TokenShards, ShardsManifest, list[Path]], None]] = {
-    "nanogpt": _export_nanogpt,
-    "llmc": _export_llmc,
-    "megatron": _export_megatron,
-}
+    first -= 0 if shards.end_of_text_id is None else 1
+    last = first + n_tokens
+    if first < 0:
+        yield shards.window(shards.n_tokens - 1, 1).astype(shards.dtype)  # the stream's last end-of-text
+        first = 0
+    for begin in range(first, last, BLOCK_TOKENS):
+        yield shards.window(begin, min(BLOCK_TOKENS, last - begin)).astype(shards.dtype)

@@ -1,4 +1,4 @@
-"""Other programs' files of token ids.
+"""Other programs' files of token ids, read and written.
 
 - nanoGPT: `train.bin`, `val.bin`; uint16 ids, no header, documents end with end-of-text. Nothing in such a file says
   how wide its ids are: what looks like wider ones is refused until `uint16`, `uint32` or `int64` is named.
@@ -11,15 +11,12 @@
   first). Documents end with end-of-text if they were made with --append-eod.
 - Parquet, and Arrow files as Hugging Face's `datasets` saves them: a column of lists of integers. What an
   `attention_mask` beside it masks is padding, and left out.
-
-A reader gives pieces: ids with the ends of documents, or without where the format has none. What the system or a
-library throws while it reads, `inputs.reader` turns into an error that names the file.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,21 +25,26 @@ import numpy as np
 
 from groundup.errors import ArtifactError, GroundupError
 from groundup.files import atomic_writer
-from groundup.untrusted import ordinary_file
+from groundup.untrusted import ordinary_file, reading
 
 if TYPE_CHECKING:
     import pyarrow
 
-LLMC_KINDS: dict[int, tuple[int, np.dtype[Any]]] = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
+RAW_DTYPES = {"nanogpt": "<u2", "uint16": "<u2", "uint32": "<u4", "int64": "<i8"}
+SUFFIXES = {
+    **dict.fromkeys(RAW_DTYPES, ".bin"), "npy": ".npy", "llmc": ".bin", "megatron": ".idx", "parquet": ".parquet",
+    "arrow": ".arrow",
+}  # fmt: skip
+LLMC_KINDS: dict[tuple[int, int], np.dtype[Any]] = {
+    (20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")
+}  # fmt: skip
 LLMC_HEADER = 256 * 4
-LLMC_MOST_TOKENS = (1 << 31) - 1
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_DTYPES = {1: "|u1", 2: "|i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 """The codes of integers; 6 and 7 are floats."""
 MEGATRON_HEADER = struct.Struct("<9sQBQQ")
-MEGATRON_MOST_TOKENS = (1 << 31) - 1
+MOST_INT32 = (1 << 31) - 1
 NUMPY_MAGIC = b"\x93NUMPY"
-RAW_DTYPES = {"nanogpt": "<u2", "uint16": "<u2", "uint32": "<u4", "int64": "<i8"}
 ID_COLUMNS = ("input_ids", "tokens", "token_ids", "ids")
 MASK_COLUMN = "attention_mask"
 BLOCK_TOKENS = 1 << 22
@@ -54,43 +56,59 @@ class IdBlock:
     """Some of a file's ids.
 
     Attributes:
-        path: the file.
-        first: the number of the first of them in the file.
         tokens: (n,) integers of any type.
         ends: where documents end in them, (n_documents,) int64; None if the format does not say.
-        is_last: whether the file ends here.
+        is_last: whether the file ends here, where the format does not say where documents end.
         padding: ids that were left out.
     """
 
-    path: Path
-    first: int
     tokens: np.ndarray
     ends: np.ndarray | None
-    is_last: bool
+    is_last: bool = False
     padding: int = 0
 
 
-def read_raw(path: Path, format: str) -> Iterator[IdBlock]:
-    """The ids of a file without a header, or of one that numpy.save wrote.
+def read_ids(path: Path, format: str, column: str | None = None) -> Iterator[IdBlock]:
+    """A file's ids, in blocks.
+
+    Args:
+        path: the file (megatron: its `.idx`).
+        format: a key of `SUFFIXES`.
+        column: of a table, with the ids (default: one of `ID_COLUMNS`, or the only one with lists of integers).
 
     Raises:
-        ArtifactError: cut in the middle of an id, or its ids look wider than nanoGPT's.
+        ArtifactError: missing, cut off, damaged, or not ids in this format.
     """
-    with path.open("rb") as handle:
-        if handle.read(len(NUMPY_MAGIC)) == NUMPY_MAGIC:
-            yield from read_numpy(path)
-            return
-    dtype, size = np.dtype(RAW_DTYPES[format]), _size(path)
+    with reading(str(path), fix=COMPLETE):
+        size = ordinary_file(path).stat().st_size
+        if format in ("parquet", "arrow"):
+            yield from _read_table(path, column)
+        elif format == "megatron":
+            yield from _read_megatron(path)
+        else:
+            with path.open("rb") as handle:
+                header = handle.read(LLMC_HEADER)
+            if format == "llmc":
+                tokens = _llmc_ids(path, header, size)
+            elif format == "npy" or header.startswith(NUMPY_MAGIC):
+                tokens = _numpy_ids(path)
+            else:
+                tokens = _raw_ids(path, format, size)
+            yield from _blocks(tokens)
+
+
+def _raw_ids(path: Path, format: str, size: int) -> np.ndarray:
+    dtype = np.dtype(RAW_DTYPES[format])
     if size % dtype.itemsize:
         name = dtype.name
         raise ArtifactError(f"{path}: {size:,} bytes, which is not a number of {name} ids: cut off.", COMPLETE)
-    tokens = _mapped(path, dtype, size // dtype.itemsize, 0)
+    tokens = _mapped(path, dtype, size // dtype.itemsize)
     if format == "nanogpt" and (wider := _looks_wider(tokens)):
         raise ArtifactError(
             f"{path}: as uint16, these ids look like {wider} ones cut in pieces; the file does not say how wide it is.",
             f"Say it: --format {wider}, or --format uint16 if they are.",
         )
-    yield from _blocks(path, tokens)
+    return tokens
 
 
 def _looks_wider(ids: np.ndarray) -> str | None:
@@ -106,61 +124,51 @@ def _looks_wider(ids: np.ndarray) -> str | None:
     return None
 
 
-def read_numpy(path: Path) -> Iterator[IdBlock]:
-    """The ids of a `.npy` file: a stream, or rows that are documents.
-
-    Raises:
-        ArtifactError: not integers of one or two dimensions.
-    """
+def _numpy_ids(path: Path) -> np.ndarray:
     array = np.lib.format.open_memmap(path, mode="r")
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
         shape = "×".join(map(str, array.shape))
         raise ArtifactError(f"{path}: {shape} values of {array.dtype}, not ids in one or two dimensions.")
-    if array.ndim == 1:
-        yield from _blocks(path, array.view(np.ndarray))
-        return
-    n_rows, length = array.shape
-    at_once = max(1, BLOCK_TOKENS // max(1, length))
-    for begin in range(0, max(1, n_rows), at_once):
-        rows = np.asarray(array[begin : begin + at_once])
-        ends = np.arange(1, len(rows) + 1, dtype=np.int64) * length
-        yield IdBlock(path, begin * length, rows.ravel(), ends, begin + at_once >= n_rows)
+    return array.view(np.ndarray)
 
 
-def read_llmc(path: Path) -> Iterator[IdBlock]:
-    """The ids of an llm.c file.
-
-    Raises:
-        ArtifactError: not such a file, or cut off.
-    """
-    size = _size(path)
-    with path.open("rb") as handle:
-        header = handle.read(LLMC_HEADER)
+def _llmc_ids(path: Path, header: bytes, size: int) -> np.ndarray:
     magic, version, n_tokens = struct.unpack_from("<3i", header.ljust(12, b"\0"))
-    if magic not in LLMC_KINDS or LLMC_KINDS[magic][0] != version:
+    dtype = LLMC_KINDS.get((magic, version))
+    if dtype is None:
         raise ArtifactError(
             f"{path}: begins with magic {magic}, version {version}; llm.c's token files have 20240520, 1 (uint16) or "
             "20240801, 7 (uint32).",
             "Say another --format.",
         )
-    dtype = LLMC_KINDS[magic][1]
     expected = LLMC_HEADER + n_tokens * dtype.itemsize
     if size != expected or n_tokens < 0:
         raise ArtifactError(
             f"{path}: {size:,} bytes instead of {expected:,} for its {n_tokens:,} ids; cut off or damaged.", COMPLETE
         )
-    yield from _blocks(path, _mapped(path, dtype, n_tokens, LLMC_HEADER))
+    return _mapped(path, dtype, n_tokens, LLMC_HEADER)
 
 
-def read_megatron(path: Path) -> Iterator[IdBlock]:
-    """The documents of a Megatron data set, named by its `.idx` (or `.bin`, or their common prefix).
+def _mapped(path: Path, dtype: np.dtype[Any], n_tokens: int, header: int = 0) -> np.ndarray:
+    if not n_tokens:
+        return np.empty(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=header, shape=(n_tokens,)).view(np.ndarray)
 
-    Raises:
-        ArtifactError: a file is missing, cut off or damaged, or its ids are not integers.
-    """
-    index_path, path = megatron_paths(path)
+
+def _blocks(array: np.ndarray) -> Iterator[IdBlock]:
+    """A stream, or rows that are documents, in blocks."""
+    length = array.shape[1] if array.ndim == 2 else 1
+    at_once = max(1, BLOCK_TOKENS // max(1, length))
+    for begin in range(0, len(array), at_once):
+        part = array[begin : begin + at_once]
+        ends = np.arange(1, len(part) + 1, dtype=np.int64) * length if array.ndim == 2 else None
+        yield IdBlock(part.ravel(), ends, begin + at_once >= len(array))
+
+
+def _read_megatron(index_path: Path) -> Iterator[IdBlock]:
+    _, path = megatron_paths(index_path)
     dtype, lengths, borders = _read_megatron_index(index_path)
-    size, n_tokens = _size(path), int(lengths.sum(dtype=np.int64))
+    size, n_tokens = ordinary_file(path).stat().st_size, int(lengths.sum(dtype=np.int64))
     if size != n_tokens * dtype.itemsize:
         raise ArtifactError(
             f"{path}: {size:,} bytes instead of {n_tokens * dtype.itemsize:,}, which {index_path.name} asks for; cut "
@@ -169,33 +177,54 @@ def read_megatron(path: Path) -> Iterator[IdBlock]:
         )
     sequence_ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     ends = sequence_ends[borders[1:]]
-    tokens = _mapped(path, dtype, n_tokens, 0)
+    tokens = _mapped(path, dtype, n_tokens)
     begin = place = 0
     while place < len(ends):
         # Whole documents, as many as fit in a block, at least one.
         until = max(place + 1, int(np.searchsorted(ends, begin + BLOCK_TOKENS, side="right")))
         end = int(ends[until - 1])
-        yield IdBlock(path, begin, tokens[begin:end], ends[place:until] - begin, until == len(ends))
+        yield IdBlock(tokens[begin:end], ends[place:until] - begin)
         begin, place = end, until
 
 
-def read_table(path: Path, column: str | None = None) -> Iterator[IdBlock]:
-    """The rows of a Parquet or Arrow file, each a document.
+def megatron_paths(path: Path) -> tuple[Path, Path]:
+    """The `.idx` and the `.bin` of a data set, named by one of them or by what they have in common."""
+    stem = path.with_suffix("") if path.suffix in (".idx", ".bin") else path
+    return stem.with_name(f"{stem.name}.idx"), stem.with_name(f"{stem.name}.bin")
 
-    Args:
-        path: the file; Arrow files may be of the stream or of the file form.
-        column: of ids (default: `input_ids`, `tokens`, `token_ids`, `ids`, or the only one with lists of integers).
 
-    Raises:
-        ArtifactError: no such column, or a mask of another shape.
-    """
+def _read_megatron_index(path: Path) -> tuple[np.dtype[Any], np.ndarray, np.ndarray]:
+    """Type of ids, lengths of sequences, and the sequences at which documents end (0 first)."""
+    data = path.read_bytes()
+    magic, version, code, n_sequences, n_borders = MEGATRON_HEADER.unpack_from(data.ljust(MEGATRON_HEADER.size, b"\0"))
+    if magic != MEGATRON_MAGIC or version != 1:
+        raise ArtifactError(f"{path}: not an index of Megatron-LM's (MMIDIDX, version 1).", "Say another --format.")
+    if code not in MEGATRON_DTYPES:
+        raise ArtifactError(f"{path}: its ids are of type {code}, which is not an integer type.")
+    size, expected = len(data), MEGATRON_HEADER.size + 12 * n_sequences + 8 * n_borders
+    if size != expected:
+        modes = " (it has sequence modes: data for several kinds of input)" if size == expected + n_sequences else ""
+        raise ArtifactError(f"{path}: {size:,} bytes instead of {expected:,}{modes}; cannot be used.", COMPLETE)
+    dtype = np.dtype(MEGATRON_DTYPES[code])
+    lengths = np.frombuffer(data, "<i4", n_sequences, MEGATRON_HEADER.size)
+    pointers = np.frombuffer(data, "<i8", n_sequences, MEGATRON_HEADER.size + 4 * n_sequences)
+    borders = np.frombuffer(data, "<i8", n_borders, MEGATRON_HEADER.size + 12 * n_sequences)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    if (lengths < 0).any() or (pointers != (ends - lengths) * dtype.itemsize).any():
+        raise ArtifactError(f"{path}: its sequences do not lie one after the other; damaged, or cut by hand.")
+    rises = n_borders > 0 and borders[0] == 0 and borders[-1] == n_sequences and (np.diff(borders) >= 0).all()
+    if not rises:
+        raise ArtifactError(f"{path}: its document borders do not go from 0 to its {n_sequences:,} sequences; damaged.")
+    return dtype, lengths, borders
+
+
+def _read_table(path: Path, column: str | None) -> Iterator[IdBlock]:
     import pyarrow.compute as pc
 
     def lengths_of(lists: pyarrow.Array) -> np.ndarray:
         lists.validate(full=True)  # damaged offsets would end the process
         return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
 
-    first = 0
     schema, batches = _open_parquet(path) if path.suffix == ".parquet" else _open_arrow(path)
     chosen = _id_column(path, schema, column)
     masks = MASK_COLUMN if MASK_COLUMN in schema.names else None
@@ -213,94 +242,7 @@ def read_table(path: Path, column: str | None = None) -> Iterator[IdBlock]:
             kept = mask.flatten().to_numpy(zero_copy_only=False).astype(bool)
             before = np.concatenate([[0], np.cumsum(kept)])
             tokens, lengths = tokens[kept], np.diff(before[np.cumsum(lengths)], prepend=0)
-        yield IdBlock(path, first, tokens, np.cumsum(lengths), False, n_stored - len(tokens))
-        first += n_stored
-    yield IdBlock(path, first, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), True)
-
-
-def write_llmc(path: Path, blocks: Iterator[np.ndarray], n_tokens: int, dtype: np.dtype[Any]) -> None:
-    """Write an llm.c file.
-
-    Raises:
-        GroundupError: more ids than its header can count.
-    """
-    if n_tokens > LLMC_MOST_TOKENS:
-        raise GroundupError(f"{path}: {n_tokens:,} ids; an llm.c file holds {LLMC_MOST_TOKENS:,} at most.")
-    magic, version = next((magic, version) for magic, (version, kind) in LLMC_KINDS.items() if kind == dtype)
-    with atomic_writer(path, binary=True) as handle:
-        handle.write(struct.pack("<3i", magic, version, n_tokens).ljust(LLMC_HEADER, b"\0"))
-        for block in blocks:
-            handle.write(np.ascontiguousarray(block).data)
-
-
-def write_megatron_index(path: Path, lengths: np.ndarray, dtype: np.dtype[Any]) -> None:
-    """Write the `.idx` of a data set whose documents have these lengths, each one sequence.
-
-    Args:
-        path: of the `.idx`.
-        lengths: (n_documents,) ids in each.
-        dtype: of the ids.
-
-    Raises:
-        GroundupError: a document is longer than the format can say.
-    """
-    if len(lengths) and int(lengths.max()) > MEGATRON_MOST_TOKENS:
-        raise GroundupError(f"{path}: a document of {int(lengths.max()):,} ids; the format's lengths are int32.")
-    code = next(code for code, name in MEGATRON_DTYPES.items() if np.dtype(name) == dtype)
-    ends = np.cumsum(lengths, dtype=np.int64)
-    with atomic_writer(path, binary=True) as handle:
-        handle.write(MEGATRON_HEADER.pack(MEGATRON_MAGIC, 1, code, len(lengths), len(lengths) + 1))
-        handle.write(lengths.astype("<i4").tobytes())
-        handle.write(((ends - lengths) * dtype.itemsize).astype("<i8").tobytes())
-        handle.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
-
-
-def megatron_paths(path: Path) -> tuple[Path, Path]:
-    """The `.idx` and the `.bin` of a data set."""
-    stem = path.with_suffix("") if path.suffix in (".idx", ".bin") else path
-    return stem.with_name(f"{stem.name}.idx"), stem.with_name(f"{stem.name}.bin")
-
-
-def _read_megatron_index(path: Path) -> tuple[np.dtype[Any], np.ndarray, np.ndarray]:
-    """Type of ids, lengths of sequences, and the sequences at which documents end (0 first)."""
-    size = _size(path)
-    data = path.read_bytes()
-    magic, version, code, n_sequences, n_borders = MEGATRON_HEADER.unpack_from(data.ljust(MEGATRON_HEADER.size, b"\0"))
-    if magic != MEGATRON_MAGIC or version != 1:
-        raise ArtifactError(f"{path}: not an index of Megatron-LM's (MMIDIDX, version 1).", "Say another --format.")
-    if code not in MEGATRON_DTYPES:
-        raise ArtifactError(f"{path}: its ids are of type {code}, which is not an integer type.")
-    expected = MEGATRON_HEADER.size + 12 * n_sequences + 8 * n_borders
-    if size != expected:
-        modes = " (it has sequence modes: data for several kinds of input)" if size == expected + n_sequences else ""
-        raise ArtifactError(f"{path}: {size:,} bytes instead of {expected:,}{modes}; cannot be used.", COMPLETE)
-    dtype = np.dtype(MEGATRON_DTYPES[code])
-    lengths = np.frombuffer(data, "<i4", n_sequences, MEGATRON_HEADER.size)
-    pointers = np.frombuffer(data, "<i8", n_sequences, MEGATRON_HEADER.size + 4 * n_sequences)
-    borders = np.frombuffer(data, "<i8", n_borders, MEGATRON_HEADER.size + 12 * n_sequences)
-    ends = np.cumsum(lengths, dtype=np.int64)
-    if (lengths < 0).any() or (pointers != (ends - lengths) * dtype.itemsize).any():
-        raise ArtifactError(f"{path}: its sequences do not lie one after the other; damaged, or cut by hand.")
-    rises = n_borders > 0 and borders[0] == 0 and borders[-1] == n_sequences and (np.diff(borders) >= 0).all()
-    if not rises:
-        raise ArtifactError(f"{path}: its document borders do not go from 0 to its {n_sequences:,} sequences; damaged.")
-    return dtype, lengths, borders
-
-
-def _blocks(path: Path, tokens: np.ndarray) -> Iterator[IdBlock]:
-    for begin in range(0, max(1, len(tokens)), BLOCK_TOKENS):
-        end = min(len(tokens), begin + BLOCK_TOKENS)
-        yield IdBlock(path, begin, tokens[begin:end], None, end == len(tokens))
-
-
-def _mapped(path: Path, dtype: np.dtype[Any], n_tokens: int, header: int) -> np.ndarray:
-    if not n_tokens:
-        return np.empty(0, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="r", offset=header, shape=(n_tokens,)).view(np.ndarray)
-
-
-def _size(path: Path) -> int:
-    return ordinary_file(path).stat().st_size
+        yield IdBlock(tokens, np.cumsum(lengths), padding=n_stored - len(tokens))
 
 
 def _open_parquet(path: Path) -> Any:
@@ -349,3 +291,38 @@ def _id_column(path: Path, schema: pyarrow.Schema, column: str | None) -> str:
             "Name the one with the ids: --column.",
         )
     return chosen[0]
+
+
+def write_ids(path: Path, blocks: Iterable[np.ndarray], header: bytes = b"") -> None:
+    """Write ids one after the other, as they are."""
+    with atomic_writer(path, binary=True) as handle:
+        handle.write(header)
+        for block in blocks:
+            handle.write(np.ascontiguousarray(block).data)
+
+
+def write_llmc(path: Path, blocks: Iterable[np.ndarray], n_tokens: int, dtype: np.dtype[Any]) -> None:
+    """Write an llm.c file.
+
+    Raises:
+        GroundupError: more ids than its header can count.
+    """
+    if n_tokens > MOST_INT32:
+        raise GroundupError(f"{path}: {n_tokens:,} ids; an llm.c file holds {MOST_INT32:,} at most.")
+    kind = next(kind for kind, its_dtype in LLMC_KINDS.items() if its_dtype == dtype)
+    write_ids(path, blocks, struct.pack("<3i", *kind, n_tokens).ljust(LLMC_HEADER, b"\0"))
+
+
+def write_megatron_index(path: Path, lengths: np.ndarray, dtype: np.dtype[Any]) -> None:
+    """Write the `.idx` of a data set whose documents have these lengths (n_documents,), each one sequence.
+
+    Raises:
+        GroundupError: a document is longer than the format can say.
+    """
+    if int(lengths.max(initial=0)) > MOST_INT32:
+        raise GroundupError(f"{path}: a document of {int(lengths.max()):,} ids; the format's lengths are int32.")
+    code = next(code for code, name in MEGATRON_DTYPES.items() if np.dtype(name) == dtype)
+    offsets = (np.cumsum(lengths, dtype=np.int64) - lengths) * dtype.itemsize
+    borders = np.arange(len(lengths) + 1, dtype="<i8")
+    header = MEGATRON_HEADER.pack(MEGATRON_MAGIC, 1, code, len(lengths), len(borders))
+    write_ids(path, (lengths.astype("<i4"), offsets.astype("<i8"), borders), header)

@@ -9,16 +9,17 @@ index); an epoch's last batch runs on into the next.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import abc
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import xxhash
 
-from groundup.errors import DataError
+from groundup.errors import ArtifactError, DataError
 from groundup.shards.order import Permutation
 from groundup.shards.read import TokenShards
-from groundup.shards.steps import StepLoader
 
 IGNORED = -100
 PLACES_AT_ONCE = 1024
@@ -40,8 +41,81 @@ class Batch:
     targets: np.ndarray
 
 
+BatchType = TypeVar("BatchType")
+
+
+class StepLoader(abc.ABC, Generic[BatchType]):
+    """An endless order of rows, batches of them by number, and a state to resume from.
+
+    Attributes:
+        sequence_length: tokens in a row, as they really are.
+        batch_size: rows in a batch, over all processes.
+        seed: of the order.
+        end_of_text_id: of `<|endoftext|>`; None if the shards have none.
+        step: the next batch that iterating gives.
+    """
+
+    def __init__(self, sequence_length: int, batch_size: int, seed: int, end_of_text_id: int | None) -> None:
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.end_of_text_id = end_of_text_id
+        self.step = 0
+
+    @abc.abstractmethod
+    def rows(self, places: np.ndarray) -> BatchType:
+        """The rows at any places (n,) of the endless order of rows."""
+
+    @abc.abstractmethod
+    def source(self) -> dict[str, str]:
+        """A name and a digest of what the rows are cut from."""
+
+    def batch(self, step: int, rows: slice | None = None) -> BatchType:
+        """Batch number `step` (0, 1, …) without the ones before it, or some of its rows (a process's share)."""
+        return self.rows(np.arange(step * self.batch_size, (step + 1) * self.batch_size)[rows or slice(None)])
+
+    def identity(self) -> dict[str, int | str]:
+        """All that decides which batch stands at which step."""
+        return {
+            "seed": self.seed,
+            "sequence_length": self.sequence_length,
+            "batch_size": self.batch_size,
+            **self.source(),
+        }
+
+    def __iter__(self) -> Iterator[BatchType]:
+        """Whole batches from `step` on, for ever."""
+        while True:
+            batch = self.batch(self.step)
+            self.step += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int | str]:
+        """The next step, and what the batches depend on."""
+        return {"step": self.step, **self.identity()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises:
+            ArtifactError: the state is of another text, sequence length, batch size or seed.
+        """
+        differences = [
+            f"{name} was {state.get(name)}, is {value}"
+            for name, value in self.identity().items()
+            if state.get(name) != value
+        ]
+        if differences:
+            raise ArtifactError(
+                f"the loader's state does not fit ({'; '.join(differences)}): going on from it would show some "
+                "tokens twice and others never.",
+                "Restore the settings and the text, or run this stage again with --from.",
+            )
+        self.step = int(state["step"])
+
+
 class WindowLoader(StepLoader[Batch]):
-    """Training batches in shuffled order; batch number `step` at once, without the ones before it.
+    """Training batches in shuffled order.
 
     Args:
         shards: what to learn from.
@@ -50,11 +124,8 @@ class WindowLoader(StepLoader[Batch]):
         seed: of the order.
 
     Attributes:
-        sequence_length: tokens in a row, as they really are.
         n_windows: rows in an epoch.
         tokens_per_epoch: targets in an epoch.
-        end_of_text_id: of `<|endoftext|>`; None if the shards have none.
-        step: the next batch that iterating gives.
         note: a remark for the user, or None.
 
     Raises:
@@ -67,15 +138,11 @@ class WindowLoader(StepLoader[Batch]):
                 f"[corpus]: the training text has {shards.n_tokens} token; two are the least to learn from.",
                 "Add text.",
             )
+        super().__init__(min(sequence_length, shards.n_tokens), batch_size, seed, shards.end_of_text_id)
         self._shards = shards
         self._block: tuple[int, np.ndarray, np.ndarray] | None = None
-        self.sequence_length = min(sequence_length, shards.n_tokens)
-        self.batch_size = batch_size
-        self.seed = seed
         self.tokens_per_epoch = shards.n_tokens
-        self.end_of_text_id = shards.end_of_text_id
         self.n_windows = -(-shards.n_tokens // self.sequence_length)
-        self.step = 0
         self.note: str | None = None
         if self.sequence_length < sequence_length:
             self.note = (
@@ -83,27 +150,14 @@ class WindowLoader(StepLoader[Batch]):
                 f"rows are {self.sequence_length} tokens long"
             )
 
-    def batch(self, step: int, rows: slice | None = None) -> Batch:
-        """Batch number `step` (0, 1, …), or some of its rows (a process's share)."""
-        return self.rows(np.arange(step * self.batch_size, (step + 1) * self.batch_size)[rows or slice(None)])
-
     def rows(self, places: np.ndarray) -> Batch:
         """The rows at any places (n,) of the endless order of rows."""
         windows, offsets = self._windows_at(places)
         return _rows(self._shards, windows, self.sequence_length, self._shards.n_tokens, offsets)
 
-    def identity(self) -> dict[str, int | str]:
-        """All that decides which batch stands at which step."""
-        return {
-            "seed": self.seed,
-            "sequence_length": self.sequence_length,
-            "batch_size": self.batch_size,
-            "shards": self._shards.fingerprint,
-        }
-
-    def _offset(self, epoch: int) -> int:
-        """How far the stream is turned: every epoch cuts the text at other places."""
-        return xxhash.xxh3_64_intdigest(f"offset {self.seed} {epoch}".encode()) % self.sequence_length
+    def source(self) -> dict[str, str]:
+        """The shards."""
+        return {"shards": self._shards.fingerprint}
 
     def _windows_at(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which windows stand at these places, and how far their epoch turns the stream; (n,) each."""
@@ -124,7 +178,8 @@ class WindowLoader(StepLoader[Batch]):
         for epoch in np.unique(epochs):
             here = epochs == epoch
             windows[here] = Permutation(self.n_windows, (self.seed, int(epoch)))(indices[here])
-            offsets[here] = self._offset(int(epoch))
+            offset = xxhash.xxh3_64_intdigest(f"offset {self.seed} {epoch}".encode()) % self.sequence_length
+            offsets[here] = offset  # every epoch cuts the text at other places
         return windows, offsets
 
 

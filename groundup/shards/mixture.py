@@ -18,16 +18,15 @@ import xxhash
 
 from groundup.errors import ArtifactError, DataError
 from groundup.files import value_digest
-from groundup.shards.load import Batch, WindowLoader
+from groundup.shards.load import Batch, StepLoader, WindowLoader
 from groundup.shards.read import TokenShards
-from groundup.shards.steps import StepLoader
 
 WEIGHT_SUM = 1 << 22
 """Weights are rounded to parts of this: i · weight then fits in 63 bits for more than 10¹² rows."""
 
 
 class MixtureLoader(StepLoader[Batch]):
-    """Training batches mixed from several shards; batch number `step` at once, without the ones before it.
+    """Training batches mixed from several shards.
 
     Args:
         components: shards with their weights: shares of the rows, of any positive sum.
@@ -36,10 +35,8 @@ class MixtureLoader(StepLoader[Batch]):
         seed: of the mixture and of every component's order.
 
     Attributes:
-        sequence_length: tokens in a row.
         weights: as they are used: integers that sum to `WEIGHT_SUM`.
-        end_of_text_id: of `<|endoftext|>`; None if the shards have none.
-        step: the next batch that iterating gives.
+        loaders: of the components.
 
     Raises:
         DataError: no component, a weight that is not positive, or a component with fewer tokens than a row.
@@ -51,24 +48,22 @@ class MixtureLoader(StepLoader[Batch]):
     ) -> None:
         shards = [component for component, _ in components]
         _check(shards, sequence_length)
+        super().__init__(sequence_length, batch_size, seed, shards[0].end_of_text_id)
         self.weights = integer_weights([weight for _, weight in components])
-        self.sequence_length = sequence_length
-        self.batch_size = batch_size
-        self.seed = seed
-        self.end_of_text_id = shards[0].end_of_text_id
-        self.step = 0
         self.loaders = [
-            WindowLoader(component, sequence_length, batch_size, _seed_of(seed, number))
+            # Two components of equal size must not be shuffled alike.
+            WindowLoader(
+                component,
+                sequence_length,
+                batch_size,
+                xxhash.xxh3_64_intdigest(f"component {seed} {number}".encode()) >> 1,
+            )
             for number, component in enumerate(shards)
         ]
         self._shares = Shares(self.weights, seed)
         self._components = value_digest(
             [[component.fingerprint, weight] for component, weight in zip(shards, self.weights, strict=True)]
         )
-
-    def batch(self, step: int, rows: slice | None = None) -> Batch:
-        """Batch number `step` (0, 1, …), or some of its rows (a process's share)."""
-        return self.rows(np.arange(step * self.batch_size, (step + 1) * self.batch_size)[rows or slice(None)])
 
     def rows(self, places: np.ndarray) -> Batch:
         """The rows at any places (n,) of the endless order of rows."""
@@ -85,14 +80,9 @@ class MixtureLoader(StepLoader[Batch]):
         counts = self._shares.counts(step * self.batch_size)
         return [count / loader.n_windows for count, loader in zip(counts, self.loaders, strict=True)]
 
-    def identity(self) -> dict[str, int | str]:
-        """All that decides which batch stands at which step."""
-        return {
-            "seed": self.seed,
-            "sequence_length": self.sequence_length,
-            "batch_size": self.batch_size,
-            "components": self._components,
-        }
+    def source(self) -> dict[str, str]:
+        """All components with their weights."""
+        return {"components": self._components}
 
 
 class Shares:
@@ -198,8 +188,3 @@ def _check(shards: Sequence[TokenShards], sequence_length: int) -> None:
                 f"{component.folder}: {component.n_tokens} tokens, fewer than a row of {sequence_length}.",
                 "Leave it out, put its text with another component's, or lower sequence_length.",
             )
-
-
-def _seed_of(seed: int, component: int) -> int:
-    """Two components of equal size must not be shuffled alike."""
-    return xxhash.xxh3_64_intdigest(f"component {seed} {component}".encode()) >> 1

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from groundup.errors import DataError
-from groundup.shards.load import Batch, WindowLoader
+from groundup.shards.load import Batch, StepLoader, WindowLoader
 from groundup.shards.mixture import MixtureLoader
-from groundup.shards.steps import StepLoader
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,6 @@ class PackedLoader(StepLoader[PackedBatch]):
     Args:
         loader: where the rows come from.
 
-    Attributes:
-        batch_size: rows in a batch.
-        sequence_length: tokens in a row.
-        step: the next batch that iterating gives.
-
     Raises:
         DataError: the shards have no `<|endoftext|>` between documents.
     """
@@ -63,26 +57,18 @@ class PackedLoader(StepLoader[PackedBatch]):
                 "these shards were converted without an end-of-text id: documents cannot be told apart in a row.",
                 "Import them again with --end-of-text-id.",
             )
-        self._loader = loader
-        self._end_of_text_id = loader.end_of_text_id
-        self.batch_size = loader.batch_size
-        self.sequence_length = loader.sequence_length
+        super().__init__(loader.sequence_length, loader.batch_size, loader.seed, loader.end_of_text_id)
         self.step = loader.step
-
-    def batch(self, step: int, rows: slice | None = None) -> PackedBatch:
-        """Batch number `step` (0, 1, …), or some of its rows (a process's share)."""
-        return self._with_borders(self._loader.batch(step, rows))
+        self._loader, self._border = loader, loader.end_of_text_id
 
     def rows(self, places: np.ndarray) -> PackedBatch:
         """The rows at any places (n,) of the endless order of rows."""
-        return self._with_borders(self._loader.rows(places))
+        batch = self._loader.rows(places)
+        return PackedBatch(batch.ids, batch.targets, *document_borders(batch.ids, self._border))
 
-    def identity(self) -> dict[str, int | str]:
-        """All that decides which batch stands at which step."""
-        return self._loader.identity()
-
-    def _with_borders(self, batch: Batch) -> PackedBatch:
-        return PackedBatch(batch.ids, batch.targets, *document_borders(batch.ids, self._end_of_text_id))
+    def source(self) -> dict[str, str]:
+        """What the rows of the loader are cut from."""
+        return self._loader.source()
 
 
 def document_borders(ids: np.ndarray, end_of_text_id: int) -> tuple[np.ndarray, np.ndarray]:

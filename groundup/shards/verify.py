@@ -11,7 +11,7 @@ import numpy as np
 
 from groundup.errors import ArtifactError
 from groundup.files import file_digest
-from groundup.shards.format import AGAIN, INDEX_DTYPE, ShardFile, ShardsManifest
+from groundup.shards.format import INDEX_DTYPE, ShardFile, ShardsManifest
 from groundup.shards.read import mapped
 from groundup.untrusted import file_inside, reading
 
@@ -124,14 +124,3 @@ def _read(
     except ArtifactError as error:
         yield Fault(path, None, error.message.removeprefix(f"{path}: "))
         return None
-
-
-def refuse_faults(verification: Verification) -> None:
-    """Raise if anything is wrong.
-
-    Raises:
-        ArtifactError: naming every fault.
-    """
-    if verification.faults:
-        first, *rest = map(str, verification.faults)
-        raise ArtifactError("\n".join([first, *rest]), AGAIN)

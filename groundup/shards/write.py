@@ -1,24 +1,51 @@
-"""The shards stage: documents and a tokenizer in, binary token files out, whole or not at all."""
+"""Documents and a tokenizer to token shards: by one process, or by many with the same bytes for any number of them.
+
+Many work in two passes over files, as MapReduce does it. First, each byte range of `documents.jsonl` becomes a folder
+of shards of its own. Then each shard is cut out of the stream that the ranges make in their order: where a shard
+begins depends on token counts only. A range's manifest carries the fingerprint of all that decided its bytes, so a
+run that was killed goes on with those that fit; they are removed at the end.
+No Python object is made per token: ids stay in numpy from the tokenizer to the file.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
+import orjson
+import xxhash
 
-from groundup.console import Console, format_count
-from groundup.corpus.document import Document
-from groundup.errors import DataError
+from groundup.console import Console, format_bytes, format_count
+from groundup.corpus.document import Document, batches
+from groundup.corpus.engine import Engine, engine_for
+from groundup.corpus.passes import DOCUMENTS
+from groundup.errors import ArtifactError, DataError
+from groundup.files import atomic_folder, file_digest, own_folder, remove_folder, value_digest
+from groundup.integrity import FileRecords, check_files, record_files
 from groundup.recipe import ShardsSettings
-from groundup.shards.encode import Tally, encode_documents
-from groundup.shards.format import SPLITS, ShardsManifest, Split, token_dtype
+from groundup.report.format import format_lines
+from groundup.shards.format import INDEX_DTYPE, MANIFEST, SPLITS, Counts, ShardFile, ShardsManifest, Split, token_dtype
+from groundup.shards.read import mapped
 from groundup.shards.stream import StreamWriter, begin_shards
+from groundup.stage import Context, Method, Shown, Stage
 
 if TYPE_CHECKING:
     from groundup.tokenizer import Tokenizer
+
+GROUP_CHARACTERS = 4 << 20
+MOST_NAMES = 1000
+"""So many sources or languages are listed in a manifest; the smaller ones are counted together."""
+OTHERS = "(others)"
+RANGE_BYTES = 32 << 20
+SMALL_BYTES = 128 << 20
+"""Less than this the threads of one process encode sooner than several processes, each with a tokenizer to load."""
+RANGES = "ranges"
 
 
 def write_shards(
@@ -41,47 +68,282 @@ def write_shards(
     Raises:
         DataError: no document in the training split.
     """
-    console = console or Console(quiet=True)
-    settings = settings or ShardsSettings()
-    out = Path(out)
+    settings, out = settings or ShardsSettings(), Path(out)
     begin_shards(out)
-    dtype = token_dtype(tokenizer.vocab_size)
-    tallies = {name: Tally() for name in SPLITS}
-    with console.bar("shards") as bar, contextlib.ExitStack() as stack:
-        writers = {name: stack.enter_context(StreamWriter(out, name, dtype, settings.shard_tokens)) for name in SPLITS}
-        for name, tokens, ends in encode_documents(documents, tokenizer, dtype, tallies):
-            writers[name].append(tokens, ends)
-            n_documents = sum(tally.documents for tally in tallies.values())
-            bar.update(n_documents, note=f"{n_documents:,} docs")
-        splits = {name: tallies[name].split(writer.finish()) for name, writer in writers.items()}
-        summary = finish_shards(out, tokenizer, splits, None, settings)
-        bar.finish(in_words(summary))
+    with (console or Console(quiet=True)).bar("shards") as bar:
+        tallies = _encode_into(
+            out, documents, tokenizer, settings.shard_tokens, lambda n: bar.update(n, note=f"{n:,} docs")
+        )
+        summary = _finish(out, tokenizer, {name: tally.split() for name, tally in tallies.items()}, None, settings)
+        bar.finish(_in_words(summary))
     return summary
 
 
-def finish_shards(
-    out: Path, tokenizer: Tokenizer, splits: Mapping[str, Split], corpus: str | None, settings: ShardsSettings
+def write_shards_from_file(
+    documents: Path,
+    tokenizer_folder: Path,
+    out: Path,
+    settings: ShardsSettings | None = None,
+    console: Console | None = None,
+    engine: Engine | None = None,
+    *,
+    range_bytes: int = RANGE_BYTES,
 ) -> dict[str, Any]:
-    """Write the manifest, which makes the shards valid.
+    """Encode `documents.jsonl` into the folder `out`: the files of `write_shards`, made by an engine's workers.
+
+    Killed at any moment and started again, it gives the same bytes, and does not encode again what was encoded.
 
     Args:
-        out: the folder with the splits' files.
-        tokenizer: that made the ids.
-        splits: by name.
-        corpus: 128-bit xxh3 of the file that the documents came from, if they came from one.
+        documents: the file that `curate` wrote.
+        tokenizer_folder: where `tokenizer.json` is.
+        out: the folder for the shards.
         settings: of the stage.
+        console: where the work is shown.
+        engine: who does it (default: `settings.workers` processes; one a core for a large file).
+        range_bytes: how much of the file is one piece of work; changes nothing in the result.
 
     Returns:
         The stage's figures, as `write_shards` gives them.
 
     Raises:
+        ArtifactError: a file is missing or damaged.
         DataError: no document in the training split.
     """
+    console, settings = console or Console(quiet=True), settings or ShardsSettings()
+    # Absolute, for workers that stand elsewhere.
+    documents, out, tokenizer_folder = (Path(path).absolute() for path in (documents, out, tokenizer_folder))
+    tokenizer = _tokenizer(tokenizer_folder)
+    try:
+        size = documents.stat().st_size
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{documents}: not found.", "Run the corpus stage first.") from error
+    begin_shards(out)
+    own_folder(out / RANGES)
+    borders = [*range(0, size, range_bytes), size]
+    ranges = [
+        RangeWork(documents, begin, end, tokenizer_folder, out / RANGES / f"{begin:015d}-{end:015d}")
+        for begin, end in itertools.pairwise(borders)
+    ]
+    for path in {*(out / RANGES).glob("*")} - {work.folder for work in ranges}:  # what a call with other ranges left
+        remove_folder(path)
+    with contextlib.ExitStack() as stack:
+        workers = engine or stack.enter_context(engine_for("local", settings.workers, size, SMALL_BYTES))
+        bar = stack.enter_context(console.bar("shards", size))
+        manifests = []
+        for work, manifest in zip(ranges, workers.map(encode_range, ranges), strict=True):
+            manifests.append(manifest)
+            bar.update(work.end, note=f"{format_bytes(work.end)} of {format_bytes(size)}")
+        folders = [work.folder for work in ranges]
+        tallies = {name: Tally() for name in SPLITS}
+        shards = [
+            shard for name in SPLITS for shard in plan_shards(folders, manifests, name, out, settings.shard_tokens)
+        ]
+        for shard, file in zip(shards, workers.map(join_shard, shards), strict=True):
+            tallies[shard.split].files += (file,)
+        for manifest in manifests:
+            for name, split in manifest.splits.items():
+                tallies[name].add_split(split)
+        splits = {name: tally.split() for name, tally in tallies.items()}
+        summary = _finish(out, tokenizer, splits, file_digest(documents), settings)
+        bar.finish(_in_words(summary))
+    remove_folder(out / RANGES)
+    return summary
+
+
+@dataclass(frozen=True)
+class RangeWork:
+    """One byte range to encode, the documents whose line begins in it, into a folder of its own."""
+
+    documents: Path
+    begin: int
+    end: int
+    tokenizer: Path
+    folder: Path
+
+
+def encode_range(work: RangeWork) -> ShardsManifest:
+    """Make one range's shards, unless those with its fingerprint are there.
+
+    Raises:
+        ArtifactError: a line is damaged.
+    """
+    tokenizer = _tokenizer(work.tokenizer)
+    data, first_byte = _lines_beginning_in(work.documents, work.begin, work.end)
+    made_from = {"range": value_digest([tokenizer.fingerprint, xxhash.xxh3_128_hexdigest(data)])}
+    with contextlib.suppress(ArtifactError):  # none there, or damaged: made again
+        done = ShardsManifest.read(work.folder)
+        if done.provenance == made_from:
+            for name in SPLITS:
+                check_files(work.folder, done.records(name), "")
+            return done
+    with atomic_folder(work.folder) as folder:
+        tallies = _encode_into(folder, _documents(data, work.documents, first_byte), tokenizer, 1 << 62)
+        splits = {name: tally.split(most=None) for name, tally in tallies.items()}
+        manifest = _manifest(tokenizer, splits, made_from)
+        manifest.write(folder)
+    return manifest
+
+
+@dataclass(frozen=True)
+class ShardWork:
+    """One shard to cut out of the ranges.
+
+    Attributes:
+        split: "train" or "validation".
+        number: of the shard in its split.
+        out: the folder.
+        dtype: of the ids.
+        pieces: (the range's folder, its file, the first and the last + 1 of its tokens that belong to the shard).
+    """
+
+    split: str
+    number: int
+    out: Path
+    dtype: np.dtype[Any]
+    pieces: tuple[tuple[Path, ShardFile, int, int], ...]
+
+
+def plan_shards(
+    folders: Sequence[Path], manifests: Sequence[ShardsManifest], split: str, out: Path, shard_tokens: int
+) -> Iterator[ShardWork]:
+    """What each shard of a split is made of: `shard_tokens` ids of the ranges in their order, the last the rest."""
+    number, room = 0, shard_tokens
+    pieces: list[tuple[Path, ShardFile, int, int]] = []
+    for folder, manifest in zip(folders, manifests, strict=True):
+        for file in manifest.splits[split].files:
+            begin = 0
+            while begin < file.tokens:
+                end = min(file.tokens, begin + room)
+                pieces.append((folder, file, begin, end))
+                room -= end - begin
+                begin = end
+                if not room:
+                    yield ShardWork(split, number, out, manifest.dtype, tuple(pieces))
+                    number, room, pieces = number + 1, shard_tokens, []
+    if pieces:
+        yield ShardWork(split, number, out, manifests[0].dtype, tuple(pieces))
+
+
+def join_shard(work: ShardWork) -> ShardFile:
+    """Write one shard and its index."""
+    with StreamWriter(work.out, work.split, work.dtype, first=work.number) as writer:
+        for folder, file, begin, end in work.pieces:
+            tokens = mapped(folder / file.name, work.dtype, file.tokens)
+            ends = mapped(folder / file.index_name, INDEX_DTYPE, file.documents).astype(np.int64)
+            writer.append(tokens[begin:end], ends[(ends > begin) & (ends <= end)] - begin)
+        return writer.finish()[0]
+
+
+@dataclass
+class Tally:
+    """What is in a split.
+
+    Attributes:
+        files: in the order of the stream.
+        sources: documents, bytes (UTF-8 of the text) and tokens (`<|endoftext|>` included) by source.
+        languages: likewise ("unknown" where none is given).
+    """
+
+    files: tuple[ShardFile, ...] = ()
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)
+    languages: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def add(self, documents: Sequence[Document], ends: np.ndarray) -> None:
+        """Count documents, whose last ids end at `ends`, (n_documents,)."""
+        for document, n_tokens in zip(documents, np.diff(ends, prepend=0).tolist(), strict=True):
+            text = document.text
+            counts = {"documents": 1, "bytes": len(text) if text.isascii() else len(text.encode()), "tokens": n_tokens}
+            _count(self.sources, document.source, counts)
+            _count(self.languages, document.language or "unknown", counts)
+
+    def add_split(self, split: Split) -> None:
+        """Count what a range has."""
+        for mine, theirs in ((self.sources, split.sources), (self.languages, split.languages)):
+            for name, counts in theirs.items():
+                _count(mine, name, counts)
+
+    def split(self, most: int | None = MOST_NAMES) -> Split:
+        """What the manifest says of it, of so many sources and languages by name (None: all)."""
+        n_bytes = sum(counts["bytes"] for counts in self.sources.values())
+        tokens, documents = (sum(getattr(file, what) for file in self.files) for what in ("tokens", "documents"))
+        by_size = largest_first(self.sources, most), largest_first(self.languages, most)
+        return Split(tokens, documents, n_bytes, self.files, *by_size)
+
+
+def largest_first(counts: Counts, most: int | None = MOST_NAMES) -> dict[str, dict[str, int]]:
+    """Counts in order of their tokens (equal ones by name), the smallest of too many joined under one name."""
+    order = sorted(counts, key=lambda name: (-counts[name]["tokens"], name))
+    out: dict[str, dict[str, int]] = {}
+    for place, name in enumerate(order):
+        _count(out, name if most is None or place < most else OTHERS, counts[name])
+    return out
+
+
+def _count(counts: dict[str, dict[str, int]], name: str, more: Mapping[str, int]) -> None:
+    entry = counts.setdefault(name, {"documents": 0, "bytes": 0, "tokens": 0})
+    for what in entry:
+        entry[what] += more[what]
+
+
+def _encode_into(
+    out: Path,
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    shard_tokens: int,
+    show: Callable[[int], None] = lambda n_documents: None,
+) -> dict[str, Tally]:
+    """Write each split's files, in groups of a few MiB of text: the tokenizer uses every core in bounded memory."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    tallies = {name: Tally() for name in SPLITS}
+    seen = 0
+    with contextlib.ExitStack() as stack:
+        writers = {name: stack.enter_context(StreamWriter(out, name, dtype, shard_tokens)) for name in SPLITS}
+        for group in batches(documents, GROUP_CHARACTERS, lambda one: len(one.text)):
+            for name in dict.fromkeys(one.split for one in group):
+                part = [one for one in group if one.split == name]
+                tokens, ends = encode_texts(tokenizer, [one.text for one in part], dtype)
+                tallies[name].add(part, ends)
+                writers[name].append(tokens, ends)
+            seen += len(group)
+            show(seen)
+        for name, writer in writers.items():
+            tallies[name].files = writer.finish()
+    return tallies
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], dtype: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of texts one after the other, each followed by `<|endoftext|>`.
+
+    Returns:
+        ids, (n_tokens,) of `dtype`, and where each text's last id ends, (n_texts,) int64.
+
+    Raises:
+        ArtifactError: the tokenizer gives an id that its vocabulary does not have.
+    """
+    ids, lengths = tokenizer.encode_to_arrays(texts)
+    largest = int(ids.max(initial=0))
+    if largest >= tokenizer.vocab_size:
+        raise ArtifactError(
+            f"the tokenizer gives id {largest}, but says that its vocabulary has {tokenizer.vocab_size} entries.",
+            "Train it again with --from tokenizer.",
+        )
+    ends = np.cumsum(lengths + 1)
+    out = np.empty(len(ids) + len(lengths), dtype=dtype)
+    is_text = np.ones(len(out), dtype=bool)
+    is_text[ends - 1] = False
+    out[is_text] = ids
+    out[ends - 1] = tokenizer.end_of_text_id
+    return out, ends
+
+
+def _finish(
+    out: Path, tokenizer: Tokenizer, splits: Mapping[str, Split], corpus: str | None, settings: ShardsSettings
+) -> dict[str, Any]:
+    """Write the manifest, which makes the shards valid; the stage's figures."""
     train, validation = (splits[name] for name in SPLITS)
     if not train.documents:
         raise DataError(f"{out}: there is no training document to write.", "Run the corpus stage first.")
-    provenance = {"corpus": corpus, "settings": {"shard_tokens": settings.shard_tokens}}
-    manifest = ShardsManifest(tokenizer.vocab_size, tokenizer.fingerprint, tokenizer.end_of_text_id, splits, provenance)
+    manifest = _manifest(tokenizer, splits, {"corpus": corpus, "settings": {"shard_tokens": settings.shard_tokens}})
     manifest.write(out)
     text_tokens = sum(split.tokens - split.documents for split in splits.values())
     return {
@@ -91,13 +353,100 @@ def finish_shards(
         "bytes_validation": validation.text_bytes,
         "documents_train": train.documents,
         "documents_validation": validation.documents,
-        "dtype": np.dtype(manifest.dtype).name,
+        "dtype": manifest.dtype.name,
         "files": len(train.files) + len(validation.files),
         "bytes_per_token": (train.text_bytes + validation.text_bytes) / max(1, text_tokens),
     }
 
 
-def in_words(summary: Mapping[str, Any]) -> str:
-    """The stage's line: how many tokens."""
+def _manifest(tokenizer: Tokenizer, splits: Mapping[str, Split], provenance: Mapping[str, Any]) -> ShardsManifest:
+    return ShardsManifest(tokenizer.vocab_size, tokenizer.fingerprint, tokenizer.end_of_text_id, splits, provenance)
+
+
+def _in_words(summary: Mapping[str, Any]) -> str:
     train, validation = (format_count(summary[f"tokens_{name}"]) for name in SPLITS)
     return f"{train} tokens train, {validation} validation"
+
+
+def _lines_beginning_in(path: Path, begin: int, end: int) -> tuple[bytes, int]:
+    """The lines that begin at bytes `begin` … `end - 1`, whole, and where the first of them begins."""
+    with path.open("rb") as handle:
+        first = _next_line(handle, begin)
+        last = _next_line(handle, end)
+        handle.seek(first)
+        return handle.read(last - first), first
+
+
+def _next_line(handle: IO[bytes], place: int) -> int:
+    """Where the first line begins that does not begin before `place`."""
+    if not place:
+        return 0
+    handle.seek(place - 1)
+    handle.readline()  # the rest of a line that began before, or just the end of the one before
+    return handle.tell()
+
+
+def _documents(data: bytes, path: Path, first_byte: int) -> Iterator[Document]:
+    begin = 0
+    while begin < len(data):
+        end = data.find(b"\n", begin) + 1 or len(data)
+        try:
+            document = Document(**orjson.loads(data[begin:end]))
+            if document.split not in SPLITS or not isinstance(document.text, str):
+                raise TypeError(f"split {document.split!r}, text {type(document.text).__name__}")
+        except (orjson.JSONDecodeError, TypeError) as error:
+            raise ArtifactError(
+                f"{path}, the line at byte {first_byte + begin:,}: damaged ({error}).",
+                "Make it again with --from corpus.",
+            ) from error
+        yield document
+        begin = end
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in a folder, loaded once a worker."""
+    from groundup.tokenizer.files import TOKENIZER_FILE
+
+    path = folder / TOKENIZER_FILE
+    return _load_tokenizer(folder, file_digest(path) if path.is_file() else "")
+
+
+@functools.lru_cache(maxsize=2)
+def _load_tokenizer(folder: Path, digest: str) -> Tokenizer:
+    from groundup.tokenizer import load_tokenizer
+
+    return load_tokenizer(folder)
+
+
+class Shards(Method):
+    """The stage: documents and tokenizer to token shards."""
+
+    settings = ShardsSettings
+    version = 2
+
+    def needs(self, stage: Stage) -> tuple[str, ...]:
+        """Text and tokenizer."""
+        return ("corpus", "tokenizer")
+
+    def records(self, folder: Path) -> FileRecords:
+        """As the manifest has them."""
+        manifest = ShardsManifest.read(folder)
+        splits = [manifest.records(split) for split in manifest.splits]
+        return {**record_files(folder, [MANIFEST]), **{name: one for split in splits for name, one in split.items()}}
+
+    def work(self, context: Context) -> dict[str, Any]:
+        """See `write_shards_from_file`."""
+        recipe, documents = context.recipe, context.run.folder("corpus") / DOCUMENTS
+        workers = recipe.shards.workers or recipe.corpus.workers
+        with engine_for(recipe.corpus.engine, workers, documents.stat().st_size, SMALL_BYTES) as engine:
+            return write_shards_from_file(
+                documents, context.run.folder("tokenizer"), context.folder, recipe.shards, context.console, engine
+            )
+
+    def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:
+        """How many tokens there are."""
+        counts = (summary.get("tokens_train"), "{} tokens"), (summary.get("tokens_validation"), "{} held out")
+        return Shown("Token shards", lines=format_lines(*counts))
+
+
+SHARDS = Shards()

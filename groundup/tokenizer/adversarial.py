@@ -32,20 +32,17 @@ _BLOCKS = (
 def adversarial_texts(count: int, seed: int) -> list[str]:
     """So many adversarial texts, some empty, most short, a few long."""
     rng = random.Random(seed)
-    return [_text(rng) for _ in range(count)]
-
-
-def _text(rng: random.Random) -> str:
-    return "".join(_atom(rng) for _ in range(rng.choice((0, 1, 1, 2, 3, 5, 8, 13))))
+    return ["".join(_atom(rng) for _ in range(rng.choice((0, 1, 1, 2, 3, 5, 8, 13)))) for _ in range(count)]
 
 
 def _atom(rng: random.Random) -> str:
     kind = rng.randrange(12)
     if kind == 0:
-        return "".join(_character(rng) for _ in range(rng.randrange(1, 12)))
+        blocks = (rng.choice(_BLOCKS) for _ in range(rng.randrange(1, 12)))
+        return "".join(chr(rng.randrange(*block)) for block in blocks)
     if kind == 1:
-        first, end = rng.choice(_BLOCKS)
-        return "".join(chr(rng.randrange(first, end)) for _ in range(rng.randrange(1, 12)))
+        block = rng.choice(_BLOCKS)
+        return "".join(chr(rng.randrange(*block)) for _ in range(rng.randrange(1, 12)))
     if kind == 2:
         return "".join(rng.choice(_SPACES) for _ in range(rng.randrange(1, 9)))
     if kind == 3:
@@ -64,8 +61,3 @@ def _atom(rng: random.Random) -> str:
     if kind == 9:
         return rng.choice(_WORDS).rstrip() + rng.choice(_CONTRACTIONS)
     return rng.choice(("", " ", "\n", "  ")) + rng.choice(_WORDS)
-
-
-def _character(rng: random.Random) -> str:
-    first, end = rng.choice(_BLOCKS)
-    return chr(rng.randrange(first, end))

@@ -13,9 +13,11 @@ change what happens inside before its last merge), so both do the same. `_ranks`
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
+import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -23,12 +25,12 @@ from typing import Any, Protocol
 import numpy as np
 from tokenizers import Tokenizer as HuggingFace
 
+from groundup.corpus.document import batches
 from groundup.environment import usable_cores
 from groundup.errors import DataError
 from groundup.tokenizer.adversarial import adversarial_texts
 from groundup.tokenizer.letters import LETTERS, unspelled
-from groundup.tokenizer.newer import NewerCharacters
-from groundup.tokenizer.split import PATTERNS, cut_into_pieces, grouped, replace_surrogates
+from groundup.tokenizer.split import PATTERNS, cut_into_pieces, replace_surrogates
 from groundup.untrusted import reading
 
 ENGINES = ("gigatoken", "tiktoken", "huggingface")
@@ -36,9 +38,13 @@ ENGINES = ("gigatoken", "tiktoken", "huggingface")
 
 N_SAMPLES = 1000
 _BATCH_BYTES = 1 << 22
+_BATCH_CHARACTERS = 1 << 20  # what Hugging Face's engine is given at once: it holds some 200 bytes a character
 _LONGEST_PIECE = 1 << 18  # longer runs of white space overflow the stack of tiktoken's regex
 _LOOKED_AFTER_BYTES = 64 << 20
 _MOST_GROWTH_BYTES = 256 << 20
+_KNOWN_PLANES = 0x30000  # characters behind are all counted as newer: there are few, and they are seldom used
+_FIRST_BYTE = 0xCD  # begins U+0340 and on; every character before is assigned for good
+_OLDEST_TABLES = 16
 
 Arrays = tuple[np.ndarray, np.ndarray]
 """ids, (n_tokens,) uint32, one text after the other, and each text's number of tokens, (n_texts,) int64."""
@@ -99,10 +105,12 @@ class HuggingFaceEncoder:
     def encode(self, texts: Sequence[str]) -> Arrays:
         """Ids of each text. A lone surrogate counts as U+FFFD."""
 
+        pieces = ((place, piece) for place, text in enumerate(texts) for piece in self._cut(replace_surrogates(text)))
+
         def encoded() -> Iterator[tuple[int, list[int]]]:
-            for places, pieces in grouped(texts, self._cut):
-                found = self._engine.encode_batch_fast(pieces, add_special_tokens=False)
-                yield from ((place, encoding.ids) for place, encoding in zip(places, found, strict=True))
+            for batch in batches(pieces, _BATCH_CHARACTERS, lambda item: len(item[1])):
+                found = self._engine.encode_batch_fast([piece for _, piece in batch], add_special_tokens=False)
+                yield from ((place, encoding.ids) for (place, _), encoding in zip(batch, found, strict=True))
 
         return _arrays(len(texts), encoded())
 
@@ -168,7 +176,8 @@ class TiktokenEncoder:
 class GigatokenEncoder:
     """gigatoken with the tokenizer's own file; it keeps what it has merged before, so later batches are faster.
 
-    Its tables of Unicode are newer than the other engines'; texts where that may matter go to `fallback`.
+    Its tables of Unicode are newer than the other engines'; texts where that may matter go to `fallback`: a split regex
+    asks whether a character is a letter, and U+088F is one since Unicode 17, while 16 does not know it.
 
     Raises:
         ImportError: gigatoken is not installed.
@@ -184,7 +193,6 @@ class GigatokenEncoder:
         _pattern(spec)
         self._contents = json.dumps(spec, ensure_ascii=False)
         self._make: Callable[[str], Any] = gigatoken.Tokenizer.from_json
-        self._newer = NewerCharacters()
         self._since_looked = 0
         self._memory_at_first = 0
         self._renew()
@@ -193,8 +201,9 @@ class GigatokenEncoder:
         """Ids of each text. A lone surrogate counts as U+FFFD."""
         parallel = _threads() > 1
         all_ids, all_lengths = [np.empty(0, dtype=np.uint32)], [np.empty(0, dtype=np.int64)]
-        for first, blobs in _batches(texts):
-            unknown = self._newer.places(texts[first : first + len(blobs)], blobs)
+        first = 0
+        for blobs in batches(map(_utf8, texts), _BATCH_BYTES, len):
+            unknown = with_newer_characters(blobs)
             for place in unknown:
                 blobs[place] = b""
             encoded = self._tokenizer.encode_batch(blobs, parallel=parallel).layout
@@ -206,6 +215,7 @@ class GigatokenEncoder:
                 ids, lengths = _merged(ids, lengths, unknown, more)
             all_ids.append(ids)
             all_lengths.append(lengths)
+            first += len(blobs)
             self._watch_memory(sum(map(len, blobs)))
         return np.concatenate(all_ids), np.concatenate(all_lengths)
 
@@ -243,22 +253,40 @@ def _merged(ids: np.ndarray, lengths: np.ndarray, places: list[int], more: Array
     return np.insert(ids, where, more_ids), lengths
 
 
-def _batches(texts: Sequence[str]) -> Iterator[tuple[int, list[bytes]]]:
-    """The texts' UTF-8 in batches of a few MiB, with the place of each batch's first text."""
-    first, size = 0, 0
-    blobs: list[bytes] = []
-    for place, text in enumerate(texts):
-        try:
-            blob = text.encode()
-        except UnicodeEncodeError:
-            blob = replace_surrogates(text).encode()
-        blobs.append(blob)
-        size += len(blob)
-        if size >= _BATCH_BYTES:
-            yield first, blobs
-            first, size, blobs = place + 1, 0, []
-    if blobs:
-        yield first, blobs
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return replace_surrogates(text).encode()
+
+
+def with_newer_characters(blobs: Sequence[bytes]) -> list[int]:
+    """Which texts, given as UTF-8, have a character that no Unicode up to 16 has assigned."""
+    places = [place for place, blob in enumerate(blobs) if not blob.isascii()]
+    data = np.frombuffer(b"".join([blobs[place] for place in places]), dtype=np.uint8)
+    if data.max(initial=0) < _FIRST_BYTE:
+        return []
+    is_newer = _newer_characters()
+    high = np.flatnonzero(data >= 0x80)
+    points = np.frombuffer(data[high].tobytes().decode().encode("utf-32-le"), dtype="<u4")
+    found = is_newer[np.minimum(points, len(is_newer) - 1)]
+    if not found.any():
+        return []
+    begins = high[data[high] >= 0xC0][found]
+    ends = np.cumsum([len(blobs[place]) for place in places])
+    return [places[place] for place in np.unique(np.searchsorted(ends, begins, side="right"))]
+
+
+@functools.cache
+def _newer_characters() -> np.ndarray:
+    """By code point, whether no Unicode up to 16, the oldest of any engine here, has assigned it; the last for all on.
+
+    Python's own table says which, while it is not newer than that itself; the one of Unicode 3.2, which every Python
+    has too, always does.
+    """
+    is_older = int(unicodedata.unidata_version.split(".")[0]) <= _OLDEST_TABLES
+    category = unicodedata.category if is_older else unicodedata.ucd_3_2_0.category
+    return np.array([*(category(chr(point)) == "Cn" for point in range(_KNOWN_PLANES)), True])
 
 
 def _threads() -> int:

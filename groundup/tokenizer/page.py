@@ -1,9 +1,12 @@
-"""What a tokenizer makes of a corpus, for people: tables for the terminal, one page of HTML that needs no network."""
+"""What a tokenizer makes of a corpus, for people: tables for the terminal, one page of HTML that needs no network.
+
+In: what `measure` found.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,6 @@ from rich.text import Text
 
 from groundup.console import format_bytes
 from groundup.files import write_signed
-from groundup.tokenizer.measure import Measured, TextGroup
 from groundup.tokenizer.pieces import in_colour
 
 CURVE_WIDTH, CURVE_HEIGHT = 920, 300
@@ -23,63 +25,55 @@ _MARGIN = 56
 _SHOWN_TOKENS = 12
 
 
-def render(measured: Measured, name: str, *, colour: bool = True) -> RenderableType:
+def render(measured: Mapping[str, Any], name: str, *, colour: bool = True) -> RenderableType:
     """The report for a terminal."""
-    parts: list[RenderableType] = [Text(headline(measured, name), style="bold"), Text("")]
-    for title, groups in (("language", measured.languages), ("source", measured.sources)):
-        parts += [_table(title, groups, measured), Text("")]
-    if measured.not_at_hand:
-        parts.append(Text(not_at_hand(measured), style="dim"))
-    parts += [
-        Text(unused(measured)),
-        _line("most frequent", [f"{piece.shown} {count:,}" for piece, count in measured.frequent[:_SHOWN_TOKENS]]),
-        _line("longest", [piece.shown for piece, _ in measured.longest[:_SHOWN_TOKENS]]),
-        _line("never used", [piece.shown for piece in measured.unused_examples[:_SHOWN_TOKENS]]),
-        Text(frequency(measured)),
-    ]
-    for sample in measured.samples:
-        where = " · ".join(part for part in (sample.language, sample.source) if part)
-        parts += [Text(""), Text(where, style="dim"), in_colour(sample.pieces, colour=colour)]
+    said = _in_words(measured, name)
+    parts: list[RenderableType] = [Text(said["headline"], style="bold"), Text("")]
+    for title, groups in (("language", measured["languages"]), ("source", measured["sources"])):
+        parts += [_table(title, groups, measured["total"]), Text("")]
+    if said["not_at_hand"]:
+        parts.append(Text(said["not_at_hand"], style="dim"))
+    parts.append(Text(said["unused"]))
+    for label, key in (("most frequent", "frequent"), ("longest", "longest"), ("never used", "unused_examples")):
+        tokens = measured[key][:_SHOWN_TOKENS]
+        shown = [f"{token['shown']} {token['count']:,}" if key == "frequent" else token["shown"] for token in tokens]
+        parts.append(Text.assemble((f"{label}: ", "dim"), "  ".join(shown)))
+    parts.append(Text(said["frequency"]))
+    for sample in measured["samples"]:
+        where = " · ".join(part for part in (sample["language"], sample["source"]) if part)
+        parts += [Text(""), Text(where, style="dim"), in_colour(sample["pieces"], colour=colour)]
     return Group(*parts)
 
 
-def write_page(measured: Measured, name: str, path: Path) -> None:
+def write_page(measured: Mapping[str, Any], name: str, path: Path) -> None:
     """The report as one HTML file: no script, no network, light and dark.
 
     Raises:
         RunError: a file that groundup did not write is there.
         GroundupError: the file cannot be written.
     """
+    templates = {
+        "style.css": resources.files("groundup.report").joinpath("style.css").read_text("utf-8"),
+        "page.html.j2": resources.files("groundup.tokenizer").joinpath("page.html.j2").read_text("utf-8"),
+    }
     environment = Environment(
-        loader=DictLoader(
-            {
-                "style.css": resources.files("groundup.report").joinpath("style.css").read_text("utf-8"),
-                "page.html.j2": resources.files("groundup.tokenizer").joinpath("page.html.j2").read_text("utf-8"),
-            }
-        ),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=DictLoader(templates), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    total = measured.total
+    total = measured["total"]
     page = environment.get_template("page.html.j2").render(
         name=name,
         measured=measured,
         figures=[
-            ("entries", f"{measured.tokenizer['vocab_size']:,}"),
-            ("bytes per token", f"{total.bytes_per_token:.2f}"),
-            ("tokens per word", f"{total.fertility:.2f}"),
+            ("entries", f"{measured['tokenizer']['vocab_size']:,}"),
+            ("bytes per token", f"{total['bytes_per_token']:.2f}"),
+            ("tokens per word", f"{total['tokens_per_word']:.2f}"),
             ("never used", f"{_unused_share(measured):.1%}"),
-            ("tokens", f"{total.tokens:,}"),
-            ("text", format_bytes(total.bytes)),
+            ("tokens", f"{total['tokens']:,}"),
+            ("text", format_bytes(total["bytes"])),
         ],
-        headline=headline(measured, name),
-        known=list(total.known_tokens),
-        not_at_hand=not_at_hand(measured),
-        unused=unused(measured),
-        frequency=frequency(measured),
-        curve=_curve(measured.curve),
+        **_in_words(measured, name),
+        known=list(total["bytes_per_token_of"]),
+        curve=_curve(measured["frequency_curve"]),
         width=CURVE_WIDTH,
         height=CURVE_HEIGHT,
         margin=_MARGIN,
@@ -87,62 +81,44 @@ def write_page(measured: Measured, name: str, path: Path) -> None:
     write_signed(path, page, "<!-- {} -->")
 
 
-def headline(measured: Measured, name: str) -> str:
-    """The tokenizer in one line."""
-    facts, total = measured.tokenizer, measured.total
-    return (
-        f"{name}: {facts['kind']}, {facts['vocab_size']:,} entries; {total.bytes_per_token:.2f} bytes per token and "
-        f"{total.fertility:.2f} tokens per word on {format_bytes(total.bytes)} of text."
-    )
+def _in_words(measured: Mapping[str, Any], name: str) -> dict[str, str]:
+    """The tokenizer in one line, how much of it is unused, which comparisons are missing, and the curve in words."""
+    facts, total, missing = measured["tokenizer"], measured["total"], measured["not_available_offline"]
+    points = [(rank, count) for rank, count in measured["frequency_curve"] if math.log10(rank).is_integer()]
+    told = ", ".join(f"{count:,} times at rank {rank:,}" for rank, count in points)
+    return {
+        "headline": f"{name}: {facts['kind']}, {facts['vocab_size']:,} entries; {total['bytes_per_token']:.2f} bytes "
+        f"per token and {total['tokens_per_word']:.2f} tokens per word on {format_bytes(total['bytes'])} of text.",
+        "unused": f"Never used in this text: {measured['unused']:,} tokens, {_unused_share(measured):.1%} of the "
+        "vocabulary.",
+        "not_at_hand": f"Not available offline: {', '.join(missing)}." if missing else "",
+        "frequency": f"Tokens occur {told}." if told else "No token occurs.",
+    }
 
 
-def unused(measured: Measured) -> str:
-    """How much of the vocabulary is unused, in words."""
-    return f"Never used in this text: {measured.unused:,} tokens, {_unused_share(measured):.1%} of the vocabulary."
+def _unused_share(measured: Mapping[str, Any]) -> float:
+    facts = measured["tokenizer"]
+    return float(measured["unused"] / max(1, facts["vocab_size"] - facts["control_tokens"]))
 
 
-def not_at_hand(measured: Measured) -> str:
-    """Which comparisons are missing, in words; "" if none."""
-    return f"Not available offline: {', '.join(measured.not_at_hand)}." if measured.not_at_hand else ""
-
-
-def frequency(measured: Measured) -> str:
-    """The frequency curve in words: how few tokens make up how much of the text."""
-    points = dict(measured.curve)
-    shown = [rank for rank in points if math.log10(rank).is_integer()]
-    told = ", ".join(f"{points[rank]:,} times at rank {rank:,}" for rank in shown)
-    return f"Tokens occur {told}." if told else "No token occurs."
-
-
-def _unused_share(measured: Measured) -> float:
-    text_tokens = measured.tokenizer["vocab_size"] - measured.tokenizer["control_tokens"]
-    return measured.unused / max(1, text_tokens)
-
-
-def _line(name: str, shown: Sequence[str]) -> Text:
-    return Text.assemble((f"{name}: ", "dim"), "  ".join(shown))
-
-
-def _table(title: str, groups: Sequence[TextGroup], measured: Measured) -> Table:
+def _table(title: str, groups: Sequence[Mapping[str, Any]], total: Mapping[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column(title, overflow="fold")
-    known = list(measured.total.known_tokens)
-    for column in ("documents", "text", "bytes/token", *known, "tokens/word"):
+    for column in ("documents", "text", "bytes/token", *total["bytes_per_token_of"], "tokens/word"):
         table.add_column(column, justify="right")
-    for group in [*groups, measured.total] if len(groups) > 1 else groups:
-        others = group.known_bytes_per_token()
+    for group in [*groups, total] if len(groups) > 1 else groups:
         table.add_row(
-            Text(group.name),
-            f"{group.documents:,}",
-            format_bytes(group.bytes),
-            Text(f"{group.bytes_per_token:.2f}", style="bold"),
-            *(f"{others[name]:.2f}" for name in known),
-            f"{group.fertility:.2f}",
+            Text(group["name"]),
+            f"{group['documents']:,}",
+            format_bytes(group["bytes"]),
+            Text(f"{group['bytes_per_token']:.2f}", style="bold"),
+            *(f"{ratio:.2f}" for ratio in group["bytes_per_token_of"].values()),
+            f"{group['tokens_per_word']:.2f}",
         )
     return table
 
 
-def _curve(points: Sequence[tuple[int, int]]) -> dict[str, Any]:
+def _curve(points: Sequence[Sequence[int]]) -> dict[str, Any]:
     """The frequency curve on two logarithmic axes, in the coordinates of the picture."""
     across = max(1.0, math.log10(max((rank for rank, _ in points), default=10)))
     up = max(1.0, math.log10(max((count for _, count in points), default=10)))

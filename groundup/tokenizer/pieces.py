@@ -55,14 +55,14 @@ def readable(text: str) -> str:
     return "".join(_shown(character) for character in text)
 
 
-def in_colour(pieces: Sequence[Piece], *, colour: bool = True) -> Text:
-    """The pieces side by side, for a terminal: backgrounds in turn, or bars between them where there is no colour."""
+def in_colour(pieces: Sequence[str], *, colour: bool = True) -> Text:
+    """Pieces as they are shown, side by side: backgrounds in turn, or bars between them where there is no colour."""
     if not colour:
-        return Text("│".join(piece.shown for piece in pieces))
+        return Text("│".join(pieces))
     text = Text()
     for place, piece in enumerate(pieces):
-        text.append(piece.shown, style=f"#ffffff {COLOURS[place % len(COLOURS)]}")
-        if piece.shown.endswith("↵"):
+        text.append(piece, style=f"#ffffff {COLOURS[place % len(COLOURS)]}")
+        if piece.endswith("↵"):
             text.append("\n")
     return text
 

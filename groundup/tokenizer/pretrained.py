@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as Engine
 from groundup.errors import ArtifactError, DataError
 from groundup.files import value_digest, write_json
 from groundup.tokenizer.adversarial import adversarial_texts
-from groundup.tokenizer.engines import Encoder, HuggingFaceEncoder
+from groundup.tokenizer.engines import HuggingFaceEncoder
 from groundup.tokenizer.files import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -121,15 +121,18 @@ class PretrainedTokenizer(Tokenizer):
         self._files = dict(files)
         self.kind = "pretrained"
         self.fingerprint = value_digest(parse_object(files[TOKENIZER_FILE], source))
+        said_in = [name for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE, GENERATION_FILE) if name in files]
+        self._said = {name: parse_object(files[name], str(Path(source).with_name(name))) for name in said_in}
         with reading(f"{source}: damaged, or not a tokenizer that can be read", fix=_MOVE_AWAY):
             self._full = Engine.from_str(files[TOKENIZER_FILE].decode())
-            spec = json.loads(self._full.to_str())  # one spelling of what several versions of the format say
+            self._contents = self._full.to_str()  # one spelling of what several versions of the format say
+            spec = json.loads(self._contents)
             self._ids = self._full.get_vocab(with_added_tokens=True)
             if len(set(self._ids.values())) != len(self._ids):
                 raise ValueError("two of its tokens have one id")
             self._bytes = _bytes_of_tokens(spec, self._ids)
-            self._special_token_ids = self._find_special(values, source)
-            self._specials = self._find_control(spec, str(Path(source).with_name(CONFIG_FILE)))
+            self._special_token_ids = self._find_special(values)
+            self._specials = self._find_control(spec)
             for index in self._specials.values():
                 self._bytes[index] = b""
             self._unknown = _unknown_id(spec, self._ids, self._specials.keys())
@@ -139,6 +142,7 @@ class PretrainedTokenizer(Tokenizer):
             if any(self._engine.token_to_id(name) != self._ids[name] for name in added):
                 raise ValueError("its added tokens do not have the ids that it says")
             self._reference = HuggingFaceEncoder(self._engine, self._cut)
+            self._chosen = self._reference, []  # the self-test of faster engines covers groundup's own tokenizers only
         with contextlib.suppress(DataError):
             if self._unknown is not None and self._unknown in (self.end_id, self.end_of_text_id):
                 raise ArtifactError(f"{source}: whatever character it does not know would end a text.", _MOVE_AWAY)
@@ -153,18 +157,12 @@ class PretrainedTokenizer(Tokenizer):
         """All tokens that end a message or a document, of all files that name some."""
         return super().end_ids | set(self._special_token_ids["eos"])
 
-    def unused_ids(self, n_ids: int) -> list[int]:
-        """As `Tokenizer.unused_ids`; ids between the tokens may be unused, too."""
-        used = set(self._ids.values())
-        return [index for index in range(n_ids) if index not in used]
-
     def save(self, folder: str | Path) -> None:
         """Write its files as they were read; what only the model's configuration says of bos, eos and pad is added."""
         for name, contents in self._files.items():
             (Path(folder) / name).write_bytes(contents)
-        if self._special_token_ids != self._find_special({}, GENERATION_FILE):
-            theirs = parse_object(self._files.get(GENERATION_FILE, b"{}"), GENERATION_FILE)
-            write_json(Path(folder) / GENERATION_FILE, theirs | token_ids(self))
+        if self._special_token_ids != self._find_special({}):
+            write_json(Path(folder) / GENERATION_FILE, self._said.get(GENERATION_FILE, {}) | token_ids(self))
 
     def encode_iterable(self, parts: Iterable[str]) -> Iterator[int]:
         """As `Tokenizer.encode_iterable`.
@@ -213,15 +211,6 @@ class PretrainedTokenizer(Tokenizer):
             return True
         text = "a b" if self._full.normalizer is None else self._full.normalizer.normalize_str("a b")
         return self._full.pre_tokenizer is not None and len(self._full.pre_tokenizer.pre_tokenize_str(text)) > 1
-
-    def _model(self) -> dict[str, Any]:
-        model: dict[str, Any] = json.loads(self._full.to_str())["model"]
-        return model
-
-    @property
-    def _chosen(self) -> tuple[Encoder, list[str]]:
-        """Hugging Face's engine: the self-test of faster ones covers groundup's own tokenizers only."""
-        return self._reference, []
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD, control tokens nothing (or their names).
@@ -283,16 +272,9 @@ class PretrainedTokenizer(Tokenizer):
             f"this tokenizer names no token for {names[0]}.", f"Name one in {CONFIG_FILE}: {names[0]}_token."
         )
 
-    def _find_special(self, values: Mapping[str, Any], source: str) -> dict[str, list[int]]:
+    def _find_special(self, values: Mapping[str, Any]) -> dict[str, list[int]]:
         """Ids of the tokens for bos, eos and pad, by any name, id or list of them in any file."""
-        files = [
-            *(
-                parse_object(self._files[name], str(Path(source).with_name(name)))
-                for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE, GENERATION_FILE)
-                if name in self._files
-            ),
-            values,
-        ]
+        files = [*self._said.values(), values]
         found = {}
         for name in SPECIAL_TOKENS:
             said = [file.get(key) for file in files for key in (f"{name}_token", f"{name}_token_id")]
@@ -302,11 +284,11 @@ class PretrainedTokenizer(Tokenizer):
             found[name] = [*dict.fromkeys(one for one in ids if _is_id(one) and one < len(self._bytes))]
         return found
 
-    def _find_control(self, spec: dict[str, Any], source: str) -> dict[str, int]:
+    def _find_control(self, spec: dict[str, Any]) -> dict[str, int]:
         """Control tokens, by all that its files say, with their ids."""
         said: list[Any] = [token for token in spec["added_tokens"] if token["special"]]
         for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE):
-            for key, value in parse_object(self._files.get(name, b"{}"), source).items():
+            for key, value in self._said.get(name, {}).items():
                 if key.endswith("_token"):
                     said.append(value)
                 elif key.endswith("special_tokens") and isinstance(value, dict | list):
@@ -323,9 +305,6 @@ class PretrainedTokenizer(Tokenizer):
             for name, index in names.items()
             if len(name) > 1 and (name in added or _LOOKS_LIKE_CONTROL.fullmatch(name))
         }
-
-    def __repr__(self) -> str:
-        return f"PretrainedTokenizer(vocab_size={self.vocab_size}, fingerprint={self.fingerprint!r})"
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:

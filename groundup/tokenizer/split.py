@@ -7,7 +7,7 @@ own could not be used in another program.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 
 from tokenizers import Regex, pre_tokenizers
 
@@ -32,7 +32,6 @@ _SAFE_CUT = re.compile(f"(?<={_LETTER})[ \n](?={_LETTER})")
 _SPACE_CUT = re.compile(f"(?<={_LETTER}) (?={_LETTER})")
 PIECE_CHARACTERS = 1 << 16
 LONGEST_WORD = 24  # characters of a word of WordPiece
-BATCH_CHARACTERS = 1 << 20  # what Hugging Face's engine is given at once: it holds some 200 bytes a character
 
 
 def default_split(vocab_size: int) -> str:
@@ -89,22 +88,3 @@ def cut_into_pieces(text: str, characters: int = PIECE_CHARACTERS, *, drop_space
         yield text[start : cut.start()]
         start = cut.end() if drop_space else cut.start()
     yield text[start:] if start else text
-
-
-def grouped(
-    texts: Sequence[str], cut: Callable[[str], Iterable[str]] = cut_into_pieces
-) -> Iterator[tuple[list[int], list[str]]]:
-    """Pieces of the texts with the texts' places, in groups of bounded size."""
-    places: list[int] = []
-    pieces: list[str] = []
-    size = 0
-    for place, text in enumerate(texts):
-        for piece in cut(replace_surrogates(text)):
-            places.append(place)
-            pieces.append(piece)
-            size += len(piece)
-            if size >= BATCH_CHARACTERS:
-                yield places, pieces
-                places, pieces, size = [], [], 0
-    if pieces:
-        yield places, pieces

@@ -254,8 +254,7 @@ class Tokenizer:
 
     def _model(self) -> dict[str, Any]:
         """The model of `tokenizer.json`."""
-        model: dict[str, Any] = json.loads(self._contents)["model"]
-        return model
+        return dict(json.loads(self._contents)["model"])
 
     @property
     def vocab_size(self) -> int:
@@ -294,7 +293,8 @@ class Tokenizer:
 
     def unused_ids(self, n_ids: int) -> list[int]:
         """Those ids of a model with `n_ids` rows that stand for no token; they are never drawn."""
-        return list(range(self.vocab_size, n_ids))
+        used = set(self._ids.values())
+        return [index for index in range(n_ids) if index not in used]
 
     def role_id(self, role: str) -> int:
         """The token that opens a message of a role: "system", "user", "assistant" or "tool".
@@ -309,7 +309,9 @@ class Tokenizer:
         return choose(self._plain, self._reference)
 
     def __repr__(self) -> str:
-        return f"Tokenizer(kind={self.kind!r}, vocab_size={self.vocab_size}, fingerprint={self.fingerprint!r})"
+        return (
+            f"{type(self).__name__}(kind={self.kind!r}, vocab_size={self.vocab_size}, fingerprint={self.fingerprint!r})"
+        )
 
 
 def _ids_of_tokens(kind: str, vocabulary: Any) -> dict[str, int]:

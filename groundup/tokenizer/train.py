@@ -7,7 +7,8 @@ documents.
 
 - BPE (Sennrich et al. 2016, arXiv:1508.07909, over bytes as in GPT-2): text is cut by a regex, then the most frequent
   pair of neighbours becomes a token, again and again, ties going to the smaller ids. By Hugging Face `tokenizers`, or
-  by rustbpe, which is two to three times as fast (`ranks.py`).
+  by rustbpe, which is two to three times as fast: of two equally frequent pairs it may merge another first, and it goes
+  on to pairs that occur once, so tokens differ here and there, the compression does not (benchmarks/tokenization.py).
 - WordPiece (Schuster and Nakajima 2012; BERT): the same over letters of which those inside a word carry the mark `##`.
   Encoding takes the longest token that fits, from left to right, so merges are not kept. Words are spelled in byte
   letters, with and without the mark, and `#` is always a word by itself, so that `##` can only be a mark.
@@ -17,7 +18,9 @@ documents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +30,9 @@ from tokenizers import Tokenizer as Engine
 from groundup.console import Console, format_bytes
 from groundup.corpus import read
 from groundup.corpus.document import Document
-from groundup.errors import DataError, Problem, RecipeError
+from groundup.errors import DataError, GroundupError, Problem, RecipeError
 from groundup.tokenizer.files import as_json, contents
-from groundup.tokenizer.letters import LETTERS
-from groundup.tokenizer.ranks import require_rustbpe, train_rustbpe
+from groundup.tokenizer.letters import LETTERS, spelled
 from groundup.tokenizer.sample import COUNTABLE_BYTES, Sample, sample
 from groundup.tokenizer.special import PAD, REPLACEMENT, control_token, control_tokens
 from groundup.tokenizer.split import (
@@ -48,6 +50,7 @@ MARK = "##"
 MIN_FREQUENCY = 2
 """A merge seen once would only store the text."""
 
+_N_CHECKED = 32
 _DECIMALS = 4
 _PENALTY_STEP = 1e-4
 
@@ -78,8 +81,6 @@ def train(
         documents = read(documents)
     if kind == "characters":
         return _one_token_per_character(documents, control)
-    if trainer == "rustbpe":
-        require_rustbpe()  # before the corpus is read
     chosen = sample(documents, COUNTABLE_BYTES if sample_bytes is None else sample_bytes)
     if not chosen.seen_bytes:
         raise _no_text()
@@ -89,7 +90,7 @@ def train(
             f"tokenizer: learns from {format_bytes(chosen.kept_bytes)} of {format_bytes(chosen.seen_bytes)} of text, "
             f"every source with its share{why}."
         )
-    train_kind = train_rustbpe if trainer == "rustbpe" else _TRAINERS[kind]
+    train_kind = _train_rustbpe if trainer == "rustbpe" else _TRAINERS[kind]
     spec = train_kind(chosen, vocab_size, split or default_split(vocab_size), control)
     trained_size = len(spec["model"]["vocab"])
     if trained_size < vocab_size and console is not None:
@@ -112,6 +113,76 @@ def _train_bpe(chosen: Sample, vocab_size: int, split: str, control: list[str]) 
     )
     engine.train_from_iterator(chosen.pieces(), trainer)
     return contents(engine)
+
+
+def _train_rustbpe(chosen: Sample, vocab_size: int, split: str, control: list[str]) -> dict[str, Any]:
+    """As rustbpe gives ranks, not merges, these are found again, which also proves that it is a BPE.
+
+    Raises:
+        GroundupError: what rustbpe gave is no BPE, or does not encode as it does itself.
+    """
+    import rustbpe
+
+    shown: list[str] = []
+
+    def pieces() -> Iterator[str]:
+        for piece in chosen.pieces():
+            if len(shown) < _N_CHECKED:
+                shown.append(piece)
+            yield piece
+
+    trained = rustbpe.Tokenizer()
+    trained.train_from_iterator(pieces(), vocab_size=vocab_size - len(control), pattern=PATTERNS[split])
+    ranks = {bytes(token): rank for token, rank in trained.get_mergeable_ranks()}
+    tokens = sorted(ranks, key=ranks.__getitem__)
+    if [ranks[token] for token in tokens] != list(range(len(tokens))) or set(map(len, tokens[: len(LETTERS)])) != {1}:
+        raise _no_bpe("its ranks have holes")
+    # The bytes in the order of the other trainer, which is that of their letters.
+    names = [*control, *LETTERS, *(spelled(token) for token in tokens[len(LETTERS) :])]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    merges = [(spelled(left), spelled(right)) for left, right in merges_of(tokens, ranks)]
+    engine = Engine(models.BPE(vocab=vocabulary, merges=merges))
+    engine.pre_tokenizer, engine.decoder = pre_tokenizer(split), decoders.ByteLevel()
+    to_rank = {vocabulary[spelled(token)]: rank for token, rank in ranks.items()}
+    for piece in shown:
+        if [to_rank[index] for index in engine.encode(piece).ids] != list(trained.encode(piece)):
+            raise _no_bpe("it encodes otherwise than its merges say")
+    engine.add_special_tokens([control_token(name) for name in control])
+    return contents(engine)
+
+
+def merges_of(tokens: list[bytes], ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merge that made each token behind the bytes: what the ranks below its own make of it.
+
+    Args:
+        tokens: by rank, the 256 bytes first.
+        ranks: of the tokens.
+
+    Raises:
+        GroundupError: a token is not made of two that rank before it.
+    """
+    merges = []
+    for rank in range(len(LETTERS), len(tokens)):
+        token = tokens[rank]
+        parts = [token[place : place + 1] for place in range(len(token))]
+        while len(parts) > 2:
+            found = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
+            best = min(found)
+            if best >= rank:
+                break
+            place = found.index(best)
+            parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        if len(parts) != 2:
+            raise _no_bpe(f"token {rank} is not made of two earlier ones")
+        merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _no_bpe(why: str) -> GroundupError:
+    return GroundupError(
+        f'[tokenizer] trainer = "rustbpe": what it gave is not a byte-level BPE ({why}).',
+        'Set trainer = "huggingface".',
+    )
 
 
 def _train_wordpiece(chosen: Sample, vocab_size: int, split: str, control: list[str]) -> dict[str, Any]:
@@ -197,42 +268,35 @@ def _check_settings(
     kind: str, vocab_size: int, split: str | None, trainer: str, own: Sequence[str], control: list[str]
 ) -> None:
     problems = []
+
+    def refuse(what: str, why: str, fix: str) -> None:
+        problems.append(Problem(f"[tokenizer] {what}", why, fix))
+
     if kind not in KINDS:
-        problems.append(
-            Problem(f"[tokenizer] kind = {kind!r}", "unknown.", "Use bpe, wordpiece, unigram or characters.")
-        )
+        refuse(f"kind = {kind!r}", "unknown.", "Use bpe, wordpiece, unigram or characters.")
     # WordPiece spells a byte at the start of a word and one inside it differently.
     n_bytes = {"wordpiece": 2 * len(LETTERS), "characters": 0}.get(kind, len(LETTERS))
     needed = len(control) + n_bytes
     if kind != "characters" and vocab_size < needed:
         bytes_twice = " (each at the start of a word and inside one)" if kind == "wordpiece" else ""
-        problems.append(
-            Problem(
-                f"[tokenizer] vocab_size = {vocab_size}",
-                f"too small: {len(control)} control tokens and {len(LETTERS)} bytes{bytes_twice} need {needed}.",
-                f"Set vocab_size = {needed} or more, or keep fewer spare_tokens.",
-            )
-        )
+        why = f"too small: {len(control)} control tokens and {len(LETTERS)} bytes{bytes_twice} need {needed}."
+        refuse(f"vocab_size = {vocab_size}", why, f"Set vocab_size = {needed} or more, or keep fewer spare_tokens.")
     if split is not None and split not in PATTERNS:
-        problems.append(Problem(f"[tokenizer] split = {split!r}", "unknown.", "Use qwen2, llama3 or gpt2."))
+        refuse(f"split = {split!r}", "unknown.", "Use qwen2, llama3 or gpt2.")
+    named = f"trainer = {trainer!r}"
     if trainer not in ("huggingface", "rustbpe"):
-        problems.append(Problem(f"[tokenizer] trainer = {trainer!r}", "unknown.", "Use huggingface or rustbpe."))
+        refuse(named, "unknown.", "Use huggingface or rustbpe.")
     elif trainer == "rustbpe" and kind in KINDS and kind != "bpe":
-        problems.append(
-            Problem(
-                f"[tokenizer] trainer = {trainer!r}",
-                f"trains BPE, not {kind}.",
-                'Set kind = "bpe", or trainer = "huggingface".',
-            )
-        )
+        refuse(named, f"trains BPE, not {kind}.", 'Set kind = "bpe", or trainer = "huggingface".')
+    elif trainer == "rustbpe" and importlib.util.find_spec("rustbpe") is None:
+        install = "pip install 'groundup[fast]', or set trainer = \"huggingface\"."
+        refuse(named, "the package rustbpe is not installed.", install)
     for name in own:
         why = "stands there twice, or is one that every tokenizer has." if control.count(name) > 1 else ""
         if replace_surrogates(name) != name or any(_is_word(name, cut) for cut in PATTERNS):
             why = "is a word that text can contain, which would become the control token."
         if why:
-            problems.append(
-                Problem(f"[tokenizer] control_tokens: {name!r:.60}", why, 'Use another name, such as "<name>".')
-            )
+            refuse(f"control_tokens: {name!r:.60}", why, 'Use another name, such as "<name>".')
     if problems:
         raise RecipeError("tokenizer", problems)
 
