@@ -29,9 +29,8 @@ from groundup.corpus.reading import jsonl
 from groundup.corpus.reading import text as text_module
 from groundup.corpus.reading.compressed import PACKINGS
 from groundup.corpus.reading.intake import normalize
-from groundup.corpus.reading.read import UnitReader
+from groundup.corpus.reading.read import UnitReader, units_of
 from groundup.corpus.reading.sources import find_sources
-from groundup.corpus.reading.units import units_of
 from groundup.errors import DataError
 from groundup.recipe import CorpusSettings
 
@@ -380,7 +379,7 @@ def test_text_between_separators_is_a_document_however_the_file_is_cut(
             for unit in units_of(find_sources([path]), pieces, "<|end|>"):
                 first = len(heard)
                 reader = UnitReader(unit, chosen, heard.append)
-                records += [replace(record, number=record.number + before) for record in reader]
+                records += [record._replace(number=record.number + before) for record in reader]
                 heard[first:] = [replace(one, number=one.number + before * bool(one.place)) for one in heard[first:]]
                 before += reader.n_records
         return records, heard

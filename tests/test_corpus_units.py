@@ -16,9 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from groundup.corpus.document import Reason, Record, SetAside
-from groundup.corpus.reading.read import UnitReader
+from groundup.corpus.reading.read import Unit, UnitReader, units_of
 from groundup.corpus.reading.sources import InputFile, find_sources
-from groundup.corpus.reading.units import Unit, units_of
 from groundup.recipe import CorpusSettings
 
 Read = tuple[list[Record], list[SetAside]]
@@ -33,7 +32,7 @@ def read_units(units: Sequence[Unit], settings: CorpusSettings | None = None) ->
         heard: list[SetAside] = []
         reader = UnitReader(unit, settings or CorpusSettings(), heard.append)
         first = before.get(unit.source.label, 0)
-        records += [replace(record, number=record.number + first) for record in reader]
+        records += [record._replace(number=record.number + first) for record in reader]
         aside += [replace(record, number=record.number + first) if record.place else record for record in heard]
         before[unit.source.label] = first + reader.n_records
     return records, aside

@@ -98,8 +98,8 @@ def digests(out: Path) -> list[str]:
 def one_extractor() -> Iterator[None]:
     """One process for the pages of all examples, where the stage would start one for each."""
     with Extractor("resiliparse", 20.0) as extractor, pytest.MonkeyPatch.context() as patch:
-        shared = contextlib.nullcontext(extractor.extract)
-        patch.setattr(annotate_module, "Extraction", lambda settings: shared)
+        shared = contextlib.nullcontext(extractor)
+        patch.setattr(annotate_module, "Extractor", lambda kind, seconds: shared)
         yield
 
 

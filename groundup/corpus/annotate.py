@@ -49,7 +49,8 @@ from groundup.corpus.quality.lines import clean_lines, line_rules_of
 from groundup.corpus.quality.predicate import load_predicate
 from groundup.corpus.quality.privacy import replace_private
 from groundup.corpus.quality.signals import signals, toxic_share
-from groundup.corpus.reading.read import Extraction, UnitReader
+from groundup.corpus.reading.extract import Extractor
+from groundup.corpus.reading.read import UnitReader
 from groundup.corpus.reading.text import DOCUMENT
 from groundup.corpus.words import words_of
 from groundup.errors import DataError
@@ -118,9 +119,10 @@ class _Annotator:
             self._arrays = {
                 name: files.enter_context(ArrayWriter(self._folder / f"{name}.npy")) for name in self._array_names()
             }
-            extraction = files.enter_context(Extraction(self._settings))
+            settings = self._settings
+            extractor = files.enter_context(Extractor(settings.extractor, settings.extract_seconds))
             try:
-                for batch in _batches(self._records(extraction)):
+                for batch in _batches(self._records(extractor)):
                     for name, table in self._measure(batch):
                         if name not in tables:
                             # Statistics and dictionaries of texts cost more than they could ever save.
@@ -145,10 +147,10 @@ class _Annotator:
             "findings": self._findings,
         }
 
-    def _records(self, extraction: Extraction) -> Iterator[tuple[str, Record]]:
+    def _records(self, extractor: Extractor) -> Iterator[tuple[str, Record]]:
         """Every record with the name of its file."""
         for unit in self._work.units:
-            reader = UnitReader(unit, self._settings, self._set_aside, extraction)
+            reader = UnitReader(unit, self._settings, self._set_aside, extractor)
             for record in reader:
                 self._changed[SEPARATED] += record.place == DOCUMENT
                 yield unit.source.label, record

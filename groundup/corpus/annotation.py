@@ -11,8 +11,8 @@ from groundup.corpus.document import Reason
 from groundup.corpus.quality.lines import line_rules_of
 from groundup.corpus.quality.predicate import predicate_fingerprint
 from groundup.corpus.quality.rules import rules_for
+from groundup.corpus.reading.read import Unit
 from groundup.corpus.reading.sources import InputFile
-from groundup.corpus.reading.units import Unit
 from groundup.errors import ArtifactError, DataError
 from groundup.files import file_digest, read_json, value_digest
 from groundup.recipe import CorpusSettings

@@ -37,9 +37,8 @@ from groundup.corpus.engine import Engine
 from groundup.corpus.filter_statistics import FilterStatistics, set_aside_record
 from groundup.corpus.holdout import Holdout
 from groundup.corpus.mix import plan_mix, plan_tokens
-from groundup.corpus.reading.read import read
+from groundup.corpus.reading.read import Unit, read, units_of
 from groundup.corpus.reading.sources import InputFile, InputFiles, find_sources
-from groundup.corpus.reading.units import Unit, units_of
 from groundup.corpus.select import Annotated, Selection, write_decisions
 from groundup.corpus.words import WORDS_VERSION
 from groundup.corpus.write import Merge, WriteUnit, merge_range, write_cuts, write_unit

@@ -63,11 +63,11 @@ def _marks() -> tuple[Any, re.Pattern[str]]:
 
 def n_garbled(text: str) -> int:
     """How many of its characters no writer meant: U+FFFD, where bytes could not be decoded, and control characters."""
+    n_replaced = 0 if text.isascii() else text.count("\ufffd")
+    if text.isprintable():  # short texts of one line are: the rest takes as long as all else that is done with them
+        return n_replaced
     data = text.encode()
-    n_controls = len(data.translate(None, _NO_CONTROLS))
-    if text.isascii():
-        return n_controls
-    return n_controls + text.count("\ufffd") + (len(_C1.findall(data)) if b"\xc2" in data else 0)
+    return n_replaced + len(data.translate(None, _NO_CONTROLS)) + (len(_C1.findall(data)) if b"\xc2" in data else 0)
 
 
 def make_record(

@@ -11,7 +11,6 @@ import codecs
 import json
 import re
 from collections.abc import Generator, Iterator
-from functools import cache
 from typing import IO, Any, NamedTuple
 
 import orjson
@@ -78,7 +77,7 @@ def read_lines(
     Returns:
         How many lines these were, blank ones included.
     """
-    limit = limit_bytes(settings)
+    limit, field, name = limit_bytes(settings), settings.text_field, _quoted(settings.text_field)
     number = n_records = 0
     position = start
     try:
@@ -105,7 +104,7 @@ def read_lines(
                 elif line and not line.isspace():
                     n_records += 1
                     try:
-                        data, is_strict = parse_json(line, settings.text_field)
+                        data, is_strict = parse_json(line, field, name)
                     except RefusedError as refused:
                         value = Value(None, begins, PLACE, number, len(line), line)
                         set_aside(refused.of(source, value))
@@ -179,7 +178,7 @@ def _of_object(handle: IO[bytes], head: bytes, field: str) -> Iterator[tuple[Any
         raise RefusedError(Reason.TOO_LONG, detail)
     if not data.strip():
         return
-    value, _ = parse_json(data, field)
+    value, _ = parse_json(data, field, _quoted(field))
     lists = [item for item in value.values() if isinstance(item, list)] if isinstance(value, dict) else []
     if len(lists) == 1 and field not in value:
         yield from ((item, "", 0) for item in lists[0])
@@ -259,13 +258,13 @@ def _only_blanks_follow(handle: IO[bytes]) -> bool:
     return True
 
 
-def parse_json(data: bytes, field: str) -> tuple[Any, bool]:
+def parse_json(data: bytes, field: str, name: bytes) -> tuple[Any, bool]:
     """A JSON value, and whether the strict parser took it: only then has no string in it half a surrogate pair.
 
     NaN and such halves do no harm in general, so what the standard parser makes of them is taken.
 
     Raises:
-        RefusedError: neither understands it, or `field` stands in it twice.
+        RefusedError: neither understands it, or `field` (`name` in JSON) stands in it twice.
     """
     try:
         value, is_strict = orjson.loads(data), True
@@ -277,7 +276,7 @@ def parse_json(data: bytes, field: str) -> tuple[Any, bool]:
             raise RefusedError(Reason.INVALID_UTF8, detail) from error
         except (ValueError, RecursionError) as error:
             raise RefusedError(Reason.INVALID_JSON, f"{strict.msg} at character {strict.pos}") from error
-    if field and data.count(name := _quoted(field)) > 1 and _says_twice(data, field):
+    if field and data.count(name) > 1 and _says_twice(data, field):
         raise RefusedError(Reason.INVALID_JSON, f"the field {name.decode()} stands in it twice")
     return value, is_strict
 
@@ -290,13 +289,12 @@ def _says_twice(data: bytes | str, field: str) -> bool:
     return isinstance(pairs, tuple) and sum(key == field for key, _ in pairs) > 1
 
 
-@cache
 def _quoted(field: str) -> bytes:
     return json.dumps(field).encode()
 
 
 def label_of(value: object) -> str:
     """A record's id, address or source as text; "" for what cannot be one."""
-    if isinstance(value, str):
-        return value
+    if value is None or isinstance(value, str):
+        return value or ""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else ""
