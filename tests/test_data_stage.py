@@ -114,7 +114,7 @@ def test_another_threshold_reads_no_text_again(tmp_path: Path, inputs: Path) -> 
     assert corpus_files(tmp_path / "out") == corpus_files(tmp_path / "anew")
 
 
-def test_the_road_keeps_measurements_when_a_threshold_changes(tmp_path: Path, inputs: Path) -> None:
+def test_the_pipeline_keeps_measurements_when_a_threshold_changes(tmp_path: Path, inputs: Path) -> None:
     recipe = write_recipe(tmp_path / "r.toml", inputs)
     build(read_recipe(recipe), tmp_path / "run", only=["corpus"])
     folder = tmp_path / "run" / "corpus" / ANNOTATED

@@ -93,7 +93,8 @@ def make_record(
     """
     normal = normalize(text.removeprefix("\ufeff"), settings.unicode)
     garbled = n_garbled(normal)
-    if normal and garbled <= MOST_GARBLED + MOST_GARBLED_SHARE * len(normal) and "\0" not in normal:
+    few = MOST_GARBLED + MOST_GARBLED_SHARE * len(normal)
+    if normal and (not garbled or (garbled <= few and "\0" not in normal)):
         return Record(normal, position, place, number, source, url, key)
     if normal and "\0" not in normal:
         reason = Reason.GARBLED

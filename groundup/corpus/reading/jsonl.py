@@ -18,7 +18,6 @@ import orjson
 from groundup.corpus.document import OnSetAside, Reason, SetAside, excerpt_of
 from groundup.corpus.reading.compressed import BLOCK_BYTES
 from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, too_long, unread
-from groundup.corpus.reading.parts import is_too_long, skip_line
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 
@@ -91,7 +90,7 @@ def read_lines(
                 if not position and line.startswith(_UTF16_MARKS):
                     _set_aside_utf16(source, line, set_aside)
                     return 0
-                is_long = is_too_long(line, limit)
+                is_long = len(line) > limit and is_too_long(line, limit)
                 n_skipped = skip_line(handle) if is_long else 0
                 number += 1
                 begins, position = position, position + len(line) + n_skipped
@@ -230,6 +229,22 @@ def _may_go_on(error: Exception, size: int) -> bool:
     """Whether a parser's complaint may be that the text is not all there."""
     is_open = isinstance(error, json.JSONDecodeError)
     return is_open and (error.msg.startswith("Unterminated string") or error.pos >= size - _ESCAPE_CHARACTERS)  # type: ignore[attr-defined]
+
+
+def is_too_long(line: bytes, limit: int) -> bool:
+    """Whether `readline(limit + 1)` gave only the beginning of a line."""
+    return len(line) > limit and not line.endswith(b"\n")
+
+
+def skip_line(handle: IO[bytes], most: int | None = None) -> int:
+    """Read on to the end of the line, or over `most` bytes, without keeping them; returns the bytes passed."""
+    n_skipped = 0
+    while most is None or n_skipped < most:
+        block = handle.readline(BLOCK_BYTES if most is None else min(BLOCK_BYTES, most - n_skipped))
+        n_skipped += len(block)
+        if not block or block.endswith(b"\n"):
+            break
+    return n_skipped
 
 
 def _first_line(handle: IO[bytes], start: int, stop: int | None) -> int:

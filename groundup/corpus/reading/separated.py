@@ -13,8 +13,7 @@ from typing import IO
 
 from groundup.corpus.document import OnSetAside, Reason, SetAside
 from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, unread
-from groundup.corpus.reading.jsonl import RefusedError, Value
-from groundup.corpus.reading.parts import is_too_long, skip_line
+from groundup.corpus.reading.jsonl import RefusedError, Value, is_too_long, skip_line
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 
