@@ -179,16 +179,15 @@ def _digests_fit(raw: RawRecord, payload: bytes, body: bytes) -> bool:
 
 def _read_digest(text: str) -> set[bytes]:
     """What a digest can mean: base 32 as the standard recommends, hex, or base 64."""
-    meanings = set()
-    text = text.strip()
-    padded = text + "=" * (-len(text) % 8)
-    with contextlib.suppress(ValueError):
-        meanings.add(base64.b32decode(padded, casefold=True))
-    with contextlib.suppress(ValueError):
-        meanings.add(bytes.fromhex(text))
-    with contextlib.suppress(ValueError):
-        meanings.add(base64.b64decode(text, altchars=b"-_"))
+    text, meanings = text.strip(), set()
+    for decode in (_base32, bytes.fromhex, base64.urlsafe_b64decode):
+        with contextlib.suppress(ValueError):
+            meanings.add(decode(text))
     return meanings
+
+
+def _base32(text: str) -> bytes:
+    return base64.b32decode(text + "=" * (-len(text) % 8), casefold=True)
 
 
 def _refuse(source: InputFile, set_aside: OnSetAside, raw: RawRecord, reason: Reason, detail: str) -> None:
