@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
+import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +91,16 @@ def digests(run: Path) -> dict[str, str]:
     names = [run / stage / name for stage, files in STAGES_FILES.items() for name in files]
     names += sorted((run / "shards").glob("*.bin")) + sorted((run / "shards").glob("*.idx"))
     return {str(path.relative_to(run)): file_digest(path) for path in names}
+
+
+@contextlib.contextmanager
+def not_root() -> Iterator[None]:
+    """Be another user for a while: permissions do not hold for root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)

@@ -112,7 +112,7 @@ def test_files_without_a_conversation_are_errors_that_say_why(tmp_path: Path) ->
 
 
 def test_a_table_of_a_few_bytes_that_grows_without_end_is_not_read(tmp_path: Path) -> None:
-    rows = pa.table({"messages": [" " * (80 << 20)]})
+    rows = pa.table({"messages": [" " * (130 << 20)]})
     pq.write_table(rows, tmp_path / "a.parquet", compression="zstd", use_dictionary=False, write_statistics=False)
     with pytest.raises(DataError, match="a decompression bomb"):
         load(tmp_path / "a.parquet")

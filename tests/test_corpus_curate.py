@@ -1,14 +1,11 @@
 """The corpus stage: filters in order, counts that add up, a held-out part that depends on the text alone."""
 
 import json
-import random
 import string
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from groundup.console import Console
 from groundup.corpus import curate, stream_documents
@@ -102,30 +99,6 @@ def test_the_shipped_classics_hold_out_a_tenth(tmp_path: Path) -> None:
     assert 0.07 < summary["documents_validation"] / 420 < 0.13
 
 
-def test_who_is_held_out_depends_on_the_text_alone(tmp_path: Path) -> None:
-    texts = [ENGLISH.format(n) for n in range(200)]
-    curated(tmp_path / "one", write_jsonl(tmp_path / "a.jsonl", texts))
-    shuffled = random.Random(1).sample(texts, 120) + [ENGLISH.format(n) for n in range(900, 1000)]
-    (tmp_path / "b").mkdir()
-    half = write_jsonl(tmp_path / "b" / "1.jsonl", shuffled[:90])
-    curated(tmp_path / "two", half, write_jsonl(tmp_path / "b" / "0.jsonl", shuffled[90:]))
-    one, two = validation_texts(tmp_path / "one"), validation_texts(tmp_path / "two")
-    assert one & set(shuffled) == two & set(texts)
-    assert len(one & set(shuffled)) > 5
-
-
-@given(share=st.floats(0.02, 0.9), n=st.integers(300, 600))
-@settings(max_examples=8, deadline=None)
-def test_the_share_held_out_is_the_share_asked_for(
-    tmp_path_factory: pytest.TempPathFactory, share: float, n: int
-) -> None:
-    folder = tmp_path_factory.mktemp("share")
-    path = write_jsonl(folder / "a.jsonl", [ENGLISH.format(k) for k in range(n)])
-    held_out = curated(folder / "out", path, validation_share=share)["documents_validation"]
-    # Five standard deviations of a binomial count.
-    assert abs(held_out - share * n) < 5 * (n * share * (1 - share)) ** 0.5 + 1
-
-
 @pytest.mark.parametrize("share", [1e-9, 1 - 1e-9])
 def test_neither_part_is_ever_empty(tmp_path: Path, share: float, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [ENGLISH.format(n) for n in range(25)])
@@ -133,49 +106,6 @@ def test_neither_part_is_ever_empty(tmp_path: Path, share: float, capsys: pytest
     summary = curate(chosen, tmp_path / "out", Console(quiet=True))
     assert min(summary["documents_train"], summary["documents_validation"]) == 1
     assert "no document's hash falls to" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("n", [2, 3, 19])
-def test_few_documents_can_be_divided_by_document_when_asked(tmp_path: Path, n: int) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", [ENGLISH.format(k) for k in range(n)])
-    by_document = curated(tmp_path / "out", path, validation_by="document")
-    assert by_document["documents_train"] + by_document["documents_validation"] == n
-    assert min(by_document["documents_train"], by_document["documents_validation"]) >= 1
-    assert curated(tmp_path / "out", path)["validation_by"] == "tail"
-
-
-def test_one_document_cannot_be_divided_by_document(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", [ENGLISH] * 3)
-    with pytest.raises(DataError, match=r"(?s)not two different documents.*'tail'"):
-        curated(tmp_path / "out", path, validation_by="document")
-    with pytest.raises(DataError, match="not two different documents"):
-        curated(tmp_path / "out", path, validation_by="document", dedup="none")
-    # Thirty times the same text is enough for "auto" by count, but there is nothing to divide.
-    many = write_jsonl(tmp_path / "b.jsonl", [ENGLISH] * 30)
-    assert curated(tmp_path / "out", many, dedup="none")["validation_by"] == "tail"
-
-
-words = st.text(string.ascii_lowercase + "  \n", min_size=30, max_size=3000).filter(lambda text: len(text.split()) > 5)
-
-
-@given(text=words, share=st.floats(0.05, 0.5))
-@settings(max_examples=60, deadline=None)
-def test_a_tail_is_the_end_of_its_document(tmp_path_factory: pytest.TempPathFactory, text: str, share: float) -> None:
-    folder = tmp_path_factory.mktemp("tail")
-    path = write_jsonl(folder / "a.jsonl", [text])
-    summary = curated(folder / "out", path, languages=[], validation_share=share, validation_by="tail")
-    train, validation = stream_documents(folder / "out")
-    assert (train.split, validation.split) == ("train", "validation")
-    assert train.id != validation.id
-    assert (train.text + validation.text).split() == text.split() or (
-        train.text + " " + validation.text
-    ).split() == text.split()
-    assert summary["documents_in"] == summary["documents_kept"] == 1
-    # Cut at a border at most a quarter of the tail too early; blanks at the cut belong to neither.
-    whole = text.strip("\n").rstrip()
-    blanks = len(whole) - len(train.text) - len(validation.text)
-    tail = len(whole) - round(len(whole) * (1 - share))
-    assert tail - blanks - 1 <= len(validation.text) <= 1.25 * tail + 2
 
 
 def test_shakespeare_is_cut_between_two_lines_at_nine_tenths(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import bz2
 import codecs
-import contextlib
 import gzip
 import io
 import json
@@ -11,11 +10,12 @@ import os
 import random
 import tempfile
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import zstandard
+from data_stage import not_root
 
 from groundup.corpus import Reason, SetAside, curate, read, stream_documents
 from groundup.corpus.reading import compressed
@@ -184,14 +184,6 @@ def test_broken_rows_and_elements_leave_their_neighbours(tmp_path: Path) -> None
         ("record 1", Reason.INVALID_JSON), ("record 3", Reason.TOO_LONG), ("record 4", Reason.INVALID_JSON),
         ("record 5", Reason.NO_TEXT),
     ]  # fmt: skip
-
-
-def test_last_line_cut_in_half_is_the_only_one_lost(tmp_path: Path) -> None:
-    whole = b"".join(json.dumps({"text": f"{n} {GOOD}"}).encode() + b"\n" for n in range(20))
-    (tmp_path / "a.jsonl").write_bytes(whole[:-30])
-    texts, aside = read_all(tmp_path)
-    assert len(texts) == 19
-    assert (only(aside).record, only(aside).reason) == ("line 20", Reason.INVALID_JSON)
 
 
 @pytest.mark.parametrize("packing", PACK)
@@ -409,19 +401,6 @@ def test_a_link_to_nowhere_is_set_aside(tmp_path: Path) -> None:
     texts, aside = read_all(tmp_path)
     assert texts == [GOOD]
     assert (only(aside).reason, only(aside).detail) == (Reason.UNREADABLE, "No such file or directory")
-
-
-@contextlib.contextmanager
-def not_root() -> Iterator[None]:
-    """Be another user for a while: permissions do not hold for root."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 def test_files_and_folders_without_permission_are_set_aside() -> None:

@@ -104,3 +104,7 @@ def test_a_tail_loses_nothing_but_blanks(text: str, share: float) -> None:
     assert [part.split for part in parts] in (["train"], ["train", "validation"])
     assert len({part.id for part in parts}) == len(parts)
     assert parts[0].id == "0" * 32
+    if len(parts) == 2:  # cut at a border at most a quarter of the tail too early; blanks at the cut belong to neither
+        tail = len(text) - round(len(text) * (1 - share))
+        blanks = len(text) - sum(len(part.text) for part in parts)
+        assert tail - blanks - 1 <= len(parts[1].text) <= 1.25 * tail + 2

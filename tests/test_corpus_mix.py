@@ -19,19 +19,17 @@ def identity(number: int) -> str:
     return f"{random.Random(number).getrandbits(128):032x}"
 
 
-def test_the_overfull_source_is_thinned_and_nothing_is_repeated() -> None:
-    factors = plan_mix({"books.jsonl": 700, "web.jsonl": 700}, {"books*": 0.7, "web*": 0.3})
-    assert factors == pytest.approx({"books.jsonl": 1.0, "web.jsonl": 3 / 7})
-
-
-def test_a_scarce_source_is_repeated_up_to_the_point_where_half_of_the_text_stays() -> None:
-    factors = plan_mix({"books": 100, "web": 900}, {"books": 0.5, "web": 0.5})
-    assert factors == pytest.approx({"books": 2.5, "web": 250 / 900})
-
-
-def test_and_at_most_four_times() -> None:
-    factors = plan_mix({"books": 1, "web": 10_000}, {"books": 0.5, "web": 0.5})
-    assert factors == pytest.approx({"books": 4.0, "web": 4 / 10_000})
+@pytest.mark.parametrize(
+    ("books", "web", "share", "factors"),
+    [
+        pytest.param(700, 700, 0.7, (1.0, 3 / 7), id="the overfull source is thinned, nothing is repeated"),
+        pytest.param(100, 900, 0.5, (2.5, 250 / 900), id="a scarce one is repeated where less than half would stay"),
+        pytest.param(1, 10_000, 0.5, (4.0, 4 / 10_000), id="and at most four times"),
+    ],
+)
+def test_the_rule_for_the_total(books: int, web: int, share: float, factors: tuple[float, float]) -> None:
+    found = plan_mix({"books": books, "web": web}, {"books": share, "web": 1 - share})
+    assert tuple(found.values()) == pytest.approx(factors)
 
 
 @pytest.mark.parametrize("weights", [{"*": 1}, {"*": 0.2}, {"a*": 2.5, "b*": 7.5}, {"a": 0.25, "b": 0.75, "c*": 0}])

@@ -16,10 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from groundup.corpus import Reason, Record, SetAside, input_fingerprint, read
-from groundup.corpus.reading.read import UnitReader
+from groundup.corpus.reading.read import Unit, UnitReader, units_of
 from groundup.corpus.reading.remote import RemoteFile
 from groundup.corpus.reading.sources import find_sources
-from groundup.corpus.reading.units import Unit, units_of
 from groundup.errors import DataError
 from groundup.recipe import CorpusSettings
 

@@ -1,10 +1,7 @@
 """Units: however the input is cut, the same records and the same faults, and every piece can travel to a worker."""
 
-import concurrent.futures
 import io
 import json
-import multiprocessing
-import pickle
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from groundup.corpus.document import Reason, Record, SetAside
-from groundup.corpus.reading.read import UnitReader
+from groundup.corpus.reading.read import Unit, UnitReader, units_of
 from groundup.corpus.reading.sources import InputFile, find_sources
-from groundup.corpus.reading.units import Unit, units_of
 from groundup.recipe import CorpusSettings
 
 Read = tuple[list[Record], list[SetAside]]
@@ -33,7 +29,7 @@ def read_units(units: Sequence[Unit], settings: CorpusSettings | None = None) ->
         heard: list[SetAside] = []
         reader = UnitReader(unit, settings or CorpusSettings(), heard.append)
         first = before.get(unit.source.label, 0)
-        records += [replace(record, number=record.number + first) for record in reader]
+        records += [record._replace(number=record.number + first) for record in reader]
         aside += [replace(record, number=record.number + first) if record.place else record for record in heard]
         before[unit.source.label] = first + reader.n_records
     return records, aside
@@ -125,18 +121,6 @@ def test_borders_stay_when_a_file_grows_and_only_the_last_piece_is_open(tmp_path
     assert [unit.start for unit in after] == [0] + [unit.stop for unit in after[:-1]]
 
 
-def test_blank_lines_alone_are_one_empty_file_however_it_is_cut(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\n" * 1000)
-    for split_bytes in (1, 7, 999, 10_000):
-        records, aside = read_units(cut(path, split_bytes))
-        assert records == []
-        assert [(record.reason, record.record) for record in aside] == [(Reason.EMPTY, "")]
-    path.write_bytes(b"\n" * 1000 + b'{"text": "x"}')
-    for split_bytes in (1, 7, 999, 10_000):
-        assert read_units(cut(path, split_bytes)) == ([Record("x", 1000, "line", 1001)], [])
-
-
 def table(path: Path, n_rows: int, row_group_size: int) -> None:
     rows = pa.table({"text": [f"text {n} " + "x" * (n % 50) for n in range(n_rows)], "id": list(range(n_rows))})
     pq.write_table(rows, path, row_group_size=row_group_size)
@@ -172,20 +156,6 @@ def test_packed_files_texts_and_archives_are_one_piece(tmp_path: Path) -> None:
     units = units_of(find_sources([tmp_path]), 100)
     assert {unit.source.kind for unit in units if unit.start} == {"lines"}
     assert len(units) == 8 + 10
-
-
-def test_units_travel_to_another_process(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"".join(json.dumps({"text": f"text {n}"}).encode() + b"\n" for n in range(40)))
-    units = cut(path, 200)
-    assert pickle.loads(pickle.dumps(units)) == units
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = [text for texts in pool.map(texts_of_unit, units) for text in texts]
-    assert found == [f"text {n}" for n in range(40)]
-
-
-def texts_of_unit(unit: Unit) -> list[str]:
-    return [record.text for record in UnitReader(unit, CorpusSettings(), print)]
 
 
 def test_files_that_cannot_be_read_are_one_piece_that_says_so(tmp_path: Path) -> None:

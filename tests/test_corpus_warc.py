@@ -24,9 +24,8 @@ from groundup.corpus.document import Reason, Record, SetAside
 from groundup.corpus.reading.archive import read_records
 from groundup.corpus.reading.compressed import DamagedStreamError
 from groundup.corpus.reading.extract import ExtractionFailure, Extractor
-from groundup.corpus.reading.http_body import join_chunks, parse_response
 from groundup.corpus.reading.sources import InputFile
-from groundup.corpus.reading.warc import SILENT_KINDS, WRONG_DIGEST, read_warc
+from groundup.corpus.reading.warc import SILENT_KINDS, WRONG_DIGEST, join_chunks, parse_response, read_warc
 from groundup.recipe import CorpusSettings
 
 fastwarc = pytest.importorskip("fastwarc.warc")

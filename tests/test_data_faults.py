@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from data_stage import text_of
+from data_stage import not_root, text_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -98,8 +98,8 @@ def digests(out: Path) -> list[str]:
 def one_extractor() -> Iterator[None]:
     """One process for the pages of all examples, where the stage would start one for each."""
     with Extractor("resiliparse", 20.0) as extractor, pytest.MonkeyPatch.context() as patch:
-        shared = contextlib.nullcontext(extractor.extract)
-        patch.setattr(annotate_module, "Extraction", lambda settings: shared)
+        shared = contextlib.nullcontext(extractor)
+        patch.setattr(annotate_module, "Extractor", lambda kind, seconds: shared)
         yield
 
 
@@ -181,24 +181,6 @@ def broken(draw: st.DrawFn, whole: bytes) -> bytes:
         else:
             data[place:place] = data[:place]
     return bytes(data)
-
-
-@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.jsonl.zst", "a.jsonl.bz2", "a.parquet", "a.warc.gz"])
-def test_a_file_cut_off_is_counted_and_only_whole_documents_of_it_are_used(tmp_path: Path, name: str) -> None:
-    whole = WHOLE[name]
-    path = make(tmp_path / "in" / name, whole)
-    good(tmp_path / "in")
-    curated(tmp_path / "out", tmp_path / "in")
-    every = kept(tmp_path / "out")
-    assert len(every) == (3 if ".txt" in name else 14)
-    for cut in [1, len(whole) // 3, len(whole) // 2, len(whole) - 1]:
-        path.write_bytes(whole[:cut])
-        curated(tmp_path / "out", tmp_path / "in")
-        (record,) = left_out(tmp_path / "out")
-        assert record["reason"] in ("cut off", "damaged file"), cut
-        assert record["source"] == str(path)
-        assert {GOOD, MORE} <= kept(tmp_path / "out") <= every
-        assert cut == len(whole) - 1 or kept(tmp_path / "out") < every  # the last byte is a checksum's
 
 
 # --- Records with something odd beside the text
@@ -355,25 +337,6 @@ def test_an_archive_without_any_page_is_counted(tmp_path: Path) -> None:
     assert curated(tmp_path / "out", tmp_path / "in")["removed"] == {"empty": 1}
 
 
-def test_every_archive_of_the_collection_ends_in_documents_or_reasons(
-    one_extractor: None, tmp_path: Path, shared_data: Path
-) -> None:
-    folder = shared_data / "warc"
-    if not folder.is_dir():
-        pytest.skip("needs the collection of odd archives in shared/data/warc")
-    summary = curated(tmp_path / "out", folder, dedup="none")
-    statistics = json.loads((tmp_path / "out" / "filter_statistics.json").read_text())
-    documents = Counter(document.source for document in stream_documents(tmp_path / "out"))
-    reasons = Counter(record["source"] for record in left_out(tmp_path / "out"))
-    files = [source.label for source in find_sources([folder]).files]
-    assert len(files) == statistics["files"]["read"] == 30
-    assert set(files) == set(documents) | set(reasons)
-    assert {"cut off", "damaged file", "empty", "not a text record"} <= set(summary["removed"])
-    assert all(record["record"].startswith("record ") for record in left_out(tmp_path / "out") if record["record"])
-    passed_over = statistics["files"]["passed_over"]
-    assert len(files) + passed_over == sum(path.is_file() for path in folder.rglob("*"))
-
-
 # --- Where the result cannot be written
 
 
@@ -431,19 +394,6 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
             curated(Path(name) / "out", text)
         assert caught.value.fix
         os.chmod(name, 0o755)
-
-
-@contextlib.contextmanager
-def not_root() -> Iterator[None]:
-    """Be another user for a while: permissions do not hold for root."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 def test_a_corpus_below_its_own_texts_does_not_read_itself_nor_another(tmp_path: Path) -> None:

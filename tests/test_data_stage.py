@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from command import start
-from data_stage import digests, near_copy, text_of, write_inputs, write_recipe
+from data_stage import digests, text_of, write_inputs, write_recipe
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from lengths import N_KILLS
@@ -114,7 +114,7 @@ def test_another_threshold_reads_no_text_again(tmp_path: Path, inputs: Path) -> 
     assert corpus_files(tmp_path / "out") == corpus_files(tmp_path / "anew")
 
 
-def test_the_road_keeps_measurements_when_a_threshold_changes(tmp_path: Path, inputs: Path) -> None:
+def test_the_pipeline_keeps_measurements_when_a_threshold_changes(tmp_path: Path, inputs: Path) -> None:
     recipe = write_recipe(tmp_path / "r.toml", inputs)
     build(read_recipe(recipe), tmp_path / "run", only=["corpus"])
     folder = tmp_path / "run" / "corpus" / ANNOTATED
@@ -138,19 +138,6 @@ def test_a_file_that_is_added_is_the_only_one_that_is_read(tmp_path: Path) -> No
     after = {path.name for path in (tmp_path / "out" / ANNOTATED).iterdir()}
     assert len(after - before) == 1
     assert before < after
-
-
-def test_planted_copies_go_and_single_texts_stay(tmp_path: Path) -> None:
-    chance = random.Random(11)
-    single = [text_of(chance, 30) for _ in range(150)]
-    copies = [near_copy(text, chance) for text in single[:50]] + single[50:75]
-    rows = [*single, *copies]
-    chance.shuffle(rows)
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
-    summary = curated(tmp_path / "out", tmp_path / "a.jsonl", quality=("none",), dedup_within="none")
-    assert summary["removed"] == {"duplicate": 25, "near-duplicate": 50}
-    kept = {document.text for document in stream_documents(tmp_path / "out")}
-    assert set(single[75:]) <= kept
 
 
 def test_evaluation_data_is_found_and_listed(tmp_path: Path) -> None:

@@ -141,22 +141,6 @@ def test_02_spoiled_measurements_are_noticed_and_made_again(tmp_path: Path, how:
         assert digests(tmp_path / "out") == wanted, name
 
 
-def test_02_keys_in_another_order_are_noticed(tmp_path: Path) -> None:
-    # The same length, the same values, another order: only a digest of the file can tell.
-    chance = random.Random(3)
-    texts = [text_of(chance, 9) for _ in range(30)]
-    source = write_lines(tmp_path / "a.jsonl", [*texts, texts[3]])
-    curated(tmp_path / "out", source)
-    wanted = digests(tmp_path / "out")
-    (folder,) = (path for path in (tmp_path / "out" / ANNOTATED).iterdir() if path.is_dir())
-    for name in ("ids", "digests", "signatures"):
-        array = np.load(folder / f"{name}.npy")
-        np.save(folder / f"{name}.npy", array[::-1])
-        curated(tmp_path / "out", source)
-        assert digests(tmp_path / "out") == wanted
-        assert (np.load(folder / f"{name}.npy") == array).all()
-
-
 # --- 4
 
 

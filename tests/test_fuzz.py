@@ -36,9 +36,9 @@ from groundup.corpus.crawl.report import Refused
 from groundup.corpus.crawl.urls import normalize_url
 from groundup.corpus.crawl.warc import Entry, WarcFiles
 from groundup.corpus.decontamination.files import find_tasks
-from groundup.corpus.reading.read import Extraction, UnitReader
+from groundup.corpus.reading.extract import Extractor
+from groundup.corpus.reading.read import UnitReader, units_of
 from groundup.corpus.reading.sources import find_sources
-from groundup.corpus.reading.units import units_of
 from groundup.distributed import current_world
 from groundup.evaluation.harness import read_scores
 from groundup.evaluation.table import compare, read_comparison
@@ -170,9 +170,9 @@ def archives() -> list[Files]:
 
 
 @functools.cache
-def extraction() -> Extraction:
+def extractor() -> Extractor:
     """One worker process for all pages of a child."""
-    return Extraction(SETTINGS)
+    return Extractor(SETTINGS.extractor, SETTINGS.extract_seconds)
 
 
 def read_a_corpus(folder: Path) -> object:
@@ -181,7 +181,7 @@ def read_a_corpus(folder: Path) -> object:
     aside = [*sources.aside]
     shown, counts = [], Counter[str]()
     for unit in units_of(sources, 1 << 12):
-        reader = UnitReader(unit, SETTINGS, aside.append, extraction())
+        reader = UnitReader(unit, SETTINGS, aside.append, extractor())
         for record in reader:
             counts[unit.source.label] += 1
             shown.append(record.text)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -27,43 +27,69 @@ import numpy as np
 import orjson
 import xxhash
 
-from groundup.corpus.annotation import (
-    DOCUMENTS_TABLE,
-    EMPTIED,
-    PREDICATE,
-    SCORE,
-    SET_ASIDE,
-    SIGNALS_TABLE,
-    TOXIC,
-    UNIT,
-    Annotation,
-    annotated,
-    signal_names,
-    stamp_of,
-)
 from groundup.corpus.arrays import ArrayWriter
-from groundup.corpus.dedup.minhash import NO_SHINGLES, signatures
+from groundup.corpus.dedup.minhash import HASH_VERSION, NO_SHINGLES, signatures
 from groundup.corpus.document import EXCERPT_CHARACTERS, Document, Reason, Record, SetAside, excerpt_of
 from groundup.corpus.quality.language import detect_languages
 from groundup.corpus.quality.lines import clean_lines, line_rules_of
-from groundup.corpus.quality.predicate import load_predicate
+from groundup.corpus.quality.predicate import load_predicate, predicate_fingerprint
 from groundup.corpus.quality.privacy import replace_private
+from groundup.corpus.quality.rules import rules_for
 from groundup.corpus.quality.signals import signals, toxic_share
-from groundup.corpus.reading.read import Extraction, UnitReader
+from groundup.corpus.reading.extract import Extractor
+from groundup.corpus.reading.read import Unit, UnitReader
+from groundup.corpus.reading.sources import InputFile
 from groundup.corpus.reading.text import DOCUMENT
 from groundup.corpus.words import words_of
-from groundup.errors import DataError
-from groundup.files import atomic_folder, file_digest, value_digest, write_json
-from groundup.untrusted import read_bytes, reading
+from groundup.errors import ArtifactError, DataError
+from groundup.files import atomic_folder, file_digest, read_json, value_digest, write_json
+from groundup.recipe import CorpusSettings
+from groundup.untrusted import ordinary_file, read_bytes, reading
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+ANNOTATION_VERSION = 3
+"""Raised when the results of this pass change."""
+
+DOCUMENTS_TABLE = "documents.parquet"
+SIGNALS_TABLE = "signals.parquet"
+SET_ASIDE = "set_aside.jsonl"
+EMPTIED = "emptied.jsonl"
+"""Separate from `SET_ASIDE`, so that each of the two is in the order of the input, however records were batched."""
+UNIT = "unit.json"
+SCORE = "score"
+TOXIC = "toxic_share"
+PREDICATE = "predicate"
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 1024
 FINDINGS_KEPT = 20
 EXCERPT = 4 * EXCERPT_CHARACTERS
 SEPARATED = "documents of text files with separators"
+
+
+Stamp = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """The task of one piece of work.
+
+    Attributes:
+        units: what to read: one, or many small ones.
+        settings: the recipe's `[corpus]`.
+        folder: the unit's own folder.
+        fingerprint: of all that its contents depend on.
+        stamps: `stamp_of` every unit's file, taken before the fingerprint was.
+        classifier: the trained classifier's folder, or "".
+    """
+
+    units: tuple[Unit, ...]
+    settings: CorpusSettings
+    folder: str
+    fingerprint: str
+    stamps: tuple[Stamp | None, ...]
+    classifier: str = ""
 
 
 def annotate(work: Annotation) -> dict[str, Any]:
@@ -93,6 +119,73 @@ def annotate(work: Annotation) -> dict[str, Any]:
     return record
 
 
+def stamp_of(source: InputFile) -> Stamp | None:
+    """A local file's size, time of change and number: another one later means that its contents may be others."""
+    if not isinstance(source.entry, Path):
+        return None
+    try:
+        status = source.entry.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def annotation_fingerprint(settings: CorpusSettings, classifier: str = "") -> str:
+    """Digest of what every unit's annotation depends on beside the unit: settings, files they name, code."""
+    near = settings.minhash if settings.dedup == "near" else None
+    return value_digest(
+        {
+            "version": ANNOTATION_VERSION,
+            "reading": [
+                settings.text_field, settings.source_field, settings.unicode, settings.max_document_mib,
+                settings.extractor, settings.extract_seconds, settings.separator,
+            ],
+            "languages": [sorted(settings.languages), file_fingerprint(settings.language_model)],
+            "signals": signal_names(settings),
+            "changes": [sorted(line_rules_of(settings.quality)), sorted(settings.privacy)],
+            "toxic": file_fingerprint(settings.toxic_words),
+            "predicate": predicate_fingerprint(settings.predicate) if settings.predicate else "",
+            "classifier": classifier,
+            "minhash": [HASH_VERSION, near.ngram, near.bands * near.rows] if near else None,
+        }
+    )  # fmt: skip
+
+
+def signal_names(settings: CorpusSettings) -> list[str]:
+    """The signals of the recipe's rules; of rules that are switched off too, so that they can be switched on later."""
+    rules = [*rules_for(settings.quality, {}), *rules_for(settings.quality, settings.thresholds)]
+    return sorted({rule.signal for rule in rules})
+
+
+def annotated(folder: str | Path, fingerprint: str) -> dict[str, Any] | None:
+    """What `annotate` returned for the folder, if it is finished, whole and still what its fingerprint says.
+
+    A file that could not be read may be readable by now, so such a folder counts as not finished.
+    """
+    folder = Path(folder)
+    try:
+        record = read_json(folder / UNIT)
+        if not isinstance(record, dict) or record.pop("digest", None) != value_digest(record):
+            return None
+        is_whole = all(file_digest(folder / name) == digest for name, digest in record["contents"].items())
+    except (ArtifactError, OSError):
+        return None
+    is_read = all(reason != Reason.UNREADABLE for reason, _, _ in record["set_aside"])
+    return record if is_whole and is_read and record["fingerprint"] == fingerprint else None
+
+
+def file_fingerprint(path: str) -> str:
+    """Digest of a file that the recipe names; "" for no file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if not path:
+        return ""
+    with reading(path, DataError, "Check the path in [corpus]."):
+        return file_digest(ordinary_file(Path(path).expanduser(), DataError))
+
+
 class _Annotator:
     """One unit's pass: records are measured in batches and appended to the unit's tables."""
 
@@ -118,9 +211,10 @@ class _Annotator:
             self._arrays = {
                 name: files.enter_context(ArrayWriter(self._folder / f"{name}.npy")) for name in self._array_names()
             }
-            extraction = files.enter_context(Extraction(self._settings))
+            settings = self._settings
+            extractor = files.enter_context(Extractor(settings.extractor, settings.extract_seconds))
             try:
-                for batch in _batches(self._records(extraction)):
+                for batch in _batches(self._records(extractor)):
                     for name, table in self._measure(batch):
                         if name not in tables:
                             # Statistics and dictionaries of texts cost more than they could ever save.
@@ -145,10 +239,10 @@ class _Annotator:
             "findings": self._findings,
         }
 
-    def _records(self, extraction: Extraction) -> Iterator[tuple[str, Record]]:
+    def _records(self, extractor: Extractor) -> Iterator[tuple[str, Record]]:
         """Every record with the name of its file."""
         for unit in self._work.units:
-            reader = UnitReader(unit, self._settings, self._set_aside, extraction)
+            reader = UnitReader(unit, self._settings, self._set_aside, extractor)
             for record in reader:
                 self._changed[SEPARATED] += record.place == DOCUMENT
                 yield unit.source.label, record

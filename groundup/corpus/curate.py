@@ -22,18 +22,19 @@ from typing import Any
 import orjson
 
 from groundup.console import Console
-from groundup.corpus.annotate import SEPARATED
+from groundup.corpus.annotate import SEPARATED, file_fingerprint, toxic_words
+from groundup.corpus.decontamination.files import find_tasks
 from groundup.corpus.document import Document
 from groundup.corpus.engine import engine_for
 from groundup.corpus.filter_statistics import PASSED_OVER_SHOWN
-from groundup.corpus.inputs import check_named_files, input_fingerprint
 from groundup.corpus.passes import ANNOTATED, DOCUMENTS, SET_ASIDE_FILE, STATISTICS_FILE, Passes
 from groundup.corpus.quality.language import check_languages
+from groundup.corpus.quality.predicate import load_predicate, predicate_fingerprint
 from groundup.corpus.quality.rules import Rule, left_out, rules_for
 from groundup.corpus.reading.sources import InputFiles, find_sources
 from groundup.corpus.write import parse_line
 from groundup.errors import ArtifactError, DataError, RunError
-from groundup.files import own_folder, remove_partials, temporary, write_error, write_json
+from groundup.files import own_folder, remove_partials, temporary, value_digest, write_error, write_json
 from groundup.recipe import CorpusSettings
 from groundup.report.format import format_lines, is_number
 from groundup.stage import Check, Context, Method, Shown, Stage
@@ -180,6 +181,47 @@ def stream_documents(folder: Path, split: str | None = None) -> Iterator[Documen
                     yield document
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: not found.", "Run the corpus stage first.") from error
+
+
+def input_fingerprint(settings: CorpusSettings) -> str:
+    """Digest of all files' names and contents; neither their order nor times of change count.
+
+    Raises:
+        DataError: a file is missing; see `find_sources`.
+    """
+    beside = [file_fingerprint(settings.language_model), file_fingerprint(settings.toxic_words)]
+    if settings.predicate:
+        beside.append(predicate_fingerprint(settings.predicate))
+    if settings.classifier is not None:
+        examples = (settings.classifier.positive, settings.classifier.negative)
+        beside += [_contents(files, settings) for files in examples]
+    if settings.decontaminate is not None:
+        tasks = find_tasks(settings.decontaminate.files)
+        beside.append(value_digest([[task.name, task.source.digest()] for task in tasks]))
+    return value_digest([_contents(settings.inputs, settings), *beside])
+
+
+def check_named_files(settings: CorpusSettings) -> None:
+    """See that everything the recipe names beside the texts is there and can be used.
+
+    Raises:
+        DataError: it is not.
+    """
+    file_fingerprint(settings.language_model)
+    if settings.toxic_words:
+        toxic_words(settings.toxic_words)
+    if settings.predicate:
+        load_predicate(settings.predicate)
+    beside = [settings.classifier.positive, settings.classifier.negative] if settings.classifier is not None else []
+    for files in beside:
+        find_sources(files, follow_links=settings.follow_links)
+    if settings.decontaminate is not None:
+        find_tasks(settings.decontaminate.files)
+
+
+def _contents(inputs: tuple[str, ...], settings: CorpusSettings) -> str:
+    found = find_sources(inputs, follow_links=settings.follow_links)
+    return value_digest(sorted([source.label, source.digest()] for source in found.files))
 
 
 class Corpus(Method):

@@ -7,7 +7,7 @@ Every piece of work goes to an `Engine`; what comes back is counts and names of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,7 @@ import numpy as np
 import orjson
 
 from groundup.console import format_bytes
-from groundup.corpus.annotate import annotate
-from groundup.corpus.annotation import (
-    DOCUMENTS_TABLE,
-    Annotation,
-    Stamp,
-    annotation_fingerprint,
-    stamp_of,
-)
+from groundup.corpus.annotate import DOCUMENTS_TABLE, Annotation, annotate, annotation_fingerprint, stamp_of
 from groundup.corpus.decontamination.index import ContaminationCounts, EvaluationIndex
 from groundup.corpus.dedup import (
     Removed,
@@ -37,9 +30,8 @@ from groundup.corpus.engine import Engine
 from groundup.corpus.filter_statistics import FilterStatistics, set_aside_record
 from groundup.corpus.holdout import Holdout
 from groundup.corpus.mix import plan_mix, plan_tokens
-from groundup.corpus.reading.read import read
-from groundup.corpus.reading.sources import InputFile, InputFiles, find_sources
-from groundup.corpus.reading.units import Unit, units_of
+from groundup.corpus.reading.read import Unit, read, units_of
+from groundup.corpus.reading.sources import InputFiles, find_sources
 from groundup.corpus.select import Annotated, Selection, write_decisions
 from groundup.corpus.words import WORDS_VERSION
 from groundup.corpus.write import Merge, WriteUnit, merge_range, write_unit
@@ -90,8 +82,13 @@ class Passes:
         split_bytes = int(settings.split_mib * 2**20)
         stamps = {source: stamp_of(source) for source in sources.files}
         digests = {source: source.digest() for source in sources.files}
-        packs = _packed(units_of(sources, split_bytes, settings.separator), split_bytes)
-        tasks = [self._annotation(pack, root, common, stamps, digests, classifier) for pack in packs]
+        trained = str(root / CLASSIFIER) if classifier else ""
+        tasks = []
+        for pack in _packed(units_of(sources, split_bytes, settings.separator), split_bytes):
+            places = [[unit.source.label, digests[unit.source], unit.start, unit.stop] for unit in pack]
+            fingerprint = value_digest([common, places])
+            before = tuple(stamps[unit.source] for unit in pack)
+            tasks.append(Annotation(pack, settings, str(root / fingerprint), fingerprint, before, trained))
         wanted = {Path(task.folder).name for task in tasks}
         for old in root.iterdir():
             if old.name not in wanted and old.name != CLASSIFIER:
@@ -129,9 +126,8 @@ class Passes:
         units, settings = self._units, self._settings
         for name in (STATISTICS_FILE, DOCUMENTS, SET_ASIDE_FILE):  # of an earlier call: the three belong together
             (self._out / name).unlink(missing_ok=True)
-        for number, unit in enumerate(units):
-            write_decisions(self._decisions(number), unit)
-        cuts = self._find_cuts()
+        for number, (unit, cuts) in enumerate(zip(units, self._find_cuts(), strict=True)):
+            write_decisions(self._decisions(number), unit, cuts)
         evaluation = self._index_evaluation()
         n_ranges = max(1, -(-self.statistics.bytes_kept // max(1, self._memory_bytes // 8)))
         bounds = tuple(int(step) for step in (np.arange(1, n_ranges) * (2**64 / n_ranges)))
@@ -144,7 +140,6 @@ class Passes:
                 reasons=tuple(self._selection.reasons),
                 rules=tuple(self._selection.rules),
                 first_number=unit.first_number,
-                cuts=cuts[number],
                 evaluation=evaluation,
                 bounds=(0, *bounds),
             )
@@ -152,17 +147,6 @@ class Passes:
         ]
         self._write_units(tasks)
         self._merge(tasks)
-
-    def _annotation(
-        self, units: tuple[Unit, ...], root: Path, common: str,
-        stamps: dict[InputFile, Stamp | None], digests: dict[InputFile, str], classifier: str,
-    ) -> Annotation:  # fmt: skip
-        places = [[unit.source.label, digests[unit.source], unit.start, unit.stop] for unit in units]
-        fingerprint = value_digest([common, places])
-        folder = str(root / fingerprint)
-        before = tuple(stamps[unit.source] for unit in units)
-        trained = str(root / CLASSIFIER) if classifier else ""
-        return Annotation(units, self._settings, folder, fingerprint, before, trained)
 
     def _train_classifier(self) -> str:
         """Train the quality classifier, if the recipe has one; its fingerprint."""
@@ -222,9 +206,9 @@ class Passes:
             self._remove(found, selection.code(Reason.NEAR_DUPLICATE))
             self.more["clusters"] = clusters
 
-    def _find_cuts(self) -> list[str]:
-        """For each unit a file with the repeated spans to cut out of its texts, or ""."""
-        settings, names = self._settings, [""] * len(self._units)
+    def _find_cuts(self) -> Iterable[Sequence[np.ndarray]]:
+        """For each unit the repeated spans to cut out of its texts, by search."""
+        settings = self._settings
         common = (self._engine, self._memory_bytes)
         kept = [unit.stays for unit in self._units]
         searches = []
@@ -236,11 +220,7 @@ class Passes:
             self._show(0, total=1, note="repeated passages")
             n_words = settings.dedup_substring
             searches.append(repeated_substrings(self._keys, kept, n_words, self._work / "substrings", *common))
-        for number, found in enumerate(zip(*searches, strict=True)):
-            if any(map(len, found)):
-                names[number] = str(self._work / f"{number:06d}.cuts.npy")
-                np.save(names[number], np.concatenate(found))
-        return names
+        return zip(*searches, strict=True) if searches else [()] * len(self._units)
 
     @property
     def _keys(self) -> list[UnitKeys]:

@@ -20,7 +20,7 @@ import numpy as np
 import orjson
 import xxhash
 
-from groundup.corpus.annotation import DOCUMENTS_TABLE, EMPTIED, SCORE, SET_ASIDE, SIGNALS_TABLE, TOXIC
+from groundup.corpus.annotate import DOCUMENTS_TABLE, EMPTIED, SCORE, SET_ASIDE, SIGNALS_TABLE, TOXIC
 from groundup.corpus.decontamination.index import ContaminationCounts, EvaluationIndex, Match
 from groundup.corpus.dedup import cut_spans
 from groundup.corpus.document import Document, Reason, SetAside, derived_id, excerpt_of, is_fault
@@ -43,13 +43,12 @@ class WriteUnit:
 
     Attributes:
         annotation: the unit's annotation.
-        decisions: which documents are kept (`write_decisions`).
+        decisions: which documents are kept, and what is cut out of them (`write_decisions`).
         out: the file to write, without its ending.
         settings: the recipe's `[corpus]`.
         reasons: what the codes mean.
         rules: the quality rules.
         first_number: records of the same file in the units before it.
-        cuts: the stretches to cut out of the texts, `SPAN` records in a file, or "".
         evaluation: the evaluation index's folder, or "".
         bounds: the first 64 bits of the ids at which ranges begin.
     """
@@ -61,7 +60,6 @@ class WriteUnit:
     reasons: tuple[str, ...]
     rules: tuple[Rule, ...]
     first_number: int
-    cuts: str
     evaluation: str
     bounds: tuple[int, ...]
 
@@ -75,18 +73,15 @@ def write_unit(work: WriteUnit) -> dict[str, Any]:
         characters (kept), fault (the first broken record), contamination (`ContaminationCounts.state`),
         cut_characters.
     """
-    writer = _UnitWriter(work)
-    writer.run()
-    return writer.record()
+    return _UnitWriter(work).run()
 
 
 class _UnitWriter:
     def __init__(self, work: WriteUnit) -> None:
         self._work, self._settings = work, work.settings
         self._folder = Path(work.annotation)
-        self._codes, self._survivors = read_decisions(Path(work.decisions))
+        self._codes, self._survivors, self._cuts = read_decisions(Path(work.decisions))
         self._evaluation = EvaluationIndex(work.evaluation) if work.evaluation else None
-        self._cuts = _read_cuts(work.cuts) if work.cuts else {}
         self._details = _Details(self._folder, self._codes, work) if self._codes.any() else None
         self._entries: Counter[tuple[str, str, str]] = Counter()
         self._bytes: Counter[tuple[str, str, str]] = Counter()
@@ -96,25 +91,20 @@ class _UnitWriter:
         self._contamination = ContaminationCounts()
         self._characters = self._n_cut = 0
         self._lines: list[bytes] = []
-        self._offsets: list[int] = []
 
-    def run(self) -> None:
-        aside = self._left_out()
+    def run(self) -> dict[str, Any]:
         with atomic_writer(Path(f"{self._work.out}.aside.jsonl"), binary=True) as handle:
-            for record in aside:
+            for record in self._left_out():
                 handle.write(orjson.dumps(set_aside_record(record)) + b"\n")
         self._lines.sort()
         firsts = [int(line[len(ID_PREFIX) : len(ID_PREFIX) + 16], 16) for line in self._lines]
         begins = np.cumsum([0, *map(len, self._lines)])
         places = np.searchsorted(np.array(firsts, dtype=np.uint64), np.array(self._work.bounds, dtype=np.uint64))
-        self._offsets = [int(begins[place]) for place in places] + [int(begins[-1])]
         with atomic_writer(Path(f"{self._work.out}.jsonl"), binary=True) as handle:
             handle.writelines(self._lines)
-
-    def record(self) -> dict[str, Any]:
         return {
             "entries": [(*key, count, self._bytes[key]) for key, count in self._entries.items()],
-            "offsets": self._offsets,
+            "offsets": [int(begins[place]) for place in places] + [int(begins[-1])],
             "examples": dict(self._examples),
             "holdout": self._holdout.state(),
             "characters": self._characters,
@@ -330,14 +320,6 @@ def parse_line(line: bytes) -> Document:
 def _rest(document: Document) -> dict[str, Any]:
     rest = {"source": document.source, "language": document.language, "url": document.url}
     return {**rest, **({"score": document.score} if document.score is not None else {}), "text": document.text}
-
-
-def _read_cuts(path: str) -> dict[int, list[tuple[int, int]]]:
-    """What is to be cut out of each row."""
-    cuts: dict[int, list[tuple[int, int]]] = {}
-    for row, begin, end in np.load(path).tolist():
-        cuts.setdefault(row, []).append((begin, end))
-    return cuts
 
 
 def _read_set_aside(path: Path) -> Iterator[SetAside]:

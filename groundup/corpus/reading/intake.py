@@ -63,11 +63,11 @@ def _marks() -> tuple[Any, re.Pattern[str]]:
 
 def n_garbled(text: str) -> int:
     """How many of its characters no writer meant: U+FFFD, where bytes could not be decoded, and control characters."""
+    n_replaced = 0 if text.isascii() else text.count("\ufffd")
+    if text.isprintable():  # short texts of one line are: the rest takes as long as all else that is done with them
+        return n_replaced
     data = text.encode()
-    n_controls = len(data.translate(None, _NO_CONTROLS))
-    if text.isascii():
-        return n_controls
-    return n_controls + text.count("\ufffd") + (len(_C1.findall(data)) if b"\xc2" in data else 0)
+    return n_replaced + len(data.translate(None, _NO_CONTROLS)) + (len(_C1.findall(data)) if b"\xc2" in data else 0)
 
 
 def make_record(
@@ -93,7 +93,8 @@ def make_record(
     """
     normal = normalize(text.removeprefix("\ufeff"), settings.unicode)
     garbled = n_garbled(normal)
-    if normal and garbled <= MOST_GARBLED + MOST_GARBLED_SHARE * len(normal) and "\0" not in normal:
+    few = MOST_GARBLED + MOST_GARBLED_SHARE * len(normal)
+    if normal and (not garbled or (garbled <= few and "\0" not in normal)):
         return Record(normal, position, place, number, source, url, key)
     if normal and "\0" not in normal:
         reason = Reason.GARBLED

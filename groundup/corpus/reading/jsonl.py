@@ -11,7 +11,6 @@ import codecs
 import json
 import re
 from collections.abc import Generator, Iterator
-from functools import cache
 from typing import IO, Any, NamedTuple
 
 import orjson
@@ -19,7 +18,6 @@ import orjson
 from groundup.corpus.document import OnSetAside, Reason, SetAside, excerpt_of
 from groundup.corpus.reading.compressed import BLOCK_BYTES
 from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, too_long, unread
-from groundup.corpus.reading.parts import is_too_long, skip_line
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 
@@ -78,7 +76,7 @@ def read_lines(
     Returns:
         How many lines these were, blank ones included.
     """
-    limit = limit_bytes(settings)
+    limit, field, name = limit_bytes(settings), settings.text_field, _quoted(settings.text_field)
     number = n_records = 0
     position = start
     try:
@@ -92,7 +90,7 @@ def read_lines(
                 if not position and line.startswith(_UTF16_MARKS):
                     _set_aside_utf16(source, line, set_aside)
                     return 0
-                is_long = is_too_long(line, limit)
+                is_long = len(line) > limit and is_too_long(line, limit)
                 n_skipped = skip_line(handle) if is_long else 0
                 number += 1
                 begins, position = position, position + len(line) + n_skipped
@@ -105,7 +103,7 @@ def read_lines(
                 elif line and not line.isspace():
                     n_records += 1
                     try:
-                        data, is_strict = parse_json(line, settings.text_field)
+                        data, is_strict = parse_json(line, field, name)
                     except RefusedError as refused:
                         value = Value(None, begins, PLACE, number, len(line), line)
                         set_aside(refused.of(source, value))
@@ -179,7 +177,7 @@ def _of_object(handle: IO[bytes], head: bytes, field: str) -> Iterator[tuple[Any
         raise RefusedError(Reason.TOO_LONG, detail)
     if not data.strip():
         return
-    value, _ = parse_json(data, field)
+    value, _ = parse_json(data, field, _quoted(field))
     lists = [item for item in value.values() if isinstance(item, list)] if isinstance(value, dict) else []
     if len(lists) == 1 and field not in value:
         yield from ((item, "", 0) for item in lists[0])
@@ -233,6 +231,22 @@ def _may_go_on(error: Exception, size: int) -> bool:
     return is_open and (error.msg.startswith("Unterminated string") or error.pos >= size - _ESCAPE_CHARACTERS)  # type: ignore[attr-defined]
 
 
+def is_too_long(line: bytes, limit: int) -> bool:
+    """Whether `readline(limit + 1)` gave only the beginning of a line."""
+    return len(line) > limit and not line.endswith(b"\n")
+
+
+def skip_line(handle: IO[bytes], most: int | None = None) -> int:
+    """Read on to the end of the line, or over `most` bytes, without keeping them; returns the bytes passed."""
+    n_skipped = 0
+    while most is None or n_skipped < most:
+        block = handle.readline(BLOCK_BYTES if most is None else min(BLOCK_BYTES, most - n_skipped))
+        n_skipped += len(block)
+        if not block or block.endswith(b"\n"):
+            break
+    return n_skipped
+
+
 def _first_line(handle: IO[bytes], start: int, stop: int | None) -> int:
     """Go to the first line that begins at `start` or behind it; returns where.
 
@@ -259,13 +273,13 @@ def _only_blanks_follow(handle: IO[bytes]) -> bool:
     return True
 
 
-def parse_json(data: bytes, field: str) -> tuple[Any, bool]:
+def parse_json(data: bytes, field: str, name: bytes) -> tuple[Any, bool]:
     """A JSON value, and whether the strict parser took it: only then has no string in it half a surrogate pair.
 
     NaN and such halves do no harm in general, so what the standard parser makes of them is taken.
 
     Raises:
-        RefusedError: neither understands it, or `field` stands in it twice.
+        RefusedError: neither understands it, or `field` (`name` in JSON) stands in it twice.
     """
     try:
         value, is_strict = orjson.loads(data), True
@@ -277,7 +291,7 @@ def parse_json(data: bytes, field: str) -> tuple[Any, bool]:
             raise RefusedError(Reason.INVALID_UTF8, detail) from error
         except (ValueError, RecursionError) as error:
             raise RefusedError(Reason.INVALID_JSON, f"{strict.msg} at character {strict.pos}") from error
-    if field and data.count(name := _quoted(field)) > 1 and _says_twice(data, field):
+    if field and data.count(name) > 1 and _says_twice(data, field):
         raise RefusedError(Reason.INVALID_JSON, f"the field {name.decode()} stands in it twice")
     return value, is_strict
 
@@ -290,13 +304,12 @@ def _says_twice(data: bytes | str, field: str) -> bool:
     return isinstance(pairs, tuple) and sum(key == field for key, _ in pairs) > 1
 
 
-@cache
 def _quoted(field: str) -> bytes:
     return json.dumps(field).encode()
 
 
 def label_of(value: object) -> str:
     """A record's id, address or source as text; "" for what cannot be one."""
-    if isinstance(value, str):
-        return value
+    if value is None or isinstance(value, str):
+        return value or ""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else ""

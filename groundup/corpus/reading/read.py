@@ -1,4 +1,8 @@
-"""Files to records: one way in for every format, the same text whatever the packing.
+"""Files to records: one way in for every format, the same text whatever the packing, in pieces that workers share.
+
+Files are cut in `Unit`s, so that one of 100 GB keeps every worker busy: JSON lines and texts with separators in byte
+ranges (a line belongs to the unit in which its first byte lies), tables in ranges of row groups. All else is read
+whole: compressed streams have no places to begin at, and archives none that a reader could be sure of.
 
 A `Unit` goes in, `Record`s come out, normalized; what cannot be read is set aside with its reason and the reading goes
 on. Memory is bounded by `max_document_mib`: nothing longer is ever held. A plain text or a page is used whole or set
@@ -10,23 +14,18 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from groundup.corpus.document import Document, OnSetAside, Reason, Record, SetAside, excerpt_of, text_id
 from groundup.corpus.reading.compressed import BLOCK_BYTES
-from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, make_record, normalize, too_long, unread
+from groundup.corpus.reading.extract import Extractor
+from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, make_record, too_long, unread
 from groundup.corpus.reading.jsonl import Value
 from groundup.corpus.reading.sources import InputFile, InputFiles, find_sources
-from groundup.corpus.reading.text import read_text
-from groundup.corpus.reading.units import Unit, units_of
+from groundup.corpus.reading.text import can_be_cut, read_text
 from groundup.corpus.reading.values import read_values, record_of
 from groundup.recipe import CorpusSettings
-
-if TYPE_CHECKING:
-    from groundup.corpus.reading.extract import ExtractionFailure, Extractor
-
-__all__ = ["Extraction", "UnitReader", "normalize", "read"]
 
 WHOLE_FILES = 1 << 62
 
@@ -56,6 +55,44 @@ def read(
     return _read_and_warn(sources, settings)
 
 
+@dataclass(frozen=True)
+class Unit:
+    """A file or a part of it.
+
+    Attributes:
+        source: the file.
+        start: first byte (JSON lines, texts) or row group (tables); 0 otherwise.
+        stop: the one after the last, or None: to the end of the file.
+    """
+
+    source: InputFile
+    start: int = 0
+    stop: int | None = None
+
+
+def units_of(sources: InputFiles, split_bytes: int, separator: str = "") -> list[Unit]:
+    """Cut the files into pieces of about `split_bytes`, text files where `separator` may be told apart.
+
+    The borders depend on the file and `split_bytes` alone, and a file that has grown keeps those it had.
+    """
+    cut = {"lines", "text"} if can_be_cut(separator) else {"lines"}
+    return [unit for source in sources.files for unit in _split(source, max(1, split_bytes), cut)]
+
+
+def _split(source: InputFile, split_bytes: int, cut: set[str]) -> list[Unit]:
+    size = source.size_bytes()
+    borders = [0]
+    if size > split_bytes and source.can_seek:
+        if source.kind in cut:
+            borders = list(range(0, size, split_bytes))
+        elif source.kind == "table":
+            from groundup.corpus.reading.tables import row_group_borders  # loads pyarrow
+
+            borders = row_group_borders(source, split_bytes)
+    # The last unit is open at its end: a file that grows meanwhile is read whole, or not at all.
+    return [Unit(source, start, stop) for start, stop in zip(borders, [*borders[1:], None], strict=True)]
+
+
 class UnitReader:
     """The records of a file or a part of one, to be iterated over once.
 
@@ -63,7 +100,7 @@ class UnitReader:
         unit: what to read.
         settings: which fields, normalization form, size limit, extractor.
         set_aside: called with everything left out.
-        extraction: shared by the readers of many units; without it, a page starts one of its own.
+        extractor: shared by the readers of many units; without it, this one has its own.
 
     Attributes:
         n_records: lines of a JSONL unit (blank ones too), rows of a table, parts or records of other files: known
@@ -72,10 +109,10 @@ class UnitReader:
     """
 
     def __init__(
-        self, unit: Unit, settings: CorpusSettings, set_aside: OnSetAside, extraction: Extraction | None = None
+        self, unit: Unit, settings: CorpusSettings, set_aside: OnSetAside, extractor: Extractor | None = None
     ) -> None:
         self._unit, self._settings, self._set_aside = unit, settings, set_aside
-        self._extraction = extraction
+        self._extractor = extractor
         self.n_records = 0
         self.kinds: Counter[str] = Counter()
 
@@ -86,27 +123,28 @@ class UnitReader:
         elif source.kind == "table":
             from groundup.corpus.reading.tables import read_table  # loads pyarrow
 
-            self.n_records = yield from read_table(source, unit.start, unit.stop, self._settings, self._set_aside)
+            rows = read_table(source, unit.start, unit.stop, self._settings, self._set_aside)
+            self.n_records = yield from self._records(rows)
         elif source.kind in ("lines", "json", "separated"):
             values = read_values(source, self._settings, self._set_aside, unit.start, unit.stop)
             self.n_records = yield from self._records(values)
-        elif self._extraction is not None:
-            yield from self._read_pages(self._extraction)
+        elif self._extractor is not None:
+            yield from self._read_pages(self._extractor)
         else:
-            with Extraction(self._settings) as extraction:
-                yield from self._read_pages(extraction)
+            with Extractor(self._settings.extractor, self._settings.extract_seconds) as extractor:
+                yield from self._read_pages(extractor)
 
     def _records(self, values: Generator[Value, None, int]) -> Generator[Record, None, int]:
-        while True:
-            try:
-                value = next(values)
-            except StopIteration as end:
-                return int(end.value)
-            record = record_of(self._unit.source, value, self._settings, self._set_aside)
-            if record is not None:
-                yield record
+        source, settings, set_aside = self._unit.source, self._settings, self._set_aside
+        try:
+            while True:
+                record = record_of(source, next(values), settings, set_aside)
+                if record is not None:
+                    yield record
+        except StopIteration as end:
+            return int(end.value)
 
-    def _read_pages(self, extraction: Extraction) -> Iterator[Record]:
+    def _read_pages(self, extractor: Extractor) -> Iterator[Record]:
         source = self._unit.source
         n_aside = 0
 
@@ -116,11 +154,11 @@ class UnitReader:
             self._set_aside(record)
 
         if source.kind == "page":
-            records: Iterator[Record] = _read_page(source, self._settings, set_aside, extraction)
+            records: Iterator[Record] = _read_page(source, self._settings, set_aside, extractor)
         else:
             from groundup.corpus.reading.warc import read_warc  # loads FastWARC
 
-            records = read_warc(source, self._settings, set_aside, extraction, self.kinds)
+            records = read_warc(source, self._settings, set_aside, extractor.extract, self.kinds)
         for record in records:
             self.n_records += 1
             yield record
@@ -130,40 +168,12 @@ class UnitReader:
             self._set_aside(SetAside(source.label, "", 0, Reason.EMPTY, detail, "", source.size_bytes()))
 
 
-class Extraction:
-    """Text out of pages, by a worker process that is started when the first page comes.
-
-    Use it in a `with` statement: leaving it ends the process.
-    """
-
-    def __init__(self, settings: CorpusSettings) -> None:
-        self._settings = settings
-        self._extractor: Extractor | None = None
-
-    def __call__(self, html: bytes, url: str = "") -> str | ExtractionFailure:
-        """The text of a page, or why there is none."""
-        if self._extractor is None:
-            from groundup.corpus.reading.extract import Extractor
-
-            self._extractor = Extractor(self._settings.extractor, self._settings.extract_seconds).__enter__()
-        return self._extractor.extract(html, url)
-
-    def __enter__(self) -> Extraction:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """End the process, if there is one."""
-        if self._extractor is not None:
-            self._extractor.__exit__(None, None, None)
-            self._extractor = None
-
-
 def _read_files(sources: InputFiles, settings: CorpusSettings, set_aside: OnSetAside) -> Iterator[Document]:
     for item in sources.aside:
         set_aside(item)
-    with Extraction(settings) as extraction:
+    with Extractor(settings.extractor, settings.extract_seconds) as extractor:
         for unit in units_of(sources, WHOLE_FILES):
-            for record in UnitReader(unit, settings, set_aside, extraction):
+            for record in UnitReader(unit, settings, set_aside, extractor):
                 source = record.source or unit.source.label
                 yield Document(text_id(record.text), record.text, source, url=record.url)
 
@@ -184,7 +194,7 @@ def _read_and_warn(sources: InputFiles, settings: CorpusSettings) -> Iterator[Do
 
 
 def _read_page(
-    source: InputFile, settings: CorpusSettings, set_aside: OnSetAside, extract: Extraction
+    source: InputFile, settings: CorpusSettings, set_aside: OnSetAside, extractor: Extractor
 ) -> Iterator[Record]:
     limit = limit_bytes(settings)
     try:
@@ -202,7 +212,7 @@ def _read_page(
     if not html.strip():
         make_record(source, "", settings, set_aside)
         return
-    text = extract(html)
+    text = extractor.extract(html)
     if isinstance(text, str):
         record = make_record(source, text, settings, set_aside)
         if record is not None:

@@ -13,8 +13,7 @@ from typing import IO
 
 from groundup.corpus.document import OnSetAside, Reason, SetAside
 from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, unread
-from groundup.corpus.reading.jsonl import RefusedError, Value
-from groundup.corpus.reading.parts import is_too_long, skip_line
+from groundup.corpus.reading.jsonl import RefusedError, Value, is_too_long, skip_line
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 
@@ -35,7 +34,8 @@ def read_rows(source: InputFile, settings: CorpusSettings, set_aside: OnSetAside
             lines = _Lines(handle, limit_bytes(settings))
             rows = csv.reader(lines, delimiter=delimiter, strict=True)
             while True:
-                begins, lines.row = lines.position, ""
+                begins = lines.begins = lines.position
+                lines.row = ""
                 try:
                     row = next(rows, None)
                 except (csv.Error, RefusedError) as error:
@@ -63,21 +63,14 @@ class _Lines:
 
     Attributes:
         position: of the next line.
-        row: the first line since it was last emptied.
+        begins: where the row that is being read begins.
+        row: its first line.
     """
 
     def __init__(self, handle: IO[bytes], limit: int) -> None:
         self._handle, self._limit = handle, limit
-        self._begins = self.position = 0
-        self._row = ""
-
-    @property
-    def row(self) -> str:
-        return self._row
-
-    @row.setter
-    def row(self, text: str) -> None:
-        self._row, self._begins = text, self.position
+        self.begins = self.position = 0
+        self.row = ""
 
     def __iter__(self) -> _Lines:
         return self
@@ -94,8 +87,8 @@ class _Lines:
         if is_too_long(line, self._limit):
             self.position += skip_line(self._handle)
         text = line.decode("utf-8", errors="surrogateescape")
-        self._row = self._row or text[:400]
-        if self.position - self._begins > self._limit:
+        self.row = self.row or text[:400]
+        if self.position - self.begins > self._limit:
             raise RefusedError(
                 Reason.TOO_LONG, f"a row of more than {self._limit:,} bytes; the limit is max_document_mib"
             )

@@ -1,4 +1,4 @@
-"""Parquet tables to records: a row a document, streamed batch by batch; whole files or ranges of their row groups.
+"""Parquet tables to values: a row a record, streamed batch by batch; whole files or ranges of their row groups.
 
 Only the columns that are asked for are read; held are a few MiB of rows, and a page of each column (the writer's
 choice, most often 1 MiB). A row group that is damaged is set aside from the damaged place on,
@@ -14,10 +14,10 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
+from groundup.corpus.document import OnSetAside, Reason, SetAside, excerpt_of
 from groundup.corpus.reading.compressed import BOMB_RATIO, DamagedStreamError
-from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, make_record, too_long, unread
-from groundup.corpus.reading.jsonl import label_of
+from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, too_long, unread
+from groundup.corpus.reading.jsonl import Value
 from groundup.corpus.reading.parquet_footer import RowGroup, page_sizes, read_row_groups
 from groundup.corpus.reading.remote import RemoteReadError
 from groundup.corpus.reading.sources import InputFile
@@ -26,6 +26,8 @@ from groundup.recipe import CorpusSettings
 PLACE = "row"
 BATCH_BYTES = 4 << 20
 BATCH_ROWS = 1024
+WHOLE_ROWS = 64
+"""Of tables that are read with all their columns."""
 DISTINCT_BYTES = 16 << 20
 """Row groups up to this size, as stored, are read by their distinct texts."""
 DISTINCT_BATCHES = 16
@@ -41,21 +43,48 @@ _READING: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1 << 20, "page_c
 
 def read_table(
     source: InputFile, start: int, stop: int | None, settings: CorpusSettings, set_aside: OnSetAside
-) -> Generator[Record, None, int]:
-    """The records of row groups `start` to `stop` (without it, to the last).
+) -> Generator[Value, None, int]:
+    """The rows of row groups `start` to `stop` (without it, to the last): the columns that make a record of the
+    corpus, or all of them where no `text_field` is asked for.
 
     Returns:
         How many rows these have.
     """
+    n_rows = 0
     try:
         with source.open() as handle:
             if not _size_of(handle):
                 set_aside(SetAside(source.label, "", 0, Reason.EMPTY, "no row in the file"))
                 return 0
-            return (yield from _read_groups(handle, *_open(handle), source, start, stop, settings, set_aside))
+            file, groups = _open(handle)
+            refusal = _refusal(file.schema_arrow, settings.text_field)
+            if refusal is None and not any(group.n_rows for group in groups):
+                refusal = (Reason.EMPTY, "no row in the file")
+            if refusal is not None:
+                if not start:  # once a file, however it is cut
+                    reason, detail = refusal
+                    size = source.size_bytes() if reason is not Reason.EMPTY else 0
+                    set_aside(SetAside(source.label, "", 0, reason, detail, "", size))
+                return 0
+            columns = _columns(file.schema_arrow, settings)
+            before = sum(group.n_rows for group in groups[:start])
+            for place in range(start, len(groups) if stop is None else min(stop, len(groups))):
+                n_read, n_in_group = 0, groups[place].n_rows
+                rows = _rows(handle, file, groups[place], place, columns)
+                try:
+                    for row, is_strict in rows:
+                        position, n_read = before + n_rows + n_read, n_read + 1
+                        value = Value(row, position, PLACE, n_rows + n_read, is_strict=is_strict)
+                        if _fits(source, value, settings, set_aside):
+                            yield value
+                except Exception as error:  # on damage pyarrow raises much more than its own errors
+                    so_far = f"{n_in_group - n_read:,} rows from here on are lost"
+                    at = before + n_rows + n_read
+                    set_aside(unread(source, _fault(error), at, PLACE, n_rows + n_read + 1, so_far))
+                n_rows += n_in_group
     except READ_ERRORS as error:
         set_aside(unread(source, error))
-        return 0
+    return n_rows
 
 
 def row_group_borders(source: InputFile, split_bytes: int) -> list[int]:
@@ -104,65 +133,20 @@ def _open(handle: IO[bytes]) -> tuple[pq.ParquetFile, list[RowGroup]]:
     return file, groups
 
 
-def _read_groups(
-    handle: IO[bytes],
-    file: pq.ParquetFile,
-    groups: list[RowGroup],
-    source: InputFile,
-    start: int,
-    stop: int | None,
-    settings: CorpusSettings,
-    set_aside: OnSetAside,
-) -> Generator[Record, None, int]:
-    stop = len(groups) if stop is None else min(stop, len(groups))
-    refusal = _refusal(file.schema_arrow, settings)
-    if refusal is None and not any(group.n_rows for group in groups):
-        refusal = (Reason.EMPTY, "no row in the file")
-    if refusal is not None:
-        if not start:  # once a file, however it is cut
-            reason, detail = refusal
-            size = source.size_bytes() if reason is not Reason.EMPTY else 0
-            set_aside(SetAside(source.label, "", 0, reason, detail, "", size))
-        return 0
-    columns = _columns(file.schema_arrow, settings)
-    before = sum(group.n_rows for group in groups[:start])
-    n_rows = 0
-    for group in range(start, stop):
-        position, n_read = before + n_rows, 0
-        n_in_group = groups[group].n_rows
-        rows = _rows(handle, file, groups[group], group, columns)
-        while True:
-            try:
-                row = next(rows, None)
-            except Exception as error:
-                so_far = f"{n_in_group - n_read:,} rows from here on are lost"
-                set_aside(unread(source, _fault(error), position + n_read, PLACE, n_rows + n_read + 1, so_far))
-                break
-            if row is None:
-                break
-            n_read += 1
-            record = _record(source, row, settings, set_aside, position + n_read - 1, n_rows + n_read)
-            if record is not None:
-                yield record
-        n_rows += n_in_group
-    return n_rows
-
-
-def _refusal(schema: pa.Schema, settings: CorpusSettings) -> tuple[Reason, str] | None:
+def _refusal(schema: pa.Schema, field: str) -> tuple[Reason, str] | None:
     """Why no row of such a table has a text, if so."""
-    field = settings.text_field
     names = schema.names
-    if field not in names:
+    if field and field not in names:
         listed = ", ".join(map(repr, names[:_SHOWN])) + (", …" if len(names) > _SHOWN else "")
         return Reason.NO_TEXT, f"no column {field!r}, only {listed or 'none at all'}"
     if names.count(field) > 1:
         return Reason.NO_TEXT, f"{names.count(field)} columns are named {field!r}"
-    kind = schema.field(field).type
-    if _is_string(kind):
+    if not field or _is_string(kind := schema.field(field).type):
         return None
-    if _is_list(kind) and pa.types.is_integer(kind.value_type):
-        return Reason.NO_TEXT, f"column {field!r} is {kind}: token ids, not text"
-    return Reason.NO_TEXT, f"column {field!r} is {kind}, not a string"
+    is_ids = isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType) and pa.types.is_integer(
+        kind.value_type
+    )
+    return Reason.NO_TEXT, f"column {field!r} is {kind}{': token ids, not text' if is_ids else ', not a string'}"
 
 
 def _is_string(kind: pa.DataType) -> bool:
@@ -171,30 +155,27 @@ def _is_string(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
-def _columns(schema: pa.Schema, settings: CorpusSettings) -> dict[str, str]:
-    """The columns to read: for each attribute of a record, its name in the file."""
-    columns = {"text": settings.text_field}
-    wanted = {"key": "id", "url": "url", "source": settings.source_field}
-    for attribute, name in wanted.items():
-        if name and schema.names.count(name) == 1:
+def _columns(schema: pa.Schema, settings: CorpusSettings) -> list[str]:
+    """The columns of a record; of all others it is asked what they take only where nothing else is asked for."""
+    if not settings.text_field:
+        return []
+    columns = {settings.text_field}
+    for name in ("id", "url", settings.source_field):
+        if schema.names.count(name) == 1:
             kind = schema.field(name).type
             if _is_string(kind) or pa.types.is_integer(kind):
-                columns[attribute] = name
+                columns.add(name)
     if "url" not in columns and schema.names.count("metadata") == 1:
         kind = schema.field("metadata").type
         if pa.types.is_struct(kind) and kind.get_field_index("url") >= 0 and _is_string(kind.field("url").type):
-            columns["url"] = "metadata.url"
-    return columns
+            columns.add("metadata.url")
+    return sorted(columns)
 
 
 def _rows(
-    handle: IO[bytes], file: pq.ParquetFile, group: RowGroup, place: int, columns: dict[str, str]
-) -> Iterator[dict[str, Any]]:
-    """The rows of one row group, as values by attribute; bytes instead of a text that is not UTF-8.
+    handle: IO[bytes], file: pq.ParquetFile, group: RowGroup, place: int, columns: list[str]
+) -> Iterator[tuple[dict[str, Any], bool]]:
+    """The rows of one row group, all columns or those asked for, each with whether its strings are UTF-8.
 
     A table may store a text once and then say in a byte that a row has it too, so that a few bytes stand for
     gigabytes. Row groups that are small as stored are therefore read by their distinct texts, whose sum is no larger;
@@ -204,8 +185,10 @@ def _rows(
     Raises:
         DamagedStreamError: a column is a decompression bomb.
     """
-    wanted = sorted(set(columns.values()))
-    read = [column for column in group.columns if column.path in wanted or column.path.split(".")[0] in wanted]
+    read = [
+        column for column in group.columns
+        if not columns or column.path in columns or column.path.split(".")[0] in columns
+    ]  # fmt: skip
     for column in read:
         sizes = [(column.stored_bytes, column.grown_bytes)]
         if isinstance(handle, io.BufferedReader):  # on the net each page would be a question of its own
@@ -215,20 +198,24 @@ def _rows(
                 says = f"{stored:,} bytes of column {column.path!r} grow to {grown:,}"
                 raise DamagedStreamError(Reason.DAMAGED, f"a decompression bomb: {says}")
     n_bytes = sum(column.grown_bytes for column in group.columns)
-    n_rows = max(1, min(BATCH_ROWS, BATCH_BYTES * group.n_rows // max(1, n_bytes)))
+    n_rows = max(1, min(BATCH_ROWS if columns else WHOLE_ROWS, BATCH_BYTES * group.n_rows // max(1, n_bytes)))
     if n_bytes <= DISTINCT_BYTES and any(column.is_delta for column in read):
         # Arrow can read it into no dictionary, also where the schema it wrote itself beside the table says so.
         file = pq.ParquetFile(handle, metadata=_without_arrow_schema(file.metadata), **_READING)
         n_rows = max(1, min(n_rows, 4 * DISTINCT_BYTES // max(1, n_bytes)))
-    elif n_bytes <= DISTINCT_BYTES:
+    elif n_bytes <= DISTINCT_BYTES and columns:
         schema = file.schema_arrow
-        texts = [name for name in wanted if name in schema.names and _is_string(schema.field(name).type)]
+        texts = [name for name in columns if name in schema.names and _is_string(schema.field(name).type)]
         file = pq.ParquetFile(handle, metadata=file.metadata, read_dictionary=texts, **_READING)
         n_rows = max(n_rows, min(group.n_rows // DISTINCT_BATCHES, DISTINCT_ROWS))
-    for batch in file.iter_batches(n_rows, row_groups=[place], columns=wanted, use_threads=False):
-        values = {attribute: _values(_column(batch, name)) for attribute, name in columns.items()}
-        for row in zip(*values.values(), strict=True):
-            yield dict(zip(values, row, strict=True))
+    for batch in file.iter_batches(n_rows, row_groups=[place], columns=columns or None, use_threads=False):
+        try:
+            names, is_strict = batch.schema.names, True
+            values = [_values(batch.column(at)) for at in range(batch.num_columns)]
+        except UnicodeDecodeError:
+            values, is_strict = [_lenient(batch.column(at)) for at in range(batch.num_columns)], False
+        for row in zip(*values, strict=True):
+            yield dict(zip(names, row, strict=True)), is_strict
 
 
 def _without_arrow_schema(metadata: pq.FileMetaData) -> pq.FileMetaData:
@@ -237,51 +224,37 @@ def _without_arrow_schema(metadata: pq.FileMetaData) -> pq.FileMetaData:
     return pq.read_metadata(io.BytesIO(written.getvalue().replace(b"ARROW:schema", b"OTHER:schema")))
 
 
-def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
-    if name == "metadata.url" and name not in batch.schema.names:
-        return batch.column("metadata").field("url")
-    return batch.column(name)
-
-
 def _values(column: pa.Array) -> list[Any]:
     if pa.types.is_dictionary(column.type):
-        distinct = _values(column.dictionary)
+        distinct = column.dictionary.to_pylist()
         return [None if place is None else distinct[place] for place in column.indices.to_pylist()]
-    try:
+    return column.to_pylist()
+
+
+def _lenient(column: pa.Array) -> list[Any]:
+    """As `_values`; bytes that are not UTF-8 stand for themselves, as in a row of CSV."""
+    if pa.types.is_dictionary(column.type):
+        distinct = _lenient(column.dictionary)
+        return [None if place is None else distinct[place] for place in column.indices.to_pylist()]
+    if pa.types.is_struct(column.type):
+        children = [_lenient(column.field(at)) for at in range(column.type.num_fields)]
+        names = [field.name for field in column.type]
+        return [dict(zip(names, row, strict=True)) for row in zip(*children, strict=True)]
+    if not _is_string(column.type):
         return column.to_pylist()
-    except UnicodeDecodeError:
-        return [_text(value) for value in column.cast(pa.large_binary()).to_pylist()]
+    written = column.cast(pa.large_binary()).to_pylist()
+    return [None if value is None else value.decode(errors="surrogateescape") for value in written]
 
 
-def _text(value: bytes | None) -> str | bytes | None:
-    try:
-        return None if value is None else value.decode()
-    except UnicodeDecodeError:
-        return value
-
-
-def _record(
-    source: InputFile, row: dict[str, Any], settings: CorpusSettings, set_aside: OnSetAside, position: int, number: int
-) -> Record | None:
-    text = row["text"]
-    if isinstance(text, str) and len(text) <= limit_bytes(settings) >= len(text.encode()):
-        beside = [label_of(row.get(attribute)) for attribute in ("source", "url", "key")]
-        return make_record(source, text, settings, set_aside, position, PLACE, number, *beside)
-    size = 0
-    if text is None:
-        reason, detail, excerpt = Reason.NO_TEXT, f"column {settings.text_field!r} is null", ""
-    elif isinstance(text, bytes):
-        try:
-            text.decode()
-        except UnicodeDecodeError as error:
-            reason, detail = Reason.INVALID_UTF8, f"byte {error.start} ({error.reason})"
-        excerpt, size = excerpt_of(text), len(text)
-    else:
-        size = len(text.encode())
-        set_aside(too_long(source, "", size, excerpt_of(text), settings, position, PLACE, number))
-        return None
-    set_aside(SetAside(source.label, PLACE, number, reason, detail, excerpt, size, position))
-    return None
+def _fits(source: InputFile, value: Value, settings: CorpusSettings, set_aside: OnSetAside) -> bool:
+    """Whether a row's text is no longer than a document may be."""
+    text, limit = value.data.get(settings.text_field) if settings.text_field else None, limit_bytes(settings)
+    if not isinstance(text, str) or 4 * len(text) <= limit:
+        return True
+    size = len(text.encode(errors="surrogateescape"))
+    if size > limit:
+        set_aside(too_long(source, "", size, excerpt_of(text), settings, value.position, PLACE, value.number))
+    return size <= limit
 
 
 def _fault(error: Exception) -> Exception:

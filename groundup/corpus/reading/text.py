@@ -11,14 +11,14 @@ import codecs
 from collections.abc import Generator, Iterator
 from typing import IO
 
-from groundup.corpus.document import OnSetAside, Reason, Record, SetAside
+from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
 from groundup.corpus.reading.compressed import BLOCK_BYTES
 from groundup.corpus.reading.intake import READ_ERRORS, invalid_utf8, limit_bytes, make_record, too_long, unread
-from groundup.corpus.reading.parts import TooLong, split_long
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 
 DOCUMENT = "document"
+EXCERPT_BYTES = 400
 
 
 def read_text(
@@ -33,6 +33,7 @@ def read_text(
     """
     limit, separator = limit_bytes(settings), settings.separator.encode()
     number = position = 0
+    place = DOCUMENT
     try:
         if not start:
             with source.open() as handle:
@@ -45,38 +46,26 @@ def read_text(
                 return 1
             del data
             if not has_separator and not _holds(source, separator):
-                return (yield from _read_parts(source, settings, set_aside))
+                place, separator, stop = "part", b"", None
         with source.open() as handle:
             documents = _Documents(handle, separator)
             documents.go_to(start, stop)
             while not documents.at_end and (stop is None or documents.position < stop):
-                first = position = documents.position
-                for offset, part in documents.parts(limit):
-                    is_blank = isinstance(part, bytes) and not part.strip()
-                    if is_blank and first and not offset and documents.at_end:
+                first = documents.position
+                for position, part, size in documents.parts(limit):
+                    if position == first > 0 and not part.strip() and documents.at_end:
                         continue  # the line end behind the last separator
                     number += 1
-                    record = _record(source, part, settings, set_aside, first + offset, DOCUMENT, number)
+                    record = _record(source, part, size, settings, set_aside, position, place, number)
                     if record is not None:
                         yield record
                 documents.pass_separator()
     except (*READ_ERRORS, UnicodeDecodeError) as error:
         if number:
             so_far = f"the {number:,} documents before it are read"
-            set_aside(unread(source, error, position, DOCUMENT, number + 1, so_far))
+            set_aside(unread(source, error, position, place, number + 1, so_far))
         else:
             set_aside(unread(source, error))
-    return number
-
-
-def _read_parts(source: InputFile, settings: CorpusSettings, set_aside: OnSetAside) -> Generator[Record, None, int]:
-    """One long text, which has been read through before."""
-    number = 0
-    with source.open() as handle:
-        for number, (position, part) in enumerate(split_long(handle, limit_bytes(settings)), start=1):
-            record = _record(source, part, settings, set_aside, position, "part", number)
-            if record is not None:
-                yield record
     return number
 
 
@@ -89,11 +78,11 @@ def can_be_cut(separator: str) -> bool:
 
 
 def _record(
-    source: InputFile, part: bytes | TooLong, settings: CorpusSettings, set_aside: OnSetAside,
+    source: InputFile, part: bytes, size: int, settings: CorpusSettings, set_aside: OnSetAside,
     position: int, place: str, number: int,
 ) -> Record | None:  # fmt: skip
-    if isinstance(part, TooLong):
-        set_aside(too_long(source, "a line of ", part.size_bytes, part.excerpt, settings, position, place, number))
+    if size > len(part):
+        set_aside(too_long(source, "a line of ", size, excerpt_of(part), settings, position, place, number))
         return None
     try:
         return make_record(source, part.decode(), settings, set_aside, position, place, number)
@@ -136,7 +125,7 @@ def _holds(source: InputFile, separator: bytes) -> bool:
 
 
 class _Documents:
-    """A stream whose `readline` ends at a separator as it would at the file's end.
+    """The documents of a file, one after the other: what stands between separators; all of it, if there is none.
 
     Attributes:
         position: of the next byte.
@@ -169,27 +158,39 @@ class _Documents:
             self._fill()
         self._take(at + len(self._separator))
 
-    def parts(self, limit: int) -> Iterator[tuple[int, bytes | TooLong]]:
-        """The next document; if it is longer than `limit`, in parts, each with its place in it."""
-        while (at := self._next_separator()) < 0 and not self._is_read and len(self._buffer) <= limit:
-            self._fill()
-        size = len(self._buffer) if at < 0 else at
-        if size > limit:
-            yield from split_long(self, limit)
-        else:
-            yield 0, self._take(size)
+    def parts(self, limit: int) -> Iterator[tuple[int, bytes, int]]:
+        """The next document, where it begins and its size; if it is longer than `limit`, in parts.
 
-    def readline(self, size: int = -1, /) -> bytes:
-        """The next line, at most `size` bytes of it; nothing where a separator or the file's end comes next."""
+        Each part (its last line end not counted) ends with the last empty line that lets it fit, else with the last
+        line. A longer line is passed over: of it only the beginning is given, with its whole size.
+        """
+        is_first, enough = True, limit + len(self._separator)  # behind a separator that begins within the limit
+        while True:
+            while (at := self._next_separator()) < 0 and not self._is_read and len(self._buffer) <= enough:
+                self._fill()
+            begins, size = self.position, len(self._buffer) if at < 0 else at
+            if size <= limit:
+                if size or is_first:
+                    yield begins, self._take(size), size
+                return
+            end = _border(self._buffer, limit)
+            if end:
+                yield begins, self._take(end), end
+            else:
+                beginning = bytes(self._buffer[: min(limit, EXCERPT_BYTES)])
+                self._pass_line()
+                yield begins, beginning, self.position - begins
+            is_first = False
+
+    def _pass_line(self) -> None:
         while True:
             at = self._next_separator()
             # What is certain not to begin a separator.
             most = at if at >= 0 else len(self._buffer) - (0 if self._is_read else max(0, len(self._separator) - 1))
-            newline = self._buffer.find(b"\n", 0, max(0, min(size, most)))
-            if newline >= 0:
-                return self._take(newline + 1)
-            if most >= size or at >= 0 or self._is_read:
-                return self._take(min(size, most))
+            newline = self._buffer.find(b"\n", 0, max(0, most))
+            self._take(newline + 1 or max(0, most))
+            if newline >= 0 or at >= 0 or self._is_read:
+                return
             self._fill()
 
     def pass_separator(self) -> None:
@@ -198,7 +199,7 @@ class _Documents:
 
     def _next_separator(self) -> int:
         """Where in the buffer the next separator begins, or -1; each byte is looked at once."""
-        if self._found < self.position:
+        if self._separator and self._found < self.position:
             begin = max(0, self._searched - self.position)
             at = self._buffer.find(self._separator, begin)
             self._found = self.position + at if at >= 0 else -1
@@ -216,3 +217,14 @@ class _Documents:
         del self._buffer[:n_bytes]
         self.position += len(taken)
         return taken
+
+
+def _border(text: bytearray, limit: int) -> int:
+    """Where a part of at most `limit` bytes ends: behind its last empty line, else its last line; 0: there is none."""
+    last = line_end = text.rfind(b"\n", 0, limit) + 1
+    while line_end:
+        begins = text.rfind(b"\n", 0, line_end - 1) + 1
+        if text[begins:line_end].isspace():
+            return line_end
+        line_end = begins
+    return last or (limit + 1 if text[limit : limit + 1] == b"\n" else 0)

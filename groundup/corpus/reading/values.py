@@ -10,15 +10,11 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
-from groundup.corpus.reading.compressed import DamagedStreamError
-from groundup.corpus.reading.intake import make_record, unread
+from groundup.corpus.reading.intake import make_record
 from groundup.corpus.reading.jsonl import RefusedError, Value, label_of, read_json, read_lines
 from groundup.corpus.reading.separated import read_rows
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
-
-TABLE_ROWS = 64
-BOMB_BYTES, BOMB_RATIO = 64 << 20, 1000
 
 
 def read_values(
@@ -33,10 +29,10 @@ def read_values(
     Args:
         source: of any kind but pages and archives; a text is read as lines of JSON.
         settings: the size limit, and `text_field`: the field that each record must have, once; "" for none. Without
-            it, rows of CSV come as lists of cells, the first line too.
+            it, rows of CSV come as lists of cells, the first line too, and rows of a table with all their columns.
         set_aside: called with everything left out.
-        start: first byte, of lines.
-        stop: the one after the last, of lines.
+        start: first byte (lines) or row group (tables).
+        stop: the one after the last.
 
     Returns:
         How many lines (blank ones too), rows or elements there are.
@@ -49,7 +45,9 @@ def read_values(
         read = _read_named if settings.text_field else read_rows
         return (yield from read(source, settings, set_aside))
     if source.kind == "table":
-        return (yield from _table(source, set_aside))
+        from groundup.corpus.reading.tables import read_table  # loads pyarrow
+
+        return (yield from read_table(source, start, stop, settings.model_copy(update={"text_field": ""}), set_aside))
     set_aside(SetAside(source.label, "", 0, Reason.NO_TEXT, "a page or an archive, which holds no records"))
     return 0
 
@@ -66,10 +64,10 @@ def record_of(source: InputFile, value: Value, settings: CorpusSettings, set_asi
     if url is None and type(metadata := fields.get("metadata")) is dict:
         url = metadata.get("url")
     named = fields.get(settings.source_field) if settings.source_field else None
-    labels = label_of(named), label_of(url), label_of(fields.get("id"))
+    name, address, key = label_of(named), label_of(url), label_of(fields.get("id"))
     if not value.is_strict:
-        labels = tuple(label.encode(errors="replace").decode() for label in labels)  # type: ignore[assignment]
-    return make_record(source, text, settings, set_aside, value.position, value.place, value.number, *labels)
+        name, address, key = (label.encode(errors="replace").decode() for label in (name, address, key))
+    return make_record(source, text, settings, set_aside, value.position, value.place, value.number, name, address, key)
 
 
 def text_of(value: Value, field: str) -> str:
@@ -135,35 +133,6 @@ def _read_named(source: InputFile, settings: CorpusSettings, set_aside: OnSetAsi
     if not n_rows and not n_aside:
         set_aside(SetAside(source.label, "", 0, Reason.EMPTY, "no row in the file"))
     return n_rows
-
-
-def _table(source: InputFile, set_aside: OnSetAside) -> Generator[Value, None, int]:
-    """The rows of a Parquet table, all columns of them."""
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with source.open() as handle:
-            table = pq.ParquetFile(handle, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
-            for group in range(table.num_row_groups):
-                row_group = table.metadata.row_group(group)
-                stored = sum(row_group.column(n).total_compressed_size for n in range(row_group.num_columns))
-                if row_group.total_byte_size > max(BOMB_BYTES, BOMB_RATIO * stored):
-                    detail = f"a decompression bomb: {stored:,} bytes stand for {row_group.total_byte_size:,}"
-                    raise DamagedStreamError(Reason.DAMAGED, detail)
-                for batch in table.iter_batches(TABLE_ROWS, row_groups=[group], use_threads=False):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield Value(row, number - 1, "row", number)
-            if not number:
-                set_aside(SetAside(source.label, "", 0, Reason.EMPTY, "no row in the file"))
-    except Exception as error:  # Arrow has many
-        is_known = isinstance(error, DamagedStreamError) or getattr(error, "errno", None) is not None
-        what = excerpt_of(str(error)) or type(error).__name__
-        fault = error if is_known else DamagedStreamError(Reason.DAMAGED, what)
-        so_far = f"the {number:,} rows before it are read" if number else ""
-        set_aside(unread(source, fault, number, "row" if number else "", number + 1 if number else 0, so_far))
-    return number
 
 
 def strings_of(value: Any) -> Iterator[str]:
