@@ -224,6 +224,14 @@ def test_raw_ids_wider_than_nanogpts_are_refused_until_their_width_is_said(
     assert (done.format, documents_of(tmp_path / "out")) == (dtype, [ids])
 
 
+@pytest.mark.parametrize(("dtype", "said"), [("<i4", "uint32"), ("<i8", "int64"), (">u4", "big-endian uint32")])
+def test_a_few_negative_ids_or_turned_bytes_do_not_hide_the_width(tmp_path: Path, dtype: str, said: str) -> None:
+    ids = np.array([*range(1, 1000), *([-1] * 10 if "i" in dtype else [])], dtype=dtype)
+    ids.tofile(tmp_path / "train.bin")
+    with pytest.raises(ArtifactError, match=f"look like {said} ones"):
+        import_ids(tmp_path, tmp_path / "out")
+
+
 @given(ids=st.lists(st.integers(0, 60_000), min_size=64, max_size=200), narrow=st.booleans())
 def test_ids_of_16_bits_are_not_asked_about(
     tmp_path_factory: pytest.TempPathFactory, ids: list[int], narrow: bool

@@ -10,7 +10,6 @@ import errno
 import io
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -120,8 +119,8 @@ def _run() -> None:
         _show(error)
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _show(write_error(error.filename or Path.cwd(), error))
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is not None:
+            _show(write_error(error.filename, error))
         else:  # of reading, most likely: what groundup writes names itself what went wrong
             place = "" if error.filename is None else f"{error.filename}: "
             _show(GroundupError(f"{place}{error.strerror or error}."))

@@ -63,7 +63,13 @@ def parse_recipe(text: str, label: str, overrides: Sequence[str] = (), default_n
     try:
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also of whole numbers of thousands of digits
-        raise RecipeError(label, [Problem("TOML", f"{error}.", "Mend that line; strings need quotes.")]) from error
+        if isinstance(error, tomllib.TOMLDecodeError):
+            problem = Problem("TOML", f"{error}.", "Mend that line; strings need quotes.")
+        elif isinstance(error, RecursionError):
+            problem = Problem("TOML", f"is nested more than {DEEPEST} deep, which no section is.")
+        else:
+            problem = Problem("TOML", "has a whole number of thousands of digits, which no setting is.")
+        raise RecipeError(label, [problem]) from error
     problems = _apply_overrides(values, overrides)
     if _is_nested_beyond(values, DEEPEST):
         raise RecipeError(label, [Problem("recipe", f"is nested more than {DEEPEST} deep, which no section is.")])

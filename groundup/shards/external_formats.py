@@ -106,20 +106,27 @@ def _raw_ids(path: Path, format: str, size: int) -> np.ndarray:
     if format == "nanogpt" and (wider := _looks_wider(tokens)):
         raise ArtifactError(
             f"{path}: as uint16, these ids look like {wider} ones cut in pieces; the file does not say how wide it is.",
-            f"Say it: --format {wider}, or --format uint16 if they are.",
+            "Say --format uint16 if they are not; else turn their bytes round first (numpy: byteswap)."
+            if wider == BIG_ENDIAN
+            else f"Say it: --format {wider}, or --format uint16 if they are.",
         )
     return tokens
 
 
+BIG_ENDIAN = "big-endian uint32"
+
+
 def _looks_wider(ids: np.ndarray) -> str | None:
-    """The type whose low parts the ids would be, every second (fourth) of them, the rest zero or next to it."""
-    for name, n_parts in (("int64", 4), ("uint32", 2)):
+    """The type whose low parts the ids would be, every second (fourth) of them, nearly all others about zero."""
+    for name, n_parts, lowest in (("int64", 4, 0), ("uint32", 2, 0), (BIG_ENDIAN, 2, 1)):
         if not len(ids) % n_parts and len(ids):
             parts = ids[: 1 << 20].reshape(-1, n_parts)
-            largest, high = int(parts[:, 0].max()), int(parts[:, 1].max())
-            # Of the few ids of a small file the second may be smaller by chance, but zero it is rarely.
-            is_small = high == 0 or (len(parts) >= 32 and high * 256 <= largest)
-            if largest and is_small and not parts[:, 2:].any():
+            # A few may be -1. In a small file the second may be smaller by chance, but zero it is rarely.
+            is_small_file = len(parts) < 32
+            most = parts.max(axis=0) if is_small_file else np.quantile(parts, 0.98, axis=0, method="lower")
+            largest, high = int(most[lowest]), int(most[1 - lowest])
+            is_small = high == 0 or (not is_small_file and high * 256 <= largest)
+            if largest and is_small and not most[2:].any() and not (is_small_file and lowest):
                 return name
     return None
 
