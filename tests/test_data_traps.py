@@ -153,7 +153,7 @@ def test_04_more_pieces_than_files_that_may_be_open(
     texts = [text_of(chance, 6) for _ in range(80)]
     source = write_lines(tmp_path / "a.jsonl", [*texts, texts[5]])
     curated(tmp_path / "whole", source, **options)
-    monkeypatch.setattr(key_files, "OPEN_MAPS", 6)
+    monkeypatch.setattr(key_files, "_OPEN_MAPS", 6)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     n_open = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 64
     resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 24, before[1]))

@@ -484,6 +484,8 @@ def test_words_that_no_token_ends_are_still_found() -> None:
     made = {kind: json.loads(contents) | {"added_tokens": []} for kind, contents in TRICKED.items()}
     text = {"wordpiece": "[SEP]", "words": "[SEP]"}
     for kind, changed in made.items():
+        if kind.startswith("unigram"):  # SentencePiece's control pieces have their names by convention
+            continue
         tokenizer = PretrainedTokenizer({"tokenizer.json": json.dumps(changed).encode()}, kind, {})
         name = text.get(kind, "</s>")
         index = tokenizer._ids[name]
@@ -518,6 +520,27 @@ def test_control_tokens_that_another_file_names_are_control_tokens(place: str) -
     assert {1, 2} <= tokenizer.special_ids
     assert not {1, 2} & set(tokenizer.encode("</s> <s>"))
     assert tokenizer._ids["a"] in tokenizer.encode("a")  # a letter remains text, whoever fills rows with it
+
+
+@pytest.mark.parametrize("said", [{"eos_token_id": 2}, {}], ids=["config.json", "nothing"])
+def test_control_pieces_of_a_vocabulary_are_control_tokens_whatever_stands_beside_it(
+    tmp_path: Path, said: dict[str, int]
+) -> None:
+    made = json.loads(TRICKED["unigram"]) | {"added_tokens": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    tokenizer = load_tokenizer(tmp_path)
+    assert not {1, 2} & set(tokenizer.encode("x</s> <s>"))
+    assert not said or tokenizer.end_id == 2
+
+
+def test_a_word_that_ends_a_text_by_what_its_files_say_is_no_text() -> None:
+    made = json.loads(TRICKED["words"]) | {"added_tokens": [], "post_processor": None}
+    made["model"]["vocab"] = {"[UNK]": 0, "hello": 1, "EOS": 2}
+    files = {"tokenizer.json": json.dumps(made).encode(), "tokenizer_config.json": b'{"eos_token": "EOS"}'}
+    tokenizer = PretrainedTokenizer(files, "t", {})
+    assert tokenizer.end_ids <= set(tokenizer.special_ids)
+    assert 2 not in tokenizer.encode("hello EOS")
 
 
 def test_of_two_names_that_begin_alike_the_longer_one_is_meant() -> None:

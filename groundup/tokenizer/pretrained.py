@@ -24,6 +24,7 @@ from groundup.tokenizer.engines import HuggingFaceEncoder
 from groundup.tokenizer.files import (
     CONFIG_FILE,
     GENERATION_FILE,
+    MODEL_FILE,
     SPECIAL_TOKENS_FILE,
     TOKENIZER_FILE,
     TOKENIZER_FILES,
@@ -34,7 +35,7 @@ from groundup.tokenizer.special import CONTROL_TOKENS
 from groundup.tokenizer.split import PIECE_CHARACTERS, cut_into_pieces, replace_surrogates
 from groundup.tokenizer.text_engine import growth_check, text_spec
 from groundup.tokenizer.tokenizer import Tokenizer
-from groundup.untrusted import parse_object, read_bytes, reading
+from groundup.untrusted import file_inside, parse_object, read_bytes, read_object, reading
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _LOOKS_LIKE_CONTROL = re.compile(r"(?!<0x[0-9A-F]{2}>)[<\[].+[>\]]")
@@ -42,6 +43,7 @@ _ACROSS = re.compile(rb"[A-Za-z\x80-\xff][ \n]")
 _MOVE_AWAY = "Move it away to load the model alone."
 _SPACE = "\u2581"
 _LEAST_OURS = 3  # others begin with <|endoftext|>, too
+_SENTENCEPIECE_CONTROL = ("<s>", "</s>", "<unk>", "<pad>")
 SPECIAL_TOKENS = ("bos", "eos", "pad")
 """What begins a text, ends it and fills up a batch, by Hugging Face's names."""
 
@@ -58,7 +60,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     files = {TOKENIZER_FILE: read_bytes(file)} if is_alone else read_files(file.parent, TOKENIZER_FILES)
     if TOKENIZER_FILE not in files:
         raise ArtifactError(f"{file}: not found.", "Make it: groundup build --from tokenizer.")
-    return read_tokenizer(files, str(file), {})
+    has_model = not is_alone and (file.parent / MODEL_FILE).exists()
+    return read_tokenizer(files, str(file), read_object(file_inside(file.parent, MODEL_FILE)) if has_model else {})
 
 
 def read_tokenizer(files: Mapping[str, bytes], source: str, values: Mapping[str, Any], n_ids: int = 0) -> Tokenizer:
@@ -299,11 +302,15 @@ class PretrainedTokenizer(Tokenizer):
         names = {name: self._ids[name] for name in contents if isinstance(name, str) and name in self._ids}
         named = {index for ids in self._special_token_ids.values() for index in ids}
         names |= {name: index for name, index in self._ids.items() if index in named}
+        if spec["model"]["type"] == "Unigram":
+            names |= {name: self._ids[name] for name in _SENTENCEPIECE_CONTROL if name in self._ids}
+        ends = self._special_token_ids["eos"]
         added = {token["content"] for token in spec["added_tokens"]}
-        return {  # a single character remains text, whoever fills rows with it: texts have no other token for it
+        # What ends a text is never text. Else a single character is, whoever fills rows with it: it has no other token.
+        return {
             name: index
             for name, index in names.items()
-            if len(name) > 1 and (name in added or _LOOKS_LIKE_CONTROL.fullmatch(name))
+            if index in ends or (len(name) > 1 and (name in added or _LOOKS_LIKE_CONTROL.fullmatch(name)))
         }
 
 

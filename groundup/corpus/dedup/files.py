@@ -73,7 +73,7 @@ class KeyStore:
         self.offsets = np.cumsum([0, *(n for _, n in units)], dtype=np.int64)
         self.kept = load(folder / _KEPT)
         """(n,) bool by document number: who takes part."""
-        self._map = functools.lru_cache(_OPEN_MAPS)(self._open)
+        self._map = functools.lru_cache(_OPEN_MAPS)(_rows)  # no method: a circle would keep the files open
 
     def numbers(self, begin: int, end: int) -> np.ndarray:
         """The documents from `begin` to `end` that take part."""
@@ -99,7 +99,9 @@ class KeyStore:
         """
         places = np.searchsorted(numbers, self.offsets)
         parts = [
-            self._map(unit, name)[numbers[places[unit] : places[unit + 1]] - self.offsets[unit]]
+            self._map(self.folders[unit] / f"{name}.npy", int(self.offsets[unit + 1] - self.offsets[unit]))[
+                numbers[places[unit] : places[unit + 1]] - self.offsets[unit]
+            ]
             for unit in np.flatnonzero(np.diff(places)).tolist()
         ]
         return np.concatenate(parts)
@@ -119,13 +121,12 @@ class KeyStore:
             for first, begin, end in zip(self.offsets[:-1], places[:-1], places[1:], strict=True)
         ]
 
-    def _open(self, unit: int, name: str) -> np.ndarray:
-        n = int(self.offsets[unit + 1] - self.offsets[unit])
-        path = self.folders[unit] / f"{name}.npy"
-        rows = load(path)
-        if len(rows) != n:
-            raise ArtifactError(f"{path}: {len(rows):,} rows for {n:,} documents.", "Make it again with --from corpus.")
-        return rows
+
+def _rows(path: Path, n: int) -> np.ndarray:
+    rows = load(path)
+    if len(rows) != n:
+        raise ArtifactError(f"{path}: {len(rows):,} rows for {n:,} documents.", "Make it again with --from corpus.")
+    return rows
 
 
 @contextmanager
@@ -217,5 +218,7 @@ def load(path: Path) -> np.ndarray:
         return np.load(path, mmap_mode="r")
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: not found.", "Make it again with --from corpus.") from error
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError) as error:
         raise ArtifactError(f"{path}: damaged ({error}).", "Make it again with --from corpus.") from error
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror or error}).") from error

@@ -344,8 +344,8 @@ def _cuts(store: KeyStore, files: Sequence[RangeFile], ranges: int, engine: Engi
     if not files:
         return [np.empty(0, dtype=SPAN) for _ in store.folders]
     found = list(engine.map(partial(_repeated_spans, store.folder, files), range(ranges)))
-    united = list(map(load, engine.map(partial(_united_spans, store.folder, found), range(len(store.folders)))))
-    cuts = [np.array(spans) for spans in united]
+    united = engine.map(partial(_united_spans, store.folder, found), range(len(store.folders)))
+    cuts = [np.array(load(path)) for path in united]  # copied one by one: there may be more units than open files
     for first, spans in zip(store.offsets[:-1], cuts, strict=True):
         spans["document"] -= first
     return cuts
