@@ -362,7 +362,7 @@ def long_texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str
     return folder / "in", digests(folder / "out")
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_wherever_writing_fails_nothing_is_half_and_the_same_command_goes_on(
     long_texts: tuple[Path, list[str]], tmp_path: Path, workers: int
 ) -> None:

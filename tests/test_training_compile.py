@@ -207,7 +207,7 @@ def child(folder: Path, **environment: str) -> tuple[str, str]:
 
 
 @needs_a_compiler
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_truncated_objects_in_the_cache_are_removed_and_compiled_anew(tmp_path):
     losses, err = child(tmp_path / "whole")

@@ -281,7 +281,7 @@ def is_compiling(process: subprocess.Popen[str]) -> bool:
         return False
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("how", ["itself", "a terminal"])
 def test_asked_to_stop_while_it_compiles_it_is_saved_and_goes_on_with_the_same_bits(tmp_path: Path, how: str) -> None:
