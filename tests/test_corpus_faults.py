@@ -144,6 +144,7 @@ BROKEN_LINES = {
     "NUL": (b'{"text": "ab\\u0000c"}', Reason.NUL, "at character 2"),
     "undecoded": (b'{"text": "R' + b"\\ufffd" * 4 + b'e"}', Reason.GARBLED, "4 of 6 characters are U+FFFD"),
     "controls": ('{"text": "R\x80\x93\x99\x9ce"}'.encode(), Reason.GARBLED, "4 of 6"),
+    "iso-2022": (b'{"text": "It is \\u001b$B%s"}' % (b"El5~" * 2000), Reason.GARBLED, "U+FFFD or control"),
     "escapes": (b'{"text": "' + b"\\u001b[0m" * 4 + b'"}', Reason.GARBLED, "4 of 16"),
 }
 

@@ -79,6 +79,13 @@ def load(kind: str) -> Callable[[str, str], str | None]:
     return _trafilatura() if kind == "trafilatura" else _resiliparse()
 
 
+_SEVEN_BIT = ((b"\x1b$)C", "iso2022_kr"), (b"\x1b$", "iso2022_jp_2"), (b"~{", "hz"))
+"""What encodings of ASCII bytes change to another alphabet with."""
+_PLAIN = bytes(code for code in range(256) if code >= 32 or code in b"\0\t\n\v\f\r")
+# Extractors leave control characters out, and with them the sign that the encoding was another one.
+_CONTROL = re.compile("[\x01-\x08\x0e-\x1f\x80-\x84\x86-\x9f]")
+
+
 def decode_html(data: bytes) -> str:
     """A page's characters.
 
@@ -92,10 +99,14 @@ def decode_html(data: bytes) -> str:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
-        text = _decode_other(data)
+        text = _CONTROL.sub("\ufffd", _decode_other(data))
     else:
-        if b"\x1b" in data and data.isascii():  # the bytes of ISO-2022-JP and its relatives are ASCII
-            text = _decode_as(data, _declared(data)) or text
+        if data.isascii():  # as the bytes of ISO-2022-JP and its relatives are
+            kinds = [_declared(data)] if b"\x1b" in data else []
+            kinds += [encoding for mark, encoding in _SEVEN_BIT if mark in data]
+            text = next(filter(None, (_decode_as(data, encoding) for encoding in kinds)), text)
+            if data.translate(None, _PLAIN):
+                text = _CONTROL.sub("\ufffd", text)
     return text.replace("\0", "") if b"\0" in data else text
 
 
