@@ -24,6 +24,7 @@ READ_ERRORS = (OSError, DamagedStreamError)
 MOST_GARBLED, MOST_GARBLED_SHARE = 3, 0.001
 """A text with more garbled characters than the sum of both (the second times its length) was misread."""
 _MOST_MARKS = 30
+_LONG = 2_000  # in a shorter text the square of a run of marks is a millisecond
 _BEYOND_MARKS = 0x1F000  # no combining mark has a higher code
 _NO_CONTROLS = bytes(code for code in range(256) if code >= 32 or code in b"\n\t\f")
 _C1 = re.compile(rb"\xc2[\x80-\x84\x86-\x9f]")  # but for U+0085, a line end
@@ -34,7 +35,7 @@ def normalize(text: str, form: Literal["NFC", "NFKC", "none"]) -> str:
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     if form != "none" and not text.isascii():
-        text = unicodedata.normalize(form, limit_marks(text))
+        text = unicodedata.normalize(form, limit_marks(text) if len(text) > _LONG else text)
     return text.strip("\n").rstrip()
 
 
