@@ -1,4 +1,4 @@
-"""What was measured on this machine before, under the user's cache: a trial of two ways is made once, not at every start.
+"""What was measured on this machine before, kept under the user's cache, so that a trial is made once.
 
 A measurement has a name and a key of plain values. Machine, threads, torch's version and forbidden vector units belong
 to every key, so that another processor or version measures anew. A file that cannot be read or written costs a

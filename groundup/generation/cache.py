@@ -125,9 +125,11 @@ class KVCache:
         size = self.page_size or ring or self.length
         shape = (self.n_blocks, config.n_kv_heads, size, config.head_dim)
         dtype = torch.int8 if is_int8 else self.dtype
-        both = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2)]
-        scales = [torch.zeros(shape[:3], device=self.device) for _ in range(2)] if is_int8 else [None, None]
-        return LayerCache(*both, *scales, ring=ring, sinks=sinks if ring else 0)
+        keys, values = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2))
+        found = LayerCache(keys, values, ring=ring, sinks=sinks if ring else 0)
+        if is_int8:
+            found.key_scales, found.value_scales = (torch.zeros(shape[:3], device=self.device) for _ in range(2))
+        return found
 
     @property
     def n_bytes(self) -> int:
@@ -207,7 +209,7 @@ class Rows:
         return found[0], found[1], self._where(store, length)
 
     def _blocks(self, n_blocks: int) -> Tensor | slice:
-        """The blocks of the rows; a slice where every slot is one block and they follow each other: nothing is copied."""
+        """The blocks of the rows; where each slot is one block and they follow each other, a slice, which copies nothing."""
         first, last = self._slots[0], self._slots[-1]
         if self._cache.page_size is None and self._slots == list(range(first, last + 1)):
             return slice(first, last + 1)

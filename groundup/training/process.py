@@ -1,10 +1,7 @@
-"""The process that trains and its machine: threads, memory kept between steps, and what was measured here before.
+"""The process that trains: its threads, and memory kept between steps.
 
 A training step allocates and frees the same large buffers again and again. glibc maps the largest anew each time, and
-the kernel clears them page by page: a few percent of a small model's step (benchmarks/cpu_ladder.py). Measurements
-(peak matmul FLOP/s, whether compiling pays) have a name and a key of plain values. Machine, threads, torch's version
-and forbidden vector units belong to every key, so that another processor or version measures anew. A file that cannot
-be read or written costs a measurement, nothing else.
+the kernel clears them page by page: a few percent of a small model's step (benchmarks/cpu_ladder.py).
 """
 
 from __future__ import annotations
