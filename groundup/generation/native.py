@@ -1,0 +1,3 @@
+def why_not(model, cache): return "stub"
+class NativeStep:
+    pass
