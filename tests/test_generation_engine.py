@@ -149,7 +149,7 @@ WINDOWS = {"attention": ("window", "full"), "window": 6, "sink_tokens": 1}
 def test_no_layout_changes_a_token(layout, overrides):
     model = random_model("llama-nano", context_length=48, **overrides)
     shared = random_prompts([34], model.config.vocab_size)[0]
-    prompts = [shared, shared[:33] + [5], *random_prompts([1, 7, 20], model.config.vocab_size), shared]
+    prompts = [shared, [*shared[:33], 5], *random_prompts([1, 7, 20], model.config.vocab_size), shared]
     engine = Engine(model, **LAYOUTS[layout])
     results = engine.run([Request(prompt, GREEDY) for prompt in prompts])
     assert [result[0].ids for result in results] == [plain_loop(model, prompt, GREEDY) for prompt in prompts]
@@ -218,9 +218,11 @@ def test_requests_join_leave_and_are_cancelled_and_nothing_stays_in_use():
     for pages in (False, True):
         engine = Engine(model, slots=5, pages=pages, chunk=16)
         alive, finished = [], []
-        for _ in range(IS_LONG and 1000 or 150):
+        for _ in range((IS_LONG and 1000) or 150):
             if choice.random() < 0.5:
-                params = SamplingParams(max_tokens=choice.randint(1, 12), seed=choice.randint(0, 99), n=choice.randint(1, 2))
+                params = SamplingParams(
+                    max_tokens=choice.randint(1, 12), seed=choice.randint(0, 99), n=choice.randint(1, 2)
+                )
                 request = Request(random_prompts([choice.randint(1, 40)], 512, choice.randint(0, 5))[0], params)
                 engine.submit(request)
                 alive.append(request)
@@ -234,7 +236,7 @@ def test_requests_join_leave_and_are_cancelled_and_nothing_stays_in_use():
         finished += alive
         assert (engine.n_used, engine.n_running, engine.n_waiting) == (0, 0, 0)
         assert all(request.is_finished for request in finished)
-        for request in finished[:: IS_LONG and 1 or 9]:
+        for request in finished[:: (IS_LONG and 1) or 9]:
             alone = Engine(model).run([Request(request.ids, request.params)])[0]
             assert [text.ids for text in request.results] == [text.ids for text in alone]
 

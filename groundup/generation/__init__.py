@@ -2,7 +2,8 @@
 
 from groundup.generation.cache import KVCache
 from groundup.generation.detokenizer import Detokenizer
-from groundup.generation.engine import Chunk, Engine, EngineBusy, EngineStats, Generation, Request
+from groundup.generation.engine import Engine, EngineBusy, EngineStats
+from groundup.generation.request import Chunk, Generation, Request
 from groundup.generation.sampling import SamplingParams, TokenLogprob, draw, sample, warp
 from groundup.generation.text import (
     chat_prompt,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,104 +25,25 @@ from torch import Tensor
 
 from groundup.errors import DataError, GroundupError
 from groundup.generation.cache import KVCache
-from groundup.generation.detokenizer import Detokenizer
-from groundup.generation.sampling import (
-    History,
-    SamplingParams,
-    TokenLogprob,
-    request_seed,
-    sample,
-    token_logprobs,
+from groundup.generation.request import Chunk, Generation, Request, Text
+from groundup.generation.sampling import sample, token_logprobs
+from groundup.generation.slots import RUN, PagePool, SlotPool
+from groundup.generation.speculative import (
+    Draft,
+    Drafter,
+    EarlyExitDrafter,
+    ModelDrafter,
+    NGramDrafter,
+    Speculation,
+    verified,
 )
-from groundup.generation.slots import RUN, Lease, PagePool, SlotPool
 from groundup.generation.step import ModelStep, Row, inference_copy
 from groundup.model import Transformer
 from groundup.tokenizer import Tokenizer
 
-FinishReason = Literal["stop", "length", "cancelled"]
-
 
 class EngineBusy(GroundupError):
     """As many requests wait as may wait: try again later."""
-
-
-@dataclass
-class Generation:
-    """What was written for one prompt.
-
-    Attributes:
-        ids: new tokens; a stop token is left out, the tokens of a stop text are not.
-        finish_reason: "stop": a stop token or text; "length": max_tokens or the context's end; "cancelled".
-        text: filled in where a tokenizer is at hand; ends before the stop text.
-        logprobs: of every new token, where they were asked for.
-        prompt_logprobs: of the prompt's tokens from the second on, where they were asked for.
-    """
-
-    ids: list[int] = field(default_factory=list)
-    finish_reason: FinishReason = "length"
-    text: str = ""
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-
-    @property
-    def n_tokens(self) -> int:
-        """Number of new tokens."""
-        return len(self.ids)
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What became certain of one text in one step.
-
-    Attributes:
-        index: which of the request's `n` texts.
-        text: of the tokens, as far as later ones cannot change it.
-        ids: new tokens.
-        logprobs: of them, where they were asked for.
-        finish_reason: of the text's last chunk.
-    """
-
-    index: int
-    text: str
-    ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()
-    finish_reason: FinishReason | None = None
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt and how it is to be continued; the engine fills in the results.
-
-    Attributes:
-        ids: the prompt.
-        params: how tokens are drawn.
-        seed: instead of `params.seed`.
-        stop_ids: tokens that end a text and are not written (default: the engine's).
-        client: whose request it is: the engine is fair between clients, and none can use another's prefixes.
-        slides: go on past the context's end, reading the last half again, instead of finishing with "length".
-        prompt_logprobs: number of alternatives to report for the prompt's own tokens; None: they are not scored.
-        results: `params.n` texts, when all are finished.
-        error: why there are none.
-    """
-
-    ids: Sequence[int]
-    params: SamplingParams = field(default_factory=SamplingParams)
-    seed: int | None = None
-    stop_ids: Collection[int] | None = None
-    client: str = ""
-    slides: bool = False
-    prompt_logprobs: int | None = None
-    results: list[Generation] = field(default_factory=list, init=False)
-    error: GroundupError | None = field(default=None, init=False)
-    _texts: list[_Text] = field(default_factory=list, init=False, repr=False)
-    _on_chunk: Callable[[Chunk | None], object] | None = field(default=None, init=False, repr=False)
-    _is_cancelled: bool = field(default=False, init=False, repr=False)
-    _finished: threading.Event = field(default_factory=threading.Event, init=False, repr=False)
-
-    @property
-    def is_finished(self) -> bool:
-        """All its texts are finished, or it failed."""
-        return self._finished.is_set()
 
 
 @dataclass
@@ -148,81 +69,6 @@ class EngineStats:
     finished: Counter[str] = field(default_factory=Counter)
 
 
-class _Text:
-    """One of a request's texts, while it is written.
-
-    Attributes:
-        ids: prompt and output.
-        offset: where in them the part begins that the model reads; not 0 after sliding.
-        n_stored: tokens of that part whose entries stand in the cache.
-        lease: its part of the cache; None while it waits.
-    """
-
-    def __init__(self, request: Request, index: int, ends: Collection[int], tokenizer: Tokenizer | None) -> None:
-        params = request.params
-        self.request, self.index, self.params = request, index, params
-        self.ids, self.n_prompt, self.offset, self.n_stored = list(request.ids), len(request.ids), 0, 0
-        self.seed = request_seed(params.seed if request.seed is None else request.seed, index)
-        self.ends = frozenset(ends)
-        self.history = History(request.ids, ends) if params.needs_history else None
-        self.matcher = None
-        self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, params.stop)
-        self.wants_logprobs = params.logprobs is not None or (params.best_of or params.n) > params.n
-        self.lease: Lease | None = None
-        self.result = Generation()
-        self.is_finished = False
-        self._told = 0
-        self._piece = ""
-
-    @property
-    def unread(self) -> list[int]:
-        """Tokens that are not stored."""
-        return self.ids[self.offset + self.n_stored :]
-
-    @property
-    def is_writing(self) -> bool:
-        """All but the newest token are stored, and that one was drawn, or is the last of the prompt."""
-        return len(self.ids) - self.offset - self.n_stored == 1 and len(self.ids) > self.n_prompt
-
-    def take(self, token: int, logprob: TokenLogprob | None) -> None:
-        """The next token."""
-        result = self.result
-        if token in self.ends:
-            self.finish("stop")
-            return
-        result.ids.append(token)
-        self.ids.append(token)
-        if logprob is not None:
-            result.logprobs.append(logprob)
-        if self.history is not None:
-            self.history.add(token)
-        if self.matcher is not None:
-            self.matcher.advance(token)
-        if self.detokenizer is not None:
-            self._piece += self.detokenizer.add(token)
-        if self.detokenizer is not None and self.detokenizer.stopped:
-            self.finish("stop")
-        elif len(result.ids) >= self.params.max_tokens:
-            self.finish("length")
-
-    def finish(self, reason: FinishReason) -> None:
-        """No token follows."""
-        self.result.finish_reason, self.is_finished = reason, True
-        if self.detokenizer is not None:
-            self._piece += self.detokenizer.finish()
-            self.result.text = self.detokenizer.text
-
-    def chunk(self) -> Chunk | None:
-        """What is new since the last call."""
-        result, told = self.result, self._told
-        if not self.is_finished and len(result.ids) == told:
-            return None
-        self._told = len(result.ids)
-        piece, self._piece = self._piece, ""
-        reason = result.finish_reason if self.is_finished else None
-        return Chunk(self.index, piece, tuple(result.ids[told:]), tuple(result.logprobs[told:]), reason)
-
-
 class Engine:
     """A model that continues texts, many at a time.
 
@@ -238,6 +84,8 @@ class Engine:
         chunk: most tokens of prompts that are read in one step.
         most_waiting: requests that may wait; more are refused with `EngineBusy`.
         is_native: the step in C may be used (`native.py`).
+        draft: what guesses the next tokens (`speculative.py`): "ngrams": what followed the last few tokens before; a
+            number: the model's first so many blocks; a smaller model with the same tokens. None: nothing.
 
     Raises:
         GroundupError: what does not fit together.
@@ -257,6 +105,7 @@ class Engine:
         chunk: int = 512,
         most_waiting: int = 1024,
         is_native: bool = True,
+        draft: Literal["ngrams"] | int | Transformer | None = None,
     ) -> None:
         self.config, self.tokenizer, self.stats = model.config, tokenizer, EngineStats()
         self.length = min(length or model.config.context_length, model.config.context_length)
@@ -274,10 +123,15 @@ class Engine:
         )  # fmt: skip
         self._pool = PagePool(self._cache) if pages else SlotPool(self._cache)
         self._inbox: deque[Request] = deque()
-        self._waiting: list[_Text] = []
-        self._running: list[_Text] = []
+        self._queues: dict[str, deque[Text]] = {}
+        self._cancelled: deque[Request] = deque()
+        self._n_submitted = self._n_begun = 0
+        self._running: list[Text] = []
         self._stepping = threading.Lock()
-        self._work, self._thread, self._is_stopping = threading.Condition(), None, False
+        self._work, self._is_stopping = threading.Condition(), False
+        self._thread: threading.Thread | None = None
+        self._draft = draft
+        self._speculation: Speculation | None = None
         self.refresh()
 
     def refresh(self) -> None:
@@ -287,6 +141,30 @@ class Engine:
                 inference_copy(self._source, self._dtype), self._cache, is_native=self._is_native
             )
             self._pool.clear()
+            self._speculation = self._speculate()
+
+    def _speculate(self) -> Speculation | None:
+        draft, step, n_layers = self._draft, self._model_step, self.config.n_layers
+        drafter: Drafter
+        if draft is None:
+            return None
+        if draft == "ngrams":
+            drafter = NGramDrafter()
+        elif isinstance(draft, Transformer):
+            if draft.config.vocab_size != self.config.vocab_size:
+                raise DataError(
+                    f"the draft has {draft.config.vocab_size} tokens, the model {self.config.vocab_size}.",
+                    "Both must have the same tokenizer.",
+                )
+            drafter = ModelDrafter(draft, self._cache.n_slots, self.length, self._chunk, is_native=self._is_native)
+        elif isinstance(draft, int) and 0 < draft < n_layers:
+            drafter = EarlyExitDrafter(step, draft)
+        else:
+            raise DataError(
+                f"draft = {draft!r} is no draft.",
+                f'Give "ngrams", a model, or a number of blocks from 1 to {n_layers - 1}.',
+            )
+        return Speculation(drafter, step.seconds)
 
     # One line for the common cases.
 
@@ -358,7 +236,7 @@ class Engine:
             EngineBusy: too many wait.
         """
         self._check(request)
-        if len(self._waiting) + len(self._inbox) >= self._most_waiting:
+        if self.n_waiting >= self._most_waiting:
             raise EngineBusy(f"{self._most_waiting} requests are waiting already.", "Try again later.")
         request._on_chunk = on_chunk
         self._add(request)
@@ -367,7 +245,7 @@ class Engine:
         """Stop writing; its part of the cache is free when this returns, or after the step that is being taken."""
         if request.is_finished:
             return
-        request._is_cancelled = True
+        self._cancelled.append(request)
         if self._stepping.acquire(blocking=False):
             try:
                 self._take_in()
@@ -384,8 +262,8 @@ class Engine:
 
     @property
     def n_waiting(self) -> int:
-        """Texts and requests that wait."""
-        return len(self._waiting) + len(self._inbox)
+        """Requests that wait."""
+        return self._n_submitted - self._n_begun
 
     @property
     def n_used(self) -> int:
@@ -406,7 +284,10 @@ class Engine:
         if thread is None:
             return
         if not drain:
-            for request in {text.request for text in [*self._running, *self._waiting]} | {*self._inbox}:
+            with self._stepping:
+                self._take_in()
+                texts = [*self._running, *(text for queue in self._queues.values() for text in queue)]
+            for request in {text.request for text in texts}:
                 self.cancel(request)
         self._is_stopping = True
         with self._work:
@@ -443,38 +324,46 @@ class Engine:
     def _take_in(self) -> None:
         while self._inbox:
             request = self._inbox.popleft()
-            self._waiting += request._texts
+            # The other texts of a long prompt wait until the first has read it: then they find it in the cache.
+            texts = request._texts if len(request.ids) <= RUN else request._texts[:1]
+            self._queues.setdefault(request.client, deque()).extend(texts)
 
     def _drop_cancelled(self) -> None:
-        if any(text.request._is_cancelled for text in (*self._waiting, *self._running)):
-            for text in (*self._waiting, *self._running):
-                if text.request._is_cancelled:
+        gone = []
+        while self._cancelled:
+            request = self._cancelled.popleft()
+            for text in request._texts:
+                if not text.is_finished:
                     text.finish("cancelled")
-            self._settle()
+                    gone.append(text)
+                    if text in (queue := self._queues.get(request.client, deque())):
+                        queue.remove(text)
+                        self._n_begun += text.index == 0
+        if gone:
+            self._settle(gone)
 
     def _admit(self) -> None:
-        """Give waiting texts a part of the cache: the client with the fewest first, then who came first."""
+        """Give waiting texts a part of the cache: the client with the fewest first, and then who came first."""
         running = Counter(text.request.client for text in self._running)
-        while self._waiting:
-            ready = [text for text in self._waiting if _may_begin(text)]
-            if not ready:
-                return
-            text = min(ready, key=lambda text: running[text.request.client])
+        while queues := {client: queue for client, queue in self._queues.items() if queue}:
+            client = min(queues, key=lambda client: (running[client], queues[client][0].request._number))
+            text = queues[client][0]
             most = self.length if text.request.slides else min(self.length, text.n_prompt + text.params.max_tokens)
-            scored = text.request.prompt_logprobs is not None and text.index == 0
-            text.lease = self._pool.lease(text.ids, most, text.request.client, reuse=not scored)
+            text.lease = self._pool.lease(text.ids, most, client, reuse=not self._is_scored(text))
             if text.lease is None:
-                return
+                break
+            queues[client].popleft()
+            self._n_begun += text.index == 0
             text.n_stored = text.lease.n_stored
             self.stats.reused_tokens += text.n_stored
-            running[text.request.client] += 1
-            self._waiting.remove(text)
+            running[client] += 1
             self._running.append(text)
+        self._queues = queues
 
-    def _read(self, texts: Sequence[_Text]) -> None:
+    def _read(self, texts: Sequence[Text]) -> None:
         """A chunk of the prompts: as many rows as fit into it, padding included."""
         rows: list[Row] = []
-        chosen: list[_Text] = []
+        chosen: list[Text] = []
         longest = 0
         for text in texts:
             unread = text.unread[: self._chunk]
@@ -483,8 +372,7 @@ class Engine:
             longest = max(longest, len(unread))
             scored = self._is_scored(text)
             is_whole = text.n_stored + len(unread) == len(text.ids) - text.offset
-            assert text.lease is not None
-            rows.append(Row(text.lease.slot, unread, text.n_stored, len(unread) if scored else int(is_whole)))
+            rows.append(Row(text.slot, unread, text.n_stored, len(unread) if scored else int(is_whole)))
             chosen.append(text)
         if not rows:
             return
@@ -498,28 +386,68 @@ class Engine:
             self.stats.prompt_tokens += len(row.ids)
             if text.n_stored == len(text.ids) - text.offset:
                 self._record(text)
+                if not text.index and not text.result.ids and len(text.request.ids) > RUN:
+                    self._queues.setdefault(text.request.client, deque()).extendleft(text.request._texts[:0:-1])
                 ready.append(text)
                 last.append(first - 1)
         if ready:
             self._draw(ready, logits[last] if len(last) < len(logits) else logits)
 
-    def _is_scored(self, text: _Text) -> bool:
+    def _is_scored(self, text: Text) -> bool:
         return text.request.prompt_logprobs is not None and text.index == 0 and not text.result.ids
 
-    def _score(self, text: _Text, row: Row, logits: Float[Tensor, "seq vocab"]) -> None:
+    def _score(self, text: Text, row: Row, logits: Float[Tensor, "seq vocab"]) -> None:
         """Log-probabilities of the prompt's tokens behind those of a chunk."""
         targets = text.ids[row.start + 1 : row.start + 1 + len(row.ids)]
         n_top = text.request.prompt_logprobs or 0
         text.result.prompt_logprobs += token_logprobs(logits[: len(targets)], targets, n_top)
 
-    def _write(self, texts: Sequence[_Text]) -> None:
+    def _write(self, texts: Sequence[Text]) -> None:
         """Another token for each text, or several."""
         if not texts:
             return
-        logits = self._logits([Row(_slot(text), text.ids[-1:], text.n_stored) for text in texts])
+        drafts = [Draft([]) for _ in texts]
+        if self._speculation is not None:
+            drafts = self._speculation.propose(texts, [self._room(text) for text in texts])
+        logits = self._logits(
+            [
+                Row(text.slot, [text.ids[-1], *draft.ids], text.n_stored, 1 + len(draft.ids))
+                for text, draft in zip(texts, drafts, strict=True)
+            ]
+        )
+        if any(draft.ids for draft in drafts):
+            self._verify(texts, drafts, logits)
+            return
         for text in texts:
             text.n_stored += 1
         self._draw(texts, logits)
+
+    def _room(self, text: Text) -> int:
+        """Most tokens that can be guessed: one more is drawn behind them, and all must have a place."""
+        left = text.params.max_tokens - len(text.result.ids)
+        return max(0, min(left - 1, self.length - text.n_stored - 1, self._chunk - 1))
+
+    def _verify(self, texts: Sequence[Text], drafts: Sequence[Draft], logits: Float[Tensor, "wanted vocab"]) -> None:
+        """Keep of each text's guesses what the model agrees with, and add a token of its own."""
+        first = 0
+        for text, draft in zip(texts, drafts, strict=True):
+            n = len(draft.ids)
+            own = logits[first : first + n + 1]
+            first += n + 1
+            tokens = verified(text, draft, own)
+            if self._speculation is not None:
+                self._speculation.learn(text, n, len(tokens) - 1)
+            self.stats.drafted_tokens += n
+            self.stats.accepted_tokens += len(tokens) - 1
+            logprobs = (
+                token_logprobs(own[: len(tokens)], tokens, text.params.logprobs or 0) if text.wants_logprobs else []
+            )
+            for place, token in enumerate(tokens):
+                text.take(token, logprobs[place] if logprobs else None)
+                self.stats.new_tokens += 1
+                if text.is_finished:
+                    break
+            text.n_stored = min(text.n_stored + len(tokens), len(text.ids) - text.offset)
 
     def _logits(self, rows: Sequence[Row]) -> Float[Tensor, "wanted vocab"]:
         self.stats.steps += 1
@@ -528,7 +456,7 @@ class Engine:
             logits[:, self._unused] = -torch.inf
         return logits
 
-    def _draw(self, texts: Sequence[_Text], logits: Float[Tensor, "batch vocab"]) -> None:
+    def _draw(self, texts: Sequence[Text], logits: Float[Tensor, "batch vocab"]) -> None:
         """Draw each text's next token from its logits."""
         done = [text for text in texts if text.params.max_tokens == 0]
         for text in done:
@@ -553,8 +481,8 @@ class Engine:
                 logprob = token_logprobs(logits[place : place + 1], [token], text.params.logprobs or 0)[0]
             text.take(token, logprob)
 
-    def _settle(self) -> None:
-        """Slide, finish, free, and tell whoever listens."""
+    def _settle(self, gone: Sequence[Text] = ()) -> None:
+        """Slide, finish, free, and tell whoever listens, of texts that never began too."""
         for text in self._running:
             if text.is_finished or len(text.ids) - text.offset <= self.length:
                 continue
@@ -563,22 +491,20 @@ class Engine:
                 text.offset, text.n_stored = len(text.ids) - 1 - self.length // 2, 0
             else:
                 text.finish("length")
-        texts = {id(text): text for text in (*self._running, *self._waiting)}.values()
+        texts = [*self._running, *(text for text in gone if text.lease is None)]
+        self._running = [text for text in self._running if not text.is_finished]
         for text in texts:
             if text.is_finished and text.lease is not None:
                 self._record(text)
                 self._pool.free(text.lease)
                 text.lease = None
-        self._running = [text for text in self._running if not text.is_finished]
-        self._waiting = [text for text in self._waiting if not text.is_finished]
-        for text in texts:
             if text.request._on_chunk is not None and (chunk := text.chunk()) is not None:
                 text.request._on_chunk(chunk)
             if text.is_finished:
                 self.stats.finished[text.result.finish_reason] += 1
                 _close(text.request)
 
-    def _record(self, text: _Text) -> None:
+    def _record(self, text: Text) -> None:
         if not text.offset and text.lease is not None:
             self._pool.record(text.lease, text.ids[: text.n_stored], text.request.client)
 
@@ -586,7 +512,7 @@ class Engine:
         """The model cannot be used: every request in the batch ends with the error."""
         for text in self._running:
             text.request.error = error
-            text.request._is_cancelled = True
+            self._cancelled.append(text.request)
         self._drop_cancelled()
 
     def _check(self, request: Request) -> None:
@@ -612,9 +538,11 @@ class Engine:
         ends = self._ends if request.stop_ids is None else frozenset(request.stop_ids)
         ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else ends)
         n = params.best_of or params.n
-        request._texts = [_Text(request, index, ends, self.tokenizer) for index in range(n)]
-        self._inbox.append(request)
+        request._texts = [Text(request, index, ends, self.tokenizer) for index in range(n)]
         with self._work:
+            request._number = self._n_submitted
+            self._n_submitted += 1
+            self._inbox.append(request)
             self._work.notify()
 
     def _advance(self) -> bool:
@@ -638,17 +566,6 @@ class Engine:
                     self._work.wait(0.5)
 
 
-def _slot(text: _Text) -> int:
-    assert text.lease is not None
-    return text.lease.slot
-
-
-def _may_begin(text: _Text) -> bool:
-    """Texts of one prompt wait until the first has read it, so that they find it in the cache."""
-    first = text.request._texts[0]
-    return text is first or len(text.ids) <= RUN or first.is_finished or bool(first.result.ids)
-
-
 def _close(request: Request) -> None:
     """Fill in a request's results, if its last text is finished."""
     if request.is_finished or not all(text.is_finished for text in request._texts):
@@ -662,7 +579,7 @@ def _close(request: Request) -> None:
         request._on_chunk(None)
 
 
-def _mean_logprob(text: _Text) -> float:
+def _mean_logprob(text: Text) -> float:
     logprobs = text.result.logprobs
     return sum(one.logprob for one in logprobs) / max(1, len(logprobs))
 

@@ -129,9 +129,7 @@ class SamplingParams:
     @property
     def needs_history(self) -> bool:
         """Whether what may be drawn depends on the tokens before: then a `History` must be at hand."""
-        return bool(
-            self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.min_tokens
-        )
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.min_tokens)
 
     @property
     def is_filtered(self) -> bool:
@@ -277,9 +275,7 @@ def request_seed(seed: int | None, index: int = 0) -> int:
     return seed if index == 0 else int(_mix(_mix(np.array([seed], np.uint64)) + np.uint64(index))[0] >> np.uint64(1))
 
 
-def token_logprobs(
-    logits: Float[Tensor, "rows vocab"], tokens: Sequence[int], n_top: int
-) -> list[TokenLogprob]:
+def token_logprobs(logits: Float[Tensor, "rows vocab"], tokens: Sequence[int], n_top: int) -> list[TokenLogprob]:
     """Log-probabilities of the tokens that were drawn, and of the `n_top` most probable ones.
 
     A drawn token that is among the most probable stands in `top`, with the same float.

@@ -8,10 +8,13 @@ the other is measured once on each machine and remembered. Without a compiler al
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -22,7 +25,7 @@ from groundup.generation.native import NativeStep, why_not
 from groundup.measured import measured_once
 from groundup.model import OutputLayer, Transformer
 
-_TRIED = (1, 2, 4, 8, 16, 32, 64)
+_TRIED = (1, 2, 3, 5, 9, 16, 32, 64)
 """Tokens of a step for which both ways are timed."""
 
 
@@ -59,7 +62,25 @@ class ModelStep:
         self._model, self._cache = model, cache
         self.reason = why_not(model, cache) if is_native else "switched off"
         self._native = NativeStep(model, cache) if self.reason is None else None
-        self.native_up_to = 0 if self._native is None else _native_up_to(model, cache)
+        self.native_up_to = 0
+        if self._native is not None:
+            pairs = zip(_TRIED, self._timings["native"], self._timings["eager"], strict=True)
+            self.native_up_to = max((n for n, native, eager in pairs if native < eager), default=0)
+
+    @functools.cached_property
+    def _timings(self) -> dict[str, list[float]]:
+        return _time_steps(self._model, self._cache, is_native=self._native is not None)
+
+    def seconds(self, n_tokens: int) -> float:
+        """What a step of so many tokens takes, by the trial."""
+        both = [list(times) for times in self._timings.values() if times]
+        return float(np.interp(n_tokens, _TRIED, np.min(both, axis=0)))
+
+    def share_of(self, n_layers: int) -> float:
+        """The share of the weights that a step of the first so many blocks reads."""
+        blocks = sum(parameter.numel() for parameter in self._model.blocks[0].parameters())
+        head = self._model.embed_tokens.weight.numel()
+        return (n_layers * blocks + head) / (self._model.config.n_layers * blocks + head)
 
     def __call__(self, rows: Sequence[Row], n_layers: int | None = None) -> Float[Tensor, "wanted vocab"]:
         """Store the rows' tokens; the logits that they ask for, row after row, float32.
@@ -132,24 +153,22 @@ def _native_step(step: NativeStep, rows: Sequence[Row], n_layers: int | None) ->
     return step(ids, slots, positions, wanted, n_layers)
 
 
-def _native_up_to(model: Transformer, cache: KVCache) -> int:
-    """The most tokens for which the step in C is faster, by a trial that is made once."""
+def _time_steps(model: Transformer, cache: KVCache, *, is_native: bool) -> dict[str, list[float]]:
+    """Seconds of steps of `_TRIED` tokens, in C and by the forward pass; measured once."""
     kinds = sorted({f"{type(module).__name__} {getattr(module, 'bits', '')}" for module in model.modules()})
     key = {"config": value_digest(model.config.to_dict()), "dtype": str(model.compute_dtype), "modules": kinds}
 
-    def measure() -> dict[str, int]:
-        most = 0
+    def measure() -> dict[str, list[float]]:
+        seconds: dict[str, list[float]] = {"native": [], "eager": []}
         for n in _TRIED:
             scratch = KVCache(model.config, n, min(64, model.config.context_length), cache.dtype, cache.device)
             rows = [Row(slot, [0], scratch.length // 2) for slot in range(n)]
-            native = NativeStep(model, scratch)
-            seconds = [_seconds(lambda: _native_step(native, rows, None)), _seconds(lambda: _eager_step(model, scratch, rows))]
-            if seconds[0] > seconds[1]:
-                break
-            most = n
-        return {"tokens": most}
+            seconds["eager"].append(_seconds(partial(_eager_step, model, scratch, rows)))
+            if is_native:
+                seconds["native"].append(_seconds(partial(_native_step, NativeStep(model, scratch), rows, None)))
+        return seconds
 
-    return int(measured_once("native-step", key, cache.device, measure)["tokens"])
+    return measured_once("model-step", {**key, "native": is_native}, cache.device, measure)
 
 
 def _seconds(run: Callable[[], object]) -> float:

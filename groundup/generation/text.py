@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import overload
 
 from groundup.errors import GroundupError
-from groundup.generation.engine import Engine, Generation, Request
+from groundup.generation.engine import Engine
+from groundup.generation.request import Generation, Request
 from groundup.generation.sampling import SamplingParams
 from groundup.model import Transformer
 from groundup.tokenizer import Message, Tokenizer, render
