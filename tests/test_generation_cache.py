@@ -4,7 +4,7 @@ import pytest
 import torch
 from generation_models import NANO, random_model, random_prompts
 
-from groundup.generation import KVCache
+from groundup.generation.cache import KVCache, Rows
 
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -44,27 +44,75 @@ def test_rows_of_different_lengths_do_not_disturb_each_other(name):
             torch.testing.assert_close(logits[row, -1], alone[0, -1], **EXACT)
 
 
+def cached_logits(model, cache, ids, slots, starts, chunk):
+    """Logits of rows that are written chunk by chunk into slots, beginning at different steps."""
+    pieces = [[] for _ in slots]
+    n_done = [0] * len(slots)
+    step = 0
+    while any(done < len(row) for done, row in zip(n_done, ids, strict=True)):
+        rows = [r for r, row in enumerate(ids) if step >= starts[r] and n_done[r] < len(row)]
+        step += 1
+        if not rows:
+            continue
+        parts = [ids[r][n_done[r] : n_done[r] + 1 + (chunk + r) % chunk] for r in rows]
+        counts = [len(part) for part in parts]
+        view = Rows(cache, [slots[r] for r in rows], [n_done[r] for r in rows], counts)
+        padded = torch.tensor([part + [0] * (max(counts) - len(part)) for part in parts])
+        logits = model(padded, positions=view.positions, cache=view)
+        for place, r in enumerate(rows):
+            pieces[r].append(logits[place, : counts[place]])
+            n_done[r] += counts[place]
+    return [torch.cat(part) for part in pieces]
+
+
+KINDS = {"slots": {}, "pages": {"block_size": 4}, "rings": {"chunk": 5}, "scattered pages": {"block_size": 3}}
+
+
+WINDOWS = {"attention": ("window", "full"), "window": 6}
+SHAPES = [("gpt2-nano", {}), ("llama-nano", WINDOWS), ("ground-nano", {**WINDOWS, "sink_tokens": 2})]
+
+
+@pytest.mark.parametrize(("name", "overrides"), SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
-def test_kept_rows_go_on_as_if_the_others_had_never_been_there():
-    model = random_model()
-    ids = torch.tensor(random_prompts([9, 9, 9], model.config.vocab_size))
-    cache = KVCache(model.config, batch=3, length=9)
-    model(ids[:, :8], cache=cache)
-    cache.keep(torch.tensor([2, 0]))
-    logits = model(ids[[2, 0], 8:], positions=positions(8, 8, length=1), cache=cache)
-    torch.testing.assert_close(logits[:, -1], model(ids[[2, 0]])[:, -1], **EXACT)
+def test_slots_pages_and_rings_change_nothing(name, overrides, kind):
+    model = random_model(name, **overrides)
+    ids = random_prompts([24, 17, 9], model.config.vocab_size)
+    cache = KVCache(model.config, batch=4, length=24, **KINDS[kind])
+    if kind == "scattered pages":
+        cache.table[:] = torch.randperm(cache.n_blocks, generator=torch.Generator().manual_seed(1)).view(4, -1)
+    for layer in cache.layers:  # what an earlier text left
+        layer.keys.fill_(1e4), layer.values.fill_(1e4)
+    found = cached_logits(model, cache, ids, slots=[2, 0, 3], starts=[0, 3, 4], chunk=5)
+    for row, logits in zip(ids, found, strict=True):
+        torch.testing.assert_close(logits, model(torch.tensor([row]))[0], **EXACT)
+
+
+def test_a_ring_takes_the_memory_of_its_window():
+    model = random_model(**WINDOWS)
+    whole, rings = (KVCache(model.config, 2, 1000, chunk=chunk) for chunk in (None, 8))
+    assert rings.n_bytes < 0.6 * whole.n_bytes  # half the layers have a window
 
 
 @torch.inference_mode()
-def test_an_overwritten_row_forgets_what_stood_there():
+def test_eight_bits_change_little_and_take_half():
     model = random_model()
-    ids = torch.tensor(random_prompts([9, 9], model.config.vocab_size))
-    other = torch.tensor(random_prompts([6], model.config.vocab_size, seed=5))
-    cache, short = KVCache(model.config, batch=2, length=10), KVCache(model.config, batch=1, length=5)
-    model(ids, cache=cache)
-    model(other[:, :5], cache=short)
-    cache.overwrite(torch.tensor([1]), short)
-    next_ids = torch.tensor([[3], [int(other[0, 5])]])
-    logits = model(next_ids, positions=torch.tensor([[9], [5]]), cache=cache)
-    torch.testing.assert_close(logits[0, -1], model(torch.cat([ids[:1], next_ids[:1]], dim=1))[0, -1], **EXACT)
-    torch.testing.assert_close(logits[1, -1], model(other)[0, -1], **EXACT)
+    ids = random_prompts([24], model.config.vocab_size)
+    cache = KVCache(model.config, 1, 24, dtype=torch.bfloat16, is_int8=True)
+    bfloat16 = KVCache(model.config, 1, 24, dtype=torch.bfloat16)
+    assert cache.n_bytes < 0.65 * bfloat16.n_bytes  # a head of 16 features and its scale
+    found = cached_logits(model, cache, ids, [0], [0], 3)[0].log_softmax(-1)
+    exact = model(torch.tensor(ids))[0].log_softmax(-1)
+    assert (exact.exp() * (exact - found)).sum(-1).max() < 1e-3
+
+
+@torch.inference_mode()
+def test_a_copied_beginning_goes_on_as_its_source():
+    model = random_model()
+    ids = random_prompts([9], model.config.vocab_size)[0]
+    cache = KVCache(model.config, 3, 12)
+    cached_logits(model, cache, [ids[:8]], [0], [0], 4)
+    cache.copy(0, 2, 6)
+    view = Rows(cache, [2], [6], [3])
+    logits = model(torch.tensor([ids[6:]]), positions=view.positions, cache=view)
+    torch.testing.assert_close(logits[0], model(torch.tensor([ids]))[0, 6:], **EXACT)

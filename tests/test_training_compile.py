@@ -13,6 +13,7 @@ from test_training_loop import interrupted_at, make_job, weights
 from groundup.console import Console
 from groundup.distributed import current_world
 from groundup.errors import Interrupted
+from groundup.measured import machine, measured_once, recall, remember
 from groundup.model import Transformer, preset
 from groundup.training import compilation, train
 from groundup.training.checkpoint import complete_checkpoints
@@ -24,7 +25,6 @@ from groundup.training.compilation import (
     find_compiler,
     remove_truncated,
 )
-from groundup.training.process import machine, measured_once, recall, remember
 
 CPU = torch.device("cpu")
 needs_a_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler for torch.compile")

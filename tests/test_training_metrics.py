@@ -19,10 +19,10 @@ from training_rows import RandomRows
 
 from groundup.console import Console
 from groundup.distributed import current_world
+from groundup.measured import machine
 from groundup.model import ModelConfig, Transformer, preset
 from groundup.training import NextToken, TrainingJob, peak_memory_bytes, throughput, train
 from groundup.training.metrics import live_line, read_log, summary_line
-from groundup.training.process import machine
 from groundup.training.throughput import Throughput, ThroughputMeter, peak_matmul_flops
 
 CPU = torch.device("cpu")

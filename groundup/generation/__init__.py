@@ -1,6 +1,6 @@
 """A model and a prompt to text: cache, sampling, decoding, streaming."""
 
-from groundup.generation.cache import KVCache
+from groundup.generation.cache import KVCache, Rows
 from groundup.generation.decode import Generation, decode, generate_ids
 from groundup.generation.detokenizer import Detokenizer
 from groundup.generation.sampling import SamplingParams, draw, sample, warp
@@ -19,6 +19,7 @@ __all__ = [
     "Detokenizer",
     "Generation",
     "KVCache",
+    "Rows",
     "SamplingParams",
     "chat_prompt",
     "chat_reply",

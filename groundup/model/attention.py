@@ -43,8 +43,12 @@ class KeyValueStore(Protocol):
         keys: Float[Tensor, "batch kv_heads seq head_dim"],
         values: Float[Tensor, "batch kv_heads seq head_dim"],
         positions: Int[Tensor, "batch seq"],
-    ) -> tuple[Float[Tensor, "batch kv_heads length head_dim"], Float[Tensor, "batch kv_heads length head_dim"]]:
-        """Store keys and values at each row's positions; return those of positions 0 … length−1."""
+    ) -> tuple[
+        Float[Tensor, "batch kv_heads length head_dim"],
+        Float[Tensor, "batch kv_heads length head_dim"],
+        Int[Tensor, "batch length"] | None,
+    ]:
+        """Store keys and values at each row's positions; return those stored, and their positions (None: 0, 1, …)."""
         ...
 
 
@@ -61,10 +65,13 @@ class Cached:
     positions: Int[Tensor, "batch seq"]
     _biases: dict[tuple[AttentionRule, int], Tensor] = field(default_factory=dict)
 
-    def bias(self, rule: AttentionRule, length: int) -> Bias:
-        """The bias of queries at `positions` over keys 0 … length−1; made once for all layers with the rule."""
+    def bias(self, rule: AttentionRule, length: int, where: Int[Tensor, "batch length"] | None = None) -> Bias:
+        """The bias of queries at `positions` over so many keys, at these positions (None: 0, 1, …).
+
+        It is made once for all layers with the rule.
+        """
         if (rule, length) not in self._biases:
-            keys = torch.arange(length, device=self.positions.device)
+            keys = torch.arange(length, device=self.positions.device) if where is None else where
             self._biases[rule, length] = attention_bias(rule, self.positions, keys, torch.float32)
         return self._biases[rule, length]
 
@@ -120,8 +127,8 @@ class Attention(nn.Module):
         if cached is None:
             out = causal_attention(q, k, v, self.scale, mask, self.softcap)
         else:
-            keys, values = cached.store.update(self.layer, k, v, cached.positions)
-            bias = cached.bias(self.rule, keys.shape[2])
+            keys, values, where = cached.store.update(self.layer, k, v, cached.positions)
+            bias = cached.bias(self.rule, keys.shape[2], where)
             out = attend_to_cache(q, keys, values, bias, self.scale, self.softcap)
         return self.o_proj(out.transpose(1, 2).reshape(batch, seq, -1))
 

@@ -38,12 +38,12 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from groundup.console import Console
 from groundup.distributed import World
+from groundup.measured import cache_root, recall, remember
 from groundup.model import ModelConfig, Transformer
 from groundup.model.transformer import Block
 from groundup.training.checkpoint import TrainingState
 from groundup.training.job import OnPolicySource, TrainingJob
 from groundup.training.objective import weighted_sum
-from groundup.training.process import cache_root, recall, remember
 from groundup.training.throughput import timed
 
 TRIED_FROM_FLOPS = {"cpu": 1e13, "cuda": 3e16}

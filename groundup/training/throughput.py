@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from groundup.training.process import measured_once
+from groundup.measured import measured_once
 
 MEASURED_AFTER_SECONDS = 5.0
 """Of training: a shorter run does not wait for the peak to be measured, and has no MFU."""

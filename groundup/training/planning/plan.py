@@ -20,6 +20,7 @@ from groundup.distributed import current_world
 from groundup.environment import cpu_name
 from groundup.errors import DataError, GroundupError, RecipeError
 from groundup.interop.start import start_config
+from groundup.measured import recall
 from groundup.model import ModelConfig, count_parameters, ladder_config
 from groundup.model.cost import (
     active_parameters,
@@ -58,7 +59,7 @@ from groundup.training.planning.probe import (
     validation_pass,
 )
 from groundup.training.precision import choose_precision
-from groundup.training.process import limited_threads, recall
+from groundup.training.process import limited_threads
 from groundup.training.scaling_law import DEFAULT_LAW, ScalingLaw
 from groundup.training.schedule import BatchPlan, count_tokens, sequence_length
 
