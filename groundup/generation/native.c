@@ -375,10 +375,10 @@ static void write_entry(int kind, void *to, float *scales, int64_t entry, const 
             out[i] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
         }
     } else {
-        float largest = 1e-30f;
+        float largest = 1e-12f;
         for (int64_t i = 0; i < n; i++) largest = fmaxf(largest, fabsf(x[i]));
-        scales[entry] = largest / 127.0f;
-        for (int64_t i = 0; i < n; i++) ((int8_t *)to)[entry * n + i] = (int8_t)lrintf(x[i] * (127.0f / largest));
+        const float scale = scales[entry] = largest / 127.0f;
+        for (int64_t i = 0; i < n; i++) ((int8_t *)to)[entry * n + i] = (int8_t)rintf(x[i] / scale);
     }
 }
 

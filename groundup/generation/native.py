@@ -19,17 +19,17 @@ from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from groundup.environment import cpu_features, cpu_name
 from groundup.errors import GroundupError
-from groundup.files import atomic_writer, cache_root, value_digest
+from groundup.files import atomic_writer, value_digest
+from groundup.generation.cache import KVCache, LayerCache
+from groundup.measured import cache_root
 from groundup.model import Transformer
-from groundup.model.experts import Experts
-from groundup.model.feedforward import FeedForward
 from groundup.model.masks import alibi_slopes
 from groundup.model.positions import rotation_table, sinusoids
 
@@ -48,31 +48,6 @@ _FAULTS = {
     4: "a block is not in the cache",
     5: "`wanted` is not among the tokens",
 }
-
-
-class LayerCache(Protocol):
-    """What the step reads of a layer's cache; see `generation/cache.py`."""
-
-    keys: Tensor
-    values: Tensor
-    key_scales: Tensor | None
-    value_scales: Tensor | None
-    ring: int
-    sinks: int
-
-
-class Cache(Protocol):
-    """What the step reads of a cache."""
-
-    @property
-    def layers(self) -> Sequence[LayerCache]:
-        """One a layer."""
-        ...
-
-    @property
-    def table(self) -> Tensor:
-        """The blocks of every slot."""
-        ...
 
 
 class _Matrix(ctypes.Structure):
@@ -110,7 +85,7 @@ class _Model(ctypes.Structure):
     )  # fmt: skip
 
 
-def why_not(model: Transformer, cache: Cache) -> str | None:
+def why_not(model: Transformer, cache: KVCache) -> str | None:
     """Why this model and cache cannot be stepped natively; None where they can."""
     if model.config.n_experts:
         return "experts are computed by PyTorch"
@@ -118,18 +93,22 @@ def why_not(model: Transformer, cache: Cache) -> str | None:
     tensors += [one for layer in cache.layers for one in (layer.keys, layer.values)]
     if any(one.device.type != "cpu" for one in tensors):
         return "the model or its cache is not on the CPU"
-    for name, module in model.named_modules():
-        if hasattr(module, "packed"):
-            if module.bits == 4 and module.group_size % 32 or module.bits == 8 and module.group_size % 16:
-                if module.bits == 4 or module.group_size < module.packed.shape[1]:
-                    return f"{name}: groups of {module.group_size} weights are computed by PyTorch"
-        elif isinstance(module, (nn.Linear, nn.Embedding)):
-            weight = module.weight
-            if weight.dtype not in (torch.float32, torch.bfloat16):
-                return f"{name}.weight is {str(weight.dtype).removeprefix('torch.')}, not float32 or bfloat16"
-            if type(weight.data) is not Tensor or not weight.is_contiguous():
-                return f"{name}.weight is not one plain tensor"
-    return library()[1]
+    reasons = (_why_not_matrix(name, module) for name, module in model.named_modules())
+    return next((reason for reason in reasons if reason), None) or library()[1]
+
+
+def _why_not_matrix(name: str, module: Any) -> str | None:
+    if hasattr(module, "packed"):
+        group = module.packed.shape[1] * (8 // module.bits) // module.scales.shape[1]
+        whole = 32 if module.bits == 4 else 16 if module.scales.shape[1] > 1 else 1
+        return f"{name}: {module.bits}-bit groups of {group} are computed by PyTorch" if group % whole else None
+    if not isinstance(module, (nn.Linear, nn.Embedding)):
+        return None
+    weight = module.weight
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"{name}.weight is {str(weight.dtype).removeprefix('torch.')}, not float32 or bfloat16"
+    is_plain = type(weight.data) is Tensor and weight.is_contiguous()
+    return None if is_plain else f"{name}.weight is not one plain tensor"
 
 
 @functools.cache
@@ -158,8 +137,9 @@ def library() -> tuple[ctypes.CDLL | None, str | None]:
 
 def _compile(source: str) -> bytes | str:
     """The library's bytes, or why there are none."""
-    compilers = [found for name in (os.environ.get("CC"), "gcc", "cc", "clang") if name and (found := shutil.which(name))]
-    if not compilers:
+    names = (os.environ.get("CC"), "gcc", "cc", "clang")
+    compiler = next((found for name in names if name and (found := shutil.which(name))), None)
+    if compiler is None:
         return "no C compiler found (install gcc, or name one in CC)"
     if sys.platform == "darwin":  # Apple's clang has no OpenMP library of its own: torch's
         folder = Path(torch.__file__).parent / "lib"
@@ -170,14 +150,14 @@ def _compile(source: str) -> bytes | str:
         text, built = Path(name) / "native.c", Path(name) / "native.so"
         text.write_text(source, encoding="utf-8")
         result = subprocess.run(
-            [compilers[0], *FLAGS, str(text), "-o", str(built), *threads, "-lm"],
+            [compiler, *FLAGS, str(text), "-o", str(built), *threads, "-lm"],
             capture_output=True, text=True, errors="replace", check=False,
         )  # fmt: skip
         if result.returncode == 0:
             return built.read_bytes()
         lines = result.stderr.strip().splitlines()
         wrong = next((line for line in lines if "error" in line), lines[0] if lines else "it said nothing")
-        return f"{compilers[0]} cannot compile the step: {wrong}"
+        return f"{compiler} cannot compile the step: {wrong}"
 
 
 class NativeStep:
@@ -192,7 +172,7 @@ class NativeStep:
         threads: at most so many (default: torch's number).
     """
 
-    def __init__(self, model: Transformer, cache: Cache, threads: int | None = None) -> None:
+    def __init__(self, model: Transformer, cache: KVCache, threads: int | None = None) -> None:
         found, reason = library()
         if found is None:
             raise GroundupError(f"The native step cannot be used: {reason}.")
@@ -252,8 +232,7 @@ class NativeStep:
 
     def _describe(self, model: Transformer) -> _Model:
         config, cache = model.config, self._cache
-        straight = [layer.keys.shape[2] * cache.table.shape[1] for layer in cache.layers if not layer.ring]
-        reach = min(straight, default=max(config.context_length, *(layer.ring for layer in cache.layers)))
+        reach = cache.length
         positions, scale, cos, sin = None, 1.0, None, None
         where = torch.arange(reach)
         if model.embed_positions is not None:
@@ -296,10 +275,6 @@ class NativeStep:
 
     def _layer(self, block: Any, cache: LayerCache) -> _Layer:
         attention, feedforward, rule = block.self_attn, block.mlp, block.self_attn.rule
-        assert isinstance(feedforward, FeedForward)
-        keys, values = cache.keys, cache.values
-        assert keys.is_contiguous()
-        assert values.is_contiguous()
         self._kept.append(cache)
         return _Layer(
             **{name: self._matrix(getattr(attention, f"{name}_proj")) for name in "qkvo"},
@@ -308,13 +283,13 @@ class NativeStep:
             feedforward_norm=self._norm(block.post_attention_layernorm),
             q_norm=self._norm(attention.q_norm),
             k_norm=self._norm(attention.k_norm),
-            keys=keys.data_ptr(),
-            values=values.data_ptr(),
+            keys=cache.keys.data_ptr(),
+            values=cache.values.data_ptr(),
             key_scales=self._vector(cache.key_scales),
             value_scales=self._vector(cache.value_scales),
-            cache_kind=_KINDS[keys.dtype],
-            n_blocks=keys.shape[0],
-            block_size=keys.shape[2],
+            cache_kind=_KINDS[cache.keys.dtype],
+            n_blocks=cache.keys.shape[0],
+            block_size=cache.block_size,
             ring=cache.ring,
             ring_sinks=cache.sinks,
             pattern=_PATTERNS.index(rule.pattern),
@@ -324,23 +299,21 @@ class NativeStep:
             sink_tokens=rule.sink_tokens,
         )
 
-    def _matrix(self, module: nn.Module | None) -> _Matrix:
+    def _matrix(self, module: Any) -> _Matrix:
         if module is None:
             return _Matrix()
         bias = self._vector(getattr(module, "bias", None))
-        packed = getattr(module, "packed", None)
-        if packed is None:
-            weight: Tensor = module.weight  # type: ignore[assignment]
-            rows, cols = weight.shape
-            self._kept.append(weight)
-            return _Matrix(weight.data_ptr(), None, bias, _KINDS[weight.dtype], rows, cols, cols)
-        scales: Tensor = module.scales  # type: ignore[assignment]
+        if not hasattr(module, "packed"):
+            rows, cols = module.weight.shape
+            self._kept.append(module.weight)
+            return _Matrix(module.weight.data_ptr(), None, bias, _KINDS[module.weight.dtype], rows, cols, cols)
+        packed, scales = module.packed, module.scales
         rows, cols = packed.shape[0], packed.shape[1] * (8 // module.bits)
         kind = _INT4 if module.bits == 4 else _INT8_GROUPS if scales.shape[1] > 1 else _KINDS[torch.int8]
         self._kept += [packed, scales]
         return _Matrix(packed.data_ptr(), scales.data_ptr(), bias, kind, rows, cols, cols // scales.shape[1])
 
-    def _norm(self, module: nn.Module | None) -> _Norm:
+    def _norm(self, module: Any) -> _Norm:
         if module is None:
             return _Norm()
         return _Norm(self._vector(module.weight), self._vector(getattr(module, "bias", None)))
