@@ -46,13 +46,23 @@ def usable_cores() -> int:
 @functools.cache
 def cpu_name() -> str:
     """The processor's name, as the system gives it."""
+    return _cpu_field("model name") or platform.processor() or platform.machine()
+
+
+@functools.cache
+def cpu_features() -> str:
+    """The processor's instruction sets, as Linux names them; empty elsewhere."""
+    return _cpu_field("flags") or _cpu_field("Features")
+
+
+def _cpu_field(wanted: str) -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
             name, _, value = line.partition(":")
-            if name.strip() == "model name":
+            if name.strip() == wanted:
                 return value.strip()
-    return platform.processor() or platform.machine()
+    return ""
 
 
 def container_limits(root: Path = Path("/")) -> tuple[float | None, int | None]:

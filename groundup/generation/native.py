@@ -1,0 +1,327 @@
+"""The decode step of a dense model on CPUs, in C: `native.c`, compiled once a machine.
+
+A step of PyTorch's operations takes microseconds for each of them, and its products of one row reach a quarter of the
+memory's bandwidth (benchmarks/decode.py). The library is kept in the user's cache by a digest of its source, its flags
+and the processor. Without a compiler, and for what the step does not compute, `why_not` says so, and models are run by
+PyTorch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from groundup.environment import cpu_features, cpu_name
+from groundup.errors import GroundupError
+from groundup.files import atomic_writer, value_digest
+from groundup.generation.cache import KVCache, LayerCache
+from groundup.measured import cache_root
+from groundup.model import Transformer
+from groundup.model.masks import alibi_slopes
+from groundup.model.positions import rotation_table, sinusoids
+
+FLAGS = (
+    "-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC",
+    "-shared",
+)  # fmt: skip
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_INT8_GROUPS, _INT4 = 3, 4
+_PATTERNS = ("full", "window", "strided", "fixed")
+_ACTIVATIONS = ("swiglu", "geglu", "gelu", "gelu_tanh", "relu2")
+_FAULTS = {
+    1: "an id is no token of the vocabulary",
+    2: "a slot is not in the cache",
+    3: "a position is beyond the cache or the model's positions",
+    4: "a block is not in the cache",
+    5: "`wanted` is not among the tokens",
+}
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("weight", c_void_p), ("scales", c_void_p), ("bias", c_void_p),
+        ("kind", c_int32), ("rows", c_int32), ("cols", c_int32), ("group", c_int32),
+    )  # fmt: skip
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, _Norm) for name in ("attention_norm", "feedforward_norm", "q_norm", "k_norm")),
+        *((name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
+        *((name, c_int32) for name in ("cache_kind", "n_blocks", "block_size", "ring", "ring_sinks")),
+        *((name, c_int32) for name in ("pattern", "window", "stride", "summary", "sink_tokens")),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        ("layers", POINTER(_Layer)), ("embedding", _Matrix), ("head", _Matrix), ("norm", _Norm),
+        *((name, c_void_p) for name in ("positions", "cos", "sin", "slopes")),
+        *((name, c_int32) for name in (
+            "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_model", "d_ff", "vocab_size", "reach", "rotated",
+            "activation", "is_layernorm", "is_post_norm", "has_qk_norm", "table_width",
+        )),
+        *((name, c_float) for name in (
+            "embedding_scale", "attention_scale", "attention_softcap", "logit_softcap", "eps",
+        )),
+    )  # fmt: skip
+
+
+def why_not(model: Transformer, cache: KVCache) -> str | None:
+    """Why this model and cache cannot be stepped natively; None where they can."""
+    if model.config.n_experts:
+        return "experts are computed by PyTorch"
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [one for layer in cache.layers for one in (layer.keys, layer.values)]
+    if any(one.device.type != "cpu" for one in tensors):
+        return "the model or its cache is not on the CPU"
+    reasons = (_why_not_matrix(name, module) for name, module in model.named_modules())
+    return next((reason for reason in reasons if reason), None) or library()[1]
+
+
+def _why_not_matrix(name: str, module: Any) -> str | None:
+    if hasattr(module, "packed"):
+        group = module.packed.shape[1] * (8 // module.bits) // module.scales.shape[1]
+        whole = 32 if module.bits == 4 else 16 if module.scales.shape[1] > 1 else 1
+        return f"{name}: {module.bits}-bit groups of {group} are computed by PyTorch" if group % whole else None
+    if not isinstance(module, (nn.Linear, nn.Embedding)):
+        return None
+    weight = module.weight
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"{name}.weight is {str(weight.dtype).removeprefix('torch.')}, not float32 or bfloat16"
+    is_plain = type(weight.data) is Tensor and weight.is_contiguous()
+    return None if is_plain else f"{name}.weight is not one plain tensor"
+
+
+@functools.cache
+def library() -> tuple[ctypes.CDLL | None, str | None]:
+    """The compiled step, compiled now unless it was before; or None and the reason."""
+    source = resources.files(__package__).joinpath("native.c").read_text("utf-8")
+    key = value_digest([source, FLAGS, sys.platform, cpu_name(), cpu_features()])
+    path = cache_root() / "native" / f"{key}.so"
+    try:
+        if not path.is_file():
+            built = _compile(source)
+            if isinstance(built, str):
+                return None, built
+            with atomic_writer(path, binary=True) as handle:
+                handle.write(built)
+        found = ctypes.CDLL(str(path))
+    except (GroundupError, OSError) as error:
+        return None, f"the compiled step cannot be kept or loaded: {error}"
+    found.scratch_floats.restype, found.scratch_floats.argtypes = c_int64, (POINTER(_Model), c_int64, c_int)
+    found.step.argtypes = (
+        POINTER(_Model), c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int, c_void_p,
+        c_void_p, c_int,
+    )  # fmt: skip
+    return found, None
+
+
+def _compile(source: str) -> bytes | str:
+    """The library's bytes, or why there are none."""
+    names = (os.environ.get("CC"), "gcc", "cc", "clang")
+    compiler = next((found for name in names if name and (found := shutil.which(name))), None)
+    if compiler is None:
+        return "no C compiler found (install gcc, or name one in CC)"
+    if sys.platform == "darwin":  # Apple's clang has no OpenMP library of its own: torch's
+        folder = Path(torch.__file__).parent / "lib"
+        threads = ["-Xclang", "-fopenmp", str(folder / "libomp.dylib"), f"-Wl,-rpath,{folder}"]
+    else:  # libgomp, by a name under which torch's is loaded already: one pool of threads
+        threads = ["-fopenmp"]
+    with tempfile.TemporaryDirectory(prefix="groundup-") as name:
+        text, built = Path(name) / "native.c", Path(name) / "native.so"
+        text.write_text(source, encoding="utf-8")
+        result = subprocess.run(
+            [compiler, *FLAGS, str(text), "-o", str(built), *threads, "-lm"],
+            capture_output=True, text=True, errors="replace", check=False,
+        )  # fmt: skip
+        if result.returncode == 0:
+            return built.read_bytes()
+        lines = result.stderr.strip().splitlines()
+        wrong = next((line for line in lines if "error" in line), lines[0] if lines else "it said nothing")
+        return f"{compiler} cannot compile the step: {wrong}"
+
+
+class NativeStep:
+    """Steps of one model over one cache.
+
+    Weights and cache are read and written where they are, so a change in place is seen by the next step (of norms and
+    biases only where they are float32); tensors that are replaced by others are not.
+
+    Args:
+        model: a model that `why_not` has nothing against.
+        cache: its cache.
+        threads: at most so many (default: torch's number).
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache, threads: int | None = None) -> None:
+        found, reason = library()
+        if found is None:
+            raise GroundupError(f"The native step cannot be used: {reason}.")
+        self._library = found
+        self._cache = cache
+        self._threads = threads or torch.get_num_threads()
+        self._kept: list[Any] = []
+        self._model = self._describe(model)
+        self._scratch = torch.empty(0)
+        self._room = 0
+
+    def __call__(
+        self,
+        ids: Sequence[int] | Tensor,
+        slots: Sequence[int] | Tensor,
+        positions: Sequence[int] | Tensor,
+        wanted: Sequence[int] | Tensor | None = None,
+        n_layers: int | None = None,
+    ) -> Tensor:
+        """Store the tokens' keys and values, and compute logits.
+
+        Args:
+            ids: N tokens, of any slots.
+            slots: the slot of each.
+            positions: where each stands in its slot's text; ascending within a slot.
+            wanted: indexes among the N whose logits are returned; None: all.
+            n_layers: the first so many layers only, then norm and head; None: all.
+
+        Returns:
+            float32 (len(wanted), vocab_size).
+
+        Raises:
+            IndexError: an id, slot or position is out of range; nothing was computed.
+        """
+        ids, slots, positions = (
+            torch.as_tensor(values, dtype=torch.int32, device="cpu").contiguous() for values in (ids, slots, positions)
+        )
+        n = ids.numel()
+        if not n == slots.numel() == positions.numel():
+            raise ValueError("As many ids as slots and positions are needed.")
+        which = torch.arange(n, dtype=torch.int32) if wanted is None else torch.as_tensor(wanted, dtype=torch.int32)
+        which, table = which.contiguous(), self._cache.table
+        if n > self._room:
+            self._room = n
+            size = self._library.scratch_floats(self._model, n, self._threads)
+            self._scratch = torch.empty(size + 16, dtype=torch.float32)
+        memory = (self._scratch.data_ptr() + 63) // 64 * 64
+        logits = torch.empty(which.numel(), self._model.vocab_size, dtype=torch.float32)
+        fault = self._library.step(
+            self._model, ids.data_ptr(), slots.data_ptr(), positions.data_ptr(), n, which.data_ptr(), which.numel(),
+            table.data_ptr(), table.shape[0], self._model.n_layers if n_layers is None else n_layers,
+            logits.data_ptr(), memory, self._threads,
+        )  # fmt: skip
+        if fault:
+            raise IndexError(f"{_FAULTS[fault]}.")
+        return logits
+
+    def _describe(self, model: Transformer) -> _Model:
+        config, cache = model.config, self._cache
+        reach = cache.length
+        positions, scale, cos, sin = None, 1.0, None, None
+        where = torch.arange(reach)
+        if model.embed_positions is not None:
+            reach = min(reach, config.context_length)
+            positions = model.embed_positions.weight
+        elif config.position == "sinusoidal":
+            positions, scale = sinusoids(where, config.d_model), config.d_model**0.5
+        elif config.position == "rope":
+            cos, sin = rotation_table(where, config.rotated, config.rope_theta, torch.float32, config.rope_scaling)
+        head = model.embed_tokens if model.lm_head is None else model.lm_head
+        layers = (_Layer * config.n_layers)(
+            *(self._layer(block, layer) for block, layer in zip(model.blocks, cache.layers, strict=True))
+        )
+        return _Model(
+            layers=layers,
+            embedding=self._matrix(model.embed_tokens),
+            head=self._matrix(head),
+            norm=self._norm(model.norm),
+            positions=self._vector(positions),
+            cos=self._vector(cos),
+            sin=self._vector(sin),
+            slopes=self._vector(alibi_slopes(config.n_heads) if config.position == "alibi" else None),
+            reach=reach,
+            rotated=config.rotated,
+            activation=_ACTIVATIONS.index(config.activation),
+            is_layernorm=config.norm == "layernorm",
+            is_post_norm=config.norm_placement == "post",
+            has_qk_norm=config.qk_norm,
+            table_width=cache.table.shape[1],
+            embedding_scale=scale,
+            attention_scale=model.blocks[0].self_attn.scale,
+            attention_softcap=config.attention_softcap or 0.0,
+            logit_softcap=config.logit_softcap or 0.0,
+            eps=config.norm_eps,
+            **{
+                name: getattr(config, name)
+                for name in ("n_layers", "n_heads", "n_kv_heads", "head_dim", "d_model", "d_ff", "vocab_size")
+            },
+        )
+
+    def _layer(self, block: Any, cache: LayerCache) -> _Layer:
+        attention, feedforward, rule = block.self_attn, block.mlp, block.self_attn.rule
+        self._kept.append(cache)
+        return _Layer(
+            **{name: self._matrix(getattr(attention, f"{name}_proj")) for name in "qkvo"},
+            **{name: self._matrix(getattr(feedforward, f"{name}_proj")) for name in ("gate", "up", "down")},
+            attention_norm=self._norm(block.input_layernorm),
+            feedforward_norm=self._norm(block.post_attention_layernorm),
+            q_norm=self._norm(attention.q_norm),
+            k_norm=self._norm(attention.k_norm),
+            keys=cache.keys.data_ptr(),
+            values=cache.values.data_ptr(),
+            key_scales=self._vector(cache.key_scales),
+            value_scales=self._vector(cache.value_scales),
+            cache_kind=_KINDS[cache.keys.dtype],
+            n_blocks=cache.keys.shape[0],
+            block_size=cache.block_size,
+            ring=cache.ring,
+            ring_sinks=cache.sinks,
+            pattern=_PATTERNS.index(rule.pattern),
+            window=rule.window,
+            stride=rule.stride,
+            summary=rule.summary,
+            sink_tokens=rule.sink_tokens,
+        )
+
+    def _matrix(self, module: Any) -> _Matrix:
+        if module is None:
+            return _Matrix()
+        bias = self._vector(getattr(module, "bias", None))
+        if not hasattr(module, "packed"):
+            rows, cols = module.weight.shape
+            self._kept.append(module.weight)
+            return _Matrix(module.weight.data_ptr(), None, bias, _KINDS[module.weight.dtype], rows, cols, cols)
+        packed, scales = module.packed, module.scales
+        rows, cols = packed.shape[0], packed.shape[1] * (8 // module.bits)
+        kind = _INT4 if module.bits == 4 else _INT8_GROUPS if scales.shape[1] > 1 else _KINDS[torch.int8]
+        self._kept += [packed, scales]
+        return _Matrix(packed.data_ptr(), scales.data_ptr(), bias, kind, rows, cols, cols // scales.shape[1])
+
+    def _norm(self, module: Any) -> _Norm:
+        if module is None:
+            return _Norm()
+        return _Norm(self._vector(module.weight), self._vector(getattr(module, "bias", None)))
+
+    def _vector(self, values: Tensor | None) -> int | None:
+        """The address of float32 numbers, or None."""
+        if values is None:
+            return None
+        kept = values.detach().to(torch.float32).contiguous()
+        self._kept.append(kept)
+        return kept.data_ptr()
