@@ -1,5 +1,6 @@
 """A model and a prompt to text: one engine with cache, sampling, batching, speculation and quantization."""
 
+from groundup.generation.beam import beam_search
 from groundup.generation.cache import KVCache
 from groundup.generation.detokenizer import Detokenizer
 from groundup.generation.engine import Engine, EngineBusy, EngineStats
@@ -26,6 +27,7 @@ __all__ = [
     "Request",
     "SamplingParams",
     "TokenLogprob",
+    "beam_search",
     "chat_prompt",
     "chat_reply",
     "draw",

@@ -570,18 +570,15 @@ def _close(request: Request) -> None:
     """Fill in a request's results, if its last text is finished."""
     if request.is_finished or not all(text.is_finished for text in request._texts):
         return
-    texts = request._texts
-    if len(texts) > request.params.n:
-        texts = sorted(texts, key=_mean_logprob, reverse=True)[: request.params.n]
-    request.results = [text.result for text in texts]
+    results = [text.result for text in request._texts]
+    if len(results) > request.params.n:
+        for result in results:
+            result.score = sum(one.logprob for one in result.logprobs) / max(1, len(result.logprobs))
+        results = sorted(results, key=lambda result: -result.score)[: request.params.n]
+    request.results = results
     request._finished.set()
     if request._on_chunk is not None:
         request._on_chunk(None)
-
-
-def _mean_logprob(text: Text) -> float:
-    logprobs = text.result.logprobs
-    return sum(one.logprob for one in logprobs) / max(1, len(logprobs))
 
 
 def _raise_error(request: Request) -> None:

@@ -26,6 +26,7 @@ class Generation:
         text: filled in where a tokenizer is at hand; ends before the stop text.
         logprobs: of every new token, where they were asked for.
         prompt_logprobs: of the prompt's tokens from the second on, where they were asked for.
+        score: of `beam_search`, and of `best_of` the mean log-probability.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -33,6 +34,7 @@ class Generation:
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    score: float = 0.0
 
     @property
     def n_tokens(self) -> int:
