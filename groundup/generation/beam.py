@@ -88,6 +88,7 @@ def beam_search(
         logits = step([Row(slot, ids[-1:], len(prompt) + length - 1) for _, ids, slot in beams])
     finished += [Generation(ids, "length", score=total / len(ids) ** length_penalty) for total, ids, _ in beams]
     results = sorted(finished, key=lambda one: -one.score)[:n_beams]
-    for result in results if tokenizer is not None else ():
-        result.text = tokenizer.decode(result.ids)
+    if tokenizer is not None:
+        for result in results:
+            result.text = tokenizer.decode(result.ids)
     return results
