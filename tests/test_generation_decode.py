@@ -5,7 +5,7 @@ import torch
 from generation_models import NANO, chi_square, random_model, random_prompts
 
 from groundup.errors import DataError, GroundupError
-from groundup.generation import SamplingParams, decode, generate_ids
+from groundup.generation import SamplingParams, decode, generate_ids, uniforms
 from groundup.reference import sampling as reference
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10)
@@ -15,7 +15,6 @@ GREEDY = SamplingParams(temperature=0, max_tokens=10)
 def plain_loop(model, prompt, params, *, seed=None, slides=False):
     """The textbook: no cache, no batch; ends at the context's end, or goes on from its last half."""
     ids, context = list(prompt), model.config.context_length
-    generator = torch.Generator().manual_seed(seed or 0)
     new = []
     while len(new) < params.max_tokens and len(ids) <= context:
         logits = model(torch.tensor([ids]))[0, -1].tolist()
@@ -23,7 +22,7 @@ def plain_loop(model, prompt, params, *, seed=None, slides=False):
             token = max(range(len(logits)), key=logits.__getitem__)
         else:
             probabilities = reference.softmax(logits, params.temperature)
-            token = reference.draw(probabilities, torch.rand((), generator=generator, dtype=torch.float64).item())
+            token = reference.draw(probabilities, uniforms([seed], [len(new)]).item())
         new.append(token)
         ids.append(token)
         if slides and len(ids) > context:

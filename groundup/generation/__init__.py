@@ -3,7 +3,17 @@
 from groundup.generation.cache import KVCache
 from groundup.generation.decode import Generation, decode, generate_ids
 from groundup.generation.detokenizer import Detokenizer
-from groundup.generation.sampling import SamplingParams, draw, sample, warp
+from groundup.generation.params import SamplingParams
+from groundup.generation.sampling import (
+    History,
+    TokenLogprob,
+    draw,
+    request_seed,
+    sample,
+    token_logprobs,
+    uniforms,
+    warp,
+)
 from groundup.generation.text import (
     chat_prompt,
     chat_reply,
@@ -18,8 +28,10 @@ from groundup.generation.text import (
 __all__ = [
     "Detokenizer",
     "Generation",
+    "History",
     "KVCache",
     "SamplingParams",
+    "TokenLogprob",
     "chat_prompt",
     "chat_reply",
     "decode",
@@ -29,8 +41,11 @@ __all__ = [
     "generate_batch",
     "generate_ids",
     "prompt_ids",
+    "request_seed",
     "sample",
     "stream",
     "stream_chat",
+    "token_logprobs",
+    "uniforms",
     "warp",
 ]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from groundup.errors import DataError
 from groundup.generation.cache import KVCache
-from groundup.generation.sampling import SamplingParams, sample, seeded_generator
+from groundup.generation.params import SamplingParams
+from groundup.generation.sampling import request_seed, sample
 from groundup.model import OutputLayer, Transformer
 
 FinishReason = Literal["stop", "length"]
@@ -99,7 +100,7 @@ def decode(
     context = model.config.context_length
     seen = [_fit(prompt, model.config.vocab_size, context, params.max_tokens) for prompt in prompts]
     results = [Generation([], "length") for _ in seen]
-    generators = [seeded_generator(seed) for seed in (seeds if seeds is not None else [params.seed] * len(seen))]
+    own_seeds = [request_seed(seed) for seed in (seeds if seeds is not None else [params.seed] * len(seen))]
     cache = _new_cache(model, len(seen), min(context, max(map(len, seen)) + params.max_tokens))
     logits = _read(model, seen, cache)
     masked = torch.tensor(sorted(never), dtype=torch.int64, device=logits.device)
@@ -108,7 +109,8 @@ def decode(
     for n_written in range(1, params.max_tokens + 1):
         if never:
             logits = logits.index_fill(-1, masked, -math.inf)
-        tokens = sample(logits, params, [generators[number] for number in alive]).tolist()
+        drawn = sample(logits, params, [own_seeds[number] for number in alive], [n_written - 1] * len(alive))
+        tokens = drawn.tolist()
         keep = []
         for row, (number, token) in enumerate(zip(alive, tokens, strict=True)):
             result = results[number]

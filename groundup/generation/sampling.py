@@ -1,152 +1,369 @@
-"""From logits to a token: temperature, top-k, top-p (nucleus, arXiv:1904.09751), and an exact draw.
+"""From logits to tokens: penalties, temperature, filters, an exact draw, and the log-probabilities to report.
 
-The order is that of the field: temperature, then top-k, then top-p on what is left, then renormalize. Tokens of
-equal logits are treated alike: both filters keep everything that ties with the last token they need. The draw
-inverts the cumulative distribution at a uniform number from the request's own generator, so that a request's
-text depends on its seed only, never on what else is in the batch.
+Order of operations, each on what the one before left:
+
+1. logit bias, then repetition, frequency and presence penalty, then masks, on the raw logits (as in vLLM);
+2. temperature (before the filters, as in transformers and vLLM; llama.cpp applies it last);
+3. top-k, typical, top-p, min-p (llama.cpp's order; transformers: top-k, top-p, min-p, typical; vLLM: min-p first).
+
+Tokens of equal logits are treated alike: a filter keeps everything that ties with the last token it needs. A token
+is where the cumulative distribution passes a uniform number that is a pure function of the request's seed and the
+token's position, so that a text never depends on what else is in the batch, and no generator has a state to keep.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-import numbers
-from collections.abc import Sequence
+import secrets
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Float32, Float64, Int
 from torch import Tensor
 
 from groundup.errors import GroundupError
+from groundup.generation.params import SamplingParams
 
-_NUCLEUS_CANDIDATES = (256, 4096)  # tokens among which a nucleus is sought before all are sorted
+_BLOCK = 128  # tokens that are summed at once before a draw looks inside
+_TINY = float(np.finfo(np.float32).tiny)
+_WORD, _GAMMA = 2**64 - 1, 0x9E3779B97F4A7C15  # SplitMix64's
 
 
-@dataclass(frozen=True)
-class SamplingParams:
-    """How one request's tokens are drawn.
+class History:
+    """What penalties and `min_tokens` need of one request's tokens; takes a new token in constant time.
 
-    Attributes:
-        temperature: divides the logits; 0: always the most probable token (of several, the first).
-        top_k: draw among the k most probable tokens (ties with the last one are kept); 0: all.
-        top_p: draw among the fewest most probable tokens that hold this mass (ties as above); 1: all.
-        max_tokens: most tokens to write.
-        seed: the same seed gives the same text; None: another each time.
-        stop: texts before which writing stops.
-
-    Raises:
-        GroundupError: values out of range, all of them named.
+    Args:
+        prompt: its tokens.
+        ends: tokens that end the text; none is drawn before `min_tokens` are written.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    max_tokens: int = 128
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
+    def __init__(self, prompt: Sequence[int] = (), ends: Collection[int] = ()) -> None:
+        self._ends = torch.tensor(sorted(ends), dtype=torch.int64)
+        self._places = {token: place for place, token in enumerate(dict.fromkeys(prompt))}
+        self._ids = np.array([*self._places, *[0] * 64], np.int64)  # distinct tokens of prompt and output, then room
+        self._counts = np.zeros(len(self._ids), np.float32)  # of each in the output
+        self.n_written = 0
 
-    def __post_init__(self) -> None:
-        is_stop = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
-        rules = [
-            ("temperature", _is_real(self.temperature, 0, math.inf), "a number of at least 0"),
-            ("top_k", _is_whole(self.top_k, 0), "a whole number of at least 0 (0: all tokens)"),
-            ("top_p", _is_real(self.top_p, 0, 1) and self.top_p > 0, "over 0 and at most 1"),
-            ("max_tokens", _is_whole(self.max_tokens, 1), "a whole number of at least 1"),
-            ("seed", self.seed is None or _is_whole(self.seed, 0), "a whole number of at least 0 and below 2^63"),
-            ("stop", is_stop, "a tuple of texts, none of them empty"),
-        ]
-        wrong = [f"{name} = {getattr(self, name)!r}: must be {rule}." for name, fits, rule in rules if not fits]
-        if wrong:
-            raise GroundupError(" ".join(wrong))
+    def add(self, token: int) -> None:
+        """The next token of the output."""
+        place = self._places.setdefault(token, len(self._places))
+        if place == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+        self._ids[place] = token
+        self._counts[place] += 1
+        self.n_written += 1
+
+    def after(self, tokens: Iterable[int]) -> History:
+        """Another history, with these tokens added: of a draft that is not yet accepted."""
+        other = History.__new__(History)
+        other._ends, other._places, other.n_written = self._ends, dict(self._places), self.n_written
+        other._ids, other._counts = self._ids.copy(), self._counts.copy()
+        for token in tokens:
+            other.add(token)
+        return other
+
+    def penalize(self, logits: Float32[Tensor, " vocab"], params: SamplingParams) -> None:
+        """Change a row of logits in place."""
+        size, device = len(self._places), logits.device
+        ids, counts = (torch.from_numpy(part[:size]).to(device) for part in (self._ids, self._counts))
+        values = logits[ids]
+        if params.repetition_penalty != 1:
+            penalty = params.repetition_penalty
+            values = torch.where(values > 0, values / penalty, values * penalty)
+        logits[ids] = values - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+        if self.n_written < params.min_tokens:
+            logits[self._ends.to(device)] = -math.inf
+            logits[list(params.stop_ids)] = -math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """What the model held of a token that was drawn.
+
+    Attributes:
+        token: its id.
+        logprob: its log-probability (nats) by the model's own logits, before penalties, temperature and filters.
+        top: the most probable tokens and their log-probabilities, most probable first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 def sample(
-    logits: Float[Tensor, "batch vocab"], params: SamplingParams, generators: Sequence[torch.Generator]
-) -> Int[Tensor, " batch"]:
-    """One token for each row, drawn with the row's own generator.
+    logits: Float[Tensor, "rows vocab"],
+    params: SamplingParams | Sequence[SamplingParams],
+    seeds: Sequence[int],
+    positions: Sequence[int],
+    histories: Sequence[History | None] | None = None,
+    masks: Sequence[Bool[Tensor, " vocab"] | None] | None = None,
+) -> Int[Tensor, " rows"]:
+    """One token for each row.
+
+    Args:
+        logits: of the model.
+        params: of each row, or one for all.
+        seeds: of each row's request (not `params.seed`, which may be None).
+        positions: how many tokens each request has written before.
+        histories: of rows whose `params.needs_history`.
+        masks: tokens that a row may draw, such as those a grammar allows; None: all.
 
     Raises:
-        GroundupError: the logits are not numbers.
+        GroundupError: the logits are not numbers, or a row may draw no token.
     """
-    if params.temperature == 0:
-        _check_numbers(logits)
-        return logits.argmax(dim=-1)
-    uniforms = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
-    return draw(warp(logits, params), uniforms.to(logits.device))
+    rows = [params] * len(logits) if isinstance(params, SamplingParams) else params
+    logits = _adjust(logits, rows, histories, masks)
+    if all(own.temperature == 0 for own in rows):
+        is_cpu = logits.device.type == "cpu"  # where numpy's argmax takes a tenth of the time
+        tokens = torch.from_numpy(logits.numpy().argmax(axis=-1)) if is_cpu else logits.argmax(dim=-1)
+        _check(logits.gather(-1, tokens[:, None]).flatten().tolist())  # a NaN counts as the largest
+        return tokens
+    weights = _weights(logits, rows)
+    return _draw(weights, uniforms(seeds, positions))
 
 
-def warp(logits: Float[Tensor, "*batch vocab"], params: SamplingParams) -> Float[Tensor, "*batch vocab"]:
-    """Log-probabilities after temperature, top-k and top-p; −inf for tokens that cannot be drawn.
+def warp(
+    logits: Float[Tensor, "rows vocab"],
+    params: SamplingParams | Sequence[SamplingParams],
+    histories: Sequence[History | None] | None = None,
+    masks: Sequence[Bool[Tensor, " vocab"] | None] | None = None,
+) -> Float32[Tensor, "rows vocab"]:
+    """Log-probabilities of what `sample` draws; −inf for tokens that cannot be drawn.
 
-    Raises:
-        GroundupError: the logits are not numbers.
+    To verify a draft, every position of a request is a row with a history of its own (`History.after`). Arguments
+    and errors as `sample`.
     """
-    largest = _check_numbers(logits)
+    rows = [params] * len(logits) if isinstance(params, SamplingParams) else params
+    weights = _weights(_adjust(logits, rows, histories, masks), rows)
+    return (weights / weights.sum(dim=-1, keepdim=True)).log()
+
+
+def draw(logprobs: Float[Tensor, "rows vocab"], uniform: Float64[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    """The token at which each row's cumulative distribution passes its uniform number of [0, 1)."""
+    return _draw(logprobs.exp(), uniform)
+
+
+def uniforms(seeds: Sequence[int], positions: Sequence[int], stream: int = 0) -> Float64[Tensor, " rows"]:
+    """Numbers of [0, 1), each a function of a seed and a position (SplitMix64, doi:10.1145/2714064.2660195).
+
+    Args:
+        seeds: of requests, from 0 to 2^63 − 1.
+        positions: of tokens in the requests' outputs.
+        stream: 0 to 3: independent numbers for one token, such as its draft's, the verdict's and its replacement's.
+    """
+    pairs = zip(seeds, positions, strict=True)
+    hashes = [_mix(_mix(seed + _GAMMA) + _GAMMA * (4 * position + stream + 1)) for seed, position in pairs]
+    return torch.tensor([(value >> 11) * 2.0**-53 for value in hashes], dtype=torch.float64)
+
+
+def request_seed(seed: int | None, index: int = 0) -> int:
+    """The seed of a request's `index`-th text: the first has the request's own; without one, another each time."""
+    if seed is None:
+        return secrets.randbits(63)
+    return seed if index == 0 else _mix(_mix(seed) + index) >> 1
+
+
+def token_logprobs(logits: Float[Tensor, "rows vocab"], tokens: Sequence[int], n_top: int) -> list[TokenLogprob]:
+    """Log-probabilities of the tokens that were drawn, and of the `n_top` most probable ones.
+
+    A drawn token that is among the most probable stands in `top`, with the same float.
+
+    Args:
+        logits: of the model, before any change.
+        tokens: one for each row.
+        n_top: 0 to the vocabulary's size.
+    """
+    logits = logits.float()
+    totals = logits.logsumexp(dim=-1, keepdim=True)
+    drawn = (logits.gather(-1, torch.tensor(tokens, device=logits.device)[:, None]) - totals)[:, 0].tolist()
+    best = logits.topk(min(n_top, logits.shape[-1]), dim=-1)
+    found = []
+    for token, logprob, ids, values in zip(
+        tokens, drawn, best.indices.tolist(), (best.values - totals).tolist(), strict=True
+    ):
+        if ids and token not in ids and logprob >= values[-1]:
+            ids[-1] = token  # of several that tie for the last place, the one that was drawn
+        found.append(TokenLogprob(token, logprob, tuple(zip(ids, values, strict=True))))
+    return found
+
+
+def _adjust(
+    logits: Float[Tensor, "rows vocab"],
+    rows: Sequence[SamplingParams],
+    histories: Sequence[History | None] | None,
+    masks: Sequence[Bool[Tensor, " vocab"] | None] | None,
+) -> Float32[Tensor, "rows vocab"]:
+    """Logits after bias, penalties and masks; a copy where anything changes."""
+    logits = logits.detach()
+    adjusted = logits.float()
+    for number, params in enumerate(rows):
+        mask = masks[number] if masks else None
+        if not (params.logit_bias or params.needs_history or mask is not None):
+            continue
+        if adjusted is logits:
+            adjusted = logits.clone()
+        row = adjusted[number]
+        if params.logit_bias:
+            ids, bias = params.bias
+            row[ids.to(row.device)] += bias.to(row.device)
+        if params.needs_history:
+            history = histories[number] if histories else None
+            assert history is not None, "penalties and min_tokens need a history"
+            history.penalize(row, params)
+        if mask is not None:
+            row.masked_fill_(~mask, -math.inf)
+    return adjusted
+
+
+def _weights(logits: Float32[Tensor, "rows vocab"], params: Sequence[SamplingParams]) -> Float32[Tensor, "rows vocab"]:
+    """Each token's probability over the most probable one's; 0 for tokens that cannot be drawn."""
+    weights = torch.empty_like(logits)
+    if logits.device.type == "cpu":
+        for row, own, target in zip(logits.numpy(), params, weights.numpy(), strict=True):
+            _weigh_row(row, own, target)
+        return weights
+    alike: dict[tuple[float, ...], list[int]] = {}
+    for number, own in enumerate(params):
+        alike.setdefault((own.temperature, own.top_k, own.typical_p, own.top_p, own.min_p), []).append(number)
+    for rows in alike.values():
+        where = torch.tensor(rows, device=logits.device)
+        weights[where] = _weigh_batch(logits[where], params[rows[0]])
+    return weights
+
+
+def _weigh_batch(logits: Float32[Tensor, "rows vocab"], params: SamplingParams) -> Float32[Tensor, "rows vocab"]:
+    """`_weights` of rows with the same settings, on any device."""
+    largest = logits.amax(dim=-1, keepdim=True)
+    _check(largest.flatten().tolist())
     if params.temperature == 0:
-        best = logits.argmax(dim=-1, keepdim=True)
-        return torch.full_like(logits, -math.inf, dtype=torch.float32).scatter(-1, best, 0.0)
+        return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
     # The largest becomes 0 first, so that a temperature near 0 cannot make infinities of both signs.
-    logits = (logits.float() - largest[..., None].float()) / max(params.temperature, torch.finfo(torch.float32).tiny)
-    if 0 < params.top_k < logits.shape[-1]:
-        last = logits.topk(params.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < last, -math.inf)
+    keys = (logits - largest) / max(params.temperature, _TINY)
+    if 0 < params.top_k < keys.shape[-1]:
+        keys = keys.masked_fill(keys < keys.topk(params.top_k, dim=-1).values[:, -1:], -math.inf)
+    weights = keys.exp()
+
+    def keep_mass(keys: Tensor, share: float) -> Tensor:
+        order = keys.argsort(dim=-1, descending=True)
+        held = weights.gather(-1, order).cumsum(dim=-1, dtype=torch.float64)
+        last = (held < share * held[:, -1:]).sum(dim=-1, keepdim=True).clamp(max=keys.shape[-1] - 1)
+        return weights.masked_fill(keys < keys.gather(-1, order.gather(-1, last)), 0)
+
+    if params.typical_p < 1:
+        surprises = -keys.log_softmax(dim=-1)
+        entropy = (surprises * surprises.neg().exp()).nan_to_num(nan=0.0).sum(dim=-1, keepdim=True)
+        weights = keep_mass(-(surprises - entropy).abs(), params.typical_p)
     if params.top_p < 1:
-        logits = logits.masked_fill(logits < _nucleus_border(logits, params.top_p), -math.inf)
-    return logits.log_softmax(dim=-1)
+        weights = keep_mass(keys, params.top_p)
+    if params.min_p > 0:
+        weights = weights.masked_fill(weights < params.min_p * weights.amax(dim=-1, keepdim=True), 0)
+    return weights
 
 
-def draw(logprobs: Float[Tensor, "batch vocab"], uniforms: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
-    """The token at which the cumulative distribution passes each uniform number of [0, 1)."""
-    cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
+def _weigh_row(logits: np.ndarray, params: SamplingParams, weights: np.ndarray) -> None:
+    """`_weigh_batch` for one row on the CPU: without a sort of the vocabulary, and bit for bit as in any batch."""
+    largest = logits.max()
+    _check([float(largest)])
+    if params.temperature == 0:
+        weights.fill(0)
+        weights[logits.argmax()] = 1
+        return
+    keys = logits - largest
+    if params.temperature != 1:
+        with np.errstate(over="ignore"):
+            keys /= max(params.temperature, _TINY)
+    np.exp(keys, out=weights)
+    if 0 < params.top_k < len(keys):
+        weights *= keys >= torch.from_numpy(keys).topk(params.top_k).values[-1].item()
+    if params.typical_p < 1:
+        total = weights.sum()
+        surprises = np.log(total) - keys
+        entropy = weights.dot(np.where(weights > 0, surprises, 0)) / total  # 0 · inf is no number
+        nearness = -np.abs(surprises - entropy)
+        weights *= nearness >= _border(nearness, weights, params.typical_p * total)
+    if params.top_p < 1:
+        weights *= keys >= _border(keys, weights, params.top_p * weights.sum())
+    if params.min_p > 0:
+        weights *= weights >= params.min_p * weights.max()
+
+
+def _border(keys: np.ndarray, weights: np.ndarray, mass: float) -> np.floating:
+    """The key of the last token that is needed to hold a mass, taking tokens from the largest key down.
+
+    A sort of the whole vocabulary would take longer than a step of a small model. So a band below the largest key
+    is widened until it holds the mass, then halved around the border, and only the tokens in it are sorted.
+
+    Args:
+        keys: (vocab,) float32, in nats.
+        weights: (vocab,) float32.
+        mass: a sum of weights.
+    """
+    best, width = keys.max(), 8.0
+    while weights.dot(keys >= best - width) < mass and width < 256:
+        width *= 2
+    above, below, before = best + 1, best - width if width < 256 else -np.inf, 0.0
+    band = keys >= below
+    for _ in range(12):
+        if np.count_nonzero(band) <= 1024 or width >= 256:
+            break
+        middle = (above + below) / 2
+        held = weights.dot(keys >= middle)
+        above, below, before = (above, middle, before) if held >= mass else (middle, below, held)
+        band = (keys < above) & (keys >= below)
+    keys, weights = keys[band], weights[band]
+    order = np.argsort(-keys)
+    sums = weights[order].cumsum(dtype=np.float64)
+    return keys[order[min(int(sums.searchsorted(mass - before)), len(keys) - 1)]]
+
+
+def _draw(weights: Float[Tensor, "rows vocab"], uniform: Float64[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    if weights.device.type == "cpu":
+        return torch.tensor([_draw_row(row, u) for row, u in zip(weights.numpy(), uniform.tolist(), strict=True)])
+    sums = weights.cumsum(dim=-1, dtype=torch.float64)
     # u · total rounds to less than the total for every double u < 1, and the first sum over it belongs to a token
     # that has added something: the index is that of a possible token.
-    targets = uniforms.double()[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, targets, right=True)[:, 0]
+    return torch.searchsorted(sums, uniform[:, None].to(sums) * sums[:, -1:], right=True)[:, 0]
 
 
-def seeded_generator(seed: int | None) -> torch.Generator:
-    """A request's source of randomness; without a seed, another each time."""
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator
+def _draw_row(weights: np.ndarray, uniform: float) -> int:
+    """First the block of tokens, then the token in it: a running sum over the vocabulary would take longer."""
+    sums = np.add.reduceat(weights, _block_starts(len(weights)), dtype=np.float64).cumsum()
+    target = uniform * sums[-1]
+    block = int(sums.searchsorted(target, side="right"))
+    inside = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
+    place = inside.searchsorted(max(target - (sums[block - 1] if block else 0.0), 0.0), side="right")
+    if place == len(inside):  # the two sums were rounded differently: the last token that has added something
+        place = inside.searchsorted(inside[-1])
+    return block * _BLOCK + int(place)
 
 
-def _check_numbers(logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
-    """Each row's largest logit, which is finite unless the row has a NaN, a +inf or nothing but −inf."""
-    largest = logits.amax(dim=-1)
-    if not torch.isfinite(largest).all():
+@functools.lru_cache(maxsize=8)
+def _block_starts(vocab_size: int) -> np.ndarray:
+    return np.arange(0, vocab_size, _BLOCK)
+
+
+def _check(largest: Sequence[float]) -> None:
+    """A row's largest logit is finite unless the row has a NaN, a +inf or nothing but −inf."""
+    if -math.inf in largest:
+        raise GroundupError(
+            "no token may be drawn: the model's logits, logit_bias, min_tokens and the grammar together exclude all.",
+            "Exclude fewer.",
+        )
+    if not all(map(math.isfinite, largest)):
         raise GroundupError(
             "the model gave logits that are not numbers (NaN or infinite): its weights are damaged, or diverged.",
             "Take an earlier checkpoint, or train again with a lower learning rate.",
         )
-    return largest
 
 
-def _nucleus_border(logits: Float[Tensor, "*batch vocab"], top_p: float) -> Float[Tensor, "*batch 1"]:
-    """The logit of the last token that is needed to hold the mass `top_p`.
-
-    A sort of the whole vocabulary would cost more than a step of a small model; a few hundred candidates hold the
-    mass nearly always, and where they do not, all are sorted: the border is the same.
-    """
-    vocab = logits.shape[-1]
-    log_total = logits.logsumexp(dim=-1, keepdim=True)
-    for n_candidates in (*(n for n in _NUCLEUS_CANDIDATES if n < vocab), vocab):
-        ordered = logits.topk(n_candidates, dim=-1).values
-        held = (ordered - log_total).double().exp().cumsum(dim=-1)
-        if bool((held[..., -1] >= top_p).all()):
-            break
-    n_before = (held < top_p).sum(dim=-1, keepdim=True).clamp(max=n_candidates - 1)
-    return ordered.gather(-1, n_before)
-
-
-def _is_real(value: object, least: float, most: float) -> bool:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and least <= value <= most  # type: ignore[arg-type,operator]
-
-
-def _is_whole(value: object, least: int) -> bool:
-    is_number = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    return is_number and least <= int(value) < 2**63  # type: ignore[call-overload]
+def _mix(value: int) -> int:
+    """SplitMix64's finalizer: each bit of the result depends on each of the value's lower 64 bits."""
+    value &= _WORD
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _WORD
+    return value ^ (value >> 31)

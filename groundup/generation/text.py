@@ -12,7 +12,7 @@ from typing import overload
 from groundup.errors import GroundupError
 from groundup.generation.decode import Generation, decode, generate_ids
 from groundup.generation.detokenizer import Detokenizer
-from groundup.generation.sampling import SamplingParams
+from groundup.generation.params import SamplingParams
 from groundup.model import Transformer
 from groundup.tokenizer import Message, Tokenizer, render
 
