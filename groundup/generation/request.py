@@ -9,7 +9,8 @@ from typing import Literal
 
 from groundup.errors import GroundupError
 from groundup.generation.detokenizer import Detokenizer
-from groundup.generation.sampling import History, SamplingParams, TokenLogprob, request_seed
+from groundup.generation.params import SamplingParams
+from groundup.generation.sampling import History, TokenLogprob, request_seed
 from groundup.generation.slots import Lease
 from groundup.tokenizer import Tokenizer
 

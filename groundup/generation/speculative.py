@@ -22,7 +22,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from groundup.generation.cache import KVCache
-from groundup.generation.sampling import History, SamplingParams, draw, sample, uniforms, warp
+from groundup.generation.params import SamplingParams
+from groundup.generation.sampling import History, draw, sample, uniforms, warp
 from groundup.generation.step import ModelStep, Row, inference_copy
 from groundup.model import Transformer
 
