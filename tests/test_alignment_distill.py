@@ -103,4 +103,4 @@ def test_a_recipe_makes_a_draft_that_guesses_for_its_model(tmp_path):
 
 def test_a_recipe_without_text_and_a_wrong_student_are_refused():
     with pytest.raises(RecipeError, match="n_heads"):
-        parse_recipe('[align.draft]\nmethod = "distill"\nstart = "x"\nmodel = {n_heads = "many"}\n')
+        parse_recipe('[align.draft]\nmethod = "distill"\nstart = "x"\nmodel = {n_heads = "many"}\n', "a.toml")
