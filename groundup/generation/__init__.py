@@ -3,6 +3,7 @@
 from groundup.generation.cache import KVCache
 from groundup.generation.decode import Generation, decode, generate_ids
 from groundup.generation.detokenizer import Detokenizer
+from groundup.generation.grammar import Constraint, Matcher
 from groundup.generation.params import SamplingParams
 from groundup.generation.sampling import (
     History,
@@ -26,10 +27,12 @@ from groundup.generation.text import (
 )
 
 __all__ = [
+    "Constraint",
     "Detokenizer",
     "Generation",
     "History",
     "KVCache",
+    "Matcher",
     "SamplingParams",
     "TokenLogprob",
     "chat_prompt",
