@@ -1,6 +1,7 @@
 """Text from a model: pieces and whole, stop texts, characters over several tokens, conversations."""
 
 import itertools
+import time
 
 import pytest
 from generation_models import TEXT, random_model, small_tokenizer
@@ -100,6 +101,32 @@ def test_characters_over_several_tokens_are_never_shown_in_part(text, where):
     shown, _ = detokenized(cut(text.encode(), where))
     assert "".join(shown) == text
     assert "�" not in "".join(shown)
+
+
+@given(short_text, st.lists(stop_text, max_size=2), places)
+def test_a_tokens_offset_is_where_its_text_begins(text, stop, where):
+    pieces = cut(text.encode(), where)
+    detokenizer = Detokenizer(Pieces(pieces), stop)
+    for token in range(len(pieces)):
+        detokenizer.add(token)
+    n_seen = len(detokenizer.offsets)
+    before = [b"".join(pieces[:token]).decode(errors="ignore") for token in range(n_seen)]
+    assert detokenizer.offsets == [len(beginning) for beginning in before]
+    assert n_seen == len(pieces) or detokenizer.stopped
+
+
+def test_a_token_costs_the_same_however_long_the_text_is():
+    detokenizer = Detokenizer(Pieces([b" word"]), ("\n\nUser: " * 20,))
+
+    def seconds(n):
+        started = time.process_time()
+        for _ in range(n):
+            detokenizer.add(0)
+        return time.process_time() - started
+
+    first = min(seconds(2000) for _ in range(5))
+    seconds(100_000)
+    assert min(seconds(2000) for _ in range(5)) < 3 * first + 0.002
 
 
 @given(st.binary(max_size=30), places)
