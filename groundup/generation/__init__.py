@@ -4,6 +4,7 @@ from groundup.generation.beam import beam_search
 from groundup.generation.cache import KVCache
 from groundup.generation.detokenizer import Detokenizer
 from groundup.generation.engine import Engine, EngineBusy, EngineStats
+from groundup.generation.grammar import Constraint, Matcher
 from groundup.generation.params import SamplingParams
 from groundup.generation.request import Chunk, Generation, Request
 from groundup.generation.sampling import (
@@ -28,6 +29,7 @@ from groundup.generation.text import (
 
 __all__ = [
     "Chunk",
+    "Constraint",
     "Detokenizer",
     "Engine",
     "EngineBusy",
@@ -35,6 +37,7 @@ __all__ = [
     "Generation",
     "History",
     "KVCache",
+    "Matcher",
     "Request",
     "SamplingParams",
     "TokenLogprob",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from groundup.errors import GroundupError
+from groundup.generation.grammar import Constraint
 
 MOST_SAMPLES = 128  # n and best_of of one request
 MOST_LOGPROBS = 20  # alternatives reported for a token
@@ -42,6 +43,7 @@ class SamplingParams:
         min_tokens: tokens before which none that ends the text is drawn.
         n: texts to return.
         best_of: texts to write, of which the `n` with the highest mean log-probability are returned; None: n.
+        constraint: what the text must be: `Constraint.json_schema`, `.regex` or `.choices`.
         logprobs: report each token's log-probability and so many of the most probable tokens'; None: none of it.
 
     Raises:
@@ -66,6 +68,7 @@ class SamplingParams:
     n: int = 1
     best_of: int | None = None
     logprobs: int | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         are_stops = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
@@ -95,6 +98,7 @@ class SamplingParams:
             ("min_tokens", _is_whole(self.min_tokens, 0, most_min_tokens), "a whole number from 0 to max_tokens"),
             ("n", _is_whole(self.n, 1, MOST_SAMPLES), f"a whole number from 1 to {MOST_SAMPLES}"),
             ("best_of", has_best_of, f"a whole number from n to {MOST_SAMPLES}"),
+            ("constraint", self.constraint is None or isinstance(self.constraint, Constraint), "a Constraint"),
             ("logprobs", has_logprobs, f"a whole number from 0 to {MOST_LOGPROBS}"),
         ]
         if wrong := [f"{name} = {getattr(self, name)!r}: must be {rule}." for name, fits, rule in rules if not fits]:
