@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from record import write_result
 
-from groundup.generation import SamplingParams, generate_ids
+from groundup.generation import SamplingParams, generate_batch
 from groundup.interop.gguf import GgufType, export_gguf
 from groundup.model import RopeScaling, Transformer, preset
 from groundup.tokenizer import Tokenizer, render
@@ -117,7 +117,7 @@ def shape_jobs(folder: Path) -> list[Any]:
         task = {"file": str(file), "ids": ids.tolist(), "prompts": prompts, "n_new": N_NEW}
 
         def compare(answer: dict[str, Any], shape=shape, model=model, ids=ids, task=task, told=told) -> dict[str, Any]:
-            ours = generate_ids(model, task["prompts"], SamplingParams(temperature=0, max_tokens=N_NEW))
+            ours = generate_batch(model, None, task["prompts"], SamplingParams(temperature=0, max_tokens=N_NEW))
             with torch.no_grad():
                 logits = model(ids[None])[0].numpy()
             theirs = np.load(f"{task['file']}.npy")

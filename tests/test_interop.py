@@ -13,7 +13,7 @@ import groundup as gu
 import groundup.errors
 import groundup.tokenizer
 from groundup.errors import ArtifactError
-from groundup.generation import SamplingParams, generate_ids
+from groundup.generation import SamplingParams, generate_batch
 from groundup.recipe import parse_recipe
 
 transformers = pytest.importorskip("transformers")
@@ -60,7 +60,7 @@ def test_transformers_writes_the_same_tokens(tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     prompt = tokenizer.encode("Once upon a time")
     expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
-    ours = generate_ids(model, [prompt], SamplingParams(temperature=0, max_tokens=12))[0].ids
+    ours = generate_batch(model, None, [prompt], SamplingParams(temperature=0, max_tokens=12))[0].ids
     assert ours == expected
     ends = {tokenizer.end_id, tokenizer.end_of_text_id}
     assert set(theirs.generation_config.eos_token_id) == ends

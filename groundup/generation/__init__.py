@@ -1,13 +1,14 @@
-"""A model and a prompt to text: cache, sampling, decoding, streaming."""
+"""A model and a prompt to text: one engine with cache, sampling, batching, speculation and quantization."""
 
-from groundup.generation.cache import KVCache, Rows
-from groundup.generation.decode import Generation, decode, generate_ids
+from groundup.generation.beam import beam_search
+from groundup.generation.cache import KVCache
 from groundup.generation.detokenizer import Detokenizer
-from groundup.generation.sampling import SamplingParams, draw, sample, warp
+from groundup.generation.engine import Engine, EngineBusy, EngineStats
+from groundup.generation.request import Chunk, Generation, Request
+from groundup.generation.sampling import SamplingParams, TokenLogprob, draw, sample, warp
 from groundup.generation.text import (
     chat_prompt,
     chat_reply,
-    end_ids,
     generate,
     generate_batch,
     prompt_ids,
@@ -16,19 +17,22 @@ from groundup.generation.text import (
 )
 
 __all__ = [
+    "Chunk",
     "Detokenizer",
+    "Engine",
+    "EngineBusy",
+    "EngineStats",
     "Generation",
     "KVCache",
-    "Rows",
+    "Request",
     "SamplingParams",
+    "TokenLogprob",
+    "beam_search",
     "chat_prompt",
     "chat_reply",
-    "decode",
     "draw",
-    "end_ids",
     "generate",
     "generate_batch",
-    "generate_ids",
     "prompt_ids",
     "sample",
     "stream",

@@ -209,7 +209,7 @@ class Rows:
         return found[0], found[1], self._where(store, length)
 
     def _blocks(self, n_blocks: int) -> Tensor | slice:
-        """The blocks of the rows; where each slot is one block and they follow each other, a slice, which copies nothing."""
+        """The blocks of the rows; a slice, which copies nothing, where slots are blocks that follow each other."""
         first, last = self._slots[0], self._slots[-1]
         if self._cache.page_size is None and self._slots == list(range(first, last + 1)):
             return slice(first, last + 1)

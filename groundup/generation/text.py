@@ -10,11 +10,14 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import overload
 
 from groundup.errors import GroundupError
-from groundup.generation.decode import Generation, decode, generate_ids
-from groundup.generation.detokenizer import Detokenizer
+from groundup.generation.engine import Engine
+from groundup.generation.request import Generation, Request
 from groundup.generation.sampling import SamplingParams
 from groundup.model import Transformer
 from groundup.tokenizer import Message, Tokenizer, render
+
+_SLOTS = 128
+"""Most texts that are written at the same time."""
 
 
 @overload
@@ -85,7 +88,10 @@ def stream(
 ) -> Iterator[str]:
     """As `generate` for one text, piece by piece; the pieces put together are the same text."""
     params = SamplingParams(temperature, top_k, top_p, max_tokens, seed, _texts(stop))
-    return _stream_ids(model, tokenizer, prompt_ids(tokenizer, prompt), params, slides=True)
+    context = model.config.context_length
+    request = Request(_fit(prompt_ids(tokenizer, prompt), context, max_tokens), params, slides=True)
+    length = len(request.ids) + max_tokens
+    return _pieces(lambda: Engine(model, tokenizer, slots=1, length=length), request)
 
 
 def chat_reply(
@@ -94,10 +100,13 @@ def chat_reply(
     messages: Sequence[Message],
     params: SamplingParams,
     on_left_out: Callable[[int], None] | None = None,
+    *,
+    engine: Engine | None = None,
 ) -> Generation:
     """The assistant's answer. Arguments and errors as `stream_chat`."""
-    ids = _chat_ids(model, tokenizer, messages, params, on_left_out)
-    return generate_batch(model, tokenizer, [ids], params)[0]
+    request = _chat_request(model, tokenizer, messages, params, on_left_out)
+    engine = engine or Engine(model, tokenizer, slots=1)
+    return engine.run([request])[0][0]
 
 
 def stream_chat(
@@ -106,6 +115,8 @@ def stream_chat(
     messages: Sequence[Message],
     params: SamplingParams,
     on_left_out: Callable[[int], None] | None = None,
+    *,
+    engine: Engine | None = None,
 ) -> Iterator[str]:
     """The assistant's answer, piece by piece.
 
@@ -116,17 +127,18 @@ def stream_chat(
             system message stays.
         params: how tokens are drawn; `max_tokens`, but no more than half the context, are kept free.
         on_left_out: called with the number of messages that were left out, if any.
+        engine: of this model; one that is kept reads a conversation's earlier turns once.
 
     Raises:
         GroundupError: not even the last message fits.
     """
-    ids = _chat_ids(model, tokenizer, messages, params, on_left_out)
-    return _stream_ids(model, tokenizer, ids, params)
+    request = _chat_request(model, tokenizer, messages, params, on_left_out)
+    return _pieces(lambda: engine or Engine(model, tokenizer, slots=1), request)
 
 
 def generate_batch(
     model: Transformer,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
     stop_ids: Collection[int] | None = None,
@@ -134,20 +146,33 @@ def generate_batch(
     seeds: Sequence[int | None] | None = None,
     slides: bool = False,
 ) -> list[Generation]:
-    """`generate_ids` with stop texts, and with the text of what was written."""
-    watched = [Detokenizer(tokenizer, params.stop) for _ in prompts]
+    """Continue token ids, each prompt once.
 
-    def on_token(row: int, token: int) -> bool:
-        watched[row].add(token)
-        return watched[row].stopped
+    Args:
+        model: put into evaluation mode.
+        tokenizer: of the model; None: results have no text.
+        prompts: at least one token each; of one as long as the context, the end is read, so that `max_tokens` more
+            have room, or at least half the context remains.
+        params: how tokens are drawn.
+        stop_ids: tokens that end a text and are not written (default: the tokenizer's).
+        seeds: of each prompt (default: `params.seed`).
+        slides: go on past the context's end, reading the last half again, instead of finishing with "length".
 
-    stop_ids = end_ids(tokenizer) if stop_ids is None else stop_ids
-    unused = tokenizer.unused_ids(model.config.vocab_size)
-    results = generate_ids(model, prompts, params, stop_ids, on_token, seeds=seeds, slides=slides, never=unused)
-    for result, detokenizer in zip(results, watched, strict=True):
-        detokenizer.finish()
-        result.text = detokenizer.text
-    return results
+    Raises:
+        DataError: an empty prompt, or an id the model does not have.
+        GroundupError: the model's logits are not numbers.
+    """
+    if not prompts:
+        return []
+    context = model.config.context_length
+    seeds = [None] * len(prompts) if seeds is None else seeds
+    requests = [
+        Request(_fit(prompt, context, params.max_tokens), params, seed, stop_ids, slides=slides)
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    length = max(len(request.ids) for request in requests) + params.max_tokens
+    engine = Engine(model, tokenizer, slots=min(len(prompts), _SLOTS), length=length)
+    return [results[0] for results in engine.run(requests)]
 
 
 def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message], most_tokens: int) -> tuple[list[int], int]:
@@ -181,42 +206,30 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]
 
 
-def end_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """Tokens that end an answer or a document."""
-    return tokenizer.end_ids
+def _fit(prompt: Sequence[int], context: int, max_tokens: int) -> list[int]:
+    """A prompt, cut on the left where no room is left to write."""
+    ids = list(prompt)
+    return ids if len(ids) < context else ids[-(context - min(max_tokens, context // 2)) :]
 
 
-def _chat_ids(
+def _chat_request(
     model: Transformer,
     tokenizer: Tokenizer,
     messages: Sequence[Message],
     params: SamplingParams,
     on_left_out: Callable[[int], None] | None,
-) -> list[int]:
+) -> Request:
     context = model.config.context_length
     ids, n_left_out = chat_prompt(tokenizer, messages, context - min(params.max_tokens, context // 2))
     if n_left_out and on_left_out is not None:
         on_left_out(n_left_out)
-    return ids
+    return Request(ids, params)
 
 
-def _stream_ids(
-    model: Transformer, tokenizer: Tokenizer, ids: Sequence[int], params: SamplingParams, *, slides: bool = False
-) -> Iterator[str]:
-    detokenizer = Detokenizer(tokenizer, params.stop)
-    pieces: list[str] = []
-
-    def on_token(row: int, token: int) -> bool:
-        pieces.append(detokenizer.add(token))
-        return detokenizer.stopped
-
-    unused = tokenizer.unused_ids(model.config.vocab_size)
-    for _ in decode(model, [ids], params, end_ids(tokenizer), on_token, slides=slides, never=unused):
-        if pieces and pieces[-1]:
-            yield pieces[-1]
-        pieces.clear()
-    if rest := detokenizer.finish():
-        yield rest
+def _pieces(make_engine: Callable[[], Engine], request: Request) -> Iterator[str]:
+    for chunk in make_engine().stream(request):
+        if chunk.text:
+            yield chunk.text
 
 
 def _texts(stop: str | Sequence[str]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ Sources: arXiv:1706.03762 (Transformer), GPT-2's report, arXiv:2302.13971 (Llama
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
@@ -137,6 +138,13 @@ class Transformer(nn.Module):
         n_matrices = 1 if self.lm_head is None else 2
         n_idle = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.d_model * n_matrices
         return sum(parameter.numel() for parameter in self.parameters()) - n_idle
+
+    def first_blocks(self, n_blocks: int) -> Transformer:
+        """This model with its first blocks only, and the same norm and output layer; the weights are shared."""
+        found = copy.copy(self)
+        found._modules = {**self._modules, "layers": self.layers[:n_blocks]}
+        found._rules = self._rules[:n_blocks]
+        return found
 
     @overload
     def forward(

@@ -1,0 +1,327 @@
+"""Speculative decoding: guess the next tokens cheaply, and let the model check all guesses in one step.
+
+With the target's law p and the draft's law q, both after temperature and filters, a guess x ~ q is kept with
+probability min(1, p(x) / q(x)); at the first that is not, the token is drawn from the rest, (p − q)₊ normalized, and
+behind guesses that were all kept another is drawn from p (arXiv:2211.17192, algorithm 1; arXiv:2302.01318). What is
+written then has the target's law exactly. A guess that is certain (q(x) = 1: a copied token, or a greedy draft) needs
+no q: the model's own token is drawn, and guesses are kept as long as they are that token, so even the sample is the
+one that plain decoding would draw.
+
+How many tokens are guessed follows from what it costs: the share of guesses that were right lately, α, and the time
+of a step with so many tokens, which is measured. Where no number of guesses is expected to pay, none is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from groundup.generation.cache import KVCache
+from groundup.generation.sampling import History, SamplingParams, draw, sample, uniforms, warp
+from groundup.generation.step import ModelStep, Row, inference_copy
+from groundup.model import Transformer
+
+MOST_GUESSES = 8
+_MARGIN = 1.05
+"""Times as fast as without, below which no guess is made."""
+_ACCEPTED, _REPLACED, _GUESSED = 1, 2, 3
+"""Streams of uniform numbers; plain draws have stream 0."""
+
+
+class Writing(Protocol):
+    """What a drafter sees of a text that is being written."""
+
+    ids: list[int]
+    params: SamplingParams
+    history: History | None
+    seed: int
+    n_stored: int
+    n_prompt: int
+
+    @property
+    def slot(self) -> int:
+        """Of the cache."""
+        ...
+
+
+class Draft(NamedTuple):
+    """Guesses of a text's next tokens.
+
+    Attributes:
+        ids: the guesses.
+        logprobs: (n, vocab): of the law that each was drawn from; None: each is certain.
+    """
+
+    ids: list[int]
+    logprobs: Tensor | None = None
+
+
+class Drafter(Protocol):
+    """Makes guesses."""
+
+    def propose(self, texts: Sequence[Writing], most: Sequence[int]) -> list[Draft]:
+        """Up to so many for each text."""
+        ...
+
+    def seconds(self, n_texts: int) -> float:
+        """What one guess for each of so many texts takes."""
+        ...
+
+
+def verify(
+    target: Float[Tensor, "n_plus_1 vocab"],
+    guesses: Sequence[int],
+    draft: Float[Tensor, "n vocab"],
+    accepted: Float64[Tensor, " n"],
+    replaced: Float64[Tensor, " n"],
+    last: Float64[Tensor, " 1"],
+) -> list[int]:
+    """Tokens with the target's law: the guesses that are kept, and one more.
+
+    Args:
+        target: log-probabilities behind each guess's predecessor, and behind the last guess.
+        guesses: drawn from the draft.
+        draft: log-probabilities that they were drawn from.
+        accepted: a uniform number for each guess's verdict.
+        replaced: a uniform number for the token instead of each.
+        last: a uniform number for the token behind the last.
+    """
+    for place, guess in enumerate(guesses):
+        p, q = target[place].double().exp(), draft[place].double().exp()
+        if accepted[place] * q[guess] < p[guess]:
+            continue
+        rest = (p - q).clamp(min=0)
+        law = rest if rest.sum() > 0 else p  # p = q up to rounding
+        return [*guesses[:place], int(draw(law.log()[None], replaced[place : place + 1])[0])]
+    return [*guesses, int(draw(target[-1:], last)[0])]
+
+
+def verified(text: Writing, draft: Draft, logits: Float[Tensor, "n_plus_1 vocab"]) -> list[int]:
+    """What a text goes on with: the guesses that are kept, and a token of the model's own."""
+    n, first = len(draft.ids), len(text.ids) - text.n_prompt
+    params, seeds, positions = [text.params] * (n + 1), [text.seed] * (n + 1), range(first, first + n + 1)
+    histories = [_history(text, draft.ids[:place]) for place in range(n + 1)]
+    if draft.logprobs is None:
+        own = sample(logits, params, seeds, positions, histories).tolist()
+        n_kept = next((place for place in range(n) if own[place] != draft.ids[place]), n)
+        return own[: n_kept + 1]
+    target = warp(logits, params, histories)
+    accepted, replaced = (uniforms(seeds[:n], positions[:n], stream) for stream in (_ACCEPTED, _REPLACED))
+    return verify(target, draft.ids, draft.logprobs, accepted, replaced, uniforms(seeds[n:], positions[n:]))
+
+
+class Speculation:
+    """A drafter, and how many guesses it is asked for.
+
+    Args:
+        drafter: makes the guesses.
+        seconds: of the target's step with so many tokens.
+        most: guesses for one text in one step.
+    """
+
+    def __init__(self, drafter: Drafter, seconds: Callable[[int], float], most: int = MOST_GUESSES) -> None:
+        self._drafter, self._seconds, self._most = drafter, seconds, most
+        self._rates: WeakKeyDictionary[Writing, _Rate] = WeakKeyDictionary()
+        self._overall = _Rate()
+
+    def propose(self, texts: Sequence[Writing], room: Sequence[int]) -> list[Draft]:
+        """Guesses for each text, no more than it has room for."""
+        wanted = [min(free, self._n_guesses(text, len(texts))) for text, free in zip(texts, room, strict=True)]
+        if not any(wanted):
+            return [Draft([]) for _ in texts]
+        return self._drafter.propose(texts, wanted)
+
+    def learn(self, text: Writing, n_guessed: int, n_kept: int) -> None:
+        """How many of a text's guesses were right."""
+        for rate in (self._rate(text), self._overall):
+            rate.add(n_guessed, n_kept)
+
+    def _rate(self, text: Writing) -> _Rate:
+        return self._rates.setdefault(text, _Rate(self._overall.share))
+
+    def _n_guesses(self, text: Writing, n_texts: int) -> int:
+        """The number that is expected to write most tokens a second; now and then one where none would pay."""
+        rate = self._rate(text)
+        share, plain = rate.share, n_texts / self._seconds(n_texts)
+        best, fastest = 0, plain * _MARGIN
+        expected = 1.0
+        for n in range(1, self._most + 1):
+            expected += share**n
+            seconds = self._seconds(n_texts + n) + n * self._drafter.seconds(n_texts) / n_texts
+            if (n_texts - 1 + expected) / seconds > fastest:
+                best, fastest = n, (n_texts - 1 + expected) / seconds
+        return best or rate.try_again()
+
+
+class _Rate:
+    """The share of guesses that were kept, the newest counting most."""
+
+    def __init__(self, share: float = 0.7) -> None:
+        self.share, self._n_waited, self._wait = share, 0, 16
+
+    def add(self, n_guessed: int, n_kept: int) -> None:
+        n_judged = n_kept + (n_kept < n_guessed)  # guesses behind the first wrong one say nothing
+        if n_judged:
+            weight = 0.9**n_judged
+            self.share = weight * self.share + (1 - weight) * n_kept / n_judged
+            self._wait = 16 if n_kept == n_guessed else min(256, self._wait * 2)
+
+    def try_again(self) -> int:
+        self._n_waited += 1
+        if self._n_waited < self._wait:
+            return 0
+        self._n_waited = 0
+        return 2
+
+
+class NGramDrafter:
+    """Prompt lookup: what followed the last few tokens where they stood before (Saxena, 2023).
+
+    Args:
+        most: tokens of the longest ending that is looked up.
+        least: of the shortest.
+    """
+
+    def __init__(self, most: int = 4, least: int = 2) -> None:
+        self._sizes = range(most, least - 1, -1)
+        self._seen: WeakKeyDictionary[Writing, tuple[int, dict[tuple[int, ...], int]]] = WeakKeyDictionary()
+
+    def propose(self, texts: Sequence[Writing], most: Sequence[int]) -> list[Draft]:
+        """Copies of what stands behind the newest earlier place."""
+        return [Draft(self._continuation(text)[:n] if n else []) for text, n in zip(texts, most, strict=True)]
+
+    def seconds(self, n_texts: int) -> float:
+        """Next to nothing."""
+        return 0.0
+
+    def _continuation(self, text: Writing) -> list[int]:
+        ids = text.ids
+        done, places = self._seen.get(text, (0, {}))
+        for end in range(max(done, 1), len(ids)):  # an ending that something follows already
+            for size in self._sizes:
+                if size <= end:
+                    places[tuple(ids[end - size : end])] = end
+        self._seen[text] = len(ids), places
+        for size in self._sizes:
+            if (place := places.get(tuple(ids[-size:]))) is not None and size <= len(ids):
+                return ids[place : place + MOST_GUESSES]
+        return []
+
+
+class ModelDrafter:
+    """A smaller model with the same tokens guesses.
+
+    Args:
+        model: the draft; its vocabulary is the target's.
+        slots: of the engine.
+        length: of the engine's texts.
+        chunk: most tokens of a prompt that are read at once.
+        is_native: as for `ModelStep`.
+    """
+
+    def __init__(
+        self, model: Transformer, slots: int, length: int, chunk: int = 512, *, is_native: bool = True
+    ) -> None:
+        model = inference_copy(model)
+        device = next(model.parameters()).device
+        self._chunk = chunk
+        self.length = min(length, model.config.context_length)
+        self._step = ModelStep(
+            model, KVCache(model.config, slots, self.length, model.compute_dtype, device), is_native=is_native
+        )
+        self._stored: WeakKeyDictionary[Writing, list[int]] = WeakKeyDictionary()
+
+    def seconds(self, n_texts: int) -> float:
+        """Of a step of the draft."""
+        return self._step.seconds(n_texts)
+
+    def propose(self, texts: Sequence[Writing], most: Sequence[int]) -> list[Draft]:
+        """Guesses drawn one after the other, for all texts together."""
+        rooms = [min(n, self.length - len(text.ids)) for text, n in zip(texts, most, strict=True)]
+        chosen = [place for place, room in enumerate(rooms) if room > 0]
+        drafts = [Draft([]) for _ in texts]
+        if not chosen:
+            return drafts
+        rows = [self._unread(texts[place]) for place in chosen]
+        found = _guess(self._step, [texts[place] for place in chosen], rows, [rooms[place] for place in chosen], None)
+        for place, draft in zip(chosen, found, strict=True):
+            text = texts[place]
+            self._stored[text] = [*text.ids, *draft.ids[:-1]]
+            drafts[place] = draft
+        return drafts
+
+    def _unread(self, text: Writing) -> Row:
+        """What the draft has not read of a text, less whole chunks, which are read here."""
+        stored = self._stored.get(text, [])
+        start = next(
+            (place for place, (a, b) in enumerate(zip(stored, text.ids, strict=False)) if a != b),
+            min(len(stored), len(text.ids)),
+        )
+        start = min(start, len(text.ids) - 1)
+        while len(text.ids) - start > self._chunk:
+            self._step([Row(text.slot, text.ids[start : start + self._chunk], start, 0)])
+            start += self._chunk
+        return Row(text.slot, text.ids[start:], start)
+
+
+class EarlyExitDrafter:
+    """The model's own first blocks guess (self-speculation; arXiv:2404.16710).
+
+    Args:
+        step: of the engine.
+        n_layers: how many blocks.
+    """
+
+    def __init__(self, step: ModelStep, n_layers: int) -> None:
+        self._step, self._n_layers, self._share = step, n_layers, step.share_of(n_layers)
+
+    def seconds(self, n_texts: int) -> float:
+        """Of a step of these blocks."""
+        return self._share * self._step.seconds(n_texts)
+
+    def propose(self, texts: Sequence[Writing], most: Sequence[int]) -> list[Draft]:
+        """Guesses drawn one after the other; what they store is stored again when they are verified."""
+        chosen = [place for place, n in enumerate(most) if n > 0]
+        drafts = [Draft([]) for _ in texts]
+        if not chosen:
+            return drafts
+        rows = [Row(texts[place].slot, texts[place].ids[-1:], texts[place].n_stored) for place in chosen]
+        some = [texts[place] for place in chosen]
+        found = _guess(self._step, some, rows, [most[place] for place in chosen], self._n_layers)
+        for place, draft in zip(chosen, found, strict=True):
+            drafts[place] = draft
+        return drafts
+
+
+def _guess(
+    step: ModelStep, texts: Sequence[Writing], rows: list[Row], most: Sequence[int], n_layers: int | None
+) -> list[Draft]:
+    """Guess up to so many tokens for each text, beginning with rows that are not stored yet."""
+    guesses: list[list[int]] = [[] for _ in texts]
+    laws: list[list[Tensor]] = [[] for _ in texts]
+    active = list(range(len(texts)))
+    while active:
+        logits = step([rows[place] for place in active], n_layers)
+        histories = [_history(texts[place], guesses[place]) for place in active]
+        logprobs = warp(logits, [texts[place].params for place in active], histories)
+        seeds = [texts[place].seed for place in active]
+        positions = [len(texts[place].ids) - texts[place].n_prompt + len(guesses[place]) for place in active]
+        tokens = draw(logprobs, uniforms(seeds, positions, _GUESSED)).tolist()
+        for number, (place, token) in enumerate(zip(active, tokens, strict=True)):
+            guesses[place].append(token)
+            laws[place].append(logprobs[number])
+            rows[place] = Row(rows[place].slot, [token], rows[place].start + len(rows[place].ids))
+        active = [place for place in active if len(guesses[place]) < most[place]]
+    return [
+        Draft(ids, None if text.params.temperature == 0 else torch.stack(law))
+        for text, ids, law in zip(texts, guesses, laws, strict=True)
+    ]
+
+
+def _history(text: Writing, guesses: Sequence[int]) -> History | None:
+    return None if text.history is None else text.history.after(guesses)

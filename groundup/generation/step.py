@@ -1,0 +1,184 @@
+"""One step of a model over its cache: new tokens of some slots in, logits out, by whatever is fastest here.
+
+A few tokens go through the step in C (`native.py`), which reads each weight once and has no overhead of Python; many,
+such as a prompt, through the model's own forward pass, whose matrix products are the library's. Where one overtakes
+the other is measured once on each machine and remembered. Without a compiler all go through the forward pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from groundup.files import value_digest
+from groundup.generation.cache import KVCache, Rows
+from groundup.generation.native import NativeStep, why_not
+from groundup.measured import measured_once
+from groundup.model import OutputLayer, Transformer
+
+_TRIED = (1, 2, 3, 5, 9, 16, 32, 64)
+"""Tokens of a step for which both ways are timed."""
+
+
+class Row(NamedTuple):
+    """New tokens of one slot.
+
+    Attributes:
+        slot: of the cache.
+        ids: the tokens.
+        start: position of the first.
+        n_logits: of the last so many tokens, logits are wanted.
+    """
+
+    slot: int
+    ids: Sequence[int]
+    start: int
+    n_logits: int = 1
+
+
+class ModelStep:
+    """A model and its cache.
+
+    Args:
+        model: as `inference_copy` gives it.
+        cache: of the model.
+        is_native: the step in C may be used; where it cannot be, `reason` says why.
+
+    Attributes:
+        reason: why the step in C is not used; None: it is.
+        native_up_to: most tokens of a step in C.
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache, *, is_native: bool = True) -> None:
+        self._model, self._cache = model, cache
+        self.reason = why_not(model, cache) if is_native else "switched off"
+        self._native = NativeStep(model, cache) if self.reason is None else None
+        self.native_up_to = 0
+        if self._native is not None:
+            pairs = zip(_TRIED, self._timings["native"], self._timings["eager"], strict=True)
+            self.native_up_to = max((n for n, native, eager in pairs if native < eager), default=0)
+
+    @functools.cached_property
+    def _timings(self) -> dict[str, list[float]]:
+        return _time_steps(self._model, self._cache, is_native=self._native is not None)
+
+    def seconds(self, n_tokens: int) -> float:
+        """What a step of so many tokens takes, by the trial."""
+        both = [list(times) for times in self._timings.values() if times]
+        return float(np.interp(n_tokens, _TRIED, np.min(both, axis=0)))
+
+    def share_of(self, n_layers: int) -> float:
+        """The share of the weights that a step of the first so many blocks reads."""
+        blocks = sum(parameter.numel() for parameter in self._model.blocks[0].parameters())
+        head = self._model.embed_tokens.weight.numel()
+        return (n_layers * blocks + head) / (self._model.config.n_layers * blocks + head)
+
+    def __call__(self, rows: Sequence[Row], n_layers: int | None = None) -> Float[Tensor, "wanted vocab"]:
+        """Store the rows' tokens; the logits that they ask for, row after row, float32.
+
+        Args:
+            rows: of different slots.
+            n_layers: run the first so many blocks only, and the output layer on what they give.
+        """
+        if self._native is not None and sum(len(row.ids) for row in rows) <= self.native_up_to:
+            return _native_step(self._native, rows, n_layers)
+        model = self._model if n_layers is None else self._model.first_blocks(n_layers)
+        return _eager_step(model, self._cache, rows)
+
+
+def inference_copy(model: Transformer, dtype: torch.dtype | None = None) -> Transformer:
+    """The model with its matrices in the dtype of its arithmetic, so that no step has to convert them.
+
+    What needs no conversion is shared with the model, and follows it when it is trained on.
+
+    Args:
+        model: put into evaluation mode.
+        dtype: of the arithmetic (default: the model's).
+    """
+    dtype = dtype or model.compute_dtype
+    model.eval()
+    if dtype == model.compute_dtype and all(p.dtype == dtype for p in model.parameters() if p.ndim > 1):
+        return model
+    shared: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        data = parameter.detach()
+        shared[id(parameter)] = nn.Parameter(data.to(dtype) if data.ndim > 1 else data, requires_grad=False)
+    found = copy.deepcopy(model, shared)
+    found.compute_dtype = dtype
+    for block in found.blocks:
+        block.compute, block.recompute = block.eager, None
+    return found
+
+
+@torch.inference_mode()
+def _eager_step(model: Transformer, cache: KVCache, rows: Sequence[Row]) -> Float[Tensor, "wanted vocab"]:
+    """By the model's forward pass; shorter rows are padded."""
+    counts = [len(row.ids) for row in rows]
+    longest = max(counts)
+    view = Rows(cache, [row.slot for row in rows], [row.start for row in rows], counts)
+    padded = torch.tensor([[*row.ids, *[0] * (longest - len(row.ids))] for row in rows], device=cache.device)
+    wanted = [
+        (place, count - row.n_logits + n)
+        for place, (row, count) in enumerate(zip(rows, counts, strict=True))
+        for n in range(row.n_logits)
+    ]
+    places = torch.tensor(wanted, dtype=torch.int64, device=cache.device).view(-1, 2)
+
+    def logits_of_wanted(hidden: Float[Tensor, "batch seq d_model"], output: OutputLayer) -> Tensor:
+        return output.logits(hidden[places[:, 0], places[:, 1]])
+
+    return model(padded, positions=view.positions, cache=view, head=logits_of_wanted)
+
+
+def _native_step(step: NativeStep, rows: Sequence[Row], n_layers: int | None) -> Float[Tensor, "wanted vocab"]:
+    ids: list[int] = []
+    slots: list[int] = []
+    positions: list[int] = []
+    wanted: list[int] = []
+    for row in rows:
+        count = len(row.ids)
+        ids += row.ids
+        slots += [row.slot] * count
+        positions += range(row.start, row.start + count)
+        wanted += range(len(ids) - row.n_logits, len(ids))
+    return step(ids, slots, positions, wanted, n_layers)
+
+
+def _time_steps(model: Transformer, cache: KVCache, *, is_native: bool) -> dict[str, list[float]]:
+    """Seconds of steps of `_TRIED` tokens, in C and by the forward pass; measured once."""
+    kinds = sorted({f"{type(module).__name__} {getattr(module, 'bits', '')}" for module in model.modules()})
+    key = {"config": value_digest(model.config.to_dict()), "dtype": str(model.compute_dtype), "modules": kinds}
+
+    def measure() -> dict[str, list[float]]:
+        seconds: dict[str, list[float]] = {"native": [], "eager": []}
+        for n in _TRIED:
+            scratch = KVCache(model.config, n, min(64, model.config.context_length), cache.dtype, cache.device)
+            rows = [Row(slot, [0], scratch.length // 2) for slot in range(n)]
+            seconds["eager"].append(_seconds(partial(_eager_step, model, scratch, rows)))
+            if is_native:
+                seconds["native"].append(_seconds(partial(_native_step, NativeStep(model, scratch), rows, None)))
+        return seconds
+
+    return measured_once("model-step", {**key, "native": is_native}, cache.device, measure)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """The fastest of a few runs after one that warms up; more where they are short, since machines are shared."""
+    run()
+    fastest, begin = float("inf"), time.perf_counter()
+    for n in range(50):
+        start = time.perf_counter()
+        run()
+        fastest = min(fastest, time.perf_counter() - start)
+        if n >= 2 and time.perf_counter() - begin > 0.02:
+            break
+    return fastest

@@ -1,0 +1,142 @@
+"""Speculative decoding has the target's law: the same tokens where it is greedy, the same distribution elsewhere."""
+
+import pytest
+import torch
+from generation_models import chi_square, random_model, random_prompts
+from lengths import IS_LONG
+
+from groundup.errors import DataError
+from groundup.generation import Engine, Request, SamplingParams, speculative
+from groundup.generation.request import Text
+from groundup.generation.speculative import Draft, NGramDrafter, verify
+
+VOCAB, LENGTH = 5, 3
+
+
+class Eager(speculative.Speculation):
+    """Guesses whether it pays or not."""
+
+    def _n_guesses(self, text, n_texts):
+        return 1 + (len(text.ids) + text.seed) % self._most
+
+
+@pytest.fixture(autouse=True)
+def _always_guess(monkeypatch):
+    monkeypatch.setattr("groundup.generation.engine.Speculation", Eager)
+
+
+def engine_with(draft, model, **options):
+    if draft == "model":
+        draft = random_model(
+            "ground-nano", seed=9, vocab_size=model.config.vocab_size, context_length=model.config.context_length
+        )
+    if draft == "itself":
+        draft = model
+    return Engine(model, draft=draft, **options)
+
+
+DRAFTS = ["ngrams", "model", "itself", 1]
+
+
+@pytest.mark.parametrize(
+    "layout", [{}, {"pages": True, "chunk": 5}, {"is_native": False}], ids=["slots", "pages", "eager"]
+)
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_greedy_texts_are_those_of_plain_decoding_token_for_token(draft, layout):
+    shape = {"attention": ("full", "window"), "window": 6} if layout else {}
+    model = random_model("llama-nano", std=0.1, vocab_size=12, context_length=48, **shape)
+    prompts = random_prompts([1, 9, 30, 4], model.config.vocab_size)
+    penalized = SamplingParams(temperature=0, max_tokens=30, repetition_penalty=1.3, frequency_penalty=0.4)
+    for params in (SamplingParams(temperature=0, max_tokens=30), penalized):
+        plain = Engine(model, slots=3, **layout).run([Request(prompt, params) for prompt in prompts])
+        engine = engine_with(draft, model, slots=3, **layout)
+        found = engine.run([Request(prompt, params) for prompt in prompts])
+        assert [text[0].ids for text in found] == [text[0].ids for text in plain]
+        assert engine.n_used == 0
+        assert engine.stats.drafted_tokens > 0
+        if draft == "itself":
+            assert engine.stats.accepted_tokens == engine.stats.drafted_tokens
+
+
+def test_copied_guesses_draw_the_very_sample_of_plain_decoding():
+    model, params = random_model(std=0.03), SamplingParams(max_tokens=40, top_k=3, temperature=0.7)
+    requests = [[Request([1, 2, 3] * 4, params, seed=seed) for seed in range(4)] for _ in range(2)]
+    plain, drafted = (
+        Engine(model, draft=draft).run(part) for draft, part in zip([None, "ngrams"], requests, strict=True)
+    )
+    assert plain == drafted
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.7}, {"top_p": 0.8}], ids=str)
+@pytest.mark.parametrize("draft", ["model", 1])
+def test_sampled_texts_have_the_targets_distribution(draft, params):
+    """Counts of all texts of three tokens against their exact probabilities, from the model's own logits."""
+    model = random_model("llama-nano", std=0.25, vocab_size=VOCAB, context_length=8)
+    prompt, n = [2, 1], 100_000 if IS_LONG else 1_500
+    sampling = SamplingParams(max_tokens=LENGTH, **params)
+    exact = torch.zeros(VOCAB**LENGTH, dtype=torch.float64)
+    grid = torch.cartesian_prod(*[torch.arange(VOCAB)] * LENGTH)
+    with torch.inference_mode():
+        logits = model(torch.cat([torch.tensor([prompt]).expand(len(grid), -1), grid], dim=1))
+    laws = [speculative.warp(logits[:, len(prompt) - 1 + i], sampling).double().exp() for i in range(LENGTH)]
+    exact = torch.stack([law.gather(1, grid[:, i : i + 1])[:, 0] for i, law in enumerate(laws)]).prod(dim=0)
+    engine = engine_with(draft, model, slots=64)
+    results = engine.run([Request(prompt, sampling, seed=seed) for seed in range(n)])
+    codes = torch.tensor([result[0].ids for result in results]) @ torch.tensor([VOCAB**2, VOCAB, 1])
+    assert abs(chi_square(codes.bincount(minlength=VOCAB**LENGTH), n * exact)) < 4
+    assert 0 < engine.stats.accepted_tokens < engine.stats.drafted_tokens
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_token_that_is_kept_or_replaced_has_the_targets_law(seed):
+    generator = torch.Generator().manual_seed(seed)
+    n = 100_000 if IS_LONG else 4_000
+    p, q = (torch.randn(2, VOCAB, generator=generator).mul(1.5).log_softmax(-1) for _ in range(2))
+    p[0, seed] = -torch.inf  # a guess that cannot be right
+    p = p.log_softmax(-1)
+    uniform = torch.rand(n, 5, generator=generator, dtype=torch.float64)
+    guesses = torch.multinomial(q[0].exp(), n, replacement=True, generator=generator)
+    counts = torch.zeros(VOCAB, dtype=torch.int64)
+    for guess, row in zip(guesses.tolist(), uniform, strict=True):
+        counts[verify(p, [guess], q[:1], row[:1], row[1:2], row[2:3])[0]] += 1
+    assert counts[seed] == 0
+    assert chi_square(counts, n * p[0].double().exp()) < 4
+
+
+def test_what_followed_before_is_proposed():
+    text = Text(Request([1, 2, 3, 4, 5, 9, 2, 3]), 0, (), None)
+    drafter = NGramDrafter()
+    assert drafter.propose([text], [3]) == [Draft([4, 5, 9])]
+    text.ids = [*text.ids, 7]
+    assert drafter.propose([text], [3]) == [Draft([])]
+    text.ids = [*text.ids, 2, 3]
+    assert drafter.propose([text], [2]) == [Draft([7, 2])]  # the newest place
+
+
+def test_guessing_that_does_not_pay_stops_and_is_tried_again_now_and_then(monkeypatch):
+    monkeypatch.undo()
+    model = random_model(std=0.3)
+
+    class Wrong:
+        n_asked = 0
+
+        def propose(self, texts, most):
+            Wrong.n_asked += 1
+            return [Draft([0] * n) for n in most]
+
+        def seconds(self, n_texts):
+            return 0.0
+
+    engine = Engine(model, length=400)
+    engine._speculation = speculative.Speculation(Wrong(), seconds=lambda n: 1 + 0.1 * n)
+    result = engine.run([Request([1, 2], SamplingParams(temperature=0, max_tokens=200), slides=True)])[0][0]
+    assert len(result.ids) == 200
+    assert 3 <= Wrong.n_asked < 20
+
+
+@pytest.mark.parametrize(("draft", "message"), [(0, "is no draft"), (99, "is no draft"), ("other", "is no draft")])
+def test_what_is_no_draft_is_refused(draft, message):
+    with pytest.raises(DataError, match=message):
+        Engine(random_model(), draft=draft)
+    with pytest.raises(DataError, match="the same tokenizer"):
+        Engine(random_model(), draft=random_model(vocab_size=99))
