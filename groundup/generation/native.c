@@ -9,25 +9,25 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#endif
+#ifdef __AVX512F__
 #define W 16 /* floats in a vector */
-#define TOKENS 4
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
 #define W 8
-#define TOKENS 3 /* with ROWS rows in 16 registers */
 #else
 #define W 4
-#define TOKENS 4
 #endif
 #define ROWS 4
+#define MOST_TOKENS 4
+#define TOKENS (W == 8 ? 2 : MOST_TOKENS) /* ROWS · TOKENS sums stand in registers at once */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint16_t vu16 __attribute__((vector_size(2 * W)));
 typedef int8_t vi8 __attribute__((vector_size(W)));
-typedef uint8_t vu8 __attribute__((vector_size(W)));
 typedef float v4 __attribute__((vector_size(16)));
 typedef int32_t v4i __attribute__((vector_size(16)));
 
@@ -80,6 +80,21 @@ typedef struct {
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/* W small integers to 32 bits. GCC's own conversion of vectors takes several steps. */
+#ifdef __AVX512F__
+INLINE vi wide_u16(vu16 x) { return (vi)_mm512_cvtepu16_epi32((__m256i)x); }
+INLINE vi wide_i8(vi8 x) { return (vi)_mm512_cvtepi8_epi32((__m128i)x); }
+INLINE vi wide_u8(vi8 x) { return (vi)_mm512_cvtepu8_epi32((__m128i)x); }
+#elif defined(__AVX2__)
+INLINE vi wide_u16(vu16 x) { return (vi)_mm256_cvtepu16_epi32((__m128i)x); }
+INLINE vi wide_i8(vi8 x) { return (vi)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)x)); }
+INLINE vi wide_u8(vi8 x) { return (vi)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)x)); }
+#else
+INLINE vi wide_u16(vu16 x) { return __builtin_convertvector(x, vi); }
+INLINE vi wide_i8(vi8 x) { return __builtin_convertvector(x, vi); }
+INLINE vi wide_u8(vi8 x) { return wide_i8(x) & 255; }
+#endif
+
 /* n numbers from index i on, as floats; 0 in the lanes behind them. */
 INLINE vf load(const int kind, const void *from, int64_t i, int64_t n)
 {
@@ -91,11 +106,11 @@ INLINE vf load(const int kind, const void *from, int64_t i, int64_t n)
     if (kind == BF16) {
         vu16 x = {0};
         memcpy(&x, (const uint16_t *)from + i, n == W ? 2 * W : 2 * n);
-        return (vf)(__builtin_convertvector(x, vi) << 16);
+        return (vf)(wide_u16(x) << 16);
     }
     vi8 x = {0};
     memcpy(&x, (const int8_t *)from + i, n == W ? W : n);
-    return __builtin_convertvector(__builtin_convertvector(x, vi), vf);
+    return __builtin_convertvector(wide_i8(x), vf);
 }
 
 INLINE void store(float *to, vf x, int64_t n) { memcpy(to, &x, n == W ? 4 * W : 4 * n); }
@@ -175,14 +190,11 @@ INLINE float from_half(uint16_t half)
     memcpy(&x, &half, 2);
     return (float)x;
 #else
-    uint32_t bits = (uint32_t)(half & 0x7fff) << 13, sign = (uint32_t)(half & 0x8000) << 16;
+    uint32_t size = (uint32_t)(half & 0x7fff) << 13;
     float x;
-    memcpy(&x, &bits, 4);
-    x *= 0x1p112f; /* the exponents' biases differ by 112 */
-    memcpy(&bits, &x, 4);
-    bits |= sign;
-    memcpy(&x, &bits, 4);
-    return x;
+    memcpy(&x, &size, 4);
+    x *= 0x1p112f; /* the two types' exponents differ by 112 */
+    return half & 0x8000 ? -x : x;
 #endif
 }
 
@@ -200,11 +212,11 @@ INLINE int64_t row_bytes(int kind, int64_t cols)
 }
 
 #ifdef __AVX512F__ /* a nibble chooses one of 16 floats that are scaled already */
-#define NIBBLE_UNIT ((vf){-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7})
-#define NIBBLE(bits, unit) ((vf)_mm512_permutexvar_ps((__m512i)(bits), (__m512)(unit)))
+#define NIBBLE_TABLE ((vf){-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7})
+#define NIBBLE(bits, table) ((vf)_mm512_permutexvar_ps((__m512i)(bits), (__m512)(table)))
 #else
-#define NIBBLE_UNIT ((vf){0} + 1.0f)
-#define NIBBLE(bits, unit) (__builtin_convertvector(((bits) & 15) - 8, vf) * (unit))
+#define NIBBLE_TABLE ((vf){0} + 1.0f)
+#define NIBBLE(bits, table) (__builtin_convertvector(((bits) & 15) - 8, vf) * (table))
 #endif
 
 /* out[t][row … row + ROWS) = weight · x[t], for n tokens; `kind` and `n` are constants in every copy of this. */
@@ -215,7 +227,7 @@ INLINE void multiply_block(const int kind, const int n, const Matrix *m, int64_t
     const int has_groups = kind == INT8_GROUPS || kind == INT4;
     const char *weight[ROWS];
     const uint16_t *scales[ROWS];
-    vf total[ROWS][TOKENS];
+    vf total[ROWS][MOST_TOKENS];
     for (int i = 0; i < ROWS; i++) {
         int64_t r = smaller(row + i, end - 1); /* behind the last row: that one again, and not stored */
         weight[i] = (const char *)m->weight + r * bytes;
@@ -227,14 +239,16 @@ INLINE void multiply_block(const int kind, const int n, const Matrix *m, int64_t
         vf unit[ROWS];
         if (has_groups)
             for (int i = 0; i < ROWS; i++)
-                unit[i] = (kind == INT4 ? NIBBLE_UNIT : (vf){0} + 1.0f) * from_half(scales[i][group]);
+                unit[i] = (kind == INT4 ? NIBBLE_TABLE : (vf){0} + 1.0f) * from_half(scales[i][group]);
         if (kind == INT4) {
             for (; k < stop; k += 32)
                 for (int half = 0; half < 16; half += W)
                     for (int i = 0; i < ROWS; i++) {
-                        vu8 packed;
-                        memcpy(&packed, weight[i] + k / 2 + half, sizeof packed);
-                        vi bits = __builtin_convertvector(packed, vi);
+                        const char *from = weight[i] + k / 2 + half;
+                        vi8 packed;
+                        memcpy(&packed, from, sizeof packed);
+                        __builtin_prefetch(from + ROWS * bytes);
+                        vi bits = wide_u8(packed);
                         vf low = NIBBLE(bits, unit[i]), high = NIBBLE(bits >> 4, unit[i]);
                         for (int t = 0; t < n; t++) {
                             total[i][t] += low * load(F32, x + t * x_stride, k + half, W);
@@ -244,10 +258,11 @@ INLINE void multiply_block(const int kind, const int n, const Matrix *m, int64_t
             continue;
         }
         for (; k + W <= stop; k += W) {
-            vf inputs[TOKENS];
+            vf inputs[MOST_TOKENS];
             for (int t = 0; t < n; t++) inputs[t] = load(F32, x + t * x_stride, k, W);
             for (int i = 0; i < ROWS; i++) {
                 vf w = load(kind, weight[i], k, W);
+                __builtin_prefetch(weight[i] + row_bytes(kind, k) + ROWS * bytes);
                 if (has_groups) w *= unit[i];
                 for (int t = 0; t < n; t++) total[i][t] += w * inputs[t];
             }
@@ -280,7 +295,7 @@ typedef void (*Kernel)(const Matrix *, int64_t, int64_t, const float *, int64_t,
 #define KERNELS(kind) KERNEL(kind, 1) KERNEL(kind, 2) KERNEL(kind, 3) KERNEL(kind, 4)
 #define NAMES(kind) {multiply_##kind##_1, multiply_##kind##_2, multiply_##kind##_3, multiply_##kind##_4}
 KERNELS(F32) KERNELS(BF16) KERNELS(INT8) KERNELS(INT8_GROUPS) KERNELS(INT4)
-static const Kernel kernels[][4] = {NAMES(F32), NAMES(BF16), NAMES(INT8), NAMES(INT8_GROUPS), NAMES(INT4)};
+static const Kernel kernels[][MOST_TOKENS] = {NAMES(F32), NAMES(BF16), NAMES(INT8), NAMES(INT8_GROUPS), NAMES(INT4)};
 
 typedef struct {
     int64_t first, end;
