@@ -15,7 +15,7 @@ from tiny_run import finished_run
 
 from groundup import SamplingParams, load
 from groundup.cli.chat import Chat, printable
-from groundup.generation import chat_prompt
+from groundup.generation import Engine, chat_prompt
 from groundup.interop import LoadedModel
 
 __all__ = ["groundup"]
@@ -30,7 +30,7 @@ def new_chat(seed: int | None = 1, max_tokens: int = 6, system: str | None = Non
     loaded = assistant()
     assert loaded.tokenizer is not None
     params = SamplingParams(temperature=1.5, max_tokens=max_tokens, seed=seed)
-    return Chat(loaded.model, loaded.tokenizer, params, system=system)
+    return Chat(Engine(loaded.model, loaded.tokenizer, slots=1), loaded.tokenizer, params, system=system)
 
 
 def talk(chat: Chat, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:

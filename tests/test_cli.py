@@ -400,6 +400,21 @@ def test_generate_continues_the_prompt(groundup: CommandLine, monkeypatch: pytes
     assert groundup("generate", root, os.fsdecode(b"caf\xe9"), *drawn, "--json").json["prompt"] == "caf\ufffd"
 
 
+def test_generate_draws_as_it_is_told(groundup: CommandLine) -> None:
+    root = finished_run().root
+    plain = groundup("generate", root, "The", "-n", "12", "-t", "0")
+    for draft in ("ngrams", "1", root / "pretrain"):
+        assert groundup("generate", root, "The", "-n", "12", "-t", "0", "--draft", draft).out == plain.out
+    chosen = groundup("generate", root, "The", "--choice", "cat", "--choice", "dog", "--samples", "2", "--json").json
+    assert {one["text"] for one in chosen["samples"]} <= {"cat", "dog"}
+    assert re.fullmatch(r"The[ab]{3}\n", groundup("generate", root, "The", "--regex", "[ab]{3}").out)
+    assert groundup("generate", root, "The", "--beams", "2", "--samples", "2", "-n", "3").out.count("The") >= 2
+    wrong = groundup("generate", root, "The", "--regex", "a", "--choice", "b")
+    assert (wrong.code, "--regex and --choice" in wrong.err) == (1, True)
+    assert "--precision float16" in groundup("generate", root, "The", "--precision", "float16").err
+    assert "is no draft" in groundup("generate", root, "The", "--draft", "99").err
+
+
 def test_a_run_of_several_assistants_is_talked_to_by_name(groundup: CommandLine, tmp_path: Path) -> None:
     run = copy_of_finished(tmp_path)
     for name in ("second", "control"):

@@ -16,7 +16,6 @@ from groundup.files import write_json
 from groundup.generation import Engine, SamplingParams, stream_chat
 
 if TYPE_CHECKING:
-    from groundup.model import Transformer
     from groundup.tokenizer import Message, Tokenizer
 
 _HELP = """/help            this list
@@ -32,17 +31,16 @@ class Chat:
     """One conversation with a model.
 
     Args:
-        model: an assistant.
+        engine: with an assistant; it keeps what it has read of the conversation.
         tokenizer: of the model.
         params: how tokens are drawn.
         system: the system message, or None.
     """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, params: SamplingParams, *, system: str | None = None
+        self, engine: Engine, tokenizer: Tokenizer, params: SamplingParams, *, system: str | None = None
     ) -> None:
-        self.model, self.tokenizer, self.params = model, tokenizer, params
-        self._engine = Engine(model, tokenizer, slots=1)  # keeps what it has read of the conversation
+        self.engine, self.tokenizer, self.params = engine, tokenizer, params
         self._first: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages: list[Message] = list(self._first)
         self._n_answers = 0
@@ -63,7 +61,7 @@ class Chat:
         try:
             conversation = [*self.messages, question]
             for piece in stream_chat(
-                self.model, self.tokenizer, conversation, params, self._left_out, engine=self._engine
+                self.engine.model, self.tokenizer, conversation, params, self._left_out, engine=self.engine
             ):
                 pieces.append(piece)
                 if echo:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,6 +12,9 @@ from groundup.cli.options import JsonOption, command_line, print_json
 from groundup.recipe.registry import TRUNK
 
 if TYPE_CHECKING:
+    import torch
+
+    from groundup.generation import Constraint
     from groundup.model import Transformer
     from groundup.recipe import GenerateSettings
     from groundup.tokenizer import Tokenizer
@@ -26,6 +29,25 @@ MaxTokensOption = Annotated[int | None, typer.Option("--max-tokens", "-n", help=
 SeedOption = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")]
 
 
+MinPOption = Annotated[
+    float | None, typer.Option("--min-p", help="Draw among tokens at least this share as probable as the best.")
+]
+PenaltyOption = Annotated[
+    float | None,
+    typer.Option("--repetition-penalty", help="Over 1: tokens that were there become less probable."),
+]
+DraftOption = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        metavar="ngrams|N|MODEL",
+        help="Guess the next tokens, for speed: what followed before, the model's first N blocks, or a smaller model "
+        "(a stage of the run or a folder).",
+    ),
+]
+PrecisionOption = Annotated[
+    str | None, typer.Option("--precision", metavar="float32|bfloat16", help="Of the arithmetic. Default: the model's.")
+]
 ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", metavar="STAGE", help="Of a run: the stage whose model it is.")
 ]
@@ -37,7 +59,9 @@ def add_to(app: typer.Typer) -> None:
     app.command(
         rich_help_panel=PANEL,
         epilog='Examples:  groundup generate runs/demo "Once upon a time"  ·  '
-        "groundup generate runs/shakespeare ROMEO: -n 300 -t 0.8 --seed 7  ·  echo Once | groundup generate runs/demo",
+        "groundup generate runs/shakespeare ROMEO: -n 300 -t 0.8 --seed 7  ·  "
+        "echo Once | groundup generate runs/demo  ·  "
+        "groundup generate runs/demo Once --draft ngrams  ·  groundup generate runs/demo Yes: --choice yes --choice no",
     )(generate)
     app.command(
         rich_help_panel=PANEL,
@@ -55,43 +79,61 @@ def generate(
     max_tokens: MaxTokensOption = None,
     seed: SeedOption = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop before this text; may be given often.")] = None,
+    min_p: MinPOption = None,
+    repetition_penalty: PenaltyOption = None,
+    samples: Annotated[int, typer.Option("--samples", help="Write so many texts, one after the other.")] = 1,
+    beams: Annotated[int, typer.Option("--beams", help="Search for the most probable text with so many beams.")] = 0,
+    schema: Annotated[
+        str | None, typer.Option("--json-schema", metavar="FILE|JSON", help="The text is JSON that fits this schema.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option("--regex", help="The text matches this pattern.")] = None,
+    choice: Annotated[list[str] | None, typer.Option("--choice", help="The text is this, or another choice.")] = None,
+    draft: DraftOption = None,
+    precision: PrecisionOption = None,
     stage: ModelOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a text, streaming: of a run, with its base model unless --model names another."""
     from groundup.cli.chat import printable
-    from groundup.generation import generate as generate_text
-    from groundup.generation import stream
+    from groundup.generation import Engine, SamplingParams, beam_search, text_request
 
     text = _as_text(prompt) if prompt is not None else _standard_input()
     network, tokenizer, folder = _load(model, stage, to_chat=False)
     defaults = _defaults(model)
-    options: dict[str, Any] = {
-        "max_tokens": max_tokens if max_tokens is not None else defaults.max_tokens,
-        "temperature": temperature if temperature is not None else defaults.temperature,
-        "top_k": top_k if top_k is not None else defaults.top_k,
-        "top_p": top_p if top_p is not None else defaults.top_p,
-        "seed": seed,
-        "stop": tuple(stop or ()),
-    }
+    params = SamplingParams(
+        temperature=temperature if temperature is not None else defaults.temperature,
+        top_k=top_k if top_k is not None else defaults.top_k,
+        top_p=top_p if top_p is not None else defaults.top_p,
+        max_tokens=max_tokens if max_tokens is not None else defaults.max_tokens,
+        seed=seed,
+        stop=tuple(stop or ()),
+        min_p=min_p or 0.0,
+        repetition_penalty=1.0 if repetition_penalty is None else repetition_penalty,
+        n=samples,
+        constraint=_constraint(schema, regex, choice),
+    )
+    request = text_request(network, tokenizer, text, params)
+    if beams:
+        results = beam_search(network, tokenizer, request.ids, n_beams=beams, max_tokens=params.max_tokens)[:samples]
+    else:
+        engine = Engine(
+            network, tokenizer, slots=samples, length=len(request.ids) + params.max_tokens, dtype=_dtype(precision),
+            draft=_draft(model, draft),
+        )  # fmt: skip
+        if samples == 1 and not as_json:
+            typer.echo(text, nl=False)
+            for chunk in engine.stream(request):
+                # A terminal would obey control characters; a file gets them as they are.
+                typer.echo(printable(chunk.text) if sys.stdout.isatty() else chunk.text, nl=False)
+            typer.echo()
+            return
+        results = engine.run([request])[0]
     if as_json:
-        result = generate_text(network, tokenizer, text, **options)
-        print_json(
-            {
-                "prompt": text,
-                "text": result.text,
-                "finish_reason": result.finish_reason,
-                "n_tokens": result.n_tokens,
-                "model": str(folder),
-            }
-        )
+        found = [{"text": one.text, "finish_reason": one.finish_reason, "n_tokens": one.n_tokens} for one in results]
+        print_json({"prompt": text, **found[0], "model": str(folder)} | ({"samples": found} if samples > 1 else {}))
         return
-    pieces = stream(network, tokenizer, text, **options)
-    typer.echo(text, nl=False)
-    for piece in pieces:
-        # A terminal would obey control characters; a file gets them as they are.
-        typer.echo(printable(piece) if sys.stdout.isatty() else piece, nl=False)
-    typer.echo()
+    for one in results:
+        typer.echo(text + (printable(one.text) if sys.stdout.isatty() else one.text))
 
 
 def chat(
@@ -103,12 +145,14 @@ def chat(
     top_p: TopPOption = None,
     max_tokens: MaxTokensOption = None,
     seed: SeedOption = None,
+    draft: DraftOption = None,
+    precision: PrecisionOption = None,
     stage: ModelOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Talk to the assistant, streaming. Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands."""
     from groundup.cli.chat import Chat
-    from groundup.generation import SamplingParams
+    from groundup.generation import Engine, SamplingParams
 
     network, tokenizer, folder = _load(model, stage, to_chat=True)
     defaults = _defaults(model)
@@ -119,7 +163,8 @@ def chat(
         max_tokens=max_tokens if max_tokens is not None else defaults.max_tokens,
         seed=seed,
     )
-    talk = Chat(network, tokenizer, params, system=_as_text(system) if system else None)
+    engine = Engine(network, tokenizer, slots=1, dtype=_dtype(precision), draft=_draft(model, draft))
+    talk = Chat(engine, tokenizer, params, system=_as_text(system) if system else None)
     if folder.parent.name in TRUNK:
         typer.echo("note: this model was not taught to answer; it only continues text.", err=True)
     if say is not None:
@@ -138,6 +183,47 @@ def _standard_input() -> str:
         example = command_line("generate", "runs/demo", "Once upon a time")
         raise GroundupError("no prompt.", f"Give one: {example}")
     return sys.stdin.read().rstrip("\n")
+
+
+def _constraint(schema: str | None, regex: str | None, choices: list[str] | None) -> Constraint | None:
+    from groundup.errors import GroundupError
+    from groundup.generation import Constraint
+    from groundup.untrusted import read_bytes
+
+    given = [name for name, value in (("--json-schema", schema), ("--regex", regex), ("--choice", choices)) if value]
+    if len(given) > 1:
+        raise GroundupError(f"{' and '.join(given)}: a text can be one of them.", "Keep one.")
+    if schema is not None:
+        path = Path(schema)
+        is_path = not schema.lstrip().startswith("{")
+        return Constraint.json_schema(read_bytes(path).decode("utf-8", "replace") if is_path else schema)
+    if regex is not None:
+        return Constraint.regex(regex)
+    return Constraint.choices(choices) if choices else None
+
+
+def _dtype(precision: str | None) -> torch.dtype | None:
+    import torch
+
+    from groundup.errors import GroundupError
+
+    known = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if precision not in known:
+        raise GroundupError(f"--precision {precision}: must be float32 or bfloat16.")
+    return known[precision]
+
+
+def _draft(model: Path, draft: str | None) -> Literal["ngrams"] | int | Transformer | None:
+    from groundup.interop import load
+    from groundup.run import RECIPE_FILE
+
+    if draft is None or draft == "ngrams":
+        return "ngrams" if draft else None
+    if draft.isdigit():
+        return int(draft)
+    if (model / RECIPE_FILE).is_file() and (model / draft).is_dir():
+        return load(model, stage=draft).model
+    return load(Path(draft)).model
 
 
 def _as_text(argument: str) -> str:

@@ -25,6 +25,7 @@ from groundup.generation.text import (
     prompt_ids,
     stream,
     stream_chat,
+    text_request,
 )
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "sample",
     "stream",
     "stream_chat",
+    "text_request",
     "token_logprobs",
     "uniforms",
     "warp",

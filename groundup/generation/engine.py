@@ -109,7 +109,7 @@ class Engine:
     ) -> None:
         self.config, self.tokenizer, self.stats = model.config, tokenizer, EngineStats()
         self.length = min(length or model.config.context_length, model.config.context_length)
-        self._source, self._dtype, self._is_native, self._chunk = model, dtype, is_native, chunk
+        self.model, self._dtype, self._is_native, self._chunk = model, dtype, is_native, chunk
         self._most_waiting = most_waiting
         unused = () if tokenizer is None else tokenizer.unused_ids(model.config.vocab_size)
         self._unused = torch.tensor(sorted(unused), dtype=torch.int64)  # ids of the model that stand for no token
@@ -138,7 +138,7 @@ class Engine:
         """The model's weights have changed: take the new ones, and forget what was computed with the old."""
         with self._stepping:
             self._model_step = ModelStep(
-                inference_copy(self._source, self._dtype), self._cache, is_native=self._is_native
+                inference_copy(self.model, self._dtype), self._cache, is_native=self._is_native
             )
             self._pool.clear()
             self._speculation = self._speculate()

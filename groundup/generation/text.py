@@ -88,8 +88,7 @@ def stream(
 ) -> Iterator[str]:
     """As `generate` for one text, piece by piece; the pieces put together are the same text."""
     params = SamplingParams(temperature, top_k, top_p, max_tokens, seed, _texts(stop))
-    context = model.config.context_length
-    request = Request(_fit(prompt_ids(tokenizer, prompt), context, max_tokens), params, slides=True)
+    request = text_request(model, tokenizer, prompt, params)
     length = len(request.ids) + max_tokens
     return _pieces(lambda: Engine(model, tokenizer, slots=1, length=length), request)
 
@@ -204,6 +203,12 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message], most_tokens: 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """A plain prompt as the start of a document."""
     return [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]
+
+
+def text_request(model: Transformer, tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> Request:
+    """A plain prompt as the start of a document that may pass the context's end; of a long one the end is read."""
+    ids = _fit(prompt_ids(tokenizer, prompt), model.config.context_length, params.max_tokens)
+    return Request(ids, params, slides=True)
 
 
 def _fit(prompt: Sequence[int], context: int, max_tokens: int) -> list[int]:
