@@ -69,8 +69,8 @@ def crawl(
         ) from error
     given, report = _given(urls, sitemaps), CrawlReport(out)
     if dry_run:
-        before = WarcFiles(out, write=False).entries
-        _run(Session(settings, console, report, before, None, retry_failed=retry_failed), given)
+        files = WarcFiles(out, write=False)
+        _run(Session(settings, console, report, files, write=False, retry_failed=retry_failed), given)
         return report
     own_folder(out)
     try:
@@ -79,7 +79,7 @@ def crawl(
             _check_scope(out, settings, bool(given))
             files = WarcFiles(out, settings.user_agent, int(settings.file_mib * 2**20))
             try:
-                _run(Session(settings, console, report, files.entries, files, retry_failed=retry_failed), given)
+                _run(Session(settings, console, report, files, write=True, retry_failed=retry_failed), given)
             finally:
                 files.close()
                 write_json(out / SUMMARY, {"settings": settings.model_dump(mode="json"), **report.to_json()})

@@ -1,24 +1,19 @@
-"""What a site says: the links and wishes of a page, the addresses of a sitemap, the rules of a robots.txt.
+"""What a site says: the links and wishes of a page, the addresses of a sitemap.
 
-In: bytes of strangers. Out: addresses and rules, in time linear in the bytes, whatever they are.
+In: bytes of strangers. Out: addresses, in time linear in the bytes, whatever they are.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
 import itertools
 import re
-import zlib
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
 from lxml import etree
-from protego import Protego
 from scrapy.http import HtmlResponse
 from scrapy.utils.sitemap import Sitemap
 
+from groundup.corpus.crawl.fetch import unpacked
 from groundup.corpus.crawl.report import Refusal, Refused
 from groundup.corpus.crawl.urls import normalize_url
 
@@ -29,26 +24,6 @@ MAX_LOCATIONS = 50_000
 """Addresses of one sitemap: the protocol's own limit, as is the one of the bytes."""
 
 _SCAN_BYTES = 2 << 20
-_AGENT_LINE = re.compile(r"user-?\s*agent\s*:(.*)", re.IGNORECASE)
-
-
-def unpacked(data: bytes, encoding: str, most: int) -> bytes:
-    """Undo a Content-Encoding, never further than one byte behind `most`.
-
-    Raises:
-        Refused: it is not what its header says, or stops in the middle.
-    """
-    encoding = encoding.strip().lower()
-    if encoding in ("", "identity"):
-        return data
-    if encoding not in ("gzip", "x-gzip"):
-        raise Refused(Refusal.ENCODING, f"{encoding[:40]!r}, which we did not ask for")
-    try:
-        return gzip.GzipFile(fileobj=io.BytesIO(data)).read(most + 1)
-    except EOFError as error:
-        raise Refused(Refusal.CUT_OFF, "the gzip stream stops in the middle", again=True) from error
-    except (OSError, zlib.error) as error:
-        raise Refused(Refusal.ENCODING, f"broken gzip ({error})"[:120]) from error
 
 
 class PageLinks(NamedTuple):
@@ -112,36 +87,3 @@ def parse_sitemap(body: bytes) -> tuple[list[str], list[str]]:
     if sitemap.type not in ("urlset", "sitemapindex"):
         raise Refused(Refusal.BAD_SITEMAP, f"the XML is a {sitemap.type[:40]}")
     return ([], found) if sitemap.type == "sitemapindex" else (found, [])
-
-
-def parse_robots(body: bytes, product: str, *, whole: bool = True) -> Protego:
-    """Read a robots.txt (RFC 9309) for us (`product`); of one that is not whole, the last line does not count."""
-    if not whole:
-        body = body[: max(body.rfind(b"\n"), body.rfind(b"\r")) + 1]
-    # Every other robot under one name, and each name once: ten thousand before ten thousand rules cost nothing.
-    kept, agents = list[str](), set[str]()
-    for line in body.decode("utf-8-sig", "replace").replace("\0", "").splitlines():
-        line = line.partition("#")[0].strip()
-        if match := _AGENT_LINE.match(line):
-            name = match[1].strip().lower()
-            name = name if name == "*" or name.replace("*", "") in product.lower() else "another-robot"
-            if name not in agents:
-                kept.append(f"User-agent: {name}")
-            agents.add(name)
-        elif line:
-            kept.append(line)
-            agents.clear()
-    return Protego.parse("\n".join(kept))
-
-
-def retry_after_seconds(value: str, now: datetime | None = None) -> float | None:
-    """The pause a `Retry-After` header asks for (RFC 9110, 10.2.3: seconds, or a date); None if it says nothing."""
-    value = value.strip()
-    if value.isascii() and value.isdigit():
-        return float(value[:12])
-    try:
-        date = parsedate_to_datetime(value)
-        date = date if date.tzinfo else date.replace(tzinfo=UTC)
-        return max(0.0, (date - (now or datetime.now(UTC))).total_seconds())
-    except (TypeError, ValueError, OverflowError, IndexError):
-        return None

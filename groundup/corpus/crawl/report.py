@@ -39,10 +39,6 @@ class Refusal(StrEnum):
         return self.name in ("ROBOTS_UNREACHABLE", "SERVER_ERROR", "TIMEOUT", "CONNECTION", "CUT_OFF")
 
 
-class NoOutcome(Exception):
-    """A page's turn ends without an outcome."""
-
-
 class Refused(Exception):
     """An address is given up, for now or for good (`again`: it pays to ask again soon, after `wait_seconds`)."""
 

@@ -73,12 +73,17 @@ def page_record(response: Response) -> bytes:
                 head.pop()
     block = b"\r\n".join([*head, b"Content-Length: %d" % len(response.body), b"", b""]) + response.body
     digest = hashlib.sha1(response.body, usedforsecurity=False).digest()
-    return _record(WarcRecordType.response, response.url, "application/http; msgtype=response", block, digest)
+    ip = str(response.ip_address or "")
+    return _record(WarcRecordType.response, response.url, "application/http; msgtype=response", block, digest, ip)
 
 
-def _record(kind: WarcRecordType, url: str, content_type: str, block: bytes, digest: bytes | None = None) -> bytes:
+def _record(
+    kind: WarcRecordType, url: str, content_type: str, block: bytes, digest: bytes | None = None, ip: str = ""
+) -> bytes:
     record = WarcRecord()
     record.init_headers(kind, content_length=len(block))
+    if ip:
+        record.headers["WARC-IP-Address"] = ip
     if url:
         record.headers["WARC-Target-URI"] = url
     record.headers["Content-Type"] = content_type
