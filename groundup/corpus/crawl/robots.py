@@ -47,27 +47,24 @@ class Robots:
             raise Refused(Refusal.ROBOTS)
 
     async def _fetch(self, origin: str) -> Protego | Refused:
-        session, options, url, hops, attempt = self._session, self._session.options, f"{origin}/robots.txt", 0, 1
-        while True:
-            try:
-                response = await session.ask(url, attempt, most=MAX_BYTES, may_be_cut=True)
-                if response.status in REDIRECTS and (target := location(response)) and hops < MAX_HOPS:
-                    url, hops = target, hops + 1
-                    continue
-                body = response.body if 200 <= response.status < 300 else b""
-                rules = await asyncio.to_thread(parse_robots, body, self._product, whole="cut" not in response.flags)
-                delay = float(rules.crawl_delay(self._product) or 0.0)
-            except Exception as error:  # also a file that its reader cannot stand: it is none that allows anything
-                if isinstance(error, Refused) and session.may_retry(error, attempt):
-                    attempt += 1
-                    continue
-                private = isinstance(error, Refused) and error.reason == Refusal.PRIVATE
-                return Refused(Refusal.PRIVATE if private else Refusal.ROBOTS_UNREACHABLE, str(error)[:120])
-            if delay > max(options.max_wait_seconds, options.delay_seconds):
-                said = f"robots.txt asks for a pause of {delay:,.0f} s"
-                return Refused(Refusal.ASKED_TO_WAIT, said, wait_seconds=delay)
-            session.host(origin).delay = delay if delay > 0 else 0.0
-            return rules
+        session, options, url = self._session, self._session.options, f"{origin}/robots.txt"
+        try:
+            for _ in range(MAX_HOPS + 1):
+                response = await session.ask(url, most=MAX_BYTES, may_be_cut=True)
+                if response.status not in REDIRECTS or (target := location(response)) is None:
+                    break
+                url = target
+            body = response.body if 200 <= response.status < 300 else b""
+            rules = await asyncio.to_thread(parse_robots, body, self._product, whole="cut" not in response.flags)
+            delay = float(rules.crawl_delay(self._product) or 0.0)
+        except Exception as error:  # also a file that its reader cannot stand: it is none that allows anything
+            private = isinstance(error, Refused) and error.reason == Refusal.PRIVATE
+            return Refused(Refusal.PRIVATE if private else Refusal.ROBOTS_UNREACHABLE, str(error)[:120])
+        if delay > max(options.max_wait_seconds, options.delay_seconds):
+            said = f"robots.txt asks for a pause of {delay:,.0f} s"
+            return Refused(Refusal.ASKED_TO_WAIT, said, wait_seconds=delay)
+        session.host(origin).delay = delay if delay > 0 else 0.0
+        return rules
 
 
 def parse_robots(body: bytes, product: str, *, whole: bool = True) -> Protego:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from scrapy import Request, Spider
 from scrapy.core.engine import ExecutionEngine
@@ -38,17 +39,12 @@ _LONGEST_BACKOFF_SECONDS = 600.0
 _HTML = frozenset({"text/html", "application/xhtml+xml"})
 
 
-@dataclass(slots=True)
-class Page:
-    """An address on its way to an outcome."""
+class Page(NamedTuple):
+    """An address that waits for its turn."""
 
-    url: str  # what to ask for next
-    first_url: str  # what was given or found
+    url: str
     depth: int = 0  # links between it and a given page
-    named: bool = False  # whether the user gave it, not a page or a sitemap
     sitemap: bool = False
-    hops: tuple[str, ...] = ()  # where redirects led so far
-    attempts: int = 0  # failed requests for `url`
 
 
 @dataclass(eq=False)
@@ -56,13 +52,13 @@ class Host:
     """What waits for one host, and when it may be asked."""
 
     pages: deque[Page] = field(default_factory=deque)
+    busy: bool = False  # whether a task asks for its pages
     asking: asyncio.Lock = field(default_factory=asyncio.Lock)  # one request at a time
     asked: float = -math.inf  # when the last one ended (time.monotonic)
     rest: float = 0.0  # seconds that a failure asks for
     delay: float = 0.0  # seconds that its robots.txt asks for
     failures: int = 0  # connections that failed one after the other
     closed: str = ""  # why it is asked no more in this session
-    busy: bool = False  # whether a task asks for its pages
 
 
 class _Spider(Spider):
@@ -168,129 +164,135 @@ class Session:
     async def _turn(self, host: Host, page: Page) -> bool:
         """A page's turn; whatever is thrown in it is the page's own fault. Returns whether the page was stored."""
         self._waiting -= 1
+        via = list[str]()
         try:
-            await self._robots.check(page.url)
-            if not self._write and not page.sitemap:
-                self.report.planned.append(Planned(page.first_url))
-                return False
-            limits = {"most": MAX_SITEMAP_BYTES} if page.sitemap else {
-                "most": int(self.options.max_page_mib * 2**20), "types": self.options.types}  # fmt: skip
-            response = await self.ask(page.url, page.attempts + 1, **limits)
-            host.failures = 0
-            return await self._take_in(page, response)
+            response = await self._fetch(page, via)
+            if response is not None:
+                return await self._take_in(page, response, via)
         except GroundupError:  # a full disk
             raise
-        except Refused as error:
-            refusal = error
+        except Refused as refused:
+            self._refuse(host, page, refused, via)
         except Exception as error:
-            refusal = Refused(Refusal.BAD_RESPONSE, f"{type(error).__name__}: {error}"[:120])
-        self._after(host, page, refusal)
+            self._refuse(host, page, Refused(Refusal.BAD_RESPONSE, f"{type(error).__name__}: {error}"[:120]), via)
         return False
+
+    async def _fetch(self, page: Page, via: list[str]) -> Response | None:
+        """Follow an address to an answer, each redirect (`via`) under the same rules; None if it was only planned."""
+        url, limits = page.url, {"most": int(self.options.max_page_mib * 2**20), "types": self.options.types}
+        while not (closed := self.host(url).closed):
+            await self._robots.check(url)
+            if not self._write and not page.sitemap:
+                self.report.planned.append(Planned(page.url))
+                return None
+            response = await self.ask(url, **({"most": MAX_SITEMAP_BYTES} if page.sitemap else limits))
+            self.host(url).failures = 0
+            if response.status not in REDIRECTS:
+                return response
+            url = self._redirected(page, response, via)
+            via.append(url)
+            self._known.add(url)
+        raise Refused(Refusal.ASKED_TO_WAIT, closed, wait_seconds=math.inf)
+
+    def _redirected(self, page: Page, response: Response, via: list[str]) -> str:
+        target = location(response)
+        if target is None:
+            raise Refused(Refusal.BAD_URL, f"redirected to {header(response, 'Location')[:200]!r}")
+        if target in (page.url, *via):
+            raise Refused(Refusal.REDIRECT_LOOP, f"back to {target}")
+        if len(via) >= MAX_HOPS:
+            raise Refused(Refusal.TOO_MANY_REDIRECTS, f"more than {MAX_HOPS}")
+        if page.url in self._named:
+            self._scope.add(target)
+        elif not self._scope.has_host(target):
+            raise Refused(Refusal.OTHER_HOST, f"redirected to {host_of(target)}")
+        if target in self._known:
+            via.append(target)
+            raise Refused(Refusal.DUPLICATE, f"redirected to {target}")
+        return target
+
+    async def ask(self, url: str, **meta: Any) -> Response:
+        """Make a request (`meta`: see `Fetcher`) when its host has rested and one of `concurrency` may be made.
+
+        After a fault that may pass, again, after the pause that the server asks for, else one that doubles.
+        """
+        options, host = self.options, self.host(url)
+        for attempt in itertools.count(1):
+            rest = 0.0
+            async with host.asking:
+                await asyncio.sleep(host.asked + max(host.rest, host.delay, options.delay_seconds) - time.monotonic())
+                try:
+                    async with self._turns:
+                        return await self._engine.download_async(Request(url, meta=meta))
+                except Refused as refused:
+                    again = refused.again and attempt <= options.retries and not self._too_long(refused)
+                    if refused.wait_seconds is not None:
+                        rest = min(refused.wait_seconds, options.max_wait_seconds)
+                    elif again:
+                        rest = min(options.backoff_seconds * 2.0 ** (attempt - 1), _LONGEST_BACKOFF_SECONDS)
+                    if not again:
+                        raise
+                finally:
+                    host.asked, host.rest = time.monotonic(), rest
+        raise AssertionError
 
     def host(self, url: str) -> Host:
         """The host of an address."""
         return self._hosts.setdefault(host_of(url), Host())
 
-    async def ask(self, url: str, attempt: int, **meta: Any) -> Response:
-        """Make a request when the host has rested and one of `concurrency` may be made; for `meta` see `Fetcher`."""
-        host, rest = self.host(url), 0.0
-        async with host.asking:
-            await asyncio.sleep(host.asked + max(host.rest, host.delay, self.options.delay_seconds) - time.monotonic())
-            try:
-                async with self._turns:
-                    return await self._engine.download_async(Request(url, meta=meta))
-            except Refused as refusal:
-                rest = self._rest_after(refusal, attempt)
-                raise
-            finally:
-                host.asked, host.rest = time.monotonic(), rest
+    def _too_long(self, refused: Refused) -> bool:
+        return (refused.wait_seconds or 0.0) > self.options.max_wait_seconds
 
-    def may_retry(self, refusal: Refused, attempt: int) -> bool:
-        """Whether to ask again in this session."""
-        wait = refusal.wait_seconds or 0.0
-        return refusal.again and attempt <= self.options.retries and wait <= self.options.max_wait_seconds
-
-    def _rest_after(self, refusal: Refused, attempt: int) -> float:
-        """How long the host rests after a failure: as the server asks, else doubling from `backoff_seconds`."""
-        if refusal.wait_seconds is not None:
-            return min(refusal.wait_seconds, self.options.max_wait_seconds)
-        if not self.may_retry(refusal, attempt):
-            return 0.0
-        return min(self.options.backoff_seconds * 2.0 ** (attempt - 1), _LONGEST_BACKOFF_SECONDS)
-
-    def _after(self, host: Host, page: Page, refusal: Refused) -> None:
-        """Ask again later, leave the host alone, or give the page up."""
-        page.attempts += 1
-        too_long = (refusal.wait_seconds or 0.0) > self.options.max_wait_seconds and self._write
-        if too_long or self.may_retry(refusal, page.attempts):
-            host.closed = str(refusal) if too_long else ""
-            self._put(page, first=True)
+    def _refuse(self, host: Host, page: Page, refused: Refused, via: list[str]) -> None:
+        """Give a page up; or leave its host alone until the next session, for which the page then waits."""
+        host = self.host(via[-1]) if via else host
+        if self._too_long(refused) and self._write:
+            host.closed = host.closed or str(refused)
+            self._waiting += 1
             return
-        host.failures += refusal.reason == Refusal.CONNECTION and refusal.again
+        host.failures += refused.reason == Refusal.CONNECTION and refused.again
         if host.failures >= _MAX_FAILURES:
-            host.closed = f"{host.failures} pages in a row: {refusal.detail}"
-        self._outcome("refused", page, reason=refusal.reason, detail=refusal.detail)
+            host.closed = f"{host.failures} pages in a row: {refused.detail}"
+        self._outcome("refused", page, via=tuple(via), reason=refused.reason, detail=refused.detail)
 
-    async def _take_in(self, page: Page, response: Response) -> bool:
-        """What an answer leads to: a redirect's target, a sitemap's pages, or a stored page (True) and its links."""
-        if response.status in REDIRECTS:
-            self._redirect(page, response)
-            return False
+    async def _take_in(self, page: Page, response: Response, via: list[str]) -> bool:
+        """What an answer leads to: a sitemap's pages, or a stored page (True) and its links."""
         if not 200 <= response.status < 300 or response.status in (204, 205, 206):
             raise Refused(Refusal.STATUS, f"HTTP {response.status}")
         if page.sitemap:
-            self._listed(page, *await asyncio.to_thread(parse_sitemap, response.body))
+            self._listed(page, response.url, via, *await asyncio.to_thread(parse_sitemap, response.body))
             return False
         kind, tag = header(response, "Content-Type"), header(response, "X-Robots-Tag")
         html = response.body if kind.partition(";")[0].strip().lower() in _HTML else b""
-        found = await asyncio.to_thread(extract_links, html, page.url, kind, tag, self.options.product)
+        found = await asyncio.to_thread(extract_links, html, response.url, kind, tag, self.options.product)
         links = found.links if page.depth < self.options.depth else ()
         links = tuple(url for url in links if url in self._scope and url not in self._known)
-        if found.noindex and not page.named:
-            self._outcome("refused", page, reason=Refusal.NOINDEX, links=links)
+        if found.noindex and page.url not in self._named:
+            self._outcome("refused", page, via=tuple(via), reason=Refusal.NOINDEX, links=links)
             return False
-        record = await asyncio.to_thread(page_record, response)
-        self._outcome("stored", page, record, links=links, size_bytes=len(response.body))
+        record, size = await asyncio.to_thread(page_record, response), len(response.body)
+        self._outcome("stored", page, record, via=tuple(via), links=links, size_bytes=size)
         return True
 
-    def _redirect(self, page: Page, response: Response) -> None:
-        if (target := location(response)) is None:
-            raise Refused(Refusal.BAD_URL, f"redirected to {header(response, 'Location')[:200]!r}")
-        if target in (page.first_url, *page.hops):
-            raise Refused(Refusal.REDIRECT_LOOP, f"back to {target}")
-        if len(page.hops) >= MAX_HOPS:
-            raise Refused(Refusal.TOO_MANY_REDIRECTS, f"more than {MAX_HOPS}")
-        if page.named:
-            self._scope.add(target)
-        elif not self._scope.has_host(target):
-            raise Refused(Refusal.OTHER_HOST, f"redirected to {host_of(target)}")
-        page.url, page.hops, page.attempts = target, (*page.hops, target), 0
-        if target in self._known:
-            raise Refused(Refusal.DUPLICATE, f"redirected to {target}")
-        self._known.add(target)
-        self._put(page, first=True)
-
-    def _listed(self, page: Page, pages: list[str], others: list[str]) -> None:
-        links, sitemaps = dict[str, None](), dict[str, None]()
-        for locations, into in ((pages, links), (others, sitemaps)):
-            for written in locations:
-                url = normalize_url(written, page.url)
-                if url is None or url not in self._scope:
-                    self.report.elsewhere += 1
-                elif url not in self._known:
-                    into[url] = None
-        self._outcome("listed", page, links=tuple(links), sitemaps=tuple(sitemaps))
+    def _listed(self, page: Page, url: str, via: list[str], pages: list[str], sitemaps: list[str]) -> None:
+        found = []
+        for locations in (pages, sitemaps):
+            normal = [normalize_url(written, url) for written in locations]
+            inside = [link for link in normal if link is not None and link in self._scope]
+            self.report.elsewhere += len(normal) - len(inside)
+            found.append(tuple(link for link in dict.fromkeys(inside) if link not in self._known))
+        self._outcome("listed", page, via=tuple(via), links=found[0], sitemaps=found[1])
 
     def _outcome(self, event: Any, page: Page, record: bytes = b"", **more: Any) -> None:
         """Write an outcome down, then act on it."""
-        entry = Entry(event, page.first_url, sitemap=page.sitemap, depth=page.depth, via=page.hops, **more)
+        entry = Entry(event, page.url, sitemap=page.sitemap, depth=page.depth, **more)
         if self._write:
             self._files.append(record + entry.record())
             self.report.fetched += entry.event == "stored"
         elif entry.event == "refused":
             self.report.planned.append(Planned(entry.url, entry.reason, entry.detail))
         self._count(entry)
-        self._follow(entry, set())
+        self._follow(entry)
         if self._bar is not None:
             self._bar.update(self.report.found - self._waiting, total=self.report.found, note=self._words())
 
@@ -306,50 +308,41 @@ class Session:
     def _take_up(self, given: list[Entry]) -> None:
         """Go on from the files: first what is done, then what waits, in the order in which it was found."""
         before = self._files.entries
-        named = {entry.url for entry in before if entry.event == "given"}
+        self._named = {entry.url for entry in before if entry.event == "given"}
+        new = [entry for entry in given if entry.url not in self._named]
+        self._named |= {entry.url for entry in new}
         for entry in {entry.url: entry for entry in before if entry.event != "given"}.values():
             if not (self._retry_failed and entry.event == "refused" and Refusal(entry.reason).passes):
                 self._count(entry)
                 self._known.update((entry.url, *entry.via))
                 self.report.found += 1
-        new = [entry for entry in given if entry.url not in named]
         for entry in (*before, *new):
-            self._follow(entry, named)
+            self._follow(entry)
         if self._write and new:
             self._files.append(b"".join(entry.record() for entry in new))
 
-    def _follow(self, entry: Entry, named: set[str]) -> None:
+    def _follow(self, entry: Entry) -> None:
         """Queue what an entry adds, and widen the scope by what the user named."""
-        if entry.event == "given":
-            self._scope.add(entry.url)
-            self._add(Page(entry.url, entry.url, named=True, sitemap=entry.sitemap))
-        elif entry.url in named:
-            for hop in entry.via:
-                self._scope.add(hop)
+        if entry.url in self._named:
+            for url in (entry.url, *entry.via):
+                self._scope.add(url)
         deeper = entry.depth if entry.event == "listed" else entry.depth + 1
-        for url in entry.links:
-            self._add(Page(url, url, depth=deeper))
-        for url in entry.sitemaps:
-            self._add(Page(url, url, sitemap=True))
-
-    def _add(self, page: Page) -> None:
-        if page.url in self._known:
-            return
-        if self._waiting >= MAX_WAITING or (page.sitemap and self._n_sitemaps >= MAX_SITEMAPS):
-            self.report.overflow += 1
-            return
-        self._known.add(page.url)
-        self.report.found += 1
-        self._n_sitemaps += page.sitemap
-        self._put(page)
-
-    def _put(self, page: Page, *, first: bool = False) -> None:
-        """Queue a page, before the others of its host or behind them."""
-        host = self.host(page.url)
-        (host.pages.appendleft if first else host.pages.append)(page)
-        self._waiting += 1
-        if self._bar is not None:
-            self._begin(host)
+        pages = [Page(entry.url, sitemap=entry.sitemap)] if entry.event == "given" else []
+        pages += [Page(url, deeper) for url in entry.links]
+        for page in (*pages, *(Page(url, sitemap=True) for url in entry.sitemaps)):
+            if page.url in self._known:
+                continue
+            if self._waiting >= MAX_WAITING or (page.sitemap and self._n_sitemaps >= MAX_SITEMAPS):
+                self.report.overflow += 1
+                continue
+            self._known.add(page.url)
+            self.report.found += 1
+            self._n_sitemaps += page.sitemap
+            self._waiting += 1
+            host = self.host(page.url)
+            host.pages.append(page)
+            if self._bar is not None:
+                self._begin(host)
 
     def _words(self) -> str:
         report = self.report
