@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from scrapy import Request, Spider
 from scrapy.core.engine import ExecutionEngine
@@ -39,12 +39,19 @@ _LONGEST_BACKOFF_SECONDS = 600.0
 _HTML = frozenset({"text/html", "application/xhtml+xml"})
 
 
-class Page(NamedTuple):
-    """An address that waits for its turn."""
+@dataclass(slots=True)
+class Page:
+    """An address on its way to an outcome."""
 
     url: str
     depth: int = 0  # links between it and a given page
     sitemap: bool = False
+    via: tuple[str, ...] = ()  # where redirects led
+
+    @property
+    def last_url(self) -> str:
+        """What to ask for."""
+        return self.via[-1] if self.via else self.url
 
 
 @dataclass(eq=False)
@@ -88,7 +95,8 @@ class Session:
         self._known: set[str] = set()  # every address that was ever seen
         self._waiting = self._n_sitemaps = 0
         self._turns = asyncio.Semaphore(settings.concurrency)
-        self._bar: Bar | None = None
+        self._bar: Bar
+        self._tasks: asyncio.TaskGroup | None = None
         self._stopped = False
         self._error: GroundupError | None = None
 
@@ -134,20 +142,20 @@ class Session:
     async def _ask_all(self) -> None:
         try:
             async with asyncio.TaskGroup() as self._tasks:
-                for host in self._hosts.values():
+                for host in list(self._hosts.values()):
                     self._begin(host)
         except* GroundupError as errors:  # of one task; the others are cancelled
             (self._error,) = errors.exceptions[:1]
 
     def _begin(self, host: Host) -> None:
-        if not host.busy and host.pages and not host.closed:
+        if self._tasks is not None and not host.busy and host.pages and not host.closed:
             host.busy = True
             self._tasks.create_task(self._ask_host(host))
 
     async def _ask_host(self, host: Host) -> None:
         while host.pages and not host.closed:
             await self._budget.acquire()  # no more pages are under way than may still be stored
-            if not await self._turn(host, host.pages.popleft()):
+            if not await self._turn(host.pages.popleft()):
                 self._budget.release()
             elif self._at_limit():
                 self._all.cancel()
@@ -161,55 +169,50 @@ class Session:
             report.limit = "max_pages"
         return bool(report.limit)
 
-    async def _turn(self, host: Host, page: Page) -> bool:
+    async def _turn(self, page: Page) -> bool:
         """A page's turn; whatever is thrown in it is the page's own fault. Returns whether the page was stored."""
         self._waiting -= 1
-        via = list[str]()
         try:
-            response = await self._fetch(page, via)
-            if response is not None:
-                return await self._take_in(page, response, via)
+            response = await self._fetch(page)
+            return response is not None and await self._take_in(page, response)
         except GroundupError:  # a full disk
             raise
         except Refused as refused:
-            self._refuse(host, page, refused, via)
+            self._refuse(page, refused)
         except Exception as error:
-            self._refuse(host, page, Refused(Refusal.BAD_RESPONSE, f"{type(error).__name__}: {error}"[:120]), via)
+            self._refuse(page, Refused(Refusal.BAD_RESPONSE, f"{type(error).__name__}: {error}"[:120]))
         return False
 
-    async def _fetch(self, page: Page, via: list[str]) -> Response | None:
-        """Follow an address to an answer, each redirect (`via`) under the same rules; None if it was only planned."""
-        url, limits = page.url, {"most": int(self.options.max_page_mib * 2**20), "types": self.options.types}
-        while not (closed := self.host(url).closed):
-            await self._robots.check(url)
+    async def _fetch(self, page: Page) -> Response | None:
+        """Follow an address to an answer, redirects under the same rules as it; None if that is only planned."""
+        limits = {"most": int(self.options.max_page_mib * 2**20), "types": self.options.types}
+        while not (host := self.host(page.last_url)).closed:
+            await self._robots.check(page.last_url)
             if not self._write and not page.sitemap:
                 self.report.planned.append(Planned(page.url))
                 return None
-            response = await self.ask(url, **({"most": MAX_SITEMAP_BYTES} if page.sitemap else limits))
-            self.host(url).failures = 0
+            response = await self.ask(page.last_url, **({"most": MAX_SITEMAP_BYTES} if page.sitemap else limits))
+            host.failures = 0
             if response.status not in REDIRECTS:
                 return response
-            url = self._redirected(page, response, via)
-            via.append(url)
-            self._known.add(url)
-        raise Refused(Refusal.ASKED_TO_WAIT, closed, wait_seconds=math.inf)
+            self._redirect(page, response)
+        raise Refused(Refusal.ASKED_TO_WAIT, host.closed, wait_seconds=math.inf)
 
-    def _redirected(self, page: Page, response: Response, via: list[str]) -> str:
-        target = location(response)
-        if target is None:
+    def _redirect(self, page: Page, response: Response) -> None:
+        if (target := location(response)) is None:
             raise Refused(Refusal.BAD_URL, f"redirected to {header(response, 'Location')[:200]!r}")
-        if target in (page.url, *via):
+        if target in (page.url, *page.via):
             raise Refused(Refusal.REDIRECT_LOOP, f"back to {target}")
-        if len(via) >= MAX_HOPS:
+        if len(page.via) >= MAX_HOPS:
             raise Refused(Refusal.TOO_MANY_REDIRECTS, f"more than {MAX_HOPS}")
         if page.url in self._named:
             self._scope.add(target)
         elif not self._scope.has_host(target):
             raise Refused(Refusal.OTHER_HOST, f"redirected to {host_of(target)}")
+        page.via += (target,)
         if target in self._known:
-            via.append(target)
             raise Refused(Refusal.DUPLICATE, f"redirected to {target}")
-        return target
+        self._known.add(target)
 
     async def ask(self, url: str, **meta: Any) -> Response:
         """Make a request (`meta`: see `Fetcher`) when its host has rested and one of `concurrency` may be made.
@@ -243,9 +246,9 @@ class Session:
     def _too_long(self, refused: Refused) -> bool:
         return (refused.wait_seconds or 0.0) > self.options.max_wait_seconds
 
-    def _refuse(self, host: Host, page: Page, refused: Refused, via: list[str]) -> None:
+    def _refuse(self, page: Page, refused: Refused) -> None:
         """Give a page up; or leave its host alone until the next session, for which the page then waits."""
-        host = self.host(via[-1]) if via else host
+        host = self.host(page.last_url)
         if self._too_long(refused) and self._write:
             host.closed = host.closed or str(refused)
             self._waiting += 1
@@ -253,14 +256,14 @@ class Session:
         host.failures += refused.reason == Refusal.CONNECTION and refused.again
         if host.failures >= _MAX_FAILURES:
             host.closed = f"{host.failures} pages in a row: {refused.detail}"
-        self._outcome("refused", page, via=tuple(via), reason=refused.reason, detail=refused.detail)
+        self._outcome("refused", page, reason=refused.reason, detail=refused.detail)
 
-    async def _take_in(self, page: Page, response: Response, via: list[str]) -> bool:
+    async def _take_in(self, page: Page, response: Response) -> bool:
         """What an answer leads to: a sitemap's pages, or a stored page (True) and its links."""
         if not 200 <= response.status < 300 or response.status in (204, 205, 206):
             raise Refused(Refusal.STATUS, f"HTTP {response.status}")
         if page.sitemap:
-            self._listed(page, response.url, via, *await asyncio.to_thread(parse_sitemap, response.body))
+            self._listed(page, *await asyncio.to_thread(parse_sitemap, response.body))
             return False
         kind, tag = header(response, "Content-Type"), header(response, "X-Robots-Tag")
         html = response.body if kind.partition(";")[0].strip().lower() in _HTML else b""
@@ -268,24 +271,24 @@ class Session:
         links = found.links if page.depth < self.options.depth else ()
         links = tuple(url for url in links if url in self._scope and url not in self._known)
         if found.noindex and page.url not in self._named:
-            self._outcome("refused", page, via=tuple(via), reason=Refusal.NOINDEX, links=links)
+            self._outcome("refused", page, reason=Refusal.NOINDEX, links=links)
             return False
         record, size = await asyncio.to_thread(page_record, response), len(response.body)
-        self._outcome("stored", page, record, via=tuple(via), links=links, size_bytes=size)
+        self._outcome("stored", page, record, links=links, size_bytes=size)
         return True
 
-    def _listed(self, page: Page, url: str, via: list[str], pages: list[str], sitemaps: list[str]) -> None:
+    def _listed(self, page: Page, pages: list[str], sitemaps: list[str]) -> None:
         found = []
         for locations in (pages, sitemaps):
-            normal = [normalize_url(written, url) for written in locations]
+            normal = [normalize_url(written, page.last_url) for written in locations]
             inside = [link for link in normal if link is not None and link in self._scope]
             self.report.elsewhere += len(normal) - len(inside)
             found.append(tuple(link for link in dict.fromkeys(inside) if link not in self._known))
-        self._outcome("listed", page, via=tuple(via), links=found[0], sitemaps=found[1])
+        self._outcome("listed", page, links=found[0], sitemaps=found[1])
 
     def _outcome(self, event: Any, page: Page, record: bytes = b"", **more: Any) -> None:
         """Write an outcome down, then act on it."""
-        entry = Entry(event, page.url, sitemap=page.sitemap, depth=page.depth, **more)
+        entry = Entry(event, page.url, sitemap=page.sitemap, depth=page.depth, via=page.via, **more)
         if self._write:
             self._files.append(record + entry.record())
             self.report.fetched += entry.event == "stored"
@@ -293,8 +296,7 @@ class Session:
             self.report.planned.append(Planned(entry.url, entry.reason, entry.detail))
         self._count(entry)
         self._follow(entry)
-        if self._bar is not None:
-            self._bar.update(self.report.found - self._waiting, total=self.report.found, note=self._words())
+        self._bar.update(self.report.found - self._waiting, total=self.report.found, note=self._words())
 
     def _count(self, entry: Entry) -> None:
         report = self.report
@@ -341,8 +343,7 @@ class Session:
             self._waiting += 1
             host = self.host(page.url)
             host.pages.append(page)
-            if self._bar is not None:
-                self._begin(host)
+            self._begin(host)
 
     def _words(self) -> str:
         report = self.report
