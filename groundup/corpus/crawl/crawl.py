@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 SUMMARY = "crawl.json"
 _BINDING = ("depth", "same_path")  # settings that decide what a finished page led to
-_SILENT = logging.NullHandler()  # without a handler, Python shows warnings on standard error
 _SAID_ANEW = {"allow_private", "user_agent"}
 
 
@@ -69,8 +68,7 @@ def crawl(
         ) from error
     given, report = _given(urls, sitemaps), CrawlReport(out)
     if dry_run:
-        files = WarcFiles(out, write=False)
-        _run(Session(settings, console, report, files, write=False, retry_failed=retry_failed), given)
+        _run(Session(settings, console, report, WarcFiles(out), retry_failed, write=False), given)
         return report
     own_folder(out)
     try:
@@ -79,7 +77,7 @@ def crawl(
             _check_scope(out, settings, bool(given))
             files = WarcFiles(out, settings.user_agent, int(settings.file_mib * 2**20))
             try:
-                _run(Session(settings, console, report, files, write=True, retry_failed=retry_failed), given)
+                _run(Session(settings, console, report, files, retry_failed), given)
             finally:
                 files.close()
                 write_json(out / SUMMARY, {"settings": settings.model_dump(mode="json"), **report.to_json()})
@@ -104,10 +102,8 @@ def earlier_settings(out: str | Path) -> dict[str, Any]:
 
 def _summary(out: Path) -> dict[str, Any]:
     path = out / SUMMARY
-    if not path.exists():
-        return {}
-    summary = read_object(path)
-    if not isinstance(summary.get("settings"), dict) or not isinstance(summary.get("files", []), list):
+    summary = read_object(path) if path.exists() else {}
+    if summary and not (isinstance(summary.get("settings"), dict) and isinstance(summary.get("files", []), list)):
         raise ArtifactError(f"{path}: not a crawl's summary.", "Choose another folder with --out.")
     return summary
 
@@ -116,18 +112,15 @@ def _given(urls: Sequence[str], sitemaps: Sequence[str]) -> list[Entry]:
     from groundup.corpus.crawl.urls import normalize_url
     from groundup.corpus.crawl.warc import Entry
 
-    entries, wrong = list[Entry](), list[str]()
-    for written, is_sitemap in [*((url, False) for url in urls), *((url, True) for url in sitemaps)]:
-        if (url := normalize_url(written)) is None:
-            wrong.append(f"  {written[:200]!r}")
-        else:
-            entries.append(Entry("given", url, sitemap=is_sitemap))
-    if wrong:
+    written = [*((url, False) for url in urls), *((url, True) for url in sitemaps)]
+    found = {(url, is_sitemap): normalize_url(url) for url, is_sitemap in written}
+    if wrong := [f"  {url[:200]!r}" for (url, _), normal in found.items() if normal is None]:
         shown = "\n".join([*wrong[:10], *([f"  and {len(wrong) - 10:,} more"] if len(wrong) > 10 else [])])
         raise GroundupError(
             f"{len(wrong):,} of the addresses given cannot be fetched:\n{shown}",
             "An address begins with http:// or https://, names a host and carries no password.",
         )
+    entries = [Entry("given", normal, sitemap=is_sitemap) for (_, is_sitemap), normal in found.items() if normal]
     return list(dict.fromkeys(entries))
 
 
@@ -142,18 +135,17 @@ def _check_scope(out: Path, settings: CrawlSettings, something_given: bool) -> N
                 "Give addresses, --urls FILE or --sitemap ADDRESS.",
             )
         write_json(out / SUMMARY, {"settings": now})
-    elif other := [name for name in _BINDING if before["settings"].get(name) != now[name]]:
-        held = ", ".join(f"{name} = {before['settings'].get(name)}" for name in other)
-        raise RunError(
-            f"{out}: holds a crawl with {held}.", "Go on with the same, or choose another folder with --out."
-        )
+    elif other := [f"{name} = {before['settings'].get(name)}" for name in _BINDING
+                   if before["settings"].get(name) != now[name]]:  # fmt: skip
+        fix = "Go on with the same, or choose another folder with --out."
+        raise RunError(f"{out}: holds a crawl with {', '.join(other)}.", fix)
     elif gone := [name for name in map(str, before.get("files", [])) if not (out / name).is_file()]:
         raise ArtifactError(f"{out / gone[0]}: is gone.", FIX)
 
 
 def _run(session: Session, given: list[Entry]) -> None:
     """Run to the end in a thread with an event loop of its own: it works within a notebook's loop too."""
-    logging.getLogger("scrapy").addHandler(_SILENT)
+    logging.getLogger("scrapy").addHandler(logging.NullHandler())  # else Python shows warnings on standard error
     with ThreadPoolExecutor(1) as pool:
         try:
             pool.submit(asyncio.run, session.run(given)).result()

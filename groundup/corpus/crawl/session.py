@@ -84,8 +84,8 @@ class Session:
     """The work between a start and an end of `crawl`; without `write`, pages are only planned."""
 
     def __init__(
-        self, settings: CrawlSettings, console: Console, report: CrawlReport, files: WarcFiles,
-        *, write: bool, retry_failed: bool,
+        self, settings: CrawlSettings, console: Console, report: CrawlReport, files: WarcFiles, retry_failed: bool,
+        *, write: bool = True,
     ) -> None:  # fmt: skip
         self.options, self.report = settings, report
         self._console, self._files, self._write, self._retry_failed = console, files, write, retry_failed
