@@ -23,7 +23,7 @@ pytest.importorskip("scrapy")
 
 from crawl_pages import check_law, index, only_reason, pages_of, quick, records_of, urlset
 
-from groundup.corpus.crawl import CrawlReport, Refusal, crawl, robots, session, urls
+from groundup.corpus.crawl import CrawlReport, Refusal, crawl, robots, session, urls, warc
 from groundup.errors import GroundupError
 
 
@@ -89,13 +89,16 @@ def test_bodies_are_stored_unpacked_and_headers_tell_the_truth(
     assert b"smuggled" not in body
 
 
-def test_files_rotate_and_nothing_is_split(server: MisbehavingServer, tmp_path: Path) -> None:
+def test_files_rotate_and_nothing_is_split(
+    server: MisbehavingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warc, "FILE_BYTES", 100_000)
     noise = random.Random(1)
     for number in range(8):
         server.pages[f"/{number}"] = b"<p>" + noise.randbytes(30_000)
-    report = crawl([server.url(f"/{number}") for number in range(8)], tmp_path, quick(file_mib=0.1))
+    report = crawl([server.url(f"/{number}") for number in range(8)], tmp_path, quick())
     assert [path.name for path in report.files] == [f"pages-{number:05d}.warc.gz" for number in range(3)]
-    assert all(path.stat().st_size < 0.11 * 2**20 for path in report.files)
+    assert all(path.stat().st_size < 110_000 for path in report.files)
     assert pages_of(tmp_path) == {server.url(f"/{number}"): server.pages[f"/{number}"] for number in range(8)}
 
 
@@ -212,9 +215,12 @@ def test_a_bomb_costs_no_memory(server: MisbehavingServer, tmp_path: Path) -> No
         tracemalloc.stop()
 
 
-def test_passing_faults_are_asked_for_again_with_growing_pauses(server: MisbehavingServer, tmp_path: Path) -> None:
+def test_passing_faults_are_asked_for_again_with_growing_pauses(
+    server: MisbehavingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "BACKOFF_SECONDS", 0.05)
     server.pages["/flaky"] = failing_first(3, "503 Service Unavailable", page("flaky"))
-    report = crawl([server.url("/flaky")], tmp_path, quick(retries=3, backoff_seconds=0.05))
+    report = crawl([server.url("/flaky")], tmp_path, quick(retries=3))
     assert report.stored == 1
     times = [at for at, path in server.requests if path == "/flaky"]
     first, second, third = (after - before for before, after in itertools.pairwise(times))

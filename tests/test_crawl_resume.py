@@ -22,7 +22,7 @@ pytest.importorskip("scrapy")
 from crawl_pages import crawl_and_exit, pages_of, quick
 from scrapy.http import Response
 
-from groundup.corpus.crawl import Refusal, crawl
+from groundup.corpus.crawl import Refusal, crawl, warc
 from groundup.corpus.crawl.warc import Entry, WarcFiles, page_record
 from groundup.errors import ArtifactError, GroundupError, Interrupted, RunError
 
@@ -54,7 +54,7 @@ def _site(server: MisbehavingServer, n_pages: int) -> dict[str, bytes]:
 
 
 def _stored(out: Path) -> set[str]:
-    return {entry.url for entry in WarcFiles(out, "", 0).entries if entry.event == "stored"}
+    return {entry.url for entry in WarcFiles(out).entries if entry.event == "stored"}
 
 
 def test_killed_at_any_moment_it_goes_on(server: MisbehavingServer, tmp_path: Path) -> None:
@@ -107,10 +107,11 @@ def test_stopped_it_leaves_whole_files(
     assert until - 3 <= len(found) < len(site)
 
 
-def test_whatever_did_not_reach_the_disk_is_cut_off(tmp_path: Path) -> None:
+def test_whatever_did_not_reach_the_disk_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a growing file, any cut, flipped bit, or lost end costs the entries from there on, and no other."""
+    monkeypatch.setattr(warc, "FILE_BYTES", 4000)
     (tmp_path / "killed").mkdir()
-    killed = WarcFiles(tmp_path / "killed", "me", 4000)
+    killed = WarcFiles(tmp_path / "killed", "me")
     noise = random.Random(3)
     for number in range(5):
         body = noise.randbytes(1000)
@@ -120,14 +121,15 @@ def test_whatever_did_not_reach_the_disk_is_cut_off(tmp_path: Path) -> None:
     killed._handle.close()  # type: ignore[union-attr]
     (growing,) = (tmp_path / "killed").glob("*.open")
     data = growing.read_bytes()
-    entries = WarcFiles(tmp_path / "killed", "me", 0).entries
+    entries = WarcFiles(tmp_path / "killed", "me").entries
     assert len(entries) == 10
     growing.unlink()
-    safe = len(WarcFiles(tmp_path / "killed", "me", 0).entries)
+    safe = len(WarcFiles(tmp_path / "killed", "me").entries)
     assert 0 < safe < 10
     damages = [data[:size] for size in range(0, len(data), 97)]
     damages += [data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in range(10, len(data), 97)]
     damages += [data[:at] + bytes(len(data) - at) for at in range(0, len(data), 97)]
+    monkeypatch.undo()
     odd = [b"[]", b"[" * 10**5, b'{"event": 1}', b'{"event": "stored", "url": "x", "links": 5}', b"\xff", b"",
            b'{"event": "refused", "url": "x", "reason": "never"}', b'{"event": "stored", "url": ["x"]}']  # fmt: skip
     damages += [data + gzip.compress(b"WARC/1.1\r\nWARC-Type: metadata\r\n\r\n" + block) for block in odd]
@@ -136,13 +138,13 @@ def test_whatever_did_not_reach_the_disk_is_cut_off(tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         shutil.copytree(tmp_path / "killed", folder)
         (folder / growing.name).write_bytes(left)
-        files = WarcFiles(folder, "me", 10**6)
+        files = WarcFiles(folder, "me")
         assert files.entries == entries[: len(files.entries)]
         assert len(files.entries) >= (len(entries) if left.startswith(data) else safe)
         files.append(Entry("refused", "http://a/new", reason=Refusal.TYPE).record())
         files.close()
         assert not list(folder.glob("*.open"))
-        assert WarcFiles(folder, "me", 0).entries == [
+        assert WarcFiles(folder, "me").entries == [
             *files.entries,
             Entry("refused", "http://a/new", reason=Refusal.TYPE),
         ]
@@ -153,8 +155,6 @@ def test_a_full_disk_leaves_whole_pages(
     server: MisbehavingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import errno
-
-    from groundup.corpus.crawl import warc
 
     site = _site(server, 10)
     write = warc.WarcFiles._write

@@ -433,18 +433,18 @@ def read_crawl_files(folder: Path) -> None:
 def crawl_folders() -> list[Files]:
     def write(place: Path) -> None:
         for _ in range(2):
-            files = WarcFiles(place, "test", 1 << 20)
+            files = WarcFiles(place, "test")
             for number in range(3):
                 files.append(Entry("given", f"https://example.org/{number}", depth=number).record())
             files.close()
-        files = WarcFiles(place, "test", 1 << 20)
+        files = WarcFiles(place, "test")
         files.append(Entry("refused", "https://example.org/4", reason="robots.txt").record())
 
     return [made(write)]
 
 
 def read_crawl_folder(folder: Path) -> None:
-    WarcFiles(folder, "test", 1 << 20).close()
+    WarcFiles(folder, "test").close()
 
 
 READERS: dict[str, Reader] = {

@@ -17,9 +17,9 @@ from filelock import FileLock, Timeout
 
 from groundup.console import Console
 from groundup.corpus.crawl.report import CrawlReport
-from groundup.corpus.crawl.settings import CrawlSettings
 from groundup.errors import ArtifactError, GroundupError, Interrupted, RunError
 from groundup.files import own_folder, remove_partials, write_json
+from groundup.recipe.crawl import CrawlSettings
 from groundup.untrusted import read_object
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def crawl(
         with FileLock(out / ".lock", timeout=0.5):
             remove_partials(out)
             _check_scope(out, settings, bool(given))
-            files = WarcFiles(out, settings.user_agent, int(settings.file_mib * 2**20))
+            files = WarcFiles(out, settings.user_agent)
             try:
                 _run(Session(settings, console, report, files, retry_failed), given)
             finally:

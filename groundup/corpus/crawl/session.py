@@ -26,16 +26,16 @@ from groundup.corpus.crawl.fetch import MAX_HOPS, REDIRECTS, Fetcher, header, lo
 from groundup.corpus.crawl.pages import MAX_SITEMAP_BYTES, extract_links, parse_sitemap
 from groundup.corpus.crawl.report import CrawlReport, Planned, Refusal, Refused
 from groundup.corpus.crawl.robots import Robots
-from groundup.corpus.crawl.settings import CrawlSettings
 from groundup.corpus.crawl.urls import Scope, host_of, normalize_url
 from groundup.corpus.crawl.warc import Entry, WarcFiles, page_record
 from groundup.errors import GroundupError
+from groundup.recipe.crawl import CrawlSettings
 
 MAX_WAITING = 1_000_000
 """Addresses that may wait at a time; what is found beyond is not followed."""
 MAX_SITEMAPS = 1000
 _MAX_FAILURES = 5  # connections that fail one after the other until a host is left alone
-_LONGEST_BACKOFF_SECONDS = 600.0
+BACKOFF_SECONDS, _LONGEST_BACKOFF_SECONDS = 2.0, 600.0  # before the first retry; it doubles
 _HTML = frozenset({"text/html", "application/xhtml+xml"})
 
 
@@ -232,7 +232,7 @@ class Session:
                     if refused.wait_seconds is not None:
                         rest = min(refused.wait_seconds, options.max_wait_seconds)
                     elif again:
-                        rest = min(options.backoff_seconds * 2.0 ** (attempt - 1), _LONGEST_BACKOFF_SECONDS)
+                        rest = min(BACKOFF_SECONDS * 2.0 ** (attempt - 1), _LONGEST_BACKOFF_SECONDS)
                     if not again:
                         raise
                 finally:

@@ -35,6 +35,8 @@ from groundup.untrusted import ordinary_file
 
 _OF_THE_WIRE = frozenset({b"content-encoding", b"transfer-encoding", b"content-length"})
 _MAX_HEAD_BYTES = 24 << 10  # readers of WARC files give up on longer ones
+FILE_BYTES = 256 << 20
+"""After which a new file is begun."""
 FIX = "Put it back as it was, or begin a new crawl in another folder with --out."
 
 
@@ -98,8 +100,8 @@ class WarcFiles:
         ArtifactError: a finished file is missing or damaged.
     """
 
-    def __init__(self, folder: Path, user_agent: str = "", max_bytes: int = 0) -> None:
-        self._folder, self._user_agent, self._max_bytes = folder, user_agent, max_bytes
+    def __init__(self, folder: Path, user_agent: str = "") -> None:
+        self._folder, self._user_agent = folder, user_agent
         self._handle: IO[bytes] | None = None
         self._number = 0
         self.entries: list[Entry] = []
@@ -117,7 +119,7 @@ class WarcFiles:
         Raises:
             GroundupError: the disk is full or the file cannot be written; it ends with the entry before.
         """
-        if self._end and self._end + len(records) > self._max_bytes:
+        if self._end and self._end + len(records) > FILE_BYTES:
             self.close()
         try:
             if not self._end:
