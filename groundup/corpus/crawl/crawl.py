@@ -68,7 +68,7 @@ def crawl(
         ) from error
     given, report = _given(urls, sitemaps), CrawlReport(out)
     if dry_run:
-        _run(Session(settings, console, report, WarcFiles(out), retry_failed, write=False), given)
+        _run(Session(settings, console, report, WarcFiles(out), write=False), given, retry_failed)
         return report
     own_folder(out)
     try:
@@ -77,7 +77,7 @@ def crawl(
             _check_scope(out, settings, bool(given))
             files = WarcFiles(out, settings.user_agent)
             try:
-                _run(Session(settings, console, report, files, retry_failed), given)
+                _run(Session(settings, console, report, files), given, retry_failed)
             finally:
                 files.close()
                 write_json(out / SUMMARY, {"settings": settings.model_dump(mode="json"), **report.to_json()})
@@ -120,8 +120,8 @@ def _given(urls: Sequence[str], sitemaps: Sequence[str]) -> list[Entry]:
             f"{len(wrong):,} of the addresses given cannot be fetched:\n{shown}",
             "An address begins with http:// or https://, names a host and carries no password.",
         )
-    entries = [Entry("given", normal, sitemap=is_sitemap) for (_, is_sitemap), normal in found.items() if normal]
-    return list(dict.fromkeys(entries))
+    once = {(normal, is_sitemap): None for (_, is_sitemap), normal in found.items() if normal}
+    return [Entry("given", url, sitemap=is_sitemap) for url, is_sitemap in once]
 
 
 def _check_scope(out: Path, settings: CrawlSettings, something_given: bool) -> None:
@@ -143,12 +143,12 @@ def _check_scope(out: Path, settings: CrawlSettings, something_given: bool) -> N
         raise ArtifactError(f"{out / gone[0]}: is gone.", FIX)
 
 
-def _run(session: Session, given: list[Entry]) -> None:
+def _run(session: Session, given: list[Entry], retry_failed: bool) -> None:
     """Run to the end in a thread with an event loop of its own: it works within a notebook's loop too."""
     logging.getLogger("scrapy").addHandler(logging.NullHandler())  # else Python shows warnings on standard error
     with ThreadPoolExecutor(1) as pool:
         try:
-            pool.submit(asyncio.run, session.run(given)).result()
+            pool.submit(asyncio.run, session.run(given, retry_failed=retry_failed)).result()
         except KeyboardInterrupt as error:
             session.stop()
             pool.shutdown()

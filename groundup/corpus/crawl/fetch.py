@@ -39,7 +39,7 @@ class Fetcher(BaseDownloadHandler):
     def __init__(self, crawler: Crawler) -> None:
         super().__init__(crawler)
         spider: Any = crawler.spider
-        self._options = spider.options
+        self._options = spider.session.options
         self._client = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=0,
@@ -78,7 +78,7 @@ class Fetcher(BaseDownloadHandler):
         return socket.socket(family, kind, protocol)
 
     async def _get(self, request: Request) -> Response:
-        most, may_be_cut = request.meta["most"], request.meta.get("may_be_cut", False)
+        most, may_be_cut = request.meta["most"], request.meta["may_be_cut"]
         async with self._client.get(URL(request.url, encoded=True), allow_redirects=False) as answer:
             request.flags.append("answered")
             headers, data = Headers(list(answer.raw_headers)), bytearray()
@@ -88,7 +88,7 @@ class Fetcher(BaseDownloadHandler):
                 answer.close()  # what is still to come is not read
                 return response
             found = header(response, "Content-Type").partition(";")[0].strip().lower()
-            if not any(fnmatch.fnmatchcase(found, pattern) for pattern in request.meta.get("types", "*")):
+            if not any(fnmatch.fnmatchcase(found, pattern) for pattern in request.meta["types"]):
                 raise Refused(Refusal.TYPE, found[:80] or "none given")
             if (answer.content_length or 0) > most and not may_be_cut:
                 raise Refused(Refusal.TOO_LARGE, f"{answer.content_length:,} bytes")

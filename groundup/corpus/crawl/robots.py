@@ -50,7 +50,7 @@ class Robots:
         session, options, url = self._session, self._session.options, f"{origin}/robots.txt"
         try:
             for _ in range(MAX_HOPS + 1):
-                response = await session.ask(url, most=MAX_BYTES, may_be_cut=True)
+                response = await session.ask(url, MAX_BYTES, may_be_cut=True)
                 if response.status not in REDIRECTS or (target := location(response)) is None:
                     break
                 url = target

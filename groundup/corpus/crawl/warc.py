@@ -17,7 +17,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from http.client import responses
 from pathlib import Path
 from typing import IO, Literal
@@ -40,11 +40,11 @@ FILE_BYTES = 256 << 20
 FIX = "Put it back as it was, or begin a new crawl in another folder with --out."
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Entry:
-    """What a metadata record says."""
+    """What a metadata record says; also an address on its way to an outcome ("found", which is not written down)."""
 
-    event: Literal["given", "stored", "listed", "refused"]  # given: by the user; listed: a sitemap was read
+    event: Literal["given", "found", "stored", "listed", "refused"]  # given: by the user; listed: a sitemap was read
     url: str  # as it was given or found
     sitemap: bool = False
     depth: int = 0  # links between it and a given page
@@ -55,9 +55,14 @@ class Entry:
     detail: str = ""
     size_bytes: int = 0  # of the stored body
 
+    @property
+    def last_url(self) -> str:
+        """Where it led so far."""
+        return self.via[-1] if self.via else self.url
+
     def record(self) -> bytes:
         """As a metadata record."""
-        text = json.dumps({name: value for name, value in vars(self).items() if value}, ensure_ascii=False)
+        text = json.dumps({name: value for name, value in asdict(self).items() if value}, ensure_ascii=False)
         block, headers = text.encode("utf-8", "replace"), {"WARC-Target-URI": self.url}
         return _record(WarcRecordType.metadata, "application/json", block, headers)
 
