@@ -222,6 +222,13 @@ async def _endless_nothing(exchange: Exchange) -> None:
 
 
 @closing
+async def _long(exchange: Exchange) -> None:
+    """Says how long it is, and sends nothing of it."""
+    await exchange.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 99999999999\r\n\r\n")
+    await asyncio.sleep(3600)
+
+
+@closing
 async def _short(exchange: Exchange) -> None:
     await exchange.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 5000\r\n\r\n<p>and then")
 
@@ -292,6 +299,7 @@ _BAD_MANNERS: dict[str, bytes | Handler] = {
     "/endless": _endless,
     "/endless-chunks": _endless_chunks,
     "/endless-nothing": _endless_nothing,
+    "/long": _long,
     "/short": _short,
     "/reset": _reset,
     "/many-headers": _many_headers,

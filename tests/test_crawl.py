@@ -23,7 +23,7 @@ pytest.importorskip("scrapy")
 
 from crawl_pages import check_law, index, only_reason, pages_of, quick, records_of, urlset
 
-from groundup.corpus.crawl import CrawlReport, Refusal, crawl, robots, session, urls, warc
+from groundup.corpus.crawl import CrawlReport, CrawlSettings, Refusal, crawl, robots, session, urls, warc
 from groundup.errors import GroundupError
 
 
@@ -56,6 +56,7 @@ def test_a_page_is_stored_as_any_warc_reader_expects(server: MisbehavingServer, 
     text = gzip.decompress(report.files[0].read_bytes())
     digest = base64.b32encode(hashlib.sha1(body).digest())
     assert b"WARC-Payload-Digest: sha1:" + digest in text
+    assert b"WARC-IP-Address: 127.0.0.1\r\n" in text
     summary = json.loads((tmp_path / "out" / "crawl.json").read_text())
     assert summary["stored"] == 1
     assert summary["settings"]["user_agent"] == "tester/1 (me@example.org)"
@@ -102,6 +103,16 @@ def test_files_rotate_and_nothing_is_split(
     assert pages_of(tmp_path) == {server.url(f"/{number}"): server.pages[f"/{number}"] for number in range(8)}
 
 
+def test_a_proxy_of_the_environment_is_not_asked(
+    server: MisbehavingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would connect in our place, past the rule on addresses."""
+    with MisbehavingServer() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url())
+        assert crawl([server.url("/gzip")], tmp_path, quick()).stored == 1
+        assert proxy.requests == []
+
+
 def test_nothing_of_scrapy_asks_the_network_or_keeps_cookies(server: MisbehavingServer, tmp_path: Path) -> None:
     asked: list[dict[str, str]] = []
 
@@ -133,6 +144,7 @@ MISBEHAVIOUR = {
     "/endless-chunks": Refusal.TOO_LARGE,
     "/endless-nothing": Refusal.TOO_LARGE,
     "/bomb": Refusal.TOO_LARGE,
+    "/long": Refusal.TOO_LARGE,
     "/short": Refusal.CUT_OFF,
     "/reset": Refusal.CUT_OFF,
     "/half-gzip": Refusal.CUT_OFF,
@@ -675,6 +687,24 @@ def test_the_command(server: MisbehavingServer, tmp_path: Path) -> None:
     for words in ("stored", "robots.txt", "content type", "application/pdf"):
         assert words in second.stdout
     assert set(server.counts.values()) <= {1}
+
+
+def test_private_addresses_must_be_allowed_each_time(server: MisbehavingServer, tmp_path: Path) -> None:
+    server.pages |= {"/1": page("1"), "/2": page("2")}
+    given = ["--delay", "0", "--max-pages", "1", "--out", str(tmp_path)]
+    assert _command(server.url("/1"), server.url("/2"), "--allow-private", *given).exit_code == 0
+    settings = json.loads((tmp_path / "crawl.json").read_text())["settings"]
+    assert settings["allow_private"]
+    assert settings["max_pages"] == 1
+    ended = _command("--max-pages", "2", "--out", str(tmp_path))
+    assert "private address" in ended.stdout
+    assert server.counts == {"/1": 1}
+
+
+def test_every_setting_is_an_option() -> None:
+    listed = _command("--help").stdout
+    for name in CrawlSettings.model_fields:
+        assert f"--{name.removesuffix('_seconds').replace('_', '-')} " in listed
 
 
 def test_the_command_says_all_that_is_wrong_at_once() -> None:

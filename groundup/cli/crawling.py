@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,8 +27,14 @@ def crawl(
     urls: Annotated[list[str] | None, typer.Argument(metavar="URL", help="Pages to fetch.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the pages go.")] = Path("pages"),
     url_files: Annotated[
-        list[Path] | None,
-        typer.Option("--urls", metavar="FILE", help="A list of pages, one a line (#: a comment; -: from stdin)."),
+        list[typer.FileText] | None,
+        typer.Option(
+            "--urls",
+            metavar="FILE",
+            encoding="utf-8-sig",
+            errors="surrogateescape",
+            help="A list of pages, one a line (#: a comment; -: from stdin).",
+        ),
     ] = None,
     sitemaps: Annotated[
         list[str] | None, typer.Option("--sitemap", metavar="URL", help="A sitemap whose pages are fetched.")
@@ -54,7 +59,8 @@ def crawl(
     from groundup.corpus.crawl import crawl as fetch
 
     console = Console(quiet=quiet)
-    pages = [*(urls or []), *(url for path in url_files or [] for url in _lines(path))]
+    lines = (line.strip() for file in url_files or [] for line in file)
+    pages = [*(urls or []), *(line for line in lines if line and not line.startswith("#"))]
     with stopped_by_sigterm():
         report = fetch(
             pages, out, settings, console, sitemaps=sitemaps or [], retry_failed=retry_failed, dry_run=dry_run
@@ -78,18 +84,18 @@ def _flag(name: str) -> str:
 
 def _with_options(command: Any) -> None:
     """An option for each setting, with the setting's own words."""
-    fixed = inspect.signature(command, eval_str=True)
-    parameters = [one for one in fixed.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    signature = inspect.signature(command, eval_str=True)
+    parameters = list(signature.parameters.values())[:-1]
     for name, field in CrawlSettings.model_fields.items():
-        about, texts = field.description or "", isinstance(field.default, tuple)
-        default = ",".join(field.default) if texts else "" if field.default is False else field.default
-        option = typer.Option(
-            _flag(name), metavar="A,B" if texts else None,
-            help=f"{about[0].upper()}{about[1:]}{f' (default {default})' if default != '' else ''}.",
-        )  # fmt: skip
-        kind = Annotated[(str if texts else field.annotation) | None, option]
+        kind: Any = field.annotation
+        about, default, metavar = str(field.description), str(field.default).removesuffix(".0"), None
+        if isinstance(field.default, tuple):
+            kind, default, metavar = str, ",".join(field.default), "A,B"
+        about += f" (default {default})." if default not in ("", "False") else "."
+        option = typer.Option(_flag(name), metavar=metavar, help=about[0].upper() + about[1:])
+        kind = Annotated[kind | None, option]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
-    command.__signature__ = fixed.replace(parameters=parameters)
+    command.__signature__ = signature.replace(parameters=parameters)
 
 
 _with_options(crawl)
@@ -113,23 +119,12 @@ def _settings(out: Path, chosen: dict[str, Any]) -> CrawlSettings:
         raise RecipeError("corpus crawl", problems) from error
 
 
-def _lines(path: Path) -> list[str]:
-    from groundup.errors import DataError
-    from groundup.untrusted import reading
-
-    with reading(str(path), DataError, "Name a file with one address a line."):
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    lines = (line.strip() for line in text.splitlines())
-    return [line for line in lines if line and not line.startswith("#")]
-
-
 def _show_plan(report: CrawlReport, max_pages: int, as_json: bool) -> None:
     if as_json:
         print_json([page._asdict() for page in report.planned])
         return
     for url, *why in report.planned:
-        reason = ": ".join(filter(None, why))
-        typer.echo(f"leave  {url}  ({reason})" if reason else f"fetch  {url}")
+        typer.echo(f"leave  {url}  ({': '.join(filter(None, why))})" if any(why) else f"fetch  {url}")
     n_fetched = sum(not page.reason for page in report.planned)
     typer.echo(f"{n_fetched:,} to fetch, {len(report.planned) - n_fetched:,} to leave", err=True)
     if n_fetched > max_pages:

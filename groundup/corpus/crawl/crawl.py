@@ -112,16 +112,18 @@ def _given(urls: Sequence[str], sitemaps: Sequence[str]) -> list[Entry]:
     from groundup.corpus.crawl.urls import normalize_url
     from groundup.corpus.crawl.warc import Entry
 
-    written = [*((url, False) for url in urls), *((url, True) for url in sitemaps)]
-    found = {(url, is_sitemap): normalize_url(url) for url, is_sitemap in written}
-    if wrong := [f"  {url[:200]!r}" for (url, _), normal in found.items() if normal is None]:
-        shown = "\n".join([*wrong[:10], *([f"  and {len(wrong) - 10:,} more"] if len(wrong) > 10 else [])])
+    entries, wrong = dict[tuple[str, bool], Entry](), list[str]()
+    for written, is_sitemap in [*((url, False) for url in urls), *((url, True) for url in sitemaps)]:
+        if (url := normalize_url(written)) is None:
+            wrong.append(f"  {written[:200]!r}")
+        else:
+            entries[url, is_sitemap] = Entry("given", url, sitemap=is_sitemap)
+    if wrong:
         raise GroundupError(
-            f"{len(wrong):,} of the addresses given cannot be fetched:\n{shown}",
+            "\n".join([f"{len(wrong):,} of the addresses given cannot be fetched, such as", *wrong[:10]]),
             "An address begins with http:// or https://, names a host and carries no password.",
         )
-    once = {(normal, is_sitemap): None for (_, is_sitemap), normal in found.items() if normal}
-    return [Entry("given", url, sitemap=is_sitemap) for url, is_sitemap in once]
+    return list(entries.values())
 
 
 def _check_scope(out: Path, settings: CrawlSettings, something_given: bool) -> None:

@@ -34,7 +34,7 @@ MAX_HOPS = 5
 
 
 class Fetcher(BaseDownloadHandler):
-    """Makes a crawl's requests; their `meta` says how long a body may be (`most`) and of which types (`types`)."""
+    """Makes a crawl's requests; their `meta` says how long a body may be (`most`), or is cut, and of which `types`."""
 
     def __init__(self, crawler: Crawler) -> None:
         super().__init__(crawler)
@@ -59,7 +59,7 @@ class Fetcher(BaseDownloadHandler):
         )
 
     async def download_request(self, request: Request) -> Response:
-        """Ask for an address; any status but 2xx, redirects and 4xx is `Refused` too."""
+        """Ask for an address; a status that may pass is `Refused` too."""
         try:
             async with asyncio.timeout(self._options.timeout_seconds):
                 return await self._get(request)
@@ -83,7 +83,10 @@ class Fetcher(BaseDownloadHandler):
             request.flags.append("answered")
             headers, data = Headers(list(answer.raw_headers)), bytearray()
             response = Response(request.url, answer.status, headers, ip_address=getattr(answer, "peer", None))
-            _check_status(response)
+            if answer.status >= 500 or answer.status in (408, 425, 429):
+                wait = retry_after_seconds(header(response, "Retry-After"))
+                asks = "" if wait is None else f" asks for a pause of {wait:,.0f} s"
+                raise Refused(Refusal.SERVER_ERROR, f"HTTP {answer.status}{asks}", again=True, wait_seconds=wait)
             if not 200 <= answer.status < 300:
                 answer.close()  # what is still to come is not read
                 return response
@@ -154,16 +157,6 @@ def retry_after_seconds(value: str, now: datetime | None = None) -> float | None
         return max(0.0, (date - (now or datetime.now(UTC))).total_seconds())
     except (TypeError, ValueError, OverflowError, IndexError):
         return None
-
-
-def _check_status(response: Response) -> None:
-    status = response.status
-    if status >= 500 or status in (408, 425, 429):
-        wait = retry_after_seconds(header(response, "Retry-After"))
-        what = f"HTTP {status}" if wait is None else f"HTTP {status} asks for a pause of {wait:,.0f} s"
-        raise Refused(Refusal.SERVER_ERROR, what, again=True, wait_seconds=wait)
-    if status < 200 or (300 <= status < 400 and status not in REDIRECTS):
-        raise Refused(Refusal.STATUS, f"HTTP {status}")
 
 
 def _refusal(error: Exception, *, answered: bool) -> Refused:
