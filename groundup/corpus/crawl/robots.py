@@ -8,16 +8,13 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from typing import TYPE_CHECKING
+from typing import Any
 
 from protego import Protego
 
 from groundup.corpus.crawl.fetch import MAX_HOPS, REDIRECTS, location
 from groundup.corpus.crawl.report import Refusal, Refused
 from groundup.corpus.crawl.urls import origin_of
-
-if TYPE_CHECKING:
-    from groundup.corpus.crawl.session import Session
 
 MAX_BYTES = 512 << 10
 """Of a longer file, the beginning counts (section 2.5 asks for 500 KiB at least)."""
@@ -28,9 +25,9 @@ _AGENT_LINE = re.compile(r"user-?\s*agent\s*:(.*)", re.IGNORECASE)
 
 
 class Robots:
-    """The rules of each origin."""
+    """The rules of each origin, asked for by a `Session`."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Any) -> None:
         self._session, self._product = session, session.options.product
         self._rules: dict[str, tuple[float, Protego | Refused]] = {}
 
