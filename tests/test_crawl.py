@@ -23,7 +23,7 @@ pytest.importorskip("scrapy")
 
 from crawl_pages import check_law, index, only_reason, pages_of, quick, records_of, urlset
 
-from groundup.corpus.crawl import CrawlReport, CrawlSettings, Refusal, crawl, robots, session, urls, warc
+from groundup.corpus.crawl import CrawlReport, CrawlSettings, Refusal, crawl, pages, session, urls, warc
 from groundup.errors import GroundupError
 
 
@@ -439,7 +439,7 @@ def test_robots_txt_by_answer(server: MisbehavingServer, tmp_path: Path, robots:
 def test_a_robots_txt_that_its_reader_cannot_stand(
     server: MisbehavingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(robots, "parse_robots", lambda *_, **__: [][1])
+    monkeypatch.setattr(pages, "parse_robots", lambda *_, **__: [][1])
     server.robots, server.pages["/a"], server.pages["/b"] = b"User-agent: *\nAllow: /", page("a"), page("b")
     assert only_reason(crawl([server.url("/a"), server.url("/b")], tmp_path, quick())) == Refusal.ROBOTS_UNREACHABLE
     assert [path for _, path in server.requests] == ["/robots.txt"]

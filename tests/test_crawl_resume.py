@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import io
 import json
 import multiprocessing
 import os
@@ -154,21 +156,22 @@ def test_whatever_did_not_reach_the_disk_is_cut_off(tmp_path: Path, monkeypatch:
 def test_a_full_disk_leaves_whole_pages(
     server: MisbehavingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import errno
+    site, opened, written = _site(server, 10), Path.open, 0
 
-    site = _site(server, 10)
-    write = warc.WarcFiles._write
-    written = 0
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            nonlocal written
+            written += 1
+            if written == 4:
+                return super().write(data[: len(data) // 2])
+            if written == 5:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
 
-    def full_after_five(self: Any, data: bytes) -> int:
-        nonlocal written
-        written += 1
-        if written == 4:
-            self._handle.write(data[: len(data) // 2])
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return write(self, data)
+    def growing(path: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        return Full(path, mode) if (path.suffix, mode) == (".open", "wb") else opened(path, mode, *rest, **more)
 
-    monkeypatch.setattr(warc.WarcFiles, "_write", full_after_five)
+    monkeypatch.setattr(Path, "open", growing)
     with pytest.raises(GroundupError, match=r"the disk is full.*\n.*same command"):
         crawl([server.url()], tmp_path, quick(depth=3))
     assert len(pages_of(tmp_path)) == 2

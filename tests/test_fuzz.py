@@ -32,9 +32,8 @@ from test_scaling_law import DATA, made_up
 from groundup.alignment.conversations import load_conversations
 from groundup.console import Console
 from groundup.corpus.crawl.fetch import retry_after_seconds, unpacked
-from groundup.corpus.crawl.pages import extract_links, parse_sitemap
+from groundup.corpus.crawl.pages import extract_links, parse_robots, parse_sitemap
 from groundup.corpus.crawl.report import Refused
-from groundup.corpus.crawl.robots import parse_robots
 from groundup.corpus.crawl.urls import normalize_url
 from groundup.corpus.crawl.warc import Entry, WarcFiles
 from groundup.corpus.decontamination.files import find_tasks

@@ -22,9 +22,8 @@ from scrapy.http import Response
 
 from groundup.console import Console, format_bytes
 from groundup.corpus.crawl.fetch import MAX_HOPS, REDIRECTS, Fetcher, header, location
-from groundup.corpus.crawl.pages import MAX_SITEMAP_BYTES, extract_links, parse_sitemap
+from groundup.corpus.crawl.pages import MAX_SITEMAP_BYTES, Robots, extract_links, parse_sitemap
 from groundup.corpus.crawl.report import CrawlReport, Planned, Refusal, Refused
-from groundup.corpus.crawl.robots import Robots
 from groundup.corpus.crawl.urls import Scope, host_of, normalize_url
 from groundup.corpus.crawl.warc import Entry, WarcFiles, page_record
 from groundup.errors import GroundupError

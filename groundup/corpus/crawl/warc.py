@@ -124,47 +124,39 @@ class WarcFiles:
         Raises:
             GroundupError: the disk is full or the file cannot be written; it ends with the entry before.
         """
-        if self._end and self._end + len(records) > FILE_BYTES:
+        if self._end and (self._handle is None or self._end + len(records) > FILE_BYTES):
             self.close()
         try:
+            if self._handle is None:
+                self._handle = self._growing.open("wb", buffering=0)
             if not self._end:
                 about = f"software: groundup/{version_of('groundup')}\r\nformat: WARC File Format 1.1\r\n"
                 about += f"robots: obey\r\nhttp-header-user-agent: {self._user_agent}\r\n"
                 records = _record(WarcRecordType.warcinfo, "application/warc-fields", about.encode(), {}) + records
-            self._write(records)
+            self._handle.seek(self._end)
+            rest = memoryview(records)
+            while rest:
+                rest = rest[self._handle.write(rest) :]
+            self._end += len(records)
         except OSError as error:
             raise write_error(self._growing, error) from error
 
     def close(self) -> None:
-        """Give the growing file its name."""
+        """Give the growing file its name, also one that an earlier session left."""
         try:
-            if self._end or self._handle is not None:
-                with self._opened() as handle:
+            if self._handle is not None:
+                self._handle.close()
+                self._handle = None
+            if self._end:
+                with self._growing.open("r+b") as handle:
                     handle.truncate(self._end)
                     os.fsync(handle.fileno())
-                self._handle = None
-                if self._end:
-                    self._growing.replace(self._path)
-                    self._number, self._end = self._number + 1, 0
-                else:
-                    self._growing.unlink()
-                sync(self._folder)
+                self._growing.replace(self._path)
+                self._number, self._end = self._number + 1, 0
+            self._growing.unlink(missing_ok=True)
+            sync(self._folder)
         except OSError as error:
             raise write_error(self._growing, error) from error
-
-    def _opened(self) -> IO[bytes]:
-        if self._handle is None:
-            self._handle = self._growing.open("r+b" if self._end else "wb", buffering=0)
-            self._handle.truncate(self._end)
-            sync(self._folder)
-        return self._handle
-
-    def _write(self, data: bytes) -> None:
-        handle, rest = self._opened(), memoryview(data)
-        handle.seek(self._end)
-        while rest:
-            rest = rest[handle.write(rest) :]
-        self._end += len(data)
 
     def _read(self, path: Path) -> int:
         """Take up the entries of a file; returns the byte behind the last one."""
