@@ -9,10 +9,12 @@ import itertools
 import json
 import random
 import socket
+import ssl
 import sys
 import time
 import tracemalloc
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,26 @@ def test_nothing_of_scrapy_asks_the_network_or_keeps_cookies(server: Misbehaving
 
 
 # What is refused
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path) -> None:
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    begin, end = datetime(2020, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC)
+    certificate = x509.CertificateBuilder(name, name, key.public_key(), 1, begin, end).sign(key, hashes.SHA256())
+    pem, encoding = tmp_path / "pem", serialization.Encoding.PEM
+    secret = key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    pem.write_bytes(secret + certificate.public_bytes(encoding))
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(pem)
+    with MisbehavingServer(tls) as server:
+        report = crawl([server.url("/gzip")], tmp_path / "out", quick(retries=0))
+        assert only_reason(report) == Refusal.ROBOTS_UNREACHABLE
+        assert "SSLCertVerificationError" in report.examples[Refusal.ROBOTS_UNREACHABLE][1]
+        assert server.requests == []
 
 
 MISBEHAVIOUR = {
