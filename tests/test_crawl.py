@@ -493,6 +493,24 @@ def test_one_request_at_a_time_and_pauses_between_them(server: MisbehavingServer
     assert server.busiest == 1
 
 
+def test_a_host_rests_also_between_its_own_pages_and_those_that_others_redirect_to(
+    server: MisbehavingServer, tmp_path: Path
+) -> None:
+    asked: list[float] = []
+
+    async def target(exchange: Any) -> None:
+        asked.append(time.monotonic())
+        await exchange.answer(page(exchange.path))
+
+    for number in range(4):
+        server.pages |= {f"/own/{number}": target, f"/target/{number}": target}
+        server.pages[f"/away/{number}"] = redirect(server.url(f"/target/{number}"))
+    own = [server.url(f"/own/{number}") for number in range(4)]
+    away = [server.url(f"/away/{number}", "localhost") for number in range(4)]
+    assert crawl([*own, *away], tmp_path, quick(delay_seconds=0.1)).stored == 8
+    assert min(after - before for before, after in itertools.pairwise(asked)) >= 0.1
+
+
 def test_a_longer_crawl_delay_is_obeyed(server: MisbehavingServer, tmp_path: Path) -> None:
     server.robots = b"User-agent: *\nCrawl-delay: 0.2\n"
     server.pages["/a"] = server.pages["/b"] = page("x")
