@@ -18,7 +18,9 @@ class CrawlSettings(Section):
     max_megabytes: float = setting(1000.0, "megabytes (10^6 bytes) of pages to store in all", gt=0.0)
     max_page_mib: float = setting(10.0, "leave out pages that are longer, unpacked", gt=0.0, le=1024.0)
     types: Texts = setting(
-        ("text/html", "application/xhtml+xml", "text/plain"), "content types; text/* is understood", min_length=1
+        ("text/html", "application/xhtml+xml", "text/plain"),
+        "content types to keep; text/* is understood",
+        min_length=1,
     )
     delay_seconds: float = setting(
         1.0, "seconds between two requests to a host, or more as robots.txt asks", ge=0.0, le=3600.0
