@@ -76,10 +76,10 @@ def write_error(path: Path | str, error: OSError) -> GroundupError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return GroundupError(
             f"{path}: the disk is full; nothing half-written was left behind.",
-            "Free some space, or choose another folder with --runs, then give the same command again.",
+            "Free some space, or choose a folder on another disk, then give the same command again.",
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return GroundupError(f"{path}: cannot be written ({error.strerror}).", "Choose another folder with --runs.")
+        return GroundupError(f"{path}: cannot be written ({error.strerror}).", "Choose another folder.")
     return GroundupError(f"{path}: {error.strerror or error}")
 
 

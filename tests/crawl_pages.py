@@ -12,15 +12,16 @@ import pytest
 pytest.importorskip("scrapy")
 
 from groundup.cli.building import stopped_by_sigterm
-from groundup.corpus.crawl import CrawlReport, CrawlSettings, crawl
+from groundup.corpus.crawl import CrawlReport, CrawlSettings, crawl, session, warc
 from groundup.errors import Interrupted
+
+session.BACKOFF_SECONDS = 0.02
 
 QUICK: dict[str, Any] = {
     "allow_private": True,
     "delay_seconds": 0.0,
     "timeout_seconds": 10.0,
     "retries": 1,
-    "backoff_seconds": 0.02,
     "max_page_mib": 1.0,
 }
 
@@ -31,9 +32,10 @@ def quick(**changes: Any) -> CrawlSettings:
 
 def crawl_and_exit(url: str, out: str, delay: float) -> None:
     """For a process of its own."""
+    warc.FILE_BYTES = 20_000
     try:
         with stopped_by_sigterm():
-            crawl([url], out, CrawlSettings(allow_private=True, delay_seconds=delay, depth=3, file_mib=0.02))
+            crawl([url], out, CrawlSettings(allow_private=True, delay_seconds=delay, depth=3))
     except Interrupted as stop:
         sys.exit(stop.exit_code)
 

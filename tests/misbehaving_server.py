@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gzip
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -59,7 +60,8 @@ class MisbehavingServer:
         busiest: the most requests that were open at the same time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
         self.requests: list[tuple[float, str]] = []
         self.busiest = 0
         self.robots: bytes | str | Handler | None = None  # a body, a status, a handler, or none (404)
@@ -70,7 +72,7 @@ class MisbehavingServer:
         self._started = threading.Event()
 
     def url(self, path: str = "/", host: str = "127.0.0.1") -> str:
-        return f"http://{host}:{self.port}{path}"
+        return f"http{'s' if self._tls else ''}://{host}:{self.port}{path}"
 
     @property
     def counts(self) -> Counter[str]:
@@ -94,7 +96,7 @@ class MisbehavingServer:
     async def _serve(self) -> None:
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        server = await asyncio.start_server(self._connected, "127.0.0.1", 0, ssl=self._tls)
         self.port = server.sockets[0].getsockname()[1]
         self._started.set()
         async with server:
@@ -222,6 +224,13 @@ async def _endless_nothing(exchange: Exchange) -> None:
 
 
 @closing
+async def _long(exchange: Exchange) -> None:
+    """Says how long it is, and sends nothing of it."""
+    await exchange.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 99999999999\r\n\r\n")
+    await asyncio.sleep(3600)
+
+
+@closing
 async def _short(exchange: Exchange) -> None:
     await exchange.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 5000\r\n\r\n<p>and then")
 
@@ -292,6 +301,7 @@ _BAD_MANNERS: dict[str, bytes | Handler] = {
     "/endless": _endless,
     "/endless-chunks": _endless_chunks,
     "/endless-nothing": _endless_nothing,
+    "/long": _long,
     "/short": _short,
     "/reset": _reset,
     "/many-headers": _many_headers,

@@ -9,10 +9,12 @@ import itertools
 import json
 import random
 import socket
+import ssl
 import sys
 import time
 import tracemalloc
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ pytest.importorskip("scrapy")
 
 from crawl_pages import check_law, index, only_reason, pages_of, quick, records_of, urlset
 
-from groundup.corpus.crawl import CrawlReport, Refusal, crawl, robots, session, urls
+from groundup.corpus.crawl import CrawlReport, CrawlSettings, Refusal, crawl, pages, session, urls, warc
 from groundup.errors import GroundupError
 
 
@@ -56,6 +58,7 @@ def test_a_page_is_stored_as_any_warc_reader_expects(server: MisbehavingServer, 
     text = gzip.decompress(report.files[0].read_bytes())
     digest = base64.b32encode(hashlib.sha1(body).digest())
     assert b"WARC-Payload-Digest: sha1:" + digest in text
+    assert b"WARC-IP-Address: 127.0.0.1\r\n" in text
     summary = json.loads((tmp_path / "out" / "crawl.json").read_text())
     assert summary["stored"] == 1
     assert summary["settings"]["user_agent"] == "tester/1 (me@example.org)"
@@ -89,14 +92,27 @@ def test_bodies_are_stored_unpacked_and_headers_tell_the_truth(
     assert b"smuggled" not in body
 
 
-def test_files_rotate_and_nothing_is_split(server: MisbehavingServer, tmp_path: Path) -> None:
+def test_files_rotate_and_nothing_is_split(
+    server: MisbehavingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warc, "FILE_BYTES", 100_000)
     noise = random.Random(1)
     for number in range(8):
         server.pages[f"/{number}"] = b"<p>" + noise.randbytes(30_000)
-    report = crawl([server.url(f"/{number}") for number in range(8)], tmp_path, quick(file_mib=0.1))
+    report = crawl([server.url(f"/{number}") for number in range(8)], tmp_path, quick())
     assert [path.name for path in report.files] == [f"pages-{number:05d}.warc.gz" for number in range(3)]
-    assert all(path.stat().st_size < 0.11 * 2**20 for path in report.files)
+    assert all(path.stat().st_size < 110_000 for path in report.files)
     assert pages_of(tmp_path) == {server.url(f"/{number}"): server.pages[f"/{number}"] for number in range(8)}
+
+
+def test_a_proxy_of_the_environment_is_not_asked(
+    server: MisbehavingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would connect in our place, past the rule on addresses."""
+    with MisbehavingServer() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url())
+        assert crawl([server.url("/gzip")], tmp_path, quick()).stored == 1
+        assert proxy.requests == []
 
 
 def test_nothing_of_scrapy_asks_the_network_or_keeps_cookies(server: MisbehavingServer, tmp_path: Path) -> None:
@@ -121,6 +137,26 @@ def test_nothing_of_scrapy_asks_the_network_or_keeps_cookies(server: Misbehaving
 # What is refused
 
 
+def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path) -> None:
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    begin, end = datetime(2020, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC)
+    certificate = x509.CertificateBuilder(name, name, key.public_key(), 1, begin, end).sign(key, hashes.SHA256())
+    pem, encoding = tmp_path / "pem", serialization.Encoding.PEM
+    secret = key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    pem.write_bytes(secret + certificate.public_bytes(encoding))
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(pem)
+    with MisbehavingServer(tls) as server:
+        report = crawl([server.url("/gzip")], tmp_path / "out", quick(retries=0))
+        assert only_reason(report) == Refusal.ROBOTS_UNREACHABLE
+        assert "SSLCertVerificationError" in report.examples[Refusal.ROBOTS_UNREACHABLE][1]
+        assert server.requests == []
+
+
 MISBEHAVIOUR = {
     "/silent": Refusal.TIMEOUT,
     "/drip": Refusal.TIMEOUT,
@@ -130,6 +166,7 @@ MISBEHAVIOUR = {
     "/endless-chunks": Refusal.TOO_LARGE,
     "/endless-nothing": Refusal.TOO_LARGE,
     "/bomb": Refusal.TOO_LARGE,
+    "/long": Refusal.TOO_LARGE,
     "/short": Refusal.CUT_OFF,
     "/reset": Refusal.CUT_OFF,
     "/half-gzip": Refusal.CUT_OFF,
@@ -212,9 +249,12 @@ def test_a_bomb_costs_no_memory(server: MisbehavingServer, tmp_path: Path) -> No
         tracemalloc.stop()
 
 
-def test_passing_faults_are_asked_for_again_with_growing_pauses(server: MisbehavingServer, tmp_path: Path) -> None:
+def test_passing_faults_are_asked_for_again_with_growing_pauses(
+    server: MisbehavingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "BACKOFF_SECONDS", 0.05)
     server.pages["/flaky"] = failing_first(3, "503 Service Unavailable", page("flaky"))
-    report = crawl([server.url("/flaky")], tmp_path, quick(retries=3, backoff_seconds=0.05))
+    report = crawl([server.url("/flaky")], tmp_path, quick(retries=3))
     assert report.stored == 1
     times = [at for at, path in server.requests if path == "/flaky"]
     first, second, third = (after - before for before, after in itertools.pairwise(times))
@@ -421,7 +461,7 @@ def test_robots_txt_by_answer(server: MisbehavingServer, tmp_path: Path, robots:
 def test_a_robots_txt_that_its_reader_cannot_stand(
     server: MisbehavingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(robots, "parse_robots", lambda *_, **__: [][1])
+    monkeypatch.setattr(pages, "parse_robots", lambda *_, **__: [][1])
     server.robots, server.pages["/a"], server.pages["/b"] = b"User-agent: *\nAllow: /", page("a"), page("b")
     assert only_reason(crawl([server.url("/a"), server.url("/b")], tmp_path, quick())) == Refusal.ROBOTS_UNREACHABLE
     assert [path for _, path in server.requests] == ["/robots.txt"]
@@ -451,6 +491,24 @@ def test_one_request_at_a_time_and_pauses_between_them(server: MisbehavingServer
     assert len(times) == 8
     assert min(after - before for before, after in itertools.pairwise(times)) >= 0.1
     assert server.busiest == 1
+
+
+def test_a_host_rests_also_between_its_own_pages_and_those_that_others_redirect_to(
+    server: MisbehavingServer, tmp_path: Path
+) -> None:
+    asked: list[float] = []
+
+    async def target(exchange: Any) -> None:
+        asked.append(time.monotonic())
+        await exchange.answer(page(exchange.path))
+
+    for number in range(4):
+        server.pages |= {f"/own/{number}": target, f"/target/{number}": target}
+        server.pages[f"/away/{number}"] = redirect(server.url(f"/target/{number}"))
+    own = [server.url(f"/own/{number}") for number in range(4)]
+    away = [server.url(f"/away/{number}", "localhost") for number in range(4)]
+    assert crawl([*own, *away], tmp_path, quick(delay_seconds=0.1)).stored == 8
+    assert min(after - before for before, after in itertools.pairwise(asked)) >= 0.1
 
 
 def test_a_longer_crawl_delay_is_obeyed(server: MisbehavingServer, tmp_path: Path) -> None:
@@ -669,6 +727,24 @@ def test_the_command(server: MisbehavingServer, tmp_path: Path) -> None:
     for words in ("stored", "robots.txt", "content type", "application/pdf"):
         assert words in second.stdout
     assert set(server.counts.values()) <= {1}
+
+
+def test_private_addresses_must_be_allowed_each_time(server: MisbehavingServer, tmp_path: Path) -> None:
+    server.pages |= {"/1": page("1"), "/2": page("2")}
+    given = ["--delay", "0", "--max-pages", "1", "--out", str(tmp_path)]
+    assert _command(server.url("/1"), server.url("/2"), "--allow-private", *given).exit_code == 0
+    settings = json.loads((tmp_path / "crawl.json").read_text())["settings"]
+    assert settings["allow_private"]
+    assert settings["max_pages"] == 1
+    ended = _command("--max-pages", "2", "--out", str(tmp_path))
+    assert "private address" in ended.stdout
+    assert server.counts == {"/1": 1}
+
+
+def test_every_setting_is_an_option() -> None:
+    listed = _command("--help").stdout
+    for name in CrawlSettings.model_fields:
+        assert f"--{name.removesuffix('_seconds').replace('_', '-')} " in listed
 
 
 def test_the_command_says_all_that_is_wrong_at_once() -> None:

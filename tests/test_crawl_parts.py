@@ -15,7 +15,8 @@ pytest.importorskip("scrapy")
 from crawl_pages import XMLNS, urlset
 from scrapy import Request
 
-from groundup.corpus.crawl.pages import extract_links, parse_robots, parse_sitemap, retry_after_seconds
+from groundup.corpus.crawl.fetch import retry_after_seconds
+from groundup.corpus.crawl.pages import extract_links, parse_robots, parse_sitemap
 from groundup.corpus.crawl.report import Refused
 from groundup.corpus.crawl.urls import Scope, is_public, normalize_url
 

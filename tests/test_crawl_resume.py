@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import io
 import json
 import multiprocessing
 import os
@@ -22,7 +24,7 @@ pytest.importorskip("scrapy")
 from crawl_pages import crawl_and_exit, pages_of, quick
 from scrapy.http import Response
 
-from groundup.corpus.crawl import Refusal, crawl
+from groundup.corpus.crawl import Refusal, crawl, warc
 from groundup.corpus.crawl.warc import Entry, WarcFiles, page_record
 from groundup.errors import ArtifactError, GroundupError, Interrupted, RunError
 
@@ -54,7 +56,7 @@ def _site(server: MisbehavingServer, n_pages: int) -> dict[str, bytes]:
 
 
 def _stored(out: Path) -> set[str]:
-    return {entry.url for entry in WarcFiles(out, "", 0, write=False).entries if entry.event == "stored"}
+    return {entry.url for entry in WarcFiles(out).entries if entry.event == "stored"}
 
 
 def test_killed_at_any_moment_it_goes_on(server: MisbehavingServer, tmp_path: Path) -> None:
@@ -107,10 +109,11 @@ def test_stopped_it_leaves_whole_files(
     assert until - 3 <= len(found) < len(site)
 
 
-def test_whatever_did_not_reach_the_disk_is_cut_off(tmp_path: Path) -> None:
+def test_whatever_did_not_reach_the_disk_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a growing file, any cut, flipped bit, or lost end costs the entries from there on, and no other."""
+    monkeypatch.setattr(warc, "FILE_BYTES", 4000)
     (tmp_path / "killed").mkdir()
-    killed = WarcFiles(tmp_path / "killed", "me", 4000)
+    killed = WarcFiles(tmp_path / "killed", "me")
     noise = random.Random(3)
     for number in range(5):
         body = noise.randbytes(1000)
@@ -120,14 +123,15 @@ def test_whatever_did_not_reach_the_disk_is_cut_off(tmp_path: Path) -> None:
     killed._handle.close()  # type: ignore[union-attr]
     (growing,) = (tmp_path / "killed").glob("*.open")
     data = growing.read_bytes()
-    entries = WarcFiles(tmp_path / "killed", "me", 0, write=False).entries
+    entries = WarcFiles(tmp_path / "killed", "me").entries
     assert len(entries) == 10
     growing.unlink()
-    safe = len(WarcFiles(tmp_path / "killed", "me", 0).entries)
+    safe = len(WarcFiles(tmp_path / "killed", "me").entries)
     assert 0 < safe < 10
     damages = [data[:size] for size in range(0, len(data), 97)]
     damages += [data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in range(10, len(data), 97)]
     damages += [data[:at] + bytes(len(data) - at) for at in range(0, len(data), 97)]
+    monkeypatch.undo()
     odd = [b"[]", b"[" * 10**5, b'{"event": 1}', b'{"event": "stored", "url": "x", "links": 5}', b"\xff", b"",
            b'{"event": "refused", "url": "x", "reason": "never"}', b'{"event": "stored", "url": ["x"]}']  # fmt: skip
     damages += [data + gzip.compress(b"WARC/1.1\r\nWARC-Type: metadata\r\n\r\n" + block) for block in odd]
@@ -136,13 +140,13 @@ def test_whatever_did_not_reach_the_disk_is_cut_off(tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         shutil.copytree(tmp_path / "killed", folder)
         (folder / growing.name).write_bytes(left)
-        files = WarcFiles(folder, "me", 10**6)
+        files = WarcFiles(folder, "me")
         assert files.entries == entries[: len(files.entries)]
         assert len(files.entries) >= (len(entries) if left.startswith(data) else safe)
         files.append(Entry("refused", "http://a/new", reason=Refusal.TYPE).record())
         files.close()
         assert not list(folder.glob("*.open"))
-        assert WarcFiles(folder, "me", 0).entries == [
+        assert WarcFiles(folder, "me").entries == [
             *files.entries,
             Entry("refused", "http://a/new", reason=Refusal.TYPE),
         ]
@@ -152,23 +156,22 @@ def test_whatever_did_not_reach_the_disk_is_cut_off(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_whole_pages(
     server: MisbehavingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import errno
+    site, opened, written = _site(server, 10), Path.open, 0
 
-    from groundup.corpus.crawl import warc
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            nonlocal written
+            written += 1
+            if written == 4:
+                return super().write(data[: len(data) // 2])
+            if written == 5:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
 
-    site = _site(server, 10)
-    write = warc.WarcFiles._write
-    written = 0
+    def growing(path: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        return Full(path, mode) if (path.suffix, mode) == (".open", "wb") else opened(path, mode, *rest, **more)
 
-    def full_after_five(self: Any, data: bytes) -> int:
-        nonlocal written
-        written += 1
-        if written == 5:
-            self._handle.write(data[: len(data) // 2])
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return write(self, data)
-
-    monkeypatch.setattr(warc.WarcFiles, "_write", full_after_five)
+    monkeypatch.setattr(Path, "open", growing)
     with pytest.raises(GroundupError, match=r"the disk is full.*\n.*same command"):
         crawl([server.url()], tmp_path, quick(depth=3))
     assert len(pages_of(tmp_path)) == 2

@@ -151,7 +151,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path: Path) ->
     lines = subprocess.run([*mounted, script, str(disk), *writer], capture_output=True, text=True, check=True).stdout
     of_file, of_folder, left = lines.splitlines()
     assert "file.txt: the disk is full" in of_file
-    assert "--runs" in of_file
+    assert "another disk" in of_file
     assert "folder: the disk is full" in of_folder
     assert left == "['file.txt'] old"
 

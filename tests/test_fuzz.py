@@ -31,7 +31,8 @@ from test_scaling_law import DATA, made_up
 
 from groundup.alignment.conversations import load_conversations
 from groundup.console import Console
-from groundup.corpus.crawl.pages import extract_links, parse_robots, parse_sitemap, retry_after_seconds, unpacked
+from groundup.corpus.crawl.fetch import retry_after_seconds, unpacked
+from groundup.corpus.crawl.pages import extract_links, parse_robots, parse_sitemap
 from groundup.corpus.crawl.report import Refused
 from groundup.corpus.crawl.urls import normalize_url
 from groundup.corpus.crawl.warc import Entry, WarcFiles
@@ -431,18 +432,18 @@ def read_crawl_files(folder: Path) -> None:
 def crawl_folders() -> list[Files]:
     def write(place: Path) -> None:
         for _ in range(2):
-            files = WarcFiles(place, "test", 1 << 20)
+            files = WarcFiles(place, "test")
             for number in range(3):
                 files.append(Entry("given", f"https://example.org/{number}", depth=number).record())
             files.close()
-        files = WarcFiles(place, "test", 1 << 20)
+        files = WarcFiles(place, "test")
         files.append(Entry("refused", "https://example.org/4", reason="robots.txt").record())
 
     return [made(write)]
 
 
 def read_crawl_folder(folder: Path) -> None:
-    WarcFiles(folder, "test", 1 << 20).close()
+    WarcFiles(folder, "test").close()
 
 
 READERS: dict[str, Reader] = {

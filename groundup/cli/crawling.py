@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,9 +10,10 @@ import typer
 from rich.table import Table
 
 from groundup.cli.options import JsonOption, QuietOption, command_line, print_json, result_console
+from groundup.recipe.crawl import CrawlSettings
 
 if TYPE_CHECKING:
-    from groundup.corpus.crawl import CrawlReport, CrawlSettings
+    from groundup.corpus.crawl import CrawlReport
 
 EPILOG = (
     "Examples:  groundup corpus crawl https://example.org/ --out pages  ·  "
@@ -26,38 +27,17 @@ def crawl(
     urls: Annotated[list[str] | None, typer.Argument(metavar="URL", help="Pages to fetch.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the pages go.")] = Path("pages"),
     url_files: Annotated[
-        list[Path] | None,
-        typer.Option("--urls", metavar="FILE", help="A list of pages, one a line (#: a comment; -: from stdin)."),
+        list[typer.FileText] | None,
+        typer.Option(
+            "--urls",
+            metavar="FILE",
+            encoding="utf-8-sig",
+            errors="surrogateescape",
+            help="A list of pages, one a line (#: a comment; -: from stdin).",
+        ),
     ] = None,
     sitemaps: Annotated[
         list[str] | None, typer.Option("--sitemap", metavar="URL", help="A sitemap whose pages are fetched.")
-    ] = None,
-    depth: Annotated[int | None, typer.Option(help="Links to follow, on the same host (default 0).")] = None,
-    same_path: Annotated[
-        bool | None, typer.Option("--same-path", help="Follow only links into the folder of a given page.")
-    ] = None,
-    hosts: Annotated[str | None, typer.Option(metavar="A,B", help="Further hosts that links may lead to.")] = None,
-    max_pages: Annotated[int | None, typer.Option(help="Pages to store in all (default 10000).")] = None,
-    max_megabytes: Annotated[float | None, typer.Option(help="MB of pages to store in all (default 1000).")] = None,
-    max_page_mib: Annotated[float | None, typer.Option(help="Leave out longer pages (default 10).")] = None,
-    types: Annotated[
-        str | None,
-        typer.Option(metavar="A,B", help="Content types (default text/html,application/xhtml+xml,text/plain)."),
-    ] = None,
-    delay_seconds: Annotated[
-        float | None,
-        typer.Option("--delay", help="Seconds between two requests to a host, or more as robots.txt asks (default 1)."),
-    ] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Hosts asked at the same time (default 16).")] = None,
-    timeout_seconds: Annotated[
-        float | None, typer.Option("--timeout", help="Seconds until a page is given up (default 30).")
-    ] = None,
-    retries: Annotated[int | None, typer.Option(help="Times to ask again after a passing fault (default 3).")] = None,
-    user_agent: Annotated[
-        str | None, typer.Option(help="User-Agent header; name an address where you can be reached.")
-    ] = None,
-    allow_private: Annotated[
-        bool | None, typer.Option("--allow-private", help="Fetch from private and local addresses too.")
     ] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Ask again for what failed for a passing reason.")
@@ -67,18 +47,20 @@ def crawl(
     ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
+    **chosen: Any,
 ) -> None:
     """Fetch web pages into WARC files, politely: robots.txt obeyed, one request at a time to a host, with pauses.
 
     Interrupted anywhere, the same command goes on. Exit code 1 if no page is stored.
     """
-    settings = _settings(out, locals())
+    settings = _settings(out, chosen)
     from groundup.cli.building import stopped_by_sigterm
     from groundup.console import Console
     from groundup.corpus.crawl import crawl as fetch
 
     console = Console(quiet=quiet)
-    pages = [*(urls or []), *(url for path in url_files or [] for url in _lines(path))]
+    lines = (line.strip() for file in url_files or [] for line in file)
+    pages = [*(urls or []), *(line for line in lines if line and not line.startswith("#"))]
     with stopped_by_sigterm():
         report = fetch(
             pages, out, settings, console, sitemaps=sitemaps or [], retry_failed=retry_failed, dry_run=dry_run
@@ -96,34 +78,45 @@ def crawl(
         raise typer.Exit(1)
 
 
+def _flag(name: str) -> str:
+    return "--" + name.removesuffix("_seconds").replace("_", "-")
+
+
+def _with_options(command: Any) -> None:
+    """An option for each setting, with the setting's own words."""
+    signature = inspect.signature(command, eval_str=True)
+    parameters = list(signature.parameters.values())[:-1]
+    for name, field in CrawlSettings.model_fields.items():
+        kind: Any = field.annotation
+        about, default, metavar = str(field.description), str(field.default).removesuffix(".0"), None
+        if isinstance(field.default, tuple):
+            kind, default, metavar = str, ",".join(field.default), "A,B"
+        about += f" (default {default})." if default not in ("", "False") else "."
+        option = typer.Option(_flag(name), metavar=metavar, help=about[0].upper() + about[1:])
+        kind = Annotated[kind | None, option]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+    command.__signature__ = signature.replace(parameters=parameters)
+
+
+_with_options(crawl)
+
+
 def _settings(out: Path, chosen: dict[str, Any]) -> CrawlSettings:
     """The settings that were given, else those of the crawl in the folder; all that is wrong with them at once."""
     from pydantic import ValidationError
 
-    from groundup.corpus.crawl import CrawlSettings, earlier_settings
+    from groundup.corpus.crawl import earlier_settings
     from groundup.errors import Problem, RecipeError
 
-    given = {name: chosen[name] for name in CrawlSettings.model_fields if chosen.get(name) is not None}
+    given = {name: value for name, value in chosen.items() if value is not None}
     for name in {"hosts", "types"} & given.keys():
         given[name] = tuple(part for part in given[name].split(",") if part.strip())
     try:
         return CrawlSettings(**{**earlier_settings(out), **given})
     except ValidationError as error:
-        problems = []
-        for fault in error.errors(include_url=False):
-            option = "--" + str(fault["loc"][0]).removesuffix("_seconds").replace("_", "-")
-            problems.append(Problem(f"{option} {fault['input']}", fault["msg"] + "."))
+        faults = error.errors(include_url=False)
+        problems = [Problem(f"{_flag(str(one['loc'][0]))} {one['input']}", f"{one['msg']}.") for one in faults]
         raise RecipeError("corpus crawl", problems) from error
-
-
-def _lines(path: Path) -> list[str]:
-    from groundup.errors import DataError
-    from groundup.untrusted import reading
-
-    with reading(str(path), DataError, "Name a file with one address a line."):
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    lines = (line.strip() for line in text.splitlines())
-    return [line for line in lines if line and not line.startswith("#")]
 
 
 def _show_plan(report: CrawlReport, max_pages: int, as_json: bool) -> None:
@@ -131,8 +124,7 @@ def _show_plan(report: CrawlReport, max_pages: int, as_json: bool) -> None:
         print_json([page._asdict() for page in report.planned])
         return
     for url, *why in report.planned:
-        reason = ": ".join(filter(None, why))
-        typer.echo(f"leave  {url}  ({reason})" if reason else f"fetch  {url}")
+        typer.echo(f"leave  {url}  ({': '.join(filter(None, why))})" if any(why) else f"fetch  {url}")
     n_fetched = sum(not page.reason for page in report.planned)
     typer.echo(f"{n_fetched:,} to fetch, {len(report.planned) - n_fetched:,} to leave", err=True)
     if n_fetched > max_pages:
@@ -142,12 +134,10 @@ def _show_plan(report: CrawlReport, max_pages: int, as_json: bool) -> None:
 def _table(report: CrawlReport) -> Table:
     from groundup.console import format_bytes
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("outcome")
-    table.add_column("addresses", justify="right")
-    table.add_column("for example")
     rows = [("stored", report.stored, format_bytes(report.stored_bytes)), ("sitemap read", report.listed, "")]
     rows += [(reason, count, " ".join(report.examples[reason])) for reason, count in report.refused.most_common()]
+    table = Table("outcome", "addresses", "for example", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
     for outcome, count, example in (*rows, ("waiting", report.waiting, ""), ("found", report.found, "")):
         if count or outcome in ("stored", "found"):
             table.add_row(outcome, f"{count:,}", example)
@@ -163,7 +153,7 @@ def _advice(report: CrawlReport) -> list[str]:
     if report.overflow:
         lines.append(f"{report.overflow:,} addresses were not followed: too many were waiting.")
     if report.waiting:
-        more = ["--" + report.limit.replace("_", "-"), "N"] if report.limit else []
+        more = [_flag(report.limit), "N"] if report.limit else []
         what = f"{more[0]} is reached. " if more else ""
         lines.append(f"{what}Go on:  {command_line('corpus', 'crawl', '--out', str(report.folder), *more)}")
     if report.stored:

@@ -6,6 +6,6 @@ In: addresses, lists of them, sitemaps. Out: a folder of `.warc.gz` files, from 
 
 from groundup.corpus.crawl.crawl import crawl, earlier_settings
 from groundup.corpus.crawl.report import CrawlReport, Planned, Refusal
-from groundup.corpus.crawl.settings import CrawlSettings
+from groundup.recipe.crawl import CrawlSettings
 
 __all__ = ["CrawlReport", "CrawlSettings", "Planned", "Refusal", "crawl", "earlier_settings"]

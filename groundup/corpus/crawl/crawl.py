@@ -17,9 +17,9 @@ from filelock import FileLock, Timeout
 
 from groundup.console import Console
 from groundup.corpus.crawl.report import CrawlReport
-from groundup.corpus.crawl.settings import CrawlSettings
 from groundup.errors import ArtifactError, GroundupError, Interrupted, RunError
 from groundup.files import own_folder, remove_partials, write_json
+from groundup.recipe.crawl import CrawlSettings
 from groundup.untrusted import read_object
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 SUMMARY = "crawl.json"
 _BINDING = ("depth", "same_path")  # settings that decide what a finished page led to
-_SILENT = logging.NullHandler()  # without a handler, Python shows warnings on standard error
 _SAID_ANEW = {"allow_private", "user_agent"}
 
 
@@ -69,17 +68,16 @@ def crawl(
         ) from error
     given, report = _given(urls, sitemaps), CrawlReport(out)
     if dry_run:
-        before = WarcFiles(out, write=False).entries
-        _run(Session(settings, console, report, before, None, retry_failed=retry_failed), given)
+        _run(Session(settings, console, report, WarcFiles(out), write=False), given, retry_failed)
         return report
     own_folder(out)
     try:
         with FileLock(out / ".lock", timeout=0.5):
             remove_partials(out)
             _check_scope(out, settings, bool(given))
-            files = WarcFiles(out, settings.user_agent, int(settings.file_mib * 2**20))
+            files = WarcFiles(out, settings.user_agent)
             try:
-                _run(Session(settings, console, report, files.entries, files, retry_failed=retry_failed), given)
+                _run(Session(settings, console, report, files), given, retry_failed)
             finally:
                 files.close()
                 write_json(out / SUMMARY, {"settings": settings.model_dump(mode="json"), **report.to_json()})
@@ -104,10 +102,8 @@ def earlier_settings(out: str | Path) -> dict[str, Any]:
 
 def _summary(out: Path) -> dict[str, Any]:
     path = out / SUMMARY
-    if not path.exists():
-        return {}
-    summary = read_object(path)
-    if not isinstance(summary.get("settings"), dict) or not isinstance(summary.get("files", []), list):
+    summary = read_object(path) if path.exists() else {}
+    if summary and not (isinstance(summary.get("settings"), dict) and isinstance(summary.get("files", []), list)):
         raise ArtifactError(f"{path}: not a crawl's summary.", "Choose another folder with --out.")
     return summary
 
@@ -116,19 +112,18 @@ def _given(urls: Sequence[str], sitemaps: Sequence[str]) -> list[Entry]:
     from groundup.corpus.crawl.urls import normalize_url
     from groundup.corpus.crawl.warc import Entry
 
-    entries, wrong = list[Entry](), list[str]()
+    entries, wrong = dict[tuple[str, bool], Entry](), list[str]()
     for written, is_sitemap in [*((url, False) for url in urls), *((url, True) for url in sitemaps)]:
         if (url := normalize_url(written)) is None:
             wrong.append(f"  {written[:200]!r}")
         else:
-            entries.append(Entry("given", url, sitemap=is_sitemap))
+            entries[url, is_sitemap] = Entry("given", url, sitemap=is_sitemap)
     if wrong:
-        shown = "\n".join([*wrong[:10], *([f"  and {len(wrong) - 10:,} more"] if len(wrong) > 10 else [])])
         raise GroundupError(
-            f"{len(wrong):,} of the addresses given cannot be fetched:\n{shown}",
+            "\n".join([f"{len(wrong):,} of the addresses given cannot be fetched, such as", *wrong[:10]]),
             "An address begins with http:// or https://, names a host and carries no password.",
         )
-    return list(dict.fromkeys(entries))
+    return list(entries.values())
 
 
 def _check_scope(out: Path, settings: CrawlSettings, something_given: bool) -> None:
@@ -142,21 +137,20 @@ def _check_scope(out: Path, settings: CrawlSettings, something_given: bool) -> N
                 "Give addresses, --urls FILE or --sitemap ADDRESS.",
             )
         write_json(out / SUMMARY, {"settings": now})
-    elif other := [name for name in _BINDING if before["settings"].get(name) != now[name]]:
-        held = ", ".join(f"{name} = {before['settings'].get(name)}" for name in other)
-        raise RunError(
-            f"{out}: holds a crawl with {held}.", "Go on with the same, or choose another folder with --out."
-        )
+    elif other := [f"{name} = {before['settings'].get(name)}" for name in _BINDING
+                   if before["settings"].get(name) != now[name]]:  # fmt: skip
+        fix = "Go on with the same, or choose another folder with --out."
+        raise RunError(f"{out}: holds a crawl with {', '.join(other)}.", fix)
     elif gone := [name for name in map(str, before.get("files", [])) if not (out / name).is_file()]:
         raise ArtifactError(f"{out / gone[0]}: is gone.", FIX)
 
 
-def _run(session: Session, given: list[Entry]) -> None:
+def _run(session: Session, given: list[Entry], retry_failed: bool) -> None:
     """Run to the end in a thread with an event loop of its own: it works within a notebook's loop too."""
-    logging.getLogger("scrapy").addHandler(_SILENT)
+    logging.getLogger("scrapy").addHandler(logging.NullHandler())  # else Python shows warnings on standard error
     with ThreadPoolExecutor(1) as pool:
         try:
-            pool.submit(asyncio.run, session.run(given)).result()
+            pool.submit(asyncio.run, session.run(given, retry_failed=retry_failed)).result()
         except KeyboardInterrupt as error:
             session.stop()
             pool.shutdown()

@@ -5,50 +5,32 @@ In: bytes of strangers. Out: addresses and rules, in time linear in the bytes, w
 
 from __future__ import annotations
 
-import gzip
-import io
+import asyncio
 import itertools
 import re
-import zlib
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from typing import NamedTuple
+import time
+from typing import Any, NamedTuple
 
 from lxml import etree
 from protego import Protego
 from scrapy.http import HtmlResponse
 from scrapy.utils.sitemap import Sitemap
 
+from groundup.corpus.crawl.fetch import MAX_HOPS, REDIRECTS, location, unpacked
 from groundup.corpus.crawl.report import Refusal, Refused
-from groundup.corpus.crawl.urls import normalize_url
+from groundup.corpus.crawl.urls import normalize_url, origin_of
 
 MAX_LINKS = 20_000
 """Different links that are taken from one page."""
 MAX_SITEMAP_BYTES = 50 << 20
 MAX_LOCATIONS = 50_000
 """Addresses of one sitemap: the protocol's own limit, as is the one of the bytes."""
+MAX_ROBOTS_BYTES = 512 << 10
+"""Of a longer robots.txt, the beginning counts (RFC 9309, section 2.5, asks for 500 KiB at least)."""
 
+_ROBOTS_SECONDS = 24 * 3600.0  # when it is to be fetched anew (section 2.4)
 _SCAN_BYTES = 2 << 20
 _AGENT_LINE = re.compile(r"user-?\s*agent\s*:(.*)", re.IGNORECASE)
-
-
-def unpacked(data: bytes, encoding: str, most: int) -> bytes:
-    """Undo a Content-Encoding, never further than one byte behind `most`.
-
-    Raises:
-        Refused: it is not what its header says, or stops in the middle.
-    """
-    encoding = encoding.strip().lower()
-    if encoding in ("", "identity"):
-        return data
-    if encoding not in ("gzip", "x-gzip"):
-        raise Refused(Refusal.ENCODING, f"{encoding[:40]!r}, which we did not ask for")
-    try:
-        return gzip.GzipFile(fileobj=io.BytesIO(data)).read(most + 1)
-    except EOFError as error:
-        raise Refused(Refusal.CUT_OFF, "the gzip stream stops in the middle", again=True) from error
-    except (OSError, zlib.error) as error:
-        raise Refused(Refusal.ENCODING, f"broken gzip ({error})"[:120]) from error
 
 
 class PageLinks(NamedTuple):
@@ -114,8 +96,51 @@ def parse_sitemap(body: bytes) -> tuple[list[str], list[str]]:
     return ([], found) if sitemap.type == "sitemapindex" else (found, [])
 
 
+class Robots:
+    """The robots.txt (RFC 9309) of each origin, asked for by a `Session`.
+
+    2xx: its rules; 4xx, or redirects that lead nowhere: all is allowed; 5xx, 429 or no answer: not now (section 2.3.1).
+    """
+
+    def __init__(self, session: Any) -> None:
+        self._session, self._product = session, session.options.product
+        self._rules: dict[str, tuple[float, Protego | Refused]] = {}
+
+    async def check(self, url: str) -> None:
+        """Raise `Refused` if an address may not be asked for."""
+        origin = origin_of(url)
+        read, rules = self._rules.get(origin, (0.0, None))
+        if rules is None or time.monotonic() - read > _ROBOTS_SECONDS:
+            rules = await self._fetch(origin)
+            self._rules[origin] = time.monotonic(), rules
+        if isinstance(rules, Refused):
+            raise rules.with_traceback(None)
+        if not rules.can_fetch(url, self._product):
+            raise Refused(Refusal.ROBOTS)
+
+    async def _fetch(self, origin: str) -> Protego | Refused:
+        session, options, url = self._session, self._session.options, f"{origin}/robots.txt"
+        try:
+            for _ in range(MAX_HOPS + 1):
+                response = await session.ask(url, MAX_ROBOTS_BYTES, may_be_cut=True)
+                if response.status not in REDIRECTS or (target := location(response)) is None:
+                    break
+                url = target
+            body = response.body if 200 <= response.status < 300 else b""
+            rules = await asyncio.to_thread(parse_robots, body, self._product, whole="cut" not in response.flags)
+            delay = float(rules.crawl_delay(self._product) or 0.0)
+        except Exception as error:  # also a file that its reader cannot stand: it is none that allows anything
+            private = isinstance(error, Refused) and error.reason == Refusal.PRIVATE
+            return Refused(Refusal.PRIVATE if private else Refusal.ROBOTS_UNREACHABLE, str(error)[:120])
+        if delay > max(options.max_wait_seconds, options.delay_seconds):
+            said = f"robots.txt asks for a pause of {delay:,.0f} s"
+            return Refused(Refusal.ASKED_TO_WAIT, said, wait_seconds=delay)
+        session.host(origin).delay = delay if delay > 0 else 0.0
+        return rules
+
+
 def parse_robots(body: bytes, product: str, *, whole: bool = True) -> Protego:
-    """Read a robots.txt (RFC 9309) for us (`product`); of one that is not whole, the last line does not count."""
+    """Read a robots.txt for us (`product`); of one that is not whole, the last line does not count."""
     if not whole:
         body = body[: max(body.rfind(b"\n"), body.rfind(b"\r")) + 1]
     # Every other robot under one name, and each name once: ten thousand before ten thousand rules cost nothing.
@@ -132,16 +157,3 @@ def parse_robots(body: bytes, product: str, *, whole: bool = True) -> Protego:
             kept.append(line)
             agents.clear()
     return Protego.parse("\n".join(kept))
-
-
-def retry_after_seconds(value: str, now: datetime | None = None) -> float | None:
-    """The pause a `Retry-After` header asks for (RFC 9110, 10.2.3: seconds, or a date); None if it says nothing."""
-    value = value.strip()
-    if value.isascii() and value.isdigit():
-        return float(value[:12])
-    try:
-        date = parsedate_to_datetime(value)
-        date = date if date.tzinfo else date.replace(tzinfo=UTC)
-        return max(0.0, (date - (now or datetime.now(UTC))).total_seconds())
-    except (TypeError, ValueError, OverflowError, IndexError):
-        return None

@@ -39,10 +39,6 @@ class Refusal(StrEnum):
         return self.name in ("ROBOTS_UNREACHABLE", "SERVER_ERROR", "TIMEOUT", "CONNECTION", "CUT_OFF")
 
 
-class NoOutcome(Exception):
-    """A page's turn ends without an outcome."""
-
-
 class Refused(Exception):
     """An address is given up, for now or for good (`again`: it pays to ask again soon, after `wait_seconds`)."""
 
@@ -78,7 +74,6 @@ class CrawlReport:
     overflow: int = 0  # addresses not followed because too many waited; not among the found
     closed_hosts: dict[str, str] = field(default_factory=dict)  # left alone until the next session, and why
     limit: str = ""  # the setting that ended this session
-    seconds: float = 0.0  # how long this session took
     planned: list[Planned] = field(default_factory=list)  # what a dry run found
 
     @property

@@ -11,13 +11,13 @@ from w3lib.url import safe_url_string
 from yarl import URL
 
 MAX_URL_CHARACTERS = 4096
-_DEFAULT_PORTS = {"http": 80, "https": 443}
 _BLANKS = "".join(map(chr, range(33)))
 _TO_QUOTE = re.compile("[\ud800-\udfff ]")
 _LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
 _HOST = re.compile(rf"{_LABEL}(\.{_LABEL})*|[0-9a-f:.]*:[0-9a-f:.]*")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")
+_TUNNELS = [*map(ipaddress.IPv6Network, ("::/96", "2001::/32", "2002::/16", "64:ff9b:1::/48", "fec0::/10"))]
+"""Deprecated ways to an IPv4 address or a site within IPv6: compatible, Teredo, 6to4, local NAT64, site-local."""
 
 
 def normalize_url(url: str, base: str | None = None) -> str | None:
@@ -32,14 +32,12 @@ def normalize_url(url: str, base: str | None = None) -> str | None:
     try:
         url = _TO_QUOTE.sub(lambda found: quote(found[0], errors="surrogateescape"), url)
         parsed = URL(url if base is None else urljoin(base, url))
-        host, port = (parsed.raw_host or "").lower().removesuffix("."), parsed.explicit_port
-        known = parsed.scheme in _DEFAULT_PORTS and "@" not in parsed.raw_authority
-        if not known or port == 0 or len(host) > 253 or not _HOST.fullmatch(host):
+        host = (parsed.raw_host or "").lower().removesuffix(".")
+        known = parsed.scheme in ("http", "https") and "@" not in parsed.raw_authority
+        if not known or parsed.port == 0 or len(host) > 253 or not _HOST.fullmatch(host):
             return None
-        query = f"?{parsed.raw_query_string}" if parsed.raw_query_string else ""
-        host = f"[{host}]" if ":" in host else host
-        authority = host if port in (None, _DEFAULT_PORTS[parsed.scheme]) else f"{host}:{port}"
-        return safe_url_string(f"{parsed.scheme}://{authority}{parsed.raw_path or '/'}{query}")
+        host, port = f"[{host}]" if ":" in host else host, "" if parsed.is_default_port() else f":{parsed.port}"
+        return safe_url_string(f"{parsed.scheme}://{host}{port}{parsed.raw_path_qs}")
     except (ValueError, TypeError, LookupError):
         return None
 
@@ -55,23 +53,15 @@ def origin_of(url: str) -> str:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address (text, perhaps with an IPv6 zone) belongs to the public internet.
-
-    IPv6 addresses that carry an IPv4 address (mapped, 6to4, Teredo, NAT64) are as public as both are.
-    """
+    """Whether an IP address (text, perhaps with an IPv6 zone) belongs to the public internet."""
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return False
     if isinstance(parsed, ipaddress.IPv6Address):
-        if parsed.ipv4_mapped is not None:
-            return is_public(str(parsed.ipv4_mapped))
-        if parsed.is_site_local or parsed in _LOCAL_NAT64:
-            return False
-        carried = [parsed.sixtofour, *(parsed.teredo or ())]
-        if parsed in _NAT64 or int(parsed) >> 32 == 0:
-            carried.append(ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF))
-        if any(inner is not None and not is_public(str(inner)) for inner in carried):
+        if parsed.ipv4_mapped or parsed in _NAT64:
+            return is_public(str(ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)))
+        if any(parsed in network for network in _TUNNELS):
             return False
     return parsed.is_global and not parsed.is_multicast
 

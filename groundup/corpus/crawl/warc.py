@@ -16,8 +16,8 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from http.client import responses
 from pathlib import Path
 from typing import IO, Literal
@@ -35,14 +35,16 @@ from groundup.untrusted import ordinary_file
 
 _OF_THE_WIRE = frozenset({b"content-encoding", b"transfer-encoding", b"content-length"})
 _MAX_HEAD_BYTES = 24 << 10  # readers of WARC files give up on longer ones
+FILE_BYTES = 256 << 20
+"""After which a new file is begun."""
 FIX = "Put it back as it was, or begin a new crawl in another folder with --out."
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Entry:
-    """What a metadata record says."""
+    """What a metadata record says; also an address on its way to an outcome ("found", which is not written down)."""
 
-    event: Literal["given", "stored", "listed", "refused"]  # given: by the user; listed: a sitemap was read
+    event: Literal["given", "found", "stored", "listed", "refused"]  # given: by the user; listed: a sitemap was read
     url: str  # as it was given or found
     sitemap: bool = False
     depth: int = 0  # links between it and a given page
@@ -53,10 +55,16 @@ class Entry:
     detail: str = ""
     size_bytes: int = 0  # of the stored body
 
+    @property
+    def last_url(self) -> str:
+        """Where it led so far."""
+        return self.via[-1] if self.via else self.url
+
     def record(self) -> bytes:
         """As a metadata record."""
-        text = json.dumps({name: value for name, value in vars(self).items() if value}, ensure_ascii=False)
-        return _record(WarcRecordType.metadata, self.url, "application/json", text.encode("utf-8", "replace"))
+        text = json.dumps({name: value for name, value in asdict(self).items() if value}, ensure_ascii=False)
+        block, headers = text.encode("utf-8", "replace"), {"WARC-Target-URI": self.url}
+        return _record(WarcRecordType.metadata, "application/json", block, headers)
 
 
 _ENTRY = TypeAdapter(Entry)
@@ -64,26 +72,27 @@ _ENTRY = TypeAdapter(Entry)
 
 def page_record(response: Response) -> bytes:
     """A page as a response record."""
-    head = [f"HTTP/1.1 {response.status} {responses.get(response.status, '')}".rstrip().encode()]
+    head = f"HTTP/1.1 {response.status} {responses.get(response.status, '')}".rstrip().encode() + b"\r\n"
     for name in response.headers:
         for value in response.headers.getlist(name):
             kept = b"X-Crawl-" + name if name.lower() in _OF_THE_WIRE else name
-            head.append(kept + b": " + re.sub(rb"[\r\n]", b" ", value))
-            if sum(map(len, head)) > _MAX_HEAD_BYTES:
-                head.pop()
-    block = b"\r\n".join([*head, b"Content-Length: %d" % len(response.body), b"", b""]) + response.body
+            line = kept + b": " + re.sub(rb"[\r\n]", b" ", value) + b"\r\n"
+            head += line if len(head) + len(line) <= _MAX_HEAD_BYTES else b""
+    block = head + b"Content-Length: %d\r\n\r\n" % len(response.body) + response.body
     digest = hashlib.sha1(response.body, usedforsecurity=False).digest()
-    return _record(WarcRecordType.response, response.url, "application/http; msgtype=response", block, digest)
+    headers = {"WARC-Target-URI": response.url, "WARC-IP-Address": str(response.ip_address or "")}
+    return _record(WarcRecordType.response, "application/http; msgtype=response", block, headers, digest)
 
 
-def _record(kind: WarcRecordType, url: str, content_type: str, block: bytes, digest: bytes | None = None) -> bytes:
-    record = WarcRecord()
+def _record(
+    kind: WarcRecordType, content_type: str, block: bytes, headers: Mapping[str, str], digest: bytes | None = None
+) -> bytes:
+    record, packed = WarcRecord(), io.BytesIO()
     record.init_headers(kind, content_length=len(block))
-    if url:
-        record.headers["WARC-Target-URI"] = url
-    record.headers["Content-Type"] = content_type
+    for name, value in {**headers, "Content-Type": content_type}.items():
+        if value:
+            record.headers[name] = value
     record.set_bytes_content(block)
-    packed = io.BytesIO()
     with GzipWriter(packed, 6) as writer:
         record.write(writer, checksum_data=True, payload_digest=digest)
     return packed.getvalue()
@@ -96,20 +105,18 @@ class WarcFiles:
         ArtifactError: a finished file is missing or damaged.
     """
 
-    def __init__(self, folder: Path, user_agent: str = "", max_bytes: int = 0, *, write: bool = True) -> None:
-        self._folder, self._user_agent, self._max_bytes = folder, user_agent, max_bytes
+    def __init__(self, folder: Path, user_agent: str = "") -> None:
+        self._folder, self._user_agent = folder, user_agent
         self._handle: IO[bytes] | None = None
-        self._number = self._end = self._first = 0  # bytes: behind the last whole entry, and behind the first record
+        self._number = 0
         self.entries: list[Entry] = []
         for path in sorted(folder.glob("pages-*.warc.gz")):
             if path != self._path:
                 raise ArtifactError(f"{self._path}: is gone, and later files are there.", FIX)
-            if self._read(path) != (size := path.stat().st_size):
-                raise ArtifactError(f"{path}: is damaged behind byte {self._end:,} of {size:,}.", FIX)
+            if (end := self._read(path)) != (size := path.stat().st_size):
+                raise ArtifactError(f"{path}: is damaged behind byte {end:,} of {size:,}.", FIX)
             self._number += 1
-        self._end = 0
-        if self._growing.exists() and self._read(self._growing) and write:
-            self._handle = self._growing.open("r+b", buffering=0)
+        self._end = self._read(self._growing) if self._growing.exists() else 0  # the byte behind the last whole entry
 
     def append(self, records: bytes) -> None:
         """Write records that end with an entry's.
@@ -117,49 +124,43 @@ class WarcFiles:
         Raises:
             GroundupError: the disk is full or the file cannot be written; it ends with the entry before.
         """
-        if self._end > self._first and self._end + len(records) > self._max_bytes:
+        if self._end and (self._handle is None or self._end + len(records) > FILE_BYTES):
             self.close()
         try:
             if self._handle is None:
-                self._handle, self._end = self._growing.open("wb", buffering=0), 0
+                self._handle = self._growing.open("wb", buffering=0)
+            if not self._end:
                 about = f"software: groundup/{version_of('groundup')}\r\nformat: WARC File Format 1.1\r\n"
                 about += f"robots: obey\r\nhttp-header-user-agent: {self._user_agent}\r\n"
-                self._write(_record(WarcRecordType.warcinfo, "", "application/warc-fields", about.encode()))
-                self._first = self._end
-                sync(self._folder)
-            self._write(records)
+                records = _record(WarcRecordType.warcinfo, "application/warc-fields", about.encode(), {}) + records
+            self._handle.seek(self._end)
+            rest = memoryview(records)
+            while rest:
+                rest = rest[self._handle.write(rest) :]
+            self._end += len(records)
         except OSError as error:
             raise write_error(self._growing, error) from error
 
     def close(self) -> None:
-        """Give the growing file its name."""
-        if self._handle is None:
-            return
+        """Give the growing file its name, also one that an earlier session left."""
         try:
-            with self._handle as handle:
+            if self._handle is not None:
+                self._handle.close()
                 self._handle = None
-                handle.truncate(self._end)
-                os.fsync(handle.fileno())
-            if self._end > self._first:
+            if self._end:
+                with self._growing.open("r+b") as handle:
+                    handle.truncate(self._end)
+                    os.fsync(handle.fileno())
                 self._growing.replace(self._path)
-                self._number += 1
+                self._number, self._end = self._number + 1, 0
+            self._growing.unlink(missing_ok=True)
             sync(self._folder)
         except OSError as error:
             raise write_error(self._growing, error) from error
-        self._end = self._first = 0
-
-    def _write(self, data: bytes) -> None:
-        assert self._handle is not None
-        self._handle.seek(self._end)
-        self._handle.truncate()
-        rest = memoryview(data)
-        while rest:
-            rest = rest[self._handle.write(rest) :]
-        self._end += len(data)
 
     def _read(self, path: Path) -> int:
         """Take up the entries of a file; returns the byte behind the last one."""
-        self._end = 0
+        last = 0
         with ordinary_file(path).open("rb") as handle:
             for data, end in _members(handle):
                 head, _, block = data.partition(b"\r\n\r\n")
@@ -168,8 +169,8 @@ class WarcFiles:
                         self.entries.append(_ENTRY.validate_json(block))
                     except ValueError:
                         break
-                    self._end = end
-        return self._end
+                    last = end
+        return last
 
     @property
     def _path(self) -> Path:
