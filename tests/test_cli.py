@@ -403,7 +403,7 @@ def test_generate_continues_the_prompt(groundup: CommandLine, monkeypatch: pytes
 def test_generate_draws_as_it_is_told(groundup: CommandLine) -> None:
     root = finished_run().root
     plain = groundup("generate", root, "The", "-n", "12", "-t", "0")
-    for draft in ("ngrams", "1", root / "pretrain"):
+    for draft in ("ngrams", "1", "sft", root / "sft" / "model"):
         assert groundup("generate", root, "The", "-n", "12", "-t", "0", "--draft", draft).out == plain.out
     chosen = groundup("generate", root, "The", "--choice", "cat", "--choice", "dog", "--samples", "2", "--json").json
     assert {one["text"] for one in chosen["samples"]} <= {"cat", "dog"}
