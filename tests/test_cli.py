@@ -404,7 +404,8 @@ def test_generate_draws_as_it_is_told(groundup: CommandLine) -> None:
     root = finished_run().root
     plain = groundup("generate", root, "The", "-n", "12", "-t", "0")
     for draft in ("ngrams", "1", "sft", root / "sft" / "model"):
-        assert groundup("generate", root, "The", "-n", "12", "-t", "0", "--draft", draft).out == plain.out
+        drafted = groundup("generate", root, "The", "-n", "12", "-t", "0", "--draft", draft)
+        assert (drafted.err, drafted.out) == (plain.err, plain.out)
     chosen = groundup("generate", root, "The", "--choice", "cat", "--choice", "dog", "--samples", "2", "--json").json
     assert {one["text"] for one in chosen["samples"]} <= {"cat", "dog"}
     assert re.fullmatch(r"The[ab]{3}\n", groundup("generate", root, "The", "--regex", "[ab]{3}").out)
