@@ -347,6 +347,15 @@ def test_what_fails_while_encoding_is_an_error_of_ours(fault: str) -> None:
             encode(["a" * 100])
 
 
+def test_a_normalizer_that_would_make_an_added_token_fill_memory_is_named() -> None:
+    made = json.loads(byte_level().to_str())
+    double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    made["normalizer"] = {"type": "Sequence", "normalizers": [double] * 40}
+    made["added_tokens"][-1] |= {"content": "<a>", "normalized": True}
+    with pytest.raises(ArtifactError, match="t: the tokenizer's normalizer makes more than 64 characters of one"):
+        PretrainedTokenizer({"tokenizer.json": json.dumps(made).encode()}, "t", {})
+
+
 def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path: Path) -> None:
     interop_models.save("Llama 2, grouped", tmp_path)  # 96 tokens
     (tmp_path / "tokenizer.json").write_text(byte_level().to_str())

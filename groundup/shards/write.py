@@ -74,7 +74,7 @@ def write_shards(
             out, documents, tokenizer, settings.shard_tokens, lambda n: bar.update(n, note=f"{n:,} docs")
         )
         summary = _finish(out, tokenizer, {name: tally.split() for name, tally in tallies.items()}, None, settings)
-        bar.finish(_in_words(summary))
+        bar.finish(", ".join(f"{format_count(summary[f'tokens_{name}'])} tokens {name}" for name in SPLITS))
     return summary
 
 
@@ -141,7 +141,7 @@ def write_shards_from_file(
                 tally.files = writer.finish()
         splits = {name: tally.split() for name, tally in tallies.items()}
         summary = _finish(out, tokenizer, splits, file_digest(documents), settings)
-        bar.finish(_in_words(summary))
+        bar.finish(", ".join(f"{format_count(summary[f'tokens_{name}'])} tokens {name}" for name in SPLITS))
     remove_folder(out / RANGES)
     return summary
 
@@ -314,11 +314,6 @@ def _finish(
 
 def _manifest(tokenizer: Tokenizer, splits: Mapping[str, Split], provenance: Mapping[str, Any]) -> ShardsManifest:
     return ShardsManifest(tokenizer.vocab_size, tokenizer.fingerprint, tokenizer.end_of_text_id, splits, provenance)
-
-
-def _in_words(summary: Mapping[str, Any]) -> str:
-    train, validation = (format_count(summary[f"tokens_{name}"]) for name in SPLITS)
-    return f"{train} tokens train, {validation} validation"
 
 
 def _lines_beginning_in(path: Path, begin: int, end: int) -> tuple[bytes, int]:

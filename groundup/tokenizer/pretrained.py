@@ -126,7 +126,14 @@ class PretrainedTokenizer(Tokenizer):
         said_in = [name for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE, GENERATION_FILE) if name in files]
         self._said = {name: parse_object(files[name], str(Path(source).with_name(name))) for name in said_in}
         with reading(f"{source}: damaged, or not a tokenizer that can be read", fix=_MOVE_AWAY):
-            self._full = engine_of(parse_object(files[TOKENIZER_FILE], source))
+            given = parse_object(files[TOKENIZER_FILE], source)
+            self._check_growth = growth_check(given.get("normalizer"))
+            try:
+                for token in given.get("added_tokens") or []:  # which the library normalizes, too, as it loads them
+                    self._check_growth(str(token["content"]))
+            except DataError as error:
+                raise ArtifactError(f"{source}: {error.message}", error.fix) from error
+            self._full = engine_of(given)
             self._contents = self._full.to_str()  # one spelling of what several versions of the format say
             spec = json.loads(self._contents)
             self._ids = self._full.get_vocab(with_added_tokens=True)
@@ -138,7 +145,6 @@ class PretrainedTokenizer(Tokenizer):
             for index in self._specials.values():
                 self._bytes[index] = b""
             self._unknown = _unknown_id(spec, self._ids, self._specials.keys())
-            self._check_growth = growth_check(spec["normalizer"])
             self._engine = engine_of(text_spec(spec, self._specials))
             added = {token["content"] for token in spec["added_tokens"]} - self._specials.keys()
             if any(self._engine.token_to_id(name) != self._ids[name] for name in added):
