@@ -255,6 +255,12 @@ def test_raw_values_that_are_no_ids_of_16_bits_are_refused(
         assert documents_of(tmp_path / "out") == [ids.tolist()]
 
 
+def test_text_is_no_ids(tmp_path: Path) -> None:
+    (tmp_path / "train.bin").write_bytes(b"Once upon a time. " * 30)
+    with pytest.raises(ArtifactError, match="look like uint8 ones"):
+        import_ids(tmp_path, tmp_path / "out")
+
+
 def test_floats_that_are_called_ids_are_more_than_any_vocabulary(tmp_path: Path) -> None:
     np.arange(100, dtype="<f4").tofile(tmp_path / "train.bin")
     with pytest.raises(ArtifactError, match="more than any vocabulary has"):

@@ -134,6 +134,8 @@ def _other_type(ids: np.ndarray) -> str | None:
                 return name
     if len(ids) < 64:
         return None
+    if ids.max() < 1 << 15 and ids.min() >= 256 and (ids & 255).max() < 128:  # text itself
+        return "uint8"
     # The low bytes of ids are spread, the high ones are not: frequent tokens have low ids. Single bytes are all alike.
     low_bytes, high_bytes = (
         np.bincount(part, minlength=256) / len(ids) for part in ids.view(np.uint8).reshape(-1, 2).T
