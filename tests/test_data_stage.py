@@ -257,7 +257,7 @@ def cluster() -> Any:
     head.stop()
 
 
-OUR_TASKS = tuple(f"ray::{name}" for name in ("annotate", "write_unit", "merge_range", "encode_range", "join_shard"))
+OUR_TASKS = tuple(f"ray::{name}" for name in ("annotate", "write_unit", "merge_range", "encode_range"))
 ON_RAY = ("--set", "corpus.engine=ray", "--set", "corpus.workers=2")
 
 

@@ -163,12 +163,12 @@ def test_what_was_encoded_is_not_encoded_again(
     class StoppedError(Exception):
         pass
 
-    def stopped(work: object) -> None:
+    def stopped(*work: object) -> None:
         raise StoppedError
 
     monkeypatch.setattr(write_module, "encode_texts", counted)
     with monkeypatch.context() as patch:
-        patch.setattr(write_module, "join_shard", stopped)
+        patch.setattr(write_module, "append_range", stopped)
         with pytest.raises(StoppedError):
             run()
     assert sum(encoded) == 150
@@ -179,7 +179,7 @@ def test_what_was_encoded_is_not_encoded_again(
 
     # What was damaged meanwhile is encoded again.
     with monkeypatch.context() as patch:
-        patch.setattr(write_module, "join_shard", stopped)
+        patch.setattr(write_module, "append_range", stopped)
         with pytest.raises(StoppedError):
             run()
     flipped = max((out / "ranges").rglob("train-*.bin"))
@@ -190,7 +190,7 @@ def test_what_was_encoded_is_not_encoded_again(
 
     # Of another text, another tokenizer, or other ranges, nothing is taken over.
     with monkeypatch.context() as patch:
-        patch.setattr(write_module, "join_shard", stopped)
+        patch.setattr(write_module, "append_range", stopped)
         with pytest.raises(StoppedError):
             run()
     changed = documents_of(150)

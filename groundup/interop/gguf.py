@@ -30,13 +30,6 @@ if TYPE_CHECKING:
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 """How matrices are kept: 32, 16, 16, 8.5 and 4.5 bits a weight."""
 
-_FILE_TYPES = {
-    "f32": "ALL_F32",
-    "f16": "MOSTLY_F16",
-    "bf16": "MOSTLY_BF16",
-    "q8_0": "MOSTLY_Q8_0",
-    "q4_0": "MOSTLY_Q4_0",
-}
 _BLOCK = 32
 """Weights of a row that share a scale, in q8_0 and q4_0."""
 
@@ -81,7 +74,7 @@ def export_gguf(
         writer = gguf.GGUFWriter(handle.name, architecture.name)
         writer.add_type("model")
         writer.add_name(out.stem)
-        writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[dtype]])
+        writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if dtype == 'f32' else 'MOSTLY'}_{dtype.upper()}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         describe_architecture(writer, config, architecture)
         for name, value in vocabulary.items():
