@@ -95,10 +95,9 @@ class GraphStep:
 
     def _capture(self, batch: int, length: int) -> tuple[StaticRows, torch.cuda.CUDAGraph, Tensor]:
         rows, graph = StaticRows(self._cache, batch, length), torch.cuda.CUDAGraph()
-        kept = [
-            part.clone() for layer in self._cache.layers for part in (layer.keys[:1, :, :1], layer.values[:1, :, :1])
-        ]
-        stream = torch.cuda.Stream()
+        first = [part[:1, :, :1] for layer in self._cache.layers for part in (layer.keys, layer.values)]
+        kept = [part.clone() for part in first]
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries set themselves up before the capture
             for _ in range(2):
