@@ -411,7 +411,7 @@ def build_in_child(recipe: Recipe, root: Path, events_to_live: int | None = None
 def server() -> multiprocessing.context.ForkServerContext:
     """Processes that have imported everything already, so that a kill lands in the work and not in the imports."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["groundup.pipeline", "groundup.report", "tiny_run"])
+    context.set_forkserver_preload(["groundup.pipeline", "groundup.report.page", "tiny_run"])
     return context
 
 
