@@ -140,10 +140,10 @@ def test_a_run_that_recomputes_activations_gives_the_same_bits(
     ("config", "options"),
     [
         ({}, {}),
-        ({"n_experts": 4}, {}),
-        ({"attention": ("window", "full"), "window": 4}, {}),
-        ({}, {"activation_checkpointing": "full"}),
-        ({}, {"activation_checkpointing": "selective"}),
+        pytest.param({"n_experts": 4}, {}, marks=pytest.mark.long),
+        pytest.param({"attention": ("window", "full"), "window": 4}, {}, marks=pytest.mark.long),
+        pytest.param({}, {"activation_checkpointing": "full"}, marks=pytest.mark.long),
+        pytest.param({}, {"activation_checkpointing": "selective"}, marks=pytest.mark.long),
     ],
     ids=["plain", "experts", "window", "full recomputation", "selective recomputation"],
 )
