@@ -9,6 +9,7 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lengths import examples
 
 from groundup.alignment import SFTSettings
 from groundup.errors import RecipeError
@@ -123,7 +124,7 @@ def test_the_demo_keeps_its_shape():
     assert (rates["pretrain.lr"], rates["pretrain.muon_lr"]) == (PretrainSettings().lr, PretrainSettings().muon_lr)
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(st.one_of(st.sampled_from(DEPTHS), st.integers(SMALLEST, LARGEST).map(lambda size: (size,))))
 def test_every_rung_is_exactly_qwen3_shaped(number):
     shape = shape_of_depth(number) if isinstance(number, int) else shape_of_size(*number)
@@ -135,7 +136,7 @@ def test_every_rung_is_exactly_qwen3_shaped(number):
     assert [getattr(config, name) for name in same] == [getattr(preset("ground-1m"), name) for name in same]
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(st.integers(7_000_000, 3_000_000_000))
 def test_a_size_is_met_and_its_widths_are_multiples_of_256(size):
     config = ModelConfig(**shape_of_size(size))
