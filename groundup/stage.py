@@ -13,16 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from groundup.console import Console
-from groundup.distributed import World
 from groundup.errors import ArtifactError, GroundupError, Problem, RecipeError, RunError
 from groundup.files import file_digest, value_digest
 from groundup.integrity import FileRecords, record_files
 from groundup.recipe import AlignSettings, Recipe, Section, resolve
 from groundup.recipe.registry import EVALUATE, METHODS, TRUNK, load
 from groundup.run import RECIPE_FILE, Run
+
+if TYPE_CHECKING:  # the data rooms and their worker processes start without torch
+    from groundup.distributed import World
 
 MODEL_FOLDER, CONFIG_FILE = "model", "config.json"
 Check = tuple[str, Callable[[], object]]

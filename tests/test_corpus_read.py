@@ -21,6 +21,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lengths import examples
 
 from groundup.console import Console
 from groundup.corpus import Document, Record, SetAside, curate, input_fingerprint, read
@@ -224,7 +225,7 @@ WRITTEN = st.characters(exclude_categories=["Cs", "Cc"], include_characters="\0\
 
 
 @given(text=st.text(WRITTEN, max_size=200), form=st.sampled_from(["NFC", "NFKC", "none"]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_a_text_comes_back_normalized_and_once_normalized_stays(
     tmp_path_factory: pytest.TempPathFactory, text: str, form: str
 ) -> None:
@@ -332,7 +333,7 @@ CHUNKS = st.one_of(
     mib=st.sampled_from([16.0, 60 / 2**20]),
     block=st.sampled_from([1, 3, 8, 1 << 20]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_text_between_separators_is_a_document_however_the_file_is_cut(
     tmp_path_factory: pytest.TempPathFactory, chunks: list[bytes], split_bytes: int, mib: float, block: int
 ) -> None:

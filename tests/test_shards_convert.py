@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lengths import examples
 from shards_bytes import stream_of, written
 
 from groundup.errors import ArtifactError, DataError, GroundupError
@@ -62,7 +63,7 @@ def megatron_files(
 # --- there and back
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(12))
 @given(texts=texts_lists, held_out=st.lists(st.text(max_size=30), max_size=2), wide=st.booleans())
 @pytest.mark.parametrize("format", ["nanogpt", "llmc", "megatron"])
 def test_exported_and_imported_again_are_the_same_bytes(

@@ -16,6 +16,7 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lengths import examples
 
 from groundup.corpus import Document
 from groundup.corpus.engine import Engine, LocalPool
@@ -103,7 +104,7 @@ def test_the_manifest_names_the_corpus(corpus: Path, expected: tuple[dict[str, b
     assert provenance == {"corpus": file_digest(corpus), "settings": {"shard_tokens": 1024}}
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(range_bytes=st.integers(1, 60_000))
 def test_any_size_of_ranges_in_any_order_gives_the_same_bytes(
     tmp_path_factory: pytest.TempPathFactory,
