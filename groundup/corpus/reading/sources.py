@@ -33,8 +33,9 @@ from groundup.untrusted import reading
 
 Kind = Literal["text", "page", "lines", "json", "separated", "table", "archive"]
 SUFFIXES: dict[str, Kind] = {
-    ".txt": "text", ".md": "text", ".html": "page", ".htm": "page", ".jsonl": "lines", ".ndjson": "lines",
-    ".json": "json", ".csv": "separated", ".tsv": "separated", ".parquet": "table",
+    ".txt": "text", ".text": "text", ".md": "text", ".markdown": "text", ".rst": "text", ".log": "text",
+    ".html": "page", ".htm": "page", ".jsonl": "lines", ".ndjson": "lines", ".json": "json",
+    ".csv": "separated", ".tsv": "separated", ".parquet": "table",
     ".warc": "archive", ".wet": "archive", ".arc": "archive",
 }  # fmt: skip
 """What a file's name says of it; all but tables may be packed too (`PACKINGS`)."""
