@@ -222,7 +222,7 @@ def test_wherever_a_packed_file_is_cut_it_is_noticed_and_the_lines_before_are_us
         assert record.reason is Reason.CUT_OFF, cut
         assert f"its {cut:,} bytes hold" in record.detail
         if texts:
-            assert f"the {len(texts):,} records before it are read" in record.detail
+            assert f"the {len(texts):,} lines before it are read" in record.detail
             assert record.record == f"line {len(texts) + 1}"
             assert record.position == sum(len(line) for line in RECORDS.splitlines(keepends=True)[: len(texts)])
         assert cut <= border or texts

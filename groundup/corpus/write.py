@@ -176,10 +176,9 @@ class _UnitWriter:
         self._enter("kept", values, len(text.encode()))
         self._holdout.see(identity)
         self._characters += len(text)
-        rest = {"source": values["source"], "language": values["language"], "url": values["url"]}
-        if values.get(SCORE) is not None:
-            rest["score"] = values[SCORE]
-        line = orjson.dumps({"id": identity, **rest, "text": text})
+        score = values.get(SCORE)
+        kept = Document(identity, text, values["source"], values["language"], url=values["url"], score=score)
+        line = orjson.dumps({"id": identity, **_rest(kept)})
         self._lines.append(line + b"\n")
 
     def _enter(self, reason: str, values: Mapping[str, Any], size_bytes: int) -> None:

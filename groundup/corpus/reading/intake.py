@@ -181,7 +181,7 @@ def limit_bytes(settings: CorpusSettings) -> int:
 
 
 def unread(
-    file: InputFile, error: BaseException, position: int = 0, place: str = "", number: int = 0, so_far: str = ""
+    file: InputFile, error: BaseException, position: int = 0, place: str = "", n_before: int = 0, so_far: str = ""
 ) -> SetAside:
     """The record of a file that could not be read to its end.
 
@@ -190,9 +190,11 @@ def unread(
         error: one of `READ_ERRORS`, or UnicodeDecodeError with the place of the fault.
         position: of the first byte or row that was not read.
         place: as in `Record`.
-        number: of the first line, row or record that was not read.
-        so_far: what was used before the fault, such as "12 records before it are used".
+        n_before: lines, rows or records before the fault.
+        so_far: what becomes of the file's other parts, where it is not that these are read and nothing else.
     """
+    if n_before and not so_far:
+        so_far = f"the {n_before:,} {place}s before it are read"
     reason, excerpt = Reason.UNREADABLE, ""
     if isinstance(error, UnicodeDecodeError):
         reason = Reason.INVALID_UTF8
@@ -201,9 +203,9 @@ def unread(
         reason, detail = error.reason, error.detail
     else:
         detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    if so_far:
-        detail += f"; {so_far}"
-    return SetAside(file.label, place, number, reason, detail, excerpt, 0 if so_far else file.size_bytes(), position)
+    if not so_far:
+        return SetAside(file.label, "", 0, reason, detail, excerpt, file.size_bytes(), position)
+    return SetAside(file.label, place, n_before + 1, reason, f"{detail}; {so_far}", excerpt, 0, position)
 
 
 def invalid_utf8(error: UnicodeDecodeError) -> tuple[str, str]:

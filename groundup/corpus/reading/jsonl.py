@@ -111,8 +111,7 @@ def read_lines(
             if not start and not n_records and _only_blanks_follow(handle):
                 set_aside(SetAside(source.label, "", 0, Reason.EMPTY, "no record in the file"))
     except READ_ERRORS as error:
-        so_far = f"the {n_records:,} records before it are read" if n_records else ""
-        set_aside(unread(source, error, position, PLACE if number else "", number + 1 if number else 0, so_far))
+        set_aside(unread(source, error, position, PLACE, number))
     return number
 
 
@@ -151,8 +150,7 @@ def read_json(source: InputFile, settings: CorpusSettings, set_aside: OnSetAside
             if not number:
                 set_aside(SetAside(source.label, "", 0, Reason.EMPTY, "no record in the file"))
     except READ_ERRORS as error:
-        so_far = f"the {number:,} records before it are read" if number else ""
-        set_aside(unread(source, error, number, ELEMENT if number else "", number + 1 if number else 0, so_far))
+        set_aside(unread(source, error, number, ELEMENT, number))
     return number
 
 

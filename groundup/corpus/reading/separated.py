@@ -59,8 +59,7 @@ def read_rows(source: InputFile, settings: CorpusSettings, set_aside: OnSetAside
             if not number:
                 set_aside(SetAside(source.label, "", 0, Reason.EMPTY, "no row in the file"))
     except READ_ERRORS as error:
-        so_far = f"the {number:,} rows before it are read" if number else ""
-        set_aside(unread(source, error, begins, PLACE if number else "", number + 1 if number else 0, so_far))
+        set_aside(unread(source, error, begins, PLACE, number))
     return number
 
 

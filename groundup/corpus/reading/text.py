@@ -84,11 +84,7 @@ def read_text(
                         yield record
                 documents.pass_separator()
     except (*READ_ERRORS, UnicodeDecodeError) as error:
-        if number:
-            so_far = f"the {number:,} documents before it are read"
-            set_aside(unread(source, error, position, place, number + 1, so_far))
-        else:
-            set_aside(unread(source, error))
+        set_aside(unread(source, error, position if number else 0, place, number))
     return number
 
 
