@@ -12,7 +12,6 @@ their writer has already undone: then the body is taken as it stands.
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import io
 import re
@@ -44,6 +43,8 @@ _HTTP_OVERHEAD_BYTES = 1 << 16
 HEADER_BYTES = 1 << 16
 _HEAD = b"WARC/1.0\r\nWARC-Type: response\r\nContent-Type: application/http\r\nContent-Length: %d\r\n\r\n"
 _CHUNK_HEAD = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n]{0,4096})?\r?\n")
+_URL_SAFE = str.maketrans("-_", "+/")
+_CHARSET = re.compile(r"charset\s*=\s*[\"']?([^\s;\"']+)", re.IGNORECASE)
 _MARKUP = re.compile(rb"\s*(?:\xef\xbb\xbf)?\s*<[!?A-Za-z]")
 _GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
@@ -114,7 +115,7 @@ def _text_of(
     if len(raw.block) < raw.size_bytes:
         raise DamagedStreamError(Reason.TOO_LONG, f"{raw.size_bytes:,} bytes; the limit is {limit / 2**20:g} MiB")
     media_type, _, parameters = raw.fields.get("content-type", "").partition(";")
-    media_type, charset = media_type.strip().lower(), _charset_of(parameters)
+    media_type, charset = media_type.strip().lower(), "".join(_CHARSET.findall(parameters)[:1])
     payload = body = raw.block
     if raw.kind == "response" and (media_type == "application/http" or body.startswith(b"HTTP/")):
         response = parse_response(body, limit)
@@ -152,42 +153,24 @@ def _sniffed(raw: RawRecord, body: bytes) -> str:
     return named or ("text/html" if beginning.startswith((b"<!doctype html", b"<html")) else "")
 
 
-def _charset_of(parameters: str) -> str:
-    for parameter in parameters.split(";"):
-        name, _, value = parameter.partition("=")
-        if name.strip().lower() == "charset":
-            return value.strip(" \t\"'")
-    return ""
-
-
 def _digests_fit(raw: RawRecord, payload: bytes, body: bytes) -> bool:
     """Whether the record's digests are those of its content.
 
     Writers disagree whether the payload's is that of the bytes as sent or as decoded; either will do.
     """
     for name, contents in (("warc-block-digest", (raw.block,)), ("warc-payload-digest", (payload, body))):
-        algorithm, _, digest = raw.fields.get(name, "").partition(":")
-        make = _DIGESTS.get(algorithm.strip().lower())
-        if (
-            make is not None
-            and digest
-            and not any(make(content).digest() in _read_digest(digest) for content in contents)
-        ):
+        algorithm, _, written = (part.strip() for part in raw.fields.get(name, "").partition(":"))
+        make = _DIGESTS.get(algorithm.lower())
+        if make and written and not any(_is_digest(written, make(content).digest()) for content in contents):
             return False
     return True
 
 
-def _read_digest(text: str) -> set[bytes]:
-    """What a digest can mean: base 32 as the standard recommends, hex, or base 64."""
-    text, meanings = text.strip(), set()
-    for decode in (_base32, bytes.fromhex, base64.urlsafe_b64decode):
-        with contextlib.suppress(ValueError):
-            meanings.add(decode(text))
-    return meanings
-
-
-def _base32(text: str) -> bytes:
-    return base64.b32decode(text + "=" * (-len(text) % 8), casefold=True)
+def _is_digest(written: str, digest: bytes) -> bool:
+    """Whether this is the digest in base 32, as the standard recommends, in hex or base 64."""
+    written, in_base32 = written.rstrip("="), base64.b32encode(digest).decode().rstrip("=")
+    in_base64 = base64.b64encode(digest).decode().rstrip("=")
+    return written.upper() in (in_base32, digest.hex().upper()) or written.translate(_URL_SAFE) == in_base64
 
 
 def _refuse(source: InputFile, set_aside: OnSetAside, raw: RawRecord, reason: Reason, detail: str) -> None:
@@ -313,9 +296,7 @@ def _inflated(data: bytes, window_bits: int, limit_bytes: int) -> bytes:
     except zlib.error as error:
         raise DamagedStreamError(Reason.DAMAGED, f"damaged compressed body: {str(error).split(': ')[-1]}") from error
     if not inflater.eof and len(body) <= limit_bytes:
-        raise DamagedStreamError(
-            Reason.CUT_OFF, f"the compressed body ends early: {len(body):,} bytes could be unpacked"
-        )
+        raise DamagedStreamError(Reason.CUT_OFF, f"the compressed body ends behind {len(body):,} bytes of text")
     return body
 
 
