@@ -202,14 +202,14 @@ def _rows(
         file = pq.ParquetFile(handle, metadata=file.metadata, read_dictionary=texts, **_READING)
         n_rows = max(n_rows, min(group.n_rows // DISTINCT_BATCHES, DISTINCT_ROWS))
     for batch in file.iter_batches(n_rows, row_groups=[place], columns=columns or None, use_threads=False):
-        is_strict = True
+        names, is_strict = batch.schema.names, True
         try:
             values = [_values(column, is_strict) for column in batch.columns]
         except UnicodeDecodeError:
             is_strict = False
             values = [_values(column, is_strict) for column in batch.columns]
         for row in zip(*values, strict=True):
-            yield dict(zip(batch.schema.names, row, strict=True)), is_strict
+            yield dict(zip(names, row, strict=True)), is_strict
 
 
 def _without_arrow_schema(metadata: pq.FileMetaData) -> pq.FileMetaData:

@@ -103,18 +103,17 @@ def separated_in_words(n_documents: int, separator: str) -> str:
 
 def _stands_between(head: bytes) -> bool:
     """Whether `<|endoftext|>` separates texts within lines, in a file that begins so."""
+    count = head.count(_MENTIONED)
+    if count < _LEAST_BETWEEN_TEXTS or _has(head, _MENTIONED, True):
+        return False
     n_between = len(_BETWEEN_TEXTS.findall(head))
-    is_most = n_between >= _LEAST_BETWEEN_TEXTS and 2 * n_between > head.count(_MENTIONED)
-    return is_most and not _has(head, _MENTIONED, True)
+    return n_between >= _LEAST_BETWEEN_TEXTS and 2 * n_between > count
 
 
 def _has(data: bytes, separator: bytes, is_alone: bool) -> bool:
-    is_there = bool(separator) and separator in data
-    return is_there and (not is_alone or _alone(separator).search(b"\n" + data + b"\n") is not None)
-
-
-def _alone(separator: bytes) -> re.Pattern[bytes]:
-    return re.compile(b"\n" + re.escape(separator) + b"\r?\n")
+    if not separator or separator not in data:
+        return False
+    return not is_alone or re.search(rb"(?:\A|\n)" + re.escape(separator) + rb"(?:\r?\n|\Z)", data) is not None
 
 
 def _record(
@@ -141,7 +140,8 @@ def _holds(source: InputFile, separator: bytes, is_alone: bool) -> bool:
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     fault: UnicodeDecodeError | None = None
-    n_read, tail, n_border, alone = 0, b"\n", len(separator) + _AHEAD, _alone(separator)
+    n_read, tail, n_border = 0, b"\n", len(separator) + _AHEAD
+    alone = re.compile(b"\n" + re.escape(separator) + b"\r?\n")
     with source.open() as handle:
         while True:
             block = handle.read(BLOCK_BYTES)
@@ -254,15 +254,16 @@ class _Documents:
         if self._separator and self._found < self.position:
             begin = max(0, self._searched - self.position)
             stop = max(0, len(self._buffer) - (0 if self._is_read else _AHEAD))
-            while (at := self._buffer.find(self._separator, begin, stop)) >= 0 and not self._counts(at):
+            while (
+                (at := self._buffer.find(self._separator, begin, stop)) >= 0 and self._is_alone and not self._counts(at)
+            ):
                 begin = at + 1
             self._found = self.position + at if at >= 0 else -1
             self._searched = self.position + (at + 1 if at >= 0 else max(begin, stop - len(self._separator) + 1))
         return self._found - self.position if self._found >= 0 else -1
 
     def _counts(self, at: int) -> bool:
-        if not self._is_alone:
-            return True
+        """Whether a separator stands alone on its line."""
         end = at + len(self._separator)
         before, behind = self._buffer[at - 1 : at] if at else self._last, self._buffer[end : end + _AHEAD]
         return before == b"\n" and (behind == b"\r\n" or behind[:1] in b"\n")
