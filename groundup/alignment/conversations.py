@@ -115,7 +115,7 @@ def _messages(value: Value) -> list[Message]:
     """
     items: Any = value.data.get(FIELD) if isinstance(value.data, Mapping) else None
     if isinstance(items, str):  # a cell of a table
-        items, _ = parse_json(items.encode(errors="surrogateescape"), "", b"")
+        items, _ = parse_json(items.encode(errors="surrogatepass"), "", b"")
     if not isinstance(items, list) or not items:
         raise RefusedError(Reason.NO_TEXT, f"no list {FIELD!r}")
     messages: list[Message] = []

@@ -27,8 +27,6 @@ from groundup.corpus.reading.text import DOCUMENT, can_be_cut, read_text, separa
 from groundup.corpus.reading.values import read_values, record_of
 from groundup.recipe import CorpusSettings
 
-WHOLE_FILES = 1 << 62
-
 
 def read(
     *inputs: str | Path, settings: CorpusSettings | None = None, on_set_aside: OnSetAside | None = None
@@ -173,10 +171,10 @@ def _read_files(sources: InputFiles, settings: CorpusSettings, set_aside: OnSetA
         set_aside(item)
     n_separated = 0
     with Extractor(settings.extractor, settings.extract_seconds) as extractor:
-        for unit in units_of(sources, WHOLE_FILES):
-            for record in UnitReader(unit, settings, set_aside, extractor):
+        for file in sources.files:
+            for record in UnitReader(Unit(file), settings, set_aside, extractor):
                 n_separated += record.place == DOCUMENT
-                source = record.source or unit.source.label
+                source = record.source or file.label
                 yield Document(text_id(record.text), record.text, source, url=record.url)
     if n_separated:
         warnings.warn(separated_in_words(n_separated, settings.separator), stacklevel=2)

@@ -21,6 +21,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fastwarc.stream_io import BrotliReader, ZstdReader
+from fastwarc.warc import WarcRecord
+
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
 from groundup.corpus.reading.archive import PLACE, RawRecord, read_records
 from groundup.corpus.reading.compressed import DamagedStreamError
@@ -208,8 +211,6 @@ def parse_response(block: bytes, limit_bytes: int) -> ArchivedResponse:
     Raises:
         DamagedStreamError: it is damaged, cut off or too long.
     """
-    from fastwarc.warc import WarcRecord
-
     if not block.startswith(b"HTTP/"):  # HTTP 0.9 had no headers
         return ArchivedResponse(0, "", "", block, block)
     try:
@@ -219,10 +220,10 @@ def parse_response(block: bytes, limit_bytes: int) -> ArchivedResponse:
         payload = record.reader.read()
     except (OSError, ValueError) as error:
         raise DamagedStreamError(Reason.DAMAGED, f"bad HTTP headers: {error}") from error
-    codings = [*_listed(headers.get_multiple("Content-Encoding")), *_listed(headers.get_multiple("Transfer-Encoding"))]
+    named = [*headers.get_multiple("Content-Encoding"), *headers.get_multiple("Transfer-Encoding")]
     body = payload
-    for coding in reversed(codings):
-        body = _undone(coding, body, limit_bytes)
+    for coding in reversed(",".join(named).split(",")):
+        body = _undone(coding.strip().lower(), body, limit_bytes)
     if len(body) > limit_bytes:
         raise DamagedStreamError(Reason.TOO_LONG, f"{len(body):,} bytes")
     media_type = (headers.get("Content-Type") or "").partition(";")[0].strip().lower()
@@ -242,11 +243,10 @@ def join_chunks(data: bytes) -> bytes:
         if head is None:
             if not parts:
                 return data
+            behind = f"behind {sum(map(len, parts)):,} bytes"
             if at >= len(data):
-                raise DamagedStreamError(
-                    Reason.CUT_OFF, f"the last chunk is missing, behind {sum(map(len, parts)):,} bytes"
-                )
-            raise DamagedStreamError(Reason.DAMAGED, f"a bad chunk behind {sum(map(len, parts)):,} bytes")
+                raise DamagedStreamError(Reason.CUT_OFF, f"the last chunk is missing, {behind}")
+            raise DamagedStreamError(Reason.DAMAGED, f"a bad chunk {behind}")
         size = int(head.group(1), 16)
         if size == 0:
             return b"".join(parts)
@@ -260,51 +260,36 @@ def join_chunks(data: bytes) -> bytes:
         at += 2 if data[at : at + 2] == b"\r\n" else 1 if data[at : at + 1] == b"\n" else 0
 
 
-def _listed(values: tuple[str, ...]) -> list[str]:
-    return [name.strip().lower() for value in values for name in value.split(",") if name.strip()]
-
-
 def _undone(coding: str, data: bytes, limit_bytes: int) -> bytes:
-    """The data without one coding, at most one byte longer than the limit.
+    """The data without one coding; unchanged, if that is none, such as "utf-8", or has been undone already.
 
     Raises:
         DamagedStreamError: see `parse_response`.
     """
     if coding == "chunked":
         return join_chunks(data)
+    window_bits = 0
     if not data or _MARKUP.match(data):
-        return data  # undone already
-    if coding in ("gzip", "x-gzip"):
-        body = _inflated(data, 16 + zlib.MAX_WBITS, limit_bytes) if data.startswith(_GZIP_MAGIC) else data
-    elif coding == "deflate":
-        # Some servers send the zlib format, as they should, others its bare inside.
+        return data
+    if coding in ("gzip", "x-gzip") and data.startswith(_GZIP_MAGIC):
+        window_bits = 16 + zlib.MAX_WBITS
+    elif coding == "deflate":  # some servers send the zlib format, as they should, others its bare inside
         is_zlib = len(data) > 1 and data[0] & 0x0F == 8 and (data[0] << 8 | data[1]) % 31 == 0
-        body = _inflated(data, zlib.MAX_WBITS if is_zlib else -zlib.MAX_WBITS, limit_bytes)
-    elif coding == "br" or (coding == "zstd" and data.startswith(_ZSTD_MAGIC)):
-        body = _read_by_library(coding, data, limit_bytes)
-    else:
-        body = data  # "identity", and names that are none, such as "utf-8"
+        window_bits = zlib.MAX_WBITS if is_zlib else -zlib.MAX_WBITS
+    elif coding != "br" and not (coding == "zstd" and data.startswith(_ZSTD_MAGIC)):
+        return data
+    try:
+        if window_bits:
+            inflater = zlib.decompressobj(wbits=window_bits)
+            body = inflater.decompress(data, limit_bytes + 1)
+            is_whole = inflater.eof
+        else:
+            reader = (BrotliReader if coding == "br" else ZstdReader)(io.BytesIO(data))
+            body, is_whole = reader.read(limit_bytes + 1), True
+    except (OSError, zlib.error) as error:
+        raise DamagedStreamError(Reason.DAMAGED, f"damaged {coding} body: {str(error).split(': ')[-1]}") from error
     if len(body) > limit_bytes:
         raise DamagedStreamError(Reason.TOO_LONG, f"{len(data):,} bytes of {coding} grow beyond {limit_bytes:,}")
+    if not is_whole:
+        raise DamagedStreamError(Reason.CUT_OFF, f"the {coding} body ends behind {len(body):,} bytes of text")
     return body
-
-
-def _inflated(data: bytes, window_bits: int, limit_bytes: int) -> bytes:
-    inflater = zlib.decompressobj(wbits=window_bits)
-    try:
-        body = inflater.decompress(data, limit_bytes + 1)
-    except zlib.error as error:
-        raise DamagedStreamError(Reason.DAMAGED, f"damaged compressed body: {str(error).split(': ')[-1]}") from error
-    if not inflater.eof and len(body) <= limit_bytes:
-        raise DamagedStreamError(Reason.CUT_OFF, f"the compressed body ends behind {len(body):,} bytes of text")
-    return body
-
-
-def _read_by_library(coding: str, data: bytes, limit_bytes: int) -> bytes:
-    from fastwarc.stream_io import BrotliReader, ZstdReader
-
-    reader = (BrotliReader if coding == "br" else ZstdReader)(io.BytesIO(data))
-    try:
-        return reader.read(limit_bytes + 1)
-    except OSError as error:
-        raise DamagedStreamError(Reason.DAMAGED, f"damaged {coding} body: {error}") from error
