@@ -86,6 +86,8 @@ BAD = {
     b'{"text": "no messages"}': "no text field",
     b'{"messages": {}}': "no text field",
     b'["messages"]': "no text field",
+    b'{"messages": "no JSON"}': "invalid JSON",
+    b'{"messages": "half \\ud800"}': "invalid UTF-8",
     json.dumps(talk("Hi", "Hello", roles=("user", "gpt"))).encode(): "no text field",
     b'{"messages": [{"role": "user", "content": null}]}': "no text field",
     b'{"messages": [{"role": ["user"], "content": "Hi"}]}': "no text field",
