@@ -109,13 +109,11 @@ class SetAside:
 
     Attributes:
         source: the file.
-        place: as in `Record`; "" for the whole file.
-        number: as in `Record`.
+        place, number, position: as in `Record`; `place` is "" for the whole file.
         reason: why, as a word that is counted.
         detail: why, in this case.
         excerpt: how its text begins.
         size_bytes: how much was left out, as far as it was read.
-        position: as in `Record`.
     """
 
     source: str

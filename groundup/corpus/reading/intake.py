@@ -27,7 +27,7 @@ MOST_GARBLED, MOST_GARBLED_SHARE = 3, 0.001
 _WIDE = re.compile(
     rb"(\xff\xfe\0\0|\0\0\xfe\xff|[^\0]\0\0\0|\0\0\0[^\0])|(\xff\xfe|\xfe\xff|[^\0]\0[^\0]\0|\0[^\0]\0[^\0])"
 )  # fmt: skip
-_CONVERT, _RENAME = "save its text as a text file first", "give it the ending {}"
+_CONVERT, _RENAME, _LEAVE = "save its text as a text file first", "give it the ending {}", "leave it out"
 _BINARY: dict[bytes, tuple[str, str]] = {
     b"%PDF-": ("a PDF", _CONVERT),
     b"%!PS-": ("PostScript", _CONVERT),
@@ -43,13 +43,10 @@ _BINARY: dict[bytes, tuple[str, str]] = {
     b"PAR1\x15": ("a Parquet table", _RENAME.format(".parquet")),
     b"ARROW1\0": ("an Arrow table", "save it as Parquet"),
     b"SQLite format 3\0": ("an SQLite database", "export its texts as CSV"),
-    b"\x7fELF": ("a program", "leave it out"),
-    b"\x89PNG\r": ("a picture", "leave it out"),
-    b"\xff\xd8\xff": ("a picture", "leave it out"),
-    b"GIF89a": ("a picture", "leave it out"),
-    b"OggS\0": ("sound", "leave it out"),
-    b"ID3\3": ("sound", "leave it out"),
-    b"\x93NUMPY": ("an array of numpy", "leave it out"),
+    b"\x93NUMPY": ("an array of numpy", _LEAVE),
+    b"\x7fELF": ("a program", _LEAVE),
+    **dict.fromkeys((b"\x89PNG\r", b"\xff\xd8\xff", b"GIF89a"), ("a picture", _LEAVE)),
+    **dict.fromkeys((b"OggS\0", b"ID3\3", b"ID3\4"), ("sound", _LEAVE)),
     b"\x89HDF\r": ("HDF5", _CONVERT),
 }
 """What such files begin with, what they are, and the way out."""

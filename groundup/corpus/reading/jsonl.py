@@ -35,9 +35,7 @@ class Value(NamedTuple):
 
     Attributes:
         data: what it holds.
-        position: as in `Record`.
-        place: as in `Record`.
-        number: as in `Record`.
+        position, place, number: as in `Record`.
         size_bytes: how large it is in the file; 0 where that is unknown.
         raw: it, or its beginning, as it stands there.
         is_strict: whether its strings are known to be writable as UTF-8.
