@@ -95,10 +95,11 @@ def n_garbled(text: str) -> int:
     n_replaced = 0 if text.isascii() else text.count("\ufffd")
     if text.isprintable():  # short texts of one line are: the rest takes as long as all else that is done with them
         return n_replaced
-    if "\x1b$" in text:  # ISO-2022 changes to another alphabet so: all behind it is garbled
-        return len(text)
     data = text.encode()
-    return n_replaced + len(data.translate(None, _NO_CONTROLS)) + (len(_C1.findall(data)) if b"\xc2" in data else 0)
+    controls = data.translate(None, _NO_CONTROLS)
+    if b"\x1b" in controls and b"\x1b$" in data:  # ISO-2022 changes to another alphabet so: all behind it is garbled
+        return len(text)
+    return n_replaced + len(controls) + (len(_C1.findall(data)) if b"\xc2" in data else 0)
 
 
 def refuse_binary(file: InputFile, head: bytes, set_aside: OnSetAside | None) -> bool:
