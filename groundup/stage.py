@@ -55,6 +55,7 @@ class Method:
         makes: what kind of model; "": none.
         starts_from: what kinds of model it can start from.
         trains: every process takes part in its work.
+        is_default: its model may be the one that is meant where none is named.
         figures: names in its summary that a gate may be on.
         keeps: subfolders that outlive a change of the recipe, because the stage checks them piece by piece.
         outputs: patterns of the files that other stages take from it.
@@ -65,6 +66,7 @@ class Method:
     makes: ClassVar[Literal["", "lm", "scorer", "classifier"]] = ""
     starts_from: ClassVar[tuple[str, ...]] = ("lm",)
     trains: ClassVar[bool] = False
+    is_default: ClassVar[bool] = True
     figures: ClassVar[tuple[str, ...]] = ()
     keeps: ClassVar[tuple[str, ...]] = ()
     outputs: ClassVar[tuple[str, ...]] = (f"{MODEL_FOLDER}/[!.]*",)
@@ -337,7 +339,7 @@ def default_model(recipe: Recipe, *, to_chat: bool) -> tuple[str, str]:
         return "pretrain", "the base model"
     if recipe.generate.model is not None:
         return recipe.generate.model, "[generate] model"
-    last = [stage.name for stage in models if not stage.is_control]
+    last = [stage.name for stage in models if stage.method.is_default and not stage.is_control]
     if not last:
         raise RunError(f"{recipe.name}: this recipe makes no language model.", "Name a model's folder instead.")
     return last[-1], "the last model that is no control"
@@ -396,6 +398,6 @@ def _models_of_run(path: Path) -> Iterator[Path]:
         return
     first = default_model(recipe, to_chat=True)[0]
     models.reverse()
-    models.sort(key=lambda one: (one.name != first, one.is_control))
+    models.sort(key=lambda one: (one.name != first, one.is_control or not one.method.is_default))
     for stage in models:
         yield path / stage.name / MODEL_FOLDER

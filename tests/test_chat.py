@@ -14,7 +14,7 @@ from command import CommandLine, groundup, run_to_end
 from tiny_run import finished_run
 
 from groundup import SamplingParams, load
-from groundup.cli.chat import Chat
+from groundup.cli.chat import Chat, printable
 from groundup.generation import chat_prompt
 from groundup.interop import LoadedModel
 
@@ -50,7 +50,9 @@ def test_answers_are_kept_and_go_to_standard_output_alone(
     talk(chat, monkeypatch, "Hello", "", "Who are you?")
     out, err = capsys.readouterr()
     assert roles(chat) == ["system", "user", "assistant", "user", "assistant"]
-    assert out == "".join(message["content"] + "\n" for message in chat.messages if message["role"] == "assistant")
+    assert out == "".join(
+        printable(message["content"]) + "\n" for message in chat.messages if message["role"] == "assistant"
+    )
     assert "Talking to a model. /help" in err
 
 

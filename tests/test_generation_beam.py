@@ -52,7 +52,8 @@ def test_beams_are_those_of_transformers(tmp_path, penalty):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     for prompt in random_prompts([4, 9, 2], 40):
         expected = theirs.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64), num_beams=3, num_return_sequences=3, do_sample=False, max_new_tokens=8,
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)),
+            num_beams=3, num_return_sequences=3, do_sample=False, max_new_tokens=8,
             length_penalty=penalty, eos_token_id=END, pad_token_id=0, early_stopping=False,
             output_scores=True, return_dict_in_generate=True,
         )  # fmt: skip

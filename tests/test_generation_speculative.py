@@ -104,7 +104,7 @@ def test_a_token_that_is_kept_or_replaced_has_the_targets_law(seed):
 
 
 def test_what_followed_before_is_proposed():
-    text = Text(Request([1, 2, 3, 4, 5, 9, 2, 3]), 0, (), None)
+    text = Text(Request([1, 2, 3, 4, 5, 9, 2, 3]), 0, (), None, 20)
     drafter = NGramDrafter()
     assert drafter.propose([text], [3]) == [Draft([4, 5, 9])]
     text.ids = [*text.ids, 7]

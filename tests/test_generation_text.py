@@ -1,7 +1,11 @@
 """Text from a model: pieces and whole, stop texts, characters over several tokens, conversations."""
 
 import itertools
+import json
+import re
+import time
 
+import jsonschema
 import pytest
 from generation_models import TEXT, random_model, small_tokenizer
 from hypothesis import given
@@ -9,7 +13,10 @@ from hypothesis import strategies as st
 
 from groundup.errors import DataError, GroundupError
 from groundup.generation import (
+    Constraint,
     Detokenizer,
+    Engine,
+    Request,
     SamplingParams,
     chat_prompt,
     chat_reply,
@@ -101,6 +108,32 @@ def test_characters_over_several_tokens_are_never_shown_in_part(text, where):
     shown, _ = detokenized(cut(text.encode(), where))
     assert "".join(shown) == text
     assert "�" not in "".join(shown)
+
+
+@given(short_text, st.lists(stop_text, max_size=2), places)
+def test_a_tokens_offset_is_where_its_text_begins(text, stop, where):
+    pieces = cut(text.encode(), where)
+    detokenizer = Detokenizer(Pieces(pieces), stop)
+    for token in range(len(pieces)):
+        detokenizer.add(token)
+    n_seen = len(detokenizer.offsets)
+    before = [b"".join(pieces[:token]).decode(errors="ignore") for token in range(n_seen)]
+    assert detokenizer.offsets == [len(beginning) for beginning in before]
+    assert n_seen == len(pieces) or detokenizer.stopped
+
+
+def test_a_token_costs_the_same_however_long_the_text_is():
+    detokenizer = Detokenizer(Pieces([b" word"]), ("\n\nUser: " * 20,))
+
+    def seconds(n):
+        started = time.process_time()
+        for _ in range(n):
+            detokenizer.add(0)
+        return time.process_time() - started
+
+    first = min(seconds(2000) for _ in range(5))
+    seconds(100_000)
+    assert min(seconds(2000) for _ in range(5)) < 3 * first + 0.002
 
 
 @given(st.binary(max_size=30), places)
@@ -264,3 +297,39 @@ def test_a_stream_that_is_closed_early_computes_nothing_more(monkeypatch):
 def test_what_is_no_message_is_an_error_in_words(message):
     with pytest.raises(DataError, match="message 0 of 1"):
         chat_reply(MODEL, TOKENIZER, [message], SamplingParams())
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 5}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("draft", [None, "ngrams", 1])
+def test_constrained_texts_of_the_engine_are_what_they_must_be(draft, monkeypatch):
+    monkeypatch.setattr("groundup.generation.speculative.Speculation._n_guesses", lambda self, text, n: 3)
+    model = random_model(vocab_size=TOKENIZER.vocab_size, std=0.05, context_length=256)
+    kinds = [
+        Constraint.json_schema(SCHEMA),
+        Constraint.regex("[a-c]{2,9}!"),
+        Constraint.choices(["yes", "no", "naïve"]),
+    ]
+    requests = [
+        Request(TOKENIZER.encode("Once"), SamplingParams(max_tokens=200, seed=seed, constraint=kind, temperature=1.5))
+        for seed in range(3)
+        for kind in kinds
+    ]
+    results = [texts[0] for texts in Engine(model, TOKENIZER, slots=4, draft=draft).run(requests)]
+    for place, result in enumerate(results):
+        assert result.finish_reason == "stop"
+        if place % 3 == 0:
+            jsonschema.validate(json.loads(result.text), SCHEMA)
+        elif place % 3 == 1:
+            assert re.fullmatch("[a-c]{2,9}!", result.text)
+        else:
+            assert result.text in ("yes", "no", "naïve")
+    plain = Engine(model, TOKENIZER).run([Request(one.ids, one.params) for one in requests])
+    if draft != 1:  # guesses that are drawn give the same law, not the same sample
+        assert [texts[0].text for texts in plain] == [result.text for result in results]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from groundup.errors import GroundupError
 from groundup.files import write_json
-from groundup.generation import SamplingParams, stream_chat
+from groundup.generation import Engine, SamplingParams, stream_chat
 
 if TYPE_CHECKING:
     from groundup.model import Transformer
@@ -42,6 +42,7 @@ class Chat:
         self, model: Transformer, tokenizer: Tokenizer, params: SamplingParams, *, system: str | None = None
     ) -> None:
         self.model, self.tokenizer, self.params = model, tokenizer, params
+        self._engine = Engine(model, tokenizer, slots=1)  # keeps what it has read of the conversation
         self._first: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages: list[Message] = list(self._first)
         self._n_answers = 0
@@ -60,7 +61,10 @@ class Chat:
         seed = self.params.seed
         params = self.params if seed is None else replace(self.params, seed=seed + self._n_answers)
         try:
-            for piece in stream_chat(self.model, self.tokenizer, [*self.messages, question], params, self._left_out):
+            conversation = [*self.messages, question]
+            for piece in stream_chat(
+                self.model, self.tokenizer, conversation, params, self._left_out, engine=self._engine
+            ):
                 pieces.append(piece)
                 if echo:
                     _write(printable(piece))

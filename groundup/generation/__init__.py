@@ -4,8 +4,19 @@ from groundup.generation.beam import beam_search
 from groundup.generation.cache import KVCache
 from groundup.generation.detokenizer import Detokenizer
 from groundup.generation.engine import Engine, EngineBusy, EngineStats
+from groundup.generation.grammar import Constraint, Matcher
+from groundup.generation.params import SamplingParams
 from groundup.generation.request import Chunk, Generation, Request
-from groundup.generation.sampling import SamplingParams, TokenLogprob, draw, sample, warp
+from groundup.generation.sampling import (
+    History,
+    TokenLogprob,
+    draw,
+    request_seed,
+    sample,
+    token_logprobs,
+    uniforms,
+    warp,
+)
 from groundup.generation.text import (
     chat_prompt,
     chat_reply,
@@ -18,12 +29,15 @@ from groundup.generation.text import (
 
 __all__ = [
     "Chunk",
+    "Constraint",
     "Detokenizer",
     "Engine",
     "EngineBusy",
     "EngineStats",
     "Generation",
+    "History",
     "KVCache",
+    "Matcher",
     "Request",
     "SamplingParams",
     "TokenLogprob",
@@ -34,8 +48,11 @@ __all__ = [
     "generate",
     "generate_batch",
     "prompt_ids",
+    "request_seed",
     "sample",
     "stream",
     "stream_chat",
+    "token_logprobs",
+    "uniforms",
     "warp",
 ]

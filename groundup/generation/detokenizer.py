@@ -23,24 +23,37 @@ class Detokenizer:
         stop: texts before which the text ends.
 
     Attributes:
-        text: everything given out so far.
+        offsets: for each token, how many characters of the text were complete before it. Of tokens that end in
+            the middle of a character, the next one has the same offset; from a stop text on they pass the text's end.
         stopped: whether a stop text was met.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._longest_stop = max(map(len, self._stop), default=0)
+        # What the text may not end with while more can follow.
+        self._beginnings = {text[:size] for text in self._stop for size in range(1, len(text))}
+        self._most_held = max(map(len, self._beginnings), default=0)
         # Bytes that are not UTF-8 become U+FFFD; an incomplete character waits for its other bytes.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""  # decoded, not yet given out
-        self.text = ""
+        self._given_out: list[str] = []
+        self._n_decoded = 0
+        self.offsets: list[int] = []
         self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """Everything given out so far."""
+        return "".join(self._given_out)
 
     def add(self, token: int) -> str:
         """Take a token; return what text became certain."""
         if self.stopped:
             return ""
-        self._held += self._decoder.decode(self._tokenizer.token_bytes(token))
+        self.offsets.append(self._n_decoded)
+        decoded = self._decoder.decode(self._tokenizer.token_bytes(token))
+        self._n_decoded += len(decoded)
+        self._held += decoded
         place = self._find_stop()
         if place is not None:
             self.stopped = True
@@ -49,13 +62,13 @@ class Detokenizer:
         else:
             cut = len(self._held) - self._n_held_back()
             certain, self._held = self._held[:cut], self._held[cut:]
-        self.text += certain
+        self._given_out.append(certain)
         return certain
 
     def finish(self) -> str:
         """No token follows: return what was held back; a character that was cut off in its middle is left out."""
         rest, self._held = self._held, ""
-        self.text += rest
+        self._given_out.append(rest)
         return rest
 
     def _find_stop(self) -> int | None:
@@ -65,7 +78,5 @@ class Detokenizer:
 
     def _n_held_back(self) -> int:
         """Length of the longest end that may be the beginning of a stop text."""
-        for size in range(min(self._longest_stop - 1, len(self._held)), 0, -1):
-            if any(text.startswith(self._held[-size:]) for text in self._stop):
-                return size
-        return 0
+        sizes = range(min(self._most_held, len(self._held)), 0, -1)
+        return next((size for size in sizes if self._held[-size:] in self._beginnings), 0)

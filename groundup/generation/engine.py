@@ -530,15 +530,15 @@ class Engine:
                 f"a prompt has {len(ids)} tokens: there is room for {self.length}.", "Shorten it, or leave turns out."
             )
         request.params.check_vocabulary(vocab)
-        if request.params.stop and self.tokenizer is None:
-            raise DataError("stop texts need a tokenizer.", "Give the engine the model's, or use stop_ids.")
+        if (request.params.stop or request.params.constraint) and self.tokenizer is None:
+            raise DataError("stop texts and constraints need a tokenizer.", "Give the engine the model's.")
 
     def _add(self, request: Request) -> None:
         params = request.params
         ends = self._ends if request.stop_ids is None else frozenset(request.stop_ids)
         ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else ends)
         n = params.best_of or params.n
-        request._texts = [Text(request, index, ends, self.tokenizer) for index in range(n)]
+        request._texts = [Text(request, index, ends, self.tokenizer, self.config.vocab_size) for index in range(n)]
         with self._work:
             request._number = self._n_submitted
             self._n_submitted += 1

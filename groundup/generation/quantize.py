@@ -1,133 +1,111 @@
-"""Weights in 8 or 4 bits: one symmetric scale for a row or a group of inputs, w ≈ value · scale.
+"""A model whose matrices are integers of 8 or 4 bits: which ones, how they compute, and how a model becomes one.
 
-A token written alone is as slow as the weights are long in memory, so fewer bits are more tokens a second. Matrices
-are quantized: every linear layer of the blocks, the embedding and the output layer. Norms, biases, learned positions
-and the experts' routers stay as they are: they are small, and an error in them hurts most. With 4 bits, the output
-layer, an embedding that is tied to it and rows that groups do not divide have 8, as in llama.cpp.
+A token that is written alone takes as long as the weights take to be read, so fewer bits are more tokens a second.
+Matrices are quantized: the linear layers of the blocks, the embedding and the output layer. Norms, biases, learned
+positions and routers of experts stay as they are: they are small, and an error in them hurts most. With 4 bits, the
+output layer, an embedding that is tied to it, and rows that groups do not divide have 8, as in llama.cpp.
 
-The layouts and numbers are those of GGUF's Q8_0 and Q4_0 (there a scale stands for 32 inputs; a longer group's is
-repeated), so a quantized model is exported without a second rounding.
+Numbers and layouts are in `rounding.py`. Here weights are dequantized and multiplied in the activations' dtype; with
+`activations = "int8"` both sides of the product are integers, each token with its own scale.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Literal, Self
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from groundup.errors import ArtifactError, GroundupError
+from groundup.errors import GroundupError
+from groundup.generation.gptq import gptq
+from groundup.generation.rounding import RUN, Bits, dequantize, pack, round_to_nearest, to_values
 from groundup.model import Transformer
 from groundup.model.experts import StackedLinear
-from groundup.model.linear import Linear
 
-Bits = Literal[8, 4]
+QuantizationMethod = Literal["rtn", "gptq"]
+"""Round to nearest, or GPTQ."""
 
-RUN = 32
-"""Inputs whose nibbles stand together, and the shortest group."""
+_IN_TURN = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
+            ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))  # fmt: skip
+"""A block's matrices in the order of the computation; those in one bracket have the same inputs."""
 
-_SHRINK = torch.linspace(1.0, 0.75, 11)
-"""Scales tried for a 4-bit group, as parts of the one that clips nothing."""
+_BATCH_TOKENS = 8192  # of calibration, at once
 
 
-def round_to_nearest(weight: Float[Tensor, "*rows d_in"], bits: Bits, group_size: int) -> tuple[Tensor, Tensor]:
-    """Quantize by rounding each weight to the nearest value.
+@dataclass(frozen=True)
+class Quantization:
+    """How a model's matrices are kept.
 
-    In 8 bits the largest of a group is 127. In 4 bits (−8 … 7) the largest in magnitude is −8, as in Q4_0; smaller
-    scales and the other sign are tried too, and the one with the least squared error is taken: with 16 values to
-    choose from, it often pays to clip one weight and to hold the others better.
-
-    Args:
-        weight: of any float dtype.
-        bits: 8 or 4.
-        group_size: inputs per scale; divides d_in.
-
-    Returns:
-        values: int8 (*rows, d_in).
-        scales: float16 (*rows, d_in / group_size).
+    Attributes:
+        bits: per weight.
+        group_size: inputs per scale, a multiple of 32; None: the whole row with 8 bits, 32 with 4.
+        activations: "float", or "int8": rounded for each product, token by token, on CPUs (8 bits, whole rows).
 
     Raises:
-        ArtifactError: a weight is not finite, or so large that no float16 scale holds it.
+        GroundupError: not these values.
     """
-    groups = weight.detach().float().reshape(*weight.shape[:-1], -1, group_size)
-    scales = find_scales(groups, bits)
-    return to_values(groups, scales.float()[..., None], bits).flatten(-2), scales
 
+    bits: Bits = 8
+    group_size: int | None = None
+    activations: Literal["float", "int8"] = "float"
 
-def find_scales(groups: Float[Tensor, "*rows size"], bits: Bits) -> Float[Tensor, " *rows"]:
-    """The scale of each group, float16; see `round_to_nearest`."""
-    largest, smallest = groups.amax(dim=-1), groups.amin(dim=-1)
-    if not bool((largest - smallest).isfinite().all()) or float(groups.abs().max()) > 65504.0 * (
-        127 if bits == 8 else 7
-    ):
-        raise ArtifactError(
-            "A weight is not finite, or too large to be quantized.", "The model is damaged: take an earlier one."
-        )
-    if bits == 8:
-        return (torch.maximum(largest, -smallest) / 127).half()
-    extreme = torch.where(largest > -smallest, largest, smallest)
-    best = torch.full_like(extreme, torch.inf)
-    found = torch.zeros_like(extreme, dtype=torch.float16)
-    for sign in (-1, 1):
-        for part in (_SHRINK / (8 if sign < 0 else 7)).tolist():
-            scales = (extreme * (sign * part)).half()
-            wide = scales.float()[..., None]
-            error = (to_values(groups, wide, bits) * wide - groups).square().sum(dim=-1)
-            is_better = error < best
-            best, found = torch.where(is_better, error, best), torch.where(is_better, scales, found)
-    return found
+    def __post_init__(self) -> None:
+        if self.bits not in (8, 4) or self.activations not in ("float", "int8"):
+            raise GroundupError(
+                f"bits = {self.bits!r}, activations = {self.activations!r}: bits are 8 or 4, activations float or int8."
+            )
+        size = self.group_size
+        if size is not None and (not isinstance(size, int) or size < RUN or size % RUN):
+            raise GroundupError(f"group_size = {size!r}: must be a multiple of {RUN}.")
+        if self.activations == "int8" and (self.bits, size) != (8, None):
+            raise GroundupError(
+                f'activations = "int8": need bits = 8 and no group_size (bits = {self.bits}, group_size = {size}).'
+            )
 
+    def matrices(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Bits, int]]:
+        """Which modules of a model are quantized: their bits and inputs per scale.
 
-def to_values(weight: Tensor, scales: Tensor, bits: Bits) -> Tensor:
-    """weight / scales, rounded and clipped, int8; 0 where the scale is 0."""
-    low, high = (-127, 127) if bits == 8 else (-8, 7)
-    scaled = torch.where(scales == 0, 0.0, weight / scales)
-    return scaled.round_().clamp_(low, high).to(torch.int8)
-
-
-def pack(values: Int[Tensor, "*rows d_in"], bits: Bits) -> Tensor:
-    """Values as they stand in memory.
-
-    8 bits: int8, as they are. 4 bits: uint8 (*rows, d_in / 2); in each run of 32 inputs byte i holds input i in its
-    low and input i + 16 in its high nibble, each as value + 8.
-    """
-    if bits == 8:
-        return values.contiguous()
-    low, high = (values + 8).to(torch.uint8).reshape(*values.shape[:-1], -1, 2, RUN // 2).unbind(dim=-2)
-    return (low | high << 4).flatten(-2)
-
-
-def unpack(packed: Tensor, bits: Bits) -> Int[Tensor, "*rows d_in"]:
-    """The values, int8: the inverse of `pack`."""
-    if bits == 8:
-        return packed
-    runs = packed.reshape(*packed.shape[:-1], -1, RUN // 2)
-    return torch.stack([runs & 15, runs >> 4], dim=-2).flatten(-3).to(torch.int8) - 8
+        Args:
+            shapes: of the model's parameters with float weights, as `parameter_shapes` gives them.
+        """
+        output = "lm_head" if "lm_head.weight" in shapes else "embed_tokens"
+        found: dict[str, tuple[Bits, int]] = {}
+        for name, shape in shapes.items():
+            module, _, kind = name.rpartition(".")
+            if kind != "weight" or len(shape) < 2 or module == "embed_positions" or module.endswith(".router"):
+                continue
+            size = self.group_size or (RUN if self.bits == 4 else shape[-1])
+            is_divided = shape[-1] % size == 0
+            if self.bits == 4 and is_divided and module != output:
+                found[module] = (4, size)
+            else:
+                found[module] = (8, size if self.bits == 8 and is_divided else shape[-1])
+        return found
 
 
 class Quantized(nn.Module):
-    """What quantized matrices share.
+    """What quantized matrices share; they cannot be trained.
 
     Attributes:
         bits: per weight.
         group_size: inputs per scale.
         packed: the values; see `pack`.
         scales: float16 (*rows, d_in / group_size); they keep their dtype when the model is moved to another.
-        bias: a parameter, or None.
+        bias: float, or None.
     """
 
     packed: Tensor
-    scales: Tensor
 
     def __init__(self, packed: Tensor, scales: Tensor, bits: Bits, bias: Tensor | None = None) -> None:
         super().__init__()
         self.bits: Bits = bits
         self.group_size = packed.shape[-1] * (8 // bits) // scales.shape[-1]
         self.register_buffer("packed", packed)
-        self.register_buffer("scales", scales)
+        self.scales = nn.Parameter(scales, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
@@ -135,34 +113,50 @@ class Quantized(nn.Module):
         """The dequantized weights, float32."""
         return dequantize(self.packed, self.scales, self.bits)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        kept = self.scales
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.scales = kept.to(self.packed.device)
-        return self
+    def train(self, mode: bool = True) -> Self:
+        """Refuse training: gradients would pass by the weights, which are integers."""
+        if mode:
+            raise GroundupError("A quantized model cannot be trained.", "Train the model that it was made from.")
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         """What `print` shows."""
-        return f"bits={self.bits}, group_size={self.group_size}, shape={tuple(self.scales.shape[:-1])}"
+        return f"bits={self.bits}, group_size={self.group_size}, rows={tuple(self.scales.shape[:-1])}"
 
-
-def dequantize(packed: Tensor, scales: Tensor, bits: Bits) -> Float[Tensor, "*rows d_in"]:
-    """value · scale, float32."""
-    values = unpack(packed, bits).reshape(*scales.shape, -1)
-    return (values * scales.float()[..., None]).flatten(-2)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = self.scales.data
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.scales.data = kept.to(self.packed.device)
+        return self
 
 
 class QuantizedLinear(Quantized):
-    """x Wᵀ + b, with the weights dequantized to x's dtype."""
+    """x Wᵀ + b in x's dtype.
+
+    Attributes:
+        rounds_activations: each token of x is rounded to int8 by its largest value, so that the products are integers.
+    """
+
+    rounds_activations = False
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Apply the layer."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.rounds_activations and not x.is_cuda and x.numel():
+            y = self._integer_product(x).to(x.dtype)
+            return y if bias is None else y + bias
         return F.linear(x, self.weight.to(x.dtype), bias)
+
+    def _integer_product(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        scales = rows.abs().amax(dim=-1, keepdim=True) / 127
+        # oneDNN's product; the scale of a row of weights is that of an output.
+        product = torch._int_mm(to_values(rows, scales, 8), self.packed.T).float()
+        return product.mul_(scales).mul_(self.scales.float().T).view(*x.shape[:-1], -1)
 
 
 class QuantizedStackedLinear(Quantized):
-    """One linear layer for each expert; packed is (n_experts, d_out, …)."""
+    """One linear layer for each expert: packed is (n_experts, d_out, …)."""
 
     def forward(self, x: Float[Tensor, "tokens d_in"], index: int) -> Float[Tensor, "tokens d_out"]:
         """Apply one expert's layer."""
@@ -178,58 +172,133 @@ class QuantizedEmbedding(Quantized):
         return dequantize(self.packed[ids], self.scales[ids], self.bits)
 
 
-_KINDS: dict[type[nn.Module], type[Quantized]] = {
-    Linear: QuantizedLinear,
-    StackedLinear: QuantizedStackedLinear,
-    nn.Embedding: QuantizedEmbedding,
-}
-
-
-def matrices(model: Transformer, bits: Bits, group_size: int | None = None) -> Iterator[tuple[str, Bits, int]]:
-    """Which modules of a model are quantized: their names, bits and inputs per scale."""
-    is_tied = model.lm_head is None
-    for name, module in model.named_modules():
-        if (
-            not isinstance(module, Linear | StackedLinear | nn.Embedding)
-            or name == "embed_positions"
-            or name.endswith(".router")
-        ):
-            continue
-        d_in = module.weight.shape[-1]
-        size = group_size or (RUN if bits == 4 else d_in)
-        is_output = name == "lm_head" or (is_tied and name == "embed_tokens")
-        if bits == 4 and not is_output and d_in % size == 0:
-            yield name, 4, size
-        else:
-            yield name, 8, size if bits == 8 and d_in % size == 0 else d_in
-
-
-def replace(model: Transformer, name: str, packed: Tensor, scales: Tensor, bits: Bits) -> None:
-    """Put a quantized matrix in the place of a module, which keeps its bias."""
-    before = model.get_submodule(name)
-    kind = next(made for kind, made in _KINDS.items() if isinstance(before, kind))
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, kind(packed, scales, bits, getattr(before, "bias", None)))
+def quantization_of(model: Transformer) -> Quantization | None:
+    """How a model's matrices are kept; None: as floats."""
+    found = getattr(model, "quantization", None)
+    return found if isinstance(found, Quantization) else None
 
 
 @torch.no_grad()
-def quantize(model: Transformer, bits: Bits = 8, group_size: int | None = None) -> Transformer:
-    """Quantize a model's matrices in place, and return it. It cannot be trained any more.
+def quantize(
+    model: Transformer,
+    quantization: Quantization | None = None,
+    *,
+    method: QuantizationMethod = "rtn",
+    calibration: Int[Tensor, "windows seq"] | None = None,
+    on_layer: Callable[[int], object] = lambda layer: None,
+) -> Transformer:
+    """Quantize a model's matrices in place, and return it.
 
     Args:
-        model: with float weights, on one device.
-        bits: per weight.
-        group_size: inputs per scale, a multiple of 32; None: the whole row with 8 bits, 32 with 4.
+        model: with float weights, on one device; put into evaluation mode.
+        quantization: bits and groups; None: 8 bits.
+        method: "rtn", or "gptq": layer by layer, each for the inputs that the quantized layers before it give. GPTQ is
+            of the blocks' matrices; embedding and output layer are rounded to the nearest.
+        calibration: token ids of text as the model will see it, for GPTQ.
+        on_layer: called with the number of each block that GPTQ is done with.
 
     Raises:
-        GroundupError: bits or group_size that there are not, or the model is quantized already.
+        GroundupError: the model is quantized already, or there is no text to calibrate with.
         ArtifactError: a weight is not finite.
     """
-    if bits not in (8, 4) or (group_size is not None and (group_size < RUN or group_size % RUN)):
-        raise GroundupError(f"bits = {bits}, group_size = {group_size}: bits are 8 or 4, groups multiples of {RUN}.")
-    if any(isinstance(module, Quantized) for module in model.modules()):
-        raise GroundupError("The model is quantized already.", "Quantize the model it was made from.")
-    for name, n_bits, size in list(matrices(model, bits, group_size)):
-        values, scales = round_to_nearest(model.get_parameter(f"{name}.weight"), n_bits, size)
-        replace(model, name, pack(values, n_bits), scales, n_bits)
-    return model.eval().requires_grad_(requires_grad=False)
+    quantization = quantization or Quantization()
+    if quantization_of(model) is not None:
+        raise GroundupError("The model is quantized already.", "Quantize the model that it was made from.")
+    if method not in ("rtn", "gptq"):
+        raise GroundupError(f"method = {method!r}: is neither rtn nor gptq.")
+    chosen = quantization.matrices({name: tuple(made.shape) for name, made in model.named_parameters()})
+    model.eval().requires_grad_(requires_grad=False)
+    if method == "gptq":
+        if calibration is None or not len(calibration):
+            raise GroundupError("GPTQ needs text to calibrate with.", 'Give some, or choose method = "rtn".')
+        _round(model, "embed_tokens", *chosen.pop("embed_tokens"))
+        for name, grams in _layer_inputs(model, chosen, calibration, on_layer):
+            _round(model, name, *chosen.pop(name), grams)
+    for name, (bits, size) in chosen.items():
+        _round(model, name, bits, size)
+    _finish(model, quantization)
+    return model
+
+
+def prepare(model: Transformer, quantization: Quantization) -> None:
+    """Put quantized matrices of the right shapes into a model with float ones, to be filled with what was saved."""
+    shapes = {name: tuple(made.shape) for name, made in model.named_parameters()}
+    for name, (bits, size) in quantization.matrices(shapes).items():
+        *rows, d_in = shapes[f"{name}.weight"]
+        packed = torch.empty(*rows, d_in * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8, device="meta")
+        scales = torch.empty(*rows, d_in // size, dtype=torch.float16, device="meta")
+        _replace(model, name, packed, scales, bits)
+    _finish(model, quantization)
+
+
+def _finish(model: Transformer, quantization: Quantization) -> None:
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.rounds_activations = quantization.activations == "int8"
+    model.quantization = quantization  # type: ignore[assignment]
+    model.eval().requires_grad_(requires_grad=False)
+
+
+def _replace(model: Transformer, name: str, packed: Tensor, scales: Tensor, bits: Bits) -> None:
+    before = model.get_submodule(name)
+    kind = (
+        QuantizedStackedLinear if isinstance(before, StackedLinear)
+        else QuantizedEmbedding if isinstance(before, nn.Embedding) else QuantizedLinear
+    )  # fmt: skip
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, kind(packed, scales, bits, getattr(before, "bias", None)).eval())
+
+
+def _round(model: Transformer, name: str, bits: Bits, size: int, grams: list[Tensor] | None = None) -> None:
+    """Quantize one module, by GPTQ if XᵀX of its inputs is given, one for each expert."""
+    weight = model.get_parameter(f"{name}.weight")
+    if grams is None:
+        values, scales = round_to_nearest(weight, bits, size, name=name)
+    elif weight.ndim == 2:
+        values, scales = gptq(weight, grams[0], bits, size, name=name)
+    else:
+        both = [gptq(one, gram, bits, size, name=name) for one, gram in zip(weight, grams, strict=True)]
+        values, scales = (torch.stack(parts) for parts in zip(*both, strict=True))
+    _replace(model, name, pack(values, bits), scales, bits)
+
+
+def _layer_inputs(
+    model: Transformer, chosen: Mapping[str, Any], calibration: Tensor, on_layer: Callable[[int], object]
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """The blocks' matrices in order, each with XᵀX of its inputs; to be quantized before the next is asked for."""
+    states: list[Tensor] = []  # what goes into the next block, batch by batch
+    told: dict[int, tuple[Any, ...]] = {}  # what each block is told of positions and masks
+
+    def note(layer: int, inputs: tuple[Any, ...]) -> None:
+        told[layer] = inputs[1:]
+        if layer == 0:
+            states.append(inputs[0])
+
+    hooks = [
+        block.register_forward_pre_hook(lambda _, inputs, layer=layer: note(layer, inputs))
+        for layer, block in enumerate(model.blocks)
+    ]
+    rows = max(1, _BATCH_TOKENS // calibration.shape[1])
+    for batch in torch.split(calibration.to(next(model.parameters()).device), rows):
+        model(batch, head=lambda hidden, output: None)
+    for hook in hooks:
+        hook.remove()
+    for layer, block in enumerate(model.blocks):
+        for part in _IN_TURN:
+            names = [name for name in part if f"layers.{layer}.{name}" in chosen]
+            first = block.get_submodule(names[0])
+            weight = first.weight
+            assert isinstance(weight, Tensor)
+            grams = weight.new_zeros(1 if weight.ndim == 2 else len(weight), weight.shape[-1], weight.shape[-1])
+
+            def add(_: nn.Module, inputs: tuple[Any, ...], grams: Tensor = grams) -> None:
+                rows = inputs[0].reshape(-1, grams.shape[-1]).to(grams.dtype)
+                grams[inputs[1] if len(inputs) > 1 else 0].addmm_(rows.T, rows)
+
+            hook = first.register_forward_pre_hook(add)
+            for x in states:
+                block(x, *told[layer])
+            hook.remove()
+            yield from ((f"layers.{layer}.{name}", list(grams)) for name in names)
+        states = [block(x, *told[layer]) for x in states]
+        on_layer(layer)

@@ -9,7 +9,9 @@ from typing import Literal
 
 from groundup.errors import GroundupError
 from groundup.generation.detokenizer import Detokenizer
-from groundup.generation.sampling import History, SamplingParams, TokenLogprob, request_seed
+from groundup.generation.grammar import Matcher
+from groundup.generation.params import SamplingParams
+from groundup.generation.sampling import History, TokenLogprob, request_seed
 from groundup.generation.slots import Lease
 from groundup.tokenizer import Tokenizer
 
@@ -26,6 +28,7 @@ class Generation:
         text: filled in where a tokenizer is at hand; ends before the stop text.
         logprobs: of every new token, where they were asked for.
         prompt_logprobs: of the prompt's tokens from the second on, where they were asked for.
+        offsets: of each token in the text, in characters, where a tokenizer is at hand.
         score: of `beam_search`, and of `best_of` the mean log-probability.
     """
 
@@ -34,6 +37,7 @@ class Generation:
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
     score: float = 0.0
 
     @property
@@ -107,14 +111,19 @@ class Text:
         lease: its part of the cache; None while it waits.
     """
 
-    def __init__(self, request: Request, index: int, ends: Collection[int], tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, request: Request, index: int, ends: Collection[int], tokenizer: Tokenizer | None, vocab_size: int
+    ) -> None:
         params = request.params
         self.request, self.index, self.params = request, index, params
         self.ids, self.n_prompt, self.offset, self.n_stored = list(request.ids), len(request.ids), 0, 0
         self.seed = request_seed(params.seed if request.seed is None else request.seed, index)
         self.ends = frozenset(ends)
         self.history = History(request.ids, ends) if params.needs_history else None
-        self.matcher = None
+        self.matcher: Matcher | None = None
+        if params.constraint is not None and tokenizer is not None:
+            self.matcher = params.constraint.compile(tokenizer, vocab_size)
+            self.ends |= tokenizer.end_ids  # a text that is complete has to end
         self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, params.stop)
         self.wants_logprobs = params.logprobs is not None or (params.best_of or params.n) > params.n
         self.lease: Lease | None = None
@@ -165,7 +174,7 @@ class Text:
         self.result.finish_reason, self.is_finished = reason, True
         if self.detokenizer is not None:
             self._piece += self.detokenizer.finish()
-            self.result.text = self.detokenizer.text
+            self.result.text, self.result.offsets = self.detokenizer.text, self.detokenizer.offsets
 
     def chunk(self) -> Chunk | None:
         """What is new since the last call."""

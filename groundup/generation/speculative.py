@@ -22,7 +22,9 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from groundup.generation.cache import KVCache
-from groundup.generation.sampling import History, SamplingParams, draw, sample, uniforms, warp
+from groundup.generation.grammar import Matcher
+from groundup.generation.params import SamplingParams
+from groundup.generation.sampling import History, draw, sample, uniforms, warp
 from groundup.generation.step import ModelStep, Row, inference_copy
 from groundup.model import Transformer
 
@@ -39,6 +41,8 @@ class Writing(Protocol):
     ids: list[int]
     params: SamplingParams
     history: History | None
+    matcher: Matcher | None
+    ends: frozenset[int]
     seed: int
     n_stored: int
     n_prompt: int
@@ -106,11 +110,12 @@ def verified(text: Writing, draft: Draft, logits: Float[Tensor, "n_plus_1 vocab"
     n, first = len(draft.ids), len(text.ids) - text.n_prompt
     params, seeds, positions = [text.params] * (n + 1), [text.seed] * (n + 1), range(first, first + n + 1)
     histories = [_history(text, draft.ids[:place]) for place in range(n + 1)]
+    masks = _masks(text, draft.ids)
     if draft.logprobs is None:
-        own = sample(logits, params, seeds, positions, histories).tolist()
+        own = sample(logits, params, seeds, positions, histories, masks).tolist()
         n_kept = next((place for place in range(n) if own[place] != draft.ids[place]), n)
         return own[: n_kept + 1]
-    target = warp(logits, params, histories)
+    target = warp(logits, params, histories, masks)
     accepted, replaced = (uniforms(seeds[:n], positions[:n], stream) for stream in (_ACCEPTED, _REPLACED))
     return verify(target, draft.ids, draft.logprobs, accepted, replaced, uniforms(seeds[n:], positions[n:]))
 
@@ -321,6 +326,20 @@ def _guess(
         Draft(ids, None if text.params.temperature == 0 else torch.stack(law))
         for text, ids, law in zip(texts, guesses, laws, strict=True)
     ]
+
+
+def _masks(text: Writing, guesses: Sequence[int]) -> list[Tensor | None]:
+    """What a grammar allows behind each guess; nothing needs to be known behind one that it forbids, or an end."""
+    if text.matcher is None:
+        return [None] * (len(guesses) + 1)
+    masks: list[Tensor | None] = [(mask := text.matcher.mask())]
+    for guess in guesses:
+        if guess in text.ends or not mask[guess]:
+            break
+        text.matcher.advance(guess)
+        masks.append(mask := text.matcher.mask())
+    text.matcher.rollback(len(masks) - 1)
+    return masks + [None] * (len(guesses) + 1 - len(masks))
 
 
 def _history(text: Writing, guesses: Sequence[int]) -> History | None:

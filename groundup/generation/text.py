@@ -11,8 +11,8 @@ from typing import overload
 
 from groundup.errors import GroundupError
 from groundup.generation.engine import Engine
+from groundup.generation.params import SamplingParams
 from groundup.generation.request import Generation, Request
-from groundup.generation.sampling import SamplingParams
 from groundup.model import Transformer
 from groundup.tokenizer import Message, Tokenizer, render
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from groundup.model.attention import Attention, AttentionMask, Cached, KeyValueStore, capped
 from groundup.model.config import ModelConfig
+from groundup.model.cost import count_parameters
 from groundup.model.experts import Experts
 from groundup.model.feedforward import make_feedforward
 from groundup.model.flex import plan_attention
@@ -135,9 +136,7 @@ class Transformer(nn.Module):
     @property
     def n_parameters(self) -> int:
         """Number of parameters; a tied embedding counts once, padding rows do not count."""
-        n_matrices = 1 if self.lm_head is None else 2
-        n_idle = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.d_model * n_matrices
-        return sum(parameter.numel() for parameter in self.parameters()) - n_idle
+        return count_parameters(self.config)  # quantized, too
 
     def first_blocks(self, n_blocks: int) -> Transformer:
         """This model with its first blocks only, and the same norm and output layer; the weights are shared."""

@@ -46,6 +46,10 @@ METHODS = {
     "sft": Registered(
         "groundup.alignment.sft:SFT", "Base model and conversations to an assistant: supervised fine-tuning."
     ),
+    "distill": Registered(
+        "groundup.alignment.distill:DISTILL",
+        "A model to a smaller one that guesses its tokens: a draft for generation.",
+    ),
 }
 EVALUATE = Registered(
     "groundup.evaluation.harness:EVALUATE", "Models to scores with error bars: bits per byte, exact match."

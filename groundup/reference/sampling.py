@@ -1,4 +1,4 @@
-"""From logits to a token, token by token in Python numbers: softmax, top-k, top-p, min-p and the draw.
+"""From logits to a token, token by token in Python numbers: softmax, top-k, top-p, min-p, typical and the draw.
 
 Tokens of equal probability are treated alike: filters keep all that tie with the last one they need.
 """
@@ -35,6 +35,20 @@ def top_p(probabilities: Sequence[float], p: float) -> list[float]:
 def min_p(probabilities: Sequence[float], share: float) -> list[float]:
     """Only tokens at least `share` times as probable as the most probable one (arXiv:2407.01082), renormalized."""
     return _at_least(probabilities, share * max(probabilities))
+
+
+def typical(probabilities: Sequence[float], mass: float) -> list[float]:
+    """Only tokens whose surprise is nearest the entropy, as many as hold the mass (arXiv:2202.00666), renormalized."""
+    possible = [probability for probability in probabilities if probability > 0]
+    entropy = -math.fsum(probability * math.log(probability) for probability in possible)
+    distances = [abs(math.log(probability) + entropy) if probability > 0 else math.inf for probability in probabilities]
+    held, border = 0.0, 0.0
+    for distance, probability in sorted(zip(distances, probabilities, strict=True)):
+        if held < mass:
+            held, border = held + probability, distance
+    kept = [p if d <= border * (1 + 1e-9) else 0.0 for d, p in zip(distances, probabilities, strict=True)]
+    total = math.fsum(kept)
+    return [probability / total for probability in kept]
 
 
 def draw(probabilities: Sequence[float], uniform: float) -> int:

@@ -1,0 +1,106 @@
+"""Distillation: the objective against its formula, and a draft that a model is sped up with."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from shards_bytes import document
+from tiny_run import build_quietly, tiny_recipe, write_texts
+
+from groundup.alignment.distill import Distillation, DistillSettings, distill
+from groundup.errors import DataError, RecipeError
+from groundup.generation import Engine, Request, SamplingParams
+from groundup.interop import load
+from groundup.model import Transformer, preset
+from groundup.recipe import ShardsSettings, parse_recipe
+from groundup.shards import write_shards
+from groundup.stage import default_model
+from groundup.tokenizer import Tokenizer
+from groundup.training import IGNORED
+
+TEXTS = [f"{number} times the cat sat on the mat, and then it left." * (number % 4 + 1) for number in range(40)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(TEXTS, vocab_size=320)
+
+
+@pytest.fixture(scope="module")
+def shards(tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(
+        [*map(document, TEXTS), document("The cat sat on the mat.", "validation")], tokenizer, folder, ShardsSettings()
+    )
+    return folder
+
+
+def random(name, tokenizer, seed, **overrides):
+    model = Transformer(preset(name, vocab_size=tokenizer.vocab_size, context_length=32, **overrides), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    return model
+
+
+def test_the_loss_is_the_divergence_and_its_gradient_is_the_difference_of_the_laws(tokenizer, monkeypatch):
+    monkeypatch.setattr("groundup.alignment.distill._SLICE_LOGITS", 5 * tokenizer.vocab_size)
+    teacher, student = random("llama-nano", tokenizer, 1), random("ground-nano", tokenizer, 2)
+    ids = torch.randint(0, tokenizer.vocab_size, (2, 12), generator=torch.Generator().manual_seed(3))
+    targets = ids.roll(-1, 1)
+    targets[0, 7:] = IGNORED
+    batch, mask = {"ids": ids, "targets": targets}, targets != IGNORED
+    objective = Distillation(teacher.config)
+    term = objective.terms({"model": student, "teacher": teacher}, batch)["loss"]
+    assert objective.counts(batch) == {"loss": int(mask.sum())}
+    p, q = teacher(ids).log_softmax(-1), student(ids).log_softmax(-1)
+    expected = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)[mask].sum()
+    torch.testing.assert_close(term.total, expected)
+    found = torch.autograd.grad(term.total, list(student.parameters()), allow_unused=True)
+    exact = torch.autograd.grad(expected, list(student.parameters()), allow_unused=True)
+    torch.testing.assert_close(found, exact, atol=1e-5, rtol=1e-4)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_a_student_comes_near_its_teacher_and_takes_up_where_it_was(tokenizer, shards, tmp_path):
+    teacher = random("ground-nano", tokenizer, 1)
+    options = {"tokens": 40 * 32, "own_tokens": 33 * 20, "batch_size": 4, "compile": False, "eval_tokens": 64}
+    student = random("ground-nano", tokenizer, 2)
+    trained = distill(teacher, student, tokenizer, shards, DistillSettings(**options), out=tmp_path / "a")
+    assert trained.summary["own_rows"] == 20
+    none = DistillSettings(**{**options, "tokens": 1, "lr": 1e-9, "muon_lr": 1e-9})
+    untrained = distill(teacher, random("ground-nano", tokenizer, 2), tokenizer, shards, none, out=tmp_path / "b")
+    assert trained.summary["acceptance"] > untrained.summary["acceptance"]
+    assert trained.summary["val_loss"] < untrained.summary["val_loss"]
+    again = distill(
+        teacher, random("ground-nano", tokenizer, 2), tokenizer, shards, DistillSettings(**options), out=tmp_path / "c"
+    )
+    for one, other in zip(trained.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_models_of_other_tokens_are_refused(tokenizer, shards, tmp_path):
+    other = Transformer(preset("ground-nano", vocab_size=99))
+    with pytest.raises(DataError, match="the smaller model has 99 tokens"):
+        distill(random("ground-nano", tokenizer, 1), other, tokenizer, shards, out=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_recipe_makes_a_draft_that_guesses_for_its_model(tmp_path):
+    recipe = tiny_recipe(
+        write_texts(tmp_path / "texts.jsonl"),
+        'align.draft={method="distill", tokens=2000, own_tokens=500, batch_size=4, '
+        'model={preset="ground-nano", n_layers=1}}',
+    )
+    run = build_quietly(recipe, tmp_path / "run")
+    assert default_model(run.recipe, to_chat=True)[0] != "draft"
+    model, draft = load(run.root, stage="pretrain"), load(run.root, stage="draft")
+    assert draft.model.config.n_layers == 1
+    request = [Request([1, 2, 3], SamplingParams(temperature=0, max_tokens=20)) for _ in range(2)]
+    plain = Engine(model.model).run(request[:1])[0][0].ids
+    assert Engine(model.model, draft=draft.model).run(request[1:])[0][0].ids == plain
+
+
+def test_a_recipe_without_text_and_a_wrong_student_are_refused():
+    with pytest.raises(RecipeError, match="n_heads"):
+        parse_recipe('[align.draft]\nmethod = "distill"\nstart = "x"\nmodel = {n_heads = "many"}\n', "a.toml")
