@@ -72,7 +72,11 @@ def export_model(
     to: Annotated[Target, typer.Option("--to", help="hf: a folder for transformers. gguf: a file for llama.cpp.")],
     dtype: Annotated[
         Dtype | None,
-        typer.Option("--dtype", help="How weights are kept. hf: f32, f16, bf16 (default: as they are). gguf: f16."),
+        typer.Option(
+            "--dtype",
+            help="How weights are kept. hf: f32, f16, bf16 (default: as they are, quantized ones f32). "
+            "gguf: f16; of a quantized model, its own kind.",
+        ),
     ] = None,
     stage: Annotated[
         str | None,
@@ -94,9 +98,9 @@ def export_model(
         if out.exists() and (out.is_dir() or not force):
             raise GroundupError(f"{out}: is there already.", "Name another file, or replace it with --force.")
         loaded = load(source, stage=stage)
-        kept: GgufType = dtype.value if dtype is not None else "f16"
+        kept: GgufType | None = None if dtype is None else dtype.value
         summary = export_gguf(loaded.model, loaded.tokenizer, out, dtype=kept)
-        _tell({"file": str(out), "dtype": kept, **summary}, as_json)
+        _tell({"file": str(out), **summary}, as_json)
         return
     from groundup.interop import export_folder
 

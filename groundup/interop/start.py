@@ -15,6 +15,7 @@ from typing import Any
 
 from groundup.console import Console
 from groundup.errors import ArtifactError, DataError, Problem, RecipeError
+from groundup.generation.quantize import Quantization, quantization_of
 from groundup.interop.folder import load_model
 from groundup.interop.stored import open_stored
 from groundup.model import ModelConfig, Transformer, extend_vocabulary, reshaped
@@ -145,7 +146,9 @@ def start_config(init: str | Path, settings: ModelSettings | None = None) -> Mod
         ArtifactError: no model there, or a damaged one.
         RecipeError: a setting that the weights do not fit, by name.
     """
-    return _changed(open_stored(find_model(init)).config, init, settings or ModelSettings())
+    stored = open_stored(find_model(init))
+    _check_floats(stored.quantization, init)
+    return _changed(stored.config, init, settings or ModelSettings())
 
 
 def start_model(
@@ -169,6 +172,7 @@ def start_model(
     """
     console = console or Console(quiet=True)
     loaded, own = load_model(find_model(init))
+    _check_floats(quantization_of(loaded), init)
     config = _changed(loaded.config, init, settings or ModelSettings())
     model = Transformer(config, device="meta")
     model.load_state_dict(loaded.state_dict(), assign=True)
@@ -176,6 +180,14 @@ def start_model(
     if tokenizer is not None:
         _fit_vocabulary(model, own, tokenizer, init, console)
     return model
+
+
+def _check_floats(quantization: Quantization | None, init: str | Path) -> None:
+    if quantization is not None:
+        raise ArtifactError(
+            f"{init}: its weights have {quantization.bits} bits, and no stage can start from such a model.",
+            "Name the model that it was made from.",
+        )
 
 
 def _changed(config: ModelConfig, init: str | Path, settings: ModelSettings) -> ModelConfig:
