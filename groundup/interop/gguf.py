@@ -63,8 +63,8 @@ def export_gguf(
         or q4_0 as it has 8 or 4 bits).
 
     Returns:
-        What was written: `dtype`, `architecture`, `context_length`, `n_tensors`, `n_parameters`, `bytes`, `types` (tensors
-        by their type) and `notes` (sentences on what differs from the model, if anything).
+        What was written: `dtype`, `architecture`, `context_length`, `n_tensors`, `n_parameters`, `bytes`, `types`
+        (tensors by their type) and `notes` (sentences on what differs from the model, if anything).
 
     Raises:
         ArtifactError: llama.cpp cannot compute this model or tokenize like this tokenizer; each reason is named. Or a

@@ -20,7 +20,7 @@ from groundup.interop.folder import load_model
 from groundup.interop.stored import open_stored
 from groundup.model import ModelConfig, Transformer, extend_vocabulary, reshaped
 from groundup.model.cost import parameter_shapes
-from groundup.recipe import DEFAULT_PRESET, AlignSettings, ModelSettings
+from groundup.recipe import DEFAULT_PRESET, ModelSettings, StartSettings
 from groundup.run import Run
 from groundup.stage import MODEL_FOLDER, Stage, find_model, graph
 from groundup.tokenizer import Tokenizer, load_tokenizer
@@ -43,7 +43,7 @@ def starting_point(stage: Stage, run: Run, console: Console | None = None) -> tu
         assert tokenizer is not None, "a stage saves its model with its tokenizer"
         return model.requires_grad_(True), tokenizer
     # Pretraining takes the run's, which may be a copy of the given one.
-    own = starting_tokenizer(stage) if isinstance(stage.settings, AlignSettings) else None
+    own = starting_tokenizer(stage) if isinstance(stage.settings, StartSettings) else None
     own = own or load_tokenizer(run.folder("tokenizer"))
     if stage.outside_start is not None:
         return start_model(stage.outside_start, _changes(stage), own, console), own
@@ -109,7 +109,7 @@ def check_chat(stage: Stage, where: str) -> None:
 
 def _is_of_trunk(stage: Stage) -> bool:
     """Whether `[tokenizer]` and `[model]` are about the model that a stage starts from, and not about another one."""
-    return not (stage.recipe.has_trunk and isinstance(stage.settings, AlignSettings))
+    return not (stage.recipe.has_trunk and isinstance(stage.settings, StartSettings))
 
 
 def _changes(stage: Stage) -> ModelSettings:
@@ -120,12 +120,12 @@ def _changes(stage: Stage) -> ModelSettings:
 def _check_start(stage: Stage) -> None:
     """Hold that there is a model where a stage starts from; `start` may have been meant for the name of a stage."""
     settings = stage.settings
-    if not isinstance(settings, AlignSettings):
+    if not isinstance(settings, StartSettings):
         return
     try:
         find_model(settings.start)
     except ArtifactError as error:
-        known = [name for name in stage.recipe.align if name != stage.name]
+        known = [name for name in stage.recipe.branches if name != stage.name]
         known += ["pretrain"] if stage.recipe.has_trunk else []
         near = difflib.get_close_matches(settings.start, known, n=1)
         raise ArtifactError(

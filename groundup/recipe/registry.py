@@ -47,6 +47,9 @@ METHODS = {
         "groundup.alignment.sft:SFT", "Base model and conversations to an assistant: supervised fine-tuning."
     ),
 }
+QUANTIZE = Registered(
+    "groundup.alignment.quantization:QUANTIZE", "A model to the same in 8 or 4 bits a weight, and what that costs."
+)
 EVALUATE = Registered(
     "groundup.evaluation.harness:EVALUATE", "Models to scores with error bars: bits per byte, exact match."
 )
