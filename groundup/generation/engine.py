@@ -17,6 +17,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import Literal
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 from groundup.errors import DataError, GroundupError
 from groundup.generation.cache import KVCache
 from groundup.generation.request import Chunk, Generation, Request, Text
-from groundup.generation.sampling import sample, token_logprobs
+from groundup.generation.sampling import TokenLogprob, sample, token_logprobs
 from groundup.generation.slots import RUN, PagePool, SlotPool
 from groundup.generation.speculative import (
     Draft,
@@ -88,7 +89,7 @@ class Engine:
             number: the model's first so many blocks; a smaller model with the same tokens. None: nothing.
 
     Raises:
-        GroundupError: what does not fit together.
+        DataError: values out of range, or what does not fit together.
     """
 
     def __init__(
@@ -108,9 +109,15 @@ class Engine:
         draft: Literal["ngrams"] | int | Transformer | None = None,
     ) -> None:
         self.config, self.tokenizer, self.stats = model.config, tokenizer, EngineStats()
-        self.length = min(length or model.config.context_length, model.config.context_length)
+        context = model.config.context_length
+        self.length = min(length or context, context, cache_tokens or context)
         self.model, self._dtype, self._is_native, self._chunk = model, dtype, is_native, chunk
         self._most_waiting = most_waiting
+        if min(slots, self.length, chunk) < 1 or (cache_tokens is not None and (cache_tokens < 1 or not pages)):
+            raise DataError(
+                f"slots = {slots}, length = {self.length}, chunk = {chunk}, cache_tokens = {cache_tokens}: "
+                "each must be at least 1, and cache_tokens needs pages."
+            )
         unused = () if tokenizer is None else tokenizer.unused_ids(model.config.vocab_size)
         self._unused = torch.tensor(sorted(unused), dtype=torch.int64)  # ids of the model that stand for no token
         self._ends = frozenset(() if tokenizer is None else tokenizer.end_ids)
@@ -135,8 +142,11 @@ class Engine:
         self.refresh()
 
     def refresh(self) -> None:
-        """The model's weights have changed: take the new ones, and forget what was computed with the old."""
+        """The model's weights have changed: take the new ones, and read again what was read with the old."""
         with self._stepping:
+            for text in reversed(self._running):
+                self._read_again(text)
+            self._running.clear()
             self._model_step = ModelStep(
                 inference_copy(self.model, self._dtype), self._cache, is_native=self._is_native
             )
@@ -177,9 +187,9 @@ class Engine:
         """
         for request in requests:
             self._check(request)
-        for request in requests:
-            self._add(request)
         try:
+            for request in requests:
+                self._add(request)
             for request in requests:
                 self._wait(request)
         except BaseException:
@@ -190,14 +200,16 @@ class Engine:
 
     def stream(self, request: Request) -> Iterator[Chunk]:
         """Continue a prompt, step by step; it is cancelled when the iteration is closed. Errors as `run`."""
-        chunks: deque[Chunk | None] = deque()
-        self.submit(request, chunks.append)
+        chunks: SimpleQueue[Chunk | None] = SimpleQueue()
+        self.submit(request, chunks.put)
         try:
             while True:
-                while not chunks:
-                    if not self._advance():
-                        request._finished.wait(0.01)
-                if (chunk := chunks.popleft()) is None:
+                try:
+                    chunk = chunks.get(block=self._thread is not None, timeout=0.05)
+                except Empty:
+                    self._advance()
+                    continue
+                if chunk is None:
                     break
                 yield chunk
             _raise_error(request)
@@ -212,6 +224,8 @@ class Engine:
 
     async def astream(self, request: Request) -> AsyncIterator[Chunk]:
         """`stream` in an event loop; needs `start`."""
+        if self._thread is None:
+            raise GroundupError("the engine takes no steps of its own.", "Call start() first.")
         loop = asyncio.get_running_loop()
         chunks: asyncio.Queue[Chunk | None] = asyncio.Queue()
         self.submit(request, lambda chunk: loop.call_soon_threadsafe(chunks.put_nowait, chunk))
@@ -229,10 +243,11 @@ class Engine:
 
         Args:
             request: new.
-            on_chunk: called in the engine's thread with what became certain in a step, and with None at the end.
+            on_chunk: called in the engine's thread with what became certain in a step, and with None at the end; what
+                it raises ends the request.
 
         Raises:
-            DataError: a prompt that the model cannot read.
+            DataError: a prompt that the model cannot read, or a request that was submitted before.
             EngineBusy: too many wait.
         """
         self._check(request)
@@ -243,17 +258,9 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """Stop writing; its part of the cache is free when this returns, or after the step that is being taken."""
-        if request.is_finished:
-            return
-        self._cancelled.append(request)
-        if self._stepping.acquire(blocking=False):
-            try:
-                self._take_in()
-                self._drop_cancelled()
-            finally:
-                self._stepping.release()
-        with self._work:
-            self._work.notify()
+        if not request.is_finished:
+            self._cancelled.append(request)
+            self._free_cancelled()
 
     @property
     def n_running(self) -> int:
@@ -308,18 +315,25 @@ class Engine:
             self._take_in()
             self._drop_cancelled()
             self._admit()
-            if not self._running:
-                return False
-            touched = [text for text in self._running if not text.is_writing]
+            reading = [text for text in self._running if not text.is_writing]
             writing = [text for text in self._running if text.is_writing]
             try:
-                self._read(touched)
+                self._read(reading)
                 self._write(writing)
-            except GroundupError as error:
-                self._fail(error)
-                return True
+            except Exception as error:  # of the model: nothing in the batch can go on
+                self._fail(self._running, error)
             self._settle()
-            return True
+        self._free_cancelled()
+        return bool(reading or writing)
+
+    def _free_cancelled(self) -> None:
+        """Unless a step is being taken: whoever takes it calls this at its end."""
+        while self._cancelled and self._stepping.acquire(blocking=False):
+            try:
+                self._take_in()
+                self._drop_cancelled()
+            finally:
+                self._stepping.release()
 
     def _take_in(self) -> None:
         while self._inbox:
@@ -338,7 +352,7 @@ class Engine:
                     gone.append(text)
                     if text in (queue := self._queues.get(request.client, deque())):
                         queue.remove(text)
-                        self._n_begun += text.index == 0
+                        self._count_begun(text)
         if gone:
             self._settle(gone)
 
@@ -349,16 +363,30 @@ class Engine:
             client = min(queues, key=lambda client: (running[client], queues[client][0].request._number))
             text = queues[client][0]
             most = self.length if text.request.slides else min(self.length, text.n_prompt + text.params.max_tokens)
-            text.lease = self._pool.lease(text.ids, most, client, reuse=not self._is_scored(text))
+            text.lease = self._pool.lease(text.unread, most, client, reuse=not self._is_scored(text))
             if text.lease is None:
                 break
             queues[client].popleft()
-            self._n_begun += text.index == 0
+            self._count_begun(text)
             text.n_stored = text.lease.n_stored
             self.stats.reused_tokens += text.n_stored
             running[client] += 1
             self._running.append(text)
         self._queues = queues
+
+    def _count_begun(self, text: Text) -> None:
+        """A request waits until its first text begins, which can wait again later."""
+        self._n_begun += text.index == 0 and not text.has_begun
+        text.has_begun = True
+
+    def _read_again(self, text: Text) -> None:
+        """What stands in the cache is of no use any more. It is given back, since other texts may share it."""
+        assert text.lease is not None
+        self._pool.free(text.lease)
+        text.lease, text.n_stored = None, 0
+        if not text.result.ids:
+            text.result.prompt_logprobs.clear()
+        self._queues.setdefault(text.request.client, deque()).appendleft(text)
 
     def _read(self, texts: Sequence[Text]) -> None:
         """A chunk of the prompts: as many rows as fit into it, padding included."""
@@ -376,7 +404,7 @@ class Engine:
             chosen.append(text)
         if not rows:
             return
-        logits = self._logits(rows)
+        logits = self._logits(chosen, rows)
         first, ready, last = 0, [], []
         for text, row in zip(chosen, rows, strict=True):
             if self._is_scored(text):
@@ -409,12 +437,11 @@ class Engine:
         drafts = [Draft([]) for _ in texts]
         if self._speculation is not None:
             drafts = self._speculation.propose(texts, [self._room(text) for text in texts])
-        logits = self._logits(
-            [
-                Row(text.slot, [text.ids[-1], *draft.ids], text.n_stored, 1 + len(draft.ids))
-                for text, draft in zip(texts, drafts, strict=True)
-            ]
-        )
+        rows = [
+            Row(text.slot, [text.ids[-1], *draft.ids], text.n_stored, 1 + len(draft.ids))
+            for text, draft in zip(texts, drafts, strict=True)
+        ]
+        logits = self._logits(texts, rows)
         if any(draft.ids for draft in drafts):
             self._verify(texts, drafts, logits)
             return
@@ -434,7 +461,11 @@ class Engine:
             n = len(draft.ids)
             own = logits[first : first + n + 1]
             first += n + 1
-            tokens = verified(text, draft, own)
+            try:
+                tokens = verified(text, draft, own)
+            except GroundupError as error:
+                self._fail([text], error)
+                continue
             if self._speculation is not None:
                 self._speculation.learn(text, n, len(tokens) - 1)
             self.stats.drafted_tokens += n
@@ -443,14 +474,16 @@ class Engine:
                 token_logprobs(own[: len(tokens)], tokens, text.params.logprobs or 0) if text.wants_logprobs else []
             )
             for place, token in enumerate(tokens):
-                text.take(token, logprobs[place] if logprobs else None)
-                self.stats.new_tokens += 1
+                self._take(text, token, logprobs[place] if logprobs else None)
                 if text.is_finished:
                     break
             text.n_stored = min(text.n_stored + len(tokens), len(text.ids) - text.offset)
 
-    def _logits(self, rows: Sequence[Row]) -> Float[Tensor, "wanted vocab"]:
+    def _logits(self, texts: Sequence[Text], rows: Sequence[Row]) -> Float[Tensor, "wanted vocab"]:
         self.stats.steps += 1
+        for text, row in zip(texts, rows, strict=True):
+            if text.lease is not None:
+                self._pool.will_write(text.lease, row.start + len(row.ids))
         logits = self._model_step(rows)
         if len(self._unused):
             logits[:, self._unused] = -torch.inf
@@ -466,54 +499,69 @@ class Engine:
             texts, logits = [texts[place] for place in keep], logits[keep]
             if not texts:
                 return
-        tokens = sample(
-            logits,
-            [text.params for text in texts],
-            [text.seed for text in texts],
-            [len(text.result.ids) for text in texts],
-            [text.history for text in texts],
-            [None if text.matcher is None else text.matcher.mask() for text in texts],
-        ).tolist()
-        self.stats.new_tokens += len(texts)
+        try:
+            tokens = sample(
+                logits,
+                [text.params for text in texts],
+                [text.seed for text in texts],
+                [len(text.result.ids) for text in texts],
+                [text.history for text in texts],
+                [None if text.matcher is None else text.matcher.mask() for text in texts],
+            ).tolist()
+        except GroundupError as error:
+            if len(texts) == 1:
+                self._fail(texts, error)
+            else:  # one text that can draw nothing is no fault of the others
+                for place, text in enumerate(texts):
+                    self._draw([text], logits[place : place + 1])
+            return
         for place, (text, token) in enumerate(zip(texts, tokens, strict=True)):
             logprob = None
             if text.wants_logprobs:
                 logprob = token_logprobs(logits[place : place + 1], [token], text.params.logprobs or 0)[0]
+            self._take(text, token, logprob)
+
+    def _take(self, text: Text, token: int, logprob: TokenLogprob | None) -> None:
+        self.stats.new_tokens += 1
+        try:
             text.take(token, logprob)
+        except GroundupError as error:  # its grammar has become too complex
+            self._fail([text], error)
 
     def _settle(self, gone: Sequence[Text] = ()) -> None:
         """Slide, finish, free, and tell whoever listens, of texts that never began too."""
-        for text in self._running:
-            if text.is_finished or len(text.ids) - text.offset <= self.length:
-                continue
-            if text.request.slides and self.length > 1:
-                # The newest token has no place: the half before it is read again, and the token behind that.
-                text.offset, text.n_stored = len(text.ids) - 1 - self.length // 2, 0
-            else:
-                text.finish("length")
         texts = [*self._running, *(text for text in gone if text.lease is None)]
-        self._running = [text for text in self._running if not text.is_finished]
-        for text in texts:
+        for text in self._running:
+            if not text.is_finished and len(text.ids) - text.offset > self.length:
+                if text.request.slides and self.length > 1:
+                    # The newest token has no place: the half before it is read again, and the token behind that.
+                    text.offset = len(text.ids) - 1 - self.length // 2
+                    self._read_again(text)
+                else:
+                    text.finish("length")
             if text.is_finished and text.lease is not None:
                 self._record(text)
                 self._pool.free(text.lease)
                 text.lease = None
-            if text.request._on_chunk is not None and (chunk := text.chunk()) is not None:
-                text.request._on_chunk(chunk)
+        self._running = [text for text in self._running if text.lease is not None]
+        for text in texts:
+            if (chunk := text.chunk()) is not None:
+                _tell(text.request, chunk)
             if text.is_finished:
                 self.stats.finished[text.result.finish_reason] += 1
                 _close(text.request)
+            elif text.request.error is not None:
+                self._cancelled.append(text.request)
 
     def _record(self, text: Text) -> None:
-        if not text.offset and text.lease is not None:
-            self._pool.record(text.lease, text.ids[: text.n_stored], text.request.client)
+        if text.lease is not None:
+            stored = text.ids[text.offset : text.offset + text.n_stored]
+            self._pool.record(text.lease, stored, text.request.client)
 
-    def _fail(self, error: GroundupError) -> None:
-        """The model cannot be used: every request in the batch ends with the error."""
-        for text in self._running:
-            text.request.error = error
-            self._cancelled.append(text.request)
-        self._drop_cancelled()
+    def _fail(self, texts: Sequence[Text], error: Exception) -> None:
+        """Texts that cannot go on end their requests with an error."""
+        for text in texts:
+            text.request.error = text.request.error or error
 
     def _check(self, request: Request) -> None:
         ids, vocab = request.ids, self.config.vocab_size
@@ -534,6 +582,8 @@ class Engine:
             raise DataError("stop texts and constraints need a tokenizer.", "Give the engine the model's.")
 
     def _add(self, request: Request) -> None:
+        if request._texts:
+            raise DataError("a request was submitted before: it can be used once.", "Make another.")
         params = request.params
         ends = self._ends if request.stop_ids is None else frozenset(request.stop_ids)
         ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else ends)
@@ -566,6 +616,17 @@ class Engine:
                     self._work.wait(0.5)
 
 
+def _tell(request: Request, chunk: Chunk | None) -> None:
+    """Call whoever listens; one that fails is called no more, and ends its request."""
+    listener = request._on_chunk
+    if listener is None:
+        return
+    try:
+        listener(chunk)
+    except Exception as error:
+        request._on_chunk, request.error = None, error
+
+
 def _close(request: Request) -> None:
     """Fill in a request's results, if its last text is finished."""
     if request.is_finished or not all(text.is_finished for text in request._texts):
@@ -577,8 +638,7 @@ def _close(request: Request) -> None:
         results = sorted(results, key=lambda result: -result.score)[: request.params.n]
     request.results = results
     request._finished.set()
-    if request._on_chunk is not None:
-        request._on_chunk(None)
+    _tell(request, None)
 
 
 def _raise_error(request: Request) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from groundup.errors import GroundupError
 from groundup.generation.detokenizer import Detokenizer
 from groundup.generation.grammar import Matcher
 from groundup.generation.params import SamplingParams
@@ -78,7 +77,7 @@ class Request:
         slides: go on past the context's end, reading the last half again, instead of finishing with "length".
         prompt_logprobs: number of alternatives to report for the prompt's own tokens; None: they are not scored.
         results: `params.n` texts, when all are finished.
-        error: why there are none.
+        error: why they are not whole.
     """
 
     ids: Sequence[int]
@@ -89,7 +88,7 @@ class Request:
     slides: bool = False
     prompt_logprobs: int | None = None
     results: list[Generation] = field(default_factory=list, init=False)
-    error: GroundupError | None = field(default=None, init=False)
+    error: Exception | None = field(default=None, init=False)
     _texts: list[Text] = field(default_factory=list, init=False, repr=False)
     _on_chunk: Callable[[Chunk | None], object] | None = field(default=None, init=False, repr=False)
     _number: int = field(default=0, init=False, repr=False)
@@ -109,6 +108,7 @@ class Text:
         offset: where in them the part begins that the model reads; not 0 after sliding.
         n_stored: tokens of that part whose entries stand in the cache.
         lease: its part of the cache; None while it waits.
+        has_begun: it had a part of the cache at some time.
     """
 
     def __init__(
@@ -119,14 +119,15 @@ class Text:
         self.ids, self.n_prompt, self.offset, self.n_stored = list(request.ids), len(request.ids), 0, 0
         self.seed = request_seed(params.seed if request.seed is None else request.seed, index)
         self.ends = frozenset(ends)
-        self.history = History(request.ids, ends) if params.needs_history else None
         self.matcher: Matcher | None = None
         if params.constraint is not None and tokenizer is not None:
             self.matcher = params.constraint.compile(tokenizer, vocab_size)
             self.ends |= tokenizer.end_ids  # a text that is complete has to end
+        self.history = History(request.ids, self.ends) if params.needs_history else None
         self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, params.stop)
         self.wants_logprobs = params.logprobs is not None or (params.best_of or params.n) > params.n
         self.lease: Lease | None = None
+        self.has_begun = False
         self.result = Generation()
         self.is_finished = False
         self._told = 0
@@ -167,7 +168,7 @@ class Text:
         if self.detokenizer is not None and self.detokenizer.stopped:
             self.finish("stop")
         elif len(result.ids) >= self.params.max_tokens:
-            self.finish("length")
+            self.finish("stop" if self.matcher is not None and self.matcher.is_complete else "length")
 
     def finish(self, reason: FinishReason) -> None:
         """No token follows."""

@@ -29,12 +29,14 @@ class Lease:
         n_stored: tokens from the text's beginning whose entries stand there already.
         names: of the runs that the index knows to stand there.
         pages: of the slot, in order; none where a slot is one block.
+        is_overwritten: a ring holds other tokens where the text's beginning stood.
     """
 
     slot: int
     n_stored: int = 0
     names: list[bytes] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
+    is_overwritten: bool = False
 
 
 def run_names(ids: Sequence[int], salt: str = "", after: Sequence[bytes] = ()) -> Iterator[bytes]:
@@ -57,6 +59,7 @@ class SlotPool:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(cache.n_slots))  # longest free first
         self._names: list[list[bytes]] = [[] for _ in range(cache.n_slots)]
         self._slots_with: dict[bytes, set[int]] = {}
+        self._ring = cache.shortest_ring
 
     @property
     def n_used(self) -> int:
@@ -80,10 +83,14 @@ class SlotPool:
 
     def record(self, lease: Lease, ids: Sequence[int], salt: str = "") -> None:
         """These tokens, from the text's beginning, stand in its slot now."""
-        if self._is_overwritten(len(ids)):
-            self._forget(lease.slot, keep=0)
-        else:
+        if not lease.is_overwritten:
             self._add(lease.slot, list(run_names(ids, salt, lease.names)))
+
+    def will_write(self, lease: Lease, end: int) -> None:
+        """Positions up to this one are about to be stored, guesses that may prove wrong among them."""
+        if self._ring is not None and end > self._ring and not lease.is_overwritten:
+            lease.is_overwritten = True
+            self._forget(lease.slot, keep=0)
 
     def free(self, lease: Lease) -> None:
         """Give the slot back; its content can be found until another takes it."""
@@ -106,10 +113,6 @@ class SlotPool:
 
     def _emptiest(self) -> int:
         return next((slot for slot in self._free if not self._names[slot]), next(iter(self._free)))
-
-    def _is_overwritten(self, n_tokens: int) -> bool:
-        ring = self._cache.shortest_ring
-        return ring is not None and n_tokens > ring
 
     def _add(self, slot: int, names: Sequence[bytes]) -> None:
         for name in names:
@@ -178,6 +181,9 @@ class PagePool:
             lease.names.append(name)
             if name not in self._page_of and page not in self._name_of:
                 self._page_of[name], self._name_of[page] = page, name
+
+    def will_write(self, lease: Lease, end: int) -> None:
+        """Pages hold all positions: nothing is overwritten."""
 
     def free(self, lease: Lease) -> None:
         """Give slot and pages back; named pages can be found until their space is needed."""
