@@ -22,7 +22,7 @@ from groundup.corpus import stream_documents
 from groundup.distributed import current_world
 from groundup.errors import DataError, GroundupError
 from groundup.evaluation.metrics import bits_and_bytes, ratio_estimate
-from groundup.generation import SamplingParams, generate_ids
+from groundup.generation import Engine, Request, SamplingParams
 from groundup.generation.quantize import Quantization, QuantizationMethod, quantize
 from groundup.interop import save_model
 from groundup.interop.folder import WEIGHTS_FILE
@@ -181,9 +181,10 @@ def _measure(
     nothing = np.zeros(0)
     bits, n_bytes = bits_and_bytes(model, texts, tokenizer) if texts else (nothing, nothing)
     params, fastest = SamplingParams(temperature=0.0, max_tokens=_SPEED_TOKENS), math.inf
+    engine = Engine(model, slots=1)
     for _ in range(_SPEED_ROUNDS):
         start = time.perf_counter()
-        generate_ids(model, [[tokenizer.end_of_text_id]], params)
+        engine.run([Request([tokenizer.end_of_text_id], params)])
         fastest = min(fastest, time.perf_counter() - start)
     return bits, n_bytes, _SPEED_TOKENS / fastest
 
