@@ -14,7 +14,7 @@ from groundup.recipe.registry import TRUNK
 if TYPE_CHECKING:
     import torch
 
-    from groundup.generation import Constraint
+    from groundup.generation import Constraint, Engine
     from groundup.model import Transformer
     from groundup.recipe import GenerateSettings
     from groundup.tokenizer import Tokenizer
@@ -120,6 +120,7 @@ def generate(
             network, tokenizer, slots=samples, length=len(request.ids) + params.max_tokens, dtype=_dtype(precision),
             draft=_draft(model, draft),
         )  # fmt: skip
+        _say_why_slow(engine)
         if samples == 1 and not as_json:
             typer.echo(text, nl=False)
             for chunk in engine.stream(request):
@@ -164,6 +165,7 @@ def chat(
         seed=seed,
     )
     engine = Engine(network, tokenizer, slots=1, dtype=_dtype(precision), draft=_draft(model, draft))
+    _say_why_slow(engine)
     talk = Chat(engine, tokenizer, params, system=_as_text(system) if system else None)
     if folder.parent.name in TRUNK:
         typer.echo("note: this model was not taught to answer; it only continues text.", err=True)
@@ -200,6 +202,11 @@ def _constraint(schema: str | None, regex: str | None, choices: list[str] | None
     if regex is not None:
         return Constraint.regex(regex)
     return Constraint.choices(choices) if choices else None
+
+
+def _say_why_slow(engine: Engine) -> None:
+    if engine.why_slow is not None:
+        typer.echo(f"note: tokens are made by PyTorch alone, more slowly: {engine.why_slow}", err=True)
 
 
 def _dtype(precision: str | None) -> torch.dtype | None:
