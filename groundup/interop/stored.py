@@ -33,8 +33,8 @@ CONFIG_FILE = "config.json"
 OURS_KEY = "groundup"
 """Where our configuration stands in a `config.json`."""
 QUANTIZATION_KEY, QUANT_FORMAT = "quantization_config", "groundup"
-"""Where it says how weights are quantized, and as what `format`. transformers looks there, too: without `quant_method` it
-refuses the model; with one that it does not know it would go on, and fill what it misses with random numbers."""
+"""Where it says how weights are quantized, and as what `format`. transformers looks there, too: without `quant_method`
+it refuses the model; with one that it does not know it would go on, and fill what it misses with random numbers."""
 
 _MOST_EXPERTS = 1 << 18
 """In all layers: far more than any model has."""
