@@ -17,7 +17,7 @@ from groundup.errors import GroundupError
 from groundup.generation import native
 from groundup.generation.cache import KVCache
 from groundup.generation.native import NativeStep, library, why_not
-from groundup.generation.quantize import quantize
+from groundup.generation.quantize import Quantization, quantize
 from groundup.model import RopeScaling, preset, preset_names
 
 EXACT = {"atol": 3e-5, "rtol": 1e-5}
@@ -120,7 +120,7 @@ def test_weights_in_bfloat16_are_read_as_they_are(name):
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_quantized_weights_are_read_as_they_are(bits, group, is_tied):
     config = tiny(d_model=64, d_ff=192, bias=True, tied_embeddings=is_tied)
-    model = quantize(random_model(config), bits, group)
+    model = quantize(random_model(config), Quantization(bits, group))
     ids = tokens(config, 2, 24)
     with torch.no_grad():
         whole = model(ids)
@@ -220,6 +220,9 @@ def test_what_is_out_of_range_is_an_error_and_nothing_else(ids, slots, positions
     before = [layer.keys.clone() for layer in cache.layers]
     with pytest.raises(IndexError):
         NativeStep(random_model(config), cache)(ids, slots, positions, wanted)
+    for n_layers in (0, 3):
+        with pytest.raises(IndexError, match="layers"):
+            NativeStep(random_model(config), cache)([0], [0], [0], n_layers=n_layers)
     assert all(torch.equal(layer.keys, kept) for layer, kept in zip(cache.layers, before, strict=True))
 
 
@@ -229,6 +232,8 @@ def test_what_is_not_computed_is_refused_by_name():
     assert why_not(random_model(config), cache) is None
     assert "float16" in why_not(random_model(config).half(), cache)
     assert "not on the CPU" in why_not(random_model(config).to("meta"), cache)
+    rounding = quantize(random_model(config), Quantization(activations="int8"))
+    assert "8-bit activations" in why_not(rounding, cache)
     odd = random_model(config)
     odd.layers[0].mlp.up_proj.weight.data = torch.zeros(24, 40).T
     assert "layers.0.mlp.up_proj.weight" in why_not(odd, cache)
