@@ -193,6 +193,9 @@ def test_some_logits_and_some_layers():
     whole = step(ids[0], [0] * 12, range(12))
     assert torch.equal(step(ids[0], [0] * 12, range(12), wanted=[11, 0, 5]), whole[[11, 0, 5]])
     assert step(ids[0], [0] * 12, range(12), wanted=[]).shape == (0, config.vocab_size)
+    assert step([], [], []).shape == (0, config.vocab_size)
+    with pytest.raises(ValueError, match="As many ids"):
+        step([1], [0], [0, 1])
     shallow = random_model(tiny(n_layers=1))
     shallow.load_state_dict(model.state_dict(), strict=False)
     with torch.no_grad():

@@ -669,7 +669,7 @@ static int fault(const Model *m, const Call *c)
 int step(const Model *m, const Call *c)
 {
     const int found = fault(m, c), is_post = m->is_post_norm;
-    if (found) return found;
+    if (found || !c->n) return found;
     int shares_slots = 0;
     for (int64_t t = 1; t < c->n && !shares_slots; t++)
         for (int64_t u = 0; u < t; u++) shares_slots |= c->slots[t] == c->slots[u];

@@ -11,10 +11,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import tempfile
+from array import array
 from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from importlib import resources
@@ -34,8 +36,8 @@ from groundup.model.masks import alibi_slopes
 from groundup.model.positions import rotation_table, sinusoids
 
 FLAGS = (
-    "-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC",
-    "-shared",
+    "-O3", "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native", "-std=gnu11",
+    "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-shared",
 )  # fmt: skip
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _INT8_GROUPS, _INT4 = 3, 4
@@ -213,18 +215,14 @@ class NativeStep:
         Raises:
             IndexError: an id, slot, position or number of layers is out of range; nothing was computed.
         """
-        ids, slots, positions = (
-            torch.as_tensor(values, dtype=torch.int32, device="cpu").contiguous() for values in (ids, slots, positions)
-        )
-        n = ids.numel()
-        if not n == slots.numel() == positions.numel():
+        n, table = len(ids), self._cache.table
+        lists = [_int32(values) for values in (ids, slots, positions, range(n) if wanted is None else wanted)]
+        addresses, counts, _kept = zip(*lists, strict=True)
+        if not n == counts[1] == counts[2]:
             raise ValueError("As many ids as slots and positions are needed.")
-        which = torch.arange(n, dtype=torch.int32) if wanted is None else torch.as_tensor(wanted, dtype=torch.int32)
-        which, table = which.contiguous(), self._cache.table
-        logits = torch.empty(which.numel(), self._model.vocab_size, dtype=torch.float32)
+        logits = torch.empty(counts[3], self._model.vocab_size, dtype=torch.float32)
         call = _Call(
-            ids.data_ptr(), slots.data_ptr(), positions.data_ptr(), which.data_ptr(), table.data_ptr(),
-            logits.data_ptr(), self._memory, n, which.numel(), table.shape[0],
+            *addresses, table.data_ptr(), logits.data_ptr(), self._memory, n, counts[3], table.shape[0],
             self._model.n_layers if n_layers is None else n_layers, self._threads,
         )  # fmt: skip
         if n > self._room:
@@ -331,3 +329,12 @@ class NativeStep:
         kept = values.detach().to(torch.float32).contiguous()
         self._kept.append(kept)
         return kept.data_ptr()
+
+
+def _int32(values: Sequence[int] | Tensor) -> tuple[int, int, object]:
+    """Address and number of values, and what must be kept meanwhile; for short lists a tensor is slow to make."""
+    if isinstance(values, Tensor):
+        made = values.to(torch.int32).contiguous()
+        return made.data_ptr(), made.numel(), made
+    kept = array("i", values)
+    return *kept.buffer_info(), kept
