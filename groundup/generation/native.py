@@ -97,6 +97,8 @@ class _Call(ctypes.Structure):
 
 def why_not(model: Transformer, cache: KVCache) -> str | None:
     """Why this model and cache cannot be stepped natively; None where they can."""
+    if getattr(type(model), "forward", None) is not Transformer.forward:
+        return "the model has a forward pass of its own"
     if model.config.n_experts:
         return "experts are computed by PyTorch"
     tensors = [*model.parameters(), *model.buffers()]
