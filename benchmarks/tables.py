@@ -350,6 +350,48 @@ def llama_cpp(result: dict[str, Any]) -> str:
     return rows_of(["`--dtype`", "bits a weight", "bits per token", "divergence from ours", "same best token"], rows)
 
 
+def engine(result: dict[str, Any]) -> str:
+    """The engine beside transformers and beside itself, and the demo's ladder."""
+    head = ["", "", "tokens per second", "beside", "tokens per second", "ratio", "wanted"]
+    parts = result["parts"]
+    rows = (comparison(row) for part in ("one", "eight", "rollouts", "mixed") for row in parts[part])
+    prefix = (comparison(row, 4) for row in parts["prefix"])
+    cold = ([row["name"], amount(row["value"], 2)] for row in parts["cold"])
+    steps = ([row["name"], amount(row["value"]), f"{row['ratio']['median']:.1f}×"] for row in parts["ladder"])
+    return "\n\n".join(
+        [
+            rows_of(head, rows),
+            rows_of(["", "", "s", "beside", "s", "ratio", "wanted"], prefix),
+            rows_of(["a process of its own", "s"], cold),
+            rows_of(["the demo's model", "tokens per second", "over the first"], steps),
+        ]
+    )
+
+
+def speculation(result: dict[str, Any]) -> str:
+    """Where guesses pay."""
+    rows = (
+        [
+            *comparison(row),
+            f"{row['accepted']:.0%}" if "accepted" in row else "–",
+            f"{row['tokens_a_step']:.2f}",
+            f"{row['right']:.0%}" if "right" in row else "–",
+        ]
+        for row in result["rows"]
+    )
+    head = ["texts", "guesses of", "tokens per second", "beside", "tokens per second", "ratio", "wanted",
+            "kept", "tokens a step", "answers right"]  # fmt: skip
+    return rows_of(head, rows)
+
+
+def comparison(row: dict[str, Any], digits: int = 0) -> list[str]:
+    """One comparison of the engine's."""
+    wanted = row["wanted"]
+    least = "–" if wanted is None else f"{'≤' if wanted < 0.9 else '≥'} {wanted:g}×"
+    values = (amount(row["value"], digits), row["beside"], f"{row['beside_value']['median']:,.{digits}f}")
+    return [row["what"], row["name"], *values, f"{row['ratio']['median']:.2f}×", least]
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     function.__name__: function
     for function in (
@@ -367,6 +409,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
         plan,
         scaling,
         llama_cpp,
+        engine,
+        speculation,
     )
 }
 
