@@ -409,6 +409,9 @@ def test_generate_draws_as_it_is_told(groundup: CommandLine) -> None:
     assert {one["text"] for one in chosen["samples"]} <= {"cat", "dog"}
     assert re.fullmatch(r"The[ab]{3}\n", groundup("generate", root, "The", "--regex", "[ab]{3}").out)
     assert groundup("generate", root, "The", "--beams", "2", "--samples", "2", "-n", "3").out.count("The") >= 2
+    refused = groundup("generate", root, "The", "--beams", "2", "--stop", "x", "-t", "0")
+    assert refused.code == 1
+    assert "--temperature, --stop would do nothing" in refused.err
     wrong = groundup("generate", root, "The", "--regex", "a", "--choice", "b")
     assert (wrong.code, "--regex and --choice" in wrong.err) == (1, True)
     assert "--precision float16" in groundup("generate", root, "The", "--precision", "float16").err
