@@ -37,9 +37,9 @@ types: .venv/installed-test
 imports: .venv/installed-test
 	.venv/bin/lint-imports
 
-# One process a core, so one thread a process.
+# One process a core, so one thread a process; neighbours stay together, with what their file makes once for all.
 fast: .venv/installed-test
-	OMP_NUM_THREADS=1 $(RUN) pytest -q -n auto -m 'not slow and not long'
+	OMP_NUM_THREADS=1 $(RUN) pytest -q -n auto --dist worksteal -m 'not slow and not long'
 
 # These start processes of their own, or wait for them: two at a time, on any number of cores.
 slow: .venv/installed-test

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         register,
         resolve,
     )
-    from groundup.report import write_report
+    from groundup.report.page import write_report
     from groundup.run import Run, list_runs
     from groundup.shards import MixtureLoader, PackedLoader, TokenShards, WindowLoader, write_shards
     from groundup.stage import Method, Shown
@@ -76,7 +76,7 @@ _WHERE = {
         "register",
         "resolve",
     ),
-    "groundup.report": ("write_report",),
+    "groundup.report.page": ("write_report",),
     "groundup.run": ("Run", "list_runs"),
     "groundup.shards": ("MixtureLoader", "PackedLoader", "TokenShards", "WindowLoader", "write_shards"),
     "groundup.tokenizer": ("Tokenizer", "load_tokenizer"),

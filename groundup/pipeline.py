@@ -221,6 +221,6 @@ def _write_report_if_old(run: Run) -> None:
     newest = max(path.stat().st_mtime_ns for path in (run.root / RECIPE_FILE, *made))
     if not page.exists() or page.stat().st_mtime_ns <= newest:
         # Imported here: charts take long to import, and most commands draw none.
-        from groundup.report import write_report
+        from groundup.report.page import write_report
 
         write_report(run)

@@ -69,7 +69,8 @@ def smoke_profile(recipe: Recipe) -> Recipe:
     for name in type(recipe).model_fields:
         if name in stages:
             changes[name] = stages[name].method.quick(getattr(recipe, name))
-    changes["align"] = {name: stages[name].method.quick(section) for name, section in recipe.align.items()}
+    for kind in ("align", "quantize"):
+        changes[kind] = {name: stages[name].method.quick(section) for name, section in getattr(recipe, kind).items()}
     changes["evaluate"] = load(EVALUATE).quick(recipe.evaluate)
     smaller = recipe.model_copy(update=changes)
     return Recipe.model_validate(smaller.model_dump(exclude_unset=True))

@@ -5,7 +5,7 @@ its version, what it reads from outside, how it checks its settings, its quick v
 it shows in the report. A stage is a method under a name, with the settings of a recipe's section. Pipeline, preview,
 command line and report walk over stages and know none by name.
 
-    corpus → tokenizer → shards → pretrain → [align.NAME] … → evaluate/MODEL for every language model
+    corpus → tokenizer → shards → pretrain → [align.NAME] [quantize.NAME] … → evaluate/MODEL for every language model
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from groundup.console import Console
-from groundup.distributed import World
 from groundup.errors import ArtifactError, GroundupError, Problem, RecipeError, RunError
 from groundup.files import file_digest, value_digest
 from groundup.integrity import FileRecords, record_files
-from groundup.recipe import AlignSettings, Recipe, Section, resolve
-from groundup.recipe.registry import EVALUATE, METHODS, TRUNK, load
+from groundup.recipe import Recipe, Section, StartSettings, resolve
+from groundup.recipe.registry import EVALUATE, METHODS, QUANTIZE, TRUNK, load
 from groundup.run import RECIPE_FILE, Run
+
+if TYPE_CHECKING:  # the data rooms and their worker processes start without torch
+    from groundup.distributed import World
 
 MODEL_FOLDER, CONFIG_FILE = "model", "config.json"
 Check = tuple[str, Callable[[], object]]
@@ -56,6 +58,7 @@ class Method:
         starts_from: what kinds of model it can start from.
         trains: every process takes part in its work.
         is_default: its model may be the one that is meant where none is named.
+        trainable: a stage that trains can start from its model.
         figures: names in its summary that a gate may be on.
         keeps: subfolders that outlive a change of the recipe, because the stage checks them piece by piece.
         outputs: patterns of the files that other stages take from it.
@@ -67,6 +70,7 @@ class Method:
     starts_from: ClassVar[tuple[str, ...]] = ("lm",)
     trains: ClassVar[bool] = False
     is_default: ClassVar[bool] = True
+    trainable: ClassVar[bool] = True
     figures: ClassVar[tuple[str, ...]] = ()
     keeps: ClassVar[tuple[str, ...]] = ()
     outputs: ClassVar[tuple[str, ...]] = (f"{MODEL_FOLDER}/[!.]*",)
@@ -147,7 +151,7 @@ class Stage:
     @property
     def section(self) -> str:
         """Where its settings stand in the recipe."""
-        return f"align.{self.name}" if self.name in self.recipe.align else self.kind
+        return self.recipe.section_of(self.name) if self.name in self.recipe.branches else self.kind
 
     @property
     def identity(self) -> str:
@@ -158,9 +162,9 @@ class Stage:
     @property
     def start(self) -> str | None:
         """The stage of this recipe that it starts from; None: it is no such stage, or starts from outside."""
-        if not isinstance(self.settings, AlignSettings):
+        if not isinstance(self.settings, StartSettings):
             return None
-        known = self.settings.start in self.recipe.align or (
+        known = self.settings.start in self.recipe.branches or (
             self.settings.start == "pretrain" and self.recipe.has_trunk
         )
         return self.settings.start if known else None
@@ -168,7 +172,7 @@ class Stage:
     @property
     def outside_start(self) -> str | None:
         """The model made elsewhere that it starts from, if it does."""
-        if isinstance(self.settings, AlignSettings):
+        if isinstance(self.settings, StartSettings):
             return None if self.start is not None else self.settings.start
         return getattr(self.settings, "init", None)
 
@@ -233,6 +237,9 @@ def graph(recipe: Recipe) -> dict[str, Stage]:
         name: Stage(name, section.method, load(METHODS[section.method]), section, recipe)
         for name, section in recipe.align.items()
     }
+    waiting |= {
+        name: Stage(name, "quantize", load(QUANTIZE), section, recipe) for name, section in recipe.quantize.items()
+    }
     while waiting:
         ready = next((stage for stage in waiting.values() if {*stage.needs} <= stages.keys()), None)
         if ready is None:
@@ -263,6 +270,9 @@ def _misnamed(stages: Mapping[str, Stage], recipe: Recipe) -> Iterator[Problem]:
         if start is not None and start.method.makes not in stage.method.starts_from:
             what = f"makes no {' or '.join(stage.method.starts_from)}."
             yield Problem(f'[{stage.section}] start = "{start.name}"', what, f"Language models: {models}.")
+        elif start is not None and not start.method.trainable:
+            what = "its weights have few bits, and no stage can start from such a model."
+            yield Problem(f'[{stage.section}] start = "{start.name}"', what, "Start from the model it is made from.")
         compute = getattr(stage.settings, "compute", None)
         if compute is not None and not stages[compute].method.trains:
             yield Problem(f'[{stage.section}] compute = "{compute}"', "trains nothing, so it spends no FLOPs.")
@@ -329,7 +339,8 @@ def language_models(stages: Mapping[str, Stage]) -> list[Stage]:
 def default_model(recipe: Recipe, *, to_chat: bool) -> tuple[str, str]:
     """The stage whose model is meant where none is named, and why.
 
-    To continue a text: the base model. To chat, serve and export: `[generate] model`, else the last that is no control.
+    To continue a text: the base model. To chat, serve and export: `[generate] model`, else the last that is no control
+    and not quantized.
 
     Raises:
         RunError: the recipe makes none.
@@ -339,7 +350,8 @@ def default_model(recipe: Recipe, *, to_chat: bool) -> tuple[str, str]:
         return "pretrain", "the base model"
     if recipe.generate.model is not None:
         return recipe.generate.model, "[generate] model"
-    last = [stage.name for stage in models if stage.method.is_default and not stage.is_control]
+    models = [stage for stage in models if stage.method.is_default] or models
+    last = [stage.name for stage in models if not stage.is_control]
     if not last:
         raise RunError(f"{recipe.name}: this recipe makes no language model.", "Name a model's folder instead.")
     return last[-1], "the last model that is no control"

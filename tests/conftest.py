@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from lengths import examples
 
 # Continuous integration tries the same examples every time; by hand they are new ones.
-settings.register_profile("quick", max_examples=50, deadline=None, derandomize="CI" in os.environ)
+settings.register_profile("quick", max_examples=examples(50), deadline=None, derandomize="CI" in os.environ)
 settings.register_profile("thorough", max_examples=1000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 

@@ -135,9 +135,11 @@ int ftruncate64(int descriptor, off64_t length) {
     REAL(ftruncate64);
     PASS(is_open_inside(descriptor), 't', real(descriptor, length));
 }
+/* Nothing is flushed: what a process has written outlives it all the same, and no test outlives the machine. */
 int fsync(int descriptor) {
     REAL(fsync);
-    PASS(is_open_inside(descriptor), 's', real(descriptor));
+    if (!is_open_inside(descriptor)) return real(descriptor);
+    PASS(1, 's', 0);
 }
 int mkdir(const char *path, mode_t permissions) {
     REAL(mkdir);

@@ -7,6 +7,7 @@ that process: it reads one order a line and answers each with one line, both JSO
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import shutil
@@ -99,6 +100,7 @@ def serve(shim: str) -> None:
     os.dup2(2, 1)  # what anybody prints goes elsewhere
     import test_training_loop  # noqa: F401  imported once, for all forks
 
+    gc.freeze()  # training collects garbage: in the forks only theirs
     for line in sys.stdin:
         reading, writing = os.pipe()
         child = os.fork()

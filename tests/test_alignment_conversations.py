@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import csv
 
 from groundup.alignment import Conversations, data_fingerprint, load_conversations
 from groundup.console import Console
@@ -32,13 +33,19 @@ def lines(talks: list[dict[str, Any]]) -> bytes:
     return b"".join(json.dumps(one).encode() + b"\n" for one in talks)
 
 
-@pytest.mark.parametrize("name", ["mark.jsonl", "a.jsonl.gz", "list.json", "a.parquet", "convs.anything", "folder"])
+@pytest.mark.parametrize(
+    "name",
+    ["mark.jsonl", "a.jsonl.gz", "list.json", "a.parquet", "cells.parquet", "cells.csv", "convs.anything", "folder"],
+)
 def test_every_file_of_records_gives_the_same_conversations(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     if name == "folder":
         path.mkdir()
         (path / "a.jsonl").write_bytes(lines(TALKS[:30]))
         (path / "b.json").write_text(json.dumps(TALKS[30:]))
+    elif name.startswith("cells"):
+        table = pa.table({"id": [*map(str, range(60))], "messages": [json.dumps(one["messages"]) for one in TALKS]})
+        (csv.write_csv if name == "cells.csv" else pq.write_table)(table, path)
     elif name == "a.parquet":
         pq.write_table(pa.Table.from_pylist(TALKS), path)
     else:
@@ -79,6 +86,8 @@ BAD = {
     b'{"text": "no messages"}': "no text field",
     b'{"messages": {}}': "no text field",
     b'["messages"]': "no text field",
+    b'{"messages": "no JSON"}': "invalid JSON",
+    b'{"messages": "half \\ud800"}': "invalid UTF-8",
     json.dumps(talk("Hi", "Hello", roles=("user", "gpt"))).encode(): "no text field",
     b'{"messages": [{"role": "user", "content": null}]}': "no text field",
     b'{"messages": [{"role": ["user"], "content": "Hi"}]}': "no text field",

@@ -45,7 +45,7 @@ SET_ASIDE: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "line cut in half": ("bad.jsonl", lambda: b'{"text": "Whole."}\n{"text": "Ha', "invalid JSON"),
     "no text field": ("bad.jsonl", lambda: b'{"txt": "Hello"}\n', "no text field"),
     "text is a number": ("bad.jsonl", lambda: b'{"text": 5}\n', "no text field"),
-    "line of 50 MB": ("bad.jsonl", lambda: b'{"text": "' + b"x" * 50_000_000 + b'"}\n', "too long"),
+    "line of 18 MB": ("bad.jsonl", lambda: b'{"text": "' + b"x" * 18_000_000 + b'"}\n', "too long"),
 }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lengths import examples
 
 import groundup.corpus.quality.classifier as module
 from groundup.corpus.quality.classifier import Classifier
@@ -122,7 +123,7 @@ def test_a_kind_without_words_is_refused(empty: list[str]) -> None:
         Classifier.train(sentences(30, [], 1), empty)
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(texts=st.lists(st.text(max_size=80), max_size=12))
 def test_a_score_is_a_probability_that_depends_on_its_text_alone(model: Classifier, texts: list[str]) -> None:
     together = model.score(texts)

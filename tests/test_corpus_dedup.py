@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lengths import examples
 from planted import NGRAM, digests_of, planted_pairs, texts_of, write_units
 
 from groundup.corpus.dedup import Removed, UnitKeys, exact_duplicates, near_duplicates
@@ -72,7 +73,7 @@ texts_and_ends = st.lists(st.sampled_from(["a b", "A b", "c", "", "d e f", "é"]
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(texts_and_ends, st.sampled_from([MEMORY, 1_000]))
 def test_exact_duplicates(case, memory):
     texts, ends = case
@@ -225,7 +226,7 @@ def test_chains_take_nobody_away_who_is_like_no_survivor():
 words = st.lists(st.sampled_from("abcdefghij"), min_size=1, max_size=30).map(" ".join)
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(st.lists(words, min_size=1, max_size=12))
 def test_unique_documents_never_vanish(texts):
     """Whoever goes shares most shingles with a document that stays; of every cluster one document stays."""
@@ -283,7 +284,7 @@ def test_recall_and_precision_on_planted_pairs():
     assert sum(pairs[number].similarity >= 0.7 for number in hits) / len(gone) >= 0.98
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(st.data())
 def test_rounds_are_deciding_one_after_the_other(data):
     n = data.draw(st.integers(1, 12))

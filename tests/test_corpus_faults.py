@@ -4,6 +4,7 @@ import bz2
 import codecs
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
@@ -101,7 +102,23 @@ BROKEN_FILES = {
     "marked.txt": (b"\xef\xbb\xbfab\xff", Reason.INVALID_UTF8, "byte 5"),
     "half.txt": ("Märchen".encode()[:2], Reason.INVALID_UTF8, "byte 1"),
     "utf16.txt": (GOOD.encode("utf-16"), Reason.INVALID_UTF8, "UTF-16"),
-    "utf16-unmarked.txt": (GOOD.encode("utf-16-le"), Reason.NUL, "at character 1"),
+    **{
+        f"{width}{order}{mark}.{kind}": (
+            (("\ufeff" if mark else "") + text).encode(f"utf-{width}-{order}"),
+            Reason.INVALID_UTF8,
+            f"is UTF-{width}:",
+        )
+        for kind, text in (("txt", GOOD), ("jsonl", '{"text": "x"}\n'), ("json", "[1]"), ("csv", "id,text\n1,x\n"))
+        for width, order, mark in itertools.product((16, 32), ("le", "be"), ("", "-marked"))
+    },
+    "manual.txt": (b"%PDF-1.4\n1 0 obj\n<<>>\nendobj\n", Reason.BINARY, "a PDF: save its text"),
+    "letter.md": (b"{\\rtf1\\ansi Hello}", Reason.BINARY, "rich text"),
+    "book.log": (b"PK\3\4\x14\0", Reason.BINARY, "a zip archive, as .docx"),
+    "data.jsonl": (gzip.compress(b'{"text": "x"}'), Reason.BINARY, "gzip: give it the ending .gz"),
+    "data.json": (zstandard.compress(b"[1]"), Reason.BINARY, "Zstandard: give it the ending .zst"),
+    "table.csv": (b"PAR1\x15\4", Reason.BINARY, "a Parquet table: give it the ending .parquet"),
+    "base.text": (b"SQLite format 3\0", Reason.BINARY, "an SQLite database: export"),
+    "packed.txt.gz": (gzip.compress(b"\x7fELF\2"), Reason.BINARY, "a program"),
     "garbled.md": (("R\ufffd" * 40 + GOOD).encode(), Reason.GARBLED, "40 of "),
     "nul.md": (b"some\0thing", Reason.NUL, "at character 4"),
 }
@@ -130,8 +147,8 @@ BROKEN_LINES = {
         "",
     ),
     "huge number": (b'{"text": "x", "n": NaN, "m": ' + b"9" * 5000 + b"}", Reason.INVALID_JSON, ""),
-    "list": (b'["text"]', Reason.INVALID_JSON, "a list"),
-    "null": (b"null", Reason.INVALID_JSON, "null"),
+    "list": (b'["text"]', Reason.NO_TEXT, "the record is a list"),
+    "null": (b"null", Reason.NO_TEXT, "the record is null"),
     "no field": (b'{"body": "x", "n": 1}', Reason.NO_TEXT, "only 'body', 'n'"),
     "no fields": (b"{}", Reason.NO_TEXT, "empty object"),
     "null text": (b'{"text": null}', Reason.NO_TEXT, "null"),
@@ -182,7 +199,7 @@ def test_broken_rows_and_elements_leave_their_neighbours(tmp_path: Path) -> None
     texts, aside = read_all(tmp_path / "a.json", max_document_mib=2000 / 2**20)
     assert texts == ["one", "five"]
     assert [(one.record, one.reason) for one in aside] == [
-        ("record 1", Reason.INVALID_JSON), ("record 3", Reason.TOO_LONG), ("record 4", Reason.INVALID_JSON),
+        ("record 1", Reason.INVALID_JSON), ("record 3", Reason.TOO_LONG), ("record 4", Reason.NO_TEXT),
         ("record 5", Reason.NO_TEXT),
     ]  # fmt: skip
 
@@ -205,7 +222,7 @@ def test_wherever_a_packed_file_is_cut_it_is_noticed_and_the_lines_before_are_us
         assert record.reason is Reason.CUT_OFF, cut
         assert f"its {cut:,} bytes hold" in record.detail
         if texts:
-            assert f"the {len(texts):,} records before it are read" in record.detail
+            assert f"the {len(texts):,} lines before it are read" in record.detail
             assert record.record == f"line {len(texts) + 1}"
             assert record.position == sum(len(line) for line in RECORDS.splitlines(keepends=True)[: len(texts)])
         assert cut <= border or texts

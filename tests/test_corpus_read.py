@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import random
+import re
 import time
 import tracemalloc
 import unicodedata
@@ -21,6 +22,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lengths import examples
 
 from groundup.console import Console
 from groundup.corpus import Document, Record, SetAside, curate, input_fingerprint, read
@@ -50,7 +52,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("packing", ["", ".gz", ".bz2", ".zst", ".xz", ".GZ", ".Zst"])
-@pytest.mark.parametrize("kind", [".txt", ".md", ".TXT"])
+@pytest.mark.parametrize("kind", [".txt", ".md", ".TXT", ".markdown", ".rst", ".log", ".text"])
 def test_plain_text_in_every_packing_reads_the_same(tmp_path: Path, kind: str, packing: str) -> None:
     path = tmp_path / f"a{kind}{packing}"
     write(path, (FABLE + "\n").encode())
@@ -224,7 +226,7 @@ WRITTEN = st.characters(exclude_categories=["Cs", "Cc"], include_characters="\0\
 
 
 @given(text=st.text(WRITTEN, max_size=200), form=st.sampled_from(["NFC", "NFKC", "none"]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_a_text_comes_back_normalized_and_once_normalized_stays(
     tmp_path_factory: pytest.TempPathFactory, text: str, form: str
 ) -> None:
@@ -328,13 +330,14 @@ CHUNKS = st.one_of(
 
 @given(
     chunks=st.lists(st.one_of(CHUNKS, st.text("ab<|end>\n", max_size=12).map(str.encode)), max_size=20),
+    alone=st.booleans(),
     split_bytes=st.integers(1, 60),
     mib=st.sampled_from([16.0, 60 / 2**20]),
     block=st.sampled_from([1, 3, 8, 1 << 20]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_text_between_separators_is_a_document_however_the_file_is_cut(
-    tmp_path_factory: pytest.TempPathFactory, chunks: list[bytes], split_bytes: int, mib: float, block: int
+    tmp_path_factory: pytest.TempPathFactory, chunks: list[bytes], alone: bool, split_bytes: int, mib: float, block: int
 ) -> None:
     path = tmp_path_factory.mktemp("text") / "a.txt"
     data = b"".join(chunks)
@@ -346,6 +349,8 @@ def test_text_between_separators_is_a_document_however_the_file_is_cut(
         records, before = [], 0
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(text_module, "BLOCK_BYTES", block)
+            patch.setattr(text_module, "HEAD_BYTES", block)
+            patch.setattr(text_module, "_MENTIONED", b"<|end|>" if alone else b"")
             for unit in units_of(find_sources([path]), pieces, "<|end|>"):
                 first = len(heard)
                 reader = UnitReader(unit, chosen, heard.append)
@@ -359,9 +364,12 @@ def test_text_between_separators_is_a_document_however_the_file_is_cut(
     places = [one.position for one in [*records, *aside]]
     assert len(set(places)) == len(places)
     if b"<|end|>" in data:
-        first, *others = data.split(b"<|end|>")
-        if mib == 16.0:
+        pattern = rb"(?m)^<\|end\|>(?=\r?\n|\Z)" if alone else rb"<\|end\|>"
+        first, *others = re.split(pattern, data)
+        if mib == 16.0 and others:
             wanted = [first, *others[:-1], *([others[-1]] if others[-1].strip() else [])]
+            if not first.strip() and data[len(first) + len(b"<|end|>") :].strip():
+                del wanted[0]
             good = [one.decode().strip("\n").rstrip() for one in wanted if b"\xff" not in one and b"\0" not in one]
             assert [record.text for record in records] == [text for text in good if text]
             assert len(records) + len(aside) == len(wanted)
@@ -373,10 +381,12 @@ def test_the_separator_can_be_another_or_none_and_is_said(tmp_path: Path, capsys
     story = "One day, a girl went to the park and {} with her friends until it was dark."
     stories = [story.format(what) for what in ("played", "danced", "sang songs", "ran about", "ate cake")]
     (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(stories) + "\n<|endoftext|>\n")
-    assert texts_of(tmp_path / "a.txt") == stories
+    with pytest.warns(UserWarning, match="5 documents were cut out of text files at '<|endoftext|>'"):
+        assert texts_of(tmp_path / "a.txt") == stories
     assert len(texts_of(tmp_path / "a.txt", separator="")) == 1
     (tmp_path / "b.txt").write_text("==\n".join(stories))
-    assert texts_of(tmp_path / "b.txt", separator="==") == stories
+    with pytest.warns(UserWarning, match="5 documents .* at '=='"):
+        assert texts_of(tmp_path / "b.txt", separator="==") == stories
     # `==` cannot be told from its surroundings in `===`, so such a file is one piece.
     assert len(units_of(find_sources([tmp_path / "b.txt"]), 10, "==")) == 1
     (tmp_path / "c.png").write_bytes(b"\x89PNG")
@@ -388,11 +398,43 @@ def test_the_separator_can_be_another_or_none_and_is_said(tmp_path: Path, capsys
     assert statistics["changed"]["documents of text files with separators"] == 5
 
 
+END = "<|endoftext|>"
+SEPARATED = {  # what stands in the file, and the documents in it
+    "alone": (f"one\n{END}\ntwo\r\n{END}\r\nthree\n{END}", ["one", "two", "three"]),
+    "in front": (f"{END}\none\n{END}\ntwo", ["one", "two"]),
+    "alone and mentioned": (
+        f"it ends at {END} here\n{END}\ntwo{END}three",
+        [f"it ends at {END} here", f"two{END}three"],
+    ),
+    "between texts": (f"One.{END}Two.{END}\nThree.{END} four{END}", ["One.", "Two.", "Three.", " four"]),
+    "mentioned once": (f"One.{END}Two.", [f"One.{END}Two."]),
+    "mentioned often": (f'Tokens as {END} or `{END}` and ({END}), "{END}".\n{END}: an end{END}', None),
+}
+
+
+@pytest.mark.parametrize("name", SEPARATED)
+@pytest.mark.filterwarnings("ignore:.*cut out of text files")
+def test_a_text_that_mentions_the_separator_is_not_split_there(tmp_path: Path, name: str) -> None:
+    content, documents = SEPARATED[name]
+    (tmp_path / "a.txt").write_bytes(content.encode())
+    heard: list[SetAside] = []
+    assert [one.text for one in read(tmp_path, on_set_aside=heard.append)] == (documents or [content])
+    assert not heard
+
+
+def test_a_file_of_nothing_but_separators_is_empty(tmp_path: Path) -> None:
+    heard: list[SetAside] = []
+    (tmp_path / "a.txt").write_text(f"\n{END}\n")
+    assert not list(read(tmp_path, on_set_aside=heard.append))
+    assert [one.reason for one in heard] == ["empty"]
+
+
+@pytest.mark.filterwarnings("ignore:.*cut out of text files")
 def test_a_long_file_with_separators_is_read_in_bounded_memory(tmp_path: Path) -> None:
     with (tmp_path / "a.txt").open("wb") as handle:
         for _ in range(40):
-            handle.write(b"word " * 200_000 + b"<|endoftext|>")
-    for separator, wanted in (("<|endoftext|>", 40), ("<|end|>", 0), ("", 0)):  # without one, a line that is too long
+            handle.write(b"word " * 200_000 + b"<|end|>")
+    for separator, wanted in (("<|end|>", 40), ("<|endoftext|>", 0), ("", 0)):  # without one, a line that is too long
         tracemalloc.start()
         chosen = CorpusSettings(max_document_mib=1.0, separator=separator)
         n_documents = sum(1 for _ in read(tmp_path / "a.txt", settings=chosen, on_set_aside=lambda record: None))
@@ -403,13 +445,13 @@ def test_a_long_file_with_separators_is_read_in_bounded_memory(tmp_path: Path) -
 
 
 def test_a_named_file_is_read_as_text_whatever_its_ending(tmp_path: Path) -> None:
-    for name in ("notes.log", "README", "b.txt"):
+    for name in ("notes.tex", "README", "b.txt"):
         (tmp_path / name).write_text(f"text of {name}")
-    with pytest.warns(UserWarning, match=r"read as text, whatever the ending: .*notes\.log"):
-        assert texts_of(tmp_path / "notes.log") == ["text of notes.log"]
+    with pytest.warns(UserWarning, match=r"read as text, whatever the ending: .*notes\.tex"):
+        assert texts_of(tmp_path / "notes.tex") == ["text of notes.tex"]
     found = find_sources([tmp_path, tmp_path / "README"])
     assert [Path(one.label).name for one in found.files] == ["README", "b.txt"]
-    assert found.in_words().endswith("; passed over, since their endings are not those of text: 1 .log")
+    assert found.in_words().endswith("; passed over, since their endings are not those of text: 1 .tex")
 
 
 JSON_FILES = {
@@ -421,6 +463,8 @@ JSON_FILES = {
     "frame in a line": ('{"version": 1, "data": [{"text": "one"}, {"text": "two"}, {"text": "three"}]}', 3),
     "object": ('{\n  "text": "one",\n "list": [1]\n}\n', 1),
     "object in a line": ('{"text": "one"}', 1),
+    "strings": ('["one", "two", "three"]', 3),
+    "lines of strings": ('"one"\n"two"\n"three"\n', 3),
     "NaN": ('[{"text": "one", "x": NaN, "y": "\\ud800"}]', 1),
 }
 
@@ -444,7 +488,10 @@ def test_a_list_is_read_the_same_in_blocks_of_any_size(
     assert texts_of(tmp_path) == [text.strip() for text in texts]
 
 
-@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ",")])
+@pytest.mark.parametrize(
+    ("name", "delimiter"),
+    [("a.csv", ","), ("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "\t"), ("a.tsv", ","), ("a.csv.gz", "|")],
+)
 def test_rows_of_csv_are_records_by_the_names_in_the_first_line(tmp_path: Path, name: str, delimiter: str) -> None:
     rows = [["id", "text", "url"], ["7", 'a "quoted" one,\tand\n\nlines', "https://a.example"], ["", "two"], ["x"]]
     stream = io.StringIO(newline="")

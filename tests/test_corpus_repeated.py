@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lengths import examples
 from planted import digests_of, planted_pairs, write_units
 
 from groundup.corpus.dedup import cut_spans, repeated_parts, repeated_substrings
@@ -62,7 +63,7 @@ LONG = "a line that is long enough to be compared"
 LINES = [LONG, LONG + " too", "Home", "Contact us", "```", "首页", "one more line of that kind", f"   {LONG} ", ""]
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(
     st.lists(st.lists(st.sampled_from(LINES), min_size=1, max_size=6).map("\n".join), min_size=1, max_size=6),
     st.sampled_from([MEMORY, LITTLE]),
@@ -126,7 +127,7 @@ def test_parts_cover_the_text(text, within):
     assert place == len(text)
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(
     st.lists(st.lists(st.sampled_from("abc"), max_size=25).map(" ".join), min_size=1, max_size=5),
     st.integers(2, 6),

@@ -270,13 +270,6 @@ def test_what_is_no_archive(folder: Path) -> None:
         assert (records, [item.reason for item in aside]) == ([], [Reason.EMPTY])
 
 
-def test_file_that_gives_less_than_its_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(InputFile, "size_bytes", lambda self: self.entry.stat().st_size + 1000)
-    records, aside, _ = read_bytes(folder, b"".join(MEMBERS))
-    assert len(records) == 6
-    assert [(item.reason, item.size_bytes) for item in aside] == [(Reason.CUT_OFF, 1000)]
-
-
 def test_file_that_cannot_be_read(folder: Path) -> None:
     aside: list[SetAside] = []
     source = InputFile("x.warc", folder / "missing.warc")

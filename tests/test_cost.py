@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lengths import examples
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -94,7 +95,7 @@ def test_flops_by_hand():
     assert cost.decoding_flops(preset("gpt2"), 1023) == 2 * weights + 12 * 4 * 768 * 1024
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     pattern=st.sampled_from(["full", "window", "strided", "fixed"]),
     length=st.integers(1, 40),

@@ -28,6 +28,7 @@ import zstandard
 from data_stage import not_root, text_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from lengths import examples
 
 from groundup.corpus import annotate as annotate_module
 from groundup.corpus import curate, read, stream_documents
@@ -144,7 +145,7 @@ WHOLE: dict[str, bytes] = {
 """A whole file of every kind."""
 
 
-@settings(max_examples=12, deadline=None)  # a dozen files each
+@settings(max_examples=examples(12), deadline=None)  # a dozen files each
 @given(data=st.data())
 def test_any_bytes_end_in_documents_or_reasons(
     one_extractor: None, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -196,7 +197,7 @@ RECORD = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 @given(records=st.lists(RECORD, min_size=1, max_size=5))
 @example(records=[{"text": TEXTS[0], "id": "\ud800", "url": "\0", "source": "s\udfff"}])
 @example(records=[{"text": TEXTS[0], "metadata": {"url": ["\ud800"]}, "source": "", "id": 10**25}])

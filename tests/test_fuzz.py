@@ -48,8 +48,8 @@ from groundup.interop import export_folder, load_model, save_model
 from groundup.pipeline import plan
 from groundup.preview import check_recipe, derived_values
 from groundup.recipe import CorpusSettings, ShardsSettings, read_recipe, recipe_toml
-from groundup.report import write_report
 from groundup.report.closing import closing_table
+from groundup.report.page import write_report
 from groundup.report.record import read_record
 from groundup.run import Run
 from groundup.shards import TokenShards, import_ids, verify_shards, write_shards

@@ -5,6 +5,7 @@ import torch
 from generation_models import NANO, random_model, random_prompts
 
 from groundup.generation.cache import KVCache, Rows
+from groundup.generation.graphs import StaticRows, one_token
 
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -116,3 +117,20 @@ def test_a_copied_beginning_goes_on_as_its_source():
     view = Rows(cache, [2], [6], [3])
     logits = model(torch.tensor([ids[6:]]), positions=view.positions, cache=view)
     torch.testing.assert_close(logits[0], model(torch.tensor([ids]))[0, 6:], **EXACT)
+
+
+@pytest.mark.parametrize(("name", "overrides"), SHAPES)
+@pytest.mark.parametrize("kind", ["slots", "pages", "rings"])
+@torch.inference_mode()
+def test_calls_of_fixed_shape_give_the_same_logits(name, overrides, kind):
+    """What CUDA graphs capture, without a GPU: rows that are repeated, and entries that are visible beyond a text."""
+    model = random_model(name, **overrides)
+    ids = random_prompts([20, 12], model.config.vocab_size)
+    cache = KVCache(model.config, batch=3, length=24, **KINDS[kind])
+    cached_logits(model, cache, [row[:8] for row in ids], [2, 0], [0, 0], 4)
+    rows = StaticRows(cache, batch=4, length=24)
+    for place in range(8, 12):
+        rows.fill([ids[0][place], *[ids[1][place]] * 3], [2, 0, 0, 0], [place] * 4)
+        logits = one_token(model, rows)
+        for row in range(2):
+            torch.testing.assert_close(logits[row], model(torch.tensor([ids[row][: place + 1]]))[0, -1], **EXACT)

@@ -17,7 +17,7 @@ from groundup.errors import GroundupError
 from groundup.generation import native
 from groundup.generation.cache import KVCache
 from groundup.generation.native import NativeStep, library, why_not
-from groundup.generation.quantize import quantize
+from groundup.generation.quantize import Quantization, quantize
 from groundup.model import RopeScaling, preset, preset_names
 
 EXACT = {"atol": 3e-5, "rtol": 1e-5}
@@ -120,7 +120,7 @@ def test_weights_in_bfloat16_are_read_as_they_are(name):
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_quantized_weights_are_read_as_they_are(bits, group, is_tied):
     config = tiny(d_model=64, d_ff=192, bias=True, tied_embeddings=is_tied)
-    model = quantize(random_model(config), bits, group)
+    model = quantize(random_model(config), Quantization(bits, group))
     ids = tokens(config, 2, 24)
     with torch.no_grad():
         whole = model(ids)

@@ -10,6 +10,7 @@ import torch
 from generation_models import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lengths import examples
 from tiny_run import STAGES, build_quietly, finished_run, tiny_recipe
 
 from groundup import corpus
@@ -76,7 +77,7 @@ def test_new_rows_are_the_mean_and_old_logits_stay(name: str, multiple: int) -> 
             assert torch.equal(value, before[key])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(st.lists(st.integers(512, 700), min_size=1, max_size=4).map(sorted))
 def test_an_extended_model_is_a_model_like_any_other(sizes: list[int]) -> None:
     model = Transformer(preset("ground-nano"))

@@ -276,7 +276,7 @@ def test_an_import_holds_a_few_tensors_not_a_model(tmp_path: Path) -> None:
 
 
 @needs_proc
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_gigabyte_is_imported_in_less_than_one_point_three_of_its_size(tmp_path: Path) -> None:
     size = large_model(tmp_path / "theirs", d_ff=28_000, dtype=torch.float32)
     assert size > 1e9

@@ -282,6 +282,34 @@ def test_a_damaged_or_unknown_tokenizer_is_an_error_that_names_the_file(fault: s
         gu.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "said"),
+    [
+        ("model.continuing_subword_prefix", "##", "does not begin with '##'"),
+        ("model.vocab.a", 1 << 31, "has the id 2147483648"),
+        ("added_tokens.0.id", 1 << 31, "has the id 2147483648"),
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": ""}, "is cut off"),
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "/wAAAAAA"}, "is cut off"),
+        ("pre_tokenizer", {"type": "FixedLength", "length": 0}, "no length"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["own", "pretrained"])
+def test_what_would_make_the_library_panic_or_fill_memory_is_named_before(
+    kind: str, part: str, value: Any, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    contents = small_tokenizer()._contents if kind == "own" else byte_level().to_str()
+    made = json.loads(contents)
+    *way, last = (int(step) if step.isdecimal() else step for step in part.split("."))
+    place = made
+    for step in way:
+        place = place[step]
+    place[last] = value
+    with pytest.raises(ArtifactError) as caught:
+        pretrained.read_tokenizer({"tokenizer.json": json.dumps(made).encode()}, "t", {})
+    assert kind == "own" or said in str(caught.value)
+    assert not capfd.readouterr().err  # a panic of the library is printed, whoever catches it
+
+
 def test_a_pipe_is_not_read_for_ever(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "tokenizer.json")
     for path in (tmp_path, tmp_path / "tokenizer.json"):
@@ -317,6 +345,15 @@ def test_what_fails_while_encoding_is_an_error_of_ours(fault: str) -> None:
     for encode in (tokenizer.encode_batch, tokenizer.encode_to_arrays):
         with pytest.raises(DataError, match=said):
             encode(["a" * 100])
+
+
+def test_a_normalizer_that_would_make_an_added_token_fill_memory_is_named() -> None:
+    made = json.loads(byte_level().to_str())
+    double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    made["normalizer"] = {"type": "Sequence", "normalizers": [double] * 40}
+    made["added_tokens"][-1] |= {"content": "<a>", "normalized": True}
+    with pytest.raises(ArtifactError, match="t: the tokenizer's normalizer makes more than 64 characters of one"):
+        PretrainedTokenizer({"tokenizer.json": json.dumps(made).encode()}, "t", {})
 
 
 def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path: Path) -> None:
@@ -541,6 +578,36 @@ def test_a_word_that_ends_a_text_by_what_its_files_say_is_no_text() -> None:
     tokenizer = PretrainedTokenizer(files, "t", {})
     assert tokenizer.end_ids <= set(tokenizer.special_ids)
     assert 2 not in tokenizer.encode("hello EOS")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"bos_token": "BOS"},  # also what would end a text, as nothing else does
+        {"bos_token": "BOS", "eos_token": "EOS"},
+        {"bos_token_id": 3, "eos_token_id": [2, 9]},
+        {"eos_token": "EOS", "bos_token": None},
+        {"bos_token": "h", "eos_token": "EOS"},
+    ],
+)
+def test_what_may_begin_or_end_a_text_is_a_control_token(said: dict[str, Any]) -> None:
+    made = json.loads(TRICKED["words"]) | {"added_tokens": [], "post_processor": None}
+    made["model"]["vocab"] = {"[UNK]": 0, "hello": 1, "EOS": 2, "BOS": 3, "h": 4}
+    files = {"tokenizer.json": json.dumps(made).encode(), "tokenizer_config.json": json.dumps(said).encode()}
+    tokenizer = PretrainedTokenizer(files, "t", {})
+    structure = {*tokenizer.end_ids, tokenizer.end_of_text_id, tokenizer.end_id}
+    assert structure <= tokenizer.special_ids
+    assert not structure & set(tokenizer.encode("hello EOS BOS h"))
+    for name, index in tokenizer._specials.items():
+        assert tokenizer.encode(f"hello {name}", allowed_special=[name])[-1] == index
+
+
+def test_a_token_for_the_unknown_that_ends_a_text_is_refused() -> None:
+    made = json.loads(TRICKED["words"]) | {"added_tokens": [], "post_processor": None}
+    made["model"]["vocab"] = {"[UNK]": 0, "hello": 1, "EOS": 2}
+    said = b'{"eos_token": "EOS", "bos_token": "EOS", "eos_token_id": 0}'
+    with pytest.raises(ArtifactError, match="does not know would end a text"):
+        PretrainedTokenizer({"tokenizer.json": json.dumps(made).encode(), "tokenizer_config.json": said}, "t", {})
 
 
 def test_of_two_names_that_begin_alike_the_longer_one_is_meant() -> None:

@@ -10,6 +10,7 @@ import pytest
 from command import CommandLine, groundup  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lengths import examples
 from tiny_run import write_recipe, write_texts
 
 from groundup.corpus import curate
@@ -164,7 +165,7 @@ def not_theirs(path: Path) -> bool:
     return path.is_file() and not path.is_symlink() and b"Written by groundup" in path.read_bytes()
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(trees, st.sampled_from(["corpus", "crawl", "model", "shards"]))
 def test_stages_and_crawls_leave_folders_of_others_alone(
     tmp_path_factory: pytest.TempPathFactory, tree: list[tuple[Path, str]], what: str

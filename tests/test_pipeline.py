@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import multiprocessing
@@ -291,8 +292,10 @@ def test_scores_of_other_settings_are_not_taken_for_those_of_now(tmp_path: Path)
     assert "Made with other settings" in (run.root / "report.html").read_text()
 
 
-@pytest.mark.parametrize("file", ["scores.json", "sft/scores.json"])
-@pytest.mark.parametrize("damaged", ['{"rows": [', '{"figures": {}, "by_kind": 3, "answers": []}'])
+@pytest.mark.parametrize(
+    ("file", "damaged"),
+    [("scores.json", '{"rows": ['), ("sft/scores.json", '{"figures": {}, "by_kind": 3, "answers": []}')],
+)
 def test_damaged_scores_are_made_again(tmp_path: Path, file: str, damaged: str) -> None:
     run = copy_of_finished(tmp_path)
     (run.root / "evaluate" / file).write_text(damaged)
@@ -390,7 +393,12 @@ def test_a_mark_that_a_kill_left_behind_a_manifest_goes(tmp_path: Path) -> None:
 
 
 def build_in_child(recipe: Recipe, root: Path, events_to_live: int | None = None) -> None:
-    """Build in this (forked) process; with `events_to_live` it kills itself at that sync to disk or rename."""
+    """Build in this (forked) process; with `events_to_live` it kills itself at that sync to disk or rename.
+
+    Nothing is flushed, since what a process has written outlives it, and only its own garbage is collected.
+    """
+    gc.freeze()
+    os.fsync = lambda descriptor: None  # type: ignore[assignment]
     if events_to_live is not None:
         left = iter(range(events_to_live))
 
@@ -411,7 +419,7 @@ def build_in_child(recipe: Recipe, root: Path, events_to_live: int | None = None
 def server() -> multiprocessing.context.ForkServerContext:
     """Processes that have imported everything already, so that a kill lands in the work and not in the imports."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["groundup.pipeline", "groundup.report", "tiny_run"])
+    context.set_forkserver_preload(["groundup.pipeline", "groundup.report.page", "tiny_run"])
     return context
 
 

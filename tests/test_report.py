@@ -15,7 +15,8 @@ from rich.console import Console
 from groundup.errors import RunError
 from groundup.files import own_folder, write_json
 from groundup.recipe import read_recipe
-from groundup.report import closing_table, write_report
+from groundup.report.closing import closing_table
+from groundup.report.page import write_report
 from groundup.run import Manifest, Run
 from groundup.stage import graph
 

@@ -165,23 +165,23 @@ def test_stopped_inside_a_run_and_resumed_gives_the_same_law(folder: Path, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_anywhere_and_given_again_the_command_ends_with_the_same_law(folder: Path, number: int) -> None:
-    out = folder / f"killed-{number}"
-    command = ("scaling", "tiny.toml", "--sizes", ",".join(SIZES), "--tokens", "1k,2k,4k", "--out", out.name)
-    with start(*command, cwd=folder) as process:
-        end = time.monotonic() + 120
-        while len(list(out.glob("points/*/point.json"))) < 3 and time.monotonic() < end:
-            time.sleep(0.01)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL), err
-    if number == signal.SIGTERM:
-        assert "Go on:" in err
-    assert not (out / "law.json").exists()
-    with start(*command, cwd=folder) as process:
-        _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+def test_killed_anywhere_and_given_again_the_command_ends_with_the_same_law(
+    groundup: CommandLine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    out = Path("killed")
+    command = ("scaling", "tiny.toml", "--sizes", ",".join(SIZES), "--tokens", "1k,2k,4k", "--out", out)
+    for number, code, n_points in ((signal.SIGTERM, 130, 2), (signal.SIGKILL, -signal.SIGKILL, 4)):
+        with start(*command) as process:
+            end = time.monotonic() + 120
+            while len(list(out.glob("points/*/point.json"))) < n_points and time.monotonic() < end:
+                time.sleep(0.01)
+            process.send_signal(number)
+            _, err = process.communicate(timeout=60)
+        assert process.returncode == code, err
+        assert ("Go on:" in err) is (number == signal.SIGTERM)
+        assert not (out / "law.json").exists()
+    assert groundup(*command).code == 0
     assert decided(out) == decided(folder / "runs" / "scaling")
 
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lengths import examples
 from shards_bytes import stream_of, written
 
 from groundup.errors import ArtifactError, DataError, GroundupError
@@ -62,7 +63,7 @@ def megatron_files(
 # --- there and back
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(12))
 @given(texts=texts_lists, held_out=st.lists(st.text(max_size=30), max_size=2), wide=st.booleans())
 @pytest.mark.parametrize("format", ["nanogpt", "llmc", "megatron"])
 def test_exported_and_imported_again_are_the_same_bytes(
@@ -230,6 +231,41 @@ def test_a_few_negative_ids_or_turned_bytes_do_not_hide_the_width(tmp_path: Path
     ids.tofile(tmp_path / "train.bin")
     with pytest.raises(ArtifactError, match=f"look like {said} ones"):
         import_ids(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"), [("u1", "uint8"), ("<f4", "float32"), ("<f8", "float64"), (">u2", "big-endian uint16")]
+)
+@pytest.mark.parametrize("vocab_size", [65, 50_257])
+def test_raw_values_that_are_no_ids_of_16_bits_are_refused(
+    tmp_path: Path, dtype: str, said: str, vocab_size: int
+) -> None:
+    draw = np.random.default_rng(0)
+    # As tokens of a text: the frequent ones have the low ids.
+    ids = (draw.random(4096) ** 3 * vocab_size).astype(int) % (65 if dtype == "u1" else 1 << 16)
+    for count in (4096, 300):
+        ids[:count].astype(dtype).tofile(tmp_path / "train.bin")
+        with pytest.raises(ArtifactError, match=rf"train\.bin: .*look like {said} ones.*\n.*--format uint16"):
+            import_ids(tmp_path, tmp_path / "out")
+    np.save(tmp_path / "train.npy", ids.astype(dtype))  # the header says what they are
+    if dtype[1] == "f":
+        with pytest.raises(ArtifactError, match=f"values of {said}, not ids"):
+            import_ids(tmp_path / "train.npy", tmp_path / "out")
+    else:
+        import_ids(tmp_path / "train.npy", tmp_path / "out")
+        assert documents_of(tmp_path / "out") == [ids.tolist()]
+
+
+def test_text_is_no_ids(tmp_path: Path) -> None:
+    (tmp_path / "train.bin").write_bytes(b"Once upon a time. " * 30)
+    with pytest.raises(ArtifactError, match="look like uint8 ones"):
+        import_ids(tmp_path, tmp_path / "out")
+
+
+def test_floats_that_are_called_ids_are_more_than_any_vocabulary(tmp_path: Path) -> None:
+    np.arange(100, dtype="<f4").tofile(tmp_path / "train.bin")
+    with pytest.raises(ArtifactError, match="more than any vocabulary has"):
+        import_ids(tmp_path, tmp_path / "out", format="uint32")
 
 
 @given(ids=st.lists(st.integers(0, 60_000), min_size=64, max_size=200), narrow=st.booleans())

@@ -16,6 +16,7 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lengths import examples
 
 from groundup.corpus import Document
 from groundup.corpus.engine import Engine, LocalPool
@@ -103,7 +104,7 @@ def test_the_manifest_names_the_corpus(corpus: Path, expected: tuple[dict[str, b
     assert provenance == {"corpus": file_digest(corpus), "settings": {"shard_tokens": 1024}}
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(range_bytes=st.integers(1, 60_000))
 def test_any_size_of_ranges_in_any_order_gives_the_same_bytes(
     tmp_path_factory: pytest.TempPathFactory,
@@ -163,12 +164,12 @@ def test_what_was_encoded_is_not_encoded_again(
     class StoppedError(Exception):
         pass
 
-    def stopped(work: object) -> None:
+    def stopped(*work: object) -> None:
         raise StoppedError
 
     monkeypatch.setattr(write_module, "encode_texts", counted)
     with monkeypatch.context() as patch:
-        patch.setattr(write_module, "join_shard", stopped)
+        patch.setattr(write_module, "append_range", stopped)
         with pytest.raises(StoppedError):
             run()
     assert sum(encoded) == 150
@@ -179,7 +180,7 @@ def test_what_was_encoded_is_not_encoded_again(
 
     # What was damaged meanwhile is encoded again.
     with monkeypatch.context() as patch:
-        patch.setattr(write_module, "join_shard", stopped)
+        patch.setattr(write_module, "append_range", stopped)
         with pytest.raises(StoppedError):
             run()
     flipped = max((out / "ranges").rglob("train-*.bin"))
@@ -190,7 +191,7 @@ def test_what_was_encoded_is_not_encoded_again(
 
     # Of another text, another tokenizer, or other ranges, nothing is taken over.
     with monkeypatch.context() as patch:
-        patch.setattr(write_module, "join_shard", stopped)
+        patch.setattr(write_module, "append_range", stopped)
         with pytest.raises(StoppedError):
             run()
     changed = documents_of(150)

@@ -18,6 +18,7 @@ from groundup.corpus import Document
 from groundup.errors import DataError, GroundupError, RecipeError
 from groundup.reference import bpe
 from groundup.tokenizer import Tokenizer, load_tokenizer
+from groundup.tokenizer import sample as sampling
 from groundup.tokenizer.letters import BYTE_OF_LETTER, LETTERS, spelled, unspelled
 from groundup.tokenizer.sample import COUNTABLE_BYTES, SAMPLE_CHARACTERS, Sample, _pieces, sample
 from groundup.tokenizer.special import CONTROL_TOKENS, control_tokens
@@ -239,6 +240,23 @@ def test_a_sample_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "every source" in said
     Tokenizer.train(documents, vocab_size=300, console=Console())
     assert capsys.readouterr().err == ""
+
+
+def test_unigram_is_given_few_words_that_are_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw = random.Random(0)
+    marks = "".join(chr(draw.randrange(0x300, 0x370)) for _ in range(20_000))
+    chosen = sample([prose(20_000, 1), marks], 1 << 20)
+    monkeypatch.setattr(sampling, "RARE_WORD_BYTES", 3000)
+    given = list(chosen.pieces_of_words())
+    assert sum(len(piece.encode()) for piece in given if "\u0300" <= piece[0] < "\u0370") <= 3000
+    assert chosen.left_out_bytes >= 37_000 - 500
+    assert Counter(prose(20_000, 1).split()) <= Counter(" ".join(given).split())
+    rules = sample([f"{'=' * 80} rule\n" * 500], 1 << 20)
+    assert "".join(rules.pieces_of_words()).count("=" * 80) == 500  # what comes again and again is no more work
+    Tokenizer.train([prose(20_000, 1), marks[:4000]], kind="unigram", vocab_size=400, console=Console())
+    assert "of words of more than 24 characters are left out" in capsys.readouterr().err
 
 
 def test_a_text_without_any_place_to_cut_is_sampled_too() -> None:

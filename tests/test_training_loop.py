@@ -156,39 +156,14 @@ def test_another_thread_count_is_said(tmp_path, capsys):
     assert "the same bits cannot be promised" in capsys.readouterr().err
 
 
-def test_compiled_blocks_give_the_same_losses(tmp_path):
-    pytest.importorskip("torch._inductor")
-    import shutil
-
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
-        pytest.skip("no C++ compiler for torch.compile")
-    losses = []
-    for name, compiled in (("eager", False), ("compiled", True)):
-        job = make_job(tmp_path / name, n_steps=3, compile=compiled)
-        job.modules["model"] = Transformer(preset("ground-nano", n_layers=1, vocab_size=64, context_length=16))
-        train(job, current_world(), QUIET)
-        losses.append([line["loss"] for line in read_log(tmp_path / name / "metrics.jsonl") if "loss" in line])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-
-
 def run_processes(n: int, out: Path) -> list[dict]:
     script = Path(__file__).with_name("distributed_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", str(script)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"] if n > 1 else []
+    command = [sys.executable, *launcher, str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run([*command, str(out)], capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.slow
-def test_two_processes_give_one_process_s_losses(tmp_path):
-    one, two = run_processes(1, tmp_path / "one"), run_processes(2, tmp_path / "two")
-    assert len(one) == len(two) > 10
-    for a, b in zip(one, two, strict=True):
-        assert a["step"] == b["step"]
-        for key in ("loss", "val_loss", "grad_norm"):
-            if key in a:
-                assert a[key] == pytest.approx(b[key], abs=1e-6 if key != "grad_norm" else 1e-5), a["step"]
 
 
 @pytest.mark.slow

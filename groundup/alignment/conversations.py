@@ -16,7 +16,7 @@ import xxhash
 
 from groundup.console import Console
 from groundup.corpus.document import OnSetAside, Reason, SetAside
-from groundup.corpus.reading.jsonl import RefusedError, Value
+from groundup.corpus.reading.jsonl import RefusedError, Value, parse_json
 from groundup.corpus.reading.sources import InputFiles, find_sources
 from groundup.corpus.reading.values import check_writable, read_values
 from groundup.errors import DataError
@@ -114,6 +114,8 @@ def _messages(value: Value) -> list[Message]:
         RefusedError: there is none that could be learned.
     """
     items: Any = value.data.get(FIELD) if isinstance(value.data, Mapping) else None
+    if isinstance(items, str):  # a cell of a table
+        items, _ = parse_json(items.encode(errors="surrogatepass"), "", b"")
     if not isinstance(items, list) or not items:
         raise RefusedError(Reason.NO_TEXT, f"no list {FIELD!r}")
     messages: list[Message] = []

@@ -179,7 +179,7 @@ def show_table(run: Run, console: Console) -> None:
     """The closing table, and how to go on."""
     from groundup.evaluation import read_comparison
     from groundup.recipe import shipped_recipes
-    from groundup.report import closing_table
+    from groundup.report.closing import closing_table
     from groundup.stage import default_model, graph, language_models
 
     recipe, page = run.recipe, run.root / "report.html"

@@ -44,7 +44,7 @@ def report(
     show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Write the run's page again: curves, samples, scores, what was dropped, the recipe, the machine."""
-    from groundup.report import write_report
+    from groundup.report.page import write_report
     from groundup.run import Run
 
     path = write_report(Run.existing(run))

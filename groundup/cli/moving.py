@@ -13,6 +13,20 @@ from groundup.cli.options import JsonOption, print_json
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace a model that is there already.")]
 
 
+class Method(StrEnum):
+    """How weights are rounded."""
+
+    RTN = "rtn"
+    GPTQ = "gptq"
+
+
+class Activations(StrEnum):
+    """What quantized weights are multiplied with."""
+
+    FLOAT = "float"
+    INT8 = "int8"
+
+
 class Target(StrEnum):
     """What can be exported to."""
 
@@ -44,6 +58,12 @@ def add_to(app: typer.Typer) -> None:
         epilog="Examples:  groundup export runs/demo demo-hf --to hf --dtype bf16  ·  "
         "groundup export runs/demo demo.gguf --to gguf --dtype q8_0",
     )(export_model)
+    app.command(
+        "quantize",
+        rich_help_panel="Models in and out",
+        epilog="Examples:  groundup quantize runs/demo demo-int8  ·  groundup quantize runs/demo demo-int4 --bits 4 · "
+        "groundup quantize models/smollm2 smollm2-int4 --bits 4 --text mine.txt  ·  in a recipe: [quantize.int4]",
+    )(quantize_model)
 
 
 def import_model(
@@ -72,7 +92,11 @@ def export_model(
     to: Annotated[Target, typer.Option("--to", help="hf: a folder for transformers. gguf: a file for llama.cpp.")],
     dtype: Annotated[
         Dtype | None,
-        typer.Option("--dtype", help="How weights are kept. hf: f32, f16, bf16 (default: as they are). gguf: f16."),
+        typer.Option(
+            "--dtype",
+            help="How weights are kept. hf: f32, f16, bf16 (default: as they are, quantized ones f32). "
+            "gguf: f16; of a quantized model, its own kind.",
+        ),
     ] = None,
     stage: Annotated[
         str | None,
@@ -94,9 +118,9 @@ def export_model(
         if out.exists() and (out.is_dir() or not force):
             raise GroundupError(f"{out}: is there already.", "Name another file, or replace it with --force.")
         loaded = load(source, stage=stage)
-        kept: GgufType = dtype.value if dtype is not None else "f16"
+        kept: GgufType | None = None if dtype is None else dtype.value
         summary = export_gguf(loaded.model, loaded.tokenizer, out, dtype=kept)
-        _tell({"file": str(out), "dtype": kept, **summary}, as_json)
+        _tell({"file": str(out), **summary}, as_json)
         return
     from groundup.interop import export_folder
 
@@ -104,6 +128,59 @@ def export_model(
         raise GroundupError(f"--dtype {dtype}: is for --to gguf.", "A folder has f32, f16 or bf16.")
     kind = None if dtype is None else dtype.value
     _tell(export_folder(source, out, dtype=kind, stage=stage, most_bytes=int(shard_gb * 1e9), force=force), as_json)
+
+
+def quantize_model(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A run's folder, or a model's folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new model folder.")],
+    bits: Annotated[int, typer.Option("--bits", "-b", help="Of a weight: 8 or 4.")] = 8,
+    method: Annotated[
+        Method | None,
+        typer.Option("--method", help="rtn: to the nearest; gptq: by the text (default: gptq with 4 bits and a text)."),
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option("--group-size", help="Inputs per scale (default: 32 with 4 bits, the row with 8).")
+    ] = None,
+    activations: Annotated[
+        Activations, typer.Option("--activations", help="int8: rounded, too (8 bits, on CPUs).")
+    ] = Activations.FLOAT,
+    calibration: Annotated[int, typer.Option("--calibration", min=1, help="gptq: windows of the text.")] = 128,
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", help="A text file to calibrate and measure on (default: the run's own text)."),
+    ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="STAGE", help="Of a run: whose model (default: what chat takes)."),
+    ] = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Keep a model's weights in 8 or 4 bits, and say what that gains and costs: size, bits per byte, speed."""
+    from groundup.alignment.quantization import file_text, in_words, quantize_and_measure, run_text
+    from groundup.interop import load
+    from groundup.interop.convert import check_new_folder
+    from groundup.recipe import parse_recipe
+
+    asked = {"bits": bits, "method": method, "group_size": group_size, "activations": activations}
+    given = [f"quantize.it.{name}={value}" for name, value in asked.items() if value is not None]
+    settings = parse_recipe("", "command line", given).quantize["it"]
+    check_new_folder(out, source, force=force)
+    loaded = load(source, stage=stage)
+    texts: list[str] = []
+    windows = None
+    if loaded.tokenizer is not None:
+        shape = (calibration, loaded.model.config.context_length)
+        if text is None:
+            texts, windows = run_text(loaded.folder, loaded.tokenizer, shape)
+        else:
+            texts, windows = file_text(text, loaded.tokenizer, shape)
+    figures = quantize_and_measure(loaded.model, loaded.tokenizer, settings, out, texts=texts, calibration=windows)
+    if as_json:
+        print_json({"folder": str(out), **figures})
+        return
+    for label, value in [("folder", str(out)), *in_words(figures)]:
+        typer.echo(f"{label}: {value}")
 
 
 def _tell(summary: dict[str, Any], as_json: bool) -> None:

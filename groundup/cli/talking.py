@@ -231,7 +231,7 @@ def _draft(model: Path, draft: str | None) -> Literal["ngrams"] | int | Transfor
         return "ngrams" if draft else None
     if draft.isdigit():
         return int(draft)
-    if (model / RECIPE_FILE).is_file() and (model / draft).is_dir():
+    if (model / RECIPE_FILE).is_file() and Path(draft).name == draft and (model / draft).is_dir():
         return load(model, stage=draft).model
     return load(Path(draft)).model
 

@@ -32,6 +32,7 @@ from groundup.corpus.quality.language import check_languages
 from groundup.corpus.quality.predicate import load_predicate, predicate_fingerprint
 from groundup.corpus.quality.rules import Rule, left_out, rules_for
 from groundup.corpus.reading.sources import InputFiles, find_sources
+from groundup.corpus.reading.text import separated_in_words
 from groundup.corpus.write import parse_line
 from groundup.errors import ArtifactError, DataError, RunError
 from groundup.files import own_folder, remove_partials, temporary, value_digest, write_error, write_json
@@ -88,9 +89,7 @@ def curate(settings: CorpusSettings, out: Path, console: Console | None = None) 
     write_json(out / STATISTICS_FILE, statistics.as_json(files, passes.more))
     n_faults, first = statistics.faults
     if n_separated := statistics.changed.get(SEPARATED):
-        console.note(
-            f"corpus: {n_separated:,} documents were cut out of text files at {settings.separator!r} (separator)."
-        )
+        console.note(f"corpus: {separated_in_words(n_separated, settings.separator)}.")
     if first is not None:
         console.warn(
             f"{n_faults:,} records or files cannot be used and were set aside ({out / SET_ASIDE_FILE}). "

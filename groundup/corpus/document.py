@@ -64,6 +64,7 @@ class Reason(StrEnum):
     LINK = "link outside"
     DAMAGED = "damaged file"
     CUT_OFF = "cut off"
+    BINARY = "binary file"
     INVALID_UTF8 = "invalid UTF-8"
     INVALID_JSON = "invalid JSON"
     INVALID_CSV = "invalid CSV"
@@ -90,8 +91,9 @@ class Reason(StrEnum):
 
 _FAULTS = frozenset(
     {
-        Reason.UNREADABLE, Reason.LINK, Reason.DAMAGED, Reason.CUT_OFF, Reason.INVALID_UTF8, Reason.INVALID_JSON,
-        Reason.INVALID_CSV, Reason.NO_TEXT, Reason.TOO_LONG, Reason.NUL, Reason.GARBLED, Reason.TIMEOUT, Reason.CRASH,
+        Reason.UNREADABLE, Reason.LINK, Reason.DAMAGED, Reason.CUT_OFF, Reason.BINARY, Reason.INVALID_UTF8,
+        Reason.INVALID_JSON, Reason.INVALID_CSV, Reason.NO_TEXT, Reason.TOO_LONG, Reason.NUL, Reason.GARBLED,
+        Reason.TIMEOUT, Reason.CRASH,
     }
 )  # fmt: skip
 
@@ -107,13 +109,11 @@ class SetAside:
 
     Attributes:
         source: the file.
-        place: as in `Record`; "" for the whole file.
-        number: as in `Record`.
+        place, number, position: as in `Record`; `place` is "" for the whole file.
         reason: why, as a word that is counted.
         detail: why, in this case.
         excerpt: how its text begins.
         size_bytes: how much was left out, as far as it was read.
-        position: as in `Record`.
     """
 
     source: str

@@ -139,19 +139,21 @@ def words_of(texts: Sequence[str]) -> Words:
     data = b"\n".join([*encoded, b""]).lower() + bytes(_PIECE * _PIECES)
     classes = data.translate(_ASCII_CLASSES)
     if data.isascii():
-        begin, end = _edges(np.frombuffer(classes, dtype=np.uint8))
+        begin, end = _edges(np.frombuffer(classes, dtype=np.bool_))
     else:
         lowered, marks = bytearray(data), np.frombuffer(bytearray(classes), dtype=np.uint8)
         _beyond_ascii(np.frombuffer(lowered, dtype=np.uint8), marks)
         data = bytes(lowered)
-        begin, end = _edges(marks)
-        unspaced = marks[begin] == _UNSPACED
-        if unspaced.any():
-            first, last = begin[unspaced], end[unspaced]
+        begin, end = _edges(marks != _SEPARATOR)
+        unspaced = np.flatnonzero(marks == _UNSPACED)
+        if len(unspaced):
+            is_first = np.diff(unspaced, prepend=-2) != 1
+            first, last = unspaced[is_first], unspaced[np.append(is_first[1:], True)] + 1
             runs = [data[a:b].decode() for a, b in zip(first.tolist(), last.tolist(), strict=True)]
             owner, place = _inner_words(runs)
-            inner = first[owner] + _bytes_before(runs, owner, place)
-            begin, end = np.sort(np.append(begin, inner)), np.sort(np.append(end, inner))
+            inner = [first[marks[first - 1] == _WORD], first[owner] + _bytes_before(runs, owner, place)]
+            inner.append(last[marks[last] == _WORD])
+            begin, end = (merged(edges, np.concatenate(inner)) for edges in (begin, end))
     starts = np.searchsorted(begin, offsets)
     return Words(span_hashes(data, begin, end), starts, begin, end, data, offsets)
 
@@ -235,13 +237,17 @@ def _write_utf8(data: np.ndarray, places: np.ndarray, points: np.ndarray, size: 
 
 
 def _edges(marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Begins and ends of the runs of one class that is not 0; the last byte of `marks` is 0."""
+    """Begins and ends of the runs of True; the last of `marks` is False."""
     edges = np.flatnonzero(marks[1:] != marks[:-1]) + 1
     if marks[0]:
         edges = np.concatenate([[0], edges])
-    if marks.max() < _UNSPACED:
-        return edges[0::2], edges[1::2]
-    return edges[marks[edges] != _SEPARATOR], edges[marks[edges - 1] != _SEPARATOR]
+    return edges[0::2], edges[1::2]
+
+
+def merged(places: np.ndarray, more: np.ndarray) -> np.ndarray:
+    """Rising places with a few more among them: sorting them all would take longer than all else here."""
+    more = np.sort(more)
+    return np.insert(places, np.searchsorted(places, more), more)
 
 
 def _inner_words(runs: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -119,7 +119,8 @@ class _UnitWriter:
         return heapq.merge(*unread, self._judged(), key=lambda record: (record.source, record.position))
 
     def _unread(self, record: SetAside) -> SetAside:
-        record = self._numbered(record)
+        if record.place:
+            record = replace(record, number=record.number + self._work.first_number)
         key = xxhash.xxh3_128_hexdigest(f"{record.source}\0{record.position}".encode())
         self._show(record, key)
         if self._fault is None and is_fault(record.reason):
@@ -129,7 +130,11 @@ class _UnitWriter:
     def _judged(self) -> Iterator[SetAside]:
         first = self._work.first_number
         for rows in _row_groups(self._folder):
-            texts = {row: self._cut(row, values["text"]) for row, values in rows if not self._codes[row]}
+            texts = {
+                row: cut_spans(values["text"], self._cuts[row]) if row in self._cuts else values["text"]
+                for row, values in rows
+                if not self._codes[row]
+            }
             matches = self._matches_of(texts)
             for row, values in rows:
                 code, identity = int(self._codes[row]), values["id"].hex()
@@ -149,9 +154,6 @@ class _UnitWriter:
                 )  # fmt: skip
                 self._show(record, identity)
                 yield record
-
-    def _cut(self, row: int, text: str) -> str:
-        return cut_spans(text, self._cuts[row]) if row in self._cuts else text
 
     def _matches_of(self, texts: Mapping[int, str]) -> dict[int, list[Match]]:
         """What of the evaluation data each text repeats, where it is enough to remove it."""
@@ -176,10 +178,9 @@ class _UnitWriter:
         self._enter("kept", values, len(text.encode()))
         self._holdout.see(identity)
         self._characters += len(text)
-        rest = {"source": values["source"], "language": values["language"], "url": values["url"]}
-        if values.get(SCORE) is not None:
-            rest["score"] = values[SCORE]
-        line = orjson.dumps({"id": identity, **rest, "text": text})
+        score = values.get(SCORE)
+        kept = Document(identity, text, values["source"], values["language"], url=values["url"], score=score)
+        line = orjson.dumps({"id": identity, **_rest(kept)})
         self._lines.append(line + b"\n")
 
     def _enter(self, reason: str, values: Mapping[str, Any], size_bytes: int) -> None:
@@ -193,9 +194,6 @@ class _UnitWriter:
             return f"{same} document {self._survivors[row]}"
         assert self._details is not None
         return self._details.of(row, reason)
-
-    def _numbered(self, record: SetAside) -> SetAside:
-        return replace(record, number=record.number + self._work.first_number) if record.place else record
 
     def _show(self, record: SetAside, key: str) -> None:
         examples = self._examples[str(record.reason)]

@@ -7,10 +7,9 @@ state are split over the processes; each block is gathered when it computes (arX
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from groundup.distributed.world import World
+from groundup.model.initialization import is_sharded
 from groundup.model.transformer import Block
 
 
@@ -18,6 +17,8 @@ def shard_module(module: nn.Module, world: World) -> None:
     """Shard a module (a model, or a head of one) in place over the world's mesh; a world of one leaves it as it is."""
     module.to(world.device)
     if world.mesh is not None:
+        from torch.distributed.fsdp import fully_shard
+
         for block in [part for part in module.modules() if isinstance(part, Block)]:
             fully_shard(block, mesh=world.mesh)
         fully_shard(module, mesh=world.mesh)
@@ -25,13 +26,15 @@ def shard_module(module: nn.Module, world: World) -> None:
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor (all processes must call it); a plain tensor is returned as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def like_parameter(whole: Tensor, parameter: Tensor) -> Tensor:
     """`whole`, which every process holds, sharded as `parameter` is."""
-    if not isinstance(parameter, DTensor):
+    if not is_sharded(parameter):
         return whole.to(parameter.device)
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(
         whole.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
     )

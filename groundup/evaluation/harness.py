@@ -20,7 +20,7 @@ from groundup.files import read_json, write_json
 from groundup.interop import load_model
 from groundup.interop.start import starting_point
 from groundup.model import Transformer
-from groundup.recipe import BEFORE, AlignSettings, EvaluateSettings, Gate, Section
+from groundup.recipe import BEFORE, EvaluateSettings, Gate, Section, StartSettings
 from groundup.report.format import format_lines, is_number
 from groundup.run import Run
 from groundup.stage import MODEL_FOLDER, Context, Method, Shown, Stage, graph, model_digest
@@ -202,7 +202,7 @@ def before_name(stage: Stage, stages: Mapping[str, Stage]) -> str:
     """Under which name the model is scored that a stage starts from; of stages with one start, that of the first."""
     if stage.start is not None:
         return stage.start
-    outside = [one for one in stages.values() if isinstance(one.settings, AlignSettings) and one.outside_start]
+    outside = [one for one in stages.values() if isinstance(one.settings, StartSettings) and one.outside_start]
     same = [one.name for one in outside if one.outside_start == stage.outside_start]
     return f"{BEFORE}{same[0] if same and stage.name in same else stage.name}"
 

@@ -82,6 +82,14 @@ def bits_per_byte(model: Transformer, texts: Iterable[str], tokenizer: Tokenizer
     Raises:
         DataError: no text.
     """
+    return ratio_estimate(*bits_and_bytes(model, texts, tokenizer))
+
+
+def bits_and_bytes(model: Transformer, texts: Iterable[str], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Bits and bytes of each unit of a text, for `ratio_estimate`; two models of one tokenizer have the same units.
+
+    Arguments and errors as `bits_per_byte`.
+    """
     is_scored = np.ones(max(model.config.vocab_size, tokenizer.vocab_size), dtype=bool)
     is_scored[list(tokenizer.special_ids)] = False
     if tokenizer.unknown_id is not None:
@@ -103,11 +111,12 @@ def bits_per_byte(model: Transformer, texts: Iterable[str], tokenizer: Tokenizer
     if sum(size for _, size in of_windows) == 0:
         raise DataError("the validation text has no bytes to score.", "Add text, or raise [corpus] validation_share.")
     if len(of_windows) < _FEWEST_UNITS:
-        return ratio_estimate(*np.concatenate(of_tokens, axis=1))
+        tokens = np.concatenate(of_tokens, axis=1)
+        return tokens[0], tokens[1]
     bits, n_bytes = np.array(of_windows).T
     if document_of[-1] + 1 < _FEWEST_UNITS:
-        return ratio_estimate(bits, n_bytes)
-    return ratio_estimate(np.bincount(document_of, bits), np.bincount(document_of, n_bytes))
+        return bits, n_bytes
+    return np.bincount(document_of, bits), np.bincount(document_of, n_bytes)
 
 
 def ratio_estimate(bits: np.ndarray, n_bytes: np.ndarray) -> Estimate:

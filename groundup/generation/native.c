@@ -219,9 +219,10 @@ INLINE int64_t row_bytes(int kind, int64_t cols)
 #define NIBBLE(bits, table) (__builtin_convertvector(((bits) & 15) - 8, vf) * (table))
 #endif
 
-/* out[t][row … row + ROWS) = weight · x[t], for n tokens; `kind` and `n` are constants in every copy of this. */
-INLINE void multiply_block(const int kind, const int n, const Matrix *m, int64_t row, int64_t end, const float *x,
-                           int64_t x_stride, Output to)
+/* out[t][row + i · gap] = weight · x[t], for ROWS rows before `end` and n tokens; `kind` and `n` are constants in every
+   copy of this. */
+INLINE void multiply_block(const int kind, const int n, const Matrix *m, int64_t row, int64_t gap, int64_t end,
+                           const float *x, int64_t x_stride, Output to)
 {
     const int64_t cols = m->cols, bytes = row_bytes(kind, cols), n_groups = cols / m->group;
     const int has_groups = kind == INT8_GROUPS || kind == INT4;
@@ -229,7 +230,7 @@ INLINE void multiply_block(const int kind, const int n, const Matrix *m, int64_t
     const uint16_t *scales[ROWS];
     vf total[ROWS][MOST_TOKENS];
     for (int i = 0; i < ROWS; i++) {
-        int64_t r = smaller(row + i, end - 1); /* behind the last row: that one again, and not stored */
+        int64_t r = smaller(row + i * gap, end - 1); /* behind the last row: that one again, and not stored */
         weight[i] = (const char *)m->weight + r * bytes;
         scales[i] = m->scales + r * n_groups;
         for (int t = 0; t < n; t++) total[i][t] = (vf){0};
@@ -244,10 +245,8 @@ INLINE void multiply_block(const int kind, const int n, const Matrix *m, int64_t
             for (; k < stop; k += 32)
                 for (int half = 0; half < 16; half += W)
                     for (int i = 0; i < ROWS; i++) {
-                        const char *from = weight[i] + k / 2 + half;
                         vi8 packed;
-                        memcpy(&packed, from, sizeof packed);
-                        __builtin_prefetch(from + ROWS * bytes);
+                        memcpy(&packed, weight[i] + k / 2 + half, sizeof packed);
                         vi bits = wide_u8(packed);
                         vf low = NIBBLE(bits, unit[i]), high = NIBBLE(bits >> 4, unit[i]);
                         for (int t = 0; t < n; t++) {
@@ -262,7 +261,6 @@ INLINE void multiply_block(const int kind, const int n, const Matrix *m, int64_t
             for (int t = 0; t < n; t++) inputs[t] = load(F32, x + t * x_stride, k, W);
             for (int i = 0; i < ROWS; i++) {
                 vf w = load(kind, weight[i], k, W);
-                __builtin_prefetch(weight[i] + row_bytes(kind, k) + ROWS * bytes);
                 if (has_groups) w *= unit[i];
                 for (int t = 0; t < n; t++) total[i][t] += w * inputs[t];
             }
@@ -276,21 +274,22 @@ INLINE void multiply_block(const int kind, const int n, const Matrix *m, int64_t
     }
     for (int t = 0; t < n; t++) {
         v4 y = sums(total[0][t], total[1][t], total[2][t], total[3][t]);
-        for (int i = 0; i < ROWS && row + i < end; i++) {
+        for (int i = 0; i < ROWS && row + i * gap < end; i++) {
+            const int64_t r = row + i * gap;
             float value = kind == INT8 ? y[i] * from_half(scales[i][0]) : y[i];
-            if (m->bias) value += m->bias[row + i];
-            if (to.base) value += to.base[t * to.base_stride + row + i];
-            to.out[t * to.stride + row + i] = value;
+            if (m->bias) value += m->bias[r];
+            if (to.base) value += to.base[t * to.base_stride + r];
+            to.out[t * to.stride + r] = value;
         }
     }
 }
 
-typedef void (*Kernel)(const Matrix *, int64_t, int64_t, const float *, int64_t, Output);
+typedef void (*Kernel)(const Matrix *, int64_t, int64_t, int64_t, const float *, int64_t, Output);
 #define KERNEL(kind, n)                                                                                                \
-    static void multiply_##kind##_##n(const Matrix *m, int64_t row, int64_t end, const float *x, int64_t stride,       \
-                                      Output to)                                                                       \
+    static void multiply_##kind##_##n(const Matrix *m, int64_t row, int64_t gap, int64_t end, const float *x,          \
+                                      int64_t stride, Output to)                                                       \
     {                                                                                                                  \
-        multiply_block(kind, n, m, row, end, x, stride, to);                                                           \
+        multiply_block(kind, n, m, row, gap, end, x, stride, to);                                                      \
     }
 #define KERNELS(kind) KERNEL(kind, 1) KERNEL(kind, 2) KERNEL(kind, 3) KERNEL(kind, 4)
 #define NAMES(kind) {multiply_##kind##_1, multiply_##kind##_2, multiply_##kind##_3, multiply_##kind##_4}
@@ -304,17 +303,20 @@ typedef struct {
 /* A thread's rows. */
 static Span share(int64_t rows, int thread, int threads)
 {
-    int64_t blocks = (rows + ROWS - 1) / ROWS;
-    return (Span){blocks * thread / threads * ROWS, smaller(rows, blocks * (thread + 1) / threads * ROWS)};
+    return (Span){rows * thread / threads, rows * (thread + 1) / threads};
 }
 
-/* Rows of weight · x for all n tokens: a block of rows meets all of them while it is in the cache. */
+/* Rows of weight · x for all n tokens: ROWS rows meet all of them while they are in the cache. The rows are far apart,
+   one from each part of the span, so that each part is read from its start to its end: the processor fetches few long
+   streams ahead, and hardly ever many short ones. */
 static void multiply(const Matrix *m, Span rows, const float *x, int64_t x_stride, int64_t n, Output to)
 {
-    for (int64_t row = rows.first; row < rows.end; row += ROWS)
+    const int64_t gap = (rows.end - rows.first + ROWS - 1) / ROWS;
+    for (int64_t row = rows.first; row < rows.first + gap; row++)
         for (int64_t t = 0; t < n; t += TOKENS) {
-            Output part = {to.base ? to.base + t * to.base_stride : 0, to.out + t * to.stride, to.base_stride, to.stride};
-            kernels[m->kind][smaller(n - t, TOKENS) - 1](m, row, rows.end, x + t * x_stride, x_stride, part);
+            const float *base = to.base ? to.base + t * to.base_stride : 0;
+            kernels[m->kind][smaller(n - t, TOKENS) - 1](m, row, gap, rows.end, x + t * x_stride, x_stride,
+                                                         (Output){base, to.out + t * to.stride, to.base_stride, to.stride});
         }
 }
 

@@ -24,6 +24,7 @@ from groundup.errors import GroundupError
 from groundup.generation.gptq import gptq
 from groundup.generation.rounding import RUN, Bits, dequantize, pack, round_to_nearest, to_values
 from groundup.model import Transformer
+from groundup.model.cost import Shape
 from groundup.model.experts import StackedLinear
 
 QuantizationMethod = Literal["rtn", "gptq"]
@@ -66,7 +67,7 @@ class Quantization:
                 f'activations = "int8": need bits = 8 and no group_size (bits = {self.bits}, group_size = {size}).'
             )
 
-    def matrices(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Bits, int]]:
+    def matrices(self, shapes: Mapping[str, Shape]) -> dict[str, tuple[Bits, int]]:
         """Which modules of a model are quantized: their bits and inputs per scale.
 
         Args:
@@ -84,6 +85,25 @@ class Quantization:
                 found[module] = (4, size)
             else:
                 found[module] = (8, size if self.bits == 8 and is_divided else shape[-1])
+        return found
+
+    def tensors(self, shapes: Mapping[str, Shape]) -> dict[str, tuple[Shape, torch.dtype | None]]:
+        """Shapes of all tensors of the quantized model, with the dtypes of those that are no float weights.
+
+        Args:
+            shapes: as for `matrices`.
+        """
+        found: dict[str, tuple[Shape, torch.dtype | None]] = {}
+        matrices = self.matrices(shapes)
+        for name, shape in shapes.items():
+            module = name.removesuffix(".weight")
+            if module not in matrices:
+                found[name] = (shape, None)
+                continue
+            bits, size = matrices[module]
+            *rows, d_in = shape
+            found[f"{module}.packed"] = ((*rows, d_in * bits // 8), torch.int8 if bits == 8 else torch.uint8)
+            found[f"{module}.scales"] = ((*rows, d_in // size), torch.float16)
         return found
 
 
@@ -223,10 +243,12 @@ def quantize(
 def prepare(model: Transformer, quantization: Quantization) -> None:
     """Put quantized matrices of the right shapes into a model with float ones, to be filled with what was saved."""
     shapes = {name: tuple(made.shape) for name, made in model.named_parameters()}
-    for name, (bits, size) in quantization.matrices(shapes).items():
-        *rows, d_in = shapes[f"{name}.weight"]
-        packed = torch.empty(*rows, d_in * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8, device="meta")
-        scales = torch.empty(*rows, d_in // size, dtype=torch.float16, device="meta")
+    tensors = quantization.tensors(shapes)
+    for name, (bits, _) in quantization.matrices(shapes).items():
+        packed, scales = (
+            torch.empty(shape, dtype=dtype, device="meta")
+            for shape, dtype in (tensors[f"{name}.packed"], tensors[f"{name}.scales"])
+        )
         _replace(model, name, packed, scales, bits)
     _finish(model, quantization)
 

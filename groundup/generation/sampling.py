@@ -120,11 +120,17 @@ def sample(
     logits = _adjust(logits, rows, histories, masks)
     if all(own.temperature == 0 for own in rows):
         is_cpu = logits.device.type == "cpu"  # where numpy's argmax takes a tenth of the time
-        tokens = torch.from_numpy(logits.numpy().argmax(axis=-1)) if is_cpu else logits.argmax(dim=-1)
-        _check(logits.gather(-1, tokens[:, None]).flatten().tolist())  # a NaN counts as the largest
-        return tokens
-    weights = _weights(logits, rows)
-    return _draw(weights, uniforms(seeds, positions))
+        best = torch.from_numpy(logits.numpy().argmax(axis=-1)) if is_cpu else logits.argmax(dim=-1)
+        _check(logits.gather(-1, best[:, None]).flatten().tolist())  # a NaN counts as the largest
+        return best
+    uniform = uniforms(seeds, positions)
+    if logits.device.type != "cpu":
+        return _draw(_weights(logits, rows), uniform)
+    tokens, weights = list[int](), np.empty(logits.shape[-1], np.float32)  # of one row: it stays in the cache
+    for row, own, number in zip(logits.numpy(), rows, uniform.tolist(), strict=True):
+        _weigh_row(row, own, weights)
+        tokens.append(_draw_row(weights, number))
+    return torch.tensor(tokens)
 
 
 def warp(
@@ -279,7 +285,7 @@ def _weigh_row(logits: np.ndarray, params: SamplingParams, weights: np.ndarray) 
             keys /= max(params.temperature, _TINY)
     np.exp(keys, out=weights)
     if 0 < params.top_k < len(keys):
-        weights *= keys >= torch.from_numpy(keys).topk(params.top_k).values[-1].item()
+        weights *= keys >= _border(keys, np.ones_like(keys), params.top_k)
     if params.typical_p < 1:
         total = weights.sum()
         surprises = np.log(total) - keys
@@ -303,13 +309,14 @@ def _border(keys: np.ndarray, weights: np.ndarray, mass: float) -> np.floating:
         weights: (vocab,) float32.
         mass: a sum of weights.
     """
-    best, width = keys.max(), 8.0
-    while weights.dot(keys >= best - width) < mass and width < 256:
+    best, width, before = keys.max(), 8.0, 0.0
+    band = keys >= best - width
+    while weights.dot(band) < mass and width < 256:  # further down all weights are 0
         width *= 2
-    above, below, before = best + 1, best - width if width < 256 else -np.inf, 0.0
-    band = keys >= below
+        band = keys >= best - width
+    above, below = best + 1, best - width
     for _ in range(12):
-        if np.count_nonzero(band) <= 1024 or width >= 256:
+        if np.count_nonzero(band) <= 1024:
             break
         middle = (above + below) / 2
         held = weights.dot(keys >= middle)
@@ -332,7 +339,7 @@ def _draw(weights: Float[Tensor, "rows vocab"], uniform: Float64[Tensor, " rows"
 
 def _draw_row(weights: np.ndarray, uniform: float) -> int:
     """First the block of tokens, then the token in it: a running sum over the vocabulary would take longer."""
-    sums = np.add.reduceat(weights, _block_starts(len(weights)), dtype=np.float64).cumsum()
+    sums = np.add.reduceat(weights, _block_starts(len(weights))).cumsum(dtype=np.float64)
     target = uniform * sums[-1]
     block = int(sums.searchsorted(target, side="right"))
     inside = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)

@@ -1,8 +1,9 @@
 """One step of a model over its cache: new tokens of some slots in, logits out, by whatever is fastest here.
 
-A few tokens go through the step in C (`native.py`), which reads each weight once and has no overhead of Python; many,
-such as a prompt, through the model's own forward pass, whose matrix products are the library's. Where one overtakes
-the other is measured once on each machine and remembered. Without a compiler all go through the forward pass.
+On a CPU a few tokens go through the step in C (`native.py`), which reads each weight once and has no overhead of
+Python; many, such as a prompt, through the model's own forward pass, whose matrix products are the library's. Where one
+overtakes the other is measured once on each machine and remembered. Without a compiler all go through the forward pass.
+On a GPU one token for each slot is a CUDA graph (`graphs.py`), if a trial says that it is faster.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from groundup.files import value_digest
 from groundup.generation.cache import KVCache, Rows
+from groundup.generation.graphs import BUCKET, GraphStep
 from groundup.generation.native import NativeStep, why_not
 from groundup.measured import measured_once
 from groundup.model import OutputLayer, Transformer
@@ -54,7 +56,7 @@ class ModelStep:
         is_native: the step in C may be used; where it cannot be, `reason` says why.
 
     Attributes:
-        reason: why the step in C is not used; None: it is.
+        reason: why neither the step in C nor CUDA graphs are used; None: one is.
         native_up_to: most tokens of a step in C.
     """
 
@@ -62,6 +64,9 @@ class ModelStep:
         self._model, self._cache = model, cache
         self.reason = why_not(model, cache) if is_native else "switched off"
         self._native = NativeStep(model, cache) if self.reason is None else None
+        self._graphs = None
+        if is_native and cache.device.type == "cuda":
+            self._graphs, self.reason = _graphs_if_faster(model, cache)
         self.native_up_to = 0
         if self._native is not None:
             pairs = zip(_TRIED, self._timings["native"], self._timings["eager"], strict=True)
@@ -91,6 +96,8 @@ class ModelStep:
         """
         if self._native is not None and sum(len(row.ids) for row in rows) <= self.native_up_to:
             return _native_step(self._native, rows, n_layers)
+        if self._graphs is not None and n_layers is None and all(len(row.ids) == row.n_logits == 1 for row in rows):
+            return self._graphs([row.ids[0] for row in rows], [row.slot for row in rows], [row.start for row in rows])
         model = self._model if n_layers is None else self._model.first_blocks(n_layers)
         return _eager_step(model, self._cache, rows)
 
@@ -169,6 +176,32 @@ def _time_steps(model: Transformer, cache: KVCache, *, is_native: bool) -> dict[
         return seconds
 
     return measured_once("model-step", {**key, "native": is_native}, cache.device, measure)
+
+
+def _graphs_if_faster(model: Transformer, cache: KVCache) -> tuple[GraphStep | None, str | None]:
+    """CUDA graphs, if they can be captured here, give the forward pass's logits and are faster; else why not."""
+    scratch = KVCache(model.config, 1, min(BUCKET, model.config.context_length), cache.dtype, cache.device)
+    graphs, row = GraphStep(model, scratch), Row(0, [0], 1)
+
+    def synchronized(run: Callable[[], Tensor]) -> Tensor:
+        found = run()
+        torch.cuda.synchronize(cache.device)
+        return found
+
+    run_graph = partial(synchronized, partial(graphs, [0], [0], [1]))
+    run_eager = partial(synchronized, partial(_eager_step, model, scratch, [row]))
+    key = {"config": value_digest(model.config.to_dict()), "dtype": str(model.compute_dtype)}
+    try:
+        if not torch.allclose(run_graph(), run_eager(), atol=0.1, rtol=0.02):
+            return None, "CUDA graphs give other logits here"
+        seconds = measured_once(
+            "cuda-graphs", key, cache.device, lambda: {"graph": _seconds(run_graph), "eager": _seconds(run_eager)}
+        )
+    except RuntimeError as error:
+        return None, f"CUDA graphs cannot be captured here ({str(error).splitlines()[0]})"
+    if seconds["graph"] >= seconds["eager"]:
+        return None, "CUDA graphs are no faster here"
+    return GraphStep(model, cache), None
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -174,7 +174,18 @@ def _cast(tensor: Tensor, dtype: torch.dtype, source: str) -> Tensor:
 
 @contextmanager
 def _new_folder(out: Path, source: Path, *, force: bool) -> Iterator[Path]:
-    """A folder that appears whole; it replaces only an empty folder or, if forced, a model."""
+    """A folder that appears whole; see `check_new_folder`."""
+    check_new_folder(out, source, force=force)
+    with atomic_folder(out) as partial:
+        yield partial
+
+
+def check_new_folder(out: Path, source: Path, *, force: bool) -> None:
+    """Hold that a model may be written: it replaces only an empty folder or, if forced, a model.
+
+    Raises:
+        GroundupError: it may not.
+    """
     here, there = (Path(os.path.realpath(path)) for path in (out, source))
     if here == there or here in there.parents or there in here.parents:
         raise GroundupError(f"{out}: is the folder that is read, or one inside or around it.", "Name another folder.")
@@ -186,5 +197,3 @@ def _new_folder(out: Path, source: Path, *, force: bool) -> Iterator[Path]:
         if more:
             raise GroundupError(f"{out}: also holds {', '.join(sorted(more)[:4])}.", "Move that away first.")
     check_ours(out)
-    with atomic_folder(out) as partial:
-        yield partial

@@ -47,12 +47,14 @@ class Family:
 OURS: ModuleMappings = {}
 """The layout of models that no family computes: our names, `model.` before them; that is Llama's layout too."""
 
-_GPT2: ModuleMappings = {
+_GPT: dict[str, ModuleMapping] = {
     "embed_tokens": ModuleMapping("transformer.wte"),
     "embed_positions": ModuleMapping("transformer.wpe"),
     "norm": ModuleMapping("transformer.ln_f"),
     "layers.*.input_layernorm": ModuleMapping("transformer.h.*.ln_1"),
     "layers.*.post_attention_layernorm": ModuleMapping("transformer.h.*.ln_2"),
+}
+_GPT2: ModuleMappings = _GPT | {
     "layers.*.self_attn.q_proj": ModuleMapping("transformer.h.*.attn.c_attn", transposed=True, slot=0, slots=3),
     "layers.*.self_attn.k_proj": ModuleMapping("transformer.h.*.attn.c_attn", transposed=True, slot=1, slots=3),
     "layers.*.self_attn.v_proj": ModuleMapping("transformer.h.*.attn.c_attn", transposed=True, slot=2, slots=3),
@@ -60,12 +62,7 @@ _GPT2: ModuleMappings = {
     "layers.*.mlp.up_proj": ModuleMapping("transformer.h.*.mlp.c_fc", transposed=True),
     "layers.*.mlp.down_proj": ModuleMapping("transformer.h.*.mlp.c_proj", transposed=True),
 }
-_GPT_NEO: ModuleMappings = {
-    "embed_tokens": ModuleMapping("transformer.wte"),
-    "embed_positions": ModuleMapping("transformer.wpe"),
-    "norm": ModuleMapping("transformer.ln_f"),
-    "layers.*.input_layernorm": ModuleMapping("transformer.h.*.ln_1"),
-    "layers.*.post_attention_layernorm": ModuleMapping("transformer.h.*.ln_2"),
+_GPT_NEO: ModuleMappings = _GPT | {
     "layers.*.self_attn.q_proj": ModuleMapping("transformer.h.*.attn.attention.q_proj"),
     "layers.*.self_attn.k_proj": ModuleMapping("transformer.h.*.attn.attention.k_proj"),
     "layers.*.self_attn.v_proj": ModuleMapping("transformer.h.*.attn.attention.v_proj"),

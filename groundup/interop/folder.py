@@ -16,11 +16,12 @@ from torch import Tensor
 
 from groundup.distributed import World, current_world, full_tensor
 from groundup.files import atomic_folder, write_json
+from groundup.generation.quantize import prepare, quantization_of
 from groundup.interop.digests import write_digests
-from groundup.interop.families import huggingface_config
-from groundup.interop.layouts import put_together, shapes_in_file
+from groundup.interop.families import OURS, huggingface_config
+from groundup.interop.layouts import make_layout, put_together, shapes_in_file
 from groundup.interop.read_weights import WEIGHTS_FILE
-from groundup.interop.stored import CONFIG_FILE, OURS_KEY, open_stored, target_layout
+from groundup.interop.stored import CONFIG_FILE, OURS_KEY, QUANT_METHOD, QUANTIZATION_KEY, open_stored, target_layout
 from groundup.interop.write_weights import TensorSpec, write_weights
 from groundup.model import Transformer
 from groundup.stage import find_model
@@ -37,19 +38,24 @@ def save_model(
 ) -> None:
     """Write a model (and its tokenizer) as a folder that appears whole; every process must call it.
 
-    Weights are written as float32, one after the other.
+    Weights are written as float32, one after the other; quantized ones as they are, under our names, in a folder that
+    transformers refuses to load.
     """
     world = world or current_world()
-    config = model.config
-    parameters = dict(model.named_parameters())
+    config, quantization = model.config, quantization_of(model)
+    parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shapes = shapes_in_file({name: tuple(parameter.shape) for name, parameter in parameters.items()}, config)
-    layout = target_layout(config, shapes)
-    specs = [TensorSpec(name, torch.float32, made.shape) for name, made in layout.tensors.items()]
+    layout = target_layout(config, shapes) if quantization is None else make_layout(OURS, shapes, config.n_experts)
+    dtypes = {
+        name: made.dtype if quantization is not None and name.endswith((".packed", ".scales")) else torch.float32
+        for name, made in parameters.items()
+    }
+    specs = [TensorSpec(name, dtypes[made.pieces[0][0]], made.shape) for name, made in layout.tensors.items()]
 
     # An expert's file tensors take turns with its other matrices: three wholes are gathered once for all experts.
     @functools.lru_cache(maxsize=3 if config.n_experts else 0)
     def whole(name: str) -> Tensor:
-        return full_tensor(parameters[name]).detach().float().cpu()[: shapes[name][0]]
+        return full_tensor(parameters[name]).detach().to(dtypes[name]).cpu()[: shapes[name][0]]
 
     def parameter(name: str, expert: int | None) -> Tensor:
         return whole(name) if expert is None else whole(name)[expert]
@@ -60,7 +66,11 @@ def save_model(
     if world.is_first:
         with atomic_folder(Path(folder)) as partial:
             write_weights(partial, specs, tensor)
-            values = {**huggingface_config(config), OURS_KEY: config.to_dict()}
+            if quantization is None:
+                values = {**huggingface_config(config), OURS_KEY: config.to_dict()}
+            else:
+                how = {"quant_method": QUANT_METHOD, **dataclasses.asdict(quantization)}
+                values = {QUANTIZATION_KEY: how, OURS_KEY: config.to_dict()}
             if "model_type" in values:
                 values["dtype"] = "float32"
             if tokenizer is not None:
@@ -89,20 +99,25 @@ def load_model(folder: str | Path, *, verify: bool = True) -> tuple[Transformer,
     """
     stored = open_stored(Path(folder), verify=verify)
     model = Transformer(stored.config, device="meta")
-    own = {name: _filled(stored.parameter(name), tuple(made.shape)) for name, made in model.named_parameters()}
+    if stored.quantization is not None:
+        prepare(model, stored.quantization)
+    own = {name: _filled(stored.parameter(name), made) for name, made in model.state_dict().items()}
     model.load_state_dict(own, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    model.requires_grad_(stored.quantization is None)
     model.eval()
     return model, tokenizer_beside(stored.folder, stored.values, stored.config.vocab_size)
 
 
-def _filled(stored: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A parameter of this shape in float32, in memory of its own: rows that stand for no token are zeros."""
+def _filled(stored: Tensor, wanted: Tensor) -> Tensor:
+    """A parameter of this shape, in memory of its own: rows that stand for no token are zeros.
+
+    Floats become float32; a quantized matrix's tensors stay as they are.
+    """
+    shape, dtype = tuple(wanted.shape), wanted.dtype
     is_alone = stored.untyped_storage().nbytes() == stored.numel() * stored.itemsize and stored.is_contiguous()
-    if is_alone and tuple(stored.shape) == shape and stored.dtype == torch.float32:
+    if is_alone and tuple(stored.shape) == shape and stored.dtype == dtype:
         return stored
-    filled = torch.zeros(shape) if tuple(stored.shape) != shape else torch.empty(shape)
+    filled = torch.zeros(shape, dtype=dtype) if tuple(stored.shape) != shape else torch.empty(shape, dtype=dtype)
     filled[: len(stored)] = stored
     return filled
 

@@ -18,6 +18,7 @@ import torch
 
 from groundup.errors import ArtifactError, GroundupError
 from groundup.files import atomic_writer
+from groundup.generation.quantize import quantization_of
 from groundup.interop.gguf_architecture import architecture_of, describe_architecture
 from groundup.interop.gguf_tensors import GGUFTensor, tensors_of
 from groundup.interop.gguf_vocabulary import vocabulary_of
@@ -30,13 +31,6 @@ if TYPE_CHECKING:
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 """How matrices are kept: 32, 16, 16, 8.5 and 4.5 bits a weight."""
 
-_FILE_TYPES = {
-    "f32": "ALL_F32",
-    "f16": "MOSTLY_F16",
-    "bf16": "MOSTLY_BF16",
-    "q8_0": "MOSTLY_Q8_0",
-    "q4_0": "MOSTLY_Q4_0",
-}
 _BLOCK = 32
 """Weights of a row that share a scale, in q8_0 and q4_0."""
 
@@ -48,21 +42,22 @@ _LARGEST = {"F16": 65504.0, "Q8_0": 65504.0 * 127, "Q4_0": 65504.0 * 8}
 
 
 def export_gguf(
-    model: Transformer, tokenizer: Tokenizer | None, out: str | Path, *, dtype: GgufType = "f16"
+    model: Transformer, tokenizer: Tokenizer | None, out: str | Path, *, dtype: GgufType | None = None
 ) -> dict[str, Any]:
     """Write a model as a GGUF file, which appears whole or not at all.
 
     In q4_0 the output layer (and an embedding that is tied to it) has 8.5 bits: there an error hurts most. Rows that
     are no multiple of 32 long stay in f16 with both q8_0 and q4_0; norms, biases, learned positions and routers are
-    f32 in every file.
+    f32 in every file. A quantized model's matrices leave with the same numbers that it computes with.
 
     Args:
         model: on one device. tokenizer: byte-level BPE, groundup's or a pretrained one; None: the file has none, and
-        llama.cpp takes ids only. out: the file. dtype: how matrices are kept.
+        llama.cpp takes ids only. out: the file. dtype: how matrices are kept (default: f16; of a quantized model, q8_0
+        or q4_0 as it has 8 or 4 bits).
 
     Returns:
-        What was written: `architecture`, `context_length`, `n_tensors`, `n_parameters`, `bytes`, `types` (tensors by
-        their type) and `notes` (sentences on what differs from the model, if anything).
+        What was written: `dtype`, `architecture`, `context_length`, `n_tensors`, `n_parameters`, `bytes`, `types`
+        (tensors by their type) and `notes` (sentences on what differs from the model, if anything).
 
     Raises:
         ArtifactError: llama.cpp cannot compute this model or tokenize like this tokenizer; each reason is named. Or a
@@ -70,18 +65,25 @@ def export_gguf(
         GroundupError: the `gguf` package is not installed, or the file cannot be written.
     """
     out = Path(out)
+    quantization = quantization_of(model)
+    own: GgufType = "f16" if quantization is None else "q8_0" if quantization.bits == 8 else "q4_0"
+    dtype = dtype or own
     if dtype not in get_args(GgufType):
         raise GroundupError(f"dtype = {dtype!r}: is not one of {', '.join(get_args(GgufType))}.")
     gguf = _package()
     config = model.config
     architecture = architecture_of(config, out)
     vocabulary = vocabulary_of(tokenizer, config.vocab_size, out)
-    plan = [(piece, _type_of(piece, dtype, config.tied_embeddings)) for piece in tensors_of(model, architecture)]
+    keeps = quantization is not None and dtype == own
+    plan = [
+        (piece, _own_type(piece) if keeps and piece.bits else _type_of(piece, dtype, config.tied_embeddings))
+        for piece in tensors_of(model, architecture)
+    ]
     with atomic_writer(out, binary=True) as handle:
         writer = gguf.GGUFWriter(handle.name, architecture.name)
         writer.add_type("model")
         writer.add_name(out.stem)
-        writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[dtype]])
+        writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if dtype == 'f32' else 'MOSTLY'}_{dtype.upper()}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         describe_architecture(writer, config, architecture)
         for name, value in vocabulary.items():
@@ -96,10 +98,12 @@ def export_gguf(
         handle.seek(0, os.SEEK_END)
         for piece, kind in plan:
             handle.write(bytes(-handle.tell() % writer.data_alignment))
-            for values in _slices(piece, kind, out):
+            is_kept = keeps and piece.bits and kind.name in ("Q8_0", "Q4_0")
+            for values in [_blocks(piece)] if is_kept else _slices(piece, kind, out):
                 handle.write(values)
         handle.write(bytes(-handle.tell() % writer.data_alignment))
     return {
+        "dtype": dtype,
         "architecture": architecture.name,
         "context_length": architecture.context_length,
         "n_tensors": len(plan),
@@ -127,6 +131,25 @@ def _type_of(piece: GGUFTensor, dtype: GgufType, is_tied: bool) -> GGMLQuantizat
         return Kind.F16
     is_output = piece.name == "output.weight" or (is_tied and piece.name == "token_embd.weight")
     return Kind.Q8_0 if dtype == "q4_0" and is_output else Kind[dtype.upper()]
+
+
+def _own_type(piece: GGUFTensor) -> GGMLQuantizationType:
+    """The type that holds a quantized matrix as it is."""
+    from gguf import GGMLQuantizationType as Kind
+
+    if piece.shape[-1] % _BLOCK:
+        return Kind.F32
+    return Kind.Q8_0 if piece.bits == 8 else Kind.Q4_0
+
+
+def _blocks(piece: GGUFTensor) -> bytes:
+    """A quantized matrix as blocks of 32: a scale, then their values; a longer group's scale is repeated."""
+    assert piece.make_packed is not None
+    packed, scales = (part.detach().cpu().contiguous() for part in piece.make_packed())
+    n_blocks = piece.n_values // _BLOCK
+    each = scales.reshape(-1).repeat_interleave(n_blocks // scales.numel())
+    parts = (each.half().view(torch.uint8).view(n_blocks, 2), packed.view(torch.uint8).view(n_blocks, -1))
+    return torch.cat(parts, dim=1).numpy().tobytes()
 
 
 def _n_bytes(piece: GGUFTensor, kind: GGMLQuantizationType) -> int:

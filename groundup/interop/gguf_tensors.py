@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from groundup.generation.quantize import Quantized
 from groundup.interop.gguf_architecture import Architecture
 from groundup.model import ModelConfig, Transformer
 from groundup.model.attention import Attention
-from groundup.model.experts import Experts, StackedLinear
+from groundup.model.experts import Experts
 from groundup.model.feedforward import FeedForward
-from groundup.model.linear import Linear
 from groundup.model.positions import rotary_frequencies
 from groundup.model.transformer import Block
 
@@ -33,12 +33,16 @@ class GGUFTensor:
         shape: with the features of the input last.
         make: its values, float32.
         is_matrix: multiplied with, so that it may be kept in fewer bits; norms, biases, positions and routers are not.
+        bits: of a quantized matrix; 0: it is none.
+        make_packed: a quantized matrix's packed values and scales.
     """
 
     name: str
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
     is_matrix: bool = False
+    bits: int = 0
+    make_packed: Callable[[], tuple[Tensor, Tensor]] | None = None
 
     @property
     def n_values(self) -> int:
@@ -51,7 +55,7 @@ def tensors_of(model: Transformer, architecture: Architecture) -> Iterator[GGUFT
     config = model.config
     needs_bias = architecture.name == "gpt2"
     # Rows that stand for no token stay here.
-    yield _piece("token_embd.weight", model.embed_tokens.weight[: config.vocab_size], is_matrix=True)
+    yield _vocabulary_matrix("token_embd.weight", model.embed_tokens, config)
     if model.embed_positions is not None:
         yield _piece("position_embd.weight", model.embed_positions.weight[: architecture.context_length])
     if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
@@ -65,7 +69,7 @@ def tensors_of(model: Transformer, architecture: Architecture) -> Iterator[GGUFT
     assert model.norm is not None
     yield from _norm("output_norm", model.norm, config.d_model, needs_bias)
     if model.lm_head is not None:
-        yield _piece("output.weight", model.lm_head.weight[: config.vocab_size], is_matrix=True)
+        yield _vocabulary_matrix("output.weight", model.lm_head, config)
 
 
 def interleaved(rows: Float[Tensor, "rows ..."], n_heads: int) -> Float[Tensor, "rows ..."]:
@@ -78,8 +82,13 @@ def interleaved(rows: Float[Tensor, "rows ..."], n_heads: int) -> Float[Tensor, 
     return heads.transpose(1, 2).reshape(rows.shape)
 
 
-def _piece(name: str, values: Tensor, *, is_matrix: bool = False) -> GGUFTensor:
-    return GGUFTensor(name, tuple(values.shape), lambda: values, is_matrix)
+def _piece(name: str, values: Tensor) -> GGUFTensor:
+    return GGUFTensor(name, tuple(values.shape), lambda: values)
+
+
+def _vocabulary_matrix(name: str, module: nn.Module, config: ModelConfig) -> GGUFTensor:
+    rows = _Rows(module, lambda all_rows: all_rows[: config.vocab_size])
+    return rows.matrix(name, (config.vocab_size, config.d_model))
 
 
 def _norm(name: str, norm: nn.Module, width: int, needs_bias: bool) -> Iterator[GGUFTensor]:
@@ -91,23 +100,51 @@ def _norm(name: str, norm: nn.Module, width: int, needs_bias: bool) -> Iterator[
 
 @dataclass(frozen=True)
 class _Rows:
-    """A linear layer (or one for each expert) as it shall stand in the file: weight and bias changed alike."""
+    """A linear layer (or one for each expert) as it shall stand in the file: its rows in an order, times a factor."""
 
-    linear: Linear | StackedLinear
-    change: Callable[[Tensor], Tensor] = lambda rows: rows
+    linear: nn.Module
+    order: Callable[[Tensor], Tensor] = lambda rows: rows
+    factor: float = 1.0
 
     def weight(self) -> Tensor:
-        return self.change(self.linear.weight)
+        return self._scaled(self.order(_tensor(self.linear.weight)))
 
     def bias(self) -> Tensor:
-        weight, bias = self.linear.weight, self.linear.bias
-        return self.change(torch.zeros(weight.shape[:-1], device=weight.device) if bias is None else bias)
+        bias = self.linear.bias
+        if isinstance(bias, Tensor):
+            return self._scaled(self.order(bias))
+        return torch.zeros(self.shape[:-1], device=next(self.linear.parameters()).device)
+
+    def packed(self) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.linear, Quantized)
+        return self.order(self.linear.packed), self._scaled(self.order(self.linear.scales))
+
+    @property
+    def bits(self) -> int:
+        return self.linear.bits if isinstance(self.linear, Quantized) else 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if isinstance(self.linear, Quantized):
+            return (*self.linear.packed.shape[:-1], self.linear.packed.shape[-1] * 8 // self.linear.bits)
+        return tuple(_tensor(self.linear.weight).shape)
+
+    def matrix(self, name: str, shape: tuple[int, ...] | None = None) -> GGUFTensor:
+        packed = self.packed if self.bits else None
+        return GGUFTensor(name, shape or self.shape, self.weight, is_matrix=True, bits=self.bits, make_packed=packed)
 
     def pieces(self, name: str, needs_bias: bool = False) -> Iterator[GGUFTensor]:
-        shape = tuple(self.linear.weight.shape)
-        yield GGUFTensor(f"{name}.weight", shape, self.weight, is_matrix=True)
+        yield self.matrix(f"{name}.weight")
         if needs_bias or self.linear.bias is not None:
-            yield GGUFTensor(f"{name}.bias", shape[:-1], self.bias)
+            yield GGUFTensor(f"{name}.bias", self.shape[:-1], self.bias)
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        return rows if self.factor == 1 else rows * self.factor
+
+
+def _tensor(value: object) -> Tensor:
+    assert isinstance(value, Tensor)
+    return value
 
 
 def _attention(
@@ -121,18 +158,20 @@ def _attention(
     def order(rows: Tensor, n_heads: int) -> Tensor:
         return interleaved(rows, n_heads) if architecture.is_interleaved else rows
 
-    def queries(rows: Tensor) -> Tensor:
-        return order(rows if factor == 1 or config.qk_norm else rows * factor, config.n_heads)
-
-    q = _Rows(attention.q_proj, queries)
+    q = _Rows(attention.q_proj, lambda rows: order(rows, config.n_heads), 1.0 if config.qk_norm else factor)
     k = _Rows(attention.k_proj, lambda rows: order(rows, config.n_kv_heads))
     v = _Rows(attention.v_proj)
     if architecture.is_fused:
-        width = sum(part.linear.weight.shape[0] for part in (q, k, v))
-        shape = (width, config.d_model)
+        width = sum(part.shape[0] for part in (q, k, v))
+
+        def packed() -> tuple[Tensor, Tensor]:
+            values, scales = zip(*(part.packed() for part in (q, k, v)), strict=True)
+            return torch.cat(values), torch.cat(scales)
+
         yield GGUFTensor(
-            f"{name}.attn_qkv.weight", shape, lambda: torch.cat([q.weight(), k.weight(), v.weight()]), True
-        )
+            f"{name}.attn_qkv.weight", (width, config.d_model),
+            lambda: torch.cat([q.weight(), k.weight(), v.weight()]), True, q.bits, packed if q.bits else None,
+        )  # fmt: skip
         yield GGUFTensor(f"{name}.attn_qkv.bias", (width,), lambda: torch.cat([q.bias(), k.bias(), v.bias()]))
     else:
         for letter, part in (("q", q), ("k", k), ("v", v)):

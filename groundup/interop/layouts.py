@@ -19,7 +19,7 @@ from groundup.model import ModelConfig
 Shape = tuple[int, ...]
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
-_VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
+_VOCABULARY = ("embed_tokens", "lm_head")
 _OF_EXPERTS = re.compile(r"\.mlp\.(gate|up|down)_proj\.")
 
 
@@ -89,7 +89,10 @@ class Layout:
 
 def shapes_in_file(shapes: Mapping[str, Shape], config: ModelConfig) -> dict[str, Shape]:
     """Our parameters' shapes without the rows that fill up the vocabulary."""
-    return {name: (config.vocab_size, *shape[1:]) if name in _VOCABULARY else shape for name, shape in shapes.items()}
+    return {
+        name: (config.vocab_size, *shape[1:]) if name.partition(".")[0] in _VOCABULARY else shape
+        for name, shape in shapes.items()
+    }
 
 
 def make_layout(places: ModuleMappings, shapes: Mapping[str, Shape], n_experts: int = 0) -> Layout:

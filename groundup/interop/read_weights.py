@@ -23,7 +23,9 @@ CHECKPOINT_FILE = "weights.safetensors"
 """The weights' file of a training checkpoint."""
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The dtypes of weights; tensors of other dtypes are quantized, or no weights."""
+"""The dtypes of weights."""
+PACKED_DTYPES = {"I8": torch.int8, "U8": torch.uint8}
+"""Those of quantized weights' values."""
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _DAMAGED = "The file is damaged: get or make it again."
@@ -60,19 +62,23 @@ class Weights:
         self.source = source
         self.tensors = tensors
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str, *, quantized: bool = False) -> torch.dtype:
         """A tensor's dtype.
+
+        Args:
+            name: of the tensor.
+            quantized: of a model that groundup has quantized.
 
         Raises:
             ArtifactError: weights cannot have it.
         """
-        stored = self.tensors[name]
-        if stored.dtype not in DTYPES:
+        stored, known = self.tensors[name], DTYPES | PACKED_DTYPES if quantized else DTYPES
+        if stored.dtype not in known:
             raise ArtifactError(
                 f"{stored.file}: {name} has dtype {stored.dtype}; weights have {', '.join(DTYPES)}.",
-                "Quantized weights cannot be read; look for the model they were made from.",
+                "Weights that others quantized cannot be read; look for the model they were made from.",
             )
-        return DTYPES[stored.dtype]
+        return known[stored.dtype]
 
     def read(self, name: str) -> Tensor:
         """A tensor, in memory of its own.
@@ -80,7 +86,7 @@ class Weights:
         Raises:
             ArtifactError: of a dtype that weights cannot have, or the file is no longer what its header says.
         """
-        stored, dtype = self.tensors[name], self.dtype(name)
+        stored, dtype = self.tensors[name], self.dtype(name, quantized=True)
         with reading(str(stored.file)), stored.file.open("rb") as handle:
             contents = torch.empty(stored.n_bytes, dtype=torch.uint8)
             handle.seek(stored.begin)

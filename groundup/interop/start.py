@@ -15,11 +15,12 @@ from typing import Any
 
 from groundup.console import Console
 from groundup.errors import ArtifactError, DataError, Problem, RecipeError
+from groundup.generation.quantize import Quantization, quantization_of
 from groundup.interop.folder import load_model
 from groundup.interop.stored import open_stored
 from groundup.model import ModelConfig, Transformer, extend_vocabulary, reshaped
 from groundup.model.cost import parameter_shapes
-from groundup.recipe import DEFAULT_PRESET, AlignSettings, ModelSettings
+from groundup.recipe import DEFAULT_PRESET, ModelSettings, StartSettings
 from groundup.run import Run
 from groundup.stage import MODEL_FOLDER, Stage, find_model, graph
 from groundup.tokenizer import Tokenizer, load_tokenizer
@@ -42,7 +43,7 @@ def starting_point(stage: Stage, run: Run, console: Console | None = None) -> tu
         assert tokenizer is not None, "a stage saves its model with its tokenizer"
         return model.requires_grad_(True), tokenizer
     # Pretraining takes the run's, which may be a copy of the given one.
-    own = starting_tokenizer(stage) if isinstance(stage.settings, AlignSettings) else None
+    own = starting_tokenizer(stage) if isinstance(stage.settings, StartSettings) else None
     own = own or load_tokenizer(run.folder("tokenizer"))
     if stage.outside_start is not None:
         return start_model(stage.outside_start, _changes(stage), own, console), own
@@ -108,7 +109,7 @@ def check_chat(stage: Stage, where: str) -> None:
 
 def _is_of_trunk(stage: Stage) -> bool:
     """Whether `[tokenizer]` and `[model]` are about the model that a stage starts from, and not about another one."""
-    return not (stage.recipe.has_trunk and isinstance(stage.settings, AlignSettings))
+    return not (stage.recipe.has_trunk and isinstance(stage.settings, StartSettings))
 
 
 def _changes(stage: Stage) -> ModelSettings:
@@ -119,12 +120,12 @@ def _changes(stage: Stage) -> ModelSettings:
 def _check_start(stage: Stage) -> None:
     """Hold that there is a model where a stage starts from; `start` may have been meant for the name of a stage."""
     settings = stage.settings
-    if not isinstance(settings, AlignSettings):
+    if not isinstance(settings, StartSettings):
         return
     try:
         find_model(settings.start)
     except ArtifactError as error:
-        known = [name for name in stage.recipe.align if name != stage.name]
+        known = [name for name in stage.recipe.branches if name != stage.name]
         known += ["pretrain"] if stage.recipe.has_trunk else []
         near = difflib.get_close_matches(settings.start, known, n=1)
         raise ArtifactError(
@@ -145,7 +146,9 @@ def start_config(init: str | Path, settings: ModelSettings | None = None) -> Mod
         ArtifactError: no model there, or a damaged one.
         RecipeError: a setting that the weights do not fit, by name.
     """
-    return _changed(open_stored(find_model(init)).config, init, settings or ModelSettings())
+    stored = open_stored(find_model(init))
+    _check_floats(stored.quantization, init)
+    return _changed(stored.config, init, settings or ModelSettings())
 
 
 def start_model(
@@ -169,6 +172,7 @@ def start_model(
     """
     console = console or Console(quiet=True)
     loaded, own = load_model(find_model(init))
+    _check_floats(quantization_of(loaded), init)
     config = _changed(loaded.config, init, settings or ModelSettings())
     model = Transformer(config, device="meta")
     model.load_state_dict(loaded.state_dict(), assign=True)
@@ -176,6 +180,14 @@ def start_model(
     if tokenizer is not None:
         _fit_vocabulary(model, own, tokenizer, init, console)
     return model
+
+
+def _check_floats(quantization: Quantization | None, init: str | Path) -> None:
+    if quantization is not None:
+        raise ArtifactError(
+            f"{init}: its weights have {quantization.bits} bits, and no stage can start from such a model.",
+            "Name the model that it was made from.",
+        )
 
 
 def _changed(config: ModelConfig, init: str | Path, settings: ModelSettings) -> ModelConfig:

@@ -17,7 +17,9 @@ import pydantic
 import torch
 from torch import Tensor
 
-from groundup.errors import ArtifactError, RecipeError
+from groundup.errors import ArtifactError, GroundupError, RecipeError
+from groundup.generation.quantize import Quantization
+from groundup.generation.rounding import Bits, dequantize
 from groundup.interop.digests import check_digests, is_saved_again
 from groundup.interop.families import FAMILIES, OURS, Family, computed, huggingface_config, read_config
 from groundup.interop.fields import MOST_LAYERS
@@ -30,6 +32,8 @@ from groundup.untrusted import MOST_CONFIG_BYTES, file_inside, read_object, read
 CONFIG_FILE = "config.json"
 OURS_KEY = "groundup"
 """Where our configuration stands in a `config.json`."""
+QUANTIZATION_KEY, QUANT_METHOD = "quantization_config", "groundup"
+"""Where it says how weights are quantized. transformers looks there too, and refuses a `quant_method` unknown to it."""
 
 _MOST_EXPERTS = 1 << 18
 """In all layers: far more than any model has."""
@@ -51,8 +55,10 @@ class StoredModel:
         values: of its `config.json`.
         weights: its tensors.
         layout: where in them each parameter stands.
-        shapes: of the parameters, without filling rows.
+        shapes: of the parameters with float weights, without filling rows.
         prefix: what the layout's names begin with and the file's do not.
+        quantization: how matrices are kept; None: as floats.
+        matrices: those that are quantized, with their bits and inputs per scale.
     """
 
     folder: Path
@@ -64,15 +70,26 @@ class StoredModel:
     layout: Layout
     shapes: dict[str, tuple[int, ...]]
     prefix: str
+    quantization: Quantization | None = None
+    matrices: dict[str, tuple[Bits, int]] = dataclasses.field(default_factory=dict)
     _kept: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype in which a parameter is stored; of several, the one that holds them all."""
+        """The dtype in which a parameter is stored; of several, or quantized, the one that holds them all."""
+        if self._is_quantized(name):
+            return torch.float32
         found = {self.weights.dtype(self._outside(part.tensor)) for part in self.layout.parts[name]}
         return found.pop() if len(found) == 1 else torch.float32
 
     def parameter(self, name: str, expert: int | None = None) -> Tensor:
-        """A parameter of ours, or one expert's part of it: in our orientation, in its stored dtype, unpadded."""
+        """A parameter of ours, or one expert's part of it: in our orientation, in its stored dtype, unpadded.
+
+        The weight of a quantized matrix is dequantized; its `packed` and `scales` are parameters, too.
+        """
+        if self._is_quantized(name):
+            module = name.removesuffix(".weight")
+            packed, scales = (self.parameter(f"{module}.{kind}", expert) for kind in ("packed", "scales"))
+            return dequantize(packed, scales, self.matrices[module][0])
         parts = self.layout.parts[name]
         if len(parts) > 1:
             if expert is None:
@@ -82,6 +99,9 @@ class StoredModel:
         contents = self._read(parts[0].tensor, place.slots > 1 or expert is not None)
         whole = take(contents, place, stacked=stacked)
         return whole if expert is None else whole[expert]
+
+    def _is_quantized(self, name: str) -> bool:
+        return name.endswith(".weight") and name.removesuffix(".weight") in self.matrices
 
     def _read(self, tensor: str, is_shared: bool) -> Tensor:
         """A tensor; the last two of those that several parameters are cut from are kept."""
@@ -114,6 +134,7 @@ def open_stored(folder: Path, *, verify: bool = False) -> StoredModel:
         check_digests(folder, values)
     with reading(str(path)):
         config, family, left_out = _read_config(values, path)
+        quantization = _read_quantization(values, path)
     with reading(str(folder)):
         weights = open_weights(folder)
     names = {name for name in weights.tensors if not _NO_WEIGHTS.search(name)}
@@ -123,14 +144,21 @@ def open_stored(folder: Path, *, verify: bool = False) -> StoredModel:
             f"{config.n_layers:,} layers)."
         )
     shapes = shapes_in_file(parameter_shapes(config), config)
+    dtypes: dict[str, torch.dtype] = {}  # of quantized matrices' tensors
+    in_file = shapes
+    if quantization is not None:
+        tensors = quantization.tensors(shapes)
+        in_file = {name: shape for name, (shape, _) in tensors.items()}
+        dtypes = {name: dtype for name, (_, dtype) in tensors.items() if dtype is not None}
     tables = [*(family.layouts if family else ()), *([] if family and {} in family.layouts else [OURS])]
-    layouts = [make_layout(table, shapes, config.n_experts) for table in tables]
+    layouts = [make_layout(table, in_file, config.n_experts) for table in tables]
     found = [(layout, prefix) for layout in layouts for prefix in _prefixes(layout, names)]
     # The first whose tensors are all there; else the one with the fewest missing, to say which.
     layout, prefix = min(
         found, key=lambda pair: sum(name.removeprefix(pair[1]) not in names for name in pair[0].tensors)
     )
     expected = {name.removeprefix(prefix): made.shape for name, made in layout.tensors.items()}
+    made_of = {name.removeprefix(prefix): made.pieces[0][0] for name, made in layout.tensors.items()}
     left_over = _without_tied_copy(names - expected.keys(), config, weights, layout, prefix)
     odd = sorted((expected.keys() - names) | left_over)
     if odd:
@@ -141,8 +169,36 @@ def open_stored(folder: Path, *, verify: bool = False) -> StoredModel:
         stored = weights.tensors[name]
         if stored.shape != shape:
             raise ArtifactError(f"{stored.file}: {name} has shape {stored.shape}, not {shape}.")
-        weights.dtype(name)
-    return StoredModel(folder, config, family, left_out, values, weights, layout, shapes, prefix)
+        own = dtypes.get(made_of[name])
+        found_dtype = weights.dtype(name, quantized=own is not None)
+        if own not in (None, found_dtype):
+            raise ArtifactError(f"{stored.file}: {name} has dtype {found_dtype}, not {own}.")
+    matrices = {} if quantization is None else quantization.matrices(shapes)
+    return StoredModel(
+        folder, config, family, left_out, values, weights, layout, shapes, prefix, quantization, matrices
+    )
+
+
+def _read_quantization(values: dict[str, Any], path: Path) -> Quantization | None:
+    """How a `config.json` of ours says that matrices are kept; a family's is refused where its fields are read."""
+    found = values.get(QUANTIZATION_KEY)
+    if found is None:
+        return None
+    if isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD and OURS_KEY in values:
+        arguments = {name: value for name, value in found.items() if name != "quant_method"}
+        try:
+            return pydantic.TypeAdapter(Quantization, config={"extra": "forbid", "strict": True}).validate_python(
+                arguments
+            )
+        except (GroundupError, pydantic.ValidationError) as error:
+            what = error.message if isinstance(error, GroundupError) else str(error.errors(include_url=False)[0])
+            raise ArtifactError(
+                f"{path}: {QUANTIZATION_KEY}: {what}", "Read it with the version of groundup that wrote it."
+            ) from error
+    raise ArtifactError(
+        f"{path}: {QUANTIZATION_KEY} = {found!r:.80}: groundup reads only what it quantized itself.",
+        "Look for the model that it was made from.",
+    )
 
 
 def _read_config(values: dict[str, Any], path: Path) -> tuple[ModelConfig, Family | None, list[str]]:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from groundup.files import write_json
-from groundup.interop.read_weights import DTYPES, INDEX_FILE, WEIGHTS_FILE
+from groundup.interop.read_weights import DTYPES, INDEX_FILE, PACKED_DTYPES, WEIGHTS_FILE
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in (DTYPES | PACKED_DTYPES).items()}
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TensorSpec:
 
     Attributes:
         name: in the file.
-        dtype: float32, float16 or bfloat16.
+        dtype: of weights, or of quantized weights' values.
         shape: its shape.
     """
 

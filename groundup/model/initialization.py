@@ -18,13 +18,17 @@ Sources: GPT-2's report, section 2.3; zero projections as in arXiv:1901.09321 (F
 from __future__ import annotations
 
 import math
+import sys
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import xxhash
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from groundup.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _EMBEDDING_STD = 0.02
 
@@ -61,7 +65,9 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     for name, parameter in model.named_parameters():
         name = name.replace("_orig_mod.", "")
         full = _draw(name, tuple(parameter.shape), config, seed)
-        if isinstance(parameter, DTensor):
+        if is_sharded(parameter):
+            from torch.distributed.tensor import distribute_tensor
+
             # Every rank draws the same full tensor, so no broadcast is needed: each keeps its shard.
             parameter.copy_(
                 distribute_tensor(
@@ -70,6 +76,12 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
             )
         else:
             parameter.copy_(full)
+
+
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is a `DTensor`; of none, its module, which takes as long to load as torch, is never loaded."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _draw(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:

@@ -32,6 +32,8 @@ from groundup.recipe.stages import (
     OptimizerSettings,
     PrecisionName,
     PretrainSettings,
+    QuantizeSettings,
+    StartSettings,
 )
 from groundup.recipe.writing import changed_settings, recipe_toml
 
@@ -54,10 +56,12 @@ __all__ = [
     "OptimizerSettings",
     "PrecisionName",
     "PretrainSettings",
+    "QuantizeSettings",
     "Recipe",
     "RopeScalingSettings",
     "Section",
     "ShardsSettings",
+    "StartSettings",
     "Texts",
     "TokenizerSettings",
     "changed_settings",

@@ -45,18 +45,20 @@ class CorpusSettings(Section):
 
     inputs: Texts = setting(
         ("groundup:classics",),
-        "files, folders or globs (.txt .md .html .jsonl .json .csv .tsv .parquet .warc .wet, also .gz .zst .bz2 .xz; a "
-        "file that is named may end in anything), s3:// gs:// https:// addresses, or a text that ships with groundup: "
-        "groundup:classics, groundup:shakespeare",
+        "files, folders or globs (.txt .md .rst .log .html .jsonl .json .csv .tsv .parquet .warc .wet, also .gz .zst "
+        ".bz2 .xz; a file that is named may end in anything), s3:// gs:// https:// addresses, or a text that ships "
+        "with groundup: groundup:classics, groundup:shakespeare",
         min_length=1,
     )
     follow_links: bool = setting(False, "read files outside a folder of inputs that links in it lead to")
     text_field: str = setting("text", "field of a record (JSON, CSV, Parquet) that holds the text")
     source_field: str = setting("", "field that names a record's source (unset: the file's name)")
     separator: str = setting(
-        "<|endoftext|>", 'what stands between documents in a text file ("": each text file is one document)',
+        "<|endoftext|>",
+        'what stands between documents in a text file, alone on a line if it is <|endoftext|> ("": each text file is '
+        "one document)",
         max_length=256,
-    )  # fmt: skip
+    )
     unicode: Literal["NFC", "NFKC", "none"] = setting(
         "NFC", "Unicode normalization form; NFKC also unifies ligatures and full-width letters"
     )

@@ -18,6 +18,7 @@ from groundup.errors import ArtifactError, Problem, RecipeError
 from groundup.recipe.recipe import Recipe
 from groundup.recipe.registry import METHODS, find_method
 from groundup.recipe.sections import Section, section_class
+from groundup.recipe.stages import QuantizeSettings
 from groundup.untrusted import ordinary_file, read_bytes
 
 MOST_BYTES, DEEPEST = 1 << 20, 16
@@ -182,6 +183,8 @@ def _field_at(location: Sequence[str], values: Mapping[str, Any]) -> tuple[type[
         written = values["align"][location[1]]
         method = str(written.get("method", location[1])) if isinstance(written, Mapping) else ""
         section, location = find_method(method).settings if method in METHODS else None, location[2:]
+    elif location[:1] == ["quantize"] and len(location) > 1:
+        section, location = QuantizeSettings, location[2:]
     for part in location:
         if section is None or part not in section.model_fields:
             break

@@ -13,7 +13,14 @@ from groundup.recipe.data import CorpusSettings, ShardsSettings, TokenizerSettin
 from groundup.recipe.model import ModelSettings
 from groundup.recipe.registry import TRUNK, find_method
 from groundup.recipe.sections import Section, setting
-from groundup.recipe.stages import AlignSettings, EvaluateSettings, GenerateSettings, PretrainSettings
+from groundup.recipe.stages import (
+    AlignSettings,
+    EvaluateSettings,
+    GenerateSettings,
+    PretrainSettings,
+    QuantizeSettings,
+    StartSettings,
+)
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 _STAGE_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"  # of a folder, and of a TOML key without quotes
@@ -65,6 +72,9 @@ class Recipe(Section):
     align: dict[str, SerializeAsAny[Annotated[AlignSettings, BeforeValidator(_method_settings)]]] = Field(
         default_factory=dict, description="[align.NAME]: stages that start from a model of the run"
     )
+    quantize: dict[str, QuantizeSettings] = Field(
+        default_factory=dict, description="[quantize.NAME]: models of the run in fewer bits"
+    )
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     generate: GenerateSettings = Field(default_factory=GenerateSettings)
 
@@ -94,16 +104,20 @@ class Recipe(Section):
             yield f"[{name}] is about text, and this recipe reads none: leave it out, or add [corpus]"
 
     def _names(self) -> Iterator[str]:
-        for place, name in enumerate(self.align):
-            others = {other.casefold() for other in list(self.align)[:place]}  # of one folder on some disks
-            if name.casefold() in _TAKEN | others or name.casefold().startswith(BEFORE):
-                yield f"[align.{name}]: the name is taken: choose another"
+        others: set[str] = set()
+        sections: dict[str, dict[str, Any]] = {"align": self.align, "quantize": self.quantize}
+        for section, name in [(section, name) for section, names in sections.items() for name in names]:
+            folded = name.casefold()  # of one folder on some disks
+            if folded in _TAKEN | others or folded.startswith(BEFORE):
+                yield f"[{section}.{name}]: the name is taken: choose another"
             elif not re.fullmatch(_STAGE_NAME, name):
-                yield f"[align.'{name}']: a stage's name is made of letters, digits, - and _: choose another"
+                yield f"[{section}.'{name}']: a stage's name is made of letters, digits, - and _: choose another"
+            others.add(folded)
 
     def _references(self) -> Iterator[str]:
-        known = {*self.align, *(["pretrain"] if self.has_trunk else [])}
-        for name, section in self.align.items():
+        branches = self.branches
+        known = {*branches, *(["pretrain"] if self.has_trunk else [])}
+        for name, section in branches.items():
             compute = getattr(section, "compute", None)
             if compute is not None and compute not in known - {name, "pretrain"}:
                 yield f'[align.{name}] compute = "{compute}": no other stage of this recipe has that name'
@@ -111,11 +125,11 @@ class Recipe(Section):
             waiting = [section.start, compute]
             while waiting:
                 place = waiting.pop()
-                if place in self.align and place not in seen:
+                if place in branches and place not in seen:
                     seen.add(place)
-                    waiting += [self.align[place].start, getattr(self.align[place], "compute", None)]
+                    waiting += [branches[place].start, getattr(branches[place], "compute", None)]
                 elif place == name:
-                    yield f"[align.{name}] needs itself, by its start or compute"
+                    yield f"[{self.section_of(name)}] needs itself, by its start or compute"
                     break
         for gate in self.evaluate.gates:
             for place in {gate.model, gate.over} - {None, "start"} - known:
@@ -125,10 +139,19 @@ class Recipe(Section):
             yield f'[generate] model = "{chosen}": is no stage of this recipe: {", ".join(sorted(known))}'
 
     @property
+    def branches(self) -> dict[str, StartSettings]:
+        """The stages that start from a model: `[align.NAME]` and `[quantize.NAME]`."""
+        return {**self.align, **self.quantize}
+
+    def section_of(self, stage: str) -> str:
+        """The section of one of them."""
+        return f"{'align' if stage in self.align else 'quantize'}.{stage}"
+
+    @property
     def has_trunk(self) -> bool:
-        """Whether a model is pretrained; not where every `[align.NAME]` section starts from a model made elsewhere."""
-        starts = {section.start for section in self.align.values()}
-        return not self.align or "pretrain" in starts or "pretrain" in self.model_fields_set
+        """Whether a model is pretrained; not where every stage that starts from a model takes one made elsewhere."""
+        starts = {section.start for section in self.branches.values()}
+        return not self.branches or "pretrain" in starts or "pretrain" in self.model_fields_set
 
     @property
     def reads_text(self) -> bool:
@@ -140,4 +163,5 @@ class Recipe(Section):
         """The model made elsewhere that the first training stage starts from; None: a fresh one."""
         if self.has_trunk:
             return self.pretrain.init
-        return next((one.start for one in self.align.values() if one.start not in self.align), None)
+        branches = self.branches
+        return next((one.start for one in branches.values() if one.start not in branches), None)

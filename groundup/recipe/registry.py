@@ -51,6 +51,9 @@ METHODS = {
         "A model to a smaller one that guesses its tokens: a draft for generation.",
     ),
 }
+QUANTIZE = Registered(
+    "groundup.alignment.quantization:QUANTIZE", "A model to the same in 8 or 4 bits a weight, and what that costs."
+)
 EVALUATE = Registered(
     "groundup.evaluation.harness:EVALUATE", "Models to scores with error bars: bits per byte, exact match."
 )

@@ -181,16 +181,45 @@ class PretrainSettings(OptimizerSettings):
         return self
 
 
-class AlignSettings(Section):
-    """What every `[align.NAME]` section can be told, whatever its method."""
+class StartSettings(Section):
+    """What every stage can be told that starts from a model."""
 
-    method: str = setting("", "what the stage does (unset: the section's own name)")
     start: str = setting(
         "pretrain",
         "the stage whose model it starts from, or a run or a model's folder",
         min_length=1,
         affects_result=False,
     )
+
+
+class AlignSettings(StartSettings):
+    """What every `[align.NAME]` section can be told, whatever its method."""
+
+    method: str = setting("", "what the stage does (unset: the section's own name)")
+
+
+class QuantizeSettings(StartSettings):
+    """A model to the same in fewer bits."""
+
+    bits: Literal[8, 4] = setting(8, "of a weight: 8 or 4")
+    method: Literal["rtn", "gptq"] | None = setting(
+        None, "rtn: round to nearest; gptq: calibrated on the run's text (unset: gptq with 4 bits where there is text)"
+    )
+    group_size: int | None = setting(
+        None, "inputs that share a scale, a multiple of 32 (unset: 32 with 4 bits, the whole row with 8)", ge=32
+    )
+    activations: Literal["float", "int8"] = setting(
+        "float", "int8: activations are rounded for each product, too (8 bits, whole rows, on CPUs)"
+    )
+    calibration: int = setting(128, "gptq: windows of the training text, of the model's context", ge=1, le=1_000_000)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> QuantizeSettings:
+        if self.group_size is not None and self.group_size % 32:
+            raise ValueError(f"group_size {self.group_size} must be a multiple of 32")
+        if self.activations == "int8" and (self.bits, self.group_size) != (8, None):
+            raise ValueError('activations = "int8" needs bits = 8 and no group_size')
+        return self
 
 
 class ControlSettings(AlignSettings):

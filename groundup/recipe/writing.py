@@ -28,9 +28,13 @@ def recipe_toml(recipe: Recipe, *, all_settings: bool = False, comments: bool = 
 
 def changed_settings(before: Recipe, after: Recipe) -> list[str]:
     """The settings that differ, as `section.key: old -> new` lines; a stage that came or went, as one."""
-    names = before.align.keys() ^ after.align.keys()
-    stages = [f"[align.{name}] is {'new' if name in after.align else 'gone'}" for name in sorted(names)]
-    old, new = (dict(_leaves(recipe.model_dump(mode="json", exclude={"align": names}))) for recipe in (before, after))
+    names = before.branches.keys() ^ after.branches.keys()
+    stages = [
+        f"[{after.section_of(name)}] is new" if name in after.branches else f"[{before.section_of(name)}] is gone"
+        for name in sorted(names)
+    ]
+    without = {"align": names, "quantize": names}
+    old, new = (dict(_leaves(recipe.model_dump(mode="json", exclude=without))) for recipe in (before, after))
     return stages + [
         f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}"
         for key in sorted(old.keys() | new.keys())

@@ -32,7 +32,7 @@ MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 INDEX_DTYPE = np.dtype("<u8")
 LARGEST_16_BIT_VOCABULARY = 1 << 16
-LARGEST_VOCABULARY = 1 << 32
+LARGEST_VOCABULARY = 1 << 28
 AGAIN = "Make the shards again: with --from shards, or with groundup shards import."
 
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]

@@ -226,8 +226,7 @@ def _ring(shards: TokenShards, starts: np.ndarray, length: int) -> np.ndarray:
     out = np.empty((len(starts), length), dtype=np.int64)
     out[~over] = shards.windows(starts[~over], length)
     for row in np.flatnonzero(over):
-        start = int(starts[row])
-        until_end = shards.n_tokens - start
-        out[row, :until_end] = shards.window(start, until_end)
+        until_end = shards.n_tokens - int(starts[row])
+        out[row, :until_end] = shards.window(int(starts[row]), until_end)
         out[row, until_end:] = shards.window(0, length - until_end)
     return out

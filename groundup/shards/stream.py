@@ -22,7 +22,6 @@ class StreamWriter:
         split: "train" or "validation".
         dtype: of the ids on disk.
         shard_tokens: ids in a file (the last has the rest; default: one file for all).
-        first: the number of the first file.
 
     Attributes:
         n_tokens: ids written so far.
@@ -30,11 +29,8 @@ class StreamWriter:
         files: the files that are complete.
     """
 
-    def __init__(
-        self, out: Path, split: str, dtype: np.dtype[Any], shard_tokens: int = 1 << 62, first: int = 0
-    ) -> None:
+    def __init__(self, out: Path, split: str, dtype: np.dtype[Any], shard_tokens: int = 1 << 62) -> None:
         self._out = out
-        self._first = first
         self._split = split
         self._dtype = dtype
         self._shard_tokens = shard_tokens
@@ -83,7 +79,7 @@ class StreamWriter:
         return tuple(self.files)
 
     def _begin_file(self) -> None:
-        number = self._first + len(self.files)
+        number = len(self.files)
         self._name, self._index_name = f"{self._split}-{number:05d}.bin", f"{self._split}-{number:05d}.idx"
         self._handle = self._file.enter_context(atomic_writer(self._out / self._name, binary=True))
         self._checksum = xxhash.xxh3_128()

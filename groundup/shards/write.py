@@ -1,9 +1,8 @@
 """Documents and a tokenizer to token shards: by one process, or by many with the same bytes for any number of them.
 
-Many work in two passes over files, as MapReduce does it. First, each byte range of `documents.jsonl` becomes a folder
-of shards of its own. Then each shard is cut out of the stream that the ranges make in their order: where a shard
-begins depends on token counts only. A range's manifest carries the fingerprint of all that decided its bytes, so a
-run that was killed goes on with those that fit; they are removed at the end.
+Many encode: each byte range of `documents.jsonl` becomes a folder of shards of its own. One joins: the stream that the
+ranges make in their order is cut into the shards. A range's manifest carries the fingerprint of all that decided its
+bytes, so a run that was killed goes on with those that fit; they are removed at the end.
 No Python object is made per token: ids stay in numpy from the tokenizer to the file.
 """
 
@@ -75,7 +74,7 @@ def write_shards(
             out, documents, tokenizer, settings.shard_tokens, lambda n: bar.update(n, note=f"{n:,} docs")
         )
         summary = _finish(out, tokenizer, {name: tally.split() for name, tally in tallies.items()}, None, settings)
-        bar.finish(_in_words(summary))
+        bar.finish(", ".join(f"{format_count(summary[f'tokens_{name}'])} tokens {name}" for name in SPLITS))
     return summary
 
 
@@ -133,19 +132,16 @@ def write_shards_from_file(
         for work, manifest in zip(ranges, workers.map(encode_range, ranges), strict=True):
             manifests.append(manifest)
             bar.update(work.end, note=f"{format_bytes(work.end)} of {format_bytes(size)}")
-        folders = [work.folder for work in ranges]
         tallies = {name: Tally() for name in SPLITS}
-        shards = [
-            shard for name in SPLITS for shard in plan_shards(folders, manifests, name, out, settings.shard_tokens)
-        ]
-        for shard, file in zip(shards, workers.map(join_shard, shards), strict=True):
-            tallies[shard.split].files += (file,)
-        for manifest in manifests:
-            for name, split in manifest.splits.items():
-                tallies[name].add_split(split)
+        for name, tally in tallies.items():
+            with StreamWriter(out, name, token_dtype(tokenizer.vocab_size), settings.shard_tokens) as writer:
+                for work, manifest in zip(ranges, manifests, strict=True):
+                    append_range(writer, work.folder, manifest, name)
+                    tally.add_split(manifest.splits[name])
+                tally.files = writer.finish()
         splits = {name: tally.split() for name, tally in tallies.items()}
         summary = _finish(out, tokenizer, splits, file_digest(documents), settings)
-        bar.finish(_in_words(summary))
+        bar.finish(", ".join(f"{format_count(summary[f'tokens_{name}'])} tokens {name}" for name in SPLITS))
     remove_folder(out / RANGES)
     return summary
 
@@ -184,54 +180,11 @@ def encode_range(work: RangeWork) -> ShardsManifest:
     return manifest
 
 
-@dataclass(frozen=True)
-class ShardWork:
-    """One shard to cut out of the ranges.
-
-    Attributes:
-        split: "train" or "validation".
-        number: of the shard in its split.
-        out: the folder.
-        dtype: of the ids.
-        pieces: (the range's folder, its file, the first and the last + 1 of its tokens that belong to the shard).
-    """
-
-    split: str
-    number: int
-    out: Path
-    dtype: np.dtype[Any]
-    pieces: tuple[tuple[Path, ShardFile, int, int], ...]
-
-
-def plan_shards(
-    folders: Sequence[Path], manifests: Sequence[ShardsManifest], split: str, out: Path, shard_tokens: int
-) -> Iterator[ShardWork]:
-    """What each shard of a split is made of: `shard_tokens` ids of the ranges in their order, the last the rest."""
-    number, room = 0, shard_tokens
-    pieces: list[tuple[Path, ShardFile, int, int]] = []
-    for folder, manifest in zip(folders, manifests, strict=True):
-        for file in manifest.splits[split].files:
-            begin = 0
-            while begin < file.tokens:
-                end = min(file.tokens, begin + room)
-                pieces.append((folder, file, begin, end))
-                room -= end - begin
-                begin = end
-                if not room:
-                    yield ShardWork(split, number, out, manifest.dtype, tuple(pieces))
-                    number, room, pieces = number + 1, shard_tokens, []
-    if pieces:
-        yield ShardWork(split, number, out, manifests[0].dtype, tuple(pieces))
-
-
-def join_shard(work: ShardWork) -> ShardFile:
-    """Write one shard and its index."""
-    with StreamWriter(work.out, work.split, work.dtype, first=work.number) as writer:
-        for folder, file, begin, end in work.pieces:
-            tokens = mapped(folder / file.name, work.dtype, file.tokens)
-            ends = mapped(folder / file.index_name, INDEX_DTYPE, file.documents).astype(np.int64)
-            writer.append(tokens[begin:end], ends[(ends > begin) & (ends <= end)] - begin)
-        return writer.finish()[0]
+def append_range(writer: StreamWriter, folder: Path, manifest: ShardsManifest, split: str) -> None:
+    """Append a range's part of a split to the stream."""
+    for file in manifest.splits[split].files:
+        ends = mapped(folder / file.index_name, INDEX_DTYPE, file.documents)
+        writer.append(mapped(folder / file.name, manifest.dtype, file.tokens), ends.astype(np.int64))
 
 
 @dataclass
@@ -361,11 +314,6 @@ def _finish(
 
 def _manifest(tokenizer: Tokenizer, splits: Mapping[str, Split], provenance: Mapping[str, Any]) -> ShardsManifest:
     return ShardsManifest(tokenizer.vocab_size, tokenizer.fingerprint, tokenizer.end_of_text_id, splits, provenance)
-
-
-def _in_words(summary: Mapping[str, Any]) -> str:
-    train, validation = (format_count(summary[f"tokens_{name}"]) for name in SPLITS)
-    return f"{train} tokens train, {validation} validation"
 
 
 def _lines_beginning_in(path: Path, begin: int, end: int) -> tuple[bytes, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -92,6 +93,42 @@ def _from_vocabulary_and_merges(files: dict[str, bytes], source: str) -> str:
                 f"{source}: the added token {name!r:.60} has the id {index}, which is not the next one."
             )
     return as_json(contents(engine))
+
+
+def engine_of(spec: dict[str, Any]) -> Engine:
+    """The engine of a `tokenizer.json`, without what makes the library take all memory, or panic, which it prints.
+
+    Raises:
+        ValueError: an id is too large, or a merge or a table of characters is impossible.
+        Exception: whatever else the library finds wrong.
+    """
+    model = spec["model"]
+    ids = [*model["vocab"].values()] if isinstance(model["vocab"], dict) else []
+    for index in [*ids, *(token["id"] for token in spec.get("added_tokens") or [])]:
+        if type(index) is not int or not 0 <= index < _MOST_IDS:
+            raise ValueError(f"a token has the id {index!r:.40}")
+    if mark := model.get("continuing_subword_prefix"):
+        for merge in model.get("merges") or []:
+            right = merge.split(" ", 1)[-1] if isinstance(merge, str) else merge[-1]
+            if not right.startswith(mark):
+                raise ValueError(f"a merge goes on with {right!r:.40}, which does not begin with {mark!r:.40}")
+    for step in [*steps_of(spec.get("normalizer")), *steps_of(spec.get("pre_tokenizer"))]:
+        table = base64.b64decode(step.get("precompiled_charsmap") or "")
+        if step["type"] == "Precompiled" and not 4 <= 4 + int.from_bytes(table[:4], "little") <= len(table):
+            raise ValueError("its table of characters is cut off")
+        if step["type"] == "FixedLength" and step.get("length") == 0:
+            raise ValueError("it cuts text into pieces of no length")
+    return Engine.from_str(json.dumps(spec, ensure_ascii=False))
+
+
+def steps_of(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a normalizer, a pre-tokenizer or a decoder, those of sequences in sequences one by one."""
+    if part is None:
+        return []
+    if part["type"] != "Sequence":
+        return [part]
+    inner = part.get("normalizers") or part.get("pretokenizers") or part.get("decoders") or []
+    return [step for one in inner for step in steps_of(one)]
 
 
 def contents(engine: Engine) -> dict[str, Any]:

@@ -15,8 +15,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from tokenizers import Tokenizer as Engine
-
 from groundup.errors import ArtifactError, DataError
 from groundup.files import value_digest, write_json
 from groundup.tokenizer.adversarial import adversarial_texts
@@ -28,6 +26,7 @@ from groundup.tokenizer.files import (
     SPECIAL_TOKENS_FILE,
     TOKENIZER_FILE,
     TOKENIZER_FILES,
+    engine_of,
     read_files,
 )
 from groundup.tokenizer.letters import BYTE_OF_LETTER, LETTERS
@@ -127,7 +126,14 @@ class PretrainedTokenizer(Tokenizer):
         said_in = [name for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE, GENERATION_FILE) if name in files]
         self._said = {name: parse_object(files[name], str(Path(source).with_name(name))) for name in said_in}
         with reading(f"{source}: damaged, or not a tokenizer that can be read", fix=_MOVE_AWAY):
-            self._full = Engine.from_str(files[TOKENIZER_FILE].decode())
+            given = parse_object(files[TOKENIZER_FILE], source)
+            self._check_growth = growth_check(given.get("normalizer"))
+            try:
+                for token in given.get("added_tokens") or []:  # which the library normalizes, too, as it loads them
+                    self._check_growth(str(token["content"]))
+            except DataError as error:
+                raise ArtifactError(f"{source}: {error.message}", error.fix) from error
+            self._full = engine_of(given)
             self._contents = self._full.to_str()  # one spelling of what several versions of the format say
             spec = json.loads(self._contents)
             self._ids = self._full.get_vocab(with_added_tokens=True)
@@ -139,15 +145,14 @@ class PretrainedTokenizer(Tokenizer):
             for index in self._specials.values():
                 self._bytes[index] = b""
             self._unknown = _unknown_id(spec, self._ids, self._specials.keys())
-            self._check_growth = growth_check(spec["normalizer"])
-            self._engine = Engine.from_str(json.dumps(text_spec(spec, self._specials), ensure_ascii=False))
+            self._engine = engine_of(text_spec(spec, self._specials))
             added = {token["content"] for token in spec["added_tokens"]} - self._specials.keys()
             if any(self._engine.token_to_id(name) != self._ids[name] for name in added):
                 raise ValueError("its added tokens do not have the ids that it says")
             self._reference = HuggingFaceEncoder(self._engine, self._cut)
             self._chosen = self._reference, []  # the self-test of faster engines covers groundup's own tokenizers only
         with contextlib.suppress(DataError):
-            if self._unknown is not None and self._unknown in (self.end_id, self.end_of_text_id):
+            if self._unknown in self.end_ids:
                 raise ArtifactError(f"{source}: whatever character it does not know would end a text.", _MOVE_AWAY)
 
     @property
@@ -277,14 +282,14 @@ class PretrainedTokenizer(Tokenizer):
 
     def _find_special(self, values: Mapping[str, Any]) -> dict[str, list[int]]:
         """Ids of the tokens for bos, eos and pad, by any name, id or list of them in any file."""
-        files = [*self._said.values(), values]
+        files, known = [*self._said.values(), values], set(self._ids.values())
         found = {}
         for name in SPECIAL_TOKENS:
             said = [file.get(key) for file in files for key in (f"{name}_token", f"{name}_token_id")]
             tokens = [one for value in said for one in (value if isinstance(value, list) else [value])]
             tokens = [one.get("content") if isinstance(one, dict) else one for one in tokens]
             ids = [self._ids.get(one) if isinstance(one, str) else one for one in tokens]
-            found[name] = [*dict.fromkeys(one for one in ids if _is_id(one) and one < len(self._bytes))]
+            found[name] = [*dict.fromkeys(one for one in ids if _is_id(one) and one in known)]
         return found
 
     def _find_control(self, spec: dict[str, Any]) -> dict[str, int]:
@@ -304,13 +309,14 @@ class PretrainedTokenizer(Tokenizer):
         names |= {name: index for name, index in self._ids.items() if index in named}
         if spec["model"]["type"] == "Unigram":
             names |= {name: self._ids[name] for name in _SENTENCEPIECE_CONTROL if name in self._ids}
-        ends = self._special_token_ids["eos"]
+        borders = {index for name in ("bos", "eos") for index in self._special_token_ids[name]}
         added = {token["content"] for token in spec["added_tokens"]}
-        # What ends a text is never text. Else a single character is, whoever fills rows with it: it has no other token.
+        # What begins or ends a text is never text. Else a single character is, whoever fills rows with it: it has no
+        # other token.
         return {
             name: index
             for name, index in names.items()
-            if index in ends or (len(name) > 1 and (name in added or _LOOKS_LIKE_CONTROL.fullmatch(name)))
+            if index in borders or (len(name) > 1 and (name in added or _LOOKS_LIKE_CONTROL.fullmatch(name)))
         }
 
 

@@ -24,6 +24,7 @@ class TokenizerStage(Method):
     """Documents to `tokenizer.json`."""
 
     settings = TokenizerSettings
+    version = 2
     outputs = TOKENIZER_FILES
 
     def needs(self, stage: Stage) -> tuple[str, ...]:

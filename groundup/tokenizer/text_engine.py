@@ -12,15 +12,13 @@ file may come from anybody, how much longer its parts can make a text is bounded
 from __future__ import annotations
 
 import base64
-import json
 import math
 import secrets
 from collections.abc import Callable, Collection
 from typing import Any
 
-from tokenizers import Tokenizer as Engine
-
 from groundup.errors import DataError
+from groundup.tokenizer.files import engine_of, steps_of
 
 MOST_GROWTH = 64
 """So many characters may become of one. Unicode's own forms make up to 18."""
@@ -76,12 +74,12 @@ def growth_check(normalizer: dict[str, Any] | None) -> Callable[[str], None]:
     Raises:
         ValueError: a step of the normalizer alone can make too much of one character.
     """
-    steps = _steps(normalizer)
+    steps = steps_of(normalizer)
     if any(_growth(step) > _CHUNK for step in steps):
         raise ValueError(f"its normalizer can make more than {_CHUNK} characters of one")
     if math.prod(map(_growth, steps)) <= MOST_GROWTH:
         return lambda text: None
-    made = [Engine.from_str(json.dumps({"model": _NOTHING, "normalizer": step})).normalizer for step in steps]
+    made = [engine_of({"model": _NOTHING, "normalizer": step}).normalizer for step in steps]
 
     def check(text: str) -> None:
         for start in range(0, len(text), _CHUNK):
@@ -97,18 +95,9 @@ def growth_check(normalizer: dict[str, Any] | None) -> Callable[[str], None]:
     return check
 
 
-def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    if part is None:
-        return []
-    if part["type"] != "Sequence":
-        return [part]
-    inner = part.get("normalizers") or part.get("pretokenizers") or part.get("decoders") or []
-    return [step for one in inner for step in _steps(one)]
-
-
 def _growth(part: dict[str, Any] | None) -> float:
     """How many characters a part can make of one, at most."""
-    steps = _steps(part)
+    steps = steps_of(part)
     if part is None or len(steps) != 1:
         return math.prod(map(_growth, steps))
     step = steps[0]

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer as Engine
 
 from groundup.console import Console
 from groundup.corpus.document import Document
@@ -24,7 +23,7 @@ from groundup.errors import DataError
 from groundup.files import value_digest, write_json, write_text
 from groundup.tokenizer import special
 from groundup.tokenizer.engines import CharacterEncoder, Encoder, HuggingFaceEncoder, choose
-from groundup.tokenizer.files import CONFIG_FILE, TOKENIZER_FILE
+from groundup.tokenizer.files import CONFIG_FILE, TOKENIZER_FILE, engine_of
 from groundup.tokenizer.letters import LETTERS, unspelled
 from groundup.tokenizer.split import PATTERNS, PIECE_CHARACTERS, cut_into_pieces, word_pre_tokenizer
 from groundup.tokenizer.text_engine import text_spec
@@ -58,7 +57,7 @@ class Tokenizer:
             if spec.get("normalizer") is not None:
                 raise ValueError("it changes the text")
             self._plain = text_spec(spec, control)
-            engine = Engine.from_str(json.dumps(self._plain, ensure_ascii=False))
+            engine = engine_of(self._plain)
             if self.kind == "wordpiece" and str(engine.pre_tokenizer) not in map(
                 str, map(word_pre_tokenizer, PATTERNS)
             ):

@@ -33,7 +33,7 @@ from groundup.corpus.document import Document
 from groundup.errors import DataError, GroundupError, Problem, RecipeError
 from groundup.tokenizer.files import as_json, contents
 from groundup.tokenizer.letters import LETTERS, spelled
-from groundup.tokenizer.sample import COUNTABLE_BYTES, Sample, sample
+from groundup.tokenizer.sample import COUNTABLE_BYTES, RARE_WORD_BYTES, Sample, sample
 from groundup.tokenizer.special import PAD, REPLACEMENT, control_token, control_tokens
 from groundup.tokenizer.split import (
     LONGEST_WORD,
@@ -92,6 +92,11 @@ def train(
         )
     train_kind = _train_rustbpe if trainer == "rustbpe" else _TRAINERS[kind]
     spec = train_kind(chosen, vocab_size, split or default_split(vocab_size), control)
+    if chosen.left_out_bytes and console is not None:
+        console.note(
+            f"tokenizer: {format_bytes(chosen.left_out_bytes)} of words of more than 24 characters are left out; it "
+            f"learned from {format_bytes(RARE_WORD_BYTES)} of such words."
+        )
     trained_size = len(spec["model"]["vocab"])
     if trained_size < vocab_size and console is not None:
         console.warn(
@@ -216,7 +221,7 @@ def _train_unigram(chosen: Sample, vocab_size: int, split: str, control: list[st
         initial_alphabet=LETTERS,
         show_progress=False,
     )
-    engine.train_from_iterator(chosen.pieces(), trainer)
+    engine.train_from_iterator(chosen.pieces_of_words(), trainer)
     spec = contents(engine)
     tokens = [(token, float(score)) for token, score in spec["model"]["vocab"] if token not in control]
     spec["model"]["vocab"] = [[name, 0.0] for name in control] + _settled(tokens)

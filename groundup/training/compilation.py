@@ -33,7 +33,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._inductor.runtime import cache_dir_utils
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from groundup.console import Console
@@ -259,6 +258,8 @@ def find_compiler() -> str | None:
 
 def _use_own_cache() -> None:
     """Unless somebody has chosen another; torch notes its default in the same variable when it is first asked."""
+    from torch._inductor.runtime import cache_dir_utils
+
     default = getattr(cache_dir_utils, "default_cache_dir", lambda: None)()
     if os.environ.get(_CACHE) in (None, default):
         os.environ[_CACHE] = str(cache_folder())

@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Adafactor, AdamW, Optimizer
 
 from groundup.distributed import full_tensor, like_parameter
 from groundup.errors import ArtifactError, GroundupError, Problem, RecipeError
+from groundup.model.initialization import is_sharded
 from groundup.recipe import GroupSettings, OptimizerName, OptimizerSettings
 from groundup.training.muon import Muon
 
@@ -169,7 +169,7 @@ def _placed(value: Tensor, parameter: Tensor, group: Mapping[str, Any]) -> Tenso
         return value.to(parameter.device, copy=True) if group.get("fused") else value.clone()
     if value.shape == parameter.shape:
         return like_parameter(value, parameter).clone()
-    assert not isinstance(parameter, DTensor), "a state of another shape than its sharded parameter"
+    assert not is_sharded(parameter), "a state of another shape than its sharded parameter"
     return value.to(parameter.device, copy=True)
 
 

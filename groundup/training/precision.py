@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from groundup.errors import ArtifactError, GroundupError
 from groundup.model import Transformer
+from groundup.model.initialization import is_sharded
 from groundup.recipe import PrecisionName
 
 
@@ -147,7 +147,7 @@ def float8_products(model: Transformer, stage: str = "pretrain") -> Iterator[lis
     try:
         yield names
     finally:
-        if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):  # else FSDP holds the layers
+        if not any(is_sharded(parameter) for parameter in model.parameters()):  # else FSDP holds the layers
             for name, module in plain.items():
                 converted = model.get_submodule(name)
                 module.weight, module.bias = converted.weight, converted.bias

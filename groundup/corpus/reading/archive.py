@@ -59,22 +59,28 @@ class RawRecord:
     """One record of an archive.
 
     Attributes:
-        kind: its WARC-Type, such as "response"; an ARC record is one of these kinds too.
         position: where it begins in the uncompressed file.
         number: which record of the file, from 1 on; a loss counts as one.
         fields: its header, names in lower case.
         block: its content, at most the reader's limit and one byte of it; only its beginning where its length is wrong.
-        size_bytes: how long the content is by its header.
         fault: why the content is not whole, or None.
     """
 
-    kind: str
     position: int
     number: int
     fields: dict[str, str]
     block: bytes
-    size_bytes: int
     fault: StreamFault | None = None
+
+    @property
+    def kind(self) -> str:
+        """Its WARC-Type, such as "response"; an ARC record is one of these kinds too."""
+        return self.fields.get("warc-type", "").lower()
+
+    @property
+    def size_bytes(self) -> int:
+        """How long the content is by its header."""
+        return int(self.fields["content-length"])
 
 
 def read_records(source: InputFile, limit_bytes: int) -> Iterator[RawRecord | SetAside]:
@@ -181,7 +187,7 @@ def _content(
     is_right = n_there == size and (not follows or follows in (b"\r\n", b"\n", b"\r") or begins.match(follows))
     if not is_longer:  # of a wrong one just enough to recognize it: it may claim all that follows, again and again
         block = bytes(stream.data[stream.at : stream.at + (n_there if is_right else min(n_there, _SHOWN_BYTES))])
-    record = RawRecord(fields.get("warc-type", "").lower(), position, number, fields, block, size)
+    record = RawRecord(position, number, fields, block)
     if is_right:
         stream.skip(n_left)
         stream.skip_blanks()
@@ -309,12 +315,7 @@ def _pieces_of(source: InputFile) -> Iterator[bytes | StreamFault]:
         with source.open_stored() as stored:
             beginning = stored.read(_STORED_BLOCK_BYTES)
             if beginning.startswith(MEMBER_MAGIC) or (source.packing == ".gz" and not _begins_record(beginning)):
-                inflated = _Inflated(lambda: stored.read(_STORED_BLOCK_BYTES), beginning)
-                yield from inflated.pieces()
-                expected = source.size_bytes()
-                if expected > inflated.n_stored and not inflated.is_given_up:
-                    detail = f"the file has {expected:,} bytes, of which only {inflated.n_stored:,} could be read"
-                    yield StreamFault(Reason.CUT_OFF, detail, expected - inflated.n_stored)
+                yield from _Inflated(lambda: stored.read(_STORED_BLOCK_BYTES), beginning).pieces()
                 return
             yield beginning
             while block := stored.read(BLOCK_BYTES):
@@ -334,7 +335,6 @@ class _Inflated:
         self.n_stored = len(beginning)
         self._n_inflated = 0
         self._looked_at = 0  # so many bytes of the data are known to begin no other member
-        self.is_given_up = False
 
     def pieces(self) -> Iterator[bytes | StreamFault]:
         while self._data or self._more():
@@ -350,7 +350,6 @@ class _Inflated:
             if fault is None:
                 continue
             if fault.reason == Reason.UNREADABLE:
-                self.is_given_up = True
                 yield fault
                 return
             n_lost = self._find_next()

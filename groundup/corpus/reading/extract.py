@@ -1,13 +1,11 @@
 """Text out of HTML pages, in a process apart: a page that crashes, hangs or eats memory costs that page only.
 
 In: pages as bytes, whatever their encoding. Out: their main text, or why there is none. The extractors are native code
-that threads bring down and that grows with the pages it has seen, so each page is done by a child process with a limit
-of time and memory; the child is replaced after some pages and after every crash. A page's text depends on the page
-alone, never on those before it. Nothing is fetched.
+that threads bring down and that grows with the pages it has seen, so each page is done by a child process with limits
+of time and memory, replaced after some pages and after every crash. A page's text depends on the page alone.
 
-A process of `multiprocessing` (and so of the pools that build on it) would not do: it imports all of this package, it
-runs the user's script again, it cannot be begun by a worker of a pool, and its sets of strings have another order each
-time.
+A process of `multiprocessing`, and so a pool such as pebble's, would not do: it runs the user's script again and
+imports all of this package, and a worker of a pool may not begin one.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Literal
@@ -50,32 +48,27 @@ class ExtractionFailure:
     detail: str
 
 
+@dataclass
 class Extractor:
     """Takes the main text out of HTML pages. Use it in a `with` statement: leaving it ends the child.
 
     The child starts with the first page, so an extractor that sees none costs nothing. Not for several threads.
 
-    Args:
+    Attributes:
         kind: "trafilatura" (better) or "resiliparse" (many times faster).
         timeout_seconds: processor time that a page may take (and four times as much by the clock).
         pages_per_process: the child is replaced after so many.
         memory_mib: what a page may take beside the extractor itself, where the system can limit it.
+        n_processes: children begun so far.
     """
 
-    def __init__(
-        self,
-        kind: Literal["trafilatura", "resiliparse"],
-        timeout_seconds: float,
-        pages_per_process: int = 1000,
-        memory_mib: float = MEMORY_MIB,
-    ) -> None:
-        self.kind = kind
-        self.timeout_seconds = timeout_seconds
-        self.pages_per_process = pages_per_process
-        self.memory_mib = memory_mib
-        self.n_processes = self._n_answered = 0
-        self._child: tuple[subprocess.Popen[bytes], Connection] | None = None
-        self._is_overdue = False
+    kind: Literal["trafilatura", "resiliparse"]
+    timeout_seconds: float
+    pages_per_process: int = 1000
+    memory_mib: float = MEMORY_MIB
+    n_processes: int = field(default=0, init=False)
+    _n_answered: int = field(default=0, init=False)
+    _child: tuple[subprocess.Popen[bytes], Connection] | None = field(default=None, init=False)
 
     @property
     def process_id(self) -> int | None:
@@ -121,15 +114,9 @@ class Extractor:
         if self._n_answered >= self.pages_per_process:
             self._end()
         process, connection = self._child or self._start()
-        try:
-            connection.send_bytes(url.encode("utf-8", "replace"))
-            connection.send_bytes(html)
-        except OSError:
-            return self._exit_reason(process)
-        answer = self._receive(process, connection, child.HANG_FACTOR * self.timeout_seconds + _GRACE_SECONDS)
-        if answer is None:
-            return self._exit_reason(process)
-        if answer[0] == child.NO_MEMORY:
+        seconds = child.HANG_FACTOR * self.timeout_seconds + _GRACE_SECONDS
+        answer = self._answer(process, connection, seconds, url.encode("utf-8", "replace"), html)
+        if not isinstance(answer, ExtractionFailure) and answer[0] == child.NO_MEMORY:
             return ExtractionFailure(Reason.CRASH, f"out of memory: a page may take {self.memory_mib:,.0f} MiB")
         return answer
 
@@ -138,7 +125,6 @@ class Extractor:
         # Sets of strings must come in one order in every child; a module beside the script must not hide one of
         # the library's (-P).
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1", **_KEEP_FREED}
-        why = ""
         for _ in range(_STARTS):
             ours, theirs = Pipe()
             arguments = [self.kind, str(self.timeout_seconds), str(self.memory_mib), str(theirs.fileno())]
@@ -148,44 +134,42 @@ class Extractor:
                 pass_fds=[theirs.fileno()], process_group=0,
             )  # fmt: skip
             theirs.close()
-            self._child, self._n_answered, self._is_overdue = (process, ours), 0, False
+            self._child, self._n_answered = (process, ours), 0
             self.n_processes += 1
-            loaded = self._receive(process, ours, _STARTING_SECONDS)
+            loaded = self._answer(process, ours, _STARTING_SECONDS)
             if loaded == (child.TEXT, ""):
                 return self._child
-            why = loaded[1] if loaded else self._exit_reason(process).detail
             self._end()
-            if loaded:
+            why = loaded.detail if isinstance(loaded, ExtractionFailure) else loaded[1]
+            if not isinstance(loaded, ExtractionFailure):
                 break
         raise GroundupError(
             f"[corpus] extractor = {self.kind!r} cannot be started: {why}",
             "Run: pip install trafilatura lxml_html_clean resiliparse, or choose the other of the two extractors.",
         )
 
-    def _receive(
-        self, process: subprocess.Popen[bytes], connection: Connection, seconds: float
-    ) -> tuple[int, str] | None:
-        """The next answer as (kind, text); None: it died, or said nothing for so many seconds (then it is killed)."""
+    def _answer(
+        self, process: subprocess.Popen[bytes], connection: Connection, seconds: float, *page: bytes
+    ) -> tuple[int, str] | ExtractionFailure:
+        """What the child says, as (kind, text), to a page (or of its own, when it is loaded), or why it ended."""
+        is_overdue = False
         try:
+            for message in page:
+                connection.send_bytes(message)
             if connection.poll(seconds):
                 answer = connection.recv_bytes()
                 return answer[0], answer[1:].decode()
+            is_overdue = True
+            process.kill()
         except (EOFError, OSError):
-            return None
-        self._is_overdue = True
-        process.kill()
-        return None
-
-    def _exit_reason(self, process: subprocess.Popen[bytes]) -> ExtractionFailure:
-        """Why the process ended, as the failure of the page that it was reading."""
+            pass
         code = process.wait()
-        if self._is_overdue or -code in _TIMERS:
+        if is_overdue or -code in _TIMERS:
             return ExtractionFailure(Reason.TIMEOUT, f"more than {self.timeout_seconds:g} s")
-        if -code in set(signal.Signals):
-            return ExtractionFailure(
-                Reason.CRASH, f"the extractor's process was ended by {signal.Signals(-code).name}"
-            )  # fmt: skip
-        return ExtractionFailure(Reason.CRASH, f"the extractor's process ended with code {code}")
+        how = (
+            f"was ended by {signal.Signals(-code).name}" if -code in set(signal.Signals) else f"ended with code {code}"
+        )
+        return ExtractionFailure(Reason.CRASH, f"the extractor's process {how}")
 
     def _end(self) -> None:
         """Close the connection, which ends the child where it waits for a page, and see that it ends."""

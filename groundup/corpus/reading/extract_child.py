@@ -1,9 +1,8 @@
 """The process that takes text out of HTML pages: it is sent pages, and sends their texts back.
 
 It runs as a script of its own, so that it holds an extractor and nothing else of groundup, and so that a crash, a
-hang or a leak of the extractor's native code ends here (`reading/extract.py` starts it and takes its place). It ends
-when its connection does, so it never outlives its parent by more than a page, and a page never takes longer than the
-kernel's timers allow.
+hang or a leak of native code ends here. It ends when its connection does, so it outlives its parent by a page at most,
+and a page never takes longer than the kernel's timers allow.
 
 A page is two messages, its address and its bytes; an answer is one: its kind (a byte) and UTF-8. The first answer comes
 without a page and says that the extractor is loaded.
@@ -76,7 +75,21 @@ def load(kind: str) -> Callable[[str, str], str | None]:
     Raises:
         ImportError: it is not installed.
     """
-    return _trafilatura() if kind == "trafilatura" else _resiliparse()
+    if kind == "resiliparse":
+        from resiliparse.extract.html2text import extract_plain_text
+
+        return lambda html, url: extract_plain_text(html, main_content=True, alt_texts=False, comments=False)
+    import logging
+
+    from trafilatura import extract
+
+    logging.disable(logging.CRITICAL)
+    # Without the fallbacks of the slow mode (F1 0.963 against 0.953 on the article extraction benchmark), with tables,
+    # without comments. `deduplicate` would make a page's text depend on the pages before it.
+    return lambda html, url: extract(
+        html, url=url or None, fast=True, include_comments=False, include_tables=True, deduplicate=False,
+        with_metadata=False, output_format="txt",
+    )  # fmt: skip
 
 
 _SEVEN_BIT = ((b"\x1b$)C", "iso2022_kr"), (b"\x1b$", "iso2022_jp_2"), (b"~{", "hz"))
@@ -162,33 +175,6 @@ def _decode_as(data: bytes, encoding: str | None) -> str | None:
         return data.decode(encoding) if encoding else None
     except (UnicodeDecodeError, LookupError):
         return None
-
-
-def _trafilatura() -> Callable[[str, str], str | None]:
-    import logging
-
-    from trafilatura import extract
-
-    logging.disable(logging.CRITICAL)
-
-    def of_page(html: str, url: str) -> str | None:
-        # Without the fallbacks of the slow mode (F1 0.963 against 0.953 on the article extraction benchmark), with
-        # tables, without comments. `deduplicate` would make a page's text depend on the pages before it.
-        return extract(
-            html, url=url or None, fast=True, include_comments=False, include_tables=True, deduplicate=False,
-            with_metadata=False, output_format="txt",
-        )  # fmt: skip
-
-    return of_page
-
-
-def _resiliparse() -> Callable[[str, str], str | None]:
-    from resiliparse.extract.html2text import extract_plain_text
-
-    def of_page(html: str, url: str) -> str | None:
-        return extract_plain_text(html, main_content=True, alt_texts=False, comments=False)
-
-    return of_page
 
 
 def _attempt(extract: Callable[[str, str], str | None], html: bytes, url: str) -> tuple[int, str]:

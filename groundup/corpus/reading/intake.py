@@ -23,9 +23,37 @@ READ_ERRORS = (OSError, DamagedStreamError)
 """What a stream of an `InputFile` raises while it is read."""
 MOST_GARBLED, MOST_GARBLED_SHARE = 3, 0.001
 """A text with more garbled characters than the sum of both (the second times its length) was misread."""
+# What two characters of ASCII begin with, if not a byte order mark (RFC 4627, section 3).
+_WIDE = re.compile(
+    rb"(\xff\xfe\0\0|\0\0\xfe\xff|[^\0]\0\0\0|\0\0\0[^\0])|(\xff\xfe|\xfe\xff|[^\0]\0[^\0]\0|\0[^\0]\0[^\0])"
+)  # fmt: skip
+_CONVERT, _RENAME, _LEAVE = "save its text as a text file first", "give it the ending {}", "leave it out"
+_BINARY: dict[bytes, tuple[str, str]] = {
+    b"%PDF-": ("a PDF", _CONVERT),
+    b"%!PS-": ("PostScript", _CONVERT),
+    b"{\\rtf": ("rich text (RTF)", _CONVERT),
+    b"PK\3\4": ("a zip archive, as .docx, .xlsx, .odt and .epub are too", "unpack it, or " + _CONVERT),
+    b"\xd0\xcf\x11\xe0": ("a document of Office before 2007", _CONVERT),
+    b"7z\xbc\xaf": ("a 7z archive", "unpack it"),
+    b"Rar!\x1a\7": ("a RAR archive", "unpack it"),
+    b"\x1f\x8b\x08": ("gzip", _RENAME.format(".gz")),
+    b"\x28\xb5\x2f\xfd": ("Zstandard", _RENAME.format(".zst")),
+    b"BZh91AY&SY": ("bzip2", _RENAME.format(".bz2")),
+    b"\xfd7zXZ\0": ("xz", _RENAME.format(".xz")),
+    b"PAR1\x15": ("a Parquet table", _RENAME.format(".parquet")),
+    b"ARROW1\0": ("an Arrow table", "save it as Parquet"),
+    b"SQLite format 3\0": ("an SQLite database", "export its texts as CSV"),
+    b"\x93NUMPY": ("an array of numpy", _LEAVE),
+    b"\x7fELF": ("a program", _LEAVE),
+    **dict.fromkeys((b"\x89PNG\r", b"\xff\xd8\xff", b"GIF89a"), ("a picture", _LEAVE)),
+    **dict.fromkeys((b"OggS\0", b"ID3\3", b"ID3\4"), ("sound", _LEAVE)),
+    b"\x89HDF\r": ("HDF5", _CONVERT),
+}
+"""What such files begin with, what they are, and the way out."""
 _MOST_MARKS = 30
 _LONG = 2_000  # in a shorter text the square of a run of marks is a millisecond
 _BEYOND_MARKS = 0x1F000  # no combining mark has a higher code
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _NO_CONTROLS = bytes(code for code in range(256) if code >= 32 or code in b"\n\t\f")
 _C1 = re.compile(rb"\xc2[\x80-\x84\x86-\x9f]")  # but for U+0085, a line end
 
@@ -67,10 +95,34 @@ def n_garbled(text: str) -> int:
     n_replaced = 0 if text.isascii() else text.count("\ufffd")
     if text.isprintable():  # short texts of one line are: the rest takes as long as all else that is done with them
         return n_replaced
-    if "\x1b$" in text:  # ISO-2022 changes to another alphabet so: all behind it is garbled
-        return len(text)
     data = text.encode()
-    return n_replaced + len(data.translate(None, _NO_CONTROLS)) + (len(_C1.findall(data)) if b"\xc2" in data else 0)
+    controls = data.translate(None, _NO_CONTROLS)
+    if b"\x1b" in controls and b"\x1b$" in data:  # ISO-2022 changes to another alphabet so: all behind it is garbled
+        return len(text)
+    return n_replaced + len(controls) + (len(_C1.findall(data)) if b"\xc2" in data else 0)
+
+
+def refuse_binary(file: InputFile, head: bytes, set_aside: OnSetAside | None) -> bool:
+    """Whether a file that begins with `head` (20 bytes suffice) is of a kind that is no text in UTF-8.
+
+    Args:
+        file: the file.
+        head: its uncompressed beginning.
+        set_aside: called with the file, its kind and the way out; None: somebody else has been told.
+    """
+    kind, fix = next((_BINARY[magic] for magic in _BINARY if head.startswith(magic)), ("", ""))
+    reason, excerpt = Reason.BINARY, ""
+    if not kind:
+        wide = _WIDE.match(head)
+        if wide is None:
+            return False
+        reason, width = Reason.INVALID_UTF8, 32 if wide.lastindex == 1 else 16
+        kind, fix = f"UTF-{width}", "save it as UTF-8"
+        order = "" if head[:2] in _UTF16_MARKS or head[2:4] in _UTF16_MARKS else "-be" if head[0] == 0 else "-le"
+        excerpt = excerpt_of(head[:400].decode(f"utf-{width}{order}", errors="replace"))
+    if set_aside is not None:
+        set_aside(SetAside(file.label, "", 0, reason, f"the file is {kind}: {fix}", excerpt, file.size_bytes()))
+    return True
 
 
 def make_record(
@@ -127,7 +179,7 @@ def limit_bytes(settings: CorpusSettings) -> int:
 
 
 def unread(
-    file: InputFile, error: BaseException, position: int = 0, place: str = "", number: int = 0, so_far: str = ""
+    file: InputFile, error: BaseException, position: int = 0, place: str = "", n_before: int = 0, so_far: str = ""
 ) -> SetAside:
     """The record of a file that could not be read to its end.
 
@@ -136,9 +188,11 @@ def unread(
         error: one of `READ_ERRORS`, or UnicodeDecodeError with the place of the fault.
         position: of the first byte or row that was not read.
         place: as in `Record`.
-        number: of the first line, row or record that was not read.
-        so_far: what was used before the fault, such as "12 records before it are used".
+        n_before: lines, rows or records before the fault.
+        so_far: what becomes of the file's other parts, where it is not that these are read and nothing else.
     """
+    if n_before and not so_far:
+        so_far = f"the {n_before:,} {place}s before it are read"
     reason, excerpt = Reason.UNREADABLE, ""
     if isinstance(error, UnicodeDecodeError):
         reason = Reason.INVALID_UTF8
@@ -147,14 +201,11 @@ def unread(
         reason, detail = error.reason, error.detail
     else:
         detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    if so_far:
-        detail += f"; {so_far}"
-    return SetAside(file.label, place, number, reason, detail, excerpt, 0 if so_far else file.size_bytes(), position)
+    if not so_far:
+        return SetAside(file.label, "", 0, reason, detail, excerpt, file.size_bytes(), position)
+    return SetAside(file.label, place, n_before + 1, reason, f"{detail}; {so_far}", excerpt, 0, position)
 
 
 def invalid_utf8(error: UnicodeDecodeError) -> tuple[str, str]:
     """What is wrong with these bytes, and how they look there."""
-    detail = f"byte {error.start} ({error.reason})"
-    if error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        detail += ": this is UTF-16; save it as UTF-8"
-    return detail, excerpt_of(error.object[max(0, error.start - 20) : error.start + 20])
+    return f"byte {error.start} ({error.reason})", excerpt_of(error.object[max(0, error.start - 20) : error.start + 20])

@@ -17,7 +17,7 @@ import orjson
 
 from groundup.corpus.document import OnSetAside, Reason, SetAside, excerpt_of
 from groundup.corpus.reading.compressed import BLOCK_BYTES
-from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, too_long, unread
+from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, refuse_binary, too_long, unread
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 
@@ -25,9 +25,9 @@ PLACE, ELEMENT = "line", "record"
 MOST_OBJECT_BYTES = 64 << 20
 """A `.json` file that is no list is held whole."""
 _ESCAPE_CHARACTERS = 12
+_HEAD_BYTES = 32
 _BETWEEN = re.compile(r"[\s,]*")
 _DECODER = json.JSONDecoder()
-_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class Value(NamedTuple):
@@ -35,9 +35,7 @@ class Value(NamedTuple):
 
     Attributes:
         data: what it holds.
-        position: as in `Record`.
-        place: as in `Record`.
-        number: as in `Record`.
+        position, place, number: as in `Record`.
         size_bytes: how large it is in the file; 0 where that is unknown.
         raw: it, or its beginning, as it stands there.
         is_strict: whether its strings are known to be writable as UTF-8.
@@ -82,13 +80,12 @@ def read_lines(
     try:
         with source.open() as handle:
             if start:
-                position = _first_line(handle, start, stop)
+                position = _first_line(source, handle, start, stop)
             while stop is None or position < stop:
                 line = handle.readline(limit + 1)
                 if not line:
                     break
-                if not position and line.startswith(_UTF16_MARKS):
-                    _set_aside_utf16(source, line, set_aside)
+                if not position and refuse_binary(source, line, set_aside):
                     return 0
                 is_long = len(line) > limit and is_too_long(line, limit)
                 n_skipped = skip_line(handle) if is_long else 0
@@ -112,8 +109,7 @@ def read_lines(
             if not start and not n_records and _only_blanks_follow(handle):
                 set_aside(SetAside(source.label, "", 0, Reason.EMPTY, "no record in the file"))
     except READ_ERRORS as error:
-        so_far = f"the {n_records:,} records before it are read" if n_records else ""
-        set_aside(unread(source, error, position, PLACE if number else "", number + 1 if number else 0, so_far))
+        set_aside(unread(source, error, position, PLACE, number))
     return number
 
 
@@ -130,12 +126,11 @@ def read_json(source: InputFile, settings: CorpusSettings, set_aside: OnSetAside
         with source.open() as handle:
             head = _solid_line(handle, limit)
             begins = head.removeprefix(codecs.BOM_UTF8).lstrip()
-            if head.startswith(_UTF16_MARKS):
-                _set_aside_utf16(source, head, set_aside)
+            if refuse_binary(source, head, set_aside):
                 return 0
             if begins.startswith(b"["):
                 elements = _elements(handle, begins[1:], limit, field)
-            elif is_too_long(head, limit) or not (more := _solid_line(handle, limit)).lstrip().startswith(b"{"):
+            elif is_too_long(head, limit) or (more := _solid_line(handle, limit)).lstrip()[:1] != begins[:1]:
                 elements = _of_object(handle, begins if is_too_long(head, limit) else begins + more, field)
             else:
                 return (yield from read_lines(source, 0, None, settings, set_aside))
@@ -153,8 +148,7 @@ def read_json(source: InputFile, settings: CorpusSettings, set_aside: OnSetAside
             if not number:
                 set_aside(SetAside(source.label, "", 0, Reason.EMPTY, "no record in the file"))
     except READ_ERRORS as error:
-        so_far = f"the {number:,} records before it are read" if number else ""
-        set_aside(unread(source, error, number, ELEMENT if number else "", number + 1 if number else 0, so_far))
+        set_aside(unread(source, error, number, ELEMENT, number))
     return number
 
 
@@ -247,23 +241,17 @@ def skip_line(handle: IO[bytes], most: int | None = None) -> int:
     return n_skipped
 
 
-def _first_line(handle: IO[bytes], start: int, stop: int | None) -> int:
+def _first_line(source: InputFile, handle: IO[bytes], start: int, stop: int | None) -> int:
     """Go to the first line that begins at `start` or behind it; returns where.
 
     If none begins before `stop`, that is `stop` or a place behind it.
     """
-    if handle.read(2) in _UTF16_MARKS:
+    if refuse_binary(source, handle.readline(_HEAD_BYTES), None):
         # Such a file has no lines as we count them; the unit with its beginning reports it.
         handle.seek(0, 2)
         return handle.tell()
     handle.seek(start - 1)
     return start - 1 + skip_line(handle, None if stop is None else stop - start + 1)
-
-
-def _set_aside_utf16(source: InputFile, line: bytes, set_aside: OnSetAside) -> None:
-    detail = "the file is UTF-16; save it as UTF-8"
-    excerpt = excerpt_of(line[:400].decode("utf-16", errors="replace"))
-    set_aside(SetAside(source.label, "", 0, Reason.INVALID_UTF8, detail, excerpt, source.size_bytes()))
 
 
 def _only_blanks_follow(handle: IO[bytes]) -> bool:

@@ -23,11 +23,9 @@ from groundup.corpus.reading.extract import Extractor
 from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, make_record, too_long, unread
 from groundup.corpus.reading.jsonl import Value
 from groundup.corpus.reading.sources import InputFile, InputFiles, find_sources
-from groundup.corpus.reading.text import can_be_cut, read_text
+from groundup.corpus.reading.text import DOCUMENT, can_be_cut, read_text, separated_in_words
 from groundup.corpus.reading.values import read_values, record_of
 from groundup.recipe import CorpusSettings
-
-WHOLE_FILES = 1 << 62
 
 
 def read(
@@ -171,11 +169,15 @@ class UnitReader:
 def _read_files(sources: InputFiles, settings: CorpusSettings, set_aside: OnSetAside) -> Iterator[Document]:
     for item in sources.aside:
         set_aside(item)
+    n_separated = 0
     with Extractor(settings.extractor, settings.extract_seconds) as extractor:
-        for unit in units_of(sources, WHOLE_FILES):
-            for record in UnitReader(unit, settings, set_aside, extractor):
-                source = record.source or unit.source.label
+        for file in sources.files:
+            for record in UnitReader(Unit(file), settings, set_aside, extractor):
+                n_separated += record.place == DOCUMENT
+                source = record.source or file.label
                 yield Document(text_id(record.text), record.text, source, url=record.url)
+    if n_separated:
+        warnings.warn(separated_in_words(n_separated, settings.separator), stacklevel=2)
 
 
 def _read_and_warn(sources: InputFiles, settings: CorpusSettings) -> Iterator[Document]:

@@ -70,13 +70,11 @@ class RemoteFile:
             DataError: the protocol's library is not installed on this machine.
         """
         assert mode == "rb"
+        filesystem, path = _filesystem(self.url)
+        # A web server that sends no ranges is read in one go; asked for a second block it would send the first.
+        streamed = {"block_size": 0} if _protocol(self.url) in _WEB and not self.can_seek else {}
         try:
-            filesystem, path = _filesystem(self.url)
-            # A web server that sends no ranges is read in one go; asked for a second block it would send the first.
-            streamed = {"block_size": 0} if _protocol(self.url) in _WEB and not self.can_seek else {}
             handle = filesystem.open(path, "rb", **streamed)
-        except DataError:
-            raise
         except Exception as error:
             raise _as_os_error(error) from error
         return io.BufferedReader(_RemoteStream(handle, self.size), BUFFER_BYTES)

@@ -1,5 +1,8 @@
 """CSV and TSV (RFC 4180) to values: a row a record, its cells as strings; quoted cells may hold line ends.
 
+Between cells stand commas or (TSV) tabs; or, where the first line names the column that is asked for only so,
+semicolons, tabs or bars.
+
 A row that breaks the rules of quoting, or is longer than a document may be, is set aside, and reading goes on with the
 next line. Memory is bounded by `max_document_mib`.
 """
@@ -12,12 +15,13 @@ from collections.abc import Generator
 from typing import IO
 
 from groundup.corpus.document import OnSetAside, Reason, SetAside
-from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, unread
+from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, refuse_binary, unread
 from groundup.corpus.reading.jsonl import RefusedError, Value, is_too_long, skip_line
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 
 PLACE = "row"
+_DELIMITERS = ",;\t|"
 
 
 def read_rows(source: InputFile, settings: CorpusSettings, set_aside: OnSetAside) -> Generator[Value, None, int]:
@@ -27,11 +31,13 @@ def read_rows(source: InputFile, settings: CorpusSettings, set_aside: OnSetAside
         How many there are.
     """
     csv.field_size_limit(1 << 30)  # `_Lines` sets a narrower one for the whole row
-    delimiter = "\t" if source.ending == ".tsv" else ","
     number = begins = 0
     try:
         with source.open() as handle:
             lines = _Lines(handle, limit_bytes(settings))
+            if refuse_binary(source, lines.head, set_aside):
+                return 0
+            delimiter = _delimiter(source, lines.head, settings.text_field)
             rows = csv.reader(lines, delimiter=delimiter, strict=True)
             while True:
                 begins = lines.begins = lines.position
@@ -52,10 +58,17 @@ def read_rows(source: InputFile, settings: CorpusSettings, set_aside: OnSetAside
                     yield Value(row, begins, PLACE, number, lines.position - begins, lines.row)
             if not number:
                 set_aside(SetAside(source.label, "", 0, Reason.EMPTY, "no row in the file"))
-    except (*READ_ERRORS, UnicodeDecodeError) as error:
-        so_far = f"the {number:,} rows before it are read" if number else ""
-        set_aside(unread(source, error, begins, PLACE if number else "", number + 1 if number else 0, so_far))
+    except READ_ERRORS as error:
+        set_aside(unread(source, error, begins, PLACE, number))
     return number
+
+
+def _delimiter(source: InputFile, head: bytes, field: str) -> str:
+    """What stands between cells: what the ending says, unless only another gives the first line the column `field`."""
+    usual = "\t" if source.ending == ".tsv" else ","
+    header = head.removeprefix(codecs.BOM_UTF8).decode(errors="replace").splitlines()[:1]
+    fitting = (one for one in (usual, *_DELIMITERS) if field in next(csv.reader(header, delimiter=one), []))
+    return next(fitting, usual) if field else usual
 
 
 class _Lines:
@@ -65,23 +78,23 @@ class _Lines:
         position: of the next line.
         begins: where the row that is being read begins.
         row: its first line.
+        head: the file's first line, until it has been handed out.
     """
 
     def __init__(self, handle: IO[bytes], limit: int) -> None:
         self._handle, self._limit = handle, limit
         self.begins = self.position = 0
         self.row = ""
+        self.head = handle.readline(limit + 1)
 
     def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self._handle.readline(self._limit + 1)
+        line, self.head = self.head or self._handle.readline(self._limit + 1), b""
         if not line:
             raise StopIteration
         if not self.position:
-            if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise UnicodeDecodeError("utf-8", line, 0, 1, "invalid start byte")
             line = line.removeprefix(codecs.BOM_UTF8)
         self.position += len(line)
         if is_too_long(line, self._limit):

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
+from operator import attrgetter
 from pathlib import Path
 from typing import IO, Literal
 
@@ -33,8 +34,9 @@ from groundup.untrusted import reading
 
 Kind = Literal["text", "page", "lines", "json", "separated", "table", "archive"]
 SUFFIXES: dict[str, Kind] = {
-    ".txt": "text", ".md": "text", ".html": "page", ".htm": "page", ".jsonl": "lines", ".ndjson": "lines",
-    ".json": "json", ".csv": "separated", ".tsv": "separated", ".parquet": "table",
+    ".txt": "text", ".text": "text", ".md": "text", ".markdown": "text", ".rst": "text", ".log": "text",
+    ".html": "page", ".htm": "page", ".jsonl": "lines", ".ndjson": "lines", ".json": "json",
+    ".csv": "separated", ".tsv": "separated", ".parquet": "table",
     ".warc": "archive", ".wet": "archive", ".arc": "archive",
 }  # fmt: skip
 """What a file's name says of it; all but tables may be packed too (`PACKINGS`)."""
@@ -214,8 +216,7 @@ def _ending(name: str) -> str:
     return os.path.splitext(name.lower().removesuffix(_packing(name)))[1]
 
 
-def _by_label(source: InputFile) -> str:
-    return source.label
+_by_label = attrgetter("label")
 
 
 class _Search:
@@ -268,10 +269,10 @@ class _Search:
         if not is_listing:
             self._name(item, InputFile(files[0].label, files[0]))
             return
-        ours = {os.path.dirname(file.url) for file in files if file.name in (MANIFEST, STARTED)}
+        ours = tuple(f"{os.path.dirname(file.url)}/" for file in files if file.name in (MANIFEST, STARTED))
         for file in files:
             hidden = any(part.startswith(".") for part in file.below.split("/"))
-            if hidden or ours.intersection(_parents_of(file.url)):
+            if hidden or file.url.startswith(ours):
                 continue
             if kind_of(file.name) is None or file.name == CRAWLED:
                 self.found.passed_over.append(file.label)
@@ -328,12 +329,6 @@ class _Search:
 
     def _set_aside(self, path: Path, why: str, reason: Reason = Reason.UNREADABLE) -> None:
         self.found.aside.append(SetAside(_label(path), "", 0, reason, why))
-
-
-def _parents_of(url: str) -> Iterator[str]:
-    while (parent := os.path.dirname(url)) not in ("", url):
-        yield parent
-        url = parent
 
 
 def _matches(base: Path, pattern: Sequence[str]) -> Iterator[Path]:

@@ -53,9 +53,6 @@ def read_table(
     n_rows = 0
     try:
         with source.open() as handle:
-            if not _size_of(handle):
-                set_aside(SetAside(source.label, "", 0, Reason.EMPTY, "no row in the file"))
-                return 0
             file, groups = _open(handle)
             refusal = _refusal(file.schema_arrow, settings.text_field)
             if refusal is None and not any(group.n_rows for group in groups):
@@ -80,7 +77,7 @@ def read_table(
                 except Exception as error:  # on damage pyarrow raises much more than its own errors
                     so_far = f"{n_in_group - n_read:,} rows from here on are lost"
                     at = before + n_rows + n_read
-                    set_aside(unread(source, _fault(error), at, PLACE, n_rows + n_read + 1, so_far))
+                    set_aside(unread(source, _fault(error), at, PLACE, n_rows + n_read, so_far))
                 n_rows += n_in_group
     except READ_ERRORS as error:
         set_aside(unread(source, error))
@@ -103,20 +100,16 @@ def row_group_borders(source: InputFile, split_bytes: int) -> list[int]:
     return borders
 
 
-def _size_of(handle: IO[bytes]) -> int:
-    size = handle.seek(0, 2)
-    handle.seek(0)
-    return size
-
-
 def _open(handle: IO[bytes]) -> tuple[pq.ParquetFile, list[RowGroup]]:
     """The table and its row groups.
 
     Raises:
-        DamagedStreamError: it is cut off, damaged or no table.
+        DamagedStreamError: it is cut off, damaged, empty or no table.
     """
     begins = handle.read(4)
     size = handle.seek(0, 2)
+    if not size:
+        raise DamagedStreamError(Reason.EMPTY, "no row in the file")
     handle.seek(max(0, size - 4))
     ends = handle.read(4)
     handle.seek(0)
@@ -209,11 +202,12 @@ def _rows(
         file = pq.ParquetFile(handle, metadata=file.metadata, read_dictionary=texts, **_READING)
         n_rows = max(n_rows, min(group.n_rows // DISTINCT_BATCHES, DISTINCT_ROWS))
     for batch in file.iter_batches(n_rows, row_groups=[place], columns=columns or None, use_threads=False):
+        names, is_strict = batch.schema.names, True
         try:
-            names, is_strict = batch.schema.names, True
-            values = [_values(batch.column(at)) for at in range(batch.num_columns)]
+            values = [_values(column, is_strict) for column in batch.columns]
         except UnicodeDecodeError:
-            values, is_strict = [_lenient(batch.column(at)) for at in range(batch.num_columns)], False
+            is_strict = False
+            values = [_values(column, is_strict) for column in batch.columns]
         for row in zip(*values, strict=True):
             yield dict(zip(names, row, strict=True)), is_strict
 
@@ -224,23 +218,16 @@ def _without_arrow_schema(metadata: pq.FileMetaData) -> pq.FileMetaData:
     return pq.read_metadata(io.BytesIO(written.getvalue().replace(b"ARROW:schema", b"OTHER:schema")))
 
 
-def _values(column: pa.Array) -> list[Any]:
-    if pa.types.is_dictionary(column.type):
-        distinct = column.dictionary.to_pylist()
+def _values(column: pa.Array, is_strict: bool) -> list[Any]:
+    """What a column holds; if not strict, bytes that are not UTF-8 stand for themselves, as in a row of CSV."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        distinct = _values(column.dictionary, is_strict)
         return [None if place is None else distinct[place] for place in column.indices.to_pylist()]
-    return column.to_pylist()
-
-
-def _lenient(column: pa.Array) -> list[Any]:
-    """As `_values`; bytes that are not UTF-8 stand for themselves, as in a row of CSV."""
-    if pa.types.is_dictionary(column.type):
-        distinct = _lenient(column.dictionary)
-        return [None if place is None else distinct[place] for place in column.indices.to_pylist()]
-    if pa.types.is_struct(column.type):
-        children = [_lenient(column.field(at)) for at in range(column.type.num_fields)]
-        names = [field.name for field in column.type]
-        return [dict(zip(names, row, strict=True)) for row in zip(*children, strict=True)]
-    if not _is_string(column.type):
+    if not is_strict and pa.types.is_struct(kind):
+        children = [_values(column.field(at), is_strict) for at in range(kind.num_fields)]
+        return [dict(zip([field.name for field in kind], row, strict=True)) for row in zip(*children, strict=True)]
+    if is_strict or not _is_string(kind):
         return column.to_pylist()
     written = column.cast(pa.large_binary()).to_pylist()
     return [None if value is None else value.decode(errors="surrogateescape") for value in written]

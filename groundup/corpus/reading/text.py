@@ -1,24 +1,42 @@
 """Plain text to records: a file is one document, or several with a separator between them.
 
-`[corpus] separator` (`<|endoftext|>`, as in TinyStories) is looked for in every text file. A file without it is one
-document, used whole or set aside whole; what stands between separators is a document for itself, as a line of JSON is,
-so that a long file can be read in pieces. Documents beyond `max_document_mib` are split at paragraphs or lines.
+`[corpus] separator` is looked for in every text file. Texts mention `<|endoftext|>` too, so this one counts where it
+stands alone on its line, as in TinyStories; in a file whose first MiB has none such, but three or more of which most
+touch text or a line end on both sides, wherever it stands. Any other separator counts wherever it stands.
+
+A file without one is one document, used whole or set aside whole; what stands between separators is a document for
+itself, as a line of JSON is, so that a long file can be read in pieces. Documents beyond `max_document_mib` are split
+at paragraphs or lines.
 """
 
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Generator, Iterator
 from typing import IO
 
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
 from groundup.corpus.reading.compressed import BLOCK_BYTES
-from groundup.corpus.reading.intake import READ_ERRORS, invalid_utf8, limit_bytes, make_record, too_long, unread
+from groundup.corpus.reading.intake import (
+    READ_ERRORS,
+    invalid_utf8,
+    limit_bytes,
+    make_record,
+    refuse_binary,
+    too_long,
+    unread,
+)
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 
 DOCUMENT = "document"
 EXCERPT_BYTES = 400
+HEAD_BYTES = 1 << 20
+_MENTIONED = b"<|endoftext|>"
+_BETWEEN_TEXTS = re.compile(rb"(?<![ \t\"'`(\[{<])<\|endoftext\|>(?![ \t\"'`)\]}>,.;:])")
+_LEAST_BETWEEN_TEXTS = 3
+_AHEAD = 2  # bytes that show whether a line ends here
 
 
 def read_text(
@@ -35,37 +53,38 @@ def read_text(
     number = position = 0
     place = DOCUMENT
     try:
+        with source.open() as handle:
+            data = handle.read(HEAD_BYTES if start else max(HEAD_BYTES, limit + 1))
+        if refuse_binary(source, data, None if start else set_aside):
+            return 0
+        is_alone = separator == _MENTIONED and not _stands_between(data[:HEAD_BYTES])
         if not start:
-            with source.open() as handle:
-                data = handle.read(limit + 1)
-            has_separator = bool(separator) and separator in data
+            has_separator = _has(data, separator, is_alone)
             if len(data) <= limit and not has_separator:
                 record = make_record(source, data.decode(), settings, set_aside)
                 if record is not None:
                     yield record
                 return 1
             del data
-            if not has_separator and not _holds(source, separator):
+            if not has_separator and not _holds(source, separator, is_alone):
                 place, separator, stop = "part", b"", None
         with source.open() as handle:
-            documents = _Documents(handle, separator)
+            documents = _Documents(handle, separator, is_alone)
             documents.go_to(start, stop)
             while not documents.at_end and (stop is None or documents.position < stop):
                 first = documents.position
                 for position, part, size in documents.parts(limit):
-                    if position == first > 0 and not part.strip() and documents.at_end:
-                        continue  # the line end behind the last separator
+                    # Nothing in front of the first separator or behind the last one is no document.
+                    is_blank = position == first and (not part or part.isspace())
+                    if is_blank and (documents.at_end if first else documents.goes_on(limit)):
+                        continue
                     number += 1
                     record = _record(source, part, size, settings, set_aside, position, place, number)
                     if record is not None:
                         yield record
                 documents.pass_separator()
     except (*READ_ERRORS, UnicodeDecodeError) as error:
-        if number:
-            so_far = f"the {number:,} documents before it are read"
-            set_aside(unread(source, error, position, place, number + 1, so_far))
-        else:
-            set_aside(unread(source, error))
+        set_aside(unread(source, error, position if number else 0, place, number))
     return number
 
 
@@ -75,6 +94,26 @@ def can_be_cut(separator: str) -> bool:
     Not so where its end is its beginning too: in `=====`, which of the `==` is a separator depends on the file's start.
     """
     return bool(separator) and not any(separator.endswith(separator[:n]) for n in range(1, len(separator)))
+
+
+def separated_in_words(n_documents: int, separator: str) -> str:
+    """What to say of text files in which a separator stands."""
+    return f"{n_documents:,} documents were cut out of text files at {separator!r} (separator)"
+
+
+def _stands_between(head: bytes) -> bool:
+    """Whether `<|endoftext|>` separates texts within lines, in a file that begins so."""
+    count = head.count(_MENTIONED)
+    if count < _LEAST_BETWEEN_TEXTS or _has(head, _MENTIONED, True):
+        return False
+    n_between = len(_BETWEEN_TEXTS.findall(head))
+    return n_between >= _LEAST_BETWEEN_TEXTS and 2 * n_between > count
+
+
+def _has(data: bytes, separator: bytes, is_alone: bool) -> bool:
+    if not separator or separator not in data:
+        return False
+    return not is_alone or re.search(rb"(?:\A|\n)" + re.escape(separator) + rb"(?:\r?\n|\Z)", data) is not None
 
 
 def _record(
@@ -92,7 +131,7 @@ def _record(
         return None
 
 
-def _holds(source: InputFile, separator: bytes) -> bool:
+def _holds(source: InputFile, separator: bytes, is_alone: bool) -> bool:
     """Whether a long file has a separator; if not, it was read through, and is whole and UTF-8.
 
     Raises:
@@ -101,14 +140,16 @@ def _holds(source: InputFile, separator: bytes) -> bool:
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     fault: UnicodeDecodeError | None = None
-    n_read, tail = 0, b""
+    n_read, tail, n_border = 0, b"\n", len(separator) + _AHEAD
+    alone = re.compile(b"\n" + re.escape(separator) + b"\r?\n")
     with source.open() as handle:
         while True:
             block = handle.read(BLOCK_BYTES)
             if separator:
-                if separator in block or separator in tail + block[: len(separator)]:
+                border = tail + (block[:n_border] or b"\n")
+                if any(separator in part and (not is_alone or alone.search(part)) for part in (block, border)):
                     return True
-                tail = (tail + block[-len(separator) :])[-len(separator) :]
+                tail = (tail + block[-n_border:])[-n_border:]
             begins = n_read - len(decoder.getstate()[0])
             try:
                 if fault is None:
@@ -132,8 +173,10 @@ class _Documents:
         at_end: whether the file's end has been reached, and nothing is left.
     """
 
-    def __init__(self, handle: IO[bytes], separator: bytes) -> None:
-        self._handle, self._separator = handle, separator
+    def __init__(self, handle: IO[bytes], separator: bytes, is_alone: bool) -> None:
+        self._handle, self._separator, self._is_alone = handle, separator, is_alone
+        self._reach = len(separator) - 1 + _AHEAD  # so many bytes at the buffer's end may yet become a separator
+        self._last = b"\n"  # the byte in front of the buffer
         self._buffer = bytearray()
         self._is_read = False
         self._found = self._searched = -1  # where the next separator is, and up to where there is none
@@ -150,9 +193,11 @@ class _Documents:
         if not start:
             return
         self.position = max(0, start - len(self._separator))
-        self._handle.seek(self.position)
+        if self.position:
+            self._handle.seek(self.position - 1)
+            self._last = self._handle.read(1)
         while (at := self._next_separator()) < 0:
-            self._take(len(self._buffer) if self._is_read else max(0, len(self._buffer) - len(self._separator) + 1))
+            self._take(len(self._buffer) if self._is_read else max(0, len(self._buffer) - self._reach))
             if self._is_read or (stop is not None and self.position >= stop):
                 return
             self._fill()
@@ -164,7 +209,7 @@ class _Documents:
         Each part (its last line end not counted) ends with the last empty line that lets it fit, else with the last
         line. A longer line is passed over: of it only the beginning is given, with its whole size.
         """
-        is_first, enough = True, limit + len(self._separator)  # behind a separator that begins within the limit
+        is_first, enough = True, limit + self._reach + 1  # behind a separator that begins within the limit
         while True:
             while (at := self._next_separator()) < 0 and not self._is_read and len(self._buffer) <= enough:
                 self._fill()
@@ -186,7 +231,7 @@ class _Documents:
         while True:
             at = self._next_separator()
             # What is certain not to begin a separator.
-            most = at if at >= 0 else len(self._buffer) - (0 if self._is_read else max(0, len(self._separator) - 1))
+            most = at if at >= 0 else len(self._buffer) - (0 if self._is_read else self._reach)
             newline = self._buffer.find(b"\n", 0, max(0, most))
             self._take(newline + 1 or max(0, most))
             if newline >= 0 or at >= 0 or self._is_read:
@@ -197,15 +242,31 @@ class _Documents:
         """Go on behind the separator at which reading has ended."""
         self._take(len(self._separator))
 
+    def goes_on(self, most: int) -> bool:
+        """Whether a separator comes here, and behind it, as far as `most` bytes show, something that is not blank."""
+        n_bytes = len(self._separator)
+        while not (solid := self._buffer[n_bytes:].strip()) and not self._is_read and len(self._buffer) < most:
+            self._fill()
+        return bool(self._separator and solid)
+
     def _next_separator(self) -> int:
         """Where in the buffer the next separator begins, or -1; each byte is looked at once."""
         if self._separator and self._found < self.position:
             begin = max(0, self._searched - self.position)
-            at = self._buffer.find(self._separator, begin)
+            stop = max(0, len(self._buffer) - (0 if self._is_read else _AHEAD))
+            while (
+                (at := self._buffer.find(self._separator, begin, stop)) >= 0 and self._is_alone and not self._counts(at)
+            ):
+                begin = at + 1
             self._found = self.position + at if at >= 0 else -1
-            looked = at + 1 if at >= 0 else len(self._buffer) - len(self._separator) + 1
-            self._searched = self.position + max(begin, looked)
+            self._searched = self.position + (at + 1 if at >= 0 else max(begin, stop - len(self._separator) + 1))
         return self._found - self.position if self._found >= 0 else -1
+
+    def _counts(self, at: int) -> bool:
+        """Whether a separator stands alone on its line."""
+        end = at + len(self._separator)
+        before, behind = self._buffer[at - 1 : at] if at else self._last, self._buffer[end : end + _AHEAD]
+        return before == b"\n" and (behind == b"\r\n" or behind[:1] in b"\n")
 
     def _fill(self) -> None:
         block = self._handle.read(BLOCK_BYTES)
@@ -214,6 +275,7 @@ class _Documents:
 
     def _take(self, n_bytes: int) -> bytes:
         taken = bytes(self._buffer[:n_bytes])
+        self._last = taken[-1:] or self._last
         del self._buffer[:n_bytes]
         self.position += len(taken)
         return taken

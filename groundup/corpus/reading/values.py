@@ -54,12 +54,12 @@ def read_values(
 
 def record_of(source: InputFile, value: Value, settings: CorpusSettings, set_aside: OnSetAside) -> Record | None:
     """The document in a record, or None if there is none (then it was set aside)."""
-    fields = value.data
     try:
         text = text_of(value, settings.text_field)
     except RefusedError as refused:
         set_aside(refused.of(source, value))
         return None
+    fields = value.data if isinstance(value.data, dict) else {}
     url = fields.get("url")
     if url is None and type(metadata := fields.get("metadata")) is dict:
         url = metadata.get("url")
@@ -71,20 +71,21 @@ def record_of(source: InputFile, value: Value, settings: CorpusSettings, set_asi
 
 
 def text_of(value: Value, field: str) -> str:
-    """The text in a field of a record.
+    """The text in a field of a record, or that the record is.
 
     Raises:
         RefusedError: there is none.
     """
-    fields = value.data
-    if not isinstance(fields, dict):
-        raise RefusedError(Reason.INVALID_JSON, f"not an object but {_json_type(fields)}")
-    if field not in fields:
-        listed = ", ".join(repr(excerpt_of(name)) for name in list(fields)[:8]) or "an empty object"
-        raise RefusedError(Reason.NO_TEXT, f"no field {field!r}, only {listed}")
-    text = fields[field]
-    if not isinstance(text, str):
-        raise RefusedError(Reason.NO_TEXT, f"field {field!r} is {_json_type(text)}, not a string")
+    text = value.data
+    if isinstance(text, dict):
+        if field not in text:
+            listed = ", ".join(repr(excerpt_of(name)) for name in list(text)[:8]) or "an empty object"
+            raise RefusedError(Reason.NO_TEXT, f"no field {field!r}, only {listed}")
+        text = text[field]
+        if not isinstance(text, str):
+            raise RefusedError(Reason.NO_TEXT, f"field {field!r} is {_json_type(text)}, not a string")
+    elif not isinstance(text, str):
+        raise RefusedError(Reason.NO_TEXT, f"the record is {_json_type(text)}, not an object or a string")
     if not value.is_strict:
         check_writable(text)
     return text

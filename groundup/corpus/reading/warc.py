@@ -12,7 +12,6 @@ their writer has already undone: then the body is taken as it stands.
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import io
 import re
@@ -21,6 +20,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from fastwarc.stream_io import BrotliReader, ZstdReader
+from fastwarc.warc import WarcRecord
 
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
 from groundup.corpus.reading.archive import PLACE, RawRecord, read_records
@@ -44,6 +46,8 @@ _HTTP_OVERHEAD_BYTES = 1 << 16
 HEADER_BYTES = 1 << 16
 _HEAD = b"WARC/1.0\r\nWARC-Type: response\r\nContent-Type: application/http\r\nContent-Length: %d\r\n\r\n"
 _CHUNK_HEAD = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n]{0,4096})?\r?\n")
+_URL_SAFE = str.maketrans("-_", "+/")
+_CHARSET = re.compile(r"charset\s*=\s*[\"']?([^\s;\"']+)", re.IGNORECASE)
 _MARKUP = re.compile(rb"\s*(?:\xef\xbb\xbf)?\s*<[!?A-Za-z]")
 _GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
@@ -114,7 +118,7 @@ def _text_of(
     if len(raw.block) < raw.size_bytes:
         raise DamagedStreamError(Reason.TOO_LONG, f"{raw.size_bytes:,} bytes; the limit is {limit / 2**20:g} MiB")
     media_type, _, parameters = raw.fields.get("content-type", "").partition(";")
-    media_type, charset = media_type.strip().lower(), _charset_of(parameters)
+    media_type, charset = media_type.strip().lower(), "".join(_CHARSET.findall(parameters)[:1])
     payload = body = raw.block
     if raw.kind == "response" and (media_type == "application/http" or body.startswith(b"HTTP/")):
         response = parse_response(body, limit)
@@ -152,42 +156,24 @@ def _sniffed(raw: RawRecord, body: bytes) -> str:
     return named or ("text/html" if beginning.startswith((b"<!doctype html", b"<html")) else "")
 
 
-def _charset_of(parameters: str) -> str:
-    for parameter in parameters.split(";"):
-        name, _, value = parameter.partition("=")
-        if name.strip().lower() == "charset":
-            return value.strip(" \t\"'")
-    return ""
-
-
 def _digests_fit(raw: RawRecord, payload: bytes, body: bytes) -> bool:
     """Whether the record's digests are those of its content.
 
     Writers disagree whether the payload's is that of the bytes as sent or as decoded; either will do.
     """
     for name, contents in (("warc-block-digest", (raw.block,)), ("warc-payload-digest", (payload, body))):
-        algorithm, _, digest = raw.fields.get(name, "").partition(":")
-        make = _DIGESTS.get(algorithm.strip().lower())
-        if (
-            make is not None
-            and digest
-            and not any(make(content).digest() in _read_digest(digest) for content in contents)
-        ):
+        algorithm, _, written = (part.strip() for part in raw.fields.get(name, "").partition(":"))
+        make = _DIGESTS.get(algorithm.lower())
+        if make and written and not any(_is_digest(written, make(content).digest()) for content in contents):
             return False
     return True
 
 
-def _read_digest(text: str) -> set[bytes]:
-    """What a digest can mean: base 32 as the standard recommends, hex, or base 64."""
-    text, meanings = text.strip(), set()
-    for decode in (_base32, bytes.fromhex, base64.urlsafe_b64decode):
-        with contextlib.suppress(ValueError):
-            meanings.add(decode(text))
-    return meanings
-
-
-def _base32(text: str) -> bytes:
-    return base64.b32decode(text + "=" * (-len(text) % 8), casefold=True)
+def _is_digest(written: str, digest: bytes) -> bool:
+    """Whether this is the digest in base 32, as the standard recommends, in hex or base 64."""
+    written, in_base32 = written.rstrip("="), base64.b32encode(digest).decode().rstrip("=")
+    in_base64 = base64.b64encode(digest).decode().rstrip("=")
+    return written.upper() in (in_base32, digest.hex().upper()) or written.translate(_URL_SAFE) == in_base64
 
 
 def _refuse(source: InputFile, set_aside: OnSetAside, raw: RawRecord, reason: Reason, detail: str) -> None:
@@ -225,8 +211,6 @@ def parse_response(block: bytes, limit_bytes: int) -> ArchivedResponse:
     Raises:
         DamagedStreamError: it is damaged, cut off or too long.
     """
-    from fastwarc.warc import WarcRecord
-
     if not block.startswith(b"HTTP/"):  # HTTP 0.9 had no headers
         return ArchivedResponse(0, "", "", block, block)
     try:
@@ -236,10 +220,10 @@ def parse_response(block: bytes, limit_bytes: int) -> ArchivedResponse:
         payload = record.reader.read()
     except (OSError, ValueError) as error:
         raise DamagedStreamError(Reason.DAMAGED, f"bad HTTP headers: {error}") from error
-    codings = [*_listed(headers.get_multiple("Content-Encoding")), *_listed(headers.get_multiple("Transfer-Encoding"))]
+    named = [*headers.get_multiple("Content-Encoding"), *headers.get_multiple("Transfer-Encoding")]
     body = payload
-    for coding in reversed(codings):
-        body = _undone(coding, body, limit_bytes)
+    for coding in reversed(",".join(named).split(",")):
+        body = _undone(coding.strip().lower(), body, limit_bytes)
     if len(body) > limit_bytes:
         raise DamagedStreamError(Reason.TOO_LONG, f"{len(body):,} bytes")
     media_type = (headers.get("Content-Type") or "").partition(";")[0].strip().lower()
@@ -259,11 +243,10 @@ def join_chunks(data: bytes) -> bytes:
         if head is None:
             if not parts:
                 return data
+            behind = f"behind {sum(map(len, parts)):,} bytes"
             if at >= len(data):
-                raise DamagedStreamError(
-                    Reason.CUT_OFF, f"the last chunk is missing, behind {sum(map(len, parts)):,} bytes"
-                )
-            raise DamagedStreamError(Reason.DAMAGED, f"a bad chunk behind {sum(map(len, parts)):,} bytes")
+                raise DamagedStreamError(Reason.CUT_OFF, f"the last chunk is missing, {behind}")
+            raise DamagedStreamError(Reason.DAMAGED, f"a bad chunk {behind}")
         size = int(head.group(1), 16)
         if size == 0:
             return b"".join(parts)
@@ -277,53 +260,36 @@ def join_chunks(data: bytes) -> bytes:
         at += 2 if data[at : at + 2] == b"\r\n" else 1 if data[at : at + 1] == b"\n" else 0
 
 
-def _listed(values: tuple[str, ...]) -> list[str]:
-    return [name.strip().lower() for value in values for name in value.split(",") if name.strip()]
-
-
 def _undone(coding: str, data: bytes, limit_bytes: int) -> bytes:
-    """The data without one coding, at most one byte longer than the limit.
+    """The data without one coding; unchanged, if that is none, such as "utf-8", or has been undone already.
 
     Raises:
         DamagedStreamError: see `parse_response`.
     """
     if coding == "chunked":
         return join_chunks(data)
+    window_bits = 0
     if not data or _MARKUP.match(data):
-        return data  # undone already
-    if coding in ("gzip", "x-gzip"):
-        body = _inflated(data, 16 + zlib.MAX_WBITS, limit_bytes) if data.startswith(_GZIP_MAGIC) else data
-    elif coding == "deflate":
-        # Some servers send the zlib format, as they should, others its bare inside.
+        return data
+    if coding in ("gzip", "x-gzip") and data.startswith(_GZIP_MAGIC):
+        window_bits = 16 + zlib.MAX_WBITS
+    elif coding == "deflate":  # some servers send the zlib format, as they should, others its bare inside
         is_zlib = len(data) > 1 and data[0] & 0x0F == 8 and (data[0] << 8 | data[1]) % 31 == 0
-        body = _inflated(data, zlib.MAX_WBITS if is_zlib else -zlib.MAX_WBITS, limit_bytes)
-    elif coding == "br" or (coding == "zstd" and data.startswith(_ZSTD_MAGIC)):
-        body = _read_by_library(coding, data, limit_bytes)
-    else:
-        body = data  # "identity", and names that are none, such as "utf-8"
+        window_bits = zlib.MAX_WBITS if is_zlib else -zlib.MAX_WBITS
+    elif coding != "br" and not (coding == "zstd" and data.startswith(_ZSTD_MAGIC)):
+        return data
+    try:
+        if window_bits:
+            inflater = zlib.decompressobj(wbits=window_bits)
+            body = inflater.decompress(data, limit_bytes + 1)
+            is_whole = inflater.eof
+        else:
+            reader = (BrotliReader if coding == "br" else ZstdReader)(io.BytesIO(data))
+            body, is_whole = reader.read(limit_bytes + 1), True
+    except (OSError, zlib.error) as error:
+        raise DamagedStreamError(Reason.DAMAGED, f"damaged {coding} body: {str(error).split(': ')[-1]}") from error
     if len(body) > limit_bytes:
         raise DamagedStreamError(Reason.TOO_LONG, f"{len(data):,} bytes of {coding} grow beyond {limit_bytes:,}")
+    if not is_whole:
+        raise DamagedStreamError(Reason.CUT_OFF, f"the {coding} body ends behind {len(body):,} bytes of text")
     return body
-
-
-def _inflated(data: bytes, window_bits: int, limit_bytes: int) -> bytes:
-    inflater = zlib.decompressobj(wbits=window_bits)
-    try:
-        body = inflater.decompress(data, limit_bytes + 1)
-    except zlib.error as error:
-        raise DamagedStreamError(Reason.DAMAGED, f"damaged compressed body: {str(error).split(': ')[-1]}") from error
-    if not inflater.eof and len(body) <= limit_bytes:
-        raise DamagedStreamError(
-            Reason.CUT_OFF, f"the compressed body ends early: {len(body):,} bytes could be unpacked"
-        )
-    return body
-
-
-def _read_by_library(coding: str, data: bytes, limit_bytes: int) -> bytes:
-    from fastwarc.stream_io import BrotliReader, ZstdReader
-
-    reader = (BrotliReader if coding == "br" else ZstdReader)(io.BytesIO(data))
-    try:
-        return reader.read(limit_bytes + 1)
-    except OSError as error:
-        raise DamagedStreamError(Reason.DAMAGED, f"damaged {coding} body: {error}") from error

@@ -1,0 +1,290 @@
+"""The stage `[quantize.NAME]`, and `groundup quantize`: a model in fewer bits, with what that gains and what it costs.
+
+Trains nothing. Measured on the same text and machine, before and after: bytes of weights; bits per byte, with the
+standard error of the difference (the units of text are paired, so it is far less than that of either figure); tokens a
+second of one text written alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from groundup.console import format_bytes
+from groundup.corpus import stream_documents
+from groundup.distributed import current_world
+from groundup.errors import DataError, GroundupError
+from groundup.evaluation.metrics import bits_and_bytes, ratio_estimate
+from groundup.generation import Engine, Request, SamplingParams
+from groundup.generation.quantize import Quantization, QuantizationMethod, quantize
+from groundup.interop import save_model
+from groundup.interop.folder import WEIGHTS_FILE
+from groundup.interop.start import check_start, starting_config, starting_point, starting_tokenizer
+from groundup.model import Transformer
+from groundup.model.cost import weight_bytes
+from groundup.recipe import QuantizeSettings
+from groundup.report.format import format_lines
+from groundup.run import RECIPE_FILE, Run
+from groundup.shards import TokenShards
+from groundup.stage import MODEL_FOLDER, Check, Context, Method, Shown, Stage, model_digest
+from groundup.tokenizer import Tokenizer
+from groundup.tokenizer.stage import given_tokenizer
+from groundup.training.planning.memory import device_memory
+
+_MOST_SCORED = 500_000
+_SPEED_TOKENS, _SPEED_ROUNDS = 32, 3
+
+
+def quantize_and_measure(
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    settings: QuantizeSettings,
+    out: str | Path,
+    *,
+    texts: Sequence[str] = (),
+    calibration: Tensor | None = None,
+    on_layer: Callable[[int], object] = lambda layer: None,
+) -> dict[str, Any]:
+    """Quantize a model in place, save it, and say what that gains and costs.
+
+    Args:
+        model: with float weights.
+        tokenizer: of the model; None: only sizes are measured.
+        settings: bits, groups and so on; its `start` and `calibration` load nothing.
+        out: the new model's folder.
+        texts: to measure bits per byte on, apart from those of the calibration; none: it is not measured.
+        calibration: (windows, tokens) for GPTQ.
+        on_layer: called with the number of each block that GPTQ is done with.
+
+    Returns:
+        `method`, and under names that end in `_before` and `_after` what was measured: `bytes`, `bits_per_byte`,
+        `tokens_per_second`; `bits_per_byte_change` and `bits_per_byte_change_stderr`.
+
+    Raises:
+        GroundupError: settings that do not fit together, GPTQ without calibration, or a model that is quantized.
+        ArtifactError: a weight is not finite.
+    """
+    method = method_of(settings, has_text=calibration is not None)
+    how = Quantization(settings.bits, settings.group_size, settings.activations)
+    figures: dict[str, Any] = {"method": method, "bytes_before": weight_bytes(model.config)}
+    before = _measure(model, tokenizer, texts)
+    quantize(model, how, method=method, calibration=calibration, on_layer=on_layer)
+    after = _measure(model, tokenizer, texts)
+    save_model(out, model, tokenizer)
+    figures["bytes_after"] = (Path(out) / WEIGHTS_FILE).stat().st_size
+    if before is None or after is None:
+        return figures
+    for name, (bits, n_bytes, speed) in (("before", before), ("after", after)):
+        figures[f"tokens_per_second_{name}"] = speed
+        if len(bits):
+            figures[f"bits_per_byte_{name}"] = ratio_estimate(bits, n_bytes).value
+    if len(before[0]):
+        change = ratio_estimate(after[0] - before[0], before[1])
+        figures |= {"bits_per_byte_change": change.value, "bits_per_byte_change_stderr": change.stderr}
+    return figures
+
+
+def in_words(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures of `quantize_and_measure` as labels and values."""
+    before, after = figures["bytes_before"], figures["bytes_after"]
+    found = [
+        ("rounding", "GPTQ" if figures["method"] == "gptq" else "to nearest"),
+        ("weights", f"{before / 1e6:,.1f} MB in float32 → {after / 1e6:,.1f} MB ({before / after:.1f} times smaller)"),
+    ]
+    if "bits_per_byte_change" in figures:
+        was, now = figures["bits_per_byte_before"], figures["bits_per_byte_after"]
+        change = f"{figures['bits_per_byte_change']:+.4f} ± {figures['bits_per_byte_change_stderr']:.4f}"
+        found.append(("bits per byte", f"{was:.4f} → {now:.4f} ({change})"))
+    if "tokens_per_second_before" in figures:
+        was, now = figures["tokens_per_second_before"], figures["tokens_per_second_after"]
+        slower = " (slower on this machine: it saves memory here, not time)" if now < was else ""
+        found.append(("writing alone", f"{was:,.0f} → {now:,.0f} tokens/s{slower}"))
+    return found
+
+
+def method_of(settings: QuantizeSettings, *, has_text: bool) -> QuantizationMethod:
+    """How weights are rounded, where the settings leave it open."""
+    return settings.method or ("gptq" if settings.bits == 4 and has_text else "rtn")
+
+
+def calibration_windows(shards: TokenShards, shape: tuple[int, int], seed: int) -> Tensor:
+    """Windows of token ids from all over the shards, int64, of this shape (or shorter, if the shards are)."""
+    n, length = shape[0], min(shape[1], shards.n_tokens)
+    starts = np.random.default_rng(seed).integers(0, shards.n_tokens - length + 1, n)
+    return torch.from_numpy(shards.windows(starts, length))
+
+
+def run_text(folder: Path, tokenizer: Tokenizer, shape: tuple[int, int]) -> tuple[list[str], Tensor | None]:
+    """What to measure and to calibrate on, of the run that a model's folder is in; nothing where it is in none.
+
+    Args:
+        folder: of the model.
+        tokenizer: of the model.
+        shape: of the calibration: windows, and tokens in each.
+
+    Raises:
+        ArtifactError: the run's shards are damaged, or in another tokenizer's tokens.
+    """
+    run = Run(folder.resolve().parents[1])
+    if not (run.root / RECIPE_FILE).is_file() or run.manifest("corpus") is None:
+        return [], None
+    texts = scored_texts(document.text for document in stream_documents(run.folder("corpus"), "validation"))
+    if run.manifest("shards") is None:
+        return texts, None
+    shards = TokenShards.open(run.folder("shards"), "train", tokenizer_fingerprint=tokenizer.fingerprint)
+    return texts, calibration_windows(shards, shape, run.recipe.seed)
+
+
+def file_text(path: Path, tokenizer: Tokenizer, shape: tuple[int, int]) -> tuple[list[str], Tensor]:
+    """The last tenth of a text file to measure on, and windows of the rest to calibrate on; as `run_text`.
+
+    Raises:
+        DataError: it is no text, or too short.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}).", "Give a text file in UTF-8.") from error
+    cut = len(text) * 9 // 10
+    ids = torch.tensor(tokenizer.encode(text[:cut])[: shape[0] * shape[1]], dtype=torch.int64)
+    length = min(shape[1], len(ids))
+    if not length:
+        raise DataError(f"{path}: is too short to calibrate and to measure on.", "Give a longer text.")
+    return scored_texts([text[cut:]]), ids[: len(ids) // length * length].view(-1, length)
+
+
+def scored_texts(documents: Iterable[str]) -> list[str]:
+    """The first documents: enough for an error bar far below what 4 bits cost."""
+    found: list[str] = []
+    size = 0
+    for text in documents:
+        found.append(text[: _MOST_SCORED - size])
+        size += len(found[-1])
+        if size >= _MOST_SCORED:
+            break
+    return found
+
+
+def _measure(
+    model: Transformer, tokenizer: Tokenizer | None, texts: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, float] | None:
+    """Bits and bytes of the units of a text, and tokens a second: the fastest of a few short rounds."""
+    if tokenizer is None:
+        return None
+    nothing = np.zeros(0)
+    bits, n_bytes = bits_and_bytes(model, texts, tokenizer) if texts else (nothing, nothing)
+    params, fastest = SamplingParams(temperature=0.0, max_tokens=_SPEED_TOKENS), math.inf
+    engine = Engine(model, slots=1)
+    for _ in range(_SPEED_ROUNDS):
+        start = time.perf_counter()
+        engine.run([Request([tokenizer.end_of_text_id], params)])
+        fastest = min(fastest, time.perf_counter() - start)
+    return bits, n_bytes, _SPEED_TOKENS / fastest
+
+
+class Quantize(Method):
+    """The stage."""
+
+    settings = QuantizeSettings
+    makes = "lm"
+    trainable = False
+    is_default = False
+    figures = ("bits_per_byte_change", "bytes_after", "tokens_per_second_after")
+
+    def needs(self, stage: Stage) -> tuple[str, ...]:
+        """The text to measure on, and the shards to calibrate with."""
+        has_text = stage.recipe.reads_text
+        calibrates = has_text and method_of(stage.settings, has_text=has_text) == "gptq"
+        return (*(("corpus",) if has_text else ()), *(("shards",) if calibrates else ()))
+
+    def outside(self, stage: Stage) -> dict[str, str]:
+        """A model made elsewhere."""
+        return {} if stage.outside_start is None else {"start": model_digest(stage.outside_start)}
+
+    def checks(self, stage: Stage) -> Iterable[Check]:
+        """The model, and the text."""
+        yield f"[{stage.section}] start", lambda: check_start(stage)
+        yield f"[{stage.section}] method", lambda: _check_shards(stage)
+
+    def derived(self, stage: Stage) -> Iterable[tuple[str, str, str]]:
+        """How weights are rounded."""
+        if stage.settings.method is None:
+            method = method_of(stage.settings, has_text=stage.recipe.reads_text)
+            why = "4 bits lose more, and calibration wins much of it back" if method == "gptq" else "it loses little"
+            yield f"{stage.section}.method", method, why
+
+    def check_memory(self, stage: Stage) -> None:
+        """Refuse what cannot fit: the weights in float32, and one matrix more."""
+        needed, memory = weight_bytes(starting_config(stage)[0]), device_memory(current_world())
+        if needed > memory.total:
+            raise GroundupError(
+                f"[{stage.section}]: the model's weights take {format_bytes(needed)} in float32, and {memory.what} is "
+                f"{format_bytes(memory.total)}.",
+                "Quantize it on a larger machine.",
+            )
+
+    def quick(self, settings: QuantizeSettings) -> QuantizeSettings:
+        """Fewer windows."""
+        return settings.model_copy(update={"calibration": min(settings.calibration, 8)})
+
+    def work(self, context: Context) -> dict[str, Any]:
+        """See `quantize_and_measure`."""
+        stage, run, settings = context.stage, context.run, context.stage.settings
+        model, tokenizer = starting_point(stage, run, context.console)
+        calibration = None
+        if "shards" in stage.needs:
+            shards = TokenShards.open(
+                run.folder("shards"), "train", tokenizer_fingerprint=tokenizer.fingerprint, verify=context.recipe.verify
+            )
+            shape = (settings.calibration, model.config.context_length)
+            calibration = calibration_windows(shards, shape, context.recipe.seed)
+        texts = []
+        if stage.recipe.reads_text:
+            texts = scored_texts(document.text for document in stream_documents(run.folder("corpus"), "validation"))
+        with context.console.bar(stage.name) as bar:
+            figures = quantize_and_measure(
+                model, tokenizer, settings, context.folder / MODEL_FOLDER, texts=texts, calibration=calibration
+            )
+            bar.finish(" · ".join(f"{label} {value}" for label, value in in_words(figures)[1:3]))
+        for label, value in in_words(figures)[3:]:
+            context.console.note(f"{stage.name}: {label}: {value}")
+        return figures
+
+    def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:
+        """What it gains and costs."""
+        if "bytes_after" not in summary:
+            return Shown(f"{stage.settings.bits} bits a weight")
+        lines = format_lines(
+            (summary["bytes_after"], lambda size: f"{size / 1e6:,.1f} MB"),
+            (summary.get("bits_per_byte_change"), lambda change: f"{change:+.4f} bits/byte"),
+        )
+        return Shown(f"{stage.settings.bits} bits a weight", in_words(summary), lines)
+
+
+def _check_shards(stage: Stage) -> None:
+    """Hold that GPTQ has text, in the tokens of the model.
+
+    Raises:
+        DataError: it has not.
+    """
+    recipe, where = stage.recipe, f"[{stage.section}]"
+    if method_of(stage.settings, has_text=recipe.reads_text) != "gptq":
+        return
+    if not recipe.reads_text:
+        raise DataError(f'{where} method = "gptq": this recipe reads no text.', 'Add [corpus], or set method = "rtn".')
+    own, theirs = starting_tokenizer(stage), given_tokenizer(recipe.tokenizer.use, recipe.init)
+    if own is not None and (theirs is None or theirs.fingerprint != own.fingerprint):
+        raise DataError(
+            f"{where} method: this recipe's shards have another tokenizer than the model in {stage.settings.start}.",
+            'Set method = "rtn", or quantize that model in a recipe of its own.',
+        )
+
+
+QUANTIZE = Quantize()
