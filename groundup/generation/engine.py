@@ -343,6 +343,8 @@ class Engine:
             self._queues.setdefault(request.client, deque()).extend(texts)
 
     def _drop_cancelled(self) -> None:
+        if not self._cancelled:
+            return
         gone = []
         while self._cancelled:
             request = self._cancelled.popleft()
@@ -353,8 +355,7 @@ class Engine:
                     if text in (queue := self._queues.get(request.client, deque())):
                         queue.remove(text)
                         self._count_begun(text)
-        if gone:
-            self._settle(gone)
+        self._settle(gone)
 
     def _admit(self) -> None:
         """Give waiting texts a part of the cache: the client with the fewest first, and then who came first."""
