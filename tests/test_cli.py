@@ -401,7 +401,7 @@ def test_generate_continues_the_prompt(groundup: CommandLine, monkeypatch: pytes
     assert groundup("generate", root, os.fsdecode(b"caf\xe9"), *drawn, "--json").json["prompt"] == "caf\ufffd"
 
 
-def test_generate_draws_as_it_is_told(groundup: CommandLine) -> None:
+def test_generate_draws_as_it_is_told(groundup: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     root = finished_run().root
     plain = groundup("generate", root, "The", "-n", "12", "-t", "0")
     for draft in ("ngrams", "1", "sft", root / "sft" / "model"):
@@ -414,6 +414,9 @@ def test_generate_draws_as_it_is_told(groundup: CommandLine) -> None:
     refused = groundup("generate", root, "The", "--beams", "2", "--stop", "x", "-t", "0")
     assert refused.code == 1
     assert "--temperature, --stop would do nothing" in refused.err
+    monkeypatch.setattr("groundup.generation.native.library", lambda: (None, "no C compiler found"))
+    slow = groundup("generate", root, "The", "-n", "12", "-t", "0")
+    assert (slow.out, slow.err.count("no C compiler found")) == (plain.out, 1)
     wrong = groundup("generate", root, "The", "--regex", "a", "--choice", "b")
     assert (wrong.code, "--regex and --choice" in wrong.err) == (1, True)
     assert "--precision float16" in groundup("generate", root, "The", "--precision", "float16").err

@@ -14,7 +14,7 @@ from groundup.recipe.registry import TRUNK
 if TYPE_CHECKING:
     import torch
 
-    from groundup.generation import Constraint
+    from groundup.generation import Constraint, Engine
     from groundup.model import Transformer
     from groundup.recipe import GenerateSettings
     from groundup.tokenizer import Tokenizer
@@ -123,6 +123,7 @@ def generate(
             network, tokenizer, slots=samples, length=len(request.ids) + params.max_tokens, dtype=_dtype(precision),
             draft=_draft(model, draft),
         )  # fmt: skip
+        _say_why_slow(engine)
         if samples == 1 and not as_json:
             typer.echo(text, nl=False)
             for chunk in engine.stream(request):
@@ -167,6 +168,7 @@ def chat(
         seed=seed,
     )
     engine = Engine(network, tokenizer, slots=1, dtype=_dtype(precision), draft=_draft(model, draft))
+    _say_why_slow(engine)
     talk = Chat(engine, tokenizer, params, system=_as_text(system) if system else None)
     if folder.parent.name in TRUNK:
         typer.echo("note: this model was not taught to answer; it only continues text.", err=True)
@@ -205,11 +207,17 @@ def _constraint(schema: str | None, regex: str | None, choices: list[str] | None
     return Constraint.choices(choices) if choices else None
 
 
+<<<<<<< HEAD
 def _refuse_with_beams(**options: object) -> None:
     from groundup.errors import GroundupError
 
     if given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value not in (None, [])]:
         raise GroundupError(f"--beams searches for the most probable text: {', '.join(given)} would do nothing.")
+=======
+def _say_why_slow(engine: Engine) -> None:
+    if engine.why_slow is not None:
+        typer.echo(f"note: tokens are made by PyTorch alone, more slowly: {engine.why_slow}", err=True)
+>>>>>>> g-core
 
 
 def _dtype(precision: str | None) -> torch.dtype | None:

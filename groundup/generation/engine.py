@@ -277,6 +277,11 @@ class Engine:
         """Slots, or pages, in use."""
         return self._pool.n_used
 
+    @property
+    def why_slow(self) -> str | None:
+        """Why PyTorch's forward pass computes every step, where that is slower than need be; None: it does not."""
+        return self._model_step.reason
+
     def start(self) -> Engine:
         """Take steps in a thread of its own, until `stop`."""
         if self._thread is None:

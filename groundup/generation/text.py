@@ -6,11 +6,12 @@ answer in a conversation ends at the context's end; the oldest turns are left ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import overload
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TypedDict, Unpack, overload
 
 from groundup.errors import GroundupError
 from groundup.generation.engine import Engine
+from groundup.generation.grammar import Constraint
 from groundup.generation.params import SamplingParams
 from groundup.generation.request import Generation, Request
 from groundup.model import Transformer
@@ -20,77 +21,59 @@ _SLOTS = 128
 """Most texts that are written at the same time."""
 
 
+class SamplingOptions(TypedDict, total=False):
+    """What `generate` and `stream` can be told of how tokens are drawn: the fields of `SamplingParams` for one text."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    typical_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int | None
+    stop: str | Sequence[str]
+    best_of: int
+    logprobs: int
+    constraint: Constraint
+
+
 @overload
 def generate(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    max_tokens: int = 128,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    stop: str | Sequence[str] = (),
+    model: Transformer, tokenizer: Tokenizer, prompt: str, **options: Unpack[SamplingOptions]
 ) -> Generation: ...
 
 
 @overload
 def generate(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt: Sequence[str],
-    *,
-    max_tokens: int = 128,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    stop: str | Sequence[str] = (),
+    model: Transformer, tokenizer: Tokenizer, prompt: Sequence[str], **options: Unpack[SamplingOptions]
 ) -> list[Generation]: ...
 
 
 def generate(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt: str | Sequence[str],
-    *,
-    max_tokens: int = 128,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    stop: str | Sequence[str] = (),
+    model: Transformer, tokenizer: Tokenizer, prompt: str | Sequence[str], **options: Unpack[SamplingOptions]
 ) -> Generation | list[Generation]:
     """Continue a text, or several in one batch; it ends at `<|endoftext|>`, a stop text or `max_tokens`.
 
     An empty prompt begins a new document. Of a prompt longer than the model's context, the end is read. The
-    arguments are those of `SamplingParams`, and so are the errors.
+    options are those of `SamplingParams`, and so are the errors.
     """
-    params = SamplingParams(temperature, top_k, top_p, max_tokens, seed, _texts(stop))
+    params = _params(options)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     ids = [prompt_ids(tokenizer, text) for text in prompts]
     results = generate_batch(model, tokenizer, ids, params, slides=True)
     return results[0] if isinstance(prompt, str) else results
 
 
-def stream(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    max_tokens: int = 128,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    stop: str | Sequence[str] = (),
-) -> Iterator[str]:
+def stream(model: Transformer, tokenizer: Tokenizer, prompt: str, **options: Unpack[SamplingOptions]) -> Iterator[str]:
     """As `generate` for one text, piece by piece; the pieces put together are the same text."""
-    params = SamplingParams(temperature, top_k, top_p, max_tokens, seed, _texts(stop))
+    params = _params(options)
     request = text_request(model, tokenizer, prompt, params)
-    length = len(request.ids) + max_tokens
-    return _pieces(lambda: Engine(model, tokenizer, slots=1, length=length), request)
+    length = len(request.ids) + params.max_tokens
+    return _pieces(lambda: Engine(model, tokenizer, slots=params.best_of or 1, length=length), request)
 
 
 def chat_reply(
@@ -237,5 +220,6 @@ def _pieces(make_engine: Callable[[], Engine], request: Request) -> Iterator[str
             yield chunk.text
 
 
-def _texts(stop: str | Sequence[str]) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop)
+def _params(options: SamplingOptions) -> SamplingParams:
+    stop = options.get("stop", ())
+    return SamplingParams(**{**options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})  # type: ignore[arg-type]
