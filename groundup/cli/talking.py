@@ -207,17 +207,16 @@ def _constraint(schema: str | None, regex: str | None, choices: list[str] | None
     return Constraint.choices(choices) if choices else None
 
 
-<<<<<<< HEAD
 def _refuse_with_beams(**options: object) -> None:
     from groundup.errors import GroundupError
 
     if given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value not in (None, [])]:
         raise GroundupError(f"--beams searches for the most probable text: {', '.join(given)} would do nothing.")
-=======
+
+
 def _say_why_slow(engine: Engine) -> None:
     if engine.why_slow is not None:
         typer.echo(f"note: tokens are made by PyTorch alone, more slowly: {engine.why_slow}", err=True)
->>>>>>> g-core
 
 
 def _dtype(precision: str | None) -> torch.dtype | None:
