@@ -71,14 +71,14 @@ def test_a_folder_is_as_small_as_its_bits(tmp_path: Path) -> None:
 def test_transformers_refuses_it_loudly(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     gu.save_model(tmp_path, _quantized())
-    with pytest.raises(ValueError, match=r"model_type|Unknown quantization type"):
+    with pytest.raises(ValueError, match="model_type"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    for architecture in ("Qwen3ForCausalLM", "LlamaForCausalLM"):
-        with pytest.raises(ValueError, match="groundup"):
+    for architecture in ("Qwen3ForCausalLM", "LlamaForCausalLM"):  # before it allocates what they have by default
+        with pytest.raises(ValueError, match="quantization config"):
             getattr(transformers, architecture).from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "experts"])
 def test_it_leaves_as_floats_for_transformers(shape: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model = _quantized(shape, Quantization(4))
@@ -143,7 +143,7 @@ CONFIGS: dict[str, tuple[Any, str]] = {
     "bits as text": (lambda c: c["quantization_config"].update(bits="4"), "quantization_config"),
     "short groups": (lambda c: c["quantization_config"].update(group_size=8), "must be a multiple of 32"),
     "unknown": (lambda c: c["quantization_config"].update(zero_point=True), "quantization_config.*zero_point"),
-    "another method": (lambda c: c["quantization_config"].update(quant_method="awq"), "only what it quantized itself"),
+    "another method": (lambda c: c["quantization_config"].update(format="awq"), "only what it quantized itself"),
     "no object": (lambda c: c.update(quantization_config=[4]), "only what it quantized itself"),
     "none": (lambda c: c.pop("quantization_config"), "missing"),
     "8 bits": (lambda c: c["quantization_config"].update(bits=8, group_size=None), "has shape|has dtype"),
@@ -203,9 +203,11 @@ def test_damaged_files_end_in_named_errors(int4: Path, tmp_path: Path, data: st.
         for _ in range(data.draw(st.integers(1, 4))):
             contents[data.draw(st.integers(0, min(len(contents) - 1, 4000)))] = data.draw(st.integers(0, 255))
     path.write_bytes(contents)
+    model, message = None, ""
     try:
         model = gu.load(folder).model
     except ArtifactError as error:
-        assert str(folder) in str(error)
-    else:
+        message = str(error)
+    assert str(folder) in message or model is not None
+    if model is not None:
         assert model(torch.zeros(1, 2, dtype=torch.int64)).shape[:2] == (1, 2)

@@ -55,12 +55,12 @@ class Quantization:
     activations: Literal["float", "int8"] = "float"
 
     def __post_init__(self) -> None:
-        if self.bits not in (8, 4) or self.activations not in ("float", "int8"):
+        if type(self.bits) is not int or self.bits not in (8, 4) or self.activations not in ("float", "int8"):
             raise GroundupError(
                 f"bits = {self.bits!r}, activations = {self.activations!r}: bits are 8 or 4, activations float or int8."
             )
         size = self.group_size
-        if size is not None and (not isinstance(size, int) or size < RUN or size % RUN):
+        if size is not None and (type(size) is not int or size < RUN or size % RUN):
             raise GroundupError(f"group_size = {size!r}: must be a multiple of {RUN}.")
         if self.activations == "int8" and (self.bits, size) != (8, None):
             raise GroundupError(

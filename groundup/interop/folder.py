@@ -21,7 +21,7 @@ from groundup.interop.digests import write_digests
 from groundup.interop.families import OURS, huggingface_config
 from groundup.interop.layouts import make_layout, put_together, shapes_in_file
 from groundup.interop.read_weights import WEIGHTS_FILE
-from groundup.interop.stored import CONFIG_FILE, OURS_KEY, QUANT_METHOD, QUANTIZATION_KEY, open_stored, target_layout
+from groundup.interop.stored import CONFIG_FILE, OURS_KEY, QUANT_FORMAT, QUANTIZATION_KEY, open_stored, target_layout
 from groundup.interop.write_weights import TensorSpec, write_weights
 from groundup.model import Transformer
 from groundup.stage import find_model
@@ -69,7 +69,7 @@ def save_model(
             if quantization is None:
                 values = {**huggingface_config(config), OURS_KEY: config.to_dict()}
             else:
-                how = {"quant_method": QUANT_METHOD, **dataclasses.asdict(quantization)}
+                how = {"format": QUANT_FORMAT, **dataclasses.asdict(quantization)}
                 values = {QUANTIZATION_KEY: how, OURS_KEY: config.to_dict()}
             if "model_type" in values:
                 values["dtype"] = "float32"

@@ -32,8 +32,9 @@ from groundup.untrusted import MOST_CONFIG_BYTES, file_inside, read_object, read
 CONFIG_FILE = "config.json"
 OURS_KEY = "groundup"
 """Where our configuration stands in a `config.json`."""
-QUANTIZATION_KEY, QUANT_METHOD = "quantization_config", "groundup"
-"""Where it says how weights are quantized. transformers looks there too, and refuses a `quant_method` unknown to it."""
+QUANTIZATION_KEY, QUANT_FORMAT = "quantization_config", "groundup"
+"""Where it says how weights are quantized, and as what `format`. transformers looks there, too: without `quant_method`
+it refuses the model; with one that it does not know it would go on, and fill what it misses with random numbers."""
 
 _MOST_EXPERTS = 1 << 18
 """In all layers: far more than any model has."""
@@ -184,21 +185,20 @@ def _read_quantization(values: dict[str, Any], path: Path) -> Quantization | Non
     found = values.get(QUANTIZATION_KEY)
     if found is None:
         return None
-    if isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD and OURS_KEY in values:
-        arguments = {name: value for name, value in found.items() if name != "quant_method"}
-        try:
-            return pydantic.TypeAdapter(Quantization, config={"extra": "forbid", "strict": True}).validate_python(
-                arguments
-            )
-        except (GroundupError, pydantic.ValidationError) as error:
-            what = error.message if isinstance(error, GroundupError) else str(error.errors(include_url=False)[0])
-            raise ArtifactError(
-                f"{path}: {QUANTIZATION_KEY}: {what}", "Read it with the version of groundup that wrote it."
-            ) from error
-    raise ArtifactError(
-        f"{path}: {QUANTIZATION_KEY} = {found!r:.80}: groundup reads only what it quantized itself.",
-        "Look for the model that it was made from.",
-    )
+    if not isinstance(found, dict) or found.get("format") != QUANT_FORMAT or OURS_KEY not in values:
+        raise ArtifactError(
+            f"{path}: {QUANTIZATION_KEY} = {found!r:.80}: groundup reads only what it quantized itself.",
+            "Look for the model that it was made from.",
+        )
+    arguments = {name: value for name, value in found.items() if name != "format"}
+    known = {field.name for field in dataclasses.fields(Quantization)}
+    try:
+        if arguments.keys() != known:
+            raise GroundupError(f"its fields are {', '.join(sorted(known))}, not {', '.join(sorted(arguments))[:80]}.")
+        return Quantization(**arguments)
+    except GroundupError as error:
+        fix = "Read it with the version of groundup that wrote it."
+        raise ArtifactError(f"{path}: {QUANTIZATION_KEY}: {error.message}", fix) from error
 
 
 def _read_config(values: dict[str, Any], path: Path) -> tuple[ModelConfig, Family | None, list[str]]:
