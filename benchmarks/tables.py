@@ -392,6 +392,20 @@ def comparison(row: dict[str, Any], digits: int = 0) -> list[str]:
     return [row["what"], row["name"], *values, f"{row['ratio']['median']:.2f}×", least]
 
 
+def sampling(result: dict[str, Any]) -> str:
+    """Microseconds a token, of logits whose standard deviation is 4 (few tokens matter) and 1 (many do)."""
+    found = {
+        (row["deviation"], *row["variant"].split(" ", 1)): amount(row["us_per_token"])
+        for row in result["rows"]
+        if (row["vocab_size"], row["batch"]) == (32_000, 1)
+    }
+    kinds = [kind for deviation, who, kind in found if (deviation, who) == (4.0, "groundup")]
+    whose = [(deviation, who) for deviation in (4.0, 1.0) for who in ("groundup", "torch", "transformers")]
+    rows = [[kind, *(found.get((*column, kind), "–") for column in whose)] for kind in kinds]
+    head = [f"{who}, deviation {deviation:g}" for deviation, who in whose]
+    return rows_of(["µs a token, vocabulary 32,000", *head], rows)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     function.__name__: function
     for function in (
@@ -411,6 +425,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
         llama_cpp,
         engine,
         speculation,
+        sampling,
     )
 }
 

@@ -79,6 +79,31 @@ def test_a_student_comes_near_its_teacher_and_takes_up_where_it_was(tokenizer, s
         assert torch.equal(one, other)
 
 
+def test_what_the_teacher_wrote_is_kept_for_a_run_that_goes_on(tokenizer, shards, tmp_path, monkeypatch):
+    teacher, settings = random("ground-nano", tokenizer, 1), {"batch_size": 4, "compile": False, "eval_tokens": 64}
+
+    def own_rows(seed=1, **options):
+        student = random("ground-nano", tokenizer, 2)
+        options = DistillSettings(tokens=1, **settings, **options)
+        return distill(teacher, student, tokenizer, shards, options, out=tmp_path, seed=seed).summary["own_rows"]
+
+    assert own_rows(own_tokens=33 * 7) == 7
+    monkeypatch.setattr("groundup.alignment.distill.Engine.run", None)
+    assert own_rows(own_tokens=33 * 7) == 7
+    for other in ({"own_tokens": 33 * 8}, {"own_tokens": 33 * 7, "seed": 2}):
+        with pytest.raises(TypeError):
+            own_rows(**other)
+    assert own_rows(own_tokens=32) == own_rows(own_tokens=33 * 9, own_share=0.0) == 0
+
+
+def test_prompts_without_a_question_are_refused(tokenizer, shards, tmp_path):
+    data = tmp_path / "answers.jsonl"
+    data.write_text('{"messages": [{"role": "assistant", "content": "Yes."}]}\n' * 20)
+    teacher, student = random("ground-nano", tokenizer, 1), random("ground-nano", tokenizer, 2)
+    with pytest.raises(DataError, match="question before its answer"):
+        distill(teacher, student, tokenizer, shards, DistillSettings(prompts=(str(data),)), out=tmp_path / "out")
+
+
 def test_models_of_other_tokens_are_refused(tokenizer, shards, tmp_path):
     other = Transformer(preset("ground-nano", vocab_size=99))
     with pytest.raises(DataError, match="the smaller model has 99 tokens"):

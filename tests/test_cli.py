@@ -411,6 +411,9 @@ def test_generate_draws_as_it_is_told(groundup: CommandLine, monkeypatch: pytest
     assert {one["text"] for one in chosen["samples"]} <= {"cat", "dog"}
     assert re.fullmatch(r"The[ab]{3}\n", groundup("generate", root, "The", "--regex", "[ab]{3}").out)
     assert groundup("generate", root, "The", "--beams", "2", "--samples", "2", "-n", "3").out.count("The") >= 2
+    refused = groundup("generate", root, "The", "--beams", "2", "--stop", "x", "-t", "0")
+    assert refused.code == 1
+    assert "--temperature, --stop would do nothing" in refused.err
     monkeypatch.setattr("groundup.generation.native.library", lambda: (None, "no C compiler found"))
     slow = groundup("generate", root, "The", "-n", "12", "-t", "0")
     assert (slow.out, slow.err.count("no C compiler found")) == (plain.out, 1)

@@ -69,3 +69,11 @@ def test_what_cannot_be_searched_is_refused():
         beam_search(random_model(), None, [1], n_beams=0)
     with pytest.raises(GroundupError, match="a prompt has 0 tokens"):
         beam_search(random_model(), None, [])
+
+
+def test_a_diverged_model_is_an_error_in_words():
+    model = random_model()
+    with torch.no_grad():
+        model.norm.weight[0] = float("nan")
+    with pytest.raises(GroundupError, match="damaged, or diverged"):
+        beam_search(model, None, [1, 2])

@@ -95,6 +95,27 @@ def test_weights_that_become_no_numbers_end_all_and_the_engine_goes_on():
     assert unused(engine)
 
 
+@pytest.mark.parametrize("place", ["_logits", "_take", "_record", "_draw"])
+def test_an_interrupted_step_leaves_an_engine_that_goes_on(place, monkeypatch):
+    model = random_model()
+    engine = Engine(model, slots=1)
+    whole, n_left = getattr(engine, place), 3
+
+    def interrupted(*arguments):
+        nonlocal n_left
+        n_left -= 1
+        if n_left == 0:
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    monkeypatch.setattr(engine, place, interrupted)
+    requests = [Request([1, 2 + number], greedy()) for number in range(3)]
+    with pytest.raises(KeyboardInterrupt):
+        [list(engine.stream(request)) for request in requests]
+    assert unused(engine)
+    assert engine.run([Request([1, 2], greedy())])[0][0].ids == alone(model, [1, 2], greedy())
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["slots", "pages"])
 def test_cancelled_from_many_threads_and_from_listeners_nothing_stays_in_use(layout):
     model = random_model(std=0.05, context_length=64)
@@ -360,6 +381,25 @@ def test_seeds_are_the_requests_own():
     torch.manual_seed(99)
     assert alone(model, [1, 2, 3], params, draft=1, chunk=2) is not None
     assert alone(model, [1, 2, 3], params, chunk=2) == first
+
+
+@torch.inference_mode()
+def test_in_bfloat16_a_batch_differs_only_where_two_tokens_are_nearly_equal():
+    model = random_model(std=0.1)
+    model.compute_dtype = torch.bfloat16
+    prompts = random_prompts([3, 40, 17, 9], 512)
+    requests = [Request(prompt, greedy(20)) for prompt in prompts]
+    for prompt, (text,) in zip(prompts, Engine(model, chunk=7).run(requests), strict=True):
+        ids = alone(model, prompt, greedy(20))
+        place = next((n for n in range(20) if ids[n] != text.ids[n]), None)
+        if place is not None:
+            first, second = model(torch.tensor([[*prompt, *ids[:place]]]))[0, -1].float().topk(2).values
+            assert first - second < 0.1
+
+
+def test_a_step_of_more_tokens_than_were_timed_takes_longer_in_proportion():
+    step = Engine(random_model())._model_step
+    assert step.seconds(256) == pytest.approx(4 * step.seconds(64))
 
 
 def test_a_finished_row_is_computed_no_more(monkeypatch):

@@ -118,7 +118,6 @@ def test_tokens_are_taken_back():
     masks, ids = [matcher.mask()], []
     for _ in range(12):
         ids.append(int(generator.choice(np.flatnonzero(masks[-1].numpy()))))
-        assert matcher.n_allowed([ids[-1], tokenizer.end_id]) == 1  # and nothing was changed
         matcher.advance(ids[-1])
         masks.append(matcher.mask())
     for n in (1, 4, 7):

@@ -22,7 +22,7 @@ class Eager(speculative.Speculation):
 
 @pytest.fixture(autouse=True)
 def _always_guess(monkeypatch):
-    monkeypatch.setattr("groundup.generation.engine.Speculation", Eager)
+    monkeypatch.setattr("groundup.generation.speculative.Speculation", Eager)
 
 
 def engine_with(draft, model, **options):

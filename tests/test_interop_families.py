@@ -11,6 +11,7 @@ from interop_models import ONE_OF_EACH, VARIANTS, some_ids
 from safetensors.torch import load_file
 
 import groundup as gu
+from groundup.generation import Engine, Request, SamplingParams
 from groundup.generation.cache import KVCache
 from groundup.interop import export_folder, import_folder
 from groundup.interop.families import differences
@@ -75,6 +76,40 @@ def test_there_and_back(variant: str, tmp_path: Path) -> None:
 
 
 STEPS = [(0, 9), (9, 10), (10, 24)]
+
+WAYS = {
+    "in slots, a few tokens at a time": {"chunk": 3},
+    "in slots, without the step in C": {"is_native": False},
+    "in pages": {"pages": True, "chunk": 16},
+    "with guesses": {"draft": 1},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_every_way_to_write_gives_the_tokens_of_the_uncached_forward_pass(variant: str, tmp_path: Path) -> None:
+    interop_models.save(variant, tmp_path)
+    model = gu.load(tmp_path).model
+    prompts = [some_ids(1, 40)[0, :n].tolist() for n in (40, 1, 23, 39, 40)]  # some begin alike
+    expected = []
+    for prompt in prompts[:4]:
+        ids = list(prompt)
+        for _ in range(8):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        expected.append((ids[len(prompt) :], model(torch.tensor([ids]))[0].log_softmax(dim=-1)))
+    params = SamplingParams(temperature=0, max_tokens=8, logprobs=0)
+    for way, options in WAYS.items():
+        engine = Engine(model, slots=3, **options)
+        results = engine.run(
+            [Request(ids, params, prompt_logprobs=0 if n < 2 else None) for n, ids in enumerate(prompts)]
+        )
+        for prompt, (result,), (ids, logprobs) in zip(prompts, results, [*expected, expected[0]], strict=True):
+            assert result.ids == ids, way
+            scored = [*result.prompt_logprobs, *result.logprobs]
+            exact = [logprobs[place, one.token] for place, one in enumerate(scored, len(prompt) + 7 - len(scored))]
+            torch.testing.assert_close(
+                torch.tensor([one.logprob for one in scored]), torch.tensor(exact), atol=1e-4, rtol=0
+            )
 
 
 @pytest.mark.parametrize("variant", ONE_OF_EACH)

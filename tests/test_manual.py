@@ -28,6 +28,7 @@ MANUAL = ROOT / "manual"
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted(MANUAL.glob("*.md"))]
 DATA_STAGE = MANUAL / "03-the-data-stage.md"
 TOKENS = MANUAL / "04-tokenizer-and-shards.md"
+GENERATION = MANUAL / "09-generation.md"
 RUNS = MANUAL / "02-recipes-and-runs.md"
 
 
@@ -184,6 +185,14 @@ def test_the_method_of_your_own_runs(tmp_path: Path) -> None:
     summary = read_json(tmp_path / "run" / "sft-kl" / "stage.json")["summary"]
     assert 0 < summary["val_kl"] < 1
     assert summary["final_loss"] < summary["initial_loss"]
+
+
+def test_the_examples_of_generation_run(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("llguidance")
+    names: dict[str, object] = {}
+    for block in blocks(GENERATION, "python"):
+        exec(block.replace("runs/demo", str(tiny_run.finished_run().root)), names)
+    assert len(capsys.readouterr().out.splitlines()) >= 2
 
 
 def test_the_tables_of_figures_are_those_of_the_results() -> None:

@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,7 +30,7 @@ from groundup.alignment.conversations import data_fingerprint, load_conversation
 from groundup.console import Console
 from groundup.distributed import World, current_world
 from groundup.errors import DataError
-from groundup.files import value_digest
+from groundup.files import atomic_folder, own_folder, value_digest, write_tensors
 from groundup.generation import Engine, Request, SamplingParams
 from groundup.interop import save_model
 from groundup.interop.start import check_start, starting_config, starting_point, starting_tokenizer
@@ -50,6 +51,8 @@ from groundup.training.pretrain import QUICK_VALIDATION
 
 _SLICE_LOGITS = 1 << 22
 """Logits of each model that are held at once: 16 MiB."""
+_TEXTS_AT_ONCE = 64
+"""Texts that each process writes before all put theirs together."""
 
 
 class DistillSettings(AlignSettings, OptimizerSettings):
@@ -116,7 +119,19 @@ def distill(
     ]
     text = ShardBatches(splits[0], splits[1], length, settings.batch_size, seed)
     n_own = settings.own_tokens if settings.own_share else 0
-    own = _own_texts(teacher, tokenizer, settings, length, n_own, seed, name, console)
+    if n_own <= length:
+        own = np.empty((0, length + 1), np.int64)
+    else:
+        key = [start, tokenizer.fingerprint, n_own, length, settings.temperature, list(settings.prompts), seed]
+        path = out / f"own-text-{value_digest(key)[:16]}"
+        if not world.any(path.is_dir()):  # a run that goes on must find the very rows it began with
+            rows = _own_texts(teacher, tokenizer, settings, length, n_own, seed, name, world, console)
+            if world.is_first:
+                own_folder(out)
+                with atomic_folder(path) as folder:
+                    write_tensors(folder / "rows.safetensors", {"rows": rows})
+            world.wait()
+        own = load_file(path / "rows.safetensors")["rows"].numpy()
     source = DistillRows(text, own, settings.own_share if len(own) else 0.0, seed)
     job = TrainingJob(
         name=name,
@@ -238,11 +253,13 @@ def _divergence_sum(
 
 def _own_texts(
     teacher: Transformer, tokenizer: Tokenizer, settings: DistillSettings, length: int, n_tokens: int, seed: int,
-    name: str, console: Console,
-) -> np.ndarray:  # fmt: skip
-    """What the teacher writes, cut into rows of `length` + 1 tokens; the same for the same weights and seed."""
-    if n_tokens < length + 1:
-        return np.empty((0, length + 1), np.int64)
+    name: str, world: World, console: Console,
+) -> Int[Tensor, "n length_plus_1"]:  # fmt: skip
+    """What the teacher writes, cut into rows; the same in one process and in many, which each write a share.
+
+    Raises:
+        DataError: no conversation begins with a question.
+    """
     prompts: list[list[int]] = [[tokenizer.end_of_text_id]]
     if settings.prompts:
         conversations = load_conversations(settings.prompts, 10_000, seed, f"align.{name}", console)
@@ -251,23 +268,29 @@ def _own_texts(
             for messages in conversations.train
             if len(messages) > 1
         ]
+        if not prompts:
+            raise DataError(f"[align.{name}] prompts: no conversation has a question before its answer.")
     dtype, _ = choose_precision(settings.precision, next(teacher.parameters()).device.type)
     engine = Engine(teacher, tokenizer, slots=32, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
     stream: list[int] = []
-    number = 0
+    number = world.rank * _TEXTS_AT_ONCE
     with console.bar(f"{name}: own text", n_tokens) as bar:
         while len(stream) < n_tokens:
             requests = []
-            for _ in range(64):
-                ids = prompts[number % len(prompts)]
+            for place in range(number, number + _TEXTS_AT_ONCE):
+                ids = prompts[place % len(prompts)]
                 params = SamplingParams(temperature=settings.temperature, max_tokens=length - len(ids) + 1)
-                requests.append(Request(ids, params, seed=seed + number))
-                number += 1
-            for request, texts in zip(requests, engine.run(requests), strict=True):
-                end = [tokenizer.end_id] if settings.prompts and texts[0].finish_reason == "stop" else []
-                stream += [*request.ids, *texts[0].ids, *end]
+                requests.append(Request(ids, params, seed=seed + place))
+            number += world.size * _TEXTS_AT_ONCE
+            texts = torch.full((_TEXTS_AT_ONCE, length + 2), -1)
+            for row, request, (text,) in zip(texts, requests, engine.run(requests), strict=True):
+                end = [tokenizer.end_id] if settings.prompts and text.finish_reason == "stop" else []
+                ids = [*request.ids, *text.ids, *end]
+                row[: len(ids)] = torch.tensor(ids)
+            for row in world.gather(texts):
+                stream += row[row >= 0].tolist()
             bar.update(min(len(stream), n_tokens))
-    return np.array(stream[: n_tokens // (length + 1) * (length + 1)], np.int64).reshape(-1, length + 1)
+    return torch.tensor(stream[: n_tokens // (length + 1) * (length + 1)]).view(-1, length + 1)
 
 
 def _check_models(teacher: ModelConfig, student: ModelConfig, name: str) -> None:

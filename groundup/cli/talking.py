@@ -27,8 +27,6 @@ TopKOption = Annotated[int | None, typer.Option("--top-k", help="Draw among the 
 TopPOption = Annotated[float | None, typer.Option("--top-p", help="Draw among the tokens that hold this mass.")]
 MaxTokensOption = Annotated[int | None, typer.Option("--max-tokens", "-n", help="Most tokens to write.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")]
-
-
 MinPOption = Annotated[
     float | None, typer.Option("--min-p", help="Draw among tokens at least this share as probable as the best.")
 ]
@@ -114,6 +112,11 @@ def generate(
     )
     request = text_request(network, tokenizer, text, params)
     if beams:
+        _refuse_with_beams(
+            temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop, min_p=min_p,
+            repetition_penalty=repetition_penalty, json_schema=schema, regex=regex, choice=choice, draft=draft,
+            precision=precision,
+        )  # fmt: skip
         results = beam_search(network, tokenizer, request.ids, n_beams=beams, max_tokens=params.max_tokens)[:samples]
     else:
         engine = Engine(
@@ -202,6 +205,13 @@ def _constraint(schema: str | None, regex: str | None, choices: list[str] | None
     if regex is not None:
         return Constraint.regex(regex)
     return Constraint.choices(choices) if choices else None
+
+
+def _refuse_with_beams(**options: object) -> None:
+    from groundup.errors import GroundupError
+
+    if given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value not in (None, [])]:
+        raise GroundupError(f"--beams searches for the most probable text: {', '.join(given)} would do nothing.")
 
 
 def _say_why_slow(engine: Engine) -> None:

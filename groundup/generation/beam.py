@@ -43,7 +43,7 @@ def beam_search(
         stop_ids: tokens that end a text and are not in its ids (default: the tokenizer's). They count in its length.
 
     Raises:
-        GroundupError: values out of range, or no room for the prompt.
+        GroundupError: values out of range, no room for the prompt, or logits that are not numbers.
     """
     context, vocab = model.config.context_length, model.config.vocab_size
     if n_beams < 1 or max_tokens < 1:
@@ -62,6 +62,8 @@ def beam_search(
     for length in range(1, max_tokens + 1):
         logits[:, unused] = -torch.inf
         sums = logits.log_softmax(dim=-1).double() + torch.tensor([beam[0] for beam in beams], device=device)[:, None]
+        if not sums.max().isfinite():  # a NaN counts as the largest
+            raise GroundupError("the model gave logits that are not numbers: its weights are damaged, or diverged.")
         best = sums.flatten().topk(min(2 * n_beams, sums.numel()))
         parents = beams
         beams = []

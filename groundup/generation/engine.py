@@ -29,15 +29,7 @@ from groundup.generation.cache import KVCache
 from groundup.generation.request import Chunk, Generation, Request, Text
 from groundup.generation.sampling import TokenLogprob, sample, token_logprobs
 from groundup.generation.slots import RUN, PagePool, SlotPool
-from groundup.generation.speculative import (
-    Draft,
-    Drafter,
-    EarlyExitDrafter,
-    ModelDrafter,
-    NGramDrafter,
-    Speculation,
-    verified,
-)
+from groundup.generation.speculative import Draft, Speculation, speculation_with, verified
 from groundup.generation.step import ModelStep, Row, inference_copy
 from groundup.model import Transformer
 from groundup.tokenizer import Tokenizer
@@ -151,30 +143,9 @@ class Engine:
                 inference_copy(self.model, self._dtype), self._cache, is_native=self._is_native
             )
             self._pool.clear()
-            self._speculation = self._speculate()
-
-    def _speculate(self) -> Speculation | None:
-        draft, step, n_layers = self._draft, self._model_step, self.config.n_layers
-        drafter: Drafter
-        if draft is None:
-            return None
-        if draft == "ngrams":
-            drafter = NGramDrafter()
-        elif isinstance(draft, Transformer):
-            if draft.config.vocab_size != self.config.vocab_size:
-                raise DataError(
-                    f"the draft has {draft.config.vocab_size} tokens, the model {self.config.vocab_size}.",
-                    "Both must have the same tokenizer.",
-                )
-            drafter = ModelDrafter(draft, self._cache.n_slots, self.length, self._chunk, is_native=self._is_native)
-        elif isinstance(draft, int) and 0 < draft < n_layers:
-            drafter = EarlyExitDrafter(step, draft)
-        else:
-            raise DataError(
-                f"draft = {draft!r} is no draft.",
-                f'Give "ngrams", a model, or a number of blocks from 1 to {n_layers - 1}.',
+            self._speculation = speculation_with(
+                self._draft, self._model_step, self._cache, self._chunk, is_native=self._is_native
             )
-        return Speculation(drafter, step.seconds)
 
     # One line for the common cases.
 
@@ -348,6 +319,8 @@ class Engine:
             self._queues.setdefault(request.client, deque()).extend(texts)
 
     def _drop_cancelled(self) -> None:
+        if not self._cancelled:
+            return
         gone = []
         while self._cancelled:
             request = self._cancelled.popleft()
@@ -358,8 +331,7 @@ class Engine:
                     if text in (queue := self._queues.get(request.client, deque())):
                         queue.remove(text)
                         self._count_begun(text)
-        if gone:
-            self._settle(gone)
+        self._settle(gone)
 
     def _admit(self) -> None:
         """Give waiting texts a part of the cache: the client with the fewest first, and then who came first."""
@@ -421,8 +393,11 @@ class Engine:
                 self._record(text)
                 if not text.index and not text.result.ids and len(text.request.ids) > RUN:
                     self._queues.setdefault(text.request.client, deque()).extendleft(text.request._texts[:0:-1])
-                ready.append(text)
-                last.append(first - 1)
+                if text.params.max_tokens:
+                    ready.append(text)
+                    last.append(first - 1)
+                else:
+                    text.finish("length")
         if ready:
             self._draw(ready, logits[last] if len(last) < len(logits) else logits)
 
@@ -496,14 +471,6 @@ class Engine:
 
     def _draw(self, texts: Sequence[Text], logits: Float[Tensor, "batch vocab"]) -> None:
         """Draw each text's next token from its logits."""
-        done = [text for text in texts if text.params.max_tokens == 0]
-        for text in done:
-            text.finish("length")
-        if done:
-            keep = [place for place, text in enumerate(texts) if not text.is_finished]
-            texts, logits = [texts[place] for place in keep], logits[keep]
-            if not texts:
-                return
         try:
             tokens = sample(
                 logits,

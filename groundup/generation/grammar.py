@@ -140,10 +140,6 @@ class Matcher:
         allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little")
         return torch.from_numpy(allowed.view(np.bool_))
 
-    def n_allowed(self, tokens: Sequence[int]) -> int:
-        """How many of a draft's tokens may come next, one after the other; changes nothing."""
-        return int(self._matcher.validate_tokens(list(tokens)))
-
     def advance(self, token: int) -> None:
         """The token that was drawn, which the mask must have allowed.
 

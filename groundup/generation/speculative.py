@@ -14,16 +14,16 @@ of a step with so many tokens, which is measured. Where no number of guesses is 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from groundup.errors import DataError
 from groundup.generation.cache import KVCache
-from groundup.generation.grammar import Matcher
-from groundup.generation.params import SamplingParams
+from groundup.generation.request import Text
 from groundup.generation.sampling import History, draw, sample, uniforms, warp
 from groundup.generation.step import ModelStep, Row, inference_copy
 from groundup.model import Transformer
@@ -33,24 +33,6 @@ _MARGIN = 1.05
 """Times as fast as without, below which no guess is made."""
 _ACCEPTED, _REPLACED, _GUESSED = 1, 2, 3
 """Streams of uniform numbers; plain draws have stream 0."""
-
-
-class Writing(Protocol):
-    """What a drafter sees of a text that is being written."""
-
-    ids: list[int]
-    params: SamplingParams
-    history: History | None
-    matcher: Matcher | None
-    ends: frozenset[int]
-    seed: int
-    n_stored: int
-    n_prompt: int
-
-    @property
-    def slot(self) -> int:
-        """Of the cache."""
-        ...
 
 
 class Draft(NamedTuple):
@@ -68,7 +50,7 @@ class Draft(NamedTuple):
 class Drafter(Protocol):
     """Makes guesses."""
 
-    def propose(self, texts: Sequence[Writing], most: Sequence[int]) -> list[Draft]:
+    def propose(self, texts: Sequence[Text], most: Sequence[int]) -> list[Draft]:
         """Up to so many for each text."""
         ...
 
@@ -105,7 +87,7 @@ def verify(
     return [*guesses, int(draw(target[-1:], last)[0])]
 
 
-def verified(text: Writing, draft: Draft, logits: Float[Tensor, "n_plus_1 vocab"]) -> list[int]:
+def verified(text: Text, draft: Draft, logits: Float[Tensor, "n_plus_1 vocab"]) -> list[int]:
     """What a text goes on with: the guesses that are kept, and a token of the model's own."""
     n, first = len(draft.ids), len(text.ids) - text.n_prompt
     params, seeds, positions = [text.params] * (n + 1), [text.seed] * (n + 1), range(first, first + n + 1)
@@ -131,25 +113,25 @@ class Speculation:
 
     def __init__(self, drafter: Drafter, seconds: Callable[[int], float], most: int = MOST_GUESSES) -> None:
         self._drafter, self._seconds, self._most = drafter, seconds, most
-        self._rates: WeakKeyDictionary[Writing, _Rate] = WeakKeyDictionary()
+        self._rates: WeakKeyDictionary[Text, _Rate] = WeakKeyDictionary()
         self._overall = _Rate()
 
-    def propose(self, texts: Sequence[Writing], room: Sequence[int]) -> list[Draft]:
+    def propose(self, texts: Sequence[Text], room: Sequence[int]) -> list[Draft]:
         """Guesses for each text, no more than it has room for."""
         wanted = [min(free, self._n_guesses(text, len(texts))) for text, free in zip(texts, room, strict=True)]
         if not any(wanted):
             return [Draft([]) for _ in texts]
         return self._drafter.propose(texts, wanted)
 
-    def learn(self, text: Writing, n_guessed: int, n_kept: int) -> None:
+    def learn(self, text: Text, n_guessed: int, n_kept: int) -> None:
         """How many of a text's guesses were right."""
         for rate in (self._rate(text), self._overall):
             rate.add(n_guessed, n_kept)
 
-    def _rate(self, text: Writing) -> _Rate:
+    def _rate(self, text: Text) -> _Rate:
         return self._rates.setdefault(text, _Rate(self._overall.share))
 
-    def _n_guesses(self, text: Writing, n_texts: int) -> int:
+    def _n_guesses(self, text: Text, n_texts: int) -> int:
         """The number that is expected to write most tokens a second; now and then one where none would pay."""
         rate = self._rate(text)
         share, plain = rate.share, n_texts / self._seconds(n_texts)
@@ -184,6 +166,49 @@ class _Rate:
         return 2
 
 
+def speculation_with(
+    draft: Literal["ngrams"] | int | Transformer | None,
+    step: ModelStep,
+    cache: KVCache,
+    chunk: int,
+    *,
+    is_native: bool,
+) -> Speculation | None:
+    """What an engine is told of its draft.
+
+    Args:
+        draft: as for `Engine`.
+        step: of the target.
+        cache: of the target.
+        chunk: most tokens of a prompt that are read at once.
+        is_native: as for `ModelStep`.
+
+    Raises:
+        DataError: there is no such draft, or its tokens are others.
+    """
+    config = cache.config
+    drafter: Drafter
+    if draft is None:
+        return None
+    if draft == "ngrams":
+        drafter = NGramDrafter()
+    elif isinstance(draft, Transformer):
+        if draft.config.vocab_size != config.vocab_size:
+            raise DataError(
+                f"the draft has {draft.config.vocab_size} tokens, the model {config.vocab_size}.",
+                "Both must have the same tokenizer.",
+            )
+        drafter = ModelDrafter(draft, cache.n_slots, cache.length, chunk, is_native=is_native)
+    elif isinstance(draft, int) and 0 < draft < config.n_layers:
+        drafter = EarlyExitDrafter(step, draft)
+    else:
+        raise DataError(
+            f"draft = {draft!r} is no draft.",
+            f'Give "ngrams", a model, or a number of blocks from 1 to {config.n_layers - 1}.',
+        )
+    return Speculation(drafter, step.seconds)
+
+
 class NGramDrafter:
     """Prompt lookup: what followed the last few tokens where they stood before (Saxena, 2023).
 
@@ -194,9 +219,9 @@ class NGramDrafter:
 
     def __init__(self, most: int = 4, least: int = 2) -> None:
         self._sizes = range(most, least - 1, -1)
-        self._seen: WeakKeyDictionary[Writing, tuple[int, dict[tuple[int, ...], int]]] = WeakKeyDictionary()
+        self._seen: WeakKeyDictionary[Text, tuple[int, dict[tuple[int, ...], int]]] = WeakKeyDictionary()
 
-    def propose(self, texts: Sequence[Writing], most: Sequence[int]) -> list[Draft]:
+    def propose(self, texts: Sequence[Text], most: Sequence[int]) -> list[Draft]:
         """Copies of what stands behind the newest earlier place."""
         return [Draft(self._continuation(text)[:n] if n else []) for text, n in zip(texts, most, strict=True)]
 
@@ -204,7 +229,7 @@ class NGramDrafter:
         """Next to nothing."""
         return 0.0
 
-    def _continuation(self, text: Writing) -> list[int]:
+    def _continuation(self, text: Text) -> list[int]:
         ids = text.ids
         done, places = self._seen.get(text, (0, {}))
         for end in range(max(done, 1), len(ids)):  # an ending that something follows already
@@ -239,28 +264,23 @@ class ModelDrafter:
         self._step = ModelStep(
             model, KVCache(model.config, slots, self.length, model.compute_dtype, device), is_native=is_native
         )
-        self._stored: WeakKeyDictionary[Writing, list[int]] = WeakKeyDictionary()
+        self._stored: WeakKeyDictionary[Text, list[int]] = WeakKeyDictionary()
 
     def seconds(self, n_texts: int) -> float:
         """Of a step of the draft."""
         return self._step.seconds(n_texts)
 
-    def propose(self, texts: Sequence[Writing], most: Sequence[int]) -> list[Draft]:
+    def propose(self, texts: Sequence[Text], most: Sequence[int]) -> list[Draft]:
         """Guesses drawn one after the other, for all texts together."""
         rooms = [min(n, self.length - len(text.ids)) for text, n in zip(texts, most, strict=True)]
-        chosen = [place for place, room in enumerate(rooms) if room > 0]
-        drafts = [Draft([]) for _ in texts]
-        if not chosen:
-            return drafts
-        rows = [self._unread(texts[place]) for place in chosen]
-        found = _guess(self._step, [texts[place] for place in chosen], rows, [rooms[place] for place in chosen], None)
-        for place, draft in zip(chosen, found, strict=True):
-            text = texts[place]
-            self._stored[text] = [*text.ids, *draft.ids[:-1]]
-            drafts[place] = draft
+        rows = [self._unread(text) if n > 0 else None for text, n in zip(texts, rooms, strict=True)]
+        drafts = _guess(self._step, texts, rows, rooms)
+        for text, draft in zip(texts, drafts, strict=True):
+            if draft.ids:
+                self._stored[text] = [*text.ids, *draft.ids[:-1]]
         return drafts
 
-    def _unread(self, text: Writing) -> Row:
+    def _unread(self, text: Text) -> Row:
         """What the draft has not read of a text, less whole chunks, which are read here."""
         stored = self._stored.get(text, [])
         start = next(
@@ -289,46 +309,43 @@ class EarlyExitDrafter:
         """Of a step of these blocks."""
         return self._share * self._step.seconds(n_texts)
 
-    def propose(self, texts: Sequence[Writing], most: Sequence[int]) -> list[Draft]:
+    def propose(self, texts: Sequence[Text], most: Sequence[int]) -> list[Draft]:
         """Guesses drawn one after the other; what they store is stored again when they are verified."""
-        chosen = [place for place, n in enumerate(most) if n > 0]
-        drafts = [Draft([]) for _ in texts]
-        if not chosen:
-            return drafts
-        rows = [Row(texts[place].slot, texts[place].ids[-1:], texts[place].n_stored) for place in chosen]
-        some = [texts[place] for place in chosen]
-        found = _guess(self._step, some, rows, [most[place] for place in chosen], self._n_layers)
-        for place, draft in zip(chosen, found, strict=True):
-            drafts[place] = draft
-        return drafts
+        rows = [Row(text.slot, text.ids[-1:], text.n_stored) for text in texts]
+        return _guess(self._step, texts, rows, most, self._n_layers)
 
 
 def _guess(
-    step: ModelStep, texts: Sequence[Writing], rows: list[Row], most: Sequence[int], n_layers: int | None
+    step: ModelStep,
+    texts: Sequence[Text],
+    rows: Sequence[Row | None],
+    most: Sequence[int],
+    n_layers: int | None = None,
 ) -> list[Draft]:
     """Guess up to so many tokens for each text, beginning with rows that are not stored yet."""
     guesses: list[list[int]] = [[] for _ in texts]
     laws: list[list[Tensor]] = [[] for _ in texts]
-    active = list(range(len(texts)))
+    active = {place: row for place, (row, n) in enumerate(zip(rows, most, strict=True)) if row is not None and n > 0}
     while active:
-        logits = step([rows[place] for place in active], n_layers)
+        logits = step(list(active.values()), n_layers)
         histories = [_history(texts[place], guesses[place]) for place in active]
         logprobs = warp(logits, [texts[place].params for place in active], histories)
         seeds = [texts[place].seed for place in active]
         positions = [len(texts[place].ids) - texts[place].n_prompt + len(guesses[place]) for place in active]
         tokens = draw(logprobs, uniforms(seeds, positions, _GUESSED)).tolist()
-        for number, (place, token) in enumerate(zip(active, tokens, strict=True)):
+        for number, (place, token) in enumerate(zip(list(active), tokens, strict=True)):
             guesses[place].append(token)
             laws[place].append(logprobs[number])
-            rows[place] = Row(rows[place].slot, [token], rows[place].start + len(rows[place].ids))
-        active = [place for place in active if len(guesses[place]) < most[place]]
+            row = active.pop(place)
+            if len(guesses[place]) < most[place]:
+                active[place] = Row(row.slot, [token], row.start + len(row.ids))
     return [
-        Draft(ids, None if text.params.temperature == 0 else torch.stack(law))
+        Draft(ids, torch.stack(law) if law and text.params.temperature else None)
         for text, ids, law in zip(texts, guesses, laws, strict=True)
     ]
 
 
-def _masks(text: Writing, guesses: Sequence[int]) -> list[Tensor | None]:
+def _masks(text: Text, guesses: Sequence[int]) -> list[Tensor | None]:
     """What a grammar allows behind each guess; nothing needs to be known behind one that it forbids, or an end."""
     if text.matcher is None:
         return [None] * (len(guesses) + 1)
@@ -342,5 +359,5 @@ def _masks(text: Writing, guesses: Sequence[int]) -> list[Tensor | None]:
     return masks + [None] * (len(guesses) + 1 - len(masks))
 
 
-def _history(text: Writing, guesses: Sequence[int]) -> History | None:
+def _history(text: Text, guesses: Sequence[int]) -> History | None:
     return None if text.history is None else text.history.after(guesses)

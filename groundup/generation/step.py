@@ -77,9 +77,9 @@ class ModelStep:
         return _time_steps(self._model, self._cache, is_native=self._native is not None)
 
     def seconds(self, n_tokens: int) -> float:
-        """What a step of so many tokens takes, by the trial."""
+        """What a step of so many tokens takes, by the trial; beyond its most tokens in proportion."""
         both = [list(times) for times in self._timings.values() if times]
-        return float(np.interp(n_tokens, _TRIED, np.min(both, axis=0)))
+        return float(np.interp(n_tokens, _TRIED, np.min(both, axis=0))) * max(1.0, n_tokens / _TRIED[-1])
 
     def share_of(self, n_layers: int) -> float:
         """The share of the weights that a step of the first so many blocks reads."""
