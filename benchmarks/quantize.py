@@ -72,13 +72,12 @@ def main() -> None:
     loaded = gu.load(run, stage="pretrain")
     model, tokenizer = loaded.model.requires_grad_(False), loaded.tokenizer
     assert tokenizer is not None
-    texts, calibration = run_text(loaded.folder, tokenizer, (arguments.windows, model.config.context_length))
+    length = model.config.context_length
+    texts, calibration = run_text(loaded.folder, tokenizer, (arguments.windows, length))
     assert calibration is not None
     bits, n_bytes = bits_and_bytes(model, texts, tokenizer)
-    ids = torch.tensor(tokenizer.encode("".join(texts)))[: 80 * model.config.context_length]
-    windows = ids[: len(ids) // model.config.context_length * model.config.context_length].view(
-        -1, model.config.context_length
-    )
+    ids = torch.tensor(tokenizer.encode("".join(texts)))[: 20 * length]
+    windows = ids[: len(ids) // length * length].view(-1, length)
     quality = {}
     for name, (kind, method) in KINDS.items():
         start = time.process_time()

@@ -196,5 +196,5 @@ def test_weights_gradients_and_optimizer_state_are_as_counted(parts, optimizer):
 def test_the_cache_is_as_large_as_counted(dtype):
     config = config_of("grouped")
     cache = KVCache(config, batch=3, length=50, dtype=dtype)
-    assert cache._keys.nbytes + cache._values.nbytes == cost.kv_cache_bytes(config, 50, 3, dtype.itemsize)
+    assert cache.n_bytes == cost.kv_cache_bytes(config, 50, 3, dtype.itemsize)
     assert cost.kv_cache_bytes(preset("llama-3.1-8b"), 1) == 131_072  # 128 KiB a token: 2 · 32 · 8 · 128 · 2 bytes

@@ -65,7 +65,7 @@ class Scripted(nn.Module):
             hidden[..., COMMON] = self.sharpness
         else:
             positions = torch.arange(ids.shape[1]).expand(ids.shape) if positions is None else positions
-            read, _ = cache.update(0, ids[:, None, :, None].float(), ids[:, None, :, None].float(), positions)
+            read, _, _ = cache.update(0, ids[:, None, :, None].float(), ids[:, None, :, None].float(), positions)
             for row, places in enumerate(positions.tolist()):
                 for column, place in enumerate(places):
                     hidden[row, column, self.next_token(read[row, 0, : place + 1, 0].long().tolist())] = 1.0

@@ -193,6 +193,9 @@ def test_some_logits_and_some_layers():
     whole = step(ids[0], [0] * 12, range(12))
     assert torch.equal(step(ids[0], [0] * 12, range(12), wanted=[11, 0, 5]), whole[[11, 0, 5]])
     assert step(ids[0], [0] * 12, range(12), wanted=[]).shape == (0, config.vocab_size)
+    assert step([], [], []).shape == (0, config.vocab_size)
+    with pytest.raises(ValueError, match="As many ids"):
+        step([1], [0], [0, 1])
     shallow = random_model(tiny(n_layers=1))
     shallow.load_state_dict(model.state_dict(), strict=False)
     with torch.no_grad():
@@ -220,6 +223,9 @@ def test_what_is_out_of_range_is_an_error_and_nothing_else(ids, slots, positions
     before = [layer.keys.clone() for layer in cache.layers]
     with pytest.raises(IndexError):
         NativeStep(random_model(config), cache)(ids, slots, positions, wanted)
+    for n_layers in (0, 3):
+        with pytest.raises(IndexError, match="layers"):
+            NativeStep(random_model(config), cache)([0], [0], [0], n_layers=n_layers)
     assert all(torch.equal(layer.keys, kept) for layer, kept in zip(cache.layers, before, strict=True))
 
 
@@ -229,6 +235,8 @@ def test_what_is_not_computed_is_refused_by_name():
     assert why_not(random_model(config), cache) is None
     assert "float16" in why_not(random_model(config).half(), cache)
     assert "not on the CPU" in why_not(random_model(config).to("meta"), cache)
+    rounding = quantize(random_model(config), Quantization(activations="int8"))
+    assert "8-bit activations" in why_not(rounding, cache)
     odd = random_model(config)
     odd.layers[0].mlp.up_proj.weight.data = torch.zeros(24, 40).T
     assert "layers.0.mlp.up_proj.weight" in why_not(odd, cache)

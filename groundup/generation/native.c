@@ -20,8 +20,10 @@
 #define W 4
 #endif
 #define ROWS 4
-#define MOST_TOKENS 4
+#define MOST_TOKENS 6
 #define TOKENS (W == 8 ? 2 : MOST_TOKENS) /* ROWS · TOKENS sums stand in registers at once */
+#define UNROLL _Pragma("GCC unroll 8")
+#define FEW 8 /* tokens */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vf __attribute__((vector_size(4 * W)));
@@ -30,6 +32,8 @@ typedef uint16_t vu16 __attribute__((vector_size(2 * W)));
 typedef int8_t vi8 __attribute__((vector_size(W)));
 typedef float v4 __attribute__((vector_size(16)));
 typedef int32_t v4i __attribute__((vector_size(16)));
+
+extern int omp_get_thread_num(void), omp_get_num_threads(void); /* Apple's clang has no omp.h */
 
 enum { F32, BF16, INT8, INT8_GROUPS, INT4 }; /* INT8: one scale a row */
 enum { FULL, WINDOW, STRIDED, FIXED };
@@ -66,6 +70,15 @@ typedef struct {
     int32_t is_layernorm, is_post_norm, has_qk_norm, table_width;
     float embedding_scale, attention_scale, attention_softcap, logit_softcap, eps; /* softcap 0: none */
 } Model;
+
+typedef struct {
+    const int32_t *ids, *slots, *positions; /* (n,); a slot's positions ascend */
+    const int32_t *wanted;                  /* (n_wanted,): the tokens whose logits are wanted */
+    const int32_t *table;                   /* (n_slots, table_width): the blocks of a slot */
+    float *logits;                          /* (n_wanted, vocab_size) */
+    float *memory;                          /* as many floats as `scratch_floats` says */
+    int32_t n, n_wanted, n_slots, n_layers, threads;
+} Call;
 
 /* --- vectors ---------------------------------------------------------------------------------------------------- */
 
@@ -229,27 +242,27 @@ INLINE void multiply_block(const int kind, const int n, const Matrix *m, int64_t
     const char *weight[ROWS];
     const uint16_t *scales[ROWS];
     vf total[ROWS][MOST_TOKENS];
-    for (int i = 0; i < ROWS; i++) {
+    UNROLL for (int i = 0; i < ROWS; i++) {
         int64_t r = smaller(row + i * gap, end - 1); /* behind the last row: that one again, and not stored */
         weight[i] = (const char *)m->weight + r * bytes;
         scales[i] = m->scales + r * n_groups;
-        for (int t = 0; t < n; t++) total[i][t] = (vf){0};
+        UNROLL for (int t = 0; t < n; t++) total[i][t] = (vf){0};
     }
     for (int64_t k = 0, group = 0; k < cols; group++) {
         const int64_t stop = has_groups ? k + m->group : cols;
         vf unit[ROWS];
         if (has_groups)
-            for (int i = 0; i < ROWS; i++)
+            UNROLL for (int i = 0; i < ROWS; i++)
                 unit[i] = (kind == INT4 ? NIBBLE_TABLE : (vf){0} + 1.0f) * from_half(scales[i][group]);
         if (kind == INT4) {
             for (; k < stop; k += 32)
-                for (int half = 0; half < 16; half += W)
-                    for (int i = 0; i < ROWS; i++) {
+                UNROLL for (int half = 0; half < 16; half += W)
+                    UNROLL for (int i = 0; i < ROWS; i++) {
                         vi8 packed;
                         memcpy(&packed, weight[i] + k / 2 + half, sizeof packed);
                         vi bits = wide_u8(packed);
                         vf low = NIBBLE(bits, unit[i]), high = NIBBLE(bits >> 4, unit[i]);
-                        for (int t = 0; t < n; t++) {
+                        UNROLL for (int t = 0; t < n; t++) {
                             total[i][t] += low * load(F32, x + t * x_stride, k + half, W);
                             total[i][t] += high * load(F32, x + t * x_stride, k + half + 16, W);
                         }
@@ -258,21 +271,21 @@ INLINE void multiply_block(const int kind, const int n, const Matrix *m, int64_t
         }
         for (; k + W <= stop; k += W) {
             vf inputs[MOST_TOKENS];
-            for (int t = 0; t < n; t++) inputs[t] = load(F32, x + t * x_stride, k, W);
-            for (int i = 0; i < ROWS; i++) {
+            UNROLL for (int t = 0; t < n; t++) inputs[t] = load(F32, x + t * x_stride, k, W);
+            UNROLL for (int i = 0; i < ROWS; i++) {
                 vf w = load(kind, weight[i], k, W);
                 if (has_groups) w *= unit[i];
-                for (int t = 0; t < n; t++) total[i][t] += w * inputs[t];
+                UNROLL for (int t = 0; t < n; t++) total[i][t] += w * inputs[t];
             }
         }
         if (k < stop) { /* only behind the last whole vector of a row: groups hold whole ones */
-            for (int i = 0; i < ROWS; i++)
-                for (int t = 0; t < n; t++)
+            UNROLL for (int i = 0; i < ROWS; i++)
+                UNROLL for (int t = 0; t < n; t++)
                     total[i][t] += load(kind, weight[i], k, stop - k) * load(F32, x + t * x_stride, k, stop - k);
             k = stop;
         }
     }
-    for (int t = 0; t < n; t++) {
+    UNROLL for (int t = 0; t < n; t++) {
         v4 y = sums(total[0][t], total[1][t], total[2][t], total[3][t]);
         for (int i = 0; i < ROWS && row + i * gap < end; i++) {
             const int64_t r = row + i * gap;
@@ -291,8 +304,10 @@ typedef void (*Kernel)(const Matrix *, int64_t, int64_t, int64_t, const float *,
     {                                                                                                                  \
         multiply_block(kind, n, m, row, gap, end, x, stride, to);                                                      \
     }
-#define KERNELS(kind) KERNEL(kind, 1) KERNEL(kind, 2) KERNEL(kind, 3) KERNEL(kind, 4)
-#define NAMES(kind) {multiply_##kind##_1, multiply_##kind##_2, multiply_##kind##_3, multiply_##kind##_4}
+#define KERNELS(kind) KERNEL(kind, 1) KERNEL(kind, 2) KERNEL(kind, 3) KERNEL(kind, 4) KERNEL(kind, 5) KERNEL(kind, 6)
+#define NAMES(kind)                                                                                                    \
+    {multiply_##kind##_1, multiply_##kind##_2, multiply_##kind##_3,                                                    \
+     multiply_##kind##_4, multiply_##kind##_5, multiply_##kind##_6}
 KERNELS(F32) KERNELS(BF16) KERNELS(INT8) KERNELS(INT8_GROUPS) KERNELS(INT4)
 static const Kernel kernels[][MOST_TOKENS] = {NAMES(F32), NAMES(BF16), NAMES(INT8), NAMES(INT8_GROUPS), NAMES(INT4)};
 
@@ -300,23 +315,18 @@ typedef struct {
     int64_t first, end;
 } Span;
 
-/* A thread's rows. */
-static Span share(int64_t rows, int thread, int threads)
-{
-    return (Span){rows * thread / threads, rows * (thread + 1) / threads};
-}
-
 /* Rows of weight · x for all n tokens: ROWS rows meet all of them while they are in the cache. The rows are far apart,
    one from each part of the span, so that each part is read from its start to its end: the processor fetches few long
    streams ahead, and hardly ever many short ones. */
 static void multiply(const Matrix *m, Span rows, const float *x, int64_t x_stride, int64_t n, Output to)
 {
     const int64_t gap = (rows.end - rows.first + ROWS - 1) / ROWS;
+    const int64_t passes = (n + TOKENS - 1) / TOKENS, most = (n + passes - 1) / passes;
     for (int64_t row = rows.first; row < rows.first + gap; row++)
-        for (int64_t t = 0; t < n; t += TOKENS) {
-            const float *base = to.base ? to.base + t * to.base_stride : 0;
-            kernels[m->kind][smaller(n - t, TOKENS) - 1](m, row, gap, rows.end, x + t * x_stride, x_stride,
-                                                         (Output){base, to.out + t * to.stride, to.base_stride, to.stride});
+        for (int64_t t = 0; t < n; t += most) {
+            const Output part = {to.base ? to.base + t * to.base_stride : 0, to.out + t * to.stride, to.base_stride,
+                                 to.stride};
+            kernels[m->kind][smaller(n - t, most) - 1](m, row, gap, rows.end, x + t * x_stride, x_stride, part);
         }
 }
 
@@ -369,15 +379,63 @@ static void prepare_head(const Model *m, const Norm *norm, float *x, int64_t pos
     }
 }
 
+/* --- threads ----------------------------------------------------------------------------------------------------- */
+
+/* A call and a thread's part in it; `own` and what follows it is the thread's alone. */
+typedef struct {
+    const Model *m;
+    const Call *c;
+    int thread, threads;
+    int64_t d, q, kv, ff; /* strides from one token to the next */
+    float *x, *normed, *queries, *keys, *values, *attended, *gate, *up, *own, *scores;
+    int32_t *entries, *positions;
+} Work;
+
+INLINE int64_t padded(int64_t n) { return (n + 31) / 16 * 16; }
+
+static Work layout(const Model *m, const Call *c, int thread, int threads)
+{
+    Work w = {.m = m, .c = c, .thread = thread, .threads = threads};
+    const int64_t reach = padded(m->reach), n = c->n, few = smaller(n, FEW);
+    w.d = padded(m->d_model), w.ff = padded(m->d_ff);
+    w.q = padded(m->n_heads * m->head_dim), w.kv = padded(m->n_kv_heads * m->head_dim);
+    w.x = c->memory;
+    w.normed = w.x + n * w.d;
+    w.queries = w.normed + n * w.d;
+    w.keys = w.queries + n * w.q;
+    w.values = w.keys + n * w.kv;
+    w.attended = w.values + n * w.kv;
+    w.gate = w.attended + n * w.q;
+    w.up = w.gate + n * w.ff;
+    w.own = w.up + n * w.ff + thread * (few * w.d + 3 * reach);
+    w.scores = w.own + few * w.d;
+    w.entries = (int32_t *)(w.scores + reach);
+    w.positions = w.entries + reach;
+    return w;
+}
+
+int64_t scratch_floats(const Model *m, const Call *c)
+{
+    return layout(m, c, c->threads, c->threads).own - c->memory;
+}
+
+/* A thread's share of a matrix's rows. */
+static Span share(const Work *w, int64_t rows)
+{
+    return (Span){rows * w->thread / w->threads, rows * (w->thread + 1) / w->threads};
+}
+
 /* --- the cache and attention -------------------------------------------------------------------------------------- */
 
-/* A position's place, for key/value head 0: in head_dim numbers from the start of a layer's cache. */
-INLINE int64_t entry_of(const Model *m, const Layer *l, const int32_t *blocks, int64_t position, int64_t *left)
+/* A position's place in a layer's cache for key/value head 0, counted in entries; and how many follow in its block. */
+INLINE int64_t entry_of(const Work *w, const Layer *l, int64_t t, int64_t position, int64_t *left)
 {
     int64_t index = position, sinks = l->ring_sinks;
     if (l->ring && position >= sinks) index = sinks + (position - sinks) % (l->ring - sinks);
-    *left = l->block_size - index % l->block_size;
-    return (int64_t)blocks[index / l->block_size] * m->n_kv_heads * l->block_size + index % l->block_size;
+    const int64_t block = index / l->block_size, offset = index % l->block_size;
+    *left = l->block_size - offset;
+    return w->c->table[(int64_t)w->c->slots[t] * w->m->table_width + block] * (int64_t)w->m->n_kv_heads * l->block_size
+           + offset;
 }
 
 static void write_entry(int kind, void *to, float *scales, int64_t entry, const float *x, int64_t n)
@@ -385,11 +443,10 @@ static void write_entry(int kind, void *to, float *scales, int64_t entry, const 
     if (kind == F32) {
         memcpy((float *)to + entry * n, x, 4 * n);
     } else if (kind == BF16) {
-        uint16_t *out = (uint16_t *)to + entry * n;
         for (int64_t i = 0; i < n; i++) {
             uint32_t bits;
             memcpy(&bits, x + i, 4);
-            out[i] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+            ((uint16_t *)to)[entry * n + i] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
         }
     } else {
         float largest = 1e-12f;
@@ -399,13 +456,13 @@ static void write_entry(int kind, void *to, float *scales, int64_t entry, const 
     }
 }
 
-/* The entries that a query at position p attends to, and their positions; how many there are. */
-static int64_t visible_entries(const Model *m, const Layer *l, const int32_t *blocks, int64_t p, int32_t *entries,
-                               int32_t *positions)
+/* The entries that token t attends to and their positions, itself the last; how many there are. */
+static int64_t visible_entries(const Work *w, const Layer *l, int64_t t)
 {
-    int64_t n = 0;
+    const int64_t p = w->c->positions[t];
+    int64_t n = 0, left;
     for (int64_t j = 0; j <= p;) {
-        int64_t last = p, left; /* the last position of a run whose entries are neighbours */
+        int64_t last = p; /* of a run of visible positions whose entries are neighbours */
         if (l->pattern == WINDOW) {
             if (j < l->sink_tokens) last = smaller(p, l->sink_tokens - 1);
             else if (j <= p - l->window) j = p - l->window + 1;
@@ -415,11 +472,8 @@ static int64_t visible_entries(const Model *m, const Layer *l, const int32_t *bl
             last = is_near || is_far ? j : j - 1;
         }
         if (l->ring && j < l->ring_sinks) last = smaller(last, l->ring_sinks - 1);
-        int64_t entry = entry_of(m, l, blocks, j, &left), run = smaller(last - j + 1, left);
-        for (int64_t i = 0; i < run; i++) {
-            entries[n + i] = entry + i;
-            positions[n + i] = j + i;
-        }
+        const int64_t entry = entry_of(w, l, t, j, &left), run = smaller(last - j + 1, left);
+        for (int64_t i = 0; i < run; i++) w->entries[n + i] = entry + i, w->positions[n + i] = j + i;
         n += run;
         j += run ? run : 1;
     }
@@ -427,51 +481,51 @@ static int64_t visible_entries(const Model *m, const Layer *l, const int32_t *bl
 }
 
 /* scores[i] = key of entry i · q, four at a time. */
-INLINE void score_keys(const int kind, const Layer *l, const int32_t *entries, int64_t n, int64_t shift, const float *q,
-                       int64_t head_dim, float *scores)
+INLINE void score_keys(const int kind, const Work *w, const Layer *l, int64_t n, int64_t shift, const float *q)
 {
-    const int64_t size = kind == F32 ? 4 : kind == BF16 ? 2 : 1;
+    const int64_t width = w->m->head_dim, size = kind == F32 ? 4 : kind == BF16 ? 2 : 1;
     for (int64_t i = 0; i < n; i += 4) {
         const char *key[4];
         vf total[4] = {{0}, {0}, {0}, {0}};
-        for (int a = 0; a < 4; a++)
-            key[a] = (const char *)l->keys + (entries[smaller(i + a, n - 1)] + shift) * head_dim * size;
+        UNROLL for (int a = 0; a < 4; a++)
+            key[a] = (const char *)l->keys + (w->entries[smaller(i + a, n - 1)] + shift) * width * size;
         int64_t d = 0;
-        for (; d + W <= head_dim; d += W)
-            for (int a = 0; a < 4; a++) total[a] += load(kind, key[a], d, W) * load(F32, q, d, W);
-        if (d < head_dim)
-            for (int a = 0; a < 4; a++) total[a] += load(kind, key[a], d, head_dim - d) * load(F32, q, d, head_dim - d);
+        for (; d + W <= width; d += W)
+            UNROLL for (int a = 0; a < 4; a++) total[a] += load(kind, key[a], d, W) * load(F32, q, d, W);
+        if (d < width)
+            UNROLL for (int a = 0; a < 4; a++)
+                total[a] += load(kind, key[a], d, width - d) * load(F32, q, d, width - d);
         v4 found = sums(total[0], total[1], total[2], total[3]);
-        memcpy(scores + i, &found, sizeof found);
+        memcpy(w->scores + i, &found, sizeof found);
     }
-    if (kind == INT8)
-        for (int64_t i = 0; i < n; i++) scores[i] *= l->key_scales[entries[i] + shift];
+    for (int64_t i = 0; kind == INT8 && i < n; i++) w->scores[i] *= l->key_scales[w->entries[i] + shift];
 }
 
-/* out[d … d + vectors · W) = the weighted sum of the entries' values; the last vector has `lanes` numbers. */
-INLINE void sum_values(const int kind, const int vectors, const Layer *l, const int32_t *entries, int64_t n,
-                       int64_t shift, const float *weights, int64_t head_dim, int64_t d, int64_t lanes, float *out)
+/* out[d … d + vectors · W) = the sum of the entries' values, each times its score; a vector has `lanes` numbers. */
+INLINE void sum_values(const int kind, const int vectors, const Work *w, const Layer *l, int64_t n, int64_t shift,
+                       int64_t d, int64_t lanes, float *out)
 {
     const int64_t size = kind == F32 ? 4 : kind == BF16 ? 2 : 1;
     vf total[4] = {{0}, {0}, {0}, {0}};
     for (int64_t i = 0; i < n; i++) {
-        const char *value = (const char *)l->values + ((entries[i] + shift) * head_dim + d) * size;
-        for (int a = 0; a < vectors; a++) total[a] += weights[i] * load(kind, value, a * W, lanes);
+        const char *value = (const char *)l->values + ((w->entries[i] + shift) * w->m->head_dim + d) * size;
+        UNROLL for (int a = 0; a < vectors; a++) total[a] += w->scores[i] * load(kind, value, a * W, lanes);
     }
-    for (int a = 0; a < vectors; a++) store(out + d + a * W, total[a], lanes);
+    UNROLL for (int a = 0; a < vectors; a++) store(out + d + a * W, total[a], lanes);
 }
 
-/* One query head over its entries. scores: n + W floats. */
-INLINE void attend(const int kind, const Model *m, const Layer *l, const int32_t *entries, const int32_t *positions,
-                   int64_t n, int64_t shift, const float *q, float slope, float *scores, float *out)
+/* One query head over n entries, which stand `shift` behind those of head 0. */
+INLINE void attend(const int kind, const Work *w, const Layer *l, int64_t n, int64_t shift, const float *q, float slope,
+                   float *out)
 {
-    const int64_t head_dim = m->head_dim, p = positions[n - 1];
-    score_keys(kind, l, entries, n, shift, q, head_dim, scores);
+    const Model *m = w->m;
+    float *scores = w->scores;
+    score_keys(kind, w, l, n, shift, q);
     for (int64_t i = 0; i < n; i += W) {
         vf s = load(F32, scores, i, W) * m->attention_scale;
         store(scores + i, m->attention_softcap > 0 ? capped(s, m->attention_softcap) : s, W);
     }
-    for (int64_t i = 0; slope != 0.0f && i < n; i++) scores[i] += slope * (positions[i] - p);
+    for (int64_t i = 0; slope != 0.0f && i < n; i++) scores[i] += slope * (w->positions[i] - w->positions[n - 1]);
     for (int i = 0; i < W; i++) scores[n + i] = -INFINITY;
     vf most = (vf){0} - INFINITY, total = {0};
     for (int64_t i = 0; i < n; i += W) {
@@ -481,69 +535,36 @@ INLINE void attend(const int kind, const Model *m, const Layer *l, const int32_t
     float largest = most[0];
     for (int a = 1; a < W; a++) largest = most[a] > largest ? most[a] : largest;
     for (int64_t i = 0; i < n; i += W) {
-        vf w = exponential(load(F32, scores, i, W) - largest);
-        store(scores + i, w, W);
-        total += w;
+        vf e = exponential(load(F32, scores, i, W) - largest);
+        store(scores + i, e, W);
+        total += e;
     }
     const float factor = 1.0f / sum(total);
-    for (int64_t i = 0; i < n; i++) scores[i] *= kind == INT8 ? factor * l->value_scales[entries[i] + shift] : factor;
+    for (int64_t i = 0; i < n; i++)
+        scores[i] *= kind == INT8 ? factor * l->value_scales[w->entries[i] + shift] : factor;
     int64_t d = 0;
-    for (; d + 4 * W <= head_dim; d += 4 * W) sum_values(kind, 4, l, entries, n, shift, scores, head_dim, d, W, out);
-    for (; d + W <= head_dim; d += W) sum_values(kind, 1, l, entries, n, shift, scores, head_dim, d, W, out);
-    if (d < head_dim) sum_values(kind, 1, l, entries, n, shift, scores, head_dim, d, head_dim - d, out);
+    for (; d + 4 * W <= m->head_dim; d += 4 * W) sum_values(kind, 4, w, l, n, shift, d, W, out);
+    for (; d + W <= m->head_dim; d += W) sum_values(kind, 1, w, l, n, shift, d, W, out);
+    if (d < m->head_dim) sum_values(kind, 1, w, l, n, shift, d, m->head_dim - d, out);
 }
 
-static void attend_head(const Model *m, const Layer *l, const int32_t *entries, const int32_t *positions, int64_t n,
-                        int64_t shift, const float *q, float slope, float *scores, float *out)
+static void attend_head(const Work *w, const Layer *l, int64_t n, int64_t shift, const float *q, float slope,
+                        float *out)
 {
-    if (l->cache_kind == F32) attend(F32, m, l, entries, positions, n, shift, q, slope, scores, out);
-    else if (l->cache_kind == BF16) attend(BF16, m, l, entries, positions, n, shift, q, slope, scores, out);
-    else attend(INT8, m, l, entries, positions, n, shift, q, slope, scores, out);
+    if (l->cache_kind == F32) attend(F32, w, l, n, shift, q, slope, out);
+    else if (l->cache_kind == BF16) attend(BF16, w, l, n, shift, q, slope, out);
+    else attend(INT8, w, l, n, shift, q, slope, out);
 }
 
 /* --- the step ----------------------------------------------------------------------------------------------------- */
-
-INLINE int64_t padded(int64_t n) { return (n + 31) / 16 * 16; }
-
-/* What all threads know; each has its own `thread`, `own` and scores. Strides are from one token to the next. */
-typedef struct {
-    const Model *m;
-    int thread, threads;
-    int64_t d, q, kv, ff; /* strides */
-    float *x, *normed, *own, *queries, *keys, *values, *attended, *gate, *up, *scores;
-    int32_t *entries, *positions;
-} Work;
-
-/* Where a thread's buffers lie in memory of `scratch_floats` floats. */
-static Work layout(const Model *m, float *memory, int64_t n, int thread, int threads)
-{
-    Work w = {m, thread, threads, padded(m->d_model), padded(m->n_heads * m->head_dim),
-              padded(m->n_kv_heads * m->head_dim), padded(m->d_ff)};
-    int64_t reach = padded(m->reach);
-    w.x = memory;
-    w.normed = w.x + n * w.d;
-    w.queries = w.normed + n * w.d;
-    w.keys = w.queries + n * w.q;
-    w.values = w.keys + n * w.kv;
-    w.attended = w.values + n * w.kv;
-    w.gate = w.attended + n * w.q;
-    w.up = w.gate + n * w.ff;
-    w.own = w.up + n * w.ff + thread * (smaller(n, 8) * w.d + 3 * reach);
-    w.scores = w.own + smaller(n, 8) * w.d;
-    w.entries = (int32_t *)(w.scores + reach);
-    w.positions = w.entries + reach;
-    return w;
-}
-
-int64_t scratch_floats(const Model *m, int64_t n, int threads) { return layout(m, 0, n, threads, threads).own - (float *)0; }
 
 /* A sub-layer's input: few tokens are normalized by every thread for itself, which is cheaper than a barrier. */
 static const float *normed(const Work *w, const Norm *norm, const int32_t *which, int64_t n)
 {
     const Model *m = w->m;
     if (!norm) return w->x;
-    const int is_shared = n > 8 && w->threads > 1;
-    float *out = n > 8 ? w->normed : w->own;
+    const int is_shared = n > FEW && w->threads > 1;
+    float *out = n > FEW ? w->normed : w->own;
     for (int64_t t = is_shared ? w->thread : 0; t < n; t += is_shared ? w->threads : 1)
         normalize(norm, m->is_layernorm, m->eps, w->x + (which ? which[t] : t) * w->d, out + t * w->d, m->d_model);
     if (is_shared) {
@@ -552,151 +573,131 @@ static const float *normed(const Work *w, const Norm *norm, const int32_t *which
     return out;
 }
 
-static void embed(const Work *w, const int32_t *ids, const int32_t *positions, int64_t n)
+static void embed(const Work *w)
 {
     const Model *m = w->m;
-    for (int64_t t = w->thread; t < n; t += w->threads) {
+    for (int64_t t = w->thread; t < w->c->n; t += w->threads) {
         float *x = w->x + t * w->d;
-        const float *added = m->positions ? m->positions + (int64_t)positions[t] * m->d_model : 0;
-        read_row(&m->embedding, ids[t], x);
+        const float *added = m->positions ? m->positions + (int64_t)w->c->positions[t] * m->d_model : 0;
+        read_row(&m->embedding, w->c->ids[t], x);
         for (int64_t i = 0; i < m->d_model; i++) x[i] = x[i] * m->embedding_scale + (added ? added[i] : 0.0f);
     }
 }
 
-/* Attention of one layer from its queries, keys and values. */
-static void attention(const Work *w, const Layer *l, const int32_t *table, const int32_t *slots,
-                      const int32_t *positions, int64_t n, int shares_slots)
+/* From a layer's queries, keys and values: the latter into the cache, then attention. */
+static void attention(const Work *w, const Layer *l, int shares_slots)
 {
     const Model *m = w->m;
-    const int64_t head_dim = m->head_dim, group = m->n_heads / m->n_kv_heads;
+    const int64_t n = w->c->n, width = m->head_dim, group = m->n_heads / m->n_kv_heads;
     int64_t parts = 1, left; /* a group of query heads is one thread's, unless there are too few groups */
     while (n * m->n_kv_heads * parts < w->threads && parts < group) parts++;
     while (group % parts) parts++;
     for (int64_t i = w->thread; i < n * m->n_kv_heads; i += w->threads) {
-        int64_t t = i / m->n_kv_heads, head = i % m->n_kv_heads;
-        float *key = w->keys + t * w->kv + head * head_dim;
-        int64_t entry = entry_of(m, l, table + (int64_t)slots[t] * m->table_width, positions[t], &left);
-        prepare_head(m, &l->k_norm, key, positions[t]);
-        entry += head * l->block_size;
-        write_entry(l->cache_kind, l->keys, l->key_scales, entry, key, head_dim);
-        write_entry(l->cache_kind, l->values, l->value_scales, entry, w->values + t * w->kv + head * head_dim, head_dim);
+        const int64_t t = i / m->n_kv_heads, head = i % m->n_kv_heads, position = w->c->positions[t];
+        const int64_t entry = entry_of(w, l, t, position, &left) + head * l->block_size;
+        float *key = w->keys + t * w->kv + head * width, *value = w->values + t * w->kv + head * width;
+        prepare_head(m, &l->k_norm, key, position);
+        write_entry(l->cache_kind, l->keys, l->key_scales, entry, key, width);
+        write_entry(l->cache_kind, l->values, l->value_scales, entry, value, width);
     }
-    if (shares_slots || parts > 1) { /* another thread's entry is attended to */
+    if (shares_slots || parts > 1) { /* entries of another thread are attended to */
 #pragma omp barrier
     }
     for (int64_t i = w->thread; i < n * m->n_kv_heads * parts; i += w->threads) {
-        int64_t t = i / (m->n_kv_heads * parts), head = i / parts % m->n_kv_heads, part = i % parts;
-        int64_t first = head * group + part * (group / parts);
-        int64_t seen = visible_entries(m, l, table + (int64_t)slots[t] * m->table_width, positions[t], w->entries, w->positions);
-        for (int64_t h = first; h < first + group / parts; h++) {
-            float *q = w->queries + t * w->q + h * head_dim;
-            prepare_head(m, &l->q_norm, q, positions[t]);
-            attend_head(m, l, w->entries, w->positions, seen, head * l->block_size, q, m->slopes ? m->slopes[h] : 0.0f,
-                        w->scores, w->attended + t * w->q + h * head_dim);
+        const int64_t t = i / (m->n_kv_heads * parts), head = i / parts % m->n_kv_heads, n_heads = group / parts;
+        const int64_t first = head * group + i % parts * n_heads, seen = visible_entries(w, l, t);
+        for (int64_t h = first; h < first + n_heads; h++) {
+            float *q = w->queries + t * w->q + h * width, *out = w->attended + t * w->q + h * width;
+            prepare_head(m, &l->q_norm, q, w->c->positions[t]);
+            attend_head(w, l, seen, head * l->block_size, q, m->slopes ? m->slopes[h] : 0.0f, out);
         }
     }
 }
 
-/* A thread's part of the feed-forward layer's inside. */
-static void widen(const Work *w, const Layer *l, const float *x, int64_t n)
+/* The inside of the feed-forward layer. */
+static void widen(const Work *w, const Layer *l, const float *x)
 {
-    const Model *m = w->m;
-    const Span rows = share(m->d_ff, w->thread, w->threads);
+    const Span rows = share(w, w->m->d_ff);
     const int is_gated = l->gate.weight != 0;
-    if (is_gated) multiply(&l->gate, rows, x, w->d, n, (Output){0, w->gate, 0, w->ff});
-    multiply(&l->up, rows, x, w->d, n, (Output){0, w->up, 0, w->ff});
-    for (int64_t t = 0; t < n; t++)
+    if (is_gated) multiply(&l->gate, rows, x, w->d, w->c->n, (Output){0, w->gate, 0, w->ff});
+    multiply(&l->up, rows, x, w->d, w->c->n, (Output){0, w->up, 0, w->ff});
+    for (int64_t t = 0; t < w->c->n; t++)
         for (int64_t i = rows.first; i < rows.end; i += W) {
-            int64_t lanes = smaller(W, rows.end - i);
-            vf up = load(F32, w->up + t * w->ff, i, lanes);
-            if (is_gated) up *= activated(m->activation, load(F32, w->gate + t * w->ff, i, lanes));
-            else up = activated(m->activation, up);
-            store(w->up + t * w->ff + i, up, lanes);
+            const int64_t lanes = smaller(W, rows.end - i), at = t * w->ff + i;
+            vf up = load(F32, w->up, at, lanes), gate = is_gated ? load(F32, w->gate, at, lanes) : up;
+            store(w->up + at, activated(w->m->activation, gate) * (is_gated ? up : (vf){0} + 1.0f), lanes);
         }
 }
 
-static void predict(const Work *w, const Norm *norm, const int32_t *wanted, int64_t n, float *logits)
+static void predict(const Work *w, const Norm *norm)
 {
-    const Model *m = w->m;
-    const Span rows = share(m->vocab_size, w->thread, w->threads);
-    multiply(&m->head, rows, normed(w, norm, wanted, n), w->d, n, (Output){0, logits, 0, m->vocab_size});
-    if (m->logit_softcap > 0)
-        for (int64_t t = 0; t < n; t++)
-            for (int64_t i = rows.first; i < rows.end; i += W) {
-                int64_t lanes = smaller(W, rows.end - i);
-                float *at = logits + t * m->vocab_size + i;
-                store(at, capped(load(F32, at, 0, lanes), m->logit_softcap), lanes);
-            }
+    if (!w->c->n_wanted) return;
+    const float *x = normed(w, norm, w->c->wanted, w->c->n_wanted), cap = w->m->logit_softcap;
+    const Span rows = share(w, w->m->vocab_size);
+    multiply(&w->m->head, rows, x, w->d, w->c->n_wanted, (Output){0, w->c->logits, 0, w->m->vocab_size});
+    for (int64_t t = 0; cap > 0 && t < w->c->n_wanted; t++)
+        for (int64_t i = rows.first; i < rows.end; i += W) {
+            float *at = w->c->logits + t * w->m->vocab_size + i;
+            store(at, capped(load(F32, at, 0, smaller(W, rows.end - i)), cap), smaller(W, rows.end - i));
+        }
 }
 
-/* What is wrong with a call: 1 an id, 2 a slot, 3 a position, 4 an entry of the table, 5 `wanted`; 0: nothing. */
-static int fault(const Model *m, const int32_t *ids, const int32_t *slots, const int32_t *positions, int64_t n,
-                 const int32_t *wanted, int64_t n_wanted, const int32_t *table, int64_t n_slots)
+/* What is wrong with a call, as a number that `native.py` has words for; 0: nothing. */
+static int fault(const Model *m, const Call *c)
 {
-    for (int64_t t = 0; t < n; t++) {
-        if (ids[t] < 0 || ids[t] >= m->vocab_size) return 1;
-        if (slots[t] < 0 || slots[t] >= n_slots) return 2;
-        if (positions[t] < 0 || positions[t] >= m->reach) return 3;
-        for (int32_t i = 0; i < m->n_layers; i++) {
-            const Layer *l = m->layers + i;
-            if (i && l->block_size == l[-1].block_size && l->n_blocks == l[-1].n_blocks && l->ring == l[-1].ring) continue;
-            int64_t last = smaller(positions[t], l->ring ? l->ring - 1 : positions[t]) / l->block_size;
-            if (last >= m->table_width) return 3;
+    if (c->n_layers < 1 || c->n_layers > m->n_layers) return 6;
+    for (int64_t t = 0; t < c->n; t++) {
+        if (c->ids[t] < 0 || c->ids[t] >= m->vocab_size) return 1;
+        if (c->slots[t] < 0 || c->slots[t] >= c->n_slots) return 2;
+        if (c->positions[t] < 0 || c->positions[t] >= m->reach) return 3;
+        for (const Layer *l = m->layers; l < m->layers + m->n_layers; l++) {
+            if (l > m->layers && l->block_size == l[-1].block_size && l->ring == l[-1].ring) continue;
+            const int64_t last = smaller(c->positions[t], l->ring ? l->ring - 1 : INT64_MAX) / l->block_size;
             for (int64_t b = 0; b <= last; b++) {
-                int32_t block = table[slots[t] * (int64_t)m->table_width + b];
+                if (b >= m->table_width) return 3;
+                const int32_t block = c->table[c->slots[t] * (int64_t)m->table_width + b];
                 if (block < 0 || block >= l->n_blocks) return 4;
             }
         }
     }
-    if (n_wanted > n) return 5;
-    for (int64_t i = 0; i < n_wanted; i++)
-        if (wanted[i] < 0 || wanted[i] >= n) return 5;
+    if (c->n_wanted > c->n) return 5;
+    for (int64_t i = 0; i < c->n_wanted; i++)
+        if (c->wanted[i] < 0 || c->wanted[i] >= c->n) return 5;
     return 0;
 }
 
-/* ids, slots, positions: (n,); wanted: (n_wanted,), indexes of tokens; table: (n_slots, table_width);
-   logits: (n_wanted, vocab_size). The first n_layers layers are computed. */
-int step(const Model *m, const int32_t *ids, const int32_t *slots, const int32_t *positions, int64_t n,
-         const int32_t *wanted, int64_t n_wanted, const int32_t *table, int64_t n_slots, int n_layers, float *logits,
-         float *memory, int threads)
+int step(const Model *m, const Call *c)
 {
-    const int found = fault(m, ids, slots, positions, n, wanted, n_wanted, table, n_slots);
-    if (found) return found;
+    const int found = fault(m, c), is_post = m->is_post_norm;
+    if (found || !c->n) return found;
     int shares_slots = 0;
-    for (int64_t t = 1; t < n && !shares_slots; t++)
-        for (int64_t u = 0; u < t; u++) shares_slots |= slots[t] == slots[u];
-#pragma omp parallel num_threads(threads)
+    for (int64_t t = 1; t < c->n && !shares_slots; t++)
+        for (int64_t u = 0; u < t; u++) shares_slots |= c->slots[t] == c->slots[u];
+#pragma omp parallel num_threads(c->threads)
     {
-        int thread = 0, team = 1;
-#ifdef _OPENMP
-        extern int omp_get_thread_num(void), omp_get_num_threads(void);
-        thread = omp_get_thread_num(), team = omp_get_num_threads();
-#endif
-        const Work work = layout(m, memory, n, thread, team), *w = &work;
+        const Work work = layout(m, c, omp_get_thread_num(), omp_get_num_threads()), *w = &work;
         const Norm *after = 0; /* post-norm: what makes the last sum the next input */
-        embed(w, ids, positions, n);
+        embed(w);
 #pragma omp barrier
-        for (int i = 0; i < n_layers; i++) {
-            const Layer *l = m->layers + i;
-            const float *x = normed(w, m->is_post_norm ? after : &l->attention_norm, 0, n);
-            multiply(&l->q, share(l->q.rows, thread, team), x, w->d, n, (Output){0, w->queries, 0, w->q});
-            multiply(&l->k, share(l->k.rows, thread, team), x, w->d, n, (Output){0, w->keys, 0, w->kv});
-            multiply(&l->v, share(l->v.rows, thread, team), x, w->d, n, (Output){0, w->values, 0, w->kv});
+        for (const Layer *l = m->layers; l < m->layers + c->n_layers; l++) {
+            const float *x = normed(w, is_post ? after : &l->attention_norm, 0, c->n);
+            multiply(&l->q, share(w, l->q.rows), x, w->d, c->n, (Output){0, w->queries, 0, w->q});
+            multiply(&l->k, share(w, l->k.rows), x, w->d, c->n, (Output){0, w->keys, 0, w->kv});
+            multiply(&l->v, share(w, l->v.rows), x, w->d, c->n, (Output){0, w->values, 0, w->kv});
 #pragma omp barrier
-            attention(w, l, table, slots, positions, n, shares_slots);
+            attention(w, l, shares_slots);
 #pragma omp barrier
-            multiply(&l->o, share(m->d_model, thread, team), w->attended, w->q, n,
-                     (Output){m->is_post_norm ? x : w->x, w->x, w->d, w->d});
+            const Span rows = share(w, m->d_model);
+            multiply(&l->o, rows, w->attended, w->q, c->n, (Output){is_post ? x : w->x, w->x, w->d, w->d});
 #pragma omp barrier
-            x = normed(w, m->is_post_norm ? &l->attention_norm : &l->feedforward_norm, 0, n);
-            widen(w, l, x, n);
+            x = normed(w, is_post ? &l->attention_norm : &l->feedforward_norm, 0, c->n);
+            widen(w, l, x);
 #pragma omp barrier
-            multiply(&l->down, share(m->d_model, thread, team), w->up, w->ff, n,
-                     (Output){m->is_post_norm ? x : w->x, w->x, w->d, w->d});
+            multiply(&l->down, rows, w->up, w->ff, c->n, (Output){is_post ? x : w->x, w->x, w->d, w->d});
 #pragma omp barrier
             after = &l->feedforward_norm;
         }
-        predict(w, m->is_post_norm ? after : &m->norm, wanted, n_wanted, logits);
+        predict(w, is_post ? after : &m->norm);
     }
     return 0;
 }

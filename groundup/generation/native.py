@@ -11,12 +11,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import tempfile
+from array import array
 from collections.abc import Sequence
-from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,8 @@ from groundup.model.masks import alibi_slopes
 from groundup.model.positions import rotation_table, sinusoids
 
 FLAGS = (
-    "-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC",
-    "-shared",
+    "-O3", "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native", "-std=gnu11",
+    "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-shared",
 )  # fmt: skip
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _INT8_GROUPS, _INT4 = 3, 4
@@ -47,6 +49,7 @@ _FAULTS = {
     3: "a position is beyond the cache or the model's positions",
     4: "a block is not in the cache",
     5: "`wanted` is not among the tokens",
+    6: "there are not so many layers",
 }
 
 
@@ -85,8 +88,17 @@ class _Model(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Call(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("ids", "slots", "positions", "wanted", "table", "logits", "memory")),
+        *((name, c_int32) for name in ("n", "n_wanted", "n_slots", "n_layers", "threads")),
+    )
+
+
 def why_not(model: Transformer, cache: KVCache) -> str | None:
     """Why this model and cache cannot be stepped natively; None where they can."""
+    if getattr(type(model), "forward", None) is not Transformer.forward:
+        return "the model has a forward pass of its own"
     if model.config.n_experts:
         return "experts are computed by PyTorch"
     tensors = [*model.parameters(), *model.buffers()]
@@ -99,6 +111,8 @@ def why_not(model: Transformer, cache: KVCache) -> str | None:
 
 def _why_not_matrix(name: str, module: Any) -> str | None:
     if hasattr(module, "packed"):
+        if getattr(module, "rounds_activations", False):
+            return f"{name}: 8-bit activations are computed by PyTorch"
         group = module.packed.shape[1] * (8 // module.bits) // module.scales.shape[1]
         whole = 32 if module.bits == 4 else 16 if module.scales.shape[1] > 1 else 1
         return f"{name}: {module.bits}-bit groups of {group} are computed by PyTorch" if group % whole else None
@@ -127,11 +141,8 @@ def library() -> tuple[ctypes.CDLL | None, str | None]:
         found = ctypes.CDLL(str(path))
     except (GroundupError, OSError) as error:
         return None, f"the compiled step cannot be kept or loaded: {error}"
-    found.scratch_floats.restype, found.scratch_floats.argtypes = c_int64, (POINTER(_Model), c_int64, c_int)
-    found.step.argtypes = (
-        POINTER(_Model), c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int, c_void_p,
-        c_void_p, c_int,
-    )  # fmt: skip
+    found.scratch_floats.restype = c_int64
+    found.scratch_floats.argtypes = found.step.argtypes = (POINTER(_Model), POINTER(_Call))
     return found, None
 
 
@@ -181,8 +192,7 @@ class NativeStep:
         self._threads = threads or torch.get_num_threads()
         self._kept: list[Any] = []
         self._model = self._describe(model)
-        self._scratch = torch.empty(0)
-        self._room = 0
+        self._scratch, self._memory, self._room = torch.empty(0), 0, 0
 
     def __call__(
         self,
@@ -205,27 +215,23 @@ class NativeStep:
             float32 (len(wanted), vocab_size).
 
         Raises:
-            IndexError: an id, slot or position is out of range; nothing was computed.
+            IndexError: an id, slot, position or number of layers is out of range; nothing was computed.
         """
-        ids, slots, positions = (
-            torch.as_tensor(values, dtype=torch.int32, device="cpu").contiguous() for values in (ids, slots, positions)
-        )
-        n = ids.numel()
-        if not n == slots.numel() == positions.numel():
+        n, table = len(ids), self._cache.table
+        lists = [_int32(values) for values in (ids, slots, positions, range(n) if wanted is None else wanted)]
+        addresses, counts, _kept = zip(*lists, strict=True)
+        if not n == counts[1] == counts[2]:
             raise ValueError("As many ids as slots and positions are needed.")
-        which = torch.arange(n, dtype=torch.int32) if wanted is None else torch.as_tensor(wanted, dtype=torch.int32)
-        which, table = which.contiguous(), self._cache.table
+        logits = torch.empty(counts[3], self._model.vocab_size, dtype=torch.float32)
+        call = _Call(
+            *addresses, table.data_ptr(), logits.data_ptr(), self._memory, n, counts[3], table.shape[0],
+            self._model.n_layers if n_layers is None else n_layers, self._threads,
+        )  # fmt: skip
         if n > self._room:
             self._room = n
-            size = self._library.scratch_floats(self._model, n, self._threads)
-            self._scratch = torch.empty(size + 16, dtype=torch.float32)
-        memory = (self._scratch.data_ptr() + 63) // 64 * 64
-        logits = torch.empty(which.numel(), self._model.vocab_size, dtype=torch.float32)
-        fault = self._library.step(
-            self._model, ids.data_ptr(), slots.data_ptr(), positions.data_ptr(), n, which.data_ptr(), which.numel(),
-            table.data_ptr(), table.shape[0], self._model.n_layers if n_layers is None else n_layers,
-            logits.data_ptr(), memory, self._threads,
-        )  # fmt: skip
+            self._scratch = torch.empty(self._library.scratch_floats(self._model, call) + 16, dtype=torch.float32)
+            self._memory = call.memory = -(-self._scratch.data_ptr() // 64) * 64
+        fault = self._library.step(self._model, call)
         if fault:
             raise IndexError(f"{_FAULTS[fault]}.")
         return logits
@@ -325,3 +331,12 @@ class NativeStep:
         kept = values.detach().to(torch.float32).contiguous()
         self._kept.append(kept)
         return kept.data_ptr()
+
+
+def _int32(values: Sequence[int] | Tensor) -> tuple[int, int, object]:
+    """Address and number of values, and what must be kept meanwhile; for short lists a tensor is slow to make."""
+    if isinstance(values, Tensor):
+        made = values.to(torch.int32).contiguous()
+        return made.data_ptr(), made.numel(), made
+    kept = array("i", values)
+    return *kept.buffer_info(), kept
