@@ -400,7 +400,7 @@ def decode_2_threads(result: dict[str, Any]) -> str:
         decode, batch = part["decode"], part["batch"]
         for kind in ("f32", "bf16", "int8", "int4"):
             own, engine = decode[f"step {kind}"], decode[f"engine {kind}"]["seconds"]["median"]
-            cells = [shape, kind, f"{engine * 1e3:.3f}", f"{own['of_bandwidth']:.0%}"]
+            cells = [shape, kind, f"{engine * 1e3:.3f}"]
             cells.append(f"{decode['transformers f32']['seconds']['median'] / engine:.1f}×")
             theirs = decode.get(f"llama.cpp {kind}")
             cells.append("–" if theirs is None else f"{theirs['seconds']['median'] / own['seconds']['median']:.2f}×")
@@ -413,7 +413,7 @@ def decode_2_threads(result: dict[str, Any]) -> str:
             verify = part["verify"][f"step {kind}"]
             verified.append([shape, kind, *(f"{verify[n]:.2f}" for n in sorted(verify, key=int))])
     numbers = sorted(next(iter(result[rows[0][0]]["verify"].values())), key=int)
-    head = ["model", "weights", "ms a token", "of bandwidth", "beside transformers, f32", "beside llama.cpp, same bits",
+    head = ["model", "weights", "ms a token", "beside transformers, f32", "beside llama.cpp, same bits",
             "eight texts beside transformers, same bits"]  # fmt: skip
     cost = rows_of(["a step of so many tokens over one", "", *numbers], verified)
     return f"{rows_of(head, rows)}\n\n{cost}"
