@@ -392,6 +392,49 @@ def comparison(row: dict[str, Any], digits: int = 0) -> list[str]:
     return [row["what"], row["name"], *values, f"{row['ratio']['median']:.2f}×", least]
 
 
+def decode_2_threads(result: dict[str, Any]) -> str:
+    """Steps of one token, and of eight texts, beside transformers and llama.cpp; then what checking guesses costs."""
+    rows, verified = [], []
+    for shape in (name for name in ("demo", "26M", "125M") if name in result):
+        part = result[shape]
+        decode, batch = part["decode"], part["batch"]
+        for kind in ("f32", "bf16", "int8", "int4"):
+            own, engine = decode[f"step {kind}"], decode[f"engine {kind}"]["seconds"]["median"]
+            cells = [shape, kind, f"{engine * 1e3:.3f}", f"{own['of_bandwidth']:.0%}"]
+            cells.append(f"{decode['transformers f32']['seconds']['median'] / engine:.1f}×")
+            theirs = decode.get(f"llama.cpp {kind}")
+            cells.append("–" if theirs is None else f"{theirs['seconds']['median'] / own['seconds']['median']:.2f}×")
+            if kind in ("f32", "bf16"):
+                eight = batch[f"engine {kind}"]["seconds"]["median"]
+                cells.append(f"{batch[f'transformers {kind}']['seconds']['median'] / eight:.2f}×")
+            else:
+                cells.append("–")
+            rows.append(cells)
+            verify = part["verify"][f"step {kind}"]
+            verified.append([shape, kind, *(f"{verify[n]:.2f}" for n in sorted(verify, key=int))])
+    numbers = sorted(next(iter(result[rows[0][0]]["verify"].values())), key=int)
+    head = ["model", "weights", "ms a token", "of bandwidth", "beside transformers, f32", "beside llama.cpp, same bits",
+            "eight texts beside transformers, same bits"]  # fmt: skip
+    cost = rows_of(["a step of so many tokens over one", "", *numbers], verified)
+    return f"{rows_of(head, rows)}\n\n{cost}"
+
+
+def quantize(result: dict[str, Any]) -> str:
+    """What fewer bits cost a model."""
+    rows = [
+        [
+            name,
+            f"{one['bits_per_byte_change']:+.5f} ± {one['stderr']:.5f}",
+            f"{one['kl_mean']:.1e}",
+            f"{one['same_top_1']:.1%}",
+        ]
+        for name, one in result["quality"].items()
+    ]
+    head = [f"a model of {result['parameters'] / 1e6:.1f}M, {result['bits_per_byte']:.4f} bits per byte", "change",
+            "mean divergence", "same best token"]  # fmt: skip
+    return rows_of(head, rows)
+
+
 def sampling(result: dict[str, Any]) -> str:
     """Microseconds a token, of logits whose standard deviation is 4 (few tokens matter) and 1 (many do)."""
     found = {
@@ -426,6 +469,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
         engine,
         speculation,
         sampling,
+        decode_2_threads,
+        quantize,
     )
 }
 
