@@ -21,43 +21,36 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.metadata
 import os
 import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import decode
 import torch
+from decode import models_of, transformers_model
 from record import spread, write_result
-from transformers import AutoModelForCausalLM
 
 from groundup.generation import Engine, KVCache, Request, SamplingParams
 from groundup.generation.native import NativeStep
-from groundup.generation.quantize import Quantization, quantize
 from groundup.generation.step import ModelStep, Row
-from groundup.interop.folder import save_model
-from groundup.model import ModelConfig, Transformer, preset
+from groundup.model import ModelConfig, preset
 
 CACHE = Path(__file__).resolve().parent / ".cache"
-LLAMA = {"vocab_size": 32000, "context_length": 1024, "head_dim": 64, "norm_eps": 1e-5, "qk_norm": False}
 SHAPES: dict[str, Callable[[], ModelConfig]] = {
+    **decode.SHAPES,
     "demo": lambda: preset("ground-1m", context_length=1024),
     "14M": lambda: preset(
         "ground-1m", context_length=1024, vocab_size=8192, n_layers=6, n_heads=6, n_kv_heads=6, head_dim=64,
         d_model=384, d_ff=1024,
     ),
-    "26M": lambda: preset(
-        "llama-160m", **LLAMA, n_layers=8, n_heads=6, n_kv_heads=6, d_model=384, d_ff=1024, tied_embeddings=True
-    ),
-    "125M": lambda: preset("llama-160m", **LLAMA, n_layers=12, n_heads=12, n_kv_heads=4, d_model=768, d_ff=2048),
 }  # fmt: skip
 
 # What is compared with transformers: texts at once, temperature, new tokens, and for each shape and precision of ours
@@ -152,40 +145,7 @@ def row_of(
     return row
 
 
-# Models and requests.
-
-
-def random_model(config: ModelConfig) -> Transformer:
-    """With weights that make logits differ."""
-    model = Transformer(config, seed=1).eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.02, generator=generator)
-    return model
-
-
-def in_precision(model: Transformer, kind: str) -> Transformer:
-    """A copy whose weights are f32, bf16 or int8."""
-    found = copy.deepcopy(model)
-    if kind == "int8":
-        return quantize(found, Quantization(8))
-    if kind == "bf16":
-        found.bfloat16()
-        found.compute_dtype = torch.bfloat16
-    return found
-
-
-def transformers_model(model: Transformer, kind: str) -> Any:
-    """The same weights in transformers' class."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(Path(folder) / "model", model)
-        theirs = AutoModelForCausalLM.from_pretrained(f"{folder}/model").eval()
-    ids = torch.arange(8)[None]
-    with torch.no_grad():
-        assert torch.allclose(theirs(ids).logits, model(ids), atol=1e-3)
-    theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id = None, 0
-    return theirs.to(torch.bfloat16) if kind == "bf16" else theirs
+# Requests.
 
 
 def prompts_of(number: int, n: int, length: int, vocab_size: int) -> torch.Tensor:
@@ -228,13 +188,13 @@ def beside_transformers(
     """n texts at once by the engine and by `transformers.generate`, tokens a second."""
     rows = []
     for shape in setting.shapes(wanted):
-        model = random_model(SHAPES[shape]())
+        models = models_of(SHAPES[shape]())
         variants = {
-            f"transformers {kind}": transformers_rate(setting, transformers_model(model, kind), n, temperature)
+            f"transformers {kind}": transformers_rate(setting, transformers_model(models["f32"], kind), n, temperature)
             for kind in sorted({theirs for theirs, _ in wanted[shape].values()})
         }
         for kind in wanted[shape]:
-            engine = Engine(in_precision(model, kind), slots=n, length=PROMPT + setting.n_new)
+            engine = Engine(models[kind], slots=n, length=PROMPT + setting.n_new)
             variants[f"engine {kind}"] = engine_rate(setting, engine, n, temperature)
         values = setting.take_turns(variants)
         what = f"{shape}, {'one text' if n == 1 else f'{n} texts'}, {'sampled' if temperature else 'greedy'}"
@@ -247,9 +207,9 @@ def mixed_requests(setting: Setting) -> list[dict[str, Any]]:
     """16 requests that differ, together and one after the other, tokens a second."""
     rows = []
     for shape in setting.shapes(("demo", "14M", "26M")):
-        model = random_model(SHAPES[shape]())
+        models = models_of(SHAPES[shape]())
         for kind in ("f32", "bf16"):
-            engine = Engine(in_precision(model, kind), slots=16, length=256)
+            engine = Engine(models[kind], slots=16, length=256)
             values = setting.take_turns(
                 {
                     "one after the other": partial(mixed_rate, setting, engine, False),
@@ -280,9 +240,9 @@ def repeated_prefix(setting: Setting) -> list[dict[str, Any]]:
     """Seconds to the first token of a prompt, and of another with the same first 512 tokens."""
     rows = []
     for shape in setting.shapes(("demo", "14M", "26M")):
-        model = random_model(SHAPES[shape]())
+        models = models_of(SHAPES[shape]())
         for pages in (False, True):
-            engine = Engine(model, slots=4, length=PREFIX + TAIL + 1, pages=pages)
+            engine = Engine(models["f32"], slots=4, length=PREFIX + TAIL + 1, pages=pages)
 
             def first_token(number: int, tail: int, engine: Engine = engine) -> float:
                 prefix = prompts_of(number, 1, PREFIX, engine.config.vocab_size)[0].tolist()
@@ -324,7 +284,8 @@ def cold_start(setting: Setting) -> list[dict[str, Any]]:
 
 def ladder(setting: Setting) -> list[dict[str, Any]]:
     """Tokens a second of the demo's model, greedy, one change a row."""
-    model = random_model(preset("ground-1m"))
+    models = models_of(decode.SHAPES["demo"]())
+    model = models["f32"]
     config = model.config
     cache = KVCache(config, 1, PROMPT + setting.n_new)
     eager, native = ModelStep(model, cache, is_native=False), NativeStep(model, cache)
@@ -361,7 +322,7 @@ def ladder(setting: Setting) -> list[dict[str, Any]]:
     for n in (1, 8, 64):
         engine = Engine(model, slots=n, length=PROMPT + setting.n_new)
         variants[f"the engine, {n} {'text' if n == 1 else 'texts'}"] = engine_rate(setting, engine, n, 0)
-    half = Engine(in_precision(model, "bf16"), slots=64, length=PROMPT + setting.n_new)
+    half = Engine(models["bf16"], slots=64, length=PROMPT + setting.n_new)
     variants["the engine, 64 texts, bfloat16"] = engine_rate(setting, half, 64, 0)
     values = setting.take_turns(variants)
     names = list(values)

@@ -22,6 +22,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import statistics
@@ -32,10 +33,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from engine import CACHE, Setting, in_precision, row_of
+from engine import CACHE, Setting, row_of
 from record import write_result
 
 from groundup.generation import Engine, Request, SamplingParams
+from groundup.generation.quantize import quantize
 from groundup.interop import load
 from groundup.model import Transformer
 from groundup.shards import TokenShards
@@ -195,6 +197,17 @@ def measure(
         least = case.drafts.get(name.rsplit(" ", 1)[0]) if name.endswith(fastest.split()[-1]) else None
         rows.append(row_of(what, values, name, fastest, least, **made.facts()))
     return rows
+
+
+def in_precision(model: Transformer, kind: str) -> Transformer:
+    """A copy whose weights are f32, bf16 or int8."""
+    found = copy.deepcopy(model)
+    if kind == "int8":
+        return quantize(found)
+    if kind == "bf16":
+        found.bfloat16()
+        found.compute_dtype = torch.bfloat16
+    return found
 
 
 class Run:

@@ -68,6 +68,7 @@ class ModelStep:
         if is_native and cache.device.type == "cuda":
             self._graphs, self.reason = _graphs_if_faster(model, cache)
         self.native_up_to = 0
+        self._seconds: dict[int, float] = {}
         if self._native is not None:
             pairs = zip(_TRIED, self._timings["native"], self._timings["eager"], strict=True)
             self.native_up_to = max((n for n, native, eager in pairs if native < eager), default=0)
@@ -78,8 +79,11 @@ class ModelStep:
 
     def seconds(self, n_tokens: int) -> float:
         """What a step of so many tokens takes, by the trial; beyond its most tokens in proportion."""
-        both = [list(times) for times in self._timings.values() if times]
-        return float(np.interp(n_tokens, _TRIED, np.min(both, axis=0))) * max(1.0, n_tokens / _TRIED[-1])
+        if n_tokens not in self._seconds:  # asked for many times in every step that may guess
+            fastest = np.min([times for times in self._timings.values() if times], axis=0)
+            found = float(np.interp(n_tokens, _TRIED, fastest)) * max(1.0, n_tokens / _TRIED[-1])
+            self._seconds[n_tokens] = found
+        return self._seconds[n_tokens]
 
     def share_of(self, n_layers: int) -> float:
         """The share of the weights that a step of the first so many blocks reads."""
