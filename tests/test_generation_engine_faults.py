@@ -416,7 +416,7 @@ def test_a_finished_row_is_computed_no_more(monkeypatch):
     assert sum(sizes) == (1 + 2) + (1 + 8)  # a prompt's token, and all but the last that is drawn
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("layout", [{}, {"pages": True, "draft": "ngrams"}], ids=str)
 def test_a_thousand_requests_leave_no_memory_behind(layout):
     model = random_model(std=0.05)

@@ -291,7 +291,7 @@ def test_a_cache_that_cannot_be_written_is_a_reason(fresh, tmp_path, monkeypatch
     assert "cannot be kept or loaded" in library()[1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86's vector units")
 @pytest.mark.parametrize("units", ["x86-64-v3", "x86-64-v2"])
 def test_narrower_vectors_give_the_same(units, fresh, monkeypatch):
