@@ -60,7 +60,7 @@ vocab_size = 2_048
 preset = "{preset}"
 context_length = 256
 [pretrain]
-tokens = 2_000_000
+tokens = 800_000
 batch_size = 16
 [align.copying]
 method = "sft"
@@ -71,8 +71,8 @@ epochs = 2
 [align.draft]
 method = "distill"
 start = "pretrain"
-tokens = 2_000_000
-own_tokens = 300_000
+tokens = 800_000
+own_tokens = 80_000
 batch_size = 16
 [align.draft.model]
 preset = "ground-1m"
@@ -139,7 +139,7 @@ def trained(*, is_quick: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     conversations, recipe = folder / "conversations.jsonl", folder / "speculation.toml"
     with conversations.open("w", encoding="utf-8") as handle:
-        for number in range(200 if is_quick else 6000):
+        for number in range(200 if is_quick else 3000):
             question, answer = task(random.Random(number), ("copies", "edits")[number % 2])
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             handle.write(json.dumps({"messages": turns}) + "\n")
