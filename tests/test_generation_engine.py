@@ -10,6 +10,7 @@ from lengths import IS_LONG
 
 from groundup.errors import DataError, GroundupError
 from groundup.generation import Engine, EngineBusy, Request, SamplingParams, generate_batch
+from groundup.generation.quantize import Quantization, quantize
 from groundup.generation.sampling import request_seed, uniforms
 from groundup.reference import sampling as reference
 
@@ -316,3 +317,19 @@ def test_a_row_that_draws_too_long_a_prompt_or_stop_texts_without_a_tokenizer_is
         engine.submit(Request(range(9)))
     with pytest.raises(DataError, match="need a tokenizer"):
         engine.submit(Request([1], SamplingParams(stop=("x",))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_model_writes_the_same_in_c_and_by_its_forward_pass(bits, dtype):
+    model = quantize(random_model("llama-nano", std=0.1), Quantization(bits))
+    prompts = random_prompts([3, 9], model.config.vocab_size)
+    logprobs = []
+    for is_native in (True, False):
+        engine = Engine(model, dtype=dtype, is_native=is_native)
+        requests = [Request(prompt, SamplingParams(max_tokens=0), prompt_logprobs=0) for prompt in prompts]
+        logprobs.append([one.logprob for texts in engine.run(requests) for one in texts[0].prompt_logprobs])
+    assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4 if dtype == torch.float32 else 0.2)
+    ids = torch.tensor([prompts[1]])
+    exact = model(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].tolist()
+    assert logprobs[0][-len(exact) :] == pytest.approx(exact, abs=1e-4 if dtype == torch.float32 else 0.2)

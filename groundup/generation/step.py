@@ -117,12 +117,16 @@ def inference_copy(model: Transformer, dtype: torch.dtype | None = None) -> Tran
     """
     dtype = dtype or model.compute_dtype
     model.eval()
-    if dtype == model.compute_dtype and all(p.dtype == dtype for p in model.parameters() if p.ndim > 1):
+    # Scales of quantized matrices stay float16: the step in C and the files have them so.
+    converted = {id(p) for name, p in model.named_parameters() if p.ndim > 1 and not name.endswith("scales")}
+    if dtype == model.compute_dtype and all(p.dtype == dtype for p in model.parameters() if id(p) in converted):
         return model
     shared: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
         data = parameter.detach()
-        shared[id(parameter)] = nn.Parameter(data.to(dtype) if data.ndim > 1 else data, requires_grad=False)
+        shared[id(parameter)] = nn.Parameter(
+            data.to(dtype) if id(parameter) in converted else data, requires_grad=False
+        )
     found = copy.deepcopy(model, shared)
     found.compute_dtype = dtype
     for block in found.blocks:
