@@ -304,10 +304,8 @@ def _check_models(teacher: ModelConfig, student: ModelConfig, name: str) -> None
 def _student_config(stage: Stage) -> ModelConfig:
     settings: DistillSettings = stage.settings
     teacher, _ = starting_config(stage)
-    config = settings.model.config(teacher.vocab_size)
-    if settings.model.context_length is None:
-        config = settings.model.model_copy(update={"context_length": teacher.context_length}).config(teacher.vocab_size)
-    return config
+    length = settings.model.context_length or teacher.context_length
+    return settings.model.model_copy(update={"context_length": length}).config(teacher.vocab_size)
 
 
 class DistillMethod(Method):

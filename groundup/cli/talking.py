@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,7 +14,7 @@ from groundup.recipe.registry import TRUNK
 if TYPE_CHECKING:
     import torch
 
-    from groundup.generation import Constraint, Engine
+    from groundup.generation import Constraint, Engine, SamplingParams
     from groundup.model import Transformer
     from groundup.recipe import GenerateSettings
     from groundup.tokenizer import Tokenizer
@@ -93,23 +93,15 @@ def generate(
 ) -> None:
     """Continue a text, streaming: of a run, with its base model unless --model names another."""
     from groundup.cli.chat import printable
-    from groundup.generation import Engine, SamplingParams, beam_search, text_request
+    from groundup.generation import Engine, beam_search, text_request
 
     text = _as_text(prompt) if prompt is not None else _standard_input()
     network, tokenizer, folder = _load(model, stage, to_chat=False)
-    defaults = _defaults(model)
-    params = SamplingParams(
-        temperature=temperature if temperature is not None else defaults.temperature,
-        top_k=top_k if top_k is not None else defaults.top_k,
-        top_p=top_p if top_p is not None else defaults.top_p,
-        max_tokens=max_tokens if max_tokens is not None else defaults.max_tokens,
-        seed=seed,
-        stop=tuple(stop or ()),
-        min_p=min_p or 0.0,
-        repetition_penalty=1.0 if repetition_penalty is None else repetition_penalty,
-        n=samples,
+    params = _params(
+        model, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed,
+        stop=tuple(stop or ()), min_p=min_p, repetition_penalty=repetition_penalty, n=samples,
         constraint=_constraint(schema, regex, choice),
-    )
+    )  # fmt: skip
     request = text_request(network, tokenizer, text, params)
     if beams:
         _refuse_with_beams(
@@ -156,17 +148,10 @@ def chat(
 ) -> None:
     """Talk to the assistant, streaming. Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands."""
     from groundup.cli.chat import Chat
-    from groundup.generation import Engine, SamplingParams
+    from groundup.generation import Engine
 
     network, tokenizer, folder = _load(model, stage, to_chat=True)
-    defaults = _defaults(model)
-    params = SamplingParams(
-        temperature=temperature if temperature is not None else defaults.temperature,
-        top_k=top_k if top_k is not None else defaults.top_k,
-        top_p=top_p if top_p is not None else defaults.top_p,
-        max_tokens=max_tokens if max_tokens is not None else defaults.max_tokens,
-        seed=seed,
-    )
+    params = _params(model, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed)
     engine = Engine(network, tokenizer, slots=1, dtype=_dtype(precision), draft=_draft(model, draft))
     _say_why_slow(engine)
     talk = Chat(engine, tokenizer, params, system=_as_text(system) if system else None)
@@ -188,6 +173,14 @@ def _standard_input() -> str:
         example = command_line("generate", "runs/demo", "Once upon a time")
         raise GroundupError("no prompt.", f"Give one: {example}")
     return sys.stdin.read().rstrip("\n")
+
+
+def _params(model: Path, **given: Any) -> SamplingParams:
+    """What was given on the command line, and else what the run's own [generate] section says."""
+    from groundup.generation import SamplingParams
+
+    defaults = _defaults(model).model_dump(include={"temperature", "top_k", "top_p", "max_tokens"})
+    return SamplingParams(**defaults | {name: value for name, value in given.items() if value is not None})
 
 
 def _constraint(schema: str | None, regex: str | None, choices: list[str] | None) -> Constraint | None:

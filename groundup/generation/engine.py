@@ -76,7 +76,7 @@ class Engine:
         is_int8_cache: keys and values are kept in 8 bits.
         chunk: most tokens of prompts that are read in one step.
         most_waiting: requests that may wait; more are refused with `EngineBusy`.
-        is_native: the step in C may be used (`native.py`).
+        is_native: the step in C (`native.py`), or CUDA graphs on a GPU, may be used.
         draft: what guesses the next tokens (`speculative.py`): "ngrams": what followed the last few tokens before; a
             number: the model's first so many blocks; a smaller model with the same tokens. None: nothing.
 

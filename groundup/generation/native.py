@@ -113,6 +113,8 @@ def _why_not_matrix(name: str, module: Any) -> str | None:
     if hasattr(module, "packed"):
         if getattr(module, "rounds_activations", False):
             return f"{name}: 8-bit activations are computed by PyTorch"
+        if module.scales.dtype != torch.float16:  # they are read as they stand
+            return f"{name}.scales is {str(module.scales.dtype).removeprefix('torch.')}, not float16"
         group = module.packed.shape[1] * (8 // module.bits) // module.scales.shape[1]
         whole = 32 if module.bits == 4 else 16 if module.scales.shape[1] > 1 else 1
         return f"{name}: {module.bits}-bit groups of {group} are computed by PyTorch" if group % whole else None
