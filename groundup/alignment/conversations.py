@@ -17,7 +17,7 @@ import xxhash
 from groundup.console import Console
 from groundup.corpus.document import OnSetAside, Reason, SetAside
 from groundup.corpus.reading.jsonl import RefusedError, Value, parse_json
-from groundup.corpus.reading.sources import InputFiles, find_sources
+from groundup.corpus.reading.sources import InputFile, InputFiles, find_sources
 from groundup.corpus.reading.values import check_writable, read_values
 from groundup.errors import DataError
 from groundup.evaluation import generate_tasks
@@ -61,7 +61,12 @@ def load_conversations(
         for task in generate_tasks(n_tasks, seed):
             (train if task.split == "train" else held_out).append(list(task.messages))
     found = _files(data, section)
-    for messages in _read(found, aside.append):
+    for source, value in read_records(found, aside.append, FIELD):
+        try:
+            messages = _conversation(value)
+        except RefusedError as refused:
+            aside.append(refused.of(source, value))
+            continue
         (train if _hash(messages) % HELD_OUT_SHARE else held_out).append(messages)
     if len(train) > 1 and not held_out:
         held_out.append(train.pop(min(range(len(train)), key=lambda place: _hash(train[place]))))
@@ -95,19 +100,25 @@ def _files(data: Sequence[str], section: str) -> InputFiles:
     return find_sources(named, setting=f"[{section}] data")
 
 
-def _read(found: InputFiles, set_aside: OnSetAside) -> Iterator[list[Message]]:
-    settings = CorpusSettings(text_field=FIELD)
+def read_records(found: InputFiles, set_aside: OnSetAside, field: str = "") -> Iterator[tuple[InputFile, Value]]:
+    """Every record of some files, with its file; `field` is one that each must have, once ("": none).
+
+    Rows of CSV are objects with the names in the first one.
+    """
     for item in found.aside:
         set_aside(item)
     for source in found.files:
-        for value in read_values(source, settings, set_aside):
-            try:
-                yield _messages(value)
-            except RefusedError as refused:
-                set_aside(refused.of(source, value))
+        names: list[str] | None = None
+        for value in read_values(source, CorpusSettings(text_field=field), set_aside):
+            if source.kind != "separated" or field:
+                yield source, value
+            elif names is None:
+                names = value.data
+            else:
+                yield source, value._replace(data=dict(zip(names, value.data, strict=False)))
 
 
-def _messages(value: Value) -> list[Message]:
+def _conversation(value: Value) -> list[Message]:
     """A record's conversation.
 
     Raises:
@@ -118,6 +129,18 @@ def _messages(value: Value) -> list[Message]:
         items, _ = parse_json(items.encode(errors="surrogatepass"), "", b"")
     if not isinstance(items, list) or not items:
         raise RefusedError(Reason.NO_TEXT, f"no list {FIELD!r}")
+    messages = messages_of(items)
+    if not any(message["role"] == "assistant" and message["content"] for message in messages):
+        raise RefusedError(Reason.EMPTY, "no answer in it")
+    return messages
+
+
+def messages_of(items: Sequence[Any]) -> list[Message]:
+    """Messages as a file has them, checked.
+
+    Raises:
+        RefusedError: one of them is none.
+    """
     messages: list[Message] = []
     for place, item in enumerate(items, start=1):
         role, content = (item.get("role"), item.get("content")) if isinstance(item, Mapping) else (None, None)
@@ -127,8 +150,6 @@ def _messages(value: Value) -> list[Message]:
         if "\0" in content:
             raise RefusedError(Reason.NUL, f"in message {place}")
         messages.append({"role": role, "content": content})
-    if not any(message["role"] == "assistant" and message["content"] for message in messages):
-        raise RefusedError(Reason.EMPTY, "no answer in it")
     return messages
 
 
