@@ -46,6 +46,10 @@ METHODS = {
     "sft": Registered(
         "groundup.alignment.sft:SFT", "Base model and conversations to an assistant: supervised fine-tuning."
     ),
+    "dpo": Registered(
+        "groundup.alignment.dpo:DPO",
+        "A model and preferences to a model that answers as preferred: DPO, IPO, KTO, SimPO, ORPO.",
+    ),
     "distill": Registered(
         "groundup.alignment.distill:DISTILL",
         "A model to a smaller one that guesses its tokens: a draft for generation.",
