@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from model_parts import random_model
 
+from groundup.alignment.classify import ClassifySettings, train_classifier
 from groundup.alignment.dpo import DPOSettings, train_dpo
+from groundup.alignment.reward import RewardSettings, train_reward
 from groundup.console import Console
 from groundup.distributed import World, current_world, end_process
 from groundup.model import Transformer, preset
@@ -33,6 +35,7 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "dpo": {}, "dpo-lora": {"lora": {"rank": 4, "dropout": 0.1}, "lr": 1e-2}, "kto": {"loss": "kto"},
+    "reward": {}, "classify": {},
 }  # fmt: skip
 
 
@@ -44,6 +47,10 @@ def records(n: int = 90) -> list[dict[str, Any]]:
         {"prompt": f"Name colour {number}.", "chosen": f"It is {colour}, my lord.", "rejected": f"It is {colour}!"}
         for number, colour in enumerate(said)
     ]
+
+
+def colour_of(record: dict[str, Any]) -> str:
+    return str(record["chosen"].split()[2].strip(","))
 
 
 @functools.cache
@@ -71,7 +78,7 @@ def data(folder: Path, lines: list[dict[str, Any]] | None = None) -> str:
 
 def run(kind: str, folder: Path, world: World | None = None, kill: int | None = None, **more: Any) -> TrainedModel:
     """Train one of them; the process ends at the `kill`-th forward pass in training."""
-    made, passes = model(), itertools.count(1)
+    made, passes = model(tied_embeddings=kind in ("dpo", "dpo-lora", "kto")), itertools.count(1)
 
     def count(module: torch.nn.Module, arguments: object) -> None:
         if module.training and next(passes) == kill:
@@ -80,6 +87,12 @@ def run(kind: str, folder: Path, world: World | None = None, kill: int | None = 
     made.register_forward_pre_hook(count)
     settings = OPTIONS | KINDS[kind] | more
     common: dict[str, Any] = {"out": folder / "out", "world": world or current_world(), "console": QUIET}
+    if kind == "reward":
+        return train_reward(made, tokenizer(), RewardSettings(data=data(folder), **settings), **common)
+    if kind == "classify":
+        texts = [{"text": f"{one['prompt']} {one['chosen']}", "label": colour_of(one)} for one in records()]
+        chosen = ClassifySettings(data=data(folder, texts), **settings)
+        return train_classifier(made, tokenizer(), chosen, **common)
     return train_dpo(made, tokenizer(), DPOSettings(data=data(folder), **settings), **common)
 
 

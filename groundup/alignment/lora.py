@@ -152,13 +152,7 @@ def add_adapters(model: Transformer, settings: LoraSettings, seed: int = 1) -> N
         if model.config.n_experts:
             raise GroundupError("lora base_bits: a model with experts is trained beside a float base only.")
         quantize(model, Quantization(settings.base_bits))
-    for module in model.modules():
-        for name, parameter in [*module._parameters.items()]:
-            if parameter is not None:
-                del module._parameters[name]
-                module.register_buffer(name, parameter.detach())
-        if isinstance(module, Quantized):
-            module.is_frozen_base = True
+    freeze(model)
     for name in chosen:
         base = model.get_submodule(name)
         _put(model, name, LoraLinear(base, settings, name, seed).train(base.training))
@@ -249,12 +243,28 @@ def merge(model: Transformer) -> None:
             made = _Rows(module.weight) if name == "embed_tokens" else _linear(module.weight, module.bias)
             _put(model, name, made.train(module.training))
     model.__dict__.pop("quantization", None)
-    for module in model.modules():
-        for name, buffer in [*module._buffers.items()]:
+    thaw(model)
+
+
+def freeze(module: nn.Module) -> None:
+    """Make buffers of a module's parameters, in place: whoever trains it does not see them."""
+    for part in module.modules():
+        for name, parameter in [*part._parameters.items()]:
+            if parameter is not None:
+                del part._parameters[name]
+                part.register_buffer(name, parameter.detach())
+        if isinstance(part, Quantized):
+            part.is_frozen_base = True
+
+
+def thaw(module: nn.Module) -> None:
+    """Undo `freeze`: parameters again, that take gradients."""
+    for part in module.modules():
+        for name, buffer in [*part._buffers.items()]:
             if buffer is not None:
-                del module._buffers[name]
-                module.register_parameter(name, nn.Parameter(buffer))
-    model.requires_grad_(True)
+                del part._buffers[name]
+                part.register_parameter(name, nn.Parameter(buffer))
+    module.requires_grad_(True)
 
 
 class _Rows(nn.Embedding):

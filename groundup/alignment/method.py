@@ -14,6 +14,7 @@ from groundup.alignment.lora import (
     memory_settings,
     merge,
     save_adapter,
+    thaw,
 )
 from groundup.distributed import World
 from groundup.interop import save_model
@@ -22,6 +23,7 @@ from groundup.model import ModelConfig, Transformer
 from groundup.recipe import OptimizerSettings, Section
 from groundup.stage import Check, Method, Stage, model_digest
 from groundup.tokenizer import Tokenizer
+from groundup.training.optimizers import Shapes
 from groundup.training.pretrain import check_training_memory, training_checks, training_derived
 
 
@@ -43,6 +45,10 @@ class AlignmentMethod(Method):
         """
         raise NotImplementedError
 
+    def shapes(self, stage: Stage) -> Shapes:
+        """Of all that is trained, by the names that optimizers know."""
+        return adapter_shapes(starting_config(stage)[0], stage.settings.lora)
+
     def outside(self, stage: Stage) -> dict[str, str]:
         """The data, and a model made elsewhere."""
         start = stage.outside_start
@@ -57,19 +63,24 @@ class AlignmentMethod(Method):
         """Data, model, adapters, optimizer."""
         yield f"[{stage.section}] start", lambda: check_start(stage)
         yield f"[{stage.section}]", lambda: check_chat(stage, f"[{stage.section}]")
-        yield from training_checks(stage, lambda: adapter_shapes(starting_config(stage)[0], stage.settings.lora))
+        yield from training_checks(stage, lambda: self.shapes(stage))
         yield f"[{stage.section}] data", lambda: self.data_digest(stage)
 
     def derived(self, stage: Stage) -> Iterable[tuple[str, str, str]]:
         """Micro-batch and memory."""
         config, _ = starting_config(stage)
-        shapes, length = adapter_shapes(config, stage.settings.lora), self.row_sequences * config.context_length
-        yield from training_derived(stage, config, length, None, shapes=shapes, sized=sized(stage.settings, config))
+        length, size = self.row_sequences * config.context_length, self._sized(stage, config)
+        yield from training_derived(stage, config, length, None, shapes=self.shapes(stage), sized=size)
 
     def check_memory(self, stage: Stage) -> None:
         """Refuse what cannot fit."""
         config, _ = starting_config(stage)
-        check_training_memory(stage, self.row_sequences * config.context_length, sized(stage.settings, config))
+        check_training_memory(stage, self.row_sequences * config.context_length, self._sized(stage, config))
+
+    def _sized(self, stage: Stage, config: ModelConfig) -> OptimizerSettings:
+        # Where there is a head, too, patterns of groups are of longer names, and are left out.
+        has_head = self.makes != "lm"
+        return sized(stage.settings.model_copy(update={"groups": ()}) if has_head else stage.settings, config)
 
 
 def sized(settings: OptimizerSettings, config: ModelConfig) -> OptimizerSettings:
@@ -91,4 +102,5 @@ def finish(
     if lora is not None:
         save_adapter(out / ADAPTER_FOLDER, model, lora, base, world=world)
         merge(model)
+    thaw(model)
     save_model(out / "model", model, tokenizer, world=world)

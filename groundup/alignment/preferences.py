@@ -67,6 +67,10 @@ class Preferences:
         """Every ranking as the pairs that it is made of, the better answer first; judged answers are left out."""
         return self._each(_pairs)
 
+    def ranked(self) -> Preferences:
+        """Without the judged answers."""
+        return self._each(lambda one: [one] if one.is_good is None else [])
+
     def judged(self) -> Preferences:
         """Every answer by itself: of pairs and rankings the best is good and the worst is bad."""
         return self._each(_judged)
@@ -258,6 +262,9 @@ class PreferenceRows:
     without a target stand for what is missing. Where the preferences have them: `is_good` (rows,), and `reference`
     (rows, answers).
 
+    For scores, texts are whole, with the end token, and `ends` (rows, answers) says where each ends (−1: there is none)
+    in the place of `targets`.
+
     Args:
         preferences: both sides of the split.
         tokenizer: of the model.
@@ -265,6 +272,7 @@ class PreferenceRows:
             preference of which not even that makes room is left out.
         seed: of the order.
         section: of the recipe, in messages.
+        for_scores: answers are scored as wholes.
 
     Attributes:
         train, held_out: the preferences in tokens.
@@ -277,10 +285,11 @@ class PreferenceRows:
     """
 
     def __init__(
-        self, preferences: Preferences, tokenizer: Tokenizer, context_length: int, seed: int, section: str = "align.dpo"
-    ) -> None:
+        self, preferences: Preferences, tokenizer: Tokenizer, context_length: int, seed: int,
+        section: str = "align.dpo", *, for_scores: bool = False,
+    ) -> None:  # fmt: skip
         self.shortened = self.left_out = 0
-        self._tokenizer, self._most, self._seed = tokenizer, context_length, seed
+        self._tokenizer, self._most, self._seed, self._for_scores = tokenizer, context_length, seed, for_scores
         self.train = [found for one in preferences.train if (found := self._encode(one)) is not None]
         self.held_out = [found for one in preferences.held_out if (found := self._encode(one)) is not None]
         if not self.train or not self.held_out:
@@ -294,7 +303,7 @@ class PreferenceRows:
             digest.update(str(one.is_good).encode())
             for part in itertools.chain.from_iterable(one.texts):
                 digest.update(part.tobytes())
-        self.fingerprint = value_digest([tokenizer.fingerprint, context_length, seed, digest.hexdigest()])
+        self.fingerprint = value_digest([tokenizer.fingerprint, context_length, seed, for_scores, digest.hexdigest()])
 
     @property
     def most_answers(self) -> int:
@@ -329,6 +338,10 @@ class PreferenceRows:
             for place, (own_ids, own_targets) in enumerate(one.texts):
                 ids[row, place, : len(own_ids)], targets[row, place, : len(own_ids)] = own_ids, own_targets
         batch = {"ids": torch.from_numpy(ids), "targets": torch.from_numpy(targets)}
+        if self._for_scores:
+            del batch["targets"]
+            ends = [[len(ids) - 1 for ids, _ in one.texts] for one in chosen] + [[]] * (n_rows - len(chosen))
+            batch["ends"] = torch.tensor([[*row, *[-1] * (shape[1] - len(row))] for row in ends])
         if chosen[0].is_good is not None:
             good = [bool(one.is_good) for one in chosen] + [False] * (n_rows - len(chosen))
             batch["is_good"] = torch.tensor(good)
@@ -361,6 +374,8 @@ class PreferenceRows:
         prompt = one.prompt
         while True:
             texts = [encode_answer(self._tokenizer, prompt, answer) for answer in one.answers]
+            if self._for_scores:  # the last target is the end token
+                texts = [(np.append(ids, targets[-1]), np.append(targets, IGNORED)) for ids, targets in texts]
             if max(len(ids) for ids, _ in texts) <= self._most:
                 break
             if len(prompt) < 2:
