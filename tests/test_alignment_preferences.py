@@ -150,6 +150,15 @@ def test_all_that_is_said_of_a_prompt_is_on_one_side(tmp_path: Path) -> None:
     assert len(load(tmp_path / "a.jsonl", limit=5).train) == 5
 
 
+def test_generated_pairs() -> None:
+    found = load_preferences(["groundup:tasks"], "align.dpo", n_tasks=300, seed=2)
+    assert found == load_preferences(["groundup:tasks"], "align.dpo", n_tasks=300, seed=2)
+    assert found != load_preferences(["groundup:tasks"], "align.dpo", n_tasks=300, seed=3)
+    assert len(everything(found)) == 300
+    assert 10 < len(found.held_out) < 60
+    assert all(one.answers[0] != one.answers[1] for one in everything(found))
+
+
 # Rows
 
 

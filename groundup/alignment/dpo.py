@@ -73,9 +73,12 @@ class DPOSettings(AlignSettings, AdapterSettings, OptimizerSettings):
     rates_follow_size: ClassVar[bool] = False
 
     data: Texts = setting(
-        ..., "preferences: files (JSON lines, JSON, Parquet, CSV, also packed) of pairs, rankings, or judged answers",
+        ("groundup:tasks",),
+        "preferences: files (JSON lines, JSON, Parquet, CSV, also packed) of pairs, rankings, or judged answers, or "
+        "groundup:tasks",
         min_length=1,
-    )  # fmt: skip
+    )
+    examples: int = setting(6_000, "pairs that groundup:tasks generates", ge=100, le=10_000_000)
     limit: int | None = setting(None, "most preferences to learn from (unset: all)", ge=1)
     epochs: float = setting(1.0, "passes over them", gt=0.0, le=1000.0)
     loss: Loss = setting("dpo", "which of the family: dpo, robust, ipo, hinge, kto, simpo, orpo")
@@ -226,7 +229,9 @@ def train_dpo(
     settings = resolve_optimizer(settings)
     console, world, out = console or Console(), world or current_world(), Path(out)
     section = f"align.{name}"
-    preferences = preferences or load_preferences(settings.data, section, console, limit=settings.limit)
+    preferences = preferences or load_preferences(
+        settings.data, section, console, n_tasks=settings.examples, seed=seed, limit=settings.limit
+    )
     chosen = _mismatched(preferences.judged()) if settings.loss == "kto" else preferences.pairs()
     source = PreferenceRows(chosen, tokenizer, model.config.context_length, seed, section)
     if source.left_out or source.shortened:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,13 +26,14 @@ import numpy as np
 import torch
 import xxhash
 
-from groundup.alignment.conversations import HELD_OUT_SHARE, messages_of, read_records
+from groundup.alignment.conversations import HELD_OUT_SHARE, TASKS, messages_of, read_records
 from groundup.alignment.packing import Text
 from groundup.console import Console
 from groundup.corpus.document import Reason, SetAside
 from groundup.corpus.reading.jsonl import RefusedError
-from groundup.corpus.reading.sources import find_sources
+from groundup.corpus.reading.sources import InputFiles, find_sources
 from groundup.errors import DataError
+from groundup.evaluation import generate_tasks
 from groundup.files import value_digest
 from groundup.shards import Permutation
 from groundup.tokenizer import Message, Tokenizer, render
@@ -93,20 +95,23 @@ def _judged(one: Preference) -> list[Preference]:
 
 
 def load_preferences(
-    data: Sequence[str], section: str, console: Console | None = None, *, limit: int | None = None
-) -> Preferences:
-    """Read preferences.
+    data: Sequence[str], section: str, console: Console | None = None,
+    *, n_tasks: int = 6_000, seed: int = 1, limit: int | None = None,
+) -> Preferences:  # fmt: skip
+    """Read or generate preferences.
 
     Args:
-        data: files, folders, globs or addresses.
+        data: files, folders, globs or addresses of records, or groundup:tasks.
         section: of the recipe, in messages.
         console: is told what was set aside.
+        n_tasks: pairs that groundup:tasks generates.
+        seed: of the generator.
         limit: how many to learn from, at most; the rest is held out of nothing, but dropped.
 
     Raises:
         DataError: a file is missing, or one side of the split is empty.
     """
-    found = find_sources(list(data), setting=f"[{section}] data")
+    found = _files(data, section)
     aside: list[SetAside] = []
     read: list[tuple[int, Preference]] = []
     for source, value in read_records(found, aside.append):
@@ -119,6 +124,10 @@ def load_preferences(
     held_out = {prompt for prompt, _ in read if prompt % HELD_OUT_SHARE == 0}
     held_out = held_out or {min((prompt for prompt, _ in read), default=0)}
     sides: list[list[Preference]] = [[one for prompt, one in read if (prompt in held_out) == side] for side in (0, 1)]
+    for number, task in enumerate(generate_tasks(n_tasks, seed) if TASKS in data else ()):
+        pair = task.pair(random.Random(f"{seed}/{number}"))
+        answers: list[list[Message]] = [[{"role": "assistant", "content": text}] for text in pair]
+        sides[task.split != "train"].append(Preference([{"role": "user", "content": task.prompt}], answers))
     counts = Counter(str(item.reason) for item in aside)
     if console is not None and (words := found.in_words()):
         console.note(f"[{section}] data: {words}.")
@@ -141,7 +150,11 @@ def preference_digests(data: Sequence[str], section: str) -> str:
     Raises:
         DataError: a file is missing.
     """
-    return ",".join(source.digest() for source in find_sources(list(data), setting=f"[{section}] data").files)
+    return ",".join([*[TASKS] * (TASKS in data), *(source.digest() for source in _files(data, section).files)])
+
+
+def _files(data: Sequence[str], section: str) -> InputFiles:
+    return find_sources([item for item in data if item != TASKS], setting=f"[{section}] data")
 
 
 def _preference(data: Any) -> Preference:
@@ -286,7 +299,7 @@ class PreferenceRows:
 
     def __init__(
         self, preferences: Preferences, tokenizer: Tokenizer, context_length: int, seed: int,
-        section: str = "align.dpo", *, for_scores: bool = False,
+        section: str = "align", *, for_scores: bool = False,
     ) -> None:  # fmt: skip
         self.shortened = self.left_out = 0
         self._tokenizer, self._most, self._seed, self._for_scores = tokenizer, context_length, seed, for_scores

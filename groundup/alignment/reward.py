@@ -58,8 +58,11 @@ class RewardSettings(AlignSettings, AdapterSettings, OptimizerSettings):
     rates_follow_size: ClassVar[bool] = False
 
     data: Texts = setting(
-        ..., "preferences: files (JSON lines, JSON, Parquet, CSV, also packed) of pairs or rankings", min_length=1
+        ("groundup:tasks",),
+        "preferences: files (JSON lines, JSON, Parquet, CSV, also packed) of pairs or rankings, or groundup:tasks",
+        min_length=1,
     )
+    examples: int = setting(6_000, "pairs that groundup:tasks generates", ge=100, le=10_000_000)
     limit: int | None = setting(None, "most preferences to learn from (unset: all)", ge=1)
     epochs: float = setting(1.0, "passes over them; more than one overfits soon", gt=0.0, le=1000.0)
     margin: float = setting(0.0, "by how much the better answer's score should be higher", ge=0.0)
@@ -159,7 +162,9 @@ def train_reward(
     settings = resolve_optimizer(settings)
     console, world, out = console or Console(), world or current_world(), Path(out)
     section = f"align.{name}"
-    preferences = preferences or load_preferences(settings.data, section, console, limit=settings.limit)
+    preferences = preferences or load_preferences(
+        settings.data, section, console, n_tasks=settings.examples, seed=seed, limit=settings.limit
+    )
     source = PreferenceRows(
         preferences.ranked(), tokenizer, model.config.context_length, seed, section, for_scores=True
     )
