@@ -14,7 +14,8 @@ import pytest
 import torch
 from pyarrow import csv
 
-from groundup.alignment.preferences import Preference, PreferenceRows, Preferences, load_preferences, preference_digests
+from groundup.alignment.conversations import data_fingerprint
+from groundup.alignment.preferences import Preference, PreferenceRows, Preferences, load_preferences
 from groundup.console import Console
 from groundup.errors import DataError
 from groundup.tokenizer import Tokenizer, render
@@ -62,7 +63,7 @@ def test_every_file_gives_the_same_pairs(tmp_path: Path, name: str) -> None:
     assert found.set_aside == {}
     assert everything(found) == WANTED
     assert 0 < len(found.held_out) < 20
-    assert preference_digests([str(path)], "align.dpo")
+    assert data_fingerprint([str(path)], "align.dpo")
 
 
 USER, GOOD, BAD = said("user", "Hi"), said("assistant", "Hello!"), said("assistant", "Go away.")
