@@ -255,6 +255,7 @@ def train_dpo(
         folder=out,
         seed=seed,
         row_sequences=2,
+        unit="answers" if settings.loss == "kto" else "pairs",
         sized=sized(settings, model.config),
     )
     summary = train(job, world, console)

@@ -59,7 +59,7 @@ def at_ends(ends: Int[Tensor, " batch"]) -> Callable[[Tensor, OutputLayer], Floa
 
 def job_with_head(
     model: Transformer, n_outputs: int, objective: Objective, source: Source, n_rows: float, settings: RecordsSettings,
-    *, out: Path, seed: int, name: str, row_sequences: int = 1,
+    *, out: Path, seed: int, name: str, unit: str, row_sequences: int = 1,
 ) -> TrainingJob:  # fmt: skip
     """A job that trains a model, or adapters beside it, and a fresh head."""
     begin(model, settings.lora, seed)
@@ -75,6 +75,7 @@ def job_with_head(
         folder=out,
         seed=seed,
         row_sequences=row_sequences,
+        unit=unit,
         sized=sized(settings.model_copy(update={"groups": ()}), model.config),
     )
 

@@ -168,7 +168,7 @@ def train_reward(
         )
     job = job_with_head(
         model, 1, PairwiseRanking(settings), source, settings.epochs * len(source.train), settings,
-        out=out, seed=seed, name=name, row_sequences=source.most_answers,
+        out=out, seed=seed, name=name, unit="prompts", row_sequences=source.most_answers,
     )  # fmt: skip
     summary = train(job, world, console)
     scored = source.train[: max(2, NORMALIZED_OVER // source.most_answers)]
