@@ -55,7 +55,7 @@ def test_terms_are_the_losses_of_every_pair(rows: PreferenceRows) -> None:
         for parameter in reference.parameters():
             parameter.mul_(0.9)
     chosen = rows.held_out[:3]
-    found = [answer_logprobs(one, rows, chosen, 2, current_world()) for one in (policy, reference)]
+    found = [answer_logprobs(one, rows, chosen, current_world()) for one in (policy, reference)]
 
     def alone(one: torch.nn.Module, ids: np.ndarray, targets: np.ndarray) -> float:
         with torch.no_grad():

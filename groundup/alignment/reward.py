@@ -246,7 +246,7 @@ class Scorer:
 
     def scores_of_ids(self, texts: Sequence[Sequence[int]]) -> Float[Tensor, " texts"]:
         """The same of texts in tokens, prompt and answer, read at the last one: the end token, where there is one."""
-        found = outputs_of(self.model, self.head, [[*text] for text in texts])[:, 0]
+        found = outputs_of(self.model, self.head, texts)[:, 0]
         return (found - self.mean) / self.std
 
 
