@@ -15,12 +15,10 @@ from typing import Any, Literal
 import numpy as np
 
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
-from groundup.corpus.reading.compressed import DamagedStreamError
+from groundup.corpus.reading.refusal import fault_of
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 
-READ_ERRORS = (OSError, DamagedStreamError)
-"""What a stream of an `InputFile` raises while it is read."""
 MOST_GARBLED, MOST_GARBLED_SHARE = 3, 0.001
 """A text with more garbled characters than the sum of both (the second times its length) was misread."""
 # What two characters of ASCII begin with, if not a byte order mark (RFC 4627, section 3).
@@ -103,7 +101,7 @@ def n_garbled(text: str) -> int:
 
 
 def refuse_binary(file: InputFile, head: bytes, set_aside: OnSetAside | None) -> bool:
-    """Whether a file that begins with `head` (20 bytes suffice) is of a kind that is no text in UTF-8.
+    """Whether a file that begins with `head` (20 bytes suffice) is of a kind that is neither text in UTF-8 nor a page.
 
     Args:
         file: the file.
@@ -113,7 +111,7 @@ def refuse_binary(file: InputFile, head: bytes, set_aside: OnSetAside | None) ->
     kind, fix = next((_BINARY[magic] for magic in _BINARY if head.startswith(magic)), ("", ""))
     reason, excerpt = Reason.BINARY, ""
     if not kind:
-        wide = _WIDE.match(head)
+        wide = None if file.kind == "page" else _WIDE.match(head)  # a page may be in UTF-16
         if wide is None:
             return False
         reason, width = Reason.INVALID_UTF8, 32 if wide.lastindex == 1 else 16
@@ -179,7 +177,7 @@ def limit_bytes(settings: CorpusSettings) -> int:
 
 
 def unread(
-    file: InputFile, error: BaseException, position: int = 0, place: str = "", n_before: int = 0, so_far: str = ""
+    file: InputFile, error: Exception, position: int = 0, place: str = "", n_before: int = 0, so_far: str = ""
 ) -> SetAside:
     """The record of a file that could not be read to its end.
 
@@ -197,10 +195,8 @@ def unread(
     if isinstance(error, UnicodeDecodeError):
         reason = Reason.INVALID_UTF8
         detail, excerpt = invalid_utf8(error)
-    elif isinstance(error, DamagedStreamError):
-        reason, detail = error.reason, error.detail
     else:
-        detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason, detail = (fault := fault_of(error)).reason, fault.detail
     if not so_far:
         return SetAside(file.label, "", 0, reason, detail, excerpt, file.size_bytes(), position)
     return SetAside(file.label, place, n_before + 1, reason, f"{detail}; {so_far}", excerpt, 0, position)

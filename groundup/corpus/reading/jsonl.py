@@ -17,7 +17,8 @@ import orjson
 
 from groundup.corpus.document import OnSetAside, Reason, SetAside, excerpt_of
 from groundup.corpus.reading.compressed import BLOCK_BYTES
-from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, refuse_binary, too_long, unread
+from groundup.corpus.reading.intake import limit_bytes, refuse_binary, too_long, unread
+from groundup.corpus.reading.refusal import READ_ERRORS, RefusedError
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 
@@ -49,21 +50,10 @@ class Value(NamedTuple):
     raw: bytes | str = ""
     is_strict: bool = False
 
-
-class RefusedError(Exception):
-    """A record that cannot be used, for a reason that is counted."""
-
-    def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(detail)
-        self.reason, self.detail = reason, detail
-
-    def of(self, source: InputFile, value: Value) -> SetAside:
-        """What to list."""
-        raw = value.raw if isinstance(value.raw, bytes) else value.raw.encode(errors="replace")
-        return SetAside(
-            source.label, value.place, value.number, self.reason, self.detail, excerpt_of(raw), value.size_bytes,
-            value.position,
-        )  # fmt: skip
+    def aside(self, source: InputFile, refused: RefusedError) -> SetAside:
+        """What to list where it cannot be used."""
+        raw = self.raw if isinstance(self.raw, bytes) else self.raw.encode(errors="replace")
+        return refused.of(source.label, self.place, self.number, excerpt_of(raw), self.size_bytes, self.position)
 
 
 def read_lines(
@@ -103,7 +93,7 @@ def read_lines(
                         data, is_strict = parse_json(line, field, name)
                     except RefusedError as refused:
                         value = Value(None, begins, PLACE, number, len(line), line)
-                        set_aside(refused.of(source, value))
+                        set_aside(value.aside(source, refused))
                     else:
                         yield Value(data, begins, PLACE, number, len(line), line, is_strict)
             if not start and not n_records and _only_blanks_follow(handle):
@@ -139,12 +129,12 @@ def read_json(source: InputFile, settings: CorpusSettings, set_aside: OnSetAside
                     number += 1
                     value = Value(data, number - 1, ELEMENT, number, size, raw)
                     if isinstance(data, RefusedError):
-                        set_aside(data.of(source, value))
+                        set_aside(value.aside(source, data))
                     else:
                         yield value
             except RefusedError as refused:  # nothing says where the next element would begin
                 number += 1
-                set_aside(refused.of(source, Value(None, number - 1, ELEMENT, number)))
+                set_aside(Value(None, number - 1, ELEMENT, number).aside(source, refused))
             if not number:
                 set_aside(SetAside(source.label, "", 0, Reason.EMPTY, "no record in the file"))
     except READ_ERRORS as error:

@@ -20,8 +20,9 @@ from pathlib import Path
 from groundup.corpus.document import Document, OnSetAside, Reason, Record, SetAside, excerpt_of, text_id
 from groundup.corpus.reading.compressed import BLOCK_BYTES
 from groundup.corpus.reading.extract import Extractor
-from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, make_record, too_long, unread
+from groundup.corpus.reading.intake import limit_bytes, make_record, refuse_binary, too_long, unread
 from groundup.corpus.reading.jsonl import Value
+from groundup.corpus.reading.refusal import READ_ERRORS, RefusedError
 from groundup.corpus.reading.sources import InputFile, InputFiles, find_sources
 from groundup.corpus.reading.text import DOCUMENT, can_be_cut, read_text, separated_in_words
 from groundup.corpus.reading.values import read_values, record_of
@@ -208,16 +209,18 @@ def _read_page(
     except READ_ERRORS as error:
         set_aside(unread(source, error))
         return
+    if refuse_binary(source, html, set_aside):
+        return
     if size > limit:
         set_aside(too_long(source, "", size, excerpt_of(html), settings))
         return
     if not html.strip():
         make_record(source, "", settings, set_aside)
         return
-    text = extractor.extract(html)
-    if isinstance(text, str):
-        record = make_record(source, text, settings, set_aside)
+    try:
+        record = make_record(source, extractor.extract(html), settings, set_aside)
+    except RefusedError as refused:
+        set_aside(refused.of(source.label, "", 0, excerpt_of(html), size))
+    else:
         if record is not None:
             yield record
-    else:
-        set_aside(SetAside(source.label, "", 0, text.reason, text.detail, excerpt_of(html), size))

@@ -15,8 +15,9 @@ from collections.abc import Generator
 from typing import IO
 
 from groundup.corpus.document import OnSetAside, Reason, SetAside
-from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, refuse_binary, unread
-from groundup.corpus.reading.jsonl import RefusedError, Value, is_too_long, skip_line
+from groundup.corpus.reading.intake import limit_bytes, refuse_binary, unread
+from groundup.corpus.reading.jsonl import Value, is_too_long, skip_line
+from groundup.corpus.reading.refusal import READ_ERRORS, RefusedError
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 
@@ -48,7 +49,7 @@ def read_rows(source: InputFile, settings: CorpusSettings, set_aside: OnSetAside
                     number += 1
                     refused = error if isinstance(error, RefusedError) else RefusedError(Reason.INVALID_CSV, str(error))
                     size = lines.position - begins
-                    set_aside(refused.of(source, Value(None, begins, PLACE, number, size, lines.row)))
+                    set_aside(Value(None, begins, PLACE, number, size, lines.row).aside(source, refused))
                     rows = csv.reader(lines, delimiter=delimiter, strict=True)
                     continue
                 if row is None:

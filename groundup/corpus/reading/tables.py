@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from groundup.corpus.document import OnSetAside, Reason, SetAside, excerpt_of
-from groundup.corpus.reading.compressed import BOMB_RATIO, DamagedStreamError
-from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, too_long, unread
+from groundup.corpus.reading.compressed import BOMB_RATIO
+from groundup.corpus.reading.intake import limit_bytes, too_long, unread
 from groundup.corpus.reading.jsonl import Value
 from groundup.corpus.reading.parquet_footer import RowGroup, page_sizes, read_row_groups
+from groundup.corpus.reading.refusal import READ_ERRORS, DamagedStreamError
 from groundup.corpus.reading.remote import RemoteReadError
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings

@@ -18,15 +18,8 @@ from typing import IO
 
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
 from groundup.corpus.reading.compressed import BLOCK_BYTES
-from groundup.corpus.reading.intake import (
-    READ_ERRORS,
-    invalid_utf8,
-    limit_bytes,
-    make_record,
-    refuse_binary,
-    too_long,
-    unread,
-)
+from groundup.corpus.reading.intake import invalid_utf8, limit_bytes, make_record, refuse_binary, too_long, unread
+from groundup.corpus.reading.refusal import READ_ERRORS
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 

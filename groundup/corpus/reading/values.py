@@ -11,7 +11,8 @@ from typing import Any
 
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
 from groundup.corpus.reading.intake import make_record
-from groundup.corpus.reading.jsonl import RefusedError, Value, label_of, read_json, read_lines
+from groundup.corpus.reading.jsonl import Value, label_of, read_json, read_lines
+from groundup.corpus.reading.refusal import RefusedError
 from groundup.corpus.reading.separated import read_rows
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
@@ -57,7 +58,7 @@ def record_of(source: InputFile, value: Value, settings: CorpusSettings, set_asi
     try:
         text = text_of(value, settings.text_field)
     except RefusedError as refused:
-        set_aside(refused.of(source, value))
+        set_aside(value.aside(source, refused))
         return None
     fields = value.data if isinstance(value.data, dict) else {}
     url = fields.get("url")
