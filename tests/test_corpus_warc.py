@@ -273,7 +273,7 @@ def test_what_is_no_archive(folder: Path) -> None:
 def test_file_that_cannot_be_read(folder: Path) -> None:
     aside: list[SetAside] = []
     source = InputFile("x.warc", folder / "missing.warc")
-    assert list(read_warc(source, CorpusSettings(), aside.append, extract_whole)) == []
+    assert list(read_warc(source, CorpusSettings(), aside.append, extract_whole, Counter())) == []
     assert [item.reason for item in aside] == [Reason.UNREADABLE]
 
 
@@ -455,7 +455,9 @@ def test_failure_of_the_extractor_is_the_records_reason(folder: Path) -> None:
 
     (folder / "x.warc").write_bytes(PAGES[0] + PAGES[1])
     aside: list[SetAside] = []
-    assert list(read_warc(InputFile("x.warc", folder / "x.warc"), CorpusSettings(), aside.append, refuse)) == []
+    assert (
+        list(read_warc(InputFile("x.warc", folder / "x.warc"), CorpusSettings(), aside.append, refuse, Counter())) == []
+    )
     assert [(item.reason, item.detail) for item in aside] == [(Reason.TIMEOUT, "more than 1 s")] * 2
     assert [item.position for item in aside] == [0, len(PAGES[0])]
 
@@ -605,7 +607,7 @@ def is_notes(fields: dict[str, str]) -> bool:
 def test_every_record_of_every_file_is_accounted_for(shared_data: Path) -> None:
     for path in all_files(shared_data):
         aside: list[SetAside] = []
-        kept = list(read_warc(InputFile(path.name, path), CorpusSettings(), aside.append, extract_whole))
+        kept = list(read_warc(InputFile(path.name, path), CorpusSettings(), aside.append, extract_whole, Counter()))
         raw = list(read_records(InputFile(path.name, path), 16 * MIB))
         n_losses = sum(isinstance(item, SetAside) for item in raw)
         with_text = [
@@ -643,7 +645,9 @@ def test_same_records_as_an_independent_reader(shared_data: Path) -> None:
 def test_japanese_pages_of_a_crawl(shared_data: Path) -> None:
     path = shared_data / "warc" / "resiliparse" / "clueweb-quirk.warc.gz"
     with Extractor("resiliparse", 20.0) as extractor:
-        records = list(read_warc(InputFile("x", path), CorpusSettings(), lambda item: None, extractor.extract))
+        records = list(
+            read_warc(InputFile("x", path), CorpusSettings(), lambda item: None, extractor.extract, Counter())
+        )
     assert len(records) == 29
     text = "".join(record.text for record in records)
     assert len(re.findall(r"[\u3040-\u30ff\u4e00-\u9fff]", text)) > 0.5 * len(re.findall(r"\w", text))

@@ -1,12 +1,10 @@
 """WARC, WET and ARC archives cut into records, every byte of them in a record or in a counted loss.
 
-In: an archive, plain or packed, most often gzip in members, a record each. Out: `RawRecord`s and what is set aside, in
-the order of the file. Formats: ISO 28500 (WARC 0.18 to 1.1), the Internet Archive's ARC 1 and 2.
-
-Reading stops at borders (a member that begins a record) and at faults, so that a record with a wrong length cannot
-swallow the next one, and a damaged member costs no other. The cutting is our own because the libraries end without a
-word where a file is cut off (FastWARC 2.0.1 and warcio 1.8.1: 265 of 500 records, no error) and give up at the first
-damage.
+Formats: ISO 28500 (WARC 0.18 to 1.1), the Internet Archive's ARC 1 and 2; plain or packed, most often gzip in members,
+a record each. Reading stops at borders (a member that begins a record) and at faults, so that a record with a wrong
+length cannot swallow the next one, and a damaged member costs no other. The cutting is our own because the libraries
+end without a word where a file is cut off (FastWARC 2.0.1 and warcio 1.8.1: 265 of 500 records, no error) and give up
+at the first damage.
 """
 
 from __future__ import annotations
@@ -27,8 +25,8 @@ HEAD_BYTES = 1 << 16
 _SHOWN_BYTES = 4096
 _WARC = re.compile(rb"WARC/\d+\.\d+[ \t]*(?:[\r\n]|\Z)")
 _ARC = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*:\S[^\n]* \d{8,} \S+ ")
+_RECORD = re.compile(b"|".join([_WARC.pattern, _ARC.pattern]))
 _HEAD_END = re.compile(rb"\n(?:\r?\n|WARC/\d+\.\d)")
-_BLANKS = re.compile(rb"[\r\n]+")
 _BORDER = RefusedError(Reason.EMPTY, "a member begins a record")
 _END = RefusedError(Reason.EMPTY, "the file's end")
 
@@ -40,8 +38,8 @@ class RawRecord(NamedTuple):
         position: where it begins in the uncompressed file.
         number: which record of the file, from 1 on; a loss counts as one.
         fields: its header, names in lower case; that of an ARC record is given the names of WARC.
-        size_bytes: how long the content is by its header.
-        block: its content, at most the reader's limit and one byte of it; only its beginning where its length is wrong.
+        size_bytes: how long its content is by its header.
+        block: its content, as far as the reader's limit and one byte; only its beginning where its length is wrong.
         fault: why the content is not whole, or None.
     """
 
@@ -59,62 +57,57 @@ class RawRecord(NamedTuple):
 
 
 def read_records(source: InputFile, limit_bytes: int) -> Iterator[RawRecord | SetAside]:
-    """All records of an archive, whatever state it is in, and the bytes of it that belong to none that can be read.
-
-    Of a content that is longer than `limit_bytes` so much and one byte is kept.
-    """
-    stream, number = _Stream(source), 0
-    begins: re.Pattern[bytes] | None = None
+    """All records of an archive, whatever state it is in, and the bytes of it that belong to none that can be read."""
+    stream, number, begins = _Stream(source), 0, _RECORD
     while (fault := stream.take_fault(is_within=False)) or stream.fill(HEAD_BYTES):
         number, position = number + 1, stream.position
         if fault:
             yield fault.of(source.label, PLACE, number, "", fault.size_bytes, position)
             continue
-        begins = begins or next((kind for kind in (_ARC, _WARC) if kind.match(stream.data, stream.at)), None)
         head = bytes(stream.data[stream.at : stream.at + HEAD_BYTES])
+        if begins is _RECORD:
+            begins = next((kind for kind in (_ARC, _WARC) if kind.match(head)), _RECORD)
         try:
-            fields, n_head = _head(head, begins)
-            length = fields.get("content-length", "")
-            if not re.fullmatch(r"[0-9]{1,18}", length):
-                raise ValueError(f"a record of length {length!r}")
+            fields, n_head, size = _head(head, begins)
         except ValueError as error:
             stream.skip(1)
-            fault = _lost(stream, begins or _WARC, position, str(error))
+            fault = _lost(stream, begins, position, str(error))
             excerpt = excerpt_of(head.partition(b"\n")[0])
             yield fault.of(source.label, PLACE, number, excerpt, stream.position - position, position)
             continue
         stream.skip(n_head)
-        block, fault = _content(stream, int(length), limit_bytes + 1, begins or _WARC)
-        yield RawRecord(position, number, fields, int(length), block, fault)
+        yield RawRecord(position, number, fields, size, *_content(stream, size, limit_bytes + 1, begins))
     if not number:
         yield SetAside(source.label, "", 0, Reason.EMPTY, "no record in the file")
 
 
-def _head(data: bytes, begins: re.Pattern[bytes] | None) -> tuple[dict[str, str], int]:
-    """The header with which the data begins, names in lower case, and its length.
+def _head(data: bytes, begins: re.Pattern[bytes]) -> tuple[dict[str, str], int, int]:
+    """The header with which the data begins, names in lower case, its length, and that of the content.
 
     That of an ARC record is a line: address, IP, date, media type, in version 2 some more, length.
     """
-    if begins is None or not begins.match(data):
+    fields: dict[str, str] = {}
+    end = data.find(b"\n") + 1 or len(data)
+    if not begins.match(data):
         raise ValueError("not the beginning of a record")
     if begins is _ARC:
-        line, newline, _ = data.partition(b"\n")
-        parts = line.decode("utf-8", "replace").strip().split(" ")
-        date = next((at for at, part in enumerate(parts) if at > 1 and len(part) >= 8 and part.isdigit()), len(parts))
-        if date + 1 >= len(parts):
-            raise ValueError("not the beginning of a record")
-        address = " ".join(parts[: date - 1])
-        kind = "warcinfo" if address.startswith("filedesc:") else "response"
-        named = {"warc-type": kind, "warc-target-uri": address, "content-type": parts[date + 1]}
-        return {**named, "content-length": parts[-1]}, len(line + newline)
-    end = _HEAD_END.search(data)
-    if end is None or b"W" in end.group():
-        raise ValueError("a record's header without an end")
-    fields: dict[str, str] = {}
-    for field in re.sub(r"\r?\n[ \t]+", " ", data[: end.start()].decode("utf-8", "replace")).split("\n")[1:]:
-        name, _, value = field.partition(":")
-        fields.setdefault(name.strip().lower(), value.strip())
-    return fields, end.end()
+        parts = data[:end].decode("utf-8", "replace").strip().split(" ")
+        date = next((at for at, part in enumerate(parts[:-2]) if at > 1 and part.isdigit() and len(part) >= 8), 0)
+        kind = "warcinfo" if data.startswith(b"filedesc:") else "response"
+        fields = {"warc-type": kind, "warc-target-uri": " ".join(parts[: date - 1]), "content-type": parts[date + 1]}
+        fields["content-length"] = parts[-1] if date else ""
+    else:
+        found = _HEAD_END.search(data)
+        if found is None or b"W" in found.group():
+            raise ValueError("a record's header without an end")
+        end = found.end()
+        for line in re.sub(r"\r?\n[ \t]+", " ", data[:end].decode("utf-8", "replace")).split("\n")[1:]:
+            name, _, value = line.partition(":")
+            fields.setdefault(name.strip().lower(), value.strip())
+    length = fields.get("content-length", "")
+    if not re.fullmatch(r"[0-9]{1,18}", length):
+        raise ValueError(f"a record of length {length!r}")
+    return fields, end, int(length)
 
 
 def _content(stream: _Stream, size: int, most: int, begins: re.Pattern[bytes]) -> tuple[bytes, RefusedError | None]:
@@ -184,8 +177,8 @@ class _Stream:
         while self.fill(1) or self._stop is _BORDER:
             if not self.fill(1):
                 self._stop = None
-            elif blanks := _BLANKS.match(self.data, self.at):
-                self.skip(blanks.end() - self.at)
+            elif self.data[self.at] in b"\r\n":
+                self.skip(1)
             else:
                 return None
         if self._stop is None or self._stop is _END or (is_within and not self._stop.is_within):
@@ -203,7 +196,7 @@ class _Stream:
 
     def skip_to(self, begins: re.Pattern[bytes]) -> None:
         """Pass over all before the next line that begins a record, or the next stop."""
-        begins_line = re.compile(rb"(?m)^" + begins.pattern)
+        begins_line = re.compile(rb"(?m)^(?:" + begins.pattern + b")")
         while there := self.fill(2 * HEAD_BYTES):
             if found := begins_line.search(self.data, self.at):
                 self.skip(found.start() - self.at)
@@ -216,15 +209,11 @@ def _pieces_of(source: InputFile) -> Iterator[bytes | RefusedError]:
     try:
         with source.open_stored() as stored:
             block = stored.read(CHUNK_BYTES)
-            packing = packing_of(block) or ("" if _begins_record(block) else source.packing)
+            packing = packing_of(block) or ("" if _RECORD.match(block) else source.packing)
             if packing:
-                yield from Unpacker(lambda: stored.read(CHUNK_BYTES), packing, block).pieces(_begins_record)
+                yield from Unpacker(lambda: stored.read(CHUNK_BYTES), packing, block).pieces(_RECORD.match)
             while block and not packing:
                 yield block
                 block = stored.read(BLOCK_BYTES)
     except READ_ERRORS as error:
         yield fault_of(error)
-
-
-def _begins_record(data: bytes) -> bool:
-    return bool(_WARC.match(data) or _ARC.match(data))

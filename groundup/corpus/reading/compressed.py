@@ -1,9 +1,8 @@
 """Compressed files and bodies as what they hold: gzip, Zstandard, bzip2 and xz, in bounded memory, to the last byte.
 
-A stream ends only where its file ends and every member of it is whole. Otherwise it raises `DamagedStreamError`
-instead of looking finished: cut off before the end, a checksum that does not fit, bytes of something else behind the
-data, or a bomb. What was read before the fault has been handed out by then. (Python's own readers of bzip2 and xz take
-whatever follows the data for its end, that of `zstandard` a cut.)
+A stream ends only where its file ends and every member of it is whole; otherwise it raises `DamagedStreamError`, when
+what was read before has been handed out: cut off, a checksum that does not fit, something else behind the data, a bomb.
+(Python's own readers of bzip2 and xz take whatever follows the data for its end, that of `zstandard` a cut.)
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ BOMB_RATIO = 1000
 _XZ_MEMORY_BYTES = 256 << 20  # what the largest dictionary of the xz tool's own levels takes, four times
 _PEEK_BYTES = 4096  # of a member as stored, from which it is told what it holds
 _MAGIC_BYTES = 6
+_ZSTD_SKIPPED = [bytes([kind]) + b"\x2a\x4d\x18" for kind in range(0x50, 0x60)]  # frames to skip
 
 
 class _Zstandard:
@@ -41,17 +41,15 @@ class _Zstandard:
     def __init__(self) -> None:
         import zstandard
 
-        self._inflater = zstandard.ZstdDecompressor().decompressobj()
+        self._inflater, self._piece = zstandard.ZstdDecompressor().decompressobj(), 64  # 4 bytes may be 128 KiB
         self.eof, self.unconsumed_tail, self.unused_data = False, memoryview(b""), b""
-        self._piece = 64  # 4 bytes may be a block of 128 KiB
 
     def decompress(self, data: bytes | memoryview, max_length: int) -> bytes:
         view = memoryview(data)
         chunk = self._inflater.decompress(view[: self._piece])
         self.eof, self.unconsumed_tail = self._inflater.eof, view[self._piece :]
         self._piece = min(2 * self._piece, 2048) if len(chunk) <= max_length else 64
-        if self.eof:
-            self.unused_data = self._inflater.unused_data + self.unconsumed_tail
+        self.unused_data = self._inflater.unused_data + self.unconsumed_tail if self.eof else b""
         return chunk
 
 
@@ -59,11 +57,7 @@ _FORMATS: dict[str, tuple[str, tuple[bytes, ...], Callable[[], Any]]] = {
     ".gz": ("gzip", (b"\x1f\x8b\x08",), lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)),
     ".bz2": ("bzip2", (b"BZh",), bz2.BZ2Decompressor),
     ".xz": ("xz", (b"\xfd7zXZ\0",), lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY_BYTES)),
-    ".zst": (
-        "Zstandard",
-        (b"\x28\xb5\x2f\xfd", *(bytes([kind]) + b"\x2a\x4d\x18" for kind in range(0x50, 0x60))),  # and frames to skip
-        _Zstandard,
-    ),
+    ".zst": ("Zstandard", (b"\x28\xb5\x2f\xfd", *_ZSTD_SKIPPED), _Zstandard),
     "zlib": ("deflate", (b"",), zlib.decompressobj),
     "deflate": ("deflate", (b"",), lambda: zlib.decompressobj(wbits=-zlib.MAX_WBITS)),
 }
@@ -109,7 +103,7 @@ class Unpacker:
         self._padding = b"\0" if packing in (".gz", ".xz") else b""  # behind a member, as their own tools take it
         self._n_stored, self._n_read = len(data), 0
 
-    def pieces(self, is_wanted: Callable[[bytes], bool] | None = None) -> Iterator[bytes | DamagedStreamError]:
+    def pieces(self, is_wanted: Callable[[bytes], object] | None = None) -> Iterator[bytes | DamagedStreamError]:
         """What the members hold, in pieces. Raises `DamagedStreamError` behind what was read before a fault.
 
         Args:
@@ -123,8 +117,7 @@ class Unpacker:
                 self._data = (self._data + block).lstrip(self._padding)
             if not self._data:
                 return
-            fault, searched = "", 0
-            reason, is_within = Reason.DAMAGED, False
+            fault, reason, is_within, searched = "", Reason.DAMAGED, False, 0
             if self._data.startswith(self._beginnings):
                 inflater, data, searched = self._make(), self._data, 1
                 while not fault and not inflater.eof:
@@ -154,16 +147,15 @@ class Unpacker:
             else:
                 fault = f"something else follows the {self._name} data" if is_behind else f"not a {self._name} file"
             is_behind = True
+            if fault and not is_wanted:
+                raise DamagedStreamError(reason, fault, 0, is_within)
             if fault and is_wanted:
                 n_lost = self._skip_to(is_wanted, searched)
                 rest = "the next whole member" if self._data else "the file's end"
                 reason = Reason.DAMAGED if self._data else reason  # a damaged member can look like one without an end
-                fault = f"{fault}; {n_lost:,} bytes up to {rest} are lost"
-                yield DamagedStreamError(reason, fault, n_lost, is_within)
-            elif fault:
-                raise DamagedStreamError(reason, fault, 0, is_within)
+                yield DamagedStreamError(reason, f"{fault}; {n_lost:,} bytes up to {rest} are lost", n_lost, is_within)
 
-    def _skip_to(self, is_wanted: Callable[[bytes], bool], at: int) -> int:
+    def _skip_to(self, is_wanted: Callable[[bytes], object], at: int) -> int:
         """Go to the next member that is wanted, at `at` or behind it; returns how many stored bytes are passed."""
         n_passed, begins = 0, re.compile(b"|".join(map(re.escape, self._beginnings)))
         while (found := begins.search(self._data, at)) or (block := self._block()):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
-from groundup.corpus.reading.refusal import fault_of
+from groundup.corpus.reading.refusal import RefusedError, fault_of
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 
@@ -124,31 +124,24 @@ def refuse_binary(file: InputFile, head: bytes, set_aside: OnSetAside | None) ->
 
 
 def make_record(
-    file: InputFile,
-    text: str,
-    settings: CorpusSettings,
-    set_aside: OnSetAside,
-    position: int = 0,
-    place: str = "",
-    number: int = 0,
-    source: str = "",
-    url: str = "",
-    key: str = "",
-) -> Record | None:
-    """The record of a text, normalized, or None if there is no text in it (then it was set aside).
+    file: InputFile, text: str, settings: CorpusSettings, set_aside: OnSetAside,
+    position: int = 0, place: str = "", number: int = 0, *named: str,
+) -> tuple[Record, ...]:  # fmt: skip
+    """The record of a text, normalized, or none if there is no text in it (then it was set aside).
 
     Args:
         file: where it was read.
         text: as it was read; encodable as UTF-8.
         settings: for the normal form.
         set_aside: called with the reason why there is no record.
-        position, place, number, source, url, key: as in `Record`.
+        position, place, number: as in `Record`.
+        named: its source, address and key.
     """
     normal = normalize(text.removeprefix("\ufeff"), settings.unicode)
     garbled = n_garbled(normal)
     few = MOST_GARBLED + MOST_GARBLED_SHARE * len(normal)
     if normal and (not garbled or (garbled <= few and "\0" not in normal)):
-        return Record(normal, position, place, number, source, url, key)
+        return (Record(normal, position, place, number, *named),)
     if normal and "\0" not in normal:
         reason = Reason.GARBLED
         detail = f"{garbled:,} of {len(normal):,} characters are U+FFFD or control characters: a wrong encoding?"
@@ -159,7 +152,7 @@ def make_record(
     size = len(text.encode())
     excerpt = excerpt_of(normal.replace("\0", "␀"))
     set_aside(SetAside(file.label, place, number, reason, detail, excerpt, size, position))
-    return None
+    return ()
 
 
 def too_long(
@@ -191,17 +184,9 @@ def unread(
     """
     if n_before and not so_far:
         so_far = f"the {n_before:,} {place}s before it are read"
-    reason, excerpt = Reason.UNREADABLE, ""
-    if isinstance(error, UnicodeDecodeError):
-        reason = Reason.INVALID_UTF8
-        detail, excerpt = invalid_utf8(error)
-    else:
-        reason, detail = (fault := fault_of(error)).reason, fault.detail
+    fault, excerpt = fault_of(error), excerpt_of(getattr(error, "object", b""))
     if not so_far:
-        return SetAside(file.label, "", 0, reason, detail, excerpt, file.size_bytes(), position)
-    return SetAside(file.label, place, n_before + 1, reason, f"{detail}; {so_far}", excerpt, 0, position)
-
-
-def invalid_utf8(error: UnicodeDecodeError) -> tuple[str, str]:
-    """What is wrong with these bytes, and how they look there."""
-    return f"byte {error.start} ({error.reason})", excerpt_of(error.object[max(0, error.start - 20) : error.start + 20])
+        return fault.of(file.label, "", 0, excerpt, file.size_bytes(), position)
+    return RefusedError(fault.reason, f"{fault.detail}; {so_far}").of(
+        file.label, place, n_before + 1, excerpt, 0, position
+    )

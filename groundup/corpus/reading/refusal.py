@@ -33,7 +33,9 @@ READ_ERRORS = (OSError, DamagedStreamError)
 
 
 def fault_of(error: Exception) -> RefusedError:
-    """One of `READ_ERRORS` with its reason."""
+    """One of `READ_ERRORS`, or UnicodeDecodeError, with its reason."""
     if isinstance(error, RefusedError):
         return error
+    if isinstance(error, UnicodeDecodeError):
+        return RefusedError(Reason.INVALID_UTF8, f"byte {error.start} ({error.reason})")
     return RefusedError(Reason.UNREADABLE, getattr(error, "strerror", None) or str(error) or type(error).__name__)

@@ -7,6 +7,7 @@ and the next one is read. https://parquet.apache.org/docs/file-format/
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Generator, Iterator
 from typing import IO, Any
@@ -46,11 +47,7 @@ def read_table(
     source: InputFile, start: int, stop: int | None, settings: CorpusSettings, set_aside: OnSetAside
 ) -> Generator[Value, None, int]:
     """The rows of row groups `start` to `stop` (without it, to the last): the columns that make a record of the
-    corpus, or all of them where no `text_field` is asked for.
-
-    Returns:
-        How many rows these have.
-    """
+    corpus, or all of them where no `text_field` is asked for. Returns how many rows these are."""
     n_rows = 0
     try:
         with source.open() as handle:
@@ -88,27 +85,20 @@ def read_table(
 def row_group_borders(source: InputFile, split_bytes: int) -> list[int]:
     """The row groups at which pieces of about `split_bytes` (as stored) begin; [0] if the table cannot be read."""
     borders, size = [0], 0
-    try:
-        with source.open() as handle:
-            for place, group in enumerate(_open(handle)[1]):
-                n_bytes = sum(column.stored_bytes for column in group.columns)
-                if size and size + n_bytes > split_bytes:
-                    borders.append(place)
-                    size = 0
-                size += n_bytes
-    except Exception:  # told when the table is read
-        return [0]
-    return borders
+    with contextlib.suppress(Exception), source.open() as handle:  # told when the table is read
+        for place, group in enumerate(_open(handle)[1]):
+            n_bytes = sum(column.stored_bytes for column in group.columns)
+            if size and size + n_bytes > split_bytes:
+                borders.append(place)
+                size = 0
+            size += n_bytes
+        return borders
+    return [0]
 
 
 def _open(handle: IO[bytes]) -> tuple[pq.ParquetFile, list[RowGroup]]:
-    """The table and its row groups.
-
-    Raises:
-        DamagedStreamError: it is cut off, damaged, empty or no table.
-    """
-    begins = handle.read(4)
-    size = handle.seek(0, 2)
+    """The table and its row groups. Raises `DamagedStreamError`: it is cut off, damaged, empty or no table."""
+    begins, size = handle.read(4), handle.seek(0, 2)
     if not size:
         raise DamagedStreamError(Reason.EMPTY, "no row in the file")
     handle.seek(max(0, size - 4))
@@ -137,9 +127,8 @@ def _refusal(schema: pa.Schema, field: str) -> tuple[Reason, str] | None:
         return Reason.NO_TEXT, f"{names.count(field)} columns are named {field!r}"
     if not field or _is_string(kind := schema.field(field).type):
         return None
-    is_ids = isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType) and pa.types.is_integer(
-        kind.value_type
-    )
+    is_list = isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType)
+    is_ids = is_list and pa.types.is_integer(kind.value_type)
     return Reason.NO_TEXT, f"column {field!r} is {kind}{': token ids, not text' if is_ids else ', not a string'}"
 
 

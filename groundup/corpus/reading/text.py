@@ -11,15 +11,14 @@ at paragraphs or lines.
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Generator, Iterator
 from typing import IO
 
-from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
+from groundup.corpus.document import OnSetAside, Record, excerpt_of
 from groundup.corpus.reading.compressed import BLOCK_BYTES
-from groundup.corpus.reading.intake import invalid_utf8, limit_bytes, make_record, refuse_binary, too_long, unread
-from groundup.corpus.reading.refusal import READ_ERRORS
+from groundup.corpus.reading.intake import limit_bytes, make_record, refuse_binary, too_long, unread
+from groundup.corpus.reading.refusal import READ_ERRORS, fault_of
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 
@@ -54,12 +53,10 @@ def read_text(
         if not start:
             has_separator = _has(data, separator, is_alone)
             if len(data) <= limit and not has_separator:
-                record = make_record(source, data.decode(), settings, set_aside)
-                if record is not None:
-                    yield record
+                yield from make_record(source, data.decode(), settings, set_aside)
                 return 1
             del data
-            if not has_separator and not _holds(source, separator, is_alone):
+            if not has_separator and not _holds(source, separator, is_alone, limit):
                 place, separator, stop = "part", b"", None
         with source.open() as handle:
             documents = _Documents(handle, separator, is_alone)
@@ -72,9 +69,14 @@ def read_text(
                     if is_blank and (documents.at_end if first else documents.goes_on(limit)):
                         continue
                     number += 1
-                    record = _record(source, part, size, settings, set_aside, position, place, number)
-                    if record is not None:
-                        yield record
+                    if size > len(part):
+                        beginning = excerpt_of(part)
+                        set_aside(too_long(source, "a line of ", size, beginning, settings, position, place, number))
+                        continue
+                    try:
+                        yield from make_record(source, part.decode(), settings, set_aside, position, place, number)
+                    except UnicodeDecodeError as error:
+                        set_aside(fault_of(error).of(source.label, place, number, excerpt_of(part), size, position))
                 documents.pass_separator()
     except (*READ_ERRORS, UnicodeDecodeError) as error:
         set_aside(unread(source, error, position if number else 0, place, number))
@@ -109,53 +111,25 @@ def _has(data: bytes, separator: bytes, is_alone: bool) -> bool:
     return not is_alone or re.search(rb"(?:\A|\n)" + re.escape(separator) + rb"(?:\r?\n|\Z)", data) is not None
 
 
-def _record(
-    source: InputFile, part: bytes, size: int, settings: CorpusSettings, set_aside: OnSetAside,
-    position: int, place: str, number: int,
-) -> Record | None:  # fmt: skip
-    if size > len(part):
-        set_aside(too_long(source, "a line of ", size, excerpt_of(part), settings, position, place, number))
-        return None
-    try:
-        return make_record(source, part.decode(), settings, set_aside, position, place, number)
-    except UnicodeDecodeError as error:
-        detail, excerpt = invalid_utf8(error)
-        set_aside(SetAside(source.label, place, number, Reason.INVALID_UTF8, detail, excerpt, len(part), position))
-        return None
-
-
-def _holds(source: InputFile, separator: bytes, is_alone: bool) -> bool:
+def _holds(source: InputFile, separator: bytes, is_alone: bool, limit: int) -> bool:
     """Whether a long file has a separator; if not, it was read through, and is whole and UTF-8.
 
     Raises:
         UnicodeDecodeError: with `start` counted from the file's beginning.
         OSError, DamagedStreamError: it cannot be read to its end.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")()
     fault: UnicodeDecodeError | None = None
-    n_read, tail, n_border = 0, b"\n", len(separator) + _AHEAD
-    alone = re.compile(b"\n" + re.escape(separator) + b"\r?\n")
     with source.open() as handle:
-        while True:
-            block = handle.read(BLOCK_BYTES)
-            if separator:
-                border = tail + (block[:n_border] or b"\n")
-                if any(separator in part and (not is_alone or alone.search(part)) for part in (block, border)):
-                    return True
-                tail = (tail + block[-n_border:])[-n_border:]
-            begins = n_read - len(decoder.getstate()[0])
+        documents = _Documents(handle, separator, is_alone)
+        for begins, part, size in documents.parts(limit):
             try:
-                if fault is None:
-                    decoder.decode(block, final=not block)
+                part.decode() if size == len(part) else ""
             except UnicodeDecodeError as error:
                 start = begins + error.start
-                fault = UnicodeDecodeError("utf-8", b"", start, start + 1, error.reason)
-            if not block:
-                break
-            n_read += len(block)
-    if fault is not None:
-        raise fault
-    return False
+                fault = fault or UnicodeDecodeError("utf-8", b"", start, start + 1, error.reason)
+        if fault is not None and documents.at_end:
+            raise fault
+        return not documents.at_end
 
 
 class _Documents:

@@ -1,12 +1,10 @@
 """WARC, WET and ARC archives to records of text.
 
-In: an archive, in whatever state, and a function that takes text out of HTML. Out: a `Record` for each page, plain
-text or WET conversion; everything else that was served is set aside, so that responses, resources and conversions =
-records + set aside. Requests, metadata and the like are only counted.
+In: an archive, in whatever state. Out: a `Record` for each page, plain text or WET conversion; everything else that was
+served is set aside: responses, resources and conversions = records + set aside. All others are only counted.
 
-The body of a response is taken as its server meant it: chunks joined, compression undone, within a limit (RFC 9112,
-section 7.1; RFC 9110, section 8.4). FastWARC parses the headers. Archives often name a chunking or a compression that
-their writer has already undone: then the body is taken as it stands.
+A response's body is taken as its server meant it: chunks joined, compression undone, within a limit (RFC 9112, section
+7.1; RFC 9110, section 8.4). Archives often name a coding that their writer has undone: then it is taken as it stands.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from fastwarc.stream_io import BrotliReader
 from fastwarc.warc import WarcRecord
@@ -27,11 +24,9 @@ from groundup.corpus.reading.archive import PLACE, RawRecord, read_records
 from groundup.corpus.reading.compressed import BLOCK_BYTES, PACKINGS, open_uncompressed, packing_of
 from groundup.corpus.reading.extract_child import in_utf8
 from groundup.corpus.reading.intake import limit_bytes, make_record
-from groundup.corpus.reading.refusal import DamagedStreamError, RefusedError
-
-if TYPE_CHECKING:
-    from groundup.corpus.reading.sources import InputFile
-    from groundup.recipe import CorpusSettings
+from groundup.corpus.reading.refusal import DamagedStreamError, RefusedError, fault_of
+from groundup.corpus.reading.sources import InputFile
+from groundup.recipe import CorpusSettings
 
 HTML_TYPES = frozenset({"text/html", "application/xhtml+xml"})
 TEXT_TYPES = frozenset({"text/plain", "text/markdown"})
@@ -46,24 +41,19 @@ _CHUNK_HEAD = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n]{0,4096})?
 _CODINGS = {"gzip": ".gz", "x-gzip": ".gz", "zstd": ".zst", "deflate": "zlib", "br": "br"}
 _CHARSET = re.compile(r"charset\s*=\s*[\"']?([^\s;\"']+)", re.IGNORECASE)
 _MARKUP = re.compile(rb"\s*(?:\xef\xbb\xbf)?\s*<[!?A-Za-z]")
+Extract = Callable[[bytes, str], str]
+"""Takes text out of an HTML page, given the page and its address: `Extractor.extract`."""
 
 
 def read_warc(
-    source: InputFile, settings: CorpusSettings, set_aside: OnSetAside, extract: Callable[[bytes, str], str],
-    counts: Counter[str] | None = None,
-) -> Iterator[Record]:  # fmt: skip
-    """The texts of an archive.
+    source: InputFile, settings: CorpusSettings, set_aside: OnSetAside, extract: Extract, counts: Counter[str]
+) -> Iterator[Record]:
+    """The texts of an archive; every response without one, and every lost stretch, is set aside.
 
-    Args:
-        source: the file: .warc, .wet or .arc, plain or compressed.
-        settings: for the normal form and the longest document.
-        set_aside: called with every response without a text, and every lost stretch.
-        extract: takes text out of an HTML page, given the page and its address (`Extractor.extract`).
-        counts: if given, counts records by their kind ("response", "request", ...), and those whose digest does not
-            fit their content under `WRONG_DIGEST`: many archives are full of those, so they are used nevertheless.
+    In `counts` records are counted by their kind ("response", "request", ...), and those whose digest does not fit
+    their content under `WRONG_DIGEST`: many archives are full of those, so they are used nevertheless.
     """
     limit = limit_bytes(settings)
-    counts = Counter() if counts is None else counts
     for raw in read_records(source, limit + HEADER_BYTES):
         if isinstance(raw, SetAside):
             set_aside(raw)
@@ -72,28 +62,21 @@ def read_warc(
         url = raw.fields.get("warc-target-uri", "").strip("<>")
         is_silent = raw.kind in SILENT_KINDS or (raw.kind == "resource" and url.startswith("metadata:"))
         try:
-            if raw.fault:
-                what = f"{raw.kind}: " if is_silent else ""
-                raise RefusedError(raw.fault.reason, what + raw.fault.detail)
+            if raw.fault is not None:
+                raise raw.fault
             if is_silent:
                 continue
             text = _text_of(raw, url, limit, extract, counts)
         except RefusedError as error:
-            excerpt = excerpt_of(raw.block)
-            set_aside(error.of(source.label, PLACE, raw.number, excerpt, raw.size_bytes, raw.position))
+            begins = excerpt_of(raw.block)
+            set_aside(error.of(source.label, PLACE, raw.number, begins, raw.size_bytes, raw.position))
             continue
         key = raw.fields.get("warc-record-id", "")
-        record = make_record(source, text, settings, set_aside, raw.position, PLACE, raw.number, url=url, key=key)
-        if record is not None:
-            yield record
+        yield from make_record(source, text, settings, set_aside, raw.position, PLACE, raw.number, "", url, key)
 
 
-def _text_of(raw: RawRecord, url: str, limit: int, extract: Callable[[bytes, str], str], counts: Counter[str]) -> str:
-    """The text of a record that may have one.
-
-    Raises:
-        RefusedError: it has none; or its content is damaged, cut off or too long.
-    """
+def _text_of(raw: RawRecord, url: str, limit: int, extract: Extract, counts: Counter[str]) -> str:
+    """The text of a record. Raises `RefusedError`: it has none, or its content is damaged, cut off or too long."""
     if raw.kind not in ("response", "resource", "conversion"):
         raise RefusedError(Reason.NOT_TEXT, f"a record of type {raw.kind!r}")
     if len(raw.block) < raw.size_bytes:
@@ -114,9 +97,9 @@ def _text_of(raw: RawRecord, url: str, limit: int, extract: Callable[[bytes, str
     if not body:
         raise RefusedError(Reason.EMPTY, "no content")
     beginning = body[:_SNIFFED_BYTES]
-    if not media_type:
-        is_html = beginning.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype html", b"<html"))
-        media_type = raw.fields.get("warc-identified-payload-type", "").lower() or ("text/html" if is_html else "")
+    media_type = media_type or raw.fields.get("warc-identified-payload-type", "").lower()
+    if not media_type and beginning.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype html", b"<html")):
+        media_type = "text/html"
     if media_type in HTML_TYPES:
         if b"\0" in beginning and not body.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise RefusedError(Reason.NOT_TEXT, f"{media_type} by its header, but binary")
@@ -126,7 +109,7 @@ def _text_of(raw: RawRecord, url: str, limit: int, extract: Callable[[bytes, str
     try:
         return in_utf8(body, charset).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RefusedError(Reason.INVALID_UTF8, f"byte {error.start} ({error.reason}); no charset fits") from error
+        raise fault_of(error) from error
 
 
 def _fits(field: str, contents: tuple[bytes, ...]) -> bool:
@@ -143,10 +126,10 @@ def _fits(field: str, contents: tuple[bytes, ...]) -> bool:
 
 
 def parse_response(block: bytes, limit_bytes: int) -> tuple[int, str, str, bytes, bytes]:
-    """Parse an HTTP response: status, media type, charset (0 and "" where it names none), body as sent and decoded.
+    """An HTTP response's status, media type, charset (0 and "" where it names none), its body as sent and decoded.
 
     Raises:
-        DamagedStreamError: it is damaged, cut off, or its body grows beyond the limit.
+        DamagedStreamError: it is damaged, cut off, or grows beyond the limit.
     """
     if not block.startswith(b"HTTP/"):  # HTTP 0.9 had no headers
         return 0, "", "", block, block
@@ -161,41 +144,34 @@ def parse_response(block: bytes, limit_bytes: int) -> tuple[int, str, str, bytes
     for coding in reversed(",".join(named).lower().split(",")):
         body = join_chunks(body) if coding.strip() == "chunked" else _undone(coding.strip(), body, limit_bytes)
         if len(body) > limit_bytes:
-            detail = f"{len(payload):,} bytes of {coding} grow beyond {limit_bytes:,}"
-            raise DamagedStreamError(Reason.TOO_LONG, detail)
+            raise DamagedStreamError(Reason.TOO_LONG, f"{len(payload):,} bytes grow beyond {limit_bytes:,}")
     media_type = (headers.get("Content-Type") or "").partition(";")[0].strip().lower()
     return headers.status_code or 0, media_type, record.http_charset or "", payload, body
 
 
 def join_chunks(data: bytes) -> bytes:
-    """A chunked body in one piece; unchanged if it is not chunked.
-
-    Raises:
-        DamagedStreamError: a chunk is damaged or missing.
-    """
+    """A chunked body in one piece; unchanged if it is not chunked. Raises `DamagedStreamError` at damage and cuts."""
     parts: list[bytes] = []
     at = 0
     while head := _CHUNK_HEAD.match(data, at):
         size = int(head.group(1), 16)
         if size == 0:
             return b"".join(parts)
-        part = data[head.end() : head.end() + size]
-        if len(part) < size:
-            if not parts and _MARKUP.match(data):
-                return data
-            raise DamagedStreamError(Reason.CUT_OFF, f"a chunk of {size:,} bytes, of which {len(part):,} are there")
-        parts.append(part)
+        parts.append(data[head.end() : head.end() + size])
         at = head.end() + size
+        if at > len(data) and not (len(parts) == 1 and _MARKUP.match(data)):
+            raise DamagedStreamError(
+                Reason.CUT_OFF, f"a chunk of {size:,} bytes, of which {len(parts[-1]):,} are there"
+            )
         at += 2 if data[at : at + 2] == b"\r\n" else 1 if data[at : at + 1] == b"\n" else 0
-    if not parts:
+    if not parts or at > len(data):
         return data
     reason, what = (Reason.DAMAGED, "a bad chunk") if data[at:] else (Reason.CUT_OFF, "the last chunk is missing,")
     raise DamagedStreamError(reason, f"{what} behind {sum(map(len, parts)):,} bytes")
 
 
 def _undone(coding: str, data: bytes, limit_bytes: int) -> bytes:
-    """The data without one compression, or a little more than its limit of it; unchanged, if that is none, such as
-    "utf-8", or has been undone already.
+    """The data without one compression, as far as just beyond the limit; unchanged, where that is none or was undone.
 
     Raises:
         DamagedStreamError: it is damaged or cut off.
