@@ -38,6 +38,7 @@ class RawRecord(NamedTuple):
         position: where it begins in the uncompressed file.
         number: which record of the file, from 1 on; a loss counts as one.
         fields: its header, names in lower case; that of an ARC record is given the names of WARC.
+        kind: its WARC-Type, in lower case, such as "response".
         size_bytes: how long its content is by its header.
         block: its content, as far as the reader's limit and one byte; only its beginning where its length is wrong.
         fault: why the content is not whole, or None.
@@ -46,14 +47,10 @@ class RawRecord(NamedTuple):
     position: int
     number: int
     fields: dict[str, str]
+    kind: str
     size_bytes: int
     block: bytes
     fault: RefusedError | None
-
-    @property
-    def kind(self) -> str:
-        """Its WARC-Type, such as "response"."""
-        return self.fields.get("warc-type", "").lower()
 
 
 def read_records(source: InputFile, limit_bytes: int) -> Iterator[RawRecord | SetAside]:
@@ -76,7 +73,8 @@ def read_records(source: InputFile, limit_bytes: int) -> Iterator[RawRecord | Se
             yield fault.of(source.label, PLACE, number, excerpt, stream.position - position, position)
             continue
         stream.skip(n_head)
-        yield RawRecord(position, number, fields, size, *_content(stream, size, limit_bytes + 1, begins))
+        kind = fields.get("warc-type", "").lower()
+        yield RawRecord(position, number, fields, kind, size, *_content(stream, size, limit_bytes + 1, begins))
     if not number:
         yield SetAside(source.label, "", 0, Reason.EMPTY, "no record in the file")
 

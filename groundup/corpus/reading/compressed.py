@@ -14,21 +14,16 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from groundup.corpus.document import Reason
 from groundup.corpus.reading.refusal import DamagedStreamError
 
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
-
 PACKINGS = (".gz", ".zst", ".bz2", ".xz")
 BLOCK_BYTES = 1 << 20
 CHUNK_BYTES = 1 << 18
-BOMB_BYTES = 1 << 30
-BOMB_RATIO = 1000
+BOMB_BYTES, BOMB_RATIO = 1 << 30, 1000
 """A stream that has grown past both, in bytes and in bytes a stored byte, is no text but an attack."""
-
 _XZ_MEMORY_BYTES = 256 << 20  # what the largest dictionary of the xz tool's own levels takes, four times
 _PEEK_BYTES = 4096  # of a member as stored, from which it is told what it holds
 _MAGIC_BYTES = 6
@@ -82,7 +77,7 @@ class _UncompressedStream(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: WriteableBuffer, /) -> int:
+    def readinto(self, buffer: Any, /) -> int:
         self._left = self._left or memoryview(next(self._pieces, b""))  # type: ignore[arg-type]  # faults are raised
         target = memoryview(buffer).cast("B")
         n_bytes = min(len(target), len(self._left))

@@ -1,11 +1,9 @@
 """Text out of HTML pages, in a process apart: a page that crashes, hangs or eats memory costs that page only.
 
-In: pages as bytes, whatever their encoding. Out: their main text, or why there is none. The extractors are native code
-that threads bring down and that grows with the pages it has seen, so each page is done by a child process with limits
-of time and memory, replaced after some pages and after every crash. A page's text depends on the page alone.
-
-A process of `multiprocessing`, and so a pool such as pebble's, would not do: it runs the user's script again and
-imports all of this package, and a worker of a pool may not begin one.
+The extractors are native code that threads bring down and that grows with the pages it has seen, so each page is done
+by a child process with limits of time and memory, replaced after some pages and after every crash. A page's text
+depends on the page alone. A process of `multiprocessing`, and so a pool such as pebble's, would not do: it runs the
+user's script again and imports all of this package, and a worker of a pool may not begin one.
 """
 
 from __future__ import annotations
@@ -26,8 +24,6 @@ from groundup.corpus.reading.refusal import RefusedError
 from groundup.errors import GroundupError
 
 _STARTS = 3  # a process that is killed while it loads the extractor is started again so often
-_STARTING_SECONDS = 300.0
-_GRACE_SECONDS = 30.0  # beyond the child's own timers, which the kernel keeps
 # Sets of strings must come in one order in every child; a module beside the script must not hide one of the library's
 # (-P); glibc would give the memory of every page back to the system, and take it anew for the next one.
 _ENVIRONMENT = {
@@ -47,14 +43,12 @@ class Extractor:
         timeout_seconds: processor time that a page may take (and four times as much by the clock).
         pages_per_process: the child is replaced after so many.
         memory_mib: what a page may take beside the extractor itself, where the system can limit it.
-        n_processes: children begun so far.
     """
 
     kind: Literal["trafilatura", "resiliparse"]
     timeout_seconds: float
     pages_per_process: int = 1000
     memory_mib: float = 2048.0
-    n_processes: int = field(default=0, init=False)
     _n_answered: int = field(default=0, init=False)
     _child: tuple[subprocess.Popen[bytes], Connection] | None = field(default=None, init=False)
 
@@ -64,22 +58,21 @@ class Extractor:
         return self._child[0].pid if self._child else None
 
     def extract(self, html: bytes, url: str = "") -> str:
-        """The main text of one page.
+        """The main text of a page as it was served from `url` (nothing is fetched).
 
         A page whose child dies is tried once more by a fresh one, and that counts: the first may have been killed
         from outside, or have grown full with the pages before.
-
-        Args:
-            html: the page as it was served (see `in_utf8` where the server named an encoding).
-            url: its address, which may help the extractor; nothing is fetched.
 
         Raises:
             RefusedError: there is no text in it, or it takes too much time or memory, or crashes the extractor.
             GroundupError: the extractor is not installed, or cannot start.
         """
         for is_last in (False, True):
+            if self._n_answered >= self.pages_per_process:
+                self.__exit__()
             try:
-                is_text, text = self._try(html, url)
+                self._child = self._child or self._start()
+                is_text, text = self._answer(self._child, url.encode("utf-8", "replace"), html)
                 break
             except RefusedError as refused:
                 if is_last or refused.reason == Reason.TIMEOUT:
@@ -105,17 +98,9 @@ class Extractor:
         process.kill()
         process.wait()
 
-    def _try(self, html: bytes, url: str) -> tuple[bool, str]:
-        if self._n_answered >= self.pages_per_process:
-            self.__exit__()
-        if self._child is None:
-            self._start()
-        seconds = child.HANG_FACTOR * self.timeout_seconds + _GRACE_SECONDS
-        return self._answer(seconds, url.encode("utf-8", "replace"), html)
-
-    def _start(self) -> None:
+    def _start(self) -> tuple[subprocess.Popen[bytes], Connection]:
         path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)
-        why = ""
+        is_loaded, why, self._n_answered = False, "its process ends at once", 0
         for _ in range(_STARTS):
             ours, theirs = Pipe()
             arguments = [self.kind, str(self.timeout_seconds), str(self.memory_mib), str(theirs.fileno())]
@@ -125,43 +110,37 @@ class Extractor:
                 env={**os.environ, "PYTHONPATH": path, **_ENVIRONMENT}, pass_fds=[theirs.fileno()], process_group=0,
             )  # fmt: skip
             theirs.close()
-            self._child, self._n_answered = (process, ours), 0
-            self.n_processes += 1
+            self._child = process, ours
             with contextlib.suppress(RefusedError):
-                is_loaded, why = self._answer(_STARTING_SECONDS)
-                if is_loaded:
-                    return
+                is_loaded, why = self._answer(self._child)
                 break
+        if is_loaded and self._child:
+            return self._child
         self.__exit__()
         raise GroundupError(
-            f"[corpus] extractor = {self.kind!r} cannot be started: {why or 'its process ends at once'}",
+            f"[corpus] extractor = {self.kind!r} cannot be started: {why}",
             "Run: pip install trafilatura lxml_html_clean resiliparse, or choose the other of the two extractors.",
         )
 
-    def _answer(self, seconds: float, *page: bytes) -> tuple[bool, str]:
+    def _answer(self, running: tuple[subprocess.Popen[bytes], Connection], *page: bytes) -> tuple[bool, str]:
         """What the child says to a page, or of its own when it is loaded: whether that is a text, and what it is.
 
-        Raises:
-            RefusedError: it ended instead.
+        Raises `RefusedError` if it ends instead: its own timers, which the kernel keeps, see to that.
         """
-        assert self._child is not None
-        process, connection = self._child
-        is_overdue = False
+        process, connection = running
         with contextlib.suppress(EOFError, OSError):
             for message in page:
                 connection.send_bytes(message)
-            if connection.poll(seconds):
-                answer = connection.recv_bytes().decode()
-                return answer[0] == "+", answer[1:]
-            is_overdue = True
-            process.kill()
+            answer = connection.recv_bytes().decode()
+            return answer[0] == "+", answer[1:]
+        connection.close()
         code = process.wait()
         self.__exit__()
-        if is_overdue or -code in (signal.SIGPROF, signal.SIGALRM):
+        if -code in (signal.SIGPROF, signal.SIGALRM):
             raise RefusedError(Reason.TIMEOUT, f"more than {self.timeout_seconds:g} s")
-        how = f"ended with code {code}"
+        how = (
+            f"was ended by {signal.Signals(-code).name}" if -code in set(signal.Signals) else f"ended with code {code}"
+        )
         if code == child.OUT_OF_MEMORY:
             how = f"ran out of memory: a page may take {self.memory_mib:,.0f} MiB"
-        elif -code in set(signal.Signals):
-            how = f"was ended by {signal.Signals(-code).name}"
         raise RefusedError(Reason.CRASH, f"the extractor's process {how}")

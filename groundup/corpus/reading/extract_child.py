@@ -1,11 +1,9 @@
 """The process that takes text out of HTML pages: it is sent pages, and sends their texts back.
 
 It runs as a script of its own, so that it holds an extractor and nothing else of groundup, and so that a crash, a
-hang or a leak of native code ends here. It ends when its connection does, so it outlives its parent by a page at most,
-and a page never takes longer than the kernel's timers allow.
-
-A page is two messages, its address and its bytes; an answer is one: "+" and the text, or "-" and what went wrong. The
-first answer comes without a page and says whether the extractor is loaded.
+hang or a leak of native code ends here. It ends when its connection does, and a page never takes longer than the
+kernel's timers allow. A page is two messages, its address and its bytes; an answer is one: "+" and the text, or "-" and
+what went wrong. The first answer comes without a page and says whether the extractor is loaded.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ import codecs
 import contextlib
 import gc
 import re
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -21,8 +20,8 @@ from multiprocessing.connection import Connection
 
 OUT_OF_MEMORY = 99
 """The exit code of a process that had not enough for a page."""
-HANG_FACTOR = 4
-"""A page may take so many times its seconds of processor time by the clock: the machine may be busy."""
+_LOADING_SECONDS = 300.0
+_HANG_FACTOR = 4  # so many times its seconds of processor time a page may take by the clock: the machine may be busy
 
 _META = re.compile(rb"""<meta\b[^>]{0,400}?\bcharset\s*=\s*["']?\s*([A-Za-z0-9_.:+-]{2,40})""", re.IGNORECASE)
 _XML = re.compile(rb"""^\s*<\?xml\b[^>]{0,200}?\bencoding\s*=\s*["']([A-Za-z0-9_.:+-]{2,40})["']""", re.IGNORECASE)
@@ -32,8 +31,7 @@ _MARKED = {
     codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
     codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be",
 }  # fmt: skip
-_SEVEN_BIT = {b"\x1b$)C": "iso2022_kr", b"\x1b$": "iso2022_jp_2", b"~{": "hz"}
-"""What encodings of ASCII bytes change to another alphabet with."""
+_SEVEN_BIT = {b"\x1b$)C": "iso2022_kr", b"\x1b$": "iso2022_jp_2", b"~{": "hz"}  # what changes the alphabet
 _PLAIN = bytes(code for code in range(256) if code >= 32 or code in b"\0\t\n\v\f\r")
 # Extractors leave control characters out, and with them the sign that the encoding was another one.
 _CONTROL = re.compile("[\x01-\x08\x0e-\x1f\x80-\x84\x86-\x9f]")
@@ -47,6 +45,7 @@ def main() -> None:
     for number in (signal.SIGALRM, signal.SIGPROF):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    _set_timers(_LOADING_SECONDS)
     with Connection(connection) as parent, contextlib.suppress(EOFError, OSError):
         try:
             extract = load(kind)
@@ -54,9 +53,14 @@ def main() -> None:
             parent.send_bytes(f"-{type(error).__name__}: {error}".encode("utf-8", "replace"))
             return
         gc.freeze()
-        _limit_memory(memory_mib)
+        # So much address space beyond what the loaded extractor has already, where the system knows such a limit.
+        with contextlib.suppress(OSError, ValueError), open("/proc/self/statm") as statm:
+            limit = int(statm.read().split()[0]) * resource.getpagesize() + int(memory_mib * 2**20)
+            hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+            resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
         answer = "+"
         while True:
+            _set_timers(0.0)
             parent.send_bytes(answer.encode("utf-8", "replace"))
             url, html = parent.recv_bytes().decode(), parent.recv_bytes()
             _set_timers(seconds)
@@ -66,7 +70,6 @@ def main() -> None:
                 sys.exit(OUT_OF_MEMORY)
             except Exception as error:
                 answer = f"-{type(error).__name__}: {error}"[:300]
-            _set_timers(0.0)
 
 
 def load(kind: str) -> Callable[[str, str], str | None]:
@@ -91,18 +94,7 @@ def load(kind: str) -> Callable[[str, str], str | None]:
 def _set_timers(seconds: float) -> None:
     """SIGPROF after so many seconds of processor time, SIGALRM if it hangs without using any; 0: none."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
-    signal.setitimer(signal.ITIMER_REAL, HANG_FACTOR * seconds)
-
-
-def _limit_memory(memory_mib: float) -> None:
-    """So much address space beyond what the loaded extractor has already; where the system knows such a limit."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
-        with open("/proc/self/statm") as statm:
-            limit = int(statm.read().split()[0]) * resource.getpagesize() + int(memory_mib * 2**20)
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
+    signal.setitimer(signal.ITIMER_REAL, _HANG_FACTOR * seconds)
 
 
 def decode_html(data: bytes) -> str:
@@ -130,8 +122,7 @@ def decode_html(data: bytes) -> str:
 def _decode_other(data: bytes) -> str:
     """A page that is not UTF-8 throughout."""
     declared = _declared(data)
-    text = _fitting(data, "utf-8") or _fitting(data, declared)
-    if text is not None:
+    if (text := _fitting(data, "utf-8") or _fitting(data, declared)) is not None:
         return text
     from resiliparse.parse.encoding import detect_encoding
 
@@ -177,12 +168,8 @@ def known_encoding(label: str | None) -> str | None:
 
 
 def in_utf8(data: bytes, encoding: str) -> bytes:
-    """A page in UTF-8 with the mark that outranks what it says of itself; unchanged where it is not in `encoding`.
-
-    Args:
-        data: the page as served.
-        encoding: what its server's Content-Type named, or "".
-    """
+    """A page in UTF-8 with the mark that outranks what it says of itself; unchanged where it is not in the `encoding`
+    that its server's Content-Type named."""
     name = known_encoding(encoding)
     if not name or data.startswith(tuple(_MARKED)):
         return data

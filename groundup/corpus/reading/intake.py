@@ -137,6 +137,9 @@ def make_record(
         position, place, number: as in `Record`.
         named: its source, address and key.
     """
+    if 4 * len(text) > limit_bytes(settings) and (size := len(text.encode())) > limit_bytes(settings):
+        set_aside(too_long(file, "", size, excerpt_of(text), settings, position, place, number))
+        return ()
     normal = normalize(text.removeprefix("\ufeff"), settings.unicode)
     garbled = n_garbled(normal)
     few = MOST_GARBLED + MOST_GARBLED_SHARE * len(normal)

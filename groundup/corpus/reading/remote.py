@@ -12,15 +12,12 @@ import io
 import posixpath
 import re
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import xxhash
 
 from groundup.errors import DataError
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 BUFFER_BYTES = 1 << 20
 _VERSION_KEYS = (
@@ -167,7 +164,7 @@ class _RemoteStream(io.RawIOBase):
     def seekable(self) -> bool:
         return bool(self._handle.seekable())
 
-    def readinto(self, buffer: WriteableBuffer, /) -> int:
+    def readinto(self, buffer: Any, /) -> int:
         target = memoryview(buffer).cast("B")
         try:
             data = self._handle.read(len(target))

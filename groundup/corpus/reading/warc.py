@@ -92,8 +92,6 @@ def _text_of(raw: RawRecord, url: str, limit: int, extract: Extract, counts: Cou
     contents = {"warc-block-digest": (raw.block,), "warc-payload-digest": (payload, body)}
     if not all(_fits(raw.fields.get(name, ""), those) for name, those in contents.items()):
         counts[WRONG_DIGEST] += 1
-    if len(body) > limit:
-        raise RefusedError(Reason.TOO_LONG, f"{len(body):,} bytes; the limit is {limit / 2**20:g} MiB")
     if not body:
         raise RefusedError(Reason.EMPTY, "no content")
     beginning = body[:_SNIFFED_BYTES]
@@ -117,12 +115,10 @@ def _fits(field: str, contents: tuple[bytes, ...]) -> bool:
     algorithm, _, written = (part.strip() for part in field.partition(":"))
     if algorithm.lower() not in ("sha1", "md5", "sha256", "sha512") or not written:
         return True
-    forms = set()
-    for content in contents:
-        digest = hashlib.new(algorithm.lower(), content).digest()
-        forms |= {base64.b32encode(digest).decode(), digest.hex().upper()}
-        forms |= {encode(digest).decode().rstrip("=") for encode in (base64.b64encode, base64.urlsafe_b64encode)}
-    return not forms.isdisjoint({written.upper(), written.rstrip("=")})
+    digests = [hashlib.new(algorithm.lower(), content).digest() for content in contents]
+    forms = (base64.b32encode, base64.b16encode, base64.b64encode, base64.urlsafe_b64encode)
+    known = {form(digest).decode().rstrip("=") for digest in digests for form in forms}
+    return not known.isdisjoint({written.rstrip("=").upper(), written.rstrip("=")})
 
 
 def parse_response(block: bytes, limit_bytes: int) -> tuple[int, str, str, bytes, bytes]:
@@ -160,9 +156,7 @@ def join_chunks(data: bytes) -> bytes:
         parts.append(data[head.end() : head.end() + size])
         at = head.end() + size
         if at > len(data) and not (len(parts) == 1 and _MARKUP.match(data)):
-            raise DamagedStreamError(
-                Reason.CUT_OFF, f"a chunk of {size:,} bytes, of which {len(parts[-1]):,} are there"
-            )
+            raise DamagedStreamError(Reason.CUT_OFF, f"a chunk of {size:,} bytes lacks {at - len(data):,}")
         at += 2 if data[at : at + 2] == b"\r\n" else 1 if data[at : at + 1] == b"\n" else 0
     if not parts or at > len(data):
         return data
