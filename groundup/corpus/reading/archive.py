@@ -1,10 +1,9 @@
 """WARC, WET and ARC archives cut into records, every byte of them in a record or in a counted loss.
 
-Formats: ISO 28500 (WARC 0.18 to 1.1), the Internet Archive's ARC 1 and 2; plain or packed, most often gzip in members,
-a record each. Reading stops at borders (a member that begins a record) and at faults, so that a record with a wrong
-length cannot swallow the next one, and a damaged member costs no other. The cutting is our own because the libraries
-end without a word where a file is cut off (FastWARC 2.0.1 and warcio 1.8.1: 265 of 500 records, no error) and give up
-at the first damage.
+ISO 28500 (WARC 0.18 to 1.1), the Internet Archive's ARC 1 and 2; plain or packed, most often in members, a record each.
+Reading stops at borders (a member that begins a record) and at faults, so that a record with a wrong length cannot
+swallow the next one, and a damaged member costs no other. The cutting is our own because the libraries end without a
+word where a file is cut off (FastWARC 2.0.1 and warcio 1.8.1: 265 of 500 records) and give up at the first damage.
 """
 
 from __future__ import annotations
@@ -19,9 +18,7 @@ from groundup.corpus.reading.refusal import READ_ERRORS, RefusedError, fault_of
 from groundup.corpus.reading.sources import InputFile
 
 PLACE = "record"
-HEAD_BYTES = 1 << 16
-"""A record's header that is longer is damage."""
-
+HEAD_BYTES = 1 << 16  # a record's header that is longer is damage
 _SHOWN_BYTES = 4096
 _WARC = re.compile(rb"WARC/\d+\.\d+[ \t]*(?:[\r\n]|\Z)")
 _ARC = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*:\S[^\n]* \d{8,} \S+ ")
@@ -35,11 +32,9 @@ class RawRecord(NamedTuple):
     """One record of an archive.
 
     Attributes:
-        position: where it begins in the uncompressed file.
-        number: which record of the file, from 1 on; a loss counts as one.
+        position, number: as in `Record`; a loss counts as a record.
         fields: its header, names in lower case; that of an ARC record is given the names of WARC.
-        kind: its WARC-Type, in lower case, such as "response".
-        size_bytes: how long its content is by its header.
+        kind, size_bytes: by its header: its WARC-Type, such as "response", and how long its content is.
         block: its content, as far as the reader's limit and one byte; only its beginning where its length is wrong.
         fault: why the content is not whole, or None.
     """
@@ -61,16 +56,15 @@ def read_records(source: InputFile, limit_bytes: int) -> Iterator[RawRecord | Se
         if fault:
             yield fault.of(source.label, PLACE, number, "", fault.size_bytes, position)
             continue
-        head = bytes(stream.data[stream.at : stream.at + HEAD_BYTES])
         if begins is _RECORD:
-            begins = next((kind for kind in (_ARC, _WARC) if kind.match(head)), _RECORD)
+            begins = next((kind for kind in (_ARC, _WARC) if kind.match(stream.data, stream.at)), _RECORD)
         try:
-            fields, n_head, size = _head(head, begins)
+            fields, n_head, size = _head(stream.data, stream.at, begins)
         except ValueError as error:
+            head = bytes(stream.data[stream.at : stream.at + _SHOWN_BYTES])
             stream.skip(1)
             fault = _lost(stream, begins, position, str(error))
-            excerpt = excerpt_of(head.partition(b"\n")[0])
-            yield fault.of(source.label, PLACE, number, excerpt, stream.position - position, position)
+            yield fault.of(source.label, PLACE, number, excerpt_of(head), stream.position - position, position)
             continue
         stream.skip(n_head)
         kind = fields.get("warc-type", "").lower()
@@ -79,51 +73,45 @@ def read_records(source: InputFile, limit_bytes: int) -> Iterator[RawRecord | Se
         yield SetAside(source.label, "", 0, Reason.EMPTY, "no record in the file")
 
 
-def _head(data: bytes, begins: re.Pattern[bytes]) -> tuple[dict[str, str], int, int]:
-    """The header with which the data begins, names in lower case, its length, and that of the content.
-
-    That of an ARC record is a line: address, IP, date, media type, in version 2 some more, length.
-    """
+def _head(data: bytearray, at: int, begins: re.Pattern[bytes]) -> tuple[dict[str, str], int, int]:
+    """The header that begins at `at`, names in lower case, its length, and that of the content."""
     fields: dict[str, str] = {}
-    end = data.find(b"\n") + 1 or len(data)
-    if not begins.match(data):
+    end = data.find(b"\n", at, at + HEAD_BYTES) + 1 or len(data)
+    if not begins.match(data, at):
         raise ValueError("not the beginning of a record")
-    if begins is _ARC:
-        parts = data[:end].decode("utf-8", "replace").strip().split(" ")
-        date = next((at for at, part in enumerate(parts[:-2]) if at > 1 and part.isdigit() and len(part) >= 8), 0)
-        kind = "warcinfo" if data.startswith(b"filedesc:") else "response"
+    if begins is _ARC:  # a line: address, IP, date, media type, in version 2 some more, length
+        parts = data[at:end].decode("utf-8", "replace").strip().split(" ")
+        dates = [place for place, part in enumerate(parts[:-2]) if part.isdigit() and len(part) >= 8]
+        date = next((place for place in dates if place > 1), 0)
+        kind = "warcinfo" if data.startswith(b"filedesc:", at) else "response"
         fields = {"warc-type": kind, "warc-target-uri": " ".join(parts[: date - 1]), "content-type": parts[date + 1]}
         fields["content-length"] = parts[-1] if date else ""
     else:
-        found = _HEAD_END.search(data)
+        found = _HEAD_END.search(data, at, at + HEAD_BYTES)
         if found is None or b"W" in found.group():
             raise ValueError("a record's header without an end")
         end = found.end()
-        for line in re.sub(r"\r?\n[ \t]+", " ", data[:end].decode("utf-8", "replace")).split("\n")[1:]:
+        for line in re.sub(r"\r?\n[ \t]+", " ", data[at:end].decode("utf-8", "replace")).split("\n")[1:]:
             name, _, value = line.partition(":")
             fields.setdefault(name.strip().lower(), value.strip())
     length = fields.get("content-length", "")
     if not re.fullmatch(r"[0-9]{1,18}", length):
         raise ValueError(f"a record of length {length!r}")
-    return fields, end, int(length)
+    return fields, end - at, int(length)
 
 
 def _content(stream: _Stream, size: int, most: int, begins: re.Pattern[bytes]) -> tuple[bytes, RefusedError | None]:
     """The content that comes next, and what is wrong with it: what follows it shows whether its length is right."""
     position, n_kept = stream.position, min(size, most)
     n_there, at, end = stream.fill(n_kept + HEAD_BYTES), stream.at, stream.at + size
-    if n_there >= n_kept < size:
-        block = bytes(stream.data[at : at + n_kept])
-        n_there = stream.skip(size)
-        is_right = n_there == size
-    else:
-        follows = stream.data[end : end + 1] if n_there >= size else b"?"
-        is_right = follows in b"\r\n" or begins.match(stream.data, end) is not None
-        # Of a wrong one just enough to recognize it: it may claim all that follows, again and again.
-        block = bytes(stream.data[at : end if is_right else min(end, at + _SHOWN_BYTES)])
-        stream.skip(size if is_right else 0)
-    if is_right:  # the member's checksum comes after the content; what it shows is this record's fault
-        return block, stream.take_fault()
+    follows = stream.data[end : end + 1] if n_there >= size else b"?"
+    is_long = n_there >= n_kept < size
+    is_right = is_long or follows in b"\r\n" or begins.match(stream.data, end) is not None
+    # Of a wrong one just enough to recognize it: it may claim all that follows, again and again.
+    block = bytes(stream.data[at : at + n_kept if is_right else min(end, at + _SHOWN_BYTES)])
+    n_there = stream.skip(size) if is_right else n_there
+    if is_right and n_there == size:
+        return block, stream.take_fault()  # the checksum of its member comes behind it; what that shows is its fault
     return block, _lost(stream, begins, position, f"its length says {size:,} bytes", is_short=n_there < size)
 
 
@@ -141,9 +129,7 @@ def _lost(stream: _Stream, begins: re.Pattern[bytes], start: int, what: str, is_
 class _Stream:
     """The uncompressed bytes of an archive, read forward up to the next stop: a border, a fault, the file's end.
 
-    Attributes:
-        position: offset of the next byte, which is at `at` in `data`.
-        data: bytes that have been read.
+    The next byte is at `at` in `data`, and at `position` in the file.
     """
 
     def __init__(self, source: InputFile) -> None:
@@ -167,11 +153,7 @@ class _Stream:
         return len(self.data) - self.at
 
     def take_fault(self, is_within: bool = True) -> RefusedError | None:
-        """Pass over line ends and a border behind them; the fault that comes next, if one does, which is passed too.
-
-        Args:
-            is_within: only a fault that makes what was read last doubtful.
-        """
+        """Pass over line ends, borders, and a fault (if `is_within`, one that makes what was read last doubtful)."""
         while self.fill(1) or self._stop is _BORDER:
             if not self.fill(1):
                 self._stop = None

@@ -16,6 +16,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
+import zstandard
+
 from groundup.corpus.document import Reason
 from groundup.corpus.reading.refusal import DamagedStreamError
 
@@ -26,7 +28,6 @@ BOMB_BYTES, BOMB_RATIO = 1 << 30, 1000
 """A stream that has grown past both, in bytes and in bytes a stored byte, is no text but an attack."""
 _XZ_MEMORY_BYTES = 256 << 20  # what the largest dictionary of the xz tool's own levels takes, four times
 _PEEK_BYTES = 4096  # of a member as stored, from which it is told what it holds
-_MAGIC_BYTES = 6
 _ZSTD_SKIPPED = [bytes([kind]) + b"\x2a\x4d\x18" for kind in range(0x50, 0x60)]  # frames to skip
 
 
@@ -34,8 +35,6 @@ class _Zstandard:
     """A frame, with the interface of zlib's; its library has no limit for what comes out, only for what goes in."""
 
     def __init__(self) -> None:
-        import zstandard
-
         self._inflater, self._piece = zstandard.ZstdDecompressor().decompressobj(), 64  # 4 bytes may be 128 KiB
         self.eof, self.unconsumed_tail, self.unused_data = False, memoryview(b""), b""
 
@@ -93,17 +92,15 @@ class Unpacker:
     """The members of a compressed file; `read` gives what follows the stored bytes in `data`, b"" at their end."""
 
     def __init__(self, read: Callable[[], bytes], packing: str, data: bytes = b"") -> None:
-        self._read, self._data = read, data
+        self._read, self._data, self._n_stored, self._n_read = read, data, len(data), 0
         self._name, self._beginnings, self._make = _FORMATS[packing]
         self._padding = b"\0" if packing in (".gz", ".xz") else b""  # behind a member, as their own tools take it
-        self._n_stored, self._n_read = len(data), 0
 
     def pieces(self, is_wanted: Callable[[bytes], object] | None = None) -> Iterator[bytes | DamagedStreamError]:
         """What the members hold, in pieces. Raises `DamagedStreamError` behind what was read before a fault.
 
-        Args:
-            is_wanted: tells from a member's beginning whether b"" is to stand in front of it; and a fault is handed out
-                like a piece, and reading goes on with the next member that is wanted.
+        If `is_wanted`, told how a member begins, says so, b"" stands in front of it. With that, a fault is handed out
+        like a piece, and reading goes on with the next member that is wanted.
         """
         is_behind = False
         while True:
@@ -155,7 +152,7 @@ class Unpacker:
         n_passed, begins = 0, re.compile(b"|".join(map(re.escape, self._beginnings)))
         while (found := begins.search(self._data, at)) or (block := self._block()):
             if not found:
-                at = max(at, len(self._data) - _MAGIC_BYTES + 1)  # where one may begin that the next block ends
+                at = max(at, len(self._data) - 5)  # where a mark may begin that the next block ends
                 n_passed, self._data, at = n_passed + at, self._data[at:] + block, 0
                 continue
             at = found.start()

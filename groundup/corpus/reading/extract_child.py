@@ -1,9 +1,9 @@
 """The process that takes text out of HTML pages: it is sent pages, and sends their texts back.
 
-It runs as a script of its own, so that it holds an extractor and nothing else of groundup, and so that a crash, a
-hang or a leak of native code ends here. It ends when its connection does, and a page never takes longer than the
-kernel's timers allow. A page is two messages, its address and its bytes; an answer is one: "+" and the text, or "-" and
-what went wrong. The first answer comes without a page and says whether the extractor is loaded.
+A script of its own, so that it holds an extractor and nothing else of groundup, and so that a crash, a hang or a leak
+of native code ends here. It ends when its connection does, and a page takes no longer than the kernel's timers allow. A
+page is two messages, its address and its bytes; an answer is one: "+" and the text, or "-" and what went wrong. The
+first answer comes without a page and says whether the extractor is loaded.
 """
 
 from __future__ import annotations

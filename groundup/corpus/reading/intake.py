@@ -125,7 +125,7 @@ def refuse_binary(file: InputFile, head: bytes, set_aside: OnSetAside | None) ->
 
 def make_record(
     file: InputFile, text: str, settings: CorpusSettings, set_aside: OnSetAside,
-    position: int = 0, place: str = "", number: int = 0, *named: str,
+    position: int = 0, place: str = "", number: int = 0, source: str = "", url: str = "", key: str = "",
 ) -> tuple[Record, ...]:  # fmt: skip
     """The record of a text, normalized, or none if there is no text in it (then it was set aside).
 
@@ -134,17 +134,17 @@ def make_record(
         text: as it was read; encodable as UTF-8.
         settings: for the normal form.
         set_aside: called with the reason why there is no record.
-        position, place, number: as in `Record`.
-        named: its source, address and key.
+        position, place, number, source, url, key: as in `Record`.
     """
-    if 4 * len(text) > limit_bytes(settings) and (size := len(text.encode())) > limit_bytes(settings):
+    most = settings.max_document_mib * 2**20
+    if 4 * len(text) > most and (size := len(text.strip("\r\n").encode())) > most:
         set_aside(too_long(file, "", size, excerpt_of(text), settings, position, place, number))
         return ()
     normal = normalize(text.removeprefix("\ufeff"), settings.unicode)
     garbled = n_garbled(normal)
     few = MOST_GARBLED + MOST_GARBLED_SHARE * len(normal)
     if normal and (not garbled or (garbled <= few and "\0" not in normal)):
-        return (Record(normal, position, place, number, *named),)
+        return (Record(normal, position, place, number, source, url, key),)
     if normal and "\0" not in normal:
         reason = Reason.GARBLED
         detail = f"{garbled:,} of {len(normal):,} characters are U+FFFD or control characters: a wrong encoding?"

@@ -11,6 +11,8 @@ at paragraphs or lines.
 
 from __future__ import annotations
 
+import codecs
+import itertools
 import re
 from collections.abc import Generator, Iterator
 from typing import IO
@@ -56,7 +58,7 @@ def read_text(
                 yield from make_record(source, data.decode(), settings, set_aside)
                 return 1
             del data
-            if not has_separator and not _holds(source, separator, is_alone, limit):
+            if not has_separator and not _holds(source, separator, is_alone):
                 place, separator, stop = "part", b"", None
         with source.open() as handle:
             documents = _Documents(handle, separator, is_alone)
@@ -111,7 +113,7 @@ def _has(data: bytes, separator: bytes, is_alone: bool) -> bool:
     return not is_alone or re.search(rb"(?:\A|\n)" + re.escape(separator) + rb"(?:\r?\n|\Z)", data) is not None
 
 
-def _holds(source: InputFile, separator: bytes, is_alone: bool, limit: int) -> bool:
+def _holds(source: InputFile, separator: bytes, is_alone: bool) -> bool:
     """Whether a long file has a separator; if not, it was read through, and is whole and UTF-8.
 
     Raises:
@@ -119,14 +121,16 @@ def _holds(source: InputFile, separator: bytes, is_alone: bool, limit: int) -> b
         OSError, DamagedStreamError: it cannot be read to its end.
     """
     fault: UnicodeDecodeError | None = None
+    decoder = codecs.getincrementaldecoder("utf-8")()
     with source.open() as handle:
         documents = _Documents(handle, separator, is_alone)
-        for begins, part, size in documents.parts(limit):
+        for piece in itertools.chain(documents.scan(), [b""]):
+            start = documents.position - len(piece) - len(decoder.getstate()[0])
             try:
-                part.decode() if size == len(part) else ""
+                decoder.decode(piece if fault is None else b"", final=not piece and documents.at_end)
             except UnicodeDecodeError as error:
-                start = begins + error.start
-                fault = fault or UnicodeDecodeError("utf-8", b"", start, start + 1, error.reason)
+                fault = UnicodeDecodeError("utf-8", b"", start + error.start, start + error.start + 1, error.reason)
+                decoder.reset()
         if fault is not None and documents.at_end:
             raise fault
         return not documents.at_end
@@ -163,12 +167,18 @@ class _Documents:
         if self.position:
             self._handle.seek(self.position - 1)
             self._last = self._handle.read(1)
-        while (at := self._next_separator()) < 0:
-            self._take(len(self._buffer) if self._is_read else max(0, len(self._buffer) - self._reach))
-            if self._is_read or (stop is not None and self.position >= stop):
+        for _ in self.scan():
+            if stop is not None and self.position >= stop:
                 return
-            self._fill()
-        self._take(at + len(self._separator))
+        if not self.at_end:
+            self._take(self._next_separator() + len(self._separator))
+
+    def scan(self) -> Iterator[bytes]:
+        """Pass over what is certain to stand before the next separator, in pieces."""
+        while self._next_separator() < 0 and not self.at_end:
+            yield self._take(len(self._buffer) if self._is_read else max(0, len(self._buffer) - self._reach))
+            if not self._is_read:
+                self._fill()
 
     def parts(self, limit: int) -> Iterator[tuple[int, bytes, int]]:
         """The next document, where it begins and its size; if it is longer than `limit`, in parts.
@@ -241,7 +251,8 @@ class _Documents:
         self._buffer += block
 
     def _take(self, n_bytes: int) -> bytes:
-        taken = bytes(self._buffer[:n_bytes])
+        with memoryview(self._buffer) as view:  # no copy of a copy
+            taken = bytes(view[:n_bytes])
         self._last = taken[-1:] or self._last
         del self._buffer[:n_bytes]
         self.position += len(taken)

@@ -1,7 +1,7 @@
 """WARC, WET and ARC archives to records of text.
 
-In: an archive, in whatever state. Out: a `Record` for each page, plain text or WET conversion; everything else that was
-served is set aside: responses, resources and conversions = records + set aside. All others are only counted.
+Each page, plain text or WET conversion becomes a `Record`; everything else that was served is set aside: responses,
+resources and conversions = records + set aside. Records of other types are only counted.
 
 A response's body is taken as its server meant it: chunks joined, compression undone, within a limit (RFC 9112, section
 7.1; RFC 9110, section 8.4). Archives often name a coding that their writer has undone: then it is taken as it stands.
@@ -20,7 +20,7 @@ from fastwarc.stream_io import BrotliReader
 from fastwarc.warc import WarcRecord
 
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
-from groundup.corpus.reading.archive import PLACE, RawRecord, read_records
+from groundup.corpus.reading.archive import HEAD_BYTES, PLACE, RawRecord, read_records
 from groundup.corpus.reading.compressed import BLOCK_BYTES, PACKINGS, open_uncompressed, packing_of
 from groundup.corpus.reading.extract_child import in_utf8
 from groundup.corpus.reading.intake import limit_bytes, make_record
@@ -34,8 +34,6 @@ SILENT_KINDS = frozenset({"warcinfo", "request", "metadata", "revisit"})
 """Records without text of their own; a revisit says that the page is the same as one that is archived elsewhere."""
 
 WRONG_DIGEST = "wrong digest"
-HEADER_BYTES = 1 << 16
-_SNIFFED_BYTES = 1024
 _HEAD = b"WARC/1.0\r\nWARC-Type: response\r\nContent-Type: application/http\r\nContent-Length: %d\r\n\r\n"
 _CHUNK_HEAD = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n]{0,4096})?\r?\n")
 _CODINGS = {"gzip": ".gz", "x-gzip": ".gz", "zstd": ".zst", "deflate": "zlib", "br": "br"}
@@ -54,7 +52,7 @@ def read_warc(
     their content under `WRONG_DIGEST`: many archives are full of those, so they are used nevertheless.
     """
     limit = limit_bytes(settings)
-    for raw in read_records(source, limit + HEADER_BYTES):
+    for raw in read_records(source, limit + HEAD_BYTES):
         if isinstance(raw, SetAside):
             set_aside(raw)
             continue
@@ -67,16 +65,16 @@ def read_warc(
             if is_silent:
                 continue
             text = _text_of(raw, url, limit, extract, counts)
-        except RefusedError as error:
+        except (RefusedError, UnicodeDecodeError) as error:
             begins = excerpt_of(raw.block)
-            set_aside(error.of(source.label, PLACE, raw.number, begins, raw.size_bytes, raw.position))
+            set_aside(fault_of(error).of(source.label, PLACE, raw.number, begins, raw.size_bytes, raw.position))
             continue
         key = raw.fields.get("warc-record-id", "")
         yield from make_record(source, text, settings, set_aside, raw.position, PLACE, raw.number, "", url, key)
 
 
 def _text_of(raw: RawRecord, url: str, limit: int, extract: Extract, counts: Counter[str]) -> str:
-    """The text of a record. Raises `RefusedError`: it has none, or its content is damaged, cut off or too long."""
+    """The text of a record. Raises `RefusedError` or UnicodeDecodeError: there is none that can be used."""
     if raw.kind not in ("response", "resource", "conversion"):
         raise RefusedError(Reason.NOT_TEXT, f"a record of type {raw.kind!r}")
     if len(raw.block) < raw.size_bytes:
@@ -94,7 +92,7 @@ def _text_of(raw: RawRecord, url: str, limit: int, extract: Extract, counts: Cou
         counts[WRONG_DIGEST] += 1
     if not body:
         raise RefusedError(Reason.EMPTY, "no content")
-    beginning = body[:_SNIFFED_BYTES]
+    beginning = body[:1024]
     media_type = media_type or raw.fields.get("warc-identified-payload-type", "").lower()
     if not media_type and beginning.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype html", b"<html")):
         media_type = "text/html"
@@ -104,10 +102,7 @@ def _text_of(raw: RawRecord, url: str, limit: int, extract: Extract, counts: Cou
         return extract(in_utf8(body, charset), url)
     if media_type not in TEXT_TYPES:
         raise RefusedError(Reason.NOT_TEXT, media_type or "no media type")
-    try:
-        return in_utf8(body, charset).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise fault_of(error) from error
+    return in_utf8(body, charset).decode("utf-8-sig")
 
 
 def _fits(field: str, contents: tuple[bytes, ...]) -> bool:
@@ -124,14 +119,13 @@ def _fits(field: str, contents: tuple[bytes, ...]) -> bool:
 def parse_response(block: bytes, limit_bytes: int) -> tuple[int, str, str, bytes, bytes]:
     """An HTTP response's status, media type, charset (0 and "" where it names none), its body as sent and decoded.
 
-    Raises:
-        DamagedStreamError: it is damaged, cut off, or grows beyond the limit.
+    Raises `DamagedStreamError`: it is damaged, cut off, or grows beyond the limit.
     """
     if not block.startswith(b"HTTP/"):  # HTTP 0.9 had no headers
         return 0, "", "", block, block
     try:
         record = WarcRecord.from_bytes(_HEAD % len(block) + block)
-        record.parse_http(max_header_len=HEADER_BYTES, quirks_mode=True)
+        record.parse_http(max_header_len=HEAD_BYTES, quirks_mode=True)
         headers = record.http_headers
         body = payload = record.reader.read()
     except (OSError, ValueError) as error:
@@ -147,8 +141,7 @@ def parse_response(block: bytes, limit_bytes: int) -> tuple[int, str, str, bytes
 
 def join_chunks(data: bytes) -> bytes:
     """A chunked body in one piece; unchanged if it is not chunked. Raises `DamagedStreamError` at damage and cuts."""
-    parts: list[bytes] = []
-    at = 0
+    parts, at = list[bytes](), 0
     while head := _CHUNK_HEAD.match(data, at):
         size = int(head.group(1), 16)
         if size == 0:
@@ -165,11 +158,7 @@ def join_chunks(data: bytes) -> bytes:
 
 
 def _undone(coding: str, data: bytes, limit_bytes: int) -> bytes:
-    """The data without one compression, as far as just beyond the limit; unchanged, where that is none or was undone.
-
-    Raises:
-        DamagedStreamError: it is damaged or cut off.
-    """
+    """The data without one compression, to just beyond the limit; unchanged, where that is none or was undone."""
     packing = _CODINGS.get(coding, "")
     if packing == "zlib" and data and not (data[0] & 15 == 8 and int.from_bytes(data[:2]) % 31 == 0):
         packing = "deflate"  # some servers send the zlib format, as they should, others its bare inside
