@@ -4,8 +4,7 @@ In: addresses, lists of them, sitemaps. Out: a folder of `.warc.gz` files, from 
 `crawl.json`. `[corpus] inputs` reads such a folder like any other.
 """
 
-from groundup.corpus.crawl.crawl import crawl, earlier_settings
-from groundup.corpus.crawl.report import CrawlReport, Planned, Refusal
+from groundup.corpus.crawl.crawl import CrawlReport, crawl
 from groundup.recipe.crawl import CrawlSettings
 
-__all__ = ["CrawlReport", "CrawlSettings", "Planned", "Refusal", "crawl", "earlier_settings"]
+__all__ = ["CrawlReport", "CrawlSettings", "crawl"]

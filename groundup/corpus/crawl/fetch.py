@@ -1,8 +1,7 @@
-"""One HTTP request as Scrapy's download handler, with a limit on everything a server can make endless.
+"""One HTTP request as Scrapy's download handler, with a limit on everything that a server can make endless.
 
-Time, headers, body, and what the body unpacks to are bounded; a connection is made only to an address that was looked
-at. Out: a response with its body unpacked and whole, or a `Refused` that says why not. Redirects come back as
-responses: each hop is checked anew.
+Time, length, type, and what a body unpacks to are bounded; a connection is made only to an address that was looked at.
+Out: a response with its body unpacked and whole, or a `Refused` that says why not. Redirects come back as responses.
 """
 
 from __future__ import annotations
@@ -11,44 +10,45 @@ import asyncio
 import fnmatch
 import gzip
 import io
+import ipaddress
 import socket
+import time
 import zlib
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import aiohttp
-from aiohttp.http_exceptions import HttpProcessingError
 from scrapy.core.downloader.handlers.base import BaseDownloadHandler
+from scrapy.crawler import Crawler
 from scrapy.http import Headers, Request, Response
 from yarl import URL
 
-from groundup.corpus.crawl import urls
-from groundup.corpus.crawl.report import Refusal, Refused
+_UNICAST, _NAT64 = ipaddress.IPv6Network("2000::/3"), ipaddress.IPv6Network("64:ff9b::/96")
 
-if TYPE_CHECKING:
-    from scrapy.crawler import Crawler
 
-REDIRECTS = frozenset({301, 302, 303, 307, 308})
-MAX_HOPS = 5
+class Refused(Exception):
+    """An address is given up, perhaps for a reason that passes (`again`), or its host asks for a pause."""
+
+    def __init__(self, reason: str, detail: str = "", *, again: bool = False, wait: float | None = None) -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail, self.again, self.wait_seconds = reason, detail[:200], again, wait
 
 
 class Fetcher(BaseDownloadHandler):
-    """Makes a crawl's requests; their `meta` says how long a body may be (`most`), or is cut, and of which `types`."""
+    """Makes a crawl's requests; their `meta` says how long a body may be (`most`), of which `types`, and `backoff`."""
 
     def __init__(self, crawler: Crawler) -> None:
         super().__init__(crawler)
         spider: Any = crawler.spider
-        self._options = spider.session.options
+        self._options = options = spider.options
+        self._turns = asyncio.Semaphore(options.concurrency)
         self._client = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=0,
-                socket_factory=self._socket,
-                happy_eyeballs_delay=None,  # one address after the other: a refusal ends the attempt
-            ),
+            # one address after the other: a refusal ends the attempt
+            connector=aiohttp.TCPConnector(limit=0, socket_factory=self._socket, happy_eyeballs_delay=None),
             headers={
-                "User-Agent": self._options.user_agent,
-                "Accept": ", ".join([*self._options.types, "*/*;q=0.1"]),
+                "User-Agent": options.user_agent,
+                "Accept": ", ".join([*options.types, "*/*;q=0.1"]),
                 "Accept-Encoding": "gzip",
             },
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=15.0),
@@ -59,12 +59,20 @@ class Fetcher(BaseDownloadHandler):
         )
 
     async def download_request(self, request: Request) -> Response:
-        """Ask for an address; a status that may pass is `Refused` too."""
+        """Ask for an address; then its host rests, after a fault for as long as it asks, else for `backoff` seconds."""
+        rest, engine = 0.0, self.crawler.engine
+        assert engine is not None
         try:
-            async with asyncio.timeout(self._options.timeout_seconds):
+            async with self._turns, asyncio.timeout(self._options.timeout_seconds):
                 return await self._get(request)
         except Exception as error:
-            raise _refusal(error, answered="answered" in request.flags) from error
+            refused = _refusal(error)
+            rest = request.meta["backoff"] if refused.wait_seconds is None else refused.wait_seconds
+            raise refused from error
+        finally:
+            slot = engine.downloader.slots[request.meta["download_slot"]]
+            rest = min(rest, self._options.max_wait_seconds)
+            slot.lastseen = time.monotonic() + max(0.0, rest - slot.delay)  # Scrapy adds the delay to it
 
     async def close(self) -> None:
         """Let go of all connections."""
@@ -73,39 +81,33 @@ class Fetcher(BaseDownloadHandler):
     def _socket(self, address_info: Any) -> socket.socket:
         """For a resolved address, a socket or a refusal: a name that resolves anew is looked at anew."""
         family, kind, protocol, _, address = address_info
-        if not self._options.allow_private and not urls.is_public(str(address[0])):
-            raise Refused(Refusal.PRIVATE, str(address[0]))
+        if not self._options.allow_private and not is_public(str(address[0])):
+            raise Refused("private address", str(address[0]))
         return socket.socket(family, kind, protocol)
 
     async def _get(self, request: Request) -> Response:
-        most, may_be_cut = request.meta["most"], request.meta["may_be_cut"]
+        most, types = request.meta["most"], request.meta["types"]
         async with self._client.get(URL(request.url, encoded=True), allow_redirects=False) as answer:
-            request.flags.append("answered")
             headers, data = Headers(list(answer.raw_headers)), bytearray()
             response = Response(request.url, answer.status, headers, ip_address=getattr(answer, "peer", None))
             if answer.status >= 500 or answer.status in (408, 425, 429):
                 wait = retry_after_seconds(header(response, "Retry-After"))
                 asks = "" if wait is None else f" asks for a pause of {wait:,.0f} s"
-                raise Refused(Refusal.SERVER_ERROR, f"HTTP {answer.status}{asks}", again=True, wait_seconds=wait)
-            if not 200 <= answer.status < 300:
+                raise Refused("server error", f"HTTP {answer.status}{asks}", again=True, wait=wait)
+            if answer.status != 200:
                 answer.close()  # what is still to come is not read
                 return response
             found = header(response, "Content-Type").partition(";")[0].strip().lower()
-            if not any(fnmatch.fnmatchcase(found, pattern) for pattern in request.meta["types"]):
-                raise Refused(Refusal.TYPE, found[:80] or "none given")
-            if (answer.content_length or 0) > most and not may_be_cut:
-                raise Refused(Refusal.TOO_LARGE, f"{answer.content_length:,} bytes")
+            if not any(fnmatch.fnmatchcase(found, pattern) for pattern in types):
+                raise Refused("content type", found[:80] or "none given")
+            if (answer.content_length or 0) > most:
+                raise Refused("too large", f"{answer.content_length:,} bytes")
             async for piece in answer.content.iter_any():
                 data += piece
                 if len(data) > most:
-                    answer.close()
-                    break
-        body = bytes(data)
-        if len(body) <= most or may_be_cut:
-            body = await asyncio.to_thread(unpacked, body, header(response, "Content-Encoding"), most)
-        if len(body) > most and not may_be_cut:
-            raise Refused(Refusal.TOO_LARGE, f"more than {most:,} bytes")
-        return response.replace(body=body[:most], flags=["cut"] if len(body) > most else [])
+                    raise Refused("too large", f"more than {most:,} bytes")
+        encoding = header(response, "Content-Encoding").strip().lower()
+        return response.replace(body=await asyncio.to_thread(unpacked, bytes(data), encoding, most))
 
 
 class _Answer(aiohttp.ClientResponse):
@@ -121,29 +123,38 @@ def header(response: Response, name: str) -> str:
     return b", ".join(response.headers.getlist(name)).decode("latin-1")
 
 
-def location(response: Response) -> str | None:
-    """Where a response redirects to; lone surrogates stand for raw bytes."""
-    written = (response.headers.get("Location") or b"").decode("utf-8", "surrogateescape")
-    return urls.normalize_url(written, response.url)
+def is_public(address: str) -> bool:
+    """Whether an IP address (text, perhaps with an IPv6 zone) belongs to the public internet."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return parsed.is_global and not parsed.is_multicast
+    if parsed.ipv4_mapped or parsed in _NAT64:
+        return is_public(str(ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)))
+    return parsed.is_global and parsed in _UNICAST and parsed.sixtofour is None
 
 
 def unpacked(data: bytes, encoding: str, most: int) -> bytes:
-    """Undo a Content-Encoding, never further than one byte behind `most`.
+    """Undo a Content-Encoding.
 
     Raises:
-        Refused: it is not what its header says, or stops in the middle.
+        Refused: it is not what its header says, stops in the middle, or unpacks to more than `most` bytes.
     """
-    encoding = encoding.strip().lower()
     if encoding in ("", "identity"):
         return data
     if encoding not in ("gzip", "x-gzip"):
-        raise Refused(Refusal.ENCODING, f"{encoding[:40]!r}, which we did not ask for")
+        raise Refused("content encoding", f"{encoding[:40]!r}, which we did not ask for")
     try:
-        return gzip.GzipFile(fileobj=io.BytesIO(data)).read(most + 1)
+        body = gzip.GzipFile(fileobj=io.BytesIO(data)).read(most + 1)
     except EOFError as error:
-        raise Refused(Refusal.CUT_OFF, "the gzip stream stops in the middle", again=True) from error
+        raise Refused("cut off", "the gzip stream stops in the middle", again=True) from error
     except (OSError, zlib.error) as error:
-        raise Refused(Refusal.ENCODING, f"broken gzip ({error})"[:120]) from error
+        raise Refused("content encoding", f"broken gzip ({error})") from error
+    if len(body) > most:
+        raise Refused("too large", f"unpacks to more than {most:,} bytes")
+    return body
 
 
 def retry_after_seconds(value: str, now: datetime | None = None) -> float | None:
@@ -159,16 +170,15 @@ def retry_after_seconds(value: str, now: datetime | None = None) -> float | None
         return None
 
 
-def _refusal(error: Exception, *, answered: bool) -> Refused:
+def _refusal(error: Exception) -> Refused:
     """Whatever a server makes a library throw, in our words."""
+    text = str(getattr(error, "message", "") or error or type(error).__name__).strip().partition("\n")[0]
     if isinstance(error, Refused):
         return error
     if isinstance(error, TimeoutError):
-        # A server that answered and then sent slowly will do so again; one that did not answer may have been busy.
-        return Refused(Refusal.TIMEOUT, "not whole in time" if answered else "no answer in time", again=not answered)
+        return Refused("timeout", "not whole in time", again=True)
     if isinstance(error, aiohttp.ClientPayloadError):
-        return Refused(Refusal.CUT_OFF, "the connection ended before the page did", again=True)
-    text = str(getattr(error, "message", "") or error or type(error).__name__).strip().partition("\n")[0][:120]
-    if isinstance(error, (aiohttp.ClientConnectionError, OSError)) and not isinstance(error, HttpProcessingError):
-        return Refused(Refusal.CONNECTION, text, again=True)
-    return Refused(Refusal.BAD_RESPONSE, text)
+        return Refused("cut off", "the connection ended before the page did", again=True)
+    if isinstance(error, (aiohttp.ClientConnectionError, OSError)):
+        return Refused("connection", text, again=True)
+    return Refused("not HTTP", text)
