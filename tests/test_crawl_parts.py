@@ -130,7 +130,7 @@ def test_adversarial_robots_txt_is_read_in_time(text: str) -> None:
 
 def links_of(body: bytes, url: str = "http://example.org/") -> list[str]:
     response = Response(url, headers={"Content-Type": "text/html"}, body=body)
-    return list(extract_links(response, "groundup").links)
+    return extract_links(response, "groundup")[1]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from misbehaving_server import MisbehavingServer, page, redirect
 
 pytest.importorskip("scrapy")
 
-from crawl_pages import crawl_and_exit, pages_of, quick
+from crawl_pages import crawl_and_exit, files_of, pages_of, quick
 from scrapy.http import Response
 
 from groundup.corpus.crawl import crawl
@@ -35,7 +35,7 @@ def server() -> Iterator[MisbehavingServer]:
 
 
 PROCESSES = multiprocessing.get_context("forkserver")  # a server that has imported everything once
-PROCESSES.set_forkserver_preload(["crawl_pages", "groundup.corpus.crawl.spider"])
+PROCESSES.set_forkserver_preload(["crawl_pages", "groundup.corpus.crawl"])
 
 
 def _start(server: MisbehavingServer, out: Path, delay: float, path: str = "/") -> Any:
@@ -82,7 +82,7 @@ def test_killed_at_any_moment_it_goes_on(server: MisbehavingServer, tmp_path: Pa
     assert kills >= 2
     assert pages_of(out) == {server.url(path): body for path, body in site.items()}
     assert server.counts.total() <= len(site) + kills, "at most what was in flight is fetched twice"
-    assert json.loads((out / "crawl.json").read_text())["stored"] == len(site)
+    assert json.loads((out / "crawl.json").read_text())["outcomes"]["stored"] == len(site)
 
 
 @pytest.mark.parametrize(
@@ -200,10 +200,11 @@ def test_a_folder_is_of_one_process(server: MisbehavingServer, tmp_path: Path) -
 
 
 def test_pages_that_someone_removed_or_damaged_are_fetched_again(server: MisbehavingServer, tmp_path: Path) -> None:
-    (path,) = crawl([server.url("/gzip")], tmp_path, quick()).files
+    crawl([server.url("/gzip")], tmp_path, quick())
+    (path,) = files_of(tmp_path)
     path.write_bytes(path.read_bytes()[:-1])
-    report = crawl([server.url("/gzip")], tmp_path, quick())
-    assert (report.fetched, [file.name for file in report.files]) == (1, [path.name, "pages-00001.warc.gz"])
-    path.unlink()
-    report.files[0].unlink()
+    assert crawl([server.url("/gzip")], tmp_path, quick()).fetched == 1
+    assert [file.name for file in files_of(tmp_path)] == [path.name, "pages-00001.warc.gz"]
+    for file in files_of(tmp_path):
+        file.unlink()
     assert crawl([server.url("/gzip")], tmp_path, quick()).fetched == 1

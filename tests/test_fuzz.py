@@ -446,8 +446,7 @@ def crawl_folders() -> list[Files]:
 def read_crawl_folder(folder: Path) -> None:
     files = WarcFiles(folder, "test")
     for url in files.stored:
-        with contextlib.suppress(*UNREADABLE):
-            files.read(url)
+        files.read(url)
 
 
 READERS: dict[str, Reader] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -12,30 +12,19 @@ from rich.table import Table
 from groundup.cli.options import JsonOption, QuietOption, print_json, result_console
 from groundup.recipe.crawl import CrawlSettings
 
-if TYPE_CHECKING:
-    from groundup.corpus.crawl import CrawlReport
-
 EPILOG = (
-    "Examples:  groundup corpus crawl https://example.org/ --out pages  ·  "
-    "groundup corpus crawl --urls list.txt --out pages --delay 2  ·  "
-    "groundup corpus crawl --sitemap https://example.org/sitemap.xml --out pages  ·  "
-    "groundup corpus crawl https://example.org/docs/ --out pages --depth 3 --same-path --max-pages 500"
+    "Examples:  groundup corpus crawl https://example.org/docs/ --out pages --depth 3 --same-path --max-pages 500  ·  "
+    "groundup corpus crawl --urls list.txt --sitemap https://example.org/sitemap.xml --out pages --delay 2"
+)
+_List = typer.Option(
+    "--urls", metavar="FILE", encoding="utf-8-sig", errors="replace", help="A list of pages, one a line (-: stdin)."
 )
 
 
 def crawl(
     urls: Annotated[list[str] | None, typer.Argument(metavar="URL", help="Pages to fetch.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the pages go.")] = Path("pages"),
-    url_files: Annotated[
-        list[typer.FileText] | None,
-        typer.Option(
-            "--urls",
-            metavar="FILE",
-            encoding="utf-8-sig",
-            errors="replace",
-            help="A list of pages, one a line (#: a comment; -: from stdin).",
-        ),
-    ] = None,
+    lists: Annotated[list[typer.FileText] | None, _List] = None,
     sitemaps: Annotated[
         list[str] | None, typer.Option("--sitemap", metavar="URL", help="A sitemap whose pages are fetched.")
     ] = None,
@@ -47,22 +36,29 @@ def crawl(
 
     Interrupted anywhere, the same command goes on. Exit code 1 if no page is stored.
     """
-    settings = _settings(chosen)
+    settings = _settings({name: value for name, value in chosen.items() if value is not None})
     from groundup.cli.building import stopped_by_sigterm
     from groundup.console import Console
     from groundup.corpus.crawl import crawl as fetch
 
-    console = Console(quiet=quiet)
-    lines = (line.strip() for file in url_files or [] for line in file)
+    console, table = Console(quiet=quiet), Table("outcome", "addresses", "for example", box=None, pad_edge=False)
+    lines = (line.strip() for file in lists or [] for line in file)
     pages = [*(urls or []), *(line for line in lines if line and not line.startswith("#"))]
     with stopped_by_sigterm():
         report = fetch(pages, out, settings, console, sitemaps=sitemaps or [])
+    for outcome, count in report.outcomes.most_common():
+        table.add_row(outcome, f"{count:,}", report.examples.get(outcome))
+    table.add_row("waiting", f"{report.waiting:,}")
     if as_json:
-        print_json(report.to_json())
+        print_json(vars(report))
     elif not quiet:
-        result_console().print(_table(report))
-        for line in _advice(report):
-            console.note(line)
+        result_console().print(table)
+        for host, why in list(report.closed_hosts.items())[:10]:
+            console.note(f"{host}: left alone until next time: {why}")
+        if report.limit:
+            console.note(f"{_flag(report.limit)} is reached; the same command with a higher one goes on.")
+        if report.stored:
+            console.note(f'Build on it:  [corpus] inputs = ["{out}/*.warc.gz"]')
     if not report.stored:
         raise typer.Exit(1)
 
@@ -90,42 +86,15 @@ def _with_options(command: Any) -> None:
 _with_options(crawl)
 
 
-def _settings(chosen: dict[str, Any]) -> CrawlSettings:
+def _settings(given: dict[str, Any]) -> CrawlSettings:
     """The settings that were given; all that is wrong with them at once."""
     from pydantic import ValidationError
 
     from groundup.errors import Problem, RecipeError
 
-    given = {name: value for name, value in chosen.items() if value is not None}
-    for name in {"hosts", "types"} & given.keys():
-        given[name] = tuple(part for part in given[name].split(",") if part.strip())
     try:
         return CrawlSettings(**given)
     except ValidationError as error:
         faults = error.errors(include_url=False)
         problems = [Problem(f"{_flag(str(one['loc'][0]))} {one['input']}", f"{one['msg']}.") for one in faults]
         raise RecipeError("corpus crawl", problems) from error
-
-
-def _table(report: CrawlReport) -> Table:
-    from groundup.console import format_bytes
-
-    table = Table("outcome", "addresses", "for example", box=None, pad_edge=False)
-    table.columns[1].justify = "right"
-    table.add_row("stored", f"{report.stored:,}", format_bytes(report.stored_bytes))
-    for reason, count in report.refused.most_common():
-        table.add_row(reason, f"{count:,}", " ".join(report.examples[reason]))
-    for outcome in ("listed", "waiting", "found"):
-        table.add_row(outcome, f"{getattr(report, outcome):,}", "")
-    return table
-
-
-def _advice(report: CrawlReport) -> list[str]:
-    lines = [f"{host}: left alone until next time: {why}" for host, why in list(report.closed_hosts.items())[:10]]
-    if report.refused["private address"]:
-        lines.append("Private addresses are fetched with --allow-private, for a network of your own.")
-    if report.limit:
-        lines.append(f"{_flag(report.limit)} is reached; the same command with a higher one goes on.")
-    if report.stored:
-        lines.append(f'Build on it:  [corpus] inputs = ["{report.folder}/*.warc.gz"]')
-    return lines

@@ -1,4 +1,4 @@
-"""One HTTP request as Scrapy's download handler, with a limit on everything that a server can make endless.
+"""Scrapy's download handler of a crawl, with a limit on everything that a server can make endless.
 
 Time, length, type, and what a body unpacks to are bounded; a connection is made only to an address that was looked at.
 Out: a response with its body unpacked and whole, or a `Refused` that says why not. Redirects come back as responses.
@@ -7,6 +7,7 @@ Out: a response with its body unpacked and whole, or a `Refused` that says why n
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fnmatch
 import gzip
 import io
@@ -24,33 +25,32 @@ from scrapy.crawler import Crawler
 from scrapy.http import Headers, Request, Response
 from yarl import URL
 
+BACKOFF_SECONDS = 2.0
+"""The pause before the first retry; it doubles."""
 _UNICAST, _NAT64 = ipaddress.IPv6Network("2000::/3"), ipaddress.IPv6Network("64:ff9b::/96")
 
 
 class Refused(Exception):
-    """An address is given up, perhaps for a reason that passes (`again`), or its host asks for a pause."""
+    """An address is given up; `again`: for a reason that may pass, if there is a pause of `wait` seconds."""
 
     def __init__(self, reason: str, detail: str = "", *, again: bool = False, wait: float | None = None) -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail, self.again, self.wait_seconds = reason, detail[:200], again, wait
+        self.reason, self.detail, self.again, self.wait = reason, detail[:200], again, wait
 
 
 class Fetcher(BaseDownloadHandler):
-    """Makes a crawl's requests; their `meta` says how long a body may be (`most`), of which `types`, and `backoff`."""
+    """Makes a crawl's requests; their `meta` says how long a body may be (`most`), and of which `types`."""
 
     def __init__(self, crawler: Crawler) -> None:
         super().__init__(crawler)
         spider: Any = crawler.spider
         self._options = options = spider.options
         self._turns = asyncio.Semaphore(options.concurrency)
+        accept = ", ".join([*options.types, "*/*;q=0.1"])
         self._client = aiohttp.ClientSession(
             # one address after the other: a refusal ends the attempt
             connector=aiohttp.TCPConnector(limit=0, socket_factory=self._socket, happy_eyeballs_delay=None),
-            headers={
-                "User-Agent": options.user_agent,
-                "Accept": ", ".join([*options.types, "*/*;q=0.1"]),
-                "Accept-Encoding": "gzip",
-            },
+            headers={"User-Agent": options.user_agent, "Accept": accept, "Accept-Encoding": "gzip"},
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=15.0),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
@@ -59,20 +59,26 @@ class Fetcher(BaseDownloadHandler):
         )
 
     async def download_request(self, request: Request) -> Response:
-        """Ask for an address; then its host rests, after a fault for as long as it asks, else for `backoff` seconds."""
-        rest, engine = 0.0, self.crawler.engine
-        assert engine is not None
+        """Ask for an address, after a fault that may pass again; then its host rests, as long as it asks for."""
+        options, slot, attempt = self._options, self.crawler.engine.downloader.slots[request.meta["download_slot"]], 0
         try:
-            async with self._turns, asyncio.timeout(self._options.timeout_seconds):
-                return await self._get(request)
-        except Exception as error:
-            refused = _refusal(error)
-            rest = request.meta["backoff"] if refused.wait_seconds is None else refused.wait_seconds
-            raise refused from error
+            while True:
+                pause = 0.0
+                try:
+                    async with self._turns, asyncio.timeout(options.timeout_seconds):
+                        return await self._get(request)
+                except Exception as error:
+                    refused, last = _refusal(error), attempt >= options.retries
+                    backoff = BACKOFF_SECONDS * 2.0**attempt if refused.again and not last else 0.0
+                    pause = backoff if refused.wait is None else min(refused.wait, options.max_wait_seconds)
+                    if (refused.wait or 0.0) > options.max_wait_seconds:
+                        raise Refused("left alone", str(refused)) from error
+                    if last or not refused.again:
+                        raise refused from error
+                await asyncio.sleep(max(slot.delay, pause))
+                attempt += 1
         finally:
-            slot = engine.downloader.slots[request.meta["download_slot"]]
-            rest = min(rest, self._options.max_wait_seconds)
-            slot.lastseen = time.monotonic() + max(0.0, rest - slot.delay)  # Scrapy adds the delay to it
+            slot.lastseen = time.monotonic() + max(0.0, pause - slot.delay)  # Scrapy adds the delay to it
 
     async def close(self) -> None:
         """Let go of all connections."""
@@ -95,11 +101,10 @@ class Fetcher(BaseDownloadHandler):
                 asks = "" if wait is None else f" asks for a pause of {wait:,.0f} s"
                 raise Refused("server error", f"HTTP {answer.status}{asks}", again=True, wait=wait)
             if answer.status != 200:
-                answer.close()  # what is still to come is not read
-                return response
+                return response  # without what is still to come
             found = header(response, "Content-Type").partition(";")[0].strip().lower()
             if not any(fnmatch.fnmatchcase(found, pattern) for pattern in types):
-                raise Refused("content type", found[:80] or "none given")
+                raise Refused("content type", found or "none given")
             if (answer.content_length or 0) > most:
                 raise Refused("too large", f"{answer.content_length:,} bytes")
             async for piece in answer.content.iter_any():
@@ -159,26 +164,24 @@ def unpacked(data: bytes, encoding: str, most: int) -> bytes:
 
 def retry_after_seconds(value: str, now: datetime | None = None) -> float | None:
     """The pause a `Retry-After` header asks for (RFC 9110, 10.2.3: seconds, or a date); None if it says nothing."""
-    value = value.strip()
-    if value.isascii() and value.isdigit():
-        return float(value[:12])
-    try:
+    if value.isascii() and value.strip().isdigit():
+        return float(value.strip()[:12])
+    with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):
         date = parsedate_to_datetime(value)
-        date = date if date.tzinfo else date.replace(tzinfo=UTC)
-        return max(0.0, (date - (now or datetime.now(UTC))).total_seconds())
-    except (TypeError, ValueError, OverflowError, IndexError):
-        return None
+        return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - (now or datetime.now(UTC))).total_seconds())
+    return None
 
 
 def _refusal(error: Exception) -> Refused:
     """Whatever a server makes a library throw, in our words."""
-    text = str(getattr(error, "message", "") or error or type(error).__name__).strip().partition("\n")[0]
     if isinstance(error, Refused):
         return error
-    if isinstance(error, TimeoutError):
-        return Refused("timeout", "not whole in time", again=True)
-    if isinstance(error, aiohttp.ClientPayloadError):
-        return Refused("cut off", "the connection ended before the page did", again=True)
-    if isinstance(error, (aiohttp.ClientConnectionError, OSError)):
-        return Refused("connection", text, again=True)
+    text = str(getattr(error, "message", "") or error or type(error).__name__).strip().partition("\n")[0]
+    for kind, reason in (
+        (TimeoutError, "timeout"),
+        (aiohttp.ClientPayloadError, "cut off"),
+        ((aiohttp.ClientConnectionError, OSError), "connection"),
+    ):
+        if isinstance(error, kind):
+            return Refused(reason, text, again=True)
     return Refused("not HTTP", text)

@@ -5,10 +5,11 @@ In: bytes of strangers. Out: addresses and rules, in time linear in the bytes, w
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urljoin
 
 from protego import Protego
@@ -26,35 +27,24 @@ MAX_LOCATIONS = 50_000
 """Addresses of one sitemap: the protocol's own limit, as is the one of the bytes."""
 
 _SCAN_BYTES = 2 << 20
-_AGENT_LINE = re.compile(r"user-?\s*agent\s*:(.*)", re.IGNORECASE)
-_LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
-_HOST = re.compile(rf"{_LABEL}(\.{_LABEL})*|[0-9a-f:.]*:[0-9a-f:.]*")
+_AGENT = re.compile(r"user-?\s*agent\s*:(.*)", re.IGNORECASE)
 
 
 def normalize_url(url: str, base: str = "") -> str | None:
     """An http(s) address in its one spelling (RFC 3986, 6.2.2 and 6.2.3; Scrapy's too), ASCII; None if it is none."""
-    try:
+    with contextlib.suppress(ValueError, TypeError, LookupError):
         url = re.sub(r"[\t\r\n]", "", url.strip()).replace(" ", "%20")  # as browsers do (WHATWG URL, 4.4)
         parsed = URL(urljoin(base, url))
-        host = (parsed.raw_host or "").lower().removesuffix(".")
-        known = parsed.scheme in ("http", "https") and "@" not in parsed.raw_authority and len(url.encode()) <= 4096
-        if not known or parsed.port == 0 or len(host) > 253 or not _HOST.fullmatch(host):
-            return None
-        host, port = f"[{host}]" if ":" in host else host, "" if parsed.is_default_port() else f":{parsed.port}"
-        return safe_url_string(f"{parsed.scheme}://{host}{port}{parsed.raw_path_qs}")
-    except (ValueError, TypeError, LookupError):
-        return None
+        host, port = (parsed.raw_host or "").removesuffix("."), "" if parsed.is_default_port() else f":{parsed.port}"
+        known = parsed.scheme in ("http", "https") and "@" not in parsed.raw_authority and parsed.port != 0
+        if known and re.fullmatch(r"[\w.:-]{1,253}", host) and len(url.encode()) <= 4096:
+            host = f"[{host}]" if ":" in host else host
+            return safe_url_string(f"{parsed.scheme}://{host}{port}{parsed.raw_path_qs}")
+    return None
 
 
-class PageLinks(NamedTuple):
-    """The links of a page: normalized addresses, each once; and whether it may be kept."""
-
-    links: tuple[str, ...] = ()
-    noindex: bool = False
-
-
-def extract_links(page: Response, product: str) -> PageLinks:
-    """The links of a page, if it is HTML, unless it or they say `nofollow`, to us (`product`) or all.
+def extract_links(page: Response, product: str) -> tuple[bool, list[str]]:
+    """Whether a page says `noindex`, to us (`product`) or all, and its links if it is HTML, unless one says `nofollow`.
 
     An X-Robots-Tag is obeyed whomever it names.
     """
@@ -71,7 +61,7 @@ def extract_links(page: Response, product: str) -> PageLinks:
             written[href] = None
     nofollow = rules & {"nofollow", "none"}
     found = dict.fromkeys(normalize_url(href, base) for href in written if not nofollow and href[0] != "#")
-    return PageLinks(tuple(link for link in found if link), bool(rules & {"noindex", "none"}))
+    return bool(rules & {"noindex", "none"}), [link for link in found if link]
 
 
 def _elements(page: Response) -> Iterator[Any]:
@@ -111,18 +101,19 @@ def parse_sitemap(body: bytes) -> tuple[list[str], bool]:
 
 
 def parse_robots(body: bytes, product: str) -> Protego:
-    """Read a robots.txt for us (`product`)."""
-    # Every other robot under one name, and each name once: ten thousand before ten thousand rules cost nothing.
-    kept, agents = list[str](), set[str]()
+    """Read a robots.txt for us (`product`).
+
+    Of the names before a group those that are not ours are one, and each is there once: ten thousand cost nothing.
+    """
+    kept, names = list[str](), set[str]()
     for line in body.decode("utf-8-sig", "replace").replace("\0", "").splitlines():
         line = line.partition("#")[0].strip()
-        if match := _AGENT_LINE.match(line):
+        if match := _AGENT.match(line):
             name = match[1].strip().lower()
             name = name if name == "*" or name.replace("*", "") in product.lower() else "another-robot"
-            if name not in agents:
-                kept.append(f"User-agent: {name}")
-            agents.add(name)
+            kept += [] if name in names else [f"User-agent: {name}"]
+            names.add(name)
         elif line:
             kept.append(line)
-            agents.clear()
+            names.clear()
     return Protego.parse("\n".join(kept))

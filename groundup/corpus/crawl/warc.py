@@ -2,9 +2,8 @@
 
 A page is a response record, each record a gzip member of its own. A file grows under `pages.warc.gz.open`, and gets
 its name when it is full or the crawl stops; what a kill left behind the last whole record is cut off at the next start.
-
-Bodies are stored unpacked and in one piece. Headers that speak of the packed or chunked form they had on the wire keep
-their values under an `X-Crawl-` name, as Common Crawl does it: a reader that follows the headers reads correctly.
+Bodies are stored unpacked and in one piece. Headers that speak of their form on the wire keep their values under an
+`X-Crawl-` name, as Common Crawl does it: a reader that follows the headers reads correctly.
 """
 
 from __future__ import annotations
@@ -27,35 +26,33 @@ from groundup.environment import version_of
 from groundup.files import sync, write_error
 from groundup.untrusted import ordinary_file
 
+FILE_BYTES = 256 << 20
+"""After which a new file is begun."""
 _OF_THE_WIRE = frozenset({b"content-encoding", b"transfer-encoding", b"content-length"})
 _MAX_HEAD_BYTES = 24 << 10  # readers of WARC files give up on longer ones
 _PAGE = re.compile(rb"WARC/1\.1\r\nWARC-Type: response\r\n(?:.+\r\n)*?WARC-Target-URI: (\S+)\r\n(?:.+\r\n)*\r\n")
-FILE_BYTES = 256 << 20
-"""After which a new file is begun."""
 
 
 def page_record(response: Response) -> bytes:
     """A page as a response record."""
     head = b"HTTP/1.1 200 OK\r\n"
-    for name, values in response.headers.items():
-        for value in values:
-            kept = b"X-Crawl-" + name if name.lower() in _OF_THE_WIRE else name
-            line = kept + b": " + re.sub(rb"[\r\n]", b" ", value) + b"\r\n"
-            head += line if len(head) + len(line) <= _MAX_HEAD_BYTES else b""
+    for name, value in ((name, value) for name, values in response.headers.items() for value in values):
+        kept = b"X-Crawl-" + name if name.lower() in _OF_THE_WIRE else name
+        line = kept + b": " + re.sub(rb"[\r\n]", b" ", value) + b"\r\n"
+        head += line if len(head) + len(line) <= _MAX_HEAD_BYTES else b""
     block = head + b"Content-Length: %d\r\n\r\n" % len(response.body) + response.body
-    headers = {"Target-URI": response.url, "IP-Address": str(response.ip_address)}
     digest = hashlib.sha1(response.body, usedforsecurity=False).digest()
-    return _record(WarcRecordType.response, "application/http; msgtype=response", block, headers, digest)
+    headers = {"WARC-Target-URI": response.url, "WARC-IP-Address": str(response.ip_address)}
+    return _record(
+        WarcRecordType.response, block, headers | {"Content-Type": "application/http; msgtype=response"}, digest
+    )
 
 
-def _record(
-    kind: WarcRecordType, content_type: str, block: bytes, headers: dict[str, str], digest: bytes | None = None
-) -> bytes:
+def _record(kind: WarcRecordType, block: bytes, headers: dict[str, str], digest: bytes | None = None) -> bytes:
     record, packed = WarcRecord(), io.BytesIO()
     record.init_headers(kind, content_length=len(block))
     for name, value in headers.items():
-        record.headers[f"WARC-{name}"] = value
-    record.headers["Content-Type"] = content_type
+        record.headers[name] = value
     record.set_bytes_content(block)
     with GzipWriter(packed, 6) as writer:
         record.write(writer, checksum_data=True, payload_digest=digest)
@@ -63,7 +60,7 @@ def _record(
 
 
 class WarcFiles:
-    """The files of a crawl's folder; an earlier session's growing file is cut behind its last whole record, and named.
+    """The files of a crawl's folder.
 
     Attributes:
         stored: the file of each page that earlier sessions stored whole, and where in it its record begins.
@@ -73,7 +70,7 @@ class WarcFiles:
     def __init__(self, folder: Path, user_agent: str = "") -> None:
         self._folder, self._growing, self._user_agent = folder, folder / "pages.warc.gz.open", user_agent
         self._handle: IO[bytes] | None = None
-        self._end = 0  # the byte behind the last whole record of the growing file
+        self._end = 0  # the byte behind the last whole page of the growing file
         if self._growing.exists():
             self._end = max((end for _, end, data in _members(self._growing) if _PAGE.match(data)), default=0)
             self._handle = self._growing.open("r+b", buffering=0)
@@ -104,9 +101,12 @@ class WarcFiles:
         try:
             if self._handle is None:
                 self._handle = self._growing.open("wb", buffering=0)
-                about = f"software: groundup/{version_of('groundup')}\r\nformat: WARC File Format 1.1\r\n"
-                about += f"robots: obey\r\nhttp-header-user-agent: {self._user_agent}\r\n"
-                record = _record(WarcRecordType.warcinfo, "application/warc-fields", about.encode(), {}) + record
+                about = (
+                    f"software: groundup/{version_of('groundup')}\r\nformat: WARC File Format 1.1\r\nrobots: obey\r\n"
+                )
+                about += f"http-header-user-agent: {self._user_agent}\r\n"
+                headers = {"Content-Type": "application/warc-fields"}
+                record = _record(WarcRecordType.warcinfo, about.encode(), headers) + record
             self._handle.seek(self._end)
             rest = memoryview(record)
             while rest:
@@ -116,7 +116,7 @@ class WarcFiles:
             raise write_error(self._growing, error) from error
 
     def close(self) -> None:
-        """Give the growing file its name."""
+        """Cut the growing file behind its last whole page, and give it its name."""
         if self._handle is None:
             return
         try:
@@ -134,7 +134,7 @@ class WarcFiles:
 
 
 def _members(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """The whole gzip members (their checksums hold) and where they begin and end; ends before the first torn one."""
+    """The whole gzip members (their checksums hold), from where to where; ends before the first torn one."""
     start, rest = 0, b""
     with ordinary_file(path).open("rb") as handle:
         while rest or (rest := handle.read(1 << 20)):
