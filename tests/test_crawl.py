@@ -222,13 +222,12 @@ def test_whatever_a_page_does_is_its_own_fault(
     server: MisbehavingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """Also what our own code does not expect: the page is counted, and the crawl goes on, now and the next time."""
-    module = sys.modules["groundup.corpus.crawl.crawl"]
-    extract_links = module.extract_links
+    extract_links = fetch.extract_links
 
     def with_a_bug(response: Any, product: str) -> Any:
         return [][1] if b"a bug of ours" in response.body else extract_links(response, product)
 
-    monkeypatch.setattr(module, "extract_links", with_a_bug)
+    monkeypatch.setattr(fetch, "extract_links", with_a_bug)
     server.pages["/odd"], outcome = ODD_PAGES[what]
     server.pages["/good"] = page("good")
     urls = [server.url("/odd"), server.url("/good", "localhost")]
@@ -462,7 +461,7 @@ def test_robots_txt_by_answer(server: MisbehavingServer, tmp_path: Path, robots:
 def test_a_robots_txt_that_its_reader_cannot_stand(
     server: MisbehavingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["groundup.corpus.crawl.crawl"], "parse_robots", lambda *_, **__: [][1])
+    monkeypatch.setattr(fetch, "parse_robots", lambda *_, **__: [][1])
     server.robots, server.pages["/a"], server.pages["/b"] = b"User-agent: *\nAllow: /", page("a"), page("b")
     assert only_reason(crawl([server.url("/a"), server.url("/b")], tmp_path, quick())) == "robots.txt unreachable"
     assert [path for _, path in server.requests] == ["/robots.txt"]

@@ -16,8 +16,15 @@ from crawl_pages import XMLNS, urlset
 from scrapy import Request
 from scrapy.http import Response
 
-from groundup.corpus.crawl.fetch import Refused, is_public, retry_after_seconds
-from groundup.corpus.crawl.pages import extract_links, normalize_url, parse_robots, parse_sitemap
+from groundup.corpus.crawl.fetch import (
+    Refused,
+    extract_links,
+    is_public,
+    normalize_url,
+    parse_robots,
+    parse_sitemap,
+    retry_after_seconds,
+)
 
 
 @pytest.mark.parametrize(
@@ -45,12 +52,35 @@ def test_retry_after(value: str, seconds: float | None) -> None:
 @pytest.mark.parametrize(
     "address",
     [
-        "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
-        "255.255.255.255", "240.0.0.1", "::", "::1", "::7f00:1", "fe80::1%eth0", "fc00::1", "fec0::1", "ff02::1",
-        "::ffff:127.0.0.1", "::ffff:10.0.0.1", "2002:7f00:1::", "2002:a00:1::", "64:ff9b::a00:1", "64:ff9b:1::1",
-        "2001:0:a00:1::1", "2001:db8::1", "not an address", "",
+        "127.0.0.1",
+        "10.1.2.3",
+        "172.16.0.1",
+        "192.168.1.1",
+        "169.254.169.254",
+        "100.64.0.1",
+        "0.0.0.0",
+        "224.0.0.1",
+        "255.255.255.255",
+        "240.0.0.1",
+        "::",
+        "::1",
+        "::7f00:1",
+        "fe80::1%eth0",
+        "fc00::1",
+        "fec0::1",
+        "ff02::1",
+        "::ffff:127.0.0.1",
+        "::ffff:10.0.0.1",
+        "2002:7f00:1::",
+        "2002:a00:1::",
+        "64:ff9b::a00:1",
+        "64:ff9b:1::1",
+        "2001:0:a00:1::1",
+        "2001:db8::1",
+        "not an address",
+        "",
     ],
-)  # fmt: skip
+)
 def test_private_addresses(address: str) -> None:
     assert not is_public(address)
 

@@ -32,8 +32,15 @@ from test_scaling_law import DATA, made_up
 
 from groundup.alignment.conversations import load_conversations
 from groundup.console import Console
-from groundup.corpus.crawl.fetch import Refused, retry_after_seconds, unpacked
-from groundup.corpus.crawl.pages import extract_links, normalize_url, parse_robots, parse_sitemap
+from groundup.corpus.crawl.fetch import (
+    Refused,
+    extract_links,
+    normalize_url,
+    parse_robots,
+    parse_sitemap,
+    retry_after_seconds,
+    unpacked,
+)  # fmt: skip
 from groundup.corpus.crawl.warc import WarcFiles, page_record
 from groundup.corpus.decontamination.files import find_tasks
 from groundup.corpus.reading.extract import Extractor

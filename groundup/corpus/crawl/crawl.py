@@ -28,8 +28,8 @@ from scrapy.crawler import AsyncCrawlerRunner
 from scrapy.http import Response
 
 from groundup.console import Console, format_bytes
-from groundup.corpus.crawl.fetch import Fetcher, Refused, header
-from groundup.corpus.crawl.pages import MAX_SITEMAP_BYTES, extract_links, normalize_url, parse_robots, parse_sitemap
+from groundup.corpus.crawl import fetch
+from groundup.corpus.crawl.fetch import Refused, normalize_url
 from groundup.corpus.crawl.warc import WarcFiles, page_record
 from groundup.errors import GroundupError, Interrupted, RunError
 from groundup.files import own_folder, remove_partials, write_json
@@ -42,7 +42,7 @@ _MAX_ROBOTS_BYTES = 512 << 10  # a longer one is none that allows anything (RFC 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _SCRAPY = {
     "TWISTED_REACTOR_ENABLED": False, "LOG_ENABLED": False,
-    "DOWNLOAD_HANDLERS": {"http": Fetcher, "https": Fetcher},
+    "DOWNLOAD_HANDLERS": {"http": fetch.Fetcher, "https": fetch.Fetcher},
     # None of Scrapy's own: no cookies, no telnet console, no suffix lists, no caches, no redirects.
     "DOWNLOAD_HANDLERS_BASE": {}, "DOWNLOADER_MIDDLEWARES_BASE": {}, "SPIDER_MIDDLEWARES_BASE": {},
     "EXTENSIONS_BASE": {}, "ADDONS": {}, "TELNETCONSOLE_ENABLED": False, "COOKIES_ENABLED": False,
@@ -123,34 +123,32 @@ def crawl(
     return report
 
 
-def _run_session(console: Console, report: CrawlReport, **job: Any) -> None:
-    """In a thread, with an event loop of its own: it works within a notebook's too."""
+def _run_session(console: Console, report: CrawlReport, options: CrawlSettings, **job: Any) -> None:
     logging.getLogger("scrapy").addHandler(logging.NullHandler())  # else Python shows its warnings
     stopping = threading.Event()
+
+    async def run() -> None:
+        settings = _SCRAPY | {"DOWNLOAD_DELAY": max(options.delay_seconds, 1e-6)}  # with 0 Scrapy never looks at a slot
+        crawler = AsyncCrawlerRunner(settings).create_crawler(_Spider)
+        await crawler.crawl_async(options=options, report=report, stopping=stopping, **job)
+        spider: Any = crawler.spider
+        with contextlib.suppress(asyncio.CancelledError):  # a limit, or stopped
+            spider.work.result()
+
     with console.bar("crawl") as bar, ThreadPoolExecutor(1) as pool:
-        session = pool.submit(asyncio.run, _run(report=report, stopping=stopping, **job))
+        session, is_done = pool.submit(asyncio.run, run()), False  # an event loop of its own: a notebook has one too
         try:
-            while not session.done():  # a signal that another thread gets is seen between two waits
-                wait([session], timeout=0.2)
+            while not is_done:  # a signal that another thread gets is seen between two waits
+                is_done = bool(wait([session], timeout=0.2).done)
                 done, words = report.outcomes.total(), f"{report.stored:,} pages, {format_bytes(report.stored_bytes)}"
                 words += f" · {done - report.stored:,} not kept · {report.waiting:,} waiting"
                 bar.update(done, total=done + report.waiting, note=words)
+            bar.finish(words)
         finally:
             stopping.set()
+        if isinstance(error := session.exception(), ExceptionGroup):
+            raise error.exceptions[0] from None
         session.result()
-        bar.finish(words)
-
-
-async def _run(options: CrawlSettings, **job: Any) -> None:
-    # Scrapy looks at the clock only if there is a delay.
-    crawler = AsyncCrawlerRunner(_SCRAPY | {"DOWNLOAD_DELAY": max(options.delay_seconds, 1e-6)}).create_crawler(_Spider)
-    await crawler.crawl_async(options=options, **job)
-    spider: Any = crawler.spider
-    try:
-        with contextlib.suppress(asyncio.CancelledError):  # a limit, or stopped
-            spider.work.result()
-    except ExceptionGroup as group:
-        raise group.exceptions[0] from None
 
 
 class _Spider(Spider):
@@ -162,7 +160,7 @@ class _Spider(Spider):
     stopping: threading.Event  # ends the session soon; what is in flight is dropped
 
     async def start(self) -> AsyncIterator[Any]:
-        """All of it; the engine only makes the requests, so that whatever happens here is seen (`work`)."""
+        """Does all of it and yields nothing, so that whatever happens is seen: the engine makes the requests."""
         self.work = asyncio.ensure_future(self._ask_all())
         while not self.work.done():
             if self.stopping.is_set():
@@ -227,7 +225,7 @@ class _Spider(Spider):
         if response.status != 200:
             raise Refused("status", f"HTTP {response.status}")
         if page.sitemap:
-            listed, is_index = await asyncio.to_thread(parse_sitemap, response.body)
+            listed, is_index = await asyncio.to_thread(fetch.parse_sitemap, response.body)
             if is_index and not page.named:
                 raise Refused("unusable sitemap", "an index in an index")
             found = (normalize_url(location, response.url) for location in listed)
@@ -247,14 +245,14 @@ class _Spider(Spider):
 
     async def _links(self, page: Page, response: Response) -> tuple[bool, list[Page]]:
         """Whether a page asks not to be kept, and where it leads within the crawl."""
-        noindex, links = await asyncio.to_thread(extract_links, response, self.options.product)
+        noindex, links = await asyncio.to_thread(fetch.extract_links, response, self.options.product)
         links = links if page.depth < self.options.depth else []
         return noindex, [Page(url, depth=page.depth + 1) for url in links if self._within(url)]
 
     async def _fetch(self, page: Page) -> Response:
         """Follow an address to an answer; each one that it leads to is checked like the first."""
         most, types = int(self.options.max_page_mib * 2**20), self.options.types
-        most, types = (MAX_SITEMAP_BYTES, ("*",)) if page.sitemap else (most, types)
+        most, types = (fetch.MAX_SITEMAP_BYTES, ("*",)) if page.sitemap else (most, types)
         for _ in range(_MAX_HOPS + 1):
             if (host := _host(page.url)) in self.report.closed_hosts:
                 raise Refused("left alone")
@@ -266,7 +264,7 @@ class _Spider(Spider):
             if response.status not in _REDIRECTS:
                 return response
             if (target := _location(response)) is None:
-                raise Refused("not an http address", f"redirected to {header(response, 'Location')!r}")
+                raise Refused("not an http address", f"redirected to {fetch.header(response, 'Location')!r}")
             if page.named:  # what the user named may move
                 self._widen(target)
             if target in self._known or target in self.files.stored:
@@ -304,7 +302,7 @@ class _Spider(Spider):
             if (target := _location(response)) is None:
                 break
             url = target
-        rules = await asyncio.to_thread(parse_robots, response.body, options.product)
+        rules = await asyncio.to_thread(fetch.parse_robots, response.body, options.product)
         delay = float(rules.crawl_delay(options.product) or 0.0)
         if delay > max(options.max_wait_seconds, options.delay_seconds):
             raise Refused("left alone", f"robots.txt asks for a pause of {delay:,.0f} s")

@@ -43,14 +43,12 @@ def page_record(response: Response) -> bytes:
     block = head + b"Content-Length: %d\r\n\r\n" % len(response.body) + response.body
     digest = hashlib.sha1(response.body, usedforsecurity=False).digest()
     headers = {"WARC-Target-URI": response.url, "WARC-IP-Address": str(response.ip_address)}
-    return _record(
-        WarcRecordType.response, block, headers | {"Content-Type": "application/http; msgtype=response"}, digest
-    )
+    return _record("response", block, headers | {"Content-Type": "application/http; msgtype=response"}, digest)
 
 
-def _record(kind: WarcRecordType, block: bytes, headers: dict[str, str], digest: bytes | None = None) -> bytes:
+def _record(kind: str, block: bytes, headers: dict[str, str], digest: bytes | None = None) -> bytes:
     record, packed = WarcRecord(), io.BytesIO()
-    record.init_headers(kind, content_length=len(block))
+    record.init_headers(getattr(WarcRecordType, kind), content_length=len(block))
     for name, value in headers.items():
         record.headers[name] = value
     record.set_bytes_content(block)
@@ -60,12 +58,7 @@ def _record(kind: WarcRecordType, block: bytes, headers: dict[str, str], digest:
 
 
 class WarcFiles:
-    """The files of a crawl's folder.
-
-    Attributes:
-        stored: the file of each page that earlier sessions stored whole, and where in it its record begins.
-        stored_bytes: of their bodies.
-    """
+    """The files of a crawl's folder; `stored`: file and offset of each page that earlier sessions stored whole."""
 
     def __init__(self, folder: Path, user_agent: str = "") -> None:
         self._folder, self._growing, self._user_agent = folder, folder / "pages.warc.gz.open", user_agent
@@ -105,8 +98,7 @@ class WarcFiles:
                     f"software: groundup/{version_of('groundup')}\r\nformat: WARC File Format 1.1\r\nrobots: obey\r\n"
                 )
                 about += f"http-header-user-agent: {self._user_agent}\r\n"
-                headers = {"Content-Type": "application/warc-fields"}
-                record = _record(WarcRecordType.warcinfo, about.encode(), headers) + record
+                record = _record("warcinfo", about.encode(), {"Content-Type": "application/warc-fields"}) + record
             self._handle.seek(self._end)
             rest = memoryview(record)
             while rest:
@@ -138,15 +130,12 @@ def _members(path: Path) -> Iterator[tuple[int, int, bytes]]:
     start, rest = 0, b""
     with ordinary_file(path).open("rb") as handle:
         while rest or (rest := handle.read(1 << 20)):
-            unpacker, parts = zlib.decompressobj(31), list[bytes]()
-            while not unpacker.eof:
+            unpacker, data = zlib.decompressobj(31), bytearray()
+            while rest and not unpacker.eof:
                 try:
-                    parts.append(unpacker.decompress(rest))
+                    data += unpacker.decompress(rest)
                 except zlib.error:
                     return
                 rest = unpacker.unused_data if unpacker.eof else handle.read(1 << 20)
-                if not rest and not unpacker.eof:
-                    return
-            end = handle.tell() - len(rest)
-            yield start, end, b"".join(parts)
-            start = end
+            if unpacker.eof:
+                yield start, (start := handle.tell() - len(rest)), bytes(data)
