@@ -394,7 +394,7 @@ def test_robots_txt_leads_nowhere_else(server: MisbehavingServer, tmp_path: Path
 
 
 def test_what_is_given_must_be_addresses(tmp_path: Path) -> None:
-    with pytest.raises(GroundupError, match=r"2 of 3 addresses.*file:.*\n.*http"):
+    with pytest.raises(GroundupError, match=r"2 of 3 addresses given.*file:.*\n.*http"):
         crawl(["file:///etc/passwd", "example.org", "http://example.org/"], tmp_path / "out", quick())
     assert not (tmp_path / "out").exists()
     with pytest.raises(GroundupError, match="0 of 0 addresses"):

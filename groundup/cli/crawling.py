@@ -55,7 +55,7 @@ def crawl(
         result_console().print(table)
         for host, why in list(report.closed_hosts.items())[:10]:
             console.note(f"{host}: left alone until next time: {why}")
-        if report.limit:
+        if report.limit and report.waiting:
             console.note(f"{_flag(report.limit)} is reached; the same command with a higher one goes on.")
         if report.stored:
             console.note(f'Build on it:  [corpus] inputs = ["{out}/*.warc.gz"]')

@@ -96,14 +96,12 @@ def crawl(
         Interrupted: Ctrl-C; everything fetched is stored.
     """
     options, console, out = settings or CrawlSettings(), console or Console(quiet=True), Path(out)
-    spelled = [(written, normalize_url(written), written in sitemaps) for written in (*urls, *sitemaps)]
-    wrong = [written for written, url, _ in spelled if url is None]
-    if wrong or not spelled:
-        what = (
-            f"{len(wrong):,} of {len(spelled):,} addresses cannot be fetched: {', '.join(wrong[:10]) or 'none given'}."
-        )
+    written = [*urls, *sitemaps]
+    pages = [Page(normalize_url(url) or "", at >= len(urls), named=True) for at, url in enumerate(written)]
+    wrong = [url for url, page in zip(written, pages, strict=True) if not page.url]
+    if wrong or not written:
+        what = f"{len(wrong):,} of {len(written):,} addresses given cannot be fetched: {', '.join(wrong[:10])}."
         raise GroundupError(what, "An address begins with http:// or https://, names a host and carries no password.")
-    pages = [Page(url, sitemap, named=True) for _, url, sitemap in spelled if url]
     own_folder(out)
     try:
         with FileLock(out / ".lock", timeout=0.5):
@@ -183,10 +181,14 @@ class _Spider(Spider):
 
     def _follow(self, pages: Iterable[Page]) -> None:
         for page in pages:
-            if page.url not in self._known and self.report.waiting < _MAX_WAITING:
-                self._known.add(page.url)
-                self.report.waiting += page.url not in self.files.stored
-                self._tasks.create_task(self._turn(page))
+            if page.url in self._known:
+                continue
+            if self.report.waiting >= _MAX_WAITING:
+                self.report.outcomes["not followed"] += 1
+                continue
+            self._known.add(page.url)
+            self.report.waiting += page.url not in self.files.stored
+            self._tasks.create_task(self._turn(page))
 
     def _check_limits(self) -> None:
         all_stored = self.report.stored >= self.options.max_pages
@@ -207,7 +209,7 @@ class _Spider(Spider):
                 outcome, detail = refused.reason, refused.detail
             host = _host(page.url)
             self._failures[host] += outcome == "connection"
-            if self._failures[host] >= _MAX_FAILURES:
+            if outcome == "connection" and self._failures[host] >= _MAX_FAILURES:
                 report.closed_hosts[host] = f"{self._failures[host]} pages in a row: {detail}"
             if outcome == "left alone":
                 report.closed_hosts.setdefault(host, detail)
@@ -281,10 +283,9 @@ class _Spider(Spider):
             try:
                 self._rules[key] = await self._read_robots(origin)
             except Exception as error:  # also a file that its reader cannot stand: it is none that allows anything
-                told = (
-                    error if isinstance(error, Refused) and error.reason in ("private address", "left alone") else None
-                )
-                self._rules[key] = told or Refused("robots.txt unreachable", str(error))
+                self._rules[key] = Refused("robots.txt unreachable", str(error))
+                if isinstance(error, Refused) and error.reason in ("private address", "left alone"):
+                    self._rules[key] = error
         rules = self._rules[key]
         if isinstance(rules, Refused):
             raise rules.with_traceback(None)
