@@ -19,7 +19,7 @@ class CrawlSettings(Section):
     max_page_mib: float = setting(10.0, "leave out pages that are longer, unpacked", gt=0.0, le=1024.0)
     types: Texts = setting(
         ("text/html", "application/xhtml+xml", "text/plain"),
-        "types to keep; text/* is understood",
+        "content types to keep, such as text/*",
         min_length=1,
     )
     delay_seconds: float = setting(

@@ -101,7 +101,8 @@ def crawl(
     wrong = [url for url, page in zip(written, pages, strict=True) if not page.url]
     if wrong or not written:
         what = f"{len(wrong):,} of {len(written):,} addresses given cannot be fetched: {', '.join(wrong[:10])}."
-        raise GroundupError(what, "An address begins with http:// or https://, names a host and carries no password.")
+        fix = "Give addresses that begin with http:// or https://, name a host and carry no password."
+        raise GroundupError(what if written else "No address was given.", fix)
     own_folder(out)
     try:
         with FileLock(out / ".lock", timeout=0.5):

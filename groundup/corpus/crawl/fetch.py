@@ -105,7 +105,7 @@ class Fetcher(BaseDownloadHandler):
         """For a resolved address, a socket or a refusal: a name that resolves anew is looked at anew."""
         family, kind, protocol, _, address = address_info
         if not self._options.allow_private and not is_public(str(address[0])):
-            raise Refused("private address", str(address[0]))
+            raise Refused("private address", f"{address[0]} (see --allow-private)")
         return socket.socket(family, kind, protocol)
 
     async def _get(self, request: Request) -> Response:
