@@ -39,7 +39,7 @@ from groundup.alignment.heads import (
 from groundup.alignment.method import AlignmentMethod, RecordsSettings, in_words, share_with_error, with_error
 from groundup.console import Console
 from groundup.corpus.document import Reason
-from groundup.corpus.reading.jsonl import RefusedError
+from groundup.corpus.reading.refusal import RefusedError
 from groundup.corpus.reading.values import check_writable
 from groundup.distributed import World, current_world
 from groundup.files import value_digest

@@ -16,7 +16,8 @@ import xxhash
 
 from groundup.console import Console
 from groundup.corpus.document import Reason, SetAside
-from groundup.corpus.reading.jsonl import RefusedError, parse_json
+from groundup.corpus.reading.jsonl import parse_json
+from groundup.corpus.reading.refusal import RefusedError
 from groundup.corpus.reading.sources import InputFiles, find_sources
 from groundup.corpus.reading.values import check_writable, read_values
 from groundup.errors import DataError
@@ -114,7 +115,7 @@ def read_data(
             try:
                 read.append(parse(value.data))
             except RefusedError as refused:
-                aside.append(refused.of(source, value))
+                aside.append(value.aside(source, refused))
     if console is not None and (words := found.in_words()):
         console.note(f"[{section}] data: {words}.")
     if console is not None and aside:

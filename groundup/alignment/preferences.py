@@ -36,7 +36,7 @@ from groundup.alignment.conversations import (
 from groundup.alignment.packing import Text
 from groundup.console import Console
 from groundup.corpus.document import Reason
-from groundup.corpus.reading.jsonl import RefusedError
+from groundup.corpus.reading.refusal import RefusedError
 from groundup.errors import DataError
 from groundup.evaluation import generate_tasks
 from groundup.files import value_digest
