@@ -101,14 +101,14 @@ def check_languages(codes: Sequence[str], model_path: str = "") -> None:
 def _ask(model: Any, sample: str, n: int, least: float) -> list[tuple[float, str]]:
     """The model's n best labels with their probabilities, of `least` or more; none without any letter."""
     sample = " ".join(sample.replace("\0", " ").split())  # the model wants no line breaks and no NULs
-    if not any(map(str.isalpha, sample)):
+    if not (sample[:1].isalpha() or any(map(str.isalpha, sample))):
         return []
     if _CAPITALS.search(sample) and 2 * sum(map(str.isupper, sample)) > sum(map(str.isalpha, sample)):
         sample = sample.lower()
     try:
-        return list(model.predict(sample + "\n", n, least, "strict"))
+        return model.predict(sample + "\n", n, least, "strict")  # type: ignore[no-any-return]
     except (UnicodeEncodeError, TypeError):  # half of a surrogate pair
-        return list(model.predict(sample.encode("utf-8", "replace").decode() + "\n", n, least, "strict"))
+        return _ask(model, sample.encode("utf-8", "replace").decode(), n, least)
 
 
 @functools.cache

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from groundup.corpus.quality import textbatch
 from groundup.corpus.quality.repetition import Shares, repeated_ngrams, repeated_parts, share
 from groundup.corpus.quality.textbatch import Bools, Ints, TextBatch, letters
-from groundup.corpus.words import batches, split_words
+from groundup.corpus.document import batches
+from groundup.corpus.words import split_words
 
-BATCH_CHARACTERS = 1 << 19  # what follows stays near the processor's cache
+BATCH_CHARACTERS = 1 << 20
 SHORT_LINE_CHARACTERS = 30
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 CLOSERS_AFTER_SENTENCE = 3
@@ -45,12 +46,14 @@ def signals(texts: Sequence[str], names: Sequence[str] | None = None) -> dict[st
     names = list(SIGNALS) if names is None else list(names)
     unknown = [name for name in names if name not in SIGNALS]
     assert not unknown, f"no such signals: {unknown}"
-    columns: dict[str, list[NDArray[np.float32]]] = {name: [np.empty(0, dtype=np.float32)] for name in names}
-    for part in batches(texts if names else [], BATCH_CHARACTERS):
-        measures = _Measures(part, names)
-        for name in names:
-            columns[name].append(SIGNALS[name].measure(measures).astype(np.float32))
-    return {name: np.concatenate(parts) for name, parts in columns.items()}
+    columns = {name: np.empty(len(texts), dtype=np.float32) for name in names}
+    for is_ascii in (True, False):  # apart, since ASCII alone takes far less time
+        places = [place for place, text in enumerate(texts) if text.isascii() == is_ascii]
+        for part in batches(places if names else [], BATCH_CHARACTERS, lambda place: len(texts[place])):
+            measures = _Measures([texts[place] for place in part], names)
+            for name in names:
+                columns[name][part] = SIGNALS[name].measure(measures)
+    return columns
 
 
 def toxic_share(texts: Sequence[str], words: frozenset[str]) -> NDArray[np.float32]:
@@ -166,8 +169,10 @@ def _alphabetic_words(m: _Measures) -> Shares:
 
 def _stop_words(m: _Measures) -> Ints:
     has = np.zeros((len(STOP_WORDS), m.n), dtype=np.bool_)
+    short = np.flatnonzero(m.word_lengths <= max(map(len, STOP_WORDS)))
+    beginnings, texts = m.beginnings[short], m.text_of_word[short]
     for row, word in enumerate(STOP_WORDS):
-        has[row, m.text_of_word[m.beginnings == letters(word)]] = True
+        has[row, texts[beginnings == letters(word)]] = True
     return has.sum(axis=0)
 
 

@@ -71,7 +71,6 @@ class TextBatch:
         self.characters: Ints = lengths
         self.bounds: Ints = np.concatenate(([0], np.cumsum(lengths + 1)))
         joined = "\n".join(texts) + "\n" if texts else ""
-        self._joined = joined
         self.codes: NDArray[np.uint32] | None = None
         breaks: list[int] = []
         if joined.isascii():
@@ -107,7 +106,7 @@ class TextBatch:
         classes[others] = found
         low |= np.negative(low >> 7)  # Latin letters have codes from 128 to 254: marked as all others are
         unspaced = others[is_unspaced(other_codes)]
-        self.codes, self.classes, self.bytes = codes, classes, low
+        self.codes, self.classes, self.bytes, self._others = codes, classes, low, others
         return word_breaks(joined, unspaced)
 
     @property
@@ -186,12 +185,16 @@ class TextBatch:
     @cached_property
     def word_hashes(self) -> Hashes:
         """(words,) 64 bits of each word; equal within one batch only."""
-        data, starts, ends = self.bytes.data, self.word_starts, self.word_ends
-        if self.codes is not None:
-            data = memoryview(self._joined.encode("utf-8", "surrogatepass") + bytes(_PADDING))
-            begins = np.flatnonzero((np.frombuffer(data, dtype=np.uint8) & 0xC0) != 0x80)  # of each character
-            starts, ends = begins[starts], begins[ends]
-        return span_hashes(data, starts, ends) ^ (ends - starts).view(np.uint64) * _ODD  # a word may end in zeros
+        hashes = span_hashes(self.bytes.data, self.word_starts, self.word_ends)
+        hashes ^= self.word_lengths.view(np.uint64) * _ODD  # a word may end in zeros
+        if self.codes is not None and self.n_words:  # in `bytes` all characters beyond ASCII are one
+            word = np.searchsorted(self.word_starts, self._others, side="right") - 1
+            inside = (word >= 0) & (self._others < self.word_ends[word])
+            word, others = word[inside], self._others[inside]
+            values = (others - self.word_starts[word]).view(np.uint64) << np.uint64(32) | self.codes[others]
+            mix(values)
+            np.add.at(hashes, word, values)
+        return hashes
 
     @cached_property
     def _hash_sums(self) -> Hashes:
