@@ -36,7 +36,7 @@ from groundup.corpus.crawl.pages import extract_links, parse_robots, parse_sitem
 from groundup.corpus.crawl.report import Refused
 from groundup.corpus.crawl.urls import normalize_url
 from groundup.corpus.crawl.warc import Entry, WarcFiles
-from groundup.corpus.decontamination.files import find_tasks
+from groundup.corpus.decontaminate import find_tasks
 from groundup.corpus.reading.extract import Extractor
 from groundup.corpus.reading.read import UnitReader, units_of
 from groundup.corpus.reading.sources import find_sources

@@ -16,7 +16,7 @@ import functools
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import xxhash
@@ -156,20 +156,6 @@ def words_of(texts: Sequence[str]) -> Words:
             begin, end = (merged(edges, np.concatenate(inner)) for edges in (begin, end))
     starts = np.searchsorted(begin, offsets)
     return Words(span_hashes(data, begin, end), starts, begin, end, data, offsets)
-
-
-def batches(texts: Iterable[str], most_characters: int) -> Iterator[list[str]]:
-    """Texts in groups of about so many characters: enough for numpy to be fast, little enough for any memory."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= most_characters:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _encode(text: str) -> bytes:

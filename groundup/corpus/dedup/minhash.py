@@ -74,15 +74,7 @@ def _split_mix(n: int) -> np.ndarray:
 
 
 def _least_hashes(shingles: np.ndarray, starts: np.ndarray, n_hashes: int) -> np.ndarray:
-    """The least of every hash over each text's shingles.
-
-    Args:
-        shingles: (n_shingles,) uint32.
-        starts: (n_texts,) where each text's shingles begin; no text is without.
-
-    Returns:
-        (n_hashes, n_texts) uint32.
-    """
+    """(n_hashes, n_texts) uint32, the least of every hash over each text's shingles; no text is without."""
     # Texts are cut where blocks end, so that a piece lies in one block; the least of the pieces is the least of all.
     blocks = np.arange(0, len(shingles), _BLOCK)
     pieces = np.unique(np.concatenate([starts, blocks]))
