@@ -12,9 +12,10 @@ section 3.6); n-gram shares as in RedPajama-v2 (arXiv:2411.12372, appendix).
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -183,6 +184,23 @@ def _ellipsis_lines(m: _Measures) -> Shares:
     return m.per_line(dots if m.codes is None else dots | (m.codes[ends] == ord("…")))
 
 
+def _short_lines(m: _Measures) -> Shares:
+    widths = m.line_ends + 1 - m.line_begins
+    if m.codes is not None:
+        wide = np.flatnonzero(_is_wide()[np.minimum(m.codes, _WIDE_END)])
+        widths += np.searchsorted(wide, m.line_ends, side="right") - np.searchsorted(wide, m.line_begins)
+    return m.per_line(widths <= SHORT_LINE_CHARACTERS)
+
+
+_WIDE_END = 0x3FFFF
+
+
+@cache
+def _is_wide() -> Bools:
+    """By code: characters as wide as two Latin letters, which say about as much (Unicode's East Asian Width)."""
+    return np.array([unicodedata.east_asian_width(chr(code)) in "WF" for code in range(_WIDE_END + 1)])
+
+
 def _sentences(m: _Measures) -> Shares:
     last = m.word_ends - 1
     closed = np.flatnonzero((m.classes[last] & textbatch.CLOSER) != 0)
@@ -243,9 +261,9 @@ SIGNALS: dict[str, Signal] = {
         lambda m: m.per_line((m.classes[m.line_ends] & textbatch.LINE_END) != 0),
     ),
     "short_lines": Signal(
-        f"share of the lines of at most {SHORT_LINE_CHARACTERS} characters",
+        f"share of the lines of at most {SHORT_LINE_CHARACTERS} characters, wide ones (Chinese, Kana, Hangul) as two",
         _FINEWEB,
-        lambda m: m.per_line(m.line_ends + 1 - m.line_begins <= SHORT_LINE_CHARACTERS),
+        _short_lines,
     ),
     "newlines_per_word": Signal("line breaks for each word", _FINEWEB, lambda m: m.per_word(m.count(m.newlines) - 1)),
     "sentences": Signal("words that end a sentence or a line", _C4, _sentences),
