@@ -76,15 +76,9 @@ class Match:
 
 
 class EvaluationIndex:
-    """The runs of words of all evaluation data, on disk, shared by the processes that map it.
+    """The runs of words of all evaluation data, in the folder that `build` wrote, shared by the processes that map it.
 
-    It is pickled as its path.
-
-    Args:
-        folder: what `build` wrote.
-
-    Raises:
-        ArtifactError: there is no index, or one of another version.
+    It is pickled as its path. ArtifactError: there is no index, or one of another version.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -109,14 +103,9 @@ class EvaluationIndex:
 
     @classmethod
     def build(cls, files: Sequence[str | Path], ngram: int, folder: str | Path) -> EvaluationIndex:
-        """Index evaluation files into a folder (an old one is replaced).
+        """Index evaluation files, folders or globs into a folder (an old one is replaced).
 
-        Memory is about 40 bytes a word of evaluation data.
-
-        Args:
-            files: evaluation files, folders or globs.
-            ngram: words in a row that count as repeated.
-            folder: where the index is kept.
+        `ngram` words in a row count as repeated. Memory is about 40 bytes a word of evaluation data.
 
         Raises:
             DataError: a file that is not there or cannot be read, or no string of enough words in any.
@@ -253,21 +242,14 @@ class ContaminationCounts:
             self._tasks.setdefault(task, _TaskCounts()).merge(**seen)
 
     def summary(self, n_records: Mapping[str, int]) -> dict[str, Any]:
-        """For each task: records (all), records_hit, documents (that repeat it), examples (document, record, text).
-
-        Args:
-            n_records: `EvaluationIndex.tasks`.
-        """
+        """For each of `EvaluationIndex.tasks`: records (all), records_hit, documents (that repeat it), examples."""
         summaries = {}
         for task, total in n_records.items():
             seen = self._tasks.get(task, _TaskCounts())
             names = ("document", "record", "text")
-            summaries[task] = {
-                "records": total,
-                "records_hit": len(seen.records),
-                "documents": seen.documents,
-                "examples": [dict(zip(names, example, strict=True)) for example in seen.examples],
-            }
+            examples = [dict(zip(names, example, strict=True)) for example in seen.examples]
+            hit = {"records_hit": len(seen.records), "documents": seen.documents}
+            summaries[task] = {"records": total, **hit, "examples": examples}
         return summaries
 
 

@@ -23,7 +23,7 @@ import xxhash
 from icu4py import icu_version
 from icu4py.breakers import WordBreaker
 
-WORDS_VERSION = f"3 Unicode {unicodedata.unidata_version} ICU {icu_version}"
+WORDS_VERSION = f"2 Unicode {unicodedata.unidata_version} ICU {icu_version}"
 """Changes when another text, or another number, becomes a word's hash; stored hashes are then of no use."""
 
 UNSPACED: tuple[tuple[int, int], ...] = (
@@ -126,7 +126,6 @@ def words_of(texts: Sequence[str]) -> Words:
         begin, end = _edges(np.frombuffer(data.translate(_ASCII_CLASSES), dtype=np.bool_))
         return Words(span_hashes(data + bytes(PADDING), begin, end), bounds, begin, end)
     codes, data, others = characters_of(joined)
-    data = data.lower()
     marks = np.frombuffer(bytearray(data.translate(_ASCII_CLASSES)), dtype=np.uint8)
     marks[others] = _classes()[codes[others]]
     begin, end = _edges(marks != _SEPARATOR)
@@ -135,9 +134,12 @@ def words_of(texts: Sequence[str]) -> Words:
         first, last, places = _inner_words(joined, unspaced)
         inner = np.concatenate([first[marks[first - 1] == _WORD], places, last[marks[last] == _WORD]])
         begin, end = merged(begin, inner), merged(end, inner)
-    hashes = span_hashes(data, begin, end)
-    add_characters(hashes, begin, end, others, _lower_case()[codes[others]])
-    return Words(hashes, bounds, begin, end)
+    lowered = codes.copy()
+    lowered[others] = _lower_case()[codes[others]]
+    text = lowered.tobytes().decode("utf-32-le", "surrogatepass")
+    data = text.encode("utf-8", "surrogatepass").lower() + bytes(PADDING)
+    places = np.flatnonzero((np.frombuffer(data, dtype=np.uint8) & 0xC0) != 0x80)  # of each character
+    return Words(span_hashes(data, places[begin], places[end]), bounds, begin, end)
 
 
 def characters_of(text: str) -> tuple[np.ndarray, bytes, np.ndarray]:
@@ -147,24 +149,6 @@ def characters_of(text: str) -> tuple[np.ndarray, bytes, np.ndarray]:
     data = codes.astype(np.uint8)
     data[others] = 255
     return codes, data.tobytes() + bytes(PADDING), others
-
-
-def add_characters(
-    hashes: np.ndarray, begin: np.ndarray, end: np.ndarray, others: np.ndarray, codes: np.ndarray
-) -> None:
-    """Make hashes of the bytes that `characters_of` gives depend on the characters beyond ASCII too, in place.
-
-    Args:
-        hashes, begin, end: (n_words,) each.
-        others, codes: (n,) where such characters stand, in words or not, and what they are.
-    """
-    if len(hashes):
-        word = np.searchsorted(begin, others, side="right") - 1
-        inside = (word >= 0) & (others < end[word])
-        word = word[inside]
-        values = (others[inside] - begin[word]).view(np.uint64) << np.uint64(32) | codes[inside]
-        mix(values)
-        np.add.at(hashes, word, values)
 
 
 _ASCII_CLASSES = bytes(_WORD if chr(byte).isalnum() and byte < 128 else _SEPARATOR for byte in range(256))

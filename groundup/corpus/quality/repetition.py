@@ -40,14 +40,9 @@ class _Groups:
 
 
 def repeated_parts(batch: TextBatch, parts: Ints) -> tuple[Shares, Shares]:
-    """Lines or paragraphs that their text had before.
+    """Lines or paragraphs that their text had before: their share of its parts, and of its characters, (n,) each.
 
-    Args:
-        batch: the texts.
-        parts: (parts + 1,) the first word of each line or paragraph, and the number of words.
-
-    Returns:
-        Their share of all parts of each text, and of its characters: (n,) each.
+    `parts`: (parts + 1,) the first word of each line or paragraph, and the number of words.
     """
     groups = _groups(_within_texts(batch, batch.hashes_of(parts), batch.text_of_word[parts[:-1]]))
     again = groups.places[~groups.first]
@@ -62,16 +57,8 @@ def repeated_parts(batch: TextBatch, parts: Ints) -> tuple[Shares, Shares]:
 def repeated_ngrams(
     batch: TextBatch, top: Collection[int], duplicate: Collection[int]
 ) -> dict[tuple[str, int], Shares]:
-    """The most frequent n-gram's share of the characters, and that of all n-grams that came before.
-
-    Args:
-        batch: the texts.
-        top: for which n, from 2 on, the former is wanted.
-        duplicate: for which n, from 2 on, the latter is wanted.
-
-    Returns:
-        (n,) shares by ("top", n) and ("duplicate", n).
-    """
+    """The most frequent n-gram's share of the characters, and that of all n-grams that came before, for these n >= 2:
+    (n,) shares by ("top", n) and ("duplicate", n)."""
     found: dict[tuple[str, int], Shares] = {}
     last = max((*top, *duplicate), default=0)
     words = _within_texts(batch, batch.word_hashes, batch.text_of_word) if last else np.empty(0, dtype=np.uint64)

@@ -13,16 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from groundup.corpus.words import (
-    PADDING,
-    add_characters,
-    characters_of,
-    is_unspaced,
-    merged,
-    mix,
-    span_hashes,
-    word_breaks,
-)
+from groundup.corpus.words import PADDING, characters_of, is_unspaced, merged, mix, span_hashes, word_breaks
 
 SPACE, LETTER, DIGIT, UPPER, LINE_END, SENTENCE_END, CLOSER, BULLET = (1 << bit for bit in range(8))
 _UNKNOWN = 0xFF  # no character is white space and a letter at once
@@ -190,8 +181,13 @@ class TextBatch:
         """(words,) 64 bits of each word; equal within one batch only."""
         hashes = span_hashes(self.bytes.data, self.word_starts, self.word_ends)
         hashes ^= self.word_lengths.view(np.uint64) * _ODD  # a word may end in zeros
-        if self.codes is not None:
-            add_characters(hashes, self.word_starts, self.word_ends, self._others, self.codes[self._others])
+        if self.codes is not None and self.n_words:  # in `bytes` all characters beyond ASCII are one
+            word = np.searchsorted(self.word_starts, self._others, side="right") - 1
+            inside = (word >= 0) & (self._others < self.word_ends[word])
+            word, others = word[inside], self._others[inside]
+            values = (others - self.word_starts[word]).view(np.uint64) << np.uint64(32) | self.codes[others]
+            mix(values)
+            np.add.at(hashes, word, values)
         return hashes
 
     @cached_property
@@ -202,11 +198,7 @@ class TextBatch:
         return sums
 
     def hashes_of(self, parts: Ints) -> Hashes:
-        """64 bits of each run of words.
-
-        Args:
-            parts: (parts + 1,) the first word of each, and the number of words.
-        """
+        """64 bits of each run of words; `parts`: (parts + 1,) the first word of each, and the number of words."""
         sums = self._hash_sums[parts]
         hashes: Hashes = (sums[1:] - sums[:-1]) * _powers(self.n_words)[1][parts[:-1]]
         mix(hashes)
