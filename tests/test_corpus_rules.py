@@ -219,7 +219,7 @@ def test_when_nothing_is_left_the_error_names_the_rule_that_took_the_wanted_lang
         curate(settings, tmp_path / "out")
 
 
-def test_a_short_line_is_short_in_any_script():
+def test_a_short_line_is_short_in_any_script() -> None:
     """A Chinese or Japanese sentence takes a third of the characters of an English one."""
     texts = [
         "The cat sat on the mat and looked at me.",

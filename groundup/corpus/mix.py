@@ -31,7 +31,7 @@ def plan_mix(bytes_by_source: Mapping[str, int], weights: Mapping[str, float]) -
     """The factor by which every source is thinned or repeated, in the order of `bytes_by_source`.
 
     Args:
-        bytes_by_source: bytes of text that each source has.
+        bytes_by_source: bytes of text of each.
         weights: shares of the result, by a pattern (as in a shell: `*`, `?`, `[a-z]`) of the whole name of a source
             or of its last part (the file's name). The first pattern that fits counts. Sources that share a pattern
             keep their proportions. Shares are taken relative to their sum; 0 drops a source.

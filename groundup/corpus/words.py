@@ -86,9 +86,6 @@ class Words:
 
         Gram k of a text begins at its word k. So only a text without words is without grams.
 
-        Args:
-            n: words in a run.
-
         Returns:
             (n_grams,) uint64 hashes and (n_texts + 1,) int64 starts of each text's grams among them. Two runs have
             the same hash, whichever texts they stand in, if their words are the same in the same order.
@@ -114,11 +111,7 @@ class Words:
 
 
 def words_of(texts: Sequence[str]) -> Words:
-    """The words of texts, found and hashed together; a million characters in all is a good batch.
-
-    Args:
-        texts: any strings, empty ones too.
-    """
+    """The words of texts, found and hashed together; a million characters in all is a good batch."""
     joined = "".join(f"{text}\n" for text in texts)
     bounds = np.cumsum([0, *(len(text) + 1 for text in texts)], dtype=np.int64)
     if joined.isascii():
@@ -261,11 +254,7 @@ def word_breaks(text: str, places: np.ndarray) -> list[int]:
     """Where a word begins although there is no white space before it: rising places in a text.
 
     So it is at the words of scripts without spaces, and at what follows their letters. Punctuation belongs to the word
-    before it, an opening bracket or quotation mark to the one behind.
-
-    Args:
-        text: the text.
-        places: (n,) where the letters of such scripts stand in it, rising.
+    before it, an opening bracket or quotation mark to the one behind. `places`, (n,): where such letters stand, rising.
     """
     if not len(places):
         return []
@@ -286,12 +275,7 @@ _FOLLOWING_WORD = re.compile(r"[^\w\s]*(?=\w)")
 def run_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
     """The hash of n words from each word on, whichever texts they stand in: sum of hashes[i + k] · m^k over k < n.
 
-    Args:
-        hashes: (n_words,) uint64.
-        n: words in a run.
-
-    Returns:
-        (max(n_words - n + 1, 0),) uint64, modulo 2⁶⁴; runs of 2, 4, 8 ... words are made of two halves.
+    (max(n_words - n + 1, 0),) uint64, modulo 2⁶⁴; runs of 2, 4, 8 ... words are made of two halves.
     """
     if len(hashes) < n:
         return np.empty(0, dtype=np.uint64)
@@ -322,12 +306,7 @@ def _power(exponent: int) -> np.uint64:
 
 
 def set_bits(field: np.ndarray, hashes: np.ndarray) -> None:
-    """Mark hashes in a field of bits, by their highest bits: `has_bits` then dismisses nearly all other hashes.
-
-    Args:
-        field: (a power of two,) uint8.
-        hashes: (n,) uint64.
-    """
+    """Mark hashes in a field of bits, (a power of two,) uint8: `has_bits` then dismisses nearly all other hashes."""
     bits = hashes >> np.uint64(65 - (8 * len(field)).bit_length())
     np.bitwise_or.at(field, bits >> np.uint64(3), np.uint8(1) << (bits & np.uint64(7)).astype(np.uint8))
 

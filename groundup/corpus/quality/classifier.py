@@ -180,7 +180,7 @@ def _means(weights: np.ndarray, features: np.ndarray, starts: np.ndarray) -> np.
 
 
 def _probability(weights: np.ndarray, bias: float, features: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    return _sigmoid(bias + _means(weights, features, starts))
+    return 1 / (1 + np.exp(-np.clip(bias + _means(weights, features, starts), -60, 60)))
 
 
 def _joined(examples: Sequence[_Example]) -> tuple[np.ndarray, np.ndarray]:
@@ -236,7 +236,3 @@ def _quality(positive: np.ndarray, negative: np.ndarray) -> dict[str, Any]:
     not_above = np.searchsorted(ordered, positive, side="right")
     auc = float((below + not_above).mean()) / (2 * len(negative))
     return {"held_out": n_held_out, "accuracy": round(accuracy, 6), "auc": round(auc, 6)}
-
-
-def _sigmoid(values: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-np.clip(values, -60, 60)))
