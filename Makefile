@@ -32,7 +32,7 @@ lint: .venv/installed-test
 	$(RUN) ruff format --check
 
 types: .venv/installed-test
-	$(RUN) mypy
+	$(RUN) mypy -n 2
 
 imports: .venv/installed-test
 	.venv/bin/lint-imports
