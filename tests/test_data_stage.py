@@ -6,11 +6,13 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -260,31 +262,22 @@ def test_killed_at_random_moments_the_data_stage_ends_with_the_same_bytes(tmp_pa
 RAY_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
 
 
-class RayHead:
-    """A Ray cluster of one machine that outlives its drivers."""
-
-    def __init__(self) -> None:
-        self._ray = [sys.executable, "-m", "ray.scripts.scripts"]
-        self._environment = {**os.environ, **RAY_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
-        begun = subprocess.run(
-            [*self._ray, "start", "--head", "--num-cpus=2", "--include-dashboard=false", "--port=0",
-             "--node-ip-address=127.0.0.1"],
-            capture_output=True, text=True, env=self._environment, timeout=120,
-        )  # fmt: skip
-        assert begun.returncode == 0, begun.stderr
-        self.address = begun.stdout.split("--address='")[1].split("'")[0]
-
-    def stop(self) -> None:
-        subprocess.run([*self._ray, "stop", "--force"], capture_output=True, env=self._environment, timeout=120)
-
-
 @pytest.fixture(scope="module")
-def cluster() -> Any:
-    """The environment in which a command finds a running cluster."""
+def cluster() -> Iterator[dict[str, str]]:
+    """The environment in which a command finds a Ray cluster of this machine, which outlives its drivers."""
     pytest.importorskip("ray")
-    head = RayHead()
-    yield {"RAY_ADDRESS": head.address, **RAY_ENVIRONMENT}
-    head.stop()
+    command = [
+        sys.executable, "-u", "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", "--port=0",
+        "--include-dashboard=false", "--node-ip-address=127.0.0.1",
+    ]  # fmt: skip
+    environment = {**os.environ, **RAY_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as head:
+        assert head.stdout is not None
+        try:
+            address = next(found[1] for line in head.stdout if (found := re.search("--address='(.*?)'", line)))
+            yield {"RAY_ADDRESS": address, **RAY_ENVIRONMENT}
+        finally:
+            head.terminate()  # it ends the processes that it began, and no other cluster's
 
 
 OUR_TASK = "ray::_call"  # the engine gives Ray every piece of work by this one function
