@@ -474,6 +474,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path) -> 
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_the_smoke_recipe_killed_at_random_moments_ends_with_the_same_bits(tmp_path: Path) -> None:
     recipe = smoke_profile(read_recipe("demo", ["threads=1"]))
     context, draw = server(), random.Random(11)
