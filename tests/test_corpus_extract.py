@@ -248,12 +248,12 @@ def extract_some(kind: str) -> list[str]:
         return [str(extractor.extract(html)) for html in PAGES]
 
 
-def test_inside_a_worker_of_a_pool(extractor: Extractor) -> None:
-    expected = [extractor.extract(html) for html in PAGES]
+def test_inside_a_worker_of_a_pool(fast: Extractor) -> None:
+    expected = [fast.extract(html) for html in PAGES]
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        assert pool.submit(extract_some, extractor.kind).result() == expected
+        assert pool.submit(extract_some, fast.kind).result() == expected
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # its workers may not have children of multiprocessing
-        assert pool.apply(extract_some, (extractor.kind,)) == expected
+        assert pool.apply(extract_some, (fast.kind,)) == expected
 
 
 @pytest.mark.long

@@ -124,8 +124,8 @@ def test_another_threshold_reads_no_text_again(tmp_path: Path, inputs: Path) -> 
     assert corpus_files(tmp_path / "out") == corpus_files(tmp_path / "anew")
 
 
-def test_the_pipeline_keeps_measurements_when_a_threshold_changes(tmp_path: Path, inputs: Path) -> None:
-    recipe = write_recipe(tmp_path / "r.toml", inputs)
+def test_the_pipeline_keeps_measurements_when_a_threshold_changes(tmp_path: Path, few: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.toml", few)
     build(read_recipe(recipe), tmp_path / "run", only=["corpus"])
     folder = tmp_path / "run" / "corpus" / ANNOTATED
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -285,7 +285,7 @@ ON_RAY = ("--set", "corpus.engine=ray", "--set", "corpus.workers=2")
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_ray_gives_the_same_bytes_also_when_its_workers_are_killed(
     tmp_path: Path, inputs: Path, cluster: dict[str, str]
 ) -> None:
@@ -307,7 +307,7 @@ def test_ray_gives_the_same_bytes_also_when_its_workers_are_killed(
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3000)
 def test_a_driver_of_ray_that_is_killed_goes_on_to_the_same_bytes(
     tmp_path: Path, few: Path, cluster: dict[str, str]
 ) -> None:
@@ -332,7 +332,7 @@ def _kill_again_and_again(
 def _to_the_end(recipe: Path, run: Path, *options: str, **environment: str) -> tuple[dict[str, str], float]:
     begun = time.monotonic()
     process = start("shards", recipe, "--out", run, *options, **environment)
-    _, err = process.communicate(timeout=200)
+    _, err = process.communicate()
     assert process.returncode == 0, err
     return digests(run), time.monotonic() - begun
 
