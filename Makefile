@@ -35,7 +35,7 @@ lint: .venv/installed-test
 	$(RUN) ruff format --check
 
 types: .venv/installed-test
-	$(RUN) mypy -n 2
+	$(RUN) mypy
 
 imports: .venv/installed-test
 	.venv/bin/lint-imports
