@@ -417,6 +417,7 @@ def test_benchmark_score_by_hand() -> None:
     assert benchmark_f1([("a b c d", "e f g h")]) == 0.0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "least"), [("trafilatura", 0.95), ("resiliparse", 0.91)])
 def test_accuracy_on_the_article_extraction_benchmark(shared_data: Path, kind: str, least: float) -> None:
     folder = shared_data / "html" / "article_extraction_benchmark"
