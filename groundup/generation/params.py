@@ -120,6 +120,12 @@ class SamplingParams:
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.min_tokens)
 
     @functools.cached_property
+    def has_filters(self) -> bool:
+        """Whether a token may be excluded because of what the others are."""
+        filters = (self.temperature == 0, self.top_k, self.typical_p, self.top_p, self.min_p)
+        return filters != (False, 0, 1, 1, 0)
+
+    @functools.cached_property
     def bias(self) -> tuple[Tensor, Tensor]:
         """`logit_bias` as ids and values, −inf for a token that is excluded."""
         values = [-math.inf if bias == BAN else float(bias) for bias in self.logit_bias.values()]

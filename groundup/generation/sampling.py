@@ -28,6 +28,7 @@ from groundup.errors import GroundupError
 from groundup.generation.params import SamplingParams
 
 _BLOCK = 128  # tokens that are summed at once before a draw looks inside
+_TOGETHER = 2**18  # most logits of rows without filters that are faster together than in turn
 _TINY = float(np.finfo(np.float32).tiny)
 _WORD, _GAMMA = 2**64 - 1, 0x9E3779B97F4A7C15  # SplitMix64's
 
@@ -126,11 +127,17 @@ def sample(
     uniform = uniforms(seeds, positions)
     if logits.device.type != "cpu":
         return _draw(_weights(logits, rows), uniform)
-    tokens, weights = list[int](), np.empty(logits.shape[-1], np.float32)  # of one row: it stays in the cache
-    for row, own, number in zip(logits.numpy(), rows, uniform.tolist(), strict=True):
-        _weigh_row(row, own, weights)
-        tokens.append(_draw_row(weights, number))
-    return torch.tensor(tokens)
+    array, numbers, tokens = logits.numpy(), uniform.numpy(), np.empty(len(rows), np.int64)
+    together = [row for row, own in enumerate(rows) if not own.has_filters]
+    if len(together) < 4 or logits.numel() > _TOGETHER:
+        together = []
+    weights = np.empty(logits.shape[-1], np.float32)  # of one row: it stays in the cache
+    for row in sorted(set(range(len(rows))).difference(together)):
+        _weigh_row(array[row], rows[row], weights)
+        tokens[row] = _draw_row(weights, numbers[row])
+    if together:
+        tokens[together] = _draw_rows(array[together], [rows[row].temperature for row in together], numbers[together])
+    return torch.from_numpy(tokens)
 
 
 def warp(
@@ -347,6 +354,26 @@ def _draw_row(weights: np.ndarray, uniform: float) -> int:
     if place == len(inside):  # the two sums were rounded differently: the last token that has added something
         place = inside.searchsorted(inside[-1])
     return block * _BLOCK + int(place)
+
+
+def _draw_rows(logits: np.ndarray, temperatures: Sequence[float], uniform: np.ndarray) -> np.ndarray:
+    """`_weigh_row` and `_draw_row` of rows without filters, to the bit."""
+    n, vocab_size = logits.shape
+    largest = logits.max(axis=-1, keepdims=True)
+    _check(largest[:, 0].tolist())
+    weights = logits - largest
+    if any(temperature != 1 for temperature in temperatures):
+        with np.errstate(over="ignore"):
+            weights /= np.maximum(np.array(temperatures, np.float32), _TINY)[:, None]
+    np.exp(weights, out=weights)
+    sums = np.add.reduceat(weights, _block_starts(vocab_size), axis=-1).cumsum(axis=-1, dtype=np.float64)
+    target, rows = uniform * sums[:, -1], np.arange(n)
+    block = (sums <= target[:, None]).sum(axis=-1)
+    places = block[:, None] * _BLOCK + np.arange(_BLOCK)
+    inside = np.where(places < vocab_size, weights[rows[:, None], np.minimum(places, vocab_size - 1)], 0)
+    inside = inside.cumsum(axis=-1, dtype=np.float64)
+    target = np.maximum(target - np.where(block, sums[rows, block - 1], 0), 0)
+    return block * _BLOCK + np.minimum((inside <= target[:, None]).sum(axis=-1), (inside < inside[:, -1:]).sum(axis=-1))
 
 
 @functools.lru_cache(maxsize=8)
