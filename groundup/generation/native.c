@@ -2,8 +2,9 @@
 
    A step reads every weight once, so memory's bandwidth is its limit, and the time between two operations its
    overhead. Therefore: products keep a few rows and tokens in registers and widen weights (float32, bfloat16, 8 or 4
-   bits) on their way to them; activations and sums are float32; one parallel region spans the whole step, with a
-   barrier only where a thread needs what others computed. `native.py` compiles and fills in the structs below, which
+   bits) on their way to them; activations and sums are float32, but that bfloat16 is multiplied by bfloat16 where the
+   processor can; one parallel region spans the whole step, with a barrier only where a thread needs what others
+   computed. A token's sums are added in one order, however many are computed with it. `native.py` compiles and fills in the structs below, which
    it mirrors field by field. Vectors are GCC's (clang has them too), as wide as the machine's. */
 
 #include <math.h>
@@ -395,9 +396,9 @@ typedef struct {
 } Span;
 
 /* Rows of weight · x for all n tokens: ROWS rows meet all of them while they are in the cache; narrow weights become
-   floats once for many tokens. The rows are far apart, one from each part of the span, so that each
-   part is read from its start to its end: the processor fetches few long streams ahead, and hardly ever many short
-   ones. `memory` is the thread's own: `product_floats` of them. */
+   floats once for many tokens. The rows are far apart, one from each part of the span, so that each part is read from
+   its start to its end: the processor fetches few long streams ahead, and hardly ever many short ones. `memory` is the
+   thread's own. */
 static void multiply(const Matrix *m, Span rows, const float *x, int64_t x_stride, int64_t n, Output to, float *memory)
 {
     const char *inputs = (const char *)x;
@@ -517,10 +518,10 @@ static Work layout(const Model *m, const Call *c, int thread, int threads)
     w.attended = w.values + n * w.kv;
     w.gate = w.attended + n * w.q;
     w.up = w.gate + n * w.ff;
-    const int64_t widest = (w.d > w.q ? w.d : w.q) > w.ff ? (w.d > w.q ? w.d : w.q) : w.ff;
-    w.own = w.up + n * w.ff + thread * (few * w.d + 3 * reach + (n + ROWS) * (widest + 32));
+    const int64_t products = (n + ROWS) * (w.d + w.q + w.ff);
+    w.own = w.up + n * w.ff + thread * (few * w.d + products + 3 * reach);
     w.products = w.own + few * w.d;
-    w.scores = w.products + (n + ROWS) * (widest + 32);
+    w.scores = w.products + products;
     w.entries = (int32_t *)(w.scores + reach);
     w.positions = w.entries + reach;
     return w;
