@@ -420,17 +420,17 @@ class Engine:
         """Another token for each text, or several."""
         if not texts:
             return
-        drafts = [Draft([]) for _ in texts]
+        drafts: list[Draft] = []
         if self._speculation is not None:
             drafts = self._speculation.propose(texts, [self._room(text) for text in texts])
-        rows = [
-            Row(text.slot, [text.ids[-1], *draft.ids], text.n_stored, 1 + len(draft.ids))
-            for text, draft in zip(texts, drafts, strict=True)
-        ]
-        logits = self._logits(texts, rows)
         if any(draft.ids for draft in drafts):
-            self._verify(texts, drafts, logits)
+            rows = [
+                Row(text.slot, [text.ids[-1], *draft.ids], text.n_stored, 1 + len(draft.ids))
+                for text, draft in zip(texts, drafts, strict=True)
+            ]
+            self._verify(texts, drafts, self._logits(texts, rows))
             return
+        logits = self._logits(texts, [Row(text.slot, text.ids[-1:], text.n_stored) for text in texts])
         for text in texts:
             text.n_stored += 1
         self._draw(texts, logits)
@@ -525,7 +525,7 @@ class Engine:
         self._telling = threading.get_ident()
         try:
             for text in texts:
-                if (chunk := text.chunk()) is not None:
+                if text.request._on_chunk is not None and (chunk := text.chunk()) is not None:
                     _tell(text.request, chunk)
                 if text.is_finished:
                     self.stats.finished[text.result.finish_reason] += 1

@@ -18,6 +18,7 @@ import math
 import secrets
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -169,6 +170,9 @@ def uniforms(seeds: Sequence[int], positions: Sequence[int], stream: int = 0) ->
         positions: of tokens in the requests' outputs.
         stream: 0 to 3: independent numbers for one token, such as its draft's, the verdict's and its replacement's.
     """
+    if len(seeds) > 8:  # the same on arrays, which wrap around by themselves
+        every = np.array(seeds, np.uint64), np.array(positions, np.uint64)
+        return torch.from_numpy((_mix(_mix(every[0] + _GAMMA) + _GAMMA * (4 * every[1] + stream + 1)) >> 11) * 2.0**-53)
     pairs = zip(seeds, positions, strict=True)
     hashes = [_mix(_mix(seed + _GAMMA) + _GAMMA * (4 * position + stream + 1)) for seed, position in pairs]
     return torch.tensor([(value >> 11) * 2.0**-53 for value in hashes], dtype=torch.float64)
@@ -395,9 +399,9 @@ def _check(largest: Sequence[float]) -> None:
         )
 
 
-def _mix(value: int) -> int:
+def _mix(value: Any) -> Any:
     """SplitMix64's finalizer: each bit of the result depends on each of the value's lower 64 bits."""
-    value &= _WORD
+    value = value & _WORD
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _WORD
     return value ^ (value >> 31)
