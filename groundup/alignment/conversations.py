@@ -1,7 +1,9 @@
-"""Conversations to learn from: the generated tasks, or files of records with a "messages" list.
+"""Conversations to learn from: the generated tasks, or files of records in the forms that people have.
 
-Files are read as the corpus reads its own: JSON lines, lists of JSON, Parquet, packed or not, folders, globs and
-addresses. One conversation in ten is held out (and one at least), chosen by a hash of all that is said in it.
+A record has a list of "messages", of "conversations" (ShareGPT), or a question and an answer in fields of their own
+(prompt and response, instruction, input and output, question and answer). Files are read as the corpus reads its own:
+JSON lines, lists of JSON, Parquet, CSV, packed or not, folders, globs and addresses. One conversation in ten is held
+out (and one at least), chosen by a hash of all that is said in it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import xxhash
 from groundup.console import Console
 from groundup.corpus.document import OnSetAside, Reason, SetAside
 from groundup.corpus.reading.jsonl import RefusedError, Value, parse_json
-from groundup.corpus.reading.sources import InputFiles, find_sources
+from groundup.corpus.reading.sources import InputFile, InputFiles, find_sources
 from groundup.corpus.reading.values import check_writable, read_values
 from groundup.errors import DataError
 from groundup.evaluation import generate_tasks
@@ -27,7 +29,13 @@ from groundup.tokenizer.special import ROLE_TOKENS
 
 TASKS = "groundup:tasks"
 HELD_OUT_SHARE = 10  # one conversation in so many
-FIELD = "messages"
+_QUESTIONS = ("prompt", "instruction", "question", "query")
+_MORE = ("input", "context")  # what a question is about, where it stands in a field of its own
+_ANSWERS = ("response", "completion", "output", "answer")
+_ROLES = {
+    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "function": "tool", "observation": "tool", **{role: role for role in ROLE_TOKENS},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ def load_conversations(
     """Read or generate conversations.
 
     Args:
-        data: files, folders, globs or addresses of records with "messages", or groundup:tasks.
+        data: files, folders, globs or addresses of conversations, or groundup:tasks.
         n_tasks: conversations that groundup:tasks generates.
         seed: of the generator.
         section: of the recipe, in messages.
@@ -61,13 +69,17 @@ def load_conversations(
         for task in generate_tasks(n_tasks, seed):
             (train if task.split == "train" else held_out).append(list(task.messages))
     found = _files(data, section)
-    for messages in _read(found, aside.append):
+    forms: dict[str, Counter[str]] = {}
+    for label, form, messages in _read(found, aside.append):
+        forms.setdefault(label, Counter())[form] += 1
         (train if _hash(messages) % HELD_OUT_SHARE else held_out).append(messages)
     if len(train) > 1 and not held_out:
         held_out.append(train.pop(min(range(len(train)), key=lambda place: _hash(train[place]))))
     counts = Counter(str(item.reason) for item in aside)
     if console is not None and (words := found.in_words()):
         console.note(f"[{section}] data: {words}.")
+    for label, count in forms.items() if console is not None else ():
+        console.note(f"[{section}] data: {label}: {', '.join(f'{n:,} of {form}' for form, n in count.items())}.")
     if console is not None and aside:
         listed = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
         console.warn(f"[{section}] data: {len(aside):,} records were set aside ({listed}). The first: {aside[0]}")
@@ -75,8 +87,8 @@ def load_conversations(
         first = f" The first that was set aside: {aside[0]}" if aside else ""
         raise DataError(
             f"[{section}] data = {list(data)}: {len(train)} conversations to learn from, {len(held_out)} held out.",
-            'Each record needs {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}; '
-            f"a few dozen are the least.{first}",
+            'Each record needs {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}, or '
+            f"a prompt and a response; a few dozen are the least.{first}",
         )
     return Conversations(train, held_out, dict(counts))
 
@@ -95,40 +107,78 @@ def _files(data: Sequence[str], section: str) -> InputFiles:
     return find_sources(named, setting=f"[{section}] data")
 
 
-def _read(found: InputFiles, set_aside: OnSetAside) -> Iterator[list[Message]]:
-    settings = CorpusSettings(text_field=FIELD)
+def _read(found: InputFiles, set_aside: OnSetAside) -> Iterator[tuple[str, str, list[Message]]]:
+    """Each conversation, with the file that it is in and the form that it has there."""
     for item in found.aside:
         set_aside(item)
     for source in found.files:
-        for value in read_values(source, settings, set_aside):
+        for value in read_records(source, set_aside):
             try:
-                yield _messages(value)
+                yield source.label, *conversation_of(value.data)
             except RefusedError as refused:
                 set_aside(refused.of(source, value))
 
 
-def _messages(value: Value) -> list[Message]:
-    """A record's conversation.
+def read_records(source: InputFile, set_aside: OnSetAside) -> Iterator[Value]:
+    """The records of a file of any kind, those of a CSV with the names of its first row."""
+    names: list[str] | None = None
+    for value in read_values(source, CorpusSettings(text_field=""), set_aside):
+        if source.kind != "separated":
+            yield value
+        elif names is None:
+            names = value.data
+        else:
+            yield value._replace(data=dict(zip(names, value.data, strict=False)))
+
+
+def conversation_of(record: Any) -> tuple[str, list[Message]]:
+    """The form of a record, and the conversation in it.
 
     Raises:
         RefusedError: there is none that could be learned.
     """
-    items: Any = value.data.get(FIELD) if isinstance(value.data, Mapping) else None
-    if isinstance(items, str):  # a cell of a table
+    record = record if isinstance(record, Mapping) else {}
+    question, answer = (next((name for name in names if name in record), "") for names in (_QUESTIONS, _ANSWERS))
+    if record.get("messages") is not None or record.get("conversations") is not None:
+        form = "messages" if record.get("messages") is not None else "conversations"
+        messages = messages_of(record[form])
+    elif question and answer:
+        about = next((name for name in _MORE if record.get(name)), "")
+        form = "/".join(filter(None, (question, about, answer)))
+        messages = messages_of(record[question], "user")
+        if about:
+            messages[-1]["content"] += f"\n\n{messages_of(record[about], 'user')[0]['content']}"
+        messages += messages_of(record[answer], "assistant")
+    else:
+        raise RefusedError(Reason.NO_TEXT, 'no list "messages" or "conversations", and no prompt with a response')
+    if not any(message["role"] == "assistant" and message["content"] for message in messages):
+        raise RefusedError(Reason.EMPTY, "no answer in it")
+    return form, messages
+
+
+def messages_of(items: Any, role: str = "") -> list[Message]:
+    """A list of messages, also of ShareGPT's; or the one message of a role that a text is.
+
+    Raises:
+        RefusedError: no messages, or what cannot be written.
+    """
+    if isinstance(items, str) and role:
+        items = [{"role": role, "content": items}]
+    elif isinstance(items, str):  # a cell of a table
         items, _ = parse_json(items.encode(errors="surrogatepass"), "", b"")
     if not isinstance(items, list) or not items:
-        raise RefusedError(Reason.NO_TEXT, f"no list {FIELD!r}")
+        raise RefusedError(Reason.NO_TEXT, "no list of messages")
     messages: list[Message] = []
     for place, item in enumerate(items, start=1):
-        role, content = (item.get("role"), item.get("content")) if isinstance(item, Mapping) else (None, None)
-        if isinstance(role, dict | list) or role not in ROLE_TOKENS or not isinstance(content, str):
+        fields = item if isinstance(item, Mapping) else {}
+        said, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
+        known = _ROLES.get(said) if isinstance(said, str) else None
+        if known is None or not isinstance(content, str):
             raise RefusedError(Reason.NO_TEXT, f"message {place} has no text, or no role of {', '.join(ROLE_TOKENS)}")
         check_writable(content)
         if "\0" in content:
             raise RefusedError(Reason.NUL, f"in message {place}")
-        messages.append({"role": role, "content": content})
-    if not any(message["role"] == "assistant" and message["content"] for message in messages):
-        raise RefusedError(Reason.EMPTY, "no answer in it")
+        messages.append({"role": known, "content": content})  # type: ignore[typeddict-item]
     return messages
 
 

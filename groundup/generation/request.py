@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ class Generation:
 
     Attributes:
         ids: new tokens; a stop token is left out, the tokens of a stop text are not.
+        end_id: the stop token that ended it, or None; `end_logprob`: its log-probability, where they were asked for.
         finish_reason: "stop": a stop token or text; "length": max_tokens or the context's end; "cancelled".
         text: filled in where a tokenizer is at hand; ends before the stop text.
         logprobs: of every new token, where they were asked for.
@@ -32,6 +34,8 @@ class Generation:
     """
 
     ids: list[int] = field(default_factory=list)
+    end_id: int | None = None
+    end_logprob: float = math.nan
     finish_reason: FinishReason = "length"
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -153,6 +157,7 @@ class Text:
         """The next token."""
         result = self.result
         if token in self.ends:
+            result.end_id, result.end_logprob = token, math.nan if logprob is None else logprob.logprob
             self.finish("stop")
             return
         result.ids.append(token)
