@@ -16,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from groundup import corpus
+    from groundup import alignment, corpus
     from groundup.alignment import SFTSettings, fine_tune
     from groundup.console import Console
     from groundup.evaluation import bits_per_byte, exact_match, generate_tasks, score_model
@@ -114,6 +114,7 @@ __all__ = [
     "TrainedModel",
     "Transformer",
     "WindowLoader",
+    "alignment",
     "bits_per_byte",
     "build",
     "chat_reply",
@@ -149,8 +150,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "corpus":
-        return importlib.import_module("groundup.corpus")
+    if name in ("alignment", "corpus"):
+        return importlib.import_module(f"groundup.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'groundup' has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULE_OF[name]), name)
