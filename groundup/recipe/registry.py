@@ -46,6 +46,13 @@ METHODS = {
     "sft": Registered(
         "groundup.alignment.sft:SFT", "Base model and conversations to an assistant: supervised fine-tuning."
     ),
+    "ppo": Registered(
+        "groundup.alignment.ppo:PPO_METHOD", "A model and a reward to one that earns more of it: PPO, with a value model."
+    ),
+    "grpo": Registered(
+        "groundup.alignment.grpo:GRPO_METHOD",
+        "A model and a verifier to one that is right more often: groups of answers, compared with each other.",
+    ),
     "distill": Registered(
         "groundup.alignment.distill:DISTILL",
         "A model to a smaller one that guesses its tokens: a draft for generation.",

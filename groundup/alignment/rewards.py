@@ -1,0 +1,246 @@
+"""What an answer is worth: prompts to answer, and the rewards of `reward = …` in a recipe.
+
+    "groundup:verify"        1 if the answer is right, else 0: equal to the known one, or ending in the same number
+                             where that is marked with "####" (GSM8K)
+    "my_reward.py:score"     score(messages, answer, known) of the user's own; a number
+    "rm"                     a stage that makes a reward model
+
+A function that raises, hangs or returns no number has no reward for that answer (NaN), and is counted. If it has none
+for a whole buffer the stage stops with the first failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import re
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from groundup.alignment.conversations import TASKS, load_conversations
+from groundup.console import Console
+from groundup.errors import DataError
+from groundup.evaluation import generate_tasks
+from groundup.tokenizer import Message, Tokenizer, render
+from groundup.user_code import in_words, load_function
+
+VERIFY = "groundup:verify"
+_MARK = "####"
+_NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be answered.
+
+    Attributes:
+        messages: the conversation so far.
+        ids: the same, with what opens the answer.
+        known: right answers, the one to learn from first; none where nobody knows.
+    """
+
+    messages: list[Message]
+    ids: list[int]
+    known: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts on both sides of the split, and how many have no room in the model's context."""
+
+    train: list[Prompt]
+    held_out: list[Prompt]
+    too_long: int
+
+
+def load_prompts(
+    data: Sequence[str], n_tasks: int, seed: int, tokenizer: Tokenizer, room: int, section: str,
+    console: Console | None = None,
+) -> Prompts:  # fmt: skip
+    """Prompts of conversations, whose last answers are the known ones.
+
+    Args:
+        data: files as for fine-tuning, or groundup:tasks.
+        n_tasks: that groundup:tasks generates.
+        seed: of the generator.
+        tokenizer: of the model.
+        room: most tokens of a prompt.
+        section: of the recipe, in messages.
+        console: is told what was set aside.
+
+    Raises:
+        DataError: no prompt is left.
+    """
+    sides: tuple[list[tuple[list[Message], tuple[str, ...]]], ...] = ([], [])
+    if TASKS in data:
+        for task in generate_tasks(n_tasks, seed):
+            known = task.say(task.answer, "plain"), task.say(task.answer, "polite")
+            sides[task.split == "held_out"].append((task.messages[:-1], known))
+    if files := [name for name in data if name != TASKS]:
+        found = load_conversations(files, 0, seed, section, console)
+        for side, conversations in zip(sides, (found.train, found.held_out), strict=True):
+            for messages in conversations:
+                last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
+                if last:
+                    side.append((messages[:last], (messages[last]["content"],)))
+    kept: list[list[Prompt]] = []
+    for side in sides:
+        prompts = [
+            Prompt(list(messages), render(tokenizer, messages, add_generation_prompt=True).ids, known)
+            for messages, known in side
+        ]
+        kept.append([prompt for prompt in prompts if len(prompt.ids) <= room])
+    too_long = sum(map(len, sides)) - sum(map(len, kept))
+    if console is not None and too_long:
+        console.warn(f"[{section}] data: {too_long:,} prompts have more than {room} tokens and were left out.")
+    if not kept[0] or not kept[1]:
+        raise DataError(
+            f"[{section}] data = {list(data)}: {len(kept[0])} prompts to answer, {len(kept[1])} held out"
+            + (f", {too_long:,} longer than {room} tokens." if too_long else "."),
+            "Raise the model's context_length, lower max_tokens, or give conversations with a question.",
+        )
+    return Prompts(*kept, too_long)
+
+
+def is_right(prompt: Prompt, answer: str) -> bool:
+    """Whether an answer is one of the known ones; of a known one with a marked result, whether it ends in that."""
+    said = answer.strip()
+    for known in prompt.known:
+        marked, wanted = _MARK in known, _NUMBER.findall(known.rpartition(_MARK)[2])
+        if marked and wanted:
+            numbers = _NUMBER.findall(said.rpartition(_MARK)[2])
+            if numbers and _value(numbers[-1]) == _value(wanted[-1]):
+                return True
+        elif said == known.strip():
+            return True
+    return False
+
+
+def _value(number: str) -> float:
+    return float(number.replace(",", "").rstrip("."))
+
+
+class FunctionReward:
+    """The user's function, guarded.
+
+    Args:
+        spec: `file.py:function`; `groundup:verify` is `is_right`.
+        where: in the recipe, for messages.
+        seconds: that it may take for an answer; then it has failed.
+        in_process: call it in a process of its own, which is ended if it hangs or dies.
+
+    Raises:
+        DataError: there is no such function, or its file is not trusted.
+    """
+
+    def __init__(self, spec: str, where: str, *, seconds: float = 10.0, in_process: bool = False) -> None:
+        self._spec, self._where, self._seconds = spec, where, seconds
+        self._function = None if spec == VERIFY else load_function(spec, where, _EXAMPLE)
+        self._in_process = in_process and spec != VERIFY
+        self._worker: Any = None
+        self.failures: list[str] = []
+
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+        """The rewards; NaN where the function failed. `failures` says how.
+
+        Raises:
+            DataError: it failed for every answer.
+        """
+        self.failures = []
+        rewards = [self._one(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        if self.failures and all(map(math.isnan, rewards)):
+            raise DataError(
+                f"{self._where}: it fails for all {len(rewards)} answers; the first: {self.failures[0]}.",
+                "Call it by hand on an answer of rollouts.jsonl.",
+            )
+        return rewards
+
+    def close(self) -> None:
+        """End the process."""
+        if self._worker is not None:
+            process, pipe = self._worker
+            process.kill()
+            process.join()
+            pipe.close()
+            self._worker = None
+
+    def _one(self, prompt: Prompt, answer: str) -> float:
+        if self._function is None:
+            return float(is_right(prompt, answer))
+        arguments = prompt.messages, answer, prompt.known[0] if prompt.known else ""
+        try:
+            if self._in_process:
+                value = self._ask(arguments)
+            else:
+                with _alarm(self._seconds):
+                    value = self._function(*arguments)
+            reward = float(value) if not isinstance(value, str | bytes) else math.nan
+        except (Exception, SystemExit) as error:
+            self.failures.append(in_words(error))
+            return math.nan
+        if not math.isfinite(reward):
+            self.failures.append(f"it returns {value!r:.80}, not a finite number")
+            return math.nan
+        return reward
+
+    def _ask(self, arguments: tuple[Any, ...]) -> Any:
+        if self._worker is None:
+            context = multiprocessing.get_context("spawn")
+            pipe, theirs = context.Pipe()
+            process = context.Process(target=_answer, args=(self._spec, self._where, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._worker = process, pipe
+            pipe.recv()  # its imports do not count
+        _, pipe = self._worker
+        try:
+            pipe.send(arguments)
+            if not pipe.poll(self._seconds):
+                raise TimeoutError(f"no answer in {self._seconds:g} s")
+            failed, value = pipe.recv()
+        except (TimeoutError, EOFError, OSError) as error:
+            self.close()
+            raise RuntimeError(str(error) or "its process ended") from error
+        if failed:
+            raise RuntimeError(value)
+        return value
+
+
+_EXAMPLE = "def {name}(messages, answer, known): return 1.0 if answer == known else 0.0"
+
+
+def _answer(spec: str, where: str, pipe: Any) -> None:
+    """The process of a reward function: called with arguments until the other end is gone."""
+    function = load_function(spec, where, _EXAMPLE)
+    pipe.send("ready")
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            arguments = pipe.recv()
+            try:
+                value = function(*arguments)
+                pipe.send((False, value if isinstance(value, int | float | str) else float(value)))
+            except (Exception, SystemExit) as error:
+                pipe.send((True, in_words(error)))
+
+
+@contextlib.contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in this block after so long; only the main thread can be interrupted."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise TimeoutError(f"no answer in {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
