@@ -59,6 +59,23 @@ def load_function(spec: str, where: str, example: str = "") -> Callable[..., Any
     return function
 
 
+def answer_calls(spec: str, where: str, pipe: Any) -> None:
+    """The work of a process that calls a function for another one: tuples of arguments in, (failed, result) out.
+
+    It begins with "ready", and ends when the other end of the pipe is gone. Results are numbers or texts.
+    """
+    function = load_function(spec, where)
+    pipe.send("ready")
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            arguments = pipe.recv()
+            try:
+                value = function(*arguments)
+                pipe.send((False, value if isinstance(value, int | float | str) else float(value)))
+            except (Exception, SystemExit) as error:
+                pipe.send((True, in_words(error)))
+
+
 def function_fingerprint(spec: str, where: str) -> str:
     """Digest of the function's file, and its name; what the file imports is not looked at.
 

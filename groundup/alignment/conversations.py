@@ -78,8 +78,10 @@ def load_conversations(
     counts = Counter(str(item.reason) for item in aside)
     if console is not None and (words := found.in_words()):
         console.note(f"[{section}] data: {words}.")
-    for label, count in forms.items() if console is not None else ():
-        console.note(f"[{section}] data: {label}: {', '.join(f'{n:,} of {form}' for form, n in count.items())}.")
+    for label, count in forms.items():
+        (console or Console(quiet=True)).note(
+            f"[{section}] data: {label}: {', '.join(f'{n:,} of {form}' for form, n in count.items())}."
+        )
     if console is not None and aside:
         listed = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
         console.warn(f"[{section}] data: {len(aside):,} records were set aside ({listed}). The first: {aside[0]}")

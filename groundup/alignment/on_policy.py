@@ -147,9 +147,7 @@ class RolloutSource:
         """None: held-out prompts are answered when a buffer is made."""
         yield from ()
 
-    def collect(
-        self, modules: Mapping[str, nn.Module], place: int, rows: slice, last: Batch
-    ) -> tuple[Batch, float]:
+    def collect(self, modules: Mapping[str, nn.Module], place: int, rows: slice, last: Batch) -> tuple[Batch, float]:
         """These rows of a new buffer, and how many FLOPs they took."""
         model, settings = modules["model"], self.settings
         assert isinstance(model, Transformer)
@@ -161,6 +159,9 @@ class RolloutSource:
         )  # fmt: skip
         rolled = self._roll_out(engine, prompts, [self._row_seed(place, number) for number in numbers])
         rewards = self._rewards(modules, prompts, rolled) - settings.missing_end * (~rolled.is_ended)
+        if self._reward is not None and bool(self._world.gather(rewards).isnan().all()):
+            first = f"; the first: {self._reward.failures[0]}" if self._reward.failures else ""
+            raise DataError(f"[align] reward = {settings.reward!r}: it fails for all answers{first}.")
         targets = rolled.ids.where(rolled.is_answer, IGNORED)[:, 1:]
         batch = {"ids": rolled.ids, "targets": targets, "rewards": rewards}
         batch["old"], gap = self._own_logprobs(model, batch, rolled.logprobs[:, 1:])
@@ -172,7 +173,10 @@ class RolloutSource:
             "answer_tokens": lengths.float(),
             "ended": rolled.is_ended.float(),
             "logprob_gap": torch.full((len(prompts),), gap),
-            **{name: torch.full((len(prompts),), value) for name, value in self._held_out(modules, engine, place).items()},
+            **{
+                name: torch.full((len(prompts),), value)
+                for name, value in self._held_out(modules, engine, place).items()
+            },
         }
         config, n_rows = model.config, len(prompts)
         flops += n_rows * 2 * forward_flops(config, self.width)  # written, and read again
@@ -405,7 +409,10 @@ def train_policy(
     )
     try:
         summary = train(job, world, console)
-        summary |= rollouts.final(job.all_modules) | {"prompts": len(prompts.train), "prompts_too_long": prompts.too_long}
+        summary |= rollouts.final(job.all_modules) | {
+            "prompts": len(prompts.train),
+            "prompts_too_long": prompts.too_long,
+        }
     finally:
         if function is not None:
             function.close()

@@ -5,8 +5,7 @@
     "my_reward.py:score"     score(messages, answer, known) of the user's own; a number
     "rm"                     a stage that makes a reward model
 
-A function that raises, hangs or returns no number has no reward for that answer (NaN), and is counted. If it has none
-for a whole buffer the stage stops with the first failure.
+A function that raises, hangs or returns no number has no reward for that answer (NaN), and is counted.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from groundup.console import Console
 from groundup.errors import DataError
 from groundup.evaluation import generate_tasks
 from groundup.tokenizer import Message, Tokenizer, render
-from groundup.user_code import in_words, load_function
+from groundup.user_code import answer_calls, in_words, load_function
 
 VERIFY = "groundup:verify"
 _MARK = "####"
@@ -103,7 +102,7 @@ def load_prompts(
             + (f", {too_long:,} longer than {room} tokens." if too_long else "."),
             "Raise the model's context_length, lower max_tokens, or give conversations with a question.",
         )
-    return Prompts(*kept, too_long)
+    return Prompts(kept[0], kept[1], too_long)
 
 
 def is_right(prompt: Prompt, answer: str) -> bool:
@@ -145,19 +144,9 @@ class FunctionReward:
         self.failures: list[str] = []
 
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-        """The rewards; NaN where the function failed. `failures` says how.
-
-        Raises:
-            DataError: it failed for every answer.
-        """
+        """The rewards; NaN where the function failed. `failures` says how."""
         self.failures = []
-        rewards = [self._one(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        if self.failures and all(map(math.isnan, rewards)):
-            raise DataError(
-                f"{self._where}: it fails for all {len(rewards)} answers; the first: {self.failures[0]}.",
-                "Call it by hand on an answer of rollouts.jsonl.",
-            )
-        return rewards
+        return [self._one(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
     def close(self) -> None:
         """End the process."""
@@ -191,7 +180,7 @@ class FunctionReward:
         if self._worker is None:
             context = multiprocessing.get_context("spawn")
             pipe, theirs = context.Pipe()
-            process = context.Process(target=_answer, args=(self._spec, self._where, theirs), daemon=True)
+            process = context.Process(target=answer_calls, args=(self._spec, self._where, theirs), daemon=True)
             process.start()
             theirs.close()
             self._worker = process, pipe
@@ -211,20 +200,6 @@ class FunctionReward:
 
 
 _EXAMPLE = "def {name}(messages, answer, known): return 1.0 if answer == known else 0.0"
-
-
-def _answer(spec: str, where: str, pipe: Any) -> None:
-    """The process of a reward function: called with arguments until the other end is gone."""
-    function = load_function(spec, where, _EXAMPLE)
-    pipe.send("ready")
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            arguments = pipe.recv()
-            try:
-                value = function(*arguments)
-                pipe.send((False, value if isinstance(value, int | float | str) else float(value)))
-            except (Exception, SystemExit) as error:
-                pipe.send((True, in_words(error)))
 
 
 @contextlib.contextmanager

@@ -24,24 +24,24 @@ class Generation:
 
     Attributes:
         ids: new tokens; a stop token is left out, the tokens of a stop text are not.
-        end_id: the stop token that ended it, or None; `end_logprob`: its log-probability, where they were asked for.
         finish_reason: "stop": a stop token or text; "length": max_tokens or the context's end; "cancelled".
         text: filled in where a tokenizer is at hand; ends before the stop text.
         logprobs: of every new token, where they were asked for.
         prompt_logprobs: of the prompt's tokens from the second on, where they were asked for.
         offsets: of each token in the text, in characters, where a tokenizer is at hand.
         score: of `beam_search`, and of `best_of` the mean log-probability.
+        end_id: the stop token that ended it, or None; `end_logprob`: its log-probability, where they were asked for.
     """
 
     ids: list[int] = field(default_factory=list)
-    end_id: int | None = None
-    end_logprob: float = math.nan
     finish_reason: FinishReason = "length"
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     score: float = 0.0
+    end_id: int | None = None
+    end_logprob: float = math.nan
 
     @property
     def n_tokens(self) -> int:

@@ -47,7 +47,8 @@ METHODS = {
         "groundup.alignment.sft:SFT", "Base model and conversations to an assistant: supervised fine-tuning."
     ),
     "ppo": Registered(
-        "groundup.alignment.ppo:PPO_METHOD", "A model and a reward to one that earns more of it: PPO, with a value model."
+        "groundup.alignment.ppo:PPO_METHOD",
+        "A model and a reward to one that earns more of it: PPO, with a value model.",
     ),
     "grpo": Registered(
         "groundup.alignment.grpo:GRPO_METHOD",
