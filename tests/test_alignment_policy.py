@@ -166,9 +166,9 @@ def test_nothing_is_learned_from_an_answer_without_a_reward(tmp_path):
         call, kind = (ppo, PPOSettings) if method == "ppo" else (grpo, GRPOSettings)
         reward = FunctionReward(f"{tmp_path}/half.py:score", "[x] reward")
         call(policy(), tokenizer(), prompts(), reward, kind(**COMMON | settings), out=folder)
+        (tmp_path / "bad.py").write_text("def score(m, answer, k):\n    return {}[answer]\n")
+        bad = FunctionReward(f"{tmp_path}/bad.py:score", "[x] reward")
         with pytest.raises(DataError, match="it fails for all answers; the first: KeyError"):
-            (tmp_path / "bad.py").write_text("def score(m, answer, k):\n    return {}[answer]\n")
-            bad = FunctionReward(f"{tmp_path}/bad.py:score", "[x] reward")
             call(policy(), tokenizer(), prompts(), bad, kind(**COMMON | settings), out=tmp_path / f"{method}-bad")
         (line,) = read_log(folder / "metrics.jsonl")
         assert 0 < line["reward_failed"] < 1

@@ -154,11 +154,11 @@ class GRPO:
         dtype: torch.dtype = modules["model"].compute_dtype  # type: ignore[assignment]
         if modules["model"].training:
             check_first_ratio(self.source.is_first, found.logprobs, batch["old"], mask, dtype)
-        clips = {"clip": settings.clip, "clip_high": settings.clip_high}
+        clip, high = settings.clip, settings.clip_high
         if settings.ratio == "answer":
-            policy = gspo_policy_loss(found.logprobs, batch["old"], advantages, mask, **clips)
+            policy = gspo_policy_loss(found.logprobs, batch["old"], advantages, mask, clip=clip, clip_high=high)
         else:
-            policy = ppo_policy_loss(found.logprobs, batch["old"], advantages, **clips)
+            policy = ppo_policy_loss(found.logprobs, batch["old"], advantages, clip=clip, clip_high=high)
         # k3 times the ratio has the gradient of KL(π ‖ π_ref); k3 alone has that of the other direction.
         divergence = kl_estimate(found.logprobs, batch["reference"], "k3", old=batch["old"])
         losses, kl = (aggregate(part, mask, settings.aggregation) for part in (policy.losses, divergence))

@@ -167,16 +167,13 @@ class RolloutSource:
         batch["old"], gap = self._own_logprobs(model, batch, rolled.logprobs[:, 1:])
         more, flops = self.learn_from(modules, batch, last)
         lengths = rolled.is_answer.sum(1)
+        of_all = {"logprob_gap": gap, **self._held_out(modules, engine, place)}
         stats = {
             "reward": rewards.clone(),
             "reward_failed": rewards.isnan().float(),
             "answer_tokens": lengths.float(),
             "ended": rolled.is_ended.float(),
-            "logprob_gap": torch.full((len(prompts),), gap),
-            **{
-                name: torch.full((len(prompts),), value)
-                for name, value in self._held_out(modules, engine, place).items()
-            },
+            **{name: torch.full((len(prompts),), value) for name, value in of_all.items()},
         }
         config, n_rows = model.config, len(prompts)
         flops += n_rows * 2 * forward_flops(config, self.width)  # written, and read again
@@ -220,7 +217,7 @@ class RolloutSource:
         device = next(modules["reward"].parameters()).device
         found = [
             modules["reward"](ids.to(device), n.to(device)).float().cpu()
-            for ids, n in zip(rolled.ids.split(_PASS_ROWS), lengths.split(_PASS_ROWS), strict=True)
+            for ids, n in zip(torch.split(rolled.ids, _PASS_ROWS), torch.split(lengths, _PASS_ROWS), strict=True)
         ]
         return torch.cat(found)
 
@@ -243,8 +240,8 @@ class RolloutSource:
         gap, most = (largest if model.compute_dtype == torch.float32 else mean), MOST_GAP.get(model.compute_dtype, 0.05)
         if not gap <= most:
             raise GroundupError(
-                f"the engine's log-probabilities of the answers are {gap:.2g} away from the trainer's (at most {most:g}): "
-                "it would learn from another policy than the one that wrote.",
+                f"the engine's log-probabilities of the answers are {gap:.2g} away from the trainer's (at most "
+                f"{most:g}): it would learn from another policy than the one that wrote.",
                 'Set precision = "float32"; if that does not help, please report it.',
             )
         return torch.cat(kept), mean
@@ -321,8 +318,8 @@ def check_first_ratio(is_first: bool, logprobs: Tensor, old: Tensor, mask: Tenso
     most = 1e-4 if dtype == torch.float32 else 0.5
     if not gap <= most:
         raise GroundupError(
-            f"before the first update the ratio to the policy that wrote is not 1: log-probabilities differ by {gap:.2g} "
-            f"(at most {most:g}).",
+            f"before the first update the ratio to the policy that wrote is not 1: log-probabilities differ by "
+            f"{gap:.2g} (at most {most:g}).",
             "Does the model draw at random in training (dropout)? Set [model] dropout = 0.",
         )
 
@@ -409,10 +406,8 @@ def train_policy(
     )
     try:
         summary = train(job, world, console)
-        summary |= rollouts.final(job.all_modules) | {
-            "prompts": len(prompts.train),
-            "prompts_too_long": prompts.too_long,
-        }
+        summary |= rollouts.final(job.all_modules)
+        summary |= {"prompts": len(prompts.train), "prompts_too_long": prompts.too_long}
     finally:
         if function is not None:
             function.close()
@@ -531,7 +526,7 @@ def _check_room(stage: Stage) -> None:
     length = starting_config(stage)[0].context_length
     if stage.settings.max_tokens >= length - 8:
         raise DataError(
-            f"[{stage.section}] max_tokens = {stage.settings.max_tokens}: a prompt has no room beside such an answer in "
-            f"the model's context of {length}.",
+            f"[{stage.section}] max_tokens = {stage.settings.max_tokens}: a prompt has no room beside such an "
+            f"answer in the model's context of {length}.",
             "Lower it.",
         )
