@@ -19,6 +19,7 @@ from groundup.alignment import on_policy
 from groundup.alignment.grpo import GRPOSettings
 from groundup.alignment.on_policy import without_dropout
 from groundup.alignment.ppo import PPOSettings
+from groundup.alignment.rejection import RejectionSettings, rejection_sampling
 from groundup.alignment.rewards import FunctionReward, Prompt, is_right
 from groundup.errors import DataError, GroundupError
 from groundup.generation import Engine, SamplingParams
@@ -174,6 +175,28 @@ def test_nothing_is_learned_from_an_answer_without_a_reward(tmp_path):
         assert 0 < line["reward_failed"] < 1
         assert line["reward"] == 1.0  # of those that have one
         assert math.isfinite(line["policy"])
+
+
+def test_best_answers_are_kept_and_learned(tmp_path):
+    (tmp_path / "short.py").write_text("def score(m, answer, k):\n    return -float(len(answer))\n")
+    reward = FunctionReward(f"{tmp_path}/short.py:score", "[x] reward")
+    shape = {"prompts": 12, "samples": 6, "keep": 2, "least": -8.0, "max_tokens": 6, "epochs": 1, "batch_size": 4}
+    settings = RejectionSettings(**shape, precision="float32", compile=False)
+    model = policy()
+    with torch.no_grad():
+        model.embed_tokens.weight[tokenizer().end_id] *= 8  # so that some answers end
+    done = rejection_sampling(model, tokenizer(), prompts(), reward, settings, out=tmp_path / "out")
+    (path,) = (tmp_path / "out").glob("answers-*.jsonl")
+    train, _ = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    assert train["written"] == 72 == done.summary["answers"]
+    assert 0 < len(train["messages"]) <= train["good"] <= 72
+    asked = [prompt.messages[0]["content"] for prompt in prompts().train[:12]]
+    for messages in train["messages"]:
+        assert messages[0]["content"] in asked
+        assert len(messages[1]["content"]) <= 8
+    settings = settings.model_copy(update={"least": 1.0})
+    with pytest.raises(DataError, match="Lower least = 1"):
+        rejection_sampling(policy(), tokenizer(), prompts(), reward, settings, out=tmp_path / "none")
 
 
 @pytest.mark.parametrize(

@@ -211,15 +211,7 @@ class RolloutSource:
     def _rewards(
         self, modules: Mapping[str, nn.Module], prompts: Sequence[Prompt], rolled: Rollouts
     ) -> Float[Tensor, " rows"]:
-        if self._reward is not None:
-            return torch.tensor(self._reward(prompts, rolled.texts), dtype=torch.float32)
-        lengths = (rolled.ids.shape[1] - rolled.is_answer.flip(1).int().argmax(1)).clamp(min=1)
-        device = next(modules["reward"].parameters()).device
-        found = [
-            modules["reward"](ids.to(device), n.to(device)).float().cpu()
-            for ids, n in zip(torch.split(rolled.ids, _PASS_ROWS), torch.split(lengths, _PASS_ROWS), strict=True)
-        ]
-        return torch.cat(found)
+        return scores_of(modules["reward"] if self._reward is None else self._reward, prompts, rolled)
 
     def _own_logprobs(
         self, model: Transformer, batch: Batch, theirs: Float[Tensor, "rows seq"]
@@ -274,6 +266,19 @@ class RolloutSource:
             record["reward"] = None if math.isnan(reward) else reward
             lines.append(json.dumps(record, ensure_ascii=False))
         write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+@torch.no_grad()
+def scores_of(
+    reward: FunctionReward | nn.Module, prompts: Sequence[Prompt], rolled: Rollouts
+) -> Float[Tensor, " rows"]:
+    """What answers earn: by a function, or by a reward model, which reads them up to their ends."""
+    if isinstance(reward, FunctionReward):
+        return torch.tensor(reward(prompts, rolled.texts), dtype=torch.float32)
+    lengths = rolled.ids.shape[1] - rolled.is_answer.flip(1).int().argmax(1)
+    device = next(reward.parameters()).device
+    pairs = zip(torch.split(rolled.ids, _PASS_ROWS), torch.split(lengths, _PASS_ROWS), strict=True)  # type: ignore[no-untyped-call]
+    return torch.cat([reward(ids.to(device), n.to(device)).float().cpu() for ids, n in pairs])
 
 
 def passes(batch: Batch) -> Iterator[Batch]:
@@ -421,7 +426,7 @@ class PolicyMethod(Method):
 
     makes = "lm"
     trains = True
-    figures = ("held_out_reward", "held_out_right")
+    figures: ClassVar[tuple[str, ...]] = ("held_out_reward", "held_out_right")
     run: ClassVar[Callable[..., TrainedModel]]
     title: ClassVar[str]
     curves: ClassVar[tuple[str, ...]] = ("reward", "kl", "held_out_reward", "held_out_right", "entropy")
@@ -444,6 +449,10 @@ class PolicyMethod(Method):
         yield f"[{stage.section}]", lambda: check_chat(stage, f"[{stage.section}]")
         yield from training_checks(stage)
         yield f"[{stage.section}] data", lambda: data_fingerprint(stage.settings.data, stage.section)
+        yield from self.reward_checks(stage)
+
+    def reward_checks(self, stage: Stage) -> Iterable[Check]:
+        """The reward, and room for answers."""
         yield f"[{stage.section}] reward", lambda: self._check_reward(stage)
         yield f"[{stage.section}] max_tokens", lambda: _check_room(stage)
 
@@ -457,7 +466,7 @@ class PolicyMethod(Method):
         """Refuse what cannot fit; frozen copies are counted when it begins."""
         check_training_memory(stage, starting_config(stage)[0].context_length)
 
-    def quick(self, settings: OnPolicySettings) -> OnPolicySettings:
+    def quick(self, settings: Any) -> Any:
         """A few buffers."""
         less = {"buffers": min(settings.buffers, 3), "examples": min(settings.examples, 2000)}
         return settings.model_copy(update=less | {"held_out": min(settings.held_out, 16)})
@@ -471,20 +480,9 @@ class PolicyMethod(Method):
         prompts = load_prompts(
             settings.data, settings.examples, seed, tokenizer, room, stage.section, context.console
         )  # fmt: skip
-        started = [model_digest(stage.outside_start or context.run.folder(settings.start) / "model")]
-        if self.needs(stage):
-            from groundup.alignment.reward import load_scorer
-
-            folder = context.run.folder(settings.reward) / "model"
-            reward: FunctionReward | nn.Module = load_scorer(folder)
-            started.append(model_digest(folder))
-        else:
-            reward = FunctionReward(
-                settings.reward, _where(stage), seconds=settings.reward_seconds, in_process=settings.reward_process
-            )
-            started.append(self.outside(stage).get("reward", VERIFY))
+        reward, start = starting_reward(context)
         return type(self).run(
-            model, tokenizer, prompts, reward, settings, out=context.folder, seed=seed, start=value_digest(started),
+            model, tokenizer, prompts, reward, settings, out=context.folder, seed=seed, start=start,
             name=stage.name, world=context.world, console=context.console,
         ).summary  # fmt: skip
 
@@ -507,6 +505,23 @@ class PolicyMethod(Method):
                 raise DataError(f"{_where(stage)}: this stage makes no reward model.", 'Name one of method = "reward".')
         elif name != VERIFY:
             load_function(name, _where(stage))
+
+
+def starting_reward(context: Context) -> tuple[FunctionReward | nn.Module, str]:
+    """A stage's reward, and what stands for the weights of its model and its reward."""
+    stage, settings = context.stage, context.stage.settings
+    started = [model_digest(stage.outside_start or context.run.folder(settings.start) / "model")]
+    if settings.reward in stage.recipe.branches:
+        from groundup.alignment.reward import load_scorer
+
+        folder = context.run.folder(settings.reward) / "model"
+        reward: FunctionReward | nn.Module = load_scorer(folder)
+        started.append(model_digest(folder))
+    else:
+        where, seconds = _where(stage), settings.reward_seconds
+        reward = FunctionReward(settings.reward, where, seconds=seconds, in_process=settings.reward_process)
+        started.append(VERIFY if settings.reward == VERIFY else function_fingerprint(settings.reward, where))
+    return reward, value_digest(started)
 
 
 def without_dropout(model: Transformer) -> Transformer:
