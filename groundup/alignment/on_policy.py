@@ -277,7 +277,7 @@ def scores_of(
         return torch.tensor(reward(prompts, rolled.texts), dtype=torch.float32)
     lengths = rolled.ids.shape[1] - rolled.is_answer.flip(1).int().argmax(1)
     device = next(reward.parameters()).device
-    pairs = zip(torch.split(rolled.ids, _PASS_ROWS), torch.split(lengths, _PASS_ROWS), strict=True)  # type: ignore[no-untyped-call]
+    pairs = zip(torch.split(rolled.ids, _PASS_ROWS), torch.split(lengths, _PASS_ROWS), strict=True)
     return torch.cat([reward(ids.to(device), n.to(device)).float().cpu() for ids, n in pairs])
 
 
