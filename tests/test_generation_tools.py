@@ -7,8 +7,8 @@ import torch
 from rl_job import policy, prompts, tokenizer
 
 from groundup.generation import Engine, SamplingParams
-from groundup.generation.calculator import calculate
-from groundup.generation.rollouts import roll_out
+from groundup.generation.calculator import calculate, write_call
+from groundup.generation.rollouts import roll_out, use_calculator
 
 
 @pytest.mark.parametrize(
@@ -27,12 +27,12 @@ def test_arithmetic_and_nothing_else(expression, value):
 
 
 def test_what_a_tool_says_is_read_and_not_learned():
-    said = [
-        tokenizer().role_id("tool"),
-        *tokenizer().encode("84"),
-        tokenizer().end_id,
-        tokenizer().role_id("assistant"),
-    ]
+    use = use_calculator(tokenizer())
+    said = use(write_call("12 * 7"))
+    assert said == [tokenizer().role_id("tool"), *tokenizer().encode("84"), *said[-2:]]
+    assert said[-2:] == [tokenizer().end_id, tokenizer().role_id("assistant")]
+    for text in ("84", '<tool>{"name": "other"}</tool>', "<tool>{}", '<tool>{"name": "calculate"}</tool>'):
+        assert use(text) is None
     ids = [prompt.ids for prompt in prompts().train[:8]]
     model = policy()
     engine = Engine(model, tokenizer(), dtype=torch.float32)

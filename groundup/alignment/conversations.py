@@ -22,12 +22,12 @@ from groundup.corpus.reading.jsonl import RefusedError, Value, parse_json
 from groundup.corpus.reading.sources import InputFile, InputFiles, find_sources
 from groundup.corpus.reading.values import check_writable, read_values
 from groundup.errors import DataError
-from groundup.evaluation import generate_tasks
+from groundup.evaluation.tasks import read_set
 from groundup.recipe import CorpusSettings
 from groundup.tokenizer import Message
 from groundup.tokenizer.special import ROLE_TOKENS
 
-TASKS = "groundup:tasks"
+GENERATED = "groundup:"
 HELD_OUT_SHARE = 10  # one conversation in so many
 _QUESTIONS = ("prompt", "instruction", "question", "query")
 _MORE = ("input", "context")  # what a question is about, where it stands in a field of its own
@@ -53,8 +53,8 @@ def load_conversations(
     """Read or generate conversations.
 
     Args:
-        data: files, folders, globs or addresses of conversations, or groundup:tasks.
-        n_tasks: conversations that groundup:tasks generates.
+        data: files, folders, globs or addresses of conversations, or sets of tasks (groundup:tasks, groundup:sums:500).
+        n_tasks: conversations that a set without a number generates.
         seed: of the generator.
         section: of the recipe, in messages.
         console: is told what was set aside.
@@ -65,8 +65,8 @@ def load_conversations(
     train: list[list[Message]] = []
     held_out: list[list[Message]] = []
     aside: list[SetAside] = []
-    if TASKS in data:
-        for task in generate_tasks(n_tasks, seed):
+    for name in data:
+        for task in read_set(name, n_tasks, seed) if name.startswith(GENERATED) else ():
             (train if task.split == "train" else held_out).append(list(task.messages))
     found = _files(data, section)
     forms: dict[str, Counter[str]] = {}
@@ -101,11 +101,14 @@ def data_fingerprint(data: Sequence[str], section: str) -> list[str]:
     Raises:
         DataError: a file is missing.
     """
-    return [*[TASKS] * (TASKS in data), *(source.digest() for source in _files(data, section).files)]
+    made = [name for name in data if name.startswith(GENERATED)]
+    for name in made:
+        read_set(name, 1, 1)
+    return [*made, *(source.digest() for source in _files(data, section).files)]
 
 
 def _files(data: Sequence[str], section: str) -> InputFiles:
-    named = [item for item in data if item != TASKS]
+    named = [item for item in data if not item.startswith(GENERATED)]
     return find_sources(named, setting=f"[{section}] data")
 
 

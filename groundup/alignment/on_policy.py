@@ -30,7 +30,7 @@ from groundup.distributed import World, current_world
 from groundup.errors import DataError, GroundupError
 from groundup.files import own_folder, value_digest, write_text
 from groundup.generation import Engine, SamplingParams
-from groundup.generation.rollouts import Rollouts, roll_out
+from groundup.generation.rollouts import Rollouts, roll_out, use_calculator
 from groundup.interop import save_model
 from groundup.interop.start import check_chat, check_start, starting_config, starting_point
 from groundup.model import Transformer, reshaped
@@ -206,7 +206,8 @@ class RolloutSource:
             temperature=settings.temperature if temperature is None else temperature, max_tokens=settings.max_tokens
         )
         ids = [prompt.ids for prompt in prompts]
-        return roll_out(engine, ids, params, seeds, width=self.width, pad_id=self._tokenizer.pad_id)
+        tool = use_calculator(self._tokenizer)
+        return roll_out(engine, ids, params, seeds, width=self.width, pad_id=self._tokenizer.pad_id, use_tool=tool)
 
     def _rewards(
         self, modules: Mapping[str, nn.Module], prompts: Sequence[Prompt], rolled: Rollouts

@@ -20,10 +20,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from groundup.alignment.conversations import TASKS, load_conversations
+from groundup.alignment.conversations import GENERATED, load_conversations
 from groundup.console import Console
 from groundup.errors import DataError
-from groundup.evaluation import generate_tasks
+from groundup.evaluation.tasks import read_set
 from groundup.tokenizer import Message, Tokenizer, render
 from groundup.user_code import answer_calls, in_words, load_function
 
@@ -63,8 +63,8 @@ def load_prompts(
     """Prompts of conversations, whose last answers are the known ones.
 
     Args:
-        data: files as for fine-tuning, or groundup:tasks.
-        n_tasks: that groundup:tasks generates.
+        data: files as for fine-tuning, or sets of tasks.
+        n_tasks: that a set without a number generates.
         seed: of the generator.
         tokenizer: of the model.
         room: most tokens of a prompt.
@@ -75,11 +75,11 @@ def load_prompts(
         DataError: no prompt is left.
     """
     sides: tuple[list[tuple[list[Message], tuple[str, ...]]], ...] = ([], [])
-    if TASKS in data:
-        for task in generate_tasks(n_tasks, seed):
+    for name in data:
+        for task in read_set(name, n_tasks, seed) if name.startswith(GENERATED) else ():
             known = task.say(task.answer, "plain"), task.say(task.answer, "polite")
-            sides[task.split == "held_out"].append((task.messages[:-1], known))
-    if files := [name for name in data if name != TASKS]:
+            sides[task.split == "held_out"].append((task.messages[:1], known))
+    if files := [name for name in data if not name.startswith(GENERATED)]:
         found = load_conversations(files, 0, seed, section, console)
         for side, conversations in zip(sides, (found.train, found.held_out), strict=True):
             for messages in conversations:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import json
 import operator
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -31,6 +34,22 @@ def calculate(expression: str) -> str:
     if value.denominator == 1:
         return str(value.numerator)
     return f"{float(value):.6f}".rstrip("0").rstrip(".")
+
+
+def write_call(expression: str) -> str:
+    """How a model asks for it."""
+    return f'<tool>{{"name": "calculate", "arguments": {{"expression": {json.dumps(expression)}}}}}</tool>'
+
+
+def read_call(text: str) -> str | None:
+    """The expression of an answer that is a call of the calculator, or None."""
+    found = re.fullmatch(r"\s*<tool>(\{.*\})</tool>\s*", text, flags=re.DOTALL)
+    with contextlib.suppress(ValueError, RecursionError):
+        call = json.loads(found[1]) if found else None
+        if isinstance(call, dict) and call.get("name") == "calculate" and isinstance(call.get("arguments"), dict):
+            expression = call["arguments"].get("expression")
+            return expression if isinstance(expression, str) else None
+    return None
 
 
 def _value(node: ast.expr) -> Fraction:

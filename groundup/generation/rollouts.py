@@ -15,10 +15,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from groundup.errors import DataError
+from groundup.generation.calculator import calculate, read_call
 from groundup.generation.engine import Engine
 from groundup.generation.params import SamplingParams
 from groundup.generation.request import Generation, Request
 from groundup.generation.sampling import request_seed
+from groundup.tokenizer import Message, Tokenizer, render
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,19 @@ def roll_out(
         logprobs[place, :n] = torch.tensor(row.logprobs)
     ended = torch.tensor([row.is_ended for row in rows])
     return Rollouts(ids, is_answer, logprobs, ended, [row.text for row in rows])
+
+
+def use_calculator(tokenizer: Tokenizer) -> UseTool:
+    """The turn of the calculator behind an answer that is a call of it."""
+
+    def use(text: str) -> list[int] | None:
+        expression = read_call(text)
+        if expression is None:
+            return None
+        said: list[Message] = [{"role": "tool", "content": calculate(expression)}]
+        return render(tokenizer, said, add_generation_prompt=True).ids
+
+    return use
 
 
 @dataclass
