@@ -70,8 +70,13 @@ def load_conversations(
             (train if task.split == "train" else held_out).append(list(task.messages))
     found = _files(data, section)
     forms: dict[str, Counter[str]] = {}
-    for label, form, messages in _read(found, aside.append):
-        forms.setdefault(label, Counter())[form] += 1
+    for source, value in read_records(found, aside.append):
+        try:
+            form, messages = conversation_of(value.data)
+        except RefusedError as refused:
+            aside.append(refused.of(source, value))
+            continue
+        forms.setdefault(source.label, Counter())[form] += 1
         (train if _hash(messages) % HELD_OUT_SHARE else held_out).append(messages)
     if len(train) > 1 and not held_out:
         held_out.append(train.pop(min(range(len(train)), key=lambda place: _hash(train[place]))))
@@ -112,28 +117,22 @@ def _files(data: Sequence[str], section: str) -> InputFiles:
     return find_sources(named, setting=f"[{section}] data")
 
 
-def _read(found: InputFiles, set_aside: OnSetAside) -> Iterator[tuple[str, str, list[Message]]]:
-    """Each conversation, with the file that it is in and the form that it has there."""
+def read_records(found: InputFiles, set_aside: OnSetAside, field: str = "") -> Iterator[tuple[InputFile, Value]]:
+    """Every record of some files, with its file; `field` is one that each must have, once ("": none).
+
+    Rows of CSV are objects with the names in the first one.
+    """
     for item in found.aside:
         set_aside(item)
     for source in found.files:
-        for value in read_records(source, set_aside):
-            try:
-                yield source.label, *conversation_of(value.data)
-            except RefusedError as refused:
-                set_aside(refused.of(source, value))
-
-
-def read_records(source: InputFile, set_aside: OnSetAside) -> Iterator[Value]:
-    """The records of a file of any kind, those of a CSV with the names of its first row."""
-    names: list[str] | None = None
-    for value in read_values(source, CorpusSettings(text_field=""), set_aside):
-        if source.kind != "separated":
-            yield value
-        elif names is None:
-            names = value.data
-        else:
-            yield value._replace(data=dict(zip(names, value.data, strict=False)))
+        names: list[str] | None = None
+        for value in read_values(source, CorpusSettings(text_field=field), set_aside):
+            if source.kind != "separated" or field:
+                yield source, value
+            elif names is None:
+                names = value.data
+            else:
+                yield source, value._replace(data=dict(zip(names, value.data, strict=False)))
 
 
 def conversation_of(record: Any) -> tuple[str, list[Message]]:

@@ -90,8 +90,8 @@ def logprobs_head(
 
 
 def sequence_logprobs(
-    logprobs: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"], *, average: bool = False
-) -> Float[Tensor, " batch"]:
+    logprobs: Float[Tensor, "*batch seq"], mask: Bool[Tensor, "*batch seq"], *, average: bool = False
+) -> Float[Tensor, "*batch"]:
     """Σ_t log p over the masked tokens of each row, or their mean."""
     total = logprobs.where(mask, 0.0).sum(-1)
     return total / mask.sum(-1).clamp(min=1) if average else total

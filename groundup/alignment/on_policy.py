@@ -23,12 +23,14 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from groundup.alignment.conversations import data_fingerprint
+from groundup.alignment.heads import HEAD_FOLDER
 from groundup.alignment.losses import TokenStatistics, kl_estimate, logprobs_head, sequence_logprobs
-from groundup.alignment.rewards import VERIFY, FunctionReward, Prompt, Prompts, is_right, load_prompts
+from groundup.alignment.reward import Scorer
+from groundup.alignment.rewards import VERIFY, FunctionReward, Prompt, Prompts, RewardModel, is_right, load_prompts
 from groundup.console import Console
 from groundup.distributed import World, current_world
 from groundup.errors import DataError, GroundupError
-from groundup.files import own_folder, value_digest, write_text
+from groundup.files import file_digest, own_folder, value_digest, write_text
 from groundup.generation import Engine, SamplingParams
 from groundup.generation.rollouts import Rollouts, roll_out, use_calculator
 from groundup.interop import save_model
@@ -513,11 +515,9 @@ def starting_reward(context: Context) -> tuple[FunctionReward | nn.Module, str]:
     stage, settings = context.stage, context.stage.settings
     started = [model_digest(stage.outside_start or context.run.folder(settings.start) / "model")]
     if settings.reward in stage.recipe.branches:
-        from groundup.alignment.reward import load_scorer
-
-        folder = context.run.folder(settings.reward) / "model"
-        reward: FunctionReward | nn.Module = load_scorer(folder)
-        started.append(model_digest(folder))
+        folder = context.run.folder(settings.reward)
+        reward: FunctionReward | nn.Module = RewardModel(Scorer.load(folder))
+        started += [model_digest(folder / "model"), *map(file_digest, sorted((folder / HEAD_FOLDER).iterdir()))]
     else:
         where, seconds = _where(stage), settings.reward_seconds
         reward = FunctionReward(settings.reward, where, seconds=seconds, in_process=settings.reward_process)

@@ -20,27 +20,28 @@ import xxhash
 from pydantic import model_validator
 
 from groundup.alignment.conversations import Conversations, data_fingerprint, load_conversations
+from groundup.alignment.lora import AdapterSettings
+from groundup.alignment.method import AlignmentMethod, begin, finish, sized
 from groundup.alignment.packing import Text, lay_out, pack
 from groundup.console import Console
 from groundup.distributed import AXES, World, current_world
 from groundup.errors import DataError
 from groundup.files import value_digest
-from groundup.interop import save_model
-from groundup.interop.start import check_chat, check_start, starting_config, starting_point, starting_tokenizer
+from groundup.interop.start import starting_point, starting_tokenizer
 from groundup.model import Transformer
-from groundup.recipe import ControlSettings, OptimizerSettings, Section, Texts, resolve_optimizer, setting
+from groundup.recipe import ControlSettings, OptimizerSettings, Texts, resolve_optimizer, setting
 from groundup.report.format import format_lines, format_whole, loss_line, training_facts
 from groundup.shards import PackedLoader, Permutation, TokenShards, WindowLoader
 from groundup.shards.mixture import Shares, integer_weights
-from groundup.stage import Check, Context, Method, Shown, Stage, model_digest
+from groundup.stage import Check, Context, Shown, Stage
 from groundup.tokenizer import Message, Tokenizer, render
 from groundup.tokenizer.stage import given_tokenizer
 from groundup.training import IGNORED, Batch, NextToken, TrainedModel, TrainingJob, forget_checkpoints, train
 from groundup.training.objective import pass_flops
-from groundup.training.pretrain import QUICK_VALIDATION, check_training_memory, training_checks, training_derived
+from groundup.training.pretrain import QUICK_VALIDATION
 
 
-class SFTSettings(ControlSettings, OptimizerSettings):
+class SFTSettings(ControlSettings, AdapterSettings, OptimizerSettings):
     """Base model and conversations to an assistant."""
 
     data: Texts = setting(
@@ -119,6 +120,7 @@ def fine_tune(
             f"{name}: {source.truncated} conversations are longer than the context of {length} tokens and were cut; "
             f"{source.unsupervised} had no answer left and were dropped."
         )
+    begin(model, settings.lora, seed)
     row_flops = pass_flops(model.config, (1, length))
     job = TrainingJob(
         name=name,
@@ -131,11 +133,12 @@ def fine_tune(
         seed=seed,
         row_length=length if source.is_packed else None,
         axes=frozenset(AXES),
+        sized=sized(settings, model.config),
     )
     summary = train(job, world, console)
     summary |= source.figures(job.plan.rows(job.n_steps - 1)[1])
     summary["conversations_set_aside"] = sum(conversations.set_aside.values())
-    save_model(out / "model", model, tokenizer, world=world)
+    finish(out, model, tokenizer, settings.lora, settings.start, world)
     forget_checkpoints(job, world)
     return TrainedModel(model, out, summary)
 
@@ -313,45 +316,26 @@ def supervised(text: Text) -> int:
     return int((text[1] != IGNORED).sum())
 
 
-class SupervisedFineTuning(Method):
+class SupervisedFineTuning(AlignmentMethod):
     """The stage: a model learns to answer."""
 
     settings = SFTSettings
     version = 6
     makes = "lm"
-    trains = True
     figures = ("val_loss", "final_loss")
 
     def needs(self, stage: Stage) -> tuple[str, ...]:
         """The text to replay."""
         return ("shards",) if stage.settings.replay and stage.recipe.reads_text else ()
 
-    def outside(self, stage: Stage) -> dict[str, str]:
-        """The conversations, and a model made elsewhere."""
-        start = stage.outside_start
-        digests = {} if start is None else {"start": model_digest(start)}
-        return {**digests, "data": ",".join(data_fingerprint(stage.settings.data, stage.section))}
-
-    def sections(self, stage: Stage) -> tuple[Section, ...]:
-        """`[model]` can change a model made elsewhere."""
-        return (stage.settings,) if stage.outside_start is None else (stage.recipe.model, stage.settings)
+    def data_digest(self, stage: Stage) -> str:
+        """The conversations."""
+        return ",".join(data_fingerprint(stage.settings.data, stage.section))
 
     def checks(self, stage: Stage) -> Iterable[Check]:
-        """Data, model, optimizer."""
-        yield f"[{stage.section}] start", lambda: check_start(stage)
-        yield f"[{stage.section}]", lambda: check_chat(stage, f"[{stage.section}]")
-        yield from training_checks(stage)
-        yield f"[{stage.section}] data", lambda: data_fingerprint(stage.settings.data, stage.section)
+        """Data, model, adapters, optimizer, text to replay."""
+        yield from super().checks(stage)
         yield f"[{stage.section}] replay", lambda: _check_shards(stage)
-
-    def derived(self, stage: Stage) -> Iterable[tuple[str, str, str]]:
-        """Micro-batch and memory."""
-        config, _ = starting_config(stage)
-        yield from training_derived(stage, config, config.context_length, None)
-
-    def check_memory(self, stage: Stage) -> None:
-        """Refuse what cannot fit."""
-        check_training_memory(stage, starting_config(stage)[0].context_length)
 
     def quick(self, settings: SFTSettings) -> SFTSettings:
         """Fewer conversations."""

@@ -118,6 +118,8 @@ def _why_not_matrix(name: str, module: Any) -> str | None:
         group = module.packed.shape[1] * (8 // module.bits) // module.scales.shape[1]
         whole = 32 if module.bits == 4 else 16 if module.scales.shape[1] > 1 else 1
         return f"{name}: {module.bits}-bit groups of {group} are computed by PyTorch" if group % whole else None
+    if hasattr(module, "lora_A"):
+        return f"{name}: adapters are computed by PyTorch"
     if not isinstance(module, (nn.Linear, nn.Embedding)):
         return None
     weight = module.weight

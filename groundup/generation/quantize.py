@@ -111,6 +111,7 @@ class Quantized(nn.Module):
     """What quantized matrices share; they cannot be trained.
 
     Attributes:
+        is_frozen_base: adapters beside it are trained, so that it may be in a model that is.
         bits: per weight.
         group_size: inputs per scale.
         packed: the values; see `pack`.
@@ -119,6 +120,7 @@ class Quantized(nn.Module):
     """
 
     packed: Tensor
+    is_frozen_base = False
 
     def __init__(self, packed: Tensor, scales: Tensor, bits: Bits, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -135,7 +137,7 @@ class Quantized(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """Refuse training: gradients would pass by the weights, which are integers."""
-        if mode:
+        if mode and not self.is_frozen_base:
             raise GroundupError("A quantized model cannot be trained.", "Train the model that it was made from.")
         return super().train(mode)
 

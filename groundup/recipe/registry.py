@@ -46,6 +46,16 @@ METHODS = {
     "sft": Registered(
         "groundup.alignment.sft:SFT", "Base model and conversations to an assistant: supervised fine-tuning."
     ),
+    "reward": Registered(
+        "groundup.alignment.reward:REWARD", "A model and preferences to a reward model: one number for an answer."
+    ),
+    "classify": Registered(
+        "groundup.alignment.classify:CLASSIFY", "A model and labelled texts to a classifier, held against the majority."
+    ),
+    "dpo": Registered(
+        "groundup.alignment.dpo:DPO",
+        "A model and preferences to a model that answers as preferred: DPO, IPO, KTO, SimPO, ORPO.",
+    ),
     "ppo": Registered(
         "groundup.alignment.ppo:PPO_METHOD",
         "A model and a reward to one that earns more of it: PPO, with a value model.",

@@ -75,7 +75,9 @@ def derivations(recipe: Recipe) -> list[Derived]:
         found += _of_optimizer(recipe.pretrain, "pretrain", by_size)
     for name, section in recipe.align.items():
         if isinstance(section, OptimizerSettings):
-            rates = {} if config is None else _training_choices(config, recipe, section)
+            rates = (
+                {} if config is None or not section.rates_follow_size else _training_choices(config, recipe, section)
+            )
             found += _of_optimizer(section, f"align.{name}", rates)
     if not recipe.reads_text and "tasks" not in recipe.evaluate.model_fields_set:
         found.append(Derived("evaluate.tasks", (), "bits per byte need a validation text: [corpus] is left out"))

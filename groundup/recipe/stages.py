@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, model_validator
 
@@ -34,7 +34,13 @@ class GroupSettings(Section):
 
 
 class OptimizerSettings(Section):
-    """What every training stage can be told about its optimizer, schedule and numbers."""
+    """What every training stage can be told about its optimizer, schedule and numbers.
+
+    Attributes:
+        rates_follow_size: of next-token prediction, the rates follow from the model's one number, if it has one.
+    """
+
+    rates_follow_size: ClassVar[bool] = True
 
     batch_size: int = setting(32, "sequences in one optimizer step, over all devices", ge=1)
     micro_batch_size: int | None = setting(

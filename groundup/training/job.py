@@ -108,6 +108,8 @@ class TrainingJob:
         train_bytes_per_token: the same for the loss of training; the mean over all of the text, not a step's own.
         samples: prompts to continue at each validation pass, and what continues them.
         row_length: tokens in every row, where all are alike.
+        row_sequences: sequences in a row, each of that length: two where a row is a pair.
+        sized: settings by which memory is estimated, where they are not its own: what is frozen in other ways.
         micro_rows: rows in one forward pass on one device; found by `train` (`planning/memory.py`).
     """
 
@@ -128,6 +130,8 @@ class TrainingJob:
     samples: tuple[str, ...] = ()
     continue_text: Callable[[Transformer, str], str] | None = None
     row_length: int | None = None
+    row_sequences: int = 1
+    sized: OptimizerSettings | None = None
     micro_rows: int = field(default=1, init=False)
 
     @property

@@ -79,9 +79,9 @@ def train(job: TrainingJob, world: World, console: Console) -> dict[str, Any]:
 def _train(job: TrainingJob, world: World, console: Console, stop: StopRequest) -> dict[str, Any]:
     settings, config = job.settings, job.model.config
     beside = sum(_held_bytes(job, module, world) for module in job.all_modules.values() if module is not job.model)
-    length = job.row_length or config.context_length
+    length = job.row_sequences * (job.row_length or config.context_length)
     # Patterns of groups may be about other modules, which are counted by their sizes alone.
-    sized = settings if len(job.modules) == 1 else settings.model_copy(update={"groups": ()})
+    sized = job.sized or (settings if len(job.modules) == 1 else settings.model_copy(update={"groups": ()}))
     job.micro_rows = check_memory(config, sized, length, world, console, job.name, beside=beside)
     if world.device.type == "cpu":
         keep_freed_memory()

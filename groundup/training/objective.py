@@ -214,7 +214,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         cast = weight.to(hidden.dtype)
         wants_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.empty(weight.shape if wants_gradient else 0, dtype=torch.float32, device=hidden.device)
+        is_trained = ctx.needs_input_grad[1]
+        d_weight = torch.empty(weight.shape if is_trained else 0, dtype=torch.float32, device=hidden.device)
         sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)  # objective, nats
         n_slice = slice_rows(hidden.shape[0], cast.element_size() * cast.shape[0])
         n_piece = max(1, PIECE_LOGITS // cast.shape[0]) if hidden.device.type == "cpu" else n_slice
@@ -232,6 +233,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     piece.copy_(gradient)
             if wants_gradient:
                 torch.mm(logits, cast, out=d_hidden[start : start + n_slice])
+            if is_trained:
                 pairs = zip(torch.split(logits, n_columns, dim=1), torch.split(d_weight, n_columns), strict=True)
                 for columns, d_part in pairs:
                     product = columns.T @ rows
@@ -245,7 +247,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors  # in place: a copy of the output matrix's would be the step's largest
-        return d_hidden.mul_(outputs[0]), d_weight.mul_(outputs[0]), None, None, None, None, None
+        d_weight = d_weight.mul_(outputs[0]) if ctx.needs_input_grad[1] else None
+        return d_hidden.mul_(outputs[0]), d_weight, None, None, None, None, None
 
 
 def slice_rows(n_rows: int, row_bytes: int) -> int:

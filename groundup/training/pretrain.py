@@ -27,7 +27,7 @@ from groundup.training.batches import ShardBatches
 from groundup.training.job import TrainingJob
 from groundup.training.loop import forget_checkpoints, train
 from groundup.training.objective import NextToken
-from groundup.training.optimizers import check_optimizer, describe_groups, group_parameters
+from groundup.training.optimizers import Shapes, check_optimizer, describe_groups, group_parameters
 from groundup.training.planning.memory import (
     choose_micro_batch,
     device_memory,
@@ -264,28 +264,40 @@ QUICK_VALIDATION = {"eval_every": 20, "eval_tokens": 5_000}
 """Of a quick version of a stage that trains."""
 
 
-def training_checks(stage: Stage) -> Iterable[Check]:
-    """What can be wrong with the optimizer's settings of any stage that trains."""
+def training_checks(stage: Stage, shapes: Callable[[], Shapes] | None = None) -> Iterable[Check]:
+    """What can be wrong with the optimizer's settings of any stage that trains.
+
+    Args:
+        stage: the stage.
+        shapes: of what is trained (default: all parameters of the model that it starts from).
+    """
     settings: OptimizerSettings = stage.settings
     world, where = current_world(), f"[{stage.section}]"
+    trained = shapes or (lambda: parameter_shapes(starting_config(stage)[0]))
     yield where, lambda: check_precision(settings.precision, world.device.type, stage.section)
     yield where, lambda: check_optimizer(settings, stage.section, world.size)
-    yield where, lambda: group_parameters(parameter_shapes(starting_config(stage)[0]), settings, stage.section)
+    yield where, lambda: group_parameters(trained(), settings, stage.section)
 
 
-def check_training_memory(stage: Stage, length: int) -> None:
+def check_training_memory(stage: Stage, length: int, sized: OptimizerSettings | None = None) -> None:
     """Refuse a stage that cannot fit into memory with rows of so many tokens.
+
+    Args:
+        stage: the stage.
+        length: tokens in a row.
+        sized: settings by which memory is estimated (default: the stage's).
 
     Raises:
         GroundupError: with the parts and the ways out.
     """
-    config, world = starting_config(stage)[0], current_world()
-    refuse_what_cannot_fit(config, stage.settings, length, device_memory(world), world.size, stage.section)
+    config, world, settings = starting_config(stage)[0], current_world(), sized or stage.settings
+    refuse_what_cannot_fit(config, settings, length, device_memory(world), world.size, stage.section)
 
 
 def training_derived(
-    stage: Stage, config: ModelConfig, length: int, n_rows: int | None
-) -> Iterable[tuple[str, str, str]]:
+    stage: Stage, config: ModelConfig, length: int, n_rows: int | None,
+    *, shapes: Shapes | None = None, sized: OptimizerSettings | None = None,
+) -> Iterable[tuple[str, str, str]]:  # fmt: skip
     """What every stage that trains derives.
 
     Args:
@@ -293,14 +305,17 @@ def training_derived(
         config: its model.
         length: tokens in a row.
         n_rows: that it trains on; None: known when its data are read.
+        shapes: of what is trained (default: all of the model).
+        sized: settings by which memory is estimated (default: the stage's).
     """
     settings, where, world = stage.settings, stage.section, current_world()
+    sized = sized or settings
     precision, evidence = choose_precision(settings.precision, world.device.type)
     yield f"{where}.precision", str(precision).removeprefix("torch."), evidence
-    yield from describe_groups(parameter_shapes(config), settings, where)
+    yield from describe_groups(shapes or parameter_shapes(config), settings, where)
     available = device_memory(world)
-    micro, why = choose_micro_batch(config, settings, length, available, world.size)
-    needed = estimate_memory(config, settings, step_of(settings, length, available, world.size, micro))
+    micro, why = choose_micro_batch(config, sized, length, available, world.size)
+    needed = estimate_memory(config, sized, step_of(settings, length, available, world.size, micro))
     if settings.micro_batch_size is None:
         yield f"{where}.micro_batch_size", f"{micro:,}", why
     if n_rows is not None:

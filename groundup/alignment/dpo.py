@@ -1,0 +1,394 @@
+"""Direct preference optimization and its kin: a model learns what people prefer, without a reward model.
+
+With s(y) the log-probability of an answer y to its prompt x, and r(y) = s(y) − s_reference(y), where the reference is
+the model that the stage starts from,
+
+    dpo      −(1 − ε) log σ(β (r_w − r_l)) − ε log σ(−β (r_w − r_l))        arXiv:2305.18290; ε: conservative DPO
+    robust   the same without bias where a share ε of the pairs is flipped  arXiv:2403.00409
+    ipo      (r_w/|w| − r_l/|l| − 1/(2β))²                                  arXiv:2310.12036, averaged over tokens
+    hinge    max(0, 1 − β (r_w − r_l))                                      arXiv:2305.10425
+    kto      λ (1 − σ(±β (r − z₀))): good and bad answers, in no pairs      arXiv:2402.01306
+    simpo    −log σ(β (s_w/|w| − s_l/|l|) − γ); no reference                arXiv:2405.14734
+    orpo     NLL_w − β log σ(log odds_w − log odds_l); no reference         arXiv:2403.07691
+
+(`losses.py`). The chosen answer's log-probability usually falls, too, only less than the rejected one's: what the loss
+sees is their difference. `nll_weight` adds the chosen answer's cross-entropy, which holds it up (arXiv:2404.19733).
+
+The reference never changes, so its log-probabilities are computed once, before the first step. KTO's z₀ is the mean
+over one forward pass's rows, each a prompt with another prompt's answer; so it depends on how a batch is cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from groundup.alignment import losses
+from groundup.alignment.lora import AdapterSettings
+from groundup.alignment.method import AlignmentMethod, begin, finish, sized
+from groundup.alignment.preferences import (
+    Encoded,
+    Preference,
+    PreferenceRows,
+    Preferences,
+    load_preferences,
+    preference_digests,
+)
+from groundup.console import Console
+from groundup.distributed import World, current_world
+from groundup.interop.start import starting_point
+from groundup.model import ModelConfig, Transformer
+from groundup.recipe import AlignSettings, OptimizerName, OptimizerSettings, Texts, resolve_optimizer, setting
+from groundup.report.format import format_lines, format_whole, loss_line, training_facts
+from groundup.stage import Context, Shown, Stage
+from groundup.tokenizer import Tokenizer
+from groundup.training import (
+    IGNORED,
+    Batch,
+    Term,
+    TrainedModel,
+    TrainingJob,
+    choose_precision,
+    forget_checkpoints,
+    pass_flops,
+    train,
+)
+from groundup.training.pretrain import QUICK_VALIDATION
+
+Loss = Literal["dpo", "robust", "ipo", "hinge", "kto", "simpo", "orpo"]
+AVERAGED, WITHOUT_REFERENCE = ("ipo", "simpo", "orpo"), ("simpo", "orpo")
+
+
+class DPOSettings(AlignSettings, AdapterSettings, OptimizerSettings):
+    """A model and preferences to a model that answers as preferred."""
+
+    rates_follow_size: ClassVar[bool] = False
+
+    data: Texts = setting(
+        ..., "preferences: files (JSON lines, JSON, Parquet, CSV, also packed) of pairs, rankings, or judged answers",
+        min_length=1,
+    )  # fmt: skip
+    limit: int | None = setting(None, "most preferences to learn from (unset: all)", ge=1)
+    epochs: float = setting(1.0, "passes over them", gt=0.0, le=1000.0)
+    loss: Loss = setting("dpo", "which of the family: dpo, robust, ipo, hinge, kto, simpo, orpo")
+    beta: float = setting(0.1, "β: how strongly the model is held to the reference (simpo: 2 to 10 is usual)", gt=0.0)
+    gamma: float = setting(0.5, "simpo: the margin γ that the better answer should have", ge=0.0)
+    label_smoothing: float = setting(
+        0.0, "dpo and robust: ε, the share of the pairs that may be the wrong way round", ge=0.0, lt=0.5
+    )
+    desirable_weight: float = setting(1.0, "kto: λ of good answers; that of bad ones is 1", gt=0.0)
+    nll_weight: float = setting(0.0, "weight of the chosen answers' cross-entropy (orpo: 1 more)", ge=0.0)
+    optimizer: OptimizerName = setting("adamw", "adamw, muon, lion or adafactor")
+    lr: float = setting(5e-5, "peak learning rate of all but Muon (with adapters, ten times that)", gt=0.0, le=1.0)
+    weight_decay: float = setting(0.0, "decoupled weight decay, on matrices only", ge=0.0, le=10.0)
+
+    @model_validator(mode="after")
+    def _fits_the_loss(self) -> DPOSettings:
+        said = self.model_fields_set
+        owners = {"label_smoothing": ("dpo", "robust"), "gamma": ("simpo",), "desirable_weight": ("kto",)}
+        wrong = [name for name, owner in owners.items() if name in said and self.loss not in owner]
+        if self.z_loss:
+            wrong.append("z_loss")
+        if wrong:
+            raise ValueError(f'{", ".join(wrong)}: not of loss = "{self.loss}": leave unset')
+        if self.loss == "robust" and not self.label_smoothing:
+            raise ValueError('loss = "robust" needs label_smoothing, the share of the pairs that are flipped')
+        return self
+
+
+class PreferenceLoss:
+    """The objective: one of the losses above, and what is shown of it.
+
+    `loss` is a mean over pairs (kto: answers), `nll` one over the chosen answers' tokens; `accuracy`, `margin` (β Δ),
+    `chosen` and `rejected` (log-ratios, or log-probabilities without a reference) are only shown.
+    """
+
+    def __init__(self, settings: DPOSettings) -> None:
+        self.settings = settings
+        self.nll_weight = settings.nll_weight + (settings.loss == "orpo")
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Pairs or answers; the tokens of the chosen ones."""
+        is_target = batch["targets"] != IGNORED
+        n = int(is_target.any(-1)[:, 0].sum())
+        found: dict[str, float] = dict.fromkeys(("loss", "accuracy"), n)
+        if self.settings.loss == "kto":
+            return found | {"kl": n}
+        found |= dict.fromkeys(("margin", "chosen", "rejected"), n)
+        return found | ({"nll": int(is_target[:, 0].sum())} if self.nll_weight else {})
+
+    def terms(self, modules: Mapping[str, nn.Module], batch: Batch) -> dict[str, Term]:
+        """One forward pass over both sides together."""
+        settings, targets = self.settings, batch["targets"]
+        mask = targets != IGNORED
+        is_real = mask.any(-1)[:, 0]
+        head = losses.logprobs_head(targets.flatten(0, 1))
+        logprobs = modules["model"](batch["ids"].flatten(0, 1), head=head).logprobs.view_as(targets)
+        is_averaged = settings.loss in AVERAGED
+        found = losses.sequence_logprobs(logprobs, mask, average=is_averaged)  # (rows, 2)
+        if settings.loss not in WITHOUT_REFERENCE:
+            found = found - batch["reference"] / (mask.sum(-1).clamp(min=1) if is_averaged else 1)
+        if settings.loss == "kto":
+            return self._judged(found, batch["is_good"], is_real)
+        chosen, rejected = found.unbind(1)
+        each = self._pairs(chosen, rejected)
+        loss = each.where(is_real, 0.0).sum()
+        terms = {"loss": Term(loss, loss.detach())}
+        with torch.no_grad():
+            ahead = (chosen > rejected).float() + 0.5 * (chosen == rejected)
+            shown = {
+                "accuracy": ahead,
+                "margin": settings.beta * (chosen - rejected),
+                "chosen": chosen,
+                "rejected": rejected,
+            }
+            terms |= {name: _shown(values, is_real) for name, values in shown.items()}
+        if self.nll_weight:
+            nll = -logprobs[:, 0].sum()
+            terms["nll"] = Term(nll, nll.detach(), self.nll_weight)
+        return terms
+
+    def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
+        """A forward and a backward pass over each answer."""
+        return pass_flops(config, (math.prod(shape[:-1]), shape[-1]))
+
+    def _pairs(self, chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
+        settings, beta = self.settings, self.settings.beta
+        match settings.loss:
+            case "dpo":
+                return losses.dpo_loss(chosen, rejected, beta=beta, label_smoothing=settings.label_smoothing)
+            case "robust":
+                return losses.robust_dpo_loss(chosen, rejected, beta=beta, label_smoothing=settings.label_smoothing)
+            case "ipo":
+                return losses.ipo_loss(chosen, rejected, beta=beta)
+            case "hinge":
+                return losses.hinge_loss(chosen, rejected, beta=beta)
+            case "simpo":
+                return losses.simpo_loss(chosen, rejected, beta=beta, gamma=settings.gamma)
+            case _:
+                return beta * losses.orpo_loss(chosen, rejected)
+
+    def _judged(self, ratios: Float[Tensor, "rows 2"], is_good: Tensor, is_real: Tensor) -> dict[str, Term]:
+        own, mismatched = ratios[:, 0], ratios[:, 1].detach()
+        kl = losses.masked_mean(mismatched, is_real).clamp(min=0)
+        each = losses.kto_loss(
+            own, is_good, kl, beta=self.settings.beta, desirable_weight=self.settings.desirable_weight
+        )
+        loss = each.where(is_real, 0.0).sum()
+        ahead = ((own.detach() > kl) == is_good).float()
+        return {
+            "loss": Term(loss, loss.detach()), "accuracy": _shown(ahead, is_real), "kl": _shown(mismatched, is_real)
+        }  # fmt: skip
+
+
+def _shown(values: Tensor, is_real: Tensor) -> Term:
+    total = values.detach().where(is_real, 0.0).sum()
+    return Term(total, total, weight=0.0)
+
+
+def train_dpo(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    settings: DPOSettings,
+    *,
+    out: str | Path,
+    preferences: Preferences | None = None,
+    seed: int = 1,
+    name: str = "dpo",
+    world: World | None = None,
+    console: Console | None = None,
+) -> TrainedModel:
+    """Align a model with preferences; go on from a checkpoint in `out` if there is one.
+
+    Args:
+        model: trained in place; as it is now it is the reference.
+        tokenizer: of the model.
+        settings: what `[align.dpo]` of a recipe says; its `start` loads nothing.
+        out: the folder for logs, checkpoints and the model.
+        preferences: what to learn (default: what `settings.data` names).
+        seed: of the order, the adapters and dropout.
+        name: of the stage, in messages.
+        world: the processes to train on (default: those of `torchrun`, or this one).
+        console: where progress is shown.
+
+    Raises:
+        DataError: no usable preference.
+        Interrupted: asked to stop; everything is saved.
+    """
+    settings = resolve_optimizer(settings)
+    console, world, out = console or Console(), world or current_world(), Path(out)
+    section = f"align.{name}"
+    preferences = preferences or load_preferences(settings.data, section, console, limit=settings.limit)
+    chosen = _mismatched(preferences.judged()) if settings.loss == "kto" else preferences.pairs()
+    source = PreferenceRows(chosen, tokenizer, model.config.context_length, seed, section)
+    if source.left_out or source.shortened:
+        console.warn(
+            f"{name}: {source.left_out} preferences are longer than the context of {model.config.context_length} "
+            f"tokens and are left out; {source.shortened} lost their oldest turns."
+        )
+    begin(model, settings.lora, seed)
+    objective = PreferenceLoss(settings)
+    flops = 0.0
+    if settings.loss not in WITHOUT_REFERENCE:
+        model.to(world.device).compute_dtype = choose_precision(settings.precision, world.device.type)[0]
+        both = [
+            answer_logprobs(model, source, side, settings.batch_size, world, console, f"{name}: reference")
+            for side in (source.train, source.held_out)
+        ]
+        source.with_reference(*both)
+        flops = sum(pass_flops(model.config, (1, len(ids))) for one in source.train for ids, _ in one.texts) / 3
+    job = TrainingJob(
+        name=name,
+        modules={"model": model},
+        objective=objective,
+        source=source,
+        settings=settings,
+        n_rows=math.ceil(settings.epochs * len(source.train)),
+        folder=out,
+        seed=seed,
+        row_sequences=2,
+        sized=sized(settings, model.config),
+    )
+    summary = train(job, world, console)
+    summary["flops"] += flops
+    summary |= source.figures() | {"preferences_set_aside": sum(preferences.set_aside.values())}
+    if settings.loss != "kto":
+        summary |= held_out_accuracy(model, source, settings, world, console, name)
+    finish(out, model, tokenizer, settings.lora, settings.start, world)
+    forget_checkpoints(job, world)
+    return TrainedModel(model, out, summary)
+
+
+@torch.no_grad()
+def answer_logprobs(
+    model: Transformer, rows: PreferenceRows, chosen: Sequence[Encoded], n_rows: int, world: World,
+    console: Console | None = None, what: str = "log-probabilities",
+) -> Float[np.ndarray, "preferences answers"]:  # fmt: skip
+    """Σ log p of every answer; the longest ones first, this process's share of them. All processes must call it.
+
+    Args:
+        model: put into evaluation mode.
+        rows: lays batches out.
+        chosen: whose answers.
+        n_rows: of a batch, over all processes.
+        world: the processes.
+        console: shows how far it is.
+        what: it is, on the console.
+    """
+    model.eval()
+    console = console or Console(quiet=True)
+    order = np.argsort([-max(len(ids) for ids, _ in one.texts) for one in chosen], kind="stable")
+    found = torch.zeros(len(chosen), max(len(one.texts) for one in chosen))
+    share = world.rows(-(-n_rows // world.size) * world.size)
+    n_own = share.stop - share.start
+    with console.bar(what, len(chosen)) as bar:
+        for first in range(0, len(chosen), n_own * world.size):
+            places = order[first:][: n_own * world.size]
+            own = [chosen[place] for place in places[share]] or [chosen[0]]  # every process makes the same passes
+            batch = rows.lay_out(own, n_own)
+            targets = batch["targets"].to(world.device).flatten(0, 1)
+            part = model(batch["ids"].to(world.device).flatten(0, 1), head=losses.logprobs_head(targets)).logprobs
+            sums = torch.zeros(n_own, found.shape[1])
+            sums[:, : batch["ids"].shape[1]] = part.sum(-1).view(n_own, -1).cpu()
+            found[places] = world.gather(sums)[: len(places)]
+            bar.update(min(first + n_own * world.size, len(chosen)))
+    return found.numpy()
+
+
+def held_out_accuracy(
+    model: Transformer, source: PreferenceRows, settings: DPOSettings, world: World, console: Console, name: str
+) -> dict[str, float]:
+    """How often the model's own measure prefers the better answer of all held-out pairs, with its standard error."""
+    found = answer_logprobs(model, source, source.held_out, settings.batch_size, world, console, f"{name}: held out")
+    if settings.loss not in WITHOUT_REFERENCE:
+        found = found - np.stack([one.reference for one in source.held_out if one.reference is not None])
+    if settings.loss in AVERAGED:
+        found = found / np.array([[(targets != IGNORED).sum() for _, targets in one.texts] for one in source.held_out])
+    return share_with_error("preference_accuracy", np.sign(found[:, 0] - found[:, 1]) / 2 + 0.5)
+
+
+def share_with_error(name: str, values: np.ndarray) -> dict[str, float]:
+    """A mean of values between 0 and 1 as figures: itself, its standard error, and of how many."""
+    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return {name: float(values.mean()), f"{name}_stderr": error, f"{name}_n": len(values)}
+
+
+def _mismatched(preferences: Preferences) -> Preferences:
+    """Every judged answer, and beside it, for KTO's z₀, its prompt with an answer to another one."""
+    both = []
+    for side in (preferences.train, preferences.held_out):
+        rows, half = [], len(side) // 2
+        for place, one in enumerate(side):
+            others = (side[(place + half + step) % len(side)] for step in range(len(side)))
+            other = next((other for other in others if other.prompt != one.prompt), one)
+            rows.append(Preference(one.prompt, [one.answers[0], other.answers[0]], one.is_good))
+        both.append(rows)
+    return Preferences(both[0], both[1], preferences.set_aside)
+
+
+class DPOMethod(AlignmentMethod):
+    """The stage: a model learns what is preferred."""
+
+    settings = DPOSettings
+    version = 1
+    makes = "lm"
+    figures = ("val_loss", "val_accuracy", "final_loss", "preference_accuracy")
+    row_sequences = 2
+
+    def data_digest(self, stage: Stage) -> str:
+        """The preferences."""
+        return preference_digests(stage.settings.data, stage.section)
+
+    def quick(self, settings: DPOSettings) -> DPOSettings:
+        """Fewer preferences."""
+        less = {"limit": min(settings.limit or 256, 256), "epochs": min(settings.epochs, 1.0), **QUICK_VALIDATION}
+        return settings.model_copy(update=less)
+
+    def work(self, context: Context) -> dict[str, Any]:
+        """See `train_dpo`."""
+        stage = context.stage
+        model, tokenizer = starting_point(stage, context.run, context.console)
+        return train_dpo(
+            model, tokenizer, stage.settings, out=context.folder, seed=context.recipe.seed, name=stage.name,
+            world=context.world, console=context.console,
+        ).summary  # fmt: skip
+
+    def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:
+        """Preferences, accuracy, and what became of the two sides."""
+        accuracy = with_error(summary, "preference_accuracy")
+        facts = [
+            ("loss", f"{stage.settings.loss}, β = {stage.settings.beta:g}"),
+            ("preferences", format_whole(summary.get("preferences_train"))),
+            ("held out", format_whole(summary.get("preferences_held_out"))),
+            ("set aside", format_whole(summary.get("preferences_set_aside"))),
+            ("prefers the better answer", accuracy),
+            ("log-ratio of chosen answers", _nats(summary.get("val_chosen"))),
+            ("log-ratio of rejected answers", _nats(summary.get("val_rejected"))),
+        ]
+        lines = format_lines((summary.get("preferences_train"), "{} pairs"), loss_line(summary))
+        return Shown(
+            "Preference optimization", [*facts, *training_facts(summary)], [*lines, *([accuracy] if accuracy else [])],
+            curves=("accuracy", "margin", "chosen", "rejected"),
+        )  # fmt: skip
+
+
+def with_error(summary: Mapping[str, Any], name: str) -> str:
+    """A share with its error bar, for people; "" if it was not measured."""
+    if summary.get(name) is None:
+        return ""
+    return f"{summary[name]:.1%} ±{summary[f'{name}_stderr']:.1%} of {summary[f'{name}_n']:,}"
+
+
+def _nats(value: float | None) -> str:
+    return "" if value is None else f"{value:+.2f} nats"
+
+
+DPO = DPOMethod()

@@ -1,0 +1,107 @@
+"""A head on a model: a few numbers from the last hidden state of a text, for reward models, classifiers and values.
+
+    scores = W h + b      h: of the text's last real token; W ~ N(0, 1 / (d + 1)), b = 0 (arXiv:2009.01325, appendix)
+
+What stands behind that token, padding, changes nothing: attention is causal. `head/` is a folder of two files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import xxhash
+from jaxtyping import Float, Int
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from groundup.distributed import World, full_tensor
+from groundup.errors import ArtifactError
+from groundup.files import atomic_folder, write_json, write_tensors
+from groundup.interop import load_model
+from groundup.model import OutputLayer, Transformer
+from groundup.tokenizer import Tokenizer
+from groundup.untrusted import file_inside, read_object, reading
+
+HEAD_FOLDER = "head"
+_WEIGHTS, _CONFIG = "head.safetensors", "head.json"
+
+
+class Head(nn.Module):
+    """A linear layer on hidden states, in float32; of single tokens (values), or of the last one of a text."""
+
+    def __init__(self, d_model: int, n_outputs: int = 1, seed: int = 1) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{seed}/head.weight".encode()) >> 1)
+        self.weight = nn.Parameter(torch.randn(n_outputs, d_model, generator=draw) / math.sqrt(d_model + 1))
+        self.bias = nn.Parameter(torch.zeros(n_outputs))
+
+    def forward(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_outputs"]:
+        """The outputs."""
+        return F.linear(hidden.float(), self.weight, self.bias)
+
+
+def at_ends(ends: Int[Tensor, " batch"]) -> Callable[[Tensor, OutputLayer], Float[Tensor, "batch d_model"]]:
+    """The hidden states at these places, in the form that `Transformer.forward(head=…)` takes."""
+
+    def pick(hidden: Float[Tensor, "batch seq d_model"], output: OutputLayer) -> Float[Tensor, "batch d_model"]:
+        return hidden[torch.arange(len(hidden), device=hidden.device), ends]
+
+    return pick
+
+
+def save_head(folder: Path, head: Head, values: dict[str, Any], world: World) -> None:
+    """Write a head and what else there is to know of it; every process must call it."""
+    tensors = {name: full_tensor(part).detach().cpu().contiguous() for name, part in head.named_parameters()}
+    if world.is_first:
+        with atomic_folder(folder) as partial:
+            write_tensors(partial / _WEIGHTS, tensors)
+            write_json(partial / _CONFIG, values)
+    world.wait()
+
+
+def load_with_head(folder: str | Path, kind: str) -> tuple[Transformer, Tokenizer, Head, dict[str, Any]]:
+    """What a stage with a head has left in its folder: model, tokenizer, head, and what else there is to know of it.
+
+    Args:
+        folder: `runs/demo/reward`.
+        kind: what it must be: "scorer" or "classifier".
+
+    Raises:
+        ArtifactError: missing, damaged, or of another kind.
+    """
+    place = Path(folder) / HEAD_FOLDER
+    values = read_object(file_inside(place, _CONFIG))
+    if values.get("kind") != kind:
+        raise ArtifactError(f"{folder}: is a {values.get('kind')}, not a {kind}.")
+    model, tokenizer = load_model(Path(folder) / "model")
+    with reading(str(place / _WEIGHTS)):
+        tensors = load_file(file_inside(place, _WEIGHTS))
+        head = Head(tensors["weight"].shape[1], tensors["weight"].shape[0])
+        head.load_state_dict(tensors)
+    if tokenizer is None or head.weight.shape[1] != model.config.d_model:
+        raise ArtifactError(f"{folder}: the head does not fit the model.")
+    return model, tokenizer, head.eval(), values
+
+
+@torch.no_grad()
+def outputs_of(
+    model: Transformer, head: nn.Module, texts: list[list[int]], n_rows: int = 32
+) -> Float[Tensor, "texts n_outputs"]:
+    """The outputs of whole texts in tokens, in evaluation mode; the longest ones first, in batches of `n_rows`."""
+    model.eval()
+    device = next(head.parameters()).device
+    order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
+    found: list[Tensor] = []
+    for first in range(0, len(texts), n_rows):
+        part = [texts[place] for place in order[first : first + n_rows]]
+        ids = torch.zeros(len(part), len(part[0]), dtype=torch.int64)
+        for row, own in zip(ids, part, strict=True):
+            row[: len(own)] = torch.tensor(own)
+        ends = torch.tensor([len(own) - 1 for own in part], device=device)
+        found.append(head(model(ids.to(device), head=at_ends(ends))).cpu())
+    return torch.cat(found)[torch.tensor(order).argsort()]

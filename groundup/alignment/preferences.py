@@ -1,0 +1,401 @@
+"""Preferences to learn from: pairs and rankings of answers to one prompt, or single answers that are good or bad.
+
+Each record is one of these; answers and prompts are strings or lists of messages:
+
+    {"prompt" | "messages" | "instruction" (+ "input"): …, "chosen": …, "rejected": …}         a pair
+    {"chosen": …, "rejected": …}     two whole conversations, or transcripts "\\n\\nHuman: … \\n\\nAssistant: …"
+    {"prompt" | "messages": …, "ranking": [best, …, worst]}                                    a ranking
+    {"prompt" | "messages": …, "completion": …, "label": true | false}                         one answer, judged
+
+Files are read as the corpus reads its own. One prompt in ten is held out with all that was said of it, chosen by a
+hash. A row of training is a record: its answers side by side, as (rows, answers, seq).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+
+from groundup.alignment.conversations import HELD_OUT_SHARE, messages_of, read_records
+from groundup.alignment.packing import Text
+from groundup.console import Console
+from groundup.corpus.document import Reason, SetAside
+from groundup.corpus.reading.jsonl import RefusedError
+from groundup.corpus.reading.sources import find_sources
+from groundup.errors import DataError
+from groundup.files import value_digest
+from groundup.shards import Permutation
+from groundup.tokenizer import Message, Tokenizer, render
+from groundup.training import IGNORED, Batch
+
+_TURN = re.compile(r"\n\n(Human|Assistant):[ \t]?")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+class Preference(NamedTuple):
+    """What somebody preferred.
+
+    Attributes:
+        prompt: the conversation so far.
+        answers: how it goes on, the best first; each ends with what the assistant says.
+        is_good: of a single answer, whether it is; None: there are several.
+    """
+
+    prompt: list[Message]
+    answers: list[list[Message]]
+    is_good: bool | None = None
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Preferences on both sides of the split, and how many records could not be used, by reason."""
+
+    train: list[Preference]
+    held_out: list[Preference]
+    set_aside: dict[str, int]
+
+    def pairs(self) -> Preferences:
+        """Every ranking as the pairs that it is made of, the better answer first; judged answers are left out."""
+        return self._each(_pairs)
+
+    def ranked(self) -> Preferences:
+        """Without the judged answers."""
+        return self._each(lambda one: [one] if one.is_good is None else [])
+
+    def judged(self) -> Preferences:
+        """Every answer by itself: of pairs and rankings the best is good and the worst is bad."""
+        return self._each(_judged)
+
+    def _each(self, parts: Callable[[Preference], list[Preference]]) -> Preferences:
+        train, held_out = ([part for one in side for part in parts(one)] for side in (self.train, self.held_out))
+        return Preferences(train, held_out, self.set_aside)
+
+
+def _pairs(one: Preference) -> list[Preference]:
+    if one.is_good is not None:
+        return []
+    return [Preference(one.prompt, [*pair]) for pair in itertools.combinations(one.answers, 2)]
+
+
+def _judged(one: Preference) -> list[Preference]:
+    if one.is_good is not None:
+        return [one]
+    return [Preference(one.prompt, [one.answers[place]], is_good) for place, is_good in ((0, True), (-1, False))]
+
+
+def load_preferences(
+    data: Sequence[str], section: str, console: Console | None = None, *, limit: int | None = None
+) -> Preferences:
+    """Read preferences.
+
+    Args:
+        data: files, folders, globs or addresses.
+        section: of the recipe, in messages.
+        console: is told what was set aside.
+        limit: how many to learn from, at most; the rest is held out of nothing, but dropped.
+
+    Raises:
+        DataError: a file is missing, or one side of the split is empty.
+    """
+    found = find_sources(list(data), setting=f"[{section}] data")
+    aside: list[SetAside] = []
+    read: list[tuple[int, Preference]] = []
+    for source, value in read_records(found, aside.append):
+        try:
+            one = _preference(value.data)
+        except RefusedError as refused:
+            aside.append(refused.of(source, value))
+        else:
+            read.append((xxhash.xxh3_64_intdigest(json.dumps(one.prompt, ensure_ascii=False).encode()), one))
+    held_out = {prompt for prompt, _ in read if prompt % HELD_OUT_SHARE == 0}
+    held_out = held_out or {min((prompt for prompt, _ in read), default=0)}
+    sides: list[list[Preference]] = [[one for prompt, one in read if (prompt in held_out) == side] for side in (0, 1)]
+    counts = Counter(str(item.reason) for item in aside)
+    if console is not None and (words := found.in_words()):
+        console.note(f"[{section}] data: {words}.")
+    if console is not None and aside:
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
+        console.warn(f"[{section}] data: {len(aside):,} records were set aside ({listed}). The first: {aside[0]}")
+    if not all(sides):
+        first = f" The first that was set aside: {aside[0]}" if aside else ""
+        raise DataError(
+            f"[{section}] data = {list(data)}: {len(sides[0])} preferences to learn from, {len(sides[1])} held out.",
+            'Each record needs {"prompt": …, "chosen": …, "rejected": …}, a "ranking", or a "label"; a few dozen '
+            f"prompts are the least.{first}",
+        )
+    return Preferences(sides[0][:limit], sides[1], dict(counts))
+
+
+def preference_digests(data: Sequence[str], section: str) -> str:
+    """What stands for the data in a stage's fingerprint.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    return ",".join(source.digest() for source in find_sources(list(data), setting=f"[{section}] data").files)
+
+
+def _preference(data: Any) -> Preference:
+    """A record as a preference.
+
+    Raises:
+        RefusedError: there is none that could be learned.
+    """
+    if not isinstance(data, Mapping):
+        raise RefusedError(Reason.NO_TEXT, "no object")
+    if data.get("ranking") is not None:
+        named = [("ranking", item) for item in _list(data["ranking"], "ranking")]
+    elif data.get("chosen") is not None or data.get("rejected") is not None:
+        named = [(name, data.get(name)) for name in ("chosen", "rejected")]
+    elif isinstance(data.get("label"), bool):
+        named = [("completion", data.get("completion"))]
+    else:
+        what = 'neither "chosen" and "rejected", nor "ranking", nor "completion" and "label"'
+        raise RefusedError(Reason.NO_TEXT, what)
+    prompt = _prompt(data)
+    answers = [_answer(value, name) for name, value in named]
+    if prompt is None or all(answer[0]["role"] != "assistant" for answer in answers):  # whole conversations
+        prompt, answers = _common_prefix(answers)
+    for answer in answers:
+        if not answer or answer[-1]["role"] != "assistant" or not answer[-1]["content"].strip():
+            raise RefusedError(Reason.EMPTY, "an answer in which the assistant says nothing")
+    if len({json.dumps(answer) for answer in answers}) < len(answers):
+        raise RefusedError(Reason.DUPLICATE, "two answers are the same, so neither is the better one")
+    is_judged = named[0][0] == "completion"
+    if len(answers) < 2 and not is_judged:
+        raise RefusedError(Reason.EMPTY, "a ranking of fewer than two answers")
+    return Preference(prompt, answers, data["label"] if is_judged else None)
+
+
+def _prompt(data: Mapping[str, Any]) -> list[Message] | None:
+    """The conversation so far, if the record has it apart from the answers."""
+    for name in ("messages", "prompt"):
+        value = data.get(name)
+        if isinstance(value, str) and name == "prompt":
+            return _transcript(value) or messages_of([{"role": "user", "content": value}])
+        if value is not None:
+            return messages_of(_list(value, name))
+    if isinstance(instruction := data.get("instruction"), str):
+        more = data.get("input")
+        text = f"{instruction}\n\n{more}" if isinstance(more, str) and more else instruction
+        return messages_of([{"role": "user", "content": text}])
+    return None
+
+
+def _answer(value: Any, name: str) -> list[Message]:
+    if isinstance(value, str) and not (value.lstrip().startswith("[") and _is_messages(value)):
+        return _transcript(value) or messages_of([{"role": "assistant", "content": value}])
+    if isinstance(value, Mapping):
+        value = [value]
+    return messages_of(_list(value, name))
+
+
+def _is_messages(text: str) -> bool:
+    try:
+        return all(isinstance(item, dict) and "role" in item for item in json.loads(text))
+    except (ValueError, TypeError):
+        return False
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    if isinstance(value, str):  # a cell of a table
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RefusedError(Reason.INVALID_JSON, f"{name!r} is no list") from error
+    if not isinstance(value, list) or not value:
+        raise RefusedError(Reason.NO_TEXT, f"no list {name!r}")
+    return value
+
+
+def _transcript(text: str) -> list[Message]:
+    """The turns of "\\n\\nHuman: …\\n\\nAssistant: …"; none if it is no transcript."""
+    parts = _TURN.split(text)
+    if len(parts) < 3 or parts[0].strip():
+        return []
+    turns = zip(parts[1::2], parts[2::2], strict=True)
+    return messages_of([{"role": _ROLES[who], "content": said.strip()} for who, said in turns])
+
+
+def _common_prefix(talks: Sequence[list[Message]]) -> tuple[list[Message], list[list[Message]]]:
+    """What conversations have in common, and how each goes on; the last turn is never in common."""
+    n_common = 0
+    shortest = min(map(len, talks))
+    while n_common < shortest - 1 and all(talk[n_common] == talks[0][n_common] for talk in talks):
+        n_common += 1
+    if not n_common:
+        raise RefusedError(Reason.NO_TEXT, "no prompt, and the answers do not begin with the same turn")
+    return talks[0][:n_common], [talk[n_common:] for talk in talks]
+
+
+# Rows
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A preference in tokens.
+
+    Attributes:
+        texts: each prompt with one of its answers, whose tokens are the targets; the best first.
+        is_good: of a single answer.
+        reference: of each text, what the model to start from gives for its answer: a sum of log-probabilities.
+    """
+
+    texts: list[Text]
+    is_good: bool | None = None
+    reference: np.ndarray | None = None
+
+
+class PreferenceRows:
+    """Rows of preferences; each a pure function of (seed, place).
+
+    A batch has `ids` and `targets` (rows, answers, seq), padded on the right; where rankings differ in length, rows
+    without a target stand for what is missing. Where the preferences have them: `is_good` (rows,), and `reference`
+    (rows, answers).
+
+    For scores, texts are whole, with the end token, and `ends` (rows, answers) says where each ends (−1: there is none)
+    in the place of `targets`.
+
+    Args:
+        preferences: both sides of the split.
+        tokenizer: of the model.
+        context_length: of the model. The oldest turns of a prompt are left out so that the longest answer fits; a
+            preference of which not even that makes room is left out.
+        seed: of the order.
+        section: of the recipe, in messages.
+        for_scores: answers are scored as wholes.
+
+    Attributes:
+        train, held_out: the preferences in tokens.
+        shortened: how many lost turns of their prompt.
+        left_out: how many did not fit.
+        width: tokens of the longest text.
+
+    Raises:
+        DataError: nothing fits.
+    """
+
+    def __init__(
+        self, preferences: Preferences, tokenizer: Tokenizer, context_length: int, seed: int,
+        section: str = "align.dpo", *, for_scores: bool = False,
+    ) -> None:  # fmt: skip
+        self.shortened = self.left_out = 0
+        self._tokenizer, self._most, self._seed, self._for_scores = tokenizer, context_length, seed, for_scores
+        self.train = [found for one in preferences.train if (found := self._encode(one)) is not None]
+        self.held_out = [found for one in preferences.held_out if (found := self._encode(one)) is not None]
+        if not self.train or not self.held_out:
+            raise DataError(
+                f"[{section}]: of {self.left_out} preferences no answer fits into the model's context.",
+                f"Raise [model] context_length = {context_length}, or use shorter answers.",
+            )
+        self.width = max(len(ids) for one in (*self.train, *self.held_out) for ids, _ in one.texts)
+        digest = xxhash.xxh3_128()
+        for one in self.train:
+            digest.update(str(one.is_good).encode())
+            for part in itertools.chain.from_iterable(one.texts):
+                digest.update(part.tobytes())
+        self.fingerprint = value_digest([tokenizer.fingerprint, context_length, seed, for_scores, digest.hexdigest()])
+
+    @property
+    def most_answers(self) -> int:
+        """Of one prompt."""
+        return max(len(one.texts) for one in self.train)
+
+    def with_reference(self, train: np.ndarray, held_out: np.ndarray) -> None:
+        """Take the reference's log-probabilities of all answers, (preferences, answers) each."""
+        self.train = [replace(one, reference=row) for one, row in zip(self.train, train, strict=True)]
+        self.held_out = [replace(one, reference=row) for one, row in zip(self.held_out, held_out, strict=True)]
+
+    def rows(self, first: int, last: int) -> Batch:
+        """Rows `first` … `last` − 1 of the endless order."""
+        return self.lay_out([self.train[place] for place in self._shuffled(np.arange(first, last))])
+
+    def validation(self, batch_size: int, limit: int | None) -> Iterator[Batch]:
+        """Held-out preferences, until `limit` tokens are passed; the last batch has empty rows."""
+        taken = self.held_out
+        if limit is not None:
+            seen = np.cumsum([sum(len(ids) for ids, _ in one.texts) for one in taken])
+            taken = taken[: int(np.searchsorted(seen, limit)) + 1]
+        for first in range(0, len(taken), batch_size):
+            yield self.lay_out(taken[first : first + batch_size], batch_size)
+
+    def lay_out(self, chosen: Sequence[Encoded], n_rows: int | None = None) -> Batch:
+        """Preferences as a batch, with empty rows up to `n_rows`."""
+        n_rows = n_rows or len(chosen)
+        shape = (n_rows, *np.max([(len(one.texts), max(len(ids) for ids, _ in one.texts)) for one in chosen], axis=0))
+        ids = np.full(shape, self._tokenizer.pad_id, dtype=np.int64)
+        targets = np.full(shape, IGNORED, dtype=np.int64)
+        for row, one in enumerate(chosen):
+            for place, (own_ids, own_targets) in enumerate(one.texts):
+                ids[row, place, : len(own_ids)], targets[row, place, : len(own_ids)] = own_ids, own_targets
+        batch = {"ids": torch.from_numpy(ids), "targets": torch.from_numpy(targets)}
+        if self._for_scores:
+            del batch["targets"]
+            ends = [[len(ids) - 1 for ids, _ in one.texts] for one in chosen] + [[]] * (n_rows - len(chosen))
+            batch["ends"] = torch.tensor([[*row, *[-1] * (shape[1] - len(row))] for row in ends])
+        if chosen[0].is_good is not None:
+            good = [bool(one.is_good) for one in chosen] + [False] * (n_rows - len(chosen))
+            batch["is_good"] = torch.tensor(good)
+        if chosen[0].reference is not None:
+            reference = torch.zeros(shape[:2], dtype=torch.float32)
+            for row, one in enumerate(chosen):
+                assert one.reference is not None
+                reference[row, : len(one.texts)] = torch.from_numpy(one.reference[: len(one.texts)])
+            batch["reference"] = reference
+        return batch
+
+    def figures(self) -> dict[str, float]:
+        """What there is to learn from."""
+        return {
+            "preferences_train": len(self.train),
+            "preferences_held_out": len(self.held_out),
+            "preferences_shortened": self.shortened,
+            "preferences_left_out": self.left_out,
+        }
+
+    def _shuffled(self, numbers: np.ndarray) -> np.ndarray:
+        """Which preferences stand at these places of the endless order, another one in each epoch."""
+        epochs, places = np.divmod(numbers, len(self.train))
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            places[here] = Permutation(len(self.train), (self._seed, int(epoch)))(places[here])
+        return places
+
+    def _encode(self, one: Preference) -> Encoded | None:
+        prompt = one.prompt
+        while True:
+            texts = [encode_answer(self._tokenizer, prompt, answer) for answer in one.answers]
+            if self._for_scores:  # the last target is the end token
+                texts = [(np.append(ids, targets[-1]), np.append(targets, IGNORED)) for ids, targets in texts]
+            if max(len(ids) for ids, _ in texts) <= self._most:
+                break
+            if len(prompt) < 2:
+                self.left_out += 1
+                return None
+            # What the system says stays, and a question goes with its answer.
+            keep = prompt[:1] if prompt[0]["role"] == "system" and len(prompt) > 2 else []
+            prompt = [*keep, *prompt[len(keep) + 1 :]]
+            while len(prompt) > len(keep) + 1 and prompt[len(keep)]["role"] != "user":
+                del prompt[len(keep)]
+        self.shortened += len(prompt) < len(one.prompt)
+        return Encoded(texts, one.is_good)
+
+
+def encode_answer(tokenizer: Tokenizer, prompt: Sequence[Message], answer: Sequence[Message]) -> Text:
+    """A prompt and its answer, of which what the assistant says is the targets, its end token included.
+
+    Messages are encoded one by one, so the prompt's tokens do not depend on the answer.
+    """
+    before, after = render(tokenizer, prompt), render(tokenizer, answer)
+    ids = np.array([*before.ids, *after.ids], dtype=np.int64)
+    mask = np.array([*[False] * len(before.ids), *after.loss_mask], dtype=bool)
+    return ids[:-1], np.where(mask, ids, IGNORED)[1:]
