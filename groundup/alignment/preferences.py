@@ -8,13 +8,14 @@ Each record is one of these; answers and prompts are strings or lists of message
     {"prompt" | "messages": …, "completion": …, "label": true | false}                         one answer, judged
 
 Files are read as the corpus reads its own. One prompt in ten is held out with all that was said of it, chosen by a
-hash. A row of training is a record: its answers side by side, as (rows, answers, seq).
+hash. Of a set of tasks (groundup:tasks) pairs are made. A row of training is a record: its answers side by side, as (rows, answers, seq).
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,18 +26,21 @@ import numpy as np
 import torch
 import xxhash
 
-from groundup.alignment.conversations import HELD_OUT_SHARE, messages_of, read_records
+from groundup.alignment.conversations import GENERATED, HELD_OUT_SHARE, messages_of, read_records
 from groundup.alignment.packing import Text
 from groundup.console import Console
 from groundup.corpus.document import Reason, SetAside
 from groundup.corpus.reading.jsonl import RefusedError
-from groundup.corpus.reading.sources import find_sources
+from groundup.corpus.reading.sources import InputFiles, find_sources
 from groundup.errors import DataError
+from groundup.evaluation.tasks import read_set
 from groundup.files import value_digest
 from groundup.shards import Permutation
 from groundup.tokenizer import Message, Tokenizer, render
 from groundup.training import IGNORED, Batch
 
+N_PAIRS = 6000
+"""Of a set of tasks whose name says no number."""
 _TURN = re.compile(r"\n\n(Human|Assistant):[ \t]?")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -98,7 +102,7 @@ def load_preferences(
     """Read preferences.
 
     Args:
-        data: files, folders, globs or addresses.
+        data: files, folders, globs or addresses; or sets of tasks: a right and polite answer over one that is not both.
         section: of the recipe, in messages.
         console: is told what was set aside.
         limit: how many to learn from, at most; the rest is held out of nothing, but dropped.
@@ -106,7 +110,7 @@ def load_preferences(
     Raises:
         DataError: a file is missing, or one side of the split is empty.
     """
-    found = find_sources(list(data), setting=f"[{section}] data")
+    found = _files(data, section)
     aside: list[SetAside] = []
     read: list[tuple[int, Preference]] = []
     for source, value in read_records(found, aside.append):
@@ -119,6 +123,12 @@ def load_preferences(
     held_out = {prompt for prompt, _ in read if prompt % HELD_OUT_SHARE == 0}
     held_out = held_out or {min((prompt for prompt, _ in read), default=0)}
     sides: list[list[Preference]] = [[one for prompt, one in read if (prompt in held_out) == side] for side in (0, 1)]
+    for name in data:
+        for task in read_set(name, N_PAIRS, 1) if name.startswith(GENERATED) else ():
+            answers: list[list[Message]] = [
+                [{"role": "assistant", "content": text}] for text in task.pair(random.Random(task.prompt))
+            ]
+            sides[task.split == "held_out"].append(Preference(task.messages[:1], answers))
     counts = Counter(str(item.reason) for item in aside)
     if console is not None and (words := found.in_words()):
         console.note(f"[{section}] data: {words}.")
@@ -141,7 +151,14 @@ def preference_digests(data: Sequence[str], section: str) -> str:
     Raises:
         DataError: a file is missing.
     """
-    return ",".join(source.digest() for source in find_sources(list(data), setting=f"[{section}] data").files)
+    made = [name for name in data if name.startswith(GENERATED)]
+    for name in made:
+        read_set(name, 1, 1)
+    return ",".join([*made, *(source.digest() for source in _files(data, section).files)])
+
+
+def _files(data: Sequence[str], section: str) -> InputFiles:
+    return find_sources([name for name in data if not name.startswith(GENERATED)], setting=f"[{section}] data")
 
 
 def _preference(data: Any) -> Preference:
