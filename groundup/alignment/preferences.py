@@ -7,8 +7,9 @@ Each record is one of these; answers and prompts are strings or lists of message
     {"prompt" | "messages": …, "ranking": [best, …, worst]}                                    a ranking
     {"prompt" | "messages": …, "completion": …, "label": true | false}                         one answer, judged
 
-Files are read as the corpus reads its own. One prompt in ten is held out with all that was said of it, chosen by a
-hash. Of a set of tasks (groundup:tasks) pairs are made. A row of training is a record: its answers side by side, as (rows, answers, seq).
+Files are read as the corpus reads its own; of a set of tasks (groundup:tasks) pairs are made. One prompt in ten is held
+out with all that was said of it, chosen by a hash. A row of training is a record: its answers side by side, as (rows,
+answers, seq).
 """
 
 from __future__ import annotations
