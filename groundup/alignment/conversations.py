@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
 from groundup.console import Console
-from groundup.corpus.document import OnSetAside, Reason, SetAside
-from groundup.corpus.reading.jsonl import RefusedError, Value, parse_json
-from groundup.corpus.reading.sources import InputFile, InputFiles, find_sources
+from groundup.corpus.document import Reason, SetAside
+from groundup.corpus.reading.jsonl import parse_json
+from groundup.corpus.reading.refusal import RefusedError
+from groundup.corpus.reading.sources import InputFiles, find_sources
 from groundup.corpus.reading.values import check_writable, read_values
 from groundup.errors import DataError
 from groundup.evaluation.tasks import read_set
@@ -29,6 +30,7 @@ from groundup.tokenizer.special import ROLE_TOKENS
 
 GENERATED = "groundup:"
 HELD_OUT_SHARE = 10  # one conversation in so many
+Parsed = TypeVar("Parsed")
 _QUESTIONS = ("prompt", "instruction", "question", "query")
 _MORE = ("input", "context")  # what a question is about, where it stands in a field of its own
 _ANSWERS = ("response", "completion", "output", "answer")
@@ -64,40 +66,22 @@ def load_conversations(
     """
     train: list[list[Message]] = []
     held_out: list[list[Message]] = []
-    aside: list[SetAside] = []
     for name in data:
         for task in read_set(name, n_tasks, seed) if name.startswith(GENERATED) else ():
             (train if task.split == "train" else held_out).append(list(task.messages))
-    found = _files(data, section)
-    forms: dict[str, Counter[str]] = {}
-    for source, value in read_records(found, aside.append):
-        try:
-            form, messages = conversation_of(value.data)
-        except RefusedError as refused:
-            aside.append(refused.of(source, value))
-            continue
-        forms.setdefault(source.label, Counter())[form] += 1
+    read, aside = read_data(data, section, conversation_of, console)
+    for _, messages in read:
         (train if _hash(messages) % HELD_OUT_SHARE else held_out).append(messages)
+    if read and console is not None:
+        forms = Counter(form for form, _ in read).most_common()
+        console.note(f"[{section}] data: {', '.join(f'{n:,} records of {form}' for form, n in forms)}.")
     if len(train) > 1 and not held_out:
         held_out.append(train.pop(min(range(len(train)), key=lambda place: _hash(train[place]))))
-    counts = Counter(str(item.reason) for item in aside)
-    if console is not None and (words := found.in_words()):
-        console.note(f"[{section}] data: {words}.")
-    for label, count in forms.items():
-        (console or Console(quiet=True)).note(
-            f"[{section}] data: {label}: {', '.join(f'{n:,} of {form}' for form, n in count.items())}."
-        )
-    if console is not None and aside:
-        listed = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
-        console.warn(f"[{section}] data: {len(aside):,} records were set aside ({listed}). The first: {aside[0]}")
     if not train or not held_out:
-        first = f" The first that was set aside: {aside[0]}" if aside else ""
-        raise DataError(
-            f"[{section}] data = {list(data)}: {len(train)} conversations to learn from, {len(held_out)} held out.",
-            'Each record needs {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}, or '
-            f"a prompt and a response; a few dozen are the least.{first}",
-        )
-    return Conversations(train, held_out, dict(counts))
+        what = f"{len(train)} conversations to learn from, {len(held_out)} held out"
+        needs = '{"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}, or a prompt and a response'
+        raise too_little(data, section, what, needs, aside)
+    return Conversations(train, held_out, count_reasons(aside))
 
 
 def data_fingerprint(data: Sequence[str], section: str) -> list[str]:
@@ -117,22 +101,53 @@ def _files(data: Sequence[str], section: str) -> InputFiles:
     return find_sources(named, setting=f"[{section}] data")
 
 
-def read_records(found: InputFiles, set_aside: OnSetAside, field: str = "") -> Iterator[tuple[InputFile, Value]]:
-    """Every record of some files, with its file; `field` is one that each must have, once ("": none).
+def read_data(
+    data: Sequence[str], section: str, parse: Callable[[Any], Parsed], console: Console | None = None
+) -> tuple[list[Parsed], list[SetAside]]:
+    """Every record of some files, as `parse` has it, and those that were set aside.
 
-    Rows of CSV are objects with the names in the first one.
+    Args:
+        data: files, folders, globs or addresses; generated sets are passed over.
+        section: of the recipe, in messages.
+        parse: a record as it stands in its file, rows of CSV as objects; raises `RefusedError`.
+        console: is told what was set aside.
+
+    Raises:
+        DataError: a file is missing.
     """
-    for item in found.aside:
-        set_aside(item)
+    found, read = _files(data, section), []
+    aside = [*found.aside]
     for source in found.files:
         names: list[str] | None = None
-        for value in read_values(source, CorpusSettings(text_field=field), set_aside):
-            if source.kind != "separated" or field:
-                yield source, value
-            elif names is None:
-                names = value.data
-            else:
-                yield source, value._replace(data=dict(zip(names, value.data, strict=False)))
+        for value in read_values(source, CorpusSettings(text_field=""), aside.append):
+            if source.kind == "separated":
+                if names is None:
+                    names = value.data
+                    continue
+                value = value._replace(data=dict(zip(names, value.data, strict=False)))
+            try:
+                read.append(parse(value.data))
+            except RefusedError as refused:
+                aside.append(value.aside(source, refused))
+    if console is not None and (words := found.in_words()):
+        console.note(f"[{section}] data: {words}.")
+    if console is not None and aside:
+        listed = ", ".join(f"{n:,} {reason}" for reason, n in Counter(count_reasons(aside)).most_common())
+        console.warn(f"[{section}] data: {len(aside):,} records were set aside ({listed}). The first: {aside[0]}")
+    return read, aside
+
+
+def count_reasons(aside: Sequence[SetAside]) -> dict[str, int]:
+    """How many records were set aside, by reason."""
+    return dict(Counter(str(item.reason) for item in aside))
+
+
+def too_little(data: Sequence[str], section: str, what: str, needs: str, aside: Sequence[SetAside]) -> DataError:
+    """The error of data in which there is too little to learn from and to hold out."""
+    first = f" The first that was set aside: {aside[0]}" if aside else ""
+    return DataError(
+        f"[{section}] data = {list(data)}: {what}.", f"Each record needs {needs}; a few dozen are the least.{first}"
+    )
 
 
 def conversation_of(record: Any) -> tuple[str, list[Message]]:

@@ -49,7 +49,7 @@ from groundup.untrusted import ordinary_file, read_bytes, reading
 if TYPE_CHECKING:
     import pyarrow as pa
 
-ANNOTATION_VERSION = 4
+ANNOTATION_VERSION = 5
 """Raised when the results of this pass change."""
 
 DOCUMENTS_TABLE = "documents.parquet"
