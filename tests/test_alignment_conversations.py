@@ -75,7 +75,7 @@ def test_the_forms_that_people_have_are_found_and_said(
     (tmp_path / "a.jsonl").write_bytes(lines([FORMS[form]] * 20))
     found = load(tmp_path / "a.jsonl", Console())
     assert found.train[0] == talk("Q?", "A.")["messages"]
-    assert f"20 of {form}." in " ".join(capsys.readouterr().err.split())
+    assert f"20 records of {form}." in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_a_question_is_about_follows_it(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 import torch
 from pyarrow import csv
 
-from groundup.alignment.preferences import Preference, PreferenceRows, Preferences, load_preferences, preference_digests
+from groundup.alignment.conversations import data_fingerprint
+from groundup.alignment.preferences import Preference, PreferenceRows, Preferences, load_preferences
 from groundup.console import Console
 from groundup.errors import DataError
 from groundup.tokenizer import Tokenizer, render
@@ -62,7 +63,7 @@ def test_every_file_gives_the_same_pairs(tmp_path: Path, name: str) -> None:
     assert found.set_aside == {}
     assert everything(found) == WANTED
     assert 0 < len(found.held_out) < 20
-    assert preference_digests([str(path)], "align.dpo")
+    assert data_fingerprint([str(path)], "align.dpo")
 
 
 USER, GOOD, BAD = said("user", "Hi"), said("assistant", "Hello!"), said("assistant", "Go away.")
@@ -148,6 +149,15 @@ def test_all_that_is_said_of_a_prompt_is_on_one_side(tmp_path: Path) -> None:
     assert not sides[0] & sides[1]
     assert everything(load(written(tmp_path / "b.jsonl", records[::-1]))) == everything(found)
     assert len(load(tmp_path / "a.jsonl", limit=5).train) == 5
+
+
+def test_generated_pairs() -> None:
+    found = load_preferences(["groundup:tasks"], "align.dpo", n_tasks=300, seed=2)
+    assert found == load_preferences(["groundup:tasks"], "align.dpo", n_tasks=300, seed=2)
+    assert found != load_preferences(["groundup:tasks"], "align.dpo", n_tasks=300, seed=3)
+    assert len(everything(found)) == 300
+    assert 10 < len(found.held_out) < 60
+    assert all(one.answers[0] != one.answers[1] for one in everything(found))
 
 
 # Rows

@@ -11,12 +11,12 @@ most frequent label gets right, with a confusion matrix and the calibration of i
 
 from __future__ import annotations
 
-import math
+import functools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,50 +26,45 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from groundup.alignment.conversations import HELD_OUT_SHARE, read_records
-from groundup.alignment.dpo import share_with_error, with_error
-from groundup.alignment.heads import HEAD_FOLDER, Head, at_ends, load_with_head, outputs_of, save_head
-from groundup.alignment.lora import AdapterSettings, adapter_shapes, freeze
-from groundup.alignment.method import AlignmentMethod, begin, finish, sized
-from groundup.alignment.preferences import preference_digests
+from groundup.alignment.conversations import HELD_OUT_SHARE, count_reasons, read_data, too_little
+from groundup.alignment.heads import (
+    HEAD_FOLDER,
+    Head,
+    at_ends,
+    finish_with_head,
+    job_with_head,
+    load_with_head,
+    outputs_of,
+)
+from groundup.alignment.method import AlignmentMethod, RecordsSettings, in_words, share_with_error, with_error
 from groundup.console import Console
-from groundup.corpus.document import Reason, SetAside
-from groundup.corpus.reading.jsonl import RefusedError
-from groundup.corpus.reading.sources import find_sources
+from groundup.corpus.document import Reason
+from groundup.corpus.reading.refusal import RefusedError
 from groundup.corpus.reading.values import check_writable
 from groundup.distributed import World, current_world
-from groundup.errors import DataError
 from groundup.files import value_digest
-from groundup.interop.start import check_start, starting_config, starting_point
 from groundup.model import ModelConfig, Transformer
-from groundup.recipe import AlignSettings, OptimizerName, OptimizerSettings, Texts, resolve_optimizer, setting
+from groundup.recipe import Texts, resolve_optimizer, setting
 from groundup.report.format import format_lines, format_whole, loss_line, training_facts
-from groundup.shards import Permutation
-from groundup.stage import Check, Context, Shown, Stage
+from groundup.shards.order import shuffled_epochs
+from groundup.stage import Shown, Stage
 from groundup.tokenizer import Tokenizer
-from groundup.training import Batch, Term, TrainedModel, TrainingJob, forget_checkpoints, pass_flops, train
-from groundup.training.pretrain import QUICK_VALIDATION, training_checks
+from groundup.training import Batch, Term, TrainedModel, pass_flops, train
 
 MOST_LABELS = 1000
 """More are numbers or names, and no labels."""
 BINS = 10
 
 
-class ClassifySettings(AlignSettings, AdapterSettings, OptimizerSettings):
+class ClassifySettings(RecordsSettings):
     """A model and labelled texts to a classifier."""
-
-    rates_follow_size: ClassVar[bool] = False
 
     data: Texts = setting(
         ..., "labelled texts: files (CSV, JSON lines, JSON, Parquet, also packed) with a text and a label", min_length=1
     )
     text_field: str = setting("text", "the field or column that holds the text", min_length=1)
     label_field: str = setting("label", "the field or column that holds the label", min_length=1)
-    limit: int | None = setting(None, "most texts to learn from (unset: all)", ge=2)
-    epochs: float = setting(3.0, "passes over them", gt=0.0, le=1000.0)
-    optimizer: OptimizerName = setting("adamw", "adamw, muon, lion or adafactor")
-    lr: float = setting(1e-4, "peak learning rate of all but Muon (with adapters, ten times that)", gt=0.0, le=1.0)
-    weight_decay: float = setting(0.1, "decoupled weight decay, on matrices only", ge=0.0, le=10.0)
+    epochs: float = setting(3.0, "passes over the texts", gt=0.0, le=1000.0)
 
     @model_validator(mode="after")
     def _no_next_token(self) -> ClassifySettings:
@@ -94,36 +89,21 @@ def load_labelled(settings: ClassifySettings, section: str, console: Console | N
     Raises:
         DataError: a file is missing, one side of the split is empty, or there are not two labels at least.
     """
-    found = find_sources(list(settings.data), setting=f"[{section}] data")
-    aside: list[SetAside] = []
+    read, aside = read_data(settings.data, section, functools.partial(_labelled, settings), console)
     train: list[tuple[str, str]] = []
     held_out: list[tuple[str, str]] = []
-    for source, value in read_records(found, aside.append):
-        try:
-            text, label = _labelled(value.data, settings)
-        except RefusedError as refused:
-            aside.append(refused.of(source, value))
-            continue
-        side = train if xxhash.xxh3_64_intdigest(text.encode()) % HELD_OUT_SHARE else held_out
-        side.append((text, label))
+    for one in read:
+        (train if xxhash.xxh3_64_intdigest(one[0].encode()) % HELD_OUT_SHARE else held_out).append(one)
     train = train[: settings.limit]
-    counts = Counter(str(item.reason) for item in aside)
-    if console is not None and aside:
-        listed = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
-        console.warn(f"[{section}] data: {len(aside):,} records were set aside ({listed}). The first: {aside[0]}")
     labels = sorted({label for _, label in (*train, *held_out)})
     if not train or not held_out or not 2 <= len(labels) <= MOST_LABELS:
-        first = f" The first that was set aside: {aside[0]}" if aside else ""
-        raise DataError(
-            f"[{section}] data = {list(settings.data)}: {len(train)} texts to learn from and {len(held_out)} held out, "
-            f"with {len(labels)} labels.",
-            f'Each record needs a "{settings.text_field}" and a "{settings.label_field}", of which there are 2 to '
-            f"{MOST_LABELS}; a few dozen records are the least.{first}",
-        )
-    return Labelled(train, held_out, labels, dict(counts))
+        what = f"{len(train)} texts to learn from and {len(held_out)} held out, with {len(labels)} labels"
+        needs = f'a "{settings.text_field}" and a "{settings.label_field}", of which there are 2 to {MOST_LABELS}'
+        raise too_little(settings.data, section, what, needs, aside)
+    return Labelled(train, held_out, labels, count_reasons(aside))
 
 
-def _labelled(data: Any, settings: ClassifySettings) -> tuple[str, str]:
+def _labelled(settings: ClassifySettings, data: Any) -> tuple[str, str]:
     """A record's text and label; whole numbers, true and false are labels by their names.
 
     Raises:
@@ -161,10 +141,7 @@ class LabelledRows:
 
     def rows(self, first: int, last: int) -> Batch:
         """Rows `first` … `last` − 1 of the endless order."""
-        epochs, places = np.divmod(np.arange(first, last), len(self.train))
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            places[here] = Permutation(len(self.train), (self._seed, int(epoch)))(places[here])
+        places = shuffled_epochs(np.arange(first, last), len(self.train), self._seed)
         return self._lay_out([self.train[place] for place in places], last - first)
 
     def validation(self, batch_size: int, limit: int | None) -> Iterator[Batch]:
@@ -242,10 +219,7 @@ def train_classifier(
         tokenizer: of the model.
         settings: what `[align.classify]` of a recipe says; its `start` loads nothing.
         out: the folder for logs, checkpoints, `model/` and `head/`.
-        seed: of the head, the order, the adapters and dropout.
-        name: of the stage, in messages.
-        world: the processes to train on (default: those of `torchrun`, or this one).
-        console: where progress is shown.
+        seed, name, world, console: as for `fine_tune`.
 
     Raises:
         DataError: no usable texts.
@@ -258,23 +232,12 @@ def train_classifier(
     if source.cut:
         length = model.config.context_length
         console.warn(f"{name}: {source.cut} texts are longer than the context of {length} tokens and are cut.")
-    begin(model, settings.lora, seed)
-    if model.lm_head is not None:
-        freeze(model.lm_head)  # it has no gradient
-    head = Head(model.config.d_model, len(data.labels), seed)
-    job = TrainingJob(
-        name=name,
-        modules={"model": model, "head": head},
-        objective=LabelLoss(settings.label_smoothing),
-        source=source,
-        settings=settings,
-        n_rows=math.ceil(settings.epochs * len(source.train)),
-        folder=out,
-        seed=seed,
-        sized=sized(settings.model_copy(update={"groups": ()}), model.config),
-    )
+    job = job_with_head(
+        model, len(data.labels), LabelLoss(settings.label_smoothing), source, settings.epochs * len(source.train),
+        settings, out=out, seed=seed, name=name,
+    )  # fmt: skip
     summary = train(job, world, console)
-    probabilities = outputs_of(model, head, [ids for ids, _ in source.held_out]).softmax(-1).numpy()
+    probabilities = outputs_of(model, job.modules["head"], [ids for ids, _ in source.held_out]).softmax(-1).numpy()
     truth = np.array([label for _, label in source.held_out])
     majority = Counter(label for _, label in source.train).most_common(1)[0][0]
     summary |= {
@@ -283,9 +246,7 @@ def train_classifier(
         "majority_label": data.labels[majority], "majority_accuracy": float((truth == majority).mean()),
         **classification_figures(probabilities, truth),
     }  # fmt: skip
-    finish(out, model, tokenizer, settings.lora, settings.start, world)
-    save_head(out / HEAD_FOLDER, head, {"kind": "classifier", "labels": data.labels}, world)
-    forget_checkpoints(job, world)
+    finish_with_head(job, tokenizer, {"kind": "classifier", "labels": data.labels}, world)
     return TrainedModel(model, out, summary)
 
 
@@ -347,38 +308,8 @@ class ClassifyMethod(AlignmentMethod):
     is_default = False
     figures = ("val_loss", "val_accuracy", "final_loss", "accuracy", "majority_accuracy", "calibration_error", "brier")
     outputs = ("model/[!.]*", f"{HEAD_FOLDER}/[!.]*")
-
-    def data_digest(self, stage: Stage) -> str:
-        """The texts."""
-        return preference_digests(stage.settings.data, stage.section)
-
-    def checks(self, stage: Stage) -> Iterable[Check]:
-        """Data, model, adapters, optimizer; no chat."""
-        yield f"[{stage.section}] start", lambda: check_start(stage)
-        yield from training_checks(stage, lambda: self.shapes(stage))
-        yield f"[{stage.section}] data", lambda: self.data_digest(stage)
-
-    def shapes(self, stage: Stage) -> dict[str, tuple[int, ...]]:
-        """Model and head; how many labels there are, the data say."""
-        config, _ = starting_config(stage)
-        trained = adapter_shapes(config, stage.settings.lora)
-        return {f"model.{name}": shape for name, shape in trained.items()} | {
-            "head.weight": (2, config.d_model), "head.bias": (2,)
-        }  # fmt: skip
-
-    def quick(self, settings: ClassifySettings) -> ClassifySettings:
-        """Fewer texts."""
-        less = {"limit": min(settings.limit or 512, 512), "epochs": min(settings.epochs, 1.0), **QUICK_VALIDATION}
-        return settings.model_copy(update=less)
-
-    def work(self, context: Context) -> dict[str, Any]:
-        """See `train_classifier`."""
-        stage = context.stage
-        model, tokenizer = starting_point(stage, context.run, context.console)
-        return train_classifier(
-            model, tokenizer, stage.settings, out=context.folder, seed=context.recipe.seed, name=stage.name,
-            world=context.world, console=context.console,
-        ).summary  # fmt: skip
+    is_chat = False
+    train = train_classifier
 
     def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:
         """Accuracy beside the majority's, confusion, calibration."""
@@ -392,8 +323,8 @@ class ClassifyMethod(AlignmentMethod):
             ("held out", format_whole(summary.get("texts_held_out"))),
             ("set aside", format_whole(summary.get("texts_set_aside"))),
             ("accuracy", accuracy),
-            ("always saying the most frequent label", _percent(summary, "majority_accuracy")),
-            ("expected calibration error", _percent(summary, "calibration_error")),
+            ("always saying the most frequent label", in_words(summary, "majority_accuracy", "{:.1%}")),
+            ("expected calibration error", in_words(summary, "calibration_error", "{:.1%}")),
             *confused,
         ]
         lines = format_lines((summary.get("texts_train"), "{} texts"), loss_line(summary))
@@ -401,10 +332,6 @@ class ClassifyMethod(AlignmentMethod):
             "Classifier", [*facts, *training_facts(summary)], [*lines, *([accuracy] if accuracy else [])],
             curves=("accuracy",),
         )  # fmt: skip
-
-
-def _percent(summary: Mapping[str, Any], name: str) -> str:
-    return "" if summary.get(name) is None else f"{summary[name]:.1%}"
 
 
 CLASSIFY = ClassifyMethod()

@@ -79,7 +79,7 @@ def load_conversations(
         held_out.append(train.pop(min(range(len(train)), key=lambda place: _hash(train[place]))))
     if not train or not held_out:
         what = f"{len(train)} conversations to learn from, {len(held_out)} held out"
-        needs = '{"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}, or a prompt and a response'
+        needs = '{"messages": [{"role": "user", "content": …}, {"role": "assistant", …}]}, or a prompt and a response'
         raise too_little(data, section, what, needs, aside)
     return Conversations(train, held_out, count_reasons(aside))
 

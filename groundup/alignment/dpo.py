@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,23 +32,29 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from groundup.alignment import losses
-from groundup.alignment.lora import AdapterSettings
-from groundup.alignment.method import AlignmentMethod, begin, finish, sized
+from groundup.alignment.method import (
+    AlignmentMethod,
+    RecordsSettings,
+    begin,
+    finish,
+    in_words,
+    share_with_error,
+    sized,
+    with_error,
+)
 from groundup.alignment.preferences import (
     Encoded,
     Preference,
     PreferenceRows,
     Preferences,
     load_preferences,
-    preference_digests,
 )
 from groundup.console import Console
 from groundup.distributed import World, current_world
-from groundup.interop.start import starting_point
 from groundup.model import ModelConfig, Transformer
-from groundup.recipe import AlignSettings, OptimizerName, OptimizerSettings, Texts, resolve_optimizer, setting
+from groundup.recipe import Texts, resolve_optimizer, setting
 from groundup.report.format import format_lines, format_whole, loss_line, training_facts
-from groundup.stage import Context, Shown, Stage
+from groundup.stage import Shown, Stage
 from groundup.tokenizer import Tokenizer
 from groundup.training import (
     IGNORED,
@@ -61,23 +67,21 @@ from groundup.training import (
     pass_flops,
     train,
 )
-from groundup.training.pretrain import QUICK_VALIDATION
 
 Loss = Literal["dpo", "robust", "ipo", "hinge", "kto", "simpo", "orpo"]
 AVERAGED, WITHOUT_REFERENCE = ("ipo", "simpo", "orpo"), ("simpo", "orpo")
 
 
-class DPOSettings(AlignSettings, AdapterSettings, OptimizerSettings):
+class DPOSettings(RecordsSettings):
     """A model and preferences to a model that answers as preferred."""
 
-    rates_follow_size: ClassVar[bool] = False
-
     data: Texts = setting(
-        ..., "preferences: files (JSON lines, JSON, Parquet, CSV, also packed) of pairs, rankings, or judged answers",
+        ("groundup:tasks",),
+        "preferences: files (JSON lines, JSON, Parquet, CSV, also packed) of pairs, rankings, or judged answers, or "
+        "groundup:tasks",
         min_length=1,
-    )  # fmt: skip
-    limit: int | None = setting(None, "most preferences to learn from (unset: all)", ge=1)
-    epochs: float = setting(1.0, "passes over them", gt=0.0, le=1000.0)
+    )
+    examples: int = setting(6_000, "pairs that groundup:tasks generates", ge=100, le=10_000_000)
     loss: Loss = setting("dpo", "which of the family: dpo, robust, ipo, hinge, kto, simpo, orpo")
     beta: float = setting(0.1, "β: how strongly the model is held to the reference (simpo: 2 to 10 is usual)", gt=0.0)
     gamma: float = setting(0.5, "simpo: the margin γ that the better answer should have", ge=0.0)
@@ -86,9 +90,6 @@ class DPOSettings(AlignSettings, AdapterSettings, OptimizerSettings):
     )
     desirable_weight: float = setting(1.0, "kto: λ of good answers; that of bad ones is 1", gt=0.0)
     nll_weight: float = setting(0.0, "weight of the chosen answers' cross-entropy (orpo: 1 more)", ge=0.0)
-    optimizer: OptimizerName = setting("adamw", "adamw, muon, lion or adafactor")
-    lr: float = setting(5e-5, "peak learning rate of all but Muon (with adapters, ten times that)", gt=0.0, le=1.0)
-    weight_decay: float = setting(0.0, "decoupled weight decay, on matrices only", ge=0.0, le=10.0)
 
     @model_validator(mode="after")
     def _fits_the_loss(self) -> DPOSettings:
@@ -214,10 +215,7 @@ def train_dpo(
         settings: what `[align.dpo]` of a recipe says; its `start` loads nothing.
         out: the folder for logs, checkpoints and the model.
         preferences: what to learn (default: what `settings.data` names).
-        seed: of the order, the adapters and dropout.
-        name: of the stage, in messages.
-        world: the processes to train on (default: those of `torchrun`, or this one).
-        console: where progress is shown.
+        seed, name, world, console: as for `fine_tune`.
 
     Raises:
         DataError: no usable preference.
@@ -226,7 +224,9 @@ def train_dpo(
     settings = resolve_optimizer(settings)
     console, world, out = console or Console(), world or current_world(), Path(out)
     section = f"align.{name}"
-    preferences = preferences or load_preferences(settings.data, section, console, limit=settings.limit)
+    preferences = preferences or load_preferences(
+        settings.data, section, console, n_tasks=settings.examples, seed=seed, limit=settings.limit
+    )
     chosen = _mismatched(preferences.judged()) if settings.loss == "kto" else preferences.pairs()
     source = PreferenceRows(chosen, tokenizer, model.config.context_length, seed, section)
     if source.left_out or source.shortened:
@@ -315,12 +315,6 @@ def held_out_accuracy(
     return share_with_error("preference_accuracy", np.sign(found[:, 0] - found[:, 1]) / 2 + 0.5)
 
 
-def share_with_error(name: str, values: np.ndarray) -> dict[str, float]:
-    """A mean of values between 0 and 1 as figures: itself, its standard error, and of how many."""
-    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
-    return {name: float(values.mean()), f"{name}_stderr": error, f"{name}_n": len(values)}
-
-
 def _mismatched(preferences: Preferences) -> Preferences:
     """Every judged answer, and beside it, for KTO's z₀, its prompt with an answer to another one."""
     both = []
@@ -342,24 +336,7 @@ class DPOMethod(AlignmentMethod):
     makes = "lm"
     figures = ("val_loss", "val_accuracy", "final_loss", "preference_accuracy")
     row_sequences = 2
-
-    def data_digest(self, stage: Stage) -> str:
-        """The preferences."""
-        return preference_digests(stage.settings.data, stage.section)
-
-    def quick(self, settings: DPOSettings) -> DPOSettings:
-        """Fewer preferences."""
-        less = {"limit": min(settings.limit or 256, 256), "epochs": min(settings.epochs, 1.0), **QUICK_VALIDATION}
-        return settings.model_copy(update=less)
-
-    def work(self, context: Context) -> dict[str, Any]:
-        """See `train_dpo`."""
-        stage = context.stage
-        model, tokenizer = starting_point(stage, context.run, context.console)
-        return train_dpo(
-            model, tokenizer, stage.settings, out=context.folder, seed=context.recipe.seed, name=stage.name,
-            world=context.world, console=context.console,
-        ).summary  # fmt: skip
+    train = train_dpo
 
     def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:
         """Preferences, accuracy, and what became of the two sides."""
@@ -370,25 +347,14 @@ class DPOMethod(AlignmentMethod):
             ("held out", format_whole(summary.get("preferences_held_out"))),
             ("set aside", format_whole(summary.get("preferences_set_aside"))),
             ("prefers the better answer", accuracy),
-            ("log-ratio of chosen answers", _nats(summary.get("val_chosen"))),
-            ("log-ratio of rejected answers", _nats(summary.get("val_rejected"))),
+            ("log-ratio of chosen answers", in_words(summary, "val_chosen", "{:+.2f} nats")),
+            ("log-ratio of rejected answers", in_words(summary, "val_rejected", "{:+.2f} nats")),
         ]
         lines = format_lines((summary.get("preferences_train"), "{} pairs"), loss_line(summary))
         return Shown(
             "Preference optimization", [*facts, *training_facts(summary)], [*lines, *([accuracy] if accuracy else [])],
             curves=("accuracy", "margin", "chosen", "rejected"),
         )  # fmt: skip
-
-
-def with_error(summary: Mapping[str, Any], name: str) -> str:
-    """A share with its error bar, for people; "" if it was not measured."""
-    if summary.get(name) is None:
-        return ""
-    return f"{summary[name]:.1%} ±{summary[f'{name}_stderr']:.1%} of {summary[f'{name}_n']:,}"
-
-
-def _nats(value: float | None) -> str:
-    return "" if value is None else f"{value:+.2f} nats"
 
 
 DPO = DPOMethod()

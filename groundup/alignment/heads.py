@@ -19,12 +19,15 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from groundup.alignment.lora import freeze
+from groundup.alignment.method import RecordsSettings, begin, finish, sized
 from groundup.distributed import World, full_tensor
 from groundup.errors import ArtifactError
 from groundup.files import atomic_folder, write_json, write_tensors
 from groundup.interop import load_model
 from groundup.model import OutputLayer, Transformer
 from groundup.tokenizer import Tokenizer
+from groundup.training import Objective, Source, TrainingJob, forget_checkpoints
 from groundup.untrusted import file_inside, read_object, reading
 
 HEAD_FOLDER = "head"
@@ -54,14 +57,39 @@ def at_ends(ends: Int[Tensor, " batch"]) -> Callable[[Tensor, OutputLayer], Floa
     return pick
 
 
-def save_head(folder: Path, head: Head, values: dict[str, Any], world: World) -> None:
-    """Write a head and what else there is to know of it; every process must call it."""
-    tensors = {name: full_tensor(part).detach().cpu().contiguous() for name, part in head.named_parameters()}
+def job_with_head(
+    model: Transformer, n_outputs: int, objective: Objective, source: Source, n_rows: float, settings: RecordsSettings,
+    *, out: Path, seed: int, name: str, row_sequences: int = 1,
+) -> TrainingJob:  # fmt: skip
+    """A job that trains a model, or adapters beside it, and a fresh head."""
+    begin(model, settings.lora, seed)
+    if model.lm_head is not None:
+        freeze(model.lm_head)  # it has no gradient
+    return TrainingJob(
+        name=name,
+        modules={"model": model, "head": Head(model.config.d_model, n_outputs, seed)},
+        objective=objective,
+        source=source,
+        settings=settings,
+        n_rows=math.ceil(n_rows),
+        folder=out,
+        seed=seed,
+        row_sequences=row_sequences,
+        sized=sized(settings.model_copy(update={"groups": ()}), model.config),
+    )
+
+
+def finish_with_head(job: TrainingJob, tokenizer: Tokenizer, values: dict[str, Any], world: World) -> None:
+    """Write `model/`, and `head/` with what else there is to know of it; every process must call it."""
+    settings: Any = job.settings
+    finish(job.folder, job.model, tokenizer, settings.lora, settings.start, world)
+    tensors = {name: full_tensor(part).detach().cpu() for name, part in job.modules["head"].named_parameters()}
     if world.is_first:
-        with atomic_folder(folder) as partial:
+        with atomic_folder(job.folder / HEAD_FOLDER) as partial:
             write_tensors(partial / _WEIGHTS, tensors)
             write_json(partial / _CONFIG, values)
     world.wait()
+    forget_checkpoints(job, world)
 
 
 def load_with_head(folder: str | Path, kind: str) -> tuple[Transformer, Tokenizer, Head, dict[str, Any]]:

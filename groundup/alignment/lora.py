@@ -147,7 +147,7 @@ def add_adapters(model: Transformer, settings: LoraSettings, seed: int = 1) -> N
     """
     if any(isinstance(module, LoraLinear) for module in model.modules()):
         raise GroundupError("The model has adapters already.", "Merge them first: groundup.alignment.lora.merge.")
-    chosen = adapted_layers(model, settings)
+    chosen = target_layers(parameter_shapes(model.config), settings)
     if settings.base_bits is not None:
         if model.config.n_experts:
             raise GroundupError("lora base_bits: a model with experts is trained beside a float base only.")
@@ -158,18 +158,8 @@ def add_adapters(model: Transformer, settings: LoraSettings, seed: int = 1) -> N
         _put(model, name, LoraLinear(base, settings, name, seed).train(base.training))
 
 
-def adapted_layers(model: Transformer, settings: LoraSettings) -> list[str]:
-    """The names of the linear layers that get an adapter.
-
-    Raises:
-        GroundupError: a target that no layer has the name of.
-    """
-    shapes = {f"{name}.weight": tuple(module.weight.shape) for name, module in _linear_layers(model).items()}
-    return target_layers(shapes, settings)
-
-
 def target_layers(shapes: dict[str, tuple[int, ...]], settings: LoraSettings) -> list[str]:
-    """The same from the shapes of a model's parameters; see `groundup.model.cost.parameter_shapes`.
+    """The names of the linear layers that get an adapter, from the shapes of a model's parameters by name.
 
     Raises:
         GroundupError: a target that no layer has the name of.
@@ -189,10 +179,6 @@ def target_layers(shapes: dict[str, tuple[int, ...]], settings: LoraSettings) ->
             f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(parts)}.",
         )
     return [name for name in layers if not settings.targets or {name, name.rpartition(".")[2]} & {*settings.targets}]
-
-
-def _linear_layers(model: Transformer) -> dict[str, Linear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -153,7 +153,7 @@ def dpo_loss(
 def robust_dpo_loss(
     chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"], *, beta: float, label_smoothing: float
 ) -> Float[Tensor, " pairs"]:
-    """DPO's loss without bias where a share ε < 1/2 of the preferences are flipped (arXiv:2403.00409, equation 10)."""
+    """`dpo_loss` without bias where a share ε < 1/2 of the preferences are flipped (arXiv:2403.00409, equation 10)."""
     margin = beta * (chosen - rejected)
     kept, flipped = -F.logsigmoid(margin), -F.logsigmoid(-margin)
     return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)

@@ -7,9 +7,8 @@ Each record is one of these; answers and prompts are strings or lists of message
     {"prompt" | "messages": …, "ranking": [best, …, worst]}                                    a ranking
     {"prompt" | "messages": …, "completion": …, "label": true | false}                         one answer, judged
 
-Files are read as the corpus reads its own; of a set of tasks (groundup:tasks) pairs are made. One prompt in ten is held
-out with all that was said of it, chosen by a hash. A row of training is a record: its answers side by side, as (rows,
-answers, seq).
+Files are read as the corpus reads its own. One prompt in ten is held out with all that was said of it, chosen by a
+hash. A row of training is a record: its answers side by side, as (rows, answers, seq).
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import itertools
 import json
 import random
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -27,21 +25,25 @@ import numpy as np
 import torch
 import xxhash
 
-from groundup.alignment.conversations import GENERATED, HELD_OUT_SHARE, messages_of, read_records
+from groundup.alignment.conversations import (
+    GENERATED,
+    HELD_OUT_SHARE,
+    count_reasons,
+    messages_of,
+    read_data,
+    too_little,
+)
 from groundup.alignment.packing import Text
 from groundup.console import Console
-from groundup.corpus.document import Reason, SetAside
-from groundup.corpus.reading.jsonl import RefusedError
-from groundup.corpus.reading.sources import InputFiles, find_sources
+from groundup.corpus.document import Reason
+from groundup.corpus.reading.refusal import RefusedError
 from groundup.errors import DataError
 from groundup.evaluation.tasks import read_set
 from groundup.files import value_digest
-from groundup.shards import Permutation
+from groundup.shards.order import shuffled_epochs
 from groundup.tokenizer import Message, Tokenizer, render
 from groundup.training import IGNORED, Batch
 
-N_PAIRS = 6000
-"""Of a set of tasks whose name says no number."""
 _TURN = re.compile(r"\n\n(Human|Assistant):[ \t]?")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -98,68 +100,38 @@ def _judged(one: Preference) -> list[Preference]:
 
 
 def load_preferences(
-    data: Sequence[str], section: str, console: Console | None = None, *, limit: int | None = None
-) -> Preferences:
-    """Read preferences.
+    data: Sequence[str], section: str, console: Console | None = None,
+    *, n_tasks: int = 6_000, seed: int = 1, limit: int | None = None,
+) -> Preferences:  # fmt: skip
+    """Read or generate preferences.
 
     Args:
-        data: files, folders, globs or addresses; or sets of tasks: a right and polite answer over one that is not both.
+        data: files, folders, globs or addresses of records, or groundup:tasks.
         section: of the recipe, in messages.
         console: is told what was set aside.
+        n_tasks: pairs that groundup:tasks generates.
+        seed: of the generator.
         limit: how many to learn from, at most; the rest is held out of nothing, but dropped.
 
     Raises:
         DataError: a file is missing, or one side of the split is empty.
     """
-    found = _files(data, section)
-    aside: list[SetAside] = []
-    read: list[tuple[int, Preference]] = []
-    for source, value in read_records(found, aside.append):
-        try:
-            one = _preference(value.data)
-        except RefusedError as refused:
-            aside.append(refused.of(source, value))
-        else:
-            read.append((xxhash.xxh3_64_intdigest(json.dumps(one.prompt, ensure_ascii=False).encode()), one))
-    held_out = {prompt for prompt, _ in read if prompt % HELD_OUT_SHARE == 0}
-    held_out = held_out or {min((prompt for prompt, _ in read), default=0)}
-    sides: list[list[Preference]] = [[one for prompt, one in read if (prompt in held_out) == side] for side in (0, 1)]
-    for name in data:
-        for task in read_set(name, N_PAIRS, 1) if name.startswith(GENERATED) else ():
-            answers: list[list[Message]] = [
-                [{"role": "assistant", "content": text}] for text in task.pair(random.Random(task.prompt))
-            ]
-            sides[task.split == "held_out"].append(Preference(task.messages[:1], answers))
-    counts = Counter(str(item.reason) for item in aside)
-    if console is not None and (words := found.in_words()):
-        console.note(f"[{section}] data: {words}.")
-    if console is not None and aside:
-        listed = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
-        console.warn(f"[{section}] data: {len(aside):,} records were set aside ({listed}). The first: {aside[0]}")
+    parsed, aside = read_data(data, section, _preference, console)
+    prompts = [xxhash.xxh3_64_intdigest(json.dumps(one.prompt, ensure_ascii=False).encode()) for one in parsed]
+    held_out = {prompt for prompt in prompts if prompt % HELD_OUT_SHARE == 0} or {min(prompts, default=0)}
+    sides: list[list[Preference]] = [[], []]
+    for prompt, one in zip(prompts, parsed, strict=True):
+        sides[prompt in held_out].append(one)
+    made = [task for name in data if name.startswith(GENERATED) for task in read_set(name, n_tasks, seed)]
+    for number, task in enumerate(made):
+        pair = task.pair(random.Random(f"{seed}/{number}"))
+        answers: list[list[Message]] = [[{"role": "assistant", "content": text}] for text in pair]
+        sides[task.split != "train"].append(Preference([{"role": "user", "content": task.prompt}], answers))
     if not all(sides):
-        first = f" The first that was set aside: {aside[0]}" if aside else ""
-        raise DataError(
-            f"[{section}] data = {list(data)}: {len(sides[0])} preferences to learn from, {len(sides[1])} held out.",
-            'Each record needs {"prompt": …, "chosen": …, "rejected": …}, a "ranking", or a "label"; a few dozen '
-            f"prompts are the least.{first}",
-        )
-    return Preferences(sides[0][:limit], sides[1], dict(counts))
-
-
-def preference_digests(data: Sequence[str], section: str) -> str:
-    """What stands for the data in a stage's fingerprint.
-
-    Raises:
-        DataError: a file is missing.
-    """
-    made = [name for name in data if name.startswith(GENERATED)]
-    for name in made:
-        read_set(name, 1, 1)
-    return ",".join([*made, *(source.digest() for source in _files(data, section).files)])
-
-
-def _files(data: Sequence[str], section: str) -> InputFiles:
-    return find_sources([name for name in data if not name.startswith(GENERATED)], setting=f"[{section}] data")
+        needs = '{"prompt": …, "chosen": …, "rejected": …}, a "ranking", or a "label"'
+        what = f"{len(sides[0])} preferences to learn from, {len(sides[1])} held out"
+        raise too_little(data, section, what, needs, aside)
+    return Preferences(sides[0][:limit], sides[1], count_reasons(aside))
 
 
 def _preference(data: Any) -> Preference:
@@ -304,7 +276,7 @@ class PreferenceRows:
 
     def __init__(
         self, preferences: Preferences, tokenizer: Tokenizer, context_length: int, seed: int,
-        section: str = "align.dpo", *, for_scores: bool = False,
+        section: str = "align", *, for_scores: bool = False,
     ) -> None:  # fmt: skip
         self.shortened = self.left_out = 0
         self._tokenizer, self._most, self._seed, self._for_scores = tokenizer, context_length, seed, for_scores
@@ -335,7 +307,8 @@ class PreferenceRows:
 
     def rows(self, first: int, last: int) -> Batch:
         """Rows `first` … `last` − 1 of the endless order."""
-        return self.lay_out([self.train[place] for place in self._shuffled(np.arange(first, last))])
+        places = shuffled_epochs(np.arange(first, last), len(self.train), self._seed)
+        return self.lay_out([self.train[place] for place in places])
 
     def validation(self, batch_size: int, limit: int | None) -> Iterator[Batch]:
         """Held-out preferences, until `limit` tokens are passed; the last batch has empty rows."""
@@ -379,14 +352,6 @@ class PreferenceRows:
             "preferences_shortened": self.shortened,
             "preferences_left_out": self.left_out,
         }
-
-    def _shuffled(self, numbers: np.ndarray) -> np.ndarray:
-        """Which preferences stand at these places of the endless order, another one in each epoch."""
-        epochs, places = np.divmod(numbers, len(self.train))
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            places[here] = Permutation(len(self.train), (self._seed, int(epoch)))(places[here])
-        return places
 
     def _encode(self, one: Preference) -> Encoded | None:
         prompt = one.prompt

@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,48 +25,47 @@ from jaxtyping import Bool, Float
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from groundup.alignment.dpo import share_with_error, with_error
-from groundup.alignment.heads import HEAD_FOLDER, Head, at_ends, load_with_head, outputs_of, save_head
-from groundup.alignment.lora import AdapterSettings, adapter_shapes, freeze
+from groundup.alignment.heads import (
+    HEAD_FOLDER,
+    Head,
+    at_ends,
+    finish_with_head,
+    job_with_head,
+    load_with_head,
+    outputs_of,
+)
 from groundup.alignment.losses import bradley_terry_loss
-from groundup.alignment.method import AlignmentMethod, begin, finish, sized
+from groundup.alignment.method import AlignmentMethod, RecordsSettings, in_words, share_with_error, with_error
 from groundup.alignment.preferences import (
     Encoded,
     PreferenceRows,
     Preferences,
     load_preferences,
-    preference_digests,
 )
 from groundup.console import Console
 from groundup.distributed import World, current_world
-from groundup.interop.start import starting_config, starting_point
 from groundup.model import ModelConfig, Transformer
-from groundup.recipe import AlignSettings, OptimizerName, OptimizerSettings, Texts, resolve_optimizer, setting
+from groundup.recipe import Texts, resolve_optimizer, setting
 from groundup.report.format import format_lines, format_whole, loss_line, training_facts
-from groundup.stage import Context, Shown, Stage
+from groundup.stage import Shown, Stage
 from groundup.tokenizer import Message, Tokenizer, render
-from groundup.training import Batch, Term, TrainedModel, TrainingJob, forget_checkpoints, pass_flops, train
-from groundup.training.pretrain import QUICK_VALIDATION
+from groundup.training import Batch, Term, TrainedModel, TrainingJob, pass_flops, train
 
 NORMALIZED_OVER = 2048
 """Answers whose scores the finished model's are shifted and scaled by."""
 
 
-class RewardSettings(AlignSettings, AdapterSettings, OptimizerSettings):
+class RewardSettings(RecordsSettings):
     """A model and preferences to a reward model."""
 
-    rates_follow_size: ClassVar[bool] = False
-
     data: Texts = setting(
-        ..., "preferences: files (JSON lines, JSON, Parquet, CSV, also packed) of pairs or rankings", min_length=1
+        ("groundup:tasks",),
+        "preferences: files (JSON lines, JSON, Parquet, CSV, also packed) of pairs or rankings, or groundup:tasks",
+        min_length=1,
     )
-    limit: int | None = setting(None, "most preferences to learn from (unset: all)", ge=1)
-    epochs: float = setting(1.0, "passes over them; more than one overfits soon", gt=0.0, le=1000.0)
+    examples: int = setting(6_000, "pairs that groundup:tasks generates", ge=100, le=10_000_000)
     margin: float = setting(0.0, "by how much the better answer's score should be higher", ge=0.0)
     centering: float = setting(0.0, "weight of (s_i + s_j)², which keeps scores around 0 (0.01 is usual)", ge=0.0)
-    optimizer: OptimizerName = setting("adamw", "adamw, muon, lion or adafactor")
-    lr: float = setting(1e-4, "peak learning rate of all but Muon (with adapters, ten times that)", gt=0.0, le=1.0)
-    weight_decay: float = setting(0.0, "decoupled weight decay, on matrices only", ge=0.0, le=10.0)
 
     @model_validator(mode="after")
     def _nothing_of_tokens(self) -> RewardSettings:
@@ -147,10 +146,7 @@ def train_reward(
         settings: what `[align.reward]` of a recipe says; its `start` loads nothing.
         out: the folder for logs, checkpoints, `model/` and `head/`.
         preferences: what to learn (default: what `settings.data` names).
-        seed: of the head, the order, the adapters and dropout.
-        name: of the stage, in messages.
-        world: the processes to train on (default: those of `torchrun`, or this one).
-        console: where progress is shown.
+        seed, name, world, console: as for `fine_tune`.
 
     Raises:
         DataError: no usable preference.
@@ -159,7 +155,9 @@ def train_reward(
     settings = resolve_optimizer(settings)
     console, world, out = console or Console(), world or current_world(), Path(out)
     section = f"align.{name}"
-    preferences = preferences or load_preferences(settings.data, section, console, limit=settings.limit)
+    preferences = preferences or load_preferences(
+        settings.data, section, console, n_tasks=settings.examples, seed=seed, limit=settings.limit
+    )
     source = PreferenceRows(
         preferences.ranked(), tokenizer, model.config.context_length, seed, section, for_scores=True
     )
@@ -168,22 +166,10 @@ def train_reward(
             f"{name}: {source.left_out} preferences are longer than the context of {model.config.context_length} "
             f"tokens and are left out; {source.shortened} lost their oldest turns."
         )
-    begin(model, settings.lora, seed)
-    if model.lm_head is not None:
-        freeze(model.lm_head)  # it has no gradient
-    head = Head(model.config.d_model, seed=seed)
-    job = TrainingJob(
-        name=name,
-        modules={"model": model, "head": head},
-        objective=PairwiseRanking(settings),
-        source=source,
-        settings=settings,
-        n_rows=math.ceil(settings.epochs * len(source.train)),
-        folder=out,
-        seed=seed,
-        row_sequences=source.most_answers,
-        sized=sized(settings.model_copy(update={"groups": ()}), model.config),
-    )
+    job = job_with_head(
+        model, 1, PairwiseRanking(settings), source, settings.epochs * len(source.train), settings,
+        out=out, seed=seed, name=name, row_sequences=source.most_answers,
+    )  # fmt: skip
     summary = train(job, world, console)
     scored = source.train[: max(2, NORMALIZED_OVER // source.most_answers)]
     learned = torch.tensor(list(itertools.chain.from_iterable(_scores(job, scored, world))))
@@ -191,9 +177,7 @@ def train_reward(
     held_out = [[(score - mean) / std for score in one] for one in _scores(job, source.held_out, world)]
     summary |= source.figures() | {"preferences_set_aside": sum(preferences.set_aside.values())}
     summary |= {"score_mean": mean, "score_std": std, **ranking_figures(held_out, source.held_out)}
-    finish(out, model, tokenizer, settings.lora, settings.start, world)
-    save_head(out / HEAD_FOLDER, head, {"kind": "scorer", "mean": mean, "std": std}, world)
-    forget_checkpoints(job, world)
+    finish_with_head(job, tokenizer, {"kind": "scorer", "mean": mean, "std": std}, world)
     return TrainedModel(model, out, summary)
 
 
@@ -276,32 +260,7 @@ class RewardMethod(AlignmentMethod):
     figures = ("val_loss", "val_accuracy", "final_loss", "pair_accuracy", "length_correlation")
     outputs = ("model/[!.]*", f"{HEAD_FOLDER}/[!.]*")
     row_sequences = 2
-
-    def data_digest(self, stage: Stage) -> str:
-        """The preferences."""
-        return preference_digests(stage.settings.data, stage.section)
-
-    def shapes(self, stage: Stage) -> dict[str, tuple[int, ...]]:
-        """Model and head."""
-        config, _ = starting_config(stage)
-        trained = adapter_shapes(config, stage.settings.lora)
-        return {f"model.{name}": shape for name, shape in trained.items()} | {
-            "head.weight": (1, config.d_model), "head.bias": (1,)
-        }  # fmt: skip
-
-    def quick(self, settings: RewardSettings) -> RewardSettings:
-        """Fewer preferences."""
-        less = {"limit": min(settings.limit or 256, 256), "epochs": min(settings.epochs, 1.0), **QUICK_VALIDATION}
-        return settings.model_copy(update=less)
-
-    def work(self, context: Context) -> dict[str, Any]:
-        """See `train_reward`."""
-        stage = context.stage
-        model, tokenizer = starting_point(stage, context.run, context.console)
-        return train_reward(
-            model, tokenizer, stage.settings, out=context.folder, seed=context.recipe.seed, name=stage.name,
-            world=context.world, console=context.console,
-        ).summary  # fmt: skip
+    train = train_reward
 
     def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:
         """Accuracy, and what of it is length."""
@@ -311,19 +270,15 @@ class RewardMethod(AlignmentMethod):
             ("held out", format_whole(summary.get("preferences_held_out"))),
             ("set aside", format_whole(summary.get("preferences_set_aside"))),
             ("scores the better answer higher", accuracy),
-            ("correlation of score and length", _number(summary.get("length_correlation"), "{:+.2f}")),
-            ("the longer answer is the better one", _number(summary.get("longer_preferred"), "{:.1%} of pairs")),
-            ("the longer answer has the higher score", _number(summary.get("longer_scored_higher"), "{:.1%} of pairs")),
+            ("correlation of score and length", in_words(summary, "length_correlation", "{:+.2f}")),
+            ("the longer answer is the better one", in_words(summary, "longer_preferred", "{:.1%} of pairs")),
+            ("the longer answer has the higher score", in_words(summary, "longer_scored_higher", "{:.1%} of pairs")),
         ]
         lines = format_lines((summary.get("preferences_train"), "{} preferences"), loss_line(summary))
         return Shown(
             "Reward model", [*facts, *training_facts(summary)], [*lines, *([accuracy] if accuracy else [])],
             curves=("accuracy", "best", "worst"),
         )  # fmt: skip
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
 
 
 REWARD = RewardMethod()

@@ -19,7 +19,7 @@ import torch
 import xxhash
 from pydantic import model_validator
 
-from groundup.alignment.conversations import Conversations, data_fingerprint, load_conversations
+from groundup.alignment.conversations import Conversations, load_conversations
 from groundup.alignment.lora import AdapterSettings
 from groundup.alignment.method import AlignmentMethod, begin, finish, sized
 from groundup.alignment.packing import Text, lay_out, pack
@@ -31,8 +31,9 @@ from groundup.interop.start import starting_point, starting_tokenizer
 from groundup.model import Transformer
 from groundup.recipe import ControlSettings, OptimizerSettings, Texts, resolve_optimizer, setting
 from groundup.report.format import format_lines, format_whole, loss_line, training_facts
-from groundup.shards import PackedLoader, Permutation, TokenShards, WindowLoader
+from groundup.shards import PackedLoader, TokenShards, WindowLoader
 from groundup.shards.mixture import Shares, integer_weights
+from groundup.shards.order import shuffled_epochs
 from groundup.stage import Check, Context, Shown, Stage
 from groundup.tokenizer import Message, Tokenizer, render
 from groundup.tokenizer.stage import given_tokenizer
@@ -206,7 +207,8 @@ class ConversationRows:
         components, numbers = self._shares(np.arange(first, last))
         is_text = components == 1
         rows: list[list[Text]] = [[] for _ in components]
-        for place, row in zip(np.flatnonzero(~is_text), self._shuffled(numbers[~is_text]), strict=True):
+        shuffled = shuffled_epochs(numbers[~is_text], len(self._rows), self._seed)
+        for place, row in zip(np.flatnonzero(~is_text), shuffled, strict=True):
             rows[place] = self._rows[row]
         batch = self._lay_out(rows)
         if self._text is not None and is_text.any():
@@ -243,14 +245,6 @@ class ConversationRows:
         if self._text is not None:
             figures["replay_share"] = self._shares.counts(n_rows)[1] / n_rows
         return figures
-
-    def _shuffled(self, numbers: np.ndarray) -> np.ndarray:
-        """Which rows of conversations stand at these places of their own endless order, another one in each epoch."""
-        epochs, rows = np.divmod(numbers, len(self._rows))
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            rows[here] = Permutation(len(self._rows), (self._seed, int(epoch)))(rows[here])
-        return rows
 
     def _into_rows(self, texts: Sequence[Text]) -> list[list[Text]]:
         if not self._packs:
@@ -327,10 +321,6 @@ class SupervisedFineTuning(AlignmentMethod):
     def needs(self, stage: Stage) -> tuple[str, ...]:
         """The text to replay."""
         return ("shards",) if stage.settings.replay and stage.recipe.reads_text else ()
-
-    def data_digest(self, stage: Stage) -> str:
-        """The conversations."""
-        return ",".join(data_fingerprint(stage.settings.data, stage.section))
 
     def checks(self, stage: Stage) -> Iterable[Check]:
         """Data, model, adapters, optimizer, text to replay."""

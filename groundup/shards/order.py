@@ -57,6 +57,15 @@ class Permutation:
         return (left << self._half) | right
 
 
+def shuffled_epochs(numbers: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """Which of n things stand at these places of their endless order, another one in each epoch."""
+    epochs, places = np.divmod(numbers, n)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        places[here] = Permutation(n, (seed, int(epoch)))(places[here])
+    return places
+
+
 def _scramble(values: np.ndarray) -> np.ndarray:
     """SplitMix64's output function (Steele et al. 2014): every input bit reaches every output bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
