@@ -24,6 +24,7 @@ from groundup.alignment.rewards import FunctionReward, Prompt, is_right
 from groundup.errors import DataError, GroundupError
 from groundup.generation import Engine, SamplingParams
 from groundup.generation.rollouts import roll_out
+from groundup.interop import load_model
 from groundup.training.metrics import read_log
 
 WORKER = Path(__file__).with_name("rl_job.py")
@@ -223,3 +224,13 @@ def test_settings_that_do_not_fit_are_named():
             PPOSettings(**settings)
     with pytest.raises(ValueError, match="group 7 does not divide"):
         GRPOSettings(group=7)
+
+
+def test_adapters_are_enough(tmp_path):
+    run(tmp_path, "grpo", buffers=3, lora={"rank": 4})
+    assert (tmp_path / "adapter").is_dir()
+    trained, _ = load_model(tmp_path / "model")
+    after = dict(trained.named_parameters())
+    moved = [name for name, value in policy().named_parameters() if not value.equal(after[name])]
+    assert moved
+    assert not any("norm" in name or "embed" in name for name in moved)

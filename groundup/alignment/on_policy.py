@@ -22,9 +22,10 @@ from jaxtyping import Float, Int
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from groundup.alignment.conversations import data_fingerprint
 from groundup.alignment.heads import HEAD_FOLDER
+from groundup.alignment.lora import AdapterSettings, merged
 from groundup.alignment.losses import TokenStatistics, kl_estimate, logprobs_head, sequence_logprobs
+from groundup.alignment.method import AlignmentMethod, begin, finish, sized
 from groundup.alignment.reward import Scorer
 from groundup.alignment.rewards import VERIFY, FunctionReward, Prompt, Prompts, RewardModel, is_right, load_prompts
 from groundup.console import Console
@@ -33,19 +34,17 @@ from groundup.errors import DataError, GroundupError
 from groundup.files import file_digest, own_folder, value_digest, write_text
 from groundup.generation import Engine, SamplingParams
 from groundup.generation.rollouts import Rollouts, roll_out, use_calculator
-from groundup.interop import save_model
-from groundup.interop.start import check_chat, check_start, starting_config, starting_point
+from groundup.interop.start import starting_config, starting_point
 from groundup.model import Transformer, reshaped
 from groundup.model.cost import forward_flops
-from groundup.recipe import AlignSettings, OptimizerSettings, Texts, resolve_optimizer, setting
+from groundup.recipe import AlignSettings, OptimizerName, OptimizerSettings, Texts, resolve_optimizer, setting
 from groundup.report.format import format_lines, format_number, format_whole, training_facts
 from groundup.shards import Permutation
-from groundup.stage import Check, Context, Method, Shown, Stage, graph, model_digest
+from groundup.stage import Check, Context, Shown, Stage, graph, model_digest
 from groundup.tokenizer import Tokenizer
 from groundup.training import IGNORED, Batch, Objective, TrainedModel, TrainingJob, forget_checkpoints, train
 from groundup.training.checkpoint import load_weights, weights_of
 from groundup.training.objective import Term
-from groundup.training.pretrain import check_training_memory, training_checks, training_derived
 from groundup.user_code import function_fingerprint, load_function
 
 ROLLOUTS_FILE = "rollouts.jsonl"
@@ -57,9 +56,14 @@ _PASS_ROWS = 32
 _AT_ONCE = 64
 
 
-class OnPolicySettings(AlignSettings, OptimizerSettings):
+class OnPolicySettings(AlignSettings, AdapterSettings, OptimizerSettings):
     """What every method can be told that learns from its own answers."""
 
+    rates_follow_size: ClassVar[bool] = False
+
+    optimizer: OptimizerName = setting("adamw", "adamw, muon, lion or adafactor")
+    lr: float = setting(1e-5, "peak learning rate of all but Muon (small models: 1e-4 and more)", gt=0.0, le=1.0)
+    weight_decay: float = setting(0.0, "decoupled weight decay, on matrices only", ge=0.0, le=10.0)
     data: Texts = setting(
         ("groundup:tasks",), "prompts: conversations (their last answers are the known ones), or groundup:tasks",
         min_length=1,
@@ -155,11 +159,10 @@ class RolloutSource:
         assert isinstance(model, Transformer)
         numbers = range(rows.start, rows.stop)
         prompts = [self._prompt(place, number) for number in numbers]
-        engine = Engine(
-            whole_model(model, self._world), self._tokenizer, slots=min(len(prompts), _AT_ONCE),
-            dtype=model.compute_dtype,
-        )  # fmt: skip
-        rolled = self._roll_out(engine, prompts, [self._row_seed(place, number) for number in numbers])
+        with merged(model):
+            engine = self._engine(model)
+            rolled = self._roll_out(engine, prompts, [self._row_seed(place, number) for number in numbers])
+            held_out = self._held_out(modules, engine, place)
         rewards = self._rewards(modules, prompts, rolled) - settings.missing_end * (~rolled.is_ended)
         if self._reward is not None and bool(self._world.gather(rewards).isnan().all()):
             first = f"; the first: {self._reward.failures[0]}" if self._reward.failures else ""
@@ -169,7 +172,7 @@ class RolloutSource:
         batch["old"], gap = self._own_logprobs(model, batch, rolled.logprobs[:, 1:])
         more, flops = self.learn_from(modules, batch, last)
         lengths = rolled.is_answer.sum(1)
-        of_all = {"logprob_gap": gap, **self._held_out(modules, engine, place)}
+        of_all = {"logprob_gap": gap, **held_out}
         stats = {
             "reward": rewards.clone(),
             "reward_failed": rewards.isnan().float(),
@@ -186,10 +189,13 @@ class RolloutSource:
         """What held-out prompts earn at the end, and of how many that is the mean."""
         model = modules["model"]
         assert isinstance(model, Transformer)
-        engine = Engine(whole_model(model, self._world), self._tokenizer, slots=_AT_ONCE, dtype=model.compute_dtype)
-        with torch.no_grad():
-            found = self._held_out(modules, engine, 0)
+        with torch.no_grad(), merged(model):
+            found = self._held_out(modules, self._engine(model), 0)
         return found | ({"held_out_n": min(self.settings.held_out, len(self._prompts.held_out))} if found else {})
+
+    def _engine(self, model: Transformer) -> Engine:
+        whole = whole_model(model, self._world)
+        return Engine(whole, self._tokenizer, slots=min(self.buffer_rows, _AT_ONCE), dtype=model.compute_dtype)
 
     def _prompt(self, place: int, row: int) -> Prompt:
         number = (place // self.settings.steps_per_buffer * self.buffer_rows + row) // self._group
@@ -396,6 +402,7 @@ def train_policy(
         frozen["reward"] = reward
     if world.is_first:
         own_folder(out)
+    begin(model, settings.lora, seed)
     rollouts = source(
         prompts=prompts, tokenizer=tokenizer, reward=function, seed=seed, world=world, folder=out, start=start
     )
@@ -411,6 +418,7 @@ def train_policy(
         seed=seed,
         start=start,
         row_length=rollouts.width,
+        sized=sized(settings, model.config),
     )
     try:
         summary = train(job, world, console)
@@ -419,16 +427,15 @@ def train_policy(
     finally:
         if function is not None:
             function.close()
-    save_model(out / "model", model, tokenizer, world=world)
+    finish(out, model, tokenizer, settings.lora, settings.start, world)
     forget_checkpoints(job, world)
     return TrainedModel(model, out, summary)
 
 
-class PolicyMethod(Method):
+class PolicyMethod(AlignmentMethod):
     """A stage that learns from its own answers."""
 
     makes = "lm"
-    trains = True
     figures: ClassVar[tuple[str, ...]] = ("held_out_reward", "held_out_right")
     run: ClassVar[Callable[..., TrainedModel]]
     title: ClassVar[str]
@@ -440,34 +447,20 @@ class PolicyMethod(Method):
 
     def outside(self, stage: Stage) -> dict[str, str]:
         """Prompts, a model made elsewhere, a reward's file."""
-        settings, start = stage.settings, stage.outside_start
-        digests = {} if start is None else {"start": model_digest(start)}
-        if settings.reward != VERIFY and not self.needs(stage):
-            digests["reward"] = function_fingerprint(settings.reward, _where(stage))
-        return {**digests, "data": ",".join(data_fingerprint(settings.data, stage.section))}
+        name, found = stage.settings.reward, super().outside(stage)
+        if name == VERIFY or name in stage.recipe.branches:
+            return found
+        return {**found, "reward": function_fingerprint(name, _where(stage))}
 
     def checks(self, stage: Stage) -> Iterable[Check]:
         """Model, optimizer, prompts, reward."""
-        yield f"[{stage.section}] start", lambda: check_start(stage)
-        yield f"[{stage.section}]", lambda: check_chat(stage, f"[{stage.section}]")
-        yield from training_checks(stage)
-        yield f"[{stage.section}] data", lambda: data_fingerprint(stage.settings.data, stage.section)
+        yield from super().checks(stage)
         yield from self.reward_checks(stage)
 
     def reward_checks(self, stage: Stage) -> Iterable[Check]:
         """The reward, and room for answers."""
         yield f"[{stage.section}] reward", lambda: self._check_reward(stage)
         yield f"[{stage.section}] max_tokens", lambda: _check_room(stage)
-
-    def derived(self, stage: Stage) -> Iterable[tuple[str, str, str]]:
-        """Micro-batch and memory."""
-        config, _ = starting_config(stage)
-        n_rows = stage.settings.buffers * stage.settings.steps_per_buffer * stage.settings.batch_size
-        yield from training_derived(stage, config, config.context_length, n_rows)
-
-    def check_memory(self, stage: Stage) -> None:
-        """Refuse what cannot fit; frozen copies are counted when it begins."""
-        check_training_memory(stage, starting_config(stage)[0].context_length)
 
     def quick(self, settings: Any) -> Any:
         """A few buffers."""
@@ -503,7 +496,7 @@ class PolicyMethod(Method):
 
     def _check_reward(self, stage: Stage) -> None:
         name = stage.settings.reward
-        if self.needs(stage):
+        if name in stage.recipe.branches:
             if graph(stage.recipe)[name].method.makes != "scorer":
                 raise DataError(f"{_where(stage)}: this stage makes no reward model.", 'Name one of method = "reward".')
         elif name != VERIFY:

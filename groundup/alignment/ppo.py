@@ -55,12 +55,15 @@ from groundup.alignment.on_policy import (
 from groundup.alignment.rewards import FunctionReward, Prompts
 from groundup.console import Console
 from groundup.distributed import World
+from groundup.interop.start import starting_config
 from groundup.model import ModelConfig, OutputLayer, Transformer
-from groundup.model.cost import forward_flops
+from groundup.model.cost import forward_flops, parameter_shapes
 from groundup.recipe import setting
+from groundup.stage import Stage
 from groundup.tokenizer import Tokenizer
 from groundup.training import IGNORED, Batch, TrainedModel
 from groundup.training.objective import Term, pass_flops
+from groundup.training.optimizers import Shapes
 
 
 class PPOSettings(OnPolicySettings):
@@ -258,6 +261,20 @@ class PPOMethod(PolicyMethod):
 
     settings = PPOSettings
     run = staticmethod(ppo)
+
+    def shapes(self, stage: Stage) -> Shapes:
+        """Policy and value model."""
+        config, found = starting_config(stage)[0], super().shapes(stage)
+        head = {"weight": (1, config.d_model), "bias": (1,)}
+        value = {f"head.{name}": shape for name, shape in head.items()}
+        value |= {f"model.{name}": shape for name, shape in parameter_shapes(config).items()}
+        value = head if stage.settings.shared_trunk else value
+        return {
+            f"{module}.{name}": shape
+            for module, part in (("model", found), ("value", value))
+            for name, shape in part.items()
+        }
+
     title = "Proximal policy optimization"
     curves = ("reward", "kl", "held_out_reward", "held_out_right", "entropy", "clipped", "explained_variance")
 
