@@ -59,7 +59,8 @@ def tokenizer() -> Tokenizer:
 
 
 def model(**shape: Any) -> Transformer:
-    config = preset("ground-nano", vocab_size=tokenizer().vocab_size, context_length=64, n_layers=2, **shape)
+    size = {"vocab_size": tokenizer().vocab_size, "context_length": 64, "n_layers": 2}
+    config = preset("ground-nano", **size | shape)
     with torch.no_grad():
         made = random_model(config)
         for parameter in made.parameters():

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from alignment_runs import data, model, run, tokenizer
+from alignment_runs import QUIET, data, model, run, tokenizer
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from groundup.alignment import losses
-from groundup.alignment.dpo import DPOSettings, PreferenceLoss, answer_logprobs
+from groundup.alignment.dpo import DPOSettings, PreferenceLoss, answer_logprobs, train_dpo
 from groundup.alignment.preferences import PreferenceRows, load_preferences
 from groundup.distributed import current_world
 from groundup.interop import load_model
@@ -55,7 +55,7 @@ def test_terms_are_the_losses_of_every_pair(rows: PreferenceRows) -> None:
         for parameter in reference.parameters():
             parameter.mul_(0.9)
     chosen = rows.held_out[:3]
-    found = [answer_logprobs(one, rows, chosen, 2, current_world()) for one in (policy, reference)]
+    found = [answer_logprobs(one, rows, chosen, current_world()) for one in (policy, reference)]
 
     def alone(one: torch.nn.Module, ids: np.ndarray, targets: np.ndarray) -> float:
         with torch.no_grad():
@@ -183,6 +183,22 @@ def test_two_processes_do_what_one_does(tmp_path: Path, kind: str) -> None:
     weights = [load_file(tmp_path / name / "out" / "model" / "model.safetensors") for name in ("one", "two")]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, atol=2e-3, rtol=1e-2)
+
+
+def test_real_pairs(tmp_path: Path, shared_data: Path) -> None:
+    """Of people: instructions, ranked trees, long conversations that lose turns."""
+    for name in ("instruct/oasst_sample/oasst_ranked_pairs.jsonl", "preference/hh_harmless/pairs.jsonl.gz"):
+        path = shared_data / name
+        found = load_preferences([str(path)], "align.dpo", limit=8)
+        few = type(found)(found.train, found.held_out[:4], found.set_aside)
+        made, settings = model(context_length=1024), DPOSettings(data=str(path), batch_size=4, precision="float32")
+        out = tmp_path / path.stem
+        summary = train_dpo(
+            made, tokenizer(), settings, out=out, preferences=few, world=current_world(), console=QUIET
+        ).summary
+        assert math.isfinite(summary["final_loss"])
+        assert summary["preferences_train"] + summary["preferences_held_out"] + summary["preferences_left_out"] == 12
+        assert summary["preferences_left_out"] < 8
 
 
 # Settings

@@ -13,6 +13,7 @@ from model_parts import random_model, tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from groundup.alignment import SFTSettings, fine_tune, load_conversations
 from groundup.alignment.lora import (
     LoraSettings,
     adapters,
@@ -24,6 +25,7 @@ from groundup.alignment.lora import (
     merged,
     save_adapter,
 )
+from groundup.console import Console
 from groundup.errors import ArtifactError, GroundupError
 from groundup.generation import generate
 from groundup.generation.quantize import quantization_of
@@ -31,6 +33,7 @@ from groundup.interop import load_model, save_model
 from groundup.model import ModelConfig, Transformer, preset
 from groundup.recipe import OptimizerSettings
 from groundup.tokenizer import Tokenizer
+from groundup.training.metrics import read_log
 from groundup.training.planning.memory import Step, step_memory
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -185,6 +188,23 @@ def test_memory_is_that_of_frozen_matrices() -> None:
     assert part.all_gradients < whole.all_gradients / 50
     assert part.weights == whole.weights
     assert memory_settings(full, None, is_tied=True) is full
+
+
+def test_a_stage_leaves_the_adapter_and_the_merged_model(tmp_path: Path) -> None:
+    talks = load_conversations(["groundup:tasks"], 150, 1, "align.sft")
+    words = Tokenizer.train([one["content"] for talk in talks.train for one in talk], vocab_size=400)
+    model = random_model(config(vocab_size=words.vocab_size)).requires_grad_(True)
+    before = model.get_parameter("layers.0.mlp.up_proj.weight").detach().clone()
+    settings: Any = SFTSettings(lora={"rank": 2}, batch_size=4, epochs=1.0, precision="float32", optimizer="adamw")
+    trained = fine_tune(model, words, settings, out=tmp_path / "sft", conversations=talks, console=Console(quiet=True))
+    losses = [line["loss"] for line in read_log(tmp_path / "sft" / "metrics.jsonl") if "lr" in line]
+    assert losses[-1] < losses[0]
+    merged_model = load_model(tmp_path / "sft" / "model")[0]
+    assert torch.equal(logits(merged_model), logits(trained.model.eval()))
+    again = random_model(config(vocab_size=words.vocab_size))
+    load_adapter(tmp_path / "sft" / "adapter", again)
+    assert torch.equal(adapters(again)["layers.0.mlp.up_proj"].base.weight, before)  # type: ignore[arg-type]
+    torch.testing.assert_close(logits(again), logits(merged_model), atol=1e-5, rtol=1e-5)
 
 
 # PEFT

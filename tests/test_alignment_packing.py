@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from model_parts import random_model, tiny
 from torch import Tensor
 
-from groundup.alignment.packing import lay_out, pack
+from groundup.alignment.packing import by_length, lay_out, pack
 from groundup.training import IGNORED, head_loss
 
 sizes = st.integers(1, 40).flatmap(
@@ -89,3 +89,10 @@ def gradients(model: torch.nn.Module, batch: dict[str, np.ndarray]) -> dict[str,
     loss.objective.backward()
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     return {"loss": loss.nats, **found}
+
+
+def test_batches_by_length_hold_every_text_once() -> None:
+    lengths = [3, 50, 7, 7, 20, 1, 49]
+    batches = [batch.tolist() for batch in by_length(lengths, 60)]
+    assert batches == [[1], [6], [4, 2, 3], [0, 5]]
+    assert [*by_length([], 60)] == []

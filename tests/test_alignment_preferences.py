@@ -78,14 +78,18 @@ FORMATS = {
     "a ranking of two": {"messages": [USER], "ranking": ["Hello!", "Go away."]},
     "instructions": {"instruction": "Hi", "input": "", "output": "?", "chosen": "Hello!", "rejected": "Go away."},
     "transcripts": {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello!", "rejected": "\n\nHuman: Hi\n\nAssistant: Go away."},
+    "a transcript that asks for more": {
+        "prompt": "\n\nHuman: Hi\n\nAssistant:",
+        "chosen": "Hello!",
+        "rejected": "Go away.",
+    },
     "cells": {"prompt": json.dumps([USER]), "chosen": json.dumps([GOOD]), "rejected": "Go away."},
 }
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats_that_people_have(tmp_path: Path, name: str) -> None:
-    record = FORMATS[name] if name != "cells" else {"messages": json.dumps([USER]), **FORMATS["strings"]}
-    found = load(written(tmp_path / "a.jsonl", [*RECORDS, record]))
+    found = load(written(tmp_path / "a.jsonl", [*RECORDS, FORMATS[name]]))
     assert PAIR in everything(found)
     assert found.set_aside == {}
 
@@ -120,6 +124,8 @@ BAD_RECORDS = {
     "no text field  ": [1, 2],
     "no text field   ": {"prompt": [{"role": "robot", "content": "Hi"}], "chosen": "a", "rejected": "b"},
     "no text field    ": {"chosen": "a", "rejected": "b"},
+    "invalid JSON ": {"prompt": "Hi", "ranking": "[" * 100_000},
+    "empty  ": {"prompt": "Hi", "chosen": "[" * 100_000, "rejected": ""},
     "NUL characters": {"prompt": "Hi\0", "chosen": "a", "rejected": "b"},
 }
 

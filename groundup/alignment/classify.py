@@ -234,7 +234,7 @@ def train_classifier(
         console.warn(f"{name}: {source.cut} texts are longer than the context of {length} tokens and are cut.")
     job = job_with_head(
         model, len(data.labels), LabelLoss(settings.label_smoothing), source, settings.epochs * len(source.train),
-        settings, out=out, seed=seed, name=name,
+        settings, out=out, seed=seed, name=name, unit="texts",
     )  # fmt: skip
     summary = train(job, world, console)
     probabilities = outputs_of(model, job.modules["head"], [ids for ids, _ in source.held_out]).softmax(-1).numpy()

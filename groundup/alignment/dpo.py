@@ -42,6 +42,7 @@ from groundup.alignment.method import (
     sized,
     with_error,
 )
+from groundup.alignment.packing import by_length
 from groundup.alignment.preferences import (
     Encoded,
     Preference,
@@ -69,6 +70,8 @@ from groundup.training import (
 )
 
 Loss = Literal["dpo", "robust", "ipo", "hinge", "kto", "simpo", "orpo"]
+TOKENS_AT_ONCE = 8192
+"""In one forward pass without gradients."""
 AVERAGED, WITHOUT_REFERENCE = ("ipo", "simpo", "orpo"), ("simpo", "orpo")
 
 
@@ -131,8 +134,7 @@ class PreferenceLoss:
         settings, targets = self.settings, batch["targets"]
         mask = targets != IGNORED
         is_real = mask.any(-1)[:, 0]
-        head = losses.logprobs_head(targets.flatten(0, 1))
-        logprobs = modules["model"](batch["ids"].flatten(0, 1), head=head).logprobs.view_as(targets)
+        logprobs = self._logprobs(modules["model"], batch["ids"], targets)
         is_averaged = settings.loss in AVERAGED
         found = losses.sequence_logprobs(logprobs, mask, average=is_averaged)  # (rows, 2)
         if settings.loss not in WITHOUT_REFERENCE:
@@ -158,8 +160,19 @@ class PreferenceLoss:
         return terms
 
     def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
-        """A forward and a backward pass over each answer."""
-        return pass_flops(config, (math.prod(shape[:-1]), shape[-1]))
+        """A forward and a backward pass over each answer; none backward over KTO's mismatched ones."""
+        share = 2 / 3 if self.settings.loss == "kto" else 1.0
+        return share * pass_flops(config, (math.prod(shape[:-1]), shape[-1]))
+
+    def _logprobs(self, model: nn.Module, ids: Tensor, targets: Tensor) -> Float[Tensor, "rows answers seq"]:
+        if self.settings.loss == "kto" and ids.shape[1] == 2:
+            own = self._logprobs(model, ids[:, :1], targets[:, :1])
+            with torch.no_grad():
+                mismatched = self._logprobs(model, ids[:, 1:], targets[:, 1:])
+            return torch.cat([own, mismatched], dim=1)
+        head = losses.logprobs_head(targets.flatten(0, 1))
+        found: Tensor = model(ids.flatten(0, 1), head=head).logprobs
+        return found.view_as(targets)
 
     def _pairs(self, chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
         settings, beta = self.settings, self.settings.beta
@@ -240,7 +253,7 @@ def train_dpo(
     if settings.loss not in WITHOUT_REFERENCE:
         model.to(world.device).compute_dtype = choose_precision(settings.precision, world.device.type)[0]
         both = [
-            answer_logprobs(model, source, side, settings.batch_size, world, console, f"{name}: reference")
+            answer_logprobs(model, source, side, world, console, f"{name}: reference")
             for side in (source.train, source.held_out)
         ]
         source.with_reference(*both)
@@ -255,6 +268,7 @@ def train_dpo(
         folder=out,
         seed=seed,
         row_sequences=2,
+        unit="answers" if settings.loss == "kto" else "pairs",
         sized=sized(settings, model.config),
     )
     summary = train(job, world, console)
@@ -269,37 +283,36 @@ def train_dpo(
 
 @torch.no_grad()
 def answer_logprobs(
-    model: Transformer, rows: PreferenceRows, chosen: Sequence[Encoded], n_rows: int, world: World,
-    console: Console | None = None, what: str = "log-probabilities",
+    model: Transformer, rows: PreferenceRows, chosen: Sequence[Encoded], world: World, console: Console | None = None,
+    what: str = "log-probabilities",
 ) -> Float[np.ndarray, "preferences answers"]:  # fmt: skip
-    """Σ log p of every answer; the longest ones first, this process's share of them. All processes must call it.
+    """Σ log p of every answer; every process takes its share, and all must call it.
 
     Args:
         model: put into evaluation mode.
         rows: lays batches out.
         chosen: whose answers.
-        n_rows: of a batch, over all processes.
         world: the processes.
         console: shows how far it is.
         what: it is, on the console.
     """
     model.eval()
-    console = console or Console(quiet=True)
-    order = np.argsort([-max(len(ids) for ids, _ in one.texts) for one in chosen], kind="stable")
-    found = torch.zeros(len(chosen), max(len(one.texts) for one in chosen))
-    share = world.rows(-(-n_rows // world.size) * world.size)
-    n_own = share.stop - share.start
-    with console.bar(what, len(chosen)) as bar:
-        for first in range(0, len(chosen), n_own * world.size):
-            places = order[first:][: n_own * world.size]
-            own = [chosen[place] for place in places[share]] or [chosen[0]]  # every process makes the same passes
-            batch = rows.lay_out(own, n_own)
+    n_answers = max(len(one.texts) for one in chosen)
+    found = torch.zeros(len(chosen), n_answers)
+    lengths = [n_answers * max(len(ids) for ids, _ in one.texts) for one in chosen]
+    with (console or Console(quiet=True)).bar(what, len(chosen)) as bar:
+        done = 0
+        for places in by_length(lengths, world.size * TOKENS_AT_ONCE):
+            n_own = -(-len(places) // world.size)
+            own = [chosen[place] for place in places[world.rank * n_own :][:n_own]]
+            batch = rows.lay_out(own or [chosen[0]], n_own)  # every process makes the same passes
             targets = batch["targets"].to(world.device).flatten(0, 1)
             part = model(batch["ids"].to(world.device).flatten(0, 1), head=losses.logprobs_head(targets)).logprobs
-            sums = torch.zeros(n_own, found.shape[1])
+            sums = torch.zeros(n_own, n_answers)
             sums[:, : batch["ids"].shape[1]] = part.sum(-1).view(n_own, -1).cpu()
             found[places] = world.gather(sums)[: len(places)]
-            bar.update(min(first + n_own * world.size, len(chosen)))
+            done += len(places)
+            bar.update(done)
     return found.numpy()
 
 
@@ -307,7 +320,7 @@ def held_out_accuracy(
     model: Transformer, source: PreferenceRows, settings: DPOSettings, world: World, console: Console, name: str
 ) -> dict[str, float]:
     """How often the model's own measure prefers the better answer of all held-out pairs, with its standard error."""
-    found = answer_logprobs(model, source, source.held_out, settings.batch_size, world, console, f"{name}: held out")
+    found = answer_logprobs(model, source, source.held_out, world, console, f"{name}: held out")
     if settings.loss not in WITHOUT_REFERENCE:
         found = found - np.stack([one.reference for one in source.held_out if one.reference is not None])
     if settings.loss in AVERAGED:

@@ -8,7 +8,7 @@ What stands behind that token, padding, changes nothing: attention is causal. `h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from groundup.alignment.lora import freeze
 from groundup.alignment.method import RecordsSettings, begin, finish, sized
+from groundup.alignment.packing import by_length
 from groundup.distributed import World, full_tensor
 from groundup.errors import ArtifactError
 from groundup.files import atomic_folder, write_json, write_tensors
@@ -59,7 +60,7 @@ def at_ends(ends: Int[Tensor, " batch"]) -> Callable[[Tensor, OutputLayer], Floa
 
 def job_with_head(
     model: Transformer, n_outputs: int, objective: Objective, source: Source, n_rows: float, settings: RecordsSettings,
-    *, out: Path, seed: int, name: str, row_sequences: int = 1,
+    *, out: Path, seed: int, name: str, unit: str, row_sequences: int = 1,
 ) -> TrainingJob:  # fmt: skip
     """A job that trains a model, or adapters beside it, and a fresh head."""
     begin(model, settings.lora, seed)
@@ -75,6 +76,7 @@ def job_with_head(
         folder=out,
         seed=seed,
         row_sequences=row_sequences,
+        unit=unit,
         sized=sized(settings.model_copy(update={"groups": ()}), model.config),
     )
 
@@ -117,19 +119,14 @@ def load_with_head(folder: str | Path, kind: str) -> tuple[Transformer, Tokenize
 
 
 @torch.no_grad()
-def outputs_of(
-    model: Transformer, head: nn.Module, texts: list[list[int]], n_rows: int = 32
-) -> Float[Tensor, "texts n_outputs"]:
-    """The outputs of whole texts in tokens, in evaluation mode; the longest ones first, in batches of `n_rows`."""
+def outputs_of(model: Transformer, head: nn.Module, texts: Sequence[Sequence[int]]) -> Float[Tensor, "texts n_outputs"]:
+    """The outputs of whole texts in tokens, in evaluation mode."""
     model.eval()
     device = next(head.parameters()).device
-    order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
-    found: list[Tensor] = []
-    for first in range(0, len(texts), n_rows):
-        part = [texts[place] for place in order[first : first + n_rows]]
-        ids = torch.zeros(len(part), len(part[0]), dtype=torch.int64)
-        for row, own in zip(ids, part, strict=True):
-            row[: len(own)] = torch.tensor(own)
-        ends = torch.tensor([len(own) - 1 for own in part], device=device)
-        found.append(head(model(ids.to(device), head=at_ends(ends))).cpu())
-    return torch.cat(found)[torch.tensor(order).argsort()]
+    found: dict[int, Tensor] = {}
+    for places in by_length([len(text) for text in texts]):
+        rows = [torch.tensor(texts[place]) for place in places]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        ends = torch.tensor([len(row) - 1 for row in rows], device=device)
+        found |= zip(places.tolist(), head(model(ids, head=at_ends(ends))).cpu(), strict=True)
+    return torch.stack([found[place] for place in range(len(texts))])

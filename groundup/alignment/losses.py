@@ -73,8 +73,8 @@ def logprobs_head(
         return token_logprobs(logits, wanted, temperature), entropy(logits.detach(), temperature)
 
     def statistics(hidden: Float[Tensor, "batch seq d_model"], output: OutputLayer) -> TokenStatistics:
-        where = (targets != IGNORED).flatten().nonzero()[:, 0]
-        rows, wanted = hidden.flatten(0, 1)[where], targets.flatten()[where]
+        where = (targets != IGNORED).nonzero(as_tuple=True)
+        rows, wanted = hidden[where], targets[where]
         n_slice = max(1, SLICE_BYTES // (4 * output.weight.shape[0]))
         found = []
         for part, own in zip(torch.split(rows, n_slice), torch.split(wanted, n_slice), strict=True):
@@ -83,8 +83,8 @@ def logprobs_head(
             else:
                 found.append(checkpoint(piece, part, output.weight, output, own, use_reentrant=False))
         both = [torch.cat(values) for values in zip(*found, strict=True)]
-        empty = torch.zeros(targets.numel(), device=hidden.device)
-        return TokenStatistics(*(empty.index_put((where,), values).view_as(targets) for values in both))
+        empty = torch.zeros(targets.shape, device=hidden.device)
+        return TokenStatistics(*(empty.index_put(where, values) for values in both))
 
     return statistics
 

@@ -10,7 +10,7 @@ packed rows give the loss and the gradients of one row for each text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -48,6 +48,16 @@ def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
         open_rows[space - length].append(row)
         spaces |= 1 << (space - length)
     return rows
+
+
+def by_length(lengths: Sequence[int], most_tokens: int = 8192) -> Iterator[np.ndarray]:
+    """Texts in batches of so many tokens with their padding, the longest ones first: the numbers of each batch's."""
+    sizes = np.asarray(lengths, dtype=np.int64)
+    order, first = np.argsort(-sizes, kind="stable"), 0
+    while first < len(order):
+        n = max(1, most_tokens // max(1, int(sizes[order[first]])))
+        yield order[first : first + n]
+        first += n
 
 
 def lay_out(rows: Sequence[Sequence[Text]], width: int, pad_id: int) -> dict[str, np.ndarray]:

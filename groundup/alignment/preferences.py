@@ -13,6 +13,7 @@ hash. A row of training is a record: its answers side by side, as (rows, answers
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
@@ -36,6 +37,7 @@ from groundup.alignment.conversations import (
 from groundup.alignment.packing import Text
 from groundup.console import Console
 from groundup.corpus.document import Reason
+from groundup.corpus.reading.jsonl import parse_json
 from groundup.corpus.reading.refusal import RefusedError
 from groundup.errors import DataError
 from groundup.evaluation.tasks import read_set
@@ -111,7 +113,7 @@ def load_preferences(
         console: is told what was set aside.
         n_tasks: pairs that groundup:tasks generates.
         seed: of the generator.
-        limit: how many to learn from, at most; the rest is held out of nothing, but dropped.
+        limit: most to learn from.
 
     Raises:
         DataError: a file is missing, or one side of the split is empty.
@@ -152,7 +154,7 @@ def _preference(data: Any) -> Preference:
         what = 'neither "chosen" and "rejected", nor "ranking", nor "completion" and "label"'
         raise RefusedError(Reason.NO_TEXT, what)
     prompt = _prompt(data)
-    answers = [_answer(value, name) for name, value in named]
+    answers = [_said(value, "assistant", name) for name, value in named]
     if prompt is None or all(answer[0]["role"] != "assistant" for answer in answers):  # whole conversations
         prompt, answers = _common_prefix(answers)
     for answer in answers:
@@ -168,40 +170,30 @@ def _preference(data: Any) -> Preference:
 
 def _prompt(data: Mapping[str, Any]) -> list[Message] | None:
     """The conversation so far, if the record has it apart from the answers."""
-    for name in ("messages", "prompt"):
-        value = data.get(name)
-        if isinstance(value, str) and name == "prompt":
-            return _transcript(value) or messages_of([{"role": "user", "content": value}])
-        if value is not None:
-            return messages_of(_list(value, name))
-    if isinstance(instruction := data.get("instruction"), str):
-        more = data.get("input")
-        text = f"{instruction}\n\n{more}" if isinstance(more, str) and more else instruction
-        return messages_of([{"role": "user", "content": text}])
-    return None
+    value = data.get("messages") if data.get("messages") is not None else data.get("prompt")
+    if value is None and isinstance(value := data.get("instruction"), str) and isinstance(data.get("input"), str):
+        value = f"{value}\n\n{data['input']}".strip()
+    if value is None:
+        return None
+    messages = _said(value, "user", "prompt")
+    if len(messages) > 1 and messages[-1] == {"role": "assistant", "content": ""}:  # a transcript that asks for more
+        messages.pop()
+    return messages
 
 
-def _answer(value: Any, name: str) -> list[Message]:
-    if isinstance(value, str) and not (value.lstrip().startswith("[") and _is_messages(value)):
-        return _transcript(value) or messages_of([{"role": "assistant", "content": value}])
-    if isinstance(value, Mapping):
-        value = [value]
-    return messages_of(_list(value, name))
-
-
-def _is_messages(text: str) -> bool:
-    try:
-        return all(isinstance(item, dict) and "role" in item for item in json.loads(text))
-    except (ValueError, TypeError):
-        return False
+def _said(value: Any, role: str, name: str) -> list[Message]:
+    """A part of a conversation: messages, also as JSON in a table's cell; a transcript; or what `role` says."""
+    if isinstance(value, str):
+        if value.lstrip().startswith("["):
+            with contextlib.suppress(RefusedError):
+                return messages_of(_list(value, name))
+        return _transcript(value) or messages_of([{"role": role, "content": value}])
+    return messages_of([value] if isinstance(value, Mapping) else _list(value, name))
 
 
 def _list(value: Any, name: str) -> list[Any]:
     if isinstance(value, str):  # a cell of a table
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise RefusedError(Reason.INVALID_JSON, f"{name!r} is no list") from error
+        value, _ = parse_json(value.encode(errors="surrogatepass"), "", b"")
     if not isinstance(value, list) or not value:
         raise RefusedError(Reason.NO_TEXT, f"no list {name!r}")
     return value

@@ -168,7 +168,7 @@ def train_reward(
         )
     job = job_with_head(
         model, 1, PairwiseRanking(settings), source, settings.epochs * len(source.train), settings,
-        out=out, seed=seed, name=name, row_sequences=source.most_answers,
+        out=out, seed=seed, name=name, unit="prompts", row_sequences=source.most_answers,
     )  # fmt: skip
     summary = train(job, world, console)
     scored = source.train[: max(2, NORMALIZED_OVER // source.most_answers)]
@@ -246,7 +246,7 @@ class Scorer:
 
     def scores_of_ids(self, texts: Sequence[Sequence[int]]) -> Float[Tensor, " texts"]:
         """The same of texts in tokens, prompt and answer, read at the last one: the end token, where there is one."""
-        found = outputs_of(self.model, self.head, [[*text] for text in texts])[:, 0]
+        found = outputs_of(self.model, self.head, texts)[:, 0]
         return (found - self.mean) / self.std
 
 

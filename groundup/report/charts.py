@@ -146,12 +146,12 @@ def curve_chart(name: str, key: str, curve: Curve) -> Chart:
     return Chart(_drawn(name, WIDE, 210, paint), _drawn(name, NARROW, 210, paint), words)
 
 
-def throughput_chart(name: str, curve: Curve) -> Chart:
-    """Tokens per second over the wall-clock time of a training stage; at least one timing line."""
+def throughput_chart(name: str, curve: Curve, unit: str = "tokens") -> Chart:
+    """What a stage learns from per second, over its wall-clock time; at least one timing line."""
     seconds = np.array([line["seconds"] for line in curve.timings], dtype=float)
     speeds = np.array([line["tokens_per_second"] for line in curve.timings], dtype=float)
     median = float(np.median(speeds))
-    words = f"Throughput: median {median:,.0f} tokens per second, from {speeds.min():,.0f} to {speeds.max():,.0f}."
+    words = f"Throughput: median {median:,.0f} {unit} per second, from {speeds.min():,.0f} to {speeds.max():,.0f}."
     per_minute = seconds[-1] > 300
 
     def paint(figure: Figure, canvas: _Canvas) -> None:
@@ -171,7 +171,7 @@ def throughput_chart(name: str, curve: Curve) -> Chart:
             va="top",
             color=SOFT,
         )
-        axes.set_ylabel("tokens/s")
+        axes.set_ylabel(f"{unit}/s")
         axes.set_xlabel("minutes" if per_minute else "seconds")
         axes.yaxis.set_major_locator(MaxNLocator(3))
         axes.yaxis.set_major_formatter(

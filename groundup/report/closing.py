@@ -93,8 +93,8 @@ def pipeline_rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[ClosingRow
             figures.append(("documents", "documents kept", came, kept, None, ""))
         if is_number(summary.get("vocab_size")):
             figures.append(("bytes_per_token", "bytes per token", None, summary.get("bytes_per_token"), None, ""))
-        label, speed = f"training, tokens/s, {name}", summary.get("tokens_per_second")
-        figures.append(("training", label, None, speed, summary.get("tokens"), "tokens"))
+        unit, speed = summary.get("unit", "tokens"), summary.get("tokens_per_second")
+        figures.append(("training", f"training, {unit}/s, {name}", None, speed, summary.get("tokens"), unit))
     speeds = [speed for one in summaries.values() if is_number(speed := one.get("generation_tokens_per_second"))]
     figures.append(("generation", "generation, tokens/s", None, max(speeds, default=None), None, ""))
     return [

@@ -50,19 +50,19 @@ def loss_line(summary: Mapping[str, Any]) -> tuple[Any, Any]:
 def training_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What the report says of every stage that trains."""
     first, expected, mfu = (summary.get(name) for name in ("initial_loss", "expected_initial_loss", "mfu"))
-    start = format_number(first, 3)
+    start, unit = format_number(first, 3), summary.get("unit", "tokens")
     if start and is_number(expected):
         start += f" (knowing nothing: {expected:.3f})"
     return [
         ("parameters", format_whole(summary.get("parameters"))),
         ("steps", format_whole(summary.get("steps"))),
-        ("tokens", format_whole(summary.get("tokens"))),
+        (unit, format_whole(summary.get("tokens"))),
         ("FLOPs", f"{flops:.2e}" if is_number(flops := summary.get("flops")) else ""),
         ("loss at the start", start),
         ("loss at the end", format_number(summary.get("final_loss"), 3)),
         ("validation loss", format_number(summary.get("val_loss"), 3)),
         ("validation bits per byte", format_number(summary.get("val_bits_per_byte"), 3)),
         ("arithmetic", str(summary.get("precision", ""))),
-        ("tokens per second", format_whole(summary.get("tokens_per_second"))),
+        (f"{unit} per second", format_whole(summary.get("tokens_per_second"))),
         ("of the measured peak matmul FLOP/s (MFU)", f"{mfu:.0%}" if is_number(mfu) else ""),
     ]

@@ -142,7 +142,7 @@ def _headline_figures(record: RunRecord) -> list[tuple[str, str]]:
 def _training(record: RunRecord, name: str, curve: Curve) -> dict[str, Any]:
     """One stage that trains, or has facts to tell: its plots, figures and samples."""
     stage, summary = record.stages[name], record.summary(name)
-    expected = summary.get("expected_initial_loss")
+    expected, unit = summary.get("expected_initial_loss"), summary.get("unit", "tokens")
     facts = [tuple(pair) for pair in stage.shown.get("facts", ()) if len(pair) == 2 and pair[1]]
     others = [
         curve_chart(f"{name}-{key}", key, curve)
@@ -157,7 +157,7 @@ def _training(record: RunRecord, name: str, curve: Curve) -> dict[str, Any]:
         "facts": facts,
         "loss": loss_chart(f"{name}-loss", curve, expected if is_number(expected) else None) if curve.train else None,
         "curves": others,
-        "throughput": throughput_chart(f"{name}-speed", curve) if curve.timings else None,
+        "throughput": throughput_chart(f"{name}-speed", curve, unit) if curve.timings else None,
         "validation": curve.validation,
         "samples": _samples(curve.samples),
     }

@@ -109,6 +109,7 @@ class TrainingJob:
         samples: prompts to continue at each validation pass, and what continues them.
         row_length: tokens in every row, where all are alike.
         row_sequences: sequences in a row, each of that length: two where a row is a pair.
+        unit: what the objective's first term counts, in the plural, for people.
         sized: settings by which memory is estimated, where they are not its own: what is frozen in other ways.
         micro_rows: rows in one forward pass on one device; found by `train` (`planning/memory.py`).
     """
@@ -131,6 +132,7 @@ class TrainingJob:
     continue_text: Callable[[Transformer, str], str] | None = None
     row_length: int | None = None
     row_sequences: int = 1
+    unit: str = "tokens"
     sized: OptimizerSettings | None = None
     micro_rows: int = field(default=1, init=False)
 

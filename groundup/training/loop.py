@@ -305,7 +305,8 @@ class _Loop:
         of_step = {name: line[name] for name in (next(iter(line)), "lr", "muon_lr", "grad_norm") if name in line}
         fields = {"step": f"{progress.step}/{self.job.n_steps}", **of_step}
         left = (self.job.n_steps - progress.step) * seconds_per_step
-        self.bar.update(progress.step, note=live_line(fields, speed, left, memory, self.console.rich.width))
+        note = live_line(fields, speed, left, memory, self.console.rich.width, self.job.unit)
+        self.bar.update(progress.step, note=note)
         timing: dict[str, Any] = {"seconds": progress.seconds, "tokens_per_second": speed.tokens_per_second}
         if speed.mfu is not None:
             timing["mfu"] = speed.mfu

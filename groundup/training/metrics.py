@@ -233,6 +233,7 @@ def summarize(
         "parameters": job.model.n_parameters + sum(p.numel() for module in others for p in module.parameters()),
         "steps": progress.step,
         "tokens": progress.tokens,
+        **({} if job.unit == "tokens" else {"unit": job.unit}),
         "flops": progress.flops,
         "initial_loss": losses[0] if losses else math.nan,
         "expected_initial_loss": job.expected_initial_loss,
@@ -262,21 +263,25 @@ def _tail(values: Sequence[float]) -> int:
 
 def summary_line(summary: Mapping[str, Any]) -> str:
     """The most telling of them, for the finished line."""
+    unit = summary.get("unit", "tokens")
     parts = [
-        f"{format_count(summary['tokens'])} tokens",
+        f"{format_count(summary['tokens'])} {unit}",
         f"loss {summary['initial_loss']:.2f} → {summary['final_loss']:.2f}",
     ]
     if summary["val_loss"] is not None:
         parts.append(f"val {summary['val_loss']:.3f}")
     if "val_bits_per_byte" in summary:
         parts.append(f"{summary['val_bits_per_byte']:.3f} bits/byte")
-    parts.append(f"{format_count(summary['tokens_per_second'])} tok/s")
+    parts.append(f"{format_count(summary['tokens_per_second'])} {_short(unit)}/s")
     if summary["mfu"] is not None:
         parts.append(f"mfu {summary['mfu']:.0%}")
     return " · ".join(parts)
 
 
-def live_line(fields: Mapping[str, Any], speed: Throughput, seconds_left: float, memory_bytes: int, width: int) -> str:
+def live_line(
+    fields: Mapping[str, Any], speed: Throughput, seconds_left: float, memory_bytes: int, width: int,
+    unit: str = "tokens",
+) -> str:  # fmt: skip
     """What stands behind the bar, in the grammar of a log line; what is least missed goes first on a narrow terminal.
 
     Args:
@@ -285,8 +290,9 @@ def live_line(fields: Mapping[str, Any], speed: Throughput, seconds_left: float,
         seconds_left: to the end of the run.
         memory_bytes: peak so far.
         width: columns of the terminal.
+        unit: of the speed.
     """
-    shown = {**fields, "tok/s": round(speed.tokens_per_second)}
+    shown = {**fields, f"{_short(unit)}/s": round(speed.tokens_per_second)}
     if speed.mfu is not None:
         shown["mfu"] = f"{speed.mfu:.0%}"
     shown |= {"mem": format_bytes(memory_bytes).replace(" ", ""), "eta": _duration(seconds_left)}
@@ -295,6 +301,10 @@ def live_line(fields: Mapping[str, Any], speed: Throughput, seconds_left: float,
             break
         shown.pop(name, None)
     return format_fields(shown)
+
+
+def _short(unit: str) -> str:
+    return "tok" if unit == "tokens" else unit
 
 
 def _duration(seconds: float) -> str:
