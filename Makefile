@@ -3,6 +3,8 @@
 
 PYTHON ?=
 RUN := .venv/bin/python -m
+# Without bytecode every process of the tests would compile the package, and every worker all tests, once more.
+unexport PYTHONDONTWRITEBYTECODE
 
 # What `make test-long` holds to COVERAGE_FLOOR percent: all rooms but the command line, which end-to-end tests cover.
 CORE_ROOMS := groundup/*.py,groundup/recipe/*,groundup/corpus/*,groundup/tokenizer/*,groundup/shards/*,groundup/model/*,groundup/training/*,groundup/alignment/*,groundup/generation/*,groundup/evaluation/*,groundup/interop/*,groundup/report/*
@@ -11,11 +13,12 @@ COVERAGE_FLOOR := 95
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-long lint types imports fast slow test-interop clean always
+.PHONY: help demo test test-long lint types imports tests fast slow test-interop clean always
 
 help:
 	@echo 'make demo    build the demo: raw text in, a small assistant out (minutes on two cores)'
-	@echo 'make test    everything CI runs, which is, in this order: lint types imports fast slow'
+	@echo 'make test    everything CI runs, which is, in this order: lint types imports tests'
+	@echo 'make fast    those of the tests that take no tens of seconds; make slow: the others'
 	@echo 'make test-long  the same and what takes longer: more kills, every file operation, Ray, the benchmarks; with coverage'
 	@echo 'make test-interop  llama.cpp reads our GGUF files (built from source the first time: about eight minutes)'
 	@echo 'make clean   remove .venv and caches; runs stay'
@@ -24,7 +27,7 @@ help:
 demo: .venv/installed
 	@.venv/bin/groundup build demo
 
-test: lint types imports fast slow
+test: lint types imports tests
 	@echo 'make test: everything passed.'
 
 lint: .venv/installed-test
@@ -38,15 +41,19 @@ imports: .venv/installed-test
 	.venv/bin/lint-imports
 
 # One process a core, so one thread a process; neighbours stay together, with what their file makes once for all.
-fast: .venv/installed-test
-	OMP_NUM_THREADS=1 $(RUN) pytest -q -n auto --dist worksteal -m 'not slow and not long'
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -q --dist worksteal
 
-# These start processes of their own, or wait for them: two at a time, on any number of cores.
+tests: .venv/installed-test
+	$(PYTEST) -n auto -m 'not long'
+
+fast: .venv/installed-test
+	$(PYTEST) -n auto -m 'not slow and not long'
+
 slow: .venv/installed-test
-	$(RUN) pytest -q -n 2 --dist worksteal -m 'slow and not long'
+	$(PYTEST) -n 2 -m 'slow and not long'
 
 test-long: lint types imports
-	OMP_NUM_THREADS=1 GROUNDUP_LONG=1 $(RUN) pytest -q -n 2 --dist worksteal --cov=groundup --cov-report=
+	GROUNDUP_LONG=1 $(PYTEST) -n 2 --cov=groundup --cov-report=
 	$(RUN) coverage report --include='$(CORE_ROOMS)' --fail-under=$(COVERAGE_FLOOR)
 	@echo 'make test-long: everything passed.'
 

@@ -1,10 +1,10 @@
 """Milliseconds a token: `transformers.generate`, llama.cpp and ours; same weights and threads, interleaved in one run.
 
-Two Llama shapes of 26 and 125 million parameters (32,000 tokens; the larger one has grouped queries and an output
-layer of its own) and the demo's model. Weights are random: speed does not depend on them. Measured: a step of one
-token, of one token in each of eight texts, and of several tokens of one text (what verifying a draft costs), each over
-64 tokens that stand in the cache. transformers and our engine are timed by what 32 more tokens of a greedy text take,
-the others by the step alone.
+Two Llama shapes of 26 and 125 million parameters (32,000 tokens; the larger one has grouped queries and an output layer
+of its own) and the demo's model. Weights are random: speed does not depend on them. Measured: a step of one token, of
+one token in each of eight texts, and of several tokens of one text (what verifying a draft costs), each over 64 tokens
+that stand in the cache; and reading a prompt of 512 tokens (the demo's: 255) to its first new one. transformers and our
+engine are timed by what 32 more tokens of a greedy text take, the others by the step alone.
 
 With one thread the process's CPU time is taken, which other programs disturb least; otherwise wall time. "of bandwidth"
 is bytes of weights a token / time / the best bandwidth at which a loop in C reads 512 MiB, measured in every round.
@@ -22,6 +22,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from groundup.model import ModelConfig, Transformer, preset
 HERE = Path(__file__).resolve().parent
 LLAMA_CPP = HERE / ".cache" / "llama_cpp" / "bin" / "python"
 WORKER = HERE / "baselines" / "llama_cpp_speed.py"
-CONTEXT, N_NEW = 64, 32
+CONTEXT, N_NEW, PROMPT = 64, 32, 512
 ROWS = 8
 VERIFIED = (1, 2, 3, 4, 5, 8, 9, 16)
 LLAMA = {"vocab_size": 32000, "context_length": 1024, "head_dim": 64, "norm_eps": 1e-5, "qk_norm": False}
@@ -77,11 +78,11 @@ def main() -> None:
         read = make_reader(Path(name), arguments.threads)
         for shape in arguments.shapes:
             models = models_of(SHAPES[shape]())
-            timers = timers_of(models, clock)
+            readers, timers = readers_of(models, clock), timers_of(models, clock)
             if worker is not None:
                 timers |= llama_cpp_timers(models["f32"], Path(name) / shape, worker, arguments.threads)
             verified = (1, 5) if arguments.quick else VERIFIED
-            results[shape] = measure(models, timers, clock, read, arguments.rounds, verified)
+            results[shape] = measure(models, readers, timers, clock, read, arguments.rounds, verified)
             show(shape, results[shape])
     if worker is not None:
         results["llama_cpp_python"] = ask(worker, {"task": "version"})["version"]
@@ -126,6 +127,29 @@ def timers_of(models: dict[str, Transformer], clock: Callable[[], float]) -> dic
         assert why_not(model, cache) is None, why_not(model, cache)
         timers[f"step {kind}"] = step_timer(NativeStep(model, cache), clock)
     return timers
+
+
+def readers_of(models: dict[str, Transformer], clock: Callable[[], float]) -> dict[str, Callable[[int], float]]:
+    """Seconds in which transformers and our engine read a prompt, another in each round."""
+
+    length = min(PROMPT, models["f32"].config.context_length - 1)
+
+    def timed(read: Callable[[torch.Tensor], object], number: int) -> float:
+        ids = torch.randint(500, (1, length), generator=torch.Generator().manual_seed(number))
+        begin = clock()
+        read(ids)
+        return clock() - begin
+
+    found: dict[str, Callable[[int], float]] = {}
+    for kind in ("f32", "bf16"):
+        theirs, engine = transformers_model(models["f32"], kind), Engine(models[kind], slots=1)
+        generate = partial(theirs.generate, max_new_tokens=1, min_new_tokens=1, do_sample=False)
+
+        def run(ids: torch.Tensor, engine: Engine = engine) -> object:
+            return engine.run([Request(ids[0].tolist(), SamplingParams(temperature=0, max_tokens=1))])
+
+        found[f"transformers {kind}"], found[f"engine {kind}"] = partial(timed, generate), partial(timed, run)
+    return found
 
 
 def step_timer(step: NativeStep, clock: Callable[[], float]) -> Timer:
@@ -242,6 +266,7 @@ def llama_cpp_timers(model: Transformer, stem: Path, worker: subprocess.Popen[st
 
 def measure(
     models: dict[str, Transformer],
+    readers: dict[str, Callable[[int], float]],
     timers: dict[str, Timer],
     clock: Callable[[], float],
     read: Callable[[torch.Tensor], object],
@@ -250,12 +275,17 @@ def measure(
 ) -> dict[str, Any]:
     """All figures of a shape, each round one of each."""
     found: dict[tuple[str, int, int], list[float]] = {}
+    prompts: dict[str, list[float]] = {name: [] for name in readers}
     bandwidths = []
     buffer = torch.ones(1 << 27)
     for number in range(rounds + 1):  # the first one warms up
         begin = clock()
         read(buffer)
         bandwidths.append(buffer.nbytes / (clock() - begin))
+        for name, reader in readers.items():
+            seconds = reader(number)
+            if number:
+                prompts[name].append(seconds)
         for name, timer in timers.items():
             whole = name.startswith(("transformers", "engine"))
             for rows, tokens in [(1, 1), (ROWS, 1), *((1, n) for n in verified if n > 1 and not whole)]:
@@ -269,6 +299,7 @@ def measure(
         "decode": {},
         "batch": {},
         "verify": {},
+        "prompt": {name: {"seconds": spread(times)} for name, times in prompts.items()},
     }
     for name in timers:
         kind = name.split()[-1]
@@ -328,6 +359,9 @@ def show(shape: str, figures: dict[str, Any]) -> None:
         same = f"transformers {kind if kind in ('f32', 'bf16') else 'bf16'}"
         cells += [ratio(figures["batch"], other, name) for other in (same, f"llama.cpp {kind}")]
         print(f"| {name} | {' | '.join(cells)} |")
+    for kind in ("f32", "bf16"):
+        times = ratio(figures["prompt"], f"transformers {kind}", f"engine {kind}")
+        print(f"a prompt, {kind}: {times} × transformers")
     for name, row in figures["verify"].items():
         print(f"{name}: " + "  ".join(f"v({n}) = {value:.2f}" for n, value in row.items()))
 

@@ -16,6 +16,7 @@ knows: the share of answers that are right word for word is printed.
 Examples:
     python benchmarks/speculation.py
     python benchmarks/speculation.py --threads 1
+    nice -n 15 python benchmarks/speculation.py --train-only
     python benchmarks/speculation.py --quick
 """
 
@@ -117,10 +118,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="hardly trained models, two rounds; nothing is recorded")
+    parser.add_argument("--train-only", action="store_true", help="train what is not trained yet, measure nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     setting = Setting(arguments.threads, 2 if arguments.quick else arguments.rounds, arguments.quick)
     run = trained(is_quick=arguments.quick)
+    if arguments.train_only:
+        return
     stages = ("pretrain", "copying", "draft")
     models = {stage: load(run, stage=stage).model for stage in stages}
     tokenizer = load(run, stage="copying").tokenizer
@@ -144,9 +148,9 @@ def trained(*, is_quick: bool) -> Path:
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             handle.write(json.dumps({"messages": turns}) + "\n")
     preset = "ground-1m" if is_quick else "ground-10m"
-    recipe.write_text(RECIPE.format(preset=preset, conversations=json.dumps(str(conversations))), encoding="utf-8")
-    command = [sys.executable, "-m", "groundup", "build", str(recipe), "--out", str(folder / "run")]
-    subprocess.run([*command, *(["--smoke"] if is_quick else [])], check=True)
+    recipe.write_text(RECIPE.format(preset=preset, conversations=json.dumps(conversations.name)), encoding="utf-8")
+    command = [sys.executable, "-m", "groundup", "build", recipe.name, "--out", "run"]  # the folder may be moved
+    subprocess.run([*command, *(["--smoke"] if is_quick else [])], check=True, cwd=folder)
     return folder / "run"
 
 

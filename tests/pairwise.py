@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lengths import IS_LONG
 
 Pair = frozenset[tuple[str, int]]
 
@@ -44,3 +47,11 @@ def all_pairs(parameters: Mapping[str, Sequence[object]]) -> set[Pair]:
         for a in range(len(parameters[one]))
         for b in range(len(parameters[other]))
     }
+
+
+def pairwise(*parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Rows of values in which every two meet; in `make test-long` every row there is."""
+    if IS_LONG:
+        return list(itertools.product(*parameters))
+    named = {f"{place:03}": values for place, values in enumerate(parameters)}
+    return [tuple(named[name][row[name]] for name in named) for row in pairwise_rows(named)]

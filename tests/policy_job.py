@@ -1,9 +1,7 @@
 """A small on-policy job: a model draws tokens, every drawn `LUCKY` is rewarded, and a policy gradient follows.
 
-Run as a program in tests, by torchrun or alone; arguments: the folder, and what kills or stops the process.
-
-    none           train to the end
-    kill KIND N    SIGKILL at the N-th forward pass of a kind: `train`, or `collect` (in the midst of making a buffer)
+Run as a program in tests, by torchrun or alone: `FOLDER ... kill KIND N` trains in each folder, but in the last
+the process ends by SIGKILL at the N-th forward pass of a kind: `train`, or `collect` (in the midst of making a buffer).
 """
 
 from __future__ import annotations
@@ -107,6 +105,10 @@ def run(folder: Path, world: World, kill: tuple[str, int] | None = None, **setti
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    where, *how = sys.argv[1:]
-    run(Path(where), current_world(), (how[1], int(how[2])) if how else None)
+    *folders, kill, kind, number = sys.argv[1:]
+    assert kill == "kill"
+    world = current_world()
+    for folder in folders[:-1]:
+        run(Path(folder), world)
+    run(Path(folders[-1]), world, (kind, int(number)))
     end_process(0)

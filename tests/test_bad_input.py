@@ -214,10 +214,10 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
     groundup: CommandLine, tmp_path: Path, small_disk: Path, stage: str, leave_bytes: int
 ) -> None:
     recipe = tiny_run.write_recipe(tmp_path, tiny_run.write_texts(tmp_path / "texts.jsonl", 1500))
-    command: tuple[Any, ...] = ("build", recipe, "--runs", small_disk, "--set", "pretrain.eval_every=5")
+    command: tuple[Any, ...] = (stage, recipe, "--runs", small_disk, "--set", "pretrain.eval_every=5")
     before = STAGES[: STAGES.index(stage)]
     if before:
-        assert groundup(*command, "--only", before[-1]).code == 0
+        assert groundup(before[-1], *command[1:]).code == 0
     ballast = fill(small_disk, leave_bytes)
     full = groundup(*command)
     assert full.code == 1
@@ -236,4 +236,4 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
     assert_nothing_half_written(small_disk)
     if stage == "pretrain":
         assert ("going on from step 5" in done.err) is (leave_bytes > 400 << 10)
-        assert bits(run) == bits(build_quietly(run.recipe, tmp_path / "elsewhere"))
+        assert bits(run) == bits(build_quietly(run.recipe, tmp_path / "elsewhere", only=[stage]))

@@ -262,12 +262,12 @@ def extract_some(kind: str) -> list[str]:
         return [str(extractor.extract(html)) for html in PAGES]
 
 
-def test_inside_a_worker_of_a_pool(extractor: Extractor) -> None:
-    expected = [extractor.extract(html) for html in PAGES]
+def test_inside_a_worker_of_a_pool(fast: Extractor) -> None:
+    expected = [fast.extract(html) for html in PAGES]
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        assert pool.submit(extract_some, extractor.kind).result() == expected
+        assert pool.submit(extract_some, fast.kind).result() == expected
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # its workers may not have children of multiprocessing
-        assert pool.apply(extract_some, (extractor.kind,)) == expected
+        assert pool.apply(extract_some, (fast.kind,)) == expected
 
 
 @pytest.mark.long
@@ -431,6 +431,7 @@ def test_benchmark_score_by_hand() -> None:
     assert benchmark_f1([("a b c d", "e f g h")]) == 0.0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "least"), [("trafilatura", 0.95), ("resiliparse", 0.91)])
 def test_accuracy_on_the_article_extraction_benchmark(shared_data: Path, kind: str, least: float) -> None:
     folder = shared_data / "html" / "article_extraction_benchmark"

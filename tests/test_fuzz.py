@@ -42,7 +42,7 @@ from groundup.corpus.crawl.fetch import (
     unpacked,
 )  # fmt: skip
 from groundup.corpus.crawl.warc import WarcFiles, page_record
-from groundup.corpus.decontamination.files import find_tasks
+from groundup.corpus.decontaminate import find_tasks
 from groundup.corpus.reading.extract import Extractor
 from groundup.corpus.reading.read import UnitReader, units_of
 from groundup.corpus.reading.sources import find_sources

@@ -49,6 +49,24 @@ def test_a_listener_that_fails_ends_its_own_request_only(is_started):
 
 
 @pytest.mark.parametrize("is_started", [False, True])
+@pytest.mark.parametrize("method", ["run", "stop", "step", "refresh", "stream"])
+def test_a_listener_that_would_wait_for_itself_is_told_so(method, is_started):
+    engine = Engine(random_model(), slots=2)
+    calls = {
+        "run": lambda: engine.run([Request([3], greedy(2))]),
+        "stream": lambda: list(engine.stream(Request([3], greedy(2)))),
+    }
+    request = Request([1, 2], greedy(20))
+    engine.submit(request, lambda chunk: calls.get(method, getattr(engine, method))())
+    if is_started:
+        engine.start()
+    with pytest.raises(GroundupError, match=rf"{method}\(\) was called by a listener"):
+        engine._wait(request)
+    engine.stop()
+    assert unused(engine)
+
+
+@pytest.mark.parametrize("is_started", [False, True])
 def test_a_request_that_can_draw_no_token_ends_alone(is_started):
     tokenizer = small_tokenizer()
     model = random_model(vocab_size=tokenizer.vocab_size)

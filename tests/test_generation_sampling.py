@@ -13,7 +13,7 @@ from transformers.generation import logits_process as theirs
 
 from groundup.errors import GroundupError
 from groundup.generation import History, SamplingParams, draw, request_seed, sample, token_logprobs, uniforms, warp
-from groundup.generation.sampling import _weigh_batch
+from groundup.generation.sampling import _draw_row, _draw_rows, _weigh_batch
 from groundup.reference import sampling as reference
 
 # Few distinct values make ties at every border likely.
@@ -433,3 +433,17 @@ def test_equal_params_are_equal_and_can_be_keys():
     one, other = (SamplingParams(logit_bias={1: 2.0}, top_k=3) for _ in range(2))
     assert one == other
     assert len({one, other}) == 1
+
+
+@pytest.mark.parametrize("vocab", [5, 128, 2048, 3001])
+def test_many_rows_without_filters_draw_to_the_bit_what_each_draws_alone(vocab):
+    logits = random_logits(64, vocab) * 3
+    logits[:, 1:3] = -math.inf
+    rows = [SamplingParams(temperature=(1, 0.7, 1e-6)[row % 3], top_k=row % 5 // 4) for row in range(64)]
+    seeds, positions = range(64), range(64)
+    alone = [sample(logits[row : row + 1], rows[row], [row], [row]).item() for row in range(64)]
+    assert sample(logits, rows, seeds, positions).tolist() == alone
+    uniform = np.concatenate([[0, np.nextafter(1, 0)], np.random.default_rng(0).random(62)])
+    weights = np.exp(logits.numpy() - logits.numpy().max(axis=-1, keepdims=True))
+    expected = [_draw_row(row, number) for row, number in zip(weights, uniform, strict=True)]
+    assert _draw_rows(logits.numpy(), [1] * 64, uniform).tolist() == expected

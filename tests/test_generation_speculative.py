@@ -128,10 +128,12 @@ def test_guessing_that_does_not_pay_stops_and_is_tried_again_now_and_then(monkey
             return 0.0
 
     engine = Engine(model, length=400)
-    engine._speculation = speculative.Speculation(Wrong(), seconds=lambda n: 1 + 0.1 * n)
+    timed = []
+    engine._speculation = speculative.Speculation(Wrong(), seconds=lambda n: timed.append(n) or 1 + 0.1 * n)
     result = engine.run([Request([1, 2], SamplingParams(temperature=0, max_tokens=200), slides=True)])[0][0]
     assert len(result.ids) == 200
     assert 3 <= Wrong.n_asked < 20
+    assert len(timed) <= 9 * (Wrong.n_asked + 1)  # decided anew after each verdict only: waiting costs nothing
 
 
 @pytest.mark.parametrize(("draft", "message"), [(0, "is no draft"), (99, "is no draft"), ("other", "is no draft")])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
 
 
+@functools.cache
 def names_in(name: str) -> dict[str, bool]:
     """The tests of a file without their `test_`, and whether `make test` leaves each out."""
     tree = ast.parse((HERE / f"test_{name}.py").read_text(encoding="utf-8"))

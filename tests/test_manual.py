@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_run
@@ -50,10 +52,15 @@ def commands(page: Path) -> Iterator[list[str]]:
             yield words[1:]
 
 
+@functools.cache
+def command_line() -> Any:
+    return typer.main.get_command(make_app())
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_exists_and_has_its_options(page: Path) -> None:
     for words in commands(page):
-        command = typer.main.get_command(make_app())
+        command = command_line()
         rest = list(words)
         while subcommands := getattr(command, "commands", {}):
             if rest and rest[0] in subcommands:

@@ -13,7 +13,7 @@ import pytest
 import tiny_run
 import toy_method  # registers the method
 from command import CommandLine, groundup  # noqa: F401
-from tiny_run import bits, build_quietly, finished_run
+from tiny_run import bits, build_quietly, copy_of_finished, finished_run
 
 import groundup as package
 from groundup.files import read_json
@@ -113,7 +113,7 @@ def test_killed_and_resumed_it_gives_the_same_bits(
     tmp_path: Path,
     groundup: CommandLine,  # noqa: F811
 ) -> None:
-    killed = Run(tmp_path / "killed")
+    killed = copy_of_finished(tmp_path)  # the trunk is there
     command = [sys.executable, toy_method.__file__, "build", str(recipe_file), "--out", str(killed.root)]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None and not list(killed.root.glob("toy/checkpoints/step-0000000[2-9]")):

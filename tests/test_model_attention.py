@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from model_parts import distance, normal, random_model, tiny, tokens
+from pairwise import pairwise
 from torch import Tensor
 
 from groundup.model.attention import attend_to_cache, causal_attention
@@ -145,7 +146,7 @@ def test_every_path_is_the_textbooks(name: str, softcap: float | None, packed: b
         assert distance(part.grad, exact_part.grad) < 1e-5
 
 
-@pytest.mark.parametrize(("name", "softcap", "packed"), CASES)
+@pytest.mark.parametrize(("name", "softcap", "packed"), pairwise(tuple(RULES), (None, 2.0), (False, True)))
 @torch.no_grad()
 def test_flex_attention_step_by_step_is_the_textbooks(name: str, softcap: float | None, packed: bool) -> None:
     """Forward only: torch has no backward pass of FlexAttention for CPUs."""
@@ -218,7 +219,9 @@ def test_a_model_on_a_gpu_is_the_model_on_a_cpu(fields: dict[str, object]) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["full", "window-with-sinks", "alibi"])
+@pytest.mark.parametrize(
+    "name", ["window-with-sinks", *(pytest.param(name, marks=pytest.mark.long) for name in ("full", "alibi"))]
+)
 def test_compiled_flex_attention_is_the_textbooks(name: str) -> None:
     """As compiled for a CPU, which torch can do for the forward pass."""
     q, k, v = (part.detach() for part in inputs())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from model_parts import exact_weights, normal, tiny, tokens
+from pairwise import pairwise
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache as clear_sharding_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -125,10 +125,12 @@ def test_scaled_blocks_begin_as_the_identity_and_still_learn(fields: dict[str, o
 
 TRAINED = [
     {"norm_placement": placement, "initialization": initialization, "norm": norm, **more}
-    for placement, initialization, norm in itertools.product(
-        ("pre", "post"), ("scaled", "gpt2"), ("rmsnorm", "layernorm")
+    for placement, initialization, norm, more in pairwise(
+        ("pre", "post"),
+        ("scaled", "gpt2"),
+        ("rmsnorm", "layernorm"),
+        ({}, {"position": "learned", "activation": "gelu", "bias": True, "qk_norm": False}),
     )
-    for more in ({}, {"position": "learned", "activation": "gelu", "bias": True, "qk_norm": False})
 ]
 
 

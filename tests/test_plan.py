@@ -9,6 +9,7 @@ import torch
 from allocations import of_a_step
 from hypothesis import given
 from hypothesis import strategies as st
+from pairwise import pairwise
 from test_training_loop import QUIET, interrupted_at, make_job, weights
 
 import groundup as gu
@@ -57,9 +58,10 @@ def timings(**changes: float) -> Timings:
     return Timings(**{**values, **changes}, how="made up", is_measured=False)
 
 
-@pytest.mark.parametrize("kind", ["none", "selective", "full"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "kind"),
+    pairwise(tuple(SHAPES), ("float32", "bfloat16"), ("none", "selective", "full")),
+)
 def test_the_fullest_moment_is_that_of_torchs_record(shape, dtype, kind):
     config, settings = ModelConfig(**{**BASE, **SHAPES[shape]}), OptimizerSettings(activation_checkpointing=kind)
     rows, length = (4, 192) if dtype == "float32" else (2, 320)

@@ -80,7 +80,7 @@ def cut_of(shared_data: Path, out: Path, language: str, n: int) -> Path:
     [
         ("en", 30, ()),
         ("de", 25, ("corpus.languages=de",)),
-        pytest.param("zh", 120, ("corpus.languages=zh",), marks=pytest.mark.slow),
+        pytest.param("zh", 120, ("corpus.languages=zh",), marks=pytest.mark.long),
     ],
 )
 def test_real_pages_become_a_model(

@@ -29,7 +29,7 @@ from groundup.training.scaling_sweep import default_tokens, plan_sweep, seconds_
 __all__ = ["groundup"]
 
 SIZES = ("200k", "400k", "800k")
-TOKENS = [1_000, 2_000, 4_000]
+TOKENS = [512, 1_024, 2_048]
 ASKED: dict[str, Any] = {"sizes": SIZES, "tokens": TOKENS}
 QUIET = Console(quiet=True)
 
@@ -170,7 +170,7 @@ def test_killed_anywhere_and_given_again_the_command_ends_with_the_same_law(
 ) -> None:
     monkeypatch.chdir(folder)
     out = Path("killed")
-    command = ("scaling", "tiny.toml", "--sizes", ",".join(SIZES), "--tokens", "1k,2k,4k", "--out", out)
+    command = ("scaling", "tiny.toml", "--sizes", ",".join(SIZES), "--tokens", "512,1024,2048", "--out", out)
     for number, code, n_points in ((signal.SIGTERM, 130, 2), (signal.SIGKILL, -signal.SIGKILL, 4)):
         with start(*command) as process:
             end = time.monotonic() + 120
@@ -285,7 +285,7 @@ def test_budgets_chosen_for_a_time_stay(folder: Path, tmp_path: Path, monkeypatc
 
 
 def scaling(groundup: CommandLine, folder: Path, *arguments: str) -> Any:
-    asked = ("--sizes", ",".join(SIZES), "--tokens", "1k,2k,4_000", "--runs", folder / "runs")
+    asked = ("--sizes", ",".join(SIZES), "--tokens", "512,1_024,2048", "--runs", folder / "runs")
     return groundup("scaling", folder / "tiny.toml", *asked, *arguments)
 
 

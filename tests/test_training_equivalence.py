@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed_worker import train_in
 from safetensors.torch import load_file
-from test_training_loop import QUIET, make_job, run_processes, weights
+from test_training_loop import QUIET, make_job, on_two_processes, weights
 
 from groundup.distributed import current_world
 from groundup.files import own_folder
@@ -106,16 +108,27 @@ def test_a_mean_of_means_would_be_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_of_one_row_each_train_as_one_of_four(tmp_path: Path) -> None:
-    """Losses, gradient norms and the trained weights, with every row in a micro-batch of its own, or all in one."""
-    found = {}
+    """Losses, gradient norms and the trained weights; on two processes every row is a micro-batch of its own."""
+    pytest.importorskip("pytorch_optimizer")
+    cases: list[dict[str, object]] = [
+        {},
+        {"optimizer": "lion"},
+        {"groups": [{"match": "embed_tokens*", "frozen": True}, {"match": "layers.1.*", "lr_scale": 0.5}]},
+    ]
+    folders = {n: [tmp_path / f"{n}-{place}" for place in range(len(cases))] for n in (1, 2)}
     for n, micro in ((1, 4), (2, 1)):
-        out = tmp_path / f"{n}"
-        own_folder(out)
-        (out / "micro-batch-size").write_text(str(micro))
-        found[n] = run_processes(n, out), load_file(out / "weights.safetensors")
-    assert_close_runs(found[1][0], found[2][0], 2e-5)
-    for name, value in found[1][1].items():
-        assert (found[2][1][name] - value).norm() < 2e-3 * value.norm(), name
+        for folder, settings in zip(folders[n], cases, strict=True):
+            own_folder(folder)
+            (folder / "micro-batch-size").write_text(str(micro))
+            (folder / "settings.json").write_text(json.dumps(settings))
+    done = on_two_processes(*folders[2])
+    assert done.returncode == 0, done.stderr[-3000:]
+    for one, two in zip(folders[1], folders[2], strict=True):
+        train_in(one, current_world())
+        assert_close_runs(*(read_log(folder / "metrics.jsonl") for folder in (one, two)), 2e-5)
+        alone, together = (load_file(folder / "weights.safetensors") for folder in (one, two))
+        for name, value in alone.items():
+            assert (together[name] - value).norm() < 2e-3 * value.norm(), name
 
 
 # --- Recomputed and compiled

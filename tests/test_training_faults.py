@@ -184,7 +184,7 @@ def test_a_run_whose_disk_failed_is_gone_on_with_to_the_same_bits(tmp_path: Path
     n_operations = disk.do("train", tmp_path / "whole", **SMALL).operations
     expected = bits(tmp_path / "whole")
     ends = set()
-    for at in range(0, n_operations, 1 if IS_LONG else n_operations // 4):
+    for at in range(0, n_operations, 1 if IS_LONG else n_operations // 3):
         folder = tmp_path / f"at-{at}"
         first = killed_and_gone_on_with(disk, folder, expected, mode, at)
         ends.add(first.status)

@@ -1,7 +1,6 @@
 """The loop: resumed equals uninterrupted, damaged checkpoints are passed over, two processes equal one."""
 
 import itertools
-import json
 import os
 import re
 import signal
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed_worker import train_in
 from training_rows import RandomRows
 
 from groundup.console import Console
@@ -156,31 +156,23 @@ def test_another_thread_count_is_said(tmp_path, capsys):
     assert "the same bits cannot be promised" in capsys.readouterr().err
 
 
-def run_processes(n: int, out: Path) -> list[dict]:
-    script = Path(__file__).with_name("distributed_worker.py")
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"] if n > 1 else []
-    command = [sys.executable, *launcher, str(script)]
+def on_two_processes(*folders: Path) -> subprocess.CompletedProcess[str]:
+    """`train_in` each folder, one after the other, on two processes."""
+    script, launcher = Path(__file__).with_name("distributed_worker.py"), "torch.distributed.run"
+    command = [sys.executable, "-m", launcher, "--standalone", "--nproc-per-node=2", str(script), *map(str, folders)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run([*command, str(out)], capture_output=True, text=True, timeout=200, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
 
 
 @pytest.mark.slow
 def test_begun_on_two_processes_finished_on_one(tmp_path):
-    whole = run_processes(1, tmp_path / "whole")
-    environment_stop = tmp_path / "parts"
-    own_folder(environment_stop)
-    (environment_stop / "stop-at").write_text("5")
-    run_processes_until_stopped = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            str(Path(__file__).with_name("distributed_worker.py")), str(environment_stop),
-        ],
-        capture_output=True, text=True, timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
-    )  # fmt: skip
-    assert "Interrupted" in run_processes_until_stopped.stderr
-    (environment_stop / "stop-at").unlink()
-    parts = run_processes(1, environment_stop)
-    assert [a.get("loss", 0) for a in whole] == pytest.approx([b.get("loss", 0) for b in parts], abs=2e-6)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    own_folder(parts)
+    (parts / "stop-at").write_text("5")
+    assert "Interrupted" in on_two_processes(parts).stderr
+    assert len(read_log(parts / "metrics.jsonl")) < 20
+    (parts / "stop-at").unlink()
+    for folder in (whole, parts):
+        train_in(folder, current_world())
+    losses = [[line.get("loss", 0) for line in read_log(folder / "metrics.jsonl")] for folder in (whole, parts)]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-6)

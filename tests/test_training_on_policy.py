@@ -116,10 +116,9 @@ def test_a_buffer_that_was_made_is_not_made_again(tmp_path, monkeypatch):
 def test_two_processes_do_what_one_does_and_one_takes_over(whole, tmp_path):
     folder, _, _ = whole
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER)]
-    subprocess.run([*launch, str(tmp_path / "two")], env=ENVIRONMENT, timeout=200, check=True, capture_output=True)
+    folders = [str(tmp_path / name) for name in ("two", "begun")]  # one after the other; the second is killed
+    assert subprocess.run([*launch, *folders, "kill", "train", "15"], env=ENVIRONMENT, capture_output=True).returncode
     assert rewards(tmp_path / "two") == pytest.approx(rewards(folder), abs=1e-6)
-    killed = subprocess.run([*launch, str(tmp_path / "begun"), "kill", "train", "15"], env=ENVIRONMENT, timeout=200)
-    assert killed.returncode
     one_thread(tmp_path / "begun")
     assert rewards(tmp_path / "begun") == pytest.approx(rewards(folder), abs=1e-6)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,17 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_cost import config_of
-from test_training_loop import QUIET, interrupted_at, make_job, run_processes, weights
+from test_training_loop import QUIET, interrupted_at, make_job, weights
 
 from groundup.distributed import current_world
 from groundup.errors import ArtifactError, GroundupError, Interrupted, RecipeError
-from groundup.files import own_folder
 from groundup.model import Transformer, cost, preset
 from groundup.preview import check_recipe, derived_values
 from groundup.recipe import GroupSettings, OptimizerSettings, parse_recipe, recipe_toml, resolve, resolve_optimizer
 from groundup.reference.optimizers import adafactor_step, lion_step, muon_step
 from groundup.training import TrainingJob, muon, optimizers, train
-from groundup.training.metrics import read_log
 from groundup.training.muon import Muon, orthogonalize
 from groundup.training.optimizers import (
     Optimizers,
@@ -449,26 +446,3 @@ def test_an_optimizer_of_whole_parameters_is_refused_on_several_processes():
     check_optimizer(settings_of("adamw"), n_processes=2)
     with pytest.raises(GroundupError, match=r'\[sft\] optimizer = "adafactor": works on whole parameters, but 2'):
         check_optimizer(settings_of("adafactor"), "sft", 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"optimizer": "lion"},
-        {"groups": [{"match": "embed_tokens*", "frozen": True}, {"match": "layers.1.*", "lr_scale": 0.5}]},
-    ],
-    ids=["lion", "groups"],
-)
-def test_two_processes_train_as_one(tmp_path: Path, settings: dict[str, object]) -> None:
-    found = {}
-    for n in (1, 2):
-        out = tmp_path / f"{n}"
-        own_folder(out)
-        (out / "settings.json").write_text(json.dumps(settings))
-        run_processes(n, out)
-        found[n] = read_log(out / "metrics.jsonl"), load_file(out / "weights.safetensors")
-    for one, two in zip(found[1][0], found[2][0], strict=True):
-        assert one == {name: pytest.approx(value, rel=2e-5) for name, value in two.items()}
-    for name, value in found[1][1].items():
-        torch.testing.assert_close(found[2][1][name], value, atol=2e-4, rtol=1e-3)

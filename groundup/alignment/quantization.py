@@ -37,6 +37,7 @@ from groundup.stage import MODEL_FOLDER, Check, Context, Method, Shown, Stage, m
 from groundup.tokenizer import Tokenizer
 from groundup.tokenizer.stage import given_tokenizer
 from groundup.training.planning.memory import device_memory
+from groundup.untrusted import read_bytes
 
 _MOST_SCORED = 500_000
 _SPEED_TOKENS, _SPEED_ROUNDS = 32, 3
@@ -149,8 +150,8 @@ def file_text(path: Path, tokenizer: Tokenizer, shape: tuple[int, int]) -> tuple
         DataError: it is no text, or too short.
     """
     try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise DataError(f"{path}: cannot be read ({error}).", "Give a text file in UTF-8.") from error
     cut = len(text) * 9 // 10
     ids = torch.tensor(tokenizer.encode(text[:cut])[: shape[0] * shape[1]], dtype=torch.int64)

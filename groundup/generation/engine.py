@@ -127,6 +127,7 @@ class Engine:
         self._n_submitted = self._n_begun = 0
         self._running: list[Text] = []
         self._stepping = threading.Lock()
+        self._telling: int | None = None  # the thread in which a listener runs
         self._work, self._is_stopping = threading.Condition(), False
         self._thread: threading.Thread | None = None
         self._draft = draft
@@ -135,6 +136,7 @@ class Engine:
 
     def refresh(self) -> None:
         """The model's weights have changed: take the new ones, and read again what was read with the old."""
+        self._refuse_listener("refresh")
         with self._stepping:
             for text in reversed(self._running):
                 self._read_again(text)
@@ -156,6 +158,7 @@ class Engine:
             DataError: a prompt that the model cannot read.
             GroundupError: the model's logits are not numbers.
         """
+        self._refuse_listener("run")
         for request in requests:
             self._check(request)
         try:
@@ -171,6 +174,7 @@ class Engine:
 
     def stream(self, request: Request) -> Iterator[Chunk]:
         """Continue a prompt, step by step; it is cancelled when the iteration is closed. Errors as `run`."""
+        self._refuse_listener("stream")
         chunks: SimpleQueue[Chunk | None] = SimpleQueue()
         self.submit(request, chunks.put)
         try:
@@ -215,7 +219,7 @@ class Engine:
         Args:
             request: new.
             on_chunk: called in the engine's thread with what became certain in a step, and with None at the end; what
-                it raises ends the request.
+                it raises ends the request. It may submit and cancel requests, but not wait for any.
 
         Raises:
             DataError: a prompt that the model cannot read, or a request that was submitted before.
@@ -263,6 +267,7 @@ class Engine:
 
     def stop(self, *, drain: bool = False) -> None:
         """Stop the thread; `drain` finishes what was submitted, otherwise it is cancelled."""
+        self._refuse_listener("stop")
         thread, self._thread = self._thread, None
         if thread is None:
             return
@@ -287,6 +292,7 @@ class Engine:
 
     def step(self) -> bool:
         """Read a chunk of the prompts that wait, add to every text that is being written; False: nothing to do."""
+        self._refuse_listener("step")
         with self._stepping:
             self._take_in()
             self._drop_cancelled()
@@ -414,17 +420,17 @@ class Engine:
         """Another token for each text, or several."""
         if not texts:
             return
-        drafts = [Draft([]) for _ in texts]
+        drafts: list[Draft] = []
         if self._speculation is not None:
             drafts = self._speculation.propose(texts, [self._room(text) for text in texts])
-        rows = [
-            Row(text.slot, [text.ids[-1], *draft.ids], text.n_stored, 1 + len(draft.ids))
-            for text, draft in zip(texts, drafts, strict=True)
-        ]
-        logits = self._logits(texts, rows)
         if any(draft.ids for draft in drafts):
-            self._verify(texts, drafts, logits)
+            rows = [
+                Row(text.slot, [text.ids[-1], *draft.ids], text.n_stored, 1 + len(draft.ids))
+                for text, draft in zip(texts, drafts, strict=True)
+            ]
+            self._verify(texts, drafts, self._logits(texts, rows))
             return
+        logits = self._logits(texts, [Row(text.slot, text.ids[-1:], text.n_stored) for text in texts])
         for text in texts:
             text.n_stored += 1
         self._draw(texts, logits)
@@ -516,14 +522,18 @@ class Engine:
                 self._pool.free(text.lease)
                 text.lease = None
         self._running = [text for text in self._running if text.lease is not None]
-        for text in texts:
-            if (chunk := text.chunk()) is not None:
-                _tell(text.request, chunk)
-            if text.is_finished:
-                self.stats.finished[text.result.finish_reason] += 1
-                _close(text.request)
-            elif text.request.error is not None:
-                self._cancelled.append(text.request)
+        self._telling = threading.get_ident()
+        try:
+            for text in texts:
+                if text.request._on_chunk is not None and (chunk := text.chunk()) is not None:
+                    _tell(text.request, chunk)
+                if text.is_finished:
+                    self.stats.finished[text.result.finish_reason] += 1
+                    _close(text.request)
+                elif text.request.error is not None:
+                    self._cancelled.append(text.request)
+        finally:
+            self._telling = None
 
     def _record(self, text: Text) -> None:
         if text.lease is not None:
@@ -534,6 +544,14 @@ class Engine:
         """Texts that cannot go on end their requests with an error."""
         for text in texts:
             text.request.error = text.request.error or error
+
+    def _refuse_listener(self, method: str) -> None:
+        """Of a listener, which is called within a step: it would wait for itself."""
+        if self._telling == threading.get_ident():
+            raise GroundupError(
+                f"{method}() was called by a listener of the engine's, within a step.",
+                "Call it from another thread; a listener may submit and cancel.",
+            )
 
     def _check(self, request: Request) -> None:
         ids, vocab = request.ids, self.config.vocab_size

@@ -2,8 +2,9 @@
 
    A step reads every weight once, so memory's bandwidth is its limit, and the time between two operations its
    overhead. Therefore: products keep a few rows and tokens in registers and widen weights (float32, bfloat16, 8 or 4
-   bits) on their way to them; activations and sums are float32; one parallel region spans the whole step, with a
-   barrier only where a thread needs what others computed. `native.py` compiles and fills in the structs below, which
+   bits) on their way to them; activations and sums are float32, but that bfloat16 is multiplied by bfloat16 where the
+   processor can; one parallel region spans the whole step, with a barrier only where a thread needs what others
+   computed. A token's sums are added in one order, however many are computed with it. `native.py` compiles and fills in the structs below, which
    it mirrors field by field. Vectors are GCC's (clang has them too), as wide as the machine's. */
 
 #include <math.h>
@@ -31,7 +32,6 @@ typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint16_t vu16 __attribute__((vector_size(2 * W)));
 typedef int8_t vi8 __attribute__((vector_size(W)));
 typedef float v4 __attribute__((vector_size(16)));
-typedef int32_t v4i __attribute__((vector_size(16)));
 
 extern int omp_get_thread_num(void), omp_get_num_threads(void); /* Apple's clang has no omp.h */
 
@@ -82,16 +82,37 @@ typedef struct {
 
 /* --- vectors ---------------------------------------------------------------------------------------------------- */
 
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+/* Of each four numbers of two vectors a and b: a0 b0 a1 b1, a2 b2 a3 b3, a0 a1 b0 b1, a2 a3 b2 b3. */
+#ifdef __AVX512F__
+#define LOWER(a, b) ((vf)_mm512_unpacklo_ps((__m512)(a), (__m512)(b)))
+#define UPPER(a, b) ((vf)_mm512_unpackhi_ps((__m512)(a), (__m512)(b)))
+#define LOWER_PAIRS(a, b) ((vf)_mm512_unpacklo_pd((__m512d)(a), (__m512d)(b)))
+#define UPPER_PAIRS(a, b) ((vf)_mm512_unpackhi_pd((__m512d)(a), (__m512d)(b)))
+#define KEEP(x) __asm__("" : "+v"(x)) /* in a register: it is used many times */
+#else
+#define KEEP(x)
+#if W == 8
+#define LOWER(a, b) ((vf)_mm256_unpacklo_ps((__m256)(a), (__m256)(b)))
+#define UPPER(a, b) ((vf)_mm256_unpackhi_ps((__m256)(a), (__m256)(b)))
+#define LOWER_PAIRS(a, b) ((vf)_mm256_unpacklo_pd((__m256d)(a), (__m256d)(b)))
+#define UPPER_PAIRS(a, b) ((vf)_mm256_unpackhi_pd((__m256d)(a), (__m256d)(b)))
+#else
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
 #endif
+#define LOWER(a, b) SHUFFLE(a, b, 0, 4, 1, 5)
+#define UPPER(a, b) SHUFFLE(a, b, 2, 6, 3, 7)
+#define LOWER_PAIRS(a, b) SHUFFLE(a, b, 0, 1, 4, 5)
+#define UPPER_PAIRS(a, b) SHUFFLE(a, b, 2, 3, 6, 7)
 #endif
-#ifndef SHUFFLE
-#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (v4i){i, j, k, l})
 #endif
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Floats of a row of n, so that rows do not meet in the same lines of the cache. */
+INLINE int64_t padded(int64_t n) { return (n + 31) / 16 * 16; }
 
 /* W small integers to 32 bits. GCC's own conversion of vectors takes several steps. */
 #ifdef __AVX512F__
@@ -138,13 +159,11 @@ INLINE v4 folded(vf x)
     return part[0];
 }
 
-/* The sums of four vectors. */
+/* The sums of four vectors: four numbers at a time first. */
 INLINE v4 sums(vf a, vf b, vf c, vf d)
 {
-    v4 p = folded(a), q = folded(b), r = folded(c), s = folded(d);
-    v4 pq = SHUFFLE(p, q, 0, 4, 1, 5) + SHUFFLE(p, q, 2, 6, 3, 7);
-    v4 rs = SHUFFLE(r, s, 0, 4, 1, 5) + SHUFFLE(r, s, 2, 6, 3, 7);
-    return SHUFFLE(pq, rs, 0, 1, 4, 5) + SHUFFLE(pq, rs, 2, 3, 6, 7);
+    vf ab = LOWER(a, b) + UPPER(a, b), cd = LOWER(c, d) + UPPER(c, d);
+    return folded(LOWER_PAIRS(ab, cd) + UPPER_PAIRS(ab, cd));
 }
 
 INLINE float sum(vf x)
@@ -232,22 +251,24 @@ INLINE int64_t row_bytes(int kind, int64_t cols)
 #define NIBBLE(bits, table) (__builtin_convertvector(((bits) & 15) - 8, vf) * (table))
 #endif
 
-/* out[t][row + i · gap] = weight · x[t], for ROWS rows before `end` and n tokens; `kind` and `n` are constants in every
-   copy of this. */
-INLINE void multiply_block(const int kind, const int n, const Matrix *m, int64_t row, int64_t gap, int64_t end,
-                           const float *x, int64_t x_stride, Output to)
+/* 4-bit weights k … k + W of a row, k in its run's lower (shift 0) or upper half (4). */
+INLINE vf load_int4(const char *row, int64_t k, int shift, vf table)
 {
-    const int64_t cols = m->cols, bytes = row_bytes(kind, cols), n_groups = cols / m->group;
+    vi8 packed;
+    memcpy(&packed, row + k / 32 * 16 + k % 16, sizeof packed);
+    return NIBBLE(wide_u8(packed) >> shift, table);
+}
+
+/* y[t][i] = weight[i] · x[t] without a row's scale, for ROWS rows and n tokens; `kind` and `n` are constants in every
+   copy of this. Lane j adds up columns j, j + W, … in every kind, so that `unpack` before it changes no bit. */
+INLINE void multiply_block(const int kind, const int n, const Matrix *m, const char *const *weight,
+                           const uint16_t *const *scales, const float *x, int64_t x_stride, v4 *y)
+{
+    const int64_t cols = m->cols;
     const int has_groups = kind == INT8_GROUPS || kind == INT4;
-    const char *weight[ROWS];
-    const uint16_t *scales[ROWS];
-    vf total[ROWS][MOST_TOKENS];
-    UNROLL for (int i = 0; i < ROWS; i++) {
-        int64_t r = smaller(row + i * gap, end - 1); /* behind the last row: that one again, and not stored */
-        weight[i] = (const char *)m->weight + r * bytes;
-        scales[i] = m->scales + r * n_groups;
+    vf total[ROWS][MOST_TOKENS], inputs[MOST_TOKENS];
+    UNROLL for (int i = 0; i < ROWS; i++)
         UNROLL for (int t = 0; t < n; t++) total[i][t] = (vf){0};
-    }
     for (int64_t k = 0, group = 0; k < cols; group++) {
         const int64_t stop = has_groups ? k + m->group : cols;
         vf unit[ROWS];
@@ -256,22 +277,18 @@ INLINE void multiply_block(const int kind, const int n, const Matrix *m, int64_t
                 unit[i] = (kind == INT4 ? NIBBLE_TABLE : (vf){0} + 1.0f) * from_half(scales[i][group]);
         if (kind == INT4) {
             for (; k < stop; k += 32)
-                UNROLL for (int half = 0; half < 16; half += W)
+                UNROLL for (int at = 0; at < 32; at += W)
                     UNROLL for (int i = 0; i < ROWS; i++) {
-                        vi8 packed;
-                        memcpy(&packed, weight[i] + k / 2 + half, sizeof packed);
-                        vi bits = wide_u8(packed);
-                        vf low = NIBBLE(bits, unit[i]), high = NIBBLE(bits >> 4, unit[i]);
-                        UNROLL for (int t = 0; t < n; t++) {
-                            total[i][t] += low * load(F32, x + t * x_stride, k + half, W);
-                            total[i][t] += high * load(F32, x + t * x_stride, k + half + 16, W);
-                        }
+                        vf w = load_int4(weight[i], k + at, at / 16 * 4, unit[i]);
+                        UNROLL for (int t = 0; t < n; t++) total[i][t] += w * load(F32, x + t * x_stride, k + at, W);
                     }
             continue;
         }
         for (; k + W <= stop; k += W) {
-            vf inputs[MOST_TOKENS];
-            UNROLL for (int t = 0; t < n; t++) inputs[t] = load(F32, x + t * x_stride, k, W);
+            UNROLL for (int t = 0; t < n; t++) {
+                inputs[t] = load(F32, x + t * x_stride, k, W);
+                KEEP(inputs[t]);
+            }
             UNROLL for (int i = 0; i < ROWS; i++) {
                 vf w = load(kind, weight[i], k, W);
                 if (has_groups) w *= unit[i];
@@ -285,65 +302,161 @@ INLINE void multiply_block(const int kind, const int n, const Matrix *m, int64_t
             k = stop;
         }
     }
-    UNROLL for (int t = 0; t < n; t++) {
-        v4 y = sums(total[0][t], total[1][t], total[2][t], total[3][t]);
-        for (int i = 0; i < ROWS && row + i * gap < end; i++) {
-            const int64_t r = row + i * gap;
-            float value = kind == INT8 ? y[i] * from_half(scales[i][0]) : y[i];
-            if (m->bias) value += m->bias[r];
-            if (to.base) value += to.base[t * to.base_stride + r];
-            to.out[t * to.stride + r] = value;
-        }
-    }
+    UNROLL for (int t = 0; t < n; t++) y[t] = sums(total[0][t], total[1][t], total[2][t], total[3][t]);
 }
 
-typedef void (*Kernel)(const Matrix *, int64_t, int64_t, int64_t, const float *, int64_t, Output);
-#define KERNEL(kind, n)                                                                                                \
-    static void multiply_##kind##_##n(const Matrix *m, int64_t row, int64_t gap, int64_t end, const float *x,          \
-                                      int64_t stride, Output to)                                                       \
-    {                                                                                                                  \
-        multiply_block(kind, n, m, row, gap, end, x, stride, to);                                                      \
+#ifdef __AVX512BF16__
+#define LANES ((vi){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15})
+/* The same with both sides in bfloat16: a lane adds up pairs of columns. */
+INLINE __m512bh load_pairs(const void *from, int64_t i, int64_t n)
+{
+    __m512i x = _mm512_setzero_si512();
+    memcpy(&x, (const uint16_t *)from + i, n == 2 * W ? 4 * W : 2 * n);
+    return (__m512bh)x;
+}
+
+INLINE void multiply_pairs(const int n, const Matrix *m, const char *const *weight, const void *x, int64_t x_stride,
+                           v4 *y)
+{
+    __m512 total[ROWS][MOST_TOKENS];
+    UNROLL for (int i = 0; i < ROWS; i++)
+        UNROLL for (int t = 0; t < n; t++) total[i][t] = _mm512_setzero_ps();
+    const int64_t whole = m->cols / (2 * W) * (2 * W);
+    for (int64_t k = 0; k < whole; k += 2 * W) {
+        __m512bh inputs[MOST_TOKENS];
+        UNROLL for (int t = 0; t < n; t++) {
+            inputs[t] = load_pairs(x, t * x_stride + k, 2 * W);
+            KEEP(inputs[t]);
+        }
+        UNROLL for (int i = 0; i < ROWS; i++) {
+            const __m512bh w = load_pairs(weight[i], k, 2 * W);
+            UNROLL for (int t = 0; t < n; t++) total[i][t] = _mm512_dpbf16_ps(total[i][t], w, inputs[t]);
+        }
     }
+    if (whole < m->cols)
+        UNROLL for (int i = 0; i < ROWS; i++) {
+            const __m512bh w = load_pairs(weight[i], whole, m->cols - whole);
+            UNROLL for (int t = 0; t < n; t++)
+                total[i][t] = _mm512_dpbf16_ps(total[i][t], w, load_pairs(x, t * x_stride + whole, 2 * W));
+        }
+    UNROLL for (int t = 0; t < n; t++)
+        y[t] = sums((vf)total[0][t], (vf)total[1][t], (vf)total[2][t], (vf)total[3][t]);
+}
+#endif
+
+typedef void (*Kernel)(const Matrix *, const char *const *, const uint16_t *const *, const void *, int64_t, v4 *);
+#define KERNEL(kind, n)                                                                                                \
+    static void multiply_##kind##_##n(const Matrix *m, const char *const *weight, const uint16_t *const *scales,       \
+                                      const void *x, int64_t stride, v4 *y)                                            \
+    {                                                                                                                  \
+        MULTIPLY(kind, n);                                                                                             \
+    }
+#define MULTIPLY(kind, n) multiply_block(kind, n, m, weight, scales, x, stride, y)
 #define KERNELS(kind) KERNEL(kind, 1) KERNEL(kind, 2) KERNEL(kind, 3) KERNEL(kind, 4) KERNEL(kind, 5) KERNEL(kind, 6)
 #define NAMES(kind)                                                                                                    \
     {multiply_##kind##_1, multiply_##kind##_2, multiply_##kind##_3,                                                    \
      multiply_##kind##_4, multiply_##kind##_5, multiply_##kind##_6}
-KERNELS(F32) KERNELS(BF16) KERNELS(INT8) KERNELS(INT8_GROUPS) KERNELS(INT4)
+KERNELS(F32) KERNELS(INT8) KERNELS(INT8_GROUPS) KERNELS(INT4)
+#ifdef __AVX512BF16__
+#undef MULTIPLY
+#define MULTIPLY(kind, n) multiply_pairs(n, m, weight, x, stride, y)
+#endif
+KERNELS(BF16)
 static const Kernel kernels[][MOST_TOKENS] = {NAMES(F32), NAMES(BF16), NAMES(INT8), NAMES(INT8_GROUPS), NAMES(INT4)};
+
+/* A row as floats; of INT8 without its scale. */
+INLINE void unpack_as(const int kind, const Matrix *m, int64_t row, float *out)
+{
+    const char *from = (const char *)m->weight + row * row_bytes(kind, m->cols);
+    const uint16_t *scales = m->scales + row * (m->cols / m->group);
+    for (int64_t k = 0, group = 0; k < m->cols; group++) {
+        const int64_t stop = k + m->group;
+        const vf unit = (kind == INT4 ? NIBBLE_TABLE : (vf){0} + 1.0f)
+                        * (kind == INT4 || kind == INT8_GROUPS ? from_half(scales[group]) : 1.0f);
+        for (; k + W <= stop; k += W)
+            store(out + k, kind == INT4 ? load_int4(from, k, k % 32 / 16 * 4, unit) : load(kind, from, k, W) * unit, W);
+        if (k < stop) store(out + k, load(kind, from, k, stop - k), stop - k);
+        k = stop;
+    }
+}
+
+static void unpack(const Matrix *m, int64_t row, float *out)
+{
+    switch (m->kind) {
+    case F32: unpack_as(F32, m, row, out); break;
+    case BF16: unpack_as(BF16, m, row, out); break;
+    case INT8: unpack_as(INT8, m, row, out); break;
+    case INT8_GROUPS: unpack_as(INT8_GROUPS, m, row, out); break;
+    default: unpack_as(INT4, m, row, out);
+    }
+}
 
 typedef struct {
     int64_t first, end;
 } Span;
 
-/* Rows of weight · x for all n tokens: ROWS rows meet all of them while they are in the cache. The rows are far apart,
-   one from each part of the span, so that each part is read from its start to its end: the processor fetches few long
-   streams ahead, and hardly ever many short ones. */
-static void multiply(const Matrix *m, Span rows, const float *x, int64_t x_stride, int64_t n, Output to)
+/* Rows of weight · x for all n tokens: ROWS rows meet all of them while they are in the cache; narrow weights become
+   floats once for many tokens. The rows are far apart, one from each part of the span, so that each part is read from
+   its start to its end: the processor fetches few long streams ahead, and hardly ever many short ones. `memory` is the
+   thread's own. */
+static void multiply(const Matrix *m, Span rows, const float *x, int64_t x_stride, int64_t n, Output to, float *memory)
 {
+    const char *inputs = (const char *)x;
     const int64_t gap = (rows.end - rows.first + ROWS - 1) / ROWS;
     const int64_t passes = (n + TOKENS - 1) / TOKENS, most = (n + passes - 1) / passes;
-    for (int64_t row = rows.first; row < rows.first + gap; row++)
-        for (int64_t t = 0; t < n; t += most) {
-            const Output part = {to.base ? to.base + t * to.base_stride : 0, to.out + t * to.stride, to.base_stride,
-                                 to.stride};
-            kernels[m->kind][smaller(n - t, most) - 1](m, row, gap, rows.end, x + t * x_stride, x_stride, part);
+    int64_t tile = 0, size = 4; /* floats of an unpacked row; bytes of an input */
+    int kind = m->kind;
+#ifdef __AVX512BF16__
+    if (kind == BF16) {
+        const int64_t stride = (m->cols + 63) / 32 * 32;
+        for (int64_t t = 0; t < n; t++)
+            for (int64_t k = 0; k < stride; k += W) {
+                vf part = {0};
+                if (k < m->cols) part = load(F32, x + t * x_stride, k, W);
+                if (k + W > m->cols) part = where(LANES < (int32_t)(m->cols - k), part, (vf){0});
+                const __m256bh rounded = _mm512_cvtneps_pbh((__m512)part);
+                memcpy((uint16_t *)memory + t * stride + k, &rounded, sizeof rounded);
+            }
+        inputs = (const char *)memory, x_stride = stride, size = 2;
+    }
+#endif
+    if (kind != F32 && size == 4 && n > 2 * TOKENS) kind = F32, tile = padded(m->cols);
+    for (int64_t row = rows.first; row < rows.first + gap; row++) {
+        const int64_t n_rows = smaller(ROWS, (rows.end - row + gap - 1) / gap);
+        const char *weight[ROWS];
+        const uint16_t *scales[ROWS];
+        v4 scale = {1, 1, 1, 1}, bias = {0};
+        int64_t at[ROWS];
+        for (int i = 0; i < ROWS; i++) {
+            at[i] = smaller(row + i * gap, rows.end - 1); /* behind the last row: that one again */
+            weight[i] = (const char *)m->weight + at[i] * row_bytes(m->kind, m->cols);
+            scales[i] = m->scales + at[i] * (m->cols / m->group);
+            if (tile) {
+                weight[i] = (const char *)(memory + i * tile);
+                unpack(m, at[i], memory + i * tile);
+            }
+            if (m->kind == INT8) scale[i] = from_half(scales[i][0]);
+            if (m->bias) bias[i] = m->bias[at[i]];
         }
+        for (int64_t t = 0; t < n; t += most) {
+            const int64_t count = smaller(n - t, most);
+            v4 y[MOST_TOKENS];
+            kernels[kind][count - 1](m, weight, scales, inputs + t * x_stride * size, x_stride, y);
+            for (int64_t u = 0; u < count; u++) {
+                const float *base = to.base ? to.base + (t + u) * to.base_stride : 0;
+                float *out = to.out + (t + u) * to.stride;
+                v4 found = y[u] * scale + bias;
+                for (int i = 0; i < n_rows; i++) out[at[i]] = found[i] + (base ? base[at[i]] : 0.0f);
+            }
+        }
+    }
 }
 
 /* One row of a matrix: an embedding. */
 static void read_row(const Matrix *m, int64_t row, float *out)
 {
-    const char *from = (const char *)m->weight + row * row_bytes(m->kind, m->cols);
-    for (int64_t k = 0; k < m->cols; k++) {
-        uint32_t bits = m->kind == BF16 ? (uint32_t)((const uint16_t *)from)[k] << 16 : 0;
-        if (m->kind == F32) out[k] = ((const float *)from)[k];
-        else if (m->kind == BF16) memcpy(out + k, &bits, 4);
-        else {
-            uint8_t pair = m->kind == INT4 ? from[k / 32 * 16 + k % 16] : 0;
-            int value = m->kind == INT4 ? (k % 32 < 16 ? pair & 15 : pair >> 4) - 8 : ((const int8_t *)from)[k];
-            out[k] = value * from_half(m->scales[row * (m->cols / m->group) + k / m->group]);
-        }
-    }
+    unpack(m, row, out);
+    for (int64_t k = 0; m->kind == INT8 && k < m->cols; k++) out[k] *= from_half(m->scales[row]);
 }
 
 /* --- norms and positions ---------------------------------------------------------------------------------------- */
@@ -387,11 +500,9 @@ typedef struct {
     const Call *c;
     int thread, threads;
     int64_t d, q, kv, ff; /* strides from one token to the next */
-    float *x, *normed, *queries, *keys, *values, *attended, *gate, *up, *own, *scores;
+    float *x, *normed, *queries, *keys, *values, *attended, *gate, *up, *own, *scores, *products;
     int32_t *entries, *positions;
 } Work;
-
-INLINE int64_t padded(int64_t n) { return (n + 31) / 16 * 16; }
 
 static Work layout(const Model *m, const Call *c, int thread, int threads)
 {
@@ -407,8 +518,10 @@ static Work layout(const Model *m, const Call *c, int thread, int threads)
     w.attended = w.values + n * w.kv;
     w.gate = w.attended + n * w.q;
     w.up = w.gate + n * w.ff;
-    w.own = w.up + n * w.ff + thread * (few * w.d + 3 * reach);
-    w.scores = w.own + few * w.d;
+    const int64_t products = (n + ROWS) * (w.d + w.q + w.ff);
+    w.own = w.up + n * w.ff + thread * (few * w.d + products + 3 * reach);
+    w.products = w.own + few * w.d;
+    w.scores = w.products + products;
     w.entries = (int32_t *)(w.scores + reach);
     w.positions = w.entries + reach;
     return w;
@@ -501,17 +614,21 @@ INLINE void score_keys(const int kind, const Work *w, const Layer *l, int64_t n,
     for (int64_t i = 0; kind == INT8 && i < n; i++) w->scores[i] *= l->key_scales[w->entries[i] + shift];
 }
 
-/* out[d … d + vectors · W) = the sum of the entries' values, each times its score; a vector has `lanes` numbers. */
+/* out[d … d + vectors · W) = the sum of the entries' values, each times its score, four at a time; a vector has `lanes`
+   numbers. */
 INLINE void sum_values(const int kind, const int vectors, const Work *w, const Layer *l, int64_t n, int64_t shift,
                        int64_t d, int64_t lanes, float *out)
 {
     const int64_t size = kind == F32 ? 4 : kind == BF16 ? 2 : 1;
-    vf total[4] = {{0}, {0}, {0}, {0}};
-    for (int64_t i = 0; i < n; i++) {
-        const char *value = (const char *)l->values + ((w->entries[i] + shift) * w->m->head_dim + d) * size;
-        UNROLL for (int a = 0; a < vectors; a++) total[a] += w->scores[i] * load(kind, value, a * W, lanes);
-    }
-    UNROLL for (int a = 0; a < vectors; a++) store(out + d + a * W, total[a], lanes);
+    vf total[4][4] = {{{0}}};
+    for (int64_t i = 0; i < n; i += 4)
+        UNROLL for (int a = 0; a < 4; a++) { /* scores behind the last are 0 */
+            const int64_t entry = w->entries[smaller(i + a, n - 1)] + shift;
+            const char *value = (const char *)l->values + (entry * w->m->head_dim + d) * size;
+            UNROLL for (int v = 0; v < vectors; v++) total[a][v] += w->scores[i + a] * load(kind, value, v * W, lanes);
+        }
+    UNROLL for (int v = 0; v < vectors; v++)
+        store(out + d + v * W, (total[0][v] + total[1][v]) + (total[2][v] + total[3][v]), lanes);
 }
 
 /* One query head over n entries, which stand `shift` behind those of head 0. */
@@ -542,8 +659,10 @@ INLINE void attend(const int kind, const Work *w, const Layer *l, int64_t n, int
     const float factor = 1.0f / sum(total);
     for (int64_t i = 0; i < n; i++)
         scores[i] *= kind == INT8 ? factor * l->value_scales[w->entries[i] + shift] : factor;
+    memset(scores + n, 0, 4 * sizeof *scores);
     int64_t d = 0;
     for (; d + 4 * W <= m->head_dim; d += 4 * W) sum_values(kind, 4, w, l, n, shift, d, W, out);
+    for (; d + 2 * W <= m->head_dim; d += 2 * W) sum_values(kind, 2, w, l, n, shift, d, W, out);
     for (; d + W <= m->head_dim; d += W) sum_values(kind, 1, w, l, n, shift, d, W, out);
     if (d < m->head_dim) sum_values(kind, 1, w, l, n, shift, d, m->head_dim - d, out);
 }
@@ -592,7 +711,8 @@ static void attention(const Work *w, const Layer *l, int shares_slots)
     int64_t parts = 1, left; /* a group of query heads is one thread's, unless there are too few groups */
     while (n * m->n_kv_heads * parts < w->threads && parts < group) parts++;
     while (group % parts) parts++;
-    for (int64_t i = w->thread; i < n * m->n_kv_heads; i += w->threads) {
+    const Span own = share(w, n * m->n_kv_heads);
+    for (int64_t i = own.first; i < own.end; i++) {
         const int64_t t = i / m->n_kv_heads, head = i % m->n_kv_heads, position = w->c->positions[t];
         const int64_t entry = entry_of(w, l, t, position, &left) + head * l->block_size;
         float *key = w->keys + t * w->kv + head * width, *value = w->values + t * w->kv + head * width;
@@ -603,9 +723,11 @@ static void attention(const Work *w, const Layer *l, int shares_slots)
     if (shares_slots || parts > 1) { /* entries of another thread are attended to */
 #pragma omp barrier
     }
-    for (int64_t i = w->thread; i < n * m->n_kv_heads * parts; i += w->threads) {
+    const Span items = share(w, n * m->n_kv_heads * parts); /* neighbours stand together in memory */
+    for (int64_t i = items.first, seen = 0, last = -1; i < items.end; i++) {
         const int64_t t = i / (m->n_kv_heads * parts), head = i / parts % m->n_kv_heads, n_heads = group / parts;
-        const int64_t first = head * group + i % parts * n_heads, seen = visible_entries(w, l, t);
+        const int64_t first = head * group + i % parts * n_heads;
+        if (t != last) seen = visible_entries(w, l, t), last = t;
         for (int64_t h = first; h < first + n_heads; h++) {
             float *q = w->queries + t * w->q + h * width, *out = w->attended + t * w->q + h * width;
             prepare_head(m, &l->q_norm, q, w->c->positions[t]);
@@ -619,8 +741,8 @@ static void widen(const Work *w, const Layer *l, const float *x)
 {
     const Span rows = share(w, w->m->d_ff);
     const int is_gated = l->gate.weight != 0;
-    if (is_gated) multiply(&l->gate, rows, x, w->d, w->c->n, (Output){0, w->gate, 0, w->ff});
-    multiply(&l->up, rows, x, w->d, w->c->n, (Output){0, w->up, 0, w->ff});
+    if (is_gated) multiply(&l->gate, rows, x, w->d, w->c->n, (Output){0, w->gate, 0, w->ff}, w->products);
+    multiply(&l->up, rows, x, w->d, w->c->n, (Output){0, w->up, 0, w->ff}, w->products);
     for (int64_t t = 0; t < w->c->n; t++)
         for (int64_t i = rows.first; i < rows.end; i += W) {
             const int64_t lanes = smaller(W, rows.end - i), at = t * w->ff + i;
@@ -634,7 +756,8 @@ static void predict(const Work *w, const Norm *norm)
     if (!w->c->n_wanted) return;
     const float *x = normed(w, norm, w->c->wanted, w->c->n_wanted), cap = w->m->logit_softcap;
     const Span rows = share(w, w->m->vocab_size);
-    multiply(&w->m->head, rows, x, w->d, w->c->n_wanted, (Output){0, w->c->logits, 0, w->m->vocab_size});
+    multiply(&w->m->head, rows, x, w->d, w->c->n_wanted, (Output){0, w->c->logits, 0, w->m->vocab_size},
+             w->products);
     for (int64_t t = 0; cap > 0 && t < w->c->n_wanted; t++)
         for (int64_t i = rows.first; i < rows.end; i += W) {
             float *at = w->c->logits + t * w->m->vocab_size + i;
@@ -681,19 +804,19 @@ int step(const Model *m, const Call *c)
 #pragma omp barrier
         for (const Layer *l = m->layers; l < m->layers + c->n_layers; l++) {
             const float *x = normed(w, is_post ? after : &l->attention_norm, 0, c->n);
-            multiply(&l->q, share(w, l->q.rows), x, w->d, c->n, (Output){0, w->queries, 0, w->q});
-            multiply(&l->k, share(w, l->k.rows), x, w->d, c->n, (Output){0, w->keys, 0, w->kv});
-            multiply(&l->v, share(w, l->v.rows), x, w->d, c->n, (Output){0, w->values, 0, w->kv});
+            multiply(&l->q, share(w, l->q.rows), x, w->d, c->n, (Output){0, w->queries, 0, w->q}, w->products);
+            multiply(&l->k, share(w, l->k.rows), x, w->d, c->n, (Output){0, w->keys, 0, w->kv}, w->products);
+            multiply(&l->v, share(w, l->v.rows), x, w->d, c->n, (Output){0, w->values, 0, w->kv}, w->products);
 #pragma omp barrier
             attention(w, l, shares_slots);
 #pragma omp barrier
             const Span rows = share(w, m->d_model);
-            multiply(&l->o, rows, w->attended, w->q, c->n, (Output){is_post ? x : w->x, w->x, w->d, w->d});
+            multiply(&l->o, rows, w->attended, w->q, c->n, (Output){is_post ? x : w->x, w->x, w->d, w->d}, w->products);
 #pragma omp barrier
             x = normed(w, is_post ? &l->attention_norm : &l->feedforward_norm, 0, c->n);
             widen(w, l, x);
 #pragma omp barrier
-            multiply(&l->down, rows, w->up, w->ff, c->n, (Output){is_post ? x : w->x, w->x, w->d, w->d});
+            multiply(&l->down, rows, w->up, w->ff, c->n, (Output){is_post ? x : w->x, w->x, w->d, w->d}, w->products);
 #pragma omp barrier
             after = &l->feedforward_norm;
         }

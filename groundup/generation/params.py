@@ -114,10 +114,16 @@ class SamplingParams:
             if unknown := sorted(token for token in getattr(self, name) if token >= vocab_size):
                 raise GroundupError(f"{name} has the token id {unknown[0]}: the model has ids 0 to {vocab_size - 1}.")
 
-    @property
+    @functools.cached_property
     def needs_history(self) -> bool:
         """Whether what may be drawn depends on the tokens before: then a `History` must be at hand."""
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.min_tokens)
+
+    @functools.cached_property
+    def has_filters(self) -> bool:
+        """Whether a token may be excluded because of what the others are."""
+        filters = (self.temperature == 0, self.top_k, self.typical_p, self.top_p, self.min_p)
+        return filters != (False, 0, 1, 1, 0)
 
     @functools.cached_property
     def bias(self) -> tuple[Tensor, Tensor]:

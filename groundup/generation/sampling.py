@@ -18,6 +18,7 @@ import math
 import secrets
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from groundup.errors import GroundupError
 from groundup.generation.params import SamplingParams
 
 _BLOCK = 128  # tokens that are summed at once before a draw looks inside
+_TOGETHER = 2**18  # most logits of rows without filters that are faster together than in turn
 _TINY = float(np.finfo(np.float32).tiny)
 _WORD, _GAMMA = 2**64 - 1, 0x9E3779B97F4A7C15  # SplitMix64's
 
@@ -126,11 +128,17 @@ def sample(
     uniform = uniforms(seeds, positions)
     if logits.device.type != "cpu":
         return _draw(_weights(logits, rows), uniform)
-    tokens, weights = list[int](), np.empty(logits.shape[-1], np.float32)  # of one row: it stays in the cache
-    for row, own, number in zip(logits.numpy(), rows, uniform.tolist(), strict=True):
-        _weigh_row(row, own, weights)
-        tokens.append(_draw_row(weights, number))
-    return torch.tensor(tokens)
+    array, numbers, tokens = logits.numpy(), uniform.numpy(), np.empty(len(rows), np.int64)
+    together = [row for row, own in enumerate(rows) if not own.has_filters]
+    if len(together) < 4 or logits.numel() > _TOGETHER:
+        together = []
+    weights = np.empty(logits.shape[-1], np.float32)  # of one row: it stays in the cache
+    for row in sorted(set(range(len(rows))).difference(together)):
+        _weigh_row(array[row], rows[row], weights)
+        tokens[row] = _draw_row(weights, numbers[row])
+    if together:
+        tokens[together] = _draw_rows(array[together], [rows[row].temperature for row in together], numbers[together])
+    return torch.from_numpy(tokens)
 
 
 def warp(
@@ -162,6 +170,9 @@ def uniforms(seeds: Sequence[int], positions: Sequence[int], stream: int = 0) ->
         positions: of tokens in the requests' outputs.
         stream: 0 to 3: independent numbers for one token, such as its draft's, the verdict's and its replacement's.
     """
+    if len(seeds) > 8:  # the same on arrays, which wrap around by themselves
+        every = np.array(seeds, np.uint64), np.array(positions, np.uint64)
+        return torch.from_numpy((_mix(_mix(every[0] + _GAMMA) + _GAMMA * (4 * every[1] + stream + 1)) >> 11) * 2.0**-53)
     pairs = zip(seeds, positions, strict=True)
     hashes = [_mix(_mix(seed + _GAMMA) + _GAMMA * (4 * position + stream + 1)) for seed, position in pairs]
     return torch.tensor([(value >> 11) * 2.0**-53 for value in hashes], dtype=torch.float64)
@@ -349,6 +360,26 @@ def _draw_row(weights: np.ndarray, uniform: float) -> int:
     return block * _BLOCK + int(place)
 
 
+def _draw_rows(logits: np.ndarray, temperatures: Sequence[float], uniform: np.ndarray) -> np.ndarray:
+    """`_weigh_row` and `_draw_row` of rows without filters, to the bit."""
+    n, vocab_size = logits.shape
+    largest = logits.max(axis=-1, keepdims=True)
+    _check(largest[:, 0].tolist())
+    weights = logits - largest
+    if any(temperature != 1 for temperature in temperatures):
+        with np.errstate(over="ignore"):
+            weights /= np.maximum(np.array(temperatures, np.float32), _TINY)[:, None]
+    np.exp(weights, out=weights)
+    sums = np.add.reduceat(weights, _block_starts(vocab_size), axis=-1).cumsum(axis=-1, dtype=np.float64)
+    target, rows = uniform * sums[:, -1], np.arange(n)
+    block = (sums <= target[:, None]).sum(axis=-1)
+    places = block[:, None] * _BLOCK + np.arange(_BLOCK)
+    inside = np.where(places < vocab_size, weights[rows[:, None], np.minimum(places, vocab_size - 1)], 0)
+    inside = inside.cumsum(axis=-1, dtype=np.float64)
+    target = np.maximum(target - np.where(block, sums[rows, block - 1], 0), 0)
+    return block * _BLOCK + np.minimum((inside <= target[:, None]).sum(axis=-1), (inside < inside[:, -1:]).sum(axis=-1))
+
+
 @functools.lru_cache(maxsize=8)
 def _block_starts(vocab_size: int) -> np.ndarray:
     return np.arange(0, vocab_size, _BLOCK)
@@ -368,9 +399,9 @@ def _check(largest: Sequence[float]) -> None:
         )
 
 
-def _mix(value: int) -> int:
+def _mix(value: Any) -> Any:
     """SplitMix64's finalizer: each bit of the result depends on each of the value's lower 64 bits."""
-    value &= _WORD
+    value = value & _WORD
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _WORD
     return value ^ (value >> 31)

@@ -129,12 +129,19 @@ class Speculation:
             rate.add(n_guessed, n_kept)
 
     def _rate(self, text: Text) -> _Rate:
-        return self._rates.setdefault(text, _Rate(self._overall.share))
+        if (found := self._rates.get(text)) is None:
+            found = self._rates[text] = _Rate(self._overall.share)
+        return found
 
     def _n_guesses(self, text: Text, n_texts: int) -> int:
         """The number that is expected to write most tokens a second; now and then one where none would pay."""
         rate = self._rate(text)
-        share, plain = rate.share, n_texts / self._seconds(n_texts)
+        if n_texts not in rate.best:
+            rate.best[n_texts] = self._best(rate.share, n_texts)
+        return rate.best[n_texts] or rate.try_again()
+
+    def _best(self, share: float, n_texts: int) -> int:
+        plain = n_texts / self._seconds(n_texts)
         best, fastest = 0, plain * _MARGIN
         expected = 1.0
         for n in range(1, self._most + 1):
@@ -142,19 +149,21 @@ class Speculation:
             seconds = self._seconds(n_texts + n) + n * self._drafter.seconds(n_texts) / n_texts
             if (n_texts - 1 + expected) / seconds > fastest:
                 best, fastest = n, (n_texts - 1 + expected) / seconds
-        return best or rate.try_again()
+        return best
 
 
 class _Rate:
-    """The share of guesses that were kept, the newest counting most."""
+    """The share of guesses that were kept, the newest counting most; and the best number, by texts in the batch."""
 
     def __init__(self, share: float = 0.7) -> None:
+        self.best: dict[int, int] = {}
         self.share, self._n_waited, self._wait = share, 0, 16
 
     def add(self, n_guessed: int, n_kept: int) -> None:
         n_judged = n_kept + (n_kept < n_guessed)  # guesses behind the first wrong one say nothing
         if n_judged:
             weight = 0.9**n_judged
+            self.best.clear()
             self.share = weight * self.share + (1 - weight) * n_kept / n_judged
             self._wait = 16 if n_kept == n_guessed else min(256, self._wait * 2)
 

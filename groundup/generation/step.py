@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import copy
 import functools
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from groundup.files import value_digest
 from groundup.generation.cache import KVCache, Rows
 from groundup.generation.graphs import BUCKET, GraphStep
-from groundup.generation.native import NativeStep, why_not
-from groundup.measured import measured_once
+from groundup.generation.native import NativeStep, library, why_not
+from groundup.measured import fastest, measured_once
 from groundup.model import OutputLayer, Transformer
 
 _TRIED = (1, 2, 3, 5, 9, 16, 32, 64)
@@ -172,18 +172,24 @@ def _time_steps(model: Transformer, cache: KVCache, *, is_native: bool) -> dict[
     """Seconds of steps of `_TRIED` tokens, in C and by the forward pass; measured once."""
     kinds = sorted({f"{type(module).__name__} {getattr(module, 'bits', '')}" for module in model.modules()})
     key = {"config": value_digest(model.config.to_dict()), "dtype": str(model.compute_dtype), "modules": kinds}
+    native = Path(getattr(library()[0], "_name", "")).stem if is_native else ""
 
-    def measure() -> dict[str, list[float]]:
-        seconds: dict[str, list[float]] = {"native": [], "eager": []}
+    def measure() -> dict[str, Any]:
+        found: dict[str, Any] = {"native": [], "eager": [], "spread": 1.0}
         for n in _TRIED:
             scratch = KVCache(model.config, n, min(64, model.config.context_length), cache.dtype, cache.device)
             rows = [Row(slot, [0], scratch.length // 2) for slot in range(n)]
-            seconds["eager"].append(_seconds(partial(_eager_step, model, scratch, rows)))
+            ways: dict[str, Callable[[], Tensor]] = {"eager": partial(_eager_step, model, scratch, rows)}
             if is_native:
-                seconds["native"].append(_seconds(partial(_native_step, NativeStep(model, scratch), rows, None)))
-        return seconds
+                ways["native"] = partial(_native_step, NativeStep(model, scratch), rows, None)
+            seconds, spread = fastest(ways)
+            for name, best in seconds.items():
+                found[name].append(best)
+            found["spread"] = max(found["spread"], spread)
+        return found
 
-    return measured_once("model-step", {**key, "native": is_native}, cache.device, measure)
+    found = measured_once("model-step", {**key, "native": native}, cache.device, measure)
+    return {name: found[name] for name in ("native", "eager")}
 
 
 def _graphs_if_faster(model: Transformer, cache: KVCache) -> tuple[GraphStep | None, str | None]:
@@ -203,23 +209,10 @@ def _graphs_if_faster(model: Transformer, cache: KVCache) -> tuple[GraphStep | N
         if not torch.allclose(run_graph(), run_eager(), atol=0.1, rtol=0.02):
             return None, "CUDA graphs give other logits here"
         seconds = measured_once(
-            "cuda-graphs", key, cache.device, lambda: {"graph": _seconds(run_graph), "eager": _seconds(run_eager)}
+            "cuda-graphs", key, cache.device, lambda: fastest({"graph": run_graph, "eager": run_eager})[0]
         )
     except RuntimeError as error:
         return None, f"CUDA graphs cannot be captured here ({str(error).splitlines()[0]})"
     if seconds["graph"] >= seconds["eager"]:
         return None, "CUDA graphs are no faster here"
     return GraphStep(model, cache), None
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    """The fastest of a few runs after one that warms up; more where they are short, since machines are shared."""
-    run()
-    fastest, begin = float("inf"), time.perf_counter()
-    for n in range(50):
-        start = time.perf_counter()
-        run()
-        fastest = min(fastest, time.perf_counter() - start)
-        if n >= 2 and time.perf_counter() - begin > 0.02:
-            break
-    return fastest

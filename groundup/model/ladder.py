@@ -14,9 +14,9 @@ rates, batch, tokens. Every value comes with its reason and its source. The rule
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,14 +102,13 @@ def shape_of_size(size: int, vocab_size: int | None = None) -> dict[str, Any]:
         vocab_size: tokens (default: what the ladder gives each width).
     """
 
-    def distance(depth: int, width: int) -> float:
-        shape = _shape(depth, width)
-        if vocab_size is not None:
-            shape["vocab_size"] = vocab_size
-        off_size = abs(math.log(count_parameters(ModelConfig(**shape)) / size))
-        return off_size + 0.25 * abs(math.log(depth / _usual_depth(width)))
+    counts = _counts(vocab_size)
 
-    return _shape(*min(_candidates(), key=lambda pair: distance(*pair)))
+    def distance(pair: tuple[int, int]) -> float:
+        depth, width = pair
+        return abs(math.log(counts[pair] / size)) + 0.25 * abs(math.log(depth / _usual_depth(width)))
+
+    return _shape(*min(counts, key=distance))
 
 
 def shape_on_line(size: int, vocab_size: int) -> dict[str, Any]:
@@ -196,9 +195,12 @@ def training_choices(
     return choices
 
 
-def _candidates() -> Iterator[tuple[int, int]]:
-    for depth in DEPTHS[::2]:
-        yield from ((depth, width) for width in _WIDTHS if 16 <= width / depth <= 128)
+@functools.cache
+def _counts(vocab_size: int | None) -> dict[tuple[int, int], int]:
+    """Parameters of every shape that a size can lead to, by depth and width."""
+    own = {} if vocab_size is None else {"vocab_size": vocab_size}
+    pairs = [(depth, width) for depth in DEPTHS[::2] for width in _WIDTHS if 16 <= width / depth <= 128]
+    return {pair: count_parameters(ModelConfig(**_shape(*pair) | own)) for pair in pairs}
 
 
 def _width(depth: int) -> int:
