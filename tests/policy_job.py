@@ -36,7 +36,7 @@ class Draws:
     def is_due(self, place: int) -> bool:
         return place % EVERY == 0
 
-    def collect(self, modules: Mapping[str, nn.Module], place: int, rows: slice) -> tuple[Batch, float]:
+    def collect(self, modules: Mapping[str, nn.Module], place: int, rows: slice, last: Batch) -> tuple[Batch, float]:
         model, numbers = modules["model"], range(rows.start, rows.stop)
         # Each row's luck is its own, so that it does not matter which process draws it.
         luck = [torch.rand(N_TOKENS, generator=torch.Generator().manual_seed(1000 * place + row)) for row in numbers]

@@ -59,6 +59,30 @@ def test_every_file_of_records_gives_the_same_conversations(tmp_path: Path, name
     assert len(data_fingerprint([str(path), "groundup:tasks"], "align.sft")) == 2 + (name == "folder")
 
 
+FORMS = {
+    "conversations": {"conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A."}]},
+    "prompt/response": {"prompt": "Q?", "response": "A."},
+    "instruction/output": {"instruction": "Q?", "input": "", "output": "A."},
+    "question/answer": {"question": "Q?", "answer": "A."},
+    "prompt/completion": {"prompt": [{"role": "user", "content": "Q?"}], "completion": "A."},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_forms_that_people_have_are_found_and_said(
+    tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines([FORMS[form]] * 20))
+    found = load(tmp_path / "a.jsonl", Console())
+    assert found.train[0] == talk("Q?", "A.")["messages"]
+    assert f"20 records of {form}." in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_a_question_is_about_follows_it(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"instruction": "Sort.", "input": "3 1", "output": "1 3"}] * 9))
+    assert load(tmp_path / "a.json").train[0] == talk("Sort.\n\n3 1", "1 3")["messages"]
+
+
 def test_a_tool_s_turn_is_a_turn(tmp_path: Path) -> None:
     roles = ("user", "assistant", "tool", "assistant")
     talks = [talk(f"q {n}", '{"look": "thermometer"}', "21", "It is 21.", roles=roles) for n in range(60)]
@@ -82,13 +106,13 @@ def test_the_split_is_by_all_that_is_said(tmp_path: Path) -> None:
 BAD = {
     b'{"messages": [{"role": "user", "content": "cut': "invalid JSON",
     b"[" * 100_000: "invalid JSON",
-    b'{"messages": [], "messages": [1]}': "invalid JSON",
+    b'{"messages": [], "messages": [1]}': "no text field",
     b'{"text": "no messages"}': "no text field",
     b'{"messages": {}}': "no text field",
     b'["messages"]': "no text field",
     b'{"messages": "no JSON"}': "invalid JSON",
     b'{"messages": "half \\ud800"}': "invalid UTF-8",
-    json.dumps(talk("Hi", "Hello", roles=("user", "gpt"))).encode(): "no text field",
+    json.dumps(talk("Hi", "Hello", roles=("user", "narrator"))).encode(): "no text field",
     b'{"messages": [{"role": "user", "content": null}]}': "no text field",
     b'{"messages": [{"role": ["user"], "content": "Hi"}]}': "no text field",
     b'{"messages": [7]}': "no text field",
@@ -116,7 +140,7 @@ def test_files_without_a_conversation_are_errors_that_say_why(tmp_path: Path) ->
     with pytest.raises(DataError, match=r"nowhere: no such file or folder.*\n.*\[align.sft\] data"):
         data_fingerprint([str(tmp_path / "nowhere")], "align.sft")
     (tmp_path / "a.jsonl").write_text('{"text": "x"}')
-    with pytest.raises(DataError, match=r"0 conversations to learn from(.|\n)*no list 'messages'"):
+    with pytest.raises(DataError, match=r"0 conversations to learn from(.|\n)*no list .messages."):
         load(tmp_path / "a.jsonl")
 
 

@@ -230,3 +230,13 @@ def test_real_data(shared_data: Path) -> None:
     taught = load(shared_data / "instruct" / "llms_from_scratch" / "instruction-data-with-preference.json")
     assert len(everything(taught)) > 900
     assert (pairs.set_aside, ranked.set_aside, taught.set_aside) == ({"empty": 2}, {}, {"duplicate": 6})
+
+
+def test_pairs_are_made_of_tasks():
+    found = load_preferences(["groundup:tasks:200"], "align.dpo")
+    assert len(found.train) + len(found.held_out) == 200
+    assert not found.set_aside
+    for one in found.train:
+        better, worse = ([message["content"] for message in answer] for answer in one.answers)
+        assert better != worse
+        assert one.prompt[0]["role"] == "user"

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from groundup.errors import DataError
-from groundup.evaluation.tasks import CLOSED_KINDS, KINDS, Task, generate_tasks, reward, verify
+from groundup.evaluation.tasks import CLOSED_KINDS, KINDS, Task, generate_tasks, read_set, reward, verify
+from groundup.generation.calculator import calculate, read_call
 
 TASKS = generate_tasks(10_000, seed=1)
 some_task = st.sampled_from(TASKS)
@@ -133,7 +134,8 @@ def test_the_seed_decides_everything() -> None:
 def test_tasks_do_not_depend_on_the_hash_seed() -> None:
     code = """
 import json, random
-from groundup.evaluation.tasks import generate_tasks
+from groundup.generation.calculator import calculate, read_call
+from groundup.evaluation.tasks import read_set, generate_tasks
 rng = random.Random(0)
 print(json.dumps([[t.prompt, t.expected, t.split, t.wrong, t.pair(rng)] for t in generate_tasks(300, seed=3)]))
 """
@@ -193,3 +195,23 @@ def test_a_conversation_is_the_prompt_and_the_expected_answer() -> None:
 def test_a_negative_number_is_refused() -> None:
     with pytest.raises(DataError, match="-1"):
         generate_tasks(-1, seed=1)
+
+
+def test_harder_sets_and_sums_are_right_too() -> None:
+    for task in read_set("groundup:hard-tasks:300", 10, 1):
+        digits = task.about
+        solved = {"sort_five": "".join(sorted(digits)), "reverse_five": digits[::-1]}
+        solved["count_letters"] = str(digits.partition(" in ")[2].count(digits[0]))
+        assert task.answer == solved[task.kind]
+        assert task.answer not in task.wrong
+    sums = read_set("groundup:sums", 50, 1)
+    assert len(sums) == 50
+    for task in sums:
+        asked, call, result, answer = task.messages
+        assert task.about in asked["content"]
+        assert calculate(read_call(call["content"]) or "") == result["content"] == task.answer
+        assert task.answer in answer["content"]
+    with pytest.raises(DataError, match="Did you mean 'groundup:sums'"):
+        read_set("groundup:sum", 1, 1)
+    with pytest.raises(DataError, match="no set of tasks"):
+        read_set("groundup:sums:many", 1, 1)

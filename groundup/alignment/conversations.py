@@ -1,7 +1,9 @@
-"""Conversations to learn from: the generated tasks, or files of records with a "messages" list.
+"""Conversations to learn from: the generated tasks, or files of records in the forms that people have.
 
-Files are read as the corpus reads its own: JSON lines, lists of JSON, Parquet, packed or not, folders, globs and
-addresses. One conversation in ten is held out (and one at least), chosen by a hash of all that is said in it.
+A record has a list of "messages", of "conversations" (ShareGPT), or a question and an answer in fields of their own
+(prompt and response, instruction, input and output, question and answer). Files are read as the corpus reads its own:
+JSON lines, lists of JSON, Parquet, CSV, packed or not, folders, globs and addresses. One conversation in ten is held
+out (and one at least), chosen by a hash of all that is said in it.
 """
 
 from __future__ import annotations
@@ -21,15 +23,21 @@ from groundup.corpus.reading.refusal import RefusedError
 from groundup.corpus.reading.sources import InputFiles, find_sources
 from groundup.corpus.reading.values import check_writable, read_values
 from groundup.errors import DataError
-from groundup.evaluation import generate_tasks
+from groundup.evaluation.tasks import read_set
 from groundup.recipe import CorpusSettings
 from groundup.tokenizer import Message
 from groundup.tokenizer.special import ROLE_TOKENS
 
-TASKS = "groundup:tasks"
+GENERATED = "groundup:"
 HELD_OUT_SHARE = 10  # one conversation in so many
-FIELD = "messages"
 Parsed = TypeVar("Parsed")
+_QUESTIONS = ("prompt", "instruction", "question", "query")
+_MORE = ("input", "context")  # what a question is about, where it stands in a field of its own
+_ANSWERS = ("response", "completion", "output", "answer")
+_ROLES = {
+    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "function": "tool", "observation": "tool", **{role: role for role in ROLE_TOKENS},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,8 @@ def load_conversations(
     """Read or generate conversations.
 
     Args:
-        data: files, folders, globs or addresses of records with "messages", or groundup:tasks.
-        n_tasks: conversations that groundup:tasks generates.
+        data: files, folders, globs or addresses of conversations, or sets of tasks (groundup:tasks, groundup:sums:500).
+        n_tasks: conversations that a set without a number generates.
         seed: of the generator.
         section: of the recipe, in messages.
         console: is told what was set aside.
@@ -58,17 +66,20 @@ def load_conversations(
     """
     train: list[list[Message]] = []
     held_out: list[list[Message]] = []
-    if TASKS in data:
-        for task in generate_tasks(n_tasks, seed):
+    for name in data:
+        for task in read_set(name, n_tasks, seed) if name.startswith(GENERATED) else ():
             (train if task.split == "train" else held_out).append(list(task.messages))
-    read, aside = read_data(data, section, _conversation, console, FIELD)
-    for messages in read:
+    read, aside = read_data(data, section, conversation_of, console)
+    for _, messages in read:
         (train if _hash(messages) % HELD_OUT_SHARE else held_out).append(messages)
+    if read and console is not None:
+        forms = Counter(form for form, _ in read).most_common()
+        console.note(f"[{section}] data: {', '.join(f'{n:,} records of {form}' for form, n in forms)}.")
     if len(train) > 1 and not held_out:
         held_out.append(train.pop(min(range(len(train)), key=lambda place: _hash(train[place]))))
     if not train or not held_out:
         what = f"{len(train)} conversations to learn from, {len(held_out)} held out"
-        needs = '{"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}'
+        needs = '{"messages": [{"role": "user", "content": …}, {"role": "assistant", …}]}, or a prompt and a response'
         raise too_little(data, section, what, needs, aside)
     return Conversations(train, held_out, count_reasons(aside))
 
@@ -79,25 +90,27 @@ def data_fingerprint(data: Sequence[str], section: str) -> list[str]:
     Raises:
         DataError: a file is missing.
     """
-    return [*[TASKS] * (TASKS in data), *(source.digest() for source in _files(data, section).files)]
+    made = [name for name in data if name.startswith(GENERATED)]
+    for name in made:
+        read_set(name, 1, 1)
+    return [*made, *(source.digest() for source in _files(data, section).files)]
 
 
 def _files(data: Sequence[str], section: str) -> InputFiles:
-    named = [item for item in data if item != TASKS]
+    named = [item for item in data if not item.startswith(GENERATED)]
     return find_sources(named, setting=f"[{section}] data")
 
 
 def read_data(
-    data: Sequence[str], section: str, parse: Callable[[Any], Parsed], console: Console | None = None, field: str = ""
+    data: Sequence[str], section: str, parse: Callable[[Any], Parsed], console: Console | None = None
 ) -> tuple[list[Parsed], list[SetAside]]:
     """Every record of some files, as `parse` has it, and those that were set aside.
 
     Args:
-        data: files, folders, globs or addresses; groundup:tasks is passed over.
+        data: files, folders, globs or addresses; generated sets are passed over.
         section: of the recipe, in messages.
         parse: a record as it stands in its file, rows of CSV as objects; raises `RefusedError`.
         console: is told what was set aside.
-        field: that each record must have, once ("": none).
 
     Raises:
         DataError: a file is missing.
@@ -106,8 +119,8 @@ def read_data(
     aside = [*found.aside]
     for source in found.files:
         names: list[str] | None = None
-        for value in read_values(source, CorpusSettings(text_field=field), aside.append):
-            if source.kind == "separated" and not field:
+        for value in read_values(source, CorpusSettings(text_field=""), aside.append):
+            if source.kind == "separated":
                 if names is None:
                     names = value.data
                     continue
@@ -137,38 +150,54 @@ def too_little(data: Sequence[str], section: str, what: str, needs: str, aside: 
     )
 
 
-def _conversation(data: Any) -> list[Message]:
-    """A record's conversation.
+def conversation_of(record: Any) -> tuple[str, list[Message]]:
+    """The form of a record, and the conversation in it.
 
     Raises:
         RefusedError: there is none that could be learned.
     """
-    items: Any = data.get(FIELD) if isinstance(data, Mapping) else None
-    if isinstance(items, str):  # a cell of a table
-        items, _ = parse_json(items.encode(errors="surrogatepass"), "", b"")
-    if not isinstance(items, list) or not items:
-        raise RefusedError(Reason.NO_TEXT, f"no list {FIELD!r}")
-    messages = messages_of(items)
+    record = record if isinstance(record, Mapping) else {}
+    question, answer = (next((name for name in names if name in record), "") for names in (_QUESTIONS, _ANSWERS))
+    if record.get("messages") is not None or record.get("conversations") is not None:
+        form = "messages" if record.get("messages") is not None else "conversations"
+        messages = messages_of(record[form])
+    elif question and answer:
+        about = next((name for name in _MORE if record.get(name)), "")
+        form = "/".join(filter(None, (question, about, answer)))
+        messages = messages_of(record[question], "user")
+        if about:
+            messages[-1]["content"] += f"\n\n{messages_of(record[about], 'user')[0]['content']}"
+        messages += messages_of(record[answer], "assistant")
+    else:
+        raise RefusedError(Reason.NO_TEXT, 'no list "messages" or "conversations", and no prompt with a response')
     if not any(message["role"] == "assistant" and message["content"] for message in messages):
         raise RefusedError(Reason.EMPTY, "no answer in it")
-    return messages
+    return form, messages
 
 
-def messages_of(items: Sequence[Any]) -> list[Message]:
-    """Messages as a file has them, checked.
+def messages_of(items: Any, role: str = "") -> list[Message]:
+    """A list of messages, also of ShareGPT's; or the one message of a role that a text is.
 
     Raises:
-        RefusedError: one of them is none.
+        RefusedError: no messages, or what cannot be written.
     """
+    if isinstance(items, str) and role:
+        items = [{"role": role, "content": items}]
+    elif isinstance(items, str):  # a cell of a table
+        items, _ = parse_json(items.encode(errors="surrogatepass"), "", b"")
+    if not isinstance(items, list) or not items:
+        raise RefusedError(Reason.NO_TEXT, "no list of messages")
     messages: list[Message] = []
     for place, item in enumerate(items, start=1):
-        role, content = (item.get("role"), item.get("content")) if isinstance(item, Mapping) else (None, None)
-        if isinstance(role, dict | list) or role not in ROLE_TOKENS or not isinstance(content, str):
+        fields = item if isinstance(item, Mapping) else {}
+        said, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
+        known = _ROLES.get(said) if isinstance(said, str) else None
+        if known is None or not isinstance(content, str):
             raise RefusedError(Reason.NO_TEXT, f"message {place} has no text, or no role of {', '.join(ROLE_TOKENS)}")
         check_writable(content)
         if "\0" in content:
             raise RefusedError(Reason.NUL, f"in message {place}")
-        messages.append({"role": role, "content": content})
+        messages.append({"role": known, "content": content})  # type: ignore[typeddict-item]
     return messages
 
 

@@ -27,8 +27,8 @@ import torch
 import xxhash
 
 from groundup.alignment.conversations import (
+    GENERATED,
     HELD_OUT_SHARE,
-    TASKS,
     count_reasons,
     messages_of,
     read_data,
@@ -40,7 +40,7 @@ from groundup.corpus.document import Reason
 from groundup.corpus.reading.jsonl import parse_json
 from groundup.corpus.reading.refusal import RefusedError
 from groundup.errors import DataError
-from groundup.evaluation import generate_tasks
+from groundup.evaluation.tasks import read_set
 from groundup.files import value_digest
 from groundup.shards.order import shuffled_epochs
 from groundup.tokenizer import Message, Tokenizer, render
@@ -124,7 +124,8 @@ def load_preferences(
     sides: list[list[Preference]] = [[], []]
     for prompt, one in zip(prompts, parsed, strict=True):
         sides[prompt in held_out].append(one)
-    for number, task in enumerate(generate_tasks(n_tasks, seed) if TASKS in data else ()):
+    made = [task for name in data if name.startswith(GENERATED) for task in read_set(name, n_tasks, seed)]
+    for number, task in enumerate(made):
         pair = task.pair(random.Random(f"{seed}/{number}"))
         answers: list[list[Message]] = [[{"role": "assistant", "content": text}] for text in pair]
         sides[task.split != "train"].append(Preference([{"role": "user", "content": task.prompt}], answers))

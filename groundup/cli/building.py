@@ -51,6 +51,7 @@ def add_to(app: typer.Typer, groups: Mapping[str, tuple[typer.Typer, str]]) -> N
         epilog="Examples:  groundup build demo  ·  groundup build shakespeare --set corpus.inputs=my.txt  ·  "
         "groundup build my.toml --from pretrain  ·  torchrun --nproc-per-node 2 -m groundup build demo",
     )(build)
+    app.command(rich_help_panel=PANEL, epilog="Example:  groundup trust my_reward.py")(trust)
     for name, method in registered().items():
         about = f"{method.about}\n\nStages it stands on are brought up to date first."
         examples = f"Examples:  groundup {name} demo  ·  groundup {name} my.toml --force"
@@ -92,6 +93,16 @@ def build(
         _show_plan(chosen, folder, only or None, start_from, force, as_json)
         return
     _build(chosen, folder, only or None, start_from, force, as_json, quiet)
+
+
+def trust(file: Annotated[Path, typer.Argument(help="A Python file that a recipe names.")]) -> None:
+    """Allow recipes to run the code in a file, as it is now: a predicate, a reward. Read it first.
+
+    A file that changes is asked for again. `groundup --trust build …` asks for none, for scripts.
+    """
+    from groundup import user_code
+
+    typer.echo(f"{file} may be run as it is now ({user_code.trust(file)[:12]}).")
 
 
 def _stage_command(name: str) -> Callable[..., None]:

@@ -33,6 +33,7 @@ from groundup.cli.options import same_command
 from groundup.errors import GroundupError, Interrupted
 from groundup.files import write_error
 from groundup.recipe.registry import registered
+from groundup.user_code import TRUST_ALL
 
 
 class PipelineGroup(TyperGroup):
@@ -77,8 +78,11 @@ def make_app() -> typer.Typer:
 def _root(
     context: typer.Context,
     version: bool = typer.Option(False, "--version", help="Print the version and leave."),
+    trust: bool = typer.Option(False, "--trust", help="Run the code that a recipe names without asking, in scripts."),
 ) -> None:
     """Build a large language model from the ground up."""
+    if trust:
+        os.environ[TRUST_ALL] = "1"
     if version:
         from groundup import __version__
 

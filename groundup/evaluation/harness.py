@@ -7,6 +7,7 @@ the model that it started from, where no stage of the recipe made that one.
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 from groundup.corpus import stream_documents
 from groundup.errors import ArtifactError, DataError
 from groundup.evaluation.metrics import Answer, Estimate, bits_per_byte, exact_match, share
-from groundup.evaluation.tasks import generate_tasks
+from groundup.evaluation.talk import score_first_messages, score_style
+from groundup.evaluation.tasks import Task, read_set
 from groundup.files import read_json, write_json
 from groundup.interop import load_model
 from groundup.interop.start import starting_point
@@ -27,8 +29,16 @@ from groundup.stage import MODEL_FOLDER, Context, Method, Shown, Stage, graph, m
 from groundup.tokenizer import Tokenizer
 
 BITS_PER_BYTE, TASKS = "bits_per_byte", "groundup:tasks"
-METRIC_OF_TASK = {BITS_PER_BYTE: "bits_per_byte", TASKS: "exact_match"}
-LOWER_IS_BETTER = ("bits_per_byte",)
+STYLE, FIRST = "groundup:style", "groundup:first-messages"
+EXACT = {TASKS: "exact_match", "groundup:hard-tasks": "exact_match_hard", "groundup:sums": "exact_match_sums"}
+METRICS_OF_TASK = {
+    BITS_PER_BYTE: ("bits_per_byte",),
+    **{name: (metric,) for name, metric in EXACT.items()},
+    STYLE: ("polite_share", "exact_match_sampled", "answer_words", "entropy", "kl_to_start"),
+    FIRST: ("fitting_share", "refusal_rate"),
+}
+METRICS = tuple(metric for metrics in METRICS_OF_TASK.values() for metric in metrics)
+LOWER_IS_BETTER = ("bits_per_byte", "refusal_rate", "kl_to_start")
 N_TASKS = 10_000
 """Tasks that are generated; the held-out ones among them are asked."""
 SCORES_FILE = "scores.json"
@@ -41,30 +51,34 @@ class Scores:
     """What was measured; what was not asked for is None or empty.
 
     Attributes:
+        figures: the scores that were asked for, by metric.
         by_kind: exact match of each kind of task.
         answers: every answered prompt.
         generation_tokens_per_second: a wall-clock figure of this machine.
     """
 
-    bits_per_byte: Estimate | None = None
-    exact_match: Estimate | None = None
+    figures: dict[str, Estimate] = field(default_factory=dict)
     by_kind: dict[str, Estimate] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
     generation_tokens_per_second: float | None = None
 
     @property
-    def figures(self) -> dict[str, Estimate]:
-        """The scores that were asked for, by metric."""
-        found = {name: getattr(self, name) for name in METRIC_OF_TASK.values()}
-        return {name: value for name, value in found.items() if value is not None}
+    def bits_per_byte(self) -> Estimate | None:
+        """Of the validation text."""
+        return self.figures.get("bits_per_byte")
+
+    @property
+    def exact_match(self) -> Estimate | None:
+        """Of the tasks."""
+        return self.figures.get("exact_match")
 
 
 def check_tasks(names: Sequence[str]) -> None:
     """Raise DataError for a task that is not known."""
     for name in names:
-        if name not in METRIC_OF_TASK:
-            near = difflib.get_close_matches(name, METRIC_OF_TASK, n=1)
-            fix = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(METRIC_OF_TASK)}."
+        if name not in METRICS_OF_TASK:
+            near = difflib.get_close_matches(name, METRICS_OF_TASK, n=1)
+            fix = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(METRICS_OF_TASK)}."
             raise DataError(f"[evaluate] tasks: {name!r} is not known.", fix)
 
 
@@ -76,6 +90,7 @@ def score_model(
     texts: Iterable[str] | None = None,
     n_tasks: int = N_TASKS,
     seed: int = 1,
+    start: Transformer | None = None,
 ) -> Scores:
     """Score a model on what `settings.tasks` names.
 
@@ -86,34 +101,53 @@ def score_model(
         texts: the validation documents, for bits per byte.
         n_tasks: how many tasks are generated; the held-out ones among them are asked.
         seed: of the generator.
+        start: the model that it was trained from, for `groundup:style`.
 
     Raises:
         DataError: an unknown task, or no validation text.
     """
     check_tasks(settings.tasks)
     scores = Scores()
+    held_out = functools.partial(_held_out, n_tasks=n_tasks, seed=seed, limit=settings.limit)
     if BITS_PER_BYTE in settings.tasks:
         if texts is None:
             raise DataError("bits_per_byte needs a validation text.", "Give texts, or leave the task out.")
-        scores.bits_per_byte = bits_per_byte(model, texts, tokenizer)
-    if TASKS in settings.tasks:
-        held_out = [task for task in generate_tasks(n_tasks, seed) if task.split == "held_out"]
-        asked = held_out[: settings.limit]
-        scores.exact_match, scores.answers, scores.generation_tokens_per_second = exact_match(
-            model, tokenizer, asked, max_tokens=settings.max_tokens
-        )
-        kinds = sorted({answer.kind for answer in scores.answers})
-        scores.by_kind = {
-            kind: share([answer.correct for answer in scores.answers if answer.kind == kind]) for kind in kinds
-        }
+        scores.figures["bits_per_byte"] = bits_per_byte(model, texts, tokenizer)
+    for name in EXACT.keys() & {*settings.tasks}:
+        # A call of the calculator takes some forty tokens.
+        most = settings.max_tokens + (64 if name == "groundup:sums" else 0)
+        found, answers, speed = exact_match(model, tokenizer, held_out(name), max_tokens=most)
+        scores.figures[EXACT[name]] = found
+        scores.answers += answers
+        if name == TASKS:
+            scores.generation_tokens_per_second = speed
+    if STYLE in settings.tasks:
+        asked = held_out(TASKS)
+        scores.figures |= score_style(
+            model, tokenizer, asked, start=start, max_tokens=settings.max_tokens, seed=seed
+        )  # fmt: skip
+    if FIRST in settings.tasks:
+        figures, answers = score_first_messages(model, tokenizer)
+        scores.figures |= figures
+        scores.answers += answers
+    kinds = sorted({answer.kind for answer in scores.answers})
+    scores.by_kind = {
+        kind: share([answer.correct for answer in scores.answers if answer.kind == kind]) for kind in kinds
+    }
+    scores.figures = {name: scores.figures[name] for name in METRICS if name in scores.figures}
     return scores
+
+
+def _held_out(name: str, n_tasks: int, seed: int, limit: int | None) -> list[Task]:
+    tasks = read_set(name, n_tasks if name == TASKS else n_tasks // 4, seed)
+    return [task for task in tasks if task.split == "held_out"][:limit]
 
 
 class Evaluate(Method):
     """The stage: one model to its scores."""
 
     settings = EvaluateSettings
-    version = 2
+    version = 3
 
     def subjects(self, stage: Stage, stages: Mapping[str, Stage]) -> list[str]:
         """What is scored for a stage that makes a language model: what it started from, once, and what it made."""
@@ -162,7 +196,13 @@ class Evaluate(Method):
                 settings = settings.model_copy(update={"tasks": (BITS_PER_BYTE,)})
             documents = stream_documents(run.folder("corpus"), "validation") if recipe.reads_text else None
             texts = None if documents is None else (document.text for document in documents)
-            scores = score_model(model.eval(), tokenizer, settings=settings, texts=texts, seed=recipe.seed)
+            origin = graph(recipe)[stage.subject].start if after is None and stage.subject is not None else None
+            start = None
+            if origin is not None and STYLE in settings.tasks:
+                start, _ = load_model(run.folder(origin) / MODEL_FOLDER, verify=False)
+            scores = score_model(
+                model.eval(), tokenizer, settings=settings, texts=texts, seed=recipe.seed, start=start
+            )  # fmt: skip
             figures = scores.figures
             bar.finish(" · ".join(_lines({name: figure.value for name, figure in figures.items()})))
         write_json(
@@ -192,7 +232,7 @@ def read_scores(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = read_json(folder / SCORES_FILE)
         tables = [*found["figures"].values(), *found["by_kind"].values()]
         is_whole = all(is_number(figure["value"]) for figure in tables) and isinstance(found["answers"], list)
-        is_whole &= found["figures"].keys() <= set(METRIC_OF_TASK.values())
+        is_whole &= found["figures"].keys() <= {*METRICS}
     except (ArtifactError, AttributeError, KeyError, TypeError):
         return {}
     return found if is_whole else {}
@@ -228,7 +268,7 @@ def _direction(gate: Gate) -> Gate | None:
     """What a gate asks of a quick run: a gain where one is asked for; how large, or at what price, it does not show."""
     tiny = 1e-6
     if gate.over is None:
-        if gate.metric not in METRIC_OF_TASK.values() or gate.metric in LOWER_IS_BETTER:
+        if gate.metric not in METRICS or gate.metric in LOWER_IS_BETTER:
             return None
         return gate if gate.min is None else gate.model_copy(update={"min": min(gate.min, tiny)})
     if gate.min is not None and gate.min > 0:

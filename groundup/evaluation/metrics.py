@@ -22,6 +22,7 @@ from torch import Tensor
 from groundup.errors import DataError
 from groundup.evaluation.tasks import Task, verify
 from groundup.generation import Generation, SamplingParams, generate_batch
+from groundup.generation.rollouts import use_calculator
 from groundup.model import OutputLayer, Transformer
 from groundup.tokenizer import Tokenizer, render
 
@@ -148,7 +149,7 @@ def token_nats(model: Transformer, ids: Sequence[np.ndarray], targets: Sequence[
 def exact_match(
     model: Transformer, tokenizer: Tokenizer, tasks: Sequence[Task], *, max_tokens: int = 32
 ) -> tuple[Estimate, list[Answer], float]:
-    """How many tasks are answered exactly, greedily, the end token included.
+    """How many tasks are answered exactly, greedily, the end token included; with the calculator at hand.
 
     Returns:
         The share of right answers; the answers in the tasks' order; tokens written per second, `<|end|>` included
@@ -165,11 +166,15 @@ def exact_match(
     # Prompts of like lengths together: little padding to compute.
     order = sorted(range(len(tasks)), key=lambda place: len(prompts[place]))
     replies: dict[int, Generation] = {}
+    use = use_calculator(tokenizer)
     params, start = SamplingParams(temperature=0.0, max_tokens=max_tokens), time.perf_counter()
     for first in range(0, len(order), _PROMPTS):
         group = order[first : first + _PROMPTS]
         results = generate_batch(model, tokenizer, [prompts[place] for place in group], params, {tokenizer.end_id})
         replies.update(zip(group, results, strict=True))
+        turns = {place: turn for place in group if (turn := use(replies[place].text)) is not None}
+        again = [[*prompts[place], *replies[place].ids, tokenizer.end_id, *turn] for place, turn in turns.items()]
+        replies.update(zip(turns, generate_batch(model, tokenizer, again, params, {tokenizer.end_id}), strict=True))
     seconds = time.perf_counter() - start
     answers = []
     for place, task in enumerate(tasks):

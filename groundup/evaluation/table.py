@@ -14,9 +14,8 @@ from groundup.errors import ArtifactError, DataError
 from groundup.evaluation.harness import (
     BITS_PER_BYTE,
     LOWER_IS_BETTER,
-    METRIC_OF_TASK,
+    METRICS_OF_TASK,
     SCORES_FILE,
-    TASKS,
     before_name,
     check_tasks,
     read_scores,
@@ -28,7 +27,19 @@ from groundup.report.format import is_number
 from groundup.run import Run
 from groundup.stage import Check, Stage, current_stages, default_model, graph, language_models
 
-LABELS = {"bits_per_byte": "bits per byte", "exact_match": "exact match"}
+LABELS = {
+    "bits_per_byte": "bits per byte",
+    "exact_match": "exact match",
+    "exact_match_hard": "exact match, harder tasks",
+    "exact_match_sums": "exact match, sums",
+    "exact_match_sampled": "exact match, drawn",
+    "polite_share": "polite answers",
+    "answer_words": "words of an answer",
+    "entropy": "entropy, nats a token",
+    "kl_to_start": "KL to the start, nats an answer",
+    "fitting_share": "fitting first answers",
+    "refusal_rate": "needless refusals",
+}
 
 
 def write_comparison(recipe: Recipe, run: Run) -> dict[str, Any]:
@@ -108,8 +119,8 @@ def evaluation_checks(recipe: Recipe, stages: Mapping[str, Stage]) -> Iterable[C
     if BITS_PER_BYTE in recipe.evaluate.tasks and not recipe.reads_text:
         what = "bits_per_byte needs a validation text."
         yield "[evaluate] tasks", functools.partial(_refuse, what, "Add [corpus] inputs = […].")
-    if TASKS in recipe.evaluate.tasks:
-        where = f'[evaluate] tasks = "{TASKS}"'
+    if asked := [task for task in recipe.evaluate.tasks if task in METRICS_OF_TASK and task != BITS_PER_BYTE]:
+        where = f'[evaluate] tasks = "{asked[0]}"'
         for stage in language_models(stages):
             if stage.start is None:
                 yield where, functools.partial(check_chat, stage, where)
@@ -118,12 +129,12 @@ def evaluation_checks(recipe: Recipe, stages: Mapping[str, Stage]) -> Iterable[C
 
 
 def _check_gate(gate: Gate, recipe: Recipe, stages: Mapping[str, Stage]) -> None:
-    scored = {METRIC_OF_TASK[task] for task in recipe.evaluate.tasks if task in METRIC_OF_TASK}
+    scored = {metric for task in recipe.evaluate.tasks for metric in METRICS_OF_TASK.get(task, ())}
     for name in filter(None, (gate.model, gate.over)):
         if name == "start":
             stage = stages[gate.model]
             is_fresh = stage.start is None and stage.outside_start is None
-            known = scored - {"exact_match"} if is_fresh else scored
+            known = scored & {"bits_per_byte"} if is_fresh else scored
         else:
             stage = stages[name]
             known = {*stage.method.figures, *(scored if stage.method.makes == "lm" else ())}

@@ -1,13 +1,15 @@
-"""`groundup:tasks`: short questions with answers that a program can check, for a model of a million parameters.
+"""Short questions with answers that a program can check, for a model of a million parameters.
 
-In: how many and a seed. Out: tasks of twelve kinds, evenly spread, each prompt once, split into "train" and
-"held_out" by a hash of the prompt. The same tasks serve three ends: conversations for supervised
-fine-tuning (`messages`), preference pairs (`pair`), and a reward of 0 or 1 for reinforcement learning
+In: how many and a seed. Out: tasks of several kinds, evenly spread, each prompt once, split into "train" and
+"held_out" by a hash of the prompt. `groundup:tasks` has twelve kinds; `groundup:hard-tasks` three that need more than
+a few hundred examples; `groundup:sums` are answered with a calculator. The same tasks serve three ends: conversations
+for supervised fine-tuning (`messages`), preference pairs (`pair`), and a reward of 0 or 1 for reinforcement learning
 (`reward`). Lists and phrasings are in `groundup/data/tasks.toml`.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import itertools
 import random
@@ -20,6 +22,7 @@ from typing import Any, Literal
 import xxhash
 
 from groundup.errors import DataError
+from groundup.generation.calculator import calculate, write_call
 from groundup.tokenizer import Message
 
 KINDS = (
@@ -39,6 +42,10 @@ KINDS = (
 """The first five draw on closed lists, where a held-out fact is always learned under other phrasings."""
 
 CLOSED_KINDS = KINDS[:5]
+HARD_KINDS = ("sort_five", "reverse_five", "count_letters")
+SUM_KINDS = ("sum",)
+SETS = {"groundup:tasks": KINDS, "groundup:hard-tasks": HARD_KINDS, "groundup:sums": SUM_KINDS}
+"""What a recipe may name."""
 
 _HELD_OUT_ONE_IN = 10
 _PHRASINGS_PER_FACT = 4  # at least so many, so that a fact is seen often enough to be learned
@@ -81,8 +88,11 @@ class Task:
 
     @property
     def messages(self) -> list[Message]:
-        """The conversation to learn from."""
-        return [{"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.expected}]
+        """The conversation to learn from; a sum is given to the calculator first."""
+        said: list[Message] = [{"role": "user", "content": self.prompt}]
+        if self.kind in SUM_KINDS:
+            said += [{"role": "assistant", "content": write_call(self.about)}, {"role": "tool", "content": self.answer}]
+        return [*said, {"role": "assistant", "content": self.expected}]
 
     def say(self, answer: str, style: Style) -> str:
         """An answer in a style."""
@@ -109,7 +119,7 @@ def reward(task: Task, reply: str) -> float:
     return float(verify(task, reply))
 
 
-def generate_tasks(n: int, seed: int) -> list[Task]:
+def generate_tasks(n: int, seed: int, kinds: Sequence[str] = KINDS) -> list[Task]:
     """Generate tasks in random order, about as many of each kind, no prompt twice.
 
     A closed list that is used up leaves its share to the kinds after it.
@@ -117,6 +127,7 @@ def generate_tasks(n: int, seed: int) -> list[Task]:
     Args:
         n: how many.
         seed: the same n and seed give the same tasks.
+        kinds: of which.
 
     Raises:
         DataError: n is negative, or more than there are different prompts.
@@ -124,8 +135,8 @@ def generate_tasks(n: int, seed: int) -> list[Task]:
     if n < 0:
         raise DataError(f"generate_tasks: n = {n}.", "Ask for 0 or more.")
     tasks: dict[str, Task] = {}
-    for place, kind in enumerate(KINDS):
-        share = -(-(n - len(tasks)) // (len(KINDS) - place))
+    for place, kind in enumerate(kinds):
+        share = -(-(n - len(tasks)) // (len(kinds) - place))
         rng = random.Random(f"{seed}/{kind}")
         source = _closed(kind, share, rng) if kind in CLOSED_KINDS else _open(kind, rng)
         _take(source, share, tasks)
@@ -134,6 +145,27 @@ def generate_tasks(n: int, seed: int) -> list[Task]:
     ordered = list(tasks.values())
     random.Random(f"{seed}/order").shuffle(ordered)
     return ordered
+
+
+def read_set(name: str, n: int, seed: int) -> list[Task]:
+    """The tasks of a set, `groundup:tasks`, or so many of them, `groundup:sums:500`.
+
+    Args:
+        name: as a recipe says it.
+        n: how many, where the name does not say.
+        seed: of the generator.
+
+    Raises:
+        DataError: no such set, or no such number.
+    """
+    prefix, _, rest = name.partition(":")
+    kind, _, count = rest.partition(":")
+    kinds = SETS.get(f"{prefix}:{kind}")
+    if kinds is None or (count and not count.isdecimal()):
+        near = difflib.get_close_matches(name, SETS, n=1)
+        fix = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(SETS)}; behind it how many: :500."
+        raise DataError(f"{name!r} is no set of tasks.", fix)
+    return generate_tasks(int(count) if count else n, seed, kinds)
 
 
 def _take(source: Iterator[Task], share: int, tasks: dict[str, Task]) -> None:
@@ -287,25 +319,38 @@ def _larger(rng: random.Random) -> _Draw:
     return f"{first} or {second}", str(max(first, second)), "It is {}.", (str(min(first, second)),)
 
 
-def _digits(rng: random.Random) -> str:
-    """Three digits, not all the same (nor such that reversing or sorting has no wrong answer)."""
-    digits = rng.choices("0123456789", k=3)
-    return "".join(digits) if len(set(digits)) > 1 else _digits(rng)
-
-
-def _rearranged(digits: str, answer: str) -> _Draw:
-    orders = sorted({"".join(order) for order in itertools.permutations(digits)} - {answer})
+def _rearranged(rng: random.Random, arrange: Callable[[str], str], n: int = 3) -> _Draw:
+    """So many digits, not all the same, and how they stand afterwards."""
+    digits = "".join(rng.choices("0123456789", k=n))
+    if len(set(digits)) == 1:
+        return _rearranged(rng, arrange, n)
+    answer = arrange(digits)
+    orders = sorted({"".join(order) for order in itertools.islice(itertools.permutations(digits), 24)} - {answer})
     return digits, answer, "It is {}.", tuple(orders)
 
 
-def _sort_digits(rng: random.Random) -> _Draw:
-    digits = _digits(rng)
-    return _rearranged(digits, "".join(sorted(digits)))
+def _sorted(digits: str) -> str:
+    return "".join(sorted(digits))
 
 
-def _reverse_digits(rng: random.Random) -> _Draw:
-    digits = _digits(rng)
-    return _rearranged(digits, digits[::-1])
+def _reversed(digits: str) -> str:
+    return digits[::-1]
+
+
+def _count_letters(rng: random.Random) -> _Draw:
+    """How often a letter stands in two words."""
+    words = " ".join(rng.sample(_words(), 2))
+    letter = rng.choice(sorted({*words} - {" "}))
+    count = words.count(letter)
+    return f"{letter} in {words}", str(count), "It is there {} times.", (str(count - 1), str(count + 1))
+
+
+def _sum(rng: random.Random) -> _Draw:
+    """Two numbers and an operation, too large to be learned by heart."""
+    first, second, sign = rng.randint(10, 999), rng.randint(2, 99), rng.choice("+-*")
+    about = f"{first} {sign} {second}"
+    value = int(calculate(about))
+    return about, str(value), "It is {}.", (str(value + 1), str(value - 10), str(value + 100))
 
 
 def _count_words(rng: random.Random) -> _Draw:
@@ -332,8 +377,12 @@ def _repeat(rng: random.Random) -> _Draw:
 
 _DRAWS: dict[str, Callable[[random.Random], _Draw]] = {
     "larger": _larger,
-    "sort_digits": _sort_digits,
-    "reverse_digits": _reverse_digits,
+    "sort_digits": functools.partial(_rearranged, arrange=_sorted),
+    "reverse_digits": functools.partial(_rearranged, arrange=_reversed),
+    "sort_five": functools.partial(_rearranged, arrange=_sorted, n=5),
+    "reverse_five": functools.partial(_rearranged, arrange=_reversed, n=5),
+    "count_letters": _count_letters,
+    "sum": _sum,
     "count_words": _count_words,
     "first_word": _first_word,
     "last_word": _last_word,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ class Generation:
         prompt_logprobs: of the prompt's tokens from the second on, where they were asked for.
         offsets: of each token in the text, in characters, where a tokenizer is at hand.
         score: of `beam_search`, and of `best_of` the mean log-probability.
+        end_id: the stop token that ended it, or None; `end_logprob`: its log-probability, where they were asked for.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -38,6 +40,8 @@ class Generation:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     score: float = 0.0
+    end_id: int | None = None
+    end_logprob: float = math.nan
 
     @property
     def n_tokens(self) -> int:
@@ -153,6 +157,7 @@ class Text:
         """The next token."""
         result = self.result
         if token in self.ends:
+            result.end_id, result.end_logprob = token, math.nan if logprob is None else logprob.logprob
             self.finish("stop")
             return
         result.ids.append(token)

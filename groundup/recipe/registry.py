@@ -56,6 +56,18 @@ METHODS = {
         "groundup.alignment.dpo:DPO",
         "A model and preferences to a model that answers as preferred: DPO, IPO, KTO, SimPO, ORPO.",
     ),
+    "ppo": Registered(
+        "groundup.alignment.ppo:PPO_METHOD",
+        "A model and a reward to one that earns more of it: PPO, with a value model.",
+    ),
+    "grpo": Registered(
+        "groundup.alignment.grpo:GRPO_METHOD",
+        "A model and a verifier to one that is right more often: groups of answers, compared with each other.",
+    ),
+    "rejection": Registered(
+        "groundup.alignment.rejection:REJECTION",
+        "A model and a reward to one that has learned from its own best answers: rejection-sampling fine-tuning.",
+    ),
     "distill": Registered(
         "groundup.alignment.distill:DISTILL",
         "A model to a smaller one that guesses its tokens: a draft for generation.",

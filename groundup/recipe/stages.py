@@ -267,7 +267,9 @@ class EvaluateSettings(Section):
     """Models to scores with error bars."""
 
     tasks: Texts = setting(
-        ("bits_per_byte",), "bits_per_byte (of the validation text), groundup:tasks (short questions)"
+        ("bits_per_byte",),
+        "bits_per_byte (of the validation text), groundup:tasks (short questions), groundup:hard-tasks, groundup:sums, "
+        "groundup:style (of drawn answers), groundup:first-messages",
     )
     limit: int | None = setting(None, "most prompts of a task (unset: all held-out ones)", ge=2)
     max_tokens: int = setting(32, "tokens that an answer may have", ge=1)

@@ -61,7 +61,7 @@ class OnPolicySource(Protocol):
         """Whether a new buffer is made before the batch of this place; the first always is."""
         ...
 
-    def collect(self, modules: Mapping[str, nn.Module], place: int, rows: slice) -> tuple[Batch, float]:
+    def collect(self, modules: Mapping[str, nn.Module], place: int, rows: slice, last: Batch) -> tuple[Batch, float]:
         """Make these rows of a new buffer, and say how many FLOPs it took.
 
         Samples are seeded by (seed, place, row), so that the buffer is the same whatever process makes which row.
@@ -72,6 +72,8 @@ class OnPolicySource(Protocol):
             modules: all of the job, the frozen ones too.
             place: of the batch that comes next.
             rows: this process's share.
+            last: the buffer before, all of its rows; empty for the first. What a method adapts from buffer to buffer
+                stands there, and so in the checkpoint.
         """
         ...
 

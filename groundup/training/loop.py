@@ -217,7 +217,8 @@ class _Loop:
         for module in self.modules.values():
             module.eval()
         with torch.no_grad():
-            rows, flops = source.collect(self.modules, place, self.world.rows(source.buffer_rows))
+            share = self.world.rows(source.buffer_rows)
+            rows, flops = source.collect(self.modules, place, share, self.state.buffer)
         self.state.buffer = {name: self.world.gather(rows[name]).contiguous() for name in sorted(rows)}
         flops = float(self.world.sum(torch.tensor([flops], dtype=torch.float64))[0])
         progress = replace(progress, buffer_place=place, flops=progress.flops + flops)

@@ -1,0 +1,238 @@
+"""What an answer is worth: prompts to answer, and the rewards of `reward = …` in a recipe.
+
+    "groundup:verify"        1 if the answer is right, else 0: equal to the known one, or ending in the same number
+                             where that is marked with "####" (GSM8K)
+    "my_reward.py:score"     score(messages, answer, known) of the user's own; a number
+    "rm"                     a stage that makes a reward model
+
+A function that raises, hangs or returns no number has no reward for that answer (NaN), and is counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import re
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from groundup.alignment.conversations import GENERATED, load_conversations
+from groundup.alignment.heads import at_ends
+from groundup.alignment.reward import Scorer
+from groundup.console import Console
+from groundup.errors import DataError
+from groundup.evaluation.tasks import read_set
+from groundup.tokenizer import Message, Tokenizer, render
+from groundup.user_code import answer_calls, in_words, load_function
+
+VERIFY = "groundup:verify"
+_MARK = "####"
+_NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be answered.
+
+    Attributes:
+        messages: the conversation so far.
+        ids: the same, with what opens the answer.
+        known: right answers, the one to learn from first; none where nobody knows.
+    """
+
+    messages: list[Message]
+    ids: list[int]
+    known: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts on both sides of the split, and how many have no room in the model's context."""
+
+    train: list[Prompt]
+    held_out: list[Prompt]
+    too_long: int
+
+
+def load_prompts(
+    data: Sequence[str], n_tasks: int, seed: int, tokenizer: Tokenizer, room: int, section: str,
+    console: Console | None = None,
+) -> Prompts:  # fmt: skip
+    """Prompts of conversations, whose last answers are the known ones.
+
+    Args:
+        data: files as for fine-tuning, or sets of tasks.
+        n_tasks: that a set without a number generates.
+        seed: of the generator.
+        tokenizer: of the model.
+        room: most tokens of a prompt.
+        section: of the recipe, in messages.
+        console: is told what was set aside.
+
+    Raises:
+        DataError: no prompt is left.
+    """
+    sides: tuple[list[tuple[list[Message], tuple[str, ...]]], ...] = ([], [])
+    for name in data:
+        for task in read_set(name, n_tasks, seed) if name.startswith(GENERATED) else ():
+            known = task.say(task.answer, "plain"), task.say(task.answer, "polite")
+            sides[task.split == "held_out"].append((task.messages[:1], known))
+    if files := [name for name in data if not name.startswith(GENERATED)]:
+        found = load_conversations(files, 0, seed, section, console)
+        for side, conversations in zip(sides, (found.train, found.held_out), strict=True):
+            for messages in conversations:
+                last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
+                if last:
+                    side.append((messages[:last], (messages[last]["content"],)))
+    kept: list[list[Prompt]] = []
+    for side in sides:
+        prompts = [
+            Prompt(list(messages), render(tokenizer, messages, add_generation_prompt=True).ids, known)
+            for messages, known in side
+        ]
+        kept.append([prompt for prompt in prompts if len(prompt.ids) <= room])
+    too_long = sum(map(len, sides)) - sum(map(len, kept))
+    if console is not None and too_long:
+        console.warn(f"[{section}] data: {too_long:,} prompts have more than {room} tokens and were left out.")
+    if not kept[0] or not kept[1]:
+        raise DataError(
+            f"[{section}] data = {list(data)}: {len(kept[0])} prompts to answer, {len(kept[1])} held out"
+            + (f", {too_long:,} longer than {room} tokens." if too_long else "."),
+            "Raise the model's context_length, lower max_tokens, or give conversations with a question.",
+        )
+    return Prompts(kept[0], kept[1], too_long)
+
+
+def is_right(prompt: Prompt, answer: str) -> bool:
+    """Whether an answer is one of the known ones; of a known one with a marked result, whether it ends in that."""
+    said = answer.strip()
+    for known in prompt.known:
+        marked, wanted = _MARK in known, _NUMBER.findall(known.rpartition(_MARK)[2])
+        if marked and wanted:
+            numbers = _NUMBER.findall(said.rpartition(_MARK)[2])
+            if numbers and _value(numbers[-1]) == _value(wanted[-1]):
+                return True
+        elif said == known.strip():
+            return True
+    return False
+
+
+def _value(number: str) -> float:
+    return float(number.replace(",", "").rstrip("."))
+
+
+class FunctionReward:
+    """The user's function, guarded.
+
+    Args:
+        spec: `file.py:function`; `groundup:verify` is `is_right`.
+        where: in the recipe, for messages.
+        seconds: that it may take for an answer; then it has failed.
+        in_process: call it in a process of its own, which is ended if it hangs or dies.
+
+    Raises:
+        DataError: there is no such function, or its file is not trusted.
+    """
+
+    def __init__(self, spec: str, where: str, *, seconds: float = 10.0, in_process: bool = False) -> None:
+        self._spec, self._where, self._seconds = spec, where, seconds
+        self._function = None if spec == VERIFY else load_function(spec, where, _EXAMPLE)
+        self._in_process = in_process and spec != VERIFY
+        self._worker: Any = None
+        self.failures: list[str] = []
+
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+        """The rewards; NaN where the function failed. `failures` says how."""
+        self.failures = []
+        return [self._one(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    def close(self) -> None:
+        """End the process."""
+        if self._worker is not None:
+            process, pipe = self._worker
+            process.kill()
+            process.join()
+            pipe.close()
+            self._worker = None
+
+    def _one(self, prompt: Prompt, answer: str) -> float:
+        if self._function is None:
+            return float(is_right(prompt, answer))
+        arguments = prompt.messages, answer, prompt.known[0] if prompt.known else ""
+        try:
+            if self._in_process:
+                value = self._ask(arguments)
+            else:
+                with _alarm(self._seconds):
+                    value = self._function(*arguments)
+            reward = float(value) if not isinstance(value, str | bytes) else math.nan
+        except (Exception, SystemExit) as error:
+            self.failures.append(in_words(error))
+            return math.nan
+        if not math.isfinite(reward):
+            self.failures.append(f"it returns {value!r:.80}, not a finite number")
+            return math.nan
+        return reward
+
+    def _ask(self, arguments: tuple[Any, ...]) -> Any:
+        if self._worker is None:
+            context = multiprocessing.get_context("spawn")
+            pipe, theirs = context.Pipe()
+            process = context.Process(target=answer_calls, args=(self._spec, self._where, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._worker = process, pipe
+            pipe.recv()  # its imports do not count
+        _, pipe = self._worker
+        try:
+            pipe.send(arguments)
+            if not pipe.poll(self._seconds):
+                raise TimeoutError(f"no answer in {self._seconds:g} s")
+            failed, value = pipe.recv()
+        except (TimeoutError, EOFError, OSError) as error:
+            self.close()
+            raise RuntimeError(str(error) or "its process ended") from error
+        if failed:
+            raise RuntimeError(value)
+        return value
+
+
+class RewardModel(nn.Module):
+    """A finished reward model, as a module that a job can hold: (ids, lengths) to normalized scores."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        super().__init__()
+        self.model, self.head, self._mean, self._std = scorer.model, scorer.head, scorer.mean, scorer.std
+
+    def forward(self, ids: Int[Tensor, "rows seq"], lengths: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+        """Scores of texts, each read at its last token."""
+        return (self.head(self.model(ids, head=at_ends(lengths - 1)))[:, 0] - self._mean) / self._std
+
+
+_EXAMPLE = "def {name}(messages, answer, known): return 1.0 if answer == known else 0.0"
+
+
+@contextlib.contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in this block after so long; only the main thread can be interrupted."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise TimeoutError(f"no answer in {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

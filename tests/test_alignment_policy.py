@@ -1,0 +1,236 @@
+"""PPO and GRPO end to end on a tiny policy: they earn more, go on to the bit, and refuse to learn from strangers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rl_job import COMMON, grpo, policy, ppo, prompts, run, tokenizer
+
+from groundup.alignment import on_policy
+from groundup.alignment.grpo import GRPOSettings
+from groundup.alignment.on_policy import without_dropout
+from groundup.alignment.ppo import PPOSettings
+from groundup.alignment.rejection import RejectionSettings, rejection_sampling
+from groundup.alignment.rewards import FunctionReward, Prompt, is_right
+from groundup.errors import DataError, GroundupError
+from groundup.generation import Engine, SamplingParams
+from groundup.generation.rollouts import roll_out
+from groundup.interop import load_model
+from groundup.training.metrics import read_log
+
+WORKER = Path(__file__).with_name("rl_job.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{WORKER.parent}:{WORKER.parents[1]}"}
+
+
+@pytest.fixture(scope="module", params=["ppo", "grpo"])
+def whole(request, tmp_path_factory) -> tuple[str, Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, folder, run(folder, request.param).summary
+
+
+def test_a_policy_earns_more_than_it_did(whole):
+    method, folder, summary = whole
+    lines = read_log(folder / "metrics.jsonl")
+    steps = (PPOSettings if method == "ppo" else GRPOSettings)(**COMMON).steps_per_buffer
+    earned = [sum(line["reward"] for line in lines[n : n + steps]) / steps for n in range(0, len(lines), steps)]
+    assert earned[-1] > earned[0] + 0.1
+    assert summary["held_out_reward"] > lines[0]["held_out_reward"] + 0.1
+    assert summary["held_out_n"] == 12 or summary["held_out_n"] == 16
+    assert all(line["logprob_gap"] < 1e-5 for line in lines)
+    assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-5)  # nothing has moved yet
+    assert 0 < lines[-1]["kl"] < 20
+    kept = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {line["step"] for line in kept} == set(range(0, len(lines), steps))
+    assert all(isinstance(line["reward"], float) and line["prompt"] for line in kept)
+
+
+def test_killed_while_it_writes_and_resumed_gives_the_same_bits(whole, tmp_path):
+    method, folder, _ = whole
+    command = [sys.executable, str(WORKER), str(tmp_path), method, "5"]
+    assert subprocess.run(command, env=ENVIRONMENT, timeout=200).returncode == -signal.SIGKILL
+    run(tmp_path, method)
+    for name in ("metrics.jsonl", "rollouts.jsonl", "model/model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_two_processes_learn_what_one_does(method, tmp_path):
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(WORKER), str(tmp_path / "two"), method, "0"]
+    subprocess.run([sys.executable, *command], env=ENVIRONMENT, timeout=280, check=True)
+    run(tmp_path / "one", method)
+    one, two = (read_log(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for name in ("reward", "kl", "answer_tokens"):
+        assert one[0][name] == pytest.approx(two[0][name], abs=1e-6), name
+    for mine, theirs in zip(one[:4], two[:4], strict=True):
+        assert mine["policy"] == pytest.approx(theirs["policy"], abs=1e-5)
+
+
+def test_answers_are_a_function_of_prompt_and_seed_and_end_where_the_model_ended(tmp_path):
+    model, ids = policy(), [prompt.ids for prompt in prompts().train[:6]]
+    params = SamplingParams(max_tokens=6)
+    engine = Engine(model, tokenizer(), dtype=torch.float32)
+    rolled = roll_out(engine, ids, params, range(6))
+    alone = roll_out(engine, ids[3:4], params, [3])
+    width = alone.ids.shape[1]
+    assert rolled.ids[3, :width].tolist() == alone.ids[0].tolist()
+    for row, prompt in enumerate(ids):
+        answer = rolled.ids[row][rolled.is_answer[row]].tolist()
+        assert rolled.ids[row, : len(prompt)].tolist() == prompt
+        assert (answer[-1] == tokenizer().end_id) == bool(rolled.is_ended[row])
+        logits = model(rolled.ids[row : row + 1, : len(prompt) + len(answer)]).log_softmax(-1)[0]
+        expected = [logits[len(prompt) - 1 + n, token] for n, token in enumerate(answer)]
+        torch.testing.assert_close(rolled.logprobs[row][rolled.is_answer[row]], torch.stack(expected).detach())
+    with pytest.raises(DataError, match="Lower max_tokens"):
+        roll_out(engine, ids, SamplingParams(max_tokens=96), range(6))
+
+
+def test_an_engine_that_writes_with_another_policy_is_found(tmp_path, monkeypatch):
+    def other(model, world):
+        return policy(n_layers=1)
+
+    monkeypatch.setattr(on_policy, "whole_model", other)
+    with pytest.raises(GroundupError, match="from another policy than the one that wrote"):
+        run(tmp_path)
+
+
+def test_a_ratio_that_is_not_one_before_the_first_update_stops_the_run(tmp_path, monkeypatch):
+    def drawn(model, batch, temperature, plain=on_policy.statistics):
+        found = plain(model, batch, temperature)
+        return found._replace(logprobs=found.logprobs + (0.01 if temperature == 0.7 else 0.0))
+
+    monkeypatch.setattr(on_policy, "statistics", drawn)
+    with pytest.raises(GroundupError, match="ratio to the policy that wrote is not 1"):
+        run(tmp_path, temperature=0.7)
+
+
+def test_temperature_is_applied_to_old_and_new_probabilities_alike(tmp_path):
+    run(tmp_path, temperature=0.7, buffers=1, epochs=1)  # or the guard above would speak
+    assert read_log(tmp_path / "metrics.jsonl")[0]["clipped"] == 0.0
+
+
+def test_a_model_with_dropout_learns_without_it():
+    model = policy(dropout=0.2)
+    plain = without_dropout(model)
+    assert plain.config.dropout == 0.0
+    assert plain.train()(torch.tensor([[1, 2, 3]])).equal(model.eval()(torch.tensor([[1, 2, 3]])))
+
+
+def test_beta_follows_the_divergence_and_goes_on_with_the_checkpoint(tmp_path):
+    run(tmp_path, buffers=4, kl_target=0.001)
+    found = [line["kl_coef"] for line in read_log(tmp_path / "metrics.jsonl")]
+    steps = PPOSettings(**COMMON).steps_per_buffer
+    # kl is over its target in every buffer but the first: each time as much as one step may be
+    assert found[steps] < found[0]
+    assert found[2 * steps] / found[steps] == pytest.approx(1 + 0.2 * 32 / 10_000, rel=1e-5)
+
+
+def test_values_from_a_shared_trunk_are_learned_too(tmp_path):
+    summary = run(tmp_path, shared_trunk=True, buffers=2).summary
+    assert summary["parameters"] < 1.1 * sum(p.numel() for p in policy().parameters())
+
+
+@pytest.mark.parametrize("in_process", [False, True])
+def test_a_reward_that_fails_is_counted_and_has_no_say(tmp_path, in_process):
+    (tmp_path / "bad.py").write_text(
+        "import time, os\n"
+        "def score(messages, answer, known):\n"
+        "    if answer == 'raise': raise KeyError('x')\n"
+        "    if answer == 'hang': time.sleep(60)\n"
+        "    if answer == 'die' and messages[0]['content'] == 'process': os._exit(3)\n"
+        "    return {'nan': float('nan'), 'text': '1.0', 'none': None, 'true': True}.get(answer, 0.5)\n"
+    )
+    reward = FunctionReward(f"{tmp_path}/bad.py:score", "[x] reward", seconds=0.5, in_process=in_process)
+    prompt = Prompt([{"role": "user", "content": "process" if in_process else "here"}], [1], ("4",))
+    answers = ["raise", "fine", "hang", "nan", "text", "none", "true", "die", "fine"]
+    found = reward([prompt] * len(answers), answers)
+    reward.close()
+    expected = [math.nan, 0.5, math.nan, math.nan, math.nan, math.nan, 1.0, math.nan if in_process else 0.5, 0.5]
+    assert [repr(value) for value in found] == [repr(value) for value in expected]
+    assert len(reward.failures) == sum(map(math.isnan, expected))
+
+
+def test_nothing_is_learned_from_an_answer_without_a_reward(tmp_path):
+    (tmp_path / "half.py").write_text("def score(m, answer, k):\n    return float(len(answer) % 2) or float('nan')\n")
+    for method in ("ppo", "grpo"):
+        folder = tmp_path / method
+        settings = {"reward": "x", "buffers": 1, "epochs": 1, "batch_size": 32, "held_out": 0}
+        call, kind = (ppo, PPOSettings) if method == "ppo" else (grpo, GRPOSettings)
+        reward = FunctionReward(f"{tmp_path}/half.py:score", "[x] reward")
+        call(policy(), tokenizer(), prompts(), reward, kind(**COMMON | settings), out=folder)
+        (tmp_path / "bad.py").write_text("def score(m, answer, k):\n    return {}[answer]\n")
+        bad = FunctionReward(f"{tmp_path}/bad.py:score", "[x] reward")
+        with pytest.raises(DataError, match="it fails for all answers; the first: KeyError"):
+            call(policy(), tokenizer(), prompts(), bad, kind(**COMMON | settings), out=tmp_path / f"{method}-bad")
+        (line,) = read_log(folder / "metrics.jsonl")
+        assert 0 < line["reward_failed"] < 1
+        assert line["reward"] == 1.0  # of those that have one
+        assert math.isfinite(line["policy"])
+
+
+def test_best_answers_are_kept_and_learned(tmp_path):
+    (tmp_path / "short.py").write_text("def score(m, answer, k):\n    return -float(len(answer))\n")
+    reward = FunctionReward(f"{tmp_path}/short.py:score", "[x] reward")
+    shape = {"prompts": 12, "samples": 6, "keep": 2, "least": -8.0, "max_tokens": 6, "epochs": 1, "batch_size": 4}
+    settings = RejectionSettings(**shape, precision="float32", compile=False)
+    model = policy()
+    with torch.no_grad():
+        model.embed_tokens.weight[tokenizer().end_id] *= 8  # so that some answers end
+    done = rejection_sampling(model, tokenizer(), prompts(), reward, settings, out=tmp_path / "out")
+    (path,) = (tmp_path / "out").glob("answers-*.jsonl")
+    train, _ = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    assert train["written"] == 72 == done.summary["answers"]
+    assert 0 < len(train["messages"]) <= train["good"] <= 72
+    asked = [prompt.messages[0]["content"] for prompt in prompts().train[:12]]
+    for messages in train["messages"]:
+        assert messages[0]["content"] in asked
+        assert len(messages[1]["content"]) <= 8
+    settings = settings.model_copy(update={"least": 1.0})
+    with pytest.raises(DataError, match="Lower least = 1"):
+        rejection_sampling(policy(), tokenizer(), prompts(), reward, settings, out=tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("known", "answer", "right"),
+    [
+        ("82", " 82 ", True),
+        ("82", "82.", False),
+        ("He has 9.\n#### 1,009", "so it is #### 1009", True),
+        ("#### 9", "The answer is 9.", True),
+        ("#### 9", "The answer is 19", False),
+        ("#### -3", "#### -3.0", True),
+    ],
+)
+def test_what_is_right(known, answer, right):
+    assert is_right(Prompt([], [], (known,)), answer) is right
+
+
+def test_settings_that_do_not_fit_are_named():
+    for settings, said in (
+        ({"rollouts": 50}, "does not divide rollouts 50"),
+        ({"batch_warmup_from": 8}, "batch_warmup_from"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            PPOSettings(**settings)
+    with pytest.raises(ValueError, match="group 7 does not divide"):
+        GRPOSettings(group=7)
+
+
+def test_adapters_are_enough(tmp_path):
+    run(tmp_path, "grpo", buffers=3, lora={"rank": 4})
+    assert (tmp_path / "adapter").is_dir()
+    trained, _ = load_model(tmp_path / "model")
+    after = dict(trained.named_parameters())
+    moved = [name for name, value in policy().named_parameters() if not value.equal(after[name])]
+    assert moved
+    assert not any("norm" in name or "embed" in name for name in moved)
