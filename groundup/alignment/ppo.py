@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from groundup.alignment.lora import freeze
 from groundup.alignment.losses import (
     adaptive_kl_coef,
     explained_variance,
@@ -144,6 +145,8 @@ class ValueModel(nn.Module):
     def __init__(self, model: Transformer) -> None:
         super().__init__()
         self.model, self.head = model, nn.Linear(model.config.d_model, 1)
+        if model.lm_head is not None:
+            freeze(model.lm_head)  # it has no gradient
         nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)
 
     def forward(self, ids: Int[Tensor, "rows seq"]) -> Float[Tensor, "rows seq"]:
