@@ -28,6 +28,7 @@ class Generation:
         logprobs: of every new token, where they were asked for.
         prompt_logprobs: of the prompt's tokens from the second on, where they were asked for.
         offsets: of each token in the text, in characters, where a tokenizer is at hand.
+        accepted: of each new token: a draft guessed it, and the model agreed.
         score: of `beam_search`, and of `best_of` the mean log-probability.
     """
 
@@ -37,6 +38,7 @@ class Generation:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
+    accepted: list[bool] = field(default_factory=list)
     score: float = 0.0
 
     @property
@@ -55,6 +57,7 @@ class Chunk:
         ids: new tokens.
         logprobs: of them, where they were asked for.
         finish_reason: of the text's last chunk.
+        accepted: of each of them: a draft guessed it, and the model agreed.
     """
 
     index: int
@@ -62,6 +65,7 @@ class Chunk:
     ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
+    accepted: tuple[bool, ...] = ()
 
 
 @dataclass(eq=False)
@@ -149,13 +153,14 @@ class Text:
         """All but the newest token are stored, and that one was drawn, or is the last of the prompt."""
         return len(self.ids) - self.offset - self.n_stored == 1 and len(self.ids) > self.n_prompt
 
-    def take(self, token: int, logprob: TokenLogprob | None) -> None:
-        """The next token."""
+    def take(self, token: int, logprob: TokenLogprob | None, is_accepted: bool = False) -> None:
+        """The next token; `is_accepted`: a draft had guessed it."""
         result = self.result
         if token in self.ends:
             self.finish("stop")
             return
         result.ids.append(token)
+        result.accepted.append(is_accepted)
         self.ids.append(token)
         if logprob is not None:
             result.logprobs.append(logprob)
@@ -185,4 +190,6 @@ class Text:
         self._told = len(result.ids)
         piece, self._piece = self._piece, ""
         reason = result.finish_reason if self.is_finished else None
-        return Chunk(self.index, piece, tuple(result.ids[told:]), tuple(result.logprobs[told:]), reason)
+        new = slice(told, None)
+        ids, logprobs, accepted = tuple(result.ids[new]), tuple(result.logprobs[new]), tuple(result.accepted[new])
+        return Chunk(self.index, piece, ids, logprobs, reason, accepted)
