@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import json
 import threading
 from pathlib import Path
 
 import interop_models
 import numpy as np
+import orjson
 import pytest
 import torch
 from generation_models import random_model, small_tokenizer
@@ -130,7 +130,7 @@ def test_a_conversation_is_read_in_the_models_layout() -> None:
 
 def test_the_wire_says_the_same_in_less() -> None:
     seen = gu.inspect(random_model(), small_tokenizer(), "naïve 東")
-    wire = json.loads(json.dumps(seen.to_json(position=2)))
+    wire = orjson.loads(orjson.dumps(seen.to_json(position=2)))
     n = len(seen.ids)
     for layer, packed in enumerate(wire["attention"]):
         weights = np.frombuffer(base64.b64decode(packed), np.uint8).reshape(wire["heads"], n, n) / 255

@@ -128,7 +128,7 @@ class Inspection:
             "next": {
                 "position": position % len(self.ids),
                 "logits": _base64(logits.nan_to_num(neginf=-1e30)),
-                "names": {index: text for index, text, _ in named(best)},
+                "names": {str(index): text for index, text, _ in named(best)},
             },
         }  # fmt: skip
 

@@ -98,9 +98,7 @@ async def _inspect(state: State, request: Request) -> Response:
         text = served.template.ids([one.model_dump(exclude_none=True) for one in body.messages])
     else:
         text = body.tokens if body.tokens is not None else body.prompt or ""
-    seen = await run_in_threadpool(
-        functools.partial(inspect, served.model, served.tokenizer, text, top=body.top or 10)
-    )
+    seen = await run_in_threadpool(functools.partial(inspect, served.model, served.tokenizer, text, top=body.top or 10))
     position = len(seen.ids) - 1 if body.position is None else body.position
     if position >= len(seen.ids):
         raise APIError(400, f"position: the text has {len(seen.ids)} tokens.", "invalid_value", "position")

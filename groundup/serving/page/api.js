@@ -102,20 +102,6 @@ export async function* chat(body, signal) {
   }
 }
 
-/** What follows token ids, as `chat`. */
-export async function* continued(body, signal) {
-  for await (const event of events("v1/completions", { ...body, logprobs: 10 }, signal)) {
-    const choice = event.choices?.[0];
-    const found = choice?.logprobs;
-    yield {
-      text: choice?.text ?? "",
-      tokens: (found?.content ?? []).map(token),
-      finish: choice?.finish_reason,
-      usage: event.usage,
-    };
-  }
-}
-
 /** The text of tokens; what is no whole character yet is left out at the end. */
 export function textOf(tokens) {
   const bytes = new Uint8Array(tokens.flatMap((one) => one.bytes));

@@ -27,8 +27,8 @@ function App() {
       </nav>
       <span class="grow"></span>
       <label class="model"><span class="hidden">Model</span>
-        <select value=${state.model ?? ""} onChange=${(event) => remember("model", event.target.value)}>
-          ${state.models.map((name) => html`<option key=${name}>${name}</option>`)}
+        <select onChange=${(event) => remember("model", event.target.value)}>
+          ${state.models.map((name) => html`<option key=${name} selected=${name === state.model}>${name}</option>`)}
         </select>
       </label>
     </header>

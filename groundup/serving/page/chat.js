@@ -29,7 +29,7 @@ async function write(node, stream) {
       show();
     }
     if (!node.finish) throw new api.ServerError("The connection broke while the answer was written.");
-    node.speed = node.n_tokens > 1 ? (1000 * (node.n_tokens - 1)) / (performance.now() - begun) : undefined;
+    node.speed = node.n_tokens > 8 ? (1000 * (node.n_tokens - 1)) / (performance.now() - begun) : undefined;
     announce(`Answer: ${node.content.slice(0, 1000)}`);
   } catch (error) {
     if (error.name === "AbortError") {
@@ -74,9 +74,8 @@ async function branch(node, place, other) {
   const twin = add("assistant", api.textOf(kept), node.parent, { model: node.model, tokens: kept, branched: place });
   write(twin, async function* (signal) {
     if (!other.bytes.length) return yield { text: "", tokens: [], finish: "stop" }; // the end of the answer was chosen
-    const { tokens } = await api.post("tokenize", { model: node.model, messages: before });
-    const prompt = [...tokens, ...kept.map((one) => one.id)];
-    yield* api.continued({ model: node.model, prompt, ...sampling() }, signal);
+    const answer_ids = kept.map((one) => one.id);
+    yield* api.chat({ model: node.model, messages: before, answer_ids, ...sampling() }, signal);
   });
 }
 
@@ -137,8 +136,8 @@ function Tokens({ node, isBusy }) {
   const token = active === null ? null : node.tokens[active];
   return html`<div class="tokens" onMouseLeave=${() => setActive(null)}>
     <div class="token-list" ref=${list} role="group" aria-label="The answer's tokens; arrow keys move" onKeyDown=${move}>
-      ${node.tokens.map((one, place) => html`<button
-        type="button"
+      ${node.tokens.map((one, place) => html`<span
+        role="button"
         key=${place}
         class=${`token${one.accepted ? " accepted" : ""}${place === active ? " active" : ""}${place === node.branched ? " branched" : ""}`}
         style=${shade(one.logprob)}
@@ -146,7 +145,7 @@ function Tokens({ node, isBusy }) {
         aria-label=${`${readable(one)}, ${percent(Math.exp(one.logprob))}${one.accepted ? ", a draft's guess" : ""}`}
         onMouseEnter=${() => setActive(place)}
         onFocus=${() => (setActive(place), setFocused(place))}
-      >${visible(one)}</button>`)}
+      >${visible(one)}</span>`)}
     </div>
     ${token && html`<div class="card" ref=${card}>
       <p class="card-title">
@@ -345,9 +344,8 @@ function Composer() {
         <${IconButton} icon="settings" label="Settings" onClick=${() => set({ dialog: "settings" })} />
         <${IconButton} icon="columns" label="Two answers side by side" pressed=${state.second !== null}
           onClick=${() => set({ second: state.second === null ? (state.models.find((name) => name !== state.model) ?? state.model) : null })} />
-        ${state.second !== null && html`<select class="plain" aria-label="The second model" value=${state.second}
-          onChange=${(event) => set({ second: event.target.value })}>
-          ${state.models.map((name) => html`<option key=${name}>${name}</option>`)}
+        ${state.second !== null && html`<select class="plain" aria-label="The second model" onChange=${(event) => set({ second: event.target.value })}>
+          ${state.models.map((name) => html`<option key=${name} selected=${name === state.second}>${name}</option>`)}
         </select>`}
         <span class="grow"></span>
         ${busy.length

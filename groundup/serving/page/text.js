@@ -63,8 +63,8 @@ export function readable(token) {
 export const percent = (share) =>
   share >= 0.9995 ? "100%" : share >= 0.1 ? `${(100 * share).toFixed(0)}%` : share >= 0.0005 ? `${(100 * share).toFixed(1)}%` : "<0.1%";
 
-/** How strongly a token is shaded: 5 nats and more (under 1%) as strongly as the text stays easy to read. */
-export const shade = (logprob) => ({ "--p": Math.min(42, (-(logprob ?? 0) / 5) * 42).toFixed(1) });
+/** How strongly a token is shaded: 7 nats and more (under 0.1%) as strongly as the text stays easy to read. */
+export const shade = (logprob) => ({ "--p": Math.min(42, (-(logprob ?? 0) / 7) * 42).toFixed(1) });
 
 const PATHS = {
   up: "M7 11v9H4v-9zM7 11l4-7c2 0 2.6 1.5 2 3l-1 3h6c1.5 0 2.3 1.3 2 2.6l-1.3 5.4c-.3 1.2-1.2 2-2.5 2H7",

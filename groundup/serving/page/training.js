@@ -62,6 +62,15 @@ function Stage({ stage }) {
   </section>`;
 }
 
+/** Round numbers from one value to another, about five. */
+function ticks(low, high) {
+  const rough = (high - low) / 5 || 1;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = power * [1, 2, 5, 10].find((one) => one * power >= rough);
+  const first = Math.ceil(low / step);
+  return Array.from({ length: Math.floor(high / step) - first + 1 }, (_, index) => Number(((first + index) * step).toPrecision(6)));
+}
+
 function Curves({ loss, validation }) {
   const [width, height, left, bottom] = [720, 300, 44, 28];
   const all = [...loss, ...validation];
@@ -71,15 +80,13 @@ function Curves({ loss, validation }) {
   const x = (step) => left + ((width - left - 8) * step) / steps;
   const y = (value) => 8 + ((height - bottom - 8) * (high - value)) / (high - low || 1);
   const line = (points) => points.map(([step, value]) => `${x(step).toFixed(1)},${y(value).toFixed(1)}`).join(" ");
-  const ticks = [0, 0.25, 0.5, 0.75, 1];
   const end = (points) => points.at(-1)?.[1].toFixed(3);
   return html`<figure class="curves">
     <svg viewBox=${`0 0 ${width} ${height}`} role="img" aria-label=${`Loss over ${steps} steps: now ${end(loss)}${validation.length ? `, on held-out text ${end(validation)}` : ""}`}>
-      ${ticks.map((share) => html`<g key=${share}>
-        <line x1=${left} x2=${width - 8} y1=${y(low + share * (high - low))} y2=${y(low + share * (high - low))} class="grid" />
-        <text x=${left - 8} y=${y(low + share * (high - low)) + 4} text-anchor="end">${(low + share * (high - low)).toFixed(1)}</text>
-        <text x=${x(share * steps)} y=${height - 6} text-anchor=${share === 0 ? "start" : share === 1 ? "end" : "middle"}>${Math.round(share * steps).toLocaleString("en")}</text>
+      ${ticks(low, high).map((value) => html`<g key=${value}>
+        <line x1=${left} x2=${width - 8} y1=${y(value)} y2=${y(value)} class="grid" /><text x=${left - 8} y=${y(value) + 4} text-anchor="end">${value}</text>
       </g>`)}
+      ${ticks(0, steps).map((step) => html`<text key=${step} x=${x(step)} y=${height - 6} text-anchor="middle">${step.toLocaleString("en")}</text>`)}
       <polyline points=${line(loss)} class="train" /><polyline points=${line(validation)} class="validation" />
       ${validation.map(([step, value]) => html`<circle key=${step} cx=${x(step)} cy=${y(value)} r="3" class="validation-point" />`)}
     </svg>
