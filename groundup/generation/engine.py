@@ -249,6 +249,16 @@ class Engine:
         return self._pool.n_used
 
     @property
+    def capacity(self) -> int:
+        """Slots, or pages, in all."""
+        return self._cache.n_blocks
+
+    @property
+    def is_alive(self) -> bool:
+        """Its thread takes steps."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
     def why_slow(self) -> str | None:
         """Why PyTorch's forward pass computes every step, where that is slower than need be; None: it does not."""
         return self._model_step.reason

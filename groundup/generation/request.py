@@ -79,6 +79,7 @@ class Request:
         stop_ids: tokens that end a text and are not written (default: the engine's).
         client: whose request it is: the engine is fair between clients, and none can use another's prefixes.
         slides: go on past the context's end, reading the last half again, instead of finishing with "length".
+        shown: names of control tokens that stand in the text where they are written, such as those of tool calls.
         prompt_logprobs: number of alternatives to report for the prompt's own tokens; None: they are not scored.
         results: `params.n` texts, when all are finished.
         error: why they are not whole.
@@ -90,6 +91,7 @@ class Request:
     stop_ids: Collection[int] | None = None
     client: str = ""
     slides: bool = False
+    shown: Collection[str] = ()
     prompt_logprobs: int | None = None
     results: list[Generation] = field(default_factory=list, init=False)
     error: Exception | None = field(default=None, init=False)
@@ -128,7 +130,7 @@ class Text:
             self.matcher = params.constraint.compile(tokenizer, vocab_size)
             self.ends |= tokenizer.end_ids  # a text that is complete has to end
         self.history = History(request.ids, self.ends) if params.needs_history else None
-        self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, params.stop)
+        self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, params.stop, request.shown)
         self.wants_logprobs = params.logprobs is not None or (params.best_of or params.n) > params.n
         self.lease: Lease | None = None
         self.has_begun = False
