@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 from generation_models import random_model, small_tokenizer
-from groundup.serving.server import listen, make_server
 
 from groundup.generation import Engine
 from groundup.serving import ServedModel, State
 from groundup.serving.page import routes
+from groundup.serving.server import listen, make_server
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -74,9 +74,7 @@ class PageServer:
         """As a kill would have it: open connections are cut."""
         self._server.force_exit = self._server.should_exit = True
         for connection in list(self._server.server_state.connections):
-            connection.transport.get_loop().call_soon_threadsafe(connection.transport.abort) if hasattr(
-                connection.transport, "get_loop"
-            ) else connection.transport._loop.call_soon_threadsafe(connection.transport.abort)
+            connection.loop.call_soon_threadsafe(connection.transport.abort)
         self._thread.join(20)
 
     def __enter__(self) -> PageServer:

@@ -94,6 +94,7 @@ def _chat_request(served: ServedModel, body: ChatBody, client: str) -> tuple[Req
     tools = [] if choice == "none" else tools
     template, tokenizer = served.template, served.tokenizer
     ids = template.ids([message.model_dump(exclude_none=True) for message in body.messages], tools)
+    ids += body.answer_ids or ()
     begun, shown = "", tuple[str, ...]()
     constraint = None if body.response_format is None else body.response_format.constraint
     if tools and template.tools is not None:
@@ -413,7 +414,7 @@ class ChatReply(Reply):
         message = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
         return {
             "index": index, "message": message | ({"tool_calls": calls} if calls else {}),
-            "logprobs": {"content": self._logprobs(text.logprobs), "refusal": None} if self._has_logprobs else None,
+            "logprobs": self._logprobs(text.logprobs, text.accepted) if self._has_logprobs else None,
             "finish_reason": "tool_calls" if calls else text.finish_reason,
         }  # fmt: skip
 
@@ -431,7 +432,7 @@ class ChatReply(Reply):
                 piece += rest
                 calls = [{"index": at, **call.value} for at, call in enumerate(found[: self._most_calls])]
         if piece or chunk.logprobs:
-            logprobs = {"content": self._logprobs(chunk.logprobs), "refusal": None} if self._has_logprobs else None
+            logprobs = self._logprobs(chunk.logprobs, chunk.accepted) if self._has_logprobs else None
             events.append(_delta(index, {"content": piece}, logprobs=logprobs))
         if calls:
             events.append(_delta(index, {"tool_calls": calls}))
@@ -447,11 +448,14 @@ class ChatReply(Reply):
         form = self.served.template.tools
         return ToolReader(form, self._begun) if form is not None and self._takes_tools else None
 
-    def _logprobs(self, scored: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
-        return [
-            {**self._entry(one.token, one.logprob), "top_logprobs": [self._entry(*top) for top in one.top]}
-            for one in scored
-        ]
+    def _logprobs(self, scored: Sequence[TokenLogprob], accepted: Sequence[bool]) -> dict[str, Any]:
+        """OpenAI's entries, each with its token's id, and "accepted" where a draft had guessed it."""
+        content = [
+            {**self._entry(one.token, one.logprob), **({"accepted": True} if guessed else {}),
+             "top_logprobs": [self._entry(*top) for top in one.top]}
+            for one, guessed in zip(scored, accepted, strict=True)
+        ]  # fmt: skip
+        return {"content": content, "refusal": None}
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         value = self.served.tokenizer.token_bytes(token)

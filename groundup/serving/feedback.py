@@ -2,12 +2,12 @@
 
 In: votes, rankings and corrections, from the page and from the terminal. Out, in a run's folder:
 
-    preferences.jsonl      {"prompt": [messages], "chosen": "…", "rejected": "…"}      of two ranked answers, a correction
-                           {"prompt": [messages], "ranking": ["best", …, "worst"]}     of more than two
-                           {"prompt": [messages], "completion": "…", "label": true}    of one vote, up or down
-    conversations.jsonl    {"messages": [messages, the answer]}                        of an up-vote, and of a correction
+    preferences.jsonl     {"prompt": [messages], "chosen": "…", "rejected": "…"}     of two ranked answers, a correction
+                          {"prompt": [messages], "ranking": ["best", …, "worst"]}    of more than two
+                          {"prompt": [messages], "completion": "…", "label": true}   of one vote, up or down
+    conversations.jsonl   {"messages": [messages, the answer]}                       of an up-vote, a correction
 
-Every line also has "model" and "time". `[align.sft]` reads the conversations; the reward model and DPO the preferences.
+Every line also has "model" and "time". `[align.sft]` reads conversations; the reward model and DPO read preferences.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The page that a browser opens, and what only it asks for: looking inside, votes, a training that goes on.
 
-The files in `page/` are served as they are: no build step, no address elsewhere. It talks to the same endpoints as every
-other client, and to these three:
+The files in `page/` are served as they are: no build step, no address elsewhere. It talks to the same endpoints as
+every other client, and to these three:
 
     POST /inspect     {"model", "prompt" | "messages" | "tokens", "top", "position", "attention"} → `Inspection.to_json`
     POST /feedback    {"model", "messages", "vote" + "answer" | "ranking" | "answer" + "correction"} → what was written

@@ -283,6 +283,9 @@ class ChatBody(SamplingBody):
 
     messages: list[MessageBody] = Field(min_length=1, max_length=4096)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="As max_tokens.")
+    answer_ids: Tokens | None = Field(
+        None, description="Token ids that the answer begins with: only what follows is sent."
+    )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None

@@ -28,7 +28,7 @@ function App() {
       <span class="grow"></span>
       <label class="model"><span class="hidden">Model</span>
         <select onChange=${(event) => remember("model", event.target.value)}>
-          ${state.models.map((name) => html`<option key=${name} selected=${name === state.model}>${name}</option>`)}
+          ${state.models.map((name) => html`<option key=${name} value=${name} selected=${name === state.model}>${name}</option>`)}
         </select>
       </label>
     </header>

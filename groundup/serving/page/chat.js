@@ -157,11 +157,10 @@ function Tokens({ node, isBusy }) {
           type="button"
           disabled=${isBusy || other.id === token.id}
           class=${`choice${other.id === token.id ? " taken" : ""}`}
-          aria-label=${other.id === token.id ? `${readable(other)}, taken` : `Go on with ${readable(other)}, ${percent(Math.exp(other.logprob))}`}
           onClick=${() => branch(node, active, other)}
         >
           <span class="bar" style=${{ "--w": `${100 * Math.exp(other.logprob)}%` }}></span>
-          <code>${readable(other)}</code><span class="quiet">${percent(Math.exp(other.logprob))}</span>
+          <span class="hidden">${other.id === token.id ? "Taken:" : "Go on with"}</span><code>${readable(other)}</code><span class="quiet">${percent(Math.exp(other.logprob))}</span>
         </button></li>`)}
       </ul>
       <p class="hint">Choose one, and the answer goes on from there.</p>
@@ -345,7 +344,7 @@ function Composer() {
         <${IconButton} icon="columns" label="Two answers side by side" pressed=${state.second !== null}
           onClick=${() => set({ second: state.second === null ? (state.models.find((name) => name !== state.model) ?? state.model) : null })} />
         ${state.second !== null && html`<select class="plain" aria-label="The second model" onChange=${(event) => set({ second: event.target.value })}>
-          ${state.models.map((name) => html`<option key=${name} selected=${name === state.second}>${name}</option>`)}
+          ${state.models.map((name) => html`<option key=${name} value=${name} selected=${name === state.second}>${name}</option>`)}
         </select>`}
         <span class="grow"></span>
         ${busy.length

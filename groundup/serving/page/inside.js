@@ -175,7 +175,7 @@ const SLIDERS = [
 ];
 
 export const Sliders = () => SLIDERS.map(([name, title, min, max, step]) => html`<label class="slider" key=${name}>
-  <span>${title}</span><output>${state.settings[name]}</output>
+  <span>${title}</span><span class="number">${state.settings[name]}</span>
   <input type="range" min=${min} max=${max} step=${step} value=${state.settings[name]}
     onInput=${(event) => configure({ [name]: Number(event.target.value) })} />
 </label>`);

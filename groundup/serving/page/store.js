@@ -115,7 +115,7 @@ export async function load() {
   const conversations = found.sort((one, other) => other.updated - one.updated);
   const fresh = conversations.find((one) => one.id === state.current?.id);
   const mine = state.current && Object.keys(state.current.nodes).some((id) => running.has(id));
-  set({ conversations, ...(fresh && !mine ? { current: fresh } : {}) });
+  set({ conversations, ...(fresh?.updated > state.current?.updated && !mine ? { current: fresh } : {}) });
 }
 
 export async function save(conversation = state.current) {
