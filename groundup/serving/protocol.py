@@ -198,6 +198,7 @@ class CalledFunction(Body):
 
     name: str = Field(min_length=1, max_length=256)
     arguments: str
+    parsed_arguments: Any = Field(None, exclude=True)  # what OpenAI's client adds to an answer and sends back with it
 
 
 class ToolCallBody(Body):
@@ -206,6 +207,7 @@ class ToolCallBody(Body):
     id: str = Field(max_length=256)
     type: Literal["function"] = "function"
     function: CalledFunction
+    index: int | None = Field(None, exclude=True)
 
 
 class MessageBody(Body):
@@ -216,6 +218,8 @@ class MessageBody(Body):
     name: str | None = Field(None, max_length=256)
     tool_calls: Annotated[list[ToolCallBody], Field(max_length=128)] | None = None
     tool_call_id: str | None = Field(None, max_length=256)
+    parsed: Any = Field(None, exclude=True)
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = Field(None, exclude=True)
 
 
 class FunctionBody(Body):
