@@ -528,6 +528,19 @@ def test_an_edited_question_is_another_version_and_the_system_prompt_is_read(tab
     assert tab.page.locator(".said").inner_text() == "first form"
 
 
+@slow
+def test_of_a_conversation_too_long_for_the_context_the_newer_part_is_read(tab: Watched) -> None:
+    sent: list[Any] = []
+    tab.page.on("request", lambda request: sent.append(request.post_data_json) if "chat" in request.url else None)
+    for turn in range(5):
+        tab.ask(f"question {turn} of the old woman and the cat at the edge of the forest")
+    tab.page.get_by_text("no longer fit").last.wait_for()
+    last = [message["content"][:10] for message in sent[-1]["messages"] if message["role"] == "user"]
+    assert last[-1] == "question 4"
+    assert 0 < len(last) < 5
+    assert sent[-1]["messages"][0]["role"] == "user"
+
+
 # Without a browser
 
 

@@ -69,11 +69,15 @@ def serve(
     ] = 30,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
-    """Serve models over HTTP: an OpenAI-compatible API. Ctrl-C or SIGTERM finishes what was begun, then stops."""
+    """Serve models over HTTP: an OpenAI-compatible API, and a page for the browser.
+
+    Ctrl-C or SIGTERM finishes what was begun, then stops.
+    """
     from groundup.errors import GroundupError
 
     try:
         from groundup.serving import Limits, State
+        from groundup.serving.page import routes
         from groundup.serving.server import listen, make_server
     except ModuleNotFoundError as error:
         raise GroundupError(f"serve needs {error.name}.", "pip install 'groundup[serve]'") from None
@@ -88,9 +92,9 @@ def serve(
     limits = Limits(seconds=timeout, per_minute=rate_limit)
     names = [*(allow_host or ()), *([host] if host != address else [])]
     state = State(served, limits=limits, keys=api_key or (), hosts=names, run=run)
-    server = make_server(state, drain_seconds=drain)
+    server = make_server(state, routes(state), drain_seconds=drain)
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address, f"[{address}]" if ":" in address else address)
-    typer.echo(f"models: {', '.join(state.models)}\nlistening: http://{shown}:{port}/  (API: http://{shown}:{port}/v1)",
+    typer.echo(f"models: {', '.join(state.models) or 'none is finished yet'}\nlistening: http://{shown}:{port}/  (API: http://{shown}:{port}/v1)",
                err=True)  # fmt: skip
     if open_page:
         import threading
@@ -137,7 +141,7 @@ def _read(
         raise GroundupError(
             f"two models are called {twice}.", f"Name one of them: {command_line('serve', 'NAME=FOLDER')}"
         )
-    if not found:
+    if not found and run is None:  # of a run that is still training the page shows how it goes
         raise ArtifactError(f"{paths[0]}: no finished model here.", "Build it first: groundup build.")
     served = []
     for name, path, stage in found:

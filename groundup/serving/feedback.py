@@ -38,6 +38,15 @@ class Feedback:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def take(self, model: str, messages: Sequence[Mapping[str, Any]], opinion: Mapping[str, Any]) -> None:
+        """An opinion in the fields of `/feedback`: "vote" or "correction" with "answer", or "ranking"."""
+        if "ranking" in opinion:
+            self.rank(model, messages, opinion["ranking"])
+        elif "correction" in opinion:
+            self.correct(model, messages, opinion["answer"], opinion["correction"])
+        else:
+            self.vote(model, messages, opinion["answer"], is_good=opinion["vote"] == "up")
+
     def vote(self, model: str, messages: Sequence[Mapping[str, Any]], answer: str, *, is_good: bool) -> None:
         """One answer was good, or was not."""
         label = {"prompt": messages, "completion": answer, "label": is_good}

@@ -8,7 +8,15 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from groundup.serving.protocol import ChatBody, CompletionBody, DetokenizeBody, EmbeddingsBody, TokenizeBody
+from groundup.serving.protocol import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    EmbeddingsBody,
+    FeedbackBody,
+    InspectBody,
+    TokenizeBody,
+)
 
 _TEXT, _NUMBER, _ANY = {"type": "string"}, {"type": "integer"}, {"type": "object"}
 _NUMBERS = {"type": "array", "items": _NUMBER}
@@ -50,11 +58,14 @@ _POSTS: dict[str, tuple[type[BaseModel], dict[str, Any], bool]] = {
     ),
     "/tokenize": (TokenizeBody, _object(count=_NUMBER, max_model_len=_NUMBER, tokens=_NUMBERS), False),
     "/detokenize": (DetokenizeBody, _object(prompt=_TEXT), False),
+    "/inspect": (InspectBody, _object(ids=_NUMBERS, tokens=_list(_ANY), layers=_NUMBER, heads=_NUMBER), False),
+    "/feedback": (FeedbackBody, _object(folder=_TEXT), False),
 }
 _GETS: dict[str, dict[str, Any]] = {
     "/v1/models": _object(object={"const": "list"}, data=_list(_MODEL)),
     "/v1/models/{name}": _MODEL,
     "/tokenizer_info": _ANY,
+    "/training": _object(stages=_list(_ANY)),
     "/health": _object(status=_TEXT),
     "/ready": _object(status=_TEXT),
 }

@@ -13,9 +13,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
-from pydantic import Field, model_validator
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
@@ -26,50 +25,11 @@ from groundup.report.record import Curve, read_record
 from groundup.run import Run
 from groundup.serving.feedback import Feedback
 from groundup.serving.inspect import inspect
-from groundup.serving.protocol import APIError, Body, MessageBody, Tokens, json_response, read_body
+from groundup.serving.protocol import APIError, FeedbackBody, InspectBody, json_response, read_body
 from groundup.serving.state import State
 
 FILES = Path(__file__).with_name("page")
 MOST_POINTS = 400  # of a curve; of a longer one every so manieth is given
-Answer = Annotated[str, Field(max_length=200_000)]
-Messages = Annotated[list[MessageBody], Field(min_length=1, max_length=4096)]
-
-
-class InspectBody(Body):
-    """/inspect: a plain text, a conversation up to the assistant's turn, or token ids."""
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: Messages | None = None
-    tokens: Tokens | None = None
-    top: int | None = Field(None, ge=1, le=50, description="Alternatives of each token (default: 10).")
-    position: int | None = Field(None, ge=0, description="Whose next token's logits are given whole (default: last).")
-    attention: bool | None = Field(None, description="With the attention of every layer and head (default: true).")
-
-    @model_validator(mode="after")
-    def _is_one(self) -> Self:
-        if sum(one is not None for one in (self.prompt, self.messages, self.tokens)) != 1:
-            raise ValueError("give prompt, messages or tokens")
-        return self
-
-
-class FeedbackBody(Body):
-    """/feedback: what somebody thinks of the answers to a conversation."""
-
-    model: str | None = None
-    messages: Messages
-    answer: Answer | None = None
-    vote: Literal["up", "down"] | None = None
-    correction: Answer | None = None
-    ranking: Annotated[list[Answer], Field(min_length=2, max_length=16)] | None = Field(None, description="Best first.")
-
-    @model_validator(mode="after")
-    def _is_one(self) -> Self:
-        if sum(one is not None for one in (self.vote, self.correction, self.ranking)) != 1:
-            raise ValueError("give vote, correction or ranking")
-        if (self.answer is None) != (self.ranking is not None):
-            raise ValueError("vote and correction need answer, and ranking has none")
-        return self
 
 
 def routes(state: State) -> list[BaseRoute]:
@@ -112,14 +72,9 @@ async def _feedback(state: State, request: Request) -> Response:
     folder = state.run or served.folder
     if folder is None:
         raise APIError(409, "this model was not read from a folder: there is no place for votes.", "no_folder")
-    feedback, name = Feedback(folder), served.name
+    opinion = body.model_dump(exclude_none=True, include={"answer", "vote", "correction", "ranking"})
     messages = [{"role": one.role, "content": one.content} for one in body.messages]
-    if body.ranking is not None:
-        await run_in_threadpool(feedback.rank, name, messages, body.ranking)
-    elif body.correction is not None:
-        await run_in_threadpool(feedback.correct, name, messages, body.answer or "", body.correction)
-    else:
-        await run_in_threadpool(feedback.vote, name, messages, body.answer or "", is_good=body.vote == "up")
+    await run_in_threadpool(Feedback(folder).take, served.name, messages, opinion)
     return json_response({"folder": str(folder)})
 
 

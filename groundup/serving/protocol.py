@@ -349,3 +349,43 @@ class DetokenizeBody(Body):
 
     model: str | None = None
     tokens: list[Token] = Field(max_length=2**20)
+
+
+Answer = Annotated[str, Field(max_length=200_000)]
+
+
+class InspectBody(Body):
+    """/inspect: a plain text, a conversation up to the assistant's turn, or token ids."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[MessageBody], Field(min_length=1, max_length=4096)] | None = None
+    tokens: Tokens | None = None
+    top: int | None = Field(None, ge=1, le=50, description="Alternatives of each token (default: 10).")
+    position: int | None = Field(None, ge=0, description="Whose next token's logits are given whole (default: last).")
+    attention: bool | None = Field(None, description="With the attention of every layer and head (default: true).")
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if sum(one is not None for one in (self.prompt, self.messages, self.tokens)) != 1:
+            raise ValueError("give prompt, messages or tokens")
+        return self
+
+
+class FeedbackBody(Body):
+    """/feedback: what somebody thinks of the answers to a conversation."""
+
+    model: str | None = None
+    messages: Annotated[list[MessageBody], Field(min_length=1, max_length=4096)]
+    answer: Answer | None = None
+    vote: Literal["up", "down"] | None = None
+    correction: Answer | None = None
+    ranking: Annotated[list[Answer], Field(min_length=2, max_length=16)] | None = Field(None, description="Best first.")
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if sum(one is not None for one in (self.vote, self.correction, self.ranking)) != 1:
+            raise ValueError("give vote, correction or ranking")
+        if (self.answer is None) != (self.ranking is not None):
+            raise ValueError("vote and correction need answer, and ranking has none")
+        return self

@@ -119,7 +119,7 @@ class State:
         Raises:
             APIError: there is none of that name, or its engine has stopped.
         """
-        found = next(iter(self.models.values())) if name is None else self.models.get(name)
+        found = next(iter(self.models.values()), None) if name is None else self.models.get(name)
         if found is None:
             raise APIError(404, f"model: there is none of this name; there are {', '.join(self.models)}.",
                            "model_not_found", "model")  # fmt: skip

@@ -51,8 +51,28 @@ async function write(node, stream) {
 function answer(parent, model, more = {}) {
   const node = add("assistant", "", parent, { model, ...more });
   const messages = messagesBefore(node);
-  write(node, (signal) => api.chat({ model, messages, ...sampling() }, signal));
+  write(node, async function* (signal) {
+    node.left_out = await tooMany(model, messages);
+    yield* api.chat({ model, messages: newer(messages, node.left_out), ...sampling() }, signal);
+  });
   return node;
+}
+
+/** A conversation without its oldest turns; what the assistant is told first stays. */
+function newer(messages, left = 0) {
+  const first = Number(messages[0].role === "system");
+  return [...messages.slice(0, first), ...messages.slice(first + left)];
+}
+
+/** How many of the oldest turns do not fit into the model's context, with room to answer. */
+async function tooMany(model, messages) {
+  const turns = messages.filter((one) => one.role !== "system");
+  for (let left = 0; ; left++) {
+    if (left > 0 && turns[left].role === "assistant") continue;
+    const { count, max_model_len } = await api.post("tokenize", { model, messages: newer(messages, left) });
+    const room = Math.min(state.settings.max_tokens ?? Infinity, max_model_len / 2);
+    if (count <= max_model_len - room || left === turns.length - 1) return left;
+  }
 }
 
 function ask(text, parent = state.current.leaf) {
@@ -69,22 +89,25 @@ const names = () => Object.fromEntries(state.models.map((name) => [name, true]))
 
 /** The same answer up to a token, another token instead, and whatever follows it. */
 async function branch(node, place, other) {
-  const before = messagesBefore(node);
+  const messages = newer(messagesBefore(node), node.left_out);
   const kept = [...node.tokens.slice(0, place), { ...other, accepted: false, top: node.tokens[place].top }];
-  const twin = add("assistant", api.textOf(kept), node.parent, { model: node.model, tokens: kept, branched: place });
+  const twin = add("assistant", api.textOf(kept), node.parent, {
+    model: node.model, left_out: node.left_out, tokens: kept, branched: place,
+  });
   write(twin, async function* (signal) {
     if (!other.bytes.length) return yield { text: "", tokens: [], finish: "stop" }; // the end of the answer was chosen
     const answer_ids = kept.map((one) => one.id);
-    yield* api.chat({ model: node.model, messages: before, answer_ids, ...sampling() }, signal);
+    yield* api.chat({ model: node.model, messages, answer_ids, ...sampling() }, signal);
   });
 }
 
 async function feedback(node, body, done) {
+  const conversation = state.current;
   try {
     await api.post("feedback", { model: node.model, messages: messagesBefore(node), ...body });
     Object.assign(node, done);
     announce("Kept. Thank you.");
-    await save();
+    await save(conversation);
   } catch (error) {
     node.notice = error.message;
     announce(error.message);
@@ -103,12 +126,11 @@ async function vote(node, way) {
 const prefer = (node, other) =>
   feedback(node, { ranking: [node.content, other.content] }, { preferred: true }).then(() => {
     other.preferred = false;
-    choose(node);
+    if (state.current.nodes[node.id]) choose(node);
   });
 
 function lookInside(node) {
-  const before = messagesBefore(node);
-  set({ view: "inside", inspecting: { model: node.model, messages: before, ids: node.tokens.map((one) => one.id) } });
+  set({ view: "inside", inspecting: { model: node.model, messages: newer(messagesBefore(node), node.left_out), ids: node.tokens.map((one) => one.id) } });
   location.hash = "inside";
 }
 
@@ -250,6 +272,7 @@ function facts(node) {
   if (node.speed) said.push(`${Math.round(node.speed).toLocaleString("en")} tokens/s`);
   const guessed = node.tokens?.filter((one) => one.accepted).length;
   if (guessed) said.push(`${guessed} guessed`);
+  if (node.left_out) said.push(`the oldest ${node.left_out} messages no longer fit`);
   if (node.finish === "length") said.push("cut off at the limit");
   if (node.finish === "stopped") said.push("stopped");
   if (node.finish === "corrected") said.push("your correction");
