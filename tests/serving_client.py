@@ -19,7 +19,7 @@ from starlette.routing import BaseRoute
 
 from groundup.generation import Engine
 from groundup.model import Transformer
-from groundup.serving import Limits, ServedModel, State
+from groundup.serving import ServedModel, State
 from groundup.serving.server import listen, make_server
 
 JSON = {"Content-Type": "application/json"}
@@ -98,9 +98,13 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(state: State, pages: Sequence[BaseRoute] = (), *, drain_seconds: float = 5) -> Iterator[Served]:
-    """The server runs within."""
+def serving(
+    state: State, pages: Sequence[BaseRoute] = (), *, drain_seconds: float = 5, send_buffer: int | None = None
+) -> Iterator[Served]:
+    """The server runs within; `send_buffer`: bytes that the kernel keeps for a client that does not read."""
     listener = listen("127.0.0.1", 0)
+    if send_buffer is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     server = make_server(state, pages, drain_seconds=drain_seconds)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -120,6 +124,12 @@ def wait_until(holds: Callable[[], object], seconds: float = 20) -> None:
         time.sleep(0.005)
 
 
-def limited(**limits: Any) -> Limits:
-    """Limits with some changed."""
-    return Limits(**limits)
+def slow_down(engine: Engine, seconds: float = 0.02) -> None:
+    """Each of its steps takes so much longer."""
+    step = engine.step
+
+    def slower() -> bool:
+        time.sleep(seconds if engine.n_running + engine.n_waiting else 0)
+        return step()
+
+    engine.step = slower  # type: ignore[method-assign]

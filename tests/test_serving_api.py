@@ -13,6 +13,8 @@ import pytest
 import schemathesis
 import torch
 from generation_models import TEXT, small_tokenizer
+from hypothesis import HealthCheck, Phase, given, settings
+from lengths import examples
 from serving_client import Served, serving, small_model, small_state
 
 from groundup.generation import Request, SamplingParams, prompt_ids
@@ -36,7 +38,9 @@ def logprobs_of(ids: list[int]) -> torch.Tensor:
 
 def test_echo_scores_the_prompt_as_the_model_does(served: Served) -> None:
     ids = small_tokenizer().encode(TEXT)[:40]
-    _, found, _ = served.ask("/v1/completions", {"prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 1, "seed": 1})
+    _, found, _ = served.ask(
+        "/v1/completions", {"prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 1, "seed": 1}
+    )
     (choice,) = found["choices"]
     scores = choice["logprobs"]
     assert scores["token_logprobs"][0] is None and len(scores["tokens"]) == 41
@@ -44,7 +48,10 @@ def test_echo_scores_the_prompt_as_the_model_does(served: Served) -> None:
     chosen = expected.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
     assert scores["token_logprobs"][1:40] == pytest.approx(chosen.tolist(), abs=1e-4)
     # How lm-evaluation-harness asks whether a token was the most probable one: by equal floats.
-    greedy = [one == max(top.values()) for one, top in zip(scores["token_logprobs"][1:], scores["top_logprobs"][1:], strict=True)]
+    greedy = [
+        one == max(top.values())
+        for one, top in zip(scores["token_logprobs"][1:], scores["top_logprobs"][1:], strict=True)
+    ]
     assert greedy[:39] == (expected.argmax(dim=-1) == torch.tensor(ids[1:])).tolist() and sum(greedy) < 40
     text = small_tokenizer().decode(ids, skip_special=False)
     assert choice["text"].startswith(text)
@@ -99,7 +106,9 @@ def test_a_stream_has_the_whole_texts_logprobs_and_offsets(served: Served) -> No
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_writing_stops_before_a_stop_text(served: Served, stream: bool) -> None:
-    plain = served.ask("/v1/completions", {"prompt": "Once", "max_tokens": 20, "seed": 8, "ignore_eos": True})[1]["choices"][0]["text"]
+    plain = served.ask("/v1/completions", {"prompt": "Once", "max_tokens": 20, "seed": 8, "ignore_eos": True})[1][
+        "choices"
+    ][0]["text"]
     stop = plain[5:8]
     asked = {"prompt": "Once", "max_tokens": 20, "seed": 8, "ignore_eos": True, "stop": [stop]}
     if stream:
@@ -124,7 +133,10 @@ def test_chat_logprobs_hold_bytes_and_alternatives(served: Served) -> None:
 
 
 def test_content_may_be_parts_and_null_is_absent(served: Served) -> None:
-    parts = [{"role": "developer", "content": [{"type": "text", "text": "Be"}, {"type": "text", "text": "kind."}]}, *TALK]
+    parts = [
+        {"role": "developer", "content": [{"type": "text", "text": "Be"}, {"type": "text", "text": "kind."}]},
+        *TALK,
+    ]
     plain = [{"role": "system", "content": "Be\nkind.", "name": None, "tool_calls": None}, *TALK]
     both = [served.ask(CHAT, {"messages": turns, "max_tokens": 8, "temperature": 0, "stop": None, "user": None})[1]
             for turns in (parts, plain)]  # fmt: skip
@@ -262,30 +274,26 @@ def test_other_content_types_methods_and_addresses(served: Served) -> None:
     assert served.ask("/v1/nothing")[1]["error"]["type"] == "not_found_error"
 
 
-def test_the_openapi_document_holds() -> None:
-    """Generated requests give no 5xx, nothing undocumented, no schema that a response breaks."""
-    import requests
+@pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
+def test_the_openapi_document_holds(served: Served, mode: schemathesis.GenerationMode) -> None:
+    """Generated requests give no 5xx, nothing undocumented, no answer that breaks its schema; wrong ones are refused."""
+    checks = schemathesis.checks
+    checks.load_all_checks()
+    wanted = [checks.not_a_server_error, checks.status_code_conformance, checks.content_type_conformance,
+              checks.response_schema_conformance, checks.negative_data_rejection]  # fmt: skip
+    n_operations = 0
+    for found in schemathesis.openapi.from_url(f"{served.url}/openapi.json").get_all_operations():
+        operation, n_operations = found.ok(), n_operations + 1
+        if mode is schemathesis.GenerationMode.NEGATIVE and not operation.body:
+            continue  # nothing can be wrong
 
-    with serving(small_state()) as served:
-        schema = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
-        checks = schemathesis.checks
-        wanted = [checks.not_a_server_error, *(one for name, one in vars(schemathesis.specs.openapi.checks).items() if name in (
-            "status_code_conformance", "content_type_conformance", "response_schema_conformance", "unsupported_method"))]
+        @settings(max_examples=examples(12), phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+        @given(case=operation.as_strategy(mode))
+        def holds(case: schemathesis.Case) -> None:
+            case.call_and_validate(checks=wanted)
 
-        for operation in schema.get_all_operations():
-            case_strategy = operation.ok().as_strategy()
-            _try_examples(case_strategy, wanted)
-
-
-def _try_examples(strategy: Any, checks: list[Any]) -> None:
-    from hypothesis import HealthCheck, Phase, given, settings
-
-    @settings(max_examples=15, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-    @given(case=strategy)
-    def holds(case: Any) -> None:
-        case.call_and_validate(checks=checks)
-
-    holds()
+        holds()
+    assert n_operations == 11
 
 
 def test_scores_are_numbers_that_json_has(served: Served) -> None:

@@ -44,7 +44,11 @@ def test_openai_gets_the_engines_answer_whole_and_streamed(client: openai.OpenAI
         asked = {"model": name, "messages": QUESTION, "max_tokens": 20, "temperature": 0.7, "seed": 5}
         wanted = expected(ids, SamplingParams(0.7, max_tokens=20, seed=5), weights)
         whole = client.chat.completions.create(**asked)
-        assert (whole.choices[0].message.content, whole.model, whole.choices[0].finish_reason) == (wanted, name, "length")
+        assert (whole.choices[0].message.content, whole.model, whole.choices[0].finish_reason) == (
+            wanted,
+            name,
+            "length",
+        )
         assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len(ids), 20)
         chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == wanted
@@ -138,7 +142,10 @@ def test_langchain_answers_streams_and_calls_tools(served: Served) -> None:
     )
     ids = render(small_tokenizer(), [{"role": "system", "content": "Be kind."}, *QUESTION],
                  add_generation_prompt=True).ids  # fmt: skip
-    turns = [langchain_core.messages.SystemMessage("Be kind."), langchain_core.messages.HumanMessage(QUESTION[0]["content"])]
+    turns = [
+        langchain_core.messages.SystemMessage("Be kind."),
+        langchain_core.messages.HumanMessage(QUESTION[0]["content"]),
+    ]
     wanted = expected(ids, SamplingParams(0, max_tokens=64))
     assert chat.invoke(turns).content == wanted
     assert "".join(chunk.content for chunk in chat.stream(turns)) == wanted

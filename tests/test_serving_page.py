@@ -8,21 +8,30 @@ import json
 import random
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+import schemathesis
 import tiny_run
 import torch
+from generation_models import small_tokenizer
 from page_server import PageServer, chromium
+from serving_client import Served, serving, small_model, small_state
 
 import groundup as gu
 from groundup.alignment.conversations import load_conversations
 from groundup.errors import DataError
-from groundup.generation import Request, SamplingParams, warp
+from groundup.generation import Engine, Request, SamplingParams, warp
+from groundup.generation.speculative import Speculation
+from groundup.serving import ServedModel, State
 from groundup.serving.feedback import Feedback
+from groundup.serving.page import routes
 from groundup.tokenizer import render
 
 PAGE = Path(gu.__file__).parent / "serving" / "page"
@@ -542,6 +551,109 @@ def test_of_a_conversation_too_long_for_the_context_the_newer_part_is_read(tab: 
 
 
 # Without a browser
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    state = small_state("small", run=_unfinished_run(tmp_path_factory.mktemp("api")))
+    with serving(state, routes(state)) as made:
+        yield made
+
+
+TALK = [{"role": "user", "content": "the cat"}]
+WRONG = {
+    "nothing to inspect": ("/inspect", {}, "prompt, messages or tokens"),
+    "two things to inspect": ("/inspect", {"prompt": "a", "tokens": [1]}, "prompt, messages or tokens"),
+    "too long": ("/inspect", {"prompt": "the cat " * 300}, "must have 1 to 128"),
+    "an unknown id": ("/inspect", {"tokens": [9_999]}, "9999"),
+    "no such position": ("/inspect", {"tokens": [1, 2], "position": 2}, "2 tokens"),
+    "too many alternatives": ("/inspect", {"prompt": "a", "top": 51}, "50"),
+    "an unknown field": ("/inspect", {"prompt": "a", "layers": 3}, "not supported"),
+    "a vote on nothing": ("/feedback", {"messages": TALK, "vote": "up"}, "need answer"),
+    "no opinion": ("/feedback", {"messages": TALK, "answer": "a"}, "vote, correction or ranking"),
+    "a vote of another kind": ("/feedback", {"messages": TALK, "answer": "a", "vote": "maybe"}, "vote"),
+    "a ranking of one": ("/feedback", {"messages": TALK, "ranking": ["a"]}, "at least 2"),
+    "a ranking of equals": ("/feedback", {"messages": TALK, "ranking": ["a", "a"]}, "two different"),
+    "a correction that is none": ("/feedback", {"messages": TALK, "answer": "a", "correction": "a"}, "something else"),
+    "an answer to begin with that cannot be": (
+        "/v1/chat/completions", {"messages": TALK, "answer_ids": [9_999]}, "9999",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_is_named(api: Served, what: str) -> None:
+    path, body, said = WRONG[what]
+    status, found, _ = api.ask(path, body)
+    assert status == 400
+    assert said in found["error"]["message"]
+
+
+def test_inspect_answers_what_python_gives(api: Served) -> None:
+    engine = api.engine
+    assert engine.tokenizer is not None
+    status, found, _ = api.ask("/inspect", {"prompt": "the cat", "top": 3, "attention": False})
+    assert status == 200
+    assert found == {
+        "model": "small",
+        **json.loads(
+            json.dumps(gu.inspect(engine.model, engine.tokenizer, "the cat", top=3).to_json(with_attention=False))
+        ),
+    }
+    ids = render(engine.tokenizer, TALK, add_generation_prompt=True).ids  # type: ignore[arg-type]
+    assert api.ask("/inspect", {"messages": TALK})[1]["ids"] == ids
+
+
+def test_an_answer_goes_on_from_tokens_that_are_given(api: Served) -> None:
+    body = {"messages": TALK, "max_tokens": 12, "temperature": 0, "logprobs": True, "ignore_eos": True}
+    whole = api.ask("/v1/chat/completions", body)[1]["choices"][0]["logprobs"]["content"]
+    ids = [one["id"] for one in whole]
+    rest = api.ask("/v1/chat/completions", {**body, "answer_ids": ids[:5], "max_tokens": 7})[1]["choices"][0]
+    assert [one["id"] for one in rest["logprobs"]["content"]] == ids[5:]
+
+
+def test_the_drafts_accepted_guesses_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Speculation, "_n_guesses", lambda *_: 2)  # whether it pays or not
+    engine = Engine(small_model(), small_tokenizer(), draft=small_model())
+    state = State([ServedModel("drafted", engine)])
+    body = {"messages": TALK, "max_tokens": 16, "temperature": 0, "logprobs": True, "ignore_eos": True}
+    with serving(state) as served:
+        whole = served.ask("/v1/chat/completions", body)[1]["choices"][0]["logprobs"]["content"]
+        assert sum("accepted" in one for one in whole) == engine.stats.accepted_tokens > 0
+        events = [event for event in served.events("/v1/chat/completions", body) if event != "[DONE]"]
+    parts = [event["choices"][0]["logprobs"]["content"] for event in events if event["choices"][0]["logprobs"]]
+    assert [one.get("accepted") for part in parts for one in part] == [one.get("accepted") for one in whole]
+
+
+def test_the_pages_endpoints_keep_to_their_document(api: Served) -> None:
+    schema, checks = schemathesis.openapi.from_url(f"{api.url}/openapi.json"), schemathesis.specs.openapi.checks
+    wanted = [
+        schemathesis.checks.not_a_server_error, checks.status_code_conformance, checks.content_type_conformance,
+        checks.response_schema_conformance,
+    ]  # fmt: skip
+    for path, method in (("/inspect", "POST"), ("/feedback", "POST"), ("/training", "GET")):
+
+        @hypothesis.settings(max_examples=20, deadline=None, phases=[hypothesis.Phase.generate], derandomize=True)
+        @hypothesis.given(case=schema[path][method].as_strategy())
+        def check(case: Any) -> None:
+            case.call_and_validate(checks=wanted)
+
+        check()
+
+
+def test_a_run_without_a_finished_model_has_a_page(tmp_path: Path) -> None:
+    with serving(state := State([], run=_unfinished_run(tmp_path)), routes(state)) as served:
+        assert served.ask("/")[0] == 200
+        stages = {one["name"]: one for one in served.ask("/training")[1]["stages"]}
+        assert (stages["pretrain"]["state"], stages["sft"]["state"]) == ("done", "unfinished")
+        assert len(stages["pretrain"]["loss"]) > 1
+        status, found, _ = served.ask("/v1/chat/completions", {"messages": TALK})
+        assert (status, found["error"]["code"]) == (404, "model_not_found")
+
+
+def test_looking_inside_and_votes_need_none_of_the_servers_libraries() -> None:
+    code = "import sys; sys.modules['starlette'] = sys.modules['uvicorn'] = None; import groundup as gu; gu.inspect"
+    subprocess.run([sys.executable, "-c", f"{code}; import groundup.cli.chat"], check=True)
 
 
 def test_many_writers_append_whole_lines(tmp_path: Path) -> None:

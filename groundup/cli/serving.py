@@ -69,10 +69,7 @@ def serve(
     ] = 30,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
-    """Serve models over HTTP: an OpenAI-compatible API, and a page for the browser.
-
-    Ctrl-C or SIGTERM finishes what was begun, then stops.
-    """
+    """Serve models over HTTP: an OpenAI-compatible API. Ctrl-C or SIGTERM finishes what was begun, then stops."""
     from groundup.errors import GroundupError
 
     try:
@@ -86,26 +83,26 @@ def serve(
             f"--host {host}: anybody who can reach this machine could use the models.",
             "Set a key in GROUNDUP_API_KEY, or say --insecure.",
         )
-    socket = listen(host, port)  # before minutes of reading
-    address, port = socket.getsockname()[:2]
-    served, run = _read(models, stage, slots, draft, precision)
-    limits = Limits(seconds=timeout, per_minute=rate_limit)
-    names = [*(allow_host or ()), *([host] if host != address else [])]
-    state = State(served, limits=limits, keys=api_key or (), hosts=names, run=run)
-    server = make_server(state, routes(state), drain_seconds=drain)
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address, f"[{address}]" if ":" in address else address)
-    typer.echo(f"models: {', '.join(state.models) or 'none is finished yet'}\nlistening: http://{shown}:{port}/  (API: http://{shown}:{port}/v1)",
-               err=True)  # fmt: skip
-    if open_page:
-        import threading
-        import webbrowser
+    with listen(host, port) as socket:  # before minutes of reading
+        address, port = socket.getsockname()[:2]
+        served, run = _read(models, stage, slots, draft, precision)
+        limits = Limits(seconds=timeout, per_minute=rate_limit)
+        names = [*(allow_host or ()), *([host] if host != address else [])]
+        state = State(served, limits=limits, keys=api_key or (), hosts=names, run=run)
+        server = make_server(state, routes(state), drain_seconds=drain)
+        shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address, f"[{address}]" if ":" in address else address)
+        listed = ", ".join(state.models) or "none is finished yet"
+        typer.echo(f"models: {listed}\nlistening: http://{shown}:{port}/  (API: http://{shown}:{port}/v1)", err=True)
+        if open_page:
+            import threading
+            import webbrowser
 
-        threading.Timer(0.5, webbrowser.open, [f"http://{shown}:{port}/"]).start()
-    _log()
-    try:
-        server.run(sockets=[socket])
-    except KeyboardInterrupt:
-        typer.echo("stopped.", err=True)
+            threading.Timer(0.5, webbrowser.open, [f"http://{shown}:{port}/"]).start()
+        _log()
+        try:
+            server.run(sockets=[socket])
+        except KeyboardInterrupt:
+            typer.echo("stopped.", err=True)
 
 
 def _read(

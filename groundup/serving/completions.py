@@ -230,17 +230,22 @@ class Reply:
             for number, request in enumerate(self.requests):
                 self.served.engine.submit(request, inbox.listener(number))
             tasks = [asyncio.create_task(write(inbox, scope, receive, send)), asyncio.create_task(_left(receive))]
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            except asyncio.CancelledError:  # the server has waited long enough: say so, if it can be heard
+                self._cancel()
+                await asyncio.wait(tasks[:1], timeout=1)
             if tasks[0].done():
                 tasks[0].result()
         finally:
-            for request in self.requests:
-                self.served.engine.cancel(request)
-            if tasks and not tasks[0].done() and not tasks[1].done():  # the server stops: say so, if it can be heard
-                await asyncio.wait(tasks[:1], timeout=1)
+            self._cancel()
             for task in tasks:
                 task.cancel()
             self._observe(inbox)
+
+    def _cancel(self) -> None:
+        for request in self.requests:
+            self.served.engine.cancel(request)
 
     async def _whole(self, inbox: Inbox, scope: Scope, receive: Receive, send: Send) -> None:
         async with asyncio.timeout(self.state.limits.seconds):
@@ -274,13 +279,14 @@ class Reply:
                 self._raise_error()
             last = self._event([], self._usage()) if self._counts_usage else b""
             await write(last + _DONE, more=False)
-        except (GroundupError, TimeoutError) as error:
-            if not is_open:
+        except Exception as error:
+            if is_open:
+                value = orjson.dumps(api_error(error).value)
+                with contextlib.suppress(TimeoutError):  # whoever reads too slowly may not read this either
+                    async with asyncio.timeout(5):
+                        await write(b"data: " + value + b"\n\n" + _DONE, more=False)
+            if not is_open or not isinstance(error, GroundupError | TimeoutError):
                 raise
-            value = orjson.dumps(api_error(error).value)
-            with contextlib.suppress(TimeoutError):  # whoever reads too slowly may not read this either
-                async with asyncio.timeout(5):
-                    await write(b"data: " + value + b"\n\n" + _DONE, more=False)
 
     def _event(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> bytes:
         value = {**self._head, "choices": choices}

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from starlette.requests import Request
 from starlette.responses import Response
 
-from groundup.errors import GroundupError
+from groundup.errors import ArtifactError, GroundupError
 from groundup.generation import Constraint, EngineBusy, SamplingParams
 
 MOST_TEXTS = 128  # of one request: prompts times n
@@ -58,6 +58,8 @@ def api_error(error: Exception) -> APIError:
         return _invalid(error)
     if isinstance(error, EngineBusy):
         return APIError(503, error.message, "overloaded", retry_after="1")
+    if isinstance(error, ArtifactError):  # a request has no part in it
+        return APIError(500, error.message, "model_error")
     if isinstance(error, TimeoutError):
         return APIError(504, "the answer took longer than this server allows.", "timeout")
     if isinstance(error, GroundupError):

@@ -52,4 +52,5 @@ def make_server(state: State, pages: Sequence[BaseRoute] = (), *, drain_seconds:
         proxy_headers=False, server_header=False, timeout_graceful_shutdown=math.ceil(drain_seconds),
     )  # fmt: skip
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.access").setLevel(logging.WARNING)  # it would show what stands behind a "?"
     return uvicorn.Server(config)
