@@ -11,13 +11,14 @@ COVERAGE_FLOOR := 95
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-long lint types imports fast slow test-interop clean always
+.PHONY: help demo test test-long lint types imports fast slow chromium test-interop clean always
 
 help:
 	@echo 'make demo    build the demo: raw text in, a small assistant out (minutes on two cores)'
 	@echo 'make test    everything CI runs, which is, in this order: lint types imports fast slow'
 	@echo 'make test-long  the same and what takes longer: more kills, every file operation, Ray, the benchmarks; with coverage'
 	@echo 'make test-interop  llama.cpp reads our GGUF files (built from source the first time: about eight minutes)'
+	@echo 'make chromium  installs the browser that the tests of the page use (apt; make test does it by itself where it may)'
 	@echo 'make clean   remove .venv and caches; runs stay'
 	@echo 'Add PYTHON=/path/to/python3 to choose the Python of a new .venv.'
 
@@ -42,10 +43,18 @@ fast: .venv/installed-test
 	OMP_NUM_THREADS=1 $(RUN) pytest -q -n auto --dist worksteal -m 'not slow and not long'
 
 # These start processes of their own, or wait for them: two at a time, on any number of cores.
-slow: .venv/installed-test
+slow: .venv/installed-test chromium
 	$(RUN) pytest -q -n 2 --dist worksteal -m 'slow and not long'
 
-test-long: lint types imports
+# Where it is neither there nor can be installed, the page's tests skip and say so; continuous integration must have it.
+chromium:
+	@if { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  { apt-get update -q && apt-get install -q -y --no-install-recommends chromium; } >/dev/null || [ -z "$$CI" ]; \
+	elif [ -n "$$CI" ]; then echo 'groundup: Chromium is missing, and only root can install it.' >&2; exit 1; \
+	else echo 'groundup: without Chromium the tests of the page skip. Install it: sudo apt-get install chromium' >&2; fi
+
+test-long: lint types imports chromium
 	OMP_NUM_THREADS=1 GROUNDUP_LONG=1 $(RUN) pytest -q -n 2 --dist worksteal --cov=groundup --cov-report=
 	$(RUN) coverage report --include='$(CORE_ROOMS)' --fail-under=$(COVERAGE_FLOOR)
 	@echo 'make test-long: everything passed.'

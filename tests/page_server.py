@@ -88,7 +88,7 @@ class PageServer:
 def chromium() -> Iterator[Any]:
     """A browser of this machine, without its sandbox where root runs the tests."""
     if CHROMIUM is None:
-        pytest.skip("no Chromium here: `make chromium` installs it")
+        pytest.skip("no Chromium here: make chromium (or: sudo apt-get install chromium)")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is in groundup[test]")
     with playwright.sync_playwright() as made:
         arguments = ["--no-sandbox"] if os.getuid() == 0 else []

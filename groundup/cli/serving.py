@@ -69,7 +69,7 @@ def serve(
     ] = 30,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
-    """Serve models over HTTP: an OpenAI-compatible API. Ctrl-C or SIGTERM finishes what was begun, then stops."""
+    """Serve models over HTTP: an OpenAI-compatible API, and a page. Ctrl-C or SIGTERM finishes what was begun."""
     from groundup.errors import GroundupError
 
     try:

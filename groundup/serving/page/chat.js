@@ -143,10 +143,11 @@ function Tokens({ node, isBusy }) {
   const card = useRef();
   useLayoutEffect(() => {
     if (active === null) return;
-    const token = list.current.children[active];
-    const width = list.current.clientWidth;
-    card.current.style.top = `${token.offsetTop + token.offsetHeight}px`;
-    card.current.style.left = `${Math.max(0, Math.min(token.offsetLeft, width - card.current.offsetWidth))}px`;
+    const [token, place] = [list.current.children[active], list.current.getBoundingClientRect()];
+    const line = token.getClientRects()[0];
+    card.current.style.top = `${line.bottom - place.top}px`;
+    card.current.style.left = `${Math.max(0, Math.min(line.left - place.left, place.width - card.current.offsetWidth))}px`;
+    if (document.activeElement === token) card.current.scrollIntoView({ block: "nearest" });
   }, [active]);
   const move = (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
