@@ -90,11 +90,16 @@ class Served:
 
     def post(self, path: str, body: dict[str, Any]) -> socket.socket:
         """A connection on which a request was sent, and nothing read."""
-        contents = json.dumps(body).encode()
         connection = self.connect()
-        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        connection.sendall(f"{head}Content-Length: {len(contents)}\r\n\r\n".encode() + contents)
+        connection.sendall(request_bytes(path, body))
         return connection
+
+
+def request_bytes(path: str, body: dict[str, Any]) -> bytes:
+    """What a client sends."""
+    contents = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(contents)}\r\n\r\n".encode() + contents
 
 
 @contextlib.contextmanager

@@ -54,7 +54,8 @@ def test_openai_gets_the_engines_answer_whole_and_streamed(client: openai.OpenAI
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == wanted
         assert chunks[0].choices[0].delta.role == "assistant"
         assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
-        assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+        assert chunks[-1].choices == []
+        assert chunks[-1].usage == whole.usage
 
 
 def test_openai_completes_texts_and_ids_several_at_once(client: openai.OpenAI) -> None:
@@ -158,7 +159,8 @@ def test_curl_streams(served: Served) -> None:
     command = ["curl", "-sSN", f"{served.url}/v1/completions", "-d", body, "-H", "Content-Type: application/json",
                "-H", "Authorization: Bearer secret-key"]  # fmt: skip
     lines = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.split("\n\n")
-    assert len(lines) == 5 and lines[3:] == ["data: [DONE]", ""]
+    assert len(lines) == 5
+    assert lines[3:] == ["data: [DONE]", ""]
     assert [json.loads(line.removeprefix("data: "))["choices"][0]["finish_reason"] for line in lines[:3]] == [
         None, None, "length"
     ]  # fmt: skip

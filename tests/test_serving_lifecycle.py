@@ -1,8 +1,7 @@
-"""From the first connection to the last answer: clients that leave or do not read, a server that stops, starts, is full."""
+"""From the first connection to the last answer: clients that leave or do not read, a server that fails, stops, starts."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 from command import CommandLine, groundup, start
 from generation_models import small_tokenizer
-from serving_client import Served, serving, slow_down, small_model, small_state, wait_until
+from serving_client import Served, request_bytes, serving, slow_down, small_model, small_state, wait_until
 
 from groundup.interop import save_model
 from groundup.serving import Limits
@@ -55,13 +54,10 @@ def test_who_reads_too_slowly_is_cut_off_with_an_error_and_nobody_waits() -> Non
     state = small_state(limits=Limits(unread=16))
     with serving(state, send_buffer=4096) as served:
         slow_down(served.engine, 0.002)
-        body = {**ENDLESS, "n": 4, "stream": True, "logprobs": 20}
-        contents = json.dumps(body).encode()
         with socket.socket() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(("127.0.0.1", served.port))
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(contents)}"
-            connection.sendall(f"{head}\r\n\r\n".encode() + contents)
+            connection.sendall(request_bytes("/v1/completions", {**ENDLESS, "n": 4, "stream": True, "logprobs": 20}))
             wait_until(lambda: served.engine.stats.new_tokens > 4)
             wait_until(lambda: served.engine.n_used == 0)  # and not because all was written:
             assert served.engine.stats.new_tokens < 4 * 900
@@ -72,7 +68,8 @@ def test_who_reads_too_slowly_is_cut_off_with_an_error_and_nobody_waits() -> Non
                 told += piece
                 if told.endswith(b"0\r\n\r\n"):
                     break
-        assert b'"code":"slow_reader"' in told and b"data: [DONE]" in told
+        assert b'"code":"slow_reader"' in told
+        assert b"data: [DONE]" in told
 
 
 def test_an_engine_that_fails_is_told_and_the_server_goes_on() -> None:
@@ -92,7 +89,8 @@ def test_an_engine_that_fails_is_told_and_the_server_goes_on() -> None:
         engine._model_step = real
         assert served.ask("/v1/completions", {"prompt": "Once"})[0] == 200
         engine.stop()
-        assert served.ask("/ready")[0] == 503 and served.ask("/health")[0] == 200
+        assert served.ask("/ready")[0] == 503
+        assert served.ask("/health")[0] == 200
         status, _, headers = served.ask("/v1/completions", {"prompt": "Once"})
         assert (status, headers["retry-after"]) == (503, "10")
         assert served.ask("/v1/completions", {"prompt": "Once", "model": "other"})[0] == 200
@@ -135,8 +133,10 @@ def test_a_server_that_may_wait_no_longer_says_so() -> None:
         told = [read_all(streamed), read_all(whole)]
         streamed.close()
         whole.close()
-    assert b"the server is stopping" in told[0] and b"[DONE]" in told[0]
-    assert told[1].startswith(b"HTTP/1.1 503") and b"the server is stopping" in told[1]
+    assert b"the server is stopping" in told[0]
+    assert b"[DONE]" in told[0]
+    assert told[1].startswith(b"HTTP/1.1 503")
+    assert b"the server is stopping" in told[1]
 
 
 def _accepts(port: int) -> bool:
@@ -159,12 +159,15 @@ def test_two_servers_on_one_port_say_so(groundup: CommandLine, folder: Path) -> 
         port = taken.getsockname()[1]
         ended = groundup("serve", folder, "--port", str(port))
     assert ended.code == 1
-    assert ended.err.startswith(f"groundup: port {port} of 127.0.0.1 is taken") and f"--port {port + 1}" in ended.err
+    assert ended.err.startswith(f"groundup: port {port} of 127.0.0.1 is taken")
+    assert f"--port {port + 1}" in ended.err
 
 
 def test_other_addresses_need_a_key(groundup: CommandLine, folder: Path) -> None:
     ended = groundup("serve", folder, "--host", "0.0.0.0")
-    assert ended.code == 1 and "GROUNDUP_API_KEY" in ended.err and "--insecure" in ended.err
+    assert ended.code == 1
+    assert "GROUNDUP_API_KEY" in ended.err
+    assert "--insecure" in ended.err
 
 
 def test_without_its_libraries_it_says_what_to_install(
@@ -176,14 +179,17 @@ def test_without_its_libraries_it_says_what_to_install(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "starlette.requests", None)
     ended = groundup("serve", folder)
-    assert ended.code == 1 and ended.err.splitlines() == [
-        "groundup: serve needs starlette.requests.", "          pip install 'groundup[serve]'"
-    ]  # fmt: skip
+    assert ended.code == 1
+    assert ended.err.splitlines() == [
+        "groundup: serve needs starlette.requests.",
+        "          pip install 'groundup[serve]'",
+    ]
 
 
 def test_names_of_models(groundup: CommandLine, folder: Path) -> None:
     ended = groundup("serve", folder, folder, "--port", "0")
-    assert ended.code == 1 and "two models are called small" in ended.err
+    assert ended.code == 1
+    assert "two models are called small" in ended.err
 
 
 @pytest.mark.slow
@@ -214,8 +220,10 @@ def test_sigterm_under_load_loses_no_finished_answer(folder: Path) -> None:
     finally:
         process.kill()
     begun = {number: one for number, one in told.items() if one}  # the others had not connected before the end
-    assert begun and all(b'"finish_reason":"length"' in one for one in begun.values())
-    assert "Traceback" not in err and "status=200" in err
+    assert begun
+    assert all(b'"finish_reason":"length"' in one for one in begun.values())
+    assert "Traceback" not in err
+    assert "status=200" in err
     assert not _accepts(port)
 
 

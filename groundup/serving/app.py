@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,7 @@ from groundup.serving.protocol import (
 )
 from groundup.serving.security import Protection
 from groundup.serving.state import ServedModel, State
+from groundup.tokenizer import special
 from groundup.tokenizer.pretrained import PretrainedTokenizer
 
 
@@ -166,13 +167,13 @@ async def detokenize(http: Request) -> Response:
 
 
 async def tokenizer_info(http: Request) -> Response:
-    """GET /tokenizer_info, of the first model."""
+    """GET /tokenizer_info, of the first model: what its files say, so that an evaluation begins as it does in process."""
     tokenizer = http.app.state.server.find(None).tokenizer
-    names = {index: name for name, index in tokenizer.control_tokens.items()}
-    is_own = not isinstance(tokenizer, PretrainedTokenizer)
-    ids = {"bos_token": tokenizer.end_of_text_id, "eos_token": tokenizer.end_of_text_id if is_own else tokenizer.end_id,
-           "pad_token": tokenizer.pad_id}  # fmt: skip
-    return json_response({name: names.get(index) for name, index in ids.items()} | {"chat_template": None})
+    if isinstance(tokenizer, PretrainedTokenizer):
+        said: Mapping[str, str] = tokenizer.named_tokens
+    else:
+        said = {"eos_token": special.END, "pad_token": special.PAD}
+    return json_response({name: said.get(name) for name in ("bos_token", "eos_token", "pad_token", "chat_template")})
 
 
 async def health(http: Request) -> Response:
