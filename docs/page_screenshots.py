@@ -24,6 +24,7 @@ TEXT = "“That is very strange,” said Dorothy to the Scarecrow and the Tin"
 
 
 def main() -> None:
+    """Start a server, walk through its page at every size."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("screenshots"))
@@ -64,7 +65,7 @@ def taker(folder: Path, kind: str, is_for_manual: bool) -> Callable[[Any, str], 
         page.wait_for_timeout(250)
         page.screenshot(path=path)
         if is_for_manual:
-            Image.open(path).convert("RGB").quantize(96).save(path, optimize=True)
+            Image.open(path).convert("RGB").quantize(192).save(path, optimize=True)
 
     return take
 
@@ -89,7 +90,9 @@ def walk(page: Any, url: str, take: Callable[[Any, str], None]) -> None:
     page.evaluate("import('/page/store.js').then(({ begin, state, set }) => (begin(), set({ model: 'pretrain' })))")
     ask(page, "Once upon a time")
     page.get_by_label("Show how probable").click()
-    page.locator(".token").nth(14).hover()
+    shades = "(all) => all.slice(0, 60).map((one) => Number(one.style.getPropertyValue('--p')))"
+    shaded = page.locator(".token").evaluate_all(shades)
+    page.locator(".token").nth(shaded.index(max(shaded))).hover()
     take(page, "tokens")
     page.get_by_role("link", name="Look inside").click()
     page.get_by_label("Text to look into").fill(TEXT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import re
 import signal
 import sys
 from pathlib import Path
@@ -12,10 +13,13 @@ from pathlib import Path
 import pytest
 from command import CommandLine, groundup, run_to_end
 from page_server import PageServer
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 from tiny_run import finished_run
 
 from groundup import SamplingParams, load
-from groundup.cli.chat import Chat, printable
+from groundup.cli.chat import Chat, printable, reader
 from groundup.cli.partners import Local, Remote
 from groundup.errors import GroundupError
 from groundup.generation import Engine, chat_prompt, chat_reply
@@ -220,6 +224,28 @@ def test_settings_system_and_lines_that_go_on(
     talk(chat, monkeypatch, "/system Be brief.", "Hello")
     assert chat.messages[0] == {"role": "system", "content": "Be brief."}
     assert len(chat.messages) == 3
+
+
+def test_how_fast_it_was_is_said_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = new_chat(max_tokens=6, seed=3)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    chat.answer("Hello")
+    assert re.search(r"\(6 tokens, [\d,]+ tokens/s\)", capsys.readouterr().err)
+
+
+def test_on_a_terminal_lines_are_edited_and_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        ask = reader()
+        keys.send_text("one\x1b\rtwo\r")  # Alt-Enter, Enter
+        assert ask() == "one\ntwo"
+        keys.send_text("\x1b[A\r")  # the arrow up
+        assert ask() == "one\ntwo"
+    assert "+one" in (tmp_path / "groundup" / "chat_history").read_text()
 
 
 def test_another_model_of_the_run_takes_over(groundup: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,6 +178,21 @@ def test_a_branch_goes_on_as_the_model_would_have_from_the_other_choice(browser:
 
 
 @slow
+def test_what_a_draft_had_guessed_is_underlined(browser: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Speculation, "_n_guesses", lambda *_: 2)  # whether it pays or not
+    with PageServer(draft="ngrams") as server:
+        context = browser.new_context()
+        tab = Watched(context, server.url, settings={"temperature": 0})
+        tab.ask("the cat sat the cat sat the cat")
+        tab.answer().get_by_label("Show how probable").click()
+        n_accepted = server.engines["tiny"].stats.accepted_tokens
+        assert tab.answer().locator(".token.accepted").count() == n_accepted > 0
+        assert f"{n_accepted} guessed" in tab.answer().inner_text()
+        tab.check()
+        context.close()
+
+
+@slow
 def test_two_tabs_see_each_others_conversations_and_lose_no_vote(browser: Any, server: PageServer) -> None:
     context = browser.new_context()
     one, other = Watched(context, server.url), Watched(context, server.url)

@@ -91,7 +91,7 @@ class Chat:
     def run(self) -> None:
         """Ask for lines until the end of input."""
         _hint(f"Talking to {self.partner.name}. /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
-        ask = _reader()
+        ask = reader()
         while True:
             try:
                 line = ask().strip()
@@ -201,7 +201,7 @@ def _split(line: str) -> tuple[str, str]:
     return name, argument.strip()
 
 
-def _reader() -> Callable[[], str]:
+def reader() -> Callable[[], str]:
     """How a line is asked for: with history and editing on a terminal, plainly elsewhere."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return input

@@ -29,7 +29,16 @@ from groundup.serving.protocol import APIError, FeedbackBody, InspectBody, json_
 from groundup.serving.state import State
 
 FILES = Path(__file__).with_name("page")
-MOST_POINTS = 400  # of a curve; of a longer one every so manieth is given
+MOST_POINTS = 400  # of a curve; longer ones are thinned
+_FRESH = {"cache-control": "no-cache"}
+
+
+class _Files(StaticFiles):
+    def file_response(self, *given: Any, **more: Any) -> Response:
+        """A file that a browser asks for again, lest it mix two versions of the page."""
+        response = super().file_response(*given, **more)
+        response.headers.update(_FRESH)
+        return response
 
 
 def routes(state: State) -> list[BaseRoute]:
@@ -42,8 +51,8 @@ def routes(state: State) -> list[BaseRoute]:
         return Route(path, endpoint, methods=[method], name=path.strip("/"))
 
     return [
-        Route("/", lambda _: FileResponse(FILES / "index.html", headers={"cache-control": "no-cache"}), name="page"),
-        Mount("/page", StaticFiles(directory=FILES)),
+        Route("/", lambda _: FileResponse(FILES / "index.html", headers=_FRESH), name="page"),
+        Mount("/page", _Files(directory=FILES)),
         route("/inspect", "POST", _inspect),
         route("/feedback", "POST", _feedback),
         route("/training", "GET", _training),

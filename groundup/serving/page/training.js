@@ -13,16 +13,19 @@ export function Training() {
   useEffect(() => {
     let timer = 0;
     const read = async () => {
+      let isDone = false;
       try {
-        const found = await api.get("training");
-        setRun(found);
-        setProblem(null);
-        if (!found.stages.some((one) => one.state !== "done")) return;
+        if (!document.hidden) {
+          const found = await api.get("training");
+          isDone = found.stages.every((one) => one.state === "done");
+          setRun(found);
+          setProblem(null);
+        }
       } catch (error) {
         setProblem(error.message);
         if (error.status === 0 || error.status === 401) connectionLost(error);
       }
-      timer = setTimeout(read, 1000 * SECONDS);
+      if (!isDone) timer = setTimeout(read, 1000 * SECONDS);
     };
     read();
     return () => clearTimeout(timer);
