@@ -38,7 +38,7 @@ class Generation:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
-    accepted: list[bool] = field(default_factory=list)
+    accepted: list[bool] = field(default_factory=list, compare=False)
     score: float = 0.0
 
     @property

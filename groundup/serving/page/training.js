@@ -81,7 +81,7 @@ function Curves({ loss, validation }) {
   const values = all.map(([, value]) => value).filter(Number.isFinite);
   const [low, high] = [Math.floor(Math.min(...values) * 2) / 2, Math.ceil(Math.max(...values) * 2) / 2 || 1];
   const x = (step) => left + ((width - left - 8) * step) / steps;
-  const y = (value) => 8 + ((height - bottom - 8) * (high - value)) / (high - low || 1);
+  const y = (value) => 18 + ((height - bottom - 18) * (high - value)) / (high - low || 1);
   const line = (points) => points.map(([step, value]) => `${x(step).toFixed(1)},${y(value).toFixed(1)}`).join(" ");
   const end = (points) => points.at(-1)?.[1].toFixed(3);
   return html`<figure class="curves">
