@@ -1,4 +1,4 @@
-"""From the first connection to the last answer: clients that leave or do not read, a server that fails, stops, starts."""
+"""From the first connection to the last answer: clients that leave or do not read, a server that fails or stops."""
 
 from __future__ import annotations
 

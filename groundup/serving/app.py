@@ -167,7 +167,7 @@ async def detokenize(http: Request) -> Response:
 
 
 async def tokenizer_info(http: Request) -> Response:
-    """GET /tokenizer_info, of the first model: what its files say, so that an evaluation begins as it does in process."""
+    """GET /tokenizer_info, of the first model: what its files say, so that evaluations begin as they do in process."""
     tokenizer = http.app.state.server.find(None).tokenizer
     if isinstance(tokenizer, PretrainedTokenizer):
         said: Mapping[str, str] = tokenizer.named_tokens
