@@ -63,7 +63,7 @@ class PageServer:
         )
         socket = listen("127.0.0.1", self.port)
         self.port = socket.getsockname()[1]
-        self._server = make_server(state, routes(state), drain_seconds=0)
+        self._server = make_server(state, routes(), drain_seconds=0)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [socket]})
         self._thread.start()
         while not self._server.started:

@@ -571,7 +571,7 @@ def test_of_a_conversation_too_long_for_the_context_the_newer_part_is_read(tab: 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     state = small_state("small", run=_unfinished_run(tmp_path_factory.mktemp("api")))
-    with serving(state, routes(state)) as made:
+    with serving(state, routes()) as made:
         yield made
 
 
@@ -657,7 +657,7 @@ def test_the_pages_endpoints_keep_to_their_document(api: Served) -> None:
 
 
 def test_a_run_without_a_finished_model_has_a_page(tmp_path: Path) -> None:
-    with serving(state := State([], run=_unfinished_run(tmp_path)), routes(state)) as served:
+    with serving(state := State([], run=_unfinished_run(tmp_path)), routes()) as served:
         assert served.ask("/")[0] == 200
         stages = {one["name"]: one for one in served.ask("/training")[1]["stages"]}
         assert (stages["pretrain"]["state"], stages["sft"]["state"]) == ("done", "unfinished")

@@ -89,7 +89,7 @@ def serve(
         limits = Limits(seconds=timeout, per_minute=rate_limit)
         names = [*(allow_host or ()), *([host] if host != address else [])]
         state = State(served, limits=limits, keys=api_key or (), hosts=names, run=run)
-        server = make_server(state, routes(state), drain_seconds=drain)
+        server = make_server(state, routes(), drain_seconds=drain)
         shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address, f"[{address}]" if ":" in address else address)
         listed = ", ".join(state.models) or "none is finished yet"
         typer.echo(f"models: {listed}\nlistening: http://{shown}:{port}/  (API: http://{shown}:{port}/v1)", err=True)

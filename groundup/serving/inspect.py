@@ -176,8 +176,7 @@ def inspect(
     device = model.embed_tokens.weight.device
     states, output = watched(torch.tensor([ids], device=device), head=lambda hidden, output: (hidden, output))
     before = [layer.before if model.norm is None else model.norm(layer.before) for layer in layers]
-    per_layer = [_logits(output, hidden, unused) for hidden in [*before, states]]
-    logits = per_layer[-1]
+    logits = _logits(output, states, unused)
     logprobs = logits.log_softmax(dim=-1)
     best = logits.topk(min(top, config.vocab_size), dim=-1).indices
     tops = _pairs(best, logprobs.exp())
@@ -194,9 +193,9 @@ def inspect(
         )
         for place, piece in enumerate(pieces)
     ]  # fmt: skip
-    chosen = best[:, :1]
+    lens = [_lens(_logits(output, hidden, unused), best[:, :1]) for hidden in before]
     return Inspection(
-        ids, tokens, tops[-1], [_lens(layer, chosen) for layer in per_layer],
+        ids, tokens, tops[-1], [*lens, _lens(logits, best[:, :1])],
         torch.stack([layer.weights for layer in layers]), logits, tokenizer,
     )  # fmt: skip
 

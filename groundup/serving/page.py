@@ -11,7 +11,7 @@ every other client, and to these three:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from groundup.run import Run
 from groundup.serving.feedback import Feedback
 from groundup.serving.inspect import inspect
 from groundup.serving.protocol import APIError, FeedbackBody, InspectBody, json_response, read_body
-from groundup.serving.state import State
+from groundup.serving.state import ServedModel, State
 
 FILES = Path(__file__).with_name("page")
 MOST_POINTS = 400  # of a curve; longer ones are thinned
@@ -41,33 +41,34 @@ class _Files(StaticFiles):
         return response
 
 
-def routes(state: State) -> list[BaseRoute]:
-    """The page's routes."""
-
-    def route(path: str, method: str, work: Callable[[State, Request], Coroutine[Any, Any, Response]]) -> Route:
-        async def endpoint(request: Request) -> Response:
-            return await work(state, request)
-
-        return Route(path, endpoint, methods=[method], name=path.strip("/"))
-
+def routes() -> list[BaseRoute]:
+    """For `make_app`."""
     return [
-        Route("/", lambda _: FileResponse(FILES / "index.html", headers=_FRESH), name="page"),
+        Route("/", page),
         Mount("/page", _Files(directory=FILES)),
-        route("/inspect", "POST", _inspect),
-        route("/feedback", "POST", _feedback),
-        route("/training", "GET", _training),
+        Route("/inspect", look_inside, methods=["POST"]),
+        Route("/feedback", feedback, methods=["POST"]),
+        Route("/training", training),
     ]
 
 
-async def _inspect(state: State, request: Request) -> Response:
-    body = InspectBody.model_validate(await read_body(request))
-    served = state.find(body.model)
+async def page(http: Request) -> Response:
+    """GET /."""
+    return FileResponse(FILES / "index.html", headers=_FRESH)
+
+
+async def look_inside(http: Request) -> Response:
+    """POST /inspect."""
+    body = InspectBody.model_validate(await read_body(http))
+    served: ServedModel = http.app.state.server.find(body.model)
     text: str | list[int]
     if body.messages is not None:
         text = served.template.ids([one.model_dump(exclude_none=True) for one in body.messages])
     else:
         text = body.tokens if body.tokens is not None else body.prompt or ""
-    seen = await run_in_threadpool(functools.partial(inspect, served.model, served.tokenizer, text, top=body.top or 10))
+    work = functools.partial(inspect, served.model, served.tokenizer, text, top=body.top or 10)
+    async with http.app.state.embedding:  # one at a time: texts are written meanwhile
+        seen = await run_in_threadpool(work)
     position = len(seen.ids) - 1 if body.position is None else body.position
     if position >= len(seen.ids):
         raise APIError(400, f"position: the text has {len(seen.ids)} tokens.", "invalid_value", "position")
@@ -75,8 +76,10 @@ async def _inspect(state: State, request: Request) -> Response:
     return json_response({"model": served.name, **value})
 
 
-async def _feedback(state: State, request: Request) -> Response:
-    body = FeedbackBody.model_validate(await read_body(request))
+async def feedback(http: Request) -> Response:
+    """POST /feedback."""
+    body = FeedbackBody.model_validate(await read_body(http))
+    state: State = http.app.state.server
     served = state.find(body.model)
     folder = state.run or served.folder
     if folder is None:
@@ -87,7 +90,9 @@ async def _feedback(state: State, request: Request) -> Response:
     return json_response({"folder": str(folder)})
 
 
-async def _training(state: State, _: Request) -> Response:
+async def training(http: Request) -> Response:
+    """GET /training."""
+    state: State = http.app.state.server
     if state.run is None:
         return json_response({"run": None, "stages": []})
     record = await run_in_threadpool(read_record, Run(state.run))

@@ -22,8 +22,9 @@ async function write(node, stream) {
   try {
     for await (const piece of stream(stop.signal)) {
       begun ||= performance.now();
-      node.content += piece.text;
       node.tokens.push(...piece.tokens);
+      // A branch may begin within a character, of which the stream has only the rest.
+      node.content = node.branched === undefined ? node.content + piece.text : api.textOf(node.tokens);
       node.finish = piece.finish ?? node.finish;
       if (piece.usage) node.n_tokens = piece.usage.completion_tokens;
       show();
@@ -101,33 +102,34 @@ async function branch(node, place, other) {
   });
 }
 
+/** Whether the server has kept it. */
 async function feedback(node, body, done) {
   const conversation = state.current;
   try {
     await api.post("feedback", { model: node.model, messages: messagesBefore(node), ...body });
-    Object.assign(node, done);
+    Object.assign(node, done, { notice: undefined });
     announce("Kept. Thank you.");
     await save(conversation);
+    return true;
   } catch (error) {
     node.notice = error.message;
     announce(error.message);
-    set({});
+    return false;
   }
 }
 
 async function vote(node, way) {
-  await feedback(node, { vote: way, answer: node.content }, { vote: way, notice: undefined });
   const other = siblings(node).find((one) => one.vote && one.vote !== way && one.content !== node.content);
-  if (!other) return;
+  if (node.vote === way || !(await feedback(node, { vote: way, answer: node.content }, { vote: way })) || !other) return;
   const ranking = way === "up" ? [node.content, other.content] : [other.content, node.content];
   await feedback(node, { ranking }, {});
 }
 
-const prefer = (node, other) =>
-  feedback(node, { ranking: [node.content, other.content] }, { preferred: true }).then(() => {
-    other.preferred = false;
-    if (state.current.nodes[node.id]) choose(node);
-  });
+async function prefer(node, other) {
+  if (!(await feedback(node, { ranking: [node.content, other.content] }, { preferred: true }))) return;
+  other.preferred = false;
+  if (state.current.nodes[node.id]) choose(node);
+}
 
 function lookInside(node) {
   set({ view: "inside", inspecting: { model: node.model, messages: newer(messagesBefore(node), node.left_out), ids: node.tokens.map((one) => one.id) } });
@@ -234,8 +236,8 @@ function Answer({ node, twin }) {
           onCancel=${() => setCorrecting(false)}
           onDone=${async (text) => {
             setCorrecting(false);
-            await feedback(node, { answer: node.content, correction: text }, { vote: "down" });
-            if (!node.notice) add("assistant", text, node.parent, { model: node.model, finish: "corrected" });
+            if (!(await feedback(node, { answer: node.content, correction: text }, { vote: "down" }))) return;
+            add("assistant", text, node.parent, { model: node.model, finish: "corrected" });
             save();
           }}
         />`
@@ -360,7 +362,7 @@ function Composer() {
   return html`<form class="composer" onSubmit=${send}>
     <div class="composer-box">
       <textarea
-        ref=${field} rows="1" value=${text} dir="auto" aria-label="Message" placeholder="Message"
+        ref=${field} rows="1" value=${text} dir="auto" aria-label="Message" placeholder=${state.models.length ? "Message" : "No model is finished yet"}
         onInput=${(event) => setText(event.target.value)} onKeyDown=${onKeyDown}
       ></textarea>
       <div class="row">
