@@ -585,6 +585,9 @@ WRONG = {
     "too many alternatives": ("/inspect", {"prompt": "a", "top": 51}, "50"),
     "an unknown field": ("/inspect", {"prompt": "a", "layers": 3}, "not supported"),
     "a vote on nothing": ("/feedback", {"messages": TALK, "vote": "up"}, "need answer"),
+    "a turn that is no text": (
+        "/feedback", {"messages": [{"role": "user", "content": None}], "answer": "a", "vote": "up"}, "content",
+    ),
     "no opinion": ("/feedback", {"messages": TALK, "answer": "a"}, "vote, correction or ranking"),
     "a vote of another kind": ("/feedback", {"messages": TALK, "answer": "a", "vote": "maybe"}, "vote"),
     "a ranking of one": ("/feedback", {"messages": TALK, "ranking": ["a"]}, "at least 2"),
@@ -657,7 +660,7 @@ def test_the_pages_endpoints_keep_to_their_document(api: Served) -> None:
 
 
 def test_a_run_without_a_finished_model_has_a_page(tmp_path: Path) -> None:
-    with serving(state := State([], run=_unfinished_run(tmp_path)), routes()) as served:
+    with serving(State([], run=_unfinished_run(tmp_path)), routes()) as served:
         assert served.ask("/")[0] == 200
         stages = {one["name"]: one for one in served.ask("/training")[1]["stages"]}
         assert (stages["pretrain"]["state"], stages["sft"]["state"]) == ("done", "unfinished")

@@ -85,7 +85,7 @@ async def feedback(http: Request) -> Response:
     if folder is None:
         raise APIError(409, "this model was not read from a folder: there is no place for votes.", "no_folder")
     opinion = body.model_dump(exclude_none=True, include={"answer", "vote", "correction", "ranking"})
-    messages = [{"role": one.role, "content": one.content} for one in body.messages]
+    messages = [one.model_dump() for one in body.messages]
     await run_in_threadpool(Feedback(folder).take, served.name, messages, opinion)
     return json_response({"folder": str(folder)})
 

@@ -374,11 +374,18 @@ class InspectBody(Body):
         return self
 
 
+class TurnBody(Body):
+    """A turn of a conversation, as text."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+
+
 class FeedbackBody(Body):
     """/feedback: what somebody thinks of the answers to a conversation."""
 
     model: str | None = None
-    messages: Annotated[list[MessageBody], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[TurnBody], Field(min_length=1, max_length=4096)]
     answer: Answer | None = None
     vote: Literal["up", "down"] | None = None
     correction: Answer | None = None
