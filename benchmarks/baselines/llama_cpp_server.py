@@ -9,12 +9,10 @@ import sys
 
 import llama_cpp
 import uvicorn
-from llama_cpp._internals import LlamaContext
 from llama_cpp.server.app import create_app
 from llama_cpp.server.settings import ModelSettings, ServerSettings
 
 _default_params = llama_cpp.llama_model_default_params
-_remove = LlamaContext.kv_cache_seq_rm
 
 
 def params_for_any_machine() -> llama_cpp.llama_model_params:
@@ -24,16 +22,10 @@ def params_for_any_machine() -> llama_cpp.llama_model_params:
     return params
 
 
-def remove(context: LlamaContext, sequence: int, start: int, end: int) -> object:
-    """Of the one sequence there is: asked for all, this version removes nothing, and the cache fills up for ever."""
-    return _remove(context, max(sequence, 0), start, end)
-
-
 def main() -> None:
     """Serve FILE on PORT with so many threads."""
     file, port, threads, context = sys.argv[1], *map(int, sys.argv[2:5])
     llama_cpp.llama_cpp.llama_model_default_params = params_for_any_machine
-    LlamaContext.kv_cache_seq_rm = remove
     model = ModelSettings(
         model=file, n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False, model_alias="small"
     )
