@@ -4,7 +4,8 @@
                           the same prompts; they take turns, ratio of the rounds' medians (wanted: 0.9 at least)
     server CPU a token    of the event loop's thread while it streams (wanted: 50 µs at most)
     beside llama.cpp      time to the first token and tokens a second at 1, 8 and 32 streams: llama-cpp-python's server
-                          on the same weights as a GGUF file of float32. It answers one request after the other.
+                          on the same weights as a GGUF file of float32. It answers one request after the other and
+                          fails where streams overlap: they are sent one by one, and their wait counts.
 
 Weights are random: speed does not depend on them. llama.cpp needs an environment of its own, named by --python, with
 `llama-cpp-python[server]`; without one its rows are left out.
@@ -46,7 +47,8 @@ WORKER = HERE / "baselines" / "llama_cpp_server.py"
 CLIENT = HERE / "baselines" / "stream_client.py"
 BIAS = {str(token): -100 for token in range(7)}  # control tokens, which would end a text
 VOCABULARY = 2048
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "big", "red", "dog", "run", "home", "with", "an", "old", "king", "who", "gave", "bread", "to", "poor"]
+TEXT = "the cat sat on a mat and saw one big red dog run home with an old king who gave bread to poor children"
+WORDS = TEXT.split()
 
 
 def main() -> None:
@@ -67,9 +69,7 @@ def main() -> None:
         arguments.rounds, arguments.tokens = 2, 48
     torch.set_num_threads(arguments.threads)
     config = decode.SHAPES[arguments.shape]()
-    tokenizer = Tokenizer.train(
-        [" ".join(WORDS), *adversarial_texts(2000, seed=1)], vocab_size=VOCABULARY, split="qwen2"
-    )
+    tokenizer = Tokenizer.train([TEXT, *adversarial_texts(2000, seed=1)], vocab_size=VOCABULARY, split="qwen2")
     config = type(config)(**{**config.__dict__, "vocab_size": tokenizer.vocab_size})
     model = decode.models_of(config)["f32"]
     found: dict[str, Any] = {
@@ -111,7 +111,7 @@ def beside_engine(engine: Engine, url: str, clock: int, n: int, arguments: argpa
         engine.run([Request(one, params) for one in ids])
         alone = n * arguments.tokens / (time.perf_counter() - begin)
         before = time.clock_gettime(clock)
-        answer = client(url, n, arguments.tokens)
+        answer = client(url, n, arguments.tokens, n)
         spent = time.clock_gettime(clock) - before
         if number:  # the first one warms up
             rates["engine"].append(alone)
@@ -139,7 +139,7 @@ def beside_llama_cpp(
         free.close()
         file = Path(folder) / "small.gguf"
         export_gguf(model, tokenizer, file, dtype="f32")
-        command = [str(arguments.python), str(WORKER), str(file), str(port), str(arguments.threads), "256"]
+        command = [str(arguments.python), str(WORKER), str(file), str(port), str(arguments.threads), "512"]
         process = subprocess.Popen(command)
         try:
             urls = {"groundup": url, "llama.cpp": f"http://127.0.0.1:{port}"}
@@ -148,7 +148,7 @@ def beside_llama_cpp(
                 found: dict[str, list[dict[str, Any]]] = {name: [] for name in urls}
                 for number in range(arguments.rounds + 1):
                     for name, where in urls.items():
-                        answer = client(where, n, arguments.tokens)
+                        answer = client(where, n, arguments.tokens, 1 if name == "llama.cpp" else n)
                         found[name] += [answer] if number else []
                 row: dict[str, Any] = {"streams": n}
                 for name, answers in found.items():
@@ -177,9 +177,10 @@ def wait_for(url: str) -> None:
             return
 
 
-def client(url: str, n: int, tokens: int) -> dict[str, float]:
+def client(url: str, n: int, tokens: int, at_once: int) -> dict[str, float]:
     """What n streams get, of a client in a process of its own."""
-    asked = json.dumps({"prompts": [prompt_of(number) for number in range(n)], "bias": BIAS, "tokens": tokens})
+    prompts = [prompt_of(number) for number in range(n)]
+    asked = json.dumps({"prompts": prompts, "bias": BIAS, "tokens": tokens, "at_once": at_once})
     command = [sys.executable, str(CLIENT), url.removeprefix("http://"), asked]
     return dict(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
 
