@@ -15,9 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
-import schemathesis
 import tiny_run
 import torch
 from generation_models import small_tokenizer
@@ -641,22 +639,6 @@ def test_the_drafts_accepted_guesses_are_named(monkeypatch: pytest.MonkeyPatch) 
         events = [event for event in served.events("/v1/chat/completions", body) if event != "[DONE]"]
     parts = [event["choices"][0]["logprobs"]["content"] for event in events if event["choices"][0]["logprobs"]]
     assert [one.get("accepted") for part in parts for one in part] == [one.get("accepted") for one in whole]
-
-
-def test_the_pages_endpoints_keep_to_their_document(api: Served) -> None:
-    schema, checks = schemathesis.openapi.from_url(f"{api.url}/openapi.json"), schemathesis.specs.openapi.checks
-    wanted = [
-        schemathesis.checks.not_a_server_error, checks.status_code_conformance, checks.content_type_conformance,
-        checks.response_schema_conformance,
-    ]  # fmt: skip
-    for path, method in (("/inspect", "POST"), ("/feedback", "POST"), ("/training", "GET")):
-
-        @hypothesis.settings(max_examples=20, deadline=None, phases=[hypothesis.Phase.generate], derandomize=True)
-        @hypothesis.given(case=schema[path][method].as_strategy())
-        def check(case: Any) -> None:
-            case.call_and_validate(checks=wanted)
-
-        check()
 
 
 def test_a_run_without_a_finished_model_has_a_page(tmp_path: Path) -> None:
