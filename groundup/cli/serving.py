@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from groundup.cli.options import command_line
-from groundup.cli.talking import PANEL, DraftOption, PrecisionOption, _draft, _dtype
+from groundup.cli.talking import PANEL, DraftOption, PrecisionOption, draft_model, dtype_of
 
 if TYPE_CHECKING:
     from groundup.serving import ServedModel
@@ -84,7 +84,7 @@ def serve(
         )
     with listen(host, port) as socket:  # before minutes of reading
         address, port = socket.getsockname()[:2]
-        served, run = _read(models, stage, slots, draft, precision)
+        served, run = read_models(models, stage, slots, draft, precision)
         limits = Limits(seconds=timeout, per_minute=rate_limit)
         names = [*(allow_host or ()), *([host] if host != address else [])]
         state = State(served, limits=limits, keys=api_key or (), hosts=names, run=run)
@@ -104,7 +104,7 @@ def serve(
             typer.echo("stopped.", err=True)
 
 
-def _read(
+def read_models(
     paths: list[str], stages: list[str] | None, slots: int, draft: str | None, precision: str | None
 ) -> tuple[list[ServedModel], Path | None]:
     """The models, each with an engine; the run that the first ones are of."""
@@ -147,7 +147,12 @@ def _read(
                 f"{loaded.folder}: this model has no tokenizer beside it.", "Copy its tokenizer.json there."
             )
         engine = Engine(
-            loaded.model, loaded.tokenizer, slots=slots, dtype=_dtype(precision), draft=_draft(path, draft), pages=False
+            loaded.model,
+            loaded.tokenizer,
+            slots=slots,
+            dtype=dtype_of(precision),
+            draft=draft_model(path, draft),
+            pages=False,
         )
         if engine.why_slow is not None:
             typer.echo(f"note: {name}: tokens are made by PyTorch alone, more slowly: {engine.why_slow}", err=True)

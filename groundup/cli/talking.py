@@ -112,8 +112,8 @@ def generate(
         results = beam_search(network, tokenizer, request.ids, n_beams=beams, max_tokens=params.max_tokens)[:samples]
     else:
         engine = Engine(
-            network, tokenizer, slots=samples, length=len(request.ids) + params.max_tokens, dtype=_dtype(precision),
-            draft=_draft(model, draft),
+            network, tokenizer, slots=samples, length=len(request.ids) + params.max_tokens, dtype=dtype_of(precision),
+            draft=draft_model(model, draft),
         )  # fmt: skip
         _say_why_slow(engine)
         if samples == 1 and not as_json:
@@ -152,7 +152,7 @@ def chat(
 
     network, tokenizer, folder = _load(model, stage, to_chat=True)
     params = _params(model, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed)
-    engine = Engine(network, tokenizer, slots=1, dtype=_dtype(precision), draft=_draft(model, draft))
+    engine = Engine(network, tokenizer, slots=1, dtype=dtype_of(precision), draft=draft_model(model, draft))
     _say_why_slow(engine)
     talk = Chat(engine, tokenizer, params, system=_as_text(system) if system else None)
     if folder.parent.name in TRUNK:
@@ -212,7 +212,8 @@ def _say_why_slow(engine: Engine) -> None:
         typer.echo(f"note: tokens are made by PyTorch alone, more slowly: {engine.why_slow}", err=True)
 
 
-def _dtype(precision: str | None) -> torch.dtype | None:
+def dtype_of(precision: str | None) -> torch.dtype | None:
+    """What --precision says."""
     import torch
 
     from groundup.errors import GroundupError
@@ -223,7 +224,8 @@ def _dtype(precision: str | None) -> torch.dtype | None:
     return known[precision]
 
 
-def _draft(model: Path, draft: str | None) -> Literal["ngrams"] | int | Transformer | None:
+def draft_model(model: Path, draft: str | None) -> Literal["ngrams"] | int | Transformer | None:
+    """What --draft says; a stage is one of the model's own run."""
     from groundup.interop import load
     from groundup.run import RECIPE_FILE
 
