@@ -167,10 +167,11 @@ def test_two_servers_on_one_port_say_so(groundup: CommandLine, folder: Path) -> 
 
 
 def test_other_addresses_need_a_key(groundup: CommandLine, folder: Path) -> None:
-    ended = groundup("serve", folder, "--host", "0.0.0.0")
-    assert ended.code == 1
-    assert "GROUNDUP_API_KEY" in ended.err
-    assert "--insecure" in ended.err
+    for key in ((), ("--api-key", "")):
+        ended = groundup("serve", folder, "--host", "0.0.0.0", *key)
+        assert ended.code == 1
+        assert "GROUNDUP_API_KEY" in ended.err
+        assert "--insecure" in ended.err
 
 
 def test_without_its_libraries_it_says_what_to_install(
@@ -184,7 +185,7 @@ def test_without_its_libraries_it_says_what_to_install(
     ended = groundup("serve", folder)
     assert ended.code == 1
     assert ended.err.splitlines() == [
-        "groundup: serve needs starlette.requests.",
+        "groundup: serve needs starlette.",
         "          pip install 'groundup[serve]'",
     ]
 

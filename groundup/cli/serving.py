@@ -76,8 +76,11 @@ def serve(
         from groundup.serving import Limits, State
         from groundup.serving.server import listen, make_server
     except ModuleNotFoundError as error:
-        raise GroundupError(f"serve needs {error.name}.", "pip install 'groundup[serve]'") from None
-    if host not in ("127.0.0.1", "localhost", "::1") and not (api_key or insecure):
+        raise GroundupError(
+            f"serve needs {str(error.name).partition('.')[0]}.", "pip install 'groundup[serve]'"
+        ) from None
+    keys = [key for key in api_key or () if key]  # an empty one would let everybody in
+    if host not in ("127.0.0.1", "localhost", "::1") and not (keys or insecure):
         raise GroundupError(
             f"--host {host}: anybody who can reach this machine could use the models.",
             "Set a key in GROUNDUP_API_KEY, or say --insecure.",
@@ -87,7 +90,7 @@ def serve(
         served, run = read_models(models, stage, slots, draft, precision)
         limits = Limits(seconds=timeout, per_minute=rate_limit)
         names = [*(allow_host or ()), *([host] if host != address else [])]
-        state = State(served, limits=limits, keys=api_key or (), hosts=names, run=run)
+        state = State(served, limits=limits, keys=keys, hosts=names, run=run)
         server = make_server(state, drain_seconds=drain)
         shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address, f"[{address}]" if ":" in address else address)
         typer.echo(f"models: {', '.join(state.models)}\nlistening: http://{shown}:{port}/  (API: http://{shown}:{port}/v1)",

@@ -114,7 +114,9 @@ class Body(BaseModel):
 
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
-Tokens = Annotated[list[Token], Field(min_length=1)]
+_Tokens = Annotated[list[Token], Field(min_length=1)]
+_Several = Field(min_length=1, max_length=MOST_TEXTS)
+Prompts = str | Annotated[list[str], _Several] | _Tokens | Annotated[list[_Tokens], _Several]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -177,12 +179,7 @@ class SamplingBody(Body):
 class CompletionBody(SamplingBody):
     """/v1/completions."""
 
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_TEXTS)]
-        | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_TEXTS)]
-    ) = Field(description="Texts or token ids, one or several.")
+    prompt: Prompts = Field(description="Texts or token ids, one or several.")
     echo: bool | None = Field(None, description="The prompt stands before each text, with its log-probabilities.")
     logprobs: int | None = Field(None, ge=0, le=20, description="Of each token, and so many of the most probable.")
     add_special_tokens: bool | None = Field(None, description="Texts begin as documents do (default: true).")
@@ -316,12 +313,7 @@ class EmbeddingsBody(Body):
     """/v1/embeddings."""
 
     model: str | None = None
-    input: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_TEXTS)]
-        | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_TEXTS)]
-    )
+    input: Prompts
     encoding_format: Literal["float", "base64"] | None = None
     user: str | None = Field(None, max_length=256)
 
