@@ -21,7 +21,8 @@ from pathlib import Path
 from record import spread, write_result
 
 from groundup.corpus.reading import extract_child
-from groundup.corpus.reading.extract import ExtractionFailure, Extractor
+from groundup.corpus.reading.extract import Extractor
+from groundup.corpus.reading.refusal import RefusedError
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "html"
 KINDS = ("trafilatura", "resiliparse")
@@ -103,9 +104,14 @@ def seconds_alone(kind: str, pages: list[bytes]) -> float:
 
 def extracted(kind: str, pages: list[bytes]) -> list[str]:
     """The texts, "" where there is none."""
+    texts = []
     with Extractor(kind, 60.0) as extractor:  # type: ignore[arg-type]
-        answers = [extractor.extract(page) for page in pages]
-    return ["" if isinstance(answer, ExtractionFailure) else answer for answer in answers]
+        for page in pages:
+            try:
+                texts.append(extractor.extract(page))
+            except RefusedError:
+                texts.append("")
+    return texts
 
 
 def shingle_scores(gold: list[str], found: list[str]) -> dict[str, float]:

@@ -16,8 +16,7 @@ import zstandard
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from groundup.corpus.decontamination.files import find_tasks
-from groundup.corpus.decontamination.index import COMMON_TEXTS, ContaminationCounts, EvaluationIndex, Match
+from groundup.corpus.decontaminate import COMMON_TEXTS, ContaminationCounts, EvaluationIndex, Match, find_tasks
 from groundup.errors import ArtifactError, DataError
 
 NUMBERS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()  # noqa: SIM905

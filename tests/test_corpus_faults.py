@@ -119,6 +119,8 @@ BROKEN_FILES = {
     "table.csv": (b"PAR1\x15\4", Reason.BINARY, "a Parquet table: give it the ending .parquet"),
     "base.text": (b"SQLite format 3\0", Reason.BINARY, "an SQLite database: export"),
     "packed.txt.gz": (gzip.compress(b"\x7fELF\2"), Reason.BINARY, "a program"),
+    "manual.html": (b"%PDF-1.4\n1 0 obj\n<<>>\nendobj\n", Reason.BINARY, "a PDF: save its text"),
+    "page.htm.gz": (gzip.compress(gzip.compress(b"<p>x")), Reason.BINARY, "gzip: give it the ending .gz"),
     "garbled.md": (("R\ufffd" * 40 + GOOD).encode(), Reason.GARBLED, "40 of "),
     "nul.md": (b"some\0thing", Reason.NUL, "at character 4"),
 }

@@ -217,3 +217,14 @@ def test_when_nothing_is_left_the_error_names_the_rule_that_took_the_wanted_lang
     )
     with pytest.raises(DataError, match=r'3 language, 2 gopher.min_words.*\n.*Set "gopher.min_words"'):
         curate(settings, tmp_path / "out")
+
+
+def test_a_short_line_is_short_in_any_script() -> None:
+    """A Chinese or Japanese sentence takes a third of the characters of an English one."""
+    texts = [
+        "The cat sat on the mat and looked at me.",
+        "吾輩は猫である。名前はまだ無い。どこで生れたか。",
+        "名前はまだ無い。",
+        "고양이는 나를 보았다.",
+    ]
+    assert signals(["\n".join([line] * 3) for line in texts], ["short_lines"])["short_lines"].tolist() == [0, 0, 1, 1]

@@ -14,11 +14,17 @@ pytest.importorskip("scrapy")
 
 from crawl_pages import XMLNS, urlset
 from scrapy import Request
+from scrapy.http import Response
 
-from groundup.corpus.crawl.fetch import retry_after_seconds
-from groundup.corpus.crawl.pages import extract_links, parse_robots, parse_sitemap
-from groundup.corpus.crawl.report import Refused
-from groundup.corpus.crawl.urls import Scope, is_public, normalize_url
+from groundup.corpus.crawl.fetch import (
+    Refused,
+    extract_links,
+    is_public,
+    normalize_url,
+    parse_robots,
+    parse_sitemap,
+    retry_after_seconds,
+)
 
 
 @pytest.mark.parametrize(
@@ -46,12 +52,35 @@ def test_retry_after(value: str, seconds: float | None) -> None:
 @pytest.mark.parametrize(
     "address",
     [
-        "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
-        "255.255.255.255", "240.0.0.1", "::", "::1", "::7f00:1", "fe80::1%eth0", "fc00::1", "fec0::1", "ff02::1",
-        "::ffff:127.0.0.1", "::ffff:10.0.0.1", "2002:7f00:1::", "2002:a00:1::", "64:ff9b::a00:1", "64:ff9b:1::1",
-        "2001:0:a00:1::1", "2001:db8::1", "not an address", "",
+        "127.0.0.1",
+        "10.1.2.3",
+        "172.16.0.1",
+        "192.168.1.1",
+        "169.254.169.254",
+        "100.64.0.1",
+        "0.0.0.0",
+        "224.0.0.1",
+        "255.255.255.255",
+        "240.0.0.1",
+        "::",
+        "::1",
+        "::7f00:1",
+        "fe80::1%eth0",
+        "fc00::1",
+        "fec0::1",
+        "ff02::1",
+        "::ffff:127.0.0.1",
+        "::ffff:10.0.0.1",
+        "2002:7f00:1::",
+        "2002:a00:1::",
+        "64:ff9b::a00:1",
+        "64:ff9b:1::1",
+        "2001:0:a00:1::1",
+        "2001:db8::1",
+        "not an address",
+        "",
     ],
-)  # fmt: skip
+)
 def test_private_addresses(address: str) -> None:
     assert not is_public(address)
 
@@ -75,7 +104,6 @@ def test_public_addresses(address: str) -> None:
         ("http://example.org/%7euser/%3f", "http://example.org/~user/%3F"),
         ("http://example.org/a b?c=d e", "http://example.org/a%20b?c=d%20e"),
         ("http://example.org/ü", "http://example.org/%C3%BC"),
-        ("http://example.org/\udce9", "http://example.org/%E9"),
         ("http://example.org/100%", "http://example.org/100%25"),
         ("http://example.org/?", "http://example.org/"),
         ("http://bücher.example/", "http://xn--bcher-kva.example/"),
@@ -95,7 +123,7 @@ def test_public_addresses(address: str) -> None:
         ("http://[::1/", None),
         ("http://@/", None),
         ("http://u@", None),
-        ("http://example.org/\ud800", None),
+        ("http://example.org/\udce9", None),
         ("http:///a", None),
         ("http://example.org/" + "a" * 5000, None),
     ],
@@ -111,14 +139,6 @@ def test_the_one_spelling_stays(link: str, base: str) -> None:
         assert once.isascii()
         assert " " not in once
         assert normalize_url(once) == once == Request(once).url
-
-
-def test_scope_of_hosts() -> None:
-    scope = Scope((), same_path=False)
-    scope.add("http://www.example.org/")
-    assert "https://example.org/a" in scope
-    assert "http://evil-example.org/" not in scope
-    assert "http://example.org.evil/" not in scope
 
 
 @pytest.mark.parametrize(
@@ -138,10 +158,9 @@ def test_adversarial_robots_txt_is_read_in_time(text: str) -> None:
     assert time.process_time() - begin < 2
 
 
-def test_robots_cut_in_a_line() -> None:
-    rules = parse_robots(b"User-agent: *\nDisallow: /a\nDisallow: /", "groundup", whole=False)
-    assert rules.can_fetch("http://example.org/b", "groundup")
-    assert not rules.can_fetch("http://example.org/a", "groundup")
+def links_of(body: bytes, url: str = "http://example.org/") -> list[str]:
+    response = Response(url, headers={"Content-Type": "text/html"}, body=body)
+    return extract_links(response, "groundup")[1]
 
 
 @pytest.mark.parametrize(
@@ -170,12 +189,12 @@ def test_robots_cut_in_a_line() -> None:
 )
 def test_links_of_a_page(body: bytes, links: list[str]) -> None:
     base = "http://example.org/d/"
-    assert list(extract_links(body, base, "", "", "groundup").links) == [normalize_url(link, base) for link in links]
+    assert links_of(body, base) == [normalize_url(link, base) for link in links]
 
 
 @given(st.binary(max_size=300))
 def test_any_bytes_have_links(body: bytes) -> None:
-    for link in extract_links(b"<a href=" + body, "http://example.org/", "", "", "groundup").links:
+    for link in links_of(b"<a href=" + body):
         assert normalize_url(link) == link
 
 
@@ -184,7 +203,7 @@ def test_any_bytes_have_links(body: bytes) -> None:
 )
 def test_adversarial_pages_are_scanned_in_linear_time(piece: bytes) -> None:
     begin = time.process_time()
-    extract_links(piece * (1_000_000 // len(piece)), "http://example.org/", "", "", "groundup")
+    links_of(piece * (1_000_000 // len(piece)))
     assert time.process_time() - begin < 2
 
 
@@ -220,7 +239,7 @@ def test_sitemaps(body: bytes, pages: list[str] | None) -> None:
     """None: refused."""
     begin = time.process_time()
     try:
-        assert parse_sitemap(body) == (pages, [])
+        assert parse_sitemap(body) == (pages, False)
     except Refused:
         assert pages is None
     assert time.process_time() - begin < 2

@@ -26,17 +26,23 @@ import tiny_run
 from fuzz import PACKING, Files, Reader, faults, grouped
 from generation_models import TEXT, random_model, small_tokenizer
 from lengths import IS_LONG
+from scrapy.http import Response
 from shards_bytes import ByteTokenizer, document
 from test_scaling_law import DATA, made_up
 
 from groundup.alignment.conversations import load_conversations
 from groundup.console import Console
-from groundup.corpus.crawl.fetch import retry_after_seconds, unpacked
-from groundup.corpus.crawl.pages import extract_links, parse_robots, parse_sitemap
-from groundup.corpus.crawl.report import Refused
-from groundup.corpus.crawl.urls import normalize_url
-from groundup.corpus.crawl.warc import Entry, WarcFiles
-from groundup.corpus.decontamination.files import find_tasks
+from groundup.corpus.crawl.fetch import (
+    Refused,
+    extract_links,
+    normalize_url,
+    parse_robots,
+    parse_sitemap,
+    retry_after_seconds,
+    unpacked,
+)  # fmt: skip
+from groundup.corpus.crawl.warc import WarcFiles, page_record
+from groundup.corpus.decontaminate import find_tasks
 from groundup.corpus.reading.extract import Extractor
 from groundup.corpus.reading.read import UnitReader, units_of
 from groundup.corpus.reading.sources import find_sources
@@ -419,14 +425,16 @@ def read_crawl_files(folder: Path) -> None:
     if path.is_symlink():
         return  # what comes from the net is no file
     body = path.read_bytes()
-    start, end = body[:99].decode("latin-1"), body[-99:].decode("latin-1")
-    extract_links(body, "https://example.org/", start, end, "groundup")
+    end = body[-99:].decode("latin-1")
+    for kind in (b"text/html", b"text/html; charset=" + body[:20]):
+        headers = {"Content-Type": kind, "X-Robots-Tag": body[-99:]}
+        extract_links(Response("https://example.org/", headers=headers, body=body), "groundup")
     parse_robots(body, "groundup").can_fetch("https://example.org/private", "groundup")
     retry_after_seconds(end)
     with contextlib.suppress(Refused):
         unpacked(body, "gzip", 1 << 20)
     with contextlib.suppress(Refused):
-        _ = [normalize_url(url) for urls in parse_sitemap(body) for url in urls]
+        _ = [normalize_url(url) for url in parse_sitemap(body)[0]]
 
 
 def crawl_folders() -> list[Files]:
@@ -434,16 +442,18 @@ def crawl_folders() -> list[Files]:
         for _ in range(2):
             files = WarcFiles(place, "test")
             for number in range(3):
-                files.append(Entry("given", f"https://example.org/{number}", depth=number).record())
+                files.append(page_record(Response(f"https://example.org/{number}", body=b"text")))
             files.close()
         files = WarcFiles(place, "test")
-        files.append(Entry("refused", "https://example.org/4", reason="robots.txt").record())
+        files.append(page_record(Response("https://example.org/4")))
 
     return [made(write)]
 
 
 def read_crawl_folder(folder: Path) -> None:
-    WarcFiles(folder, "test").close()
+    files = WarcFiles(folder, "test")
+    for url in files.stored:
+        files.read(url)
 
 
 READERS: dict[str, Reader] = {

@@ -254,7 +254,7 @@ WRONG: dict[str, tuple[str, Any, int, str | None, str]] = {
         "type": "function", "function": {"name": "b"}}}, 400, None, "names no function"),
     "arguments that are not JSON": (CHAT, {"messages": [*TALK, {"role": "assistant", "tool_calls": [
         {"id": "a", "function": {"name": "f", "arguments": "{"}}]}]}, 400, None, "JSON object"),
-    "a long text to embed": ("/v1/embeddings", {"input": LONG}, 400, "input", "tokens"),
+    "a long text to embed": ("/v1/embeddings", {"input": LONG}, 400, "input", "maximum context length"),
     "no token to embed": ("/v1/embeddings", {"input": [320]}, 400, "input", "0 to 319"),
     "other dimensions": ("/v1/embeddings", {"input": "a", "dimensions": 8}, 400, "dimensions", "not supported"),
     "two things to tokenize": ("/tokenize", {"prompt": "a", "messages": TALK}, 400, None, "prompt or messages"),

@@ -10,10 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny_run
 from command import CommandLine, groundup, start
 from generation_models import small_tokenizer
 from serving_client import Served, request_bytes, serving, slow_down, small_model, small_state, wait_until
 
+from groundup.cli.serving import read_models
+from groundup.errors import ArtifactError
 from groundup.interop import save_model
 from groundup.serving import Limits
 from groundup.serving.server import listen
@@ -164,10 +167,11 @@ def test_two_servers_on_one_port_say_so(groundup: CommandLine, folder: Path) -> 
 
 
 def test_other_addresses_need_a_key(groundup: CommandLine, folder: Path) -> None:
-    ended = groundup("serve", folder, "--host", "0.0.0.0")
-    assert ended.code == 1
-    assert "GROUNDUP_API_KEY" in ended.err
-    assert "--insecure" in ended.err
+    for key in ((), ("--api-key", "")):
+        ended = groundup("serve", folder, "--host", "0.0.0.0", *key)
+        assert ended.code == 1
+        assert "GROUNDUP_API_KEY" in ended.err
+        assert "--insecure" in ended.err
 
 
 def test_without_its_libraries_it_says_what_to_install(
@@ -181,7 +185,7 @@ def test_without_its_libraries_it_says_what_to_install(
     ended = groundup("serve", folder)
     assert ended.code == 1
     assert ended.err.splitlines() == [
-        "groundup: serve needs starlette.requests.",
+        "groundup: serve needs starlette.",
         "          pip install 'groundup[serve]'",
     ]
 
@@ -190,6 +194,16 @@ def test_names_of_models(groundup: CommandLine, folder: Path) -> None:
     ended = groundup("serve", folder, folder, "--port", "0")
     assert ended.code == 1
     assert "two models are called small" in ended.err
+
+
+def test_a_run_serves_all_its_models_that_of_the_chat_first(folder: Path) -> None:
+    run = tiny_run.finished_run()
+    served, of = read_models([str(run.root), f"mine={folder}"], None, 2, None, None)
+    assert ([one.name for one in served], of) == (["sft", "pretrain", "mine"], run.root)
+    served, of = read_models([str(run.root)], ["pretrain"], 2, None, None)
+    assert [one.name for one in served] == ["pretrain"]
+    with pytest.raises(ArtifactError, match="no model of a stage 'dpo' here"):
+        read_models([str(run.root)], ["dpo"], 2, None, None)
 
 
 @pytest.mark.slow

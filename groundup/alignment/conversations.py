@@ -16,7 +16,8 @@ import xxhash
 
 from groundup.console import Console
 from groundup.corpus.document import OnSetAside, Reason, SetAside
-from groundup.corpus.reading.jsonl import RefusedError, Value, parse_json
+from groundup.corpus.reading.jsonl import Value, parse_json
+from groundup.corpus.reading.refusal import RefusedError
 from groundup.corpus.reading.sources import InputFiles, find_sources
 from groundup.corpus.reading.values import check_writable, read_values
 from groundup.errors import DataError
@@ -104,7 +105,7 @@ def _read(found: InputFiles, set_aside: OnSetAside) -> Iterator[list[Message]]:
             try:
                 yield _messages(value)
             except RefusedError as refused:
-                set_aside(refused.of(source, value))
+                set_aside(value.aside(source, refused))
 
 
 def _messages(value: Value) -> list[Message]:

@@ -4,47 +4,30 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from groundup.cli.options import JsonOption, QuietOption, command_line, print_json, result_console
+from groundup.cli.options import JsonOption, QuietOption, print_json, result_console
 from groundup.recipe.crawl import CrawlSettings
 
-if TYPE_CHECKING:
-    from groundup.corpus.crawl import CrawlReport
-
 EPILOG = (
-    "Examples:  groundup corpus crawl https://example.org/ --out pages  ·  "
-    "groundup corpus crawl --urls list.txt --out pages --delay 2  ·  "
-    "groundup corpus crawl --sitemap https://example.org/sitemap.xml --out pages --dry-run  ·  "
-    "groundup corpus crawl https://example.org/docs/ --out pages --depth 3 --same-path --max-pages 500"
+    "Examples:  groundup corpus crawl https://example.org/docs/ --out pages --depth 3 --same-path --max-pages 500  ·  "
+    "groundup corpus crawl --urls list.txt --sitemap https://example.org/sitemap.xml --out pages --delay 2"
+)
+_List = typer.Option(
+    "--urls", metavar="FILE", encoding="utf-8-sig", errors="replace", help="A list of pages, one a line (-: stdin)."
 )
 
 
 def crawl(
     urls: Annotated[list[str] | None, typer.Argument(metavar="URL", help="Pages to fetch.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the pages go.")] = Path("pages"),
-    url_files: Annotated[
-        list[typer.FileText] | None,
-        typer.Option(
-            "--urls",
-            metavar="FILE",
-            encoding="utf-8-sig",
-            errors="surrogateescape",
-            help="A list of pages, one a line (#: a comment; -: from stdin).",
-        ),
-    ] = None,
+    lists: Annotated[list[typer.FileText] | None, _List] = None,
     sitemaps: Annotated[
         list[str] | None, typer.Option("--sitemap", metavar="URL", help="A sitemap whose pages are fetched.")
     ] = None,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Ask again for what failed for a passing reason.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List what would be fetched; only robots.txt and sitemaps are.")
-    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     **chosen: Any,
@@ -53,27 +36,29 @@ def crawl(
 
     Interrupted anywhere, the same command goes on. Exit code 1 if no page is stored.
     """
-    settings = _settings(out, chosen)
+    settings = _settings({name: value for name, value in chosen.items() if value is not None})
     from groundup.cli.building import stopped_by_sigterm
     from groundup.console import Console
     from groundup.corpus.crawl import crawl as fetch
 
-    console = Console(quiet=quiet)
-    lines = (line.strip() for file in url_files or [] for line in file)
+    console, table = Console(quiet=quiet), Table("outcome", "addresses", "for example", box=None, pad_edge=False)
+    lines = (line.strip() for file in lists or [] for line in file)
     pages = [*(urls or []), *(line for line in lines if line and not line.startswith("#"))]
     with stopped_by_sigterm():
-        report = fetch(
-            pages, out, settings, console, sitemaps=sitemaps or [], retry_failed=retry_failed, dry_run=dry_run
-        )
-    if dry_run:
-        _show_plan(report, settings.max_pages, as_json)
-        return
+        report = fetch(pages, out, settings, console, sitemaps=sitemaps or [])
+    for outcome, count in report.outcomes.most_common():
+        table.add_row(outcome, f"{count:,}", report.examples.get(outcome))
+    table.add_row("waiting", f"{report.waiting:,}")
     if as_json:
-        print_json(report.to_json())
+        print_json(vars(report))
     elif not quiet:
-        result_console().print(_table(report))
-        for line in _advice(report):
-            console.note(line)
+        result_console().print(table)
+        for host, why in list(report.closed_hosts.items())[:10]:
+            console.note(f"{host}: left alone until next time: {why}")
+        if report.limit and report.waiting:
+            console.note(f"{_flag(report.limit)} is reached; the same command with a higher one goes on.")
+        if report.stored:
+            console.note(f'Build on it:  [corpus] inputs = ["{out}/*.warc.gz"]')
     if not report.stored:
         raise typer.Exit(1)
 
@@ -101,61 +86,15 @@ def _with_options(command: Any) -> None:
 _with_options(crawl)
 
 
-def _settings(out: Path, chosen: dict[str, Any]) -> CrawlSettings:
-    """The settings that were given, else those of the crawl in the folder; all that is wrong with them at once."""
+def _settings(given: dict[str, Any]) -> CrawlSettings:
+    """The settings that were given; all that is wrong with them at once."""
     from pydantic import ValidationError
 
-    from groundup.corpus.crawl import earlier_settings
     from groundup.errors import Problem, RecipeError
 
-    given = {name: value for name, value in chosen.items() if value is not None}
-    for name in {"hosts", "types"} & given.keys():
-        given[name] = tuple(part for part in given[name].split(",") if part.strip())
     try:
-        return CrawlSettings(**{**earlier_settings(out), **given})
+        return CrawlSettings(**given)
     except ValidationError as error:
         faults = error.errors(include_url=False)
         problems = [Problem(f"{_flag(str(one['loc'][0]))} {one['input']}", f"{one['msg']}.") for one in faults]
         raise RecipeError("corpus crawl", problems) from error
-
-
-def _show_plan(report: CrawlReport, max_pages: int, as_json: bool) -> None:
-    if as_json:
-        print_json([page._asdict() for page in report.planned])
-        return
-    for url, *why in report.planned:
-        typer.echo(f"leave  {url}  ({': '.join(filter(None, why))})" if any(why) else f"fetch  {url}")
-    n_fetched = sum(not page.reason for page in report.planned)
-    typer.echo(f"{n_fetched:,} to fetch, {len(report.planned) - n_fetched:,} to leave", err=True)
-    if n_fetched > max_pages:
-        typer.echo(f"The first {max_pages:,} of them are fetched: --max-pages", err=True)
-
-
-def _table(report: CrawlReport) -> Table:
-    from groundup.console import format_bytes
-
-    rows = [("stored", report.stored, format_bytes(report.stored_bytes)), ("sitemap read", report.listed, "")]
-    rows += [(reason, count, " ".join(report.examples[reason])) for reason, count in report.refused.most_common()]
-    table = Table("outcome", "addresses", "for example", box=None, pad_edge=False)
-    table.columns[1].justify = "right"
-    for outcome, count, example in (*rows, ("waiting", report.waiting, ""), ("found", report.found, "")):
-        if count or outcome in ("stored", "found"):
-            table.add_row(outcome, f"{count:,}", example)
-    return table
-
-
-def _advice(report: CrawlReport) -> list[str]:
-    lines = [f"{host}: left alone until next time: {why}" for host, why in list(report.closed_hosts.items())[:10]]
-    if n_private := report.refused["private address"]:
-        lines.append(f"{n_private:,} private addresses were refused (--allow-private, for a network of your own).")
-    if report.elsewhere:
-        lines.append(f"{report.elsewhere:,} addresses in sitemaps lead to other hosts (--hosts allows them).")
-    if report.overflow:
-        lines.append(f"{report.overflow:,} addresses were not followed: too many were waiting.")
-    if report.waiting:
-        more = [_flag(report.limit), "N"] if report.limit else []
-        what = f"{more[0]} is reached. " if more else ""
-        lines.append(f"{what}Go on:  {command_line('corpus', 'crawl', '--out', str(report.folder), *more)}")
-    if report.stored:
-        lines.append(f'Build on it:  [corpus] inputs = ["{report.folder}/*.warc.gz"]')
-    return lines

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from groundup.cli.options import command_line
-from groundup.cli.talking import PANEL, DraftOption, PrecisionOption, _draft, _dtype
+from groundup.cli.talking import PANEL, DraftOption, PrecisionOption, draft_model, dtype_of
 
 if TYPE_CHECKING:
     from groundup.serving import ServedModel
@@ -77,18 +77,21 @@ def serve(
         from groundup.serving.page import routes
         from groundup.serving.server import listen, make_server
     except ModuleNotFoundError as error:
-        raise GroundupError(f"serve needs {error.name}.", "pip install 'groundup[serve]'") from None
-    if host not in ("127.0.0.1", "localhost", "::1") and not (api_key or insecure):
+        raise GroundupError(
+            f"serve needs {str(error.name).partition('.')[0]}.", "pip install 'groundup[serve]'"
+        ) from None
+    keys = [key for key in api_key or () if key]  # an empty one would let everybody in
+    if host not in ("127.0.0.1", "localhost", "::1") and not (keys or insecure):
         raise GroundupError(
             f"--host {host}: anybody who can reach this machine could use the models.",
             "Set a key in GROUNDUP_API_KEY, or say --insecure.",
         )
     with listen(host, port) as socket:  # before minutes of reading
         address, port = socket.getsockname()[:2]
-        served, run = _read(models, stage, slots, draft, precision)
+        served, run = read_models(models, stage, slots, draft, precision)
         limits = Limits(seconds=timeout, per_minute=rate_limit)
         names = [*(allow_host or ()), *([host] if host != address else [])]
-        state = State(served, limits=limits, keys=api_key or (), hosts=names, run=run)
+        state = State(served, limits=limits, keys=keys, hosts=names, run=run)
         server = make_server(state, routes(), drain_seconds=drain)
         shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address, f"[{address}]" if ":" in address else address)
         listed = ", ".join(state.models) or "none is finished yet"
@@ -105,10 +108,10 @@ def serve(
             typer.echo("stopped.", err=True)
 
 
-def _read(
+def read_models(
     paths: list[str], stages: list[str] | None, slots: int, draft: str | None, precision: str | None
 ) -> tuple[list[ServedModel], Path | None]:
-    """The models, each with an engine; the run that the first ones are of."""
+    """The models, each with an engine, and the run that the first ones are of, which may have none yet."""
     from groundup.errors import ArtifactError, GroundupError
     from groundup.generation import Engine
     from groundup.interop import load
@@ -138,8 +141,6 @@ def _read(
         raise GroundupError(
             f"two models are called {twice}.", f"Name one of them: {command_line('serve', 'NAME=FOLDER')}"
         )
-    if not found and run is None:  # of a run that is still training the page shows how it goes
-        raise ArtifactError(f"{paths[0]}: no finished model here.", "Build it first: groundup build.")
     served = []
     for name, path, stage in found:
         loaded = load(path, stage=stage)
@@ -148,7 +149,12 @@ def _read(
                 f"{loaded.folder}: this model has no tokenizer beside it.", "Copy its tokenizer.json there."
             )
         engine = Engine(
-            loaded.model, loaded.tokenizer, slots=slots, dtype=_dtype(precision), draft=_draft(path, draft), pages=False
+            loaded.model,
+            loaded.tokenizer,
+            slots=slots,
+            dtype=dtype_of(precision),
+            draft=draft_model(path, draft),
+            pages=False,
         )
         if engine.why_slow is not None:
             typer.echo(f"note: {name}: tokens are made by PyTorch alone, more slowly: {engine.why_slow}", err=True)

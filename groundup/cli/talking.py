@@ -113,8 +113,8 @@ def generate(
         results = beam_search(network, tokenizer, request.ids, n_beams=beams, max_tokens=params.max_tokens)[:samples]
     else:
         engine = Engine(
-            network, tokenizer, slots=samples, length=len(request.ids) + params.max_tokens, dtype=_dtype(precision),
-            draft=_draft(model, draft),
+            network, tokenizer, slots=samples, length=len(request.ids) + params.max_tokens, dtype=dtype_of(precision),
+            draft=draft_model(model, draft),
         )  # fmt: skip
         _say_why_slow(engine)
         if samples == 1 and not as_json:
@@ -191,7 +191,7 @@ def _local(path: Path, stage: str | None, draft: str | None, precision: str | No
 
     def load(name: str | None) -> tuple[Engine, Tokenizer, Path]:
         network, tokenizer, folder = _load(path, name, to_chat=True)
-        engine = Engine(network, tokenizer, slots=1, dtype=_dtype(precision), draft=_draft(path, draft))
+        engine = Engine(network, tokenizer, slots=1, dtype=dtype_of(precision), draft=draft_model(path, draft))
         _say_why_slow(engine)
         if folder.parent.name in TRUNK:
             typer.echo("note: this model was not taught to answer; it only continues text.", err=True)
@@ -251,7 +251,8 @@ def _say_why_slow(engine: Engine) -> None:
         typer.echo(f"note: tokens are made by PyTorch alone, more slowly: {engine.why_slow}", err=True)
 
 
-def _dtype(precision: str | None) -> torch.dtype | None:
+def dtype_of(precision: str | None) -> torch.dtype | None:
+    """What --precision says."""
     import torch
 
     from groundup.errors import GroundupError
@@ -262,7 +263,8 @@ def _dtype(precision: str | None) -> torch.dtype | None:
     return known[precision]
 
 
-def _draft(model: Path, draft: str | None) -> Literal["ngrams"] | int | Transformer | None:
+def draft_model(model: Path, draft: str | None) -> Literal["ngrams"] | int | Transformer | None:
+    """What --draft says; a stage is one of the model's own run."""
     from groundup.interop import load
     from groundup.run import RECIPE_FILE
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -27,9 +27,8 @@ import numpy as np
 import orjson
 import xxhash
 
-from groundup.corpus.arrays import ArrayWriter
 from groundup.corpus.dedup.minhash import HASH_VERSION, NO_SHINGLES, signatures
-from groundup.corpus.document import EXCERPT_CHARACTERS, Document, Reason, Record, SetAside, excerpt_of
+from groundup.corpus.document import EXCERPT_CHARACTERS, Document, Reason, Record, SetAside, batches, excerpt_of
 from groundup.corpus.quality.language import detect_languages
 from groundup.corpus.quality.lines import clean_lines, line_rules_of
 from groundup.corpus.quality.predicate import load_predicate, predicate_fingerprint
@@ -49,7 +48,7 @@ from groundup.untrusted import ordinary_file, read_bytes, reading
 if TYPE_CHECKING:
     import pyarrow as pa
 
-ANNOTATION_VERSION = 4
+ANNOTATION_VERSION = 5
 """Raised when the results of this pass change."""
 
 DOCUMENTS_TABLE = "documents.parquet"
@@ -62,27 +61,17 @@ SCORE = "score"
 TOXIC = "toxic_share"
 PREDICATE = "predicate"
 BATCH_CHARACTERS = 1 << 20
-BATCH_DOCUMENTS = 1024
 FINDINGS_KEPT = 20
 EXCERPT = 4 * EXCERPT_CHARACTERS
 SEPARATED = "documents of text files with separators"
-
 
 Stamp = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """The task of one piece of work.
-
-    Attributes:
-        units: what to read: one, or many small ones.
-        settings: the recipe's `[corpus]`.
-        folder: the unit's own folder.
-        fingerprint: of all that its contents depend on.
-        stamps: `stamp_of` every unit's file, taken before the fingerprint was.
-        classifier: the trained classifier's folder, or "".
-    """
+    """The task of one piece of work: a unit, or many small ones, with a folder of their own and the fingerprint of all
+    that its contents depend on; `stamp_of` each file, taken before; the trained classifier's folder, or ""."""
 
     units: tuple[Unit, ...]
     settings: CorpusSettings
@@ -175,11 +164,7 @@ def annotated(folder: str | Path, fingerprint: str) -> dict[str, Any] | None:
 
 
 def file_fingerprint(path: str) -> str:
-    """Digest of a file that the recipe names; "" for no file.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """Digest of a file that the recipe names; "" for no file. DataError: it cannot be read."""
     if not path:
         return ""
     with reading(path, DataError, "Check the path in [corpus]."):
@@ -195,7 +180,11 @@ class _Annotator:
         self._line_rules = line_rules_of(work.settings.quality)
         self._predicate = load_predicate(work.settings.predicate) if work.settings.predicate else None
         self._toxic = toxic_words(work.settings.toxic_words) if work.settings.toxic_words else None
-        self._classifier = _load_classifier(work.classifier) if work.classifier else None
+        self._classifier = None
+        if work.classifier:
+            from groundup.corpus.quality.classifier import Classifier
+
+            self._classifier = Classifier.load(work.classifier).score
         self._set_aside_counts: Counter[tuple[str, str]] = Counter()
         self._changed: Counter[str] = Counter()
         self._findings: dict[str, list[str]] = {}
@@ -208,13 +197,12 @@ class _Annotator:
         with contextlib.ExitStack() as files:
             self._aside = files.enter_context((self._folder / SET_ASIDE).open("wb"))
             self._emptied = files.enter_context((self._folder / EMPTIED).open("wb"))
-            self._arrays = {
-                name: files.enter_context(ArrayWriter(self._folder / f"{name}.npy")) for name in self._array_names()
-            }
             settings = self._settings
+            names = ("ids", "digests", "lengths", *(["signatures"] if settings.dedup == "near" else []))
+            self._arrays = {name: files.enter_context(_ArrayWriter(self._folder / f"{name}.npy")) for name in names}
             extractor = files.enter_context(Extractor(settings.extractor, settings.extract_seconds))
             try:
-                for batch in _batches(self._records(extractor)):
+                for batch in batches(self._records(extractor), BATCH_CHARACTERS, _size):
                     for name, table in self._measure(batch):
                         if name not in tables:
                             # Statistics and dictionaries of texts cost more than they could ever save.
@@ -229,15 +217,12 @@ class _Annotator:
                     table.close()
         return {
             "fingerprint": self._work.fingerprint,
-            "file": self._work.units[0].source.label,
-            "files": len(self._work.units),
-            "documents": self._n_documents,
-            "records": self._n_records,
-            "bytes_in": self._bytes_in,
+            "file": self._work.units[0].source.label, "files": len(self._work.units),
+            "documents": self._n_documents, "records": self._n_records, "bytes_in": self._bytes_in,
             "set_aside": [[*key, count] for key, count in sorted(self._set_aside_counts.items())],
             "changed": {what: count for what, count in sorted(self._changed.items()) if count},
             "findings": self._findings,
-        }
+        }  # fmt: skip
 
     def _records(self, extractor: Extractor) -> Iterator[tuple[str, Record]]:
         """Every record with the name of its file."""
@@ -247,10 +232,6 @@ class _Annotator:
                 self._changed[SEPARATED] += record.place == DOCUMENT
                 yield unit.source.label, record
             self._n_records += reader.n_records
-
-    def _array_names(self) -> list[str]:
-        near = ["signatures"] if self._settings.dedup == "near" else []
-        return ["ids", "digests", "lengths", *near]
 
     def _set_aside(self, record: SetAside) -> None:
         self._bytes_in += record.size_bytes
@@ -277,10 +258,8 @@ class _Annotator:
         languages = detect_languages([row.text for row in rows], self._settings.language_model)
         # Documents in other languages are dropped whatever their signals are, so these are not computed.
         asked = self._settings.languages
-        wanted = np.array(
-            [place for place, (code, _) in enumerate(languages) if not asked or code in asked], dtype=np.int64
-        )
-        is_wanted = np.isin(np.arange(len(rows)), wanted)
+        is_wanted = np.array([not asked or code in asked for code, _ in languages])
+        wanted = np.flatnonzero(is_wanted)
         identities = [xxhash.xxh3_128_digest(row.as_read) for row in rows]
         digests = [
             identity if row.encoded is row.as_read else xxhash.xxh3_128_digest(row.encoded)
@@ -290,29 +269,25 @@ class _Annotator:
             row.encoded if keep else row.text[:EXCERPT].encode() for row, keep in zip(rows, is_wanted, strict=True)
         ]
         identity = pa.array(identities, pa.binary(16))
-        yield (
-            DOCUMENTS_TABLE,
-            pa.table(
-                {
-                    "id": identity,
-                    "text": pa.array(stored, pa.binary()).view(pa.string()),
-                    "source": [row.source for row in rows],
-                    "file": [row.file for row in rows],
-                    "url": [row.record.url for row in rows],
-                    "key": [row.record.key for row in rows],
-                    "position": pa.array([row.record.position for row in rows], pa.int64()),
-                    "place": [row.record.place for row in rows],
-                    "number": pa.array([row.record.number for row in rows], pa.int64()),
-                }
-            ),
-        )
+        documents = {
+            "id": identity,
+            "text": pa.array(stored, pa.binary()).view(pa.string()),
+            "source": [row.source for row in rows],
+            "file": [row.file for row in rows],
+            **{
+                name: [getattr(row.record, name) for row in rows]
+                for name in ("url", "key", "position", "place", "number")
+            },
+        }
+        yield DOCUMENTS_TABLE, pa.table(documents)
+        lengths = np.array([len(row.text) for row in rows], dtype=np.int64)
         measured: dict[str, Any] = {
             "id": identity,
             "source": [row.source for row in rows],
             "language": [code for code, _ in languages],
             "language_score": pa.array([score for _, score in languages], pa.float32()),
-            "characters": pa.array([len(row.text) for row in rows], pa.int64()),
-            "bytes": pa.array([len(row.encoded) for row in rows], pa.int64()),
+            "characters": lengths,
+            "bytes": [len(row.encoded) for row in rows],
             "key_hash": pa.array([_key_hash(row.file, row.record.key) for row in rows], pa.uint64()),
         }
         chosen = [rows[place] for place in wanted]
@@ -321,7 +296,7 @@ class _Annotator:
         yield SIGNALS_TABLE, pa.table(measured)
         self._arrays["ids"].append(_as_words(identities))
         self._arrays["digests"].append(_as_words(digests))
-        self._arrays["lengths"].append(np.array([len(row.text) for row in rows], dtype=np.int64))
+        self._arrays["lengths"].append(lengths)
         if self._settings.dedup == "near":
             minhash = self._settings.minhash
             found = np.full((len(rows), minhash.bands * minhash.rows), NO_SHINGLES, dtype=np.uint32)
@@ -361,12 +336,40 @@ class _Annotator:
                     samples.append(finding.excerpt)
         if text.strip():
             return text
-        emptied = SetAside(
-            file, record.place, record.number, Reason.EMPTY, "no line is left after the line rules",
-            excerpt_of(record.text), 0, record.position,
-        )  # fmt: skip
+        why, excerpt = "no line is left after the line rules", excerpt_of(record.text)
+        emptied = SetAside(file, record.place, record.number, Reason.EMPTY, why, excerpt, 0, record.position)
         self._list(emptied, self._emptied)
         return None
+
+
+class _ArrayWriter:
+    """Appends rows to a `.npy` file; leaving the `with` statement puts its header right.
+
+    numpy leaves room in every header for a first dimension of 21 digits, so its length never changes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._handle = path.open("wb")
+        self._header: dict[str, Any] = {}
+        self._n_rows = 0
+
+    def append(self, rows: np.ndarray) -> None:
+        """Add rows, all of one dtype and width."""
+        self._n_rows += len(rows)
+        if not self._header:
+            self._header = np.lib.format.header_data_from_array_1_0(rows)
+            np.lib.format.write_array_header_1_0(self._handle, self._header)
+        self._handle.write(np.ascontiguousarray(rows).data)
+
+    def __enter__(self) -> _ArrayWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._header:
+            self._handle.seek(0)
+            shape = (self._n_rows, *self._header["shape"][1:])
+            np.lib.format.write_array_header_1_0(self._handle, {**self._header, "shape": shape})
+        self._handle.close()
 
 
 class _Row(NamedTuple):
@@ -384,11 +387,7 @@ class _Row(NamedTuple):
 
 
 def toxic_words(path: str) -> frozenset[str]:
-    """The words of a list, one a line; lines that begin with # are left out.
-
-    Raises:
-        DataError: the file cannot be read, or has no word.
-    """
+    """The words of a list, one a line, but for lines that begin with #. DataError: it cannot be read, or has none."""
     where = f"[corpus] toxic_words = {path!r}"
     with reading(where, DataError, "Name a UTF-8 text file."):
         lines = read_bytes(Path(path).expanduser()).decode().splitlines()
@@ -398,24 +397,9 @@ def toxic_words(path: str) -> frozenset[str]:
     return words
 
 
-def _batches(records: Iterator[tuple[str, Record]]) -> Iterator[list[tuple[str, Record]]]:
-    """Records in groups of about a million characters: enough for numpy to be fast, little enough for any memory."""
-    batch: list[tuple[str, Record]] = []
-    size = 0
-    for item in records:
-        batch.append(item)
-        size += len(item[1].text)
-        if size >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _load_classifier(folder: str) -> Callable[[Sequence[str]], np.ndarray]:
-    from groundup.corpus.quality.classifier import Classifier
-
-    return Classifier.load(folder).score
+def _size(item: tuple[str, Record]) -> int:
+    """For batches of about a million characters, and of 1,024 records at most."""
+    return max(len(item[1].text), BATCH_CHARACTERS >> 10)
 
 
 def _key_hash(file: str, key: str) -> int:

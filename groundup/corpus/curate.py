@@ -23,14 +23,14 @@ import orjson
 
 from groundup.console import Console
 from groundup.corpus.annotate import SEPARATED, file_fingerprint, toxic_words
-from groundup.corpus.decontamination.files import find_tasks
+from groundup.corpus.decontaminate import find_tasks
 from groundup.corpus.document import Document
 from groundup.corpus.engine import engine_for
 from groundup.corpus.filter_statistics import PASSED_OVER_SHOWN
 from groundup.corpus.passes import ANNOTATED, DOCUMENTS, SET_ASIDE_FILE, STATISTICS_FILE, Passes
 from groundup.corpus.quality.language import check_languages
 from groundup.corpus.quality.predicate import load_predicate, predicate_fingerprint
-from groundup.corpus.quality.rules import Rule, left_out, rules_for
+from groundup.corpus.quality.rules import left_out, rules_for
 from groundup.corpus.reading.sources import InputFiles, find_sources
 from groundup.corpus.reading.text import separated_in_words
 from groundup.corpus.write import parse_line
@@ -43,11 +43,6 @@ from groundup.stage import Check, Context, Method, Shown, Stage
 
 def curate(settings: CorpusSettings, out: Path, console: Console | None = None) -> dict[str, Any]:
     """Make the corpus in the folder `out`.
-
-    Args:
-        settings: inputs, filters, and who does the work.
-        out: the folder for `documents.jsonl`, `set_aside.jsonl`, `filter_statistics.json` and `annotated/`.
-        console: where the work is shown.
 
     Returns:
         The stage's figures: documents_in, documents_kept, documents_train, documents_validation, bytes_in,
@@ -77,7 +72,8 @@ def curate(settings: CorpusSettings, out: Path, console: Console | None = None) 
                 remove_partials(out)  # those of workers that were stopped too
     except OSError as error:
         raise write_error(Path(error.filename or out), error) from error
-    for why, rules in itertools.groupby(_left_out(settings), key=lambda rule: rule.why):
+    without_meaning = left_out(settings.quality, settings.thresholds, settings.languages)
+    for why, rules in itertools.groupby(without_meaning, key=lambda rule: rule.why):
         names = ", ".join(rule.name for rule in rules)
         console.note(f"left out: {names} ({why}; languages = {list(settings.languages)})")
     statistics = passes.statistics
@@ -102,11 +98,7 @@ def curate(settings: CorpusSettings, out: Path, console: Console | None = None) 
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold a folder, where the system can lock one; the lock falls with its process, and leaves no file.
-
-    Raises:
-        RunError: another process makes a corpus there.
-    """
+    """Hold a folder, where the system can lock one; the lock falls with its process, and leaves no file."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,12 +115,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _left_out(settings: CorpusSettings) -> list[Rule]:
-    return left_out(settings.quality, settings.thresholds, settings.languages)
-
-
 def _make(settings: CorpusSettings, sources: InputFiles, out: Path, console: Console) -> Passes:
-    """All three passes."""
     work = temporary(out / "work")  # all in it can be made again
     own_folder(work)
     workers = engine_for(settings.engine, settings.workers, sources.size_bytes())
@@ -142,11 +129,7 @@ def _make(settings: CorpusSettings, sources: InputFiles, out: Path, console: Con
 
 
 def _without_own_files(sources: InputFiles, out: Path) -> InputFiles:
-    """What an earlier call has left in `out` is no input of this one.
-
-    Raises:
-        DataError: there is nothing else.
-    """
+    """What an earlier call has left in `out` is no input of this one. DataError: there is nothing else."""
     folder = os.path.join(os.path.realpath(out), "")
     is_ours = [isinstance(one.entry, Path) and os.path.realpath(one.entry).startswith(folder) for one in sources.files]
     files = [source for source, ours in zip(sources.files, is_ours, strict=True) if not ours]
@@ -157,15 +140,7 @@ def _without_own_files(sources: InputFiles, out: Path) -> InputFiles:
 
 
 def stream_documents(folder: Path, split: str | None = None) -> Iterator[Document]:
-    """Read back what `curate` wrote.
-
-    Args:
-        folder: the corpus folder.
-        split: "train" or "validation"; without it, both.
-
-    Raises:
-        ArtifactError: the file is missing or damaged.
-    """
+    """Read back what `curate` wrote: one split, or both. ArtifactError: the file is missing or damaged."""
     path = Path(folder) / DOCUMENTS
     try:
         with path.open("rb") as handle:
@@ -183,11 +158,7 @@ def stream_documents(folder: Path, split: str | None = None) -> Iterator[Documen
 
 
 def input_fingerprint(settings: CorpusSettings) -> str:
-    """Digest of all files' names and contents; neither their order nor times of change count.
-
-    Raises:
-        DataError: a file is missing; see `find_sources`.
-    """
+    """Digest of all files' names and contents, not of their order or times. DataError: a file is missing."""
     beside = [file_fingerprint(settings.language_model), file_fingerprint(settings.toxic_words)]
     if settings.predicate:
         beside.append(predicate_fingerprint(settings.predicate))
@@ -201,11 +172,7 @@ def input_fingerprint(settings: CorpusSettings) -> str:
 
 
 def check_named_files(settings: CorpusSettings) -> None:
-    """See that everything the recipe names beside the texts is there and can be used.
-
-    Raises:
-        DataError: it is not.
-    """
+    """See that everything the recipe names beside the texts is there and can be used, or raise DataError."""
     file_fingerprint(settings.language_model)
     if settings.toxic_words:
         toxic_words(settings.toxic_words)
@@ -245,8 +212,9 @@ class Corpus(Method):
 
     def derived(self, stage: Stage) -> Iterable[tuple[str, str, str]]:
         """Rules that mean nothing in the recipe's languages."""
-        for rule in _left_out(stage.settings):
-            why = f"{rule.why}; languages = {list(stage.settings.languages)}"
+        settings = stage.settings
+        for rule in left_out(settings.quality, settings.thresholds, settings.languages):
+            why = f"{rule.why}; languages = {list(settings.languages)}"
             yield f'corpus.thresholds."{rule.name}"', "false", why
 
     def work(self, context: Context) -> dict[str, Any]:

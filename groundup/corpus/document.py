@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import xxhash
 
@@ -157,8 +157,8 @@ def derived_id(document_id: str, what: str) -> str:
     return xxhash.xxh3_128_hexdigest(f"{document_id}\0{what}".encode())
 
 
-def batches(items: Iterable[Item], most: int, size: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Items in groups; each ends with the item that brings its size to `most`."""
+def batches(items: Iterable[Item], most: int, size: Callable[[Any], int] = len) -> Iterator[list[Item]]:
+    """Items (texts, if no `size` is given) in groups; each ends with the item that brings its size to `most`."""
     batch: list[Item] = []
     so_far = 0
     for item in items:

@@ -50,11 +50,7 @@ class Engine:
 
 
 class LocalPool(Engine):
-    """Processes on this machine.
-
-    Args:
-        n_workers: how many.
-    """
+    """So many processes on this machine."""
 
     def __init__(self, n_workers: int) -> None:
         self.n_workers = n_workers
@@ -65,11 +61,7 @@ class LocalPool(Engine):
             )
 
     def map(self, function: Callable[[Argument], Result], arguments: Sequence[Argument]) -> Iterator[Result]:
-        """As `Engine.map`.
-
-        Raises:
-            GroundupError: a worker was killed (most often: memory ran out).
-        """
+        """As `Engine.map`. GroundupError: a worker was killed (most often: memory ran out)."""
         with _interrupts_held_back(), _safe_path():
             futures = [self._pool.submit(function, argument) for argument in arguments]
         try:
@@ -123,11 +115,7 @@ class RayCluster(Engine):
         self.n_workers = n_workers or int(self._ray.cluster_resources().get("CPU", 1))
 
     def map(self, function: Callable[[Argument], Result], arguments: Sequence[Argument]) -> Iterator[Result]:
-        """As `Engine.map`.
-
-        Raises:
-            GroundupError: a task's workers died again and again.
-        """
+        """As `Engine.map`. GroundupError: a task's workers died again and again."""
         task = self._ray.remote(max_retries=RAY_RETRIES, num_cpus=1)(_call)
         waiting = [task.remote(function, argument) for argument in arguments]
         try:
@@ -154,13 +142,9 @@ def _call(function: Callable[[Argument], Result], argument: Argument) -> Result:
 
 
 def engine_for(kind: str, workers: int | None, input_bytes: int, small_bytes: int = SMALL_BYTES) -> Engine:
-    """The engine that a recipe asks for.
+    """The engine that a recipe asks for: "local" or "ray", with so many workers.
 
-    Args:
-        kind: "local" or "ray".
-        workers: processes; without it one a core, or only this process where the input is small.
-        input_bytes: how much there is to do.
-        small_bytes: up to here one process is done before others have begun.
+    Without `workers`, one a core; or only this process, below `small_bytes`: it is done before others have begun.
     """
     if kind == "ray":
         return RayCluster(workers)
@@ -184,23 +168,19 @@ def _interrupts_held_back() -> Iterator[None]:
 @contextlib.contextmanager
 def _safe_path() -> Iterator[None]:
     """Processes begun within look for no module in the working folder, where a `random.py` would hide Python's."""
-    name = "PYTHONSAFEPATH"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        os.environ["PYTHONSAFEPATH"] = before or ""  # which is as good as unset
 
 
 def _begin_worker() -> None:
     """Make a worker end with its parent, however that ends, and use one thread, since a core has one worker."""
     # Set before any library with threads is loaded.
-    for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM"):
-        os.environ.setdefault(name, "false" if name.startswith("TOKENIZERS") else "1")
+    for name, value in (("OMP_NUM_THREADS", "1"), ("RAYON_NUM_THREADS", "1"), ("TOKENIZERS_PARALLELISM", "false")):
+        os.environ.setdefault(name, value)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()

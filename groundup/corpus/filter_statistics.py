@@ -84,11 +84,7 @@ class FilterStatistics:
         self._first_fault = self._first_fault or record
 
     def check(self, step: str) -> None:
-        """Check after a step that the documents kept and removed are those that came in.
-
-        Raises:
-            GroundupError: they are not.
-        """
+        """Check after a step that the documents kept and removed are those that came in, or raise GroundupError."""
         counted = sum(self._documents.values())
         if counted != self.documents_in:
             raise GroundupError(
@@ -99,7 +95,7 @@ class FilterStatistics:
 
     @property
     def documents_kept(self) -> int:
-        """How many were kept."""
+        """How many."""
         return _sums(self._documents, 0)[KEPT]
 
     @property
@@ -137,34 +133,25 @@ class FilterStatistics:
     def summary(self, validation_by: str) -> dict[str, Any]:
         """The stage's figures."""
         return {
-            "documents_in": self.documents_in,
-            "documents_kept": self.documents_kept,
+            "documents_in": self.documents_in, "documents_kept": self.documents_kept,
             "documents_train": self.documents_written["train"],
             "documents_validation": self.documents_written["validation"],
-            "bytes_in": self.bytes_in,
-            "bytes_kept": self.bytes_kept,
-            "characters_kept": self.characters_kept,
-            "removed": self.removed,
-            "validation_by": validation_by,
-        }
+            "bytes_in": self.bytes_in, "bytes_kept": self.bytes_kept, "characters_kept": self.characters_kept,
+            "removed": self.removed, "validation_by": validation_by,
+        }  # fmt: skip
 
     def as_json(self, files: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
         """What `filter_statistics.json` holds: steps with documents in and out, sources, languages, files, examples."""
         return {
-            "steps": self._steps(),
-            "languages": self.languages,
-            "by_language": self._table(2),
-            "by_source": self._table(1),
-            "changed": dict(sorted(self.changed.items())),
-            "private": self.findings,
-            "files": dict(files),
-            **more,
+            "steps": self._steps(), "languages": self.languages, "by_language": self._table(2),
+            "by_source": self._table(1), "changed": dict(sorted(self.changed.items())), "private": self.findings,
+            "files": dict(files), **more,
             "examples": {
                 reason: [record for _, record in self._examples[reason]]
                 for reason in sorted(self._examples, key=_place)
                 if self._examples[reason]
             },
-        }
+        }  # fmt: skip
 
     def nothing_left(self) -> DataError:
         """The error for a corpus in which no document remained: what removed most of those in a wanted language."""
@@ -178,14 +165,10 @@ class FilterStatistics:
         if reason == Reason.LANGUAGE:
             most = next(iter(self.languages))
             fix = f'Most look like {most!r}: set [corpus] languages = ["{most}"], or [] to keep every language.'
-        elif reason == Reason.SHORT:
-            fix = f"Lower [corpus] min_characters. {fix}"
-        elif reason == Reason.NO_TEXT:
-            fix = f"Set [corpus] text_field to the field that holds the text. {fix}"
-        elif reason == Reason.TOO_LONG:
-            fix = f"Raise [corpus] max_document_mib. {fix}"
         elif _step(reason) == QUALITY:
             fix = f'Set "{reason}" in [corpus.thresholds], or [corpus] quality = "none". {fix}'
+        elif reason in _FIXES:
+            fix = f"{_FIXES[reason]}. {fix}"
         counts = ", ".join(f"{count:,} {name}" for name, count in removed.items())
         return DataError(f"corpus: nothing is left of {self.documents_in:,} documents ({counts}).", fix or None)
 
@@ -200,13 +183,9 @@ class FilterStatistics:
         for step in ("read", *map(str, FILTER_STEPS)):
             removed = {reason: documents[reason] for reason in by_step[step]}
             n_out, bytes_out = sum(removed.values()), sum(sizes[reason] for reason in by_step[step])
-            steps.append(
-                {
-                    "step": step, "in": left, "out": left - n_out, "removed": removed,
-                    "bytes_in": bytes_left, "bytes_out": bytes_left - bytes_out,
-                }
-            )  # fmt: skip
+            row = {"step": step, "in": left, "out": left - n_out, "removed": removed, "bytes_in": bytes_left}
             left, bytes_left = left - n_out, bytes_left - bytes_out
+            steps.append({**row, "bytes_out": bytes_left})
         if left != self.documents_kept:
             raise GroundupError(f"corpus: the steps leave {left:,} documents, {self.documents_kept:,} were kept.")
         return steps
@@ -225,25 +204,17 @@ class FilterStatistics:
             else:
                 row["removed"][key[0]] += count
         order = sorted(rows, key=lambda name: (-rows[name]["in"], name))[:SOURCES_SHOWN]
-        return {
-            name: {
-                **rows[name],
-                "removed": {r: rows[name]["removed"][r] for r in sorted(rows[name]["removed"], key=_place)},
-            }
-            for name in order
-        }
+        for row in rows.values():
+            row["removed"] = {reason: row["removed"][reason] for reason in sorted(row["removed"], key=_place)}
+        return {name: rows[name] for name in order}
 
 
 def set_aside_record(record: SetAside) -> dict[str, Any]:
     """A line of `set_aside.jsonl`."""
     return {
-        "source": record.source,
-        "record": record.record,
-        "reason": str(record.reason),
-        "detail": record.detail,
-        "bytes": record.size_bytes,
-        "excerpt": record.excerpt,
-    }
+        "source": record.source, "record": record.record, "reason": str(record.reason), "detail": record.detail,
+        "bytes": record.size_bytes, "excerpt": record.excerpt,
+    }  # fmt: skip
 
 
 def _sums(counts: Mapping[tuple[str, str, str], int], column: int) -> Counter[str]:
@@ -255,6 +226,11 @@ def _sums(counts: Mapping[tuple[str, str, str], int], column: int) -> Counter[st
 
 
 _REASONS: Sequence[str] = [str(reason) for reason in Reason]
+_FIXES: dict[str, str] = {
+    Reason.SHORT: "Lower [corpus] min_characters",
+    Reason.NO_TEXT: "Set [corpus] text_field to the field that holds the text",
+    Reason.TOO_LONG: "Raise [corpus] max_document_mib",
+}
 
 
 def _step(reason: str) -> str:

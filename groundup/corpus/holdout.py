@@ -25,11 +25,7 @@ HASH_SEED = 20  # the ids themselves order and partition the documents: a split 
 
 
 class Holdout:
-    """Sees every kept document's id once (`see`), then says where each belongs (`divide`).
-
-    Args:
-        settings: `validation_by` and `validation_share`.
-    """
+    """Sees every kept document's id once (`see`), then says where each belongs (`divide`)."""
 
     def __init__(self, settings: CorpusSettings) -> None:
         self._settings = settings
@@ -57,11 +53,7 @@ class Holdout:
 
     @property
     def by(self) -> str:
-        """ "document" or "tail".
-
-        Raises:
-            DataError: "document" was asked for, but there are not two different documents.
-        """
+        """ "document" or "tail". DataError: the former was asked for, but there are not two different documents."""
         asked = self._settings.validation_by
         distinct = self._lowest < self._highest
         if asked == "document" and not distinct:
@@ -84,9 +76,7 @@ class Holdout:
     def divide(self, document: Document, original_id: str | None = None) -> list[Document]:
         """The document with its split; with "tail" its training part and its validation part.
 
-        Args:
-            document: one whose id was seen, or a copy of it.
-            original_id: the id that decides, where the document is a copy: copies fall to the side of their original.
+        Copies fall to the side of their original, by its `original_id`.
         """
         if self.by == "tail":
             return _cut_tail(document, self._settings.validation_share)
@@ -99,7 +89,6 @@ class Holdout:
 
 
 def _hash(document_id: str) -> int:
-    """64-bit xxh3 of an id, as a number."""
     return xxhash.xxh3_64_intdigest(document_id.encode(), seed=HASH_SEED)
 
 

@@ -28,16 +28,13 @@ _SHOWN_NAMES = 5
 
 
 def plan_mix(bytes_by_source: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, float]:
-    """The factor by which every source is thinned or repeated.
+    """The factor by which every source is thinned or repeated, in the order of `bytes_by_source`.
 
     Args:
-        bytes_by_source: bytes of text that each source has.
+        bytes_by_source: bytes of text of each.
         weights: shares of the result, by a pattern (as in a shell: `*`, `?`, `[a-z]`) of the whole name of a source
             or of its last part (the file's name). The first pattern that fits counts. Sources that share a pattern
             keep their proportions. Shares are taken relative to their sum; 0 drops a source.
-
-    Returns:
-        A factor for each source, in the order of `bytes_by_source`.
 
     Raises:
         DataError: a source that no pattern fits, a pattern that fits no text, a share that is not a number of at
@@ -47,7 +44,10 @@ def plan_mix(bytes_by_source: Mapping[str, int], weights: Mapping[str, float]) -
     pattern_of, available = _available("mix", bytes_by_source, weights)
     whole = math.fsum(weights.values())
     share = {pattern: weight / whole for pattern, weight in weights.items()}
-    total = _total(available, share)
+    wanted = [pattern for pattern in share if share[pattern] > 0]
+    without_repeats = min(available[pattern] / share[pattern] for pattern in wanted)
+    half = LEAST_KEPT_SHARE * sum(available[pattern] for pattern in wanted)
+    total = min(max(without_repeats, half), MOST_REPEATS * without_repeats)
     factors = {
         pattern: share[pattern] * total / available[pattern] if available[pattern] else 0.0 for pattern in weights
     }
@@ -57,15 +57,8 @@ def plan_mix(bytes_by_source: Mapping[str, int], weights: Mapping[str, float]) -
 def plan_tokens(
     bytes_by_source: Mapping[str, int], tokens: Mapping[str, float | Literal["all"]], bytes_per_token: float
 ) -> dict[str, float]:
-    """The factor by which every source is thinned or repeated, so that it comes to so many tokens.
-
-    Args:
-        bytes_by_source: bytes of text that each source has.
-        tokens: tokens from the sources that each pattern fits (as in `plan_mix`); "all": what there is, once.
-        bytes_per_token: bytes of text that count as one token.
-
-    Returns:
-        A factor for each source, in the order of `bytes_by_source`.
+    """The factor by which every source is thinned or repeated, so that it comes to so many tokens, by pattern as in
+    `plan_mix`; "all": what there is, once.
 
     Raises:
         DataError: as `plan_mix`; or a source would have to be repeated more than four times.
@@ -97,22 +90,10 @@ def copies_of(document_id: str, factor: float) -> int:
     return whole + (value < int((factor - whole) * 2**64))
 
 
-def _total(available: Mapping[str, int], share: Mapping[str, float]) -> float:
-    """Bytes of the result: see the rule at the top of the file."""
-    wanted = [pattern for pattern in share if share[pattern] > 0]
-    without_repeats = min(available[pattern] / share[pattern] for pattern in wanted)
-    half = LEAST_KEPT_SHARE * sum(available[pattern] for pattern in wanted)
-    return min(max(without_repeats, half), MOST_REPEATS * without_repeats)
-
-
 def _available(
     setting: str, bytes_by_source: Mapping[str, int], wanted: Mapping[str, float]
 ) -> tuple[dict[str, str], dict[str, int]]:
-    """Each source's pattern, and the bytes that each pattern has.
-
-    Raises:
-        DataError: a source that no pattern fits, or a pattern that is asked for and fits no text.
-    """
+    """Each source's pattern, and the bytes that each pattern has."""
     pattern_of = {source: _pattern_for(source, wanted) for source in bytes_by_source}
     unmatched = [source for source, pattern in pattern_of.items() if pattern is None]
     if unmatched:
@@ -145,9 +126,8 @@ def _check(wanted: Mapping[str, float], setting: str = "mix", may_be_infinite: b
 
 
 def _pattern_for(source: str, weights: Mapping[str, float]) -> str | None:
-    last = PurePath(source).name
-    fitting = (pattern for pattern in weights if fnmatchcase(source, pattern) or fnmatchcase(last, pattern))
-    return next(fitting, None)
+    names = (source, PurePath(source).name)
+    return next((pattern for pattern in weights if any(fnmatchcase(name, pattern) for name in names)), None)
 
 
 def _listed(names: list[str]) -> str:

@@ -16,7 +16,7 @@ import orjson
 
 from groundup.console import format_bytes
 from groundup.corpus.annotate import DOCUMENTS_TABLE, Annotation, annotate, annotation_fingerprint, stamp_of
-from groundup.corpus.decontamination.index import ContaminationCounts, EvaluationIndex
+from groundup.corpus.decontaminate import ContaminationCounts, EvaluationIndex
 from groundup.corpus.dedup import (
     Removed,
     UnitKeys,
@@ -24,7 +24,7 @@ from groundup.corpus.dedup import (
     near_duplicates,
     repeated_parts,
     repeated_substrings,
-)
+)  # fmt: skip
 from groundup.corpus.document import Reason, SetAside
 from groundup.corpus.engine import Engine
 from groundup.corpus.filter_statistics import FilterStatistics, set_aside_record
@@ -45,7 +45,7 @@ from groundup.files import (
     remove_folder,
     value_digest,
     write_json,
-)
+)  # fmt: skip
 from groundup.recipe import CorpusSettings
 
 DOCUMENTS = "documents.jsonl"
@@ -100,11 +100,8 @@ class Passes:
             self._units.append(Annotated(Path(task.folder), record, numbers[record["file"]]))
             numbers[record["file"]] += record["records"]
             read_bytes += record["bytes_in"]
-            self._show(
-                len(self._units),
-                total=len(tasks),
-                note=f"{len(self._units)}/{len(tasks)} read · {format_bytes(read_bytes)}",
-            )
+            note = f"{len(self._units)}/{len(tasks)} read · {format_bytes(read_bytes)}"
+            self._show(len(self._units), total=len(tasks), note=note)
         self._count_read(sources)
 
     def select(self) -> None:
@@ -133,18 +130,11 @@ class Passes:
         bounds = tuple(int(step) for step in (np.arange(1, n_ranges) * (2**64 / n_ranges)))
         tasks = [
             WriteUnit(
-                annotation=str(unit.folder),
-                decisions=str(self._decisions(number)),
-                out=str(self._work / f"{number:06d}"),
-                settings=settings,
-                reasons=tuple(self._selection.reasons),
-                rules=tuple(self._selection.rules),
-                first_number=unit.first_number,
-                evaluation=evaluation,
-                bounds=(0, *bounds),
+                str(unit.folder), str(self._decisions(number)), str(self._work / f"{number:06d}"), settings,
+                unit.first_number, evaluation, (0, *bounds),
             )
             for number, unit in enumerate(units)
-        ]
+        ]  # fmt: skip
         self._write_units(tasks)
         self._merge(tasks)
 
@@ -159,9 +149,8 @@ class Passes:
         same = ("unicode", "text_field", "separator", "follow_links")
         plain = CorpusSettings(**{name: getattr(self._settings, name) for name in same})
         both = (asked.positive, asked.negative)
-        digests = [
-            [source.digest() for source in find_sources(files, follow_links=plain.follow_links).files] for files in both
-        ]
+        found = [find_sources(files, follow_links=plain.follow_links).files for files in both]
+        digests = [[source.digest() for source in sources] for sources in found]
         fingerprint = value_digest([CLASSIFIER_VERSION, WORDS_VERSION, *digests])
         marker = folder / "fingerprint.json"
         if not marker.is_file() or read_json(marker) != fingerprint:
@@ -199,12 +188,9 @@ class Passes:
         if self._settings.dedup == "near":
             self._show(0, total=1, note="near-duplicates")
             kept = [unit.stays for unit in units]
-            minhash = self._settings.minhash
-            found, clusters = near_duplicates(
-                keys, kept, minhash, self._work / "near", self._engine, self._memory_bytes
-            )
+            where = (self._work / "near", self._engine, self._memory_bytes)
+            found, self.more["clusters"] = near_duplicates(keys, kept, self._settings.minhash, *where)
             self._remove(found, selection.code(Reason.NEAR_DUPLICATE))
-            self.more["clusters"] = clusters
 
     def _find_cuts(self) -> Iterable[Sequence[np.ndarray]]:
         """For each unit the repeated spans to cut out of its texts, by search."""
@@ -311,20 +297,15 @@ class Passes:
             factors = plan_tokens(self.statistics.bytes_by_source, tokens, bytes_per_token)
         if factors is not None:
             self.more["mix"] = factors
-        merges = [
-            Merge(
-                files=tuple(
-                    (f"{task.out}.jsonl", offsets[number], offsets[number + 1])
-                    for task, offsets in zip(tasks, self._offsets, strict=True)
-                    if offsets[number] < offsets[number + 1]
-                ),
-                out=str(self._work / f"range-{number:06d}.jsonl"),
-                settings=self._settings,
-                holdout=self.holdout.state(),
-                factors=factors,
-            )
-            for number in range(len(tasks[0].bounds))
-        ]
+        merges = []
+        for number in range(len(tasks[0].bounds)):
+            pieces = [
+                (f"{task.out}.jsonl", offsets[number], offsets[number + 1])
+                for task, offsets in zip(tasks, self._offsets, strict=True)
+                if offsets[number] < offsets[number + 1]
+            ]
+            out = str(self._work / f"range-{number:06d}.jsonl")
+            merges.append(Merge(pieces, out, self._settings, self.holdout.state(), factors))
         with atomic_writer(self._out / DOCUMENTS, binary=True) as handle:
             for merge, record in zip(merges, self._engine.map(merge_range, merges), strict=True):
                 self.statistics.documents_written.update(record["documents"])

@@ -79,14 +79,10 @@ class Annotated:
 
 
 class Selection:
-    """The recipe's decisions.
-
-    Args:
-        settings: the recipe's `[corpus]`.
-    """
+    """The decisions of a recipe's `[corpus]`."""
 
     def __init__(self, settings: CorpusSettings) -> None:
-        self._settings = settings
+        self.settings = settings
         self.rules: list[Rule] = rules_for(settings.quality, settings.thresholds, settings.languages)
         rule_names = [rule.name for rule in self.rules]
         self.reasons: list[str] = [
@@ -101,7 +97,7 @@ class Selection:
 
     def judge(self, unit: Annotated) -> None:
         """Apply every rule that looks at one document alone."""
-        settings, reasons = self._settings, self.reasons
+        settings, reasons = self.settings, self.reasons
         unit.codes = np.zeros(unit.n, dtype=np.int16)
         unit.survivors = {}
         columns = unit.columns(["language", "language_score", "characters", *self._extra, *self._rule_signals])
@@ -137,16 +133,11 @@ class Selection:
         found, inverse = np.unique(keys, return_inverse=True)
         documents, sizes = np.bincount(inverse), np.bincount(inverse, weights=columns["bytes"])
         source_names, language_names = sources.dictionary.to_pylist(), languages.dictionary.to_pylist()
-        return [
-            (
-                str(self.reasons[int(key) // (n_sources * n_languages)]),
-                source_names[int(key) // n_languages % n_sources],
-                language_names[int(key) % n_languages],
-                int(n),
-                int(size),
-            )
-            for key, n, size in zip(found, documents, sizes, strict=True)
-        ]
+        entries = []
+        for key, n, size in zip(found.tolist(), documents, sizes, strict=True):
+            code, source, language = key // n_languages // n_sources, key // n_languages % n_sources, key % n_languages
+            entries.append((str(self.reasons[code]), source_names[source], language_names[language], int(n), int(size)))
+        return entries
 
     @property
     def histograms(self) -> dict[str, Any]:
@@ -163,7 +154,7 @@ class Selection:
 
     @cached_property
     def _extra(self) -> list[str]:
-        settings = self._settings
+        settings = self.settings
         asked = ((PREDICATE, settings.predicate), (SCORE, settings.classifier), (TOXIC, settings.toxic_words))
         return [name for name, is_asked in asked if is_asked]
 

@@ -16,7 +16,7 @@ import functools
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import xxhash
@@ -37,6 +37,8 @@ _SEPARATOR, _WORD, _UNSPACED = 0, 1, 2
 _PIECE = 8
 _PIECES = 4
 """Words of up to 32 bytes are hashed eight bytes at a time; longer ones, which are rare, by xxh3."""
+PADDING = _PIECE * _PIECES
+"""Bytes behind a text, so that a whole piece of its last word can be read."""
 _MASKS = np.array([(1 << (8 * n)) - 1 for n in range(_PIECE + 1)], dtype=np.uint64)
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # the golden ratio
 _ODD_2 = np.uint64(0xD6E8FEB86659FD93)
@@ -54,18 +56,10 @@ class Words:
         starts: (n_texts + 1,) int64, where each text's words begin in `hashes`.
     """
 
-    def __init__(
-        self,
-        hashes: np.ndarray,
-        starts: np.ndarray,
-        begin: np.ndarray,
-        end: np.ndarray,
-        data: bytes,
-        offsets: np.ndarray,
-    ) -> None:
+    def __init__(self, hashes: np.ndarray, bounds: np.ndarray, begin: np.ndarray, end: np.ndarray) -> None:
         self.hashes = hashes
-        self.starts = starts
-        self._begin, self._end, self._data, self._offsets = begin, end, data, offsets
+        self.starts = np.searchsorted(begin, bounds)
+        self._bounds, self._begin, self._end = bounds, begin, end
 
     @property
     def n_texts(self) -> int:
@@ -80,20 +74,17 @@ class Words:
     @functools.cached_property
     def word_begin(self) -> np.ndarray:
         """(n_words,) int64: where each word begins in its own text, in characters: `text[begin:end]` is the word."""
-        return self._characters(self._begin)
+        return self._begin - np.repeat(self._bounds[:-1], self.counts)
 
     @functools.cached_property
     def word_end(self) -> np.ndarray:
         """(n_words,) int64: where each word ends in its own text, in characters."""
-        return self._characters(self._end)
+        return self._end - np.repeat(self._bounds[:-1], self.counts)
 
     def ngrams(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Every run of n words of each text; of a text that has fewer words, the run of all its words.
 
         Gram k of a text begins at its word k. So only a text without words is without grams.
-
-        Args:
-            n: words in a run.
 
         Returns:
             (n_grams,) uint64 hashes and (n_texts + 1,) int64 starts of each text's grams among them. Two runs have
@@ -118,62 +109,39 @@ class Words:
                 grams[gram_starts[short]] = _combined(self.hashes, self.starts[short], int(length))
         return grams, gram_starts
 
-    def _characters(self, places: np.ndarray) -> np.ndarray:
-        """Places in the joined bytes as places in each text, in characters."""
-        if self._data.isascii():
-            return places - np.repeat(self._offsets[:-1], self.counts)
-        data = np.frombuffer(self._data, dtype=np.uint8)
-        before = np.concatenate([[0], np.cumsum((data & 0xC0) != 0x80)])
-        return before[places] - np.repeat(before[self._offsets[:-1]], self.counts)
-
 
 def words_of(texts: Sequence[str]) -> Words:
-    """The words of texts, found and hashed together; a million characters in all is a good batch.
-
-    Args:
-        texts: any strings, empty ones too.
-    """
-    encoded = [_encode(text) for text in texts]
-    offsets = np.concatenate([[0], np.cumsum([len(data) + 1 for data in encoded], dtype=np.int64)]).astype(np.int64)
-    # Behind the last text there is room to read a whole piece of its last word.
-    data = b"\n".join([*encoded, b""]).lower() + bytes(_PIECE * _PIECES)
-    classes = data.translate(_ASCII_CLASSES)
-    if data.isascii():
-        begin, end = _edges(np.frombuffer(classes, dtype=np.bool_))
-    else:
-        lowered, marks = bytearray(data), np.frombuffer(bytearray(classes), dtype=np.uint8)
-        _beyond_ascii(np.frombuffer(lowered, dtype=np.uint8), marks)
-        data = bytes(lowered)
-        begin, end = _edges(marks != _SEPARATOR)
-        unspaced = np.flatnonzero(marks == _UNSPACED)
-        if len(unspaced):
-            is_first = np.diff(unspaced, prepend=-2) != 1
-            first, last = unspaced[is_first], unspaced[np.append(is_first[1:], True)] + 1
-            runs = [data[a:b].decode() for a, b in zip(first.tolist(), last.tolist(), strict=True)]
-            owner, place = _inner_words(runs)
-            inner = [first[marks[first - 1] == _WORD], first[owner] + _bytes_before(runs, owner, place)]
-            inner.append(last[marks[last] == _WORD])
-            begin, end = (merged(edges, np.concatenate(inner)) for edges in (begin, end))
-    starts = np.searchsorted(begin, offsets)
-    return Words(span_hashes(data, begin, end), starts, begin, end, data, offsets)
+    """The words of texts, found and hashed together; a million characters in all is a good batch."""
+    joined = "".join(f"{text}\n" for text in texts)
+    bounds = np.cumsum([0, *(len(text) + 1 for text in texts)], dtype=np.int64)
+    if joined.isascii():
+        data = joined.encode().lower()
+        begin, end = _edges(np.frombuffer(data.translate(_ASCII_CLASSES), dtype=np.bool_))
+        return Words(span_hashes(data + bytes(PADDING), begin, end), bounds, begin, end)
+    codes, data, others = characters_of(joined)
+    marks = np.frombuffer(bytearray(data.translate(_ASCII_CLASSES)), dtype=np.uint8)
+    marks[others] = _classes()[codes[others]]
+    begin, end = _edges(marks != _SEPARATOR)
+    unspaced = np.flatnonzero(marks == _UNSPACED)
+    if len(unspaced):
+        first, last, places = _inner_words(joined, unspaced)
+        inner = np.concatenate([first[marks[first - 1] == _WORD], places, last[marks[last] == _WORD]])
+        begin, end = merged(begin, inner), merged(end, inner)
+    lowered = codes.copy()
+    lowered[others] = _lower_case()[codes[others]]
+    text = lowered.tobytes().decode("utf-32-le", "surrogatepass")
+    data = text.encode("utf-8", "surrogatepass").lower() + bytes(PADDING)
+    places = np.flatnonzero((np.frombuffer(data, dtype=np.uint8) & 0xC0) != 0x80)  # of each character
+    return Words(span_hashes(data, places[begin], places[end]), bounds, begin, end)
 
 
-def batches(texts: Iterable[str], most_characters: int) -> Iterator[list[str]]:
-    """Texts in groups of about so many characters: enough for numpy to be fast, little enough for any memory."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= most_characters:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _encode(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
+def characters_of(text: str) -> tuple[np.ndarray, bytes, np.ndarray]:
+    """A text's characters: (n,) uint32 codes; as bytes, 255 beyond ASCII, `PADDING` behind; where those stand."""
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    others = np.flatnonzero(codes >= 128)
+    data = codes.astype(np.uint8)
+    data[others] = 255
+    return codes, data.tobytes() + bytes(PADDING), others
 
 
 _ASCII_CLASSES = bytes(_WORD if chr(byte).isalnum() and byte < 128 else _SEPARATOR for byte in range(256))
@@ -198,48 +166,15 @@ def _lower_case() -> np.ndarray:
     lower = np.arange(0x110000, dtype=np.uint32)
     for point in range(0xC0, _CASED):
         letter = chr(point).lower()
-        if len(letter) == 1 and ord(letter) != point and len(_encode(letter)) == len(_encode(chr(point))):
+        if len(letter) == 1 and ord(letter) != point and len(letter.encode()) == len(chr(point).encode()):
             lower[point] = ord(letter)
     return lower
-
-
-def _beyond_ascii(data: np.ndarray, marks: np.ndarray) -> None:
-    """Lower and classify, in place, what is not ASCII.
-
-    Args:
-        data: (n_bytes,) uint8, UTF-8; upper case becomes lower case.
-        marks: (n_bytes,) uint8, becomes the class of the character that each byte belongs to.
-    """
-    leads = np.flatnonzero(data >= 0xC0)
-    first = data[leads]
-    for size, begin, above in ((2, 0xC0, 0xE0), (3, 0xE0, 0xF0), (4, 0xF0, 0x100)):
-        here = leads[(first >= begin) & (first < above)]
-        if not len(here):
-            continue
-        points = data[here].astype(np.uint32) & (0x7F >> size)
-        for place in range(1, size):
-            points = (points << 6) | (data[here + place] & 0x3F)
-        kinds = _classes()[points]
-        for place in range(size):
-            marks[here + place] = kinds
-        lowered = _lower_case()[points]
-        upper = lowered != points
-        _write_utf8(data, here[upper], lowered[upper], size)
-
-
-def _write_utf8(data: np.ndarray, places: np.ndarray, points: np.ndarray, size: int) -> None:
-    """Write code points of `size` bytes each."""
-    for place in range(size - 1, 0, -1):
-        data[places + place] = 0x80 | (points & 0x3F)
-        points = points >> 6
-    lead = (0xFF00 >> size) & 0xFF
-    data[places] = lead | points
 
 
 def _edges(marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Begins and ends of the runs of True; the last of `marks` is False."""
     edges = np.flatnonzero(marks[1:] != marks[:-1]) + 1
-    if marks[0]:
+    if len(marks) and marks[0]:
         edges = np.concatenate([[0], edges])
     return edges[0::2], edges[1::2]
 
@@ -250,32 +185,27 @@ def merged(places: np.ndarray, more: np.ndarray) -> np.ndarray:
     return np.insert(places, np.searchsorted(places, more), more)
 
 
-def _inner_words(runs: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Where ICU's dictionaries begin a word within a run of letters: which run, and the place in it, (n,) int64 each.
+def _inner_words(text: str, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Runs of letters at these places, (n,) begin and end of each, and where ICU's dictionaries begin a word in them.
 
     All runs are one text for ICU, which takes far longer to begin than to go on; it never looks beyond a line break.
     """
-    lengths = np.array([len(run) for run in runs])
+    is_first = np.diff(places, prepend=-2) != 1
+    begin, end = places[is_first], places[np.append(is_first[1:], True)] + 1
+    runs = "\n".join([text[a:b] for a, b in zip(begin.tolist(), end.tolist(), strict=True)])
+    lengths = end - begin
     firsts = np.cumsum(lengths + 1) - (lengths + 1)
-    ends = np.cumsum([len(word) for word in WordBreaker("\n".join(runs), "en")])
-    owner = np.searchsorted(firsts, ends, side="right") - 1
-    place = ends - firsts[owner]
-    is_inner = (place > 0) & (place < lengths[owner])
-    return owner[is_inner], place[is_inner]
-
-
-def _bytes_before(runs: Sequence[str], owner: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """UTF-8 bytes of each run before a place; letters of these scripts have three or four."""
-    codes = np.frombuffer("".join(runs).encode("utf-32-le"), dtype="<u4")
-    before = np.concatenate([[0], np.cumsum(3 + (codes > 0xFFFF))])
-    first = np.cumsum([0, *map(len, runs)])[owner]
-    return before[first + place] - before[first]
+    ends = np.cumsum([len(word) for word in WordBreaker(runs, "en")])
+    run = np.searchsorted(firsts, ends, side="right") - 1
+    place = ends - firsts[run]
+    is_inner = (place > 0) & (place < lengths[run])
+    return begin, end, (begin[run] + place)[is_inner]
 
 
 def span_hashes(data: bytes | memoryview, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
     """A well mixed hash of each run of bytes: h = mix(... mix(mix(piece 0) ^ piece 1) ...), pieces of eight bytes.
 
-    Behind the last run there must be seven bytes more. Zeros at the end of a run are not told apart from its end.
+    Behind the last run there must be `PADDING` bytes more. Zeros at the end of a run are not told apart from its end.
     """
     # Element i of `pieces` is the eight bytes from byte i on.
     pieces = np.ndarray((len(data) - _PIECE + 1,), dtype="<u8", buffer=data, strides=(1,))
@@ -324,20 +254,13 @@ def word_breaks(text: str, places: np.ndarray) -> list[int]:
     """Where a word begins although there is no white space before it: rising places in a text.
 
     So it is at the words of scripts without spaces, and at what follows their letters. Punctuation belongs to the word
-    before it, an opening bracket or quotation mark to the one behind.
-
-    Args:
-        text: the text.
-        places: (n,) where the letters of such scripts stand in it, rising.
+    before it, an opening bracket or quotation mark to the one behind. `places`, (n,): where such letters stand, rising.
     """
     if not len(places):
         return []
-    is_first = np.diff(places, prepend=-2) != 1
-    begins = places[is_first].tolist()
-    ends = (places[np.append(is_first[1:], True)] + 1).tolist()
-    owner, inner = _inner_words([text[begin:end] for begin, end in zip(begins, ends, strict=True)])
-    breaks = set((places[is_first][owner] + inner).tolist())
-    for begin, end in zip(begins, ends, strict=True):
+    begins, ends, inner = _inner_words(text, places)
+    breaks = set(inner.tolist())
+    for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
         follows = _FOLLOWING_WORD.match(text, end)
         for place in (begin, follows.end() if follows else begin):
             while place and unicodedata.category(text[place - 1]) in ("Ps", "Pi"):
@@ -352,12 +275,7 @@ _FOLLOWING_WORD = re.compile(r"[^\w\s]*(?=\w)")
 def run_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
     """The hash of n words from each word on, whichever texts they stand in: sum of hashes[i + k] · m^k over k < n.
 
-    Args:
-        hashes: (n_words,) uint64.
-        n: words in a run.
-
-    Returns:
-        (max(n_words - n + 1, 0),) uint64, modulo 2⁶⁴; runs of 2, 4, 8 ... words are made of two halves.
+    (max(n_words - n + 1, 0),) uint64, modulo 2⁶⁴; runs of 2, 4, 8 ... words are made of two halves.
     """
     if len(hashes) < n:
         return np.empty(0, dtype=np.uint64)
@@ -388,12 +306,7 @@ def _power(exponent: int) -> np.uint64:
 
 
 def set_bits(field: np.ndarray, hashes: np.ndarray) -> None:
-    """Mark hashes in a field of bits, by their highest bits: `has_bits` then dismisses nearly all other hashes.
-
-    Args:
-        field: (a power of two,) uint8.
-        hashes: (n,) uint64.
-    """
+    """Mark hashes in a field of bits, (a power of two,) uint8: `has_bits` then dismisses nearly all other hashes."""
     bits = hashes >> np.uint64(65 - (8 * len(field)).bit_length())
     np.bitwise_or.at(field, bits >> np.uint64(3), np.uint8(1) << (bits & np.uint64(7)).astype(np.uint8))
 

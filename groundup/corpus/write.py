@@ -21,14 +21,13 @@ import orjson
 import xxhash
 
 from groundup.corpus.annotate import DOCUMENTS_TABLE, EMPTIED, SCORE, SET_ASIDE, SIGNALS_TABLE, TOXIC
-from groundup.corpus.decontamination.index import ContaminationCounts, EvaluationIndex, Match
+from groundup.corpus.decontaminate import ContaminationCounts, EvaluationIndex, Match
 from groundup.corpus.dedup import cut_spans
 from groundup.corpus.document import Document, Reason, SetAside, derived_id, excerpt_of, is_fault
 from groundup.corpus.filter_statistics import EXAMPLES_PER_REASON, Entry, set_aside_record
 from groundup.corpus.holdout import Holdout
 from groundup.corpus.mix import copies_of
-from groundup.corpus.quality.rules import Rule
-from groundup.corpus.select import read_decisions
+from groundup.corpus.select import Selection, read_decisions
 from groundup.files import atomic_writer
 from groundup.recipe import CorpusSettings
 
@@ -42,12 +41,9 @@ class WriteUnit:
     """One unit's share of the third pass.
 
     Attributes:
-        annotation: the unit's annotation.
+        annotation: the folder of the unit's annotation.
         decisions: which documents are kept, and what is cut out of them (`write_decisions`).
         out: the file to write, without its ending.
-        settings: the recipe's `[corpus]`.
-        reasons: what the codes mean.
-        rules: the quality rules.
         first_number: records of the same file in the units before it.
         evaluation: the evaluation index's folder, or "".
         bounds: the first 64 bits of the ids at which ranges begin.
@@ -57,8 +53,6 @@ class WriteUnit:
     decisions: str
     out: str
     settings: CorpusSettings
-    reasons: tuple[str, ...]
-    rules: tuple[Rule, ...]
     first_number: int
     evaluation: str
     bounds: tuple[int, ...]
@@ -81,8 +75,9 @@ class _UnitWriter:
         self._work, self._settings = work, work.settings
         self._folder = Path(work.annotation)
         self._codes, self._survivors, self._cuts = read_decisions(Path(work.decisions))
+        self._selection = Selection(work.settings)
         self._evaluation = EvaluationIndex(work.evaluation) if work.evaluation else None
-        self._details = _Details(self._folder, self._codes, work) if self._codes.any() else None
+        self._details = _Details(self._folder, self._codes, self._selection) if self._codes.any() else None
         self._entries: Counter[tuple[str, str, str]] = Counter()
         self._bytes: Counter[tuple[str, str, str]] = Counter()
         self._examples: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
@@ -115,10 +110,12 @@ class _UnitWriter:
 
     def _left_out(self) -> Iterator[SetAside]:
         """Everything left out, in the order of the file; the lines of kept documents are collected meanwhile."""
-        unread = [map(self._unread, _read_set_aside(self._folder / name)) for name in (SET_ASIDE, EMPTIED)]
-        return heapq.merge(*unread, self._judged(), key=lambda record: (record.source, record.position))
+        with (self._folder / SET_ASIDE).open("rb") as aside, (self._folder / EMPTIED).open("rb") as emptied:
+            unread = (map(self._unread, lines) for lines in (aside, emptied))
+            yield from heapq.merge(*unread, self._judged(), key=lambda record: (record.source, record.position))
 
-    def _unread(self, record: SetAside) -> SetAside:
+    def _unread(self, line: bytes) -> SetAside:
+        record = SetAside(**orjson.loads(line))
         if record.place:
             record = replace(record, number=record.number + self._work.first_number)
         key = xxhash.xxh3_128_hexdigest(f"{record.source}\0{record.position}".encode())
@@ -139,7 +136,7 @@ class _UnitWriter:
             for row, values in rows:
                 code, identity = int(self._codes[row]), values["id"].hex()
                 if code:
-                    reason: str | None = self._work.reasons[code]
+                    reason: str | None = self._selection.reasons[code]
                     detail = self._detail(row, str(reason))
                 else:
                     reason, detail = self._refusal(values["text"], texts[row], matches.get(row, []), identity)
@@ -206,14 +203,13 @@ class _UnitWriter:
 class _Details:
     """Says for a removed document what its value was and what the threshold is."""
 
-    def __init__(self, folder: Path, codes: np.ndarray, work: WriteUnit) -> None:
+    def __init__(self, folder: Path, codes: np.ndarray, selection: Selection) -> None:
         import pyarrow.parquet as pq
 
-        self._settings = work.settings
-        self._rules = {rule.name: rule for rule in work.rules}
-        table = pq.read_table(folder / SIGNALS_TABLE)
+        self._settings = selection.settings
+        self._rules = {rule.name: rule for rule in selection.rules}
         rows = np.flatnonzero(codes)
-        table = table.take(rows)
+        table = pq.read_table(folder / SIGNALS_TABLE).take(rows)
         self._rows = {int(row): place for place, row in enumerate(rows)}
         self._columns = {name: table[name].combine_chunks() for name in table.schema.names}
 
@@ -242,17 +238,10 @@ class _Details:
 
 @dataclass(frozen=True)
 class Merge:
-    """One range of ids.
+    """One range of ids: the units' files with its (begin, end) in each, the file to write, what the hold-out saw of all
+    documents, and how often those of each source are written (None: once)."""
 
-    Attributes:
-        files: the units' files with the (begin, end) of the range in each.
-        out: the file to write.
-        settings: the recipe's `[corpus]`.
-        holdout: the state after all documents were seen.
-        factors: for each source how often its documents are written, or None.
-    """
-
-    files: tuple[tuple[str, int, int], ...]
+    files: Sequence[tuple[str, int, int]]
     out: str
     settings: CorpusSettings
     holdout: Any
@@ -318,12 +307,6 @@ def parse_line(line: bytes) -> Document:
 def _rest(document: Document) -> dict[str, Any]:
     rest = {"source": document.source, "language": document.language, "url": document.url}
     return {**rest, **({"score": document.score} if document.score is not None else {}), "text": document.text}
-
-
-def _read_set_aside(path: Path) -> Iterator[SetAside]:
-    with path.open("rb") as handle:
-        for line in handle:
-            yield SetAside(**orjson.loads(line))
 
 
 def _row_groups(folder: Path) -> Iterator[list[tuple[int, dict[str, Any]]]]:

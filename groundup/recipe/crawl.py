@@ -19,7 +19,7 @@ class CrawlSettings(Section):
     max_page_mib: float = setting(10.0, "leave out pages that are longer, unpacked", gt=0.0, le=1024.0)
     types: Texts = setting(
         ("text/html", "application/xhtml+xml", "text/plain"),
-        "content types to keep; text/* is understood",
+        "content types to keep, such as text/*",
         min_length=1,
     )
     delay_seconds: float = setting(
@@ -33,22 +33,15 @@ class CrawlSettings(Section):
     )
     user_agent: str = setting(
         f"groundup/{version_of('groundup')} (corpus crawler)",
-        "User-Agent header; its first word is looked up in robots.txt; name an address where you can be reached",
+        "User-Agent header, ASCII; its first word is looked up in robots.txt; name an address where you can be reached",
+        pattern=r"^[A-Za-z0-9][ -~]*$",
     )
     allow_private: bool = setting(False, "fetch from private and local addresses too")
 
-    @field_validator("user_agent")
-    @classmethod
-    def _is_a_header(cls, value: str) -> str:
-        value = value.strip()
-        if not value or not value[0].isalnum() or not (value.isascii() and value.isprintable()):
-            raise ValueError("must begin with a name of letters or digits, in printable ASCII")
-        return value
-
     @field_validator("types", "hosts")
     @classmethod
-    def _lower(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(value.strip().lower() for value in values)
+    def _split(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(part for value in values for part in value.replace(" ", "").lower().split(",") if part)
 
     @property
     def product(self) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from unicodedata import category
+from unicodedata import category, east_asian_width
 
 from icu4py.breakers import WordBreaker
 
@@ -46,7 +46,7 @@ def quality_signals(text: str) -> dict[str, float]:
         "bullet_lines": _share(line.lstrip().startswith(BULLETS) for line in lines),
         "ellipsis_lines": _share(line.rstrip().endswith(("...", "…")) for line in lines),
         "punctuated_lines": _share(line.rstrip().endswith(LINE_ENDS) for line in lines),
-        "short_lines": _share(len(line.strip()) <= SHORT_LINE_CHARACTERS for line in lines),
+        "short_lines": _share(width(line.strip()) <= SHORT_LINE_CHARACTERS for line in lines),
         "newlines_per_word": _ratio(text.count("\n"), len(words)),
         "sentences": sum(map(sentences, lines)),
         "curly_braces": text.count("{"),
@@ -90,6 +90,11 @@ def _cut(piece: str) -> list[str]:
 def is_unspaced(character: str) -> bool:
     """Whether it is a letter, digit or mark of a script without spaces."""
     return category(character)[0] in "LMN" and any(first <= ord(character) <= last for first, last in UNSPACED)
+
+
+def width(line: str) -> int:
+    """Characters of a line; one as wide as two Latin letters counts as two."""
+    return sum(1 + (east_asian_width(character) in "WF") for character in line)
 
 
 def sentences(line: str) -> int:

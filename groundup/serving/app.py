@@ -115,13 +115,7 @@ async def embeddings(http: Request) -> Response:
     """POST /v1/embeddings: the mean of the last hidden states (behind the last norm) over a text, of length 1."""
     body = EmbeddingsBody.model_validate(await read_body(http))
     served: ServedModel = http.app.state.server.find(body.model)
-    given: Any = [body.input] if isinstance(body.input, str) or isinstance(body.input[0], int) else body.input
-    texts = [prompt_ids(served.tokenizer, one) if isinstance(one, str) else one for one in given]
-    if (longest := max(map(len, texts))) > served.engine.length:
-        raise APIError(400, f"a text has {longest} tokens; the most are {served.engine.length}.",
-                       "context_length_exceeded", "input")  # fmt: skip
-    if max(map(max, texts)) >= (size := served.model.config.vocab_size):
-        raise APIError(400, f"input: the model has the token ids 0 to {size - 1}.", "invalid_value", "input")
+    texts = await asyncio.to_thread(served.prompts, body.input, "input")
     data = []
     async with http.app.state.embedding:  # one at a time: texts are written meanwhile
         for index, ids in enumerate(texts):

@@ -20,7 +20,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.types import Message, Receive, Scope, Send
 
 from groundup.errors import GroundupError
-from groundup.generation import Chunk, Constraint, Detokenizer, Generation, Request, TokenLogprob, prompt_ids
+from groundup.generation import Chunk, Constraint, Detokenizer, Generation, Request, TokenLogprob
 from groundup.serving.protocol import (
     MOST_TEXTS,
     APIError,
@@ -43,7 +43,8 @@ async def completions(http: HTTPRequest) -> Reply:
     state: State = http.app.state.server
     body = CompletionBody.model_validate(await read_body(http))
     served = state.find(body.model)
-    prompts, texts = await asyncio.to_thread(_prompts, served, body)
+    begun = body.add_special_tokens is not False
+    prompts = await asyncio.to_thread(served.prompts, body.prompt, "prompt", is_begun=begun)
     if len(prompts) * (body.n or 1) > MOST_TEXTS:
         raise APIError(400, f"prompts times n: at most {MOST_TEXTS} texts.", "invalid_value", "n")
     if body.stream and body.echo and body.logprobs is not None:
@@ -57,7 +58,7 @@ async def completions(http: HTTPRequest) -> Reply:
         Request(ids, params, client=_client(http, body), prompt_logprobs=scored, stop_ids=() if shows_end else None)
         for ids in prompts
     ]
-    return TextReply(state, served, body, requests, texts)
+    return TextReply(state, served, body, requests)
 
 
 async def chat_completions(http: HTTPRequest) -> Reply:
@@ -74,19 +75,6 @@ def _client(http: HTTPRequest, body: SamplingBody) -> str:
     return f"{http.state.client}/{body.user or ''}"
 
 
-def _prompts(served: ServedModel, body: CompletionBody) -> tuple[list[list[int]], list[str]]:
-    """Token ids of the prompts, and their texts."""
-    tokenizer, prompt = served.tokenizer, body.prompt
-    given: Sequence[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-    encode = tokenizer.encode if body.add_special_tokens is False else lambda text: prompt_ids(tokenizer, text)
-    ids = [encode(one) if isinstance(one, str) else list(one) for one in given]
-    size = served.model.config.vocab_size
-    if largest := [max(one) for one in ids if one and max(one) >= size]:
-        raise APIError(400, f"prompt has the token id {largest[0]}: the model has 0 to {size - 1}.", param="prompt")
-    texts = [one if isinstance(one, str) else tokenizer.decode(one, skip_special=False) for one in given]
-    return ids, texts if body.echo else [""] * len(ids)
-
-
 def _chat_request(served: ServedModel, body: ChatBody, client: str) -> tuple[Request, str]:
     """The conversation as a request, and what of the answer stands in its prompt already."""
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
@@ -95,6 +83,7 @@ def _chat_request(served: ServedModel, body: ChatBody, client: str) -> tuple[Req
     template, tokenizer = served.template, served.tokenizer
     ids = template.ids([message.model_dump(exclude_none=True) for message in body.messages], tools)
     ids += body.answer_ids or ()
+    served.check_length(ids, "messages")
     begun, shown = "", tuple[str, ...]()
     constraint = None if body.response_format is None else body.response_format.constraint
     if tools and template.tools is not None:
@@ -213,12 +202,6 @@ class Reply:
         }  # fmt: skip
         self._counts_usage = bool(body.stream_options and body.stream_options.include_usage)
         self._begin = time.perf_counter()
-        length = served.engine.length
-        if (longest := max(len(request.ids) for request in requests)) > length:
-            raise APIError(
-                400, f"the prompt has {longest} tokens; this model's maximum context length is {length}.",
-                "context_length_exceeded", "messages" if isinstance(body, ChatBody) else "prompt",
-            )  # fmt: skip
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer."""
@@ -325,21 +308,21 @@ class Reply:
 
 
 class TextReply(Reply):
-    """Of /v1/completions.
-
-    Args:
-        texts: what stands before each text that is sent.
-    """
+    """Of /v1/completions."""
 
     kind = chunk_kind = "text_completion"
     prefix = "cmpl"
 
-    def __init__(
-        self, state: State, served: ServedModel, body: CompletionBody, requests: Sequence[Request],
-        texts: Sequence[str],
-    ) -> None:  # fmt: skip
+    def __init__(self, state: State, served: ServedModel, body: CompletionBody, requests: Sequence[Request]) -> None:
         super().__init__(state, served, body, requests)
-        self._texts = texts
+        given = [body.prompt] if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) else body.prompt
+        # What stands before each text that is sent.
+        self._before = [""] * len(requests)
+        if body.echo:
+            self._before = [
+                one if isinstance(one, str) else served.tokenizer.decode(request.ids, skip_special=False)
+                for one, request in zip(given, requests, strict=True)
+            ]
         self._places: dict[int, Detokenizer] = {}  # of the tokens of streams, in their texts
 
     def choice(self, number: int, index: int, text: Generation) -> dict[str, Any]:
@@ -359,7 +342,7 @@ class TextReply(Reply):
         own, reason = text.text, text.finish_reason
         if text.ids and text.ids[-1] in self.served.tokenizer.end_ids and not request.params.ignore_eos:
             reason = "stop"  # shown though it ends the text
-        return {"index": number * self._n + index, "text": self._texts[number] + own, "logprobs": logprobs,
+        return {"index": number * self._n + index, "text": self._before[number] + own, "logprobs": logprobs,
                 "finish_reason": reason}  # fmt: skip
 
     def deltas(self, number: int, chunk: Chunk) -> list[list[dict[str, Any]]]:
@@ -372,7 +355,7 @@ class TextReply(Reply):
             for token in chunk.ids:
                 detokenizer.add(token)
             logprobs = self._logprobs(chunk.ids, chunk.logprobs, detokenizer.offsets[-len(chunk.ids) :])
-        text = (self._texts[number] if is_first else "") + chunk.text
+        text = (self._before[number] if is_first else "") + chunk.text
         return [[{"index": place, "text": text, "logprobs": logprobs, "finish_reason": chunk.finish_reason}]]
 
     def _logprobs(

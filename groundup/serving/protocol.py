@@ -114,7 +114,9 @@ class Body(BaseModel):
 
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
-Tokens = Annotated[list[Token], Field(min_length=1)]
+_Tokens = Annotated[list[Token], Field(min_length=1)]
+_Several = Field(min_length=1, max_length=MOST_TEXTS)
+Prompts = str | Annotated[list[str], _Several] | _Tokens | Annotated[list[_Tokens], _Several]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -177,12 +179,7 @@ class SamplingBody(Body):
 class CompletionBody(SamplingBody):
     """/v1/completions."""
 
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_TEXTS)]
-        | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_TEXTS)]
-    ) = Field(description="Texts or token ids, one or several.")
+    prompt: Prompts = Field(description="Texts or token ids, one or several.")
     echo: bool | None = Field(None, description="The prompt stands before each text, with its log-probabilities.")
     logprobs: int | None = Field(None, ge=0, le=20, description="Of each token, and so many of the most probable.")
     add_special_tokens: bool | None = Field(None, description="Texts begin as documents do (default: true).")
@@ -289,7 +286,7 @@ class ChatBody(SamplingBody):
 
     messages: list[MessageBody] = Field(min_length=1, max_length=4096)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="As max_tokens.")
-    answer_ids: Tokens | None = Field(
+    answer_ids: _Tokens | None = Field(
         None, description="Token ids that the answer begins with: only what follows is sent."
     )
     logprobs: bool | None = None
@@ -319,12 +316,7 @@ class EmbeddingsBody(Body):
     """/v1/embeddings."""
 
     model: str | None = None
-    input: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_TEXTS)]
-        | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_TEXTS)]
-    )
+    input: Prompts
     encoding_format: Literal["float", "base64"] | None = None
     user: str | None = Field(None, max_length=256)
 
@@ -362,7 +354,7 @@ class InspectBody(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[MessageBody], Field(min_length=1, max_length=4096)] | None = None
-    tokens: Tokens | None = None
+    tokens: _Tokens | None = None
     top: int | None = Field(None, ge=1, le=50, description="Alternatives of each token (default: 10).")
     position: int | None = Field(None, ge=0, description="Whose next token's logits are given whole (default: last).")
     attention: bool | None = Field(None, description="With the attention of every layer and head (default: true).")

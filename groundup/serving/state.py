@@ -7,11 +7,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from groundup.generation import Engine
+from groundup.generation import Engine, prompt_ids
 from groundup.model import Transformer
 from groundup.serving.metrics import Metrics
-from groundup.serving.protocol import APIError
+from groundup.serving.protocol import APIError, Prompts
 from groundup.serving.templates import ChatTemplate
 from groundup.tokenizer import Tokenizer
 
@@ -68,6 +69,38 @@ class ServedModel:
     def template(self) -> ChatTemplate:
         """The layout of its conversations."""
         return ChatTemplate(self.tokenizer)
+
+    def prompts(self, given: Prompts, field: str, *, is_begun: bool = True) -> list[list[int]]:
+        """Token ids of one text or several, or of what are ids already.
+
+        Args:
+            given: what was sent.
+            field: where.
+            is_begun: texts begin as documents do.
+
+        Raises:
+            APIError: an id that the model does not have, or too many.
+        """
+        several: Sequence[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+        encode = functools.partial(prompt_ids, self.tokenizer) if is_begun else self.tokenizer.encode
+        found = [encode(one) if isinstance(one, str) else list(one) for one in several]
+        if (largest := max(map(max, filter(None, found)), default=0)) >= (size := self.model.config.vocab_size):
+            raise APIError(400, f"{field} has the token id {largest}: the model has 0 to {size - 1}.", param=field)
+        for ids in found:
+            self.check_length(ids, field)
+        return found
+
+    def check_length(self, ids: Sequence[int], field: str) -> None:
+        """Refuse what does not fit into the context.
+
+        Raises:
+            APIError: with the code that clients know.
+        """
+        if len(ids) > (length := self.engine.length):
+            raise APIError(
+                400, f"{field} has {len(ids)} tokens; this model's maximum context length is {length}.",
+                "context_length_exceeded", field,
+            )  # fmt: skip
 
     @functools.cached_property
     def token_texts(self) -> list[str]:

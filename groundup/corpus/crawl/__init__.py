@@ -1,11 +1,12 @@
-"""From addresses to WARC files: the only part of the data stage that goes to the network, and only where it is told to.
+"""Addresses to WARC files, which `[corpus] inputs` reads: the only part of the data stage that uses the network."""
 
-In: addresses, lists of them, sitemaps. Out: a folder of `.warc.gz` files, from which a killed crawl goes on, and
-`crawl.json`. `[corpus] inputs` reads such a folder like any other.
-"""
+from groundup.errors import GroundupError
 
-from groundup.corpus.crawl.crawl import crawl, earlier_settings
-from groundup.corpus.crawl.report import CrawlReport, Planned, Refusal
+try:
+    from groundup.corpus.crawl.crawl import CrawlReport, crawl
+except ModuleNotFoundError as error:
+    what = f"Crawling needs the package {error.name}, which is not installed."
+    raise GroundupError(what, "pip install 'groundup[crawl]'") from error
 from groundup.recipe.crawl import CrawlSettings
 
-__all__ = ["CrawlReport", "CrawlSettings", "Planned", "Refusal", "crawl", "earlier_settings"]
+__all__ = ["CrawlReport", "CrawlSettings", "crawl"]

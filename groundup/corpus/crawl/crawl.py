@@ -1,34 +1,81 @@
-"""`crawl`: addresses to WARC files.
+"""`crawl`: addresses to WARC files, by a Scrapy spider.
 
-Around a session (`session.py`): what was given is checked, the folder is locked and its files are read, and at the
-end, however it comes, the growing file gets its name and `crawl.json` its counts.
+A host's pages have their turn one after the other; Scrapy's slots keep the pauses between. In its turn: robots.txt,
+requests until redirects end, each under the same rules, then an outcome: stored, or refused with a reason. Links and
+sitemaps add pages. What an earlier session stored is read from its file instead.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import re
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
+from protego import Protego
+from scrapy import Request, Spider
+from scrapy.crawler import AsyncCrawlerRunner
+from scrapy.http import Response
 
-from groundup.console import Console
-from groundup.corpus.crawl.report import CrawlReport
-from groundup.errors import ArtifactError, GroundupError, Interrupted, RunError
+from groundup.console import Console, format_bytes
+from groundup.corpus.crawl import fetch
+from groundup.corpus.crawl.fetch import Refused, normalize_url
+from groundup.corpus.crawl.warc import WarcFiles, page_record
+from groundup.errors import GroundupError, Interrupted, RunError
 from groundup.files import own_folder, remove_partials, write_json
 from groundup.recipe.crawl import CrawlSettings
-from groundup.untrusted import read_object
 
-if TYPE_CHECKING:
-    from groundup.corpus.crawl.session import Session
-    from groundup.corpus.crawl.warc import Entry
+_MAX_WAITING = 500_000  # addresses at a time; what is found beyond is not followed in this session
+_MAX_HOPS = 5
+_MAX_FAILURES = 5  # connections that fail one after the other until a host is left alone
+_MAX_ROBOTS_BYTES = 512 << 10  # a longer one is none that allows anything (RFC 9309, 2.5: at least 500 KiB)
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_SCRAPY = {
+    "TWISTED_REACTOR_ENABLED": False, "LOG_ENABLED": False,
+    "DOWNLOAD_HANDLERS": {"http": fetch.Fetcher, "https": fetch.Fetcher},
+    # None of Scrapy's own: no cookies, no telnet console, no suffix lists, no caches, no redirects.
+    "DOWNLOAD_HANDLERS_BASE": {}, "DOWNLOADER_MIDDLEWARES_BASE": {}, "SPIDER_MIDDLEWARES_BASE": {},
+    "EXTENSIONS_BASE": {}, "ADDONS": {}, "TELNETCONSOLE_ENABLED": False, "COOKIES_ENABLED": False,
+    "CONCURRENT_REQUESTS_PER_DOMAIN": 1, "DOWNLOAD_DELAY_JITTER": 0.0,
+}  # fmt: skip
 
-SUMMARY = "crawl.json"
-_BINDING = ("depth", "same_path")  # settings that decide what a finished page led to
-_SAID_ANEW = {"allow_private", "user_agent"}
+
+@dataclass
+class CrawlReport:
+    """The state of a crawl's folder after a session."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)  # "stored", "sitemap", and why addresses were given up
+    examples: dict[str, str] = field(default_factory=dict)  # the first address of each outcome in this session
+    waiting: int = 0  # addresses without an outcome
+    fetched: int = 0  # pages stored in this session
+    stored_bytes: int = 0  # of the bodies of all stored pages
+    closed_hosts: dict[str, str] = field(default_factory=dict)  # left alone until the next session, and why
+    limit: str = ""  # the setting that ended this session
+
+    @property
+    def stored(self) -> int:
+        """Pages in the WARC files."""
+        return self.outcomes["stored"]
+
+
+@dataclass(slots=True)
+class Page:
+    """An address on its way to an outcome."""
+
+    url: str  # where it led so far
+    sitemap: bool = False
+    named: bool = False  # by the user
+    depth: int = 0  # links between it and a page that the user named
 
 
 def crawl(
@@ -38,121 +85,257 @@ def crawl(
     console: Console | None = None,
     *,
     sitemaps: Sequence[str] = (),
-    retry_failed: bool = False,
-    dry_run: bool = False,
 ) -> CrawlReport:
-    """Fetch pages and store them as WARC files; called again, it goes on.
+    """Fetch pages and those that sitemaps list, follow their links, and store them as WARC files in the folder `out`.
 
-    Args:
-        urls: pages to fetch, and to follow links from.
-        out: the crawl's folder; new, or of a crawl that is to go on.
-        settings: scope, limits, politeness.
-        console: where progress is shown.
-        sitemaps: addresses of sitemaps whose pages are fetched.
-        retry_failed: ask again for what earlier sessions gave up for a passing reason.
-        dry_run: fetch robots.txt and sitemaps only, and write nothing: the report's `planned` says what is to be done.
+    Called again, it goes on with what is not stored.
 
     Raises:
-        GroundupError: an address is not http(s), nothing was given, the disk is full, or a package is missing.
-        ArtifactError: a file of the crawl is missing or damaged.
-        RunError: another process works in the folder, it holds a crawl of another scope, or it is not ours.
+        GroundupError: an address is not http(s), none was given, or the disk is full.
+        RunError: another process works in the folder, or it is not ours.
         Interrupted: Ctrl-C; everything fetched is stored.
     """
-    settings, console, out = settings or CrawlSettings(), console or Console(quiet=True), Path(out)
-    try:
-        from groundup.corpus.crawl.session import Session
-        from groundup.corpus.crawl.warc import WarcFiles
-    except ModuleNotFoundError as error:
-        raise GroundupError(
-            f"Crawling needs the package {error.name}, which is not installed.", "pip install 'groundup[crawl]'"
-        ) from error
-    given, report = _given(urls, sitemaps), CrawlReport(out)
-    if dry_run:
-        _run(Session(settings, console, report, WarcFiles(out), write=False), given, retry_failed)
-        return report
+    options, console, out = settings or CrawlSettings(), console or Console(quiet=True), Path(out)
+    written = [*urls, *sitemaps]
+    pages = [Page(normalize_url(url) or "", at >= len(urls), named=True) for at, url in enumerate(written)]
+    wrong = [url for url, page in zip(written, pages, strict=True) if not page.url]
+    if wrong or not written:
+        what = f"{len(wrong):,} of {len(written):,} addresses given cannot be fetched: {', '.join(wrong[:10])}."
+        fix = "Give addresses that begin with http:// or https://, name a host and carry no password."
+        raise GroundupError(what if written else "No address was given.", fix)
     own_folder(out)
     try:
         with FileLock(out / ".lock", timeout=0.5):
             remove_partials(out)
-            _check_scope(out, settings, bool(given))
-            files = WarcFiles(out, settings.user_agent)
+            files = WarcFiles(out, options.user_agent)
+            report = CrawlReport(Counter(stored=len(files.stored)), stored_bytes=files.stored_bytes)
             try:
-                _run(Session(settings, console, report, files), given, retry_failed)
+                _run_session(console, options=options, report=report, files=files, given=pages)
+            except KeyboardInterrupt as error:
+                raise Interrupted(f"Stopped. {report.stored:,} pages are stored in {out}.") from error
             finally:
                 files.close()
-                write_json(out / SUMMARY, {"settings": settings.model_dump(mode="json"), **report.to_json()})
+                write_json(out / "crawl.json", {"settings": options.model_dump(mode="json"), **vars(report)})
     except Timeout as error:
-        raise RunError(
-            f"{out}: another process crawls into this folder.", "Wait for it, or choose another folder with --out."
-        ) from error
+        what = f"{out}: another process crawls into this folder."
+        raise RunError(what, "Wait for it, or choose another folder with --out.") from error
     return report
 
 
-def earlier_settings(out: str | Path) -> dict[str, Any]:
-    """The settings of the crawl in a folder, as `CrawlSettings` takes them; none for a new folder.
+def _run_session(console: Console, report: CrawlReport, options: CrawlSettings, **job: Any) -> None:
+    logging.getLogger("scrapy").addHandler(logging.NullHandler())  # else Python shows its warnings
+    stopping = threading.Event()
 
-    Private addresses are not among them: they must be allowed each time.
+    async def run() -> None:
+        settings = _SCRAPY | {"DOWNLOAD_DELAY": max(options.delay_seconds, 1e-6)}  # with 0 Scrapy never looks at a slot
+        crawler = AsyncCrawlerRunner(settings).create_crawler(_Spider)
+        await crawler.crawl_async(options=options, report=report, stopping=stopping, **job)
+        spider: Any = crawler.spider
+        with contextlib.suppress(asyncio.CancelledError):  # a limit, or stopped
+            spider.work.result()
 
-    Raises:
-        ArtifactError: `crawl.json` is damaged.
-    """
-    before = _summary(Path(out)).get("settings", {})
-    return {name: value for name, value in before.items() if name in CrawlSettings.model_fields.keys() - _SAID_ANEW}
-
-
-def _summary(out: Path) -> dict[str, Any]:
-    path = out / SUMMARY
-    summary = read_object(path) if path.exists() else {}
-    if summary and not (isinstance(summary.get("settings"), dict) and isinstance(summary.get("files", []), list)):
-        raise ArtifactError(f"{path}: not a crawl's summary.", "Choose another folder with --out.")
-    return summary
-
-
-def _given(urls: Sequence[str], sitemaps: Sequence[str]) -> list[Entry]:
-    from groundup.corpus.crawl.urls import normalize_url
-    from groundup.corpus.crawl.warc import Entry
-
-    entries, wrong = dict[tuple[str, bool], Entry](), list[str]()
-    for written, is_sitemap in [*((url, False) for url in urls), *((url, True) for url in sitemaps)]:
-        if (url := normalize_url(written)) is None:
-            wrong.append(f"  {written[:200]!r}")
-        else:
-            entries[url, is_sitemap] = Entry("given", url, sitemap=is_sitemap)
-    if wrong:
-        raise GroundupError(
-            "\n".join([f"{len(wrong):,} of the addresses given cannot be fetched, such as", *wrong[:10]]),
-            "An address begins with http:// or https://, names a host and carries no password.",
-        )
-    return list(entries.values())
-
-
-def _check_scope(out: Path, settings: CrawlSettings, something_given: bool) -> None:
-    from groundup.corpus.crawl.warc import FIX
-
-    before, now = _summary(out), settings.model_dump(mode="json")
-    if not before:
-        if not something_given and not any(out.glob("pages-*.warc.gz*")):
-            raise GroundupError(
-                f"{out}: no crawl to go on with, and no address was given.",
-                "Give addresses, --urls FILE or --sitemap ADDRESS.",
-            )
-        write_json(out / SUMMARY, {"settings": now})
-    elif other := [f"{name} = {before['settings'].get(name)}" for name in _BINDING
-                   if before["settings"].get(name) != now[name]]:  # fmt: skip
-        fix = "Go on with the same, or choose another folder with --out."
-        raise RunError(f"{out}: holds a crawl with {', '.join(other)}.", fix)
-    elif gone := [name for name in map(str, before.get("files", [])) if not (out / name).is_file()]:
-        raise ArtifactError(f"{out / gone[0]}: is gone.", FIX)
-
-
-def _run(session: Session, given: list[Entry], retry_failed: bool) -> None:
-    """Run to the end in a thread with an event loop of its own: it works within a notebook's loop too."""
-    logging.getLogger("scrapy").addHandler(logging.NullHandler())  # else Python shows warnings on standard error
-    with ThreadPoolExecutor(1) as pool:
+    with console.bar("crawl") as bar, ThreadPoolExecutor(1) as pool:
+        session, is_done = pool.submit(asyncio.run, run()), False  # an event loop of its own: a notebook has one too
         try:
-            pool.submit(asyncio.run, session.run(given, retry_failed=retry_failed)).result()
-        except KeyboardInterrupt as error:
-            session.stop()
-            pool.shutdown()
-            said = f"Stopped. {session.report.stored:,} pages are stored in {session.report.folder}."
-            raise Interrupted(said) from error
+            while not is_done:  # a signal that another thread gets is seen between two waits
+                is_done = bool(wait([session], timeout=0.2).done)
+                done, words = report.outcomes.total(), f"{report.stored:,} pages, {format_bytes(report.stored_bytes)}"
+                words += f" · {done - report.stored:,} not kept · {report.waiting:,} waiting"
+                bar.update(done, total=done + report.waiting, note=words)
+            bar.finish(words)
+        finally:
+            stopping.set()
+        if isinstance(error := session.exception(), ExceptionGroup):
+            raise error.exceptions[0] from None
+        session.result()
+
+
+class _Spider(Spider):
+    name = "groundup"
+    options: CrawlSettings
+    report: CrawlReport
+    files: WarcFiles
+    given: list[Page]
+    stopping: threading.Event  # ends the session soon; what is in flight is dropped
+
+    async def start(self) -> AsyncIterator[Any]:
+        """Does all of it and yields nothing, so that whatever happens is seen: the engine makes the requests."""
+        self.work = asyncio.ensure_future(self._ask_all())
+        while not self.work.done():
+            if self.stopping.is_set():
+                self.work.cancel()
+            await asyncio.wait({self.work}, timeout=0.1)
+        return
+        yield
+
+    async def _ask_all(self) -> None:
+        self._known = set[str]()  # every address that this session has seen
+        self._hosts = defaultdict[str, asyncio.Lock](asyncio.Lock)  # one page at a time, in their order
+        self._failures = Counter[str]()  # connections that failed one after the other, by host
+        self._rules: dict[tuple[str, float], Protego | Refused] = {}  # of an origin, on a day
+        self._scope = {host.removeprefix("www.") + "/" for host in self.options.hosts}  # host/ or host/folder/
+        async with asyncio.TaskGroup() as self._tasks:  # an error in one task cancels the others
+            for page in self.given:
+                self._widen(page.url)
+            self._check_limits()
+            self._follow(self.given)
+
+    def _follow(self, pages: Iterable[Page]) -> None:
+        for page in pages:
+            if page.url in self._known:
+                continue
+            if self.report.waiting >= _MAX_WAITING:
+                self.report.outcomes["not followed"] += 1
+                continue
+            self._known.add(page.url)
+            self.report.waiting += page.url not in self.files.stored
+            self._tasks.create_task(self._turn(page))
+
+    def _check_limits(self) -> None:
+        all_stored = self.report.stored >= self.options.max_pages
+        if all_stored or self.report.stored_bytes >= self.options.max_megabytes * 10**6:
+            self.report.limit = "max_pages" if all_stored else "max_megabytes"
+            self.stopping.set()
+
+    async def _turn(self, page: Page) -> None:
+        """A page comes to an outcome, or waits for the next session."""
+        report, before = self.report, page.url in self.files.stored
+        async with self._hosts[_host(page.url)]:
+            try:
+                outcome, detail = "waiting" if report.limit else await self._take(page), ""
+            except GroundupError:  # a full disk
+                raise
+            except Exception as error:  # whatever is thrown in its turn is the page's own fault
+                refused = error if isinstance(error, Refused) else Refused("not HTTP", repr(error))
+                outcome, detail = refused.reason, refused.detail
+            host = _host(page.url)
+            self._failures[host] += outcome == "connection"
+            if outcome == "connection" and self._failures[host] >= _MAX_FAILURES:
+                report.closed_hosts[host] = f"{self._failures[host]} pages in a row: {detail}"
+            if outcome == "left alone":
+                report.closed_hosts.setdefault(host, detail)
+            elif outcome != "waiting" and not before:
+                report.waiting -= 1
+                report.outcomes[outcome] += 1
+                report.examples.setdefault(outcome, f"{page.url} {detail}".strip())
+                self._check_limits()
+
+    async def _take(self, page: Page) -> str:
+        if page.url in self.files.stored:
+            self._follow((await self._links(page, self.files.read(page.url)))[1])
+            return "stored"
+        response = await self._fetch(page)
+        if response.status != 200:
+            raise Refused("status", f"HTTP {response.status}")
+        if page.sitemap:
+            listed, is_index = await asyncio.to_thread(fetch.parse_sitemap, response.body)
+            if is_index and not page.named:
+                raise Refused("unusable sitemap", "an index in an index")
+            found = (normalize_url(location, response.url) for location in listed)
+            self._follow(Page(url, sitemap=is_index) for url in found if url)
+            return "sitemap"
+        noindex, pages = await self._links(page, response)
+        record = await asyncio.to_thread(page_record, response)
+        if self.report.limit:
+            return "waiting"
+        self._follow(pages)
+        if noindex and not page.named:
+            raise Refused("noindex")
+        self.files.append(record)
+        self.report.fetched += 1
+        self.report.stored_bytes += len(response.body)
+        return "stored"
+
+    async def _links(self, page: Page, response: Response) -> tuple[bool, list[Page]]:
+        """Whether a page asks not to be kept, and where it leads within the crawl."""
+        noindex, links = await asyncio.to_thread(fetch.extract_links, response, self.options.product)
+        links = links if page.depth < self.options.depth else []
+        return noindex, [Page(url, depth=page.depth + 1) for url in links if self._within(url)]
+
+    async def _fetch(self, page: Page) -> Response:
+        """Follow an address to an answer; each one that it leads to is checked like the first."""
+        most, types = int(self.options.max_page_mib * 2**20), self.options.types
+        most, types = (fetch.MAX_SITEMAP_BYTES, ("*",)) if page.sitemap else (most, types)
+        for _ in range(_MAX_HOPS + 1):
+            if (host := _host(page.url)) in self.report.closed_hosts:
+                raise Refused("left alone")
+            if not self._within(page.url):
+                raise Refused("outside the crawl")
+            await self._check_robots(page.url)
+            response = await self._ask(page.url, most, types)
+            self._failures[host] = 0
+            if response.status not in _REDIRECTS:
+                return response
+            if (target := _location(response)) is None:
+                raise Refused("not an http address", f"redirected to {fetch.header(response, 'Location')!r}")
+            if page.named:  # what the user named may move
+                self._widen(target)
+            if target in self._known or target in self.files.stored:
+                self._follow([replace(page, url=target)])
+                raise Refused("already fetched", f"redirected to {target}")
+            page.url = target
+            self._known.add(target)
+        raise Refused("too many redirects", f"more than {_MAX_HOPS}")
+
+    async def _check_robots(self, url: str) -> None:
+        origin = url[: url.index("/", len("https://"))]
+        key = origin, time.monotonic() // 86400  # a day is what RFC 9309, 2.4, allows
+        if key not in self._rules:
+            try:
+                self._rules[key] = await self._read_robots(origin)
+            except Exception as error:  # also a file that its reader cannot stand: it is none that allows anything
+                self._rules[key] = Refused("robots.txt unreachable", str(error))
+                if isinstance(error, Refused) and error.reason in ("private address", "left alone"):
+                    self._rules[key] = error
+        rules = self._rules[key]
+        if isinstance(rules, Refused):
+            raise rules.with_traceback(None)
+        if not rules.can_fetch(url, self.options.product):
+            raise Refused("robots.txt")
+
+    async def _read_robots(self, origin: str) -> Protego:
+        """An origin's robots.txt (RFC 9309, 2.3.1).
+
+        200: its rules; 4xx, or redirects that lead nowhere: all is allowed; 5xx, 429, no answer or no end: not now.
+        """
+        options, url = self.options, f"{origin}/robots.txt"
+        for _ in range(_MAX_HOPS + 1):
+            response = await self._ask(url, _MAX_ROBOTS_BYTES)
+            if (target := _location(response)) is None:
+                break
+            url = target
+        rules = await asyncio.to_thread(fetch.parse_robots, response.body, options.product)
+        delay = float(rules.crawl_delay(options.product) or 0.0)
+        if delay > max(options.max_wait_seconds, options.delay_seconds):
+            raise Refused("left alone", f"robots.txt asks for a pause of {delay:,.0f} s")
+        if delay > options.delay_seconds:
+            downloader, host = self.crawler.engine.downloader, _host(origin)
+            downloader.slots[host].delay = delay
+            downloader.per_slot_settings[host] = {"delay": delay}  # for a slot that Scrapy makes anew after a while
+        return rules
+
+    async def _ask(self, url: str, most: int, types: Sequence[str] = ("*",)) -> Response:
+        return await self.crawler.engine.download_async(Request(url, meta={"most": most, "types": types}))
+
+    def _widen(self, url: str) -> None:
+        folder = _folder(url)
+        self._scope.add(folder if self.options.same_path else folder[: folder.index("/") + 1])
+
+    def _within(self, url: str) -> bool:
+        """Whether an address belongs to the crawl (`www.` makes no difference)."""
+        folder = _folder(url)
+        return any(folder[: mark.end()] in self._scope for mark in re.finditer("/", folder))
+
+
+def _host(url: str) -> str:
+    return urlsplit(url).hostname or ""
+
+
+def _folder(url: str) -> str:
+    return _host(url).removeprefix("www.") + urlsplit(url).path.rpartition("/")[0] + "/"
+
+
+def _location(response: Response) -> str | None:
+    """Where a response redirects to; a byte that is no ASCII is quoted as it is."""
+    written = "".join(chr(byte) if byte < 128 else f"%{byte:02X}" for byte in response.headers.get("Location") or b"")
+    return normalize_url(written, response.url) if response.status in _REDIRECTS else None

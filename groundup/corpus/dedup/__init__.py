@@ -15,11 +15,5 @@ from groundup.corpus.dedup.near import near_duplicates
 from groundup.corpus.dedup.repeats import cut_spans, exact_duplicates, repeated_parts, repeated_substrings
 
 __all__ = [
-    "Removed",
-    "UnitKeys",
-    "cut_spans",
-    "exact_duplicates",
-    "near_duplicates",
-    "repeated_parts",
-    "repeated_substrings",
-]
+    "Removed", "UnitKeys", "cut_spans", "exact_duplicates", "near_duplicates", "repeated_parts", "repeated_substrings",
+]  # fmt: skip

@@ -60,11 +60,7 @@ class Removed:
 
 
 class KeyStore:
-    """The keys of all units, as a worker sees them.
-
-    Args:
-        folder: where `key_store` has put the list of units.
-    """
+    """The keys of all units, as a worker sees them, from the folder where `key_store` has put the list of units."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -88,11 +84,7 @@ class KeyStore:
         return [(begin, end) for begin, end in ranges if self.kept[begin:end].any()]
 
     def take(self, name: str, numbers: np.ndarray) -> np.ndarray:
-        """Rows of an array of the units.
-
-        Args:
-            name: "ids", "digests", "lengths" or "signatures".
-            numbers: (m,) int64 document numbers, rising, at least one.
+        """Rows of "ids", "digests", "lengths" or "signatures", of documents by number, rising, at least one.
 
         Raises:
             ArtifactError: a unit's file is missing or has not a row for every document.
@@ -131,15 +123,9 @@ def _rows(path: Path, n: int) -> np.ndarray:
 
 @contextmanager
 def key_store(folder: Path, units: Sequence[UnitKeys], kept: Sequence[np.ndarray]) -> Iterator[KeyStore]:
-    """A `KeyStore` in a new folder, which with all that tasks write there is gone in the end.
+    """A `KeyStore` in a new folder, which is gone in the end with all that tasks write there.
 
-    Args:
-        folder: made again if it is ours: what a killed process left is not used.
-        units: in an order that does not depend on how the input was cut.
-        kept: (n,) bool for each unit: who takes part.
-
-    Raises:
-        RunError: the folder is not ours.
+    What a killed process left there is not used. `kept`: (n,) bool for each unit, who takes part.
     """
     remove_folder(folder)
     own_folder(folder)
@@ -178,11 +164,7 @@ def write_ranges(path: Path, records: np.ndarray, ranges: np.ndarray, n: int) ->
 
 
 def read_range(files: Sequence[RangeFile], number: int) -> np.ndarray:
-    """One range of all files (at least one), one file's records after the other's.
-
-    Raises:
-        ArtifactError: a file is missing or not whole.
-    """
+    """One range of all files (at least one), one file's records after the other's."""
     # Copied one by one, so that only one file is open at a time.
     return np.concatenate(
         [np.array(load(file.path)[file.offsets[number] : file.offsets[number + 1]]) for file in files]
@@ -209,11 +191,7 @@ def save(path: Path, array: np.ndarray) -> Path:
 
 
 def load(path: Path) -> np.ndarray:
-    """Map a `.npy` file into memory.
-
-    Raises:
-        ArtifactError: it is missing or damaged.
-    """
+    """Map a `.npy` file into memory. ArtifactError: it is missing or damaged."""
     try:
         return np.load(path, mmap_mode="r")
     except FileNotFoundError as error:

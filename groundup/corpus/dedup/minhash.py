@@ -32,15 +32,10 @@ _BLOCK = 1 << 16
 
 
 def signatures(texts: Sequence[str] | Words, *, ngram: int = 5, n_hashes: int = 112) -> np.ndarray:
-    """The signatures of texts.
+    """The signatures of texts (or of their words): (n_texts, n_hashes) uint32, `NO_SHINGLES` of a text without words.
 
-    Args:
-        texts: texts, or their words.
-        ngram: words in a shingle; a text with fewer words has one shingle, of all its words.
-        n_hashes: numbers in a signature. The first numbers of a longer signature are those of a shorter one.
-
-    Returns:
-        (n_texts, n_hashes) uint32. A text without words has `NO_SHINGLES` everywhere.
+    A text with fewer words than `ngram` has one shingle, of all its words. The first numbers of a longer signature are
+    those of a shorter one.
     """
     words = texts if isinstance(texts, Words) else words_of(texts)
     grams, starts = words.ngrams(ngram)
@@ -74,15 +69,7 @@ def _split_mix(n: int) -> np.ndarray:
 
 
 def _least_hashes(shingles: np.ndarray, starts: np.ndarray, n_hashes: int) -> np.ndarray:
-    """The least of every hash over each text's shingles.
-
-    Args:
-        shingles: (n_shingles,) uint32.
-        starts: (n_texts,) where each text's shingles begin; no text is without.
-
-    Returns:
-        (n_hashes, n_texts) uint32.
-    """
+    """(n_hashes, n_texts) uint32, the least of every hash over each text's shingles; no text is without."""
     # Texts are cut where blocks end, so that a piece lies in one block; the least of the pieces is the least of all.
     blocks = np.arange(0, len(shingles), _BLOCK)
     pieces = np.unique(np.concatenate([starts, blocks]))

@@ -44,7 +44,7 @@ from groundup.corpus.dedup.files import (
     read_range,
     save,
     write_ranges,
-)
+)  # fmt: skip
 from groundup.corpus.dedup.minhash import NO_SHINGLES
 from groundup.corpus.engine import Engine
 from groundup.errors import ArtifactError
@@ -72,16 +72,10 @@ def near_duplicates(
     engine: Engine,
     memory_bytes: int,
 ) -> tuple[list[Removed], dict[str, Any]]:
-    """Find documents that are similar to one that stays.
+    """Find documents that are similar to one that stays; arguments as in `repeats.exact_duplicates`.
 
-    Args:
-        units: the documents' keys, in an order that does not depend on how the input was cut.
-        kept: (n,) bool for each unit: who takes part (exact duplicates should not).
-        settings: bands, rows, least agreement.
-        folder: for files in between; it is emptied first and removed in the end.
-        engine: who does the work. The result does not depend on it, on `memory_bytes` or on where units begin.
-        memory_bytes: what a task may use. Beside it this process holds 24 bytes for every document that shares a
-            band with another, and one for every other.
+    Beside `memory_bytes` this process holds 24 bytes for every document that shares a band with another, and one for
+    every other. Exact duplicates should not take part.
 
     Returns:
         For every unit its rows that go, each with the id of the document that stays; and the report, JSON-able:
@@ -179,10 +173,7 @@ def _share_out(
 def join(component: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
     """Unite the sets of left[i] and right[i], for every i, in place: union-find without a loop over elements.
 
-    Args:
-        component: (n,) int64: each element's set, named by its smallest element. Begin with `arange(n)`.
-        left: (m,) elements.
-        right: (m,) elements.
+    `component`, (n,) int64, is each element's set, named by its smallest element. Begin with `arange(n)`.
     """
     while True:
         one, other = component[left], component[right]
@@ -228,9 +219,9 @@ def _decide(folder: Path, files: Sequence[RangeFile], settings: MinHashSettings,
 
 
 def decide(bucket: np.ndarray, rank: np.ndarray, n: int, similar: Similar) -> tuple[np.ndarray, int]:
-    """Which documents are kept among those that share buckets, named by their rank: 0 is the first to stay.
+    """Which of n documents are kept among those that share buckets, named by their rank: 0 is the first to stay.
 
-    One after the other, it would read:
+    Member i says that document `rank[i]` is in `bucket[i]`, no pair twice. One after the other, it would read:
 
         for document in order of rank:
             if it is not removed:
@@ -238,12 +229,6 @@ def decide(bucket: np.ndarray, rank: np.ndarray, n: int, similar: Similar) -> tu
 
     All documents that are the first undecided ones of every bucket they are in can be kept at once: no document that
     is still undecided can remove them. A round keeps them all; random orders need about log n rounds.
-
-    Args:
-        bucket: (n_members,) int64: a bucket ...
-        rank: (n_members,) int64: ... and a document that is in it; no pair twice.
-        n: documents; ranks are below it.
-        similar: compares documents; asked only about pairs of a document that stays and a later one of its bucket.
 
     Returns:
         (n,) int64: the rank of the kept document that removed each, -1 for those that stay; how many buckets

@@ -41,9 +41,10 @@ from groundup.corpus.dedup.files import (
     read_range,
     save,
     write_ranges,
-)
+)  # fmt: skip
+from groundup.corpus.document import batches
 from groundup.corpus.engine import Engine
-from groundup.corpus.words import Words, batches, has_bits, run_hashes, set_bits, words_of
+from groundup.corpus.words import Words, has_bits, run_hashes, set_bits, words_of
 
 Within = Literal["paragraphs", "lines"]
 
@@ -100,14 +101,8 @@ def repeated_parts(
 
     Runs of white space count as one space. What has no letter or digit (a code block's fence) is left alone.
 
-    Args:
-        units: as for `exact_duplicates`, and so are `kept`, `folder`, `engine` and `memory_bytes`.
-        kept: who takes part.
-        within: "paragraphs" (between blank lines) or "lines".
-        folder: for files in between.
-        engine: who does the work.
-        memory_bytes: what a task may use.
-        min_characters: shorter ones are left alone (None: `MIN_CHARACTERS`).
+    Paragraphs stand between blank lines. Parts of fewer than `min_characters` (None: `MIN_CHARACTERS`) are left alone;
+    all else as in `exact_duplicates`.
 
     Returns:
         For every unit what to cut, `SPAN` records that are sorted and do not touch: a part with the white space
@@ -129,14 +124,6 @@ def repeated_substrings(
     whole; a window that overlaps its own first occurrence stays. The texts are read twice, so that little is kept of
     the many windows that occur once: first 8 bytes of each are sorted, and the repeated ones are marked in a bit field
     of fixed size; then only windows that are marked are compared.
-
-    Args:
-        units: as for `exact_duplicates`, and so are `kept`, `folder`, `engine` and `memory_bytes`.
-        kept: who takes part.
-        n_words: length of the shortest run (words as in `words.py`); 50 is usual.
-        folder: for files in between.
-        engine: who does the work.
-        memory_bytes: what a task may use.
 
     Returns:
         For every unit what to cut, as for `repeated_parts`: from the first character of a run to the last.

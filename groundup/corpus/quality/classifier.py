@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from groundup.corpus.words import WORDS_VERSION, batches, words_of
+from groundup.corpus.document import batches
+from groundup.corpus.words import WORDS_VERSION, words_of
 from groundup.errors import ArtifactError, DataError
 from groundup.files import atomic_writer, file_digest, read_json, write_json
 
@@ -49,13 +50,7 @@ _ABOUT, _WEIGHTS = "classifier.json", "weights.npy"
 
 
 class Classifier:
-    """A trained model.
-
-    Args:
-        weights: (2^20,) float32, one of each bucket.
-        bias: added to their mean.
-        report: what training found, JSON-able (see `train`).
-    """
+    """A trained model: (2^20,) float32 weights of the buckets, the bias, and what training found (see `train`)."""
 
     def __init__(self, weights: np.ndarray, bias: float, report: dict[str, Any]) -> None:
         self._weights = weights
@@ -66,10 +61,7 @@ class Classifier:
     def train(cls, positive: Iterable[str], negative: Iterable[str], seed: int = 0) -> Classifier:
         """Learn to tell two kinds of texts apart. The same texts, in any order, and the same seed give the same model.
 
-        Args:
-            positive: texts to keep more of; of equal texts one counts.
-            negative: texts to keep less of.
-            seed: of the order in which examples are seen.
+        Of equal texts one counts; the seed gives the order in which examples are seen.
 
         Returns:
             The model. Its `report` has the number of texts (positive, negative) and, of the tenth held out
@@ -113,11 +105,7 @@ class Classifier:
 
     @classmethod
     def load(cls, folder: str | Path) -> Classifier:
-        """Read what `save` wrote; processes that load it share its memory.
-
-        Raises:
-            ArtifactError: it is missing, damaged or of another version.
-        """
+        """Read what `save` wrote, or raise ArtifactError; processes that load it share its memory."""
         about = read_json(Path(folder) / _ABOUT)
         if (about.get("version"), about.get("words_version")) != (CLASSIFIER_VERSION, WORDS_VERSION):
             raise ArtifactError(f"{folder}: a classifier of another version of groundup.", "Train it again.")
@@ -163,9 +151,7 @@ def _gather(texts: Iterable[str]) -> list[_Example]:
 def _features(texts: Sequence[str], most_words: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Buckets of the texts' words and pairs, (n_features,) int64, and where each text's begin, (n_texts + 1,) int64.
 
-    Args:
-        texts: any strings.
-        most_words: the words of a text, and as many pairs, that are looked at; all without it.
+    Of each text `most_words` are looked at, and as many pairs; all without it.
     """
     words = words_of(texts)
     pairs, pair_starts = words.ngrams(2)
@@ -194,7 +180,7 @@ def _means(weights: np.ndarray, features: np.ndarray, starts: np.ndarray) -> np.
 
 
 def _probability(weights: np.ndarray, bias: float, features: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    return _sigmoid(bias + _means(weights, features, starts))
+    return 1 / (1 + np.exp(-np.clip(bias + _means(weights, features, starts), -60, 60)))
 
 
 def _joined(examples: Sequence[_Example]) -> tuple[np.ndarray, np.ndarray]:
@@ -250,7 +236,3 @@ def _quality(positive: np.ndarray, negative: np.ndarray) -> dict[str, Any]:
     not_above = np.searchsorted(ordered, positive, side="right")
     auc = float((below + not_above).mean()) / (2 * len(negative))
     return {"held_out": n_held_out, "accuracy": round(accuracy, 6), "auc": round(auc, 6)}
-
-
-def _sigmoid(values: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-np.clip(values, -60, 60)))

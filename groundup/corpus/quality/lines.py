@@ -40,13 +40,9 @@ def line_rules_of(quality: Collection[str]) -> frozenset[str]:
 
 
 def clean_lines(text: str, rules: Collection[str] | None = None) -> tuple[str, dict[str, int]]:
-    """Apply line rules to a text.
+    """Apply line rules by name (None: all) to a text with lines ended by line feeds.
 
     Blank lines stay between what is kept, at most one at a time, so paragraphs are still to be seen.
-
-    Args:
-        text: the text, with lines ended by line feeds.
-        rules: names out of `LINE_RULES` (None: all).
 
     Returns:
         The text that is left ("" if nothing is), and by rule the lines that it took (for citations: the marks).

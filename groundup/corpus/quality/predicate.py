@@ -21,10 +21,7 @@ Predicate = Callable[[Document], bool]
 
 
 def load_predicate(spec: str) -> Predicate:
-    """The function that `file.py:function` names.
-
-    Args:
-        spec: a path, a colon, a name; the function takes a `Document` and returns whether to keep it.
+    """The function that `file.py:function` names; it takes a `Document` and returns whether to keep it.
 
     Raises:
         DataError: at once, if the file or the function is missing or the file fails; later, if the function raises
@@ -67,13 +64,7 @@ def load_predicate(spec: str) -> Predicate:
 
 
 def predicate_fingerprint(spec: str) -> str:
-    """Digest of the predicate's file and name: another one means that documents are judged again.
-
-    What the file imports is not looked at.
-
-    Raises:
-        DataError: there is no such file.
-    """
+    """Digest of the predicate's file (not of what it imports) and name. DataError: there is no such file."""
     path, name = _parts(spec)
     return f"{file_digest(path)}:{name}"
 

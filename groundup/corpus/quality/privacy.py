@@ -38,11 +38,7 @@ class Replacement:
 
 
 def replace_private(text: str, kinds: Sequence[str]) -> tuple[str, list[Replacement]]:
-    """Replace what looks private.
-
-    Args:
-        text: any text.
-        kinds: some of "email", "credit_card", "ip", "phone", in any order.
+    """Replace what looks private: some of "email", "credit_card", "ip", "phone", in any order.
 
     Returns:
         The text with placeholders, and the findings: kind by kind, each in the order of the text.

@@ -2,9 +2,9 @@
 
 In: a `TextBatch`. Out: shares, one number a text.
 
-An n-gram that comes twice is made of two (n-1)-grams that come twice. So the words that repeat within their text
-are found first, by one sort, and n-grams are made only where both halves are still alive: the pair of the halves'
-numbers names the n-gram exactly, and each further n has far less to sort.
+An n-gram that comes twice is made of two (n-1)-grams that come twice. So the pairs of words that repeat within their
+text are found first, by one sort, and longer n-grams are made only where both halves are still alive: the pair of the
+halves' numbers names the n-gram exactly, and each further n has far less to sort.
 """
 
 from __future__ import annotations
@@ -40,14 +40,9 @@ class _Groups:
 
 
 def repeated_parts(batch: TextBatch, parts: Ints) -> tuple[Shares, Shares]:
-    """Lines or paragraphs that their text had before.
+    """Lines or paragraphs that their text had before: their share of its parts, and of its characters, (n,) each.
 
-    Args:
-        batch: the texts.
-        parts: (parts + 1,) the first word of each line or paragraph, and the number of words.
-
-    Returns:
-        Their share of all parts of each text, and of its characters: (n,) each.
+    `parts`: (parts + 1,) the first word of each line or paragraph, and the number of words.
     """
     groups = _groups(_within_texts(batch, batch.hashes_of(parts), batch.text_of_word[parts[:-1]]))
     again = groups.places[~groups.first]
@@ -62,22 +57,18 @@ def repeated_parts(batch: TextBatch, parts: Ints) -> tuple[Shares, Shares]:
 def repeated_ngrams(
     batch: TextBatch, top: Collection[int], duplicate: Collection[int]
 ) -> dict[tuple[str, int], Shares]:
-    """The most frequent n-gram's share of the characters, and that of all n-grams that came before.
-
-    Args:
-        batch: the texts.
-        top: for which n the former is wanted.
-        duplicate: for which n the latter is wanted.
-
-    Returns:
-        (n,) shares by ("top", n) and ("duplicate", n).
-    """
+    """The most frequent n-gram's share of the characters, and that of all n-grams that came before, for these n >= 2:
+    (n,) shares by ("top", n) and ("duplicate", n)."""
     found: dict[tuple[str, int], Shares] = {}
     last = max((*top, *duplicate), default=0)
-    keys = _within_texts(batch, batch.word_hashes, batch.text_of_word) if last else np.empty(0, dtype=np.uint64)
-    places = np.arange(batch.n_words)  # where the n-grams begin whose keys are compared, in order
-    for n in range(1, last + 1):
-        groups = _groups(keys, exact_bits=64 if n == 1 else 2 * int(batch.n_words).bit_length())
+    words = _within_texts(batch, batch.word_hashes, batch.text_of_word) if last else np.empty(0, dtype=np.uint64)
+    keys = words[:-1] * _SPREAD + words[1:]  # a pair of two texts' words comes but once
+    # Sorting takes longest, and most pairs come once: such a pair is mostly alone in its bucket, and is not sorted.
+    bucket = (keys * _SPREAD >> np.uint64(62 - len(keys).bit_length())).view(np.int64)
+    places = np.flatnonzero(np.bincount(bucket)[bucket] > 1)  # where the n-grams begin that are compared, in order
+    keys = keys[places]
+    for n in range(2, last + 1):
+        groups = _groups(keys, exact_bits=64 if n == 2 else 2 * int(batch.n_words).bit_length())
         if n in top:
             found["top", n] = _top(batch, n, places, groups)
         if n in duplicate:
@@ -139,19 +130,21 @@ def _groups(keys: Hashes, exact_bits: int = 64) -> _Groups:
     packed = keys << bits if is_whole else (keys * _SPREAD) & ~place_bits
     packed |= np.arange(n, dtype=np.uint64)
     packed.sort()
-    order = (packed & place_bits).view(np.int64)
-    packed >>= bits
-    equal = packed[1:] == packed[:-1]
-    if not is_whole:
-        pairs = np.flatnonzero(equal)
-        if (keys[order[pairs]] != keys[order[pairs + 1]]).any():
-            order = np.argsort(keys, kind="stable")
-            ordered = keys[order]
-            equal = ordered[1:] == ordered[:-1]
-    repeated = np.zeros(n, dtype=np.bool_)
-    repeated[1:] = equal
-    first = ~repeated
-    repeated[:-1] |= equal
-    members = np.flatnonzero(repeated)
-    first = first[members]
-    return _Groups(order[members], np.cumsum(first) - 1, first)
+    members, first = _repeated(packed[1:] ^ packed[:-1] <= place_bits)
+    order = (packed[members] & place_bits).view(np.int64)
+    if not is_whole and (np.diff(keys[order]) != 0)[~first[1:]].any():
+        order = np.argsort(keys, kind="stable")
+        members, first = _repeated(np.diff(keys[order]) == 0)
+        order = order[members]
+    return _Groups(order, np.cumsum(first) - 1, first)
+
+
+def _repeated(equal: Bools) -> tuple[Ints, Bools]:
+    """Which of some sorted things come again, and which of these are the first of their kind.
+
+    Args:
+        equal: (n - 1,) whether each equals the one before it.
+    """
+    again = np.concatenate(([False], equal, [False]))
+    members = np.flatnonzero(again[1:] | again[:-1])
+    return members, ~again[members]

@@ -82,7 +82,7 @@ def presets() -> dict[str, str]:
 def rules_for(
     quality: Collection[str], thresholds: Mapping[str, float | bool], languages: Collection[str] = ()
 ) -> list[Rule]:
-    """The rules that a recipe asks for.
+    """The rules that a recipe asks for, in the order in which they are tried.
 
     Args:
         quality: presets; "none" stands for none.
@@ -90,9 +90,6 @@ def rules_for(
             switches on a rule that is in none of the presets.
         languages: those of the documents that are kept; none: any. Rules of the presets that judge none of them are
             left out (`left_out`).
-
-    Returns:
-        The rules in the order in which they are tried.
 
     Raises:
         RecipeError: with all the presets and thresholds that do not exist or make no sense.
@@ -126,10 +123,7 @@ def first_failed(
 ) -> NDArray[np.int16]:
     """(n,) the index of the first rule that each text fails, -1 for those that pass them all.
 
-    Args:
-        signals: columns (n,) by name, those of the rules among them.
-        rules: in the order in which they are tried.
-        languages: of each text, where rules are not to judge the languages in which they mean nothing.
+    With `languages`, one of each text, rules do not judge the languages in which they mean nothing.
     """
     n = max((len(column) for column in signals.values()), default=0)
     failed = np.full(n, -1, dtype=np.int16)

@@ -12,19 +12,21 @@ section 3.6); n-gram shares as in RedPajama-v2 (arXiv:2411.12372, appendix).
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from groundup.corpus.document import batches
 from groundup.corpus.quality import textbatch
 from groundup.corpus.quality.repetition import Shares, repeated_ngrams, repeated_parts, share
 from groundup.corpus.quality.textbatch import Bools, Ints, TextBatch, letters
-from groundup.corpus.words import batches, split_words
+from groundup.corpus.words import split_words
 
-BATCH_CHARACTERS = 1 << 19  # what follows stays near the processor's cache
+BATCH_CHARACTERS = 1 << 20
 SHORT_LINE_CHARACTERS = 30
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 CLOSERS_AFTER_SENTENCE = 3
@@ -33,24 +35,18 @@ DUPLICATE_NGRAMS = (5, 6, 7, 8, 9, 10)
 
 
 def signals(texts: Sequence[str], names: Sequence[str] | None = None) -> dict[str, NDArray[np.float32]]:
-    """Measure texts.
-
-    Args:
-        texts: the texts.
-        names: which signals (None: all of them); only these are computed.
-
-    Returns:
-        (len(texts),) float32 for each name.
-    """
+    """(len(texts),) float32 for each signal of these names (None: all of them); only these are computed."""
     names = list(SIGNALS) if names is None else list(names)
     unknown = [name for name in names if name not in SIGNALS]
     assert not unknown, f"no such signals: {unknown}"
-    columns: dict[str, list[NDArray[np.float32]]] = {name: [np.empty(0, dtype=np.float32)] for name in names}
-    for part in batches(texts if names else [], BATCH_CHARACTERS):
-        measures = _Measures(part, names)
-        for name in names:
-            columns[name].append(SIGNALS[name].measure(measures).astype(np.float32))
-    return {name: np.concatenate(parts) for name, parts in columns.items()}
+    columns = {name: np.empty(len(texts), dtype=np.float32) for name in names}
+    for is_ascii in (True, False):  # apart, since ASCII alone takes far less time
+        places = [place for place, text in enumerate(texts) if text.isascii() == is_ascii]
+        for part in batches(places if names else [], BATCH_CHARACTERS, lambda place: len(texts[place])):
+            measures = _Measures([texts[place] for place in part], names)
+            for name in names:
+                columns[name][part] = SIGNALS[name].measure(measures)
+    return columns
 
 
 def toxic_share(texts: Sequence[str], words: frozenset[str]) -> NDArray[np.float32]:
@@ -58,10 +54,6 @@ def toxic_share(texts: Sequence[str], words: frozenset[str]) -> NDArray[np.float
 
     Words are runs of letters, digits and underscores, compared without case; an entry of several words counts
     each of them where they stand side by side.
-
-    Args:
-        texts: the texts.
-        words: the list's entries.
     """
     entries = {tuple(_plain_words(entry)) for entry in words} - {()}
     single = {entry[0] for entry in entries if len(entry) == 1}
@@ -166,8 +158,10 @@ def _alphabetic_words(m: _Measures) -> Shares:
 
 def _stop_words(m: _Measures) -> Ints:
     has = np.zeros((len(STOP_WORDS), m.n), dtype=np.bool_)
+    short = np.flatnonzero(m.word_lengths <= max(map(len, STOP_WORDS)))
+    beginnings, texts = m.beginnings[short], m.text_of_word[short]
     for row, word in enumerate(STOP_WORDS):
-        has[row, m.text_of_word[m.beginnings == letters(word)]] = True
+        has[row, texts[beginnings == letters(word)]] = True
     return has.sum(axis=0)
 
 
@@ -176,6 +170,23 @@ def _ellipsis_lines(m: _Measures) -> Shares:
     # Before a line's beginning there is a line break or the batch's end (zeros), never a dot.
     dots = (m.bytes[ends] == ord(".")) & (m.bytes[ends - 1] == ord(".")) & (m.bytes[ends - 2] == ord("."))
     return m.per_line(dots if m.codes is None else dots | (m.codes[ends] == ord("…")))
+
+
+def _short_lines(m: _Measures) -> Shares:
+    widths = m.line_ends + 1 - m.line_begins
+    if m.codes is not None:
+        wide = np.flatnonzero(_is_wide()[np.minimum(m.codes, _WIDE_END)])
+        widths += np.searchsorted(wide, m.line_ends, side="right") - np.searchsorted(wide, m.line_begins)
+    return m.per_line(widths <= SHORT_LINE_CHARACTERS)
+
+
+_WIDE_END = 0x3FFFF
+
+
+@cache
+def _is_wide() -> Bools:
+    """By code: characters as wide as two Latin letters, which say about as much (Unicode's East Asian Width)."""
+    return np.array([unicodedata.east_asian_width(chr(code)) in "WF" for code in range(_WIDE_END + 1)])
 
 
 def _sentences(m: _Measures) -> Shares:
@@ -213,78 +224,51 @@ class Signal:
 
 
 _GOPHER, _REPETITION, _C4, _FINEWEB = "Gopher, table A1 (quality)", "Gopher, table A1 (repetition)", "C4", "FineWeb"
+_CURATOR = "NeMo Curator"
 
 SIGNALS: dict[str, Signal] = {
     "words": Signal("words, by white space, and by ICU in scripts without spaces", _GOPHER, lambda m: m.words),
     "characters": Signal("characters", "-", lambda m: m.characters),
     "mean_word_length": Signal(
-        "mean length of the words, in characters", _GOPHER, lambda m: m.per_word(m.word_characters)
-    ),
+        "mean length of the words, in characters", _GOPHER, lambda m: m.per_word(m.word_characters)),
     "longest_word": Signal("length of the longest word, in characters", _C4, _longest_word),
     "hash_signs": Signal("number signs (#) for each word", _GOPHER, lambda m: m.per_word(m.signs("#"))),
     "ellipses": Signal("ellipses (... or …) for each word", _GOPHER, _ellipses),
     "alphabetic_words": Signal("share of the words with at least one letter", _GOPHER, _alphabetic_words),
     "stop_words": Signal("how many of the, be, to, of, and, that, have, with it has", _GOPHER, _stop_words),
     "lines": Signal("lines that are not blank", "-", lambda m: m.n_lines),
-    "bullet_lines": Signal(
-        "share of the lines that begin with a bullet",
-        _GOPHER,
-        lambda m: m.per_line((m.classes[m.line_begins] & textbatch.BULLET) != 0),
-    ),
+    "bullet_lines": Signal("share of the lines that begin with a bullet", _GOPHER,
+        lambda m: m.per_line((m.classes[m.line_begins] & textbatch.BULLET) != 0)),
     "ellipsis_lines": Signal("share of the lines that end with an ellipsis", _GOPHER, _ellipsis_lines),
-    "punctuated_lines": Signal(
-        "share of the lines that end with the punctuation of a sentence or a quotation",
-        _FINEWEB,
-        lambda m: m.per_line((m.classes[m.line_ends] & textbatch.LINE_END) != 0),
-    ),
+    "punctuated_lines": Signal("share of the lines that end with the punctuation of a sentence or quotation", _FINEWEB,
+        lambda m: m.per_line((m.classes[m.line_ends] & textbatch.LINE_END) != 0)),
     "short_lines": Signal(
-        f"share of the lines of at most {SHORT_LINE_CHARACTERS} characters",
-        _FINEWEB,
-        lambda m: m.per_line(m.line_ends + 1 - m.line_begins <= SHORT_LINE_CHARACTERS),
-    ),
+        f"share of the lines of at most {SHORT_LINE_CHARACTERS} characters, wide ones (Chinese, Kana, Hangul) as two",
+        _FINEWEB, _short_lines),
     "newlines_per_word": Signal("line breaks for each word", _FINEWEB, lambda m: m.per_word(m.count(m.newlines) - 1)),
     "sentences": Signal("words that end a sentence or a line", _C4, _sentences),
     "curly_braces": Signal("opening curly braces", _C4, lambda m: m.signs("{")),
     "lorem_ipsum": Signal('times "lorem ipsum" is written', _C4, _lorem_ipsum),
-    "digits": Signal(
-        "share of the characters that are digits", "NeMo Curator", lambda m: m.per_character(textbatch.DIGIT)
-    ),
-    "uppercase": Signal(
-        "share of the characters that are capital letters", "-", lambda m: m.per_character(textbatch.UPPER)
-    ),
-    "whitespace": Signal(
-        "share of the characters that are white space",
-        "NeMo Curator",
-        lambda m: share(m.characters - m.word_characters, m.characters),
-    ),
-    "url_characters": Signal(
-        "share of the words' characters that stand in web addresses", "NeMo Curator", _url_characters
-    ),
-    "duplicate_lines": Signal("share of the lines that came before", _REPETITION, lambda m: m.duplicate_lines[0]),
-    "duplicate_line_characters": Signal(
-        "share of the characters in lines that came before", _REPETITION, lambda m: m.duplicate_lines[1]
-    ),
-    "duplicate_paragraphs": Signal(
-        "share of the paragraphs that came before", _REPETITION, lambda m: m.duplicate_paragraphs[0]
-    ),
-    "duplicate_paragraph_characters": Signal(
-        "share of the characters in paragraphs that came before", _REPETITION, lambda m: m.duplicate_paragraphs[1]
-    ),
+    "digits": Signal("share of the characters that are digits", _CURATOR, lambda m: m.per_character(textbatch.DIGIT)),
+    "uppercase": Signal("share of the characters that are capitals", "-", lambda m: m.per_character(textbatch.UPPER)),
+    "whitespace": Signal("share of the characters that are white space", _CURATOR,
+        lambda m: share(m.characters - m.word_characters, m.characters)),
+    "url_characters": Signal("share of the words' characters that stand in web addresses", _CURATOR, _url_characters),
     **{
-        f"top_{n}gram_characters": Signal(
-            f"share of the characters in the most frequent {n}-gram of words",
-            _REPETITION,
-            lambda m, n=n: m.ngrams["top", n],
-        )
+        f"duplicate_{part}{suffix}": Signal(f"share of the {what} that came before", _REPETITION,
+            lambda m, part=part, column=column: getattr(m, f"duplicate_{part}s")[column])
+        for part in ("line", "paragraph")
+        for column, (suffix, what) in enumerate((("s", f"{part}s"), ("_characters", f"characters in {part}s")))
+    },
+    **{
+        f"top_{n}gram_characters": Signal(f"share of the characters in the most frequent {n}-gram", _REPETITION,
+            lambda m, n=n: m.ngrams["top", n])
         for n in TOP_NGRAMS
     },
     **{
-        f"duplicate_{n}gram_characters": Signal(
-            f"share of the characters in {n}-grams that came before",
-            _REPETITION,
-            lambda m, n=n: m.ngrams["duplicate", n],
-        )
+        f"duplicate_{n}gram_characters": Signal(f"share of the characters in {n}-grams that came before", _REPETITION,
+            lambda m, n=n: m.ngrams["duplicate", n])
         for n in DUPLICATE_NGRAMS
     },
-}
+}  # fmt: skip
 """Every signal, by name."""

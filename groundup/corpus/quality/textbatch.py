@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from groundup.corpus.words import is_unspaced, merged, mix, span_hashes, word_breaks
+from groundup.corpus.words import PADDING, characters_of, is_unspaced, merged, mix, span_hashes, word_breaks
 
 SPACE, LETTER, DIGIT, UPPER, LINE_END, SENTENCE_END, CLOSER, BULLET = (1 << bit for bit in range(8))
 _UNKNOWN = 0xFF  # no character is white space and a letter at once
@@ -25,8 +25,6 @@ LINE_ENDS = SENTENCE_ENDS + "\"'”’»」』" + WITHOUT_SENTENCE_ENDS
 CLOSERS = "\"'”’»)]）」』"
 BULLETS = "-*•‣⁃▪●◦"
 
-_BEYOND_ASCII = 0xFF
-_PADDING = 16
 _ODD = np.uint64(0xD6E8FEB86659FD93)
 # What of eight bytes read at a word's start belongs to a word of so many bytes (little-endian).
 _KEPT_BYTES = np.array([(1 << (8 * size)) - 1 for size in range(9)], dtype=np.uint64)
@@ -61,7 +59,7 @@ class TextBatch:
         bounds: (n + 1,) where each text begins; text i is [bounds[i], bounds[i + 1] - 1).
         bytes: (characters + padding,) the ASCII code of every character, 255 beyond ASCII.
         classes: (characters,) bits: white space, letter, digit, ...
-        codes: (characters + padding,) code points, or None where all is ASCII.
+        codes: (characters,) code points, or None where all is ASCII.
         word_starts, word_ends: (words,) where each word begins and ends.
     """
 
@@ -71,13 +69,12 @@ class TextBatch:
         self.characters: Ints = lengths
         self.bounds: Ints = np.concatenate(([0], np.cumsum(lengths + 1)))
         joined = "\n".join(texts) + "\n" if texts else ""
-        self._joined = joined
         self.codes: NDArray[np.uint32] | None = None
         breaks: list[int] = []
         if joined.isascii():
             data = joined.encode()
             self.classes = np.frombuffer(data.translate(_ASCII_CLASSES), dtype=np.uint8)
-            self.bytes = np.frombuffer(data + bytes(_PADDING), dtype=np.uint8)
+            self.bytes = np.frombuffer(data + bytes(PADDING), dtype=np.uint8)
         else:
             breaks = self._take_unicode(joined)
         space = (self.classes & SPACE).view(np.bool_)
@@ -92,12 +89,8 @@ class TextBatch:
 
     def _take_unicode(self, joined: str) -> list[int]:
         """Look at every character; returns where words begin without white space before them."""
-        size = len(joined)
-        codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass") + bytes(_PADDING), dtype="<u4")
-        low = np.zeros(size + _PADDING, dtype=np.uint8)
-        np.minimum(codes[:size], _BEYOND_ASCII, out=low[:size], casting="unsafe")
-        classes = np.frombuffer(bytearray(low[:size].tobytes().translate(_ASCII_CLASSES)), dtype=np.uint8)
-        others = np.flatnonzero(low[:size] >= 128)
+        codes, data, others = characters_of(joined)
+        classes = np.frombuffer(bytearray(data[: len(joined)].translate(_ASCII_CLASSES)), dtype=np.uint8)
         other_codes = codes[others]
         found = _classes[other_codes]
         if (found == _UNKNOWN).any():
@@ -105,9 +98,9 @@ class TextBatch:
                 _classes[code] = _class_of(chr(code))
             found = _classes[other_codes]
         classes[others] = found
-        low |= np.negative(low >> 7)  # Latin letters have codes from 128 to 254: marked as all others are
         unspaced = others[is_unspaced(other_codes)]
-        self.codes, self.classes, self.bytes = codes, classes, low
+        self.codes, self.classes, self.bytes = codes, classes, np.frombuffer(data, dtype=np.uint8)
+        self._others = others
         return word_breaks(joined, unspaced)
 
     @property
@@ -186,12 +179,16 @@ class TextBatch:
     @cached_property
     def word_hashes(self) -> Hashes:
         """(words,) 64 bits of each word; equal within one batch only."""
-        data, starts, ends = self.bytes.data, self.word_starts, self.word_ends
-        if self.codes is not None:
-            data = memoryview(self._joined.encode("utf-8", "surrogatepass") + bytes(_PADDING))
-            begins = np.flatnonzero((np.frombuffer(data, dtype=np.uint8) & 0xC0) != 0x80)  # of each character
-            starts, ends = begins[starts], begins[ends]
-        return span_hashes(data, starts, ends) ^ (ends - starts).view(np.uint64) * _ODD  # a word may end in zeros
+        hashes = span_hashes(self.bytes.data, self.word_starts, self.word_ends)
+        hashes ^= self.word_lengths.view(np.uint64) * _ODD  # a word may end in zeros
+        if self.codes is not None and self.n_words:  # in `bytes` all characters beyond ASCII are one
+            word = np.searchsorted(self.word_starts, self._others, side="right") - 1
+            inside = (word >= 0) & (self._others < self.word_ends[word])
+            word, others = word[inside], self._others[inside]
+            values = (others - self.word_starts[word]).view(np.uint64) << np.uint64(32) | self.codes[others]
+            mix(values)
+            np.add.at(hashes, word, values)
+        return hashes
 
     @cached_property
     def _hash_sums(self) -> Hashes:
@@ -201,11 +198,7 @@ class TextBatch:
         return sums
 
     def hashes_of(self, parts: Ints) -> Hashes:
-        """64 bits of each run of words.
-
-        Args:
-            parts: (parts + 1,) the first word of each, and the number of words.
-        """
+        """64 bits of each run of words; `parts`: (parts + 1,) the first word of each, and the number of words."""
         sums = self._hash_sums[parts]
         hashes: Hashes = (sums[1:] - sums[:-1]) * _powers(self.n_words)[1][parts[:-1]]
         mix(hashes)

@@ -1,167 +1,175 @@
-"""Compressed files as streams of what they hold: gzip, Zstandard, bzip2 and xz, in bounded memory, to the last byte.
+"""Compressed files and bodies as what they hold: gzip, Zstandard, bzip2 and xz, in bounded memory, to the last byte.
 
-A stream ends only where its file ends and every member of it is whole. Otherwise it raises `DamagedStreamError`
-instead of looking finished: cut off before the end, a checksum that does not fit, bytes of something else behind the
-data, or a bomb. What was read before the fault has been handed out by then. (Python's own readers of bzip2 and xz take
-whatever follows the data for its end, that of `zstandard` a cut.)
+A stream ends only where its file ends and every member of it is whole; otherwise it raises `DamagedStreamError`, when
+what was read before has been handed out: cut off, a checksum that does not fit, something else behind the data, a bomb.
+(Python's own readers of bzip2 and xz take whatever follows the data for its end, that of `zstandard` a cut.)
 """
 
 from __future__ import annotations
 
 import bz2
+import contextlib
 import io
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
+
+import zstandard
 
 from groundup.corpus.document import Reason
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
+from groundup.corpus.reading.refusal import DamagedStreamError
 
 PACKINGS = (".gz", ".zst", ".bz2", ".xz")
 BLOCK_BYTES = 1 << 20
 CHUNK_BYTES = 1 << 18
-BOMB_BYTES = 1 << 30
-BOMB_RATIO = 1000
+BOMB_BYTES, BOMB_RATIO = 1 << 30, 1000
 """A stream that has grown past both, in bytes and in bytes a stored byte, is no text but an attack."""
-
 _XZ_MEMORY_BYTES = 256 << 20  # what the largest dictionary of the xz tool's own levels takes, four times
-_ZSTD_PIECE_BYTES = (64, 2048)  # 4 bytes may be a block of 128 KiB
-
-
-class DamagedStreamError(Exception):
-    """A file, or the body of an archived response, does not hold what its format promises.
-
-    Attributes:
-        reason: `Reason.CUT_OFF` or `Reason.DAMAGED`; of a body also `Reason.TOO_LONG`.
-        detail: what is wrong.
-    """
-
-    def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-        self.detail = detail
-
-
-def open_uncompressed(stored: IO[bytes], packing: str) -> io.BufferedReader:
-    """What a compressed file holds, as a stream that can be read forward.
-
-    Args:
-        stored: the file; closed with the stream.
-        packing: one of `PACKINGS`.
-
-    Raises (while reading):
-        DamagedStreamError: the file is cut off or damaged.
-    """
-    return io.BufferedReader(_UncompressedStream(stored, packing), CHUNK_BYTES)
-
-
-class _UncompressedStream(io.RawIOBase):
-    def __init__(self, stored: IO[bytes], packing: str) -> None:
-        self._stored = stored
-        self._n_stored = self._n_read = 0
-        self._chunks = _unpacked(self._next_stored, packing)
-        self._left = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: WriteableBuffer, /) -> int:
-        target = memoryview(buffer).cast("B")
-        while not self._left:
-            try:
-                self._left = memoryview(next(self._chunks))
-            except StopIteration:
-                return 0
-            except EOFError as error:
-                what = f"cut off before its end: its {self._n_stored:,} bytes hold {self._n_read:,} bytes of text"
-                raise DamagedStreamError(Reason.CUT_OFF, what) from error
-        n_bytes = min(len(target), len(self._left))
-        target[:n_bytes] = self._left[:n_bytes]
-        self._left = self._left[n_bytes:]
-        self._n_read += n_bytes
-        if self._n_read > BOMB_BYTES and self._n_read > BOMB_RATIO * self._n_stored:
-            detail = f"a decompression bomb: {self._n_stored:,} bytes have grown to {self._n_read:,} so far"
-            raise DamagedStreamError(Reason.DAMAGED, detail)
-        return n_bytes
-
-    def close(self) -> None:
-        if not self.closed:
-            self._stored.close()
-        super().close()
-
-    def _next_stored(self) -> bytes:
-        block = self._stored.read(CHUNK_BYTES)
-        self._n_stored += len(block)
-        return block
+_PEEK_BYTES = 4096  # of a member as stored, from which it is told what it holds
+_ZSTD_SKIPPED = [bytes([kind]) + b"\x2a\x4d\x18" for kind in range(0x50, 0x60)]  # frames to skip
 
 
 class _Zstandard:
     """A frame, with the interface of zlib's; its library has no limit for what comes out, only for what goes in."""
 
     def __init__(self) -> None:
-        import zstandard
-
-        self._inflater = zstandard.ZstdDecompressor().decompressobj()
+        self._inflater, self._piece = zstandard.ZstdDecompressor().decompressobj(), 64  # 4 bytes may be 128 KiB
         self.eof, self.unconsumed_tail, self.unused_data = False, memoryview(b""), b""
-        self._piece = _ZSTD_PIECE_BYTES[0]
 
     def decompress(self, data: bytes | memoryview, max_length: int) -> bytes:
         view = memoryview(data)
         chunk = self._inflater.decompress(view[: self._piece])
         self.eof, self.unconsumed_tail = self._inflater.eof, view[self._piece :]
-        least, most = _ZSTD_PIECE_BYTES
-        self._piece = min(2 * self._piece, most) if len(chunk) <= max_length else least
-        if self.eof:
-            self.unused_data = self._inflater.unused_data + self.unconsumed_tail
+        self._piece = min(2 * self._piece, 2048) if len(chunk) <= max_length else 64
+        self.unused_data = self._inflater.unused_data + self.unconsumed_tail if self.eof else b""
         return chunk
 
 
 _FORMATS: dict[str, tuple[str, tuple[bytes, ...], Callable[[], Any]]] = {
-    ".gz": ("gzip", (b"\x1f\x8b",), lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)),
+    ".gz": ("gzip", (b"\x1f\x8b\x08",), lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)),
     ".bz2": ("bzip2", (b"BZh",), bz2.BZ2Decompressor),
     ".xz": ("xz", (b"\xfd7zXZ\0",), lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY_BYTES)),
-    ".zst": (
-        "Zstandard",
-        (b"\x28\xb5\x2f\xfd", *(bytes([kind]) + b"\x2a\x4d\x18" for kind in range(0x50, 0x60))),  # and frames to skip
-        _Zstandard,
-    ),
+    ".zst": ("Zstandard", (b"\x28\xb5\x2f\xfd", *_ZSTD_SKIPPED), _Zstandard),
+    "zlib": ("deflate", (b"",), zlib.decompressobj),
+    "deflate": ("deflate", (b"",), lambda: zlib.decompressobj(wbits=-zlib.MAX_WBITS)),
 }
-"""The name of each format, what a member begins with, and what unpacks one."""
+"""The name of each format, what a member begins with, and what unpacks one. The last two are of HTTP only."""
 
 
-def _unpacked(read: Callable[[], bytes], packing: str) -> Iterator[bytes]:
-    """What the members hold, in pieces.
+def packing_of(head: bytes) -> str:
+    """What a file that begins so is packed with, whatever its name: one of `PACKINGS`, or ""."""
+    return next((packing for packing in PACKINGS if head.startswith(_FORMATS[packing][1])), "")
 
-    Raises:
-        EOFError: the file ends within a member.
-        DamagedStreamError: it is damaged.
-    """
-    name, beginnings, make = _FORMATS[packing]
-    padding = b"\0" if packing in (".gz", ".xz") else b""  # behind a member, as their own tools take it
-    data, begins = read(), True
-    while data:
-        while len(data) < len(beginnings[0]) and (block := read()):
-            data += block
-        if not data.startswith(beginnings):
-            if any(beginning.startswith(data) for beginning in beginnings):
-                raise EOFError
-            what = f"not a {name} file" if begins else f"something else follows the {name} data"
-            raise DamagedStreamError(Reason.DAMAGED, what)
-        inflater = make()
-        while not inflater.eof:
-            try:
-                chunk = inflater.decompress(data, CHUNK_BYTES)
-            except Exception as error:  # "Error -3 while decompressing data: incorrect data check"
-                what = f"damaged {name} data: {str(error).split(': ')[-1]}"
-                raise DamagedStreamError(Reason.DAMAGED, what) from error
-            data = getattr(inflater, "unconsumed_tail", b"")  # the others keep what they have not used
-            if chunk:
-                yield chunk
-            elif not data and not inflater.eof and not (data := read()):
-                raise EOFError
-        data, begins = inflater.unused_data.lstrip(padding), False
-        while not data and (block := read()):
-            data = block.lstrip(padding)
+
+def open_uncompressed(stored: IO[bytes], packing: str) -> io.BufferedReader:
+    """What a compressed file holds, to be read forward. Reading raises `DamagedStreamError` at cuts and damage."""
+    return io.BufferedReader(_UncompressedStream(stored, packing), CHUNK_BYTES)
+
+
+class _UncompressedStream(io.RawIOBase):
+    def __init__(self, stored: IO[bytes], packing: str) -> None:
+        self._stored, self._left = stored, memoryview(b"")
+        self._pieces = Unpacker(lambda: stored.read(CHUNK_BYTES), packing).pieces()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        self._left = self._left or memoryview(next(self._pieces, b""))  # type: ignore[arg-type]  # faults are raised
+        target = memoryview(buffer).cast("B")
+        n_bytes = min(len(target), len(self._left))
+        target[:n_bytes], self._left = self._left[:n_bytes], self._left[n_bytes:]
+        return n_bytes
+
+    def close(self) -> None:
+        self._stored.close()
+        super().close()
+
+
+class Unpacker:
+    """The members of a compressed file; `read` gives what follows the stored bytes in `data`, b"" at their end."""
+
+    def __init__(self, read: Callable[[], bytes], packing: str, data: bytes = b"") -> None:
+        self._read, self._data, self._n_stored, self._n_read = read, data, len(data), 0
+        self._name, self._beginnings, self._make = _FORMATS[packing]
+        self._padding = b"\0" if packing in (".gz", ".xz") else b""  # behind a member, as their own tools take it
+
+    def pieces(self, is_wanted: Callable[[bytes], object] | None = None) -> Iterator[bytes | DamagedStreamError]:
+        """What the members hold, in pieces. Raises `DamagedStreamError` behind what was read before a fault.
+
+        If `is_wanted`, told how a member begins, says so, b"" stands in front of it. With that, a fault is handed out
+        like a piece, and reading goes on with the next member that is wanted.
+        """
+        is_behind = False
+        while True:
+            self._data = self._data.lstrip(self._padding)
+            while len(self._data) < _PEEK_BYTES and (block := self._block()):
+                self._data = (self._data + block).lstrip(self._padding)
+            if not self._data:
+                return
+            fault, reason, is_within, searched = "", Reason.DAMAGED, False, 0
+            if self._data.startswith(self._beginnings):
+                inflater, data, searched = self._make(), self._data, 1
+                while not fault and not inflater.eof:
+                    try:
+                        chunk = inflater.decompress(data, CHUNK_BYTES)
+                    except Exception as error:  # "Error -3 while decompressing data: incorrect data check"
+                        chunk, fault = b"", f"damaged {self._name} data: {str(error).split(': ')[-1]}"
+                    data = getattr(inflater, "unconsumed_tail", b"")  # the others keep what they have not used
+                    self._n_read += len(chunk)
+                    if chunk and is_wanted and not is_within and is_wanted(chunk):
+                        yield b""
+                    if chunk:
+                        yield chunk
+                        is_within = True
+                    elif not (data or fault or inflater.eof):
+                        if data := self._block():
+                            self._data, searched = data, 0
+                        else:
+                            reason, fault = Reason.CUT_OFF, self._cut_off()
+                    if self._n_read > BOMB_BYTES and self._n_read > BOMB_RATIO * self._n_stored:
+                        fault = f"a decompression bomb: {self._n_stored:,} bytes have grown to {self._n_read:,} so far"
+                        self._data, self._read = b"", bytes
+                if not fault:
+                    self._data = inflater.unused_data
+            elif any(beginning.startswith(self._data) for beginning in self._beginnings):
+                reason, fault = Reason.CUT_OFF, self._cut_off()
+            else:
+                fault = f"something else follows the {self._name} data" if is_behind else f"not a {self._name} file"
+            is_behind = True
+            if fault and not is_wanted:
+                raise DamagedStreamError(reason, fault, 0, is_within)
+            if fault and is_wanted:
+                n_lost = self._skip_to(is_wanted, searched)
+                rest = "the next whole member" if self._data else "the file's end"
+                reason = Reason.DAMAGED if self._data else reason  # a damaged member can look like one without an end
+                yield DamagedStreamError(reason, f"{fault}; {n_lost:,} bytes up to {rest} are lost", n_lost, is_within)
+
+    def _skip_to(self, is_wanted: Callable[[bytes], object], at: int) -> int:
+        """Go to the next member that is wanted, at `at` or behind it; returns how many stored bytes are passed."""
+        n_passed, begins = 0, re.compile(b"|".join(map(re.escape, self._beginnings)))
+        while (found := begins.search(self._data, at)) or (block := self._block()):
+            if not found:
+                at = max(at, len(self._data) - 5)  # where a mark may begin that the next block ends
+                n_passed, self._data, at = n_passed + at, self._data[at:] + block, 0
+                continue
+            at = found.start()
+            while len(self._data) - at < _PEEK_BYTES and (block := self._block()):
+                self._data += block
+            with contextlib.suppress(Exception):  # no member, whatever its library calls that
+                if is_wanted(self._make().decompress(self._data[at : at + _PEEK_BYTES], _PEEK_BYTES)):
+                    self._data = self._data[at:]
+                    return n_passed + at
+            at += 1
+        n_passed, self._data = n_passed + len(self._data), b""
+        return n_passed
+
+    def _block(self) -> bytes:
+        block = self._read()
+        self._n_stored += len(block)
+        return block
+
+    def _cut_off(self) -> str:
+        return f"cut off before its end: its {self._n_stored:,} bytes hold {self._n_read:,} bytes of text"

@@ -15,12 +15,10 @@ from typing import Any, Literal
 import numpy as np
 
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
-from groundup.corpus.reading.compressed import DamagedStreamError
+from groundup.corpus.reading.refusal import RefusedError, fault_of
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 
-READ_ERRORS = (OSError, DamagedStreamError)
-"""What a stream of an `InputFile` raises while it is read."""
 MOST_GARBLED, MOST_GARBLED_SHARE = 3, 0.001
 """A text with more garbled characters than the sum of both (the second times its length) was misread."""
 # What two characters of ASCII begin with, if not a byte order mark (RFC 4627, section 3).
@@ -103,7 +101,7 @@ def n_garbled(text: str) -> int:
 
 
 def refuse_binary(file: InputFile, head: bytes, set_aside: OnSetAside | None) -> bool:
-    """Whether a file that begins with `head` (20 bytes suffice) is of a kind that is no text in UTF-8.
+    """Whether a file that begins with `head` (20 bytes suffice) is of a kind that is neither text in UTF-8 nor a page.
 
     Args:
         file: the file.
@@ -113,7 +111,7 @@ def refuse_binary(file: InputFile, head: bytes, set_aside: OnSetAside | None) ->
     kind, fix = next((_BINARY[magic] for magic in _BINARY if head.startswith(magic)), ("", ""))
     reason, excerpt = Reason.BINARY, ""
     if not kind:
-        wide = _WIDE.match(head)
+        wide = None if file.kind == "page" else _WIDE.match(head)  # a page may be in UTF-16
         if wide is None:
             return False
         reason, width = Reason.INVALID_UTF8, 32 if wide.lastindex == 1 else 16
@@ -126,18 +124,10 @@ def refuse_binary(file: InputFile, head: bytes, set_aside: OnSetAside | None) ->
 
 
 def make_record(
-    file: InputFile,
-    text: str,
-    settings: CorpusSettings,
-    set_aside: OnSetAside,
-    position: int = 0,
-    place: str = "",
-    number: int = 0,
-    source: str = "",
-    url: str = "",
-    key: str = "",
-) -> Record | None:
-    """The record of a text, normalized, or None if there is no text in it (then it was set aside).
+    file: InputFile, text: str, settings: CorpusSettings, set_aside: OnSetAside,
+    position: int = 0, place: str = "", number: int = 0, source: str = "", url: str = "", key: str = "",
+) -> tuple[Record, ...]:  # fmt: skip
+    """The record of a text, normalized, or none if there is no text in it (then it was set aside).
 
     Args:
         file: where it was read.
@@ -146,11 +136,15 @@ def make_record(
         set_aside: called with the reason why there is no record.
         position, place, number, source, url, key: as in `Record`.
     """
+    most = settings.max_document_mib * 2**20
+    if 4 * len(text) > most and (size := len(text.strip("\r\n").encode())) > most:
+        set_aside(too_long(file, "", size, excerpt_of(text), settings, position, place, number))
+        return ()
     normal = normalize(text.removeprefix("\ufeff"), settings.unicode)
     garbled = n_garbled(normal)
     few = MOST_GARBLED + MOST_GARBLED_SHARE * len(normal)
     if normal and (not garbled or (garbled <= few and "\0" not in normal)):
-        return Record(normal, position, place, number, source, url, key)
+        return (Record(normal, position, place, number, source, url, key),)
     if normal and "\0" not in normal:
         reason = Reason.GARBLED
         detail = f"{garbled:,} of {len(normal):,} characters are U+FFFD or control characters: a wrong encoding?"
@@ -161,7 +155,7 @@ def make_record(
     size = len(text.encode())
     excerpt = excerpt_of(normal.replace("\0", "␀"))
     set_aside(SetAside(file.label, place, number, reason, detail, excerpt, size, position))
-    return None
+    return ()
 
 
 def too_long(
@@ -179,7 +173,7 @@ def limit_bytes(settings: CorpusSettings) -> int:
 
 
 def unread(
-    file: InputFile, error: BaseException, position: int = 0, place: str = "", n_before: int = 0, so_far: str = ""
+    file: InputFile, error: Exception, position: int = 0, place: str = "", n_before: int = 0, so_far: str = ""
 ) -> SetAside:
     """The record of a file that could not be read to its end.
 
@@ -193,19 +187,9 @@ def unread(
     """
     if n_before and not so_far:
         so_far = f"the {n_before:,} {place}s before it are read"
-    reason, excerpt = Reason.UNREADABLE, ""
-    if isinstance(error, UnicodeDecodeError):
-        reason = Reason.INVALID_UTF8
-        detail, excerpt = invalid_utf8(error)
-    elif isinstance(error, DamagedStreamError):
-        reason, detail = error.reason, error.detail
-    else:
-        detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    fault, excerpt = fault_of(error), excerpt_of(getattr(error, "object", b""))
     if not so_far:
-        return SetAside(file.label, "", 0, reason, detail, excerpt, file.size_bytes(), position)
-    return SetAside(file.label, place, n_before + 1, reason, f"{detail}; {so_far}", excerpt, 0, position)
-
-
-def invalid_utf8(error: UnicodeDecodeError) -> tuple[str, str]:
-    """What is wrong with these bytes, and how they look there."""
-    return f"byte {error.start} ({error.reason})", excerpt_of(error.object[max(0, error.start - 20) : error.start + 20])
+        return fault.of(file.label, "", 0, excerpt, file.size_bytes(), position)
+    return RefusedError(fault.reason, f"{fault.detail}; {so_far}").of(
+        file.label, place, n_before + 1, excerpt, 0, position
+    )

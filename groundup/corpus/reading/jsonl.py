@@ -17,7 +17,8 @@ import orjson
 
 from groundup.corpus.document import OnSetAside, Reason, SetAside, excerpt_of
 from groundup.corpus.reading.compressed import BLOCK_BYTES
-from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, refuse_binary, too_long, unread
+from groundup.corpus.reading.intake import limit_bytes, refuse_binary, too_long, unread
+from groundup.corpus.reading.refusal import READ_ERRORS, RefusedError
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 
@@ -49,31 +50,17 @@ class Value(NamedTuple):
     raw: bytes | str = ""
     is_strict: bool = False
 
-
-class RefusedError(Exception):
-    """A record that cannot be used, for a reason that is counted."""
-
-    def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(detail)
-        self.reason, self.detail = reason, detail
-
-    def of(self, source: InputFile, value: Value) -> SetAside:
-        """What to list."""
-        raw = value.raw if isinstance(value.raw, bytes) else value.raw.encode(errors="replace")
-        return SetAside(
-            source.label, value.place, value.number, self.reason, self.detail, excerpt_of(raw), value.size_bytes,
-            value.position,
-        )  # fmt: skip
+    def aside(self, source: InputFile, refused: RefusedError) -> SetAside:
+        """What to list where it cannot be used."""
+        raw = self.raw if isinstance(self.raw, bytes) else self.raw.encode(errors="replace")
+        return refused.of(source.label, self.place, self.number, excerpt_of(raw), self.size_bytes, self.position)
 
 
 def read_lines(
     source: InputFile, start: int, stop: int | None, settings: CorpusSettings, set_aside: OnSetAside
 ) -> Generator[Value, None, int]:
-    """The values of the lines that begin at `start` or behind it and before `stop`.
-
-    Returns:
-        How many lines these were, blank ones included.
-    """
+    """The values of the lines that begin at `start` or behind it and before `stop`; returns how many lines these are,
+    blank ones included."""
     limit, field, name = limit_bytes(settings), settings.text_field, _quoted(settings.text_field)
     number = n_records = 0
     position = start
@@ -103,10 +90,11 @@ def read_lines(
                         data, is_strict = parse_json(line, field, name)
                     except RefusedError as refused:
                         value = Value(None, begins, PLACE, number, len(line), line)
-                        set_aside(refused.of(source, value))
+                        set_aside(value.aside(source, refused))
                     else:
                         yield Value(data, begins, PLACE, number, len(line), line, is_strict)
-            if not start and not n_records and _only_blanks_follow(handle):
+            rest = iter(lambda: handle.read(BLOCK_BYTES), b"")
+            if not start and not n_records and all(block.isspace() for block in rest):
                 set_aside(SetAside(source.label, "", 0, Reason.EMPTY, "no record in the file"))
     except READ_ERRORS as error:
         set_aside(unread(source, error, position, PLACE, number))
@@ -116,10 +104,8 @@ def read_lines(
 def read_json(source: InputFile, settings: CorpusSettings, set_aside: OnSetAside) -> Generator[Value, None, int]:
     """The values of a `.json` file: the elements of its list, its one object, or its lines (as C4 has them).
 
-    An object that lacks the text's field and holds just one list is a frame, `{"version": 1, "data": [...]}`.
-
-    Returns:
-        How many there are.
+    An object that lacks the text's field and holds just one list is a frame, `{"version": 1, "data": [...]}`. Returns
+    how many there are.
     """
     limit, field, number = limit_bytes(settings), settings.text_field, 0
     try:
@@ -134,17 +120,13 @@ def read_json(source: InputFile, settings: CorpusSettings, set_aside: OnSetAside
                 elements = _of_object(handle, begins if is_too_long(head, limit) else begins + more, field)
             else:
                 return (yield from read_lines(source, 0, None, settings, set_aside))
-            try:
-                for data, raw, size in elements:
-                    number += 1
-                    value = Value(data, number - 1, ELEMENT, number, size, raw)
-                    if isinstance(data, RefusedError):
-                        set_aside(data.of(source, value))
-                    else:
-                        yield value
-            except RefusedError as refused:  # nothing says where the next element would begin
+            for data, raw, size in elements:
                 number += 1
-                set_aside(refused.of(source, Value(None, number - 1, ELEMENT, number)))
+                value = Value(data, number - 1, ELEMENT, number, size, raw)
+                if isinstance(data, RefusedError):
+                    set_aside(value.aside(source, data))
+                else:
+                    yield value
             if not number:
                 set_aside(SetAside(source.label, "", 0, Reason.EMPTY, "no record in the file"))
     except READ_ERRORS as error:
@@ -160,18 +142,17 @@ def _solid_line(handle: IO[bytes], limit: int) -> bytes:
 
 
 def _of_object(handle: IO[bytes], head: bytes, field: str) -> Iterator[tuple[Any, str, int]]:
-    """The one object of a file of which `head` has been read, or the elements of the frame that it is.
-
-    Raises:
-        RefusedError: it is too large, or no JSON.
-    """
+    """What `_elements` gives: the one object of a file that begins with `head`, or the elements of the frame it is."""
     data = head + handle.read(max(0, MOST_OBJECT_BYTES + 1 - len(head)))
-    if len(data) > MOST_OBJECT_BYTES:
-        detail = f"one object of more than {MOST_OBJECT_BYTES:,} bytes: make it a list, or JSON lines"
-        raise RefusedError(Reason.TOO_LONG, detail)
     if not data.strip():
         return
-    value, _ = parse_json(data, field, _quoted(field))
+    try:
+        if len(data) > MOST_OBJECT_BYTES:
+            detail = f"one object of more than {MOST_OBJECT_BYTES:,} bytes: make it a list, or JSON lines"
+            raise RefusedError(Reason.TOO_LONG, detail)
+        value, _ = parse_json(data, field, _quoted(field))
+    except RefusedError as refused:
+        value = refused
     lists = [item for item in value.values() if isinstance(item, list)] if isinstance(value, dict) else []
     if len(lists) == 1 and field not in value:
         yield from ((item, "", 0) for item in lists[0])
@@ -180,11 +161,8 @@ def _of_object(handle: IO[bytes], head: bytes, field: str) -> Iterator[tuple[Any
 
 
 def _elements(handle: IO[bytes], head: bytes, limit: int, field: str) -> Iterator[tuple[Any, str, int]]:
-    """The elements of a list whose bracket and `head` have been read: what each is, how it begins, and its size.
-
-    Raises:
-        RefusedError: from here on nothing can be read. One that is yielded stands for its element alone.
-    """
+    """The elements of a list whose bracket and `head` have been read: what each is (a `RefusedError`, if that cannot be
+    used; the last one may say why nothing behind it can be read), how it begins, and its size."""
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     buffer, at = decoder.decode(head), 0
     name = _quoted(field).decode()
@@ -192,15 +170,19 @@ def _elements(handle: IO[bytes], head: bytes, limit: int, field: str) -> Iterato
         at = _BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]
         if buffer[at : at + 1] == "]":
             if (buffer[at + 1 :] + decoder.decode(handle.read(1 << 10))).strip():
-                raise RefusedError(Reason.INVALID_JSON, "something else follows the list, and is not read")
+                yield RefusedError(Reason.INVALID_JSON, "something else follows the list, and is not read"), "", 0
             return
         if at < len(buffer):
             try:
                 value, end = _DECODER.raw_decode(buffer, at)
             except (ValueError, RecursionError) as error:
-                if not _may_go_on(error, len(buffer)):
-                    detail = f"{error}; from here on nothing of the list is read"
-                    raise RefusedError(Reason.INVALID_JSON, detail) from error
+                # The parser's complaint may be that the text is not all there.
+                is_open = isinstance(error, json.JSONDecodeError) and (
+                    error.msg.startswith("Unterminated string") or error.pos >= len(buffer) - _ESCAPE_CHARACTERS
+                )
+                if not is_open:
+                    yield RefusedError(Reason.INVALID_JSON, f"{error}; from here on nothing of the list is read"), "", 0
+                    return
                 end = len(buffer)
             if end < len(buffer):  # a number at the buffer's end may go on
                 if end - at > limit:
@@ -212,17 +194,13 @@ def _elements(handle: IO[bytes], head: bytes, limit: int, field: str) -> Iterato
                 continue
             if len(buffer) - at > 2 * limit:
                 detail = f"an element of more than {2 * limit:,} characters; from here on nothing of the list is read"
-                raise RefusedError(Reason.TOO_LONG, detail)
+                yield RefusedError(Reason.TOO_LONG, detail), "", 0
+                return
         block = handle.read(max(BLOCK_BYTES, len(buffer) - at))
         if not block:
-            raise RefusedError(Reason.CUT_OFF, "the list has no end; its last element is not read")
+            yield RefusedError(Reason.CUT_OFF, "the list has no end; its last element is not read"), "", 0
+            return
         buffer, at = buffer[at:] + decoder.decode(block), 0
-
-
-def _may_go_on(error: Exception, size: int) -> bool:
-    """Whether a parser's complaint may be that the text is not all there."""
-    is_open = isinstance(error, json.JSONDecodeError)
-    return is_open and (error.msg.startswith("Unterminated string") or error.pos >= size - _ESCAPE_CHARACTERS)  # type: ignore[attr-defined]
 
 
 def is_too_long(line: bytes, limit: int) -> bool:
@@ -242,32 +220,18 @@ def skip_line(handle: IO[bytes], most: int | None = None) -> int:
 
 
 def _first_line(source: InputFile, handle: IO[bytes], start: int, stop: int | None) -> int:
-    """Go to the first line that begins at `start` or behind it; returns where.
-
-    If none begins before `stop`, that is `stop` or a place behind it.
-    """
-    if refuse_binary(source, handle.readline(_HEAD_BYTES), None):
-        # Such a file has no lines as we count them; the unit with its beginning reports it.
-        handle.seek(0, 2)
-        return handle.tell()
+    """Go to the first line that begins at `start` or behind it, or at least to `stop`; returns where."""
+    if refuse_binary(source, handle.readline(_HEAD_BYTES), None):  # the unit with its beginning reports that
+        return handle.seek(0, 2)
     handle.seek(start - 1)
     return start - 1 + skip_line(handle, None if stop is None else stop - start + 1)
-
-
-def _only_blanks_follow(handle: IO[bytes]) -> bool:
-    while block := handle.read(BLOCK_BYTES):
-        if not block.isspace():
-            return False
-    return True
 
 
 def parse_json(data: bytes, field: str, name: bytes) -> tuple[Any, bool]:
     """A JSON value, and whether the strict parser took it: only then has no string in it half a surrogate pair.
 
-    NaN and such halves do no harm in general, so what the standard parser makes of them is taken.
-
-    Raises:
-        RefusedError: neither understands it, or `field` (`name` in JSON) stands in it twice.
+    NaN and such halves do no harm, so what the standard parser makes of them is taken. Raises `RefusedError`: neither
+    understands it, or `field` (`name` in JSON) stands in it twice.
     """
     try:
         value, is_strict = orjson.loads(data), True

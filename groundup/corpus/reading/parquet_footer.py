@@ -7,10 +7,8 @@ https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.m
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 _DELTA_ENCODINGS = {5, 6, 7}  # DELTA_BINARY_PACKED, DELTA_LENGTH_BYTE_ARRAY, DELTA_BYTE_ARRAY
 _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = 1, 2, 3, 7, 8, 9, 10, 11, 12
@@ -18,16 +16,14 @@ _MOST_DEPTH = 16
 _HEADER_BYTES = 1 << 16  # of a page: most often a hundred
 
 
-@dataclass(frozen=True)
-class ColumnChunk:
+class ColumnChunk(NamedTuple):
     """A column of a row group.
 
     Attributes:
         path: its name, with those of the fields within it, such as "metadata.url".
         start: where its first page begins in the file.
         is_delta: whether some of it is stored as differences.
-        stored_bytes: its size as stored.
-        grown_bytes: its size when decompressed.
+        stored_bytes, grown_bytes: its size as stored and when decompressed.
     """
 
     path: str
@@ -37,8 +33,7 @@ class ColumnChunk:
     grown_bytes: int
 
 
-@dataclass(frozen=True)
-class RowGroup:
+class RowGroup(NamedTuple):
     """A row group: how many rows, and its columns."""
 
     n_rows: int
@@ -46,11 +41,7 @@ class RowGroup:
 
 
 def read_row_groups(handle: IO[bytes]) -> list[RowGroup]:
-    """The row groups of a Parquet file.
-
-    Raises:
-        LookupError, TypeError, ValueError: the footer is damaged.
-    """
+    """The row groups of a Parquet file. Raises LookupError, TypeError, ValueError: its footer is damaged."""
     end = max(0, handle.seek(0, 2) - 8)
     handle.seek(end)
     n_bytes = min(int.from_bytes(handle.read(4), "little"), end)
@@ -85,8 +76,7 @@ class _Reader:
     """Values of Thrift's compact protocol, one after the other."""
 
     def __init__(self, data: bytes) -> None:
-        self._data = data
-        self.at = 0
+        self._data, self.at = data, 0
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
         """A struct as its values by field number."""
@@ -108,8 +98,7 @@ class _Reader:
         if kind in (_DOUBLE, _BINARY):
             n_bytes = 8 if kind == _DOUBLE else self._unsigned()
             self.at += n_bytes
-            value = self._data[self.at - n_bytes : self.at]
-            return struct.unpack("<d", value)[0] if kind == _DOUBLE else value
+            return self._data[self.at - n_bytes : self.at]
         if kind in (_LIST, _SET):
             head = self._byte()
             count = self._unsigned() if head >> 4 == 15 else head >> 4
@@ -127,15 +116,13 @@ class _Reader:
         return self._data[self.at - 1]
 
     def _unsigned(self) -> int:
-        value = shift = 0
-        while True:
+        value = 0
+        for shift in range(0, 64, 7):
             byte = self._byte()
             value |= (byte & 127) << shift
-            shift += 7
             if byte < 128:
                 return value
-            if shift > 63:
-                raise ValueError("an integer beyond 64 bits")
+        raise ValueError("an integer beyond 64 bits")
 
     def _integer(self) -> int:
         value = self._unsigned()

@@ -2,11 +2,9 @@
 
 Files are cut in `Unit`s, so that one of 100 GB keeps every worker busy: JSON lines and texts with separators in byte
 ranges (a line belongs to the unit in which its first byte lies), tables in ranges of row groups. All else is read
-whole: compressed streams have no places to begin at, and archives none that a reader could be sure of.
-
-A `Unit` goes in, `Record`s come out, normalized; what cannot be read is set aside with its reason and the reading goes
-on. Memory is bounded by `max_document_mib`: nothing longer is ever held. A plain text or a page is used whole or set
-aside whole; a line, a row, a record, or a text between two separators stands for itself.
+whole: packed streams have no places to begin at. A `Unit` goes in, `Record`s come out, normalized; what cannot be read
+is set aside with its reason and the reading goes on. Nothing longer than `max_document_mib` is ever held. A plain text
+or a page is used whole or set aside whole; a line, a row, a record, or a text between two separators stands for itself.
 """
 
 from __future__ import annotations
@@ -20,8 +18,9 @@ from pathlib import Path
 from groundup.corpus.document import Document, OnSetAside, Reason, Record, SetAside, excerpt_of, text_id
 from groundup.corpus.reading.compressed import BLOCK_BYTES
 from groundup.corpus.reading.extract import Extractor
-from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, make_record, too_long, unread
+from groundup.corpus.reading.intake import limit_bytes, make_record, refuse_binary, too_long, unread
 from groundup.corpus.reading.jsonl import Value
+from groundup.corpus.reading.refusal import READ_ERRORS, RefusedError
 from groundup.corpus.reading.sources import InputFile, InputFiles, find_sources
 from groundup.corpus.reading.text import DOCUMENT, can_be_cut, read_text, separated_in_words
 from groundup.corpus.reading.values import read_values, record_of
@@ -46,11 +45,9 @@ def read(
     """
     settings = settings or CorpusSettings()
     sources = find_sources(inputs or settings.inputs, follow_links=settings.follow_links)
-    if on_set_aside is not None:
-        return _read_files(sources, settings, on_set_aside)
-    if sources.unknown:
+    if on_set_aside is None and sources.unknown:
         warnings.warn(sources.in_words(), stacklevel=2)
-    return _read_and_warn(sources, settings)
+    return _documents(sources, settings, on_set_aside)
 
 
 @dataclass(frozen=True)
@@ -136,9 +133,7 @@ class UnitReader:
         source, settings, set_aside = self._unit.source, self._settings, self._set_aside
         try:
             while True:
-                record = record_of(source, next(values), settings, set_aside)
-                if record is not None:
-                    yield record
+                yield from record_of(source, next(values), settings, set_aside)
         except StopIteration as end:
             return int(end.value)
 
@@ -166,30 +161,23 @@ class UnitReader:
             self._set_aside(SetAside(source.label, "", 0, Reason.EMPTY, detail, "", source.size_bytes()))
 
 
-def _read_files(sources: InputFiles, settings: CorpusSettings, set_aside: OnSetAside) -> Iterator[Document]:
+def _documents(sources: InputFiles, settings: CorpusSettings, on_set_aside: OnSetAside | None) -> Iterator[Document]:
+    counts, first, n_separated = Counter[str](), list[SetAside](), 0
+
+    def note(record: SetAside) -> None:
+        counts[record.reason] += 1
+        first.extend([] if first else [record])
+
+    set_aside = on_set_aside or note
     for item in sources.aside:
         set_aside(item)
-    n_separated = 0
     with Extractor(settings.extractor, settings.extract_seconds) as extractor:
         for file in sources.files:
             for record in UnitReader(Unit(file), settings, set_aside, extractor):
                 n_separated += record.place == DOCUMENT
-                source = record.source or file.label
-                yield Document(text_id(record.text), record.text, source, url=record.url)
+                yield Document(text_id(record.text), record.text, record.source or file.label, url=record.url)
     if n_separated:
         warnings.warn(separated_in_words(n_separated, settings.separator), stacklevel=2)
-
-
-def _read_and_warn(sources: InputFiles, settings: CorpusSettings) -> Iterator[Document]:
-    counts: Counter[str] = Counter()
-    first: list[SetAside] = []
-
-    def note(record: SetAside) -> None:
-        counts[record.reason] += 1
-        if not first:
-            first.append(record)
-
-    yield from _read_files(sources, settings, note)
     if first:
         listed = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
         warnings.warn(f"set aside while reading: {listed}; the first: {first[0]}", stacklevel=2)
@@ -202,22 +190,18 @@ def _read_page(
     try:
         with source.open() as handle:
             html = handle.read(limit + 1)
-            size = len(html)
-            while block := handle.read(BLOCK_BYTES if size > limit else 1):
-                size += len(block)
+            size = len(html) + sum(map(len, iter(lambda: handle.read(BLOCK_BYTES), b"")))
     except READ_ERRORS as error:
         set_aside(unread(source, error))
+        return
+    if refuse_binary(source, html, set_aside):
         return
     if size > limit:
         set_aside(too_long(source, "", size, excerpt_of(html), settings))
         return
-    if not html.strip():
-        make_record(source, "", settings, set_aside)
+    try:
+        text = extractor.extract(html) if html.strip() else ""
+    except RefusedError as refused:
+        set_aside(refused.of(source.label, "", 0, excerpt_of(html), size))
         return
-    text = extractor.extract(html)
-    if isinstance(text, str):
-        record = make_record(source, text, settings, set_aside)
-        if record is not None:
-            yield record
-    else:
-        set_aside(SetAside(source.label, "", 0, text.reason, text.detail, excerpt_of(html), size))
+    yield from make_record(source, text, settings, set_aside)

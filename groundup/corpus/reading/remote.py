@@ -6,20 +6,18 @@ once and not once a worker. Whatever goes wrong while reading, in whichever libr
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import io
 import posixpath
 import re
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import xxhash
 
 from groundup.errors import DataError
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 BUFFER_BYTES = 1 << 20
 _VERSION_KEYS = (
@@ -69,22 +67,18 @@ class RemoteFile:
             OSError: it cannot be opened, or (while reading) read to its end.
             DataError: the protocol's library is not installed on this machine.
         """
-        assert mode == "rb"
         filesystem, path = _filesystem(self.url)
         # A web server that sends no ranges is read in one go; asked for a second block it would send the first.
         streamed = {"block_size": 0} if _protocol(self.url) in _WEB and not self.can_seek else {}
         try:
             handle = filesystem.open(path, "rb", **streamed)
         except Exception as error:
-            raise _as_os_error(error) from error
+            raise RemoteReadError(error) from error
         return io.BufferedReader(_RemoteStream(handle, self.size), BUFFER_BYTES)
 
 
 def find_remote(url: str) -> tuple[list[RemoteFile], bool]:
-    """The files that an address means: a file, a folder (all below it) or a glob.
-
-    Returns:
-        The files, and whether they were listed (a folder, a glob) instead of named.
+    """The files that an address means (a file, a folder with all below it, a glob), and whether they were listed.
 
     Raises:
         DataError: the protocol is unknown, its library is missing, nothing is there, or the server says no.
@@ -123,37 +117,27 @@ def find_remote(url: str) -> tuple[list[RemoteFile], bool]:
 
 def _filesystem(url: str) -> tuple[Any, str]:
     """fsspec's file system for an address, and the path in it."""
+    kind = f"{url}: {_protocol(url)}://"
     try:
         import fsspec
 
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
-        raise DataError(
-            f"{url}: what reads {_protocol(url)}:// is not installed ({error}).", "Run: pip install 'groundup[cloud]'"
-        ) from error
+        raise DataError(f"{kind} needs what is not installed ({error}).", "pip install 'groundup[cloud]'") from error
     except ValueError as error:
-        raise DataError(
-            f"{url}: {_protocol(url)}:// is no kind of address that groundup knows.", "It knows s3://, gs://, https://."
-        ) from error
+        raise DataError(f"{kind} is no kind of address known here.", "These are: s3://, gs://, https://.") from error
 
 
 def _remote_file(filesystem: Any, url: str, info: dict[str, Any], below: str = "") -> RemoteFile:
     version = "; ".join(f"{key}={info[key]}" for key in _VERSION_KEYS if info.get(key) is not None)
-    size = info.get("size")
-    can_seek = (
-        bool(size) and info.get("partial", True) and (_protocol(url) not in _WEB or _sends_ranges(filesystem, url))
-    )
-    return RemoteFile(url, size, version, can_seek, below)
-
-
-def _sends_ranges(filesystem: Any, url: str) -> bool:
-    """Whether a web server sends parts of a file; few say, so it is asked for one byte behind the first."""
-    try:
-        with filesystem.open(url, "rb", block_size=1, cache_type="none") as handle:
+    size, can_seek = info.get("size"), bool(info.get("size")) and info.get("partial", True)
+    if can_seek and _protocol(url) in _WEB:  # few web servers say whether they send parts: one byte is asked for
+        can_seek = False
+        # Where that fails it is read from front to back, and that says what is wrong.
+        with contextlib.suppress(Exception), filesystem.open(url, "rb", block_size=1, cache_type="none") as handle:
             handle.seek(1)
-            return len(handle.read(1)) == 1
-    except Exception:  # then it is read from front to back, and that says what is wrong
-        return False
+            can_seek = len(handle.read(1)) == 1
+    return RemoteFile(url, size, version, can_seek, below)
 
 
 def _protocol(url: str) -> str:
@@ -163,18 +147,16 @@ def _protocol(url: str) -> str:
 class RemoteReadError(OSError):
     """A file on the net could not be read to its end, whatever its library calls that."""
 
-
-def _as_os_error(error: Exception) -> RemoteReadError:
-    return RemoteReadError(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+    def __init__(self, error: Exception | str) -> None:
+        named = f"{type(error).__name__}: {error}".rstrip(": ")
+        super().__init__(error if isinstance(error, str) else named)
 
 
 class _RemoteStream(io.RawIOBase):
     """fsspec's file with one kind of error, which is also raised where the bytes end before the file does."""
 
     def __init__(self, handle: Any, size: int | None) -> None:
-        self._handle = handle
-        self._size = size
-        self._position = 0
+        self._handle, self._size, self._position = handle, size, 0
 
     def readable(self) -> bool:
         return True
@@ -182,12 +164,12 @@ class _RemoteStream(io.RawIOBase):
     def seekable(self) -> bool:
         return bool(self._handle.seekable())
 
-    def readinto(self, buffer: WriteableBuffer, /) -> int:
+    def readinto(self, buffer: Any, /) -> int:
         target = memoryview(buffer).cast("B")
         try:
             data = self._handle.read(len(target))
         except Exception as error:
-            raise _as_os_error(error) from error
+            raise RemoteReadError(error) from error
         if not data and len(target) and self._size is not None and self._position < self._size:
             raise RemoteReadError(f"the server sent {self._position:,} of {self._size:,} bytes")
         target[: len(data)] = data

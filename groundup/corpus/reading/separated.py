@@ -3,8 +3,8 @@
 Between cells stand commas or (TSV) tabs; or, where the first line names the column that is asked for only so,
 semicolons, tabs or bars.
 
-A row that breaks the rules of quoting, or is longer than a document may be, is set aside, and reading goes on with the
-next line. Memory is bounded by `max_document_mib`.
+A row that breaks the rules of quoting, or is longer than `max_document_mib`, is set aside, and reading goes on with the
+next line.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from collections.abc import Generator
 from typing import IO
 
 from groundup.corpus.document import OnSetAside, Reason, SetAside
-from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, refuse_binary, unread
-from groundup.corpus.reading.jsonl import RefusedError, Value, is_too_long, skip_line
+from groundup.corpus.reading.intake import limit_bytes, refuse_binary, unread
+from groundup.corpus.reading.jsonl import Value, is_too_long, skip_line
+from groundup.corpus.reading.refusal import READ_ERRORS, RefusedError
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 
@@ -25,11 +26,7 @@ _DELIMITERS = ",;\t|"
 
 
 def read_rows(source: InputFile, settings: CorpusSettings, set_aside: OnSetAside) -> Generator[Value, None, int]:
-    """The rows of a file, the line with the names of its columns too.
-
-    Returns:
-        How many there are.
-    """
+    """The rows of a file, the line with the names of its columns too; returns how many there are."""
     csv.field_size_limit(1 << 30)  # `_Lines` sets a narrower one for the whole row
     number = begins = 0
     try:
@@ -48,7 +45,7 @@ def read_rows(source: InputFile, settings: CorpusSettings, set_aside: OnSetAside
                     number += 1
                     refused = error if isinstance(error, RefusedError) else RefusedError(Reason.INVALID_CSV, str(error))
                     size = lines.position - begins
-                    set_aside(refused.of(source, Value(None, begins, PLACE, number, size, lines.row)))
+                    set_aside(Value(None, begins, PLACE, number, size, lines.row).aside(source, refused))
                     rows = csv.reader(lines, delimiter=delimiter, strict=True)
                     continue
                 if row is None:
@@ -82,9 +79,8 @@ class _Lines:
     """
 
     def __init__(self, handle: IO[bytes], limit: int) -> None:
-        self._handle, self._limit = handle, limit
+        self._handle, self._limit, self.row = handle, limit, ""
         self.begins = self.position = 0
-        self.row = ""
         self.head = handle.readline(limit + 1)
 
     def __iter__(self) -> _Lines:
@@ -102,7 +98,5 @@ class _Lines:
         text = line.decode("utf-8", errors="surrogateescape")
         self.row = self.row or text[:400]
         if self.position - self.begins > self._limit:
-            raise RefusedError(
-                Reason.TOO_LONG, f"a row of more than {self._limit:,} bytes; the limit is max_document_mib"
-            )
+            raise RefusedError(Reason.TOO_LONG, f"a row of more than {self._limit:,} bytes: see max_document_mib")
         return text

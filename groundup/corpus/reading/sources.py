@@ -8,9 +8,11 @@ of groundup wrote are passed over.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 import glob
+import hashlib
 import itertools
 import os
 from collections import Counter
@@ -25,11 +27,11 @@ from typing import IO, Literal
 import xxhash
 
 from groundup.corpus.document import Reason, SetAside
-from groundup.corpus.reading.compressed import BLOCK_BYTES, PACKINGS, open_uncompressed
+from groundup.corpus.reading.compressed import PACKINGS, open_uncompressed
 from groundup.corpus.reading.remote import RemoteFile, find_remote
 from groundup.errors import DataError
 from groundup.files import value_digest
-from groundup.run import MANIFEST
+from groundup.run import MANIFEST, STARTED
 from groundup.untrusted import reading
 
 Kind = Literal["text", "page", "lines", "json", "separated", "table", "archive"]
@@ -41,7 +43,6 @@ SUFFIXES: dict[str, Kind] = {
 }  # fmt: skip
 """What a file's name says of it; all but tables may be packed too (`PACKINGS`)."""
 SHIPPED = {"groundup:classics": "classics.jsonl", "groundup:shakespeare": "shakespeare.txt"}
-STARTED = "started.json"
 SET_ASIDE = "set_aside.jsonl"
 CRAWLED = "crawl.json"
 """What a crawl says of itself, beside its pages."""
@@ -82,31 +83,21 @@ class InputFile:
         return not self.packing and (isinstance(self.entry, Path) or self.entry.can_seek)
 
     def open(self) -> IO[bytes]:
-        """The content, uncompressed.
-
-        Raises:
-            OSError: it cannot be opened, or (while reading) read.
-            DamagedStreamError: (while reading) it is cut off or damaged.
-        """
+        """The content, uncompressed. Opening raises OSError, reading `READ_ERRORS`."""
         stored = self.open_stored()
         return open_uncompressed(stored, self.packing) if self.packing else stored
 
     def open_stored(self) -> IO[bytes]:
-        """The bytes as they are stored.
-
-        Raises:
-            OSError: it cannot be opened, or (while reading) read.
-        """
+        """The bytes as they are stored. Opening and reading raise OSError."""
         return self.entry.open("rb")
 
     def size_bytes(self) -> int:
         """Bytes of the file as stored; 0 where that is unknown."""
         if isinstance(self.entry, RemoteFile):
             return self.entry.size or 0
-        try:
+        with contextlib.suppress(OSError):
             return self.entry.stat().st_size
-        except OSError:
-            return 0
+        return 0
 
     def digest(self) -> str:
         """128-bit xxh3 of the bytes as stored; "unreadable" where they cannot be read.
@@ -115,14 +106,11 @@ class InputFile:
         """
         if isinstance(self.entry, RemoteFile) and self.entry.version:
             return value_digest([self.entry.size, self.entry.version])
-        digest = xxhash.xxh3_128()
         try:
             with self.open_stored() as handle:
-                while block := handle.read(BLOCK_BYTES):
-                    digest.update(block)
+                return hashlib.file_digest(handle, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]
         except OSError:
             return "unreadable"
-        return digest.hexdigest()
 
 
 @dataclass
@@ -161,10 +149,10 @@ class InputFiles:
 def find_sources(
     inputs: Sequence[str | Path], *, follow_links: bool = False, setting: str = "[corpus] inputs"
 ) -> InputFiles:
-    """Turn inputs into files.
+    """The files that `inputs` mean: files, folders, globs, addresses or `groundup:` names.
 
     Args:
-        inputs: files, folders, globs, addresses or `groundup:` names.
+        inputs: as the user wrote them.
         follow_links: read what links of a folder lead to outside it.
         setting: where the user wrote them, for messages.
 
@@ -172,15 +160,19 @@ def find_sources(
         DataError: a path that is not there, a glob without a match, a folder without a readable file, an unknown
             `groundup:` name, an address whose library is not installed or whose server says no.
     """
-    every = InputFiles()
+    every, by_label = InputFiles(), attrgetter("label")
     places: dict[str, InputFile] = {}
     for item in map(str, inputs):
         with reading(item, DataError, f"Check {setting}."):
             found = _Search(item, follow_links, setting).found
         if not found.files:
+            names = [Path(name).name for name in found.passed_over]
+            shown = ", ".join(names[:3] + ["…"] * (len(names) > 3))
+            what = found.aside[0].detail if found.aside else f"passed over: {shown}" if names else "there is none"
+            kinds = f"{', '.join(SUFFIXES)} (all but .parquet also with {', '.join(PACKINGS)})"
             raise DataError(
-                f"{item}: no file here that can be read as text ({_what_is_there(found)}).",
-                f"groundup reads {suffix_list()}: rename the files, or name others in {setting}.",
+                f"{item}: no file here that can be read as text ({what}).",
+                f"groundup reads {kinds}: rename the files, or name others in {setting}.",
             )
         every.passed_over += found.passed_over
         every.unknown += found.unknown
@@ -188,8 +180,8 @@ def find_sources(
         for source in found.files:
             place = os.path.realpath(source.entry) if isinstance(source.entry, Path) else source.entry.url
             # Of two names of one file the first by the alphabet, whichever was written first.
-            places[place] = min(places.get(place, source), source, key=_by_label)
-    every.files = sorted(places.values(), key=_by_label)
+            places[place] = min(places.get(place, source), source, key=by_label)
+    every.files = sorted(places.values(), key=by_label)
     every.passed_over = sorted({*every.passed_over} - {*every.unknown})
     every.unknown = sorted(set(every.unknown))
     every.aside = sorted(set(every.aside), key=lambda item: (item.source, item.detail))
@@ -202,11 +194,6 @@ def kind_of(name: str) -> Kind | None:
     return None if kind == "table" and _packing(name) else kind
 
 
-def suffix_list() -> str:
-    """The file types, for messages."""
-    return f"{', '.join(SUFFIXES)} (all but .parquet also with {', '.join(PACKINGS)})"
-
-
 def _packing(name: str) -> str:
     suffix = os.path.splitext(name.lower())[1]
     return suffix if suffix in PACKINGS else ""
@@ -216,16 +203,11 @@ def _ending(name: str) -> str:
     return os.path.splitext(name.lower().removesuffix(_packing(name)))[1]
 
 
-_by_label = attrgetter("label")
-
-
 class _Search:
     """What one input means, in `found`."""
 
     def __init__(self, item: str, follow_links: bool, setting: str) -> None:
-        self.found = InputFiles()
-        self._follow_links = follow_links
-        self._check = f"Check {setting}."
+        self.found, self._follow_links, self._check = InputFiles(), follow_links, f"Check {setting}."
         if item.startswith("groundup:"):
             self.found.files.append(InputFile(item, _shipped(item)))
         elif "://" in item and not item.startswith(("file://", "local://")):
@@ -271,8 +253,7 @@ class _Search:
             return
         ours = tuple(f"{os.path.dirname(file.url)}/" for file in files if file.name in (MANIFEST, STARTED))
         for file in files:
-            hidden = any(part.startswith(".") for part in file.below.split("/"))
-            if hidden or file.url.startswith(ours):
+            if file.url.startswith(ours) or any(part.startswith(".") for part in file.below.split("/")):
                 continue
             if kind_of(file.name) is None or file.name == CRAWLED:
                 self.found.passed_over.append(file.label)
@@ -291,17 +272,14 @@ class _Search:
         visited = set()
         for parent, folders, files in os.walk(folder, onerror=note_unreadable, followlinks=True):
             visited.add(os.path.realpath(parent))
-            entered = []
-            for name in folders:
+            for name in folders.copy():
                 path = Path(parent, name)
                 if name.startswith(".") or _is_stage_folder(path):
-                    continue
-                if path.is_symlink() and (
+                    folders.remove(name)
+                elif path.is_symlink() and (
                     self._leads_out(path, home) or not self._follow_links or os.path.realpath(path) in visited
                 ):
-                    continue  # what lies inside the folder is found there
-                entered.append(name)
-            folders[:] = entered
+                    folders.remove(name)  # what lies inside the folder is found there
             for name in files:
                 if not name.startswith("."):
                     self._add(Path(parent, name), home)
@@ -342,9 +320,8 @@ def _matches(base: Path, pattern: Sequence[str]) -> Iterator[Path]:
         parts = match.relative_to(base).parts
         hidden = [part for part in parts if part.startswith(".")]
         folders = itertools.accumulate(parts[:-1], Path.joinpath, initial=base)
-        if all(any(fnmatch.fnmatchcase(part, asked) for asked in asks_hidden) for part in hidden) and not any(
-            map(is_ours, folders)
-        ):
+        is_asked = all(any(fnmatch.fnmatchcase(part, asked) for asked in asks_hidden) for part in hidden)
+        if is_asked and not any(map(is_ours, folders)):
             yield match
 
 
@@ -367,12 +344,3 @@ def _shipped(name: str) -> Path:
 def _label(path: Path) -> str:
     """The path in words; bytes that are not UTF-8 are shown escaped, since labels go into UTF-8 files."""
     return os.fsencode(path.as_posix()).decode("utf-8", errors="backslashreplace")
-
-
-def _what_is_there(found: InputFiles) -> str:
-    if found.aside:
-        return found.aside[0].detail
-    if not found.passed_over:
-        return "there is none"
-    shown = ", ".join(Path(name).name for name in found.passed_over[:3])
-    return f"passed over: {shown}" + (", …" if len(found.passed_over) > 3 else "")

@@ -7,6 +7,7 @@ and the next one is read. https://parquet.apache.org/docs/file-format/
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Generator, Iterator
 from typing import IO, Any
@@ -14,11 +15,12 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from groundup.corpus.document import OnSetAside, Reason, SetAside, excerpt_of
-from groundup.corpus.reading.compressed import BOMB_RATIO, DamagedStreamError
-from groundup.corpus.reading.intake import READ_ERRORS, limit_bytes, too_long, unread
+from groundup.corpus.document import OnSetAside, Reason, excerpt_of
+from groundup.corpus.reading.compressed import BOMB_RATIO
+from groundup.corpus.reading.intake import unread
 from groundup.corpus.reading.jsonl import Value
 from groundup.corpus.reading.parquet_footer import RowGroup, page_sizes, read_row_groups
+from groundup.corpus.reading.refusal import READ_ERRORS, DamagedStreamError, RefusedError
 from groundup.corpus.reading.remote import RemoteReadError
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
@@ -45,23 +47,17 @@ def read_table(
     source: InputFile, start: int, stop: int | None, settings: CorpusSettings, set_aside: OnSetAside
 ) -> Generator[Value, None, int]:
     """The rows of row groups `start` to `stop` (without it, to the last): the columns that make a record of the
-    corpus, or all of them where no `text_field` is asked for.
-
-    Returns:
-        How many rows these have.
-    """
+    corpus, or all of them where no `text_field` is asked for. Returns how many rows these are."""
     n_rows = 0
     try:
         with source.open() as handle:
             file, groups = _open(handle)
             refusal = _refusal(file.schema_arrow, settings.text_field)
             if refusal is None and not any(group.n_rows for group in groups):
-                refusal = (Reason.EMPTY, "no row in the file")
+                refusal = RefusedError(Reason.EMPTY, "no row in the file")
             if refusal is not None:
                 if not start:  # once a file, however it is cut
-                    reason, detail = refusal
-                    size = source.size_bytes() if reason is not Reason.EMPTY else 0
-                    set_aside(SetAside(source.label, "", 0, reason, detail, "", size))
+                    set_aside(unread(source, refusal))
                 return 0
             columns = _columns(file.schema_arrow, settings)
             before = sum(group.n_rows for group in groups[:start])
@@ -71,9 +67,7 @@ def read_table(
                 try:
                     for row, is_strict in rows:
                         position, n_read = before + n_rows + n_read, n_read + 1
-                        value = Value(row, position, PLACE, n_rows + n_read, is_strict=is_strict)
-                        if _fits(source, value, settings, set_aside):
-                            yield value
+                        yield Value(row, position, PLACE, n_rows + n_read, is_strict=is_strict)
                 except Exception as error:  # on damage pyarrow raises much more than its own errors
                     so_far = f"{n_in_group - n_read:,} rows from here on are lost"
                     at = before + n_rows + n_read
@@ -87,27 +81,20 @@ def read_table(
 def row_group_borders(source: InputFile, split_bytes: int) -> list[int]:
     """The row groups at which pieces of about `split_bytes` (as stored) begin; [0] if the table cannot be read."""
     borders, size = [0], 0
-    try:
-        with source.open() as handle:
-            for place, group in enumerate(_open(handle)[1]):
-                n_bytes = sum(column.stored_bytes for column in group.columns)
-                if size and size + n_bytes > split_bytes:
-                    borders.append(place)
-                    size = 0
-                size += n_bytes
-    except Exception:  # told when the table is read
-        return [0]
-    return borders
+    with contextlib.suppress(Exception), source.open() as handle:  # told when the table is read
+        for place, group in enumerate(_open(handle)[1]):
+            n_bytes = sum(column.stored_bytes for column in group.columns)
+            if size and size + n_bytes > split_bytes:
+                borders.append(place)
+                size = 0
+            size += n_bytes
+        return borders
+    return [0]
 
 
 def _open(handle: IO[bytes]) -> tuple[pq.ParquetFile, list[RowGroup]]:
-    """The table and its row groups.
-
-    Raises:
-        DamagedStreamError: it is cut off, damaged, empty or no table.
-    """
-    begins = handle.read(4)
-    size = handle.seek(0, 2)
+    """The table and its row groups. Raises `DamagedStreamError`: it is cut off, damaged, empty or no table."""
+    begins, size = handle.read(4), handle.seek(0, 2)
     if not size:
         raise DamagedStreamError(Reason.EMPTY, "no row in the file")
     handle.seek(max(0, size - 4))
@@ -126,20 +113,20 @@ def _open(handle: IO[bytes]) -> tuple[pq.ParquetFile, list[RowGroup]]:
     return file, groups
 
 
-def _refusal(schema: pa.Schema, field: str) -> tuple[Reason, str] | None:
+def _refusal(schema: pa.Schema, field: str) -> RefusedError | None:
     """Why no row of such a table has a text, if so."""
     names = schema.names
     if field and field not in names:
         listed = ", ".join(map(repr, names[:_SHOWN])) + (", …" if len(names) > _SHOWN else "")
-        return Reason.NO_TEXT, f"no column {field!r}, only {listed or 'none at all'}"
+        return RefusedError(Reason.NO_TEXT, f"no column {field!r}, only {listed or 'none at all'}")
     if names.count(field) > 1:
-        return Reason.NO_TEXT, f"{names.count(field)} columns are named {field!r}"
+        return RefusedError(Reason.NO_TEXT, f"{names.count(field)} columns are named {field!r}")
     if not field or _is_string(kind := schema.field(field).type):
         return None
-    is_ids = isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType) and pa.types.is_integer(
-        kind.value_type
-    )
-    return Reason.NO_TEXT, f"column {field!r} is {kind}{': token ids, not text' if is_ids else ', not a string'}"
+    is_list = isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType)
+    is_ids = is_list and pa.types.is_integer(kind.value_type)
+    what = "token ids, not text" if is_ids else "not a string"
+    return RefusedError(Reason.NO_TEXT, f"column {field!r} is {kind}, {what}")
 
 
 def _is_string(kind: pa.DataType) -> bool:
@@ -231,17 +218,6 @@ def _values(column: pa.Array, is_strict: bool) -> list[Any]:
         return column.to_pylist()
     written = column.cast(pa.large_binary()).to_pylist()
     return [None if value is None else value.decode(errors="surrogateescape") for value in written]
-
-
-def _fits(source: InputFile, value: Value, settings: CorpusSettings, set_aside: OnSetAside) -> bool:
-    """Whether a row's text is no longer than a document may be."""
-    text, limit = value.data.get(settings.text_field) if settings.text_field else None, limit_bytes(settings)
-    if not isinstance(text, str) or 4 * len(text) <= limit:
-        return True
-    size = len(text.encode(errors="surrogateescape"))
-    if size > limit:
-        set_aside(too_long(source, "", size, excerpt_of(text), settings, value.position, PLACE, value.number))
-    return size <= limit
 
 
 def _fault(error: Exception) -> Exception:

@@ -12,21 +12,15 @@ at paragraphs or lines.
 from __future__ import annotations
 
 import codecs
+import itertools
 import re
 from collections.abc import Generator, Iterator
 from typing import IO
 
-from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
+from groundup.corpus.document import OnSetAside, Record, excerpt_of
 from groundup.corpus.reading.compressed import BLOCK_BYTES
-from groundup.corpus.reading.intake import (
-    READ_ERRORS,
-    invalid_utf8,
-    limit_bytes,
-    make_record,
-    refuse_binary,
-    too_long,
-    unread,
-)
+from groundup.corpus.reading.intake import limit_bytes, make_record, refuse_binary, too_long, unread
+from groundup.corpus.reading.refusal import READ_ERRORS, fault_of
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 
@@ -61,9 +55,7 @@ def read_text(
         if not start:
             has_separator = _has(data, separator, is_alone)
             if len(data) <= limit and not has_separator:
-                record = make_record(source, data.decode(), settings, set_aside)
-                if record is not None:
-                    yield record
+                yield from make_record(source, data.decode(), settings, set_aside)
                 return 1
             del data
             if not has_separator and not _holds(source, separator, is_alone):
@@ -79,9 +71,14 @@ def read_text(
                     if is_blank and (documents.at_end if first else documents.goes_on(limit)):
                         continue
                     number += 1
-                    record = _record(source, part, size, settings, set_aside, position, place, number)
-                    if record is not None:
-                        yield record
+                    if size > len(part):
+                        beginning = excerpt_of(part)
+                        set_aside(too_long(source, "a line of ", size, beginning, settings, position, place, number))
+                        continue
+                    try:
+                        yield from make_record(source, part.decode(), settings, set_aside, position, place, number)
+                    except UnicodeDecodeError as error:
+                        set_aside(fault_of(error).of(source.label, place, number, excerpt_of(part), size, position))
                 documents.pass_separator()
     except (*READ_ERRORS, UnicodeDecodeError) as error:
         set_aside(unread(source, error, position if number else 0, place, number))
@@ -116,21 +113,6 @@ def _has(data: bytes, separator: bytes, is_alone: bool) -> bool:
     return not is_alone or re.search(rb"(?:\A|\n)" + re.escape(separator) + rb"(?:\r?\n|\Z)", data) is not None
 
 
-def _record(
-    source: InputFile, part: bytes, size: int, settings: CorpusSettings, set_aside: OnSetAside,
-    position: int, place: str, number: int,
-) -> Record | None:  # fmt: skip
-    if size > len(part):
-        set_aside(too_long(source, "a line of ", size, excerpt_of(part), settings, position, place, number))
-        return None
-    try:
-        return make_record(source, part.decode(), settings, set_aside, position, place, number)
-    except UnicodeDecodeError as error:
-        detail, excerpt = invalid_utf8(error)
-        set_aside(SetAside(source.label, place, number, Reason.INVALID_UTF8, detail, excerpt, len(part), position))
-        return None
-
-
 def _holds(source: InputFile, separator: bytes, is_alone: bool) -> bool:
     """Whether a long file has a separator; if not, it was read through, and is whole and UTF-8.
 
@@ -138,31 +120,20 @@ def _holds(source: InputFile, separator: bytes, is_alone: bool) -> bool:
         UnicodeDecodeError: with `start` counted from the file's beginning.
         OSError, DamagedStreamError: it cannot be read to its end.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")()
     fault: UnicodeDecodeError | None = None
-    n_read, tail, n_border = 0, b"\n", len(separator) + _AHEAD
-    alone = re.compile(b"\n" + re.escape(separator) + b"\r?\n")
+    decoder = codecs.getincrementaldecoder("utf-8")()
     with source.open() as handle:
-        while True:
-            block = handle.read(BLOCK_BYTES)
-            if separator:
-                border = tail + (block[:n_border] or b"\n")
-                if any(separator in part and (not is_alone or alone.search(part)) for part in (block, border)):
-                    return True
-                tail = (tail + block[-n_border:])[-n_border:]
-            begins = n_read - len(decoder.getstate()[0])
+        documents = _Documents(handle, separator, is_alone)
+        for piece in itertools.chain(documents.scan(), [b""]):
+            start = documents.position - len(piece) - len(decoder.getstate()[0])
             try:
-                if fault is None:
-                    decoder.decode(block, final=not block)
+                decoder.decode(piece if fault is None else b"", final=not piece and documents.at_end)
             except UnicodeDecodeError as error:
-                start = begins + error.start
-                fault = UnicodeDecodeError("utf-8", b"", start, start + 1, error.reason)
-            if not block:
-                break
-            n_read += len(block)
-    if fault is not None:
-        raise fault
-    return False
+                fault = UnicodeDecodeError("utf-8", b"", start + error.start, start + error.start + 1, error.reason)
+                decoder.reset()
+        if fault is not None and documents.at_end:
+            raise fault
+        return not documents.at_end
 
 
 class _Documents:
@@ -196,12 +167,18 @@ class _Documents:
         if self.position:
             self._handle.seek(self.position - 1)
             self._last = self._handle.read(1)
-        while (at := self._next_separator()) < 0:
-            self._take(len(self._buffer) if self._is_read else max(0, len(self._buffer) - self._reach))
-            if self._is_read or (stop is not None and self.position >= stop):
+        for _ in self.scan():
+            if stop is not None and self.position >= stop:
                 return
-            self._fill()
-        self._take(at + len(self._separator))
+        if not self.at_end:
+            self._take(self._next_separator() + len(self._separator))
+
+    def scan(self) -> Iterator[bytes]:
+        """Pass over what is certain to stand before the next separator, in pieces."""
+        while self._next_separator() < 0 and not self.at_end:
+            yield self._take(len(self._buffer) if self._is_read else max(0, len(self._buffer) - self._reach))
+            if not self._is_read:
+                self._fill()
 
     def parts(self, limit: int) -> Iterator[tuple[int, bytes, int]]:
         """The next document, where it begins and its size; if it is longer than `limit`, in parts.
@@ -274,7 +251,8 @@ class _Documents:
         self._buffer += block
 
     def _take(self, n_bytes: int) -> bytes:
-        taken = bytes(self._buffer[:n_bytes])
+        with memoryview(self._buffer) as view:  # no copy of a copy
+            taken = bytes(view[:n_bytes])
         self._last = taken[-1:] or self._last
         del self._buffer[:n_bytes]
         self.position += len(taken)

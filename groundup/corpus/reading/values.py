@@ -11,31 +11,24 @@ from typing import Any
 
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
 from groundup.corpus.reading.intake import make_record
-from groundup.corpus.reading.jsonl import RefusedError, Value, label_of, read_json, read_lines
+from groundup.corpus.reading.jsonl import Value, label_of, read_json, read_lines
+from groundup.corpus.reading.refusal import RefusedError
 from groundup.corpus.reading.separated import read_rows
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 
 
 def read_values(
-    source: InputFile,
-    settings: CorpusSettings,
-    set_aside: OnSetAside,
-    start: int = 0,
-    stop: int | None = None,
+    source: InputFile, settings: CorpusSettings, set_aside: OnSetAside, start: int = 0, stop: int | None = None
 ) -> Generator[Value, None, int]:
-    """The records of a file.
+    """The records of a file; returns how many lines (blank ones too), rows or elements there are.
 
     Args:
         source: of any kind but pages and archives; a text is read as lines of JSON.
         settings: the size limit, and `text_field`: the field that each record must have, once; "" for none. Without
             it, rows of CSV come as lists of cells, the first line too, and rows of a table with all their columns.
         set_aside: called with everything left out.
-        start: first byte (lines) or row group (tables).
-        stop: the one after the last.
-
-    Returns:
-        How many lines (blank ones too), rows or elements there are.
+        start, stop: first byte (lines) or row group (tables), and the one after the last.
     """
     if source.kind in ("lines", "text"):
         return (yield from read_lines(source, start, stop, settings, set_aside))
@@ -52,13 +45,13 @@ def read_values(
     return 0
 
 
-def record_of(source: InputFile, value: Value, settings: CorpusSettings, set_aside: OnSetAside) -> Record | None:
-    """The document in a record, or None if there is none (then it was set aside)."""
+def record_of(source: InputFile, value: Value, settings: CorpusSettings, set_aside: OnSetAside) -> tuple[Record, ...]:
+    """The document in a record, or none (then it was set aside)."""
     try:
         text = text_of(value, settings.text_field)
     except RefusedError as refused:
-        set_aside(refused.of(source, value))
-        return None
+        set_aside(value.aside(source, refused))
+        return ()
     fields = value.data if isinstance(value.data, dict) else {}
     url = fields.get("url")
     if url is None and type(metadata := fields.get("metadata")) is dict:
@@ -71,11 +64,7 @@ def record_of(source: InputFile, value: Value, settings: CorpusSettings, set_asi
 
 
 def text_of(value: Value, field: str) -> str:
-    """The text in a field of a record, or that the record is.
-
-    Raises:
-        RefusedError: there is none.
-    """
+    """The text in a field of a record, or that the record is. Raises `RefusedError`: there is none."""
     text = value.data
     if isinstance(text, dict):
         if field not in text:
@@ -92,11 +81,7 @@ def text_of(value: Value, field: str) -> str:
 
 
 def check_writable(text: str) -> None:
-    """Hold that a text can be written as UTF-8.
-
-    Raises:
-        RefusedError: it has half a surrogate pair, or (of CSV) bytes that are not UTF-8.
-    """
+    """Raises `RefusedError` if a text has half a surrogate pair, or (of CSV) bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

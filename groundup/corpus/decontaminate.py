@@ -2,6 +2,10 @@
 
 In: evaluation files, and the corpus's texts. Out: for each text the evaluation records that it repeats.
 
+Evaluation files are what the corpus room reads, but for pages and archives; every string of every record counts,
+whatever the fields are called; a record of a text file is a paragraph. A file that cannot be read to its end is
+refused.
+
 Every run of `ngram` words (13 by default, as for GPT-3: Brown et al. 2020, appendix C) of every string of every
 evaluation record is looked for, words as in `words.py`: whatever the case, punctuation and spacing. A string of fewer
 words is looked for whole, if it has at least 8 (GPT-3's least; `ngram`, if that is less). Shorter ones, such as most
@@ -13,6 +17,9 @@ run in which fewer than half of the words have a letter, such as "1, 2, 3, 4 ...
 from __future__ import annotations
 
 import itertools
+import os
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -22,11 +29,16 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from groundup.corpus.decontamination.files import EvaluationTask, find_tasks
 from groundup.corpus.dedup.files import is_new
-from groundup.corpus.words import WORDS_VERSION, Words, batches, has_bits, set_bits, words_of
+from groundup.corpus.document import Reason, SetAside, batches
+from groundup.corpus.reading.intake import limit_bytes
+from groundup.corpus.reading.sources import InputFile, find_sources
+from groundup.corpus.reading.values import read_values, strings_of
+from groundup.corpus.words import WORDS_VERSION, Words, has_bits, set_bits, words_of
 from groundup.errors import ArtifactError, DataError
 from groundup.files import atomic_folder, read_json, write_json
+from groundup.recipe import CorpusSettings
+from groundup.untrusted import reading
 
 SHORTEST_WORDS = 8
 COMMON_TEXTS = 10
@@ -38,6 +50,10 @@ _FILTER_BITS_PER_KEY = 32
 _FILTER_MOST_BITS = 28
 _LENGTH_SALT = 0xC2B2AE3D27D4EB4F
 _SECOND_PROBE = np.uint64(0x9E3779B97F4A7C15)
+_FILES = "[corpus.decontaminate] files"
+_SPLIT_NAMES = re.compile(r"(?:test|train|dev|val|valid|validation|data|eval)(?:[-_.]|$)", re.IGNORECASE)
+_PLAIN = CorpusSettings(text_field="")
+_FIX = "Repair the file, or take it off the list: the part that cannot be read would stay in the corpus."
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +76,9 @@ class Match:
 
 
 class EvaluationIndex:
-    """The runs of words of all evaluation data, on disk, shared by the processes that map it.
+    """The runs of words of all evaluation data, in the folder that `build` wrote, shared by the processes that map it.
 
-    It is pickled as its path.
-
-    Args:
-        folder: what `build` wrote.
-
-    Raises:
-        ArtifactError: there is no index, or one of another version.
+    It is pickled as its path. ArtifactError: there is no index, or one of another version.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -93,14 +103,9 @@ class EvaluationIndex:
 
     @classmethod
     def build(cls, files: Sequence[str | Path], ngram: int, folder: str | Path) -> EvaluationIndex:
-        """Index evaluation files into a folder (an old one is replaced).
+        """Index evaluation files, folders or globs into a folder (an old one is replaced).
 
-        Memory is about 40 bytes a word of evaluation data.
-
-        Args:
-            files: evaluation files, folders or globs.
-            ngram: words in a row that count as repeated.
-            folder: where the index is kept.
+        `ngram` words in a row count as repeated. Memory is about 40 bytes a word of evaluation data.
 
         Raises:
             DataError: a file that is not there or cannot be read, or no string of enough words in any.
@@ -237,21 +242,14 @@ class ContaminationCounts:
             self._tasks.setdefault(task, _TaskCounts()).merge(**seen)
 
     def summary(self, n_records: Mapping[str, int]) -> dict[str, Any]:
-        """For each task: records (all), records_hit, documents (that repeat it), examples (document, record, text).
-
-        Args:
-            n_records: `EvaluationIndex.tasks`.
-        """
+        """For each of `EvaluationIndex.tasks`: records (all), records_hit, documents (that repeat it), examples."""
         summaries = {}
         for task, total in n_records.items():
             seen = self._tasks.get(task, _TaskCounts())
             names = ("document", "record", "text")
-            summaries[task] = {
-                "records": total,
-                "records_hit": len(seen.records),
-                "documents": seen.documents,
-                "examples": [dict(zip(names, example, strict=True)) for example in seen.examples],
-            }
+            examples = [dict(zip(names, example, strict=True)) for example in seen.examples]
+            hit = {"records_hit": len(seen.records), "documents": seen.documents}
+            summaries[task] = {"records": total, **hit, "examples": examples}
         return summaries
 
 
@@ -384,3 +382,80 @@ def _filter_of(keys: np.ndarray) -> np.ndarray:
     set_bits(bits, keys)
     set_bits(bits, keys * _SECOND_PROBE)
     return bits
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """One file of evaluation data.
+
+    Attributes:
+        name: the file's name without its endings; with its folder's, where that says more ("gsm8k/test").
+        source: the file.
+    """
+
+    name: str
+    source: InputFile
+
+    def records(self) -> Iterator[tuple[int, list[str]]]:
+        """Number (from 1 on: a line, row or paragraph) and strings of each record.
+
+        Raises:
+            DataError: the file cannot be read, or not as what its name says.
+        """
+        if self.source.kind == "text":
+            yield from self._paragraphs()
+            return
+        for value in read_values(self.source, _PLAIN, _refuse):
+            yield value.number, list(strings_of(value.data))
+
+    def _paragraphs(self) -> Iterator[tuple[int, list[str]]]:
+        with reading(f"{_FILES}: {self.source.label}", DataError, _FIX), self.source.open() as handle:
+            lines = (line.decode() for line in iter(lambda: handle.readline(limit_bytes(_PLAIN)), b""))
+            solid = (group for is_solid, group in itertools.groupby(lines, lambda line: bool(line.strip())) if is_solid)
+            for number, group in enumerate(solid, start=1):
+                yield number, ["".join(group)]
+
+
+def find_tasks(files: Sequence[str | Path]) -> list[EvaluationTask]:
+    """The evaluation files that paths, folders and globs name, each once, by name.
+
+    A text file that was found, not named, counts only if no other data lies beside or below it: beside tables texts are
+    notes and licences.
+
+    Raises:
+        DataError: something that is not there, or of a kind that is not read.
+    """
+    found = [source for name in files for source in find_sources([name], setting=_FILES).files]
+    named = {str(Path(name).expanduser()) for name in files}
+    tables = {str(source.entry) for source in found if source.kind in ("lines", "json", "separated", "table")}
+
+    def counts(source: InputFile) -> bool:
+        path = str(source.entry)
+        folder = os.path.join(os.path.dirname(path), "")
+        is_text = source.kind == "text"
+        return path in tables or (is_text and (path in named or not any(one.startswith(folder) for one in tables)))
+
+    kept = {str(source.entry): source for source in found if counts(source)}
+    if not kept:
+        listed = ", ".join(map(str, files))
+        raise DataError(f"{_FILES}: no evaluation data in {listed}.", "Name JSON, Parquet, CSV or text files.")
+    stems = Counter(_stem(one) for one in kept.values())
+    tasks: dict[str, EvaluationTask] = {}
+    for path, one in sorted(kept.items()):
+        name = _stem(one)
+        if stems[name] > 1 or _SPLIT_NAMES.match(name):
+            name = f"{os.path.basename(os.path.dirname(os.path.abspath(path)))}/{name}"
+        name = path if name in tasks else name
+        tasks[name] = EvaluationTask(name, one)
+    return list(tasks.values())
+
+
+def _stem(source: InputFile) -> str:
+    name = source.entry.name
+    name = name[: -len(source.packing)] if source.packing else name
+    return os.path.splitext(name)[0]
+
+
+def _refuse(record: SetAside) -> None:
+    if record.reason != Reason.EMPTY:
+        raise DataError(f"{_FILES}: {record} (it is read as its ending says).", _FIX)
