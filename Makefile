@@ -7,13 +7,13 @@ RUN := .venv/bin/python -m
 unexport PYTHONDONTWRITEBYTECODE
 
 # What `make test-long` holds to COVERAGE_FLOOR percent: all rooms but the command line, which end-to-end tests cover.
-CORE_ROOMS := groundup/*.py,groundup/recipe/*,groundup/corpus/*,groundup/tokenizer/*,groundup/shards/*,groundup/model/*,groundup/training/*,groundup/alignment/*,groundup/generation/*,groundup/evaluation/*,groundup/interop/*,groundup/report/*
+CORE_ROOMS := groundup/*.py,groundup/recipe/*,groundup/corpus/*,groundup/tokenizer/*,groundup/shards/*,groundup/model/*,groundup/training/*,groundup/alignment/*,groundup/generation/*,groundup/evaluation/*,groundup/interop/*,groundup/serving/*,groundup/report/*
 COVERAGE_FLOOR := 95
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-long lint types imports tests fast slow test-interop clean always
+.PHONY: help demo test test-long lint types imports tests fast slow chromium test-interop clean always
 
 help:
 	@echo 'make demo    build the demo: raw text in, a small assistant out (minutes on two cores)'
@@ -21,6 +21,7 @@ help:
 	@echo 'make fast    those of the tests that take no tens of seconds; make slow: the others'
 	@echo 'make test-long  the same and what takes longer: more kills, every file operation, Ray, the benchmarks; with coverage'
 	@echo 'make test-interop  llama.cpp reads our GGUF files (built from source the first time: about eight minutes)'
+	@echo 'make chromium  installs the browser that the tests of the page use (apt; make test does it by itself where it may)'
 	@echo 'make clean   remove .venv and caches; runs stay'
 	@echo 'Add PYTHON=/path/to/python3 to choose the Python of a new .venv.'
 
@@ -43,16 +44,24 @@ imports: .venv/installed-test
 # One process a core, so one thread a process; neighbours stay together, with what their file makes once for all.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -q --dist worksteal
 
-tests: .venv/installed-test
+tests: .venv/installed-test chromium
 	$(PYTEST) -n auto -m 'not long'
 
 fast: .venv/installed-test
 	$(PYTEST) -n auto -m 'not slow and not long'
 
-slow: .venv/installed-test
+slow: .venv/installed-test chromium
 	$(PYTEST) -n 2 -m 'slow and not long'
 
-test-long: lint types imports
+# Where it is neither there nor can be installed, the page's tests skip and say so; continuous integration must have it.
+chromium:
+	@if { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  { apt-get update -q && apt-get install -q -y --no-install-recommends chromium; } >/dev/null || [ -z "$$CI" ]; \
+	elif [ -n "$$CI" ]; then echo 'groundup: Chromium is missing, and only root can install it.' >&2; exit 1; \
+	else echo 'groundup: without Chromium the tests of the page skip. Install it: sudo apt-get install chromium' >&2; fi
+
+test-long: lint types imports chromium
 	GROUNDUP_LONG=1 $(PYTEST) -n 2 --cov=groundup --cov-report=
 	$(RUN) coverage report --include='$(CORE_ROOMS)' --fail-under=$(COVERAGE_FLOOR)
 	@echo 'make test-long: everything passed.'

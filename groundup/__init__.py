@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     )
     from groundup.report.page import write_report
     from groundup.run import Run, list_runs
+    from groundup.serving.inspect import Inspection, inspect
     from groundup.shards import MixtureLoader, PackedLoader, TokenShards, WindowLoader, write_shards
     from groundup.stage import Method, Shown
     from groundup.tokenizer import Tokenizer, load_tokenizer
@@ -78,6 +79,7 @@ _WHERE = {
     ),
     "groundup.report.page": ("write_report",),
     "groundup.run": ("Run", "list_runs"),
+    "groundup.serving.inspect": ("Inspection", "inspect"),
     "groundup.shards": ("MixtureLoader", "PackedLoader", "TokenShards", "WindowLoader", "write_shards"),
     "groundup.tokenizer": ("Tokenizer", "load_tokenizer"),
     "groundup.interop.start": ("start_model",),
@@ -93,6 +95,7 @@ __all__ = [
     "Console",
     "CorpusSettings",
     "EvaluateSettings",
+    "Inspection",
     "LoadedModel",
     "Method",
     "MixtureLoader",
@@ -126,6 +129,7 @@ __all__ = [
     "generate",
     "generate_tasks",
     "import_folder",
+    "inspect",
     "ladder_config",
     "list_runs",
     "load",

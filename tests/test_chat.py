@@ -5,18 +5,26 @@ from __future__ import annotations
 import functools
 import io
 import json
+import re
 import signal
 import sys
 from pathlib import Path
 
 import pytest
 from command import CommandLine, groundup, run_to_end
+from page_server import PageServer
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 from tiny_run import finished_run
 
 from groundup import SamplingParams, load
-from groundup.cli.chat import Chat, printable
-from groundup.generation import Engine, chat_prompt
+from groundup.cli.chat import Chat, printable, reader
+from groundup.cli.partners import Local, Remote
+from groundup.errors import GroundupError
+from groundup.generation import Engine, chat_prompt, chat_reply
 from groundup.interop import LoadedModel
+from groundup.tokenizer import Message
 
 __all__ = ["groundup"]
 
@@ -26,17 +34,18 @@ def assistant() -> LoadedModel:
     return load(finished_run().root)
 
 
-def new_chat(seed: int | None = 1, max_tokens: int = 6, system: str | None = None) -> Chat:
+def new_chat(seed: int | None = 1, max_tokens: int = 6, system: str | None = None, folder: Path | None = None) -> Chat:
     loaded = assistant()
     assert loaded.tokenizer is not None
     params = SamplingParams(temperature=1.5, max_tokens=max_tokens, seed=seed)
-    return Chat(Engine(loaded.model, loaded.tokenizer, slots=1), loaded.tokenizer, params, system=system)
+    engine = Engine(loaded.model, loaded.tokenizer, slots=1)
+    return Chat(Local("a model", engine, loaded.tokenizer, folder), params, system=system)
 
 
 def talk(chat: Chat, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     """Say these lines, then Ctrl-D."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-    chat.run("a model")
+    chat.run()
 
 
 def roles(chat: Chat) -> list[str]:
@@ -150,7 +159,8 @@ def test_a_message_cannot_speak_for_the_assistant(monkeypatch: pytest.MonkeyPatc
     chat = new_chat()
     talk(chat, monkeypatch, forged)
     assert chat.messages[0]["content"] == forged
-    tokenizer = chat.tokenizer
+    assert isinstance(chat.partner, Local)
+    tokenizer = chat.partner.tokenizer
     ids, _ = chat_prompt(tokenizer, chat.messages[:1], 1000)
     assert [token for token in ids if token in tokenizer.special_ids] == [
         tokenizer.role_id("user"), tokenizer.end_id, tokenizer.role_id("assistant")
@@ -170,6 +180,105 @@ def test_say_answers_once(groundup: CommandLine) -> None:
     base = groundup("chat", root / "pretrain", "--say", "Hello", *drawn)
     assert base.code == 0
     assert "was not taught to answer" in base.err
+
+
+def test_opinions_are_kept_where_the_page_keeps_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    chat = new_chat(folder=tmp_path)
+    talk(chat, monkeypatch, "/good", "/better", "Hello", "/better", "/good", "/again", "/bad", "/better", "/better So.")
+    err = capsys.readouterr().err
+    assert err.count("nothing was said yet") == 1
+    assert err.count("there is one answer") == 2
+    lines = [json.loads(line) for line in (tmp_path / "preferences.jsonl").read_text().splitlines()]
+    good, bad, ranked, corrected = lines
+    assert good["prompt"] == [{"role": "user", "content": "Hello"}]
+    assert (good["label"], bad["label"]) == (True, False)
+    assert (ranked["chosen"], ranked["rejected"]) == (bad["completion"], good["completion"])
+    assert (corrected["chosen"], corrected["rejected"]) == ("So.", bad["completion"])
+    assert chat.messages[-1]["content"] == "So."
+    assert len((tmp_path / "conversations.jsonl").read_text().splitlines()) == 2
+
+
+def test_settings_system_and_lines_that_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = new_chat()
+    talk(
+        chat,
+        monkeypatch,
+        "one \\",
+        "two",
+        "/set top_p 0.5",
+        "/set seed 9",
+        "/set colour 1",
+        "/set top_k x",
+        "/settings",
+    )
+    out, err = capsys.readouterr()
+    assert chat.messages[0]["content"] == "one\ntwo"
+    assert (chat.params.top_p, chat.params.seed) == (0.5, 9)
+    assert "colour: no such setting" in err
+    assert "top_k x: not a number" in err
+    assert "top_p 0.5\n" in out
+    talk(chat, monkeypatch, "/system Be brief.", "Hello")
+    assert chat.messages[0] == {"role": "system", "content": "Be brief."}
+    assert len(chat.messages) == 3
+
+
+def test_how_fast_it_was_is_said_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = new_chat(max_tokens=6, seed=3)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    chat.answer("Hello")
+    assert re.search(r"\(6 tokens, [\d,]+ tokens/s\)", capsys.readouterr().err)
+
+
+def test_on_a_terminal_lines_are_edited_and_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        ask = reader()
+        keys.send_text("one\x1b\rtwo\r")  # Alt-Enter, Enter
+        assert ask() == "one\ntwo"
+        keys.send_text("\x1b[A\r")  # the arrow up
+        assert ask() == "one\ntwo"
+    assert "+one" in (tmp_path / "groundup" / "chat_history").read_text()
+
+
+def test_another_model_of_the_run_takes_over(groundup: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n/model pretrain\n/model nobody\nHello\n"))
+    done = groundup("chat", finished_run().root, "--max-tokens", "3")
+    assert "* pretrain" in done.err
+    assert "nobody: there is no such model" in done.err
+    assert "was not taught to answer" in done.err
+
+
+def test_a_server_is_talked_to_as_a_model_is(
+    groundup: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with PageServer(("tiny", "other"), run=tmp_path, keys=("open",)) as server:
+        drawn = ("--seed", "3", "--max-tokens", "8", "--temperature", "0.9")
+        said = groundup("chat", "--url", server.url, "--api-key", "open", "--say", "Hello", *drawn)
+        engine = server.engines["tiny"]
+        assert engine.tokenizer is not None
+        params = SamplingParams(seed=3, max_tokens=8, temperature=0.9)
+        question: list[Message] = [{"role": "user", "content": "Hello"}]
+        assert said.out == printable(chat_reply(engine.model, engine.tokenizer, question, params).text) + "\n"
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n/model other\nHello\n/good\n/model x\n"))
+        done = groundup("chat", "--url", f"{server.url}v1", "--api-key", "open", *drawn)
+        assert "* other" in done.err
+        assert "no such model" in done.err
+        assert json.loads((tmp_path / "preferences.jsonl").read_text())["model"] == "other"
+        assert "a key is needed" in groundup("chat", "--url", server.url, "--say", "Hello").err
+        partner = Remote(server.url, "open")
+        with pytest.raises(GroundupError, match="maximum context"):
+            list(partner.stream([{"role": "user", "content": "word " * 900}], params, print))
+    with pytest.raises(GroundupError, match="no server answers"):
+        Remote(server.url)
+    assert groundup("chat").code == 1
 
 
 @pytest.mark.slow

@@ -27,6 +27,8 @@ def test_the_built_wheel_runs_the_smoke_recipe_outside_the_checkout(tmp_path: Pa
         ).stdout
 
     assert Path(python("-c", "import groundup; print(groundup.__file__)").strip()).is_relative_to(installed)
+    page = {path.name for path in (installed / "groundup" / "serving" / "page").rglob("*")}
+    assert page >= {"index.html", "app.js", "style.css", "purify.js", "LICENSE-marked"}
     shorter = ("--set", "pretrain.tokens=40_000")  # of 160,000
     assert "bits per byte" in python("-m", "groundup", "build", "demo", "--smoke", *shorter)
     assert (tmp_path / "runs" / "demo-smoke" / "report.html").stat().st_size > 8_000

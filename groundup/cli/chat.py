@@ -1,4 +1,4 @@
-"""The terminal chat: prompt, stream the answer, keep the conversation.
+"""The terminal chat: prompt, stream the answer, keep the conversation and what was thought of it.
 
 Ctrl-C stops the answer, not the program; Ctrl-D leaves. Lines that begin with / are commands.
 """
@@ -6,63 +6,71 @@ Ctrl-C stops the answer, not the program; Ctrl-D leaves. Lines that begin with /
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from groundup.cli.partners import Partner
 from groundup.errors import GroundupError
 from groundup.files import write_json
-from groundup.generation import Engine, SamplingParams, stream_chat
+from groundup.generation import SamplingParams
+from groundup.measured import cache_root
 
 if TYPE_CHECKING:
-    from groundup.tokenizer import Message, Tokenizer
+    from groundup.tokenizer import Message
 
-_HELP = """/help            this list
+_HELP = """A line that ends with \\ goes on in the next; on a terminal Alt-Enter does the same.
+/help            this list
 /reset           forget the conversation
 /undo            take back the last question and answer
 /again           answer the last question once more
 /temperature T   0: always the most probable token
+/settings        how tokens are drawn
+/set NAME VALUE  change it: /set top_p 0.9
+/system TEXT     what the assistant is told first; begins the conversation anew
+/model [NAME]    the models there are, or talk to another
+/good  /bad      what you think of the last answer
+/better [TEXT]   TEXT is what it should have been; without TEXT: it is better than the one before /again
 /save FILE       write the conversation as JSON
 /quit            leave (also Ctrl-D)"""
+_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "seed")
 
 
 class Chat:
     """One conversation with a model.
 
     Args:
-        engine: with an assistant; it keeps what it has read of the conversation.
-        tokenizer: of the model.
+        partner: who answers.
         params: how tokens are drawn.
         system: the system message, or None.
     """
 
-    def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, params: SamplingParams, *, system: str | None = None
-    ) -> None:
-        self.engine, self.tokenizer, self.params = engine, tokenizer, params
+    def __init__(self, partner: Partner, params: SamplingParams, *, system: str | None = None) -> None:
+        self.partner, self.params = partner, params
         self._first: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages: list[Message] = list(self._first)
         self._n_answers = 0
         self._n_left_out = 0
         self._saved: set[str] = set()
+        self._before_again: str | None = None
 
     def answer(self, text: str, *, echo: bool = True) -> str:
         """Ask, stream the answer to standard output where `echo` is set, and keep both.
 
         Raises:
-            GroundupError: the question does not fit into the context; it is not kept.
+            GroundupError: the question does not fit into the context, or the server fails; it is not kept.
         """
         question: Message = {"role": "user", "content": text}
         pieces: list[str] = []
         # Each answer of a talk has a seed of its own, so that /again can say something else.
         seed = self.params.seed
         params = self.params if seed is None else replace(self.params, seed=seed + self._n_answers)
+        begin = 0.0
         try:
-            conversation = [*self.messages, question]
-            for piece in stream_chat(
-                self.engine.model, self.tokenizer, conversation, params, self._left_out, engine=self.engine
-            ):
+            for piece in self.partner.stream([*self.messages, question], params, self._left_out):
+                begin = begin or time.perf_counter()
                 pieces.append(piece)
                 if echo:
                     _write(printable(piece))
@@ -71,18 +79,24 @@ class Chat:
                 _write(" …")
         if echo:
             _write("\n")
+            seconds, n_tokens = time.perf_counter() - begin, self.partner.n_tokens
+            if n_tokens > 1 and sys.stderr.isatty():
+                _hint(f"({n_tokens} tokens, {(n_tokens - 1) / seconds:,.0f} tokens/s)")
         answer = "".join(pieces)
         self._n_answers += 1
+        self._before_again = None
         self.messages += [question, {"role": "assistant", "content": answer}]
         return answer
 
-    def run(self, title: str) -> None:
+    def run(self) -> None:
         """Ask for lines until the end of input."""
-        _hint(f"Talking to {title}. /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
-        ask = _reader()
+        _hint(f"Talking to {self.partner.name}. /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
+        ask = reader()
         while True:
             try:
                 line = ask().strip()
+                while line.endswith("\\"):
+                    line = f"{line[:-1].rstrip()}\n{ask().strip()}"
             except EOFError:
                 break
             except KeyboardInterrupt:
@@ -104,20 +118,33 @@ class Chat:
         elif name == "/reset":
             self.messages = list(self._first)
             _hint("Forgotten.")
+        elif name == "/system":
+            self._first = [{"role": "system", "content": argument}] if argument else []
+            self.messages = list(self._first)
+            _hint("The conversation begins anew.")
         elif name == "/undo":
-            if (question := self._take_back()) is not None:
-                _hint(f"Taken back: {printable(question)}")
+            if (turn := self._take_back()) is not None:
+                _hint(f"Taken back: {printable(turn[0])}")
         elif name == "/again":
-            if (question := self._take_back()) is not None:
-                self.answer(question)
+            if (turn := self._take_back()) is not None:
+                self.answer(turn[0])
+                self._before_again = turn[1]
         elif name == "/temperature":
-            try:
-                self.params = replace(self.params, temperature=float(argument))
-            except ValueError as error:
-                raise GroundupError(
-                    f"/temperature {argument}: not a number.", "For example: /temperature 0.7"
-                ) from error
+            self._set("temperature", argument)
             _hint(f"Temperature {self.params.temperature:g}.")
+        elif name == "/set":
+            self._set(*_split(argument))
+        elif name == "/settings":
+            _write("".join(f"{one} {getattr(self.params, one)}\n" for one in _SETTINGS))
+        elif name == "/model":
+            if argument:
+                self.partner.use(argument)
+            listed = self.partner.names or [self.partner.name]
+            _hint("\n".join(f"{'*' if one == self.partner.name else ' '} {one}" for one in listed))
+        elif name in ("/good", "/bad"):
+            self._tell({"vote": "up" if name == "/good" else "down"})
+        elif name == "/better":
+            self._better(argument)
         elif name == "/save":
             if not argument:
                 raise GroundupError("/save needs a file.", "For example: /save talk.json")
@@ -129,14 +156,39 @@ class Chat:
         else:
             _hint(f"{printable(name)}: no such command. /help lists them.")
 
-    def _take_back(self) -> str | None:
-        """Remove the last question and its answer, and return the question, if there is one."""
+    def _set(self, name: str, text: str) -> None:
+        if name not in _SETTINGS:
+            raise GroundupError(f"/set {printable(name)}: no such setting.", f"There are: {', '.join(_SETTINGS)}.")
+        try:
+            value = float(text) if isinstance(getattr(SamplingParams(), name), float) else int(text)
+        except ValueError as error:
+            raise GroundupError(f"{name} {text}: not a number.", "For example: /temperature 0.7") from error
+        self.params = replace(self.params, **{name: value})  # type: ignore[arg-type]
+
+    def _better(self, text: str) -> None:
+        """A correction, or the verdict on two answers to the same question."""
+        if text:
+            self._tell({"correction": text})
+            self.messages[-1] = {"role": "assistant", "content": text}
+        elif self._before_again is None:
+            raise GroundupError("/better: there is one answer.", "Say what it should have been, or /again first.")
+        else:
+            self._tell({"ranking": [self.messages[-1]["content"], self._before_again]})
+
+    def _tell(self, opinion: Mapping[str, Any]) -> None:
+        if len(self.messages) == len(self._first):
+            raise GroundupError("nothing was said yet.")
+        answer = {} if "ranking" in opinion else {"answer": self.messages[-1]["content"]}
+        _hint(f"Kept in {self.partner.tell(self.messages[:-1], {**answer, **opinion})}.")
+
+    def _take_back(self) -> tuple[str, str] | None:
+        """Remove the last question and its answer, and return them, if there are."""
         if len(self.messages) == len(self._first):
             _hint("Nothing was said yet.")
             return None
-        question = self.messages[-2]["content"]
+        question, answer = (message["content"] for message in self.messages[-2:])
         del self.messages[-2:]
-        return question
+        return question, answer
 
     def _left_out(self, n_messages: int) -> None:
         if n_messages != self._n_left_out:
@@ -149,13 +201,19 @@ def _split(line: str) -> tuple[str, str]:
     return name, argument.strip()
 
 
-def _reader() -> Callable[[], str]:
+def reader() -> Callable[[], str]:
     """How a line is asked for: with history and editing on a terminal, plainly elsewhere."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return input
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory
+    from prompt_toolkit.key_binding import KeyBindings
 
-    session: PromptSession[str] = PromptSession()
+    keys = KeyBindings()
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    cache_root().mkdir(parents=True, exist_ok=True)
+    history = FileHistory(str(cache_root() / "chat_history"))
+    session: PromptSession[str] = PromptSession(history=history, key_bindings=keys)
     return lambda: session.prompt("> ")
 
 

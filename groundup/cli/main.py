@@ -25,6 +25,7 @@ from groundup.cli import (
     moving,
     planning,
     scaling,
+    serving,
     sharding,
     talking,
     tokenizing,
@@ -70,7 +71,7 @@ def make_app() -> typer.Typer:
         "shards": (shards, "groundup shards verify runs/demo"),
     }
     building.add_to(app, groups)
-    for room in (planning, scaling, talking, modelling, moving, inspecting):
+    for room in (planning, scaling, talking, serving, modelling, moving, inspecting):
         room.add_to(app)
     return app
 

@@ -14,6 +14,7 @@ from groundup.recipe.registry import TRUNK
 if TYPE_CHECKING:
     import torch
 
+    from groundup.cli.partners import Local
     from groundup.generation import Constraint, Engine, SamplingParams
     from groundup.model import Transformer
     from groundup.recipe import GenerateSettings
@@ -112,8 +113,8 @@ def generate(
         results = beam_search(network, tokenizer, request.ids, n_beams=beams, max_tokens=params.max_tokens)[:samples]
     else:
         engine = Engine(
-            network, tokenizer, slots=samples, length=len(request.ids) + params.max_tokens, dtype=_dtype(precision),
-            draft=_draft(model, draft),
+            network, tokenizer, slots=samples, length=len(request.ids) + params.max_tokens, dtype=dtype_of(precision),
+            draft=draft_model(model, draft),
         )  # fmt: skip
         _say_why_slow(engine)
         if samples == 1 and not as_json:
@@ -133,7 +134,15 @@ def generate(
 
 
 def chat(
-    model: ModelArgument,
+    model: Annotated[
+        Path | None, typer.Argument(metavar="MODEL", help="A run's folder, or a model's folder; none with --url.")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option("--url", metavar="URL", help="Talk to a running server: http://127.0.0.1:8000")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", envvar="GROUNDUP_API_KEY", help="That the server of --url wants.")
+    ] = None,
     system: Annotated[str | None, typer.Option("--system", help="What the assistant is told first.")] = None,
     say: Annotated[str | None, typer.Option("--say", help="One message; print the answer and leave.")] = None,
     temperature: TemperatureOption = None,
@@ -148,22 +157,52 @@ def chat(
 ) -> None:
     """Talk to the assistant, streaming. Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands."""
     from groundup.cli.chat import Chat
-    from groundup.generation import Engine
+    from groundup.cli.partners import Partner, Remote
+    from groundup.errors import GroundupError
 
-    network, tokenizer, folder = _load(model, stage, to_chat=True)
-    params = _params(model, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed)
-    engine = Engine(network, tokenizer, slots=1, dtype=_dtype(precision), draft=_draft(model, draft))
-    _say_why_slow(engine)
-    talk = Chat(engine, tokenizer, params, system=_as_text(system) if system else None)
-    if folder.parent.name in TRUNK:
-        typer.echo("note: this model was not taught to answer; it only continues text.", err=True)
+    if (model is None) == (url is None):
+        example = command_line("chat", "runs/demo")
+        raise GroundupError("chat needs a model, or --url of a server, and not both.", f"For example: {example}")
+    partner: Partner
+    if model is None:
+        if draft is not None or precision is not None:
+            raise GroundupError("--draft and --precision are the server's to choose: give them to groundup serve.")
+        partner = Remote(url or "", api_key, stage)
+    else:
+        partner = _local(model, stage, draft, precision)
+    place = model or Path()
+    params = _params(place, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed)
+    talk = Chat(partner, params, system=_as_text(system) if system else None)
     if say is not None:
         say = _as_text(say)
         answer = talk.answer(say, echo=not as_json)
         if as_json:
-            print_json({"message": say, "answer": answer, "model": str(folder)})
+            print_json({"message": say, "answer": answer, "model": partner.name})
         return
-    talk.run(title=str(folder))
+    talk.run()
+
+
+def _local(path: Path, stage: str | None, draft: str | None, precision: str | None) -> Local:
+    """A run's models, or the one of a folder, in this process."""
+    from groundup.cli.partners import Local
+    from groundup.generation import Engine
+    from groundup.run import RECIPE_FILE, Run
+    from groundup.stage import graph, language_models
+
+    def load(name: str | None) -> tuple[Engine, Tokenizer, Path]:
+        network, tokenizer, folder = _load(path, name, to_chat=True)
+        engine = Engine(network, tokenizer, slots=1, dtype=dtype_of(precision), draft=draft_model(path, draft))
+        _say_why_slow(engine)
+        if folder.parent.name in TRUNK:
+            typer.echo("note: this model was not taught to answer; it only continues text.", err=True)
+        return engine, tokenizer, folder
+
+    engine, tokenizer, folder = load(stage)
+    if not (path / RECIPE_FILE).is_file():
+        return Local(str(folder), engine, tokenizer, path)
+    models = language_models(graph(Run(path).recipe))
+    names = [one.name for one in models if (path / one.name / "model").is_dir()]
+    return Local(str(folder), engine, tokenizer, path, lambda name: load(name)[:2], names)
 
 
 def _standard_input() -> str:
@@ -212,7 +251,8 @@ def _say_why_slow(engine: Engine) -> None:
         typer.echo(f"note: tokens are made by PyTorch alone, more slowly: {engine.why_slow}", err=True)
 
 
-def _dtype(precision: str | None) -> torch.dtype | None:
+def dtype_of(precision: str | None) -> torch.dtype | None:
+    """What --precision says."""
     import torch
 
     from groundup.errors import GroundupError
@@ -223,7 +263,8 @@ def _dtype(precision: str | None) -> torch.dtype | None:
     return known[precision]
 
 
-def _draft(model: Path, draft: str | None) -> Literal["ngrams"] | int | Transformer | None:
+def draft_model(model: Path, draft: str | None) -> Literal["ngrams"] | int | Transformer | None:
+    """What --draft says; a stage is one of the model's own run."""
     from groundup.interop import load
     from groundup.run import RECIPE_FILE
 

@@ -7,7 +7,7 @@ back, and so is any end of the text that may yet grow into a stop text.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from groundup.tokenizer import Tokenizer
 
@@ -21,6 +21,7 @@ class Detokenizer:
     Args:
         tokenizer: of the model.
         stop: texts before which the text ends.
+        shown: control tokens that stand in the text by their names.
 
     Attributes:
         offsets: for each token, how many characters of the text were complete before it. Of tokens that end in
@@ -28,8 +29,9 @@ class Detokenizer:
         stopped: whether a stop text was met.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), shown: Collection[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._shown = {tokenizer.control_tokens[name]: name.encode() for name in shown}
         # What the text may not end with while more can follow.
         self._beginnings = {text[:size] for text in self._stop for size in range(1, len(text))}
         self._most_held = max(map(len, self._beginnings), default=0)
@@ -51,7 +53,7 @@ class Detokenizer:
         if self.stopped:
             return ""
         self.offsets.append(self._n_decoded)
-        decoded = self._decoder.decode(self._tokenizer.token_bytes(token))
+        decoded = self._decoder.decode(self._shown.get(token) or self._tokenizer.token_bytes(token))
         self._n_decoded += len(decoded)
         self._held += decoded
         place = self._find_stop()

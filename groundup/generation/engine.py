@@ -253,6 +253,16 @@ class Engine:
         return self._pool.n_used
 
     @property
+    def capacity(self) -> int:
+        """Slots, or pages, in all."""
+        return self._cache.n_blocks
+
+    @property
+    def is_alive(self) -> bool:
+        """Its thread takes steps."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
     def why_slow(self) -> str | None:
         """Why PyTorch's forward pass computes every step, where that is slower than need be; None: it does not."""
         return self._model_step.reason
@@ -460,7 +470,7 @@ class Engine:
                 token_logprobs(own[: len(tokens)], tokens, text.params.logprobs or 0) if text.wants_logprobs else []
             )
             for place, token in enumerate(tokens):
-                self._take(text, token, logprobs[place] if logprobs else None)
+                self._take(text, token, logprobs[place] if logprobs else None, place < len(tokens) - 1)
                 if text.is_finished:
                     break
             text.n_stored = min(text.n_stored + len(tokens), len(text.ids) - text.offset)
@@ -472,7 +482,8 @@ class Engine:
                 self._pool.will_write(text.lease, row.start + len(row.ids))
         logits = self._model_step(rows)
         if len(self._unused):
-            logits[:, self._unused] = -torch.inf
+            with torch.inference_mode():  # where PyTorch computed the step, they can be changed nowhere else
+                logits[:, self._unused] = -torch.inf
         return logits
 
     def _draw(self, texts: Sequence[Text], logits: Float[Tensor, "batch vocab"]) -> None:
@@ -499,10 +510,10 @@ class Engine:
                 logprob = token_logprobs(logits[place : place + 1], [token], text.params.logprobs or 0)[0]
             self._take(text, token, logprob)
 
-    def _take(self, text: Text, token: int, logprob: TokenLogprob | None) -> None:
+    def _take(self, text: Text, token: int, logprob: TokenLogprob | None, is_accepted: bool = False) -> None:
         self.stats.new_tokens += 1
         try:
-            text.take(token, logprob)
+            text.take(token, logprob, is_accepted)
         except GroundupError as error:  # its grammar has become too complex
             self._fail([text], error)
 

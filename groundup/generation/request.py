@@ -29,6 +29,7 @@ class Generation:
         logprobs: of every new token, where they were asked for.
         prompt_logprobs: of the prompt's tokens from the second on, where they were asked for.
         offsets: of each token in the text, in characters, where a tokenizer is at hand.
+        accepted: of each new token: a draft guessed it, and the model agreed.
         score: of `beam_search`, and of `best_of` the mean log-probability.
         end_id: the stop token that ended it, or None; `end_logprob`: its log-probability, where they were asked for.
     """
@@ -39,6 +40,7 @@ class Generation:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
+    accepted: list[bool] = field(default_factory=list, compare=False)
     score: float = 0.0
     end_id: int | None = None
     end_logprob: float = math.nan
@@ -59,6 +61,7 @@ class Chunk:
         ids: new tokens.
         logprobs: of them, where they were asked for.
         finish_reason: of the text's last chunk.
+        accepted: of each of them: a draft guessed it, and the model agreed.
     """
 
     index: int
@@ -66,6 +69,7 @@ class Chunk:
     ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
+    accepted: tuple[bool, ...] = ()
 
 
 @dataclass(eq=False)
@@ -79,6 +83,7 @@ class Request:
         stop_ids: tokens that end a text and are not written (default: the engine's).
         client: whose request it is: the engine is fair between clients, and none can use another's prefixes.
         slides: go on past the context's end, reading the last half again, instead of finishing with "length".
+        shown: names of control tokens that stand in the text where they are written, such as those of tool calls.
         prompt_logprobs: number of alternatives to report for the prompt's own tokens; None: they are not scored.
         results: `params.n` texts, when all are finished.
         error: why they are not whole.
@@ -90,6 +95,7 @@ class Request:
     stop_ids: Collection[int] | None = None
     client: str = ""
     slides: bool = False
+    shown: Collection[str] = ()
     prompt_logprobs: int | None = None
     results: list[Generation] = field(default_factory=list, init=False)
     error: Exception | None = field(default=None, init=False)
@@ -128,7 +134,7 @@ class Text:
             self.matcher = params.constraint.compile(tokenizer, vocab_size)
             self.ends |= tokenizer.end_ids  # a text that is complete has to end
         self.history = History(request.ids, self.ends) if params.needs_history else None
-        self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, params.stop)
+        self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, params.stop, request.shown)
         self.wants_logprobs = params.logprobs is not None or (params.best_of or params.n) > params.n
         self.lease: Lease | None = None
         self.has_begun = False
@@ -153,14 +159,15 @@ class Text:
         """All but the newest token are stored, and that one was drawn, or is the last of the prompt."""
         return len(self.ids) - self.offset - self.n_stored == 1 and len(self.ids) > self.n_prompt
 
-    def take(self, token: int, logprob: TokenLogprob | None) -> None:
-        """The next token."""
+    def take(self, token: int, logprob: TokenLogprob | None, is_accepted: bool = False) -> None:
+        """The next token; `is_accepted`: a draft had guessed it."""
         result = self.result
         if token in self.ends:
             result.end_id, result.end_logprob = token, math.nan if logprob is None else logprob.logprob
             self.finish("stop")
             return
         result.ids.append(token)
+        result.accepted.append(is_accepted)
         self.ids.append(token)
         if logprob is not None:
             result.logprobs.append(logprob)
@@ -190,4 +197,6 @@ class Text:
         self._told = len(result.ids)
         piece, self._piece = self._piece, ""
         reason = result.finish_reason if self.is_finished else None
-        return Chunk(self.index, piece, tuple(result.ids[told:]), tuple(result.logprobs[told:]), reason)
+        new = slice(told, None)
+        ids, logprobs, accepted = tuple(result.ids[new]), tuple(result.logprobs[new]), tuple(result.accepted[new])
+        return Chunk(self.index, piece, ids, logprobs, reason, accepted)

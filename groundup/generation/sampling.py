@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int
 from torch import Tensor
 
-from groundup.errors import GroundupError
+from groundup.errors import ArtifactError, GroundupError
 from groundup.generation.params import SamplingParams
 
 _BLOCK = 128  # tokens that are summed at once before a draw looks inside
@@ -393,7 +393,7 @@ def _check(largest: Sequence[float]) -> None:
             "Exclude fewer.",
         )
     if not all(map(math.isfinite, largest)):
-        raise GroundupError(
+        raise ArtifactError(
             "the model gave logits that are not numbers (NaN or infinite): its weights are damaged, or diverged.",
             "Take an earlier checkpoint, or train again with a lower learning rate.",
         )

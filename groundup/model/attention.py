@@ -116,14 +116,8 @@ class Attention(nn.Module):
             cached: keys and values of earlier calls; the mask follows from their positions.
         """
         batch, seq, _ = x.shape
-        q = self.q_proj(x).view(batch, seq, self.n_heads, self.head_dim)
-        k = self.k_proj(x).view(batch, seq, self.n_kv_heads, self.head_dim)
+        q, k = self.queries_and_keys(x, rotation)
         v = self.v_proj(x).view(batch, seq, self.n_kv_heads, self.head_dim).transpose(1, 2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = q.transpose(1, 2), k.transpose(1, 2)  # (batch, heads, seq, head_dim)
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
         if cached is None:
             out = causal_attention(q, k, v, self.scale, mask, self.softcap)
         else:
@@ -131,6 +125,28 @@ class Attention(nn.Module):
             bias = cached.bias(self.rule, keys.shape[2], where)
             out = attend_to_cache(q, keys, values, bias, self.scale, self.softcap)
         return self.o_proj(out.transpose(1, 2).reshape(batch, seq, -1))
+
+    def queries_and_keys(
+        self, x: Float[Tensor, "batch seq d_model"], rotation: Rotation | None
+    ) -> tuple[Float[Tensor, "batch heads seq head_dim"], Float[Tensor, "batch kv_heads seq head_dim"]]:
+        """What the scores are products of: normalized and rotated, where the model does so."""
+        batch, seq, _ = x.shape
+        q = self.q_proj(x).view(batch, seq, self.n_heads, self.head_dim)
+        k = self.k_proj(x).view(batch, seq, self.n_kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        return (q, k) if rotation is None else (rotate(q, rotation), rotate(k, rotation))
+
+    def weights(
+        self, x: Float[Tensor, "batch seq d_model"], rotation: Rotation | None
+    ) -> Float[Tensor, "batch heads seq seq"]:
+        """How much each query attends to each key, float32: to look at; `forward` computes the same in other ways."""
+        q, k = self.queries_and_keys(x, rotation)
+        scores = (q @ _for_every_query_head(k, self.n_heads).mT).float() * self.scale
+        where = torch.arange(x.shape[1], device=x.device)
+        scores = scores if self.softcap is None else capped(scores, self.softcap)
+        return (scores + attention_bias(self.rule, where, where, torch.float32)).softmax(dim=-1)
 
 
 def causal_attention(

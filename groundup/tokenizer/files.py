@@ -24,9 +24,10 @@ GENERATION_FILE = "generation_config.json"
 MODEL_FILE = "config.json"
 VOCABULARY_FILE = "vocab.json"
 MERGES_FILE = "merges.txt"
+TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILES = (
     TOKENIZER_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, GENERATION_FILE, "added_tokens.json", VOCABULARY_FILE,
-    MERGES_FILE, "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    MERGES_FILE, "tokenizer.model", TEMPLATE_FILE, "chat_template.json",
 )  # fmt: skip
 """What a tokenizer can consist of; how a text is generated also says which tokens end it."""
 

@@ -2,7 +2,7 @@
 
 It encodes, decodes and is saved again with the same bytes; it cannot be trained or changed. Its control tokens are its
 own: text never becomes one unless allowed, as with ours. It has no tokens for the roles of groundup's chats: its chat
-template is a program that groundup does not run.
+template is a program, which only the server runs, in a sandbox.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from groundup.tokenizer.files import (
     GENERATION_FILE,
     MODEL_FILE,
     SPECIAL_TOKENS_FILE,
+    TEMPLATE_FILE,
     TOKENIZER_FILE,
     TOKENIZER_FILES,
     engine_of,
@@ -171,6 +172,29 @@ class PretrainedTokenizer(Tokenizer):
             (Path(folder) / name).write_bytes(contents)
         if self._special_token_ids != self._find_special({}):
             write_json(Path(folder) / GENERATION_FILE, self._said.get(GENERATION_FILE, {}) | token_ids(self))
+
+    @functools.cached_property
+    def chat_templates(self) -> dict[str, str]:
+        """The Jinja programs that lay out its chats, "default" and perhaps "tool_use"; none: it has no chats."""
+        if (own := self._files.get(TEMPLATE_FILE)) is not None:
+            return {"default": own.decode("utf-8", "replace")}
+        said = self._said.get(CONFIG_FILE, {}).get("chat_template") or []
+        named = [{"name": "default", "template": said}] if isinstance(said, str) else said
+        found = [one for one in named if isinstance(one, dict)] if isinstance(named, list) else []
+        return {str(one.get("name")): str(one.get("template")) for one in found}
+
+    @functools.cached_property
+    def named_tokens(self) -> dict[str, str]:
+        """What its files call "bos_token", "eos_token" and so on, which a chat template may name."""
+        said = [pair for file in (SPECIAL_TOKENS_FILE, CONFIG_FILE) for pair in self._said.get(file, {}).items()]
+        tokens = {name: one.get("content") if isinstance(one, dict) else one for name, one in said}
+        return {name: one for name, one in tokens.items() if name.endswith("_token") and isinstance(one, str)}
+
+    def encode_template(self, text: str) -> list[int]:
+        """Ids of a text in which every control token counts, as transformers encodes what a chat template wrote."""
+        self._check_growth(text)
+        with reading("a text for this tokenizer", DataError, "Check its tokenizer.json."):
+            return list(self._full.encode(text, add_special_tokens=False).ids)
 
     def encode_iterable(self, parts: Iterable[str]) -> Iterator[int]:
         """As `Tokenizer.encode_iterable`.

@@ -11,8 +11,9 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -264,6 +265,11 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """Ids of all control tokens."""
         return frozenset(self._specials.values())
+
+    @property
+    def control_tokens(self) -> Mapping[str, int]:
+        """All control tokens by name, with their ids."""
+        return MappingProxyType(self._specials)
 
     @property
     def unknown_id(self) -> int | None:

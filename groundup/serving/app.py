@@ -1,0 +1,192 @@
+"""The application: which address is answered by what, from its start to the end of its last answer.
+
+POST /v1/chat/completions, /v1/completions, /v1/embeddings     as OpenAI's (`completions`, `embeddings`)
+GET  /v1/models, /v1/models/{name}
+POST /tokenize, /detokenize; GET /tokenizer_info                as vLLM's, which lm-evaluation-harness asks for
+GET  /health, /ready, /metrics, /openapi.json
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp
+
+from groundup.errors import GroundupError
+from groundup.generation import prompt_ids
+from groundup.serving.completions import Wakeups, chat_completions, completions
+from groundup.serving.openapi import document
+from groundup.serving.protocol import (
+    APIError,
+    DetokenizeBody,
+    EmbeddingsBody,
+    TokenizeBody,
+    api_error,
+    json_response,
+    read_body,
+)
+from groundup.serving.security import Protection
+from groundup.serving.state import ServedModel, State
+from groundup.tokenizer import special
+from groundup.tokenizer.pretrained import PretrainedTokenizer
+
+
+def make_app(state: State, pages: Sequence[BaseRoute] = ()) -> ASGIApp:
+    """The server as an ASGI application, its engines started while it runs.
+
+    Args:
+        state: its models and limits.
+        pages: further routes, for people; those that are not under / and /page/ need a key as the API does.
+    """
+    routes = [
+        Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/embeddings", embeddings, methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", one_model),
+        Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
+        Route("/tokenizer_info", tokenizer_info),
+        Route("/health", health),
+        Route("/ready", ready),
+        Route("/metrics", metrics),
+        Route("/openapi.json", openapi),
+        *pages,
+    ]
+    handled = (HTTPException, GroundupError, ValidationError, TimeoutError, Exception)
+    app = Starlette(routes=routes, lifespan=_lifespan, exception_handlers=dict.fromkeys(handled, _error))
+    app.state.server, app.state.embedding = state, asyncio.Lock()
+    return Protection(app, state)
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: Starlette) -> AsyncIterator[None]:
+    """Engines take steps from the first request to the last; uvicorn has let all of them finish when this ends."""
+    app.state.wakeups = Wakeups(asyncio.get_running_loop())
+    engines = [one.engine for one in app.state.server.models.values()]
+    for engine in engines:
+        engine.start()
+    try:
+        yield
+    finally:
+        for engine in engines:
+            await asyncio.to_thread(engine.stop)
+
+
+async def _error(http: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        headers = {name.replace("-", "_"): value for name, value in (error.headers or {}).items()}
+        reason = "there is nothing at this address" if error.status_code == 404 else error.detail
+        error = APIError(error.status_code, f"{http.method}: {reason}.", **headers)
+    return api_error(error).response
+
+
+async def models(http: Request) -> Response:
+    """GET /v1/models."""
+    return json_response({"object": "list", "data": [_model(one) for one in http.app.state.server.models.values()]})
+
+
+async def one_model(http: Request) -> Response:
+    """GET /v1/models/NAME."""
+    return json_response(_model(http.app.state.server.find(http.path_params["name"])))
+
+
+def _model(served: ServedModel) -> dict[str, Any]:
+    return {
+        "id": served.name, "object": "model", "created": served.created, "owned_by": "groundup",
+        "max_model_len": served.engine.length,
+    }  # fmt: skip
+
+
+async def embeddings(http: Request) -> Response:
+    """POST /v1/embeddings: the mean of the last hidden states (behind the last norm) over a text, of length 1."""
+    body = EmbeddingsBody.model_validate(await read_body(http))
+    served: ServedModel = http.app.state.server.find(body.model)
+    texts = await asyncio.to_thread(served.prompts, body.input, "input")
+    data = []
+    async with http.app.state.embedding:  # one at a time: texts are written meanwhile
+        for index, ids in enumerate(texts):
+            vector = await asyncio.to_thread(embed, served, ids)
+            as_text = body.encoding_format == "base64"
+            value: Any = base64.b64encode(vector.tobytes()).decode() if as_text else vector.tolist()
+            data.append({"object": "embedding", "index": index, "embedding": value})
+    n_tokens = sum(map(len, texts))
+    usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+    return json_response({"object": "list", "data": data, "model": served.name, "usage": usage})
+
+
+@torch.inference_mode()
+def embed(served: ServedModel, ids: Sequence[int]) -> np.ndarray:
+    """A text as a direction, (d_model,) float32."""
+    device = next(served.model.parameters()).device
+    hidden = served.model(torch.tensor([ids], device=device), head=lambda states, _: states[0].float().mean(dim=0))
+    return torch.nn.functional.normalize(hidden, dim=0).cpu().numpy()
+
+
+async def tokenize(http: Request) -> Response:
+    """POST /tokenize. A text that is the name of a control token, and nothing else, is that token."""
+    body = TokenizeBody.model_validate(await read_body(http))
+    served: ServedModel = http.app.state.server.find(body.model)
+    tokenizer, text = served.tokenizer, body.prompt or ""
+    if body.messages is not None:
+        turns = [message.model_dump(exclude_none=True) for message in body.messages]
+        ids = await asyncio.to_thread(served.template.ids, turns)
+    elif text in tokenizer.control_tokens:
+        ids = [tokenizer.control_tokens[text]]
+    else:
+        encode = tokenizer.encode if body.add_special_tokens is False else partial(prompt_ids, tokenizer)
+        ids = await asyncio.to_thread(encode, text)
+    texts = [served.token_texts[token] for token in ids]
+    return json_response({"count": len(ids), "max_model_len": served.engine.length, "tokens": ids, "token_strs": texts})
+
+
+async def detokenize(http: Request) -> Response:
+    """POST /detokenize, with the names of control tokens."""
+    body = DetokenizeBody.model_validate(await read_body(http))
+    tokenizer = http.app.state.server.find(body.model).tokenizer
+    return json_response({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens, False)})
+
+
+async def tokenizer_info(http: Request) -> Response:
+    """GET /tokenizer_info, of the first model: what its files say, so that evaluations begin as they do in process."""
+    tokenizer = http.app.state.server.find(None).tokenizer
+    if isinstance(tokenizer, PretrainedTokenizer):
+        said: Mapping[str, str] = tokenizer.named_tokens
+    else:
+        said = {"eos_token": special.END, "pad_token": special.PAD}
+    return json_response({name: said.get(name) for name in ("bos_token", "eos_token", "pad_token", "chat_template")})
+
+
+async def health(http: Request) -> Response:
+    """GET /health: the process answers."""
+    return json_response({"status": "ok"})
+
+
+async def ready(http: Request) -> Response:
+    """GET /ready: it can write texts."""
+    if not http.app.state.server.is_ready:
+        raise APIError(503, "an engine has stopped.", "unavailable", retry_after="10")
+    return json_response({"status": "ready"})
+
+
+async def metrics(http: Request) -> Response:
+    """GET /metrics."""
+    return Response(http.app.state.server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def openapi(http: Request) -> Response:
+    """GET /openapi.json."""
+    return json_response(document())
