@@ -138,7 +138,8 @@ class State:
         run: Path | None = None,
     ) -> None:
         self.models: Mapping[str, ServedModel] = {one.name: one for one in models}
-        self.limits, self.keys, self.hosts, self.run = limits or Limits(), tuple(keys), tuple(hosts), run
+        self.limits, self.keys, self.run = limits or Limits(), tuple(keys), run
+        self.hosts = {name.lower() for name in hosts}
         self.metrics = Metrics({one.name: one.engine for one in models})
 
     @property
