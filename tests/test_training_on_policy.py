@@ -99,11 +99,13 @@ def test_a_buffer_that_was_made_is_not_made_again(tmp_path, monkeypatch):
     made: list[int] = []
     collect = Draws.collect
 
-    def noted(self: Draws, modules: Mapping[str, nn.Module], place: int, rows: slice) -> tuple[Batch, float]:
+    def noted(
+        self: Draws, modules: Mapping[str, nn.Module], place: int, rows: slice, last: Batch
+    ) -> tuple[Batch, float]:
         made.append(place)
         if made == [0, EVERY]:
             os.kill(os.getpid(), signal.SIGTERM)
-        return collect(self, modules, place, rows)
+        return collect(self, modules, place, rows, last)
 
     monkeypatch.setattr(Draws, "collect", noted)
     with pytest.raises(Interrupted):

@@ -7,7 +7,7 @@ In: votes, rankings and corrections, from the page and from the terminal. Out, i
                           {"prompt": [messages], "completion": "…", "label": true}   of one vote, up or down
     conversations.jsonl   {"messages": [messages, the answer]}                       of an up-vote, a correction
 
-Every line also has "model" and "time". `[align.sft]` reads conversations; the reward model and DPO read preferences.
+Every line also has "model" and "time". Fine-tuning reads conversations; the reward model and DPO read preferences.
 """
 
 from __future__ import annotations
