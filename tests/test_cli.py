@@ -244,7 +244,7 @@ def test_a_recipe_with_ten_mistakes_is_told_all_ten(groundup: CommandLine, tmp_p
         (("build", "demo", "--set", "corpus.inputs=nowhere.txt"), 1, "nowhere.txt: no such file or folder"),
         (("build", "demo", "--from", "cleaning"), 1, "Its stages: corpus, tokenizer, shards, pretrain, sft, evaluate/"),
         (("sft", "shakespeare", "--dry-run"), 1, "no stage of this recipe is done by sft"),
-        (("build", "demo", "--dry-run", "--only", "dpo"), 1, "'dpo' is no stage of this recipe"),
+        (("build", "demo", "--dry-run", "--only", "kto"), 1, "'kto' is no stage of this recipe"),
         (("recipe", "check", "demo", "--set", "align.sft.start=pretrian"), 2, "Did you mean 'pretrain'?"),
         (("status", "nowhere"), 1, "no run in this folder"),
         (("report", "nowhere"), 1, "no run in this folder"),
