@@ -165,9 +165,11 @@ def test_sets_by_name() -> None:
     assert all(len(made(20, 1)) == 20 for made in SETS.values())
 
 
-def test_more_than_there_are_and_fewer_than_none() -> None:
+def test_more_than_there_are_and_fewer_than_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small_talk, "respell", lambda text, *_: text)
+    assert {talk.kind for talk in generate_talk(200, 1, ["mood", "made", "help"])} >= {"mood", "made", "help"}
     with pytest.raises(DataError, match="but only"):
-        generate_talk(200_000, 1, ["mood"])
+        generate_talk(2000, 1, ["mood", "made"])
     with pytest.raises(DataError, match="0 or more"):
         generate_talk(-1, 1)
 

@@ -106,7 +106,7 @@ def load_preferences(
     """Read or generate preferences.
 
     Args:
-        data: files, folders, globs or addresses of records, or groundup:tasks.
+        data: files, folders, globs or addresses of records, or sets (groundup:tasks, groundup:talk).
         section: of the recipe, in messages.
         console: is told what was set aside.
         n_tasks: pairs that groundup:tasks generates.
