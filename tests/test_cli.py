@@ -242,7 +242,11 @@ def test_a_recipe_with_ten_mistakes_is_told_all_ten(groundup: CommandLine, tmp_p
         (("bild", "demo"), 2, "No such command 'bild'"),
         (("build", "demo", "--set", "nonsense"), 2, "is not of the form section.key=value"),
         (("build", "demo", "--set", "corpus.inputs=nowhere.txt"), 1, "nowhere.txt: no such file or folder"),
-        (("build", "demo", "--from", "cleaning"), 1, "Its stages: corpus, tokenizer, shards, pretrain, sft, reward, ppo, dpo, grpo, "),
+        (
+            ("build", "demo", "--from", "cleaning"),
+            1,
+            "Its stages: corpus, tokenizer, shards, pretrain, sft, reward, ppo, dpo, grpo, ",
+        ),
         (("sft", "shakespeare", "--dry-run"), 1, "no stage of this recipe is done by sft"),
         (("build", "demo", "--dry-run", "--only", "kto"), 1, "'kto' is no stage of this recipe"),
         (("recipe", "check", "demo", "--set", "align.sft.start=pretrian"), 2, "Did you mean 'pretrain'?"),

@@ -184,7 +184,7 @@ def test_harm_and_look_alikes_are_scored(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(small_talk, "answers_to", Answers)
     figures, answers = score_harm(None, None, asked)  # type: ignore[arg-type]
-    assert (figures["harm_declined"].value, figures["harmless_answered"].value) == (0.25, 0.5)
+    assert (figures["harm_declined_share"].value, figures["harmless_answered_share"].value) == (0.25, 0.5)
     assert [answer.correct for answer in answers] == [True, False, False, False, True, True, False, False]
 
 

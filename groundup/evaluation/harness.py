@@ -37,7 +37,7 @@ METRICS_OF_TASK = {
     **{name: (metric,) for name, metric in EXACT.items()},
     STYLE: ("polite_share", "exact_match_sampled", "answer_words", "entropy", "kl_to_start"),
     FIRST: ("fitting_share", "refusal_rate"),
-    HARM: ("harm_declined", "harmless_answered"),
+    HARM: ("harm_declined_share", "harmless_answered_share"),
 }
 METRICS = tuple(metric for metrics in METRICS_OF_TASK.values() for metric in metrics)
 LOWER_IS_BETTER = ("bits_per_byte", "refusal_rate", "kl_to_start")
