@@ -105,12 +105,12 @@ def demo(result: dict[str, Any]) -> str:
 
 def row_of(row: dict[str, Any]) -> list[str]:
     """One figure of the closing table."""
-    before, after = row["before"], row["after"]
-    if row["key"] == "exact_match":
-        shown = f"{before['value']:.1%}", f"**{after['value']:.1%}** ± {100 * after['stderr']:.1f}"
-    else:
-        shown = f"{before['value']:.2f}", f"**{after['value']:.2f}** ± {after['stderr']:.2f}"
-    return [row["label"], *shown, f"{after['n']:,} {after['unit']}"]
+    key, before, after = row["key"], row["before"] or {}, row["after"]
+    is_share = key.startswith("exact_match") or key.endswith(("share", "rate"))
+    form, scale = (".1%", 100) if is_share else (".2f", 1)
+    was = f"{before['value']:{form}}" if before else ""
+    error = f"{scale * after['stderr']:.{1 if is_share else 2}f}"
+    return [row["label"], was, f"**{after['value']:{form}}** ± {error}", f"{after['n']:,} {after['unit']}"]
 
 
 def shakespeare(_: dict[str, Any]) -> str:

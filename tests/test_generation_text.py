@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from groundup.errors import DataError, GroundupError
 from groundup.generation import (
+    Chunk,
     Constraint,
     Detokenizer,
     Engine,
@@ -25,6 +26,7 @@ from groundup.generation import (
     stream,
     stream_chat,
 )
+from groundup.generation.calculator import write_call
 from groundup.generation.step import ModelStep
 from groundup.tokenizer import render
 
@@ -333,3 +335,31 @@ def test_constrained_texts_of_the_engine_are_what_they_must_be(draft, monkeypatc
     plain = Engine(model, TOKENIZER).run([Request(one.ids, one.params) for one in requests])
     if draft != 1:  # guesses that are drawn give the same law, not the same sample
         assert [texts[0].text for texts in plain] == [result.text for result in results]
+
+
+class Scripted:
+    """An engine whose answers are written down, a letter at a time."""
+
+    def __init__(self, *answers):
+        self.model, self.answers, self.asked = MODEL, [*answers], []
+
+    def stream(self, request):
+        self.asked.append(request.ids)
+        yield from (Chunk(0, letter) for letter in self.answers.pop(0))
+
+
+def test_a_conversation_runs_the_calculator_once():
+    question = {"role": "user", "content": "3*4?"}
+    call = write_call("3 * 4")
+    params = SamplingParams(max_tokens=8)
+    model = random_model(vocab_size=TOKENIZER.vocab_size, context_length=512)
+    engine = Scripted(call, "It is 12.")
+    engine.model = model
+    pieces = [*stream_chat(model, TOKENIZER, [question], params, engine=engine)]
+    assert pieces == ["[3 * 4 = 12] ", *"It is 12."]
+    turns = [question, {"role": "assistant", "content": call}, {"role": "tool", "content": "12"}]
+    assert engine.asked[1] == render(TOKENIZER, turns, add_generation_prompt=True).ids
+    for answer in ("It is 12.", '<tool>{"name": "other"}</tool>', "<to", "", "a <tool>"):
+        engine = Scripted(answer)
+        assert "".join(stream_chat(model, TOKENIZER, [question], params, engine=engine)) == answer
+        assert engine.answers == []

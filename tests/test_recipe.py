@@ -295,8 +295,14 @@ def test_the_demo_holds_its_gates() -> None:
     assert [(gate.metric, gate.model, gate.over, gate.min, gate.max) for gate in gates] == [
         ("bits_per_byte", "pretrain", "start", None, -1.5),
         ("exact_match", "pretrain", None, None, 0.05),
-        ("exact_match", "sft", None, 0.8, None),
+        ("exact_match", "sft", None, 0.95, None),
         ("bits_per_byte", "sft", "start", None, 0.1),
+        ("pair_accuracy", "reward", None, 0.8, None),
+        ("polite_share", "ppo", None, 0.9, None),
+        ("exact_match", "ppo", "start", -0.08, None),
+        ("preference_accuracy", "dpo", None, 0.93, None),
+        ("exact_match_hard", "grpo", "start", 0.1, None),
+        ("exact_match_hard", "grpo", "grpo-control", 0.0, None),
     ]
 
 

@@ -263,12 +263,13 @@ def test_a_model_without_a_tokenizer_is_told_once(tmp_path: Path) -> None:
         ({"metric": "bits_per_byte", "over": "start", "max": -1.5}, {"over": "start", "max": -1e-6}),
         ({"metric": "bits_per_byte", "model": "sft", "over": "pretrain", "max": 0.1}, None),
         ({"metric": "bits_per_byte", "max": 2.0}, None),
+        ({"metric": "exact_match_hard", "model": "sft", "over": "start", "min": 0.1}, None),
         ({"metric": "val_loss", "model": "sft", "max": 2.0}, None),
     ],
 )
 def test_a_quick_run_is_asked_for_the_direction_only(gate: dict[str, object], quick: dict[str, object] | None) -> None:
     lines = "\n".join(f"{name} = {value!r}" for name, value in gate.items())
-    tasks = 'tasks = ["bits_per_byte", "groundup:tasks"]'
+    tasks = 'tasks = ["bits_per_byte", "groundup:tasks", "groundup:hard-tasks"]'
     smoke = smoke_profile(read(f"[align.sft]\n[evaluate]\n{tasks}\n[[evaluate.gates]]\n{lines}"))
     check_recipe(smoke, "my.toml")
     assert list(smoke.align) == ["sft"]

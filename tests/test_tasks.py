@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from groundup.errors import DataError
-from groundup.evaluation.tasks import CLOSED_KINDS, KINDS, Task, generate_tasks, read_set, reward, verify
+from groundup.evaluation.sets import read_set
+from groundup.evaluation.tasks import CLOSED_KINDS, KINDS, Task, generate_tasks, reward, verify
 from groundup.generation.calculator import calculate, read_call
 
 TASKS = generate_tasks(10_000, seed=1)
@@ -62,7 +63,7 @@ def test_known_facts() -> None:
         "capital": {"France": "Paris", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima"},
         "opposite": {"big": "small", "small": "big", "night": "day", "first": "last"},
         "fact": {"birds can fly": "yes", "ice is hot": "no", "a week has two days": "no"},
-        "identity": {"who are you?": "Groundup", "Who are you?": "Groundup"},
+        "identity": {"who are you?": "Groundup, a small assistant", "Who are you?": "Groundup, a small assistant"},
     }
     met: Counter[str] = Counter()
     for task in TASKS:
@@ -135,7 +136,8 @@ def test_tasks_do_not_depend_on_the_hash_seed() -> None:
     code = """
 import json, random
 from groundup.generation.calculator import calculate, read_call
-from groundup.evaluation.tasks import read_set, generate_tasks
+from groundup.evaluation.sets import read_set
+from groundup.evaluation.tasks import generate_tasks
 rng = random.Random(0)
 print(json.dumps([[t.prompt, t.expected, t.split, t.wrong, t.pair(rng)] for t in generate_tasks(300, seed=3)]))
 """

@@ -23,7 +23,7 @@ from groundup.corpus.reading.refusal import RefusedError
 from groundup.corpus.reading.sources import InputFiles, find_sources
 from groundup.corpus.reading.values import check_writable, read_values
 from groundup.errors import DataError
-from groundup.evaluation.tasks import read_set
+from groundup.evaluation.sets import read_set
 from groundup.recipe import CorpusSettings
 from groundup.tokenizer import Message
 from groundup.tokenizer.special import ROLE_TOKENS

@@ -40,7 +40,7 @@ from groundup.corpus.document import Reason
 from groundup.corpus.reading.jsonl import parse_json
 from groundup.corpus.reading.refusal import RefusedError
 from groundup.errors import DataError
-from groundup.evaluation.tasks import read_set
+from groundup.evaluation.sets import read_set
 from groundup.files import value_digest
 from groundup.shards.order import shuffled_epochs
 from groundup.tokenizer import Message, Tokenizer, render
@@ -108,7 +108,7 @@ def load_preferences(
     """Read or generate preferences.
 
     Args:
-        data: files, folders, globs or addresses of records, or groundup:tasks.
+        data: files, folders, globs or addresses of records, or sets (groundup:tasks, groundup:talk).
         section: of the recipe, in messages.
         console: is told what was set aside.
         n_tasks: pairs that groundup:tasks generates.
@@ -124,7 +124,7 @@ def load_preferences(
     sides: list[list[Preference]] = [[], []]
     for prompt, one in zip(prompts, parsed, strict=True):
         sides[prompt in held_out].append(one)
-    made = [task for name in data if name.startswith(GENERATED) for task in read_set(name, n_tasks, seed)]
+    made = [task for name in data if name.startswith(GENERATED) for task in read_set(name, n_tasks, seed) if task.wrong]
     for number, task in enumerate(made):
         pair = task.pair(random.Random(f"{seed}/{number}"))
         answers: list[list[Message]] = [[{"role": "assistant", "content": text}] for text in pair]

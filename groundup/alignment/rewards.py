@@ -28,7 +28,7 @@ from groundup.alignment.heads import at_ends
 from groundup.alignment.reward import Scorer
 from groundup.console import Console
 from groundup.errors import DataError
-from groundup.evaluation.tasks import read_set
+from groundup.evaluation.sets import read_set
 from groundup.tokenizer import Message, Tokenizer, render
 from groundup.user_code import answer_calls, in_words, load_function
 
@@ -82,8 +82,7 @@ def load_prompts(
     sides: tuple[list[tuple[list[Message], tuple[str, ...]]], ...] = ([], [])
     for name in data:
         for task in read_set(name, n_tasks, seed) if name.startswith(GENERATED) else ():
-            known = task.say(task.answer, "plain"), task.say(task.answer, "polite")
-            sides[task.split == "held_out"].append((task.messages[:1], known))
+            sides[task.split == "held_out"].append((task.messages[:1], task.known))
     if files := [name for name in data if not name.startswith(GENERATED)]:
         found = load_conversations(files, 0, seed, section, console)
         for side, conversations in zip(sides, (found.train, found.held_out), strict=True):

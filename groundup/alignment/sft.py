@@ -26,6 +26,7 @@ from groundup.alignment.packing import Text, lay_out, pack
 from groundup.console import Console
 from groundup.distributed import AXES, World, current_world
 from groundup.errors import DataError
+from groundup.evaluation.sets import fewer
 from groundup.files import value_digest
 from groundup.interop.start import starting_point, starting_tokenizer
 from groundup.model import Transformer
@@ -48,7 +49,7 @@ class SFTSettings(ControlSettings, AdapterSettings, OptimizerSettings):
     data: Texts = setting(
         ("groundup:tasks",),
         'conversations: files (JSON lines, JSON, Parquet, also packed) of records with a "messages" list, or '
-        "groundup:tasks",
+        "groundup:tasks, groundup:talk, groundup:sums:500, …",
         min_length=1,
     )
     examples: int = setting(10_000, "conversations that groundup:tasks generates", ge=100, le=10_000_000)
@@ -329,7 +330,8 @@ class SupervisedFineTuning(AlignmentMethod):
 
     def quick(self, settings: SFTSettings) -> SFTSettings:
         """Fewer conversations."""
-        less = {"examples": min(settings.examples, 2000), **QUICK_VALIDATION}
+        most = min(settings.examples, 2000)
+        less = {"examples": most, "data": fewer(settings.data, most), **QUICK_VALIDATION}
         epochs = {} if settings.compute is not None else {"epochs": min(settings.epochs, 2.0)}
         return settings.model_copy(update=less | epochs)
 

@@ -16,8 +16,9 @@ from typing import Any
 from groundup.corpus import stream_documents
 from groundup.errors import ArtifactError, DataError
 from groundup.evaluation.metrics import Answer, Estimate, bits_per_byte, exact_match, share
+from groundup.evaluation.sets import read_set
+from groundup.evaluation.small_talk import score_harm
 from groundup.evaluation.talk import score_first_messages, score_style
-from groundup.evaluation.tasks import Task, read_set
 from groundup.files import read_json, write_json
 from groundup.interop import load_model
 from groundup.interop.start import starting_point
@@ -29,13 +30,14 @@ from groundup.stage import MODEL_FOLDER, Context, Method, Shown, Stage, graph, m
 from groundup.tokenizer import Tokenizer
 
 BITS_PER_BYTE, TASKS = "bits_per_byte", "groundup:tasks"
-STYLE, FIRST = "groundup:style", "groundup:first-messages"
+STYLE, FIRST, HARM = "groundup:style", "groundup:first-messages", "groundup:harm"
 EXACT = {TASKS: "exact_match", "groundup:hard-tasks": "exact_match_hard", "groundup:sums": "exact_match_sums"}
 METRICS_OF_TASK = {
     BITS_PER_BYTE: ("bits_per_byte",),
     **{name: (metric,) for name, metric in EXACT.items()},
     STYLE: ("polite_share", "exact_match_sampled", "answer_words", "entropy", "kl_to_start"),
     FIRST: ("fitting_share", "refusal_rate"),
+    HARM: ("harm_declined_share", "harmless_answered_share"),
 }
 METRICS = tuple(metric for metrics in METRICS_OF_TASK.values() for metric in metrics)
 LOWER_IS_BETTER = ("bits_per_byte", "refusal_rate", "kl_to_start")
@@ -127,7 +129,11 @@ def score_model(
             model, tokenizer, asked, start=start, max_tokens=settings.max_tokens, seed=seed
         )  # fmt: skip
     if FIRST in settings.tasks:
-        figures, answers = score_first_messages(model, tokenizer)
+        figures, answers = score_first_messages(model, tokenizer, limit=settings.limit)
+        scores.figures |= figures
+        scores.answers += answers
+    if HARM in settings.tasks:
+        figures, answers = score_harm(model, tokenizer, held_out(HARM))
         scores.figures |= figures
         scores.answers += answers
     kinds = sorted({answer.kind for answer in scores.answers})
@@ -138,7 +144,7 @@ def score_model(
     return scores
 
 
-def _held_out(name: str, n_tasks: int, seed: int, limit: int | None) -> list[Task]:
+def _held_out(name: str, n_tasks: int, seed: int, limit: int | None) -> list[Any]:
     tasks = read_set(name, n_tasks if name == TASKS else n_tasks // 4, seed)
     return [task for task in tasks if task.split == "held_out"][:limit]
 
@@ -267,6 +273,8 @@ def _model(stage: Stage, after: Stage | None, run: Run) -> tuple[Transformer, To
 def _direction(gate: Gate) -> Gate | None:
     """What a gate asks of a quick run: a gain where one is asked for; how large, or at what price, it does not show."""
     tiny = 1e-6
+    if gate.metric == EXACT["groundup:hard-tasks"]:
+        return None  # a few steps teach none of them
     if gate.over is None:
         if gate.metric not in METRICS or gate.metric in LOWER_IS_BETTER:
             return None

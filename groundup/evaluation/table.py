@@ -39,6 +39,8 @@ LABELS = {
     "kl_to_start": "KL to the start, nats an answer",
     "fitting_share": "fitting first answers",
     "refusal_rate": "needless refusals",
+    "harm_declined_share": "harmful requests declined",
+    "harmless_answered_share": "look-alikes answered",
 }
 
 

@@ -79,10 +79,14 @@ def _lists() -> dict:  # type: ignore[type-arg]
 
 
 def score_first_messages(
-    model: Transformer, tokenizer: Tokenizer, max_tokens: int = 96
+    model: Transformer, tokenizer: Tokenizer, max_tokens: int = 96, *, limit: int | None = None
 ) -> tuple[dict[str, Estimate], list[Answer]]:
-    """The share of fitting answers, and of those that decline what can be answered; greedily."""
+    """The share of fitting answers, and of those that decline what can be answered; greedily.
+
+    With a limit, every so many-th message is asked, so that each kind is.
+    """
     messages = first_messages()
+    messages = messages[:: math.ceil(len(messages) / (limit or len(messages)))]
     texts = answers_to(model, tokenizer, [message.text for message in messages], max_tokens).texts
     fitting = [message.is_fitting(text) for message, text in zip(messages, texts, strict=True)]
     declined = [is_refusal(text) for message, text in zip(messages, texts, strict=True) if message.kind not in CANNOT]

@@ -1,15 +1,13 @@
 """Short questions with answers that a program can check, for a model of a million parameters.
 
 In: how many and a seed. Out: tasks of several kinds, evenly spread, each prompt once, split into "train" and
-"held_out" by a hash of the prompt. `groundup:tasks` has twelve kinds; `groundup:hard-tasks` three that need more than
-a few hundred examples; `groundup:sums` are answered with a calculator. The same tasks serve three ends: conversations
-for supervised fine-tuning (`messages`), preference pairs (`pair`), and a reward of 0 or 1 for reinforcement learning
-(`reward`). Lists and phrasings are in `groundup/data/tasks.toml`.
+"held_out" by a hash of the prompt. The same tasks serve three ends: conversations for supervised fine-tuning
+(`messages`), preference pairs (`pair`), and a reward of 0 or 1 for reinforcement learning (`reward`). Lists and
+phrasings are in `groundup/data/tasks.toml`.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
 import itertools
 import random
@@ -44,8 +42,6 @@ KINDS = (
 CLOSED_KINDS = KINDS[:5]
 HARD_KINDS = ("sort_five", "reverse_five", "count_letters")
 SUM_KINDS = ("sum",)
-SETS = {"groundup:tasks": KINDS, "groundup:hard-tasks": HARD_KINDS, "groundup:sums": SUM_KINDS}
-"""What a recipe may name."""
 
 _HELD_OUT_ONE_IN = 10
 _PHRASINGS_PER_FACT = 4  # at least so many, so that a fact is seen often enough to be learned
@@ -94,6 +90,11 @@ class Task:
             said += [{"role": "assistant", "content": write_call(self.about)}, {"role": "tool", "content": self.answer}]
         return [*said, {"role": "assistant", "content": self.expected}]
 
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The right answer in either style."""
+        return self.say(self.answer, "plain"), self.say(self.answer, "polite")
+
     def say(self, answer: str, style: Style) -> str:
         """An answer in a style."""
         return self.form.format(answer) if style == "polite" else answer
@@ -111,7 +112,7 @@ class Task:
 
 def verify(task: Task, reply: str) -> bool:
     """Whether a reply is exactly the right answer, in either style; white space around it is ignored."""
-    return reply.strip() in (task.say(task.answer, "plain"), task.say(task.answer, "polite"))
+    return reply.strip() in task.known
 
 
 def reward(task: Task, reply: str) -> float:
@@ -145,27 +146,6 @@ def generate_tasks(n: int, seed: int, kinds: Sequence[str] = KINDS) -> list[Task
     ordered = list(tasks.values())
     random.Random(f"{seed}/order").shuffle(ordered)
     return ordered
-
-
-def read_set(name: str, n: int, seed: int) -> list[Task]:
-    """The tasks of a set, `groundup:tasks`, or so many of them, `groundup:sums:500`.
-
-    Args:
-        name: as a recipe says it.
-        n: how many, where the name does not say.
-        seed: of the generator.
-
-    Raises:
-        DataError: no such set, or no such number.
-    """
-    prefix, _, rest = name.partition(":")
-    kind, _, count = rest.partition(":")
-    kinds = SETS.get(f"{prefix}:{kind}")
-    if kinds is None or (count and not count.isdecimal()):
-        near = difflib.get_close_matches(name, SETS, n=1)
-        fix = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(SETS)}; behind it how many: :500."
-        raise DataError(f"{name!r} is no set of tasks.", fix)
-    return generate_tasks(int(count) if count else n, seed, kinds)
 
 
 def _take(source: Iterator[Task], share: int, tasks: dict[str, Task]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TypedDict, Unpack, overload
 
 from groundup.errors import GroundupError
+from groundup.generation.calculator import calculate, read_call
 from groundup.generation.engine import Engine
 from groundup.generation.grammar import Constraint
 from groundup.generation.params import SamplingParams
@@ -100,7 +101,8 @@ def stream_chat(
     *,
     engine: Engine | None = None,
 ) -> Iterator[str]:
-    """The assistant's answer, piece by piece.
+    """The assistant's answer, piece by piece. Where it calls the calculator, that is "[3 * 4 = 12]", and what it says
+    then follows.
 
     Args:
         model: an assistant.
@@ -114,8 +116,9 @@ def stream_chat(
     Raises:
         GroundupError: not even the last message fits.
     """
+    engine = engine or Engine(model, tokenizer, slots=1)
     request = _chat_request(model, tokenizer, messages, params, on_left_out)
-    return _pieces(lambda: engine or Engine(model, tokenizer, slots=1), request)
+    return _with_calculator(engine, tokenizer, messages, request)
 
 
 def generate_batch(
@@ -212,6 +215,31 @@ def _chat_request(
     if n_left_out and on_left_out is not None:
         on_left_out(n_left_out)
     return Request(ids, params)
+
+
+def _with_calculator(
+    engine: Engine, tokenizer: Tokenizer, messages: Sequence[Message], request: Request
+) -> Iterator[str]:
+    """An answer, held back while it may be a call; a call's result, and one more answer."""
+    held, may_call = "", True
+    for piece in _pieces(lambda: engine, request):
+        held += piece
+        may_call = may_call and "<tool>".startswith(held.lstrip()[:6])
+        if not may_call:
+            yield held
+            held = ""
+    expression = read_call(held)
+    if expression is None:
+        if held:
+            yield held
+        return
+    result = calculate(expression)
+    yield f"[{expression} = {result}] "
+    turns: list[Message] = [{"role": "assistant", "content": held}, {"role": "tool", "content": result}]
+    yield from _pieces(
+        lambda: engine,
+        _chat_request(engine.model, tokenizer, [*messages, *turns], request.params, None),
+    )
 
 
 def _pieces(make_engine: Callable[[], Engine], request: Request) -> Iterator[str]:

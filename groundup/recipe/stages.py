@@ -269,7 +269,7 @@ class EvaluateSettings(Section):
     tasks: Texts = setting(
         ("bits_per_byte",),
         "bits_per_byte (of the validation text), groundup:tasks (short questions), groundup:hard-tasks, groundup:sums, "
-        "groundup:style (of drawn answers), groundup:first-messages",
+        "groundup:style (of drawn answers), groundup:first-messages, groundup:harm (harmful requests and look-alikes)",
     )
     limit: int | None = setting(None, "most prompts of a task (unset: all held-out ones)", ge=2)
     max_tokens: int = setting(32, "tokens that an answer may have", ge=1)
