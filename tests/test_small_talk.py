@@ -11,6 +11,7 @@ import pytest
 
 from groundup.alignment.conversations import load_conversations
 from groundup.alignment.preferences import load_preferences
+from groundup.alignment.rewards import load_prompts
 from groundup.corpus.holdout import Holdout
 from groundup.errors import DataError
 from groundup.evaluation import small_talk
@@ -155,6 +156,13 @@ def test_preferences_of_help_and_harm() -> None:
     found = load_preferences(["groundup:talk"], "align.dpo", n_tasks=1000)
     assert 700 < len(found.train) < 900  # without stories and continuations
     assert {len(one.answers) for one in found.train} == {2}
+
+
+def test_prompts_are_first_messages_and_their_answers_are_known() -> None:
+    tokenizer = Tokenizer.train(["a small talk"] * 9, vocab_size=300)
+    found = load_prompts(["groundup:talk:200"], 0, 1, tokenizer, 10_000, "align.ppo")
+    known = {talk.prompt: talk.known for talk in generate_talk(200, 1)}
+    assert {one.messages[0]["content"]: one.known for one in found.train + found.held_out} == known
 
 
 def test_sets_by_name() -> None:
