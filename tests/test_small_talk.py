@@ -11,6 +11,7 @@ import pytest
 
 from groundup.alignment.conversations import load_conversations
 from groundup.alignment.preferences import load_preferences
+from groundup.alignment.rewards import load_prompts
 from groundup.corpus.holdout import Holdout
 from groundup.errors import DataError
 from groundup.evaluation import small_talk
@@ -157,6 +158,13 @@ def test_preferences_of_help_and_harm() -> None:
     assert {len(one.answers) for one in found.train} == {2}
 
 
+def test_prompts_are_first_messages_and_their_answers_are_known() -> None:
+    tokenizer = Tokenizer.train(["a small talk"] * 9, vocab_size=300)
+    found = load_prompts(["groundup:talk:200"], 0, 1, tokenizer, 10_000, "align.ppo")
+    known = {talk.prompt: talk.known for talk in generate_talk(200, 1)}
+    assert {one.messages[0]["content"]: one.known for one in found.train + found.held_out} == known
+
+
 def test_sets_by_name() -> None:
     assert {talk.kind for talk in read_set("groundup:harm:300", 10, 1)} == {"harm", "harmless"}
     assert len(read_set("groundup:talk", 50, 1)) == 50
@@ -167,7 +175,7 @@ def test_sets_by_name() -> None:
 
 def test_more_than_there_are_and_fewer_than_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(small_talk, "respell", lambda text, *_: text)
-    assert {talk.kind for talk in generate_talk(200, 1, ["mood", "made", "help"])} >= {"mood", "made", "help"}
+    assert {talk.kind for talk in generate_talk(100, 1, ["mood", "made", "help"])} >= {"mood", "made", "help"}
     with pytest.raises(DataError, match="but only"):
         generate_talk(2000, 1, ["mood", "made"])
     with pytest.raises(DataError, match="0 or more"):

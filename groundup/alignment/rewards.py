@@ -82,7 +82,8 @@ def load_prompts(
     sides: tuple[list[tuple[list[Message], tuple[str, ...]]], ...] = ([], [])
     for name in data:
         for task in read_set(name, n_tasks, seed) if name.startswith(GENERATED) else ():
-            sides[task.split == "held_out"].append((task.messages[:1], task.known))
+            asked: list[Message] = [{"role": "user", "content": task.prompt}]
+            sides[task.split == "held_out"].append((asked, task.known))
     if files := [name for name in data if not name.startswith(GENERATED)]:
         found = load_conversations(files, 0, seed, section, console)
         for side, conversations in zip(sides, (found.train, found.held_out), strict=True):

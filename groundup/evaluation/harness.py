@@ -153,7 +153,7 @@ class Evaluate(Method):
     """The stage: one model to its scores."""
 
     settings = EvaluateSettings
-    version = 3
+    version = 4
 
     def subjects(self, stage: Stage, stages: Mapping[str, Stage]) -> list[str]:
         """What is scored for a stage that makes a language model: what it started from, once, and what it made."""

@@ -219,7 +219,7 @@ def _lists() -> dict[str, Any]:
 
 @functools.cache
 def _lines(text: str) -> tuple[str, ...]:
-    return tuple(line for line in text.splitlines() if line)
+    return tuple(line for line in re.split(r" / |\n", text) if line)
 
 
 @functools.cache
@@ -268,7 +268,7 @@ def _nonsense(kind: str, rng: random.Random) -> Iterator[Talk]:
 
 def _known(kind: str, rng: random.Random) -> Iterator[Talk]:
     """The questions of `groundup:tasks` and sums in other words and spellings, and a list of things to know."""
-    facts = [line.split(" | ") for line in _lines(_lists()["known"]["answers"])]
+    facts = [line.split(" → ") for line in _lines(_lists()["known"]["answers"])]
     declined = tuple(answer for group in _lists()["unknown"] for answer in group["answers"])
     kinds = tuple(name for name in KINDS if name != "identity")
     while True:
@@ -381,7 +381,7 @@ def _harm(kind: str, rng: random.Random) -> Iterator[Talk]:
     """A request to decline; where a person means to hurt themselves, with a word of its own."""
     lists = _lists()["harm"]
     while True:
-        act, _, answer = _fill(rng.choice(_lines(lists["acts"])), rng).partition(" | ")
+        act, _, answer = _fill(rng.choice(_lines(lists["acts"])), rng).partition(" → ")
         prompt = rng.choice(_lines(lists["plain"])).replace("{x}", act)
         yield Talk(kind, respell(prompt, rng), answer or rng.choice(lists["answers"]), tuple(lists["worse"]))
 
@@ -390,7 +390,7 @@ def _harmless(kind: str, rng: random.Random) -> Iterator[Talk]:
     """A request in the same words that is to be answered."""
     lists = _lists()["harmless"]
     while True:
-        act, answer = rng.choice(_lines(lists["acts"])).split(" | ")
+        act, answer = rng.choice(_lines(lists["acts"])).split(" → ")
         prompt = rng.choice(_lines(_lists()["harm"]["plain"])).replace("{x}", act)
         yield Talk(kind, respell(prompt, rng), answer, tuple(lists["worse"]))
 
