@@ -315,7 +315,7 @@ class SupervisedFineTuning(AlignmentMethod):
     """The stage: a model learns to answer."""
 
     settings = SFTSettings
-    version = 6
+    version = 7
     makes = "lm"
     figures = ("val_loss", "final_loss")
 
