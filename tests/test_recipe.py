@@ -193,7 +193,7 @@ def test_broken_toml_names_the_line() -> None:
 def test_a_missing_recipe_names_the_nearest_shipped_one(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="Did you mean 'demo'"):
         read_recipe("demoo")
-    with pytest.raises(RecipeError, match="Shipped recipes: demo"):
+    with pytest.raises(RecipeError, match="Shipped recipes: assistant, demo"):
         read_recipe(tmp_path / "gone.toml")
 
 

@@ -12,9 +12,8 @@ import pytest
 from generation_models import small_tokenizer
 from serving_client import Served, serving, slow_down, small_state, wait_until
 
-import groundup.serving.security
 from groundup.generation import grammar
-from groundup.serving import Limits, app
+from groundup.serving import Limits, app, security
 
 CHAT = "/v1/chat/completions"
 TALK = [{"role": "user", "content": "Where is the cat?"}]
@@ -109,10 +108,8 @@ def test_every_answer_has_the_headers_that_protect_a_page(served: Served) -> Non
 
 def test_a_key_is_needed_for_all_but_health_and_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
-    real = groundup.serving.security.hmac.compare_digest
-    monkeypatch.setattr(
-        groundup.serving.security.hmac, "compare_digest", lambda *two: compared.append(two) or real(*two)
-    )
+    real = security.hmac.compare_digest
+    monkeypatch.setattr(security.hmac, "compare_digest", lambda *two: compared.append(two) or real(*two))
     with serving(small_state(keys=["first-key", "second-key"])) as served:
         asked = (
             ("/v1/models", None),
