@@ -44,7 +44,7 @@ def test_a_policy_earns_more_than_it_did(whole):
     earned = [sum(line["reward"] for line in lines[n : n + steps]) / steps for n in range(0, len(lines), steps)]
     assert earned[-1] > earned[0] + 0.1
     assert summary["held_out_reward"] > lines[0]["held_out_reward"] + 0.1
-    assert summary["held_out_n"] == 12 or summary["held_out_n"] == 16
+    assert summary["held_out_n"] == min(COMMON["held_out"], len(prompts().held_out))
     assert all(line["logprob_gap"] < 1e-5 for line in lines)
     assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-5)  # nothing has moved yet
     assert 0 < lines[-1]["kl"] < 20

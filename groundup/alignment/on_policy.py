@@ -37,9 +37,10 @@ from groundup.generation.rollouts import Rollouts, roll_out, use_calculator
 from groundup.interop.start import starting_config, starting_point
 from groundup.model import Transformer, reshaped
 from groundup.model.cost import forward_flops
-from groundup.recipe import AlignSettings, OptimizerName, OptimizerSettings, Texts, resolve_optimizer, setting
+from groundup.recipe import AlignSettings, OptimizerName, OptimizerSettings, Section, Texts, resolve_optimizer, setting
 from groundup.report.format import format_lines, format_number, format_whole, training_facts
 from groundup.shards import Permutation
+from groundup.shards.order import shuffled_epochs
 from groundup.stage import Check, Context, Shown, Stage, graph, model_digest
 from groundup.tokenizer import Tokenizer
 from groundup.training import IGNORED, Batch, Objective, TrainedModel, TrainingJob, forget_checkpoints, train
@@ -56,7 +57,21 @@ _PASS_ROWS = 32
 _AT_ONCE = 64
 
 
-class OnPolicySettings(AlignSettings, AdapterSettings, OptimizerSettings):
+class AnswerSettings(Section):
+    """How answers are written, and what they are worth."""
+
+    reward: str = setting(
+        VERIFY,
+        'what an answer is worth: groundup:verify, a stage that makes a reward model, or "my_reward.py:score"',
+        min_length=1,
+    )
+    reward_seconds: float = setting(10.0, "after which a reward function has failed for an answer", gt=0.0)
+    reward_process: bool = setting(False, "call a reward function in a process of its own, which may die or hang")
+    max_tokens: int = setting(32, "most tokens of an answer", ge=1)
+    temperature: float = setting(1.0, "at which answers are written, and their probabilities taken", gt=0.0, le=100.0)
+
+
+class OnPolicySettings(AlignSettings, AnswerSettings, AdapterSettings, OptimizerSettings):
     """What every method can be told that learns from its own answers."""
 
     rates_follow_size: ClassVar[bool] = False
@@ -69,18 +84,9 @@ class OnPolicySettings(AlignSettings, AdapterSettings, OptimizerSettings):
         min_length=1,
     )  # fmt: skip
     examples: int = setting(10_000, "prompts that groundup:tasks generates", ge=100, le=10_000_000)
-    reward: str = setting(
-        VERIFY,
-        'what an answer is worth: groundup:verify, a stage that makes a reward model, or "my_reward.py:score"',
-        min_length=1,
-    )
-    reward_seconds: float = setting(10.0, "after which a reward function has failed for an answer", gt=0.0)
-    reward_process: bool = setting(False, "call a reward function in a process of its own, which may die or hang")
     rollouts: int = setting(96, "answers in a buffer", ge=1)
     buffers: int = setting(30, "how many buffers are made", ge=1)
     epochs: int = setting(1, "passes over each buffer", ge=1)
-    max_tokens: int = setting(32, "most tokens of an answer", ge=1)
-    temperature: float = setting(1.0, "at which answers are written, and their probabilities taken", gt=0.0, le=100.0)
     missing_end: float = setting(0.0, "taken from the reward of an answer that does not end in time", ge=0.0)
     held_out: int = setting(64, "held-out prompts that are answered now and then, without learning from them", ge=0)
     held_out_every: int = setting(5, "buffers between two of those times", ge=1)
@@ -135,7 +141,7 @@ class RolloutSource:
 
     def learn_from(self, modules: Mapping[str, nn.Module], batch: Batch, last: Batch) -> tuple[Batch, float]:
         """What else a buffer has, of `ids`, `targets`, `rewards`, `old`; and FLOPs."""
-        return {}, 0.0
+        raise NotImplementedError
 
     def is_due(self, place: int) -> bool:
         """Before the first batch that learns from it."""
@@ -166,7 +172,7 @@ class RolloutSource:
         rewards = self._rewards(modules, prompts, rolled) - settings.missing_end * (~rolled.is_ended)
         if self._reward is not None and bool(self._world.gather(rewards).isnan().all()):
             first = f"; the first: {self._reward.failures[0]}" if self._reward.failures else ""
-            raise DataError(f"[align] reward = {settings.reward!r}: it fails for all answers{first}.")
+            raise DataError(f"{self._reward.where}: it fails for all answers{first}.")
         targets = rolled.ids.where(rolled.is_answer, IGNORED)[:, 1:]
         batch = {"ids": rolled.ids, "targets": targets, "rewards": rewards}
         batch["old"], gap = self._own_logprobs(model, batch, rolled.logprobs[:, 1:])
@@ -199,9 +205,8 @@ class RolloutSource:
 
     def _prompt(self, place: int, row: int) -> Prompt:
         number = (place // self.settings.steps_per_buffer * self.buffer_rows + row) // self._group
-        epoch, index = divmod(number, len(self._prompts.train))
-        order = Permutation(len(self._prompts.train), (self._seed, epoch))
-        return self._prompts.train[int(order(np.array([index]))[0])]
+        (index,) = shuffled_epochs(np.array([number]), len(self._prompts.train), self._seed)
+        return self._prompts.train[index]
 
     def _row_seed(self, place: int, row: int) -> int:
         return xxhash.xxh3_64_intdigest(f"{self._seed}/{place}/{row}".encode()) >> 1

@@ -18,8 +18,8 @@ from pydantic import model_validator
 from torch import nn
 
 from groundup.alignment.conversations import Conversations
-from groundup.alignment.on_policy import PolicyMethod, scores_of, starting_reward, whole_model, without_dropout
-from groundup.alignment.rewards import VERIFY, FunctionReward, Prompt, Prompts, load_prompts
+from groundup.alignment.on_policy import AnswerSettings, PolicyMethod, scores_of, starting_reward, without_dropout
+from groundup.alignment.rewards import FunctionReward, Prompt, Prompts, load_prompts
 from groundup.alignment.sft import SFT, SFTSettings, fine_tune
 from groundup.console import Console
 from groundup.distributed import World, current_world
@@ -39,18 +39,13 @@ from groundup.training.precision import choose_precision
 _AT_ONCE = 256
 
 
-class RejectionSettings(SFTSettings):
+class RejectionSettings(SFTSettings, AnswerSettings):
     """A model and a reward to a model that has learned from its best answers."""
 
-    reward: str = setting(VERIFY, "what an answer is worth, as for ppo", min_length=1)
-    reward_seconds: float = setting(10.0, "after which a reward function has failed for an answer", gt=0.0)
-    reward_process: bool = setting(False, "call a reward function in a process of its own, which may die or hang")
     prompts: int = setting(1000, "prompts that are answered", ge=2)
     samples: int = setting(8, "answers to each", ge=1, le=1024)
     keep: int = setting(1, "best different answers of a prompt that are learned", ge=1)
     least: float = setting(1.0, "reward from which an answer is good")
-    max_tokens: int = setting(32, "most tokens of an answer", ge=1)
-    temperature: float = setting(1.0, "at which answers are written", gt=0.0, le=100.0)
 
     @model_validator(mode="after")
     def _some_are_left_out(self) -> RejectionSettings:
@@ -134,7 +129,7 @@ def _good_answers(
     width = max(len(prompt.ids) for prompt in prompts) + settings.max_tokens
     params = SamplingParams(temperature=settings.temperature, max_tokens=settings.max_tokens)
     model = model.to(world.device)
-    engine = Engine(whole_model(model, World(0, 1, world.device, None)), tokenizer, slots=64, dtype=dtype)
+    engine = Engine(model, tokenizer, slots=64, dtype=dtype)
     found: dict[int, list[tuple[float, str]]] = {}
     good = 0
     with console.bar(name, len(todo)) as bar:

@@ -137,12 +137,15 @@ class FunctionReward:
         seconds: that it may take for an answer; then it has failed.
         in_process: call it in a process of its own, which is ended if it hangs or dies.
 
+    Attributes:
+        failures: of the last call, in words.
+
     Raises:
         DataError: there is no such function, or its file is not trusted.
     """
 
     def __init__(self, spec: str, where: str, *, seconds: float = 10.0, in_process: bool = False) -> None:
-        self._spec, self._where, self._seconds = spec, where, seconds
+        self._spec, self.where, self._seconds = spec, where, seconds
         self._function = None if spec == VERIFY else load_function(spec, where, _EXAMPLE)
         self._in_process = in_process and spec != VERIFY
         self._worker: Any = None
@@ -185,7 +188,7 @@ class FunctionReward:
         if self._worker is None:
             context = multiprocessing.get_context("spawn")
             pipe, theirs = context.Pipe()
-            process = context.Process(target=answer_calls, args=(self._spec, self._where, theirs), daemon=True)
+            process = context.Process(target=answer_calls, args=(self._spec, self.where, theirs), daemon=True)
             process.start()
             theirs.close()
             self._worker = process, pipe
