@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from groundup.corpus.document import Reason
+from groundup.corpus.reading import extract as extract_module
 from groundup.corpus.reading import extract_child
 from groundup.corpus.reading.extract import Extractor
 from groundup.corpus.reading.extract_child import in_utf8
@@ -61,6 +62,12 @@ def answer_of(extractor: Extractor, html: bytes, url: str = "") -> str | Refusal
         return extractor.extract(html, url)
     except RefusedError as refused:
         return refused.reason, refused.detail
+
+
+def id_of(extractor: Extractor) -> int | None:
+    """The child's, while there is one."""
+    process = extractor.process
+    return process.pid if process else None
 
 
 @pytest.fixture(scope="module", params=["trafilatura", "resiliparse"])
@@ -135,14 +142,14 @@ def test_process_is_replaced_after_some_pages() -> None:
         answers, processes = [], set()
         for html in PAGES:
             answers.append(extractor.extract(html))
-            processes.add(extractor.process_id)
+            processes.add(id_of(extractor))
         assert [f"Number {number} " in str(answer) for number, answer in enumerate(answers)] == [True] * 12
         assert len(processes) == 3
 
 
 def test_without_a_page_there_is_no_process() -> None:
     with Extractor("trafilatura", 20.0) as extractor:
-        assert extractor.process_id is None
+        assert extractor.process is None
 
 
 SLOW_PAGE = page_of("A page that takes a while. " * 40_000).encode() * 12
@@ -157,11 +164,32 @@ def test_page_over_time() -> None:
     assert [f"Number {number} " in str(answers[at]) for at, number in ((0, 0), (2, 2), (4, 3))] == [True] * 3
 
 
+@pytest.mark.parametrize("html", [PAGES[1], page_of("A long page. " * 60_000).encode()])
+def test_a_page_whose_process_was_stopped_is_set_aside(html: bytes) -> None:
+    """Nobody waits for ever: neither for its answer nor until it takes a page that no buffer holds."""
+    with Extractor("resiliparse", 0.25) as extractor:
+        before = extractor.extract(PAGES[0])
+        stopped = id_of(extractor)
+        assert stopped is not None
+        os.kill(stopped, signal.SIGSTOP)
+        begin = time.monotonic()
+        assert answer_of(extractor, html) == (Reason.TIMEOUT, "more than 0.25 s")
+        assert 0.9 < time.monotonic() - begin < 10
+        assert not psutil.pid_exists(stopped)
+        assert extractor.extract(PAGES[0]) == before
+
+
+def test_an_extractor_that_is_stopped_while_it_loads_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extract_module, "_LOADING_SECONDS", 0.0)
+    with Extractor("resiliparse", 20.0) as extractor, pytest.raises(GroundupError, match="cannot be started"):
+        extractor.extract(PAGES[0])
+
+
 def kill_busy_children(extractor: Extractor, number: signal.Signals, times: int, stop: threading.Event) -> None:
     """Kill the extractor's child while it works on a page, so many times."""
     killed = set()
     while len(killed) < times and not stop.is_set():
-        process_id = extractor.process_id
+        process_id = id_of(extractor)
         if process_id is not None and process_id not in killed:
             try:
                 used = sum(psutil.Process(process_id).cpu_times()[:2])
@@ -188,7 +216,7 @@ def test_page_whose_process_dies_is_tried_once_more(kills: int, number: signal.S
     if kills == 1:
         assert isinstance(answers[0], str)
     else:
-        assert answers[0] == (Reason.CRASH, "the extractor's process was ended by SIGSEGV")
+        assert answers[0] == (Reason.CRASH, "the extractor's process was ended by signal 11 (Segmentation fault)")
     assert "Number 4" in str(answers[1])
 
 
@@ -221,7 +249,7 @@ import sys
 from groundup.corpus.reading.extract import Extractor
 with Extractor("resiliparse", 2.0) as extractor:
     extractor.extract(b"<p>text of a page</p>")
-    print(extractor.process_id, flush=True)
+    print(extractor.process.pid, flush=True)
     if sys.argv[1] == "busy":
         sys.stdin.readline()
         extractor.extract(b"<p>text <b>and</b> more</p>" * 1_000_000)
@@ -251,7 +279,7 @@ def test_no_process_is_left_behind() -> None:
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     with Extractor("resiliparse", 20.0, pages_per_process=2) as extractor:
         [extractor.extract(html) for html in PAGES]
-        last = extractor.process_id
+        last = id_of(extractor)
         assert last is not None
     assert not psutil.pid_exists(last)
     assert {process.pid for process in psutil.Process().children(recursive=True)} <= before
@@ -289,7 +317,7 @@ def test_inside_a_ray_task(fast: Extractor) -> None:
 
 def test_extractor_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "resiliparse.py").write_text("raise ImportError('not this one')")
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with Extractor("resiliparse", 20.0) as extractor, pytest.raises(GroundupError, match="not this one") as caught:
         extractor.extract(PAGES[0])
     assert "pip install" in str(caught.value.fix)

@@ -2,9 +2,11 @@
 
 import io
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,9 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from groundup.corpus import engine
 from groundup.corpus.document import Reason, Record, SetAside
 from groundup.corpus.reading.read import Unit, UnitReader, units_of
 from groundup.corpus.reading.sources import InputFile, find_sources
+from groundup.errors import GroundupError
 from groundup.recipe import CorpusSettings
 
 Read = tuple[list[Record], list[SetAside]]
@@ -164,3 +168,29 @@ def test_files_that_cannot_be_read_are_one_piece_that_says_so(tmp_path: Path) ->
     records, aside = read_units(units_of(find_sources([tmp_path]), 10))
     assert records == []
     assert [record.reason for record in aside] == [Reason.CUT_OFF, Reason.UNREADABLE]
+
+
+@pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (Exception("The current node timed out during startup.\nA trace"), "node timed out during startup."),
+        (ConnectionError("Ray is trying to start at an address"), "Ray is trying"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_a_ray_that_does_not_start_is_an_error_with_a_way_out(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, why: str, address: str | None
+) -> None:
+    def init(**options: object) -> None:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=init))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(GroundupError, match=r"could not (start Ray|join .*10\.0\.0\.1:6379)") as caught:
+        engine.engine_for("ray", 1, 0)
+    assert why in str(caught.value)
+    assert "A trace" not in str(caught.value)
+    assert "engine = 'local'" in str(caught.value.fix)

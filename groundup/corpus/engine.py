@@ -104,12 +104,13 @@ class RayCluster(Engine):
         if self._ours:
             address = os.environ.get("RAY_ADDRESS")
             options: dict[str, Any] = {} if address else {"num_cpus": n_workers, "include_dashboard": False}
-            try:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
-            except (OSError, RuntimeError, ValueError) as error:
+            try:  # "local": never one that runs on this machine for somebody else
+                ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+            except Exception as error:  # Ray raises nothing more precise when a node does not start in time
                 where = f"join the Ray cluster at {address}" if address else "start Ray on this machine"
+                why = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise GroundupError(
-                    f"[corpus] engine = 'ray': could not {where} ({str(error).splitlines()[0]}).",
+                    f"[corpus] engine = 'ray': could not {where} ({why}).",
                     "Check RAY_ADDRESS and RAY_AUTH_TOKEN, or use engine = 'local'.",
                 ) from error
         self.n_workers = n_workers or int(self._ray.cluster_resources().get("CPU", 1))

@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, Pipe
-from pathlib import Path
+from multiprocessing.connection import Connection
 from typing import Literal
 
 from groundup.corpus.document import Reason
@@ -23,9 +24,10 @@ from groundup.corpus.reading import extract_child as child
 from groundup.corpus.reading.refusal import RefusedError
 from groundup.errors import GroundupError
 
-_STARTS = 3  # a process that is killed while it loads the extractor is started again so often
-# Sets of strings must come in one order in every child; a module beside the script must not hide one of the library's
-# (-P); glibc would give the memory of every page back to the system, and take it anew for the next one.
+_LOADING_SECONDS = 300.0
+_HANG_FACTOR = 4  # so many times its seconds of processor time a page may take by the clock: the machine may be busy
+# Sets of strings must come in one order in every child; a module beside the script must not hide one of the
+# library's; glibc would give the memory of every page back to the system, and take it anew for the next one.
 _ENVIRONMENT = {
     "PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1",
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
@@ -43,19 +45,16 @@ class Extractor:
         timeout_seconds: processor time that a page may take (and four times as much by the clock).
         pages_per_process: the child is replaced after so many.
         memory_mib: what a page may take beside the extractor itself, where the system can limit it.
+        process: the child, while there is one.
     """
 
     kind: Literal["trafilatura", "resiliparse"]
     timeout_seconds: float
     pages_per_process: int = 1000
     memory_mib: float = 2048.0
+    process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    _connection: Connection = field(init=False)
     _n_answered: int = field(default=0, init=False)
-    _child: tuple[subprocess.Popen[bytes], Connection] | None = field(default=None, init=False)
-
-    @property
-    def process_id(self) -> int | None:
-        """The child's, while there is one."""
-        return self._child[0].pid if self._child else None
 
     def extract(self, html: bytes, url: str = "") -> str:
         """The main text of a page as it was served from `url` (nothing is fetched).
@@ -70,9 +69,10 @@ class Extractor:
         for is_last in (False, True):
             if self._n_answered >= self.pages_per_process:
                 self.__exit__()
+            if self.process is None:
+                self._start()
             try:
-                self._child = self._child or self._start()
-                is_text, text = self._answer(self._child, url.encode("utf-8", "replace"), html)
+                is_text, text = self._ask(url.encode("utf-8", "replace"), html)
                 break
             except RefusedError as refused:
                 if is_last or refused.reason == Reason.TIMEOUT:
@@ -88,59 +88,59 @@ class Extractor:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Close the connection, which ends the child where it waits for a page, and see that it ends."""
-        if self._child is None:
-            return
-        (process, connection), self._child = self._child, None
-        connection.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5.0)
-        process.kill()
-        process.wait()
+        """End the child; killing it ends one that hangs or was stopped too."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self._connection.close()
+            self.process = None
 
-    def _start(self) -> tuple[subprocess.Popen[bytes], Connection]:
-        path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)
-        is_loaded, why, self._n_answered = False, "its process ends at once", 0
-        for _ in range(_STARTS):
-            ours, theirs = Pipe()
-            arguments = [self.kind, str(self.timeout_seconds), str(self.memory_mib), str(theirs.fileno())]
-            process = subprocess.Popen(
-                [sys.executable, "-P", str(Path(child.__file__).resolve()), *arguments],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": path, **_ENVIRONMENT}, pass_fds=[theirs.fileno()], process_group=0,
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        limit = struct.pack("ll", *divmod(round(_HANG_FACTOR * self.timeout_seconds * 1e6), 10**6))
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            ours.setsockopt(socket.SOL_SOCKET, option, limit)
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, child.__file__, self.kind, str(self.timeout_seconds), str(self.memory_mib)],
+                stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                env=os.environ | _ENVIRONMENT, process_group=0,
             )  # fmt: skip
-            theirs.close()
-            self._child = process, ours
-            with contextlib.suppress(RefusedError):
-                is_loaded, why = self._answer(self._child)
-                break
-        if is_loaded and self._child:
-            return self._child
-        self.__exit__()
-        raise GroundupError(
-            f"[corpus] extractor = {self.kind!r} cannot be started: {why}",
-            "Run: pip install trafilatura lxml_html_clean resiliparse, or choose the other of the two extractors.",
-        )
+        self._connection, self._n_answered = Connection(ours.detach()), 0
+        try:
+            is_loaded, why = self._ask()
+        except RefusedError as refused:
+            is_loaded, why = False, str(refused)
+        if not is_loaded:
+            self.__exit__()
+            raise GroundupError(
+                f"[corpus] extractor = {self.kind!r} cannot be started: {why}",
+                "Run: pip install trafilatura lxml_html_clean resiliparse, or choose the other of the two extractors.",
+            )
 
-    def _answer(self, running: tuple[subprocess.Popen[bytes], Connection], *page: bytes) -> tuple[bool, str]:
+    def _ask(self, *page: bytes) -> tuple[bool, str]:
         """What the child says to a page, or of its own when it is loaded: whether that is a text, and what it is.
 
-        Raises `RefusedError` if it ends instead: its own timers, which the kernel keeps, see to that.
+        Raises `RefusedError` if it ends instead, as its own timer sees to, or does not answer in time.
         """
-        process, connection = running
-        with contextlib.suppress(EOFError, OSError):
+        assert self.process is not None
+        process = self.process
+        try:
             for message in page:
-                connection.send_bytes(message)
-            answer = connection.recv_bytes().decode()
+                self._connection.send_bytes(message)
+            if not page and not self._connection.poll(_LOADING_SECONDS):
+                raise BlockingIOError
+            answer = self._connection.recv_bytes().decode()
             return answer[0] == "+", answer[1:]
-        connection.close()
-        code = process.wait()
+        except (EOFError, OSError) as error:
+            is_late = isinstance(error, BlockingIOError)  # what a socket with a time limit raises
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.0 if is_late else 5.0)
         self.__exit__()
-        if -code in (signal.SIGPROF, signal.SIGALRM):
+        code = process.returncode
+        if is_late or code == -signal.SIGPROF:
             raise RefusedError(Reason.TIMEOUT, f"more than {self.timeout_seconds:g} s")
-        how = (
-            f"was ended by {signal.Signals(-code).name}" if -code in set(signal.Signals) else f"ended with code {code}"
-        )
+        how = f"ended with code {code}" if code >= 0 else f"was ended by signal {-code} ({signal.strsignal(-code)})"
         if code == child.OUT_OF_MEMORY:
             how = f"ran out of memory: a page may take {self.memory_mib:,.0f} MiB"
         raise RefusedError(Reason.CRASH, f"the extractor's process {how}")

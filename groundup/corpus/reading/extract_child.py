@@ -1,7 +1,7 @@
 """The process that takes text out of HTML pages: it is sent pages, and sends their texts back.
 
 A script of its own, so that it holds an extractor and nothing else of groundup, and so that a crash, a hang or a leak
-of native code ends here. It ends when its connection does, and a page takes no longer than the kernel's timers allow. A
+of native code ends here. It ends when its standard input, a socket, does, and by SIGPROF when a page takes too long. A
 page is two messages, its address and its bytes; an answer is one: "+" and the text, or "-" and what went wrong. The
 first answer comes without a page and says whether the extractor is loaded.
 """
@@ -18,13 +18,11 @@ import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-OUT_OF_MEMORY = 99
-"""The exit code of a process that had not enough for a page."""
-_LOADING_SECONDS = 300.0
-_HANG_FACTOR = 4  # so many times its seconds of processor time a page may take by the clock: the machine may be busy
-
-_META = re.compile(rb"""<meta\b[^>]{0,400}?\bcharset\s*=\s*["']?\s*([A-Za-z0-9_.:+-]{2,40})""", re.IGNORECASE)
-_XML = re.compile(rb"""^\s*<\?xml\b[^>]{0,200}?\bencoding\s*=\s*["']([A-Za-z0-9_.:+-]{2,40})["']""", re.IGNORECASE)
+OUT_OF_MEMORY = 99  # the exit code of a process that had not enough for a page
+_DECLARED = re.compile(
+    rb"""(?:\A\s*<\?xml\b[^>]{0,200}?\bencoding|<meta\b[^>]{0,400}?\bcharset)\s*=\s*["']?\s*([\w.:+-]{2,40})""",
+    re.IGNORECASE,
+)
 _META_WITHIN_BYTES, _DETECT_WITHIN_BYTES = 8192, 1 << 17
 _AGREEING = 20  # of so many bytes beyond ASCII one may break the encoding
 _MARKED = {
@@ -38,15 +36,9 @@ _CONTROL = re.compile("[\x01-\x08\x0e-\x1f\x80-\x84\x86-\x9f]")
 
 
 def main() -> None:
-    """Serve pages until the connection ends. Arguments: the extractor, seconds for a page, MiB of memory, its file."""
-    kind, seconds, memory_mib, connection = sys.argv[1], float(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
-    # Whatever the parent ignores or blocks, the timers must end this process; Ctrl-C is left to the parent.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGALRM, signal.SIGPROF):
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    _set_timers(_LOADING_SECONDS)
-    with Connection(connection) as parent, contextlib.suppress(EOFError, OSError):
+    """Serve pages until the connection ends. Arguments: the extractor, seconds for a page, MiB of memory."""
+    kind, seconds, memory_mib = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+    with Connection(sys.stdin.fileno()) as parent, contextlib.suppress(EOFError, OSError):
         try:
             extract = load(kind)
         except Exception as error:
@@ -56,14 +48,13 @@ def main() -> None:
         # So much address space beyond what the loaded extractor has already, where the system knows such a limit.
         with contextlib.suppress(OSError, ValueError), open("/proc/self/statm") as statm:
             limit = int(statm.read().split()[0]) * resource.getpagesize() + int(memory_mib * 2**20)
-            hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-            resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
+            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
         answer = "+"
         while True:
-            _set_timers(0.0)
+            signal.setitimer(signal.ITIMER_PROF, 0.0)
             parent.send_bytes(answer.encode("utf-8", "replace"))
             url, html = parent.recv_bytes().decode(), parent.recv_bytes()
-            _set_timers(seconds)
+            signal.setitimer(signal.ITIMER_PROF, seconds)
             try:
                 answer = "+" + (extract(decode_html(html), url) or "").strip()
             except MemoryError:
@@ -78,23 +69,13 @@ def load(kind: str) -> Callable[[str, str], str | None]:
         from resiliparse.extract.html2text import extract_plain_text
 
         return lambda html, url: extract_plain_text(html, main_content=True, alt_texts=False, comments=False)
-    import logging
-
     from trafilatura import extract
 
-    logging.disable(logging.CRITICAL)
     # Without the fallbacks of the slow mode (F1 0.963 against 0.953 on the article extraction benchmark), with tables,
     # without comments. `deduplicate` would make a page's text depend on the pages before it.
     return lambda html, url: extract(
-        html, url=url or None, fast=True, include_comments=False, include_tables=True, deduplicate=False,
-        with_metadata=False, output_format="txt",
-    )  # fmt: skip
-
-
-def _set_timers(seconds: float) -> None:
-    """SIGPROF after so many seconds of processor time, SIGALRM if it hangs without using any; 0: none."""
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    signal.setitimer(signal.ITIMER_REAL, _HANG_FACTOR * seconds)
+        html, url=url or None, fast=True, include_comments=False, include_tables=True, deduplicate=False
+    )
 
 
 def decode_html(data: bytes) -> str:
@@ -110,20 +91,16 @@ def decode_html(data: bytes) -> str:
     try:
         text = data.decode("utf-8")
         is_plain = not data.isascii() or not data.translate(None, _PLAIN)
-        if data.isascii() and any(mark in data for mark in _SEVEN_BIT):
-            kinds = [_declared(data)] if b"\x1b" in data else []
-            kinds += [encoding for mark, encoding in _SEVEN_BIT.items() if mark in data]
-            text = next(filter(None, (_fitting(data, encoding) for encoding in kinds)), text)
+        if data.isascii():
+            others = (_fitting(data, encoding) for mark, encoding in _SEVEN_BIT.items() if mark in data)
+            text = next(filter(None, others), text)
     except UnicodeDecodeError:
-        text, is_plain = _decode_other(data), False
+        declared, is_plain = _declared(data), False
+        text = _fitting(data, "utf-8") or _fitting(data, declared) or _guessed(data, declared)
     return (text if is_plain else _CONTROL.sub("\ufffd", text)).replace("\0", "")
 
 
-def _decode_other(data: bytes) -> str:
-    """A page that is not UTF-8 throughout."""
-    declared = _declared(data)
-    if (text := _fitting(data, "utf-8") or _fitting(data, declared)) is not None:
-        return text
+def _guessed(data: bytes, declared: str | None) -> str:
     from resiliparse.parse.encoding import detect_encoding
 
     # Of the names that HTML knows it gives none for Korean, and it takes the traditional Chinese for simplified.
@@ -145,20 +122,17 @@ def _fitting(data: bytes, encoding: str | None) -> str | None:
 
 
 def _declared(data: bytes) -> str | None:
-    beginning = data[:_META_WITHIN_BYTES]
-    found = _XML.search(beginning) or _META.search(beginning)
-    encoding = known_encoding(found.group(1).decode("ascii")) if found else None
+    found = _DECLARED.search(data[:_META_WITHIN_BYTES])
+    encoding = known_encoding(found[1].decode("ascii")) if found else None
     # A declaration that can be read byte by byte is not in UTF-16.
     return "utf-8" if encoding and encoding.startswith(("utf-16", "utf-32")) else encoding
 
 
 def known_encoding(label: str | None) -> str | None:
     """Python's name of an encoding that HTML names, or None."""
-    if not label:
-        return None
     from resiliparse.parse.encoding import map_encoding_to_html5
 
-    name = map_encoding_to_html5(label, fallback_utf8=False) or label
+    name = map_encoding_to_html5(label or "", fallback_utf8=False) or label or ""
     name = {"big5": "big5hkscs", "shift_jis": "cp932", "euc-kr": "cp949", "gbk": "gb18030"}.get(name.lower(), name)
     try:
         b"".decode(name)  # LookupError: unknown, or no encoding of text
@@ -178,7 +152,7 @@ def in_utf8(data: bytes, encoding: str) -> bytes:
             data.decode("utf-8")
             return data
     with contextlib.suppress(UnicodeError):
-        return codecs.BOM_UTF8 + data.decode(name).encode("utf-8")
+        return codecs.BOM_UTF8 + data.decode(name).encode()
     return data
 
 
