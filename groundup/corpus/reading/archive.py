@@ -29,23 +29,15 @@ _END = RefusedError(Reason.EMPTY, "the file's end")
 
 
 class RawRecord(NamedTuple):
-    """One record of an archive.
-
-    Attributes:
-        position, number: as in `Record`; a loss counts as a record.
-        fields: its header, names in lower case; that of an ARC record is given the names of WARC.
-        kind, size_bytes: by its header: its WARC-Type, such as "response", and how long its content is.
-        block: its content, as far as the reader's limit and one byte; only its beginning where its length is wrong.
-        fault: why the content is not whole, or None.
-    """
+    """One record of an archive; `position` and `number` as in `Record`, where a loss counts as a record too."""
 
     position: int
     number: int
-    fields: dict[str, str]
-    kind: str
-    size_bytes: int
-    block: bytes
-    fault: RefusedError | None
+    fields: dict[str, str]  # its header, names in lower case; that of an ARC record is given the names of WARC
+    kind: str  # its WARC-Type, such as "response"
+    size_bytes: int  # how long its content is, by its header
+    block: bytes  # its content, as far as the reader's limit and one byte; only its beginning where its length is wrong
+    fault: RefusedError | None  # why the content is not whole
 
 
 def read_records(source: InputFile, limit_bytes: int) -> Iterator[RawRecord | SetAside]:
@@ -191,7 +183,7 @@ def _pieces_of(source: InputFile) -> Iterator[bytes | RefusedError]:
             block = stored.read(CHUNK_BYTES)
             packing = packing_of(block) or ("" if _RECORD.match(block) else source.packing)
             if packing:
-                yield from Unpacker(lambda: stored.read(CHUNK_BYTES), packing, block).pieces(_RECORD.match)
+                yield from Unpacker(stored, packing, block).pieces(_RECORD.match)
             while block and not packing:
                 yield block
                 block = stored.read(BLOCK_BYTES)

@@ -2,7 +2,7 @@
 
 A stream ends only where its file ends and every member of it is whole; otherwise it raises `DamagedStreamError`, when
 what was read before has been handed out: cut off, a checksum that does not fit, something else behind the data, a bomb.
-(Python's own readers of bzip2 and xz take whatever follows the data for its end, that of `zstandard` a cut.)
+(Python's own readers of bzip2 and xz take whatever follows the data for its end.)
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ import contextlib
 import io
 import lzma
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-import zstandard
-
 from groundup.corpus.document import Reason
 from groundup.corpus.reading.refusal import DamagedStreamError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 PACKINGS = (".gz", ".zst", ".bz2", ".xz")
 BLOCK_BYTES = 1 << 20
@@ -31,27 +35,11 @@ _PEEK_BYTES = 4096  # of a member as stored, from which it is told what it holds
 _ZSTD_SKIPPED = [bytes([kind]) + b"\x2a\x4d\x18" for kind in range(0x50, 0x60)]  # frames to skip
 
 
-class _Zstandard:
-    """A frame, with the interface of zlib's; its library has no limit for what comes out, only for what goes in."""
-
-    def __init__(self) -> None:
-        self._inflater, self._piece = zstandard.ZstdDecompressor().decompressobj(), 64  # 4 bytes may be 128 KiB
-        self.eof, self.unconsumed_tail, self.unused_data = False, memoryview(b""), b""
-
-    def decompress(self, data: bytes | memoryview, max_length: int) -> bytes:
-        view = memoryview(data)
-        chunk = self._inflater.decompress(view[: self._piece])
-        self.eof, self.unconsumed_tail = self._inflater.eof, view[self._piece :]
-        self._piece = min(2 * self._piece, 2048) if len(chunk) <= max_length else 64
-        self.unused_data = self._inflater.unused_data + self.unconsumed_tail if self.eof else b""
-        return chunk
-
-
 _FORMATS: dict[str, tuple[str, tuple[bytes, ...], Callable[[], Any]]] = {
     ".gz": ("gzip", (b"\x1f\x8b\x08",), lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)),
     ".bz2": ("bzip2", (b"BZh",), bz2.BZ2Decompressor),
     ".xz": ("xz", (b"\xfd7zXZ\0",), lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY_BYTES)),
-    ".zst": ("Zstandard", (b"\x28\xb5\x2f\xfd", *_ZSTD_SKIPPED), _Zstandard),
+    ".zst": ("Zstandard", (b"\x28\xb5\x2f\xfd", *_ZSTD_SKIPPED), zstd.ZstdDecompressor),
     "zlib": ("deflate", (b"",), zlib.decompressobj),
     "deflate": ("deflate", (b"",), lambda: zlib.decompressobj(wbits=-zlib.MAX_WBITS)),
 }
@@ -65,36 +53,33 @@ def packing_of(head: bytes) -> str:
 
 def open_uncompressed(stored: IO[bytes], packing: str) -> io.BufferedReader:
     """What a compressed file holds, to be read forward. Reading raises `DamagedStreamError` at cuts and damage."""
-    return io.BufferedReader(_UncompressedStream(stored, packing), CHUNK_BYTES)
+    return io.BufferedReader(Unpacker(stored, packing), CHUNK_BYTES)
 
 
-class _UncompressedStream(io.RawIOBase):
-    def __init__(self, stored: IO[bytes], packing: str) -> None:
-        self._stored, self._left = stored, memoryview(b"")
-        self._pieces = Unpacker(lambda: stored.read(CHUNK_BYTES), packing).pieces()
+class Unpacker(io.RawIOBase):
+    """The members of a compressed file, in pieces or as a stream; `data` is what was read of the file already."""
+
+    def __init__(self, stored: IO[bytes], packing: str, data: bytes = b"") -> None:
+        self._stored, self._read, self._data, self._n_stored, self._n_read = stored, stored.read, data, len(data), 0
+        self._name, self._beginnings, self._make = _FORMATS[packing]
+        self._padding = b"\0" if packing in (".gz", ".xz") else b""  # behind a member, as their own tools take it
+        self._stream, self._left = self.pieces(), memoryview(b"")
 
     def readable(self) -> bool:
+        """Always."""
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        self._left = self._left or memoryview(next(self._pieces, b""))  # type: ignore[arg-type]  # faults are raised
-        target = memoryview(buffer).cast("B")
-        n_bytes = min(len(target), len(self._left))
-        target[:n_bytes], self._left = self._left[:n_bytes], self._left[n_bytes:]
+        """What comes next of `pieces()`, as much as fits."""
+        self._left = self._left or memoryview(next(self._stream, b""))  # type: ignore[arg-type]  # faults are raised
+        n_bytes = min(len(buffer), len(self._left))
+        buffer[:n_bytes], self._left = self._left[:n_bytes], self._left[n_bytes:]
         return n_bytes
 
     def close(self) -> None:
+        """Close the file too."""
         self._stored.close()
         super().close()
-
-
-class Unpacker:
-    """The members of a compressed file; `read` gives what follows the stored bytes in `data`, b"" at their end."""
-
-    def __init__(self, read: Callable[[], bytes], packing: str, data: bytes = b"") -> None:
-        self._read, self._data, self._n_stored, self._n_read = read, data, len(data), 0
-        self._name, self._beginnings, self._make = _FORMATS[packing]
-        self._padding = b"\0" if packing in (".gz", ".xz") else b""  # behind a member, as their own tools take it
 
     def pieces(self, is_wanted: Callable[[bytes], object] | None = None) -> Iterator[bytes | DamagedStreamError]:
         """What the members hold, in pieces. Raises `DamagedStreamError` behind what was read before a fault.
@@ -131,7 +116,7 @@ class Unpacker:
                             reason, fault = Reason.CUT_OFF, self._cut_off()
                     if self._n_read > BOMB_BYTES and self._n_read > BOMB_RATIO * self._n_stored:
                         fault = f"a decompression bomb: {self._n_stored:,} bytes have grown to {self._n_read:,} so far"
-                        self._data, self._read = b"", bytes
+                        self._data, self._read = b"", io.BytesIO().read
                 if not fault:
                     self._data = inflater.unused_data
             elif any(beginning.startswith(self._data) for beginning in self._beginnings):
@@ -167,7 +152,7 @@ class Unpacker:
         return n_passed
 
     def _block(self) -> bytes:
-        block = self._read()
+        block = self._read(CHUNK_BYTES)
         self._n_stored += len(block)
         return block
 
