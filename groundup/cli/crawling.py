@@ -36,11 +36,18 @@ def crawl(
 
     Interrupted anywhere, the same command goes on. Exit code 1 if no page is stored.
     """
-    settings = _settings({name: value for name, value in chosen.items() if value is not None})
+    from pydantic import ValidationError
+
     from groundup.cli.building import stopped_by_sigterm
     from groundup.console import Console
     from groundup.corpus.crawl import crawl as fetch
+    from groundup.errors import Problem, RecipeError
 
+    try:
+        settings = CrawlSettings(**chosen)
+    except ValidationError as error:
+        problems = [Problem(f"{_flag(str(one['loc'][0]))} {one['input']}", f"{one['msg']}.") for one in error.errors()]
+        raise RecipeError("corpus crawl", problems) from error
     console, table = Console(quiet=quiet), Table("outcome", "addresses", "for example", box=None, pad_edge=False)
     lines = (line.strip() for file in lists or [] for line in file)
     pages = [*(urls or []), *(line for line in lines if line and not line.startswith("#"))]
@@ -48,13 +55,12 @@ def crawl(
         report = fetch(pages, out, settings, console, sitemaps=sitemaps or [])
     for outcome, count in report.outcomes.most_common():
         table.add_row(outcome, f"{count:,}", report.examples.get(outcome))
-    table.add_row("waiting", f"{report.waiting:,}")
+    left_alone = [f"{host} {why}" for host, why in report.closed_hosts.items()]
+    table.add_row("waiting", f"{report.waiting:,}", (left_alone or [""])[0])
     if as_json:
         print_json(vars(report))
     elif not quiet:
         result_console().print(table)
-        for host, why in list(report.closed_hosts.items())[:10]:
-            console.note(f"{host}: left alone until next time: {why}")
         if report.limit and report.waiting:
             console.note(f"{_flag(report.limit)} is reached; the same command with a higher one goes on.")
         if report.stored:
@@ -72,29 +78,14 @@ def _with_options(command: Any) -> None:
     signature = inspect.signature(command, eval_str=True)
     parameters = list(signature.parameters.values())[:-1]
     for name, field in CrawlSettings.model_fields.items():
-        kind: Any = field.annotation
-        about, default, metavar = str(field.description), str(field.default).removesuffix(".0"), None
-        if isinstance(field.default, tuple):
-            kind, default, metavar = str, ",".join(field.default), "A,B"
-        about += f" (default {default})." if default not in ("", "False") else "."
-        option = typer.Option(_flag(name), metavar=metavar, help=about[0].upper() + about[1:])
-        kind = Annotated[kind | None, option]
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+        about, is_list = str(field.description), isinstance(field.default, tuple)
+        kind, default = (str, ",".join(field.default)) if is_list else (field.annotation, field.default)
+        option = typer.Option(_flag(name), metavar="A,B" if is_list else None, help=f"{about[0].upper()}{about[1:]}.")
+        annotation: Any = Annotated[kind, option]
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        )
     command.__signature__ = signature.replace(parameters=parameters)
 
 
 _with_options(crawl)
-
-
-def _settings(given: dict[str, Any]) -> CrawlSettings:
-    """The settings that were given; all that is wrong with them at once."""
-    from pydantic import ValidationError
-
-    from groundup.errors import Problem, RecipeError
-
-    try:
-        return CrawlSettings(**given)
-    except ValidationError as error:
-        faults = error.errors(include_url=False)
-        problems = [Problem(f"{_flag(str(one['loc'][0]))} {one['input']}", f"{one['msg']}.") for one in faults]
-        raise RecipeError("corpus crawl", problems) from error

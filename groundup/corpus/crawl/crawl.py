@@ -1,14 +1,15 @@
 """`crawl`: addresses to WARC files, by a Scrapy spider.
 
-A host's pages have their turn one after the other; Scrapy's slots keep the pauses between. In its turn: robots.txt,
-requests until redirects end, each under the same rules, then an outcome: stored, or refused with a reason. Links and
-sitemaps add pages. What an earlier session stored is read from its file instead.
+A host's pages have their turn one after the other; Scrapy's slots keep the pauses between. In its turn: robots.txt, a
+request, then an outcome: stored, or refused with a reason, or a turn at the address that it was redirected to, under
+the same rules. Links and sitemaps add pages. What an earlier session stored is read from its file instead.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import re
 import threading
@@ -42,10 +43,9 @@ _MAX_ROBOTS_BYTES = 512 << 10  # a longer one is none that allows anything (RFC 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _SCRAPY = {
     "TWISTED_REACTOR_ENABLED": False, "LOG_ENABLED": False,
-    "DOWNLOAD_HANDLERS": {"http": fetch.Fetcher, "https": fetch.Fetcher},
+    "DOWNLOAD_HANDLERS": {"http": fetch.Fetcher, "https": fetch.Fetcher}, "DOWNLOAD_HANDLERS_BASE": {},
     # None of Scrapy's own: no cookies, no telnet console, no suffix lists, no caches, no redirects.
-    "DOWNLOAD_HANDLERS_BASE": {}, "DOWNLOADER_MIDDLEWARES_BASE": {}, "SPIDER_MIDDLEWARES_BASE": {},
-    "EXTENSIONS_BASE": {}, "ADDONS": {}, "TELNETCONSOLE_ENABLED": False, "COOKIES_ENABLED": False,
+    "DOWNLOADER_MIDDLEWARES_BASE": {}, "SPIDER_MIDDLEWARES_BASE": {}, "EXTENSIONS_BASE": {},
     "CONCURRENT_REQUESTS_PER_DOMAIN": 1, "DOWNLOAD_DELAY_JITTER": 0.0,
 }  # fmt: skip
 
@@ -76,6 +76,7 @@ class Page:
     sitemap: bool = False
     named: bool = False  # by the user
     depth: int = 0  # links between it and a page that the user named
+    hops: int = 0  # redirects so far
 
 
 def crawl(
@@ -198,33 +199,41 @@ class _Spider(Spider):
             self.stopping.set()
 
     async def _turn(self, page: Page) -> None:
-        """A page comes to an outcome, or waits for the next session."""
-        report, before = self.report, page.url in self.files.stored
-        async with self._hosts[_host(page.url)]:
-            try:
-                outcome, detail = "waiting" if report.limit else await self._take(page), ""
-            except GroundupError:  # a full disk
-                raise
-            except Exception as error:  # whatever is thrown in its turn is the page's own fault
-                refused = error if isinstance(error, Refused) else Refused("not HTTP", repr(error))
-                outcome, detail = refused.reason, refused.detail
-            host = _host(page.url)
-            self._failures[host] += outcome == "connection"
-            if outcome == "connection" and self._failures[host] >= _MAX_FAILURES:
-                report.closed_hosts[host] = f"{self._failures[host]} pages in a row: {detail}"
-            if outcome == "left alone":
-                report.closed_hosts.setdefault(host, detail)
-            elif outcome != "waiting" and not before:
-                report.waiting -= 1
-                report.outcomes[outcome] += 1
-                report.examples.setdefault(outcome, f"{page.url} {detail}".strip())
-                self._check_limits()
+        """A page comes to an outcome, or waits for the next session; where it is redirected it has another turn."""
+        report, is_known, outcome = self.report, page.url in self.files.stored, ""
+        while not outcome:
+            async with self._hosts[host := _host(page.url)]:
+                try:
+                    outcome, detail = "waiting" if report.limit else await self._take(page), ""
+                except GroundupError:  # a full disk
+                    raise
+                except Exception as error:  # whatever is thrown in its turn is the page's own fault
+                    refused = error if isinstance(error, Refused) else Refused("not HTTP", repr(error))
+                    outcome, detail = refused.reason, refused.detail
+                self._failures[host] = self._failures[host] + 1 if outcome == "connection" else 0
+                if outcome == "left alone" or self._failures[host] >= _MAX_FAILURES:
+                    report.closed_hosts.setdefault(host, detail)
+                if outcome not in ("", "waiting", "left alone") and not is_known:
+                    report.waiting -= 1
+                    report.outcomes[outcome] += 1
+                    report.examples.setdefault(outcome, f"{page.url} {detail}".strip())
+                    self._check_limits()
 
     async def _take(self, page: Page) -> str:
+        """What comes of an address; "" if it leads elsewhere."""
         if page.url in self.files.stored:
             self._follow((await self._links(page, self.files.read(page.url)))[1])
             return "stored"
-        response = await self._fetch(page)
+        if _host(page.url) in self.report.closed_hosts:
+            raise Refused("left alone")
+        if not self._within(page.url):
+            raise Refused("outside the crawl")
+        await self._check_robots(page.url)
+        most, types = int(self.options.max_page_mib * 2**20), self.options.types
+        response = await self._ask(page.url, *((fetch.MAX_SITEMAP_BYTES, ("*",)) if page.sitemap else (most, types)))
+        if response.status in _REDIRECTS:
+            self._redirect(page, response)
+            return ""
         if response.status != 200:
             raise Refused("status", f"HTTP {response.status}")
         if page.sitemap:
@@ -246,36 +255,24 @@ class _Spider(Spider):
         self.report.stored_bytes += len(response.body)
         return "stored"
 
+    def _redirect(self, page: Page, response: Response) -> None:
+        if (target := _location(response)) is None:
+            raise Refused("not an http address", f"redirected to {fetch.header(response, 'Location')!r}")
+        if page.hops == _MAX_HOPS:
+            raise Refused("too many redirects", f"more than {_MAX_HOPS}")
+        if page.named:  # what the user named may move
+            self._widen(target)
+        if target in self._known or target in self.files.stored:
+            self._follow([replace(page, url=target)])
+            raise Refused("already fetched", f"redirected to {target}")
+        page.url, page.hops = target, page.hops + 1
+        self._known.add(target)
+
     async def _links(self, page: Page, response: Response) -> tuple[bool, list[Page]]:
         """Whether a page asks not to be kept, and where it leads within the crawl."""
         noindex, links = await asyncio.to_thread(fetch.extract_links, response, self.options.product)
         links = links if page.depth < self.options.depth else []
         return noindex, [Page(url, depth=page.depth + 1) for url in links if self._within(url)]
-
-    async def _fetch(self, page: Page) -> Response:
-        """Follow an address to an answer; each one that it leads to is checked like the first."""
-        most, types = int(self.options.max_page_mib * 2**20), self.options.types
-        most, types = (fetch.MAX_SITEMAP_BYTES, ("*",)) if page.sitemap else (most, types)
-        for _ in range(_MAX_HOPS + 1):
-            if (host := _host(page.url)) in self.report.closed_hosts:
-                raise Refused("left alone")
-            if not self._within(page.url):
-                raise Refused("outside the crawl")
-            await self._check_robots(page.url)
-            response = await self._ask(page.url, most, types)
-            self._failures[host] = 0
-            if response.status not in _REDIRECTS:
-                return response
-            if (target := _location(response)) is None:
-                raise Refused("not an http address", f"redirected to {fetch.header(response, 'Location')!r}")
-            if page.named:  # what the user named may move
-                self._widen(target)
-            if target in self._known or target in self.files.stored:
-                self._follow([replace(page, url=target)])
-                raise Refused("already fetched", f"redirected to {target}")
-            page.url = target
-            self._known.add(target)
-        raise Refused("too many redirects", f"more than {_MAX_HOPS}")
 
     async def _check_robots(self, url: str) -> None:
         origin = url[: url.index("/", len("https://"))]
@@ -315,7 +312,19 @@ class _Spider(Spider):
         return rules
 
     async def _ask(self, url: str, most: int, types: Sequence[str] = ("*",)) -> Response:
-        return await self.crawler.engine.download_async(Request(url, meta={"most": most, "types": types}))
+        """Ask for an address, after a fault that may pass again; meanwhile its host rests, as long as it asks for."""
+        for attempt in itertools.count():
+            try:
+                return await self.crawler.engine.download_async(Request(url, meta={"most": most, "types": types}))
+            except Refused as refused:
+                if (refused.wait or 0.0) > self.options.max_wait_seconds:
+                    raise Refused("left alone", str(refused)) from refused
+                is_last = not refused.again or attempt >= self.options.retries
+                backoff = 0.0 if is_last else fetch.BACKOFF_SECONDS * 2.0**attempt
+                await asyncio.sleep(backoff if refused.wait is None else refused.wait)
+                if is_last:
+                    raise
+        raise AssertionError
 
     def _widen(self, url: str) -> None:
         folder = _folder(url)

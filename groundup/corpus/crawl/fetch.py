@@ -71,31 +71,22 @@ class Fetcher(BaseDownloadHandler):
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=15.0),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
-            response_class=_Answer,
             trust_env=False,  # a proxy of the environment would connect in our place, past the rule on addresses
         )
 
     async def download_request(self, request: Request) -> Response:
-        """Ask for an address, after a fault that may pass again; then its host rests, as long as it asks for."""
-        options, slot, attempt = self._options, self.crawler.engine.downloader.slots[request.meta["download_slot"]], 0
+        """Ask for an address once. Raises `Refused`, whatever a server makes a library throw."""
         try:
-            while True:
-                pause = 0.0
-                try:
-                    async with self._turns, asyncio.timeout(options.timeout_seconds):
-                        return await self._get(request)
-                except Exception as error:
-                    refused, last = _refusal(error), attempt >= options.retries
-                    backoff = BACKOFF_SECONDS * 2.0**attempt if refused.again and not last else 0.0
-                    pause = backoff if refused.wait is None else min(refused.wait, options.max_wait_seconds)
-                    if (refused.wait or 0.0) > options.max_wait_seconds:
-                        raise Refused("left alone", str(refused)) from error
-                    if last or not refused.again:
-                        raise refused from error
-                await asyncio.sleep(max(slot.delay, pause))
-                attempt += 1
-        finally:
-            slot.lastseen = time.monotonic() + max(0.0, pause - slot.delay)  # Scrapy adds the delay to it
+            async with self._turns, asyncio.timeout(self._options.timeout_seconds):
+                return await self._get(request)
+        except Refused:
+            raise
+        except Exception as error:
+            text = str(getattr(error, "message", "") or error or type(error).__name__).strip().partition("\n")[0]
+            reason = next((reason for kind, reason in _FAULTS.items() if isinstance(error, kind)), "not HTTP")
+            raise Refused(reason, text, again=reason != "not HTTP") from error
+        finally:  # a host rests from now on
+            self.crawler.engine.downloader.slots[request.meta["download_slot"]].lastseen = time.monotonic()
 
     async def close(self) -> None:
         """Let go of all connections."""
@@ -111,8 +102,7 @@ class Fetcher(BaseDownloadHandler):
     async def _get(self, request: Request) -> Response:
         most, types = request.meta["most"], request.meta["types"]
         async with self._client.get(URL(request.url, encoded=True), allow_redirects=False) as answer:
-            headers, data = Headers(list(answer.raw_headers)), bytearray()
-            response = Response(request.url, answer.status, headers, ip_address=getattr(answer, "peer", None))
+            response, data = Response(request.url, answer.status, Headers(list(answer.raw_headers))), bytearray()
             if answer.status >= 500 or answer.status in (408, 425, 429):
                 wait = retry_after_seconds(header(response, "Retry-After"))
                 asks = "" if wait is None else f" asks for a pause of {wait:,.0f} s"
@@ -130,14 +120,6 @@ class Fetcher(BaseDownloadHandler):
                     raise Refused("too large", f"more than {most:,} bytes")
         encoding = header(response, "Content-Encoding").strip().lower()
         return response.replace(body=await asyncio.to_thread(unpacked, bytes(data), encoding, most))
-
-
-class _Answer(aiohttp.ClientResponse):
-    """Keeps the address it came from: a short answer's connection is let go before its headers are handed out."""
-
-    async def start(self, connection: Any) -> aiohttp.ClientResponse:
-        self.peer = connection.transport.get_extra_info("peername")[0]
-        return await super().start(connection)
 
 
 def header(response: Response, name: str) -> str:
@@ -183,15 +165,6 @@ def retry_after_seconds(value: str, now: datetime | None = None) -> float | None
         date = parsedate_to_datetime(value)
         return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - (now or datetime.now(UTC))).total_seconds())
     return None
-
-
-def _refusal(error: Exception) -> Refused:
-    """Whatever a server makes a library throw, in our words."""
-    if isinstance(error, Refused):
-        return error
-    text = str(getattr(error, "message", "") or error or type(error).__name__).strip().partition("\n")[0]
-    reason = next((reason for kind, reason in _FAULTS.items() if isinstance(error, kind)), "not HTTP")
-    return Refused(reason, text, again=reason != "not HTTP")
 
 
 def normalize_url(url: str, base: str = "") -> str | None:
