@@ -35,7 +35,7 @@ _ENVIRONMENT = {
 
 
 @dataclass
-class Extractor:
+class Extractor(contextlib.AbstractContextManager["Extractor", None]):
     """Takes the main text out of HTML pages. Use it in a `with` statement: leaving it ends the child.
 
     The child starts with the first page, so an extractor that sees none costs nothing. Not for several threads.
@@ -45,16 +45,15 @@ class Extractor:
         timeout_seconds: processor time that a page may take (and four times as much by the clock).
         pages_per_process: the child is replaced after so many.
         memory_mib: what a page may take beside the extractor itself, where the system can limit it.
-        process: the child, while there is one.
     """
 
     kind: Literal["trafilatura", "resiliparse"]
     timeout_seconds: float
     pages_per_process: int = 1000
     memory_mib: float = 2048.0
-    process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    process: subprocess.Popen[bytes] | None = field(default=None, init=False)  # the child, while there is one
     _connection: Connection = field(init=False)
-    _n_answered: int = field(default=0, init=False)
+    _n_pages: int = field(default=0, init=False)
 
     def extract(self, html: bytes, url: str = "") -> str:
         """The main text of a page as it was served from `url` (nothing is fetched).
@@ -67,25 +66,18 @@ class Extractor:
             GroundupError: the extractor is not installed, or cannot start.
         """
         for is_last in (False, True):
-            if self._n_answered >= self.pages_per_process:
+            if self._n_pages >= self.pages_per_process:
                 self.__exit__()
-            if self.process is None:
-                self._start()
+            process, self._n_pages = self.process or self._start(), self._n_pages + 1
             try:
-                is_text, text = self._ask(url.encode("utf-8", "replace"), html)
+                text = self._ask(process, url.encode("utf-8", "replace"), html)
                 break
             except RefusedError as refused:
-                if is_last or refused.reason == Reason.TIMEOUT:
+                if is_last or self.process or refused.reason == Reason.TIMEOUT:
                     raise
-        self._n_answered += 1
-        if is_text and text:
-            return text
-        if is_text:
+        if not text:
             raise RefusedError(Reason.NO_CONTENT, "the extractor found no main text in the page")
-        raise RefusedError(Reason.CRASH, text)
-
-    def __enter__(self) -> Extractor:
-        return self
+        return text
 
     def __exit__(self, *error: object) -> None:
         """End the child; killing it ends one that hangs or was stopped too."""
@@ -95,52 +87,52 @@ class Extractor:
             self._connection.close()
             self.process = None
 
-    def _start(self) -> None:
+    def _start(self) -> subprocess.Popen[bytes]:
         ours, theirs = socket.socketpair()
-        limit = struct.pack("ll", *divmod(round(_HANG_FACTOR * self.timeout_seconds * 1e6), 10**6))
+        limit = struct.pack("ll", *divmod(int(_HANG_FACTOR * self.timeout_seconds * 1e6) + 1, 10**6))
         for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
             ours.setsockopt(socket.SOL_SOCKET, option, limit)
+        self._connection, self._n_pages = Connection(ours.detach()), 0
         with theirs:
-            self.process = subprocess.Popen(
+            self.process = process = subprocess.Popen(
                 [sys.executable, child.__file__, self.kind, str(self.timeout_seconds), str(self.memory_mib)],
                 stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 env=os.environ | _ENVIRONMENT, process_group=0,
             )  # fmt: skip
-        self._connection, self._n_answered = Connection(ours.detach()), 0
         try:
-            is_loaded, why = self._ask()
+            self._ask(process)
         except RefusedError as refused:
-            is_loaded, why = False, str(refused)
-        if not is_loaded:
             self.__exit__()
             raise GroundupError(
-                f"[corpus] extractor = {self.kind!r} cannot be started: {why}",
+                f"[corpus] extractor = {self.kind!r} cannot be started: {refused}",
                 "Run: pip install trafilatura lxml_html_clean resiliparse, or choose the other of the two extractors.",
-            )
+            ) from refused
+        return process
 
-    def _ask(self, *page: bytes) -> tuple[bool, str]:
-        """What the child says to a page, or of its own when it is loaded: whether that is a text, and what it is.
+    def _ask(self, process: subprocess.Popen[bytes], *page: bytes) -> str:
+        """The text of a page; without one, "" when the extractor is loaded.
 
-        Raises `RefusedError` if it ends instead, as its own timer sees to, or does not answer in time.
+        Raises `RefusedError` if the child says what went wrong, or ends, as its own timer sees to, or does not answer
+        in time; then there is none any more.
         """
-        assert self.process is not None
-        process = self.process
         try:
             for message in page:
                 self._connection.send_bytes(message)
             if not page and not self._connection.poll(_LOADING_SECONDS):
                 raise BlockingIOError
             answer = self._connection.recv_bytes().decode()
-            return answer[0] == "+", answer[1:]
         except (EOFError, OSError) as error:
             is_late = isinstance(error, BlockingIOError)  # what a socket with a time limit raises
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.0 if is_late else 5.0)
-        self.__exit__()
-        code = process.returncode
-        if is_late or code == -signal.SIGPROF:
-            raise RefusedError(Reason.TIMEOUT, f"more than {self.timeout_seconds:g} s")
-        how = f"ended with code {code}" if code >= 0 else f"was ended by signal {-code} ({signal.strsignal(-code)})"
-        if code == child.OUT_OF_MEMORY:
-            how = f"ran out of memory: a page may take {self.memory_mib:,.0f} MiB"
-        raise RefusedError(Reason.CRASH, f"the extractor's process {how}")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.0 if is_late else 5.0)
+            self.__exit__()
+            code = process.returncode
+            if is_late or code == -signal.SIGPROF:
+                raise RefusedError(Reason.TIMEOUT, f"more than {self.timeout_seconds:g} s") from error
+            how = f"ended with code {code}" if code >= 0 else f"was ended by signal {-code} ({signal.strsignal(-code)})"
+            if code == child.OUT_OF_MEMORY:
+                how = f"ran out of memory: a page may take {self.memory_mib:,.0f} MiB"
+            raise RefusedError(Reason.CRASH, f"the extractor's process {how}") from error
+        if answer.startswith("-"):
+            raise RefusedError(Reason.CRASH, answer[1:])
+        return answer[1:]

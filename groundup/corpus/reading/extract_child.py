@@ -40,16 +40,14 @@ def main() -> None:
     kind, seconds, memory_mib = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
     with Connection(sys.stdin.fileno()) as parent, contextlib.suppress(EOFError, OSError):
         try:
-            extract = load(kind)
+            extract, answer = load(kind), "+"
         except Exception as error:
-            parent.send_bytes(f"-{type(error).__name__}: {error}".encode("utf-8", "replace"))
-            return
+            answer = f"-{type(error).__name__}: {error}"
         gc.freeze()
         # So much address space beyond what the loaded extractor has already, where the system knows such a limit.
         with contextlib.suppress(OSError, ValueError), open("/proc/self/statm") as statm:
             limit = int(statm.read().split()[0]) * resource.getpagesize() + int(memory_mib * 2**20)
             resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
-        answer = "+"
         while True:
             signal.setitimer(signal.ITIMER_PROF, 0.0)
             parent.send_bytes(answer.encode("utf-8", "replace"))
@@ -95,7 +93,10 @@ def decode_html(data: bytes) -> str:
             others = (_fitting(data, encoding) for mark, encoding in _SEVEN_BIT.items() if mark in data)
             text = next(filter(None, others), text)
     except UnicodeDecodeError:
-        declared, is_plain = _declared(data), False
+        found, is_plain = _DECLARED.search(data[:_META_WITHIN_BYTES]), False
+        declared = known_encoding(found[1].decode("ascii")) if found else None
+        if declared and declared.startswith(("utf-16", "utf-32")):  # not a declaration that is read byte by byte
+            declared = "utf-8"
         text = _fitting(data, "utf-8") or _fitting(data, declared) or _guessed(data, declared)
     return (text if is_plain else _CONTROL.sub("\ufffd", text)).replace("\0", "")
 
@@ -119,13 +120,6 @@ def _fitting(data: bytes, encoding: str | None) -> str | None:
     text = data.decode(encoding, "replace") if encoding else "\ufffd" * len(data)
     n_beyond_ascii = len(data.translate(None, bytes(range(128))))
     return text if text.count("\ufffd") * _AGREEING <= n_beyond_ascii else None
-
-
-def _declared(data: bytes) -> str | None:
-    found = _DECLARED.search(data[:_META_WITHIN_BYTES])
-    encoding = known_encoding(found[1].decode("ascii")) if found else None
-    # A declaration that can be read byte by byte is not in UTF-16.
-    return "utf-8" if encoding and encoding.startswith(("utf-16", "utf-32")) else encoding
 
 
 def known_encoding(label: str | None) -> str | None:
