@@ -95,7 +95,8 @@ class Unpacker(io.RawIOBase):
             if not self._data:
                 return
             fault, reason, is_within, searched = "", Reason.DAMAGED, False, 0
-            if self._data.startswith(self._beginnings):
+            is_torn = any(beginning.startswith(self._data) for beginning in self._beginnings)
+            if is_torn or self._data.startswith(self._beginnings):
                 inflater, data, searched = self._make(), self._data, 1
                 while not fault and not inflater.eof:
                     try:
@@ -113,14 +114,13 @@ class Unpacker(io.RawIOBase):
                         if data := self._block():
                             self._data, searched = data, 0
                         else:
-                            reason, fault = Reason.CUT_OFF, self._cut_off()
+                            reason, held = Reason.CUT_OFF, f"{self._n_read:,} bytes of text"
+                            fault = f"cut off before its end: its {self._n_stored:,} bytes hold {held}"
                     if self._n_read > BOMB_BYTES and self._n_read > BOMB_RATIO * self._n_stored:
                         fault = f"a decompression bomb: {self._n_stored:,} bytes have grown to {self._n_read:,} so far"
                         self._data, self._read = b"", io.BytesIO().read
                 if not fault:
                     self._data = inflater.unused_data
-            elif any(beginning.startswith(self._data) for beginning in self._beginnings):
-                reason, fault = Reason.CUT_OFF, self._cut_off()
             else:
                 fault = f"something else follows the {self._name} data" if is_behind else f"not a {self._name} file"
             is_behind = True
@@ -155,6 +155,3 @@ class Unpacker(io.RawIOBase):
         block = self._read(CHUNK_BYTES)
         self._n_stored += len(block)
         return block
-
-    def _cut_off(self) -> str:
-        return f"cut off before its end: its {self._n_stored:,} bytes hold {self._n_read:,} bytes of text"
