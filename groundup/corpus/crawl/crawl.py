@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import re
 import threading
@@ -313,7 +312,8 @@ class _Spider(Spider):
 
     async def _ask(self, url: str, most: int, types: Sequence[str] = ("*",)) -> Response:
         """Ask for an address, after a fault that may pass again; meanwhile its host rests, as long as it asks for."""
-        for attempt in itertools.count():
+        attempt = 0
+        while True:
             try:
                 return await self.crawler.engine.download_async(Request(url, meta={"most": most, "types": types}))
             except Refused as refused:
@@ -324,7 +324,7 @@ class _Spider(Spider):
                 await asyncio.sleep(backoff if refused.wait is None else refused.wait)
                 if is_last:
                     raise
-        raise AssertionError
+                attempt += 1
 
     def _widen(self, url: str) -> None:
         folder = _folder(url)

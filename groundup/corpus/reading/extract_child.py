@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import gc
 import re
 import resource
 import signal
@@ -43,7 +42,6 @@ def main() -> None:
             extract, answer = load(kind), "+"
         except Exception as error:
             answer = f"-{type(error).__name__}: {error}"
-        gc.freeze()
         # So much address space beyond what the loaded extractor has already, where the system knows such a limit.
         with contextlib.suppress(OSError, ValueError), open("/proc/self/statm") as statm:
             limit = int(statm.read().split()[0]) * resource.getpagesize() + int(memory_mib * 2**20)
