@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from groundup.corpus.document import Reason, Record, SetAside
 from groundup.corpus.reading.archive import read_records
 from groundup.corpus.reading.extract import Extractor
-from groundup.corpus.reading.refusal import DamagedStreamError, RefusedError
+from groundup.corpus.reading.refusal import RefusedError
 from groundup.corpus.reading.sources import InputFile
 from groundup.corpus.reading.warc import SILENT_KINDS, WRONG_DIGEST, join_chunks, parse_response, read_warc
 from groundup.recipe import CorpusSettings
@@ -330,7 +330,7 @@ def test_body_as_its_server_meant_it(headers: str, payload: bytes) -> None:
 
 def test_brotli() -> None:
     assert parse_response(response_of(brotli_of(BODY), "Content-Encoding: br\r\n"), MIB)[-1] == BODY
-    with pytest.raises(DamagedStreamError):
+    with pytest.raises(RefusedError):
         parse_response(response_of(brotli_of(BODY)[:-3], "Content-Encoding: br\r\n"), MIB)
 
 
@@ -355,7 +355,7 @@ def test_brotli() -> None:
 def test_body_that_cannot_be_decoded(folder: Path, headers: str, payload: bytes, reason: Reason) -> None:
     begin = time.process_time()
     content = response_of(payload, f"{headers}\r\n")
-    with pytest.raises(DamagedStreamError) as caught:
+    with pytest.raises(RefusedError) as caught:
         parse_response(content, MIB)
     assert caught.value.reason == reason
     assert time.process_time() - begin < 1.0
@@ -375,7 +375,7 @@ def test_chunks_come_together_again(data: bytes, size: int) -> None:
 def test_any_body_is_one_or_refused(data: bytes, coding: str) -> None:
     name = "Transfer-Encoding" if coding == "chunked" else "Content-Encoding"
     for content in (response_of(data, f"{name}: {coding}\r\n"), b"HTTP/1.1 " + data, data):
-        with contextlib.suppress(DamagedStreamError):
+        with contextlib.suppress(RefusedError):
             assert len(parse_response(content, 10_000)[-1]) <= 10_000
 
 

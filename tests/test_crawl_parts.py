@@ -77,8 +77,6 @@ def test_retry_after(value: str, seconds: float | None) -> None:
         "64:ff9b:1::1",
         "2001:0:a00:1::1",
         "2001:db8::1",
-        "not an address",
-        "",
     ],
 )
 def test_private_addresses(address: str) -> None:

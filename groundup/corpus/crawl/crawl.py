@@ -228,8 +228,10 @@ class _Spider(Spider):
         if not self._within(page.url):
             raise Refused("outside the crawl")
         await self._check_robots(page.url)
-        most, types = int(self.options.max_page_mib * 2**20), self.options.types
-        response = await self._ask(page.url, *((fetch.MAX_SITEMAP_BYTES, ("*",)) if page.sitemap else (most, types)))
+        if page.sitemap:
+            response = await self._ask(page.url, fetch.MAX_SITEMAP_BYTES)
+        else:
+            response = await self._ask(page.url, int(self.options.max_page_mib * 2**20), self.options.types)
         if response.status in _REDIRECTS:
             self._redirect(page, response)
             return ""

@@ -129,10 +129,7 @@ def header(response: Response, name: str) -> str:
 
 def is_public(address: str) -> bool:
     """Whether an IP address (text, perhaps with an IPv6 zone) belongs to the public internet."""
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return False
+    parsed = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(parsed, ipaddress.IPv4Address):
         return parsed.is_global and not parsed.is_multicast
     if parsed.ipv4_mapped or parsed in _NAT64:
@@ -216,8 +213,7 @@ def parse_sitemap(body: bytes) -> tuple[list[str], bool]:
     Raises:
         Refused: not a sitemap, too large, broken compression.
     """
-    if body.startswith(b"\x1f\x8b"):
-        body = unpacked(body, "gzip", MAX_SITEMAP_BYTES)
+    body = unpacked(body, "gzip" if body.startswith(b"\x1f\x8b") else "", MAX_SITEMAP_BYTES)
     if not body[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"<", b"\xff\xfe", b"\xfe\xff", b"\x00<")):
         return body.decode("utf-8-sig", "replace").split()[:_MAX_LOCATIONS], False
     try:

@@ -1,6 +1,6 @@
 """Compressed files and bodies as what they hold: gzip, Zstandard, bzip2 and xz, in bounded memory, to the last byte.
 
-A stream ends only where its file ends and every member of it is whole; otherwise it raises `DamagedStreamError`, when
+A stream ends only where its file ends and every member of it is whole; otherwise it raises `RefusedError`, when
 what was read before has been handed out: cut off, a checksum that does not fit, something else behind the data, a bomb.
 (Python's own readers of bzip2 and xz take whatever follows the data for its end.)
 """
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from groundup.corpus.document import Reason
-from groundup.corpus.reading.refusal import DamagedStreamError
+from groundup.corpus.reading.refusal import RefusedError
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -52,7 +52,7 @@ def packing_of(head: bytes) -> str:
 
 
 def open_uncompressed(stored: IO[bytes], packing: str) -> io.BufferedReader:
-    """What a compressed file holds, to be read forward. Reading raises `DamagedStreamError` at cuts and damage."""
+    """What a compressed file holds, to be read forward. Reading raises `RefusedError` at cuts and damage."""
     return io.BufferedReader(Unpacker(stored, packing), CHUNK_BYTES)
 
 
@@ -81,8 +81,8 @@ class Unpacker(io.RawIOBase):
         self._stored.close()
         super().close()
 
-    def pieces(self, is_wanted: Callable[[bytes], object] | None = None) -> Iterator[bytes | DamagedStreamError]:
-        """What the members hold, in pieces. Raises `DamagedStreamError` behind what was read before a fault.
+    def pieces(self, is_wanted: Callable[[bytes], object] | None = None) -> Iterator[bytes | RefusedError]:
+        """What the members hold, in pieces. Raises `RefusedError` behind what was read before a fault.
 
         If `is_wanted`, told how a member begins, says so, b"" stands in front of it. With that, a fault is handed out
         like a piece, and reading goes on with the next member that is wanted.
@@ -125,12 +125,12 @@ class Unpacker(io.RawIOBase):
                 fault = f"something else follows the {self._name} data" if is_behind else f"not a {self._name} file"
             is_behind = True
             if fault and not is_wanted:
-                raise DamagedStreamError(reason, fault, 0, is_within)
+                raise RefusedError(reason, fault, 0, is_within)
             if fault and is_wanted:
                 n_lost = self._skip_to(is_wanted, searched)
                 rest = "the next whole member" if self._data else "the file's end"
                 reason = Reason.DAMAGED if self._data else reason  # a damaged member can look like one without an end
-                yield DamagedStreamError(reason, f"{fault}; {n_lost:,} bytes up to {rest} are lost", n_lost, is_within)
+                yield RefusedError(reason, f"{fault}; {n_lost:,} bytes up to {rest} are lost", n_lost, is_within)
 
     def _skip_to(self, is_wanted: Callable[[bytes], object], at: int) -> int:
         """Go to the next member that is wanted, at `at` or behind it; returns how many stored bytes are passed."""

@@ -6,7 +6,7 @@ from groundup.corpus.document import Reason, SetAside
 
 
 class RefusedError(Exception):
-    """What cannot be used: a record, a page, a file from some place on.
+    """What cannot be used: a record, a page, a file from some place on that does not hold what its format promises.
 
     Attributes:
         reason, detail, size_bytes: as in `SetAside`.
@@ -24,11 +24,7 @@ class RefusedError(Exception):
         return SetAside(label, place, number, self.reason, self.detail, excerpt, size_bytes, position)
 
 
-class DamagedStreamError(RefusedError):
-    """A file, or the body of an archived response, does not hold what its format promises."""
-
-
-READ_ERRORS = (OSError, DamagedStreamError)
+READ_ERRORS = (OSError, RefusedError)
 """What a stream of an `InputFile` raises while it is read."""
 
 

@@ -20,7 +20,7 @@ from groundup.corpus.reading.compressed import BOMB_RATIO
 from groundup.corpus.reading.intake import unread
 from groundup.corpus.reading.jsonl import Value
 from groundup.corpus.reading.parquet_footer import RowGroup, page_sizes, read_row_groups
-from groundup.corpus.reading.refusal import READ_ERRORS, DamagedStreamError, RefusedError
+from groundup.corpus.reading.refusal import READ_ERRORS, RefusedError
 from groundup.corpus.reading.remote import RemoteReadError
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
@@ -93,17 +93,17 @@ def row_group_borders(source: InputFile, split_bytes: int) -> list[int]:
 
 
 def _open(handle: IO[bytes]) -> tuple[pq.ParquetFile, list[RowGroup]]:
-    """The table and its row groups. Raises `DamagedStreamError`: it is cut off, damaged, empty or no table."""
+    """The table and its row groups. Raises `RefusedError`: it is cut off, damaged, empty or no table."""
     begins, size = handle.read(4), handle.seek(0, 2)
     if not size:
-        raise DamagedStreamError(Reason.EMPTY, "no row in the file")
+        raise RefusedError(Reason.EMPTY, "no row in the file")
     handle.seek(max(0, size - 4))
     ends = handle.read(4)
     handle.seek(0)
     if begins != _MAGIC:
-        raise DamagedStreamError(Reason.DAMAGED, "not a Parquet file")
+        raise RefusedError(Reason.DAMAGED, "not a Parquet file")
     if ends != _MAGIC:
-        raise DamagedStreamError(Reason.CUT_OFF, f"cut off before its end: no table of contents in {size:,} bytes")
+        raise RefusedError(Reason.CUT_OFF, f"cut off before its end: no table of contents in {size:,} bytes")
     try:
         groups = read_row_groups(handle)
         file = pq.ParquetFile(handle, **_READING)
@@ -163,7 +163,7 @@ def _rows(
     as stored), in small batches.
 
     Raises:
-        DamagedStreamError: a column is a decompression bomb.
+        RefusedError: a column is a decompression bomb.
     """
     read = [
         column for column in group.columns
@@ -176,7 +176,7 @@ def _rows(
         for stored, grown in sizes:
             if grown > BOMB_BYTES and grown > BOMB_RATIO * stored:
                 says = f"{stored:,} bytes of column {column.path!r} grow to {grown:,}"
-                raise DamagedStreamError(Reason.DAMAGED, f"a decompression bomb: {says}")
+                raise RefusedError(Reason.DAMAGED, f"a decompression bomb: {says}")
     n_bytes = sum(column.grown_bytes for column in group.columns)
     n_rows = max(1, min(BATCH_ROWS if columns else WHOLE_ROWS, BATCH_BYTES * group.n_rows // max(1, n_bytes)))
     if n_bytes <= DISTINCT_BYTES and any(column.is_delta for column in read):
@@ -225,8 +225,8 @@ def _fault(error: Exception) -> Exception:
 
     Arrow raises OSError for both; the system's has a number, and the net's is a class of its own.
     """
-    if isinstance(error, DamagedStreamError | RemoteReadError) or getattr(error, "errno", None) is not None:
+    if isinstance(error, RefusedError | RemoteReadError) or getattr(error, "errno", None) is not None:
         return error
     what = excerpt_of(str(error)) or "no reason given"
-    return DamagedStreamError(Reason.DAMAGED, what if isinstance(error, OSError | pa.ArrowException) else
+    return RefusedError(Reason.DAMAGED, what if isinstance(error, OSError | pa.ArrowException) else
                               f"{type(error).__name__}: {what}")  # fmt: skip

@@ -118,7 +118,7 @@ def _holds(source: InputFile, separator: bytes, is_alone: bool) -> bool:
 
     Raises:
         UnicodeDecodeError: with `start` counted from the file's beginning.
-        OSError, DamagedStreamError: it cannot be read to its end.
+        OSError, RefusedError: it cannot be read to its end.
     """
     fault: UnicodeDecodeError | None = None
     decoder = codecs.getincrementaldecoder("utf-8")()

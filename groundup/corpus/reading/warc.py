@@ -24,7 +24,7 @@ from groundup.corpus.reading.archive import HEAD_BYTES, PLACE, RawRecord, read_r
 from groundup.corpus.reading.compressed import BLOCK_BYTES, PACKINGS, open_uncompressed, packing_of
 from groundup.corpus.reading.extract_child import in_utf8
 from groundup.corpus.reading.intake import limit_bytes, make_record
-from groundup.corpus.reading.refusal import DamagedStreamError, RefusedError, fault_of
+from groundup.corpus.reading.refusal import RefusedError, fault_of
 from groundup.corpus.reading.sources import InputFile
 from groundup.recipe import CorpusSettings
 
@@ -119,7 +119,7 @@ def _fits(field: str, contents: tuple[bytes, ...]) -> bool:
 def parse_response(block: bytes, limit_bytes: int) -> tuple[int, str, str, bytes, bytes]:
     """An HTTP response's status, media type, charset (0 and "" where it names none), its body as sent and decoded.
 
-    Raises `DamagedStreamError`: it is damaged, cut off, or grows beyond the limit.
+    Raises `RefusedError`: it is damaged, cut off, or grows beyond the limit.
     """
     if not block.startswith(b"HTTP/"):  # HTTP 0.9 had no headers
         return 0, "", "", block, block
@@ -129,18 +129,18 @@ def parse_response(block: bytes, limit_bytes: int) -> tuple[int, str, str, bytes
         headers = record.http_headers
         body = payload = record.reader.read()
     except (OSError, ValueError) as error:
-        raise DamagedStreamError(Reason.DAMAGED, f"bad HTTP headers: {error}") from error
+        raise RefusedError(Reason.DAMAGED, f"bad HTTP headers: {error}") from error
     named = [*headers.get_multiple("Content-Encoding"), *headers.get_multiple("Transfer-Encoding")]
     for coding in reversed(",".join(named).lower().split(",")):
         body = join_chunks(body) if coding.strip() == "chunked" else _undone(coding.strip(), body, limit_bytes)
         if len(body) > limit_bytes:
-            raise DamagedStreamError(Reason.TOO_LONG, f"{len(payload):,} bytes grow beyond {limit_bytes:,}")
+            raise RefusedError(Reason.TOO_LONG, f"{len(payload):,} bytes grow beyond {limit_bytes:,}")
     media_type = (headers.get("Content-Type") or "").partition(";")[0].strip().lower()
     return headers.status_code or 0, media_type, record.http_charset or "", payload, body
 
 
 def join_chunks(data: bytes) -> bytes:
-    """A chunked body in one piece; unchanged if it is not chunked. Raises `DamagedStreamError` at damage and cuts."""
+    """A chunked body in one piece; unchanged if it is not chunked. Raises `RefusedError` at damage and cuts."""
     parts, at = list[bytes](), 0
     while head := _CHUNK_HEAD.match(data, at):
         size = int(head.group(1), 16)
@@ -149,12 +149,12 @@ def join_chunks(data: bytes) -> bytes:
         parts.append(data[head.end() : head.end() + size])
         at = head.end() + size
         if at > len(data) and not (len(parts) == 1 and _MARKUP.match(data)):
-            raise DamagedStreamError(Reason.CUT_OFF, f"a chunk of {size:,} bytes lacks {at - len(data):,}")
+            raise RefusedError(Reason.CUT_OFF, f"a chunk of {size:,} bytes lacks {at - len(data):,}")
         at += 2 if data[at : at + 2] == b"\r\n" else 1 if data[at : at + 1] == b"\n" else 0
     if not parts or at > len(data):
         return data
     reason, what = (Reason.DAMAGED, "a bad chunk") if data[at:] else (Reason.CUT_OFF, "the last chunk is missing,")
-    raise DamagedStreamError(reason, f"{what} behind {sum(map(len, parts)):,} bytes")
+    raise RefusedError(reason, f"{what} behind {sum(map(len, parts)):,} bytes")
 
 
 def _undone(coding: str, data: bytes, limit_bytes: int) -> bytes:
@@ -169,9 +169,9 @@ def _undone(coding: str, data: bytes, limit_bytes: int) -> bytes:
     try:
         while len(body) <= limit_bytes and (piece := read(BLOCK_BYTES)):
             body += piece
-    except DamagedStreamError as error:
+    except RefusedError as error:
         if error.is_within or not body:  # else something stands behind it, which browsers ignore
             raise
     except OSError as error:
-        raise DamagedStreamError(Reason.DAMAGED, f"damaged {coding} body: {error}") from error
+        raise RefusedError(Reason.DAMAGED, f"damaged {coding} body: {error}") from error
     return bytes(body)
