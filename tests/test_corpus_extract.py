@@ -23,13 +23,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groundup.corpus.document import Reason
+from groundup.corpus.document import Reason, SetAside
 from groundup.corpus.reading import extract as extract_module
 from groundup.corpus.reading import extract_child
 from groundup.corpus.reading.extract import Extractor
 from groundup.corpus.reading.extract_child import in_utf8
+from groundup.corpus.reading.read import read
 from groundup.corpus.reading.refusal import RefusedError
 from groundup.errors import GroundupError
+from groundup.recipe import CorpusSettings
 
 pytest.importorskip("resiliparse")
 pytest.importorskip("lxml")
@@ -179,9 +181,28 @@ def test_a_page_whose_process_was_stopped_is_set_aside(html: bytes) -> None:
         assert extractor.extract(PAGES[0]) == before
 
 
+def test_a_run_ends_though_its_extractor_is_stopped(tmp_path: Path) -> None:
+    """The page is set aside, and the next one has a fresh process."""
+    for number, html in enumerate(PAGES[:3]):
+        (tmp_path / f"{number}.html").write_bytes(html)
+    settings = CorpusSettings(extractor="resiliparse", extract_seconds=0.5)
+    aside: list[SetAside] = []
+    documents = read(tmp_path, settings=settings, on_set_aside=aside.append)
+    texts = [next(documents).text]
+    (stopped,) = [one for one in psutil.Process().children() if any("extract_child" in word for word in one.cmdline())]
+    stopped.suspend()
+    texts += [document.text for document in documents]
+    assert [re.findall(r"Number \d", text)[0] for text in texts] == ["Number 0", "Number 2"]
+    assert [(Path(item.source).name, item.reason) for item in aside] == [("1.html", Reason.TIMEOUT)]
+    assert not stopped.is_running()
+
+
 def test_an_extractor_that_is_stopped_while_it_loads_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extract_module, "_LOADING_SECONDS", 0.0)
-    with Extractor("resiliparse", 20.0) as extractor, pytest.raises(GroundupError, match="cannot be started"):
+    with (
+        Extractor("resiliparse", 20.0) as extractor,
+        pytest.raises(GroundupError, match="cannot be started: more than 0 s"),
+    ):
         extractor.extract(PAGES[0])
 
 

@@ -128,7 +128,8 @@ class Extractor(contextlib.AbstractContextManager["Extractor", None]):
             self.__exit__()
             code = process.returncode
             if is_late or code == -signal.SIGPROF:
-                raise RefusedError(Reason.TIMEOUT, f"more than {self.timeout_seconds:g} s") from error
+                seconds = self.timeout_seconds if page else _LOADING_SECONDS
+                raise RefusedError(Reason.TIMEOUT, f"more than {seconds:g} s") from error
             how = f"ended with code {code}" if code >= 0 else f"was ended by signal {-code} ({signal.strsignal(-code)})"
             if code == child.OUT_OF_MEMORY:
                 how = f"ran out of memory: a page may take {self.memory_mib:,.0f} MiB"
