@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from groundup.corpus.document import Document, OnSetAside, Reason, Record, SetAs
 from groundup.corpus.reading.compressed import BLOCK_BYTES
 from groundup.corpus.reading.extract import Extractor
 from groundup.corpus.reading.intake import limit_bytes, make_record, refuse_binary, too_long, unread
-from groundup.corpus.reading.jsonl import Value
 from groundup.corpus.reading.refusal import READ_ERRORS, RefusedError
 from groundup.corpus.reading.sources import InputFile, InputFiles, find_sources
 from groundup.corpus.reading.text import DOCUMENT, can_be_cut, read_text, separated_in_words
@@ -115,27 +114,18 @@ class UnitReader:
         unit, source = self._unit, self._unit.source
         if source.kind == "text":
             self.n_records = yield from read_text(source, unit.start, unit.stop, self._settings, self._set_aside)
-        elif source.kind == "table":
-            from groundup.corpus.reading.tables import read_table  # loads pyarrow
-
-            rows = read_table(source, unit.start, unit.stop, self._settings, self._set_aside)
-            self.n_records = yield from self._records(rows)
-        elif source.kind in ("lines", "json", "separated"):
+        elif source.kind in ("lines", "json", "separated", "table"):
             values = read_values(source, self._settings, self._set_aside, unit.start, unit.stop)
-            self.n_records = yield from self._records(values)
+            try:
+                while True:
+                    yield from record_of(source, next(values), self._settings, self._set_aside)
+            except StopIteration as end:
+                self.n_records = end.value
         elif self._extractor is not None:
             yield from self._read_pages(self._extractor)
         else:
             with Extractor(self._settings.extractor, self._settings.extract_seconds) as extractor:
                 yield from self._read_pages(extractor)
-
-    def _records(self, values: Generator[Value, None, int]) -> Generator[Record, None, int]:
-        source, settings, set_aside = self._unit.source, self._settings, self._set_aside
-        try:
-            while True:
-                yield from record_of(source, next(values), settings, set_aside)
-        except StopIteration as end:
-            return int(end.value)
 
     def _read_pages(self, extractor: Extractor) -> Iterator[Record]:
         source = self._unit.source

@@ -40,7 +40,7 @@ def read_values(
     if source.kind == "table":
         from groundup.corpus.reading.tables import read_table  # loads pyarrow
 
-        return (yield from read_table(source, start, stop, settings.model_copy(update={"text_field": ""}), set_aside))
+        return (yield from read_table(source, start, stop, settings, set_aside))
     set_aside(SetAside(source.label, "", 0, Reason.NO_TEXT, "a page or an archive, which holds no records"))
     return 0
 
