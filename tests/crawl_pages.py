@@ -44,6 +44,7 @@ def records_of(folder: Path) -> list[tuple[str, str, dict[str, str], bytes]]:
     """(kind, address, HTTP headers, body) of every record, read by FastWARC, digests checked by it."""
     warc = pytest.importorskip("fastwarc.warc")
     found = []
+    assert not list(folder.glob("*.open"))
     for path in sorted(folder.glob("*.warc.gz")):
         gzip.decompress(path.read_bytes())
         with path.open("rb") as handle:

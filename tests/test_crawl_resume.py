@@ -117,7 +117,7 @@ def test_whatever_did_not_reach_the_disk_is_cut_off(tmp_path: Path) -> None:
         killed.append(page_record(Response(url, body=body)))
         ends.append(killed._end)
     killed._handle.close()  # type: ignore[union-attr]
-    (growing,) = (tmp_path / "killed").glob("*.gz")
+    (growing,) = (tmp_path / "killed").glob("*.open")
     data = growing.read_bytes()
     damages = [(at, data[:at]) for at in range(0, len(data), 97)]
     damages += [(at, data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]) for at in range(10, len(data), 97)]
@@ -135,6 +135,7 @@ def test_whatever_did_not_reach_the_disk_is_cut_off(tmp_path: Path) -> None:
         assert all(files.read(url).body == bodies[url] for url in files.stored)
         files.append(page_record(Response("http://a/new", body=b"new")))
         files.close()
+        assert not list(folder.glob("*.open"))
         assert set(pages_of(folder)) == {*files.stored, "http://a/new"} == {*WarcFiles(folder).stored}
         shutil.rmtree(folder)
 
@@ -155,7 +156,7 @@ def test_a_full_disk_leaves_whole_pages(
             return super().write(data)
 
     def growing(path: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
-        return Full(path, mode) if (path.suffix, mode) == (".gz", "xb") else opened(path, mode, *rest, **more)
+        return Full(path, mode) if (path.suffix, mode) == (".open", "wb") else opened(path, mode, *rest, **more)
 
     monkeypatch.setattr(Path, "open", growing)
     with pytest.raises(GroundupError, match=r"the disk is full.*\n.*same command"):

@@ -1,7 +1,7 @@
 """The WARC files of a crawl (ISO 28500), which are its journal too: what they hold is not fetched again.
 
-A page is a response record, each record a gzip member of its own. A session begins a file of its own, and another when
-that is full; what a kill left behind the last whole record is cut off at the next start.
+A page is a response record, each record a gzip member of its own. A file grows under `pages.warc.gz.open`, and gets
+its name when it is full or the crawl stops; what a kill left behind the last whole record is cut off at the next start.
 Bodies are stored unpacked and in one piece. Headers that speak of their form on the wire keep their values under an
 `X-Crawl-` name, as Common Crawl does it: a reader that follows the headers reads correctly.
 """
@@ -61,19 +61,19 @@ class WarcFiles:
     """The files of a crawl's folder; `stored`: file and offset of each page that earlier sessions stored whole."""
 
     def __init__(self, folder: Path, user_agent: str = "") -> None:
-        self._folder, self._user_agent = folder, user_agent
+        self._folder, self._growing, self._user_agent = folder, folder / "pages.warc.gz.open", user_agent
         self._handle: IO[bytes] | None = None
-        self._end = 0  # the byte behind the last whole record of the growing file
+        self._end = 0  # the byte behind the last whole page of the growing file
+        if self._growing.exists():
+            self._end = max((end for _, end, data in _members(self._growing) if _PAGE.match(data)), default=0)
+            self._handle = self._growing.open("r+b", buffering=0)
+            self.close()
         self.stored, self.stored_bytes = dict[str, tuple[Path, int]](), 0
-        for path in (files := sorted(folder.glob("pages-*.warc.gz"))):
-            whole = 0
-            for start, end, data in _members(path):
-                whole = end
+        for path in sorted(folder.glob("pages-*.warc.gz")):
+            for start, _, data in _members(path):
                 if page := _PAGE.match(data):
                     self.stored[page[1].decode("latin-1")] = path, start
                     self.stored_bytes += len(data) - data.find(b"\r\n\r\n", page.end()) - len("\r\n\r\n" * 2)
-            if path == files[-1]:
-                os.truncate(path, whole) if whole else path.unlink()
 
     def read(self, url: str) -> Response:
         """A page that an earlier session stored."""
@@ -89,33 +89,37 @@ class WarcFiles:
         Raises:
             GroundupError: the disk is full or the file cannot be written; it ends with the record before.
         """
-        if self._end + len(record) > FILE_BYTES:
+        if self._end and self._end + len(record) > FILE_BYTES:
             self.close()
         try:
             if self._handle is None:
-                names = (self._folder / f"pages-{number:05d}.warc.gz" for number in itertools.count())
-                self._handle = next(path for path in names if not path.exists()).open("xb", buffering=0)
+                self._handle = self._growing.open("wb", buffering=0)
                 about = f"software: groundup/{version_of('groundup')}\r\nformat: WARC File Format 1.1\r\n"
                 about += f"robots: obey\r\nhttp-header-user-agent: {self._user_agent}\r\n"
                 record = _record("warcinfo", about.encode(), {"Content-Type": "application/warc-fields"}) + record
+            self._handle.seek(self._end)
             rest = memoryview(record)
             while rest:
                 rest = rest[self._handle.write(rest) :]
             self._end += len(record)
         except OSError as error:
-            raise write_error(self._folder, error) from error
+            raise write_error(self._growing, error) from error
 
     def close(self) -> None:
-        """Cut the growing file behind its last whole record, and bring it to the disk."""
+        """Cut the growing file behind its last whole page, and give it its name."""
         if self._handle is None:
             return
         try:
             with self._handle as handle:
                 handle.truncate(self._end)
                 os.fsync(handle.fileno())
+            if self._end:
+                names = (self._folder / f"pages-{number:05d}.warc.gz" for number in itertools.count())
+                self._growing.rename(next(path for path in names if not path.exists()))
+            self._growing.unlink(missing_ok=True)
             sync(self._folder)
         except OSError as error:
-            raise write_error(self._folder, error) from error
+            raise write_error(self._growing, error) from error
         self._handle, self._end = None, 0
 
 
