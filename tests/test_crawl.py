@@ -275,6 +275,20 @@ def test_retry_after_is_obeyed(server: MisbehavingServer, tmp_path: Path) -> Non
     assert 1.0 <= other - before < 1.8, "the whole host is left in peace, once"
 
 
+def test_a_host_rests_also_behind_its_last_answer_and_nobody_waits_for_the_end(
+    server: MisbehavingServer, tmp_path: Path
+) -> None:
+    server.pages["/busy"] = failing_first(9, "503 Service Unavailable", b"", Retry_After="1")
+    server.pages["/other"] = page("other")
+    assert crawl([server.url("/busy"), server.url("/other")], tmp_path / "1", quick(retries=0)).stored == 1
+    _, before, after = [at for at, _ in server.requests]
+    assert 1.0 <= after - before < 1.8
+    server.pages["/busy"] = failing_first(9, "503 Service Unavailable", b"", Retry_After="60")
+    begin = time.monotonic()
+    assert only_reason(crawl([server.url("/busy")], tmp_path / "2", quick(retries=0))) == "server error"
+    assert time.monotonic() - begin < 20
+
+
 def test_a_host_that_asks_for_too_long_a_pause_is_left_alone_and_its_pages_wait(
     server: MisbehavingServer, tmp_path: Path
 ) -> None:

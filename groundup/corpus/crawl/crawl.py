@@ -321,11 +321,10 @@ class _Spider(Spider):
             except Refused as refused:
                 if (refused.wait or 0.0) > self.options.max_wait_seconds:
                     raise Refused("left alone", str(refused)) from refused
-                is_last = not refused.again or attempt >= self.options.retries
-                backoff = 0.0 if is_last else fetch.BACKOFF_SECONDS * 2.0**attempt
-                await asyncio.sleep(backoff if refused.wait is None else refused.wait)
-                if is_last:
+                if not refused.again or attempt >= self.options.retries:
+                    self.crawler.engine.downloader.slots[_host(url)].lastseen += refused.wait or 0.0  # it rests so long
                     raise
+                await asyncio.sleep(fetch.BACKOFF_SECONDS * 2.0**attempt if refused.wait is None else refused.wait)
                 attempt += 1
 
     def _widen(self, url: str) -> None:
