@@ -93,11 +93,12 @@ class Extractor(contextlib.AbstractContextManager["Extractor", None]):
         for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
             ours.setsockopt(socket.SOL_SOCKET, option, limit)
         self._connection, self._n_pages = Connection(ours.detach()), 0
+        path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)
         with theirs:
             self.process = process = subprocess.Popen(
                 [sys.executable, child.__file__, self.kind, str(self.timeout_seconds), str(self.memory_mib)],
                 stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                env=os.environ | _ENVIRONMENT, process_group=0,
+                env={**os.environ, "PYTHONPATH": path, **_ENVIRONMENT}, process_group=0,
             )  # fmt: skip
         try:
             self._ask(process)

@@ -47,7 +47,6 @@ def main() -> None:
             limit = int(statm.read().split()[0]) * resource.getpagesize() + int(memory_mib * 2**20)
             resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
         while True:
-            signal.setitimer(signal.ITIMER_PROF, 0.0)
             parent.send_bytes(answer.encode("utf-8", "replace"))
             url, html = parent.recv_bytes().decode(), parent.recv_bytes()
             signal.setitimer(signal.ITIMER_PROF, seconds)
