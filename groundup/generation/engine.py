@@ -28,7 +28,7 @@ from groundup.errors import DataError, GroundupError
 from groundup.generation.cache import KVCache
 from groundup.generation.request import Chunk, Generation, Request, Text
 from groundup.generation.sampling import TokenLogprob, sample, token_logprobs
-from groundup.generation.slots import RUN, PagePool, SlotPool
+from groundup.generation.slots import RUN, Pool
 from groundup.generation.speculative import Draft, Speculation, speculation_with, verified
 from groundup.generation.step import ModelStep, Row, inference_copy
 from groundup.model import Transformer
@@ -120,7 +120,7 @@ class Engine:
             model.config, slots, self.length, arithmetic, device, block_size=RUN if pages else None,
             n_blocks=n_pages, chunk=None if pages else chunk, is_int8=is_int8_cache,
         )  # fmt: skip
-        self._pool = PagePool(self._cache) if pages else SlotPool(self._cache)
+        self._pool = Pool(self._cache)
         self._inbox: deque[Request] = deque()
         self._queues: dict[str, deque[Text]] = {}
         self._cancelled: deque[Request] = deque()
