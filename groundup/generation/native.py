@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float32
 from torch import Tensor, nn
 
 from groundup.environment import cpu_features, cpu_name
@@ -200,12 +201,12 @@ class NativeStep:
 
     def __call__(
         self,
-        ids: Sequence[int] | Tensor,
-        slots: Sequence[int] | Tensor,
-        positions: Sequence[int] | Tensor,
-        wanted: Sequence[int] | Tensor | None = None,
+        ids: Sequence[int],
+        slots: Sequence[int],
+        positions: Sequence[int],
+        wanted: Sequence[int] | None = None,
         n_layers: int | None = None,
-    ) -> Tensor:
+    ) -> Float32[Tensor, "wanted vocab"]:
         """Store the tokens' keys and values, and compute logits.
 
         Args:
@@ -215,21 +216,16 @@ class NativeStep:
             wanted: indexes among the N whose logits are returned; None: all.
             n_layers: the first so many layers only, then norm and head; None: all.
 
-        Returns:
-            float32 (len(wanted), vocab_size).
-
         Raises:
             IndexError: an id, slot, position or number of layers is out of range; nothing was computed.
         """
         n, table = len(ids), self._cache.table
-        lists = [_int32(values) for values in (ids, slots, positions, range(n) if wanted is None else wanted)]
-        addresses, counts, _kept = zip(*lists, strict=True)
-        if not n == counts[1] == counts[2]:
-            raise ValueError("As many ids as slots and positions are needed.")
-        logits = torch.empty(counts[3], self._model.vocab_size, dtype=torch.float32)
+        lists = [array("i", values) for values in (ids, slots, positions, range(n) if wanted is None else wanted)]
+        assert n == len(lists[1]) == len(lists[2]), "as many ids as slots and positions are needed"
+        logits = torch.empty(len(lists[3]), self._model.vocab_size, dtype=torch.float32)
         call = _Call(
-            *addresses, table.data_ptr(), logits.data_ptr(), self._memory, n, counts[3], table.shape[0],
-            self._model.n_layers if n_layers is None else n_layers, self._threads,
+            *(one.buffer_info()[0] for one in lists), table.data_ptr(), logits.data_ptr(), self._memory, n,
+            len(lists[3]), table.shape[0], self._model.n_layers if n_layers is None else n_layers, self._threads,
         )  # fmt: skip
         if n > self._room:
             self._room = n
@@ -335,12 +331,3 @@ class NativeStep:
         kept = values.detach().to(torch.float32).contiguous()
         self._kept.append(kept)
         return kept.data_ptr()
-
-
-def _int32(values: Sequence[int] | Tensor) -> tuple[int, int, object]:
-    """Address and number of values, and what must be kept meanwhile; for short lists a tensor is slow to make."""
-    if isinstance(values, Tensor):
-        made = values.to(torch.int32).contiguous()
-        return made.data_ptr(), made.numel(), made
-    kept = array("i", values)
-    return *kept.buffer_info(), kept
