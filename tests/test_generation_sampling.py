@@ -12,8 +12,19 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
 from groundup.errors import GroundupError
-from groundup.generation import History, SamplingParams, draw, request_seed, sample, token_logprobs, uniforms, warp
-from groundup.generation.sampling import _draw_row, _draw_rows, _weigh_batch
+from groundup.generation import SamplingParams
+from groundup.generation.sampling import (
+    History,
+    _draw_row,
+    _draw_rows,
+    _weigh_batch,
+    draw,
+    request_seed,
+    sample,
+    token_logprobs,
+    uniforms,
+    warp,
+)
 from groundup.reference import sampling as reference
 
 # Few distinct values make ties at every border likely.

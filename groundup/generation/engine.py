@@ -504,11 +504,13 @@ class Engine:
                 for place, text in enumerate(texts):
                     self._draw([text], logits[place : place + 1])
             return
+        logprobs: dict[int, TokenLogprob] = {}
+        for n_top in {text.params.logprobs or 0 for text in texts if text.wants_logprobs}:
+            of = [n for n, text in enumerate(texts) if text.wants_logprobs and (text.params.logprobs or 0) == n_top]
+            chosen = logits if len(of) == len(logits) else logits[of]
+            logprobs.update(zip(of, token_logprobs(chosen, [tokens[n] for n in of], n_top), strict=True))
         for place, (text, token) in enumerate(zip(texts, tokens, strict=True)):
-            logprob = None
-            if text.wants_logprobs:
-                logprob = token_logprobs(logits[place : place + 1], [token], text.params.logprobs or 0)[0]
-            self._take(text, token, logprob)
+            self._take(text, token, logprobs.get(place))
 
     def _take(self, text: Text, token: int, logprob: TokenLogprob | None, is_accepted: bool = False) -> None:
         self.stats.new_tokens += 1

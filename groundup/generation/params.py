@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Annotated, Self
 
-import torch
+import numpy as np
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
-from torch import Tensor
 
 from groundup.errors import GroundupError
 from groundup.generation.grammar import Constraint
@@ -87,7 +86,9 @@ class SamplingParams:
             return validate(values)
         except ValidationError as error:
             wrong = {str(one["loc"][0]): one["msg"].replace("Input should be", "must be") for one in error.errors()}
-            raise GroundupError(" ".join(f"{name} = {given[name]!r}: {said}." for name, said in wrong.items())) from None
+            raise GroundupError(
+                " ".join(f"{name} = {given[name]!r}: {said}." for name, said in wrong.items())
+            ) from None
 
     def __post_init__(self) -> None:
         if self.min_tokens > self.max_tokens:
@@ -117,7 +118,7 @@ class SamplingParams:
         return filters != (False, 0, 1, 1, 0)
 
     @functools.cached_property
-    def bias(self) -> tuple[Tensor, Tensor]:
+    def bias(self) -> tuple[np.ndarray, np.ndarray]:
         """`logit_bias` as ids and values, −inf for a token that is excluded."""
-        values = [-math.inf if bias == BAN else float(bias) for bias in self.logit_bias.values()]
-        return torch.tensor([*self.logit_bias], dtype=torch.int64), torch.tensor(values)
+        values = [-math.inf if bias == BAN else bias for bias in self.logit_bias.values()]
+        return np.array([*self.logit_bias], np.int64), np.array(values, np.float32)
