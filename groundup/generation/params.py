@@ -78,10 +78,10 @@ class SamplingParams:
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     constraint: Constraint | None = None
 
-    @model_validator(mode="wrap")  # type: ignore[arg-type]
+    @model_validator(mode="wrap")
     @classmethod
     def _in_words(cls, values: ArgsKwargs, validate: Callable[[ArgsKwargs], Self]) -> Self:
-        given = dict(zip(cls.__dataclass_fields__, values.args)) | (values.kwargs or {})
+        given = dict(zip(cls.__dataclass_fields__, values.args, strict=False)) | (values.kwargs or {})
         try:
             return validate(values)
         except ValidationError as error:
