@@ -17,7 +17,7 @@ class Eager(speculative.Speculation):
     """Guesses whether it pays or not."""
 
     def _n_guesses(self, text, n_texts):
-        return 1 + (len(text.ids) + text.seed) % self._most
+        return 1 + (len(text.ids) + text.seed) % speculative.MOST_GUESSES
 
 
 @pytest.fixture(autouse=True)

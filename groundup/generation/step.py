@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,8 +28,8 @@ from groundup.generation.native import NativeStep, library, why_not
 from groundup.measured import fastest, measured_once
 from groundup.model import OutputLayer, Transformer
 
-_TRIED = (1, 2, 3, 5, 9, 16, 32, 64)
-"""Tokens of a step for which both ways are timed."""
+_TRIED = (1, 2, 3, 5, 9, 16, 32, 64, 128)
+"""Tokens of a step for which both ways are timed, until the step in C is the slower one."""
 
 
 class Row(NamedTuple):
@@ -70,7 +71,7 @@ class ModelStep:
         self.native_up_to = 0
         self._seconds: dict[int, float] = {}
         if self._native is not None:
-            pairs = zip(_TRIED, self._timings["native"], self._timings["eager"], strict=True)
+            pairs = zip(_TRIED, self._timings["native"], self._timings["eager"], strict=False)
             self.native_up_to = max((n for n, native, eager in pairs if native < eager), default=0)
 
     @functools.cached_property
@@ -81,8 +82,8 @@ class ModelStep:
         """What a step of so many tokens takes, by the trial; beyond its most tokens in proportion."""
         if n_tokens not in self._seconds:  # asked for many times in every step that may guess
             fastest = np.min([times for times in self._timings.values() if times], axis=0)
-            found = float(np.interp(n_tokens, _TRIED, fastest)) * max(1.0, n_tokens / _TRIED[-1])
-            self._seconds[n_tokens] = found
+            tried = _TRIED[: len(fastest)]
+            self._seconds[n_tokens] = float(np.interp(n_tokens, tried, fastest)) * max(1.0, n_tokens / tried[-1])
         return self._seconds[n_tokens]
 
     def share_of(self, n_layers: int) -> float:
@@ -171,7 +172,10 @@ def _native_step(step: NativeStep, rows: Sequence[Row], n_layers: int | None) ->
 def _time_steps(model: Transformer, cache: KVCache, *, is_native: bool) -> dict[str, list[float]]:
     """Seconds of steps of `_TRIED` tokens, in C and by the forward pass; measured once."""
     kinds = sorted({f"{type(module).__name__} {getattr(module, 'bits', '')}" for module in model.modules()})
-    key = {"config": value_digest(model.config.to_dict()), "dtype": str(model.compute_dtype), "modules": kinds}
+    key = {
+        "config": value_digest(model.config.to_dict()), "dtype": str(model.compute_dtype), "modules": kinds,
+        "tried": _TRIED,
+    }  # fmt: skip
     native = Path(getattr(library()[0], "_name", "")).stem if is_native else ""
 
     def measure() -> dict[str, Any]:
@@ -186,6 +190,8 @@ def _time_steps(model: Transformer, cache: KVCache, *, is_native: bool) -> dict[
             for name, best in seconds.items():
                 found[name].append(best)
             found["spread"] = max(found["spread"], spread)
+            if n >= 64 and seconds.get("native", math.inf) > seconds["eager"]:
+                break
         return found
 
     found = measured_once("model-step", {**key, "native": native}, cache.device, measure)
