@@ -41,25 +41,15 @@ class EngineBusy(GroundupError):
 
 @dataclass
 class EngineStats:
-    """What an engine has done so far.
+    """What an engine has done so far."""
 
-    Attributes:
-        steps: calls of the model.
-        prompt_tokens: read.
-        reused_tokens: of prompts, found in the cache instead.
-        new_tokens: written.
-        drafted_tokens: guessed by a draft.
-        accepted_tokens: of them, right.
-        finished: texts, by reason.
-    """
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    new_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    finished: Counter[str] = field(default_factory=Counter)
+    steps: int = 0  # calls of the model
+    prompt_tokens: int = 0  # read
+    reused_tokens: int = 0  # of prompts, found in the cache instead
+    new_tokens: int = 0  # written
+    drafted_tokens: int = 0  # guessed by a draft
+    accepted_tokens: int = 0  # of them, right
+    finished: Counter[str] = field(default_factory=Counter)  # texts, by reason
 
 
 class Engine:
