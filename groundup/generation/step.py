@@ -58,7 +58,6 @@ class ModelStep:
 
     Attributes:
         reason: why neither the step in C nor CUDA graphs are used; None: one is.
-        native_up_to: most tokens of a step in C.
     """
 
     def __init__(self, model: Transformer, cache: KVCache, *, is_native: bool = True) -> None:
@@ -68,23 +67,28 @@ class ModelStep:
         self._graphs = None
         if is_native and cache.device.type == "cuda":
             self._graphs, self.reason = _graphs_if_faster(model, cache)
-        self.native_up_to = 0
+        # Asked for many times in every step that may guess, or reads prompts.
         self._seconds: dict[int, float] = {}
+        self._choices: dict[tuple[int, int], bool] = {}
         if self._native is not None:
-            pairs = zip(_TRIED, self._timings["native"], self._timings["eager"], strict=False)
-            self.native_up_to = max((n for n, native, eager in pairs if native < eager), default=0)
+            self.seconds(1)  # the trial, unless this machine has made it before
 
     @functools.cached_property
     def _timings(self) -> dict[str, list[float]]:
         return _time_steps(self._model, self._cache, is_native=self._native is not None)
 
     def seconds(self, n_tokens: int) -> float:
-        """What a step of so many tokens takes, by the trial; beyond its most tokens in proportion."""
-        if n_tokens not in self._seconds:  # asked for many times in every step that may guess
-            fastest = np.min([times for times in self._timings.values() if times], axis=0)
-            tried = _TRIED[: len(fastest)]
-            self._seconds[n_tokens] = float(np.interp(n_tokens, tried, fastest)) * max(1.0, n_tokens / tried[-1])
+        """What a step of so many tokens takes, by the trial."""
+        if n_tokens not in self._seconds:
+            self._seconds[n_tokens] = min(self._estimate(way, n_tokens) for way in self._timings if self._timings[way])
         return self._seconds[n_tokens]
+
+    def _estimate(self, way: str, n_tokens: int) -> float:
+        """Of one way; beyond the trial's most tokens each costs as much as the last ones did."""
+        times = self._timings[way]
+        tried = _TRIED[: len(times)]
+        each = max(0.0, times[-1] - times[-2]) / (tried[-1] - tried[-2])
+        return float(np.interp(n_tokens, tried, times)) + max(0, n_tokens - tried[-1]) * each
 
     def share_of(self, n_layers: int) -> float:
         """The share of the weights that a step of the first so many blocks reads."""
@@ -99,8 +103,13 @@ class ModelStep:
             rows: of different slots.
             n_layers: run the first so many blocks only, and the output layer on what they give.
         """
-        if self._native is not None and sum(len(row.ids) for row in rows) <= self.native_up_to:
-            return _native_step(self._native, rows, n_layers)
+        if self._native is not None:
+            counts = [len(row.ids) for row in rows]
+            size = sum(counts), len(counts) * max(counts)  # the forward pass computes padding too
+            if size not in self._choices:
+                self._choices[size] = self._estimate("native", size[0]) < self._estimate("eager", size[1])
+            if self._choices[size]:
+                return _native_step(self._native, rows, n_layers)
         if self._graphs is not None and n_layers is None and all(len(row.ids) == row.n_logits == 1 for row in rows):
             return self._graphs([row.ids[0] for row in rows], [row.slot for row in rows], [row.start for row in rows])
         model = self._model if n_layers is None else self._model.first_blocks(n_layers)
