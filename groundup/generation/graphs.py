@@ -22,12 +22,7 @@ BUCKET = 256
 
 
 class GraphStep:
-    """Steps of one token a slot, each shape captured when it is first met.
-
-    Args:
-        model: as `inference_copy` gives it, on a GPU.
-        cache: of the model.
-    """
+    """Steps of one token a slot of a model on a GPU, each shape captured when it is first met."""
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self._model, self._cache = model, cache

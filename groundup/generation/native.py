@@ -153,15 +153,10 @@ def _compile() -> bytes | str:
 
 
 class NativeStep:
-    """Steps of one model over one cache.
+    """Steps of one model over its cache, which `why_not` has nothing against; by torch's number of threads.
 
     Weights and cache are read and written where they are, so a change in place is seen by the next step (of norms and
     biases only where they are float32); tensors that are replaced by others are not.
-
-    Args:
-        model: a model that `why_not` has nothing against.
-        cache: its cache.
-        threads: at most so many (default: torch's number).
     """
 
     def __init__(self, model: Transformer, cache: KVCache, threads: int | None = None) -> None:

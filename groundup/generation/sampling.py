@@ -115,7 +115,7 @@ def sample(
     if logits.device.type != "cpu":
         logits = _whole(logits, changed)
         if any(own.temperature for own in rows):
-            return _draw(_weights(logits, rows), uniforms(seeds, positions))
+            return draw(_weights(logits, rows), uniforms(seeds, positions))
         best = logits.argmax(dim=-1)
         _check(logits.gather(-1, best[:, None]).flatten().tolist())  # a NaN counts as the largest
         return best
@@ -155,9 +155,14 @@ def warp(
     return (weights / weights.sum(dim=-1, keepdim=True)).log()
 
 
-def draw(logprobs: Float[Tensor, "rows vocab"], uniform: Float64[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-    """The token at which each row's cumulative distribution passes its uniform number of [0, 1)."""
-    return _draw(logprobs.exp(), uniform)
+def draw(weights: Float[Tensor, "rows vocab"], uniform: Float64[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    """The token at which the running sum of each row's weights passes its uniform number of [0, 1) times their sum."""
+    if weights.device.type == "cpu":
+        return torch.tensor([_draw_row(row, u) for row, u in zip(weights.numpy(), uniform.tolist(), strict=True)])
+    sums = weights.cumsum(dim=-1, dtype=torch.float64)
+    # u · total rounds to less than the total for every double u < 1, and the first sum over it belongs to a token
+    # that has added something: the index is that of a possible token.
+    return torch.searchsorted(sums, uniform[:, None].to(sums) * sums[:, -1:], right=True)[:, 0]
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int], stream: int = 0) -> Float64[Tensor, " rows"]:
@@ -343,15 +348,6 @@ def _border(keys: np.ndarray, weights: np.ndarray, mass: float) -> np.floating:
     order = np.argsort(-keys)
     sums = weights[order].cumsum(dtype=np.float64)
     return keys[order[min(int(sums.searchsorted(mass - before)), len(keys) - 1)]]
-
-
-def _draw(weights: Float[Tensor, "rows vocab"], uniform: Float64[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-    if weights.device.type == "cpu":
-        return torch.tensor([_draw_row(row, u) for row, u in zip(weights.numpy(), uniform.tolist(), strict=True)])
-    sums = weights.cumsum(dim=-1, dtype=torch.float64)
-    # u · total rounds to less than the total for every double u < 1, and the first sum over it belongs to a token
-    # that has added something: the index is that of a possible token.
-    return torch.searchsorted(sums, uniform[:, None].to(sums) * sums[:, -1:], right=True)[:, 0]
 
 
 def _draw_row(weights: np.ndarray, uniform: float) -> int:

@@ -85,8 +85,8 @@ def verify(
             continue
         rest = (p - q).clamp(min=0)
         law = rest if rest.sum() > 0 else p  # p = q up to rounding
-        return [*guesses[:place], int(draw(law.log()[None], replaced[place : place + 1])[0])]
-    return [*guesses, int(draw(target[-1:], last)[0])]
+        return [*guesses[:place], int(draw(law[None], replaced[place : place + 1])[0])]
+    return [*guesses, int(draw(target[-1:].exp(), last)[0])]
 
 
 def verified(text: Text, draft: Draft, logits: Float[Tensor, "n_plus_1 vocab"]) -> list[int]:
@@ -306,7 +306,7 @@ def _guess(
         logprobs = warp(logits, [texts[place].params for place in active], histories)
         seeds = [texts[place].seed for place in active]
         positions = [len(texts[place].ids) - texts[place].n_prompt + len(guesses[place]) for place in active]
-        tokens = draw(logprobs, uniforms(seeds, positions, _GUESSED)).tolist()
+        tokens = draw(logprobs.exp(), uniforms(seeds, positions, _GUESSED)).tolist()
         for number, (place, token) in enumerate(zip(list(active), tokens, strict=True)):
             guesses[place].append(token)
             laws[place].append(logprobs[number])

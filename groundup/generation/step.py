@@ -49,12 +49,7 @@ class Row(NamedTuple):
 
 
 class ModelStep:
-    """A model and its cache.
-
-    Args:
-        model: as `inference_copy` gives it.
-        cache: of the model.
-        is_native: the step in C may be used; where it cannot be, `reason` says why.
+    """A model, as `inference_copy` gives it, and its cache; `is_native`: the step in C or CUDA graphs may be used.
 
     Attributes:
         reason: why neither the step in C nor CUDA graphs are used; None: one is.
