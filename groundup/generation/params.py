@@ -87,7 +87,7 @@ class SamplingParams:
         except ValidationError as error:
             wrong = {str(one["loc"][0]): one["msg"].replace("Input should be", "must be") for one in error.errors()}
             raise GroundupError(
-                " ".join(f"{name} = {given[name]!r}: {said}." for name, said in wrong.items())
+                " ".join(f"{name} = {given.get(name)!r}: {said}." for name, said in wrong.items())
             ) from None
 
     def __post_init__(self) -> None:

@@ -11,12 +11,12 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -62,9 +62,7 @@ class ModelStep:
         self._graphs = None
         if is_native and cache.device.type == "cuda":
             self._graphs, self.reason = _graphs_if_faster(model, cache)
-        # Asked for many times in every step that may guess, or reads prompts.
-        self._seconds: dict[int, float] = {}
-        self._choices: dict[tuple[int, int], bool] = {}
+        self._seconds: dict[int, float] = {}  # asked for many times in every step that may guess
         if self._native is not None:
             self.seconds(1)  # the trial, unless this machine has made it before
 
@@ -81,9 +79,10 @@ class ModelStep:
     def _estimate(self, way: str, n_tokens: int) -> float:
         """Of one way; beyond the trial's most tokens each costs as much as the last ones did."""
         times = self._timings[way]
-        tried = _TRIED[: len(times)]
-        each = max(0.0, times[-1] - times[-2]) / (tried[-1] - tried[-2])
-        return float(np.interp(n_tokens, tried, times)) + max(0, n_tokens - tried[-1]) * each
+        place = min(bisect(_TRIED, n_tokens), len(times) - 1)
+        fewer, more = _TRIED[place - 1], _TRIED[place]
+        each = (times[place] - times[place - 1]) / (more - fewer)
+        return times[place - 1] + (n_tokens - fewer) * (each if n_tokens <= more else max(0.0, each))
 
     def share_of(self, n_layers: int) -> float:
         """The share of the weights that a step of the first so many blocks reads."""
@@ -100,10 +99,8 @@ class ModelStep:
         """
         if self._native is not None:
             counts = [len(row.ids) for row in rows]
-            size = sum(counts), len(counts) * max(counts)  # the forward pass computes padding too
-            if size not in self._choices:
-                self._choices[size] = self._estimate("native", size[0]) < self._estimate("eager", size[1])
-            if self._choices[size]:
+            padded = len(counts) * max(counts)  # what the forward pass computes
+            if self._estimate("native", sum(counts)) < self._estimate("eager", padded):
                 return _native_step(self._native, rows, n_layers)
         if self._graphs is not None and n_layers is None and all(len(row.ids) == row.n_logits == 1 for row in rows):
             return self._graphs([row.ids[0] for row in rows], [row.slot for row in rows], [row.start for row in rows])
