@@ -16,7 +16,8 @@ import torch
 from record import spread, write_result
 from transformers.generation import logits_process as theirs
 
-from groundup.generation import Constraint, History, SamplingParams, sample
+from groundup.generation import Constraint, SamplingParams
+from groundup.generation.sampling import History, sample
 from groundup.tokenizer import Tokenizer
 
 FILTERS = {

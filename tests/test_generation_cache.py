@@ -5,7 +5,7 @@ import torch
 from generation_models import NANO, random_model, random_prompts
 
 from groundup.generation.cache import KVCache, Rows
-from groundup.generation.graphs import StaticRows, one_token
+from groundup.generation.graphs import fixed_rows, one_token
 
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -128,9 +128,10 @@ def test_calls_of_fixed_shape_give_the_same_logits(name, overrides, kind):
     ids = random_prompts([20, 12], model.config.vocab_size)
     cache = KVCache(model.config, batch=3, length=24, **KINDS[kind])
     cached_logits(model, cache, [row[:8] for row in ids], [2, 0], [0, 0], 4)
-    rows = StaticRows(cache, batch=4, length=24)
+    rows = fixed_rows(cache, batch=4, length=24)
+    rows.blocks.copy_(cache.table[[2, 0, 0, 0], : rows.blocks.shape[1]])
     for place in range(8, 12):
-        rows.fill([ids[0][place], *[ids[1][place]] * 3], [2, 0, 0, 0], [place] * 4)
-        logits = one_token(model, rows)
+        rows.positions.fill_(place)
+        logits = one_token(model, torch.tensor([[ids[0][place]], *[[ids[1][place]]] * 3]), rows)
         for row in range(2):
             torch.testing.assert_close(logits[row], model(torch.tensor([ids[row][: place + 1]]))[0, -1], **EXACT)

@@ -12,6 +12,7 @@ from lengths import IS_LONG
 
 from groundup.errors import DataError, GroundupError
 from groundup.generation import Constraint, Engine, Request, SamplingParams
+from groundup.generation.step import Row
 
 LAYOUTS = [{}, {"pages": True}]
 
@@ -415,9 +416,26 @@ def test_in_bfloat16_a_batch_differs_only_where_two_tokens_are_nearly_equal():
             assert first - second < 0.1
 
 
-def test_a_step_of_more_tokens_than_were_timed_takes_longer_in_proportion():
+def test_a_step_of_more_tokens_than_were_timed_takes_as_much_longer_as_the_last_of_them():
     step = Engine(random_model())._model_step
-    assert step.seconds(256) == pytest.approx(4 * step.seconds(64))
+    seconds = [step.seconds(n) for n in (1000, 2000, 3000)]
+    assert seconds[2] - seconds[1] == pytest.approx(seconds[1] - seconds[0])
+
+
+def test_the_way_that_is_faster_is_taken_padding_included(monkeypatch):
+    """The forward pass computes padding, the step in C does not."""
+    step = Engine(random_model(), slots=2, length=64)._model_step
+    taken = []
+    for way in ("native", "eager"):
+        name = f"groundup.generation.step._{way}_step"
+        monkeypatch.setattr(name, lambda *arguments, way=way: taken.append(way))
+    step._timings = {"native": [1.0, 2, 3, 5, 9, 16, 32], "eager": [8.5, 8.5, 8.5, 8.5, 8.5, 9, 11]}
+    for counts in ([1], [8], [9], [16, 1], [16, 16], [32, 32]):
+        step([Row(slot, [0] * n, 0) for slot, n in enumerate(counts)])
+    assert taken == ["native", "native", "eager", "eager", "eager", "eager"]
+    step._timings = {"native": [1.0, 2, 3, 5, 9, 16, 32], "eager": [2.0 * n for n in (1, 2, 3, 5, 9, 16, 32)]}
+    step([Row(0, [0] * 32, 0), Row(1, [0], 0)])
+    assert taken[-1] == "native"
 
 
 def test_a_finished_row_is_computed_no_more(monkeypatch):

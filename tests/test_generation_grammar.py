@@ -13,7 +13,8 @@ import torch
 from generation_models import TEXT, small_tokenizer
 
 from groundup.errors import GroundupError
-from groundup.generation import Constraint, SamplingParams, grammar, sample
+from groundup.generation import Constraint, SamplingParams, grammar
+from groundup.generation.sampling import sample
 from groundup.tokenizer import Tokenizer
 
 pytest.importorskip("llguidance")

@@ -25,7 +25,8 @@ from serving_client import Served, serving, small_model, small_state
 import groundup as gu
 from groundup.alignment.conversations import load_conversations
 from groundup.errors import DataError
-from groundup.generation import Engine, Request, SamplingParams, warp
+from groundup.generation import Engine, Request, SamplingParams
+from groundup.generation.sampling import warp
 from groundup.generation.speculative import Speculation
 from groundup.serving import ServedModel, State
 from groundup.serving.feedback import Feedback

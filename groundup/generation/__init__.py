@@ -3,20 +3,11 @@
 from groundup.generation.beam import beam_search
 from groundup.generation.cache import KVCache
 from groundup.generation.detokenizer import Detokenizer
-from groundup.generation.engine import Engine, EngineBusy, EngineStats
-from groundup.generation.grammar import Constraint, Matcher
+from groundup.generation.engine import Engine, EngineBusy
+from groundup.generation.grammar import Constraint
 from groundup.generation.params import SamplingParams
 from groundup.generation.request import Chunk, Generation, Request
-from groundup.generation.sampling import (
-    History,
-    TokenLogprob,
-    draw,
-    request_seed,
-    sample,
-    token_logprobs,
-    uniforms,
-    warp,
-)
+from groundup.generation.sampling import TokenLogprob
 from groundup.generation.text import (
     chat_prompt,
     chat_reply,
@@ -29,32 +20,7 @@ from groundup.generation.text import (
 )
 
 __all__ = [
-    "Chunk",
-    "Constraint",
-    "Detokenizer",
-    "Engine",
-    "EngineBusy",
-    "EngineStats",
-    "Generation",
-    "History",
-    "KVCache",
-    "Matcher",
-    "Request",
-    "SamplingParams",
-    "TokenLogprob",
-    "beam_search",
-    "chat_prompt",
-    "chat_reply",
-    "draw",
-    "generate",
-    "generate_batch",
-    "prompt_ids",
-    "request_seed",
-    "sample",
-    "stream",
-    "stream_chat",
-    "text_request",
-    "token_logprobs",
-    "uniforms",
-    "warp",
-]
+    "Chunk", "Constraint", "Detokenizer", "Engine", "EngineBusy", "Generation", "KVCache", "Request", "SamplingParams",
+    "TokenLogprob", "beam_search", "chat_prompt", "chat_reply", "generate", "generate_batch", "prompt_ids", "stream",
+    "stream_chat", "text_request",
+]  # fmt: skip

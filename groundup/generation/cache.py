@@ -170,61 +170,60 @@ class Rows:
         slots: of each row.
         starts: position of each row's first token.
         counts: tokens of each row; shorter rows are padded at their end, and padding is not stored.
+        length: entries that are visible, at least the furthest position + 1 (default: that).
 
     Attributes:
         positions: of the rows' tokens, (batch, seq); padding repeats a row's last.
+        blocks: of the rows' slots, (batch, n).
     """
 
-    def __init__(self, cache: KVCache, slots: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> None:
-        self._cache, self._slots = cache, list(slots)
-        device, longest = cache.device, max(counts)
-        offsets = torch.arange(longest)
-        n = torch.tensor(list(counts))[:, None]
-        positions = torch.tensor(list(starts))[:, None] + torch.minimum(offsets, n - 1)
-        self._real = (offsets < n).flatten().nonzero()[:, 0].to(device)
+    def __init__(
+        self,
+        cache: KVCache,
+        slots: Sequence[int],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        length: int | None = None,
+    ) -> None:
+        self._cache, device = cache, cache.device
+        offsets, n = torch.arange(max(counts)), torch.tensor(counts)[:, None]
+        positions = torch.tensor(starts)[:, None] + torch.minimum(offsets, n - 1)
+        self._length = length or int(positions.max()) + 1
+        n_blocks = -(-self._length // (cache.page_size or cache.length))
         self.positions = positions.to(device)
-        self._last = positions[:, -1:]
-        self._length = int(self._last.max()) + 1
-        self._row_of_real = torch.arange(len(self._slots)).repeat_interleave(n[:, 0])
-        self._real_positions = positions.flatten()[self._real.cpu()]
-        self._places: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._ring_positions: dict[int, Tensor] = {}
+        self.blocks = cache.table[list(slots), :n_blocks].long().to(device)
+        # A slice copies nothing, where slots are blocks that follow each other.
+        is_slice = length is None and cache.page_size is None and list(slots) == list(range(slots[0], slots[-1] + 1))
+        self._slice = slice(slots[0], slots[-1] + 1) if is_slice else None
+        self._real = (offsets < n).flatten().nonzero()[:, 0].to(device)
+        self._row_of_real = torch.arange(len(slots)).repeat_interleave(n[:, 0]).to(device)
+        self._places: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def update(
         self, layer: int, keys: NewEntries, values: NewEntries, positions: Int[Tensor, "batch seq"]
     ) -> tuple[Entries, Entries, Int[Tensor, "batch length"] | None]:
         """Store keys and values; return those of the rows' slots and where they stand (None: 0, 1, 2, …)."""
-        store, device = self._cache.layers[layer], self._cache.device
-        kind = (store.block_size, store.ring)
+        store = self._cache.layers[layer]
+        length, kind = min(self._length, store.ring or self._length), (store.block_size, store.ring)
+        if layer == 0:
+            self._places.clear()
         if kind not in self._places:
-            index = store.index(self._real_positions)
-            slots = torch.tensor(self._slots)[self._row_of_real]
-            blocks = self._cache.table[slots, index // store.block_size].long()
-            self._places[kind] = (blocks.to(device), (index % store.block_size).to(device))
-        flat = [part.transpose(1, 2).flatten(0, 1)[self._real] for part in (keys, values)]
-        store.write(*self._places[kind], *flat)
-        length = min(self._length, store.ring or self._length)
-        n_blocks = -(-length // store.block_size)
-        found = store.read(self._blocks(n_blocks), length, keys.dtype)
-        return found[0], found[1], self._where(store, length)
-
-    def _blocks(self, n_blocks: int) -> Tensor | slice:
-        """The blocks of the rows; a slice, which copies nothing, where slots are blocks that follow each other."""
-        first, last = self._slots[0], self._slots[-1]
-        if self._cache.page_size is None and self._slots == list(range(first, last + 1)):
-            return slice(first, last + 1)
-        return self._cache.table[self._slots, :n_blocks].long().to(self._cache.device)
+            index = store.index(self.positions.flatten()[self._real])
+            blocks = self.blocks[self._row_of_real, index // store.block_size]
+            self._places[kind] = blocks, index % store.block_size, self._where(store, length)
+        blocks, offsets, where = self._places[kind]
+        store.write(blocks, offsets, *(part.transpose(1, 2).flatten(0, 1)[self._real] for part in (keys, values)))
+        visible = self.blocks[:, : -(-length // store.block_size)] if self._slice is None else self._slice
+        found = store.read(visible, length, keys.dtype)
+        return found[0], found[1], where
 
     def _where(self, store: LayerCache, length: int) -> Tensor | None:
         if not store.ring or self._length <= store.ring:
             return None
-        if store.ring not in self._ring_positions:
-            index = torch.arange(length)[None]
-            newest = self._last - (self._last - index) % (store.ring - store.sinks)
-            # What lies beyond a row's last token was never written: its own index is beyond every query.
-            kept = (index < store.sinks) | (index > self._last)
-            self._ring_positions[store.ring] = torch.where(kept, index, newest).to(self._cache.device)
-        return self._ring_positions[store.ring]
+        last, index = self.positions[:, -1:], torch.arange(length, device=self.positions.device)[None]
+        newest = last - (last - index) % (store.ring - store.sinks)
+        # What lies beyond a row's last token was never written: its own index is beyond every query.
+        return torch.where((index < store.sinks) | (index > last), index, newest)
 
 
 def _gather(stored: Tensor, blocks: Tensor | slice) -> Tensor:

@@ -28,7 +28,7 @@ from groundup.errors import DataError, GroundupError
 from groundup.generation.cache import KVCache
 from groundup.generation.request import Chunk, Generation, Request, Text
 from groundup.generation.sampling import TokenLogprob, sample, token_logprobs
-from groundup.generation.slots import RUN, PagePool, SlotPool
+from groundup.generation.slots import RUN, Pool
 from groundup.generation.speculative import Draft, Speculation, speculation_with, verified
 from groundup.generation.step import ModelStep, Row, inference_copy
 from groundup.model import Transformer
@@ -41,25 +41,15 @@ class EngineBusy(GroundupError):
 
 @dataclass
 class EngineStats:
-    """What an engine has done so far.
+    """What an engine has done so far."""
 
-    Attributes:
-        steps: calls of the model.
-        prompt_tokens: read.
-        reused_tokens: of prompts, found in the cache instead.
-        new_tokens: written.
-        drafted_tokens: guessed by a draft.
-        accepted_tokens: of them, right.
-        finished: texts, by reason.
-    """
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    new_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    finished: Counter[str] = field(default_factory=Counter)
+    steps: int = 0  # calls of the model
+    prompt_tokens: int = 0  # read
+    reused_tokens: int = 0  # of prompts, found in the cache instead
+    new_tokens: int = 0  # written
+    drafted_tokens: int = 0  # guessed by a draft
+    accepted_tokens: int = 0  # of them, right
+    finished: Counter[str] = field(default_factory=Counter)  # texts, by reason
 
 
 class Engine:
@@ -120,7 +110,7 @@ class Engine:
             model.config, slots, self.length, arithmetic, device, block_size=RUN if pages else None,
             n_blocks=n_pages, chunk=None if pages else chunk, is_int8=is_int8_cache,
         )  # fmt: skip
-        self._pool = PagePool(self._cache) if pages else SlotPool(self._cache)
+        self._pool = Pool(self._cache)
         self._inbox: deque[Request] = deque()
         self._queues: dict[str, deque[Text]] = {}
         self._cancelled: deque[Request] = deque()
@@ -504,11 +494,13 @@ class Engine:
                 for place, text in enumerate(texts):
                     self._draw([text], logits[place : place + 1])
             return
+        logprobs: dict[int, TokenLogprob] = {}
+        for n_top in {text.params.logprobs or 0 for text in texts if text.wants_logprobs}:
+            of = [n for n, text in enumerate(texts) if text.wants_logprobs and (text.params.logprobs or 0) == n_top]
+            chosen = logits if len(of) == len(logits) else logits[of]
+            logprobs.update(zip(of, token_logprobs(chosen, [tokens[n] for n in of], n_top), strict=True))
         for place, (text, token) in enumerate(zip(texts, tokens, strict=True)):
-            logprob = None
-            if text.wants_logprobs:
-                logprob = token_logprobs(logits[place : place + 1], [token], text.params.logprobs or 0)[0]
-            self._take(text, token, logprob)
+            self._take(text, token, logprobs.get(place))
 
     def _take(self, text: Text, token: int, logprob: TokenLogprob | None, is_accepted: bool = False) -> None:
         self.stats.new_tokens += 1

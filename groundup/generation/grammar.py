@@ -87,9 +87,7 @@ class Constraint:
     def compile(self, tokenizer: Tokenizer, vocab_size: int) -> Matcher:
         """A matcher at the text's beginning; what was compiled lately is kept.
 
-        Args:
-            tokenizer: of the model.
-            vocab_size: the model's rows of logits; those that stand for no token are never allowed.
+        Rows of logits, `vocab_size` in all, that stand for no token are never allowed.
 
         Raises:
             GroundupError: the grammar is too complex.
@@ -119,12 +117,7 @@ class Constraint:
 
 
 class Matcher:
-    """Where a text stands in its grammar.
-
-    Args:
-        matcher: llguidance's.
-        vocab_size: of the model.
-    """
+    """Where a text stands in its grammar, by llguidance's matcher."""
 
     def __init__(self, matcher: Any, vocab_size: int) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size

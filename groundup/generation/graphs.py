@@ -14,69 +14,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from groundup.generation.cache import Entries, KVCache, NewEntries
+from groundup.generation.cache import KVCache, Rows
 from groundup.model import Transformer
 
 BUCKET = 256
 """Entries; the shortest visible length."""
 
 
-class StaticRows:
-    """The cache as a call of fixed shape sees it: one new token in each of some slots.
-
-    Args:
-        cache: whose slots they are.
-        batch: rows.
-        length: entries that are visible, at least the furthest position + 1.
-
-    Attributes:
-        ids: of the rows' tokens, (batch, 1) int64.
-        positions: of them, (batch, 1) int64.
-        blocks: of the rows' slots, (batch, n) int64.
-    """
-
-    def __init__(self, cache: KVCache, batch: int, length: int) -> None:
-        self._cache, self._length = cache, length
-        size = cache.page_size or cache.length
-        self.ids = torch.zeros((batch, 1), dtype=torch.int64, device=cache.device)
-        self.positions = torch.zeros_like(self.ids)
-        self.blocks = torch.zeros((batch, -(-length // size)), dtype=torch.int64, device=cache.device)
-
-    def fill(self, ids: Sequence[int], slots: Sequence[int], positions: Sequence[int]) -> None:
-        """The next call's rows."""
-        both = torch.tensor([list(ids), list(positions)]).to(self._cache.device)
-        self.ids[:, 0], self.positions[:, 0] = both[0], both[1]
-        self.blocks.copy_(self._cache.table[list(slots), : self.blocks.shape[1]])
-
-    def update(
-        self, layer: int, keys: NewEntries, values: NewEntries, positions: Int[Tensor, "batch seq"]
-    ) -> tuple[Entries, Entries, Int[Tensor, "batch length"] | None]:
-        """As `Rows.update`, without asking the device anything."""
-        store = self._cache.layers[layer]
-        index = store.index(self.positions)
-        blocks = self.blocks.gather(1, index // store.block_size)[:, 0]
-        store.write(blocks, index[:, 0] % store.block_size, keys[:, :, 0], values[:, :, 0])
-        length = min(self._length, store.ring or self._length)
-        found = store.read(self.blocks[:, : -(-length // store.block_size)], length, keys.dtype)
-        if not store.ring:
-            return found[0], found[1], None
-        entries = torch.arange(length, device=self.positions.device)[None]
-        newest = self.positions - (self.positions - entries) % (store.ring - store.sinks)
-        kept = (entries < store.sinks) | (entries > self.positions)
-        return found[0], found[1], torch.where(kept, entries, newest)
-
-
 class GraphStep:
-    """Steps of one token a slot, each shape captured when it is first met.
-
-    Args:
-        model: as `inference_copy` gives it, on a GPU.
-        cache: of the model.
-    """
+    """Steps of one token a slot of a model on a GPU, each shape captured when it is first met."""
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self._model, self._cache = model, cache
-        self._captured: dict[tuple[int, int], tuple[StaticRows, torch.cuda.CUDAGraph, Tensor]] = {}
+        self._captured: dict[tuple[int, int], tuple[Tensor, Rows, torch.cuda.CUDAGraph, Tensor]] = {}
 
     @torch.inference_mode()
     def __call__(
@@ -88,33 +38,40 @@ class GraphStep:
         length = min(self._cache.length, -(-(max(positions) + 1) // BUCKET) * BUCKET)
         if (batch, length) not in self._captured:
             self._captured[batch, length] = self._capture(batch, length)
-        rows, graph, logits = self._captured[batch, length]
-        rows.fill(*(_filled(part, batch) for part in (ids, slots, positions)))
+        static_ids, rows, graph, logits = self._captured[batch, length]
+        # The last row is repeated to fill the batch: it writes the same entry again.
+        values = [[*part, *[part[-1]] * (batch - n)] for part in (ids, positions, slots)]
+        both = torch.tensor(values[:2]).to(self._cache.device)[..., None]
+        static_ids.copy_(both[0]), rows.positions.copy_(both[1])
+        rows.blocks.copy_(self._cache.table[values[2], : rows.blocks.shape[1]])
         graph.replay()
         return logits[:n].clone()
 
-    def _capture(self, batch: int, length: int) -> tuple[StaticRows, torch.cuda.CUDAGraph, Tensor]:
-        rows, graph = StaticRows(self._cache, batch, length), torch.cuda.CUDAGraph()
+    def _capture(self, batch: int, length: int) -> tuple[Tensor, Rows, torch.cuda.CUDAGraph, Tensor]:
+        rows, graph = fixed_rows(self._cache, batch, length), torch.cuda.CUDAGraph()
+        ids = torch.zeros_like(rows.positions)
         first = [part[:1, :, :1] for layer in self._cache.layers for part in (layer.keys, layer.values)]
         kept = [part.clone() for part in first]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries set themselves up before the capture
             for _ in range(2):
-                logits = one_token(self._model, rows)
+                logits = one_token(self._model, ids, rows)
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph):
-            logits = one_token(self._model, rows)
+            logits = one_token(self._model, ids, rows)
         for part, before in zip(first, kept, strict=True):  # the trial runs have written position 0 of block 0
             part.copy_(before)
-        return rows, graph, logits
+        return ids, rows, graph, logits
 
 
-def one_token(model: Transformer, rows: StaticRows) -> Float[Tensor, "batch vocab"]:
+def fixed_rows(cache: KVCache, batch: int, length: int) -> Rows:
+    """Rows of one token each, whose positions and blocks are filled in before each call."""
+    rows = Rows(cache, [0] * batch, [0] * batch, [1] * batch, length)
+    rows.blocks.zero_()
+    return rows
+
+
+def one_token(model: Transformer, ids: Int[Tensor, "batch 1"], rows: Rows) -> Float[Tensor, "batch vocab"]:
     """A step of the rows' tokens."""
-    return model(rows.ids, positions=rows.positions, cache=rows)[:, -1]
-
-
-def _filled(values: Sequence[int], n: int) -> list[int]:
-    """The last one repeated: it writes the same entry again."""
-    return [*values, *[values[-1]] * (n - len(values))]
+    return model(ids, positions=rows.positions, cache=rows)[:, -1]

@@ -12,18 +12,21 @@ import ctypes
 import functools
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from array import array
 from collections.abc import Sequence
-from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from jaxtyping import Float32
 from torch import Tensor, nn
 
 from groundup.environment import cpu_features, cpu_name
@@ -53,46 +56,21 @@ _FAULTS = {
 }
 
 
-class _Matrix(ctypes.Structure):
-    _fields_ = (
-        ("weight", c_void_p), ("scales", c_void_p), ("bias", c_void_p),
-        ("kind", c_int32), ("rows", c_int32), ("cols", c_int32), ("group", c_int32),
-    )  # fmt: skip
+_SOURCE = resources.files(__package__).joinpath("native.c").read_text("utf-8")
 
 
-class _Norm(ctypes.Structure):
-    _fields_ = (("weight", c_void_p), ("bias", c_void_p))
+def _structures(source: str) -> SimpleNamespace:
+    """The source's structures, for ctypes."""
+    kinds: dict[str, Any] = {"int": c_int, "int32_t": c_int32, "int64_t": c_int64, "float": c_float}
+    for body, name in re.findall(r"typedef struct \{(.*?)\} (\w+);", source, flags=re.DOTALL):
+        lines = re.findall(r"(?:const )?(\w+) ([^;]+);", re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL))
+        fields = [(kind, field.strip()) for kind, fields in lines for field in fields.split(",")]
+        types = [(field.lstrip("*"), c_void_p if field.startswith("*") else kinds[kind]) for kind, field in fields]
+        kinds[name] = type(name, (ctypes.Structure,), {"_fields_": types})
+    return SimpleNamespace(**kinds)
 
 
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        *((name, _Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
-        *((name, _Norm) for name in ("attention_norm", "feedforward_norm", "q_norm", "k_norm")),
-        *((name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
-        *((name, c_int32) for name in ("cache_kind", "n_blocks", "block_size", "ring", "ring_sinks")),
-        *((name, c_int32) for name in ("pattern", "window", "stride", "summary", "sink_tokens")),
-    )
-
-
-class _Model(ctypes.Structure):
-    _fields_ = (
-        ("layers", POINTER(_Layer)), ("embedding", _Matrix), ("head", _Matrix), ("norm", _Norm),
-        *((name, c_void_p) for name in ("positions", "cos", "sin", "slopes")),
-        *((name, c_int32) for name in (
-            "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_model", "d_ff", "vocab_size", "reach", "rotated",
-            "activation", "is_layernorm", "is_post_norm", "has_qk_norm", "table_width",
-        )),
-        *((name, c_float) for name in (
-            "embedding_scale", "attention_scale", "attention_softcap", "logit_softcap", "eps",
-        )),
-    )  # fmt: skip
-
-
-class _Call(ctypes.Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("ids", "slots", "positions", "wanted", "table", "logits", "memory")),
-        *((name, c_int32) for name in ("n", "n_wanted", "n_slots", "n_layers", "threads")),
-    )
+_C = _structures(_SOURCE)
 
 
 def why_not(model: Transformer, cache: KVCache) -> str | None:
@@ -132,12 +110,11 @@ def _why_not_matrix(name: str, module: Any) -> str | None:
 @functools.cache
 def library() -> tuple[ctypes.CDLL | None, str | None]:
     """The compiled step, compiled now unless it was before; or None and the reason."""
-    source = resources.files(__package__).joinpath("native.c").read_text("utf-8")
-    key = value_digest([source, FLAGS, sys.platform, cpu_name(), cpu_features()])
+    key = value_digest([_SOURCE, FLAGS, sys.platform, cpu_name(), cpu_features()])
     path = cache_root() / "native" / f"{key}.so"
     try:
         if not path.is_file():
-            built = _compile(source)
+            built = _compile()
             if isinstance(built, str):
                 return None, built
             with atomic_writer(path, binary=True) as handle:
@@ -146,11 +123,11 @@ def library() -> tuple[ctypes.CDLL | None, str | None]:
     except (GroundupError, OSError) as error:
         return None, f"the compiled step cannot be kept or loaded: {error}"
     found.scratch_floats.restype = c_int64
-    found.scratch_floats.argtypes = found.step.argtypes = (POINTER(_Model), POINTER(_Call))
+    found.scratch_floats.argtypes = found.step.argtypes = (POINTER(_C.Model), POINTER(_C.Call))
     return found, None
 
 
-def _compile(source: str) -> bytes | str:
+def _compile() -> bytes | str:
     """The library's bytes, or why there are none."""
     names = (os.environ.get("CC"), "gcc", "cc", "clang")
     compiler = next((found for name in names if name and (found := shutil.which(name))), None)
@@ -163,7 +140,7 @@ def _compile(source: str) -> bytes | str:
         threads = ["-fopenmp"]
     with tempfile.TemporaryDirectory(prefix="groundup-") as name:
         text, built = Path(name) / "native.c", Path(name) / "native.so"
-        text.write_text(source, encoding="utf-8")
+        text.write_text(_SOURCE, encoding="utf-8")
         result = subprocess.run(
             [compiler, *FLAGS, str(text), "-o", str(built), *threads, "-lm"],
             capture_output=True, text=True, errors="replace", check=False,
@@ -176,15 +153,10 @@ def _compile(source: str) -> bytes | str:
 
 
 class NativeStep:
-    """Steps of one model over one cache.
+    """Steps of one model over its cache, which `why_not` has nothing against; by torch's number of threads.
 
     Weights and cache are read and written where they are, so a change in place is seen by the next step (of norms and
     biases only where they are float32); tensors that are replaced by others are not.
-
-    Args:
-        model: a model that `why_not` has nothing against.
-        cache: its cache.
-        threads: at most so many (default: torch's number).
     """
 
     def __init__(self, model: Transformer, cache: KVCache, threads: int | None = None) -> None:
@@ -200,12 +172,12 @@ class NativeStep:
 
     def __call__(
         self,
-        ids: Sequence[int] | Tensor,
-        slots: Sequence[int] | Tensor,
-        positions: Sequence[int] | Tensor,
-        wanted: Sequence[int] | Tensor | None = None,
+        ids: Sequence[int],
+        slots: Sequence[int],
+        positions: Sequence[int],
+        wanted: Sequence[int] | None = None,
         n_layers: int | None = None,
-    ) -> Tensor:
+    ) -> Float32[Tensor, "wanted vocab"]:
         """Store the tokens' keys and values, and compute logits.
 
         Args:
@@ -215,21 +187,16 @@ class NativeStep:
             wanted: indexes among the N whose logits are returned; None: all.
             n_layers: the first so many layers only, then norm and head; None: all.
 
-        Returns:
-            float32 (len(wanted), vocab_size).
-
         Raises:
             IndexError: an id, slot, position or number of layers is out of range; nothing was computed.
         """
         n, table = len(ids), self._cache.table
-        lists = [_int32(values) for values in (ids, slots, positions, range(n) if wanted is None else wanted)]
-        addresses, counts, _kept = zip(*lists, strict=True)
-        if not n == counts[1] == counts[2]:
-            raise ValueError("As many ids as slots and positions are needed.")
-        logits = torch.empty(counts[3], self._model.vocab_size, dtype=torch.float32)
-        call = _Call(
-            *addresses, table.data_ptr(), logits.data_ptr(), self._memory, n, counts[3], table.shape[0],
-            self._model.n_layers if n_layers is None else n_layers, self._threads,
+        lists = [array("i", values) for values in (ids, slots, positions, range(n) if wanted is None else wanted)]
+        assert n == len(lists[1]) == len(lists[2]), "as many ids as slots and positions are needed"
+        logits = torch.empty(len(lists[3]), self._model.vocab_size, dtype=torch.float32)
+        call = _C.Call(
+            *(one.buffer_info()[0] for one in lists), table.data_ptr(), logits.data_ptr(), self._memory, n,
+            len(lists[3]), table.shape[0], self._model.n_layers if n_layers is None else n_layers, self._threads,
         )  # fmt: skip
         if n > self._room:
             self._room = n
@@ -240,7 +207,7 @@ class NativeStep:
             raise IndexError(f"{_FAULTS[fault]}.")
         return logits
 
-    def _describe(self, model: Transformer) -> _Model:
+    def _describe(self, model: Transformer) -> Any:
         config, cache = model.config, self._cache
         reach = cache.length
         positions, scale, cos, sin = None, 1.0, None, None
@@ -253,11 +220,12 @@ class NativeStep:
         elif config.position == "rope":
             cos, sin = rotation_table(where, config.rotated, config.rope_theta, torch.float32, config.rope_scaling)
         head = model.embed_tokens if model.lm_head is None else model.lm_head
-        layers = (_Layer * config.n_layers)(
+        layers = (_C.Layer * config.n_layers)(
             *(self._layer(block, layer) for block, layer in zip(model.blocks, cache.layers, strict=True))
         )
-        return _Model(
-            layers=layers,
+        self._kept.append(layers)
+        return _C.Model(
+            layers=ctypes.addressof(layers),
             embedding=self._matrix(model.embed_tokens),
             head=self._matrix(head),
             norm=self._norm(model.norm),
@@ -283,10 +251,10 @@ class NativeStep:
             },
         )
 
-    def _layer(self, block: Any, cache: LayerCache) -> _Layer:
+    def _layer(self, block: Any, cache: LayerCache) -> Any:
         attention, feedforward, rule = block.self_attn, block.mlp, block.self_attn.rule
         self._kept.append(cache)
-        return _Layer(
+        return _C.Layer(
             **{name: self._matrix(getattr(attention, f"{name}_proj")) for name in "qkvo"},
             **{name: self._matrix(getattr(feedforward, f"{name}_proj")) for name in ("gate", "up", "down")},
             attention_norm=self._norm(block.input_layernorm),
@@ -309,24 +277,24 @@ class NativeStep:
             sink_tokens=rule.sink_tokens,
         )
 
-    def _matrix(self, module: Any) -> _Matrix:
+    def _matrix(self, module: Any) -> Any:
         if module is None:
-            return _Matrix()
+            return _C.Matrix()
         bias = self._vector(getattr(module, "bias", None))
         if not hasattr(module, "packed"):
             rows, cols = module.weight.shape
             self._kept.append(module.weight)
-            return _Matrix(module.weight.data_ptr(), None, bias, _KINDS[module.weight.dtype], rows, cols, cols)
+            return _C.Matrix(module.weight.data_ptr(), None, bias, _KINDS[module.weight.dtype], rows, cols, cols)
         packed, scales = module.packed, module.scales
         rows, cols = packed.shape[0], packed.shape[1] * (8 // module.bits)
         kind = _INT4 if module.bits == 4 else _INT8_GROUPS if scales.shape[1] > 1 else _KINDS[torch.int8]
         self._kept += [packed, scales]
-        return _Matrix(packed.data_ptr(), scales.data_ptr(), bias, kind, rows, cols, cols // scales.shape[1])
+        return _C.Matrix(packed.data_ptr(), scales.data_ptr(), bias, kind, rows, cols, cols // scales.shape[1])
 
-    def _norm(self, module: Any) -> _Norm:
+    def _norm(self, module: Any) -> Any:
         if module is None:
-            return _Norm()
-        return _Norm(self._vector(module.weight), self._vector(getattr(module, "bias", None)))
+            return _C.Norm()
+        return _C.Norm(self._vector(module.weight), self._vector(getattr(module, "bias", None)))
 
     def _vector(self, values: Tensor | None) -> int | None:
         """The address of float32 numbers, or None."""
@@ -335,12 +303,3 @@ class NativeStep:
         kept = values.detach().to(torch.float32).contiguous()
         self._kept.append(kept)
         return kept.data_ptr()
-
-
-def _int32(values: Sequence[int] | Tensor) -> tuple[int, int, object]:
-    """Address and number of values, and what must be kept meanwhile; for short lists a tensor is slow to make."""
-    if isinstance(values, Tensor):
-        made = values.to(torch.int32).contiguous()
-        return made.data_ptr(), made.numel(), made
-    kept = array("i", values)
-    return *kept.buffer_info(), kept

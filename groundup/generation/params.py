@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import field
+from typing import Annotated, Self
 
-import torch
-from torch import Tensor
+import numpy as np
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
 from groundup.errors import GroundupError
 from groundup.generation.grammar import Constraint
@@ -18,8 +20,14 @@ MOST_SAMPLES = 128  # n and best_of of one request
 MOST_LOGPROBS = 20  # alternatives reported for a token
 BAN = -100.0  # a logit bias of this excludes the token
 
+_Whole = Annotated[int, Field(ge=0, lt=2**63)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Mass = Annotated[float, Field(gt=0, le=1)]
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
+_Text = Annotated[str, Field(min_length=1)]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
 class SamplingParams:
     """How one request's tokens are drawn, and when its text ends.
 
@@ -50,59 +58,43 @@ class SamplingParams:
         GroundupError: values out of range, all of them named.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    max_tokens: int = 128
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
-    stop_ids: tuple[int, ...] = ()
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    top_k: _Whole = 0
+    top_p: _Mass = 1.0
+    max_tokens: _Whole = 128
+    seed: _Whole | None = None
+    stop: tuple[_Text, ...] = ()
+    min_p: _Share = 0.0
+    typical_p: _Mass = 1.0
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    presence_penalty: _Penalty = 0.0
+    frequency_penalty: _Penalty = 0.0
+    logit_bias: Mapping[_Whole, Annotated[float, Field(ge=BAN, le=-BAN)]] = field(default_factory=dict, hash=False)
+    stop_ids: tuple[_Whole, ...] = ()
     ignore_eos: bool = False
-    min_tokens: int = 0
-    n: int = 1
-    best_of: int | None = None
-    logprobs: int | None = None
+    min_tokens: _Whole = 0
+    n: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] = 1
+    best_of: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     constraint: Constraint | None = None
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_words(cls, values: ArgsKwargs, validate: Callable[[ArgsKwargs], Self]) -> Self:
+        given = dict(zip(cls.__dataclass_fields__, values.args, strict=False)) | (values.kwargs or {})
+        try:
+            return validate(values)
+        except ValidationError as error:
+            wrong = {str(one["loc"][0]): one["msg"].replace("Input should be", "must be") for one in error.errors()}
+            raise GroundupError(
+                " ".join(f"{name} = {given.get(name)!r}: {said}." for name, said in wrong.items())
+            ) from None
+
     def __post_init__(self) -> None:
-        are_stops = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
-        are_ids = isinstance(self.stop_ids, tuple) and all(_is_whole(token, 0) for token in self.stop_ids)
-        are_biases = isinstance(self.logit_bias, Mapping) and all(
-            _is_whole(token, 0) and _is_real(bias, BAN, -BAN) for token, bias in self.logit_bias.items()
-        )
-        n_at_least = self.n if _is_whole(self.n, 1) else 1
-        most_min_tokens = self.max_tokens if _is_whole(self.max_tokens, 0) else 0
-        has_best_of = self.best_of is None or _is_whole(self.best_of, n_at_least, MOST_SAMPLES)
-        has_logprobs = self.logprobs is None or _is_whole(self.logprobs, 0, MOST_LOGPROBS)
-        rules = [
-            ("temperature", _is_real(self.temperature, 0), "a number of at least 0"),
-            ("top_k", _is_whole(self.top_k, 0), "a whole number of at least 0 (0: all tokens)"),
-            ("top_p", _is_real(self.top_p, 0, 1) and self.top_p > 0, "over 0 and at most 1"),
-            ("max_tokens", _is_whole(self.max_tokens, 0), "a whole number of at least 0"),
-            ("seed", self.seed is None or _is_whole(self.seed, 0), "a whole number of at least 0 and below 2^63"),
-            ("stop", are_stops, "a tuple of texts, none of them empty"),
-            ("min_p", _is_real(self.min_p, 0, 1), "from 0 to 1"),
-            ("typical_p", _is_real(self.typical_p, 0, 1) and self.typical_p > 0, "over 0 and at most 1"),
-            ("repetition_penalty", _is_real(self.repetition_penalty, 0) and self.repetition_penalty > 0, "over 0"),
-            ("presence_penalty", _is_real(self.presence_penalty, -2, 2), "from -2 to 2"),
-            ("frequency_penalty", _is_real(self.frequency_penalty, -2, 2), "from -2 to 2"),
-            ("logit_bias", are_biases, "a mapping from token ids to numbers from -100 to 100"),
-            ("stop_ids", are_ids, "a tuple of token ids"),
-            ("ignore_eos", isinstance(self.ignore_eos, bool), "true or false"),
-            ("min_tokens", _is_whole(self.min_tokens, 0, most_min_tokens), "a whole number from 0 to max_tokens"),
-            ("n", _is_whole(self.n, 1, MOST_SAMPLES), f"a whole number from 1 to {MOST_SAMPLES}"),
-            ("best_of", has_best_of, f"a whole number from n to {MOST_SAMPLES}"),
-            ("constraint", self.constraint is None or isinstance(self.constraint, Constraint), "a Constraint"),
-            ("logprobs", has_logprobs, f"a whole number from 0 to {MOST_LOGPROBS}"),
-        ]
-        if wrong := [f"{name} = {getattr(self, name)!r}: must be {rule}." for name, fits, rule in rules if not fits]:
-            raise GroundupError(" ".join(wrong))
+        if self.min_tokens > self.max_tokens:
+            raise GroundupError(f"min_tokens = {self.min_tokens}: must be at most max_tokens = {self.max_tokens}.")
+        if self.best_of is not None and self.best_of < self.n:
+            raise GroundupError(f"best_of = {self.best_of}: must be at least n = {self.n}.")
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse ids that a model of this vocabulary does not have.
@@ -126,17 +118,7 @@ class SamplingParams:
         return filters != (False, 0, 1, 1, 0)
 
     @functools.cached_property
-    def bias(self) -> tuple[Tensor, Tensor]:
+    def bias(self) -> tuple[np.ndarray, np.ndarray]:
         """`logit_bias` as ids and values, −inf for a token that is excluded."""
-        values = [-math.inf if bias == BAN else float(bias) for bias in self.logit_bias.values()]
-        return torch.tensor([*self.logit_bias], dtype=torch.int64), torch.tensor(values)
-
-
-def _is_real(value: object, least: float, most: float = math.inf) -> bool:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and least <= value <= most  # type: ignore[arg-type,operator]
-
-
-def _is_whole(value: object, least: int, most: int = 2**63 - 1) -> bool:
-    is_number = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    return is_number and least <= int(value) <= most  # type: ignore[call-overload]
+        values = [-math.inf if bias == BAN else bias for bias in self.logit_bias.values()]
+        return np.array([*self.logit_bias], np.int64), np.array(values, np.float32)

@@ -141,10 +141,6 @@ class Quantized(nn.Module):
             raise GroundupError("A quantized model cannot be trained.", "Train the model that it was made from.")
         return super().train(mode)
 
-    def extra_repr(self) -> str:
-        """What `print` shows."""
-        return f"bits={self.bits}, group_size={self.group_size}, rows={tuple(self.scales.shape[:-1])}"
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = self.scales.data
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -245,13 +241,12 @@ def quantize(
 def prepare(model: Transformer, quantization: Quantization) -> None:
     """Put quantized matrices of the right shapes into a model with float ones, to be filled with what was saved."""
     shapes = {name: tuple(made.shape) for name, made in model.named_parameters()}
-    tensors = quantization.tensors(shapes)
+    tensors = {
+        name: torch.empty(shape, dtype=dtype, device="meta")
+        for name, (shape, dtype) in quantization.tensors(shapes).items()
+    }
     for name, (bits, _) in quantization.matrices(shapes).items():
-        packed, scales = (
-            torch.empty(shape, dtype=dtype, device="meta")
-            for shape, dtype in (tensors[f"{name}.packed"], tensors[f"{name}.scales"])
-        )
-        _replace(model, name, packed, scales, bits)
+        _replace(model, name, tensors[f"{name}.packed"], tensors[f"{name}.scales"], bits)
     _finish(model, quantization)
 
 

@@ -24,12 +24,7 @@ _SHRINK = torch.linspace(1.0, 0.75, 11).tolist()
 
 
 def round_to_nearest(
-    weight: Float[Tensor, "*rows d_in"],
-    bits: Bits,
-    group_size: int,
-    *,
-    importance: Float[Tensor, " d_in"] | None = None,
-    name: str = "weight",
+    weight: Float[Tensor, "*rows d_in"], bits: Bits, group_size: int, *, name: str = "weight"
 ) -> tuple[Tensor, Tensor]:
     """Quantize by rounding each weight to the nearest value.
 
@@ -41,7 +36,6 @@ def round_to_nearest(
         weight: of any float dtype.
         bits: 8 or 4.
         group_size: inputs per scale; divides d_in.
-        importance: of each input's squared error; None: all the same.
         name: of the weight, in messages.
 
     Returns:
@@ -52,7 +46,7 @@ def round_to_nearest(
         ArtifactError: a weight is not finite, or so large that no float16 scale holds it.
     """
     groups = weight.detach().float().reshape(*weight.shape[:-1], -1, group_size)
-    scales = find_scales(groups, bits, None if importance is None else importance.reshape(-1, group_size))
+    scales = find_scales(groups, bits)
     if not bool(scales.isfinite().all()):
         raise ArtifactError(
             f"{name}: has a value that is not finite, or too large for {bits} bits.",
@@ -64,7 +58,13 @@ def round_to_nearest(
 def find_scales(
     groups: Float[Tensor, "*rows size"], bits: Bits, importance: Float[Tensor, "*rows size"] | None = None
 ) -> Float[Tensor, " *rows"]:
-    """The scale of each group, float16; see `round_to_nearest`. Not finite where a weight is not."""
+    """The scale of each group, float16; see `round_to_nearest`. Not finite where a weight is not.
+
+    Args:
+        groups: of weights.
+        bits: 8 or 4.
+        importance: of each input's squared error; None: all the same.
+    """
     largest, smallest = groups.amax(dim=-1), groups.amin(dim=-1)
     if bits == 8:
         return (torch.maximum(largest, -smallest) / 127).half()

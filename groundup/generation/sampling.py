@@ -13,10 +13,11 @@ token's position, so that a text never depends on what else is in the batch, and
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import secrets
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +31,12 @@ from groundup.generation.params import SamplingParams
 
 _BLOCK = 128  # tokens that are summed at once before a draw looks inside
 _TOGETHER = 2**18  # most logits of rows without filters that are faster together than in turn
-_TINY = float(np.finfo(np.float32).tiny)
+_COLDEST = 1e-30  # a temperature at which no difference of logits is too small, and no quotient overflows
 _WORD, _GAMMA = 2**64 - 1, 0x9E3779B97F4A7C15  # SplitMix64's
 
 
 class History:
-    """What penalties and `min_tokens` need of one request's tokens; takes a new token in constant time.
+    """What penalties and `min_tokens` need of one request's tokens.
 
     Args:
         prompt: its tokens.
@@ -43,43 +44,34 @@ class History:
     """
 
     def __init__(self, prompt: Sequence[int] = (), ends: Collection[int] = ()) -> None:
-        self._ends = torch.tensor(sorted(ends), dtype=torch.int64)
-        self._places = {token: place for place, token in enumerate(dict.fromkeys(prompt))}
-        self._ids = np.array([*self._places, *[0] * 64], np.int64)  # distinct tokens of prompt and output, then room
-        self._counts = np.zeros(len(self._ids), np.float32)  # of each in the output
+        self._ends = sorted(ends)
+        self._counts = dict.fromkeys(prompt, 0)  # of the tokens of prompt and output, how often each is in the output
         self.n_written = 0
 
     def add(self, token: int) -> None:
         """The next token of the output."""
-        place = self._places.setdefault(token, len(self._places))
-        if place == len(self._ids):
-            self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
-            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
-        self._ids[place] = token
-        self._counts[place] += 1
+        self._counts[token] = self._counts.get(token, 0) + 1
         self.n_written += 1
 
     def after(self, tokens: Iterable[int]) -> History:
         """Another history, with these tokens added: of a draft that is not yet accepted."""
-        other = History.__new__(History)
-        other._ends, other._places, other.n_written = self._ends, dict(self._places), self.n_written
-        other._ids, other._counts = self._ids.copy(), self._counts.copy()
+        other = copy.copy(self)
+        other._counts = dict(self._counts)
         for token in tokens:
             other.add(token)
         return other
 
-    def penalize(self, logits: Float32[Tensor, " vocab"], params: SamplingParams) -> None:
-        """Change a row of logits in place."""
-        size, device = len(self._places), logits.device
-        ids, counts = (torch.from_numpy(part[:size]).to(device) for part in (self._ids, self._counts))
+    def penalize(self, logits: np.ndarray, params: SamplingParams) -> None:
+        """Change a row of logits, float32 (vocab,), in place."""
+        size = len(self._counts)
+        ids, counts = np.fromiter(self._counts, np.int64, size), np.fromiter(self._counts.values(), np.float32, size)
         values = logits[ids]
         if params.repetition_penalty != 1:
             penalty = params.repetition_penalty
-            values = torch.where(values > 0, values / penalty, values * penalty)
-        logits[ids] = values - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+            values = np.where(values > 0, values / penalty, values * penalty)
+        logits[ids] = values - params.frequency_penalty * counts - params.presence_penalty * np.minimum(counts, 1)
         if self.n_written < params.min_tokens:
-            logits[self._ends.to(device)] = -math.inf
-            logits[list(params.stop_ids)] = -math.inf
+            logits[[*self._ends, *params.stop_ids]] = -math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,25 +111,31 @@ def sample(
         GroundupError: the logits are not numbers, or a row may draw no token.
     """
     rows = [params] * len(logits) if isinstance(params, SamplingParams) else params
-    logits = _adjust(logits, rows, histories, masks)
-    if all(own.temperature == 0 for own in rows):
-        is_cpu = logits.device.type == "cpu"  # where numpy's argmax takes a tenth of the time
-        best = torch.from_numpy(logits.numpy().argmax(axis=-1)) if is_cpu else logits.argmax(dim=-1)
+    changed = _adjusted(logits, rows, histories, masks)
+    if logits.device.type != "cpu":
+        logits = _whole(logits, changed)
+        if any(own.temperature for own in rows):
+            return draw(_weights(logits, rows), uniforms(seeds, positions))
+        best = logits.argmax(dim=-1)
         _check(logits.gather(-1, best[:, None]).flatten().tolist())  # a NaN counts as the largest
         return best
-    uniform = uniforms(seeds, positions)
-    if logits.device.type != "cpu":
-        return _draw(_weights(logits, rows), uniform)
-    array, numbers, tokens = logits.numpy(), uniform.numpy(), np.empty(len(rows), np.int64)
-    together = [row for row, own in enumerate(rows) if not own.has_filters]
-    if len(together) < 4 or logits.numel() > _TOGETHER:
-        together = []
-    weights = np.empty(logits.shape[-1], np.float32)  # of one row: it stays in the cache
-    for row in sorted(set(range(len(rows))).difference(together)):
-        _weigh_row(array[row], rows[row], weights)
-        tokens[row] = _draw_row(weights, numbers[row])
-    if together:
-        tokens[together] = _draw_rows(array[together], [rows[row].temperature for row in together], numbers[together])
+    array, tokens = logits.detach().float().numpy(), np.empty(len(rows), np.int64)
+    greedy = [row for row, own in enumerate(rows) if own.temperature == 0 and row not in changed]
+    if greedy:
+        tokens[greedy] = (array if len(greedy) == len(rows) else array[greedy]).argmax(axis=-1)
+        _check(array[greedy, tokens[greedy]].tolist())
+    if len(greedy) < len(rows):
+        uniform = uniforms(seeds, positions).numpy()
+        together = [row for row, own in enumerate(rows) if not own.has_filters and row not in changed]
+        if len(together) < 4 or logits.numel() > _TOGETHER:
+            together = []
+        weights = np.empty(logits.shape[-1], np.float32)  # of one row: it stays in the cache
+        for row in sorted(set(range(len(rows))).difference(greedy, together)):
+            _weigh_row(changed.get(row, array[row]), rows[row], weights)
+            tokens[row] = _draw_row(weights, uniform[row])
+        if together:
+            temperatures = [rows[row].temperature for row in together]
+            tokens[together] = _draw_rows(array[together], temperatures, uniform[together])
     return torch.from_numpy(tokens)
 
 
@@ -153,13 +151,18 @@ def warp(
     and errors as `sample`.
     """
     rows = [params] * len(logits) if isinstance(params, SamplingParams) else params
-    weights = _weights(_adjust(logits, rows, histories, masks), rows)
+    weights = _weights(_whole(logits, _adjusted(logits, rows, histories, masks)), rows)
     return (weights / weights.sum(dim=-1, keepdim=True)).log()
 
 
-def draw(logprobs: Float[Tensor, "rows vocab"], uniform: Float64[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-    """The token at which each row's cumulative distribution passes its uniform number of [0, 1)."""
-    return _draw(logprobs.exp(), uniform)
+def draw(weights: Float[Tensor, "rows vocab"], uniform: Float64[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    """The token at which the running sum of each row's weights passes its uniform number of [0, 1) times their sum."""
+    if weights.device.type == "cpu":
+        return torch.tensor([_draw_row(row, u) for row, u in zip(weights.numpy(), uniform.tolist(), strict=True)])
+    sums = weights.cumsum(dim=-1, dtype=torch.float64)
+    # u · total rounds to less than the total for every double u < 1, and the first sum over it belongs to a token
+    # that has added something: the index is that of a possible token.
+    return torch.searchsorted(sums, uniform[:, None].to(sums) * sums[:, -1:], right=True)[:, 0]
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int], stream: int = 0) -> Float64[Tensor, " rows"]:
@@ -198,43 +201,50 @@ def token_logprobs(logits: Float[Tensor, "rows vocab"], tokens: Sequence[int], n
     logits = logits.float()
     totals = logits.logsumexp(dim=-1, keepdim=True)
     drawn = (logits.gather(-1, torch.tensor(tokens, device=logits.device)[:, None]) - totals)[:, 0].tolist()
+    if not n_top:
+        return [TokenLogprob(token, logprob, ()) for token, logprob in zip(tokens, drawn, strict=True)]
     best = logits.topk(min(n_top, logits.shape[-1]), dim=-1)
     found = []
     for token, logprob, ids, values in zip(
         tokens, drawn, best.indices.tolist(), (best.values - totals).tolist(), strict=True
     ):
-        if ids and token not in ids and logprob >= values[-1]:
+        if token not in ids and logprob >= values[-1]:
             ids[-1] = token  # of several that tie for the last place, the one that was drawn
         found.append(TokenLogprob(token, logprob, tuple(zip(ids, values, strict=True))))
     return found
 
 
-def _adjust(
+def _adjusted(
     logits: Float[Tensor, "rows vocab"],
     rows: Sequence[SamplingParams],
     histories: Sequence[History | None] | None,
     masks: Sequence[Bool[Tensor, " vocab"] | None] | None,
-) -> Float32[Tensor, "rows vocab"]:
-    """Logits after bias, penalties and masks; a copy where anything changes."""
-    logits = logits.detach()
-    adjusted = logits.float()
+) -> dict[int, np.ndarray]:
+    """The rows that bias, penalties and masks change, float32 (vocab,), by their numbers."""
+    changed = {}
     for number, params in enumerate(rows):
         mask = masks[number] if masks else None
         if not (params.logit_bias or params.needs_history or mask is not None):
             continue
-        if adjusted is logits:
-            adjusted = logits.clone()
-        row = adjusted[number]
+        changed[number] = row = logits[number].detach().to("cpu", torch.float32, copy=True).numpy()
         if params.logit_bias:
             ids, bias = params.bias
-            row[ids.to(row.device)] += bias.to(row.device)
+            row[ids] += bias
         if params.needs_history:
             history = histories[number] if histories else None
             assert history is not None, "penalties and min_tokens need a history"
             history.penalize(row, params)
         if mask is not None:
-            row.masked_fill_(~mask, -math.inf)
-    return adjusted
+            row[~mask.numpy()] = -math.inf
+    return changed
+
+
+def _whole(logits: Float[Tensor, "rows vocab"], changed: Mapping[int, np.ndarray]) -> Float32[Tensor, "rows vocab"]:
+    """Logits with rows that were changed in their places."""
+    whole = logits.detach().to(torch.float32, copy=bool(changed))
+    for number, row in changed.items():
+        whole[number] = torch.from_numpy(row)
+    return whole
 
 
 def _weights(logits: Float32[Tensor, "rows vocab"], params: Sequence[SamplingParams]) -> Float32[Tensor, "rows vocab"]:
@@ -260,7 +270,7 @@ def _weigh_batch(logits: Float32[Tensor, "rows vocab"], params: SamplingParams) 
     if params.temperature == 0:
         return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
     # The largest becomes 0 first, so that a temperature near 0 cannot make infinities of both signs.
-    keys = (logits - largest) / max(params.temperature, _TINY)
+    keys = (logits - largest) / max(params.temperature, _COLDEST)
     if 0 < params.top_k < keys.shape[-1]:
         keys = keys.masked_fill(keys < keys.topk(params.top_k, dim=-1).values[:, -1:], -math.inf)
     weights = keys.exp()
@@ -292,11 +302,12 @@ def _weigh_row(logits: np.ndarray, params: SamplingParams, weights: np.ndarray) 
         return
     keys = logits - largest
     if params.temperature != 1:
-        with np.errstate(over="ignore"):
-            keys /= max(params.temperature, _TINY)
+        keys /= max(params.temperature, _COLDEST)
     np.exp(keys, out=weights)
     if 0 < params.top_k < len(keys):
-        weights *= keys >= _border(keys, np.ones_like(keys), params.top_k)
+        near = keys[keys >= -8] if len(keys) > 4096 else keys  # most often the k nearest are among them
+        near = near if len(near) >= params.top_k else keys
+        weights *= keys >= np.partition(near, -params.top_k)[-params.top_k]
     if params.typical_p < 1:
         total = weights.sum()
         surprises = np.log(total) - keys
@@ -339,15 +350,6 @@ def _border(keys: np.ndarray, weights: np.ndarray, mass: float) -> np.floating:
     return keys[order[min(int(sums.searchsorted(mass - before)), len(keys) - 1)]]
 
 
-def _draw(weights: Float[Tensor, "rows vocab"], uniform: Float64[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-    if weights.device.type == "cpu":
-        return torch.tensor([_draw_row(row, u) for row, u in zip(weights.numpy(), uniform.tolist(), strict=True)])
-    sums = weights.cumsum(dim=-1, dtype=torch.float64)
-    # u · total rounds to less than the total for every double u < 1, and the first sum over it belongs to a token
-    # that has added something: the index is that of a possible token.
-    return torch.searchsorted(sums, uniform[:, None].to(sums) * sums[:, -1:], right=True)[:, 0]
-
-
 def _draw_row(weights: np.ndarray, uniform: float) -> int:
     """First the block of tokens, then the token in it: a running sum over the vocabulary would take longer."""
     sums = np.add.reduceat(weights, _block_starts(len(weights))).cumsum(dtype=np.float64)
@@ -367,8 +369,7 @@ def _draw_rows(logits: np.ndarray, temperatures: Sequence[float], uniform: np.nd
     _check(largest[:, 0].tolist())
     weights = logits - largest
     if any(temperature != 1 for temperature in temperatures):
-        with np.errstate(over="ignore"):
-            weights /= np.maximum(np.array(temperatures, np.float32), _TINY)[:, None]
+        weights /= np.maximum(np.array(temperatures, np.float32), _COLDEST)[:, None]
     np.exp(weights, out=weights)
     sums = np.add.reduceat(weights, _block_starts(vocab_size), axis=-1).cumsum(axis=-1, dtype=np.float64)
     target, rows = uniform * sums[:, -1], np.arange(n)

@@ -2,8 +2,8 @@
 
 Texts that begin alike have equal keys and values there. So each run of 16 tokens from a text's beginning has a name, a
 digest of its tokens and of the name before it (and of a salt, so that nobody can time what another has asked), and an
-index says where such a run is stored. Slots copy what they find in another slot, which is far cheaper than to compute
-it; pages are shared, and freed pages keep their content until the space is needed, the oldest first.
+index says which blocks hold such a run. Slots copy what they find in another slot, which is far cheaper than to compute
+it; pages are shared. A freed block keeps its content until the space is needed, the longest free first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from groundup.generation.cache import KVCache
 
@@ -28,14 +28,14 @@ class Lease:
         slot: which it is.
         n_stored: tokens from the text's beginning whose entries stand there already.
         names: of the runs that the index knows to stand there.
-        pages: of the slot, in order; none where a slot is one block.
+        blocks: of the slot, in order.
         is_overwritten: a ring holds other tokens where the text's beginning stood.
     """
 
     slot: int
-    n_stored: int = 0
-    names: list[bytes] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)
+    n_stored: int
+    names: list[bytes]
+    blocks: list[int]
     is_overwritten: bool = False
 
 
@@ -47,164 +47,109 @@ def run_names(ids: Sequence[int], salt: str = "", after: Sequence[bytes] = ()) -
         yield name
 
 
-class SlotPool:
-    """Slots of one block each.
+class Pool:
+    """The slots of a cache, and its blocks: one for a slot, or pages of `RUN` tokens.
 
-    Args:
-        cache: whose slots they are.
+    A text's pages are reserved when it begins, so that none has to be thrown out later.
     """
 
     def __init__(self, cache: KVCache) -> None:
+        assert cache.page_size in (None, RUN)
         self._cache = cache
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(cache.n_slots))  # longest free first
-        self._names: list[list[bytes]] = [[] for _ in range(cache.n_slots)]
-        self._slots_with: dict[bytes, set[int]] = {}
-        self._ring = cache.shortest_ring
+        self._slots = list(range(cache.n_slots))[::-1]  # free ones; where a slot is a block, `_free` says it
+        self._free = OrderedDict.fromkeys(range(cache.n_blocks))  # empty ones, and then the longest free first
+        self._n_users = [0] * cache.n_blocks
+        self._names: list[list[bytes]] = [[] for _ in range(cache.n_blocks)]
+        self._blocks_with: dict[bytes, set[int]] = {}
 
     @property
     def n_used(self) -> int:
-        """Slots in use."""
-        return self._cache.n_slots - len(self._free)
+        """Blocks in use."""
+        return self._cache.n_blocks - len(self._free)
 
     def lease(self, prompt: Sequence[int], length: int, salt: str = "", *, reuse: bool = True) -> Lease | None:
-        """A slot for a prompt and what follows it, `length` tokens in all; None: all are in use."""
-        if not self._free:
-            return None
-        names, holders = self._stored(prompt, salt) if reuse else ([], set[int]())
-        here = next((slot for slot in self._free if slot in holders), None)
-        slot = here if here is not None else self._emptiest()
-        del self._free[slot]
-        if here is None and names:
-            self._cache.copy(next(iter(holders)), slot, len(names) * RUN)
-        self._forget(slot, keep=len(names) if here is not None else 0)
-        if here is None:
-            self._add(slot, names)
-        return Lease(slot, len(names) * RUN, self._names[slot])
+        """A part for a prompt and what follows it, `length` tokens in all; None: not enough is free."""
+        names: list[bytes] = []
+        for name in run_names(prompt[:-1], salt) if reuse else ():  # one token is left, for its logits
+            if name not in self._blocks_with:
+                break
+            names.append(name)
+        return self._lease_slot(names) if self._cache.page_size is None else self._lease_pages(names, length)
 
     def record(self, lease: Lease, ids: Sequence[int], salt: str = "") -> None:
-        """These tokens, from the text's beginning, stand in its slot now."""
-        if not lease.is_overwritten:
-            self._add(lease.slot, list(run_names(ids, salt, lease.names)))
+        """These tokens, from the text's beginning, stand in its part now."""
+        if lease.is_overwritten:
+            return
+        for name in run_names(ids, salt, lease.names):
+            self._add(lease.blocks[0 if self._cache.page_size is None else len(lease.names)], name)
+            lease.names.append(name)
 
     def will_write(self, lease: Lease, end: int) -> None:
         """Positions up to this one are about to be stored, guesses that may prove wrong among them."""
-        if self._ring is not None and end > self._ring and not lease.is_overwritten:
+        ring = self._cache.shortest_ring
+        if ring is not None and end > ring and not lease.is_overwritten:
             lease.is_overwritten = True
-            self._forget(lease.slot, keep=0)
+            self._forget(lease.slot)
 
     def free(self, lease: Lease) -> None:
-        """Give the slot back; its content can be found until another takes it."""
-        self._free[lease.slot] = None
+        """Give it back; its content can be found until the space is needed."""
+        if self._cache.page_size is not None:
+            self._slots.append(lease.slot)
+        for block in lease.blocks[::-1]:  # the end of a text is of less use than its beginning
+            self._n_users[block] -= 1
+            if not self._n_users[block]:
+                self._free[block] = None
+                self._free.move_to_end(block, last=bool(self._names[block]))
 
     def clear(self) -> None:
         """Forget what is stored: the weights have changed."""
-        for slot in range(self._cache.n_slots):
-            self._forget(slot, keep=0)
+        for block in range(self._cache.n_blocks):
+            self._forget(block)
 
-    def _stored(self, prompt: Sequence[int], salt: str) -> tuple[list[bytes], set[int]]:
-        """The longest beginning of a prompt that a slot holds; one token is left, for its logits."""
-        found: list[bytes] = []
-        holders: set[int] = set()
-        for name in run_names(prompt[:-1], salt):
-            if name not in self._slots_with:
-                break
-            found, holders = [*found, name], self._slots_with[name]
-        return found, holders
+    def _lease_slot(self, names: list[bytes]) -> Lease | None:
+        if not self._free:
+            return None
+        holders = self._blocks_with[names[-1]] if names else set[int]()
+        slot = next((slot for slot in self._free if slot in holders), None)
+        if slot is not None:
+            self._forget(slot, keep=len(names))
+        else:
+            slot = next(iter(self._free))
+            self._forget(slot)
+            if names:
+                self._cache.copy(next(iter(holders)), slot, len(names) * RUN)
+            for name in names:
+                self._add(slot, name)
+        self._take(slot)
+        return Lease(slot, len(names) * RUN, names, [slot])
 
-    def _emptiest(self) -> int:
-        return next((slot for slot in self._free if not self._names[slot]), next(iter(self._free)))
-
-    def _add(self, slot: int, names: Sequence[bytes]) -> None:
-        for name in names:
-            self._slots_with.setdefault(name, set()).add(slot)
-        self._names[slot].extend(names)
-
-    def _forget(self, slot: int, keep: int) -> None:
-        for name in self._names[slot][keep:]:
-            self._slots_with[name].discard(slot)
-            if not self._slots_with[name]:
-                del self._slots_with[name]
-        del self._names[slot][keep:]
-
-
-class PagePool:
-    """Slots whose entries stand in pages of `RUN` tokens, which texts that begin alike share.
-
-    A text's pages are reserved when it begins, so that none has to be thrown out later.
-
-    Args:
-        cache: with pages of `RUN` entries.
-    """
-
-    def __init__(self, cache: KVCache) -> None:
-        assert cache.page_size == RUN
-        self._cache = cache
-        self._slots = list(range(cache.n_slots))[::-1]
-        self._empty = list(range(cache.n_blocks))[::-1]
-        self._n_users = [0] * cache.n_blocks
-        self._page_of: dict[bytes, int] = {}
-        self._name_of: dict[int, bytes] = {}
-        self._unused: OrderedDict[int, None] = OrderedDict()  # named pages without a user, longest unused first
-
-    @property
-    def n_used(self) -> int:
-        """Pages in use."""
-        return self._cache.n_blocks - len(self._empty) - len(self._unused)
-
-    def lease(self, prompt: Sequence[int], length: int, salt: str = "", *, reuse: bool = True) -> Lease | None:
-        """A slot and pages for `length` tokens; None: not enough are free."""
-        names: list[bytes] = []
-        for name in run_names(prompt[:-1], salt) if reuse else ():
-            if name not in self._page_of:
-                break
-            names.append(name)
-        pages = [self._page_of[name] for name in names]
+    def _lease_pages(self, names: list[bytes], length: int) -> Lease | None:
+        pages = [next(iter(self._blocks_with[name])) for name in names]
         n_new = -(-length // RUN) - len(pages)
-        n_free = len(self._empty) + len(self._unused) - sum(page in self._unused for page in pages)
-        if not self._slots or n_new > n_free:
+        if not self._slots or n_new > len(self._free) - sum(page in self._free for page in pages):
             return None
         for page in pages:
-            self._n_users[page] += 1
-            self._unused.pop(page, None)
+            self._take(page)
         for _ in range(n_new):
-            page = self._empty.pop() if self._empty else self._evict()
-            self._n_users[page] = 1
+            page = next(iter(self._free))
+            self._forget(page)
+            self._take(page)
             pages.append(page)
         slot = self._slots.pop()
         self._cache.table[slot, : len(pages)] = self._cache.table.new_tensor(pages)
         return Lease(slot, len(names) * RUN, names, pages)
 
-    def record(self, lease: Lease, ids: Sequence[int], salt: str = "") -> None:
-        """These tokens, from the text's beginning, stand in its pages now."""
-        for name in run_names(ids, salt, lease.names):
-            page = lease.pages[len(lease.names)]
-            lease.names.append(name)
-            if name not in self._page_of and page not in self._name_of:
-                self._page_of[name], self._name_of[page] = page, name
+    def _take(self, block: int) -> None:
+        self._n_users[block] += 1
+        self._free.pop(block, None)
 
-    def will_write(self, lease: Lease, end: int) -> None:
-        """Pages hold all positions: nothing is overwritten."""
+    def _add(self, block: int, name: bytes) -> None:
+        self._blocks_with.setdefault(name, set()).add(block)
+        self._names[block].append(name)
 
-    def free(self, lease: Lease) -> None:
-        """Give slot and pages back; named pages can be found until their space is needed."""
-        self._slots.append(lease.slot)
-        for page in lease.pages[::-1]:  # the end of a text is of less use than its beginning
-            self._n_users[page] -= 1
-            if self._n_users[page]:
-                continue
-            if page in self._name_of:
-                self._unused[page] = None
-            else:
-                self._empty.append(page)
-
-    def clear(self) -> None:
-        """Forget what is stored: the weights have changed."""
-        self._page_of.clear()
-        self._name_of.clear()
-        self._empty.extend(self._unused)
-        self._unused.clear()
-
-    def _evict(self) -> int:
-        page, _ = self._unused.popitem(last=False)
-        del self._page_of[self._name_of.pop(page)]
-        return page
+    def _forget(self, block: int, keep: int = 0) -> None:
+        for name in self._names[block][keep:]:
+            self._blocks_with[name].discard(block)
+            if not self._blocks_with[name]:
+                del self._blocks_with[name]
+        del self._names[block][keep:]

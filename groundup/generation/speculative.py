@@ -29,6 +29,8 @@ from groundup.generation.step import ModelStep, Row, inference_copy
 from groundup.model import Transformer
 
 MOST_GUESSES = 8
+_ENDINGS = (4, 3, 2)
+"""Tokens of an ending that is looked up, the longest first."""
 _MARGIN = 1.05
 """Times as fast as without, below which no guess is made."""
 _ACCEPTED, _REPLACED, _GUESSED = 1, 2, 3
@@ -83,8 +85,8 @@ def verify(
             continue
         rest = (p - q).clamp(min=0)
         law = rest if rest.sum() > 0 else p  # p = q up to rounding
-        return [*guesses[:place], int(draw(law.log()[None], replaced[place : place + 1])[0])]
-    return [*guesses, int(draw(target[-1:], last)[0])]
+        return [*guesses[:place], int(draw(law[None], replaced[place : place + 1])[0])]
+    return [*guesses, int(draw(target[-1:].exp(), last)[0])]
 
 
 def verified(text: Text, draft: Draft, logits: Float[Tensor, "n_plus_1 vocab"]) -> list[int]:
@@ -108,11 +110,10 @@ class Speculation:
     Args:
         drafter: makes the guesses.
         seconds: of the target's step with so many tokens.
-        most: guesses for one text in one step.
     """
 
-    def __init__(self, drafter: Drafter, seconds: Callable[[int], float], most: int = MOST_GUESSES) -> None:
-        self._drafter, self._seconds, self._most = drafter, seconds, most
+    def __init__(self, drafter: Drafter, seconds: Callable[[int], float]) -> None:
+        self._drafter, self._seconds = drafter, seconds
         self._rates: WeakKeyDictionary[Text, _Rate] = WeakKeyDictionary()
         self._overall = _Rate()
 
@@ -144,7 +145,7 @@ class Speculation:
         plain = n_texts / self._seconds(n_texts)
         best, fastest = 0, plain * _MARGIN
         expected = 1.0
-        for n in range(1, self._most + 1):
+        for n in range(1, MOST_GUESSES + 1):
             expected += share**n
             seconds = self._seconds(n_texts + n) + n * self._drafter.seconds(n_texts) / n_texts
             if (n_texts - 1 + expected) / seconds > fastest:
@@ -176,21 +177,9 @@ class _Rate:
 
 
 def speculation_with(
-    draft: Literal["ngrams"] | int | Transformer | None,
-    step: ModelStep,
-    cache: KVCache,
-    chunk: int,
-    *,
-    is_native: bool,
+    draft: Literal["ngrams"] | int | Transformer | None, step: ModelStep, cache: KVCache, chunk: int, *, is_native: bool
 ) -> Speculation | None:
-    """What an engine is told of its draft.
-
-    Args:
-        draft: as for `Engine`.
-        step: of the target.
-        cache: of the target.
-        chunk: most tokens of a prompt that are read at once.
-        is_native: as for `ModelStep`.
+    """What an engine with this step and this cache is told of its draft.
 
     Raises:
         DataError: there is no such draft, or its tokens are others.
@@ -207,7 +196,7 @@ def speculation_with(
                 f"the draft has {draft.config.vocab_size} tokens, the model {config.vocab_size}.",
                 "Both must have the same tokenizer.",
             )
-        drafter = ModelDrafter(draft, cache.n_slots, cache.length, chunk, is_native=is_native)
+        drafter = ModelDrafter(draft, cache, chunk, is_native=is_native)
     elif isinstance(draft, int) and 0 < draft < config.n_layers:
         drafter = EarlyExitDrafter(step, draft)
     else:
@@ -219,15 +208,9 @@ def speculation_with(
 
 
 class NGramDrafter:
-    """Prompt lookup: what followed the last few tokens where they stood before (Saxena, 2023).
+    """Prompt lookup: what followed the last few tokens where they stood before (Saxena, 2023)."""
 
-    Args:
-        most: tokens of the longest ending that is looked up.
-        least: of the shortest.
-    """
-
-    def __init__(self, most: int = 4, least: int = 2) -> None:
-        self._sizes = range(most, least - 1, -1)
+    def __init__(self) -> None:
         self._seen: WeakKeyDictionary[Text, tuple[int, dict[tuple[int, ...], int]]] = WeakKeyDictionary()
 
     def propose(self, texts: Sequence[Text], most: Sequence[int]) -> list[Draft]:
@@ -242,37 +225,24 @@ class NGramDrafter:
         ids = text.ids
         done, places = self._seen.get(text, (0, {}))
         for end in range(max(done, 1), len(ids)):  # an ending that something follows already
-            for size in self._sizes:
+            for size in _ENDINGS:
                 if size <= end:
                     places[tuple(ids[end - size : end])] = end
         self._seen[text] = len(ids), places
-        for size in self._sizes:
+        for size in _ENDINGS:
             if (place := places.get(tuple(ids[-size:]))) is not None and size <= len(ids):
                 return ids[place : place + MOST_GUESSES]
         return []
 
 
 class ModelDrafter:
-    """A smaller model with the same tokens guesses.
+    """A smaller model with the same tokens guesses, over a cache like the engine's."""
 
-    Args:
-        model: the draft; its vocabulary is the target's.
-        slots: of the engine.
-        length: of the engine's texts.
-        chunk: most tokens of a prompt that are read at once.
-        is_native: as for `ModelStep`.
-    """
-
-    def __init__(
-        self, model: Transformer, slots: int, length: int, chunk: int = 512, *, is_native: bool = True
-    ) -> None:
-        model = inference_copy(model)
-        device = next(model.parameters()).device
-        self._chunk = chunk
-        self.length = min(length, model.config.context_length)
-        self._step = ModelStep(
-            model, KVCache(model.config, slots, self.length, model.compute_dtype, device), is_native=is_native
-        )
+    def __init__(self, model: Transformer, like: KVCache, chunk: int, *, is_native: bool) -> None:
+        model, config = inference_copy(model), model.config
+        self._chunk, self.length = chunk, min(like.length, config.context_length)
+        cache = KVCache(config, like.n_slots, self.length, model.compute_dtype, like.device)
+        self._step = ModelStep(model, cache, is_native=is_native)
         self._stored: WeakKeyDictionary[Text, list[int]] = WeakKeyDictionary()
 
     def seconds(self, n_texts: int) -> float:
@@ -304,12 +274,7 @@ class ModelDrafter:
 
 
 class EarlyExitDrafter:
-    """The model's own first blocks guess (self-speculation; arXiv:2404.16710).
-
-    Args:
-        step: of the engine.
-        n_layers: how many blocks.
-    """
+    """The model's own first blocks guess (self-speculation; arXiv:2404.16710)."""
 
     def __init__(self, step: ModelStep, n_layers: int) -> None:
         self._step, self._n_layers, self._share = step, n_layers, step.share_of(n_layers)
@@ -341,7 +306,7 @@ def _guess(
         logprobs = warp(logits, [texts[place].params for place in active], histories)
         seeds = [texts[place].seed for place in active]
         positions = [len(texts[place].ids) - texts[place].n_prompt + len(guesses[place]) for place in active]
-        tokens = draw(logprobs, uniforms(seeds, positions, _GUESSED)).tolist()
+        tokens = draw(logprobs.exp(), uniforms(seeds, positions, _GUESSED)).tolist()
         for number, (place, token) in enumerate(zip(list(active), tokens, strict=True)):
             guesses[place].append(token)
             laws[place].append(logprobs[number])

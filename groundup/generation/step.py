@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -27,8 +28,8 @@ from groundup.generation.native import NativeStep, library, why_not
 from groundup.measured import fastest, measured_once
 from groundup.model import OutputLayer, Transformer
 
-_TRIED = (1, 2, 3, 5, 9, 16, 32, 64)
-"""Tokens of a step for which both ways are timed."""
+_TRIED = (1, 2, 3, 5, 9, 16, 32, 64, 128)
+"""Tokens of a step for which both ways are timed, until the step in C is the slower one."""
 
 
 class Row(NamedTuple):
@@ -48,16 +49,10 @@ class Row(NamedTuple):
 
 
 class ModelStep:
-    """A model and its cache.
-
-    Args:
-        model: as `inference_copy` gives it.
-        cache: of the model.
-        is_native: the step in C may be used; where it cannot be, `reason` says why.
+    """A model, as `inference_copy` gives it, and its cache; `is_native`: the step in C or CUDA graphs may be used.
 
     Attributes:
         reason: why neither the step in C nor CUDA graphs are used; None: one is.
-        native_up_to: most tokens of a step in C.
     """
 
     def __init__(self, model: Transformer, cache: KVCache, *, is_native: bool = True) -> None:
@@ -67,23 +62,27 @@ class ModelStep:
         self._graphs = None
         if is_native and cache.device.type == "cuda":
             self._graphs, self.reason = _graphs_if_faster(model, cache)
-        self.native_up_to = 0
-        self._seconds: dict[int, float] = {}
+        self._seconds: dict[int, float] = {}  # asked for many times in every step that may guess
         if self._native is not None:
-            pairs = zip(_TRIED, self._timings["native"], self._timings["eager"], strict=True)
-            self.native_up_to = max((n for n, native, eager in pairs if native < eager), default=0)
+            self.seconds(1)  # the trial, unless this machine has made it before
 
     @functools.cached_property
     def _timings(self) -> dict[str, list[float]]:
         return _time_steps(self._model, self._cache, is_native=self._native is not None)
 
     def seconds(self, n_tokens: int) -> float:
-        """What a step of so many tokens takes, by the trial; beyond its most tokens in proportion."""
-        if n_tokens not in self._seconds:  # asked for many times in every step that may guess
-            fastest = np.min([times for times in self._timings.values() if times], axis=0)
-            found = float(np.interp(n_tokens, _TRIED, fastest)) * max(1.0, n_tokens / _TRIED[-1])
-            self._seconds[n_tokens] = found
+        """What a step of so many tokens takes, by the trial."""
+        if n_tokens not in self._seconds:
+            self._seconds[n_tokens] = min(self._estimate(way, n_tokens) for way in self._timings if self._timings[way])
         return self._seconds[n_tokens]
+
+    def _estimate(self, way: str, n_tokens: int) -> float:
+        """Of one way; beyond the trial's most tokens each costs as much as the last ones did."""
+        times = self._timings[way]
+        place = min(bisect(_TRIED, n_tokens), len(times) - 1)
+        fewer, more = _TRIED[place - 1], _TRIED[place]
+        each = (times[place] - times[place - 1]) / (more - fewer)
+        return times[place - 1] + (n_tokens - fewer) * (each if n_tokens <= more else max(0.0, each))
 
     def share_of(self, n_layers: int) -> float:
         """The share of the weights that a step of the first so many blocks reads."""
@@ -98,8 +97,11 @@ class ModelStep:
             rows: of different slots.
             n_layers: run the first so many blocks only, and the output layer on what they give.
         """
-        if self._native is not None and sum(len(row.ids) for row in rows) <= self.native_up_to:
-            return _native_step(self._native, rows, n_layers)
+        if self._native is not None:
+            counts = [len(row.ids) for row in rows]
+            padded = len(counts) * max(counts)  # what the forward pass computes
+            if self._estimate("native", sum(counts)) < self._estimate("eager", padded):
+                return _native_step(self._native, rows, n_layers)
         if self._graphs is not None and n_layers is None and all(len(row.ids) == row.n_logits == 1 for row in rows):
             return self._graphs([row.ids[0] for row in rows], [row.slot for row in rows], [row.start for row in rows])
         model = self._model if n_layers is None else self._model.first_blocks(n_layers)
@@ -171,7 +173,10 @@ def _native_step(step: NativeStep, rows: Sequence[Row], n_layers: int | None) ->
 def _time_steps(model: Transformer, cache: KVCache, *, is_native: bool) -> dict[str, list[float]]:
     """Seconds of steps of `_TRIED` tokens, in C and by the forward pass; measured once."""
     kinds = sorted({f"{type(module).__name__} {getattr(module, 'bits', '')}" for module in model.modules()})
-    key = {"config": value_digest(model.config.to_dict()), "dtype": str(model.compute_dtype), "modules": kinds}
+    key = {
+        "config": value_digest(model.config.to_dict()), "dtype": str(model.compute_dtype), "modules": kinds,
+        "tried": _TRIED,
+    }  # fmt: skip
     native = Path(getattr(library()[0], "_name", "")).stem if is_native else ""
 
     def measure() -> dict[str, Any]:
@@ -186,6 +191,8 @@ def _time_steps(model: Transformer, cache: KVCache, *, is_native: bool) -> dict[
             for name, best in seconds.items():
                 found[name].append(best)
             found["spread"] = max(found["spread"], spread)
+            if n >= 64 and seconds.get("native", math.inf) > seconds["eager"]:
+                break
         return found
 
     found = measured_once("model-step", {**key, "native": native}, cache.device, measure)

@@ -6,13 +6,12 @@ answer in a conversation ends at the context's end; the oldest turns are left ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TypedDict, Unpack, overload
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, overload
 
 from groundup.errors import GroundupError
 from groundup.generation.calculator import calculate, read_call
 from groundup.generation.engine import Engine
-from groundup.generation.grammar import Constraint
 from groundup.generation.params import SamplingParams
 from groundup.generation.request import Generation, Request
 from groundup.model import Transformer
@@ -22,45 +21,21 @@ _SLOTS = 128
 """Most texts that are written at the same time."""
 
 
-class SamplingOptions(TypedDict, total=False):
-    """What `generate` and `stream` can be told of how tokens are drawn: the fields of `SamplingParams` for one text."""
-
-    max_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    typical_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: Mapping[int, float]
-    seed: int | None
-    stop: str | Sequence[str]
-    best_of: int
-    logprobs: int
-    constraint: Constraint
+@overload
+def generate(model: Transformer, tokenizer: Tokenizer, prompt: str, **options: Any) -> Generation: ...
 
 
 @overload
-def generate(
-    model: Transformer, tokenizer: Tokenizer, prompt: str, **options: Unpack[SamplingOptions]
-) -> Generation: ...
-
-
-@overload
-def generate(
-    model: Transformer, tokenizer: Tokenizer, prompt: Sequence[str], **options: Unpack[SamplingOptions]
-) -> list[Generation]: ...
+def generate(model: Transformer, tokenizer: Tokenizer, prompt: Sequence[str], **options: Any) -> list[Generation]: ...
 
 
 def generate(
-    model: Transformer, tokenizer: Tokenizer, prompt: str | Sequence[str], **options: Unpack[SamplingOptions]
+    model: Transformer, tokenizer: Tokenizer, prompt: str | Sequence[str], **options: Any
 ) -> Generation | list[Generation]:
     """Continue a text, or several in one batch; it ends at `<|endoftext|>`, a stop text or `max_tokens`.
 
     An empty prompt begins a new document. Of a prompt longer than the model's context, the end is read. The
-    options are those of `SamplingParams`, and so are the errors.
+    options are those of `SamplingParams`, and so are the errors; `stop` may be one text.
     """
     params = _params(options)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -69,12 +44,12 @@ def generate(
     return results[0] if isinstance(prompt, str) else results
 
 
-def stream(model: Transformer, tokenizer: Tokenizer, prompt: str, **options: Unpack[SamplingOptions]) -> Iterator[str]:
+def stream(model: Transformer, tokenizer: Tokenizer, prompt: str, **options: Any) -> Iterator[str]:
     """As `generate` for one text, piece by piece; the pieces put together are the same text."""
     params = _params(options)
     request = text_request(model, tokenizer, prompt, params)
     length = len(request.ids) + params.max_tokens
-    return _pieces(lambda: Engine(model, tokenizer, slots=params.best_of or 1, length=length), request)
+    return _pieces(Engine(model, tokenizer, slots=params.best_of or 1, length=length), request)
 
 
 def chat_reply(
@@ -83,13 +58,10 @@ def chat_reply(
     messages: Sequence[Message],
     params: SamplingParams,
     on_left_out: Callable[[int], None] | None = None,
-    *,
-    engine: Engine | None = None,
 ) -> Generation:
-    """The assistant's answer. Arguments and errors as `stream_chat`."""
+    """The assistant's answer, whole. Arguments and errors as `stream_chat`."""
     request = _chat_request(model, tokenizer, messages, params, on_left_out)
-    engine = engine or Engine(model, tokenizer, slots=1)
-    return engine.run([request])[0][0]
+    return Engine(model, tokenizer, slots=1).run([request])[0][0]
 
 
 def stream_chat(
@@ -222,7 +194,7 @@ def _with_calculator(
 ) -> Iterator[str]:
     """An answer, held back while it may be a call; a call's result, and one more answer."""
     held, may_call = "", True
-    for piece in _pieces(lambda: engine, request):
+    for piece in _pieces(engine, request):
         held += piece
         may_call = may_call and "<tool>".startswith(held.lstrip()[:6])
         if not may_call:
@@ -236,18 +208,14 @@ def _with_calculator(
     result = calculate(expression)
     yield f"[{expression} = {result}] "
     turns: list[Message] = [{"role": "assistant", "content": held}, {"role": "tool", "content": result}]
-    yield from _pieces(
-        lambda: engine,
-        _chat_request(engine.model, tokenizer, [*messages, *turns], request.params, None),
-    )
+    again = _chat_request(engine.model, tokenizer, [*messages, *turns], request.params, None)
+    yield from _pieces(engine, again)
 
 
-def _pieces(make_engine: Callable[[], Engine], request: Request) -> Iterator[str]:
-    for chunk in make_engine().stream(request):
-        if chunk.text:
-            yield chunk.text
+def _pieces(engine: Engine, request: Request) -> Iterator[str]:
+    return (chunk.text for chunk in engine.stream(request) if chunk.text)
 
 
-def _params(options: SamplingOptions) -> SamplingParams:
+def _params(options: dict[str, Any]) -> SamplingParams:
     stop = options.get("stop", ())
-    return SamplingParams(**{**options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})  # type: ignore[arg-type]
+    return SamplingParams(**{**options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
