@@ -15,13 +15,7 @@ from groundup.training.objective import (
     pass_flops,
 )
 from groundup.training.optimizers import check_optimizer, describe_groups, group_parameters
-from groundup.training.planning.memory import (
-    choose_micro_batch,
-    device_memory,
-    estimate_memory,
-    refuse_what_cannot_fit,
-    step_of,
-)
+from groundup.training.planning.memory import Workload, device_memory
 from groundup.training.precision import check_precision, choose_precision, native_bfloat16
 from groundup.training.pretrain import TrainedModel, pretrain
 from groundup.training.process import peak_memory_bytes
@@ -39,16 +33,15 @@ __all__ = [
     "Term",
     "TrainedModel",
     "TrainingJob",
+    "Workload",
     "batched_rows",
     "check_optimizer",
     "check_precision",
-    "choose_micro_batch",
     "choose_precision",
     "count_tokens",
     "cross_entropy_sum",
     "describe_groups",
     "device_memory",
-    "estimate_memory",
     "forget_checkpoints",
     "group_parameters",
     "head_loss",
@@ -57,8 +50,6 @@ __all__ = [
     "pass_flops",
     "peak_memory_bytes",
     "pretrain",
-    "refuse_what_cannot_fit",
     "sequence_length",
-    "step_of",
     "train",
 ]

@@ -28,13 +28,7 @@ from groundup.training.job import TrainingJob
 from groundup.training.loop import forget_checkpoints, train
 from groundup.training.objective import NextToken
 from groundup.training.optimizers import Shapes, check_optimizer, describe_groups, group_parameters
-from groundup.training.planning.memory import (
-    choose_micro_batch,
-    device_memory,
-    estimate_memory,
-    refuse_what_cannot_fit,
-    step_of,
-)
+from groundup.training.planning.memory import Workload, device_memory
 from groundup.training.precision import check_precision, choose_precision
 from groundup.training.schedule import count_tokens, sequence_length
 from groundup.training.validation import PASSES, validation_interval
@@ -291,7 +285,7 @@ def check_training_memory(stage: Stage, length: int, sized: OptimizerSettings | 
         GroundupError: with the parts and the ways out.
     """
     config, world, settings = starting_config(stage)[0], current_world(), sized or stage.settings
-    refuse_what_cannot_fit(config, settings, length, device_memory(world), world.size, stage.section)
+    Workload(config, settings, length, device_memory(world), world.size, stage.section).refuse_what_cannot_fit()
 
 
 def training_derived(
@@ -309,13 +303,11 @@ def training_derived(
         sized: settings by which memory is estimated (default: the stage's).
     """
     settings, where, world = stage.settings, stage.section, current_world()
-    sized = sized or settings
     precision, evidence = choose_precision(settings.precision, world.device.type)
     yield f"{where}.precision", str(precision).removeprefix("torch."), evidence
     yield from describe_groups(shapes or parameter_shapes(config), settings, where)
-    available = device_memory(world)
-    micro, why = choose_micro_batch(config, sized, length, available, world.size)
-    needed = estimate_memory(config, sized, step_of(settings, length, available, world.size, micro))
+    work = Workload(config, sized or settings, length, device_memory(world), world.size)
+    micro, why = work.micro_batch()
     if settings.micro_batch_size is None:
         yield f"{where}.micro_batch_size", f"{micro:,}", why
     if n_rows is not None:
@@ -323,7 +315,7 @@ def training_derived(
         yield f"{where}.steps", f"{steps:,}", f"{settings.batch_size} rows × {length} tokens a step"
         if settings.eval_every is None:
             yield f"{where}.eval_every", f"{validation_interval(settings, steps):,}", f"{PASSES} over the run"
-    memory = f"{needed.total / 2**20:,.0f} MiB"
+    memory = f"{work.memory(micro).total / 2**20:,.0f} MiB"
     yield f"{where} memory", memory, f"about, at its fullest, {micro} rows at a time; groundup plan shows the parts"
 
 

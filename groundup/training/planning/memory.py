@@ -67,6 +67,9 @@ class DeviceMemory:
     device: Device  # whose kernels
     has_bfloat16: bool  # natively
 
+    def __str__(self) -> str:
+        return f"{self.what}, {format_bytes(self.total)}"
+
     @property
     def usable(self) -> int:
         """Bytes that a plan may give away."""
@@ -148,58 +151,115 @@ def device_memory(world: World) -> DeviceMemory:
     return DeviceMemory(total, what, "cpu", native_bfloat16()[0])
 
 
-def step_of(
-    settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int, micro: int | None = None
-) -> Step:
-    """What one of the devices does between two updates.
+@dataclass(frozen=True)
+class Workload:
+    """What is trained on each of some devices: all that its memory depends on but the rows in one forward pass."""
 
-    Args:
-        settings: batch, precision.
-        length: tokens in a row.
-        available: the device.
-        n_devices: over which the batch is spread.
-        micro: rows in a forward pass (default: as the settings say, or all).
-    """
-    rows = max(1, settings.batch_size // n_devices)
-    micro = min(micro or settings.micro_batch_size or rows, rows)
-    dtype = available.arithmetic(settings.precision)
-    return Step(rows, micro, length, dtype, available.device, n_devices)
+    config: ModelConfig
+    settings: OptimizerSettings
+    length: int  # tokens in a row, at most
+    available: DeviceMemory  # of one device
+    n_devices: int = 1  # over which the batch is spread
+    stage: str = "pretrain"  # named in messages
 
+    def step(self, micro: int | None = None) -> Step:
+        """What one of the devices does between two updates, with so many rows in a forward pass (default: all)."""
+        rows = max(1, self.settings.batch_size // self.n_devices)
+        micro = min(micro or self.settings.micro_batch_size or rows, rows)
+        dtype = self.available.arithmetic(self.settings.precision)
+        return Step(rows, micro, self.length, dtype, self.available.device, self.n_devices)
 
-def estimate_memory(config: ModelConfig, settings: OptimizerSettings, step: Step) -> Memory:
-    """What a run takes on one device, the program and the heap's holes included.
+    def memory(self, micro: int | None = None) -> Memory:
+        """What a run takes on one device, the program and the heap's holes included.
 
-    Raises:
-        RecipeError: a group's pattern matches no parameter.
-    """
-    memory = step_memory(config, settings, step)
-    if step.device == "cuda":
-        return memory
-    allocated = sum(activation_bytes(config, step.micro, step.length, step.dtype).values())
-    holes = round(_HOLES[settings.activation_checkpointing][step.dtype != "float32"] * allocated)
-    return replace(memory, heap=holes, process=PROCESS_BYTES)
+        Raises:
+            RecipeError: a group's pattern matches no parameter.
+        """
+        step = self.step(micro)
+        memory = step_memory(self.config, self.settings, step)
+        if step.device == "cuda":
+            return memory
+        allocated = sum(activation_bytes(self.config, step.micro, step.length, step.dtype).values())
+        holes = round(_HOLES[self.settings.activation_checkpointing][step.dtype != "float32"] * allocated)
+        return replace(memory, heap=holes, process=PROCESS_BYTES)
 
+    def fits(self, micro: int) -> bool:
+        """Whether so many rows at a time are expected to fit."""
+        return self.memory(micro).total <= self.available.usable
 
-def choose_micro_batch(
-    config: ModelConfig, settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int = 1
-) -> tuple[int, str]:
-    """Rows in one forward pass on one device, and why so many: the whole batch wherever it fits.
+    def micro_batch(self) -> tuple[int, str]:
+        """Rows in one forward pass on one device, and why so many: the whole batch wherever it fits."""
+        whole = self.step()
+        if self.settings.micro_batch_size is not None:
+            return whole.micro, "as the recipe says"
+        small = [n for n in range(1, math.isqrt(whole.rows) + 1) if whole.rows % n == 0]
+        for micro in (*(whole.rows // n for n in small), *reversed(small)):  # every divisor, the largest first
+            if self.fits(micro):
+                return micro, "the batch" if micro == whole.rows else f"the most that fits {self.available}"
+        return 1, f"one row at a time, and even so perhaps too much for {self.available}"
 
-    Args:
-        config: the model.
-        settings: batch, and what else decides memory.
-        length: tokens in a row.
-        available: the device.
-        n_devices: over which the batch is spread.
-    """
-    whole = step_of(settings, length, available, n_devices)
-    if settings.micro_batch_size is not None:
-        return whole.micro, "as the recipe says"
-    small = [n for n in range(1, math.isqrt(whole.rows) + 1) if whole.rows % n == 0]
-    for micro in (*(whole.rows // n for n in small), *reversed(small)):  # every divisor, the largest first
-        if estimate_memory(config, settings, replace(whole, micro=micro)).total <= available.usable:
-            return micro, "the batch" if micro == whole.rows else f"the most that fits {_of(available)}"
-    return 1, f"one row at a time, and even so perhaps too much for {_of(available)}"
+    def refuse_what_cannot_fit(self) -> None:
+        """Hold that one row at a time would fit; nothing is allocated.
+
+        Raises:
+            GroundupError: it does not; with the parts, largest first, and the ways out.
+        """
+        # A compiler may compute nearly all activations again.
+        frugal = {"activation_checkpointing": "full"} if self.settings.compile else {}
+        least = step_memory(self.config, self.settings.model_copy(update=frugal), self.step(1))
+        if least.total <= self.available.total:
+            return
+        parts = sorted(least.parts().items(), key=lambda part: -part[1])
+        listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts if size)
+        where = "" if self.n_devices == 1 else f" on each of {self.n_devices} devices"
+        raise GroundupError(
+            f"[{self.stage}]: training {count_parameters(self.config):,} parameters takes {format_bytes(least.total)}"
+            f"{where} at least, one row of {self.length:,} tokens at a time, and {self.available.what} is "
+            f"{format_bytes(self.available.total)}: {listed}.",
+            _ways_out(self.suggestions(), self.stage),
+        )
+
+    def suggestions(self) -> list[Suggestion]:
+        """What to change so that it fits, cheapest first, each on top of those before; up to the first that is enough.
+
+        Then, each for itself: a smaller model, and more devices. Empty if it fits.
+        """
+        usable, stage = self.available.usable, self.stage
+        micro, _ = self.micro_batch()
+        before = self.memory(micro).total
+        if before <= usable:
+            return []
+        found: list[Suggestion] = []
+        changed = self
+        for name, value, cost in _settings_that_save(self.settings, self.available, self.n_devices, micro):
+            changed = replace(changed, settings=changed.settings.model_copy(update={name: value}))
+            total = changed.memory(1).total
+            if total >= before:
+                continue
+            found.append(Suggestion(f"{stage}.{name}={value}", before - total, total, total <= usable, cost))
+            before = total
+            if found[-1].fits:
+                return found
+        one_row, n_parameters = self.memory(1).total, count_parameters(self.config)
+        for size in reversed(LADDER):
+            try:
+                smaller = ladder_config(
+                    size=size, vocab_size=self.config.vocab_size, context_length=self.config.context_length
+                )
+            except RecipeError:
+                continue
+            total = replace(self, config=smaller).memory(1).total
+            if count_parameters(smaller) < n_parameters and total <= usable:
+                found.append(Suggestion(f"model.size={size}", one_row - total, total, True, "another model"))
+                break
+        frugal = replace(self, settings=self.settings.model_copy(update={"activation_checkpointing": "full"}))
+        for chosen, extra in ((self, ""), (frugal, f" and {stage}.activation_checkpointing=full")):
+            for count in (self.n_devices * 2**power for power in range(1, 11)):
+                total = replace(chosen, n_devices=count).memory(1).total
+                if total <= usable:
+                    setting = f"{count} devices of this size{extra}"
+                    return [*found, Suggestion(setting, one_row - total, total, True, "their price")]
+        return found
 
 
 def check_memory(
@@ -222,90 +282,18 @@ def check_memory(
     """
     available = device_memory(world)
     available = replace(available, total=max(0, available.total - beside))
-    refuse_what_cannot_fit(config, settings, length, available, world.size, stage)
-    micro, reason = choose_micro_batch(config, settings, length, available, world.size)
-    step = step_of(settings, length, available, world.size, micro)
-    wanted = estimate_memory(config, settings, step).total
-    if micro < step.rows and settings.micro_batch_size is None:
-        console.note(f"{stage}: micro-batches of {micro} of {step.rows} rows: {reason}")
+    work = Workload(config, settings, length, available, world.size, stage)
+    work.refuse_what_cannot_fit()
+    micro, reason = work.micro_batch()
+    rows, wanted = work.step().rows, work.memory(micro).total
+    if micro < rows and settings.micro_batch_size is None:
+        console.note(f"{stage}: micro-batches of {micro} of {rows} rows: {reason}")
     if wanted > available.usable:
         console.warn(
-            f"{stage}: needs about {format_bytes(wanted)} of {_of(available)} and may run out of it. "
+            f"{stage}: needs about {format_bytes(wanted)} of {available} and may run out of it. "
             "What would help:  groundup plan"
         )
     return micro
-
-
-def refuse_what_cannot_fit(
-    config: ModelConfig, settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int = 1,
-    stage: str = "pretrain",
-) -> None:  # fmt: skip
-    """Hold that one row at a time would fit; nothing is allocated.
-
-    Raises:
-        GroundupError: it does not; with the parts, largest first, and the ways out.
-    """
-    # A compiler may compute nearly all activations again.
-    frugal = settings.model_copy(update={"activation_checkpointing": "full"}) if settings.compile else settings
-    least = step_memory(config, frugal, step_of(settings, length, available, n_devices, 1))
-    if least.total <= available.total:
-        return
-    parts = sorted(least.parts().items(), key=lambda part: -part[1])
-    listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts if size)
-    where = "" if n_devices == 1 else f" on each of {n_devices} devices"
-    raise GroundupError(
-        f"[{stage}]: training {count_parameters(config):,} parameters takes {format_bytes(least.total)}{where} at "
-        f"least, one row of {length:,} tokens at a time, and {available.what} is {format_bytes(available.total)}: "
-        f"{listed}.",
-        _ways_out(suggestions(config, settings, length, available, n_devices, stage), stage),
-    )
-
-
-def suggestions(
-    config: ModelConfig, settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int = 1,
-    stage: str = "pretrain",
-) -> list[Suggestion]:  # fmt: skip
-    """What to change so that it fits, cheapest first, each on top of those before; up to the first that is enough.
-
-    Then, each for itself: a smaller model, and more devices. Empty if it fits.
-    """
-
-    def needed(model: ModelConfig, settings: OptimizerSettings, count: int = n_devices, micro: int = 1) -> int:
-        return estimate_memory(model, settings, step_of(settings, length, available, count, micro)).total
-
-    micro, _ = choose_micro_batch(config, settings, length, available, n_devices)
-    before = needed(config, settings, micro=micro)
-    if before <= available.usable:
-        return []
-    found: list[Suggestion] = []
-    changed = settings
-    for name, value, cost in _settings_that_save(settings, available, n_devices, micro):
-        changed = changed.model_copy(update={name: value})
-        total = needed(config, changed)
-        if total >= before:
-            continue
-        found.append(Suggestion(f"{stage}.{name}={value}", before - total, total, total <= available.usable, cost))
-        before = total
-        if found[-1].fits:
-            return found
-    one_row = needed(config, settings)
-    for size in reversed(LADDER):
-        try:
-            smaller = ladder_config(size=size, vocab_size=config.vocab_size, context_length=config.context_length)
-        except RecipeError:
-            continue
-        total = needed(smaller, settings)
-        if count_parameters(smaller) < count_parameters(config) and total <= available.usable:
-            found.append(Suggestion(f"model.size={size}", one_row - total, total, True, "another model"))
-            break
-    frugal = settings.model_copy(update={"activation_checkpointing": "full"})
-    for chosen, extra in ((settings, ""), (frugal, f" and {stage}.activation_checkpointing=full")):
-        for count in (n_devices * 2**power for power in range(1, 11)):
-            total = needed(config, chosen, count)
-            if total <= available.usable:
-                setting = f"{count} devices of this size{extra}"
-                return [*found, Suggestion(setting, one_row - total, total, True, "their price")]
-    return found
 
 
 def _settings_that_save(
@@ -338,10 +326,6 @@ def _ways_out(found: list[Suggestion], stage: str) -> str:
         return "It fits with:  " + " ".join(f"--set {one.setting}" for one in steps)
     ways = [f"--set {one.setting}" if one.setting.startswith("model.") else one.setting for one in enough]
     return "It fits with:  " + " or ".join(ways)
-
-
-def _of(available: DeviceMemory) -> str:
-    return f"{available.what}, {format_bytes(available.total)}"
 
 
 def step_memory(config: ModelConfig, settings: OptimizerSettings, step: Step) -> Memory:

@@ -40,16 +40,11 @@ from groundup.training.planning.memory import (
     Memory,
     Step,
     Suggestion,
-    choose_micro_batch,
+    Workload,
     device_memory,
-    estimate_memory,
-    refuse_what_cannot_fit,
     step_memory,
-    step_of,
-    suggestions,
 )
 from groundup.training.planning.probe import (
-    PROBE_SECONDS,
     Timings,
     ValidationPass,
     assumed_timings,
@@ -97,11 +92,12 @@ def plan(
     seconds = _budget(hours, budget, hardware)
     settings = recipe.pretrain.model_copy(update={"precision": hardware.precision})
     length = sequence_length(config, settings)
-    fit = _fit(config, settings, length, hardware)
+    work = Workload(config, settings, length, hardware.available, hardware.count)
+    fit = _fit(work)
     notes: list[str] = []
     if known is None:
         with limited_threads(recipe.threads):
-            timings, notes = _timings_here(config, settings, fit, probe, run)
+            timings, notes = _timings_here(work, fit.step, probe, run)
     else:
         timings = table_timings(config, settings, fit.step, known)
     validation = validation_pass(settings, length, shards[1].n_tokens if shards else None)
@@ -238,9 +234,9 @@ class Plan:
         Raises:
             GroundupError: it is certain that it cannot.
         """
-        refuse_what_cannot_fit(
-            self.config, self.settings, self.fit.step.length, self.hardware.available, self.hardware.count
-        )
+        hardware = self.hardware
+        work = Workload(self.config, self.settings, self.fit.step.length, hardware.available, hardware.count)
+        work.refuse_what_cannot_fit()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -310,36 +306,26 @@ def _hardware(settings: PretrainSettings, device: str | None, price: float | Non
     return None, Hardware(name, world.size, device_memory(world), price, shown, why)
 
 
-def _fit(config: ModelConfig, settings: PretrainSettings, length: int, hardware: Hardware) -> Fit:
-    available, count = hardware.available, hardware.count
-    micro, why = choose_micro_batch(config, settings, length, available, count)
-    step = step_of(settings, length, available, count, micro)
-    free = settings.model_copy(update={"micro_batch_size": None})
-    largest, _ = choose_micro_batch(config, free, length, available, count)
-    one_fits = estimate_memory(config, free, replace(step, micro=largest)).total <= available.usable
-    return Fit(
-        step, why, largest if one_fits else None, estimate_memory(config, settings, step),
-        suggestions(config, settings, length, available, count),
-    )  # fmt: skip
+def _fit(work: Workload) -> Fit:
+    micro, why = work.micro_batch()
+    free = replace(work, settings=work.settings.model_copy(update={"micro_batch_size": None}))
+    largest, _ = free.micro_batch()
+    return Fit(work.step(micro), why, largest if free.fits(largest) else None, work.memory(micro), work.suggestions())
 
 
-def _timings_here(
-    config: ModelConfig, settings: PretrainSettings, fit: Fit, probe: bool, run: str | Path | None
-) -> tuple[Timings, list[str]]:
+def _timings_here(work: Workload, step: Step, probe: bool, run: str | Path | None) -> tuple[Timings, list[str]]:
     """This machine's timings, with a compiler's gain where it is known; and what is to be said of it."""
-    world = current_world()
+    config, settings, world = work.config, work.settings, current_world()
+    assert isinstance(settings, PretrainSettings)
     if not probe:
-        return assumed_timings(config, fit.step, world), []
-    available = device_memory(world)
-    timings = measured_timings(
-        config, settings, fit.step, world, available, seconds=PROBE_SECONDS, folder=None if run is None else Path(run)
-    )
+        return assumed_timings(config, step, world), []
+    timings = measured_timings(work, step, world, folder=None if run is None else Path(run))
     tokens, _ = count_tokens(count_parameters(config), settings)
-    n_flops = tokens / fit.step.length * training_flops(config, fit.step.length)
+    n_flops = tokens / step.length * training_flops(config, step.length)
     choice = choose_without_trial(settings.compile, world.device.type, n_flops, world.size, rows_are_alike=True)
     if choice is not None and not choice.compiled:
         return timings, []
-    key = trial_key(config, (fit.step.micro, fit.step.length), fit.step.dtype, settings.activation_checkpointing)
+    key = trial_key(config, (step.micro, step.length), step.dtype, settings.activation_checkpointing)
     found = recall("compile", key, world.device)
     if found is None:
         return timings, ["The run will try torch.compile, which may make it faster; the plan is without it."]
@@ -444,7 +430,6 @@ def _candidates(
         hardware: memory, and how many devices.
         law: for losses.
     """
-    available, count = hardware.available, hardware.count
     settings = settings.model_copy(update={"groups": ()})
     found: list[Candidate] = []
     for size in LADDER:
@@ -453,17 +438,17 @@ def _candidates(
         except RecipeError:  # the vocabulary alone is larger
             continue
         length, n = config.context_length, count_parameters(config)
+        work = Workload(config, settings, length, hardware.available, hardware.count)
         if known is not None:
-            micro, _ = choose_micro_batch(config, settings, length, available, count)
-            flops = table_timings(config, settings, step_of(settings, length, available, count, micro), known).flops
+            flops = table_timings(config, settings, work.step(work.micro_batch()[0]), known).flops
         tokens = int(seconds * flops / training_flops_per_token(config, length))
         if tokens < n:
             break
         if found and found[-1].parameters == n:
             continue  # with this vocabulary the ladder has no other
-        needed = step_memory(config, settings, step_of(settings, length, available, count, 1)).total
+        needed = step_memory(config, settings, work.step(1)).total
         loss = None if law is None else law.loss(n, tokens)
-        found.append(Candidate(size, n, tokens, loss, needed <= available.usable))
+        found.append(Candidate(size, n, tokens, loss, needed <= hardware.available.usable))
     return found
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,7 +27,7 @@ from groundup.training.checkpoint import CheckpointWriter, Progress, weights_of
 from groundup.training.compilation import set_checkpointing
 from groundup.training.objective import head_loss
 from groundup.training.optimizers import Optimizers, clip_gradients, frozen_groups
-from groundup.training.planning.memory import DeviceMemory, Step, estimate_memory
+from groundup.training.planning.memory import Step, Workload
 from groundup.training.process import keep_freed_memory
 from groundup.training.schedule import BatchPlan
 from groundup.training.throughput import peak_matmul_flops, product_seconds, timed
@@ -46,85 +47,53 @@ _SECONDS_TO_DRAW = 2.5e-8
 """One initial weight."""
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A part of a model, rows and tokens that stand for the whole."""
 
     n_layers: int
     rows: int
     length: int
 
-    def of(self, config: ModelConfig) -> ModelConfig:
-        """The model with so many blocks."""
-        return ModelConfig(**{**config.to_dict(), "n_layers": self.n_layers})
-
-
-@dataclass(frozen=True)
-class Times:
-    """Measured seconds: of forward and backward pass over all rows of the part, of an update, and so on."""
-
-    both: float
-    update: float
-    forward: float
-    token: float
-    save: float
-    build: float
-
-    def carried(self, other: Times, distance: float) -> Times:
-        """self + (other − self) · distance, where a deeper model is never faster than a less deep one.
-
-        Where the two cannot be told apart, the second times half the distance: a bound, for all is in the blocks.
-        """
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Times(*(one + (two - one) * distance if two > one else two * distance / 2 for one, two in pairs))
-
 
 def measured_timings(
-    config: ModelConfig, settings: OptimizerSettings, step: Step, world: World, available: DeviceMemory,
-    *, seconds: float = PROBE_SECONDS, folder: Path | None = None,
-) -> Timings:  # fmt: skip
+    work: Workload, step: Step, world: World, *, seconds: float = PROBE_SECONDS, folder: Path | None = None
+) -> Timings:
     """Measure how long the pieces of a run take on this machine.
 
     Args:
-        config: the model.
-        settings: optimizer, checkpointing, groups.
+        work: the model and its settings.
         step: what this device does.
         world: the device.
-        available: its memory.
         seconds: at most about so long.
         folder: where checkpoints would go, whose disk is tried (default: the system's temporary folder).
     """
-    if not seconds:
-        return assumed_timings(config, step, world)
+    config = work.config
     if world.device.type == "cpu":
         keep_freed_memory()
     until = time.perf_counter() + seconds
     rate = ASSUMED_MFU * _rate_now(getattr(torch, step.dtype), world)
     whole = Part(config.n_layers, step.micro, step.length)
-    chosen = _affordable(config, settings, step, whole, rate, available, 0.75 * seconds)
+    chosen = _affordable(work, whole, rate, 0.75 * seconds)
     if chosen is None:
         return assumed_timings(config, step, world)
     measured = [
-        _measure(config, part, settings, step, world, until, len(chosen) - index, folder)
+        _measure(_of(work, part), part, step, world, until, len(chosen) - index, folder)
         for index, part in enumerate(chosen)
     ]
     part, times = chosen[-1], measured[-1]
     if len(chosen) == 2:
-        first, second = (one.n_layers for one in chosen)
-        times = measured[0].carried(measured[1], (config.n_layers - first) / (second - first))
-    longer = training_flops(config, step.length) / training_flops(config, part.length)
-    row = times.both / part.rows * longer
-    return Timings(
-        row=row / step.n_devices,
-        update=times.update,
-        eval_row=times.forward / part.rows * longer / step.n_devices,
-        sample_token=times.token,
-        save=times.save,
-        begin=times.build,
-        flops=training_flops(config, step.length) / row * step.n_devices,
-        how=_told(chosen, whole),
-        is_measured=True,
-    )
+        # Carried on in a line. A deeper model is never faster: where the two cannot be told apart, the second times
+        # half the distance is a bound, for all is in the blocks.
+        distance = (config.n_layers - chosen[0].n_layers) / (part.n_layers - chosen[0].n_layers)
+        pairs = {name: (measured[0][name], two) for name, two in times.items()}
+        times = {
+            name: one + (two - one) * distance if two > one else two * distance / 2
+            for name, (one, two) in pairs.items()
+        }
+    flops = training_flops(config, step.length)
+    for name in ("row", "eval_row"):
+        times[name] *= flops / training_flops(config, part.length) / part.rows / step.n_devices
+    return Timings(**times, flops=flops / times["row"], how=_told(chosen, whole), is_measured=True)
 
 
 def assumed_timings(config: ModelConfig, step: Step, world: World) -> Timings:
@@ -145,64 +114,68 @@ def assumed_timings(config: ModelConfig, step: Step, world: World) -> Timings:
     )
 
 
-def _affordable(
-    config: ModelConfig, settings: OptimizerSettings, step: Step, whole: Part, rate: float, available: DeviceMemory,
-    seconds: float,
-) -> tuple[Part, ...] | None:  # fmt: skip
+def _of(work: Workload, part: Part) -> Workload:
+    """The part of a run that one device takes to be timed; patterns of groups would miss the blocks that it lacks."""
+    config = ModelConfig(**{**work.config.to_dict(), "n_layers": part.n_layers})
+    update: dict[str, Any] = {"batch_size": part.rows, "micro_batch_size": None}
+    if part.n_layers < work.config.n_layers:
+        update["groups"] = ()
+    return replace(
+        work, config=config, settings=work.settings.model_copy(update=update), length=part.length, n_devices=1
+    )
+
+
+def _affordable(work: Workload, whole: Part, rate: float, seconds: float) -> tuple[Part, ...] | None:
     """The most faithful parts that stand for the whole, of those that fit into time and memory."""
+    n_layers = work.config.n_layers
     rows = [whole.rows >> power for power in range(whole.rows.bit_length())]
     shorter = (whole.length >> power for power in range(1, whole.length.bit_length()))
     lengths = [whole.length, *(length for length in shorter if length >= _SHORTEST)]
-    depths = [(config.n_layers,)] if config.n_layers <= 2 else [(1, 2)] if config.n_layers <= 4 else [(2, 4), (1, 2)]
-    ways = [(replace(whole, rows=count),) for count in rows]
+    depths = [(n_layers,)] if n_layers <= 2 else [(1, 2)] if n_layers <= 4 else [(2, 4), (1, 2)]
+    ways = [(whole._replace(rows=count),) for count in rows]
     ways += [tuple(Part(depth, 1, length) for depth in pair) for length in lengths for pair in depths]
     for way in ways:
-        taken = wanted = 0.0
-        for part in way:
-            smaller, cut = part.of(config), replace(step, rows=part.rows, micro=part.rows, length=part.length)
-            taken += _expected(smaller, part, rate)
-            wanted = max(wanted, estimate_memory(smaller, _without_groups(settings), replace(cut, n_devices=1)).total)
-        if taken <= seconds and wanted <= available.usable:
+        parts = [_of(work, part) for part in way]
+        taken = sum(_expected_seconds(part, rate) for part in parts)
+        if taken <= seconds and all(part.fits(part.settings.batch_size) for part in parts):
             return way
     return None
 
 
-def _expected(config: ModelConfig, part: Part, rate: float) -> float:
-    """Seconds to build it, for one step to warm up, two more, and some validation."""
-    return 4 * part.rows * training_flops(config, part.length) / rate + _SECONDS_TO_DRAW * count_parameters(config)
+def _expected_seconds(work: Workload, rate: float) -> float:
+    """To build it, for one step to warm up, two more, and some validation."""
+    flops = work.settings.batch_size * training_flops(work.config, work.length)
+    return 4 * flops / rate + _SECONDS_TO_DRAW * count_parameters(work.config)
 
 
 def _measure(
-    config: ModelConfig, part: Part, settings: OptimizerSettings, step: Step, world: World, until: float, n_left: int,
-    folder: Path | None,
-) -> Times:  # fmt: skip
-    """Seconds of the pieces for one part; `n_left` of them, this one too, share what is left of the time."""
+    work: Workload, part: Part, step: Step, world: World, until: float, n_left: int, folder: Path | None
+) -> dict[str, float]:
+    """Seconds of the pieces for one part, all its rows together; `n_left` of them share what is left of the time."""
     start = time.perf_counter()
     share = start + min(_TIMED_SECONDS, (until - start) / n_left * 0.7)
-    smaller = part.of(config)
-    if part.n_layers < config.n_layers:
-        settings = _without_groups(settings)
-    model = Transformer(smaller).to(world.device)
+    config, settings = work.config, work.settings
+    model = Transformer(config).to(world.device)
     model.compute_dtype = getattr(torch, step.dtype)
     set_checkpointing(model, settings.activation_checkpointing)
     build = time.perf_counter() - start
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, smaller.vocab_size, (part.rows, part.length), generator=generator).to(world.device)
+    ids = torch.randint(0, config.vocab_size, (part.rows, part.length), generator=generator).to(world.device)
     with frozen_groups(model, settings):
         optimizers = Optimizers(model, settings, model.compute_dtype)
-        both, update = step_pieces(model, optimizers, settings, ids)
-        pairs = medians((both, update), world, share)
+        both, update = medians(step_pieces(model, optimizers, settings, ids), world, share)
         with torch.no_grad():
             model.eval()
-            (forward,) = medians(
-                (lambda: model(ids, head=head_loss(ids)),), world, time.perf_counter() + _BRIEF_SECONDS
-            )
+            brief = time.perf_counter() + _BRIEF_SECONDS
+            (forward,) = medians((lambda: model(ids, head=head_loss(ids)),), world, brief)
             token = _token_seconds(model, ids, world)
-    saved = weight_bytes(smaller) + optimizer_bytes(smaller, settings.optimizer)
+    saved = weight_bytes(config) + optimizer_bytes(config, settings.optimizer)
     save = saved / _DISK if saved > _LARGEST_SAVED else _save_seconds(model, optimizers, world, folder)
     if world.device.type == "cuda":
         save = 0.0  # written beside training
-    return Times(*pairs, forward=forward, token=token, save=save, build=build)
+    return {
+        "row": both, "update": update, "eval_row": forward, "sample_token": token, "save": save, "begin": build,
+    }  # fmt: skip
 
 
 def step_pieces(
@@ -274,10 +247,6 @@ def _told(chosen: tuple[Part, ...], whole: Part) -> str:
         if one < all_of_it:
             carried.append(f"from {one} of {all_of_it} {name}")
     return f"probe, extrapolated {', '.join(carried)}"
-
-
-def _without_groups(settings: OptimizerSettings) -> OptimizerSettings:
-    return settings.model_copy(update={"groups": ()})
 
 
 @dataclass(frozen=True)
