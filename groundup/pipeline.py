@@ -31,19 +31,13 @@ from groundup.training.process import limited_threads
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Whether a stage is to be done, and why.
-
-    Attributes:
-        state: done; changed (settings, inputs or code are not what they were); begun (interrupted); missing.
-        forced: asked for, whatever its state.
-        problem: why what it reads from outside cannot be read, if it cannot.
-    """
+    """Whether a stage is to be done, and why."""
 
     stage: Stage
     fingerprint: str
-    state: State
-    forced: bool = False
-    problem: str | None = None
+    state: State  # done; changed (settings, inputs or code are not what they were); begun (interrupted); missing
+    forced: bool = False  # asked for, whatever its state
+    problem: str | None = None  # why what it reads from outside cannot be read, if it cannot
 
     @property
     def is_due(self) -> bool:

@@ -30,19 +30,12 @@ OVERHEAD = 2.3  # of a whole build over the forward and backward passes of its p
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the doctor's table.
+    """One line of the doctor's table."""
 
-    Attributes:
-        name: what was looked at.
-        value: what was found.
-        status: ok; warn: works, but slower or only in part; fail: groundup cannot work like this.
-        advice: what to expect, or what to do.
-    """
-
-    name: str
-    value: str
-    status: Status = "ok"
-    advice: str = ""
+    name: str  # what was looked at
+    value: str  # what was found
+    status: Status = "ok"  # ok; warn: works, but slower or only in part; fail: groundup cannot work like this
+    advice: str = ""  # what to expect, or what to do
 
 
 def examine(machine: Machine | None = None, *, runs: str | Path = "runs") -> list[Finding]:

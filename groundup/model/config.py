@@ -31,30 +31,20 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are changed, so that a model reads more than it was trained on.
+    """How rotary frequencies are changed, so that a model reads more than it was trained on."""
 
-    Attributes:
-        kind: "linear": every angle divided by `factor` (position interpolation, arXiv:2306.15595); "ntk": the base
-            raised so that the slowest frequency is divided by it and the fastest stays (arXiv:2309.00071, section
-            3.1); "yarn": slow frequencies divided, fast ones kept, a ramp between (the same, section 3.2); "llama3":
-            the same by wavelengths (Llama 3.1).
-        factor: how many times longer the context becomes.
-        original_context: tokens of context that the model was trained on (yarn, llama3).
-        beta_fast: yarn: frequencies that turn more often than this within the original context stay.
-        beta_slow: yarn: those that turn less often than this are divided.
-        low_frequency_factor: llama3: wavelengths over `original_context` / this are divided.
-        high_frequency_factor: llama3: wavelengths under `original_context` / this stay.
-        attention_factor: yarn: what queries and keys are multiplied by; None: 0.1 · ln(factor) + 1.
-    """
-
+    # "linear": every angle divided by `factor` (position interpolation, arXiv:2306.15595); "ntk": the base raised so
+    # that the slowest frequency is divided by it and the fastest stays (arXiv:2309.00071, section 3.1); "yarn": slow
+    # frequencies divided, fast ones kept, a ramp between (the same, section 3.2); "llama3": the same by wavelengths
+    # (Llama 3.1)
     kind: RopeScalingKind
-    factor: float
-    original_context: int | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
-    attention_factor: float | None = None
+    factor: float  # how many times longer the context becomes
+    original_context: int | None = None  # tokens of context that the model was trained on (yarn, llama3)
+    beta_fast: float = 32.0  # yarn: frequencies that turn more often than this within the original context stay
+    beta_slow: float = 1.0  # yarn: those that turn less often than this are divided
+    low_frequency_factor: float = 1.0  # llama3: wavelengths over `original_context` / this are divided
+    high_frequency_factor: float = 4.0  # llama3: wavelengths under `original_context` / this stay
+    attention_factor: float | None = None  # yarn: what queries and keys are multiplied by; None: 0.1 · ln(factor) + 1
 
     def problems(self) -> list[Problem]:
         """What is wrong with it."""

@@ -18,17 +18,11 @@ _PATTERNS = {"full": "all before", "window": "window of {window}", "strided": "s
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters of one name and shape.
+    """Parameters of one name and shape."""
 
-    Attributes:
-        name: with `N` for the number of the layer.
-        shape: of each.
-        count: how many there are.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    count: int
+    name: str  # with `N` for the number of the layer
+    shape: tuple[int, ...]  # of each
+    count: int  # how many there are
 
     @property
     def n_parameters(self) -> int:

@@ -42,17 +42,11 @@ _UNITS = {"k": 1e3, "m": 1e6, "b": 1e9}
 
 @dataclass(frozen=True)
 class Choice:
-    """One derived value.
+    """One derived value."""
 
-    Attributes:
-        name: of the setting, as in a recipe: `model.d_model`, `pretrain.lr`.
-        value: what it is set to.
-        reason: why this.
-    """
-
-    name: str
-    value: int | float | str
-    reason: str
+    name: str  # of the setting, as in a recipe: `model.d_model`, `pretrain.lr`
+    value: int | float | str  # what it is set to
+    reason: str  # why this
 
 
 def parse_size(text: str) -> int:

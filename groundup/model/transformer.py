@@ -34,17 +34,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class OutputLayer:
-    """The output layer, for a `head` that computes something else than all logits: some rows', or a loss.
+    """The output layer, for a `head` that computes something else than all logits: some rows', or a loss."""
 
-    Attributes:
-        weight: (padded_vocab, d_model), float32; rows from `vocab_size` on are padding.
-        vocab_size: tokens.
-        softcap: of the logits, or None.
-    """
-
+    # (padded_vocab, d_model), float32; rows from `vocab_size` on are padding
     weight: Float[Tensor, "padded_vocab d_model"]
-    vocab_size: int
-    softcap: float | None = None
+    vocab_size: int  # tokens
+    softcap: float | None = None  # of the logits, or None
 
     def logits(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """Logits of the tokens, float32; the products are taken in the dtype of `hidden`."""

@@ -20,11 +20,7 @@ from groundup.stage import stages_done
 
 @dataclass(frozen=True)
 class ClosingRow:
-    """One figure as text; empty strings where there is nothing to show.
-
-    Attributes:
-        gate_passed: None without a gate.
-    """
+    """One figure as text; empty strings where there is nothing to show."""
 
     key: str
     model: str
@@ -34,7 +30,7 @@ class ClosingRow:
     stderr: str
     n: str
     gate: str
-    gate_passed: bool | None
+    gate_passed: bool | None  # None without a gate
 
 
 def closing_table(scores: Mapping[str, Any], run: Run | None = None) -> Table:

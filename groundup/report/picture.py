@@ -18,28 +18,17 @@ WIDE_STOP, NARROW_STOP, LANE = 116, 92, 150
 
 @dataclass(frozen=True)
 class Stop:
-    """One stop.
-
-    Attributes:
-        icon: which glyph stands in its circle.
-        lines: what came out, at most three short lines.
-        took: wall-clock time, "" for the ends of the pipeline.
-        state: "done", "unfinished" or "to come".
-        share: its part of the whole time, 0 to 1.
-        column: how many stops are before it.
-        lane: which branch it is on, 0 at the top.
-        after: the place of the stop before it in the list, -1 for the first.
-    """
+    """One stop."""
 
     name: str
-    icon: str
-    lines: tuple[str, ...]
-    took: str
-    state: str
-    share: float
-    column: int
-    lane: int
-    after: int
+    icon: str  # which glyph stands in its circle
+    lines: tuple[str, ...]  # what came out, at most three short lines
+    took: str  # wall-clock time, "" for the ends of the pipeline
+    state: str  # "done", "unfinished" or "to come"
+    share: float  # its part of the whole time, 0 to 1
+    column: int  # how many stops are before it
+    lane: int  # which branch it is on, 0 at the top
+    after: int  # the place of the stop before it in the list, -1 for the first
 
 
 def pipeline_stops(record: RunRecord, end: str) -> list[Stop]:

@@ -20,7 +20,7 @@ import fnmatch
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,15 +194,9 @@ def scale_to_norm(parameters: Sequence[Tensor], max_norm: float, norm: float) ->
         torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
 
 
-def clip_gradients(parameters: Sequence[Tensor], max_norm: float, world_sum: Callable[[Tensor], Tensor]) -> float:
-    """Clip by the global norm, and return the norm before: both of the above in one, with a wait for the device.
-
-    Args:
-        parameters: sharded or not; each process counts its own shards.
-        max_norm: 0 measures only.
-        world_sum: `World.sum`.
-    """
-    norm = math.sqrt(float(world_sum(squared_norm(parameters))[0]))
+def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> float:
+    """Clip by the global norm of one process, and return the norm before: both of the above, with a wait between."""
+    norm = math.sqrt(float(squared_norm(parameters)))
     scale_to_norm(parameters, max_norm, norm)
     return norm
 

@@ -190,7 +190,7 @@ def step_pieces(
         ((loss if balance is None else loss + balance) / ids.numel()).backward()
 
     def update() -> None:
-        clip_gradients(optimizers.parameters(), settings.max_grad_norm, lambda values: values)
+        clip_gradients(optimizers.parameters(), settings.max_grad_norm)
         optimizers.step(1.0)
 
     return both, update
