@@ -79,7 +79,7 @@ def test_gradients_of_earlier_micro_batches_are_there(optimizer):
     config, settings = ModelConfig(**BASE), OptimizerSettings(optimizer=optimizer)
     most, _ = of_a_step(config, settings, 4, 1, 192, "float32")
     memory = step_memory(config, settings, Step(4, 1, 192, "float32"))
-    assert memory.gradients >= cost.gradient_bytes(config)
+    assert memory.gradients >= cost.weight_bytes(config)
     found = memory.gradients + memory.activations + memory.logits + memory.other
     assert found == pytest.approx(most, rel=0.12, abs=0.5 * MIB)
     assert memory.optimizer == cost.optimizer_bytes(config, optimizer)

@@ -80,7 +80,7 @@ def costs(config: ModelConfig, batch: int = 1, length: int | None = None) -> dic
         "bytes": {
             "weights, float32": cost.weight_bytes(config),
             "weights, bfloat16": cost.weight_bytes(config, 2),
-            "gradients": cost.gradient_bytes(config),
+            "gradients": cost.weight_bytes(config),
             "optimizer, Muon and AdamW": cost.optimizer_bytes(config, "muon"),
             "optimizer, AdamW": cost.optimizer_bytes(config, "adamw"),
             "activations, float32": sum(activation_bytes(config, batch, length).values()),

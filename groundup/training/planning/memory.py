@@ -33,7 +33,7 @@ from groundup.model.activations import (
     last_norm_bytes,
     score_block_bytes,
 )
-from groundup.model.cost import count_parameters, parameter_shapes
+from groundup.model.cost import count_parameters, parameter_shapes, state_bytes
 from groundup.recipe import OptimizerSettings, PrecisionName
 from groundup.training.muon import BATCH_BYTES
 from groundup.training.objective import PIECE_LOGITS, PIECE_WEIGHTS, slice_rows
@@ -343,8 +343,9 @@ def step_memory(config: ModelConfig, settings: OptimizerSettings, step: Step) ->
     gathered = _gathered(config, sizes) if spread > 1 else 0
     moments = _moments(config, settings, step, gradients // spread, sizes, grouping)
     moment, (held, activations, logits, other) = max(moments.items(), key=lambda item: sum(item[1]))
+    state = sum(state_bytes(group.optimizer, shapes[name]) for group in grouping.groups for name in group.names)
     return Memory(
-        weights=weights // spread + gathered, gradients=held, optimizer=_optimizer_state(shapes, grouping) // spread,
+        weights=weights // spread + gathered, gradients=held, optimizer=state // spread,
         average=weights // spread if settings.ema else 0, activations=activations, logits=logits, other=other,
         moment=moment, all_gradients=gradients // spread,
     )  # fmt: skip
@@ -411,21 +412,6 @@ def _logits(config: ModelConfig, n_tokens: int, dtype: Arithmetic, device: Devic
     gradient = d * min(vocabulary, max(1, PIECE_WEIGHTS // d) if on_cpu else vocabulary) * (size + widened)
     cast = vocabulary * d * 2 if size == 2 else 0
     return rows * vocabulary * size + max(piece, gradient) + cast
-
-
-def _optimizer_state(shapes: Mapping[str, tuple[int, ...]], grouping: Grouping) -> int:
-    """Float32: AdamW two moments and a step, Muon and Lion one momentum, Adafactor means of rows and of columns."""
-    total = 0
-    for group in grouping.groups:
-        for shape in (shapes[name] for name in group.names):
-            n = math.prod(shape)
-            if group.optimizer in ("muon", "lion"):
-                total += 4 * n
-            elif group.optimizer == "adafactor":
-                total += 4 + 4 * (n // shape[-1] + n // shape[-2] if len(shape) >= 2 else n)
-            else:
-                total += 8 * n + 4
-    return total
 
 
 def _update(config: ModelConfig, grouping: Grouping, dtype: Arithmetic, device: Device) -> int:
