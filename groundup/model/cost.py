@@ -68,7 +68,7 @@ def count_parameters(config: ModelConfig) -> int:
     """Number of parameters; a tied embedding counts once, rows that stand for no token not at all."""
     n_matrices = 1 if config.tied_embeddings else 2
     idle = (config.padded_vocab_size - config.vocab_size) * config.d_model * n_matrices
-    return _stored(config) - idle
+    return weight_bytes(config, 1) - idle
 
 
 def vocabulary_parameters(config: ModelConfig) -> int:
