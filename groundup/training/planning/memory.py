@@ -27,17 +27,14 @@ from groundup.model import ModelConfig, ladder_config
 from groundup.model.activations import (
     Arithmetic,
     Device,
+    Pass,
     activation_bytes,
-    attention_squares,
-    block_bytes,
-    last_norm_bytes,
-    score_block_bytes,
 )
 from groundup.model.cost import count_parameters, parameter_shapes, state_bytes
 from groundup.recipe import OptimizerSettings, PrecisionName
 from groundup.training.muon import BATCH_BYTES
 from groundup.training.objective import PIECE_LOGITS, PIECE_WEIGHTS, slice_rows
-from groundup.training.optimizers import Grouping, group_parameters
+from groundup.training.optimizers import Grouping, Shapes, group_parameters
 from groundup.training.precision import native_bfloat16
 
 USABLE_SHARE = 0.9
@@ -337,101 +334,84 @@ def step_memory(config: ModelConfig, settings: OptimizerSettings, step: Step) ->
     shapes = parameter_shapes(config)
     grouping = group_parameters(shapes, settings)
     sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
-    weights = sum(sizes.values())
-    gradients = weights - sum(sizes[name] for name in grouping.frozen)
-    spread = step.n_devices
-    gathered = _gathered(config, sizes) if spread > 1 else 0
-    moments = _moments(config, settings, step, gradients // spread, sizes, grouping)
+    weights, spread = sum(sizes.values()), step.n_devices
+    gradients = (weights - sum(sizes[name] for name in grouping.frozen)) // spread
+    # Where weights are spread: two whole blocks (one computes, one comes), and all that is in no block.
+    outside = sum(size for name, size in sizes.items() if not name.startswith("layers."))
+    gathered = outside + 2 * (weights - outside) // config.n_layers if spread > 1 else 0
+    moments = _moments(config, settings, step, gradients, sizes)
+    moments["update"] = (gradients, 0, 0, _update(shapes, grouping, step))
     moment, (held, activations, logits, other) = max(moments.items(), key=lambda item: sum(item[1]))
     state = sum(state_bytes(group.optimizer, shapes[name]) for group in grouping.groups for name in group.names)
     return Memory(
         weights=weights // spread + gathered, gradients=held, optimizer=state // spread,
         average=weights // spread if settings.ema else 0, activations=activations, logits=logits, other=other,
-        moment=moment, all_gradients=gradients // spread,
+        moment=moment, all_gradients=gradients,
     )  # fmt: skip
 
 
 def _moments(
-    config: ModelConfig, settings: OptimizerSettings, step: Step, gradients: int, sizes: Mapping[str, int],
-    grouping: Grouping,
-) -> dict[str, tuple[int, int, int, int]]:  # fmt: skip
-    """(gradients, activations, logits, other) alive at each moment that can be the fullest.
+    config: ModelConfig, settings: OptimizerSettings, step: Step, gradients: int, sizes: Mapping[str, int]
+) -> dict[str, tuple[int, int, int, int]]:
+    """(gradients, activations, logits, other) alive at each moment that can be the fullest, before the update.
 
     The forward pass fills up activations; the backward pass takes them down block by block while gradients come, so
     that its fullest moment is in the last block or at its end. Within a block it is where the feed-forward layer's
     gradients are (of both factors of its product), or where the softmax's are if it is held.
     """
-    kind = settings.activation_checkpointing
-    rows, length, dtype, device = step.micro, step.length, step.dtype, step.device
-    size = 4 if dtype == "float32" else 2
-    n_tokens = rows * length
-    stream = n_tokens * config.d_model * size  # one value for each feature of the residual stream
-    matrix = sizes["embed_tokens.weight"]
-    kept = sum(activation_bytes(config, rows, length, dtype, kind, device).values())
-    last = config.n_layers - 1
-    block = block_bytes(config, last, rows, length, dtype, "none", device)
+    kind, last = settings.activation_checkpointing, config.n_layers - 1
+    one = Pass(config, step.micro, step.length, step.dtype, step.device)
+    stream = one.n_tokens * config.d_model * one.size  # one value for each feature of the residual stream
+    kept = sum(activation_bytes(config, step.micro, step.length, step.dtype, kind, step.device).values())
+    block = one.block(last)
     # What checkpointing computes again in the last block's backward pass.
-    again = sum(block.values()) - sum(block_bytes(config, last, rows, length, dtype, kind, device).values())
+    again = sum(block.values()) - sum(one.block(last, kind).values())
     # In the last block, what came behind it is gone: the last norm's and the hidden states' gradient.
-    in_block = kept - last_norm_bytes(config, n_tokens, dtype, device) - stream + again
-    squares = attention_squares(config, last, rows, length, dtype, device)
+    in_block = kept - one.last_norm - stream + again
     # With several micro-batches the gradients of those before are there all the time, and each new one for a moment.
     earlier = gradients + max(sizes.values()) if step.micro < step.rows else 0
     inner = config.d_model * config.d_ff * 4 * max(1, config.n_experts)  # of a feed-forward layer's matrix
-    feedforward = in_block + stream + _inner_gradients(config, n_tokens, size)
+    # Gradients inside a feed-forward layer beside what it keeps: of both factors where it has a gate.
+    rows = one.n_tokens * config.experts_per_token / config.n_experts if config.n_experts else one.n_tokens
+    within = round(rows * config.d_ff * one.size * (2 if config.is_gated else 1)) + stream * (config.n_experts > 0)
+    at_end = gradients + sizes["embed_tokens.weight"]
     moments = {
-        "end of the forward pass": (earlier, kept + stream, _logits(config, n_tokens, dtype, device), 0),
-        "backward pass, feed-forward": (earlier or inner, feedforward, 0, 0),
-        "end of the backward pass": (gradients + matrix, 2 * n_tokens * config.d_model * 4, 0, 0),
-        "update": (gradients, 0, 0, _update(config, grouping, dtype, device)),
+        "end of the forward pass": (earlier, kept + stream, _logits(one), 0),
+        "backward pass, feed-forward": (earlier or inner, in_block + stream + within, 0, 0),
+        "end of the backward pass": (at_end, 2 * one.n_tokens * config.d_model * 4, 0, 0),
     }
-    scores = 2 * squares or 3 * score_block_bytes(config, last, rows, length, dtype, device)
+    scores = 2 * one.attention_squares(last) or 3 * one.score_block(last)
     if scores:
         gone = block["feedforward"] + block["norms"] // 4
         moments["backward pass, attention"] = (earlier or 3 * inner, in_block - gone + scores + 2 * stream, 0, 0)
     return moments
 
 
-def _inner_gradients(config: ModelConfig, n_tokens: int, size: int) -> int:
-    """Gradients inside a feed-forward layer beside what it keeps: of both factors where it has a gate."""
-    rows = n_tokens * config.experts_per_token / config.n_experts if config.n_experts else n_tokens
-    streams = n_tokens * config.d_model * size if config.n_experts else 0
-    return round(rows * config.d_ff * size * (2 if config.is_gated else 1)) + streams
-
-
-def _logits(config: ModelConfig, n_tokens: int, dtype: Arithmetic, device: Device) -> int:
+def _logits(one: Pass) -> int:
     """What the loss needs beside what it keeps (`objective.py`): a slice of logits, a piece, the output matrix."""
-    size, vocabulary, d = 4 if dtype == "float32" else 2, config.padded_vocab_size, config.d_model
-    rows = slice_rows(n_tokens, size * vocabulary)
-    on_cpu = device == "cpu"
+    size, vocabulary, d, on_cpu = one.size, one.config.padded_vocab_size, one.config.d_model, one.device == "cpu"
+    rows = slice_rows(one.n_tokens, size * vocabulary)
     piece = 4 * vocabulary * min(rows, max(1, PIECE_LOGITS // vocabulary) if on_cpu else rows)
-    if config.logit_softcap is not None:
+    if one.config.logit_softcap is not None:
         piece *= 2  # what it was before it was bent
     # A piece of the output matrix's gradient; that of a second slice, in two-byte arithmetic, in float32 to be added.
-    widened = 4 * (size == 2 and rows < n_tokens)
+    widened = 4 * (size == 2 and rows < one.n_tokens)
     gradient = d * min(vocabulary, max(1, PIECE_WEIGHTS // d) if on_cpu else vocabulary) * (size + widened)
     cast = vocabulary * d * 2 if size == 2 else 0
     return rows * vocabulary * size + max(piece, gradient) + cast
 
 
-def _update(config: ModelConfig, grouping: Grouping, dtype: Arithmetic, device: Device) -> int:
+def _update(shapes: Shapes, grouping: Grouping, step: Step) -> int:
     """What an update needs for a moment: fused AdamW nothing, Muon copies of a few matrices, the others of one."""
-    shapes = parameter_shapes(config)
-    size = 4 if dtype == "float32" else 2
+    size = 4 if step.dtype == "float32" else 2
     most = 0
     for group in grouping.groups:
-        counts = Counter(shapes[name] for name in group.names)
+        counts = Counter(tuple(shapes[name]) for name in group.names)
         if group.optimizer == "muon":
             for shape, count in counts.items():
                 n = math.prod(shape)
-                together = n * min(count, max(1, BATCH_BYTES[device] // (n * size)))
+                together = n * min(count, max(1, BATCH_BYTES[step.device] // (n * size)))
                 most = max(most, together * (14 + size))
         elif group.optimizer != "adamw":
             most = max(most, *(2 * 4 * math.prod(shape) for shape in counts))
     return most
-
-
-def _gathered(config: ModelConfig, sizes: Mapping[str, int]) -> int:
-    """Where weights are spread: two whole blocks (one computes, one comes), and all that is in no block."""
-    outside = sum(size for name, size in sizes.items() if not name.startswith("layers."))
-    return outside + 2 * (sum(sizes.values()) - outside) // config.n_layers
