@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,7 +88,9 @@ def scaling(
     if not world.is_first:
         return
     if as_json:
-        print_json({"folder": str(asked["out"]), **law.to_dict(), "compute_optimal": _ahead(law)})
+        print_json(
+            {"folder": str(asked["out"]), **law.to_dict(), "compute_optimal": [asdict(row) for row in _optima(law)]}
+        )
     elif not quiet:
         show_law(law, asked["out"])
 
@@ -162,12 +165,6 @@ def reach(row: Optimum, law: ScalingLaw) -> str:
 def _optima(law: ScalingLaw) -> list[Optimum]:
     largest = max(point.flops for point in law.points)
     return [law.compute_optimal(factor * largest) for factor in FURTHER]
-
-
-def _ahead(law: ScalingLaw) -> list[dict[str, Any]]:
-    from dataclasses import asdict
-
-    return [asdict(row) for row in _optima(law)]
 
 
 def _show_plan(recipe: Recipe, folder: Path, asked: dict[str, Any], as_json: bool, console: Console) -> None:

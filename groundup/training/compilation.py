@@ -185,7 +185,11 @@ class CompiledBlocks:
     """
 
     def __init__(self, model: Transformer, console: Console) -> None:
-        _use_own_cache()
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+        # Our own cache, unless somebody has chosen another; torch notes its default here when it is first asked.
+        if os.environ.get(_CACHE) in (None, default_cache_dir()):
+            os.environ[_CACHE] = str(cache_folder())
         self.failure: str | None = None
         self._console, self._blocks = console, model.blocks
         # A budget of 1 is the compiler's own: what it would keep.
@@ -215,17 +219,16 @@ class CompiledBlocks:
                 with config.patch(activation_memory_budget=self._budget):
                     return compiled(x, rotation, mask)
             except Exception as error:  # whatever a compiler may raise
-                if not _is_compilers(error):
+                # Only what the compiler raised, and not the model.
+                of_compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+                if not of_compiler and not isinstance(error, ImportError):
                     raise
-                self._give_up(error)
+                lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+                self.failure = " ".join(lines[:2]) or type(error).__name__
+                self._console.warn(f"torch.compile failed ({self.failure:.200}); training goes on without it.")
             return plain(x, rotation, mask)
 
         return run
-
-    def _give_up(self, error: Exception) -> None:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        self.failure = " ".join(lines[:2]) or type(error).__name__
-        self._console.warn(f"torch.compile failed ({self.failure:.200}); training goes on without it.")
 
 
 def cache_folder() -> Path:
@@ -236,14 +239,6 @@ def cache_folder() -> Path:
 def find_compiler() -> str | None:
     """The C++ compiler that torch.compile would call for a CPU, or None."""
     return shutil.which(os.environ.get("CXX") or "") or next(filter(None, map(shutil.which, ("g++", "clang++"))), None)
-
-
-def _use_own_cache() -> None:
-    """Unless somebody has chosen another; torch notes its default in the same variable when it is first asked."""
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    if os.environ.get(_CACHE) in (None, default_cache_dir()):
-        os.environ[_CACHE] = str(cache_folder())
 
 
 def remove_truncated(cache: Path) -> list[Path]:
@@ -266,12 +261,6 @@ def _is_truncated(path: Path) -> bool:
         return False
     (table,), (entry_size, n_entries) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<HH", head, 58)
     return bool(size < table + entry_size * n_entries)
-
-
-def _is_compilers(error: Exception) -> bool:
-    """Whether the compiler raised it, and not the model."""
-    kind = type(error)
-    return kind.__module__.startswith(("torch._dynamo", "torch._inductor")) or isinstance(error, ImportError)
 
 
 Checkpointing = Literal["none", "selective", "full"]

@@ -25,7 +25,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 import xxhash
-from torch import Tensor, nn
+from torch import Tensor
 
 from groundup.console import Bar, Console
 from groundup.distributed import World, shard_module
@@ -78,7 +78,10 @@ def train(job: TrainingJob, world: World, console: Console) -> dict[str, Any]:
 
 def _train(job: TrainingJob, world: World, console: Console, stop: StopRequest) -> dict[str, Any]:
     settings, config = job.settings, job.model.config
-    beside = sum(_held_bytes(job, module, world) for module in job.all_modules.values() if module is not job.model)
+    # Of modules beside the model their weights; of trained ones gradient and moments too.
+    others = [(module, 4) for module in job.modules.values() if module is not job.model]
+    others += [(module, 1) for module in job.frozen.values()]
+    beside = sum(4 * copies * sum(p.numel() for p in module.parameters()) // world.size for module, copies in others)
     length = job.row_sequences * (job.row_length or config.context_length)
     # Patterns of groups may be about other modules, which are counted by their sizes alone.
     sized = job.sized or (settings if len(job.modules) == 1 else settings.model_copy(update={"groups": ()}))
@@ -405,12 +408,6 @@ class _Loop:
 
 class _RollBack(Exception):
     """The last checkpoint is wanted back; says why."""
-
-
-def _held_bytes(job: TrainingJob, module: nn.Module, world: World) -> int:
-    """Bytes of a module beside the model on one device: its weights; of a trained one gradient and moments too."""
-    copies = 1 if module in job.frozen.values() else 4
-    return 4 * copies * sum(parameter.numel() for parameter in module.parameters()) // world.size
 
 
 def _say_resumed(job: TrainingJob, progress: Progress, world: World, console: Console) -> None:

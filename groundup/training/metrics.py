@@ -225,7 +225,9 @@ def summarize(
     validation: dict[str, Any] = next((line for line in reversed(lines) if _is_validation(line)), {})
     terms = [name for name in (steps[-1] if steps else ()) if name not in _NO_TERMS]
     curves = {name: [line[name] for line in steps if math.isfinite(line.get(name) or math.nan)] for name in terms}
-    final = {name: sum(tail) / len(tail) for name, values in curves.items() if (tail := values[-_tail(values) :])}
+    final = {
+        name: sum(tail) / len(tail) for name, values in curves.items() if (tail := values[-max(1, len(values) // 20) :])
+    }
     first = terms[0] if terms else "loss"
     losses = curves.get(first, [])
     others = [module for module in job.modules.values() if module is not job.model]
@@ -254,11 +256,6 @@ def summarize(
         rows = describe_groups(shapes, job.settings, job.name)
         summary["groups"] = [f"{match}: {reach}" for place, match, reach in rows if place.endswith("groups")]
     return summary
-
-
-def _tail(values: Sequence[float]) -> int:
-    """How many of a run's last values stand for its end."""
-    return max(1, len(values) // 20)
 
 
 def summary_line(summary: Mapping[str, Any]) -> str:

@@ -131,7 +131,7 @@ def pretraining_job(
         objective=NextToken(settings.label_smoothing, settings.z_loss),
         source=source,
         settings=settings,
-        n_rows=count_rows(model, settings),
+        n_rows=math.ceil(count_tokens(model.n_parameters, settings)[0] / length),
         folder=out,
         seed=seed,
         axes=frozenset(AXES),
@@ -161,12 +161,6 @@ def mixture_digests(settings: PretrainSettings) -> dict[str, str]:
         f"mixture {number}": TokenShards.open(part.shards, "train", verify=False).fingerprint
         for number, part in enumerate(settings.mixture)
     }
-
-
-def count_rows(model: Transformer, settings: PretrainSettings) -> int:
-    """Rows that hold at least the asked number of tokens."""
-    tokens, _ = count_tokens(model.n_parameters, settings)
-    return math.ceil(tokens / sequence_length(model.config, settings))
 
 
 def _continuation(tokenizer: Tokenizer, max_tokens: int, seed: int) -> Callable[[Transformer, str], str]:

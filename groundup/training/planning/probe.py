@@ -71,7 +71,9 @@ def measured_timings(
     if world.device.type == "cpu":
         keep_freed_memory()
     until = time.perf_counter() + seconds
-    rate = ASSUMED_MFU * _rate_now(getattr(torch, step.dtype), world)
+    # FLOP/s of matrix products at this moment, beside whatever else runs here.
+    products = product_seconds(1024, getattr(torch, step.dtype), world.device, _BRIEF_SECONDS)
+    rate = ASSUMED_MFU * 2 * 1024**3 / statistics.fmean(products)
     whole = Part(config.n_layers, step.micro, step.length)
     chosen = _affordable(work, whole, rate, 0.75 * seconds)
     if chosen is None:
@@ -136,16 +138,12 @@ def _affordable(work: Workload, whole: Part, rate: float, seconds: float) -> tup
     ways += [tuple(Part(depth, 1, length) for depth in pair) for length in lengths for pair in depths]
     for way in ways:
         parts = [_of(work, part) for part in way]
-        taken = sum(_expected_seconds(part, rate) for part in parts)
+        # To build it, for one step to warm up, two more, and some validation.
+        flops = sum(4 * part.settings.batch_size * training_flops(part.config, part.length) for part in parts)
+        taken = flops / rate + _SECONDS_TO_DRAW * sum(count_parameters(part.config) for part in parts)
         if taken <= seconds and all(part.fits(part.settings.batch_size) for part in parts):
             return way
     return None
-
-
-def _expected_seconds(work: Workload, rate: float) -> float:
-    """To build it, for one step to warm up, two more, and some validation."""
-    flops = work.settings.batch_size * training_flops(work.config, work.length)
-    return 4 * flops / rate + _SECONDS_TO_DRAW * count_parameters(work.config)
 
 
 def _measure(
@@ -205,11 +203,6 @@ def medians(pieces: tuple[Callable[[], object], ...], world: World, until: float
         if repeat and time.perf_counter() + sum(seconds[-1] for seconds in taken) > until:
             break
     return tuple(statistics.median(seconds[1:]) for seconds in taken)
-
-
-def _rate_now(dtype: torch.dtype, world: World) -> float:
-    """FLOP/s of matrix products at this moment, beside whatever else runs here."""
-    return 2 * 1024**3 / statistics.fmean(product_seconds(1024, dtype, world.device, _BRIEF_SECONDS))
 
 
 def _token_seconds(model: Transformer, ids: torch.Tensor, world: World) -> float:
