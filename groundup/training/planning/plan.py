@@ -9,7 +9,6 @@ lowest predicted loss, else the one nearest to 20 tokens for each parameter (arX
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,7 @@ from groundup.training.schedule import BatchPlan, count_tokens, sequence_length
 
 
 def plan(
-    recipe: Recipe | str | Path, overrides: Sequence[str] = (), *, hours: float | None = None,
+    recipe: Recipe | str | Path, *, hours: float | None = None,
     budget: float | None = None, device: str | None = None, price: float | None = None, probe: bool = True,
     run: str | Path | None = None, law: str | Path | None = None,
 ) -> Plan:  # fmt: skip
@@ -68,7 +67,6 @@ def plan(
 
     Args:
         recipe: a recipe, or where it is.
-        overrides: `section.key=value`, for a recipe that is read.
         hours: of the whole stage; tokens then follow.
         budget: the same in dollars.
         device: from the table, as "h100x8" (default: this machine).
@@ -82,11 +80,13 @@ def plan(
         DataError: a budget that is none, or too small for one step.
         GroundupError: no such device, or the recipe does not pretrain.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else read_recipe(str(recipe), list(overrides))
-    recipe = resolve(recipe)
+    recipe = resolve(recipe if isinstance(recipe, Recipe) else read_recipe(str(recipe)))
     if not recipe.has_trunk:
         raise GroundupError(f"{recipe.name}: every stage starts from a model, so there is nothing to pretrain.")
-    shards = _shards_of(run)
+    shards = None
+    if run is not None and (Run(run).folder("shards") / "manifest.json").is_file():  # the text is cut into tokens
+        folder = Run(run).folder("shards")
+        shards = tuple(TokenShards.open(folder, split, verify=False) for split in ("train", "validation"))
     config = _model(recipe, shards[0].vocab_size if shards else recipe.tokenizer.vocab_size)
     known, hardware = _hardware(recipe.pretrain, device, price)
     seconds = _budget(hours, budget, hardware)
@@ -273,14 +273,6 @@ class Plan:
         }  # fmt: skip
 
 
-def _shards_of(run: str | Path | None) -> tuple[TokenShards, TokenShards] | None:
-    """Training and validation text of a run, if it is cut into tokens already."""
-    folder = None if run is None else Run(run).folder("shards")
-    if folder is None or not (folder / "manifest.json").is_file():
-        return None
-    return TokenShards.open(folder, "train", verify=False), TokenShards.open(folder, "validation", verify=False)
-
-
 def _model(recipe: Recipe, vocab_size: int) -> ModelConfig:
     return recipe.model.config(vocab_size) if recipe.init is None else start_config(recipe.init, recipe.model)
 
@@ -383,7 +375,7 @@ def _amount(
     return settings, Amount(rows * length, why, plan.n_steps, rows, epochs)
 
 
-def _law(asked: str | Path | None, shards: tuple[TokenShards, TokenShards] | None) -> tuple[ScalingLaw | None, str]:
+def _law(asked: str | Path | None, shards: tuple[TokenShards, ...] | None) -> tuple[ScalingLaw | None, str]:
     """The scaling law, if there is one of this text; else why there is none.
 
     Raises:
