@@ -232,11 +232,11 @@ def test_schedule_ends_where_it_says():
 def test_precision_is_what_the_machine_does(monkeypatch):
     from groundup.training import precision
 
-    monkeypatch.setattr(precision, "_cpu_flags", lambda: frozenset({"avx2", "avx512_bf16"}))
+    monkeypatch.setattr(precision, "cpu_features", lambda: "avx2 avx512_bf16")
     native_bfloat16.cache_clear()
     assert choose_precision("auto") == (torch.bfloat16, "AVX512-BF16")
     assert choose_precision("float32")[0] == torch.float32
-    monkeypatch.setattr(precision, "_cpu_flags", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(precision, "cpu_features", lambda: "avx2")
     native_bfloat16.cache_clear()
     assert choose_precision("auto")[0] == torch.float32
     dtype, reason = choose_precision("bfloat16")

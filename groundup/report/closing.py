@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from groundup.report.format import format_many, is_number
+from groundup.report.format import format_many, is_number, mapping
 from groundup.run import Run
 from groundup.stage import stages_done
 
@@ -122,7 +122,7 @@ def is_share(key: str) -> bool:
 
 def _row(row: Mapping[str, Any], gates: Sequence[Mapping[str, Any]] = ()) -> ClosingRow:
     key = str(row.get("key", ""))
-    before, after = (_mapping(row.get(name)) for name in ("before", "after"))
+    before, after = (mapping(row.get(name)) for name in ("before", "after"))
     n, outcomes = format_many(after.get("n")), [gate.get("passed") for gate in gates]
     return ClosingRow(
         key=key,
@@ -143,10 +143,6 @@ def _stderr(key: str, value: object) -> str:
     if is_share(key):
         return f"±{100 * value:.1f}"
     return f"±{value:,.0f}" if value >= 100 else f"±{value:.2f}"
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def _mappings(values: object) -> list[Mapping[str, Any]]:

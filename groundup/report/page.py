@@ -18,7 +18,7 @@ from groundup.console import format_bytes
 from groundup.report.charts import curve_chart, exact_match_chart, loss_chart, throughput_chart
 from groundup.report.closing import ClosingRow, closing_rows, pipeline_rows
 from groundup.report.corpus import corpus_section
-from groundup.report.format import format_many, format_number, format_whole, is_number
+from groundup.report.format import format_many, format_number, format_whole, is_number, mapping
 from groundup.report.picture import LANE, NARROW_STOP, WIDE_STOP, format_seconds, pipeline_stops, pipeline_words
 from groundup.report.record import Curve, RunRecord, read_record
 from groundup.run import REPORT_FILE, Run
@@ -64,7 +64,7 @@ def write_report(run: Run) -> Path:
                 for name, stage in record.stages.items()
                 if name in record.curves or stage.shown.get("facts")
             ],
-            by_kind=exact_match_chart("exact-match", _mapping(record.scores.get("by_kind"))),
+            by_kind=exact_match_chart("exact-match", mapping(record.scores.get("by_kind"))),
             answers=_answers(record.scores.get("answers")),
             machine=_machine(record),
             can_chat=record.end != record.base and record.state(record.end) in _HAS_MODEL,
@@ -232,7 +232,3 @@ def _machine(record: RunRecord) -> list[tuple[str, str]]:
         else (name.replace("_gib", " (GiB)"), "; ".join(f"{value} ({', '.join(at)})" for value, at in seen.items()))
         for name, seen in values.items()
     ]
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
