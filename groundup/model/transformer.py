@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,6 @@ from groundup.model.linear import Linear
 from groundup.model.masks import AttentionRule, attention_bias
 from groundup.model.normalization import make_norm
 from groundup.model.positions import Rotation, rotation_table, sinusoids
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -139,28 +137,6 @@ class Transformer(nn.Module):
         found._modules = {**self._modules, "layers": self.layers[:n_blocks]}
         found._rules = self._rules[:n_blocks]
         return found
-
-    @overload
-    def forward(
-        self,
-        ids: Int[Tensor, "batch seq"],
-        *,
-        positions: Int[Tensor, "batch seq"] | None = None,
-        documents: Int[Tensor, "batch seq"] | None = None,
-        cache: KeyValueStore | None = None,
-        head: None = None,
-    ) -> Float[Tensor, "batch seq vocab"]: ...
-
-    @overload
-    def forward(
-        self,
-        ids: Int[Tensor, "batch seq"],
-        *,
-        positions: Int[Tensor, "batch seq"] | None = None,
-        documents: Int[Tensor, "batch seq"] | None = None,
-        cache: KeyValueStore | None = None,
-        head: Callable[[Tensor, OutputLayer], Result],
-    ) -> Result: ...
 
     def forward(
         self,
