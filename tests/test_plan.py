@@ -17,11 +17,11 @@ from groundup.distributed import current_world
 from groundup.errors import DataError, GroundupError, Interrupted
 from groundup.model import ModelConfig, activation_bytes, cost, ladder_config, preset
 from groundup.recipe import OptimizerSettings, PretrainSettings, parse_recipe
-from groundup.training import Workload, device_memory, train
+from groundup.training import train
 from groundup.training.metrics import read_log
 from groundup.training.planning import memory as plan_memory
 from groundup.training.planning.device import devices, find_device, table_timings
-from groundup.training.planning.memory import DeviceMemory, Step, step_memory
+from groundup.training.planning.memory import DeviceMemory, Step, Workload, device_memory, step_memory
 from groundup.training.planning.probe import (
     Timings,
     ValidationPass,

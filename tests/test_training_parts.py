@@ -17,13 +17,13 @@ from groundup.training import (
     choose_precision,
     cross_entropy_sum,
     head_loss,
-    native_bfloat16,
     objective,
-    pad_rows,
 )
+from groundup.training.batches import pad_rows
 from groundup.training.metrics import MetricLog, read_log
 from groundup.training.muon import Muon, orthogonalize
 from groundup.training.optimizers import Optimizers, clip_gradients
+from groundup.training.precision import native_bfloat16
 from groundup.training.schedule import learning_rate_share
 
 

@@ -94,7 +94,13 @@ def loss_chart(name: str, curve: Curve, expected_initial_loss: float | None) -> 
             seen = [line["step"] for line in curve.validation]
             values = [line["val_loss"] for line in curve.validation]
             marker = "o" if len(seen) <= 60 else ""
-            style = {"color": VALIDATION, "linewidth": 2, "linestyle": "--", "marker": marker, "markersize": 4}
+            style: dict[str, Any] = {
+                "color": VALIDATION,
+                "linewidth": 2,
+                "linestyle": "--",
+                "marker": marker,
+                "markersize": 4,
+            }
             above.plot(seen, values, label=f"validation: {values[-1]:.2f}", **style)
         if expected_initial_loss is not None:
             _mark_knowing_nothing(above, expected_initial_loss, steps, losses)
@@ -296,7 +302,8 @@ def _chart(
 ) -> Chart:
     """The plot in both widths; `height` for both, or of each."""
     of = height if callable(height) else lambda _: height
-    return Chart(*(_drawn(name, canvas, of(canvas), paint) for canvas in (WIDE, NARROW)), words)
+    wide, narrow = (_drawn(name, canvas, of(canvas), paint) for canvas in (WIDE, NARROW))
+    return Chart(wide, narrow, words)
 
 
 def _note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], **style: Any) -> None:
