@@ -454,11 +454,7 @@ STEPS_BETWEEN_COLLECTIONS = 200
 
 
 class Prefetcher(Generic[Made]):
-    """Makes one batch ahead, in a thread. Use it in a `with` statement.
-
-    Args:
-        make: the batch of a place.
-    """
+    """Makes one batch ahead, that of a place, in a thread. Use it in a `with` statement."""
 
     def __init__(self, make: Callable[[int], Made]) -> None:
         self._make = make

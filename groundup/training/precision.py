@@ -162,11 +162,7 @@ class LossScaler:
         torch._foreach_mul_(gradients, 1.0 / self.scale)
 
     def judge(self, grad_norm: float) -> bool:
-        """Whether the step counts; the scale changes accordingly.
-
-        Args:
-            grad_norm: of all unscaled gradients.
-        """
+        """Whether the step counts, by the norm of all unscaled gradients; the scale changes accordingly."""
         if not math.isfinite(grad_norm):
             if self.scale == 1.0:
                 return True  # it is not the scale: loss-spike handling is to judge
