@@ -172,8 +172,8 @@ def _samples(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         by_prompt.setdefault(prompt, []).append({"step": line["step"], "text": text})
     samples = []
     for prompt, texts in by_prompt.items():
-        shown = _spread(len(texts), MOST_SAMPLES_SHOWN)
-        rest = [index for index in _evenly(len(texts), MOST_SAMPLES) if index not in shown]
+        shown = _spread(len(texts), MOST_SAMPLES_SHOWN, 1.7)
+        rest = [index for index in _spread(len(texts), MOST_SAMPLES) if index not in shown]
         samples.append(
             {
                 "prompt": prompt,
@@ -184,17 +184,11 @@ def _samples(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return samples
 
 
-def _spread(count: int, most: int) -> list[int]:
-    """At most `most` indices, denser at the start, where a model changes fastest; first and last included."""
+def _spread(count: int, most: int, power: float = 1.0) -> list[int]:
+    """At most `most` indices, first and last included; over power 1 denser at the start, where a model changes fast."""
     if count <= most:
         return list(range(count))
-    return sorted({round((count - 1) * (index / (most - 1)) ** 1.7) for index in range(most)})
-
-
-def _evenly(count: int, most: int) -> list[int]:
-    if count <= most:
-        return list(range(count))
-    return sorted({round(index * (count - 1) / (most - 1)) for index in range(most)})
+    return sorted({round((count - 1) * (index / (most - 1)) ** power) for index in range(most)})
 
 
 def _answers(answers: object) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from groundup.console import format_bytes
+from groundup.console import format_bytes, format_duration
 from groundup.report.format import format_lines
 from groundup.report.record import RunRecord, StageRecord
 
@@ -90,6 +90,5 @@ def format_seconds(seconds: float) -> str:
     """`0.6 s`, `48 s`, `2:10 min`, `1:02:10 h`."""
     if seconds < 59.5:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d} h" if hours else f"{minute}:{second:02d} min"
+    shown = format_duration(seconds)
+    return f"{shown} {'h' if shown.count(':') == 2 else 'min'}"

@@ -28,7 +28,7 @@ from groundup.model.cost import (
     vocabulary_parameters,
 )
 from groundup.model.ladder import TOKENS_PER_PARAMETER
-from groundup.recipe import OptimizerSettings, PretrainSettings, Recipe, read_recipe, resolve
+from groundup.recipe import PretrainSettings, Recipe, read_recipe, resolve
 from groundup.run import Run
 from groundup.shards import TokenShards
 from groundup.training.compilation import choose_without_trial, trial_key
@@ -87,7 +87,8 @@ def plan(
     if run is not None and (Run(run).folder("shards") / "manifest.json").is_file():  # the text is cut into tokens
         folder = Run(run).folder("shards")
         shards = tuple(TokenShards.open(folder, split, verify=False) for split in ("train", "validation"))
-    config = _model(recipe, shards[0].vocab_size if shards else recipe.tokenizer.vocab_size)
+    vocab_size = shards[0].vocab_size if shards else recipe.tokenizer.vocab_size
+    config = recipe.model.config(vocab_size) if recipe.init is None else start_config(recipe.init, recipe.model)
     known, hardware = _hardware(recipe.pretrain, device, price)
     seconds = _budget(hours, budget, hardware)
     settings = recipe.pretrain.model_copy(update={"precision": hardware.precision})
@@ -106,14 +107,17 @@ def plan(
     )
     parts = run_seconds(timings, settings, amount.rows, validation)
     found_law, why_none = _law(law, shards)
-    sizes: list[Candidate] = []
+    best, sizes = None, []
     if seconds is not None:
-        vocab_size, training = _vocabulary(recipe, config, found_law), seconds * parts["training"] / sum(parts.values())
-        sizes = _candidates(training, timings.flops, known, settings, vocab_size, hardware, found_law)
+        training = seconds * parts["training"] / sum(parts.values())
+        # The vocabulary of other sizes is the same where a tokenizer is given, or a law is about one.
+        follows = recipe.model.follows_from_one_number and "vocab_size" not in recipe.tokenizer.model_fields_set
+        given = {} if follows and found_law is None else {"vocab_size": config.vocab_size}
+        best, sizes = _candidates(work, training, timings.flops, known, given, found_law)
     return Plan(
         recipe=recipe.name, config=config, settings=settings, hardware=hardware, amount=amount, fit=fit,
-        timings=timings, seconds=parts, expected=_expected(found_law, why_none, config, amount), best=_best(sizes),
-        sizes=_neighbours(sizes), notes=notes,
+        timings=timings, seconds=parts, expected=_expected(found_law, why_none, config, amount), best=best,
+        sizes=sizes, notes=notes,
     )  # fmt: skip
 
 
@@ -273,16 +277,6 @@ class Plan:
         }  # fmt: skip
 
 
-def _model(recipe: Recipe, vocab_size: int) -> ModelConfig:
-    return recipe.model.config(vocab_size) if recipe.init is None else start_config(recipe.init, recipe.model)
-
-
-def _vocabulary(recipe: Recipe, config: ModelConfig, law: ScalingLaw | None) -> int | None:
-    """Of other sizes: the same where a tokenizer is given, or a law is about one; else it follows from the size."""
-    follows = recipe.model.follows_from_one_number and "vocab_size" not in recipe.tokenizer.model_fields_set
-    return None if follows and law is None else config.vocab_size
-
-
 def _hardware(settings: PretrainSettings, device: str | None, price: float | None) -> tuple[Device | None, Hardware]:
     if device is not None:
         known, count = find_device(device)
@@ -408,56 +402,43 @@ def _expected(law: ScalingLaw | None, why: str, config: ModelConfig, amount: Amo
 
 
 def _candidates(
-    seconds: float, flops: float, known: Device | None, settings: OptimizerSettings, vocab_size: int | None,
-    hardware: Hardware, law: ScalingLaw | None,
-) -> list[Candidate]:  # fmt: skip
-    """Every size of the ladder with at least one token a parameter in so many seconds of training.
+    work: Workload, seconds: float, flops: float, known: Device | None, given: dict[str, int], law: ScalingLaw | None
+) -> tuple[Candidate | None, list[Candidate]]:
+    """Of the ladder the size that makes most of a budget, of those that fit in memory, with two on each side.
 
     Args:
-        seconds: of training alone.
+        work: the recipe's; another size has its batch, its optimizer and its device.
+        seconds: of training alone; sizes with less than one token a parameter in it are left out.
         flops: a second, as the probe has them; of a device in the table each size has its own.
         known: that device.
-        settings: optimizer and checkpointing, for memory.
-        vocab_size: of the tokenizer; None: what the ladder gives each size.
-        hardware: memory, and how many devices.
+        given: the tokenizer's `vocab_size`; empty: what the ladder gives each size.
         law: for losses.
     """
-    settings = settings.model_copy(update={"groups": ()})
+    work = replace(work, settings=work.settings.model_copy(update={"groups": ()}))
     found: list[Candidate] = []
     for size in LADDER:
         try:
-            config = ladder_config(size=size, **({} if vocab_size is None else {"vocab_size": vocab_size}))
+            config = ladder_config(size=size, **given)
         except RecipeError:  # the vocabulary alone is larger
             continue
-        length, n = config.context_length, count_parameters(config)
-        work = Workload(config, settings, length, hardware.available, hardware.count)
+        n, one = count_parameters(config), replace(work, config=config, length=config.context_length)
         if known is not None:
-            flops = table_timings(config, settings, work.step(work.micro_batch()[0]), known).flops
-        tokens = int(seconds * flops / training_flops_per_token(config, length))
+            flops = table_timings(config, one.settings, one.step(one.micro_batch()[0]), known).flops
+        tokens = int(seconds * flops / training_flops_per_token(config, one.length))
         if tokens < n:
             break
         if found and found[-1].parameters == n:
             continue  # with this vocabulary the ladder has no other
-        needed = step_memory(config, settings, work.step(1)).total
+        needed = step_memory(config, one.settings, one.step(1)).total
         loss = None if law is None else law.loss(n, tokens)
-        found.append(Candidate(size, n, tokens, loss, needed <= hardware.available.usable))
-    return found
-
-
-def _best(found: list[Candidate]) -> Candidate | None:
-    """The one that makes most of the budget, of those that fit in memory."""
+        found.append(Candidate(size, n, tokens, loss, needed <= work.available.usable))
 
     def distance(one: Candidate) -> float:
         from_optimum = abs(math.log(one.tokens_per_parameter / TOKENS_PER_PARAMETER))
         return from_optimum if one.loss is None else one.loss
 
-    return min((one for one in found if one.fits), key=distance, default=None)
-
-
-def _neighbours(found: list[Candidate]) -> list[Candidate]:
-    """The best and two on each side."""
-    best = _best(found)
+    best = min((one for one in found if one.fits), key=distance, default=None)
     if best is None:
-        return found[-5:]
+        return None, found[-5:]
     place = found.index(best)
-    return found[max(0, place - 2) : place + 3]
+    return best, found[max(0, place - 2) : place + 3]
