@@ -107,7 +107,8 @@ def plan(
     )
     parts = run_seconds(timings, settings, amount.rows, validation)
     found_law, why_none = _law(law, shards)
-    best, sizes = None, []
+    best: Candidate | None = None
+    sizes: list[Candidate] = []
     if seconds is not None:
         training = seconds * parts["training"] / sum(parts.values())
         # The vocabulary of other sizes is the same where a tokenizer is given, or a law is about one.

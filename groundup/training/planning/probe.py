@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -47,14 +47,6 @@ _SECONDS_TO_DRAW = 2.5e-8
 """One initial weight."""
 
 
-class Part(NamedTuple):
-    """A part of a model, rows and tokens that stand for the whole."""
-
-    n_layers: int
-    rows: int
-    length: int
-
-
 def measured_timings(
     work: Workload, step: Step, world: World, *, seconds: float = PROBE_SECONDS, folder: Path | None = None
 ) -> Timings:
@@ -74,19 +66,16 @@ def measured_timings(
     # FLOP/s of matrix products at this moment, beside whatever else runs here.
     products = product_seconds(1024, getattr(torch, step.dtype), world.device, _BRIEF_SECONDS)
     rate = ASSUMED_MFU * 2 * 1024**3 / statistics.fmean(products)
-    whole = Part(config.n_layers, step.micro, step.length)
-    chosen = _affordable(work, whole, rate, 0.75 * seconds)
+    chosen = _affordable(work, step, rate, 0.75 * seconds)
     if chosen is None:
         return assumed_timings(config, step, world)
-    measured = [
-        _measure(_of(work, part), part, step, world, until, len(chosen) - index, folder)
-        for index, part in enumerate(chosen)
-    ]
+    measured = [_measure(part, step, world, until, len(chosen) - index, folder) for index, part in enumerate(chosen)]
     part, times = chosen[-1], measured[-1]
     if len(chosen) == 2:
         # Carried on in a line. A deeper model is never faster: where the two cannot be told apart, the second times
         # half the distance is a bound, for all is in the blocks.
-        distance = (config.n_layers - chosen[0].n_layers) / (part.n_layers - chosen[0].n_layers)
+        first, second = (one.config.n_layers for one in chosen)
+        distance = (config.n_layers - first) / (second - first)
         pairs = {name: (measured[0][name], two) for name, two in times.items()}
         times = {
             name: one + (two - one) * distance if two > one else two * distance / 2
@@ -94,8 +83,8 @@ def measured_timings(
         }
     flops = training_flops(config, step.length)
     for name in ("row", "eval_row"):
-        times[name] *= flops / training_flops(config, part.length) / part.rows / step.n_devices
-    return Timings(**times, flops=flops / times["row"], how=_told(chosen, whole), is_measured=True)
+        times[name] *= flops / training_flops(config, part.length) / part.settings.batch_size / step.n_devices
+    return Timings(**times, flops=flops / times["row"], how=_told(chosen, work, step), is_measured=True)
 
 
 def assumed_timings(config: ModelConfig, step: Step, world: World) -> Timings:
@@ -116,38 +105,37 @@ def assumed_timings(config: ModelConfig, step: Step, world: World) -> Timings:
     )
 
 
-def _of(work: Workload, part: Part) -> Workload:
-    """The part of a run that one device takes to be timed; patterns of groups would miss the blocks that it lacks."""
-    config = ModelConfig(**{**work.config.to_dict(), "n_layers": part.n_layers})
-    update: dict[str, Any] = {"batch_size": part.rows, "micro_batch_size": None}
-    if part.n_layers < work.config.n_layers:
+def _part(work: Workload, n_layers: int, rows: int, length: int) -> Workload:
+    """What of a run stands for the whole; patterns of groups would miss the blocks that it lacks."""
+    config = ModelConfig(**{**work.config.to_dict(), "n_layers": n_layers})
+    update: dict[str, Any] = {"batch_size": rows, "micro_batch_size": None}
+    if n_layers < work.config.n_layers:
         update["groups"] = ()
-    return replace(
-        work, config=config, settings=work.settings.model_copy(update=update), length=part.length, n_devices=1
-    )
+    settings = work.settings.model_copy(update=update)
+    return replace(work, config=config, settings=settings, length=length, n_devices=1)
 
 
-def _affordable(work: Workload, whole: Part, rate: float, seconds: float) -> tuple[Part, ...] | None:
+def _affordable(work: Workload, step: Step, rate: float, seconds: float) -> list[Workload] | None:
     """The most faithful parts that stand for the whole, of those that fit into time and memory."""
     n_layers = work.config.n_layers
-    rows = [whole.rows >> power for power in range(whole.rows.bit_length())]
-    shorter = (whole.length >> power for power in range(1, whole.length.bit_length()))
-    lengths = [whole.length, *(length for length in shorter if length >= _SHORTEST)]
+    rows = [step.micro >> power for power in range(step.micro.bit_length())]
+    shorter = (step.length >> power for power in range(1, step.length.bit_length()))
+    lengths = [step.length, *(length for length in shorter if length >= _SHORTEST)]
     depths = [(n_layers,)] if n_layers <= 2 else [(1, 2)] if n_layers <= 4 else [(2, 4), (1, 2)]
-    ways = [(whole._replace(rows=count),) for count in rows]
-    ways += [tuple(Part(depth, 1, length) for depth in pair) for length in lengths for pair in depths]
+    ways = [[(n_layers, count, step.length)] for count in rows]
+    ways += [[(depth, 1, length) for depth in pair] for length in lengths for pair in depths]
     for way in ways:
-        parts = [_of(work, part) for part in way]
+        parts = [_part(work, *part) for part in way]
         # To build it, for one step to warm up, two more, and some validation.
         flops = sum(4 * part.settings.batch_size * training_flops(part.config, part.length) for part in parts)
         taken = flops / rate + _SECONDS_TO_DRAW * sum(count_parameters(part.config) for part in parts)
         if taken <= seconds and all(part.fits(part.settings.batch_size) for part in parts):
-            return way
+            return parts
     return None
 
 
 def _measure(
-    work: Workload, part: Part, step: Step, world: World, until: float, n_left: int, folder: Path | None
+    work: Workload, step: Step, world: World, until: float, n_left: int, folder: Path | None
 ) -> dict[str, float]:
     """Seconds of the pieces for one part, all its rows together; `n_left` of them share what is left of the time."""
     start = time.perf_counter()
@@ -158,7 +146,7 @@ def _measure(
     set_checkpointing(model, settings.activation_checkpointing)
     build = time.perf_counter() - start
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.vocab_size, (part.rows, part.length), generator=generator).to(world.device)
+    ids = torch.randint(0, config.vocab_size, (settings.batch_size, work.length), generator=generator).to(world.device)
     with frozen_groups(model, settings):
         optimizers = Optimizers(model, settings, model.compute_dtype)
         both, update = medians(step_pieces(model, optimizers, settings, ids), world, share)
@@ -229,17 +217,15 @@ def _save_seconds(model: Transformer, optimizers: Optimizers, world: World, fold
     return seconds
 
 
-def _told(chosen: tuple[Part, ...], whole: Part) -> str:
-    part = chosen[-1]
-    if chosen == (whole,):
-        return "probe: steps of the whole model"
+def _told(chosen: list[Workload], work: Workload, step: Step) -> str:
+    part, depths = chosen[-1], [one.config.n_layers for one in chosen]
     carried = []
     if len(chosen) == 2:
-        carried.append(f"from {chosen[0].n_layers} and {chosen[1].n_layers} of {whole.n_layers} blocks")
-    for name, one, all_of_it in (("rows", part.rows, whole.rows), ("tokens", part.length, whole.length)):
-        if one < all_of_it:
-            carried.append(f"from {one} of {all_of_it} {name}")
-    return f"probe, extrapolated {', '.join(carried)}"
+        carried.append(f"from {depths[0]} and {depths[1]} of {work.config.n_layers} blocks")
+    for name, one, whole in (("rows", part.settings.batch_size, step.micro), ("tokens", part.length, step.length)):
+        if one < whole:
+            carried.append(f"from {one} of {whole} {name}")
+    return f"probe, extrapolated {', '.join(carried)}" if carried else "probe: steps of the whole model"
 
 
 @dataclass(frozen=True)
