@@ -17,7 +17,7 @@ from groundup.distributed import current_world
 from groundup.errors import DataError, GroundupError, Interrupted
 from groundup.model import ModelConfig, activation_bytes, cost, ladder_config, preset
 from groundup.recipe import OptimizerSettings, PretrainSettings, parse_recipe
-from groundup.training import train
+from groundup.training import loop, train
 from groundup.training.metrics import read_log
 from groundup.training.planning import memory as plan_memory
 from groundup.training.planning.device import devices, find_device, table_timings
@@ -205,7 +205,7 @@ def test_an_unset_micro_batch_is_what_memory_allows_and_resumes_anywhere(tmp_pat
     assert Workload(config, settings, 16, tight).micro_batch()[0] == 2
     whole = make_job(tmp_path / "whole").fingerprint
     assert small.fingerprint == whole != explicit.fingerprint
-    monkeypatch.setattr(plan_memory, "device_memory", lambda world: tight)
+    monkeypatch.setattr(loop, "device_memory", lambda world: tight)
     with pytest.raises(Interrupted):
         train(interrupted_at(9, small), current_world(), QUIET)
     again = make_job(tmp_path / "small")

@@ -45,7 +45,7 @@ from groundup.training.optimizers import (
     scale_to_norm,
     squared_norm,
 )
-from groundup.training.planning.memory import check_memory
+from groundup.training.planning.memory import Workload, device_memory
 from groundup.training.precision import LossScaler, check_precision, choose_precision, float8_products
 from groundup.training.process import keep_freed_memory, peak_memory_bytes
 from groundup.training.schedule import learning_rate_share
@@ -85,7 +85,9 @@ def _train(job: TrainingJob, world: World, console: Console, stop: StopRequest) 
     length = job.row_sequences * (job.row_length or config.context_length)
     # Patterns of groups may be about other modules, which are counted by their sizes alone.
     sized = job.sized or (settings if len(job.modules) == 1 else settings.model_copy(update={"groups": ()}))
-    job.micro_rows = check_memory(config, sized, length, world, console, job.name, beside=beside)
+    available = device_memory(world)
+    available = replace(available, total=max(0, available.total - beside))
+    job.micro_rows = Workload(config, sized, length, available, world.size, job.name).check(console)
     if world.device.type == "cpu":
         keep_freed_memory()
     precision, reason = choose_precision(settings.precision, world.device.type)

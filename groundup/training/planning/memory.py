@@ -195,6 +195,24 @@ class Workload:
                 return micro, "the batch" if micro == whole.rows else f"the most that fits {self.available}"
         return 1, f"one row at a time, and even so perhaps too much for {self.available}"
 
+    def check(self, console: Console) -> int:
+        """Refuse what cannot fit, warn of what may not, and say how many rows one forward pass takes.
+
+        Raises:
+            GroundupError: it is certain that memory will not do.
+        """
+        self.refuse_what_cannot_fit()
+        micro, reason = self.micro_batch()
+        rows, wanted = self.step().rows, self.memory(micro).total
+        if micro < rows and self.settings.micro_batch_size is None:
+            console.note(f"{self.stage}: micro-batches of {micro} of {rows} rows: {reason}")
+        if wanted > self.available.usable:
+            console.warn(
+                f"{self.stage}: needs about {format_bytes(wanted)} of {self.available} and may run out of it. "
+                "What would help:  groundup plan"
+            )
+        return micro
+
     def refuse_what_cannot_fit(self) -> None:
         """Hold that one row at a time would fit; nothing is allocated.
 
@@ -257,40 +275,6 @@ class Workload:
                     setting = f"{count} devices of this size{extra}"
                     return [*found, Suggestion(setting, one_row - total, total, True, "their price")]
         return found
-
-
-def check_memory(
-    config: ModelConfig, settings: OptimizerSettings, length: int, world: World, console: Console,
-    stage: str = "pretrain", *, beside: int = 0,
-) -> int:  # fmt: skip
-    """Refuse what cannot fit, warn of what may not, and say how many rows one forward pass takes.
-
-    Args:
-        config: the model.
-        settings: of the stage.
-        length: tokens in a row, at most.
-        world: the processes; each has one device.
-        console: where it is said.
-        stage: named in messages.
-        beside: bytes that other modules of the job take.
-
-    Raises:
-        GroundupError: it is certain that memory will not do.
-    """
-    available = device_memory(world)
-    available = replace(available, total=max(0, available.total - beside))
-    work = Workload(config, settings, length, available, world.size, stage)
-    work.refuse_what_cannot_fit()
-    micro, reason = work.micro_batch()
-    rows, wanted = work.step().rows, work.memory(micro).total
-    if micro < rows and settings.micro_batch_size is None:
-        console.note(f"{stage}: micro-batches of {micro} of {rows} rows: {reason}")
-    if wanted > available.usable:
-        console.warn(
-            f"{stage}: needs about {format_bytes(wanted)} of {available} and may run out of it. "
-            "What would help:  groundup plan"
-        )
-    return micro
 
 
 def _settings_that_save(
