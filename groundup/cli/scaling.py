@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from groundup.training.scaling_law import Optimum, ScalingLaw
     from groundup.training.scaling_sweep import Sweep
 
-_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
 FURTHER = (1, 10, 100)
 """The table's budgets of compute, as multiples of the largest run's."""
 
@@ -248,10 +246,11 @@ def _plan_json(sweep: Sweep, seconds: list[float]) -> dict[str, Any]:
 def _budgets(text: str) -> list[int]:
     """Token counts that "200k,1.6m" means."""
     from groundup.errors import Problem, RecipeError
+    from groundup.model.ladder import parse_count
 
-    found = [re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s*([kmb]?)", part.strip().lower()) for part in text.split(",")]
-    numbers = [float(one[1].replace("_", "")) * _UNITS[one[2]] for one in found if one is not None]
-    if len(numbers) < len(found):
+    parts = text.split(",")
+    numbers = [count for part in parts if (count := parse_count(part)) is not None]
+    if len(numbers) < len(parts):
         problem = Problem(f"--tokens {text}", "is no list of numbers.", "Write it as 200k,400k,1.6m.")
         raise RecipeError("command line", [problem])
-    return [round(number) for number in numbers]
+    return numbers

@@ -255,9 +255,7 @@ QUICK_VALIDATION = {"eval_every": 20, "eval_tokens": 5_000}
 def training_checks(stage: Stage, shapes: Callable[[], Shapes] | None = None) -> Iterable[Check]:
     """What can be wrong with the optimizer's settings of any stage that trains.
 
-    Args:
-        stage: the stage.
-        shapes: of what is trained (default: all parameters of the model that it starts from).
+    `shapes` are of what is trained (default: all parameters of the model that it starts from).
     """
     settings: OptimizerSettings = stage.settings
     world, where = current_world(), f"[{stage.section}]"
@@ -268,12 +266,7 @@ def training_checks(stage: Stage, shapes: Callable[[], Shapes] | None = None) ->
 
 
 def check_training_memory(stage: Stage, length: int, sized: OptimizerSettings | None = None) -> None:
-    """Refuse a stage that cannot fit into memory with rows of so many tokens.
-
-    Args:
-        stage: the stage.
-        length: tokens in a row.
-        sized: settings by which memory is estimated (default: the stage's).
+    """Refuse a stage that cannot fit into memory with rows of so many tokens, by the stage's settings or these.
 
     Raises:
         GroundupError: with the parts and the ways out.
