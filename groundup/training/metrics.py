@@ -271,15 +271,9 @@ def live_line(
     fields: Mapping[str, Any], speed: Throughput, seconds_left: float, memory_bytes: int, width: int,
     unit: str = "tokens",
 ) -> str:  # fmt: skip
-    """What stands behind the bar, in the grammar of a log line; what is least missed goes first on a narrow terminal.
+    """What stands behind the bar, in the grammar of a log line, on a terminal with so many columns.
 
-    Args:
-        fields: step, loss, learning rates and gradient norm.
-        speed: of the last steps.
-        seconds_left: to the end of the run.
-        memory_bytes: peak so far.
-        width: columns of the terminal.
-        unit: of the speed.
+    `fields` are step, loss, learning rates and gradient norm; what is least missed goes first where it is narrow.
     """
     shown = {**fields, f"{_short(unit)}/s": round(speed.tokens_per_second)}
     if speed.mfu is not None:

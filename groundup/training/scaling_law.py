@@ -36,7 +36,6 @@ LEVEL = 0.9
 COEFFICIENTS = ("e", "a", "alpha", "b", "beta")
 _DIGITS = 7
 
-
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Coefficients = tuple[Positive, Positive, Positive, Positive, Positive]
 
