@@ -69,7 +69,7 @@ def measure(model: Transformer, n_rows: int, precision: torch.dtype, rounds: int
 
     parts: dict[str, Callable[[], object]] = {
         "forward and backward": learn,
-        "norm and clipping": lambda: clip_gradients(both.parameters(), 1.0, lambda values: values),
+        "norm and clipping": lambda: clip_gradients(both.parameters(), 1.0),
         "Muon, in batches near the cache": both.all[-1].step,
         "Muon, all of a shape at once": all_at_once,
         "AdamW beside Muon, fused": both.all[0].step,

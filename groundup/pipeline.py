@@ -22,7 +22,7 @@ from groundup.console import Console
 from groundup.distributed import current_world
 from groundup.environment import describe_environment
 from groundup.errors import GateError, GroundupError
-from groundup.preview import check_memory, check_recipe
+from groundup.preview import check_recipe
 from groundup.recipe import Recipe, changed_settings
 from groundup.run import MANIFEST, RECIPE_FILE, REPORT_FILE, Manifest, Run, State, stage_fingerprint
 from groundup.stage import Context, Stage, ancestors, graph, select
@@ -31,19 +31,13 @@ from groundup.training.process import limited_threads
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Whether a stage is to be done, and why.
-
-    Attributes:
-        state: done; changed (settings, inputs or code are not what they were); begun (interrupted); missing.
-        forced: asked for, whatever its state.
-        problem: why what it reads from outside cannot be read, if it cannot.
-    """
+    """Whether a stage is to be done, and why."""
 
     stage: Stage
     fingerprint: str
-    state: State
-    forced: bool = False
-    problem: str | None = None
+    state: State  # done; changed (settings, inputs or code are not what they were); begun (interrupted); missing
+    forced: bool = False  # asked for, whatever its state
+    problem: str | None = None  # why what it reads from outside cannot be read, if it cannot
 
     @property
     def is_due(self) -> bool:
@@ -140,7 +134,9 @@ def build(
         run.check(recipe, [part for name in graph(recipe) for part in (name.partition("/")[0], name)])
     with limited_threads(recipe.threads), run.lock() if world.is_first else contextlib.nullcontext():
         plans = plan(recipe, run, only=only, start_from=start_from, force=force)
-        check_memory([item.stage for item in plans if item.is_due])
+        for item in plans:
+            if item.is_due:  # before anything of it is made
+                item.stage.method.check_memory(item.stage)
         console.name_width = max(len(item.stage.name) for item in plans)
         if world.is_first:
             due = {item.stage.name: item.stage for item in plans if item.is_due}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
 from groundup.errors import DataError, GroundupError, Problem, RecipeError
 from groundup.evaluation import evaluation_checks
 from groundup.recipe import Recipe, derivations, resolve
 from groundup.recipe.registry import EVALUATE, load
-from groundup.stage import Stage, graph
+from groundup.stage import graph
 
 
 def derived_values(recipe: Recipe) -> list[tuple[str, str, str]]:
@@ -50,16 +48,6 @@ def check_recipe(recipe: Recipe, label: str) -> None:
         raise of_inputs[0]
     if problems:
         raise RecipeError(label, list(problems.values()))
-
-
-def check_memory(stages: Iterable[Stage]) -> None:
-    """Hold that what is to be trained can fit into memory, before anything of it is made.
-
-    Raises:
-        GroundupError: it is certain that it cannot; with the parts and the ways out.
-    """
-    for stage in stages:
-        stage.method.check_memory(stage)
 
 
 def smoke_profile(recipe: Recipe) -> Recipe:

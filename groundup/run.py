@@ -57,31 +57,18 @@ State = Literal["done", "changed", "begun", "missing"]
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `stage.json` says of a finished stage.
+    """What `stage.json` says of a finished stage."""
 
-    Attributes:
-        stage: the stage's name.
-        fingerprint: digest of settings, inputs' fingerprints and code version.
-        seconds: wall-clock seconds of the work since it was last started.
-        summary: the stage's figures, plain JSON values, for the console, the report and `status`.
-        environment: versions, threads and machine.
-        settings: the settings that made it.
-        shown: what the report shows of it: title, facts, lines, curves.
-        needs: the fingerprints of the stages it stands on, by name.
-        identity: digest of settings, seed and code version alone.
-        files: size and digest of the files that other stages take from it.
-    """
-
-    stage: str
-    fingerprint: str
-    seconds: float
-    summary: dict[str, Any]
-    environment: dict[str, Any] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    shown: Mapping[str, Any] = field(default_factory=dict)
-    needs: Mapping[str, str] = field(default_factory=dict)
-    identity: str = ""
-    files: FileRecords = field(default_factory=dict)
+    stage: str  # the stage's name
+    fingerprint: str  # digest of settings, inputs' fingerprints and code version
+    seconds: float  # wall-clock seconds of the work since it was last started
+    summary: dict[str, Any]  # the stage's figures, plain JSON values, for the console, the report and `status`
+    environment: dict[str, Any] = field(default_factory=dict)  # versions, threads and machine
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the settings that made it
+    shown: Mapping[str, Any] = field(default_factory=dict)  # what the report shows of it: title, facts, lines, curves
+    needs: Mapping[str, str] = field(default_factory=dict)  # the fingerprints of the stages it stands on, by name
+    identity: str = ""  # digest of settings, seed and code version alone
+    files: FileRecords = field(default_factory=dict)  # size and digest of the files that other stages take from it
 
     @classmethod
     def read(cls, folder: Path, stage: str) -> Manifest | None:

@@ -33,46 +33,28 @@ Check = tuple[str, Callable[[], object]]
 
 @dataclass(frozen=True)
 class Shown:
-    """What a finished stage shows in the report; kept in its manifest.
+    """What a finished stage shows in the report; kept in its manifest."""
 
-    Attributes:
-        title: its heading.
-        facts: labels and values.
-        lines: the few words under its picture.
-        curves: names of values in its metrics.jsonl that are plotted beside the loss.
-    """
-
-    title: str
-    facts: Sequence[tuple[str, str]] = ()
-    lines: Sequence[str] = ()
-    curves: Sequence[str] = ()
+    title: str  # its heading
+    facts: Sequence[tuple[str, str]] = ()  # labels and values
+    lines: Sequence[str] = ()  # the few words under its picture
+    curves: Sequence[str] = ()  # names of values in its metrics.jsonl that are plotted beside the loss
 
 
 class Method:
-    """What a stage does; a method subclasses this and gives what differs.
+    """What a stage does; a method subclasses this and gives what differs."""
 
-    Attributes:
-        settings: the class of its section.
-        version: of its code; raised when results change.
-        makes: what kind of model; "": none.
-        starts_from: what kinds of model it can start from.
-        trains: every process takes part in its work.
-        is_default: its model may be the one that is meant where none is named.
-        trainable: a stage that trains can start from its model.
-        figures: names in its summary that a gate may be on.
-        keeps: subfolders that outlive a change of the recipe, because the stage checks them piece by piece.
-        outputs: patterns of the files that other stages take from it.
-    """
-
-    settings: ClassVar[type[Section]]
-    version: ClassVar[int] = 1
-    makes: ClassVar[Literal["", "lm", "scorer", "classifier"]] = ""
-    starts_from: ClassVar[tuple[str, ...]] = ("lm",)
-    trains: ClassVar[bool] = False
-    is_default: ClassVar[bool] = True
-    trainable: ClassVar[bool] = True
-    figures: ClassVar[tuple[str, ...]] = ()
+    settings: ClassVar[type[Section]]  # the class of its section
+    version: ClassVar[int] = 1  # of its code; raised when results change
+    makes: ClassVar[Literal["", "lm", "scorer", "classifier"]] = ""  # what kind of model; "": none
+    starts_from: ClassVar[tuple[str, ...]] = ("lm",)  # what kinds of model it can start from
+    trains: ClassVar[bool] = False  # every process takes part in its work
+    is_default: ClassVar[bool] = True  # its model may be the one that is meant where none is named
+    trainable: ClassVar[bool] = True  # a stage that trains can start from its model
+    figures: ClassVar[tuple[str, ...]] = ()  # names in its summary that a gate may be on
+    # Subfolders that outlive a change of the recipe, because the stage checks them piece by piece
     keeps: ClassVar[tuple[str, ...]] = ()
+    # Patterns of the files that other stages take from it
     outputs: ClassVar[tuple[str, ...]] = (f"{MODEL_FOLDER}/[!.]*",)
 
     def needs(self, stage: Stage) -> tuple[str, ...]:
@@ -130,23 +112,14 @@ class Method:
 
 @dataclass(frozen=True)
 class Stage:
-    """A method under a name.
+    """A method under a name."""
 
-    Attributes:
-        name: its folder in the run.
-        kind: the method's name.
-        method: what it does.
-        settings: its section, resolved.
-        recipe: the whole recipe, resolved.
-        subject: of an evaluation, whose model is scored.
-    """
-
-    name: str
-    kind: str
-    method: Method
-    settings: Any
-    recipe: Recipe = field(repr=False)
-    subject: str | None = None
+    name: str  # its folder in the run
+    kind: str  # the method's name
+    method: Method  # what it does
+    settings: Any  # its section, resolved
+    recipe: Recipe = field(repr=False)  # the whole recipe, resolved
+    subject: str | None = None  # of an evaluation, whose model is scored
 
     @property
     def section(self) -> str:

@@ -28,7 +28,7 @@ def of_a_step(
             balance = model.balance_loss()
             with torch.profiler.record_function("backward pass"):
                 (loss if balance is None else loss + balance).backward()
-        clip_gradients(optimizers.parameters(), 1.0, lambda values: values)
+        clip_gradients(optimizers.parameters(), 1.0)
         optimizers.step(1.0)
 
     step()  # now the optimizer has its state

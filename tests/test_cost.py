@@ -186,7 +186,7 @@ def test_weights_gradients_and_optimizer_state_are_as_counted(parts, optimizer):
         parameter.grad = torch.ones_like(parameter)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     assert weights == cost.weight_bytes(config) == 2 * cost.weight_bytes(config, 2)
-    assert sum(parameter.grad.nbytes for parameter in model.parameters()) == cost.gradient_bytes(config)
+    assert sum(parameter.grad.nbytes for parameter in model.parameters()) == cost.weight_bytes(config)
     optimizers.step(1.0)
     state = sum(value.nbytes for value in optimizers.state_dict().values())
     assert state == cost.optimizer_bytes(config, optimizer)

@@ -17,11 +17,11 @@ from groundup.distributed import current_world
 from groundup.errors import DataError, GroundupError, Interrupted
 from groundup.model import ModelConfig, activation_bytes, cost, ladder_config, preset
 from groundup.recipe import OptimizerSettings, PretrainSettings, parse_recipe
-from groundup.training import choose_micro_batch, device_memory, estimate_memory, refuse_what_cannot_fit, step_of, train
+from groundup.training import loop, train
 from groundup.training.metrics import read_log
 from groundup.training.planning import memory as plan_memory
 from groundup.training.planning.device import devices, find_device, table_timings
-from groundup.training.planning.memory import DeviceMemory, Step, step_memory, suggestions
+from groundup.training.planning.memory import DeviceMemory, Step, Workload, device_memory, step_memory
 from groundup.training.planning.probe import (
     Timings,
     ValidationPass,
@@ -79,7 +79,7 @@ def test_gradients_of_earlier_micro_batches_are_there(optimizer):
     config, settings = ModelConfig(**BASE), OptimizerSettings(optimizer=optimizer)
     most, _ = of_a_step(config, settings, 4, 1, 192, "float32")
     memory = step_memory(config, settings, Step(4, 1, 192, "float32"))
-    assert memory.gradients >= cost.gradient_bytes(config)
+    assert memory.gradients >= cost.weight_bytes(config)
     found = memory.gradients + memory.activations + memory.logits + memory.other
     assert found == pytest.approx(most, rel=0.12, abs=0.5 * MIB)
     assert memory.optimizer == cost.optimizer_bytes(config, optimizer)
@@ -126,34 +126,30 @@ def test_a_gpus_peak_is_as_counted(kind):
 
 def test_the_whole_batch_is_kept_wherever_it_fits():
     config, settings = preset("ground-1m"), OptimizerSettings(batch_size=24)
-    assert choose_micro_batch(config, settings, 256, available(8)) == (24, "the batch")
-    micro, reason = choose_micro_batch(config, settings, 256, available(0.75))
+    assert Workload(config, settings, 256, available(8)).micro_batch() == (24, "the batch")
+    micro, reason = Workload(config, settings, 256, available(0.75)).micro_batch()
     assert micro in (1, 2, 3, 4, 6, 8, 12)
     assert "fits a machine" in reason
     asked = settings.model_copy(update={"micro_batch_size": 3})
-    assert choose_micro_batch(config, asked, 256, available(0.01)) == (3, "as the recipe says")
-    assert choose_micro_batch(config, settings, 256, available(8), n_devices=4)[0] == 6
+    assert Workload(config, asked, 256, available(0.01)).micro_batch() == (3, "as the recipe says")
+    assert Workload(config, settings, 256, available(8), n_devices=4).micro_batch()[0] == 6
     huge = settings.model_copy(update={"batch_size": 2 * 3 * 5 * 10**11})  # no walk over every number up to it
-    assert choose_micro_batch(config, huge, 256, available(0.01))[0] == 1
+    assert Workload(config, huge, 256, available(0.01)).micro_batch()[0] == 1
 
 
 @given(gibibytes=st.floats(0.6, 6.0), rows=st.integers(1, 96))
 def test_the_micro_batch_is_the_largest_divisor_that_fits(gibibytes, rows):
-    config, settings, place = preset("ground-1m"), OptimizerSettings(batch_size=rows), available(gibibytes)
-
-    def fits(micro: int) -> bool:
-        return estimate_memory(config, settings, step_of(settings, 256, place, 1, micro)).total <= place.usable
-
-    micro, _ = choose_micro_batch(config, settings, 256, place)
+    work = Workload(preset("ground-1m"), OptimizerSettings(batch_size=rows), 256, available(gibibytes))
+    micro, _ = work.micro_batch()
     assert rows % micro == 0
-    assert fits(micro) or micro == 1
-    assert not any(fits(more) for more in range(micro + 1, rows + 1) if rows % more == 0)
+    assert work.fits(micro) or micro == 1
+    assert not any(work.fits(more) for more in range(micro + 1, rows + 1) if rows % more == 0)
 
 
 def test_a_refusal_names_the_parts_and_a_way_out():
     config, settings = ladder_config(size="10b"), OptimizerSettings(batch_size=8)
     with pytest.raises(GroundupError) as refused:
-        refuse_what_cannot_fit(config, settings, 2048, available(24))
+        Workload(config, settings, 2048, available(24)).refuse_what_cannot_fit()
     text = str(refused.value)
     assert "[pretrain]" in text
     assert "a machine is 24.0 GiB" in text
@@ -163,17 +159,17 @@ def test_a_refusal_names_the_parts_and_a_way_out():
     assert sizes == sorted(sizes, reverse=True)
     assert len(sizes) >= 3
     assert "--set model.size=" in text
-    refuse_what_cannot_fit(config, settings, 2048, available(400))
+    Workload(config, settings, 2048, available(400)).refuse_what_cannot_fit()
 
 
 def test_only_what_is_certain_is_refused():
     """At the edge: a byte less than one row at a time takes is refused, so many bytes are not."""
     config, settings = preset("ground-10m"), OptimizerSettings(batch_size=8, compile=False)
     place = available(1)
-    least = step_memory(config, settings, step_of(settings, 512, place, 1, 1)).total
-    refuse_what_cannot_fit(config, settings, 512, dataclasses.replace(place, total=least))
+    least = step_memory(config, settings, Workload(config, settings, 512, place).step(1)).total
+    Workload(config, settings, 512, dataclasses.replace(place, total=least)).refuse_what_cannot_fit()
     with pytest.raises(GroundupError, match="at least"):
-        refuse_what_cannot_fit(config, settings, 512, dataclasses.replace(place, total=least - 1))
+        Workload(config, settings, 512, dataclasses.replace(place, total=least - 1)).refuse_what_cannot_fit()
 
 
 @pytest.mark.parametrize("size", ["30m", "100m", "1b", "10b"])
@@ -181,8 +177,8 @@ def test_remedies_add_up_and_end_with_one_that_is_enough(size):
     config = ladder_config(size=size)
     settings = OptimizerSettings(batch_size=16, micro_batch_size=16, optimizer="adamw", precision="float32", ema=0.99)
     length, place = config.context_length, available(2)
-    found = suggestions(config, settings, length, place)
-    before = estimate_memory(config, settings, step_of(settings, length, place, 1)).total
+    work = Workload(config, settings, length, place)
+    found, before = work.suggestions(), work.memory().total
     if before <= place.usable:
         assert not found
         return
@@ -204,12 +200,12 @@ def test_an_unset_micro_batch_is_what_memory_allows_and_resumes_anywhere(tmp_pat
     train(explicit, current_world(), QUIET)
     small = make_job(tmp_path / "small")
     config, settings = small.model.config, small.settings
-    wanted = estimate_memory(config, settings, step_of(settings, 16, device_memory(current_world()), 1, 2)).total
+    wanted = Workload(config, settings, 16, device_memory(current_world())).memory(2).total
     tight = DeviceMemory(int(wanted / plan_memory.USABLE_SHARE) + 1, "a small machine", "cpu", False)
-    assert choose_micro_batch(config, settings, 16, tight)[0] == 2
+    assert Workload(config, settings, 16, tight).micro_batch()[0] == 2
     whole = make_job(tmp_path / "whole").fingerprint
     assert small.fingerprint == whole != explicit.fingerprint
-    monkeypatch.setattr(plan_memory, "device_memory", lambda world: tight)
+    monkeypatch.setattr(loop, "device_memory", lambda world: tight)
     with pytest.raises(Interrupted):
         train(interrupted_at(9, small), current_world(), QUIET)
     again = make_job(tmp_path / "small")
@@ -303,20 +299,19 @@ def test_the_table_by_hand():
 def test_a_probe_measures_and_says_what_it_carried_on(tmp_path):
     settings, place = PretrainSettings(batch_size=4), available(8)
     config = preset("ground-nano", context_length=64)
-    found = measured_timings(
-        config, settings, step_of(settings, 64, place, 1), current_world(), place, seconds=2.0, folder=tmp_path
-    )
+    work = Workload(config, settings, 64, place)
+    found = measured_timings(work, work.step(), current_world(), seconds=2.0, folder=tmp_path)
     assert found.is_measured
     assert found.how == "probe: steps of the whole model"
     assert all(value > 0 for value in (found.row, found.update, found.eval_row, found.sample_token, found.save))
     assert found.flops == pytest.approx(cost.training_flops(config, 64) / found.row)
     assert not list(tmp_path.iterdir())
     deep = ModelConfig(**{**BASE, "n_layers": 40, "context_length": 2048})
-    step = step_of(settings, 2048, place, 1)
-    rough = measured_timings(deep, settings, step, current_world(), place, seconds=0.5)
+    work = Workload(deep, settings, 2048, place)
+    rough = measured_timings(work, work.step(), current_world(), seconds=0.5)
     assert "of 40 blocks" in rough.how or "of 2048 tokens" in rough.how or "not probed" in rough.how
     assert rough.row > found.row
-    assert "not probed" in measured_timings(deep, settings, step, current_world(), place, seconds=0.0).how
+    assert "not probed" in measured_timings(work, work.step(), current_world(), seconds=0.0).how
 
 
 def test_a_plan_without_a_probe_is_arithmetic():

@@ -267,7 +267,7 @@ def test_the_probe_measures_real_steps(folder: Path, monkeypatch: pytest.MonkeyP
 
 def test_budgets_chosen_for_a_time_stay(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     speed = [1e5]
-    monkeypatch.setattr(scaling_sweeps, "_speeds", lambda runs: speed * len(runs))
+    monkeypatch.setattr(scaling_sweeps, "training_speed", lambda run: speed[0])
     monkeypatch.setattr(scaling_sweeps, "MOST_EPOCHS", 10**6)
     recipe, asked = recipe_in(folder, "pretrain.eval_tokens=100"), {"sizes": SIZES, "minutes": 2.0}
     first = plan_sweep(recipe, shards(folder), out=tmp_path, **asked)

@@ -23,7 +23,7 @@ from groundup.distributed import World, current_world
 from groundup.errors import GroundupError, Interrupted
 from groundup.model import ModelConfig, Transformer, preset
 from groundup.recipe import OptimizerSettings
-from groundup.training import IGNORED, Batch, Term, TrainingJob, pass_flops, train
+from groundup.training import IGNORED, Batch, Term, TrainingJob, loop, pass_flops, train
 from groundup.training.checkpoint import complete_checkpoints
 from groundup.training.metrics import read_log
 from groundup.training.planning import memory
@@ -231,7 +231,7 @@ def test_a_frozen_copy_counts_in_memory(tmp_path, monkeypatch):
     config, settings = job.model.config, job.settings
     least = memory.step_memory(config, settings, memory.Step(1, 1, 16, "float32")).total
     tight = memory.DeviceMemory(least + 1000, "a small machine", "cpu", False)
-    monkeypatch.setattr(memory, "device_memory", lambda world: tight)
-    assert memory.check_memory(config, settings, 16, current_world(), QUIET) == 1
+    monkeypatch.setattr(loop, "device_memory", lambda world: tight)
+    assert memory.Workload(config, settings, 16, tight).check(QUIET) == 1
     with pytest.raises(GroundupError, match="a small machine"):
         train(job, current_world(), QUIET)

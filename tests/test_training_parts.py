@@ -17,13 +17,13 @@ from groundup.training import (
     choose_precision,
     cross_entropy_sum,
     head_loss,
-    native_bfloat16,
     objective,
-    pad_rows,
 )
+from groundup.training.batches import pad_rows
 from groundup.training.metrics import MetricLog, read_log
 from groundup.training.muon import Muon, orthogonalize
 from groundup.training.optimizers import Optimizers, clip_gradients
+from groundup.training.precision import native_bfloat16
 from groundup.training.schedule import learning_rate_share
 
 
@@ -185,7 +185,7 @@ def test_clipping_is_torch_s(limit, seed):
     theirs = [torch.nn.Parameter(torch.zeros(p.shape)) for p in ours]
     for a, b in zip(ours, theirs, strict=True):
         b.grad = a.grad.clone()
-    norm = clip_gradients(ours, limit, lambda values: values)
+    norm = clip_gradients(ours, limit)
     expected = torch.nn.utils.clip_grad_norm_(theirs, limit)
     assert norm == pytest.approx(expected.item(), rel=1e-5)
     for a, b in zip(ours, theirs, strict=True):
@@ -232,11 +232,11 @@ def test_schedule_ends_where_it_says():
 def test_precision_is_what_the_machine_does(monkeypatch):
     from groundup.training import precision
 
-    monkeypatch.setattr(precision, "_cpu_flags", lambda: frozenset({"avx2", "avx512_bf16"}))
+    monkeypatch.setattr(precision, "cpu_features", lambda: "avx2 avx512_bf16")
     native_bfloat16.cache_clear()
     assert choose_precision("auto") == (torch.bfloat16, "AVX512-BF16")
     assert choose_precision("float32")[0] == torch.float32
-    monkeypatch.setattr(precision, "_cpu_flags", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(precision, "cpu_features", lambda: "avx2")
     native_bfloat16.cache_clear()
     assert choose_precision("auto")[0] == torch.float32
     dtype, reason = choose_precision("bfloat16")

@@ -15,9 +15,9 @@ from groundup.errors import GroundupError, Interrupted, RecipeError
 from groundup.model import Transformer, preset
 from groundup.preview import check_recipe
 from groundup.recipe import PretrainSettings, parse_recipe
-from groundup.training import check_precision, choose_precision, head_loss, precision, pretrain, train
+from groundup.training import choose_precision, head_loss, precision, pretrain, train
 from groundup.training.metrics import read_log
-from groundup.training.precision import float8_layers, float8_products
+from groundup.training.precision import check_precision, float8_layers, float8_products
 
 WIDE = {"d_model": 32, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "d_ff": 48}
 PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -45,7 +45,7 @@ from groundup.tokenizer import Tokenizer, render
 from groundup.training import IGNORED, Batch, TrainedModel, TrainingJob, forget_checkpoints, train
 from groundup.training.batches import ShardBatches
 from groundup.training.objective import Term, pass_flops
-from groundup.training.planning.memory import device_memory, refuse_what_cannot_fit
+from groundup.training.planning.memory import Workload, device_memory
 from groundup.training.precision import choose_precision
 from groundup.training.pretrain import QUICK_VALIDATION
 
@@ -344,8 +344,8 @@ class DistillMethod(Method):
     def check_memory(self, stage: Stage) -> None:
         """Refuse what cannot fit; the frozen teacher is not counted beside the student's states."""
         config, world = _student_config(stage), current_world()
-        available = device_memory(world)
-        refuse_what_cannot_fit(config, stage.settings, config.context_length, available, world.size, stage.section)
+        length, available = config.context_length, device_memory(world)
+        Workload(config, stage.settings, length, available, world.size, stage.section).refuse_what_cannot_fit()
 
     def quick(self, settings: DistillSettings) -> DistillSettings:
         """A few steps, and little of the teacher's own text."""

@@ -30,19 +30,12 @@ OVERHEAD = 2.3  # of a whole build over the forward and backward passes of its p
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the doctor's table.
+    """One line of the doctor's table."""
 
-    Attributes:
-        name: what was looked at.
-        value: what was found.
-        status: ok; warn: works, but slower or only in part; fail: groundup cannot work like this.
-        advice: what to expect, or what to do.
-    """
-
-    name: str
-    value: str
-    status: Status = "ok"
-    advice: str = ""
+    name: str  # what was looked at
+    value: str  # what was found
+    status: Status = "ok"  # ok; warn: works, but slower or only in part; fail: groundup cannot work like this
+    advice: str = ""  # what to expect, or what to do
 
 
 def examine(machine: Machine | None = None, *, runs: str | Path = "runs") -> list[Finding]:
@@ -220,25 +213,16 @@ def _expectation(machine: Machine, demo: Recipe) -> Finding:
     rate = machine.tokens_per_second
     if rate is None:
         return Finding("expect", "nothing can be trained until the above is fixed", "fail", "Fix what failed above.")
-    minutes = OVERHEAD * _demo_tokens(demo) / rate / 60
+    tokens = demo.pretrain.tokens if isinstance(demo.pretrain.tokens, int) else 0
+    minutes = OVERHEAD * tokens / rate / 60
     shown = f"{max(1, round(minutes))} min" if minutes < 90 else f"{minutes / 60:.0f} h"
-    value = f"about {_two_digits(rate):,} tokens/s with the demo's model; groundup build demo: about {shown}"
+    value = f"about {float(f'{rate:.1e}'):,.0f} tokens/s with the demo's model; groundup build demo: about {shown}"
     if machine.load > _usable_cores(machine) / 2:
         value += f" (while other programs keep {machine.load:.1f} cores busy)"
     if minutes > PATIENCE_MINUTES:
         advice = "Slow, but it works, and can be stopped and resumed. See threads and precision above."
         return Finding("expect", value, "warn", advice)
     return Finding("expect", value)
-
-
-def _demo_tokens(demo: Recipe) -> float:
-    pretrain = demo.pretrain.tokens if isinstance(demo.pretrain.tokens, int) else 0
-    return pretrain
-
-
-def _two_digits(number: float) -> int:
-    """Rounded to what an estimate is worth."""
-    return int(float(f"{number:.1e}"))
 
 
 def _count(number: int, noun: str) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from groundup.cli.options import (
     JsonOption,
@@ -17,6 +16,7 @@ from groundup.cli.options import (
     SetOption,
     command_line,
     print_json,
+    print_table,
     result_console,
 )
 
@@ -78,13 +78,9 @@ def status(run: RunArgument, as_json: JsonOption = False) -> None:
             }
         )
         return
-    table = Table(box=None, pad_edge=False)
-    for column in ("stage", "state", "seconds"):
-        table.add_column(column, justify="right" if column == "seconds" else "left")
-    for stage_plan in plans:
-        manifest = manifests[stage_plan.stage.name]
-        table.add_row(stage_plan.stage.name, stage_plan.state, f"{manifest.seconds:.1f}" if manifest else "")
-    result_console().print(table)
+    seconds = [f"{manifest.seconds:.1f}" if manifest else "" for manifest in manifests.values()]
+    shown = [(one.stage.name, one.state, took) for one, took in zip(plans, seconds, strict=True)]
+    print_table(("stage", "state", "seconds"), shown, right=(2,))
     for stage_plan in plans:
         if stage_plan.problem is not None:
             typer.echo(f"{stage_plan.stage.name}: {stage_plan.problem}", err=True)
@@ -110,13 +106,11 @@ def list_all_runs(runs: RunsOption = Path("runs"), as_json: JsonOption = False) 
     if not rows:
         typer.echo(f"No runs in {runs}. Make one:  {command_line('build', 'demo')}")
         return
-    table = Table(box=None, pad_edge=False)
-    for column in ("run", "recipe written", "done"):
-        table.add_column(column)
-    for row in rows:
-        written = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["recipe_written"]))
-        table.add_row(row["run"], written, " ".join(row["done"]) or "nothing yet")
-    result_console().print(table)
+    written = [time.strftime("%Y-%m-%d %H:%M", time.localtime(row["recipe_written"])) for row in rows]
+    shown = [
+        (row["run"], when, " ".join(row["done"]) or "nothing yet") for row, when in zip(rows, written, strict=True)
+    ]
+    print_table(("run", "recipe written", "done"), shown)
 
 
 def doctor(as_json: JsonOption = False, runs: RunsOption = Path("runs")) -> None:

@@ -27,72 +27,42 @@ from groundup.recipe import Recipe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arithmetic:
-    """What torch says and does here.
+    """What torch says and does here."""
 
-    Attributes:
-        version: torch's version.
-        threads: threads that it uses.
-        gpus: names of the CUDA or ROCm devices.
-        unused_device: a device that torch can use and groundup does not, such as Apple's GPU; None where none is.
-        bfloat16: whether the CPU multiplies bfloat16 natively, and what says so.
-        float32_flops: measured rate of float32 matrix products, FLOP/s.
-        bfloat16_flops: the same in bfloat16.
-    """
-
-    version: str
-    threads: int
-    gpus: tuple[str, ...]
+    version: str  # torch's version
+    threads: int  # threads that it uses
+    gpus: tuple[str, ...]  # names of the CUDA or ROCm devices
+    # A device that torch can use and groundup does not, such as Apple's GPU; None where none is
     unused_device: str | None
-    bfloat16: tuple[bool, str]
-    float32_flops: float
-    bfloat16_flops: float
+    bfloat16: tuple[bool, str]  # whether the CPU multiplies bfloat16 natively, and what says so
+    float32_flops: float  # measured rate of float32 matrix products, FLOP/s
+    bfloat16_flops: float  # the same in bfloat16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What there is to know of a machine, before any judgement.
+    """What there is to know of a machine, before any judgement."""
 
-    Attributes:
-        python: the version, three numbers.
-        groundup: the installed version.
-        broken_imports: torch and modules of groundup that cannot be imported, each with the reason.
-        torch: what torch does here, or None when it cannot be imported.
-        tokens_per_second: measured forward and backward rate of the recipe's model, or None when it cannot run.
-        cpu: the processor's name.
-        cores: logical cores that this process may run on.
-        core_quota: cores' worth of time that its container may use, or None.
-        load: programs that wanted a core over the last minute, on average.
-        omp_threads: what OMP_NUM_THREADS says, or None when unset.
-        memory_total: bytes of the machine.
-        memory_free: bytes that can be had without swapping.
-        memory_limit: bytes that its container may use, or None.
-        compiler: path of the C++ compiler that torch.compile would call, or None.
-        python_headers: whether Python.h is there, which torch.compile needs too.
-        runs: the folder of the runs.
-        runs_writable: whether it, or the nearest folder above it that exists, can be written.
-        disk_free: free bytes there.
-        language_model: whether the language detector's model file is installed.
-    """
-
-    python: tuple[int, int, int]
-    groundup: str
-    broken_imports: dict[str, str]
-    torch: Arithmetic | None
+    python: tuple[int, int, int]  # the version, three numbers
+    groundup: str  # the installed version
+    broken_imports: dict[str, str]  # torch and modules of groundup that cannot be imported, each with the reason
+    torch: Arithmetic | None  # what torch does here, or None when it cannot be imported
+    # Measured forward and backward rate of the recipe's model, or None when it cannot run
     tokens_per_second: float | None
-    cpu: str
-    cores: int
-    core_quota: float | None
-    load: float
-    omp_threads: str | None
-    memory_total: int
-    memory_free: int
-    memory_limit: int | None
-    compiler: str | None
-    python_headers: bool
-    runs: Path
-    runs_writable: bool
-    disk_free: int
-    language_model: bool
+    cpu: str  # the processor's name
+    cores: int  # logical cores that this process may run on
+    core_quota: float | None  # cores' worth of time that its container may use, or None
+    load: float  # programs that wanted a core over the last minute, on average
+    omp_threads: str | None  # what OMP_NUM_THREADS says, or None when unset
+    memory_total: int  # bytes of the machine
+    memory_free: int  # bytes that can be had without swapping
+    memory_limit: int | None  # bytes that its container may use, or None
+    compiler: str | None  # path of the C++ compiler that torch.compile would call, or None
+    python_headers: bool  # whether Python.h is there, which torch.compile needs too
+    runs: Path  # the folder of the runs
+    runs_writable: bool  # whether it, or the nearest folder above it that exists, can be written
+    disk_free: int  # free bytes there
+    language_model: bool  # whether the language detector's model file is installed
 
 
 def look(recipe: Recipe, runs: str | Path = "runs") -> Machine:

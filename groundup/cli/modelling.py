@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from groundup.cli.options import JsonOption, command_line, print_json, result_console
+from groundup.cli.options import JsonOption, command_line, print_json, print_table
 
 if TYPE_CHECKING:
     from groundup.model import ModelConfig
@@ -38,16 +37,14 @@ def list_models(as_json: JsonOption = False) -> None:
             [{"name": name, "parameters": count_parameters(one), **one.to_dict()} for name, one in configs.items()]
         )
         return
-    table = Table(box=None, pad_edge=False)
     columns = ("preset", "parameters", "layers", "width", "heads", "key heads", "feed-forward", "vocabulary", "context")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "preset" else "right")
+    rows = []
     for name, config in configs.items():
         inner = f"{config.n_experts} × {config.d_ff:,}" if config.n_experts else f"{config.d_ff:,}"
         numbers = (count_parameters(config), config.n_layers, config.d_model, config.n_heads, config.n_kv_heads)
         last = (inner, f"{config.vocab_size:,}", f"{config.context_length:,}")
-        table.add_row(name, *(f"{number:,}" for number in numbers), *last)
-    result_console().print(table)
+        rows.append((name, *(f"{number:,}" for number in numbers), *last))
+    print_table(columns, rows, right=range(1, len(columns)))
     typer.echo(f"\nAny size between:  {command_line('model', 'describe', '30m')}")
 
 
@@ -73,17 +70,16 @@ def describe(
         told = [{"setting": one.name, "value": one.value, "reason": one.reason} for one in reasons]
         print_json({"model": model, **page.to_json(config, batch, length), **({"derived": told} if told else {})})
         return
-    console = result_console()
     n_tokens = length or config.context_length
     counted = page.costs(config, batch, length)
-    console.print(f"{model}: {counted['parameters']['all']:,} parameters\n")
-    console.print(_table(("part", "what it is"), page.parts_in_words(config).items()))
+    typer.echo(f"{model}: {counted['parameters']['all']:,} parameters\n")
+    print_table(("part", "what it is"), page.parts_in_words(config).items())
     typer.echo()
     groups = [
         (group.name, " × ".join(f"{side:,}" for side in group.shape), f"{group.count:,}", f"{group.n_parameters:,}")
         for group in page.parameter_groups(config)
     ]
-    console.print(_table(("parameter", "shape", "how many", "parameters"), groups))
+    print_table(("parameter", "shape", "how many", "parameters"), groups, right=(2, 3))
     rows = "a row" if batch == 1 else f"{batch} rows"
     titles = {
         "parameters": "parameters",
@@ -93,10 +89,11 @@ def describe(
     for kind, title in titles.items():
         typer.echo()
         lines = [(name, f"{value:,}", _short(value, kind)) for name, value in counted[kind].items()]
-        console.print(_table((title, "", ""), lines))
+        print_table((title, "", ""), lines, right=(1, 2))
     if reasons:
         typer.echo()
-        console.print(_table(("follows from the size", "", "why"), ((c.name, str(c.value), c.reason) for c in reasons)))
+        derived = ((choice.name, str(choice.value), choice.reason) for choice in reasons)
+        print_table(("follows from the size", "", "why"), derived, right=(1,))
 
 
 def _find(model: str, fields: dict[str, Any]) -> tuple[ModelConfig, list[Choice]]:
@@ -145,16 +142,6 @@ def _fields(settings: list[str]) -> dict[str, Any]:
             continue
         raise RecipeError("command line", [problem])
     return found | parse_recipe("", "command line", of_model).model.overrides()
-
-
-def _table(titles: tuple[str, ...], rows: Any) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for index, title in enumerate(titles):
-        is_number = index > 0 and title not in ("what it is", "shape", "why")
-        table.add_column(title, justify="right" if is_number else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _short(value: int, kind: str) -> str:

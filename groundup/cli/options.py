@@ -7,11 +7,14 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console as RichConsole
+from rich.console import RenderableType
+from rich.table import Table
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, a run's folder, or a shipped recipe: demo, shakespeare.")
@@ -38,6 +41,18 @@ def print_json(value: Any) -> None:
 def result_console() -> RichConsole:
     """Standard output, for tables; in a file or a pipe no line is folded."""
     return RichConsole(highlight=False, width=None if sys.stdout.isatty() else 1000)
+
+
+def print_table(
+    titles: Sequence[str], rows: Iterable[Sequence[RenderableType]], right: Container[int] = (), **style: Any
+) -> None:
+    """Print a table without lines on standard output; the columns in `right` are aligned to the right."""
+    table = Table(box=None, pad_edge=False, **style)
+    for index, title in enumerate(titles):
+        table.add_column(title, justify="right" if index in right else "left")
+    for row in rows:
+        table.add_row(*row)
+    result_console().print(table)
 
 
 def command_line(*arguments: str) -> str:

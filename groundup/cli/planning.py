@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from groundup.cli.building import recipe_and_run
 from groundup.cli.options import (
@@ -16,6 +15,7 @@ from groundup.cli.options import (
     RunsOption,
     SetOption,
     print_json,
+    print_table,
     result_console,
 )
 
@@ -82,8 +82,7 @@ def plan(
 def _show(plan: Plan) -> None:
     from groundup.console import format_bytes
 
-    console = result_console()
-    console.print(_table(("plan", plan.recipe, ""), _facts(plan), right=()))
+    print_table(("plan", plan.recipe, ""), _facts(plan))
     typer.echo()
     memory = plan.fit.estimate
     rows: list[tuple[str, ...]] = [(name, format_bytes(size), "") for name, size in memory.parts().items() if size]
@@ -95,20 +94,20 @@ def _show(plan: Plan) -> None:
     verdict = "fits" if plan.fits else "does not fit"
     available = plan.hardware.available
     rows.append(("all", format_bytes(memory.total), f"{verdict}: {format_bytes(available.total)}, {available.what}"))
-    console.print(_table(("memory, each device", "bytes", f"fullest: {memory.moment}"), rows))
+    print_table(("memory, each device", "bytes", f"fullest: {memory.moment}"), rows, right=(1,))
     if plan.fit.suggestions:
         typer.echo()
-        console.print(_table(("to make it fit", "saves", "then needs", ""), _suggestions(plan), right=(1, 2)))
+        print_table(("to make it fit", "saves", "then needs", ""), _suggestions(plan), right=(1, 2))
     typer.echo()
     whole = plan.total_seconds
     times = [(name, _duration(one), f"{one / whole:.0%}") for name, one in plan.seconds.items() if one >= 0.05]
     times.append(("all", _duration(whole), "" if plan.dollars is None else f"${plan.dollars:,.2f}"))
-    console.print(_table(("time", "", plan.timings.how), times))
+    print_table(("time", "", plan.timings.how), times, right=(1,))
     if plan.sizes:
         typer.echo()
-        console.print(_table(("size for this budget", "parameters", "tokens", "each", "loss", ""), _sizes(plan)))
+        print_table(("size for this budget", "parameters", "tokens", "each", "loss", ""), _sizes(plan), right=(1,))
     for note in plan.notes:
-        console.print(note)
+        result_console().print(note)
 
 
 def _facts(plan: Plan) -> list[tuple[str, ...]]:
@@ -172,12 +171,3 @@ def _duration(seconds: float) -> str:
 
     days = seconds / 86_400
     return format_duration(seconds) if days < 2 else f"{days:.1f} days" if days < 100 else f"{days:,.0f} days"
-
-
-def _table(titles: tuple[str, ...], rows: Any, right: tuple[int, ...] = (1,)) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for index, title in enumerate(titles):
-        table.add_column(title, justify="right" if index in right else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from groundup.cli.building import recipe_and_run, stopped_by_sigterm
 from groundup.cli.options import (
@@ -18,7 +17,7 @@ from groundup.cli.options import (
     SetOption,
     command_line,
     print_json,
-    result_console,
+    print_table,
 )
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from groundup.training.scaling_law import Optimum, ScalingLaw
     from groundup.training.scaling_sweep import Sweep
 
-_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
 FURTHER = (1, 10, 100)
 """The table's budgets of compute, as multiples of the largest run's."""
 
@@ -88,7 +86,9 @@ def scaling(
     if not world.is_first:
         return
     if as_json:
-        print_json({"folder": str(asked["out"]), **law.to_dict(), "compute_optimal": _ahead(law)})
+        print_json(
+            {"folder": str(asked["out"]), **law.to_dict(), "compute_optimal": [asdict(row) for row in _optima(law)]}
+        )
     elif not quiet:
         show_law(law, asked["out"])
 
@@ -113,37 +113,34 @@ def show_law(law: ScalingLaw, out: Path) -> None:
     from groundup.console import format_count
     from groundup.training.scaling_law import LEVEL
 
-    console = result_console()
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("L(N, D) = E + A / N^alpha + B / D^beta", "", f"{LEVEL:.0%} interval"):
-        table.add_column(column, justify="left" if column.startswith("L") else "right")
-    intervals = law.intervals()
-    for name, meaning in (
-        ("e", "E, nats per token that nothing takes away"), ("a", "A"), ("alpha", "alpha, of parameters N"),
-        ("b", "B"), ("beta", "beta, of tokens D"),
-    ):  # fmt: skip
-        low, high = intervals[name]
-        table.add_row(meaning, f"{getattr(law, name):.3g}", f"{low:.3g} to {high:.3g}")
-    console.print(table)
-    console.print(
+    meanings = {
+        "e": "E, nats per token that nothing takes away", "a": "A", "alpha": "alpha, of parameters N", "b": "B",
+        "beta": "beta, of tokens D",
+    }  # fmt: skip
+    rows = [
+        (meanings[name], f"{getattr(law, name):.3g}", f"{low:.3g} to {high:.3g}")
+        for name, (low, high) in law.intervals().items()
+    ]
+    titles = ("L(N, D) = E + A / N^alpha + B / D^beta", "", f"{LEVEL:.0%} interval")
+    print_table(titles, rows, right=(1, 2), header_style="dim")
+    typer.echo(
         f"n = {len(law.points)} runs · scatter about the law {law.noise:.2%} of loss · a run that the law has not seen "
         f"is off by {law.left_out_error:.2%} (rms)\n"
     )
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("compute", "best N", "best D", "D / N", "loss", f"{LEVEL:.0%} interval", ""):
-        table.add_column(column, justify="right" if column else "left")
-    for row in _optima(law):
-        said = row.prediction
-        table.add_row(
+    optima = [
+        (
             f"{row.flops:.1e}",
             format_count(row.n_parameters),
             format_count(row.n_tokens),
             f"{row.n_tokens / row.n_parameters:.1f}",
-            f"{said.loss:.3f}",
-            f"{said.low:.3f} to {said.high:.3f}",
+            f"{row.prediction.loss:.3f}",
+            f"{row.prediction.low:.3f} to {row.prediction.high:.3f}",
             reach(row, law),
         )
-    console.print(table)
+        for row in _optima(law)
+    ]
+    columns = ("compute", "best N", "best D", "D / N", "loss", f"{LEVEL:.0%} interval", "")
+    print_table(columns, optima, right=range(6), header_style="dim")
     typer.echo(
         f"\nSee it:  {out / 'scaling.svg'}      Use it:  {command_line('plan', law.data.recipe if law.data else '')}"
     )
@@ -166,12 +163,6 @@ def reach(row: Optimum, law: ScalingLaw) -> str:
 def _optima(law: ScalingLaw) -> list[Optimum]:
     largest = max(point.flops for point in law.points)
     return [law.compute_optimal(factor * largest) for factor in FURTHER]
-
-
-def _ahead(law: ScalingLaw) -> list[dict[str, Any]]:
-    from dataclasses import asdict
-
-    return [asdict(row) for row in _optima(law)]
 
 
 def _show_plan(recipe: Recipe, folder: Path, asked: dict[str, Any], as_json: bool, console: Console) -> None:
@@ -209,15 +200,10 @@ def _show_plan(recipe: Recipe, folder: Path, asked: dict[str, Any], as_json: boo
 def _show_runs(sweep: Sweep, seconds: list[float]) -> None:
     from groundup.console import format_duration
 
-    table = Table(box=None, pad_edge=False, header_style="dim")
     names = ("parameters", "blocks × width", "tokens", "a parameter", "passes", "batch", "lr", "FLOPs", "time", "")
-    for column in names:
-        table.add_column(column, justify="right" if column else "left")
-    left = 0.0
-    for run, took in zip(sweep.runs, seconds, strict=True):
-        done = sweep.finished(run) is not None
-        left += 0.0 if done else took
-        table.add_row(
+    done = [sweep.finished(run) is not None for run in sweep.runs]
+    rows = [
+        (
             f"{run.n_parameters:,}",
             f"{run.config.n_layers} × {run.config.d_model}",
             f"{run.tokens:,}",
@@ -227,9 +213,12 @@ def _show_runs(sweep: Sweep, seconds: list[float]) -> None:
             f"{run.settings.lr:g}",
             f"{run.flops:.1e}",
             format_duration(took),
-            "there already" if done else "",
+            "there already" if is_there else "",
         )
-    result_console().print(table)
+        for run, took, is_there in zip(sweep.runs, seconds, done, strict=True)
+    ]
+    print_table(names, rows, right=range(9), header_style="dim")
+    left = sum(took for took, is_there in zip(seconds, done, strict=True) if not is_there)
     typer.echo(
         f"\n{len(sweep.runs)} runs · {sum(run.flops for run in sweep.runs):.2g} FLOPs · about {format_duration(left)} "
         f"to go here, by a few steps of each model\nfolder {sweep.out}"
@@ -257,10 +246,11 @@ def _plan_json(sweep: Sweep, seconds: list[float]) -> dict[str, Any]:
 def _budgets(text: str) -> list[int]:
     """Token counts that "200k,1.6m" means."""
     from groundup.errors import Problem, RecipeError
+    from groundup.model.ladder import parse_count
 
-    found = [re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s*([kmb]?)", part.strip().lower()) for part in text.split(",")]
-    numbers = [float(one[1].replace("_", "")) * _UNITS[one[2]] for one in found if one is not None]
-    if len(numbers) < len(found):
+    parts = text.split(",")
+    numbers = [count for part in parts if (count := parse_count(part)) is not None]
+    if len(numbers) < len(parts):
         problem = Problem(f"--tokens {text}", "is no list of numbers.", "Write it as 200k,400k,1.6m.")
         raise RecipeError("command line", [problem])
-    return [round(number) for number in numbers]
+    return numbers

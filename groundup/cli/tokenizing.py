@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
-from groundup.cli.options import JsonOption, print_json, result_console
+from groundup.cli.options import JsonOption, print_json, print_table, result_console
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,12 +83,8 @@ def try_text(
     console.print(in_colour([piece.shown for piece in pieces], colour=console.color_system is not None))
     ratio = f" · {figures['bytes_per_token']:.2f} bytes per token" if pieces else ""
     console.print(Text(f"{figures['tokens']:,} tokens · {figures['bytes']:,} bytes{ratio}", style="dim"))
-    table = Table(box=None, pad_edge=False, show_header=True)
-    for column in ("id", "piece", "bytes"):
-        table.add_column(column, justify="right" if column == "id" else "left")
-    for piece in pieces[:MOST_LISTED]:
-        table.add_row(str(piece.id), Text(piece.shown), Text(piece.bytes, style="dim"))
-    console.print(table)
+    rows = ((str(piece.id), Text(piece.shown), Text(piece.bytes, style="dim")) for piece in pieces[:MOST_LISTED])
+    print_table(("id", "piece", "bytes"), rows, right=(0,))
     if len(pieces) > MOST_LISTED:
         console.print(Text(f"… and {len(pieces) - MOST_LISTED:,} more; --json lists all.", style="dim"))
 

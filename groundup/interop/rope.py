@@ -140,9 +140,10 @@ def _scaling(fields: Fields, table: dict[str, Any], context: int) -> RopeScaling
         values["attention_factor"] = of_one / of_all
     ours = {inside: _number(inside, values[outside]) for outside, inside in names.items() if outside in values}
     found = RopeScaling(**{"kind": kind, **ours})
-    for problem in found.problems():
+    problems = list(found.problems())
+    for problem in problems:
         fields.refuse(name, str(problem).replace("[model] ", ""))
-    return found if not found.problems() else None
+    return None if problems else found
 
 
 def _number(name: str, value: float) -> Any:

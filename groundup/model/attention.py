@@ -54,15 +54,10 @@ class KeyValueStore(Protocol):
 
 @dataclass
 class Cached:
-    """A cache, and where this call's tokens stand in it.
+    """A cache, and where this call's tokens stand in it."""
 
-    Attributes:
-        store: keys and values of earlier calls.
-        positions: of this call's tokens.
-    """
-
-    store: KeyValueStore
-    positions: Int[Tensor, "batch seq"]
+    store: KeyValueStore  # keys and values of earlier calls
+    positions: Int[Tensor, "batch seq"]  # of this call's tokens
     _biases: dict[tuple[AttentionRule, int], Tensor] = field(default_factory=dict)
 
     def bias(self, rule: AttentionRule, length: int, where: Int[Tensor, "batch length"] | None = None) -> Bias:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -31,61 +32,37 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are changed, so that a model reads more than it was trained on.
+    """How rotary frequencies are changed, so that a model reads more than it was trained on."""
 
-    Attributes:
-        kind: "linear": every angle divided by `factor` (position interpolation, arXiv:2306.15595); "ntk": the base
-            raised so that the slowest frequency is divided by it and the fastest stays (arXiv:2309.00071, section
-            3.1); "yarn": slow frequencies divided, fast ones kept, a ramp between (the same, section 3.2); "llama3":
-            the same by wavelengths (Llama 3.1).
-        factor: how many times longer the context becomes.
-        original_context: tokens of context that the model was trained on (yarn, llama3).
-        beta_fast: yarn: frequencies that turn more often than this within the original context stay.
-        beta_slow: yarn: those that turn less often than this are divided.
-        low_frequency_factor: llama3: wavelengths over `original_context` / this are divided.
-        high_frequency_factor: llama3: wavelengths under `original_context` / this stay.
-        attention_factor: yarn: what queries and keys are multiplied by; None: 0.1 · ln(factor) + 1.
-    """
-
+    # "linear": every angle divided by `factor` (position interpolation, arXiv:2306.15595); "ntk": the base raised so
+    # that the slowest frequency is divided by it and the fastest stays (arXiv:2309.00071, section 3.1); "yarn": slow
+    # frequencies divided, fast ones kept, a ramp between (the same, section 3.2); "llama3": the same by wavelengths
+    # (Llama 3.1)
     kind: RopeScalingKind
-    factor: float
-    original_context: int | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
-    attention_factor: float | None = None
+    factor: float  # how many times longer the context becomes
+    original_context: int | None = None  # tokens of context that the model was trained on (yarn, llama3)
+    beta_fast: float = 32.0  # yarn: frequencies that turn more often than this within the original context stay
+    beta_slow: float = 1.0  # yarn: those that turn less often than this are divided
+    low_frequency_factor: float = 1.0  # llama3: wavelengths over `original_context` / this are divided
+    high_frequency_factor: float = 4.0  # llama3: wavelengths under `original_context` / this stay
+    attention_factor: float | None = None  # yarn: what queries and keys are multiplied by; None: 0.1 · ln(factor) + 1
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> Iterator[Problem]:
         """What is wrong with it."""
-        found = []
+        name = "[model] rope_scaling"
         if self.kind not in get_args(RopeScalingKind):
-            found.append(_unknown("rope_scaling.kind", self.kind, get_args(RopeScalingKind)))
+            yield _unknown("rope_scaling.kind", self.kind, get_args(RopeScalingKind))
         if not self.factor >= 1:
-            found.append(Problem(f"[model] rope_scaling.factor = {self.factor}", "must be at least 1."))
+            yield Problem(f"{name}.factor = {self.factor}", "must be at least 1.")
         if self.kind in ("yarn", "llama3") and (self.original_context or 0) < 1:
-            found.append(
-                Problem(
-                    "[model] rope_scaling.original_context",
-                    f"is missing; {self.kind} needs it.",
-                    "Give the context length that the model was trained with.",
-                )
-            )
+            fix = "Give the context length that the model was trained with."
+            yield Problem(f"{name}.original_context", f"is missing; {self.kind} needs it.", fix)
         if self.kind == "llama3" and not 0 < self.low_frequency_factor < self.high_frequency_factor:
-            found.append(
-                Problem(
-                    f"[model] rope_scaling.high_frequency_factor = {self.high_frequency_factor}",
-                    f"must be above low_frequency_factor = {self.low_frequency_factor}, and both above 0.",
-                )
-            )
+            what = f"must be above low_frequency_factor = {self.low_frequency_factor}, and both above 0."
+            yield Problem(f"{name}.high_frequency_factor = {self.high_frequency_factor}", what)
         if self.kind == "yarn" and not 0 < self.beta_slow < self.beta_fast:
-            found.append(
-                Problem(
-                    f"[model] rope_scaling.beta_fast = {self.beta_fast}",
-                    f"must be above beta_slow = {self.beta_slow}, and both above 0.",
-                )
-            )
-        return found
+            what = f"must be above beta_slow = {self.beta_slow}, and both above 0."
+            yield Problem(f"{name}.beta_fast = {self.beta_fast}", what)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,81 +161,61 @@ class ModelConfig:
         if problems:
             raise RecipeError("model", problems)
 
-    def _out_of_range(self) -> list[Problem]:
+    def _out_of_range(self) -> Iterator[Problem]:
         """Values that could fit no model."""
         counts = (
             "vocab_size", "context_length", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_model", "d_ff",
             "vocab_multiple", "summary",
         )  # fmt: skip
-        problems = [
-            Problem(f"[model] {name} = {getattr(self, name)}", "must be at least 1.")
-            for name in counts
-            if getattr(self, name) < 1
-        ]
+        for name in counts:
+            if getattr(self, name) < 1:
+                yield Problem(f"[model] {name} = {getattr(self, name)}", "must be at least 1.")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                problems.append(_unknown(name, getattr(self, name), choices))
-        patterns = get_args(Pattern)
-        problems += [_unknown("attention", one, patterns) for one in self.attention if one not in patterns]
+                yield _unknown(name, getattr(self, name), choices)
+        for pattern in self.attention:
+            if pattern not in get_args(Pattern):
+                yield _unknown("attention", pattern, get_args(Pattern))
         if not self.attention:
-            problems.append(Problem("[model] attention = []", "names no pattern.", 'For the usual one: ["full"].'))
+            yield Problem("[model] attention = []", "names no pattern.", 'For the usual one: ["full"].')
         for name in ("attention_softcap", "logit_softcap", "attention_scale", "rope_theta", "norm_eps"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                problems.append(Problem(f"[model] {name} = {value}", "must be above 0."))
-        problems += [
-            Problem(f"[model] {name} = {getattr(self, name)}", "must be at least 0.")
-            for name in ("n_experts", "sink_tokens", "router_aux_loss_coef", "dropout")
-            if not getattr(self, name) >= 0
-        ]
+                yield Problem(f"[model] {name} = {value}", "must be above 0.")
+        for name in ("n_experts", "sink_tokens", "router_aux_loss_coef", "dropout"):
+            if not getattr(self, name) >= 0:
+                yield Problem(f"[model] {name} = {getattr(self, name)}", "must be at least 0.")
         if self.rope_scaling is not None:
-            problems.extend(self.rope_scaling.problems())
-        return problems
+            yield from self.rope_scaling.problems()
 
-    def _unfitting(self) -> list[Problem]:
+    def _unfitting(self) -> Iterator[Problem]:
         """Values that do not fit together."""
-        problems = []
         if self.n_kv_heads >= 1 and self.n_heads % self.n_kv_heads:
-            problems.append(
-                Problem(
-                    f"[model] n_kv_heads = {self.n_kv_heads}",
-                    f"does not divide n_heads = {self.n_heads}.",
-                    "Choose a divisor; each key/value head serves the same number of query heads.",
-                )
-            )
+            fix = "Choose a divisor; each key/value head serves the same number of query heads."
+            yield Problem(f"[model] n_kv_heads = {self.n_kv_heads}", f"does not divide n_heads = {self.n_heads}.", fix)
         if self.position == "rope" and self.head_dim % 2:
-            problems.append(
-                Problem(f"[model] head_dim = {self.head_dim}", "is odd.", "RoPE rotates pairs: choose an even number.")
-            )
+            fix = "RoPE rotates pairs: choose an even number."
+            yield Problem(f"[model] head_dim = {self.head_dim}", "is odd.", fix)
         elif self.position == "rope" and (self.rotated < 2 or not self.partial_rotary_factor <= 1):
-            problems.append(
-                Problem(
-                    f"[model] partial_rotary_factor = {self.partial_rotary_factor:g}",
-                    f"rotates {self.rotated} of {self.head_dim} features.",
-                    "Choose a share of at most 1 that leaves at least one pair.",
-                )
+            yield Problem(
+                f"[model] partial_rotary_factor = {self.partial_rotary_factor:g}",
+                f"rotates {self.rotated} of {self.head_dim} features.",
+                "Choose a share of at most 1 that leaves at least one pair.",
             )
         if self.position == "sinusoidal" and self.d_model % 2:
-            problems.append(Problem(f"[model] d_model = {self.d_model}", "is odd; sines and cosines come in pairs."))
+            yield Problem(f"[model] d_model = {self.d_model}", "is odd; sines and cosines come in pairs.")
         for pattern, name in (("window", "window"), ("strided", "stride"), ("fixed", "stride")):
             if pattern in self.attention and (getattr(self, name) or 0) < 1:
-                problems.append(
-                    Problem(
-                        f"[model] {name} = {getattr(self, name)}",
-                        f'is needed by attention = "{pattern}".',
-                        f"Give a number of tokens, such as {name} = {max(1, self.context_length // 4)}.",
-                    )
+                yield Problem(
+                    f"[model] {name} = {getattr(self, name)}",
+                    f'is needed by attention = "{pattern}".',
+                    f"Give a number of tokens, such as {name} = {max(1, self.context_length // 4)}.",
                 )
         if "fixed" in self.attention and self.stride and self.summary > self.stride:
-            problems.append(Problem(f"[model] summary = {self.summary}", f"is over stride = {self.stride}."))
+            yield Problem(f"[model] summary = {self.summary}", f"is over stride = {self.stride}.")
         if self.n_experts and not 1 <= self.experts_per_token <= self.n_experts:
-            problems.append(
-                Problem(
-                    f"[model] experts_per_token = {self.experts_per_token}",
-                    f"must be from 1 to n_experts = {self.n_experts}.",
-                )
-            )
-        return problems
+            what = f"must be from 1 to n_experts = {self.n_experts}."
+            yield Problem(f"[model] experts_per_token = {self.experts_per_token}", what)
 
     @property
     def padded_vocab_size(self) -> int:

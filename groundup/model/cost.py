@@ -9,6 +9,7 @@ pairs counted one by one: s · (s + 1) / 2 for causal attention over s positions
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 from groundup.model.config import ModelConfig
@@ -67,7 +68,7 @@ def count_parameters(config: ModelConfig) -> int:
     """Number of parameters; a tied embedding counts once, rows that stand for no token not at all."""
     n_matrices = 1 if config.tied_embeddings else 2
     idle = (config.padded_vocab_size - config.vocab_size) * config.d_model * n_matrices
-    return _stored(config) - idle
+    return weight_bytes(config, 1) - idle
 
 
 def vocabulary_parameters(config: ModelConfig) -> int:
@@ -151,30 +152,29 @@ def decoding_flops(config: ModelConfig, cached: int) -> int:
 
 def weight_bytes(config: ModelConfig, bytes_per_value: int = 4) -> int:
     """Bytes of the weights in memory, rows that fill up the vocabulary included; 4 a value while training."""
-    return _stored(config) * bytes_per_value
-
-
-def gradient_bytes(config: ModelConfig) -> int:
-    """Bytes of the gradients, float32."""
-    return _stored(config) * 4
+    return bytes_per_value * sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
 def optimizer_bytes(config: ModelConfig, optimizer: OptimizerName = "muon") -> int:
-    """Bytes of the optimizers' state, float32: AdamW two moments and a step a tensor, Muon one momentum a matrix.
-
-    Lion keeps one momentum a tensor; Adafactor a mean of squares for every row and every column, and a step.
-    """
+    """Bytes of the optimizers' state; with Muon, AdamW has what is no matrix of a block."""
     total = 0
     for name, shape in parameter_shapes(config).items():
         is_matrix = name.startswith("layers.") and len(shape) >= 2 and not name.endswith("bias")
-        size = 4 * math.prod(shape)
-        if optimizer == "lion" or (optimizer == "muon" and is_matrix):
-            total += size
-        elif optimizer == "adafactor":
-            total += 4 + (size // shape[-1] + size // shape[-2] if len(shape) >= 2 else size)
-        else:
-            total += 2 * size + 4
+        total += state_bytes("adamw" if optimizer == "muon" and not is_matrix else optimizer, shape)
     return total
+
+
+def state_bytes(optimizer: OptimizerName, shape: Sequence[int]) -> int:
+    """Of one tensor, float32: AdamW keeps two moments and a step, Muon and Lion one momentum.
+
+    Adafactor keeps a mean of squares for every row and every column, and a step.
+    """
+    n = math.prod(shape)
+    if optimizer in ("muon", "lion"):
+        return 4 * n
+    if optimizer == "adafactor":
+        return 4 + 4 * (n // shape[-1] + n // shape[-2] if len(shape) >= 2 else n)
+    return 8 * n + 4
 
 
 def kv_cache_bytes(config: ModelConfig, length: int, batch: int = 1, bytes_per_value: int = 2) -> int:
@@ -192,7 +192,3 @@ def _feedforward_parameters(config: ModelConfig) -> int:
     n_in = 2 if config.is_gated else 1
     biases = (n_in * config.d_ff + config.d_model) * config.has_bias("ff")
     return (n_in + 1) * config.d_model * config.d_ff + biases
-
-
-def _stored(config: ModelConfig) -> int:
-    return sum(math.prod(shape) for shape in parameter_shapes(config).values())

@@ -18,17 +18,11 @@ _PATTERNS = {"full": "all before", "window": "window of {window}", "strided": "s
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters of one name and shape.
+    """Parameters of one name and shape."""
 
-    Attributes:
-        name: with `N` for the number of the layer.
-        shape: of each.
-        count: how many there are.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    count: int
+    name: str  # with `N` for the number of the layer
+    shape: tuple[int, ...]  # of each
+    count: int  # how many there are
 
     @property
     def n_parameters(self) -> int:
@@ -86,7 +80,7 @@ def costs(config: ModelConfig, batch: int = 1, length: int | None = None) -> dic
         "bytes": {
             "weights, float32": cost.weight_bytes(config),
             "weights, bfloat16": cost.weight_bytes(config, 2),
-            "gradients": cost.gradient_bytes(config),
+            "gradients": cost.weight_bytes(config),
             "optimizer, Muon and AdamW": cost.optimizer_bytes(config, "muon"),
             "optimizer, AdamW": cost.optimizer_bytes(config, "adamw"),
             "activations, float32": sum(activation_bytes(config, batch, length).values()),

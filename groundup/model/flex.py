@@ -22,17 +22,12 @@ from groundup.model.masks import AttentionRule, alibi_slopes
 
 @dataclass(frozen=True)
 class FlexPlan:
-    """How FlexAttention computes a layer.
+    """How FlexAttention computes a layer."""
 
-    Attributes:
-        block_mask: which blocks of scores are computed.
-        change: changes each score, (score, batch, head, query, key) → score; None: scores stay.
-        compiled: by torch.compile, as it should be on a GPU.
-    """
-
-    block_mask: Any
+    block_mask: Any  # which blocks of scores are computed
+    # Changes each score, (score, batch, head, query, key) → score; None: scores stay
     change: Callable[..., Tensor] | None
-    compiled: bool = True
+    compiled: bool = True  # by torch.compile, as it should be on a GPU
 
 
 def plan_attention(

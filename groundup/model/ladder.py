@@ -42,17 +42,11 @@ _UNITS = {"k": 1e3, "m": 1e6, "b": 1e9}
 
 @dataclass(frozen=True)
 class Choice:
-    """One derived value.
+    """One derived value."""
 
-    Attributes:
-        name: of the setting, as in a recipe: `model.d_model`, `pretrain.lr`.
-        value: what it is set to.
-        reason: why this.
-    """
-
-    name: str
-    value: int | float | str
-    reason: str
+    name: str  # of the setting, as in a recipe: `model.d_model`, `pretrain.lr`
+    value: int | float | str  # what it is set to
+    reason: str  # why this
 
 
 def parse_size(text: str) -> int:
@@ -61,12 +55,17 @@ def parse_size(text: str) -> int:
     Raises:
         RecipeError: no such number, or not on the ladder.
     """
-    match = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kmb]?)", text.strip().lower())
-    size = round(float(match[1].replace("_", "")) * _UNITS.get(match[2], 1)) if match else 0
+    size = parse_count(text) or 0
     if not SMALLEST <= size <= LARGEST:
         what = "is no number of parameters from 200k to 10b."
         raise RecipeError("model", [Problem(f"[model] size = {text!r}", what, 'Write it as "10m" or "1.5b".')])
     return size
+
+
+def parse_count(text: str) -> int | None:
+    """The number that such a text means; None: it is none."""
+    match = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kmb]?)", text.strip().lower())
+    return round(float(match[1].replace("_", "")) * _UNITS.get(match[2], 1)) if match else None
 
 
 def ladder_config(*, size: str | None = None, depth: int | None = None, **overrides: Any) -> ModelConfig:
@@ -134,10 +133,7 @@ def shape_choices(config: ModelConfig, asked: str) -> list[Choice]:
     ratio = "half the query heads from width 1024 on" if config.n_kv_heads < heads else "as many as query heads"
     values = {
         "n_layers": (config.n_layers, f"{asked}: {count_parameters(config):,} parameters with this vocabulary"),
-        "d_model": (
-            width,
-            f"{width / config.n_layers:.0f} a block; loss hardly depends on it (arXiv:2001.08361)",
-        ),
+        "d_model": (width, f"{width / config.n_layers:.0f} a block; loss hardly depends on it (arXiv:2001.08361)"),
         "head_dim": (config.head_dim, "32 under width 256, 64 under 1024, 128 from there on, as Qwen3"),
         "n_heads": (heads, f"{width} / {config.head_dim}"),
         "n_kv_heads": (config.n_kv_heads, f"{ratio} (arXiv:2305.13245; Qwen3)"),
@@ -176,9 +172,8 @@ def training_choices(
     choices.append(Choice("pretrain.batch_size", rows, reason))
     if optimizer == "adamw":
         law = 1.79 * inner**-0.713 * budget**0.307
-        reason = (
-            f"1.79 · N^-0.713 · tokens^0.307 = {law:.2g} at N = {inner:,} (Step Law, arXiv:2503.04715), at most 0.003"
-        )
+        found = f"1.79 · N^-0.713 · tokens^0.307 = {law:.2g} at N = {inner:,}"
+        reason = f"{found} (Step Law, arXiv:2503.04715), at most 0.003"
         choices.append(Choice("pretrain.lr", _rounded(min(3e-3, law)), reason))
     elif optimizer == "muon":
         lr = _rounded(3e-3 * math.sqrt(128 / config.d_model))

@@ -25,23 +25,14 @@ from groundup.model.config import ModelConfig, Pattern
 
 @dataclass(frozen=True)
 class AttentionRule:
-    """What one layer attends to; layers with equal rules share a mask.
+    """What one layer attends to; layers with equal rules share a mask."""
 
-    Attributes:
-        pattern: see above.
-        window: of "window".
-        stride: of "strided" and "fixed".
-        summary: of "fixed".
-        sink_tokens: of "window".
-        alibi_heads: heads with linear biases; 0: none.
-    """
-
-    pattern: Pattern = "full"
-    window: int = 0
-    stride: int = 0
-    summary: int = 0
-    sink_tokens: int = 0
-    alibi_heads: int = 0
+    pattern: Pattern = "full"  # see above
+    window: int = 0  # of "window"
+    stride: int = 0  # of "strided" and "fixed"
+    summary: int = 0  # of "fixed"
+    sink_tokens: int = 0  # of "window"
+    alibi_heads: int = 0  # heads with linear biases; 0: none
 
     @classmethod
     def of_layer(cls, config: ModelConfig, layer: int) -> AttentionRule:

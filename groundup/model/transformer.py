@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,22 +29,15 @@ from groundup.model.masks import AttentionRule, attention_bias
 from groundup.model.normalization import make_norm
 from groundup.model.positions import Rotation, rotation_table, sinusoids
 
-Result = TypeVar("Result")
-
 
 @dataclass(frozen=True)
 class OutputLayer:
-    """The output layer, for a `head` that computes something else than all logits: some rows', or a loss.
+    """The output layer, for a `head` that computes something else than all logits: some rows', or a loss."""
 
-    Attributes:
-        weight: (padded_vocab, d_model), float32; rows from `vocab_size` on are padding.
-        vocab_size: tokens.
-        softcap: of the logits, or None.
-    """
-
+    # (padded_vocab, d_model), float32; rows from `vocab_size` on are padding
     weight: Float[Tensor, "padded_vocab d_model"]
-    vocab_size: int
-    softcap: float | None = None
+    vocab_size: int  # tokens
+    softcap: float | None = None  # of the logits, or None
 
     def logits(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """Logits of the tokens, float32; the products are taken in the dtype of `hidden`."""
@@ -144,28 +137,6 @@ class Transformer(nn.Module):
         found._modules = {**self._modules, "layers": self.layers[:n_blocks]}
         found._rules = self._rules[:n_blocks]
         return found
-
-    @overload
-    def forward(
-        self,
-        ids: Int[Tensor, "batch seq"],
-        *,
-        positions: Int[Tensor, "batch seq"] | None = None,
-        documents: Int[Tensor, "batch seq"] | None = None,
-        cache: KeyValueStore | None = None,
-        head: None = None,
-    ) -> Float[Tensor, "batch seq vocab"]: ...
-
-    @overload
-    def forward(
-        self,
-        ids: Int[Tensor, "batch seq"],
-        *,
-        positions: Int[Tensor, "batch seq"] | None = None,
-        documents: Int[Tensor, "batch seq"] | None = None,
-        cache: KeyValueStore | None = None,
-        head: Callable[[Tensor, OutputLayer], Result],
-    ) -> Result: ...
 
     def forward(
         self,

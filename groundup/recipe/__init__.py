@@ -8,9 +8,7 @@ stage that needs it. Which stages and methods there are says `registry.py`.
 """
 
 from groundup.recipe.data import (
-    ClassifierSettings,
     CorpusSettings,
-    DecontaminationSettings,
     MinHashSettings,
     ShardsSettings,
     TokenizerSettings,
@@ -18,8 +16,8 @@ from groundup.recipe.data import (
 from groundup.recipe.model import DEFAULT_PRESET, ModelSettings, RopeScalingSettings
 from groundup.recipe.reading import parse_recipe, read_recipe, shipped_recipes
 from groundup.recipe.recipe import BEFORE, Recipe
-from groundup.recipe.registry import find_method, register, registered
-from groundup.recipe.resolve import Derived, derivations, resolve, resolve_optimizer
+from groundup.recipe.registry import register, registered
+from groundup.recipe.resolve import derivations, resolve, resolve_optimizer
 from groundup.recipe.sections import Section, Texts, setting
 from groundup.recipe.stages import (
     AlignSettings,
@@ -41,11 +39,8 @@ __all__ = [
     "BEFORE",
     "DEFAULT_PRESET",
     "AlignSettings",
-    "ClassifierSettings",
     "ControlSettings",
     "CorpusSettings",
-    "DecontaminationSettings",
-    "Derived",
     "EvaluateSettings",
     "Gate",
     "GenerateSettings",
@@ -66,7 +61,6 @@ __all__ = [
     "TokenizerSettings",
     "changed_settings",
     "derivations",
-    "find_method",
     "parse_recipe",
     "read_recipe",
     "recipe_toml",

@@ -17,15 +17,10 @@ from groundup.errors import RunError
 
 @dataclass(frozen=True)
 class Registered:
-    """One method.
+    """One method."""
 
-    Attributes:
-        where: "module:object", or the object itself.
-        about: what it does, one line.
-    """
-
-    where: Any
-    about: str
+    where: Any  # "module:object", or the object itself
+    about: str  # what it does, one line
 
 
 TRUNK = {

@@ -23,25 +23,16 @@ Backwards = Callable[[Covariance], Covariance]
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of a Transformer, as far as their signals depend on them.
+    """The blocks of a Transformer, as far as their signals depend on them."""
 
-    Attributes:
-        n_layers: how many.
-        d_model: width of the stream.
-        d_attention: heads · head_dim; as many key/value heads as heads.
-        d_ff: width of the feed-forward layer.
-        deviations: standard deviations of the weights of v, o, up, down, and of the gate, where there is one.
-        activation: of the feed-forward layer.
-        is_post_norm: norm(x + f(x)) instead of x + f(norm(x)).
-    """
-
-    n_layers: int
-    d_model: int
-    d_attention: int
-    d_ff: int
+    n_layers: int  # how many
+    d_model: int  # width of the stream
+    d_attention: int  # heads · head_dim; as many key/value heads as heads
+    d_ff: int  # width of the feed-forward layer
+    # Standard deviations of the weights of v, o, up, down, and of the gate, where there is one
     deviations: Mapping[str, float]
-    activation: Callable[[Tensor], Tensor]
-    is_post_norm: bool
+    activation: Callable[[Tensor], Tensor]  # of the feed-forward layer
+    is_post_norm: bool  # norm(x + f(x)) instead of x + f(norm(x))
 
 
 def predicted_variances(blocks: Blocks, embedding_variance: float, seq: int) -> tuple[list[float], list[float]]:

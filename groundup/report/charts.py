@@ -94,16 +94,14 @@ def loss_chart(name: str, curve: Curve, expected_initial_loss: float | None) -> 
             seen = [line["step"] for line in curve.validation]
             values = [line["val_loss"] for line in curve.validation]
             marker = "o" if len(seen) <= 60 else ""
-            above.plot(
-                seen,
-                values,
-                color=VALIDATION,
-                linewidth=2,
-                linestyle="--",
-                marker=marker,
-                markersize=4,
-                label=f"validation: {values[-1]:.2f}",
-            )
+            style: dict[str, Any] = {
+                "color": VALIDATION,
+                "linewidth": 2,
+                "linestyle": "--",
+                "marker": marker,
+                "markersize": 4,
+            }
+            above.plot(seen, values, label=f"validation: {values[-1]:.2f}", **style)
         if expected_initial_loss is not None:
             _mark_knowing_nothing(above, expected_initial_loss, steps, losses)
         top = max(float(losses.max()), expected_initial_loss or 0.0)
@@ -125,7 +123,7 @@ def loss_chart(name: str, curve: Curve, expected_initial_loss: float | None) -> 
         figure.align_ylabels([above, below])
         above.set_xlim(0, float(steps[-1]) * 1.01 + 1)
 
-    return Chart(_drawn(name, WIDE, 400, paint), _drawn(name, NARROW, 400, paint), words)
+    return _chart(name, 400, paint, words)
 
 
 def curve_chart(name: str, key: str, curve: Curve) -> Chart:
@@ -143,7 +141,7 @@ def curve_chart(name: str, key: str, curve: Curve) -> Chart:
         axes.set_ylabel(key)
         axes.set_xlabel("step")
 
-    return Chart(_drawn(name, WIDE, 210, paint), _drawn(name, NARROW, 210, paint), words)
+    return _chart(name, 210, paint, words)
 
 
 def throughput_chart(name: str, curve: Curve, unit: str = "tokens") -> Chart:
@@ -161,16 +159,7 @@ def throughput_chart(name: str, curve: Curve, unit: str = "tokens") -> Chart:
         axes.plot(*_thinned(time, speeds), color=TRAIN, linewidth=2)
         axes.axhline(median, color=SOFT, linewidth=1, linestyle=":")
         axes.set_ylim(0, float(speeds.max()) * 1.3)
-        axes.annotate(
-            f"median {median:,.0f}",
-            (1, median),
-            xycoords=("axes fraction", "data"),
-            xytext=(-4, -6),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            color=SOFT,
-        )
+        _note(axes, f"median {median:,.0f}", (1, median), (-4, -6), ha="right", va="top", color=SOFT)
         axes.set_ylabel(f"{unit}/s")
         axes.set_xlabel("minutes" if per_minute else "seconds")
         axes.yaxis.set_major_locator(MaxNLocator(3))
@@ -179,7 +168,7 @@ def throughput_chart(name: str, curve: Curve, unit: str = "tokens") -> Chart:
         )
         axes.set_xlim(0, float(time[-1]) * 1.01 or 1.0)
 
-    return Chart(_drawn(name, WIDE, 210, paint), _drawn(name, NARROW, 210, paint), words)
+    return _chart(name, 210, paint, words)
 
 
 def exact_match_chart(name: str, by_kind: Mapping[str, Any]) -> Chart | None:
@@ -209,15 +198,7 @@ def exact_match_chart(name: str, by_kind: Mapping[str, Any]) -> Chart | None:
             low, high = np.minimum(errors, values), np.minimum(errors, 1 - values)
             axes.errorbar(values, rows + offset, xerr=[low, high], fmt="none", ecolor=INK, elinewidth=1.2, capsize=2.5)
         for row, value in zip(rows, after, strict=True):
-            axes.annotate(
-                f"{value:.0%}",
-                (1, row + 0.18),
-                xycoords=("axes fraction", "data"),
-                xytext=(8, 0),
-                textcoords="offset points",
-                va="center",
-                color=INK,
-            )
+            _note(axes, f"{value:.0%}", (1, row + 0.18), (8, 0), va="center", color=INK)
         axes.set_yticks(rows, [kind for kind, *_ in kinds], color=INK)
         axes.grid(axis="y", visible=False)
         axes.set_xlim(0, 1)
@@ -226,7 +207,7 @@ def exact_match_chart(name: str, by_kind: Mapping[str, Any]) -> Chart | None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
         figure.legend(loc="lower center", frameon=False, labelcolor=INK, ncols=2)
 
-    return Chart(_drawn(name, WIDE, height, paint), _drawn(name, NARROW, height, paint), words)
+    return _chart(name, height, paint, words)
 
 
 def histogram_chart(name: str, histograms: Mapping[str, Mapping[str, Any]]) -> Chart | None:
@@ -275,8 +256,7 @@ def histogram_chart(name: str, histograms: Mapping[str, Mapping[str, Any]]) -> C
                 axes.xaxis.set_major_locator(MaxNLocator(2))
                 axes.tick_params(labelsize=canvas.font_size - 2)
 
-    wide, narrow = (_drawn(name, canvas, height_of(canvas), paint) for canvas in (WIDE, NARROW))
-    return Chart(wide, narrow, words)
+    return _chart(name, height_of, paint, words)
 
 
 def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -294,15 +274,7 @@ def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _mark_knowing_nothing(axes: Axes, level: float, steps: NDArray[np.int64], losses: NDArray[np.float64]) -> None:
     axes.axhline(level, color=SOFT, linewidth=1, linestyle=":")
     axes.plot([steps[0]], [losses[0]], color=INK, marker="o", markersize=6, markerfacecolor="none", linestyle="")
-    axes.annotate(
-        f"{level:.2f}: knowing nothing",
-        (0, level),
-        xycoords=("axes fraction", "data"),
-        xytext=(12, 4),
-        textcoords="offset points",
-        va="bottom",
-        color=SOFT,
-    )
+    _note(axes, f"{level:.2f}: knowing nothing", (0, level), (12, 4), va="bottom", color=SOFT)
 
 
 def _estimate(value: object, when: str) -> tuple[float, float]:
@@ -323,6 +295,22 @@ def _thinned(x: NDArray[Any], y: NDArray[np.float64]) -> tuple[NDArray[Any], NDA
         chosen |= {int(stretch[np.argmin(y[stretch])]), int(stretch[np.argmax(y[stretch])])}
     kept = np.array(sorted(chosen))
     return x[kept], y[kept]
+
+
+def _chart(
+    name: str, height: float | Callable[[_Canvas], float], paint: Callable[[Figure, _Canvas], None], words: str
+) -> Chart:
+    """The plot in both widths; `height` for both, or of each."""
+    of = height if callable(height) else lambda _: height
+    wide, narrow = (_drawn(name, canvas, of(canvas), paint) for canvas in (WIDE, NARROW))
+    return Chart(wide, narrow, words)
+
+
+def _note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], **style: Any) -> None:
+    """Words beside the place that is so far along the x axis, a share, and at so much of the y axis."""
+    axes.annotate(
+        text, at, xycoords=("axes fraction", "data"), xytext=offset, textcoords="offset points", **style
+    )  # fmt: skip
 
 
 def _drawn(name: str, canvas: _Canvas, height: float, paint: Callable[[Figure, _Canvas], None]) -> str:

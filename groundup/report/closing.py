@@ -13,18 +13,14 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from groundup.report.format import format_many, is_number
+from groundup.report.format import format_many, is_number, mapping
 from groundup.run import Run
 from groundup.stage import stages_done
 
 
 @dataclass(frozen=True)
 class ClosingRow:
-    """One figure as text; empty strings where there is nothing to show.
-
-    Attributes:
-        gate_passed: None without a gate.
-    """
+    """One figure as text; empty strings where there is nothing to show."""
 
     key: str
     model: str
@@ -34,7 +30,7 @@ class ClosingRow:
     stderr: str
     n: str
     gate: str
-    gate_passed: bool | None
+    gate_passed: bool | None  # None without a gate
 
 
 def closing_table(scores: Mapping[str, Any], run: Run | None = None) -> Table:
@@ -126,7 +122,7 @@ def is_share(key: str) -> bool:
 
 def _row(row: Mapping[str, Any], gates: Sequence[Mapping[str, Any]] = ()) -> ClosingRow:
     key = str(row.get("key", ""))
-    before, after = (_mapping(row.get(name)) for name in ("before", "after"))
+    before, after = (mapping(row.get(name)) for name in ("before", "after"))
     n, outcomes = format_many(after.get("n")), [gate.get("passed") for gate in gates]
     return ClosingRow(
         key=key,
@@ -147,10 +143,6 @@ def _stderr(key: str, value: object) -> str:
     if is_share(key):
         return f"±{100 * value:.1f}"
     return f"±{value:,.0f}" if value >= 100 else f"±{value:.2f}"
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def _mappings(values: object) -> list[Mapping[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from groundup.console import format_bytes, format_count
 from groundup.report.charts import histogram_chart
-from groundup.report.format import is_number
+from groundup.report.format import format_whole, is_number, mapping
 from groundup.report.record import RunRecord
 
 LONGEST_FACT = 60
@@ -24,35 +24,35 @@ def corpus_section(record: RunRecord) -> dict[str, Any] | None:
     if not summary:
         return None
     ratio = record.summary("tokenizer").get("bytes_per_token")
-    languages = ", ".join(f"{name} {count:,}" for name, count in _mapping(statistics.get("languages")).items())
-    keys, clusters = _mapping(statistics.get("duplicate_keys")), _mapping(statistics.get("clusters"))
+    languages = ", ".join(f"{name} {count:,}" for name, count in mapping(statistics.get("languages")).items())
+    keys, clusters = mapping(statistics.get("duplicate_keys")), mapping(statistics.get("clusters"))
     facts = [
-        ("documents read", _count(summary.get("documents_in"))),
-        ("documents kept", _count(summary.get("documents_kept"))),
-        ("for training", _count(summary.get("documents_train"))),
-        ("for validation", _count(summary.get("documents_validation"))),
+        ("documents read", format_whole(summary.get("documents_in"))),
+        ("documents kept", format_whole(summary.get("documents_kept"))),
+        ("for training", format_whole(summary.get("documents_train"))),
+        ("for validation", format_whole(summary.get("documents_validation"))),
         ("text kept", _size(summary.get("bytes_kept"))),
         ("validation chosen by", str(summary.get("validation_by", ""))),
         ("languages found", languages[:LONGEST_FACT] + ("…" if len(languages) > LONGEST_FACT else "")),
-        ("files passed over", _count(_mapping(statistics.get("files")).get("passed_over") or None)),
-        ("records with an id seen before", _count(keys.get("count") or None)),
-        ("largest cluster of near-duplicates", _count(clusters.get("largest_cluster") or None)),
-        *((name, f"{count:,}") for name, count in _mapping(statistics.get("changed")).items()),
+        ("files passed over", format_whole(mapping(statistics.get("files")).get("passed_over") or None)),
+        ("records with an id seen before", format_whole(keys.get("count") or None)),
+        ("largest cluster of near-duplicates", format_whole(clusters.get("largest_cluster") or None)),
+        *((name, f"{count:,}") for name, count in mapping(statistics.get("changed")).items()),
     ]
     return {
         "facts": [(label, value) for label, value in facts if value],
         "steps": [_step(step, ratio) for step in statistics.get("steps", ()) if step.get("in")],
         "has_tokens": is_number(ratio),
         "tables": [
-            (title, _rows(_mapping(statistics.get(name))))
+            (title, _rows(mapping(statistics.get(name))))
             for title, name in (("language", "by_language"), ("source", "by_source"))
-            if len(_mapping(statistics.get(name))) > 1
+            if len(mapping(statistics.get(name))) > 1
         ],
-        "histograms": histogram_chart("signals", _mapping(statistics.get("histograms"))),
-        "private": [(kind, found) for kind, found in _mapping(statistics.get("private")).items() if found],
+        "histograms": histogram_chart("signals", mapping(statistics.get("histograms"))),
+        "private": [(kind, found) for kind, found in mapping(statistics.get("private")).items() if found],
         "matches": [
             {"task": f"{task}, record {example['record']}", "document": example["document"], "text": example["text"]}
-            for task, found in _mapping(statistics.get("contamination")).items()
+            for task, found in mapping(statistics.get("contamination")).items()
             for example in found["examples"]
         ][:MOST_ROWS],
         "examples": [
@@ -62,7 +62,7 @@ def corpus_section(record: RunRecord) -> dict[str, Any] | None:
                 "detail": example.get("detail", ""),
                 "excerpt": example.get("excerpt", ""),
             }
-            for reason, found in _mapping(statistics.get("examples")).items()
+            for reason, found in mapping(statistics.get("examples")).items()
             for example in found[:EXAMPLES_PER_REASON]
         ],
     }
@@ -82,7 +82,7 @@ def _rows(table: Mapping[str, Any]) -> list[dict[str, Any]]:
             "in": row.get("in", 0),
             "kept": row.get("kept", 0),
             "size": _size(row.get("bytes_kept")),
-            "removed": _mapping(row.get("removed")),
+            "removed": mapping(row.get("removed")),
         }
         for name, row in list(table.items())[:MOST_ROWS]
     ]
@@ -90,11 +90,3 @@ def _rows(table: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _size(value: Any) -> str:
     return format_bytes(value) if is_number(value) else ""
-
-
-def _count(value: Any) -> str:
-    return f"{value:,}" if is_number(value) else ""
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

@@ -12,6 +12,11 @@ def is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
+def mapping(value: object) -> Mapping[str, Any]:
+    """A value that should be an object of JSON; an empty one where it is not."""
+    return value if isinstance(value, Mapping) else {}
+
+
 def format_many(count: object) -> str:
     """A count in few digits: `950`, `51 k`, `0.48 M`, `1.20 B`."""
     if not is_number(count):

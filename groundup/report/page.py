@@ -18,7 +18,7 @@ from groundup.console import format_bytes
 from groundup.report.charts import curve_chart, exact_match_chart, loss_chart, throughput_chart
 from groundup.report.closing import ClosingRow, closing_rows, pipeline_rows
 from groundup.report.corpus import corpus_section
-from groundup.report.format import format_many, format_number, format_whole, is_number
+from groundup.report.format import format_many, format_number, format_whole, is_number, mapping
 from groundup.report.picture import LANE, NARROW_STOP, WIDE_STOP, format_seconds, pipeline_stops, pipeline_words
 from groundup.report.record import Curve, RunRecord, read_record
 from groundup.run import REPORT_FILE, Run
@@ -64,7 +64,7 @@ def write_report(run: Run) -> Path:
                 for name, stage in record.stages.items()
                 if name in record.curves or stage.shown.get("facts")
             ],
-            by_kind=exact_match_chart("exact-match", _mapping(record.scores.get("by_kind"))),
+            by_kind=exact_match_chart("exact-match", mapping(record.scores.get("by_kind"))),
             answers=_answers(record.scores.get("answers")),
             machine=_machine(record),
             can_chat=record.end != record.base and record.state(record.end) in _HAS_MODEL,
@@ -172,8 +172,8 @@ def _samples(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         by_prompt.setdefault(prompt, []).append({"step": line["step"], "text": text})
     samples = []
     for prompt, texts in by_prompt.items():
-        shown = _spread(len(texts), MOST_SAMPLES_SHOWN)
-        rest = [index for index in _evenly(len(texts), MOST_SAMPLES) if index not in shown]
+        shown = _spread(len(texts), MOST_SAMPLES_SHOWN, 1.7)
+        rest = [index for index in _spread(len(texts), MOST_SAMPLES) if index not in shown]
         samples.append(
             {
                 "prompt": prompt,
@@ -184,17 +184,11 @@ def _samples(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return samples
 
 
-def _spread(count: int, most: int) -> list[int]:
-    """At most `most` indices, denser at the start, where a model changes fastest; first and last included."""
+def _spread(count: int, most: int, power: float = 1.0) -> list[int]:
+    """At most `most` indices, first and last included; over power 1 denser at the start, where a model changes fast."""
     if count <= most:
         return list(range(count))
-    return sorted({round((count - 1) * (index / (most - 1)) ** 1.7) for index in range(most)})
-
-
-def _evenly(count: int, most: int) -> list[int]:
-    if count <= most:
-        return list(range(count))
-    return sorted({round(index * (count - 1) / (most - 1)) for index in range(most)})
+    return sorted({round((count - 1) * (index / (most - 1)) ** power) for index in range(most)})
 
 
 def _answers(answers: object) -> dict[str, Any] | None:
@@ -232,7 +226,3 @@ def _machine(record: RunRecord) -> list[tuple[str, str]]:
         else (name.replace("_gib", " (GiB)"), "; ".join(f"{value} ({', '.join(at)})" for value, at in seen.items()))
         for name, seen in values.items()
     ]
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

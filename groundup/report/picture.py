@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from groundup.console import format_bytes
+from groundup.console import format_bytes, format_duration
 from groundup.report.format import format_lines
 from groundup.report.record import RunRecord, StageRecord
 
@@ -18,28 +18,17 @@ WIDE_STOP, NARROW_STOP, LANE = 116, 92, 150
 
 @dataclass(frozen=True)
 class Stop:
-    """One stop.
-
-    Attributes:
-        icon: which glyph stands in its circle.
-        lines: what came out, at most three short lines.
-        took: wall-clock time, "" for the ends of the pipeline.
-        state: "done", "unfinished" or "to come".
-        share: its part of the whole time, 0 to 1.
-        column: how many stops are before it.
-        lane: which branch it is on, 0 at the top.
-        after: the place of the stop before it in the list, -1 for the first.
-    """
+    """One stop."""
 
     name: str
-    icon: str
-    lines: tuple[str, ...]
-    took: str
-    state: str
-    share: float
-    column: int
-    lane: int
-    after: int
+    icon: str  # which glyph stands in its circle
+    lines: tuple[str, ...]  # what came out, at most three short lines
+    took: str  # wall-clock time, "" for the ends of the pipeline
+    state: str  # "done", "unfinished" or "to come"
+    share: float  # its part of the whole time, 0 to 1
+    column: int  # how many stops are before it
+    lane: int  # which branch it is on, 0 at the top
+    after: int  # the place of the stop before it in the list, -1 for the first
 
 
 def pipeline_stops(record: RunRecord, end: str) -> list[Stop]:
@@ -101,6 +90,5 @@ def format_seconds(seconds: float) -> str:
     """`0.6 s`, `48 s`, `2:10 min`, `1:02:10 h`."""
     if seconds < 59.5:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d} h" if hours else f"{minute}:{second:02d} min"
+    shown = format_duration(seconds)
+    return f"{shown} {'h' if shown.count(':') == 2 else 'min'}"

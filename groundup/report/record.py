@@ -22,21 +22,13 @@ from groundup.stage import current_stages, default_model, graph, language_models
 
 @dataclass(frozen=True)
 class Curve:
-    """What a training stage logged, in steps' order.
+    """What a training stage logged, in steps' order."""
 
-    Attributes:
-        train: lines of every step (`step`, `loss`, `lr`, ...).
-        validation: lines of the validation passes (`step`, `val_loss`, ...).
-        timings: lines of `step`, `seconds`, `tokens_per_second`.
-        samples: lines of `step`, `prompt`, `text`.
-        lines: all lines of metrics.jsonl.
-    """
-
-    train: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
-    timings: list[dict[str, Any]]
-    samples: list[dict[str, Any]]
-    lines: list[dict[str, Any]] = field(default_factory=list)
+    train: list[dict[str, Any]]  # lines of every step (`step`, `loss`, `lr`, ...)
+    validation: list[dict[str, Any]]  # lines of the validation passes (`step`, `val_loss`, ...)
+    timings: list[dict[str, Any]]  # lines of `step`, `seconds`, `tokens_per_second`
+    samples: list[dict[str, Any]]  # lines of `step`, `prompt`, `text`
+    lines: list[dict[str, Any]] = field(default_factory=list)  # all lines of metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -71,19 +63,13 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """All that the page shows, as read.
-
-    Attributes:
-        path: of the run, quoted for a shell.
-        base: the first stage that makes a language model.
-        end: the stage whose model is used.
-    """
+    """All that the page shows, as read."""
 
     name: str
-    path: str
+    path: str  # of the run, quoted for a shell
     about: str
-    base: str
-    end: str
+    base: str  # the first stage that makes a language model
+    end: str  # the stage whose model is used
     recipe_text: str
     stages: dict[str, StageRecord]
     curves: dict[str, Curve]

@@ -8,8 +8,7 @@ The same law gives the same bytes.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -25,30 +24,8 @@ _AHEAD = 10.0
 """The frontier is drawn up to so many times the compute of the largest run."""
 
 
-class Point(Protocol):
-    """One run."""
-
-    @property
-    def n_parameters(self) -> int: ...  # noqa: D102
-    @property
-    def n_tokens(self) -> int: ...  # noqa: D102
-    @property
-    def loss(self) -> float: ...  # noqa: D102
-    @property
-    def flops(self) -> float: ...  # noqa: D102
-
-
-class Law(Protocol):
-    """What is drawn of a law."""
-
-    @property
-    def points(self) -> Sequence[Point]: ...  # noqa: D102
-    @property
-    def left_out(self) -> Sequence[float]: ...  # noqa: D102
-    @property
-    def left_out_error(self) -> float: ...  # noqa: D102
-    def loss(self, n_parameters: float, n_tokens: float) -> float: ...  # noqa: D102
-    def compute_optimal(self, flops: float) -> Any: ...  # noqa: D102
+Law = Any
+"""A `ScalingLaw`: training stands above this room, so it is not imported."""
 
 
 def draw_scaling(law: Law) -> str:

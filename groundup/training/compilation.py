@@ -5,8 +5,8 @@ compiler would begin again and again. What was decided is part of a run's checkp
 otherwise. Only what is trained is compiled: validation, with rows of other lengths, and generation run as they are.
 
 A compiler that is killed can leave a truncated object in its cache, and then every later compile of that graph fails,
-or any compile. So truncated objects are removed before the first one, and after one that fails, which is then tried
-once more. What fails again costs one line and the speed, not the run.
+or any compile. So truncated objects are removed before the first one. What fails costs one line and the speed, not the
+run.
 
 Activation checkpointing (arXiv:1604.06174) computes again what the backward pass needs instead of keeping it:
 
@@ -20,12 +20,10 @@ Losses and gradients stay the same: the same operations on the same numbers, dro
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +31,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from groundup.console import Console
 from groundup.distributed import World
@@ -187,11 +185,19 @@ class CompiledBlocks:
     """
 
     def __init__(self, model: Transformer, console: Console) -> None:
-        _use_own_cache()
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+        # Our own cache, unless somebody has chosen another; torch notes its default here when it is first asked.
+        if os.environ.get(_CACHE) in (None, default_cache_dir()):
+            os.environ[_CACHE] = str(cache_folder())
         self.failure: str | None = None
         self._console, self._blocks = console, model.blocks
-        self._is_wide = model.config.d_model >= WIDE
-        self._clear()
+        # A budget of 1 is the compiler's own: what it would keep.
+        self._budget = MEMORY_SHARE if model.config.d_model >= WIDE else 1.0
+        cache = cache_folder()
+        removed = remove_truncated(cache) if os.environ[_CACHE] == str(cache) else []
+        if removed:
+            console.note(f"{len(removed)} truncated objects of a killed compiler are removed: {removed[0].parent}")
         for block in self._blocks:
             block.compute = self._with_a_way_back(block)
 
@@ -201,49 +207,28 @@ class CompiledBlocks:
             block.compute = block.eager
 
     def _with_a_way_back(self, block: Block) -> Callable[..., Any]:
+        from torch._functorch import config
+
         plain = block.eager
         compiled: Callable[..., Any] = torch.compile(plain)
 
         def run(x: Any, rotation: Any, mask: Any = None, cached: Any = None) -> Any:
-            nonlocal compiled
             if self.failure is not None or cached is not None or not torch.is_grad_enabled():
                 return plain(x, rotation, mask, cached)
             try:
-                with self._memory_budget():
+                with config.patch(activation_memory_budget=self._budget):
                     return compiled(x, rotation, mask)
             except Exception as error:  # whatever a compiler may raise
-                if not _is_compilers(error):
+                # Only what the compiler raised, and not the model.
+                of_compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+                if not of_compiler and not isinstance(error, ImportError):
                     raise
-                if self._clear():
-                    torch._dynamo.reset()
-                    compiled = torch.compile(plain)
-                else:
-                    self._give_up(error)
-            return run(x, rotation, mask)
+                lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+                self.failure = " ".join(lines[:2]) or type(error).__name__
+                self._console.warn(f"torch.compile failed ({self.failure:.200}); training goes on without it.")
+            return plain(x, rotation, mask)
 
         return run
-
-    def _memory_budget(self) -> AbstractContextManager[Any]:
-        config: Any = getattr(torch._functorch, "config", None)
-        if not self._is_wide or not hasattr(config, "activation_memory_budget"):
-            return nullcontext()
-        budget: AbstractContextManager[Any] = config.patch(activation_memory_budget=MEMORY_SHARE)
-        return budget
-
-    def _clear(self) -> bool:
-        """Remove what a killed compiler left in the cache, if it is ours; whether there was anything."""
-        cache = cache_folder()
-        removed = remove_truncated(cache) if os.environ[_CACHE] == str(cache) else []
-        if removed:
-            self._console.note(
-                f"{len(removed)} truncated objects of a killed compiler are removed: {removed[0].parent}"
-            )
-        return bool(removed)
-
-    def _give_up(self, error: Exception) -> None:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        self.failure = " ".join(lines[:2]) or type(error).__name__
-        self._console.warn(f"torch.compile failed ({self.failure:.200}); training goes on without it.")
 
 
 def cache_folder() -> Path:
@@ -254,15 +239,6 @@ def cache_folder() -> Path:
 def find_compiler() -> str | None:
     """The C++ compiler that torch.compile would call for a CPU, or None."""
     return shutil.which(os.environ.get("CXX") or "") or next(filter(None, map(shutil.which, ("g++", "clang++"))), None)
-
-
-def _use_own_cache() -> None:
-    """Unless somebody has chosen another; torch notes its default in the same variable when it is first asked."""
-    from torch._inductor.runtime import cache_dir_utils
-
-    default = getattr(cache_dir_utils, "default_cache_dir", lambda: None)()
-    if os.environ.get(_CACHE) in (None, default):
-        os.environ[_CACHE] = str(cache_folder())
 
 
 def remove_truncated(cache: Path) -> list[Path]:
@@ -287,14 +263,9 @@ def _is_truncated(path: Path) -> bool:
     return bool(size < table + entry_size * n_entries)
 
 
-def _is_compilers(error: Exception) -> bool:
-    """Whether the compiler raised it, and not the model."""
-    kind = type(error)
-    return kind.__module__.startswith(("torch._dynamo", "torch._inductor")) or isinstance(error, ImportError)
-
-
 Checkpointing = Literal["none", "selective", "full"]
 
+# The outputs of matrix products are kept, everything else is computed again.
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention",
              "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention",
              "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable")  # fmt: skip
@@ -302,25 +273,12 @@ _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attenti
 
 def set_checkpointing(model: Transformer, kind: Checkpointing) -> None:
     """Make every block keep as much as `kind` says, in training."""
+    products = [getattr(torch.ops.aten, name).default for name in _PRODUCTS]
+    selective = partial(create_selective_checkpoint_contexts, products)
     ways: dict[Checkpointing, Callable[..., Tensor] | None] = {
         "none": None,
-        "selective": partial(checkpoint, use_reentrant=False, context_fn=_selective),
+        "selective": partial(checkpoint, use_reentrant=False, context_fn=selective),
         "full": partial(checkpoint, use_reentrant=False),
     }
     for block in model.blocks:
         block.recompute = ways[kind]
-
-
-def _selective() -> Any:
-    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
-
-
-def _policy(context: Any, operation: Any, *args: Any, **options: Any) -> CheckpointPolicy:
-    """Matrix products are kept, everything else is computed again."""
-    return CheckpointPolicy.MUST_SAVE if operation in _operations() else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-@functools.cache
-def _operations() -> frozenset[Any]:
-    known = (getattr(torch.ops.aten, name, None) for name in _PRODUCTS)  # not every version of torch has them all
-    return frozenset(operation.default for operation in known if operation is not None)

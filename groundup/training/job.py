@@ -88,52 +88,36 @@ class OnPolicySource(Protocol):
 
 @dataclass
 class TrainingJob:
-    """What is trained, on what, and what is looked at meanwhile.
+    """What is trained, on what, and what is looked at meanwhile."""
 
-    Attributes:
-        name: the stage, as shown on the console.
-        modules: trained in place. The first is the model. With several, parameters are called `NAME.parameter` by
-            optimizers, groups and checkpoints.
-        objective: which passes are made and what is minimized.
-        source: batches.
-        settings: optimizer, schedule, precision, intervals.
-        n_rows: rows to see, at least; the last batch is whole.
-        folder: where logs and checkpoints go.
-        frozen: modules that the objective needs and nothing trains; they are in no checkpoint.
-        seed: of dropout.
-        start: what stands for the weights it begins with, frozen ones too; "fresh": those that its seed draws.
-        axes: `[parallel]` axes over which it can be trained.
-        expected_initial_loss: what the first step's loss should be, in nats, for a model that knows nothing.
-        bytes_per_token: turns validation loss into bits per byte, where the targets are plain text.
-        train_bytes_per_token: the same for the loss of training; the mean over all of the text, not a step's own.
-        samples: prompts to continue at each validation pass, and what continues them.
-        row_length: tokens in every row, where all are alike.
-        row_sequences: sequences in a row, each of that length: two where a row is a pair.
-        unit: what the objective's first term counts, in the plural, for people.
-        sized: settings by which memory is estimated, where they are not its own: what is frozen in other ways.
-        micro_rows: rows in one forward pass on one device; found by `train` (`planning/memory.py`).
-    """
-
-    name: str
+    name: str  # the stage, as shown on the console
+    # Trained in place. The first is the model. With several, parameters are called `NAME.parameter` by optimizers,
+    # groups and checkpoints
     modules: dict[str, Transformer | nn.Module]
-    objective: Objective
-    source: Source | OnPolicySource
-    settings: OptimizerSettings
-    n_rows: int
-    folder: Path
+    objective: Objective  # which passes are made and what is minimized
+    source: Source | OnPolicySource  # batches
+    settings: OptimizerSettings  # optimizer, schedule, precision, intervals
+    n_rows: int  # rows to see, at least; the last batch is whole
+    folder: Path  # where logs and checkpoints go
+    # Modules that the objective needs and nothing trains; they are in no checkpoint
     frozen: dict[str, nn.Module] = field(default_factory=dict)
-    seed: int = 1
+    seed: int = 1  # of dropout
+    # What stands for the weights it begins with, frozen ones too; "fresh": those that its seed draws
     start: str = "fresh"
-    axes: frozenset[str] = frozenset({"replicate", "shard"})
+    axes: frozenset[str] = frozenset({"replicate", "shard"})  # `[parallel]` axes over which it can be trained
+    # What the first step's loss should be, in nats, for a model that knows nothing
     expected_initial_loss: float | None = None
-    bytes_per_token: float | None = None
+    bytes_per_token: float | None = None  # turns validation loss into bits per byte, where the targets are plain text
+    # The same for the loss of training; the mean over all of the text, not a step's own
     train_bytes_per_token: float | None = None
-    samples: tuple[str, ...] = ()
+    samples: tuple[str, ...] = ()  # prompts to continue at each validation pass, and what continues them
     continue_text: Callable[[Transformer, str], str] | None = None
-    row_length: int | None = None
-    row_sequences: int = 1
-    unit: str = "tokens"
+    row_length: int | None = None  # tokens in every row, where all are alike
+    row_sequences: int = 1  # sequences in a row, each of that length: two where a row is a pair
+    unit: str = "tokens"  # what the objective's first term counts, in the plural, for people
+    # Settings by which memory is estimated, where they are not its own: what is frozen in other ways
     sized: OptimizerSettings | None = None
+    # Rows in one forward pass on one device; found by `train` (`planning/memory.py`)
     micro_rows: int = field(default=1, init=False)
 
     @property

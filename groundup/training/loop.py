@@ -25,7 +25,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 import xxhash
-from torch import Tensor, nn
+from torch import Tensor
 
 from groundup.console import Bar, Console
 from groundup.distributed import World, shard_module
@@ -45,7 +45,7 @@ from groundup.training.optimizers import (
     scale_to_norm,
     squared_norm,
 )
-from groundup.training.planning.memory import check_memory
+from groundup.training.planning.memory import Workload, device_memory
 from groundup.training.precision import LossScaler, check_precision, choose_precision, float8_products
 from groundup.training.process import keep_freed_memory, peak_memory_bytes
 from groundup.training.schedule import learning_rate_share
@@ -78,11 +78,16 @@ def train(job: TrainingJob, world: World, console: Console) -> dict[str, Any]:
 
 def _train(job: TrainingJob, world: World, console: Console, stop: StopRequest) -> dict[str, Any]:
     settings, config = job.settings, job.model.config
-    beside = sum(_held_bytes(job, module, world) for module in job.all_modules.values() if module is not job.model)
+    # Of modules beside the model their weights; of trained ones gradient and moments too.
+    others = [(module, 4) for module in job.modules.values() if module is not job.model]
+    others += [(module, 1) for module in job.frozen.values()]
+    beside = sum(4 * copies * sum(p.numel() for p in module.parameters()) // world.size for module, copies in others)
     length = job.row_sequences * (job.row_length or config.context_length)
     # Patterns of groups may be about other modules, which are counted by their sizes alone.
     sized = job.sized or (settings if len(job.modules) == 1 else settings.model_copy(update={"groups": ()}))
-    job.micro_rows = check_memory(config, sized, length, world, console, job.name, beside=beside)
+    available = device_memory(world)
+    available = replace(available, total=max(0, available.total - beside))
+    job.micro_rows = Workload(config, sized, length, available, world.size, job.name).check(console)
     if world.device.type == "cpu":
         keep_freed_memory()
     precision, reason = choose_precision(settings.precision, world.device.type)
@@ -407,12 +412,6 @@ class _RollBack(Exception):
     """The last checkpoint is wanted back; says why."""
 
 
-def _held_bytes(job: TrainingJob, module: nn.Module, world: World) -> int:
-    """Bytes of a module beside the model on one device: its weights; of a trained one gradient and moments too."""
-    copies = 1 if module in job.frozen.values() else 4
-    return 4 * copies * sum(parameter.numel() for parameter in module.parameters()) // world.size
-
-
 def _say_resumed(job: TrainingJob, progress: Progress, world: World, console: Console) -> None:
     console.note(f"{job.name}: going on from step {progress.step} of {job.n_steps}")
     if (progress.threads, progress.world_size) != (torch.get_num_threads(), world.size):
@@ -457,11 +456,7 @@ STEPS_BETWEEN_COLLECTIONS = 200
 
 
 class Prefetcher(Generic[Made]):
-    """Makes one batch ahead, in a thread. Use it in a `with` statement.
-
-    Args:
-        make: the batch of a place.
-    """
+    """Makes one batch ahead, that of a place, in a thread. Use it in a `with` statement."""
 
     def __init__(self, make: Callable[[int], Made]) -> None:
         self._make = make

@@ -9,9 +9,10 @@ is imported unless asked for, and a run that goes on writes into the same board.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
@@ -128,6 +129,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
+Tracker = tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]
+"""What notes the numbers of a step, and what writes the last of them."""
 
 
 class Trackers:
@@ -148,13 +151,13 @@ class Trackers:
     def __init__(
         self, names: Sequence[TrackerName], folder: Path, project: str, stage: str, step: int, config: Mapping[str, Any]
     ) -> None:
-        self._all: list[_TensorBoard | _Remote] = []
+        self._all: list[Tracker] = []
         for name in names:
             try:
                 if name == "tensorboard":
-                    self._all.append(_TensorBoard(folder / "tensorboard", step))
+                    self._all.append(_tensorboard(folder / "tensorboard", step))
                 else:
-                    self._all.append(_Remote(name, project, stage, step, config))
+                    self._all.append(_remote(name, project, stage, config))
             except ImportError as error:
                 raise GroundupError(
                     f"[{stage}] track = {name!r}: not installed.", f"Run: pip install {name}, or leave it out."
@@ -167,45 +170,34 @@ class Trackers:
             for name, value in values.items()
             if name not in ("step", "tokens") and isinstance(value, (int, float))
         }
-        for tracker in self._all if numbers else ():
-            tracker.log(step, numbers)
+        for log, _ in self._all if numbers else ():
+            log(step, numbers)
 
     def close(self) -> None:
         """Write what is left."""
-        for tracker in self._all:
-            tracker.close()
+        for _, close in self._all:
+            close()
 
 
-class _TensorBoard:
-    def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+def _tensorboard(folder: Path, step: int) -> Tracker:
+    from torch.utils.tensorboard import SummaryWriter
 
-        # What a killed run wrote beyond its checkpoint is hidden.
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    # What a killed run wrote beyond its checkpoint is hidden.
+    writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self._writer.close()
+    return log, writer.close
 
 
-class _Remote:
+def _remote(name: str, project: str, stage: str, config: Mapping[str, Any]) -> Tracker:
     """Weights & Biases, or trackio, which has the same interface."""
-
-    def __init__(self, name: str, project: str, stage: str, step: int, config: Mapping[str, Any]) -> None:
-        import importlib
-
-        self._module: Any = importlib.import_module(name)
-        options = {"resume": "allow"} if name == "wandb" else {}
-        self._module.init(project=project, name=stage, config=dict(config), **options)
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._module.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._module.finish()
+    module: Any = importlib.import_module(name)
+    options = {"resume": "allow"} if name == "wandb" else {}
+    module.init(project=project, name=stage, config=dict(config), **options)
+    return lambda step, values: module.log(values, step=step), module.finish
 
 
 _BAR_WIDTH = 34
@@ -225,7 +217,9 @@ def summarize(
     validation: dict[str, Any] = next((line for line in reversed(lines) if _is_validation(line)), {})
     terms = [name for name in (steps[-1] if steps else ()) if name not in _NO_TERMS]
     curves = {name: [line[name] for line in steps if math.isfinite(line.get(name) or math.nan)] for name in terms}
-    final = {name: sum(tail) / len(tail) for name, values in curves.items() if (tail := values[-_tail(values) :])}
+    final = {
+        name: sum(tail) / len(tail) for name, values in curves.items() if (tail := values[-max(1, len(values) // 20) :])
+    }
     first = terms[0] if terms else "loss"
     losses = curves.get(first, [])
     others = [module for module in job.modules.values() if module is not job.model]
@@ -256,11 +250,6 @@ def summarize(
     return summary
 
 
-def _tail(values: Sequence[float]) -> int:
-    """How many of a run's last values stand for its end."""
-    return max(1, len(values) // 20)
-
-
 def summary_line(summary: Mapping[str, Any]) -> str:
     """The most telling of them, for the finished line."""
     unit = summary.get("unit", "tokens")
@@ -282,15 +271,9 @@ def live_line(
     fields: Mapping[str, Any], speed: Throughput, seconds_left: float, memory_bytes: int, width: int,
     unit: str = "tokens",
 ) -> str:  # fmt: skip
-    """What stands behind the bar, in the grammar of a log line; what is least missed goes first on a narrow terminal.
+    """What stands behind the bar, in the grammar of a log line, on a terminal with so many columns.
 
-    Args:
-        fields: step, loss, learning rates and gradient norm.
-        speed: of the last steps.
-        seconds_left: to the end of the run.
-        memory_bytes: peak so far.
-        width: columns of the terminal.
-        unit: of the speed.
+    `fields` are step, loss, learning rates and gradient norm; what is least missed goes first where it is narrow.
     """
     shown = {**fields, f"{_short(unit)}/s": round(speed.tokens_per_second)}
     if speed.mfu is not None:

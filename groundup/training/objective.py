@@ -55,17 +55,11 @@ MOSTLY_VALID = 0.75
 
 
 class Term(NamedTuple):
-    """One part of what is minimized, summed over the items of a micro-batch.
+    """One part of what is minimized, summed over the items of a micro-batch."""
 
-    Attributes:
-        total: what is minimized; has the gradient.
-        reported: what logs show in its place, without gradient.
-        weight: in the sum of all terms; 0: only reported.
-    """
-
-    total: Float[Tensor, ""]
-    reported: Float[Tensor, ""]
-    weight: float = 1.0
+    total: Float[Tensor, ""]  # what is minimized; has the gradient
+    reported: Float[Tensor, ""]  # what logs show in its place, without gradient
+    weight: float = 1.0  # in the sum of all terms; 0: only reported
 
 
 class Objective(Protocol):
@@ -97,14 +91,10 @@ class NextToken:
 
     A batch has `ids`, `targets` (the next token of each, or `IGNORED`) and, where rows hold several documents,
     `documents` (which one each token belongs to) and `positions` (its place there).
-
-    Attributes:
-        label_smoothing: ε above.
-        z_loss: ζ above.
     """
 
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+    label_smoothing: float = 0.0  # ε above
+    z_loss: float = 0.0  # ζ above
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """How many targets are predicted."""
@@ -148,15 +138,10 @@ def _row_flops(config: ModelConfig, length: int) -> int:
 
 
 class Loss(NamedTuple):
-    """A loss over a batch's valid targets, in nats, float32.
+    """A loss over a batch's valid targets, in nats, float32."""
 
-    Attributes:
-        objective: what is minimized; has the gradient.
-        nats: plain cross-entropy, Σ −log p(target); without a gradient.
-    """
-
-    objective: Float[Tensor, ""]
-    nats: Float[Tensor, ""]
+    objective: Float[Tensor, ""]  # what is minimized; has the gradient
+    nats: Float[Tensor, ""]  # plain cross-entropy, Σ −log p(target); without a gradient
 
 
 def cross_entropy_sum(

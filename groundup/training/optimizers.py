@@ -20,7 +20,7 @@ import fnmatch
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,15 +194,9 @@ def scale_to_norm(parameters: Sequence[Tensor], max_norm: float, norm: float) ->
         torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
 
 
-def clip_gradients(parameters: Sequence[Tensor], max_norm: float, world_sum: Callable[[Tensor], Tensor]) -> float:
-    """Clip by the global norm, and return the norm before: both of the above in one, with a wait for the device.
-
-    Args:
-        parameters: sharded or not; each process counts its own shards.
-        max_norm: 0 measures only.
-        world_sum: `World.sum`.
-    """
-    norm = math.sqrt(float(world_sum(squared_norm(parameters))[0]))
+def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> float:
+    """Clip by the global norm of one process, and return the norm before: both of the above, with a wait between."""
+    norm = math.sqrt(float(squared_norm(parameters)))
     scale_to_norm(parameters, max_norm, norm)
     return norm
 
@@ -242,11 +236,7 @@ def group_parameters(shapes: Shapes, settings: OptimizerSettings, stage: str = "
         RecipeError: with every pattern that matches nothing, or not what it could change.
     """
     chosen = {name: _first_match(name, settings.groups) for name in shapes}
-    problems = [
-        problem
-        for index, group in enumerate(settings.groups)
-        if (problem := _problem(index, group, chosen, shapes, settings, stage)) is not None
-    ]
+    problems = list(_problems(chosen, shapes, settings, stage))
     frozen = tuple(name for name, index in chosen.items() if index is not None and settings.groups[index].frozen)
     if not problems and len(frozen) == len(shapes):
         problems = [Problem(f"[{stage}] groups", "freeze every parameter: nothing is left to train.")]
@@ -325,24 +315,24 @@ def _first_match(name: str, groups: Sequence[GroupSettings]) -> int | None:
     return next((index for index, group in enumerate(groups) if fnmatch.fnmatchcase(name, group.match)), None)
 
 
-def _problem(
-    index: int, group: GroupSettings, chosen: Mapping[str, int | None], shapes: Shapes, settings: OptimizerSettings,
-    stage: str,
-) -> Problem | None:  # fmt: skip
-    where = f'[[{stage}.groups]] match = "{group.match}"'
-    matching = [name for name in chosen if fnmatch.fnmatchcase(name, group.match)]
-    if not matching:
-        near = difflib.get_close_matches(group.match, chosen, n=3, cutoff=0.3) or list(chosen)[:3]
-        return Problem(where, "no parameter has such a name.", f"Near it: {', '.join(near)}.")
-    mine = [name for name in matching if chosen[name] == index]
-    if not mine:
-        return Problem(where, "everything it matches is in a group above it.", "The first match counts: put it first.")
-    if group.lr is not None and len({_optimizer_of(name, shapes[name], settings) for name in mine}) > 1:
-        what = "lr would be both Muon's and AdamW's, whose rates are of other sizes."
-        return Problem(where, what, "Use lr_scale, or a narrower pattern.")
-    if group.weight_decay and not any(is_matrix(name, shapes[name]) for name in mine):
-        return Problem(where, "weight_decay falls on matrices only, and there is none among them.")
-    return None
+def _problems(
+    chosen: Mapping[str, int | None], shapes: Shapes, settings: OptimizerSettings, stage: str
+) -> Iterator[Problem]:
+    """Groups that match nothing, or not what they could change."""
+    for index, group in enumerate(settings.groups):
+        where = f'[[{stage}.groups]] match = "{group.match}"'
+        mine = [name for name, place in chosen.items() if place == index]
+        if not any(fnmatch.fnmatchcase(name, group.match) for name in chosen):
+            near = difflib.get_close_matches(group.match, chosen, n=3, cutoff=0.3) or list(chosen)[:3]
+            yield Problem(where, "no parameter has such a name.", f"Near it: {', '.join(near)}.")
+        elif not mine:
+            what = "everything it matches is in a group above it."
+            yield Problem(where, what, "The first match counts: put it first.")
+        elif group.lr is not None and len({_optimizer_of(name, shapes[name], settings) for name in mine}) > 1:
+            what = "lr would be both Muon's and AdamW's, whose rates are of other sizes."
+            yield Problem(where, what, "Use lr_scale, or a narrower pattern.")
+        elif group.weight_decay and not any(is_matrix(name, shapes[name]) for name in mine):
+            yield Problem(where, "weight_decay falls on matrices only, and there is none among them.")
 
 
 def _extent(names: Sequence[str], shapes: Shapes) -> str:

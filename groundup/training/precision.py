@@ -19,14 +19,13 @@ import contextlib
 import functools
 import importlib.util
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from groundup.environment import cpu_features
 from groundup.errors import ArtifactError, GroundupError
 from groundup.model import Transformer
 from groundup.model.initialization import is_sharded
@@ -41,7 +40,7 @@ def native_bfloat16(device_type: str = "cpu") -> tuple[bool, str]:
         return major >= 8, f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
     if device_type == "mps":
         return False, "MPS: float32 is the safe choice"
-    flags = _cpu_flags()
+    flags = cpu_features().split()
     for flag, name in (("amx_bf16", "AMX-BF16"), ("avx512_bf16", "AVX512-BF16"), ("bf16", "Arm BF16")):
         if flag in flags:
             return True, name
@@ -52,10 +51,20 @@ def check_precision(setting: PrecisionName, device_type: str, stage: str = "pret
     """Hold that this machine can do the arithmetic that a recipe asks for; nothing is allocated.
 
     Raises:
-        GroundupError: it cannot.
+        GroundupError: float8, and the device does not multiply 8 bits or torchao is not there.
     """
-    if setting == "float8":
-        check_float8(device_type, stage)
+    if setting != "float8" or _EMULATED:
+        return
+    where, fix = f'[{stage}] precision = "float8"', 'Choose precision = "auto".'
+    if device_type != "cuda":
+        raise GroundupError(f"{where}: needs an NVIDIA GPU with 8-bit tensor cores, and this is a {device_type}.", fix)
+    capability = torch.cuda.get_device_capability()
+    if capability < LEAST_CAPABILITY:
+        name, (major, minor) = torch.cuda.get_device_name(), capability
+        needed = ".".join(map(str, LEAST_CAPABILITY))
+        raise GroundupError(f"{where}: needs compute capability {needed}; {name} has {major}.{minor}.", fix)
+    if importlib.util.find_spec("torchao") is None:
+        raise GroundupError(f"{where}: torchao is not installed.", f"Run: pip install 'groundup[fp8]'. {fix}")
 
 
 def choose_precision(setting: PrecisionName, device_type: str = "cpu") -> tuple[torch.dtype, str]:
@@ -73,43 +82,12 @@ def choose_precision(setting: PrecisionName, device_type: str = "cpu") -> tuple[
     return (torch.bfloat16 if setting == "bfloat16" else torch.float32), "as the recipe says"
 
 
-def _cpu_flags() -> frozenset[str]:
-    """The CPU's feature flags as Linux names them; empty elsewhere."""
-    if not sys.platform.startswith("linux"):
-        return frozenset()
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
-
-
 MULTIPLE = 16
 """Both sides of a weight must be a multiple of it: the kernels work in tiles."""
 LEAST_CAPABILITY = (8, 9)
 
 _EMULATED = False
 """Whether products are rounded to 8 bits but taken in float32, which any device can; for tests."""
-
-
-def check_float8(device_type: str, stage: str = "pretrain") -> None:
-    """Hold that this device multiplies 8 bits and torchao is there; nothing is allocated.
-
-    Raises:
-        GroundupError: one of them is not so.
-    """
-    if _EMULATED:
-        return
-    where, fix = f'[{stage}] precision = "float8"', 'Choose precision = "auto".'
-    if device_type != "cuda":
-        raise GroundupError(f"{where}: needs an NVIDIA GPU with 8-bit tensor cores, and this is a {device_type}.", fix)
-    capability = torch.cuda.get_device_capability()
-    if capability < LEAST_CAPABILITY:
-        name, (major, minor) = torch.cuda.get_device_name(), capability
-        needed = ".".join(map(str, LEAST_CAPABILITY))
-        raise GroundupError(f"{where}: needs compute capability {needed}; {name} has {major}.{minor}.", fix)
-    if importlib.util.find_spec("torchao") is None:
-        raise GroundupError(f"{where}: torchao is not installed.", f"Run: pip install 'groundup[fp8]'. {fix}")
 
 
 def float8_layers(model: Transformer) -> list[str]:
@@ -184,11 +162,7 @@ class LossScaler:
         torch._foreach_mul_(gradients, 1.0 / self.scale)
 
     def judge(self, grad_norm: float) -> bool:
-        """Whether the step counts; the scale changes accordingly.
-
-        Args:
-            grad_norm: of all unscaled gradients.
-        """
+        """Whether the step counts, by the norm of all unscaled gradients; the scale changes accordingly."""
         if not math.isfinite(grad_norm):
             if self.scale == 1.0:
                 return True  # it is not the scale: loss-spike handling is to judge

@@ -28,13 +28,7 @@ from groundup.training.job import TrainingJob
 from groundup.training.loop import forget_checkpoints, train
 from groundup.training.objective import NextToken
 from groundup.training.optimizers import Shapes, check_optimizer, describe_groups, group_parameters
-from groundup.training.planning.memory import (
-    choose_micro_batch,
-    device_memory,
-    estimate_memory,
-    refuse_what_cannot_fit,
-    step_of,
-)
+from groundup.training.planning.memory import Workload, device_memory
 from groundup.training.precision import check_precision, choose_precision
 from groundup.training.schedule import count_tokens, sequence_length
 from groundup.training.validation import PASSES, validation_interval
@@ -137,7 +131,7 @@ def pretraining_job(
         objective=NextToken(settings.label_smoothing, settings.z_loss),
         source=source,
         settings=settings,
-        n_rows=count_rows(model, settings),
+        n_rows=math.ceil(count_tokens(model.n_parameters, settings)[0] / length),
         folder=out,
         seed=seed,
         axes=frozenset(AXES),
@@ -167,12 +161,6 @@ def mixture_digests(settings: PretrainSettings) -> dict[str, str]:
         f"mixture {number}": TokenShards.open(part.shards, "train", verify=False).fingerprint
         for number, part in enumerate(settings.mixture)
     }
-
-
-def count_rows(model: Transformer, settings: PretrainSettings) -> int:
-    """Rows that hold at least the asked number of tokens."""
-    tokens, _ = count_tokens(model.n_parameters, settings)
-    return math.ceil(tokens / sequence_length(model.config, settings))
 
 
 def _continuation(tokenizer: Tokenizer, max_tokens: int, seed: int) -> Callable[[Transformer, str], str]:
@@ -267,9 +255,7 @@ QUICK_VALIDATION = {"eval_every": 20, "eval_tokens": 5_000}
 def training_checks(stage: Stage, shapes: Callable[[], Shapes] | None = None) -> Iterable[Check]:
     """What can be wrong with the optimizer's settings of any stage that trains.
 
-    Args:
-        stage: the stage.
-        shapes: of what is trained (default: all parameters of the model that it starts from).
+    `shapes` are of what is trained (default: all parameters of the model that it starts from).
     """
     settings: OptimizerSettings = stage.settings
     world, where = current_world(), f"[{stage.section}]"
@@ -280,18 +266,13 @@ def training_checks(stage: Stage, shapes: Callable[[], Shapes] | None = None) ->
 
 
 def check_training_memory(stage: Stage, length: int, sized: OptimizerSettings | None = None) -> None:
-    """Refuse a stage that cannot fit into memory with rows of so many tokens.
-
-    Args:
-        stage: the stage.
-        length: tokens in a row.
-        sized: settings by which memory is estimated (default: the stage's).
+    """Refuse a stage that cannot fit into memory with rows of so many tokens, by the stage's settings or these.
 
     Raises:
         GroundupError: with the parts and the ways out.
     """
     config, world, settings = starting_config(stage)[0], current_world(), sized or stage.settings
-    refuse_what_cannot_fit(config, settings, length, device_memory(world), world.size, stage.section)
+    Workload(config, settings, length, device_memory(world), world.size, stage.section).refuse_what_cannot_fit()
 
 
 def training_derived(
@@ -309,13 +290,11 @@ def training_derived(
         sized: settings by which memory is estimated (default: the stage's).
     """
     settings, where, world = stage.settings, stage.section, current_world()
-    sized = sized or settings
     precision, evidence = choose_precision(settings.precision, world.device.type)
     yield f"{where}.precision", str(precision).removeprefix("torch."), evidence
     yield from describe_groups(shapes or parameter_shapes(config), settings, where)
-    available = device_memory(world)
-    micro, why = choose_micro_batch(config, sized, length, available, world.size)
-    needed = estimate_memory(config, sized, step_of(settings, length, available, world.size, micro))
+    work = Workload(config, sized or settings, length, device_memory(world), world.size)
+    micro, why = work.micro_batch()
     if settings.micro_batch_size is None:
         yield f"{where}.micro_batch_size", f"{micro:,}", why
     if n_rows is not None:
@@ -323,7 +302,7 @@ def training_derived(
         yield f"{where}.steps", f"{steps:,}", f"{settings.batch_size} rows × {length} tokens a step"
         if settings.eval_every is None:
             yield f"{where}.eval_every", f"{validation_interval(settings, steps):,}", f"{PASSES} over the run"
-    memory = f"{needed.total / 2**20:,.0f} MiB"
+    memory = f"{work.memory(micro).total / 2**20:,.0f} MiB"
     yield f"{where} memory", memory, f"about, at its fullest, {micro} rows at a time; groundup plan shows the parts"
 
 

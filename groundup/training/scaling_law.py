@@ -36,7 +36,6 @@ LEVEL = 0.9
 COEFFICIENTS = ("e", "a", "alpha", "b", "beta")
 _DIGITS = 7
 
-
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Coefficients = tuple[Positive, Positive, Positive, Positive, Positive]
 
@@ -86,29 +85,20 @@ class Optimum:
 
 @dataclass(frozen=True)
 class ScalingLaw:
-    """L(N, D) = e + a / N^alpha + b / D^beta, in nats per token.
+    """L(N, D) = e + a / N^alpha + b / D^beta, in nats per token."""
 
-    Attributes:
-        e: the loss that no size and no data take away.
-        a: factor of the parameters' term, and `alpha` its exponent.
-        b: factor of the tokens' term, and `beta` its exponent.
-        points: the runs it was fitted to.
-        noise: standard deviation of log loss about the law, degrees of freedom counted.
-        left_out: for each point, log(measured / predicted) by the law of all other points.
-        replicates: laws fitted to made-up points with that noise (parametric bootstrap), (n, 5).
-        data: what text it is about, or None where that is unknown.
-    """
-
-    e: Positive
-    a: Positive
+    e: Positive  # the loss that no size and no data take away
+    a: Positive  # factor of the parameters' term, and `alpha` its exponent
     alpha: Positive
-    b: Positive
+    b: Positive  # factor of the tokens' term, and `beta` its exponent
     beta: Positive
-    points: tuple[ScalingPoint, ...] = ()
+    points: tuple[ScalingPoint, ...] = ()  # the runs it was fitted to
+    # Standard deviation of log loss about the law, degrees of freedom counted
     noise: Annotated[float, Field(ge=0)] = 0.0
-    left_out: tuple[float, ...] = ()
+    left_out: tuple[float, ...] = ()  # for each point, log(measured / predicted) by the law of all other points
+    # Laws fitted to made-up points with that noise (parametric bootstrap), (n, 5)
     replicates: tuple[Coefficients, ...] = ()
-    data: LawData | None = None
+    data: LawData | None = None  # what text it is about, or None where that is unknown
 
     def loss(self, n_parameters: float, n_tokens: float) -> float:
         """The loss that it predicts, in nats per token."""

@@ -35,7 +35,6 @@ from groundup.recipe import PretrainSettings, Recipe
 from groundup.report.scaling import draw_scaling
 from groundup.run import RECIPE_FILE, Run
 from groundup.shards import TokenShards
-from groundup.tokenizer import Tokenizer, load_tokenizer
 from groundup.training import pretrain
 from groundup.training.optimizers import Optimizers
 from groundup.training.planning.probe import medians, step_pieces
@@ -52,6 +51,7 @@ from groundup.training.scaling_law import (
     fit_scaling_law,
 )
 from groundup.training.schedule import sequence_length
+from groundup.training.validation import EVAL_TOKENS
 
 DEFAULT_SIZES = ("200k", "500k", "1m", "2m")
 N_BUDGETS = 4
@@ -114,22 +114,18 @@ def plan_sweep(
     sizes: Sequence[int | str] = DEFAULT_SIZES,
     tokens: Sequence[int] | None = None,
     minutes: float | None = None,
-    tokenizer: Tokenizer | None = None,
 ) -> Sweep:
     """What `scaling_sweep` would train; the arguments are its own. Nothing is written.
 
     Raises:
-        ArtifactError: shards missing, damaged or of another tokenizer.
+        ArtifactError: shards missing or damaged.
         DataError: too few sizes or budgets for a law.
         RecipeError: the recipe's model cannot have one of the sizes.
     """
     check_question(sizes, tokens, minutes)
     shards, out = Path(shards), Path(out)
-    expected = tokenizer.fingerprint if tokenizer is not None else None
-    train, validation = (
-        TokenShards.open(shards, split, tokenizer_fingerprint=expected) for split in ("train", "validation")
-    )
-    vocab_size = train.vocab_size if tokenizer is None else tokenizer.vocab_size
+    train, validation = (TokenShards.open(shards, split) for split in ("train", "validation"))
+    vocab_size = train.vocab_size
     data = LawData(
         recipe=recipe.name,
         tokenizer=train.tokenizer_fingerprint,
@@ -140,7 +136,9 @@ def plan_sweep(
     )
     question = None
     if minutes is not None:
-        question = _question(minutes, recipe, sizes, data)
+        # What the budgets depend on, but for the machine: they stay when the sweep goes on elsewhere.
+        settings = [recipe.model.fingerprint_values(), recipe.pretrain.fingerprint_values()]
+        question = value_digest([minutes, [str(size) for size in sizes], data.train, settings])
         tokens = _kept_budgets(out, question) or tokens_for(minutes, recipe, sizes, vocab_size, data.train_tokens)
     elif tokens is None:
         tokens = default_tokens(recipe, sizes, vocab_size, data.train_tokens)
@@ -166,8 +164,6 @@ def scaling_sweep(
     sizes: Sequence[int | str] = DEFAULT_SIZES,
     tokens: Sequence[int] | None = None,
     minutes: float | None = None,
-    tokenizer: Tokenizer | None = None,
-    world: World | None = None,
     console: Console | None = None,
 ) -> ScalingLaw:
     """Train models of several sizes on several token budgets, and fit their law; go on where it was interrupted.
@@ -175,14 +171,13 @@ def scaling_sweep(
     Args:
         recipe: seed, threads, architecture and training settings of all runs. Sizes, batches and learning rates are
             those of the ladder (`[model] size`), so that each run is as good as its size and budget allow.
-        shards: a folder written by `groundup.shards.write_shards`.
+        shards: a folder written by `groundup.shards.write_shards`; the tokenizer in `tokenizer/` beside it, where there
+            is one, is kept with the models.
         out: the sweep's folder.
         sizes: parameters in all, such as "400k".
         tokens: budgets, each for each size (default: four, each half of the next, for six to ten minutes on two cores
             with the default sizes; at most four passes over the text).
         minutes: choose the budgets so that the sweep takes so long here; what was chosen is kept in `out`.
-        tokenizer: the shards' tokenizer (default: `tokenizer/` beside the shards, where there is one).
-        world: the processes to train on (default: those of `torchrun`, or this one).
         console: where progress is shown.
 
     Raises:
@@ -192,27 +187,23 @@ def scaling_sweep(
         RunError: another process works in `out`, or it holds files that are not ours.
         Interrupted: asked to stop; finished runs are kept, the one at work goes on from its checkpoint.
     """
-    world, console, out = world or current_world(), console or Console(), Path(out)
-    beside = Path(shards).parent / "tokenizer" / "tokenizer.json"
-    if tokenizer is None and beside.is_file():
-        tokenizer = load_tokenizer(beside.parent)
+    world, console, out = current_world(), console or Console(), Path(out)
+    make = functools.partial(plan_sweep, recipe, shards, out=out, sizes=sizes, tokens=tokens, minutes=minutes)
     check_start(recipe, out)
     if world.is_first:
         own_folder(out)
     with limited_threads(recipe.threads), Run(out).lock() if world.is_first else contextlib.nullcontext():
-        for first in (True, False):  # what the first process measures, the others read
-            if world.is_first == first:
-                sweep = plan_sweep(
-                    recipe, shards, out=out, sizes=sizes, tokens=tokens, minutes=minutes, tokenizer=tokenizer
-                )
-            if first:
-                if world.is_first and sweep.question is not None:
-                    budgets = sorted({run.tokens for run in sweep.runs})
-                    write_json(out / BUDGET_FILE, {"question": sweep.question, "tokens": budgets})
-                world.wait()
+        if world.is_first:
+            sweep = make()
+            if sweep.question is not None:
+                budgets = sorted({run.tokens for run in sweep.runs})
+                write_json(out / BUDGET_FILE, {"question": sweep.question, "tokens": budgets})
+        world.wait()
+        if not world.is_first:
+            sweep = make()  # with the budgets that the first process has measured
         for note in sweep.notes if world.is_first else ():
             console.warn(note)
-        figures = _train_all(sweep, tokenizer, world, console)
+        figures = _train_all(sweep, world, console)
         if world.is_first:
             for name in (LAW_FILE, PICTURE_FILE):  # of an earlier sweep, should this one's losses follow no law
                 (out / name).unlink(missing_ok=True)
@@ -258,7 +249,7 @@ def check_question(sizes: Sequence[int | str], tokens: Sequence[int] | None, min
     check_enough([size for size, _ in runs], [budget for _, budget in runs])
 
 
-def _train_all(sweep: Sweep, tokenizer: Tokenizer | None, world: World, console: Console) -> list[dict[str, Any]]:
+def _train_all(sweep: Sweep, world: World, console: Console) -> list[dict[str, Any]]:
     """Every run's figures, trained where they are not there yet."""
     n_runs, found, kept, passed = len(sweep.runs), [], 0, 0.0
     with console.bar("scaling", sum(run.flops for run in sweep.runs)) as bar:
@@ -266,7 +257,7 @@ def _train_all(sweep: Sweep, tokenizer: Tokenizer | None, world: World, console:
             figures = sweep.finished(run)
             if world.any(world.is_first and figures is None):
                 inner = _RunConsole(console, bar, f"run {number}/{n_runs} {run.name}", passed, run.flops)
-                figures = _train(sweep, run, tokenizer, world, inner, number)
+                figures = _train(sweep, run, world, inner, number)
                 shown = ("n_parameters", "n_tokens", "loss")
                 console.log({"run": f"{number}/{n_runs}", **{name: figures[name] for name in shown}})
             else:
@@ -284,17 +275,14 @@ def _train_all(sweep: Sweep, tokenizer: Tokenizer | None, world: World, console:
     return found
 
 
-def _train(
-    sweep: Sweep, run: SweepRun, tokenizer: Tokenizer | None, world: World, console: Console, number: int
-) -> dict[str, Any]:
+def _train(sweep: Sweep, run: SweepRun, world: World, console: Console, number: int) -> dict[str, Any]:
     """Train one run and write down its figures."""
     folder = sweep.folder(run)
     model = Transformer(run.config, seed=sweep.recipe.seed)
     try:
         summary = pretrain(
-            model, sweep.shards, run.settings, out=folder, tokenizer=tokenizer, seed=sweep.recipe.seed, world=world,
-            console=console,
-        ).summary  # fmt: skip
+            model, sweep.shards, run.settings, out=folder, seed=sweep.recipe.seed, world=world, console=console
+        ).summary
     except Interrupted as error:
         raise Interrupted(
             f"scaling: stopped in run {number} of {len(sweep.runs)}; finished runs are kept, this one goes on from its "
@@ -324,12 +312,6 @@ def _train(
         write_json(folder / POINT_FILE, figures)
     world.wait()
     return figures
-
-
-def _question(minutes: float, recipe: Recipe, sizes: Sequence[int | str], data: LawData) -> str:
-    """Digest of what budgets for a time depend on, but for the machine: they stay when the sweep goes on elsewhere."""
-    settings = [recipe.model.fingerprint_values(), recipe.pretrain.fingerprint_values()]
-    return value_digest([minutes, [str(size) for size in sizes], data.train, settings])
 
 
 def _kept_budgets(out: Path, question: str) -> list[int] | None:
@@ -441,7 +423,7 @@ def _run(recipe: Recipe, config: ModelConfig, tokens: int) -> SweepRun:
 
 def seconds_of(runs: Sequence[SweepRun]) -> list[float]:
     """Seconds that each run takes here, about: training, and validation before and after it."""
-    return [(run.tokens + _validation_cost(run)) / speed for run, speed in zip(runs, _speeds(runs), strict=True)]
+    return [training + validation for training, validation in _parts_of(runs)]
 
 
 def tokens_for(
@@ -455,9 +437,8 @@ def tokens_for(
     most = float(_FIRST_GUESS)
     for _ in range(2):  # again with the batches that the budgets found first have
         runs, _ = sweep_runs(recipe, sizes, halved(most), vocab_size)
-        speeds = _speeds(runs)
-        training = sum(run.tokens / speed for run, speed in zip(runs, speeds, strict=True))
-        validation = sum(_validation_cost(run) / speed for run, speed in zip(runs, speeds, strict=True))
+        seconds = _parts_of(runs)
+        training, validation = (sum(column) for column in zip(*seconds, strict=True))
         most *= max(0.0, 60 * minutes - validation) / training
         smallest, step = halved(most)[0], max(run.settings.batch_size * run.sequence_length for run in runs)
         if smallest < _FEWEST_STEPS * step:
@@ -482,13 +463,10 @@ def training_speed(run: SweepRun) -> float:
     return ids.numel() / sum(medians(pieces, world, time.perf_counter() + PROBE_SECONDS))
 
 
-def _speeds(runs: Sequence[SweepRun]) -> list[float]:
-    """Tokens per second of each run; runs of one model and batch are measured once."""
+def _parts_of(runs: Sequence[SweepRun]) -> list[tuple[float, float]]:
+    """Seconds of each run's training and of its validation; runs of one model and batch are measured once."""
     keys = [(run.n_parameters, run.settings.batch_size) for run in runs]
-    measured = {key: training_speed(run) for key, run in dict(zip(keys, runs, strict=True)).items()}
-    return [measured[key] for key in keys]
-
-
-def _validation_cost(run: SweepRun) -> float:
-    """Validation's tokens as so many of training: forward alone is a third."""
-    return _VALIDATION_PASSES * (run.settings.eval_tokens or 50_000) / 3
+    speeds = {key: training_speed(run) for key, run in dict(zip(keys, runs, strict=True)).items()}
+    # Validation's tokens as so many of training: forward alone is a third.
+    validation = [_VALIDATION_PASSES * (run.settings.eval_tokens or EVAL_TOKENS) / 3 for run in runs]
+    return [(run.tokens / speeds[k], cost / speeds[k]) for run, k, cost in zip(runs, keys, validation, strict=True)]

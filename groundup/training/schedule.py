@@ -13,10 +13,8 @@ import math
 
 from groundup.errors import DataError
 from groundup.model import ModelConfig
+from groundup.model.ladder import TOKENS_PER_PARAMETER
 from groundup.recipe import OptimizerSettings, PretrainSettings
-
-COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER = 20
-"""Hoffmann et al. (arXiv:2203.15556)."""
 
 
 def learning_rate_share(settings: OptimizerSettings, step: int, n_steps: int) -> float:
@@ -94,6 +92,5 @@ def sequence_length(config: ModelConfig, settings: PretrainSettings) -> int:
 def count_tokens(n_parameters: int, settings: PretrainSettings) -> tuple[int, str]:
     """Tokens to train on, and the reason."""
     if settings.tokens == "compute-optimal":
-        per_parameter = COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER
-        return per_parameter * n_parameters, f"{per_parameter} for each of {n_parameters:,} parameters"
+        return TOKENS_PER_PARAMETER * n_parameters, f"{TOKENS_PER_PARAMETER} for each of {n_parameters:,} parameters"
     return settings.tokens, "as the recipe says"

@@ -87,11 +87,7 @@ class SpikeDetector:
         return Spike(what, self._on_spike)
 
     def judge_weights(self, what: str) -> Spike:
-        """What is to be done about weights that are not finite: to leave out updates does not mend them.
-
-        Args:
-            what: in words, which.
-        """
+        """What is to be done about weights that are not finite, in words: to leave out updates does not mend them."""
         if self._on_spike != "rollback":
             return Spike(what, "stop")
         return self._roll_back(what)

@@ -91,17 +91,16 @@ def table_timings(config: ModelConfig, settings: OptimizerSettings, step: Step, 
     n_micro = math.ceil(step.rows / step.micro)
     arithmetic = step.rows * training_flops(config, step.length) / rate
     kernels = n_micro * config.n_layers * KERNELS_PER_BLOCK * KERNEL_SECONDS
-    passes = {
-        "arithmetic": arithmetic,
-        "starting kernels": kernels,
-        "moving weights": n_micro * _moving(config, step, device),
-    }
+    weights, n = weight_bytes(config), step.n_devices
+    link = device.link if n <= DEVICES_A_MACHINE else min(device.link, NETWORK)
+    # For each micro-batch weights are gathered twice and gradients scattered once, float32.
+    moving = n_micro * 3 * weights * (n - 1) / n / link
+    passes = {"arithmetic": arithmetic, "starting kernels": kernels, "moving weights": moving}
     bound, seconds = max(passes.items(), key=lambda part: part[1])
-    weights = weight_bytes(config)
-    update = 7 * weights / step.n_devices / device.bandwidth + _products_of_muon(config, settings) / rate
-    forward = max(arithmetic, kernels) / 3 / step.rows / step.n_devices
+    update = 7 * weights / n / device.bandwidth + _products_of_muon(config, settings) / rate
+    forward = max(arithmetic, kernels) / 3 / step.rows / n
     token = max(config.n_layers * KERNELS_PER_BLOCK / 3 * KERNEL_SECONDS, weights / 2 / device.bandwidth)
-    batch = step.rows * step.n_devices
+    batch = step.rows * n
     flops = batch * training_flops(config, step.length) / seconds
     how = f"table: {device.mfu:.0%} of {device.peak(step.dtype) / 1e12:,.0f} TFLOP/s assumed, not measured"
     if bound != "arithmetic":
@@ -110,13 +109,6 @@ def table_timings(config: ModelConfig, settings: OptimizerSettings, step: Step, 
         row=seconds / batch, update=update, eval_row=forward, sample_token=token, save=0.0,
         begin=30.0, flops=flops, how=how, is_measured=False,
     )  # fmt: skip
-
-
-def _moving(config: ModelConfig, step: Step, device: Device) -> float:
-    """Seconds to gather weights twice and scatter gradients once, float32, for each micro-batch."""
-    n = step.n_devices
-    link = device.link if n <= DEVICES_A_MACHINE else min(device.link, NETWORK)
-    return 3 * weight_bytes(config) * (n - 1) / n / link
 
 
 def _products_of_muon(config: ModelConfig, settings: OptimizerSettings) -> float:

@@ -27,17 +27,14 @@ from groundup.model import ModelConfig, ladder_config
 from groundup.model.activations import (
     Arithmetic,
     Device,
+    Pass,
     activation_bytes,
-    attention_squares,
-    block_bytes,
-    last_norm_bytes,
-    score_block_bytes,
 )
-from groundup.model.cost import count_parameters, parameter_shapes
+from groundup.model.cost import count_parameters, parameter_shapes, state_bytes
 from groundup.recipe import OptimizerSettings, PrecisionName
 from groundup.training.muon import BATCH_BYTES
 from groundup.training.objective import PIECE_LOGITS, PIECE_WEIGHTS, slice_rows
-from groundup.training.optimizers import Grouping, group_parameters
+from groundup.training.optimizers import Grouping, Shapes, group_parameters
 from groundup.training.precision import native_bfloat16
 
 USABLE_SHARE = 0.9
@@ -66,6 +63,9 @@ class DeviceMemory:
     what: str  # whose they are, in words
     device: Device  # whose kernels
     has_bfloat16: bool  # natively
+
+    def __str__(self) -> str:
+        return f"{self.what}, {format_bytes(self.total)}"
 
     @property
     def usable(self) -> int:
@@ -148,164 +148,133 @@ def device_memory(world: World) -> DeviceMemory:
     return DeviceMemory(total, what, "cpu", native_bfloat16()[0])
 
 
-def step_of(
-    settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int, micro: int | None = None
-) -> Step:
-    """What one of the devices does between two updates.
+@dataclass(frozen=True)
+class Workload:
+    """What is trained on each of some devices: all that its memory depends on but the rows in one forward pass."""
 
-    Args:
-        settings: batch, precision.
-        length: tokens in a row.
-        available: the device.
-        n_devices: over which the batch is spread.
-        micro: rows in a forward pass (default: as the settings say, or all).
-    """
-    rows = max(1, settings.batch_size // n_devices)
-    micro = min(micro or settings.micro_batch_size or rows, rows)
-    dtype = available.arithmetic(settings.precision)
-    return Step(rows, micro, length, dtype, available.device, n_devices)
+    config: ModelConfig
+    settings: OptimizerSettings
+    length: int  # tokens in a row, at most
+    available: DeviceMemory  # of one device
+    n_devices: int = 1  # over which the batch is spread
+    stage: str = "pretrain"  # named in messages
 
+    def step(self, micro: int | None = None) -> Step:
+        """What one of the devices does between two updates, with so many rows in a forward pass (default: all)."""
+        rows = max(1, self.settings.batch_size // self.n_devices)
+        micro = min(micro or self.settings.micro_batch_size or rows, rows)
+        dtype = self.available.arithmetic(self.settings.precision)
+        return Step(rows, micro, self.length, dtype, self.available.device, self.n_devices)
 
-def estimate_memory(config: ModelConfig, settings: OptimizerSettings, step: Step) -> Memory:
-    """What a run takes on one device, the program and the heap's holes included.
+    def memory(self, micro: int | None = None) -> Memory:
+        """What a run takes on one device, the program and the heap's holes included.
 
-    Raises:
-        RecipeError: a group's pattern matches no parameter.
-    """
-    memory = step_memory(config, settings, step)
-    if step.device == "cuda":
-        return memory
-    allocated = sum(activation_bytes(config, step.micro, step.length, step.dtype).values())
-    holes = round(_HOLES[settings.activation_checkpointing][step.dtype != "float32"] * allocated)
-    return replace(memory, heap=holes, process=PROCESS_BYTES)
+        Raises:
+            RecipeError: a group's pattern matches no parameter.
+        """
+        step = self.step(micro)
+        memory = step_memory(self.config, self.settings, step)
+        if step.device == "cuda":
+            return memory
+        allocated = sum(activation_bytes(self.config, step.micro, step.length, step.dtype).values())
+        holes = round(_HOLES[self.settings.activation_checkpointing][step.dtype != "float32"] * allocated)
+        return replace(memory, heap=holes, process=PROCESS_BYTES)
 
+    def fits(self, micro: int) -> bool:
+        """Whether so many rows at a time are expected to fit."""
+        return self.memory(micro).total <= self.available.usable
 
-def choose_micro_batch(
-    config: ModelConfig, settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int = 1
-) -> tuple[int, str]:
-    """Rows in one forward pass on one device, and why so many: the whole batch wherever it fits.
+    def micro_batch(self) -> tuple[int, str]:
+        """Rows in one forward pass on one device, and why so many: the whole batch wherever it fits."""
+        whole = self.step()
+        if self.settings.micro_batch_size is not None:
+            return whole.micro, "as the recipe says"
+        small = [n for n in range(1, math.isqrt(whole.rows) + 1) if whole.rows % n == 0]
+        for micro in (*(whole.rows // n for n in small), *reversed(small)):  # every divisor, the largest first
+            if self.fits(micro):
+                return micro, "the batch" if micro == whole.rows else f"the most that fits {self.available}"
+        return 1, f"one row at a time, and even so perhaps too much for {self.available}"
 
-    Args:
-        config: the model.
-        settings: batch, and what else decides memory.
-        length: tokens in a row.
-        available: the device.
-        n_devices: over which the batch is spread.
-    """
-    whole = step_of(settings, length, available, n_devices)
-    if settings.micro_batch_size is not None:
-        return whole.micro, "as the recipe says"
-    small = [n for n in range(1, math.isqrt(whole.rows) + 1) if whole.rows % n == 0]
-    for micro in (*(whole.rows // n for n in small), *reversed(small)):  # every divisor, the largest first
-        if estimate_memory(config, settings, replace(whole, micro=micro)).total <= available.usable:
-            return micro, "the batch" if micro == whole.rows else f"the most that fits {_of(available)}"
-    return 1, f"one row at a time, and even so perhaps too much for {_of(available)}"
+    def check(self, console: Console) -> int:
+        """Refuse what cannot fit, warn of what may not, and say how many rows one forward pass takes.
 
+        Raises:
+            GroundupError: it is certain that memory will not do.
+        """
+        self.refuse_what_cannot_fit()
+        micro, reason = self.micro_batch()
+        rows, wanted = self.step().rows, self.memory(micro).total
+        if micro < rows and self.settings.micro_batch_size is None:
+            console.note(f"{self.stage}: micro-batches of {micro} of {rows} rows: {reason}")
+        if wanted > self.available.usable:
+            console.warn(
+                f"{self.stage}: needs about {format_bytes(wanted)} of {self.available} and may run out of it. "
+                "What would help:  groundup plan"
+            )
+        return micro
 
-def check_memory(
-    config: ModelConfig, settings: OptimizerSettings, length: int, world: World, console: Console,
-    stage: str = "pretrain", *, beside: int = 0,
-) -> int:  # fmt: skip
-    """Refuse what cannot fit, warn of what may not, and say how many rows one forward pass takes.
+    def refuse_what_cannot_fit(self) -> None:
+        """Hold that one row at a time would fit; nothing is allocated.
 
-    Args:
-        config: the model.
-        settings: of the stage.
-        length: tokens in a row, at most.
-        world: the processes; each has one device.
-        console: where it is said.
-        stage: named in messages.
-        beside: bytes that other modules of the job take.
-
-    Raises:
-        GroundupError: it is certain that memory will not do.
-    """
-    available = device_memory(world)
-    available = replace(available, total=max(0, available.total - beside))
-    refuse_what_cannot_fit(config, settings, length, available, world.size, stage)
-    micro, reason = choose_micro_batch(config, settings, length, available, world.size)
-    step = step_of(settings, length, available, world.size, micro)
-    wanted = estimate_memory(config, settings, step).total
-    if micro < step.rows and settings.micro_batch_size is None:
-        console.note(f"{stage}: micro-batches of {micro} of {step.rows} rows: {reason}")
-    if wanted > available.usable:
-        console.warn(
-            f"{stage}: needs about {format_bytes(wanted)} of {_of(available)} and may run out of it. "
-            "What would help:  groundup plan"
+        Raises:
+            GroundupError: it does not; with the parts, largest first, and the ways out.
+        """
+        # A compiler may compute nearly all activations again.
+        frugal = {"activation_checkpointing": "full"} if self.settings.compile else {}
+        least = step_memory(self.config, self.settings.model_copy(update=frugal), self.step(1))
+        if least.total <= self.available.total:
+            return
+        parts = sorted(least.parts().items(), key=lambda part: -part[1])
+        listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts if size)
+        where = "" if self.n_devices == 1 else f" on each of {self.n_devices} devices"
+        raise GroundupError(
+            f"[{self.stage}]: training {count_parameters(self.config):,} parameters takes {format_bytes(least.total)}"
+            f"{where} at least, one row of {self.length:,} tokens at a time, and {self.available.what} is "
+            f"{format_bytes(self.available.total)}: {listed}.",
+            _ways_out(self.suggestions(), self.stage),
         )
-    return micro
 
+    def suggestions(self) -> list[Suggestion]:
+        """What to change so that it fits, cheapest first, each on top of those before; up to the first that is enough.
 
-def refuse_what_cannot_fit(
-    config: ModelConfig, settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int = 1,
-    stage: str = "pretrain",
-) -> None:  # fmt: skip
-    """Hold that one row at a time would fit; nothing is allocated.
-
-    Raises:
-        GroundupError: it does not; with the parts, largest first, and the ways out.
-    """
-    # A compiler may compute nearly all activations again.
-    frugal = settings.model_copy(update={"activation_checkpointing": "full"}) if settings.compile else settings
-    least = step_memory(config, frugal, step_of(settings, length, available, n_devices, 1))
-    if least.total <= available.total:
-        return
-    parts = sorted(least.parts().items(), key=lambda part: -part[1])
-    listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts if size)
-    where = "" if n_devices == 1 else f" on each of {n_devices} devices"
-    raise GroundupError(
-        f"[{stage}]: training {count_parameters(config):,} parameters takes {format_bytes(least.total)}{where} at "
-        f"least, one row of {length:,} tokens at a time, and {available.what} is {format_bytes(available.total)}: "
-        f"{listed}.",
-        _ways_out(suggestions(config, settings, length, available, n_devices, stage), stage),
-    )
-
-
-def suggestions(
-    config: ModelConfig, settings: OptimizerSettings, length: int, available: DeviceMemory, n_devices: int = 1,
-    stage: str = "pretrain",
-) -> list[Suggestion]:  # fmt: skip
-    """What to change so that it fits, cheapest first, each on top of those before; up to the first that is enough.
-
-    Then, each for itself: a smaller model, and more devices. Empty if it fits.
-    """
-
-    def needed(model: ModelConfig, settings: OptimizerSettings, count: int = n_devices, micro: int = 1) -> int:
-        return estimate_memory(model, settings, step_of(settings, length, available, count, micro)).total
-
-    micro, _ = choose_micro_batch(config, settings, length, available, n_devices)
-    before = needed(config, settings, micro=micro)
-    if before <= available.usable:
-        return []
-    found: list[Suggestion] = []
-    changed = settings
-    for name, value, cost in _settings_that_save(settings, available, n_devices, micro):
-        changed = changed.model_copy(update={name: value})
-        total = needed(config, changed)
-        if total >= before:
-            continue
-        found.append(Suggestion(f"{stage}.{name}={value}", before - total, total, total <= available.usable, cost))
-        before = total
-        if found[-1].fits:
-            return found
-    one_row = needed(config, settings)
-    for size in reversed(LADDER):
-        try:
-            smaller = ladder_config(size=size, vocab_size=config.vocab_size, context_length=config.context_length)
-        except RecipeError:
-            continue
-        total = needed(smaller, settings)
-        if count_parameters(smaller) < count_parameters(config) and total <= available.usable:
-            found.append(Suggestion(f"model.size={size}", one_row - total, total, True, "another model"))
-            break
-    frugal = settings.model_copy(update={"activation_checkpointing": "full"})
-    for chosen, extra in ((settings, ""), (frugal, f" and {stage}.activation_checkpointing=full")):
-        for count in (n_devices * 2**power for power in range(1, 11)):
-            total = needed(config, chosen, count)
-            if total <= available.usable:
-                setting = f"{count} devices of this size{extra}"
-                return [*found, Suggestion(setting, one_row - total, total, True, "their price")]
-    return found
+        Then, each for itself: a smaller model, and more devices. Empty if it fits.
+        """
+        usable, stage = self.available.usable, self.stage
+        micro, _ = self.micro_batch()
+        before = self.memory(micro).total
+        if before <= usable:
+            return []
+        found: list[Suggestion] = []
+        changed = self
+        for name, value, cost in _settings_that_save(self.settings, self.available, self.n_devices, micro):
+            changed = replace(changed, settings=changed.settings.model_copy(update={name: value}))
+            total = changed.memory(1).total
+            if total >= before:
+                continue
+            found.append(Suggestion(f"{stage}.{name}={value}", before - total, total, total <= usable, cost))
+            before = total
+            if found[-1].fits:
+                return found
+        one_row, n_parameters = self.memory(1).total, count_parameters(self.config)
+        for size in reversed(LADDER):
+            try:
+                smaller = ladder_config(
+                    size=size, vocab_size=self.config.vocab_size, context_length=self.config.context_length
+                )
+            except RecipeError:
+                continue
+            total = replace(self, config=smaller).memory(1).total
+            if count_parameters(smaller) < n_parameters and total <= usable:
+                found.append(Suggestion(f"model.size={size}", one_row - total, total, True, "another model"))
+                break
+        frugal = replace(self, settings=self.settings.model_copy(update={"activation_checkpointing": "full"}))
+        for chosen, extra in ((self, ""), (frugal, f" and {stage}.activation_checkpointing=full")):
+            for count in (self.n_devices * 2**power for power in range(1, 11)):
+                total = replace(chosen, n_devices=count).memory(1).total
+                if total <= usable:
+                    setting = f"{count} devices of this size{extra}"
+                    return [*found, Suggestion(setting, one_row - total, total, True, "their price")]
+        return found
 
 
 def _settings_that_save(
@@ -340,10 +309,6 @@ def _ways_out(found: list[Suggestion], stage: str) -> str:
     return "It fits with:  " + " or ".join(ways)
 
 
-def _of(available: DeviceMemory) -> str:
-    return f"{available.what}, {format_bytes(available.total)}"
-
-
 def step_memory(config: ModelConfig, settings: OptimizerSettings, step: Step) -> Memory:
     """What training holds at the fullest moment of a step, validation included.
 
@@ -353,115 +318,84 @@ def step_memory(config: ModelConfig, settings: OptimizerSettings, step: Step) ->
     shapes = parameter_shapes(config)
     grouping = group_parameters(shapes, settings)
     sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
-    weights = sum(sizes.values())
-    gradients = weights - sum(sizes[name] for name in grouping.frozen)
-    spread = step.n_devices
-    gathered = _gathered(config, sizes) if spread > 1 else 0
-    moments = _moments(config, settings, step, gradients // spread, sizes, grouping)
+    weights, spread = sum(sizes.values()), step.n_devices
+    gradients = (weights - sum(sizes[name] for name in grouping.frozen)) // spread
+    # Where weights are spread: two whole blocks (one computes, one comes), and all that is in no block.
+    outside = sum(size for name, size in sizes.items() if not name.startswith("layers."))
+    gathered = outside + 2 * (weights - outside) // config.n_layers if spread > 1 else 0
+    moments = _moments(config, settings, step, gradients, sizes)
+    moments["update"] = (gradients, 0, 0, _update(shapes, grouping, step))
     moment, (held, activations, logits, other) = max(moments.items(), key=lambda item: sum(item[1]))
+    state = sum(state_bytes(group.optimizer, shapes[name]) for group in grouping.groups for name in group.names)
     return Memory(
-        weights=weights // spread + gathered, gradients=held, optimizer=_optimizer_state(shapes, grouping) // spread,
+        weights=weights // spread + gathered, gradients=held, optimizer=state // spread,
         average=weights // spread if settings.ema else 0, activations=activations, logits=logits, other=other,
-        moment=moment, all_gradients=gradients // spread,
+        moment=moment, all_gradients=gradients,
     )  # fmt: skip
 
 
 def _moments(
-    config: ModelConfig, settings: OptimizerSettings, step: Step, gradients: int, sizes: Mapping[str, int],
-    grouping: Grouping,
-) -> dict[str, tuple[int, int, int, int]]:  # fmt: skip
-    """(gradients, activations, logits, other) alive at each moment that can be the fullest.
+    config: ModelConfig, settings: OptimizerSettings, step: Step, gradients: int, sizes: Mapping[str, int]
+) -> dict[str, tuple[int, int, int, int]]:
+    """(gradients, activations, logits, other) alive at each moment that can be the fullest, before the update.
 
     The forward pass fills up activations; the backward pass takes them down block by block while gradients come, so
     that its fullest moment is in the last block or at its end. Within a block it is where the feed-forward layer's
     gradients are (of both factors of its product), or where the softmax's are if it is held.
     """
-    kind = settings.activation_checkpointing
-    rows, length, dtype, device = step.micro, step.length, step.dtype, step.device
-    size = 4 if dtype == "float32" else 2
-    n_tokens = rows * length
-    stream = n_tokens * config.d_model * size  # one value for each feature of the residual stream
-    matrix = sizes["embed_tokens.weight"]
-    kept = sum(activation_bytes(config, rows, length, dtype, kind, device).values())
-    last = config.n_layers - 1
-    block = block_bytes(config, last, rows, length, dtype, "none", device)
+    kind, last = settings.activation_checkpointing, config.n_layers - 1
+    one = Pass(config, step.micro, step.length, step.dtype, step.device)
+    stream = one.n_tokens * config.d_model * one.size  # one value for each feature of the residual stream
+    kept = sum(activation_bytes(config, step.micro, step.length, step.dtype, kind, step.device).values())
+    block = one.block(last)
     # What checkpointing computes again in the last block's backward pass.
-    again = sum(block.values()) - sum(block_bytes(config, last, rows, length, dtype, kind, device).values())
+    again = sum(block.values()) - sum(one.block(last, kind).values())
     # In the last block, what came behind it is gone: the last norm's and the hidden states' gradient.
-    in_block = kept - last_norm_bytes(config, n_tokens, dtype, device) - stream + again
-    squares = attention_squares(config, last, rows, length, dtype, device)
+    in_block = kept - one.last_norm - stream + again
     # With several micro-batches the gradients of those before are there all the time, and each new one for a moment.
     earlier = gradients + max(sizes.values()) if step.micro < step.rows else 0
     inner = config.d_model * config.d_ff * 4 * max(1, config.n_experts)  # of a feed-forward layer's matrix
-    feedforward = in_block + stream + _inner_gradients(config, n_tokens, size)
+    # Gradients inside a feed-forward layer beside what it keeps: of both factors where it has a gate.
+    rows = one.n_tokens * config.experts_per_token / config.n_experts if config.n_experts else one.n_tokens
+    within = round(rows * config.d_ff * one.size * (2 if config.is_gated else 1)) + stream * (config.n_experts > 0)
+    at_end = gradients + sizes["embed_tokens.weight"]
     moments = {
-        "end of the forward pass": (earlier, kept + stream, _logits(config, n_tokens, dtype, device), 0),
-        "backward pass, feed-forward": (earlier or inner, feedforward, 0, 0),
-        "end of the backward pass": (gradients + matrix, 2 * n_tokens * config.d_model * 4, 0, 0),
-        "update": (gradients, 0, 0, _update(config, grouping, dtype, device)),
+        "end of the forward pass": (earlier, kept + stream, _logits(one), 0),
+        "backward pass, feed-forward": (earlier or inner, in_block + stream + within, 0, 0),
+        "end of the backward pass": (at_end, 2 * one.n_tokens * config.d_model * 4, 0, 0),
     }
-    scores = 2 * squares or 3 * score_block_bytes(config, last, rows, length, dtype, device)
+    scores = 2 * one.attention_squares(last) or 3 * one.score_block(last)
     if scores:
         gone = block["feedforward"] + block["norms"] // 4
         moments["backward pass, attention"] = (earlier or 3 * inner, in_block - gone + scores + 2 * stream, 0, 0)
     return moments
 
 
-def _inner_gradients(config: ModelConfig, n_tokens: int, size: int) -> int:
-    """Gradients inside a feed-forward layer beside what it keeps: of both factors where it has a gate."""
-    rows = n_tokens * config.experts_per_token / config.n_experts if config.n_experts else n_tokens
-    streams = n_tokens * config.d_model * size if config.n_experts else 0
-    return round(rows * config.d_ff * size * (2 if config.is_gated else 1)) + streams
-
-
-def _logits(config: ModelConfig, n_tokens: int, dtype: Arithmetic, device: Device) -> int:
+def _logits(one: Pass) -> int:
     """What the loss needs beside what it keeps (`objective.py`): a slice of logits, a piece, the output matrix."""
-    size, vocabulary, d = 4 if dtype == "float32" else 2, config.padded_vocab_size, config.d_model
-    rows = slice_rows(n_tokens, size * vocabulary)
-    on_cpu = device == "cpu"
+    size, vocabulary, d, on_cpu = one.size, one.config.padded_vocab_size, one.config.d_model, one.device == "cpu"
+    rows = slice_rows(one.n_tokens, size * vocabulary)
     piece = 4 * vocabulary * min(rows, max(1, PIECE_LOGITS // vocabulary) if on_cpu else rows)
-    if config.logit_softcap is not None:
+    if one.config.logit_softcap is not None:
         piece *= 2  # what it was before it was bent
     # A piece of the output matrix's gradient; that of a second slice, in two-byte arithmetic, in float32 to be added.
-    widened = 4 * (size == 2 and rows < n_tokens)
+    widened = 4 * (size == 2 and rows < one.n_tokens)
     gradient = d * min(vocabulary, max(1, PIECE_WEIGHTS // d) if on_cpu else vocabulary) * (size + widened)
     cast = vocabulary * d * 2 if size == 2 else 0
     return rows * vocabulary * size + max(piece, gradient) + cast
 
 
-def _optimizer_state(shapes: Mapping[str, tuple[int, ...]], grouping: Grouping) -> int:
-    """Float32: AdamW two moments and a step, Muon and Lion one momentum, Adafactor means of rows and of columns."""
-    total = 0
-    for group in grouping.groups:
-        for shape in (shapes[name] for name in group.names):
-            n = math.prod(shape)
-            if group.optimizer in ("muon", "lion"):
-                total += 4 * n
-            elif group.optimizer == "adafactor":
-                total += 4 + 4 * (n // shape[-1] + n // shape[-2] if len(shape) >= 2 else n)
-            else:
-                total += 8 * n + 4
-    return total
-
-
-def _update(config: ModelConfig, grouping: Grouping, dtype: Arithmetic, device: Device) -> int:
+def _update(shapes: Shapes, grouping: Grouping, step: Step) -> int:
     """What an update needs for a moment: fused AdamW nothing, Muon copies of a few matrices, the others of one."""
-    shapes = parameter_shapes(config)
-    size = 4 if dtype == "float32" else 2
+    size = 4 if step.dtype == "float32" else 2
     most = 0
     for group in grouping.groups:
-        counts = Counter(shapes[name] for name in group.names)
+        counts = Counter(tuple(shapes[name]) for name in group.names)
         if group.optimizer == "muon":
             for shape, count in counts.items():
                 n = math.prod(shape)
-                together = n * min(count, max(1, BATCH_BYTES[device] // (n * size)))
+                together = n * min(count, max(1, BATCH_BYTES[step.device] // (n * size)))
                 most = max(most, together * (14 + size))
         elif group.optimizer != "adamw":
             most = max(most, *(2 * 4 * math.prod(shape) for shape in counts))
     return most
-
-
-def _gathered(config: ModelConfig, sizes: Mapping[str, int]) -> int:
-    """Where weights are spread: two whole blocks (one computes, one comes), and all that is in no block."""
-    outside = sum(size for name, size in sizes.items() if not name.startswith("layers."))
-    return outside + 2 * (sum(sizes.values()) - outside) // config.n_layers

@@ -9,7 +9,6 @@ lowest predicted loss, else the one nearest to 20 tokens for each parameter (arX
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from groundup.model.cost import (
     vocabulary_parameters,
 )
 from groundup.model.ladder import TOKENS_PER_PARAMETER
-from groundup.recipe import OptimizerSettings, PretrainSettings, Recipe, read_recipe, resolve
+from groundup.recipe import PretrainSettings, Recipe, read_recipe, resolve
 from groundup.run import Run
 from groundup.shards import TokenShards
 from groundup.training.compilation import choose_without_trial, trial_key
@@ -40,16 +39,11 @@ from groundup.training.planning.memory import (
     Memory,
     Step,
     Suggestion,
-    choose_micro_batch,
+    Workload,
     device_memory,
-    estimate_memory,
-    refuse_what_cannot_fit,
     step_memory,
-    step_of,
-    suggestions,
 )
 from groundup.training.planning.probe import (
-    PROBE_SECONDS,
     Timings,
     ValidationPass,
     assumed_timings,
@@ -65,7 +59,7 @@ from groundup.training.schedule import BatchPlan, count_tokens, sequence_length
 
 
 def plan(
-    recipe: Recipe | str | Path, overrides: Sequence[str] = (), *, hours: float | None = None,
+    recipe: Recipe | str | Path, *, hours: float | None = None,
     budget: float | None = None, device: str | None = None, price: float | None = None, probe: bool = True,
     run: str | Path | None = None, law: str | Path | None = None,
 ) -> Plan:  # fmt: skip
@@ -73,7 +67,6 @@ def plan(
 
     Args:
         recipe: a recipe, or where it is.
-        overrides: `section.key=value`, for a recipe that is read.
         hours: of the whole stage; tokens then follow.
         budget: the same in dollars.
         device: from the table, as "h100x8" (default: this machine).
@@ -87,21 +80,25 @@ def plan(
         DataError: a budget that is none, or too small for one step.
         GroundupError: no such device, or the recipe does not pretrain.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else read_recipe(str(recipe), list(overrides))
-    recipe = resolve(recipe)
+    recipe = resolve(recipe if isinstance(recipe, Recipe) else read_recipe(str(recipe)))
     if not recipe.has_trunk:
         raise GroundupError(f"{recipe.name}: every stage starts from a model, so there is nothing to pretrain.")
-    shards = _shards_of(run)
-    config = _model(recipe, shards[0].vocab_size if shards else recipe.tokenizer.vocab_size)
+    shards = None
+    if run is not None and (Run(run).folder("shards") / "manifest.json").is_file():  # the text is cut into tokens
+        folder = Run(run).folder("shards")
+        shards = tuple(TokenShards.open(folder, split, verify=False) for split in ("train", "validation"))
+    vocab_size = shards[0].vocab_size if shards else recipe.tokenizer.vocab_size
+    config = recipe.model.config(vocab_size) if recipe.init is None else start_config(recipe.init, recipe.model)
     known, hardware = _hardware(recipe.pretrain, device, price)
     seconds = _budget(hours, budget, hardware)
     settings = recipe.pretrain.model_copy(update={"precision": hardware.precision})
     length = sequence_length(config, settings)
-    fit = _fit(config, settings, length, hardware)
+    work = Workload(config, settings, length, hardware.available, hardware.count)
+    fit = _fit(work)
     notes: list[str] = []
     if known is None:
         with limited_threads(recipe.threads):
-            timings, notes = _timings_here(config, settings, fit, probe, run)
+            timings, notes = _timings_here(work, fit.step, probe, run)
     else:
         timings = table_timings(config, settings, fit.step, known)
     validation = validation_pass(settings, length, shards[1].n_tokens if shards else None)
@@ -110,14 +107,18 @@ def plan(
     )
     parts = run_seconds(timings, settings, amount.rows, validation)
     found_law, why_none = _law(law, shards)
+    best: Candidate | None = None
     sizes: list[Candidate] = []
     if seconds is not None:
-        vocab_size, training = _vocabulary(recipe, config, found_law), seconds * parts["training"] / sum(parts.values())
-        sizes = _candidates(training, timings.flops, known, settings, vocab_size, hardware, found_law)
+        training = seconds * parts["training"] / sum(parts.values())
+        # The vocabulary of other sizes is the same where a tokenizer is given, or a law is about one.
+        follows = recipe.model.follows_from_one_number and "vocab_size" not in recipe.tokenizer.model_fields_set
+        given = {} if follows and found_law is None else {"vocab_size": config.vocab_size}
+        best, sizes = _candidates(work, training, timings.flops, known, given, found_law)
     return Plan(
         recipe=recipe.name, config=config, settings=settings, hardware=hardware, amount=amount, fit=fit,
-        timings=timings, seconds=parts, expected=_expected(found_law, why_none, config, amount), best=_best(sizes),
-        sizes=_neighbours(sizes), notes=notes,
+        timings=timings, seconds=parts, expected=_expected(found_law, why_none, config, amount), best=best,
+        sizes=sizes, notes=notes,
     )  # fmt: skip
 
 
@@ -238,9 +239,9 @@ class Plan:
         Raises:
             GroundupError: it is certain that it cannot.
         """
-        refuse_what_cannot_fit(
-            self.config, self.settings, self.fit.step.length, self.hardware.available, self.hardware.count
-        )
+        hardware = self.hardware
+        work = Workload(self.config, self.settings, self.fit.step.length, hardware.available, hardware.count)
+        work.refuse_what_cannot_fit()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -277,24 +278,6 @@ class Plan:
         }  # fmt: skip
 
 
-def _shards_of(run: str | Path | None) -> tuple[TokenShards, TokenShards] | None:
-    """Training and validation text of a run, if it is cut into tokens already."""
-    folder = None if run is None else Run(run).folder("shards")
-    if folder is None or not (folder / "manifest.json").is_file():
-        return None
-    return TokenShards.open(folder, "train", verify=False), TokenShards.open(folder, "validation", verify=False)
-
-
-def _model(recipe: Recipe, vocab_size: int) -> ModelConfig:
-    return recipe.model.config(vocab_size) if recipe.init is None else start_config(recipe.init, recipe.model)
-
-
-def _vocabulary(recipe: Recipe, config: ModelConfig, law: ScalingLaw | None) -> int | None:
-    """Of other sizes: the same where a tokenizer is given, or a law is about one; else it follows from the size."""
-    follows = recipe.model.follows_from_one_number and "vocab_size" not in recipe.tokenizer.model_fields_set
-    return None if follows and law is None else config.vocab_size
-
-
 def _hardware(settings: PretrainSettings, device: str | None, price: float | None) -> tuple[Device | None, Hardware]:
     if device is not None:
         known, count = find_device(device)
@@ -310,36 +293,26 @@ def _hardware(settings: PretrainSettings, device: str | None, price: float | Non
     return None, Hardware(name, world.size, device_memory(world), price, shown, why)
 
 
-def _fit(config: ModelConfig, settings: PretrainSettings, length: int, hardware: Hardware) -> Fit:
-    available, count = hardware.available, hardware.count
-    micro, why = choose_micro_batch(config, settings, length, available, count)
-    step = step_of(settings, length, available, count, micro)
-    free = settings.model_copy(update={"micro_batch_size": None})
-    largest, _ = choose_micro_batch(config, free, length, available, count)
-    one_fits = estimate_memory(config, free, replace(step, micro=largest)).total <= available.usable
-    return Fit(
-        step, why, largest if one_fits else None, estimate_memory(config, settings, step),
-        suggestions(config, settings, length, available, count),
-    )  # fmt: skip
+def _fit(work: Workload) -> Fit:
+    micro, why = work.micro_batch()
+    free = replace(work, settings=work.settings.model_copy(update={"micro_batch_size": None}))
+    largest, _ = free.micro_batch()
+    return Fit(work.step(micro), why, largest if free.fits(largest) else None, work.memory(micro), work.suggestions())
 
 
-def _timings_here(
-    config: ModelConfig, settings: PretrainSettings, fit: Fit, probe: bool, run: str | Path | None
-) -> tuple[Timings, list[str]]:
+def _timings_here(work: Workload, step: Step, probe: bool, run: str | Path | None) -> tuple[Timings, list[str]]:
     """This machine's timings, with a compiler's gain where it is known; and what is to be said of it."""
-    world = current_world()
+    config, settings, world = work.config, work.settings, current_world()
+    assert isinstance(settings, PretrainSettings)
     if not probe:
-        return assumed_timings(config, fit.step, world), []
-    available = device_memory(world)
-    timings = measured_timings(
-        config, settings, fit.step, world, available, seconds=PROBE_SECONDS, folder=None if run is None else Path(run)
-    )
+        return assumed_timings(config, step, world), []
+    timings = measured_timings(work, step, world, folder=None if run is None else Path(run))
     tokens, _ = count_tokens(count_parameters(config), settings)
-    n_flops = tokens / fit.step.length * training_flops(config, fit.step.length)
+    n_flops = tokens / step.length * training_flops(config, step.length)
     choice = choose_without_trial(settings.compile, world.device.type, n_flops, world.size, rows_are_alike=True)
     if choice is not None and not choice.compiled:
         return timings, []
-    key = trial_key(config, (fit.step.micro, fit.step.length), fit.step.dtype, settings.activation_checkpointing)
+    key = trial_key(config, (step.micro, step.length), step.dtype, settings.activation_checkpointing)
     found = recall("compile", key, world.device)
     if found is None:
         return timings, ["The run will try torch.compile, which may make it faster; the plan is without it."]
@@ -397,7 +370,7 @@ def _amount(
     return settings, Amount(rows * length, why, plan.n_steps, rows, epochs)
 
 
-def _law(asked: str | Path | None, shards: tuple[TokenShards, TokenShards] | None) -> tuple[ScalingLaw | None, str]:
+def _law(asked: str | Path | None, shards: tuple[TokenShards, ...] | None) -> tuple[ScalingLaw | None, str]:
     """The scaling law, if there is one of this text; else why there is none.
 
     Raises:
@@ -430,57 +403,43 @@ def _expected(law: ScalingLaw | None, why: str, config: ModelConfig, amount: Amo
 
 
 def _candidates(
-    seconds: float, flops: float, known: Device | None, settings: OptimizerSettings, vocab_size: int | None,
-    hardware: Hardware, law: ScalingLaw | None,
-) -> list[Candidate]:  # fmt: skip
-    """Every size of the ladder with at least one token a parameter in so many seconds of training.
+    work: Workload, seconds: float, flops: float, known: Device | None, given: dict[str, int], law: ScalingLaw | None
+) -> tuple[Candidate | None, list[Candidate]]:
+    """Of the ladder the size that makes most of a budget, of those that fit in memory, with two on each side.
 
     Args:
-        seconds: of training alone.
+        work: the recipe's; another size has its batch, its optimizer and its device.
+        seconds: of training alone; sizes with less than one token a parameter in it are left out.
         flops: a second, as the probe has them; of a device in the table each size has its own.
         known: that device.
-        settings: optimizer and checkpointing, for memory.
-        vocab_size: of the tokenizer; None: what the ladder gives each size.
-        hardware: memory, and how many devices.
+        given: the tokenizer's `vocab_size`; empty: what the ladder gives each size.
         law: for losses.
     """
-    available, count = hardware.available, hardware.count
-    settings = settings.model_copy(update={"groups": ()})
+    work = replace(work, settings=work.settings.model_copy(update={"groups": ()}))
     found: list[Candidate] = []
     for size in LADDER:
         try:
-            config = ladder_config(size=size, **({} if vocab_size is None else {"vocab_size": vocab_size}))
+            config = ladder_config(size=size, **given)
         except RecipeError:  # the vocabulary alone is larger
             continue
-        length, n = config.context_length, count_parameters(config)
+        n, one = count_parameters(config), replace(work, config=config, length=config.context_length)
         if known is not None:
-            micro, _ = choose_micro_batch(config, settings, length, available, count)
-            flops = table_timings(config, settings, step_of(settings, length, available, count, micro), known).flops
-        tokens = int(seconds * flops / training_flops_per_token(config, length))
+            flops = table_timings(config, one.settings, one.step(one.micro_batch()[0]), known).flops
+        tokens = int(seconds * flops / training_flops_per_token(config, one.length))
         if tokens < n:
             break
         if found and found[-1].parameters == n:
             continue  # with this vocabulary the ladder has no other
-        needed = step_memory(config, settings, step_of(settings, length, available, count, 1)).total
+        needed = step_memory(config, one.settings, one.step(1)).total
         loss = None if law is None else law.loss(n, tokens)
-        found.append(Candidate(size, n, tokens, loss, needed <= available.usable))
-    return found
-
-
-def _best(found: list[Candidate]) -> Candidate | None:
-    """The one that makes most of the budget, of those that fit in memory."""
+        found.append(Candidate(size, n, tokens, loss, needed <= work.available.usable))
 
     def distance(one: Candidate) -> float:
         from_optimum = abs(math.log(one.tokens_per_parameter / TOKENS_PER_PARAMETER))
         return from_optimum if one.loss is None else one.loss
 
-    return min((one for one in found if one.fits), key=distance, default=None)
-
-
-def _neighbours(found: list[Candidate]) -> list[Candidate]:
-    """The best and two on each side."""
-    best = _best(found)
+    best = min((one for one in found if one.fits), key=distance, default=None)
     if best is None:
-        return found[-5:]
+        return None, found[-5:]
     place = found.index(best)
-    return found[max(0, place - 2) : place + 3]
+    return best, found[max(0, place - 2) : place + 3]

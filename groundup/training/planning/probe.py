@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ from groundup.training.checkpoint import CheckpointWriter, Progress, weights_of
 from groundup.training.compilation import set_checkpointing
 from groundup.training.objective import head_loss
 from groundup.training.optimizers import Optimizers, clip_gradients, frozen_groups
-from groundup.training.planning.memory import DeviceMemory, Step, estimate_memory
+from groundup.training.planning.memory import Step, Workload
 from groundup.training.process import keep_freed_memory
 from groundup.training.schedule import BatchPlan
 from groundup.training.throughput import peak_matmul_flops, product_seconds, timed
@@ -46,85 +47,44 @@ _SECONDS_TO_DRAW = 2.5e-8
 """One initial weight."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of a model, rows and tokens that stand for the whole."""
-
-    n_layers: int
-    rows: int
-    length: int
-
-    def of(self, config: ModelConfig) -> ModelConfig:
-        """The model with so many blocks."""
-        return ModelConfig(**{**config.to_dict(), "n_layers": self.n_layers})
-
-
-@dataclass(frozen=True)
-class Times:
-    """Measured seconds: of forward and backward pass over all rows of the part, of an update, and so on."""
-
-    both: float
-    update: float
-    forward: float
-    token: float
-    save: float
-    build: float
-
-    def carried(self, other: Times, distance: float) -> Times:
-        """self + (other − self) · distance, where a deeper model is never faster than a less deep one.
-
-        Where the two cannot be told apart, the second times half the distance: a bound, for all is in the blocks.
-        """
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Times(*(one + (two - one) * distance if two > one else two * distance / 2 for one, two in pairs))
-
-
 def measured_timings(
-    config: ModelConfig, settings: OptimizerSettings, step: Step, world: World, available: DeviceMemory,
-    *, seconds: float = PROBE_SECONDS, folder: Path | None = None,
-) -> Timings:  # fmt: skip
+    work: Workload, step: Step, world: World, *, seconds: float = PROBE_SECONDS, folder: Path | None = None
+) -> Timings:
     """Measure how long the pieces of a run take on this machine.
 
     Args:
-        config: the model.
-        settings: optimizer, checkpointing, groups.
+        work: the model and its settings.
         step: what this device does.
         world: the device.
-        available: its memory.
         seconds: at most about so long.
         folder: where checkpoints would go, whose disk is tried (default: the system's temporary folder).
     """
-    if not seconds:
-        return assumed_timings(config, step, world)
+    config = work.config
     if world.device.type == "cpu":
         keep_freed_memory()
     until = time.perf_counter() + seconds
-    rate = ASSUMED_MFU * _rate_now(getattr(torch, step.dtype), world)
-    whole = Part(config.n_layers, step.micro, step.length)
-    chosen = _affordable(config, settings, step, whole, rate, available, 0.75 * seconds)
+    # FLOP/s of matrix products at this moment, beside whatever else runs here.
+    products = product_seconds(1024, getattr(torch, step.dtype), world.device, _BRIEF_SECONDS)
+    rate = ASSUMED_MFU * 2 * 1024**3 / statistics.fmean(products)
+    chosen = _affordable(work, step, rate, 0.75 * seconds)
     if chosen is None:
         return assumed_timings(config, step, world)
-    measured = [
-        _measure(config, part, settings, step, world, until, len(chosen) - index, folder)
-        for index, part in enumerate(chosen)
-    ]
+    measured = [_measure(part, step, world, until, len(chosen) - index, folder) for index, part in enumerate(chosen)]
     part, times = chosen[-1], measured[-1]
     if len(chosen) == 2:
-        first, second = (one.n_layers for one in chosen)
-        times = measured[0].carried(measured[1], (config.n_layers - first) / (second - first))
-    longer = training_flops(config, step.length) / training_flops(config, part.length)
-    row = times.both / part.rows * longer
-    return Timings(
-        row=row / step.n_devices,
-        update=times.update,
-        eval_row=times.forward / part.rows * longer / step.n_devices,
-        sample_token=times.token,
-        save=times.save,
-        begin=times.build,
-        flops=training_flops(config, step.length) / row * step.n_devices,
-        how=_told(chosen, whole),
-        is_measured=True,
-    )
+        # Carried on in a line. A deeper model is never faster: where the two cannot be told apart, the second times
+        # half the distance is a bound, for all is in the blocks.
+        first, second = (one.config.n_layers for one in chosen)
+        distance = (config.n_layers - first) / (second - first)
+        pairs = {name: (measured[0][name], two) for name, two in times.items()}
+        times = {
+            name: one + (two - one) * distance if two > one else two * distance / 2
+            for name, (one, two) in pairs.items()
+        }
+    flops = training_flops(config, step.length)
+    for name in ("row", "eval_row"):
+        times[name] *= flops / training_flops(config, part.length) / part.settings.batch_size / step.n_devices
+    return Timings(**times, flops=flops / times["row"], how=_told(chosen, work, step), is_measured=True)
 
 
 def assumed_timings(config: ModelConfig, step: Step, world: World) -> Timings:
@@ -145,64 +105,63 @@ def assumed_timings(config: ModelConfig, step: Step, world: World) -> Timings:
     )
 
 
-def _affordable(
-    config: ModelConfig, settings: OptimizerSettings, step: Step, whole: Part, rate: float, available: DeviceMemory,
-    seconds: float,
-) -> tuple[Part, ...] | None:  # fmt: skip
+def _part(work: Workload, n_layers: int, rows: int, length: int) -> Workload:
+    """What of a run stands for the whole; patterns of groups would miss the blocks that it lacks."""
+    config = ModelConfig(**{**work.config.to_dict(), "n_layers": n_layers})
+    update: dict[str, Any] = {"batch_size": rows, "micro_batch_size": None}
+    if n_layers < work.config.n_layers:
+        update["groups"] = ()
+    settings = work.settings.model_copy(update=update)
+    return replace(work, config=config, settings=settings, length=length, n_devices=1)
+
+
+def _affordable(work: Workload, step: Step, rate: float, seconds: float) -> list[Workload] | None:
     """The most faithful parts that stand for the whole, of those that fit into time and memory."""
-    rows = [whole.rows >> power for power in range(whole.rows.bit_length())]
-    shorter = (whole.length >> power for power in range(1, whole.length.bit_length()))
-    lengths = [whole.length, *(length for length in shorter if length >= _SHORTEST)]
-    depths = [(config.n_layers,)] if config.n_layers <= 2 else [(1, 2)] if config.n_layers <= 4 else [(2, 4), (1, 2)]
-    ways = [(replace(whole, rows=count),) for count in rows]
-    ways += [tuple(Part(depth, 1, length) for depth in pair) for length in lengths for pair in depths]
+    n_layers = work.config.n_layers
+    rows = [step.micro >> power for power in range(step.micro.bit_length())]
+    shorter = (step.length >> power for power in range(1, step.length.bit_length()))
+    lengths = [step.length, *(length for length in shorter if length >= _SHORTEST)]
+    depths = [(n_layers,)] if n_layers <= 2 else [(1, 2)] if n_layers <= 4 else [(2, 4), (1, 2)]
+    ways = [[(n_layers, count, step.length)] for count in rows]
+    ways += [[(depth, 1, length) for depth in pair] for length in lengths for pair in depths]
     for way in ways:
-        taken = wanted = 0.0
-        for part in way:
-            smaller, cut = part.of(config), replace(step, rows=part.rows, micro=part.rows, length=part.length)
-            taken += _expected(smaller, part, rate)
-            wanted = max(wanted, estimate_memory(smaller, _without_groups(settings), replace(cut, n_devices=1)).total)
-        if taken <= seconds and wanted <= available.usable:
-            return way
+        parts = [_part(work, *part) for part in way]
+        # To build it, for one step to warm up, two more, and some validation.
+        flops = sum(4 * part.settings.batch_size * training_flops(part.config, part.length) for part in parts)
+        taken = flops / rate + _SECONDS_TO_DRAW * sum(count_parameters(part.config) for part in parts)
+        if taken <= seconds and all(part.fits(part.settings.batch_size) for part in parts):
+            return parts
     return None
 
 
-def _expected(config: ModelConfig, part: Part, rate: float) -> float:
-    """Seconds to build it, for one step to warm up, two more, and some validation."""
-    return 4 * part.rows * training_flops(config, part.length) / rate + _SECONDS_TO_DRAW * count_parameters(config)
-
-
 def _measure(
-    config: ModelConfig, part: Part, settings: OptimizerSettings, step: Step, world: World, until: float, n_left: int,
-    folder: Path | None,
-) -> Times:  # fmt: skip
-    """Seconds of the pieces for one part; `n_left` of them, this one too, share what is left of the time."""
+    work: Workload, step: Step, world: World, until: float, n_left: int, folder: Path | None
+) -> dict[str, float]:
+    """Seconds of the pieces for one part, all its rows together; `n_left` of them share what is left of the time."""
     start = time.perf_counter()
     share = start + min(_TIMED_SECONDS, (until - start) / n_left * 0.7)
-    smaller = part.of(config)
-    if part.n_layers < config.n_layers:
-        settings = _without_groups(settings)
-    model = Transformer(smaller).to(world.device)
+    config, settings = work.config, work.settings
+    model = Transformer(config).to(world.device)
     model.compute_dtype = getattr(torch, step.dtype)
     set_checkpointing(model, settings.activation_checkpointing)
     build = time.perf_counter() - start
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, smaller.vocab_size, (part.rows, part.length), generator=generator).to(world.device)
+    ids = torch.randint(0, config.vocab_size, (settings.batch_size, work.length), generator=generator).to(world.device)
     with frozen_groups(model, settings):
         optimizers = Optimizers(model, settings, model.compute_dtype)
-        both, update = step_pieces(model, optimizers, settings, ids)
-        pairs = medians((both, update), world, share)
+        both, update = medians(step_pieces(model, optimizers, settings, ids), world, share)
         with torch.no_grad():
             model.eval()
-            (forward,) = medians(
-                (lambda: model(ids, head=head_loss(ids)),), world, time.perf_counter() + _BRIEF_SECONDS
-            )
+            brief = time.perf_counter() + _BRIEF_SECONDS
+            (forward,) = medians((lambda: model(ids, head=head_loss(ids)),), world, brief)
             token = _token_seconds(model, ids, world)
-    saved = weight_bytes(smaller) + optimizer_bytes(smaller, settings.optimizer)
+    saved = weight_bytes(config) + optimizer_bytes(config, settings.optimizer)
     save = saved / _DISK if saved > _LARGEST_SAVED else _save_seconds(model, optimizers, world, folder)
     if world.device.type == "cuda":
         save = 0.0  # written beside training
-    return Times(*pairs, forward=forward, token=token, save=save, build=build)
+    return {
+        "row": both, "update": update, "eval_row": forward, "sample_token": token, "save": save, "begin": build,
+    }  # fmt: skip
 
 
 def step_pieces(
@@ -217,7 +176,7 @@ def step_pieces(
         ((loss if balance is None else loss + balance) / ids.numel()).backward()
 
     def update() -> None:
-        clip_gradients(optimizers.parameters(), settings.max_grad_norm, lambda values: values)
+        clip_gradients(optimizers.parameters(), settings.max_grad_norm)
         optimizers.step(1.0)
 
     return both, update
@@ -232,11 +191,6 @@ def medians(pieces: tuple[Callable[[], object], ...], world: World, until: float
         if repeat and time.perf_counter() + sum(seconds[-1] for seconds in taken) > until:
             break
     return tuple(statistics.median(seconds[1:]) for seconds in taken)
-
-
-def _rate_now(dtype: torch.dtype, world: World) -> float:
-    """FLOP/s of matrix products at this moment, beside whatever else runs here."""
-    return 2 * 1024**3 / statistics.fmean(product_seconds(1024, dtype, world.device, _BRIEF_SECONDS))
 
 
 def _token_seconds(model: Transformer, ids: torch.Tensor, world: World) -> float:
@@ -263,21 +217,15 @@ def _save_seconds(model: Transformer, optimizers: Optimizers, world: World, fold
     return seconds
 
 
-def _told(chosen: tuple[Part, ...], whole: Part) -> str:
-    part = chosen[-1]
-    if chosen == (whole,):
-        return "probe: steps of the whole model"
+def _told(chosen: list[Workload], work: Workload, step: Step) -> str:
+    part, depths = chosen[-1], [one.config.n_layers for one in chosen]
     carried = []
     if len(chosen) == 2:
-        carried.append(f"from {chosen[0].n_layers} and {chosen[1].n_layers} of {whole.n_layers} blocks")
-    for name, one, all_of_it in (("rows", part.rows, whole.rows), ("tokens", part.length, whole.length)):
-        if one < all_of_it:
-            carried.append(f"from {one} of {all_of_it} {name}")
-    return f"probe, extrapolated {', '.join(carried)}"
-
-
-def _without_groups(settings: OptimizerSettings) -> OptimizerSettings:
-    return settings.model_copy(update={"groups": ()})
+        carried.append(f"from {depths[0]} and {depths[1]} of {work.config.n_layers} blocks")
+    for name, one, whole in (("rows", part.settings.batch_size, step.micro), ("tokens", part.length, step.length)):
+        if one < whole:
+            carried.append(f"from {one} of {whole} {name}")
+    return f"probe, extrapolated {', '.join(carried)}" if carried else "probe: steps of the whole model"
 
 
 @dataclass(frozen=True)
