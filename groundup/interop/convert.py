@@ -120,7 +120,7 @@ def _convert(
     specs = [TensorSpec(name, dtypes[name], made.shape) for name, made in layout.tensors.items()]
 
     def tensor(name: str) -> Tensor:
-        whole = put_together(layout.tensors[name], stored.parameter, stored.config.n_experts)
+        whole = put_together(layout.tensors[name], stored.parameter)
         return _cast(whole, dtypes[name], f"{stored.weights.source}: {name}")
 
     files = read_files(stored.folder, TOKENIZER_FILES)

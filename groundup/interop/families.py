@@ -30,7 +30,7 @@ class Family:
         architecture: the class of transformers.
         read: fields to the arguments of `ModelConfig`.
         write: a configuration to fields, as well as it can.
-        layouts: where the weights stand, the first as they are written; the others are read too.
+        layout: where the weights stand.
         base: the class without an output layer.
     """
 
@@ -38,8 +38,8 @@ class Family:
     architecture: str
     read: Callable[[Fields], dict[str, Any]]
     write: Callable[[ModelConfig], dict[str, Any]]
-    layouts: tuple[ModuleMappings, ...] = ({},)
-    base: str = ""
+    layout: ModuleMappings
+    base: str
 
 
 OURS: ModuleMappings = {}
@@ -74,14 +74,6 @@ _MIXTRAL_LAYOUT: ModuleMappings = {
     "layers.*.mlp.down_proj": ModuleMapping("model.layers.*.block_sparse_moe.experts.#.w2"),
     "layers.*.mlp.up_proj": ModuleMapping("model.layers.*.block_sparse_moe.experts.#.w3"),
 }
-_MIXTRAL_STACKED: ModuleMappings = {  # as transformers 5 holds them in memory
-    "layers.*.mlp.router": ModuleMapping("model.layers.*.mlp.gate"),
-    "layers.*.mlp.gate_proj": ModuleMapping("model.layers.*.mlp.experts.gate_up_proj", slot=0, slots=2, suffixed=False),
-    "layers.*.mlp.up_proj": ModuleMapping("model.layers.*.mlp.experts.gate_up_proj", slot=1, slots=2, suffixed=False),
-    "layers.*.mlp.down_proj": ModuleMapping("model.layers.*.mlp.experts.down_proj", suffixed=False),
-}
-
-
 _LLAMA = LlamaLike(
     fields={"max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False}, is_divided=True
 )
@@ -100,13 +92,13 @@ _MIXTRAL = LlamaLike(
 )  # fmt: skip
 
 
-def _llama_like(model_type: str, stem: str, family: LlamaLike, layouts: tuple[ModuleMappings, ...] = ({},)) -> Family:
+def _llama_like(model_type: str, stem: str, family: LlamaLike, layout: ModuleMappings) -> Family:
     return Family(
         model_type,
         f"{stem}ForCausalLM",
         lambda fields: read_llama_like(fields, family),
         lambda config: write_llama_like(config, family),
-        layouts,
+        layout,
         f"{stem}Model",
     )
 
@@ -114,13 +106,13 @@ def _llama_like(model_type: str, stem: str, family: LlamaLike, layouts: tuple[Mo
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        _llama_like("llama", "Llama", _LLAMA),
-        _llama_like("mistral", "Mistral", _MISTRAL),
-        _llama_like("qwen2", "Qwen2", _QWEN2),
-        _llama_like("qwen3", "Qwen3", _QWEN3),
-        _llama_like("mixtral", "Mixtral", _MIXTRAL, (_MIXTRAL_LAYOUT, _MIXTRAL_STACKED)),
-        Family("gpt2", "GPT2LMHeadModel", read_gpt2, write_gpt2, (_GPT2,), "GPT2Model"),
-        Family("gpt_neo", "GPTNeoForCausalLM", read_gpt_neo, write_gpt_neo, (_GPT_NEO,), "GPTNeoModel"),
+        _llama_like("llama", "Llama", _LLAMA, OURS),
+        _llama_like("mistral", "Mistral", _MISTRAL, OURS),
+        _llama_like("qwen2", "Qwen2", _QWEN2, OURS),
+        _llama_like("qwen3", "Qwen3", _QWEN3, OURS),
+        _llama_like("mixtral", "Mixtral", _MIXTRAL, _MIXTRAL_LAYOUT),
+        Family("gpt2", "GPT2LMHeadModel", read_gpt2, write_gpt2, _GPT2, "GPT2Model"),
+        Family("gpt_neo", "GPTNeoForCausalLM", read_gpt_neo, write_gpt_neo, _GPT_NEO, "GPTNeoModel"),
     )
 }
 """By model type; where several compute the same, the first gives a model its name."""

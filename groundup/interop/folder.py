@@ -61,7 +61,7 @@ def save_model(
         return whole(name) if expert is None else whole(name)[expert]
 
     def tensor(name: str) -> Tensor:
-        return put_together(layout.tensors[name], parameter, config.n_experts)
+        return put_together(layout.tensors[name], parameter)
 
     if world.is_first:
         with atomic_folder(Path(folder)) as partial:

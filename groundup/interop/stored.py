@@ -23,7 +23,7 @@ from groundup.generation.rounding import Bits, dequantize
 from groundup.interop.digests import check_digests, is_saved_again
 from groundup.interop.families import FAMILIES, OURS, Family, computed, huggingface_config, read_config
 from groundup.interop.fields import MOST_LAYERS
-from groundup.interop.layouts import Layout, is_of_experts, make_layout, shapes_in_file, take
+from groundup.interop.layouts import Layout, make_layout, shapes_in_file, take
 from groundup.interop.read_weights import Weights, open_weights
 from groundup.model import ModelConfig
 from groundup.model.cost import parameter_shapes
@@ -73,13 +73,12 @@ class StoredModel:
     prefix: str
     quantization: Quantization | None = None
     matrices: dict[str, tuple[Bits, int]] = dataclasses.field(default_factory=dict)
-    _kept: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype in which a parameter is stored; of several, or quantized, the one that holds them all."""
         if self._is_quantized(name):
             return torch.float32
-        found = {self.weights.dtype(self._outside(part.tensor)) for part in self.layout.parts[name]}
+        found = {self.weights.dtype(tensor.removeprefix(self.prefix)) for tensor in self.layout.sources[name]}
         return found.pop() if len(found) == 1 else torch.float32
 
     def parameter(self, name: str, expert: int | None = None) -> Tensor:
@@ -91,32 +90,18 @@ class StoredModel:
             module = name.removesuffix(".weight")
             packed, scales = (self.parameter(f"{module}.{kind}", expert) for kind in ("packed", "scales"))
             return dequantize(packed, scales, self.matrices[module][0])
-        parts = self.layout.parts[name]
-        if len(parts) > 1:
+        place, tensors = self.layout.places[name], self.layout.sources[name]
+        if place.is_apart:
             if expert is None:
-                return torch.stack([self.parameter(name, index) for index in range(len(parts))])
-            return take(self._read(parts[expert].tensor, parts[expert].place.slots > 1), parts[expert].place)
-        place, stacked = parts[0].place, is_of_experts(name, self.config.n_experts)
-        contents = self._read(parts[0].tensor, place.slots > 1 or expert is not None)
-        whole = take(contents, place, stacked=stacked)
+                return torch.stack([self.parameter(name, index) for index in range(len(tensors))])
+            return take(self.weights.read(tensors[expert].removeprefix(self.prefix)), place)
+        is_shared = place.slots > 1 or expert is not None
+        read = self.weights.read_shared if is_shared else self.weights.read
+        whole = take(read(tensors[0].removeprefix(self.prefix)), place)
         return whole if expert is None else whole[expert]
 
     def _is_quantized(self, name: str) -> bool:
         return name.endswith(".weight") and name.removesuffix(".weight") in self.matrices
-
-    def _read(self, tensor: str, is_shared: bool) -> Tensor:
-        """A tensor; the last two of those that several parameters are cut from are kept."""
-        name = self._outside(tensor)
-        if not is_shared:
-            return self.weights.read(name)
-        if name not in self._kept:
-            while len(self._kept) > 1:
-                del self._kept[next(iter(self._kept))]
-            self._kept[name] = self.weights.read(name)
-        return self._kept[name]
-
-    def _outside(self, tensor: str) -> str:
-        return tensor.removeprefix(self.prefix)
 
 
 def open_stored(folder: Path, *, verify: bool = False) -> StoredModel:
@@ -151,7 +136,7 @@ def open_stored(folder: Path, *, verify: bool = False) -> StoredModel:
         tensors = quantization.tensors(shapes)
         in_file = {name: shape for name, (shape, _) in tensors.items()}
         dtypes = {name: dtype for name, (_, dtype) in tensors.items() if dtype is not None}
-    tables = [*(family.layouts if family else ()), *([] if family and {} in family.layouts else [OURS])]
+    tables = [family.layout, OURS] if family and family.layout else [OURS]
     layouts = [make_layout(table, in_file, config.n_experts) for table in tables]
     found = [(layout, prefix) for layout in layouts for prefix in _prefixes(layout, names)]
     # The first whose tensors are all there; else the one with the fewest missing, to say which.
@@ -229,7 +214,7 @@ def target_layout(config: ModelConfig, shapes: dict[str, tuple[int, ...]], prefe
         prefer: the model type to take where several compute the same.
     """
     kind = huggingface_config(config, prefer).get("model_type")
-    return make_layout(FAMILIES[kind].layouts[0] if kind else OURS, shapes, config.n_experts)
+    return make_layout(FAMILIES[kind].layout if kind else OURS, shapes, config.n_experts)
 
 
 def _prefixes(layout: Layout, names: set[str]) -> list[str]:
@@ -250,7 +235,7 @@ def _without_tied_copy(
     name = "lm_head.weight"
     if name not in left_over or not config.tied_embeddings:
         return left_over
-    embedding = layout.parts["embed_tokens.weight"][0].tensor.removeprefix(prefix)
+    embedding = layout.sources["embed_tokens.weight"][0].removeprefix(prefix)
     if embedding not in weights.tensors or weights.tensors[name].shape != weights.tensors[embedding].shape:
         return left_over
     if not torch.equal(weights.read(name), weights.read(embedding)):

@@ -257,6 +257,11 @@ class Tokenizer:
         return dict(json.loads(self._contents)["model"])
 
     @property
+    def contents(self) -> str:
+        """Of `tokenizer.json`."""
+        return self._contents
+
+    @property
     def vocab_size(self) -> int:
         """Number of tokens, control tokens included."""
         return len(self._bytes)
