@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,16 +37,12 @@ class Imported:
     Attributes:
         format: that was read.
         manifest: of the shards that were made.
-        closed: documents that had no closing end-of-text and got one.
-        empty: empty documents that were left out, since nothing closes them.
         notes: what the user should know.
     """
 
     format: str
     manifest: ShardsManifest
-    closed: int = 0
-    empty: int = 0
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
 
 def import_ids(
@@ -137,7 +133,7 @@ def import_ids(
     fingerprint = "" if tokenizer is None else tokenizer.fingerprint
     manifest = ShardsManifest(vocab_size, fingerprint, end_of_text_id, splits, provenance)
     manifest.write(out)
-    return Imported(format, manifest, borders.closed, borders.empty, _notes(manifest, borders))
+    return Imported(format, manifest, _notes(manifest, borders))
 
 
 def _find_files(source: Path, validation: Path | None, format: str) -> dict[str, list[Path]]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
@@ -73,7 +74,7 @@ def write_shards(
         tallies = _encode_into(
             out, documents, tokenizer, settings.shard_tokens, lambda n: bar.update(n, note=f"{n:,} docs")
         )
-        summary = _finish(out, tokenizer, {name: tally.split() for name, tally in tallies.items()}, None, settings)
+        summary = _finish(out, tokenizer, tallies, None, settings)
         bar.finish(", ".join(f"{format_count(summary[f'tokens_{name}'])} tokens {name}" for name in SPLITS))
     return summary
 
@@ -136,11 +137,14 @@ def write_shards_from_file(
         for name, tally in tallies.items():
             with StreamWriter(out, name, token_dtype(tokenizer.vocab_size), settings.shard_tokens) as writer:
                 for work, manifest in zip(ranges, manifests, strict=True):
-                    append_range(writer, work.folder, manifest, name)
-                    tally.add_split(manifest.splits[name])
+                    for file in manifest.splits[name].files:
+                        ends = mapped(work.folder / file.index_name, INDEX_DTYPE, file.documents)
+                        ids = mapped(work.folder / file.name, manifest.dtype, file.tokens)
+                        writer.append(ids, ends.astype(np.int64))
+                    _count(tally.sources, manifest.splits[name].sources)
+                    _count(tally.languages, manifest.splits[name].languages)
                 tally.files = writer.finish()
-        splits = {name: tally.split() for name, tally in tallies.items()}
-        summary = _finish(out, tokenizer, splits, file_digest(documents), settings)
+        summary = _finish(out, tokenizer, tallies, file_digest(documents), settings)
         bar.finish(", ".join(f"{format_count(summary[f'tokens_{name}'])} tokens {name}" for name in SPLITS))
     remove_folder(out / RANGES)
     return summary
@@ -180,13 +184,6 @@ def encode_range(work: RangeWork) -> ShardsManifest:
     return manifest
 
 
-def append_range(writer: StreamWriter, folder: Path, manifest: ShardsManifest, split: str) -> None:
-    """Append a range's part of a split to the stream."""
-    for file in manifest.splits[split].files:
-        ends = mapped(folder / file.index_name, INDEX_DTYPE, file.documents)
-        writer.append(mapped(folder / file.name, manifest.dtype, file.tokens), ends.astype(np.int64))
-
-
 @dataclass
 class Tally:
     """What is in a split.
@@ -206,14 +203,8 @@ class Tally:
         for document, n_tokens in zip(documents, np.diff(ends, prepend=0).tolist(), strict=True):
             text = document.text
             counts = {"documents": 1, "bytes": len(text) if text.isascii() else len(text.encode()), "tokens": n_tokens}
-            _count(self.sources, document.source, counts)
-            _count(self.languages, document.language or "unknown", counts)
-
-    def add_split(self, split: Split) -> None:
-        """Count what a range has."""
-        for mine, theirs in ((self.sources, split.sources), (self.languages, split.languages)):
-            for name, counts in theirs.items():
-                _count(mine, name, counts)
+            _count(self.sources, {document.source: counts})
+            _count(self.languages, {document.language or "unknown": counts})
 
     def split(self, most: int | None = MOST_NAMES) -> Split:
         """What the manifest says of it, of so many sources and languages by name (None: all)."""
@@ -225,17 +216,18 @@ class Tally:
 
 def largest_first(counts: Counts, most: int | None = MOST_NAMES) -> dict[str, dict[str, int]]:
     """Counts in order of their tokens (equal ones by name), the smallest of too many joined under one name."""
-    order = sorted(counts, key=lambda name: (-counts[name]["tokens"], name))
     out: dict[str, dict[str, int]] = {}
-    for place, name in enumerate(order):
-        _count(out, name if most is None or place < most else OTHERS, counts[name])
+    for place, name in enumerate(sorted(counts, key=lambda name: (-counts[name]["tokens"], name))):
+        _count(out, {name if most is None or place < most else OTHERS: counts[name]})
     return out
 
 
-def _count(counts: dict[str, dict[str, int]], name: str, more: Mapping[str, int]) -> None:
-    entry = counts.setdefault(name, {"documents": 0, "bytes": 0, "tokens": 0})
-    for what in entry:
-        entry[what] += more[what]
+def _count(counts: dict[str, dict[str, int]], more: Counts) -> None:
+    """Add counts to those of the same name."""
+    for name, new in more.items():
+        entry = counts.setdefault(name, {"documents": 0, "bytes": 0, "tokens": 0})
+        for what in entry:
+            entry[what] += new[what]
 
 
 def _encode_into(
@@ -290,9 +282,10 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], dtype: np.dtype[Any
 
 
 def _finish(
-    out: Path, tokenizer: Tokenizer, splits: Mapping[str, Split], corpus: str | None, settings: ShardsSettings
+    out: Path, tokenizer: Tokenizer, tallies: Mapping[str, Tally], corpus: str | None, settings: ShardsSettings
 ) -> dict[str, Any]:
     """Write the manifest, which makes the shards valid; the stage's figures."""
+    splits = {name: tally.split() for name, tally in tallies.items()}
     train, validation = (splits[name] for name in SPLITS)
     if not train.documents:
         raise DataError(f"{out}: there is no training document to write.", "Run the corpus stage first.")
@@ -319,36 +312,27 @@ def _manifest(tokenizer: Tokenizer, splits: Mapping[str, Split], provenance: Map
 def _lines_beginning_in(path: Path, begin: int, end: int) -> tuple[bytes, int]:
     """The lines that begin at bytes `begin` … `end - 1`, whole, and where the first of them begins."""
     with path.open("rb") as handle:
-        first = _next_line(handle, begin)
-        last = _next_line(handle, end)
-        handle.seek(first)
-        return handle.read(last - first), first
-
-
-def _next_line(handle: IO[bytes], place: int) -> int:
-    """Where the first line begins that does not begin before `place`."""
-    if not place:
-        return 0
-    handle.seek(place - 1)
-    handle.readline()  # the rest of a line that began before, or just the end of the one before
-    return handle.tell()
+        places = []
+        for place in (begin, end):
+            handle.seek(max(0, place - 1))
+            if place:
+                handle.readline()  # the rest of a line that began before, or just the end of the one before
+            places.append(handle.tell())
+        handle.seek(places[0])
+        return handle.read(places[1] - places[0]), places[0]
 
 
 def _documents(data: bytes, path: Path, first_byte: int) -> Iterator[Document]:
-    begin = 0
-    while begin < len(data):
-        end = data.find(b"\n", begin) + 1 or len(data)
+    for line in io.BytesIO(data):
         try:
-            document = Document(**orjson.loads(data[begin:end]))
+            document = Document(**orjson.loads(line))
             if document.split not in SPLITS or not isinstance(document.text, str):
                 raise TypeError(f"split {document.split!r}, text {type(document.text).__name__}")
         except (orjson.JSONDecodeError, TypeError) as error:
-            raise ArtifactError(
-                f"{path}, the line at byte {first_byte + begin:,}: damaged ({error}).",
-                "Make it again with --from corpus.",
-            ) from error
+            where = f"{path}, the line at byte {first_byte:,}"
+            raise ArtifactError(f"{where}: damaged ({error}).", "Make it again with --from corpus.") from error
         yield document
-        begin = end
+        first_byte += len(line)
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
