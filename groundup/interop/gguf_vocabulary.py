@@ -47,11 +47,12 @@ def vocabulary_of(tokenizer: Tokenizer | None, n_rows: int, out: Path) -> dict[s
         return {"tokenizer_model": "none"}
     template: str | None = CHAT_TEMPLATE
     # Documents follow one another in training, so what ends one stands before the next.
-    bos_id, eos_id, pad_id = tokenizer.end_of_text_id, tokenizer.end_id, tokenizer.pad_id
     if isinstance(tokenizer, PretrainedTokenizer):
-        template = tokenizer.chat_templates.get("default")
-        bos_id, eos_id, pad_id = (next(iter(tokenizer.special_token_ids[name]), None) for name in ("bos", "eos", "pad"))
-        bos_id = eos_id if bos_id is None else bos_id
+        template, known = tokenizer.chat_templates.get("default"), tokenizer.special_token_ids
+    else:
+        known = {"bos": [tokenizer.end_of_text_id], "eos": [tokenizer.end_id], "pad": [tokenizer.pad_id]}
+    eos_id, pad_id = (next(iter(known[name]), None) for name in ("eos", "pad"))
+    bos_id = next(iter(known["bos"]), eos_id)
     with reading(f"{out}: the tokenizer"):
         engine = Engine.from_str(tokenizer.contents)
         spec = json.loads(engine.to_str())  # one spelling of what several versions of the format say

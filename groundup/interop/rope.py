@@ -136,5 +136,5 @@ def _scaling(fields: Fields, name: str, table: dict[str, Any], original_context:
 
 def _typed(kind: Any, values: dict[str, Any]) -> RopeScaling:
     """Whole numbers and floats, however they were written."""
-    typed = {name: int(value) if name == "original_context" else float(value) for name, value in values.items()}
-    return RopeScaling(kind=kind, **typed)
+    context: dict[str, Any] = {name: int(value) for name, value in values.items() if name == "original_context"}
+    return RopeScaling(kind=kind, **{**{name: float(value) for name, value in values.items()}, **context})

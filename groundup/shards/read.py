@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,6 @@ class TokenShards:
         self._tokens = [mapped(folder / file.name, self.dtype, file.tokens) for file in self._files]
         self._ends = [mapped(folder / file.index_name, INDEX_DTYPE, file.documents) for file in self._files]
         self._starts = np.cumsum([0, *(file.tokens for file in self._files)])
-        self._documents_before = np.cumsum([0, *(file.documents for file in self._files)])
 
     @classmethod
     def open(
@@ -126,14 +126,6 @@ class TokenShards:
             file += 1
             piece = self._tokens[file][: len(row) - filled]
 
-    def documents(self) -> Iterator[np.ndarray]:
-        """Every document's ids, its closing `<|endoftext|>` included, in order: (length,) int64 each."""
-        begin = 0
-        for number in range(len(self._files)):
-            for end in self._ends_in(number):
-                yield self.window(begin, int(end) - begin)
-                begin = int(end)
-
     def document(self, number: int) -> np.ndarray:
         """Document `number` (0, 1, …): its ids, its closing `<|endoftext|>` included, (length,) int64.
 
@@ -143,16 +135,13 @@ class TokenShards:
         """
         if not 0 <= number < self.n_documents:
             raise IndexError(f"document {number} of {self.n_documents}")
-        (file, end), (_, begin) = self._end_of(number), self._end_of(number - 1) if number else (0, 0)
-        if not begin < end <= self.n_tokens:
-            what = f"document {number} from {begin:,} to {end:,} is none of {self.n_tokens:,} tokens; damaged."
-            raise ArtifactError(f"{self.folder / self._files[file].index_name}: {what}", AGAIN)
+        begin, end = np.append(0, self.document_ends())[number : number + 2].tolist()
         return self.window(begin, end - begin)
 
-    def _end_of(self, number: int) -> tuple[int, int]:
-        """The file in which a document ends, and where in the stream."""
-        file = int(np.searchsorted(self._documents_before, number, side="right")) - 1
-        return file, int(self._starts[file]) + int(self._ends[file][number - int(self._documents_before[file])])
+    def documents(self) -> Iterator[np.ndarray]:
+        """Every document's ids, its closing `<|endoftext|>` included, in order: (length,) int64 each."""
+        for begin, end in itertools.pairwise([0, *self.document_ends().tolist()]):
+            yield self.window(begin, end - begin)
 
     def document_ends(self) -> np.ndarray:
         """Where each document ends in the stream, (n_documents,) int64; in memory, 8 bytes a document."""

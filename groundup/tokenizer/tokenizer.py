@@ -59,9 +59,8 @@ class Tokenizer:
                 raise ValueError("it changes the text")
             self._plain = text_spec(spec, control)
             engine = engine_of(self._plain)
-            if self.kind == "wordpiece" and str(engine.pre_tokenizer) not in map(
-                str, map(word_pre_tokenizer, PATTERNS)
-            ):
+            cuts = {str(word_pre_tokenizer(split)) for split in PATTERNS}
+            if self.kind == "wordpiece" and str(engine.pre_tokenizer) not in cuts:
                 raise ValueError("it cuts words otherwise")  # a word too long would be an unknown one
             self._reference: Encoder = HuggingFaceEncoder(engine)
         if self.kind == "characters":
@@ -154,8 +153,7 @@ class Tokenizer:
         """
         with reading("a text for this tokenizer", DataError, "Check its tokenizer.json."):
             ids, lengths = self._reference.encode(texts)
-        ends = np.cumsum(lengths).tolist()
-        return [ids[end - length : end].tolist() for end, length in zip(ends, lengths.tolist(), strict=True)]
+        return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if texts else []
 
     def encode_iterable(self, parts: Iterable[str]) -> Iterator[int]:
         """Ids of a text that comes in parts, such as the lines of a file: those of the parts joined.
@@ -192,9 +190,6 @@ class Tokenizer:
         The engine is chosen at the first call (see `choose_engine`); batches of some MiB serve it best. It takes as
         many threads as RAYON_NUM_THREADS says, else all cores, or one in a worker process.
 
-        Args:
-            texts: any texts; what looks like a control token is plain text.
-
         Returns:
             ids, (n_tokens,) uint32, one text after the other, and each text's number of tokens, (n_texts,) int64.
         """
@@ -205,13 +200,8 @@ class Tokenizer:
         """Choose the engine of `encode_to_arrays`: gigatoken, tiktoken or huggingface, the first that passes a
         self-test.
 
-        The test is equal ids on a thousand adversarial texts; it takes a fraction of a second, once.
-
-        Args:
-            console: where it is reported that a faster engine was passed over, and why.
-
-        Returns:
-            The engine's name; "groundup" for one token per character.
+        The test is equal ids on a thousand adversarial texts; it takes a fraction of a second, once. Why a faster one
+        was passed over is told to `console`. For one token per character the engine is "groundup".
         """
         encoder, passed_over = self._chosen
         if console is not None and passed_over:
@@ -249,12 +239,8 @@ class Tokenizer:
 
     def merges(self) -> list[tuple[bytes, bytes]]:
         """The pairs that a BPE merges, the first learned first; other kinds have none."""
-        pairs = self._model().get("merges") or []
+        pairs = json.loads(self._contents)["model"].get("merges") or []
         return [(self._bytes[self._ids[left]], self._bytes[self._ids[right]]) for left, right in pairs]
-
-    def _model(self) -> dict[str, Any]:
-        """The model of `tokenizer.json`."""
-        return dict(json.loads(self._contents)["model"])
 
     @property
     def contents(self) -> str:
