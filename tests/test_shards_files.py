@@ -252,22 +252,6 @@ def test_document_ends_that_leave_the_file_are_refused(tmp_path: Path, ends: lis
             read()
 
 
-def test_a_manifest_of_the_first_version_can_be_read(tmp_path: Path) -> None:
-    written(tmp_path, TEXTS)
-    now = TokenShards.open(tmp_path, "train")
-    values = json.loads((tmp_path / "manifest.json").read_text())
-    del values["provenance"], values["checksum"]
-    values["version"] = 1
-    for split in values["splits"].values():
-        del split["sources"], split["languages"]
-    (tmp_path / "manifest.json").write_text(json.dumps({**values, "checksum": value_digest(values)}))
-    old = TokenShards.open(tmp_path, "train")
-    assert old.fingerprint == now.fingerprint  # so that a checkpoint goes on over both
-    np.testing.assert_array_equal(old.window(0, old.n_tokens), now.window(0, now.n_tokens))
-    assert verify_shards(tmp_path).faults == ()
-    assert shard_stats(tmp_path)["version"] == 1
-
-
 @given(
     documents=st.lists(
         st.tuples(st.text(max_size=40), st.sampled_from(["a.txt", "b.txt"]), st.sampled_from(["en", "de", ""])),

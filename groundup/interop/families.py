@@ -153,9 +153,7 @@ def read_config(values: dict[str, Any], path: Path) -> tuple[ModelConfig, Family
 def huggingface_config(config: ModelConfig, prefer: str | None = None) -> dict[str, Any]:
     """What transformers needs to know, or an empty dictionary where it has no such architecture.
 
-    Args:
-        config: of the model.
-        prefer: the model type to take where several compute the same.
+    Where several model types compute the same, the preferred one is taken.
     """
     names = sorted(FAMILIES, key=lambda name: name != prefer)
     found = next((name for name in names if not differences(config, name)), None)

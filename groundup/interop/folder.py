@@ -124,13 +124,7 @@ def _filled(stored: Tensor, wanted: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to be used.
-
-    Attributes:
-        model: in evaluation mode; `model(ids)` gives logits (batch, seq, vocab).
-        tokenizer: None if the folder has none.
-        folder: where it was read from.
-    """
+    """A model ready to be used, in evaluation mode; without a tokenizer if the `folder` it was read from has none."""
 
     model: Transformer
     tokenizer: Tokenizer | None

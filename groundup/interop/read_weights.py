@@ -34,15 +34,7 @@ _DAMAGED = "The file is damaged: get or make it again."
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor in a file.
-
-    Attributes:
-        file: which.
-        dtype: safetensors' name of it.
-        shape: its shape.
-        begin: of its bytes in the file.
-        n_bytes: their number.
-    """
+    """One tensor in a file: `dtype` is safetensors' name of it, `begin` and `n_bytes` say where its bytes are."""
 
     file: Path
     dtype: str
@@ -67,12 +59,8 @@ class Weights:
     def dtype(self, name: str, *, quantized: bool = False) -> torch.dtype:
         """A tensor's dtype.
 
-        Args:
-            name: of the tensor.
-            quantized: of a model that groundup has quantized.
-
         Raises:
-            ArtifactError: weights cannot have it.
+            ArtifactError: weights cannot have it, or only those of a model that groundup has quantized.
         """
         stored, known = self.tensors[name], DTYPES | PACKED_DTYPES if quantized else DTYPES
         if stored.dtype not in known:

@@ -39,6 +39,7 @@ it refuses the model; with one that it does not know it would go on, and fill wh
 _MOST_EXPERTS = 1 << 18
 """In all layers: far more than any model has."""
 
+_ANOTHER_VERSION = "Read it with the version of groundup that wrote it."
 _PREFIXES = ("transformer.", "model.")
 _NO_WEIGHTS = re.compile(r"\.attn(\.attention)?\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
 """Tables that old versions of transformers saved with the weights: they follow from the configuration."""
@@ -73,6 +74,10 @@ class StoredModel:
     prefix: str
     quantization: Quantization | None = None
     matrices: dict[str, tuple[Bits, int]] = dataclasses.field(default_factory=dict)
+
+    def huggingface_config(self) -> dict[str, Any]:
+        """Its fields in the family's words, the one that it came with where several compute the same; else nothing."""
+        return huggingface_config(self.config, self.family.model_type if self.family else None)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype in which a parameter is stored; of several, or quantized, the one that holds them all."""
@@ -130,35 +135,29 @@ def open_stored(folder: Path, *, verify: bool = False) -> StoredModel:
             f"{config.n_layers:,} layers)."
         )
     shapes = shapes_in_file(parameter_shapes(config), config)
-    dtypes: dict[str, torch.dtype] = {}  # of quantized matrices' tensors
-    in_file = shapes
-    if quantization is not None:
-        tensors = quantization.tensors(shapes)
-        in_file = {name: shape for name, (shape, _) in tensors.items()}
-        dtypes = {name: dtype for name, (_, dtype) in tensors.items() if dtype is not None}
+    kept = quantization.tensors(shapes) if quantization else {name: (shape, None) for name, shape in shapes.items()}
+    in_file = {name: shape for name, (shape, _) in kept.items()}
     tables = [family.layout, OURS] if family and family.layout else [OURS]
     layouts = [make_layout(table, in_file, config.n_experts) for table in tables]
-    found = [(layout, prefix) for layout in layouts for prefix in _prefixes(layout, names)]
-    # The first whose tensors are all there; else the one with the fewest missing, to say which.
-    layout, prefix = min(
-        found, key=lambda pair: sum(name.removeprefix(pair[1]) not in names for name in pair[0].tensors)
-    )
-    expected = {name.removeprefix(prefix): made.shape for name, made in layout.tensors.items()}
-    made_of = {name.removeprefix(prefix): made.pieces[0][0] for name, made in layout.tensors.items()}
+    # Of the layouts, and what may be missing before their names, the first with the fewest tensors missing.
+    _, layout, prefix = min(
+        ((sum(name.removeprefix(prefix) not in names for name in layout.tensors), layout, prefix)
+         for layout in layouts for prefix in _prefixes(layout, names)), key=lambda found: found[0],
+    )  # fmt: skip
+    expected = {name.removeprefix(prefix): made for name, made in layout.tensors.items()}
     left_over = _without_tied_copy(names - expected.keys(), config, weights, layout, prefix)
     odd = sorted((expected.keys() - names) | left_over)
     if odd:
         listed = ", ".join(f"{name} {'missing' if name in expected else 'left over'}" for name in odd[:4])
         more = f", and {len(odd) - 4:,} more" if len(odd) > 4 else ""
         raise ArtifactError(f"{weights.source}: not the weights of this configuration ({listed}{more}).")
-    for name, shape in expected.items():
-        stored = weights.tensors[name]
-        if stored.shape != shape:
-            raise ArtifactError(f"{stored.file}: {name} has shape {stored.shape}, not {shape}.")
-        own = dtypes.get(made_of[name])
-        found_dtype = weights.dtype(name, quantized=own is not None)
-        if own not in (None, found_dtype):
-            raise ArtifactError(f"{stored.file}: {name} has dtype {found_dtype}, not {own}.")
+    for name, made in expected.items():
+        stored, dtype = weights.tensors[name], kept[made.pieces[0][0]][1]
+        found_dtype = weights.dtype(name, quantized=dtype is not None)
+        if stored.shape != made.shape:
+            raise ArtifactError(f"{stored.file}: {name} has shape {stored.shape}, not {made.shape}.")
+        if dtype not in (None, found_dtype):
+            raise ArtifactError(f"{stored.file}: {name} has dtype {found_dtype}, not {dtype}.")
     matrices = {} if quantization is None else quantization.matrices(shapes)
     return StoredModel(
         folder, config, family, left_out, values, weights, layout, shapes, prefix, quantization, matrices
@@ -182,8 +181,7 @@ def _read_quantization(values: dict[str, Any], path: Path) -> Quantization | Non
             raise GroundupError(f"its fields are {', '.join(sorted(known))}, not {', '.join(sorted(arguments))[:80]}.")
         return Quantization(**arguments)
     except GroundupError as error:
-        fix = "Read it with the version of groundup that wrote it."
-        raise ArtifactError(f"{path}: {QUANTIZATION_KEY}: {error.message}", fix) from error
+        raise ArtifactError(f"{path}: {QUANTIZATION_KEY}: {error.message}", _ANOTHER_VERSION) from error
 
 
 def _read_config(values: dict[str, Any], path: Path) -> tuple[ModelConfig, Family | None, list[str]]:
@@ -206,13 +204,7 @@ def _read_config(values: dict[str, Any], path: Path) -> tuple[ModelConfig, Famil
 
 
 def target_layout(config: ModelConfig, shapes: dict[str, tuple[int, ...]], prefer: str | None = None) -> Layout:
-    """Where a model's parameters stand in the file that we write of it.
-
-    Args:
-        config: of the model.
-        shapes: of its parameters in a file.
-        prefer: the model type to take where several compute the same.
-    """
+    """Where parameters of these shapes stand in the file that we write; of several families, as the preferred one."""
     kind = huggingface_config(config, prefer).get("model_type")
     return make_layout(FAMILIES[kind].layout if kind else OURS, shapes, config.n_experts)
 
@@ -253,7 +245,7 @@ def _own_config(values: dict[str, Any], path: Path) -> ModelConfig:
         # Left out, it could be a part of the model that is then silently not computed.
         raise ArtifactError(
             f"{path}: describes a model that this version of groundup does not know ({', '.join(unknown)}).",
-            "Read it with the version of groundup that wrote it.",
+            _ANOTHER_VERSION,
         )
     try:
         return pydantic.TypeAdapter(ModelConfig).validate_python(values)

@@ -26,8 +26,6 @@ from groundup.untrusted import read_object, reading
 
 FORMAT = "groundup-shards"
 VERSION = 2
-READABLE_VERSIONS = (1, 2)
-"""Version 1 has no provenance; all else is the same."""
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 INDEX_DTYPE = np.dtype("<u8")
@@ -93,14 +91,13 @@ class ShardsManifest:
         splits: by name.
         provenance: what the shards were made from: `corpus`, the 128-bit xxh3 of `documents.jsonl` (null: the
             documents came from elsewhere), and `settings`; of converted ones the `format` and its `files`.
-        version: of the format it was read in.
     """
 
     vocab_size: Annotated[int, Field(ge=1, le=LARGEST_VOCABULARY)]
     tokenizer: str
     end_of_text_id: Count | None
     splits: Mapping[str, Split]
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any]
     version: int = VERSION
 
     @property
@@ -143,9 +140,8 @@ class ShardsManifest:
             values = read_object(path)
             if values.pop("format", None) != FORMAT:
                 raise ArtifactError(f"{path}: not a manifest of token shards, or damaged.", AGAIN)
-            if values.get("version") not in READABLE_VERSIONS:
-                readable = " and ".join(map(str, READABLE_VERSIONS))
-                raise ArtifactError(f"{path}: version {values.get('version')}; this groundup reads {readable}.", AGAIN)
+            if values.get("version") != VERSION:
+                raise ArtifactError(f"{path}: version {values.get('version')}; this groundup reads {VERSION}.", AGAIN)
             if values.pop("checksum", None) != value_digest({"format": FORMAT, **values}):
                 raise ArtifactError(f"{path}: damaged, its checksum does not fit.", AGAIN)
             manifest = TypeAdapter(cls).validate_json(json.dumps(values), strict=True)

@@ -96,9 +96,7 @@ def write_shards_from_file(
     Args:
         documents: the file that `curate` wrote.
         tokenizer_folder: where `tokenizer.json` is.
-        out: the folder for the shards.
-        settings: of the stage.
-        console: where the work is shown.
+        out, settings, console: as for `write_shards`.
         engine: who does it (default: `settings.workers` processes; one a core for a large file).
         range_bytes: how much of the file is one piece of work; changes nothing in the result.
 
@@ -162,11 +160,7 @@ class RangeWork:
 
 
 def encode_range(work: RangeWork) -> ShardsManifest:
-    """Make one range's shards, unless those with its fingerprint are there.
-
-    Raises:
-        ArtifactError: a line is damaged.
-    """
+    """Make one range's shards, unless those with its fingerprint are there."""
     tokenizer = _tokenizer(work.tokenizer)
     data, first_byte = _lines_beginning_in(work.documents, work.begin, work.end)
     made_from = {"range": value_digest([tokenizer.fingerprint, xxhash.xxh3_128_hexdigest(data)])}

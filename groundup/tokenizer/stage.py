@@ -144,9 +144,6 @@ def tokenizer_beside(folder: Path, values: Mapping[str, Any], n_ids: int | None 
     return tokenizer
 
 
-_SHOWN_IDS = 5
-
-
 def check_vocabulary(own: Tokenizer, tokenizer: Tokenizer, init: str | Path) -> None:
     """Check that every id of a model's own tokenizer stands for the same token in another.
 
@@ -159,11 +156,8 @@ def check_vocabulary(own: Tokenizer, tokenizer: Tokenizer, init: str | Path) -> 
     differing = [index for index, token in theirs.items() if ours.get(index) != token]
     if not differing:
         return
-    shown = ", ".join(
-        f"{index} ({theirs[index]!r} there, {ours[index]!r} here)" if index in ours else f"{index} (missing here)"
-        for index in differing[:_SHOWN_IDS]
-    )
-    more = f" and {len(differing) - _SHOWN_IDS:,} more" if len(differing) > _SHOWN_IDS else ""
+    shown = ", ".join(f"{i} ({theirs[i]!r} there, {ours.get(i, 'nothing')!r} here)" for i in differing[:5])
+    more = f" and {len(differing) - 5:,} more" if len(differing) > 5 else ""
     raise DataError(
         f"[tokenizer]: its ids are not those that the model in {init} was trained with: {shown}{more}.",
         "Leave [tokenizer] use unset to take the model's own, or use one that begins with the same entries.",
