@@ -14,7 +14,7 @@ from groundup.corpus import Document
 from groundup.errors import ArtifactError, DataError, GroundupError
 from groundup.files import value_digest
 from groundup.recipe import ShardsSettings
-from groundup.shards import TokenShards, shard_stats, verify_shards, write_shards
+from groundup.shards import TokenShards, write_shards
 from groundup.shards.write import largest_first
 from groundup.tokenizer import Tokenizer
 

@@ -105,7 +105,7 @@ def load_model(folder: str | Path, *, verify: bool = True) -> tuple[Transformer,
     model.load_state_dict(own, assign=True)
     model.requires_grad_(stored.quantization is None)
     model.eval()
-    return model, tokenizer_beside(stored.folder, stored.values, stored.config.vocab_size)
+    return model, tokenizer_beside(stored.folder)
 
 
 def _filled(stored: Tensor, wanted: Tensor) -> Tensor:

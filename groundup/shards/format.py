@@ -97,7 +97,7 @@ class ShardsManifest:
     tokenizer: str
     end_of_text_id: Count | None
     splits: Mapping[str, Split]
-    provenance: Mapping[str, Any]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     version: int = VERSION
 
     @property

@@ -110,21 +110,14 @@ class TokenShards:
         offsets = starts - self._starts[files]
         for row, file, offset in zip(out, files.tolist(), offsets.tolist(), strict=True):
             piece = self._tokens[file][offset : offset + length]
-            if len(piece) == length:
-                row[:] = piece
-            else:
-                self._fill_over_borders(row, file, piece)
+            row[: len(piece)] = piece
+            filled = len(piece)
+            while filled < length:  # over the borders of files
+                file += 1
+                piece = self._tokens[file][: length - filled]
+                row[filled : filled + len(piece)] = piece
+                filled += len(piece)
         return out
-
-    def _fill_over_borders(self, row: np.ndarray, file: int, piece: np.ndarray) -> None:
-        filled = 0
-        while True:
-            row[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            if filled == len(row):
-                return
-            file += 1
-            piece = self._tokens[file][: len(row) - filled]
 
     def document(self, number: int) -> np.ndarray:
         """Document `number` (0, 1, …): its ids, its closing `<|endoftext|>` included, (length,) int64.

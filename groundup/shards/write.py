@@ -139,8 +139,10 @@ def write_shards_from_file(
                         ends = mapped(work.folder / file.index_name, INDEX_DTYPE, file.documents)
                         ids = mapped(work.folder / file.name, manifest.dtype, file.tokens)
                         writer.append(ids, ends.astype(np.int64))
-                    _count(tally.sources, manifest.splits[name].sources)
-                    _count(tally.languages, manifest.splits[name].languages)
+                    for label, counts in manifest.splits[name].sources.items():
+                        _count(tally.sources, label, counts)
+                    for label, counts in manifest.splits[name].languages.items():
+                        _count(tally.languages, label, counts)
                 tally.files = writer.finish()
         summary = _finish(out, tokenizer, tallies, file_digest(documents), settings)
         bar.finish(", ".join(f"{format_count(summary[f'tokens_{name}'])} tokens {name}" for name in SPLITS))
@@ -197,8 +199,8 @@ class Tally:
         for document, n_tokens in zip(documents, np.diff(ends, prepend=0).tolist(), strict=True):
             text = document.text
             counts = {"documents": 1, "bytes": len(text) if text.isascii() else len(text.encode()), "tokens": n_tokens}
-            _count(self.sources, {document.source: counts})
-            _count(self.languages, {document.language or "unknown": counts})
+            _count(self.sources, document.source, counts)
+            _count(self.languages, document.language or "unknown", counts)
 
     def split(self, most: int | None = MOST_NAMES) -> Split:
         """What the manifest says of it, of so many sources and languages by name (None: all)."""
@@ -212,16 +214,14 @@ def largest_first(counts: Counts, most: int | None = MOST_NAMES) -> dict[str, di
     """Counts in order of their tokens (equal ones by name), the smallest of too many joined under one name."""
     out: dict[str, dict[str, int]] = {}
     for place, name in enumerate(sorted(counts, key=lambda name: (-counts[name]["tokens"], name))):
-        _count(out, {name if most is None or place < most else OTHERS: counts[name]})
+        _count(out, name if most is None or place < most else OTHERS, counts[name])
     return out
 
 
-def _count(counts: dict[str, dict[str, int]], more: Counts) -> None:
-    """Add counts to those of the same name."""
-    for name, new in more.items():
-        entry = counts.setdefault(name, {"documents": 0, "bytes": 0, "tokens": 0})
-        for what in entry:
-            entry[what] += new[what]
+def _count(counts: dict[str, dict[str, int]], name: str, more: Mapping[str, int]) -> None:
+    entry = counts.setdefault(name, {"documents": 0, "bytes": 0, "tokens": 0})
+    for what in entry:
+        entry[what] += more[what]
 
 
 def _encode_into(

@@ -44,8 +44,8 @@ _LONGEST_PIECE = 1 << 18  # longer runs of white space overflow the stack of tik
 _LOOKED_AFTER_BYTES = 64 << 20
 _MOST_GROWTH_BYTES = 256 << 20
 _KNOWN_PLANES = 0x30000  # characters behind are all counted as newer: there are few, and they are seldom used
+_FIRST_BYTE = 0xCD  # begins U+0340 and on; every character before is assigned for good
 _OLDEST_TABLES = 16
-_ASCII = bytes(range(128))
 
 Arrays = tuple[np.ndarray, np.ndarray]
 """ids, (n_tokens,) uint32, one text after the other, and each text's number of tokens, (n_texts,) int64."""
@@ -184,7 +184,7 @@ class GigatokenEncoder:
         all_ids, all_lengths = [np.empty(0, dtype=np.uint32)], [np.empty(0, dtype=np.int64)]
         first = 0
         for blobs in batches(map(_utf8, texts), _BATCH_BYTES, len):
-            unknown = [place for place, blob in enumerate(blobs) if has_newer_characters(blob)]
+            unknown = with_newer_characters(blobs)
             for place in unknown:
                 blobs[place] = b""
             encoded = self._tokenizer.encode_batch(blobs, parallel=parallel).layout
@@ -236,12 +236,21 @@ def _utf8(text: str) -> bytes:
         return replace_surrogates(text).encode()
 
 
-def has_newer_characters(blob: bytes) -> bool:
-    """Whether a text, given as UTF-8, has a character that no Unicode up to 16 has assigned."""
-    if blob.isascii():
-        return False
-    points = np.frombuffer(blob.translate(None, _ASCII).decode().encode("utf-32-le"), dtype="<u4")
-    return bool(_newer_characters()[np.minimum(points, _KNOWN_PLANES)].any())
+def with_newer_characters(blobs: Sequence[bytes]) -> list[int]:
+    """Which texts, given as UTF-8, have a character that no Unicode up to 16 has assigned."""
+    places = [place for place, blob in enumerate(blobs) if not blob.isascii()]
+    data = np.frombuffer(b"".join([blobs[place] for place in places]), dtype=np.uint8)
+    if data.max(initial=0) < _FIRST_BYTE:
+        return []
+    is_newer = _newer_characters()
+    high = np.flatnonzero(data >= 0x80)
+    points = np.frombuffer(data[high].tobytes().decode().encode("utf-32-le"), dtype="<u4")
+    found = is_newer[np.minimum(points, len(is_newer) - 1)]
+    if not found.any():
+        return []
+    begins = high[data[high] >= 0xC0][found]
+    ends = np.cumsum([len(blobs[place]) for place in places])
+    return [places[place] for place in np.unique(np.searchsorted(ends, begins, side="right"))]
 
 
 @functools.cache

@@ -107,7 +107,7 @@ def start_tokenizer(init: str | Path) -> Tokenizer:
         ArtifactError: no model there, or none with a tokenizer.
     """
     folder = find_model(init)
-    found = tokenizer_beside(folder, read_object(file_inside(folder, CONFIG_FILE)))
+    found = tokenizer_beside(folder)
     if found is None:
         raise ArtifactError(
             f"{folder}: no tokenizer beside the model, so its ids cannot be understood.",
@@ -116,13 +116,8 @@ def start_tokenizer(init: str | Path) -> Tokenizer:
     return found
 
 
-def tokenizer_beside(folder: Path, values: Mapping[str, Any], n_ids: int | None = None) -> Tokenizer | None:
+def tokenizer_beside(folder: Path) -> Tokenizer | None:
     """The tokenizer beside a model: groundup's or a pretrained one; None without `tokenizer.json`.
-
-    Args:
-        folder: the model's.
-        values: of its `config.json`.
-        n_ids: tokens that the model knows (default: what those say).
 
     Raises:
         ArtifactError: damaged, or with more tokens than the model has.
@@ -130,11 +125,10 @@ def tokenizer_beside(folder: Path, values: Mapping[str, Any], n_ids: int | None 
     files = read_files(folder, TOKENIZER_FILES)
     if TOKENIZER_FILE not in files:
         return None
-    if n_ids is None:
-        ours = values.get("groundup")
-        known = {**(ours if isinstance(ours, dict) else {}), **values}.get("vocab_size")
-        n_ids = known if type(known) is int else 0
-    path = folder / TOKENIZER_FILE
+    values = read_object(file_inside(folder, CONFIG_FILE))
+    ours = values.get("groundup")
+    known = {**(ours if isinstance(ours, dict) else {}), **values}.get("vocab_size")
+    path, n_ids = folder / TOKENIZER_FILE, known if type(known) is int else 0
     tokenizer = read_tokenizer(files, str(path), values, n_ids)
     if n_ids and tokenizer.vocab_size > n_ids:
         raise ArtifactError(
