@@ -71,14 +71,10 @@ def export_folder(
 
     Args:
         source: a run, a stage or a model's folder.
-        out: the new folder.
+        out, force: as for `import_folder`, and so is what is returned.
         dtype: "f32", "f16" or "bf16"; None: as the source has it.
         stage: of a run: see `load`.
         most_bytes: of tensors in one file; more go to several, with an index.
-        force: replace a model that is there.
-
-    Returns:
-        As `import_folder`.
 
     Raises:
         ArtifactError: the source is damaged; or transformers has no such architecture, and what it lacks is named.

@@ -87,13 +87,7 @@ def shapes_in_file(shapes: Mapping[str, Shape], config: ModelConfig) -> dict[str
 
 
 def make_layout(mappings: ModuleMappings, shapes: Mapping[str, Shape], n_experts: int = 0) -> Layout:
-    """The layout of a model's parameters by a family's table.
-
-    Args:
-        mappings: the table; empty for our own names.
-        shapes: of our parameters, as `shapes_in_file` gives them.
-        n_experts: of the model.
-    """
+    """The layout of a model's parameters, whose shapes `shapes_in_file` gives, by a family's table."""
     layout = Layout({}, {}, {})
     pieces: dict[str, list[tuple[str, int | None]]] = {}
     for name in shapes:

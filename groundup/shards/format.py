@@ -40,15 +40,8 @@ Counts = Mapping[str, Mapping[str, Count]]
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One pair of files.
-
-    Attributes:
-        name: of the .bin.
-        tokens: ids in it.
-        checksum: 128-bit xxh3 of its bytes.
-        index_name: of the .idx.
-        documents: documents that end in it.
-        index_checksum: 128-bit xxh3 of the index's bytes.
+    """One pair of files, a .bin (`name`) and its .idx, with the number of ids in it, of documents that end in it, and
+    the 128-bit xxh3 of the bytes of both.
     """
 
     name: str
@@ -64,8 +57,7 @@ class Split:
     """The shards of one split.
 
     Attributes:
-        tokens: ids in all files, `<|endoftext|>` included.
-        documents: documents in all files.
+        tokens, documents: in all files, with the `<|endoftext|>` behind each document.
         text_bytes: UTF-8 bytes of the documents' text; 0 if they are unknown (converted from ids).
         files: in the order of the stream.
         sources: what came from where, the largest first (empty if unknown).

@@ -174,10 +174,7 @@ class WindowLoader(StepLoader[Batch]):
 def validation_windows(shards: TokenShards, sequence_length: int, limit_tokens: int | None = None) -> Iterator[Batch]:
     """The stream in order, one row a batch, each of the first `limit_tokens` tokens a target exactly once.
 
-    Args:
-        shards: what to score on.
-        sequence_length: tokens in a row; a shorter text makes one shorter row.
-        limit_tokens: how many tokens to score (default: all).
+    A text shorter than `sequence_length` makes one shorter row; without `limit_tokens` all of it is scored.
     """
     n_targets = shards.n_tokens if limit_tokens is None else min(limit_tokens, shards.n_tokens)
     length = min(sequence_length, n_targets)

@@ -83,23 +83,11 @@ class TokenShards:
         return cls(folder, split, manifest, verify=verify)
 
     def window(self, start: int, length: int) -> np.ndarray:
-        """The ids `start` … `start + length - 1` of the stream.
-
-        Returns:
-            (length,) int64.
-        """
+        """The ids `start` … `start + length - 1` of the stream, (length,) int64."""
         return self.windows(np.array([start]), length)[0]
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Many windows at once: the ids `start` … `start + length - 1` for each start.
-
-        Args:
-            starts: (rows,) places in the stream.
-            length: ids in a window.
-
-        Returns:
-            (rows, length) int64.
-        """
+        """Many windows at once, (rows, length) int64: the ids `start` … `start + length - 1` for each of `starts`."""
         outside = (starts < 0) | (starts + length > self.n_tokens)
         if length < 0 or outside.any():
             raise IndexError(f"tokens {starts[outside][:1]} and {length} more, of {self.n_tokens}")
@@ -120,12 +108,7 @@ class TokenShards:
         return out
 
     def document(self, number: int) -> np.ndarray:
-        """Document `number` (0, 1, …): its ids, its closing `<|endoftext|>` included, (length,) int64.
-
-        Raises:
-            IndexError: there are fewer documents.
-            ArtifactError: the index is damaged.
-        """
+        """Document `number` (0, 1, …): its ids, its closing `<|endoftext|>` included, (length,) int64."""
         if not 0 <= number < self.n_documents:
             raise IndexError(f"document {number} of {self.n_documents}")
         begin, end = np.append(0, self.document_ends())[number : number + 2].tolist()

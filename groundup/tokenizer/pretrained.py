@@ -189,11 +189,7 @@ class PretrainedTokenizer(Tokenizer):
             return list(self._full.encode(text, add_special_tokens=False).ids)
 
     def encode_iterable(self, parts: Iterable[str]) -> Iterator[int]:
-        """As `Tokenizer.encode_iterable`.
-
-        Raises:
-            DataError: this tokenizer merges across spaces, or changes a text by what stands far away in it.
-        """
+        """As `Tokenizer.encode_iterable`; DataError: it merges across spaces, or changes a text by what is far away."""
         if self._drops_space is None:
             raise DataError(
                 "this tokenizer gives a piece of a text other ids than the whole.", "Encode the text as one: encode."
@@ -233,11 +229,7 @@ class PretrainedTokenizer(Tokenizer):
         return None
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of ids; bytes that are not UTF-8 become U+FFFD, control tokens nothing (or their names).
-
-        Raises:
-            DataError: an id that the vocabulary does not have.
-        """
+        """As `Tokenizer.decode`, by the rules of its own decoder."""
         listed = list(ids)
         for index in listed:
             self.token_bytes(index)
@@ -246,11 +238,7 @@ class PretrainedTokenizer(Tokenizer):
             return self._full.decode(kept, skip_special_tokens=False)
 
     def token_bytes(self, index: int) -> bytes:
-        """The UTF-8 bytes that a token stands for; nothing for a control token or an id that no token has.
-
-        Raises:
-            DataError: an id that neither the tokenizer nor its model has.
-        """
+        """The UTF-8 bytes that a token stands for; nothing for a control token or an id without a token."""
         return b"" if self.vocab_size <= index < self._n_ids else super().token_bytes(index)
 
     @property
@@ -274,11 +262,7 @@ class PretrainedTokenizer(Tokenizer):
         return self._required("pad", "eos", "bos")
 
     def role_id(self, role: str) -> int:
-        """Always an error: a pretrained tokenizer has no tokens for the roles of groundup's chats.
-
-        Raises:
-            DataError: at every call.
-        """
+        """Always an error: a pretrained tokenizer has no tokens for the roles of groundup's chats."""
         raise DataError(
             "this model's chats are laid out by a template of its own, which groundup does not run.",
             "Continue texts with it: groundup generate.",

@@ -89,11 +89,7 @@ TOKENIZER = TokenizerStage()
 
 
 def given_tokenizer(use: str | None, init: str | None) -> Tokenizer | None:
-    """The tokenizer that a run is not to train: the one that `[tokenizer] use` names, else that of `init`, else None.
-
-    Raises:
-        ArtifactError: there is none where it should be.
-    """
+    """The tokenizer that a run is not to train: what `[tokenizer] use` names, else that of `init`, else None."""
     if use is None:
         return None if init is None else start_tokenizer(init)
     in_run = Path(use) / "tokenizer" / TOKENIZER_FILE
@@ -101,11 +97,7 @@ def given_tokenizer(use: str | None, init: str | None) -> Tokenizer | None:
 
 
 def start_tokenizer(init: str | Path) -> Tokenizer:
-    """The tokenizer beside a model.
-
-    Raises:
-        ArtifactError: no model there, or none with a tokenizer.
-    """
+    """The tokenizer beside a model; ArtifactError: no model there, or none with a tokenizer."""
     folder = find_model(init)
     found = tokenizer_beside(folder)
     if found is None:
@@ -139,11 +131,7 @@ def tokenizer_beside(folder: Path) -> Tokenizer | None:
 
 
 def check_vocabulary(own: Tokenizer, tokenizer: Tokenizer, init: str | Path) -> None:
-    """Check that every id of a model's own tokenizer stands for the same token in another.
-
-    Raises:
-        DataError: with the first ids that do not.
-    """
+    """Check that every id of a model's own tokenizer stands for the same token in another."""
     if own.fingerprint == tokenizer.fingerprint:
         return
     theirs, ours = own.vocab(), tokenizer.vocab()

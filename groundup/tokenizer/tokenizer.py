@@ -122,14 +122,11 @@ class Tokenizer:
         write_json(Path(folder) / CONFIG_FILE, config)
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        """Ids of a text. A lone surrogate counts as U+FFFD.
+        """Ids of a text, in which what looks like a control token is plain text. A lone surrogate counts as U+FFFD.
 
         Args:
-            text: any text; what looks like a control token is plain text.
+            text: any text.
             allowed_special: names of control tokens that become their id where they stand in the text.
-
-        Raises:
-            DataError: a name in `allowed_special` is no control token.
         """
         if not allowed_special:
             return self.encode_batch([text])[0]
@@ -209,11 +206,7 @@ class Tokenizer:
         return encoder.name
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of ids; bytes that are not UTF-8 become U+FFFD, control tokens nothing (or their names).
-
-        Raises:
-            DataError: an id that the vocabulary does not have.
-        """
+        """The text of ids; bytes that are not UTF-8 become U+FFFD, control tokens nothing (or their names)."""
         names = {} if skip_special else {index: name.encode() for name, index in self._specials.items()}
         return b"".join(names.get(index) or self.token_bytes(index) for index in ids).decode("utf-8", errors="replace")
 
@@ -293,11 +286,7 @@ class Tokenizer:
         return [index for index in range(n_ids) if index not in used]
 
     def role_id(self, role: str) -> int:
-        """The token that opens a message of a role: "system", "user", "assistant" or "tool".
-
-        Raises:
-            KeyError: there is no such role.
-        """
+        """The token that opens a message of a role: "system", "user", "assistant" or "tool"."""
         return self._ids[special.ROLE_TOKENS[role]]
 
     @functools.cached_property
