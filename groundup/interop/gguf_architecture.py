@@ -78,8 +78,8 @@ def architecture_of(config: ModelConfig, out: Path) -> Architecture:
     if scaling is not None and scaling.kind == "yarn":
         values |= {"rope_scaling.beta_fast": scaling.beta_fast, "rope_scaling.beta_slow": scaling.beta_slow}
         needs |= {"rope_scaling.beta_fast": 32.0, "rope_scaling.beta_slow": 1.0}
-    odd = [rule for rule in rules if config.position != "alibi" and not rule.is_causal_only(context_length)]
-    found = [f"attention = {json.dumps(pattern)}: has no such pattern." for pattern in {rule.pattern for rule in odd}]
+    odd = {rule.pattern for rule in rules if not (config.position == "alibi" or rule.is_causal_only(context_length))}
+    found = [f"attention = {json.dumps(pattern)}: has no such pattern." for pattern in sorted(odd)]
     found += [
         f"{field} = {json.dumps(values[field])}: is {'none' if need is None else json.dumps(need)} there."
         for field, need in needs.items()
