@@ -138,7 +138,9 @@ def check_vocabulary(own: Tokenizer, tokenizer: Tokenizer, init: str | Path) -> 
     differing = [index for index, token in theirs.items() if ours.get(index) != token]
     if not differing:
         return
-    shown = ", ".join(f"{i} ({theirs[i]!r} there, {ours.get(i, 'nothing')!r} here)" for i in differing[:5])
+    shown = ", ".join(
+        f"{i} ({theirs[i]!r} there, {ours[i]!r} here)" if i in ours else f"{i} (missing here)" for i in differing[:5]
+    )
     more = f" and {len(differing) - 5:,} more" if len(differing) > 5 else ""
     raise DataError(
         f"[tokenizer]: its ids are not those that the model in {init} was trained with: {shown}{more}.",
