@@ -67,7 +67,10 @@ def write(folder: Path, n_tokens: int, seed: int) -> None:
         for _ in range(n_tokens // len(block)):
             writer.append(block, ends)
         files = writer.finish()
-    splits = {"train": Split(writer.n_tokens, writer.n_documents, 0, files), "validation": Split(0, 0, 0, ())}
+    splits = {
+        "train": Split(sum(one.tokens for one in files), sum(one.documents for one in files), 0, files),
+        "validation": Split(0, 0, 0, ()),
+    }
     ShardsManifest(VOCABULARY, "0" * 32, END_OF_TEXT, splits).write(folder)
 
 

@@ -61,10 +61,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {**LLAMA, "rope_parameters": {**YARN, "beta_fast": 8, "beta_slow": 2, "attention_factor": 1.7}},
     ),
-    "Llama, YaRN, two scales": (
-        "llama",
-        {**LLAMA, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.3}},
-    ),
     "Mistral, window short": ("mistral", {**LLAMA, "sliding_window": 5}),
     "Mistral, window long": ("mistral", {**LLAMA, "sliding_window": 50}),
     "Mistral, no window, tied": ("mistral", {**LLAMA, "sliding_window": None, "tie_word_embeddings": True}),

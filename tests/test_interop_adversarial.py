@@ -237,9 +237,15 @@ INDEXES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a zero byte": (lambda i: i["weight_map"].update({NAME: "a\0.safetensors"}), "which is not in the folder"),
     "a pickle": (lambda i: i["weight_map"].update({NAME: "weights.bin"}), "is no safetensors"),
     "no such file": (lambda i: i["weight_map"].update({NAME: "model-9.safetensors"}), "not found"),
-    "no such tensor": (lambda i: i["weight_map"].update({"model.x": first_shard(i)}), "which does not have it"),
-    "another shard": (lambda i: i["weight_map"].update({"lm_head.weight": last_shard(i)}), "which does not have it"),
-    "one not named": (lambda i: i["weight_map"].pop(NAME), "does not name 'model"),
+    "no such tensor": (
+        lambda i: i["weight_map"].update({"model.x": first_shard(i)}),
+        "stands in only one of them",
+    ),
+    "another shard": (
+        lambda i: i["weight_map"].update({"lm_head.weight": last_shard(i)}),
+        "stands in only one of them",
+    ),
+    "one not named": (lambda i: i["weight_map"].pop(NAME), "stands in only one of them"),
     "a number": (lambda i: i["weight_map"].update({NAME: 3}), "has no weight_map"),
     "no map": (lambda i: i.pop("weight_map"), "has no weight_map"),
     "an empty map": (lambda i: i.update(weight_map={}), "has no weight_map"),
@@ -258,7 +264,7 @@ def test_one_tensor_in_two_shards_is_refused(shards: Path) -> None:
     names = sorted(path.name for path in shards.glob("*.safetensors"))
     tensor, value = next(iter(load_file(shards / names[0]).items()))
     save_file({**load_file(shards / names[1]), tensor: value}, shards / names[1])
-    refused(shards, f"{tensor} stands in {names[0]} and in {names[1]}")
+    refused(shards, f"does not fit {names[1]}: '{tensor}' stands in only one")
 
 
 def test_a_lost_shard_is_refused(shards: Path) -> None:

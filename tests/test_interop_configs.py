@@ -79,7 +79,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "two bases": ("llama", {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}}, "rope_theta = 5.0: .*disagree"),
     "not a table": ("llama", {"rope_scaling": [1]}, "rope_scaling = .*must be a table"),
-    "sliding Llama": ("llama", {"layer_types": ["sliding_attention"] * 3}, "layer_types = .*full attention"),
+    "sliding Llama": ("llama", {"layer_types": ["sliding_attention"] * 3}, "layer_types = .*has sliding layers"),
     "sliding Llama, by window": ("llama", {"sliding_window": 5}, "sliding_window = 5: is no field"),
     "types in Mistral": ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types = .*is no field"),
     "biases in Mistral": ("mistral", {"attention_bias": True}, "attention_bias = True: is no field"),
@@ -87,7 +87,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "sliding layers without a window": (
         "qwen2",
         {"layer_types": ["sliding_attention", "full_attention", "full_attention"]},
-        "layer_types = .*use_sliding_window and sliding_window forbid",
+        "layer_types = .*neither use_sliding_window nor",
     ),
     "types of another number": ("qwen3", {"layer_types": ["full_attention"]}, "layer_types = .*must name 3 layers"),
     "linear attention": ("qwen3", {"layer_types": ["linear_attention"] * 3}, "layer_types = "),
@@ -101,7 +101,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "hidden_size = 34: is not a multiple of num_attention_heads = 4",
     ),
     "a width that heads do not divide": ("gpt2", {"n_embd": 33}, "n_embd = 33: is not a multiple of n_head = 4"),
-    "one thing twice": ("gpt2", {"hidden_size": 48}, "hidden_size = .*and n_embd = 32 disagree"),
+    "a name of another family": ("gpt2", {"hidden_size": 32}, "hidden_size = 32: is no field"),
     "clipped GELU": ("gpt2", {"activation_function": "gelu_10"}, "activation_function = 'gelu_10'"),
     "types that are none": ("gpt_neo", {"attention_types": [["global", 3]]}, "attention_types = "),
     "types of too few layers": ("gpt_neo", {"attention_types": [[["global"], 2]]}, "attention_types = .*3 layers"),
@@ -148,8 +148,6 @@ def test_the_words_of_transformers_4_say_the_same() -> None:
     assert read("llama", rope_theta=5e5, rope_scaling=both) == read(
         "llama", rope_theta=5e5, rope_scaling=both, rope_parameters={**both, "rope_theta": 5e5}
     )
-    renamed = read("gpt2", n_embd=..., n_layer=..., hidden_size=32, num_hidden_layers=3)
-    assert renamed == read("gpt2")
 
 
 def test_mixtrals_coefficient_has_the_meaning_of_ours() -> None:
@@ -323,7 +321,7 @@ def test_any_value_of_any_field_is_read_or_refused_in_words(data: st.DataObject,
         read_config({**full, "model_type": kind, **changes}, Path("config.json"))
 
 
-@given(changes=st.dictionaries(st.sampled_from([*YARN, "beta_fast", "mscale", "mscale_all_dim", "type"]), ANYTHING))
+@given(changes=st.dictionaries(st.sampled_from([*YARN, "beta_fast", "type"]), ANYTHING))
 def test_any_scaling_is_read_or_refused_in_words(changes: dict[str, Any]) -> None:
     with contextlib.suppress(ArtifactError):
         read("llama", rope_parameters={**YARN, **changes})

@@ -157,21 +157,6 @@ def test_models_saved_without_their_output_layer_are_read(tmp_path: Path) -> Non
         torch.testing.assert_close(gu.load(tmp_path).model(some_ids()), theirs(some_ids()).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_experts_are_read_as_transformers_5_holds_them(tmp_path: Path) -> None:
-    theirs = interop_models.save("Mixtral", tmp_path / "apart")
-    theirs.save_pretrained(tmp_path / "stacked")
-    state = {name: value.contiguous() for name, value in theirs.state_dict().items()}
-    assert any("gate_up_proj" in name for name in state)
-    save_file(state, tmp_path / "stacked" / "model.safetensors", metadata={"format": "pt"})
-    apart, stacked = gu.load(tmp_path / "apart").model, gu.load(tmp_path / "stacked").model
-    for one, other in zip(apart.parameters(), stacked.parameters(), strict=True):
-        assert torch.equal(one, other)
-    import_folder(tmp_path / "stacked", tmp_path / "ours")
-    written = (tmp_path / "ours" / "model.safetensors").read_bytes()
-    import_folder(tmp_path / "apart", tmp_path / "ours-too")
-    assert written == (tmp_path / "ours-too" / "model.safetensors").read_bytes()
-
-
 def test_weights_of_several_dtypes_become_the_wider_one_where_they_are_joined(tmp_path: Path) -> None:
     interop_models.save("Mixtral", tmp_path / "mixed")
     weights = load_file(tmp_path / "mixed" / "model.safetensors")

@@ -425,7 +425,6 @@ FOREIGN = {
     "lower case": ({"normalizer": part(normalizers.Lowercase())}, "normalizer: Lowercase"),
     "bytes as fallback": (with_model(byte_fallback=True), "model.byte_fallback = True"),
     "marks of words": (with_model(end_of_word_suffix="</w>"), "model.end_of_word_suffix = '</w>'"),
-    "a template that is none": ({"config": {"chat_template": [1]}}, "the tokenizer: cannot be read"),
     "dropped merges": (with_model(dropout=0.1), "model.dropout = 0.1"),
     "whole words with another split": (
         {"pre_tokenizer": part(split_of("gpt2")), **with_model(ignore_merges=True)},
@@ -436,10 +435,9 @@ FOREIGN = {
 
 @pytest.mark.parametrize("case", FOREIGN)
 def test_a_tokenizer_that_llama_cpp_would_take_for_another_is_refused(case, tmp_path):
-    changes, reason = dict(FOREIGN[case][0]), FOREIGN[case][1]
-    config = changes.pop("config", None)
+    changes, reason = FOREIGN[case]
     with pytest.raises(ArtifactError, match=re.escape(reason)):
-        export_gguf(model_of("llama-nano", vocab_size=400), pretrained(config, **changes), tmp_path / "model.gguf")
+        export_gguf(model_of("llama-nano", vocab_size=400), pretrained(**changes), tmp_path / "model.gguf")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -481,18 +479,18 @@ REFUSED = {
     "llama3 scaling with QK-norm": (
         "ground-nano",
         {"rope_scaling": RopeScaling(kind="llama3", factor=8, original_context=64)},
-        ['rope_scaling.kind = "llama3"'],
+        ['rope_scaling = {"kind": "llama3"'],
     ),
     "another ramp": (
         "llama-nano",
         {"rope_scaling": RopeScaling(kind="yarn", factor=8, original_context=64, beta_fast=16)},
-        ["rope_scaling.beta_fast, beta_slow = 16, 1"],
+        ["rope_scaling.beta_fast = 16"],
     ),
     "QK-norm with biases": ("ground-nano", {"qkv_bias": True, "ff_bias": True}, ["qkv_bias", "ff_bias"]),
     "experts with biases": ("llama-nano", {**MOE, "ff_bias": True}, ["ff_bias = true"]),
     "LayerNorm with RoPE": ("llama-nano", {"norm": "layernorm"}, ['position = "rope"', 'activation = "swiglu"']),
     "learned positions with RMSNorm": ("gpt2-nano", {"norm": "rmsnorm"}, ['norm = "rmsnorm"']),
-    "GPT-2 with wide heads": ("gpt2-nano", WIDE, ["head_dim = 24: is d_model / n_heads = 16"]),
+    "GPT-2 with wide heads": ("gpt2-nano", WIDE, ["head_dim = 24: is 16.0 there"]),
     "GPT-2 with QK-norm": ("gpt2-nano", {"qk_norm": True}, ["qk_norm = true"]),
     "GPT-2 with experts": ("gpt2-nano", MOE, ["n_experts = 4"]),
 }

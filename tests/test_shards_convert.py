@@ -65,7 +65,7 @@ def megatron_files(
 
 @settings(max_examples=examples(12))
 @given(texts=texts_lists, held_out=st.lists(st.text(max_size=30), max_size=2), wide=st.booleans())
-@pytest.mark.parametrize("format", ["nanogpt", "llmc", "megatron"])
+@pytest.mark.parametrize("format", ["nanogpt", "megatron"])
 def test_exported_and_imported_again_are_the_same_bytes(
     tmp_path_factory: pytest.TempPathFactory, format: str, texts: list[str], held_out: list[str], wide: bool
 ) -> None:
@@ -80,13 +80,13 @@ def test_exported_and_imported_again_are_the_same_bytes(
     again = folder / "again"
     done = import_ids(folder / "theirs", again, format=given, end_of_text_id=0, vocab_size=vocab_size, settings=SMALL)
     assert done.format == (given or format)  # told from the files
-    assert done.closed == done.empty == 0
+    assert not any("closed" in note or "empty" in note for note in done.notes)
     assert binaries(folder / "again") == binaries(folder / "mine")
     assert verify_shards(folder / "again").faults == ()
 
 
 @given(documents=st.lists(st.lists(st.integers(1, 60_000), max_size=40), min_size=1, max_size=8))
-def test_an_llmc_file_from_outside_comes_back_as_it_was(
+def test_llmc_documents_begin_with_end_of_text(
     tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]]
 ) -> None:
     """As llm.c and modded-nanogpt write it: end-of-text (here 50256) before each document."""
@@ -97,28 +97,9 @@ def test_an_llmc_file_from_outside_comes_back_as_it_was(
     done = import_ids(theirs, folder / "shards", end_of_text_id=50256, settings=ShardsSettings())
     assert documents_of(folder / "shards") == [[*document, 50256] for document in documents]
     assert any("before each document" in note for note in done.notes)
-    (path,) = export_shards(folder / "shards", folder / "out", "llmc")
-    assert path.read_bytes() == theirs.read_bytes()
 
 
 # --- the layouts, read by hand
-
-
-def test_the_llmc_layout(tmp_path: Path) -> None:
-    written(tmp_path / "narrow", TEXTS, HELD_OUT)
-    written(tmp_path / "wide", TEXTS, HELD_OUT, vocab_size=70_000)
-    for name, magic, version, letter, shift in (("narrow", 20240520, 1, "H", 1), ("wide", 20240801, 7, "I", 69_744)):
-        paths = export_shards(tmp_path / name, tmp_path / f"{name}-out", "llmc")
-        assert [path.name for path in paths][-2:] == [f"train_{len(paths) - 2:06d}.bin", "val_000000.bin"]
-        stream: list[int] = []
-        for path in paths[:-1]:
-            data = path.read_bytes()
-            header = struct.unpack("<256i", data[:1024])
-            assert header[:2] == (magic, version)
-            assert not any(header[3:])
-            stream += struct.unpack(f"<{header[2]}{letter}", data[1024:])
-        ours = stream_of(TEXTS, shift)
-        assert stream == [ours[-1], *ours[:-1]]  # end-of-text before each document
 
 
 def test_the_megatron_layout(tmp_path: Path) -> None:
@@ -181,7 +162,6 @@ def test_megatron_documents_of_any_type_of_ids(
     prefix = megatron_files(folder, sequences, borders, *kind)
     done = import_ids(prefix, folder / "out", end_of_text_id=0)
     assert documents_of(folder / "out") == [[*document, 0] for document in documents]
-    assert done.closed == (0 if closed else len(documents))
     assert any("not closed by end-of-text" in note for note in done.notes) != closed
 
 
@@ -219,46 +199,17 @@ def test_raw_ids_wider_than_nanogpts_are_refused_until_their_width_is_said(
 ) -> None:
     ids = [largest, 2, 3] * 40
     np.array(ids, dtype=dtype).tofile(tmp_path / "train.bin")
-    with pytest.raises(ArtifactError, match=rf"train\.bin: .*look like {dtype} ones.*\n.*--format {dtype}"):
+    with pytest.raises(ArtifactError, match=r"train\.bin: .*as if wider ids were cut.*\n.*--format uint32 or int64"):
         import_ids(tmp_path, tmp_path / "out")
     done = import_ids(tmp_path, tmp_path / "out", format=dtype)
     assert (done.format, documents_of(tmp_path / "out")) == (dtype, [ids])
 
 
-@pytest.mark.parametrize(("dtype", "said"), [("<i4", "uint32"), ("<i8", "int64"), (">u4", "big-endian uint32")])
-def test_a_few_negative_ids_or_turned_bytes_do_not_hide_the_width(tmp_path: Path, dtype: str, said: str) -> None:
+@pytest.mark.parametrize("dtype", ["<i4", "<i8", ">u4"])
+def test_a_few_negative_ids_or_turned_bytes_do_not_hide_the_width(tmp_path: Path, dtype: str) -> None:
     ids = np.array([*range(1, 1000), *([-1] * 10 if "i" in dtype else [])], dtype=dtype)
     ids.tofile(tmp_path / "train.bin")
-    with pytest.raises(ArtifactError, match=f"look like {said} ones"):
-        import_ids(tmp_path, tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("dtype", "said"), [("u1", "uint8"), ("<f4", "float32"), ("<f8", "float64"), (">u2", "big-endian uint16")]
-)
-@pytest.mark.parametrize("vocab_size", [65, 50_257])
-def test_raw_values_that_are_no_ids_of_16_bits_are_refused(
-    tmp_path: Path, dtype: str, said: str, vocab_size: int
-) -> None:
-    draw = np.random.default_rng(0)
-    # As tokens of a text: the frequent ones have the low ids.
-    ids = (draw.random(4096) ** 3 * vocab_size).astype(int) % (65 if dtype == "u1" else 1 << 16)
-    for count in (4096, 300):
-        ids[:count].astype(dtype).tofile(tmp_path / "train.bin")
-        with pytest.raises(ArtifactError, match=rf"train\.bin: .*look like {said} ones.*\n.*--format uint16"):
-            import_ids(tmp_path, tmp_path / "out")
-    np.save(tmp_path / "train.npy", ids.astype(dtype))  # the header says what they are
-    if dtype[1] == "f":
-        with pytest.raises(ArtifactError, match=f"values of {said}, not ids"):
-            import_ids(tmp_path / "train.npy", tmp_path / "out")
-    else:
-        import_ids(tmp_path / "train.npy", tmp_path / "out")
-        assert documents_of(tmp_path / "out") == [ids.tolist()]
-
-
-def test_text_is_no_ids(tmp_path: Path) -> None:
-    (tmp_path / "train.bin").write_bytes(b"Once upon a time. " * 30)
-    with pytest.raises(ArtifactError, match="look like uint8 ones"):
+    with pytest.raises(ArtifactError, match="as if wider ids were cut"):
         import_ids(tmp_path, tmp_path / "out")
 
 
@@ -268,7 +219,7 @@ def test_floats_that_are_called_ids_are_more_than_any_vocabulary(tmp_path: Path)
         import_ids(tmp_path, tmp_path / "out", format="uint32")
 
 
-@given(ids=st.lists(st.integers(0, 60_000), min_size=64, max_size=200), narrow=st.booleans())
+@given(ids=st.lists(st.integers(1, 60_000), min_size=64, max_size=200), narrow=st.booleans())
 def test_ids_of_16_bits_are_not_asked_about(
     tmp_path_factory: pytest.TempPathFactory, ids: list[int], narrow: bool
 ) -> None:
@@ -333,7 +284,8 @@ def test_llmc_files_are_one_stream(tmp_path: Path) -> None:
     done = import_ids(tmp_path / "theirs", tmp_path / "out", end_of_text_id=50256)
     assert documents_of(tmp_path / "out") == [[1, 2, 3, 50256], [50256], [4, 50256]]
     assert documents_of(tmp_path / "out", "validation") == [[5, 50256]]
-    assert (done.format, done.closed) == ("llmc", 0)
+    assert done.format == "llmc"
+    assert not any("not closed" in note for note in done.notes)
     wide = llmc_file(tmp_path / "wide.bin", [128_000, 7, 8], wide=True)
     import_ids(wide, tmp_path / "wide", end_of_text_id=128_000)
     assert documents_of(tmp_path / "wide") == [[7, 8, 128_000]]
@@ -371,7 +323,7 @@ def test_rows_of_equal_length_can_be_joined(tmp_path: Path) -> None:
     pq.write_table(pa.table({"tokens": [[1, 2, 3], [4, 0, 5], [6, 7, 0]]}), tmp_path / "ids.parquet")
     done = import_ids(tmp_path / "ids.parquet", tmp_path / "out", end_of_text_id=0, join_rows=True)
     assert documents_of(tmp_path / "out") == [[1, 2, 3, 4, 0], [5, 6, 7, 0]]
-    assert done.closed == 0
+    assert not any("not closed" in note for note in done.notes)
     with pytest.raises(GroundupError, match="--join-rows: nothing says where documents end"):
         import_ids(tmp_path / "ids.parquet", tmp_path / "out", join_rows=True)
 
@@ -380,7 +332,7 @@ def test_null_rows_are_empty_documents(tmp_path: Path) -> None:
     pq.write_table(pa.table({"ids": pa.array([[1], None, [], [2]], pa.list_(pa.int64()))}), tmp_path / "ids.parquet")
     done = import_ids(tmp_path / "ids.parquet", tmp_path / "out")
     assert documents_of(tmp_path / "out") == [[1], [2]]
-    assert done.empty == 2
+    assert "empty documents, left out: 2" in done.notes
     import_ids(tmp_path / "ids.parquet", tmp_path / "closed", end_of_text_id=0)
     assert documents_of(tmp_path / "closed") == [[1, 0], [0], [0], [2, 0]]
 

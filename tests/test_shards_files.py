@@ -14,7 +14,7 @@ from groundup.corpus import Document
 from groundup.errors import ArtifactError, DataError, GroundupError
 from groundup.files import value_digest
 from groundup.recipe import ShardsSettings
-from groundup.shards import TokenShards, shard_stats, verify_shards, write_shards
+from groundup.shards import TokenShards, write_shards
 from groundup.shards.write import largest_first
 from groundup.tokenizer import Tokenizer
 
@@ -250,22 +250,6 @@ def test_document_ends_that_leave_the_file_are_refused(tmp_path: Path, ends: lis
     for read in (shards.document_ends, lambda: list(shards.documents()), lambda: [shards.document(n) for n in (0, 1)]):
         with pytest.raises(ArtifactError, match=r"train-00000\.idx: .*damaged"):
             read()
-
-
-def test_a_manifest_of_the_first_version_can_be_read(tmp_path: Path) -> None:
-    written(tmp_path, TEXTS)
-    now = TokenShards.open(tmp_path, "train")
-    values = json.loads((tmp_path / "manifest.json").read_text())
-    del values["provenance"], values["checksum"]
-    values["version"] = 1
-    for split in values["splits"].values():
-        del split["sources"], split["languages"]
-    (tmp_path / "manifest.json").write_text(json.dumps({**values, "checksum": value_digest(values)}))
-    old = TokenShards.open(tmp_path, "train")
-    assert old.fingerprint == now.fingerprint  # so that a checkpoint goes on over both
-    np.testing.assert_array_equal(old.window(0, old.n_tokens), now.window(0, now.n_tokens))
-    assert verify_shards(tmp_path).faults == ()
-    assert shard_stats(tmp_path)["version"] == 1
 
 
 @given(

@@ -169,7 +169,7 @@ def test_what_was_encoded_is_not_encoded_again(
 
     monkeypatch.setattr(write_module, "encode_texts", counted)
     with monkeypatch.context() as patch:
-        patch.setattr(write_module, "append_range", stopped)
+        patch.setattr(write_module, "mapped", stopped)
         with pytest.raises(StoppedError):
             run()
     assert sum(encoded) == 150
@@ -180,7 +180,7 @@ def test_what_was_encoded_is_not_encoded_again(
 
     # What was damaged meanwhile is encoded again.
     with monkeypatch.context() as patch:
-        patch.setattr(write_module, "append_range", stopped)
+        patch.setattr(write_module, "mapped", stopped)
         with pytest.raises(StoppedError):
             run()
     flipped = max((out / "ranges").rglob("train-*.bin"))
@@ -191,7 +191,7 @@ def test_what_was_encoded_is_not_encoded_again(
 
     # Of another text, another tokenizer, or other ranges, nothing is taken over.
     with monkeypatch.context() as patch:
-        patch.setattr(write_module, "append_range", stopped)
+        patch.setattr(write_module, "mapped", stopped)
         with pytest.raises(StoppedError):
             run()
     changed = documents_of(150)

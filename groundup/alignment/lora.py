@@ -400,7 +400,7 @@ def _names_in_file(model: Transformer) -> dict[str, str]:
     layout = target_layout(model.config, shapes_in_file(shapes, model.config))
     found = {}
     for name in target_layers(shapes, LoraSettings()):
-        parts = layout.parts[f"{name}.weight"]
-        is_alone = len(parts) == 1 and parts[0].place.slots == 1 and not parts[0].place.transposed
-        found[name] = parts[0].tensor.removesuffix(".weight") if is_alone else f"model.{name}"
+        place, tensors = layout.places[f"{name}.weight"], layout.sources[f"{name}.weight"]
+        is_alone = len(tensors) == 1 and place.slots == 1 and not place.transposed
+        found[name] = tensors[0].removesuffix(".weight") if is_alone else f"model.{name}"
     return found

@@ -2,46 +2,14 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from groundup.cli.options import JsonOption, print_json
 
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace a model that is there already.")]
-
-
-class Method(StrEnum):
-    """How weights are rounded."""
-
-    RTN = "rtn"
-    GPTQ = "gptq"
-
-
-class Activations(StrEnum):
-    """What quantized weights are multiplied with."""
-
-    FLOAT = "float"
-    INT8 = "int8"
-
-
-class Target(StrEnum):
-    """What can be exported to."""
-
-    HF = "hf"
-    GGUF = "gguf"
-
-
-class Dtype(StrEnum):
-    """How weights can be kept; the last two in GGUF only."""
-
-    F32 = "f32"
-    F16 = "f16"
-    BF16 = "bf16"
-    Q8_0 = "q8_0"
-    Q4_0 = "q4_0"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -89,9 +57,11 @@ def import_model(
 def export_model(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A run's folder, or a model's folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder; with --to gguf, the new file.")],
-    to: Annotated[Target, typer.Option("--to", help="hf: a folder for transformers. gguf: a file for llama.cpp.")],
+    to: Annotated[
+        Literal["hf", "gguf"], typer.Option("--to", help="hf: a folder for transformers. gguf: a file for llama.cpp.")
+    ],
     dtype: Annotated[
-        Dtype | None,
+        Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None,
         typer.Option(
             "--dtype",
             help="How weights are kept. hf: f32, f16, bf16 (default: as they are, quantized ones f32). "
@@ -111,23 +81,21 @@ def export_model(
     """Give a model to other programs: a folder that transformers loads as it stands, or one GGUF file."""
     from groundup.errors import GroundupError
 
-    if to is Target.GGUF:
+    if to == "gguf":
         from groundup.interop import load
-        from groundup.interop.gguf import GgufType, export_gguf
+        from groundup.interop.gguf import export_gguf
 
         if out.exists() and (out.is_dir() or not force):
             raise GroundupError(f"{out}: is there already.", "Name another file, or replace it with --force.")
         loaded = load(source, stage=stage)
-        kept: GgufType | None = None if dtype is None else dtype.value
-        summary = export_gguf(loaded.model, loaded.tokenizer, out, dtype=kept)
+        summary = export_gguf(loaded.model, loaded.tokenizer, out, dtype=dtype)
         _tell({"file": str(out), **summary}, as_json)
         return
     from groundup.interop import export_folder
 
-    if dtype in (Dtype.Q8_0, Dtype.Q4_0):
+    if dtype in ("q8_0", "q4_0"):
         raise GroundupError(f"--dtype {dtype}: is for --to gguf.", "A folder has f32, f16 or bf16.")
-    kind = None if dtype is None else dtype.value
-    _tell(export_folder(source, out, dtype=kind, stage=stage, most_bytes=int(shard_gb * 1e9), force=force), as_json)
+    _tell(export_folder(source, out, dtype=dtype, stage=stage, most_bytes=int(shard_gb * 1e9), force=force), as_json)
 
 
 def quantize_model(
@@ -135,15 +103,15 @@ def quantize_model(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new model folder.")],
     bits: Annotated[int, typer.Option("--bits", "-b", help="Of a weight: 8 or 4.")] = 8,
     method: Annotated[
-        Method | None,
+        Literal["rtn", "gptq"] | None,
         typer.Option("--method", help="rtn: to the nearest; gptq: by the text (default: gptq with 4 bits and a text)."),
     ] = None,
     group_size: Annotated[
         int | None, typer.Option("--group-size", help="Inputs per scale (default: 32 with 4 bits, the row with 8).")
     ] = None,
     activations: Annotated[
-        Activations, typer.Option("--activations", help="int8: rounded, too (8 bits, on CPUs).")
-    ] = Activations.FLOAT,
+        Literal["float", "int8"], typer.Option("--activations", help="int8: rounded, too (8 bits, on CPUs).")
+    ] = "float",
     calibration: Annotated[int, typer.Option("--calibration", min=1, help="gptq: windows of the text.")] = 128,
     text: Annotated[
         Path | None,

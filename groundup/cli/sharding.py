@@ -103,6 +103,7 @@ def show(
     """Document N as the model will see it: its text cut into pieces, its length, and where it came from."""
     from groundup.errors import DataError
     from groundup.shards import TokenShards
+    from groundup.tokenizer.pieces import in_colour, piece_of
 
     shards = TokenShards.open(shards_folder(folder), split, verify=False)
     if number >= shards.n_documents:
@@ -110,7 +111,7 @@ def show(
     ids = shards.document(number).tolist()
     found = _tokenizer_of(shards, tokenizer)
     document = _document_of(shards, number, found.decode(ids)) if found is not None else None
-    pieces = None if found is None else [_piece(found, index) for index in ids]
+    pieces = None if found is None else [piece_of(found, index).shown for index in ids]
     about: dict[str, Any] = {
         "document": number,
         "split": split,
@@ -131,7 +132,7 @@ def show(
         return
     if document is None:
         console.print("Its source is not known: the corpus is not beside the shards.", style="dim")
-    console.print(_cut(pieces), soft_wrap=True)
+    console.print(in_colour(pieces, colour=console.is_terminal), soft_wrap=True)
 
 
 def import_(
@@ -203,10 +204,10 @@ def import_(
 def export(
     folder: FolderArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder for the files.")],
-    format: Annotated[str, typer.Option("--format", help="nanogpt, llmc or megatron.")],
+    format: Annotated[str, typer.Option("--format", help="nanogpt or megatron.")],
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there already.")] = False,
 ) -> None:
-    """Write shards as nanoGPT, llm.c or Megatron-LM reads them; `import` makes the same shards of them again."""
+    """Write shards as nanoGPT or Megatron-LM reads them; `import` makes the same shards of them again."""
     from groundup.shards import export_shards
 
     for path in export_shards(shards_folder(folder), out, format, force=force):
@@ -254,23 +255,6 @@ def _document_of(shards: TokenShards, number: int, text: str) -> Document | None
         return None
     document = next(islice(stream_documents(folder, shards.split), number, None), None)
     return document if document is not None and document.text == text else None
-
-
-def _piece(tokenizer: Tokenizer, index: int) -> str:
-    """What a token looks like: its text, or its name if it is a control token."""
-    if index in tokenizer.special_ids:
-        return tokenizer.decode([index], skip_special=False)
-    return tokenizer.token_bytes(index).decode("utf-8", errors="replace")
-
-
-def _cut(pieces: list[str]) -> Text:
-    """Pieces with every second one on another ground; without colours, with a bar between them."""
-    text = Text()
-    separator = "" if result_console().is_terminal else "│"
-    for number, piece in enumerate(pieces):
-        text.append(separator if number else "")
-        text.append(piece, style="black on bright_cyan" if number % 2 else "black on bright_yellow")
-    return text
 
 
 def _stats_tables(found: Mapping[str, Any]) -> Iterator[Table]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from groundup.errors import ArtifactError, GroundupError
 from groundup.files import MARK, atomic_folder, check_ours, write_json
 from groundup.integrity import CHECKED
 from groundup.interop.digests import DIGESTS_FILE, write_digests
-from groundup.interop.families import FAMILIES, differences, huggingface_config
+from groundup.interop.families import FAMILIES, differences
 from groundup.interop.folder import CONFIG_FILE, find_model
 from groundup.interop.layouts import put_together
 from groundup.interop.read_weights import DTYPES, INDEX_FILE
@@ -56,9 +54,8 @@ def import_folder(source: str | Path, out: str | Path, *, force: bool = False) -
         GroundupError: `out` is there already, or cannot be written.
     """
     stored = open_stored(Path(source), verify=True)
-    prefer = stored.family.model_type if stored.family else None
-    config = {**huggingface_config(stored.config, prefer), OURS_KEY: stored.config.to_dict()}
-    return _convert(stored, Path(out), config, prefer, dtype=None, most_bytes=None, force=force)
+    config = {**stored.huggingface_config(), OURS_KEY: stored.config.to_dict()}
+    return _convert(stored, Path(out), config, dtype=None, most_bytes=None, force=force)
 
 
 def export_folder(
@@ -74,14 +71,10 @@ def export_folder(
 
     Args:
         source: a run, a stage or a model's folder.
-        out: the new folder.
+        out, force: as for `import_folder`, and so is what is returned.
         dtype: "f32", "f16" or "bf16"; None: as the source has it.
         stage: of a run: see `load`.
         most_bytes: of tensors in one file; more go to several, with an index.
-        force: replace a model that is there.
-
-    Returns:
-        As `import_folder`.
 
     Raises:
         ArtifactError: the source is damaged; or transformers has no such architecture, and what it lacks is named.
@@ -90,29 +83,28 @@ def export_folder(
     if dtype is not None and dtype not in _DTYPES:
         raise GroundupError(f"dtype = {dtype!r}: is not one of {', '.join(_DTYPES)}.")
     stored = open_stored(find_model(source, stage=stage), verify=True)
-    prefer = stored.family.model_type if stored.family else None
-    config = huggingface_config(stored.config, prefer)
+    config = stored.huggingface_config()
     if not config:
         lacking = min((differences(stored.config, name) for name in FAMILIES), key=len)
         raise ArtifactError(
             f"{stored.folder}: transformers has no architecture that computes this model: {'; '.join(lacking)[:400]}.",
             "groundup loads the folder as it is; choose parts that transformers has before training.",
         )
-    target = None if dtype is None else _DTYPES[dtype]
-    return _convert(stored, Path(out), config, prefer, dtype=target, most_bytes=most_bytes, force=force)
+    return _convert(
+        stored, Path(out), config, dtype=None if dtype is None else _DTYPES[dtype], most_bytes=most_bytes, force=force
+    )
 
 
 def _convert(
     stored: StoredModel,
     out: Path,
     config: dict[str, Any],
-    prefer: str | None,
     *,
     dtype: torch.dtype | None,
     most_bytes: int | None,
     force: bool,
 ) -> dict[str, Any]:
-    layout = target_layout(stored.config, stored.shapes, prefer)
+    layout = target_layout(stored.config, stored.shapes, config.get("model_type"))
     dtypes = {
         name: dtype or functools.reduce(torch.promote_types, {stored.dtype(part) for part, _ in made.pieces})
         for name, made in layout.tensors.items()
@@ -120,14 +112,15 @@ def _convert(
     specs = [TensorSpec(name, dtypes[name], made.shape) for name, made in layout.tensors.items()]
 
     def tensor(name: str) -> Tensor:
-        whole = put_together(layout.tensors[name], stored.parameter, stored.config.n_experts)
+        whole = put_together(layout.tensors[name], stored.parameter)
         return _cast(whole, dtypes[name], f"{stored.weights.source}: {name}")
 
     files = read_files(stored.folder, TOKENIZER_FILES)
     main = next(dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if dtype in dtypes.values())
     config["dtype"] = str(main).removeprefix("torch.")
     ids, generation = _token_ids(stored, files)
-    with _new_folder(out, stored.folder, force=force) as partial:
+    check_new_folder(out, stored.folder, force=force)
+    with atomic_folder(out) as partial:
         n_bytes = write_weights(partial, specs, tensor, most_bytes=most_bytes)
         for name, contents in files.items():
             (partial / name).write_bytes(contents)
@@ -172,20 +165,8 @@ def _cast(tensor: Tensor, dtype: torch.dtype, source: str) -> Tensor:
     return cast
 
 
-@contextmanager
-def _new_folder(out: Path, source: Path, *, force: bool) -> Iterator[Path]:
-    """A folder that appears whole; see `check_new_folder`."""
-    check_new_folder(out, source, force=force)
-    with atomic_folder(out) as partial:
-        yield partial
-
-
 def check_new_folder(out: Path, source: Path, *, force: bool) -> None:
-    """Hold that a model may be written: it replaces only an empty folder or, if forced, a model.
-
-    Raises:
-        GroundupError: it may not.
-    """
+    """Hold that a model may be written: it replaces only an empty folder or, if forced, a model."""
     here, there = (Path(os.path.realpath(path)) for path in (out, source))
     if here == there or here in there.parents or there in here.parents:
         raise GroundupError(f"{out}: is the folder that is read, or one inside or around it.", "Name another folder.")

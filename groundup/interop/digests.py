@@ -32,12 +32,7 @@ def is_saved_again(values: Mapping[str, Any]) -> bool:
 def check_digests(folder: Path, values: Mapping[str, Any]) -> None:
     """Hold that a model's files are those that were written with it, if the folder says what these were.
 
-    Args:
-        folder: of the model.
-        values: of its `config.json`.
-
-    Raises:
-        ArtifactError: a file is missing, or another.
+    `values` are those of its `config.json`.
     """
     if is_saved_again(values) or not os.path.lexists(folder / DIGESTS_FILE):
         return

@@ -8,7 +8,7 @@ else says what a family can express: a model has a family's name if what `write`
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,16 @@ class Family:
         architecture: the class of transformers.
         read: fields to the arguments of `ModelConfig`.
         write: a configuration to fields, as well as it can.
-        layouts: where the weights stand, the first as they are written; the others are read too.
+        layout: where the weights stand.
         base: the class without an output layer.
-        aliases: other names of fields.
     """
 
     model_type: str
     architecture: str
     read: Callable[[Fields], dict[str, Any]]
     write: Callable[[ModelConfig], dict[str, Any]]
-    layouts: tuple[ModuleMappings, ...] = ({},)
-    base: str = ""
-    aliases: dict[str, str] = field(default_factory=dict)
+    layout: ModuleMappings
+    base: str
 
 
 OURS: ModuleMappings = {}
@@ -70,74 +68,51 @@ _GPT_NEO: ModuleMappings = _GPT | {
     "layers.*.mlp.up_proj": ModuleMapping("transformer.h.*.mlp.c_fc"),
     "layers.*.mlp.down_proj": ModuleMapping("transformer.h.*.mlp.c_proj"),
 }
-_MIXTRAL: ModuleMappings = {
+_MIXTRAL_LAYOUT: ModuleMappings = {
     "layers.*.mlp.router": ModuleMapping("model.layers.*.block_sparse_moe.gate"),
     "layers.*.mlp.gate_proj": ModuleMapping("model.layers.*.block_sparse_moe.experts.#.w1"),
     "layers.*.mlp.down_proj": ModuleMapping("model.layers.*.block_sparse_moe.experts.#.w2"),
     "layers.*.mlp.up_proj": ModuleMapping("model.layers.*.block_sparse_moe.experts.#.w3"),
 }
-_MIXTRAL_STACKED: ModuleMappings = {  # as transformers 5 holds them in memory
-    "layers.*.mlp.router": ModuleMapping("model.layers.*.mlp.gate"),
-    "layers.*.mlp.gate_proj": ModuleMapping("model.layers.*.mlp.experts.gate_up_proj", slot=0, slots=2, suffixed=False),
-    "layers.*.mlp.up_proj": ModuleMapping("model.layers.*.mlp.experts.gate_up_proj", slot=1, slots=2, suffixed=False),
-    "layers.*.mlp.down_proj": ModuleMapping("model.layers.*.mlp.experts.down_proj", suffixed=False),
-}
+_LLAMA = LlamaLike(
+    fields={"max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False}, is_divided=True
+)
+_MISTRAL = LlamaLike(fields={"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096})
+_QWEN = {
+    "max_position_embeddings": 32_768, "num_key_value_heads": 32, "use_sliding_window": False, "sliding_window": 4096,
+    "max_window_layers": 28, "layer_types": None,
+}  # fmt: skip
+_QWEN2 = LlamaLike(fields=_QWEN, qkv_bias=True)
+_QWEN3 = LlamaLike(fields={**_QWEN, "head_dim": 128, "attention_bias": False}, qk_norm=True)
+_MIXTRAL = LlamaLike(
+    fields={
+        "max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": None, "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001,
+    }
+)  # fmt: skip
 
 
-def _llama_like(model_type: str, stem: str, shape: LlamaLike, layouts: tuple[ModuleMappings, ...] = ({},)) -> Family:
+def _llama_like(model_type: str, stem: str, family: LlamaLike, layout: ModuleMappings) -> Family:
     return Family(
         model_type,
         f"{stem}ForCausalLM",
-        lambda fields: read_llama_like(fields, shape),
-        lambda config: write_llama_like(config, shape),
-        layouts,
+        lambda fields: read_llama_like(fields, family),
+        lambda config: write_llama_like(config, family),
+        layout,
         f"{stem}Model",
-        {"num_experts": "num_local_experts"} if shape.has_experts else {},
     )
 
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        _llama_like("llama", "Llama", LlamaLike(context=2048, has_bias_fields=True, is_divided=True)),
-        _llama_like("mistral", "Mistral", LlamaLike(context=131_072, n_kv_heads=8, windows="all", window=4096)),
-        _llama_like("qwen2", "Qwen2", LlamaLike(context=32_768, n_kv_heads=32, windows="layers", qkv_bias=True)),
-        _llama_like(
-            "qwen3",
-            "Qwen3",
-            LlamaLike(
-                context=32_768, n_kv_heads=32, windows="layers", head_dim=128, qk_norm=True, has_attention_bias=True
-            ),
-        ),
-        _llama_like(
-            "mixtral",
-            "Mixtral",
-            LlamaLike(context=131_072, n_kv_heads=8, windows="all", has_experts=True, norm_eps=1e-5, rope_theta=1e6),
-            (_MIXTRAL, _MIXTRAL_STACKED),
-        ),
-        Family(
-            "gpt2",
-            "GPT2LMHeadModel",
-            read_gpt2,
-            write_gpt2,
-            (_GPT2,),
-            "GPT2Model",
-            {
-                "hidden_size": "n_embd",
-                "max_position_embeddings": "n_positions",
-                "num_attention_heads": "n_head",
-                "num_hidden_layers": "n_layer",
-            },
-        ),
-        Family(
-            "gpt_neo",
-            "GPTNeoForCausalLM",
-            read_gpt_neo,
-            write_gpt_neo,
-            (_GPT_NEO,),
-            "GPTNeoModel",
-            {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"},
-        ),
+        _llama_like("llama", "Llama", _LLAMA, OURS),
+        _llama_like("mistral", "Mistral", _MISTRAL, OURS),
+        _llama_like("qwen2", "Qwen2", _QWEN2, OURS),
+        _llama_like("qwen3", "Qwen3", _QWEN3, OURS),
+        _llama_like("mixtral", "Mixtral", _MIXTRAL, _MIXTRAL_LAYOUT),
+        Family("gpt2", "GPT2LMHeadModel", read_gpt2, write_gpt2, _GPT2, "GPT2Model"),
+        Family("gpt_neo", "GPTNeoForCausalLM", read_gpt_neo, write_gpt_neo, _GPT_NEO, "GPTNeoModel"),
     )
 }
 """By model type; where several compute the same, the first gives a model its name."""
@@ -163,7 +138,7 @@ def read_config(values: dict[str, Any], path: Path) -> tuple[ModelConfig, Family
             f"Read are {', '.join(FAMILIES)}.",
         )
     family = FAMILIES[kind]
-    fields = Fields(values, path, family.aliases)
+    fields = Fields(values, path)
     named = values.get("architectures")
     if named is not None and named not in ([family.architecture], [family.base]):
         fields.refuse("architectures", f"only {family.architecture} is read of this family.")
@@ -178,9 +153,7 @@ def read_config(values: dict[str, Any], path: Path) -> tuple[ModelConfig, Family
 def huggingface_config(config: ModelConfig, prefer: str | None = None) -> dict[str, Any]:
     """What transformers needs to know, or an empty dictionary where it has no such architecture.
 
-    Args:
-        config: of the model.
-        prefer: the model type to take where several compute the same.
+    Where several model types compute the same, the preferred one is taken.
     """
     names = sorted(FAMILIES, key=lambda name: name != prefer)
     found = next((name for name in names if not differences(config, name)), None)

@@ -70,58 +70,48 @@ def is_positive(value: Any) -> bool:
 class Fields:
     """One `config.json`.
 
-    Args:
-        values: its object.
-        path: its path, for messages.
-        aliases: other names of fields, to their own.
-
     Attributes:
         problems: found so far.
     """
 
-    def __init__(self, values: Mapping[str, Any], path: Path, aliases: Mapping[str, str]) -> None:
+    def __init__(self, values: Mapping[str, Any], path: Path) -> None:
         self.path, self.problems = path, list[Problem]()
-        self._values: dict[str, Any] = {}
+        self._values = values
         self._asked: set[str] = set()
-        for name, value in values.items():
-            own = aliases.get(name, name)
-            if own in self._values and self._values[own] != value:
-                self.refuse(name, f"and {own} = {self._values[own]!r:.60} disagree.")
-            self._values[own] = value
 
-    def refuse(self, name: str, why: str, fix: str | None = None) -> None:
+    def refuse(self, name: str, why: str) -> None:
         """Note that a field's value cannot be used."""
-        self.problems.append(Problem(f"{name} = {self._values.get(name)!r:.80}", why, fix))
+        self.problems.append(Problem(f"{name} = {self._values.get(name)!r:.80}", why))
 
     def get(self, name: str, default: Any = None) -> Any:
         """A field of any type, now read."""
         self._asked.add(name)
         return self._values.get(name, default)
 
-    def count(self, name: str, default: int | None = None, *, or_null: bool = False, most: int = LARGEST) -> int:
+    def count(self, name: str, default: int | None = None, null: int | None = None) -> int:
         """A whole number from 1 on.
 
         Args:
             name: of the field.
             default: where it is missing; None: it must be there.
-            or_null: null stands for the default.
-            most: the largest that is believed.
+            null: what null stands for (default: it is as if the field were missing).
         """
         value = self.get(name)
-        if name not in self._values or (or_null and value is None):
-            if default is not None:
-                return default
+        if value is None:
+            value = null if name in self._values and null is not None else default
+        most = MOST_LAYERS if "layer" in name else LARGEST
+        if value is None:
             self.problems.append(Problem(name, "is missing."))
-            return 1
-        if type(value) is not int or not 1 <= value <= most:
+        elif type(value) is not int or not 1 <= value <= most:
             self.refuse(name, f"must be a whole number from 1 to {most:,}.")
-            return 1
-        return value
+        else:
+            return value
+        return 1
 
-    def number(self, name: str, default: float) -> float:
+    def number(self, name: str, default: float, *, or_zero: bool = False) -> float:
         """A number above 0."""
         value = self.get(name, default)
-        if not is_positive(value):
+        if not (is_positive(value) or (or_zero and type(value) in (int, float) and value == 0)):
             self.refuse(name, "must be a number above 0.")
             return default
         return float(value)

@@ -61,7 +61,7 @@ def save_model(
         return whole(name) if expert is None else whole(name)[expert]
 
     def tensor(name: str) -> Tensor:
-        return put_together(layout.tensors[name], parameter, config.n_experts)
+        return put_together(layout.tensors[name], parameter)
 
     if world.is_first:
         with atomic_folder(Path(folder)) as partial:
@@ -105,7 +105,7 @@ def load_model(folder: str | Path, *, verify: bool = True) -> tuple[Transformer,
     model.load_state_dict(own, assign=True)
     model.requires_grad_(stored.quantization is None)
     model.eval()
-    return model, tokenizer_beside(stored.folder, stored.values, stored.config.vocab_size)
+    return model, tokenizer_beside(stored.folder)
 
 
 def _filled(stored: Tensor, wanted: Tensor) -> Tensor:
@@ -124,13 +124,7 @@ def _filled(stored: Tensor, wanted: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to be used.
-
-    Attributes:
-        model: in evaluation mode; `model(ids)` gives logits (batch, seq, vocab).
-        tokenizer: None if the folder has none.
-        folder: where it was read from.
-    """
+    """A model ready to be used, in evaluation mode; without a tokenizer if the `folder` it was read from has none."""
 
     model: Transformer
     tokenizer: Tokenizer | None

@@ -76,7 +76,7 @@ def export_gguf(
     vocabulary = vocabulary_of(tokenizer, config.vocab_size, out)
     keeps = quantization is not None and dtype == own
     plan = [
-        (piece, _own_type(piece) if keeps and piece.bits else _type_of(piece, dtype, config.tied_embeddings))
+        (piece, _type_of(piece, dtype, config.tied_embeddings, keeps and piece.bits))
         for piece in tensors_of(model, architecture)
     ]
     with atomic_writer(out, binary=True) as handle:
@@ -89,8 +89,10 @@ def export_gguf(
         for name, value in vocabulary.items():
             getattr(writer, f"add_{name}")(value)
         for piece, kind in plan:
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            n_bytes = piece.n_values // block * size
             # Of the four-byte type numpy knows, whatever the type in the file: the shape is in values.
-            writer.add_tensor_info(piece.name, piece.shape, np.dtype(np.float32), _n_bytes(piece, kind), kind)
+            writer.add_tensor_info(piece.name, piece.shape, np.dtype(np.float32), n_bytes, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -122,24 +124,18 @@ def _package() -> Any:
     return gguf
 
 
-def _type_of(piece: GGUFTensor, dtype: GgufType, is_tied: bool) -> GGMLQuantizationType:
+def _type_of(piece: GGUFTensor, dtype: GgufType, is_tied: bool, own_bits: int) -> GGMLQuantizationType:
+    """How a tensor is kept; of a quantized matrix that stays as it is (`own_bits`), its own type."""
     from gguf import GGMLQuantizationType as Kind
 
+    if own_bits:
+        return Kind.F32 if piece.shape[-1] % _BLOCK else Kind.Q8_0 if own_bits == 8 else Kind.Q4_0
     if not piece.is_matrix or dtype == "f32":
         return Kind.F32
     if dtype in ("q8_0", "q4_0") and piece.shape[-1] % _BLOCK:
         return Kind.F16
     is_output = piece.name == "output.weight" or (is_tied and piece.name == "token_embd.weight")
     return Kind.Q8_0 if dtype == "q4_0" and is_output else Kind[dtype.upper()]
-
-
-def _own_type(piece: GGUFTensor) -> GGMLQuantizationType:
-    """The type that holds a quantized matrix as it is."""
-    from gguf import GGMLQuantizationType as Kind
-
-    if piece.shape[-1] % _BLOCK:
-        return Kind.F32
-    return Kind.Q8_0 if piece.bits == 8 else Kind.Q4_0
 
 
 def _blocks(piece: GGUFTensor) -> bytes:
@@ -150,13 +146,6 @@ def _blocks(piece: GGUFTensor) -> bytes:
     each = scales.reshape(-1).repeat_interleave(n_blocks // scales.numel())
     parts = (each.half().view(torch.uint8).view(n_blocks, 2), packed.view(torch.uint8).view(n_blocks, -1))
     return torch.cat(parts, dim=1).numpy().tobytes()
-
-
-def _n_bytes(piece: GGUFTensor, kind: GGMLQuantizationType) -> int:
-    from gguf import GGML_QUANT_SIZES
-
-    block, size = GGML_QUANT_SIZES[kind]
-    return piece.n_values // block * size
 
 
 def _slices(piece: GGUFTensor, kind: GGMLQuantizationType, out: Path) -> Iterator[bytes]:

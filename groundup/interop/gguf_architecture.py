@@ -14,10 +14,11 @@ context: within the window it masks nothing.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from groundup.errors import ArtifactError
 from groundup.model import ModelConfig
@@ -25,6 +26,17 @@ from groundup.model.masks import AttentionRule
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
+
+
+_NEEDS: dict[str, dict[str, Any]] = {
+    "llama": {"position": "rope", "activation": "swiglu", "partial_rotary_factor": 1.0},
+    "gpt2": {"norm": "layernorm", "position": "learned", "activation": "gelu_tanh", "qk_norm": False, "n_experts": 0},
+}
+_NEEDS["qwen2"] = {**_NEEDS["llama"], "rope_scaling": "linear, ntk or yarn"}
+_NEEDS["qwen3"] = {**_NEEDS["qwen2"], "qkv_bias": False, "o_bias": False, "ff_bias": False}
+_NEEDS["qwen3moe"] = _NEEDS["qwen3"]
+"""What a model must have for each architecture."""
+_ALWAYS = {"norm_placement": "pre", "attention_softcap": None, "logit_softcap": None}
 
 
 @dataclass(frozen=True)
@@ -39,16 +51,6 @@ class Architecture:
     name: str
     context_length: int
 
-    @property
-    def is_interleaved(self) -> bool:
-        """RoPE pairs neighbours (2i, 2i + 1) instead of halves (i, i + half)."""
-        return self.name == "llama"
-
-    @property
-    def is_fused(self) -> bool:
-        """Queries, keys and values are one matrix."""
-        return self.name == "gpt2"
-
 
 def architecture_of(config: ModelConfig, out: Path) -> Architecture:
     """The architecture for a model.
@@ -61,9 +63,28 @@ def architecture_of(config: ModelConfig, out: Path) -> Architecture:
         ArtifactError: none computes the same; every field that prevents it is named.
     """
     name = _nearest(config)
-    context_length = _common_context(config)
-    found = [*_unsupported_anywhere(config, context_length)]
-    found += _unsupported_by_gpt2(config) if name == "gpt2" else _unsupported_by_llama(config, name)
+    rules = {AttentionRule.of_layer(config, layer) for layer in range(config.n_layers)}
+    spans = [rule.window + rule.sink_tokens for rule in rules if rule.pattern == "window"]
+    context_length = min([config.context_length, *spans])  # the longest text in which no pattern masks anything
+    values, needs = config.to_dict(), {**_ALWAYS, **_NEEDS[name]}
+    values |= {f"{part}_bias": config.has_bias(part) for part in ("qkv", "o", "ff")}
+    if name == "gpt2":
+        needs["head_dim"] = config.d_model / config.n_heads
+    elif config.n_experts:
+        needs["ff_bias"] = False
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind != "llama3":
+        needs.pop("rope_scaling", None)
+    if scaling is not None and scaling.kind == "yarn":
+        values |= {"rope_scaling.beta_fast": scaling.beta_fast, "rope_scaling.beta_slow": scaling.beta_slow}
+        needs |= {"rope_scaling.beta_fast": 32.0, "rope_scaling.beta_slow": 1.0}
+    odd = {rule.pattern for rule in rules if not (config.position == "alibi" or rule.is_causal_only(context_length))}
+    found = [f"attention = {json.dumps(pattern)}: has no such pattern." for pattern in sorted(odd)]
+    found += [
+        f"{field} = {json.dumps(values[field])}: is {'none' if need is None else json.dumps(need)} there."
+        for field, need in needs.items()
+        if values[field] != need
+    ]
     if found:
         raise ArtifactError(
             f"{out}: llama.cpp has no architecture for this model; the nearest is {name}, but\n  " + "\n  ".join(found),
@@ -81,61 +102,6 @@ def _nearest(config: ModelConfig) -> str:
     is_square = config.n_heads * config.head_dim == config.d_model
     has_factors = config.rope_scaling is not None and config.rope_scaling.kind == "llama3"
     return "qwen2" if only_qkv and is_square and not config.n_experts and not has_factors else "llama"
-
-
-def _common_context(config: ModelConfig) -> int:
-    """The longest text in which no layer's pattern masks anything; at least 1."""
-    rules = {AttentionRule.of_layer(config, layer) for layer in range(config.n_layers)}
-    spans = [rule.window + rule.sink_tokens for rule in rules if rule.pattern == "window"]
-    return min([config.context_length, *spans])
-
-
-def _unsupported_anywhere(config: ModelConfig, context_length: int) -> list[str]:
-    found = []
-    if config.norm_placement != "pre":
-        found.append(f'norm_placement = "{config.norm_placement}": norms stand before the sub-layers there.')
-    for layer in range(min(config.n_layers, len(config.attention))):
-        rule = AttentionRule.of_layer(config, layer)
-        if config.position != "alibi" and not rule.is_causal_only(context_length):
-            found.append(f'attention = "{rule.pattern}": has no such pattern.')
-    caps = {"attention_softcap": config.attention_softcap, "logit_softcap": config.logit_softcap}
-    found += [f"{field} = {cap:g}: has no soft cap." for field, cap in caps.items() if cap is not None]
-    return found
-
-
-def _unsupported_by_llama(config: ModelConfig, name: str) -> list[str]:
-    found = []
-    if config.position != "rope":
-        found.append(f'position = "{config.position}": positions are rotary ("rope") there.')
-    if config.activation != "swiglu":
-        found.append(f'activation = "{config.activation}": is "swiglu" there.')
-    if config.position == "rope" and config.rotated != config.head_dim:
-        found.append(f"partial_rotary_factor = {config.partial_rotary_factor:g}: whole heads are rotated there.")
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.kind == "llama3" and name != "llama":
-        found.append('rope_scaling.kind = "llama3": is known to llama alone, which has no QK-norm.')
-    if scaling is not None and scaling.kind == "yarn" and (scaling.beta_fast, scaling.beta_slow) != (32.0, 1.0):
-        found.append(
-            f"rope_scaling.beta_fast, beta_slow = {scaling.beta_fast:g}, {scaling.beta_slow:g}: are 32 and 1 there."
-        )
-    if config.qk_norm:
-        found += [f"{part}_bias = true: has no such bias." for part in ("qkv", "o", "ff") if config.has_bias(part)]
-    elif config.n_experts and config.has_bias("ff"):
-        found.append("ff_bias = true: experts have no biases there.")
-    return found
-
-
-def _unsupported_by_gpt2(config: ModelConfig) -> list[str]:
-    width = config.d_model / config.n_heads
-    rules = [
-        (config.norm == "layernorm", f'norm = "{config.norm}": is "layernorm" there.'),
-        (config.position == "learned", f'position = "{config.position}": positions are "learned" there.'),
-        (config.activation == "gelu_tanh", f'activation = "{config.activation}": is "gelu_tanh" there.'),
-        (not config.qk_norm, "qk_norm = true: has none."),
-        (not config.n_experts, f"n_experts = {config.n_experts}: has none."),
-        (config.head_dim == width, f"head_dim = {config.head_dim}: is d_model / n_heads = {width:g} there."),
-    ]
-    return [why for holds, why in rules if not holds]
 
 
 def describe_architecture(writer: GGUFWriter, config: ModelConfig, architecture: Architecture) -> None:

@@ -54,8 +54,8 @@ def tensors_of(model: Transformer, architecture: Architecture) -> Iterator[GGUFT
     """All tensors of the file, in the order of the computation."""
     config = model.config
     needs_bias = architecture.name == "gpt2"
-    # Rows that stand for no token stay here.
-    yield _vocabulary_matrix("token_embd.weight", model.embed_tokens, config)
+    n_rows = config.vocab_size  # rows that stand for no token stay here
+    yield from _linear("token_embd", _Rows(model.embed_tokens, lambda rows: rows[:n_rows]), n_rows=n_rows)
     if model.embed_positions is not None:
         yield _piece("position_embd.weight", model.embed_positions.weight[: architecture.context_length])
     if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
@@ -69,7 +69,7 @@ def tensors_of(model: Transformer, architecture: Architecture) -> Iterator[GGUFT
     assert model.norm is not None
     yield from _norm("output_norm", model.norm, config.d_model, needs_bias)
     if model.lm_head is not None:
-        yield _vocabulary_matrix("output.weight", model.lm_head, config)
+        yield from _linear("output", _Rows(model.lm_head, lambda rows: rows[:n_rows]), n_rows=n_rows)
 
 
 def interleaved(rows: Float[Tensor, "rows ..."], n_heads: int) -> Float[Tensor, "rows ..."]:
@@ -84,11 +84,6 @@ def interleaved(rows: Float[Tensor, "rows ..."], n_heads: int) -> Float[Tensor, 
 
 def _piece(name: str, values: Tensor) -> GGUFTensor:
     return GGUFTensor(name, tuple(values.shape), lambda: values)
-
-
-def _vocabulary_matrix(name: str, module: nn.Module, config: ModelConfig) -> GGUFTensor:
-    rows = _Rows(module, lambda all_rows: all_rows[: config.vocab_size])
-    return rows.matrix(name, (config.vocab_size, config.d_model))
 
 
 def _norm(name: str, norm: nn.Module, width: int, needs_bias: bool) -> Iterator[GGUFTensor]:
@@ -106,45 +101,37 @@ class _Rows:
     order: Callable[[Tensor], Tensor] = lambda rows: rows
     factor: float = 1.0
 
-    def weight(self) -> Tensor:
-        return self._scaled(self.order(_tensor(self.linear.weight)))
-
-    def bias(self) -> Tensor:
-        bias = self.linear.bias
-        if isinstance(bias, Tensor):
-            return self._scaled(self.order(bias))
-        return torch.zeros(self.shape[:-1], device=next(self.linear.parameters()).device)
-
-    def packed(self) -> tuple[Tensor, Tensor]:
-        assert isinstance(self.linear, Quantized)
-        return self.order(self.linear.packed), self._scaled(self.order(self.linear.scales))
-
-    @property
-    def bits(self) -> int:
-        return self.linear.bits if isinstance(self.linear, Quantized) else 0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        if isinstance(self.linear, Quantized):
-            return (*self.linear.packed.shape[:-1], self.linear.packed.shape[-1] * 8 // self.linear.bits)
-        return tuple(_tensor(self.linear.weight).shape)
-
-    def matrix(self, name: str, shape: tuple[int, ...] | None = None) -> GGUFTensor:
-        packed = self.packed if self.bits else None
-        return GGUFTensor(name, shape or self.shape, self.weight, is_matrix=True, bits=self.bits, make_packed=packed)
-
-    def pieces(self, name: str, needs_bias: bool = False) -> Iterator[GGUFTensor]:
-        yield self.matrix(f"{name}.weight")
-        if needs_bias or self.linear.bias is not None:
-            yield GGUFTensor(f"{name}.bias", self.shape[:-1], self.bias)
-
-    def _scaled(self, rows: Tensor) -> Tensor:
-        return rows if self.factor == 1 else rows * self.factor
+    def take(self, kind: str) -> Tensor:
+        """Its weight, bias (zeros, if it has none), scales or packed values."""
+        found = getattr(self.linear, kind)
+        if found is None:
+            return torch.zeros(_shape(self.linear)[:-1], device=next(self.linear.parameters()).device)
+        rows = self.order(found)
+        return rows if self.factor == 1 or kind == "packed" else rows * self.factor
 
 
-def _tensor(value: object) -> Tensor:
-    assert isinstance(value, Tensor)
-    return value
+def _linear(name: str, *parts: _Rows, needs_bias: bool = False, n_rows: int | None = None) -> Iterator[GGUFTensor]:
+    """A matrix, of several one below the other, and its bias if there is one or must be."""
+    first = parts[0].linear
+    bits = first.bits if isinstance(first, Quantized) else 0
+    shapes = [_shape(part.linear) for part in parts]
+    rows = (*shapes[0][:-2], n_rows or sum(shape[-2] for shape in shapes))
+
+    def joined(kind: str) -> Tensor:
+        found = [part.take(kind) for part in parts]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    packed = (lambda: (joined("packed"), joined("scales"))) if bits else None
+    yield GGUFTensor(f"{name}.weight", (*rows, shapes[0][-1]), lambda: joined("weight"), True, bits, packed)
+    if needs_bias or getattr(first, "bias", None) is not None:
+        yield GGUFTensor(f"{name}.bias", rows, lambda: joined("bias"))
+
+
+def _shape(linear: nn.Module) -> tuple[int, ...]:
+    if isinstance(linear, Quantized):
+        return (*linear.packed.shape[:-1], linear.packed.shape[-1] * 8 // linear.bits)
+    assert isinstance(linear.weight, Tensor)
+    return tuple(linear.weight.shape)
 
 
 def _attention(
@@ -156,31 +143,21 @@ def _attention(
         factor = 1.0
 
     def order(rows: Tensor, n_heads: int) -> Tensor:
-        return interleaved(rows, n_heads) if architecture.is_interleaved else rows
+        return interleaved(rows, n_heads) if architecture.name == "llama" else rows
 
     q = _Rows(attention.q_proj, lambda rows: order(rows, config.n_heads), 1.0 if config.qk_norm else factor)
     k = _Rows(attention.k_proj, lambda rows: order(rows, config.n_kv_heads))
     v = _Rows(attention.v_proj)
-    if architecture.is_fused:
-        width = sum(part.shape[0] for part in (q, k, v))
-
-        def packed() -> tuple[Tensor, Tensor]:
-            values, scales = zip(*(part.packed() for part in (q, k, v)), strict=True)
-            return torch.cat(values), torch.cat(scales)
-
-        yield GGUFTensor(
-            f"{name}.attn_qkv.weight", (width, config.d_model),
-            lambda: torch.cat([q.weight(), k.weight(), v.weight()]), True, q.bits, packed if q.bits else None,
-        )  # fmt: skip
-        yield GGUFTensor(f"{name}.attn_qkv.bias", (width,), lambda: torch.cat([q.bias(), k.bias(), v.bias()]))
+    if architecture.name == "gpt2":
+        yield from _linear(f"{name}.attn_qkv", q, k, v, needs_bias=True)
     else:
         for letter, part in (("q", q), ("k", k), ("v", v)):
-            yield from part.pieces(f"{name}.attn_{letter}", needs_bias=architecture.name == "qwen2")
+            yield from _linear(f"{name}.attn_{letter}", part, needs_bias=architecture.name == "qwen2")
     for letter, norm, scale in (("q", attention.q_norm, factor), ("k", attention.k_norm, 1.0)):
         if norm is not None:
             weight = torch.ones(config.head_dim) if norm.weight is None else norm.weight
             yield _piece(f"{name}.attn_{letter}_norm.weight", weight if scale == 1 else weight * scale)
-    yield from _Rows(attention.o_proj).pieces(f"{name}.attn_output", needs_bias=architecture.is_fused)
+    yield from _linear(f"{name}.attn_output", _Rows(attention.o_proj), needs_bias=architecture.name == "gpt2")
 
 
 def _feedforward(name: str, layer: nn.Module, needs_bias: bool) -> Iterator[GGUFTensor]:
@@ -189,10 +166,9 @@ def _feedforward(name: str, layer: nn.Module, needs_bias: bool) -> Iterator[GGUF
     if isinstance(layer, Experts):
         yield _piece(f"{name}.ffn_gate_inp.weight", layer.router.weight)
         ending = "_exps"
-    if layer.gate_proj is not None:
-        yield from _Rows(layer.gate_proj).pieces(f"{name}.ffn_gate{ending}", needs_bias)
-    yield from _Rows(layer.up_proj).pieces(f"{name}.ffn_up{ending}", needs_bias)
-    yield from _Rows(layer.down_proj).pieces(f"{name}.ffn_down{ending}", needs_bias)
+    for part, linear in (("gate", layer.gate_proj), ("up", layer.up_proj), ("down", layer.down_proj)):
+        if linear is not None:
+            yield from _linear(f"{name}.ffn_{part}{ending}", _Rows(linear), needs_bias=needs_bias)
 
 
 def _wavelength_factors(config: ModelConfig) -> Float[Tensor, " half"]:

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Engine
 
 from groundup.errors import ArtifactError
-from groundup.files import read_json
 from groundup.tokenizer import Tokenizer
-from groundup.tokenizer.files import CONFIG_FILE, TOKENIZER_FILE
 from groundup.tokenizer.pretrained import PretrainedTokenizer
+from groundup.tokenizer.special import CHAT_TEMPLATE
 from groundup.tokenizer.split import PATTERNS, pre_tokenizer
 from groundup.untrusted import reading
 
@@ -30,8 +28,6 @@ _NAMES = {
     ("llama3", False): "smaug-bpe",
 }
 """llama.cpp's name by split, and by whether a word that is a token is taken whole without looking at the merges."""
-
-TEMPLATE_FILE = "chat_template.jinja"
 
 _GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 
@@ -49,15 +45,19 @@ def vocabulary_of(tokenizer: Tokenizer | None, n_rows: int, out: Path) -> dict[s
     """
     if tokenizer is None:
         return {"tokenizer_model": "none"}
+    template: str | None = CHAT_TEMPLATE
+    # Documents follow one another in training, so what ends one stands before the next.
+    if isinstance(tokenizer, PretrainedTokenizer):
+        template, known = tokenizer.chat_templates.get("default"), tokenizer.special_token_ids
+    else:
+        known = {"bos": [tokenizer.end_of_text_id], "eos": [tokenizer.end_id], "pad": [tokenizer.pad_id]}
+    eos_id, pad_id = (next(iter(known[name]), None) for name in ("eos", "pad"))
+    bos_id = next(iter(known["bos"]), eos_id)
     with reading(f"{out}: the tokenizer"):
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save(folder)
-            engine = Engine.from_file(str(Path(folder) / TOKENIZER_FILE))
-            template = _chat_template(Path(folder))
+        engine = Engine.from_str(tokenizer.contents)
         spec = json.loads(engine.to_str())  # one spelling of what several versions of the format say
         split = _split_of(spec, out)
         tokens, types = _tokens_of(spec, n_rows, out)  # bytes in GPT-2's letters, control tokens as they are called
-        bos_id, eos_id, pad_id = _ids_of(tokenizer)
         added = engine.encode("").ids  # what begins and ends every encoded text
         values = {
             "tokenizer_model": "gpt2",
@@ -70,18 +70,15 @@ def vocabulary_of(tokenizer: Tokenizer | None, n_rows: int, out: Path) -> dict[s
             "pad_token_id": pad_id,
             "add_bos_token": bos_id is not None and added[:1] == [bos_id],
             "add_eos_token": eos_id is not None and added[1:] == [eos_id],
-            "chat_template": template,
+            # Without transformers' generation marks, which not every reader of GGUF knows: conditions that always
+            # hold stand for them, so that white space around the tags is trimmed as before.
+            "chat_template": template and _GENERATION_TAG.sub(_as_condition, template),
         }
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _ids_of(tokenizer: Tokenizer) -> tuple[int | None, int | None, int | None]:
-    """What begins a text, ends what the model says, and fills a row."""
-    if isinstance(tokenizer, PretrainedTokenizer):
-        bos, eos, pad = (next(iter(tokenizer.special_token_ids[name]), None) for name in ("bos", "eos", "pad"))
-        return eos if bos is None else bos, eos, pad
-    # Documents follow one another in training, so what ends one stands before the next.
-    return tokenizer.end_of_text_id, tokenizer.end_id, tokenizer.pad_id
+def _as_condition(tag: re.Match[str]) -> str:
+    return tag[1] + ("endif" if tag[2] else "if true") + tag[3]
 
 
 def _split_of(spec: dict[str, Any], out: Path) -> str:
@@ -147,19 +144,3 @@ def _tokens_of(spec: dict[str, Any], n_rows: int, out: Path) -> tuple[list[str],
             names[index] = (filler, TokenType.UNUSED)
     tokens, types = zip(*(names[index] for index in range(n_rows)), strict=True)
     return list(tokens), [int(kind) for kind in types]
-
-
-def _chat_template(folder: Path) -> str | None:
-    """The template, without transformers' generation marks, which not every reader of GGUF knows."""
-    separate, config = folder / TEMPLATE_FILE, folder / CONFIG_FILE
-    template: Any = None
-    if separate.is_file():
-        template = separate.read_text("utf-8")
-    elif config.is_file():
-        template = read_json(config).get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = next((one["template"] for one in template if one.get("name") == "default"), None)
-    if not isinstance(template, str):
-        return None
-    # As conditions that always hold, so that white space around the tags is trimmed as before.
-    return _GENERATION_TAG.sub(lambda tag: tag[1] + ("endif" if tag[2] else "if true") + tag[3], template)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from groundup.interop.fields import MOST_LAYERS, Fields
@@ -19,35 +20,40 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_python": "gelu",
     "relu2": "relu2",
 }
-_OUTSIDE: dict[str, str] = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu2": "relu2"}
+_OUTSIDE = {inside: outside for outside, inside in reversed(ACTIVATIONS.items())}
 _TYPES: dict[str, Pattern] = {"global": "full", "local": "window"}
+GPT2 = {
+    "vocab_size": "vocab_size",
+    "context_length": "n_positions",
+    "n_layers": "n_layer",
+    "d_model": "n_embd",
+    "n_heads": "n_head",
+    "d_ff": "n_inner",
+}
+GPT_NEO = {
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+    "n_layers": "num_layers",
+    "d_model": "hidden_size",
+    "n_heads": "num_heads",
+    "d_ff": "intermediate_size",
+}
 
 
 def read_gpt2(fields: Fields) -> dict[str, Any]:
     """The arguments of `ModelConfig` for GPT-2."""
-    d_model, n_heads = fields.count("n_embd"), fields.count("n_head")
     if fields.flag("scale_attn_by_inverse_layer_idx", False):
         fields.refuse("scale_attn_by_inverse_layer_idx", "is not computed by groundup; only false is.")
     return {
-        "vocab_size": fields.count("vocab_size"),
-        "context_length": fields.count("n_positions", 1024),
-        "n_layers": fields.count("n_layer", most=MOST_LAYERS),
-        "d_ff": fields.count("n_inner", 4 * d_model, or_null=True),
+        **_read_shared(fields, GPT2, context=1024),
         "attention_scale": None if fields.flag("scale_attn_weights", True) else 1.0,
-        "bias": True,
-        **_shared(fields, d_model, n_heads, "n_embd", "n_head"),
     }
 
 
 def write_gpt2(config: ModelConfig) -> dict[str, Any]:
     """The fields of a GPT-2's `config.json`; what it cannot say is left out."""
     return {
-        "vocab_size": config.vocab_size,
-        "n_positions": config.context_length,
-        "n_layer": config.n_layers,
-        "n_embd": config.d_model,
-        "n_head": config.n_heads,
-        "n_inner": config.d_ff,
+        **{theirs: getattr(config, ours) for ours, theirs in GPT2.items()},
         "activation_function": _OUTSIDE.get(config.activation, "gelu_new"),
         "layer_norm_epsilon": config.norm_eps,
         "scale_attn_weights": config.attention_scale != 1.0,
@@ -61,37 +67,26 @@ def write_gpt2(config: ModelConfig) -> dict[str, Any]:
 
 def read_gpt_neo(fields: Fields) -> dict[str, Any]:
     """The arguments of `ModelConfig` for GPT-Neo."""
-    d_model, n_heads = fields.count("hidden_size"), fields.count("num_heads")
-    n_layers = fields.count("num_layers", most=MOST_LAYERS)
-    patterns = _attention(fields, n_layers)
+    values = _read_shared(fields, GPT_NEO, context=2048)
+    patterns = _attention(fields, values["n_layers"])
     window = fields.count("window_size", 256)
-    values = {
-        "vocab_size": fields.count("vocab_size"),
-        "context_length": fields.count("max_position_embeddings", 2048),
-        "n_layers": n_layers,
-        "d_ff": fields.count("intermediate_size", 4 * d_model, or_null=True),
+    return {
+        **values,
         "attention_scale": 1.0,  # it never divides by sqrt(head_dim)
         "attention": cycle(patterns),
-        "bias": True,
         "qkv_bias": False,
-        **_shared(fields, d_model, n_heads, "hidden_size", "num_heads"),
+        **({"window": window} if "window" in patterns else {}),
     }
-    return {**values, "window": window} if "window" in patterns else values
 
 
 def write_gpt_neo(config: ModelConfig) -> dict[str, Any]:
     """The fields of a GPT-Neo's `config.json`; what it cannot say is left out."""
     names = ["local" if config.pattern(layer) == "window" else "global" for layer in range(config.n_layers)]
-    short = list(cycle([_TYPES[name] for name in names]))
+    short = cycle(names)
     times, rest = divmod(config.n_layers, len(short))
     return {
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context_length,
-        "num_layers": config.n_layers,
-        "hidden_size": config.d_model,
-        "num_heads": config.n_heads,
-        "intermediate_size": config.d_ff,
-        "attention_types": [[names, 1]] if rest else [[names[: len(short)], times]],
+        **{theirs: getattr(config, ours) for ours, theirs in GPT_NEO.items()},
+        "attention_types": [[names, 1]] if rest else [[list(short), times]],
         "attention_layers": names,
         "window_size": config.window or 256,
         "activation_function": _OUTSIDE.get(config.activation, "gelu_new"),
@@ -103,20 +98,21 @@ def write_gpt_neo(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _shared(fields: Fields, d_model: int, n_heads: int, width_name: str, heads_name: str) -> dict[str, Any]:
-    """What both say in the same words."""
+def _read_shared(fields: Fields, names: Mapping[str, str], context: int) -> dict[str, Any]:
+    d_model, n_heads = fields.count(names["d_model"]), fields.count(names["n_heads"])
     if d_model % n_heads:
-        fields.refuse(width_name, f"is not a multiple of {heads_name} = {n_heads}.")
+        fields.refuse(names["d_model"], f"is not a multiple of {names['n_heads']} = {n_heads}.")
+    defaults = {"context_length": context, "d_model": d_model, "n_heads": n_heads, "d_ff": 4 * d_model}
     return {
-        "n_heads": n_heads,
+        **{ours: fields.count(theirs, defaults.get(ours)) for ours, theirs in names.items()},
         "n_kv_heads": n_heads,
         "head_dim": max(1, d_model // n_heads),
-        "d_model": d_model,
         "norm": "layernorm",
         "norm_eps": fields.number("layer_norm_epsilon", 1e-5),
         "qk_norm": False,
         "position": "learned",
         "activation": fields.choice("activation_function", ACTIVATIONS, "gelu_new"),
+        "bias": True,
         "tied_embeddings": fields.flag("tie_word_embeddings", True),
         "initialization": "gpt2",
     }
@@ -126,14 +122,13 @@ def _attention(fields: Fields, n_layers: int) -> list[Pattern]:
     """Each layer's pattern from `attention_types`: [[["global", "local"], 12]] is these two, twelve times."""
     types = fields.get("attention_types", [[["global", "local"], 12]])
     names: list[Any] = []
-    is_table = isinstance(types, list)
-    for entry in types if is_table else []:
-        is_table = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], list)
-        if not is_table or type(entry[1]) is not int or not 0 <= len(entry[0]) * entry[1] <= MOST_LAYERS:
-            is_table = False
-            break
-        names += entry[0] * entry[1]
-    if not is_table or len(names) != n_layers or any(str(name) not in _TYPES for name in names):
+    for entry in types if isinstance(types, list) else []:
+        match entry:
+            case [list(some), int(times)] if 0 <= len(some) * times <= MOST_LAYERS:
+                names += some * times
+            case _:
+                names.append(entry)
+    if len(names) != n_layers or any(str(name) not in _TYPES for name in names):
         fields.refuse("attention_types", f"does not give {n_layers} layers, each of {', '.join(_TYPES)}.")
         return ["full"]
     if fields.get("attention_layers", names) != names:

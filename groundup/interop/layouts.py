@@ -20,7 +20,6 @@ Shape = tuple[int, ...]
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _VOCABULARY = ("embed_tokens", "lm_head")
-_OF_EXPERTS = re.compile(r"\.mlp\.(gate|up|down)_proj\.")
 
 
 @dataclass(frozen=True)
@@ -32,31 +31,21 @@ class ModuleMapping:
         transposed: matrices are (in, out), as in GPT-2's Conv1D.
         slot: which part it is of a tensor in which several stand one after the other, along the outputs.
         slots: how many parts that tensor has, all of one size.
-        suffixed: tensors are named `module.weight`; else as the module.
     """
 
     module: str
     transposed: bool = False
     slot: int = 0
     slots: int = 1
-    suffixed: bool = True
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether each expert has a tensor of its own."""
+        return "#" in self.module
 
 
 ModuleMappings = Mapping[str, ModuleMapping]
 """By our module's name, with `*` for the layer's number."""
-
-
-@dataclass(frozen=True)
-class StoredPart:
-    """Where (an expert's part of) one parameter stands.
-
-    Attributes:
-        tensor: in the file.
-        place: how.
-    """
-
-    tensor: str
-    place: ModuleMapping
 
 
 @dataclass(frozen=True)
@@ -79,11 +68,13 @@ class Layout:
     """All parameters of one model in one kind of file.
 
     Attributes:
-        parts: of each of our parameters: one, or as many as there are experts.
+        places: how each of our parameters stands there.
+        sources: the tensor that has it, or one for each expert.
         tensors: of the file.
     """
 
-    parts: dict[str, tuple[StoredPart, ...]]
+    places: dict[str, ModuleMapping]
+    sources: dict[str, list[str]]
     tensors: dict[str, Made]
 
 
@@ -95,76 +86,39 @@ def shapes_in_file(shapes: Mapping[str, Shape], config: ModelConfig) -> dict[str
     }
 
 
-def make_layout(places: ModuleMappings, shapes: Mapping[str, Shape], n_experts: int = 0) -> Layout:
-    """The layout of a model's parameters by a family's table.
-
-    Args:
-        places: the table; empty for our own names.
-        shapes: of our parameters, as `shapes_in_file` gives them.
-        n_experts: of the model.
-    """
-    parts: dict[str, tuple[StoredPart, ...]] = {}
-    collected: dict[str, list[tuple[int, str, int | None, ModuleMapping, Shape]]] = {}
-    for name, shape in shapes.items():
+def make_layout(mappings: ModuleMappings, shapes: Mapping[str, Shape], n_experts: int = 0) -> Layout:
+    """The layout of a model's parameters, whose shapes `shapes_in_file` gives, by a family's table."""
+    layout = Layout({}, {}, {})
+    pieces: dict[str, list[tuple[str, int | None]]] = {}
+    for name in shapes:
         module, kind = name.rsplit(".", 1)
         number = _LAYER.match(module)
-        place = places.get(_LAYER.sub("layers.*.", module)) or _own_place(module)
-        outside = place.module.replace("*", number[1]) if number else place.module
-        outside = f"{outside}.{kind}" if place.suffixed else outside
-        each = range(n_experts) if "#" in place.module else [None]
-        found = []
-        for index in each:
-            tensor = outside if index is None else outside.replace("#", str(index))
-            found.append(StoredPart(tensor, place))
-            of_one = shape if index is None else shape[1:]
-            collected.setdefault(tensor, []).append((place.slot, name, index, place, of_one))
-        parts[name] = tuple(found)
-    tensors = {}
-    for tensor, entries in collected.items():
-        entries.sort(key=lambda entry: entry[0])
-        place, shape = entries[0][3], entries[0][4]
-        axis = _output_axis(entries[0][1], entries[0][2], n_experts)
-        whole = (*shape[:axis], shape[axis] * place.slots, *shape[axis + 1 :])
-        if place.transposed and len(whole) == 2:
-            whole = (whole[1], whole[0])
-        tensors[tensor] = Made(whole, place, tuple((name, index) for _, name, index, _, _ in entries))
-    return Layout(parts, tensors)
+        pattern = _LAYER.sub("layers.*.", module)
+        place = mappings.get(pattern) or ModuleMapping(pattern if module == "lm_head" else f"model.{pattern}")
+        outside = f"{place.module}.{kind}".replace("*", number[1] if number else "*")
+        layout.places[name], layout.sources[name] = place, []
+        for index in range(n_experts) if place.is_apart else [None]:
+            layout.sources[name].append(outside.replace("#", str(index)))
+            pieces.setdefault(layout.sources[name][-1], []).append((name, index))
+    for tensor, found in pieces.items():
+        found.sort(key=lambda piece: layout.places[piece[0]].slot)
+        name, index = found[0]
+        place = layout.places[name]
+        rows, *rest = shapes[name] if index is None else shapes[name][1:]
+        shape = (rows * place.slots, *rest)
+        is_turned = place.transposed and len(shape) == 2
+        layout.tensors[tensor] = Made(shape[::-1] if is_turned else shape, place, tuple(found))
+    return layout
 
 
-def take(contents: Tensor, place: ModuleMapping, *, stacked: bool = False) -> Tensor:
-    """A parameter's part of a tensor that was read: a view.
-
-    Args:
-        contents: of the tensor in the file.
-        place: of the parameter.
-        stacked: the first axis counts experts.
-    """
+def take(contents: Tensor, place: ModuleMapping) -> Tensor:
+    """A parameter's part of a tensor that was read: a view."""
     ours = contents.mT if place.transposed and contents.ndim == 2 else contents
-    if place.slots == 1:
-        return ours
-    axis = 1 if stacked else 0
-    width = ours.shape[axis] // place.slots
-    return ours.narrow(axis, place.slot * width, width)
+    return ours.chunk(place.slots)[place.slot]
 
 
-def put_together(made: Made, get: Callable[[str, int | None], Tensor], n_experts: int) -> Tensor:
+def put_together(made: Made, get: Callable[[str, int | None], Tensor]) -> Tensor:
     """A tensor for a file, from our parameters."""
     pieces = [get(name, index) for name, index in made.pieces]
-    axis = _output_axis(*made.pieces[0], n_experts)
-    ours = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=axis)
+    ours = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     return ours.mT.contiguous() if made.place.transposed and ours.ndim == 2 else ours.contiguous()
-
-
-def is_of_experts(name: str, n_experts: int) -> bool:
-    """Whether a parameter of ours holds all experts' matrices or biases."""
-    return n_experts > 0 and bool(_OF_EXPERTS.search(name))
-
-
-def _output_axis(name: str, index: int | None, n_experts: int) -> int:
-    """The axis of the outputs in our weight (out, in) or bias (out); behind the experts', where they are stacked."""
-    return 1 if index is None and is_of_experts(name, n_experts) else 0
-
-
-def _own_place(module: str) -> ModuleMapping:
-    own = _LAYER.sub("layers.*.", module)
-    return ModuleMapping(own if module == "lm_head" else f"model.{own}")

@@ -7,6 +7,7 @@ are refused: to load one is to run it.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,15 +34,7 @@ _DAMAGED = "The file is damaged: get or make it again."
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor in a file.
-
-    Attributes:
-        file: which.
-        dtype: safetensors' name of it.
-        shape: its shape.
-        begin: of its bytes in the file.
-        n_bytes: their number.
-    """
+    """One tensor in a file: `dtype` is safetensors' name of it, `begin` and `n_bytes` say where its bytes are."""
 
     file: Path
     dtype: str
@@ -61,16 +54,13 @@ class Weights:
     def __init__(self, source: Path, tensors: dict[str, StoredTensor]) -> None:
         self.source = source
         self.tensors = tensors
+        self.read_shared = functools.lru_cache(maxsize=2)(self.read)  # of those that several parameters are cut from
 
     def dtype(self, name: str, *, quantized: bool = False) -> torch.dtype:
         """A tensor's dtype.
 
-        Args:
-            name: of the tensor.
-            quantized: of a model that groundup has quantized.
-
         Raises:
-            ArtifactError: weights cannot have it.
+            ArtifactError: weights cannot have it, or only those of a model that groundup has quantized.
         """
         stored, known = self.tensors[name], DTYPES | PACKED_DTYPES if quantized else DTYPES
         if stored.dtype not in known:
@@ -142,20 +132,11 @@ def _open_shards(folder: Path) -> Weights:
     places = read_object(index, MOST_CONFIG_BYTES).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise ArtifactError(f"{index}: has no weight_map of tensors to files.")
-    tensors: dict[str, StoredTensor] = {}
-    for name in sorted(set(places.values())):
-        if not name.endswith(".safetensors"):
-            raise ArtifactError(f"{index}: names the file {name!r:.80}, which is no safetensors.")
-        for tensor, stored in read_header(file_inside(folder, name)).items():
-            if tensor in tensors:
-                raise ArtifactError(f"{index}: {tensor} stands in {tensors[tensor].file.name} and in {name}.")
-            tensors[tensor] = stored
-    for tensor, name in places.items():
-        if tensor not in tensors or tensors[tensor].file.name != name:
-            raise ArtifactError(
-                f"{index}: says that {tensor!r:.80} is in {name}, which does not have it.", "Download the file again."
-            )
-    if len(tensors) > len(places):
-        odd = sorted(tensors.keys() - places.keys())
-        raise ArtifactError(f"{index}: does not name {odd[0]!r:.80}, which is in {tensors[odd[0]].file.name}.")
-    return Weights(index, tensors)
+    found: dict[tuple[str, str], StoredTensor] = {}
+    for file in sorted(set(places.values())):
+        if not file.endswith(".safetensors"):
+            raise ArtifactError(f"{index}: names the file {file!r:.80}, which is no safetensors.")
+        found |= {(name, file): stored for name, stored in read_header(file_inside(folder, file)).items()}
+    for name, file in sorted(found.keys() ^ set(places.items()))[:1]:
+        raise ArtifactError(f"{index}: does not fit {file}: {name!r:.80} stands in only one of them.", _DAMAGED)
+    return Weights(index, {name: stored for (name, _), stored in found.items()})

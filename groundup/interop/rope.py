@@ -32,9 +32,6 @@ _FIELDS = {
 }
 """The fields of each kind, and ours."""
 
-_SCALES = ("mscale", "mscale_all_dim")
-"""DeepSeek's, of YaRN."""
-
 
 def read_rope(fields: Fields, default_theta: float, context: int) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of a model.
@@ -44,18 +41,20 @@ def read_rope(fields: Fields, default_theta: float, context: int) -> dict[str, A
         default_theta: of its family.
         context: its length, which stands for a missing original one.
     """
+    name = "rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling"
     table = _table(fields)
     base = fields.number("rope_theta", default_theta)
     own = table.get("rope_theta", base)
     if not is_positive(own):
-        fields.refuse("rope_parameters", "rope_theta must be a number above 0.")
-        own = base
-    if fields.get("rope_theta") is not None and own != base:
-        fields.refuse("rope_theta", f"and rope_theta = {own} in rope_parameters disagree.")
+        fields.refuse(name, "rope_theta must be a number above 0.")
+    elif fields.get("rope_theta") is not None and own != base:
+        fields.refuse("rope_theta", f"and rope_theta = {own} in {name} disagree.")
     share = fields.get("partial_rotary_factor")
     if share not in (None, 1) or table.get("partial_rotary_factor", 1) not in (None, 1):
         fields.refuse("partial_rotary_factor", "this family rotates whole heads.")
-    return {"rope_theta": float(own), "rope_scaling": _scaling(fields, table, context)}
+    original = fields.get("original_max_position_embeddings")  # outside of the table: comes first, as in transformers
+    scaling = _scaling(fields, name, table, original or table.get("original_max_position_embeddings") or context)
+    return {"rope_theta": float(own) if is_positive(own) else base, "rope_scaling": scaling}
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
@@ -84,8 +83,8 @@ def resolved_rope(config: ModelConfig) -> tuple[float, RopeScaling | None]:
         return config.rope_theta * raised, None
     values = {name: getattr(scaling, name) for name in _FIELDS[scaling.kind].values()}
     if scaling.kind == "yarn" and scaling.attention_factor is None:
-        values["attention_factor"] = _yarn_factor(scaling.factor)
-    return config.rope_theta, RopeScaling(kind=scaling.kind, **{name: _number(name, values[name]) for name in values})
+        values["attention_factor"] = 0.1 * math.log(scaling.factor) + 1.0
+    return config.rope_theta, _typed(scaling.kind, values)
 
 
 def _table(fields: Fields) -> dict[str, Any]:
@@ -93,17 +92,13 @@ def _table(fields: Fields) -> dict[str, Any]:
     found = []
     for name in ("rope_parameters", "rope_scaling"):
         value = fields.get(name)
-        if value is None:
-            continue
-        if not isinstance(value, dict):
+        if isinstance(value, dict):
+            kind = value.get("rope_type", value.get("type", "default"))
+            if value.get("type", kind) != kind:
+                fields.refuse(name, "type and rope_type disagree.")
+            found.append({**{key: one for key, one in value.items() if key != "type"}, "rope_type": kind})
+        elif value is not None:
             fields.refuse(name, "must be a table.")
-            continue
-        table = dict(value)
-        kind = table.pop("type", None)
-        table.setdefault("rope_type", kind or "default")
-        if kind not in (None, table["rope_type"]):
-            fields.refuse(name, "type and rope_type disagree.")
-        found.append(table)
     if len(found) == 2:
         for table in found:  # only transformers 5 has the base in it
             table.setdefault("rope_theta", fields.get("rope_theta", found[0].get("rope_theta")))
@@ -112,43 +107,35 @@ def _table(fields: Fields) -> dict[str, Any]:
     return found[0] if found else {}
 
 
-def _scaling(fields: Fields, table: dict[str, Any], context: int) -> RopeScaling | None:
-    name = "rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling"
+def _scaling(fields: Fields, name: str, table: dict[str, Any], original_context: Any) -> RopeScaling | None:
     kind = table.get("rope_type", "default")
-    own = fields.get("original_max_position_embeddings")  # outside of the table: comes first, as in transformers
     if not isinstance(kind, str) or kind not in _FIELDS:
         fields.refuse(name, f"rope_type is not one that groundup computes: {', '.join(_FIELDS)}.")
         return None
-    names, more = _FIELDS[kind], (*_SCALES, "truncate") if kind == "yarn" else ()
-    odd = sorted(table.keys() - {*names, *more, "rope_type", "rope_theta", "partial_rotary_factor"})
+    names = _FIELDS[kind]
+    odd = sorted(table.keys() - {*names, "rope_type", "rope_theta", "partial_rotary_factor", "truncate"})
     if odd:
         fields.refuse(name, f"{odd[0]} is no part of rope_type {kind!r}.")
+    if table.get("truncate", True) is not True:
+        fields.refuse(name, "truncate = false is not computed by groundup.")
     if kind == "default":
         return None
-    if table.get("truncate") is False:
-        fields.refuse(name, "truncate = false is not computed by groundup.")
-    values = {key: table[key] for key in (*names, *_SCALES) if table.get(key) is not None}
+    values = {outside: table[outside] for outside in names if table.get(outside) is not None}
     if "original_max_position_embeddings" in names:
-        values["original_max_position_embeddings"] = own or values.get("original_max_position_embeddings", context)
+        values["original_max_position_embeddings"] = original_context
     missing = {"factor", *(names if kind == "llama3" else ())} - values.keys()
     wrong = [key for key, value in values.items() if not is_positive(value)]
     if missing or wrong:
         fields.refuse(name, f"{min(missing)} is missing." if missing else f"{wrong[0]} must be a number above 0.")
         return None
-    if "attention_factor" not in values and values.keys() >= {*_SCALES}:
-        of_one, of_all = (_yarn_factor(float(values["factor"]), values[scale]) for scale in _SCALES)
-        values["attention_factor"] = of_one / of_all
-    ours = {inside: _number(inside, values[outside]) for outside, inside in names.items() if outside in values}
-    found = RopeScaling(**{"kind": kind, **ours})
+    found = _typed(kind, {names[outside]: value for outside, value in values.items()})
     problems = list(found.problems())
     for problem in problems:
         fields.refuse(name, str(problem).replace("[model] ", ""))
     return None if problems else found
 
 
-def _number(name: str, value: float) -> Any:
-    return int(value) if name == "original_context" else float(value)
-
-
-def _yarn_factor(factor: float, scale: float = 1.0) -> float:
-    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+def _typed(kind: Any, values: dict[str, Any]) -> RopeScaling:
+    """Whole numbers and floats, however they were written."""
+    context: dict[str, Any] = {name: int(value) for name, value in values.items() if name == "original_context"}
+    return RopeScaling(kind=kind, **{**{name: float(value) for name, value in values.items()}, **context})

@@ -33,9 +33,6 @@ def starting_point(stage: Stage, run: Run, console: Console | None = None) -> tu
 
     It is that of another stage of the run, or one made elsewhere, or fresh: with the recipe's shape and seed, and the
     vocabulary of the run.
-
-    Raises:
-        GroundupError: see `start_model`.
     """
     recipe = stage.recipe
     if stage.start is not None:
@@ -69,36 +66,26 @@ def starting_config(stage: Stage) -> tuple[ModelConfig, str]:
         ArtifactError: no model where the recipe says.
         RecipeError: settings of `[model]` that do not fit together, or the weights.
     """
-    recipe = stage.recipe
+    recipe, model = stage.recipe, stage.recipe.model
     if stage.start is not None:
         return starting_config(graph(recipe)[stage.start])
     if stage.outside_start is not None:
         _check_start(stage)
         return start_config(stage.outside_start, _changes(stage)), f"start {stage.outside_start}"
-    model = recipe.model
-    config = model.config(recipe.tokenizer.vocab_size)
-    if model.size is not None:
-        return config, f"size {model.size}"
-    return config, f"depth {model.depth}" if model.depth is not None else f"preset {model.preset or DEFAULT_PRESET}"
+    chosen = {"size": model.size, "depth": model.depth, "preset": model.preset or DEFAULT_PRESET}
+    name = next(name for name, value in chosen.items() if value is not None)
+    return model.config(recipe.tokenizer.vocab_size), f"{name} {chosen[name]}"
 
 
 def check_start(stage: Stage) -> None:
-    """Check that there is a model where a stage starts, that `[model]` fits it, and that it has a tokenizer.
-
-    Raises:
-        GroundupError: if not.
-    """
+    """Check that there is a model where a stage starts, that `[model]` fits it, and that it has a tokenizer."""
     starting_config(stage)
     if stage.outside_start is not None:
         starting_tokenizer(stage)
 
 
 def check_chat(stage: Stage, where: str) -> None:
-    """Check that the tokenizer of the model that a stage starts from can lay out a chat.
-
-    Raises:
-        DataError: it has no tokens for the roles.
-    """
+    """Check that the tokenizer of the model that a stage starts from has tokens for the roles of a chat."""
     with contextlib.suppress(ArtifactError):  # other checks say that it is not there
         if isinstance(starting_tokenizer(stage), PretrainedTokenizer):
             raise DataError(
@@ -160,15 +147,12 @@ def start_model(
     """The model that a stage with this `init` begins with.
 
     Args:
-        init: a run or a model's folder.
-        settings: as for `start_config`.
+        init, settings: as for `start_config`.
         tokenizer: of the run, where it is not the model's own: it may have more entries, but must begin with the same.
         console: where the number of new tokens is reported.
 
     Raises:
-        ArtifactError: no model there, or a damaged one.
-        DataError: the tokenizer's ids stand for other tokens than the model's.
-        RecipeError: a setting that the weights do not fit, by name.
+        DataError: the tokenizer's ids stand for other tokens than the model's; and as `start_config`.
     """
     console = console or Console(quiet=True)
     loaded, own = load_model(find_model(init))

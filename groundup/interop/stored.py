@@ -23,7 +23,7 @@ from groundup.generation.rounding import Bits, dequantize
 from groundup.interop.digests import check_digests, is_saved_again
 from groundup.interop.families import FAMILIES, OURS, Family, computed, huggingface_config, read_config
 from groundup.interop.fields import MOST_LAYERS
-from groundup.interop.layouts import Layout, is_of_experts, make_layout, shapes_in_file, take
+from groundup.interop.layouts import Layout, make_layout, shapes_in_file, take
 from groundup.interop.read_weights import Weights, open_weights
 from groundup.model import ModelConfig
 from groundup.model.cost import parameter_shapes
@@ -39,6 +39,7 @@ it refuses the model; with one that it does not know it would go on, and fill wh
 _MOST_EXPERTS = 1 << 18
 """In all layers: far more than any model has."""
 
+_ANOTHER_VERSION = "Read it with the version of groundup that wrote it."
 _PREFIXES = ("transformer.", "model.")
 _NO_WEIGHTS = re.compile(r"\.attn(\.attention)?\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
 """Tables that old versions of transformers saved with the weights: they follow from the configuration."""
@@ -73,13 +74,16 @@ class StoredModel:
     prefix: str
     quantization: Quantization | None = None
     matrices: dict[str, tuple[Bits, int]] = dataclasses.field(default_factory=dict)
-    _kept: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def huggingface_config(self) -> dict[str, Any]:
+        """Its fields in the family's words, the one that it came with where several compute the same; else nothing."""
+        return huggingface_config(self.config, self.family.model_type if self.family else None)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype in which a parameter is stored; of several, or quantized, the one that holds them all."""
         if self._is_quantized(name):
             return torch.float32
-        found = {self.weights.dtype(self._outside(part.tensor)) for part in self.layout.parts[name]}
+        found = {self.weights.dtype(tensor.removeprefix(self.prefix)) for tensor in self.layout.sources[name]}
         return found.pop() if len(found) == 1 else torch.float32
 
     def parameter(self, name: str, expert: int | None = None) -> Tensor:
@@ -91,32 +95,18 @@ class StoredModel:
             module = name.removesuffix(".weight")
             packed, scales = (self.parameter(f"{module}.{kind}", expert) for kind in ("packed", "scales"))
             return dequantize(packed, scales, self.matrices[module][0])
-        parts = self.layout.parts[name]
-        if len(parts) > 1:
+        place, tensors = self.layout.places[name], self.layout.sources[name]
+        if place.is_apart:
             if expert is None:
-                return torch.stack([self.parameter(name, index) for index in range(len(parts))])
-            return take(self._read(parts[expert].tensor, parts[expert].place.slots > 1), parts[expert].place)
-        place, stacked = parts[0].place, is_of_experts(name, self.config.n_experts)
-        contents = self._read(parts[0].tensor, place.slots > 1 or expert is not None)
-        whole = take(contents, place, stacked=stacked)
+                return torch.stack([self.parameter(name, index) for index in range(len(tensors))])
+            return take(self.weights.read(tensors[expert].removeprefix(self.prefix)), place)
+        is_shared = place.slots > 1 or expert is not None
+        read = self.weights.read_shared if is_shared else self.weights.read
+        whole = take(read(tensors[0].removeprefix(self.prefix)), place)
         return whole if expert is None else whole[expert]
 
     def _is_quantized(self, name: str) -> bool:
         return name.endswith(".weight") and name.removesuffix(".weight") in self.matrices
-
-    def _read(self, tensor: str, is_shared: bool) -> Tensor:
-        """A tensor; the last two of those that several parameters are cut from are kept."""
-        name = self._outside(tensor)
-        if not is_shared:
-            return self.weights.read(name)
-        if name not in self._kept:
-            while len(self._kept) > 1:
-                del self._kept[next(iter(self._kept))]
-            self._kept[name] = self.weights.read(name)
-        return self._kept[name]
-
-    def _outside(self, tensor: str) -> str:
-        return tensor.removeprefix(self.prefix)
 
 
 def open_stored(folder: Path, *, verify: bool = False) -> StoredModel:
@@ -145,35 +135,29 @@ def open_stored(folder: Path, *, verify: bool = False) -> StoredModel:
             f"{config.n_layers:,} layers)."
         )
     shapes = shapes_in_file(parameter_shapes(config), config)
-    dtypes: dict[str, torch.dtype] = {}  # of quantized matrices' tensors
-    in_file = shapes
-    if quantization is not None:
-        tensors = quantization.tensors(shapes)
-        in_file = {name: shape for name, (shape, _) in tensors.items()}
-        dtypes = {name: dtype for name, (_, dtype) in tensors.items() if dtype is not None}
-    tables = [*(family.layouts if family else ()), *([] if family and {} in family.layouts else [OURS])]
+    kept = quantization.tensors(shapes) if quantization else {name: (shape, None) for name, shape in shapes.items()}
+    in_file = {name: shape for name, (shape, _) in kept.items()}
+    tables = [family.layout, OURS] if family and family.layout else [OURS]
     layouts = [make_layout(table, in_file, config.n_experts) for table in tables]
-    found = [(layout, prefix) for layout in layouts for prefix in _prefixes(layout, names)]
-    # The first whose tensors are all there; else the one with the fewest missing, to say which.
-    layout, prefix = min(
-        found, key=lambda pair: sum(name.removeprefix(pair[1]) not in names for name in pair[0].tensors)
-    )
-    expected = {name.removeprefix(prefix): made.shape for name, made in layout.tensors.items()}
-    made_of = {name.removeprefix(prefix): made.pieces[0][0] for name, made in layout.tensors.items()}
+    # Of the layouts, and what may be missing before their names, the first with the fewest tensors missing.
+    _, layout, prefix = min(
+        ((sum(name.removeprefix(prefix) not in names for name in layout.tensors), layout, prefix)
+         for layout in layouts for prefix in _prefixes(layout, names)), key=lambda found: found[0],
+    )  # fmt: skip
+    expected = {name.removeprefix(prefix): made for name, made in layout.tensors.items()}
     left_over = _without_tied_copy(names - expected.keys(), config, weights, layout, prefix)
     odd = sorted((expected.keys() - names) | left_over)
     if odd:
         listed = ", ".join(f"{name} {'missing' if name in expected else 'left over'}" for name in odd[:4])
         more = f", and {len(odd) - 4:,} more" if len(odd) > 4 else ""
         raise ArtifactError(f"{weights.source}: not the weights of this configuration ({listed}{more}).")
-    for name, shape in expected.items():
-        stored = weights.tensors[name]
-        if stored.shape != shape:
-            raise ArtifactError(f"{stored.file}: {name} has shape {stored.shape}, not {shape}.")
-        own = dtypes.get(made_of[name])
-        found_dtype = weights.dtype(name, quantized=own is not None)
-        if own not in (None, found_dtype):
-            raise ArtifactError(f"{stored.file}: {name} has dtype {found_dtype}, not {own}.")
+    for name, made in expected.items():
+        stored, dtype = weights.tensors[name], kept[made.pieces[0][0]][1]
+        found_dtype = weights.dtype(name, quantized=dtype is not None)
+        if stored.shape != made.shape:
+            raise ArtifactError(f"{stored.file}: {name} has shape {stored.shape}, not {made.shape}.")
+        if dtype not in (None, found_dtype):
+            raise ArtifactError(f"{stored.file}: {name} has dtype {found_dtype}, not {dtype}.")
     matrices = {} if quantization is None else quantization.matrices(shapes)
     return StoredModel(
         folder, config, family, left_out, values, weights, layout, shapes, prefix, quantization, matrices
@@ -197,8 +181,7 @@ def _read_quantization(values: dict[str, Any], path: Path) -> Quantization | Non
             raise GroundupError(f"its fields are {', '.join(sorted(known))}, not {', '.join(sorted(arguments))[:80]}.")
         return Quantization(**arguments)
     except GroundupError as error:
-        fix = "Read it with the version of groundup that wrote it."
-        raise ArtifactError(f"{path}: {QUANTIZATION_KEY}: {error.message}", fix) from error
+        raise ArtifactError(f"{path}: {QUANTIZATION_KEY}: {error.message}", _ANOTHER_VERSION) from error
 
 
 def _read_config(values: dict[str, Any], path: Path) -> tuple[ModelConfig, Family | None, list[str]]:
@@ -221,15 +204,9 @@ def _read_config(values: dict[str, Any], path: Path) -> tuple[ModelConfig, Famil
 
 
 def target_layout(config: ModelConfig, shapes: dict[str, tuple[int, ...]], prefer: str | None = None) -> Layout:
-    """Where a model's parameters stand in the file that we write of it.
-
-    Args:
-        config: of the model.
-        shapes: of its parameters in a file.
-        prefer: the model type to take where several compute the same.
-    """
+    """Where parameters of these shapes stand in the file that we write; of several families, as the preferred one."""
     kind = huggingface_config(config, prefer).get("model_type")
-    return make_layout(FAMILIES[kind].layouts[0] if kind else OURS, shapes, config.n_experts)
+    return make_layout(FAMILIES[kind].layout if kind else OURS, shapes, config.n_experts)
 
 
 def _prefixes(layout: Layout, names: set[str]) -> list[str]:
@@ -250,7 +227,7 @@ def _without_tied_copy(
     name = "lm_head.weight"
     if name not in left_over or not config.tied_embeddings:
         return left_over
-    embedding = layout.parts["embed_tokens.weight"][0].tensor.removeprefix(prefix)
+    embedding = layout.sources["embed_tokens.weight"][0].removeprefix(prefix)
     if embedding not in weights.tensors or weights.tensors[name].shape != weights.tensors[embedding].shape:
         return left_over
     if not torch.equal(weights.read(name), weights.read(embedding)):
@@ -268,7 +245,7 @@ def _own_config(values: dict[str, Any], path: Path) -> ModelConfig:
         # Left out, it could be a part of the model that is then silently not computed.
         raise ArtifactError(
             f"{path}: describes a model that this version of groundup does not know ({', '.join(unknown)}).",
-            "Read it with the version of groundup that wrote it.",
+            _ANOTHER_VERSION,
         )
     try:
         return pydantic.TypeAdapter(ModelConfig).validate_python(values)

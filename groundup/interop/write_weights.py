@@ -23,13 +23,7 @@ _NAMES = {dtype: name for name, dtype in (DTYPES | PACKED_DTYPES).items()}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to be written.
-
-    Attributes:
-        name: in the file.
-        dtype: of weights, or of quantized weights' values.
-        shape: its shape.
-    """
+    """A tensor to be written."""
 
     name: str
     dtype: torch.dtype
@@ -37,7 +31,7 @@ class TensorSpec:
 
     @property
     def n_bytes(self) -> int:
-        """Its size."""
+        """Its size in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

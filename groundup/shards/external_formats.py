@@ -1,7 +1,7 @@
 """Other programs' files of token ids, read and written.
 
 - nanoGPT: `train.bin`, `val.bin`; uint16 ids, no header, documents end with end-of-text. Nothing in such a file says
-  what its ids are: what looks like others is refused until `uint16`, `uint32` or `int64` is named.
+  what its ids are: what looks like wider ones is refused until `uint16`, `uint32` or `int64` is named.
 - numpy.save: `.npy`; its header says all. Of two dimensions, each row is a document.
 - llm.c and modded-nanogpt: 256 int32 (magic, version, number of ids, zeros), then ids: magic 20240520 version 1 has
   uint16, magic 20240801 version 7 has uint32 (llm.c, dev/data/data_common.py). Documents begin with end-of-text.
@@ -25,7 +25,6 @@ import numpy as np
 
 from groundup.errors import ArtifactError, GroundupError
 from groundup.files import atomic_writer
-from groundup.shards.format import LARGEST_VOCABULARY
 from groundup.untrusted import ordinary_file, reading
 
 if TYPE_CHECKING:
@@ -104,48 +103,15 @@ def _raw_ids(path: Path, format: str, size: int) -> np.ndarray:
         name = dtype.name
         raise ArtifactError(f"{path}: {size:,} bytes, which is not a number of {name} ids: cut off.", COMPLETE)
     tokens = _mapped(path, dtype, size // dtype.itemsize)
-    if format == "nanogpt" and (other := _other_type(tokens)):
-        as_said = f"Say it: --format {other}, or" if other in RAW_DTYPES else "Save them by numpy.save, or say"
+    # Wider ids cut in pieces: every second one is zero, in most pairs.
+    looks_wide = any((tokens[place : 1 << 20 : 2] == 0).mean() >= 0.5 for place in (0, 1) if len(tokens) > place)
+    if format == "nanogpt" and looks_wide:
         raise ArtifactError(
-            f"{path}: as uint16, these ids look like {other} ones cut in pieces; the file does not say what they are.",
-            f"{as_said} --format uint16 if they are uint16.",
+            f"{path}: as uint16, every second id is 0, as if wider ids were cut in pieces; the file does not say what "
+            "they are.",
+            "Say --format uint32 or int64, or --format uint16 if they are uint16.",
         )
     return tokens
-
-
-def _other_type(ids: np.ndarray) -> str | None:
-    """The type of which what was read as 16-bit ids, (n,), are pieces, as well as the bytes can tell."""
-    ids = ids[: 1 << 20]
-    for name, n_parts in (("float32", 2), ("float64", 4)):
-        values = ids[: len(ids) // n_parts * n_parts].view(name)
-        with np.errstate(invalid="ignore"):
-            if len(values) and (values == np.floor(values)).all() and 1 <= values.max() < LARGEST_VOCABULARY:
-                return name
-    # Every second (fourth) is the low part of a wider id, nearly all others are about zero.
-    for name, n_parts, lowest in (("int64", 4, 0), ("uint32", 2, 0), ("big-endian uint32", 2, 1)):
-        if not len(ids) % n_parts and len(ids):
-            parts = ids.reshape(-1, n_parts)
-            # A few may be -1. In a small file the second may be smaller by chance, but zero it is rarely.
-            is_small_file = len(parts) < 32
-            most = parts.max(axis=0) if is_small_file else np.quantile(parts, 0.98, axis=0, method="lower")
-            largest, high = int(most[lowest]), int(most[1 - lowest])
-            is_small = high == 0 or (not is_small_file and high * 256 <= largest)
-            if largest and is_small and not most[2:].any() and not (is_small_file and lowest):
-                return name
-    if len(ids) < 64:
-        return None
-    if ids.max() < 1 << 15 and ids.min() >= 256 and (ids & 255).max() < 128:  # text itself
-        return "uint8"
-    # The low bytes of ids are spread, the high ones are not: frequent tokens have low ids. Single bytes are all alike.
-    low_bytes, high_bytes = (
-        np.bincount(part, minlength=256) / len(ids) for part in ids.view(np.uint8).reshape(-1, 2).T
-    )
-    bits_low, bits_high = (
-        -(share * np.log2(share, where=share > 0, out=np.zeros(256))).sum() for share in (low_bytes, high_bytes)
-    )
-    if bits_high > bits_low + 0.7:
-        return "big-endian uint16"
-    return "uint8" if 2 < bits_high < 6.5 and abs(low_bytes - high_bytes).sum() < 1 else None
 
 
 def _numpy_ids(path: Path) -> np.ndarray:
@@ -323,18 +289,6 @@ def write_ids(path: Path, blocks: Iterable[np.ndarray], header: bytes = b"") -> 
         handle.write(header)
         for block in blocks:
             handle.write(np.ascontiguousarray(block).data)
-
-
-def write_llmc(path: Path, blocks: Iterable[np.ndarray], n_tokens: int, dtype: np.dtype[Any]) -> None:
-    """Write an llm.c file.
-
-    Raises:
-        GroundupError: more ids than its header can count.
-    """
-    if n_tokens > MOST_INT32:
-        raise GroundupError(f"{path}: {n_tokens:,} ids; an llm.c file holds {MOST_INT32:,} at most.")
-    kind = next(kind for kind, its_dtype in LLMC_KINDS.items() if its_dtype == dtype)
-    write_ids(path, blocks, struct.pack("<3i", *kind, n_tokens).ljust(LLMC_HEADER, b"\0"))
 
 
 def write_megatron_index(path: Path, lengths: np.ndarray, dtype: np.dtype[Any]) -> None:

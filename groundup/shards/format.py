@@ -26,8 +26,6 @@ from groundup.untrusted import read_object, reading
 
 FORMAT = "groundup-shards"
 VERSION = 2
-READABLE_VERSIONS = (1, 2)
-"""Version 1 has no provenance; all else is the same."""
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 INDEX_DTYPE = np.dtype("<u8")
@@ -42,15 +40,8 @@ Counts = Mapping[str, Mapping[str, Count]]
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One pair of files.
-
-    Attributes:
-        name: of the .bin.
-        tokens: ids in it.
-        checksum: 128-bit xxh3 of its bytes.
-        index_name: of the .idx.
-        documents: documents that end in it.
-        index_checksum: 128-bit xxh3 of the index's bytes.
+    """One pair of files, a .bin (`name`) and its .idx, with the number of ids in it, of documents that end in it, and
+    the 128-bit xxh3 of the bytes of both.
     """
 
     name: str
@@ -66,8 +57,7 @@ class Split:
     """The shards of one split.
 
     Attributes:
-        tokens: ids in all files, `<|endoftext|>` included.
-        documents: documents in all files.
+        tokens, documents: in all files, with the `<|endoftext|>` behind each document.
         text_bytes: UTF-8 bytes of the documents' text; 0 if they are unknown (converted from ids).
         files: in the order of the stream.
         sources: what came from where, the largest first (empty if unknown).
@@ -93,7 +83,6 @@ class ShardsManifest:
         splits: by name.
         provenance: what the shards were made from: `corpus`, the 128-bit xxh3 of `documents.jsonl` (null: the
             documents came from elsewhere), and `settings`; of converted ones the `format` and its `files`.
-        version: of the format it was read in.
     """
 
     vocab_size: Annotated[int, Field(ge=1, le=LARGEST_VOCABULARY)]
@@ -143,9 +132,8 @@ class ShardsManifest:
             values = read_object(path)
             if values.pop("format", None) != FORMAT:
                 raise ArtifactError(f"{path}: not a manifest of token shards, or damaged.", AGAIN)
-            if values.get("version") not in READABLE_VERSIONS:
-                readable = " and ".join(map(str, READABLE_VERSIONS))
-                raise ArtifactError(f"{path}: version {values.get('version')}; this groundup reads {readable}.", AGAIN)
+            if values.get("version") != VERSION:
+                raise ArtifactError(f"{path}: version {values.get('version')}; this groundup reads {VERSION}.", AGAIN)
             if values.pop("checksum", None) != value_digest({"format": FORMAT, **values}):
                 raise ArtifactError(f"{path}: damaged, its checksum does not fit.", AGAIN)
             manifest = TypeAdapter(cls).validate_json(json.dumps(values), strict=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,16 +37,12 @@ class Imported:
     Attributes:
         format: that was read.
         manifest: of the shards that were made.
-        closed: documents that had no closing end-of-text and got one.
-        empty: empty documents that were left out, since nothing closes them.
         notes: what the user should know.
     """
 
     format: str
     manifest: ShardsManifest
-    closed: int = 0
-    empty: int = 0
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
 
 def import_ids(
@@ -89,8 +85,11 @@ def import_ids(
         format = format or _format_of(source)
         files = _find_files(source, None if validation is None else Path(validation), format)
     if tokenizer is not None:
-        end_of_text_id = _agreed("end-of-text id", end_of_text_id, tokenizer.end_of_text_id)
-        vocab_size = _agreed("vocabulary", vocab_size, tokenizer.vocab_size)
+        own_ids = {"end-of-text id": tokenizer.end_of_text_id, "vocabulary": tokenizer.vocab_size}
+        for (what, own), given in zip(own_ids.items(), (end_of_text_id, vocab_size), strict=True):
+            if given not in (None, own):
+                raise GroundupError(f"{what} {given}: the tokenizer's is {own}.", "Give one of the two.")
+        end_of_text_id, vocab_size = tokenizer.end_of_text_id, tokenizer.vocab_size
     elif join_rows and end_of_text_id is None:
         raise GroundupError("--join-rows: nothing says where documents end.", "Give --end-of-text-id.")
     if vocab_size is None:
@@ -121,7 +120,9 @@ def import_ids(
             for tokens, ends in borders.documents(pieces):
                 writer.append(tokens, ends)
                 text_bytes += 0 if n_bytes is None else int(n_bytes[tokens].sum())
-            splits[name] = Split(writer.n_tokens, writer.n_documents, text_bytes, writer.finish())
+            written = writer.finish()
+            n_tokens, n_documents = (sum(getattr(file, what) for file in written) for what in ("tokens", "documents"))
+            splits[name] = Split(n_tokens, n_documents, text_bytes, written)
     if not splits["train"].tokens:
         raise DataError(f"{source}: there are no ids for training.", "Name files that have some.")
     made_from = {
@@ -137,18 +138,17 @@ def import_ids(
     fingerprint = "" if tokenizer is None else tokenizer.fingerprint
     manifest = ShardsManifest(vocab_size, fingerprint, end_of_text_id, splits, provenance)
     manifest.write(out)
-    return Imported(format, manifest, borders.closed, borders.empty, _notes(manifest, borders))
+    return Imported(format, manifest, _notes(manifest, borders))
 
 
 def _find_files(source: Path, validation: Path | None, format: str) -> dict[str, list[Path]]:
     """The files of each split, in the order of the stream."""
-    files: dict[str, list[Path]] = {name: [] for name in SPLITS}
-    for path in _candidates(source, format):
-        inside = path.relative_to(source).as_posix().lower() if source.is_dir() else ""
-        files["validation" if validation is None and _VALIDATION.search(inside) else "train"].append(path)
+    found = _candidates(source, format)
     if validation is not None:
-        files["validation"] = _candidates(validation, format)
-    return files
+        return {"train": found, "validation": _candidates(validation, format)}
+    names = [path.relative_to(source).as_posix().lower() if source.is_dir() else "" for path in found]
+    held_out = [path for path, name in zip(found, names, strict=True) if _VALIDATION.search(name)]
+    return {"train": [path for path in found if path not in held_out], "validation": held_out}
 
 
 def _candidates(source: Path, format: str) -> list[Path]:
@@ -157,10 +157,9 @@ def _candidates(source: Path, format: str) -> list[Path]:
         if not path.is_file():
             raise ArtifactError(f"{path}: not found.", "Name a file, or a folder of files.")
         return [path]
-    manifest = source / MANIFEST
+    manifest, suffix = source / MANIFEST, SUFFIXES[format]
     if manifest.is_file() and FORMAT.encode() in read_bytes(manifest):
         raise ArtifactError(f"{source}: these are groundup's shards already.", "Use them as they are.")
-    suffix = SUFFIXES[format]
     found = [path for path in _files_below(source) if path.suffix == suffix]
     if suffix == ".bin":
         found = [path for path in found if not _is_megatron(path)]
@@ -210,12 +209,6 @@ def _is_megatron(path: Path) -> bool:
 def _first_bytes(path: Path, count: int) -> bytes:
     with path.open("rb") as handle:
         return handle.read(count)
-
-
-def _agreed(what: str, given: int | None, of_tokenizer: int) -> int:
-    if given is not None and given != of_tokenizer:
-        raise GroundupError(f"{what} {given}: the tokenizer's is {of_tokenizer}.", "Give one of the two.")
-    return of_tokenizer
 
 
 def _checked(path: Path, blocks: Iterable[IdBlock], vocab_size: int) -> Iterator[IdBlock]:
@@ -283,19 +276,13 @@ class _Borders:
 
 
 def _notes(manifest: ShardsManifest, borders: _Borders) -> list[str]:
-    notes = []
-    if borders.by_file:
-        notes.append("no end-of-text id was given, and the format has no document borders: each file is one document")
-    if borders.turned:
-        notes.append("end-of-text stood before each document; it now stands after each")
-    if borders.closed:
-        notes.append(f"documents not closed by end-of-text, which got one: {borders.closed:,}")
-    if borders.empty:
-        notes.append(f"empty documents, left out: {borders.empty:,}")
-    if borders.padding:
-        notes.append(f"padding, left out as attention_mask says: {borders.padding:,} ids")
-    if not manifest.tokenizer:
-        notes.append("no tokenizer was named: training takes these shards only without one")
-    if not manifest.splits["validation"].tokens:
-        notes.append("no validation split was found; pretraining asks for one (--validation)")
-    return notes
+    notes = {
+        "no end-of-text id was given, and the format has no borders: each file is one document": borders.by_file,
+        "end-of-text stood before each document; it now stands after each": borders.turned,
+        f"documents not closed by end-of-text, which got one: {borders.closed:,}": borders.closed,
+        f"empty documents, left out: {borders.empty:,}": borders.empty,
+        f"padding, left out as attention_mask says: {borders.padding:,} ids": borders.padding,
+        "no tokenizer was named: training takes these shards only without one": not manifest.tokenizer,
+        "no validation split was found; pretraining asks for one (--validation)": not manifest.splits[SPLITS[1]].tokens,
+    }
+    return [note for note, is_so in notes.items() if is_so]

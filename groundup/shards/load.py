@@ -50,7 +50,6 @@ class StepLoader(abc.ABC, Generic[BatchType]):
     Attributes:
         sequence_length: tokens in a row, as they really are.
         batch_size: rows in a batch, over all processes.
-        seed: of the order.
         end_of_text_id: of `<|endoftext|>`; None if the shards have none.
         step: the next batch that iterating gives.
     """
@@ -76,12 +75,8 @@ class StepLoader(abc.ABC, Generic[BatchType]):
 
     def identity(self) -> dict[str, int | str]:
         """All that decides which batch stands at which step."""
-        return {
-            "seed": self.seed,
-            "sequence_length": self.sequence_length,
-            "batch_size": self.batch_size,
-            **self.source(),
-        }
+        sizes = {"sequence_length": self.sequence_length, "batch_size": self.batch_size}
+        return {"seed": self.seed, **sizes, **self.source()}
 
     def __iter__(self) -> Iterator[BatchType]:
         """Whole batches from `step` on, for ever."""
@@ -95,16 +90,9 @@ class StepLoader(abc.ABC, Generic[BatchType]):
         return {"step": self.step, **self.identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state.
-
-        Raises:
-            ArtifactError: the state is of another text, sequence length, batch size or seed.
-        """
-        differences = [
-            f"{name} was {state.get(name)}, is {value}"
-            for name, value in self.identity().items()
-            if state.get(name) != value
-        ]
+        """Go on from a state; ArtifactError: it is of another text, sequence length, batch size or seed."""
+        own = self.identity().items()
+        differences = [f"{name} was {state.get(name)}, is {value}" for name, value in own if state.get(name) != value]
         if differences:
             raise ArtifactError(
                 f"the loader's state does not fit ({'; '.join(differences)}): going on from it would show some "
@@ -186,10 +174,7 @@ class WindowLoader(StepLoader[Batch]):
 def validation_windows(shards: TokenShards, sequence_length: int, limit_tokens: int | None = None) -> Iterator[Batch]:
     """The stream in order, one row a batch, each of the first `limit_tokens` tokens a target exactly once.
 
-    Args:
-        shards: what to score on.
-        sequence_length: tokens in a row; a shorter text makes one shorter row.
-        limit_tokens: how many tokens to score (default: all).
+    A text shorter than `sequence_length` makes one shorter row; without `limit_tokens` all of it is scored.
     """
     n_targets = shards.n_tokens if limit_tokens is None else min(limit_tokens, shards.n_tokens)
     length = min(sequence_length, n_targets)

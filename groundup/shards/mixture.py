@@ -50,15 +50,11 @@ class MixtureLoader(StepLoader[Batch]):
         _check(shards, sequence_length)
         super().__init__(sequence_length, batch_size, seed, shards[0].end_of_text_id)
         self.weights = integer_weights([weight for _, weight in components])
+        # Two components of equal size must not be shuffled alike.
+        seeds = [xxhash.xxh3_64_intdigest(f"component {seed} {number}".encode()) >> 1 for number in range(len(shards))]
         self.loaders = [
-            # Two components of equal size must not be shuffled alike.
-            WindowLoader(
-                component,
-                sequence_length,
-                batch_size,
-                xxhash.xxh3_64_intdigest(f"component {seed} {number}".encode()) >> 1,
-            )
-            for number, component in enumerate(shards)
+            WindowLoader(component, sequence_length, batch_size, own_seed)
+            for component, own_seed in zip(shards, seeds, strict=True)
         ]
         self._shares = Shares(self.weights, seed)
         self._components = value_digest(

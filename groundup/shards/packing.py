@@ -25,8 +25,6 @@ class PackedBatch(Batch):
     """Rows with their documents.
 
     Attributes:
-        ids: (rows, seq) int64, what the model sees.
-        targets: (rows, seq) int64, the next token of each; −100 where there is nothing to learn.
         document_ids: (rows, seq) int32, the number of each position's document in its row.
         positions: (rows, seq) int32, the place of each position in its document.
     """
@@ -42,14 +40,7 @@ class PackedBatch(Batch):
 
 
 class PackedLoader(StepLoader[PackedBatch]):
-    """A loader's batches with the borders of their documents.
-
-    Args:
-        loader: where the rows come from.
-
-    Raises:
-        DataError: the shards have no `<|endoftext|>` between documents.
-    """
+    """A loader's batches with the borders of their documents; DataError: the shards have no `<|endoftext|>` there."""
 
     def __init__(self, loader: WindowLoader | MixtureLoader) -> None:
         if loader.end_of_text_id is None:

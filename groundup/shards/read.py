@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,6 @@ class TokenShards:
         self._tokens = [mapped(folder / file.name, self.dtype, file.tokens) for file in self._files]
         self._ends = [mapped(folder / file.index_name, INDEX_DTYPE, file.documents) for file in self._files]
         self._starts = np.cumsum([0, *(file.tokens for file in self._files)])
-        self._documents_before = np.cumsum([0, *(file.documents for file in self._files)])
 
     @classmethod
     def open(
@@ -83,23 +83,11 @@ class TokenShards:
         return cls(folder, split, manifest, verify=verify)
 
     def window(self, start: int, length: int) -> np.ndarray:
-        """The ids `start` … `start + length - 1` of the stream.
-
-        Returns:
-            (length,) int64.
-        """
+        """The ids `start` … `start + length - 1` of the stream, (length,) int64."""
         return self.windows(np.array([start]), length)[0]
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Many windows at once: the ids `start` … `start + length - 1` for each start.
-
-        Args:
-            starts: (rows,) places in the stream.
-            length: ids in a window.
-
-        Returns:
-            (rows, length) int64.
-        """
+        """Many windows at once, (rows, length) int64: the ids `start` … `start + length - 1` for each of `starts`."""
         outside = (starts < 0) | (starts + length > self.n_tokens)
         if length < 0 or outside.any():
             raise IndexError(f"tokens {starts[outside][:1]} and {length} more, of {self.n_tokens}")
@@ -110,49 +98,26 @@ class TokenShards:
         offsets = starts - self._starts[files]
         for row, file, offset in zip(out, files.tolist(), offsets.tolist(), strict=True):
             piece = self._tokens[file][offset : offset + length]
-            if len(piece) == length:
-                row[:] = piece
-            else:
-                self._fill_over_borders(row, file, piece)
+            row[: len(piece)] = piece
+            filled = len(piece)
+            while filled < length:  # over the borders of files
+                file += 1
+                piece = self._tokens[file][: length - filled]
+                row[filled : filled + len(piece)] = piece
+                filled += len(piece)
         return out
 
-    def _fill_over_borders(self, row: np.ndarray, file: int, piece: np.ndarray) -> None:
-        filled = 0
-        while True:
-            row[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            if filled == len(row):
-                return
-            file += 1
-            piece = self._tokens[file][: len(row) - filled]
+    def document(self, number: int) -> np.ndarray:
+        """Document `number` (0, 1, …): its ids, its closing `<|endoftext|>` included, (length,) int64."""
+        if not 0 <= number < self.n_documents:
+            raise IndexError(f"document {number} of {self.n_documents}")
+        begin, end = np.append(0, self.document_ends())[number : number + 2].tolist()
+        return self.window(begin, end - begin)
 
     def documents(self) -> Iterator[np.ndarray]:
         """Every document's ids, its closing `<|endoftext|>` included, in order: (length,) int64 each."""
-        begin = 0
-        for number in range(len(self._files)):
-            for end in self._ends_in(number):
-                yield self.window(begin, int(end) - begin)
-                begin = int(end)
-
-    def document(self, number: int) -> np.ndarray:
-        """Document `number` (0, 1, …): its ids, its closing `<|endoftext|>` included, (length,) int64.
-
-        Raises:
-            IndexError: there are fewer documents.
-            ArtifactError: the index is damaged.
-        """
-        if not 0 <= number < self.n_documents:
-            raise IndexError(f"document {number} of {self.n_documents}")
-        (file, end), (_, begin) = self._end_of(number), self._end_of(number - 1) if number else (0, 0)
-        if not begin < end <= self.n_tokens:
-            what = f"document {number} from {begin:,} to {end:,} is none of {self.n_tokens:,} tokens; damaged."
-            raise ArtifactError(f"{self.folder / self._files[file].index_name}: {what}", AGAIN)
-        return self.window(begin, end - begin)
-
-    def _end_of(self, number: int) -> tuple[int, int]:
-        """The file in which a document ends, and where in the stream."""
-        file = int(np.searchsorted(self._documents_before, number, side="right")) - 1
-        return file, int(self._starts[file]) + int(self._ends[file][number - int(self._documents_before[file])])
+        for begin, end in itertools.pairwise([0, *self.document_ends().tolist()]):
+            yield self.window(begin, end - begin)
 
     def document_ends(self) -> np.ndarray:
         """Where each document ends in the stream, (n_documents,) int64; in memory, 8 bytes a document."""

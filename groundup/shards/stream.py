@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import types
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,8 +23,6 @@ class StreamWriter:
         shard_tokens: ids in a file (the last has the rest; default: one file for all).
 
     Attributes:
-        n_tokens: ids written so far.
-        n_documents: documents ended so far.
         files: the files that are complete.
     """
 
@@ -36,19 +33,13 @@ class StreamWriter:
         self._shard_tokens = shard_tokens
         self._file = contextlib.ExitStack()
         self._handle: IO[bytes] | None = None
-        self.n_tokens = self.n_documents = 0
         self.files: list[ShardFile] = []
 
     def __enter__(self) -> StreamWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
-        self._file.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
 
     def append(self, tokens: np.ndarray, ends: np.ndarray) -> None:
         """Append ids, any number of documents or a part of one.
@@ -69,8 +60,6 @@ class StreamWriter:
             begin = end
             if self._tokens_here == self._shard_tokens:
                 self._end_file()
-        self.n_tokens += len(tokens)
-        self.n_documents += len(ends)
 
     def finish(self) -> tuple[ShardFile, ...]:
         """Close the last file; all files."""

@@ -23,9 +23,7 @@ class Fault:
     """One thing that is wrong.
 
     Attributes:
-        path: the file.
-        offset: the byte at which it is wrong, or None where the file as a whole is.
-        what: what is wrong.
+        offset: the byte of the file at which it is wrong, or None where the file as a whole is.
     """
 
     path: Path
@@ -33,8 +31,7 @@ class Fault:
     what: str
 
     def __str__(self) -> str:
-        where = f"{self.path}" if self.offset is None else f"{self.path}, byte {self.offset:,}"
-        return f"{where}: {self.what}"
+        return f"{self.path}{'' if self.offset is None else f', byte {self.offset:,}'}: {self.what}"
 
 
 @dataclass(frozen=True)
@@ -43,8 +40,7 @@ class Verification:
 
     Attributes:
         files: .bin and .idx files looked at.
-        tokens: that the manifest names.
-        documents: that the manifest names.
+        tokens, documents: that the manifest names.
         faults: in the order of the files; at most one of a kind for each file.
     """
 
@@ -65,16 +61,15 @@ def verify_shards(folder: str | Path) -> Verification:
     """
     folder = Path(folder)
     manifest = ShardsManifest.read(folder)
-    faults: list[Fault] = []
-    for split in manifest.splits.values():
-        for file in split.files:
-            faults += _faults_of_file(folder, file, manifest, is_last=file is split.files[-1])
-    return Verification(
-        files=2 * sum(len(split.files) for split in manifest.splits.values()),
-        tokens=sum(split.tokens for split in manifest.splits.values()),
-        documents=sum(split.documents for split in manifest.splits.values()),
-        faults=tuple(faults),
-    )
+    splits = manifest.splits.values()
+    faults = [
+        fault
+        for split in splits
+        for file in split.files
+        for fault in _faults_of_file(folder, file, manifest, is_last=file is split.files[-1])
+    ]
+    n_tokens, n_documents = (sum(getattr(split, what) for split in splits) for what in ("tokens", "documents"))
+    return Verification(2 * sum(len(split.files) for split in splits), n_tokens, n_documents, tuple(faults))
 
 
 def _faults_of_file(folder: Path, file: ShardFile, manifest: ShardsManifest, *, is_last: bool) -> Iterator[Fault]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
@@ -73,7 +74,7 @@ def write_shards(
         tallies = _encode_into(
             out, documents, tokenizer, settings.shard_tokens, lambda n: bar.update(n, note=f"{n:,} docs")
         )
-        summary = _finish(out, tokenizer, {name: tally.split() for name, tally in tallies.items()}, None, settings)
+        summary = _finish(out, tokenizer, tallies, None, settings)
         bar.finish(", ".join(f"{format_count(summary[f'tokens_{name}'])} tokens {name}" for name in SPLITS))
     return summary
 
@@ -95,9 +96,7 @@ def write_shards_from_file(
     Args:
         documents: the file that `curate` wrote.
         tokenizer_folder: where `tokenizer.json` is.
-        out: the folder for the shards.
-        settings: of the stage.
-        console: where the work is shown.
+        out, settings, console: as for `write_shards`.
         engine: who does it (default: `settings.workers` processes; one a core for a large file).
         range_bytes: how much of the file is one piece of work; changes nothing in the result.
 
@@ -136,11 +135,16 @@ def write_shards_from_file(
         for name, tally in tallies.items():
             with StreamWriter(out, name, token_dtype(tokenizer.vocab_size), settings.shard_tokens) as writer:
                 for work, manifest in zip(ranges, manifests, strict=True):
-                    append_range(writer, work.folder, manifest, name)
-                    tally.add_split(manifest.splits[name])
+                    for file in manifest.splits[name].files:
+                        ends = mapped(work.folder / file.index_name, INDEX_DTYPE, file.documents)
+                        ids = mapped(work.folder / file.name, manifest.dtype, file.tokens)
+                        writer.append(ids, ends.astype(np.int64))
+                    for label, counts in manifest.splits[name].sources.items():
+                        _count(tally.sources, label, counts)
+                    for label, counts in manifest.splits[name].languages.items():
+                        _count(tally.languages, label, counts)
                 tally.files = writer.finish()
-        splits = {name: tally.split() for name, tally in tallies.items()}
-        summary = _finish(out, tokenizer, splits, file_digest(documents), settings)
+        summary = _finish(out, tokenizer, tallies, file_digest(documents), settings)
         bar.finish(", ".join(f"{format_count(summary[f'tokens_{name}'])} tokens {name}" for name in SPLITS))
     remove_folder(out / RANGES)
     return summary
@@ -158,11 +162,7 @@ class RangeWork:
 
 
 def encode_range(work: RangeWork) -> ShardsManifest:
-    """Make one range's shards, unless those with its fingerprint are there.
-
-    Raises:
-        ArtifactError: a line is damaged.
-    """
+    """Make one range's shards, unless those with its fingerprint are there."""
     tokenizer = _tokenizer(work.tokenizer)
     data, first_byte = _lines_beginning_in(work.documents, work.begin, work.end)
     made_from = {"range": value_digest([tokenizer.fingerprint, xxhash.xxh3_128_hexdigest(data)])}
@@ -178,13 +178,6 @@ def encode_range(work: RangeWork) -> ShardsManifest:
         manifest = _manifest(tokenizer, splits, made_from)
         manifest.write(folder)
     return manifest
-
-
-def append_range(writer: StreamWriter, folder: Path, manifest: ShardsManifest, split: str) -> None:
-    """Append a range's part of a split to the stream."""
-    for file in manifest.splits[split].files:
-        ends = mapped(folder / file.index_name, INDEX_DTYPE, file.documents)
-        writer.append(mapped(folder / file.name, manifest.dtype, file.tokens), ends.astype(np.int64))
 
 
 @dataclass
@@ -209,12 +202,6 @@ class Tally:
             _count(self.sources, document.source, counts)
             _count(self.languages, document.language or "unknown", counts)
 
-    def add_split(self, split: Split) -> None:
-        """Count what a range has."""
-        for mine, theirs in ((self.sources, split.sources), (self.languages, split.languages)):
-            for name, counts in theirs.items():
-                _count(mine, name, counts)
-
     def split(self, most: int | None = MOST_NAMES) -> Split:
         """What the manifest says of it, of so many sources and languages by name (None: all)."""
         n_bytes = sum(counts["bytes"] for counts in self.sources.values())
@@ -225,9 +212,8 @@ class Tally:
 
 def largest_first(counts: Counts, most: int | None = MOST_NAMES) -> dict[str, dict[str, int]]:
     """Counts in order of their tokens (equal ones by name), the smallest of too many joined under one name."""
-    order = sorted(counts, key=lambda name: (-counts[name]["tokens"], name))
     out: dict[str, dict[str, int]] = {}
-    for place, name in enumerate(order):
+    for place, name in enumerate(sorted(counts, key=lambda name: (-counts[name]["tokens"], name))):
         _count(out, name if most is None or place < most else OTHERS, counts[name])
     return out
 
@@ -290,9 +276,10 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], dtype: np.dtype[Any
 
 
 def _finish(
-    out: Path, tokenizer: Tokenizer, splits: Mapping[str, Split], corpus: str | None, settings: ShardsSettings
+    out: Path, tokenizer: Tokenizer, tallies: Mapping[str, Tally], corpus: str | None, settings: ShardsSettings
 ) -> dict[str, Any]:
     """Write the manifest, which makes the shards valid; the stage's figures."""
+    splits = {name: tally.split() for name, tally in tallies.items()}
     train, validation = (splits[name] for name in SPLITS)
     if not train.documents:
         raise DataError(f"{out}: there is no training document to write.", "Run the corpus stage first.")
@@ -319,36 +306,27 @@ def _manifest(tokenizer: Tokenizer, splits: Mapping[str, Split], provenance: Map
 def _lines_beginning_in(path: Path, begin: int, end: int) -> tuple[bytes, int]:
     """The lines that begin at bytes `begin` … `end - 1`, whole, and where the first of them begins."""
     with path.open("rb") as handle:
-        first = _next_line(handle, begin)
-        last = _next_line(handle, end)
-        handle.seek(first)
-        return handle.read(last - first), first
-
-
-def _next_line(handle: IO[bytes], place: int) -> int:
-    """Where the first line begins that does not begin before `place`."""
-    if not place:
-        return 0
-    handle.seek(place - 1)
-    handle.readline()  # the rest of a line that began before, or just the end of the one before
-    return handle.tell()
+        places = []
+        for place in (begin, end):
+            handle.seek(max(0, place - 1))
+            if place:
+                handle.readline()  # the rest of a line that began before, or just the end of the one before
+            places.append(handle.tell())
+        handle.seek(places[0])
+        return handle.read(places[1] - places[0]), places[0]
 
 
 def _documents(data: bytes, path: Path, first_byte: int) -> Iterator[Document]:
-    begin = 0
-    while begin < len(data):
-        end = data.find(b"\n", begin) + 1 or len(data)
+    for line in io.BytesIO(data):
         try:
-            document = Document(**orjson.loads(data[begin:end]))
+            document = Document(**orjson.loads(line))
             if document.split not in SPLITS or not isinstance(document.text, str):
                 raise TypeError(f"split {document.split!r}, text {type(document.text).__name__}")
         except (orjson.JSONDecodeError, TypeError) as error:
-            raise ArtifactError(
-                f"{path}, the line at byte {first_byte + begin:,}: damaged ({error}).",
-                "Make it again with --from corpus.",
-            ) from error
+            where = f"{path}, the line at byte {first_byte:,}"
+            raise ArtifactError(f"{where}: damaged ({error}).", "Make it again with --from corpus.") from error
         yield document
-        begin = end
+        first_byte += len(line)
 
 
 def _tokenizer(folder: Path) -> Tokenizer:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import psutil
 from tokenizers import Tokenizer as HuggingFace
 
 from groundup.corpus.document import batches
@@ -90,12 +91,7 @@ def choose(spec: dict[str, Any], reference: Encoder) -> tuple[Encoder, list[str]
 
 
 class HuggingFaceEncoder:
-    """Hugging Face's engine, with which the others are compared.
-
-    Args:
-        engine: made by `text_spec`.
-        cut: a text in pieces that have the same ids one by one.
-    """
+    """Hugging Face's engine, with which the others are compared; `cut` gives pieces with the ids of the whole."""
 
     name = "huggingface"
 
@@ -116,12 +112,7 @@ class HuggingFaceEncoder:
 
 
 class CharacterEncoder:
-    """One id a character.
-
-    Args:
-        ids: of the characters.
-        unknown: the id of any other.
-    """
+    """One id a character, and one for any other."""
 
     name = "groundup"
 
@@ -137,12 +128,7 @@ class CharacterEncoder:
 
 
 class TiktokenEncoder:
-    """tiktoken with the tokenizer's ranks and regex.
-
-    Raises:
-        ImportError: tiktoken is not installed.
-        ValueError: the tokenizer is not one that ranks describe.
-    """
+    """tiktoken with the tokenizer's ranks and regex; ValueError: the tokenizer is not one that ranks describe."""
 
     name = "tiktoken"
 
@@ -178,10 +164,6 @@ class GigatokenEncoder:
 
     Its tables of Unicode are newer than the other engines'; texts where that may matter go to `fallback`: a split regex
     asks whether a character is a letter, and U+088F is one since Unicode 17, while 16 does not know it.
-
-    Raises:
-        ImportError: gigatoken is not installed.
-        RuntimeError: gigatoken does not know the split.
     """
 
     name = "gigatoken"
@@ -193,8 +175,7 @@ class GigatokenEncoder:
         _pattern(spec)
         self._contents = json.dumps(spec, ensure_ascii=False)
         self._make: Callable[[str], Any] = gigatoken.Tokenizer.from_json
-        self._since_looked = 0
-        self._memory_at_first = 0
+        self._n_bytes = self._memory_at_first = 0
         self._renew()
 
     def encode(self, texts: Sequence[str]) -> Arrays:
@@ -216,21 +197,16 @@ class GigatokenEncoder:
             all_ids.append(ids)
             all_lengths.append(lengths)
             first += len(blobs)
-            self._watch_memory(sum(map(len, blobs)))
+            self._n_bytes += sum(map(len, blobs))
+            if self._n_bytes >= _LOOKED_AFTER_BYTES:  # text without repetition would fill any memory with its cache
+                self._n_bytes = 0
+                if _memory_bytes() - self._memory_at_first > _MOST_GROWTH_BYTES:
+                    self._renew()
         return np.concatenate(all_ids), np.concatenate(all_lengths)
-
-    def _watch_memory(self, n_bytes: int) -> None:
-        """Empty the cache before it grows too large: text without repetition would fill any memory."""
-        self._since_looked += n_bytes
-        if self._since_looked >= _LOOKED_AFTER_BYTES:
-            self._since_looked = 0
-            if _memory_bytes() - self._memory_at_first > _MOST_GROWTH_BYTES:
-                self._renew()
 
     def _renew(self) -> None:
         self._tokenizer = self._make(self._contents)
-        self._since_looked = 0
-        self._memory_at_first = _memory_bytes()
+        self._n_bytes, self._memory_at_first = 0, _memory_bytes()
 
 
 def _arrays(n_texts: int, encoded: Iterable[tuple[int, Sequence[int]]]) -> Arrays:
@@ -332,6 +308,4 @@ def _ranks(spec: dict[str, Any]) -> dict[bytes, int]:
 
 
 def _memory_bytes() -> int:
-    import psutil
-
     return int(psutil.Process().memory_info().rss)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ TOKENIZER_FILES = (
 
 _MOST_IDS = 1 << 24
 """The library makes room for every id below the largest one."""
+_MOST_GROWTH = 1024
+"""So many characters may become of one: the normalizers that people use stay below it, and a hostile file's do not."""
+_LARGEST_CHANGE = {"NFD": 4, "NFC": 3, "NFKD": 18, "NFKC": 18, "Lowercase": 3, "BertNormalizer": 18, "ByteLevel": 2}
 _SPLITS = {"GPT2Tokenizer": "gpt2", "CodeGenTokenizer": "gpt2", "RobertaTokenizer": "gpt2", "Qwen2Tokenizer": "qwen2"}
 """How a text is cut by the tokenizers of transformers that have `vocab.json` and `merges.txt`."""
 
@@ -100,7 +104,7 @@ def engine_of(spec: dict[str, Any]) -> Engine:
     """The engine of a `tokenizer.json`, without what makes the library take all memory, or panic, which it prints.
 
     Raises:
-        ValueError: an id is too large, or a merge or a table of characters is impossible.
+        ValueError: an id is too large, a merge or a table of characters is impossible, or a text could grow too long.
         Exception: whatever else the library finds wrong.
     """
     model = spec["model"]
@@ -119,6 +123,9 @@ def engine_of(spec: dict[str, Any]) -> Engine:
             raise ValueError("its table of characters is cut off")
         if step["type"] == "FixedLength" and step.get("length") == 0:
             raise ValueError("it cuts text into pieces of no length")
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if math.prod(map(_growth, steps_of(spec.get(part)))) > _MOST_GROWTH:
+            raise ValueError(f"its {part} can make more than {_MOST_GROWTH} characters of one")
     return Engine.from_str(json.dumps(spec, ensure_ascii=False))
 
 
@@ -130,6 +137,20 @@ def steps_of(part: dict[str, Any] | None) -> list[dict[str, Any]]:
         return [part]
     inner = part.get("normalizers") or part.get("pretokenizers") or part.get("decoders") or []
     return [step for one in inner for step in steps_of(one)]
+
+
+def _growth(step: dict[str, Any]) -> float:
+    """How many characters a step can make of one, at most."""
+    if step["type"] == "Replace":
+        found = step["pattern"].get("String")
+        return max(1.0, len(step["content"]) / len(found or "1")) + (not found and len(step["content"]) > 0)
+    if step["type"] == "Prepend":
+        return 1 + len(step["prepend"])
+    if step["type"] == "Precompiled":
+        table = base64.b64decode(step["precompiled_charsmap"] or "")
+        made = table[4 + int.from_bytes(table[:4], "little") :].decode("utf-8", errors="replace").split("\0")
+        return max(map(len, made))
+    return _LARGEST_CHANGE.get(step["type"], 1)
 
 
 def contents(engine: Engine) -> dict[str, Any]:

@@ -112,14 +112,11 @@ def counter(encoding: str, sha256: str) -> Callable[[Sequence[str]], list[int]] 
     folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
     name = hashlib.sha1(_ADDRESS.format(encoding).encode()).hexdigest()
     file = Path(folder or Path(tempfile.gettempdir()) / "data-gym-cache") / name
-    try:
-        import tiktoken
-
-        is_whole = hashlib.sha256(file.read_bytes()).hexdigest() == sha256
-    except (ImportError, OSError):
-        return None
+    is_whole = file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == sha256
     if folder == "" or not is_whole:  # "" is tiktoken's way of saying: no cache
         return None
+    import tiktoken
+
     encode = tiktoken.get_encoding(encoding).encode_ordinary
     return lambda texts: [len(encode(text)) for text in texts]
 
@@ -147,9 +144,7 @@ def _enough(documents: Iterable[Document], most_bytes: int) -> Iterator[Document
 
 def _largest(groups: Mapping[str, Counter[str]], known: Iterable[str]) -> list[dict[str, Any]]:
     ordered = sorted(groups.items(), key=lambda item: (-item[1]["bytes"], item[0]))
-    rest: Counter[str] = Counter()
-    for _, counts in ordered[MOST_GROUPS:]:
-        rest.update(counts)
+    rest = sum((counts for _, counts in ordered[MOST_GROUPS:]), Counter[str]())
     others = [(f"{OTHERS}: {len(ordered) - MOST_GROUPS}", rest)] if rest else []
     return [figures(name, counts, known) for name, counts in [*ordered[:MOST_GROUPS], *others]]
 
@@ -164,11 +159,8 @@ def _tokens(tokenizer: Tokenizer, occurrences: np.ndarray) -> dict[str, Any]:
     powers = {10**power for power in range(len(str(used)))}
     ranks = sorted({round(value) for value in np.geomspace(1, max(1, used), _CURVE_POINTS)} | powers)
 
-    def shown(indices: np.ndarray) -> list[dict[str, Any]]:
-        return [
-            {"id": index, "shown": piece_of(tokenizer, index).shown, "count": int(occurrences[index])}
-            for index in indices.tolist()
-        ]
+    def shown(ids: np.ndarray) -> list[dict[str, Any]]:
+        return [{"id": i, "shown": piece_of(tokenizer, i).shown, "count": int(occurrences[i])} for i in ids.tolist()]
 
     return {
         "unused": len(unused),

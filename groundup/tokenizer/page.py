@@ -120,8 +120,7 @@ def _table(title: str, groups: Sequence[Mapping[str, Any]], total: Mapping[str, 
 
 def _curve(points: Sequence[Sequence[int]]) -> dict[str, Any]:
     """The frequency curve on two logarithmic axes, in the coordinates of the picture."""
-    across = max(1.0, math.log10(max((rank for rank, _ in points), default=10)))
-    up = max(1.0, math.log10(max((count for _, count in points), default=10)))
+    across, up = (max(1.0, math.log10(max((point[axis] for point in points), default=10))) for axis in (0, 1))
 
     def x(value: float) -> float:
         return _MARGIN + math.log10(value) / across * (CURVE_WIDTH - 2 * _MARGIN)

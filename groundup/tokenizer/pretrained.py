@@ -33,7 +33,7 @@ from groundup.tokenizer.files import (
 from groundup.tokenizer.letters import BYTE_OF_LETTER, LETTERS
 from groundup.tokenizer.special import CONTROL_TOKENS
 from groundup.tokenizer.split import PIECE_CHARACTERS, cut_into_pieces, replace_surrogates
-from groundup.tokenizer.text_engine import growth_check, text_spec
+from groundup.tokenizer.text_engine import text_spec
 from groundup.tokenizer.tokenizer import Tokenizer
 from groundup.untrusted import file_inside, parse_object, read_bytes, read_object, reading
 
@@ -91,11 +91,12 @@ def is_pretrained(contents: bytes, source: str) -> bool:
     """
     spec = parse_object(contents, f"{source}: damaged")
     model = spec.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocabulary, list):  # Unigram's: [token, score]
-        entries = [entry if isinstance(entry, list) and entry else [""] for entry in vocabulary]
-        vocabulary = {str(entry[0]): at for at, entry in enumerate(entries)}
-    if not isinstance(vocabulary, dict):
+    found = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(found, list):  # Unigram's: [token, score]
+        vocabulary = {str(entry[0]): at for at, entry in enumerate(found) if isinstance(entry, list) and entry}
+    elif isinstance(found, dict):
+        vocabulary = found
+    else:
         return False
     n_ours = sum(vocabulary.get(token) == at for at, token in enumerate(CONTROL_TOKENS))
     listed = spec.get("added_tokens")
@@ -114,6 +115,10 @@ class PretrainedTokenizer(Tokenizer):
             up a batch ("pad_token_id"), behind what the tokenizer's own files say.
         n_ids: of the model, which may have more than there are tokens: those beyond stand for nothing.
 
+    Attributes:
+        special_token_ids: what begins ("bos") and ends a text ("eos") and fills up a batch ("pad"): all such tokens,
+            the main first.
+
     Raises:
         ArtifactError: damaged, or made to do harm: its parts make a text grow without bound, two tokens have one id,
             or an unknown character would end a text.
@@ -127,21 +132,14 @@ class PretrainedTokenizer(Tokenizer):
         said_in = [name for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE, GENERATION_FILE) if name in files]
         self._said = {name: parse_object(files[name], str(Path(source).with_name(name))) for name in said_in}
         with reading(f"{source}: damaged, or not a tokenizer that can be read", fix=_MOVE_AWAY):
-            given = parse_object(files[TOKENIZER_FILE], source)
-            self._check_growth = growth_check(given.get("normalizer"))
-            try:
-                for token in given.get("added_tokens") or []:  # which the library normalizes, too, as it loads them
-                    self._check_growth(str(token["content"]))
-            except DataError as error:
-                raise ArtifactError(f"{source}: {error.message}", error.fix) from error
-            self._full = engine_of(given)
+            self._full = engine_of(parse_object(files[TOKENIZER_FILE], source))
             self._contents = self._full.to_str()  # one spelling of what several versions of the format say
             spec = json.loads(self._contents)
             self._ids = self._full.get_vocab(with_added_tokens=True)
             if len(set(self._ids.values())) != len(self._ids):
                 raise ValueError("two of its tokens have one id")
             self._bytes = _bytes_of_tokens(spec, self._ids)
-            self._special_token_ids = self._find_special(values)
+            self.special_token_ids = self._find_special(values)
             self._specials = self._find_control(spec)
             for index in self._specials.values():
                 self._bytes[index] = b""
@@ -157,20 +155,15 @@ class PretrainedTokenizer(Tokenizer):
                 raise ArtifactError(f"{source}: whatever character it does not know would end a text.", _MOVE_AWAY)
 
     @property
-    def special_token_ids(self) -> dict[str, list[int]]:
-        """What begins ("bos") and ends a text ("eos") and fills up a batch ("pad"): all such tokens, the main first."""
-        return dict(self._special_token_ids)
-
-    @property
     def end_ids(self) -> frozenset[int]:
         """All tokens that end a message or a document, of all files that name some."""
-        return super().end_ids | set(self._special_token_ids["eos"])
+        return super().end_ids | set(self.special_token_ids["eos"])
 
     def save(self, folder: str | Path) -> None:
         """Write its files as they were read; what only the model's configuration says of bos, eos and pad is added."""
         for name, contents in self._files.items():
             (Path(folder) / name).write_bytes(contents)
-        if self._special_token_ids != self._find_special({}):
+        if self.special_token_ids != self._find_special({}):
             write_json(Path(folder) / GENERATION_FILE, self._said.get(GENERATION_FILE, {}) | token_ids(self))
 
     @functools.cached_property
@@ -192,16 +185,11 @@ class PretrainedTokenizer(Tokenizer):
 
     def encode_template(self, text: str) -> list[int]:
         """Ids of a text in which every control token counts, as transformers encodes what a chat template wrote."""
-        self._check_growth(text)
         with reading("a text for this tokenizer", DataError, "Check its tokenizer.json."):
             return list(self._full.encode(text, add_special_tokens=False).ids)
 
     def encode_iterable(self, parts: Iterable[str]) -> Iterator[int]:
-        """As `Tokenizer.encode_iterable`.
-
-        Raises:
-            DataError: this tokenizer merges across spaces, or changes a text by what stands far away in it.
-        """
+        """As `Tokenizer.encode_iterable`; DataError: it merges across spaces, or changes a text by what is far away."""
         if self._drops_space is None:
             raise DataError(
                 "this tokenizer gives a piece of a text other ids than the whole.", "Encode the text as one: encode."
@@ -211,9 +199,7 @@ class PretrainedTokenizer(Tokenizer):
     def _cut(self, text: str) -> Iterator[str]:
         is_short = len(text) <= PIECE_CHARACTERS
         drops_space = None if is_short else self._drops_space
-        for piece in [text] if drops_space is None else cut_into_pieces(text, drop_space=drops_space):
-            self._check_growth(piece)
-            yield piece
+        return iter([text]) if drops_space is None else cut_into_pieces(text, drop_space=drops_space)
 
     @functools.cached_property
     def _drops_space(self) -> bool | None:
@@ -221,35 +207,29 @@ class PretrainedTokenizer(Tokenizer):
 
         No token may reach across a space between letters, and a self-test has to show that nothing else does.
         """
-        if any(_ACROSS.search(token) for token in self._bytes) or not self._splits_words():
+        if any(_ACROSS.search(token) for token in self._bytes):
             return None
-        texts = [f"{text}a b{text}\n" for text in adversarial_texts(200, seed=0)]
-        texts = ["".join(texts[place : place + 10]) for place in range(0, len(texts), 10)]
-        texts = [replace_surrogates(text) for text in texts]
+        # A Unigram must see words one by one: the sums that decide its cuts would be rounded otherwise.
+        text, cuts = "a b", self._full.pre_tokenizer
+        if self._full.normalizer is not None:
+            text = self._full.normalizer.normalize_str(text)
+        is_unigram = json.loads(self._contents)["model"]["type"] == "Unigram"
+        if is_unigram and (cuts is None or len(cuts.pre_tokenize_str(text)) < 2):
+            return None
+        parts = [replace_surrogates(f"{text}a b{text}\n") for text in adversarial_texts(200, seed=0)]
+        texts = ["".join(parts[place : place + 10]) for place in range(0, len(parts), 10)]
 
-        def ids_of(pieces: list[str]) -> list[int]:
-            return [
-                index for one in self._engine.encode_batch_fast(pieces, add_special_tokens=False) for index in one.ids
-            ]
+        def ids_of(pieces: Iterable[str]) -> list[int]:
+            found = self._engine.encode_batch_fast(list(pieces), add_special_tokens=False)
+            return [index for one in found for index in one.ids]
 
         for drops in (False, True):
-            if all(ids_of(list(cut_into_pieces(text, 1, drop_space=drops))) == ids_of([text]) for text in texts):
+            if all(ids_of(cut_into_pieces(text, 1, drop_space=drops)) == ids_of([text]) for text in texts):
                 return drops
         return None
 
-    def _splits_words(self) -> bool:
-        """Whether a Unigram sees words one by one; the sums that decide its cuts would be rounded otherwise."""
-        if self._model()["type"] != "Unigram":
-            return True
-        text = "a b" if self._full.normalizer is None else self._full.normalizer.normalize_str("a b")
-        return self._full.pre_tokenizer is not None and len(self._full.pre_tokenizer.pre_tokenize_str(text)) > 1
-
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of ids; bytes that are not UTF-8 become U+FFFD, control tokens nothing (or their names).
-
-        Raises:
-            DataError: an id that the vocabulary does not have.
-        """
+        """As `Tokenizer.decode`, by the rules of its own decoder."""
         listed = list(ids)
         for index in listed:
             self.token_bytes(index)
@@ -258,11 +238,7 @@ class PretrainedTokenizer(Tokenizer):
             return self._full.decode(kept, skip_special_tokens=False)
 
     def token_bytes(self, index: int) -> bytes:
-        """The UTF-8 bytes that a token stands for; nothing for a control token or an id that no token has.
-
-        Raises:
-            DataError: an id that neither the tokenizer nor its model has.
-        """
+        """The UTF-8 bytes that a token stands for; nothing for a control token or an id without a token."""
         return b"" if self.vocab_size <= index < self._n_ids else super().token_bytes(index)
 
     @property
@@ -286,23 +262,18 @@ class PretrainedTokenizer(Tokenizer):
         return self._required("pad", "eos", "bos")
 
     def role_id(self, role: str) -> int:
-        """Always an error: a pretrained tokenizer has no tokens for the roles of groundup's chats.
-
-        Raises:
-            DataError: at every call.
-        """
+        """Always an error: a pretrained tokenizer has no tokens for the roles of groundup's chats."""
         raise DataError(
             "this model's chats are laid out by a template of its own, which groundup does not run.",
             "Continue texts with it: groundup generate.",
         )
 
     def _required(self, *names: str) -> int:
-        for name in names:
-            for index in self._special_token_ids[name]:
-                return index
-        raise DataError(
-            f"this tokenizer names no token for {names[0]}.", f"Name one in {CONFIG_FILE}: {names[0]}_token."
-        )
+        found = [index for name in names for index in self.special_token_ids[name]]
+        if found:
+            return found[0]
+        what = f"this tokenizer names no token for {names[0]}."
+        raise DataError(what, f"Name one in {CONFIG_FILE}: {names[0]}_token.")
 
     def _find_special(self, values: Mapping[str, Any]) -> dict[str, list[int]]:
         """Ids of the tokens for bos, eos and pad, by any name, id or list of them in any file."""
@@ -329,11 +300,11 @@ class PretrainedTokenizer(Tokenizer):
                     said += [token for token in value.values() if isinstance(token, dict) and token.get("special")]
         contents = [token.get("content") if isinstance(token, dict) else token for token in said]
         names = {name: self._ids[name] for name in contents if isinstance(name, str) and name in self._ids}
-        named = {index for ids in self._special_token_ids.values() for index in ids}
+        named = {index for ids in self.special_token_ids.values() for index in ids}
         names |= {name: index for name, index in self._ids.items() if index in named}
         if spec["model"]["type"] == "Unigram":
             names |= {name: self._ids[name] for name in _SENTENCEPIECE_CONTROL if name in self._ids}
-        borders = {index for name in ("bos", "eos") for index in self._special_token_ids[name]}
+        borders = {index for name in ("bos", "eos") for index in self.special_token_ids[name]}
         added = {token["content"] for token in spec["added_tokens"]}
         # What begins or ends a text is never text. Else a single character is, whoever fills rows with it: it has no
         # other token.

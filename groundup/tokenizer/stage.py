@@ -89,11 +89,7 @@ TOKENIZER = TokenizerStage()
 
 
 def given_tokenizer(use: str | None, init: str | None) -> Tokenizer | None:
-    """The tokenizer that a run is not to train: the one that `[tokenizer] use` names, else that of `init`, else None.
-
-    Raises:
-        ArtifactError: there is none where it should be.
-    """
+    """The tokenizer that a run is not to train: what `[tokenizer] use` names, else that of `init`, else None."""
     if use is None:
         return None if init is None else start_tokenizer(init)
     in_run = Path(use) / "tokenizer" / TOKENIZER_FILE
@@ -101,13 +97,9 @@ def given_tokenizer(use: str | None, init: str | None) -> Tokenizer | None:
 
 
 def start_tokenizer(init: str | Path) -> Tokenizer:
-    """The tokenizer beside a model.
-
-    Raises:
-        ArtifactError: no model there, or none with a tokenizer.
-    """
+    """The tokenizer beside a model; ArtifactError: no model there, or none with a tokenizer."""
     folder = find_model(init)
-    found = tokenizer_beside(folder, read_object(file_inside(folder, CONFIG_FILE)))
+    found = tokenizer_beside(folder)
     if found is None:
         raise ArtifactError(
             f"{folder}: no tokenizer beside the model, so its ids cannot be understood.",
@@ -116,13 +108,8 @@ def start_tokenizer(init: str | Path) -> Tokenizer:
     return found
 
 
-def tokenizer_beside(folder: Path, values: Mapping[str, Any], n_ids: int | None = None) -> Tokenizer | None:
+def tokenizer_beside(folder: Path) -> Tokenizer | None:
     """The tokenizer beside a model: groundup's or a pretrained one; None without `tokenizer.json`.
-
-    Args:
-        folder: the model's.
-        values: of its `config.json`.
-        n_ids: tokens that the model knows (default: what those say).
 
     Raises:
         ArtifactError: damaged, or with more tokens than the model has.
@@ -130,11 +117,10 @@ def tokenizer_beside(folder: Path, values: Mapping[str, Any], n_ids: int | None 
     files = read_files(folder, TOKENIZER_FILES)
     if TOKENIZER_FILE not in files:
         return None
-    if n_ids is None:
-        ours = values.get("groundup")
-        known = {**(ours if isinstance(ours, dict) else {}), **values}.get("vocab_size")
-        n_ids = known if type(known) is int else 0
-    path = folder / TOKENIZER_FILE
+    values = read_object(file_inside(folder, CONFIG_FILE))
+    ours = values.get("groundup")
+    known = {**(ours if isinstance(ours, dict) else {}), **values}.get("vocab_size")
+    path, n_ids = folder / TOKENIZER_FILE, known if type(known) is int else 0
     tokenizer = read_tokenizer(files, str(path), values, n_ids)
     if n_ids and tokenizer.vocab_size > n_ids:
         raise ArtifactError(
@@ -144,15 +130,8 @@ def tokenizer_beside(folder: Path, values: Mapping[str, Any], n_ids: int | None 
     return tokenizer
 
 
-_SHOWN_IDS = 5
-
-
 def check_vocabulary(own: Tokenizer, tokenizer: Tokenizer, init: str | Path) -> None:
-    """Check that every id of a model's own tokenizer stands for the same token in another.
-
-    Raises:
-        DataError: with the first ids that do not.
-    """
+    """Check that every id of a model's own tokenizer stands for the same token in another."""
     if own.fingerprint == tokenizer.fingerprint:
         return
     theirs, ours = own.vocab(), tokenizer.vocab()
@@ -160,10 +139,9 @@ def check_vocabulary(own: Tokenizer, tokenizer: Tokenizer, init: str | Path) -> 
     if not differing:
         return
     shown = ", ".join(
-        f"{index} ({theirs[index]!r} there, {ours[index]!r} here)" if index in ours else f"{index} (missing here)"
-        for index in differing[:_SHOWN_IDS]
+        f"{i} ({theirs[i]!r} there, {ours[i]!r} here)" if i in ours else f"{i} (missing here)" for i in differing[:5]
     )
-    more = f" and {len(differing) - _SHOWN_IDS:,} more" if len(differing) > _SHOWN_IDS else ""
+    more = f" and {len(differing) - 5:,} more" if len(differing) > 5 else ""
     raise DataError(
         f"[tokenizer]: its ids are not those that the model in {init} was trained with: {shown}{more}.",
         "Leave [tokenizer] use unset to take the model's own, or use one that begins with the same entries.",

@@ -59,9 +59,8 @@ class Tokenizer:
                 raise ValueError("it changes the text")
             self._plain = text_spec(spec, control)
             engine = engine_of(self._plain)
-            if self.kind == "wordpiece" and str(engine.pre_tokenizer) not in map(
-                str, map(word_pre_tokenizer, PATTERNS)
-            ):
+            cuts = {str(word_pre_tokenizer(split)) for split in PATTERNS}
+            if self.kind == "wordpiece" and str(engine.pre_tokenizer) not in cuts:
                 raise ValueError("it cuts words otherwise")  # a word too long would be an unknown one
             self._reference: Encoder = HuggingFaceEncoder(engine)
         if self.kind == "characters":
@@ -123,14 +122,11 @@ class Tokenizer:
         write_json(Path(folder) / CONFIG_FILE, config)
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        """Ids of a text. A lone surrogate counts as U+FFFD.
+        """Ids of a text, in which what looks like a control token is plain text. A lone surrogate counts as U+FFFD.
 
         Args:
-            text: any text; what looks like a control token is plain text.
+            text: any text.
             allowed_special: names of control tokens that become their id where they stand in the text.
-
-        Raises:
-            DataError: a name in `allowed_special` is no control token.
         """
         if not allowed_special:
             return self.encode_batch([text])[0]
@@ -154,8 +150,7 @@ class Tokenizer:
         """
         with reading("a text for this tokenizer", DataError, "Check its tokenizer.json."):
             ids, lengths = self._reference.encode(texts)
-        ends = np.cumsum(lengths).tolist()
-        return [ids[end - length : end].tolist() for end, length in zip(ends, lengths.tolist(), strict=True)]
+        return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if texts else []
 
     def encode_iterable(self, parts: Iterable[str]) -> Iterator[int]:
         """Ids of a text that comes in parts, such as the lines of a file: those of the parts joined.
@@ -192,9 +187,6 @@ class Tokenizer:
         The engine is chosen at the first call (see `choose_engine`); batches of some MiB serve it best. It takes as
         many threads as RAYON_NUM_THREADS says, else all cores, or one in a worker process.
 
-        Args:
-            texts: any texts; what looks like a control token is plain text.
-
         Returns:
             ids, (n_tokens,) uint32, one text after the other, and each text's number of tokens, (n_texts,) int64.
         """
@@ -205,13 +197,8 @@ class Tokenizer:
         """Choose the engine of `encode_to_arrays`: gigatoken, tiktoken or huggingface, the first that passes a
         self-test.
 
-        The test is equal ids on a thousand adversarial texts; it takes a fraction of a second, once.
-
-        Args:
-            console: where it is reported that a faster engine was passed over, and why.
-
-        Returns:
-            The engine's name; "groundup" for one token per character.
+        The test is equal ids on a thousand adversarial texts; it takes a fraction of a second, once. Why a faster one
+        was passed over is told to `console`. For one token per character the engine is "groundup".
         """
         encoder, passed_over = self._chosen
         if console is not None and passed_over:
@@ -219,11 +206,7 @@ class Tokenizer:
         return encoder.name
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of ids; bytes that are not UTF-8 become U+FFFD, control tokens nothing (or their names).
-
-        Raises:
-            DataError: an id that the vocabulary does not have.
-        """
+        """The text of ids; bytes that are not UTF-8 become U+FFFD, control tokens nothing (or their names)."""
         names = {} if skip_special else {index: name.encode() for name, index in self._specials.items()}
         return b"".join(names.get(index) or self.token_bytes(index) for index in ids).decode("utf-8", errors="replace")
 
@@ -249,12 +232,13 @@ class Tokenizer:
 
     def merges(self) -> list[tuple[bytes, bytes]]:
         """The pairs that a BPE merges, the first learned first; other kinds have none."""
-        pairs = self._model().get("merges") or []
+        pairs = json.loads(self._contents)["model"].get("merges") or []
         return [(self._bytes[self._ids[left]], self._bytes[self._ids[right]]) for left, right in pairs]
 
-    def _model(self) -> dict[str, Any]:
-        """The model of `tokenizer.json`."""
-        return dict(json.loads(self._contents)["model"])
+    @property
+    def contents(self) -> str:
+        """Of `tokenizer.json`."""
+        return self._contents
 
     @property
     def vocab_size(self) -> int:
@@ -302,11 +286,7 @@ class Tokenizer:
         return [index for index in range(n_ids) if index not in used]
 
     def role_id(self, role: str) -> int:
-        """The token that opens a message of a role: "system", "user", "assistant" or "tool".
-
-        Raises:
-            KeyError: there is no such role.
-        """
+        """The token that opens a message of a role: "system", "user", "assistant" or "tool"."""
         return self._ids[special.ROLE_TOKENS[role]]
 
     @functools.cached_property

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,7 @@ def train(
     sample_bytes: int | None,
     console: Console | None,
 ) -> str:
-    """Train; see `Tokenizer.train` for the arguments, of which `own` are its `control_tokens`.
-
-    Returns:
-        The contents of `tokenizer.json`.
-
-    Raises:
-        RecipeError: a setting is unknown, `vocab_size` has no room for the bytes, or text could spell a control token.
-        DataError: there is no text.
-    """
+    """The contents of `tokenizer.json`; see `Tokenizer.train`, whose `control_tokens` are `own`."""
     control = control_tokens(spare_tokens, own)
     _check_settings(kind, vocab_size, split, trainer, own, control)
     if isinstance(documents, str | Path):
@@ -106,9 +98,14 @@ def train(
     return as_json(spec)
 
 
-def _train_bpe(chosen: Sample, vocab_size: int, split: str, control: list[str]) -> dict[str, Any]:
-    engine = Engine(models.BPE())
+def _engine(model: models.Model, split: str) -> Engine:
+    engine = Engine(model)
     engine.pre_tokenizer, engine.decoder = pre_tokenizer(split), decoders.ByteLevel()
+    return engine
+
+
+def _train_bpe(chosen: Sample, vocab_size: int, split: str, control: list[str]) -> dict[str, Any]:
+    engine = _engine(models.BPE(), split)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=MIN_FREQUENCY,
@@ -128,16 +125,12 @@ def _train_rustbpe(chosen: Sample, vocab_size: int, split: str, control: list[st
     """
     import rustbpe
 
-    shown: list[str] = []
-
-    def pieces() -> Iterator[str]:
-        for piece in chosen.pieces():
-            if len(shown) < _N_CHECKED:
-                shown.append(piece)
-            yield piece
-
+    pieces = chosen.pieces()
+    shown = [*itertools.islice(pieces, _N_CHECKED)]
     trained = rustbpe.Tokenizer()
-    trained.train_from_iterator(pieces(), vocab_size=vocab_size - len(control), pattern=PATTERNS[split])
+    trained.train_from_iterator(
+        itertools.chain(shown, pieces), vocab_size=vocab_size - len(control), pattern=PATTERNS[split]
+    )
     ranks = {bytes(token): rank for token, rank in trained.get_mergeable_ranks()}
     tokens = sorted(ranks, key=ranks.__getitem__)
     if [ranks[token] for token in tokens] != list(range(len(tokens))) or set(map(len, tokens[: len(LETTERS)])) != {1}:
@@ -146,8 +139,7 @@ def _train_rustbpe(chosen: Sample, vocab_size: int, split: str, control: list[st
     names = [*control, *LETTERS, *(spelled(token) for token in tokens[len(LETTERS) :])]
     vocabulary = {name: index for index, name in enumerate(names)}
     merges = [(spelled(left), spelled(right)) for left, right in merges_of(tokens, ranks)]
-    engine = Engine(models.BPE(vocab=vocabulary, merges=merges))
-    engine.pre_tokenizer, engine.decoder = pre_tokenizer(split), decoders.ByteLevel()
+    engine = _engine(models.BPE(vocab=vocabulary, merges=merges), split)
     to_rank = {vocabulary[spelled(token)]: rank for token, rank in ranks.items()}
     for piece in shown:
         if [to_rank[index] for index in engine.encode(piece).ids] != list(trained.encode(piece)):
@@ -213,8 +205,7 @@ def _train_wordpiece(chosen: Sample, vocab_size: int, split: str, control: list[
 
 
 def _train_unigram(chosen: Sample, vocab_size: int, split: str, control: list[str]) -> dict[str, Any]:
-    engine = Engine(models.Unigram())
-    engine.pre_tokenizer, engine.decoder = pre_tokenizer(split), decoders.ByteLevel()
+    engine = _engine(models.Unigram(), split)
     trainer = trainers.UnigramTrainer(
         vocab_size=vocab_size,
         special_tokens=[control_token(name) for name in control],
@@ -277,8 +268,11 @@ def _check_settings(
     def refuse(what: str, why: str, fix: str) -> None:
         problems.append(Problem(f"[tokenizer] {what}", why, fix))
 
-    if kind not in KINDS:
-        refuse(f"kind = {kind!r}", "unknown.", "Use bpe, wordpiece, unigram or characters.")
+    for what, value, known in (
+        ("kind", kind, KINDS), ("split", split, (None, *PATTERNS)), ("trainer", trainer, ("huggingface", "rustbpe"))
+    ):  # fmt: skip
+        if value not in known:
+            refuse(f"{what} = {value!r}", "unknown.", f"Use {', '.join(filter(None, known))}.")
     # WordPiece spells a byte at the start of a word and one inside it differently.
     n_bytes = {"wordpiece": 2 * len(LETTERS), "characters": 0}.get(kind, len(LETTERS))
     needed = len(control) + n_bytes
@@ -286,26 +280,19 @@ def _check_settings(
         bytes_twice = " (each at the start of a word and inside one)" if kind == "wordpiece" else ""
         why = f"too small: {len(control)} control tokens and {len(LETTERS)} bytes{bytes_twice} need {needed}."
         refuse(f"vocab_size = {vocab_size}", why, f"Set vocab_size = {needed} or more, or keep fewer spare_tokens.")
-    if split is not None and split not in PATTERNS:
-        refuse(f"split = {split!r}", "unknown.", "Use qwen2, llama3 or gpt2.")
-    named = f"trainer = {trainer!r}"
-    if trainer not in ("huggingface", "rustbpe"):
-        refuse(named, "unknown.", "Use huggingface or rustbpe.")
-    elif trainer == "rustbpe" and kind in KINDS and kind != "bpe":
-        refuse(named, f"trains BPE, not {kind}.", 'Set kind = "bpe", or trainer = "huggingface".')
+    if trainer == "rustbpe" and kind in KINDS and kind != "bpe":
+        refuse('trainer = "rustbpe"', f"trains BPE, not {kind}.", 'Set kind = "bpe", or trainer = "huggingface".')
     elif trainer == "rustbpe" and importlib.util.find_spec("rustbpe") is None:
         install = "pip install 'groundup[fast]', or set trainer = \"huggingface\"."
-        refuse(named, "the package rustbpe is not installed.", install)
+        refuse('trainer = "rustbpe"', "the package rustbpe is not installed.", install)
     for name in own:
         why = "stands there twice, or is one that every tokenizer has." if control.count(name) > 1 else ""
-        if replace_surrogates(name) != name or any(_is_word(name, cut) for cut in PATTERNS):
+        # A split that leaves the name whole lets a token be learned that is spelled like it.
+        if replace_surrogates(name) != name or any(
+            len(pre_tokenizer(cut).pre_tokenize_str(name)) < 2 for cut in PATTERNS
+        ):
             why = "is a word that text can contain, which would become the control token."
         if why:
             refuse(f"control_tokens: {name!r:.60}", why, 'Use another name, such as "<name>".')
     if problems:
         raise RecipeError("tokenizer", problems)
-
-
-def _is_word(name: str, split: str) -> bool:
-    """Whether a split leaves the name whole, so that a token can be learned that is spelled like it."""
-    return len(pre_tokenizer(split).pre_tokenize_str(name)) < 2
