@@ -66,7 +66,13 @@ def run(folder: Path, method: str = "ppo", kill_after: int = 0, **settings: Any)
     if kill_after:
         FunctionReward.__call__ = counted  # type: ignore[method-assign]
     return call(
-        policy(), tokenizer(), prompts(), reward, kind(**COMMON | settings), out=folder, console=Console(quiet=True)
+        policy(),
+        tokenizer(),
+        kind(**COMMON | settings),
+        prompts=prompts(),
+        reward=reward,
+        out=folder,
+        console=Console(quiet=True),
     )
 
 

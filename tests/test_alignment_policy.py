@@ -105,11 +105,10 @@ def test_an_engine_that_writes_with_another_policy_is_found(tmp_path, monkeypatc
 
 
 def test_a_ratio_that_is_not_one_before_the_first_update_stops_the_run(tmp_path, monkeypatch):
-    def drawn(model, batch, temperature, plain=on_policy.statistics):
-        found = plain(model, batch, temperature)
-        return found._replace(logprobs=found.logprobs + (0.01 if temperature == 0.7 else 0.0))
+    def drawn(model, batch, temperature, plain=on_policy.buffer_logprobs):
+        return plain(model, batch, temperature) + (0.01 if temperature == 0.7 else 0.0)
 
-    monkeypatch.setattr(on_policy, "statistics", drawn)
+    monkeypatch.setattr(on_policy, "buffer_logprobs", drawn)
     with pytest.raises(GroundupError, match="ratio to the policy that wrote is not 1"):
         run(tmp_path, temperature=0.7)
 
@@ -167,11 +166,13 @@ def test_nothing_is_learned_from_an_answer_without_a_reward(tmp_path):
         settings = {"reward": "x", "buffers": 1, "epochs": 1, "batch_size": 32, "held_out": 0}
         call, kind = (ppo, PPOSettings) if method == "ppo" else (grpo, GRPOSettings)
         reward = FunctionReward(f"{tmp_path}/half.py:score", "[x] reward")
-        call(policy(), tokenizer(), prompts(), reward, kind(**COMMON | settings), out=folder)
+        given = {"prompts": prompts(), "reward": reward}
+        call(policy(), tokenizer(), kind(**COMMON | settings), **given, out=folder)
         (tmp_path / "bad.py").write_text("def score(m, answer, k):\n    return {}[answer]\n")
         bad = FunctionReward(f"{tmp_path}/bad.py:score", "[x] reward")
+        given["reward"] = bad
         with pytest.raises(DataError, match="it fails for all answers; the first: KeyError"):
-            call(policy(), tokenizer(), prompts(), bad, kind(**COMMON | settings), out=tmp_path / f"{method}-bad")
+            call(policy(), tokenizer(), kind(**COMMON | settings), **given, out=tmp_path / f"{method}-bad")
         (line,) = read_log(folder / "metrics.jsonl")
         assert 0 < line["reward_failed"] < 1
         assert line["reward"] == 1.0  # of those that have one
@@ -183,10 +184,11 @@ def test_best_answers_are_kept_and_learned(tmp_path):
     reward = FunctionReward(f"{tmp_path}/short.py:score", "[x] reward")
     shape = {"prompts": 12, "samples": 6, "keep": 2, "least": -8.0, "max_tokens": 6, "epochs": 1, "batch_size": 4}
     settings = RejectionSettings(**shape, precision="float32", compile=False)
+    given = {"prompts": prompts(), "reward": reward}
     model = policy()
     with torch.no_grad():
         model.embed_tokens.weight[tokenizer().end_id] *= 8  # so that some answers end
-    done = rejection_sampling(model, tokenizer(), prompts(), reward, settings, out=tmp_path / "out")
+    done = rejection_sampling(model, tokenizer(), settings, **given, out=tmp_path / "out")
     (path,) = (tmp_path / "out").glob("answers-*.jsonl")
     train, _ = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     assert train["written"] == 72 == done.summary["answers"]
@@ -197,7 +199,7 @@ def test_best_answers_are_kept_and_learned(tmp_path):
         assert len(messages[1]["content"]) <= 8
     settings = settings.model_copy(update={"least": 1.0})
     with pytest.raises(DataError, match="Lower least = 1"):
-        rejection_sampling(policy(), tokenizer(), prompts(), reward, settings, out=tmp_path / "none")
+        rejection_sampling(policy(), tokenizer(), settings, **given, out=tmp_path / "none")
 
 
 @pytest.mark.parametrize(
