@@ -273,8 +273,7 @@ class PreferenceRows(RecordRows[Encoded]):
     """Rows of preferences.
 
     A batch has `ids` and `targets` (rows, answers, seq), padded on the right; where rankings differ in length, rows
-    without a target stand for what is missing. Where the preferences have them: `is_good` (rows,), and `reference`
-    (rows, answers).
+    without a target stand for what is missing; `is_good` (rows,), and `reference` (rows, answers).
 
     For scores, texts are whole, with the end token, and `ends` (rows, answers) says where each ends (−1: there is none)
     in the place of `targets`.
@@ -334,28 +333,22 @@ class PreferenceRows(RecordRows[Encoded]):
 
     def lay_out(self, chosen: Sequence[Encoded], n_rows: int | None = None) -> Batch:
         """Preferences as a batch, with empty rows up to `n_rows`."""
-        n_rows = n_rows or len(chosen)
-        shape = (n_rows, *np.max([(len(one.texts), max(len(ids) for ids, _ in one.texts)) for one in chosen], axis=0))
-        ids = np.full(shape, self._tokenizer.pad_id, dtype=np.int64)
-        targets = np.full(shape, IGNORED, dtype=np.int64)
+        n_rows, n_answers = n_rows or len(chosen), max(len(one.texts) for one in chosen)
+        length = max(len(ids) for one in chosen for ids, _ in one.texts)
+        ids = torch.full((n_rows, n_answers, length), self._tokenizer.pad_id)
+        targets, ends = torch.full_like(ids, IGNORED), torch.full((n_rows, n_answers), -1)
+        is_good, reference = torch.zeros(n_rows, dtype=torch.bool), torch.zeros(n_rows, n_answers)
         for row, one in enumerate(chosen):
+            is_good[row] = bool(one.is_good)
+            if one.reference is not None:
+                reference[row] = torch.from_numpy(one.reference)
             for place, (own_ids, own_targets) in enumerate(one.texts):
-                ids[row, place, : len(own_ids)], targets[row, place, : len(own_ids)] = own_ids, own_targets
-        batch = {"ids": torch.from_numpy(ids), "targets": torch.from_numpy(targets)}
+                ends[row, place] = len(own_ids) - 1
+                ids[row, place, : len(own_ids)] = torch.from_numpy(own_ids)
+                targets[row, place, : len(own_ids)] = torch.from_numpy(own_targets)
         if self._for_scores:
-            del batch["targets"]
-            ends = [[len(ids) - 1 for ids, _ in one.texts] for one in chosen] + [[]] * (n_rows - len(chosen))
-            batch["ends"] = torch.tensor([[*row, *[-1] * (shape[1] - len(row))] for row in ends])
-        if chosen[0].is_good is not None:
-            good = [bool(one.is_good) for one in chosen] + [False] * (n_rows - len(chosen))
-            batch["is_good"] = torch.tensor(good)
-        if chosen[0].reference is not None:
-            reference = torch.zeros(shape[:2], dtype=torch.float32)
-            for row, one in enumerate(chosen):
-                assert one.reference is not None
-                reference[row, : len(one.texts)] = torch.from_numpy(one.reference[: len(one.texts)])
-            batch["reference"] = reference
-        return batch
+            return {"ids": ids, "ends": ends}
+        return {"ids": ids, "targets": targets, "is_good": is_good, "reference": reference}
 
     def figures(self) -> dict[str, float]:
         """What there is to learn from."""
@@ -370,9 +363,7 @@ class PreferenceRows(RecordRows[Encoded]):
     def _encode(self, one: Preference) -> Encoded | None:
         prompt = one.prompt
         while True:
-            texts = [encode_answer(self._tokenizer, prompt, answer) for answer in one.answers]
-            if self._for_scores:  # the last target is the end token
-                texts = [(np.append(ids, targets[-1]), np.append(targets, IGNORED)) for ids, targets in texts]
+            texts = [self._text(prompt, answer) for answer in one.answers]
             if max(len(ids) for ids, _ in texts) <= self._most:
                 break
             if len(prompt) < 2:
@@ -386,13 +377,13 @@ class PreferenceRows(RecordRows[Encoded]):
         self.shortened += len(prompt) < len(one.prompt)
         return Encoded(texts, one.is_good)
 
+    def _text(self, prompt: Sequence[Message], answer: Sequence[Message]) -> Text:
+        """A prompt and its answer, of which what the assistant says is the targets, its end token included.
 
-def encode_answer(tokenizer: Tokenizer, prompt: Sequence[Message], answer: Sequence[Message]) -> Text:
-    """A prompt and its answer, of which what the assistant says is the targets, its end token included.
-
-    Messages are encoded one by one, so the prompt's tokens do not depend on the answer.
-    """
-    before, after = render(tokenizer, prompt), render(tokenizer, answer)
-    ids = np.array([*before.ids, *after.ids], dtype=np.int64)
-    mask = np.array([*[False] * len(before.ids), *after.loss_mask], dtype=bool)
-    return ids[:-1], np.where(mask, ids, IGNORED)[1:]
+        Messages are encoded one by one, so the prompt's tokens do not depend on the answer.
+        """
+        before, after = render(self._tokenizer, prompt), render(self._tokenizer, answer)
+        ids = np.array([*before.ids, *after.ids], dtype=np.int64)
+        mask = np.array([*[False] * len(before.ids), *after.loss_mask], dtype=bool)
+        targets = np.where(mask, ids, IGNORED)[1:]
+        return (ids, np.append(targets, IGNORED)) if self._for_scores else (ids[:-1], targets)
