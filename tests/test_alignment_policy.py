@@ -18,6 +18,7 @@ from rl_job import COMMON, grpo, policy, ppo, prompts, run, tokenizer
 from groundup.alignment import on_policy
 from groundup.alignment.grpo import GRPOSettings
 from groundup.alignment.on_policy import without_dropout
+from groundup.alignment.online_dpo import OnlineDPOSettings, best_and_worst, online_dpo
 from groundup.alignment.ppo import PPOSettings
 from groundup.alignment.rejection import RejectionSettings, rejection_sampling
 from groundup.alignment.rewards import FunctionReward, Prompt, is_right
@@ -132,6 +133,34 @@ def test_beta_follows_the_divergence_and_goes_on_with_the_checkpoint(tmp_path):
     # kl is over its target in every buffer but the first: each time as much as one step may be
     assert found[steps] < found[0]
     assert found[2 * steps] / found[steps] == pytest.approx(1 + 0.2 * 32 / 10_000, rel=1e-5)
+
+
+def test_pairs_are_the_best_and_the_worst_of_their_prompts_answers(tmp_path):
+    rewards = torch.tensor([[1.0, 3.0, 2.0], [1.0, 1.0, 1.0], [math.nan, 2.0, 1.0], [math.nan, 5.0, math.nan]])
+    pairs, is_silent = best_and_worst(rewards)
+    assert is_silent.tolist() == [False, True, False, True]
+    assert pairs[~is_silent].tolist() == [[1, 0], [1, 2]]
+    # Answers that are worth the same are no pair: nothing is learned of them.
+    code = tmp_path / "same.py"
+    code.write_text("def score(m, answer, k):\n    return 1.0\n")
+    settings = OnlineDPOSettings(**COMMON | {"batch_size": 8, "buffers": 1, "held_out": 0})
+    model = policy()
+    online_dpo(model, tokenizer(), settings, prompts=prompts(), reward=FunctionReward(f"{code}:score", "x"),
+               out=tmp_path / "out")  # fmt: skip
+    (line,) = read_log(tmp_path / "out" / "metrics.jsonl")
+    assert (line["silent_groups"], line["grad_norm"]) == (1.0, 0.0)
+    assert all(value.equal(model.get_parameter(name)) for name, value in policy().named_parameters())
+
+
+def test_dpo_on_its_own_answers_earns_more(tmp_path):
+    summary = run(tmp_path, "online-dpo", batch_size=8, group=4, buffers=16, temperature=0.9).summary
+    lines = read_log(tmp_path / "metrics.jsonl")
+    silent = lines[0]["silent_groups"]  # and it is its own reference at first
+    assert lines[0]["loss"] == pytest.approx((1 - silent) * math.log(2), abs=1e-5)
+    assert abs(lines[0]["kl"]) < 1e-5 < lines[-1]["kl"]
+    assert summary["held_out_reward"] > lines[0]["held_out_reward"] + 0.1
+    with pytest.raises(ValueError, match="no whole groups of 5"):
+        OnlineDPOSettings(group=5)
 
 
 def test_values_from_a_shared_trunk_are_learned_too(tmp_path):

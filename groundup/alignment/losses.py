@@ -13,7 +13,7 @@ are the reductions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,10 @@ from groundup.training.objective import IGNORED, SLICE_BYTES
 Estimator = Literal["k1", "k2", "k3"]
 Advantages = Literal["grpo", "dr_grpo", "rloo"]
 Aggregation = Literal["grpo", "bnpo", "dapo", "dr_grpo"]
-Values = Float[Tensor, "*batch"]
-Pairs = Float[Tensor, " pairs"]
-Tokens, Mask = Float[Tensor, "batch seq"], Bool[Tensor, "batch seq"]
+Values: TypeAlias = Float[Tensor, "*batch"]
+Pairs: TypeAlias = Float[Tensor, " pairs"]
+Tokens: TypeAlias = Float[Tensor, "batch seq"]
+Mask: TypeAlias = Bool[Tensor, "batch seq"]
 
 
 # Log-probabilities and masked statistics

@@ -189,7 +189,7 @@ class RolloutSource:
         return Engine(whole, self._tokenizer, slots=min(self.buffer_rows, _AT_ONCE), dtype=model.compute_dtype)
 
     def _prompt(self, place: int, row: int) -> Prompt:
-        number = (place // self.settings.steps_per_buffer * self.buffer_rows + row) // self.group
+        number = (place // self.settings.steps_per_buffer * self.settings.rollouts + row) // self.group
         (index,) = shuffled_epochs(np.array([number]), len(self.prompts.train), self._seed)
         return self.prompts.train[index]
 
@@ -317,6 +317,17 @@ def without_dropout(model: Transformer) -> Transformer:
     return plain
 
 
+def stat_counts(batch: Batch) -> dict[str, float]:
+    """Rows that have each of the figures that are only reported."""
+    return {name.removeprefix(STAT): int((~t.isnan()).sum()) for name, t in batch.items() if name.startswith(STAT)}
+
+
+def stat_terms(batch: Batch) -> dict[str, Term]:
+    """Their sums."""
+    sums = {name.removeprefix(STAT): t.nan_to_num(0.0).sum() for name, t in batch.items() if name.startswith(STAT)}
+    return reported(**sums)
+
+
 class PolicyObjective:
     """What is minimized over a buffer's rows: a method gives `divisors` and `losses`.
 
@@ -341,12 +352,11 @@ class PolicyObjective:
     def counts(self, batch: Batch) -> dict[str, float]:
         """Of the losses, tokens of answers, and rows that have a figure."""
         mask = batch["targets"] != IGNORED
-        stats = {name.removeprefix(STAT): int((~t.isnan()).sum()) for name, t in batch.items() if name.startswith(STAT)}
-        return {**self.divisors(mask), **dict.fromkeys(("entropy", "clipped"), int(mask.sum())), **stats}
+        return {**self.divisors(mask), **dict.fromkeys(("entropy", "clipped"), int(mask.sum())), **stat_counts(batch)}
 
     def terms(self, modules: Mapping[str, nn.Module], batch: Batch) -> dict[str, Term]:
         """The losses, entropy, the share of tokens that are clipped, and the buffer's figures."""
-        stats = {name.removeprefix(STAT): t.nan_to_num(0.0).sum() for name, t in batch.items() if name.startswith(STAT)}
+        stats = stat_terms(batch)
         # Columns that are padding in all of these rows are left out.
         last = int((batch["targets"] != IGNORED).any(0).nonzero().max()) + 1
         batch = {name: t[:, : last + (name == "ids")] if t.dim() == 2 else t for name, t in batch.items()}
@@ -354,8 +364,8 @@ class PolicyObjective:
         found, policy, losses = self.losses(modules, batch, mask)
         if modules["model"].training and self.source.is_first and bool(mask.any()):
             self._check_ratio(found.logprobs, batch["old"], mask, modules["model"].compute_dtype)  # type: ignore[arg-type]
-        clipped = (policy.is_clipped & mask).sum()
-        return losses | reported(entropy=found.entropy.where(mask, 0.0).sum(), clipped=clipped, **stats)
+        entropy, clipped = found.entropy.where(mask, 0.0).sum(), (policy.is_clipped & mask).sum()
+        return losses | reported(entropy=entropy, clipped=clipped) | stats
 
     def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
         """The policy's forward and backward pass."""
@@ -436,7 +446,8 @@ class PolicyMethod(AnswersMethod):
     makes = "lm"
     figures: ClassVar[tuple[str, ...]] = ("held_out_reward", "held_out_right")
     source: ClassVar[type[RolloutSource]]
-    objective: ClassVar[type[PolicyObjective]]
+    objective: ClassVar[type[Any]]
+    unit: ClassVar[str] = "tokens"
     facts = (
         ("reward on held-out prompts", "{held_out_reward:.3f}"),
         ("of them right", "{held_out_right:.1%}"),
@@ -462,7 +473,7 @@ class PolicyMethod(AnswersMethod):
         n_rows = settings.buffers * settings.steps_per_buffer * settings.batch_size
         return inputs.job(
             self.objective(settings, source), source, n_rows, beside=self.modules(inputs), frozen=frozen,
-            row_length=source.width,
+            row_length=source.width, row_sequences=self.row_sequences, unit=self.unit,
         )  # fmt: skip
 
     def measure(self, inputs: Inputs, job: TrainingJob, summary: dict[str, Any]) -> dict[str, Any]:
