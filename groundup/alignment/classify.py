@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 import xxhash
 from jaxtyping import Float
-from pydantic import model_validator
 from torch import Tensor, nn
 
 from groundup.alignment.conversations import HELD_OUT_SHARE, count_reasons, read_data, too_little
@@ -55,12 +54,6 @@ class ClassifySettings(RecordsSettings):
     text_field: str = setting("text", "the field or column that holds the text", min_length=1)
     label_field: str = setting("label", "the field or column that holds the label", min_length=1)
     epochs: float = setting(3.0, "passes over the texts", gt=0.0, le=1000.0)
-
-    @model_validator(mode="after")
-    def _no_next_token(self) -> ClassifySettings:
-        if self.z_loss:
-            raise ValueError("z_loss: of the next token's loss, which a classifier has not: leave unset")
-        return self
 
 
 @dataclass(frozen=True)
@@ -268,8 +261,7 @@ class ClassifyMethod(HeadMethod):
 
     def measure(self, inputs: Inputs, job: TrainingJob, summary: dict[str, Any]) -> dict[str, Any]:
         """How held-out texts are classified, beside what the most frequent label gets right."""
-        source = job.source
-        assert isinstance(source, LabelledRows)
+        source: Any = job.source
         texts, truth = zip(*source.held_out, strict=True)
         probabilities = outputs_of(job.model, job.modules["head"], texts).softmax(-1).numpy()
         majority = Counter(label for _, label in source.train).most_common(1)[0][0]

@@ -34,6 +34,7 @@ from groundup.alignment import losses
 from groundup.alignment.method import AlignmentMethod, Inputs, reported, share, share_with_error
 from groundup.alignment.packing import by_length
 from groundup.alignment.preferences import (
+    FACTS,
     Encoded,
     Preference,
     PreferenceRows,
@@ -216,9 +217,7 @@ class DPOMethod(AlignmentMethod):
     row_sequences = 2
     title = "Preference optimization"
     facts = (
-        ("preferences", "{preferences_train:,}"),
-        ("held out", "{preferences_held_out:,}"),
-        ("set aside", "{preferences_set_aside:,}"),
+        *FACTS,
         ("prefers the better answer", share("preference_accuracy")),
         ("log-ratio of chosen answers", "{val_chosen:+.2f} nats"),
         ("log-ratio of rejected answers", "{val_rejected:+.2f} nats"),
@@ -242,8 +241,8 @@ class DPOMethod(AlignmentMethod):
 
     def measure(self, inputs: Inputs, job: TrainingJob, summary: dict[str, Any]) -> dict[str, Any]:
         """How often the model's own measure prefers the better answer of all held-out pairs; the reference's FLOPs."""
-        source, loss, config = job.source, inputs.settings.loss, job.model.config
-        assert isinstance(source, PreferenceRows)
+        source: Any = job.source
+        loss, config = inputs.settings.loss, job.model.config
         figures = source.figures()
         if loss not in WITHOUT_REFERENCE:
             lengths = [len(ids) for one in source.train for ids, _ in one.texts]

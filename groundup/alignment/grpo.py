@@ -13,25 +13,13 @@ weight, and dividing by an answer's own length rewards long wrong answers; so ne
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Bool
 from pydantic import model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
-from groundup.alignment.losses import (
-    Advantages,
-    Aggregation,
-    PolicyLoss,
-    TokenStatistics,
-    aggregate,
-    aggregate_count,
-    group_advantages,
-    gspo_policy_loss,
-    kl_estimate,
-    logprobs_head,
-    ppo_policy_loss,
-)
+from groundup.alignment import losses
 from groundup.alignment.on_policy import (
     STAT,
     OnPolicySettings,
@@ -41,7 +29,6 @@ from groundup.alignment.on_policy import (
     answer_kl,
     reference_logprobs,
 )
-from groundup.model import Transformer
 from groundup.model.cost import forward_flops
 from groundup.recipe import setting
 from groundup.training import Batch
@@ -52,10 +39,10 @@ class GRPOSettings(OnPolicySettings):
     """A model and a verifier to a model that is right more often."""
 
     group: int = setting(8, "answers to each prompt, compared with each other", ge=1, le=1024)
-    advantages: Advantages = setting(
+    advantages: losses.Advantages = setting(
         "dr_grpo", "dr_grpo: reward − mean; grpo: over the standard deviation; rloo: − mean of the others"
     )
-    aggregation: Aggregation = setting(
+    aggregation: losses.Aggregation = setting(
         "dr_grpo", "what a token's loss is divided by: dr_grpo: longest answers; dapo: all tokens; grpo: its answer's; "
         "bnpo: its micro-batch's",
     )  # fmt: skip
@@ -81,19 +68,18 @@ class GroupRollouts(RolloutSource):
         """Answers to each prompt."""
         return self.settings.group
 
-    def learn_from(self, modules: Mapping[str, nn.Module], batch: Batch, last: Batch) -> tuple[Batch, float]:
+    def learn_from(self, modules: Mapping[str, Any], batch: Batch, last: Batch) -> tuple[Batch, float]:
         """Advantages within each group, wherever its answers were written."""
-        settings, world, model = self.settings, self.world, modules["model"]
-        assert isinstance(model, Transformer)
+        settings, world = self.settings, self.world
         rewards = world.gather(batch["rewards"]).view(-1, settings.group)
-        advantages = group_advantages(rewards, settings.advantages)
+        advantages = losses.group_advantages(rewards, settings.advantages)
         silent = (advantages == 0).all(1, keepdim=True).float().expand_as(rewards)
         share = world.rows(self.buffer_rows)
         reference = reference_logprobs(modules, batch, settings.temperature)
         return {
             "advantages": advantages.flatten()[share], "reference": reference, STAT + "kl": answer_kl(batch, reference),
             STAT + "silent_groups": silent.flatten()[share].contiguous(),
-        }, len(reference) * forward_flops(model.config, self.width)  # fmt: skip
+        }, len(reference) * forward_flops(modules["model"].config, self.width)  # fmt: skip
 
 
 class GRPO(PolicyObjective):
@@ -103,23 +89,25 @@ class GRPO(PolicyObjective):
 
     def divisors(self, mask: Bool[Tensor, "rows seq"]) -> dict[str, float]:
         """What the aggregation divides by."""
-        count = aggregate_count(mask, self.settings.aggregation, self.settings.max_tokens)
+        count = losses.aggregate_count(mask, self.settings.aggregation, self.settings.max_tokens)
         return dict.fromkeys(("policy", "divergence"), count)
 
     def losses(
-        self, modules: Mapping[str, nn.Module], batch: Batch, mask: Bool[Tensor, "rows seq"]
-    ) -> tuple[TokenStatistics, PolicyLoss, dict[str, Term]]:
+        self, modules: Mapping[str, Any], batch: Batch, mask: Bool[Tensor, "rows seq"]
+    ) -> tuple[losses.TokenStatistics, losses.PolicyLoss, dict[str, Term]]:
         """One pass of the policy."""
         settings, old, advantages = self.settings, batch["old"], batch["advantages"][:, None]
         clip, high = settings.clip, settings.clip_high
-        found = modules["model"](batch["ids"][:, :-1], head=logprobs_head(batch["targets"], settings.temperature))
+        found = modules["model"](
+            batch["ids"][:, :-1], head=losses.logprobs_head(batch["targets"], settings.temperature)
+        )
         if settings.ratio == "answer":
-            policy = gspo_policy_loss(found.logprobs, old, advantages, mask, clip=clip, clip_high=high)
+            policy = losses.gspo_policy_loss(found.logprobs, old, advantages, mask, clip=clip, clip_high=high)
         else:
-            policy = ppo_policy_loss(found.logprobs, old, advantages, clip=clip, clip_high=high)
+            policy = losses.ppo_policy_loss(found.logprobs, old, advantages, clip=clip, clip_high=high)
         # k3 times the ratio has the gradient of KL(π ‖ π_ref); k3 alone has that of the other direction.
-        divergence = kl_estimate(found.logprobs, batch["reference"], "k3", old=old)
-        loss, kl = (aggregate(part, mask, settings.aggregation) for part in (policy.losses, divergence))
+        divergence = losses.kl_estimate(found.logprobs, batch["reference"], "k3", old=old)
+        loss, kl = (losses.aggregate(part, mask, settings.aggregation) for part in (policy.losses, divergence))
         terms = {"policy": Term(loss, loss.detach()), "divergence": Term(kl, kl.detach(), settings.kl_coef)}
         return found, policy, terms
 

@@ -129,7 +129,7 @@ class RolloutSource:
         ids = [prompt.ids for prompt in prompts.train]
         self.fingerprint = value_digest([self._tokenizer.fingerprint, inputs.seed, self.group, inputs.start, ids])
 
-    def learn_from(self, modules: Mapping[str, nn.Module], batch: Batch, last: Batch) -> tuple[Batch, float]:
+    def learn_from(self, modules: Mapping[str, Any], batch: Batch, last: Batch) -> tuple[Batch, float]:
         """What else a buffer has, of `ids`, `targets`, `rewards`, `old`; and FLOPs."""
         raise NotImplementedError
 
@@ -149,10 +149,9 @@ class RolloutSource:
         """None: held-out prompts are answered when a buffer is made."""
         yield from ()
 
-    def collect(self, modules: Mapping[str, nn.Module], place: int, rows: slice, last: Batch) -> tuple[Batch, float]:
+    def collect(self, modules: Mapping[str, Any], place: int, rows: slice, last: Batch) -> tuple[Batch, float]:
         """These rows of a new buffer, and how many FLOPs they took."""
         model, numbers = modules["model"], range(rows.start, rows.stop)
-        assert isinstance(model, Transformer)
         prompts = [self._prompt(place, number) for number in numbers]
         seeds = [answer_seed(self._seed, place, number) for number in numbers]
         with merged(model):
@@ -285,7 +284,7 @@ def buffer_logprobs(model: nn.Module, batch: Batch, temperature: float) -> Float
     return torch.cat(found)
 
 
-def reference_logprobs(modules: Mapping[str, nn.Module], batch: Batch, temperature: float) -> Float[Tensor, "rows seq"]:
+def reference_logprobs(modules: Mapping[str, Any], batch: Batch, temperature: float) -> Float[Tensor, "rows seq"]:
     """The same of the model that the stage started from: a frozen copy, or this one with its adapters off."""
     if "reference" in modules:
         return buffer_logprobs(modules["reference"], batch, temperature)
@@ -344,7 +343,7 @@ class PolicyObjective:
         raise NotImplementedError
 
     def losses(
-        self, modules: Mapping[str, nn.Module], batch: Batch, mask: Bool[Tensor, "rows seq"]
+        self, modules: Mapping[str, Any], batch: Batch, mask: Bool[Tensor, "rows seq"]
     ) -> tuple[TokenStatistics, PolicyLoss, dict[str, Term]]:
         """The policy's pass over a minibatch, its loss by token, and the losses summed."""
         raise NotImplementedError
@@ -354,7 +353,7 @@ class PolicyObjective:
         mask = batch["targets"] != IGNORED
         return {**self.divisors(mask), **dict.fromkeys(("entropy", "clipped"), int(mask.sum())), **stat_counts(batch)}
 
-    def terms(self, modules: Mapping[str, nn.Module], batch: Batch) -> dict[str, Term]:
+    def terms(self, modules: Mapping[str, Any], batch: Batch) -> dict[str, Term]:
         """The losses, entropy, the share of tokens that are clipped, and the buffer's figures."""
         stats = stat_terms(batch)
         # Columns that are padding in all of these rows are left out.
@@ -363,7 +362,7 @@ class PolicyObjective:
         mask = batch["targets"] != IGNORED
         found, policy, losses = self.losses(modules, batch, mask)
         if modules["model"].training and self.source.is_first and bool(mask.any()):
-            self._check_ratio(found.logprobs, batch["old"], mask, modules["model"].compute_dtype)  # type: ignore[arg-type]
+            self._check_ratio(found.logprobs, batch["old"], mask, modules["model"].compute_dtype)
         entropy, clipped = found.entropy.where(mask, 0.0).sum(), (policy.is_clipped & mask).sum()
         return losses | reported(entropy=entropy, clipped=clipped) | stats
 
@@ -478,8 +477,7 @@ class PolicyMethod(AnswersMethod):
 
     def measure(self, inputs: Inputs, job: TrainingJob, summary: dict[str, Any]) -> dict[str, Any]:
         """What held-out prompts earn."""
-        source = job.source
-        assert isinstance(source, RolloutSource)
+        source: Any = job.source
         prompts, written = source.prompts, inputs.settings.buffers * inputs.settings.rollouts
         counts = {"prompts": len(prompts.train), "prompts_too_long": prompts.too_long, "answers": written}
         return source.final(job.model) | counts

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,7 +31,6 @@ from groundup.alignment.on_policy import (
     stat_terms,
 )
 from groundup.alignment.rewards import FunctionReward, Prompts
-from groundup.model import Transformer
 from groundup.model.cost import forward_flops
 from groundup.recipe import setting
 from groundup.training import IGNORED, Batch
@@ -67,18 +67,17 @@ class PairRollouts(RolloutSource):
         super().__init__(inputs, prompts, reward)
         self.buffer_rows = self.settings.rollouts // self.group
 
-    def learn_from(self, modules: Mapping[str, nn.Module], batch: Batch, last: Batch) -> tuple[Batch, float]:
+    def learn_from(self, modules: Mapping[str, Any], batch: Batch, last: Batch) -> tuple[Batch, float]:
         """What the reference gives for each answer."""
-        model, temperature = modules["model"], self.settings.temperature
-        assert isinstance(model, Transformer)
+        temperature = self.settings.temperature
         reference = reference_logprobs(modules, batch, temperature)
         kl = answer_kl(batch, reference)
         if temperature != 1:  # DPO is about what the model says at 1
             reference = reference_logprobs(modules, batch, 1.0)
         sums = sequence_logprobs(reference, batch["targets"] != IGNORED)
-        return {"reference": sums, STAT + "kl": kl}, len(kl) * forward_flops(model.config, self.width)
+        return {"reference": sums, STAT + "kl": kl}, len(kl) * forward_flops(modules["model"].config, self.width)
 
-    def collect(self, modules: Mapping[str, nn.Module], place: int, rows: slice, last: Batch) -> tuple[Batch, float]:
+    def collect(self, modules: Mapping[str, Any], place: int, rows: slice, last: Batch) -> tuple[Batch, float]:
         """Pairs of a new buffer, and how many FLOPs they took."""
         answers = slice(rows.start * self.group, rows.stop * self.group)
         batch, flops = super().collect(modules, place, answers, last)
@@ -111,7 +110,7 @@ class OnlineDPO(PreferenceLoss):
         """All pairs, silent ones too; those that say something; those that have a figure."""
         return super().counts(batch) | {"loss": len(batch["ids"])} | stat_counts(batch)
 
-    def terms(self, modules: Mapping[str, nn.Module], batch: Batch) -> dict[str, Term]:
+    def terms(self, modules: Mapping[str, Any], batch: Batch) -> dict[str, Term]:
         """One forward pass over both sides together."""
         return super().terms(modules, batch) | stat_terms(batch)
 

@@ -19,25 +19,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from groundup.alignment import losses
 from groundup.alignment.lora import freeze, merge
-from groundup.alignment.losses import (
-    PolicyLoss,
-    TokenStatistics,
-    adaptive_kl_coef,
-    explained_variance,
-    gae,
-    kl_estimate,
-    logprobs_head,
-    ppo_policy_loss,
-    ppo_value_loss,
-    token_rewards,
-    whiten,
-)
 from groundup.alignment.method import Inputs
 from groundup.alignment.on_policy import (
     STAT,
@@ -107,7 +96,7 @@ class PPORollouts(RolloutSource):
 
     settings: PPOSettings
 
-    def learn_from(self, modules: Mapping[str, nn.Module], batch: Batch, last: Batch) -> tuple[Batch, float]:
+    def learn_from(self, modules: Mapping[str, Any], batch: Batch, last: Batch) -> tuple[Batch, float]:
         """Rewards of tokens, values, advantages; the same on any number of processes."""
         settings, world, mask = self.settings, self.world, batch["targets"] != IGNORED
         reference = reference_logprobs(modules, batch, settings.temperature)
@@ -115,22 +104,21 @@ class PPORollouts(RolloutSource):
         kl, coef = answer_kl(batch, reference), self._kl_coef(last)
         most = math.inf if settings.reward_clip is None else settings.reward_clip
         scores = batch["rewards"].nan_to_num(0.0).clamp(-most, most)
-        rewards = token_rewards(scores, kl_estimate(batch["old"], reference), mask, kl_coef=coef)
+        rewards = losses.token_rewards(scores, losses.kl_estimate(batch["old"], reference), mask, kl_coef=coef)
         mask &= ~batch["rewards"].isnan()[:, None]  # nothing is learned from an answer without a reward
         batch["targets"][~mask] = IGNORED
-        advantages, returns = gae(rewards, values, mask, gamma=settings.gamma, lam=settings.lam)
+        advantages, returns = losses.gae(rewards, values, mask, gamma=settings.gamma, lam=settings.lam)
         everyone = [world.gather(part) for part in (advantages, returns, values, mask)]
-        whitened = whiten(everyone[0], everyone[3])[world.rows(self.buffer_rows)]
-        explained = float(explained_variance(everyone[2], everyone[1], everyone[3]))
-        model, of_all = modules["model"], torch.ones(len(mask))
-        assert isinstance(model, Transformer)
-        flops = (1 + (not settings.shared_trunk)) * len(mask) * forward_flops(model.config, self.width)
+        whitened = losses.whiten(everyone[0], everyone[3])[world.rows(self.buffer_rows)]
+        explained = float(losses.explained_variance(everyone[2], everyone[1], everyone[3]))
+        of_all = torch.ones(len(mask))
+        flops = (1 + (not settings.shared_trunk)) * len(mask) * forward_flops(modules["model"].config, self.width)
         return {
             "advantages": whitened, "returns": returns, "values": values, STAT + "kl": kl,
             STAT + "kl_coef": coef * of_all, STAT + "explained_variance": explained * of_all,
         }, flops  # fmt: skip
 
-    def _values(self, modules: Mapping[str, nn.Module], ids: Tensor) -> Float[Tensor, "rows seq"]:
+    def _values(self, modules: Mapping[str, Any], ids: Tensor) -> Float[Tensor, "rows seq"]:
         value, model = modules["value"], modules["model"]
         ids = ids.to(next(model.parameters()).device)
         if self.settings.shared_trunk:
@@ -145,7 +133,7 @@ class PPORollouts(RolloutSource):
         if settings.kl_target is None:
             return before
         kl = float(last[STAT + "kl"].mean())
-        return adaptive_kl_coef(before, kl, target=settings.kl_target, horizon=10_000, n=self.buffer_rows)
+        return losses.adaptive_kl_coef(before, kl, target=settings.kl_target, horizon=10_000, n=self.buffer_rows)
 
 
 class PPO(PolicyObjective):
@@ -158,25 +146,25 @@ class PPO(PolicyObjective):
         return dict.fromkeys(("policy", "value"), int(mask.sum()))
 
     def losses(
-        self, modules: Mapping[str, nn.Module], batch: Batch, mask: Bool[Tensor, "rows seq"]
-    ) -> tuple[TokenStatistics, PolicyLoss, dict[str, Term]]:
+        self, modules: Mapping[str, Any], batch: Batch, mask: Bool[Tensor, "rows seq"]
+    ) -> tuple[losses.TokenStatistics, losses.PolicyLoss, dict[str, Term]]:
         """One pass of the policy, and one of the value model."""
         settings, ids = self.settings, batch["ids"][:, :-1]
-        statistics = logprobs_head(batch["targets"], settings.temperature)
+        statistics = losses.logprobs_head(batch["targets"], settings.temperature)
 
-        def both(hidden: Tensor, output: OutputLayer) -> tuple[TokenStatistics, Tensor]:
+        def both(hidden: Tensor, output: OutputLayer) -> tuple[losses.TokenStatistics, Tensor]:
             return statistics(hidden, output), modules["value"](hidden.float())[..., 0]
 
         if settings.shared_trunk:
             found, values = modules["model"](ids, head=both)
         else:
             found, values = modules["model"](ids, head=statistics), modules["value"](ids)
-        policy = ppo_policy_loss(found.logprobs, batch["old"], batch["advantages"], clip=settings.clip)
-        value = ppo_value_loss(values, batch["values"], batch["returns"], clip=settings.value_clip)
-        losses, value_losses = policy.losses.where(mask, 0.0).sum(), value.where(mask, 0.0).sum()
+        policy = losses.ppo_policy_loss(found.logprobs, batch["old"], batch["advantages"], clip=settings.clip)
+        value = losses.ppo_value_loss(values, batch["values"], batch["returns"], clip=settings.value_clip)
+        loss, value_loss = policy.losses.where(mask, 0.0).sum(), value.where(mask, 0.0).sum()
         terms = {
-            "policy": Term(losses, losses.detach()),
-            "value": Term(value_losses, value_losses.detach(), settings.value_coef),
+            "policy": Term(loss, loss.detach()),
+            "value": Term(value_loss, value_loss.detach(), settings.value_coef),
         }
         return found, policy, terms
 

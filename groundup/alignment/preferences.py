@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import xxhash
-from pydantic import model_validator
 
 from groundup.alignment.conversations import (
     GENERATED,
@@ -50,6 +49,14 @@ _TURN = re.compile(r"\n\n(Human|Assistant):[ \t]?")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
+FACTS = (
+    ("preferences", "{preferences_train:,}"),
+    ("held out", "{preferences_held_out:,}"),
+    ("set aside", "{preferences_set_aside:,}"),
+)
+"""Of every method that learns them, in the report."""
+
+
 class PreferenceSettings(RecordsSettings):
     """What every method can be told that learns preferences."""
 
@@ -60,12 +67,6 @@ class PreferenceSettings(RecordsSettings):
         min_length=1,
     )
     examples: int = setting(6_000, "pairs that groundup:tasks generates", ge=100, le=10_000_000)
-
-    @model_validator(mode="after")
-    def _nothing_of_the_next_token(self) -> PreferenceSettings:
-        if self.z_loss:
-            raise ValueError("z_loss: of the next token's loss, which is not learned here: leave unset")
-        return self
 
 
 class Preference(NamedTuple):

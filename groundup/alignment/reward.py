@@ -21,13 +21,18 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import model_validator
 from torch import Tensor, nn
 
 from groundup.alignment.heads import HeadMethod, at_ends, load_with_head, outputs_of
 from groundup.alignment.losses import bradley_terry_loss
 from groundup.alignment.method import Inputs, reported, share, share_with_error
-from groundup.alignment.preferences import Encoded, PreferenceRows, Preferences, PreferenceSettings, rows_to_learn
+from groundup.alignment.preferences import (
+    FACTS,
+    Encoded,
+    Preferences,
+    PreferenceSettings,
+    rows_to_learn,
+)
 from groundup.model import ModelConfig
 from groundup.recipe import setting
 from groundup.tokenizer import Message, render
@@ -40,14 +45,10 @@ NORMALIZED_OVER = 2048
 class RewardSettings(PreferenceSettings):
     """A model and preferences to a reward model."""
 
+    without = ("label_smoothing", "z_loss")
+
     margin: float = setting(0.0, "by how much the better answer's score should be higher", ge=0.0)
     centering: float = setting(0.0, "weight of (s_i + s_j)², which keeps scores around 0 (0.01 is usual)", ge=0.0)
-
-    @model_validator(mode="after")
-    def _nothing_of_tokens(self) -> RewardSettings:
-        if self.label_smoothing:
-            raise ValueError("label_smoothing: of the next token's loss, which a reward model has not: leave unset")
-        return self
 
 
 class PairwiseRanking:
@@ -169,9 +170,7 @@ class RewardMethod(HeadMethod):
     saved = (("mean", "score_mean"), ("std", "score_std"))
     title = "Reward model"
     facts = (
-        ("preferences", "{preferences_train:,}"),
-        ("held out", "{preferences_held_out:,}"),
-        ("set aside", "{preferences_set_aside:,}"),
+        *FACTS,
         ("scores the better answer higher", share("pair_accuracy")),
         ("correlation of score and length", "{length_correlation:+.2f}"),
         ("the longer answer is the better one", "{longer_preferred:.1%} of pairs"),
@@ -190,8 +189,7 @@ class RewardMethod(HeadMethod):
 
     def measure(self, inputs: Inputs, job: TrainingJob, summary: dict[str, Any]) -> dict[str, Any]:
         """What scores are normalized by, and how they rank held-out answers."""
-        source = job.source
-        assert isinstance(source, PreferenceRows)
+        source: Any = job.source
 
         def scores(chosen: Sequence[Encoded]) -> list[list[float]]:
             texts = [ids.tolist() for one in chosen for ids, _ in one.texts]
