@@ -57,6 +57,13 @@ AVERAGED, WITHOUT_REFERENCE = ("ipo", "simpo", "orpo"), ("simpo", "orpo")
 class DPOSettings(PreferenceSettings):
     """A model and preferences to a model that answers as preferred."""
 
+    lr: float = setting(
+        2e-5,
+        "peak learning rate of all but Muon, far below fine-tuning's (billions of parameters: 5e-7 to 5e-6; with "
+        "adapters, ten times that)",
+        gt=0.0,
+        le=1.0,
+    )
     loss: Loss = setting("dpo", "which of the family: dpo, robust, ipo, hinge, kto, simpo, orpo")
     beta: float = setting(0.1, "β: how strongly the model is held to the reference (simpo: 2 to 10 is usual)", gt=0.0)
     gamma: float = setting(0.5, "simpo: the margin γ that the better answer should have", ge=0.0)
