@@ -26,7 +26,8 @@ from groundup.tokenizer import Tokenizer
 from groundup.training import TrainedModel
 
 KINDS: dict[str, Any] = {
-    "ppo": (ppo, PPOSettings), "grpo": (grpo, GRPOSettings), "online-dpo": (online_dpo, OnlineDPOSettings)
+    "ppo": (ppo, PPOSettings, {}), "grpo": (grpo, GRPOSettings, {}),
+    "online-dpo": (online_dpo, OnlineDPOSettings, {"batch_size": 8}),
 }  # fmt: skip
 REWARD = """
 def score(messages, answer, known):
@@ -58,7 +59,7 @@ def run(folder: Path, method: str = "ppo", kill_after: int = 0, **settings: Any)
     """Train; the process ends after so many buffers are made."""
     code = folder.with_name(f"{folder.name}-reward.py")
     code.write_text(REWARD, encoding="utf-8")
-    call, kind = KINDS[method]
+    call, kind, own = KINDS[method]
     reward = FunctionReward(f"{code}:score", "[align.rl] reward")
     calls, rewards = itertools.count(1), FunctionReward.__call__
 
@@ -72,7 +73,7 @@ def run(folder: Path, method: str = "ppo", kill_after: int = 0, **settings: Any)
     return call(
         policy(),
         tokenizer(),
-        kind(**COMMON | settings),
+        kind(**COMMON | own | settings),
         prompts=prompts(),
         reward=reward,
         out=folder,

@@ -54,17 +54,20 @@ def test_a_policy_earns_more_than_it_did(whole):
     assert all(isinstance(line["reward"], float) and line["prompt"] for line in kept)
 
 
-def test_killed_while_it_writes_and_resumed_gives_the_same_bits(whole, tmp_path):
-    method, folder, _ = whole
-    command = [sys.executable, str(WORKER), str(tmp_path), method, "5"]
+def killed_and_resumed_is_whole(method: str, folder: Path, whole: Path) -> None:
+    command = [sys.executable, str(WORKER), str(folder), method, "5"]
     assert subprocess.run(command, env=ENVIRONMENT, timeout=200).returncode == -signal.SIGKILL
-    run(tmp_path, method)
+    run(folder, method)
     for name in ("metrics.jsonl", "rollouts.jsonl", "model/model.safetensors"):
-        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_killed_while_it_writes_and_resumed_gives_the_same_bits(whole, tmp_path):
+    killed_and_resumed_is_whole(whole[0], tmp_path, whole[1])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["ppo", "grpo"])
+@pytest.mark.parametrize("method", ["ppo", "grpo", "online-dpo"])
 def test_two_processes_learn_what_one_does(method, tmp_path):
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(WORKER), str(tmp_path / "two"), method, "0"]
     subprocess.run([sys.executable, *command], env=ENVIRONMENT, timeout=280, check=True)
@@ -74,7 +77,8 @@ def test_two_processes_learn_what_one_does(method, tmp_path):
     for name in ("reward", "kl", "answer_tokens"):
         assert one[0][name] == pytest.approx(two[0][name], abs=1e-6), name
     for mine, theirs in zip(one[:4], two[:4], strict=True):
-        assert mine["policy"] == pytest.approx(theirs["policy"], abs=1e-5)
+        loss = "loss" if method == "online-dpo" else "policy"
+        assert mine[loss] == pytest.approx(theirs[loss], abs=1e-5)
 
 
 def test_answers_are_a_function_of_prompt_and_seed_and_end_where_the_model_ended(tmp_path):
@@ -152,13 +156,15 @@ def test_pairs_are_the_best_and_the_worst_of_their_prompts_answers(tmp_path):
     assert all(value.equal(model.get_parameter(name)) for name, value in policy().named_parameters())
 
 
-def test_dpo_on_its_own_answers_earns_more(tmp_path):
-    summary = run(tmp_path, "online-dpo", batch_size=8, group=4, buffers=16, temperature=0.9).summary
-    lines = read_log(tmp_path / "metrics.jsonl")
+def test_dpo_on_its_own_answers_earns_more_and_goes_on_to_the_bit(tmp_path):
+    summary = run(tmp_path / "more", "online-dpo", buffers=16, temperature=0.9).summary
+    lines = read_log(tmp_path / "more" / "metrics.jsonl")
     silent = lines[0]["silent_groups"]  # and it is its own reference at first
     assert lines[0]["loss"] == pytest.approx((1 - silent) * math.log(2), abs=1e-5)
     assert abs(lines[0]["kl"]) < 1e-5 < lines[-1]["kl"]
     assert summary["held_out_reward"] > lines[0]["held_out_reward"] + 0.1
+    run(tmp_path / "whole", "online-dpo")
+    killed_and_resumed_is_whole("online-dpo", tmp_path / "parts", tmp_path / "whole")
     with pytest.raises(ValueError, match="no whole groups of 5"):
         OnlineDPOSettings(group=5)
 
