@@ -334,12 +334,12 @@ def group_advantages(
     count = known.sum(-1, keepdim=True)
     found = rewards.where(known, 0.0)
     centred = (found - found.sum(-1, keepdim=True) / count.clamp(min=1)).where(known, 0.0)
-    largest, least = (sign * (sign * rewards).where(known, -torch.inf).amax(-1, keepdim=True) for sign in (1, -1))
+    largest, least = rewards.nan_to_num(-torch.inf).amax(-1), rewards.nan_to_num(torch.inf).amin(-1)
     if kind == "grpo":
         centred = centred / ((centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt() + 1e-4)
     elif kind == "rloo":
         centred = centred * count / (count - 1).clamp(min=1)
-    return centred.where(largest > least, 0.0)
+    return centred.where((largest > least)[..., None], 0.0)
 
 
 def aggregate(losses: Tokens, mask: Mask, how: Aggregation = "dr_grpo") -> Float[Tensor, ""]:
