@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from groundup.alignment.grpo import GRPOSettings, grpo
+from groundup.alignment.online_dpo import OnlineDPOSettings, online_dpo
 from groundup.alignment.ppo import PPOSettings, ppo
 from groundup.alignment.rewards import FunctionReward, Prompts, load_prompts
 from groundup.console import Console
@@ -24,6 +25,10 @@ from groundup.model import Transformer, preset
 from groundup.tokenizer import Tokenizer
 from groundup.training import TrainedModel
 
+KINDS: dict[str, Any] = {
+    "ppo": (ppo, PPOSettings, {}), "grpo": (grpo, GRPOSettings, {}),
+    "online-dpo": (online_dpo, OnlineDPOSettings, {"batch_size": 8}),
+}  # fmt: skip
 REWARD = """
 def score(messages, answer, known):
     return sum(letter.isascii() and letter.isalpha() for letter in answer) / 8
@@ -54,7 +59,7 @@ def run(folder: Path, method: str = "ppo", kill_after: int = 0, **settings: Any)
     """Train; the process ends after so many buffers are made."""
     code = folder.with_name(f"{folder.name}-reward.py")
     code.write_text(REWARD, encoding="utf-8")
-    call, kind = {"ppo": (ppo, PPOSettings), "grpo": (grpo, GRPOSettings)}[method]
+    call, kind, own = KINDS[method]
     reward = FunctionReward(f"{code}:score", "[align.rl] reward")
     calls, rewards = itertools.count(1), FunctionReward.__call__
 
@@ -66,7 +71,13 @@ def run(folder: Path, method: str = "ppo", kill_after: int = 0, **settings: Any)
     if kill_after:
         FunctionReward.__call__ = counted  # type: ignore[method-assign]
     return call(
-        policy(), tokenizer(), prompts(), reward, kind(**COMMON | settings), out=folder, console=Console(quiet=True)
+        policy(),
+        tokenizer(),
+        kind(**COMMON | own | settings),
+        prompts=prompts(),
+        reward=reward,
+        out=folder,
+        console=Console(quiet=True),
     )
 
 

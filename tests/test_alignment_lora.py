@@ -20,18 +20,17 @@ from groundup.alignment.lora import (
     adapters_off,
     add_adapters,
     load_adapter,
-    memory_settings,
     merge,
     merged,
     save_adapter,
 )
+from groundup.alignment.method import sized
 from groundup.console import Console
 from groundup.errors import ArtifactError, GroundupError
 from groundup.generation import generate
 from groundup.generation.quantize import quantization_of
 from groundup.interop import load_model, save_model
 from groundup.model import ModelConfig, Transformer, preset
-from groundup.recipe import OptimizerSettings
 from groundup.tokenizer import Tokenizer
 from groundup.training.metrics import read_log
 from groundup.training.planning.memory import Step, step_memory
@@ -180,14 +179,14 @@ def test_what_cannot_be_is_refused() -> None:
 def test_memory_is_that_of_frozen_matrices() -> None:
     """Estimates with adapters have gradients and moments of next to nothing."""
     shape = preset("ground-1m", vocab_size=2048, context_length=128)
-    full = OptimizerSettings(optimizer="adamw", batch_size=4)
-    lean = memory_settings(full, LoraSettings(), is_tied=shape.tied_embeddings)
+    full = SFTSettings(optimizer="adamw", batch_size=4)
+    lean = sized(full.model_copy(update={"lora": LoraSettings()}), shape)
     step = Step(rows=4, micro=4, length=128, dtype="float32")
     whole, part = step_memory(shape, full, step), step_memory(shape, lean, step)
     assert part.optimizer < whole.optimizer / 50
     assert part.all_gradients < whole.all_gradients / 50
     assert part.weights == whole.weights
-    assert memory_settings(full, None, is_tied=True) is full
+    assert sized(full, shape) is full
 
 
 def test_a_stage_leaves_the_adapter_and_the_merged_model(tmp_path: Path) -> None:

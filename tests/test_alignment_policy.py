@@ -18,6 +18,7 @@ from rl_job import COMMON, grpo, policy, ppo, prompts, run, tokenizer
 from groundup.alignment import on_policy
 from groundup.alignment.grpo import GRPOSettings
 from groundup.alignment.on_policy import without_dropout
+from groundup.alignment.online_dpo import OnlineDPOSettings, best_and_worst, online_dpo
 from groundup.alignment.ppo import PPOSettings
 from groundup.alignment.rejection import RejectionSettings, rejection_sampling
 from groundup.alignment.rewards import FunctionReward, Prompt, is_right
@@ -53,17 +54,20 @@ def test_a_policy_earns_more_than_it_did(whole):
     assert all(isinstance(line["reward"], float) and line["prompt"] for line in kept)
 
 
-def test_killed_while_it_writes_and_resumed_gives_the_same_bits(whole, tmp_path):
-    method, folder, _ = whole
-    command = [sys.executable, str(WORKER), str(tmp_path), method, "5"]
+def killed_and_resumed_is_whole(method: str, folder: Path, whole: Path) -> None:
+    command = [sys.executable, str(WORKER), str(folder), method, "5"]
     assert subprocess.run(command, env=ENVIRONMENT, timeout=200).returncode == -signal.SIGKILL
-    run(tmp_path, method)
+    run(folder, method)
     for name in ("metrics.jsonl", "rollouts.jsonl", "model/model.safetensors"):
-        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_killed_while_it_writes_and_resumed_gives_the_same_bits(whole, tmp_path):
+    killed_and_resumed_is_whole(whole[0], tmp_path, whole[1])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["ppo", "grpo"])
+@pytest.mark.parametrize("method", ["ppo", "grpo", "online-dpo"])
 def test_two_processes_learn_what_one_does(method, tmp_path):
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(WORKER), str(tmp_path / "two"), method, "0"]
     subprocess.run([sys.executable, *command], env=ENVIRONMENT, timeout=280, check=True)
@@ -73,7 +77,8 @@ def test_two_processes_learn_what_one_does(method, tmp_path):
     for name in ("reward", "kl", "answer_tokens"):
         assert one[0][name] == pytest.approx(two[0][name], abs=1e-6), name
     for mine, theirs in zip(one[:4], two[:4], strict=True):
-        assert mine["policy"] == pytest.approx(theirs["policy"], abs=1e-5)
+        loss = "loss" if method == "online-dpo" else "policy"
+        assert mine[loss] == pytest.approx(theirs[loss], abs=1e-5)
 
 
 def test_answers_are_a_function_of_prompt_and_seed_and_end_where_the_model_ended(tmp_path):
@@ -105,11 +110,10 @@ def test_an_engine_that_writes_with_another_policy_is_found(tmp_path, monkeypatc
 
 
 def test_a_ratio_that_is_not_one_before_the_first_update_stops_the_run(tmp_path, monkeypatch):
-    def drawn(model, batch, temperature, plain=on_policy.statistics):
-        found = plain(model, batch, temperature)
-        return found._replace(logprobs=found.logprobs + (0.01 if temperature == 0.7 else 0.0))
+    def drawn(model, batch, temperature, plain=on_policy.buffer_logprobs):
+        return plain(model, batch, temperature) + (0.01 if temperature == 0.7 else 0.0)
 
-    monkeypatch.setattr(on_policy, "statistics", drawn)
+    monkeypatch.setattr(on_policy, "buffer_logprobs", drawn)
     with pytest.raises(GroundupError, match="ratio to the policy that wrote is not 1"):
         run(tmp_path, temperature=0.7)
 
@@ -133,6 +137,36 @@ def test_beta_follows_the_divergence_and_goes_on_with_the_checkpoint(tmp_path):
     # kl is over its target in every buffer but the first: each time as much as one step may be
     assert found[steps] < found[0]
     assert found[2 * steps] / found[steps] == pytest.approx(1 + 0.2 * 32 / 10_000, rel=1e-5)
+
+
+def test_pairs_are_the_best_and_the_worst_of_their_prompts_answers(tmp_path):
+    rewards = torch.tensor([[1.0, 3.0, 2.0], [1.0, 1.0, 1.0], [math.nan, 2.0, 1.0], [math.nan, 5.0, math.nan]])
+    pairs, is_silent = best_and_worst(rewards)
+    assert is_silent.tolist() == [False, True, False, True]
+    assert pairs[~is_silent].tolist() == [[1, 0], [1, 2]]
+    # Answers that are worth the same are no pair: nothing is learned of them.
+    code = tmp_path / "same.py"
+    code.write_text("def score(m, answer, k):\n    return 1.0\n")
+    settings = OnlineDPOSettings(**COMMON | {"batch_size": 8, "buffers": 1, "held_out": 0})
+    model = policy()
+    online_dpo(model, tokenizer(), settings, prompts=prompts(), reward=FunctionReward(f"{code}:score", "x"),
+               out=tmp_path / "out")  # fmt: skip
+    (line,) = read_log(tmp_path / "out" / "metrics.jsonl")
+    assert (line["silent_groups"], line["grad_norm"]) == (1.0, 0.0)
+    assert all(value.equal(model.get_parameter(name)) for name, value in policy().named_parameters())
+
+
+def test_dpo_on_its_own_answers_earns_more_and_goes_on_to_the_bit(tmp_path):
+    summary = run(tmp_path / "more", "online-dpo", buffers=16, temperature=0.9).summary
+    lines = read_log(tmp_path / "more" / "metrics.jsonl")
+    silent = lines[0]["silent_groups"]  # and it is its own reference at first
+    assert lines[0]["loss"] == pytest.approx((1 - silent) * math.log(2), abs=1e-5)
+    assert abs(lines[0]["kl"]) < 1e-5 < lines[-1]["kl"]
+    assert summary["held_out_reward"] > lines[0]["held_out_reward"] + 0.1
+    run(tmp_path / "whole", "online-dpo")
+    killed_and_resumed_is_whole("online-dpo", tmp_path / "parts", tmp_path / "whole")
+    with pytest.raises(ValueError, match="no whole groups of 5"):
+        OnlineDPOSettings(group=5)
 
 
 def test_values_from_a_shared_trunk_are_learned_too(tmp_path):
@@ -167,11 +201,13 @@ def test_nothing_is_learned_from_an_answer_without_a_reward(tmp_path):
         settings = {"reward": "x", "buffers": 1, "epochs": 1, "batch_size": 32, "held_out": 0}
         call, kind = (ppo, PPOSettings) if method == "ppo" else (grpo, GRPOSettings)
         reward = FunctionReward(f"{tmp_path}/half.py:score", "[x] reward")
-        call(policy(), tokenizer(), prompts(), reward, kind(**COMMON | settings), out=folder)
+        given = {"prompts": prompts(), "reward": reward}
+        call(policy(), tokenizer(), kind(**COMMON | settings), **given, out=folder)
         (tmp_path / "bad.py").write_text("def score(m, answer, k):\n    return {}[answer]\n")
         bad = FunctionReward(f"{tmp_path}/bad.py:score", "[x] reward")
+        given["reward"] = bad
         with pytest.raises(DataError, match="it fails for all answers; the first: KeyError"):
-            call(policy(), tokenizer(), prompts(), bad, kind(**COMMON | settings), out=tmp_path / f"{method}-bad")
+            call(policy(), tokenizer(), kind(**COMMON | settings), **given, out=tmp_path / f"{method}-bad")
         (line,) = read_log(folder / "metrics.jsonl")
         assert 0 < line["reward_failed"] < 1
         assert line["reward"] == 1.0  # of those that have one
@@ -183,10 +219,11 @@ def test_best_answers_are_kept_and_learned(tmp_path):
     reward = FunctionReward(f"{tmp_path}/short.py:score", "[x] reward")
     shape = {"prompts": 12, "samples": 6, "keep": 2, "least": -8.0, "max_tokens": 6, "epochs": 1, "batch_size": 4}
     settings = RejectionSettings(**shape, precision="float32", compile=False)
+    given = {"prompts": prompts(), "reward": reward}
     model = policy()
     with torch.no_grad():
         model.embed_tokens.weight[tokenizer().end_id] *= 8  # so that some answers end
-    done = rejection_sampling(model, tokenizer(), prompts(), reward, settings, out=tmp_path / "out")
+    done = rejection_sampling(model, tokenizer(), settings, **given, out=tmp_path / "out")
     (path,) = (tmp_path / "out").glob("answers-*.jsonl")
     train, _ = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     assert train["written"] == 72 == done.summary["answers"]
@@ -197,7 +234,7 @@ def test_best_answers_are_kept_and_learned(tmp_path):
         assert len(messages[1]["content"]) <= 8
     settings = settings.model_copy(update={"least": 1.0})
     with pytest.raises(DataError, match="Lower least = 1"):
-        rejection_sampling(policy(), tokenizer(), prompts(), reward, settings, out=tmp_path / "none")
+        rejection_sampling(policy(), tokenizer(), settings, **given, out=tmp_path / "none")
 
 
 @pytest.mark.parametrize(
@@ -228,6 +265,8 @@ def test_settings_that_do_not_fit_are_named():
 
 def test_adapters_are_enough(tmp_path):
     run(tmp_path, "grpo", buffers=3, lora={"rank": 4})
+    divergence = [line["kl"] for line in read_log(tmp_path / "metrics.jsonl")]
+    assert abs(divergence[0]) < 1e-5 < abs(divergence[-1])  # from the model with its adapters off
     assert (tmp_path / "adapter").is_dir()
     trained, _ = load_model(tmp_path / "model")
     after = dict(trained.named_parameters())

@@ -83,7 +83,6 @@ FORMATS = {
         "chosen": "Hello!",
         "rejected": "Go away.",
     },
-    "cells": {"prompt": json.dumps([USER]), "chosen": json.dumps([GOOD]), "rejected": "Go away."},
 }
 
 
@@ -124,7 +123,7 @@ BAD_RECORDS = {
     "no text field  ": [1, 2],
     "no text field   ": {"prompt": [{"role": "robot", "content": "Hi"}], "chosen": "a", "rejected": "b"},
     "no text field    ": {"chosen": "a", "rejected": "b"},
-    "invalid JSON ": {"prompt": "Hi", "ranking": "[" * 100_000},
+    "no text field     ": {"prompt": "Hi", "ranking": "[" * 100_000},
     "empty  ": {"prompt": "Hi", "chosen": "[" * 100_000, "rejected": ""},
     "NUL characters": {"prompt": "Hi\0", "chosen": "a", "rejected": "b"},
 }

@@ -11,9 +11,10 @@ most frequent label gets right, with a confusion matrix and the calibration of i
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,33 +24,21 @@ import torch
 import torch.nn.functional as F
 import xxhash
 from jaxtyping import Float
-from pydantic import model_validator
 from torch import Tensor, nn
 
 from groundup.alignment.conversations import HELD_OUT_SHARE, count_reasons, read_data, too_little
-from groundup.alignment.heads import (
-    HEAD_FOLDER,
-    Head,
-    at_ends,
-    finish_with_head,
-    job_with_head,
-    load_with_head,
-    outputs_of,
-)
-from groundup.alignment.method import AlignmentMethod, RecordsSettings, in_words, share_with_error, with_error
+from groundup.alignment.heads import Head, HeadMethod, at_ends, load_with_head, outputs_of
+from groundup.alignment.method import Inputs, RecordRows, RecordsSettings, reported, share, share_with_error
 from groundup.console import Console
 from groundup.corpus.document import Reason
 from groundup.corpus.reading.refusal import RefusedError
 from groundup.corpus.reading.values import check_writable
-from groundup.distributed import World, current_world
 from groundup.files import value_digest
 from groundup.model import ModelConfig, Transformer
-from groundup.recipe import Texts, resolve_optimizer, setting
-from groundup.report.format import format_lines, format_whole, loss_line, training_facts
-from groundup.shards.order import shuffled_epochs
+from groundup.recipe import Texts, setting
 from groundup.stage import Shown, Stage
 from groundup.tokenizer import Tokenizer
-from groundup.training import Batch, Term, TrainedModel, pass_flops, train
+from groundup.training import Batch, Term, TrainingJob, pass_flops
 
 MOST_LABELS = 1000
 """More are numbers or names, and no labels."""
@@ -65,12 +54,6 @@ class ClassifySettings(RecordsSettings):
     text_field: str = setting("text", "the field or column that holds the text", min_length=1)
     label_field: str = setting("label", "the field or column that holds the label", min_length=1)
     epochs: float = setting(3.0, "passes over the texts", gt=0.0, le=1000.0)
-
-    @model_validator(mode="after")
-    def _no_next_token(self) -> ClassifySettings:
-        if self.z_loss:
-            raise ValueError("z_loss: of the next token's loss, which a classifier has not: leave unset")
-        return self
 
 
 @dataclass(frozen=True)
@@ -122,48 +105,42 @@ def _labelled(settings: ClassifySettings, data: Any) -> tuple[str, str]:
     return text, label.strip() if isinstance(label, str) else str(label)
 
 
-class LabelledRows:
-    """Rows of labelled texts, each a pure function of (seed, place): `ids`, `ends` and `labels` (−1: an empty row).
+class LabelledRows(RecordRows[tuple[list[int], int]]):
+    """Rows of labelled texts: `ids`, `ends` and `labels` (−1: an empty row).
 
     Attributes:
+        data: where they are from.
         cut: texts that were longer than the context.
     """
 
     def __init__(self, data: Labelled, tokenizer: Tokenizer, context_length: int, seed: int) -> None:
-        self.cut, self._pad_id, self._seed = 0, tokenizer.pad_id, seed
+        self.cut, self._pad_id, self.seed, self.data = 0, tokenizer.pad_id, seed, data
         place = {label: number for number, label in enumerate(data.labels)}
+
+        def encode(text: str) -> list[int]:
+            ids = encode_text(tokenizer, text)
+            self.cut += len(ids) > context_length
+            return ids[:context_length]
+
         self.train, self.held_out = (
-            [(self._encode(tokenizer, text, context_length), place[label]) for text, label in side]
-            for side in (data.train, data.held_out)
+            [(encode(text), place[label]) for text, label in side] for side in (data.train, data.held_out)
         )
         digest = value_digest([[ids, label] for ids, label in self.train])
         self.fingerprint = value_digest([tokenizer.fingerprint, context_length, seed, data.labels, digest])
 
-    def rows(self, first: int, last: int) -> Batch:
-        """Rows `first` … `last` − 1 of the endless order."""
-        places = shuffled_epochs(np.arange(first, last), len(self.train), self._seed)
-        return self._lay_out([self.train[place] for place in places], last - first)
+    def length(self, one: tuple[list[int], int]) -> int:
+        """Tokens of a text."""
+        return len(one[0])
 
-    def validation(self, batch_size: int, limit: int | None) -> Iterator[Batch]:
-        """Held-out texts, until `limit` tokens are passed; the last batch has empty rows."""
-        taken = self.held_out
-        if limit is not None:
-            taken = taken[: int(np.searchsorted(np.cumsum([len(ids) for ids, _ in taken]), limit)) + 1]
-        for first in range(0, len(taken), batch_size):
-            yield self._lay_out(taken[first : first + batch_size], batch_size)
-
-    def _lay_out(self, chosen: Sequence[tuple[list[int], int]], n_rows: int) -> Batch:
+    def lay_out(self, chosen: Sequence[tuple[list[int], int]], n_rows: int | None = None) -> Batch:
+        """Texts as a batch."""
+        n_rows = n_rows or len(chosen)
         ids = torch.full((n_rows, max(len(own) for own, _ in chosen)), self._pad_id, dtype=torch.int64)
         ends, labels = torch.zeros(n_rows, dtype=torch.int64), torch.full((n_rows,), -1, dtype=torch.int64)
         for row, (own, label) in enumerate(chosen):
             ids[row, : len(own)] = torch.tensor(own)
             ends[row], labels[row] = len(own) - 1, label
         return {"ids": ids, "ends": ends, "labels": labels}
-
-    def _encode(self, tokenizer: Tokenizer, text: str, most: int) -> list[int]:
-        ids = encode_text(tokenizer, text)
-        self.cut += len(ids) > most
-        return ids[:most]
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -191,63 +168,12 @@ class LabelLoss:
             return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum", label_smoothing=smoothing)
 
         right = ((logits.argmax(-1) == labels) & (labels >= 0)).sum().float()
-        return {
-            "loss": Term(cross_entropy(self.label_smoothing), cross_entropy(0.0).detach()),
-            "accuracy": Term(right, right, weight=0.0),
-        }
+        loss = Term(cross_entropy(self.label_smoothing), cross_entropy(0.0).detach())
+        return {"loss": loss, **reported(accuracy=right)}
 
     def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
         """One forward and one backward pass."""
         return pass_flops(config, shape)
-
-
-def train_classifier(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    settings: ClassifySettings,
-    *,
-    out: str | Path,
-    seed: int = 1,
-    name: str = "classify",
-    world: World | None = None,
-    console: Console | None = None,
-) -> TrainedModel:
-    """Train a classifier; go on from a checkpoint in `out` if there is one. `Classifier.load(out)` is what comes out.
-
-    Args:
-        model: trained in place.
-        tokenizer: of the model.
-        settings: what `[align.classify]` of a recipe says; its `start` loads nothing.
-        out: the folder for logs, checkpoints, `model/` and `head/`.
-        seed, name, world, console: as for `fine_tune`.
-
-    Raises:
-        DataError: no usable texts.
-        Interrupted: asked to stop; everything is saved.
-    """
-    settings = resolve_optimizer(settings)
-    console, world, out = console or Console(), world or current_world(), Path(out)
-    data = load_labelled(settings, f"align.{name}", console)
-    source = LabelledRows(data, tokenizer, model.config.context_length, seed)
-    if source.cut:
-        length = model.config.context_length
-        console.warn(f"{name}: {source.cut} texts are longer than the context of {length} tokens and are cut.")
-    job = job_with_head(
-        model, len(data.labels), LabelLoss(settings.label_smoothing), source, settings.epochs * len(source.train),
-        settings, out=out, seed=seed, name=name, unit="texts",
-    )  # fmt: skip
-    summary = train(job, world, console)
-    probabilities = outputs_of(model, job.modules["head"], [ids for ids, _ in source.held_out]).softmax(-1).numpy()
-    truth = np.array([label for _, label in source.held_out])
-    majority = Counter(label for _, label in source.train).most_common(1)[0][0]
-    summary |= {
-        "texts_train": len(source.train), "texts_held_out": len(source.held_out), "texts_cut": source.cut,
-        "texts_set_aside": sum(data.set_aside.values()), "labels": data.labels,
-        "majority_label": data.labels[majority], "majority_accuracy": float((truth == majority).mean()),
-        **classification_figures(probabilities, truth),
-    }  # fmt: skip
-    finish_with_head(job, tokenizer, {"kind": "classifier", "labels": data.labels}, world)
-    return TrainedModel(model, out, summary)
 
 
 def classification_figures(probabilities: Float[np.ndarray, "texts labels"], truth: np.ndarray) -> dict[str, Any]:
@@ -299,39 +225,63 @@ class Classifier:
         return [self.labels[place] for place in self.probabilities(texts).argmax(-1).tolist()]
 
 
-class ClassifyMethod(AlignmentMethod):
+class ClassifyMethod(HeadMethod):
     """The stage: a classifier."""
 
+    name = "classify"
     settings = ClassifySettings
-    version = 1
     makes = "classifier"
-    is_default = False
     figures = ("val_loss", "val_accuracy", "final_loss", "accuracy", "majority_accuracy", "calibration_error", "brier")
-    outputs = ("model/[!.]*", f"{HEAD_FOLDER}/[!.]*")
     is_chat = False
-    train = train_classifier
+    saved = (("labels", "labels"),)
+    title = "Classifier"
+    facts = (
+        ("texts", "{texts_train:,}"),
+        ("held out", "{texts_held_out:,}"),
+        ("set aside", "{texts_set_aside:,}"),
+        ("accuracy", share("accuracy")),
+        ("always saying the most frequent label", "{majority_accuracy:.1%}"),
+        ("expected calibration error", "{calibration_error:.1%}"),
+    )
+    lines = ("{texts_train:,} texts", "loss {initial_loss:.2f} → {final_loss:.2f}", share("accuracy"))
+    curves = ("accuracy",)
+
+    def job(self, inputs: Inputs) -> TrainingJob:  # type: ignore[override]
+        """The labelled texts of `settings.data`, and a head with an output for each label."""
+        settings, length = inputs.settings, inputs.model.config.context_length
+        data = load_labelled(settings, inputs.section, inputs.console)
+        source = LabelledRows(data, inputs.tokenizer, length, inputs.seed)
+        if source.cut:
+            inputs.console.warn(
+                f"{inputs.name}: {source.cut} texts are longer than the context of {length} tokens and are cut."
+            )
+        objective = LabelLoss(settings.label_smoothing)
+        n_rows = settings.epochs * len(source.train)
+        return self.head_job(inputs, len(data.labels), objective, source, n_rows, unit="texts")
+
+    def measure(self, inputs: Inputs, job: TrainingJob, summary: dict[str, Any]) -> dict[str, Any]:
+        """How held-out texts are classified, beside what the most frequent label gets right."""
+        source: Any = job.source
+        texts, truth = zip(*source.held_out, strict=True)
+        probabilities = outputs_of(job.model, job.modules["head"], texts).softmax(-1).numpy()
+        majority = Counter(label for _, label in source.train).most_common(1)[0][0]
+        return {
+            "texts_train": len(source.train), "texts_held_out": len(texts), "texts_cut": source.cut,
+            "texts_set_aside": sum(source.data.set_aside.values()), "labels": source.data.labels,
+            "majority_label": source.data.labels[majority],
+            "majority_accuracy": float(np.mean(np.array(truth) == majority)),
+            **classification_figures(probabilities, np.array(truth)),
+        }  # fmt: skip
 
     def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:
-        """Accuracy beside the majority's, confusion, calibration."""
-        accuracy, labels = with_error(summary, "accuracy"), summary.get("labels", [])
+        """With the confusion matrix."""
+        shown, labels = super().shown(stage, summary), summary.get("labels", [])
         confused = [
             (f"{label}: taken for", ", ".join(f"{labels[at]} {n:,}" for at, n in enumerate(row) if n))
             for label, row in zip(labels[:20], summary.get("confusion", []), strict=False)
         ]
-        facts = [
-            ("texts", format_whole(summary.get("texts_train"))),
-            ("held out", format_whole(summary.get("texts_held_out"))),
-            ("set aside", format_whole(summary.get("texts_set_aside"))),
-            ("accuracy", accuracy),
-            ("always saying the most frequent label", in_words(summary, "majority_accuracy", "{:.1%}")),
-            ("expected calibration error", in_words(summary, "calibration_error", "{:.1%}")),
-            *confused,
-        ]
-        lines = format_lines((summary.get("texts_train"), "{} texts"), loss_line(summary))
-        return Shown(
-            "Classifier", [*facts, *training_facts(summary)], [*lines, *([accuracy] if accuracy else [])],
-            curves=("accuracy",),
-        )  # fmt: skip
+        return dataclasses.replace(shown, facts=[*shown.facts, *confused])
 
 
 CLASSIFY = ClassifyMethod()
+train_classifier = CLASSIFY.train

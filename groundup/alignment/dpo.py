@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -32,42 +31,22 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from groundup.alignment import losses
-from groundup.alignment.method import (
-    AlignmentMethod,
-    RecordsSettings,
-    begin,
-    finish,
-    in_words,
-    share_with_error,
-    sized,
-    with_error,
-)
+from groundup.alignment.method import AlignmentMethod, Inputs, reported, share, share_with_error
 from groundup.alignment.packing import by_length
 from groundup.alignment.preferences import (
+    FACTS,
     Encoded,
     Preference,
     PreferenceRows,
     Preferences,
-    load_preferences,
+    PreferenceSettings,
+    rows_to_learn,
 )
 from groundup.console import Console
-from groundup.distributed import World, current_world
+from groundup.distributed import World
 from groundup.model import ModelConfig, Transformer
-from groundup.recipe import Texts, resolve_optimizer, setting
-from groundup.report.format import format_lines, format_whole, loss_line, training_facts
-from groundup.stage import Shown, Stage
-from groundup.tokenizer import Tokenizer
-from groundup.training import (
-    IGNORED,
-    Batch,
-    Term,
-    TrainedModel,
-    TrainingJob,
-    choose_precision,
-    forget_checkpoints,
-    pass_flops,
-    train,
-)
+from groundup.recipe import setting
+from groundup.training import IGNORED, Batch, Term, TrainingJob, choose_precision, pass_flops
 
 Loss = Literal["dpo", "robust", "ipo", "hinge", "kto", "simpo", "orpo"]
 TOKENS_AT_ONCE = 8192
@@ -75,16 +54,16 @@ TOKENS_AT_ONCE = 8192
 AVERAGED, WITHOUT_REFERENCE = ("ipo", "simpo", "orpo"), ("simpo", "orpo")
 
 
-class DPOSettings(RecordsSettings):
+class DPOSettings(PreferenceSettings):
     """A model and preferences to a model that answers as preferred."""
 
-    data: Texts = setting(
-        ("groundup:tasks",),
-        "preferences: files (JSON lines, JSON, Parquet, CSV, also packed) of pairs, rankings, or judged answers, or "
-        "groundup:tasks",
-        min_length=1,
+    lr: float = setting(
+        2e-5,
+        "peak learning rate of all but Muon, far below fine-tuning's (billions of parameters: 5e-7 to 5e-6; with "
+        "adapters, ten times that)",
+        gt=0.0,
+        le=1.0,
     )
-    examples: int = setting(6_000, "pairs that groundup:tasks generates", ge=100, le=10_000_000)
     loss: Loss = setting("dpo", "which of the family: dpo, robust, ipo, hinge, kto, simpo, orpo")
     beta: float = setting(0.1, "β: how strongly the model is held to the reference (simpo: 2 to 10 is usual)", gt=0.0)
     gamma: float = setting(0.5, "simpo: the margin γ that the better answer should have", ge=0.0)
@@ -99,8 +78,6 @@ class DPOSettings(RecordsSettings):
         said = self.model_fields_set
         owners = {"label_smoothing": ("dpo", "robust"), "gamma": ("simpo",), "desirable_weight": ("kto",)}
         wrong = [name for name, owner in owners.items() if name in said and self.loss not in owner]
-        if self.z_loss:
-            wrong.append("z_loss")
         if wrong:
             raise ValueError(f'{", ".join(wrong)}: not of loss = "{self.loss}": leave unset')
         if self.loss == "robust" and not self.label_smoothing:
@@ -142,18 +119,10 @@ class PreferenceLoss:
         if settings.loss == "kto":
             return self._judged(found, batch["is_good"], is_real)
         chosen, rejected = found.unbind(1)
-        each = self._pairs(chosen, rejected)
-        loss = each.where(is_real, 0.0).sum()
-        terms = {"loss": Term(loss, loss.detach())}
-        with torch.no_grad():
-            ahead = (chosen > rejected).float() + 0.5 * (chosen == rejected)
-            shown = {
-                "accuracy": ahead,
-                "margin": settings.beta * (chosen - rejected),
-                "chosen": chosen,
-                "rejected": rejected,
-            }
-            terms |= {name: _shown(values, is_real) for name, values in shown.items()}
+        ahead = (chosen > rejected).float() + 0.5 * (chosen == rejected)
+        margin = settings.beta * (chosen - rejected)
+        each = {"accuracy": ahead, "margin": margin, "chosen": chosen, "rejected": rejected}
+        terms = _summed(self._pairs(chosen, rejected), is_real, **each)
         if self.nll_weight:
             nll = -logprobs[:, 0].sum()
             terms["nll"] = Term(nll, nll.detach(), self.nll_weight)
@@ -196,89 +165,14 @@ class PreferenceLoss:
         each = losses.kto_loss(
             own, is_good, kl, beta=self.settings.beta, desirable_weight=self.settings.desirable_weight
         )
-        loss = each.where(is_real, 0.0).sum()
-        ahead = ((own.detach() > kl) == is_good).float()
-        return {
-            "loss": Term(loss, loss.detach()), "accuracy": _shown(ahead, is_real), "kl": _shown(mismatched, is_real)
-        }  # fmt: skip
+        return _summed(each, is_real, accuracy=((own > kl) == is_good).float(), kl=mismatched)
 
 
-def _shown(values: Tensor, is_real: Tensor) -> Term:
-    total = values.detach().where(is_real, 0.0).sum()
-    return Term(total, total, weight=0.0)
-
-
-def train_dpo(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    settings: DPOSettings,
-    *,
-    out: str | Path,
-    preferences: Preferences | None = None,
-    seed: int = 1,
-    name: str = "dpo",
-    world: World | None = None,
-    console: Console | None = None,
-) -> TrainedModel:
-    """Align a model with preferences; go on from a checkpoint in `out` if there is one.
-
-    Args:
-        model: trained in place; as it is now it is the reference.
-        tokenizer: of the model.
-        settings: what `[align.dpo]` of a recipe says; its `start` loads nothing.
-        out: the folder for logs, checkpoints and the model.
-        preferences: what to learn (default: what `settings.data` names).
-        seed, name, world, console: as for `fine_tune`.
-
-    Raises:
-        DataError: no usable preference.
-        Interrupted: asked to stop; everything is saved.
-    """
-    settings = resolve_optimizer(settings)
-    console, world, out = console or Console(), world or current_world(), Path(out)
-    section = f"align.{name}"
-    preferences = preferences or load_preferences(
-        settings.data, section, console, n_tasks=settings.examples, seed=seed, limit=settings.limit
-    )
-    chosen = _mismatched(preferences.judged()) if settings.loss == "kto" else preferences.pairs()
-    source = PreferenceRows(chosen, tokenizer, model.config.context_length, seed, section)
-    if source.left_out or source.shortened:
-        console.warn(
-            f"{name}: {source.left_out} preferences are longer than the context of {model.config.context_length} "
-            f"tokens and are left out; {source.shortened} lost their oldest turns."
-        )
-    begin(model, settings.lora, seed)
-    objective = PreferenceLoss(settings)
-    flops = 0.0
-    if settings.loss not in WITHOUT_REFERENCE:
-        model.to(world.device).compute_dtype = choose_precision(settings.precision, world.device.type)[0]
-        both = [
-            answer_logprobs(model, source, side, world, console, f"{name}: reference")
-            for side in (source.train, source.held_out)
-        ]
-        source.with_reference(*both)
-        flops = sum(pass_flops(model.config, (1, len(ids))) for one in source.train for ids, _ in one.texts) / 3
-    job = TrainingJob(
-        name=name,
-        modules={"model": model},
-        objective=objective,
-        source=source,
-        settings=settings,
-        n_rows=math.ceil(settings.epochs * len(source.train)),
-        folder=out,
-        seed=seed,
-        row_sequences=2,
-        unit="answers" if settings.loss == "kto" else "pairs",
-        sized=sized(settings, model.config),
-    )
-    summary = train(job, world, console)
-    summary["flops"] += flops
-    summary |= source.figures() | {"preferences_set_aside": sum(preferences.set_aside.values())}
-    if settings.loss != "kto":
-        summary |= held_out_accuracy(model, source, settings, world, console, name)
-    finish(out, model, tokenizer, settings.lora, settings.start, world)
-    forget_checkpoints(job, world)
-    return TrainedModel(model, out, summary)
+def _summed(losses: Tensor, is_real: Tensor, **shown: Tensor) -> dict[str, Term]:
+    """Sums over the rows that are there."""
+    loss = losses.where(is_real, 0.0).sum()
+    sums = {name: values.where(is_real, 0.0).sum() for name, values in shown.items()}
+    return {"loss": Term(loss, loss.detach()), **reported(**sums)}
 
 
 @torch.no_grad()
@@ -286,16 +180,7 @@ def answer_logprobs(
     model: Transformer, rows: PreferenceRows, chosen: Sequence[Encoded], world: World, console: Console | None = None,
     what: str = "log-probabilities",
 ) -> Float[np.ndarray, "preferences answers"]:  # fmt: skip
-    """Σ log p of every answer; every process takes its share, and all must call it.
-
-    Args:
-        model: put into evaluation mode.
-        rows: lays batches out.
-        chosen: whose answers.
-        world: the processes.
-        console: shows how far it is.
-        what: it is, on the console.
-    """
+    """Σ log p of every answer, in evaluation mode; every process takes its share, and all must call it."""
     model.eval()
     n_answers = max(len(one.texts) for one in chosen)
     found = torch.zeros(len(chosen), n_answers)
@@ -316,22 +201,10 @@ def answer_logprobs(
     return found.numpy()
 
 
-def held_out_accuracy(
-    model: Transformer, source: PreferenceRows, settings: DPOSettings, world: World, console: Console, name: str
-) -> dict[str, float]:
-    """How often the model's own measure prefers the better answer of all held-out pairs, with its standard error."""
-    found = answer_logprobs(model, source, source.held_out, world, console, f"{name}: held out")
-    if settings.loss not in WITHOUT_REFERENCE:
-        found = found - np.stack([one.reference for one in source.held_out if one.reference is not None])
-    if settings.loss in AVERAGED:
-        found = found / np.array([[(targets != IGNORED).sum() for _, targets in one.texts] for one in source.held_out])
-    return share_with_error("preference_accuracy", np.sign(found[:, 0] - found[:, 1]) / 2 + 0.5)
-
-
 def _mismatched(preferences: Preferences) -> Preferences:
     """Every judged answer, and beside it, for KTO's z₀, its prompt with an answer to another one."""
     both = []
-    for side in (preferences.train, preferences.held_out):
+    for side in (preferences.judged().train, preferences.judged().held_out):
         rows, half = [], len(side) // 2
         for place, one in enumerate(side):
             others = (side[(place + half + step) % len(side)] for step in range(len(side)))
@@ -344,30 +217,54 @@ def _mismatched(preferences: Preferences) -> Preferences:
 class DPOMethod(AlignmentMethod):
     """The stage: a model learns what is preferred."""
 
+    name = "dpo"
     settings = DPOSettings
-    version = 1
     makes = "lm"
     figures = ("val_loss", "val_accuracy", "final_loss", "preference_accuracy")
     row_sequences = 2
-    train = train_dpo
+    title = "Preference optimization"
+    facts = (
+        *FACTS,
+        ("prefers the better answer", share("preference_accuracy")),
+        ("log-ratio of chosen answers", "{val_chosen:+.2f} nats"),
+        ("log-ratio of rejected answers", "{val_rejected:+.2f} nats"),
+    )
+    lines = ("{preferences_train:,} pairs", "loss {initial_loss:.2f} → {final_loss:.2f}", share("preference_accuracy"))
+    curves = ("accuracy", "margin", "chosen", "rejected")
 
-    def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:
-        """Preferences, accuracy, and what became of the two sides."""
-        accuracy = with_error(summary, "preference_accuracy")
-        facts = [
-            ("loss", f"{stage.settings.loss}, β = {stage.settings.beta:g}"),
-            ("preferences", format_whole(summary.get("preferences_train"))),
-            ("held out", format_whole(summary.get("preferences_held_out"))),
-            ("set aside", format_whole(summary.get("preferences_set_aside"))),
-            ("prefers the better answer", accuracy),
-            ("log-ratio of chosen answers", in_words(summary, "val_chosen", "{:+.2f} nats")),
-            ("log-ratio of rejected answers", in_words(summary, "val_rejected", "{:+.2f} nats")),
-        ]
-        lines = format_lines((summary.get("preferences_train"), "{} pairs"), loss_line(summary))
-        return Shown(
-            "Preference optimization", [*facts, *training_facts(summary)], [*lines, *([accuracy] if accuracy else [])],
-            curves=("accuracy", "margin", "chosen", "rejected"),
-        )  # fmt: skip
+    def job(self, inputs: Inputs, *, preferences: Preferences | None = None) -> TrainingJob:  # type: ignore[override]
+        """Pairs or judged answers (default: what `settings.data` names), with the reference's log-probabilities."""
+        settings, model, world = inputs.settings, inputs.model, inputs.world
+        is_judged = settings.loss == "kto"
+        source = rows_to_learn(inputs, preferences, _mismatched if is_judged else Preferences.pairs)
+        if settings.loss not in WITHOUT_REFERENCE:
+            model.to(world.device).compute_dtype = choose_precision(settings.precision, world.device.type)[0]
+            what = f"{inputs.name}: reference"
+            both = (answer_logprobs(model, source, side, world, inputs.console, what)
+                    for side in (source.train, source.held_out))  # fmt: skip
+            source.with_reference(*both)
+        unit, n_rows = "answers" if is_judged else "pairs", settings.epochs * len(source.train)
+        return inputs.job(PreferenceLoss(settings), source, n_rows, row_sequences=2, unit=unit)
+
+    def measure(self, inputs: Inputs, job: TrainingJob, summary: dict[str, Any]) -> dict[str, Any]:
+        """How often the model's own measure prefers the better answer of all held-out pairs; the reference's FLOPs."""
+        source: Any = job.source
+        loss, config = inputs.settings.loss, job.model.config
+        figures = source.figures()
+        if loss not in WITHOUT_REFERENCE:
+            lengths = [len(ids) for one in source.train for ids, _ in one.texts]
+            figures["flops"] = summary["flops"] + sum(pass_flops(config, (1, length)) for length in lengths) / 3
+        if loss == "kto":
+            return figures
+        what = f"{inputs.name}: held out"
+        found = answer_logprobs(job.model, source, source.held_out, inputs.world, inputs.console, what)
+        if loss not in WITHOUT_REFERENCE:
+            found = found - np.stack([one.reference for one in source.held_out if one.reference is not None])
+        if loss in AVERAGED:
+            lengths = [[(targets != IGNORED).sum() for _, targets in one.texts] for one in source.held_out]
+            found = found / np.array(lengths)
+        return figures | share_with_error("preference_accuracy", np.sign(found[:, 0] - found[:, 1]) / 2 + 0.5)
 
 
 DPO = DPOMethod()
+train_dpo = DPO.train

@@ -12,58 +12,37 @@ weight, and dividing by an answer's own length rewards long wrong answers; so ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
+from jaxtyping import Bool
 from pydantic import model_validator
-from torch import nn
+from torch import Tensor
 
-from groundup.alignment.losses import (
-    Advantages,
-    Aggregation,
-    aggregate,
-    aggregate_count,
-    group_advantages,
-    gspo_policy_loss,
-    kl_estimate,
-    logprobs_head,
-    ppo_policy_loss,
-)
+from groundup.alignment import losses
 from groundup.alignment.on_policy import (
     STAT,
     OnPolicySettings,
     PolicyMethod,
+    PolicyObjective,
     RolloutSource,
     answer_kl,
-    check_first_ratio,
     reference_logprobs,
-    stat_counts,
-    stat_terms,
-    train_policy,
-    trimmed,
 )
-from groundup.alignment.rewards import FunctionReward, Prompts
-from groundup.console import Console
-from groundup.distributed import World
-from groundup.model import ModelConfig, Transformer
 from groundup.model.cost import forward_flops
 from groundup.recipe import setting
-from groundup.tokenizer import Tokenizer
-from groundup.training import IGNORED, Batch, TrainedModel
-from groundup.training.objective import Term, pass_flops
+from groundup.training import Batch
+from groundup.training.objective import Term
 
 
 class GRPOSettings(OnPolicySettings):
     """A model and a verifier to a model that is right more often."""
 
     group: int = setting(8, "answers to each prompt, compared with each other", ge=1, le=1024)
-    advantages: Advantages = setting(
+    advantages: losses.Advantages = setting(
         "dr_grpo", "dr_grpo: reward − mean; grpo: over the standard deviation; rloo: − mean of the others"
     )
-    aggregation: Aggregation = setting(
+    aggregation: losses.Aggregation = setting(
         "dr_grpo", "what a token's loss is divided by: dr_grpo: longest answers; dapo: all tokens; grpo: its answer's; "
         "bnpo: its micro-batch's",
     )  # fmt: skip
@@ -79,110 +58,69 @@ class GRPOSettings(OnPolicySettings):
         return self
 
 
-def grpo(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompts: Prompts,
-    reward: FunctionReward | nn.Module,
-    settings: GRPOSettings | None = None,
-    *,
-    out: str | Path,
-    seed: int = 1,
-    start: str = "fresh",
-    name: str = "grpo",
-    world: World | None = None,
-    console: Console | None = None,
-) -> TrainedModel:
-    """Train a model by GRPO; go on from a checkpoint in `out` if there is one. Arguments and errors as of `ppo`."""
-    settings = settings or GRPOSettings()
-
-    def source(**options: Any) -> RolloutSource:
-        return GroupRollouts(settings=settings, group=settings.group, **options)
-
-    return train_policy(
-        model, tokenizer, prompts, reward, settings, source=source, objective=lambda rollouts: GRPO(settings, rollouts),
-        trained={}, out=out, seed=seed, start=start, name=name, world=world, console=console,
-    )  # fmt: skip
-
-
 class GroupRollouts(RolloutSource):
     """Answers in groups, with advantages."""
 
     settings: GRPOSettings
 
-    def learn_from(self, modules: Mapping[str, nn.Module], batch: Batch, last: Batch) -> tuple[Batch, float]:
+    @property
+    def group(self) -> int:  # type: ignore[override]
+        """Answers to each prompt."""
+        return self.settings.group
+
+    def learn_from(self, modules: Mapping[str, Any], batch: Batch, last: Batch) -> tuple[Batch, float]:
         """Advantages within each group, wherever its answers were written."""
-        settings, world = self.settings, self._world
+        settings, world = self.settings, self.world
         rewards = world.gather(batch["rewards"]).view(-1, settings.group)
-        advantages = group_advantages(rewards, settings.advantages)
+        advantages = losses.group_advantages(rewards, settings.advantages)
         silent = (advantages == 0).all(1, keepdim=True).float().expand_as(rewards)
         share = world.rows(self.buffer_rows)
-        reference = reference_logprobs(modules["reference"], batch, settings.temperature)
-        model = modules["model"]
-        assert isinstance(model, Transformer)
+        reference = reference_logprobs(modules, batch, settings.temperature)
         return {
             "advantages": advantages.flatten()[share], "reference": reference, STAT + "kl": answer_kl(batch, reference),
             STAT + "silent_groups": silent.flatten()[share].contiguous(),
-        }, len(reference) * forward_flops(model.config, self.width)  # fmt: skip
+        }, len(reference) * forward_flops(modules["model"].config, self.width)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class GRPO:
-    """The clipped loss of answers, by their advantages in the group.
-
-    Attributes:
-        settings: of the stage.
-        source: says whether a minibatch is the first of its buffer.
-    """
+class GRPO(PolicyObjective):
+    """The clipped loss of answers, by their advantages in the group."""
 
     settings: GRPOSettings
-    source: RolloutSource
 
-    def counts(self, batch: Batch) -> dict[str, float]:
-        """What the aggregation divides by; tokens; rows that have the other figures."""
-        mask = batch["targets"] != IGNORED
-        count = aggregate_count(mask, self.settings.aggregation, self.settings.max_tokens)
-        n = int(mask.sum())
-        return {"policy": count, "divergence": count, "entropy": n, "clipped": n, **stat_counts(batch)}
+    def divisors(self, mask: Bool[Tensor, "rows seq"]) -> dict[str, float]:
+        """What the aggregation divides by."""
+        count = losses.aggregate_count(mask, self.settings.aggregation, self.settings.max_tokens)
+        return dict.fromkeys(("policy", "divergence"), count)
 
-    def terms(self, modules: Mapping[str, nn.Module], batch: Batch) -> dict[str, Term]:
+    def losses(
+        self, modules: Mapping[str, Any], batch: Batch, mask: Bool[Tensor, "rows seq"]
+    ) -> tuple[losses.TokenStatistics, losses.PolicyLoss, dict[str, Term]]:
         """One pass of the policy."""
-        settings, stats = self.settings, stat_terms(batch)
-        batch = trimmed(batch)
-        targets, mask, advantages = batch["targets"], batch["targets"] != IGNORED, batch["advantages"][:, None]
-        found = modules["model"](batch["ids"][:, :-1], head=logprobs_head(targets, settings.temperature))
-        dtype: torch.dtype = modules["model"].compute_dtype  # type: ignore[assignment]
-        if modules["model"].training:
-            check_first_ratio(self.source.is_first, found.logprobs, batch["old"], mask, dtype)
+        settings, old, advantages = self.settings, batch["old"], batch["advantages"][:, None]
         clip, high = settings.clip, settings.clip_high
+        found = modules["model"](
+            batch["ids"][:, :-1], head=losses.logprobs_head(batch["targets"], settings.temperature)
+        )
         if settings.ratio == "answer":
-            policy = gspo_policy_loss(found.logprobs, batch["old"], advantages, mask, clip=clip, clip_high=high)
+            policy = losses.gspo_policy_loss(found.logprobs, old, advantages, mask, clip=clip, clip_high=high)
         else:
-            policy = ppo_policy_loss(found.logprobs, batch["old"], advantages, clip=clip, clip_high=high)
+            policy = losses.ppo_policy_loss(found.logprobs, old, advantages, clip=clip, clip_high=high)
         # k3 times the ratio has the gradient of KL(π ‖ π_ref); k3 alone has that of the other direction.
-        divergence = kl_estimate(found.logprobs, batch["reference"], "k3", old=batch["old"])
-        losses, kl = (aggregate(part, mask, settings.aggregation) for part in (policy.losses, divergence))
-        entropy, clipped = found.entropy.where(mask, 0.0).sum(), (policy.is_clipped & mask).sum()
-        return {
-            "policy": Term(losses, losses.detach()),
-            "divergence": Term(kl, kl.detach(), settings.kl_coef),
-            "entropy": Term(entropy, entropy, 0.0),
-            "clipped": Term(clipped, clipped, 0.0),
-            **stats,
-        }
-
-    def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
-        """The policy's forward and backward pass."""
-        return pass_flops(config, shape)
+        divergence = losses.kl_estimate(found.logprobs, batch["reference"], "k3", old=old)
+        loss, kl = (losses.aggregate(part, mask, settings.aggregation) for part in (policy.losses, divergence))
+        terms = {"policy": Term(loss, loss.detach()), "divergence": Term(kl, kl.detach(), settings.kl_coef)}
+        return found, policy, terms
 
 
 class GRPOMethod(PolicyMethod):
     """The stage: reinforcement learning within groups of answers."""
 
+    name = "grpo"
     settings = GRPOSettings
-    run = staticmethod(grpo)
+    source, objective = GroupRollouts, GRPO
     title = "Group-relative policy optimization"
     curves = ("reward", "held_out_reward", "silent_groups", "kl", "entropy", "clipped")
 
 
 GRPO_METHOD = GRPOMethod()
+grpo = GRPO_METHOD.train

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +20,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from groundup.alignment.lora import freeze
-from groundup.alignment.method import RecordsSettings, begin, finish, sized
+from groundup.alignment.method import AlignmentMethod, Inputs
 from groundup.alignment.packing import by_length
-from groundup.distributed import World, full_tensor
+from groundup.distributed import full_tensor
 from groundup.errors import ArtifactError
 from groundup.files import atomic_folder, write_json, write_tensors
 from groundup.interop import load_model
-from groundup.model import OutputLayer, Transformer
+from groundup.model import ModelConfig, OutputLayer, Transformer
+from groundup.stage import Stage
 from groundup.tokenizer import Tokenizer
-from groundup.training import Objective, Source, TrainingJob, forget_checkpoints
+from groundup.training import Objective, Source, TrainingJob
+from groundup.training.optimizers import Shapes
 from groundup.untrusted import file_inside, read_object, reading
 
 HEAD_FOLDER = "head"
@@ -36,7 +38,7 @@ _WEIGHTS, _CONFIG = "head.safetensors", "head.json"
 
 
 class Head(nn.Module):
-    """A linear layer on hidden states, in float32; of single tokens (values), or of the last one of a text."""
+    """A linear layer on hidden states, in float32."""
 
     def __init__(self, d_model: int, n_outputs: int = 1, seed: int = 1) -> None:
         super().__init__()
@@ -58,40 +60,41 @@ def at_ends(ends: Int[Tensor, " batch"]) -> Callable[[Tensor, OutputLayer], Floa
     return pick
 
 
-def job_with_head(
-    model: Transformer, n_outputs: int, objective: Objective, source: Source, n_rows: float, settings: RecordsSettings,
-    *, out: Path, seed: int, name: str, unit: str, row_sequences: int = 1,
-) -> TrainingJob:  # fmt: skip
-    """A job that trains a model, or adapters beside it, and a fresh head."""
-    begin(model, settings.lora, seed)
-    if model.lm_head is not None:
-        freeze(model.lm_head)  # it has no gradient
-    return TrainingJob(
-        name=name,
-        modules={"model": model, "head": Head(model.config.d_model, n_outputs, seed)},
-        objective=objective,
-        source=source,
-        settings=settings,
-        n_rows=math.ceil(n_rows),
-        folder=out,
-        seed=seed,
-        row_sequences=row_sequences,
-        unit=unit,
-        sized=sized(settings.model_copy(update={"groups": ()}), model.config),
-    )
+class HeadMethod(AlignmentMethod):
+    """A method that trains a model, or adapters beside it, and a fresh head.
 
+    Attributes:
+        saved: what `head/` keeps of the summary: its name there, and the figure's.
+    """
 
-def finish_with_head(job: TrainingJob, tokenizer: Tokenizer, values: dict[str, Any], world: World) -> None:
-    """Write `model/`, and `head/` with what else there is to know of it; every process must call it."""
-    settings: Any = job.settings
-    finish(job.folder, job.model, tokenizer, settings.lora, settings.start, world)
-    tensors = {name: full_tensor(part).detach().cpu() for name, part in job.modules["head"].named_parameters()}
-    if world.is_first:
-        with atomic_folder(job.folder / HEAD_FOLDER) as partial:
-            write_tensors(partial / _WEIGHTS, tensors)
-            write_json(partial / _CONFIG, values)
-    world.wait()
-    forget_checkpoints(job, world)
+    is_default = False
+    outputs = ("model/[!.]*", f"{HEAD_FOLDER}/[!.]*")
+    saved: ClassVar[tuple[tuple[str, str], ...]]
+
+    def beside(self, stage: Stage, config: ModelConfig) -> dict[str, Shapes]:
+        """The head; how many outputs it has, the data say."""
+        return {"head": {"weight": (1, config.d_model)}}
+
+    def head_job(
+        self, inputs: Inputs, n_outputs: int, objective: Objective, source: Source, n_rows: float, **more: Any
+    ) -> TrainingJob:
+        """A job with a head of so many outputs."""
+        model = inputs.model
+        if model.lm_head is not None:
+            freeze(model.lm_head)  # it has no gradient
+        head = Head(model.config.d_model, n_outputs, inputs.seed)
+        return inputs.job(objective, source, n_rows, beside={"head": head}, **more)
+
+    def save(self, inputs: Inputs, job: TrainingJob, summary: dict[str, Any]) -> None:
+        """Write `model/`, and `head/` with what else there is to know of it."""
+        super().save(inputs, job, summary)
+        tensors = {name: full_tensor(part).detach().cpu() for name, part in job.modules["head"].named_parameters()}
+        if inputs.world.is_first:
+            with atomic_folder(job.folder / HEAD_FOLDER) as partial:
+                write_tensors(partial / _WEIGHTS, tensors)
+                values = {name: summary[figure] for name, figure in self.saved}
+                write_json(partial / _CONFIG, {"kind": self.makes, **values})
+        inputs.world.wait()
 
 
 def load_with_head(folder: str | Path, kind: str) -> tuple[Transformer, Tokenizer, Head, dict[str, Any]]:

@@ -39,12 +39,12 @@ from groundup.interop.stored import target_layout
 from groundup.model import ModelConfig, Transformer
 from groundup.model.cost import parameter_shapes
 from groundup.model.linear import Linear
-from groundup.recipe import GroupSettings, OptimizerSettings, Section, Texts, setting
+from groundup.recipe import Section, Texts, setting
 from groundup.untrusted import file_inside, read_object, reading
 
 ADAPTER_FOLDER = "adapter"
-_CONFIG, _WEIGHTS, _PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-_MAGNITUDE = "lora_magnitude_vector"
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
 
 class LoraSettings(Section):
@@ -78,10 +78,9 @@ class LoraLinear(nn.Module):
         is_on: false: the layer is its base.
     """
 
-    def __init__(self, base: nn.Module, settings: LoraSettings, name: str, seed: int) -> None:
+    def __init__(self, base: Linear | Quantized, settings: LoraSettings, name: str, seed: int) -> None:
         super().__init__()
         weight = base.weight
-        assert isinstance(weight, Tensor)
         d_out, d_in = weight.shape
         draw = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{seed}/{name}.lora_A".encode()) >> 1)
         drawn = (2 * torch.rand(settings.rank, d_in, generator=draw) - 1) / math.sqrt(d_in)
@@ -97,28 +96,23 @@ class LoraLinear(nn.Module):
         if isinstance(self.base, Quantized):
             y = _FrozenProduct.apply(x, self.base)  # type: ignore[no-untyped-call]
         else:
-            y = F.linear(x, self._weight().to(x.dtype))
+            y = F.linear(x, self.base.weight.to(x.dtype))
         if self.is_on:
             inputs = F.dropout(x, self.dropout, self.training) if self.dropout else x
             update = F.linear(F.linear(inputs, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
             y = torch.add(y, update, alpha=self.scale)
             if self.magnitude is not None:
-                length = (self._weight() + self.scale * (self.lora_B @ self.lora_A)).detach().norm(dim=1)
+                length = (self.base.weight + self.scale * (self.lora_B @ self.lora_A)).detach().norm(dim=1)
                 y = y * (self.magnitude / length).to(x.dtype)
         return y if bias is None else y + bias.to(x.dtype)
 
     @torch.no_grad()
     def merged_weight(self) -> Float[Tensor, "d_out d_in"]:
         """W with the adapter in it, float32; every process must call it."""
-        weight = self._weight().float() + self.scale * (full_tensor(self.lora_B) @ full_tensor(self.lora_A))
+        weight = self.base.weight.float() + self.scale * (full_tensor(self.lora_B) @ full_tensor(self.lora_A))
         if self.magnitude is None:
             return weight
         return weight * (full_tensor(self.magnitude) / weight.norm(dim=1))[:, None]
-
-    def _weight(self) -> Tensor:
-        weight = self.base.weight
-        assert isinstance(weight, Tensor)
-        return weight
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -154,8 +148,8 @@ def add_adapters(model: Transformer, settings: LoraSettings, seed: int = 1) -> N
         quantize(model, Quantization(settings.base_bits))
     freeze(model)
     for name in chosen:
-        base = model.get_submodule(name)
-        _put(model, name, LoraLinear(base, settings, name, seed).train(base.training))
+        base: Any = model.get_submodule(name)
+        model.set_submodule(name, LoraLinear(base, settings, name, seed).train(base.training))
 
 
 def target_layers(shapes: dict[str, tuple[int, ...]], settings: LoraSettings) -> list[str]:
@@ -179,11 +173,6 @@ def target_layers(shapes: dict[str, tuple[int, ...]], settings: LoraSettings) ->
             f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(parts)}.",
         )
     return [name for name in layers if not settings.targets or {name, name.rpartition(".")[2]} & {*settings.targets}]
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
 
 
 def adapters(model: nn.Module) -> dict[str, LoraLinear]:
@@ -212,22 +201,23 @@ def merged(model: nn.Module) -> Iterator[None]:
     """
     layers = adapters(model)
     for name, layer in layers.items():
-        _put(model, name, _plain(layer))
+        model.set_submodule(name, _plain(layer))
     try:
         yield
     finally:
         for name, layer in layers.items():
-            _put(model, name, layer)
+            model.set_submodule(name, layer)
 
 
 def merge(model: Transformer) -> None:
     """Put the adapters into the matrices for good, in place: an ordinary model again; every process must call it."""
     for name, layer in adapters(model).items():
-        _put(model, name, _plain(layer))
+        model.set_submodule(name, _plain(layer))
     for name, module in [*model.named_modules()]:
         if isinstance(module, Quantized):
-            made = _Rows(module.weight) if name == "embed_tokens" else _linear(module.weight, module.bias)
-            _put(model, name, made.train(module.training))
+            weight, is_embedding = module.weight, name == "embed_tokens"
+            made = nn.Embedding(*weight.shape, _weight=weight) if is_embedding else _linear(weight, module.bias)
+            model.set_submodule(name, made.train(module.training))
     model.__dict__.pop("quantization", None)
     thaw(model)
 
@@ -251,14 +241,6 @@ def thaw(module: nn.Module) -> None:
                 del part._buffers[name]
                 part.register_parameter(name, nn.Parameter(buffer))
     module.requires_grad_(True)
-
-
-class _Rows(nn.Embedding):
-    """An embedding of these rows."""
-
-    def __init__(self, rows: Tensor) -> None:
-        super().__init__(*rows.shape, device="meta")
-        self.weight = nn.Parameter(rows)
 
 
 def _plain(layer: LoraLinear) -> Linear:
@@ -290,14 +272,6 @@ def adapter_shapes(config: ModelConfig, lora: LoraSettings | None) -> dict[str, 
     return found
 
 
-def memory_settings(settings: OptimizerSettings, lora: LoraSettings | None, *, is_tied: bool) -> OptimizerSettings:
-    """Settings with which memory is estimated: with adapters, matrices have neither gradients nor optimizer state."""
-    if lora is None:
-        return settings
-    patterns = ("layers.*.self_attn.*", "layers.*.mlp.*", "embed_*", *(() if is_tied else ("lm_head*",)))
-    return settings.model_copy(update={"groups": tuple(GroupSettings(match=one, frozen=True) for one in patterns)})
-
-
 # PEFT's files
 
 
@@ -313,21 +287,18 @@ def save_adapter(
         base: the model that they belong to, for people and for PEFT.
         world: the processes; the first one writes.
     """
-    world = world or current_world()
-    names = _names_in_file(model)
-    tensors: dict[str, Tensor] = {}
-    for name, layer in adapters(model).items():
-        parts: dict[str, Tensor | None] = {
-            "lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B, _MAGNITUDE: layer.magnitude
-        }  # fmt: skip
-        for kind, part in parts.items():
-            if part is not None:
-                tensors[f"{_PREFIX}{names[name]}.{kind}"] = full_tensor(part).detach().cpu().contiguous()
+    world, keys = world or current_world(), _keys_in_file(model)
+    tensors = {
+        keys[name]: full_tensor(part).detach().cpu().contiguous()
+        for name, part in model.named_parameters()
+        if name in keys
+    }
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout, "bias": "none",
         "use_dora": settings.dora, "fan_in_fan_out": False,
-        "target_modules": sorted({names[name].rpartition(".")[2] for name in adapters(model)}),
+        "target_modules": sorted({key.removesuffix(".lora_A.weight").rpartition(".")[2]
+                                  for key in tensors if key.endswith("lora_A.weight")}),
     }  # fmt: skip
     if world.is_first:
         with atomic_folder(Path(folder)) as partial:
@@ -342,65 +313,52 @@ def load_adapter(folder: str | Path, model: Transformer) -> LoraSettings:
     Raises:
         ArtifactError: damaged, of another model, or with a part that is not computed here.
     """
-    folder = Path(folder)
+    folder, keys = Path(folder), _keys_in_file(model)
     values = read_object(file_inside(folder, _CONFIG))
     with reading(str(folder / _CONFIG)):
-        rank, alpha = int(values["r"]), float(values["lora_alpha"])
-        if values.get("use_rslora"):
-            alpha *= math.sqrt(rank)
-        strange = [
-            name
-            for name in ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication")
-            if values.get(name)
-        ]
-        strange += [f"bias = {values['bias']}"] if values.get("bias", "none") != "none" else []
-        strange += [f"peft_type = {values['peft_type']}"] if values.get("peft_type") != "LORA" else []
+        usual: dict[str, Any] = {
+            "peft_type": "LORA", "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None,
+            "layer_replication": None,
+        }  # fmt: skip
+        strange = [f"{name} = {values[name]}" for name, value in usual.items() if (values.get(name) or value) != value]
         if strange:
             raise ArtifactError(f"{folder / _CONFIG}: {', '.join(strange)}: groundup does not compute this.")
-        tensors = load_file(file_inside(folder, _WEIGHTS))
-        ours = {outside: name for name, outside in _names_in_file(model).items()}
-        found: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            module, kind = _split(key)
-            if module not in ours:
-                raise ArtifactError(f"{folder / _WEIGHTS}: {key} belongs to no linear layer of this model.")
-            found.setdefault(ours[module], {})[kind] = tensor
+        # Some versions write the magnitude with an ending.
+        tensors = {
+            key.replace(f"{_PARTS['magnitude']}.weight", _PARTS["magnitude"]): tensor
+            for key, tensor in load_file(file_inside(folder, _WEIGHTS)).items()
+        }
+        rank, alpha = int(values["r"]), float(values["lora_alpha"])
         settings = LoraSettings(
-            rank=rank, alpha=alpha, targets=tuple(found), dropout=float(values.get("lora_dropout", 0.0)),
-            dora=bool(values.get("use_dora", False)),
+            rank=rank, alpha=alpha * math.sqrt(rank) if values.get("use_rslora") else alpha,
+            targets=tuple(name.removesuffix(".lora_A") for name, key in keys.items()
+                          if name.endswith(".lora_A") and key in tensors),
+            dropout=float(values.get("lora_dropout", 0.0)), dora=bool(values.get("use_dora", False)),
         )  # fmt: skip
+    shapes = adapter_shapes(model.config, settings)
+    wanted = {keys[name]: shape for name, shape in shapes.items()}
+    wrong = {key for key, tensor in tensors.items() if wanted.get(key) != tensor.shape} | (wanted.keys() - tensors)
+    if wrong or not tensors:
+        raise ArtifactError(
+            f"{folder / _WEIGHTS}: {min(wrong, default='nothing in it')}: does not fit the model's layers and rank "
+            f"{rank}."
+        )
     add_adapters(model, settings)
-    kinds = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
-    kinds |= {_MAGNITUDE: "magnitude"} if settings.dora else {}
-    with torch.no_grad():
-        for name, layer in adapters(model).items():
-            for kind, own in kinds.items():
-                parameter, stored = getattr(layer, own), found[name].get(kind)
-                if stored is None or stored.shape != parameter.shape or len(found[name]) != len(kinds):
-                    raise ArtifactError(
-                        f"{folder / _WEIGHTS}: {name}: its tensors do not fit the layer and rank {rank}."
-                    )
-                parameter.copy_(stored)
+    model.load_state_dict({name: tensors[keys[name]] for name in shapes}, strict=False)
     return settings
 
 
-def _split(key: str) -> tuple[str, str]:
-    """A key of PEFT's file: the module in its model's file, and which part of the adapter."""
-    key = key.removeprefix(_PREFIX)
-    for kind in ("lora_A.weight", "lora_B.weight", _MAGNITUDE):
-        for ending in (f".{kind}", f".{kind}.weight"):  # as some versions write the magnitude
-            if key.endswith(ending):
-                return key.removesuffix(ending), kind
-    return key, ""
+def _keys_in_file(model: Transformer) -> dict[str, str]:
+    """What the parameters that adapters can have are called in PEFT's file.
 
-
-def _names_in_file(model: Transformer) -> dict[str, str]:
-    """What the layers that can have an adapter are called in the family's files, where each has a tensor of its own."""
+    Their layers have there the names of the family's files, where each has a tensor of its own.
+    """
     shapes = parameter_shapes(model.config)
     layout = target_layout(model.config, shapes_in_file(shapes, model.config))
-    found = {}
+    found: dict[str, str] = {}
     for name in target_layers(shapes, LoraSettings()):
         place, tensors = layout.places[f"{name}.weight"], layout.sources[f"{name}.weight"]
         is_alone = len(tensors) == 1 and place.slots == 1 and not place.transposed
-        found[name] = tensors[0].removesuffix(".weight") if is_alone else f"model.{name}"
+        outside = tensors[0].removesuffix(".weight") if is_alone else f"model.{name}"
+        found |= {f"{name}.{own}": f"base_model.model.{outside}.{part}" for own, part in _PARTS.items()}
     return found

@@ -13,7 +13,7 @@ are the reductions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,10 @@ from groundup.training.objective import IGNORED, SLICE_BYTES
 Estimator = Literal["k1", "k2", "k3"]
 Advantages = Literal["grpo", "dr_grpo", "rloo"]
 Aggregation = Literal["grpo", "bnpo", "dapo", "dr_grpo"]
+Values: TypeAlias = Float[Tensor, "*batch"]
+Pairs: TypeAlias = Float[Tensor, " pairs"]
+Tokens: TypeAlias = Float[Tensor, "batch seq"]
+Mask: TypeAlias = Bool[Tensor, "batch seq"]
 
 
 # Log-probabilities and masked statistics
@@ -40,20 +44,20 @@ class TokenStatistics(NamedTuple):
         entropy: of the distribution it is of, in nats, without gradient.
     """
 
-    logprobs: Float[Tensor, "batch seq"]
-    entropy: Float[Tensor, "batch seq"]
+    logprobs: Tokens
+    entropy: Tokens
 
 
 def token_logprobs(
     logits: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*batch"], temperature: float = 1.0
-) -> Float[Tensor, "*batch"]:
+) -> Values:
     """log softmax(logits / temperature) at the targets; 0 where a target is `IGNORED`."""
     is_target = targets != IGNORED
     logprobs = (logits.float() / temperature).log_softmax(-1)
     return logprobs.gather(-1, targets.where(is_target, 0)[..., None])[..., 0].where(is_target, 0.0)
 
 
-def entropy(logits: Float[Tensor, "*batch vocab"], temperature: float = 1.0) -> Float[Tensor, "*batch"]:
+def entropy(logits: Float[Tensor, "*batch vocab"], temperature: float = 1.0) -> Values:
     """−Σ p log p of softmax(logits / temperature), in nats."""
     logprobs = (logits.float() / temperature).log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)
@@ -91,14 +95,14 @@ def logprobs_head(
 
 def sequence_logprobs(
     logprobs: Float[Tensor, "*batch seq"], mask: Bool[Tensor, "*batch seq"], *, average: bool = False
-) -> Float[Tensor, "*batch"]:
+) -> Values:
     """Σ_t log p over the masked tokens of each row, or their mean."""
     total = logprobs.where(mask, 0.0).sum(-1)
     return total / mask.sum(-1).clamp(min=1) if average else total
 
 
 def masked_mean(
-    values: Float[Tensor, "*batch"], mask: Bool[Tensor, "*batch"], *, count: float | Tensor | None = None
+    values: Values, mask: Bool[Tensor, "*batch"], *, count: float | Tensor | None = None
 ) -> Float[Tensor, ""]:
     """Σ masked values / count.
 
@@ -110,9 +114,7 @@ def masked_mean(
     return values.where(mask, 0.0).sum() / (mask.sum().clamp(min=1) if count is None else count)
 
 
-def whiten(
-    values: Float[Tensor, "*batch"], mask: Bool[Tensor, "*batch"], *, shift_mean: bool = True, unbiased: bool = True
-) -> Float[Tensor, "*batch"]:
+def whiten(values: Values, mask: Bool[Tensor, "*batch"], *, shift_mean: bool = True, unbiased: bool = True) -> Values:
     """Masked values with mean 0 and variance 1; 0 elsewhere.
 
     Args:
@@ -132,9 +134,8 @@ def whiten(
 
 
 def bradley_terry_loss(
-    chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"],
-    *, margin: float | Tensor = 0.0, centering: float = 0.0,
-) -> Float[Tensor, " pairs"]:  # fmt: skip
+    chosen: Pairs, rejected: Pairs, *, margin: float | Tensor = 0.0, centering: float = 0.0
+) -> Pairs:
     """−log σ(chosen − rejected − margin) + centering · (chosen + rejected)²: a reward model's loss.
 
     arXiv:2203.02155, equation 1; margin: arXiv:2307.09288, section 3.2.2; centering: arXiv:2312.09244, section 3.
@@ -142,33 +143,25 @@ def bradley_terry_loss(
     return -F.logsigmoid(chosen - rejected - margin) + centering * (chosen + rejected).square()
 
 
-def dpo_loss(
-    chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"], *, beta: float, label_smoothing: float = 0.0
-) -> Float[Tensor, " pairs"]:
+def dpo_loss(chosen: Pairs, rejected: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Pairs:
     """−(1 − ε) log σ(β Δ) − ε log σ(−β Δ) of log-ratios (arXiv:2305.18290, equation 7; ε: cDPO)."""
     margin = beta * (chosen - rejected)
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
-def robust_dpo_loss(
-    chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"], *, beta: float, label_smoothing: float
-) -> Float[Tensor, " pairs"]:
+def robust_dpo_loss(chosen: Pairs, rejected: Pairs, *, beta: float, label_smoothing: float) -> Pairs:
     """`dpo_loss` without bias where a share ε < 1/2 of the preferences are flipped (arXiv:2403.00409, equation 10)."""
     margin = beta * (chosen - rejected)
     kept, flipped = -F.logsigmoid(margin), -F.logsigmoid(-margin)
     return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
-def ipo_loss(
-    chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"], *, beta: float
-) -> Float[Tensor, " pairs"]:
+def ipo_loss(chosen: Pairs, rejected: Pairs, *, beta: float) -> Pairs:
     """(Δ − 1 / (2 β))² (arXiv:2310.12036, equation 17); of log-ratios averaged over tokens it is TRL's."""
     return (chosen - rejected - 1 / (2 * beta)).square()
 
 
-def hinge_loss(
-    chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"], *, beta: float
-) -> Float[Tensor, " pairs"]:
+def hinge_loss(chosen: Pairs, rejected: Pairs, *, beta: float) -> Pairs:
     """max(0, 1 − β Δ) (SLiC-HF, arXiv:2305.10425, with log-ratios, as in arXiv:2309.06657)."""
     return F.relu(1 - beta * (chosen - rejected))
 
@@ -191,14 +184,12 @@ def kto_loss(
     return (1 - torch.sigmoid(beta * signed)) * torch.where(is_desirable, desirable_weight, undesirable_weight)
 
 
-def simpo_loss(
-    chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"], *, beta: float, gamma: float
-) -> Float[Tensor, " pairs"]:
+def simpo_loss(chosen: Pairs, rejected: Pairs, *, beta: float, gamma: float) -> Pairs:
     """−log σ(β (s(w)/|w| − s(l)/|l|) − γ) of averaged log-probabilities, no reference (arXiv:2405.14734, eq. 6)."""
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
-def orpo_loss(chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
+def orpo_loss(chosen: Pairs, rejected: Pairs) -> Pairs:
     """−log σ(log odds(w) − log odds(l)), odds = p / (1 − p), of averaged log-probabilities (arXiv:2403.07691, eq. 7).
 
     Beside the chosen answer's cross-entropy; no reference.
@@ -218,9 +209,8 @@ def _log1mexp(x: Tensor) -> Tensor:
 
 
 def kl_estimate(
-    logprobs: Float[Tensor, "*batch"], reference: Float[Tensor, "*batch"], estimator: Estimator = "k1",
-    *, old: Float[Tensor, "*batch"] | None = None,
-) -> Float[Tensor, "*batch"]:  # fmt: skip
+    logprobs: Values, reference: Values, estimator: Estimator = "k1", *, old: Values | None = None
+) -> Values:
     """KL(policy ‖ reference) from tokens that the policy drew (Schulman, "Approximating KL divergence", 2020).
 
     With d = log π − log π_ref: k1 = d, k2 = d² / 2, k3 = e⁻ᵈ − 1 + d. As values, k1 and k3 have the KL as their mean,
@@ -243,19 +233,14 @@ def adaptive_kl_coef(coef: float, kl: float, *, target: float, horizon: float, n
     return coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * n / horizon)
 
 
-def token_rewards(
-    scores: Float[Tensor, " batch"], kl: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"], *, kl_coef: float
-) -> Float[Tensor, "batch seq"]:
+def token_rewards(scores: Float[Tensor, " batch"], kl: Tokens, mask: Mask, *, kl_coef: float) -> Tokens:
     """−kl_coef · KL at every token of the answer, and the answer's score at its last one (arXiv:1909.08593, eq. 2)."""
     place = torch.arange(mask.shape[1], device=mask.device)
     is_last = mask & (place == place.where(mask, -1).amax(-1, keepdim=True))
     return (-kl_coef * kl).where(mask, 0.0) + scores[:, None].where(is_last, 0.0)
 
 
-def gae(
-    rewards: Float[Tensor, "batch seq"], values: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"],
-    *, gamma: float = 1.0, lam: float = 0.95,
-) -> tuple[Float[Tensor, "batch seq"], Float[Tensor, "batch seq"]]:  # fmt: skip
+def gae(rewards: Tokens, values: Tokens, mask: Mask, *, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tokens, Tokens]:
     """Generalized advantage estimates, and returns = advantages + values (arXiv:1506.02438, equation 16).
 
         δ_t = R_t + γ V_{t+1} − V_t        A_t = Σ_k (γ λ)ᵏ δ_{t+k}
@@ -283,13 +268,13 @@ class PolicyLoss(NamedTuple):
         is_clipped: where the clipped form is the larger one, so that the token has no gradient.
     """
 
-    losses: Float[Tensor, "batch seq"]
-    ratio: Float[Tensor, "batch seq"]
-    is_clipped: Bool[Tensor, "batch seq"]
+    losses: Tokens
+    ratio: Tokens
+    is_clipped: Mask
 
 
 def ppo_policy_loss(
-    logprobs: Float[Tensor, "batch seq"], old: Float[Tensor, "batch seq"], advantages: Float[Tensor, "#batch #seq"],
+    logprobs: Tokens, old: Tokens, advantages: Float[Tensor, "#batch #seq"],
     *, clip: float = 0.2, clip_high: float | None = None,
 ) -> PolicyLoss:  # fmt: skip
     """max(−A ρ, −A clip(ρ, 1 − clip, 1 + clip_high)) with ρ = π / π_old (arXiv:1707.06347, equation 7).
@@ -310,18 +295,15 @@ def ppo_policy_loss(
 
 
 def gspo_policy_loss(
-    logprobs: Float[Tensor, "batch seq"], old: Float[Tensor, "batch seq"], advantages: Float[Tensor, "#batch #seq"],
-    mask: Bool[Tensor, "batch seq"], *, clip: float = 3e-4, clip_high: float | None = 4e-4,
+    logprobs: Tokens, old: Tokens, advantages: Float[Tensor, "#batch #seq"],
+    mask: Mask, *, clip: float = 3e-4, clip_high: float | None = 4e-4,
 ) -> PolicyLoss:  # fmt: skip
     """`ppo_policy_loss` with one ratio for all tokens of an answer: exp(mean_t log ρ_t) (arXiv:2507.18071, eq. 7)."""
     mean = sequence_logprobs(logprobs - old, mask, average=True)[:, None].expand_as(logprobs)
     return ppo_policy_loss(mean, torch.zeros_like(mean), advantages, clip=clip, clip_high=clip_high)
 
 
-def ppo_value_loss(
-    values: Float[Tensor, "batch seq"], old_values: Float[Tensor, "batch seq"], returns: Float[Tensor, "batch seq"],
-    *, clip: float | None = 0.2,
-) -> Float[Tensor, "batch seq"]:  # fmt: skip
+def ppo_value_loss(values: Tokens, old_values: Tokens, returns: Tokens, *, clip: float | None = 0.2) -> Tokens:
     """½ max((V − R)², (clip(V, V_old ± clip) − R)²); None: not clipped."""
     losses = (values - returns).square()
     if clip is not None:
@@ -330,9 +312,7 @@ def ppo_value_loss(
     return 0.5 * losses
 
 
-def explained_variance(
-    values: Float[Tensor, "*batch"], returns: Float[Tensor, "*batch"], mask: Bool[Tensor, "*batch"]
-) -> Float[Tensor, ""]:
+def explained_variance(values: Values, returns: Values, mask: Bool[Tensor, "*batch"]) -> Float[Tensor, ""]:
     """1 − Var(R − V) / Var(R): 1 is a perfect value model, 0 one that says a constant; NaN if all returns are alike."""
     error, returns = (returns - values)[mask], returns[mask]
     return torch.where(returns.var() > 0, 1 - error.var() / returns.var(), torch.nan)
@@ -354,17 +334,15 @@ def group_advantages(
     count = known.sum(-1, keepdim=True)
     found = rewards.where(known, 0.0)
     centred = (found - found.sum(-1, keepdim=True) / count.clamp(min=1)).where(known, 0.0)
-    largest, least = (sign * (sign * rewards).where(known, -torch.inf).amax(-1, keepdim=True) for sign in (1, -1))
+    largest, least = rewards.nan_to_num(-torch.inf).amax(-1), rewards.nan_to_num(torch.inf).amin(-1)
     if kind == "grpo":
         centred = centred / ((centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt() + 1e-4)
     elif kind == "rloo":
         centred = centred * count / (count - 1).clamp(min=1)
-    return centred.where(largest > least, 0.0)
+    return centred.where((largest > least)[..., None], 0.0)
 
 
-def aggregate(
-    losses: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"], how: Aggregation = "dr_grpo"
-) -> Float[Tensor, ""]:
+def aggregate(losses: Tokens, mask: Mask, how: Aggregation = "dr_grpo") -> Float[Tensor, ""]:
     """Per-token losses summed; divided by `aggregate_count` of the whole step it is the loss.
 
     grpo      mean over answers of the mean over tokens: short answers' tokens weigh more      arXiv:2402.03300
@@ -380,7 +358,7 @@ def aggregate(
     return losses.sum()
 
 
-def aggregate_count(mask: Bool[Tensor, "batch seq"], how: Aggregation, max_tokens: int) -> float:
+def aggregate_count(mask: Mask, how: Aggregation, max_tokens: int) -> float:
     """What `aggregate` is divided by; of several micro-batches or processes, their sum.
 
     Args:

@@ -1,13 +1,16 @@
-"""What the stages share that start from a model and learn from files: checks, memory, and what they leave."""
+"""What every method shares that starts from a model: what it is given, its training, its checks, what it leaves."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
+from pydantic import model_validator
+from torch import Tensor, nn
 
 from groundup.alignment.conversations import data_fingerprint
 from groundup.alignment.lora import (
@@ -16,19 +19,39 @@ from groundup.alignment.lora import (
     LoraSettings,
     adapter_shapes,
     add_adapters,
-    memory_settings,
     merge,
     save_adapter,
     thaw,
 )
-from groundup.distributed import World
+from groundup.console import Console
+from groundup.distributed import World, current_world
 from groundup.interop import save_model
 from groundup.interop.start import check_chat, check_start, starting_config, starting_point
 from groundup.model import ModelConfig, Transformer
-from groundup.recipe import AlignSettings, OptimizerName, OptimizerSettings, Section, setting
-from groundup.stage import Check, Context, Method, Stage, model_digest
+from groundup.recipe import (
+    AlignSettings,
+    GroupSettings,
+    OptimizerName,
+    OptimizerSettings,
+    Section,
+    resolve_optimizer,
+    setting,
+)
+from groundup.report.format import training_facts
+from groundup.shards.order import shuffled_epochs
+from groundup.stage import Check, Context, Method, Shown, Stage, model_digest
 from groundup.tokenizer import Tokenizer
-from groundup.training import TrainedModel
+from groundup.training import (
+    Batch,
+    Objective,
+    OnPolicySource,
+    Source,
+    Term,
+    TrainedModel,
+    TrainingJob,
+    forget_checkpoints,
+    train,
+)
 from groundup.training.optimizers import Shapes
 from groundup.training.pretrain import (
     QUICK_VALIDATION,
@@ -37,11 +60,18 @@ from groundup.training.pretrain import (
     training_derived,
 )
 
+Item = TypeVar("Item")
+
 
 class RecordsSettings(AlignSettings, AdapterSettings, OptimizerSettings):
-    """What every stage can be told that learns from records of a file, each of them a row."""
+    """What every stage can be told that learns from records of a file, each of them a row.
+
+    Attributes:
+        without: settings of the next token's loss that its own loss has no use for.
+    """
 
     rates_follow_size: ClassVar[bool] = False
+    without: ClassVar[tuple[str, ...]] = ("z_loss",)
 
     limit: int | None = setting(None, "most records to learn from (unset: all)", ge=1)
     epochs: float = setting(1.0, "passes over them", gt=0.0, le=1000.0)
@@ -49,28 +79,149 @@ class RecordsSettings(AlignSettings, AdapterSettings, OptimizerSettings):
     lr: float = setting(5e-5, "peak learning rate of all but Muon (with adapters, ten times that)", gt=0.0, le=1.0)
     weight_decay: float = setting(0.0, "decoupled weight decay, on matrices only", ge=0.0, le=10.0)
 
+    @model_validator(mode="after")
+    def _of_its_loss(self) -> RecordsSettings:
+        wrong = [name for name in self.without if getattr(self, name)]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: of the next token's loss, which is not learned here: leave unset")
+        return self
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a method is given: the arguments of `AlignmentMethod.train`, with what was left out filled in."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    settings: Any
+    out: Path
+    seed: int
+    name: str
+    start: str
+    world: World
+    console: Console
+
+    @property
+    def section(self) -> str:
+        """Of the recipe, in messages."""
+        return f"align.{self.name}"
+
+    def job(
+        self, objective: Objective, source: Source | OnPolicySource, n_rows: float,
+        *, beside: Mapping[str, nn.Module] | None = None, **more: Any,
+    ) -> TrainingJob:  # fmt: skip
+        """A job that trains the model and the modules beside it; `more` as of `TrainingJob`."""
+        return TrainingJob(
+            name=self.name, modules={"model": self.model, **(beside or {})}, objective=objective, source=source,
+            settings=self.settings, n_rows=math.ceil(n_rows), folder=self.out, seed=self.seed, start=self.start,
+            sized=sized(self.settings, self.model.config, is_alone=not beside), **more,
+        )  # fmt: skip
+
 
 class AlignmentMethod(Method):
-    """A stage that starts from a model and learns from files; a method subclasses this and gives what differs.
+    """A method that starts from a model; a subclass gives its `settings`, its `job`, and what differs.
 
     Attributes:
-        train: what does its work: model, tokenizer, settings, `out`, `seed`, `name`, `world`, `console`.
+        name: of the stage where none is given.
         row_sequences: texts in a row, each as long as the context at most: two where a row is a pair.
         is_chat: it needs a tokenizer that can lay out conversations.
+        title, facts, lines, curves: what the report shows; facts and lines are templates of the summary's figures.
     """
 
     trains = True
-    train: ClassVar[Callable[..., TrainedModel]]
+    name: ClassVar[str] = ""
     row_sequences: ClassVar[int] = 1
     is_chat: ClassVar[bool] = True
+    title: ClassVar[str] = ""
+    facts: ClassVar[tuple[tuple[str, str], ...]] = ()
+    lines: ClassVar[tuple[str, ...]] = ()
+    curves: ClassVar[tuple[str, ...]] = ()
+
+    # What a method gives
+
+    def job(self, inputs: Inputs, **given: Any) -> TrainingJob:
+        """What is trained, on what, towards what; `given` is what else `train` was given."""
+        raise NotImplementedError
+
+    def measure(self, inputs: Inputs, job: TrainingJob, summary: dict[str, Any]) -> dict[str, Any]:
+        """Figures of the finished model; every process makes the same passes."""
+        return {}
+
+    def save(self, inputs: Inputs, job: TrainingJob, summary: dict[str, Any]) -> None:
+        """Write what was trained; every process must call it."""
+        settings = inputs.settings
+        finish(job.folder, job.model, inputs.tokenizer, settings.lora, settings.start, inputs.world)
+
+    def beside(self, stage: Stage, config: ModelConfig) -> dict[str, Shapes]:
+        """Shapes of what is trained beside the model, by module and parameter."""
+        return {}
+
+    def given(self, context: Context) -> dict[str, Any]:
+        """What `train` is given as a stage of a recipe, beside what every method is."""
+        return {}
+
+    # What all have in common
+
+    def train(
+        self, model: Transformer, tokenizer: Tokenizer, settings: Any = None, *, out: str | Path, seed: int = 1,
+        name: str = "", start: str = "fresh", world: World | None = None, console: Console | None = None, **given: Any,
+    ) -> TrainedModel:  # fmt: skip
+        """Train a model; go on from a checkpoint in `out` if there is one.
+
+        Args:
+            model: trained in place; as it is now it is the reference, where the method has one.
+            tokenizer: of the model.
+            settings: what `[align.NAME]` of a recipe says; its `start` loads nothing.
+            out: the folder for logs, checkpoints and what comes out.
+            seed: of the order, of dropout, of answers.
+            name: of the stage, in messages.
+            start: what stands for the weights it begins with: a checkpoint of another start is not gone on from.
+            world: the processes to train on (default: those of `torchrun`, or this one).
+            console: where progress is shown.
+            given: see the method's `job`.
+
+        Raises:
+            DataError: nothing to learn from.
+            GroundupError: as `groundup.training.train`.
+            Interrupted: asked to stop; everything is saved.
+        """
+        settings = resolve_optimizer(settings or self.settings())  # type: ignore[type-var]
+        inputs = Inputs(
+            model, tokenizer, settings, Path(out), seed, name or self.name, start, world or current_world(),
+            console or Console(),
+        )  # fmt: skip
+        return self.run(inputs, **given)
+
+    def run(self, inputs: Inputs, **given: Any) -> TrainedModel:
+        """Prepare, train, measure, save."""
+        begin(inputs.model, inputs.settings.lora, inputs.seed)
+        job = self.job(inputs, **given)
+        summary = train(job, inputs.world, inputs.console)
+        summary |= self.measure(inputs, job, summary)
+        self.save(inputs, job, summary)
+        forget_checkpoints(job, inputs.world)
+        return TrainedModel(job.model, inputs.out, summary)
+
+    def starting_point(self, context: Context) -> tuple[Transformer, Tokenizer]:
+        """The model of a stage, and its tokenizer."""
+        return starting_point(context.stage, context.run, context.console)
+
+    def work(self, context: Context) -> dict[str, Any]:
+        """See `train`."""
+        stage = context.stage
+        return self.train(
+            *self.starting_point(context), stage.settings, out=context.folder, seed=context.recipe.seed,
+            name=stage.name, world=context.world, console=context.console, **self.given(context),
+        ).summary  # fmt: skip
 
     def shapes(self, stage: Stage) -> Shapes:
-        """Of all that is trained, by the names that optimizers know; how many outputs a head has, the data say."""
+        """Of all that is trained, by the names that optimizers know."""
         config, _ = starting_config(stage)
-        shapes = adapter_shapes(config, stage.settings.lora)
-        if self.makes == "lm":
-            return shapes
-        return {f"model.{name}": shape for name, shape in shapes.items()} | {"head.weight": (1, config.d_model)}
+        own, beside = adapter_shapes(config, stage.settings.lora), self.beside(stage, config)
+        if not beside:
+            return own
+        parts = {"model": own, **beside}
+        return {f"{module}.{name}": shape for module, part in parts.items() for name, shape in part.items()}
 
     def outside(self, stage: Stage) -> dict[str, str]:
         """The data, and a model made elsewhere."""
@@ -92,39 +243,52 @@ class AlignmentMethod(Method):
 
     def derived(self, stage: Stage) -> Iterable[tuple[str, str, str]]:
         """Micro-batch and memory."""
-        config, _ = starting_config(stage)
-        length, size = self.row_sequences * config.context_length, self._sized(stage, config)
+        config, length, size = self._row(stage)
         yield from training_derived(stage, config, length, None, shapes=self.shapes(stage), sized=size)
 
     def check_memory(self, stage: Stage) -> None:
         """Refuse what cannot fit."""
-        config, _ = starting_config(stage)
-        check_training_memory(stage, self.row_sequences * config.context_length, self._sized(stage, config))
+        check_training_memory(stage, *self._row(stage)[1:])
 
     def quick(self, settings: Any) -> Any:
         """Fewer records."""
         less = {"limit": min(settings.limit or 256, 256), "epochs": min(settings.epochs, 1.0), **QUICK_VALIDATION}
         return settings.model_copy(update=less)
 
-    def work(self, context: Context) -> dict[str, Any]:
-        """See `train`."""
-        stage = context.stage
-        model, tokenizer = starting_point(stage, context.run, context.console)
-        return type(self).train(
-            model, tokenizer, stage.settings, out=context.folder, seed=context.recipe.seed, name=stage.name,
-            world=context.world, console=context.console,
-        ).summary  # fmt: skip
+    def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:
+        """`facts` and `lines`, filled."""
+        facts = [(label, in_words(summary, form)) for label, form in self.facts]
+        lines = [words for form in self.lines if (words := in_words(summary, form))]
+        return Shown(self.title, [*facts, *training_facts(summary)], lines, self.curves)
 
-    def _sized(self, stage: Stage, config: ModelConfig) -> OptimizerSettings:
-        # Where there is a head, too, patterns of groups are of longer names, and are left out.
-        has_head = self.makes != "lm"
-        return sized(stage.settings.model_copy(update={"groups": ()}) if has_head else stage.settings, config)
+    def _row(self, stage: Stage) -> tuple[ModelConfig, int, OptimizerSettings]:
+        """The model, the tokens of a row, and the settings by which memory is estimated."""
+        config, _ = starting_config(stage)
+        size = sized(stage.settings, config, is_alone=not self.beside(stage, config))
+        return config, self.row_sequences * config.context_length, size
 
 
-def sized(settings: OptimizerSettings, config: ModelConfig) -> OptimizerSettings:
-    """Settings by which the memory of a stage is estimated: beside adapters, matrices have no gradients."""
-    lora: LoraSettings | None = getattr(settings, "lora", None)
-    return memory_settings(settings, lora, is_tied=config.tied_embeddings)
+def sized(settings: OptimizerSettings, config: ModelConfig, *, is_alone: bool = True) -> OptimizerSettings:
+    """Settings by which memory is estimated: with adapters, matrices have neither gradients nor optimizer state.
+
+    Args:
+        settings: of the stage.
+        config: of its model.
+        is_alone: nothing else is trained; else patterns of groups are of longer names, and are left out.
+    """
+    if getattr(settings, "lora", None) is not None:
+        matrices = (
+            "layers.*.self_attn.*",
+            "layers.*.mlp.*",
+            "embed_*",
+            *(() if config.tied_embeddings else ("lm_head*",)),
+        )
+        groups = tuple(GroupSettings(match=one, frozen=True) for one in matrices)
+    elif is_alone:
+        return settings
+    else:
+        groups = ()
+    return settings.model_copy(update={"groups": groups})
 
 
 def begin(model: Transformer, lora: LoraSettings | None, seed: int) -> None:
@@ -144,11 +308,22 @@ def finish(
     save_model(out / "model", model, tokenizer, world=world)
 
 
-def with_error(summary: Mapping[str, Any], name: str) -> str:
-    """A share with its error bar, for people; "" if it was not measured."""
-    if summary.get(name) is None:
+def in_words(summary: Mapping[str, Any], form: str) -> str:
+    """A template of figures, filled: "loss {final_loss:.2f}"; "" if one of them was not measured."""
+    try:
+        return form.format(**summary)
+    except (KeyError, TypeError, ValueError):
         return ""
-    return f"{summary[name]:.1%} ±{summary[f'{name}_stderr']:.1%} of {summary[f'{name}_n']:,}"
+
+
+def share(name: str) -> str:
+    """The template of a figure of `share_with_error`."""
+    return f"{{{name}:.1%}} ±{{{name}_stderr:.1%}} of {{{name}_n:,}}"
+
+
+def reported(**sums: Tensor) -> dict[str, Term]:
+    """Sums that are shown, and not minimized."""
+    return {name: Term(value.detach(), value.detach(), weight=0.0) for name, value in sums.items()}
 
 
 def share_with_error(name: str, values: np.ndarray) -> dict[str, float]:
@@ -157,6 +332,35 @@ def share_with_error(name: str, values: np.ndarray) -> dict[str, float]:
     return {name: float(values.mean()), f"{name}_stderr": error, f"{name}_n": len(values)}
 
 
-def in_words(summary: Mapping[str, Any], name: str, form: str) -> str:
-    """A figure by its format, for people; "" if it was not measured."""
-    return "" if summary.get(name) is None else form.format(summary[name])
+class RecordRows(Generic[Item]):
+    """Rows of encoded records, each a pure function of (seed, place).
+
+    Attributes:
+        train, held_out: the records.
+        seed: of the order.
+    """
+
+    train: list[Item]
+    held_out: list[Item]
+    seed: int
+
+    def lay_out(self, chosen: Sequence[Item], n_rows: int | None = None) -> Batch:
+        """Records as a batch, with empty rows up to `n_rows`."""
+        raise NotImplementedError
+
+    def length(self, one: Item) -> int:
+        """Tokens of a record."""
+        raise NotImplementedError
+
+    def rows(self, first: int, last: int) -> Batch:
+        """Rows `first` … `last` − 1 of the endless order."""
+        places = shuffled_epochs(np.arange(first, last), len(self.train), self.seed)
+        return self.lay_out([self.train[place] for place in places])
+
+    def validation(self, batch_size: int, limit: int | None) -> Iterator[Batch]:
+        """Held-out records, until `limit` tokens are passed; the last batch has empty rows."""
+        taken = self.held_out
+        if limit is not None:
+            taken = taken[: int(np.searchsorted(np.cumsum([self.length(one) for one in taken]), limit)) + 1]
+        for first in range(0, len(taken), batch_size):
+            yield self.lay_out(taken[first : first + batch_size], batch_size)

@@ -19,51 +19,31 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from groundup.alignment.lora import freeze
-from groundup.alignment.losses import (
-    adaptive_kl_coef,
-    explained_variance,
-    gae,
-    kl_estimate,
-    logprobs_head,
-    ppo_policy_loss,
-    ppo_value_loss,
-    token_rewards,
-    whiten,
-)
+from groundup.alignment import losses
+from groundup.alignment.lora import freeze, merge
+from groundup.alignment.method import Inputs
 from groundup.alignment.on_policy import (
     STAT,
     OnPolicySettings,
     PolicyMethod,
+    PolicyObjective,
     RolloutSource,
     answer_kl,
-    check_first_ratio,
     passes,
     reference_logprobs,
-    stat_counts,
-    stat_terms,
-    train_policy,
-    trimmed,
 )
-from groundup.alignment.rewards import FunctionReward, Prompts
-from groundup.console import Console
-from groundup.distributed import World
-from groundup.interop.start import starting_config
 from groundup.model import ModelConfig, OutputLayer, Transformer
 from groundup.model.cost import forward_flops, parameter_shapes
 from groundup.recipe import setting
 from groundup.stage import Stage
-from groundup.tokenizer import Tokenizer
-from groundup.training import IGNORED, Batch, TrainedModel
-from groundup.training.objective import Term, pass_flops
+from groundup.training import IGNORED, Batch
+from groundup.training.objective import Term
 from groundup.training.optimizers import Shapes
 
 
@@ -86,55 +66,6 @@ class PPOSettings(OnPolicySettings):
     reward_clip: float | None = setting(10.0, "the most that a score counts, either way", gt=0.0)
 
 
-def ppo(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompts: Prompts,
-    reward: FunctionReward | nn.Module,
-    settings: PPOSettings | None = None,
-    *,
-    out: str | Path,
-    seed: int = 1,
-    start: str = "fresh",
-    name: str = "ppo",
-    world: World | None = None,
-    console: Console | None = None,
-) -> TrainedModel:
-    """Train a model by PPO; go on from a checkpoint in `out` if there is one.
-
-    Args:
-        model: the policy, trained in place; the reference and the value model begin as copies of it.
-        tokenizer: of the model.
-        prompts: to answer.
-        reward: a function, or a reward model: called with (ids, lengths), gives a score for each row.
-        settings: what `[align.NAME]` with `method = "ppo"` says; its `start`, `data` and `reward` load nothing.
-        out: the folder for logs, checkpoints, answers and the model.
-        seed: of the order and of the answers.
-        start: what stands for the weights of model and reward.
-        name: of the stage, in messages.
-        world: the processes to train on (default: those of `torchrun`, or this one).
-        console: where progress is shown.
-
-    Raises:
-        DataError: the reward fails for every answer.
-        GroundupError: the engine and the trainer disagree; or what `train` raises.
-        Interrupted: asked to stop; everything is saved.
-    """
-    settings = settings or PPOSettings()
-    value = nn.Linear(model.config.d_model, 1) if settings.shared_trunk else ValueModel(copy.deepcopy(model))
-    if isinstance(value, nn.Linear):
-        nn.init.zeros_(value.weight), nn.init.zeros_(value.bias)
-
-    def source(**options: Any) -> RolloutSource:
-        return PPORollouts(settings=settings, **options)
-
-    return train_policy(
-        model, tokenizer, prompts, reward, settings, source=source,
-        objective=lambda rollouts: PPO(settings, rollouts), trained={"value": value}, out=out, seed=seed, start=start,
-        name=name, world=world, console=console,
-    )  # fmt: skip
-
-
 class ValueModel(nn.Module):
     """What is still to be earned, at every token: a Transformer with a head that begins at zero.
 
@@ -144,14 +75,20 @@ class ValueModel(nn.Module):
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
-        self.model, self.head = model, nn.Linear(model.config.d_model, 1)
+        self.model, self.head = model, value_head(model.config)
         if model.lm_head is not None:
             freeze(model.lm_head)  # it has no gradient
-        nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)
 
     def forward(self, ids: Int[Tensor, "rows seq"]) -> Float[Tensor, "rows seq"]:
         """Values in float32: at t, of the state after token t, before the next is drawn."""
         return self.model(ids, head=lambda hidden, _: self.head(hidden.float())[..., 0])
+
+
+def value_head(config: ModelConfig) -> nn.Linear:
+    """A head whose values are 0 at first."""
+    head = nn.Linear(config.d_model, 1)
+    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    return head
 
 
 class PPORollouts(RolloutSource):
@@ -159,28 +96,34 @@ class PPORollouts(RolloutSource):
 
     settings: PPOSettings
 
-    def learn_from(self, modules: Mapping[str, nn.Module], batch: Batch, last: Batch) -> tuple[Batch, float]:
+    def learn_from(self, modules: Mapping[str, Any], batch: Batch, last: Batch) -> tuple[Batch, float]:
         """Rewards of tokens, values, advantages; the same on any number of processes."""
-        settings, world, mask = self.settings, self._world, batch["targets"] != IGNORED
-        reference = reference_logprobs(modules["reference"], batch, settings.temperature)
-        values = torch.cat([_values(modules, part).cpu() for part in passes(batch)]).where(mask, 0.0)
-        kl = answer_kl(batch, reference)
-        coef = self._kl_coef(last)
+        settings, world, mask = self.settings, self.world, batch["targets"] != IGNORED
+        reference = reference_logprobs(modules, batch, settings.temperature)
+        values = torch.cat([self._values(modules, part["ids"][:, :-1]) for part in passes(batch)]).where(mask, 0.0)
+        kl, coef = answer_kl(batch, reference), self._kl_coef(last)
         most = math.inf if settings.reward_clip is None else settings.reward_clip
         scores = batch["rewards"].nan_to_num(0.0).clamp(-most, most)
-        rewards = token_rewards(scores, kl_estimate(batch["old"], reference), mask, kl_coef=coef)
+        rewards = losses.token_rewards(scores, losses.kl_estimate(batch["old"], reference), mask, kl_coef=coef)
         mask &= ~batch["rewards"].isnan()[:, None]  # nothing is learned from an answer without a reward
         batch["targets"][~mask] = IGNORED
-        advantages, returns = gae(rewards, values, mask, gamma=settings.gamma, lam=settings.lam)
+        advantages, returns = losses.gae(rewards, values, mask, gamma=settings.gamma, lam=settings.lam)
         everyone = [world.gather(part) for part in (advantages, returns, values, mask)]
-        whitened = whiten(everyone[0], everyone[3])[world.rows(self.buffer_rows)]
-        explained = float(explained_variance(everyone[2], everyone[1], everyone[3]))
+        whitened = losses.whiten(everyone[0], everyone[3])[world.rows(self.buffer_rows)]
+        explained = float(losses.explained_variance(everyone[2], everyone[1], everyone[3]))
         of_all = torch.ones(len(mask))
-        flops = (1 + (not settings.shared_trunk)) * len(mask) * forward_flops(_config(modules), self.width)
+        flops = (1 + (not settings.shared_trunk)) * len(mask) * forward_flops(modules["model"].config, self.width)
         return {
             "advantages": whitened, "returns": returns, "values": values, STAT + "kl": kl,
             STAT + "kl_coef": coef * of_all, STAT + "explained_variance": explained * of_all,
         }, flops  # fmt: skip
+
+    def _values(self, modules: Mapping[str, Any], ids: Tensor) -> Float[Tensor, "rows seq"]:
+        value, model = modules["value"], modules["model"]
+        ids = ids.to(next(model.parameters()).device)
+        if self.settings.shared_trunk:
+            return model(ids, head=lambda hidden, _: value(hidden.float())[..., 0]).cpu()
+        return value(ids).cpu()
 
     def _kl_coef(self, last: Batch) -> float:
         settings = self.settings
@@ -190,96 +133,71 @@ class PPORollouts(RolloutSource):
         if settings.kl_target is None:
             return before
         kl = float(last[STAT + "kl"].mean())
-        return adaptive_kl_coef(before, kl, target=settings.kl_target, horizon=10_000, n=self.buffer_rows)
+        return losses.adaptive_kl_coef(before, kl, target=settings.kl_target, horizon=10_000, n=self.buffer_rows)
 
 
-@dataclass(frozen=True)
-class PPO:
-    """The clipped losses of policy and values.
-
-    Attributes:
-        settings: of the stage.
-        source: says whether a minibatch is the first of its buffer.
-    """
+class PPO(PolicyObjective):
+    """The clipped losses of policy and values."""
 
     settings: PPOSettings
-    source: RolloutSource
 
-    def counts(self, batch: Batch) -> dict[str, float]:
-        """Tokens of answers, and rows that have the other figures."""
-        n = int((batch["targets"] != IGNORED).sum())
-        return {**dict.fromkeys(("policy", "value", "entropy", "clipped"), n), **stat_counts(batch)}
+    def divisors(self, mask: Bool[Tensor, "rows seq"]) -> dict[str, float]:
+        """Tokens of answers."""
+        return dict.fromkeys(("policy", "value"), int(mask.sum()))
 
-    def terms(self, modules: Mapping[str, nn.Module], batch: Batch) -> dict[str, Term]:
+    def losses(
+        self, modules: Mapping[str, Any], batch: Batch, mask: Bool[Tensor, "rows seq"]
+    ) -> tuple[losses.TokenStatistics, losses.PolicyLoss, dict[str, Term]]:
         """One pass of the policy, and one of the value model."""
-        settings, stats = self.settings, stat_terms(batch)
-        batch = trimmed(batch)
-        targets, mask = batch["targets"], batch["targets"] != IGNORED
-        statistics = logprobs_head(targets, settings.temperature)
+        settings, ids = self.settings, batch["ids"][:, :-1]
+        statistics = losses.logprobs_head(batch["targets"], settings.temperature)
+
+        def both(hidden: Tensor, output: OutputLayer) -> tuple[losses.TokenStatistics, Tensor]:
+            return statistics(hidden, output), modules["value"](hidden.float())[..., 0]
+
         if settings.shared_trunk:
-
-            def both(hidden: Tensor, output: OutputLayer) -> tuple[Any, Tensor]:
-                return statistics(hidden, output), modules["value"](hidden.float())[..., 0]
-
-            found, values = modules["model"](batch["ids"][:, :-1], head=both)
+            found, values = modules["model"](ids, head=both)
         else:
-            found = modules["model"](batch["ids"][:, :-1], head=statistics)
-            values = modules["value"](batch["ids"][:, :-1])
-        dtype: torch.dtype = modules["model"].compute_dtype  # type: ignore[assignment]
-        if modules["model"].training:
-            check_first_ratio(self.source.is_first, found.logprobs, batch["old"], mask, dtype)
-        policy = ppo_policy_loss(found.logprobs, batch["old"], batch["advantages"], clip=settings.clip)
-        value = ppo_value_loss(values, batch["values"], batch["returns"], clip=settings.value_clip)
-        losses, value_losses = policy.losses.where(mask, 0.0).sum(), value.where(mask, 0.0).sum()
-        entropy, clipped = found.entropy.where(mask, 0.0).sum(), (policy.is_clipped & mask).sum()
-        return {
-            "policy": Term(losses, losses.detach()),
-            "value": Term(value_losses, value_losses.detach(), settings.value_coef),
-            "entropy": Term(entropy, entropy, 0.0),
-            "clipped": Term(clipped, clipped, 0.0),
-            **stats,
+            found, values = modules["model"](ids, head=statistics), modules["value"](ids)
+        policy = losses.ppo_policy_loss(found.logprobs, batch["old"], batch["advantages"], clip=settings.clip)
+        value = losses.ppo_value_loss(values, batch["values"], batch["returns"], clip=settings.value_clip)
+        loss, value_loss = policy.losses.where(mask, 0.0).sum(), value.where(mask, 0.0).sum()
+        terms = {
+            "policy": Term(loss, loss.detach()),
+            "value": Term(value_loss, value_loss.detach(), settings.value_coef),
         }
+        return found, policy, terms
 
     def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
         """Policy and value model."""
-        return pass_flops(config, shape) * (1 if self.settings.shared_trunk else 2)
-
-
-def _values(modules: Mapping[str, nn.Module], batch: Batch) -> Float[Tensor, "rows seq"]:
-    value, model = modules["value"], modules["model"]
-    ids = batch["ids"].to(next(model.parameters()).device)[:, :-1]
-    if isinstance(value, nn.Linear):
-        return model(ids, head=lambda hidden, _: value(hidden.float())[..., 0])
-    return value(ids)
-
-
-def _config(modules: Mapping[str, nn.Module]) -> ModelConfig:
-    model = modules["model"]
-    assert isinstance(model, Transformer)
-    return model.config
+        return super().flops(config, shape) * (1 if self.settings.shared_trunk else 2)
 
 
 class PPOMethod(PolicyMethod):
     """The stage: reinforcement learning from a reward."""
 
+    name = "ppo"
     settings = PPOSettings
-    run = staticmethod(ppo)
-
-    def shapes(self, stage: Stage) -> Shapes:
-        """Policy and value model."""
-        config, found = starting_config(stage)[0], super().shapes(stage)
-        head = {"weight": (1, config.d_model), "bias": (1,)}
-        value = {f"head.{name}": shape for name, shape in head.items()}
-        value |= {f"model.{name}": shape for name, shape in parameter_shapes(config).items()}
-        value = head if stage.settings.shared_trunk else value
-        return {
-            f"{module}.{name}": shape
-            for module, part in (("model", found), ("value", value))
-            for name, shape in part.items()
-        }
-
+    source, objective = PPORollouts, PPO
     title = "Proximal policy optimization"
     curves = ("reward", "kl", "held_out_reward", "held_out_right", "entropy", "clipped", "explained_variance")
 
+    def modules(self, inputs: Inputs) -> dict[str, nn.Module]:
+        """The value model."""
+        if inputs.settings.shared_trunk:
+            return {"value": value_head(inputs.model.config)}
+        trunk = copy.deepcopy(inputs.model)
+        merge(trunk)
+        return {"value": ValueModel(trunk)}
+
+    def beside(self, stage: Stage, config: ModelConfig) -> dict[str, Shapes]:
+        """The value model's shapes."""
+        head = {"weight": (1, config.d_model), "bias": (1,)}
+        if stage.settings.shared_trunk:
+            return {"value": head}
+        trunk = {f"model.{name}": shape for name, shape in parameter_shapes(config).items()}
+        return {"value": {f"head.{name}": shape for name, shape in head.items()} | trunk}
+
 
 PPO_METHOD = PPOMethod()
+ppo = PPO_METHOD.train

@@ -13,12 +13,11 @@ hash. A row of training is a record: its answers side by side, as (rows, answers
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -34,20 +33,40 @@ from groundup.alignment.conversations import (
     read_data,
     too_little,
 )
+from groundup.alignment.method import Inputs, RecordRows, RecordsSettings
 from groundup.alignment.packing import Text
 from groundup.console import Console
 from groundup.corpus.document import Reason
-from groundup.corpus.reading.jsonl import parse_json
 from groundup.corpus.reading.refusal import RefusedError
 from groundup.errors import DataError
 from groundup.evaluation.sets import read_set
 from groundup.files import value_digest
-from groundup.shards.order import shuffled_epochs
+from groundup.recipe import Texts, setting
 from groundup.tokenizer import Message, Tokenizer, render
 from groundup.training import IGNORED, Batch
 
 _TURN = re.compile(r"\n\n(Human|Assistant):[ \t]?")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+FACTS = (
+    ("preferences", "{preferences_train:,}"),
+    ("held out", "{preferences_held_out:,}"),
+    ("set aside", "{preferences_set_aside:,}"),
+)
+"""Of every method that learns them, in the report."""
+
+
+class PreferenceSettings(RecordsSettings):
+    """What every method can be told that learns preferences."""
+
+    data: Texts = setting(
+        ("groundup:tasks",),
+        "preferences: files (JSON lines, JSON, Parquet, CSV, also packed) of pairs, rankings, or judged answers, or "
+        "groundup:tasks",
+        min_length=1,
+    )
+    examples: int = setting(6_000, "pairs that groundup:tasks generates", ge=100, le=10_000_000)
 
 
 class Preference(NamedTuple):
@@ -74,31 +93,28 @@ class Preferences:
 
     def pairs(self) -> Preferences:
         """Every ranking as the pairs that it is made of, the better answer first; judged answers are left out."""
-        return self._each(_pairs)
+        return self.ranked().each(
+            lambda one: [Preference(one.prompt, [*pair]) for pair in itertools.combinations(one.answers, 2)]
+        )
 
     def ranked(self) -> Preferences:
         """Without the judged answers."""
-        return self._each(lambda one: [one] if one.is_good is None else [])
+        return self.each(lambda one: [one] if one.is_good is None else [])
 
     def judged(self) -> Preferences:
         """Every answer by itself: of pairs and rankings the best is good and the worst is bad."""
-        return self._each(_judged)
+        return self.each(
+            lambda one: (
+                [one]
+                if one.is_good is not None
+                else [Preference(one.prompt, [one.answers[at]], is_good) for at, is_good in ((0, True), (-1, False))]
+            )
+        )
 
-    def _each(self, parts: Callable[[Preference], list[Preference]]) -> Preferences:
+    def each(self, parts: Callable[[Preference], list[Preference]]) -> Preferences:
+        """What a function makes of each of them."""
         train, held_out = ([part for one in side for part in parts(one)] for side in (self.train, self.held_out))
         return Preferences(train, held_out, self.set_aside)
-
-
-def _pairs(one: Preference) -> list[Preference]:
-    if one.is_good is not None:
-        return []
-    return [Preference(one.prompt, [*pair]) for pair in itertools.combinations(one.answers, 2)]
-
-
-def _judged(one: Preference) -> list[Preference]:
-    if one.is_good is not None:
-        return [one]
-    return [Preference(one.prompt, [one.answers[place]], is_good) for place, is_good in ((0, True), (-1, False))]
 
 
 def load_preferences(
@@ -144,17 +160,19 @@ def _preference(data: Any) -> Preference:
     """
     if not isinstance(data, Mapping):
         raise RefusedError(Reason.NO_TEXT, "no object")
-    if data.get("ranking") is not None:
-        named = [("ranking", item) for item in _list(data["ranking"], "ranking")]
+    is_judged = False
+    ranking = data.get("ranking")
+    if isinstance(ranking, list) and ranking:
+        said = ranking
     elif data.get("chosen") is not None or data.get("rejected") is not None:
-        named = [(name, data.get(name)) for name in ("chosen", "rejected")]
+        said = [data.get("chosen"), data.get("rejected")]
     elif isinstance(data.get("label"), bool):
-        named = [("completion", data.get("completion"))]
+        is_judged, said = True, [data.get("completion")]
     else:
         what = 'neither "chosen" and "rejected", nor "ranking", nor "completion" and "label"'
         raise RefusedError(Reason.NO_TEXT, what)
     prompt = _prompt(data)
-    answers = [_said(value, "assistant", name) for name, value in named]
+    answers = [_said(value, "assistant") for value in said]
     if prompt is None or all(answer[0]["role"] != "assistant" for answer in answers):  # whole conversations
         prompt, answers = _common_prefix(answers)
     for answer in answers:
@@ -162,7 +180,6 @@ def _preference(data: Any) -> Preference:
             raise RefusedError(Reason.EMPTY, "an answer in which the assistant says nothing")
     if len({json.dumps(answer) for answer in answers}) < len(answers):
         raise RefusedError(Reason.DUPLICATE, "two answers are the same, so neither is the better one")
-    is_judged = named[0][0] == "completion"
     if len(answers) < 2 and not is_judged:
         raise RefusedError(Reason.EMPTY, "a ranking of fewer than two answers")
     return Preference(prompt, answers, data["label"] if is_judged else None)
@@ -175,28 +192,17 @@ def _prompt(data: Mapping[str, Any]) -> list[Message] | None:
         value = f"{value}\n\n{data['input']}".strip()
     if value is None:
         return None
-    messages = _said(value, "user", "prompt")
+    messages = _said(value, "user")
     if len(messages) > 1 and messages[-1] == {"role": "assistant", "content": ""}:  # a transcript that asks for more
         messages.pop()
     return messages
 
 
-def _said(value: Any, role: str, name: str) -> list[Message]:
-    """A part of a conversation: messages, also as JSON in a table's cell; a transcript; or what `role` says."""
+def _said(value: Any, role: str) -> list[Message]:
+    """A part of a conversation: messages; a transcript; or what `role` says."""
     if isinstance(value, str):
-        if value.lstrip().startswith("["):
-            with contextlib.suppress(RefusedError):
-                return messages_of(_list(value, name))
-        return _transcript(value) or messages_of([{"role": role, "content": value}])
-    return messages_of([value] if isinstance(value, Mapping) else _list(value, name))
-
-
-def _list(value: Any, name: str) -> list[Any]:
-    if isinstance(value, str):  # a cell of a table
-        value, _ = parse_json(value.encode(errors="surrogatepass"), "", b"")
-    if not isinstance(value, list) or not value:
-        raise RefusedError(Reason.NO_TEXT, f"no list {name!r}")
-    return value
+        return _transcript(value) or messages_of(value, role)
+    return messages_of([value] if isinstance(value, Mapping) else value)
 
 
 def _transcript(text: str) -> list[Message]:
@@ -222,6 +228,33 @@ def _common_prefix(talks: Sequence[list[Message]]) -> tuple[list[Message], list[
 # Rows
 
 
+def rows_to_learn(
+    inputs: Inputs, preferences: Preferences | None, form: Callable[[Preferences], Preferences],
+    *, for_scores: bool = False,
+) -> PreferenceRows:  # fmt: skip
+    """The rows of a stage.
+
+    Args:
+        inputs: of the stage.
+        preferences: what to learn (default: what `settings.data` names).
+        form: as pairs, as they are ranked, or judged one by one.
+        for_scores: as of `PreferenceRows`.
+    """
+    settings, console, length = inputs.settings, inputs.console, inputs.model.config.context_length
+    preferences = preferences or load_preferences(
+        settings.data, inputs.section, console, n_tasks=settings.examples, seed=inputs.seed, limit=settings.limit
+    )
+    rows = PreferenceRows(
+        form(preferences), inputs.tokenizer, length, inputs.seed, inputs.section, for_scores=for_scores
+    )
+    if rows.left_out or rows.shortened:
+        console.warn(
+            f"{inputs.name}: {rows.left_out} preferences are longer than the context of {length} tokens and are left "
+            f"out; {rows.shortened} lost their oldest turns."
+        )
+    return rows
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A preference in tokens.
@@ -237,12 +270,11 @@ class Encoded:
     reference: np.ndarray | None = None
 
 
-class PreferenceRows:
-    """Rows of preferences; each a pure function of (seed, place).
+class PreferenceRows(RecordRows[Encoded]):
+    """Rows of preferences.
 
     A batch has `ids` and `targets` (rows, answers, seq), padded on the right; where rankings differ in length, rows
-    without a target stand for what is missing. Where the preferences have them: `is_good` (rows,), and `reference`
-    (rows, answers).
+    without a target stand for what is missing; `is_good` (rows,), and `reference` (rows, answers).
 
     For scores, texts are whole, with the end token, and `ends` (rows, answers) says where each ends (−1: there is none)
     in the place of `targets`.
@@ -260,7 +292,6 @@ class PreferenceRows:
         train, held_out: the preferences in tokens.
         shortened: how many lost turns of their prompt.
         left_out: how many did not fit.
-        width: tokens of the longest text.
 
     Raises:
         DataError: nothing fits.
@@ -271,7 +302,8 @@ class PreferenceRows:
         section: str = "align", *, for_scores: bool = False,
     ) -> None:  # fmt: skip
         self.shortened = self.left_out = 0
-        self._tokenizer, self._most, self._seed, self._for_scores = tokenizer, context_length, seed, for_scores
+        self.seed, self.set_aside = seed, sum(preferences.set_aside.values())
+        self._tokenizer, self._most, self._for_scores = tokenizer, context_length, for_scores
         self.train = [found for one in preferences.train if (found := self._encode(one)) is not None]
         self.held_out = [found for one in preferences.held_out if (found := self._encode(one)) is not None]
         if not self.train or not self.held_out:
@@ -279,7 +311,6 @@ class PreferenceRows:
                 f"[{section}]: of {self.left_out} preferences no answer fits into the model's context.",
                 f"Raise [model] context_length = {context_length}, or use shorter answers.",
             )
-        self.width = max(len(ids) for one in (*self.train, *self.held_out) for ids, _ in one.texts)
         digest = xxhash.xxh3_128()
         for one in self.train:
             digest.update(str(one.is_good).encode())
@@ -297,44 +328,28 @@ class PreferenceRows:
         self.train = [replace(one, reference=row) for one, row in zip(self.train, train, strict=True)]
         self.held_out = [replace(one, reference=row) for one, row in zip(self.held_out, held_out, strict=True)]
 
-    def rows(self, first: int, last: int) -> Batch:
-        """Rows `first` … `last` − 1 of the endless order."""
-        places = shuffled_epochs(np.arange(first, last), len(self.train), self._seed)
-        return self.lay_out([self.train[place] for place in places])
-
-    def validation(self, batch_size: int, limit: int | None) -> Iterator[Batch]:
-        """Held-out preferences, until `limit` tokens are passed; the last batch has empty rows."""
-        taken = self.held_out
-        if limit is not None:
-            seen = np.cumsum([sum(len(ids) for ids, _ in one.texts) for one in taken])
-            taken = taken[: int(np.searchsorted(seen, limit)) + 1]
-        for first in range(0, len(taken), batch_size):
-            yield self.lay_out(taken[first : first + batch_size], batch_size)
+    def length(self, one: Encoded) -> int:
+        """Tokens of all its texts."""
+        return sum(len(ids) for ids, _ in one.texts)
 
     def lay_out(self, chosen: Sequence[Encoded], n_rows: int | None = None) -> Batch:
         """Preferences as a batch, with empty rows up to `n_rows`."""
-        n_rows = n_rows or len(chosen)
-        shape = (n_rows, *np.max([(len(one.texts), max(len(ids) for ids, _ in one.texts)) for one in chosen], axis=0))
-        ids = np.full(shape, self._tokenizer.pad_id, dtype=np.int64)
-        targets = np.full(shape, IGNORED, dtype=np.int64)
+        n_rows, n_answers = n_rows or len(chosen), max(len(one.texts) for one in chosen)
+        length = max(len(ids) for one in chosen for ids, _ in one.texts)
+        ids = torch.full((n_rows, n_answers, length), self._tokenizer.pad_id)
+        targets, ends = torch.full_like(ids, IGNORED), torch.full((n_rows, n_answers), -1)
+        is_good, reference = torch.zeros(n_rows, dtype=torch.bool), torch.zeros(n_rows, n_answers)
         for row, one in enumerate(chosen):
+            is_good[row] = bool(one.is_good)
+            if one.reference is not None:
+                reference[row] = torch.from_numpy(one.reference)
             for place, (own_ids, own_targets) in enumerate(one.texts):
-                ids[row, place, : len(own_ids)], targets[row, place, : len(own_ids)] = own_ids, own_targets
-        batch = {"ids": torch.from_numpy(ids), "targets": torch.from_numpy(targets)}
+                ends[row, place] = len(own_ids) - 1
+                ids[row, place, : len(own_ids)] = torch.from_numpy(own_ids)
+                targets[row, place, : len(own_ids)] = torch.from_numpy(own_targets)
         if self._for_scores:
-            del batch["targets"]
-            ends = [[len(ids) - 1 for ids, _ in one.texts] for one in chosen] + [[]] * (n_rows - len(chosen))
-            batch["ends"] = torch.tensor([[*row, *[-1] * (shape[1] - len(row))] for row in ends])
-        if chosen[0].is_good is not None:
-            good = [bool(one.is_good) for one in chosen] + [False] * (n_rows - len(chosen))
-            batch["is_good"] = torch.tensor(good)
-        if chosen[0].reference is not None:
-            reference = torch.zeros(shape[:2], dtype=torch.float32)
-            for row, one in enumerate(chosen):
-                assert one.reference is not None
-                reference[row, : len(one.texts)] = torch.from_numpy(one.reference[: len(one.texts)])
-            batch["reference"] = reference
-        return batch
+            return {"ids": ids, "ends": ends}
+        return {"ids": ids, "targets": targets, "is_good": is_good, "reference": reference}
 
     def figures(self) -> dict[str, float]:
         """What there is to learn from."""
@@ -343,14 +358,13 @@ class PreferenceRows:
             "preferences_held_out": len(self.held_out),
             "preferences_shortened": self.shortened,
             "preferences_left_out": self.left_out,
+            "preferences_set_aside": self.set_aside,
         }
 
     def _encode(self, one: Preference) -> Encoded | None:
         prompt = one.prompt
         while True:
-            texts = [encode_answer(self._tokenizer, prompt, answer) for answer in one.answers]
-            if self._for_scores:  # the last target is the end token
-                texts = [(np.append(ids, targets[-1]), np.append(targets, IGNORED)) for ids, targets in texts]
+            texts = [self._text(prompt, answer) for answer in one.answers]
             if max(len(ids) for ids, _ in texts) <= self._most:
                 break
             if len(prompt) < 2:
@@ -364,13 +378,13 @@ class PreferenceRows:
         self.shortened += len(prompt) < len(one.prompt)
         return Encoded(texts, one.is_good)
 
+    def _text(self, prompt: Sequence[Message], answer: Sequence[Message]) -> Text:
+        """A prompt and its answer, of which what the assistant says is the targets, its end token included.
 
-def encode_answer(tokenizer: Tokenizer, prompt: Sequence[Message], answer: Sequence[Message]) -> Text:
-    """A prompt and its answer, of which what the assistant says is the targets, its end token included.
-
-    Messages are encoded one by one, so the prompt's tokens do not depend on the answer.
-    """
-    before, after = render(tokenizer, prompt), render(tokenizer, answer)
-    ids = np.array([*before.ids, *after.ids], dtype=np.int64)
-    mask = np.array([*[False] * len(before.ids), *after.loss_mask], dtype=bool)
-    return ids[:-1], np.where(mask, ids, IGNORED)[1:]
+        Messages are encoded one by one, so the prompt's tokens do not depend on the answer.
+        """
+        before, after = render(self._tokenizer, prompt), render(self._tokenizer, answer)
+        ids = np.array([*before.ids, *after.ids], dtype=np.int64)
+        mask = np.array([*[False] * len(before.ids), *after.loss_mask], dtype=bool)
+        targets = np.where(mask, ids, IGNORED)[1:]
+        return (ids, np.append(targets, IGNORED)) if self._for_scores else (ids[:-1], targets)

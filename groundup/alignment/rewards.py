@@ -20,12 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-
 from groundup.alignment.conversations import GENERATED, load_conversations
-from groundup.alignment.heads import at_ends
-from groundup.alignment.reward import Scorer
 from groundup.console import Console
 from groundup.errors import DataError
 from groundup.evaluation.sets import read_set
@@ -205,18 +200,6 @@ class FunctionReward:
         if failed:
             raise RuntimeError(value)
         return value
-
-
-class RewardModel(nn.Module):
-    """A finished reward model, as a module that a job can hold: (ids, lengths) to normalized scores."""
-
-    def __init__(self, scorer: Scorer) -> None:
-        super().__init__()
-        self.model, self.head, self._mean, self._std = scorer.model, scorer.head, scorer.mean, scorer.std
-
-    def forward(self, ids: Int[Tensor, "rows seq"], lengths: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-        """Scores of texts, each read at its last token."""
-        return (self.head(self.model(ids, head=at_ends(lengths - 1)))[:, 0] - self._mean) / self._std
 
 
 _EXAMPLE = "def {name}(messages, answer, known): return 1.0 if answer == known else 0.0"

@@ -59,6 +59,10 @@ METHODS = {
         "groundup.alignment.grpo:GRPO_METHOD",
         "A model and a verifier to one that is right more often: groups of answers, compared with each other.",
     ),
+    "online-dpo": Registered(
+        "groundup.alignment.online_dpo:ONLINE_DPO",
+        "A model and a reward to one that prefers its better answers: DPO on pairs of its own.",
+    ),
     "rejection": Registered(
         "groundup.alignment.rejection:REJECTION",
         "A model and a reward to one that has learned from its own best answers: rejection-sampling fine-tuning.",
