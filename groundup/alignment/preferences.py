@@ -366,11 +366,8 @@ class PreferenceRows:
 
 
 def encode_answer(tokenizer: Tokenizer, prompt: Sequence[Message], answer: Sequence[Message]) -> Text:
-    """A prompt and its answer, of which what the assistant says is the targets, its end token included.
-
-    Messages are encoded one by one, so the prompt's tokens do not depend on the answer.
-    """
-    before, after = render(tokenizer, prompt), render(tokenizer, answer)
-    ids = np.array([*before.ids, *after.ids], dtype=np.int64)
-    mask = np.array([*[False] * len(before.ids), *after.loss_mask], dtype=bool)
+    """A prompt and its answer, of which what the assistant says is the targets; the end token is the last of them."""
+    rendered = render(tokenizer, [*prompt, *answer], learned_from=len(prompt))
+    ids = np.array(rendered.ids[: rendered.n_answered], dtype=np.int64)
+    mask = np.array(rendered.loss_mask[: rendered.n_answered], dtype=bool)
     return ids[:-1], np.where(mask, ids, IGNORED)[1:]

@@ -97,13 +97,14 @@ def check_chat(stage: Stage, where: str) -> None:
     """Check that the tokenizer of the model that a stage starts from can lay out a chat.
 
     Raises:
-        DataError: it has no tokens for the roles.
+        DataError: it has no chat template.
     """
     with contextlib.suppress(ArtifactError):  # other checks say that it is not there
-        if isinstance(starting_tokenizer(stage), PretrainedTokenizer):
+        tokenizer = starting_tokenizer(stage)
+        if isinstance(tokenizer, PretrainedTokenizer) and not tokenizer.chat_templates:
             raise DataError(
-                f"{where}: the tokenizer of the model to start from has no tokens for the roles of a chat.",
-                "Leave this out: such a model goes on learning from text alone, and is scored on text.",
+                f"{where}: the model to start from has no chat template.",
+                "Put a chat_template.jinja into its folder, or leave this out: it can be scored on text.",
             )
 
 
