@@ -14,6 +14,7 @@ from lengths import examples
 from tiny_run import STAGES, build_quietly, finished_run, tiny_recipe
 
 from groundup import corpus
+from groundup.alignment import LoraSettings, add_adapters, load_adapter, merge, save_adapter
 from groundup.console import Console
 from groundup.errors import ArtifactError, DataError, GroundupError, RecipeError
 from groundup.evaluation import read_comparison
@@ -351,3 +352,19 @@ def test_somebody_elses_model_is_fine_tuned_by_its_own_template(tmp_path: Path) 
     assert (run.folder("ppo") / "model" / "chat_template.jinja").read_text() == template
     said = chat_reply(model, tokenizer, [{"role": "user", "content": "Say 7."}], SamplingParams(max_tokens=5))
     assert len(said.ids) <= 5
+
+
+def test_adapters_are_no_model_to_start_from_and_that_is_said(tmp_path: Path) -> None:
+    theirs = somebody_elses(tmp_path / "theirs")
+    (theirs / "chat_template.jinja").write_text("{% for one in messages %}{{ one.content }}</s>{% endfor %}")
+    model, tokenizer = load_model(theirs)
+    add_adapters(model, LoraSettings(rank=2))
+    save_adapter(tmp_path / "adapter", model, LoraSettings(rank=2), str(theirs))
+    section = f'[align.dpo]\nstart = "{tmp_path / "adapter"}"\n[evaluate]\ntasks = []\n'
+    found = problems_of(parse_recipe(section, "tiny.toml"))
+    assert any("adapters of PEFT without the model that they belong to" in problem for problem in found)
+    loaded, _ = load_model(theirs)
+    load_adapter(tmp_path / "adapter", loaded)
+    merge(loaded)
+    save_model(tmp_path / "whole", loaded, tokenizer)
+    check_recipe(parse_recipe(section.replace('/adapter"', '/whole"'), "tiny.toml"), "tiny.toml")

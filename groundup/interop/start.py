@@ -22,7 +22,7 @@ from groundup.model import ModelConfig, Transformer, extend_vocabulary, reshaped
 from groundup.model.cost import parameter_shapes
 from groundup.recipe import DEFAULT_PRESET, ModelSettings, StartSettings
 from groundup.run import Run
-from groundup.stage import MODEL_FOLDER, Stage, find_model, graph
+from groundup.stage import ADAPTER_FILE, MODEL_FOLDER, Stage, find_model, graph
 from groundup.tokenizer import Tokenizer, load_tokenizer
 from groundup.tokenizer.pretrained import PretrainedTokenizer
 from groundup.tokenizer.stage import check_vocabulary, given_tokenizer
@@ -126,6 +126,8 @@ def _check_start(stage: Stage) -> None:
     try:
         find_model(settings.start)
     except ArtifactError as error:
+        if (Path(settings.start) / ADAPTER_FILE).is_file():
+            raise
         known = [name for name in stage.recipe.branches if name != stage.name]
         known += ["pretrain"] if stage.recipe.has_trunk else []
         near = difflib.get_close_matches(settings.start, known, n=1)
