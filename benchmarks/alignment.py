@@ -7,7 +7,7 @@ trainer adds. TRL runs the reference model in each step of DPO, unless it was to
 are there, and ours with the reference's pass beside it.
 
 Rows are of the demo's conversations and, where its file is there, of Dolly's. Memory is the peak of a process that
-makes two steps, above what it held before the model was made.
+makes two steps with a micro-batch of two pairs, above what it held before the model was loaded.
 
 Examples:
     python benchmarks/alignment.py --python .venv-trl/bin/python    # an environment with trl==1.16.0
@@ -186,6 +186,9 @@ def serve(what: dict[str, Any]) -> None:
     import torch
 
     torch.set_num_threads(what["threads"])
+    if what["who"] == "groundup":  # what is imported is no memory of a step
+        import groundup.alignment.dpo
+        import groundup.alignment.grpo  # noqa: F401
     before = resident()
     step: Step = {"groundup": groundup_step, "trl": trl_step}[what["who"]](what)
     print(json.dumps({"losses": [step(), step()], "bytes": peak() - before}), flush=True)
@@ -216,10 +219,10 @@ def groundup_step(what: dict[str, Any]) -> Step:
     precision = torch.bfloat16 if what.get("bfloat16") else torch.float32
     policy = load_model(Path(what["folder"]) / "policy")[0].requires_grad_(True)
     policy.compute_dtype = precision
-    texts = sequences(what["size"])
+    texts = sequences(what["size"])[: what.get("pairs", ROWS)]
     is_dpo = what["method"] == "dpo"
     if is_dpo:
-        shape = ROWS, 2, CONTEXT
+        shape = len(texts), 2, CONTEXT
         rows = [[prompt + answer for answer in answers] for prompt, answers in texts]
     else:
         shape = ROWS, 1, CONTEXT
@@ -237,8 +240,8 @@ def groundup_step(what: dict[str, Any]) -> Step:
             inputs = ids.flatten(0, 1) if is_dpo else ids[:, 0, :-1]
             return model(inputs, head=logprobs_head(targets.flatten(0, 1))).logprobs.view_as(targets)
 
-    reference = None
-    if what.get("reference", is_dpo):
+    reference = policy  # as a stage has it, which starts where its reference is
+    if is_dpo and "pairs" not in what:
         reference = load_model(Path(what["folder"]) / "reference")[0]
         reference.compute_dtype = precision
     settings: Any
@@ -248,8 +251,6 @@ def groundup_step(what: dict[str, Any]) -> Step:
         objective: Any = PreferenceLoss(settings)
         batch = {"ids": ids, "targets": targets}
         batch["reference"] = sequence_logprobs(logprobs(reference), targets != IGNORED)
-        if not what.get("reference"):
-            reference = None
         if lora is not None:
             add_adapters(policy, lora)
     else:
@@ -261,7 +262,7 @@ def groundup_step(what: dict[str, Any]) -> Step:
     optimizers = Optimizers(policy, resolve_optimizer(settings), precision)
 
     def step() -> float:
-        if reference is not None:
+        if what.get("reference"):
             batch["reference"] = sequence_logprobs(logprobs(reference), targets != IGNORED)
         counts = objective.counts(batch)
         terms = objective.terms({"model": policy}, batch)
@@ -392,7 +393,7 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         if what == "Dolly" and not arguments.dolly.is_file():
             print(f"Dolly is left out: {arguments.dolly} is not there")
             continue
-        padded = {"data": (data,), "packing": False, "batch_size": 64 if what == "demo" else 8}
+        padded = {"data": (data,), "packing": False, "batch_size": 64 if what == "demo" else 32}
         packed = {"data": (data,), "batch_size": 16 if what == "demo" else 8}
         variants = [Variant(settings, tokenizer, None, precision, context) for settings in (padded, packed)]
         for number in range(arguments.rounds + 2):
@@ -406,13 +407,14 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Of DPO, all weights and with adapters of rank 8."""
+    """Of a micro-batch of DPO, two pairs: all weights, and adapters of rank 8."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         make_models(arguments.memory_size, Path(folder))
         for name, lora in (("full", False), ("lora", True)):
-            what = {"who": "groundup", "method": "dpo", "size": arguments.memory_size, "folder": folder, "lora": lora}
-            command = [sys.executable, __file__, "--child", json.dumps(what | {"threads": arguments.threads})]
+            what = {"who": "groundup", "method": "dpo", "pairs": 2, "lora": lora, "folder": folder}
+            what |= {"size": arguments.memory_size, "threads": arguments.threads}
+            command = [sys.executable, __file__, "--child", json.dumps(what)]
             done = subprocess.run(command, input="", stdout=subprocess.PIPE, text=True, check=True)
             found[name] = json.loads(done.stdout)["bytes"]
     share = found["lora"] / found["full"]

@@ -112,21 +112,22 @@ def distill(
         shards: a folder written by `write_shards` with this tokenizer.
         settings: what `[align.NAME]` with `method = "distill"` says; its `start` and `model` load nothing.
         out: the folder for logs, checkpoints, what the teacher wrote, and the model.
-        seed: of the order, and of what the teacher writes.
         start: what stands for the teacher's weights.
-        name: of the stage, in messages.
-        verify: compare the digests of the shards.
-        world: the processes to train on.
-        console: where progress is shown.
+        seed, name, verify, world, console: as for `fine_tune`.
 
     Raises:
         ArtifactError: shards missing, damaged or of another tokenizer.
-        DataError: the models do not fit together.
+        DataError: the models do not fit together, or nothing to learn from was written.
         Interrupted: asked to stop; everything is saved.
     """
     settings = resolve_optimizer(settings or DistillSettings())
     console, world, out = console or Console(), world or current_world(), Path(out)
-    _check_models(teacher.config, student.config, name)
+    if student.config.vocab_size != teacher.config.vocab_size:
+        raise DataError(
+            f"{name}: the smaller model has {student.config.vocab_size} tokens, the larger one "
+            f"{teacher.config.vocab_size}.",
+            "Leave the vocabulary out: it is the larger model's.",
+        )
     length = min(teacher.config.context_length, student.config.context_length)
     verify = verify and world.is_first
     splits = [
@@ -367,14 +368,6 @@ def _answers(
             "Start from a model that has learned to answer.",
         )
     return said
-
-
-def _check_models(teacher: ModelConfig, student: ModelConfig, name: str) -> None:
-    if student.vocab_size != teacher.vocab_size:
-        raise DataError(
-            f"{name}: the smaller model has {student.vocab_size} tokens, the larger one {teacher.vocab_size}.",
-            "Leave the vocabulary out: it is the larger model's.",
-        )
 
 
 def _student_config(stage: Stage) -> ModelConfig:

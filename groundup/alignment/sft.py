@@ -28,7 +28,7 @@ from groundup.distributed import AXES, World, current_world
 from groundup.errors import DataError, GroundupError
 from groundup.evaluation.sets import fewer
 from groundup.files import value_digest
-from groundup.interop.start import starting_point, starting_tokenizer
+from groundup.interop.start import shards_fit, starting_point
 from groundup.model import Transformer
 from groundup.recipe import ControlSettings, OptimizerSettings, Texts, resolve_optimizer, setting
 from groundup.report.format import format_lines, format_whole, loss_line, training_facts
@@ -38,7 +38,6 @@ from groundup.shards.order import shuffled_epochs
 from groundup.stage import Check, Context, Shown, Stage
 from groundup.tokenizer import Message, Tokenizer, render
 from groundup.tokenizer.pretrained import PretrainedTokenizer
-from groundup.tokenizer.stage import given_tokenizer
 from groundup.training import IGNORED, Batch, NextToken, TrainedModel, TrainingJob, forget_checkpoints, train
 from groundup.training.objective import pass_flops
 from groundup.training.pretrain import QUICK_VALIDATION
@@ -309,12 +308,8 @@ def _check_shards(stage: Stage) -> None:
     Raises:
         DataError: there is none.
     """
-    recipe = stage.recipe
-    check_replay(stage.settings, recipe.reads_text, stage.section)
-    if not stage.settings.replay:
-        return
-    own, theirs = starting_tokenizer(stage), given_tokenizer(recipe.tokenizer.use, recipe.init)
-    if own is not None and (theirs is None or theirs.fingerprint != own.fingerprint):
+    check_replay(stage.settings, stage.recipe.reads_text, stage.section)
+    if stage.settings.replay and not shards_fit(stage):
         raise DataError(
             f"[{stage.section}] replay: this recipe's shards have another tokenizer than the model in "
             f"{stage.settings.start}.",

@@ -93,6 +93,13 @@ def check_start(stage: Stage) -> None:
         starting_tokenizer(stage)
 
 
+def shards_fit(stage: Stage) -> bool:
+    """Whether the run's shards are of the tokens of the model that a stage starts from."""
+    recipe, own = stage.recipe, starting_tokenizer(stage)
+    theirs = given_tokenizer(recipe.tokenizer.use, recipe.init)
+    return own is None or (theirs is not None and theirs.fingerprint == own.fingerprint)
+
+
 def check_chat(stage: Stage, where: str) -> None:
     """Check that the tokenizer of the model that a stage starts from can lay out a chat.
 
