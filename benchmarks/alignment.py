@@ -159,14 +159,17 @@ class Contestant:
 
 def make_models(size: str, folder: Path) -> None:
     """A policy and a reference, as transformers loads them."""
+    import torch
+
     from groundup.interop import save_model
     from groundup.model import Transformer, preset
 
     for seed, name in enumerate(("policy", "reference"), start=1):
-        model = Transformer(preset("llama-nano", context_length=CONTEXT, **SIZES[size]), seed=seed)
+        model = Transformer(preset("llama-nano", context_length=CONTEXT, **SIZES[size]))
+        generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():  # far from uniform, so that equal losses say something
             if parameter.ndim > 1:
-                parameter.data *= 5
+                torch.nn.init.normal_(parameter, std=0.1, generator=generator)
         save_model(folder / name, model)
 
 
