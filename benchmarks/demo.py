@@ -1,42 +1,94 @@
-"""The demo from nothing in a folder of its own: the closing table, seconds and peak memory of each stage."""
+"""A shipped recipe from nothing, with one seed or several: the closing table, seconds and peak memory of each stage.
+
+With several seeds, each figure of each model is a mean over them with its standard error, and what one seed alone would
+have said stands beside it.
+
+Examples:
+    python benchmarks/demo.py
+    python benchmarks/demo.py --recipe demo-full --seeds 1 2 3 --runs /tmp/demo-full    # goes on where it stopped
+    python benchmarks/demo.py --recipe demo-full --smoke                                # nothing is recorded
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from record import write_result
 
 
 def main() -> None:
-    """Build the demo as a user would, and write down what it gave."""
+    """Build as a user would, and write down what it gave."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="demo")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--runs", type=Path, help="where the runs are kept (default: nowhere)")
+    parser.add_argument("--smoke", action="store_true", help="the quick version of the recipe; nothing is recorded")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "groundup", "build", "demo", "--runs", folder], check=False)
-        seconds = time.perf_counter() - start
-        run = Path(folder) / "demo"
-        manifests = sorted(run.rglob("stage.json"))
-        stages = {path.parent.relative_to(run).as_posix(): json.loads(path.read_text()) for path in manifests}
-        scores = json.loads((run / "evaluate" / "scores.json").read_text())
+        runs = [
+            build(arguments.recipe, seed, arguments.runs or Path(folder), arguments.smoke) for seed in arguments.seeds
+        ]
+    table = over_seeds(runs)
+    show(table)
+    if not arguments.smoke:
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-        write_result(
-            "demo",
-            {
-                "exit_code": done.returncode,
-                "seconds": seconds,
-                "peak_memory_bytes": peak,
-                "stages": {
-                    name: {"seconds": stage["seconds"], "summary": stage["summary"]} for name, stage in stages.items()
-                },
-                "rows": scores["rows"],
-                "by_kind": scores["by_kind"],
-            },
-        )
+        result = {"recipe": arguments.recipe, "peak_memory_bytes": peak, "table": table, "runs": runs}
+        write_result(arguments.recipe.replace("-", "_"), result if len(runs) > 1 else {**result, **runs[0]})
+
+
+def build(recipe: str, seed: int, runs: Path, smoke: bool) -> dict[str, Any]:
+    """One run, and what its stages and its closing table say."""
+    run = runs / f"{recipe}-seed-{seed}"
+    command = [sys.executable, "-m", "groundup", "build", recipe, "--out", str(run), "--set", f"seed={seed}"]
+    start = time.perf_counter()
+    done = subprocess.run([*command, *(["--smoke"] if smoke else [])], check=False)
+    manifests = sorted(run.rglob("stage.json"))
+    stages = {path.parent.relative_to(run).as_posix(): json.loads(path.read_text()) for path in manifests}
+    scores = json.loads((run / "evaluate" / "scores.json").read_text())
+    return {
+        "seed": seed,
+        "exit_code": done.returncode,
+        "seconds": time.perf_counter() - start,
+        "stages": {name: {"seconds": stage["seconds"], "summary": stage["summary"]} for name, stage in stages.items()},
+        "rows": scores["rows"],
+        "by_kind": scores["by_kind"],
+        "gates": scores["gates"],
+    }
+
+
+def over_seeds(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each score of each model: the mean over seeds, its standard error (of one seed, its sample's), all values."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for run in runs:
+        for row in run["rows"]:
+            found[row["key"], row["model"]].append(row["after"])
+    table = []
+    for (metric, model), scores in found.items():
+        values = [score["value"] for score in scores]
+        stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else scores[0]["stderr"]
+        mean = statistics.mean(values)
+        table.append({"metric": metric, "model": model, "mean": mean, "stderr": stderr, "values": values})
+    return table
+
+
+def show(table: list[dict[str, Any]]) -> None:
+    """Metrics down, models across."""
+    models = list(dict.fromkeys(row["model"] for row in table))
+    cells = {(row["metric"], row["model"]): f"{row['mean']:.3f} ± {row['stderr']:.3f}" for row in table}
+    print(f"| | {' | '.join(models)} |\n|---|{'---|' * len(models)}")
+    for metric in dict.fromkeys(row["metric"] for row in table):
+        print(f"| {metric} | {' | '.join(cells.get((metric, model), '') for model in models)} |")
 
 
 if __name__ == "__main__":

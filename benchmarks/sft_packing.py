@@ -76,12 +76,15 @@ def main() -> None:
 class Variant:
     """A model that is fine-tuned in one way."""
 
-    def __init__(self, what: dict[str, Any], tokenizer: Tokenizer, shards: Path, precision: torch.dtype) -> None:
+    def __init__(
+        self, what: dict[str, Any], tokenizer: Tokenizer, shards: Path | None, precision: torch.dtype,
+        context: int = CONTEXT,
+    ) -> None:  # fmt: skip
         settings = SFTSettings(**{name: value for name, value in what.items() if name != "compile"})
         conversations = load_conversations(settings.data, settings.examples, SEED, "align.sft")
-        self.source = ConversationRows(conversations, tokenizer, CONTEXT, settings, SEED, shards)
+        self.source = ConversationRows(conversations, tokenizer, context, settings, SEED, shards)
         self.batch_size = settings.batch_size
-        self.model = Transformer(preset("ground-1m", vocab_size=tokenizer.vocab_size, context_length=CONTEXT))
+        self.model = Transformer(preset("ground-1m", vocab_size=tokenizer.vocab_size, context_length=context))
         self.model.compute_dtype = precision
         self.optimizers = Optimizers(self.model, settings, precision)
         if what.get("compile"):

@@ -26,7 +26,7 @@ from groundup.run import RECIPE_FILE, Run
 if TYPE_CHECKING:  # the data rooms and their worker processes start without torch
     from groundup.distributed import World
 
-MODEL_FOLDER, CONFIG_FILE = "model", "config.json"
+MODEL_FOLDER, CONFIG_FILE, ADAPTER_FILE = "model", "config.json", "adapter_config.json"
 Check = tuple[str, Callable[[], object]]
 """Where in the recipe, and what raises a GroundupError if something is wrong there."""
 
@@ -350,6 +350,11 @@ def find_model(path: str | Path, *, stage: str | None = None) -> Path:
     for folder in candidates:
         if (folder / CONFIG_FILE).is_file():
             return folder
+    if (path / ADAPTER_FILE).is_file():
+        raise ArtifactError(
+            f"{path}: adapters of PEFT without the model that they belong to.",
+            "Put them into it: gu.alignment.load_adapter(folder, model), gu.alignment.merge(model), gu.save_model.",
+        )
     there = [folder.parent.name for folder in models if (folder / CONFIG_FILE).is_file()]
     raise ArtifactError(
         f"{path}: no model here" + (f" of stage {stage!r}." if stage else "."),

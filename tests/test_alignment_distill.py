@@ -1,5 +1,7 @@
 """Distillation: the objective against its formula, and a draft that a model is sped up with."""
 
+import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -7,9 +9,10 @@ import torch
 from shards_bytes import document
 from tiny_run import build_quietly, tiny_recipe, write_texts
 
+from groundup.alignment import Conversations, SFTSettings, fine_tune
 from groundup.alignment.distill import Distillation, DistillSettings, distill
 from groundup.errors import DataError, RecipeError
-from groundup.generation import Engine, Request, SamplingParams
+from groundup.generation import Engine, Request, SamplingParams, chat_reply
 from groundup.interop import load
 from groundup.model import Transformer, preset
 from groundup.recipe import ShardsSettings, parse_recipe
@@ -94,6 +97,41 @@ def test_what_the_teacher_wrote_is_kept_for_a_run_that_goes_on(tokenizer, shards
         with pytest.raises(TypeError):
             own_rows(**other)
     assert own_rows(own_tokens=32) == own_rows(own_tokens=33 * 9, own_share=0.0) == 0
+
+
+def test_a_student_learns_the_answers_that_its_teacher_samples(tokenizer, shards, tmp_path, monkeypatch):
+    """And only those: what was asked is not learned, and what did not come to its end is left out."""
+    answer = {"role": "assistant", "content": "the mat"}
+    talks = [[{"role": "user", "content": f"{n} times?"}, answer] for n in range(60)]
+    fast = {"optimizer": "adamw", "lr": 2e-2, "batch_size": 4, "compile": False, "eval_tokens": 64, "eval_every": 100}
+    tuning = SFTSettings(epochs=14, **fast)
+    conversations = Conversations(talks[:50], talks[50:], {})
+    teacher = random("ground-nano", tokenizer, 1)
+    fine_tune(teacher, tokenizer, tuning, out=tmp_path / "teacher", conversations=conversations)
+    data = tmp_path / "asked.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{n} times?", "response": "unknown"}) + "\n" for n in range(80)))
+    settings = DistillSettings(
+        level="sequence", prompts=(str(data),), own_share=0.8, tokens=8000, temperature=0.7, **fast
+    )  # fmt: skip
+
+    def distilled():
+        student = random("ground-nano", tokenizer, 2)
+        return distill(teacher, student, tokenizer, shards, settings, out=tmp_path / "student")
+
+    made = distilled()
+    (kept,) = (tmp_path / "student").glob("own-text-*.jsonl")
+    written = [talk for line in kept.read_text().splitlines() for talk in json.loads(line)]
+    answers = Counter(talk[-1]["content"] for talk in written)
+    assert answers.most_common(1)[0][0] == "the mat"
+    assert {talk[0]["content"] for talk in written} <= {f"{n} times?" for n in range(80)}
+    assert made.summary["own_rows"] >= 30
+    assert made.summary["replay_share"] == pytest.approx(0.2, abs=0.1)
+    reply = chat_reply(made.model, tokenizer, [{"role": "user", "content": "7 times?"}], SamplingParams(temperature=0))
+    assert reply.text == "the mat"
+    monkeypatch.setattr("groundup.alignment.distill.Engine.run", None)
+    assert distilled().summary["val_loss"] == made.summary["val_loss"]
+    with pytest.raises(ValueError, match="name prompts"):
+        DistillSettings(level="sequence")
 
 
 def test_prompts_without_a_question_are_refused(tokenizer, shards, tmp_path):

@@ -14,9 +14,12 @@ from lengths import examples
 from tiny_run import STAGES, build_quietly, finished_run, tiny_recipe
 
 from groundup import corpus
+from groundup.alignment import LoraSettings, add_adapters, load_adapter, merge, save_adapter
 from groundup.console import Console
 from groundup.errors import ArtifactError, DataError, GroundupError, RecipeError
 from groundup.evaluation import read_comparison
+from groundup.evaluation.harness import read_scores
+from groundup.generation import SamplingParams, chat_reply
 from groundup.interop import load, load_model, save_model
 from groundup.interop.start import start_config, start_model
 from groundup.model import Transformer, count_parameters, extend_vocabulary, preset
@@ -323,7 +326,45 @@ def test_somebody_elses_model_and_tokenizer_go_through_the_pipeline_and_leave_as
     assert not torch.allclose(model(batch), before)
 
 
-def test_somebody_elses_tokenizer_makes_no_chats(tmp_path: Path) -> None:
+def test_somebody_elses_tokenizer_without_a_template_makes_no_chats(tmp_path: Path) -> None:
     found = problems_of(continued(f'pretrain.init="{somebody_elses(tmp_path / "theirs")}"', "corpus.languages=[]"))
     assert [problem.partition(": ")[0] for problem in found] == ["[align.sft]", '[evaluate] tasks = "groundup:tasks"']
-    assert all("no tokens for the roles of a chat" in problem for problem in found)
+    assert all("has no chat template" in problem for problem in found)
+
+
+def test_somebody_elses_model_is_fine_tuned_by_its_own_template(tmp_path: Path) -> None:
+    theirs = somebody_elses(tmp_path / "theirs")
+    template = "{% for one in messages %}{{ one.role }}: {{ one.content }}</s>{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    (theirs / "chat_template.jinja").write_text(template)
+    data = tmp_path / "talks.jsonl"
+    data.write_text("".join(f'{{"prompt": "Say {n}.", "response": "Well, {n}."}}\n' for n in range(40)))
+    recipe = parse_recipe(
+        f'[align.sft]\nstart = "{theirs}"\ndata = ["{data}"]\nbatch_size = 2\nepochs = 1\n'
+        '[align.reward]\nstart = "sft"\n[align.ppo]\nstart = "sft"\nreward = "reward"\nrollouts = 4\nbatch_size = 4\n'
+        'buffers = 1\nmax_tokens = 8\nheld_out = 2\n[evaluate]\ntasks = ["groundup:tasks"]\nlimit = 3\n',
+        "tiny.toml", ["align.reward.examples=100", "align.reward.limit=8", "align.ppo.examples=100"],
+    )  # fmt: skip
+    run = build_quietly(recipe, tmp_path / "run")
+    assert read_scores(run.folder("evaluate/ppo"))["figures"]["exact_match"]["n"] == 3
+    model, tokenizer = load_model(run.folder("ppo") / "model")
+    assert tokenizer is not None
+    assert (run.folder("ppo") / "model" / "chat_template.jinja").read_text() == template
+    said = chat_reply(model, tokenizer, [{"role": "user", "content": "Say 7."}], SamplingParams(max_tokens=5))
+    assert len(said.ids) <= 5
+
+
+def test_adapters_are_no_model_to_start_from_and_that_is_said(tmp_path: Path) -> None:
+    theirs = somebody_elses(tmp_path / "theirs")
+    (theirs / "chat_template.jinja").write_text("{% for one in messages %}{{ one.content }}</s>{% endfor %}")
+    model, tokenizer = load_model(theirs)
+    add_adapters(model, LoraSettings(rank=2))
+    save_adapter(tmp_path / "adapter", model, LoraSettings(rank=2), str(theirs))
+    section = f'[align.dpo]\nstart = "{tmp_path / "adapter"}"\n[evaluate]\ntasks = []\n'
+    found = problems_of(parse_recipe(section, "tiny.toml"))
+    assert any("adapters of PEFT without the model that they belong to" in problem for problem in found)
+    loaded, _ = load_model(theirs)
+    load_adapter(tmp_path / "adapter", loaded)
+    merge(loaded)
+    save_model(tmp_path / "whole", loaded, tokenizer)
+    check_recipe(parse_recipe(section.replace('/adapter"', '/whole"'), "tiny.toml"), "tiny.toml")

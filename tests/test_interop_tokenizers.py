@@ -20,7 +20,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 import groundup as gu
 from groundup.errors import ArtifactError, DataError
 from groundup.interop import export_folder, import_folder
-from groundup.tokenizer import load_tokenizer, pretrained, render
+from groundup.tokenizer import Message, load_tokenizer, pretrained, render
 from groundup.tokenizer import tokenizer as own_tokenizer
 from groundup.tokenizer.adversarial import adversarial_texts
 from groundup.tokenizer.letters import LETTERS as BYTE_LETTERS
@@ -215,10 +215,17 @@ def test_any_end_token_that_any_file_names_ends_a_text(said: str, tmp_path: Path
             assert {*ours.tokenizer.special_token_ids["eos"]} == ({*theirs} if isinstance(theirs, list) else {theirs})
 
 
-def test_a_pretrained_tokenizer_lays_out_no_chat(folder: Path) -> None:
+def test_a_pretrained_tokenizer_lays_out_chats_by_its_own_template_or_none(folder: Path) -> None:
     tokenizer = gu.load(folder).tokenizer
-    with pytest.raises(DataError, match="template of its own, which groundup does not run"):
-        render(tokenizer, [{"role": "user", "content": "hello"}])
+    assert tokenizer is not None
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    talk: list[Message] = [{"role": "user", "content": "hello"}]
+    if theirs.chat_template is None:
+        with pytest.raises(DataError, match="has no chat template"):
+            render(tokenizer, talk, add_generation_prompt=True)
+    else:
+        ids = theirs.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+        assert render(tokenizer, talk, add_generation_prompt=True).ids == ids
 
 
 def test_our_own_tokenizer_stays_ours(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Distillation: a small model learns to predict what a larger one would, and so can guess for it.
+"""Distillation: a small model learns to predict what a larger one would, and so can guess for it, or stand for it.
 
 The student minimizes KL(p ‖ q) of the teacher's distribution p and its own q at every position (arXiv:1503.02531, at
 temperature 1), of rows of the run's text and of text that the teacher wrote itself, which is what the student will
@@ -6,31 +6,38 @@ have to continue as a draft (arXiv:2310.08461: what the draft is trained on deci
 
     loss = mean over positions of Σ_x p(x) (ln p(x) − ln q(x))
 
+Or, `level = "sequence"`, it is fine-tuned on answers that the teacher writes to `prompts` (arXiv:1606.07947, section
+3.2): −Σ ln q(answer), the teacher's distribution replaced by a sample of it. That makes a smaller assistant.
+
 A guess is kept with probability Σ_x min(p(x), q(x)) (arXiv:2211.17192, theorem 3.5), which is reported on held-out text
 as `acceptance`.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from pydantic import Field
+from jaxtyping import Float
+from pydantic import Field, model_validator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from groundup.alignment.conversations import data_fingerprint, load_conversations
+from groundup.alignment.conversations import Conversations, data_fingerprint, load_conversations
+from groundup.alignment.sft import SFTSettings, fine_tune
 from groundup.console import Console
 from groundup.distributed import World, current_world
 from groundup.errors import DataError
-from groundup.files import atomic_folder, own_folder, value_digest, write_tensors
+from groundup.files import atomic_folder, own_folder, value_digest, write_tensors, write_text
 from groundup.generation import Engine, Request, SamplingParams
 from groundup.interop import save_model
 from groundup.interop.start import check_start, starting_config, starting_point, starting_tokenizer
@@ -41,7 +48,7 @@ from groundup.report.format import format_lines, format_whole, loss_line, traini
 from groundup.shards import TokenShards
 from groundup.shards.mixture import Shares, integer_weights
 from groundup.stage import Check, Context, Method, Shown, Stage, model_digest
-from groundup.tokenizer import Tokenizer, render
+from groundup.tokenizer import Message, Tokenizer, render
 from groundup.training import IGNORED, Batch, TrainedModel, TrainingJob, forget_checkpoints, train
 from groundup.training.batches import ShardBatches
 from groundup.training.objective import Term, pass_flops
@@ -58,6 +65,9 @@ _TEXTS_AT_ONCE = 64
 class DistillSettings(AlignSettings, OptimizerSettings):
     """A model to a smaller one that guesses its tokens."""
 
+    level: Literal["token", "sequence"] = setting(
+        "token", "what is learned: the larger model's distribution of every token, or its answers to prompts"
+    )
     model: ModelSettings = Field(
         default_factory=lambda: ModelSettings(preset="ground-nano"),
         description="the smaller model, as [model] describes one; its vocabulary is the larger one's",
@@ -70,6 +80,12 @@ class DistillSettings(AlignSettings, OptimizerSettings):
         "conversations whose questions the larger model answers, instead of writing texts: files, or groundup:tasks",
     )
     temperature: float = setting(1.0, "at which it writes", ge=0.0, le=100.0)
+
+    @model_validator(mode="after")
+    def _answers_need_questions(self) -> DistillSettings:
+        if self.level == "sequence" and not (self.prompts and self.own_share and self.own_tokens):
+            raise ValueError('level = "sequence": name prompts to answer, and leave own_share and own_tokens above 0')
+        return self
 
 
 def distill(
@@ -87,7 +103,7 @@ def distill(
     world: World | None = None,
     console: Console | None = None,
 ) -> TrainedModel:
-    """Train a student on a teacher's distributions; go on from a checkpoint in `out` if there is one.
+    """Train a student on a teacher's distributions or answers; go on from a checkpoint in `out` if there is one.
 
     Args:
         teacher: put into evaluation mode, and into the precision of the settings.
@@ -96,21 +112,22 @@ def distill(
         shards: a folder written by `write_shards` with this tokenizer.
         settings: what `[align.NAME]` with `method = "distill"` says; its `start` and `model` load nothing.
         out: the folder for logs, checkpoints, what the teacher wrote, and the model.
-        seed: of the order, and of what the teacher writes.
         start: what stands for the teacher's weights.
-        name: of the stage, in messages.
-        verify: compare the digests of the shards.
-        world: the processes to train on.
-        console: where progress is shown.
+        seed, name, verify, world, console: as for `fine_tune`.
 
     Raises:
         ArtifactError: shards missing, damaged or of another tokenizer.
-        DataError: the models do not fit together.
+        DataError: the models do not fit together, or nothing to learn from was written.
         Interrupted: asked to stop; everything is saved.
     """
     settings = resolve_optimizer(settings or DistillSettings())
     console, world, out = console or Console(), world or current_world(), Path(out)
-    _check_models(teacher.config, student.config, name)
+    if student.config.vocab_size != teacher.config.vocab_size:
+        raise DataError(
+            f"{name}: the smaller model has {student.config.vocab_size} tokens, the larger one "
+            f"{teacher.config.vocab_size}.",
+            "Leave the vocabulary out: it is the larger model's.",
+        )
     length = min(teacher.config.context_length, student.config.context_length)
     verify = verify and world.is_first
     splits = [
@@ -119,13 +136,44 @@ def distill(
     ]
     text = ShardBatches(splits[0], splits[1], length, settings.batch_size, seed)
     n_own = settings.own_tokens if settings.own_share else 0
+    key = [start, tokenizer.fingerprint, n_own, length, settings.temperature, list(settings.prompts), seed]
+    path = out / f"own-text-{value_digest(key)[:16]}"
+    texts = functools.partial(_texts, teacher, tokenizer, settings, length, seed, world)
+    sides = _questions(tokenizer, settings, seed, name, console) if settings.prompts else []
+    if settings.level == "sequence":
+        path = path.with_suffix(".jsonl")
+        if not world.any(path.is_file()):  # a run that goes on must find the very answers it began with
+            said = [_answers(side, texts, tokenizer, settings, length, name, console) for side in sides]
+            if world.is_first:
+                own_folder(out)
+                write_text(path, "".join(json.dumps(side, ensure_ascii=False) + "\n" for side in said))
+            world.wait()
+        to_learn, held_out = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        tuning = SFTSettings(
+            start=settings.start, replay=1 - settings.own_share,
+            **{field: getattr(settings, field) for field in OptimizerSettings.model_fields},
+        )  # fmt: skip
+        flops = math.ceil(settings.tokens / length) * pass_flops(student.config, (1, length))
+        done = fine_tune(
+            student, tokenizer, tuning, out=out, conversations=Conversations(to_learn, held_out, {}),
+            replay_shards=shards, seed=seed, flops=flops, name=name, verify=verify, world=world, console=console,
+        )  # fmt: skip
+        teacher.to(world.device)
+        done.summary.update(acceptance=acceptance(teacher, student, text), own_rows=len(to_learn))
+        return done
     if n_own <= length:
         own = np.empty((0, length + 1), np.int64)
     else:
-        key = [start, tokenizer.fingerprint, n_own, length, settings.temperature, list(settings.prompts), seed]
-        path = out / f"own-text-{value_digest(key)[:16]}"
-        if not world.any(path.is_dir()):  # a run that goes on must find the very rows it began with
-            rows = _own_texts(teacher, tokenizer, settings, length, n_own, seed, name, world, console)
+        if not world.any(path.is_dir()):  # the same
+            prompts = [ids[: length // 2] for _, ids in sides[0]] if sides else [[tokenizer.end_of_text_id]]
+            stream: list[int] = []
+            with console.bar(f"{name}: own text", n_own) as bar:
+                for written, _ in texts(itertools.cycle(prompts)):
+                    stream += written
+                    bar.update(min(len(stream), n_own))
+                    if len(stream) >= n_own:
+                        break
+            rows = torch.tensor(stream[: n_own // (length + 1) * (length + 1)]).view(-1, length + 1)
             if world.is_first:
                 own_folder(out)
                 with atomic_folder(path) as folder:
@@ -215,7 +263,9 @@ class DistillRows:
 
 
 @torch.inference_mode()
-def acceptance(teacher: Transformer, student: Transformer, source: DistillRows, limit_tokens: int = 20_000) -> float:
+def acceptance(
+    teacher: Transformer, student: Transformer, source: DistillRows | ShardBatches, limit_tokens: int = 20_000
+) -> float:
     """The mean over held-out positions of Σ_x min(p(x), q(x)): the share of guesses that are kept."""
     kept, n = 0.0, 0
     teacher.eval(), student.eval()
@@ -251,54 +301,73 @@ def _divergence_sum(
     return torch.stack([checkpoint(of_slice, *part, use_reentrant=False) for part in slices]).sum()
 
 
-def _own_texts(
-    teacher: Transformer, tokenizer: Tokenizer, settings: DistillSettings, length: int, n_tokens: int, seed: int,
-    name: str, world: World, console: Console,
-) -> Int[Tensor, "n length_plus_1"]:  # fmt: skip
-    """What the teacher writes, cut into rows; the same in one process and in many, which each write a share.
+def _questions(
+    tokenizer: Tokenizer, settings: DistillSettings, seed: int, name: str, console: Console
+) -> list[list[tuple[list[Message], list[int]]]]:
+    """What the teacher answers, as messages and as ids: to learn from, and held out.
 
     Raises:
         DataError: no conversation begins with a question.
     """
-    prompts: list[list[int]] = [[tokenizer.end_of_text_id]]
-    if settings.prompts:
-        conversations = load_conversations(settings.prompts, 10_000, seed, f"align.{name}", console)
-        prompts = [
-            render(tokenizer, messages[:-1], add_generation_prompt=True).ids[: length // 2]
-            for messages in conversations.train
-            if len(messages) > 1
-        ]
-        if not prompts:
-            raise DataError(f"[align.{name}] prompts: no conversation has a question before its answer.")
+    found = load_conversations(settings.prompts, 10_000, seed, f"align.{name}", console)
+    sides = [[talk[:-1] for talk in side if len(talk) > 1] for side in (found.train, found.held_out)]
+    if not all(sides):
+        raise DataError(f"[align.{name}] prompts: no conversation has a question before its answer.")
+    return [[(talk, render(tokenizer, talk, add_generation_prompt=True).ids) for talk in side] for side in sides]
+
+
+def _texts(
+    teacher: Transformer, tokenizer: Tokenizer, settings: DistillSettings, length: int, seed: int, world: World,
+    prompts: Iterable[list[int]],
+) -> Iterator[tuple[list[int], bool]]:  # fmt: skip
+    """What the teacher writes behind each prompt, with the token that ended it, and whether one did.
+
+    The same in one process and in many, which each write a share.
+    """
     dtype, _ = choose_precision(settings.precision, next(teacher.parameters()).device.type)
     engine = Engine(teacher, tokenizer, slots=32, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
-    stream: list[int] = []
-    number = world.rank * _TEXTS_AT_ONCE
-    with console.bar(f"{name}: own text", n_tokens) as bar:
-        while len(stream) < n_tokens:
-            requests = []
-            for place in range(number, number + _TEXTS_AT_ONCE):
-                ids = prompts[place % len(prompts)]
-                params = SamplingParams(temperature=settings.temperature, max_tokens=length - len(ids) + 1)
-                requests.append(Request(ids, params, seed=seed + place))
-            number += world.size * _TEXTS_AT_ONCE
-            texts = torch.full((_TEXTS_AT_ONCE, length + 2), -1)
-            for row, request, (text,) in zip(texts, requests, engine.run(requests), strict=True):
-                end = [tokenizer.end_id] if settings.prompts and text.finish_reason == "stop" else []
-                ids = [*request.ids, *text.ids, *end]
-                row[: len(ids)] = torch.tensor(ids)
-            for row in world.gather(texts):
-                stream += row[row >= 0].tolist()
-            bar.update(min(len(stream), n_tokens))
-    return torch.tensor(stream[: n_tokens // (length + 1) * (length + 1)]).view(-1, length + 1)
+    waiting, place = iter(prompts), 0
+    while chunk := list(itertools.islice(waiting, world.size * _TEXTS_AT_ONCE)):
+        chunk += [chunk[-1]] * (-len(chunk) % world.size)
+        requests = []
+        for number, ids in list(enumerate(chunk, start=seed + place))[world.rows(len(chunk))]:
+            params = SamplingParams(temperature=settings.temperature, max_tokens=length - len(ids) + 1)
+            requests.append(Request(ids, params, seed=number))
+        place += len(chunk)
+        texts = torch.full((len(requests), length + 3), -1)
+        for row, request, (text,) in zip(texts, requests, engine.run(requests), strict=True):
+            ids = [*request.ids, *text.ids, *([] if text.end_id is None else [text.end_id])]
+            row[: len(ids)], row[-1] = torch.tensor(ids), text.end_id is not None
+        for row in world.gather(texts).tolist():
+            yield [token for token in row[:-1] if token >= 0], row[-1] == 1
 
 
-def _check_models(teacher: ModelConfig, student: ModelConfig, name: str) -> None:
-    if student.vocab_size != teacher.vocab_size:
+def _answers(
+    questions: Sequence[tuple[list[Message], list[int]]], texts: Callable[..., Iterator[tuple[list[int], bool]]],
+    tokenizer: Tokenizer, settings: DistillSettings, length: int, name: str, console: Console,
+) -> list[list[Message]]:  # fmt: skip
+    """Conversations whose last answers are the teacher's; those without an end are left out.
+
+    Raises:
+        DataError: no answer came to its end.
+    """
+    asked = [(talk, ids) for talk, ids in questions if len(ids) <= length // 2]
+    said: list[list[Message]] = []
+    n_tokens = 0
+    with console.bar(f"{name}: answers", settings.own_tokens) as bar:
+        for (talk, ids), (text, is_ended) in zip(asked, texts(ids for _, ids in asked), strict=False):
+            n_tokens += len(text) - len(ids)
+            bar.update(min(n_tokens, settings.own_tokens))
+            if is_ended:
+                said.append([*talk, {"role": "assistant", "content": tokenizer.decode(text[len(ids) :])}])
+            if n_tokens >= settings.own_tokens:
+                break
+    if not said:
         raise DataError(
-            f"{name}: the smaller model has {student.vocab_size} tokens, the larger one {teacher.vocab_size}.",
-            "Leave the vocabulary out: it is the larger model's.",
+            f"[align.{name}] prompts: no answer came to its end within the context of {length} tokens.",
+            "Start from a model that has learned to answer.",
         )
+    return said
 
 
 def _student_config(stage: Stage) -> ModelConfig:

@@ -44,7 +44,6 @@ from groundup.tokenizer import Tokenizer
 from groundup.training import (
     Batch,
     Objective,
-    OnPolicySource,
     Source,
     Term,
     TrainedModel,
@@ -52,6 +51,7 @@ from groundup.training import (
     forget_checkpoints,
     train,
 )
+from groundup.training.job import OnPolicySource
 from groundup.training.optimizers import Shapes
 from groundup.training.pretrain import (
     QUICK_VALIDATION,

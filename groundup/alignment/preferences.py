@@ -364,7 +364,9 @@ class PreferenceRows(RecordRows[Encoded]):
     def _encode(self, one: Preference) -> Encoded | None:
         prompt = one.prompt
         while True:
-            texts = [self._text(prompt, answer) for answer in one.answers]
+            texts = [
+                encode_answer(self._tokenizer, prompt, answer, for_scores=self._for_scores) for answer in one.answers
+            ]
             if max(len(ids) for ids, _ in texts) <= self._most:
                 break
             if len(prompt) < 2:
@@ -378,13 +380,16 @@ class PreferenceRows(RecordRows[Encoded]):
         self.shortened += len(prompt) < len(one.prompt)
         return Encoded(texts, one.is_good)
 
-    def _text(self, prompt: Sequence[Message], answer: Sequence[Message]) -> Text:
-        """A prompt and its answer, of which what the assistant says is the targets, its end token included.
 
-        Messages are encoded one by one, so the prompt's tokens do not depend on the answer.
-        """
-        before, after = render(self._tokenizer, prompt), render(self._tokenizer, answer)
-        ids = np.array([*before.ids, *after.ids], dtype=np.int64)
-        mask = np.array([*[False] * len(before.ids), *after.loss_mask], dtype=bool)
-        targets = np.where(mask, ids, IGNORED)[1:]
-        return (ids, np.append(targets, IGNORED)) if self._for_scores else (ids[:-1], targets)
+def encode_answer(
+    tokenizer: Tokenizer, prompt: Sequence[Message], answer: Sequence[Message], *, for_scores: bool = False
+) -> Text:
+    """A prompt and its answer, of which what the assistant says is the targets; the end token is the last of them.
+
+    For scores the last token is an input, too.
+    """
+    rendered = render(tokenizer, [*prompt, *answer], learned_from=len(prompt))
+    ids = np.array(rendered.ids[: rendered.n_answered], dtype=np.int64)
+    mask = np.array(rendered.loss_mask[: rendered.n_answered], dtype=bool)
+    targets = np.where(mask, ids, IGNORED)[1:]
+    return (ids, np.append(targets, IGNORED)) if for_scores else (ids[:-1], targets)

@@ -26,7 +26,7 @@ from groundup.generation import Engine, Request, SamplingParams
 from groundup.generation.quantize import Quantization, QuantizationMethod, quantize
 from groundup.interop import save_model
 from groundup.interop.folder import WEIGHTS_FILE
-from groundup.interop.start import check_start, starting_config, starting_point, starting_tokenizer
+from groundup.interop.start import check_start, shards_fit, starting_config, starting_point
 from groundup.model import Transformer
 from groundup.model.cost import weight_bytes
 from groundup.recipe import QuantizeSettings
@@ -35,7 +35,6 @@ from groundup.run import RECIPE_FILE, Run
 from groundup.shards import TokenShards
 from groundup.stage import MODEL_FOLDER, Check, Context, Method, Shown, Stage, model_digest
 from groundup.tokenizer import Tokenizer
-from groundup.tokenizer.stage import given_tokenizer
 from groundup.training.planning.memory import device_memory
 from groundup.untrusted import read_bytes
 
@@ -115,10 +114,12 @@ def method_of(settings: QuantizeSettings, *, has_text: bool) -> QuantizationMeth
     return settings.method or ("gptq" if settings.bits == 4 and has_text else "rtn")
 
 
-def calibration_windows(shards: TokenShards, shape: tuple[int, int], seed: int) -> Tensor:
-    """Windows of token ids from all over the shards, int64, of this shape (or shorter, if the shards are)."""
+def calibration_windows(run: Run, tokenizer: Tokenizer, shape: tuple[int, int], *, verify: bool = True) -> Tensor:
+    """Windows of token ids from all over a run's shards, int64, of this shape (or shorter, if the shards are)."""
+    fingerprint = tokenizer.fingerprint
+    shards = TokenShards.open(run.folder("shards"), "train", tokenizer_fingerprint=fingerprint, verify=verify)
     n, length = shape[0], min(shape[1], shards.n_tokens)
-    starts = np.random.default_rng(seed).integers(0, shards.n_tokens - length + 1, n)
+    starts = np.random.default_rng(run.recipe.seed).integers(0, shards.n_tokens - length + 1, n)
     return torch.from_numpy(shards.windows(starts, length))
 
 
@@ -136,11 +137,8 @@ def run_text(folder: Path, tokenizer: Tokenizer, shape: tuple[int, int]) -> tupl
     run = Run(folder.resolve().parents[1])
     if not (run.root / RECIPE_FILE).is_file() or run.manifest("corpus") is None:
         return [], None
-    texts = scored_texts(document.text for document in stream_documents(run.folder("corpus"), "validation"))
-    if run.manifest("shards") is None:
-        return texts, None
-    shards = TokenShards.open(run.folder("shards"), "train", tokenizer_fingerprint=tokenizer.fingerprint)
-    return texts, calibration_windows(shards, shape, run.recipe.seed)
+    has_shards = run.manifest("shards") is not None
+    return scored_texts(run), calibration_windows(run, tokenizer, shape) if has_shards else None
 
 
 def file_text(path: Path, tokenizer: Tokenizer, shape: tuple[int, int]) -> tuple[list[str], Tensor]:
@@ -158,15 +156,15 @@ def file_text(path: Path, tokenizer: Tokenizer, shape: tuple[int, int]) -> tuple
     length = min(shape[1], len(ids))
     if not length:
         raise DataError(f"{path}: is too short to calibrate and to measure on.", "Give a longer text.")
-    return scored_texts([text[cut:]]), ids[: len(ids) // length * length].view(-1, length)
+    return [text[cut:][:_MOST_SCORED]], ids[: len(ids) // length * length].view(-1, length)
 
 
-def scored_texts(documents: Iterable[str]) -> list[str]:
-    """The first documents: enough for an error bar far below what 4 bits cost."""
+def scored_texts(run: Run) -> list[str]:
+    """The first held-out documents: enough for an error bar far below what 4 bits cost."""
     found: list[str] = []
     size = 0
-    for text in documents:
-        found.append(text[: _MOST_SCORED - size])
+    for document in stream_documents(run.folder("corpus"), "validation"):
+        found.append(document.text[: _MOST_SCORED - size])
         size += len(found[-1])
         if size >= _MOST_SCORED:
             break
@@ -239,16 +237,10 @@ class Quantize(Method):
         """See `quantize_and_measure`."""
         stage, run, settings = context.stage, context.run, context.stage.settings
         model, tokenizer = starting_point(stage, run, context.console)
-        calibration = None
+        shape, calibration = (settings.calibration, model.config.context_length), None
         if "shards" in stage.needs:
-            shards = TokenShards.open(
-                run.folder("shards"), "train", tokenizer_fingerprint=tokenizer.fingerprint, verify=context.recipe.verify
-            )
-            shape = (settings.calibration, model.config.context_length)
-            calibration = calibration_windows(shards, shape, context.recipe.seed)
-        texts = []
-        if stage.recipe.reads_text:
-            texts = scored_texts(document.text for document in stream_documents(run.folder("corpus"), "validation"))
+            calibration = calibration_windows(run, tokenizer, shape, verify=context.recipe.verify)
+        texts = scored_texts(run) if stage.recipe.reads_text else []
         with context.console.bar(stage.name) as bar:
             figures = quantize_and_measure(
                 model, tokenizer, settings, context.folder / MODEL_FOLDER, texts=texts, calibration=calibration
@@ -280,8 +272,7 @@ def _check_shards(stage: Stage) -> None:
         return
     if not recipe.reads_text:
         raise DataError(f'{where} method = "gptq": this recipe reads no text.', 'Add [corpus], or set method = "rtn".')
-    own, theirs = starting_tokenizer(stage), given_tokenizer(recipe.tokenizer.use, recipe.init)
-    if own is not None and (theirs is None or theirs.fingerprint != own.fingerprint):
+    if not shards_fit(stage):
         raise DataError(
             f"{where} method: this recipe's shards have another tokenizer than the model in {stage.settings.start}.",
             'Set method = "rtn", or quantize that model in a recipe of its own.',

@@ -152,7 +152,8 @@ class Scorer(nn.Module):
 
     def scores(self, talks: Sequence[Sequence[Message]]) -> Float[Tensor, " talks"]:
         """Normalized scores of conversations, each of which ends with the answer that is scored."""
-        return self.scores_of_ids([render(self.tokenizer, talk).ids for talk in talks])
+        texts = [render(self.tokenizer, talk) for talk in talks]
+        return self.scores_of_ids([text.ids[: text.n_answered] for text in texts])
 
     def scores_of_ids(self, texts: Sequence[Sequence[int]]) -> Float[Tensor, " texts"]:
         """The same of texts in tokens, prompt and answer, read at the last one: the end token, where there is one."""

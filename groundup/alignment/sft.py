@@ -25,10 +25,10 @@ from groundup.alignment.method import AlignmentMethod, begin, finish, sized
 from groundup.alignment.packing import Text, lay_out, pack
 from groundup.console import Console
 from groundup.distributed import AXES, World, current_world
-from groundup.errors import DataError
+from groundup.errors import DataError, GroundupError
 from groundup.evaluation.sets import fewer
 from groundup.files import value_digest
-from groundup.interop.start import starting_point, starting_tokenizer
+from groundup.interop.start import shards_fit, starting_point
 from groundup.model import Transformer
 from groundup.recipe import ControlSettings, OptimizerSettings, Texts, resolve_optimizer, setting
 from groundup.report.format import format_lines, format_whole, loss_line, training_facts
@@ -37,7 +37,7 @@ from groundup.shards.mixture import Shares, integer_weights
 from groundup.shards.order import shuffled_epochs
 from groundup.stage import Check, Context, Shown, Stage
 from groundup.tokenizer import Message, Tokenizer, render
-from groundup.tokenizer.stage import given_tokenizer
+from groundup.tokenizer.pretrained import PretrainedTokenizer
 from groundup.training import IGNORED, Batch, NextToken, TrainedModel, TrainingJob, forget_checkpoints, train
 from groundup.training.objective import pass_flops
 from groundup.training.pretrain import QUICK_VALIDATION
@@ -113,6 +113,8 @@ def fine_tune(
     settings = resolve_optimizer(settings or SFTSettings())
     console, world = console or Console(), world or current_world()
     out, length = Path(out), model.config.context_length
+    if isinstance(tokenizer, PretrainedTokenizer):
+        tokenizer = tokenizer.with_chat_end()
     section = f"align.{name}"
     conversations = conversations or load_conversations(settings.data, settings.examples, seed, section, console)
     verify = verify and world.is_first
@@ -121,6 +123,11 @@ def fine_tune(
         console.warn(
             f"{name}: {source.truncated} conversations are longer than the context of {length} tokens and were cut; "
             f"{source.unsupervised} had no answer left and were dropped."
+        )
+    if source.refused:
+        console.warn(
+            f"{name}: {len(source.refused)} conversations cannot be laid out and were dropped. The first: "
+            f"{source.refused[0]}"
         )
     begin(model, settings.lora, seed)
     row_flops = pass_flops(model.config, (1, length))
@@ -162,6 +169,7 @@ class ConversationRows:
         is_packed: whether all rows have the context's length, and say where their documents are.
         truncated: conversations that were cut.
         unsupervised: those of them without an answer left, which are dropped.
+        refused: why the chat template of an imported model does not take some, which are dropped, too.
 
     Raises:
         ArtifactError: shards missing, damaged or of another tokenizer.
@@ -174,10 +182,13 @@ class ConversationRows:
     ) -> None:  # fmt: skip
         check_replay(settings, replay_shards is not None, section)
         self.truncated = self.unsupervised = 0
+        self.refused: list[GroundupError] = []
         self._width, self._pad_id, self._seed = context_length, tokenizer.pad_id, seed
         self._train = self._encode(conversations.train, tokenizer)
         self._held_out = self._encode(conversations.held_out, tokenizer)
         if not self._train or not self._held_out:
+            if self.refused:
+                raise self.refused[0]
             raise DataError(
                 f"[{section}]: no answer fits into the model's context.",
                 f"Raise [model] context_length = {context_length}, or use shorter conversations.",
@@ -262,7 +273,11 @@ class ConversationRows:
     def _encode(self, conversations: Sequence[list[Message]], tokenizer: Tokenizer) -> list[Text]:
         texts = []
         for messages in conversations:
-            rendered = render(tokenizer, messages)
+            try:
+                rendered = render(tokenizer, messages)
+            except DataError as error:
+                self.refused.append(error)
+                continue
             ids = np.array(rendered.ids, dtype=np.int64)
             mask = np.array(rendered.loss_mask, dtype=bool)
             self.truncated += len(ids) - 1 > self._width
@@ -293,12 +308,8 @@ def _check_shards(stage: Stage) -> None:
     Raises:
         DataError: there is none.
     """
-    recipe = stage.recipe
-    check_replay(stage.settings, recipe.reads_text, stage.section)
-    if not stage.settings.replay:
-        return
-    own, theirs = starting_tokenizer(stage), given_tokenizer(recipe.tokenizer.use, recipe.init)
-    if own is not None and (theirs is None or theirs.fingerprint != own.fingerprint):
+    check_replay(stage.settings, stage.recipe.reads_text, stage.section)
+    if stage.settings.replay and not shards_fit(stage):
         raise DataError(
             f"[{stage.section}] replay: this recipe's shards have another tokenizer than the model in "
             f"{stage.settings.start}.",

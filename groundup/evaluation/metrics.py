@@ -170,11 +170,14 @@ def exact_match(
     params, start = SamplingParams(temperature=0.0, max_tokens=max_tokens), time.perf_counter()
     for first in range(0, len(order), _PROMPTS):
         group = order[first : first + _PROMPTS]
-        results = generate_batch(model, tokenizer, [prompts[place] for place in group], params, {tokenizer.end_id})
+        results = generate_batch(model, tokenizer, [prompts[place] for place in group], params)
         replies.update(zip(group, results, strict=True))
-        turns = {place: turn for place in group if (turn := use(replies[place].text)) is not None}
-        again = [[*prompts[place], *replies[place].ids, tokenizer.end_id, *turn] for place, turn in turns.items()]
-        replies.update(zip(turns, generate_batch(model, tokenizer, again, params, {tokenizer.end_id}), strict=True))
+        again = {
+            place: [*prompts[place], *reply.ids, reply.end_id, *turn]
+            for place, reply in zip(group, results, strict=True)
+            if reply.end_id is not None and (turn := use(reply.text)) is not None
+        }
+        replies.update(zip(again, generate_batch(model, tokenizer, [*again.values()], params), strict=True))
     seconds = time.perf_counter() - start
     answers = []
     for place, task in enumerate(tasks):

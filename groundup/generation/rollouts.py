@@ -115,8 +115,16 @@ def use_calculator(tokenizer: Tokenizer) -> UseTool:
         expression = read_call(text)
         if expression is None:
             return None
-        said: list[Message] = [{"role": "tool", "content": calculate(expression)}]
-        return render(tokenizer, said, add_generation_prompt=True).ids
+        said: list[Message] = [
+            {"role": "user", "content": ""},
+            {"role": "assistant", "content": text},
+            {"role": "tool", "content": calculate(expression)},
+        ]
+        try:
+            n_before = render(tokenizer, said[:2]).n_answered
+            return render(tokenizer, said, add_generation_prompt=True).ids[n_before:]
+        except DataError:  # the template of an imported model that has no tools
+            return None
 
     return use
 

@@ -22,7 +22,7 @@ from groundup.model import ModelConfig, Transformer, extend_vocabulary, reshaped
 from groundup.model.cost import parameter_shapes
 from groundup.recipe import DEFAULT_PRESET, ModelSettings, StartSettings
 from groundup.run import Run
-from groundup.stage import MODEL_FOLDER, Stage, find_model, graph
+from groundup.stage import ADAPTER_FILE, MODEL_FOLDER, Stage, find_model, graph
 from groundup.tokenizer import Tokenizer, load_tokenizer
 from groundup.tokenizer.pretrained import PretrainedTokenizer
 from groundup.tokenizer.stage import check_vocabulary, given_tokenizer
@@ -84,13 +84,21 @@ def check_start(stage: Stage) -> None:
         starting_tokenizer(stage)
 
 
+def shards_fit(stage: Stage) -> bool:
+    """Whether the run's shards are of the tokens of the model that a stage starts from."""
+    recipe, own = stage.recipe, starting_tokenizer(stage)
+    theirs = given_tokenizer(recipe.tokenizer.use, recipe.init)
+    return own is None or (theirs is not None and theirs.fingerprint == own.fingerprint)
+
+
 def check_chat(stage: Stage, where: str) -> None:
-    """Check that the tokenizer of the model that a stage starts from has tokens for the roles of a chat."""
+    """Check that the tokenizer of the model that a stage starts from can lay out a chat."""
     with contextlib.suppress(ArtifactError):  # other checks say that it is not there
-        if isinstance(starting_tokenizer(stage), PretrainedTokenizer):
+        tokenizer = starting_tokenizer(stage)
+        if isinstance(tokenizer, PretrainedTokenizer) and not tokenizer.chat_templates:
             raise DataError(
-                f"{where}: the tokenizer of the model to start from has no tokens for the roles of a chat.",
-                "Leave this out: such a model goes on learning from text alone, and is scored on text.",
+                f"{where}: the model to start from has no chat template.",
+                "Put a chat_template.jinja into its folder, or leave this out: it can be scored on text.",
             )
 
 
@@ -112,6 +120,8 @@ def _check_start(stage: Stage) -> None:
     try:
         find_model(settings.start)
     except ArtifactError as error:
+        if (Path(settings.start) / ADAPTER_FILE).is_file():
+            raise
         known = [name for name in stage.recipe.branches if name != stage.name]
         known += ["pretrain"] if stage.recipe.has_trunk else []
         near = difflib.get_close_matches(settings.start, known, n=1)

@@ -1,13 +1,14 @@
 """A pretrained tokenizer, as Hugging Face keeps it, with the methods of one that groundup trained.
 
 It encodes, decodes and is saved again with the same bytes; it cannot be trained or changed. Its control tokens are its
-own: text never becomes one unless allowed, as with ours. It has no tokens for the roles of groundup's chats: its chat
-template is a program, which only the server runs, in a sandbox.
+own: text never becomes one unless allowed, as with ours. It has no tokens for the roles of groundup's chats: a program
+of its own lays its chats out (`template.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import re
@@ -33,6 +34,7 @@ from groundup.tokenizer.files import (
 from groundup.tokenizer.letters import BYTE_OF_LETTER, LETTERS
 from groundup.tokenizer.special import CONTROL_TOKENS
 from groundup.tokenizer.split import PIECE_CHARACTERS, cut_into_pieces, replace_surrogates
+from groundup.tokenizer.template import ChatTemplate, LaidOut, Rendered
 from groundup.tokenizer.text_engine import text_spec
 from groundup.tokenizer.tokenizer import Tokenizer
 from groundup.untrusted import file_inside, parse_object, read_bytes, read_object, reading
@@ -183,10 +185,71 @@ class PretrainedTokenizer(Tokenizer):
         tokens = {name: one.get("content") if isinstance(one, dict) else one for name, one in said}
         return {name: one for name, one in tokens.items() if name.endswith("_token") and isinstance(one, str)}
 
-    def encode_template(self, text: str) -> list[int]:
-        """Ids of a text in which every control token counts, as transformers encodes what a chat template wrote."""
+    def chat_template(self, *, with_tools: bool = False) -> ChatTemplate:
+        """The program that lays out its chats; of two, the one for chats with tools or without.
+
+        Raises:
+            DataError: it has none.
+        """
+        found = self._programs.get("tool_use") if with_tools else None
+        found = found or self._programs.get("default")
+        if found is None:
+            raise DataError(
+                "this model has no chat template.",
+                "Continue texts with it (groundup generate, /v1/completions), or put a chat_template.jinja beside it.",
+            )
+        return found
+
+    @functools.cached_property
+    def _programs(self) -> dict[str, ChatTemplate]:
+        return {
+            name: ChatTemplate(source, self._specials.keys(), self.named_tokens)
+            for name, source in self.chat_templates.items()
+        }
+
+    def with_chat_end(self) -> PretrainedTokenizer:
+        """The same, with what ends an answer of its chats among the tokens that end a text.
+
+        A base model's files name the end of a document only. One that has learned to chat ends its answers with another
+        token, and whoever writes with it has to stop there.
+        """
+        end, ids = self._specials.get(self.chat_template().end or ""), self.special_token_ids
+        if end is None or end in self.end_ids:
+            return self
+        other = copy.copy(self)
+        other.special_token_ids = {**ids, "eos": [*ids["eos"], end]}
+        return other
+
+    def encode_laid_out(self, laid_out: LaidOut) -> Rendered:
+        """Ids of what a chat template wrote, as transformers has them; what was said has no control tokens.
+
+        Raises:
+            DataError: a text that the tokenizer cannot take.
+        """
+        text, mark = laid_out.text, laid_out.mark
+        is_whole = mark not in text
+        parts = [text] if is_whole else self.chat_template().names.split(text)  # text, name, text, …
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []  # characters of each token, in the text without marks
+        start = 0
         with reading("a text for this tokenizer", DataError, "Check its tokenizer.json."):
-            return list(self._full.encode(text, add_special_tokens=False).ids)
+            for place, part in enumerate(parts):
+                plain = part.replace(mark, "")
+                if place % 2:
+                    ids.append(self._specials[part])
+                    spans.append((start, start + len(part)))
+                else:
+                    found = (self._full if is_whole else self._engine).encode(plain, add_special_tokens=False)
+                    ids += found.ids
+                    spans += [(start + first, start + last) for first, last in found.offsets]
+                start += len(plain)
+        is_learned = [False] * len(ids)
+        for span in laid_out.learned:
+            first, last = (at - text.count(mark, 0, at) for at in span)
+            inside = [place for place, (begin, end) in enumerate(spans) if begin < last and end > first]
+            if inside:  # some tokenizers give white space no characters
+                is_learned[inside[0] : inside[-1] + 1] = [True] * (inside[-1] + 1 - inside[0])
+        return Rendered(ids, is_learned)
 
     def encode_iterable(self, parts: Iterable[str]) -> Iterator[int]:
         """As `Tokenizer.encode_iterable`; DataError: it merges across spaces, or changes a text by what is far away."""
@@ -264,8 +327,7 @@ class PretrainedTokenizer(Tokenizer):
     def role_id(self, role: str) -> int:
         """Always an error: a pretrained tokenizer has no tokens for the roles of groundup's chats."""
         raise DataError(
-            "this model's chats are laid out by a template of its own, which groundup does not run.",
-            "Continue texts with it: groundup generate.",
+            "this model's chats are laid out by a program of its own, not by tokens for roles.", "Call render."
         )
 
     def _required(self, *names: str) -> int:
