@@ -20,6 +20,7 @@ from groundup.generation.sampling import (
 from groundup.generation.text import (
     chat_prompt,
     chat_reply,
+    chat_request,
     generate,
     generate_batch,
     prompt_ids,
@@ -45,6 +46,7 @@ __all__ = [
     "beam_search",
     "chat_prompt",
     "chat_reply",
+    "chat_request",
     "draw",
     "generate",
     "generate_batch",

@@ -470,7 +470,8 @@ class Engine:
                 token_logprobs(own[: len(tokens)], tokens, text.params.logprobs or 0) if text.wants_logprobs else []
             )
             for place, token in enumerate(tokens):
-                self._take(text, token, logprobs[place] if logprobs else None, place < len(tokens) - 1)
+                guesses = [token] if place < len(tokens) - 1 else draft.ids[place:]
+                self._take(text, token, logprobs[place] if logprobs else None, guesses)
                 if text.is_finished:
                     break
             text.n_stored = min(text.n_stored + len(tokens), len(text.ids) - text.offset)
@@ -510,10 +511,10 @@ class Engine:
                 logprob = token_logprobs(logits[place : place + 1], [token], text.params.logprobs or 0)[0]
             self._take(text, token, logprob)
 
-    def _take(self, text: Text, token: int, logprob: TokenLogprob | None, is_accepted: bool = False) -> None:
+    def _take(self, text: Text, token: int, logprob: TokenLogprob | None, guesses: Sequence[int] = ()) -> None:
         self.stats.new_tokens += 1
         try:
-            text.take(token, logprob, is_accepted)
+            text.take(token, logprob, guesses)
         except GroundupError as error:  # its grammar has become too complex
             self._fail([text], error)
 

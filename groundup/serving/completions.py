@@ -21,6 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from groundup.errors import GroundupError
 from groundup.generation import Chunk, Constraint, Detokenizer, Generation, Request, TokenLogprob
+from groundup.generation.tools import ToolReader, call_schema
 from groundup.serving.protocol import (
     MOST_TEXTS,
     APIError,
@@ -33,7 +34,6 @@ from groundup.serving.protocol import (
     read_body,
 )
 from groundup.serving.state import ServedModel, State
-from groundup.serving.tools import ToolReader, call_schema
 
 _DONE = b"data: [DONE]\n\n"
 
@@ -403,7 +403,7 @@ class ChatReply(Reply):
         message = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
         return {
             "index": index, "message": message | ({"tool_calls": calls} if calls else {}),
-            "logprobs": self._logprobs(text.logprobs, text.accepted) if self._has_logprobs else None,
+            "logprobs": self._logprobs(text.logprobs, text.guesses) if self._has_logprobs else None,
             "finish_reason": "tool_calls" if calls else text.finish_reason,
         }  # fmt: skip
 
@@ -421,7 +421,7 @@ class ChatReply(Reply):
                 piece += rest
                 calls = [{"index": at, **call.value} for at, call in enumerate(found[: self._most_calls])]
         if piece or chunk.logprobs:
-            logprobs = self._logprobs(chunk.logprobs, chunk.accepted) if self._has_logprobs else None
+            logprobs = self._logprobs(chunk.logprobs, chunk.guesses) if self._has_logprobs else None
             events.append(_delta(index, {"content": piece}, logprobs=logprobs))
         if calls:
             events.append(_delta(index, {"tool_calls": calls}))
@@ -437,18 +437,22 @@ class ChatReply(Reply):
         form = self.served.template.tools
         return ToolReader(form, self._begun) if form is not None and self._takes_tools else None
 
-    def _logprobs(self, scored: Sequence[TokenLogprob], accepted: Sequence[bool]) -> dict[str, Any]:
-        """OpenAI's entries, each with its token's id, and "accepted" where a draft had guessed it."""
-        content = [
-            {**self._entry(one.token, one.logprob), **({"accepted": True} if guessed else {}),
-             "top_logprobs": [self._entry(*top) for top in one.top]}
-            for one, guessed in zip(scored, accepted, strict=True)
-        ]  # fmt: skip
+    def _logprobs(self, scored: Sequence[TokenLogprob], guesses: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """OpenAI's entries, each with its token's id, and "accepted" or "rejected" where a draft had guessed."""
+        content = []
+        for one, guessed in zip(scored, guesses, strict=True):
+            tops = [self._entry(*top) for top in one.top]
+            entry = {**self._entry(one.token, one.logprob), "top_logprobs": tops}
+            if guessed:
+                is_right = guessed[0] == one.token
+                entry |= {"accepted": True} if is_right else {"rejected": [self._entry(token) for token in guessed]}
+            content.append(entry)
         return {"content": content, "refusal": None}
 
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+    def _entry(self, token: int, logprob: float | None = None) -> dict[str, Any]:
         value = self.served.tokenizer.token_bytes(token)
-        return {"token": self.served.token_texts[token], "logprob": logprob, "bytes": list(value), "id": token}
+        entry = {"token": self.served.token_texts[token], "logprob": logprob, "bytes": list(value), "id": token}
+        return {name: one for name, one in entry.items() if one is not None}
 
 
 def _delta(

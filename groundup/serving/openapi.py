@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from groundup.serving.protocol import (
+    CalculatorBody,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
@@ -19,6 +20,7 @@ from groundup.serving.protocol import (
 )
 
 _TEXT, _NUMBER, _ANY = {"type": "string"}, {"type": "integer"}, {"type": "object"}
+_MAYBE = {"type": ["string", "null"]}
 _NUMBERS = {"type": "array", "items": _NUMBER}
 
 
@@ -59,6 +61,11 @@ _POSTS: dict[str, tuple[type[BaseModel], dict[str, Any], bool]] = {
     "/tokenize": (TokenizeBody, _object(count=_NUMBER, max_model_len=_NUMBER, tokens=_NUMBERS), False),
     "/detokenize": (DetokenizeBody, _object(prompt=_TEXT), False),
     "/inspect": (InspectBody, _object(ids=_NUMBERS, tokens=_list(_ANY), layers=_NUMBER, heads=_NUMBER), False),
+    "/calculator": (
+        CalculatorBody,
+        _object(expression=_MAYBE, result=_MAYBE),
+        False,
+    ),
     "/feedback": (FeedbackBody, _object(folder=_TEXT), False),
 }
 _GETS: dict[str, dict[str, Any]] = {

@@ -1,10 +1,11 @@
 """The page that a browser opens, and what only it asks for: looking inside, votes, a training that goes on.
 
 The files in `page/` are served as they are: no build step, no address elsewhere. It talks to the same endpoints as
-every other client, and to these three:
+every other client, and to these:
 
     POST /inspect     {"model", "prompt" | "messages" | "tokens", "top", "position", "attention"} → `Inspection.to_json`
     POST /feedback    {"model", "messages", "vote" + "answer" | "ranking" | "answer" + "correction"} → what was written
+    POST /calculator  {"answer"} → {"expression", "result"} of an answer that is a call of the calculator, else nulls
     GET  /training    the run's stages, their curves and newest samples, read from its folder
 """
 
@@ -21,11 +22,12 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from groundup.generation.calculator import calculate, read_call
 from groundup.report.record import Curve, read_record
 from groundup.run import Run
 from groundup.serving.feedback import Feedback
 from groundup.serving.inspect import inspect
-from groundup.serving.protocol import APIError, FeedbackBody, InspectBody, json_response, read_body
+from groundup.serving.protocol import APIError, CalculatorBody, FeedbackBody, InspectBody, json_response, read_body
 from groundup.serving.state import ServedModel, State
 
 FILES = Path(__file__).with_name("page")
@@ -48,6 +50,7 @@ def routes() -> list[BaseRoute]:
         Mount("/page", _Files(directory=FILES)),
         Route("/inspect", look_inside, methods=["POST"]),
         Route("/feedback", feedback, methods=["POST"]),
+        Route("/calculator", calculator, methods=["POST"]),
         Route("/training", training),
     ]
 
@@ -88,6 +91,13 @@ async def feedback(http: Request) -> Response:
     messages = [one.model_dump() for one in body.messages]
     await run_in_threadpool(Feedback(folder).take, served.name, messages, opinion)
     return json_response({"folder": str(folder)})
+
+
+async def calculator(http: Request) -> Response:
+    """POST /calculator."""
+    body = CalculatorBody.model_validate(await read_body(http))
+    expression = read_call(body.answer)
+    return json_response({"expression": expression, "result": None if expression is None else calculate(expression)})
 
 
 async def training(http: Request) -> Response:

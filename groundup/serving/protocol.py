@@ -366,6 +366,12 @@ class InspectBody(Body):
         return self
 
 
+class CalculatorBody(Body):
+    """/calculator."""
+
+    answer: Answer = Field(description="What a model wrote.")
+
+
 class TurnBody(Body):
     """A turn of a conversation, as text."""
 

@@ -20,7 +20,7 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from groundup.errors import DataError
-from groundup.serving.tools import OURS, ToolCall, ToolFormat, describe_tools, format_of
+from groundup.generation.tools import OURS, ToolCall, ToolFormat, describe_tools, format_of
 from groundup.tokenizer import Message, Tokenizer, render
 from groundup.tokenizer.pretrained import PretrainedTokenizer
 
