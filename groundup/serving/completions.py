@@ -40,7 +40,7 @@ _DONE = b"data: [DONE]\n\n"
 
 async def completions(http: HTTPRequest) -> Reply:
     """POST /v1/completions."""
-    state: State = http.app.state.server
+    state: State = http.state.server
     body = CompletionBody.model_validate(await read_body(http))
     served = state.find(body.model)
     begun = body.add_special_tokens is not False
@@ -63,7 +63,7 @@ async def completions(http: HTTPRequest) -> Reply:
 
 async def chat_completions(http: HTTPRequest) -> Reply:
     """POST /v1/chat/completions."""
-    state: State = http.app.state.server
+    state: State = http.state.server
     body = ChatBody.model_validate(await read_body(http))
     served = state.find(body.model)
     request, begun = await asyncio.to_thread(_chat_request, served, body, _client(http, body))
@@ -206,7 +206,7 @@ class Reply:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer."""
         most = self.state.limits.unread * self._n * len(self.requests)
-        inbox = Inbox(scope["app"].state.wakeups, len(self.requests), most, bool(self.body.stream))
+        inbox = Inbox(scope["state"]["wakeups"], len(self.requests), most, bool(self.body.stream))
         write = self._stream if self.body.stream else self._whole
         tasks: list[asyncio.Task[None]] = []
         try:
@@ -347,15 +347,15 @@ class TextReply(Reply):
 
     def deltas(self, number: int, chunk: Chunk) -> list[list[dict[str, Any]]]:
         """One event."""
-        place = number * self._n + chunk.index
-        logprobs = None
-        is_first = place not in self._places
-        detokenizer = self._places.setdefault(place, Detokenizer(self.served.tokenizer))
+        place, logprobs, before = number * self._n + chunk.index, None, ""
+        if place not in self._places:
+            self._places[place], before = Detokenizer(self.served.tokenizer), self._before[number]
         if chunk.logprobs:
+            offsets = self._places[place].offsets
             for token in chunk.ids:
-                detokenizer.add(token)
-            logprobs = self._logprobs(chunk.ids, chunk.logprobs, detokenizer.offsets[-len(chunk.ids) :])
-        text = (self._before[number] if is_first else "") + chunk.text
+                self._places[place].add(token)
+            logprobs = self._logprobs(chunk.ids, chunk.logprobs, offsets[-len(chunk.ids) :])
+        text = before + chunk.text
         return [[{"index": place, "text": text, "logprobs": logprobs, "finish_reason": chunk.finish_reason}]]
 
     def _logprobs(

@@ -63,14 +63,14 @@ async def page(http: Request) -> Response:
 async def look_inside(http: Request) -> Response:
     """POST /inspect."""
     body = InspectBody.model_validate(await read_body(http))
-    served: ServedModel = http.app.state.server.find(body.model)
+    served: ServedModel = http.state.server.find(body.model)
     text: str | list[int]
     if body.messages is not None:
         text = served.template.ids([one.model_dump(exclude_none=True) for one in body.messages])
     else:
         text = body.tokens if body.tokens is not None else body.prompt or ""
     work = functools.partial(inspect, served.model, served.tokenizer, text, top=body.top or 10)
-    async with http.app.state.embedding:  # one at a time: texts are written meanwhile
+    async with http.state.reading:  # one at a time: texts are written meanwhile
         seen = await run_in_threadpool(work)
     position = len(seen.ids) - 1 if body.position is None else body.position
     if position >= len(seen.ids):
@@ -82,7 +82,7 @@ async def look_inside(http: Request) -> Response:
 async def feedback(http: Request) -> Response:
     """POST /feedback."""
     body = FeedbackBody.model_validate(await read_body(http))
-    state: State = http.app.state.server
+    state: State = http.state.server
     served = state.find(body.model)
     folder = state.run or served.folder
     if folder is None:
@@ -102,7 +102,7 @@ async def calculator(http: Request) -> Response:
 
 async def training(http: Request) -> Response:
     """GET /training."""
-    state: State = http.app.state.server
+    state: State = http.state.server
     if state.run is None:
         return json_response({"run": None, "stages": []})
     record = await run_in_threadpool(read_record, Run(state.run))

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -56,6 +57,9 @@ def api_error(error: Exception) -> APIError:
         return error
     if isinstance(error, ValidationError):
         return _invalid(error)
+    if isinstance(error, HTTPException):
+        reason = "there is nothing at this address" if error.status_code == 404 else error.detail
+        return APIError(error.status_code, f"{reason}.", **(error.headers or {}))
     if isinstance(error, EngineBusy):
         return APIError(503, error.message, "overloaded", retry_after="1")
     if isinstance(error, ArtifactError):  # a request has no part in it

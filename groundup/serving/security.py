@@ -62,6 +62,7 @@ class Protection:
             await self._app(scope, receive, send)  # its start and end: uvicorn lets no other kind in
             return
         begin, status = time.perf_counter(), 0
+        scope["app"] = self  # of which Starlette's routes ask that there be one
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
