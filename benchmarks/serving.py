@@ -38,8 +38,8 @@ from record import spread, write_result
 from groundup.generation import Engine, Request, SamplingParams, prompt_ids
 from groundup.interop.gguf import export_gguf
 from groundup.model import Transformer
-from groundup.serving import ServedModel, State
 from groundup.serving.server import listen, make_server
+from groundup.serving.state import ServedModel, State
 from groundup.tokenizer import Tokenizer
 from groundup.tokenizer.adversarial import adversarial_texts
 

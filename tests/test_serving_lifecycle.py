@@ -18,8 +18,8 @@ from serving_client import Served, request_bytes, serving, slow_down, small_mode
 from groundup.cli.serving import read_models
 from groundup.errors import ArtifactError
 from groundup.interop import save_model
-from groundup.serving import Limits
 from groundup.serving.server import listen
+from groundup.serving.state import Limits
 
 __all__ = ["groundup"]
 

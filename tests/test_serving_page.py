@@ -28,9 +28,9 @@ from groundup.errors import DataError
 from groundup.generation import Engine, Request, SamplingParams, warp
 from groundup.generation.calculator import write_call
 from groundup.generation.speculative import Speculation
-from groundup.serving import ServedModel, State
-from groundup.serving.feedback import Feedback
+from groundup.serving.feedback import keep
 from groundup.serving.page import routes
+from groundup.serving.state import ServedModel, State
 from groundup.tokenizer import render
 
 PAGE = Path(gu.__file__).parent / "serving" / "page"
@@ -715,7 +715,8 @@ def test_many_writers_append_whole_lines(tmp_path: Path) -> None:
     text = "x" * 20_000
 
     def write(number: int) -> None:
-        Feedback(tmp_path).vote("m", [{"role": "user", "content": f"{number}"}], text, is_good=number % 2 == 0)
+        opinion = {"vote": "down" if number % 2 else "up", "answer": text}
+        keep(tmp_path, "m", [{"role": "user", "content": f"{number}"}], opinion)
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(40)))
@@ -727,13 +728,13 @@ def test_many_writers_append_whole_lines(tmp_path: Path) -> None:
 
 def test_a_ranking_of_three_and_of_two(tmp_path: Path) -> None:
     prompt = [{"role": "user", "content": "?"}]
-    Feedback(tmp_path).rank("m", prompt, ["a", "b", "c"])
-    Feedback(tmp_path).rank("m", prompt, ["a", "b"])
+    for answers in (["a", "b", "c"], ["a", "b"]):
+        keep(tmp_path, "m", prompt, {"ranking": answers})
     three, two = (json.loads(line) for line in (tmp_path / "preferences.jsonl").read_text().splitlines())
     assert three["ranking"] == ["a", "b", "c"]
     assert (two["chosen"], two["rejected"]) == ("a", "b")
     with pytest.raises(DataError, match="two different"):
-        Feedback(tmp_path).rank("m", prompt, ["a", "a"])
+        keep(tmp_path, "m", prompt, {"ranking": ["a", "a"]})
 
 
 def test_modules_of_others_are_as_published_and_have_their_licences() -> None:

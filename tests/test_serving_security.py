@@ -13,7 +13,8 @@ from generation_models import small_tokenizer
 from serving_client import Served, serving, slow_down, small_state, wait_until
 
 from groundup.generation import grammar
-from groundup.serving import Limits, app, security
+from groundup.serving import app, security
+from groundup.serving.state import Limits
 
 CHAT = "/v1/chat/completions"
 TALK = [{"role": "user", "content": "Where is the cat?"}]

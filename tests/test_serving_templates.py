@@ -21,7 +21,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from groundup.errors import DataError
 from groundup.generation import Engine
 from groundup.generation.tools import FORMATS, HERMES, LLAMA, MISTRAL, OURS, ToolCall, ToolFormat, ToolReader
-from groundup.serving import ServedModel, State
+from groundup.serving.state import ServedModel, State
 from groundup.serving.templates import ChatTemplate
 from groundup.tokenizer import load_tokenizer
 from groundup.tokenizer.pretrained import PretrainedTokenizer

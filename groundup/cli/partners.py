@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from groundup.errors import GroundupError
 from groundup.generation import Engine, SamplingParams, chat_request
-from groundup.serving.feedback import Feedback
+from groundup.serving.feedback import keep
 from groundup.tokenizer import Message, Tokenizer
 
 
@@ -82,7 +82,7 @@ class Local:
         """Into the files of the run."""
         if self._folder is None:
             raise GroundupError("this model has no folder: there is no place for votes.")
-        Feedback(self._folder).take(self.name, messages, opinion)
+        keep(self._folder, self.name, messages, opinion)
         return str(self._folder)
 
 

@@ -104,14 +104,11 @@ def _chat_request(served: ServedModel, body: ChatBody, client: str) -> tuple[Req
 
 
 class Wakeups:
-    """One call into the event loop for all that a step has brought: each costs both threads a switch.
-
-    Args:
-        loop: in which the replies are written.
-    """
+    """One call into the event loop for all that a step has brought: each costs both threads a switch."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop, self._events, self._is_called = loop, deque[asyncio.Event](), False
+        self._loop, self._is_called = loop, False
+        self._events = deque[asyncio.Event]()
 
     def wake(self, event: asyncio.Event) -> None:
         """Set an event, from any thread."""
@@ -127,19 +124,11 @@ class Wakeups:
 
 
 class Inbox:
-    """What engines say of a reply's requests, until it is written.
+    """What an engine says of a reply's requests, until it is written: at most so many chunks, 0: only that it ended."""
 
-    Args:
-        wakeups: of the event loop.
-        n_requests: that are to end.
-        most: chunks that may wait.
-        wants_chunks: not only the end of each request.
-    """
-
-    def __init__(self, wakeups: Wakeups, n_requests: int, most: int, wants_chunks: bool) -> None:
-        self._wakeups, self._n_open, self._most, self._wants_chunks = wakeups, n_requests, most, wants_chunks
+    def __init__(self, wakeups: Wakeups, n_requests: int, most: int) -> None:
+        self._wakeups, self._n_open, self._most = wakeups, n_requests, most
         self._event, self._items = asyncio.Event(), deque[tuple[int, Chunk]]()
-        self._n_ended = 0
         self._error: APIError | None = None
         self.first: float | None = None
 
@@ -148,10 +137,10 @@ class Inbox:
 
         def listen(chunk: Chunk | None) -> None:
             if chunk is None:
-                self._n_ended += 1
+                self._n_open -= 1
             else:
                 self.first = self.first or time.perf_counter()
-                if not self._wants_chunks:
+                if not self._most:
                     return
                 if len(self._items) >= self._most:
                     self._error = APIError(408, "the stream was read too slowly.", "slow_reader")
@@ -172,24 +161,13 @@ class Inbox:
             self._event.clear()
             if self._error is not None:
                 raise self._error
-            if self._items or self._n_ended == self._n_open:
-                break
+            if self._items or not self._n_open:
+                return [self._items.popleft() for _ in range(len(self._items))]
             await self._event.wait()
-        items = []
-        while self._items:
-            items.append(self._items.popleft())
-        return items
 
 
 class Reply:
-    """The answer to one HTTP request: an ASGI application that asks the engine and writes.
-
-    Args:
-        state: of the server.
-        served: the model that answers.
-        body: what was asked.
-        requests: for the engine, one for each prompt.
-    """
+    """The answer to one HTTP request, an ASGI application: asks the engine, a request for each prompt, and writes."""
 
     kind, chunk_kind, prefix = "", "", ""
 
@@ -205,8 +183,8 @@ class Reply:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer."""
-        most = self.state.limits.unread * self._n * len(self.requests)
-        inbox = Inbox(scope["state"]["wakeups"], len(self.requests), most, bool(self.body.stream))
+        most = self.state.limits.unread * self._n * len(self.requests) if self.body.stream else 0
+        inbox = Inbox(scope["state"]["wakeups"], len(self.requests), most)
         write = self._stream if self.body.stream else self._whole
         tasks: list[asyncio.Task[None]] = []
         try:
@@ -258,7 +236,7 @@ class Reply:
                 while items := await inbox.take():  # nothing is sent before: an error has its status until then
                     told = [item for item in items if item[1].finish_reason != "cancelled"]
                     if told:
-                        await write(b"".join(self._event(one) for item in told for one in self.deltas(*item)))
+                        await write(b"".join(self._event([one]) for item in told for one in self.deltas(*item)))
                 self._raise_error()
             last = self._event([], self._usage()) if self._counts_usage else b""
             await write(last + _DONE, more=False)
@@ -302,8 +280,8 @@ class Reply:
         """A whole text."""
         raise NotImplementedError
 
-    def deltas(self, number: int, chunk: Chunk) -> list[list[dict[str, Any]]]:
-        """The choices of each event that tells what is new."""
+    def deltas(self, number: int, chunk: Chunk) -> list[dict[str, Any]]:
+        """The choice of each event that tells what is new."""
         raise NotImplementedError
 
 
@@ -327,36 +305,31 @@ class TextReply(Reply):
 
     def choice(self, number: int, index: int, text: Generation) -> dict[str, Any]:
         """A whole text, behind its prompt if that was asked for."""
-        request, logprobs = self.requests[number], None
-        if request.params.logprobs is not None:
-            scored: list[TokenLogprob | None] = list(text.logprobs)
-            places = Detokenizer(self.served.tokenizer)
-            if request.prompt_logprobs is not None:
-                scored = [None, *request.results[0].prompt_logprobs, *scored]
-                ids = [*request.ids, *text.ids]
-            else:
-                ids = text.ids
-            for token in ids:
-                places.add(token)
-            logprobs = self._logprobs(ids, scored, places.offsets)
-        own, reason = text.text, text.finish_reason
-        if text.ids and text.ids[-1] in self.served.tokenizer.end_ids and not request.params.ignore_eos:
+        request, reason = self.requests[number], text.finish_reason
+        ids, logprobs = [*text.ids], list[TokenLogprob | None](text.logprobs)
+        if ids and ids[-1] in self.served.tokenizer.end_ids and not request.params.ignore_eos:
             reason = "stop"  # shown though it ends the text
-        return {"index": number * self._n + index, "text": self._before[number] + own, "logprobs": logprobs,
-                "finish_reason": reason}  # fmt: skip
+        if request.prompt_logprobs is not None:
+            ids = [*request.ids, *ids]
+            logprobs = [None, *request.results[0].prompt_logprobs, *logprobs]
+        return self._choice(number, index, text.text, ids, logprobs, reason)
 
-    def deltas(self, number: int, chunk: Chunk) -> list[list[dict[str, Any]]]:
+    def deltas(self, number: int, chunk: Chunk) -> list[dict[str, Any]]:
         """One event."""
-        place, logprobs, before = number * self._n + chunk.index, None, ""
+        return [self._choice(number, chunk.index, chunk.text, chunk.ids, chunk.logprobs, chunk.finish_reason)]
+
+    def _choice(
+        self, number: int, index: int, text: str, ids: Sequence[int], scored: Sequence[TokenLogprob | None], reason: Any
+    ) -> dict[str, Any]:
+        place, logprobs = number * self._n + index, None
         if place not in self._places:
-            self._places[place], before = Detokenizer(self.served.tokenizer), self._before[number]
-        if chunk.logprobs:
+            self._places[place], text = Detokenizer(self.served.tokenizer), self._before[number] + text
+        if self.requests[number].params.logprobs is not None:
             offsets = self._places[place].offsets
-            for token in chunk.ids:
+            for token in ids:
                 self._places[place].add(token)
-            logprobs = self._logprobs(chunk.ids, chunk.logprobs, offsets[-len(chunk.ids) :])
-        text = before + chunk.text
-        return [[{"index": place, "text": text, "logprobs": logprobs, "finish_reason": chunk.finish_reason}]]
+            logprobs = self._logprobs(ids, scored, offsets[len(offsets) - len(ids) :])
+        return {"index": place, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(
         self, ids: Sequence[int], scored: Sequence[TokenLogprob | None], offsets: Sequence[int]
@@ -376,11 +349,7 @@ class TextReply(Reply):
 
 
 class ChatReply(Reply):
-    """Of /v1/chat/completions.
-
-    Args:
-        begun: what of the answer stands in the prompt already.
-    """
+    """Of /v1/chat/completions; `begun` is what of the answer stands in the prompt already."""
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
@@ -407,7 +376,7 @@ class ChatReply(Reply):
             "finish_reason": "tool_calls" if calls else text.finish_reason,
         }  # fmt: skip
 
-    def deltas(self, number: int, chunk: Chunk) -> list[list[dict[str, Any]]]:
+    def deltas(self, number: int, chunk: Chunk) -> list[dict[str, Any]]:
         """An event for the role, for what is new, and for the end."""
         index, events = chunk.index, []
         if index not in self._readers:
@@ -455,10 +424,8 @@ class ChatReply(Reply):
         return {name: one for name, one in entry.items() if one is not None}
 
 
-def _delta(
-    index: int, delta: dict[str, Any], *, logprobs: Any = None, reason: str | None = None
-) -> list[dict[str, Any]]:
-    return [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}]
+def _delta(index: int, delta: dict[str, Any], *, logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
 async def _left(receive: Receive) -> None:

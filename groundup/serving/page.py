@@ -25,7 +25,7 @@ from starlette.staticfiles import StaticFiles
 from groundup.generation.calculator import calculate, read_call
 from groundup.report.record import Curve, read_record
 from groundup.run import Run
-from groundup.serving.feedback import Feedback
+from groundup.serving.feedback import keep
 from groundup.serving.inspect import inspect
 from groundup.serving.protocol import APIError, CalculatorBody, FeedbackBody, InspectBody, json_response, read_body
 from groundup.serving.state import ServedModel, State
@@ -89,7 +89,7 @@ async def feedback(http: Request) -> Response:
         raise APIError(409, "this model was not read from a folder: there is no place for votes.", "no_folder")
     opinion = body.model_dump(exclude_none=True, include={"answer", "vote", "correction", "ranking"})
     messages = [one.model_dump() for one in body.messages]
-    await run_in_threadpool(Feedback(folder).take, served.name, messages, opinion)
+    await run_in_threadpool(keep, folder, served.name, messages, opinion)
     return json_response({"folder": str(folder)})
 
 

@@ -17,12 +17,10 @@ import time
 import traceback
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from groundup.serving.protocol import APIError, api_error
 from groundup.serving.state import State
@@ -38,17 +36,11 @@ _HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
-_MOST_HEADER_BYTES = 65_536
 _MOST_CLIENTS = 10_000  # whose requests are counted
 
 
 class Protection:
-    """An ASGI application in front of another one.
-
-    Args:
-        app: what it protects.
-        state: of the server.
-    """
+    """An ASGI application in front of another one."""
 
     def __init__(self, app: ASGIApp, state: State) -> None:
         self._app, self._state = app, state
@@ -183,51 +175,3 @@ def _is_address(name: str) -> bool:
     with contextlib.suppress(ValueError):
         return bool(ipaddress.ip_address(name))
     return False
-
-
-class Protocol(HttpToolsProtocol):
-    """uvicorn's, with an end to the wait for a request's headers, and to their size."""
-
-    seconds = 30.0
-
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **more)
-        self._n_bytes = 0
-        self._timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for headers."""
-        super().connection_made(transport)
-        self._expect()
-
-    def on_message_begin(self) -> None:
-        """Wait for the rest of the headers."""
-        super().on_message_begin()
-        self._expect()
-
-    def on_headers_complete(self) -> None:
-        """They are there."""
-        self._stop()
-        super().on_headers_complete()
-
-    def data_received(self, data: bytes) -> None:
-        """Count what comes before the headers' end."""
-        super().data_received(data)
-        if self._timer is not None:
-            self._n_bytes += len(data)
-            if self._n_bytes > _MOST_HEADER_BYTES:
-                self.transport.close()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing to wait for."""
-        self._stop()
-        super().connection_lost(exc)
-
-    def _expect(self) -> None:
-        self._stop()
-        self._n_bytes, self._timer = 0, self.loop.call_later(self.seconds, self.timeout_keep_alive_handler)
-
-    def _stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
