@@ -108,19 +108,21 @@ class Wakeups:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop, self._is_called = loop, False
-        self._events = deque[asyncio.Event]()
+        self._inboxes = deque[Inbox]()
 
-    def wake(self, event: asyncio.Event) -> None:
-        """Set an event, from any thread."""
-        self._events.append(event)
+    def wake(self, inbox: Inbox) -> None:
+        """Something has come into an inbox; from any thread."""
+        self._inboxes.append(inbox)
         if not self._is_called:
             self._is_called = True
-            self._loop.call_soon_threadsafe(self._set)
+            self._loop.call_soon_threadsafe(self._wake)
 
-    def _set(self) -> None:
+    def _wake(self) -> None:
         self._is_called = False  # before they are taken: one that comes now calls again
-        while self._events:
-            self._events.popleft().set()
+        while self._inboxes:
+            waiter = self._inboxes.popleft().waiter
+            if waiter is not None and not waiter.done():
+                waiter.set_result(None)
 
 
 class Inbox:
@@ -128,7 +130,8 @@ class Inbox:
 
     def __init__(self, wakeups: Wakeups, n_requests: int, most: int) -> None:
         self._wakeups, self._n_open, self._most = wakeups, n_requests, most
-        self._event, self._items = asyncio.Event(), deque[tuple[int, Chunk]]()
+        self._items = deque[tuple[int, Chunk]]()
+        self.waiter: asyncio.Future[None] | None = None
         self._error: APIError | None = None
         self.first: float | None = None
 
@@ -144,10 +147,10 @@ class Inbox:
                     return
                 if len(self._items) >= self._most:
                     self._error = APIError(408, "the stream was read too slowly.", "slow_reader")
-                    self._wakeups.wake(self._event)
+                    self._wakeups.wake(self)
                     raise self._error  # which ends the request
                 self._items.append((number, chunk))
-            self._wakeups.wake(self._event)
+            self._wakeups.wake(self)
 
         return listen
 
@@ -158,12 +161,12 @@ class Inbox:
             APIError: too much has waited.
         """
         while True:
-            self._event.clear()
+            self.waiter = asyncio.get_running_loop().create_future()  # before looking: what comes now wakes it
             if self._error is not None:
                 raise self._error
             if self._items or not self._n_open:
                 return [self._items.popleft() for _ in range(len(self._items))]
-            await self._event.wait()
+            await self.waiter
 
 
 class Reply:
@@ -179,6 +182,9 @@ class Reply:
             "created": int(time.time()), "model": served.name,
         }  # fmt: skip
         self._counts_usage = bool(body.stream_options and body.stream_options.include_usage)
+        # Of an event only the choice changes.
+        self._before_choice = b"data: " + orjson.dumps(self._head)[:-1] + b',"choices":['
+        self._behind_choice = b'],"usage":null}\n\n' if self._counts_usage else b"]}\n\n"
         self._begin = time.perf_counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -234,12 +240,16 @@ class Reply:
         try:
             async with asyncio.timeout(self.state.limits.seconds):
                 while items := await inbox.take():  # nothing is sent before: an error has its status until then
-                    told = [item for item in items if item[1].finish_reason != "cancelled"]
+                    told = b""
+                    for number, chunk in items:
+                        if chunk.finish_reason != "cancelled":
+                            for choice in self.deltas(number, chunk):
+                                told += self._before_choice + orjson.dumps(choice) + self._behind_choice
                     if told:
-                        await write(b"".join(self._event([one]) for item in told for one in self.deltas(*item)))
+                        await write(told)
                 self._raise_error()
-            last = self._event([], self._usage()) if self._counts_usage else b""
-            await write(last + _DONE, more=False)
+            last = {**self._head, "choices": [], "usage": self._usage()}
+            await write((b"data: " + orjson.dumps(last) + b"\n\n" if self._counts_usage else b"") + _DONE, more=False)
         except Exception as error:
             if is_open:
                 value = orjson.dumps(api_error(error).value)
@@ -248,12 +258,6 @@ class Reply:
                         await write(b"data: " + value + b"\n\n" + _DONE, more=False)
             if not is_open or not isinstance(error, GroundupError | TimeoutError):
                 raise
-
-    def _event(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> bytes:
-        value = {**self._head, "choices": choices}
-        if self._counts_usage:
-            value["usage"] = usage
-        return b"data: " + orjson.dumps(value) + b"\n\n"
 
     def _raise_error(self) -> None:
         for request in self.requests:

@@ -19,7 +19,7 @@ from collections import OrderedDict
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from groundup.serving.protocol import APIError, api_error
@@ -27,15 +27,6 @@ from groundup.serving.state import State
 
 log = logging.getLogger("groundup.serving")
 
-_HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src 'self' data:; font-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "x-frame-options": "DENY",
-    "referrer-policy": "no-referrer",
-    "cross-origin-opener-policy": "same-origin",
-    "cross-origin-resource-policy": "same-origin",
-}
 _MOST_CLIENTS = 10_000  # whose requests are counted
 
 
@@ -56,26 +47,22 @@ class Protection:
         begin, status = time.perf_counter(), 0
         scope["app"] = self  # of which Starlette's routes ask that there be one
 
-        async def send_with_headers(message: Message) -> None:
+        async def watched(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = MutableHeaders(scope=message)
-                for name, value in _HEADERS.items():
-                    headers.setdefault(name, value)
+            status = message.get("status", status)
             await send(message)
 
         self._n_running += 1
         try:
             receive = await self._checked(scope, receive)
-            await self._app(scope, receive, send_with_headers)
+            await self._app(scope, receive, watched)
         except Exception as error:
             answer = api_error(error)
             if answer.status == 500:  # the message may hold what somebody said
                 last = traceback.extract_tb(error.__traceback__)[-1]
                 log.error("%s in %s:%d", type(error).__name__, Path(last.filename).name, last.lineno or 0)
             if not status:
-                await answer.response(scope, receive, send_with_headers)
+                await answer.response(scope, receive, watched)
         finally:
             self._n_running -= 1
             seconds = time.perf_counter() - begin

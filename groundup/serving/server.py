@@ -18,6 +18,15 @@ from groundup.errors import GroundupError
 from groundup.serving.app import make_app
 from groundup.serving.state import State
 
+_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; font-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+}
 _MOST_HEADER_BYTES = 65_536
 
 
@@ -49,7 +58,8 @@ def make_server(state: State, pages: Sequence[BaseRoute] = (), *, drain_seconds:
     _Protocol.seconds = state.limits.body_seconds
     config = uvicorn.Config(
         make_app(state, pages), http=_Protocol, ws="none", lifespan="on", log_config=None, access_log=False,
-        proxy_headers=False, server_header=False, timeout_graceful_shutdown=math.ceil(drain_seconds),
+        headers=[*_HEADERS.items()], proxy_headers=False, server_header=False,
+        timeout_graceful_shutdown=math.ceil(drain_seconds),
     )  # fmt: skip
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)  # it would show what stands behind a "?"
