@@ -20,6 +20,7 @@ from prompt_toolkit.output import DummyOutput
 from tiny_run import finished_run
 
 from groundup import SamplingParams, load
+from groundup.alignment.conversations import load_conversations
 from groundup.cli.chat import Chat, printable, reader
 from groundup.cli.partners import Local, Remote
 from groundup.errors import GroundupError
@@ -134,14 +135,16 @@ def test_a_call_of_the_calculator_is_run_shown_and_kept_as_turns(
         yield from answers.pop(0)
 
     monkeypatch.setattr(chat.partner, "stream", stream)
-    talk(chat, monkeypatch, "3*4?", "/good", "Again?")
+    talk(chat, monkeypatch, "3*4?", "/good", "Again?", "/good")
     assert capsys.readouterr().out == "[3 * 4 = 12] It is 12.\nTwelve.\n"
     turns: list[Message] = [
         {"role": "user", "content": "3*4?"}, {"role": "assistant", "content": call}, {"role": "tool", "content": "12"}
     ]  # fmt: skip
     assert asked[1] == turns
     assert asked[2] == [*turns, {"role": "assistant", "content": "It is 12."}, {"role": "user", "content": "Again?"}]
-    assert json.loads((tmp_path / "conversations.jsonl").read_text())["messages"] == asked[2][:-1]
+    learned = load_conversations([str(tmp_path / "conversations.jsonl")], 0, 1, "align.sft")
+    assert asked[2][:-1] in learned.train + learned.held_out
+    assert learned.set_aside == {}
     talk(chat, monkeypatch, "/undo", "/undo")
     assert chat.messages == []
     answers[:0] = [call, "12", "Twelve."]

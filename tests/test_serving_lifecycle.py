@@ -7,6 +7,8 @@ import signal
 import socket
 import threading
 import time
+import urllib.request
+import webbrowser
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,10 @@ from serving_client import Served, request_bytes, serving, slow_down, small_mode
 
 from groundup.cli.serving import read_models
 from groundup.errors import ArtifactError
+from groundup.generation.quantize import Quantization, quantize
 from groundup.interop import save_model
 from groundup.serving.server import listen
-from groundup.serving.state import Limits
+from groundup.serving.state import Limits, State
 
 __all__ = ["groundup"]
 
@@ -204,6 +207,32 @@ def test_a_run_serves_all_its_models_that_of_the_chat_first(folder: Path) -> Non
     assert [one.name for one in served] == ["pretrain"]
     with pytest.raises(ArtifactError, match="no model of a stage 'dpo' here"):
         read_models([str(run.root)], ["dpo"], 2, None, None)
+
+
+def test_a_quantized_model_is_served_beside_the_whole_one(folder: Path, tmp_path: Path) -> None:
+    small = tmp_path / "int8"
+    save_model(small, quantize(small_model(), Quantization(8)), small_tokenizer())
+    served, _ = read_models([str(folder), str(small)], None, 2, None, None)
+    with serving(State(served)) as server:
+        asked = {"prompt": "Once", "max_tokens": 4, "temperature": 0}
+        for name in ("small", "int8"):
+            status, answer, _ = server.ask("/v1/completions", {**asked, "model": name})
+            assert (status, answer["model"], answer["usage"]["completion_tokens"]) == (200, name, 4)
+
+
+def test_open_opens_the_page_once_it_is_there(
+    groundup: CommandLine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[tuple[str, int]] = []
+
+    def open_page(url: str) -> None:
+        opened.append((url, urllib.request.urlopen(url).status))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(webbrowser, "open", open_page)
+    ended = groundup("serve", folder, "--port", "0", "--open")
+    assert [status for _, status in opened] == [200]
+    assert f"listening: {opened[0][0]}" in ended.err
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from serving_client import Served, serving, small_state
 
 import groundup as gu
 from groundup.alignment.conversations import load_conversations
+from groundup.alignment.preferences import load_preferences
 from groundup.errors import DataError
 from groundup.generation import Engine, Request, SamplingParams, warp
 from groundup.generation.calculator import write_call
@@ -506,6 +507,8 @@ def test_votes_rankings_and_corrections_become_data(browser: Any, tmp_path: Path
         found = load_conversations([str(tmp_path / "conversations.jsonl")], 0, 1, "align.sft")
         said = {conversation[-1]["content"] for conversation in found.train + found.held_out}
         assert said == {good[-1], "As it should be."}
+        judged = load_preferences([str(tmp_path / "preferences.jsonl")], "align.dpo")
+        assert (len(judged.train + judged.held_out), judged.set_aside) == (5, {})
         assert found.set_aside == {}
         tab.check()
         context.close()
