@@ -105,6 +105,7 @@ def test_every_answer_has_the_headers_that_protect_a_page(served: Served) -> Non
         assert "unsafe" not in headers["content-security-policy"]
         assert (headers["x-content-type-options"], headers["x-frame-options"]) == ("nosniff", "DENY")
         assert "server" not in headers
+        assert headers["cache-control"] == "no-cache"
 
 
 def test_a_key_is_needed_for_all_but_health_and_pages(monkeypatch: pytest.MonkeyPatch) -> None:

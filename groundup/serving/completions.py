@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -135,24 +136,20 @@ class Inbox:
         self._error: APIError | None = None
         self.first: float | None = None
 
-    def listener(self, number: int) -> Callable[[Chunk | None], None]:
-        """What the engine calls for a request."""
-
-        def listen(chunk: Chunk | None) -> None:
-            if chunk is None:
-                self._n_open -= 1
-            else:
-                self.first = self.first or time.perf_counter()
-                if not self._most:
-                    return
-                if len(self._items) >= self._most:
-                    self._error = APIError(408, "the stream was read too slowly.", "slow_reader")
-                    self._wakeups.wake(self)
-                    raise self._error  # which ends the request
-                self._items.append((number, chunk))
-            self._wakeups.wake(self)
-
-        return listen
+    def put(self, number: int, chunk: Chunk | None) -> None:
+        """What is new of a request, in the engine's thread; None: it has ended."""
+        if chunk is None:
+            self._n_open -= 1
+        else:
+            self.first = self.first or time.perf_counter()
+            if not self._most:
+                return
+            if len(self._items) >= self._most:
+                self._error = APIError(408, "the stream was read too slowly.", "slow_reader")
+                self._wakeups.wake(self)
+                raise self._error  # which ends the request
+            self._items.append((number, chunk))
+        self._wakeups.wake(self)
 
     async def take(self) -> list[tuple[int, Chunk]]:
         """What has come since the last call; nothing once all requests have ended.
@@ -195,7 +192,7 @@ class Reply:
         tasks: list[asyncio.Task[None]] = []
         try:
             for number, request in enumerate(self.requests):
-                self.served.engine.submit(request, inbox.listener(number))
+                self.served.engine.submit(request, functools.partial(inbox.put, number))
             tasks = [asyncio.create_task(write(inbox, scope, receive, send)), asyncio.create_task(_left(receive))]
             try:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -231,8 +228,7 @@ class Reply:
         async def write(body: bytes, *, more: bool = True) -> None:
             nonlocal is_open
             if not is_open:
-                headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store"),
-                           (b"x-accel-buffering", b"no")]  # fmt: skip
+                headers = [(b"content-type", b"text/event-stream"), (b"x-accel-buffering", b"no")]
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
                 is_open = True
             await send({"type": "http.response.body", "body": body, "more_body": more})
@@ -364,6 +360,7 @@ class ChatReply(Reply):
         self._begun = begun
         self._most_calls = 1 if body.parallel_tool_calls is False else None
         self._takes_tools = bool(body.tools) and body.tool_choice != "none"
+        self._has_logprobs = requests[0].params.logprobs is not None
         self._readers: dict[int, ToolReader | None] = {}
 
     def choice(self, number: int, index: int, text: Generation) -> dict[str, Any]:
@@ -401,10 +398,6 @@ class ChatReply(Reply):
         if chunk.finish_reason is not None:
             events.append(_delta(index, {}, reason="tool_calls" if calls else chunk.finish_reason))
         return events
-
-    @property
-    def _has_logprobs(self) -> bool:
-        return self.requests[0].params.logprobs is not None
 
     def _reader(self) -> ToolReader | None:
         form = self.served.template.tools

@@ -32,22 +32,13 @@ from groundup.serving.state import ServedModel, State
 
 FILES = Path(__file__).with_name("page")
 MOST_POINTS = 400  # of a curve; longer ones are thinned
-_FRESH = {"cache-control": "no-cache"}
-
-
-class _Files(StaticFiles):
-    def file_response(self, *given: Any, **more: Any) -> Response:
-        """A file that a browser asks for again, lest it mix two versions of the page."""
-        response = super().file_response(*given, **more)
-        response.headers.update(_FRESH)
-        return response
 
 
 def routes() -> list[BaseRoute]:
     """For `make_app`."""
     return [
         Route("/", page),
-        Mount("/page", _Files(directory=FILES)),
+        Mount("/page", StaticFiles(directory=FILES)),
         Route("/inspect", look_inside, methods=["POST"]),
         Route("/feedback", feedback, methods=["POST"]),
         Route("/calculator", calculator, methods=["POST"]),
@@ -57,7 +48,7 @@ def routes() -> list[BaseRoute]:
 
 async def page(http: Request) -> Response:
     """GET /."""
-    return FileResponse(FILES / "index.html", headers=_FRESH)
+    return FileResponse(FILES / "index.html")
 
 
 async def look_inside(http: Request) -> Response:

@@ -26,6 +26,7 @@ _HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-cache",  # a browser asks again, lest it mix two versions of the page
 }
 _MOST_HEADER_BYTES = 65_536
 
