@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -103,9 +104,11 @@ def test_an_engine_that_fails_is_told_and_the_server_goes_on() -> None:
 
 
 def read_all(connection: socket.socket) -> bytes:
+    """What was sent until the connection ended, in whatever way."""
     told = b""
-    while piece := connection.recv(65536):
-        told += piece
+    with contextlib.suppress(ConnectionResetError):
+        while piece := connection.recv(65536):
+            told += piece
     return told
 
 
@@ -262,7 +265,7 @@ def test_sigterm_under_load_loses_no_finished_answer(folder: Path) -> None:
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    begun = {number: one for number, one in told.items() if one}  # the others had not connected before the end
+    begun = {number: one for number, one in told.items() if one}  # the others were not read before the end
     assert begun
     assert all(b'"finish_reason":"length"' in one for one in begun.values())
     assert "Traceback" not in err
