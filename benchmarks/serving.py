@@ -35,11 +35,12 @@ import decode
 import torch
 from record import spread, write_result
 
+from groundup.environment import version_of
 from groundup.generation import Engine, Request, SamplingParams, prompt_ids
 from groundup.interop.gguf import export_gguf
 from groundup.model import Transformer
-from groundup.serving import ServedModel, State
 from groundup.serving.server import listen, make_server
+from groundup.serving.state import ServedModel, State
 from groundup.tokenizer import Tokenizer
 from groundup.tokenizer.adversarial import adversarial_texts
 
@@ -91,10 +92,15 @@ def main() -> None:
         clock = time.pthread_getcpuclockid(thread.ident)
         found["own"] = [beside_engine(engine, url, clock, n, arguments) for n in (8, 32)]
         if arguments.python.is_file():
+            asked = [str(arguments.python), "-c", "import llama_cpp; print(llama_cpp.__version__)"]
+            found["llama_cpp_python"] = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
             found["beside_llama_cpp"] = beside_llama_cpp(model, tokenizer, url, arguments)
         server.should_exit = True
         thread.join()
-    if not arguments.quick:
+    found["versions"] = {name: version_of(name) for name in ("starlette", "uvicorn", "httptools", "uvloop")}
+    if arguments.quick:
+        print(json.dumps(found))
+    else:
         write_result("serving", found)
 
 

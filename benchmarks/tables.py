@@ -64,6 +64,8 @@ def read(name: str) -> Any:
 
 def table(name: str) -> str:
     """One table, with where and when it was measured."""
+    if not (RESULTS / f"{name}.json").is_file():
+        return f"Not measured yet: `python benchmarks/{name}.py`."
     result = read(name)
     machine, shown = result["environment"], TABLES[name](result)
     if "measured on" in shown:  # each row has its machine
@@ -449,6 +451,40 @@ def sampling(result: dict[str, Any]) -> str:
     return rows_of(["µs a token, vocabulary 32,000", *head], rows)
 
 
+def serving(result: dict[str, Any]) -> str:
+    """What HTTP costs, and llama.cpp's server beside ours."""
+    own = (
+        [
+            f"{row['streams']}", amount(row["http"]), amount(row["engine"]), f"{row['ratio']:.2f}",
+            amount(row["microseconds_per_token"]),
+        ]
+        for row in result["own"]
+    )  # fmt: skip
+    head = ["streams", "tokens per second over HTTP", "by the engine alone", "ratio (wanted: ≥ 0.9)",
+            "server's µs of CPU a token (wanted: ≤ 50)"]  # fmt: skip
+    shown = rows_of(head, own)
+    if "beside_llama_cpp" not in result:
+        return shown
+    whose = ("groundup", "llama.cpp")
+    beside = (
+        [f"{row['streams']}", *(amount(row[who]["tokens_per_second"]) for who in whose),
+         *(amount({**{key: 1000 * row[who]["first_token_seconds"][key] for key in ("median", "min", "max")},
+                   "n": row[who]["first_token_seconds"]["n"]}) for who in whose)]
+        for row in result["beside_llama_cpp"]
+    )  # fmt: skip
+    head = ["streams", *(f"{who}, tokens per second" for who in whose), *(f"{who}, ms to the first" for who in whose)]
+    return f"{shown}\n\n{rows_of(head, beside)}"
+
+
+def soak(result: dict[str, Any]) -> str:
+    """What clients did, and what became of it."""
+    head = ["clients", "minutes", "right answers", "other requests", "wrong answers or codes", "MiB early", "MiB late"]
+    seen, memory = result["seen"], result["memory_mib"]
+    n_right = seen.get("whole", 0) + seen.get("streamed", 0)
+    cells = [result["clients"], result["minutes"], n_right, sum(seen.values()) - n_right, result["n_wrong"]]
+    return rows_of(head, [[*(f"{cell:,g}" for cell in cells), f"{memory['early']:.0f}", f"{memory['late']:.0f}"]])
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     function.__name__: function
     for function in (
@@ -471,6 +507,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
         sampling,
         decode_2_threads,
         quantize,
+        serving,
+        soak,
     )
 }
 

@@ -15,9 +15,9 @@ import pytest
 from generation_models import random_model, small_tokenizer
 
 from groundup.generation import Engine
-from groundup.serving import ServedModel, State
 from groundup.serving.page import routes
 from groundup.serving.server import listen, make_server
+from groundup.serving.state import ServedModel, State
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -19,8 +19,8 @@ from starlette.routing import BaseRoute
 
 from groundup.generation import Engine
 from groundup.model import Transformer
-from groundup.serving import ServedModel, State
 from groundup.serving.server import listen, make_server
+from groundup.serving.state import ServedModel, State
 
 JSON = {"Content-Type": "application/json"}
 

@@ -1,4 +1,4 @@
-"""The data stage's benchmarks still run, in their smallest form, and what is committed has what they write today.
+"""Benchmarks of the data stage and the server run in their smallest form; what is committed is what they write today.
 
 Each script runs in a process of its own on next to nothing. Figures are not looked at: only that they are there, that
 they are possible, and that no such run changes a result that is committed.
@@ -6,6 +6,7 @@ they are possible, and that no such run changes a result that is committed.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -21,7 +22,8 @@ from groundup.files import file_digest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 RESULTS = BENCHMARKS / "results"
-NAMES = ("data_chain", "data_memory", "extraction", "loader", "minhash", "tokenization")
+NAMES = ("data_chain", "data_memory", "extraction", "loader", "minhash", "serving", "soak", "tokenization")
+WITHOUT_ROUNDS = ("data_memory", "soak")
 
 HEAD = ("benchmark", "date", "environment.cpu", "environment.cores", "environment.groundup", "load_average")
 SPREAD = ("n", "median", "min", "max")
@@ -56,6 +58,13 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "input", "megabytes", "texts", "megabytes_per_cpu_second.signatures.median", "planted.*.min_agreement",
         "planted.*.similarities", "planted.*.recall_from_0.8", "planted.*.precision_from_0.7",
         "planted.*.by_similarity.*.from", "planted.*.by_similarity.*.sharing_a_band_by_formula",
+    ),
+    "serving": (
+        "shape", "threads", "tokens", "versions.uvicorn", "versions.uvloop", "own.*.streams", "own.*.ratio",
+        "own.*.http.median", "own.*.engine.median", "own.*.microseconds_per_token.median",
+    ),
+    "soak": (
+        "clients", "minutes", "seen.whole", "seen.streamed", "n_wrong", "memory_mib.early", "memory_mib.late", "passes",
     ),
     "tokenization": (
         "vocab_size", "split", "ids_are_equal", "compared_mb", "engines.*.mb", "engines.*.mb_per_cpu_second.median",
@@ -115,7 +124,7 @@ def check_result(name: str, result: dict[str, Any]) -> None:
             missing.append(path)
     assert not missing
     found = list(spreads(result))
-    assert found or name == "data_memory"
+    assert found or name in WITHOUT_ROUNDS
     for one in found:
         assert one["n"] >= 1
         assert 0 <= one["min"] <= one["median"] <= one["max"]
@@ -130,7 +139,7 @@ def test_what_is_committed_has_what_the_tables_need(name: str) -> None:
     check_result(name, result)
     # Several rounds (of the slowest baseline one), and nothing of the machine it ran on but what it is.
     assert all(one["n"] == 1 or one["n"] >= 3 for one in spreads(result))
-    assert any(one["n"] >= 3 for one in spreads(result)) or name == "data_memory"
+    assert any(one["n"] >= 3 for one in spreads(result)) or name in WITHOUT_ROUNDS
     assert "/home/" not in path.read_text(encoding="utf-8")
     if name == "tokenization":
         assert result["ids_are_equal"] is True
@@ -139,6 +148,10 @@ def test_what_is_committed_has_what_the_tables_need(name: str) -> None:
             for one in row["by_similarity"]:
                 assert one["found"] <= one["pairs"]
                 assert one["sharing_a_band_by_formula"] <= one["pairs"]
+    if name == "soak":
+        assert (result["passes"], result["n_wrong"]) == (True, 0)
+        assert result["clients"] >= 64
+        assert result["minutes"] >= 10
     if name == "data_memory":
         assert 2 in {row["workers"] for row in result["rows"]}
         assert max(row["times_the_budget"] for row in result["rows"]) >= 10
@@ -261,3 +274,31 @@ def test_extraction_runs(untouched: None, tmp_path: Path, shared_data: Path) -> 
     found = result_of(tmp_path, "extraction", "--rounds", "1", change=few)
     assert [row["extractor"] for row in found["rows"]] == ["trafilatura", "resiliparse"]
     assert all(row["article_extraction_benchmark"]["n_pages"] == 8 for row in found["rows"])
+
+
+def table_of(name: str, result: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The rows of the table that the manual shows of a result."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    tables = importlib.import_module("tables")
+    return [line.strip("| ").split(" | ") for line in tables.TABLES[name](result).splitlines()]
+
+
+@pytest.mark.long
+def test_serving_runs_and_has_its_table(untouched: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ("--shape", "demo", "--rounds", "1", "--tokens", "16", "--python", "none")
+    result = result_of(tmp_path, "serving", *small)
+    head, _, *rows = table_of("serving", result, monkeypatch)
+    assert [row[0] for row in rows] == ["8", "32"]
+    assert all(len(row) == len(head) == 5 for row in rows)
+    one = {"tokens_per_second": {"n": 1, "median": 7, "min": 7, "max": 7},
+           "first_token_seconds": {"n": 1, "median": 0.5, "min": 0.5, "max": 0.5}}  # fmt: skip
+    beside = [{"streams": 8, "groundup": one, "llama.cpp": one}]
+    last = table_of("serving", {**result, "beside_llama_cpp": beside}, monkeypatch)[-1]
+    assert last == ["8", *["7 (7 … 7), n = 1"] * 2, *["500 (500 … 500), n = 1"] * 2]
+
+
+@pytest.mark.long
+def test_soak_runs_and_has_its_table(untouched: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = result_of(tmp_path, "soak", "--minutes", "0.2", "--clients", "24")
+    assert result["passes"]
+    assert table_of("soak", result, monkeypatch)[-1][4] == "0"

@@ -8,6 +8,7 @@ import json
 import re
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,12 @@ from prompt_toolkit.output import DummyOutput
 from tiny_run import finished_run
 
 from groundup import SamplingParams, load
+from groundup.alignment.conversations import load_conversations
 from groundup.cli.chat import Chat, printable, reader
 from groundup.cli.partners import Local, Remote
 from groundup.errors import GroundupError
 from groundup.generation import Engine, chat_prompt, chat_reply
+from groundup.generation.calculator import write_call
 from groundup.interop import LoadedModel
 from groundup.tokenizer import Message
 
@@ -118,6 +121,36 @@ class InterruptingOutput(io.StringIO):
         if self.tell() == count:
             signal.raise_signal(signal.SIGINT)
         return count
+
+
+def test_a_call_of_the_calculator_is_run_shown_and_kept_as_turns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    chat, call = new_chat(folder=tmp_path), write_call("3 * 4")
+    asked: list[list[Message]] = []
+    answers = [call, "It is 12.", "Twelve.", "<tool>half"]
+
+    def stream(messages: list[Message], *more: object) -> Iterator[str]:
+        asked.append([*messages])
+        yield from answers.pop(0)
+
+    monkeypatch.setattr(chat.partner, "stream", stream)
+    talk(chat, monkeypatch, "3*4?", "/good", "Again?", "/good")
+    assert capsys.readouterr().out == "[3 * 4 = 12] It is 12.\nTwelve.\n"
+    turns: list[Message] = [
+        {"role": "user", "content": "3*4?"}, {"role": "assistant", "content": call}, {"role": "tool", "content": "12"}
+    ]  # fmt: skip
+    assert asked[1] == turns
+    assert asked[2] == [*turns, {"role": "assistant", "content": "It is 12."}, {"role": "user", "content": "Again?"}]
+    learned = load_conversations([str(tmp_path / "conversations.jsonl")], 0, 1, "align.sft")
+    assert asked[2][:-1] in learned.train + learned.held_out
+    assert learned.set_aside == {}
+    talk(chat, monkeypatch, "/undo", "/undo")
+    assert chat.messages == []
+    answers[:0] = [call, "12", "Twelve."]
+    talk(chat, monkeypatch, "3*4?", "/again", "/better", "/reset")
+    assert "called the calculator differently" in capsys.readouterr().err
+    assert chat.answer("Hm?") == "<tool>half"  # no whole call stays text
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(monkeypatch: pytest.MonkeyPatch) -> None:

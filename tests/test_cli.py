@@ -110,7 +110,7 @@ def test_an_assistant_from_a_model_made_elsewhere_is_built_without_text(
     assert built.out == ""
     built = groundup("build", "mine.toml", "--out", "run")
     assert "Talk to it:    groundup chat run" in built.err
-    assert "On a page:     groundup serve run" in built.err
+    assert "On a page:     groundup serve run --open" in built.err.splitlines()[-1]
     assert groundup("build", "run", "--json").json["scores"] is None
     assert "report.html" in groundup("report", "run").out
     told = groundup("generate", "run", "The", "-n", "2", "--json")  # it is the only model

@@ -17,6 +17,7 @@ from groundup.generation import (
     Constraint,
     Detokenizer,
     Engine,
+    Generation,
     Request,
     SamplingParams,
     chat_prompt,
@@ -347,6 +348,10 @@ class Scripted:
         self.asked.append(request.ids)
         yield from (Chunk(0, letter) for letter in self.answers.pop(0))
 
+    def run(self, requests):
+        self.asked += [request.ids for request in requests]
+        return [[Generation(text=self.answers.pop(0))] for _ in requests]
+
 
 def test_a_conversation_runs_the_calculator_once():
     question = {"role": "user", "content": "3*4?"}
@@ -359,6 +364,9 @@ def test_a_conversation_runs_the_calculator_once():
     assert pieces == ["[3 * 4 = 12] ", *"It is 12."]
     turns = [question, {"role": "assistant", "content": call}, {"role": "tool", "content": "12"}]
     assert engine.asked[1] == render(TOKENIZER, turns, add_generation_prompt=True).ids
+    whole = Scripted(call, "It is 12.")
+    assert chat_reply(model, TOKENIZER, [question], params, engine=whole).text == "[3 * 4 = 12] It is 12."
+    assert whole.asked == engine.asked
     for answer in ("It is 12.", '<tool>{"name": "other"}</tool>', "<to", "", "a <tool>"):
         engine = Scripted(answer)
         assert "".join(stream_chat(model, TOKENIZER, [question], params, engine=engine)) == answer

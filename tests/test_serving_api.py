@@ -301,7 +301,7 @@ def test_the_openapi_document_holds(served: Served, mode: schemathesis.Generatio
             case.call_and_validate(checks=wanted)
 
         holds()
-    assert n_operations == 14
+    assert n_operations == 15
 
 
 def test_scores_are_numbers_that_json_has(served: Served) -> None:

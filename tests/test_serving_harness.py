@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 from generation_models import TEXT, small_tokenizer
+from lm_eval.api.instance import Instance
+from lm_eval.models.openai_completions import LocalCompletionsAPI
 from serving_client import Served, serving, small_model, small_state
 
 from groundup.generation import Request, SamplingParams
 from groundup.interop import save_model
-
-api = pytest.importorskip("lm_eval.models.openai_completions", reason="needs pip install 'groundup[harness]'")
-instance = pytest.importorskip("lm_eval.api.instance")
 
 pytestmark = pytest.mark.slow
 
@@ -39,14 +38,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def instances(kind: str, arguments: list[Any]) -> list[Any]:
-    return [instance.Instance(kind, {}, one, index) for index, one in enumerate(arguments)]
+    return [Instance(kind, {}, one, index) for index, one in enumerate(arguments)]
 
 
 @pytest.mark.parametrize(("tokenizer", "batch"), [("remote", 1), ("huggingface", 4)])
 def test_log_likelihoods_are_those_of_the_engine_and_of_transformers(
     served: Served, folder: Path, tokenizer: str, batch: int
 ) -> None:
-    over_http = api.LocalCompletionsAPI(
+    over_http = LocalCompletionsAPI(
         base_url=f"{served.url}/v1/completions", model="small", batch_size=batch, num_concurrent=batch,
         tokenizer_backend=tokenizer, **({} if tokenizer == "remote" else {"tokenizer": str(folder)}),
     )  # fmt: skip
@@ -72,7 +71,7 @@ def test_log_likelihoods_are_those_of_the_engine_and_of_transformers(
 
 
 def test_generations_are_those_of_the_engine(served: Served) -> None:
-    over_http = api.LocalCompletionsAPI(
+    over_http = LocalCompletionsAPI(
         base_url=f"{served.url}/v1/completions", model="small", batch_size=2, tokenizer_backend="remote"
     )
     asked = instances("generate_until", [(text, {"until": ["\n", "."], "max_gen_toks": 12}) for text, _ in PAIRS[:4]])

@@ -171,14 +171,17 @@ def test_an_engine_that_uses_the_model_at_the_same_time_is_not_disturbed() -> No
         thread.join()
 
 
-def test_a_text_tells_which_of_its_tokens_a_draft_had_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_tells_what_a_draft_had_guessed_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Speculation, "_n_guesses", lambda *_: 3)  # whether it pays or not
     model, tokenizer = random_model(), small_tokenizer()
     ids = prompt_ids(tokenizer, "the cat sat at the cat sat at the cat")
     engine = Engine(model, tokenizer, draft="ngrams")
     chunks = list(engine.stream(Request(ids, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))))
-    accepted = [flag for chunk in chunks for flag in chunk.accepted]
-    assert len(accepted) == sum(len(chunk.ids) for chunk in chunks) == 20
-    assert sum(accepted) == engine.stats.accepted_tokens > 0
+    tokens = [pair for chunk in chunks for pair in zip(chunk.ids, chunk.guesses, strict=True)]
+    assert len(tokens) == 20
+    accepted = [guesses for token, guesses in tokens if guesses == (token,)]
+    rejected = [guesses for token, guesses in tokens if guesses[:1] not in ((), (token,))]
+    assert len(accepted) == engine.stats.accepted_tokens > 0
+    assert sum(map(len, rejected)) == engine.stats.drafted_tokens - engine.stats.accepted_tokens > 0
     plain = Engine(model, tokenizer).run([Request(ids, SamplingParams(temperature=0, max_tokens=5))])[0][0]
-    assert plain.accepted == [False] * plain.n_tokens
+    assert plain.guesses == [()] * plain.n_tokens

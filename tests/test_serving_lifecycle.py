@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import threading
 import time
+import urllib.request
+import webbrowser
 from pathlib import Path
 
 import pytest
@@ -17,9 +20,10 @@ from serving_client import Served, request_bytes, serving, slow_down, small_mode
 
 from groundup.cli.serving import read_models
 from groundup.errors import ArtifactError
+from groundup.generation.quantize import Quantization, quantize
 from groundup.interop import save_model
-from groundup.serving import Limits
 from groundup.serving.server import listen
+from groundup.serving.state import Limits, State
 
 __all__ = ["groundup"]
 
@@ -100,9 +104,11 @@ def test_an_engine_that_fails_is_told_and_the_server_goes_on() -> None:
 
 
 def read_all(connection: socket.socket) -> bytes:
+    """What was sent until the connection ended, in whatever way."""
     told = b""
-    while piece := connection.recv(65536):
-        told += piece
+    with contextlib.suppress(ConnectionResetError):
+        while piece := connection.recv(65536):
+            told += piece
     return told
 
 
@@ -206,6 +212,32 @@ def test_a_run_serves_all_its_models_that_of_the_chat_first(folder: Path) -> Non
         read_models([str(run.root)], ["dpo"], 2, None, None)
 
 
+def test_a_quantized_model_is_served_beside_the_whole_one(folder: Path, tmp_path: Path) -> None:
+    small = tmp_path / "int8"
+    save_model(small, quantize(small_model(), Quantization(8)), small_tokenizer())
+    served, _ = read_models([str(folder), str(small)], None, 2, None, None)
+    with serving(State(served)) as server:
+        asked = {"prompt": "Once", "max_tokens": 4, "temperature": 0}
+        for name in ("small", "int8"):
+            status, answer, _ = server.ask("/v1/completions", {**asked, "model": name})
+            assert (status, answer["model"], answer["usage"]["completion_tokens"]) == (200, name, 4)
+
+
+def test_open_opens_the_page_once_it_is_there(
+    groundup: CommandLine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[tuple[str, int]] = []
+
+    def open_page(url: str) -> None:
+        opened.append((url, urllib.request.urlopen(url).status))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(webbrowser, "open", open_page)
+    ended = groundup("serve", folder, "--port", "0", "--open")
+    assert [status for _, status in opened] == [200]
+    assert f"listening: {opened[0][0]}" in ended.err
+
+
 @pytest.mark.slow
 def test_sigterm_under_load_loses_no_finished_answer(folder: Path) -> None:
     port = _free_port()
@@ -233,7 +265,7 @@ def test_sigterm_under_load_loses_no_finished_answer(folder: Path) -> None:
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    begun = {number: one for number, one in told.items() if one}  # the others had not connected before the end
+    begun = {number: one for number, one in told.items() if one}  # the others were not read before the end
     assert begun
     assert all(b'"finish_reason":"length"' in one for one in begun.values())
     assert "Traceback" not in err

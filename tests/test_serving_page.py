@@ -18,19 +18,21 @@ from typing import Any
 import pytest
 import tiny_run
 import torch
-from generation_models import small_tokenizer
+from generation_models import random_model, small_tokenizer
 from page_server import PageServer, chromium
-from serving_client import Served, serving, small_model, small_state
+from serving_client import Served, serving, small_state
 
 import groundup as gu
 from groundup.alignment.conversations import load_conversations
+from groundup.alignment.preferences import load_preferences
 from groundup.errors import DataError
 from groundup.generation import Engine, Request, SamplingParams
+from groundup.generation.calculator import write_call
 from groundup.generation.sampling import warp
 from groundup.generation.speculative import Speculation
-from groundup.serving import ServedModel, State
-from groundup.serving.feedback import Feedback
+from groundup.serving.feedback import keep
 from groundup.serving.page import routes
+from groundup.serving.state import ServedModel, State
 from groundup.tokenizer import render
 
 PAGE = Path(gu.__file__).parent / "serving" / "page"
@@ -177,16 +179,28 @@ def test_a_branch_goes_on_as_the_model_would_have_from_the_other_choice(browser:
 
 
 @slow
-def test_what_a_draft_had_guessed_is_underlined(browser: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_draft_had_guessed_is_shown_below_the_answer_and_inside(
+    browser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Speculation, "_n_guesses", lambda *_: 2)  # whether it pays or not
     with PageServer(draft="ngrams") as server:
         context = browser.new_context()
         tab = Watched(context, server.url, settings={"temperature": 0})
         tab.ask("the cat sat the cat sat the cat")
         tab.answer().get_by_label("Show how probable").click()
-        n_accepted = server.engines["tiny"].stats.accepted_tokens
+        stats = server.engines["tiny"].stats
+        n_accepted, n_rejected = stats.accepted_tokens, stats.drafted_tokens - stats.accepted_tokens
         assert tab.answer().locator(".token.accepted").count() == n_accepted > 0
-        assert f"{n_accepted} guessed" in tab.answer().inner_text()
+        assert f"{n_accepted} guessed, {n_rejected} guesses thrown away" in tab.answer().inner_text()
+        replaced = tab.answer().locator(".token.replaced")
+        replaced.first.hover()
+        assert tab.answer().locator(".card del code").count() >= 1
+        n_replaced = replaced.count()
+        tab.answer().get_by_label("Look inside").click()
+        tab.page.get_by_text("Struck through: guesses that were thrown away").wait_for()
+        assert tab.page.locator(".strip .token.accepted").count() == n_accepted
+        assert tab.page.locator(".strip .token.replaced").count() == n_replaced
+        assert tab.page.locator(".strip del code").count() == n_rejected > 0
         tab.check()
         context.close()
 
@@ -276,6 +290,35 @@ def test_a_hostile_answer_does_no_harm(tab: Watched, name: str) -> None:
     tab.page.reload()
     tab.page.get_by_role("button", name="Be evil.", exact=True).click()
     assert answer.is_visible()
+
+
+@slow
+def test_a_call_of_the_calculator_is_run_and_what_follows_is_the_answer(tab: Watched) -> None:
+    call, asked = write_call("3 * 4"), []
+
+    def write(route: Any) -> None:
+        asked.append(route.request.post_data_json["messages"])
+        text = "It is 12." if asked[-1][-1]["role"] == "tool" else call if len(asked) == 1 else "Twelve."
+        events = [
+            {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": "stop"}]},
+            {"choices": [], "usage": {"completion_tokens": 7}},
+        ]
+        body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+        route.fulfill(body=body, content_type="text/event-stream")
+
+    tab.page.route("**/v1/chat/completions", write)
+    tab.ask("3*4?")
+    tab.answer().get_by_text("It is 12.").wait_for()
+    shown = tab.answer().inner_text()
+    assert "3 * 4 = 12" in shown
+    assert "14 tokens" in shown
+    assert "<tool>" not in shown
+    turns = [
+        {"role": "user", "content": "3*4?"}, {"role": "assistant", "content": call}, {"role": "tool", "content": "12"}
+    ]  # fmt: skip
+    assert asked[1] == turns
+    tab.ask("Again?")
+    assert asked[2] == [*turns, {"role": "assistant", "content": "It is 12."}, {"role": "user", "content": "Again?"}]
 
 
 @slow
@@ -465,6 +508,8 @@ def test_votes_rankings_and_corrections_become_data(browser: Any, tmp_path: Path
         found = load_conversations([str(tmp_path / "conversations.jsonl")], 0, 1, "align.sft")
         said = {conversation[-1]["content"] for conversation in found.train + found.held_out}
         assert said == {good[-1], "As it should be."}
+        judged = load_preferences([str(tmp_path / "preferences.jsonl")], "align.dpo")
+        assert (len(judged.train + judged.held_out), judged.set_aside) == (5, {})
         assert found.set_aside == {}
         tab.check()
         context.close()
@@ -629,17 +674,29 @@ def test_an_answer_goes_on_from_tokens_that_are_given(api: Served) -> None:
     assert [one["id"] for one in rest["logprobs"]["content"]] == ids[5:]
 
 
-def test_the_drafts_accepted_guesses_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_drafts_guesses_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Speculation, "_n_guesses", lambda *_: 2)  # whether it pays or not
-    engine = Engine(small_model(), small_tokenizer(), draft=small_model())
+    engine = Engine(random_model(context_length=256), small_tokenizer(), draft="ngrams")
     state = State([ServedModel("drafted", engine)])
-    body = {"messages": TALK, "max_tokens": 16, "temperature": 0, "logprobs": True, "ignore_eos": True}
+    talk = [{"role": "user", "content": "the cat sat the cat sat the cat"}]
+    body = {"messages": talk, "max_tokens": 24, "temperature": 0, "logprobs": True, "ignore_eos": True}
     with serving(state) as served:
         whole = served.ask("/v1/chat/completions", body)[1]["choices"][0]["logprobs"]["content"]
         assert sum("accepted" in one for one in whole) == engine.stats.accepted_tokens > 0
+        wrong = [one["rejected"] for one in whole if "rejected" in one]
+        assert sum(map(len, wrong)) == engine.stats.drafted_tokens - engine.stats.accepted_tokens > 0
+        assert {*wrong[0][0]} == {"token", "bytes", "id"}
         events = [event for event in served.events("/v1/chat/completions", body) if event != "[DONE]"]
     parts = [event["choices"][0]["logprobs"]["content"] for event in events if event["choices"][0]["logprobs"]]
-    assert [one.get("accepted") for part in parts for one in part] == [one.get("accepted") for one in whole]
+    for name in ("accepted", "rejected"):
+        assert [one.get(name) for part in parts for one in part] == [one.get(name) for one in whole]
+
+
+def test_a_call_of_the_calculator_is_computed(api: Served) -> None:
+    asked = {"answer": f" {write_call('12 / 8')}\n"}
+    assert api.ask("/calculator", asked)[1] == {"expression": "12 / 8", "result": "1.5"}
+    for text in ("1 + 1", write_call("1") * 2, '<tool>{"name": "other"}</tool>'):
+        assert api.ask("/calculator", {"answer": text})[1] == {"expression": None, "result": None}
 
 
 def test_a_run_without_a_finished_model_has_a_page(tmp_path: Path) -> None:
@@ -662,7 +719,8 @@ def test_many_writers_append_whole_lines(tmp_path: Path) -> None:
     text = "x" * 20_000
 
     def write(number: int) -> None:
-        Feedback(tmp_path).vote("m", [{"role": "user", "content": f"{number}"}], text, is_good=number % 2 == 0)
+        opinion = {"vote": "down" if number % 2 else "up", "answer": text}
+        keep(tmp_path, "m", [{"role": "user", "content": f"{number}"}], opinion)
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(40)))
@@ -674,13 +732,13 @@ def test_many_writers_append_whole_lines(tmp_path: Path) -> None:
 
 def test_a_ranking_of_three_and_of_two(tmp_path: Path) -> None:
     prompt = [{"role": "user", "content": "?"}]
-    Feedback(tmp_path).rank("m", prompt, ["a", "b", "c"])
-    Feedback(tmp_path).rank("m", prompt, ["a", "b"])
+    for answers in (["a", "b", "c"], ["a", "b"]):
+        keep(tmp_path, "m", prompt, {"ranking": answers})
     three, two = (json.loads(line) for line in (tmp_path / "preferences.jsonl").read_text().splitlines())
     assert three["ranking"] == ["a", "b", "c"]
     assert (two["chosen"], two["rejected"]) == ("a", "b")
     with pytest.raises(DataError, match="two different"):
-        Feedback(tmp_path).rank("m", prompt, ["a", "a"])
+        keep(tmp_path, "m", prompt, {"ranking": ["a", "a"]})
 
 
 def test_modules_of_others_are_as_published_and_have_their_licences() -> None:

@@ -13,7 +13,8 @@ from generation_models import small_tokenizer
 from serving_client import Served, serving, slow_down, small_state, wait_until
 
 from groundup.generation import grammar
-from groundup.serving import Limits, app, security
+from groundup.serving import app, security
+from groundup.serving.state import Limits
 
 CHAT = "/v1/chat/completions"
 TALK = [{"role": "user", "content": "Where is the cat?"}]
@@ -104,6 +105,7 @@ def test_every_answer_has_the_headers_that_protect_a_page(served: Served) -> Non
         assert "unsafe" not in headers["content-security-policy"]
         assert (headers["x-content-type-options"], headers["x-frame-options"]) == ("nosniff", "DENY")
         assert "server" not in headers
+        assert headers["cache-control"] == "no-cache"
 
 
 def test_a_key_is_needed_for_all_but_health_and_pages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from groundup.errors import DataError
 from groundup.generation import Engine
-from groundup.serving import ServedModel, State
+from groundup.generation.tools import FORMATS, HERMES, LLAMA, MISTRAL, OURS, ToolCall, ToolFormat, ToolReader
+from groundup.serving.state import ServedModel, State
 from groundup.serving.templates import ChatTemplate
-from groundup.serving.tools import FORMATS, HERMES, LLAMA, MISTRAL, OURS, ToolCall, ToolFormat, ToolReader
 from groundup.tokenizer import load_tokenizer
 from groundup.tokenizer.pretrained import PretrainedTokenizer
 

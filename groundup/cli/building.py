@@ -201,11 +201,11 @@ def show_table(run: Run, console: Console) -> None:
         console.note(f"Talk to it:    {command_line('chat', str(run.root))}      See it:  {page}")
     elif models:
         console.note(f"Let it write:  {command_line('generate', str(run.root))}      See it:  {page}")
-    if models:
-        console.note(f"On a page:     {command_line('serve', str(run.root), '--open')}")
     shipped = recipe.name.removesuffix("-smoke")
     like = shipped if shipped in shipped_recipes() else str(run.root)
     console.note(f"Go on:         {command_line('recipe', 'new', 'my.toml', '--like', like)}")
+    if models:
+        console.note(f"On a page:     {command_line('serve', str(run.root), '--open')}")
 
 
 @contextlib.contextmanager

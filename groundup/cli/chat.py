@@ -16,6 +16,7 @@ from groundup.cli.partners import Partner
 from groundup.errors import GroundupError
 from groundup.files import write_json
 from groundup.generation import SamplingParams
+from groundup.generation.calculator import with_calculator
 from groundup.measured import cache_root
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Chat:
         self._n_answers = 0
         self._n_left_out = 0
         self._saved: set[str] = set()
-        self._before_again: str | None = None
+        self._before_again: list[Message] = []  # the answer to the same question before this one
 
     def answer(self, text: str, *, echo: bool = True) -> str:
         """Ask, stream the answer to standard output where `echo` is set, and keep both.
@@ -62,14 +63,14 @@ class Chat:
         Raises:
             GroundupError: the question does not fit into the context, or the server fails; it is not kept.
         """
-        question: Message = {"role": "user", "content": text}
+        turns: list[Message] = [*self.messages, {"role": "user", "content": text}]
         pieces: list[str] = []
         # Each answer of a talk has a seed of its own, so that /again can say something else.
         seed = self.params.seed
         params = self.params if seed is None else replace(self.params, seed=seed + self._n_answers)
-        begin = 0.0
+        begin, before = 0.0, self.partner.n_tokens
         try:
-            for piece in self.partner.stream([*self.messages, question], params, self._left_out):
+            for piece in with_calculator(lambda said: self.partner.stream(said, params, self._left_out), turns):
                 begin = begin or time.perf_counter()
                 pieces.append(piece)
                 if echo:
@@ -79,14 +80,12 @@ class Chat:
                 _write(" …")
         if echo:
             _write("\n")
-            seconds, n_tokens = time.perf_counter() - begin, self.partner.n_tokens
+            seconds, n_tokens = time.perf_counter() - begin, self.partner.n_tokens - before
             if n_tokens > 1 and sys.stderr.isatty():
                 _hint(f"({n_tokens} tokens, {(n_tokens - 1) / seconds:,.0f} tokens/s)")
-        answer = "".join(pieces)
         self._n_answers += 1
-        self._before_again = None
-        self.messages += [question, {"role": "assistant", "content": answer}]
-        return answer
+        self._before_again, self.messages = [], turns
+        return "".join(pieces)
 
     def run(self) -> None:
         """Ask for lines until the end of input."""
@@ -123,12 +122,12 @@ class Chat:
             self.messages = list(self._first)
             _hint("The conversation begins anew.")
         elif name == "/undo":
-            if (turn := self._take_back()) is not None:
-                _hint(f"Taken back: {printable(turn[0])}")
+            if (taken := self._take_back()) is not None:
+                _hint(f"Taken back: {printable(taken[0]['content'])}")
         elif name == "/again":
-            if (turn := self._take_back()) is not None:
-                self.answer(turn[0])
-                self._before_again = turn[1]
+            if (taken := self._take_back()) is not None:
+                self.answer(taken[0]["content"])
+                self._before_again = taken[1:]
         elif name == "/temperature":
             self._set("temperature", argument)
             _hint(f"Temperature {self.params.temperature:g}.")
@@ -170,10 +169,12 @@ class Chat:
         if text:
             self._tell({"correction": text})
             self.messages[-1] = {"role": "assistant", "content": text}
-        elif self._before_again is None:
+        elif not self._before_again:
             raise GroundupError("/better: there is one answer.", "Say what it should have been, or /again first.")
+        elif self._before_again[:-1] != self._last_turn()[1:-1]:
+            raise GroundupError("/better: the two called the calculator differently.", "Say what it should have been.")
         else:
-            self._tell({"ranking": [self.messages[-1]["content"], self._before_again]})
+            self._tell({"ranking": [self.messages[-1]["content"], self._before_again[-1]["content"]]})
 
     def _tell(self, opinion: Mapping[str, Any]) -> None:
         if len(self.messages) == len(self._first):
@@ -181,14 +182,18 @@ class Chat:
         answer = {} if "ranking" in opinion else {"answer": self.messages[-1]["content"]}
         _hint(f"Kept in {self.partner.tell(self.messages[:-1], {**answer, **opinion})}.")
 
-    def _take_back(self) -> tuple[str, str] | None:
+    def _take_back(self) -> list[Message] | None:
         """Remove the last question and its answer, and return them, if there are."""
         if len(self.messages) == len(self._first):
             _hint("Nothing was said yet.")
             return None
-        question, answer = (message["content"] for message in self.messages[-2:])
-        del self.messages[-2:]
-        return question, answer
+        taken = self._last_turn()
+        del self.messages[-len(taken) :]
+        return taken
+
+    def _last_turn(self) -> list[Message]:
+        """The last question, perhaps a call and its result, and the answer."""
+        return self.messages[max(at for at, one in enumerate(self.messages) if one["role"] == "user") :]
 
     def _left_out(self, n_messages: int) -> None:
         if n_messages != self._n_left_out:

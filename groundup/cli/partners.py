@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from groundup.errors import GroundupError
-from groundup.generation import Engine, SamplingParams, stream_chat
-from groundup.serving.feedback import Feedback
+from groundup.generation import Engine, SamplingParams, chat_request
+from groundup.serving.feedback import keep
 from groundup.tokenizer import Message, Tokenizer
 
 
@@ -22,7 +22,7 @@ class Partner(Protocol):
     Attributes:
         name: of the model.
         names: of the models to choose among.
-        n_tokens: of the last answer.
+        n_tokens: of all answers so far.
     """
 
     name: str
@@ -66,11 +66,10 @@ class Local:
     def stream(
         self, messages: Sequence[Message], params: SamplingParams, on_left_out: Callable[[int], None]
     ) -> Iterator[str]:
-        """By the engine. Errors as `stream_chat`."""
-        before, self.n_tokens = self.engine.stats.new_tokens, 0
-        for piece in stream_chat(self.engine.model, self.tokenizer, messages, params, on_left_out, engine=self.engine):
-            self.n_tokens = self.engine.stats.new_tokens - before
-            yield piece
+        """By the engine. Errors as `chat_request`."""
+        for chunk in self.engine.stream(chat_request(self.engine.model, self.tokenizer, messages, params, on_left_out)):
+            self.n_tokens += len(chunk.ids)
+            yield chunk.text
 
     def use(self, name: str) -> None:
         """Load it."""
@@ -83,7 +82,7 @@ class Local:
         """Into the files of the run."""
         if self._folder is None:
             raise GroundupError("this model has no folder: there is no place for votes.")
-        Feedback(self._folder).take(self.name, messages, opinion)
+        keep(self._folder, self.name, messages, opinion)
         return str(self._folder)
 
 
@@ -118,7 +117,6 @@ class Remote:
         plain = SamplingParams()
         given = {one.name: getattr(params, one.name) for one in fields(params)}
         body |= {name: value for name, value in given.items() if value != getattr(plain, name)}
-        self.n_tokens = 0
         with self._open("/v1/chat/completions", body | {"max_tokens": params.max_tokens}) as response:
             for line in response:
                 data = line.decode().removeprefix("data:").strip()
@@ -129,7 +127,7 @@ class Remote:
                 event = json.loads(data)
                 if "error" in event:
                     raise GroundupError(event["error"]["message"])
-                self.n_tokens = (event.get("usage") or {}).get("completion_tokens", self.n_tokens)
+                self.n_tokens += (event.get("usage") or {}).get("completion_tokens", 0)
                 for choice in event["choices"]:
                     yield choice["delta"].get("content") or ""
         raise GroundupError("the connection broke while the answer was written.", "Ask again.")

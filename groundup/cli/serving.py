@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from groundup.cli.options import command_line
-from groundup.cli.talking import PANEL, DraftOption, PrecisionOption, draft_model, dtype_of
+from groundup.cli.talking import PANEL, DraftOption, PrecisionOption, draft_model, dtype_of, load_model, say_why_slow
 
 if TYPE_CHECKING:
-    from groundup.serving import ServedModel
+    from groundup.serving.state import ServedModel
 
 
 def add_to(app: typer.Typer) -> None:
@@ -73,9 +73,9 @@ def serve(
     from groundup.errors import GroundupError
 
     try:
-        from groundup.serving import Limits, State
         from groundup.serving.page import routes
         from groundup.serving.server import listen, make_server
+        from groundup.serving.state import Limits, State
     except ModuleNotFoundError as error:
         raise GroundupError(
             f"serve needs {str(error.name).partition('.')[0]}.", "pip install 'groundup[serve]'"
@@ -114,9 +114,8 @@ def read_models(
     """The models, each with an engine, and the run that the first ones are of, which may have none yet."""
     from groundup.errors import ArtifactError, GroundupError
     from groundup.generation import Engine
-    from groundup.interop import load
     from groundup.run import RECIPE_FILE, Run
-    from groundup.serving import ServedModel
+    from groundup.serving.state import ServedModel
     from groundup.stage import default_model, graph, language_models
 
     found: list[tuple[str, Path, str | None]] = []
@@ -143,22 +142,11 @@ def read_models(
         )
     served = []
     for name, path, stage in found:
-        loaded = load(path, stage=stage)
-        if loaded.tokenizer is None:
-            raise ArtifactError(
-                f"{loaded.folder}: this model has no tokenizer beside it.", "Copy its tokenizer.json there."
-            )
-        engine = Engine(
-            loaded.model,
-            loaded.tokenizer,
-            slots=slots,
-            dtype=dtype_of(precision),
-            draft=draft_model(path, draft),
-            pages=False,
-        )
-        if engine.why_slow is not None:
-            typer.echo(f"note: {name}: tokens are made by PyTorch alone, more slowly: {engine.why_slow}", err=True)
-        served.append(ServedModel(name, engine, loaded.folder))
+        model, tokenizer, folder = load_model(path, stage, to_chat=True)
+        guesses = draft_model(path, draft)
+        engine = Engine(model, tokenizer, slots=slots, dtype=dtype_of(precision), draft=guesses)
+        say_why_slow(engine)
+        served.append(ServedModel(name, engine, folder))
     return served, run
 
 

@@ -97,7 +97,7 @@ def generate(
     from groundup.generation import Engine, beam_search, text_request
 
     text = _as_text(prompt) if prompt is not None else _standard_input()
-    network, tokenizer, folder = _load(model, stage, to_chat=False)
+    network, tokenizer, folder = load_model(model, stage, to_chat=False)
     params = _params(
         model, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed,
         stop=tuple(stop or ()), min_p=min_p, repetition_penalty=repetition_penalty, n=samples,
@@ -116,7 +116,7 @@ def generate(
             network, tokenizer, slots=samples, length=len(request.ids) + params.max_tokens, dtype=dtype_of(precision),
             draft=draft_model(model, draft),
         )  # fmt: skip
-        _say_why_slow(engine)
+        say_why_slow(engine)
         if samples == 1 and not as_json:
             typer.echo(text, nl=False)
             for chunk in engine.stream(request):
@@ -190,9 +190,9 @@ def _local(path: Path, stage: str | None, draft: str | None, precision: str | No
     from groundup.stage import graph, language_models
 
     def load(name: str | None) -> tuple[Engine, Tokenizer, Path]:
-        network, tokenizer, folder = _load(path, name, to_chat=True)
+        network, tokenizer, folder = load_model(path, name, to_chat=True)
         engine = Engine(network, tokenizer, slots=1, dtype=dtype_of(precision), draft=draft_model(path, draft))
-        _say_why_slow(engine)
+        say_why_slow(engine)
         if folder.parent.name in TRUNK:
             typer.echo("note: this model was not taught to answer; it only continues text.", err=True)
         return engine, tokenizer, folder
@@ -246,7 +246,8 @@ def _refuse_with_beams(**options: object) -> None:
         raise GroundupError(f"--beams searches for the most probable text: {', '.join(given)} would do nothing.")
 
 
-def _say_why_slow(engine: Engine) -> None:
+def say_why_slow(engine: Engine) -> None:
+    """A note, where PyTorch alone makes the tokens."""
     if engine.why_slow is not None:
         typer.echo(f"note: tokens are made by PyTorch alone, more slowly: {engine.why_slow}", err=True)
 
@@ -282,7 +283,8 @@ def _as_text(argument: str) -> str:
     return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _load(path: Path, stage: str | None, *, to_chat: bool) -> tuple[Transformer, Tokenizer, Path]:
+def load_model(path: Path, stage: str | None, *, to_chat: bool) -> tuple[Transformer, Tokenizer, Path]:
+    """A model, its tokenizer and folder; of a run without a stage, which model that is is said."""
     from groundup.errors import ArtifactError
     from groundup.interop import load
     from groundup.run import RECIPE_FILE, Run

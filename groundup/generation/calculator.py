@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import contextlib
-import json
 import operator
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
+
+from groundup.generation.tools import OURS, ToolCall
+from groundup.tokenizer import Message
 
 MOST_CHARACTERS = 200
 MOST_DIGITS = 50
@@ -38,18 +38,42 @@ def calculate(expression: str) -> str:
 
 def write_call(expression: str) -> str:
     """How a model asks for it."""
-    return f'<tool>{{"name": "calculate", "arguments": {{"expression": {json.dumps(expression)}}}}}</tool>'
+    return OURS.write([ToolCall("calculate", {"expression": expression})])
 
 
 def read_call(text: str) -> str | None:
-    """The expression of an answer that is a call of the calculator, or None."""
-    found = re.fullmatch(r"\s*<tool>(\{.*\})</tool>\s*", text, flags=re.DOTALL)
-    with contextlib.suppress(ValueError, RecursionError):
-        call = json.loads(found[1]) if found else None
-        if isinstance(call, dict) and call.get("name") == "calculate" and isinstance(call.get("arguments"), dict):
-            expression = call["arguments"].get("expression")
-            return expression if isinstance(expression, str) else None
-    return None
+    """The expression of an answer that is one call of the calculator, or None."""
+    text = text.strip()
+    is_whole = text.startswith(OURS.opening) and text.endswith(OURS.closing)
+    calls = OURS.read(text) if is_whole else []
+    expression = calls[0].arguments.get("expression") if [call.name for call in calls] == ["calculate"] else None
+    return expression if isinstance(expression, str) else None
+
+
+def with_calculator(ask: Callable[[Sequence[Message]], Iterator[str]], turns: list[Message]) -> Iterator[str]:
+    """An answer, piece by piece, in which one call of the calculator is run.
+
+    Of the call a reader sees "[3 * 4 = 12] ", and then what the model says to the result.
+
+    Args:
+        ask: the model's answer to a conversation, piece by piece.
+        turns: the conversation; the assistant's turns and the calculator's are added to it, as far as they have come.
+    """
+    for may_call in (True, False):
+        asked, answer, held = [*turns], Message(role="assistant", content=""), ""
+        turns.append(answer)
+        for piece in ask(asked):
+            answer["content"] += piece
+            held += piece
+            if not (may_call and OURS.begins(answer["content"].lstrip()) == 0):
+                yield held
+                held = ""
+        if not may_call or (expression := read_call(answer["content"])) is None:
+            if held:
+                yield held
+            return
+        turns.append({"role": "tool", "content": calculate(expression)})
+        yield f"[{expression} = {turns[-1]['content']}] "
 
 
 def _value(node: ast.expr) -> Fraction:

@@ -460,7 +460,8 @@ class Engine:
                 token_logprobs(own[: len(tokens)], tokens, text.params.logprobs or 0) if text.wants_logprobs else []
             )
             for place, token in enumerate(tokens):
-                self._take(text, token, logprobs[place] if logprobs else None, place < len(tokens) - 1)
+                guesses = [token] if place < len(tokens) - 1 else draft.ids[place:]
+                self._take(text, token, logprobs[place] if logprobs else None, guesses)
                 if text.is_finished:
                     break
             text.n_stored = min(text.n_stored + len(tokens), len(text.ids) - text.offset)
@@ -502,10 +503,10 @@ class Engine:
         for place, (text, token) in enumerate(zip(texts, tokens, strict=True)):
             self._take(text, token, logprobs.get(place))
 
-    def _take(self, text: Text, token: int, logprob: TokenLogprob | None, is_accepted: bool = False) -> None:
+    def _take(self, text: Text, token: int, logprob: TokenLogprob | None, guesses: Sequence[int] = ()) -> None:
         self.stats.new_tokens += 1
         try:
-            text.take(token, logprob, is_accepted)
+            text.take(token, logprob, guesses)
         except GroundupError as error:  # its grammar has become too complex
             self._fail([text], error)
 

@@ -29,7 +29,8 @@ class Generation:
         logprobs: of every new token, where they were asked for.
         prompt_logprobs: of the prompt's tokens from the second on, where they were asked for.
         offsets: of each token in the text, in characters, where a tokenizer is at hand.
-        accepted: of each new token: a draft guessed it, and the model agreed.
+        guesses: of each new token: what a draft had guessed to stand there. Where its first is another token, all of
+            them were thrown away.
         score: of `beam_search`, and of `best_of` the mean log-probability.
         end_id: the stop token that ended it, or None; `end_logprob`: its log-probability, where they were asked for.
     """
@@ -40,7 +41,7 @@ class Generation:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
-    accepted: list[bool] = field(default_factory=list, compare=False)
+    guesses: list[tuple[int, ...]] = field(default_factory=list, compare=False)
     score: float = 0.0
     end_id: int | None = None
     end_logprob: float = math.nan
@@ -61,7 +62,7 @@ class Chunk:
         ids: new tokens.
         logprobs: of them, where they were asked for.
         finish_reason: of the text's last chunk.
-        accepted: of each of them: a draft guessed it, and the model agreed.
+        guesses: of each of them, as in `Generation`.
     """
 
     index: int
@@ -69,7 +70,7 @@ class Chunk:
     ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
-    accepted: tuple[bool, ...] = ()
+    guesses: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(eq=False)
@@ -159,15 +160,15 @@ class Text:
         """All but the newest token are stored, and that one was drawn, or is the last of the prompt."""
         return len(self.ids) - self.offset - self.n_stored == 1 and len(self.ids) > self.n_prompt
 
-    def take(self, token: int, logprob: TokenLogprob | None, is_accepted: bool = False) -> None:
-        """The next token; `is_accepted`: a draft had guessed it."""
+    def take(self, token: int, logprob: TokenLogprob | None, guesses: Sequence[int] = ()) -> None:
+        """The next token, and what a draft had guessed."""
         result = self.result
         if token in self.ends:
             result.end_id, result.end_logprob = token, math.nan if logprob is None else logprob.logprob
             self.finish("stop")
             return
         result.ids.append(token)
-        result.accepted.append(is_accepted)
+        result.guesses.append(tuple(guesses))
         self.ids.append(token)
         if logprob is not None:
             result.logprobs.append(logprob)
@@ -198,5 +199,5 @@ class Text:
         piece, self._piece = self._piece, ""
         reason = result.finish_reason if self.is_finished else None
         new = slice(told, None)
-        ids, logprobs, accepted = tuple(result.ids[new]), tuple(result.logprobs[new]), tuple(result.accepted[new])
-        return Chunk(self.index, piece, ids, logprobs, reason, accepted)
+        ids, logprobs, guesses = tuple(result.ids[new]), tuple(result.logprobs[new]), tuple(result.guesses[new])
+        return Chunk(self.index, piece, ids, logprobs, reason, guesses)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, overload
 
 from groundup.errors import GroundupError
-from groundup.generation.calculator import calculate, read_call
+from groundup.generation.calculator import with_calculator
 from groundup.generation.engine import Engine
 from groundup.generation.params import SamplingParams
 from groundup.generation.request import Generation, Request
@@ -58,10 +58,22 @@ def chat_reply(
     messages: Sequence[Message],
     params: SamplingParams,
     on_left_out: Callable[[int], None] | None = None,
+    *,
+    engine: Engine | None = None,
 ) -> Generation:
-    """The assistant's answer, whole. Arguments and errors as `stream_chat`."""
-    request = _chat_request(model, tokenizer, messages, params, on_left_out)
-    return Engine(model, tokenizer, slots=1).run([request])[0][0]
+    """The assistant's answer; where it called the calculator, ids and log-probabilities are those behind the result.
+
+    Arguments, text and errors as `stream_chat`.
+    """
+    used, replies = engine or Engine(model, tokenizer, slots=1), list[Generation]()
+
+    def ask(turns: Sequence[Message]) -> Iterator[str]:
+        replies.append(used.run([chat_request(model, tokenizer, turns, params, on_left_out)])[0][0])
+        yield replies[-1].text
+
+    text = "".join(with_calculator(ask, [*messages]))
+    replies[-1].text = text
+    return replies[-1]
 
 
 def stream_chat(
@@ -88,9 +100,12 @@ def stream_chat(
     Raises:
         GroundupError: not even the last message fits.
     """
-    engine = engine or Engine(model, tokenizer, slots=1)
-    request = _chat_request(model, tokenizer, messages, params, on_left_out)
-    return _with_calculator(engine, tokenizer, messages, request)
+    used = engine or Engine(model, tokenizer, slots=1)
+
+    def ask(turns: Sequence[Message]) -> Iterator[str]:
+        return _pieces(used, chat_request(model, tokenizer, turns, params, on_left_out))
+
+    return with_calculator(ask, [*messages])
 
 
 def generate_batch(
@@ -154,7 +169,7 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message], most_tokens: 
                 "Say it in fewer words.",
             )
         n_left_out += 1
-        while n_left_out < len(turns) - 1 and turns[n_left_out]["role"] == "assistant":
+        while n_left_out < len(turns) - 1 and turns[n_left_out]["role"] != "user":
             n_left_out += 1
 
 
@@ -175,41 +190,19 @@ def _fit(prompt: Sequence[int], context: int, max_tokens: int) -> list[int]:
     return ids if len(ids) < context else ids[-(context - min(max_tokens, context // 2)) :]
 
 
-def _chat_request(
+def chat_request(
     model: Transformer,
     tokenizer: Tokenizer,
     messages: Sequence[Message],
     params: SamplingParams,
-    on_left_out: Callable[[int], None] | None,
+    on_left_out: Callable[[int], None] | None = None,
 ) -> Request:
+    """A conversation up to the assistant's turn. Arguments and errors as `stream_chat`."""
     context = model.config.context_length
     ids, n_left_out = chat_prompt(tokenizer, messages, context - min(params.max_tokens, context // 2))
     if n_left_out and on_left_out is not None:
         on_left_out(n_left_out)
     return Request(ids, params)
-
-
-def _with_calculator(
-    engine: Engine, tokenizer: Tokenizer, messages: Sequence[Message], request: Request
-) -> Iterator[str]:
-    """An answer, held back while it may be a call; a call's result, and one more answer."""
-    held, may_call = "", True
-    for piece in _pieces(engine, request):
-        held += piece
-        may_call = may_call and "<tool>".startswith(held.lstrip()[:6])
-        if not may_call:
-            yield held
-            held = ""
-    expression = read_call(held)
-    if expression is None:
-        if held:
-            yield held
-        return
-    result = calculate(expression)
-    yield f"[{expression} = {result}] "
-    turns: list[Message] = [{"role": "assistant", "content": held}, {"role": "tool", "content": result}]
-    again = _chat_request(engine.model, tokenizer, [*messages, *turns], request.params, None)
-    yield from _pieces(engine, again)
 
 
 def _pieces(engine: Engine, request: Request) -> Iterator[str]:

@@ -17,15 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Route, Router
 from starlette.types import ASGIApp
 
-from groundup.errors import GroundupError
 from groundup.generation import prompt_ids
 from groundup.serving.completions import Wakeups, chat_completions, completions
 from groundup.serving.openapi import document
@@ -34,7 +30,6 @@ from groundup.serving.protocol import (
     DetokenizeBody,
     EmbeddingsBody,
     TokenizeBody,
-    api_error,
     json_response,
     read_body,
 )
@@ -66,42 +61,31 @@ def make_app(state: State, pages: Sequence[BaseRoute] = ()) -> ASGIApp:
         Route("/openapi.json", openapi),
         *pages,
     ]
-    handled = (HTTPException, GroundupError, ValidationError, TimeoutError, Exception)
-    app = Starlette(routes=routes, lifespan=_lifespan, exception_handlers=dict.fromkeys(handled, _error))
-    app.state.server, app.state.embedding = state, asyncio.Lock()
-    return Protection(app, state)
 
-
-@contextlib.asynccontextmanager
-async def _lifespan(app: Starlette) -> AsyncIterator[None]:
-    """Engines take steps from the first request to the last; uvicorn has let all of them finish when this ends."""
-    app.state.wakeups = Wakeups(asyncio.get_running_loop())
-    engines = [one.engine for one in app.state.server.models.values()]
-    for engine in engines:
-        engine.start()
-    try:
-        yield
-    finally:
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Any) -> AsyncIterator[dict[str, Any]]:
+        """Engines take steps from the first request to the last; uvicorn has let all of them finish when this ends."""
+        engines = [one.engine for one in state.models.values()]
         for engine in engines:
-            await asyncio.to_thread(engine.stop)
+            engine.start()
+        try:
+            yield {"server": state, "wakeups": Wakeups(asyncio.get_running_loop()), "reading": asyncio.Lock()}
+        finally:
+            for engine in engines:
+                await asyncio.to_thread(engine.stop)
 
-
-async def _error(http: Request, error: Exception) -> Response:
-    if isinstance(error, HTTPException):
-        headers = {name.replace("-", "_"): value for name, value in (error.headers or {}).items()}
-        reason = "there is nothing at this address" if error.status_code == 404 else error.detail
-        error = APIError(error.status_code, f"{http.method}: {reason}.", **headers)
-    return api_error(error).response
+    # Starlette's own application would put two more layers around every chunk of a stream.
+    return Protection(Router(routes, lifespan=lifespan), state)
 
 
 async def models(http: Request) -> Response:
     """GET /v1/models."""
-    return json_response({"object": "list", "data": [_model(one) for one in http.app.state.server.models.values()]})
+    return json_response({"object": "list", "data": [_model(one) for one in http.state.server.models.values()]})
 
 
 async def one_model(http: Request) -> Response:
     """GET /v1/models/NAME."""
-    return json_response(_model(http.app.state.server.find(http.path_params["name"])))
+    return json_response(_model(http.state.server.find(http.path_params["name"])))
 
 
 def _model(served: ServedModel) -> dict[str, Any]:
@@ -114,10 +98,10 @@ def _model(served: ServedModel) -> dict[str, Any]:
 async def embeddings(http: Request) -> Response:
     """POST /v1/embeddings: the mean of the last hidden states (behind the last norm) over a text, of length 1."""
     body = EmbeddingsBody.model_validate(await read_body(http))
-    served: ServedModel = http.app.state.server.find(body.model)
+    served: ServedModel = http.state.server.find(body.model)
     texts = await asyncio.to_thread(served.prompts, body.input, "input")
     data = []
-    async with http.app.state.embedding:  # one at a time: texts are written meanwhile
+    async with http.state.reading:  # one at a time: texts are written meanwhile
         for index, ids in enumerate(texts):
             vector = await asyncio.to_thread(embed, served, ids)
             as_text = body.encoding_format == "base64"
@@ -139,7 +123,7 @@ def embed(served: ServedModel, ids: Sequence[int]) -> np.ndarray:
 async def tokenize(http: Request) -> Response:
     """POST /tokenize. A text that is the name of a control token, and nothing else, is that token."""
     body = TokenizeBody.model_validate(await read_body(http))
-    served: ServedModel = http.app.state.server.find(body.model)
+    served: ServedModel = http.state.server.find(body.model)
     tokenizer, text = served.tokenizer, body.prompt or ""
     if body.messages is not None:
         turns = [message.model_dump(exclude_none=True) for message in body.messages]
@@ -156,13 +140,13 @@ async def tokenize(http: Request) -> Response:
 async def detokenize(http: Request) -> Response:
     """POST /detokenize, with the names of control tokens."""
     body = DetokenizeBody.model_validate(await read_body(http))
-    tokenizer = http.app.state.server.find(body.model).tokenizer
+    tokenizer = http.state.server.find(body.model).tokenizer
     return json_response({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens, False)})
 
 
 async def tokenizer_info(http: Request) -> Response:
     """GET /tokenizer_info, of the first model: what its files say, so that evaluations begin as they do in process."""
-    tokenizer = http.app.state.server.find(None).tokenizer
+    tokenizer = http.state.server.find(None).tokenizer
     if isinstance(tokenizer, PretrainedTokenizer):
         said: Mapping[str, str] = tokenizer.named_tokens
     else:
@@ -177,14 +161,14 @@ async def health(http: Request) -> Response:
 
 async def ready(http: Request) -> Response:
     """GET /ready: it can write texts."""
-    if not http.app.state.server.is_ready:
+    if not http.state.server.is_ready:
         raise APIError(503, "an engine has stopped.", "unavailable", retry_after="10")
     return json_response({"status": "ready"})
 
 
 async def metrics(http: Request) -> Response:
     """GET /metrics."""
-    return Response(http.app.state.server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(http.state.server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def openapi(http: Request) -> Response:

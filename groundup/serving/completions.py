@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -21,6 +22,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from groundup.errors import GroundupError
 from groundup.generation import Chunk, Constraint, Detokenizer, Generation, Request, TokenLogprob
+from groundup.generation.tools import ToolReader, call_schema
 from groundup.serving.protocol import (
     MOST_TEXTS,
     APIError,
@@ -33,14 +35,13 @@ from groundup.serving.protocol import (
     read_body,
 )
 from groundup.serving.state import ServedModel, State
-from groundup.serving.tools import ToolReader, call_schema
 
 _DONE = b"data: [DONE]\n\n"
 
 
 async def completions(http: HTTPRequest) -> Reply:
     """POST /v1/completions."""
-    state: State = http.app.state.server
+    state: State = http.state.server
     body = CompletionBody.model_validate(await read_body(http))
     served = state.find(body.model)
     begun = body.add_special_tokens is not False
@@ -63,7 +64,7 @@ async def completions(http: HTTPRequest) -> Reply:
 
 async def chat_completions(http: HTTPRequest) -> Reply:
     """POST /v1/chat/completions."""
-    state: State = http.app.state.server
+    state: State = http.state.server
     body = ChatBody.model_validate(await read_body(http))
     served = state.find(body.model)
     request, begun = await asyncio.to_thread(_chat_request, served, body, _client(http, body))
@@ -104,63 +105,51 @@ def _chat_request(served: ServedModel, body: ChatBody, client: str) -> tuple[Req
 
 
 class Wakeups:
-    """One call into the event loop for all that a step has brought: each costs both threads a switch.
-
-    Args:
-        loop: in which the replies are written.
-    """
+    """One call into the event loop for all that a step has brought: each costs both threads a switch."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop, self._events, self._is_called = loop, deque[asyncio.Event](), False
+        self._loop, self._is_called = loop, False
+        self._inboxes = deque[Inbox]()
 
-    def wake(self, event: asyncio.Event) -> None:
-        """Set an event, from any thread."""
-        self._events.append(event)
+    def wake(self, inbox: Inbox) -> None:
+        """Something has come into an inbox; from any thread."""
+        self._inboxes.append(inbox)
         if not self._is_called:
             self._is_called = True
-            self._loop.call_soon_threadsafe(self._set)
+            self._loop.call_soon_threadsafe(self._wake)
 
-    def _set(self) -> None:
+    def _wake(self) -> None:
         self._is_called = False  # before they are taken: one that comes now calls again
-        while self._events:
-            self._events.popleft().set()
+        while self._inboxes:
+            waiter = self._inboxes.popleft().waiter
+            if waiter is not None and not waiter.done():
+                waiter.set_result(None)
 
 
 class Inbox:
-    """What engines say of a reply's requests, until it is written.
+    """What an engine says of a reply's requests, until it is written: at most so many chunks, 0: only that it ended."""
 
-    Args:
-        wakeups: of the event loop.
-        n_requests: that are to end.
-        most: chunks that may wait.
-        wants_chunks: not only the end of each request.
-    """
-
-    def __init__(self, wakeups: Wakeups, n_requests: int, most: int, wants_chunks: bool) -> None:
-        self._wakeups, self._n_open, self._most, self._wants_chunks = wakeups, n_requests, most, wants_chunks
-        self._event, self._items = asyncio.Event(), deque[tuple[int, Chunk]]()
-        self._n_ended = 0
+    def __init__(self, wakeups: Wakeups, n_requests: int, most: int) -> None:
+        self._wakeups, self._n_open, self._most = wakeups, n_requests, most
+        self._items = deque[tuple[int, Chunk]]()
+        self.waiter: asyncio.Future[None] | None = None
         self._error: APIError | None = None
         self.first: float | None = None
 
-    def listener(self, number: int) -> Callable[[Chunk | None], None]:
-        """What the engine calls for a request."""
-
-        def listen(chunk: Chunk | None) -> None:
-            if chunk is None:
-                self._n_ended += 1
-            else:
-                self.first = self.first or time.perf_counter()
-                if not self._wants_chunks:
-                    return
-                if len(self._items) >= self._most:
-                    self._error = APIError(408, "the stream was read too slowly.", "slow_reader")
-                    self._wakeups.wake(self._event)
-                    raise self._error  # which ends the request
-                self._items.append((number, chunk))
-            self._wakeups.wake(self._event)
-
-        return listen
+    def put(self, number: int, chunk: Chunk | None) -> None:
+        """What is new of a request, in the engine's thread; None: it has ended."""
+        if chunk is None:
+            self._n_open -= 1
+        else:
+            self.first = self.first or time.perf_counter()
+            if not self._most:
+                return
+            if len(self._items) >= self._most:
+                self._error = APIError(408, "the stream was read too slowly.", "slow_reader")
+                self._wakeups.wake(self)
+                raise self._error  # which ends the request
+            self._items.append((number, chunk))
+        self._wakeups.wake(self)
 
     async def take(self) -> list[tuple[int, Chunk]]:
         """What has come since the last call; nothing once all requests have ended.
@@ -169,27 +158,16 @@ class Inbox:
             APIError: too much has waited.
         """
         while True:
-            self._event.clear()
+            self.waiter = asyncio.get_running_loop().create_future()  # before looking: what comes now wakes it
             if self._error is not None:
                 raise self._error
-            if self._items or self._n_ended == self._n_open:
-                break
-            await self._event.wait()
-        items = []
-        while self._items:
-            items.append(self._items.popleft())
-        return items
+            if self._items or not self._n_open:
+                return [self._items.popleft() for _ in range(len(self._items))]
+            await self.waiter
 
 
 class Reply:
-    """The answer to one HTTP request: an ASGI application that asks the engine and writes.
-
-    Args:
-        state: of the server.
-        served: the model that answers.
-        body: what was asked.
-        requests: for the engine, one for each prompt.
-    """
+    """The answer to one HTTP request, an ASGI application: asks the engine, a request for each prompt, and writes."""
 
     kind, chunk_kind, prefix = "", "", ""
 
@@ -201,17 +179,20 @@ class Reply:
             "created": int(time.time()), "model": served.name,
         }  # fmt: skip
         self._counts_usage = bool(body.stream_options and body.stream_options.include_usage)
+        # Of an event only the choice changes.
+        self._before_choice = b"data: " + orjson.dumps(self._head)[:-1] + b',"choices":['
+        self._behind_choice = b'],"usage":null}\n\n' if self._counts_usage else b"]}\n\n"
         self._begin = time.perf_counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer."""
-        most = self.state.limits.unread * self._n * len(self.requests)
-        inbox = Inbox(scope["app"].state.wakeups, len(self.requests), most, bool(self.body.stream))
+        most = self.state.limits.unread * self._n * len(self.requests) if self.body.stream else 0
+        inbox = Inbox(scope["state"]["wakeups"], len(self.requests), most)
         write = self._stream if self.body.stream else self._whole
         tasks: list[asyncio.Task[None]] = []
         try:
             for number, request in enumerate(self.requests):
-                self.served.engine.submit(request, inbox.listener(number))
+                self.served.engine.submit(request, functools.partial(inbox.put, number))
             tasks = [asyncio.create_task(write(inbox, scope, receive, send)), asyncio.create_task(_left(receive))]
             try:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -247,8 +228,7 @@ class Reply:
         async def write(body: bytes, *, more: bool = True) -> None:
             nonlocal is_open
             if not is_open:
-                headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store"),
-                           (b"x-accel-buffering", b"no")]  # fmt: skip
+                headers = [(b"content-type", b"text/event-stream"), (b"x-accel-buffering", b"no")]
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
                 is_open = True
             await send({"type": "http.response.body", "body": body, "more_body": more})
@@ -256,12 +236,16 @@ class Reply:
         try:
             async with asyncio.timeout(self.state.limits.seconds):
                 while items := await inbox.take():  # nothing is sent before: an error has its status until then
-                    told = [item for item in items if item[1].finish_reason != "cancelled"]
+                    told = b""
+                    for number, chunk in items:
+                        if chunk.finish_reason != "cancelled":
+                            for choice in self.deltas(number, chunk):
+                                told += self._before_choice + orjson.dumps(choice) + self._behind_choice
                     if told:
-                        await write(b"".join(self._event(one) for item in told for one in self.deltas(*item)))
+                        await write(told)
                 self._raise_error()
-            last = self._event([], self._usage()) if self._counts_usage else b""
-            await write(last + _DONE, more=False)
+            last = {**self._head, "choices": [], "usage": self._usage()}
+            await write((b"data: " + orjson.dumps(last) + b"\n\n" if self._counts_usage else b"") + _DONE, more=False)
         except Exception as error:
             if is_open:
                 value = orjson.dumps(api_error(error).value)
@@ -270,12 +254,6 @@ class Reply:
                         await write(b"data: " + value + b"\n\n" + _DONE, more=False)
             if not is_open or not isinstance(error, GroundupError | TimeoutError):
                 raise
-
-    def _event(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> bytes:
-        value = {**self._head, "choices": choices}
-        if self._counts_usage:
-            value["usage"] = usage
-        return b"data: " + orjson.dumps(value) + b"\n\n"
 
     def _raise_error(self) -> None:
         for request in self.requests:
@@ -302,8 +280,8 @@ class Reply:
         """A whole text."""
         raise NotImplementedError
 
-    def deltas(self, number: int, chunk: Chunk) -> list[list[dict[str, Any]]]:
-        """The choices of each event that tells what is new."""
+    def deltas(self, number: int, chunk: Chunk) -> list[dict[str, Any]]:
+        """The choice of each event that tells what is new."""
         raise NotImplementedError
 
 
@@ -327,36 +305,31 @@ class TextReply(Reply):
 
     def choice(self, number: int, index: int, text: Generation) -> dict[str, Any]:
         """A whole text, behind its prompt if that was asked for."""
-        request, logprobs = self.requests[number], None
-        if request.params.logprobs is not None:
-            scored: list[TokenLogprob | None] = list(text.logprobs)
-            places = Detokenizer(self.served.tokenizer)
-            if request.prompt_logprobs is not None:
-                scored = [None, *request.results[0].prompt_logprobs, *scored]
-                ids = [*request.ids, *text.ids]
-            else:
-                ids = text.ids
-            for token in ids:
-                places.add(token)
-            logprobs = self._logprobs(ids, scored, places.offsets)
-        own, reason = text.text, text.finish_reason
-        if text.ids and text.ids[-1] in self.served.tokenizer.end_ids and not request.params.ignore_eos:
+        request, reason = self.requests[number], text.finish_reason
+        ids, logprobs = [*text.ids], list[TokenLogprob | None](text.logprobs)
+        if ids and ids[-1] in self.served.tokenizer.end_ids and not request.params.ignore_eos:
             reason = "stop"  # shown though it ends the text
-        return {"index": number * self._n + index, "text": self._before[number] + own, "logprobs": logprobs,
-                "finish_reason": reason}  # fmt: skip
+        if request.prompt_logprobs is not None:
+            ids = [*request.ids, *ids]
+            logprobs = [None, *request.results[0].prompt_logprobs, *logprobs]
+        return self._choice(number, index, text.text, ids, logprobs, reason)
 
-    def deltas(self, number: int, chunk: Chunk) -> list[list[dict[str, Any]]]:
+    def deltas(self, number: int, chunk: Chunk) -> list[dict[str, Any]]:
         """One event."""
-        place = number * self._n + chunk.index
-        logprobs = None
-        is_first = place not in self._places
-        detokenizer = self._places.setdefault(place, Detokenizer(self.served.tokenizer))
-        if chunk.logprobs:
-            for token in chunk.ids:
-                detokenizer.add(token)
-            logprobs = self._logprobs(chunk.ids, chunk.logprobs, detokenizer.offsets[-len(chunk.ids) :])
-        text = (self._before[number] if is_first else "") + chunk.text
-        return [[{"index": place, "text": text, "logprobs": logprobs, "finish_reason": chunk.finish_reason}]]
+        return [self._choice(number, chunk.index, chunk.text, chunk.ids, chunk.logprobs, chunk.finish_reason)]
+
+    def _choice(
+        self, number: int, index: int, text: str, ids: Sequence[int], scored: Sequence[TokenLogprob | None], reason: Any
+    ) -> dict[str, Any]:
+        place, logprobs = number * self._n + index, None
+        if place not in self._places:
+            self._places[place], text = Detokenizer(self.served.tokenizer), self._before[number] + text
+        if self.requests[number].params.logprobs is not None:
+            offsets = self._places[place].offsets
+            for token in ids:
+                self._places[place].add(token)
+            logprobs = self._logprobs(ids, scored, offsets[len(offsets) - len(ids) :])
+        return {"index": place, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(
         self, ids: Sequence[int], scored: Sequence[TokenLogprob | None], offsets: Sequence[int]
@@ -376,11 +349,7 @@ class TextReply(Reply):
 
 
 class ChatReply(Reply):
-    """Of /v1/chat/completions.
-
-    Args:
-        begun: what of the answer stands in the prompt already.
-    """
+    """Of /v1/chat/completions; `begun` is what of the answer stands in the prompt already."""
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
@@ -391,6 +360,7 @@ class ChatReply(Reply):
         self._begun = begun
         self._most_calls = 1 if body.parallel_tool_calls is False else None
         self._takes_tools = bool(body.tools) and body.tool_choice != "none"
+        self._has_logprobs = requests[0].params.logprobs is not None
         self._readers: dict[int, ToolReader | None] = {}
 
     def choice(self, number: int, index: int, text: Generation) -> dict[str, Any]:
@@ -403,11 +373,11 @@ class ChatReply(Reply):
         message = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
         return {
             "index": index, "message": message | ({"tool_calls": calls} if calls else {}),
-            "logprobs": self._logprobs(text.logprobs, text.accepted) if self._has_logprobs else None,
+            "logprobs": self._logprobs(text.logprobs, text.guesses) if self._has_logprobs else None,
             "finish_reason": "tool_calls" if calls else text.finish_reason,
         }  # fmt: skip
 
-    def deltas(self, number: int, chunk: Chunk) -> list[list[dict[str, Any]]]:
+    def deltas(self, number: int, chunk: Chunk) -> list[dict[str, Any]]:
         """An event for the role, for what is new, and for the end."""
         index, events = chunk.index, []
         if index not in self._readers:
@@ -421,7 +391,7 @@ class ChatReply(Reply):
                 piece += rest
                 calls = [{"index": at, **call.value} for at, call in enumerate(found[: self._most_calls])]
         if piece or chunk.logprobs:
-            logprobs = self._logprobs(chunk.logprobs, chunk.accepted) if self._has_logprobs else None
+            logprobs = self._logprobs(chunk.logprobs, chunk.guesses) if self._has_logprobs else None
             events.append(_delta(index, {"content": piece}, logprobs=logprobs))
         if calls:
             events.append(_delta(index, {"tool_calls": calls}))
@@ -429,32 +399,30 @@ class ChatReply(Reply):
             events.append(_delta(index, {}, reason="tool_calls" if calls else chunk.finish_reason))
         return events
 
-    @property
-    def _has_logprobs(self) -> bool:
-        return self.requests[0].params.logprobs is not None
-
     def _reader(self) -> ToolReader | None:
         form = self.served.template.tools
         return ToolReader(form, self._begun) if form is not None and self._takes_tools else None
 
-    def _logprobs(self, scored: Sequence[TokenLogprob], accepted: Sequence[bool]) -> dict[str, Any]:
-        """OpenAI's entries, each with its token's id, and "accepted" where a draft had guessed it."""
-        content = [
-            {**self._entry(one.token, one.logprob), **({"accepted": True} if guessed else {}),
-             "top_logprobs": [self._entry(*top) for top in one.top]}
-            for one, guessed in zip(scored, accepted, strict=True)
-        ]  # fmt: skip
+    def _logprobs(self, scored: Sequence[TokenLogprob], guesses: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """OpenAI's entries, each with its token's id, and "accepted" or "rejected" where a draft had guessed."""
+        content = []
+        for one, guessed in zip(scored, guesses, strict=True):
+            tops = [self._entry(*top) for top in one.top]
+            entry = {**self._entry(one.token, one.logprob), "top_logprobs": tops}
+            if guessed:
+                is_right = guessed[0] == one.token
+                entry |= {"accepted": True} if is_right else {"rejected": [self._entry(token) for token in guessed]}
+            content.append(entry)
         return {"content": content, "refusal": None}
 
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+    def _entry(self, token: int, logprob: float | None = None) -> dict[str, Any]:
         value = self.served.tokenizer.token_bytes(token)
-        return {"token": self.served.token_texts[token], "logprob": logprob, "bytes": list(value), "id": token}
+        entry = {"token": self.served.token_texts[token], "logprob": logprob, "bytes": list(value), "id": token}
+        return {name: one for name, one in entry.items() if one is not None}
 
 
-def _delta(
-    index: int, delta: dict[str, Any], *, logprobs: Any = None, reason: str | None = None
-) -> list[dict[str, Any]]:
-    return [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}]
+def _delta(index: int, delta: dict[str, Any], *, logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
 async def _left(receive: Receive) -> None:

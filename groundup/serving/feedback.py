@@ -28,62 +28,46 @@ from groundup.run import OWN_FOLDER
 PREFERENCES, CONVERSATIONS = "preferences.jsonl", "conversations.jsonl"
 
 
-class Feedback:
-    """The two files of a folder; any number of programs may add to them at the same time.
+def keep(folder: Path, model: str, messages: Sequence[Mapping[str, Any]], opinion: Mapping[str, Any]) -> None:
+    """Add an opinion to the files of a run or a model; any number of programs may do so at the same time.
 
     Args:
-        folder: of a run, or of a model.
+        folder: of the run or the model.
+        model: that answered.
+        messages: what it answered to.
+        opinion: as in `/feedback`: "vote" or "correction" with "answer", or "ranking", best first.
+
+    Raises:
+        DataError: a ranking of fewer than two different answers, or a correction that says nothing else.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def take(self, model: str, messages: Sequence[Mapping[str, Any]], opinion: Mapping[str, Any]) -> None:
-        """An opinion in the fields of `/feedback`: "vote" or "correction" with "answer", or "ranking"."""
-        if "ranking" in opinion:
-            self.rank(model, messages, opinion["ranking"])
-        elif "correction" in opinion:
-            self.correct(model, messages, opinion["answer"], opinion["correction"])
-        else:
-            self.vote(model, messages, opinion["answer"], is_good=opinion["vote"] == "up")
-
-    def vote(self, model: str, messages: Sequence[Mapping[str, Any]], answer: str, *, is_good: bool) -> None:
-        """One answer was good, or was not."""
-        label = {"prompt": messages, "completion": answer, "label": is_good}
-        self._add(model, [(PREFERENCES, label), *([(CONVERSATIONS, _said(messages, answer))] if is_good else [])])
-
-    def rank(self, model: str, messages: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> None:
-        """Answers to one prompt, best first.
-
-        Raises:
-            DataError: there are not two different ones.
-        """
-        answers = list(dict.fromkeys(answers))
+    preference: dict[str, Any] = {"prompt": messages}
+    good = None
+    if "ranking" in opinion:
+        answers = list(dict.fromkeys(opinion["ranking"]))
         if len(answers) < 2:
             raise DataError("a ranking needs two different answers.")
         pair = {"chosen": answers[0], "rejected": answers[1]}
-        self._add(model, [(PREFERENCES, {"prompt": messages, **(pair if len(answers) == 2 else {"ranking": answers})})])
-
-    def correct(self, model: str, messages: Sequence[Mapping[str, Any]], answer: str, better: str) -> None:
-        """What the answer should have been.
-
-        Raises:
-            DataError: the same, or nothing.
-        """
-        if not better.strip() or better == answer:
+        preference |= pair if len(answers) == 2 else {"ranking": answers}
+    elif "correction" in opinion:
+        good = opinion["correction"]
+        if not good.strip() or good == opinion["answer"]:
             raise DataError("a correction must say something else.")
-        pair = {"prompt": messages, "chosen": better, "rejected": answer}
-        self._add(model, [(PREFERENCES, pair), (CONVERSATIONS, _said(messages, better))])
-
-    def _add(self, model: str, lines: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-        seen = {"model": model, "time": datetime.now(UTC).isoformat(timespec="seconds")}
-        try:
-            (self.folder / OWN_FOLDER).mkdir(exist_ok=True)
-            with FileLock(self.folder / OWN_FOLDER / "feedback.lock"):
-                for name, values in lines:
-                    _append(self.folder / name, orjson.dumps({**values, **seen}) + b"\n")
-        except OSError as error:
-            raise write_error(self.folder / lines[0][0], error) from error
+        preference |= {"chosen": good, "rejected": opinion["answer"]}
+    else:
+        is_good = opinion["vote"] == "up"
+        good = opinion["answer"] if is_good else None
+        preference |= {"completion": opinion["answer"], "label": is_good}
+    lines = [(PREFERENCES, preference)]
+    if good is not None:
+        lines.append((CONVERSATIONS, {"messages": [*messages, {"role": "assistant", "content": good}]}))
+    seen = {"model": model, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    try:
+        (folder / OWN_FOLDER).mkdir(exist_ok=True)
+        with FileLock(folder / OWN_FOLDER / "feedback.lock"):
+            for name, values in lines:
+                _append(folder / name, orjson.dumps({**values, **seen}) + b"\n")
+    except OSError as error:
+        raise write_error(folder / PREFERENCES, error) from error
 
 
 def _append(path: Path, line: bytes) -> None:
@@ -96,7 +80,3 @@ def _append(path: Path, line: bytes) -> None:
         handle.write(line)
         handle.flush()
         os.fsync(handle.fileno())
-
-
-def _said(messages: Sequence[Mapping[str, Any]], answer: str) -> dict[str, Any]:
-    return {"messages": [*messages, {"role": "assistant", "content": answer}]}

@@ -13,14 +13,22 @@ from groundup.generation import Engine
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+_Family = type[GaugeMetricFamily] | type[CounterMetricFamily]
+_OF_ENGINES: list[tuple[_Family, str, str, Callable[[Engine], float]]] = [
+    (GaugeMetricFamily, "requests_running", "Texts that are being written.", lambda one: one.n_running),
+    (GaugeMetricFamily, "requests_waiting", "Requests that wait.", lambda one: one.n_waiting),
+    (GaugeMetricFamily, "kv_usage_ratio", "Share of the cache in use.", lambda one: one.n_used / one.capacity),
+    (CounterMetricFamily, "engine_steps", "Calls of the model.", lambda one: one.stats.steps),
+    (CounterMetricFamily, "prompt_tokens", "Tokens of prompts read.", lambda one: one.stats.prompt_tokens),
+    (CounterMetricFamily, "prefix_cache_hits_tokens", "Found in the cache.", lambda one: one.stats.reused_tokens),
+    (CounterMetricFamily, "generation_tokens", "Tokens that were written.", lambda one: one.stats.new_tokens),
+    (CounterMetricFamily, "spec_draft_tokens", "Tokens that were guessed.", lambda one: one.stats.drafted_tokens),
+    (CounterMetricFamily, "spec_accepted_tokens", "Guesses that were right.", lambda one: one.stats.accepted_tokens),
+]
 
 
 class Metrics(Collector):
-    """Counters of requests and times, and what the engines say of themselves when they are asked.
-
-    Args:
-        engines: by the names of their models.
-    """
+    """Counters of requests and times, and what the engines say of themselves when they are asked."""
 
     def __init__(self, engines: Mapping[str, Engine]) -> None:
         self._engines = engines
@@ -41,25 +49,11 @@ class Metrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """What the engines say."""
-        gauges: dict[str, tuple[str, Callable[[Engine], float]]] = {
-            "requests_running": ("Texts that are being written.", lambda one: one.n_running),
-            "requests_waiting": ("Requests that wait.", lambda one: one.n_waiting),
-            "kv_usage_ratio": ("Share of the cache in use.", lambda one: one.n_used / one.capacity),
-        }
-        counters: dict[str, tuple[str, Callable[[Engine], float]]] = {
-            "engine_steps": ("Calls of the model.", lambda one: one.stats.steps),
-            "prompt_tokens": ("Tokens of prompts that were read.", lambda one: one.stats.prompt_tokens),
-            "prefix_cache_hits_tokens": ("Tokens found in the cache.", lambda one: one.stats.reused_tokens),
-            "generation_tokens": ("Tokens that were written.", lambda one: one.stats.new_tokens),
-            "spec_draft_tokens": ("Tokens that were guessed.", lambda one: one.stats.drafted_tokens),
-            "spec_accepted_tokens": ("Guesses that were right.", lambda one: one.stats.accepted_tokens),
-        }
-        for kind, wanted in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
-            for name, (what, value) in wanted.items():
-                family = kind(f"groundup_{name}", what, labels=["model"])
-                for model, engine in self._engines.items():
-                    family.add_metric([model], value(engine))
-                yield family
+        for kind, name, what, value in _OF_ENGINES:
+            family = kind(f"groundup_{name}", what, labels=["model"])
+            for model, engine in self._engines.items():
+                family.add_metric([model], value(engine))
+            yield family
         finished = CounterMetricFamily("groundup_texts", "Finished texts.", labels=["model", "reason"])
         for model, engine in self._engines.items():
             for reason, number in list(engine.stats.finished.items()):

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from groundup.serving.protocol import (
+    CalculatorBody,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
@@ -19,6 +20,7 @@ from groundup.serving.protocol import (
 )
 
 _TEXT, _NUMBER, _ANY = {"type": "string"}, {"type": "integer"}, {"type": "object"}
+_MAYBE = {"type": ["string", "null"]}
 _NUMBERS = {"type": "array", "items": _NUMBER}
 
 
@@ -36,30 +38,20 @@ _REASON = {"enum": ["stop", "length", "tool_calls"]}
 _MESSAGE = {"type": "object", "required": ["role", "content"], "properties": {"role": {"const": "assistant"}}}
 _CHOICE = _object(index=_NUMBER, message=_MESSAGE, finish_reason=_REASON)
 _TEXT_CHOICE = _object(index=_NUMBER, text=_TEXT, finish_reason=_REASON)
-_ANSWER = {"id": _TEXT, "created": _NUMBER, "model": _TEXT, "usage": _USAGE}
+_ANSWER = {"id": _TEXT, "object": _TEXT, "created": _NUMBER, "model": _TEXT, "usage": _USAGE}
 _VECTOR = {"anyOf": [_TEXT, _list({"type": "number"})]}
 _ERROR = _object(error=_object(message=_TEXT, type=_TEXT, param={}, code={}))
 
-_POSTS: dict[str, tuple[type[BaseModel], dict[str, Any], bool]] = {
-    "/v1/chat/completions": (
-        ChatBody,
-        _object(object={"const": "chat.completion"}, choices=_list(_CHOICE), **_ANSWER),
-        True,
-    ),
-    "/v1/completions": (
-        CompletionBody,
-        _object(object={"const": "text_completion"}, choices=_list(_TEXT_CHOICE), **_ANSWER),
-        True,
-    ),
-    "/v1/embeddings": (
-        EmbeddingsBody,
-        _object(data=_list(_object(index=_NUMBER, embedding=_VECTOR)), model=_TEXT),
-        False,
-    ),
-    "/tokenize": (TokenizeBody, _object(count=_NUMBER, max_model_len=_NUMBER, tokens=_NUMBERS), False),
-    "/detokenize": (DetokenizeBody, _object(prompt=_TEXT), False),
-    "/inspect": (InspectBody, _object(ids=_NUMBERS, tokens=_list(_ANY), layers=_NUMBER, heads=_NUMBER), False),
-    "/feedback": (FeedbackBody, _object(folder=_TEXT), False),
+_STREAMED = ("/v1/chat/completions", "/v1/completions")
+_POSTS: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
+    "/v1/chat/completions": (ChatBody, _object(choices=_list(_CHOICE), **_ANSWER)),
+    "/v1/completions": (CompletionBody, _object(choices=_list(_TEXT_CHOICE), **_ANSWER)),
+    "/v1/embeddings": (EmbeddingsBody, _object(data=_list(_object(index=_NUMBER, embedding=_VECTOR)), model=_TEXT)),
+    "/tokenize": (TokenizeBody, _object(count=_NUMBER, max_model_len=_NUMBER, tokens=_NUMBERS)),
+    "/detokenize": (DetokenizeBody, _object(prompt=_TEXT)),
+    "/inspect": (InspectBody, _object(ids=_NUMBERS, tokens=_list(_ANY), layers=_NUMBER, heads=_NUMBER)),
+    "/calculator": (CalculatorBody, _object(expression=_MAYBE, result=_MAYBE)),
+    "/feedback": (FeedbackBody, _object(folder=_TEXT)),
 }
 _GETS: dict[str, dict[str, Any]] = {
     "/v1/models": _object(object={"const": "list"}, data=_list(_MODEL)),
@@ -74,15 +66,15 @@ _GETS: dict[str, dict[str, Any]] = {
 @functools.cache
 def document() -> dict[str, Any]:
     """OpenAPI 3.1, as JSON values."""
-    bodies = [(model, "validation") for model, _, _ in _POSTS.values()]
+    bodies = [(model, "validation") for model, _ in _POSTS.values()]
     _, schemas = models_json_schema(bodies, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     paths: dict[str, Any] = {path: {"get": _operation(schema)} for path, schema in _GETS.items()}
     paths["/metrics"] = {"get": {"responses": {"200": {"description": "Prometheus's format", "content": {
         "text/plain": {"schema": _TEXT}}}, **_errors()}}}  # fmt: skip
     paths["/v1/models/{name}"]["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": _TEXT}]
-    for path, (model, schema, streams) in _POSTS.items():
+    for path, (model, schema) in _POSTS.items():
         content = {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
-        paths[path] = {"post": _operation(schema, streams=streams)}
+        paths[path] = {"post": _operation(schema, streams=path in _STREAMED)}
         paths[path]["post"]["requestBody"] = {"required": True, "content": {"application/json": content}}
     return {
         "openapi": "3.1.0", "info": {"title": "groundup", "version": "1"}, "paths": paths,

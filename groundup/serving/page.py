@@ -1,10 +1,11 @@
 """The page that a browser opens, and what only it asks for: looking inside, votes, a training that goes on.
 
 The files in `page/` are served as they are: no build step, no address elsewhere. It talks to the same endpoints as
-every other client, and to these three:
+every other client, and to these:
 
     POST /inspect     {"model", "prompt" | "messages" | "tokens", "top", "position", "attention"} → `Inspection.to_json`
     POST /feedback    {"model", "messages", "vote" + "answer" | "ranking" | "answer" + "correction"} → what was written
+    POST /calculator  {"answer"} → {"expression", "result"} of an answer that is a call of the calculator, else nulls
     GET  /training    the run's stages, their curves and newest samples, read from its folder
 """
 
@@ -21,53 +22,46 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from groundup.generation.calculator import calculate, read_call
 from groundup.report.record import Curve, read_record
 from groundup.run import Run
-from groundup.serving.feedback import Feedback
+from groundup.serving.feedback import keep
 from groundup.serving.inspect import inspect
-from groundup.serving.protocol import APIError, FeedbackBody, InspectBody, json_response, read_body
+from groundup.serving.protocol import APIError, CalculatorBody, FeedbackBody, InspectBody, json_response, read_body
 from groundup.serving.state import ServedModel, State
 
 FILES = Path(__file__).with_name("page")
 MOST_POINTS = 400  # of a curve; longer ones are thinned
-_FRESH = {"cache-control": "no-cache"}
-
-
-class _Files(StaticFiles):
-    def file_response(self, *given: Any, **more: Any) -> Response:
-        """A file that a browser asks for again, lest it mix two versions of the page."""
-        response = super().file_response(*given, **more)
-        response.headers.update(_FRESH)
-        return response
 
 
 def routes() -> list[BaseRoute]:
     """For `make_app`."""
     return [
         Route("/", page),
-        Mount("/page", _Files(directory=FILES)),
+        Mount("/page", StaticFiles(directory=FILES)),
         Route("/inspect", look_inside, methods=["POST"]),
         Route("/feedback", feedback, methods=["POST"]),
+        Route("/calculator", calculator, methods=["POST"]),
         Route("/training", training),
     ]
 
 
 async def page(http: Request) -> Response:
     """GET /."""
-    return FileResponse(FILES / "index.html", headers=_FRESH)
+    return FileResponse(FILES / "index.html")
 
 
 async def look_inside(http: Request) -> Response:
     """POST /inspect."""
     body = InspectBody.model_validate(await read_body(http))
-    served: ServedModel = http.app.state.server.find(body.model)
+    served: ServedModel = http.state.server.find(body.model)
     text: str | list[int]
     if body.messages is not None:
         text = served.template.ids([one.model_dump(exclude_none=True) for one in body.messages])
     else:
         text = body.tokens if body.tokens is not None else body.prompt or ""
     work = functools.partial(inspect, served.model, served.tokenizer, text, top=body.top or 10)
-    async with http.app.state.embedding:  # one at a time: texts are written meanwhile
+    async with http.state.reading:  # one at a time: texts are written meanwhile
         seen = await run_in_threadpool(work)
     position = len(seen.ids) - 1 if body.position is None else body.position
     if position >= len(seen.ids):
@@ -79,20 +73,27 @@ async def look_inside(http: Request) -> Response:
 async def feedback(http: Request) -> Response:
     """POST /feedback."""
     body = FeedbackBody.model_validate(await read_body(http))
-    state: State = http.app.state.server
+    state: State = http.state.server
     served = state.find(body.model)
     folder = state.run or served.folder
     if folder is None:
         raise APIError(409, "this model was not read from a folder: there is no place for votes.", "no_folder")
     opinion = body.model_dump(exclude_none=True, include={"answer", "vote", "correction", "ranking"})
     messages = [one.model_dump() for one in body.messages]
-    await run_in_threadpool(Feedback(folder).take, served.name, messages, opinion)
+    await run_in_threadpool(keep, folder, served.name, messages, opinion)
     return json_response({"folder": str(folder)})
+
+
+async def calculator(http: Request) -> Response:
+    """POST /calculator."""
+    body = CalculatorBody.model_validate(await read_body(http))
+    expression = read_call(body.answer)
+    return json_response({"expression": expression, "result": None if expression is None else calculate(expression)})
 
 
 async def training(http: Request) -> Response:
     """GET /training."""
-    state: State = http.app.state.server
+    state: State = http.state.server
     if state.run is None:
         return json_response({"run": None, "stages": []})
     record = await run_in_threadpool(read_record, Run(state.run))

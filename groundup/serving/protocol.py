@@ -6,10 +6,11 @@ not there. Nothing is ignored.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -56,6 +57,9 @@ def api_error(error: Exception) -> APIError:
         return error
     if isinstance(error, ValidationError):
         return _invalid(error)
+    if isinstance(error, HTTPException):
+        reason = "there is nothing at this address" if error.status_code == 404 else error.detail
+        return APIError(error.status_code, f"{reason}.", **(error.headers or {}))
     if isinstance(error, EngineBusy):
         return APIError(503, error.message, "overloaded", retry_after="1")
     if isinstance(error, ArtifactError):  # a request has no part in it
@@ -106,11 +110,18 @@ class Body(BaseModel):
     """What is sent: strictly typed, nothing unknown, null as if it were not there."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+    one_of: ClassVar[tuple[str, ...]] = ()  # of which one must be given
 
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, value: Any) -> Any:
         return {name: one for name, one in value.items() if one is not None} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _has_one(self) -> Self:
+        if self.one_of and sum(getattr(self, name) is not None for name in self.one_of) != 1:
+            raise ValueError(f"give {', '.join(self.one_of[:-1])} or {self.one_of[-1]}")
+        return self
 
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
@@ -324,15 +335,14 @@ class EmbeddingsBody(Body):
 class TokenizeBody(Body):
     """/tokenize: a text, or a conversation as the model would read it."""
 
+    one_of = ("prompt", "messages")
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[MessageBody], Field(min_length=1, max_length=4096)] | None = None
     add_special_tokens: bool | None = None
 
     @model_validator(mode="after")
-    def _is_one(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give prompt or messages")
+    def _fits_together(self) -> Self:
         if self.messages is not None and self.add_special_tokens is not None:
             raise ValueError("add_special_tokens belongs to prompt")
         return self
@@ -351,6 +361,7 @@ Answer = Annotated[str, Field(max_length=200_000)]
 class InspectBody(Body):
     """/inspect: a plain text, a conversation up to the assistant's turn, or token ids."""
 
+    one_of = ("prompt", "messages", "tokens")
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[MessageBody], Field(min_length=1, max_length=4096)] | None = None
@@ -359,11 +370,11 @@ class InspectBody(Body):
     position: int | None = Field(None, ge=0, description="Whose next token's logits are given whole (default: last).")
     attention: bool | None = Field(None, description="With the attention of every layer and head (default: true).")
 
-    @model_validator(mode="after")
-    def _is_one(self) -> Self:
-        if sum(one is not None for one in (self.prompt, self.messages, self.tokens)) != 1:
-            raise ValueError("give prompt, messages or tokens")
-        return self
+
+class CalculatorBody(Body):
+    """/calculator."""
+
+    answer: Answer = Field(description="What a model wrote.")
 
 
 class TurnBody(Body):
@@ -376,6 +387,7 @@ class TurnBody(Body):
 class FeedbackBody(Body):
     """/feedback: what somebody thinks of the answers to a conversation."""
 
+    one_of = ("vote", "correction", "ranking")
     model: str | None = None
     messages: Annotated[list[TurnBody], Field(min_length=1, max_length=4096)]
     answer: Answer | None = None
@@ -384,9 +396,7 @@ class FeedbackBody(Body):
     ranking: Annotated[list[Answer], Field(min_length=2, max_length=16)] | None = Field(None, description="Best first.")
 
     @model_validator(mode="after")
-    def _is_one(self) -> Self:
-        if sum(one is not None for one in (self.vote, self.correction, self.ranking)) != 1:
-            raise ValueError("give vote, correction or ranking")
+    def _fits_together(self) -> Self:
         if (self.answer is None) != (self.ranking is not None):
             raise ValueError("vote and correction need answer, and ranking has none")
         return self

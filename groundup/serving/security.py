@@ -17,38 +17,21 @@ import time
 import traceback
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from groundup.serving.protocol import APIError, api_error
 from groundup.serving.state import State
 
 log = logging.getLogger("groundup.serving")
 
-_HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src 'self' data:; font-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "x-frame-options": "DENY",
-    "referrer-policy": "no-referrer",
-    "cross-origin-opener-policy": "same-origin",
-    "cross-origin-resource-policy": "same-origin",
-}
-_MOST_HEADER_BYTES = 65_536
 _MOST_CLIENTS = 10_000  # whose requests are counted
 
 
 class Protection:
-    """An ASGI application in front of another one.
-
-    Args:
-        app: what it protects.
-        state: of the server.
-    """
+    """An ASGI application in front of another one."""
 
     def __init__(self, app: ASGIApp, state: State) -> None:
         self._app, self._state = app, state
@@ -62,27 +45,24 @@ class Protection:
             await self._app(scope, receive, send)  # its start and end: uvicorn lets no other kind in
             return
         begin, status = time.perf_counter(), 0
+        scope["app"] = self  # of which Starlette's routes ask that there be one
 
-        async def send_with_headers(message: Message) -> None:
+        async def watched(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = MutableHeaders(scope=message)
-                for name, value in _HEADERS.items():
-                    headers.setdefault(name, value)
+            status = message.get("status", status)
             await send(message)
 
         self._n_running += 1
         try:
             receive = await self._checked(scope, receive)
-            await self._app(scope, receive, send_with_headers)
+            await self._app(scope, receive, watched)
         except Exception as error:
             answer = api_error(error)
             if answer.status == 500:  # the message may hold what somebody said
                 last = traceback.extract_tb(error.__traceback__)[-1]
                 log.error("%s in %s:%d", type(error).__name__, Path(last.filename).name, last.lineno or 0)
             if not status:
-                await answer.response(scope, receive, send_with_headers)
+                await answer.response(scope, receive, watched)
         finally:
             self._n_running -= 1
             seconds = time.perf_counter() - begin
@@ -182,51 +162,3 @@ def _is_address(name: str) -> bool:
     with contextlib.suppress(ValueError):
         return bool(ipaddress.ip_address(name))
     return False
-
-
-class Protocol(HttpToolsProtocol):
-    """uvicorn's, with an end to the wait for a request's headers, and to their size."""
-
-    seconds = 30.0
-
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **more)
-        self._n_bytes = 0
-        self._timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for headers."""
-        super().connection_made(transport)
-        self._expect()
-
-    def on_message_begin(self) -> None:
-        """Wait for the rest of the headers."""
-        super().on_message_begin()
-        self._expect()
-
-    def on_headers_complete(self) -> None:
-        """They are there."""
-        self._stop()
-        super().on_headers_complete()
-
-    def data_received(self, data: bytes) -> None:
-        """Count what comes before the headers' end."""
-        super().data_received(data)
-        if self._timer is not None:
-            self._n_bytes += len(data)
-            if self._n_bytes > _MOST_HEADER_BYTES:
-                self.transport.close()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing to wait for."""
-        self._stop()
-        super().connection_lost(exc)
-
-    def _expect(self) -> None:
-        self._stop()
-        self._n_bytes, self._timer = 0, self.loop.call_later(self.seconds, self.timeout_keep_alive_handler)
-
-    def _stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None

@@ -11,17 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from groundup.errors import DataError
-from groundup.serving.tools import OURS, ToolCall, ToolFormat, describe_tools, format_of
+from groundup.generation.tools import OURS, ToolCall, ToolFormat, describe_tools, format_of
 from groundup.tokenizer import Message, Tokenizer, render
 from groundup.tokenizer.pretrained import PretrainedTokenizer
 
 
 class ChatTemplate:
-    """The layout of a model's conversations.
-
-    Args:
-        tokenizer: of the model.
-    """
+    """The layout of a model's conversations."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -41,7 +37,15 @@ class ChatTemplate:
         """
         if tools and self.tools is None:
             raise DataError("this model's chat template has no tools.")
-        turns = [{**one, "content": _text(one.get("content"))} for one in messages]
+        turns = [
+            {
+                **one,
+                "role": "system" if one["role"] == "developer" else one["role"],
+                "content": _text(one.get("content")),
+                "tool_calls": [_tool_call(call) for call in one.get("tool_calls") or ()],
+            }
+            for one in messages
+        ]
         if not isinstance(self._tokenizer, PretrainedTokenizer):
             return self._of_ours(turns, tools)
         return self._of_template(self._tokenizer, turns, tools)
@@ -51,9 +55,8 @@ class ChatTemplate:
         for one in messages:
             if "name" in one:
                 raise DataError("messages.name is not supported: this model's conversations have no names.")
-            calls = OURS.write([_tool_call(call) for call in one.get("tool_calls") or ()])
-            content = "\n".join(filter(None, (one["content"], calls)))
-            turns.append({"role": "system" if one["role"] == "developer" else one["role"], "content": content})
+            content = "\n".join(filter(None, (one["content"], OURS.write(one["tool_calls"]))))
+            turns.append({"role": one["role"], "content": content})
         if tools:
             first = turns.pop(0)["content"] if turns[0]["role"] == "system" else ""
             turns.insert(0, {"role": "system", "content": "\n\n".join(filter(None, (first, describe_tools(tools))))})
@@ -64,14 +67,11 @@ class ChatTemplate:
     ) -> list[int]:
         turns = []
         for one in messages:
-            role = "system" if one["role"] == "developer" else one["role"]
-            calls = [_tool_call(call) for call in one.get("tool_calls") or ()]
-            functions = [{"name": call.name, "arguments": call.arguments} for call in calls]
-            listed = [
-                {"id": call.id, "type": "function", "function": made}
-                for call, made in zip(calls, functions, strict=True)
+            calls = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in one["tool_calls"]
             ]
-            turn = {**one, "role": role, "tool_calls": listed or None}
+            turn = {**one, "tool_calls": calls or None}
             turns.append({name: value for name, value in turn.items() if value is not None})
         laid_out = tokenizer.chat_template(with_tools=bool(tools)).lay_out(turns, tools, add_generation_prompt=True)
         return tokenizer.encode_laid_out(laid_out).ids

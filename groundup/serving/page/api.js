@@ -49,13 +49,10 @@ export async function* events(path, body, signal) {
   let held = "";
   try {
     while (true) {
-      let part;
-      try {
-        part = await reader.read();
-      } catch (error) {
+      const part = await reader.read().catch((error) => {
         if (error.name === "AbortError") throw error;
-        part = { done: true };
-      }
+        return { done: true };
+      });
       if (part.done) throw new ServerError("The connection broke while the answer was written.");
       held += part.value;
       const lines = held.split(/\r?\n/);
@@ -74,19 +71,13 @@ export async function* events(path, body, signal) {
   }
 }
 
-/** A token as the page keeps it: id, bytes, log-probability, whether a draft had guessed it, and the alternatives. */
+/** A token as the page keeps it: with its alternatives, and what a draft had guessed, rightly or wrongly. */
+const plain = ({ id, bytes = [], token, logprob }) => ({ id, bytes, text: token, logprob });
 const token = (one) => ({
-  id: one.id,
-  bytes: one.bytes ?? [],
-  text: one.token,
-  logprob: one.logprob,
+  ...plain(one),
   accepted: one.accepted ?? false,
-  top: (one.top_logprobs ?? []).map((other) => ({
-    id: other.id,
-    bytes: other.bytes ?? [],
-    text: other.token,
-    logprob: other.logprob,
-  })),
+  rejected: (one.rejected ?? []).map(plain),
+  top: (one.top_logprobs ?? []).map(plain),
 });
 
 /** An answer: {text, tokens, finish, usage} for each event. */

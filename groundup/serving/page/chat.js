@@ -6,7 +6,7 @@ import {
   add, announce, begin, choose, messagesBefore, path, remember, running, sampling, save, set, siblings, state,
 } from "./store.js";
 import { connectionLost } from "./connection.js";
-import { Icon, IconButton, Markdown, percent, readable, shade } from "./text.js";
+import { guessed, Icon, IconButton, Markdown, percent, readable, Rejected, shade } from "./text.js";
 
 // Asking
 
@@ -14,7 +14,7 @@ async function write(node, stream) {
   const conversation = state.current;
   const stop = new AbortController();
   running.set(node.id, stop);
-  Object.assign(node, { tokens: node.tokens ?? [], error: undefined, finish: undefined });
+  Object.assign(node, { tokens: node.tokens ?? [], error: undefined, finish: undefined, n_tokens: 0 });
   let begun = 0;
   let frame = 0;
   const show = () => (frame ||= requestAnimationFrame(() => ((frame = 0), set({}))));
@@ -26,7 +26,7 @@ async function write(node, stream) {
       // A branch may begin within a character, of which the stream has only the rest.
       node.content = node.branched === undefined ? node.content + piece.text : api.textOf(node.tokens);
       node.finish = piece.finish ?? node.finish;
-      if (piece.usage) node.n_tokens = piece.usage.completion_tokens;
+      if (piece.usage) node.n_tokens += piece.usage.completion_tokens;
       show();
     }
     if (!node.finish) throw new api.ServerError("The connection broke while the answer was written.");
@@ -54,9 +54,23 @@ function answer(parent, model, more = {}) {
   const messages = messagesBefore(node);
   write(node, async function* (signal) {
     node.left_out = await tooMany(model, messages);
-    yield* api.chat({ model, messages: newer(messages, node.left_out), ...sampling() }, signal);
+    yield* calculated(node, { model, messages: newer(messages, node.left_out) }, signal);
   });
   return node;
+}
+
+const isCall = (node) => node.content.trimStart().startsWith("<tool>");
+const alike = (node, other) => JSON.stringify(node.turns) === JSON.stringify(other.turns);
+
+/** An answer; if it is a call of the calculator that is run, and what the model says to the result is the answer. */
+async function* calculated(node, body, signal) {
+  yield* api.chat({ ...body, ...sampling() }, signal);
+  if (node.turns || !isCall(node)) return;
+  const { expression, result } = await api.post("calculator", { answer: node.content });
+  if (expression === null) return;
+  const turns = [{ role: "assistant", content: node.content }, { role: "tool", content: result }];
+  Object.assign(node, { turns, sum: `${expression} = ${result}`, content: "", tokens: [], branched: node.branched === undefined ? undefined : -1, finish: undefined });
+  yield* api.chat({ model: body.model, messages: [...body.messages, ...turns], ...sampling() }, signal);
 }
 
 /** A conversation without its oldest turns; what the assistant is told first stays. */
@@ -69,7 +83,7 @@ function newer(messages, left = 0) {
 async function tooMany(model, messages) {
   const turns = messages.filter((one) => one.role !== "system");
   for (let left = 0; ; left++) {
-    if (left > 0 && turns[left].role === "assistant") continue;
+    if (left > 0 && turns[left].role !== "user") continue;
     const { count, max_model_len } = await api.post("tokenize", { model, messages: newer(messages, left) });
     const room = Math.min(state.settings.max_tokens ?? Infinity, max_model_len / 2);
     if (count <= max_model_len - room || left === turns.length - 1) return left;
@@ -85,20 +99,19 @@ function ask(text, parent = state.current.leaf) {
   state.current.leaf = first.id;
 }
 
-const again = (node) => answer(node.parent, node.model in names() ? node.model : state.model);
-const names = () => Object.fromEntries(state.models.map((name) => [name, true]));
+const again = (node) => answer(node.parent, state.models.includes(node.model) ? node.model : state.model);
 
 /** The same answer up to a token, another token instead, and whatever follows it. */
 async function branch(node, place, other) {
   const messages = newer(messagesBefore(node), node.left_out);
-  const kept = [...node.tokens.slice(0, place), { ...other, accepted: false, top: node.tokens[place].top }];
+  const kept = [...node.tokens.slice(0, place), { ...other, accepted: false, rejected: [], top: node.tokens[place].top }];
   const twin = add("assistant", api.textOf(kept), node.parent, {
-    model: node.model, left_out: node.left_out, tokens: kept, branched: place,
+    model: node.model, left_out: node.left_out, turns: node.turns, sum: node.sum, tokens: kept, branched: place,
   });
   write(twin, async function* (signal) {
     if (!other.bytes.length) return yield { text: "", tokens: [], finish: "stop" }; // the end of the answer was chosen
     const answer_ids = kept.map((one) => one.id);
-    yield* api.chat({ model: node.model, messages, answer_ids, ...sampling() }, signal);
+    yield* calculated(twin, { model: node.model, messages, answer_ids }, signal);
   });
 }
 
@@ -119,7 +132,7 @@ async function feedback(node, body, done) {
 }
 
 async function vote(node, way) {
-  const other = siblings(node).find((one) => one.vote && one.vote !== way && one.content !== node.content);
+  const other = siblings(node).find((one) => one.vote && one.vote !== way && one.content !== node.content && alike(one, node));
   if (node.vote === way || !(await feedback(node, { vote: way, answer: node.content }, { vote: way })) || !other) return;
   const ranking = way === "up" ? [node.content, other.content] : [other.content, node.content];
   await feedback(node, { ranking }, {});
@@ -132,7 +145,7 @@ async function prefer(node, other) {
 }
 
 function lookInside(node) {
-  set({ view: "inside", inspecting: { model: node.model, messages: newer(messagesBefore(node), node.left_out), ids: node.tokens.map((one) => one.id) } });
+  set({ view: "inside", inspecting: { model: node.model, messages: newer(messagesBefore(node), node.left_out), tokens: node.tokens } });
   location.hash = "inside";
 }
 
@@ -164,10 +177,10 @@ function Tokens({ node, isBusy }) {
       ${node.tokens.map((one, place) => html`<span
         role="button"
         key=${place}
-        class=${`token${one.accepted ? " accepted" : ""}${place === active ? " active" : ""}${place === node.branched ? " branched" : ""}`}
+        class=${`token${guessed(one, " accepted", " replaced")}${place === active ? " active" : ""}${place === node.branched ? " branched" : ""}`}
         style=${shade(one.logprob)}
         tabindex=${place === focused ? 0 : -1}
-        aria-label=${`${readable(one)}, ${percent(Math.exp(one.logprob))}${one.accepted ? ", a draft's guess" : ""}`}
+        aria-label=${`${readable(one)}, ${percent(Math.exp(one.logprob))}${guessed(one, ", a draft's guess", ", instead of a draft's guess")}`}
         onMouseEnter=${() => setActive(place)}
         onFocus=${() => (setActive(place), setFocused(place))}
       >${visible(one)}</span>`)}
@@ -175,8 +188,9 @@ function Tokens({ node, isBusy }) {
     ${token && html`<div class="card" ref=${card}>
       <p class="card-title">
         <code>${readable(token)}</code> ${percent(Math.exp(token.logprob))}
-        <span class="quiet">${` ${(-token.logprob).toFixed(2)} nats${token.accepted ? " · guessed by the draft" : ""}`}</span>
+        <span class="quiet">${` ${(-token.logprob).toFixed(2)} nats${guessed(token, " · guessed by the draft", "")}`}</span>
       </p>
+      ${token.rejected?.length > 0 && html`<p class="hint">The draft's guess, thrown away: <${Rejected} token=${token} /></p>`}
       <ul aria-label="Other choices">
         ${token.top.map((other) => html`<li key=${other.id}><button
           type="button"
@@ -230,6 +244,7 @@ function Answer({ node, twin }) {
     class=${`message answer${node.preferred ? " preferred" : ""}`} aria-busy=${isBusy} aria-label=${`Answer of ${node.model}`}
   >
     <header class="byline"><bdi>${node.model}</bdi>${node.branched !== undefined && html`<span> · a branch</span>`}</header>
+    ${node.sum && html`<p class="sum"><span class="hidden">Calculated: </span><code>${node.sum}</code></p>`}
     ${correcting
       ? html`<${Editor}
           label="What the answer should have been" text=${node.content} action="Keep the correction"
@@ -237,10 +252,12 @@ function Answer({ node, twin }) {
           onDone=${async (text) => {
             setCorrecting(false);
             if (!(await feedback(node, { answer: node.content, correction: text }, { vote: "down" }))) return;
-            add("assistant", text, node.parent, { model: node.model, finish: "corrected" });
+            add("assistant", text, node.parent, { model: node.model, turns: node.turns, sum: node.sum, finish: "corrected" });
             save();
           }}
         />`
+      : isBusy && isCall(node)
+        ? html`<p class="quiet">Calculating …</p>`
       : isShaded
         ? html`<${Tokens} node=${node} isBusy=${isBusy} />`
         : html`<${Markdown} text=${node.content} />`}
@@ -263,7 +280,7 @@ function Answer({ node, twin }) {
       `}
       <span class="facts">${facts(node)}</span>
     </div>
-    ${twin && isDone && !running.has(twin.id) && !twin.error && html`<button type="button"
+    ${twin && isDone && !running.has(twin.id) && !twin.error && alike(node, twin) && html`<button type="button"
       class="prefer" aria-pressed=${node.preferred === true} onClick=${() => prefer(node, twin)}
     >${node.preferred ? "Preferred" : "This one is better"}</button>`}
   </article>`;
@@ -273,8 +290,9 @@ function facts(node) {
   const said = [];
   if (node.n_tokens) said.push(`${node.n_tokens} tokens`);
   if (node.speed) said.push(`${Math.round(node.speed).toLocaleString("en")} tokens/s`);
-  const guessed = node.tokens?.filter((one) => one.accepted).length;
-  if (guessed) said.push(`${guessed} guessed`);
+  const right = node.tokens?.filter((one) => one.accepted).length;
+  const wrong = node.tokens?.reduce((sum, one) => sum + (one.rejected?.length ?? 0), 0);
+  if (right || wrong) said.push(`${right} guessed${wrong ? `, ${wrong} guesses thrown away` : ""}`);
   if (node.left_out) said.push(`the oldest ${node.left_out} messages no longer fit`);
   if (node.finish === "length") said.push("cut off at the limit");
   if (node.finish === "stopped") said.push("stopped");

@@ -3,7 +3,7 @@
 import { html, useEffect, useLayoutEffect, useRef, useState } from "./vendor/preact-htm.js";
 import * as api from "./api.js";
 import { announce, configure, set, state } from "./store.js";
-import { percent, shade } from "./text.js";
+import { guessed, percent, Rejected, shade } from "./text.js";
 
 const MOST = 128; // tokens that the server inspects at once
 const PANES = { tokens: "Tokens", next: "Next token", layers: "Layers", attention: "Attention" };
@@ -17,11 +17,13 @@ export function Inside() {
   const [pane, setPane] = useState("tokens");
   const [place, setPlace] = useState(0);
 
-  const look = async (body, said = "") => {
+  const look = async (body, said = "", written = []) => {
     setBusy(true);
     setProblem(null);
     try {
       const found = await api.post("inspect", { model: state.model, ...body });
+      const first = found.ids.length - written.length;
+      found.tokens = found.tokens.map((token, place) => ({ ...token, accepted: written[place - first]?.accepted, rejected: written[place - first]?.rejected }));
       found.weights = found.attention.map((layer) => api.fromBase64(layer));
       setSeen(found);
       setPlace(found.ids.length - 1);
@@ -38,9 +40,9 @@ export function Inside() {
     set({ inspecting: null });
     api.post("tokenize", { model: given.model, messages: given.messages }).then(
       ({ tokens }) => {
-        const all = [...tokens, ...given.ids];
+        const all = [...tokens, ...given.tokens.map((one) => one.id)];
         const cut = all.length > MOST ? `The last ${MOST} of the conversation's ${all.length} tokens.` : "The conversation, as the model reads it.";
-        look({ model: given.model, tokens: all.slice(-MOST) }, cut);
+        look({ model: given.model, tokens: all.slice(-MOST) }, cut, given.tokens);
       },
       (error) => setProblem(error.message),
     );
@@ -90,9 +92,9 @@ function Strip({ seen, place, setPlace, styleOf, label, withIds }) {
     list.current.children[next].focus();
   };
   return html`<div class=${`strip${withIds ? " with-ids" : ""}`} ref=${list} role="group" aria-label=${label} onKeyDown=${move}>
-    ${seen.tokens.map((token, index) => html`<button type="button" key=${index} class=${`token${index === place ? " active" : ""}`}
+    ${seen.tokens.map((token, index) => html`<button type="button" key=${index} class=${`token${index === place ? " active" : ""}${guessed(token, " accepted", " replaced")}`}
       style=${styleOf(index)} tabindex=${index === place ? 0 : -1} aria-pressed=${index === place} onClick=${() => setPlace(index)}
-    ><code>${token.text}</code>${withIds && html`<small>${token.id}</small>`}</button>`)}
+    ><code>${token.text}</code>${withIds && html`<small>${token.id}</small>`}${withIds && token.rejected?.length > 0 && html`<small><${Rejected} token=${token} /></small>`}</button>`)}
   </div>`;
 }
 
@@ -110,7 +112,7 @@ function TokenPane({ seen, place, setPlace }) {
   const nats = known.reduce((sum, one) => sum - one.logprob, 0);
   const bytes = seen.tokens.reduce((sum, one) => sum + (one.bytes ? one.bytes.split(" ").length : 0), 0);
   return html`
-    <p class="quiet">${seen.ids.length} tokens for ${bytes} bytes${known.length > 0 && ` · perplexity ${Math.exp(nats / known.length).toFixed(1)}`}. The darker a token, the less the model expected it.</p>
+    <p class="quiet">${seen.ids.length} tokens for ${bytes} bytes${known.length > 0 && ` · perplexity ${Math.exp(nats / known.length).toFixed(1)}`}. The darker a token, the less the model expected it.${seen.tokens.some((one) => guessed(one, 1, 1)) && " Underlined: a draft had guessed it. Struck through: guesses that were thrown away."}</p>
     <${Strip} seen=${seen} place=${place} setPlace=${setPlace} withIds=${true} label="Tokens; arrow keys move" styleOf=${(index) => shade(seen.tokens[index].logprob)} />
     <div class="detail" aria-live="polite">
       <h2><code>${token.text}</code></h2>

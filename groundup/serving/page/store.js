@@ -83,12 +83,11 @@ export function choose(node) {
   save();
 }
 
+/** What the model read before an answer: a call of the calculator and its result are turns, too. */
 export function messagesBefore(node) {
   const system = state.current.system.trim();
-  return [
-    ...(system ? [{ role: "system", content: system }] : []),
-    ...path(state.current, node.parent).map(({ role, content }) => ({ role, content })),
-  ];
+  const turns = [...path(state.current, node.parent), node].flatMap(({ role, content, turns = [] }) => [...turns, { role, content }]);
+  return [...(system ? [{ role: "system", content: system }] : []), ...turns.slice(0, -1)];
 }
 
 // The database. Every conversation is a record of its own, so that two tabs do not overwrite each other's.

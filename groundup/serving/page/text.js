@@ -66,6 +66,10 @@ export const percent = (share) =>
 /** How strongly a token is shaded: 7 nats and more (under 0.1%) as strongly as the text stays easy to read. */
 export const shade = (logprob) => ({ "--p": Math.min(42, (-(logprob ?? 0) / 7) * 42).toFixed(1) });
 
+/** Words for a token that a draft guessed rightly, or wrongly. */
+export const guessed = (token, right, wrong) => (token.accepted ? right : token.rejected?.length ? wrong : "");
+export const Rejected = ({ token }) => html`<del>${token.rejected.map((one, place) => html`<code key=${place}>${readable(one)}</code>`)}</del>`;
+
 const PATHS = {
   up: "M7 11v9H4v-9zM7 11l4-7c2 0 2.6 1.5 2 3l-1 3h6c1.5 0 2.3 1.3 2 2.6l-1.3 5.4c-.3 1.2-1.2 2-2.5 2H7",
   down: "M17 13V4h3v9zM17 13l-4 7c-2 0-2.6-1.5-2-3l1-3H6c-1.5 0-2.3-1.3-2-2.6l1.3-5.4C5.600 4.8 6.500 4 7.800 4H17",
