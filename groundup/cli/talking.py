@@ -97,7 +97,7 @@ def generate(
     from groundup.generation import Engine, beam_search, text_request
 
     text = _as_text(prompt) if prompt is not None else _standard_input()
-    network, tokenizer, folder = _load(model, stage, to_chat=False)
+    network, tokenizer, folder = load_to_use(model, stage, to_chat=False)
     params = _params(
         model, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed,
         stop=tuple(stop or ()), min_p=min_p, repetition_penalty=repetition_penalty, n=samples,
@@ -190,7 +190,7 @@ def _local(path: Path, stage: str | None, draft: str | None, precision: str | No
     from groundup.stage import graph, language_models
 
     def load(name: str | None) -> tuple[Engine, Tokenizer, Path]:
-        network, tokenizer, folder = _load(path, name, to_chat=True)
+        network, tokenizer, folder = load_to_use(path, name, to_chat=True)
         engine = Engine(network, tokenizer, slots=1, dtype=dtype_of(precision), draft=draft_model(path, draft))
         _say_why_slow(engine)
         if folder.parent.name in TRUNK:
@@ -282,7 +282,8 @@ def _as_text(argument: str) -> str:
     return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _load(path: Path, stage: str | None, *, to_chat: bool) -> tuple[Transformer, Tokenizer, Path]:
+def load_to_use(path: Path, stage: str | None, *, to_chat: bool) -> tuple[Transformer, Tokenizer, Path]:
+    """The model in a folder or of a run's stage, its tokenizer, and its folder."""
     from groundup.errors import ArtifactError
     from groundup.interop import load
     from groundup.run import RECIPE_FILE, Run

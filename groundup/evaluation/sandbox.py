@@ -50,6 +50,9 @@ class Limits:
     output_bytes: int = _MIB
 
 
+USUAL = Limits()
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a program ended.
@@ -67,7 +70,7 @@ class Outcome:
     seconds: float
 
 
-def run_program(program: str, limits: Limits = Limits(), *, allow_unisolated: bool = False) -> Outcome:
+def run_program(program: str, limits: Limits = USUAL, *, allow_unisolated: bool = False) -> Outcome:
     """Run Python source in the sandbox; only the standard library is there.
 
     Args:
