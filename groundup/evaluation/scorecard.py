@@ -70,8 +70,9 @@ def score_benchmarks(
         console: shows the progress.
 
     Returns:
-        What `scores.json` holds: "model", "benchmarks" by name ("figures", "groups", "fingerprint", "n"), "aggregate"
-        (the mean of centered accuracies, as DCLM's CORE; arXiv:2406.11794), and how it was measured.
+        What `scores.json` holds: "model", "benchmarks" by name ("figures", "groups", "fingerprint", "n", "settings"),
+        those that stood there of the same model too, and "aggregate": the mean of centered accuracies, as DCLM's CORE
+        (arXiv:2406.11794).
 
     Raises:
         DataError: no such benchmark, or its files are missing or damaged.
@@ -101,26 +102,38 @@ def score_benchmarks(
             bar.finish(f"{name} {say(name, figure.value, figure.stderr)}, n = {figure.n:,}")
         found[benchmark.name] = {
             "n": len(records),
+            "settings": {"shots": shots, "limit": limit, "dtype": str(model.compute_dtype), **asdict(decoding)},
             "fingerprint": fingerprint(benchmark, items),
             "figures": to_plain(figures),
             "groups": {group: to_plain(parts) for group, parts in by_group(records).items()},
         }
+    found = _kept(folder, identity) | found
     centered = [one["figures"]["accuracy_centered"] for one in found.values() if "accuracy_centered" in one["figures"]]
     card = {
         "model": identity,
         "benchmarks": found,
-        "aggregate": {
-            "centered_accuracy": sum(one["value"] for one in centered) / len(centered),
-            "stderr": math.sqrt(sum(one["stderr"] ** 2 for one in centered)) / len(centered),
-            "n": len(centered),
-        }
-        if centered
-        else None,
-        "settings": {"shots": shots, "limit": limit, "decoding": asdict(decoding), "dtype": str(model.compute_dtype)},
+        "aggregate": _mean_of(centered),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
     write_json(folder / CARD, card)
     return card
+
+
+def _kept(folder: Path, identity: str) -> dict[str, Any]:
+    """What was measured of the same model before."""
+    try:
+        card = read_json(folder / CARD)
+    except ArtifactError:
+        return {}
+    return dict(card["benchmarks"]) if isinstance(card, dict) and card.get("model") == identity else {}
+
+
+def _mean_of(centered: Sequence[Mapping[str, float]]) -> dict[str, Any] | None:
+    n = len(centered)
+    if not n:
+        return None
+    stderr = math.sqrt(sum(one["stderr"] ** 2 for one in centered)) / n
+    return {"centered_accuracy": sum(one["value"] for one in centered) / n, "stderr": stderr, "n": n}
 
 
 @dataclass(frozen=True)
