@@ -137,9 +137,7 @@ def choice(gold: int, logprob: list[float], **more: Any) -> Record:
 
 def test_accuracies_by_hand() -> None:
     records = [
-        choice(
-            0, [-1.0, -2.0], unconditional=[-0.5, -3.0]
-        ),  # right, but not by PMI
+        choice(0, [-1.0, -2.0], unconditional=[-0.5, -3.0]),  # right, but not by PMI
         choice(1, [-4.0, -6.0], characters=[2, 6], bytes=[2, 6], tokens=[1, 2], unconditional=[-1.0, -9.0]),
     ]
     figures = figures_of(records)

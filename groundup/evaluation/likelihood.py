@@ -55,15 +55,21 @@ def log_likelihoods(
         pairs: (context, continuation); without a context the continuation follows `<|endoftext|>`.
         advance: is told how many more pairs are done.
     """
+    return score_ids(model, [encode_pair(tokenizer, *pair) for pair in pairs], advance)
+
+
+def score_ids(
+    model: Transformer, requests: Sequence[tuple[list[int], list[int]]], advance: Callable[[int], None] | None = None
+) -> list[Likelihood]:
+    """`log_likelihoods` of token ids: (context, continuation), at least one of each."""
     model.eval()
-    requests = [encode_pair(tokenizer, context, continuation) for context, continuation in pairs]
     found: dict[int, Likelihood] = {}
     for prefix, groups in _batches(requests, model.config.context_length):
         scored = _score(model, prefix, groups)
         found |= scored
         if advance is not None:
             advance(len(scored))
-    return [found[place] for place in range(len(pairs))]
+    return [found[place] for place in range(len(requests))]
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
