@@ -11,6 +11,7 @@ import pytest
 
 from groundup.errors import DataError
 from groundup.evaluation.benchmarks import extract_answer, find_benchmark, read_items
+from groundup.evaluation.contamination import contaminated_items
 from groundup.evaluation.measure import (
     Record,
     calibration_error,
@@ -234,6 +235,28 @@ def test_two_models_are_compared_item_by_item(mine: Path, small: tuple[Transform
     score_benchmarks(model, tokenizer, [name], mine, folder=mine / "c", identity="c", limit=5)
     with pytest.raises(DataError, match="share no benchmark"):
         compare_cards(mine / "a", mine / "c")
+
+
+def test_items_that_were_trained_on_are_counted_and_scored_without(
+    mine: Path, small: tuple[Transformer, Tokenizer]
+) -> None:
+    model, tokenizer = small
+    long = "where the quiet river bends beyond the mill and the old road goes on to number"
+    rows = [{**row, "q": f"{long} {row['q'].split()[-1]} for ever and a day"} for row in ROWS]
+    (mine / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = ["Nothing of it.", f"Before. {rows[4]['q'].upper()}! After.", "the quiet river bends beyond the mill"]
+    name = str(mine / "mine.toml")
+    card = score_benchmarks(
+        model, tokenizer, [name], mine, folder=mine / "s", identity="a", trained_on=lambda: iter(texts)
+    )["benchmarks"]["mine"]
+    assert card["n_contaminated"] == 1
+    assert card["clean"]["accuracy"]["n"] == 11
+    items = read_items(benchmark(mine), mine, shots=2)
+    assert contaminated_items(items, texts, ngram=13) == {4}
+    assert contaminated_items(items, texts[:1]) == set()
+    assert contaminated_items(items, texts, ngram=8) == {4}  # a phrase of all of them is the task's own wording
+    with pytest.raises(DataError, match="8 to 13"):
+        contaminated_items(items, texts, ngram=3)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -43,6 +44,10 @@ def evaluate(
     scores: Annotated[
         Path | None, typer.Option("--scores", metavar="FOLDER", help="Of the result (default: beside the model).")
     ] = None,
+    contamination: Annotated[
+        bool,
+        typer.Option("--contamination", help="Score also without the items that the run was trained on."),
+    ] = False,
     unisolated: Annotated[
         bool, typer.Option("--unisolated-code", help="Run what the model wrote even where it cannot be isolated.")
     ] = False,
@@ -77,6 +82,7 @@ def evaluate(
         shots=shots,
         limit=limit,
         decoding=Decoding(samples=samples, seed=seed, allow_unisolated=unisolated),
+        trained_on=_training_texts(folder) if contamination else None,
         console=Console(quiet=quiet or as_json),
     )
     if as_json:
@@ -86,6 +92,10 @@ def evaluate(
     for name, one in card["benchmarks"].items():
         for figure, estimate in one["figures"].items():
             table.add_row(name, figure, say(figure, estimate["value"], estimate["stderr"]), f"{estimate['n']:,}")
+        if clean := one.get("clean"):
+            figure, estimate = next(iter(clean.items()))
+            told = f"{figure}, without {one['n_contaminated']:,} items that were trained on"
+            table.add_row(name, told, say(figure, estimate["value"], estimate["stderr"]), f"{estimate['n']:,}")
     if card["aggregate"] is not None and card["aggregate"]["n"] > 1:
         whole = card["aggregate"]
         table.add_row(
@@ -93,6 +103,17 @@ def evaluate(
         )
     result_console().print(table)
     typer.echo(target / "scores.json", err=True)
+
+
+def _training_texts(folder: Path) -> Callable[[], Iterator[str]]:
+    """The training documents of the run that a model is of."""
+    from groundup.corpus import stream_documents
+    from groundup.errors import ArtifactError
+
+    corpus = folder.parent.parent / "corpus"
+    if not corpus.is_dir():
+        raise ArtifactError(f"{folder}: --contamination: no run with a corpus is around this model.", "Leave it out.")
+    return lambda: (document.text for document in stream_documents(corpus, "train"))
 
 
 def compare(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from groundup.console import Console
 from groundup.errors import ArtifactError, DataError
 from groundup.evaluation.benchmarks import find_benchmark, fingerprint, read_items
+from groundup.evaluation.contamination import contaminated_items
 from groundup.evaluation.measure import (
     GREEDY,
     Decoding,
@@ -53,6 +54,7 @@ def score_benchmarks(
     shots: int = 0,
     limit: int | None = None,
     decoding: Decoding = GREEDY,
+    trained_on: Callable[[], Iterable[str]] | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Put benchmarks to a model, and write what came out into a folder.
@@ -67,6 +69,8 @@ def score_benchmarks(
         shots: worked examples before each item.
         limit: most items of each benchmark.
         decoding: of generations and code.
+        trained_on: gives the training documents: items that stand there are counted, and every figure is told
+            without them, too ("clean").
         console: shows the progress.
 
     Returns:
@@ -93,6 +97,7 @@ def score_benchmarks(
                 n_done += n
                 bar.update(n_done)
 
+            tainted = set() if trained_on is None else contaminated_items(items, trained_on())
             records = measure(
                 model, tokenizer, benchmark, items, decoding=decoding, kept=folder / f"{benchmark.name}.jsonl",
                 identity=whole, advance=advance,
@@ -105,6 +110,7 @@ def score_benchmarks(
             "settings": {"shots": shots, "limit": limit, "dtype": str(model.compute_dtype), **asdict(decoding)},
             "fingerprint": fingerprint(benchmark, items),
             "figures": to_plain(figures),
+            **({} if trained_on is None else _without(records, tainted)),
             "groups": {group: to_plain(parts) for group, parts in by_group(records).items()},
         }
     found = _kept(folder, identity) | found
@@ -117,6 +123,12 @@ def score_benchmarks(
     }
     write_json(folder / CARD, card)
     return card
+
+
+def _without(records: Sequence[Record], tainted: Collection[int]) -> dict[str, Any]:
+    """How many items the training text repeats, and the figures of the others."""
+    clean = [record for record in records if record["item"] not in tainted]
+    return {"n_contaminated": len(records) - len(clean), "clean": to_plain(figures_of(clean)) if clean else None}
 
 
 def _kept(folder: Path, identity: str) -> dict[str, Any]:
