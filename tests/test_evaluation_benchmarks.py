@@ -65,6 +65,14 @@ def test_a_row_becomes_a_context_with_choices(mine: Path) -> None:
     assert items[4].choices == (" one", " two", " number 4")
 
 
+def test_minimal_pairs_of_sentences_have_no_context(tmp_path: Path) -> None:
+    row = {"sentence_good": "Cats sleep.", "sentence_bad": "Cats sleeps.", "UID": "agreement"}
+    (tmp_path / "agreement.jsonl").write_text(json.dumps(row) + "\n")
+    (item,) = read_items(find_benchmark("blimp"), tmp_path)
+    assert item.pairs == [("", "Cats sleep."), ("", "Cats sleeps.")]
+    assert (item.gold, item.group) == (0, "agreement")
+
+
 def test_worked_examples_stand_before_an_item_and_never_are_the_item(mine: Path) -> None:
     items = read_items(benchmark(mine), mine, shots=3)
     for item, row in zip(items, ROWS, strict=True):

@@ -212,7 +212,7 @@ def _item(benchmark: Benchmark, row: _Row) -> Item:
         elif isinstance(benchmark.choices, str):
             told = _list(fields, benchmark.choices, row)
         else:
-            told = [*benchmark.choices]
+            told = [_render(choice, row) for choice in benchmark.choices]
         choices = tuple(benchmark.delimiter + str(choice) for choice in told)
         said = _render(benchmark.gold, row)
         if not said.strip().isdecimal() or not int(said) < len(choices):
