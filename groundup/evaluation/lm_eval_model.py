@@ -115,7 +115,8 @@ def task_file(benchmark: Benchmark, data: str | Path, folder: str | Path) -> Pat
     Raises:
         ArtifactError: of a kind that the harness asks otherwise.
     """
-    if benchmark.kind != "choice" or benchmark.contexts or not isinstance(benchmark.choices, str):
+    is_told = isinstance(benchmark.choices, str) or benchmark.continuation
+    if benchmark.kind != "choice" or benchmark.contexts or not is_told:
         raise ArtifactError(f"benchmark {benchmark.name}: lm-evaluation-harness cannot be told it in a file.")
     asked: dict[str, Any] = {
         "task": f"groundup_{benchmark.name}",
@@ -126,7 +127,8 @@ def task_file(benchmark: Benchmark, data: str | Path, folder: str | Path) -> Pat
         "target_delimiter": benchmark.delimiter,
     }
     if benchmark.continuation:
-        asked |= {"output_type": "loglikelihood", "doc_to_target": benchmark.continuation}
+        # of one continuation the harness puts no delimiter before it
+        asked |= {"output_type": "loglikelihood", "doc_to_target": benchmark.delimiter + benchmark.continuation}
         metrics = ("acc", "perplexity")
     else:
         asked |= {"output_type": "multiple_choice", "doc_to_choice": f"{{{{ {benchmark.choices} }}}}"}
