@@ -39,12 +39,17 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be
 PANEL = "Build, stage by stage"
 
 
-def add_to(app: typer.Typer, groups: Mapping[str, tuple[typer.Typer, str]]) -> None:
+def add_to(
+    app: typer.Typer,
+    groups: Mapping[str, tuple[typer.Typer, str]],
+    others: Mapping[str, tuple[Callable[..., None], str]],
+) -> None:
     """Add these commands to the command line: `build`, and one for each method, those of others too.
 
     Args:
         app: the command line.
         groups: for stages that have other commands too, these, and an example.
+        others: for stages whose command can do more, that command, and an example.
     """
     app.command(
         rich_help_panel=PANEL,
@@ -56,10 +61,12 @@ def add_to(app: typer.Typer, groups: Mapping[str, tuple[typer.Typer, str]]) -> N
         about = f"{method.about}\n\nStages it stands on are brought up to date first."
         examples = f"Examples:  groundup {name} demo  ·  groundup {name} my.toml --force"
         if name not in groups:
-            app.command(name, help=about, epilog=examples, rich_help_panel=PANEL)(_stage_command(name))
+            command, more = others.get(name, (stage_command(name), ""))
+            examples += f"  ·  {more}" if more else ""
+            app.command(name, help=about, epilog=examples, rich_help_panel=PANEL)(command)
             continue
         group, more = groups[name]
-        group.command(DEFAULT, help=about, epilog=examples)(_stage_command(name))
+        group.command(DEFAULT, help=about, epilog=examples)(stage_command(name))
         about, examples = f"{about} The other commands look at it.", f"{examples}  ·  {more}"
         app.add_typer(
             group, name=name, cls=StageGroup, help=about, epilog=examples, no_args_is_help=True, rich_help_panel=PANEL
@@ -105,7 +112,9 @@ def trust(file: Annotated[Path, typer.Argument(help="A Python file that a recipe
     typer.echo(f"{file} may be run as it is now ({user_code.trust(file)[:12]}).")
 
 
-def _stage_command(name: str) -> Callable[..., None]:
+def stage_command(name: str) -> Callable[..., None]:
+    """A command that brings the stages of a method up to date."""
+
     def command(
         recipe: RecipeArgument,
         settings: SetOption = None,

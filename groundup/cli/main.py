@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from groundup.cli import (
     building,
     crawling,
+    evaluating,
     inspecting,
     modelling,
     moving,
@@ -70,8 +71,8 @@ def make_app() -> typer.Typer:
         "tokenizer": (tokenizer, 'groundup tokenizer try runs/demo "How is this cut?"'),
         "shards": (shards, "groundup shards verify runs/demo"),
     }
-    building.add_to(app, groups)
-    for room in (planning, scaling, talking, serving, modelling, moving, inspecting):
+    building.add_to(app, groups, {"evaluate": (evaluating.evaluate, evaluating.EXAMPLE)})
+    for room in (planning, scaling, talking, evaluating, serving, modelling, moving, inspecting):
         room.add_to(app)
     return app
 

@@ -89,13 +89,43 @@ def export_model(
             raise GroundupError(f"{out}: is there already.", "Name another file, or replace it with --force.")
         loaded = load(source, stage=stage)
         summary = export_gguf(loaded.model, loaded.tokenizer, out, dtype=dtype)
+        summary["modelfile"] = str(_write_modelfile(loaded.folder, out))
         _tell({"file": str(out), **summary}, as_json)
         return
     from groundup.interop import export_folder
 
     if dtype in ("q8_0", "q4_0"):
         raise GroundupError(f"--dtype {dtype}: is for --to gguf.", "A folder has f32, f16 or bf16.")
-    _tell(export_folder(source, out, dtype=dtype, stage=stage, most_bytes=int(shard_gb * 1e9), force=force), as_json)
+    summary = export_folder(source, out, dtype=dtype, stage=stage, most_bytes=int(shard_gb * 1e9), force=force)
+    if (card := _write_card(source, stage, out)) is not None:
+        summary["card"] = str(card)
+    _tell(summary, as_json)
+
+
+def _write_card(source: Path, stage: str | None, out: Path) -> Path | None:
+    """The card of a run's model, beside it."""
+    from groundup.files import write_text
+    from groundup.report.card import CARD, model_card, run_of
+    from groundup.stage import find_model
+
+    found = run_of(find_model(source, stage=stage))
+    if found is None:
+        return None
+    write_text(out / CARD, model_card(*found, out.name))
+    return out / CARD
+
+
+def _write_modelfile(model: Path, out: Path) -> Path:
+    """Ollama's description of a GGUF file, beside it."""
+    from groundup.files import write_text
+    from groundup.report.card import modelfile, run_of
+
+    found = run_of(model)
+    recipe = found[0].recipe if found is not None else None
+    can_chat = found is None or found[1] != "pretrain"
+    path = out.with_name("Modelfile")
+    write_text(path, modelfile(out.name, can_chat=can_chat, temperature=recipe.generate.temperature if recipe else 0.7))
+    return path
 
 
 def quantize_model(

@@ -22,6 +22,6 @@ from groundup.generation.text import (
 
 __all__ = [
     "Chunk", "Constraint", "Detokenizer", "Engine", "EngineBusy", "Generation", "KVCache", "Request", "SamplingParams",
-    "TokenLogprob", "beam_search", "chat_prompt", "chat_reply", "chat_request", "generate", "generate_batch", "prompt_ids",
-    "stream", "stream_chat", "text_request",
+    "TokenLogprob", "beam_search", "chat_prompt", "chat_reply", "chat_request", "generate", "generate_batch",
+    "prompt_ids", "stream", "stream_chat", "text_request",
 ]  # fmt: skip

@@ -1,0 +1,123 @@
+"""Benchmarks of a model: groundup beside lm-evaluation-harness (its Hugging Face backend), the same items and scores.
+
+Both score the same folder in float32, in this process, one after the other in every round; log-likelihoods have to
+agree before a time counts. Models are untrained: what they answer costs as much as what a trained one does. Needs the
+extra `harness` and a folder with the benchmarks' files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+import lm_eval
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from record import spread, write_result
+
+import groundup as gu
+from groundup.corpus import read as read_corpus
+from groundup.evaluation.benchmarks import Benchmark, find_benchmark, read_items
+from groundup.evaluation.lm_eval_model import task_file
+from groundup.evaluation.measure import measure
+from groundup.interop import load, save_model
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "14M": {
+        "name": "ground-1m", "n_layers": 6, "n_heads": 6, "n_kv_heads": 6, "head_dim": 64, "d_model": 384, "d_ff": 1024,
+        "context_length": 1024, "vocab_size": 8192,
+    },
+    "124M": {"name": "gpt2"},
+}  # fmt: skip
+TASKS = (  # benchmark, folder, worked examples
+    ("arc_easy", "multiple_choice", 0), ("piqa", "multiple_choice", 0), ("lambada", "multiple_choice", 0),
+    ("boolq", "multiple_choice", 0), ("mmlu", "mmlu", 5),
+)  # fmt: skip
+
+
+def main() -> None:
+    """Measure all tasks and models, print a table, write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with multiple_choice/ and mmlu/")
+    parser.add_argument("--items", type=int, default=100, help="of each task")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=16, help="of the harness")
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    texts = [document.text for document in read_corpus("groundup:classics")]
+    tokenizer = gu.Tokenizer.train(texts, vocab_size=8_192)
+    rows = []
+    for shape in arguments.shapes.split(","):
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / "model"
+            preset = gu.preset(**SHAPES[shape])
+            save_model(folder, gu.Transformer(preset), tokenizer)
+            for name, data, shots in TASKS:
+                row = compare(folder, Path(place), name, arguments.data / data, shots, arguments)
+                rows.append({"shape": shape, **row})
+                print(f"| {shape} | {name} | {row['ratio']['median']:.2f}× |", flush=True)
+    given = {name: value for name, value in vars(arguments).items() if name != "data"}
+    write_result("evaluation", {**given, "n": arguments.rounds, "lm_eval": lm_eval.__version__, "rows": rows})
+
+
+def compare(
+    folder: Path, place: Path, name: str, data: Path, shots: int, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """One task on one model, both ways, round by round."""
+    items = read_items(find_benchmark(name), data, shots=shots, limit=arguments.items)
+    told = [
+        {"context": item.context, "choices": [one.strip() for one in item.choices], "gold": item.gold} for item in items
+    ]
+    (place / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in told), encoding="utf-8")
+    asked = {"choices": "choices", "gold": "{{ gold }}"}
+    if all(len(item.choices) == 1 for item in items):
+        asked = {"continuation": "{{ choices[0] }}"}
+    benchmark = Benchmark(name=name, kind="choice", files=f"{name}.jsonl", context="{{ context }}", **asked)
+    same = read_items(benchmark, place)
+    task = task_file(benchmark, place, place)
+    manager = TaskManager(include_path=str(place))
+    loaded = load(folder)
+    assert loaded.tokenizer is not None
+    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=arguments.batch_size)
+    seconds: dict[str, list[float]] = {"groundup": [], "lm_eval": []}
+    for _ in range(arguments.rounds):
+        start = time.perf_counter()
+        records = measure(loaded.model, loaded.tokenizer, benchmark, same)
+        seconds["groundup"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        found = lm_eval.simple_evaluate(
+            model=theirs, tasks=[task.stem], task_manager=manager, bootstrap_iters=0, log_samples=True
+        )
+        seconds["lm_eval"].append(time.perf_counter() - start)
+        check(records, sorted(found["samples"][task.stem], key=lambda sample: sample["doc_id"]))
+    ratios = [b / a for a, b in zip(seconds["groundup"], seconds["lm_eval"], strict=True)]
+    return {
+        "task": name,
+        "shots": shots,
+        "items": len(items),
+        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        **{f"{who}_seconds": spread(values) for who, values in seconds.items()},
+    }
+
+
+def check(records: list[dict[str, Any]], samples: list[dict[str, Any]]) -> None:
+    """Both gave every choice the same log-likelihood."""
+    for record, sample in zip(records, samples, strict=True):
+        answers = [reply[0] for reply in sample["resps"]]
+        for ours, (wanted, _) in zip(record["logprob"], answers, strict=True):
+            assert abs(ours - float(wanted)) < 1e-3 + 1e-5 * abs(ours), (ours, wanted)
+
+
+if __name__ == "__main__":
+    main()

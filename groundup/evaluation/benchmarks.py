@@ -1,0 +1,326 @@
+"""Benchmarks from local files: a description in TOML, and the rows of a file, to items that a model can be scored on.
+
+Those that ship are described in `groundup/data/benchmarks.toml`; anybody's own JSON lines, CSV or Parquet needs a few
+lines like these. Four kinds: a `choice` compares log-likelihoods, a `generation` compares what the model writes with an
+answer, `code` runs what it writes, a `text` is scored token by token.
+
+Texts of a description are Jinja templates over the fields of a row, rendered in a sandbox.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import random
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from groundup.corpus.document import SetAside
+from groundup.corpus.reading.sources import InputFile, find_sources
+from groundup.corpus.reading.values import read_values
+from groundup.errors import DataError
+from groundup.files import value_digest
+from groundup.recipe import CorpusSettings
+from groundup.untrusted import read_bytes
+
+Kind = Literal["choice", "generation", "code", "text"]
+_SHIPPED = "data/benchmarks.toml"
+
+
+class Benchmark(BaseModel):
+    """What a benchmark asks, and what is right."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    kind: Kind
+    files: str = Field(description="of its items: a name or a glob below the data folder, or a path")
+    columns: tuple[str, ...] = Field((), description="names of a CSV's columns, where its first line is a row")
+    group: str = Field("", description="to which part an item belongs; {{ file }} is its file's name without ending")
+    shots_from: str = Field("", description="file of the worked examples (unset: the items' own, but for the item)")
+    header: str = Field("", description="stands before the worked examples")
+    context: str = Field("", description="what the model is given")
+    contexts: str = Field("", description="field with one context for each choice, in place of context")
+    choices: str | tuple[str, ...] = Field((), description="field that lists the choices, or the choices themselves")
+    continuation: str = Field("", description="what follows the context, in place of choices")
+    gold: str = Field("0", description="number of the right choice, from 0")
+    delimiter: str = Field(" ", description="between context and choice")
+    unconditional: str = Field("", description="context without the question, for accuracy normalized by PMI")
+    target: str = Field("", description="of a generation: the right answer, worked out where there are shots")
+    answer: tuple[str, ...] = Field((), description="patterns whose last match is the answer (strict)")
+    flexible: tuple[str, ...] = Field((), description="patterns whose last match is the answer where strict has none")
+    ignore: tuple[str, ...] = Field((), description="patterns taken out of both answers before they are compared")
+    program: str = Field("", description="of code: what is run; {{ completion }} is what the model wrote")
+    stop: tuple[str, ...] = Field((), description="texts that end a generation")
+    max_tokens: int = Field(128, ge=1, description="of a generation")
+    text: str = Field("text", description="field of a text, where the file has fields")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question of a benchmark.
+
+    Attributes:
+        number: from 0, in the order of the files.
+        group: the part it belongs to.
+        context: what stands before every choice, shots included; of a choice between contexts, "".
+        contexts: one for each choice, where they differ.
+        choices: the continuations, delimiter included; of a generation none.
+        gold: number of the right choice.
+        target: the right answer of a generation; the text, of a text.
+        row: the fields, for a program.
+    """
+
+    number: int
+    group: str
+    context: str
+    contexts: tuple[str, ...]
+    choices: tuple[str, ...]
+    gold: int
+    target: str
+    row: Mapping[str, Any]
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """(context, continuation) of each choice."""
+        return list(zip(self.contexts or [self.context] * len(self.choices), self.choices, strict=True))
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """A benchmark that ships, or the one that a TOML file describes.
+
+    Args:
+        name: "arc_easy", or the path of a `.toml` file.
+
+    Raises:
+        DataError: there is none of that name, or its description is wrong.
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+        try:
+            fields = tomllib.loads(read_bytes(path).decode())
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: is no TOML: {error}.") from error
+        return _described({"name": path.stem, **fields}, str(path))
+    shipped = _shipped()
+    if name not in shipped:
+        near = difflib.get_close_matches(name, shipped, n=1)
+        known = f"There are: {', '.join(shipped)}; or name a file, mine.toml."
+        raise DataError(f"{name!r} is no benchmark.", f"Did you mean {near[0]!r}? {known}" if near else known)
+    return _described({"name": name, **shipped[name]}, f"benchmark {name}")
+
+
+def read_items(
+    benchmark: Benchmark, data: str | Path, *, shots: int = 0, seed: int = 1, limit: int | None = None
+) -> list[Item]:
+    """The items of a benchmark.
+
+    Worked examples are drawn once for each group, so that items share their beginning; one that is the item itself, in
+    whatever file, is passed over.
+
+    Args:
+        benchmark: which.
+        data: folder of its files.
+        shots: worked examples before each item.
+        seed: of the draw.
+        limit: most items, drawn evenly over the files.
+
+    Raises:
+        DataError: a file is missing or damaged, or a row lacks what the description names, with file and line.
+    """
+    rows = [*_rows(benchmark, benchmark.files, data)]
+    if limit is not None and limit < len(rows):
+        rows = [rows[place] for place in sorted(random.Random(f"{seed}/items").sample(range(len(rows)), limit))]
+    examples = functools.cache(lambda files: [*_rows(benchmark, files, data)])
+    drawn: dict[str, list[Item]] = {}
+    items = []
+    for row in rows:
+        item = _item(benchmark, row)
+        if shots:
+            files = _render(benchmark.shots_from or benchmark.files, row, {"group": item.group})
+            if item.group not in drawn:
+                pool = [_item(benchmark, other) for other in examples(files)]
+                same = [one for one in pool if one.group == item.group] if not benchmark.shots_from else pool
+                # A few to spare, for those that are the item itself. What comes in order is taken in order.
+                n = min(len(same), shots + 4)
+                order = range(n) if benchmark.shots_from else random.Random(f"{seed}/shots").sample(range(len(same)), n)
+                drawn[item.group] = [same[place] for place in order]
+            item = _with_shots(benchmark, item, row, drawn[item.group], shots)
+        items.append(item)
+    return items
+
+
+def fingerprint(benchmark: Benchmark, items: Sequence[Item]) -> str:
+    """What stands for a benchmark's items, shots and description in a result."""
+    told = [[item.context, item.contexts, item.choices, item.gold, item.target] for item in items]
+    return value_digest([benchmark.model_dump(), told])
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row, and where it stands."""
+
+    number: int
+    place: str
+    fields: dict[str, Any]
+
+
+def _with_shots(benchmark: Benchmark, item: Item, row: _Row, drawn: Sequence[Item], shots: int) -> Item:
+    asked = (item.context, item.contexts)
+    others = [shot for shot in drawn if (shot.context, shot.contexts) != asked][:shots]
+    if len(others) < shots:
+        raise DataError(f"benchmark {benchmark.name}: {len(others)} worked examples, {shots} wanted.", "Ask for fewer.")
+    told = "".join(
+        f"{shot.contexts[shot.gold] if shot.contexts else shot.context}{_right(benchmark, shot)}\n\n" for shot in others
+    )
+    before = _render(benchmark.header, row, {"group": item.group}) + told
+    return Item(
+        item.number,
+        item.group,
+        before + item.context,
+        tuple(before + context for context in item.contexts),
+        item.choices,
+        item.gold,
+        item.target,
+        item.row,
+    )
+
+
+def _right(benchmark: Benchmark, item: Item) -> str:
+    return item.choices[item.gold] if item.choices else benchmark.delimiter + item.target
+
+
+def _item(benchmark: Benchmark, row: _Row) -> Item:
+    """The item in a row, without shots."""
+    fields = row.fields
+    contexts = tuple(map(str, _list(fields, benchmark.contexts, row))) if benchmark.contexts else ()
+    choices: tuple[str, ...] = ()
+    gold = 0
+    if benchmark.kind == "choice":
+        if benchmark.continuation:
+            told = [_render(benchmark.continuation, row)] * max(1, len(contexts))
+        elif isinstance(benchmark.choices, str):
+            told = _list(fields, benchmark.choices, row)
+        else:
+            told = [_render(choice, row) for choice in benchmark.choices]
+        choices = tuple(benchmark.delimiter + str(choice) for choice in told)
+        said = _render(benchmark.gold, row)
+        if not said.strip().isdecimal() or not int(said) < len(choices):
+            raise DataError(f"{row.place}: {said!r} is none of the numbers 0 to {len(choices) - 1} of its choices.")
+        gold = int(said)
+    group = _render(benchmark.group, row)
+    context = _render(benchmark.context, row) if benchmark.kind != "text" else ""
+    target = _render(benchmark.target, row) if benchmark.kind != "text" else str(fields[benchmark.text])
+    return Item(row.number, group, context, contexts, choices, gold, target, fields)
+
+
+def _list(fields: Mapping[str, Any], name: str, row: _Row) -> list[Any]:
+    found = fields.get(name)
+    if not isinstance(found, list | tuple) or len(found) < 2:
+        raise DataError(f"{row.place}: its field {name!r} is no list of two or more.", "[…] choices names the field.")
+    return list(found)
+
+
+def _rows(benchmark: Benchmark, files: str, data: str | Path) -> Iterator[_Row]:
+    """Every row of its files; a text is one row."""
+    path = Path(files)
+    pattern = str(path if path.is_absolute() or path.is_file() else Path(data) / path)
+    number = 0
+    for source in find_sources([pattern], setting=f"benchmark {benchmark.name}").files:
+        name = Path(source.label).name.split(".")[0]
+        read: Callable[..., Iterator[tuple[str, dict[str, Any]]]] = _text if benchmark.kind == "text" else _records
+        for place, fields in read(benchmark, source):
+            yield _Row(number, f"{source.label}, {place}", {"file": name, **fields})
+            number += 1
+
+
+def _text(benchmark: Benchmark, source: InputFile) -> Iterator[tuple[str, dict[str, Any]]]:
+    if source.kind != "text":
+        yield from _records(benchmark, source)
+    else:
+        with source.open() as handle:
+            yield "whole", {benchmark.text: handle.read().decode()}
+
+
+def _records(benchmark: Benchmark, source: InputFile) -> Iterator[tuple[str, dict[str, Any]]]:
+    names = list(benchmark.columns)
+
+    def refuse(aside: SetAside) -> None:
+        raise DataError(f"benchmark {benchmark.name}: {aside}", "Mend the file: an item left out changes the score.")
+
+    for value in read_values(source, CorpusSettings(text_field=""), refuse):
+        fields = value.data
+        if source.kind == "separated":
+            if not names:
+                names = fields
+                continue
+            fields = dict(zip(names, fields, strict=False))
+        if not isinstance(fields, dict):
+            raise DataError(f"{source.label}, {value.place}: is no object with fields.")
+        yield str(value.place), fields
+
+
+@functools.cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    return ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+
+
+@functools.lru_cache(maxsize=256)
+def _template(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
+
+
+def _render(source: str, row: _Row, more: Mapping[str, Any] | None = None) -> str:
+    if "{" not in source:
+        return source
+    try:
+        return _template(source).render(row.fields | dict(more or {}))
+    except Exception as error:  # a template is a program: whatever it throws
+        have = ", ".join(map(str, row.fields))
+        raise DataError(f"{row.place}: {source!r} cannot be filled: {error}.", f"Its fields: {have}.") from error
+
+
+def render_program(benchmark: Benchmark, item: Item, completion: str) -> str:
+    """The program that shows whether a completion is right."""
+    return _render(benchmark.program, _Row(item.number, f"item {item.number}", {**item.row, "completion": completion}))
+
+
+def extract_answer(benchmark: Benchmark, text: str, *, is_flexible: bool) -> str:
+    """The answer in a text: the last match of the patterns, without what is ignored; "" if there is none."""
+    for pattern in (*benchmark.answer, *(benchmark.flexible if is_flexible else ())):
+        found = list(re.finditer(pattern, text))
+        if found:
+            text = next((group for group in found[-1].groups() if group), found[-1].group())
+            break
+    else:
+        if benchmark.answer or benchmark.flexible:
+            return ""
+    for pattern in benchmark.ignore:
+        text = re.sub(pattern, "", text)
+    return text.strip()
+
+
+@functools.cache
+def _shipped() -> dict[str, dict[str, Any]]:
+    return tomllib.loads((resources.files("groundup") / _SHIPPED).read_text(encoding="utf-8"))
+
+
+def _described(fields: dict[str, Any], where: str) -> Benchmark:
+    if (like := fields.pop("like", None)) is not None:
+        fields = {**find_benchmark(str(like)).model_dump(exclude_unset=True), **fields}
+    try:
+        return Benchmark.model_validate(fields)
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+        near = json.dumps(list(Benchmark.model_fields))
+        raise DataError(f"{where}: {'; '.join(wrong)}.", f"A description has {near}.") from error

@@ -1,0 +1,258 @@
+"""Benchmarks of a model into a folder, and two such folders side by side.
+
+In: a model, names of benchmarks, their data. Out: `scores.json` with every figure, what it was measured with, and how;
+beside it the records of each benchmark's items. Models that answered the same items are compared item by item: the
+difference is paired, which takes out how hard the items are.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from groundup.console import Console
+from groundup.errors import ArtifactError, DataError
+from groundup.evaluation.benchmarks import find_benchmark, fingerprint, read_items
+from groundup.evaluation.contamination import contaminated_items
+from groundup.evaluation.measure import (
+    GREEDY,
+    Decoding,
+    Record,
+    by_group,
+    figures_of,
+    item_scores,
+    measure,
+    read_records,
+    to_plain,
+)
+from groundup.files import read_json, value_digest, write_json
+from groundup.model import Transformer
+from groundup.tokenizer import Tokenizer
+
+CARD = "scores.json"
+_RESAMPLES = 10_000
+_LEVEL = 0.05
+_SHOWN = 0.02  # the difference for which the needed number of items is told
+_POWER = 1.96 + 0.84  # both sides at 5 %, found four times in five
+
+
+def score_benchmarks(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    names: Sequence[str],
+    data: str | Path,
+    *,
+    folder: Path,
+    identity: str,
+    shots: int = 0,
+    limit: int | None = None,
+    decoding: Decoding = GREEDY,
+    trained_on: Callable[[], Iterable[str]] | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Put benchmarks to a model, and write what came out into a folder.
+
+    Args:
+        model: put into evaluation mode.
+        tokenizer: of the model.
+        names: of benchmarks that ship, or paths of `.toml` files.
+        data: folder of their files.
+        folder: of the result; finished items that stand there are not done again.
+        identity: what stands for the model in the result, such as `model_digest`.
+        shots: worked examples before each item.
+        limit: most items of each benchmark.
+        decoding: of generations and code.
+        trained_on: gives the training documents: items that stand there are counted, and every figure is told
+            without them, too ("clean").
+        console: shows the progress.
+
+    Returns:
+        What `scores.json` holds: "model", "benchmarks" by name ("figures", "groups", "fingerprint", "n", "settings"),
+        those that stood there of the same model too, and "aggregate": the mean of centered accuracies, as DCLM's CORE
+        (arXiv:2406.11794).
+
+    Raises:
+        DataError: no such benchmark, or its files are missing or damaged.
+    """
+    chosen = [find_benchmark(name) for name in names]
+    read = [read_items(one, data, shots=shots, seed=decoding.seed, limit=limit) for one in chosen]
+    console = Console(quiet=True) if console is None else console
+    found: dict[str, Any] = {}
+    for benchmark, items in zip(chosen, read, strict=True):
+        told: list[Any] = [identity, fingerprint(benchmark, items), str(model.compute_dtype)]
+        told += [asdict(decoding)] if benchmark.kind in ("generation", "code") else []
+        whole = value_digest(told)
+        with console.bar(benchmark.name, len(items)) as bar:
+            n_done = 0
+
+            def advance(n: int) -> None:
+                nonlocal n_done
+                n_done += n
+                bar.update(n_done)
+
+            tainted = set() if trained_on is None else contaminated_items(items, trained_on())
+            records = measure(
+                model, tokenizer, benchmark, items, decoding=decoding, kept=folder / f"{benchmark.name}.jsonl",
+                identity=whole, advance=advance,
+            )  # fmt: skip
+            figures = figures_of(records)
+            name, figure = next(iter(figures.items()))
+            bar.finish(f"{name} {say(name, figure.value, figure.stderr)}, n = {figure.n:,}")
+        found[benchmark.name] = {
+            "n": len(records),
+            "settings": {"shots": shots, "limit": limit, "dtype": str(model.compute_dtype), **asdict(decoding)},
+            "fingerprint": fingerprint(benchmark, items),
+            "figures": to_plain(figures),
+            **({} if trained_on is None else _without(records, tainted)),
+            "groups": {group: to_plain(parts) for group, parts in by_group(records).items()},
+        }
+    found = _kept(folder, identity) | found
+    centered = [one["figures"]["accuracy_centered"] for one in found.values() if "accuracy_centered" in one["figures"]]
+    card = {
+        "model": identity,
+        "benchmarks": found,
+        "aggregate": _mean_of(centered),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+    write_json(folder / CARD, card)
+    return card
+
+
+def _without(records: Sequence[Record], tainted: Collection[int]) -> dict[str, Any]:
+    """How many items the training text repeats, and the figures of the others."""
+    clean = [record for record in records if record["item"] not in tainted]
+    return {"n_contaminated": len(records) - len(clean), "clean": to_plain(figures_of(clean)) if clean else None}
+
+
+def _kept(folder: Path, identity: str) -> dict[str, Any]:
+    """What was measured of the same model before."""
+    try:
+        card = read_json(folder / CARD)
+    except ArtifactError:
+        return {}
+    return dict(card["benchmarks"]) if isinstance(card, dict) and card.get("model") == identity else {}
+
+
+def _mean_of(centered: Sequence[Mapping[str, float]]) -> dict[str, Any] | None:
+    n = len(centered)
+    if not n:
+        return None
+    stderr = math.sqrt(sum(one["stderr"] ** 2 for one in centered)) / n
+    return {"centered_accuracy": sum(one["value"] for one in centered) / n, "stderr": stderr, "n": n}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two models differ on one benchmark.
+
+    Attributes:
+        benchmark: its name.
+        n: items that both answered.
+        first, second: their mean scores.
+        value: second − first.
+        low, high: of the 95 % interval, by 10,000 paired resamples.
+        p: two-sided, corrected for the number of benchmarks (Holm 1979).
+        n_needed: items that would show a difference of two points four times in five.
+        verdict: in words.
+    """
+
+    benchmark: str
+    n: int
+    first: float
+    second: float
+    value: float
+    low: float
+    high: float
+    p: float
+    n_needed: int
+    verdict: str
+
+
+def compare_cards(first: str | Path, second: str | Path) -> list[Difference]:
+    """Two folders that `score_benchmarks` wrote, benchmark by benchmark.
+
+    Raises:
+        ArtifactError: no scores there.
+        DataError: they share no benchmark with the same items.
+    """
+    cards = [_card(Path(folder)) for folder in (first, second)]
+    paired: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name, one in cards[0].items():
+        other = cards[1].get(name)
+        if other is None or other["fingerprint"] != one["fingerprint"]:
+            continue
+        records: list[list[Record]] = [read_records(Path(folder) / f"{name}.jsonl") for folder in (first, second)]
+        scores = [item_scores(part) for part in records]
+        places = sorted(scores[0].keys() & scores[1].keys())
+        if len(places) > 1:
+            paired[name] = (
+                np.array([scores[0][place] for place in places]),
+                np.array([scores[1][place] for place in places]),
+            )
+    if not paired:
+        raise DataError(
+            f"{first} and {second} share no benchmark with the same items.",
+            "Score both with the same --tasks, --shots, --limit and --seed.",
+        )
+    plain = {name: _p_value(b - a) for name, (a, b) in paired.items()}
+    corrected = holm(plain)
+    return [_difference(name, a, b, corrected[name]) for name, (a, b) in paired.items()]
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """P-values corrected for how many there are (Holm 1979): the smallest times n, the next times n − 1, …"""
+    found: dict[str, float] = {}
+    most = 0.0
+    for place, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        most = max(most, min(1.0, p * (len(p_values) - place)))
+        found[name] = most
+    return {name: found[name] for name in p_values}
+
+
+def _p_value(differences: np.ndarray) -> float:
+    """Two-sided, by 10,000 random signs: of two equal models, either could have been the better one at any item."""
+    rng = np.random.default_rng(0)
+    seen = abs(differences.sum())
+    if not seen:
+        return 1.0
+    signs = (rng.integers(0, 2, (len(differences), 1000)) * 2 - 1 for _ in range(_RESAMPLES // 1000))
+    n_beyond = sum(int((abs(differences @ part) >= seen - 1e-9).sum()) for part in signs)
+    return (n_beyond + 1) / (_RESAMPLES + 1)
+
+
+def _difference(name: str, a: np.ndarray, b: np.ndarray, p: float) -> Difference:
+    rng = np.random.default_rng(0)
+    differences = b - a
+    n = len(differences)
+    resampled = [differences[rng.integers(0, n, n)].mean() for _ in range(_RESAMPLES)]
+    low, high = np.quantile(resampled, [_LEVEL / 2, 1 - _LEVEL / 2])
+    spread = float(differences.std(ddof=1))
+    n_needed = max(2, math.ceil((_POWER * spread / _SHOWN) ** 2))
+    value = float(differences.mean())
+    if p < _LEVEL:
+        verdict = f"the {'second' if value > 0 else 'first'} is better by {abs(value):.1%}"
+    elif n < n_needed:
+        verdict = f"no difference shown at n = {n:,}; {n_needed:,} items would show one of 2 points"
+    else:
+        verdict = f"no difference shown at n = {n:,}, where one of 2 points would have been seen"
+    return Difference(name, n, float(a.mean()), float(b.mean()), value, float(low), float(high), p, n_needed, verdict)
+
+
+def _card(folder: Path) -> dict[str, Any]:
+    found = read_json(folder / CARD)
+    if not isinstance(found, dict) or not isinstance(found.get("benchmarks"), dict):
+        raise ArtifactError(f"{folder / CARD}: holds no benchmarks.", "Write them: groundup evaluate MODEL --tasks …")
+    return dict(found["benchmarks"])
+
+
+def say(name: str, value: float, stderr: float) -> str:
+    """A figure with its standard error: shares in percent."""
+    is_share = name not in ("bits_per_byte", "perplexity", "brier")
+    return f"{value:.1%} ± {stderr:.1%}" if is_share else f"{value:.4g} ± {stderr:.2g}"

@@ -1,0 +1,88 @@
+"""Log-likelihoods of continuations: whatever is shared and batched, each is what the model alone gives."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from groundup.evaluation.likelihood import Likelihood, encode_pair, log_likelihoods
+from groundup.model import ModelConfig, Transformer
+from groundup.tokenizer import Tokenizer
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "old", "king", "Lear"]
+SHAPES: dict[str, dict[str, Any]] = {
+    "rope": {"n_kv_heads": 1},
+    "learned positions": {"position": "learned", "norm": "layernorm", "activation": "gelu"},
+    "windows": {"attention": ("window", "full"), "window": 24},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([" ".join(WORDS)] * 3, vocab_size=300)
+
+
+def model_of(shape: str, tokenizer: Tokenizer) -> Transformer:
+    fields: dict[str, Any] = {"n_layers": 2, "d_model": 32, "n_heads": 2, "n_kv_heads": 2, "head_dim": 16, "d_ff": 48}
+    fields |= {"context_length": 96, **SHAPES[shape]}
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def pairs_of(seed: int) -> list[tuple[str, str]]:
+    rng = random.Random(seed)
+
+    def text(n: int) -> str:
+        return " ".join(rng.choices(WORDS, k=n))
+
+    shots = text(40)
+    pairs = []
+    for number in range(20):
+        context = (shots + " . " if number % 3 else "") + text(rng.randint(1, 20))
+        pairs += [(context, " " + text(rng.randint(1, 6))) for _ in range(rng.randint(1, 4))]
+    pairs += [("", "alone"), (text(200), " too long"), ("a space at the end  ", "word")] + [("the", " cat")] * 2
+    return rng.sample(pairs, len(pairs))
+
+
+@torch.inference_mode()
+def alone(model: Transformer, tokenizer: Tokenizer, context: str, continuation: str) -> Likelihood:
+    before, after = encode_pair(tokenizer, context, continuation)
+    ids = (before + after)[-(model.config.context_length + 1) :]
+    n = min(len(after), len(ids) - 1)
+    logprobs = model(torch.tensor([ids[:-1]]))[0, -n:].log_softmax(-1)
+    targets = torch.tensor(ids[-n:])
+    chosen = logprobs.gather(1, targets[:, None]).double().sum()
+    return Likelihood(float(chosen), n, bool((logprobs.argmax(1) == targets).all()))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_in_any_company_a_continuation_is_as_probable_as_alone(shape: str, tokenizer: Tokenizer) -> None:
+    model, pairs = model_of(shape, tokenizer), pairs_of(1)
+    done: list[int] = []
+    found = log_likelihoods(model, tokenizer, pairs, done.append)
+    assert sum(done) == len(pairs)
+    for pair, one in zip(pairs, found, strict=True):
+        wanted = alone(model, tokenizer, *pair)
+        assert one.logprob == pytest.approx(wanted.logprob, abs=1e-4)
+        assert (one.n_tokens, one.is_greedy) == (wanted.n_tokens, wanted.is_greedy)
+
+
+def test_the_size_of_a_batch_changes_nothing(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
+    model, pairs = model_of("rope", tokenizer), pairs_of(2)
+    whole = log_likelihoods(model, tokenizer, pairs)
+    monkeypatch.setattr("groundup.evaluation.likelihood._ROW_TOKENS", 1)
+    for one, other in zip(whole, log_likelihoods(model, tokenizer, pairs), strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert one.is_greedy == other.is_greedy
+
+
+def test_white_space_at_the_end_of_a_context_is_read_with_what_follows(tokenizer: Tokenizer) -> None:
+    assert encode_pair(tokenizer, "the cat ", "sat") == encode_pair(tokenizer, "the cat", " sat")
+    before, after = encode_pair(tokenizer, "the cat", " sat")
+    assert before + after == tokenizer.encode("the cat sat")
+    assert encode_pair(tokenizer, "", "sat") == ([tokenizer.end_of_text_id], tokenizer.encode("sat"))

@@ -1,0 +1,146 @@
+"""Programs that a model wrote can do no harm: every way out fails, and only one that runs to its end has passed."""
+
+import os
+import socket
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from groundup.errors import DataError
+from groundup.evaluation import sandbox
+from groundup.evaluation.sandbox import Limits, run_program, sandbox_level
+
+isolated = pytest.mark.skipif(
+    "CI" not in os.environ and sandbox_level() == "none", reason="this machine gives no namespaces"
+)
+MIB = 1024 * 1024
+
+
+def test_continuous_integration_has_the_sandbox() -> None:
+    if "CI" not in os.environ:
+        pytest.skip("not in continuous integration")
+    assert sandbox_level() == "namespaces and seccomp"
+
+
+@isolated
+def test_a_program_passes_when_it_runs_to_its_end() -> None:
+    outcome = run_program("import math, threading\nassert math.comb(4, 2) == 6\nprint('said')\n")
+    assert (outcome.passed, outcome.reason, outcome.output) == (True, "passed", "said\n")
+
+
+@isolated
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("assert 1 == 2, 'not equal'", "AssertionError: not equal"),
+        ("def f(:", "SyntaxError: invalid syntax"),
+        ("import os; os._exit(0)", "left before its end"),
+        ("print('passed'); raise SystemExit(0)", "left before its end"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)\nwhile True: pass", "timeout"),
+        ("while True: pass", "timeout"),
+        ("import time; time.sleep(60)", "timeout"),
+        ("import numpy", "ModuleNotFoundError: No module named 'numpy'"),
+    ],
+)
+def test_what_does_not_run_to_its_end_has_not_passed(program: str, reason: str) -> None:
+    outcome = run_program(program, Limits(seconds=0.5))
+    assert (outcome.passed, outcome.reason) == (False, reason)
+
+
+@isolated
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param("open('/etc/passwd').read()", id="a-file-of-the-machine"),
+        pytest.param(f"open({os.fspath(Path(__file__))!r}).read()", id="a-file-of-the-project"),
+        pytest.param("open('/proc/1/environ').read()", id="the-environment-of-a-process"),
+        pytest.param("import os; os.listdir('/proc/self')", id="its-own-process-from-outside"),
+        pytest.param("import os; os.symlink('/etc/passwd', '/tmp/l'); open('/tmp/l').read()", id="a-link-out"),
+        pytest.param("import os; os.link('/usr/bin/env', '/tmp/l')", id="a-hard-link"),
+        pytest.param("open('/usr/bin/mine', 'w')", id="writing-to-the-system"),
+        pytest.param("open('/mine', 'w')", id="writing-to-the-root"),
+        pytest.param("import os; os.chmod('/tmp/..', 0o777)", id="changing-the-root"),
+        pytest.param("import socket; socket.create_connection(('127.0.0.1', PORT), 1)", id="a-socket"),
+        pytest.param("import socket; socket.socket(socket.AF_UNIX)", id="a-local-socket"),
+        pytest.param("import os; os.kill(PARENT, 9)", id="killing-the-parent"),
+        pytest.param("import os; os.setuid(0)", id="becoming-root"),
+        pytest.param("import ctypes; assert ctypes.CDLL(None).unshare(0x10020000) == 0", id="new-namespaces"),
+        pytest.param(
+            "import ctypes; assert ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0", id="a-mount"
+        ),
+        pytest.param("import ctypes; assert ctypes.CDLL(None).ptrace(0, 0, 0, 0) == 0", id="tracing"),
+        pytest.param("import os\nfor n in range(100): os.fork()", id="a-fork-bomb"),
+        pytest.param("x = []\nwhile True: x.append(bytearray(1 << 24))", id="a-memory-bomb"),
+        pytest.param("import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()", id="a-deep-stack"),
+        pytest.param(
+            "for n in range(100):\n    with open(f'/tmp/{n}', 'wb') as f: f.write(bytes(1 << 20))", id="a-full-disk"
+        ),
+        pytest.param("for n in range(10**6): open(f'/tmp/{n}', 'w')", id="a-million-files"),
+        pytest.param("import sys\nfor n in range(10**5): sys.stdout.write('x' * 10**4)", id="a-gigabyte-printed"),
+        pytest.param("import resource as r; r.setrlimit(r.RLIMIT_AS, (1 << 40, 1 << 40))", id="raising-a-limit"),
+    ],
+)
+def test_every_way_out_fails(program: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        outcome = run_program(
+            program.replace("PORT", port).replace("PARENT", str(os.getpid())),
+            Limits(seconds=5, memory_bytes=256 * MIB, disk_bytes=8 * MIB),
+        )
+    assert not outcome.passed
+    assert len(outcome.output) <= 64 * 1024
+    assert "/etc" not in outcome.reason or "No such file" in outcome.reason
+
+
+@isolated
+def test_a_program_sees_no_environment_and_is_not_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GROUNDUP_SECRET", "secret")
+    inside = run_program(
+        "import os\nprint(sorted(set(os.environ) - {'LC_CTYPE'}), os.listdir('/tmp'), os.getpid())\n"
+        "print(open('/proc/self/status').read() if os.path.exists('/proc/self/status') else 'no /proc')\n"
+        "print(os.getuid() == 0 and os.geteuid() == 0)"
+    )
+    said = inside.output.splitlines()
+    assert said[:2] == ["[] [] 1", "no /proc"]
+    if os.getuid() == 0:
+        assert said[2] == "False"
+
+
+@isolated
+def test_nothing_is_left_behind_by_a_program_that_starts_others() -> None:
+    mark = f"groundup-left-{os.getpid()}"
+    child = f"os.execv(sys.executable, ['python', '-c', 'import time; time.sleep(60)', {mark!r}])"
+    assert run_program(f"import os, sys\nif os.fork() == 0: {child}", Limits(seconds=2)).passed
+    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if mark.encode() in _bytes(path)]
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+@isolated
+def test_programs_run_side_by_side() -> None:
+    outcomes: dict[int, bool] = {}
+    threads = [
+        threading.Thread(target=lambda n=n: outcomes.update({n: run_program(f"assert {n} % 2 == 0").passed}))
+        for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes == {0: True, 1: False, 2: True, 3: False}
+
+
+def test_without_namespaces_nothing_runs_unless_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "sandbox_level", lambda: "none")
+    with pytest.raises(DataError, match="allow_unisolated"):
+        run_program("pass")
+    assert run_program("pass", allow_unisolated=True).passed
+    assert run_program("while True: pass", Limits(seconds=0.5), allow_unisolated=True).reason == "timeout"
+    assert sys.platform == "linux" or sandbox_level() == "none"

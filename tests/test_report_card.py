@@ -1,0 +1,56 @@
+"""The card of an exported model: the Hub's own reader reads it, and it has the figures of the run and no others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from command import CommandLine, groundup
+from tiny_run import finished_run
+
+from groundup.report.card import model_card, modelfile, run_of
+
+__all__ = ["groundup"]
+
+
+def test_an_exported_folder_has_a_card_with_the_figures_of_its_run(groundup: CommandLine, tmp_path: Path) -> None:
+    run = finished_run()
+    assert groundup("export", run.root, tmp_path / "out", "--to", "hf").code == 0
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    data = huggingface_hub.ModelCard(text).data
+    assert (data.library_name, data.pipeline_tag, data.tags) == ("transformers", "text-generation", ["groundup"])
+    told = {result.metric_type: result.metric_value for result in data.eval_results}
+    scores = json.loads((run.folder("evaluate") / "scores.json").read_text())["rows"]
+    assert told == {row["key"]: row["after"]["value"] for row in scores if row["model"] == "sft"}
+    assert (run.root / "recipe.toml").read_text(encoding="utf-8").strip() in text
+    for stage in ("pretrain", "sft"):
+        assert f"| {stage} |" in text
+    assert "Not measured: " in text
+    assert "harmful requests declined" in text
+
+
+def test_a_run_without_scores_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("groundup.report.card._scores", lambda record, stage: [])
+    text = model_card(finished_run(), "pretrain", "out")
+    assert "None was measured." in text
+    assert "model-index" not in text
+    assert "It continues text, and was not taught to answer" in text
+
+
+def test_a_gguf_has_a_modelfile_beside_it(groundup: CommandLine, tmp_path: Path) -> None:
+    done = groundup("export", finished_run().root, tmp_path / "small.gguf", "--to", "gguf", "--json")
+    assert done.code == 0
+    lines = (tmp_path / "Modelfile").read_text().splitlines()
+    assert lines[0] == "FROM ./small.gguf"
+    assert lines[1].startswith("PARAMETER temperature ")
+    assert modelfile("a.gguf", can_chat=False, temperature=0).splitlines()[2] == 'TEMPLATE "{{ .Prompt }}"'
+
+
+def test_a_folder_of_anybody_is_no_runs(tmp_path: Path) -> None:
+    assert run_of(tmp_path / "model") is None
+    run = finished_run()
+    found = run_of(run.folder("sft") / "model")
+    assert found is not None
+    assert (found[0].root, found[1]) == (run.root, "sft")
