@@ -20,7 +20,6 @@ from groundup.corpus.dedup.repeats import SPAN
 from groundup.corpus.document import Reason
 from groundup.corpus.filter_statistics import KEPT, Entry
 from groundup.corpus.quality.rules import Rule, first_failed, rules_for
-from groundup.files import atomic_writer
 from groundup.recipe import CorpusSettings
 
 HISTOGRAM_BINS = 24
@@ -169,9 +168,7 @@ def write_decisions(path: Path, unit: Annotated, cuts: Sequence[np.ndarray]) -> 
     """Save what was decided, and what each search wants cut out (`SPAN` records), for the workers that write."""
     rows = np.array(sorted(unit.survivors), dtype=np.int64)
     ids = np.array([unit.survivors[int(row)] for row in rows], dtype="S32")
-    with atomic_writer(path, binary=True) as handle:
-        spans = np.concatenate([np.empty(0, SPAN), *cuts])
-        np.savez(handle, codes=unit.codes, rows=rows, ids=ids, cuts=spans)
+    np.savez(path, codes=unit.codes, rows=rows, ids=ids, cuts=np.concatenate([np.empty(0, SPAN), *cuts]))
 
 
 def read_decisions(path: Path) -> tuple[np.ndarray, dict[int, str], dict[int, list[tuple[int, int]]]]:

@@ -28,7 +28,6 @@ from groundup.corpus.filter_statistics import EXAMPLES_PER_REASON, Entry, set_as
 from groundup.corpus.holdout import Holdout
 from groundup.corpus.mix import copies_of
 from groundup.corpus.select import Selection, read_decisions
-from groundup.files import atomic_writer
 from groundup.recipe import CorpusSettings
 
 ID_PREFIX = b'{"id":"'
@@ -88,14 +87,14 @@ class _UnitWriter:
         self._lines: list[bytes] = []
 
     def run(self) -> dict[str, Any]:
-        with atomic_writer(Path(f"{self._work.out}.aside.jsonl"), binary=True) as handle:
+        with Path(f"{self._work.out}.aside.jsonl").open("wb") as handle:
             for record in self._left_out():
                 handle.write(orjson.dumps(set_aside_record(record)) + b"\n")
         self._lines.sort()
         firsts = [int(line[len(ID_PREFIX) : len(ID_PREFIX) + 16], 16) for line in self._lines]
         begins = np.cumsum([0, *map(len, self._lines)])
         places = np.searchsorted(np.array(firsts, dtype=np.uint64), np.array(self._work.bounds, dtype=np.uint64))
-        with atomic_writer(Path(f"{self._work.out}.jsonl"), binary=True) as handle:
+        with Path(f"{self._work.out}.jsonl").open("wb") as handle:
             handle.writelines(self._lines)
         return {
             "entries": [(*key, count, self._bytes[key]) for key, count in self._entries.items()],
@@ -264,7 +263,7 @@ def merge_range(work: Merge) -> dict[str, Any]:
     holdout.merge(work.holdout)
     counts: Counter[str] = Counter()
     mixed_out: list[Entry] = []
-    with atomic_writer(Path(work.out), binary=True) as handle:
+    with Path(work.out).open("wb") as handle:
         for line, original, identity in _distinct(lines, work.factors, mixed_out):
             if holdout.by == "document":
                 split = holdout.split_of(original)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from groundup.errors import ArtifactError
-from groundup.files import atomic_writer, own_folder, read_json, remove_folder, write_json
+from groundup.files import own_folder, read_json, remove_folder, write_json
 
 COPIES = 4
 """How many times a task's records stand in memory while they are sorted."""
@@ -184,9 +184,8 @@ def first_places(keys: np.ndarray) -> np.ndarray:
 
 
 def save(path: Path, array: np.ndarray) -> Path:
-    """Write a `.npy` file whole."""
-    with atomic_writer(path, binary=True) as handle:
-        np.save(handle, array)
+    """Write a `.npy` file; it lies in a folder that a killed process's successor empties, so nothing flushes it."""
+    np.save(path, array)
     return path
 
 

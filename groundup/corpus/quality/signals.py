@@ -15,7 +15,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from groundup.corpus.document import batches
 from groundup.corpus.quality import textbatch
 from groundup.corpus.quality.repetition import Shares, repeated_ngrams, repeated_parts, share
 from groundup.corpus.quality.textbatch import Bools, Ints, TextBatch, letters
-from groundup.corpus.words import split_words
+from groundup.corpus.words import CharacterTable, split_words
 
 BATCH_CHARACTERS = 1 << 20
 SHORT_LINE_CHARACTERS = 30
@@ -175,18 +175,13 @@ def _ellipsis_lines(m: _Measures) -> Shares:
 def _short_lines(m: _Measures) -> Shares:
     widths = m.line_ends + 1 - m.line_begins
     if m.codes is not None:
-        wide = np.flatnonzero(_is_wide()[np.minimum(m.codes, _WIDE_END)])
+        wide = np.flatnonzero(_IS_WIDE[m.codes])
         widths += np.searchsorted(wide, m.line_ends, side="right") - np.searchsorted(wide, m.line_begins)
     return m.per_line(widths <= SHORT_LINE_CHARACTERS)
 
 
-_WIDE_END = 0x3FFFF
-
-
-@cache
-def _is_wide() -> Bools:
-    """By code: characters as wide as two Latin letters, which say about as much (Unicode's East Asian Width)."""
-    return np.array([unicodedata.east_asian_width(chr(code)) in "WF" for code in range(_WIDE_END + 1)])
+_IS_WIDE = CharacterTable(lambda character: unicodedata.east_asian_width(character) in "WF")
+"""Characters as wide as two Latin letters, which say about as much (Unicode's East Asian Width)."""
 
 
 def _sentences(m: _Measures) -> Shares:

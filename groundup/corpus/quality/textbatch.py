@@ -13,10 +13,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from groundup.corpus.words import PADDING, characters_of, is_unspaced, merged, mix, span_hashes, word_breaks
+from groundup.corpus.words import PADDING, CharacterTable, is_unspaced, merged, mix, span_hashes, word_breaks
 
 SPACE, LETTER, DIGIT, UPPER, LINE_END, SENTENCE_END, CLOSER, BULLET = (1 << bit for bit in range(8))
-_UNKNOWN = 0xFF  # no character is white space and a letter at once
 
 SENTENCE_ENDS = ".!?…。！？．｡।॥؟۔።։។៕။།"
 WITHOUT_SENTENCE_ENDS = "".join(map(chr, range(0xE00, 0xF00)))
@@ -48,7 +47,7 @@ def _class_of(character: str) -> int:
 
 
 _ASCII_CLASSES = bytes(_class_of(chr(code)) for code in range(128)) + bytes(128)
-_classes = np.full(0x110000, _UNKNOWN, dtype=np.uint8)
+_CLASSES = CharacterTable(_class_of)
 
 
 class TextBatch:
@@ -89,17 +88,15 @@ class TextBatch:
 
     def _take_unicode(self, joined: str) -> list[int]:
         """Look at every character; returns where words begin without white space before them."""
-        codes, data, others = characters_of(joined)
-        classes = np.frombuffer(bytearray(data[: len(joined)].translate(_ASCII_CLASSES)), dtype=np.uint8)
-        other_codes = codes[others]
-        found = _classes[other_codes]
-        if (found == _UNKNOWN).any():
-            for code in np.unique(other_codes[found == _UNKNOWN]).tolist():
-                _classes[code] = _class_of(chr(code))
-            found = _classes[other_codes]
-        classes[others] = found
-        unspaced = others[is_unspaced(other_codes)]
-        self.codes, self.classes, self.bytes = codes, classes, np.frombuffer(data, dtype=np.uint8)
+        codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        others = np.flatnonzero(codes >= 128)
+        data = np.zeros(len(codes) + PADDING, dtype=np.uint8)
+        data[: len(codes)] = codes
+        data[others] = 255
+        classes = np.frombuffer(bytearray(data[: len(codes)].tobytes().translate(_ASCII_CLASSES)), dtype=np.uint8)
+        classes[others] = _CLASSES[codes[others]]
+        unspaced = others[is_unspaced(codes[others])]
+        self.codes, self.classes, self.bytes = codes, classes, data
         self._others = others
         return word_breaks(joined, unspaced)
 
