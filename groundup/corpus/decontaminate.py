@@ -19,10 +19,9 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from operator import attrgetter
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -204,53 +203,43 @@ class EvaluationIndex:
         ]
 
 
-@dataclass
-class _TaskCounts:
-    documents: int = 0
-    records: set[int] = field(default_factory=set)
-    examples: list[tuple[str, int, str]] = field(default_factory=list)
-
-    def merge(self, documents: int, records: Iterable[int], examples: Iterable[Sequence[Any]]) -> None:
-        self.documents += documents
-        self.records.update(records)
-        self.examples = sorted({*self.examples, *((of, record, text) for of, record, text in examples)})
-        del self.examples[EXAMPLES_PER_TASK:]
-
-
 class ContaminationCounts:
     """What decontamination found, task by task; the same whatever the order of documents and workers."""
 
     def __init__(self) -> None:
-        self._tasks: dict[str, _TaskCounts] = {}
+        self._documents: Counter[str] = Counter()
+        self._records: defaultdict[str, set[int]] = defaultdict(set)
+        self._examples: defaultdict[str, set[tuple[str, int, str]]] = defaultdict(set)
 
-    def add(self, document_id: str, matches: Iterable[Match]) -> None:
-        """Take note of one document's matches, those of a task side by side."""
-        for task, group in itertools.groupby(matches, key=attrgetter("task")):
-            examples = [(document_id, match.record, match.text) for match in group]
-            self.merge({task: {"documents": 1, "records": [record for _, record, _ in examples], "examples": examples}})
+    def add(self, document_id: str, matches: Sequence[Match]) -> None:
+        """Take note of one document's matches."""
+        self._documents.update({match.task for match in matches})
+        for match in matches:
+            self._records[match.task].add(match.record)
+            self._show(match.task, {(document_id, match.record, match.text)})
 
-    def state(self) -> dict[str, Any]:
-        """All of it, JSON-able, for `merge`."""
-        return {
-            task: {"documents": seen.documents, "records": sorted(seen.records), "examples": seen.examples}
-            for task, seen in sorted(self._tasks.items())
-        }
+    def merge(self, other: ContaminationCounts) -> None:
+        """Add what was counted of other documents."""
+        self._documents.update(other._documents)
+        for task, records in other._records.items():
+            self._records[task] |= records
+            self._show(task, other._examples[task])
 
-    def merge(self, state: Mapping[str, Any]) -> None:
-        """Add what another counted (its `state()`), of other documents."""
-        for task, seen in state.items():
-            self._tasks.setdefault(task, _TaskCounts()).merge(**seen)
+    def _show(self, task: str, examples: set[tuple[str, int, str]]) -> None:
+        self._examples[task] = set(sorted(self._examples[task] | examples)[:EXAMPLES_PER_TASK])
 
     def summary(self, n_records: Mapping[str, int]) -> dict[str, Any]:
         """For each of `EvaluationIndex.tasks`: records (all), records_hit, documents (that repeat it), examples."""
-        summaries = {}
-        for task, total in n_records.items():
-            seen = self._tasks.get(task, _TaskCounts())
-            names = ("document", "record", "text")
-            examples = [dict(zip(names, example, strict=True)) for example in seen.examples]
-            hit = {"records_hit": len(seen.records), "documents": seen.documents}
-            summaries[task] = {"records": total, **hit, "examples": examples}
-        return summaries
+        names = ("document", "record", "text")
+        return {
+            task: {
+                "records": total,
+                "records_hit": len(self._records[task]),
+                "documents": self._documents[task],
+                "examples": [dict(zip(names, one, strict=True)) for one in sorted(self._examples[task])],
+            }
+            for task, total in n_records.items()
+        }
 
 
 def _covered(places: np.ndarray, lengths: np.ndarray, n_words: int) -> np.ndarray:

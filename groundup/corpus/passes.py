@@ -167,8 +167,7 @@ class Passes:
         for item in self._aside:
             self.statistics.add_input(1, 0)
             self.statistics.add([(item.reason, item.source, "", 1, 0)])
-            self.statistics.add_examples(item.reason, [("", set_aside_record(item))])
-            self.statistics.note_fault(item)
+            self.statistics.add_example("", item)
         for unit in self._units:
             record = unit.record
             n_aside = sum(count for _, _, count in record["set_aside"])
@@ -261,22 +260,13 @@ class Passes:
         statistics.clear_kept()
         self._offsets: list[list[int]] = []
         contamination = ContaminationCounts()
-        cut = 0
-        for record in self._engine.map(write_unit, tasks):
-            statistics.add(record["entries"])
-            for reason, examples in record["examples"].items():
-                statistics.add_examples(reason, examples)
-            if record["fault"] is not None:
-                statistics.note_fault(record["fault"])
-            self.holdout.merge(record["holdout"])
-            statistics.characters_kept += record["characters"]
-            contamination.merge(record["contamination"])
-            cut += record["cut_characters"]
-            self._offsets.append(record["offsets"])
+        for written in self._engine.map(write_unit, tasks):
+            statistics.merge(written.statistics)
+            self.holdout.merge(written.holdout)
+            contamination.merge(written.contamination)
+            self._offsets.append(written.offsets)
             self._show(len(self._offsets), total=len(tasks), note=f"{len(self._offsets)}/{len(tasks)} written")
         statistics.check("write")
-        if cut:
-            statistics.changed["characters cut as repeated"] = cut
         if tasks[0].evaluation:
             self.more["contamination"] = contamination.summary(EvaluationIndex(tasks[0].evaluation).tasks)
         with atomic_writer(self._out / SET_ASIDE_FILE, binary=True) as handle:
@@ -305,7 +295,7 @@ class Passes:
                 if offsets[number] < offsets[number + 1]
             ]
             out = str(self._work / f"range-{number:06d}.jsonl")
-            merges.append(Merge(pieces, out, self._settings, self.holdout.state(), factors))
+            merges.append(Merge(pieces, out, self.holdout, factors))
         with atomic_writer(self._out / DOCUMENTS, binary=True) as handle:
             for merge, record in zip(merges, self._engine.map(merge_range, merges), strict=True):
                 self.statistics.documents_written.update(record["documents"])

@@ -183,10 +183,10 @@ def read_decisions(path: Path) -> tuple[np.ndarray, dict[int, str], dict[int, li
 
 def _edges(name: str) -> np.ndarray:
     """Bins: equal ones for shares and scores, equal ratios for counts."""
-    if name in ("characters", "words", "sentences", "lines"):
+    if name in ("characters", "words", "sentences"):
         return np.concatenate([[0.0], np.geomspace(1, 1e7, HISTOGRAM_BINS)])
-    if name in ("mean_word_length",):
+    if name == "mean_word_length":
         return np.linspace(0, 24, HISTOGRAM_BINS + 1)
-    if name in ("stop_words",):
+    if name == "stop_words":
         return np.arange(10.0)
     return np.linspace(0, 1, HISTOGRAM_BINS + 1)
