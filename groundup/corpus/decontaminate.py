@@ -33,8 +33,8 @@ from groundup.corpus.document import Reason, SetAside, batches
 from groundup.corpus.reading.intake import limit_bytes
 from groundup.corpus.reading.sources import InputFile, find_sources
 from groundup.corpus.reading.values import read_values, strings_of
-from groundup.corpus.words import WORDS_VERSION, Words, has_bits, set_bits, words_of
-from groundup.errors import ArtifactError, DataError
+from groundup.corpus.words import Words, has_bits, set_bits, words_of
+from groundup.errors import DataError
 from groundup.files import atomic_folder, read_json, write_json
 from groundup.recipe import CorpusSettings
 from groundup.untrusted import reading
@@ -77,23 +77,19 @@ class Match:
 class EvaluationIndex:
     """The runs of words of all evaluation data, in the folder that `build` wrote, shared by the processes that map it.
 
-    It is pickled as its path. ArtifactError: there is no index, or one of another version.
+    ArtifactError: there is no index.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self._folder = Path(folder)
-        about = read_json(self._folder / _INDEX)
-        if about["words_version"] != WORDS_VERSION:
-            raise ArtifactError(f"{self._folder}: made by another version of groundup.", "Build it again.")
+        folder = Path(folder)
+        about = read_json(folder / _INDEX)
         self.tasks: dict[str, int] = about["tasks"]
         """Records of each task, in the order of the files."""
-        self.n_ignored: dict[str, int] = about["ignored"]
-        """Runs of words that were ignored in each task because too many of its strings have them."""
         self._lengths: list[int] = about["lengths"]
         self._names = list(self.tasks)
 
         def array(name: str) -> np.ndarray:
-            return np.asarray(np.load(self._folder / f"{name}.npy", mmap_mode="r"))
+            return np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
 
         self._keys, self._filter = array("keys"), array("filter")
         self._key_starts, self._key_texts = array("key_starts"), array("key_texts")
@@ -112,7 +108,7 @@ class EvaluationIndex:
         tasks = find_tasks(files)
         runs = _Runs(ngram)
         n_records = {task.name: runs.add(number, task) for number, task in enumerate(tasks)}
-        arrays, n_ignored = runs.arrays(len(tasks))
+        arrays = runs.arrays()
         if not len(arrays["keys"]):
             least = min(ngram, SHORTEST_WORDS)
             raise DataError(
@@ -124,18 +120,8 @@ class EvaluationIndex:
         with atomic_folder(Path(folder)) as place:
             for name, array in arrays.items():
                 np.save(place / f"{name}.npy", array)
-            about = {
-                "words_version": WORDS_VERSION,
-                "ngram": ngram,
-                "lengths": sorted(runs.lengths),
-                "tasks": n_records,
-                "ignored": {task.name: int(n) for task, n in zip(tasks, n_ignored, strict=True)},
-            }
-            write_json(place / _INDEX, about)
+            write_json(place / _INDEX, {"lengths": sorted(runs.lengths), "tasks": n_records})
         return cls(folder)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return EvaluationIndex, (str(self._folder),)
 
     def find(self, texts: Sequence[str]) -> list[list[Match]]:
         """The evaluation records that each text repeats, by task and number. Many texts at once are faster."""
@@ -298,8 +284,8 @@ class _Runs:
         self._text_tasks += [task_number] * (first - len(self._text_tasks))
         return n_records
 
-    def arrays(self, n_tasks: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """The index's arrays by name, and how many grams of each task are too common to count.
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The index's arrays by name, without the grams that are too common to count.
 
         keys: (n_keys,) uint64, sorted; filter: see `_filter_of`; key_starts: (n_keys + 1,) int64, places in key_texts,
         where each key's texts begin; key_texts: int32. text_tasks: (n_texts,) int32; text_starts: (n_texts + 1,) int64,
@@ -313,14 +299,12 @@ class _Runs:
         once = is_new(grams) | is_new(texts)
         grams, texts = grams[once], texts[once]
         # A task's texts are numbered in a row, so within a gram they stand together.
-        changes = is_new(grams) | is_new(tasks[texts])
-        group = np.cumsum(changes) - 1
+        group = np.cumsum(is_new(grams) | is_new(tasks[texts])) - 1
         is_common = np.bincount(group, minlength=1)[group] > COMMON_TEXTS
-        n_ignored = np.bincount(tasks[texts[is_common & changes]], minlength=n_tasks)
         grams, texts = grams[~is_common], texts[~is_common]
         keys, starts = np.unique(grams, return_index=True)
         n_records = [len(records) for records in self._text_records]
-        arrays = {
+        return {
             "keys": keys,
             "filter": _filter_of(keys),
             "key_starts": np.append(starts, len(grams)).astype(np.int64),
@@ -329,7 +313,6 @@ class _Runs:
             "text_starts": np.concatenate([[0], np.cumsum(n_records)]).astype(np.int64),
             "text_records": np.array([record for found in self._text_records for record in found], dtype=np.int32),
         }
-        return arrays, n_ignored
 
     def _index(self, texts: Sequence[str], first: int) -> None:
         """Add the grams of texts, the first of which has this number."""

@@ -6,6 +6,7 @@ Every piece of work goes to an `Engine`; what comes back is counts and names of 
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -221,25 +222,16 @@ class Passes:
         """Records of one file that carry the same id; they are kept, since their texts decide, but they are listed."""
         count = 0
         examples: list[dict[str, Any]] = []
-        for units in self._by_file():
-            columns = [unit.columns(["key_hash"])["key_hash"] for unit in units if unit.n]
+        for _, of_file in itertools.groupby(self._units, lambda unit: unit.record["file"]):
+            units = [unit for unit in of_file if unit.n]
+            columns = [unit.columns(["key_hash"])["key_hash"] for unit in units]
             hashes = np.concatenate([*columns, np.empty(0, np.uint64)])
             repeated, times = np.unique(hashes[hashes != 0], return_counts=True)
             repeated, times = repeated[times > 1], times[times > 1]
             count += int((times - 1).sum())
             if len(repeated) and len(examples) < KEYS_LISTED:
-                examples += _records_with(units, set(repeated.tolist()))[: KEYS_LISTED - len(examples)]
+                examples += _records_with(units, repeated)[: KEYS_LISTED - len(examples)]
         return {"count": count, "examples": examples}
-
-    def _by_file(self) -> Iterator[list[Annotated]]:
-        """The units, those of one large file together."""
-        whole: dict[str, list[Annotated]] = {}
-        for unit in self._units:
-            if unit.record["files"] == 1:
-                whole.setdefault(unit.record["file"], []).append(unit)
-            else:
-                yield [unit]
-        yield from whole.values()
 
     def _index_evaluation(self) -> str:
         """Build the index of evaluation data, if the recipe has any; its folder."""
@@ -330,17 +322,15 @@ def _packed(units: Sequence[Unit], split_bytes: int) -> Iterator[tuple[Unit, ...
         yield tuple(pack)
 
 
-def _records_with(units: Sequence[Annotated], hashes: set[int]) -> list[dict[str, Any]]:
+def _records_with(units: Sequence[Annotated], hashes: np.ndarray) -> list[dict[str, Any]]:
     """The ids behind these hashes, with the records that carry them."""
     import pyarrow.parquet as pq
 
     places: dict[tuple[str, str], list[str]] = {}
     for unit in units:
-        column = unit.columns(["key_hash"])["key_hash"] if unit.n else []
-        rows = [row for row, value in enumerate(column) if int(value) in hashes]
-        if rows:
-            table = pq.read_table(unit.folder / DOCUMENTS_TABLE, columns=["file", "key", "place", "number"]).take(rows)
-            for item in table.to_pylist():
-                record = f"{item['place']} {item['number'] + unit.first_number}"
-                places.setdefault((item["file"], item["key"]), []).append(record)
+        rows = np.flatnonzero(np.isin(unit.columns(["key_hash"])["key_hash"], hashes))
+        table = pq.read_table(unit.folder / DOCUMENTS_TABLE, columns=["file", "key", "place", "number"]).take(rows)
+        for item in table.to_pylist():
+            record = f"{item['place']} {item['number'] + unit.first_number}"
+            places.setdefault((item["file"], item["key"]), []).append(record)
     return [{"source": file, "id": key, "records": found[:10]} for (file, key), found in sorted(places.items())]

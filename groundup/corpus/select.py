@@ -53,23 +53,14 @@ class Annotated:
         """(n,) bool: which documents have not been removed yet."""
         return self.codes == 0
 
-    def columns(self, names: Sequence[str]) -> dict[str, Any]:
-        """Columns of the signals' table: numpy arrays, text columns as dictionary-encoded arrow arrays."""
-        import pyarrow as pa
+    def columns(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Columns of the signals' table: (n,) by name."""
         import pyarrow.parquet as pq
 
         if not self.n:
             return {name: np.empty(0) for name in names}
-        texts = [name for name in names if name in ("source", "language")]
-        table = pq.read_table(self.folder / SIGNALS_TABLE, columns=list(names), read_dictionary=texts)
-        found: dict[str, Any] = {}
-        for name in names:
-            column = table[name].combine_chunks()
-            if name in texts:
-                found[name] = column if isinstance(column, pa.DictionaryArray) else column.dictionary_encode()
-            else:
-                found[name] = column.to_numpy(zero_copy_only=False)
-        return found
+        table = pq.read_table(self.folder / SIGNALS_TABLE, columns=list(names))
+        return {name: table[name].to_numpy() for name in names}
 
     def remove(self, rows: np.ndarray, code: int) -> None:
         """Mark documents that still stay as removed."""
@@ -101,9 +92,8 @@ class Selection:
         unit.survivors = {}
         columns = unit.columns(["language", "language_score", "characters", *self._extra, *self._rule_signals])
         refusals: list[tuple[str, np.ndarray]] = [(Reason.SHORT, columns["characters"] < settings.min_characters)]
-        column = columns["language"]
-        languages = np.array(column.dictionary.to_pylist())[column.indices.to_numpy()] if unit.n else column
-        if settings.languages and unit.n:
+        languages = columns["language"].astype(str)
+        if settings.languages:
             is_other = ~np.isin(languages, settings.languages)
             refusals.append((Reason.LANGUAGE, is_other | (columns["language_score"] < settings.language_floor)))
         failed = first_failed(columns, self.rules, languages) if self.rules else np.full(unit.n, -1)
@@ -121,22 +111,16 @@ class Selection:
 
     def entries(self, unit: Annotated) -> list[Entry]:
         """The unit's documents by (reason, source, language), with their bytes."""
+        import pyarrow.parquet as pq
+
         if not unit.n:
             return []
-        columns = unit.columns(["source", "language", "bytes"])
-        sources, languages = columns["source"], columns["language"]
-        n_languages = len(languages.dictionary)
-        n_sources = len(sources.dictionary)
-        keys = (unit.codes.astype(np.int64) * n_sources + sources.indices.to_numpy()) * n_languages
-        keys += languages.indices.to_numpy()
-        found, inverse = np.unique(keys, return_inverse=True)
-        documents, sizes = np.bincount(inverse), np.bincount(inverse, weights=columns["bytes"])
-        source_names, language_names = sources.dictionary.to_pylist(), languages.dictionary.to_pylist()
-        entries = []
-        for key, n, size in zip(found.tolist(), documents, sizes, strict=True):
-            code, source, language = key // n_languages // n_sources, key // n_languages % n_sources, key % n_languages
-            entries.append((str(self.reasons[code]), source_names[source], language_names[language], int(n), int(size)))
-        return entries
+        table = pq.read_table(unit.folder / SIGNALS_TABLE, columns=["source", "language", "bytes"])
+        groups = table.append_column("code", [unit.codes]).group_by(["code", "source", "language"], use_threads=False)
+        found = groups.aggregate([("bytes", "count"), ("bytes", "sum")]).to_pydict()
+        reasons = [str(self.reasons[code]) for code in found["code"]]
+        columns = (found[name] for name in ("source", "language", "bytes_count", "bytes_sum"))
+        return list(zip(reasons, *columns, strict=True))
 
     @property
     def histograms(self) -> dict[str, Any]:
