@@ -88,12 +88,9 @@ class FilterStatistics:
     def merge(self, other: FilterStatistics) -> None:
         """Add what was counted of other documents."""
         self.characters_kept += other.characters_kept
-        for mine, more in (
-            (self.changed, other.changed),
-            (self._documents, other._documents),
-            (self._bytes, other._bytes),
-        ):
-            mine.update(more)
+        self.changed.update(other.changed)
+        self._documents.update(other._documents)
+        self._bytes.update(other._bytes)
         for reason, examples in other._examples.items():
             both = [*self._examples[reason], *examples]
             self._examples[reason] = heapq.nsmallest(EXAMPLES_PER_REASON, both, key=itemgetter(0))

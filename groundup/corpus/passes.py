@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from groundup.corpus.dedup import (
     repeated_parts,
     repeated_substrings,
 )  # fmt: skip
+from groundup.corpus.dedup.repeats import SPAN
 from groundup.corpus.document import Reason, SetAside
 from groundup.corpus.engine import Engine
 from groundup.corpus.filter_statistics import FilterStatistics, set_aside_record
@@ -33,7 +34,7 @@ from groundup.corpus.holdout import Holdout
 from groundup.corpus.mix import plan_mix, plan_tokens
 from groundup.corpus.reading.read import Unit, read, units_of
 from groundup.corpus.reading.sources import InputFiles, find_sources
-from groundup.corpus.select import Annotated, Selection, write_decisions
+from groundup.corpus.select import Annotated, Selection
 from groundup.corpus.words import WORDS_VERSION
 from groundup.corpus.write import Merge, WriteUnit, merge_range, write_unit
 from groundup.errors import DataError
@@ -124,18 +125,14 @@ class Passes:
         units, settings = self._units, self._settings
         for name in (STATISTICS_FILE, DOCUMENTS, SET_ASIDE_FILE):  # of an earlier call: the three belong together
             (self._out / name).unlink(missing_ok=True)
-        for number, (unit, cuts) in enumerate(zip(units, self._find_cuts(), strict=True)):
-            write_decisions(self._decisions(number), unit, cuts)
+        cuts = self._find_cuts()
         evaluation = self._index_evaluation()
         n_ranges = max(1, -(-self.statistics.bytes_kept // max(1, self._memory_bytes // 8)))
-        bounds = tuple(int(step) for step in (np.arange(1, n_ranges) * (2**64 / n_ranges)))
+        bounds = (0, *(int(step) for step in np.arange(1, n_ranges) * (2**64 / n_ranges)))
         tasks = [
-            WriteUnit(
-                str(unit.folder), str(self._decisions(number)), str(self._work / f"{number:06d}"), settings,
-                unit.first_number, evaluation, (0, *bounds),
-            )
-            for number, unit in enumerate(units)
-        ]  # fmt: skip
+            WriteUnit(unit, np.concatenate(spans), str(self._work / f"{number:06d}"), settings, evaluation, bounds)
+            for number, (unit, *spans) in enumerate(zip(units, *cuts, strict=True))
+        ]
         self._write_units(tasks)
         self._merge(tasks)
 
@@ -192,12 +189,12 @@ class Passes:
             found, self.more["clusters"] = near_duplicates(keys, kept, self._settings.minhash, *where)
             self._remove(found, selection.code(Reason.NEAR_DUPLICATE))
 
-    def _find_cuts(self) -> Iterable[Sequence[np.ndarray]]:
-        """For each unit the repeated spans to cut out of its texts, by search."""
+    def _find_cuts(self) -> list[list[np.ndarray]]:
+        """By search, for each unit the repeated spans to cut out of its texts; the first search finds none."""
         settings = self._settings
         common = (self._engine, self._memory_bytes)
         kept = [unit.stays for unit in self._units]
-        searches = []
+        searches = [[np.empty(0, SPAN) for _ in kept]]
         if settings.dedup_within != "none":
             self._show(0, total=1, note=f"repeated {settings.dedup_within}")
             within, least = settings.dedup_within, settings.dedup_within_characters
@@ -206,11 +203,11 @@ class Passes:
             self._show(0, total=1, note="repeated passages")
             n_words = settings.dedup_substring
             searches.append(repeated_substrings(self._keys, kept, n_words, self._work / "substrings", *common))
-        return zip(*searches, strict=True) if searches else [()] * len(self._units)
+        return searches
 
     @property
     def _keys(self) -> list[UnitKeys]:
-        return [UnitKeys(unit.folder.name, unit.folder, unit.n) for unit in self._units]
+        return [UnitKeys(unit.folder, unit.n) for unit in self._units]
 
     def _remove(self, found: Sequence[Removed], code: int) -> None:
         for unit, removed in zip(self._units, found, strict=True):
@@ -242,9 +239,6 @@ class Passes:
         folder = self._work / "evaluation"
         EvaluationIndex.build(asked.files, asked.ngram, folder)
         return str(folder)
-
-    def _decisions(self, number: int) -> Path:
-        return self._work / f"{number:06d}.decisions.npz"
 
     def _write_units(self, tasks: Sequence[WriteUnit]) -> None:
         """Write every unit's survivors, and count what the steps that read their texts have removed."""

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from groundup.corpus.annotate import PREDICATE, SCORE, SIGNALS_TABLE, TOXIC
-from groundup.corpus.dedup.repeats import SPAN
 from groundup.corpus.document import Reason
 from groundup.corpus.filter_statistics import KEPT, Entry
 from groundup.corpus.quality.rules import Rule, first_failed, rules_for
@@ -146,23 +145,6 @@ class Selection:
         values = values[~np.isnan(values)]
         counts = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)[0]
         self._histograms[name] = self._histograms.get(name, 0) + counts
-
-
-def write_decisions(path: Path, unit: Annotated, cuts: Sequence[np.ndarray]) -> None:
-    """Save what was decided, and what each search wants cut out (`SPAN` records), for the workers that write."""
-    rows = np.array(sorted(unit.survivors), dtype=np.int64)
-    ids = np.array([unit.survivors[int(row)] for row in rows], dtype="S32")
-    np.savez(path, codes=unit.codes, rows=rows, ids=ids, cuts=np.concatenate([np.empty(0, SPAN), *cuts]))
-
-
-def read_decisions(path: Path) -> tuple[np.ndarray, dict[int, str], dict[int, list[tuple[int, int]]]]:
-    """The codes, for duplicates the id of the document kept, and the stretches to cut out of rows."""
-    with np.load(path) as saved:
-        survivors = {int(row): value.decode() for row, value in zip(saved["rows"], saved["ids"], strict=True)}
-        cuts: dict[int, list[tuple[int, int]]] = {}
-        for row, begin, end in saved["cuts"].tolist():
-            cuts.setdefault(row, []).append((begin, end))
-        return saved["codes"], survivors, cuts
 
 
 def _edges(name: str) -> np.ndarray:

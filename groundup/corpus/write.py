@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from groundup.corpus.document import Document, Reason, SetAside, derived_id, exc
 from groundup.corpus.filter_statistics import KEPT, Entry, FilterStatistics, set_aside_record
 from groundup.corpus.holdout import Holdout
 from groundup.corpus.mix import copies_of
-from groundup.corpus.select import Selection, read_decisions
+from groundup.corpus.select import Annotated, Selection
 from groundup.recipe import CorpusSettings
 
 ID_PREFIX = b'{"id":"'
@@ -40,19 +40,17 @@ class WriteUnit:
     """One unit's share of the third pass.
 
     Attributes:
-        annotation: the folder of the unit's annotation.
-        decisions: which documents are kept, and what is cut out of them (`write_decisions`).
+        unit: its annotation, and which documents are kept.
+        cuts: the stretches of characters to cut out of its texts (`SPAN` records).
         out: the file to write, without its ending.
-        first_number: records of the same file in the units before it.
         evaluation: the evaluation index's folder, or "".
         bounds: the first 64 bits of the ids at which ranges begin.
     """
 
-    annotation: str
-    decisions: str
+    unit: Annotated
+    cuts: np.ndarray
     out: str
     settings: CorpusSettings
-    first_number: int
     evaluation: str
     bounds: tuple[int, ...]
 
@@ -78,8 +76,10 @@ class Written(NamedTuple):
 class _UnitWriter:
     def __init__(self, work: WriteUnit) -> None:
         self._work, self._settings = work, work.settings
-        self._folder = Path(work.annotation)
-        self._codes, self._survivors, self._cuts = read_decisions(Path(work.decisions))
+        self._folder, self._codes = work.unit.folder, work.unit.codes
+        self._cuts: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+        for row, begin, end in work.cuts.tolist():
+            self._cuts[row].append((begin, end))
         self._selection = Selection(work.settings)
         self._evaluation = EvaluationIndex(work.evaluation) if work.evaluation else None
         self._details = _Details(self._folder, self._codes, self._selection) if self._codes.any() else None
@@ -110,13 +110,13 @@ class _UnitWriter:
     def _unread(self, line: bytes) -> SetAside:
         record = SetAside(**orjson.loads(line))
         if record.place:
-            record = replace(record, number=record.number + self._work.first_number)
+            record = replace(record, number=record.number + self._work.unit.first_number)
         key = xxhash.xxh3_128_hexdigest(f"{record.source}\0{record.position}".encode())
         self._statistics.add_example(key, record)
         return record
 
     def _judged(self) -> Iterator[SetAside]:
-        first = self._work.first_number
+        first = self._work.unit.first_number
         for rows in _row_groups(self._folder):
             texts = {
                 row: cut_spans(values["text"], self._cuts[row]) if row in self._cuts else values["text"]
@@ -176,9 +176,10 @@ class _UnitWriter:
         self._statistics.add([(reason, values["source"], values["language"], 1, size_bytes)])
 
     def _detail(self, row: int, reason: str) -> str:
-        if row in self._survivors:
+        survivor = self._work.unit.survivors.get(row)
+        if survivor is not None:
             same = "the same text as" if reason == Reason.DUPLICATE else "nearly the same text as"
-            return f"{same} document {self._survivors[row]}"
+            return f"{same} document {survivor}"
         assert self._details is not None
         return self._details.of(row, reason)
 

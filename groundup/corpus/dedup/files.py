@@ -34,14 +34,12 @@ class UnitKeys:
     """What is known of one unit's documents, in files that are mapped into memory.
 
     Attributes:
-        name: the unit's name.
         folder: holds `ids.npy` (n, 2) uint64, `digests.npy` (n, 2) uint64 (xxh3-128 of the text), `lengths.npy` (n,)
             int64 (characters) and, for near-duplicates, `signatures.npy` (n, bands * rows) uint32; none of them
             if n is 0. The texts are the column `text` of its `documents.parquet`.
         n: documents.
     """
 
-    name: str
     folder: Path
     n: int
 
@@ -131,7 +129,7 @@ def key_store(folder: Path, units: Sequence[UnitKeys], kept: Sequence[np.ndarray
     own_folder(folder)
     try:
         for unit, mask in zip(units, kept, strict=True):
-            assert mask.shape == (unit.n,), f"unit {unit.name}: {mask.shape} flags for {unit.n} documents"
+            assert mask.shape == (unit.n,), f"{unit.folder}: {mask.shape} flags for {unit.n} documents"
         write_json(folder / _UNITS, [[str(unit.folder.resolve()), unit.n] for unit in units])
         save(folder / _KEPT, np.concatenate([np.empty(0, dtype=bool), *kept]))
         yield KeyStore(folder)

@@ -119,7 +119,7 @@ def left_out(
 
 
 def first_failed(
-    signals: Mapping[str, NDArray[Any]], rules: Sequence[Rule], languages: Sequence[str] | None = None
+    signals: Mapping[str, NDArray[Any]], rules: Sequence[Rule], languages: Sequence[str] | NDArray[Any] | None = None
 ) -> NDArray[np.int16]:
     """(n,) the index of the first rule that each text fails, -1 for those that pass them all.
 
