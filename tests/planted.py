@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from groundup.corpus.dedup import UnitKeys
+from groundup.corpus.dedup.files import UnitKeys
 from groundup.corpus.dedup.minhash import signatures
 from groundup.reference.minhash import jaccard, shingles
 

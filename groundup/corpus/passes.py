@@ -18,15 +18,9 @@ import orjson
 from groundup.console import format_bytes
 from groundup.corpus.annotate import DOCUMENTS_TABLE, Annotation, annotate, annotation_fingerprint, stamp_of
 from groundup.corpus.decontaminate import ContaminationCounts, EvaluationIndex
-from groundup.corpus.dedup import (
-    Removed,
-    UnitKeys,
-    exact_duplicates,
-    near_duplicates,
-    repeated_parts,
-    repeated_substrings,
-)  # fmt: skip
-from groundup.corpus.dedup.repeats import SPAN
+from groundup.corpus.dedup.files import Removed, UnitKeys
+from groundup.corpus.dedup.near import near_duplicates
+from groundup.corpus.dedup.repeats import SPAN, exact_duplicates, repeated_parts, repeated_substrings
 from groundup.corpus.document import Reason, SetAside
 from groundup.corpus.engine import Engine
 from groundup.corpus.filter_statistics import FilterStatistics, set_aside_record
@@ -181,13 +175,13 @@ class Passes:
         keys = self._keys
         self._show(0, total=1, note="exact duplicates")
         found = exact_duplicates(keys, [u.stays for u in units], self._work / "exact", self._engine, self._memory_bytes)
-        self._remove(found, selection.code(Reason.DUPLICATE))
+        self._remove(found, selection.reasons.index(Reason.DUPLICATE))
         if self._settings.dedup == "near":
             self._show(0, total=1, note="near-duplicates")
             kept = [unit.stays for unit in units]
             where = (self._work / "near", self._engine, self._memory_bytes)
             found, self.more["clusters"] = near_duplicates(keys, kept, self._settings.minhash, *where)
-            self._remove(found, selection.code(Reason.NEAR_DUPLICATE))
+            self._remove(found, selection.reasons.index(Reason.NEAR_DUPLICATE))
 
     def _find_cuts(self) -> list[list[np.ndarray]]:
         """By search, for each unit the repeated spans to cut out of its texts; the first search finds none."""

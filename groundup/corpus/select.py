@@ -80,10 +80,6 @@ class Selection:
         ]  # fmt: skip
         self._histograms: dict[str, np.ndarray] = {}
 
-    def code(self, reason: str) -> int:
-        """The code of a reason."""
-        return self.reasons.index(reason)
-
     def judge(self, unit: Annotated) -> None:
         """Apply every rule that looks at one document alone."""
         settings, reasons = self.settings, self.reasons

@@ -22,7 +22,7 @@ import xxhash
 
 from groundup.corpus.annotate import DOCUMENTS_TABLE, EMPTIED, SCORE, SET_ASIDE, SIGNALS_TABLE, TOXIC
 from groundup.corpus.decontaminate import ContaminationCounts, EvaluationIndex, Match
-from groundup.corpus.dedup import cut_spans
+from groundup.corpus.dedup.repeats import cut_spans
 from groundup.corpus.document import Document, Reason, SetAside, derived_id, excerpt_of
 from groundup.corpus.filter_statistics import KEPT, Entry, FilterStatistics, set_aside_record
 from groundup.corpus.holdout import Holdout

@@ -74,11 +74,6 @@ def all_rules() -> dict[str, Rule]:
     return {record["name"]: Rule(**record) for record in _data()["rules"]}
 
 
-def presets() -> dict[str, str]:
-    """Every preset and what it is for."""
-    return dict(_data()["about"])
-
-
 def rules_for(
     quality: Collection[str], thresholds: Mapping[str, float | bool], languages: Collection[str] = ()
 ) -> list[Rule]:
