@@ -48,7 +48,6 @@ _INDEX = "index.json"
 _FILTER_BITS_PER_KEY = 32
 _FILTER_MOST_BITS = 28
 _LENGTH_SALT = 0xC2B2AE3D27D4EB4F
-_SECOND_PROBE = np.uint64(0x9E3779B97F4A7C15)
 _FILES = "[corpus.decontaminate] files"
 _SPLIT_NAMES = re.compile(r"(?:test|train|dev|val|valid|validation|data|eval)(?:[-_.]|$)", re.IGNORECASE)
 _PLAIN = CorpusSettings(text_field="")
@@ -150,7 +149,6 @@ class EvaluationIndex:
             grams, starts = words.ngrams(length)
             grams = grams ^ _length_salt(length)
             hits = np.flatnonzero(has_bits(self._filter, grams))
-            hits = hits[has_bits(self._filter, grams[hits] * _SECOND_PROBE)]
             keys = np.searchsorted(self._keys, grams[hits])
             keys[keys == len(self._keys)] = 0
             same = self._keys[keys] == grams[hits]
@@ -348,11 +346,10 @@ def _length_salt(length: int) -> np.uint64:
 
 
 def _filter_of(keys: np.ndarray) -> np.ndarray:
-    """A Bloom filter (Bloom 1970) with two probes, (n_bits / 8,) uint8: it dismisses nearly all that is not a key."""
+    """(n_bits / 8,) uint8, one bit for each key: it dismisses 31 of 32 others, and only the rest are looked up."""
     n_bits = 1 << min(_FILTER_MOST_BITS, max(6, int(len(keys) * _FILTER_BITS_PER_KEY).bit_length() - 1))
     bits = np.zeros(n_bits // 8, dtype=np.uint8)
     set_bits(bits, keys)
-    set_bits(bits, keys * _SECOND_PROBE)
     return bits
 
 
