@@ -28,8 +28,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from planted import Pair, digests_of, planted_pairs, texts_of, write_units
 
 import groundup
-from groundup.corpus.dedup import near_duplicates
 from groundup.corpus.dedup.minhash import match_probability, signatures
+from groundup.corpus.dedup.near import near_duplicates
 from groundup.corpus.engine import Engine
 from groundup.corpus.words import words_of
 from groundup.recipe import MinHashSettings

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from groundup.corpus.dedup import UnitKeys
+from groundup.corpus.dedup.files import UnitKeys
 from groundup.corpus.dedup.minhash import signatures
 from groundup.reference.minhash import jaccard, shingles
 
@@ -95,7 +95,7 @@ def write_units(
             np.save(place / "lengths.npy", np.array([len(text) for text in mine], dtype=np.int64))
             np.save(place / "signatures.npy", signatures(mine, ngram=ngram, n_hashes=bands * rows))
             pq.write_table(pa.table({"text": mine}), place / "documents.parquet", row_group_size=100)
-        units.append(UnitKeys(place.name, place, len(mine)))
+        units.append(UnitKeys(place, len(mine)))
     return units
 
 

@@ -4,7 +4,6 @@ import bz2
 import csv
 import gzip
 import json
-import pickle
 import random
 import re
 from collections.abc import Iterable
@@ -17,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from groundup.corpus.decontaminate import COMMON_TEXTS, ContaminationCounts, EvaluationIndex, Match, find_tasks
-from groundup.errors import ArtifactError, DataError
+from groundup.errors import DataError
 
 NUMBERS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()  # noqa: SIM905
 QUESTION = "If a train leaves Berlin at nine and travels north at sixty miles an hour, when does it reach Hamburg?"
@@ -102,7 +101,6 @@ def test_the_wording_of_instructions_is_ignored_but_not_what_is_asked(tmp_path: 
     random_words = random.Random(1)
     asked = [" ".join(random_words.choices(NUMBERS, k=30)) for _ in range(COMMON_TEXTS + 1)]
     index = index_of(tmp_path, [{"q": f"{fixed}: {question}"} for question in asked])
-    assert index.n_ignored["quiz"] >= 5
     assert index.find([fixed, f"They wrote: {fixed}. And more."]) == [[], []]
     assert [len(matches) for matches in index.find(asked)] == [1] * len(asked)
     few = index_of(tmp_path / "few", [{"q": f"{fixed}: {question}"} for question in asked[:COMMON_TEXTS]])
@@ -198,19 +196,6 @@ def test_depth_and_lone_surrogates_are_no_obstacle(tmp_path: Path) -> None:
     assert [[match.record for match in found] for found in index.find([QUESTION, "\udfff " + QUESTION])] == [[1], [1]]
 
 
-def test_the_index_is_the_same_on_disk_and_elsewhere(tmp_path: Path, index: EvaluationIndex) -> None:
-    texts = [QUESTION, "nothing", f"a {PIECE} b"]
-    again = pickle.loads(pickle.dumps(index))
-    assert len(pickle.dumps(index)) < 1000
-    assert again.find(texts) == index.find(texts) == EvaluationIndex(tmp_path / "index").find(texts)
-    with pytest.raises(ArtifactError):
-        EvaluationIndex(tmp_path)
-    about = json.loads((tmp_path / "index" / "index.json").read_text())
-    (tmp_path / "index" / "index.json").write_text(json.dumps({**about, "words_version": -1}))
-    with pytest.raises(ArtifactError, match="another version"):
-        EvaluationIndex(tmp_path / "index")
-
-
 def plain_matches(evaluation: list[list[str]], text: str, ngram: int) -> dict[int, int]:
     """The same by sets of tuples, without hashes: record number to longest run."""
     words = re.findall(r"[a-z0-9]+", text.lower())
@@ -277,7 +262,7 @@ def test_counts_are_the_same_in_any_order() -> None:
     for document, matches in found.items():
         alone.add(document, matches)
         (one if document == "d2" else two).add(document, matches)
-    one.merge(json.loads(json.dumps(two.state())))
+    one.merge(two)
     summary = one.summary({"arc": 100, "gsm8k": 50, "piqa": 10})
     assert summary == alone.summary({"arc": 100, "gsm8k": 50, "piqa": 10})
     assert summary["arc"] | {"examples": 0} == {"records": 100, "records_hit": 2, "documents": 2, "examples": 0}

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from lengths import examples
 from planted import NGRAM, digests_of, planted_pairs, texts_of, write_units
 
-from groundup.corpus.dedup import Removed, UnitKeys, exact_duplicates, near_duplicates
 from groundup.corpus.dedup import near as near_module
+from groundup.corpus.dedup.files import Removed, UnitKeys
 from groundup.corpus.dedup.minhash import signatures
-from groundup.corpus.dedup.near import decide, join
+from groundup.corpus.dedup.near import decide, join, near_duplicates
+from groundup.corpus.dedup.repeats import exact_duplicates
 from groundup.corpus.engine import Engine, LocalPool
 from groundup.errors import ArtifactError
 from groundup.recipe import MinHashSettings
@@ -257,7 +258,7 @@ def test_a_bucket_of_a_hundred_thousand_is_not_compared_pair_by_pair(tmp_path):
     np.save(folder / "ids.npy", generator.integers(0, 1 << 63, (n, 2), dtype=np.uint64))
     np.save(folder / "lengths.npy", np.full(n, 100))
     np.save(folder / "signatures.npy", np.broadcast_to(np.arange(4, dtype=np.uint32), (n, 4)))
-    units = [UnitKeys("unit", folder, n)]
+    units = [UnitKeys(folder, n)]
     (found,), report = near_duplicates(
         units, everyone(units), MinHashSettings(bands=2, rows=2), tmp_path / "work", Engine(), MEMORY
     )

@@ -1,15 +1,17 @@
 """The hold-out: decided by the id alone, never an empty part, the same however the documents were spread."""
 
-import json
 import pickle
 import random
+from pathlib import Path
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groundup.corpus.document import Document, derived_id, text_id
+from groundup.corpus.document import Document, text_id
 from groundup.corpus.holdout import AUTO_DOCUMENTS, Holdout
+from groundup.corpus.write import Merge, merge_range
 from groundup.errors import DataError
 from groundup.recipe import CorpusSettings
 
@@ -46,8 +48,7 @@ def test_workers_that_saw_parts_agree_with_one_that_saw_all(
     shuffler.shuffle(parts)
     merged = holdout_of([], share=share)
     for part in parts:
-        merged.merge(json.loads(json.dumps(part.state())))
-    assert merged.state() == alone.state()
+        merged.merge(pickle.loads(pickle.dumps(part)))
     again = pickle.loads(pickle.dumps(merged))
     assert [again.split_of(one) for one in ids] == [alone.split_of(one) for one in ids]
     assert again.moved == alone.moved
@@ -72,13 +73,17 @@ def test_the_order_of_ids_says_nothing_about_the_split() -> None:
     assert 100 < first < 300
 
 
-def test_copies_fall_to_the_side_of_their_original() -> None:
-    ids = [text_id(f"document {number}") for number in range(200)]
+def test_copies_fall_to_the_side_of_their_original(tmp_path: Path) -> None:
+    ids = sorted(text_id(f"document {number}") for number in range(200))
+    rest = {"source": "s", "language": "en", "url": ""}
+    lines = b"".join(orjson.dumps({"id": one, **rest, "text": one}) + b"\n" for one in ids)
+    (tmp_path / "unit.jsonl").write_bytes(lines)
     holdout = holdout_of(ids, share=0.5)
-    for one in ids:
-        copy = document(derived_id(one, "copy 1"))
-        [split] = holdout.divide(copy, original_id=one)
-        assert (split.id, split.split) == (copy.id, holdout.divide(document(one))[0].split)
+    pieces = [(str(tmp_path / "unit.jsonl"), 0, len(lines))]
+    merge_range(Merge(pieces, str(tmp_path / "out.jsonl"), holdout, {"s": 3.0}))
+    written = [orjson.loads(line) for line in (tmp_path / "out.jsonl").read_bytes().splitlines()]
+    assert len({copy["id"] for copy in written}) == 600
+    assert all(copy["split"] == holdout.split_of(copy["text"]) for copy in written)
 
 
 @pytest.mark.parametrize(("ids", "by"), [([], "tail"), (["a"], "tail"), (["a"] * 50, "tail")])
@@ -92,7 +97,7 @@ def test_auto_counts_the_documents_of_all_workers() -> None:
     ids = [text_id(str(number)) for number in range(AUTO_DOCUMENTS)]
     holdout = holdout_of(ids[:7], by="auto")
     assert holdout.by == "tail"
-    holdout.merge(holdout_of(ids[7:], by="auto").state())
+    holdout.merge(holdout_of(ids[7:], by="auto"))
     assert holdout.by == "document"
 
 

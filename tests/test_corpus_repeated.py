@@ -15,8 +15,15 @@ from hypothesis import strategies as st
 from lengths import examples
 from planted import digests_of, planted_pairs, write_units
 
-from groundup.corpus.dedup import cut_spans, repeated_parts, repeated_substrings
-from groundup.corpus.dedup.repeats import MIN_CHARACTERS, SPAN, part_spans, union
+from groundup.corpus.dedup.repeats import (
+    MIN_CHARACTERS,
+    SPAN,
+    cut_spans,
+    part_spans,
+    repeated_parts,
+    repeated_substrings,
+    union,
+)
 from groundup.corpus.engine import Engine, LocalPool
 from groundup.corpus.words import words_of
 

@@ -274,10 +274,12 @@ class _Annotator:
             "text": pa.array(stored, pa.binary()).view(pa.string()),
             "source": [row.source for row in rows],
             "file": [row.file for row in rows],
-            **{
-                name: [getattr(row.record, name) for row in rows]
-                for name in ("url", "key", "position", "place", "number")
-            },
+            "url": [row.record.url for row in rows],
+            "key": [row.record.key for row in rows],
+            # With their type: to find one out, pyarrow loads dateutil.
+            "position": pa.array([row.record.position for row in rows], pa.int64()),
+            "place": [row.record.place for row in rows],
+            "number": pa.array([row.record.number for row in rows], pa.int64()),
         }
         yield DOCUMENTS_TABLE, pa.table(documents)
         lengths = np.array([len(row.text) for row in rows], dtype=np.int64)
@@ -287,7 +289,7 @@ class _Annotator:
             "language": [code for code, _ in languages],
             "language_score": pa.array([score for _, score in languages], pa.float32()),
             "characters": lengths,
-            "bytes": [len(row.encoded) for row in rows],
+            "bytes": pa.array([len(row.encoded) for row in rows], pa.int64()),
             "key_hash": pa.array([_key_hash(row.file, row.record.key) for row in rows], pa.uint64()),
         }
         chosen = [rows[place] for place in wanted]

@@ -19,10 +19,9 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from operator import attrgetter
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,8 @@ from groundup.corpus.document import Reason, SetAside, batches
 from groundup.corpus.reading.intake import limit_bytes
 from groundup.corpus.reading.sources import InputFile, find_sources
 from groundup.corpus.reading.values import read_values, strings_of
-from groundup.corpus.words import WORDS_VERSION, Words, has_bits, set_bits, words_of
-from groundup.errors import ArtifactError, DataError
+from groundup.corpus.words import Words, has_bits, set_bits, words_of
+from groundup.errors import DataError
 from groundup.files import atomic_folder, read_json, write_json
 from groundup.recipe import CorpusSettings
 from groundup.untrusted import reading
@@ -49,7 +48,6 @@ _INDEX = "index.json"
 _FILTER_BITS_PER_KEY = 32
 _FILTER_MOST_BITS = 28
 _LENGTH_SALT = 0xC2B2AE3D27D4EB4F
-_SECOND_PROBE = np.uint64(0x9E3779B97F4A7C15)
 _FILES = "[corpus.decontaminate] files"
 _SPLIT_NAMES = re.compile(r"(?:test|train|dev|val|valid|validation|data|eval)(?:[-_.]|$)", re.IGNORECASE)
 _PLAIN = CorpusSettings(text_field="")
@@ -78,23 +76,19 @@ class Match:
 class EvaluationIndex:
     """The runs of words of all evaluation data, in the folder that `build` wrote, shared by the processes that map it.
 
-    It is pickled as its path. ArtifactError: there is no index, or one of another version.
+    ArtifactError: there is no index.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self._folder = Path(folder)
-        about = read_json(self._folder / _INDEX)
-        if about["words_version"] != WORDS_VERSION:
-            raise ArtifactError(f"{self._folder}: made by another version of groundup.", "Build it again.")
+        folder = Path(folder)
+        about = read_json(folder / _INDEX)
         self.tasks: dict[str, int] = about["tasks"]
         """Records of each task, in the order of the files."""
-        self.n_ignored: dict[str, int] = about["ignored"]
-        """Runs of words that were ignored in each task because too many of its strings have them."""
         self._lengths: list[int] = about["lengths"]
         self._names = list(self.tasks)
 
         def array(name: str) -> np.ndarray:
-            return np.asarray(np.load(self._folder / f"{name}.npy", mmap_mode="r"))
+            return np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
 
         self._keys, self._filter = array("keys"), array("filter")
         self._key_starts, self._key_texts = array("key_starts"), array("key_texts")
@@ -113,7 +107,7 @@ class EvaluationIndex:
         tasks = find_tasks(files)
         runs = _Runs(ngram)
         n_records = {task.name: runs.add(number, task) for number, task in enumerate(tasks)}
-        arrays, n_ignored = runs.arrays(len(tasks))
+        arrays = runs.arrays()
         if not len(arrays["keys"]):
             least = min(ngram, SHORTEST_WORDS)
             raise DataError(
@@ -125,18 +119,8 @@ class EvaluationIndex:
         with atomic_folder(Path(folder)) as place:
             for name, array in arrays.items():
                 np.save(place / f"{name}.npy", array)
-            about = {
-                "words_version": WORDS_VERSION,
-                "ngram": ngram,
-                "lengths": sorted(runs.lengths),
-                "tasks": n_records,
-                "ignored": {task.name: int(n) for task, n in zip(tasks, n_ignored, strict=True)},
-            }
-            write_json(place / _INDEX, about)
+            write_json(place / _INDEX, {"lengths": sorted(runs.lengths), "tasks": n_records})
         return cls(folder)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return EvaluationIndex, (str(self._folder),)
 
     def find(self, texts: Sequence[str]) -> list[list[Match]]:
         """The evaluation records that each text repeats, by task and number. Many texts at once are faster."""
@@ -165,7 +149,6 @@ class EvaluationIndex:
             grams, starts = words.ngrams(length)
             grams = grams ^ _length_salt(length)
             hits = np.flatnonzero(has_bits(self._filter, grams))
-            hits = hits[has_bits(self._filter, grams[hits] * _SECOND_PROBE)]
             keys = np.searchsorted(self._keys, grams[hits])
             keys[keys == len(self._keys)] = 0
             same = self._keys[keys] == grams[hits]
@@ -204,53 +187,43 @@ class EvaluationIndex:
         ]
 
 
-@dataclass
-class _TaskCounts:
-    documents: int = 0
-    records: set[int] = field(default_factory=set)
-    examples: list[tuple[str, int, str]] = field(default_factory=list)
-
-    def merge(self, documents: int, records: Iterable[int], examples: Iterable[Sequence[Any]]) -> None:
-        self.documents += documents
-        self.records.update(records)
-        self.examples = sorted({*self.examples, *((of, record, text) for of, record, text in examples)})
-        del self.examples[EXAMPLES_PER_TASK:]
-
-
 class ContaminationCounts:
     """What decontamination found, task by task; the same whatever the order of documents and workers."""
 
     def __init__(self) -> None:
-        self._tasks: dict[str, _TaskCounts] = {}
+        self._documents: Counter[str] = Counter()
+        self._records: defaultdict[str, set[int]] = defaultdict(set)
+        self._examples: defaultdict[str, set[tuple[str, int, str]]] = defaultdict(set)
 
-    def add(self, document_id: str, matches: Iterable[Match]) -> None:
-        """Take note of one document's matches, those of a task side by side."""
-        for task, group in itertools.groupby(matches, key=attrgetter("task")):
-            examples = [(document_id, match.record, match.text) for match in group]
-            self.merge({task: {"documents": 1, "records": [record for _, record, _ in examples], "examples": examples}})
+    def add(self, document_id: str, matches: Sequence[Match]) -> None:
+        """Take note of one document's matches."""
+        self._documents.update({match.task for match in matches})
+        for match in matches:
+            self._records[match.task].add(match.record)
+            self._show(match.task, {(document_id, match.record, match.text)})
 
-    def state(self) -> dict[str, Any]:
-        """All of it, JSON-able, for `merge`."""
-        return {
-            task: {"documents": seen.documents, "records": sorted(seen.records), "examples": seen.examples}
-            for task, seen in sorted(self._tasks.items())
-        }
+    def merge(self, other: ContaminationCounts) -> None:
+        """Add what was counted of other documents."""
+        self._documents.update(other._documents)
+        for task, records in other._records.items():
+            self._records[task] |= records
+            self._show(task, other._examples[task])
 
-    def merge(self, state: Mapping[str, Any]) -> None:
-        """Add what another counted (its `state()`), of other documents."""
-        for task, seen in state.items():
-            self._tasks.setdefault(task, _TaskCounts()).merge(**seen)
+    def _show(self, task: str, examples: set[tuple[str, int, str]]) -> None:
+        self._examples[task] = set(sorted(self._examples[task] | examples)[:EXAMPLES_PER_TASK])
 
     def summary(self, n_records: Mapping[str, int]) -> dict[str, Any]:
         """For each of `EvaluationIndex.tasks`: records (all), records_hit, documents (that repeat it), examples."""
-        summaries = {}
-        for task, total in n_records.items():
-            seen = self._tasks.get(task, _TaskCounts())
-            names = ("document", "record", "text")
-            examples = [dict(zip(names, example, strict=True)) for example in seen.examples]
-            hit = {"records_hit": len(seen.records), "documents": seen.documents}
-            summaries[task] = {"records": total, **hit, "examples": examples}
-        return summaries
+        names = ("document", "record", "text")
+        return {
+            task: {
+                "records": total,
+                "records_hit": len(self._records[task]),
+                "documents": self._documents[task],
+                "examples": [dict(zip(names, one, strict=True)) for one in sorted(self._examples[task])],
+            }
+            for task, total in n_records.items()
+        }
 
 
 def _covered(places: np.ndarray, lengths: np.ndarray, n_words: int) -> np.ndarray:
@@ -309,8 +282,8 @@ class _Runs:
         self._text_tasks += [task_number] * (first - len(self._text_tasks))
         return n_records
 
-    def arrays(self, n_tasks: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """The index's arrays by name, and how many grams of each task are too common to count.
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The index's arrays by name, without the grams that are too common to count.
 
         keys: (n_keys,) uint64, sorted; filter: see `_filter_of`; key_starts: (n_keys + 1,) int64, places in key_texts,
         where each key's texts begin; key_texts: int32. text_tasks: (n_texts,) int32; text_starts: (n_texts + 1,) int64,
@@ -324,14 +297,12 @@ class _Runs:
         once = is_new(grams) | is_new(texts)
         grams, texts = grams[once], texts[once]
         # A task's texts are numbered in a row, so within a gram they stand together.
-        changes = is_new(grams) | is_new(tasks[texts])
-        group = np.cumsum(changes) - 1
+        group = np.cumsum(is_new(grams) | is_new(tasks[texts])) - 1
         is_common = np.bincount(group, minlength=1)[group] > COMMON_TEXTS
-        n_ignored = np.bincount(tasks[texts[is_common & changes]], minlength=n_tasks)
         grams, texts = grams[~is_common], texts[~is_common]
         keys, starts = np.unique(grams, return_index=True)
         n_records = [len(records) for records in self._text_records]
-        arrays = {
+        return {
             "keys": keys,
             "filter": _filter_of(keys),
             "key_starts": np.append(starts, len(grams)).astype(np.int64),
@@ -340,7 +311,6 @@ class _Runs:
             "text_starts": np.concatenate([[0], np.cumsum(n_records)]).astype(np.int64),
             "text_records": np.array([record for found in self._text_records for record in found], dtype=np.int32),
         }
-        return arrays, n_ignored
 
     def _index(self, texts: Sequence[str], first: int) -> None:
         """Add the grams of texts, the first of which has this number."""
@@ -376,11 +346,10 @@ def _length_salt(length: int) -> np.uint64:
 
 
 def _filter_of(keys: np.ndarray) -> np.ndarray:
-    """A Bloom filter (Bloom 1970) with two probes, (n_bits / 8,) uint8: it dismisses nearly all that is not a key."""
+    """(n_bits / 8,) uint8, one bit for each key: it dismisses 31 of 32 others, and only the rest are looked up."""
     n_bits = 1 << min(_FILTER_MOST_BITS, max(6, int(len(keys) * _FILTER_BITS_PER_KEY).bit_length() - 1))
     bits = np.zeros(n_bits // 8, dtype=np.uint8)
     set_bits(bits, keys)
-    set_bits(bits, keys * _SECOND_PROBE)
     return bits
 
 

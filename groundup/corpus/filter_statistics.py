@@ -6,9 +6,11 @@ are those kept plus those removed; a step that breaks this stops the stage.
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from groundup.corpus.document import Reason, SetAside, is_fault
@@ -73,15 +75,26 @@ class FilterStatistics:
         """UTF-8 bytes of the documents kept, by source."""
         return dict(sorted(_sums({key: size for key, size in self._bytes.items() if key[0] == KEPT}, 1).items()))
 
-    def add_examples(self, reason: str, examples: Iterable[tuple[str, dict[str, Any]]]) -> None:
-        """Examples of removed documents, each with a random key: those with the smallest keys are kept."""
-        self._examples[reason] = heapq.nsmallest(
-            EXAMPLES_PER_REASON, [*self._examples[reason], *examples], key=lambda item: item[0]
-        )
+    def add_example(self, key: str, record: SetAside) -> None:
+        """Take note of a removed document, with a random key: those with the smallest keys are shown. The first broken
+        one is named in the warning."""
+        examples = self._examples[record.reason]
+        if len(examples) < EXAMPLES_PER_REASON or key < examples[-1][0]:
+            bisect.insort(examples, (key, set_aside_record(record)), key=itemgetter(0))
+            del examples[EXAMPLES_PER_REASON:]
+        if self._first_fault is None and is_fault(record.reason):
+            self._first_fault = record
 
-    def note_fault(self, record: SetAside) -> None:
-        """Keep the first broken record, for the warning."""
-        self._first_fault = self._first_fault or record
+    def merge(self, other: FilterStatistics) -> None:
+        """Add what was counted of other documents."""
+        self.characters_kept += other.characters_kept
+        self.changed.update(other.changed)
+        self._documents.update(other._documents)
+        self._bytes.update(other._bytes)
+        for reason, examples in other._examples.items():
+            both = [*self._examples[reason], *examples]
+            self._examples[reason] = heapq.nsmallest(EXAMPLES_PER_REASON, both, key=itemgetter(0))
+        self._first_fault = self._first_fault or other._first_fault
 
     def check(self, step: str) -> None:
         """Check after a step that the documents kept and removed are those that came in, or raise GroundupError."""

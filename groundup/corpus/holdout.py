@@ -5,13 +5,12 @@ text, so that depends on nothing else: not on a file, a place or the other docum
 fall that way that one part would be empty, the one with the nearest hash changes sides.
 By tail: the last `share` of every document is held out, cut at a paragraph, a line or a word near there.
 
-Several processes can look at different documents; what they saw is merged (`state`, `merge`) before any divides.
+Several processes can look at different documents; what they saw is merged before any divides.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Literal
 
 import xxhash
@@ -25,7 +24,7 @@ HASH_SEED = 20  # the ids themselves order and partition the documents: a split 
 
 
 class Holdout:
-    """Sees every kept document's id once (`see`), then says where each belongs (`divide`)."""
+    """Sees every kept document's id once (`see`), then says where each belongs (`split_of`, `divide`)."""
 
     def __init__(self, settings: CorpusSettings) -> None:
         self._settings = settings
@@ -41,15 +40,11 @@ class Holdout:
         self._lowest = min(self._lowest, value)
         self._highest = max(self._highest, value)
 
-    def state(self) -> dict[str, int]:
-        """What was seen so far, JSON-able: how many documents, and the lowest and the highest hash."""
-        return {"documents": self._n_seen, "lowest": self._lowest, "highest": self._highest}
-
-    def merge(self, state: Mapping[str, int]) -> None:
-        """Take note of what another `Holdout` saw (its `state()`), in any order."""
-        self._n_seen += state["documents"]
-        self._lowest = min(self._lowest, state["lowest"])
-        self._highest = max(self._highest, state["highest"])
+    def merge(self, other: Holdout) -> None:
+        """Take note of what another process saw, in any order."""
+        self._n_seen += other._n_seen
+        self._lowest = min(self._lowest, other._lowest)
+        self._highest = max(self._highest, other._highest)
 
     @property
     def by(self) -> str:
@@ -73,14 +68,9 @@ class Holdout:
         part = "validation" if self._lowest >= self._bound else "training"
         return f"no document's hash falls to {part}; the one that comes nearest was put there"
 
-    def divide(self, document: Document, original_id: str | None = None) -> list[Document]:
-        """The document with its split; with "tail" its training part and its validation part.
-
-        Copies fall to the side of their original, by its `original_id`.
-        """
-        if self.by == "tail":
-            return _cut_tail(document, self._settings.validation_share)
-        return [dataclasses.replace(document, split=self.split_of(original_id or document.id))]
+    def divide(self, document: Document) -> list[Document]:
+        """By tail: a document's training part and its validation part."""
+        return _cut_tail(document, self._settings.validation_share)
 
     def split_of(self, document_id: str) -> Literal["train", "validation"]:
         """Where a whole document belongs, by the id that was seen of it: "train" or "validation"."""

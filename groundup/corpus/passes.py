@@ -6,8 +6,9 @@ Every piece of work goes to an `Engine`; what comes back is counts and names of 
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,9 @@ import orjson
 from groundup.console import format_bytes
 from groundup.corpus.annotate import DOCUMENTS_TABLE, Annotation, annotate, annotation_fingerprint, stamp_of
 from groundup.corpus.decontaminate import ContaminationCounts, EvaluationIndex
-from groundup.corpus.dedup import (
-    Removed,
-    UnitKeys,
-    exact_duplicates,
-    near_duplicates,
-    repeated_parts,
-    repeated_substrings,
-)  # fmt: skip
+from groundup.corpus.dedup.files import Removed, UnitKeys
+from groundup.corpus.dedup.near import near_duplicates
+from groundup.corpus.dedup.repeats import SPAN, exact_duplicates, repeated_parts, repeated_substrings
 from groundup.corpus.document import Reason, SetAside
 from groundup.corpus.engine import Engine
 from groundup.corpus.filter_statistics import FilterStatistics, set_aside_record
@@ -32,7 +28,7 @@ from groundup.corpus.holdout import Holdout
 from groundup.corpus.mix import plan_mix, plan_tokens
 from groundup.corpus.reading.read import Unit, read, units_of
 from groundup.corpus.reading.sources import InputFiles, find_sources
-from groundup.corpus.select import Annotated, Selection, write_decisions
+from groundup.corpus.select import Annotated, Selection
 from groundup.corpus.words import WORDS_VERSION
 from groundup.corpus.write import Merge, WriteUnit, merge_range, write_unit
 from groundup.errors import DataError
@@ -123,18 +119,14 @@ class Passes:
         units, settings = self._units, self._settings
         for name in (STATISTICS_FILE, DOCUMENTS, SET_ASIDE_FILE):  # of an earlier call: the three belong together
             (self._out / name).unlink(missing_ok=True)
-        for number, (unit, cuts) in enumerate(zip(units, self._find_cuts(), strict=True)):
-            write_decisions(self._decisions(number), unit, cuts)
+        cuts = self._find_cuts()
         evaluation = self._index_evaluation()
         n_ranges = max(1, -(-self.statistics.bytes_kept // max(1, self._memory_bytes // 8)))
-        bounds = tuple(int(step) for step in (np.arange(1, n_ranges) * (2**64 / n_ranges)))
+        bounds = (0, *(int(step) for step in np.arange(1, n_ranges) * (2**64 / n_ranges)))
         tasks = [
-            WriteUnit(
-                str(unit.folder), str(self._decisions(number)), str(self._work / f"{number:06d}"), settings,
-                unit.first_number, evaluation, (0, *bounds),
-            )
-            for number, unit in enumerate(units)
-        ]  # fmt: skip
+            WriteUnit(unit, np.concatenate(spans), str(self._work / f"{number:06d}"), settings, evaluation, bounds)
+            for number, (unit, *spans) in enumerate(zip(units, *cuts, strict=True))
+        ]
         self._write_units(tasks)
         self._merge(tasks)
 
@@ -167,8 +159,7 @@ class Passes:
         for item in self._aside:
             self.statistics.add_input(1, 0)
             self.statistics.add([(item.reason, item.source, "", 1, 0)])
-            self.statistics.add_examples(item.reason, [("", set_aside_record(item))])
-            self.statistics.note_fault(item)
+            self.statistics.add_example("", item)
         for unit in self._units:
             record = unit.record
             n_aside = sum(count for _, _, count in record["set_aside"])
@@ -184,20 +175,20 @@ class Passes:
         keys = self._keys
         self._show(0, total=1, note="exact duplicates")
         found = exact_duplicates(keys, [u.stays for u in units], self._work / "exact", self._engine, self._memory_bytes)
-        self._remove(found, selection.code(Reason.DUPLICATE))
+        self._remove(found, selection.reasons.index(Reason.DUPLICATE))
         if self._settings.dedup == "near":
             self._show(0, total=1, note="near-duplicates")
             kept = [unit.stays for unit in units]
             where = (self._work / "near", self._engine, self._memory_bytes)
             found, self.more["clusters"] = near_duplicates(keys, kept, self._settings.minhash, *where)
-            self._remove(found, selection.code(Reason.NEAR_DUPLICATE))
+            self._remove(found, selection.reasons.index(Reason.NEAR_DUPLICATE))
 
-    def _find_cuts(self) -> Iterable[Sequence[np.ndarray]]:
-        """For each unit the repeated spans to cut out of its texts, by search."""
+    def _find_cuts(self) -> list[list[np.ndarray]]:
+        """By search, for each unit the repeated spans to cut out of its texts; the first search finds none."""
         settings = self._settings
         common = (self._engine, self._memory_bytes)
         kept = [unit.stays for unit in self._units]
-        searches = []
+        searches = [[np.empty(0, SPAN) for _ in kept]]
         if settings.dedup_within != "none":
             self._show(0, total=1, note=f"repeated {settings.dedup_within}")
             within, least = settings.dedup_within, settings.dedup_within_characters
@@ -206,11 +197,11 @@ class Passes:
             self._show(0, total=1, note="repeated passages")
             n_words = settings.dedup_substring
             searches.append(repeated_substrings(self._keys, kept, n_words, self._work / "substrings", *common))
-        return zip(*searches, strict=True) if searches else [()] * len(self._units)
+        return searches
 
     @property
     def _keys(self) -> list[UnitKeys]:
-        return [UnitKeys(unit.folder.name, unit.folder, unit.n) for unit in self._units]
+        return [UnitKeys(unit.folder, unit.n) for unit in self._units]
 
     def _remove(self, found: Sequence[Removed], code: int) -> None:
         for unit, removed in zip(self._units, found, strict=True):
@@ -222,25 +213,16 @@ class Passes:
         """Records of one file that carry the same id; they are kept, since their texts decide, but they are listed."""
         count = 0
         examples: list[dict[str, Any]] = []
-        for units in self._by_file():
-            columns = [unit.columns(["key_hash"])["key_hash"] for unit in units if unit.n]
+        for _, of_file in itertools.groupby(self._units, lambda unit: unit.record["file"]):
+            units = [unit for unit in of_file if unit.n]
+            columns = [unit.columns(["key_hash"])["key_hash"] for unit in units]
             hashes = np.concatenate([*columns, np.empty(0, np.uint64)])
             repeated, times = np.unique(hashes[hashes != 0], return_counts=True)
             repeated, times = repeated[times > 1], times[times > 1]
             count += int((times - 1).sum())
             if len(repeated) and len(examples) < KEYS_LISTED:
-                examples += _records_with(units, set(repeated.tolist()))[: KEYS_LISTED - len(examples)]
+                examples += _records_with(units, repeated)[: KEYS_LISTED - len(examples)]
         return {"count": count, "examples": examples}
-
-    def _by_file(self) -> Iterator[list[Annotated]]:
-        """The units, those of one large file together."""
-        whole: dict[str, list[Annotated]] = {}
-        for unit in self._units:
-            if unit.record["files"] == 1:
-                whole.setdefault(unit.record["file"], []).append(unit)
-            else:
-                yield [unit]
-        yield from whole.values()
 
     def _index_evaluation(self) -> str:
         """Build the index of evaluation data, if the recipe has any; its folder."""
@@ -252,31 +234,19 @@ class Passes:
         EvaluationIndex.build(asked.files, asked.ngram, folder)
         return str(folder)
 
-    def _decisions(self, number: int) -> Path:
-        return self._work / f"{number:06d}.decisions.npz"
-
     def _write_units(self, tasks: Sequence[WriteUnit]) -> None:
         """Write every unit's survivors, and count what the steps that read their texts have removed."""
         statistics = self.statistics
         statistics.clear_kept()
         self._offsets: list[list[int]] = []
         contamination = ContaminationCounts()
-        cut = 0
-        for record in self._engine.map(write_unit, tasks):
-            statistics.add(record["entries"])
-            for reason, examples in record["examples"].items():
-                statistics.add_examples(reason, examples)
-            if record["fault"] is not None:
-                statistics.note_fault(record["fault"])
-            self.holdout.merge(record["holdout"])
-            statistics.characters_kept += record["characters"]
-            contamination.merge(record["contamination"])
-            cut += record["cut_characters"]
-            self._offsets.append(record["offsets"])
+        for written in self._engine.map(write_unit, tasks):
+            statistics.merge(written.statistics)
+            self.holdout.merge(written.holdout)
+            contamination.merge(written.contamination)
+            self._offsets.append(written.offsets)
             self._show(len(self._offsets), total=len(tasks), note=f"{len(self._offsets)}/{len(tasks)} written")
         statistics.check("write")
-        if cut:
-            statistics.changed["characters cut as repeated"] = cut
         if tasks[0].evaluation:
             self.more["contamination"] = contamination.summary(EvaluationIndex(tasks[0].evaluation).tasks)
         with atomic_writer(self._out / SET_ASIDE_FILE, binary=True) as handle:
@@ -305,7 +275,7 @@ class Passes:
                 if offsets[number] < offsets[number + 1]
             ]
             out = str(self._work / f"range-{number:06d}.jsonl")
-            merges.append(Merge(pieces, out, self._settings, self.holdout.state(), factors))
+            merges.append(Merge(pieces, out, self.holdout, factors))
         with atomic_writer(self._out / DOCUMENTS, binary=True) as handle:
             for merge, record in zip(merges, self._engine.map(merge_range, merges), strict=True):
                 self.statistics.documents_written.update(record["documents"])
@@ -340,17 +310,15 @@ def _packed(units: Sequence[Unit], split_bytes: int) -> Iterator[tuple[Unit, ...
         yield tuple(pack)
 
 
-def _records_with(units: Sequence[Annotated], hashes: set[int]) -> list[dict[str, Any]]:
+def _records_with(units: Sequence[Annotated], hashes: np.ndarray) -> list[dict[str, Any]]:
     """The ids behind these hashes, with the records that carry them."""
     import pyarrow.parquet as pq
 
     places: dict[tuple[str, str], list[str]] = {}
     for unit in units:
-        column = unit.columns(["key_hash"])["key_hash"] if unit.n else []
-        rows = [row for row, value in enumerate(column) if int(value) in hashes]
-        if rows:
-            table = pq.read_table(unit.folder / DOCUMENTS_TABLE, columns=["file", "key", "place", "number"]).take(rows)
-            for item in table.to_pylist():
-                record = f"{item['place']} {item['number'] + unit.first_number}"
-                places.setdefault((item["file"], item["key"]), []).append(record)
+        rows = np.flatnonzero(np.isin(unit.columns(["key_hash"])["key_hash"], hashes))
+        table = pq.read_table(unit.folder / DOCUMENTS_TABLE, columns=["file", "key", "place", "number"]).take(rows)
+        for item in table.to_pylist():
+            record = f"{item['place']} {item['number'] + unit.first_number}"
+            places.setdefault((item["file"], item["key"]), []).append(record)
     return [{"source": file, "id": key, "records": found[:10]} for (file, key), found in sorted(places.items())]

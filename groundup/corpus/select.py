@@ -16,11 +16,9 @@ from typing import Any
 import numpy as np
 
 from groundup.corpus.annotate import PREDICATE, SCORE, SIGNALS_TABLE, TOXIC
-from groundup.corpus.dedup.repeats import SPAN
 from groundup.corpus.document import Reason
 from groundup.corpus.filter_statistics import KEPT, Entry
 from groundup.corpus.quality.rules import Rule, first_failed, rules_for
-from groundup.files import atomic_writer
 from groundup.recipe import CorpusSettings
 
 HISTOGRAM_BINS = 24
@@ -54,23 +52,14 @@ class Annotated:
         """(n,) bool: which documents have not been removed yet."""
         return self.codes == 0
 
-    def columns(self, names: Sequence[str]) -> dict[str, Any]:
-        """Columns of the signals' table: numpy arrays, text columns as dictionary-encoded arrow arrays."""
-        import pyarrow as pa
+    def columns(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Columns of the signals' table: (n,) by name."""
         import pyarrow.parquet as pq
 
         if not self.n:
             return {name: np.empty(0) for name in names}
-        texts = [name for name in names if name in ("source", "language")]
-        table = pq.read_table(self.folder / SIGNALS_TABLE, columns=list(names), read_dictionary=texts)
-        found: dict[str, Any] = {}
-        for name in names:
-            column = table[name].combine_chunks()
-            if name in texts:
-                found[name] = column if isinstance(column, pa.DictionaryArray) else column.dictionary_encode()
-            else:
-                found[name] = column.to_numpy(zero_copy_only=False)
-        return found
+        table = pq.read_table(self.folder / SIGNALS_TABLE, columns=list(names))
+        return {name: table[name].to_numpy() for name in names}
 
     def remove(self, rows: np.ndarray, code: int) -> None:
         """Mark documents that still stay as removed."""
@@ -91,10 +80,6 @@ class Selection:
         ]  # fmt: skip
         self._histograms: dict[str, np.ndarray] = {}
 
-    def code(self, reason: str) -> int:
-        """The code of a reason."""
-        return self.reasons.index(reason)
-
     def judge(self, unit: Annotated) -> None:
         """Apply every rule that looks at one document alone."""
         settings, reasons = self.settings, self.reasons
@@ -102,9 +87,8 @@ class Selection:
         unit.survivors = {}
         columns = unit.columns(["language", "language_score", "characters", *self._extra, *self._rule_signals])
         refusals: list[tuple[str, np.ndarray]] = [(Reason.SHORT, columns["characters"] < settings.min_characters)]
-        column = columns["language"]
-        languages = np.array(column.dictionary.to_pylist())[column.indices.to_numpy()] if unit.n else column
-        if settings.languages and unit.n:
+        languages = columns["language"].astype(str)
+        if settings.languages:
             is_other = ~np.isin(languages, settings.languages)
             refusals.append((Reason.LANGUAGE, is_other | (columns["language_score"] < settings.language_floor)))
         failed = first_failed(columns, self.rules, languages) if self.rules else np.full(unit.n, -1)
@@ -122,22 +106,16 @@ class Selection:
 
     def entries(self, unit: Annotated) -> list[Entry]:
         """The unit's documents by (reason, source, language), with their bytes."""
+        import pyarrow.parquet as pq
+
         if not unit.n:
             return []
-        columns = unit.columns(["source", "language", "bytes"])
-        sources, languages = columns["source"], columns["language"]
-        n_languages = len(languages.dictionary)
-        n_sources = len(sources.dictionary)
-        keys = (unit.codes.astype(np.int64) * n_sources + sources.indices.to_numpy()) * n_languages
-        keys += languages.indices.to_numpy()
-        found, inverse = np.unique(keys, return_inverse=True)
-        documents, sizes = np.bincount(inverse), np.bincount(inverse, weights=columns["bytes"])
-        source_names, language_names = sources.dictionary.to_pylist(), languages.dictionary.to_pylist()
-        entries = []
-        for key, n, size in zip(found.tolist(), documents, sizes, strict=True):
-            code, source, language = key // n_languages // n_sources, key // n_languages % n_sources, key % n_languages
-            entries.append((str(self.reasons[code]), source_names[source], language_names[language], int(n), int(size)))
-        return entries
+        table = pq.read_table(unit.folder / SIGNALS_TABLE, columns=["source", "language", "bytes"])
+        groups = table.append_column("code", [unit.codes]).group_by(["code", "source", "language"], use_threads=False)
+        found = groups.aggregate([("bytes", "count"), ("bytes", "sum")]).to_pydict()
+        reasons = [str(self.reasons[code]) for code in found["code"]]
+        columns = (found[name] for name in ("source", "language", "bytes_count", "bytes_sum"))
+        return list(zip(reasons, *columns, strict=True))
 
     @property
     def histograms(self) -> dict[str, Any]:
@@ -165,31 +143,12 @@ class Selection:
         self._histograms[name] = self._histograms.get(name, 0) + counts
 
 
-def write_decisions(path: Path, unit: Annotated, cuts: Sequence[np.ndarray]) -> None:
-    """Save what was decided, and what each search wants cut out (`SPAN` records), for the workers that write."""
-    rows = np.array(sorted(unit.survivors), dtype=np.int64)
-    ids = np.array([unit.survivors[int(row)] for row in rows], dtype="S32")
-    with atomic_writer(path, binary=True) as handle:
-        spans = np.concatenate([np.empty(0, SPAN), *cuts])
-        np.savez(handle, codes=unit.codes, rows=rows, ids=ids, cuts=spans)
-
-
-def read_decisions(path: Path) -> tuple[np.ndarray, dict[int, str], dict[int, list[tuple[int, int]]]]:
-    """The codes, for duplicates the id of the document kept, and the stretches to cut out of rows."""
-    with np.load(path) as saved:
-        survivors = {int(row): value.decode() for row, value in zip(saved["rows"], saved["ids"], strict=True)}
-        cuts: dict[int, list[tuple[int, int]]] = {}
-        for row, begin, end in saved["cuts"].tolist():
-            cuts.setdefault(row, []).append((begin, end))
-        return saved["codes"], survivors, cuts
-
-
 def _edges(name: str) -> np.ndarray:
     """Bins: equal ones for shares and scores, equal ratios for counts."""
-    if name in ("characters", "words", "sentences", "lines"):
+    if name in ("characters", "words", "sentences"):
         return np.concatenate([[0.0], np.geomspace(1, 1e7, HISTOGRAM_BINS)])
-    if name in ("mean_word_length",):
+    if name == "mean_word_length":
         return np.linspace(0, 24, HISTOGRAM_BINS + 1)
-    if name in ("stop_words",):
+    if name == "stop_words":
         return np.arange(10.0)
     return np.linspace(0, 1, HISTOGRAM_BINS + 1)

@@ -16,7 +16,7 @@ import functools
 import itertools
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import xxhash
@@ -44,8 +44,6 @@ _ODD = np.uint64(0x9E3779B97F4A7C15)  # the golden ratio
 _ODD_2 = np.uint64(0xD6E8FEB86659FD93)
 _NEXT_WORD = 0xA0761D6478BD642F
 """What a hash is multiplied by for every word that follows in its n-gram; 3 modulo 4."""
-_CASED = 0x1E960  # behind the last letter that has two cases
-_LETTERS_END = 0x33480  # behind the last letter of all
 
 
 class Words:
@@ -56,10 +54,13 @@ class Words:
         starts: (n_texts + 1,) int64, where each text's words begin in `hashes`.
     """
 
-    def __init__(self, hashes: np.ndarray, bounds: np.ndarray, begin: np.ndarray, end: np.ndarray) -> None:
-        self.hashes = hashes
+    def __init__(
+        self, data: bytes | memoryview, bounds: np.ndarray, begin: np.ndarray, end: np.ndarray, inner: np.ndarray
+    ) -> None:
+        """Of UTF-8 in lower case: where texts begin, words begin and end, and bytes inside of characters stand."""
+        self.hashes = span_hashes(data, begin, end)
         self.starts = np.searchsorted(begin, bounds)
-        self._bounds, self._begin, self._end = bounds, begin, end
+        self._bounds, self._begin, self._end, self._inner = bounds, begin, end, inner
 
     @property
     def n_texts(self) -> int:
@@ -74,12 +75,16 @@ class Words:
     @functools.cached_property
     def word_begin(self) -> np.ndarray:
         """(n_words,) int64: where each word begins in its own text, in characters: `text[begin:end]` is the word."""
-        return self._begin - np.repeat(self._bounds[:-1], self.counts)
+        return self._in_own_text(self._begin)
 
     @functools.cached_property
     def word_end(self) -> np.ndarray:
         """(n_words,) int64: where each word ends in its own text, in characters."""
-        return self._end - np.repeat(self._bounds[:-1], self.counts)
+        return self._in_own_text(self._end)
+
+    def _in_own_text(self, places: np.ndarray) -> np.ndarray:
+        characters, bounds = (some - np.searchsorted(self._inner, some) for some in (places, self._bounds[:-1]))
+        return characters - np.repeat(bounds, self.counts)
 
     def ngrams(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Every run of n words of each text; of a text that has fewer words, the run of all its words.
@@ -112,63 +117,79 @@ class Words:
 
 def words_of(texts: Sequence[str]) -> Words:
     """The words of texts, found and hashed together; a million characters in all is a good batch."""
-    joined = "".join(f"{text}\n" for text in texts)
-    bounds = np.cumsum([0, *(len(text) + 1 for text in texts)], dtype=np.int64)
-    if joined.isascii():
-        data = joined.encode().lower()
+    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+    bounds = np.cumsum([0, *(len(data) + 1 for data in encoded)], dtype=np.int64)
+    data = b"\n".join([*encoded, b""]).lower()
+    if data.isascii():
         begin, end = _edges(np.frombuffer(data.translate(_ASCII_CLASSES), dtype=np.bool_))
-        return Words(span_hashes(data + bytes(PADDING), begin, end), bounds, begin, end)
-    codes, data, others = characters_of(joined)
-    marks = np.frombuffer(bytearray(data.translate(_ASCII_CLASSES)), dtype=np.uint8)
-    marks[others] = _classes()[codes[others]]
+        return Words(data + bytes(PADDING), bounds, begin, end, np.empty(0, dtype=np.int64))
+    marks, lowered = (
+        np.frombuffer(bytearray(some), dtype=np.uint8)
+        for some in (data.translate(_ASCII_CLASSES), data + bytes(PADDING))
+    )
+    beyond = np.flatnonzero(lowered >= 0x80)  # bytes of characters beyond ASCII
+    is_lead = lowered[beyond] >= 0xC0
+    codes = np.frombuffer(_recoded(lowered[beyond].tobytes(), "utf-8", "utf-32-le"), dtype="<u4")
+    classes = _CLASSES[codes]
+    marks[beyond] = classes[np.cumsum(is_lead) - 1]
+    lowered[beyond] = np.frombuffer(_recoded(_LOWER_CASE[codes].tobytes(), "utf-32-le", "utf-8"), dtype=np.uint8)
     begin, end = _edges(marks != _SEPARATOR)
-    unspaced = np.flatnonzero(marks == _UNSPACED)
+    unspaced = np.flatnonzero(classes == _UNSPACED)
     if len(unspaced):
-        first, last, places = _inner_words(joined, unspaced)
-        inner = np.concatenate([first[marks[first - 1] == _WORD], places, last[marks[last] == _WORD]])
+        leads = np.append(np.flatnonzero(is_lead), len(beyond))
+        places, ends = beyond[leads[unspaced]], beyond[leads[unspaced + 1] - 1] + 1
+        is_first, is_last = _run_borders(places, ends)
+        letters = codes[unspaced].tobytes().decode("utf-32-le")
+        runs = [letters[a:b] for a, b in itertools.pairwise([*np.flatnonzero(is_first).tolist(), len(letters)])]
+        first, last, inner = places[is_first], ends[is_last], places[_inner_words(runs)]
+        inner = np.concatenate([first[marks[first - 1] == _WORD], inner, last[marks[last] == _WORD]])
         begin, end = merged(begin, inner), merged(end, inner)
-    lowered = codes.copy()
-    lowered[others] = _lower_case()[codes[others]]
-    text = lowered.tobytes().decode("utf-32-le", "surrogatepass")
-    data = text.encode("utf-8", "surrogatepass").lower() + bytes(PADDING)
-    places = np.flatnonzero((np.frombuffer(data, dtype=np.uint8) & 0xC0) != 0x80)  # of each character
-    return Words(span_hashes(data, places[begin], places[end]), bounds, begin, end)
+    return Words(lowered.data, bounds, begin, end, beyond[~is_lead])
 
 
-def characters_of(text: str) -> tuple[np.ndarray, bytes, np.ndarray]:
-    """A text's characters: (n,) uint32 codes; as bytes, 255 beyond ASCII, `PADDING` behind; where those stand."""
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-    others = np.flatnonzero(codes >= 128)
-    data = codes.astype(np.uint8)
-    data[others] = 255
-    return codes, data.tobytes() + bytes(PADDING), others
+def _recoded(data: bytes, before: str, after: str) -> bytes:
+    return data.decode(before, "surrogatepass").encode(after, "surrogatepass")
+
+
+class CharacterTable:
+    """A number for every character, found when the character first comes: most of Unicode never does.
+
+    `value_of` gives it, below the greatest number that the unsigned `dtype` can hold.
+    """
+
+    def __init__(self, value_of: Callable[[str], int], dtype: type[np.unsignedinteger] = np.uint8) -> None:
+        self._value_of, self._unknown = value_of, np.iinfo(dtype).max
+        self._values = np.full(0x110000, self._unknown, dtype)
+
+    def __getitem__(self, codes: np.ndarray) -> np.ndarray:
+        """The numbers of these code points."""
+        found = self._values[codes]
+        unknown = codes[found == self._unknown]
+        if not len(unknown):
+            return found
+        for code in set(unknown.tolist()):
+            self._values[code] = self._value_of(chr(code))
+        return self._values[codes]
 
 
 _ASCII_CLASSES = bytes(_WORD if chr(byte).isalnum() and byte < 128 else _SEPARATOR for byte in range(256))
 
 
-@functools.cache
-def _classes() -> np.ndarray:
-    """The class of every code point: (0x110000,) uint8."""
-    classes = np.zeros(0x110000, dtype=np.uint8)
-    points = range(128, _LETTERS_END)
-    classes[128:_LETTERS_END] = [unicodedata.category(chr(point))[0] in "LMN" for point in points]
-    classes[0xFE00:0xFE10] = _SEPARATOR  # variation selectors: how an emoji looks
-    classes[:128] = np.frombuffer(_ASCII_CLASSES, dtype=np.uint8)[:128]
-    for first, last in UNSPACED:
-        classes[first : last + 1] *= _UNSPACED
-    return classes
+def _class_of(character: str) -> int:
+    is_selector = unicodedata.name(character, "").startswith("VARIATION SELECTOR")  # how an emoji looks
+    if is_selector or unicodedata.category(character)[0] not in "LMN":
+        return _SEPARATOR
+    return _UNSPACED if any(first <= ord(character) <= last for first, last in UNSPACED) else _WORD
 
 
-@functools.cache
-def _lower_case() -> np.ndarray:
-    """The lower case of every code point, where UTF-8 gives it as many bytes: (0x110000,) uint32."""
-    lower = np.arange(0x110000, dtype=np.uint32)
-    for point in range(0xC0, _CASED):
-        letter = chr(point).lower()
-        if len(letter) == 1 and ord(letter) != point and len(letter.encode()) == len(chr(point).encode()):
-            lower[point] = ord(letter)
-    return lower
+def _lower_case_of(character: str) -> int:
+    """The code of its lower case, where UTF-8 gives that as many bytes."""
+    lower = character.lower()
+    n_bytes, n_before = (len(some.encode("utf-8", "surrogatepass")) for some in (lower, character))
+    return ord(lower if len(lower) == 1 and n_bytes == n_before else character)
+
+
+_CLASSES, _LOWER_CASE = CharacterTable(_class_of), CharacterTable(_lower_case_of, np.uint32)
 
 
 def _edges(marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -185,21 +206,23 @@ def merged(places: np.ndarray, more: np.ndarray) -> np.ndarray:
     return np.insert(places, np.searchsorted(places, more), more)
 
 
-def _inner_words(text: str, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Runs of letters at these places, (n,) begin and end of each, and where ICU's dictionaries begin a word in them.
+def _run_borders(begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) bool: which letters are the first of their run, and which the last, by where each begins and ends."""
+    is_first = np.append(True, begins[1:] != ends[:-1])
+    return is_first, np.append(is_first[1:], True)
+
+
+def _inner_words(runs: Sequence[str]) -> np.ndarray:
+    """Which letters of these runs, counted through, begin a word although they are not the first of their run.
 
     All runs are one text for ICU, which takes far longer to begin than to go on; it never looks beyond a line break.
     """
-    is_first = np.diff(places, prepend=-2) != 1
-    begin, end = places[is_first], places[np.append(is_first[1:], True)] + 1
-    runs = "\n".join([text[a:b] for a, b in zip(begin.tolist(), end.tolist(), strict=True)])
-    lengths = end - begin
+    lengths = np.array([len(run) for run in runs])
     firsts = np.cumsum(lengths + 1) - (lengths + 1)
-    ends = np.cumsum([len(word) for word in WordBreaker(runs, "en")])
+    ends = np.cumsum([len(word) for word in WordBreaker("\n".join(runs), "en")])
     run = np.searchsorted(firsts, ends, side="right") - 1
     place = ends - firsts[run]
-    is_inner = (place > 0) & (place < lengths[run])
-    return begin, end, (begin[run] + place)[is_inner]
+    return (ends - run)[(place > 0) & (place < lengths[run])]  # as many line breaks as runs stand before it
 
 
 def span_hashes(data: bytes | memoryview, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
@@ -247,7 +270,7 @@ def split_words(text: str) -> list[str]:
 
 def is_unspaced(codes: np.ndarray) -> np.ndarray:
     """Which of these code points are letters, digits or marks of scripts without spaces."""
-    return np.equal(_classes()[codes], _UNSPACED)
+    return np.equal(_CLASSES[codes], _UNSPACED)
 
 
 def word_breaks(text: str, places: np.ndarray) -> list[int]:
@@ -258,9 +281,10 @@ def word_breaks(text: str, places: np.ndarray) -> list[int]:
     """
     if not len(places):
         return []
-    begins, ends, inner = _inner_words(text, places)
-    breaks = set(inner.tolist())
-    for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
+    is_first, is_last = _run_borders(places, places + 1)
+    runs = list(zip(places[is_first].tolist(), (places[is_last] + 1).tolist(), strict=True))
+    breaks = set(places[_inner_words([text[begin:end] for begin, end in runs])].tolist())
+    for begin, end in runs:
         follows = _FOLLOWING_WORD.match(text, end)
         for place in (begin, follows.end() if follows else begin):
             while place and unicodedata.category(text[place - 1]) in ("Ps", "Pi"):

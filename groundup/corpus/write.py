@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -22,13 +22,12 @@ import xxhash
 
 from groundup.corpus.annotate import DOCUMENTS_TABLE, EMPTIED, SCORE, SET_ASIDE, SIGNALS_TABLE, TOXIC
 from groundup.corpus.decontaminate import ContaminationCounts, EvaluationIndex, Match
-from groundup.corpus.dedup import cut_spans
-from groundup.corpus.document import Document, Reason, SetAside, derived_id, excerpt_of, is_fault
-from groundup.corpus.filter_statistics import EXAMPLES_PER_REASON, Entry, set_aside_record
+from groundup.corpus.dedup.repeats import cut_spans
+from groundup.corpus.document import Document, Reason, SetAside, derived_id, excerpt_of
+from groundup.corpus.filter_statistics import KEPT, Entry, FilterStatistics, set_aside_record
 from groundup.corpus.holdout import Holdout
 from groundup.corpus.mix import copies_of
-from groundup.corpus.select import Selection, read_decisions
-from groundup.files import atomic_writer
+from groundup.corpus.select import Annotated, Selection
 from groundup.recipe import CorpusSettings
 
 ID_PREFIX = b'{"id":"'
@@ -41,72 +40,66 @@ class WriteUnit:
     """One unit's share of the third pass.
 
     Attributes:
-        annotation: the folder of the unit's annotation.
-        decisions: which documents are kept, and what is cut out of them (`write_decisions`).
+        unit: its annotation, and which documents are kept.
+        cuts: the stretches of characters to cut out of its texts (`SPAN` records).
         out: the file to write, without its ending.
-        first_number: records of the same file in the units before it.
         evaluation: the evaluation index's folder, or "".
         bounds: the first 64 bits of the ids at which ranges begin.
     """
 
-    annotation: str
-    decisions: str
+    unit: Annotated
+    cuts: np.ndarray
     out: str
     settings: CorpusSettings
-    first_number: int
     evaluation: str
     bounds: tuple[int, ...]
 
 
-def write_unit(work: WriteUnit) -> dict[str, Any]:
+def write_unit(work: WriteUnit) -> Written:
     """Write one unit's survivors, and what was left out of it.
 
     Returns:
-        entries ((reason, source, language, documents, bytes), of the documents that were read),
-        offsets (bytes at which each range of ids begins in the file), examples (by reason), holdout (its state),
-        characters (kept), fault (the first broken record), contamination (`ContaminationCounts.state`),
-        cut_characters.
+        What became of the documents that were read.
     """
     return _UnitWriter(work).run()
+
+
+class Written(NamedTuple):
+    """What became of a unit's documents; `offsets`: bytes at which each range of ids begins in its file."""
+
+    statistics: FilterStatistics
+    holdout: Holdout
+    contamination: ContaminationCounts
+    offsets: list[int]
 
 
 class _UnitWriter:
     def __init__(self, work: WriteUnit) -> None:
         self._work, self._settings = work, work.settings
-        self._folder = Path(work.annotation)
-        self._codes, self._survivors, self._cuts = read_decisions(Path(work.decisions))
+        self._folder, self._codes = work.unit.folder, work.unit.codes
+        self._cuts: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+        for row, begin, end in work.cuts.tolist():
+            self._cuts[row].append((begin, end))
         self._selection = Selection(work.settings)
         self._evaluation = EvaluationIndex(work.evaluation) if work.evaluation else None
         self._details = _Details(self._folder, self._codes, self._selection) if self._codes.any() else None
-        self._entries: Counter[tuple[str, str, str]] = Counter()
-        self._bytes: Counter[tuple[str, str, str]] = Counter()
-        self._examples: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
+        self._statistics = FilterStatistics()
         self._holdout = Holdout(self._settings)
-        self._fault: SetAside | None = None
         self._contamination = ContaminationCounts()
-        self._characters = self._n_cut = 0
         self._lines: list[bytes] = []
 
-    def run(self) -> dict[str, Any]:
-        with atomic_writer(Path(f"{self._work.out}.aside.jsonl"), binary=True) as handle:
+    def run(self) -> Written:
+        with Path(f"{self._work.out}.aside.jsonl").open("wb") as handle:
             for record in self._left_out():
                 handle.write(orjson.dumps(set_aside_record(record)) + b"\n")
         self._lines.sort()
         firsts = [int(line[len(ID_PREFIX) : len(ID_PREFIX) + 16], 16) for line in self._lines]
         begins = np.cumsum([0, *map(len, self._lines)])
         places = np.searchsorted(np.array(firsts, dtype=np.uint64), np.array(self._work.bounds, dtype=np.uint64))
-        with atomic_writer(Path(f"{self._work.out}.jsonl"), binary=True) as handle:
+        with Path(f"{self._work.out}.jsonl").open("wb") as handle:
             handle.writelines(self._lines)
-        return {
-            "entries": [(*key, count, self._bytes[key]) for key, count in self._entries.items()],
-            "offsets": [int(begins[place]) for place in places] + [int(begins[-1])],
-            "examples": dict(self._examples),
-            "holdout": self._holdout.state(),
-            "characters": self._characters,
-            "fault": self._fault,
-            "contamination": self._contamination.state(),
-            "cut_characters": self._n_cut,
-        }
+        offsets = [*begins[places].tolist(), int(begins[-1])]
+        return Written(self._statistics, self._holdout, self._contamination, offsets)
 
     def _left_out(self) -> Iterator[SetAside]:
         """Everything left out, in the order of the file; the lines of kept documents are collected meanwhile."""
@@ -117,15 +110,13 @@ class _UnitWriter:
     def _unread(self, line: bytes) -> SetAside:
         record = SetAside(**orjson.loads(line))
         if record.place:
-            record = replace(record, number=record.number + self._work.first_number)
+            record = replace(record, number=record.number + self._work.unit.first_number)
         key = xxhash.xxh3_128_hexdigest(f"{record.source}\0{record.position}".encode())
-        self._show(record, key)
-        if self._fault is None and is_fault(record.reason):
-            self._fault = record
+        self._statistics.add_example(key, record)
         return record
 
     def _judged(self) -> Iterator[SetAside]:
-        first = self._work.first_number
+        first = self._work.unit.first_number
         for rows in _row_groups(self._folder):
             texts = {
                 row: cut_spans(values["text"], self._cuts[row]) if row in self._cuts else values["text"]
@@ -149,7 +140,7 @@ class _UnitWriter:
                     values["file"], values["place"], values["number"] + first, str(reason), detail,
                     excerpt_of(values["text"]), values["bytes"], values["position"],
                 )  # fmt: skip
-                self._show(record, identity)
+                self._statistics.add_example(identity, record)
                 yield record
 
     def _matches_of(self, texts: Mapping[int, str]) -> dict[int, list[Match]]:
@@ -163,7 +154,8 @@ class _UnitWriter:
     def _refusal(self, whole: str, text: str, matches: Sequence[Match], identity: str) -> tuple[str | None, str]:
         """Why a document that was kept so far is not written after all."""
         n_cut = len(whole) - len(text)
-        self._n_cut += n_cut
+        if n_cut:
+            self._statistics.changed["characters cut as repeated"] += n_cut
         if n_cut and len(text.strip()) < self._settings.min_characters:
             return Reason.REPEATED_PARTS, f"{n_cut:,} of {len(whole):,} characters stand elsewhere too"
         if matches:
@@ -172,32 +164,24 @@ class _UnitWriter:
         return None, ""
 
     def _keep(self, identity: str, text: str, values: Mapping[str, Any]) -> None:
-        self._enter("kept", values, len(text.encode()))
+        self._enter(KEPT, values, len(text.encode()))
         self._holdout.see(identity)
-        self._characters += len(text)
+        self._statistics.characters_kept += len(text)
         score = values.get(SCORE)
         kept = Document(identity, text, values["source"], values["language"], url=values["url"], score=score)
         line = orjson.dumps({"id": identity, **_rest(kept)})
         self._lines.append(line + b"\n")
 
     def _enter(self, reason: str, values: Mapping[str, Any], size_bytes: int) -> None:
-        key = (reason, values["source"], values["language"])
-        self._entries[key] += 1
-        self._bytes[key] += size_bytes
+        self._statistics.add([(reason, values["source"], values["language"], 1, size_bytes)])
 
     def _detail(self, row: int, reason: str) -> str:
-        if row in self._survivors:
+        survivor = self._work.unit.survivors.get(row)
+        if survivor is not None:
             same = "the same text as" if reason == Reason.DUPLICATE else "nearly the same text as"
-            return f"{same} document {self._survivors[row]}"
+            return f"{same} document {survivor}"
         assert self._details is not None
         return self._details.of(row, reason)
-
-    def _show(self, record: SetAside, key: str) -> None:
-        examples = self._examples[str(record.reason)]
-        if len(examples) < EXAMPLES_PER_REASON or key < examples[-1][0]:
-            examples.append((key, set_aside_record(record)))
-            examples.sort(key=lambda item: item[0])
-            del examples[EXAMPLES_PER_REASON:]
 
 
 class _Details:
@@ -243,8 +227,7 @@ class Merge:
 
     files: Sequence[tuple[str, int, int]]
     out: str
-    settings: CorpusSettings
-    holdout: Any
+    holdout: Holdout
     factors: dict[str, float] | None
 
 
@@ -260,11 +243,10 @@ def merge_range(work: Merge) -> dict[str, Any]:
             handle.seek(begin)
             lines += handle.read(end - begin).splitlines(keepends=True)
     lines.sort()
-    holdout = Holdout(work.settings)
-    holdout.merge(work.holdout)
+    holdout = work.holdout
     counts: Counter[str] = Counter()
     mixed_out: list[Entry] = []
-    with atomic_writer(Path(work.out), binary=True) as handle:
+    with Path(work.out).open("wb") as handle:
         for line, original, identity in _distinct(lines, work.factors, mixed_out):
             if holdout.by == "document":
                 split = holdout.split_of(original)

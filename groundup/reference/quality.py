@@ -20,7 +20,6 @@ BULLETS = tuple("-*•‣⁃▪●◦")
 SENTENCE_ENDS = tuple(".!?…。！？．｡।॥؟۔።։។៕။།")
 CLOSERS = tuple("\"'”’»)]）」』")
 LINE_ENDS = (*SENTENCE_ENDS, *"\"'”’»」』", *map(chr, range(0xE00, 0xF00)))  # Thai and Lao have no sign for it
-URL_BEGINNINGS = ("http://", "https://", "www.")
 SHORT_LINE_CHARACTERS = 30
 UNSPACED = (
     (0xE00, 0xEFF), (0x1000, 0x109F), (0x1780, 0x17FF),  # Thai and Lao, Burmese, Khmer
@@ -35,14 +34,11 @@ def quality_signals(text: str) -> dict[str, float]:
     lines = [line for line in text.split("\n") if line.split()]
     return {
         "words": len(words),
-        "characters": len(text),
         "mean_word_length": _ratio(sum(map(len, words)), len(words)),
-        "longest_word": max(map(len, words), default=0),
         "hash_signs": _ratio(text.count("#"), len(words)),
         "ellipses": _ratio(text.count("...") + text.count("…"), len(words)),
         "alphabetic_words": _ratio(sum(any(c.isalpha() for c in word) for word in words), len(words)),
         "stop_words": len(STOP_WORDS & {_lower(word) for word in words}),
-        "lines": len(lines),
         "bullet_lines": _share(line.lstrip().startswith(BULLETS) for line in lines),
         "ellipsis_lines": _share(line.rstrip().endswith(("...", "…")) for line in lines),
         "punctuated_lines": _share(line.rstrip().endswith(LINE_ENDS) for line in lines),
@@ -51,12 +47,6 @@ def quality_signals(text: str) -> dict[str, float]:
         "sentences": sum(map(sentences, lines)),
         "curly_braces": text.count("{"),
         "lorem_ipsum": _lower(text).count("lorem ipsum"),
-        "digits": _ratio(sum(c.isdecimal() for c in text), len(text)),
-        "uppercase": _ratio(sum(c.isupper() for c in text), len(text)),
-        "whitespace": _ratio(sum(c.isspace() for c in text), len(text)),
-        "url_characters": _ratio(
-            sum(len(word) for word in words if _lower(word).startswith(URL_BEGINNINGS)), sum(map(len, words))
-        ),
         **_duplicates("line", [words_of(line) for line in lines]),
         **_duplicates("paragraph", paragraphs(text)),
         **{f"top_{n}gram_characters": top_ngram(words, n) for n in (2, 3, 4)},

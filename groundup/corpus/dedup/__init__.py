@@ -2,18 +2,10 @@
 
 Four kinds, each a step over files that fits in the memory it is given, whatever the corpus is:
 
-    exact       equal texts, by 128-bit digest                        `exact_duplicates`
-    near        most runs of five words in common, by MinHash          `near_duplicates`
-    parts       paragraphs or lines that another document has          `repeated_parts`
-    substrings  runs of so many words that stand elsewhere             `repeated_substrings`
+    exact       equal texts, by 128-bit digest                        `repeats.exact_duplicates`
+    near        most runs of five words in common, by MinHash          `near.near_duplicates`
+    parts       paragraphs or lines that another document has          `repeats.repeated_parts`
+    substrings  runs of so many words that stand elsewhere             `repeats.repeated_substrings`
 
 Which document is kept is decided by content and id only, so the result does not depend on how work was divided.
 """
-
-from groundup.corpus.dedup.files import Removed, UnitKeys
-from groundup.corpus.dedup.near import near_duplicates
-from groundup.corpus.dedup.repeats import cut_spans, exact_duplicates, repeated_parts, repeated_substrings
-
-__all__ = [
-    "Removed", "UnitKeys", "cut_spans", "exact_duplicates", "near_duplicates", "repeated_parts", "repeated_substrings",
-]  # fmt: skip

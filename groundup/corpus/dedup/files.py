@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from groundup.errors import ArtifactError
-from groundup.files import atomic_writer, own_folder, read_json, remove_folder, write_json
+from groundup.files import own_folder, read_json, remove_folder, write_json
 
 COPIES = 4
 """How many times a task's records stand in memory while they are sorted."""
@@ -34,14 +34,12 @@ class UnitKeys:
     """What is known of one unit's documents, in files that are mapped into memory.
 
     Attributes:
-        name: the unit's name.
         folder: holds `ids.npy` (n, 2) uint64, `digests.npy` (n, 2) uint64 (xxh3-128 of the text), `lengths.npy` (n,)
             int64 (characters) and, for near-duplicates, `signatures.npy` (n, bands * rows) uint32; none of them
             if n is 0. The texts are the column `text` of its `documents.parquet`.
         n: documents.
     """
 
-    name: str
     folder: Path
     n: int
 
@@ -131,7 +129,7 @@ def key_store(folder: Path, units: Sequence[UnitKeys], kept: Sequence[np.ndarray
     own_folder(folder)
     try:
         for unit, mask in zip(units, kept, strict=True):
-            assert mask.shape == (unit.n,), f"unit {unit.name}: {mask.shape} flags for {unit.n} documents"
+            assert mask.shape == (unit.n,), f"{unit.folder}: {mask.shape} flags for {unit.n} documents"
         write_json(folder / _UNITS, [[str(unit.folder.resolve()), unit.n] for unit in units])
         save(folder / _KEPT, np.concatenate([np.empty(0, dtype=bool), *kept]))
         yield KeyStore(folder)
@@ -184,9 +182,8 @@ def first_places(keys: np.ndarray) -> np.ndarray:
 
 
 def save(path: Path, array: np.ndarray) -> Path:
-    """Write a `.npy` file whole."""
-    with atomic_writer(path, binary=True) as handle:
-        np.save(handle, array)
+    """Write a `.npy` file; it lies in a folder that a killed process's successor empties, so nothing flushes it."""
+    np.save(path, array)
     return path
 
 

@@ -30,6 +30,7 @@ SURE_OF_TWO, SURE_OF_ALL = 0.6, 0.5
 SHORT_TEXT = 300
 """Characters of a text that is looked at whole."""
 N_LONG, LONG_WINDOW = 3, 300
+_SECOND_AND_FOURTH, _OTHERS = slice(1, None, 2), slice(0, None, 2)
 _GUESSES, _LEAST_GUESS = 3, 0.05
 UNDETERMINED = "und"
 _LABEL = "__label__"
@@ -56,27 +57,26 @@ def detect_languages(texts: Sequence[str], model_path: str = "") -> list[tuple[s
 
 def _detect(model: Any, text: str) -> tuple[str, float]:
     if len(text) > SHORT_TEXT:
-        windows = windows_of(text, N_SHORT, SHORT_WINDOW)
         sums: dict[str, float] = {}
-        for asked, n, sure in ((windows[1::2], N_SHORT // 2, SURE_OF_TWO), (windows[::2], N_SHORT, SURE_OF_ALL)):
-            for window in asked:
+        for which, n, sure in ((_SECOND_AND_FOURTH, N_SHORT // 2, SURE_OF_TWO), (_OTHERS, N_SHORT, SURE_OF_ALL)):
+            for window in windows_of(text, N_SHORT, SHORT_WINDOW, which):
                 for probability, label in _ask(model, window, _GUESSES, _LEAST_GUESS):
                     sums[label] = sums.get(label, 0.0) + probability
-            best = max(sums, key=lambda label: (sums[label], label), default="")
-            if best and sums[best] >= sure * n:
-                return best.removeprefix(_LABEL), min(1.0, sums[best] / n)
+            total, best = max(zip(sums.values(), sums, strict=True), default=(0.0, ""))
+            if total >= sure * n:
+                return best.removeprefix(_LABEL), min(1.0, total / n)
     for probability, label in _ask(model, " ".join(windows_of(text, N_LONG, LONG_WINDOW)), 1, 0.0):
         # The softmax of the compressed model can come out a hair above one.
         return label.removeprefix(_LABEL), min(1.0, probability)
     return UNDETERMINED, 0.0
 
 
-def windows_of(text: str, n_windows: int, size: int) -> list[str]:
-    """The middle of each of so many equal parts of a text; one that is no longer than all of them, whole."""
+def windows_of(text: str, n_windows: int, size: int, which: slice = slice(None)) -> list[str]:
+    """The middle of each, or some, of so many equal parts of a text; one that is no longer than all of them, whole."""
     if len(text) <= n_windows * size:
         return [text]
     part = len(text) / n_windows
-    begins = [int(part * (number + 0.5)) - size // 2 for number in range(n_windows)]
+    begins = [int(part * (number + 0.5)) - size // 2 for number in range(n_windows)[which]]
     return [text[begin : begin + size] for begin in begins]
 
 

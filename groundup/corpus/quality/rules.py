@@ -74,11 +74,6 @@ def all_rules() -> dict[str, Rule]:
     return {record["name"]: Rule(**record) for record in _data()["rules"]}
 
 
-def presets() -> dict[str, str]:
-    """Every preset and what it is for."""
-    return dict(_data()["about"])
-
-
 def rules_for(
     quality: Collection[str], thresholds: Mapping[str, float | bool], languages: Collection[str] = ()
 ) -> list[Rule]:
@@ -119,7 +114,7 @@ def left_out(
 
 
 def first_failed(
-    signals: Mapping[str, NDArray[Any]], rules: Sequence[Rule], languages: Sequence[str] | None = None
+    signals: Mapping[str, NDArray[Any]], rules: Sequence[Rule], languages: Sequence[str] | NDArray[Any] | None = None
 ) -> NDArray[np.int16]:
     """(n,) the index of the first rule that each text fails, -1 for those that pass them all.
 

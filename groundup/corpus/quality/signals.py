@@ -15,7 +15,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from groundup.corpus.document import batches
 from groundup.corpus.quality import textbatch
 from groundup.corpus.quality.repetition import Shares, repeated_ngrams, repeated_parts, share
 from groundup.corpus.quality.textbatch import Bools, Ints, TextBatch, letters
-from groundup.corpus.words import split_words
+from groundup.corpus.words import CharacterTable, split_words
 
 BATCH_CHARACTERS = 1 << 20
 SHORT_LINE_CHARACTERS = 30
@@ -120,22 +120,11 @@ class _Measures(TextBatch):
     def per_word(self, values: NDArray[np.generic]) -> Shares:
         return share(values, self.words)
 
-    def per_character(self, classes: int) -> Shares:
-        return share(self.count_of(classes), self.characters)
-
     def per_line(self, which: Bools) -> Shares:
         return share(self.sum_words(self.lines[:-1][which]), self.n_lines)
 
     def signs(self, sign: str) -> Ints:
         return self.count(np.flatnonzero(self.bytes[: self.bounds[-1]] == ord(sign)))
-
-
-def _longest_word(m: _Measures) -> Ints:
-    longest = np.zeros(m.n, dtype=np.int64)
-    some = np.flatnonzero(m.words)
-    if len(some):
-        longest[some] = np.maximum.reduceat(m.word_lengths, m.first_words[some])
-    return longest
 
 
 def _ellipses(m: _Measures) -> Shares:
@@ -175,18 +164,13 @@ def _ellipsis_lines(m: _Measures) -> Shares:
 def _short_lines(m: _Measures) -> Shares:
     widths = m.line_ends + 1 - m.line_begins
     if m.codes is not None:
-        wide = np.flatnonzero(_is_wide()[np.minimum(m.codes, _WIDE_END)])
+        wide = np.flatnonzero(_IS_WIDE[m.codes])
         widths += np.searchsorted(wide, m.line_ends, side="right") - np.searchsorted(wide, m.line_begins)
     return m.per_line(widths <= SHORT_LINE_CHARACTERS)
 
 
-_WIDE_END = 0x3FFFF
-
-
-@cache
-def _is_wide() -> Bools:
-    """By code: characters as wide as two Latin letters, which say about as much (Unicode's East Asian Width)."""
-    return np.array([unicodedata.east_asian_width(chr(code)) in "WF" for code in range(_WIDE_END + 1)])
+_IS_WIDE = CharacterTable(lambda character: unicodedata.east_asian_width(character) in "WF")
+"""Characters as wide as two Latin letters, which say about as much (Unicode's East Asian Width)."""
 
 
 def _sentences(m: _Measures) -> Shares:
@@ -206,14 +190,6 @@ def _lorem_ipsum(m: _Measures) -> Ints:
     return m.count(np.array(found, dtype=np.int64))
 
 
-def _url_characters(m: _Measures) -> Shares:
-    is_url = (m.beginnings & np.uint64((1 << 56) - 1)) == letters("http://")
-    is_url |= m.beginnings == letters("https://")
-    is_url |= (m.beginnings & np.uint64((1 << 32) - 1)) == letters("www.")
-    urls = np.flatnonzero(is_url)
-    return share(m.sum_words(urls, m.word_lengths[urls]), m.word_characters)
-
-
 @dataclass(frozen=True)
 class Signal:
     """One number about a text: what it is, who uses it, and how it is measured for a batch."""
@@ -224,19 +200,15 @@ class Signal:
 
 
 _GOPHER, _REPETITION, _C4, _FINEWEB = "Gopher, table A1 (quality)", "Gopher, table A1 (repetition)", "C4", "FineWeb"
-_CURATOR = "NeMo Curator"
 
 SIGNALS: dict[str, Signal] = {
     "words": Signal("words, by white space, and by ICU in scripts without spaces", _GOPHER, lambda m: m.words),
-    "characters": Signal("characters", "-", lambda m: m.characters),
     "mean_word_length": Signal(
         "mean length of the words, in characters", _GOPHER, lambda m: m.per_word(m.word_characters)),
-    "longest_word": Signal("length of the longest word, in characters", _C4, _longest_word),
     "hash_signs": Signal("number signs (#) for each word", _GOPHER, lambda m: m.per_word(m.signs("#"))),
     "ellipses": Signal("ellipses (... or …) for each word", _GOPHER, _ellipses),
     "alphabetic_words": Signal("share of the words with at least one letter", _GOPHER, _alphabetic_words),
     "stop_words": Signal("how many of the, be, to, of, and, that, have, with it has", _GOPHER, _stop_words),
-    "lines": Signal("lines that are not blank", "-", lambda m: m.n_lines),
     "bullet_lines": Signal("share of the lines that begin with a bullet", _GOPHER,
         lambda m: m.per_line((m.classes[m.line_begins] & textbatch.BULLET) != 0)),
     "ellipsis_lines": Signal("share of the lines that end with an ellipsis", _GOPHER, _ellipsis_lines),
@@ -249,11 +221,6 @@ SIGNALS: dict[str, Signal] = {
     "sentences": Signal("words that end a sentence or a line", _C4, _sentences),
     "curly_braces": Signal("opening curly braces", _C4, lambda m: m.signs("{")),
     "lorem_ipsum": Signal('times "lorem ipsum" is written', _C4, _lorem_ipsum),
-    "digits": Signal("share of the characters that are digits", _CURATOR, lambda m: m.per_character(textbatch.DIGIT)),
-    "uppercase": Signal("share of the characters that are capitals", "-", lambda m: m.per_character(textbatch.UPPER)),
-    "whitespace": Signal("share of the characters that are white space", _CURATOR,
-        lambda m: share(m.characters - m.word_characters, m.characters)),
-    "url_characters": Signal("share of the words' characters that stand in web addresses", _CURATOR, _url_characters),
     **{
         f"duplicate_{part}{suffix}": Signal(f"share of the {what} that came before", _REPETITION,
             lambda m, part=part, column=column: getattr(m, f"duplicate_{part}s")[column])

@@ -13,10 +13,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from groundup.corpus.words import PADDING, characters_of, is_unspaced, merged, mix, span_hashes, word_breaks
+from groundup.corpus.words import PADDING, CharacterTable, is_unspaced, merged, mix, span_hashes, word_breaks
 
-SPACE, LETTER, DIGIT, UPPER, LINE_END, SENTENCE_END, CLOSER, BULLET = (1 << bit for bit in range(8))
-_UNKNOWN = 0xFF  # no character is white space and a letter at once
+SPACE, LETTER, LINE_END, SENTENCE_END, CLOSER, BULLET = (1 << bit for bit in range(6))
 
 SENTENCE_ENDS = ".!?…。！？．｡।॥؟۔።։។៕။།"
 WITHOUT_SENTENCE_ENDS = "".join(map(chr, range(0xE00, 0xF00)))
@@ -38,8 +37,6 @@ def _class_of(character: str) -> int:
     return (
         SPACE * character.isspace()
         | LETTER * character.isalpha()
-        | DIGIT * character.isdecimal()
-        | UPPER * character.isupper()
         | LINE_END * (character in LINE_ENDS)
         | SENTENCE_END * (character in SENTENCE_ENDS)
         | CLOSER * (character in CLOSERS)
@@ -48,7 +45,7 @@ def _class_of(character: str) -> int:
 
 
 _ASCII_CLASSES = bytes(_class_of(chr(code)) for code in range(128)) + bytes(128)
-_classes = np.full(0x110000, _UNKNOWN, dtype=np.uint8)
+_CLASSES = CharacterTable(_class_of)
 
 
 class TextBatch:
@@ -58,7 +55,7 @@ class TextBatch:
         n: number of texts.
         bounds: (n + 1,) where each text begins; text i is [bounds[i], bounds[i + 1] - 1).
         bytes: (characters + padding,) the ASCII code of every character, 255 beyond ASCII.
-        classes: (characters,) bits: white space, letter, digit, ...
+        classes: (characters,) bits: white space, letter, end of a sentence, ...
         codes: (characters,) code points, or None where all is ASCII.
         word_starts, word_ends: (words,) where each word begins and ends.
     """
@@ -66,7 +63,6 @@ class TextBatch:
     def __init__(self, texts: Sequence[str]) -> None:
         self.n = len(texts)
         lengths = np.fromiter((len(text) for text in texts), dtype=np.int64, count=self.n)
-        self.characters: Ints = lengths
         self.bounds: Ints = np.concatenate(([0], np.cumsum(lengths + 1)))
         joined = "\n".join(texts) + "\n" if texts else ""
         self.codes: NDArray[np.uint32] | None = None
@@ -89,17 +85,15 @@ class TextBatch:
 
     def _take_unicode(self, joined: str) -> list[int]:
         """Look at every character; returns where words begin without white space before them."""
-        codes, data, others = characters_of(joined)
-        classes = np.frombuffer(bytearray(data[: len(joined)].translate(_ASCII_CLASSES)), dtype=np.uint8)
-        other_codes = codes[others]
-        found = _classes[other_codes]
-        if (found == _UNKNOWN).any():
-            for code in np.unique(other_codes[found == _UNKNOWN]).tolist():
-                _classes[code] = _class_of(chr(code))
-            found = _classes[other_codes]
-        classes[others] = found
-        unspaced = others[is_unspaced(other_codes)]
-        self.codes, self.classes, self.bytes = codes, classes, np.frombuffer(data, dtype=np.uint8)
+        codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        others = np.flatnonzero(codes >= 128)
+        data = np.zeros(len(codes) + PADDING, dtype=np.uint8)
+        data[: len(codes)] = codes
+        data[others] = 255
+        classes = np.frombuffer(bytearray(data[: len(codes)].tobytes().translate(_ASCII_CLASSES)), dtype=np.uint8)
+        classes[others] = _CLASSES[codes[others]]
+        unspaced = others[is_unspaced(codes[others])]
+        self.codes, self.classes, self.bytes = codes, classes, data
         self._others = others
         return word_breaks(joined, unspaced)
 
@@ -208,17 +202,9 @@ class TextBatch:
         """(n,) how many of the sorted positions lie in each text (its final line break included)."""
         return np.diff(np.searchsorted(positions, self.bounds))
 
-    def count_of(self, classes: int) -> Ints:
-        """(n,) characters of any of these classes in each text (its final line break included)."""
-        if not self.n:
-            return np.empty(0, dtype=np.int64)
-        is_one = (self.classes & classes) != 0
-        return np.add.reduceat(is_one.view(np.uint8), self.bounds[:-1], dtype=np.int64)
-
-    def sum_words(self, words: Ints, values: NDArray[np.generic] | None = None) -> NDArray[np.float64]:
-        """(n,) the number, or the sum of values, of the words with these numbers, for each text."""
-        sums = np.bincount(self.text_of_word[words], weights=values, minlength=self.n)
-        return sums.astype(np.float64)
+    def sum_words(self, words: Ints) -> NDArray[np.float64]:
+        """(n,) how many of these words, by their numbers, each text has."""
+        return np.bincount(self.text_of_word[words], minlength=self.n).astype(np.float64)
 
 
 _power_table = np.ones((2, 0), dtype=np.uint64)

@@ -7,16 +7,16 @@ same text becomes the same record and the same fault the same message in every f
 from __future__ import annotations
 
 import codecs
-import functools
 import re
 import unicodedata
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from groundup.corpus.document import OnSetAside, Reason, Record, SetAside, excerpt_of
 from groundup.corpus.reading.refusal import RefusedError, fault_of
 from groundup.corpus.reading.sources import InputFile
+from groundup.corpus.words import CharacterTable
 from groundup.recipe import CorpusSettings
 
 MOST_GARBLED, MOST_GARBLED_SHARE = 3, 0.001
@@ -50,7 +50,6 @@ _BINARY: dict[bytes, tuple[str, str]] = {
 """What such files begin with, what they are, and the way out."""
 _MOST_MARKS = 30
 _LONG = 2_000  # in a shorter text the square of a run of marks is a millisecond
-_BEYOND_MARKS = 0x1F000  # no combining mark has a higher code
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _NO_CONTROLS = bytes(code for code in range(256) if code >= 32 or code in b"\n\t\f")
 _C1 = re.compile(rb"\xc2[\x80-\x84\x86-\x9f]")  # but for U+0085, a line end
@@ -71,21 +70,17 @@ def limit_marks(text: str) -> str:
     Without it, normalizing takes time in the square of such a run: minutes for 0.8 MB of marks out of order.
     https://www.unicode.org/reports/tr15/#Stream_Safe_Text_Format
     """
-    is_mark, run = _marks()
     for step, longest in ((10, _MOST_MARKS // 10), (1, _MOST_MARKS + 1)):  # first every tenth character
         codes = np.frombuffer(text[::step].encode("utf-32-le", "surrogatepass"), "<u4")
-        if b"\1" * longest not in is_mark[np.minimum(codes, len(is_mark) - 1)].tobytes():
+        is_mark = _IS_MARK[codes]
+        if b"\1" * longest not in is_mark.tobytes():
             return text
-    return run.sub("\\1\u034f", text)
+    marks = re.escape("".join(map(chr, set(codes[is_mark > 0].tolist()))))
+    return re.sub(f"([{marks}]{{{_MOST_MARKS}}})(?=[{marks}])", "\\1\u034f", text)
 
 
-@functools.cache
-def _marks() -> tuple[Any, re.Pattern[str]]:
-    """Which characters are nothing but combining marks, by their code; and a run of the most that may stay together."""
-    decomposed = [unicodedata.normalize("NFKD", chr(code)) for code in range(_BEYOND_MARKS)]
-    is_mark = np.array([all(map(unicodedata.combining, characters)) for characters in decomposed])
-    marks = re.escape("".join(map(chr, np.flatnonzero(is_mark))))
-    return is_mark, re.compile(f"([{marks}]{{{_MOST_MARKS}}})(?=[{marks}])")
+_IS_MARK = CharacterTable(lambda one: all(map(unicodedata.combining, unicodedata.normalize("NFKD", one))))
+"""Characters that are nothing but combining marks."""
 
 
 def n_garbled(text: str) -> int:
