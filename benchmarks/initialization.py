@@ -27,7 +27,7 @@ PARTS = ("v", "o", "gate", "up", "down")
 
 
 def main() -> None:
-    """Measure all four, print the table, write the figures and the picture."""
+    """Measure all four, write the figures and the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=256)
@@ -49,7 +49,6 @@ def main() -> None:
                 "parameters": deviations(config),
             }
         )
-    print(table(rows))
     write_result("initialization", {**vars(arguments), "n": arguments.seeds, "rows": rows})
     draw(rows, PICTURE)
 
@@ -123,22 +122,6 @@ def deviations(config: ModelConfig) -> list[dict[str, object]]:
         for name, parameter in Transformer(config).named_parameters()
         if parameter.ndim > 1
     ]
-
-
-def table(rows: list[dict]) -> str:
-    """The figures as the manual shows them: both ends of each curve, and how far the prediction is off at worst."""
-    lines = [
-        "| initialization | norms | stream: embedding → end | gradient: end → embedding | prediction off by at most |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        forward, backward = row["forward"]["measured"], row["backward"]["measured"]
-        worst = 100 * max(row["forward"]["worst_error"], row["backward"]["worst_error"])
-        lines.append(
-            f"| `{row['initialization']}` | {row['norm_placement']} | {forward[0]:.5f} → {forward[-1]:.5f} "
-            f"| {backward[-1]:.2f} → {backward[0]:,.2f} | {worst:.1f} % |"
-        )
-    return "\n".join(lines)
 
 
 def worst_error(measured: list[float], predicted: list[float]) -> float:

@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
-FIGURE = re.compile(r"(<!-- figure: (\w+) (\S+) (\S+) -->).*?<!-- end -->")
+FIGURE = re.compile(r"(<!-- figure: (\w+) ([^>]+?) (\S+) -->).*?<!-- end -->")
 
 
 def main() -> None:
@@ -129,6 +129,25 @@ def shakespeare(_: dict[str, Any]) -> str:
             ]
         )
     return rows_of(["Shakespeare, one character a token", "time", "validation loss", "measured on"], rows)
+
+
+def initialization(result: dict[str, Any]) -> str:
+    """Both ends of each curve, and how far the prediction is off at worst."""
+    rows = []
+    for row in result["rows"]:
+        forward, backward = row["forward"]["measured"], row["backward"]["measured"]
+        rows.append(
+            [
+                f"`{row['initialization']}`",
+                row["norm_placement"],
+                f"{forward[0]:.5f} → {forward[-1]:.5f}",
+                f"{backward[-1]:.2f} → {backward[0]:,.2f}",
+                f"{max(row['forward']['worst_error'], row['backward']['worst_error']):.1%}",
+            ]
+        )
+    head = ["initialization", "norms", "stream: embedding → end", "gradient: end → embedding",
+            "prediction off by at most"]  # fmt: skip
+    return rows_of(head, rows)
 
 
 def extraction(result: dict[str, Any]) -> str:
@@ -490,6 +509,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     for function in (
         demo,
         shakespeare,
+        initialization,
         extraction,
         minhash,
         data_chain,

@@ -90,7 +90,7 @@ def test_every_schema_of_the_suite_is_held_or_refused_by_name():
             if is_finished:
                 text = text_of(tokenizer, ids)
                 assert jsonschema.Draft202012Validator(schema).is_valid(json.loads(text)), (file, description, text)
-    assert n_held >= 160
+    assert n_held > 0.4 * len(cases)
     assert n_finished >= 2.5 * n_held
     listed = set(re.findall(r"`(\S+?)`", Constraint.json_schema.__doc__.split("refused by name:")[1]))
     assert refused <= listed
