@@ -22,6 +22,7 @@ from groundup.integrity import FileRecords, record_files
 from groundup.recipe import Recipe, Section, StartSettings, resolve
 from groundup.recipe.registry import EVALUATE, METHODS, QUANTIZE, TRUNK, load
 from groundup.run import RECIPE_FILE, Run
+from groundup.untrusted import reading
 
 if TYPE_CHECKING:  # the data rooms and their worker processes start without torch
     from groundup.distributed import World
@@ -341,7 +342,8 @@ def find_model(path: str | Path, *, stage: str | None = None) -> Path:
         ArtifactError: there is none.
     """
     path = Path(path)
-    models = list(_models_of_run(path))
+    with reading(str(path)):  # a name may be longer than any can be
+        models = list(_models_of_run(path))
     if stage is not None and stage not in {folder.parent.name for folder in models}:
         names = ", ".join(folder.parent.name for folder in models)
         fix = f"Its models: {names}." if names else "It is no run: leave the stage out."

@@ -48,6 +48,7 @@ from groundup.corpus.reading.read import UnitReader, units_of
 from groundup.corpus.reading.sources import find_sources
 from groundup.distributed import current_world
 from groundup.evaluation.harness import read_scores
+from groundup.evaluation.scorecard import compare_cards
 from groundup.evaluation.table import compare, read_comparison
 from groundup.files import write_json
 from groundup.interop import export_folder, load_model, save_model
@@ -220,6 +221,26 @@ def evaluation_files() -> list[Files]:
 
 def read_evaluation_files(folder: Path) -> object:
     return [text for task in find_tasks([folder]) for _, texts in task.records() for text in texts]
+
+
+def scores() -> list[Files]:
+    choice = [{"logprob": [-1.0 - n % 2, -1.5], "greedy": [True, False], "gold": 0} for n in range(6)]
+    reply = [
+        {"reply": "4", "target": "4", "answer": "4", "strict": True, "flexible": n > 2, "f1": 1.0} for n in range(6)
+    ]
+    code = [{"passed": [True, n < 3], "reasons": ["", ""]} for n in range(6)]
+    text = [{"bits": [9.0, 8.0], "bytes": [5, 4 + n]} for n in range(6)]
+    files: Files = {}
+    for name, rows in {"arc": choice, "sums": reply, "code": code, "text": text}.items():
+        told = [{"identity": "x"}, *({"item": n, "group": "", **row} for n, row in enumerate(rows))]
+        files[f"{name}.jsonl"] = "".join(json.dumps(row) + "\n" for row in told).encode()
+    card = {"benchmarks": {name.removesuffix(".jsonl"): {"fingerprint": "f", "figures": {}} for name in files}}
+    files["scores.json"] = json.dumps({"model": "x", **card}).encode()
+    return [{f"{side}/{name}": data for side in "ab" for name, data in files.items()}]
+
+
+def read_scores_of_two(folder: Path) -> object:
+    return compare_cards(folder / "a", folder / "b")
 
 
 def conversations() -> list[Files]:
@@ -464,6 +485,7 @@ READERS: dict[str, Reader] = {
     "html": (pages, read_a_corpus),
     "warc": (archives, read_a_corpus),
     "evaluation": (evaluation_files, read_evaluation_files),
+    "scores": (scores, read_scores_of_two),
     "conversations": (conversations, read_conversations),
     "tokenizer": (tokenizers, read_a_tokenizer),
     "model": (models, read_a_model),
@@ -477,7 +499,7 @@ READERS: dict[str, Reader] = {
     "crawl-folder": (crawl_folders, read_crawl_folder),
 }
 
-COST = {"report": 10}
+COST = {"report": 10, "scores": 10}
 """How many times fewer cases than the others, for those that take long."""
 
 

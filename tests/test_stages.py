@@ -188,7 +188,9 @@ def test_bits_per_byte_without_a_text_are_refused() -> None:
         ("pretrian", "Did you mean 'pretrain'?"),
         ("secnod", "Did you mean 'second'?"),
         ("runs/none", "or a stage: second, pretrain."),
+        ("x" * 5_000, "or a stage: second, pretrain."),
     ],
+    ids=["trunk", "branch", "folder", "longer than a name can be"],
 )
 def test_a_start_that_is_nothing_is_refused_with_the_nearest_stage(start: str, way_out: str) -> None:
     recipe = read(f'[pretrain]\n[align.sft]\nstart = "{start}"\n[align.second]\nmethod = "sft"')

@@ -266,8 +266,8 @@ def _records(benchmark: Benchmark, source: InputFile) -> Iterator[tuple[str, dic
                 continue
             fields = dict(zip(names, fields, strict=False))
         if not isinstance(fields, dict):
-            raise DataError(f"{source.label}, {value.place}: is no object with fields.")
-        yield str(value.place), fields
+            raise DataError(f"{source.label}, {value.place} {value.number}: is no object with fields.")
+        yield f"{value.place} {value.number}", fields
 
 
 @functools.cache

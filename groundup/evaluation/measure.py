@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from groundup.errors import ArtifactError, DataError
+from groundup.errors import DataError
 from groundup.evaluation.benchmarks import Benchmark, Item, extract_answer, render_program
 from groundup.evaluation.likelihood import log_likelihoods
 from groundup.evaluation.metrics import Estimate, bits_and_bytes, ratio_estimate, share
@@ -348,11 +348,8 @@ def by_group(records: Sequence[Record]) -> dict[str, dict[str, Estimate]]:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records that `measure` kept, whatever they were made with. Raises ArtifactError: none there."""
-    try:
-        return [record for line in path.read_bytes().splitlines()[1:] if (record := json.loads(line))]
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: cannot be read: {error}.", "Write it again: groundup evaluate …") from error
+    """The records that `measure` kept, whatever they were made with."""
+    return [json.loads(line) for line in path.read_bytes().splitlines()[1:]]
 
 
 def item_scores(records: Sequence[Record]) -> dict[int, float]:

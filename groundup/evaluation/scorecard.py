@@ -35,8 +35,10 @@ from groundup.evaluation.measure import (
 from groundup.files import read_json, value_digest, write_json
 from groundup.model import Transformer
 from groundup.tokenizer import Tokenizer
+from groundup.untrusted import file_inside, reading
 
 CARD = "scores.json"
+_WAY_OUT = "Write them: groundup evaluate MODEL --tasks …"
 _RESAMPLES = 10_000
 _LEVEL = 0.05
 _SHOWN = 0.02  # the difference for which the needed number of items is told
@@ -179,7 +181,7 @@ def compare_cards(first: str | Path, second: str | Path) -> list[Difference]:
     """Two folders that `score_benchmarks` wrote, benchmark by benchmark.
 
     Raises:
-        ArtifactError: no scores there.
+        ArtifactError: no scores there, or damaged ones.
         DataError: they share no benchmark with the same items.
     """
     cards = [_card(Path(folder)) for folder in (first, second)]
@@ -188,8 +190,7 @@ def compare_cards(first: str | Path, second: str | Path) -> list[Difference]:
         other = cards[1].get(name)
         if other is None or other["fingerprint"] != one["fingerprint"]:
             continue
-        records: list[list[Record]] = [read_records(Path(folder) / f"{name}.jsonl") for folder in (first, second)]
-        scores = [item_scores(part) for part in records]
+        scores = [_scores(Path(folder), name) for folder in (first, second)]
         places = sorted(scores[0].keys() & scores[1].keys())
         if len(places) > 1:
             paired[name] = (
@@ -247,9 +248,19 @@ def _difference(name: str, a: np.ndarray, b: np.ndarray, p: float) -> Difference
 
 def _card(folder: Path) -> dict[str, Any]:
     found = read_json(folder / CARD)
-    if not isinstance(found, dict) or not isinstance(found.get("benchmarks"), dict):
-        raise ArtifactError(f"{folder / CARD}: holds no benchmarks.", "Write them: groundup evaluate MODEL --tasks …")
-    return dict(found["benchmarks"])
+    parts = found.get("benchmarks") if isinstance(found, dict) else None
+    if not isinstance(parts, dict) or not all(isinstance(one, dict) and "fingerprint" in one for one in parts.values()):
+        raise ArtifactError(f"{folder / CARD}: holds no benchmarks.", _WAY_OUT)
+    return parts
+
+
+def _scores(folder: Path, name: str) -> dict[int, float]:
+    path = file_inside(folder, f"{name}.jsonl")
+    with reading(str(path), fix=_WAY_OUT):
+        scores = item_scores(read_records(path))
+    if not all(map(math.isfinite, scores.values())):
+        raise ArtifactError(f"{path}: a score that is no finite number.", _WAY_OUT)
+    return scores
 
 
 def say(name: str, value: float, stderr: float) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def _check_start(stage: Stage) -> None:
     try:
         find_model(settings.start)
     except ArtifactError as error:
-        if (Path(settings.start) / ADAPTER_FILE).is_file():
+        if os.path.isfile(os.path.join(settings.start, ADAPTER_FILE)):  # False also for what can be no name of a file
             raise
         known = [name for name in stage.recipe.branches if name != stage.name]
         known += ["pretrain"] if stage.recipe.has_trunk else []
