@@ -109,7 +109,9 @@ def test_a_student_learns_the_answers_that_its_teacher_samples(tokenizer, shards
     teacher = random("ground-nano", tokenizer, 1)
     fine_tune(teacher, tokenizer, tuning, out=tmp_path / "teacher", conversations=conversations)
     data = tmp_path / "asked.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"{n} times?", "response": "unknown"}) + "\n" for n in range(80)))
+    data.write_text("".join(json.dumps({"prompt": f"{n} times?", "response": "unknown"}) + "\n" for n in range(79)))
+    with data.open("a") as file:  # a separator of lines for Unicode is none for JSON lines
+        file.write(json.dumps({"prompt": "79\u2028times?", "response": "unknown"}) + "\n")
     settings = DistillSettings(
         level="sequence", prompts=(str(data),), own_share=0.8, tokens=8000, temperature=0.7, **fast
     )  # fmt: skip
@@ -120,10 +122,11 @@ def test_a_student_learns_the_answers_that_its_teacher_samples(tokenizer, shards
 
     made = distilled()
     (kept,) = (tmp_path / "student").glob("own-text-*.jsonl")
-    written = [talk for line in kept.read_text().splitlines() for talk in json.loads(line)]
+    written = [talk for line in kept.read_bytes().splitlines() for talk in json.loads(line)]
     answers = Counter(talk[-1]["content"] for talk in written)
     assert answers.most_common(1)[0][0] == "the mat"
-    assert {talk[0]["content"] for talk in written} <= {f"{n} times?" for n in range(80)}
+    asked = {talk[0]["content"] for talk in written}
+    assert {"79\u2028times?"} < asked <= {*(f"{n} times?" for n in range(79)), "79\u2028times?"}
     assert made.summary["own_rows"] >= 30
     assert made.summary["replay_share"] == pytest.approx(0.2, abs=0.1)
     reply = chat_reply(made.model, tokenizer, [{"role": "user", "content": "7 times?"}], SamplingParams(temperature=0))

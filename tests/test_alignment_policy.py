@@ -21,7 +21,7 @@ from groundup.alignment.on_policy import without_dropout
 from groundup.alignment.online_dpo import OnlineDPOSettings, best_and_worst, online_dpo
 from groundup.alignment.ppo import PPOSettings
 from groundup.alignment.rejection import RejectionSettings, rejection_sampling
-from groundup.alignment.rewards import FunctionReward, Prompt, is_right
+from groundup.alignment.rewards import FunctionReward, Prompt, is_right, load_prompts
 from groundup.errors import DataError, GroundupError
 from groundup.generation import Engine, SamplingParams
 from groundup.generation.rollouts import roll_out
@@ -154,6 +154,24 @@ def test_pairs_are_the_best_and_the_worst_of_their_prompts_answers(tmp_path):
     (line,) = read_log(tmp_path / "out" / "metrics.jsonl")
     assert (line["silent_groups"], line["grad_norm"]) == (1.0, 0.0)
     assert all(value.equal(model.get_parameter(name)) for name, value in policy().named_parameters())
+
+
+def test_a_separator_of_lines_within_a_prompt_ends_no_line_of_what_is_kept(tmp_path):
+    rows = [{"prompt": f"{n}\u2028and\x85{n}?", "response": "2"} for n in range(40)]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "any.py").write_text("def score(m, answer, k):\n    return float(len(answer))\n")
+    given = {
+        "prompts": load_prompts([str(tmp_path / "asked.jsonl")], 8, 1, tokenizer(), 80, "align.rl"),
+        "reward": FunctionReward(f"{tmp_path}/any.py:score", "x"),
+    }
+    settings = OnlineDPOSettings(**COMMON | {"batch_size": 8, "buffers": 2, "held_out": 0})
+    online_dpo(policy(), tokenizer(), settings, **given, out=tmp_path / "policy")
+    kept = [json.loads(line) for line in (tmp_path / "policy" / "rollouts.jsonl").read_bytes().splitlines()]
+    assert len({line["step"] for line in kept}) == 2
+    assert all("\u2028and\x85" in line["prompt"] for line in kept)
+    best = RejectionSettings(prompts=8, samples=2, least=0.0, max_tokens=4, epochs=1, batch_size=4, compile=False)
+    with pytest.raises(DataError, match=r"of 16 answers [1-9]\d* are good, .*: nothing to learn from"):  # it was read
+        rejection_sampling(policy(), tokenizer(), best, **given, out=tmp_path / "best")
 
 
 def test_dpo_on_its_own_answers_earns_more_and_goes_on_to_the_bit(tmp_path):

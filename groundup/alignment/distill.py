@@ -148,7 +148,7 @@ def distill(
                 own_folder(out)
                 write_text(path, "".join(json.dumps(side, ensure_ascii=False) + "\n" for side in said))
             world.wait()
-        to_learn, held_out = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        to_learn, held_out = map(json.loads, path.read_bytes().splitlines())
         tuning = SFTSettings(
             start=settings.start, replay=1 - settings.own_share,
             **{field: getattr(settings, field) for field in OptimizerSettings.model_fields},

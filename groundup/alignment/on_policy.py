@@ -242,7 +242,7 @@ class RolloutSource:
         """A few answers, to be read: those of buffers that are made again are replaced."""
         if not self.world.is_first:
             return
-        lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []
+        lines = self._file.read_text(encoding="utf-8").split("\n")[:-1] if self._file.is_file() else []
         lines = [line for line in lines if json.loads(line)["step"] < place]
         for prompt, text, reward in list(zip(prompts, rolled.texts, rewards.tolist(), strict=True))[:8]:
             record: dict[str, Any] = {"step": place, "prompt": prompt.messages[-1]["content"], "answer": text}

@@ -85,7 +85,7 @@ class RejectionMethod(AnswersMethod, SupervisedFineTuning):
                 own_folder(out)
                 write_text(path, "".join(json.dumps(side, ensure_ascii=False) + "\n" for side in sides))
             world.wait()
-        train, held_out = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+        train, held_out = map(json.loads, path.read_bytes().splitlines())
         if min(len(train["messages"]), len(held_out["messages"])) == 0:
             raise DataError(
                 f"{inputs.name}: of {train['written']:,} answers {len(train['messages'])} are good, and of "
