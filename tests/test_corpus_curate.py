@@ -27,10 +27,6 @@ def curated(out: Path, *inputs: Path, **changes: Any) -> dict[str, Any]:
     return curate(CorpusSettings(inputs=tuple(map(str, inputs)), **{"dedup": "exact", **changes}), out)
 
 
-def validation_texts(out: Path) -> set[str]:
-    return {document.text for document in stream_documents(out, "validation")}
-
-
 def test_filters_remove_in_order_and_the_counts_add_up(tmp_path: Path) -> None:
     english = [ENGLISH.format(n) for n in range(40)]
     texts = [*english, *english[:5], *(FRENCH.format(n) for n in range(7)), "short", "short", FRENCH.format(0), ""]

@@ -52,10 +52,6 @@ def random_gradients(model: torch.nn.Module, seed: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator) * 1e-2
 
 
-def shapes_of(model: torch.nn.Module) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
-
-
 class Pair(torch.nn.Module):
     """A matrix and a vector."""
 

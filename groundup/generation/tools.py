@@ -136,7 +136,6 @@ OURS = ToolFormat("ours", "<tool>", "</tool>")
 HERMES = ToolFormat("hermes", "<tool_call>\n", "\n</tool_call>")
 LLAMA = ToolFormat("llama", "<|python_tag|>", arguments="parameters", is_bare=True)
 MISTRAL = ToolFormat("mistral", "[TOOL_CALLS] ", is_list=True, inside=("[ARGS]", "[CALL_ID]"))
-FORMATS = (OURS, HERMES, LLAMA, MISTRAL)
 
 
 def format_of(template: str) -> ToolFormat | None:

@@ -35,7 +35,7 @@ TOKENIZER_FILES = (
 _MOST_IDS = 1 << 24
 """The library makes room for every id below the largest one."""
 _MOST_GROWTH = 1024
-"""So many characters may become of one: the normalizers that people use stay below it, and a hostile file's do not."""
+"""So many characters may become of one: the normalizers that people use stay below it."""
 _LARGEST_CHANGE = {"NFD": 4, "NFC": 3, "NFKD": 18, "NFKC": 18, "Lowercase": 3, "BertNormalizer": 18, "ByteLevel": 2}
 _SPLITS = {"GPT2Tokenizer": "gpt2", "CodeGenTokenizer": "gpt2", "RobertaTokenizer": "gpt2", "Qwen2Tokenizer": "qwen2"}
 """How a text is cut by the tokenizers of transformers that have `vocab.json` and `merges.txt`."""
