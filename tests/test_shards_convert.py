@@ -205,6 +205,13 @@ def test_raw_ids_wider_than_nanogpts_are_refused_until_their_width_is_said(
     assert (done.format, documents_of(tmp_path / "out")) == (dtype, [ids])
 
 
+def test_wide_ids_that_are_all_large_are_asked_about_too(tmp_path: Path) -> None:
+    ids = np.random.default_rng(1).integers(99_000, 151_000, 500)  # as Chinese text has with Qwen's tokenizer
+    ids.astype("<u4").tofile(tmp_path / "train.bin")
+    with pytest.raises(ArtifactError, match="as if wider ids were cut"):
+        import_ids(tmp_path, tmp_path / "out")
+
+
 @pytest.mark.parametrize("dtype", ["<i4", "<i8", ">u4"])
 def test_a_few_negative_ids_or_turned_bytes_do_not_hide_the_width(tmp_path: Path, dtype: str) -> None:
     ids = np.array([*range(1, 1000), *([-1] * 10 if "i" in dtype else [])], dtype=dtype)

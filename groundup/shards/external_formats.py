@@ -103,12 +103,14 @@ def _raw_ids(path: Path, format: str, size: int) -> np.ndarray:
         name = dtype.name
         raise ArtifactError(f"{path}: {size:,} bytes, which is not a number of {name} ids: cut off.", COMPLETE)
     tokens = _mapped(path, dtype, size // dtype.itemsize)
-    # Wider ids cut in pieces: every second one is zero, in most pairs.
-    looks_wide = any((tokens[place : 1 << 20 : 2] == 0).mean() >= 0.5 for place in (0, 1) if len(tokens) > place)
-    if format == "nanogpt" and looks_wide:
+    # Wider ids cut in pieces: every second one is zero in most pairs, or small beside one that is not.
+    halves = (tokens[: 1 << 20 : 2], tokens[1 : 1 << 20 : 2]) if len(tokens) > 1 else ()
+    zero, small = ([(half < limit).mean() for half in halves] or [0] for limit in (1, 16))
+    is_small = len(tokens) >= 64 and max(small) >= 0.99 and min(small) < 0.5
+    if format == "nanogpt" and (max(zero) >= 0.5 or is_small):
         raise ArtifactError(
-            f"{path}: as uint16, every second id is 0, as if wider ids were cut in pieces; the file does not say what "
-            "they are.",
+            f"{path}: as uint16, every second id is small, as if wider ids were cut in pieces; the file does not say "
+            "what they are.",
             "Say --format uint32 or int64, or --format uint16 if they are uint16.",
         )
     return tokens
