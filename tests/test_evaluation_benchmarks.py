@@ -117,11 +117,15 @@ def test_a_damaged_file_is_named_with_its_line(mine: Path, line: str, words: str
 def test_what_is_no_benchmark_is_refused_by_name(mine: Path) -> None:
     with pytest.raises(DataError, match="Did you mean 'arc_easy'"):
         find_benchmark("arc_eazy")
+    for wrong, words in (("nested = " + "[" * 5000, "recursion"), (f'like = "{mine}/mine.toml"\n', "recursion")):
+        (mine / "mine.toml").write_text(MINE + wrong)
+        with pytest.raises(DataError, match=rf"mine\.toml: cannot be read \(.*{words}"):
+            benchmark(mine)
     (mine / "mine.toml").write_text(MINE + 'colour = "red"\n')
     with pytest.raises(DataError, match="colour"):
         benchmark(mine)
     (mine / "mine.toml").write_text("kind = ")
-    with pytest.raises(DataError, match="no TOML"):
+    with pytest.raises(DataError, match="described in TOML"):
         benchmark(mine)
 
 

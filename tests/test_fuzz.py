@@ -48,6 +48,7 @@ from groundup.corpus.reading.extract import Extractor
 from groundup.corpus.reading.read import UnitReader, units_of
 from groundup.corpus.reading.sources import find_sources
 from groundup.distributed import current_world
+from groundup.evaluation.benchmarks import find_benchmark, read_items
 from groundup.evaluation.harness import read_scores
 from groundup.evaluation.scorecard import compare_cards
 from groundup.evaluation.table import compare, read_comparison
@@ -222,6 +223,16 @@ def evaluation_files() -> list[Files]:
 
 def read_evaluation_files(folder: Path) -> object:
     return [text for task in find_tasks([folder]) for _, texts in task.records() for text in texts]
+
+
+def benchmarks() -> list[Files]:
+    told = 'kind = "choice"\nfiles = "a.jsonl"\ncontext = "{{ q }}"\nchoices = "answers"\ngold = "{{ right }}"\n'
+    rows = "".join(json.dumps({"q": line, "answers": ["no", "yes"], "right": 1}) + "\n" for line in LINES)
+    return [{"mine.toml": told.encode(), "a.jsonl": rows.encode()}]
+
+
+def read_a_benchmark(folder: Path) -> object:
+    return [item.pairs for item in read_items(find_benchmark(str(folder / "mine.toml")), folder)]
 
 
 def scores() -> list[Files]:
@@ -486,6 +497,7 @@ READERS: dict[str, Reader] = {
     "html": (pages, read_a_corpus),
     "warc": (archives, read_a_corpus),
     "evaluation": (evaluation_files, read_evaluation_files),
+    "benchmark": (benchmarks, read_a_benchmark),
     "scores": (scores, read_scores_of_two),
     "conversations": (conversations, read_conversations),
     "tokenizer": (tokenizers, read_a_tokenizer),

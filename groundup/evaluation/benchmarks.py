@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import os
 import random
 import re
 import tomllib
@@ -31,7 +32,7 @@ from groundup.corpus.reading.values import read_values
 from groundup.errors import DataError
 from groundup.files import value_digest
 from groundup.recipe import CorpusSettings
-from groundup.untrusted import read_bytes
+from groundup.untrusted import MOST_CONFIG_BYTES, read_bytes, reading
 
 Kind = Literal["choice", "generation", "code", "text"]
 _SHIPPED = "data/benchmarks.toml"
@@ -107,11 +108,9 @@ def find_benchmark(name: str) -> Benchmark:
     """
     if name.endswith(".toml"):
         path = Path(name)
-        try:
-            fields = tomllib.loads(read_bytes(path).decode())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: is no TOML: {error}.") from error
-        return _described({"name": path.stem, **fields}, str(path))
+        with reading(str(path), DataError, "A benchmark is described in TOML."):
+            fields = tomllib.loads(read_bytes(path, MOST_CONFIG_BYTES).decode())
+            return _described({"name": path.stem, **fields}, str(path))
     shipped = _shipped()
     if name not in shipped:
         near = difflib.get_close_matches(name, shipped, n=1)
@@ -145,7 +144,8 @@ def read_items(
     drawn: dict[str, list[Item]] = {}
     items = []
     for row in rows:
-        item = _item(benchmark, row)
+        with reading(row.place, DataError):
+            item = _item(benchmark, row)
         if shots:
             files = _render(benchmark.shots_from or benchmark.files, row, {"group": item.group})
             if item.group not in drawn:
@@ -234,7 +234,7 @@ def _list(fields: Mapping[str, Any], name: str, row: _Row) -> list[Any]:
 def _rows(benchmark: Benchmark, files: str, data: str | Path) -> Iterator[_Row]:
     """Every row of its files; a text is one row."""
     path = Path(files)
-    pattern = str(path if path.is_absolute() or path.is_file() else Path(data) / path)
+    pattern = str(path if path.is_absolute() or os.path.isfile(path) else Path(data) / path)
     number = 0
     for source in find_sources([pattern], setting=f"benchmark {benchmark.name}").files:
         name = Path(source.label).name.split(".")[0]
