@@ -109,7 +109,11 @@ async def read_body(request: Request) -> Any:
 class Body(BaseModel):
     """What is sent: strictly typed, nothing unknown, null as if it were not there."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True,
+        # Clients send back what they were sent, with every field that they know: null is no request for anything.
+        json_schema_extra={"additionalProperties": {"type": "null"}},
+    )  # fmt: skip
     one_of: ClassVar[tuple[str, ...]] = ()  # of which one must be given
 
     @model_validator(mode="before")
@@ -215,7 +219,7 @@ class ToolCallBody(Body):
     """A call that the assistant made earlier."""
 
     id: str = Field(max_length=256)
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = None
     function: CalledFunction
     index: int | None = Field(None, exclude=True)
 
