@@ -106,6 +106,16 @@ async def read_body(request: Request) -> Any:
         raise APIError(400, f"the body is not JSON: {str(error)[:120]}.", "invalid_json") from None
 
 
+async def check_connected(request: Request) -> None:
+    """Work for nobody is not begun.
+
+    Raises:
+        APIError: the client has left.
+    """
+    if await request.is_disconnected():
+        raise APIError(400, "the client left before its answer.", "incomplete")
+
+
 class Body(BaseModel):
     """What is sent: strictly typed, nothing unknown, null as if it were not there."""
 
