@@ -309,6 +309,9 @@ def test_what_is_no_http_is_refused(served: Served) -> None:
         with served.connect() as connection:
             connection.sendall(sent)
             connection.shutdown(socket.SHUT_WR)
-            assert connection.recv(4096).startswith(b"HTTP/1.1 400")
+            head, _, body = connection.recv(4096).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 400")
+            assert b"x-frame-options: DENY" in head
+            assert json.loads(body)["error"]["code"] == "invalid_http"
     upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Key": "a", "Sec-WebSocket-Version": "13"}
     assert served.ask("/health", headers=upgrade)[0] in (200, 400, 403, 426)
