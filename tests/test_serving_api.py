@@ -124,6 +124,13 @@ def test_writing_stops_before_a_stop_text(served: Served, stream: bool) -> None:
     assert (text, reason) == (plain[: plain.index(stop)], "stop")
 
 
+def test_a_text_ends_where_the_context_does(served: Served) -> None:
+    asked = {"prompt": [5] * 1000, "max_tokens": 10**6, "ignore_eos": True}
+    found = served.ask("/v1/completions", asked)[1]
+    assert found["choices"][0]["finish_reason"] == "length"
+    assert found["usage"]["total_tokens"] == 1024 + 1  # the last token is written and not read
+
+
 def test_chat_logprobs_hold_bytes_and_alternatives(served: Served) -> None:
     asked = {"messages": TALK, "max_tokens": 5, "seed": 1, "logprobs": True, "top_logprobs": 3}
     whole = served.ask(CHAT, asked)[1]["choices"][0]["logprobs"]["content"]

@@ -259,6 +259,7 @@ def test_open_opens_the_page_once_it_is_there(
     monkeypatch.setattr(webbrowser, "open", open_page)
     ended = groundup("serve", folder, "--port", "0", "--open")
     assert [status for _, status in opened] == [200]
+    assert opened[0][0].startswith("http://127.0.0.1:")  # whoever says nothing else is heard by this machine only
     assert f"listening: {opened[0][0]}" in ended.err
 
 
