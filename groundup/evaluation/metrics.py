@@ -199,6 +199,13 @@ def share(outcomes: Sequence[bool]) -> Estimate:
     return Estimate(value, stderr, n, "prompts")
 
 
+def mean(values: Iterable[float], unit: str) -> Estimate:
+    """A mean, with its standard error."""
+    array = np.fromiter(values, dtype=np.float64)
+    stderr = float(array.std(ddof=1)) / math.sqrt(len(array)) if len(array) > 1 else 0.0
+    return Estimate(float(array.mean()), stderr, len(array), unit)
+
+
 def _row_by_row(
     hidden: Float[Tensor, "batch seq d_model"],
     output: OutputLayer,
