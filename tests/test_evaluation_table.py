@@ -287,7 +287,7 @@ def test_a_runs_table_says_what_its_models_score():
         bits = bits_per_byte(model, texts, tokenizer)
         assert rows[name, "bits_per_byte"]["after"]["value"] == pytest.approx(bits.value, rel=1e-6)
     scored = score_model(model, tokenizer, settings=run.recipe.evaluate, texts=texts, seed=run.recipe.seed)
-    assert rows["sft", "exact_match"]["after"] == asdict(scored.exact_match)
+    assert rows["sft", "exact_match"]["after"] == asdict(scored.figures["exact_match"])
     assert found["answers"] == [answer.to_dict() for answer in scored.answers]
     # Wall-clock figures are kept out of the scores, which must be the same on every run.
     assert "tokens_per_second" not in json.dumps(found)

@@ -16,7 +16,7 @@ import random
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -205,16 +205,7 @@ def _with_shots(benchmark: Benchmark, item: Item, row: _Row, drawn: Sequence[Ite
         f"{shot.contexts[shot.gold] if shot.contexts else shot.context}{_right(benchmark, shot)}\n\n" for shot in others
     )
     before = _render(benchmark.header, row, {"group": item.group}) + told
-    return Item(
-        item.number,
-        item.group,
-        before + item.context,
-        tuple(before + context for context in item.contexts),
-        item.choices,
-        item.gold,
-        item.target,
-        item.row,
-    )
+    return replace(item, context=before + item.context, contexts=tuple(before + one for one in item.contexts))
 
 
 def _right(benchmark: Benchmark, item: Item) -> str:
