@@ -109,11 +109,10 @@ def _choices(
     model: Transformer, tokenizer: Tokenizer, benchmark: Benchmark, items: Sequence[Item], _: Decoding
 ) -> list[Record]:
     pairs = [pair for item in items for pair in item.pairs]
-    n_pairs = len(pairs)
-    if benchmark.unconditional:
-        pairs += [(benchmark.unconditional, choice) for item in items for choice in item.choices]
-    scored = log_likelihoods(model, tokenizer, pairs)
-    told, free = iter(scored[:n_pairs]), iter(scored[n_pairs:])
+    before = benchmark.unconditional
+    free = list(dict.fromkeys((before, choice) for item in items for choice in item.choices)) if before else []
+    scored = log_likelihoods(model, tokenizer, pairs + free)
+    told, without = iter(scored), dict(zip(free, scored[len(pairs) :], strict=True))
     records = []
     for item in items:
         own = [next(told) for _ in item.choices]
@@ -126,8 +125,8 @@ def _choices(
             "bytes": [len(text.encode()) for text in texts],
             "greedy": [one.is_greedy for one in own],
         }
-        if benchmark.unconditional:
-            record["unconditional"] = [next(free).logprob for _ in item.choices]
+        if before:
+            record["unconditional"] = [without[before, choice].logprob for choice in item.choices]
         records.append(record)
     return records
 

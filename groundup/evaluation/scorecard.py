@@ -141,7 +141,7 @@ def _kept(folder: Path, identity: str) -> dict[str, Any]:
         card = read_json(folder / CARD)
     except ArtifactError:
         return {}
-    return dict(card["benchmarks"]) if isinstance(card, dict) and card.get("model") == identity else {}
+    return dict(card.get("benchmarks", {})) if isinstance(card, dict) and card.get("model") == identity else {}
 
 
 def _mean_of(centered: Sequence[Mapping[str, float]]) -> dict[str, Any] | None:
