@@ -144,7 +144,7 @@ def test_how_many_windows_or_prompts_are_computed_at_once_changes_nothing(rows, 
     model = random_model(vocab_size=TOKENIZER.vocab_size)
     bits, graded = bits_per_byte(model, TEXTS, TOKENIZER), exact_match(knowing(ALL[::2]), TOKENIZER, ALL[:40])
     monkeypatch.setattr(evaluation_metrics, "_ROWS", rows)
-    monkeypatch.setattr(evaluation_metrics, "_PROMPTS", rows)
+    monkeypatch.setattr("groundup.generation.text._SLOTS", rows)
     again = bits_per_byte(model, TEXTS, TOKENIZER)
     assert again.n == bits.n
     assert (again.value, again.stderr) == pytest.approx((bits.value, bits.stderr), rel=1e-5)

@@ -1,13 +1,14 @@
 """Run a program that a model wrote, where it can do no harm.
 
 The program runs in the kernel's own isolation: its own mount, network, process, host-name and IPC namespaces, a root
-that holds a read-only Python and an empty `/tmp` in memory, no `/proc`, no environment, another user than root, no
+that holds a read-only Python and an empty `/tmp` in memory, no `/proc`, no environment, not the machine's root, no
 capabilities, limits on time, memory, processes, files and output, and a system-call filter. `unshare`, `mount` and
 `setpriv` of util-linux and `timeout` of coreutils set it up; they need no installation on Linux.
 
 A program has passed when it ran to its end: then the process that holds it sends a random word, which neither an exit
 code of 0 nor anything printed can replace. A program that is written to attack its own process may find that word; what
-it cannot do is to reach anything outside. Where the namespaces cannot be had, nothing runs unless the caller says so.
+it cannot do is to reach anything outside. One that turns its alarm off is ended from outside, 20 seconds later. Where
+the namespaces cannot be had, nothing runs unless the caller says so.
 """
 
 from __future__ import annotations

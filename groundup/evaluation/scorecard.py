@@ -89,7 +89,8 @@ def score_benchmarks(
     console = Console(quiet=True) if console is None else console
     found: dict[str, Any] = {}
     for benchmark, items in zip(chosen, read, strict=True):
-        told: list[Any] = [identity, fingerprint(benchmark, items), str(model.compute_dtype)]
+        of_items = fingerprint(benchmark, items)
+        told: list[Any] = [identity, of_items, str(model.compute_dtype)]
         told += [asdict(decoding)] if benchmark.kind in ("generation", "code") else []
         whole = value_digest(told)
         with console.bar(benchmark.name, len(items)) as bar:
@@ -111,7 +112,7 @@ def score_benchmarks(
         found[benchmark.name] = {
             "n": len(records),
             "settings": {"shots": shots, "limit": limit, "dtype": str(model.compute_dtype), **asdict(decoding)},
-            "fingerprint": fingerprint(benchmark, items),
+            "fingerprint": of_items,
             "identity": whole,
             "figures": to_plain(figures),
             **({} if trained_on is None else _without(records, tainted)),
