@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import http.server
 import io
 import json
 import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -312,6 +315,53 @@ def test_a_server_is_talked_to_as_a_model_is(
     with pytest.raises(GroundupError, match="no server answers"):
         Remote(server.url)
     assert groundup("chat").code == 1
+
+
+@pytest.mark.parametrize("rest", [b"", b'50\r\ndata: {"cho', b"6\r\ndata:{\r\n", b"8\r\ndata: []\r\n"])
+def test_a_server_that_breaks_off_ends_the_answer_and_not_the_chat(
+    groundup: CommandLine, monkeypatch: pytest.MonkeyPatch, rest: bytes
+) -> None:
+    event = b'data: {"choices": [{"delta": {"content": "Hel"}}]}\n\n'
+    stream = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n%s" % (len(event), event, rest)
+    with answering(b'Connection: close\r\n\r\n{"data": [{"id": "m"}]}', stream) as url:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n/model\n"))
+        done = groundup("chat", "--url", url)
+    assert (done.code, done.out) == (0, "Hel")
+    assert "the connection broke while the answer was written" in done.err
+    assert "* m" in done.err
+
+
+@pytest.mark.parametrize("said", [b"<html>", b"[1]", b'{"data": [{}]}'])
+def test_a_server_of_something_else_is_no_partner(said: bytes) -> None:
+    with (
+        answering(b"Connection: close\r\n\r\n" + said) as url,
+        pytest.raises(GroundupError, match="no server of models"),
+    ):
+        Remote(url)
+
+
+@contextlib.contextmanager
+def answering(*answers: bytes) -> Iterator[str]:
+    """An address that gives one answer to each request, and hangs up."""
+    left = iter(answers)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n" + next(left))
+
+        do_POST = do_GET
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+
+        def serve() -> None:
+            for _ in answers:
+                server.handle_request()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        thread.join()
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,13 @@ from groundup.errors import ArtifactError, DataError
 from groundup.evaluation.benchmarks import extract_answer, find_benchmark, read_items
 from groundup.evaluation.contamination import contaminated_items
 from groundup.evaluation.measure import (
+    Decoding,
     Record,
     calibration_error,
     f1,
     figures_of,
     item_scores,
+    measure,
     pass_at_k,
     read_records,
     reliability,
@@ -104,6 +105,9 @@ def test_a_limit_takes_the_same_items_with_their_own_numbers(mine: Path) -> None
         ('{"answers": ["a", "b"], "right": 0}', "'q' is undefined"),
         ('{"q": "x", "answers": ["a", "b"], "right": 0', "mine.jsonl"),
         ("[1, 2]", "no object"),
+        ('{"q": "x", "answers": ["a", ""], "right": 0}', "a choice is empty"),
+        ('{"q": "x", "answers": ["a", null], "right": 0}', "neither a text nor a number"),
+        ('{"q": "\\ud800", "answers": ["a", "b"], "right": 0}', "half a surrogate pair"),
     ],
 )
 def test_a_damaged_file_is_named_with_its_line(mine: Path, line: str, words: str) -> None:
@@ -111,16 +115,68 @@ def test_a_damaged_file_is_named_with_its_line(mine: Path, line: str, words: str
     path.write_text(path.read_text().replace(json.dumps(ROWS[3]), line))
     with pytest.raises(DataError, match=words) as caught:
         read_items(benchmark(mine), mine)
-    assert re.search(r"mine\.jsonl[:,] line 4", str(caught.value))
+    assert "mine.jsonl, line 4: " in str(caught.value)
+
+
+def test_a_row_of_cells_that_are_too_many_or_too_few_is_named(mine: Path) -> None:
+    (mine / "mine.toml").write_text(MINE.replace("mine.jsonl", "mine.csv").replace('"answers"', '["a", "b"]'))
+    (mine / "mine.csv").write_text("q,right\nx,0\nx, and more,1\n")
+    with pytest.raises(DataError, match="line 3: 3 cells, 2 columns"):
+        read_items(benchmark(mine), mine)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('kind = "choice"\nfiles = "a"', "choices, or a continuation"),
+        ('kind = "generation"\nfiles = "a"', "has a target"),
+        ('kind = "code"\nfiles = "a"', "has a program"),
+        ('kind = "generation"\nfiles = "a"\ntarget = "b"\nanswer = ["("]', "no regular expression"),
+        ('like = "mine.toml"', "no benchmark that ships"),
+        (MINE + 'name = "../mine"', "name: "),
+    ],
+)
+def test_a_description_that_cannot_work_is_refused_before_a_model_does(mine: Path, text: str, words: str) -> None:
+    (mine / "mine.toml").write_text(text)
+    with pytest.raises(DataError, match=words):
+        benchmark(mine)
+
+
+def test_contexts_are_as_many_as_choices_and_no_text_or_answer_is_empty(tmp_path: Path) -> None:
+    path, described = tmp_path / "a.jsonl", tmp_path / "a.toml"
+    for fields, row, words in (
+        ('kind = "choice"\ncontexts = "a"\nchoices = "b"', {"a": ["1", "2", "3"], "b": ["1", "2"]}, "3 contexts and 2"),
+        ('kind = "text"', {"text": " "}, "text is empty"),
+        ('kind = "text"', {"other": "a"}, "no field 'text'"),
+        ('kind = "generation"\ntarget = "{{ a }}"', {"a": ""}, "right answer is empty"),
+    ):
+        described.write_text(f'files = "a.jsonl"\n{fields}')
+        path.write_text(json.dumps(row))
+        with pytest.raises(DataError, match=words) as caught:
+            read_items(find_benchmark(str(described)), tmp_path)
+        assert "a.jsonl, line 1: " in str(caught.value)
+
+
+def test_one_name_is_one_benchmark(mine: Path, small: tuple[Transformer, Tokenizer]) -> None:
+    (mine / "other").mkdir()
+    (mine / "other" / "mine.toml").write_text(MINE)
+    names = [str(mine / "mine.toml"), str(mine / "other" / "mine.toml")]
+    with pytest.raises(DataError, match="two benchmarks are named 'mine'"):
+        score_benchmarks(*small, names, mine, folder=mine / "scores", identity="a")
+
+
+def test_examples_are_found_however_often_an_item_is_repeated(mine: Path) -> None:
+    (mine / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [ROWS[0]] * 30 + ROWS[1:3]))
+    items = read_items(benchmark(mine), mine, shots=2)
+    assert all(item.context.split("\n\n")[:2].count("Q: what is 0\nA: one") == 0 for item in items[:30])
 
 
 def test_what_is_no_benchmark_is_refused_by_name(mine: Path) -> None:
     with pytest.raises(DataError, match="Did you mean 'arc_easy'"):
         find_benchmark("arc_eazy")
-    for wrong, words in (("nested = " + "[" * 5000, "recursion"), (f'like = "{mine}/mine.toml"\n', "recursion")):
-        (mine / "mine.toml").write_text(MINE + wrong)
-        with pytest.raises(DataError, match=rf"mine\.toml: cannot be read \(.*{words}"):
-            benchmark(mine)
+    (mine / "mine.toml").write_text(MINE + "nested = " + "[" * 5000)
+    with pytest.raises(DataError, match=r"mine\.toml: cannot be read \(.*recursion"):
+        benchmark(mine)
     (mine / "mine.toml").write_text(MINE + 'colour = "red"\n')
     with pytest.raises(DataError, match="colour"):
         benchmark(mine)
@@ -143,6 +199,50 @@ def test_answers_are_taken_from_what_was_written() -> None:
     assert extract_answer(gsm, "none", is_flexible=True) == ""
 
 
+@pytest.mark.parametrize(
+    ("reply", "strict", "flexible"),
+    [
+        ("#### 18", "18", "18"),
+        ("#### -18", "-18", "-18"),
+        ("#### 18.", "18", "18"),
+        ("#### 1,800", "1800", "1800"),
+        ("#### 18.50", "18.50", "18.50"),
+        ("####18", "", "18"),
+        ("#### $18", "", "18"),
+        ("#### 18 dollars", "18", "18"),
+        ("9 + 9 = 18\n#### 18\n", "18", "18"),
+        ("#### 17\nNo:\n#### 18", "18", "18"),
+        ("The answer is 18", "", "18"),
+        ("The answer is 18.", "", "18"),
+        ("The answer is $18.", "", "18"),
+        ("The answer is $1,800", "", "1800"),
+        ("It is 17, or 18", "", "18"),
+        ("It is 7", "", "7"),
+        ("It is -7", "", "-7"),
+        ("It is seven", "", ""),
+        ("", "", ""),
+        ("\\boxed{18}", "", "18"),
+    ],
+)
+def test_answers_of_gsm8k_strict_and_flexible(reply: str, strict: str, flexible: str) -> None:
+    gsm = find_benchmark("gsm8k")
+    assert extract_answer(gsm, reply, is_flexible=False) == strict
+    assert extract_answer(gsm, reply, is_flexible=True) == flexible
+
+
+def test_a_reply_without_an_answer_is_wrong_whatever_the_target_looks_like(
+    tmp_path: Path, small: tuple[Transformer, Tokenizer]
+) -> None:
+    fields = 'kind = "generation"\nfiles = "a.jsonl"\ncontext = "Q"\ntarget = "{{ a }}"\nanswer = ["#### (.+)"]\n'
+    (tmp_path / "a.toml").write_text(fields + "max_tokens = 4")
+    (tmp_path / "a.jsonl").write_text('{"a": "18"}\n{"a": "#### 19"}\n')
+    decoding, chosen = Decoding(samples=3), find_benchmark(str(tmp_path / "a.toml"))
+    records = measure(*small, chosen, read_items(chosen, tmp_path), decoding=decoding)
+    assert [record["target"] for record in records] == ["18", "19"]
+    assert not any(record["strict"] or record["flexible"] for record in records)
+    assert records == measure(*small, chosen, read_items(chosen, tmp_path))  # samples are of programs
+
+
 def choice(gold: int, logprob: list[float], **more: Any) -> Record:
     sizes = {"tokens": [1] * len(logprob), "characters": [1] * len(logprob), "bytes": [1] * len(logprob)}
     return {"item": 0, "group": "", "gold": gold, "logprob": logprob, "greedy": [False] * len(logprob), **sizes, **more}
@@ -162,6 +262,22 @@ def test_accuracies_by_hand() -> None:
     p = [1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-2))]  # of the first choice
     assert figures["brier"].value == pytest.approx(np.mean([2 * (1 - p[0]) ** 2, 2 * p[1] ** 2]))
     assert figures["calibration_error"].value == pytest.approx((abs(1 - p[0]) + abs(0 - p[1])) / 2)
+
+
+UNITS = ("", "_characters", "_bytes", "_tokens")
+
+
+def test_each_normalization_may_choose_otherwise() -> None:
+    sizes = {"characters": [1, 8, 4, 6], "bytes": [1, 8, 4, 24], "tokens": [1, 1, 6, 1]}
+    for unit, gold in (("", 0), ("_characters", 1), ("_tokens", 2), ("_bytes", 3)):
+        record = choice(gold, [-5.0, -7.0, -6.0, -6.5], **sizes)
+        figures = figures_of([record])
+        assert {name for name in UNITS if figures[f"accuracy{name}"].value == 1.0} == {unit}
+
+
+def test_all_programs_wrong_is_no_certainty() -> None:
+    records = [{"item": n, "group": "", "reply": "", "passed": [False], "reasons": [""]} for n in range(6)]
+    assert figures_of(records)["pass@1"].stderr == pytest.approx(1 / 14)  # Wilson
 
 
 def test_one_continuation_is_right_when_every_token_is_the_likeliest() -> None:
@@ -240,16 +356,49 @@ def test_two_models_are_compared_item_by_item(mine: Path, small: tuple[Transform
         for record in told:
             record["logprob"] = [0.0 if (place == record["gold"]) == is_right else -9.0 for place in range(3)]
         path.write_text("\n".join([head, *map(json.dumps, told), ""]))
-    assert set(item_scores(read_records(mine / "b" / "mine.jsonl")).values()) == {1.0}
+    identity = json.loads((mine / "b" / "scores.json").read_text())["benchmarks"]["mine"]["identity"]
+    assert set(item_scores(read_records(mine / "b" / "mine.jsonl", identity)).values()) == {1.0}
     (other,) = compare_cards(mine / "a", mine / "b")
     assert (other.first, other.second, other.low, other.high) == (0.0, 1.0, 1.0, 1.0)
     assert other.verdict == "the second is better by 100.0%"
     score_benchmarks(model, tokenizer, [name], mine, folder=mine / "c", identity="c", limit=5)
     with pytest.raises(DataError, match="share no benchmark"):
         compare_cards(mine / "a", mine / "c")
-    (mine / "b" / "mine.jsonl").write_text('{"identity": "b"}\n[1]\n')
-    with pytest.raises(ArtifactError, match=r"b/mine\.jsonl: cannot be read"):
+    # Records of another run of the command, stopped before it wrote its scores, are not those of the scores.
+    path = mine / "a" / "mine.jsonl"
+    path.write_text(path.read_text().replace(path.read_text().splitlines()[0], '{"identity": "another"}'))
+    with pytest.raises(ArtifactError, match="no records of these scores"):
         compare_cards(mine / "a", mine / "b")
+
+
+def test_texts_are_compared_in_bits_per_byte(mine: Path, small: tuple[Transformer, Tokenizer]) -> None:
+    (mine / "text.toml").write_text('kind = "text"\nfiles = "text.jsonl"')
+    (mine / "text.jsonl").write_text("".join(json.dumps({"text": f"number {n} two"}) + "\n" for n in range(9)))
+    for folder in ("a", "b"):
+        card = score_benchmarks(*small, [str(mine / "text.toml")], mine, folder=mine / folder, identity=folder)
+    (same,) = compare_cards(mine / "a", mine / "b")
+    assert same.verdict.endswith("where one of 0.02 bits per byte would have been seen")
+    path = mine / "b" / "text.jsonl"
+    head, *lines = path.read_text().splitlines()
+    told = [json.loads(line) for line in lines]
+    for record in told:
+        record["bits"] = [bits + n_bytes / 2 for bits, n_bytes in zip(record["bits"], record["bytes"], strict=True)]
+    path.write_text("\n".join([head, *map(json.dumps, told), ""]))
+    (other,) = compare_cards(mine / "a", mine / "b")
+    assert other.verdict == "the first is better by 0.5 bits per byte"
+    assert card["benchmarks"]["text"]["figures"]["bits_per_byte"]["unit"] == "bytes"
+
+
+def test_a_result_says_what_it_was_measured_with(mine: Path, small: tuple[Transformer, Tokenizer]) -> None:
+    name, folder = str(mine / "mine.toml"), mine / "scores"
+    score_benchmarks(*small, [name], mine, folder=folder, identity="a", shots=1, limit=9, decoding=Decoding(seed=5))
+    card = json.loads((folder / "scores.json").read_text())
+    one = card["benchmarks"]["mine"]
+    assert (card["model"], one["n"], {*card["versions"]}) == ("a", 9, {"torch", "python"})
+    settings = one["settings"]
+    assert (settings["shots"], settings["limit"], settings["seed"], settings["dtype"]) == (1, 9, 5, "torch.float32")
+    assert all({*figure} == {"value", "stderr", "n", "unit"} for figure in one["figures"].values())
+    assert one["fingerprint"] != one["identity"]
 
 
 def test_items_that_were_trained_on_are_counted_and_scored_without(

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from groundup.evaluation import likelihood
 from groundup.evaluation.likelihood import Likelihood, encode_pair, log_likelihoods
 from groundup.model import ModelConfig, Transformer
 from groundup.tokenizer import Tokenizer
@@ -86,3 +87,27 @@ def test_white_space_at_the_end_of_a_context_is_read_with_what_follows(tokenizer
     before, after = encode_pair(tokenizer, "the cat", " sat")
     assert before + after == tokenizer.encode("the cat sat")
     assert encode_pair(tokenizer, "", "sat") == ([tokenizer.end_of_text_id], tokenizer.encode("sat"))
+
+
+def test_long_contexts_that_share_nothing_are_batched_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer
+) -> None:
+    batches: list[int] = []
+    score = likelihood._score
+    monkeypatch.setattr(
+        likelihood, "_score", lambda model, prefix, groups: batches.append(len(groups)) or score(model, prefix, groups)
+    )
+    pairs = [(f"{word} " * 40, " mat") for word in WORDS]
+    log_likelihoods(model_of("rope", tokenizer), tokenizer, pairs)
+    assert batches == [len(WORDS)]
+
+
+@pytest.mark.parametrize("context", ["the cat", "the cat ", "the\n\n", "", "  ", "the ca", "a mat, naïve 日本"])
+@pytest.mark.parametrize("continuation", [" sat", "sat", "\nsat", "t sat", "é", "本", " "])
+def test_no_token_is_lost_at_the_border(context: str, continuation: str, tokenizer: Tokenizer) -> None:
+    before, after = encode_pair(tokenizer, context, continuation)
+    assert before
+    assert after
+    ids = before + after
+    alone = ids[1:] if ids[0] == tokenizer.end_of_text_id else ids
+    assert tokenizer.decode(alone) == context + continuation

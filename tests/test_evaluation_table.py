@@ -144,7 +144,7 @@ def test_how_many_windows_or_prompts_are_computed_at_once_changes_nothing(rows, 
     model = random_model(vocab_size=TOKENIZER.vocab_size)
     bits, graded = bits_per_byte(model, TEXTS, TOKENIZER), exact_match(knowing(ALL[::2]), TOKENIZER, ALL[:40])
     monkeypatch.setattr(evaluation_metrics, "_ROWS", rows)
-    monkeypatch.setattr(evaluation_metrics, "_PROMPTS", rows)
+    monkeypatch.setattr("groundup.generation.text._SLOTS", rows)
     again = bits_per_byte(model, TEXTS, TOKENIZER)
     assert again.n == bits.n
     assert (again.value, again.stderr) == pytest.approx((bits.value, bits.stderr), rel=1e-5)
@@ -287,7 +287,7 @@ def test_a_runs_table_says_what_its_models_score():
         bits = bits_per_byte(model, texts, tokenizer)
         assert rows[name, "bits_per_byte"]["after"]["value"] == pytest.approx(bits.value, rel=1e-6)
     scored = score_model(model, tokenizer, settings=run.recipe.evaluate, texts=texts, seed=run.recipe.seed)
-    assert rows["sft", "exact_match"]["after"] == asdict(scored.exact_match)
+    assert rows["sft", "exact_match"]["after"] == asdict(scored.figures["exact_match"])
     assert found["answers"] == [answer.to_dict() for answer in scored.answers]
     # Wall-clock figures are kept out of the scores, which must be the same on every run.
     assert "tokens_per_second" not in json.dumps(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -11,6 +12,7 @@ from command import CommandLine, groundup
 from tiny_run import finished_run
 
 from groundup.report.card import model_card, modelfile, run_of
+from groundup.report.record import read_record
 
 __all__ = ["groundup"]
 
@@ -37,6 +39,15 @@ def test_a_run_without_scores_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "None was measured." in text
     assert "model-index" not in text
     assert "It continues text, and was not taught to answer" in text
+
+
+def test_norwegian_is_a_language_in_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = read_record(finished_run())
+    record = replace(record, filter_statistics={**record.filter_statistics, "languages": {"no": {}, "en": {}}})
+    monkeypatch.setattr("groundup.report.card.read_record", lambda run: record)
+    text = model_card(finished_run(), "sft", "out")
+    assert huggingface_hub.ModelCard(text).data.language == ["en", "no"]  # a bare no is YAML's false
+    assert "|\n\n## Limits" in text
 
 
 def test_a_gguf_has_a_modelfile_beside_it(groundup: CommandLine, tmp_path: Path) -> None:

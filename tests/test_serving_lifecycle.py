@@ -12,6 +12,7 @@ import urllib.request
 import webbrowser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_run
 from command import CommandLine, groundup, start
@@ -22,8 +23,9 @@ from groundup.cli.serving import read_models
 from groundup.errors import ArtifactError
 from groundup.generation.quantize import Quantization, quantize
 from groundup.interop import save_model
+from groundup.serving import app
 from groundup.serving.server import listen
-from groundup.serving.state import Limits, State
+from groundup.serving.state import Limits, ServedModel, State
 
 __all__ = ["groundup"]
 
@@ -55,6 +57,28 @@ def test_a_client_that_leaves_while_it_waits_is_forgotten() -> None:
         assert served.engine.n_running == 1
         first.close()
         wait_until(lambda: served.engine.n_used == 0)
+
+
+def test_embeddings_for_clients_that_have_left_or_wait_too_long_are_not_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, computed = app.embed, []
+
+    def slow(served: ServedModel, ids: list[int]) -> np.ndarray:
+        computed.append(ids)
+        time.sleep(0.05)
+        return real(served, ids)
+
+    monkeypatch.setattr(app, "embed", slow)
+    with serving(small_state(limits=Limits(seconds=1))) as served:
+        first, second = (served.post("/v1/embeddings", {"input": ["Once"] * 100}) for _ in range(2))
+        wait_until(lambda: len(computed) > 2)
+        first.close()
+        second.close()
+        assert served.ask("/v1/embeddings", {"input": "The cat"})[0] == 200
+        assert len(computed) < 15
+        status, found, _ = served.ask("/v1/embeddings", {"input": ["Once"] * 100})
+        assert (status, found["error"]["code"]) == (504, "timeout")
 
 
 def test_who_reads_too_slowly_is_cut_off_with_an_error_and_nobody_waits() -> None:
@@ -235,6 +259,7 @@ def test_open_opens_the_page_once_it_is_there(
     monkeypatch.setattr(webbrowser, "open", open_page)
     ended = groundup("serve", folder, "--port", "0", "--open")
     assert [status for _, status in opened] == [200]
+    assert opened[0][0].startswith("http://127.0.0.1:")  # whoever says nothing else is heard by this machine only
     assert f"listening: {opened[0][0]}" in ended.err
 
 

@@ -579,7 +579,7 @@ def test_an_edited_question_is_another_version_and_the_system_prompt_is_read(tab
     sent: list[Any] = []
     tab.page.on("request", lambda request: sent.append(request.post_data_json) if "chat" in request.url else None)
     tab.page.get_by_label("Settings").click()
-    tab.page.get_by_label("What the assistant is told first").fill("Be brief.")
+    tab.page.get_by_label("System prompt").fill("Be brief.")
     tab.page.keyboard.press("Escape")
     tab.ask("first form")
     tab.page.locator(".question").hover()

@@ -108,7 +108,10 @@ def test_every_answer_has_the_headers_that_protect_a_page(served: Served) -> Non
         assert headers["cache-control"] == "no-cache"
 
 
-def test_a_key_is_needed_for_all_but_health_and_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_is_needed_for_all_but_health_and_pages(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
     compared = []
     real = security.hmac.compare_digest
     monkeypatch.setattr(security.hmac, "compare_digest", lambda *two: compared.append(two) or real(*two))
@@ -130,6 +133,8 @@ def test_a_key_is_needed_for_all_but_health_and_pages(monkeypatch: pytest.Monkey
         compared.clear()
         for name in ("first-key", "second-key"):
             assert served.ask("/v1/completions", SHORT, headers=key(name))[0] == 200
+    assert "status=401" in caplog.text
+    assert "-key" not in caplog.text
     # All keys, always, and digests of one length: time tells nothing of a key.
     assert len(compared) == 4
     assert {len(one) for pair in compared for one in pair} == {32}
@@ -309,6 +314,9 @@ def test_what_is_no_http_is_refused(served: Served) -> None:
         with served.connect() as connection:
             connection.sendall(sent)
             connection.shutdown(socket.SHUT_WR)
-            assert connection.recv(4096).startswith(b"HTTP/1.1 400")
+            head, _, body = connection.recv(4096).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 400")
+            assert b"x-frame-options: DENY" in head
+            assert json.loads(body)["error"]["code"] == "invalid_http"
     upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Key": "a", "Sec-WebSocket-Version": "13"}
     assert served.ask("/health", headers=upgrade)[0] in (200, 400, 403, 426)

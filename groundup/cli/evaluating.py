@@ -29,6 +29,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def evaluate(
+    context: typer.Context,
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE|RUN|MODEL", help="A recipe, a run, or with --tasks anybody's model.")
     ],
@@ -61,6 +62,7 @@ def evaluate(
     quiet: QuietOption = False,
 ) -> None:
     """The evaluation of a recipe; or with --tasks, benchmarks of a model. The same command goes on where it stopped."""
+    _check_options(context, with_tasks=tasks is not None)
     if tasks is None:
         stage_command("evaluate")(recipe, settings, force, smoke, dry_run, run, runs, as_json, quiet)
         return
@@ -68,10 +70,12 @@ def evaluate(
     from groundup.console import Console
     from groundup.evaluation.measure import Decoding
     from groundup.evaluation.scorecard import say, score_benchmarks
-    from groundup.stage import model_digest
+    from groundup.stage import MODEL_FOLDER, model_digest
 
     model, tokenizer, folder = load_model(Path(recipe), stage, to_chat=False)
-    target = scores if scores is not None else folder.parent / _FOLDER
+    folder = folder.resolve()
+    beside = folder.parent / _FOLDER if folder.name == MODEL_FOLDER else folder.with_name(f"{folder.name}-{_FOLDER}")
+    target = scores if scores is not None else beside
     card = score_benchmarks(
         model,
         tokenizer,
@@ -103,6 +107,19 @@ def evaluate(
         )
     result_console().print(table)
     typer.echo(target / "scores.json", err=True)
+
+
+def _check_options(context: typer.Context, *, with_tasks: bool) -> None:
+    """Raise DataError for an option of the other half of the command, which would do nothing."""
+    from groundup.errors import DataError
+
+    benchmarks = {"data", "stage", "shots", "limit", "samples", "seed", "scores", "contamination", "unisolated"}
+    other = {"settings", "force", "smoke", "dry_run", "run", "runs"} if with_tasks else benchmarks
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in other and source is not None and source.name == "COMMANDLINE":
+            where = "with --tasks it does nothing" if with_tasks else "it is about benchmarks, which --tasks names"
+            raise DataError(f"{parameter.opts[0]}: {where}.", "Leave it out." if with_tasks else "Add --tasks …")
 
 
 def _training_texts(folder: Path) -> Callable[[], Iterator[str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -86,6 +88,10 @@ class Local:
         return str(self._folder)
 
 
+# Of an answer that breaks off, or of a server that speaks otherwise.
+_NOT_UNDERSTOOD = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError)
+
+
 class Remote:
     """A server's models, over HTTP.
 
@@ -101,8 +107,11 @@ class Remote:
     def __init__(self, url: str, key: str | None = None, name: str | None = None) -> None:
         self._url, self._key = url.rstrip("/").removesuffix("/v1"), key
         self.n_tokens = 0
-        with self._open("/v1/models") as response:
-            self.names: Sequence[str] = [one["id"] for one in json.load(response)["data"]]
+        try:
+            with self._open("/v1/models") as response:
+                self.names: Sequence[str] = [one["id"] for one in json.load(response)["data"]]
+        except _NOT_UNDERSTOOD:
+            raise GroundupError(f"{url}: what answers there is no server of models.") from None
         if not self.names:
             raise GroundupError(f"{url}: this server has no model that is finished.")
         self.name = self.names[0]
@@ -117,7 +126,8 @@ class Remote:
         plain = SamplingParams()
         given = {one.name: getattr(params, one.name) for one in fields(params)}
         body |= {name: value for name, value in given.items() if value != getattr(plain, name)}
-        with self._open("/v1/chat/completions", body | {"max_tokens": params.max_tokens}) as response:
+        body["max_tokens"] = params.max_tokens
+        with contextlib.suppress(*_NOT_UNDERSTOOD), self._open("/v1/chat/completions", body) as response:
             for line in response:
                 data = line.decode().removeprefix("data:").strip()
                 if data == "[DONE]":
@@ -155,7 +165,7 @@ class Remote:
                 message = f"status {error.code}."
             fix = "Give it in GROUNDUP_API_KEY." if error.code == 401 else None
             raise GroundupError(f"{self._url}: {message}", fix) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             fix = "Start one: groundup serve runs/demo"
             raise GroundupError(f"{self._url}: no server answers there ({reason}).", fix) from None

@@ -11,24 +11,25 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
+import itertools
 import os
 import random
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from groundup.corpus.document import SetAside
+from groundup.corpus.reading.refusal import RefusedError
 from groundup.corpus.reading.sources import InputFile, find_sources
-from groundup.corpus.reading.values import read_values
+from groundup.corpus.reading.values import check_writable, read_values
 from groundup.errors import DataError
 from groundup.files import value_digest
 from groundup.recipe import CorpusSettings
@@ -38,12 +39,23 @@ Kind = Literal["choice", "generation", "code", "text"]
 _SHIPPED = "data/benchmarks.toml"
 
 
+def _compilable(source: str) -> str:
+    try:
+        re.compile(source)
+    except re.error as error:
+        raise ValueError(f"{source!r} is no regular expression: {error}") from error
+    return source
+
+
+Regex = Annotated[str, AfterValidator(_compilable)]
+
+
 class Benchmark(BaseModel):
     """What a benchmark asks, and what is right."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: str = Field(pattern=r"^[\w-][\w .-]*$")  # also of a file of its records
     kind: Kind
     files: str = Field(description="of its items: a name or a glob below the data folder, or a path")
     columns: tuple[str, ...] = Field((), description="names of a CSV's columns, where its first line is a row")
@@ -58,13 +70,23 @@ class Benchmark(BaseModel):
     delimiter: str = Field(" ", description="between context and choice")
     unconditional: str = Field("", description="context without the question, for accuracy normalized by PMI")
     target: str = Field("", description="of a generation: the right answer, worked out where there are shots")
-    answer: tuple[str, ...] = Field((), description="patterns whose last match is the answer (strict)")
-    flexible: tuple[str, ...] = Field((), description="patterns whose last match is the answer where strict has none")
-    ignore: tuple[str, ...] = Field((), description="patterns taken out of both answers before they are compared")
+    answer: tuple[Regex, ...] = Field((), description="patterns whose last match is the answer (strict)")
+    flexible: tuple[Regex, ...] = Field((), description="patterns whose last match is the answer where strict has none")
+    ignore: tuple[Regex, ...] = Field((), description="patterns taken out of both answers before they are compared")
     program: str = Field("", description="of code: what is run; {{ completion }} is what the model wrote")
     stop: tuple[str, ...] = Field((), description="texts that end a generation")
     max_tokens: int = Field(128, ge=1, description="of a generation")
     text: str = Field("text", description="field of a text, where the file has fields")
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        """What its kind cannot do without."""
+        if self.kind == "choice" and not (self.choices or self.continuation):
+            raise ValueError("a choice has choices, or a continuation")
+        for kind, field in (("generation", "target"), ("code", "program")):
+            if self.kind == kind and not getattr(self, field):
+                raise ValueError(f"{kind} has a {field}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -140,7 +162,7 @@ def read_items(
     rows = [*_rows(benchmark, benchmark.files, data)]
     if limit is not None and limit < len(rows):
         rows = [rows[place] for place in sorted(random.Random(f"{seed}/items").sample(range(len(rows)), limit))]
-    examples = functools.cache(lambda files: [*_rows(benchmark, files, data)])
+    examples = functools.cache(lambda files: [_item(benchmark, row) for row in _rows(benchmark, files, data)])
     drawn: dict[str, list[Item]] = {}
     items = []
     for row in rows:
@@ -149,12 +171,11 @@ def read_items(
         if shots:
             files = _render(benchmark.shots_from or benchmark.files, row, {"group": item.group})
             if item.group not in drawn:
-                pool = [_item(benchmark, other) for other in examples(files)]
-                same = [one for one in pool if one.group == item.group] if not benchmark.shots_from else pool
-                # A few to spare, for those that are the item itself. What comes in order is taken in order.
-                n = min(len(same), shots + 4)
-                order = range(n) if benchmark.shots_from else random.Random(f"{seed}/shots").sample(range(len(same)), n)
-                drawn[item.group] = [same[place] for place in order]
+                pool = examples(files)
+                if not benchmark.shots_from:  # what comes as examples is taken in its order
+                    pool = [one for one in pool if one.group == item.group]
+                    random.Random(f"{seed}/shots").shuffle(pool)
+                drawn[item.group] = pool
             item = _with_shots(benchmark, item, row, drawn[item.group], shots)
         items.append(item)
     return items
@@ -177,23 +198,14 @@ class _Row:
 
 def _with_shots(benchmark: Benchmark, item: Item, row: _Row, drawn: Sequence[Item], shots: int) -> Item:
     asked = (item.context, item.contexts)
-    others = [shot for shot in drawn if (shot.context, shot.contexts) != asked][:shots]
+    others = [*itertools.islice((shot for shot in drawn if (shot.context, shot.contexts) != asked), shots)]
     if len(others) < shots:
         raise DataError(f"benchmark {benchmark.name}: {len(others)} worked examples, {shots} wanted.", "Ask for fewer.")
     told = "".join(
         f"{shot.contexts[shot.gold] if shot.contexts else shot.context}{_right(benchmark, shot)}\n\n" for shot in others
     )
     before = _render(benchmark.header, row, {"group": item.group}) + told
-    return Item(
-        item.number,
-        item.group,
-        before + item.context,
-        tuple(before + context for context in item.contexts),
-        item.choices,
-        item.gold,
-        item.target,
-        item.row,
-    )
+    return replace(item, context=before + item.context, contexts=tuple(before + one for one in item.contexts))
 
 
 def _right(benchmark: Benchmark, item: Item) -> str:
@@ -214,13 +226,27 @@ def _item(benchmark: Benchmark, row: _Row) -> Item:
         else:
             told = [_render(choice, row) for choice in benchmark.choices]
         choices = tuple(benchmark.delimiter + str(choice) for choice in told)
-        said = _render(benchmark.gold, row)
-        if not said.strip().isdecimal() or not int(said) < len(choices):
-            raise DataError(f"{row.place}: {said!r} is none of the numbers 0 to {len(choices) - 1} of its choices.")
+        if contexts and len(contexts) != len(choices):
+            raise DataError(f"{row.place}: {len(contexts)} contexts and {len(choices)} choices.")
+        if benchmark.delimiter in choices:
+            raise DataError(f"{row.place}: a choice is empty, and so has no log-likelihood.")
+        numbers = [*map(str, range(len(choices)))]
+        if (said := _render(benchmark.gold, row).strip()) not in numbers:
+            raise DataError(f"{row.place}: {said!r} is none of the numbers 0 to {numbers[-1]} of its choices.")
         gold = int(said)
     group = _render(benchmark.group, row)
-    context = _render(benchmark.context, row) if benchmark.kind != "text" else ""
-    target = _render(benchmark.target, row) if benchmark.kind != "text" else str(fields[benchmark.text])
+    if benchmark.kind == "text":
+        if benchmark.text not in fields:
+            raise DataError(f"{row.place}: no field {benchmark.text!r}.", f"Its fields: {', '.join(fields)}.")
+        context, target = "", str(fields[benchmark.text])
+    else:
+        context, target = _render(benchmark.context, row), _render(benchmark.target, row)
+    if benchmark.kind in ("text", "generation") and not target.strip():
+        raise DataError(f"{row.place}: its {'text' if benchmark.kind == 'text' else 'right answer'} is empty.")
+    try:
+        check_writable("".join((group, context, *contexts, *choices, target)))
+    except RefusedError as error:
+        raise DataError(f"{row.place}: {error}.") from error
     return Item(row.number, group, context, contexts, choices, gold, target, fields)
 
 
@@ -228,6 +254,8 @@ def _list(fields: Mapping[str, Any], name: str, row: _Row) -> list[Any]:
     found = fields.get(name)
     if not isinstance(found, list | tuple) or len(found) < 2:
         raise DataError(f"{row.place}: its field {name!r} is no list of two or more.", "[…] choices names the field.")
+    if not all(isinstance(one, str | int | float) for one in found):
+        raise DataError(f"{row.place}: its field {name!r} lists what is neither a text nor a number.")
     return list(found)
 
 
@@ -264,7 +292,9 @@ def _records(benchmark: Benchmark, source: InputFile) -> Iterator[tuple[str, dic
             if not names:
                 names = fields
                 continue
-            fields = dict(zip(names, fields, strict=False))
+            if len(fields) != len(names):
+                raise DataError(f"{source.label}, line {value.number}: {len(fields)} cells, {len(names)} columns.")
+            fields = dict(zip(names, fields, strict=True))
         if not isinstance(fields, dict):
             raise DataError(f"{source.label}, {value.place} {value.number}: is no object with fields.")
         yield f"{value.place} {value.number}", fields
@@ -316,11 +346,13 @@ def _shipped() -> dict[str, dict[str, Any]]:
 
 
 def _described(fields: dict[str, Any], where: str) -> Benchmark:
-    if (like := fields.pop("like", None)) is not None:
-        fields = {**find_benchmark(str(like)).model_dump(exclude_unset=True), **fields}
+    if (like := str(fields.pop("like", ""))) and like not in (shipped := _shipped()):
+        raise DataError(f"{where}: like = {like!r} is no benchmark that ships.", f"Those are: {', '.join(shipped)}.")
+    if like:
+        fields = {**find_benchmark(like).model_dump(exclude_unset=True), **fields}
     try:
         return Benchmark.model_validate(fields)
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
-        near = json.dumps(list(Benchmark.model_fields))
-        raise DataError(f"{where}: {'; '.join(wrong)}.", f"A description has {near}.") from error
+        wrong = [": ".join([*map(str, one["loc"]), one["msg"].removeprefix("Value error, ")]) for one in error.errors()]
+        fix = f"A description has {', '.join(Benchmark.model_fields)}."
+        raise DataError(f"{where}: {'; '.join(wrong)}.", fix) from error

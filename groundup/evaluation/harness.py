@@ -64,16 +64,6 @@ class Scores:
     answers: list[Answer] = field(default_factory=list)
     generation_tokens_per_second: float | None = None
 
-    @property
-    def bits_per_byte(self) -> Estimate | None:
-        """Of the validation text."""
-        return self.figures.get("bits_per_byte")
-
-    @property
-    def exact_match(self) -> Estimate | None:
-        """Of the tasks."""
-        return self.figures.get("exact_match")
-
 
 def check_tasks(names: Sequence[str]) -> None:
     """Raise DataError for a task that is not known."""

@@ -108,6 +108,8 @@ def _batches(
     for key, items in grouped.items():
         group = _Group(list(key), sorted(items, key=lambda item: -len(item[1])))
         families[key[:_WORTH_SHARING] if len(key) > _WORTH_SHARING else ()].append(group)
+    for begin in [begin for begin, family in families.items() if begin and len(family) == 1]:
+        families[()] += families.pop(begin)  # who shares nothing is batched with the others of that kind
     for family in families.values():
         common = _common([group.context for group in family]) if len(family) > 1 else 0
         prefix = family[0].context[:common] if common >= _WORTH_SHARING else []

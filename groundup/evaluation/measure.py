@@ -12,19 +12,19 @@ import math
 import re
 import string
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from groundup.errors import DataError
+from groundup.errors import ArtifactError, DataError
 from groundup.evaluation.benchmarks import Benchmark, Item, extract_answer, render_program
 from groundup.evaluation.likelihood import log_likelihoods
-from groundup.evaluation.metrics import Estimate, bits_and_bytes, ratio_estimate, share
+from groundup.evaluation.metrics import Estimate, bits_and_bytes, mean, ratio_estimate, share
 from groundup.evaluation.sandbox import Limits, run_program
 from groundup.files import write_text
 from groundup.generation import SamplingParams, generate_batch
@@ -42,7 +42,7 @@ class Decoding:
     """How answers are written.
 
     Attributes:
-        samples: of each item; several are drawn, for pass@k.
+        samples: programs for each problem; several are drawn, for pass@k.
         temperature: of drawing; one sample is greedy.
         seed: of the draws.
         program: limits of what is run.
@@ -109,11 +109,10 @@ def _choices(
     model: Transformer, tokenizer: Tokenizer, benchmark: Benchmark, items: Sequence[Item], _: Decoding
 ) -> list[Record]:
     pairs = [pair for item in items for pair in item.pairs]
-    n_pairs = len(pairs)
-    if benchmark.unconditional:
-        pairs += [(benchmark.unconditional, choice) for item in items for choice in item.choices]
-    scored = log_likelihoods(model, tokenizer, pairs)
-    told, free = iter(scored[:n_pairs]), iter(scored[n_pairs:])
+    before = benchmark.unconditional
+    free = list(dict.fromkeys((before, choice) for item in items for choice in item.choices)) if before else []
+    scored = log_likelihoods(model, tokenizer, pairs + free)
+    told, without = iter(scored), dict(zip(free, scored[len(pairs) :], strict=True))
     records = []
     for item in items:
         own = [next(told) for _ in item.choices]
@@ -126,8 +125,8 @@ def _choices(
             "bytes": [len(text.encode()) for text in texts],
             "greedy": [one.is_greedy for one in own],
         }
-        if benchmark.unconditional:
-            record["unconditional"] = [next(free).logprob for _ in item.choices]
+        if before:
+            record["unconditional"] = [without[before, choice].logprob for choice in item.choices]
         records.append(record)
     return records
 
@@ -156,17 +155,19 @@ def _generations(
     model: Transformer, tokenizer: Tokenizer, benchmark: Benchmark, items: Sequence[Item], decoding: Decoding
 ) -> list[Record]:
     records = []
-    for item, replies in zip(items, _replies(model, tokenizer, benchmark, items, decoding), strict=True):
-        target = extract_answer(benchmark, item.target, is_flexible=True)
-        answers = [extract_answer(benchmark, reply, is_flexible=True) for reply in replies]
+    greedily = replace(decoding, samples=1)
+    for item, (reply,) in zip(items, _replies(model, tokenizer, benchmark, items, greedily), strict=True):
+        # A target without the pattern is the answer itself; a reply without it is no answer.
+        target = extract_answer(benchmark, item.target, is_flexible=True) or item.target.strip()
+        answer = extract_answer(benchmark, reply, is_flexible=True)
         records.append(
             {
-                "reply": replies[0],
+                "reply": reply,
                 "target": target,
-                "answer": answers[0],
-                "strict": extract_answer(benchmark, replies[0], is_flexible=False) == target,
-                "flexible": answers[0] == target,
-                "f1": f1(answers[0], target),
+                "answer": answer,
+                "strict": extract_answer(benchmark, reply, is_flexible=False) == target,
+                "flexible": answer == target,
+                "f1": f1(answer, target),
             }
         )
     return records
@@ -216,6 +217,8 @@ def figures_of(records: Sequence[Record]) -> dict[str, Estimate]:
         return _choice_figures(records)
     if "passed" in first:
         ks = [k for k in (1, 2, 5, 10, 50, 100) if k <= len(first["passed"])]
+        if ks == [1]:
+            return {"pass@1": share([record["passed"][0] for record in records])}
         return {
             f"pass@{k}": mean([pass_at_k(len(r["passed"]), sum(r["passed"]), k) for r in records], "problems")
             for k in ks
@@ -322,13 +325,6 @@ def _words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
-def mean(values: Iterable[float], unit: str) -> Estimate:
-    """A mean, with its standard error."""
-    array = np.fromiter(values, dtype=np.float64)
-    return Estimate(float(array.mean()), float(array.std(ddof=1)) / math.sqrt(len(array)) if len(array) > 1 else 0.0,
-                    len(array), unit)  # fmt: skip
-
-
 def bootstrap(statistic: Callable[[np.ndarray], float], n: int, unit: str = "items") -> Estimate:
     """A statistic of n items, with the standard deviation over 1,000 resamples for its standard error."""
     rng = np.random.default_rng(0)
@@ -347,9 +343,11 @@ def by_group(records: Sequence[Record]) -> dict[str, dict[str, Estimate]]:
 # Kept records -------------------------------------------------------------------------------------------------------
 
 
-def read_records(path: Path) -> list[Record]:
-    """The records that `measure` kept, whatever they were made with."""
-    return [json.loads(line) for line in path.read_bytes().splitlines()[1:]]
+def read_records(path: Path, identity: str) -> list[Record]:
+    """The records that `measure` kept under an identity. Raises ArtifactError: none there."""
+    if not (found := _read_kept(path, identity)):
+        raise ArtifactError(f"{path}: holds no records of these scores.", "Write them again: groundup evaluate …")
+    return list(found.values())
 
 
 def item_scores(records: Sequence[Record]) -> dict[int, float]:

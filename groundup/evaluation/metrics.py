@@ -21,13 +21,12 @@ from torch import Tensor
 
 from groundup.errors import DataError
 from groundup.evaluation.tasks import Task, verify
-from groundup.generation import Generation, SamplingParams, generate_batch
+from groundup.generation import SamplingParams, generate_batch
 from groundup.generation.rollouts import use_calculator
 from groundup.model import OutputLayer, Transformer
 from groundup.tokenizer import Tokenizer, render
 
 _ROWS = 16  # windows scored at once
-_PROMPTS = 128  # prompts answered at once
 _FEWEST_UNITS = 20  # of text, for a standard error over them
 
 
@@ -153,7 +152,7 @@ def exact_match(
 
     Returns:
         The share of right answers; the answers in the tasks' order; tokens written per second, `<|end|>` included
-        (wall clock, in batches of 128).
+        (wall clock).
 
     Raises:
         DataError: no task.
@@ -165,19 +164,16 @@ def exact_match(
     ]
     # Prompts of like lengths together: little padding to compute.
     order = sorted(range(len(tasks)), key=lambda place: len(prompts[place]))
-    replies: dict[int, Generation] = {}
     use = use_calculator(tokenizer)
     params, start = SamplingParams(temperature=0.0, max_tokens=max_tokens), time.perf_counter()
-    for first in range(0, len(order), _PROMPTS):
-        group = order[first : first + _PROMPTS]
-        results = generate_batch(model, tokenizer, [prompts[place] for place in group], params)
-        replies.update(zip(group, results, strict=True))
-        again = {
-            place: [*prompts[place], *reply.ids, reply.end_id, *turn]
-            for place, reply in zip(group, results, strict=True)
-            if reply.end_id is not None and (turn := use(reply.text)) is not None
-        }
-        replies.update(zip(again, generate_batch(model, tokenizer, [*again.values()], params), strict=True))
+    results = generate_batch(model, tokenizer, [prompts[place] for place in order], params)
+    replies = dict(zip(order, results, strict=True))
+    again = {
+        place: [*prompts[place], *reply.ids, reply.end_id, *turn]
+        for place, reply in replies.items()
+        if reply.end_id is not None and (turn := use(reply.text)) is not None
+    }
+    replies.update(zip(again, generate_batch(model, tokenizer, [*again.values()], params), strict=True))
     seconds = time.perf_counter() - start
     answers = []
     for place, task in enumerate(tasks):
@@ -197,6 +193,13 @@ def share(outcomes: Sequence[bool]) -> Estimate:
     value = sum(outcomes) / n
     stderr = math.sqrt(value * (1 - value) / n + 1 / (4 * n * n)) / (1 + 1 / n)
     return Estimate(value, stderr, n, "prompts")
+
+
+def mean(values: Iterable[float], unit: str) -> Estimate:
+    """A mean, with its standard error."""
+    array = np.fromiter(values, dtype=np.float64)
+    stderr = float(array.std(ddof=1)) / math.sqrt(len(array)) if len(array) > 1 else 0.0
+    return Estimate(float(array.mean()), stderr, len(array), unit)
 
 
 def _row_by_row(

@@ -1,22 +1,26 @@
 """Run a program that a model wrote, where it can do no harm.
 
 The program runs in the kernel's own isolation: its own mount, network, process, host-name and IPC namespaces, a root
-that holds a read-only Python and an empty `/tmp` in memory, no `/proc`, no environment, another user than root, no
+that holds a read-only Python and an empty `/tmp` in memory, no `/proc`, no environment, not the machine's root, no
 capabilities, limits on time, memory, processes, files and output, and a system-call filter. `unshare`, `mount` and
-`setpriv` of util-linux set it up; they need no installation on Linux.
+`setpriv` of util-linux and `timeout` of coreutils set it up; they need no installation on Linux.
 
 A program has passed when it ran to its end: then the process that holds it sends a random word, which neither an exit
 code of 0 nor anything printed can replace. A program that is written to attack its own process may find that word; what
-it cannot do is to reach anything outside. Where the namespaces cannot be had, nothing runs unless the caller says so.
+it cannot do is to reach anything outside. One that turns its alarm off is ended from outside, 20 seconds later. Where
+the namespaces cannot be had, nothing runs unless the caller says so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import math
 import os
 import secrets
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,7 +31,7 @@ from pathlib import Path
 from groundup.errors import DataError
 
 _MIB = 1024 * 1024
-_START_SECONDS = 20.0  # for namespaces and interpreter on a busy machine, beside the program's own time
+_START_SECONDS = 20  # for namespaces and interpreter on a busy machine, beside the program's own time
 _USERS = (200_000, 1_000_000_000)  # nobody has these numbers, so nobody's processes count towards the limit
 
 
@@ -106,11 +110,12 @@ def run_program(program: str, limits: Limits = USUAL, *, allow_unisolated: bool 
             start_new_session=True,
         ) as process:
             os.close(writer)
-            try:
-                process.communicate(json.dumps(order).encode(), timeout=limits.seconds + _START_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()  # the first process of the namespace dies with it, and so do all others in there
-        said = answer.read(1024).decode(errors="replace")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(json.dumps(order).encode(), timeout=limits.seconds + 2 * _START_SECONDS)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what is left of it; in a namespace nothing is
+        os.set_blocking(reader, False)  # a process that got away may hold the other end
+        said = (answer.read(1024) or b"").decode(errors="replace")
         printed.seek(0)
         output = printed.read(64 * 1024).decode(errors="replace")
     seconds, passed = time.perf_counter() - start, said == word
@@ -152,7 +157,8 @@ def _isolated(home: str, limits: Limits) -> list[str]:
     Root becomes another user at the end. Anybody else is root in a user namespace, still the same user outside of it,
     and gives up that root's capabilities.
     """
-    shown = {Path(path) for path in ("/usr", "/bin", "/lib", "/lib64", sys.base_prefix, _python())}
+    prefix = os.path.realpath(sys.base_prefix)
+    shown = {Path(path) for path in ("/usr", "/bin", "/lib", "/lib64", prefix, _python())}
     folders = sorted(
         path if path.is_dir() else path.parent
         for path in shown
@@ -184,7 +190,8 @@ def _isolated(home: str, limits: Limits) -> list[str]:
         "umount -l old",
         "umount -l proc",
         "cd /tmp",
-        f"exec env -i {driver}",
+        # The first process is not the program, which could survive its own alarm, but one that it cannot signal.
+        f"exec env -i timeout -s KILL {math.ceil(limits.seconds) + _START_SECONDS} {driver}",
     ]
     namespaces = ["--mount", "--net", "--ipc", "--uts", "--pid", "--fork", "--kill-child"]
     user_namespace = [] if is_root else ["--user", "--map-root-user"]
@@ -197,23 +204,33 @@ import ctypes, json, os, platform, resource, signal, struct, sys
 order = json.loads(sys.stdin.buffer.read())
 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
-# System calls that a program has no use for: sockets, tracing, namespaces, mounts, keys, kernel interfaces.
-CALLS = {
-    "x86_64": (0xC000003E, (41, 53, 101, 155, 161, 165, 166, 169, 175, 246, 248, 249, 250, 272, 298, 308, 310, 311,
-                            313, 321, 323, 425, 426, 427, 428, 429, 430, 431, 432, 435, 442)),
-    "aarch64": (0xC00000B7, (198, 199, 39, 40, 41, 51, 97, 104, 105, 106, 117, 142, 217, 218, 219, 241, 268, 270, 271,
-                             273, 280, 282, 425, 426, 427, 428, 429, 430, 431, 432, 435, 442)),
+# System calls that a program has no use for: sockets, tracing, namespaces, mounts, keys, kernel interfaces, and memory
+# that no limit counts: System V's, memfd_create, and fallocate of a file's disk beyond its end.
+CALLS = {  # architecture, clone, ioctl, forbidden ones
+    "x86_64": (0xC000003E, 56, 16, (
+        29, 30, 41, 53, 64, 68, 101, 155, 161, 165, 166, 169, 175, 246, 248, 249, 250, 272, 285, 298, 304, 308, 310,
+        311, 313, 319, 321, 323, 425, 426, 427, 428, 429, 430, 431, 432, 433, 435, 438, 442,
+    )),
+    "aarch64": (0xC00000B7, 220, 29, (
+        39, 40, 41, 47, 51, 97, 104, 105, 106, 117, 142, 186, 190, 194, 196, 198, 199, 217, 218, 219, 241, 265, 268,
+        270, 271, 273, 279, 280, 282, 425, 426, 427, 428, 429, 430, 431, 432, 433, 435, 438, 442,
+    )),
 }
+EPERM, ENOSYS, ENOTTY = 1, 38, 25
 
 
 def forbid():
     """A seccomp filter (BPF): these calls fail with EPERM, those of another architecture end the process."""
-    arch, calls = CALLS[platform.machine()]
-    ops = [(0x20, 0, 0, 4), (0x15, 1, 0, arch), (0x06, 0, 0, 0x80000000), (0x20, 0, 0, 0)]
-    for call in calls:
-        # clone3 (435) is "not there" (ENOSYS), so that threads are started by clone.
-        ops += [(0x15, 0, 1, call), (0x06, 0, 0, 0x00050000 | (38 if call == 435 else 1))]
-    ops += [(0x35, 0, 1, 0x40000000), (0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7FFF0000)]
+    arch, clone, ioctl, calls = CALLS[platform.machine()]
+    number = (0x20, 0, 0, 0)  # load it
+    ops = [(0x20, 0, 0, 4), (0x15, 1, 0, arch), (0x06, 0, 0, 0x80000000), number]
+    # clone of a thread or a process passes, with a flag of a new namespace it does not.
+    ops += [(0x15, 0, 4, clone), (0x20, 0, 0, 16), (0x45, 0, 1, 0x7E020000), (0x06, 0, 0, 0x00050000 | EPERM), number]
+    # clone3, whose flags cannot be seen, is "not there", so that clone is used; no file answers an ioctl.
+    errors = dict.fromkeys(calls, EPERM) | {435: ENOSYS, ioctl: ENOTTY}
+    for call, error in errors.items():
+        ops += [(0x15, 0, 1, call), (0x06, 0, 0, 0x00050000 | error)]
+    ops += [(0x35, 0, 1, 0x40000000), (0x06, 0, 0, 0x00050000 | EPERM), (0x06, 0, 0, 0x7FFF0000)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *op) for op in ops))
     program = ctypes.create_string_buffer(struct.pack("HL", len(ops), ctypes.addressof(code)))
     libc = ctypes.CDLL(None, use_errno=True)

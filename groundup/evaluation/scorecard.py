@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,19 +77,22 @@ def score_benchmarks(
         console: shows the progress.
 
     Returns:
-        What `scores.json` holds: "model", "benchmarks" by name ("figures", "groups", "fingerprint", "n", "settings"),
-        those that stood there of the same model too, and "aggregate": the mean of centered accuracies, as DCLM's CORE
-        (arXiv:2406.11794).
+        What `scores.json` holds: "model"; "benchmarks" by name ("n", "settings", "fingerprint" of the items,
+        "identity" of the records, "figures", "groups"), those that stood there of the same model too; "aggregate":
+        the mean of centered accuracies, as DCLM's CORE (arXiv:2406.11794).
 
     Raises:
         DataError: no such benchmark, or its files are missing or damaged.
     """
     chosen = [find_benchmark(name) for name in names]
+    if twice := [name for name, n in Counter(one.name for one in chosen).items() if n > 1]:
+        raise DataError(f"two benchmarks are named {twice[0]!r}: one would stand in for the other.", "Rename a file.")
     read = [read_items(one, data, shots=shots, seed=decoding.seed, limit=limit) for one in chosen]
     console = Console(quiet=True) if console is None else console
     found: dict[str, Any] = {}
     for benchmark, items in zip(chosen, read, strict=True):
-        told: list[Any] = [identity, fingerprint(benchmark, items), str(model.compute_dtype)]
+        of_items = fingerprint(benchmark, items)
+        told: list[Any] = [identity, of_items, str(model.compute_dtype)]
         told += [asdict(decoding)] if benchmark.kind in ("generation", "code") else []
         whole = value_digest(told)
         with console.bar(benchmark.name, len(items)) as bar:
@@ -110,7 +114,8 @@ def score_benchmarks(
         found[benchmark.name] = {
             "n": len(records),
             "settings": {"shots": shots, "limit": limit, "dtype": str(model.compute_dtype), **asdict(decoding)},
-            "fingerprint": fingerprint(benchmark, items),
+            "fingerprint": of_items,
+            "identity": whole,
             "figures": to_plain(figures),
             **({} if trained_on is None else _without(records, tainted)),
             "groups": {group: to_plain(parts) for group, parts in by_group(records).items()},
@@ -139,7 +144,7 @@ def _kept(folder: Path, identity: str) -> dict[str, Any]:
         card = read_json(folder / CARD)
     except ArtifactError:
         return {}
-    return dict(card["benchmarks"]) if isinstance(card, dict) and card.get("model") == identity else {}
+    return dict(card.get("benchmarks", {})) if isinstance(card, dict) and card.get("model") == identity else {}
 
 
 def _mean_of(centered: Sequence[Mapping[str, float]]) -> dict[str, Any] | None:
@@ -157,11 +162,11 @@ class Difference:
     Attributes:
         benchmark: its name.
         n: items that both answered.
-        first, second: their mean scores.
+        first, second: their mean scores, of a text −bits per byte.
         value: second − first.
         low, high: of the 95 % interval, by 10,000 paired resamples.
         p: two-sided, corrected for the number of benchmarks (Holm 1979).
-        n_needed: items that would show a difference of two points four times in five.
+        n_needed: items that would show a difference of 0.02 four times in five.
         verdict: in words.
     """
 
@@ -186,11 +191,16 @@ def compare_cards(first: str | Path, second: str | Path) -> list[Difference]:
     """
     cards = [_card(Path(folder)) for folder in (first, second)]
     paired: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    units: dict[str, str] = {}
     for name, one in cards[0].items():
         other = cards[1].get(name)
         if other is None or other["fingerprint"] != one["fingerprint"]:
             continue
-        scores = [_scores(Path(folder), name) for folder in (first, second)]
+        scores, is_text = zip(
+            *(_scores(Path(folder), name, card) for folder, card in ((first, one), (second, other))), strict=True
+        )
+        if any(is_text):
+            units[name] = " bits per byte"
         places = sorted(scores[0].keys() & scores[1].keys())
         if len(places) > 1:
             paired[name] = (
@@ -199,12 +209,12 @@ def compare_cards(first: str | Path, second: str | Path) -> list[Difference]:
             )
     if not paired:
         raise DataError(
-            f"{first} and {second} share no benchmark with the same items.",
+            f"{first} and {second} share no benchmark with two or more of the same items.",
             "Score both with the same --tasks, --shots, --limit and --seed.",
         )
     plain = {name: _p_value(b - a) for name, (a, b) in paired.items()}
     corrected = holm(plain)
-    return [_difference(name, a, b, corrected[name]) for name, (a, b) in paired.items()]
+    return [_difference(name, a, b, corrected[name], units.get(name, "")) for name, (a, b) in paired.items()]
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -228,7 +238,7 @@ def _p_value(differences: np.ndarray) -> float:
     return (n_beyond + 1) / (_RESAMPLES + 1)
 
 
-def _difference(name: str, a: np.ndarray, b: np.ndarray, p: float) -> Difference:
+def _difference(name: str, a: np.ndarray, b: np.ndarray, p: float, unit: str) -> Difference:
     rng = np.random.default_rng(0)
     differences = b - a
     n = len(differences)
@@ -237,12 +247,14 @@ def _difference(name: str, a: np.ndarray, b: np.ndarray, p: float) -> Difference
     spread = float(differences.std(ddof=1))
     n_needed = max(2, math.ceil((_POWER * spread / _SHOWN) ** 2))
     value = float(differences.mean())
+    least = f"{_SHOWN}{unit}" if unit else f"{_SHOWN * 100:g} points"
     if p < _LEVEL:
-        verdict = f"the {'second' if value > 0 else 'first'} is better by {abs(value):.1%}"
+        better = f"{abs(value):.3g}{unit}" if unit else f"{abs(value):.1%}"
+        verdict = f"the {'second' if value > 0 else 'first'} is better by {better}"
     elif n < n_needed:
-        verdict = f"no difference shown at n = {n:,}; {n_needed:,} items would show one of 2 points"
+        verdict = f"no difference shown at n = {n:,}; {n_needed:,} items would show one of {least}"
     else:
-        verdict = f"no difference shown at n = {n:,}, where one of 2 points would have been seen"
+        verdict = f"no difference shown at n = {n:,}, where one of {least} would have been seen"
     return Difference(name, n, float(a.mean()), float(b.mean()), value, float(low), float(high), p, n_needed, verdict)
 
 
@@ -254,13 +266,15 @@ def _card(folder: Path) -> dict[str, Any]:
     return parts
 
 
-def _scores(folder: Path, name: str) -> dict[int, float]:
+def _scores(folder: Path, name: str, card: Mapping[str, Any]) -> tuple[dict[int, float], bool]:
+    """The score of each item, and whether they are texts."""
     path = file_inside(folder, f"{name}.jsonl")
     with reading(str(path), fix=_WAY_OUT):
-        scores = item_scores(read_records(path))
+        records = read_records(path, str(card.get("identity", "")))
+        scores = item_scores(records)
     if not all(map(math.isfinite, scores.values())):
         raise ArtifactError(f"{path}: a score that is no finite number.", _WAY_OUT)
-    return scores
+    return scores, "bits" in records[0]
 
 
 def say(name: str, value: float, stderr: float) -> str:

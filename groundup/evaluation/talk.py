@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from groundup.evaluation.metrics import Answer, Estimate, share
+from groundup.evaluation.metrics import Answer, Estimate, mean, share
 from groundup.evaluation.tasks import Task, verify
 from groundup.generation import Engine, SamplingParams
 from groundup.generation.rollouts import Rollouts, roll_out, use_calculator
@@ -125,12 +125,12 @@ def score_style(
     found = {
         "polite_share": share(polite),
         "exact_match_sampled": share(right),
-        "answer_words": _mean([len(text.split()) for text in rolled.texts], "answers"),
-        "entropy": _mean(nats.tolist(), "tokens"),
+        "answer_words": mean([len(text.split()) for text in rolled.texts], "answers"),
+        "entropy": mean(nats.tolist(), "tokens"),
     }
     if start is not None:
         gaps = rolled.logprobs.sum(1) - _answer_logprobs(start, rolled)
-        found["kl_to_start"] = _mean(gaps.tolist(), "answers")
+        found["kl_to_start"] = mean(gaps.tolist(), "answers")
     return found
 
 
@@ -162,9 +162,3 @@ def _is_polite(task: Task, answer: str) -> bool:
     before, _, after = task.form.partition("{}")
     said = answer.strip()
     return said.startswith(before) and said.endswith(after) and len(said) > len(before) + len(after)
-
-
-def _mean(values: Sequence[float], unit: str) -> Estimate:
-    mean = sum(values) / len(values)
-    variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
-    return Estimate(mean, math.sqrt(variance / len(values)), len(values), unit)

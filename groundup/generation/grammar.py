@@ -99,7 +99,11 @@ class Constraint:
             raise GroundupError(f"{self.kind} = {self.source!r}: must be a text.")
         if len(self.source) > MOST_CHARACTERS:
             raise GroundupError(f"{self.kind}: {len(self.source)} characters; must be at most {MOST_CHARACTERS}.")
-        if problem := _llguidance().LLMatcher.validate_grammar(self._grammar(), None):
+        try:
+            problem = _llguidance().LLMatcher.validate_grammar(self._grammar(), None)
+        except ValueError as error:  # such as a schema that is nested too deeply
+            problem = str(error)
+        if problem:
             raise self._error(problem)
         return self
 

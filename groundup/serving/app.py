@@ -30,6 +30,7 @@ from groundup.serving.protocol import (
     DetokenizeBody,
     EmbeddingsBody,
     TokenizeBody,
+    check_connected,
     json_response,
     read_body,
 )
@@ -101,8 +102,10 @@ async def embeddings(http: Request) -> Response:
     served: ServedModel = http.state.server.find(body.model)
     texts = await asyncio.to_thread(served.prompts, body.input, "input")
     data = []
-    async with http.state.reading:  # one at a time: texts are written meanwhile
+    # One request at a time: texts are written meanwhile.
+    async with asyncio.timeout(http.state.server.limits.seconds), http.state.reading:
         for index, ids in enumerate(texts):
+            await check_connected(http)
             vector = await asyncio.to_thread(embed, served, ids)
             as_text = body.encoding_format == "base64"
             value: Any = base64.b64encode(vector.tobytes()).decode() if as_text else vector.tolist()

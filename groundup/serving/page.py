@@ -11,12 +11,12 @@ every other client, and to these:
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
@@ -27,7 +27,15 @@ from groundup.report.record import Curve, read_record
 from groundup.run import Run
 from groundup.serving.feedback import keep
 from groundup.serving.inspect import inspect
-from groundup.serving.protocol import APIError, CalculatorBody, FeedbackBody, InspectBody, json_response, read_body
+from groundup.serving.protocol import (
+    APIError,
+    CalculatorBody,
+    FeedbackBody,
+    InspectBody,
+    check_connected,
+    json_response,
+    read_body,
+)
 from groundup.serving.state import ServedModel, State
 
 FILES = Path(__file__).with_name("page")
@@ -61,8 +69,10 @@ async def look_inside(http: Request) -> Response:
     else:
         text = body.tokens if body.tokens is not None else body.prompt or ""
     work = functools.partial(inspect, served.model, served.tokenizer, text, top=body.top or 10)
-    async with http.state.reading:  # one at a time: texts are written meanwhile
-        seen = await run_in_threadpool(work)
+    # One request at a time: texts are written meanwhile.
+    async with asyncio.timeout(http.state.server.limits.seconds), http.state.reading:
+        await check_connected(http)
+        seen = await asyncio.to_thread(work)
     position = len(seen.ids) - 1 if body.position is None else body.position
     if position >= len(seen.ids):
         raise APIError(400, f"position: the text has {len(seen.ids)} tokens.", "invalid_value", "position")
@@ -80,7 +90,7 @@ async def feedback(http: Request) -> Response:
         raise APIError(409, "this model was not read from a folder: there is no place for votes.", "no_folder")
     opinion = body.model_dump(exclude_none=True, include={"answer", "vote", "correction", "ranking"})
     messages = [one.model_dump() for one in body.messages]
-    await run_in_threadpool(keep, folder, served.name, messages, opinion)
+    await asyncio.to_thread(keep, folder, served.name, messages, opinion)
     return json_response({"folder": str(folder)})
 
 
@@ -96,7 +106,7 @@ async def training(http: Request) -> Response:
     state: State = http.state.server
     if state.run is None:
         return json_response({"run": None, "stages": []})
-    record = await run_in_threadpool(read_record, Run(state.run))
+    record = await asyncio.to_thread(read_record, Run(state.run))
     stages = [
         {"name": name, "state": stage.state, "title": stage.title, **_curve(record.curves.get(name))}
         for name, stage in record.stages.items()

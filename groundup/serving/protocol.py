@@ -106,10 +106,24 @@ async def read_body(request: Request) -> Any:
         raise APIError(400, f"the body is not JSON: {str(error)[:120]}.", "invalid_json") from None
 
 
+async def check_connected(request: Request) -> None:
+    """Work for nobody is not begun.
+
+    Raises:
+        APIError: the client has left.
+    """
+    if await request.is_disconnected():
+        raise APIError(400, "the client left before its answer.", "incomplete")
+
+
 class Body(BaseModel):
     """What is sent: strictly typed, nothing unknown, null as if it were not there."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True,
+        # Clients send back what they were sent, with every field that they know: null is no request for anything.
+        json_schema_extra={"additionalProperties": {"type": "null"}},
+    )  # fmt: skip
     one_of: ClassVar[tuple[str, ...]] = ()  # of which one must be given
 
     @model_validator(mode="before")
@@ -215,7 +229,7 @@ class ToolCallBody(Body):
     """A call that the assistant made earlier."""
 
     id: str = Field(max_length=256)
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = None
     function: CalledFunction
     index: int | None = Field(None, exclude=True)
 

@@ -16,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from groundup.errors import GroundupError
 from groundup.serving.app import make_app
+from groundup.serving.protocol import APIError
 from groundup.serving.state import State
 
 _HEADERS = {
@@ -99,6 +100,14 @@ class _Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP has an error of the same shape as all others."""
+        answer = APIError(400, msg, "invalid_http", connection="close").response
+        headers = [*self.server_state.default_headers, *answer.raw_headers]
+        lines = [b"HTTP/1.1 400 Bad Request", *map(b": ".join, headers), b"", bytes(answer.body)]
+        self.transport.write(b"\r\n".join(lines))
+        self.transport.close()
 
     def _expect(self) -> None:
         self._stop()

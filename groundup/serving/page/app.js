@@ -83,15 +83,15 @@ function Settings() {
   const number = (name) => (event) => configure({ [name]: event.target.value === "" ? null : Math.max(0, Math.round(Number(event.target.value))) });
   const { max_tokens, seed } = state.settings;
   return html`<${Dialog} title="Settings">
-    <label class="field"><span>What the assistant is told first, in this conversation</span>
+    <label class="field"><span>System prompt of this conversation</span>
       <textarea rows="3" dir="auto" value=${state.current?.system ?? ""} onChange=${(event) => {
         state.current.system = event.target.value;
         if (state.current.leaf) save();
       }}></textarea></label>
     <${Sliders} />
     <div class="row fields">
-      <label class="field"><span>Most tokens</span><input type="number" min="1" inputmode="numeric" value=${max_tokens ?? ""} placeholder="as many as fit" onChange=${number("max_tokens")} /></label>
-      <label class="field"><span>Seed</span><input type="number" min="0" inputmode="numeric" value=${seed ?? ""} placeholder="another each time" onChange=${number("seed")} /></label>
+      <label class="field"><span>Max tokens</span><input type="number" min="1" inputmode="numeric" value=${max_tokens ?? ""} placeholder="what fits" onChange=${number("max_tokens")} /></label>
+      <label class="field"><span>Seed</span><input type="number" min="0" inputmode="numeric" value=${seed ?? ""} placeholder="random" onChange=${number("seed")} /></label>
     </div>
     <div class="row"><button type="button" onClick=${resetSettings}>Defaults</button></div>
   <//>`;
@@ -105,7 +105,7 @@ function Key() {
     set({ dialog: null });
     connect();
   };
-  return html`<${Dialog} title="This server wants a key"><form onSubmit=${use}>
+  return html`<${Dialog} title="This server needs a key"><form onSubmit=${use}>
     <label class="field"><span>API key, kept until this tab is closed</span><input ref=${field} type="password" autocomplete="off" /></label>
     <div class="row"><button type="submit" class="primary">Use it</button></div>
   </form><//>`;

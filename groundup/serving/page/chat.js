@@ -149,7 +149,7 @@ function lookInside(node) {
   location.hash = "inside";
 }
 
-// An answer's tokens, shaded: the more surprising, the darker
+// An answer's tokens, shaded: the more surprising, the stronger the colour
 
 function Tokens({ node, isBusy }) {
   const [active, setActive] = useState(null);

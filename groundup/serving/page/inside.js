@@ -112,7 +112,7 @@ function TokenPane({ seen, place, setPlace }) {
   const nats = known.reduce((sum, one) => sum - one.logprob, 0);
   const bytes = seen.tokens.reduce((sum, one) => sum + (one.bytes ? one.bytes.split(" ").length : 0), 0);
   return html`
-    <p class="quiet">${seen.ids.length} tokens for ${bytes} bytes${known.length > 0 && ` · perplexity ${Math.exp(nats / known.length).toFixed(1)}`}. The darker a token, the less the model expected it.${seen.tokens.some((one) => guessed(one, 1, 1)) && " Underlined: a draft had guessed it. Struck through: guesses that were thrown away."}</p>
+    <p class="quiet">${seen.ids.length} tokens for ${bytes} bytes${known.length > 0 && ` · perplexity ${Math.exp(nats / known.length).toFixed(1)}`}. The stronger its colour, the less the model expected a token.${seen.tokens.some((one) => guessed(one, 1, 1)) && " Underlined: a draft had guessed it. Struck through: guesses that were thrown away."}</p>
     <${Strip} seen=${seen} place=${place} setPlace=${setPlace} withIds=${true} label="Tokens; arrow keys move" styleOf=${(index) => shade(seen.tokens[index].logprob)} />
     <div class="detail" aria-live="polite">
       <h2><code>${token.text}</code></h2>
@@ -196,7 +196,7 @@ function NextPane({ seen, place, setPlace }) {
   const kept = order.filter((id) => removed[id] === null && logits[id] > -1e29);
   const mass = kept.reduce((sum, id) => sum + before[id], 0);
   return html`
-    <${Strip} seen=${seen} place=${place} setPlace=${setPlace} label="Behind which token; arrow keys move" styleOf=${() => ({ "--p": 0 })} />
+    <${Strip} seen=${seen} place=${place} setPlace=${setPlace} label="After which token; arrow keys move" styleOf=${() => ({ "--p": 0 })} />
     <div class="sliders"><${Sliders} /></div>
     <p class="quiet" aria-live="polite">${kept.length.toLocaleString("en")} of ${logits.length.toLocaleString("en")} tokens stay; they held ${percent(mass)} of the probability.</p>
     <table class="bars next">
@@ -216,7 +216,7 @@ function LayerPane({ seen, place, setPlace }) {
   const name = (layer) => (layer === 0 ? "embedding" : layer === seen.layers ? "output" : `layer ${layer}`);
   const layers = [...seen.lens.keys()].reverse();
   return html`
-    <p class="quiet">What each layer would write next, read with the model's own output layer (the logit lens). Darker: more certain. The small number is the rank that the layer gives to the model's final choice.</p>
+    <p class="quiet">What each layer would write next, read with the model's own output layer (the logit lens). The stronger the colour, the more certain. The small number is the rank that the layer gives to the model's final choice.</p>
     <div class="table-scroller" tabindex="0" role="region" aria-label="Logit lens"><table class="lens">
       <thead><tr><th scope="col"><span class="hidden">Layer</span></th>${seen.tokens.map((token, index) => html`<th scope="col" key=${index}>
         <button type="button" class="token" aria-pressed=${index === place} onClick=${() => setPlace(index)}><code>${token.text}</code></button></th>`)}</tr></thead>
@@ -224,7 +224,7 @@ function LayerPane({ seen, place, setPlace }) {
         ${seen.lens[layer].map((cell, index) => html`<td key=${index} class=${index === place ? "active" : ""} style=${{ "--p": (cell.top[0][2] * 42).toFixed(1) }}>
           <code>${cell.top[0][1]}</code><small>${cell.rank}</small></td>`)}</tr>`)}</tbody>
     </table></div>
-    <div class="detail"><h2>Behind <code>${seen.tokens[place].text}</code></h2>
+    <div class="detail"><h2>After <code>${seen.tokens[place].text}</code></h2>
       <div class="layers">${layers.map((layer) => html`<div key=${layer}><h3>${name(layer)}</h3><${Bars} top=${seen.lens[layer][place].top} taken=${seen.lens.at(-1)[place].top[0][0]} /></div>`)}</div>
     </div>
   `;
