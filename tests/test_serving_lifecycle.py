@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import signal
 import socket
@@ -238,7 +239,7 @@ def test_a_run_serves_all_its_models_that_of_the_chat_first(folder: Path) -> Non
 
 def test_a_quantized_model_is_served_beside_the_whole_one(folder: Path, tmp_path: Path) -> None:
     small = tmp_path / "int8"
-    save_model(small, quantize(small_model(), Quantization(8)), small_tokenizer())
+    save_model(small, quantize(copy.deepcopy(small_model()), Quantization(8)), small_tokenizer())
     served, _ = read_models([str(folder), str(small)], None, 2, None, None)
     with serving(State(served)) as server:
         asked = {"prompt": "Once", "max_tokens": 4, "temperature": 0}
