@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
 import signal
 import socket
@@ -258,6 +259,8 @@ def test_open_opens_the_page_once_it_is_there(
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(webbrowser, "open", open_page)
+    for name in ("groundup.serving", "uvicorn.error"):  # the command logs to this test's standard error
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
     ended = groundup("serve", folder, "--port", "0", "--open")
     assert [status for _, status in opened] == [200]
     assert opened[0][0].startswith("http://127.0.0.1:")  # whoever says nothing else is heard by this machine only
