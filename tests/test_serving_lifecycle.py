@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import logging
 import os
 import signal
 import socket
@@ -238,7 +240,7 @@ def test_a_run_serves_all_its_models_that_of_the_chat_first(folder: Path) -> Non
 
 def test_a_quantized_model_is_served_beside_the_whole_one(folder: Path, tmp_path: Path) -> None:
     small = tmp_path / "int8"
-    save_model(small, quantize(small_model(), Quantization(8)), small_tokenizer())
+    save_model(small, quantize(copy.deepcopy(small_model()), Quantization(8)), small_tokenizer())
     served, _ = read_models([str(folder), str(small)], None, 2, None, None)
     with serving(State(served)) as server:
         asked = {"prompt": "Once", "max_tokens": 4, "temperature": 0}
@@ -257,6 +259,8 @@ def test_open_opens_the_page_once_it_is_there(
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(webbrowser, "open", open_page)
+    for name in ("groundup.serving", "uvicorn.error"):  # the command logs to this test's standard error
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
     ended = groundup("serve", folder, "--port", "0", "--open")
     assert [status for _, status in opened] == [200]
     assert opened[0][0].startswith("http://127.0.0.1:")  # whoever says nothing else is heard by this machine only
