@@ -85,7 +85,15 @@ def test_grpo_is_rewarded_for_the_exact_final_number(tmp_path: Path, shared_data
     few = Prompts(prompts.train[:4], prompts.held_out[:2], 0)
     settings = GRPOSettings(buffers=2, rollouts=8, batch_size=8, max_tokens=8, held_out=2, **TINY)
     reward = FunctionReward(VERIFY, "[align.grpo] reward")
-    made = grpo(model(context_length=512), tokenizer(), few, reward, settings, out=tmp_path / "out", console=QUIET)
+    made = grpo(
+        model(context_length=512),
+        tokenizer(),
+        settings,
+        prompts=few,
+        reward=reward,
+        out=tmp_path / "out",
+        console=QUIET,
+    )
     assert made.summary["prompts"] == 4
     kept = [json.loads(line) for line in (tmp_path / "out" / "rollouts.jsonl").read_text().splitlines()]
     assert {one["prompt"] for one in kept} <= {prompt.messages[-1]["content"] for prompt in few.train}

@@ -48,8 +48,9 @@ def read_set(name: str, n: int, seed: int) -> Sequence[Task | Talk]:
     prefix, _, rest = name.partition(":")
     kind, _, count = rest.partition(":")
     made = SETS.get(f"{prefix}:{kind}")
-    if made is None or (count and not count.isdecimal()):
+    if made is None or (count and not (count.isdecimal() and len(count) <= 6)):
         near = difflib.get_close_matches(name, SETS, n=1)
-        fix = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(SETS)}; behind it how many: :500."
+        known = f"There are: {', '.join(SETS)}; behind it how many, at most 999,999: :500."
+        fix = f"Did you mean {near[0]!r}?" if near else known
         raise DataError(f"{name!r} is no set of tasks.", fix)
     return made(int(count) if count else n, seed)
