@@ -112,7 +112,7 @@ endif
 	fi; \
 	printf '%s\n' '$(CURDIR)' > $@
 
-.venv/installed: WHAT := .
+.venv/installed: WHAT := .[serve]
 .venv/installed-test: WHAT := .[test]
 
 .venv/installed .venv/installed-test: pyproject.toml constraints.txt .venv/place
