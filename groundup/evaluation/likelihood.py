@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -44,31 +44,23 @@ class Likelihood:
     is_greedy: bool
 
 
-def log_likelihoods(
-    model: Transformer, tokenizer: Tokenizer, pairs: Sequence[Pair], advance: Callable[[int], None] | None = None
-) -> list[Likelihood]:
+def log_likelihoods(model: Transformer, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> list[Likelihood]:
     """log p(continuation | context) of each pair, in their order.
 
     Args:
         model: put into evaluation mode.
         tokenizer: of the model.
         pairs: (context, continuation); without a context the continuation follows `<|endoftext|>`.
-        advance: is told how many more pairs are done.
     """
-    return score_ids(model, [encode_pair(tokenizer, *pair) for pair in pairs], advance)
+    return score_ids(model, [encode_pair(tokenizer, *pair) for pair in pairs])
 
 
-def score_ids(
-    model: Transformer, requests: Sequence[tuple[list[int], list[int]]], advance: Callable[[int], None] | None = None
-) -> list[Likelihood]:
+def score_ids(model: Transformer, requests: Sequence[tuple[list[int], list[int]]]) -> list[Likelihood]:
     """`log_likelihoods` of token ids: (context, continuation), at least one of each."""
     model.eval()
     found: dict[int, Likelihood] = {}
     for prefix, groups in _batches(requests, model.config.context_length):
-        scored = _score(model, prefix, groups)
-        found |= scored
-        if advance is not None:
-            advance(len(scored))
+        found |= _score(model, prefix, groups)
     return [found[place] for place in range(len(requests))]
 
 

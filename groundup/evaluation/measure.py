@@ -99,7 +99,9 @@ def measure(
         for item, record in zip(chunk, found, strict=True):
             done[item.number] = {"item": item.number, "group": item.group, **record}
         if kept is not None:
-            _keep(kept, identity, [done[item.number] for item in chunk])
+            lines = [json.dumps(record, ensure_ascii=False) for record in ({"identity": identity}, *done.values())]
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_text(kept, "\n".join([*lines, ""]))
         if advance is not None:
             advance(len(chunk))
     return [done[item.number] for item in items]
@@ -379,14 +381,6 @@ def _read_kept(path: Path | None, identity: str) -> dict[int, Record]:
         except (ValueError, KeyError, TypeError):
             break
     return found
-
-
-def _keep(path: Path, identity: str, records: Sequence[Record]) -> None:
-    """Append records; a file of another identity, or whose end is cut off, is written anew."""
-    old = _read_kept(path, identity)
-    lines = [json.dumps(record, ensure_ascii=False) for record in (*old.values(), *records)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "\n".join([json.dumps({"identity": identity}), *lines, ""]))
 
 
 def to_plain(figures: Mapping[str, Estimate]) -> dict[str, Any]:

@@ -259,6 +259,8 @@ def _difference(name: str, a: np.ndarray, b: np.ndarray, p: float, unit: str) ->
 
 
 def _card(folder: Path) -> dict[str, Any]:
+    if not (folder / CARD).is_file():
+        raise ArtifactError(f"{folder / CARD}: not found.", _WAY_OUT)
     found = read_json(folder / CARD)
     parts = found.get("benchmarks") if isinstance(found, dict) else None
     if not isinstance(parts, dict) or not all(isinstance(one, dict) and "fingerprint" in one for one in parts.values()):
