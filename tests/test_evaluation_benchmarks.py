@@ -364,7 +364,7 @@ def test_two_models_are_compared_item_by_item(mine: Path, small: tuple[Transform
     score_benchmarks(model, tokenizer, [name], mine, folder=mine / "c", identity="c", limit=5)
     with pytest.raises(DataError, match="share no benchmark"):
         compare_cards(mine / "a", mine / "c")
-    with pytest.raises(ArtifactError, match="not found.*\n.*groundup evaluate"):
+    with pytest.raises(ArtifactError, match=r"not found.*\n.*groundup evaluate"):
         compare_cards(mine / "a", mine / "nowhere")
     # Records of another run of the command, stopped before it wrote its scores, are not those of the scores.
     path = mine / "a" / "mine.jsonl"
