@@ -11,6 +11,7 @@ import pytest
 
 from groundup.errors import ArtifactError, DataError
 from groundup.evaluation.benchmarks import extract_answer, find_benchmark, read_items
+from groundup.evaluation.comparison import compare_cards, holm
 from groundup.evaluation.contamination import contaminated_items
 from groundup.evaluation.measure import (
     Decoding,
@@ -24,7 +25,7 @@ from groundup.evaluation.measure import (
     read_records,
     reliability,
 )
-from groundup.evaluation.scorecard import compare_cards, holm, score_benchmarks
+from groundup.evaluation.scorecard import score_benchmarks
 from groundup.model import ModelConfig, Transformer
 from groundup.tokenizer import Tokenizer
 

@@ -1,9 +1,8 @@
-"""Commands that measure: `evaluate`, also with benchmarks, and `compare`."""
+"""`groundup evaluate`: the stage, and benchmarks of any model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -18,14 +17,6 @@ EXAMPLE = (
     "groundup evaluate llama/ --tasks mmlu --shots 5 --limit 500 --data mmlu/ --scores scores/llama"
 )
 _FOLDER = "benchmarks"
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add `compare` to the command line; `evaluate` stands among the stages."""
-    app.command(
-        rich_help_panel="Look at runs, recipes and this machine",
-        epilog="Example:  groundup compare runs/demo/pretrain/benchmarks runs/demo/sft/benchmarks",
-    )(compare)
 
 
 def evaluate(
@@ -131,22 +122,3 @@ def _training_texts(folder: Path) -> Callable[[], Iterator[str]]:
     if not corpus.is_dir():
         raise ArtifactError(f"{folder}: --contamination: no run with a corpus is around this model.", "Leave it out.")
     return lambda: (document.text for document in stream_documents(corpus, "train"))
-
-
-def compare(
-    first: Annotated[Path, typer.Argument(metavar="SCORES", help="A folder that `groundup evaluate --tasks` wrote.")],
-    second: Annotated[Path, typer.Argument(metavar="SCORES", help="Another one, of the same items.")],
-    as_json: JsonOption = False,
-) -> None:
-    """Compare two models item by item: differences with intervals, corrected for how many are looked at."""
-    from groundup.evaluation.scorecard import compare_cards
-
-    found = compare_cards(first, second)
-    if as_json:
-        print_json([asdict(one) for one in found])
-        return
-    table = Table("benchmark", "first", "second", "difference (95 %)", "p", "verdict")
-    for one in found:
-        interval = f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
-        table.add_row(one.benchmark, f"{one.first:.3f}", f"{one.second:.3f}", interval, f"{one.p:.3f}", one.verdict)
-    result_console().print(table)
