@@ -15,8 +15,8 @@ def add_to(app: typer.Typer) -> None:
     """Add `compare` to the command line."""
     app.command(
         rich_help_panel="Look at runs, recipes and this machine",
-        epilog="Examples:  groundup compare runs/demo/pretrain runs/demo/sft  ·  groundup compare runs/a runs/b runs/c  ·  "
-        "groundup compare runs/a-seeds runs/b-seeds  ·  groundup compare --html ab.html runs/a runs/b",
+        epilog="Examples:  groundup compare runs/demo/pretrain runs/demo/sft  ·  groundup compare runs/a runs/b runs/c"
+        "  ·  groundup compare runs/a-seeds runs/b-seeds  ·  groundup compare --html ab.html runs/a runs/b",
     )(compare)
 
 

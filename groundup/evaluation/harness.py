@@ -15,6 +15,7 @@ from typing import Any
 
 from groundup.corpus import stream_documents
 from groundup.errors import ArtifactError, DataError
+from groundup.evaluation.attention import write_attention
 from groundup.evaluation.metrics import Answer, Estimate, bits_per_byte, exact_match, share
 from groundup.evaluation.sets import read_set
 from groundup.evaluation.small_talk import score_harm
@@ -201,6 +202,9 @@ class Evaluate(Method):
             )  # fmt: skip
             figures = scores.figures
             bar.finish(" · ".join(_lines({name: figure.value for name, figure in figures.items()})))
+        if recipe.reads_text and after is None:
+            text = next(document.text for document in stream_documents(run.folder("corpus"), "validation"))
+            write_attention(model, tokenizer, text, context.folder)
         write_json(
             context.folder / SCORES_FILE,
             {

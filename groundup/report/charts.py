@@ -1,4 +1,4 @@
-"""Plots as inline SVG: loss and learning rate, throughput, exact match by task.
+"""Plots as inline SVG: loss and learning rate, throughput, scores with error bars, curves of several runs.
 
 In: what a stage logged. Out: SVG text for the page, drawn by matplotlib without pyplot's global state.
 Each plot is drawn twice, wide for a desk and narrow for a phone, one unit to a CSS pixel, so that its words
@@ -8,7 +8,6 @@ stay readable. Colours are the page's CSS variables (light and dark); the same r
 from __future__ import annotations
 
 import io
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,11 +20,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from groundup.report.format import is_number
+from groundup.report.format import format_many, is_number, mapping
 from groundup.report.record import Curve
 
 # Stand-ins that no other part of a plot uses; in the SVG each becomes a CSS variable of the page.
 INK, SOFT, LINE, TRAIN, VALIDATION, BEFORE = "#010a01", "#020a02", "#030a03", "#040a04", "#050a05", "#060a06"
+GREEN, VIOLET, RED = "#070a07", "#080a08", "#090a09"
 CSS_COLOURS = {
     INK: "var(--ink)",
     SOFT: "var(--soft)",
@@ -33,7 +33,13 @@ CSS_COLOURS = {
     TRAIN: "var(--blue)",
     VALIDATION: "var(--orange)",
     BEFORE: "var(--grey)",
+    GREEN: "var(--good)",
+    VIOLET: "var(--violet)",
+    RED: "var(--bad)",
 }
+SERIES = (TRAIN, VALIDATION, GREEN, VIOLET, RED, BEFORE)
+"""Of things side by side, in this order; there are no more colours to tell apart."""
+MOST_SERIES = len(SERIES)
 MOST_POINTS = 500
 
 
@@ -171,41 +177,94 @@ def throughput_chart(name: str, curve: Curve, unit: str = "tokens") -> Chart:
     return _chart(name, 210, paint, words)
 
 
-def exact_match_chart(name: str, by_kind: Mapping[str, Any]) -> Chart | None:
-    """Exact match of each kind of task before and after, with one standard error; None without figures."""
-    figures = [(kind, *_estimate(value, "before"), *_estimate(value, "after")) for kind, value in by_kind.items()]
-    kinds = sorted((item for item in figures if not math.isnan(item[3])), key=lambda item: (item[3], item[0]))
-    if not kinds:
-        return None
-    words = "Exact match by kind of task: " + ", ".join(
-        f"{kind} {after:.0%}" + ("" if math.isnan(before) else f" (before: {before:.0%})")
-        for kind, before, _, after, _ in reversed(kinds)
-    )
+def overlay_chart(name: str, curves: Mapping[str, Curve]) -> Chart | None:
+    """What several runs logged of one stage, over the tokens they had read; None: fewer than two logged a loss.
 
-    height = 34 * len(kinds) + 84
+    Bits per byte, which do not depend on the tokenizer, where all have them; else the loss.
+    """
+    curves = {run: curve for run, curve in curves.items() if curve.train}
+    in_bytes = all(is_number(line.get("bits_per_byte")) for curve in curves.values() for line in curve.train)
+    key, val_key, unit = ("loss", "val_loss", "loss, nats per token")
+    if in_bytes:
+        key, val_key, unit = ("bits_per_byte", "val_bits_per_byte", "bits per byte")
+    drawn = {
+        run: [
+            np.array([(line["tokens"], line[of]) for line in lines if {"tokens", of} <= line.keys()], dtype=float)
+            for lines, of in ((curve.train, key), (curve.validation, val_key))
+        ]
+        for run, curve in curves.items()
+    }
+    drawn = {run: both for run, both in drawn.items() if len(both[0])}
+    if len(drawn) < 2:
+        return None
+    ends = {run: float(smoothed(train[:, 1])[-1]) for run, (train, _) in drawn.items()}
+    words = f"{unit}, over tokens: " + "; ".join(f"{run} ends at {end:.3f}" for run, end in ends.items()) + "."
 
     def paint(figure: Figure, canvas: _Canvas) -> None:
-        left = min(max(len(kind) for kind, *_ in kinds) * canvas.font_size * 0.58 + 18, canvas.width * 0.42)
-        axes = figure.add_subplot(
-            figure.add_gridspec(1, 1, **_margins(canvas, height, left=left, right=64, bottom=60))[0]
-        )
+        axes = figure.add_subplot(figure.add_gridspec(1, 1, **_margins(canvas, 360, bottom=46))[0])
         _quiet(axes)
-        rows = np.arange(len(kinds))
-        _, before, before_error, after, after_error = (np.array(column) for column in zip(*kinds, strict=True))
-        axes.barh(rows + 0.18, after, height=0.42, color=TRAIN, label="after")
-        axes.barh(rows - 0.25, np.nan_to_num(before), height=0.24, color=BEFORE, label="before")
-        for offset, values, errors in ((0.18, after, after_error), (-0.25, before, before_error)):
-            low, high = np.minimum(errors, values), np.minimum(errors, 1 - values)
-            axes.errorbar(values, rows + offset, xerr=[low, high], fmt="none", ecolor=INK, elinewidth=1.2, capsize=2.5)
-        for row, value in zip(rows, after, strict=True):
-            _note(axes, f"{value:.0%}", (1, row + 0.18), (8, 0), va="center", color=INK)
-        axes.set_yticks(rows, [kind for kind, *_ in kinds], color=INK)
-        axes.grid(axis="y", visible=False)
+        for colour, (run, (train, validation)) in zip(SERIES, drawn.items(), strict=False):
+            axes.plot(*_thinned(train[:, 0], smoothed(train[:, 1])), color=colour, linewidth=1.6, label=run)
+            if len(validation):
+                style: dict[str, Any] = {"linestyle": "--", "marker": "o", "markersize": 3, "linewidth": 1}
+                axes.plot(validation[:, 0], validation[:, 1], color=colour, **style)
+        values = np.concatenate([smoothed(train[:, 1]) for train, _ in drawn.values()])
+        held_out = [float(seen[:, 1].min()) for _, seen in drawn.values() if len(seen)]
+        axes.set_ylim(0.94 * min(float(values.min()), *held_out, np.inf), 1.03 * float(values.max()))
+        axes.set_ylabel(unit)
+        axes.set_xlabel("tokens; dashed: held-out")
+        axes.xaxis.set_major_locator(MaxNLocator(6 if canvas is WIDE else 3))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_many(value)))
+        axes.legend(loc="upper right", frameon=False, labelcolor=INK)
+
+    return _chart(name, 360, paint, words)
+
+
+def estimates_chart(name: str, rows: Mapping[str, Mapping[str, Any]], series: Mapping[str, str]) -> Chart | None:
+    """Shares with one standard error: a row of dots for each name, a colour for each series; None without figures.
+
+    Args:
+        name: unique on the page.
+        rows: for each row, estimates ("value", "stderr") by series; what is missing is left out.
+        series: the colour of each.
+    """
+    figures = {row: [(one, *_estimate(mapping(rows[row]).get(one))) for one in series] for row in rows}
+    figures = {row: found for row, each in figures.items() if (found := [one for one in each if one[1] is not None])}
+    if not figures:
+        return None
+    ordered = sorted(figures.items(), key=lambda item: (item[1][-1][1], item[0]))
+    words = "; ".join(
+        f"{row}: " + ", ".join(f"{one} {value:.0%} ± {error:.1%}" for one, value, error in found)
+        for row, found in reversed(ordered)
+    )
+    height = (22 + 12 * len(series)) * len(ordered) + 84
+
+    def paint(figure: Figure, canvas: _Canvas) -> None:
+        left = min(max(map(len, figures)) * canvas.font_size * 0.58 + 18, canvas.width * 0.42)
+        margins = _margins(canvas, height, left=left, right=64, bottom=60)
+        axes = figure.add_subplot(figure.add_gridspec(1, 1, **margins)[0])
+        _quiet(axes)
+        for place, (one, colour) in enumerate(series.items()):
+            offset = 0.7 * (place + 0.5) / len(series) - 0.35
+            points = [
+                (row - offset, value, error)
+                for row, (_, found) in enumerate(ordered)
+                for known, value, error in found
+                if known == one
+            ]
+            if points:
+                y, x, error = (np.array(column, dtype=float) for column in zip(*points, strict=True))
+                spread = [np.minimum(error, x), np.minimum(error, 1 - x)]
+                axes.errorbar(x, y, xerr=spread, fmt="o", color=colour, markersize=6, elinewidth=1.6, capsize=3)
+                axes.plot([], [], marker="o", linestyle="", color=colour, label=one)
+        for row, (_, found) in enumerate(ordered):
+            _note(axes, f"{found[-1][1]:.0%}", (1, row), (8, 0), va="center", color=INK)
+        axes.set_yticks(range(len(ordered)), [row for row, _ in ordered], color=INK)
         axes.set_xlim(0, 1)
-        axes.set_ylim(-0.6, len(kinds) - 0.4)
+        axes.set_ylim(-0.6, len(ordered) - 0.4)
         axes.xaxis.set_major_locator(MaxNLocator(4 if canvas is WIDE else 2))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-        figure.legend(loc="lower center", frameon=False, labelcolor=INK, ncols=2)
+        figure.legend(loc="lower center", frameon=False, labelcolor=INK, ncols=4 if canvas is WIDE else 2)
 
     return _chart(name, height, paint, words)
 
@@ -277,12 +336,11 @@ def _mark_knowing_nothing(axes: Axes, level: float, steps: NDArray[np.int64], lo
     _note(axes, f"{level:.2f}: knowing nothing", (0, level), (12, 4), va="bottom", color=SOFT)
 
 
-def _estimate(value: object, when: str) -> tuple[float, float]:
-    estimate = value.get(when) if isinstance(value, Mapping) else None
-    if not isinstance(estimate, Mapping) or not is_number(estimate.get("value")):
-        return math.nan, 0.0
-    stderr = estimate.get("stderr")
-    return float(estimate["value"]), float(stderr) if stderr is not None and is_number(stderr) else 0.0
+def _estimate(value: object) -> tuple[float | None, float]:
+    """A share and its standard error; None: there is none, or it is none."""
+    share, error = (mapping(value).get(name) for name in ("value", "stderr"))
+    error = float(error) if is_number(error) else 0.0
+    return (float(share), error) if is_number(share) and 0 <= share <= 1 else (None, error)
 
 
 def _thinned(x: NDArray[Any], y: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.float64]]:

@@ -129,9 +129,18 @@ def format_figure(key: str, value: object) -> str:
     return f"{value:,.0f}" if whole or abs(value) >= 1000 else f"{value:.2f}"
 
 
+def format_stderr(key: str, value: object) -> str:
+    """A figure's standard error, as `format_figure` shows the figure."""
+    if not is_number(value):
+        return ""
+    if is_share(key):
+        return f"±{100 * value:.1f}"
+    return f"±{value:,.0f}" if value >= 100 else f"±{value:.2f}"
+
+
 def is_share(key: str) -> bool:
     """Whether a metric is a share between 0 and 1, shown in percent."""
-    return key.startswith("exact_match") or key.endswith(("accuracy", "share", "rate"))
+    return key.startswith(("exact_match", "accuracy", "pass@", "f1")) or key.endswith(("accuracy", "share", "rate"))
 
 
 def _row(row: Mapping[str, Any], gates: Sequence[Mapping[str, Any]] = ()) -> ClosingRow:
@@ -144,19 +153,11 @@ def _row(row: Mapping[str, Any], gates: Sequence[Mapping[str, Any]] = ()) -> Clo
         label=str(row.get("label", key)),
         before=format_figure(key, before.get("value")),
         after=format_figure(key, after.get("value")),
-        stderr=_stderr(key, after.get("stderr")),
+        stderr=format_stderr(key, after.get("stderr")),
         n=f"{n} {after.get('unit') or ''}".strip() if n else "",
         gate="; ".join(str(gate.get("bounds", "")) for gate in gates) + (", not measured" if None in outcomes else ""),
         gate_passed=all(outcomes) if outcomes and None not in outcomes else None,
     )
-
-
-def _stderr(key: str, value: object) -> str:
-    if not is_number(value):
-        return ""
-    if is_share(key):
-        return f"±{100 * value:.1f}"
-    return f"±{value:,.0f}" if value >= 100 else f"±{value:.2f}"
 
 
 def _mappings(values: object) -> list[Mapping[str, Any]]:

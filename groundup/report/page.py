@@ -6,6 +6,7 @@ the page has no script at all, and forbids any by its content security policy.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -15,17 +16,21 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from groundup.console import format_bytes
-from groundup.report.charts import curve_chart, exact_match_chart, loss_chart, throughput_chart
+from groundup.report.attention import attention_section
+from groundup.report.charts import BEFORE, TRAIN, curve_chart, estimates_chart, loss_chart, throughput_chart
 from groundup.report.closing import ClosingRow, closing_rows, pipeline_rows
 from groundup.report.corpus import corpus_section
+from groundup.report.cost import cost_table, outside_digests
 from groundup.report.format import format_many, format_number, format_whole, is_number, mapping
 from groundup.report.picture import LANE, NARROW_STOP, WIDE_STOP, format_seconds, pipeline_stops, pipeline_words
 from groundup.report.record import Curve, RunRecord, read_record
+from groundup.report.scores import benchmark_section, models_table
 from groundup.run import REPORT_FILE, Run
 
 MOST_SAMPLES_SHOWN = 6
 MOST_SAMPLES = 40
 MOST_ANSWERS = 24
+MOST_BUFFERS = 3
 LONGEST_TEXT = 1200
 _HAS_MODEL = ("done", "changed")
 VERDICT_KEYS = ("bits_per_byte", "exact_match")
@@ -44,14 +49,18 @@ def write_report(run: Run) -> Path:
     rows = closing_rows(record.scores)
     if rows:
         rows += pipeline_rows({name: stage.summary for name, stage in record.stages.items() if stage.state == "done"})
+    models, shown = models_table(record), rows
+    if models is not None:  # the table of all rows would say the same once more
+        there = {model["name"] for model in models["models"]}
+        shown = [row for row in rows if row.gate or row.model not in there]
     stops = pipeline_stops(record, record.end)
     page = (
-        _environment()
+        environment()
         .get_template("page.html.j2")
         .render(
             record=record,
             verdict=verdict(record, rows),
-            rows=rows,
+            rows=shown,
             figures=_headline_figures(record),
             stops=stops,
             pipeline_words=pipeline_words(stops),
@@ -64,7 +73,14 @@ def write_report(run: Run) -> Path:
                 for name, stage in record.stages.items()
                 if name in record.curves or stage.shown.get("facts")
             ],
-            by_kind=exact_match_chart("exact-match", mapping(record.scores.get("by_kind"))),
+            models=models,
+            benchmarks=benchmark_section(record),
+            attention=attention_section(record),
+            cost=cost_table(record),
+            digests=outside_digests(record),
+            by_kind=estimates_chart(
+                "exact-match", mapping(record.scores.get("by_kind")), {"before": BEFORE, "after": TRAIN}
+            ),
             answers=_answers(record.scores.get("answers")),
             machine=_machine(record),
             can_chat=record.end != record.base and record.state(record.end) in _HAS_MODEL,
@@ -98,19 +114,20 @@ def verdict(record: RunRecord, rows: Sequence[ClosingRow]) -> str:
     return f"{sentence[0].upper()}{sentence[1:]}." if sentence else "All stages are done."
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """The templates, with all that a text says escaped."""
     files = resources.files("groundup.report")
-    names = ("page.html.j2", "pipeline.svg.j2", "style.css")
-    environment = Environment(
+    names = ("macros.html.j2", "page.html.j2", "pipeline.svg.j2", "style.css", "versus.html.j2")
+    made = Environment(
         loader=DictLoader({name: files.joinpath(name).read_text("utf-8") for name in names}),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["readable"] = _readable
-    environment.globals["svg"] = Markup  # only for what charts.py drew
-    return environment
+    made.filters["readable"] = _readable
+    made.globals["svg"] = Markup  # only for what was drawn here
+    return made
 
 
 def _readable(text: object) -> str:
@@ -160,6 +177,7 @@ def _training(record: RunRecord, name: str, curve: Curve) -> dict[str, Any]:
         "throughput": throughput_chart(f"{name}-speed", curve, unit) if curve.timings else None,
         "validation": curve.validation,
         "samples": _samples(curve.samples),
+        "rollouts": _rollouts(curve.rollouts),
     }
 
 
@@ -182,6 +200,18 @@ def _samples(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return samples
+
+
+def _rollouts(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, list[tuple[str, str, str, int]]]]:
+    """Of the first buffer, one in the middle and the last: step, mean reward; prompts, answers, rewards, how often."""
+    steps = list(dict.fromkeys(line["step"] for line in lines))
+    found = []
+    for step in (steps[place] for place in _spread(len(steps), MOST_BUFFERS)):
+        rows = [line for line in lines if line["step"] == step]
+        mean = sum(line["reward"] for line in rows) / len(rows)
+        same = Counter((str(line["prompt"]), str(line["answer"]), f"{line['reward']:.2f}") for line in rows)
+        found.append((step, mean, [(*row, n) for row, n in same.most_common(MOST_ANSWERS)]))
+    return found
 
 
 def _spread(count: int, most: int, power: float = 1.0) -> list[int]:
