@@ -21,6 +21,7 @@ from groundup.cli.options import (
     SetOption,
     command_line,
     print_json,
+    print_table,
     result_console,
 )
 from groundup.recipe.registry import registered
@@ -182,7 +183,6 @@ def _build_seeds(
     from groundup.errors import GateError
     from groundup.evaluation.seeds import seed_folder, write_seeds
     from groundup.files import check_ours, own_folder
-    from groundup.report.closing import seeds_table
 
     of_seeds = [(recipe.model_copy(update={"seed": seed}), seed_folder(root, seed)) for seed in seeds]
     check_ours(root)
@@ -202,9 +202,18 @@ def _build_seeds(
         if as_json:
             print_json(found)
         elif not quiet:
-            result_console().print(seeds_table(found))
+            titles = ["", "mean", "95 % interval", f"seeds {', '.join(map(str, seeds))}"]
+            print_table(titles, [_seeds_row(row) for row in found["rows"]], right=(1, 2, 3))
     if missed:
         raise missed[0]
+
+
+def _seeds_row(row: Mapping[str, Any]) -> list[str]:
+    from groundup.report.closing import format_figure
+
+    values = row["mean"], row["low"], row["high"], *row["values"]
+    mean, low, high, *each = (format_figure(row["key"], value) for value in values)
+    return [row["label"], mean, f"{low} to {high}", "  ".join(each)]
 
 
 def _build(

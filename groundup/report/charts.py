@@ -99,17 +99,13 @@ def loss_chart(name: str, curve: Curve, expected_initial_loss: float | None) -> 
         if curve.validation:
             seen = [line["step"] for line in curve.validation]
             values = [line["val_loss"] for line in curve.validation]
-            marker = "o" if len(seen) <= 60 else ""
-            style: dict[str, Any] = {
-                "color": VALIDATION,
-                "linewidth": 2,
-                "linestyle": "--",
-                "marker": marker,
-                "markersize": 4,
-            }
-            above.plot(seen, values, label=f"validation: {values[-1]:.2f}", **style)
+            style: dict[str, Any] = {"linestyle": "--", "marker": "o" if len(seen) <= 60 else "", "markersize": 4}
+            above.plot(seen, values, color=VALIDATION, linewidth=2, label=f"validation: {values[-1]:.2f}", **style)
         if expected_initial_loss is not None:
-            _mark_knowing_nothing(above, expected_initial_loss, steps, losses)
+            above.axhline(expected_initial_loss, color=SOFT, linewidth=1, linestyle=":")
+            above.plot(steps[:1], losses[:1], color=INK, marker="o", markersize=6, markerfacecolor="none", linestyle="")
+            words_there = f"{expected_initial_loss:.2f}: knowing nothing"
+            _note(above, words_there, (0, expected_initial_loss), (12, 4), va="bottom", color=SOFT)
         top = max(float(losses.max()), expected_initial_loss or 0.0)
         above.set_ylim(max(0.0, float(losses.min()) - 0.06 * top), top * 1.09)
         above.set_ylabel("loss, nats per token")
@@ -138,41 +134,27 @@ def curve_chart(name: str, key: str, curve: Curve) -> Chart:
     steps, values = np.array([step for step, _ in lines]), np.array([value for _, value in lines], dtype=float)
     smooth = smoothed(values)
     words = f"{key}: from {smooth[0]:.3g} at step {steps[0]:,} to {smooth[-1]:.3g} at step {steps[-1]:,}."
-
-    def paint(figure: Figure, canvas: _Canvas) -> None:
-        axes = figure.add_subplot(figure.add_gridspec(1, 1, **_margins(canvas, 210, bottom=46))[0])
-        _quiet(axes)
-        axes.plot(*_thinned(steps, values), color=TRAIN, alpha=0.45, linewidth=1)
-        axes.plot(*_thinned(steps, smooth), color=TRAIN, linewidth=2)
-        axes.set_ylabel(key)
-        axes.set_xlabel("step")
-
-    return _chart(name, 210, paint, words)
+    return _line_chart(name, words, steps, values, "step", key)
 
 
 def throughput_chart(name: str, curve: Curve, unit: str = "tokens") -> Chart:
     """What a stage learns from per second, over its wall-clock time; at least one timing line."""
     seconds = np.array([line["seconds"] for line in curve.timings], dtype=float)
     speeds = np.array([line["tokens_per_second"] for line in curve.timings], dtype=float)
-    median = float(np.median(speeds))
-    words = f"Throughput: median {median:,.0f} {unit} per second, from {speeds.min():,.0f} to {speeds.max():,.0f}."
-    per_minute = seconds[-1] > 300
+    median = f"median {np.median(speeds):,.0f}"
+    words = f"Throughput: {median} {unit} per second, from {speeds.min():,.0f} to {speeds.max():,.0f}."
+    time, of = (seconds / 60, "minutes") if seconds[-1] > 300 else (seconds, "seconds")
+    return _line_chart(name, words, time, speeds, f"{of}; {median}", f"{unit}/s")
 
+
+def _line_chart(name: str, words: str, x: NDArray[Any], values: NDArray[np.float64], of: str, what: str) -> Chart:
     def paint(figure: Figure, canvas: _Canvas) -> None:
-        axes = figure.add_subplot(figure.add_gridspec(1, 1, **_margins(canvas, 210, bottom=46))[0])
-        _quiet(axes)
-        time = seconds / 60 if per_minute else seconds
-        axes.plot(*_thinned(time, speeds), color=TRAIN, linewidth=2)
-        axes.axhline(median, color=SOFT, linewidth=1, linestyle=":")
-        axes.set_ylim(0, float(speeds.max()) * 1.3)
-        _note(axes, f"median {median:,.0f}", (1, median), (-4, -6), ha="right", va="top", color=SOFT)
-        axes.set_ylabel(f"{unit}/s")
-        axes.set_xlabel("minutes" if per_minute else "seconds")
-        axes.yaxis.set_major_locator(MaxNLocator(3))
-        axes.yaxis.set_major_formatter(
-            FuncFormatter(lambda value, _: f"{value / 1000:g} k" if value >= 1000 else f"{value:g}")
-        )
-        axes.set_xlim(0, float(time[-1]) * 1.01 or 1.0)
+        axes = _axes(figure, canvas, 210)
+        axes.plot(*_thinned(x, values), color=TRAIN, alpha=0.45, linewidth=1)
+        axes.plot(*_thinned(x, smoothed(values)), color=TRAIN, linewidth=2)
+        axes.set(xlabel=of, ylabel=what)
+        if values.min() > 1000:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
     return _chart(name, 210, paint, words)
 
@@ -182,37 +164,34 @@ def overlay_chart(name: str, curves: Mapping[str, Curve]) -> Chart | None:
 
     Bits per byte, which do not depend on the tokenizer, where all have them; else the loss.
     """
-    curves = {run: curve for run, curve in curves.items() if curve.train}
-    in_bytes = all(is_number(line.get("bits_per_byte")) for curve in curves.values() for line in curve.train)
-    key, val_key, unit = ("loss", "val_loss", "loss, nats per token")
-    if in_bytes:
-        key, val_key, unit = ("bits_per_byte", "val_bits_per_byte", "bits per byte")
+    lines = [line for curve in curves.values() for line in curve.train]
+    names = ("loss", "val_loss")
+    if all(is_number(line.get("bits_per_byte")) for line in lines):
+        names = ("bits_per_byte", "val_bits_per_byte")
     drawn = {
         run: [
-            np.array([(line["tokens"], line[of]) for line in lines if {"tokens", of} <= line.keys()], dtype=float)
-            for lines, of in ((curve.train, key), (curve.validation, val_key))
+            np.array([(line["tokens"], line[key]) for line in logged if {"tokens", key} <= line.keys()], dtype=float)
+            for logged, key in zip((curve.train, curve.validation), names, strict=True)
         ]
         for run, curve in curves.items()
     }
     drawn = {run: both for run, both in drawn.items() if len(both[0])}
     if len(drawn) < 2:
         return None
+    unit = "loss, nats per token" if names[0] == "loss" else "bits per byte"
     ends = {run: float(smoothed(train[:, 1])[-1]) for run, (train, _) in drawn.items()}
     words = f"{unit}, over tokens: " + "; ".join(f"{run} ends at {end:.3f}" for run, end in ends.items()) + "."
 
     def paint(figure: Figure, canvas: _Canvas) -> None:
-        axes = figure.add_subplot(figure.add_gridspec(1, 1, **_margins(canvas, 360, bottom=46))[0])
-        _quiet(axes)
-        for colour, (run, (train, validation)) in zip(SERIES, drawn.items(), strict=False):
+        axes = _axes(figure, canvas, 360)
+        for colour, (run, (train, held_out)) in zip(SERIES, drawn.items(), strict=False):
             axes.plot(*_thinned(train[:, 0], smoothed(train[:, 1])), color=colour, linewidth=1.6, label=run)
-            if len(validation):
-                style: dict[str, Any] = {"linestyle": "--", "marker": "o", "markersize": 3, "linewidth": 1}
-                axes.plot(validation[:, 0], validation[:, 1], color=colour, **style)
-        values = np.concatenate([smoothed(train[:, 1]) for train, _ in drawn.values()])
-        held_out = [float(seen[:, 1].min()) for _, seen in drawn.values() if len(seen)]
-        axes.set_ylim(0.94 * min(float(values.min()), *held_out, np.inf), 1.03 * float(values.max()))
-        axes.set_ylabel(unit)
-        axes.set_xlabel("tokens; dashed: held-out")
+            if len(held_out):
+                axes.plot(*held_out.T, "o--", color=colour, markersize=3, linewidth=1)
+        smooth = np.concatenate([smoothed(train[:, 1]) for train, _ in drawn.values()])
+        lowest = min([smooth.min(), *(held_out[:, 1].min() for _, held_out in drawn.values() if len(held_out))])
+        axes.set_ylim(0.94 * lowest, 1.03 * smooth.max())
+        axes.set(xlabel="tokens; dashed: held-out", ylabel=unit)
         axes.xaxis.set_major_locator(MaxNLocator(6 if canvas is WIDE else 3))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_many(value)))
         axes.legend(loc="upper right", frameon=False, labelcolor=INK)
@@ -241,9 +220,7 @@ def estimates_chart(name: str, rows: Mapping[str, Mapping[str, Any]], series: Ma
 
     def paint(figure: Figure, canvas: _Canvas) -> None:
         left = min(max(map(len, figures)) * canvas.font_size * 0.58 + 18, canvas.width * 0.42)
-        margins = _margins(canvas, height, left=left, right=64, bottom=60)
-        axes = figure.add_subplot(figure.add_gridspec(1, 1, **margins)[0])
-        _quiet(axes)
+        axes = _axes(figure, canvas, height, left=left, right=64, bottom=60)
         for place, (one, colour) in enumerate(series.items()):
             offset = 0.7 * (place + 0.5) / len(series) - 0.35
             points = [
@@ -330,12 +307,6 @@ def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return (total[end + 1] - total[index - reach]) / (end - index + reach + 1)
 
 
-def _mark_knowing_nothing(axes: Axes, level: float, steps: NDArray[np.int64], losses: NDArray[np.float64]) -> None:
-    axes.axhline(level, color=SOFT, linewidth=1, linestyle=":")
-    axes.plot([steps[0]], [losses[0]], color=INK, marker="o", markersize=6, markerfacecolor="none", linestyle="")
-    _note(axes, f"{level:.2f}: knowing nothing", (0, level), (12, 4), va="bottom", color=SOFT)
-
-
 def _estimate(value: object) -> tuple[float | None, float]:
     """A share and its standard error; None: there is none, or it is none."""
     share, error = (mapping(value).get(name) for name in ("value", "stderr"))
@@ -407,6 +378,14 @@ def _fit_page(svg: str, name: str) -> str:
     for colour, variable in CSS_COLOURS.items():
         svg = svg.replace(colour, variable)
     return re.sub(r"\n\s*", "\n", svg)
+
+
+def _axes(figure: Figure, canvas: _Canvas, height: float, *, bottom: float = 46, **margins: float) -> Axes:
+    """The only axes of a figure."""
+    grid = figure.add_gridspec(1, 1, **_margins(canvas, height, bottom=bottom, **margins))
+    axes: Axes = figure.add_subplot(grid[0])
+    _quiet(axes)
+    return axes
 
 
 def _margins(

@@ -66,20 +66,6 @@ def closing_table(scores: Mapping[str, Any], run: Run | None = None) -> Table:
     return table
 
 
-def seeds_table(found: Mapping[str, Any]) -> Table:
-    """What several seeds of one recipe gave: a line for each figure, with its mean and 95 % interval over them."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
-    for title in ("", "mean", "95 % interval", "seeds " + ", ".join(map(str, found["seeds"]))):
-        table.add_column(title, justify="right" if title else "left")
-    for row in found["rows"]:
-        mean, low, high, *each = (
-            format_figure(row["key"], value) for value in (row["mean"], row["low"], row["high"], *row["values"])
-        )
-        cells = (row["label"], mean, f"{low} to {high}", "  ".join(each))
-        table.add_row(*(Text(cell, no_wrap=True) for cell in cells))
-    return table
-
-
 def closing_rows(scores: Mapping[str, Any]) -> list[ClosingRow]:
     """The rows of the closing table, formatted: scores with their gates, then gates on a stage's own figures."""
     gates: dict[tuple[str, str], list[Mapping[str, Any]]] = {}

@@ -20,11 +20,11 @@ from groundup.report.attention import attention_section
 from groundup.report.charts import BEFORE, TRAIN, curve_chart, estimates_chart, loss_chart, throughput_chart
 from groundup.report.closing import ClosingRow, closing_rows, pipeline_rows
 from groundup.report.corpus import corpus_section
-from groundup.report.cost import cost_table, outside_digests
+from groundup.report.cost import HOW, costs
 from groundup.report.format import format_many, format_number, format_whole, is_number, mapping
 from groundup.report.picture import LANE, NARROW_STOP, WIDE_STOP, format_seconds, pipeline_stops, pipeline_words
 from groundup.report.record import Curve, RunRecord, read_record
-from groundup.report.scores import benchmark_section, models_table
+from groundup.report.scores import benchmark_chart, benchmark_rows, models_table
 from groundup.run import REPORT_FILE, Run
 
 MOST_SAMPLES_SHOWN = 6
@@ -51,8 +51,7 @@ def write_report(run: Run) -> Path:
         rows += pipeline_rows({name: stage.summary for name, stage in record.stages.items() if stage.state == "done"})
     models, shown = models_table(record), rows
     if models is not None:  # the table of all rows would say the same once more
-        there = {model["name"] for model in models["models"]}
-        shown = [row for row in rows if row.gate or row.model not in there]
+        shown = [row for row in rows if row.gate or not row.n]
     stops = pipeline_stops(record, record.end)
     page = (
         environment()
@@ -74,10 +73,17 @@ def write_report(run: Run) -> Path:
                 if name in record.curves or stage.shown.get("facts")
             ],
             models=models,
-            benchmarks=benchmark_section(record),
+            benchmarks=benchmark_rows(record),
+            benchmark_chart=benchmark_chart(record),
             attention=attention_section(record),
-            cost=cost_table(record),
-            digests=outside_digests(record),
+            costs=[(name, *cost.told()) for name, cost in costs(record).items()],
+            how=HOW,
+            digests=[
+                (f"{stage.name}, {what}", digest)
+                for stage in record.stages.values()
+                for what, digest in (stage.manifest.outside.items() if stage.manifest else ())
+                if digest
+            ],
             by_kind=estimates_chart(
                 "exact-match", mapping(record.scores.get("by_kind")), {"before": BEFORE, "after": TRAIN}
             ),
@@ -175,7 +181,10 @@ def _training(record: RunRecord, name: str, curve: Curve) -> dict[str, Any]:
         "loss": loss_chart(f"{name}-loss", curve, expected if is_number(expected) else None) if curve.train else None,
         "curves": others,
         "throughput": throughput_chart(f"{name}-speed", curve, unit) if curve.timings else None,
-        "validation": curve.validation,
+        "validation": [
+            (f"{line['step']:,}", *(format_number(line.get(key), 4) for key in ("val_loss", "val_bits_per_byte")))
+            for line in curve.validation
+        ],
         "samples": _samples(curve.samples),
         "rollouts": _rollouts(curve.rollouts),
     }
@@ -251,8 +260,9 @@ def _machine(record: RunRecord) -> list[tuple[str, str]]:
         for name, value in (stage.manifest.environment if stage.manifest else {}).items():
             values.setdefault(name, {}).setdefault(str(value), []).append(stage.name)
     return [
-        (name.replace("_gib", " (GiB)"), next(iter(seen)))
-        if len(seen) == 1
-        else (name.replace("_gib", " (GiB)"), "; ".join(f"{value} ({', '.join(at)})" for value, at in seen.items()))
+        (
+            name.replace("_gib", " (GiB)"),
+            "; ".join(f"{value} ({', '.join(at)})" if len(seen) > 1 else value for value, at in seen.items()),
+        )
         for name, seen in values.items()
     ]

@@ -16,8 +16,8 @@ from groundup.files import write_signed
 from groundup.recipe import Recipe, resolved_settings
 from groundup.report.charts import MOST_SERIES, overlay_chart
 from groundup.report.closing import closing_rows
-from groundup.report.cost import cost_told, total_cost
-from groundup.report.format import format_many, mapping
+from groundup.report.cost import Cost, costs
+from groundup.report.format import mapping
 from groundup.report.page import environment, verdict
 from groundup.report.record import RunRecord, read_record
 from groundup.run import Run
@@ -58,10 +58,7 @@ def write_versus(runs: Sequence[Run], path: Path, differences: Sequence[Any] = (
             several=len(runs) > 2,
             samples=_same_prompts({name: _last_samples(record) for name, record in records.items()}),
             answers=_same_prompts({name: _answers(record) for name, record in records.items()}),
-            costs=[
-                (name, format_many(record.summary(record.base).get("parameters")), *cost_told(total_cost(record)))
-                for name, record in records.items()
-            ],
+            costs=[(name, *costs(record).get("all", Cost()).told()) for name, record in records.items()],
         )
     )  # fmt: skip
     write_signed(path, page.encode("utf-8", errors="replace").decode("utf-8"), "<!-- {} -->")
