@@ -330,7 +330,7 @@ def test_what_only_the_whole_recipe_shows_is_told_at_once(tmp_path: Path) -> Non
         "[corpus] languages = 'english': not a code",
         "[pretrain] sequence_length = 128: longer than the model's context of 64.",
         "[align.sft] data: no/talks.jsonl: no such file or folder",
-        "[evaluate] tasks: 'bits_per_bite' is not known. Did you mean 'bits_per_byte'?",
+        "[evaluate] tasks: 'bits_per_bite' is no task. Did you mean 'bits_per_byte'?",
     ]
     assert len(found) == len(places)
     for problem, place in zip(found, places, strict=True):

@@ -57,7 +57,7 @@ def measure(
     start: Transformer | None = None,
     kept: Path | None = None,
     identity: str = "",
-    advance: Callable[[int], None] | None = None,
+    advance: Callable[[int], object] | None = None,
 ) -> list[Record]:
     """Put every item to a model.
 
@@ -71,7 +71,7 @@ def measure(
         start: the model that this one was trained from, for the style.
         kept: file of the records; those that stand there under the same identity are not made again.
         identity: what stands for model, tokenizer, items and decoding.
-        advance: is told how many items more are done.
+        advance: is told how many items are done.
 
     Returns:
         One record an item, in their order. A choice: "logprob", "tokens" and "bytes" of each choice, "characters",
@@ -80,8 +80,6 @@ def measure(
     """
     done = _read_kept(kept, identity)
     waiting = [item for item in items if item.number not in done]
-    if advance is not None and done:
-        advance(len(items) - len(waiting))
     work: Callable[[Sequence[Item]], list[Record]]
     if isinstance(task, Benchmark) and task.kind == "choice":
         work = partial(_choices, model, tokenizer, task, is_chat=settings.chat)
@@ -99,7 +97,7 @@ def measure(
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_text(kept, "\n".join([*lines, ""]))
         if advance is not None:
-            advance(len(chunk))
+            advance(len(done))
     return [done[item.number] for item in items]
 
 
