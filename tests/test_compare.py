@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from test_report import Page, assert_harmless, fake_run
 from tiny_run import finished_run
 
 from groundup.evaluation.comparison import compare_cards
+from groundup.evaluation.scorecard import records_file
 from groundup.files import own_folder, read_json, write_json
 from groundup.recipe import parse_recipe
 from groundup.run import Run
@@ -19,14 +21,25 @@ from groundup.run import Run
 __all__ = ["groundup"]
 
 
+TASK_OF = {"exact_match": "groundup:tasks", "refusal_rate": "groundup:first-messages", "entropy": "groundup:style"}
+
+
 def figures(folder: Path, **values: tuple[float, float, int]) -> Path:
-    """A folder of scores: value, standard error and n of each."""
+    """Scores of items of their own: value, standard error and n of each figure."""
     own_folder(folder)
-    told = {
-        name: {"value": value, "stderr": stderr, "n": n, "unit": "prompts"}
-        for name, (value, stderr, n) in values.items()
-    }
-    write_json(folder / "scores.json", {"figures": told, "by_kind": {}, "answers": []})
+    tasks = {}
+    for metric, (value, stderr, n) in values.items():
+        task, identity = TASK_OF.get(metric, metric), f"{folder.name}{metric}"
+        estimate = {"value": value, "stderr": stderr, "n": n, "unit": "prompts"}
+        items = folder.name if metric != "bits_per_byte" else str(n)
+        card = {"figures": {metric: estimate}, "groups": {}, "fingerprint": items, "identity": identity}
+        tasks[task] = {**card, "core_shots": None}
+        outcome = {"outcomes": {metric: True}}
+        texts = [{"bits": [[8.0 * value]], "bytes": [[8]], "tokens": 9}, {"bits": [[8.0]], "bytes": [[8]], "tokens": 9}]
+        records = texts if metric == "bits_per_byte" else [outcome, outcome]
+        told = [{"identity": identity}, *({"item": place, **record} for place, record in enumerate(records))]
+        (folder / records_file(task)).write_text("".join(json.dumps(line) + "\n" for line in told))
+    write_json(folder / "scores.json", {"format": 2, "tasks": tasks, "core": None})
     return folder
 
 
@@ -47,7 +60,7 @@ def test_two_samples_by_hand(tmp_path: Path) -> None:
     assert match.p == pytest.approx(math.erfc(z / math.sqrt(2)))  # the largest of three: corrected by one
     spread = math.hypot(0.03, 0.04) * math.sqrt(300)
     needed = math.ceil(((1.959964 + 0.841621) * spread / 0.02) ** 2)
-    assert match.verdict == f"no difference shown at n = 300; {needed:,} prompts would show one of 2 points"
+    assert match.verdict == f"no difference shown at n = 300; {needed:,} items would show one of 2 points"
     assert refusal.verdict == "the second is better by 20.0%"  # fewer refusals
     assert refusal.p == pytest.approx(2 * math.erfc(4 / math.sqrt(2)), rel=1e-6)  # the second of three: by two
     assert entropy.verdict == "the second is higher by 8"
@@ -80,12 +93,13 @@ def test_seeds_by_welchs_formula(tmp_path: Path) -> None:
 
 def test_bits_per_byte_of_other_texts_are_not_compared(tmp_path: Path) -> None:
     paths = [
-        figures(tmp_path / name, bits_per_byte=(1.5, 0.1, n), exact_match=(0.5, 0.1, 9))
-        for name, n in (("a", 100), ("b", 200), ("c", 100))
+        figures(tmp_path / name, bits_per_byte=(value, 0.1, n), exact_match=(0.5, 0.1, 9))
+        for name, value, n in (("a", 1.0, 100), ("b", 1.0, 200), ("c", 2.0, 100))
     ]
     assert [one.benchmark for one in compare_cards(paths[0], paths[1])] == ["exact_match"]
-    bits = compare_cards(paths[0], paths[2])[0]
-    assert "prompts would show one of 0.02 bits per byte" in bits.verdict
+    bits = compare_cards(paths[0], paths[2])[0]  # the same two texts: 1 and 1, 2 and 1 bits per byte
+    assert (bits.sample, bits.n, bits.first, bits.second, bits.value) == ("items", 2, 1.0, 1.5, 0.5)
+    assert bits.verdict.endswith("would show one of 0.02 bits per byte")
 
 
 def test_stages_and_runs_by_their_names(groundup: CommandLine) -> None:
@@ -93,8 +107,10 @@ def test_stages_and_runs_by_their_names(groundup: CommandLine) -> None:
     found = groundup("compare", run.root / "pretrain", run.root / "evaluate" / "sft", "--json").json
     shared = {"bits_per_byte", "exact_match"}
     assert {one["benchmark"] for one in found} == shared
-    scores = read_json(run.root / "evaluate" / "sft" / "scores.json")["figures"]
-    assert {one["benchmark"]: one["second"] for one in found} == {name: scores[name]["value"] for name in shared}
+    card = read_json(run.root / "evaluate" / "sft" / "scores.json")
+    match = next(one for one in found if one["benchmark"] == "exact_match")
+    assert match["second"] == card["tasks"]["groundup:tasks"]["figures"]["exact_match"]["value"]
+    assert {one["sample"] for one in found} == {"items"}
     same = groundup("compare", run.root, run.root, "--json").json
     assert {one["benchmark"] for one in same} == {
         f"{name}, {stage}" for name in shared for stage in ("pretrain", "sft")
@@ -128,7 +144,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
 
 def test_page_of_two_runs_shows_what_differs(groundup: CommandLine, two: tuple[Run, Run], tmp_path: Path) -> None:
     written = tmp_path / "ab.html"
-    assert groundup("compare", "--html", written, two[0].root, two[1].root).out == f"{written}\n"
+    done = groundup("compare", "--html", written, two[0].root, two[1].root)
+    assert (done.out, done.err) == (f"{written}\n", "")
     page = Page(written)
     assert page.open == []
     assert_harmless(page)

@@ -63,7 +63,7 @@ def run_with_branches(root: Path) -> Run:
     for stage, value in (("pretrain", 0.25), ("sft", 0.5)):
         own_folder(run.folder(stage) / "benchmarks")
         card = {"figures": {"accuracy": estimate(value, 0.02), "brier": estimate(0.3, 0.01)}}
-        write_json(run.folder(stage) / "benchmarks" / "scores.json", {"benchmarks": {"arc_easy": card}})
+        write_json(run.folder(stage) / "benchmarks" / "scores.json", {"tasks": {"arc_easy": card}})
     own_folder(run.folder("evaluate") / "grpo")
     attention = {"tokens": ["<|endoftext|>", "A"], "layers": [{"layer": 1, "heads": [[[100, 0], [37, 63]]] * 2}]}
     write_json(run.folder("evaluate") / "grpo" / "attention.json", attention)

@@ -8,7 +8,7 @@ takes out how hard the items are; where both have several seeds, these are the s
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,16 +17,17 @@ import numpy as np
 from scipy import stats
 
 from groundup.errors import ArtifactError, DataError
-from groundup.evaluation.harness import LOWER_IS_BETTER, read_scores
-from groundup.evaluation.measure import item_scores, read_records
+from groundup.evaluation.harness import LOWER_IS_BETTER
+from groundup.evaluation.measure import Record, item_scores, read_records
+from groundup.evaluation.scorecard import CARD, read_card, records_file
 from groundup.evaluation.seeds import SEEDS_FILE, read_seeds
-from groundup.files import read_json
+from groundup.evaluation.sets import METRICS_OF_TASK
 from groundup.report.closing import is_share
 from groundup.run import RECIPE_FILE, Run
 from groundup.stage import stages_done
 from groundup.untrusted import file_inside, reading
 
-CARD, BENCHMARKS = "scores.json", "benchmarks"
+BENCHMARKS = "benchmarks"
 _WAY_OUT = "Write them: groundup evaluate MODEL --tasks …"
 _RESAMPLES = 10_000
 _LEVEL = 0.05
@@ -46,7 +47,7 @@ class Difference:
         other: what is compared with the first.
         sample: "items" that both answered, "seeds" of both, or "samples", each model's own.
         n: how many.
-        first, second: their means, of a text's items −bits per byte.
+        first, second: their means; of texts, each counts the same.
         value: second − first.
         low, high: of the 95 % interval: by 10,000 paired resamples, Welch's for seeds, of two normal means else.
         p: two-sided, corrected for the number of comparisons (Holm 1979).
@@ -70,15 +71,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class _Figure:
-    """What is known of one figure of one model; `measured_on` is equal where two may be compared."""
+    """What is known of one figure of one model."""
 
     metric: str
-    measured_on: str = ""
-    value: float = 0.0
-    stderr: float = 0.0
-    n: int = 0
-    of: str = "items"  # what n counts
     items: Mapping[int, float] = field(default_factory=dict)
+    fingerprint: str = ""  # of the items
+    estimate: Mapping[str, Any] | None = None  # "value", "stderr", "n", "unit" of a sample that another may be beside
     seeds: Sequence[float] = ()
     unit: str = ""
     better: int = 0  # which way; 0: neither
@@ -114,7 +112,7 @@ def compare_cards(*paths: str | Path) -> list[Difference]:
         (place, name): (one, other[name])
         for place, other in enumerate(others)
         for name, one in first.items()
-        if name in other and other[name].measured_on == one.measured_on
+        if name in other
     }
     found = {key: result for key, (a, b) in pairs.items() if (result := _compared(a, b)) is not None}
     if not found:
@@ -142,20 +140,23 @@ def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
 
 def _compared(a: _Figure, b: _Figure) -> _Found | None:
     """None: there are not two of anything."""
-    if a.items and b.items:
+    if a.items and a.fingerprint == b.fingerprint:
         places = sorted(a.items.keys() & b.items.keys())
         if len(places) < 2:
             return None
         return _paired(*(np.array([one.items[place] for place in places]) for one in (a, b)))
     if a.seeds and b.seeds:
         return _over_seeds(np.array(a.seeds), np.array(b.seeds))
-    if a.n and b.n:
-        error = math.hypot(a.stderr, b.stderr)
-        p = float(2 * stats.norm.sf(abs(b.value - a.value) / error)) if error else float(a.value == b.value)
-        reach, middle = stats.norm.ppf(1 - _LEVEL / 2) * error, b.value - a.value
-        spread = math.hypot(a.stderr * math.sqrt(a.n), b.stderr * math.sqrt(b.n))
-        return _Found("samples", min(a.n, b.n), a.value, b.value, middle - reach, middle + reach, p, spread)
-    return None
+    return _two_samples(a.estimate, b.estimate) if a.estimate and b.estimate else None
+
+
+def _two_samples(a: Mapping[str, Any], b: Mapping[str, Any]) -> _Found:
+    error, middle = math.hypot(a["stderr"], b["stderr"]), b["value"] - a["value"]
+    p = float(2 * stats.norm.sf(abs(middle) / error)) if error else float(not middle)
+    reach = stats.norm.ppf(1 - _LEVEL / 2) * error
+    spread = math.hypot(*(one["stderr"] * math.sqrt(one["n"]) for one in (a, b)))
+    n = min(a["n"], b["n"])
+    return _Found("samples", n, a["value"], b["value"], middle - reach, middle + reach, p, spread)
 
 
 def _paired(a: np.ndarray, b: np.ndarray) -> _Found:
@@ -190,7 +191,7 @@ def _over_seeds(a: np.ndarray, b: np.ndarray) -> _Found:
 
 
 def _difference(name: str, other: str, found: _Found, p: float, figure: _Figure, second: str) -> Difference:
-    is_scaled = bool(figure.unit) or is_share(figure.metric) or bool(figure.items)
+    is_scaled = bool(figure.unit) or is_share(figure.metric)
     n_needed = max(2, math.ceil((_POWER * found.spread / _SHOWN) ** 2)) if is_scaled else 0
     value, of = found.second - found.first, f"n = {found.n:,}" if found.sample != "seeds" else f"{found.n} seeds each"
     in_units = bool(figure.unit) or not is_scaled
@@ -202,7 +203,7 @@ def _difference(name: str, other: str, found: _Found, p: float, figure: _Figure,
     elif not is_scaled:
         verdict = f"no difference shown at {of}"
     elif found.n < n_needed:
-        what = "seeds" if found.sample == "seeds" else figure.of
+        what = "seeds" if found.sample == "seeds" else "items"
         verdict = f"no difference shown at {of}; {n_needed:,} {what} would show one of {least}"
     else:
         verdict = f"no difference shown at {of}, where one of {least} would have been seen"
@@ -220,7 +221,7 @@ def _figures(path: Path) -> dict[str, _Figure]:
     """
     if (path / SEEDS_FILE).is_file():
         return {
-            f"{row['key']}, {row['model']}": _Figure(row["key"], seeds=row["values"], **_scale(row["key"]))
+            f"{row['key']}, {row['model']}": _figure(row["key"], seeds=row["values"])
             for row in read_seeds(path)["rows"]
         }
     if (path / RECIPE_FILE).is_file():
@@ -241,36 +242,42 @@ def _of_stage(run: Path, stage: str) -> list[Path]:
 
 
 def _of_folder(folder: Path) -> dict[str, _Figure]:
-    if not (folder / CARD).is_file():
-        raise ArtifactError(f"{folder / CARD}: not found.", _WAY_OUT)
-    if scores := read_scores(folder):
-        return {
-            name: _Figure(
-                name, str(one["n"]) if name in _UNITS else "", one["value"], one["stderr"], one["n"], one["unit"],
-                **_scale(name),
-            )
-            for name, one in scores["figures"].items()
-        }  # fmt: skip
-    found = read_json(folder / CARD)
-    parts = found.get("benchmarks") if isinstance(found, dict) else None
-    if not isinstance(parts, dict) or not all(isinstance(one, dict) and "fingerprint" in one for one in parts.values()):
-        raise ArtifactError(f"{folder / CARD}: holds no benchmarks.", _WAY_OUT)
-    return {name: _of_items(folder, name, card) for name, card in parts.items()}
+    """A benchmark's main figure by its name, every figure of a generated set by its own."""
+    found: dict[str, _Figure] = {}
+    for task, card in read_card(folder)["tasks"].items():
+        path = file_inside(folder, records_file(task))
+        with reading(str(path), fix=_WAY_OUT):
+            records = read_records(path, card["identity"])
+            for name, metric, items in _items(task, card, records):
+                if not all(map(math.isfinite, items.values())):
+                    raise ArtifactError(f"{path}: a score that is no finite number.", _WAY_OUT)
+                # Another seed draws other items of a generated set, but texts are of different difficulty.
+                estimate = card["figures"][metric] if task in METRICS_OF_TASK and metric not in _UNITS else None
+                found[name] = _figure(metric, items=items, fingerprint=card["fingerprint"], estimate=estimate)
+    return found
 
 
-def _of_items(folder: Path, name: str, card: Mapping[str, Any]) -> _Figure:
-    """The score of each item, the higher the better."""
-    path = file_inside(folder, f"{name}.jsonl")
-    with reading(str(path), fix=_WAY_OUT):
-        records = read_records(path, str(card.get("identity", "")))
-        scores = item_scores(records)
-    if not all(map(math.isfinite, scores.values())):
-        raise ArtifactError(f"{path}: a score that is no finite number.", _WAY_OUT)
-    unit = " bits per byte" if "bits" in records[0] else ""
-    return _Figure(name, str(card["fingerprint"]), items=scores, unit=unit, better=_UP)
+def _items(
+    task: str, card: Mapping[str, Any], records: Sequence[Record]
+) -> Iterator[tuple[str, str, dict[int, float]]]:
+    """Of each figure that is compared: its name, its metric, and the score of each item."""
+    main = next(iter(card["figures"]))
+    if task not in METRICS_OF_TASK or "outcomes" not in records[0]:
+        sign = -1 if main in _UNITS else 1  # of a text the score is −bits per byte
+        yield task, main, {item: sign * score for item, score in item_scores(records).items()}
+        return
+    for metric in card["figures"]:
+        outcomes = {record["item"]: record["outcomes"].get(metric) for record in records}
+        yield metric, metric, {item: _mean(value) for item, value in outcomes.items() if value is not None}
 
 
-def _scale(metric: str) -> dict[str, Any]:
-    """In what a figure is told, and which way it is better, if it is known."""
+def _mean(outcome: Any) -> float:
+    """Of one answer: what it is worth, or a sum and over how much it goes."""
+    return outcome[0] / max(1, outcome[1]) if isinstance(outcome, list) else float(outcome)
+
+
+def _figure(metric: str, **known: Any) -> _Figure:
+    """Told in its unit, and which way it is better, if it is known."""
     lower = metric in LOWER_IS_BETTER or metric in _UNITS or metric.endswith("loss")
-    return {"unit": _UNITS.get(metric, ""), "better": _DOWN if lower else _UP if is_share(metric) else 0}
+    better = _DOWN if lower else _UP if is_share(metric) else 0
+    return _Figure(metric, unit=_UNITS.get(metric, ""), better=better, **known)

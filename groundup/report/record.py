@@ -19,8 +19,6 @@ from groundup.report.format import is_number, mapping
 from groundup.run import MANIFEST, RECIPE_FILE, Manifest, Run
 from groundup.stage import current_stages, default_model, graph, language_models
 
-BENCHMARKS = "benchmarks/scores.json"
-
 
 @dataclass(frozen=True)
 class Curve:
@@ -143,11 +141,7 @@ def read_record(run: Run) -> RunRecord:
         curves={name: curve for name in stages if (curve := _read_curve(run.folder(name), warnings))},
         scores=_read_mapping(run.folder("evaluate") / "scores.json", warnings),
         filter_statistics=_read_mapping(run.folder("corpus") / "filter_statistics.json", warnings),
-        benchmarks={
-            name: dict(found)
-            for name in stages
-            if (found := mapping(_read_mapping(run.folder(name) / BENCHMARKS, warnings).get("benchmarks")))
-        },
+        benchmarks={name: found for name in stages if (found := _benchmarks(run, name, warnings))},
         attention={
             name: found
             for name in stages
@@ -155,6 +149,15 @@ def read_record(run: Run) -> RunRecord:
         },
         warnings=warnings,
     )
+
+
+def _benchmarks(run: Run, model: str, warnings: list[str]) -> dict[str, Any]:
+    """What a model was asked from files, by its recipe and beside it; a generated set has a colon in its name."""
+    folders = (run.folder("evaluate") / model, run.folder(model) / "benchmarks")
+    cards = [mapping(_read_mapping(folder / "scores.json", warnings).get("tasks")) for folder in folders]
+    return {
+        name: card for tasks in cards for name, card in tasks.items() if ":" not in name and name != "bits_per_byte"
+    }
 
 
 def _read_stage(run: Run, stage: StageRecord, warnings: list[str]) -> StageRecord:
