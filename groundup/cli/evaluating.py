@@ -135,7 +135,7 @@ def _show(card: Mapping[str, Any]) -> None:
             figure, estimate = next(iter(clean.items()))
             add(name, figure, estimate, f", without {one['n_contaminated']:,} items that were trained on")
     if card["core"] is not None:
-        add(f"CORE, {card['core']['n']} of its {card['core']['of']} tasks", "centered", card["core"])
+        add(f"CORE, {card['core']['n']} of its {card['core']['of']} tasks", "core", card["core"])
     result_console().print(table)
 
 

@@ -26,6 +26,7 @@ from groundup.evaluation.sets import METRICS_OF_TASK, TASKS, find_tasks
 from groundup.files import read_json, value_digest, write_json
 from groundup.model import Transformer
 from groundup.recipe import EvaluateSettings
+from groundup.report.closing import is_share
 from groundup.report.format import is_number
 from groundup.tokenizer import Tokenizer
 from groundup.tokenizer.pretrained import PretrainedTokenizer
@@ -244,5 +245,4 @@ def _kept(folder: Path, model_and_texts: Mapping[str, Any]) -> dict[str, Any]:
 
 def say(name: str, value: float, stderr: float) -> str:
     """A figure with its standard error: shares in percent."""
-    is_share = name not in ("bits_per_byte", "perplexity", "brier", "answer_words", "entropy", "kl_to_start")
-    return f"{value:.1%} ± {stderr:.1%}" if is_share else f"{value:.4g} ± {stderr:.2g}"
+    return f"{value:.1%} ± {stderr:.1%}" if is_share(name) else f"{value:.4g} ± {stderr:.2g}"
