@@ -89,6 +89,11 @@ class RunRecord:
         """How far a stage is; "" if there is none of that name."""
         return self.stages[stage].state if stage in self.stages else ""
 
+    def settings(self, stage: str) -> Mapping[str, Any]:
+        """The settings that made a stage; empty if it is not done or not of this recipe."""
+        manifest = self.stages[stage].manifest if stage in self.stages else None
+        return manifest.settings if manifest else {}
+
     def summary(self, stage: str) -> dict[str, Any]:
         """A stage's figures; empty if the stage is not done or not of this recipe."""
         return self.stages[stage].summary if stage in self.stages else {}
@@ -153,11 +158,14 @@ def read_record(run: Run) -> RunRecord:
 
 def _benchmarks(run: Run, model: str, warnings: list[str]) -> dict[str, Any]:
     """What a model was asked from files, by its recipe and beside it; a generated set has a colon in its name."""
-    folders = (run.folder("evaluate") / model, run.folder(model) / "benchmarks")
-    cards = [mapping(_read_mapping(folder / "scores.json", warnings).get("tasks")) for folder in folders]
-    return {
-        name: card for tasks in cards for name, card in tasks.items() if ":" not in name and name != "bits_per_byte"
-    }
+    found = {}
+    for folder in (run.folder("evaluate") / model, run.folder(model) / "benchmarks"):
+        for name, card in mapping(_read_mapping(folder / "scores.json", warnings).get("tasks")).items():
+            figures = [mapping(one) for one in mapping(mapping(card).get("figures")).values()]
+            is_whole = figures and all(is_number(one.get(key)) for one in figures for key in ("value", "stderr", "n"))
+            if is_whole and ":" not in name and name != "bits_per_byte":
+                found[name] = card
+    return found
 
 
 def _read_stage(run: Run, stage: StageRecord, warnings: list[str]) -> StageRecord:

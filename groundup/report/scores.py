@@ -10,7 +10,7 @@ from typing import Any
 
 from groundup.report.charts import SERIES, Chart, estimates_chart
 from groundup.report.closing import format_figure, format_stderr, score_rows
-from groundup.report.format import format_whole, is_number, mapping
+from groundup.report.format import is_number, mapping
 from groundup.report.record import RunRecord
 
 
@@ -34,16 +34,15 @@ def models_table(record: RunRecord) -> tuple[list[str], list[list[str]]] | None:
 def benchmark_rows(record: RunRecord) -> list[tuple[str, ...]]:
     """Every figure of every benchmark: benchmark, model, figure, value, standard error, n."""
     found = [
-        (name, model, figure, mapping(estimate))
+        (name, model, figure, estimate)
         for model, cards in record.benchmarks.items()
         for name, card in cards.items()
-        for figure, estimate in mapping(mapping(card).get("figures")).items()
+        for figure, estimate in card["figures"].items()
     ]
     return [
-        (*names, figure, format_figure(figure, one.get("value")), format_stderr(figure, one.get("stderr")),
-         format_whole(one.get("n")))
-        for *names, figure, one in sorted(found, key=lambda row: row[0])
-    ]  # fmt: skip
+        (*names, format_figure(names[2], one["value"]), format_stderr(names[2], one["stderr"]), f"{one['n']:,}")
+        for *names, one in sorted(found, key=lambda row: row[0])
+    ]
 
 
 def benchmark_chart(record: RunRecord) -> Chart | None:
@@ -52,7 +51,7 @@ def benchmark_chart(record: RunRecord) -> Chart | None:
     rows: dict[str, dict[str, Any]] = {}
     for model in models:
         for name, card in record.benchmarks[model].items():
-            rows.setdefault(name, {})[model] = next(iter(mapping(mapping(card).get("figures")).values()), None)
+            rows.setdefault(name, {})[model] = next(iter(card["figures"].values()))
     return estimates_chart("benchmarks-chart", rows, dict(zip(models, SERIES, strict=False)))
 
 
