@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from groundup.report.format import is_number, mapping
 from groundup.report.record import RunRecord
 
 LEVELS = 6
@@ -13,30 +12,25 @@ LEVELS = 6
 def attention_section(record: RunRecord) -> dict[str, Any] | None:
     """The heads of the run's last model, or of its first; None: none were kept, or they are damaged."""
     name = next((name for name in (record.end, record.base) if name in record.attention), "")
-    found = record.attention.get(name, {})
-    tokens = found.get("tokens")
-    if not isinstance(tokens, list) or not isinstance(found.get("layers"), list):
+    try:
+        found = record.attention[name]
+        heads = [
+            {"layer": layer["layer"], "head": number, "svg": _head(weights)}
+            for layer in found["layers"]
+            for number, weights in enumerate(layer["heads"], 1)
+        ]
+        return {"model": name, "tokens": [str(token) for token in found["tokens"]], "heads": heads}
+    except (KeyError, TypeError):
         return None
-    heads = [
-        {"layer": mapping(layer).get("layer"), "head": number, "svg": drawn}
-        for layer in found["layers"]
-        for number, weights in enumerate(mapping(layer).get("heads") or (), 1)
-        if (drawn := _head(weights))
-    ]
-    return {"model": name, "tokens": tokens, "heads": heads} if heads else None
 
 
-def _head(weights: object) -> str:
-    """One head as SVG, the darker the more of a row's attention a cell has; "": damaged."""
-    if not isinstance(weights, list) or not all(isinstance(row, list) and all(map(is_number, row)) for row in weights):
-        return ""
+def _head(weights: list[list[int]]) -> str:
+    """One head as SVG, the darker the more percent of a row's attention a cell has."""
     paths = [""] * LEVELS
     for y, row in enumerate(weights):
         for x, percent in enumerate(row):
             if 1 <= percent <= 100:
                 paths[min(LEVELS - 1, int((percent / 100) ** 0.5 * LEVELS))] += f"M{x} {y}h1v1h-1z"
-    drawn = "".join(
-        f'<path fill-opacity="{(level + 1) / LEVELS:.2f}" d="{path}"/>' for level, path in enumerate(paths) if path
-    )
+    drawn = "".join(f'<path fill-opacity="{(level + 1) / LEVELS:.2f}" d="{path}"/>' for level, path in enumerate(paths))
     n = len(weights)
     return f'<svg viewBox="0 0 {n} {n}" aria-hidden="true"><path class="past" d="M0 0L{n} {n}H0z"/>{drawn}</svg>'

@@ -39,7 +39,6 @@ CSS_COLOURS = {
 }
 SERIES = (TRAIN, VALIDATION, GREEN, VIOLET, RED, BEFORE)
 """Of things side by side, in this order; there are no more colours to tell apart."""
-MOST_SERIES = len(SERIES)
 MOST_POINTS = 500
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -200,14 +201,8 @@ def _samples(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     samples = []
     for prompt, texts in by_prompt.items():
         shown = _spread(len(texts), MOST_SAMPLES_SHOWN, 1.7)
-        rest = [index for index in _spread(len(texts), MOST_SAMPLES) if index not in shown]
-        samples.append(
-            {
-                "prompt": prompt,
-                "shown": [texts[index] for index in shown],
-                "rest": [texts[index] for index in rest],
-            }
-        )
+        rest = [texts[index] for index in _spread(len(texts), MOST_SAMPLES) if index not in shown]
+        samples.append({"prompt": prompt, "shown": [texts[index] for index in shown], "rest": rest})
     return samples
 
 
@@ -232,25 +227,16 @@ def _spread(count: int, most: int, power: float = 1.0) -> list[int]:
 
 def _answers(answers: object) -> dict[str, Any] | None:
     """A sample of graded answers that holds every kind, the wrong ones not hidden: kinds take turns."""
-    if not isinstance(answers, list):
-        return None
-    graded = [answer for answer in answers if isinstance(answer, Mapping)]
+    graded = [answer for answer in answers if isinstance(answer, Mapping)] if isinstance(answers, list) else []
     queues: dict[tuple[str, bool], list[Mapping[str, Any]]] = {}
     for answer in graded:
         queues.setdefault((str(answer.get("kind", "")), bool(answer.get("correct"))), []).append(answer)
-    chosen: list[Mapping[str, Any]] = []
-    while len(chosen) < min(MOST_ANSWERS, len(graded)):
-        for queue in queues.values():
-            if queue and len(chosen) < MOST_ANSWERS:
-                chosen.append(queue.pop(0))
-    if not chosen:
-        return None
-    fields = ("kind", "prompt", "expected", "reply")
-    shown = [
-        {**{name: answer.get(name, "") for name in fields}, "correct": bool(answer.get("correct"))} for answer in chosen
-    ]
+    turns = chain.from_iterable(zip_longest(*queues.values()))
+    empty = {"kind": "", "prompt": "", "expected": "", "reply": "", "correct": False}
+    shown = [{**empty, **answer} for answer in turns if answer is not None][:MOST_ANSWERS]
     shown.sort(key=lambda answer: (str(answer["kind"]), not answer["correct"]))
-    return {"shown": shown, "right": sum(bool(answer.get("correct")) for answer in graded), "of": len(graded)}
+    right = sum(bool(answer.get("correct")) for answer in graded)
+    return {"shown": shown, "right": right, "of": len(graded)} if shown else None
 
 
 def _machine(record: RunRecord) -> list[tuple[str, str]]:

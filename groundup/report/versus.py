@@ -14,7 +14,7 @@ from typing import Any
 from groundup.errors import RunError
 from groundup.files import write_signed
 from groundup.recipe import Recipe, resolved_settings
-from groundup.report.charts import MOST_SERIES, overlay_chart
+from groundup.report.charts import SERIES, overlay_chart
 from groundup.report.closing import closing_rows
 from groundup.report.cost import Cost, costs
 from groundup.report.format import mapping
@@ -37,29 +37,24 @@ def write_versus(runs: Sequence[Run], path: Path, differences: Sequence[Any] = (
         RunError: too many runs, or a file that is somebody else's at `path`.
         RecipeError: a run's recipe cannot be read.
     """
-    if len(runs) > MOST_SERIES:
-        raise RunError(f"{len(runs)} runs: a page shows {MOST_SERIES} at most.", "Choose those that matter.")
+    if len(runs) > len(SERIES):
+        raise RunError(f"{len(runs)} runs: a page shows {len(SERIES)} at most.", "Choose those that matter.")
     same_name = len({run.name for run in runs}) < len(runs)
     records = {run.root.as_posix() if same_name else run.name: read_record(run) for run in runs}
-    stages = dict.fromkeys(name for record in records.values() for name in record.curves)
-    page = (
-        environment()
-        .get_template("versus.html.j2")
-        .render(
-            names=list(records),
-            verdicts=[(name, verdict(record, closing_rows(record.scores))) for name, record in records.items()],
-            settings=_settings([run.recipe for run in runs]),
-            curves=[
-                (name, chart)
-                for name in stages
-                if (chart := overlay_chart(f"over-{name}", _curves(records, name))) is not None
-            ],
-            differences=[(one, _interval(one.low, one.value, one.high)) for one in differences],
-            several=len(runs) > 2,
-            samples=_same_prompts({name: _last_samples(record) for name, record in records.items()}),
-            answers=_same_prompts({name: _answers(record) for name, record in records.items()}),
-            costs=[(name, *costs(record).get("all", Cost()).told()) for name, record in records.items()],
-        )
+    stages = dict.fromkeys(stage for record in records.values() for stage in record.curves)
+    logged = {
+        stage: {name: record.curves[stage] for name, record in records.items() if stage in record.curves}
+        for stage in stages
+    }
+    page = environment().get_template("versus.html.j2").render(
+        names=list(records),
+        verdicts=[(name, verdict(record, closing_rows(record.scores))) for name, record in records.items()],
+        settings=_settings([run.recipe for run in runs]),
+        curves=[(stage, overlay_chart(f"over-{stage}", curves)) for stage, curves in logged.items()],
+        differences=[(one, _interval(one.low, one.value, one.high)) for one in differences],
+        samples=_same_prompts({name: _last_samples(record) for name, record in records.items()}),
+        answers=_same_prompts({name: _answers(record) for name, record in records.items()}),
+        costs=[(name, *costs(record).get("all", Cost()).told()) for name, record in records.items()],
     )  # fmt: skip
     write_signed(path, page.encode("utf-8", errors="replace").decode("utf-8"), "<!-- {} -->")
 
@@ -73,10 +68,6 @@ def _settings(recipes: Sequence[Recipe]) -> list[tuple[str, ...]]:
     keys = sorted({key for one in values for key in one if not key.startswith(tuple(f"{name}." for name in partial))})
     rows = [(key, *(one.get(key, "–") for one in values)) for key in keys]
     return stages + [row for row in rows if len({*row[1:]}) > 1]
-
-
-def _curves(records: Mapping[str, RunRecord], stage: str) -> dict[str, Any]:
-    return {name: record.curves[stage] for name, record in records.items() if stage in record.curves}
 
 
 def _interval(low: float, value: float, high: float) -> str:
