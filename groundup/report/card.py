@@ -99,14 +99,14 @@ def _scores(record: RunRecord, stage: str) -> list[dict[str, Any]]:
 
 def _licences(record: RunRecord, stage: str) -> list[tuple[str, str, str]]:
     """What the stages up to this one read, in their order, and its licence if it is known."""
-    path = ["corpus", *_path(record, stage)]
-    found = {
-        (name, str(source)): next((one for known, one in _LICENCES.items() if str(source).startswith(known)), "")
-        for name in path
+    manifests = [one.manifest for name in ("corpus", *_path(record, stage)) if (one := record.stages.get(name))]
+    return [
+        (manifest.stage, source, next((told for known, told in _LICENCES.items() if source.startswith(known)), ""))
+        for manifest in manifests
+        if manifest
         for key in ("inputs", "data", "prompts")
-        for source in record.settings(name).get(key) or ()
-    }
-    return [(*where, licence) for where, licence in found.items()]
+        for source in manifest.settings.get(key) or ()
+    ]
 
 
 def _path(record: RunRecord, stage: str) -> list[str]:
@@ -124,14 +124,10 @@ def _stages(record: RunRecord, stage: str) -> list[dict[str, str]]:
     found = []
     for name in _path(record, stage):
         summary, seconds = record.summary(name), record.stages[name].seconds
-        found.append(
-            {
-                "name": name,
-                **{key: format_count(summary[key]) if key in summary else "–" for key in ("tokens", "steps")},
-                "flops": f"{summary['flops']:.2g}" if "flops" in summary else "–",
-                "minutes": "–" if seconds is None else f"{seconds / 60:.1f}",
-            }
-        )
+        counts = {key: format_count(summary[key]) if key in summary else "–" for key in ("tokens", "steps")}
+        flops = f"{summary['flops']:.2g}" if "flops" in summary else "–"
+        minutes = "–" if seconds is None else f"{seconds / 60:.1f}"
+        found.append({"name": name, **counts, "flops": flops, "minutes": minutes})
     return found
 
 

@@ -1,4 +1,4 @@
-"""Plots as inline SVG: loss and learning rate, throughput, scores with error bars, curves of several runs.
+"""Plots as inline SVG: loss and learning rate, scores with error bars, curves of several runs.
 
 In: what a stage logged. Out: SVG text for the page, drawn by matplotlib without pyplot's global state.
 Each plot is drawn twice, wide for a desk and narrow for a phone, one unit to a CSS pixel, so that its words
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,11 +58,12 @@ class _Canvas:
     suffix: str
     width: int
     font_size: float
+    columns: int  # of small plots, or of a legend
     height_factor: float = 1.0
 
 
-WIDE = _Canvas("wide", 920, 13)
-NARROW = _Canvas("narrow", 350, 12, 0.85)
+WIDE = _Canvas("wide", 920, 13, 4)
+NARROW = _Canvas("narrow", 350, 12, 2, 0.85)
 
 
 def loss_chart(name: str, curve: Curve, expected_initial_loss: float | None) -> Chart:
@@ -119,7 +120,7 @@ def loss_chart(name: str, curve: Curve, expected_initial_loss: float | None) -> 
             below.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         below.set_ylabel("lr")
         below.set_xlabel("step")
-        below.xaxis.set_major_locator(MaxNLocator(8 if canvas is WIDE else 4, integer=True))
+        below.xaxis.set_major_locator(MaxNLocator(2 * canvas.columns, integer=True))
         below.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         figure.align_ylabels([above, below])
         above.set_xlim(0, float(steps[-1]) * 1.01 + 1)
@@ -127,33 +128,22 @@ def loss_chart(name: str, curve: Curve, expected_initial_loss: float | None) -> 
     return _chart(name, 400, paint, words)
 
 
-def curve_chart(name: str, key: str, curve: Curve) -> Chart:
-    """One more of the values that a stage logged, each step and smoothed; at least one line has it."""
-    lines = [(line["step"], line[key]) for line in curve.lines if is_number(line.get(key))]
-    steps, values = np.array([step for step, _ in lines]), np.array([value for _, value in lines], dtype=float)
+def curve_chart(name: str, key: str, lines: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """One more of the values that a stage logged, each step and smoothed; None: no line has it."""
+    logged = np.array([(line["step"], line[key]) for line in lines if is_number(line.get(key))], dtype=float)
+    if not len(logged):
+        return None
+    steps, values = logged.T
     smooth = smoothed(values)
-    words = f"{key}: from {smooth[0]:.3g} at step {steps[0]:,} to {smooth[-1]:.3g} at step {steps[-1]:,}."
-    return _line_chart(name, words, steps, values, "step", key)
+    words = f"{key}: from {smooth[0]:.4g} at step {steps[0]:,.0f} to {smooth[-1]:.4g} at step {steps[-1]:,.0f}."
 
-
-def throughput_chart(name: str, curve: Curve, unit: str = "tokens") -> Chart:
-    """What a stage learns from per second, over its wall-clock time; at least one timing line."""
-    seconds = np.array([line["seconds"] for line in curve.timings], dtype=float)
-    speeds = np.array([line["tokens_per_second"] for line in curve.timings], dtype=float)
-    median = f"median {np.median(speeds):,.0f}"
-    words = f"Throughput: {median} {unit} per second, from {speeds.min():,.0f} to {speeds.max():,.0f}."
-    time, of = (seconds / 60, "minutes") if seconds[-1] > 300 else (seconds, "seconds")
-    return _line_chart(name, words, time, speeds, f"{of}; {median}", f"{unit}/s")
-
-
-def _line_chart(name: str, words: str, x: NDArray[Any], values: NDArray[np.float64], of: str, what: str) -> Chart:
     def paint(figure: Figure, canvas: _Canvas) -> None:
         axes = _axes(figure, canvas, 210)
-        axes.plot(*_thinned(x, values), color=TRAIN, alpha=0.45, linewidth=1)
-        axes.plot(*_thinned(x, smoothed(values)), color=TRAIN, linewidth=2)
-        axes.set(xlabel=of, ylabel=what)
+        axes.plot(*_thinned(steps, values), color=TRAIN, alpha=0.45, linewidth=1)
+        axes.plot(*_thinned(steps, smooth), color=TRAIN, linewidth=2)
+        axes.set(xlabel="step", ylabel=key.replace("_", " "))
         if values.min() > 1000:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_many(value)))
 
     return _chart(name, 210, paint, words)
 
@@ -191,7 +181,7 @@ def overlay_chart(name: str, curves: Mapping[str, Curve]) -> Chart | None:
         lowest = min([smooth.min(), *(held_out[:, 1].min() for _, held_out in drawn.values() if len(held_out))])
         axes.set_ylim(0.94 * lowest, 1.03 * smooth.max())
         axes.set(xlabel="tokens; dashed: held-out", ylabel=unit)
-        axes.xaxis.set_major_locator(MaxNLocator(6 if canvas is WIDE else 3))
+        axes.xaxis.set_major_locator(MaxNLocator(canvas.columns + 1))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_many(value)))
         axes.legend(loc="upper right", frameon=False, labelcolor=INK)
 
@@ -206,8 +196,8 @@ def estimates_chart(name: str, rows: Mapping[str, Mapping[str, Any]], series: Ma
         rows: for each row, estimates ("value", "stderr") by series; what is missing is left out.
         series: the colour of each.
     """
-    figures = {row: [(one, *_estimate(mapping(rows[row]).get(one))) for one in series] for row in rows}
-    figures = {row: found for row, each in figures.items() if (found := [one for one in each if one[1] is not None])}
+    figures = {row: [(one, *found) for one in series if (found := _estimate(rows[row], one))] for row in rows}
+    figures = {row: found for row, found in figures.items() if found}
     if not figures:
         return None
     ordered = sorted(figures.items(), key=lambda item: (item[1][-1][1], item[0]))
@@ -238,9 +228,9 @@ def estimates_chart(name: str, rows: Mapping[str, Mapping[str, Any]], series: Ma
         axes.set_yticks(range(len(ordered)), [row for row, _ in ordered], color=INK)
         axes.set_xlim(0, 1)
         axes.set_ylim(-0.6, len(ordered) - 0.4)
-        axes.xaxis.set_major_locator(MaxNLocator(4 if canvas is WIDE else 2))
+        axes.xaxis.set_major_locator(MaxNLocator(canvas.columns))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-        figure.legend(loc="lower center", frameon=False, labelcolor=INK, ncols=4 if canvas is WIDE else 2)
+        figure.legend(loc="lower center", frameon=False, labelcolor=INK, ncols=canvas.columns)
 
     return _chart(name, height, paint, words)
 
@@ -257,20 +247,15 @@ def histogram_chart(name: str, histograms: Mapping[str, Mapping[str, Any]]) -> C
         for signal, found in shown
     )
 
-    def rows_of(canvas: _Canvas) -> tuple[int, int]:
-        columns = 4 if canvas is WIDE else 2
-        return -(-len(shown) // columns), columns
-
     def height_of(canvas: _Canvas) -> float:
-        return 112 * rows_of(canvas)[0] / canvas.height_factor + 10
+        return 112 * -(-len(shown) // canvas.columns) / canvas.height_factor + 10
 
     def paint(figure: Figure, canvas: _Canvas) -> None:
-        n_rows, n_columns = rows_of(canvas)
-        grid = figure.add_gridspec(
-            n_rows, n_columns, hspace=1.1, wspace=0.18, **_margins(canvas, height_of(canvas), left=8, right=8, top=26)
-        )
+        margins = _margins(canvas, height_of(canvas), left=8, right=8, top=26)
+        n_rows = -(-len(shown) // canvas.columns)
+        grid = figure.add_gridspec(n_rows, canvas.columns, hspace=1.1, wspace=0.18, **margins)
         for place, (signal, found) in enumerate(shown):
-            axes = figure.add_subplot(grid[place // n_columns, place % n_columns])
+            axes = figure.add_subplot(grid[place // canvas.columns, place % canvas.columns])
             _quiet(axes)
             counts, edges = np.array(found["counts"], dtype=float), np.array(found["edges"], dtype=float)
             grows = bool(edges[-1] > 1000)
@@ -306,11 +291,12 @@ def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return (total[end + 1] - total[index - reach]) / (end - index + reach + 1)
 
 
-def _estimate(value: object) -> tuple[float | None, float]:
-    """A share and its standard error; None: there is none, or it is none."""
-    share, error = (mapping(value).get(name) for name in ("value", "stderr"))
-    error = float(error) if is_number(error) else 0.0
-    return (float(share), error) if is_number(share) and 0 <= share <= 1 else (None, error)
+def _estimate(row: object, series: str) -> tuple[float, float] | None:
+    """A share and its standard error."""
+    value, stderr = (mapping(mapping(row).get(series)).get(name) for name in ("value", "stderr"))
+    if not is_number(value) or not 0 <= value <= 1:
+        return None
+    return float(value), float(stderr) if is_number(stderr) else 0.0
 
 
 def _thinned(x: NDArray[Any], y: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.float64]]:

@@ -45,12 +45,8 @@ def closing_table(scores: Mapping[str, Any], run: Run | None = None) -> Table:
         manifests = {name: run.manifest(name) for name in stages_done(run)}
         rows += pipeline_rows({name: manifest.summary for name, manifest in manifests.items() if manifest})
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
-    table.add_column("")
-    table.add_column("before", justify="right")
-    table.add_column("")
-    table.add_column("after", justify="right")
-    table.add_column("")
-    table.add_column("n")
+    for title in ("", "before", "", "after", "", "n"):
+        table.add_column(title, justify="right" if title in ("before", "after") else "left")
     gated = any(row.gate for row in rows)
     if gated:
         table.add_column("gate")

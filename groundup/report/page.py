@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from groundup.console import format_bytes
 from groundup.report.attention import attention_section
-from groundup.report.charts import BEFORE, TRAIN, curve_chart, estimates_chart, loss_chart, throughput_chart
+from groundup.report.charts import BEFORE, TRAIN, curve_chart, estimates_chart, loss_chart
 from groundup.report.closing import ClosingRow, closing_rows, pipeline_rows
 from groundup.report.corpus import corpus_section
 from groundup.report.cost import HOW, costs
@@ -166,13 +166,10 @@ def _headline_figures(record: RunRecord) -> list[tuple[str, str]]:
 def _training(record: RunRecord, name: str, curve: Curve) -> dict[str, Any]:
     """One stage that trains, or has facts to tell: its plots, figures and samples."""
     stage, summary = record.stages[name], record.summary(name)
-    expected, unit = summary.get("expected_initial_loss"), summary.get("unit", "tokens")
+    expected = summary.get("expected_initial_loss")
     facts = [tuple(pair) for pair in stage.shown.get("facts", ()) if len(pair) == 2 and pair[1]]
-    others = [
-        curve_chart(f"{name}-{key}", key, curve)
-        for key in stage.shown.get("curves", ())
-        if any(is_number(line.get(key)) for line in curve.lines)
-    ]
+    others = [curve_chart(f"{name}-{key}", key, curve.lines) for key in stage.shown.get("curves", ())]
+    others.append(curve_chart(f"{name}-speed", "tokens_per_second", curve.timings))
     return {
         "stage": name,
         "title": stage.title if stage.title == name else f"{stage.title}: {name}",
@@ -180,8 +177,7 @@ def _training(record: RunRecord, name: str, curve: Curve) -> dict[str, Any]:
         "last_step": curve.train[-1]["step"] if curve.train else 0,
         "facts": facts,
         "loss": loss_chart(f"{name}-loss", curve, expected if is_number(expected) else None) if curve.train else None,
-        "curves": others,
-        "throughput": throughput_chart(f"{name}-speed", curve, unit) if curve.timings else None,
+        "curves": [chart for chart in others if chart is not None],
         "validation": [
             (f"{line['step']:,}", *(format_number(line.get(key), 4) for key in ("val_loss", "val_bits_per_byte")))
             for line in curve.validation

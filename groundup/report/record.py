@@ -89,11 +89,6 @@ class RunRecord:
         """How far a stage is; "" if there is none of that name."""
         return self.stages[stage].state if stage in self.stages else ""
 
-    def settings(self, stage: str) -> Mapping[str, Any]:
-        """The settings that made a stage; empty if it is not done or not of this recipe."""
-        manifest = self.stages[stage].manifest if stage in self.stages else None
-        return manifest.settings if manifest else {}
-
     def summary(self, stage: str) -> dict[str, Any]:
         """A stage's figures; empty if the stage is not done or not of this recipe."""
         return self.stages[stage].summary if stage in self.stages else {}
