@@ -104,7 +104,7 @@ def test_a_build_scores_benchmarks_of_every_model_and_gates_name_them(
         card = json.loads((run.folder(f"evaluate/{name}") / "scores.json").read_text())
         assert card["tasks"].keys() == {"bits_per_byte", "groundup:tasks", "mine"}
         assert card["tasks"]["mine"]["settings"]["shots"] == 1
-        assert (run.folder(f"evaluate/{name}") / "records" / "mine.jsonl").is_file()
+        assert (run.folder(f"evaluate/{name}") / "mine.jsonl").is_file()
     assert "mine" not in json.loads((run.folder("evaluate/before-pretrain") / "scores.json").read_text())["tasks"]
     table = read_comparison(run)
     rows = {(row["model"], row["key"]): row for row in table["rows"]}
