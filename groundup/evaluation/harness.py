@@ -33,6 +33,7 @@ class Evaluate(Method):
 
     settings = EvaluateSettings
     version = 5
+    keeps = ("*.jsonl",)  # each is of one model, items and settings: another task asks nothing again
 
     def subjects(self, stage: Stage, stages: Mapping[str, Stage]) -> list[str]:
         """What is scored for a stage that makes a language model: what it started from, once, and what it made."""
