@@ -48,7 +48,7 @@ def test_two_seeds_give_means_with_intervals_and_are_done_once(groundup: Command
     assert [times(run) for run in runs] == before
 
 
-@pytest.mark.parametrize("seeds", ["1", "1,1", "1,two", "1,,2"])
+@pytest.mark.parametrize("seeds", ["1", "1,1", "1,01", "1,two", "1,,2"])
 def test_seeds_that_are_none_are_refused(groundup: CommandLine, tmp_path: Path, seeds: str) -> None:
     done = groundup("build", "demo", "--seeds", seeds, "--runs", tmp_path)
     assert done.code == 1

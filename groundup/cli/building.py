@@ -105,8 +105,12 @@ def build(
     """
     chosen, folder = recipe_and_run(recipe, settings or [], smoke, run, runs)
     if seeds is not None:
+        recipes = {
+            seed: recipe_and_run(recipe, [*(settings or []), f"seed={seed}"], smoke, run, runs)[0]
+            for seed in _seeds(seeds)
+        }
         root = run or runs / f"{chosen.name}-seeds"
-        _build_seeds(chosen, root, _seeds(seeds), only or None, start_from, force, dry_run, as_json, quiet)
+        _build_seeds(recipes, root, only or None, start_from, force, dry_run, as_json, quiet)
         return
     if dry_run:
         _show_plans([_plan(chosen, folder, only or None, start_from, force)], as_json)
@@ -169,13 +173,14 @@ def _seeds(text: str) -> list[int]:
     from groundup.errors import RunError
 
     words = [word.strip() for word in text.split(",")]
-    if len(words) < 2 or len({*words}) < len(words) or not all(word.isdecimal() for word in words):
+    seeds = [int(word) for word in words if word.isdecimal()]
+    if len(seeds) < 2 or len({*seeds}) < len(words):
         raise RunError(f"--seeds {text}: two or more different whole numbers are needed.", "For example: --seeds 1,2,3")
-    return [int(word) for word in words]
+    return seeds
 
 
 def _build_seeds(
-    recipe: Recipe, root: Path, seeds: list[int], only: list[str] | None, start_from: str | None, force: bool,
+    recipes: Mapping[int, Recipe], root: Path, only: list[str] | None, start_from: str | None, force: bool,
     dry_run: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """A run for each seed, one after the other, and a line for each figure; a missed gate is told at the end."""
@@ -184,7 +189,7 @@ def _build_seeds(
     from groundup.evaluation.seeds import seed_folder, write_seeds
     from groundup.files import check_ours, own_folder
 
-    of_seeds = [(recipe.model_copy(update={"seed": seed}), seed_folder(root, seed)) for seed in seeds]
+    of_seeds = [(recipe, seed_folder(root, seed)) for seed, recipe in recipes.items()]
     check_ours(root)
     if dry_run:
         _show_plans([_plan(one, folder, only, start_from, force) for one, folder in of_seeds], as_json)
@@ -198,11 +203,11 @@ def _build_seeds(
         except GateError as error:
             missed.append(error)
     if current_world().is_first:
-        found = write_seeds(root, seeds)
+        found = write_seeds(root, list(recipes))
         if as_json:
             print_json(found)
         elif not quiet:
-            titles = ["", "mean", "95 % interval", f"seeds {', '.join(map(str, seeds))}"]
+            titles = ["", "mean", "95 % interval", f"seeds {', '.join(map(str, recipes))}"]
             print_table(titles, [_seeds_row(row) for row in found["rows"]], right=(1, 2, 3))
     if missed:
         raise missed[0]

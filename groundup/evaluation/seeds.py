@@ -83,4 +83,6 @@ def _interval(values: Sequence[float]) -> Mapping[str, float]:
 
 def _is_row(row: Mapping[str, Any]) -> bool:
     values = row.get("values")
-    return "label" in row and isinstance(values, list) and len(values) > 1 and all(map(is_number, values))
+    return (
+        {"key", "model"} <= row.keys() and isinstance(values, list) and len(values) > 1 and all(map(is_number, values))
+    )

@@ -143,7 +143,7 @@ def curve_chart(name: str, key: str, lines: Sequence[Mapping[str, Any]]) -> Char
         axes.plot(*_thinned(steps, smooth), color=TRAIN, linewidth=2)
         axes.set(xlabel="step", ylabel=key.replace("_", " "))
         if values.min() > 1000:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_many(value)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g} k"))
 
     return _chart(name, 210, paint, words)
 
