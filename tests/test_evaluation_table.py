@@ -123,7 +123,7 @@ def few_tasks(monkeypatch):
 
 def exact_match(model, tasks):
     """The share of right answers, which are right, and the replies."""
-    items = [Item(n, task.kind, task.prompt, (), (), 0, task.answer, {"asked": task}) for n, task in enumerate(tasks)]
+    items = [Item(n, task.kind, task.prompt, target=task.answer, row={"asked": task}) for n, task in enumerate(tasks)]
     records = measure(model, TOKENIZER, evaluation_sets.GeneratedSet("groundup:tasks"), items)
     rights = [record["outcomes"]["exact_match"] for record in records]
     return figures_of(records)["exact_match"], rights, [record["reply"] for record in records]
