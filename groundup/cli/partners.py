@@ -99,13 +99,14 @@ class Remote:
         url: of the server, with or without /v1.
         key: that it wants.
         name: of the model; None: its first.
+        seconds: that the server may be silent; None: for ever.
 
     Raises:
         GroundupError: no server answers there, it wants another key, or has no such model.
     """
 
-    def __init__(self, url: str, key: str | None = None, name: str | None = None) -> None:
-        self._url, self._key = url.rstrip("/").removesuffix("/v1"), key
+    def __init__(self, url: str, key: str | None = None, name: str | None = None, seconds: float | None = None) -> None:
+        self._url, self._key, self._seconds = url.rstrip("/").removesuffix("/v1"), key, seconds
         self.n_tokens = 0
         try:
             with self._open("/v1/models") as response:
@@ -157,7 +158,9 @@ class Remote:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         try:
             data = None if body is None else json.dumps(body).encode()
-            return urllib.request.urlopen(urllib.request.Request(self._url + path, data, headers))
+            return urllib.request.urlopen(
+                urllib.request.Request(self._url + path, data, headers), timeout=self._seconds
+            )
         except urllib.error.HTTPError as error:
             try:
                 message = str(json.load(error)["error"]["message"])
