@@ -203,7 +203,7 @@ def safety(
     from groundup.evaluation.safety import LABELS, safety_figures
 
     by = Classifier.load(classifier)
-    fix = 'Train one: method = "classify" with safety = true.'
+    fix = "Train one: a stage that classifies, with safety = true."
     if missing := sorted({*LABELS} - {*by.labels}):
         raise ArtifactError(f"{classifier}: a classifier of {', '.join(by.labels)}, not of {', '.join(missing)}.", fix)
     if not by.held_out:
