@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import xml.dom.minidom
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,13 @@ from tiny_run import finished_run
 
 from groundup.alignment.classify import Classifier, ClassifySettings, load_labelled, train_classifier
 from groundup.errors import DataError
+from groundup.evaluation.benchmarks import Benchmark, Item, Reply
+from groundup.evaluation.measure import figures_of
 from groundup.evaluation.prompts import Prompt
 from groundup.evaluation.safety import HARMFUL, HARMLESS, LABELS, REFUSAL, label_answer, safety_figures
 from groundup.evaluation.text_metrics import distinct, memorization, rouge, variety
+from groundup.recipe import EvaluateSettings
+from groundup.report.charts import reliability_chart, standing_alone
 
 __all__ = ["groundup"]
 
@@ -56,6 +62,49 @@ def test_the_error_of_distinct_is_the_jackknifes() -> None:
 )
 def test_rouge_by_hand(answer: str, target: str, scores: tuple[float, ...]) -> None:
     assert rouge(answer, target) == pytest.approx(dict(zip(("rouge1", "rouge2", "rougeL"), scores, strict=True)))
+
+
+def test_a_benchmark_gives_rouge_where_it_asks_for_it() -> None:
+    fields = {"name": "sums", "kind": "generation", "files": "x.jsonl", "target": "{{ answer }}"}
+    item = Item(0, "", "", (), (), 0, "the cat sat down", {})
+    for extra, names in (({}, {"f1"}), ({"rouge": True}, {"f1", "rouge1", "rouge2", "rougeL"})):
+        task = Benchmark.model_validate(fields | extra)
+        records = [{"item": 0, "group": "", **task.grade(item, [Reply("The cat sat", True, 4)], EvaluateSettings())}]
+        figures = figures_of(records)
+        assert figures.keys() == {"exact_match", "exact_match_flexible"} | names
+    assert (figures["rouge2"].value, figures["rouge2"].n) == (pytest.approx(4 / 5), 1)
+
+
+# Calibration
+
+
+def test_a_choices_calibration_is_drawn_beside_its_scores(groundup: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(
+        'kind = "choice"\nfiles = "mine.jsonl"\ncontext = "{{ q }}"\nchoices = "answers"\ngold = "{{ right }}"\n'
+    )
+    rows = [{"q": f"Which is {n}?", "answers": ["one", f"number {n}"], "right": n % 2} for n in range(9)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    where = ("--data", tmp_path, "--scores", tmp_path / "scores")
+    card = groundup("evaluate", finished_run().root, "--tasks", tmp_path / "mine.toml", *where, "--json").json
+    one = card["tasks"]["mine"]
+    gaps = [abs(right - sure) * n for _, sure, right, n in one["reliability"]]
+    assert sum(n for *_, n in one["reliability"]) == 9
+    assert sum(gaps) / 9 == pytest.approx(one["figures"]["calibration_error"]["value"])
+    drawn = xml.dom.minidom.parse(str(tmp_path / "scores" / "mine-reliability.svg"))
+    title = drawn.getElementsByTagName("title")[0].firstChild
+    assert title is not None
+    assert f"expected calibration error {sum(gaps) / 9:.1%}" in title.data  # type: ignore[attr-defined]
+
+
+def test_a_reliability_plot_says_each_bin_and_is_whole_by_itself() -> None:
+    chart = reliability_chart("r", [(0.2, 0.25, 0.5, 4), (0.9, 0.95, 1.0, 12)])
+    assert chart.words.startswith(f"Calibration: expected calibration error {(0.25 * 4 + 0.05 * 12) / 16:.1%}.")
+    assert "at 25% right 50% of 4, at 95% right 100% of 12" in chart.words
+    alone = standing_alone(chart)
+    xml.dom.minidom.parseString(alone)
+    for variable in set(re.findall(r"var\((--\w+)\)", alone)):
+        assert f"{variable}:" in alone
+    assert "http" not in alone.replace("http://www.w3.org/", "")
 
 
 # Memorization

@@ -294,7 +294,7 @@ def test_scores_of_other_settings_are_not_taken_for_those_of_now(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("file", "damaged"),
-    [("scores.json", '{"rows": ['), ("sft/scores.json", '{"figures": {}, "by_kind": 3, "answers": []}')],
+    [("scores.json", '{"rows": ['), ("sft/scores.json", '{"format": 2, "tasks": {"bits_per_byte": 3}, "core": null}')],
 )
 def test_damaged_scores_are_made_again(tmp_path: Path, file: str, damaged: str) -> None:
     run = copy_of_finished(tmp_path)
@@ -330,7 +330,7 @@ def test_what_only_the_whole_recipe_shows_is_told_at_once(tmp_path: Path) -> Non
         "[corpus] languages = 'english': not a code",
         "[pretrain] sequence_length = 128: longer than the model's context of 64.",
         "[align.sft] data: no/talks.jsonl: no such file or folder",
-        "[evaluate] tasks: 'bits_per_bite' is not known. Did you mean 'bits_per_byte'?",
+        "[evaluate] tasks: 'bits_per_bite' is no task. Did you mean 'bits_per_byte'?",
     ]
     assert len(found) == len(places)
     for problem, place in zip(found, places, strict=True):

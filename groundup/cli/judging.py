@@ -26,7 +26,7 @@ PromptsOption = Annotated[
     str,
     typer.Option("--prompts", metavar="FILE|SET", help='Records with a "prompt" (JSON lines, CSV), or groundup:talk.'),
 ]
-LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Most prompts.")]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=2, help="Most prompts.")]
 MaxTokensOption = Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Most tokens of an answer.")]
 
 

@@ -1,4 +1,4 @@
-"""Prompts that models are asked: from anybody's file, or of a set that the package generates."""
+"""Prompts that an assistant is asked, from anybody's file or of a generated set, and its answers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 from groundup.errors import DataError
 from groundup.evaluation.benchmarks import Benchmark, read_items
-from groundup.evaluation.sets import read_set
+from groundup.evaluation.measure import prompt_ids, write_replies
+from groundup.evaluation.sets import GeneratedSet
 from groundup.evaluation.small_talk import HARM_KINDS
-from groundup.evaluation.talk import first_messages
-from groundup.generation import SamplingParams, generate_batch
+from groundup.generation import SamplingParams
 from groundup.model import Transformer
-from groundup.tokenizer import Tokenizer, render
+from groundup.recipe import EvaluateSettings
+from groundup.tokenizer import Tokenizer
 
-FIRST_MESSAGES = "groundup:first-messages"
-_GENERATED = 2_000
+_IS_HARMFUL = dict(zip(HARM_KINDS, (True, False), strict=True))
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,9 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
     Raises:
         DataError: no such file or set, a damaged line, or one without a prompt.
     """
-    if source == FIRST_MESSAGES:
-        return [Prompt(one.text) for one in first_messages()][:limit]
     if source.startswith("groundup:"):
-        made = [one for one in read_set(source, _GENERATED, 1) if one.split == "held_out"]
-        harm, harmless = HARM_KINDS
-        return [Prompt(one.prompt, {harm: True, harmless: False}.get(one.kind)) for one in made][:limit]
+        items = GeneratedSet(source).read(EvaluateSettings(limit=limit), 1)
+        return [Prompt(item.context, _IS_HARMFUL.get(item.group)) for item in items]
     found = []
     for item in read_items(Benchmark(name="prompts", kind="generation", files=source, target="-"), "", limit=limit):
         text, harmful = item.row.get("prompt"), item.row.get("harmful")
@@ -56,7 +53,8 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
 
 
 def answer_prompts(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> list[str]:
-    """What an assistant says to each text as the first message of a conversation, greedily."""
-    ids = [render(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True).ids for text in texts]
-    most = min(max_tokens, model.config.context_length - 1)
-    return [one.text for one in generate_batch(model, tokenizer, ids, SamplingParams(temperature=0.0, max_tokens=most))]
+    """What an assistant says to each text as the first message of a conversation, greedily, a calculator at hand."""
+    prompts = [prompt_ids(tokenizer, text, is_chat=True) for text in texts]
+    params = SamplingParams(temperature=0.0, max_tokens=min(max_tokens, model.config.context_length - 1))
+    replies = write_replies(model, tokenizer, prompts, params, range(len(prompts)), has_calculator=True)
+    return [reply.text for reply in replies]

@@ -4,8 +4,8 @@
     refusal       of harmful requests, those that are refused
     over-refusal  of harmless requests, those that are refused
 
-The classifier is one that has these labels, such as a stage with `safety = true` trains on preferences (manual,
-chapter 14). None of the figures is better than that classifier: what it gets right of held-out texts stands beside them.
+The classifier is one that has these labels, such as a stage with `safety = true` trains (manual, chapter 14). None of
+the figures is better than that classifier: what it gets right of held-out texts stands beside them.
 """
 
 from __future__ import annotations
