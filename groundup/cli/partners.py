@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import math
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,7 +101,7 @@ class Remote:
         url: of the server, with or without /v1.
         key: that it wants.
         name: of the model; None: its first.
-        seconds: that the server may be silent; None: for ever.
+        seconds: that an answer may take; None: any time.
 
     Raises:
         GroundupError: no server answers there, it wants another key, or has no such model.
@@ -128,8 +130,11 @@ class Remote:
         given = {one.name: getattr(params, one.name) for one in fields(params)}
         body |= {name: value for name, value in given.items() if value != getattr(plain, name)}
         body["max_tokens"] = params.max_tokens
+        end = math.inf if self._seconds is None else time.monotonic() + self._seconds
         with contextlib.suppress(*_NOT_UNDERSTOOD), self._open("/v1/chat/completions", body) as response:
             for line in response:
+                if time.monotonic() > end:
+                    raise TimeoutError
                 data = line.decode().removeprefix("data:").strip()
                 if data == "[DONE]":
                     return
