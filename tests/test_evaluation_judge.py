@@ -135,7 +135,8 @@ FAULTS = {
     "half a JSON": (200, event("[[") + b'data: {"choices": [{"del'),
     "no end": (200, event("[[A]]")),
     "another protocol": (200, b"<html><body>It works!</body></html>"),
-    "silence": (0.6, b""),
+    "silence": (0.6, event("[[A]]") + DONE),
+    "no word for a long time": (0.0, b": wait\n\n" * 12 + event("[[A]]") + DONE),
     "a broken connection": (None, b""),
 }
 
@@ -155,16 +156,17 @@ class Server:
                 with lock:
                     owner.n_asked += 1
                     status, body = say(owner.n_asked)
-                if isinstance(status, float):
-                    time.sleep(status)
-                if isinstance(status, int):
-                    self.answer(status, body)
+                if status is not None:
+                    time.sleep(status if isinstance(status, float) else 0)
+                    self.answer(status if isinstance(status, int) else 200, body, slowly=status == 0.0)
 
-            def answer(self, status: int, body: bytes) -> None:
+            def answer(self, status: int, body: bytes, slowly: bool = False) -> None:
                 self.send_response(status)
                 self.end_headers()
                 with contextlib.suppress(OSError):
-                    self.wfile.write(body)
+                    for line in body.splitlines(keepends=True):
+                        self.wfile.write(line)
+                        time.sleep(0.03 * slowly)
 
             def log_message(self, *_: Any) -> None:
                 pass

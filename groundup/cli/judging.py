@@ -56,7 +56,7 @@ def judge(
     api_key: Annotated[
         str | None, typer.Option("--api-key", envvar="GROUNDUP_API_KEY", help="That the judge's server wants.")
     ] = None,
-    seconds: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds that the server may be silent.")] = 60.0,
+    seconds: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds that a reply may take.")] = 120.0,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Of the verdicts.")] = Path("judged"),
     limit: LimitOption = None,
     max_tokens: MaxTokensOption = 128,
@@ -119,7 +119,7 @@ class UrlJudge:
         url: of the server.
         name: of its model (default: its first).
         key: that it wants.
-        seconds: that it may be silent.
+        seconds: that a reply may take.
         waits: seconds before each further try.
 
     Raises:
