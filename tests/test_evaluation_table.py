@@ -227,7 +227,8 @@ def test_a_model_made_elsewhere_is_the_start_it_was(tmp_path):
         folder = run.folder(f"evaluate/{name}")
         write_json(folder / "scores.json", {**CARD, "tasks": {"groundup:tasks": one}})
         lines = map(json.dumps, [{"identity": "x"}, *records])
-        (folder / "groundup-tasks.jsonl").write_text("\n".join(lines))
+        (folder / "records").mkdir()
+        (folder / "records" / "groundup-tasks.jsonl").write_text("\n".join(lines))
     (row,) = compare(recipe, run)["rows"]
     assert (row["before"]["value"], row["after"]["value"]) == (0.5, 1.0)
 

@@ -123,7 +123,7 @@ def evaluate(
     if as_json:
         print_json(found.card)
         return
-    _show(found.card)
+    _show({**found.card, "tasks": {name: found.card["tasks"][name] for name in found.records}})
     typer.echo(target / CARD, err=True)
 
 

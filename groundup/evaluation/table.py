@@ -13,7 +13,7 @@ from typing import Any
 from groundup.errors import ArtifactError, DataError, GroundupError
 from groundup.evaluation.harness import LOWER_IS_BETTER, before_name, read_scores
 from groundup.evaluation.measure import read_records
-from groundup.evaluation.scorecard import CARD, figures_by_metric, records_file
+from groundup.evaluation.scorecard import CARD, figures_by_metric, records_of
 from groundup.evaluation.sets import BITS_PER_BYTE, EXACT, FIRST, HARM, METRICS_OF_TASK, find_task, task_digests
 from groundup.files import own_folder, read_json, write_json
 from groundup.interop.start import check_chat
@@ -135,7 +135,7 @@ def _answers(run: Run, model: str, card: Mapping[str, Any]) -> list[dict[str, An
     found: list[dict[str, Any]] = []
     for name in (*EXACT, FIRST, HARM):
         if (one := card["tasks"].get(name)) is not None and len(found) < _KEPT_ANSWERS:
-            for record in read_records(run.folder(f"evaluate/{model}") / records_file(name), one["identity"]):
+            for record in read_records(records_of(run.folder(f"evaluate/{model}"), name), one["identity"]):
                 is_right = bool(next(iter(record["outcomes"].values())))
                 asked = {"kind": record["group"], "prompt": record["prompt"], "expected": record.get("target", "")}
                 found.append({**asked, "reply": record["reply"], "correct": is_right})
