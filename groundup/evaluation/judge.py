@@ -165,7 +165,7 @@ def _read(path: Path) -> dict[str, Verdict]:
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             one = orjson.loads(line)
-            found[one["key"]] = one["verdict"]
+            found[one["key"]] = None if one["verdict"] is None else float(one["verdict"])
         except (ValueError, LookupError, TypeError):
             continue
     return found
