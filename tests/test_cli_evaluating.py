@@ -59,7 +59,7 @@ def test_generated_sets_and_benchmarks_are_asked_in_one_call_of_a_run_a_recipe_o
     assert first.json["tasks"].keys() == {"groundup:tasks", "bits_per_byte", "mine"}
     assert "model: " in first.err
     assert "/sft " in first.err  # which can be asked questions
-    assert (run.root / "sft" / "benchmarks" / "records" / "groundup-tasks.jsonl").is_file()
+    assert (run.root / "sft" / "benchmarks" / "groundup-tasks.jsonl").is_file()
     recipe = write_recipe(mine.parent, "groundup:classics")
     again = groundup("evaluate", recipe, *asked, "--out", run.root)
     assert again.json == first.json

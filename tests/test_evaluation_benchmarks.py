@@ -375,7 +375,7 @@ def test_finished_items_are_not_scored_again(
     name, folder = mine / "mine.toml", mine / "scores"
     whole = scored(small, name, mine, folder).card
     assert whole["tasks"]["mine"]["n"] == 12
-    kept = folder / "records" / "mine.jsonl"
+    kept = folder / "mine.jsonl"
     contents = kept.read_bytes()
     kept.write_bytes(contents[: int(len(contents) * 0.7)])  # stopped in the middle of a line
     calls: list[int] = []
@@ -411,14 +411,14 @@ def test_two_models_are_compared_item_by_item(mine: Path, small: tuple[Transform
     assert "no difference shown" in same.verdict
     # The second gets every item right, the first none.
     for folder, is_right in (("a", False), ("b", True)):
-        path = mine / folder / "records" / "mine.jsonl"
+        path = mine / folder / "mine.jsonl"
         head, *lines = path.read_text().splitlines()
         told = [json.loads(line) for line in lines]
         for record in told:
             record["logprob"] = [0.0 if (place == record["gold"]) == is_right else -9.0 for place in range(3)]
         path.write_text("\n".join([head, *map(json.dumps, told), ""]))
     identity = read_card(mine / "b")["tasks"]["mine"]["identity"]
-    assert set(item_scores(read_records(mine / "b" / "records" / "mine.jsonl", identity)).values()) == {1.0}
+    assert set(item_scores(read_records(mine / "b" / "mine.jsonl", identity)).values()) == {1.0}
     (other,) = compare_cards(mine / "a", mine / "b")
     assert (other.first, other.second, other.low, other.high) == (0.0, 1.0, 1.0, 1.0)
     assert other.verdict == "the second is better by 100.0%"
@@ -428,7 +428,7 @@ def test_two_models_are_compared_item_by_item(mine: Path, small: tuple[Transform
     with pytest.raises(ArtifactError, match=r"not found.*\n.*groundup evaluate"):
         compare_cards(mine / "a", mine / "nowhere")
     # Records of another run of the command, stopped before it wrote its scores, are not those of the scores.
-    path = mine / "a" / "records" / "mine.jsonl"
+    path = mine / "a" / "mine.jsonl"
     path.write_text(path.read_text().replace(path.read_text().splitlines()[0], '{"identity": "another"}'))
     with pytest.raises(ArtifactError, match="no records of these scores"):
         compare_cards(mine / "a", mine / "b")
@@ -441,7 +441,7 @@ def test_texts_are_compared_in_bits_per_byte(mine: Path, small: tuple[Transforme
         card = scored(small, mine / "text.toml", mine, mine / folder, folder).card
     (same,) = compare_cards(mine / "a", mine / "b")
     assert same.verdict.endswith("where one of 0.02 bits per byte would have been seen")
-    path = mine / "b" / "records" / "text.jsonl"
+    path = mine / "b" / "text.jsonl"
     head, *lines = path.read_text().splitlines()
     told = [json.loads(line) for line in lines]
     for record in told:

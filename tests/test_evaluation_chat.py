@@ -104,7 +104,7 @@ def test_a_build_scores_benchmarks_of_every_model_and_gates_name_them(
         card = json.loads((run.folder(f"evaluate/{name}") / "scores.json").read_text())
         assert card["tasks"].keys() == {"bits_per_byte", "groundup:tasks", "mine"}
         assert card["tasks"]["mine"]["settings"]["shots"] == 1
-        assert (run.folder(f"evaluate/{name}") / "records" / "mine.jsonl").is_file()
+        assert (run.folder(f"evaluate/{name}") / "mine.jsonl").is_file()
     assert "mine" not in json.loads((run.folder("evaluate/before-pretrain") / "scores.json").read_text())["tasks"]
     table = read_comparison(run)
     rows = {(row["model"], row["key"]): row for row in table["rows"]}
@@ -147,6 +147,9 @@ def test_benchmarks_of_a_recipe_are_checked_before_anything_runs(
         f'data = "{mine}"\n[[evaluate.gates]]\nmetric = "mine.accuracy"\nmodel = "sft"\nmin = 0.1\n'
     )
     check_recipe(parse_recipe(text, "my.toml"), "my.toml")
+    shutil.copy(mine / "mine.jsonl", mine / "piqa.jsonl")
+    of_core = text.replace(f"{mine}/mine.toml", "piqa").replace("mine.accuracy", "core")
+    check_recipe(parse_recipe(of_core, "my.toml"), "my.toml")
     with pytest.raises(GroundupError) as caught:
         check_recipe(parse_recipe(text.replace(*change), "my.toml"), "my.toml")
     assert words in str(caught.value)

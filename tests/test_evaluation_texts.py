@@ -66,7 +66,7 @@ def test_rouge_by_hand(answer: str, target: str, scores: tuple[float, ...]) -> N
 
 def test_a_benchmark_gives_rouge_where_it_asks_for_it() -> None:
     fields = {"name": "sums", "kind": "generation", "files": "x.jsonl", "target": "{{ answer }}"}
-    item = Item(0, "", "", (), (), 0, "the cat sat down", {})
+    item = Item(0, "", "", target="the cat sat down")
     for extra, names in (({}, {"f1"}), ({"rouge": True}, {"f1", "rouge1", "rouge2", "rougeL"})):
         task = Benchmark.model_validate(fields | extra)
         records = [{"item": 0, "group": "", **task.grade(item, [Reply("The cat sat", True, 4)], EvaluateSettings())}]

@@ -245,7 +245,7 @@ def scores() -> list[Files]:
     files: Files = {}
     for name, rows in {"arc": choice, "sums": reply, "code": code, "text": text}.items():
         told = [{"identity": "x"}, *({"item": n, "group": "", **row} for n, row in enumerate(rows))]
-        files[f"records/{name}.jsonl"] = "".join(json.dumps(row) + "\n" for row in told).encode()
+        files[f"{name}.jsonl"] = "".join(json.dumps(row) + "\n" for row in told).encode()
     one = {"fingerprint": "f", "identity": "x", "figures": {}, "groups": {}}
     card = {"format": 2, "model": "x", "core": None, "tasks": {Path(name).stem: one for name in files}}
     files["scores.json"] = json.dumps(card).encode()
@@ -409,8 +409,7 @@ def runs() -> list[Files]:
             (place / "pretrain" / f"{name}.jsonl").write_text(text, encoding="utf-8")
         write_json(place / "evaluate" / "pretrain" / "scores.json", scores)
         lines = "".join(json.dumps(row) + "\n" for row in records)
-        (place / "evaluate" / "pretrain" / "records").mkdir()
-        (place / "evaluate" / "pretrain" / "records" / "groundup-tasks.jsonl").write_text(lines, encoding="utf-8")
+        (place / "evaluate" / "pretrain" / "groundup-tasks.jsonl").write_text(lines, encoding="utf-8")
         write_json(place / "evaluate" / "scores.json", table)
         write_json(place / "corpus" / "filter_statistics.json", {"documents_in": 9, "removed": {"empty": 1}})
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from groundup.corpus import stream_documents
 from groundup.errors import ArtifactError
-from groundup.evaluation.scorecard import RECORDS, read_card, score_model
+from groundup.evaluation.scorecard import read_card, score_model
 from groundup.evaluation.sets import BITS_PER_BYTE, EXACT, METRICS, STYLE, task_digests
 from groundup.interop import load_model
 from groundup.interop.start import starting_point
@@ -32,7 +32,7 @@ class Evaluate(Method):
 
     settings = EvaluateSettings
     version = 5
-    keeps = (RECORDS,)  # each file in it is of one model, items and settings: another task asks nothing again
+    keeps = ("*.jsonl",)  # each is of one model, items and settings: another task asks nothing again
 
     def subjects(self, stage: Stage, stages: Mapping[str, Stage]) -> list[str]:
         """What is scored for a stage that makes a language model: what it started from, once, and what it made."""

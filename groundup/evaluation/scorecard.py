@@ -1,7 +1,7 @@
 """All the scores of a model into a folder, and two such folders side by side.
 
 In: a model and what `[evaluate]` says. Out: `scores.json` with every figure, what it was measured with, and how;
-in `records/` what was found of each task's items. Models that answered the same items are compared item by item: the
+beside it the records of each task's items. Models that answered the same items are compared item by item: the
 difference is paired, which takes out how hard the items are.
 """
 
@@ -45,7 +45,7 @@ from groundup.tokenizer.pretrained import PretrainedTokenizer
 from groundup.tokenizer.special import CHAT_TEMPLATE
 from groundup.untrusted import file_inside, reading
 
-CARD, RECORDS = "scores.json", "records"
+CARD = "scores.json"
 _FORMAT = 2  # of scores and records; raised when figures change
 _CORE_TASKS = 22  # of DCLM's CORE (its eval/additional_aggregation.json, low_variance_datasets)
 _WAY_OUT = "Write them: groundup evaluate MODEL --tasks …"
@@ -126,7 +126,7 @@ def score_model(
         began = time.perf_counter()
         own = records[task.name] = measure(
             model, tokenizer, task, items, settings=settings, seed=seed, start=start, identity=whole,
-            kept=None if folder is None else records_of(folder, task.name),
+            kept=None if folder is None else folder / records_file(task.name),
             advance=None if bar is None else functools.partial(bar.update, total=len(items), note=task.name),
         )  # fmt: skip
         figures = figures_of(own)
@@ -177,9 +177,9 @@ def template_digest(tokenizer: Tokenizer) -> str | None:
     return None if template is None else value_digest(template)
 
 
-def records_of(folder: Path, task: str) -> Path:
-    """The file of a task's records."""
-    return folder / RECORDS / f"{task.replace(':', '-')}.jsonl"
+def records_file(task: str) -> str:
+    """The name of the file of a task's records."""
+    return f"{task.replace(':', '-')}.jsonl"
 
 
 def _asked(task: EvaluationTask, settings: EvaluateSettings, seed: int) -> dict[str, Any]:
@@ -377,7 +377,7 @@ def _difference(name: str, a: np.ndarray, b: np.ndarray, p: float, unit: str) ->
 
 def _scores(folder: Path, name: str, card: Mapping[str, Any]) -> tuple[dict[int, float], bool]:
     """The score of each item, and whether they are texts."""
-    path = file_inside(folder / RECORDS, records_of(folder, name).name)
+    path = file_inside(folder, records_file(name))
     with reading(str(path), fix=_WAY_OUT):
         records = read_records(path, card["identity"])
         scores = item_scores(records)
