@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -71,6 +71,7 @@ def judge(
     from groundup.console import Console
     from groundup.errors import DataError, GroundupError
     from groundup.evaluation.judge import QUESTION, Pair, judge_pairs, win_rate
+    from groundup.evaluation.measure import to_plain
     from groundup.evaluation.prompts import read_prompts
     from groundup.evaluation.text_metrics import variety
     from groundup.files import value_digest
@@ -96,7 +97,7 @@ def judge(
         raise DataError(f"--judge {by}: no pair has two verdicts.", f"What was judged stands in {out}.")
     texts = [variety(own) for own in answers]
     if as_json:
-        print_json({**asdict(found), "first": _plain(texts[0]), "second": _plain(texts[1])})
+        print_json({**asdict(found), "first": to_plain(texts[0]), "second": to_plain(texts[1])})
         return
     verdict = ": no difference shown" if found.low < 0.5 < found.high else ""
     typer.echo(
@@ -199,6 +200,7 @@ def safety(
     from groundup.alignment import Classifier
     from groundup.errors import ArtifactError
     from groundup.evaluation.judge import wilson
+    from groundup.evaluation.measure import to_plain
     from groundup.evaluation.prompts import answer_prompts, read_prompts
     from groundup.evaluation.safety import LABELS, safety_figures
 
@@ -216,7 +218,7 @@ def safety(
     if as_json:
         rows = [{"prompt": one.text, "answer": answer, "label": label}
                 for one, answer, label in zip(asked, answers, labels, strict=True)]  # fmt: skip
-        print_json({**_plain(figures), "classifier": by.held_out, "answers": rows})
+        print_json({**to_plain(figures), "classifier": by.held_out, "answers": rows})
         return
     _print_figures(figures)
     right, n = by.held_out["accuracy"], int(by.held_out["accuracy_n"])
@@ -236,6 +238,7 @@ def memorization(
 ) -> None:
     """How much of its training text a model continues word for word, beside text that it was not trained on."""
     from groundup.corpus import stream_documents
+    from groundup.evaluation.measure import to_plain
     from groundup.evaluation.text_metrics import memorization as measure
 
     network, tokenizer, _ = load_model(run, stage, to_chat=False)
@@ -244,11 +247,7 @@ def memorization(
         texts = (document.text for document in stream_documents(run / "corpus", split))
         found = measure(network, tokenizer, texts, k=tokens, limit=limit)
         figures |= {f"{name}_{split}": figure for name, figure in found.items()}
-    print_json(_plain(figures)) if as_json else _print_figures(figures)
-
-
-def _plain(figures: Mapping[str, Estimate]) -> dict[str, Any]:
-    return {name: asdict(figure) for name, figure in figures.items()}
+    print_json(to_plain(figures)) if as_json else _print_figures(figures)
 
 
 def _print_figures(figures: Mapping[str, Estimate]) -> None:

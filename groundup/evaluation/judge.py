@@ -109,24 +109,21 @@ def judge_pairs(
         For each pair the verdict with its first answer in the first place, and that with the places swapped.
     """
     lock = threading.Lock()
-    keys = {pair: value_digest([identity, *pair]) for one in pairs for pair in (one, one.swapped())}
-    known: dict[str, Verdict] = _read(kept)
-    n_done = 0
+    known, n_done = _read(kept), 0
 
     def ask(pair: Pair) -> tuple[Verdict, Verdict]:
         nonlocal n_done
-        verdicts = [verdict_of(one) for one in (pair, pair.swapped())]
+        verdicts = verdict_of(pair), verdict_of(pair.swapped())
         with lock:
             n_done += 1
             if advance is not None:
                 advance(n_done)
-        return verdicts[0], verdicts[1]
+        return verdicts
 
     def verdict_of(pair: Pair) -> Verdict:
         if pair.first == pair.second:
             return 0.0
-        key = keys[pair]
-        if key not in known:
+        if (key := value_digest([identity, *pair])) not in known:
             verdict = judge(*pair)
             with lock:
                 known[key] = verdict
