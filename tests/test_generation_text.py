@@ -187,6 +187,20 @@ def test_what_is_held_back_for_a_stop_text_is_given_out_at_the_end():
     assert pieces[-1] == whole[-3:]
 
 
+def test_several_texts_are_not_dropped_or_mixed():
+    """A reference's server drops `n` in silence."""
+    for options in ({"n": 2}, {"n": 2, "best_of": 3}):
+        with pytest.raises(GroundupError, match=r"Engine\.run returns all"):
+            generate(MODEL, TOKENIZER, "Once", **options)
+    for options in ({"n": 2}, {"best_of": 3}):
+        with pytest.raises(GroundupError, match=r"Engine\.run returns all"):
+            stream(MODEL, TOKENIZER, "Once", **options)
+    question = [{"role": "user", "content": "Hello"}]
+    for ask in (chat_reply, lambda *arguments: list(stream_chat(*arguments))):
+        with pytest.raises(GroundupError, match=r"Engine\.run returns all"):
+            ask(MODEL, TOKENIZER, question, SamplingParams(n=2))
+
+
 def test_an_empty_prompt_starts_a_document():
     result = generate(MODEL, TOKENIZER, "", max_tokens=8, temperature=0)
     assert (

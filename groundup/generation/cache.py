@@ -48,6 +48,11 @@ class LayerCache:
         """Entries of a block."""
         return self.keys.shape[2]
 
+    @property
+    def parts(self) -> list[Tensor]:
+        """All that is stored."""
+        return [part for part in (self.keys, self.values, self.key_scales, self.value_scales) if part is not None]
+
     def index(self, positions: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         """Where in a slot positions stand."""
         if not self.ring:
@@ -134,8 +139,7 @@ class KVCache:
     @property
     def n_bytes(self) -> int:
         """Memory of all entries."""
-        parts = (part for layer in self.layers for part in vars(layer).values())
-        return sum(part.nbytes for part in parts if isinstance(part, Tensor))
+        return sum(part.nbytes for layer in self.layers for part in layer.parts)
 
     @property
     def shortest_ring(self) -> int | None:
@@ -147,9 +151,8 @@ class KVCache:
         assert self.page_size is None
         for layer in self.layers:
             n = min(n_tokens, layer.block_size)
-            for part in (layer.keys, layer.values, layer.key_scales, layer.value_scales):
-                if part is not None:
-                    part[target, :, :n] = part[source, :, :n]
+            for part in layer.parts:
+                part[target, :, :n] = part[source, :, :n]
 
     def update(
         self, layer: int, keys: NewEntries, values: NewEntries, positions: Int[Tensor, "batch seq"]
