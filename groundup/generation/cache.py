@@ -94,6 +94,9 @@ class KVCache:
         chunk: most new tokens of a slot in one call. With it, layers with a window keep a ring of the window and a
             chunk instead of the whole length; not with pages. None: no rings.
         is_int8: entries are kept in 8 bits with a scale for each head of each token: half of bfloat16's memory.
+
+    Attributes:
+        shortest_ring: tokens up to which no layer has overwritten one of a slot; None: none ever does.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class KVCache:
         elif self.n_blocks >= batch * per_slot:  # until a pool hands them out
             self.table[:] = torch.arange(batch * per_slot).view(batch, per_slot)
         self.layers = [self._layer(layer, is_int8) for layer in range(config.n_layers)]
+        self.shortest_ring = min((layer.ring for layer in self.layers if layer.ring), default=None)
         self._rows: Rows | None = None
 
     def _layer(self, layer: int, is_int8: bool) -> LayerCache:
@@ -140,11 +144,6 @@ class KVCache:
     def n_bytes(self) -> int:
         """Memory of all entries."""
         return sum(part.nbytes for layer in self.layers for part in layer.parts)
-
-    @property
-    def shortest_ring(self) -> int | None:
-        """Tokens up to which no layer has overwritten one of a slot; None: none ever does."""
-        return min((layer.ring for layer in self.layers if layer.ring), default=None)
 
     def copy(self, source: int, target: int, n_tokens: int) -> None:
         """Put the first tokens of one slot over the beginning of another; not with pages."""

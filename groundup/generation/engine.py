@@ -298,8 +298,9 @@ class Engine:
             self._take_in()
             self._drop_cancelled()
             self._admit()
-            reading = [text for text in self._running if not text.is_writing]
-            writing = [text for text in self._running if text.is_writing]
+            reading, writing = list[Text](), list[Text]()
+            for text in self._running:
+                (writing if text.is_writing else reading).append(text)
             try:
                 self._read(reading)
                 self._write(writing)
