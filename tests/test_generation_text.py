@@ -367,7 +367,7 @@ class Scripted:
         return [[Generation(text=self.answers.pop(0))] for _ in requests]
 
 
-def test_a_conversation_runs_the_calculator_once():
+def test_a_conversation_runs_the_calculator_once(monkeypatch):
     question = {"role": "user", "content": "3*4?"}
     call = write_call("3 * 4")
     params = SamplingParams(max_tokens=8)
@@ -379,7 +379,8 @@ def test_a_conversation_runs_the_calculator_once():
     turns = [question, {"role": "assistant", "content": call}, {"role": "tool", "content": "12"}]
     assert engine.asked[1] == render(TOKENIZER, turns, add_generation_prompt=True).ids
     whole = Scripted(call, "It is 12.")
-    assert chat_reply(model, TOKENIZER, [question], params, engine=whole).text == "[3 * 4 = 12] It is 12."
+    monkeypatch.setattr("groundup.generation.text.Engine", lambda *_, **options: whole)
+    assert chat_reply(model, TOKENIZER, [question], params).text == "[3 * 4 = 12] It is 12."
     assert whole.asked == engine.asked
     for answer in ("It is 12.", '<tool>{"name": "other"}</tool>', "<to", "", "a <tool>"):
         engine = Scripted(answer)

@@ -57,17 +57,15 @@ def chat_reply(
     messages: Sequence[Message],
     params: SamplingParams,
     on_left_out: Callable[[int], None] | None = None,
-    *,
-    engine: Engine | None = None,
 ) -> Generation:
     """The assistant's answer; where it called the calculator, ids and log-probabilities are those behind the result.
 
     Arguments, text and errors as `stream_chat`.
     """
-    used, replies = engine or Engine(model, tokenizer, slots=1), list[Generation]()
+    _check_single(params.n)
+    used, replies = Engine(model, tokenizer, slots=1), list[Generation]()
 
     def ask(turns: Sequence[Message]) -> Iterator[str]:
-        _check_single(params.n)
         replies.append(used.run([chat_request(model, tokenizer, turns, params, on_left_out)])[0][0])
         yield replies[-1].text
 
