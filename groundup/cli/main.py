@@ -23,6 +23,7 @@ from groundup.cli import (
     crawling,
     evaluating,
     inspecting,
+    judging,
     modelling,
     moving,
     planning,
@@ -73,7 +74,7 @@ def make_app() -> typer.Typer:
         "shards": (shards, "groundup shards verify runs/demo"),
     }
     building.add_to(app, groups, {"evaluate": (evaluating.evaluate, evaluating.EXAMPLE)})
-    for room in (planning, scaling, talking, comparing, serving, modelling, moving, inspecting):
+    for room in (planning, scaling, talking, comparing, judging, serving, modelling, moving, inspecting):
         room.add_to(app)
     return app
 
