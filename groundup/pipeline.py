@@ -19,7 +19,7 @@ import torch
 
 from groundup import evaluation
 from groundup.console import Console
-from groundup.distributed import current_world
+from groundup.distributed import World, current_world
 from groundup.environment import describe_environment
 from groundup.errors import GateError, GroundupError
 from groundup.preview import check_recipe
@@ -38,6 +38,7 @@ class StagePlan:
     state: State  # done; changed (settings, inputs or code are not what they were); begun (interrupted); missing
     forced: bool = False  # asked for, whatever its state
     problem: str | None = None  # why what it reads from outside cannot be read, if it cannot
+    outside: Mapping[str, str] = dataclasses.field(default_factory=dict)  # digests of that
 
     @property
     def is_due(self) -> bool:
@@ -76,15 +77,15 @@ def plan(
         if name in wanted:
             method = stage.method
             inputs = {need: plans[need].fingerprint for need in stage.needs}
-            problem = None
+            problem, outside = None, {}
             try:
-                inputs |= method.outside(stage)
+                outside = method.outside(stage)
             except GroundupError as error:
                 if strict:
                     raise
                 problem = error.message
                 inputs["problem"] = problem
-            fingerprint = stage_fingerprint(method.version, stage.identity, inputs)
+            fingerprint = stage_fingerprint(method.version, stage.identity, inputs | outside)
             try:
                 state = run.state(name, fingerprint)
             except GroundupError as error:  # its manifest is damaged
@@ -93,7 +94,7 @@ def plan(
                 state, problem = "changed", problem or error.message
             if state == "done" and not method.is_whole(run.folder(name)):
                 state = "changed"
-            plans[name] = StagePlan(stage, fingerprint, state, name in again, problem)
+            plans[name] = StagePlan(stage, fingerprint, state, name in again, problem, outside)
     return list(plans.values())
 
 
@@ -187,7 +188,7 @@ def _do(item: StagePlan, context: Context) -> None:
                 fingerprint=item.fingerprint,
                 seconds=time.perf_counter() - start,
                 summary=summary,
-                environment={**describe_environment(), "threads": torch.get_num_threads()},
+                environment={**describe_environment(), **_devices(context.world)},
                 settings={
                     name: value
                     for section in method.sections(stage)
@@ -197,9 +198,16 @@ def _do(item: StagePlan, context: Context) -> None:
                 identity=stage.identity,
                 needs={name: found.fingerprint for name in stage.needs if (found := context.run.manifest(name))},
                 files=method.records(context.folder),
+                outside=item.outside,
             )
         )
     context.world.wait()
+
+
+def _devices(world: World) -> dict[str, Any]:
+    """What it was computed on: threads, and of accelerators their name and number."""
+    found: dict[str, Any] = {"threads": torch.get_num_threads(), "processes": world.size}
+    return {**found, "device": torch.cuda.get_device_name(world.device)} if world.device.type == "cuda" else found
 
 
 def _say_what_changed(run: Run, recipe: Recipe, console: Console) -> None:

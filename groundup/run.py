@@ -69,6 +69,7 @@ class Manifest:
     needs: Mapping[str, str] = field(default_factory=dict)  # the fingerprints of the stages it stands on, by name
     identity: str = ""  # digest of settings, seed and code version alone
     files: FileRecords = field(default_factory=dict)  # size and digest of the files that other stages take from it
+    outside: Mapping[str, str] = field(default_factory=dict)  # digests of what it read from outside the run
 
     @classmethod
     def read(cls, folder: Path, stage: str) -> Manifest | None:

@@ -12,6 +12,7 @@ import pytest
 
 from groundup.errors import ArtifactError, DataError
 from groundup.evaluation.benchmarks import Reply, extract_answer, find_benchmark, fingerprint, read_items
+from groundup.evaluation.comparison import compare_cards, holm
 from groundup.evaluation.contamination import contaminated_items
 from groundup.evaluation.measure import (
     Record,
@@ -25,7 +26,7 @@ from groundup.evaluation.measure import (
     to_plain,
 )
 from groundup.evaluation.metrics import bits_per_byte, f1
-from groundup.evaluation.scorecard import Scores, compare_cards, core, holm, read_card, score_model
+from groundup.evaluation.scorecard import Scores, core, read_card, score_model
 from groundup.evaluation.sets import task_digests
 from groundup.model import ModelConfig, Transformer
 from groundup.recipe import EvaluateSettings

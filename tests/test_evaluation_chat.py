@@ -15,8 +15,9 @@ from tiny_run import build_quietly, copy_of_finished
 from groundup.errors import GroundupError
 from groundup.evaluation import read_comparison, score_model
 from groundup.evaluation.benchmarks import find_benchmark, read_items
+from groundup.evaluation.comparison import compare_cards
 from groundup.evaluation.measure import measure, prompt_ids
-from groundup.evaluation.scorecard import compare_cards, template_digest
+from groundup.evaluation.scorecard import template_digest
 from groundup.preview import check_recipe
 from groundup.recipe import EvaluateSettings, parse_recipe
 from groundup.run import Run

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 from command import CommandLine, groundup
-from tiny_run import finished_run
+from tiny_run import copy_of_finished, finished_run
 
+from groundup.files import own_folder, write_json
 from groundup.report.card import model_card, modelfile, run_of
 from groundup.report.record import read_record
 
@@ -31,6 +33,27 @@ def test_an_exported_folder_has_a_card_with_the_figures_of_its_run(groundup: Com
         assert f"| {stage} |" in text
     assert "Not measured: " in text
     assert "harmful requests declined" in text
+
+
+def test_a_card_names_data_with_licences_and_benchmarks(tmp_path: Path) -> None:
+    run = copy_of_finished(tmp_path)
+    asked = {
+        "n": 50,
+        "n_contaminated": 3,
+        "figures": {"accuracy": {"value": 0.6, "stderr": 0.07, "n": 50, "unit": "items"}},
+    }
+    own_folder(run.folder("sft") / "benchmarks")
+    write_json(run.folder("sft") / "benchmarks" / "scores.json", {"tasks": {"copa": asked}})
+    text = model_card(run, "sft", "out")
+    data = huggingface_hub.ModelCard(text).data
+    assert data.license == "unknown"
+    assert [
+        (one.dataset_name, one.metric_value) for one in data.eval_results if one.metric_type == "copa.accuracy"
+    ] == [("copa", 0.6)]
+    assert "| copa, accuracy | 0.6 ± 0.07 | 50 items |" in text
+    assert "| sft | `groundup:tasks` | Apache-2.0, made by groundup's generators |" in text
+    assert re.search(r"\| corpus \| `.*texts.jsonl` \| not stated \|", text)
+    assert "- 3 of the 50 items of copa stand in the text that it was trained on." in text
 
 
 def test_a_run_without_scores_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

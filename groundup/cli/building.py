@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,7 @@ from groundup.cli.options import (
     SetOption,
     command_line,
     print_json,
+    print_table,
     result_console,
 )
 from groundup.recipe.registry import registered
@@ -54,7 +55,8 @@ def add_to(
     app.command(
         rich_help_panel=PANEL,
         epilog="Examples:  groundup build demo  ·  groundup build shakespeare --set corpus.inputs=my.txt  ·  "
-        "groundup build my.toml --from pretrain  ·  torchrun --nproc-per-node 2 -m groundup build demo",
+        "groundup build my.toml --from pretrain  ·  groundup build demo --seeds 1,2,3  ·  "
+        "torchrun --nproc-per-node 2 -m groundup build demo",
     )(build)
     app.command(rich_help_panel=PANEL, epilog="Example:  groundup trust my_reward.py")(trust)
     for name, method in registered().items():
@@ -90,14 +92,28 @@ def build(
     runs: RunsOption = Path("runs"),
     as_json: JsonOption = False,
     quiet: QuietOption = False,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            "--seeds", metavar="1,2,3", help="A run for each seed, in RUNS/NAME-seeds/, and every figure's interval."
+        ),
+    ] = None,
 ) -> None:
     """Run the whole pipeline of a recipe: text in, models, their scores and a report out.
 
     Finished stages are skipped. Interrupted anywhere, the same command goes on.
     """
     chosen, folder = recipe_and_run(recipe, settings or [], smoke, run, runs)
+    if seeds is not None:
+        recipes = {
+            seed: recipe_and_run(recipe, [*(settings or []), f"seed={seed}"], smoke, run, runs)[0]
+            for seed in _seeds(seeds)
+        }
+        root = run or runs / f"{chosen.name}-seeds"
+        _build_seeds(recipes, root, only or None, start_from, force, dry_run, as_json, quiet)
+        return
     if dry_run:
-        _show_plan(chosen, folder, only or None, start_from, force, as_json)
+        _show_plans([_plan(chosen, folder, only or None, start_from, force)], as_json)
         return
     _build(chosen, folder, only or None, start_from, force, as_json, quiet)
 
@@ -129,7 +145,7 @@ def stage_command(name: str) -> Callable[..., None]:
         chosen, folder = recipe_and_run(recipe, settings or [], smoke, run, runs)
         only = _of_method(chosen, name)
         if dry_run:
-            _show_plan(chosen, folder, only, None, force, as_json)
+            _show_plans([_plan(chosen, folder, only, None, force)], as_json)
             return
         _build(chosen, folder, only, None, force, as_json, quiet)
 
@@ -148,18 +164,96 @@ def _of_method(recipe: Recipe, name: str) -> list[str]:
     return found
 
 
+def _seeds(text: str) -> list[int]:
+    """The numbers that --seeds names.
+
+    Raises:
+        RunError: they are none, too few, or one stands there twice.
+    """
+    from groundup.errors import RunError
+
+    words = [word.strip() for word in text.split(",")]
+    seeds = [int(word) for word in words if word.isdecimal()]
+    if len(seeds) < 2 or len({*seeds}) < len(words):
+        raise RunError(f"--seeds {text}: two or more different whole numbers are needed.", "For example: --seeds 1,2,3")
+    return seeds
+
+
+def _build_seeds(
+    recipes: Mapping[int, Recipe], root: Path, only: list[str] | None, start_from: str | None, force: bool,
+    dry_run: bool, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """A run for each seed, one after the other, and a line for each figure; a missed gate is told at the end."""
+    from groundup.distributed import current_world
+    from groundup.errors import GateError
+    from groundup.evaluation.seeds import seed_folder, write_seeds
+    from groundup.files import check_ours, own_folder
+
+    of_seeds = [(recipe, seed_folder(root, seed)) for seed, recipe in recipes.items()]
+    check_ours(root)
+    if dry_run:
+        _show_plans([_plan(one, folder, only, start_from, force) for one, folder in of_seeds], as_json)
+        return
+    if current_world().is_first:
+        own_folder(root)
+    missed = []
+    for one, folder in of_seeds:
+        try:
+            _run(one, folder, only, start_from, force, quiet or as_json)
+        except GateError as error:
+            missed.append(error)
+    if current_world().is_first:
+        found = write_seeds(root, list(recipes))
+        if as_json:
+            print_json(found)
+        elif not quiet:
+            titles = ["", "mean", "95 % interval", f"seeds {', '.join(map(str, recipes))}"]
+            print_table(titles, [_seeds_row(row) for row in found["rows"]], right=(1, 2, 3))
+    if missed:
+        raise missed[0]
+
+
+def _seeds_row(row: Mapping[str, Any]) -> list[str]:
+    from groundup.report.closing import format_figure
+
+    values = row["mean"], row["low"], row["high"], *row["values"]
+    mean, low, high, *each = (format_figure(row["key"], value) for value in values)
+    return [row["label"], mean, f"{low} to {high}", "  ".join(each)]
+
+
 def _build(
     recipe: Recipe, folder: Path, only: list[str] | None, start_from: str | None, force: bool, as_json: bool,
     quiet: bool,
 ) -> None:  # fmt: skip
+    from groundup.console import Console
+    from groundup.distributed import current_world
+    from groundup.errors import GateError
+    from groundup.run import Run
+
+    missed: GateError | None = None
+    try:
+        _run(recipe, folder, only, start_from, force, quiet)
+    except GateError as error:
+        missed = error
+    is_first = current_world().is_first
+    if is_first and as_json:
+        print_json(_result(Run(folder), recipe, only))
+    elif is_first and not quiet and (only is None or _is_scored(recipe, only)):
+        show_table(Run(folder), Console(quiet=quiet))
+    if missed is not None:
+        raise missed
+
+
+def _run(
+    recipe: Recipe, folder: Path, only: list[str] | None, start_from: str | None, force: bool, quiet: bool
+) -> None:
     import torch
 
     from groundup import __version__
     from groundup.console import Console
     from groundup.distributed import current_world
-    from groundup.errors import GateError, Interrupted
+    from groundup.errors import Interrupted
     from groundup.pipeline import build as run_pipeline
-    from groundup.run import Run
     from groundup.training import choose_precision
 
     world = current_world()
@@ -171,20 +265,11 @@ def _build(
         + (f" × {world.size} processes" if world.size > 1 else "")
         + f", {str(dtype).removeprefix('torch.')} ({reason})"
     )
-    missed: GateError | None = None
     try:
         with stopped_by_sigterm():
             run_pipeline(recipe, folder, only=only, start_from=start_from, force=force, console=console)
-    except GateError as error:
-        missed = error
     except KeyboardInterrupt as error:
         raise Interrupted("Stopped. Finished stages are kept, and no file is half written.") from error
-    if world.is_first and as_json:
-        print_json(_result(Run(folder), recipe, only))
-    elif world.is_first and not quiet and (only is None or _is_scored(recipe, only)):
-        show_table(Run(folder), console)
-    if missed is not None:
-        raise missed
 
 
 def _is_scored(recipe: Recipe, only: list[str] | None) -> bool:
@@ -273,14 +358,21 @@ def recipe_and_run(source: str, settings: list[str], smoke: bool, run: Path | No
     return recipe, run or runs / recipe.name
 
 
-def _show_plan(
-    recipe: Recipe, folder: Path, only: list[str] | None, start_from: str | None, force: bool, as_json: bool
-) -> None:
+def _plan(recipe: Recipe, folder: Path, only: list[str] | None, start_from: str | None, force: bool) -> dict[str, Any]:
+    """What would be done with each stage."""
     from groundup.pipeline import plan
     from groundup.preview import check_recipe
     from groundup.run import Run
     from groundup.stage import graph
 
+    check_recipe(recipe, recipe.name)
+    Run(folder).check(recipe, graph(recipe))
+    plans = plan(recipe, Run(folder), only=only, start_from=start_from, force=force)
+    states = {item.stage.name: "forced" if item.forced and item.state != "missing" else item.state for item in plans}
+    return {"run": str(folder), "stages": states}
+
+
+def _show_plans(plans: list[dict[str, Any]], as_json: bool) -> None:
     words = {
         "done": "up to date",
         "changed": "would be done again: its settings, inputs or code have changed",
@@ -288,14 +380,11 @@ def _show_plan(
         "missing": "would be done",
         "forced": "would be done again, as asked",
     }
-    check_recipe(recipe, recipe.name)
-    Run(folder).check(recipe, graph(recipe))
-    plans = plan(recipe, Run(folder), only=only, start_from=start_from, force=force)
-    states = {item.stage.name: "forced" if item.forced and item.state != "missing" else item.state for item in plans}
     if as_json:
-        print_json({"run": str(folder), "stages": states})
+        print_json(plans if len(plans) > 1 else plans[0])
         return
-    typer.echo(f"run {folder}")
-    width = max(len(name) for name in states)
-    for name, state in states.items():
-        typer.echo(f"{name:<{width}} {words[state]}")
+    for one in plans:
+        typer.echo(f"run {one['run']}")
+        width = max(len(name) for name in one["stages"])
+        for name, state in one["stages"].items():
+            typer.echo(f"{name:<{width}} {words[state]}")

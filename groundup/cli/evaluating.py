@@ -1,9 +1,8 @@
-"""Commands that measure: `evaluate`, a recipe's models or anybody's, and `compare`."""
+"""`groundup evaluate`: the stage, or the scores of any model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,14 +18,6 @@ EXAMPLE = (
     "groundup evaluate runs/demo --model sft --tasks gsm8k --chat --data gsm8k/"
 )
 _FOLDER, _TASKS, _STAGE = "benchmarks", "With --tasks", "Without --tasks: the recipe's evaluation"
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add `compare` to the command line; `evaluate` stands among the stages."""
-    app.command(
-        rich_help_panel="Look at runs, recipes and this machine",
-        epilog="Example:  groundup compare runs/demo/pretrain/benchmarks runs/demo/sft/benchmarks",
-    )(compare)
 
 
 def evaluate(
@@ -175,22 +166,3 @@ def _texts(folder: Path, split: Literal["train", "validation"], asked: str) -> C
     if not corpus.is_dir():
         raise ArtifactError(f"{folder}: {asked}: no run with a corpus is around this model.", "Leave it out.")
     return lambda: (document.text for document in stream_documents(corpus, split))
-
-
-def compare(
-    first: Annotated[Path, typer.Argument(metavar="SCORES", help="A folder that `groundup evaluate --tasks` wrote.")],
-    second: Annotated[Path, typer.Argument(metavar="SCORES", help="Another one, of the same items.")],
-    as_json: JsonOption = False,
-) -> None:
-    """Compare two models item by item: differences with intervals, corrected for how many are looked at."""
-    from groundup.evaluation.scorecard import compare_cards
-
-    found = compare_cards(first, second)
-    if as_json:
-        print_json([asdict(one) for one in found])
-        return
-    table = Table("benchmark", "first", "second", "difference (95 %)", "p", "verdict")
-    for one in found:
-        interval = f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
-        table.add_row(one.benchmark, f"{one.first:.3f}", f"{one.second:.3f}", interval, f"{one.p:.3f}", one.verdict)
-    result_console().print(table)

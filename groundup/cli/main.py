@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from groundup.cli import (
     building,
+    comparing,
     crawling,
     evaluating,
     inspecting,
@@ -73,7 +74,7 @@ def make_app() -> typer.Typer:
         "shards": (shards, "groundup shards verify runs/demo"),
     }
     building.add_to(app, groups, {"evaluate": (evaluating.evaluate, evaluating.EXAMPLE)})
-    for room in (planning, scaling, talking, evaluating, judging, serving, modelling, moving, inspecting):
+    for room in (planning, scaling, talking, comparing, judging, serving, modelling, moving, inspecting):
         room.add_to(app)
     return app
 

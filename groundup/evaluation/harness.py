@@ -12,6 +12,7 @@ from typing import Any
 
 from groundup.corpus import stream_documents
 from groundup.errors import ArtifactError
+from groundup.evaluation.attention import write_attention
 from groundup.evaluation.scorecard import read_card, score_model
 from groundup.evaluation.sets import BITS_PER_BYTE, EXACT, METRICS, STYLE, task_digests
 from groundup.interop import load_model
@@ -86,6 +87,9 @@ class Evaluate(Method):
                 model.eval(), tokenizer, settings, seed=recipe.seed, identity=identity, start=start,
                 texts=(document.text for document in documents), folder=context.folder, bar=bar,
             )  # fmt: skip
+            if recipe.reads_text and after is None:
+                text = next(document.text for document in stream_documents(run.folder("corpus"), "validation"))
+                write_attention(model, tokenizer, text, context.folder)
             figures = {metric: figure["value"] for metric, figure in scores.figures.items()}
             bar.finish(" · ".join(_lines(figures)))
         speed = scores.generation_tokens_per_second

@@ -1,8 +1,7 @@
-"""All the scores of a model into a folder, and two such folders side by side.
+"""All the scores of a model into a folder.
 
 In: a model and what `[evaluate]` says. Out: `scores.json` with every figure, what it was measured with, and how;
-beside it the records of each task's items. Models that answered the same items are compared item by item: the
-difference is paired, which takes out how hard the items are.
+beside it the records of each task's items, by which `comparison` compares models.
 """
 
 from __future__ import annotations
@@ -16,11 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from groundup.console import Bar
-from groundup.errors import ArtifactError, DataError
+from groundup.errors import ArtifactError
 from groundup.evaluation.benchmarks import Benchmark, EvaluationTask, GenerationTask, fingerprint
 from groundup.evaluation.contamination import contaminated_items
 from groundup.evaluation.measure import (
@@ -28,9 +26,7 @@ from groundup.evaluation.measure import (
     by_group,
     confidences,
     figures_of,
-    item_scores,
     measure,
-    read_records,
     reliability,
     to_plain,
 )
@@ -43,16 +39,12 @@ from groundup.report.format import is_number
 from groundup.tokenizer import Tokenizer
 from groundup.tokenizer.pretrained import PretrainedTokenizer
 from groundup.tokenizer.special import CHAT_TEMPLATE
-from groundup.untrusted import file_inside, reading
+from groundup.untrusted import reading
 
 CARD = "scores.json"
 _FORMAT = 2  # of scores and records; raised when figures change
 _CORE_TASKS = 22  # of DCLM's CORE (its eval/additional_aggregation.json, low_variance_datasets)
 _WAY_OUT = "Write them: groundup evaluate MODEL --tasks …"
-_RESAMPLES = 10_000
-_LEVEL = 0.05
-_SHOWN = 0.02  # the difference for which the needed number of items is told
-_POWER = 1.96 + 0.84  # both sides at 5 %, found four times in five
 
 
 @dataclass(frozen=True)
@@ -270,120 +262,6 @@ def _kept(folder: Path, model_and_texts: Mapping[str, Any]) -> dict[str, Any]:
     except ArtifactError:
         return {}
     return dict(card["tasks"]) if model_and_texts.items() <= card.items() else {}
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How two models differ on one benchmark.
-
-    Attributes:
-        benchmark: its name.
-        n: items that both answered.
-        first, second: their mean scores, of a text −bits per byte.
-        value: second − first.
-        low, high: of the 95 % interval, by 10,000 paired resamples.
-        p: two-sided, corrected for the number of benchmarks (Holm 1979).
-        n_needed: items that would show a difference of 0.02 four times in five.
-        verdict: in words.
-    """
-
-    benchmark: str
-    n: int
-    first: float
-    second: float
-    value: float
-    low: float
-    high: float
-    p: float
-    n_needed: int
-    verdict: str
-
-
-def compare_cards(first: str | Path, second: str | Path) -> list[Difference]:
-    """Two folders that `score_benchmarks` wrote, benchmark by benchmark.
-
-    Raises:
-        ArtifactError: no scores there, or damaged ones.
-        DataError: they share no benchmark with the same items.
-    """
-    cards = [read_card(Path(folder))["tasks"] for folder in (first, second)]
-    paired: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    units: dict[str, str] = {}
-    for name, one in cards[0].items():
-        other = cards[1].get(name)
-        if other is None or other["fingerprint"] != one["fingerprint"]:
-            continue
-        scores, is_text = zip(
-            *(_scores(Path(folder), name, card) for folder, card in ((first, one), (second, other))), strict=True
-        )
-        if any(is_text):
-            units[name] = " bits per byte"
-        places = sorted(scores[0].keys() & scores[1].keys())
-        if len(places) > 1:
-            paired[name] = (
-                np.array([scores[0][place] for place in places]),
-                np.array([scores[1][place] for place in places]),
-            )
-    if not paired:
-        raise DataError(
-            f"{first} and {second} share no benchmark with two or more of the same items.",
-            "Score both with the same --tasks, --shots, --limit and --seed.",
-        )
-    plain = {name: _p_value(b - a) for name, (a, b) in paired.items()}
-    corrected = holm(plain)
-    return [_difference(name, a, b, corrected[name], units.get(name, "")) for name, (a, b) in paired.items()]
-
-
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """P-values corrected for how many there are (Holm 1979): the smallest times n, the next times n − 1, …"""
-    found: dict[str, float] = {}
-    most = 0.0
-    for place, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
-        most = max(most, min(1.0, p * (len(p_values) - place)))
-        found[name] = most
-    return {name: found[name] for name in p_values}
-
-
-def _p_value(differences: np.ndarray) -> float:
-    """Two-sided, by 10,000 random signs: of two equal models, either could have been the better one at any item."""
-    rng = np.random.default_rng(0)
-    seen = abs(differences.sum())
-    if not seen:
-        return 1.0
-    signs = (rng.integers(0, 2, (len(differences), 1000)) * 2 - 1 for _ in range(_RESAMPLES // 1000))
-    n_beyond = sum(int((abs(differences @ part) >= seen - 1e-9).sum()) for part in signs)
-    return (n_beyond + 1) / (_RESAMPLES + 1)
-
-
-def _difference(name: str, a: np.ndarray, b: np.ndarray, p: float, unit: str) -> Difference:
-    rng = np.random.default_rng(0)
-    differences = b - a
-    n = len(differences)
-    resampled = [differences[rng.integers(0, n, n)].mean() for _ in range(_RESAMPLES)]
-    low, high = np.quantile(resampled, [_LEVEL / 2, 1 - _LEVEL / 2])
-    spread = float(differences.std(ddof=1))
-    n_needed = max(2, math.ceil((_POWER * spread / _SHOWN) ** 2))
-    value = float(differences.mean())
-    least = f"{_SHOWN}{unit}" if unit else f"{_SHOWN * 100:g} points"
-    if p < _LEVEL:
-        better = f"{abs(value):.3g}{unit}" if unit else f"{abs(value):.1%}"
-        verdict = f"the {'second' if value > 0 else 'first'} is better by {better}"
-    elif n < n_needed:
-        verdict = f"no difference shown at n = {n:,}; {n_needed:,} items would show one of {least}"
-    else:
-        verdict = f"no difference shown at n = {n:,}, where one of {least} would have been seen"
-    return Difference(name, n, float(a.mean()), float(b.mean()), value, float(low), float(high), p, n_needed, verdict)
-
-
-def _scores(folder: Path, name: str, card: Mapping[str, Any]) -> tuple[dict[int, float], bool]:
-    """The score of each item, and whether they are texts."""
-    path = file_inside(folder, records_file(name))
-    with reading(str(path), fix=_WAY_OUT):
-        records = read_records(path, card["identity"])
-        scores = item_scores(records)
-    if not all(map(math.isfinite, scores.values())):
-        raise ArtifactError(f"{path}: a score that is no finite number.", _WAY_OUT)
-    return scores, "bits" in records[0]
 
 
 def say(name: str, value: float, stderr: float) -> str:

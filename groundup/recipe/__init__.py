@@ -33,7 +33,7 @@ from groundup.recipe.stages import (
     QuantizeSettings,
     StartSettings,
 )
-from groundup.recipe.writing import changed_settings, recipe_toml
+from groundup.recipe.writing import changed_settings, recipe_toml, resolved_settings
 
 __all__ = [
     "BEFORE",
@@ -68,6 +68,7 @@ __all__ = [
     "registered",
     "resolve",
     "resolve_optimizer",
+    "resolved_settings",
     "setting",
     "shipped_recipes",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from groundup.recipe.recipe import Recipe
-from groundup.recipe.resolve import derivations
+from groundup.recipe.resolve import derivations, resolve
 from groundup.recipe.sections import Section, section_class
 
 
@@ -40,6 +40,12 @@ def changed_settings(before: Recipe, after: Recipe) -> list[str]:
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
+
+
+def resolved_settings(recipe: Recipe) -> dict[str, str]:
+    """Every setting that has a value but the gates, as `section.key` and JSON; what follows from others with it."""
+    values = resolve(recipe).model_dump(mode="json", exclude={"name": True, "about": True, "evaluate": {"gates"}})
+    return {key: json.dumps(value, ensure_ascii=False) for key, value in _leaves(values) if value is not None}
 
 
 def _write_section(

@@ -17,6 +17,11 @@ from groundup.run import RECIPE_FILE, Run
 from groundup.stage import MODEL_FOLDER
 
 CARD = "README.md"
+_LICENCES = {
+    "groundup:classics": "CC0-1.0 (texts in the public domain in the United States)",
+    "groundup:shakespeare": "public domain",
+    "groundup:": "Apache-2.0, made by groundup's generators",
+}
 _MEASURABLE = {
     "bits_per_byte": "how well it predicts text",
     "exact_match": "right answers",
@@ -60,12 +65,18 @@ def model_card(run: Run, stage: str, folder: str) -> str:
         machine=", ".join(str(made_on[key]) for key in ("cpu", "platform") if key in made_on),
         languages=sorted(statistics.get("languages", {})),
         sources=list(statistics.get("by_source", {})),
+        licences=_licences(record, stage),
         steps=steps,
         dropped=[(step["step"], step["in"] - step["out"]) for step in steps if step["in"] > step["out"]],
         stages=_stages(record, stage),
         recipe=record.recipe_text,
         scores=scores,
         is_aligned=stage != record.base,
+        contaminated=[
+            (name, one["n_contaminated"], one["n"])
+            for name, one in record.benchmarks.get(stage, {}).items()
+            if one.get("n_contaminated")
+        ],
         unmeasured=[
             words for key, words in _MEASURABLE.items() if key not in {score["key"] for score in scores}
         ],
@@ -73,32 +84,50 @@ def model_card(run: Run, stage: str, folder: str) -> str:
 
 
 def _scores(record: RunRecord, stage: str) -> list[dict[str, Any]]:
-    rows = [row for row in record.scores.get("rows") or [] if row.get("model") == stage]
+    """Its row of the closing table, then of each benchmark beside it the figure that is the usual one."""
+    found = {
+        row["key"]: {"label": row["label"].removesuffix(f", {stage}"), **row["after"]}
+        for row in record.scores.get("rows") or []
+        if row.get("model") == stage and isinstance(row.get("after"), dict)
+    }
+    for name, card in record.benchmarks.get(stage, {}).items():
+        figure, estimate = next(iter(card["figures"].items()))
+        told = {"label": f"{name}, {figure.replace('_', ' ')}", **estimate}
+        found.setdefault(f"{name}.{figure}", told)
+    return [{"key": key, "data": key.rpartition(".")[0], **score} for key, score in found.items()]
+
+
+def _licences(record: RunRecord, stage: str) -> list[tuple[str, str, str]]:
+    """What the stages up to this one read, in their order, and its licence if it is known."""
+    manifests = [one.manifest for name in ("corpus", *_path(record, stage)) if (one := record.stages.get(name))]
     return [
-        {"key": row["key"], "label": row["label"].removesuffix(f", {stage}"), **row["after"]}
-        for row in rows
-        if isinstance(row.get("after"), dict)
+        (manifest.stage, source, next((told for known, told in _LICENCES.items() if source.startswith(known)), ""))
+        for manifest in manifests
+        if manifest
+        for key in ("inputs", "data", "prompts")
+        for source in manifest.settings.get(key) or ()
     ]
 
 
-def _stages(record: RunRecord, stage: str) -> list[dict[str, str]]:
+def _path(record: RunRecord, stage: str) -> list[str]:
     """The stages that trained something, from the first to this one."""
     path: list[str] = []
     at: str | None = stage
     while at is not None and at in record.stages and at not in path:
         path.append(at)
         at = next((name for name in record.stages[at].needs if record.stages[name].summary.get("flops")), None)
+    return path[::-1]
+
+
+def _stages(record: RunRecord, stage: str) -> list[dict[str, str]]:
+    """How each of them was trained."""
     found = []
-    for name in reversed(path):
+    for name in _path(record, stage):
         summary, seconds = record.summary(name), record.stages[name].seconds
-        found.append(
-            {
-                "name": name,
-                **{key: format_count(summary[key]) if key in summary else "–" for key in ("tokens", "steps")},
-                "flops": f"{summary['flops']:.2g}" if "flops" in summary else "–",
-                "minutes": "–" if seconds is None else f"{seconds / 60:.1f}",
-            }
-        )
+        counts = {key: format_count(summary[key]) if key in summary else "–" for key in ("tokens", "steps")}
+        flops = f"{summary['flops']:.2g}" if "flops" in summary else "–"
+        minutes = "–" if seconds is None else f"{seconds / 60:.1f}"
+        found.append({"name": name, **counts, "flops": flops, "minutes": minutes})
     return found
 
 

@@ -1,4 +1,4 @@
-"""Plots as inline SVG: loss and learning rate, throughput, exact match by task.
+"""Plots as inline SVG: loss and learning rate, scores with error bars, curves of several runs.
 
 In: what a stage logged. Out: SVG text for the page, drawn by matplotlib without pyplot's global state.
 Each plot is drawn twice, wide for a desk and narrow for a phone, one unit to a CSS pixel, so that its words
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import html
 import io
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +22,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from groundup.report.format import is_number
+from groundup.report.format import format_many, is_number, mapping
 from groundup.report.record import Curve
 
 # Stand-ins that no other part of a plot uses; in the SVG each becomes a CSS variable of the page.
 INK, SOFT, LINE, TRAIN, VALIDATION, BEFORE = "#010a01", "#020a02", "#030a03", "#040a04", "#050a05", "#060a06"
+GREEN, VIOLET, RED = "#070a07", "#080a08", "#090a09"
 CSS_COLOURS = {
     INK: "var(--ink)",
     SOFT: "var(--soft)",
@@ -35,7 +35,12 @@ CSS_COLOURS = {
     TRAIN: "var(--blue)",
     VALIDATION: "var(--orange)",
     BEFORE: "var(--grey)",
+    GREEN: "var(--good)",
+    VIOLET: "var(--violet)",
+    RED: "var(--bad)",
 }
+SERIES = (TRAIN, VALIDATION, GREEN, VIOLET, RED, BEFORE)
+"""Of things side by side, in this order; there are no more colours to tell apart."""
 MOST_POINTS = 500
 
 
@@ -55,11 +60,12 @@ class _Canvas:
     suffix: str
     width: int
     font_size: float
+    columns: int  # of small plots, or of a legend
     height_factor: float = 1.0
 
 
-WIDE = _Canvas("wide", 920, 13)
-NARROW = _Canvas("narrow", 350, 12, 0.85)
+WIDE = _Canvas("wide", 920, 13, 4)
+NARROW = _Canvas("narrow", 350, 12, 2, 0.85)
 
 
 def loss_chart(name: str, curve: Curve, expected_initial_loss: float | None) -> Chart:
@@ -95,17 +101,13 @@ def loss_chart(name: str, curve: Curve, expected_initial_loss: float | None) -> 
         if curve.validation:
             seen = [line["step"] for line in curve.validation]
             values = [line["val_loss"] for line in curve.validation]
-            marker = "o" if len(seen) <= 60 else ""
-            style: dict[str, Any] = {
-                "color": VALIDATION,
-                "linewidth": 2,
-                "linestyle": "--",
-                "marker": marker,
-                "markersize": 4,
-            }
-            above.plot(seen, values, label=f"validation: {values[-1]:.2f}", **style)
+            style: dict[str, Any] = {"linestyle": "--", "marker": "o" if len(seen) <= 60 else "", "markersize": 4}
+            above.plot(seen, values, color=VALIDATION, linewidth=2, label=f"validation: {values[-1]:.2f}", **style)
         if expected_initial_loss is not None:
-            _mark_knowing_nothing(above, expected_initial_loss, steps, losses)
+            above.axhline(expected_initial_loss, color=SOFT, linewidth=1, linestyle=":")
+            above.plot(steps[:1], losses[:1], color=INK, marker="o", markersize=6, markerfacecolor="none", linestyle="")
+            words_there = f"{expected_initial_loss:.2f}: knowing nothing"
+            _note(above, words_there, (0, expected_initial_loss), (12, 4), va="bottom", color=SOFT)
         top = max(float(losses.max()), expected_initial_loss or 0.0)
         above.set_ylim(max(0.0, float(losses.min()) - 0.06 * top), top * 1.09)
         above.set_ylabel("loss, nats per token")
@@ -120,7 +122,7 @@ def loss_chart(name: str, curve: Curve, expected_initial_loss: float | None) -> 
             below.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         below.set_ylabel("lr")
         below.set_xlabel("step")
-        below.xaxis.set_major_locator(MaxNLocator(8 if canvas is WIDE else 4, integer=True))
+        below.xaxis.set_major_locator(MaxNLocator(2 * canvas.columns, integer=True))
         below.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         figure.align_ylabels([above, below])
         above.set_xlim(0, float(steps[-1]) * 1.01 + 1)
@@ -128,86 +130,109 @@ def loss_chart(name: str, curve: Curve, expected_initial_loss: float | None) -> 
     return _chart(name, 400, paint, words)
 
 
-def curve_chart(name: str, key: str, curve: Curve) -> Chart:
-    """One more of the values that a stage logged, each step and smoothed; at least one line has it."""
-    lines = [(line["step"], line[key]) for line in curve.lines if is_number(line.get(key))]
-    steps, values = np.array([step for step, _ in lines]), np.array([value for _, value in lines], dtype=float)
+def curve_chart(name: str, key: str, lines: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """One more of the values that a stage logged, each step and smoothed; None: no line has it."""
+    logged = np.array([(line["step"], line[key]) for line in lines if is_number(line.get(key))], dtype=float)
+    if not len(logged):
+        return None
+    steps, values = logged.T
     smooth = smoothed(values)
-    words = f"{key}: from {smooth[0]:.3g} at step {steps[0]:,} to {smooth[-1]:.3g} at step {steps[-1]:,}."
+    words = f"{key}: from {smooth[0]:.4g} at step {steps[0]:,.0f} to {smooth[-1]:.4g} at step {steps[-1]:,.0f}."
 
     def paint(figure: Figure, canvas: _Canvas) -> None:
-        axes = figure.add_subplot(figure.add_gridspec(1, 1, **_margins(canvas, 210, bottom=46))[0])
-        _quiet(axes)
+        axes = _axes(figure, canvas, 210)
         axes.plot(*_thinned(steps, values), color=TRAIN, alpha=0.45, linewidth=1)
         axes.plot(*_thinned(steps, smooth), color=TRAIN, linewidth=2)
-        axes.set_ylabel(key)
-        axes.set_xlabel("step")
+        axes.set(xlabel="step", ylabel=key.replace("_", " "))
+        if values.min() > 1000:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g} k"))
 
     return _chart(name, 210, paint, words)
 
 
-def throughput_chart(name: str, curve: Curve, unit: str = "tokens") -> Chart:
-    """What a stage learns from per second, over its wall-clock time; at least one timing line."""
-    seconds = np.array([line["seconds"] for line in curve.timings], dtype=float)
-    speeds = np.array([line["tokens_per_second"] for line in curve.timings], dtype=float)
-    median = float(np.median(speeds))
-    words = f"Throughput: median {median:,.0f} {unit} per second, from {speeds.min():,.0f} to {speeds.max():,.0f}."
-    per_minute = seconds[-1] > 300
+def overlay_chart(name: str, curves: Mapping[str, Curve]) -> Chart | None:
+    """What several runs logged of one stage, over the tokens they had read; None: fewer than two logged a loss.
 
-    def paint(figure: Figure, canvas: _Canvas) -> None:
-        axes = figure.add_subplot(figure.add_gridspec(1, 1, **_margins(canvas, 210, bottom=46))[0])
-        _quiet(axes)
-        time = seconds / 60 if per_minute else seconds
-        axes.plot(*_thinned(time, speeds), color=TRAIN, linewidth=2)
-        axes.axhline(median, color=SOFT, linewidth=1, linestyle=":")
-        axes.set_ylim(0, float(speeds.max()) * 1.3)
-        _note(axes, f"median {median:,.0f}", (1, median), (-4, -6), ha="right", va="top", color=SOFT)
-        axes.set_ylabel(f"{unit}/s")
-        axes.set_xlabel("minutes" if per_minute else "seconds")
-        axes.yaxis.set_major_locator(MaxNLocator(3))
-        axes.yaxis.set_major_formatter(
-            FuncFormatter(lambda value, _: f"{value / 1000:g} k" if value >= 1000 else f"{value:g}")
-        )
-        axes.set_xlim(0, float(time[-1]) * 1.01 or 1.0)
-
-    return _chart(name, 210, paint, words)
-
-
-def exact_match_chart(name: str, by_kind: Mapping[str, Any]) -> Chart | None:
-    """Exact match of each kind of task before and after, with one standard error; None without figures."""
-    figures = [(kind, *_estimate(value, "before"), *_estimate(value, "after")) for kind, value in by_kind.items()]
-    kinds = sorted((item for item in figures if not math.isnan(item[3])), key=lambda item: (item[3], item[0]))
-    if not kinds:
+    Bits per byte, which do not depend on the tokenizer, where all have them; else the loss.
+    """
+    lines = [line for curve in curves.values() for line in curve.train]
+    names = ("loss", "val_loss")
+    if all(is_number(line.get("bits_per_byte")) for line in lines):
+        names = ("bits_per_byte", "val_bits_per_byte")
+    drawn = {
+        run: [
+            np.array([(line["tokens"], line[key]) for line in logged if {"tokens", key} <= line.keys()], dtype=float)
+            for logged, key in zip((curve.train, curve.validation), names, strict=True)
+        ]
+        for run, curve in curves.items()
+    }
+    drawn = {run: both for run, both in drawn.items() if len(both[0])}
+    if len(drawn) < 2:
         return None
-    words = "Exact match by kind of task: " + ", ".join(
-        f"{kind} {after:.0%}" + ("" if math.isnan(before) else f" (before: {before:.0%})")
-        for kind, before, _, after, _ in reversed(kinds)
-    )
-
-    height = 34 * len(kinds) + 84
+    unit = "loss, nats per token" if names[0] == "loss" else "bits per byte"
+    ends = {run: float(smoothed(train[:, 1])[-1]) for run, (train, _) in drawn.items()}
+    words = f"{unit}, over tokens: " + "; ".join(f"{run} ends at {end:.3f}" for run, end in ends.items()) + "."
 
     def paint(figure: Figure, canvas: _Canvas) -> None:
-        left = min(max(len(kind) for kind, *_ in kinds) * canvas.font_size * 0.58 + 18, canvas.width * 0.42)
-        axes = figure.add_subplot(
-            figure.add_gridspec(1, 1, **_margins(canvas, height, left=left, right=64, bottom=60))[0]
-        )
-        _quiet(axes)
-        rows = np.arange(len(kinds))
-        _, before, before_error, after, after_error = (np.array(column) for column in zip(*kinds, strict=True))
-        axes.barh(rows + 0.18, after, height=0.42, color=TRAIN, label="after")
-        axes.barh(rows - 0.25, np.nan_to_num(before), height=0.24, color=BEFORE, label="before")
-        for offset, values, errors in ((0.18, after, after_error), (-0.25, before, before_error)):
-            low, high = np.minimum(errors, values), np.minimum(errors, 1 - values)
-            axes.errorbar(values, rows + offset, xerr=[low, high], fmt="none", ecolor=INK, elinewidth=1.2, capsize=2.5)
-        for row, value in zip(rows, after, strict=True):
-            _note(axes, f"{value:.0%}", (1, row + 0.18), (8, 0), va="center", color=INK)
-        axes.set_yticks(rows, [kind for kind, *_ in kinds], color=INK)
-        axes.grid(axis="y", visible=False)
+        axes = _axes(figure, canvas, 360)
+        for colour, (run, (train, held_out)) in zip(SERIES, drawn.items(), strict=False):
+            axes.plot(*_thinned(train[:, 0], smoothed(train[:, 1])), color=colour, linewidth=1.6, label=run)
+            if len(held_out):
+                axes.plot(*held_out.T, "o--", color=colour, markersize=3, linewidth=1)
+        smooth = np.concatenate([smoothed(train[:, 1]) for train, _ in drawn.values()])
+        lowest = min([smooth.min(), *(held_out[:, 1].min() for _, held_out in drawn.values() if len(held_out))])
+        axes.set_ylim(0.94 * lowest, 1.03 * smooth.max())
+        axes.set(xlabel="tokens; dashed: held-out", ylabel=unit)
+        axes.xaxis.set_major_locator(MaxNLocator(canvas.columns + 1))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_many(value)))
+        axes.legend(loc="upper right", frameon=False, labelcolor=INK)
+
+    return _chart(name, 360, paint, words)
+
+
+def estimates_chart(name: str, rows: Mapping[str, Mapping[str, Any]], series: Mapping[str, str]) -> Chart | None:
+    """Shares with one standard error: a row of dots for each name, a colour for each series; None without figures.
+
+    Args:
+        name: unique on the page.
+        rows: for each row, estimates ("value", "stderr") by series; what is missing is left out.
+        series: the colour of each.
+    """
+    figures = {row: [(one, *found) for one in series if (found := _estimate(rows[row], one))] for row in rows}
+    figures = {row: found for row, found in figures.items() if found}
+    if not figures:
+        return None
+    ordered = sorted(figures.items(), key=lambda item: (item[1][-1][1], item[0]))
+    words = "; ".join(
+        f"{row}: " + ", ".join(f"{one} {value:.0%} ± {error:.1%}" for one, value, error in found)
+        for row, found in reversed(ordered)
+    )
+    height = (22 + 12 * len(series)) * len(ordered) + 84
+
+    def paint(figure: Figure, canvas: _Canvas) -> None:
+        left = min(max(map(len, figures)) * canvas.font_size * 0.58 + 18, canvas.width * 0.42)
+        axes = _axes(figure, canvas, height, left=left, right=64, bottom=60)
+        for place, (one, colour) in enumerate(series.items()):
+            offset = 0.7 * (place + 0.5) / len(series) - 0.35
+            points = [
+                (row - offset, value, error)
+                for row, (_, found) in enumerate(ordered)
+                for known, value, error in found
+                if known == one
+            ]
+            if points:
+                y, x, error = (np.array(column, dtype=float) for column in zip(*points, strict=True))
+                spread = [np.minimum(error, x), np.minimum(error, 1 - x)]
+                axes.errorbar(x, y, xerr=spread, fmt="o", color=colour, markersize=6, elinewidth=1.6, capsize=3)
+                axes.plot([], [], marker="o", linestyle="", color=colour, label=one)
+        for row, (_, found) in enumerate(ordered):
+            _note(axes, f"{found[-1][1]:.0%}", (1, row), (8, 0), va="center", color=INK)
+        axes.set_yticks(range(len(ordered)), [row for row, _ in ordered], color=INK)
         axes.set_xlim(0, 1)
-        axes.set_ylim(-0.6, len(kinds) - 0.4)
-        axes.xaxis.set_major_locator(MaxNLocator(4 if canvas is WIDE else 2))
+        axes.set_ylim(-0.6, len(ordered) - 0.4)
+        axes.xaxis.set_major_locator(MaxNLocator(canvas.columns))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-        figure.legend(loc="lower center", frameon=False, labelcolor=INK, ncols=2)
+        figure.legend(loc="lower center", frameon=False, labelcolor=INK, ncols=canvas.columns)
 
     return _chart(name, height, paint, words)
 
@@ -265,20 +290,15 @@ def histogram_chart(name: str, histograms: Mapping[str, Mapping[str, Any]]) -> C
         for signal, found in shown
     )
 
-    def rows_of(canvas: _Canvas) -> tuple[int, int]:
-        columns = 4 if canvas is WIDE else 2
-        return -(-len(shown) // columns), columns
-
     def height_of(canvas: _Canvas) -> float:
-        return 112 * rows_of(canvas)[0] / canvas.height_factor + 10
+        return 112 * -(-len(shown) // canvas.columns) / canvas.height_factor + 10
 
     def paint(figure: Figure, canvas: _Canvas) -> None:
-        n_rows, n_columns = rows_of(canvas)
-        grid = figure.add_gridspec(
-            n_rows, n_columns, hspace=1.1, wspace=0.18, **_margins(canvas, height_of(canvas), left=8, right=8, top=26)
-        )
+        margins = _margins(canvas, height_of(canvas), left=8, right=8, top=26)
+        n_rows = -(-len(shown) // canvas.columns)
+        grid = figure.add_gridspec(n_rows, canvas.columns, hspace=1.1, wspace=0.18, **margins)
         for place, (signal, found) in enumerate(shown):
-            axes = figure.add_subplot(grid[place // n_columns, place % n_columns])
+            axes = figure.add_subplot(grid[place // canvas.columns, place % canvas.columns])
             _quiet(axes)
             counts, edges = np.array(found["counts"], dtype=float), np.array(found["edges"], dtype=float)
             grows = bool(edges[-1] > 1000)
@@ -322,18 +342,12 @@ def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return (total[end + 1] - total[index - reach]) / (end - index + reach + 1)
 
 
-def _mark_knowing_nothing(axes: Axes, level: float, steps: NDArray[np.int64], losses: NDArray[np.float64]) -> None:
-    axes.axhline(level, color=SOFT, linewidth=1, linestyle=":")
-    axes.plot([steps[0]], [losses[0]], color=INK, marker="o", markersize=6, markerfacecolor="none", linestyle="")
-    _note(axes, f"{level:.2f}: knowing nothing", (0, level), (12, 4), va="bottom", color=SOFT)
-
-
-def _estimate(value: object, when: str) -> tuple[float, float]:
-    estimate = value.get(when) if isinstance(value, Mapping) else None
-    if not isinstance(estimate, Mapping) or not is_number(estimate.get("value")):
-        return math.nan, 0.0
-    stderr = estimate.get("stderr")
-    return float(estimate["value"]), float(stderr) if stderr is not None and is_number(stderr) else 0.0
+def _estimate(row: object, series: str) -> tuple[float, float] | None:
+    """A share and its standard error."""
+    value, stderr = (mapping(mapping(row).get(series)).get(name) for name in ("value", "stderr"))
+    if not is_number(value) or not 0 <= value <= 1:
+        return None
+    return float(value), float(stderr) if is_number(stderr) else 0.0
 
 
 def _thinned(x: NDArray[Any], y: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.float64]]:
@@ -400,6 +414,14 @@ def _fit_page(svg: str, name: str) -> str:
     for colour, variable in CSS_COLOURS.items():
         svg = svg.replace(colour, variable)
     return re.sub(r"\n\s*", "\n", svg)
+
+
+def _axes(figure: Figure, canvas: _Canvas, height: float, *, bottom: float = 46, **margins: float) -> Axes:
+    """The only axes of a figure."""
+    grid = figure.add_gridspec(1, 1, **_margins(canvas, height, bottom=bottom, **margins))
+    axes: Axes = figure.add_subplot(grid[0])
+    _quiet(axes)
+    return axes
 
 
 def _margins(

@@ -45,12 +45,8 @@ def closing_table(scores: Mapping[str, Any], run: Run | None = None) -> Table:
         manifests = {name: run.manifest(name) for name in stages_done(run)}
         rows += pipeline_rows({name: manifest.summary for name, manifest in manifests.items() if manifest})
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
-    table.add_column("")
-    table.add_column("before", justify="right")
-    table.add_column("")
-    table.add_column("after", justify="right")
-    table.add_column("")
-    table.add_column("n")
+    for title in ("", "before", "", "after", "", "n"):
+        table.add_column(title, justify="right" if title in ("before", "after") else "left")
     gated = any(row.gate for row in rows)
     if gated:
         table.add_column("gate")
@@ -115,6 +111,15 @@ def format_figure(key: str, value: object) -> str:
     return f"{value:,.0f}" if whole or abs(value) >= 1000 else f"{value:.2f}"
 
 
+def format_stderr(key: str, value: object) -> str:
+    """A figure's standard error, as `format_figure` shows the figure."""
+    if not is_number(value):
+        return ""
+    if is_share(key):
+        return f"±{100 * value:.1f}"
+    return f"±{value:,.0f}" if value >= 100 else f"±{value:.2f}"
+
+
 def is_share(key: str) -> bool:
     """Whether a metric is a share between 0 and 1, shown in percent; a benchmark's is named "arc_easy.accuracy"."""
     figure = key.rpartition(".")[2]
@@ -132,19 +137,11 @@ def _row(row: Mapping[str, Any], gates: Sequence[Mapping[str, Any]] = ()) -> Clo
         label=str(row.get("label", key)),
         before=format_figure(key, before.get("value")),
         after=format_figure(key, after.get("value")),
-        stderr=_stderr(key, after.get("stderr")),
+        stderr=format_stderr(key, after.get("stderr")),
         n=f"{n} {after.get('unit') or ''}".strip() if n else "",
         gate="; ".join(str(gate.get("bounds", "")) for gate in gates) + (", not measured" if None in outcomes else ""),
         gate_passed=all(outcomes) if outcomes and None not in outcomes else None,
     )
-
-
-def _stderr(key: str, value: object) -> str:
-    if not is_number(value):
-        return ""
-    if is_share(key):
-        return f"±{100 * value:.1f}"
-    return f"±{value:,.0f}" if value >= 100 else f"±{value:.2f}"
 
 
 def _mappings(values: object) -> list[Mapping[str, Any]]:

@@ -42,50 +42,58 @@ def corpus_section(record: RunRecord) -> dict[str, Any] | None:
     return {
         "facts": [(label, value) for label, value in facts if value],
         "steps": [_step(step, ratio) for step in statistics.get("steps", ()) if step.get("in")],
-        "has_tokens": is_number(ratio),
         "tables": [
             (title, _rows(mapping(statistics.get(name))))
             for title, name in (("language", "by_language"), ("source", "by_source"))
             if len(mapping(statistics.get(name))) > 1
         ],
         "histograms": histogram_chart("signals", mapping(statistics.get("histograms"))),
-        "private": [(kind, found) for kind, found in mapping(statistics.get("private")).items() if found],
-        "matches": [
-            {"task": f"{task}, record {example['record']}", "document": example["document"], "text": example["text"]}
-            for task, found in mapping(statistics.get("contamination")).items()
-            for example in found["examples"]
-        ][:MOST_ROWS],
-        "examples": [
-            {
-                "reason": reason,
-                "where": f"{example.get('source', '')} {example.get('record', '')}".strip(),
-                "detail": example.get("detail", ""),
-                "excerpt": example.get("excerpt", ""),
-            }
-            for reason, found in mapping(statistics.get("examples")).items()
-            for example in found[:EXAMPLES_PER_REASON]
-        ],
+        "examples": [one for one in _examples(statistics) if one[2]],
     }
 
 
-def _step(step: Mapping[str, Any], bytes_per_token: Any) -> dict[str, Any]:
+def _examples(statistics: Mapping[str, Any]) -> list[tuple[str, str, list[tuple[Any, ...]]]]:
+    """Lists with a heading and a caption; of each example its kind, where it is, a word on it, and an excerpt."""
+    private = mapping(statistics.get("private")).items()
+    tasks = mapping(statistics.get("contamination")).items()
+    reasons = mapping(statistics.get("examples")).items()
+    found = [
+        (f"{task}, record {one['record']}", f"document {one['document']}", "", one["text"])
+        for task, matches in tasks
+        for one in matches["examples"]
+    ]
+    removed = [
+        (reason, f"{one.get('source', '')} {one.get('record', '')}", one.get("detail"), one.get("excerpt"))
+        for reason, examples in reasons
+        for one in examples[:EXAMPLES_PER_REASON]
+    ]
+    return [
+        (
+            "Taken for private",
+            "Samples, to judge what was replaced by a placeholder.",
+            [(kind, "", "", sample) for kind, samples in private for sample in samples],
+        ),
+        ("Evaluation data found in the text", "", found[:MOST_ROWS]),
+        ("Examples of what was set aside", "All of it is listed in corpus/set_aside.jsonl.", removed),
+    ]
+
+
+def _step(step: Mapping[str, Any], bytes_per_token: Any) -> tuple[str, ...]:
     """A row of the steps' table; tokens are estimated from bytes, since only the last step's are counted."""
     size = step.get("bytes_out")
     tokens = format_count(size / bytes_per_token) if is_number(size) and is_number(bytes_per_token) else ""
-    return {**step, "size": _size(size), "tokens": tokens}
+    return (step["step"], f"{step['in']:,}", f"{step['out']:,}", _size(size), tokens, _removed(step) or "nothing")
 
 
-def _rows(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _rows(table: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [
-        {
-            "name": name,
-            "in": row.get("in", 0),
-            "kept": row.get("kept", 0),
-            "size": _size(row.get("bytes_kept")),
-            "removed": mapping(row.get("removed")),
-        }
+        (name, f"{row.get('in', 0):,}", f"{row.get('kept', 0):,}", _size(row.get("bytes_kept")), _removed(row))
         for name, row in list(table.items())[:MOST_ROWS]
     ]
+
+
+def _removed(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in mapping(row.get("removed")).items())
 
 
 def _size(value: Any) -> str:

@@ -6,8 +6,10 @@ the page has no script at all, and forbids any by its content security policy.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,21 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from groundup.console import format_bytes
-from groundup.report.charts import curve_chart, exact_match_chart, loss_chart, throughput_chart
+from groundup.report.attention import attention_section
+from groundup.report.charts import BEFORE, TRAIN, curve_chart, estimates_chart, loss_chart
 from groundup.report.closing import ClosingRow, closing_rows, pipeline_rows
 from groundup.report.corpus import corpus_section
+from groundup.report.cost import HOW, costs
 from groundup.report.format import format_many, format_number, format_whole, is_number, mapping
 from groundup.report.picture import LANE, NARROW_STOP, WIDE_STOP, format_seconds, pipeline_stops, pipeline_words
 from groundup.report.record import Curve, RunRecord, read_record
+from groundup.report.scores import benchmark_chart, benchmark_rows, models_table
 from groundup.run import REPORT_FILE, Run
 
 MOST_SAMPLES_SHOWN = 6
 MOST_SAMPLES = 40
 MOST_ANSWERS = 24
+MOST_BUFFERS = 3
 LONGEST_TEXT = 1200
 _HAS_MODEL = ("done", "changed")
 VERDICT_KEYS = ("bits_per_byte", "exact_match")
@@ -44,14 +50,17 @@ def write_report(run: Run) -> Path:
     rows = closing_rows(record.scores)
     if rows:
         rows += pipeline_rows({name: stage.summary for name, stage in record.stages.items() if stage.state == "done"})
+    models, shown = models_table(record), rows
+    if models is not None:  # the table of all rows would say the same once more
+        shown = [row for row in rows if row.gate or not row.n]
     stops = pipeline_stops(record, record.end)
     page = (
-        _environment()
+        environment()
         .get_template("page.html.j2")
         .render(
             record=record,
             verdict=verdict(record, rows),
-            rows=rows,
+            rows=shown,
             figures=_headline_figures(record),
             stops=stops,
             pipeline_words=pipeline_words(stops),
@@ -64,7 +73,21 @@ def write_report(run: Run) -> Path:
                 for name, stage in record.stages.items()
                 if name in record.curves or stage.shown.get("facts")
             ],
-            by_kind=exact_match_chart("exact-match", mapping(record.scores.get("by_kind"))),
+            models=models,
+            benchmarks=benchmark_rows(record),
+            benchmark_chart=benchmark_chart(record),
+            attention=attention_section(record),
+            costs=[(name, *cost.told()) for name, cost in costs(record).items()],
+            how=HOW,
+            digests=[
+                (f"{stage.name}, {what}", digest)
+                for stage in record.stages.values()
+                for what, digest in (stage.manifest.outside.items() if stage.manifest else ())
+                if digest
+            ],
+            by_kind=estimates_chart(
+                "exact-match", mapping(record.scores.get("by_kind")), {"before": BEFORE, "after": TRAIN}
+            ),
             answers=_answers(record.scores.get("answers")),
             machine=_machine(record),
             can_chat=record.end != record.base and record.state(record.end) in _HAS_MODEL,
@@ -98,19 +121,20 @@ def verdict(record: RunRecord, rows: Sequence[ClosingRow]) -> str:
     return f"{sentence[0].upper()}{sentence[1:]}." if sentence else "All stages are done."
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """The templates, with all that a text says escaped."""
     files = resources.files("groundup.report")
-    names = ("page.html.j2", "pipeline.svg.j2", "style.css")
-    environment = Environment(
+    names = ("macros.html.j2", "page.html.j2", "pipeline.svg.j2", "style.css", "versus.html.j2")
+    made = Environment(
         loader=DictLoader({name: files.joinpath(name).read_text("utf-8") for name in names}),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["readable"] = _readable
-    environment.globals["svg"] = Markup  # only for what charts.py drew
-    return environment
+    made.filters["readable"] = _readable
+    made.globals["svg"] = Markup  # only for what was drawn here
+    return made
 
 
 def _readable(text: object) -> str:
@@ -142,13 +166,10 @@ def _headline_figures(record: RunRecord) -> list[tuple[str, str]]:
 def _training(record: RunRecord, name: str, curve: Curve) -> dict[str, Any]:
     """One stage that trains, or has facts to tell: its plots, figures and samples."""
     stage, summary = record.stages[name], record.summary(name)
-    expected, unit = summary.get("expected_initial_loss"), summary.get("unit", "tokens")
+    expected = summary.get("expected_initial_loss")
     facts = [tuple(pair) for pair in stage.shown.get("facts", ()) if len(pair) == 2 and pair[1]]
-    others = [
-        curve_chart(f"{name}-{key}", key, curve)
-        for key in stage.shown.get("curves", ())
-        if any(is_number(line.get(key)) for line in curve.lines)
-    ]
+    others = [curve_chart(f"{name}-{key}", key, curve.lines) for key in stage.shown.get("curves", ())]
+    others.append(curve_chart(f"{name}-speed", "tokens_per_second", curve.timings))
     return {
         "stage": name,
         "title": stage.title if stage.title == name else f"{stage.title}: {name}",
@@ -156,10 +177,13 @@ def _training(record: RunRecord, name: str, curve: Curve) -> dict[str, Any]:
         "last_step": curve.train[-1]["step"] if curve.train else 0,
         "facts": facts,
         "loss": loss_chart(f"{name}-loss", curve, expected if is_number(expected) else None) if curve.train else None,
-        "curves": others,
-        "throughput": throughput_chart(f"{name}-speed", curve, unit) if curve.timings else None,
-        "validation": curve.validation,
+        "curves": [chart for chart in others if chart is not None],
+        "validation": [
+            (f"{line['step']:,}", *(format_number(line.get(key), 4) for key in ("val_loss", "val_bits_per_byte")))
+            for line in curve.validation
+        ],
         "samples": _samples(curve.samples),
+        "rollouts": _rollouts(curve.rollouts),
     }
 
 
@@ -173,15 +197,21 @@ def _samples(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     samples = []
     for prompt, texts in by_prompt.items():
         shown = _spread(len(texts), MOST_SAMPLES_SHOWN, 1.7)
-        rest = [index for index in _spread(len(texts), MOST_SAMPLES) if index not in shown]
-        samples.append(
-            {
-                "prompt": prompt,
-                "shown": [texts[index] for index in shown],
-                "rest": [texts[index] for index in rest],
-            }
-        )
+        rest = [texts[index] for index in _spread(len(texts), MOST_SAMPLES) if index not in shown]
+        samples.append({"prompt": prompt, "shown": [texts[index] for index in shown], "rest": rest})
     return samples
+
+
+def _rollouts(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, list[tuple[str, str, str, int]]]]:
+    """Of the first buffer, one in the middle and the last: step, mean reward; prompts, answers, rewards, how often."""
+    steps = list(dict.fromkeys(line["step"] for line in lines))
+    found = []
+    for step in (steps[place] for place in _spread(len(steps), MOST_BUFFERS)):
+        rows = [line for line in lines if line["step"] == step]
+        mean = sum(line["reward"] for line in rows) / len(rows)
+        same = Counter((str(line["prompt"]), str(line["answer"]), f"{line['reward']:.2f}") for line in rows)
+        found.append((step, mean, [(*row, n) for row, n in same.most_common(MOST_ANSWERS)]))
+    return found
 
 
 def _spread(count: int, most: int, power: float = 1.0) -> list[int]:
@@ -193,25 +223,16 @@ def _spread(count: int, most: int, power: float = 1.0) -> list[int]:
 
 def _answers(answers: object) -> dict[str, Any] | None:
     """A sample of graded answers that holds every kind, the wrong ones not hidden: kinds take turns."""
-    if not isinstance(answers, list):
-        return None
-    graded = [answer for answer in answers if isinstance(answer, Mapping)]
+    graded = [answer for answer in answers if isinstance(answer, Mapping)] if isinstance(answers, list) else []
     queues: dict[tuple[str, bool], list[Mapping[str, Any]]] = {}
     for answer in graded:
         queues.setdefault((str(answer.get("kind", "")), bool(answer.get("correct"))), []).append(answer)
-    chosen: list[Mapping[str, Any]] = []
-    while len(chosen) < min(MOST_ANSWERS, len(graded)):
-        for queue in queues.values():
-            if queue and len(chosen) < MOST_ANSWERS:
-                chosen.append(queue.pop(0))
-    if not chosen:
-        return None
-    fields = ("kind", "prompt", "expected", "reply")
-    shown = [
-        {**{name: answer.get(name, "") for name in fields}, "correct": bool(answer.get("correct"))} for answer in chosen
-    ]
+    turns = chain.from_iterable(zip_longest(*queues.values()))
+    empty = {"kind": "", "prompt": "", "expected": "", "reply": "", "correct": False}
+    shown = [{**empty, **answer} for answer in turns if answer is not None][:MOST_ANSWERS]
     shown.sort(key=lambda answer: (str(answer["kind"]), not answer["correct"]))
-    return {"shown": shown, "right": sum(bool(answer.get("correct")) for answer in graded), "of": len(graded)}
+    right = sum(bool(answer.get("correct")) for answer in graded)
+    return {"shown": shown, "right": right, "of": len(graded)} if shown else None
 
 
 def _machine(record: RunRecord) -> list[tuple[str, str]]:
@@ -221,8 +242,9 @@ def _machine(record: RunRecord) -> list[tuple[str, str]]:
         for name, value in (stage.manifest.environment if stage.manifest else {}).items():
             values.setdefault(name, {}).setdefault(str(value), []).append(stage.name)
     return [
-        (name.replace("_gib", " (GiB)"), next(iter(seen)))
-        if len(seen) == 1
-        else (name.replace("_gib", " (GiB)"), "; ".join(f"{value} ({', '.join(at)})" for value, at in seen.items()))
+        (
+            name.replace("_gib", " (GiB)"),
+            "; ".join(f"{value} ({', '.join(at)})" if len(seen) > 1 else value for value, at in seen.items()),
+        )
         for name, seen in values.items()
     ]

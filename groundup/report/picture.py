@@ -13,7 +13,8 @@ from groundup.console import format_bytes, format_duration
 from groundup.report.format import format_lines
 from groundup.report.record import RunRecord, StageRecord
 
-WIDE_STOP, NARROW_STOP, LANE = 116, 92, 150
+WIDE_STOP, NARROW_STOP, LANE = 124, 92, 150
+MOST_LINES = 3  # under a stop
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Stop:
     column: int  # how many stops are before it
     lane: int  # which branch it is on, 0 at the top
     after: int  # the place of the stop before it in the list, -1 for the first
+    beside: tuple[int, ...] = ()  # the places of other stops that it needs: a reward model, what a control is beside
 
 
 def pipeline_stops(record: RunRecord, end: str) -> list[Stop]:
@@ -44,7 +46,10 @@ def pipeline_stops(record: RunRecord, end: str) -> list[Stop]:
     evaluations = [stage for stage in record.stages.values() if "/" in stage.name]
     stops: list[Stop] = []
 
-    def add(name: str, icon: str, lines: Sequence[str], of: list[StageRecord], state: str, after: int) -> None:
+    def add(
+        name: str, icon: str, lines: Sequence[str], of: list[StageRecord], state: str, after: int,
+        beside: tuple[int, ...] = (),
+    ) -> None:  # fmt: skip
         seconds = sum(stage.seconds or 0.0 for stage in of)
         took = format_seconds(seconds) if of and any(stage.seconds is not None for stage in of) else ""
         column = stops[after].column + 1 if stops else 0
@@ -52,7 +57,8 @@ def pipeline_stops(record: RunRecord, end: str) -> list[Stop]:
         lane = stops[after].lane if stops else 0
         while (column, lane) in is_taken:
             lane += 1
-        stops.append(Stop(name, icon, tuple(lines), took, state, seconds / total, column, lane, after))
+        shown = (*lines[:MOST_LINES],) if state == "done" else (*lines[: MOST_LINES - 1], state)
+        stops.append(Stop(name, icon, shown, took, state, seconds / total, column, lane, after, beside))
 
     if corpus or any(stage.name == "corpus" for stage in stages):
         raw = format_lines((corpus.get("documents_in"), "{} documents"), (corpus.get("bytes_in"), format_bytes))
@@ -60,8 +66,9 @@ def pipeline_stops(record: RunRecord, end: str) -> list[Stop]:
     place = {stop.name: index for index, stop in enumerate(stops)}
     for stage in stages:
         before = max((place[name] for name in stage.needs if name in place), key=lambda at: stops[at].column, default=0)
-        lines = stage.shown.get("lines", ()) if stage.state == "done" else ()
-        add(stage.name, stage.name, lines, [stage], stage.state, before if stops else -1)
+        lines = [*(["control"] if stage.is_control else []), *stage.shown.get("lines", ())]
+        beside = tuple(place[name] for name in stage.beside if name in place)
+        add(stage.name, stage.name, lines, [stage], stage.state, before if stops else -1, beside)
         place[stage.name] = len(stops) - 1
     if evaluations:
         states = {stage.state for stage in evaluations}
@@ -80,8 +87,9 @@ def pipeline_words(stops: list[Stop]) -> str:
     """The picture in words, for those who cannot see it."""
     parts = []
     for place, stop in enumerate(stops):
-        told = ", ".join(stop.lines) if stop.lines else stop.state
+        told = ", ".join(stop.lines or (stop.state,))
         origin = f" (after {stops[stop.after].name})" if stop.after not in (-1, place - 1) else ""
+        origin += "".join(f" (with {stops[other].name})" for other in stop.beside)
         parts.append(f"{stop.name}{origin}: {told}" + (f", {stop.took}" if stop.took else ""))
     return "The pipeline. " + "; ".join(parts) + "."
 

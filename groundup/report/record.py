@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from groundup.errors import ArtifactError, GroundupError, RunError
 from groundup.files import read_json
-from groundup.report.format import is_number
+from groundup.report.format import is_number, mapping
 from groundup.run import MANIFEST, RECIPE_FILE, Manifest, Run
 from groundup.stage import current_stages, default_model, graph, language_models
 
@@ -29,16 +29,21 @@ class Curve:
     timings: list[dict[str, Any]]  # lines of `step`, `seconds`, `tokens_per_second`
     samples: list[dict[str, Any]]  # lines of `step`, `prompt`, `text`
     lines: list[dict[str, Any]] = field(default_factory=list)  # all lines of metrics.jsonl
+    rollouts: list[dict[str, Any]] = field(default_factory=list)  # lines of `step`, `prompt`, `answer`, `reward`
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One stage: how far it is, its manifest if it is done, and the stage it starts from, or those that it needs."""
+    """One stage: how far it is, its manifest if it is done, and what it starts from and stands on."""
 
     name: str
     state: Literal["done", "changed", "unfinished", "to come"]
     manifest: Manifest | None
-    needs: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()  # the stage it starts from, or those that it needs
+    beside: tuple[
+        str, ...
+    ] = ()  # stages of [align.NAME] that it needs too: a reward model, one whose compute it spends
+    is_control: bool = False
 
     @property
     def title(self) -> str:
@@ -68,6 +73,7 @@ class RunRecord:
     name: str
     path: str  # of the run, quoted for a shell
     about: str
+    seed: int | None  # None: the recipe cannot be read
     base: str  # the first stage that makes a language model
     end: str  # the stage whose model is used
     recipe_text: str
@@ -75,6 +81,8 @@ class RunRecord:
     curves: dict[str, Curve]
     scores: dict[str, Any]
     filter_statistics: dict[str, Any]
+    benchmarks: dict[str, dict[str, Any]]  # by model and benchmark
+    attention: dict[str, dict[str, Any]]  # by model: of one text, as it was scored
     warnings: list[str] = field(default_factory=list)
 
     def state(self, stage: str) -> str:
@@ -98,25 +106,34 @@ def read_record(run: Run) -> RunRecord:
             f"{run.root}: no run in this folder (it has no {RECIPE_FILE}).", "Make one: groundup build demo."
         )
     warnings: list[str] = []
-    about, base, end, needs = "", "", "", dict.fromkeys(run.finished(), ())
+    about, seed, base, end = "", None, "", ""
+    known = {name: StageRecord(name, "to come", None) for name in run.finished()}
     changed: Set[str] = set()
     try:
         recipe = run.recipe
-        about, stages_now = recipe.about, graph(recipe)
+        about, seed, stages_now = recipe.about, recipe.seed, graph(recipe)
         models = [stage.name for stage in language_models(stages_now)]
         if models:
             base, end = models[0], default_model(recipe, to_chat=True)[0]
         changed = stages_now.keys() - current_stages(stages_now, run)
-        needs = {name: (stage.start,) if stage.start else stage.needs for name, stage in stages_now.items()}
+        known = {
+            name: StageRecord(
+                name, "to come", None, (stage.start,) if stage.start else stage.needs,
+                tuple(need for need in stage.needs if need in recipe.branches and need != stage.start),
+                stage.is_control,
+            )
+            for name, stage in stages_now.items()
+        }  # fmt: skip
     except GroundupError as error:
         warnings.append(f"The recipe cannot be read: {error}")
-    stages = {name: _read_stage(run, name, before, warnings) for name, before in needs.items()}
+    stages = {name: _read_stage(run, stage, warnings) for name, stage in known.items()}
     for name in changed & {name for name, stage in stages.items() if stage.state == "done"}:
         stages[name] = replace(stages[name], state="changed")
     return RunRecord(
         name=run.name,
         path=shlex.quote(run.root.as_posix()),
         about=about,
+        seed=seed,
         base=base,
         end=end,
         recipe_text=recipe_path.read_text(encoding="utf-8", errors="replace"),
@@ -124,18 +141,37 @@ def read_record(run: Run) -> RunRecord:
         curves={name: curve for name in stages if (curve := _read_curve(run.folder(name), warnings))},
         scores=_read_mapping(run.folder("evaluate") / "scores.json", warnings),
         filter_statistics=_read_mapping(run.folder("corpus") / "filter_statistics.json", warnings),
+        benchmarks={name: found for name in stages if (found := _benchmarks(run, name, warnings))},
+        attention={
+            name: found
+            for name in stages
+            if (found := _read_mapping(run.folder("evaluate") / name / "attention.json", warnings))
+        },
         warnings=warnings,
     )
 
 
-def _read_stage(run: Run, name: str, needs: tuple[str, ...], warnings: list[str]) -> StageRecord:
+def _benchmarks(run: Run, model: str, warnings: list[str]) -> dict[str, Any]:
+    """What a model was asked from files, by its recipe and beside it; a generated set has a colon in its name."""
+    found = {}
+    for folder in (run.folder("evaluate") / model, run.folder(model) / "benchmarks"):
+        for name, card in mapping(_read_mapping(folder / "scores.json", warnings).get("tasks")).items():
+            figures = [mapping(one) for one in mapping(mapping(card).get("figures")).values()]
+            is_whole = figures and all(is_number(one.get(key)) for one in figures for key in ("value", "stderr", "n"))
+            if is_whole and ":" not in name and name != "bits_per_byte":
+                found[name] = card
+    return found
+
+
+def _read_stage(run: Run, stage: StageRecord, warnings: list[str]) -> StageRecord:
+    name = stage.name
     manifest = run.manifest(name)
     mappings = () if manifest is None else (manifest.summary, manifest.environment, manifest.shown)
     if manifest is not None and all(isinstance(value, dict) for value in mappings):
-        return StageRecord(name, "done", manifest, needs)
+        return replace(stage, state="done", manifest=manifest)
     if (run.folder(name) / MANIFEST).is_file():
         warnings.append(f"{name}/{MANIFEST} is damaged.")
-    return StageRecord(name, "unfinished" if run.folder(name).is_dir() else "to come", None, needs)
+    return replace(stage, state="unfinished" if run.folder(name).is_dir() else "to come")
 
 
 def _read_curve(folder: Path, warnings: list[str]) -> Curve | None:
@@ -156,6 +192,11 @@ def _read_curve(folder: Path, warnings: list[str]) -> Curve | None:
             if is_number(line.get("step")) and isinstance(line.get("text"), str)
         ],
         lines=metrics,
+        rollouts=[
+            line
+            for line in _lines(folder / "rollouts.jsonl", warnings)
+            if is_number(line.get("step")) and is_number(line.get("reward")) and {"prompt", "answer"} <= line.keys()
+        ],
     )
 
 

@@ -45,6 +45,7 @@ class Device:
     memory: float  # GiB
     bandwidth: float  # of the memory, bytes/s
     link: float  # to another device, bytes/s
+    power: float  # watts at most
     price: float  # dollars an hour
     mfu: float  # assumed share of the peak
 

@@ -1,0 +1,283 @@
+"""Models side by side: differences of their scores with intervals, corrected for how many are looked at.
+
+In: folders with scores, stages of runs, whole runs, or one recipe's runs of several seeds. Out: a difference for each
+figure that the first of them shares with another. Where both have the scores of the same items, these are paired, which
+takes out how hard the items are; where both have several seeds, these are the sample; else the two are two samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from scipy import stats
+
+from groundup.errors import ArtifactError, DataError
+from groundup.evaluation.harness import LOWER_IS_BETTER
+from groundup.evaluation.measure import Record, item_scores, read_records
+from groundup.evaluation.scorecard import CARD, read_card, records_file
+from groundup.evaluation.seeds import SEEDS_FILE, read_seeds
+from groundup.evaluation.sets import METRICS_OF_TASK
+from groundup.report.closing import is_share
+from groundup.run import RECIPE_FILE, Run
+from groundup.stage import stages_done
+from groundup.untrusted import file_inside, reading
+
+BENCHMARKS = "benchmarks"
+_WAY_OUT = "Write them: groundup evaluate MODEL --tasks …"
+_RESAMPLES = 10_000
+_LEVEL = 0.05
+_SHOWN = 0.02  # the difference for which the needed number of items is told
+_POWER = stats.norm.ppf(1 - _LEVEL / 2) + stats.norm.ppf(0.8)  # both sides at 5 %, found four times in five
+_UNITS = {"bits_per_byte": " bits per byte", "val_bits_per_byte": " bits per byte"}
+_UP, _DOWN = 1, -1
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two models differ on one benchmark or figure.
+
+    Attributes:
+        benchmark: its name; of runs, with the stage.
+        other: what is compared with the first.
+        sample: "items" that both answered, "seeds" of both, or "samples", each model's own.
+        n: how many.
+        first, second: their means; of texts, each counts the same.
+        value: second − first.
+        low, high: of the 95 % interval: by 10,000 paired resamples, Welch's for seeds, of two normal means else.
+        p: two-sided, corrected for the number of comparisons (Holm 1979).
+        n_needed: how many would show a difference of 0.02 four times in five; 0 where 0.02 means nothing.
+        verdict: in words.
+    """
+
+    benchmark: str
+    other: str
+    sample: Literal["items", "seeds", "samples"]
+    n: int
+    first: float
+    second: float
+    value: float
+    low: float
+    high: float
+    p: float
+    n_needed: int
+    verdict: str
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """What is known of one figure of one model."""
+
+    metric: str
+    items: Mapping[int, float] = field(default_factory=dict)
+    fingerprint: str = ""  # of the items
+    estimate: Mapping[str, Any] | None = None  # "value", "stderr", "n", "unit" of a sample that another may be beside
+    seeds: Sequence[float] = ()
+    unit: str = ""
+    better: int = 0  # which way; 0: neither
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A difference before it is corrected and told."""
+
+    sample: Literal["items", "seeds", "samples"]
+    n: int
+    first: float
+    second: float
+    low: float
+    high: float
+    p: float
+    spread: float  # standard deviation of one draw of the difference
+
+
+def compare_cards(*paths: str | Path) -> list[Difference]:
+    """The first against each other one, figure by figure.
+
+    Args:
+        paths: two or more of: a folder that `groundup evaluate --tasks` or a run's evaluation wrote; a run's stage; a
+            run, whose models are taken by their stages' names; a folder of `groundup build --seeds`.
+
+    Raises:
+        ArtifactError: no scores there, or damaged ones.
+        DataError: no other one shares a figure of the same items with the first.
+    """
+    first, *others = (_figures(Path(path)) for path in paths)
+    pairs = {
+        (place, name): (one, other[name])
+        for place, other in enumerate(others)
+        for name, one in first.items()
+        if name in other
+    }
+    found = {key: result for key, (a, b) in pairs.items() if (result := _compared(a, b)) is not None}
+    if not found:
+        raise DataError(
+            f"{paths[0]} and {', '.join(map(str, paths[1:]))} share no benchmark with two or more of the same items.",
+            "Score both with the same --tasks, --shots, --limit and --seed.",
+        )
+    corrected = holm({key: result.p for key, result in found.items()})
+    names = ["the second"] if len(others) == 1 else [str(path) for path in paths[1:]]
+    return [
+        _difference(name, str(paths[1 + place]), result, corrected[place, name], pairs[place, name][0], names[place])
+        for (place, name), result in found.items()
+    ]
+
+
+def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
+    """P-values corrected for how many there are (Holm 1979): the smallest times n, the next times n − 1, …"""
+    found: dict[Key, float] = {}
+    most = 0.0
+    for place, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        most = max(most, min(1.0, p * (len(p_values) - place)))
+        found[name] = most
+    return {name: found[name] for name in p_values}
+
+
+def _compared(a: _Figure, b: _Figure) -> _Found | None:
+    """None: there are not two of anything."""
+    if a.items and a.fingerprint == b.fingerprint:
+        places = sorted(a.items.keys() & b.items.keys())
+        if len(places) < 2:
+            return None
+        return _paired(*(np.array([one.items[place] for place in places]) for one in (a, b)))
+    if a.seeds and b.seeds:
+        return _over_seeds(np.array(a.seeds), np.array(b.seeds))
+    return _two_samples(a.estimate, b.estimate) if a.estimate and b.estimate else None
+
+
+def _two_samples(a: Mapping[str, Any], b: Mapping[str, Any]) -> _Found:
+    error, middle = math.hypot(a["stderr"], b["stderr"]), b["value"] - a["value"]
+    p = float(2 * stats.norm.sf(abs(middle) / error)) if error else float(not middle)
+    reach = stats.norm.ppf(1 - _LEVEL / 2) * error
+    spread = math.hypot(*(one["stderr"] * math.sqrt(one["n"]) for one in (a, b)))
+    n = min(a["n"], b["n"])
+    return _Found("samples", n, a["value"], b["value"], middle - reach, middle + reach, p, spread)
+
+
+def _paired(a: np.ndarray, b: np.ndarray) -> _Found:
+    rng = np.random.default_rng(0)
+    differences, n = b - a, len(a)
+    resampled = [differences[rng.integers(0, n, n)].mean() for _ in range(_RESAMPLES)]
+    low, high = map(float, np.quantile(resampled, [_LEVEL / 2, 1 - _LEVEL / 2]))
+    spread = float(differences.std(ddof=1))
+    return _Found("items", n, float(a.mean()), float(b.mean()), low, high, _p_value(differences), spread)
+
+
+def _p_value(differences: np.ndarray) -> float:
+    """Two-sided, by 10,000 random signs: of two equal models, either could have been the better one at any item."""
+    rng = np.random.default_rng(0)
+    seen = abs(differences.sum())
+    if not seen:
+        return 1.0
+    signs = (rng.integers(0, 2, (len(differences), 1000)) * 2 - 1 for _ in range(_RESAMPLES // 1000))
+    n_beyond = sum(int((abs(differences @ part) >= seen - 1e-9).sum()) for part in signs)
+    return (n_beyond + 1) / (_RESAMPLES + 1)
+
+
+def _over_seeds(a: np.ndarray, b: np.ndarray) -> _Found:
+    """Welch's test: each group of runs has its own spread."""
+    first, second, n = float(a.mean()), float(b.mean()), min(len(a), len(b))
+    spread = math.hypot(a.std(ddof=1), b.std(ddof=1))
+    if not spread:
+        return _Found("seeds", n, first, second, second - first, second - first, float(first == second), 0.0)
+    test = stats.ttest_ind(b, a, equal_var=False)
+    low, high = test.confidence_interval(1 - _LEVEL)
+    return _Found("seeds", n, first, second, float(low), float(high), float(test.pvalue), spread)
+
+
+def _difference(name: str, other: str, found: _Found, p: float, figure: _Figure, second: str) -> Difference:
+    is_scaled = bool(figure.unit) or is_share(figure.metric)
+    n_needed = max(2, math.ceil((_POWER * found.spread / _SHOWN) ** 2)) if is_scaled else 0
+    value, of = found.second - found.first, f"n = {found.n:,}" if found.sample != "seeds" else f"{found.n} seeds each"
+    in_units = bool(figure.unit) or not is_scaled
+    least = f"{_SHOWN}{figure.unit}" if in_units else f"{_SHOWN * 100:g} points"
+    if p < _LEVEL:
+        by = f"{abs(value):.3g}{figure.unit}" if in_units else f"{abs(value):.1%}"
+        better = second if value * (figure.better or _UP) > 0 else "the first"
+        verdict = f"{better} is {'better' if figure.better else 'higher'} by {by}"
+    elif not is_scaled:
+        verdict = f"no difference shown at {of}"
+    elif found.n < n_needed:
+        what = "seeds" if found.sample == "seeds" else "items"
+        verdict = f"no difference shown at {of}; {n_needed:,} {what} would show one of {least}"
+    else:
+        verdict = f"no difference shown at {of}, where one of {least} would have been seen"
+    return Difference(
+        name, other, found.sample, found.n, found.first, found.second, value, found.low, found.high, p, n_needed,
+        verdict,
+    )  # fmt: skip
+
+
+def _figures(path: Path) -> dict[str, _Figure]:
+    """Every figure that stands at a path, by name.
+
+    Raises:
+        ArtifactError: none does, or something is damaged.
+    """
+    if (path / SEEDS_FILE).is_file():
+        return {
+            f"{row['key']}, {row['model']}": _figure(row["key"], seeds=row["values"])
+            for row in read_seeds(path)["rows"]
+        }
+    if (path / RECIPE_FILE).is_file():
+        names = [name for name in stages_done(Run(path)) if "/" not in name]
+        return {
+            f"{figure}, {name}": value
+            for name in names
+            for folder in _of_stage(path, name)
+            for figure, value in _of_folder(folder).items()
+        }
+    folders = _of_stage(path.parent, path.name) if (path.parent / RECIPE_FILE).is_file() else []
+    return {name: value for folder in folders or [path] for name, value in _of_folder(folder).items()}
+
+
+def _of_stage(run: Path, stage: str) -> list[Path]:
+    folders = (run / "evaluate" / stage, run / stage / BENCHMARKS)
+    return [folder for folder in folders if (folder / CARD).is_file()]
+
+
+def _of_folder(folder: Path) -> dict[str, _Figure]:
+    """A benchmark's main figure by its name, every figure of a generated set by its own."""
+    found: dict[str, _Figure] = {}
+    for task, card in read_card(folder)["tasks"].items():
+        path = file_inside(folder, records_file(task))
+        with reading(str(path), fix=_WAY_OUT):
+            records = read_records(path, card["identity"])
+            for name, metric, items in _items(task, card, records):
+                if not all(map(math.isfinite, items.values())):
+                    raise ArtifactError(f"{path}: a score that is no finite number.", _WAY_OUT)
+                # Another seed draws other items of a generated set, but texts are of different difficulty.
+                estimate = card["figures"][metric] if task in METRICS_OF_TASK and metric not in _UNITS else None
+                found[name] = _figure(metric, items=items, fingerprint=card["fingerprint"], estimate=estimate)
+    return found
+
+
+def _items(
+    task: str, card: Mapping[str, Any], records: Sequence[Record]
+) -> Iterator[tuple[str, str, dict[int, float]]]:
+    """Of each figure that is compared: its name, its metric, and the score of each item."""
+    main = next(iter(card["figures"]))
+    if task not in METRICS_OF_TASK or "outcomes" not in records[0]:
+        sign = -1 if main in _UNITS else 1  # of a text the score is −bits per byte
+        yield task, main, {item: sign * score for item, score in item_scores(records).items()}
+        return
+    for metric in card["figures"]:
+        outcomes = {record["item"]: record["outcomes"].get(metric) for record in records}
+        yield metric, metric, {item: _mean(value) for item, value in outcomes.items() if value is not None}
+
+
+def _mean(outcome: Any) -> float:
+    """Of one answer: what it is worth, or a sum and over how much it goes."""
+    return outcome[0] / max(1, outcome[1]) if isinstance(outcome, list) else float(outcome)
+
+
+def _figure(metric: str, **known: Any) -> _Figure:
+    """Told in its unit, and which way it is better, if it is known."""
+    lower = metric in LOWER_IS_BETTER or metric in _UNITS or metric.endswith("loss")
+    better = _DOWN if lower else _UP if is_share(metric) else 0
+    return _Figure(metric, unit=_UNITS.get(metric, ""), better=better, **known)
