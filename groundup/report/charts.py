@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ CSS_COLOURS = {
     BEFORE: "var(--grey)",
 }
 MOST_POINTS = 500
+HELD_OUT = "held_out"
+"""What the names of scores on held-out prompts begin with."""
 
 
 @dataclass(frozen=True)
@@ -126,22 +128,40 @@ def loss_chart(name: str, curve: Curve, expected_initial_loss: float | None) -> 
     return _chart(name, 400, paint, words)
 
 
-def curve_chart(name: str, key: str, curve: Curve) -> Chart:
-    """One more of the values that a stage logged, each step and smoothed; at least one line has it."""
-    lines = [(line["step"], line[key]) for line in curve.lines if is_number(line.get(key))]
-    steps, values = np.array([step for step, _ in lines]), np.array([value for _, value in lines], dtype=float)
-    smooth = smoothed(values)
-    words = f"{key}: from {smooth[0]:.3g} at step {steps[0]:,} to {smooth[-1]:.3g} at step {steps[-1]:,}."
+def curve_chart(name: str, keys: Sequence[str], curve: Curve) -> Chart:
+    """More of the values that a stage logged, under each other over the same steps; some line has each of them.
+
+    A score on held-out prompts has its best step marked in all of them: what is trained for may go on rising from there
+    while the score falls, which is overoptimization (arXiv:2210.10760).
+    """
+    series, words, best = {}, [], None
+    for key in keys:
+        lines = [(line["step"], line[key]) for line in curve.lines if is_number(line.get(key))]
+        series[key] = steps, values = np.array([step for step, _ in lines]), np.array([one for _, one in lines], float)
+        smooth = smoothed(values)
+        words.append(f"{key}: from {smooth[0]:.3g} at step {steps[0]:,} to {smooth[-1]:.3g} at step {steps[-1]:,}.")
+        if key.startswith(HELD_OUT) and len(keys) > 1:
+            best = int(steps[np.flatnonzero(values == values.max())[-1]])
+            words[-1] += f" Its best: {values.max():.3g} at step {best:,}."
+    height = 150 * len(keys) + 60
 
     def paint(figure: Figure, canvas: _Canvas) -> None:
-        axes = figure.add_subplot(figure.add_gridspec(1, 1, **_margins(canvas, 210, bottom=46))[0])
-        _quiet(axes)
-        axes.plot(*_thinned(steps, values), color=TRAIN, alpha=0.45, linewidth=1)
-        axes.plot(*_thinned(steps, smooth), color=TRAIN, linewidth=2)
-        axes.set_ylabel(key)
-        axes.set_xlabel("step")
+        place = {"hspace": 0.2, **_margins(canvas, height, bottom=46)}
+        panels = figure.subplots(len(keys), sharex=True, squeeze=False, gridspec_kw=place)[:, 0]
+        for axes, (key, (steps, values)) in zip(panels, series.items(), strict=True):
+            _quiet(axes)
+            colour = VALIDATION if key.startswith(HELD_OUT) else TRAIN
+            axes.plot(*_thinned(steps, values), color=colour, alpha=0.45, linewidth=1)
+            axes.plot(*_thinned(steps, smoothed(values)), color=colour, linewidth=2)
+            axes.set_ylabel(key)
+            if best is not None:
+                axes.axvline(best, color=VALIDATION, linewidth=1.6, linestyle="--")
+                if key.startswith(HELD_OUT):
+                    _note(axes, f" best: step {best:,}", (best, values.min()), (2, 2), "data", color=VALIDATION)
+        figure.align_ylabels(panels)
+        panels[-1].set_xlabel("step")
 
-    return _chart(name, 210, paint, words)
+    return _chart(name, height, paint, " ".join(words))
 
 
 def throughput_chart(name: str, curve: Curve, unit: str = "tokens") -> Chart:
@@ -306,11 +326,12 @@ def _chart(
     return Chart(wide, narrow, words)
 
 
-def _note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], **style: Any) -> None:
-    """Words beside the place that is so far along the x axis, a share, and at so much of the y axis."""
-    axes.annotate(
-        text, at, xycoords=("axes fraction", "data"), xytext=offset, textcoords="offset points", **style
-    )  # fmt: skip
+def _note(
+    axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], x_is: str = "axes fraction",
+    **style: Any,
+) -> None:  # fmt: skip
+    """Words beside the place that is so far along the x axis, a share of it, and at so much of the y axis."""
+    axes.annotate(text, at, xycoords=(x_is, "data"), xytext=offset, textcoords="offset points", **style)
 
 
 def _drawn(name: str, canvas: _Canvas, height: float, paint: Callable[[Figure, _Canvas], None]) -> str:

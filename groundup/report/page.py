@@ -144,11 +144,9 @@ def _training(record: RunRecord, name: str, curve: Curve) -> dict[str, Any]:
     stage, summary = record.stages[name], record.summary(name)
     expected, unit = summary.get("expected_initial_loss"), summary.get("unit", "tokens")
     facts = [tuple(pair) for pair in stage.shown.get("facts", ()) if len(pair) == 2 and pair[1]]
-    others = [
-        curve_chart(f"{name}-{key}", key, curve)
-        for key in stage.shown.get("curves", ())
-        if any(is_number(line.get(key)) for line in curve.lines)
-    ]
+    logged = {key for line in curve.lines for key, value in line.items() if is_number(value)}
+    plots = [[key for key in keys.split() if key in logged] for keys in stage.shown.get("curves", ())]
+    others = [curve_chart("-".join([name, *keys]), keys, curve) for keys in plots if keys]
     return {
         "stage": name,
         "title": stage.title if stage.title == name else f"{stage.title}: {name}",
