@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import json
 import os
 import re
@@ -273,7 +274,7 @@ def _mark(folder: Path) -> None:
 
 
 def clear_folder(folder: Path, keeps: Collection[str] = ()) -> None:
-    """Remove a folder of ours; or, with `keeps`, all that is in it but these entries.
+    """Remove a folder of ours; or, with `keeps`, all that is in it but entries of these patterns.
 
     Raises:
         RunError: it is somebody else's.
@@ -286,7 +287,7 @@ def clear_folder(folder: Path, keeps: Collection[str] = ()) -> None:
 
 def _clear(folder: Path, keeps: Collection[str] = ()) -> None:
     for entry in list(folder.iterdir()):
-        if entry.name == MARK or entry.name in keeps:
+        if entry.name == MARK or any(fnmatch.fnmatchcase(entry.name, keep) for keep in keeps):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -345,6 +346,18 @@ def append_file(handle: IO[bytes], path: Path) -> None:
     """Copy the bytes of a file to the end of one that is being written."""
     with Path(path).open("rb") as source:
         shutil.copyfileobj(source, handle, 1 << 20)
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """One whole line, behind whole lines: what a full disk or a kill left of the last one is ended first."""
+    with path.open("a+b") as handle:
+        size = handle.seek(0, os.SEEK_END)
+        if size:
+            handle.seek(size - 1)
+            line = line if handle.read(1) == b"\n" else b"\n" + line
+        handle.write(line + b"\n")
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 def file_digest(path: Path) -> str:

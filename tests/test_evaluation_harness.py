@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from serving_client import small_model  # noqa: E402
 
 from groundup.evaluation.benchmarks import find_benchmark  # noqa: E402
 from groundup.evaluation.lm_eval_model import GroundupLM, task_file  # noqa: E402
-from groundup.evaluation.scorecard import score_benchmarks  # noqa: E402
+from groundup.evaluation.scorecard import score_model  # noqa: E402
 from groundup.interop import save_model  # noqa: E402
+from groundup.recipe import EvaluateSettings  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -44,9 +44,9 @@ def test_the_same_items_get_the_same_numbers_three_ways(
     source = shared_data / "evaluation" / "multiple_choice" / benchmark.files
     rows = source.read_text(encoding="utf-8").splitlines()[:N_ITEMS]
     (tmp_path / benchmark.files).write_text("\n".join([*rows, ""]), encoding="utf-8")
-    own = score_benchmarks(
-        small_model(), small_tokenizer(), [name], tmp_path, folder=tmp_path / "own", identity="small"
-    )["benchmarks"][name]["figures"]
+    settings = EvaluateSettings(tasks=(name,), data=str(tmp_path))
+    scores = score_model(small_model(), small_tokenizer(), settings)
+    own = scores.card["tasks"][name]["figures"]
     task = task_file(benchmark, tmp_path, tmp_path)
     for model in (GroundupLM(folder), HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4)):
         theirs: dict[str, Any] = lm_eval.simple_evaluate(
@@ -59,7 +59,7 @@ def test_the_same_items_get_the_same_numbers_three_ways(
             assert figures["perplexity,none"] == pytest.approx(own["perplexity"]["value"], rel=1e-4)
         else:
             assert figures["acc_norm,none"] == own["accuracy_characters"]["value"]
-        records = [json.loads(line) for line in (tmp_path / "own" / f"{name}.jsonl").read_text().splitlines()[1:]]
+        records = scores.records[name]
         samples = sorted(theirs["samples"][task.stem], key=lambda sample: sample["doc_id"])
         for record, sample in zip(records, samples, strict=True):
             logprobs = [float(reply[0]) for reply in sample["filtered_resps"]] if name != "lambada" else [
