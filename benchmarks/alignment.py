@@ -274,7 +274,7 @@ def groundup_step(what: dict[str, Any]) -> Step:
         terms = objective.terms({"model": policy}, batch)
         loss = sum(term.weight * term.total / counts[name] for name, term in terms.items() if term.weight)
         loss.backward()
-        clip_gradients(optimizers.parameters(), 1.0, lambda values: values)
+        clip_gradients(optimizers.parameters(), 1.0)
         optimizers.step(1.0)
         return float(loss.detach())
 

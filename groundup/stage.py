@@ -39,7 +39,7 @@ class Shown:
     title: str  # its heading
     facts: Sequence[tuple[str, str]] = ()  # labels and values
     lines: Sequence[str] = ()  # the few words under its picture
-    curves: Sequence[str] = ()  # names of values in its metrics.jsonl that are plotted beside the loss
+    curves: Sequence[str] = ()  # values in its metrics.jsonl to plot beside the loss; "reward kl": under each other
 
 
 class Method:

@@ -1,12 +1,15 @@
 """Distillation: the objective against its formula, and a draft that a model is sped up with."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from shards_bytes import document
+from distill_job import FAST, made_shards, questions, random, run, tokenizer
 from tiny_run import build_quietly, tiny_recipe, write_texts
 
 from groundup.alignment import Conversations, SFTSettings, fine_tune
@@ -15,40 +18,40 @@ from groundup.errors import DataError, RecipeError
 from groundup.generation import Engine, Request, SamplingParams, chat_reply
 from groundup.interop import load
 from groundup.model import Transformer, preset
-from groundup.recipe import ShardsSettings, parse_recipe
-from groundup.shards import write_shards
+from groundup.recipe import parse_recipe
 from groundup.stage import default_model
-from groundup.tokenizer import Tokenizer
 from groundup.training import IGNORED
+from groundup.training.metrics import read_log
 
-TEXTS = [f"{number} times the cat sat on the mat, and then it left." * (number % 4 + 1) for number in range(40)]
+WORKER = Path(__file__).with_name("distill_job.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{WORKER.parent}:{WORKER.parents[1]}"}
+
+
+@pytest.fixture(scope="module", name="tokenizer")
+def its_tokenizer():
+    return tokenizer()
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.train(TEXTS, vocab_size=320)
+def shards(tmp_path_factory) -> Path:
+    return made_shards(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(scope="module")
-def shards(tokenizer, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    write_shards(
-        [*map(document, TEXTS), document("The cat sat on the mat.", "validation")], tokenizer, folder, ShardsSettings()
-    )
+def teacher(tmp_path_factory):
+    """One that says "the mat", whatever it is asked; its shards and some questions lie beside it."""
+    folder, answer = tmp_path_factory.mktemp("teacher"), {"role": "assistant", "content": "the mat"}
+    talks = [[{"role": "user", "content": f"{n} times?"}, answer] for n in range(60)]
+    conversations = Conversations(talks[:50], talks[50:], {})
+    tuning = SFTSettings(epochs=14, **FAST)
+    fine_tune(random("ground-nano", 1), tokenizer(), tuning, out=folder, conversations=conversations)
+    questions(folder / "asked.jsonl", 79), made_shards(folder / "shards")
     return folder
-
-
-def random(name, tokenizer, seed, **overrides):
-    model = Transformer(preset(name, vocab_size=tokenizer.vocab_size, context_length=32, **overrides), seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
-    return model
 
 
 def test_the_loss_is_the_divergence_and_its_gradient_is_the_difference_of_the_laws(tokenizer, monkeypatch):
     monkeypatch.setattr("groundup.alignment.distill._SLICE_LOGITS", 5 * tokenizer.vocab_size)
-    teacher, student = random("llama-nano", tokenizer, 1), random("ground-nano", tokenizer, 2)
+    teacher, student = random("llama-nano", 1), random("ground-nano", 2)
     ids = torch.randint(0, tokenizer.vocab_size, (2, 12), generator=torch.Generator().manual_seed(3))
     targets = ids.roll(-1, 1)
     targets[0, 7:] = IGNORED
@@ -66,27 +69,27 @@ def test_the_loss_is_the_divergence_and_its_gradient_is_the_difference_of_the_la
 
 
 def test_a_student_comes_near_its_teacher_and_takes_up_where_it_was(tokenizer, shards, tmp_path):
-    teacher = random("ground-nano", tokenizer, 1)
+    teacher = random("ground-nano", 1)
     options = {"tokens": 40 * 32, "own_tokens": 33 * 20, "batch_size": 4, "compile": False, "eval_tokens": 64}
-    student = random("ground-nano", tokenizer, 2)
+    student = random("ground-nano", 2)
     trained = distill(teacher, student, tokenizer, shards, DistillSettings(**options), out=tmp_path / "a")
     assert trained.summary["own_rows"] == 20
     none = DistillSettings(**{**options, "tokens": 1, "lr": 1e-9, "muon_lr": 1e-9})
-    untrained = distill(teacher, random("ground-nano", tokenizer, 2), tokenizer, shards, none, out=tmp_path / "b")
+    untrained = distill(teacher, random("ground-nano", 2), tokenizer, shards, none, out=tmp_path / "b")
     assert trained.summary["acceptance"] > untrained.summary["acceptance"]
     assert trained.summary["val_loss"] < untrained.summary["val_loss"]
     again = distill(
-        teacher, random("ground-nano", tokenizer, 2), tokenizer, shards, DistillSettings(**options), out=tmp_path / "c"
+        teacher, random("ground-nano", 2), tokenizer, shards, DistillSettings(**options), out=tmp_path / "c"
     )
     for one, other in zip(trained.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
 def test_what_the_teacher_wrote_is_kept_for_a_run_that_goes_on(tokenizer, shards, tmp_path, monkeypatch):
-    teacher, settings = random("ground-nano", tokenizer, 1), {"batch_size": 4, "compile": False, "eval_tokens": 64}
+    teacher, settings = random("ground-nano", 1), {"batch_size": 4, "compile": False, "eval_tokens": 64}
 
     def own_rows(seed=1, **options):
-        student = random("ground-nano", tokenizer, 2)
+        student = random("ground-nano", 2)
         options = DistillSettings(tokens=1, **settings, **options)
         return distill(teacher, student, tokenizer, shards, options, out=tmp_path, seed=seed).summary["own_rows"]
 
@@ -99,26 +102,19 @@ def test_what_the_teacher_wrote_is_kept_for_a_run_that_goes_on(tokenizer, shards
     assert own_rows(own_tokens=32) == own_rows(own_tokens=33 * 9, own_share=0.0) == 0
 
 
-def test_a_student_learns_the_answers_that_its_teacher_samples(tokenizer, shards, tmp_path, monkeypatch):
+def test_a_student_learns_the_answers_that_its_teacher_samples(tokenizer, shards, teacher, tmp_path, monkeypatch):
     """And only those: what was asked is not learned, and what did not come to its end is left out."""
-    answer = {"role": "assistant", "content": "the mat"}
-    talks = [[{"role": "user", "content": f"{n} times?"}, answer] for n in range(60)]
-    fast = {"optimizer": "adamw", "lr": 2e-2, "batch_size": 4, "compile": False, "eval_tokens": 64, "eval_every": 100}
-    tuning = SFTSettings(epochs=14, **fast)
-    conversations = Conversations(talks[:50], talks[50:], {})
-    teacher = random("ground-nano", tokenizer, 1)
-    fine_tune(teacher, tokenizer, tuning, out=tmp_path / "teacher", conversations=conversations)
     data = tmp_path / "asked.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"{n} times?", "response": "unknown"}) + "\n" for n in range(79)))
+    questions(data, 79)
     with data.open("a") as file:  # a separator of lines for Unicode is none for JSON lines
         file.write(json.dumps({"prompt": "79\u2028times?", "response": "unknown"}) + "\n")
     settings = DistillSettings(
-        level="sequence", prompts=(str(data),), own_share=0.8, tokens=8000, temperature=0.7, **fast
+        level="sequence", prompts=(str(data),), own_share=0.8, tokens=8000, temperature=0.7, **FAST
     )  # fmt: skip
 
     def distilled():
-        student = random("ground-nano", tokenizer, 2)
-        return distill(teacher, student, tokenizer, shards, settings, out=tmp_path / "student")
+        models = load(teacher / "model").model, random("ground-nano", 2)
+        return distill(*models, tokenizer, shards, settings, out=tmp_path / "student")
 
     made = distilled()
     (kept,) = (tmp_path / "student").glob("own-text-*.jsonl")
@@ -137,10 +133,27 @@ def test_a_student_learns_the_answers_that_its_teacher_samples(tokenizer, shards
         DistillSettings(level="sequence")
 
 
+@pytest.mark.slow
+def test_two_processes_distil_answers_as_one_does(teacher, tmp_path):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
+    subprocess.run([sys.executable, *command, str(tmp_path / "two"), str(teacher)], env=ENVIRONMENT, check=True)
+    run(tmp_path / "one", teacher)
+    (one,), (two,) = ([*(tmp_path / name).glob("own-text-*.jsonl")] for name in ("one", "two"))
+    assert one.name == two.name
+    assert one.read_bytes() == two.read_bytes()  # which process wrote an answer decides nothing
+    logs = [read_log(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    assert len(logs[0]) == len(logs[1]) > 10
+    for mine, theirs in zip(*logs, strict=True):
+        assert mine.keys() == theirs.keys()
+        assert {name: value for name, value in mine.items() if "loss" in name} == pytest.approx(
+            {name: value for name, value in theirs.items() if "loss" in name}, abs=1e-5
+        )
+
+
 def test_prompts_without_a_question_are_refused(tokenizer, shards, tmp_path):
     data = tmp_path / "answers.jsonl"
     data.write_text('{"messages": [{"role": "assistant", "content": "Yes."}]}\n' * 20)
-    teacher, student = random("ground-nano", tokenizer, 1), random("ground-nano", tokenizer, 2)
+    teacher, student = random("ground-nano", 1), random("ground-nano", 2)
     with pytest.raises(DataError, match="question before its answer"):
         distill(teacher, student, tokenizer, shards, DistillSettings(prompts=(str(data),)), out=tmp_path / "out")
 
@@ -148,7 +161,7 @@ def test_prompts_without_a_question_are_refused(tokenizer, shards, tmp_path):
 def test_models_of_other_tokens_are_refused(tokenizer, shards, tmp_path):
     other = Transformer(preset("ground-nano", vocab_size=99))
     with pytest.raises(DataError, match="the smaller model has 99 tokens"):
-        distill(random("ground-nano", tokenizer, 1), other, tokenizer, shards, out=tmp_path)
+        distill(random("ground-nano", 1), other, tokenizer, shards, out=tmp_path)
 
 
 @pytest.mark.slow

@@ -187,6 +187,15 @@ def test_dpo_on_its_own_answers_earns_more_and_goes_on_to_the_bit(tmp_path):
         OnlineDPOSettings(group=5)
 
 
+def test_one_answer_alone_in_its_group_teaches_nothing(tmp_path):
+    tuned = run(tmp_path, "grpo", group=1, buffers=2, held_out=0)
+    lines = read_log(tmp_path / "metrics.jsonl")
+    assert {line["grad_norm"] for line in lines} == {0.0}
+    assert {line["silent_groups"] for line in lines} == {1.0}
+    for name, before in policy().named_parameters():
+        assert torch.equal(tuned.model.get_parameter(name), before)
+
+
 def test_values_from_a_shared_trunk_are_learned_too(tmp_path):
     summary = run(tmp_path, shared_trunk=True, buffers=2).summary
     assert summary["parameters"] < 1.1 * sum(p.numel() for p in policy().parameters())

@@ -15,9 +15,10 @@ import torch
 from pyarrow import csv
 
 from groundup.alignment.conversations import data_fingerprint
-from groundup.alignment.preferences import Preference, PreferenceRows, Preferences, load_preferences
+from groundup.alignment.preferences import Preference, PreferenceRows, Preferences, encode_answer, load_preferences
 from groundup.console import Console
 from groundup.errors import DataError
+from groundup.evaluation.small_talk import generate_talk
 from groundup.tokenizer import Tokenizer, render
 from groundup.training import IGNORED
 
@@ -239,3 +240,19 @@ def test_pairs_are_made_of_tasks():
         better, worse = ([message["content"] for message in answer] for answer in one.answers)
         assert better != worse
         assert one.prompt[0]["role"] == "user"
+
+
+def test_the_preferred_answer_to_a_sum_calls_the_calculator():
+    tool = Tokenizer.train(["What is 3 * 4? It is 12. I do not know."] * 9, vocab_size=300)
+    asked = {talk.prompt: talk for talk in generate_talk(1500, 1) if talk.before}
+    found = [
+        one for one in everything(load_preferences(["groundup:talk:1500"], "align.dpo")) if len(one.answers[0]) > 1
+    ]
+    assert {one.prompt[0]["content"] for one in found} == asked.keys() != set()
+    for one in found:
+        better, worse = one.answers
+        assert better == [*asked[one.prompt[0]["content"]].before, better[-1]]
+        assert [message["role"] for message in worse] == ["assistant"]
+        _, targets = encode_answer(tool, one.prompt, better)
+        learned = tool.decode([token for token in targets if token != IGNORED])
+        assert learned == better[0]["content"] + better[-1]["content"]  # and not what the calculator says

@@ -15,6 +15,7 @@ from rich.console import Console
 from groundup.errors import RunError
 from groundup.files import own_folder, write_json
 from groundup.recipe import read_recipe
+from groundup.report.charts import curve_chart
 from groundup.report.closing import closing_table
 from groundup.report.page import write_report
 from groundup.run import Manifest, Run
@@ -479,6 +480,20 @@ def blue_heights(source: str, name: str) -> list[float]:
     path = next(tag for tag in drawn if "stroke: var(--blue)" in tag and "stroke-opacity" in tag)
     numbers = path.split('d="')[1].split('"')[0]
     return [float(number) for number in numbers.replace("M", " ").replace("L", " ").split()[1::2]]
+
+
+def test_where_a_held_out_score_stops_to_follow_the_reward_is_marked():
+    lines = [{"step": step, "reward": step / 10, "kl": step**2} for step in range(1, 41)]
+    for line, score in zip(lines[4::5], (0.5, 0.7, 0.9, 0.9, 0.8, 0.6, 0.4, 0.3), strict=True):
+        line["held_out_right"] = score
+    chart = curve_chart("ppo", ["reward", "held_out_right", "kl"], lines)
+    assert "Its best: 0.9 at step 20." in chart.words
+    assert "reward: from 0.1 at step 1 to 3.95 at step 40." in chart.words
+    for drawn in (chart.wide, chart.narrow):
+        assert drawn.count("best: step 20") == 1
+        assert all(f">{key}<" in drawn for key in ("reward", "held out right", "kl"))
+    alone = curve_chart("ppo", ["held_out_right"], lines)
+    assert "best" not in alone.words + alone.wide  # beside nothing that could go on rising
 
 
 def test_recipe_without_sft_offers_no_chat(tmp_path):

@@ -47,6 +47,7 @@ def test_sliced_loss_is_the_full_loss_in_value_and_gradient(
     with pytest.MonkeyPatch.context() as patch:  # several slices of several pieces, the last ones short
         patch.setattr(objective, "SLICE_BYTES", 4 * 7 * vocab)
         patch.setattr(objective, "PIECE_LOGITS", 3 * vocab)
+        patch.setattr(objective, "VALID_STEP", 4)
         ours = cross_entropy_sum(
             hidden, weight, targets, vocab, softcap, label_smoothing=label_smoothing, z_loss=z_loss
         )  # fmt: skip
@@ -64,6 +65,22 @@ def test_sliced_loss_is_the_full_loss_in_value_and_gradient(
     nats = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
     torch.testing.assert_close(ours.nats, nats, atol=1e-4, rtol=1e-5)
     assert not ours.nats.requires_grad
+
+
+def test_however_many_targets_there_are_products_have_few_shapes(monkeypatch):
+    seen, apply = set(), objective._LinearCrossEntropy.apply
+
+    def noted(rows, *more):
+        seen.add(len(rows))
+        return apply(rows, *more)
+
+    monkeypatch.setattr(objective._LinearCrossEntropy, "apply", noted)
+    hidden, weight = torch.randn(1024, 8, requires_grad=True), torch.randn(20, 8)
+    for n_valid in range(1, 400, 7):
+        targets = torch.full((1024,), IGNORED)
+        targets[torch.randperm(1024)[:n_valid]] = 3
+        cross_entropy_sum(hidden, weight, targets)
+    assert seen == {128, 256, 384, 512}
 
 
 def test_a_loss_over_no_rows_is_nothing():

@@ -219,6 +219,7 @@ class DPOMethod(AlignmentMethod):
 
     name = "dpo"
     settings = DPOSettings
+    version = 2
     makes = "lm"
     figures = ("val_loss", "val_accuracy", "final_loss", "preference_accuracy")
     row_sequences = 2

@@ -25,6 +25,7 @@ from groundup.alignment.heads import HEAD_FOLDER
 from groundup.alignment.lora import AdapterSettings, adapters_off, merged
 from groundup.alignment.losses import PolicyLoss, TokenStatistics, kl_estimate, logprobs_head, sequence_logprobs
 from groundup.alignment.method import AlignmentMethod, Inputs, reported
+from groundup.alignment.packing import COLUMNS
 from groundup.alignment.reward import Scorer
 from groundup.alignment.rewards import VERIFY, FunctionReward, Prompt, Prompts, is_right, load_prompts
 from groundup.distributed import World
@@ -356,8 +357,8 @@ class PolicyObjective:
     def terms(self, modules: Mapping[str, Any], batch: Batch) -> dict[str, Term]:
         """The losses, entropy, the share of tokens that are clipped, and the buffer's figures."""
         stats = stat_terms(batch)
-        # Columns that are padding in all of these rows are left out.
-        last = int((batch["targets"] != IGNORED).any(0).nonzero().max()) + 1
+        # Columns that are padding in all of these rows are left out; so that widths are few (`COLUMNS`).
+        last = -(-int((batch["targets"] != IGNORED).any(0).nonzero().max() + 1) // COLUMNS) * COLUMNS
         batch = {name: t[:, : last + (name == "ids")] if t.dim() == 2 else t for name, t in batch.items()}
         mask = batch["targets"] != IGNORED
         found, policy, losses = self.losses(modules, batch, mask)
@@ -443,6 +444,7 @@ class PolicyMethod(AnswersMethod):
     """A method that learns from its answers buffer by buffer; a subclass gives its source and its objective."""
 
     makes = "lm"
+    version = 2
     figures: ClassVar[tuple[str, ...]] = ("held_out_reward", "held_out_right")
     source: ClassVar[type[RolloutSource]]
     objective: ClassVar[type[Any]]

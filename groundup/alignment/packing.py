@@ -16,6 +16,9 @@ import numpy as np
 
 from groundup.training import IGNORED
 
+COLUMNS = 8
+"""Of which widths of padded batches are a multiple: oneDNN keeps compiled products of every shape that it met."""
+
 Text = tuple[np.ndarray, np.ndarray]
 """Token ids and targets, each (length,) int64; a target is the token after its id, or `IGNORED`."""
 

@@ -180,7 +180,7 @@ class PPOMethod(PolicyMethod):
     settings = PPOSettings
     source, objective = PPORollouts, PPO
     title = "Proximal policy optimization"
-    curves = ("reward", "kl", "held_out_reward", "held_out_right", "entropy", "clipped", "explained_variance")
+    curves = ("reward held_out_right kl", "held_out_reward", "entropy", "clipped", "explained_variance")
 
     def modules(self, inputs: Inputs) -> dict[str, nn.Module]:
         """The value model."""

@@ -34,7 +34,7 @@ from groundup.alignment.conversations import (
     too_little,
 )
 from groundup.alignment.method import Inputs, RecordRows, RecordsSettings
-from groundup.alignment.packing import Text
+from groundup.alignment.packing import COLUMNS, Text
 from groundup.console import Console
 from groundup.corpus.document import Reason
 from groundup.corpus.reading.refusal import RefusedError
@@ -142,8 +142,13 @@ def load_preferences(
         sides[prompt in held_out].append(one)
     made = [task for name in data if name.startswith(GENERATED) for task in read_set(name, n_tasks, seed) if task.wrong]
     for number, task in enumerate(made):
-        pair = task.pair(random.Random(f"{seed}/{number}"))
-        answers: list[list[Message]] = [[{"role": "assistant", "content": text}] for text in pair]
+        better, worse = task.pair(random.Random(f"{seed}/{number}"))
+        asked = max(place for place, message in enumerate(task.messages) if message["role"] == "user")
+        # A sum's right answer calls the calculator first: or what is preferred would be to guess.
+        answers: list[list[Message]] = [
+            [*task.messages[asked + 1 : -1], {"role": "assistant", "content": better}],
+            [{"role": "assistant", "content": worse}],
+        ]
         sides[task.split != "train"].append(Preference([{"role": "user", "content": task.prompt}], answers))
     if not all(sides):
         needs = '{"prompt": …, "chosen": …, "rejected": …}, a "ranking", or a "label"'
@@ -336,6 +341,7 @@ class PreferenceRows(RecordRows[Encoded]):
         """Preferences as a batch, with empty rows up to `n_rows`."""
         n_rows, n_answers = n_rows or len(chosen), max(len(one.texts) for one in chosen)
         length = max(len(ids) for one in chosen for ids, _ in one.texts)
+        length = max(length, min(-(-length // COLUMNS) * COLUMNS, self._most))
         ids = torch.full((n_rows, n_answers, length), self._tokenizer.pad_id)
         targets, ends = torch.full_like(ids, IGNORED), torch.full((n_rows, n_answers), -1)
         is_good, reference = torch.zeros(n_rows, dtype=torch.bool), torch.zeros(n_rows, n_answers)

@@ -165,6 +165,7 @@ class RewardMethod(HeadMethod):
 
     name = "reward"
     settings = RewardSettings
+    version = 2
     makes = "scorer"
     figures = ("val_loss", "val_accuracy", "final_loss", "pair_accuracy", "length_correlation")
     row_sequences = 2

@@ -326,7 +326,7 @@ class SupervisedFineTuning(AlignmentMethod):
     """The stage: a model learns to answer."""
 
     settings = SFTSettings
-    version = 7
+    version = 8
     makes = "lm"
     figures = ("val_loss", "final_loss")
 

@@ -42,6 +42,8 @@ CSS_COLOURS = {
 SERIES = (TRAIN, VALIDATION, GREEN, VIOLET, RED, BEFORE)
 """Of things side by side, in this order; there are no more colours to tell apart."""
 MOST_POINTS = 500
+HELD_OUT = "held_out"
+"""What the names of scores on held-out prompts begin with."""
 
 
 @dataclass(frozen=True)
@@ -130,24 +132,48 @@ def loss_chart(name: str, curve: Curve, expected_initial_loss: float | None) -> 
     return _chart(name, 400, paint, words)
 
 
-def curve_chart(name: str, key: str, lines: Sequence[Mapping[str, Any]]) -> Chart | None:
-    """One more of the values that a stage logged, each step and smoothed; None: no line has it."""
-    logged = np.array([(line["step"], line[key]) for line in lines if is_number(line.get(key))], dtype=float)
-    if not len(logged):
+def curve_chart(name: str, keys: Sequence[str], lines: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """More of the values that a stage logged, under each other over the same steps; None: no line has one of them.
+
+    A score on held-out prompts has its best step marked in all of them: what is trained for may go on rising from there
+    while the score falls, which is overoptimization (arXiv:2210.10760).
+    """
+    series, words, best = {}, [], None
+    for key in keys:
+        logged = np.array([(line["step"], line[key]) for line in lines if is_number(line.get(key))], dtype=float)
+        if not len(logged):
+            continue
+        series[key] = steps, values = logged.T
+        smooth = smoothed(values)
+        words.append(
+            f"{key}: from {smooth[0]:.4g} at step {steps[0]:,.0f} to {smooth[-1]:.4g} at step {steps[-1]:,.0f}."
+        )
+        if key.startswith(HELD_OUT) and len(keys) > 1:
+            best = int(steps[np.flatnonzero(values == values.max())[-1]])
+            words[-1] += f" Its best: {values.max():.3g} at step {best:,}."
+    if not series:
         return None
-    steps, values = logged.T
-    smooth = smoothed(values)
-    words = f"{key}: from {smooth[0]:.4g} at step {steps[0]:,.0f} to {smooth[-1]:.4g} at step {steps[-1]:,.0f}."
+    height = 150 * len(series) + 60
 
     def paint(figure: Figure, canvas: _Canvas) -> None:
-        axes = _axes(figure, canvas, 210)
-        axes.plot(*_thinned(steps, values), color=TRAIN, alpha=0.45, linewidth=1)
-        axes.plot(*_thinned(steps, smooth), color=TRAIN, linewidth=2)
-        axes.set(xlabel="step", ylabel=key.replace("_", " "))
-        if values.min() > 1000:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g} k"))
+        place = {"hspace": 0.2, **_margins(canvas, height, bottom=46)}
+        panels = figure.subplots(len(series), sharex=True, squeeze=False, gridspec_kw=place)[:, 0]
+        for axes, (key, (steps, values)) in zip(panels, series.items(), strict=True):
+            _quiet(axes)
+            colour = VALIDATION if key.startswith(HELD_OUT) else TRAIN
+            axes.plot(*_thinned(steps, values), color=colour, alpha=0.45, linewidth=1)
+            axes.plot(*_thinned(steps, smoothed(values)), color=colour, linewidth=2)
+            axes.set_ylabel(key.replace("_", " "))
+            if values.min() > 1000:
+                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g} k"))
+            if best is not None:
+                axes.axvline(best, color=VALIDATION, linewidth=1.6, linestyle="--")
+                if key.startswith(HELD_OUT):
+                    _note(axes, f" best: step {best:,}", (best, values.min()), (2, 2), "data", color=VALIDATION)
+        figure.align_ylabels(panels)
+        panels[-1].set_xlabel("step")
 
-    return _chart(name, 210, paint, words)
+    return _chart(name, height, paint, " ".join(words))
 
 
 def overlay_chart(name: str, curves: Mapping[str, Curve]) -> Chart | None:
@@ -371,11 +397,12 @@ def _chart(
     return Chart(wide, narrow, words)
 
 
-def _note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], **style: Any) -> None:
-    """Words beside the place that is so far along the x axis, a share, and at so much of the y axis."""
-    axes.annotate(
-        text, at, xycoords=("axes fraction", "data"), xytext=offset, textcoords="offset points", **style
-    )  # fmt: skip
+def _note(
+    axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], x_is: str = "axes fraction",
+    **style: Any,
+) -> None:  # fmt: skip
+    """Words beside the place that is so far along the x axis, a share of it, and at so much of the y axis."""
+    axes.annotate(text, at, xycoords=(x_is, "data"), xytext=offset, textcoords="offset points", **style)
 
 
 def _drawn(name: str, canvas: _Canvas, height: float, paint: Callable[[Figure, _Canvas], None]) -> str:

@@ -168,8 +168,9 @@ def _training(record: RunRecord, name: str, curve: Curve) -> dict[str, Any]:
     stage, summary = record.stages[name], record.summary(name)
     expected = summary.get("expected_initial_loss")
     facts = [tuple(pair) for pair in stage.shown.get("facts", ()) if len(pair) == 2 and pair[1]]
-    others = [curve_chart(f"{name}-{key}", key, curve.lines) for key in stage.shown.get("curves", ())]
-    others.append(curve_chart(f"{name}-speed", "tokens_per_second", curve.timings))
+    plots = [(keys.split(), curve.lines) for keys in stage.shown.get("curves", ())]
+    plots.append((["tokens_per_second"], curve.timings))
+    others = [curve_chart("-".join([name, *keys]), keys, lines) for keys, lines in plots]
     return {
         "stage": name,
         "title": stage.title if stage.title == name else f"{stage.title}: {name}",

@@ -52,6 +52,8 @@ PIECE_WEIGHTS = 1 << 21
 
 MOSTLY_VALID = 0.75
 """From this share of valid targets on, logits are made of the others' positions too, instead of leaving them out."""
+VALID_STEP = 128
+"""Of which the positions that are kept are a multiple: oneDNN keeps a compiled product for each number that it met."""
 
 
 class Term(NamedTuple):
@@ -167,9 +169,11 @@ def cross_entropy_sum(
     """
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     if rows.requires_grad and rows.device.type == "cpu":  # a GPU would have to be waited for to know how many they are
-        valid = (targets != IGNORED).nonzero()[:, 0]
-        if len(valid) < MOSTLY_VALID * len(targets):
-            rows, targets = rows[valid], targets[valid]
+        is_valid = targets != IGNORED
+        n = -(-int(is_valid.sum()) // VALID_STEP) * VALID_STEP
+        if n < MOSTLY_VALID * len(targets):
+            kept = (~is_valid).byte().argsort(stable=True)[:n]  # the valid ones first
+            rows, targets = rows[kept], targets[kept]
     objective, nats = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         rows, weight, targets, vocab_size or weight.shape[0], softcap, label_smoothing, z_loss
     )
