@@ -144,9 +144,10 @@ def _training(record: RunRecord, name: str, curve: Curve) -> dict[str, Any]:
     stage, summary = record.stages[name], record.summary(name)
     expected, unit = summary.get("expected_initial_loss"), summary.get("unit", "tokens")
     facts = [tuple(pair) for pair in stage.shown.get("facts", ()) if len(pair) == 2 and pair[1]]
+    asked = [key.removesuffix("_stderr") for key in summary if key.startswith("val_") and key.endswith("_stderr")]
     others = [
         curve_chart(f"{name}-{key}", key, curve)
-        for key in stage.shown.get("curves", ())
+        for key in (*stage.shown.get("curves", ()), *asked)
         if any(is_number(line.get(key)) for line in curve.lines)
     ]
     return {
