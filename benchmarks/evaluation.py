@@ -86,7 +86,7 @@ def compare(
     benchmark = Benchmark(name=name, kind="choice", files=f"{name}.jsonl", context="{{ context }}", **asked)
     same = read_items(benchmark, place)
     task = task_file(benchmark, place, place)
-    manager = TaskManager(include_path=str(place))
+    manager = TaskManager(include_path=str(place), include_defaults=False)
     loaded = load(folder)
     assert loaded.tokenizer is not None
     theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=arguments.batch_size)
