@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -46,9 +45,15 @@ def evaluate(
         Path | None, typer.Option("--scores", metavar="FOLDER", help="Of the result (default: beside the model).")
     ] = None,
     contamination: Annotated[
-        bool,
-        typer.Option("--contamination", help="Score also without the items that the run was trained on."),
-    ] = False,
+        int | None,
+        typer.Option(
+            "--contamination",
+            metavar="N",
+            min=8,
+            max=13,
+            help="Score also without items of which N words in a row (13 is usual) stand in what the run learned from.",
+        ),
+    ] = None,
     unisolated: Annotated[
         bool, typer.Option("--unisolated-code", help="Run what the model wrote even where it cannot be isolated.")
     ] = False,
@@ -68,6 +73,7 @@ def evaluate(
         return
     from groundup.cli.talking import load_model
     from groundup.console import Console
+    from groundup.evaluation.contamination import NGRAM, training_texts
     from groundup.evaluation.measure import Decoding
     from groundup.evaluation.scorecard import say, score_benchmarks
     from groundup.stage import MODEL_FOLDER, model_digest
@@ -86,7 +92,8 @@ def evaluate(
         shots=shots,
         limit=limit,
         decoding=Decoding(samples=samples, seed=seed, allow_unisolated=unisolated),
-        trained_on=_training_texts(folder) if contamination else None,
+        trained_on=None if contamination is None else training_texts(folder),
+        ngram=contamination or NGRAM,
         console=Console(quiet=quiet or as_json),
     )
     if as_json:
@@ -120,17 +127,6 @@ def _check_options(context: typer.Context, *, with_tasks: bool) -> None:
         if parameter.name in other and source is not None and source.name == "COMMANDLINE":
             where = "with --tasks it does nothing" if with_tasks else "it is about benchmarks, which --tasks names"
             raise DataError(f"{parameter.opts[0]}: {where}.", "Leave it out." if with_tasks else "Add --tasks …")
-
-
-def _training_texts(folder: Path) -> Callable[[], Iterator[str]]:
-    """The training documents of the run that a model is of."""
-    from groundup.corpus import stream_documents
-    from groundup.errors import ArtifactError
-
-    corpus = folder.parent.parent / "corpus"
-    if not corpus.is_dir():
-        raise ArtifactError(f"{folder}: --contamination: no run with a corpus is around this model.", "Leave it out.")
-    return lambda: (document.text for document in stream_documents(corpus, "train"))
 
 
 def compare(

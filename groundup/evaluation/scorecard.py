@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import platform
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from groundup.console import Console
 from groundup.errors import ArtifactError, DataError
 from groundup.evaluation.benchmarks import find_benchmark, fingerprint, read_items
-from groundup.evaluation.contamination import contaminated_items
+from groundup.evaluation.contamination import NGRAM, contaminated_items
 from groundup.evaluation.measure import (
     GREEDY,
     Decoding,
@@ -57,7 +57,8 @@ def score_benchmarks(
     shots: int = 0,
     limit: int | None = None,
     decoding: Decoding = GREEDY,
-    trained_on: Callable[[], Iterable[str]] | None = None,
+    trained_on: Iterable[str] | None = None,
+    ngram: int = NGRAM,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Put benchmarks to a model, and write what came out into a folder.
@@ -72,8 +73,9 @@ def score_benchmarks(
         shots: worked examples before each item.
         limit: most items of each benchmark.
         decoding: of generations and code.
-        trained_on: gives the training documents: items that stand there are counted, and every figure is told
-            without them, too ("clean").
+        trained_on: the training texts: items that stand there are counted, and every figure is told without them, too
+            ("clean").
+        ngram: words in a row that count as standing there, 8 to 13.
         console: shows the progress.
 
     Returns:
@@ -88,9 +90,10 @@ def score_benchmarks(
     if twice := [name for name, n in Counter(one.name for one in chosen).items() if n > 1]:
         raise DataError(f"two benchmarks are named {twice[0]!r}: one would stand in for the other.", "Rename a file.")
     read = [read_items(one, data, shots=shots, seed=decoding.seed, limit=limit) for one in chosen]
+    tainted = None if trained_on is None else contaminated_items(read, trained_on, ngram)
     console = Console(quiet=True) if console is None else console
     found: dict[str, Any] = {}
-    for benchmark, items in zip(chosen, read, strict=True):
+    for place, (benchmark, items) in enumerate(zip(chosen, read, strict=True)):
         of_items = fingerprint(benchmark, items)
         told: list[Any] = [identity, of_items, str(model.compute_dtype)]
         told += [asdict(decoding)] if benchmark.kind in ("generation", "code") else []
@@ -103,7 +106,6 @@ def score_benchmarks(
                 n_done += n
                 bar.update(n_done)
 
-            tainted = set() if trained_on is None else contaminated_items(items, trained_on())
             records = measure(
                 model, tokenizer, benchmark, items, decoding=decoding, kept=folder / f"{benchmark.name}.jsonl",
                 identity=whole, advance=advance,
@@ -117,7 +119,7 @@ def score_benchmarks(
             "fingerprint": of_items,
             "identity": whole,
             "figures": to_plain(figures),
-            **({} if trained_on is None else _without(records, tainted)),
+            **({} if tainted is None else {"ngram": ngram, **_without(records, tainted[place])}),
             "groups": {group: to_plain(parts) for group, parts in by_group(records).items()},
         }
     found = _kept(folder, identity) | found
