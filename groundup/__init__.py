@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from groundup import alignment, corpus
     from groundup.alignment import SFTSettings, fine_tune
     from groundup.console import Console
-    from groundup.evaluation import bits_per_byte, exact_match, generate_tasks, score_model
+    from groundup.evaluation import bits_per_byte, generate_tasks, score_model
     from groundup.generation import SamplingParams, chat_reply, generate, stream, stream_chat
     from groundup.interop import LoadedModel, export_folder, import_folder, load, load_model, save_model
     from groundup.interop.start import start_model
@@ -53,7 +53,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "groundup.alignment": ("SFTSettings", "fine_tune"),
     "groundup.console": ("Console",),
-    "groundup.evaluation": ("bits_per_byte", "exact_match", "generate_tasks", "score_model"),
+    "groundup.evaluation": ("bits_per_byte", "generate_tasks", "score_model"),
     "groundup.generation": ("SamplingParams", "chat_reply", "generate", "stream", "stream_chat"),
     "groundup.interop": ("LoadedModel", "export_folder", "import_folder", "load", "load_model", "save_model"),
     "groundup.model": (
@@ -122,7 +122,6 @@ __all__ = [
     "build",
     "chat_reply",
     "corpus",
-    "exact_match",
     "export_folder",
     "extend_vocabulary",
     "fine_tune",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from command import CommandLine, groundup
-from tiny_run import finished_run
+from tiny_run import copy_of_finished, finished_run, write_recipe
 
 from groundup.corpus import stream_documents
 
@@ -30,7 +30,7 @@ def test_models_of_anybody_keep_their_scores_apart_and_are_compared(groundup: Co
         shutil.copytree(finished_run().folder(stage) / "model", mine.parent / name)
         done = groundup("evaluate", mine.parent / name, "--tasks", mine, "--data", mine.parent, "--json")
         assert done.code == 0
-        assert done.json["benchmarks"]["mine"]["n"] == 6
+        assert done.json["tasks"]["mine"]["n"] == 6
         assert (mine.parent / f"{name}-benchmarks" / "scores.json").is_file()
     found = groundup("compare", mine.parent / "one-benchmarks", mine.parent / "two-benchmarks", "--json").json
     assert [(one["benchmark"], one["n"]) for one in found] == [("mine", 6)]
@@ -49,11 +49,45 @@ def test_items_of_the_training_text_are_told(groundup: CommandLine, mine: Path) 
     assert "without 1 items" in " ".join(done.out.split())
 
 
+def test_generated_sets_and_benchmarks_are_asked_in_one_call_of_a_run_a_recipe_or_a_folder(
+    groundup: CommandLine, mine: Path
+) -> None:
+    run = copy_of_finished(mine.parent / "runs")
+    asked = ("--tasks", f"groundup:tasks,bits_per_byte,{mine}", "--data", mine.parent, "--limit", "4", "--json")
+    first = groundup("evaluate", run.root, *asked)
+    assert first.code == 0, first.err
+    assert first.json["tasks"].keys() == {"groundup:tasks", "bits_per_byte", "mine"}
+    assert "model: " in first.err
+    assert "/sft " in first.err  # which can be asked questions
+    assert (run.root / "sft" / "benchmarks" / "groundup-tasks.jsonl").is_file()
+    recipe = write_recipe(mine.parent, "groundup:classics")
+    again = groundup("evaluate", recipe, *asked, "--out", run.root)
+    assert again.json == first.json
+    # The same model, without the run around it: no validation text.
+    folder = Path(shutil.copytree(run.root / "sft" / "model", mine.parent / "own"))
+    chat = groundup("evaluate", folder, "--tasks", f"groundup:tasks,{mine}", *asked[2:], "--chat")
+    assert chat.json["model"] == first.json["model"]
+    assert chat.json["tasks"]["groundup:tasks"] == first.json["tasks"]["groundup:tasks"]
+    assert chat.json["tasks"]["mine"]["settings"]["chat"] is True
+    refused = groundup("evaluate", folder, *asked)
+    assert refused.code != 0
+    assert "bits_per_byte: no run with a corpus is around this model" in " ".join(refused.err.split())
+
+
+def test_a_wrong_task_is_refused_before_a_model_is_read(groundup: CommandLine, mine: Path) -> None:
+    (mine.parent / "broken").mkdir()
+    for tasks, words in (("groundup:taks", "Did you mean 'groundup:tasks'"), ("piqa", "piqa.jsonl")):
+        done = groundup("evaluate", mine.parent / "broken", "--tasks", tasks, "--data", mine.parent)
+        assert done.code != 0
+        assert words in " ".join(done.err.split())
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--limit", "5"], "--limit: it is about benchmarks"),
-        (["--tasks", "arc_easy", "--force"], "--force: with --tasks it does nothing"),
+        (["--limit", "5"], "--limit: it is about --tasks"),
+        (["--tasks", "groundup:tasks", "--force"], "--force: with --tasks it does nothing"),
+        (["--tasks", "groundup:tasks", "--smoke"], "--smoke: with --tasks it does nothing to a folder"),
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused(groundup: CommandLine, options: list[str], words: str) -> None:

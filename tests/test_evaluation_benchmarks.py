@@ -13,19 +13,21 @@ from groundup.errors import ArtifactError, DataError
 from groundup.evaluation.benchmarks import extract_answer, find_benchmark, read_items
 from groundup.evaluation.contamination import contaminated_items
 from groundup.evaluation.measure import (
-    Decoding,
     Record,
     calibration_error,
-    f1,
     figures_of,
     item_scores,
     measure,
     pass_at_k,
     read_records,
     reliability,
+    to_plain,
 )
-from groundup.evaluation.scorecard import compare_cards, holm, score_benchmarks
+from groundup.evaluation.metrics import f1
+from groundup.evaluation.scorecard import Scores, compare_cards, core, holm, read_card, score_model
+from groundup.evaluation.sets import check_tasks
 from groundup.model import ModelConfig, Transformer
+from groundup.recipe import EvaluateSettings
 from groundup.tokenizer import Tokenizer
 
 MINE = """
@@ -54,6 +56,14 @@ def small() -> tuple[Transformer, Tokenizer]:
         head_dim=8, d_ff=32,
     )  # fmt: skip
     return Transformer(config).eval(), tokenizer
+
+
+def scored(
+    small: tuple[Transformer, Tokenizer], name: object, data: Path, folder: Path, identity: str = "a", *, seed: int = 1,
+    **asked: Any,
+) -> Scores:  # fmt: skip
+    settings = EvaluateSettings(tasks=(str(name),), data=str(data), **asked)
+    return score_model(*small, settings, folder=folder, identity=identity, seed=seed)
 
 
 def benchmark(folder: Path) -> Any:
@@ -157,12 +167,18 @@ def test_contexts_are_as_many_as_choices_and_no_text_or_answer_is_empty(tmp_path
         assert "a.jsonl, line 1: " in str(caught.value)
 
 
-def test_one_name_is_one_benchmark(mine: Path, small: tuple[Transformer, Tokenizer]) -> None:
+def test_tasks_are_checked_before_a_model_is_read(mine: Path) -> None:
     (mine / "other").mkdir()
     (mine / "other" / "mine.toml").write_text(MINE)
-    names = [str(mine / "mine.toml"), str(mine / "other" / "mine.toml")]
-    with pytest.raises(DataError, match="two benchmarks are named 'mine'"):
-        score_benchmarks(*small, names, mine, folder=mine / "scores", identity="a")
+    own = str(mine / "mine.toml")
+    for names, words in (
+        ((own, str(mine / "other" / "mine.toml")), "two are named 'mine'"),
+        ((own, "arc_eazy"), "'arc_eazy' is no task"),
+        ((own, "groundup:taks"), "Did you mean 'groundup:tasks'"),
+        ((own, "piqa"), "piqa.jsonl"),
+    ):
+        with pytest.raises(DataError, match=words):
+            check_tasks(EvaluateSettings(tasks=names, data=str(mine)))
 
 
 def test_examples_are_found_however_often_an_item_is_repeated(mine: Path) -> None:
@@ -236,16 +252,26 @@ def test_a_reply_without_an_answer_is_wrong_whatever_the_target_looks_like(
     fields = 'kind = "generation"\nfiles = "a.jsonl"\ncontext = "Q"\ntarget = "{{ a }}"\nanswer = ["#### (.+)"]\n'
     (tmp_path / "a.toml").write_text(fields + "max_tokens = 4")
     (tmp_path / "a.jsonl").write_text('{"a": "18"}\n{"a": "#### 19"}\n')
-    decoding, chosen = Decoding(samples=3), find_benchmark(str(tmp_path / "a.toml"))
-    records = measure(*small, chosen, read_items(chosen, tmp_path), decoding=decoding)
+    several, chosen = EvaluateSettings(samples=3), find_benchmark(str(tmp_path / "a.toml"))
+    records = measure(*small, chosen, read_items(chosen, tmp_path), settings=several)
     assert [record["target"] for record in records] == ["18", "19"]
-    assert not any(record["strict"] or record["flexible"] for record in records)
+    assert not any(record["outcomes"]["exact_match_flexible"] for record in records)
+    assert [*figures_of(records)] == ["exact_match", "exact_match_flexible", "f1"]
     assert records == measure(*small, chosen, read_items(chosen, tmp_path))  # samples are of programs
 
 
 def choice(gold: int, logprob: list[float], **more: Any) -> Record:
     sizes = {"tokens": [1] * len(logprob), "characters": [1] * len(logprob), "bytes": [1] * len(logprob)}
-    return {"item": 0, "group": "", "gold": gold, "logprob": logprob, "greedy": [False] * len(logprob), **sizes, **more}
+    return {
+        "item": 0,
+        "group": "",
+        "gold": gold,
+        "logprob": logprob,
+        "greedy": [False] * len(logprob),
+        **sizes,
+        "chance": 1 / len(logprob),
+        **more,
+    }
 
 
 def test_accuracies_by_hand() -> None:
@@ -258,7 +284,7 @@ def test_accuracies_by_hand() -> None:
     assert figures["accuracy_characters"].value == figures["accuracy_bytes"].value == 1.0  # −2 against −1
     assert figures["accuracy_tokens"].value == 1.0  # −4 against −3
     assert figures["accuracy_pmi"].value == 0.5  # −0.5 against 1, and −3 against 3
-    assert figures["accuracy_centered"].value == 0.0  # chance of two choices
+    assert figures["accuracy_centered"].value == 1.0  # by tokens
     p = [1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-2))]  # of the first choice
     assert figures["brier"].value == pytest.approx(np.mean([2 * (1 - p[0]) ** 2, 2 * p[1] ** 2]))
     assert figures["calibration_error"].value == pytest.approx((abs(1 - p[0]) + abs(0 - p[1])) / 2)
@@ -316,35 +342,41 @@ def test_many_comparisons_are_corrected() -> None:
 def test_finished_items_are_not_scored_again(
     mine: Path, small: tuple[Transformer, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, tokenizer = small
     monkeypatch.setattr("groundup.evaluation.measure._CHUNK", 5)
-    name, folder = str(mine / "mine.toml"), mine / "scores"
-    whole = score_benchmarks(model, tokenizer, [name], mine, folder=folder, identity="a")
-    assert whole["benchmarks"]["mine"]["n"] == 12
+    name, folder = mine / "mine.toml", mine / "scores"
+    whole = scored(small, name, mine, folder).card
+    assert whole["tasks"]["mine"]["n"] == 12
     kept = folder / "mine.jsonl"
     contents = kept.read_bytes()
     kept.write_bytes(contents[: int(len(contents) * 0.7)])  # stopped in the middle of a line
     calls: list[int] = []
-    score = __import__("groundup.evaluation.measure", fromlist=["log_likelihoods"]).log_likelihoods
+    score = __import__("groundup.evaluation.measure", fromlist=["score_ids"]).score_ids
 
-    def counted(model: Transformer, tokenizer: Tokenizer, pairs: list[Any]) -> Any:
-        calls.append(len(pairs))
-        return score(model, tokenizer, pairs)
+    def counted(model: Transformer, requests: list[Any]) -> Any:
+        calls.append(len(requests))
+        return score(model, requests)
 
-    monkeypatch.setattr("groundup.evaluation.measure.log_likelihoods", counted)
-    again = score_benchmarks(model, tokenizer, [name], mine, folder=folder, identity="a")
-    assert again == whole
+    monkeypatch.setattr("groundup.evaluation.measure.score_ids", counted)
+    assert scored(small, name, mine, folder).card == whole
     assert kept.read_bytes() == contents
     assert 0 < sum(calls) < 12 * 6
-    score_benchmarks(model, tokenizer, [name], mine, folder=folder, identity="another model")
+    scored(small, name, mine, folder, "another model")
     assert sum(calls) >= 12 * 6
 
 
+def test_scores_of_an_earlier_form_are_refused_and_made_again(mine: Path, small: tuple[Transformer, Tokenizer]) -> None:
+    earlier = {"model": "a", "benchmarks": {"mine": {"fingerprint": "f", "figures": {}}}, "aggregate": None}
+    (mine / "scores").mkdir()
+    (mine / "scores" / "scores.json").write_text(json.dumps(earlier))
+    with pytest.raises(ArtifactError, match=r"of another version, or no scores[\s\S]*groundup evaluate"):
+        compare_cards(mine / "scores", mine / "scores")
+    assert scored(small, mine / "mine.toml", mine, mine / "scores").card["tasks"].keys() == {"mine"}
+
+
 def test_two_models_are_compared_item_by_item(mine: Path, small: tuple[Transformer, Tokenizer]) -> None:
-    model, tokenizer = small
-    name = str(mine / "mine.toml")
+    name = mine / "mine.toml"
     for folder in ("a", "b"):
-        score_benchmarks(model, tokenizer, [name], mine, folder=mine / folder, identity=folder)
+        scored(small, name, mine, mine / folder, folder)
     (same,) = compare_cards(mine / "a", mine / "b")
     assert (same.value, same.p, same.n) == (0.0, 1.0, 12)
     assert "no difference shown" in same.verdict
@@ -356,12 +388,12 @@ def test_two_models_are_compared_item_by_item(mine: Path, small: tuple[Transform
         for record in told:
             record["logprob"] = [0.0 if (place == record["gold"]) == is_right else -9.0 for place in range(3)]
         path.write_text("\n".join([head, *map(json.dumps, told), ""]))
-    identity = json.loads((mine / "b" / "scores.json").read_text())["benchmarks"]["mine"]["identity"]
+    identity = read_card(mine / "b")["tasks"]["mine"]["identity"]
     assert set(item_scores(read_records(mine / "b" / "mine.jsonl", identity)).values()) == {1.0}
     (other,) = compare_cards(mine / "a", mine / "b")
     assert (other.first, other.second, other.low, other.high) == (0.0, 1.0, 1.0, 1.0)
     assert other.verdict == "the second is better by 100.0%"
-    score_benchmarks(model, tokenizer, [name], mine, folder=mine / "c", identity="c", limit=5)
+    scored(small, name, mine, mine / "c", "c", limit=5)
     with pytest.raises(DataError, match="share no benchmark"):
         compare_cards(mine / "a", mine / "c")
     with pytest.raises(ArtifactError, match=r"not found.*\n.*groundup evaluate"):
@@ -377,44 +409,52 @@ def test_texts_are_compared_in_bits_per_byte(mine: Path, small: tuple[Transforme
     (mine / "text.toml").write_text('kind = "text"\nfiles = "text.jsonl"')
     (mine / "text.jsonl").write_text("".join(json.dumps({"text": f"number {n} two"}) + "\n" for n in range(9)))
     for folder in ("a", "b"):
-        card = score_benchmarks(*small, [str(mine / "text.toml")], mine, folder=mine / folder, identity=folder)
+        card = scored(small, mine / "text.toml", mine, mine / folder, folder).card
     (same,) = compare_cards(mine / "a", mine / "b")
     assert same.verdict.endswith("where one of 0.02 bits per byte would have been seen")
     path = mine / "b" / "text.jsonl"
     head, *lines = path.read_text().splitlines()
     told = [json.loads(line) for line in lines]
     for record in told:
-        record["bits"] = [bits + n_bytes / 2 for bits, n_bytes in zip(record["bits"], record["bytes"], strict=True)]
+        record["bits"][0][0] += sum(map(sum, record["bytes"])) / 2
     path.write_text("\n".join([head, *map(json.dumps, told), ""]))
     (other,) = compare_cards(mine / "a", mine / "b")
     assert other.verdict == "the first is better by 0.5 bits per byte"
-    assert card["benchmarks"]["text"]["figures"]["bits_per_byte"]["unit"] == "bytes"
+    assert card["tasks"]["text"]["figures"]["bits_per_byte"]["unit"] == "bytes"
 
 
 def test_a_result_says_what_it_was_measured_with(mine: Path, small: tuple[Transformer, Tokenizer]) -> None:
-    name, folder = str(mine / "mine.toml"), mine / "scores"
-    score_benchmarks(*small, [name], mine, folder=folder, identity="a", shots=1, limit=9, decoding=Decoding(seed=5))
-    card = json.loads((folder / "scores.json").read_text())
-    one = card["benchmarks"]["mine"]
-    assert (card["model"], one["n"], {*card["versions"]}) == ("a", 9, {"torch", "python"})
-    settings = one["settings"]
-    assert (settings["shots"], settings["limit"], settings["seed"], settings["dtype"]) == (1, 9, 5, "torch.float32")
+    scored(small, mine / "mine.toml", mine, mine / "scores", shots=1, limit=9, seed=5)
+    card = json.loads((mine / "scores" / "scores.json").read_text())
+    one = card["tasks"]["mine"]
+    assert (card["model"], card["tokenizer"], one["n"]) == ("a", small[1].fingerprint, 9)
+    assert len(card["template"]) == len(card["tokenizer"])
+    assert {*card["versions"]} == {"torch", "python"}
+    asked = {"shots": 1, "limit": 9, "seed": 5, "dtype": "torch.float32", "chat": False}
+    assert one["settings"] == asked
     assert all({*figure} == {"value", "stderr", "n", "unit"} for figure in one["figures"].values())
     assert one["fingerprint"] != one["identity"]
+
+
+def test_every_setting_of_sampling_stands_in_the_result(tmp_path: Path, small: tuple[Transformer, Tokenizer]) -> None:
+    fields = 'kind = "generation"\nfiles = "a.jsonl"\ncontext = "Q"\ntarget = "1"\nmax_tokens = 3\nstop = ["Q"]'
+    (tmp_path / "a.toml").write_text(fields)
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    one = scored(small, tmp_path / "a.toml", tmp_path, tmp_path / "s").card["tasks"]["a"]
+    decoding = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 3, "stop": ("Q",)}
+    assert decoding.items() <= one["settings"]["decoding"].items()
+    assert one["settings"]["samples"] == 1
 
 
 def test_items_that_were_trained_on_are_counted_and_scored_without(
     mine: Path, small: tuple[Transformer, Tokenizer]
 ) -> None:
-    model, tokenizer = small
     long = "where the quiet river bends beyond the mill and the old road goes on to number"
     rows = [{**row, "q": f"{long} {row['q'].split()[-1]} for ever and a day"} for row in ROWS]
     (mine / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts = ["Nothing of it.", f"Before. {rows[4]['q'].upper()}! After.", "the quiet river bends beyond the mill"]
-    name = str(mine / "mine.toml")
-    card = score_benchmarks(model, tokenizer, [name], mine, folder=mine / "s", identity="a", trained_on=iter(texts))[
-        "benchmarks"
-    ]["mine"]
+    settings = EvaluateSettings(tasks=(str(mine / "mine.toml"),), data=str(mine))
+    card = score_model(*small, settings, trained_on=iter(texts)).card["tasks"]["mine"]
     assert card["n_contaminated"] == 1
     assert card["clean"]["accuracy"]["n"] == 11
     items = read_items(benchmark(mine), mine, shots=2)
@@ -435,3 +475,49 @@ def test_the_files_of_the_field_are_read_whole(shared_data: Path, name: str, fol
     items = read_items(find_benchmark(name), shared_data / "evaluation" / folder, shots=shots)
     assert len(items) == n
     assert all(item.context.strip() for item in items if not item.contexts)
+
+
+def choices_of(tokens: list[int], logprob: list[float], gold: int, chance: float) -> Record:
+    return choice(gold, logprob) | {"tokens": tokens, "chance": chance}
+
+
+def test_core_is_the_mean_of_centered_accuracies_of_its_tasks() -> None:
+    # Chosen by the mean of the tokens: −2 against −1.5, so the second; by the sum it would be the first.
+    second = [choices_of([1, 2], [-2.0, -3.0], gold, 0.62) for gold in (1, 1, 1, 0)]
+    boolq = figures_of(second)
+    assert (boolq["accuracy"].value, boolq["accuracy_tokens"].value) == (0.25, 0.75)
+    assert boolq["accuracy_centered"].value == pytest.approx((0.75 - 0.62) / 0.38)
+    whole = figures_of([choice(0, [-1.0]) | {"greedy": [n < 1]} for n in range(4)])  # LAMBADA: 1 of 4
+    copa = figures_of([choices_of([1, 1], [-1.0, -2.0], gold, 0.5) for gold in (0, 1, 1, 1)])  # (1/4 − 1/2) / (1/2)
+    tasks = {
+        "boolq": {"core_shots": 10, "settings": {"shots": 0}, "figures": to_plain(boolq)},
+        "lambada": {"core_shots": 0, "settings": {"shots": 0}, "figures": to_plain(whole)},
+        "copa": {"core_shots": 0, "settings": {"shots": 0}, "figures": to_plain(copa)},
+        "mmlu": {"core_shots": None, "settings": {"shots": 0}, "figures": to_plain(boolq)},
+    }
+    found = core(tasks)
+    assert found is not None
+    assert found["value"] == pytest.approx((0.13 / 0.38 + 0.25 - 0.5) / 3)
+    one = [boolq["accuracy_tokens"].stderr / 0.38, whole["accuracy"].stderr, copa["accuracy_tokens"].stderr / 0.5]
+    assert found["stderr"] == pytest.approx(math.hypot(*one) / 3)
+    assert (found["tasks"], found["n"], found["of"]) == (["boolq", "lambada", "copa"], 3, 22)
+    assert found["other_shots"] == ["boolq"]
+    assert core({"mmlu": tasks["mmlu"]}) is None
+
+
+def test_another_task_of_the_same_form_is_no_part_of_core(mine: Path) -> None:
+    (mine / "mine.toml").write_text('like = "boolq"\nfiles = "mine.jsonl"')
+    assert (find_benchmark("boolq").chance, find_benchmark("boolq").core_shots) == (0.62, 10)
+    assert (benchmark(mine).chance, benchmark(mine).core_shots) == (None, None)
+    assert find_benchmark("simple_arithmetic").core_shots is None
+
+
+@pytest.mark.parametrize("name", ["boolq", "commonsense_qa", "arc_easy", "piqa", "winogrande"])
+def test_chance_is_what_the_commonest_answer_gets(shared_data: Path, name: str) -> None:
+    task = find_benchmark(name)
+    items = read_items(task, shared_data / "evaluation" / "multiple_choice")
+    golds = [item.gold for item in items]
+    commonest = max(map(golds.count, set(golds))) / len(golds)
+    chance = task.chance or 1 / len(items[0].choices)
+    assert chance == pytest.approx(commonest, abs=0.005 if task.chance else 0.02)
+    assert commonest - 1 / len(items[0].choices) > 0.1 or task.chance is None

@@ -19,8 +19,9 @@ from serving_client import Served, serving, small_model, small_state  # noqa: E4
 
 from groundup.evaluation.benchmarks import find_benchmark  # noqa: E402
 from groundup.evaluation.lm_eval_model import GroundupLM, task_file  # noqa: E402
-from groundup.evaluation.scorecard import score_benchmarks  # noqa: E402
+from groundup.evaluation.scorecard import score_model  # noqa: E402
 from groundup.interop import save_model  # noqa: E402
+from groundup.recipe import EvaluateSettings  # noqa: E402
 from groundup.tokenizer import render  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -78,10 +79,9 @@ def test_the_same_items_get_the_same_numbers_all_ways(
     source = shared_data / "evaluation" / "multiple_choice" / benchmark.files
     rows = source.read_text(encoding="utf-8").splitlines()[:N_ITEMS]
     (tmp_path / benchmark.files).write_text("\n".join([*rows, ""]), encoding="utf-8")
-    own = score_benchmarks(
-        small_model(), small_tokenizer(), [name], tmp_path, folder=tmp_path / "own", identity="small"
-    )["benchmarks"][name]["figures"]
-    records = [json.loads(line) for line in (tmp_path / "own" / f"{name}.jsonl").read_text().splitlines()[1:]]
+    settings = EvaluateSettings(tasks=(name,), data=str(tmp_path))
+    scores = score_model(small_model(), small_tokenizer(), settings)
+    own, records = scores.card["tasks"][name]["figures"], scores.records[name]
     task = task_file(benchmark, tmp_path, tmp_path)
     for way, model in three_ways(folder, served).items():
         theirs = evaluated(model, task.stem, tmp_path)

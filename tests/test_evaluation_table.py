@@ -16,24 +16,19 @@ from torch import nn
 
 from groundup.corpus import stream_documents
 from groundup.errors import ArtifactError
-from groundup.evaluation import (
-    bits_per_byte,
-    compare,
-    exact_match,
-    generate_tasks,
-    read_comparison,
-    score_model,
-    verify,
-)
+from groundup.evaluation import bits_per_byte, compare, generate_tasks, read_comparison, score_model, verify
 from groundup.evaluation import metrics as evaluation_metrics
+from groundup.evaluation import sets as evaluation_sets
+from groundup.evaluation.benchmarks import Item
 from groundup.evaluation.harness import read_scores
+from groundup.evaluation.measure import figures_of, measure
 from groundup.evaluation.metrics import share
 from groundup.files import own_folder, read_json, write_json
 from groundup.interop import load_model
 from groundup.model import ModelConfig, OutputLayer
 from groundup.recipe import parse_recipe
 from groundup.run import Run
-from groundup.stage import graph
+from groundup.stage import graph, model_digest
 from groundup.tokenizer import Tokenizer, render
 
 N_TASKS, SEED = 200, 1
@@ -42,6 +37,7 @@ HELD_OUT = [task for task in ALL if task.split == "held_out"]
 TOKENIZER = Tokenizer.train([message["content"] for task in ALL for message in task.messages], vocab_size=320)
 COMMON = sorted({token for task in ALL for token in TOKENIZER.encode(task.prompt)})
 BOTH = ("bits_per_byte", "groundup:tasks")
+CARD = {"format": 2, "model": "m", "tokenizer": "t", "template": None, "core": None}
 
 
 class Scripted(nn.Module):
@@ -102,14 +98,8 @@ def kept(root, recipe, **models):
             continue
         tasks = ("bits_per_byte",) if place == "before-pretrain" else recipe.evaluate.tasks
         settings = recipe.evaluate.model_copy(update={"tasks": tasks})
-        found = score_model(model, TOKENIZER, settings=settings, texts=TEXTS, n_tasks=N_TASKS, seed=SEED)
-        scores = {
-            "figures": {metric: asdict(figure) for metric, figure in found.figures.items()},
-            "by_kind": {kind: asdict(figure) for kind, figure in found.by_kind.items()},
-            "answers": [answer.to_dict() for answer in found.answers],
-        }
         mark_done(recipe, run, {f"evaluate/{place}": {}})
-        write_json(run.folder(f"evaluate/{place}") / "scores.json", scores)
+        score_model(model, TOKENIZER, settings, texts=TEXTS, seed=SEED, folder=run.folder(f"evaluate/{place}"))
     return run
 
 
@@ -123,32 +113,45 @@ def gate(metric, **said):
 
 
 def figure(run, name, metric):
-    return read_json(run.folder(f"evaluate/{name}") / "scores.json")["figures"][metric]["value"]
+    return read_json(run.folder(f"evaluate/{name}") / "scores.json")["tasks"][metric]["figures"][metric]["value"]
+
+
+@pytest.fixture(autouse=True)
+def few_tasks(monkeypatch):
+    monkeypatch.setattr(evaluation_sets, "_N_TASKS", N_TASKS)
+
+
+def exact_match(model, tasks):
+    """The share of right answers, which are right, and the replies."""
+    items = [Item(n, task.kind, task.prompt, (), (), 0, task.answer, {"asked": task}) for n, task in enumerate(tasks)]
+    records = measure(model, TOKENIZER, evaluation_sets.GeneratedSet("groundup:tasks"), items)
+    rights = [record["outcomes"]["exact_match"] for record in records]
+    return figures_of(records)["exact_match"], rights, [record["reply"] for record in records]
 
 
 @pytest.mark.parametrize("style", ["plain", "polite", None])
 def test_perfect_answers_of_every_kind_are_all_right(style):
-    estimate, answers, _ = exact_match(knowing(ALL, style), TOKENIZER, ALL)
+    estimate, _, replies = exact_match(knowing(ALL, style), ALL)
     assert (estimate.value, estimate.n) == (1.0, len(ALL))
-    assert all(verify(task, answer.reply) for task, answer in zip(ALL, answers, strict=True))
+    assert all(verify(task, reply) for task, reply in zip(ALL, replies, strict=True))
 
 
 def test_a_model_that_knows_some_answers_is_credited_with_these():
-    estimate, answers, _ = exact_match(knowing(ALL[::3]), TOKENIZER, ALL)
-    assert [answer.correct for answer in answers] == [place % 3 == 0 for place in range(len(ALL))]
+    estimate, rights, _ = exact_match(knowing(ALL[::3]), ALL)
+    assert rights == [place % 3 == 0 for place in range(len(ALL))]
     assert estimate.value == pytest.approx(len(ALL[::3]) / len(ALL))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_how_many_windows_or_prompts_are_computed_at_once_changes_nothing(rows, monkeypatch):
     model = random_model(vocab_size=TOKENIZER.vocab_size)
-    bits, graded = bits_per_byte(model, TEXTS, TOKENIZER), exact_match(knowing(ALL[::2]), TOKENIZER, ALL[:40])
+    bits, graded = bits_per_byte(model, TEXTS, TOKENIZER), exact_match(knowing(ALL[::2]), ALL[:40])
     monkeypatch.setattr(evaluation_metrics, "_ROWS", rows)
     monkeypatch.setattr("groundup.generation.text._SLOTS", rows)
     again = bits_per_byte(model, TEXTS, TOKENIZER)
     assert again.n == bits.n
     assert (again.value, again.stderr) == pytest.approx((bits.value, bits.stderr), rel=1e-5)
-    assert exact_match(knowing(ALL[::2]), TOKENIZER, ALL[:40])[:2] == graded[:2]
+    assert exact_match(knowing(ALL[::2]), ALL[:40]) == graded
 
 
 def test_rows_of_the_whole_pipeline(tmp_path):
@@ -218,9 +221,13 @@ def test_a_model_made_elsewhere_is_the_start_it_was(tmp_path):
     run = Run(tmp_path)
     for name, right in (("before-sft", [True, False]), ("sft", [True, True])):
         mark_done(recipe, run, {f"evaluate/{name}": {}})
-        figures = {"exact_match": asdict(share(right))}
-        found = {"figures": figures, "by_kind": {}, "answers": []}
-        write_json(run.folder(f"evaluate/{name}") / "scores.json", found)
+        records = [{"item": n, "outcomes": {"exact_match": one}, "group": "", "prompt": "", "reply": ""}
+                   for n, one in enumerate(right)]  # fmt: skip
+        one = {"figures": {"exact_match": asdict(share(right))}, "groups": {}, "identity": "x", "fingerprint": "x"}
+        folder = run.folder(f"evaluate/{name}")
+        write_json(folder / "scores.json", {**CARD, "tasks": {"groundup:tasks": one}})
+        lines = map(json.dumps, [{"identity": "x"}, *records])
+        (folder / "groundup-tasks.jsonl").write_text("\n".join(lines))
     (row,) = compare(recipe, run)["rows"]
     assert (row["before"]["value"], row["after"]["value"]) == (0.5, 1.0)
 
@@ -276,7 +283,8 @@ def test_a_gate_may_be_on_a_figure_of_the_stages_own(tmp_path):
     assert stale["passed"] is None
 
 
-def test_a_runs_table_says_what_its_models_score():
+def test_a_runs_table_says_what_its_models_score(monkeypatch):
+    monkeypatch.setattr(evaluation_sets, "_N_TASKS", 10_000)
     run = finished_run()
     found = read_comparison(run)
     texts = [document.text for document in stream_documents(run.folder("corpus"), "validation")]
@@ -286,23 +294,43 @@ def test_a_runs_table_says_what_its_models_score():
         model, tokenizer = load_model(run.folder(name) / "model")
         bits = bits_per_byte(model, texts, tokenizer)
         assert rows[name, "bits_per_byte"]["after"]["value"] == pytest.approx(bits.value, rel=1e-6)
-    scored = score_model(model, tokenizer, settings=run.recipe.evaluate, texts=texts, seed=run.recipe.seed)
-    assert rows["sft", "exact_match"]["after"] == asdict(scored.figures["exact_match"])
-    assert found["answers"] == [answer.to_dict() for answer in scored.answers]
+    scored = score_model(model, tokenizer, run.recipe.evaluate, texts=texts, seed=run.recipe.seed)
+    assert rows["sft", "exact_match"]["after"] == scored.figures["exact_match"]
+    records = scored.records["groundup:tasks"]
+    assert [answer["reply"] for answer in found["answers"]] == [record["reply"] for record in records]
+    assert [answer["correct"] for answer in found["answers"]] == [
+        record["outcomes"]["exact_match"] for record in records
+    ]
+    card = read_json(run.folder("evaluate/sft") / "scores.json")
+    assert card["tokenizer"] == tokenizer.fingerprint
+    assert card["model"] == model_digest(run.folder("sft") / "model")
+    assert card["tasks"].keys() == {"bits_per_byte", "groundup:tasks"}
     # Wall-clock figures are kept out of the scores, which must be the same on every run.
     assert "tokens_per_second" not in json.dumps(found)
     assert run.manifest("evaluate/sft").summary["generation_tokens_per_second"] > 0
 
 
 @pytest.mark.parametrize(
-    "figures",
-    [[], {"bits_per_byte": 2.0}, {"bits_per_byte": {"value": True}}, {"bits": {"value": 2.0}}, {"bits_per_byte": None}],
-)
-def test_damaged_scores_count_as_none(tmp_path, figures):
-    whole = {"figures": {"bits_per_byte": {"value": 2.0}}, "by_kind": {}, "answers": []}
+    "damage",
+    [
+        {"tasks": []}, {"tasks": {"bits_per_byte": {}}}, {"tasks": {"a": {"figures": {"b": 2.0}}}}, {"core": {}},
+        {"tasks": {"a": {"figures": {"b": {"value": True}}, "groups": {}, "identity": "x", "fingerprint": "x"}}},
+        {"format": 1}, {"format": None},
+    ],
+)  # fmt: skip
+def test_damaged_scores_and_those_of_another_version_count_as_none(tmp_path, damage):
+    figures = {"bits_per_byte": {"value": 2.0, "stderr": 0.1, "n": 9, "unit": "bytes"}}
+    one = {"figures": figures, "groups": {}, "identity": "x", "fingerprint": "x"}
+    whole = {**CARD, "tasks": {"bits_per_byte": one}}
     write_json(tmp_path / "scores.json", whole)
     assert read_scores(tmp_path) == whole
-    write_json(tmp_path / "scores.json", {**whole, "figures": figures})
+    write_json(tmp_path / "scores.json", {**whole, **damage})
+    assert read_scores(tmp_path) == {}
+
+
+def test_scores_as_versions_before_wrote_them_are_made_again(tmp_path):
+    earlier = {"figures": {"bits_per_byte": {"value": 2.0, "stderr": 0.1}}, "by_kind": {}, "answers": []}
+    write_json(tmp_path / "scores.json", earlier)
     assert read_scores(tmp_path) == {}
 
 

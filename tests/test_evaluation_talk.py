@@ -8,9 +8,13 @@ import pytest
 import torch
 from rl_job import policy, tokenizer
 
-from groundup.evaluation import generate_tasks
-from groundup.evaluation.harness import METRICS, METRICS_OF_TASK, score_model
-from groundup.evaluation.talk import FirstMessage, answers_to, first_messages, is_refusal, score_style
+from groundup.evaluation import generate_tasks, score_model
+from groundup.evaluation.benchmarks import Item
+from groundup.evaluation.measure import figures_of, measure
+from groundup.evaluation.metrics import Estimate
+from groundup.evaluation.sets import METRICS, METRICS_OF_TASK, STYLE, GeneratedSet
+from groundup.evaluation.talk import FirstMessage, first_messages, is_refusal
+from groundup.model import Transformer
 from groundup.recipe import EvaluateSettings
 
 TASKS = generate_tasks(300, 1)[:40]
@@ -56,34 +60,34 @@ def test_declining_is_seen():
     assert not is_refusal("It is a can of soup.")
 
 
+def style(model: Transformer, start: Transformer | None = None) -> dict[str, Estimate]:
+    items = [Item(n, task.kind, task.prompt, (), (), 0, task.answer, {"asked": task}) for n, task in enumerate(TASKS)]
+    settings = EvaluateSettings(max_tokens=4)
+    return figures_of(measure(model, tokenizer(), GeneratedSet(STYLE), items, settings=settings, start=start))
+
+
 def test_the_style_of_drawn_answers_is_an_estimate_of_what_the_model_is():
     model = policy()
-    same = score_style(model, tokenizer(), TASKS, start=policy(), max_tokens=4)
+    same = style(model, policy())
     assert same["kl_to_start"].value == pytest.approx(0.0, abs=1e-4)
     assert same["entropy"].value == pytest.approx(5.68, abs=0.1)  # nearly even over 300 tokens
     assert same["polite_share"].value == 0.0
     other = policy()
     with torch.no_grad():
         other.embed_tokens.weight.mul_(4)
-    moved = score_style(other, tokenizer(), TASKS, start=model, max_tokens=4)
+    moved = style(other, model)
     assert moved["kl_to_start"].value > 3 * moved["kl_to_start"].stderr
     assert moved["entropy"].value < same["entropy"].value
-    assert score_style(model, tokenizer(), TASKS, max_tokens=4).keys() == same.keys() - {"kl_to_start"}
+    assert style(model).keys() == same.keys() - {"kl_to_start"}
 
 
-def test_answers_are_greedy_and_end():
-    one = answers_to(policy(), tokenizer(), ["a", "b"], 5)
-    assert one.texts == answers_to(policy(), tokenizer(), ["a", "b"], 5, seed=2).texts
-
-
-def test_the_harness_has_a_figure_for_every_task_that_is_asked_for():
-    settings = EvaluateSettings(
-        tasks=("groundup:style", "groundup:first-messages", "groundup:sums", "groundup:hard-tasks"),
-        limit=4,
-        max_tokens=4,
-    )
-    scores = score_model(policy(), tokenizer(), settings=settings, n_tasks=300, start=policy())
+def test_there_is_a_figure_for_every_task_that_is_asked_for():
+    tasks = ("groundup:style", "groundup:first-messages", "groundup:sums", "groundup:hard-tasks")
+    scores = score_model(policy(), tokenizer(), EvaluateSettings(tasks=tasks, limit=4, max_tokens=4), start=policy())
     unasked = ("bits_per_byte", "exact_match", *METRICS_OF_TASK["groundup:harm"])
-    assert list(scores.figures) == [name for name in METRICS if name not in unasked]
-    assert scores.figures["fitting_share"].n == 4
-    assert scores.figures["exact_match_sums"].n == 4
+    assert {*scores.figures} == {name for name in METRICS if name not in unasked}
+    assert scores.figures["fitting_share"]["n"] == 4
+    assert scores.figures["exact_match_sums"]["n"] == 4
+    assert {one["settings"]["chat"] for one in scores.card["tasks"].values()} == {True}
+    drawn, greedy = (scores.card["tasks"][name]["settings"]["decoding"] for name in tasks[:2])
+    assert (drawn["temperature"], drawn["max_tokens"], greedy["temperature"]) == (1.0, 4, 0.0)

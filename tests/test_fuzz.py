@@ -238,16 +238,17 @@ def read_a_benchmark(folder: Path) -> object:
 def scores() -> list[Files]:
     choice = [{"logprob": [-1.0 - n % 2, -1.5], "greedy": [True, False], "gold": 0} for n in range(6)]
     reply = [
-        {"reply": "4", "target": "4", "answer": "4", "strict": True, "flexible": n > 2, "f1": 1.0} for n in range(6)
+        {"reply": "4", "target": "4", "answer": "4", "outcomes": {"exact_match": n > 2, "f1": 1.0}} for n in range(6)
     ]
     code = [{"passed": [True, n < 3], "reasons": ["", ""]} for n in range(6)]
-    text = [{"bits": [9.0, 8.0], "bytes": [5, 4 + n]} for n in range(6)]
+    text = [{"bits": [[9.0], [8.0]], "bytes": [[5], [4 + n]]} for n in range(6)]
     files: Files = {}
     for name, rows in {"arc": choice, "sums": reply, "code": code, "text": text}.items():
         told = [{"identity": "x"}, *({"item": n, "group": "", **row} for n, row in enumerate(rows))]
         files[f"{name}.jsonl"] = "".join(json.dumps(row) + "\n" for row in told).encode()
-    card = {"benchmarks": {name.removesuffix(".jsonl"): {"fingerprint": "f", "figures": {}} for name in files}}
-    files["scores.json"] = json.dumps({"model": "x", **card}).encode()
+    one = {"fingerprint": "f", "identity": "x", "figures": {}, "groups": {}}
+    card = {"format": 2, "model": "x", "core": None, "tasks": {name.removesuffix(".jsonl"): one for name in files}}
+    files["scores.json"] = json.dumps(card).encode()
     return [{f"{side}/{name}": data for side in "ab" for name, data in files.items()}]
 
 
@@ -380,11 +381,14 @@ def runs() -> list[Files]:
         "samples": [{"step": n, "prompt": "The", "text": " cat", "n": 1} for n in range(1, 9)],
     }
     score = {"value": 0.5, "stderr": 0.1, "n": 20}
-    scores = {
-        "figures": {"bits_per_byte": score, "exact_match": score},
-        "by_kind": {"capital": score},
-        "answers": [{"prompt": "Capital?", "expected": "b", "reply": "b", "right": True, "kind": "capital"}],
+    both = {"fingerprint": "f", "identity": "x"}
+    tasks = {
+        "bits_per_byte": {**both, "figures": {"bits_per_byte": score}, "groups": {}},
+        "groundup:tasks": {**both, "figures": {"exact_match": score}, "groups": {"capital": {"exact_match": score}}},
     }
+    scores = {"format": 2, "model": "x", "core": None, "tasks": tasks}
+    record = {"item": 0, "group": "capital", "prompt": "Capital?", "target": "b", "reply": "b"}
+    records = [{"identity": "x"}, {**record, "outcomes": {"exact_match": True}}]
     row = {"key": "bits_per_byte", "model": "pretrain", "label": "bits per byte, pretrain", "lower_is_better": True}
     table = {
         "rows": [{**row, "before": None, "after": score}],
@@ -404,6 +408,8 @@ def runs() -> list[Files]:
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (place / "pretrain" / f"{name}.jsonl").write_text(text, encoding="utf-8")
         write_json(place / "evaluate" / "pretrain" / "scores.json", scores)
+        lines = "".join(json.dumps(row) + "\n" for row in records)
+        (place / "evaluate" / "pretrain" / "groundup-tasks.jsonl").write_text(lines, encoding="utf-8")
         write_json(place / "evaluate" / "scores.json", table)
         write_json(place / "corpus" / "filter_statistics.json", {"documents_in": 9, "removed": {"empty": 1}})
 

@@ -19,6 +19,8 @@ from groundup.console import Console
 from groundup.errors import ArtifactError, DataError, GroundupError, RecipeError
 from groundup.evaluation import read_comparison
 from groundup.evaluation.harness import read_scores
+from groundup.evaluation.scorecard import figures_by_metric
+from groundup.files import value_digest
 from groundup.generation import SamplingParams, chat_reply
 from groundup.interop import load, load_model, save_model
 from groundup.interop.start import start_config, start_model
@@ -346,7 +348,9 @@ def test_somebody_elses_model_is_fine_tuned_by_its_own_template(tmp_path: Path) 
         "tiny.toml", ["align.reward.examples=100", "align.reward.limit=8", "align.ppo.examples=100"],
     )  # fmt: skip
     run = build_quietly(recipe, tmp_path / "run")
-    assert read_scores(run.folder("evaluate/ppo"))["figures"]["exact_match"]["n"] == 3
+    card = read_scores(run.folder("evaluate/ppo"))
+    assert figures_by_metric(card)["exact_match"]["n"] == 3
+    assert card["template"] == value_digest(template)
     model, tokenizer = load_model(run.folder("ppo") / "model")
     assert tokenizer is not None
     assert (run.folder("ppo") / "model" / "chat_template.jinja").read_text() == template

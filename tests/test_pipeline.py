@@ -294,7 +294,7 @@ def test_scores_of_other_settings_are_not_taken_for_those_of_now(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("file", "damaged"),
-    [("scores.json", '{"rows": ['), ("sft/scores.json", '{"figures": {}, "by_kind": 3, "answers": []}')],
+    [("scores.json", '{"rows": ['), ("sft/scores.json", '{"format": 2, "tasks": {"bits_per_byte": 3}, "core": null}')],
 )
 def test_damaged_scores_are_made_again(tmp_path: Path, file: str, damaged: str) -> None:
     run = copy_of_finished(tmp_path)

@@ -15,10 +15,13 @@ from groundup.alignment.rewards import load_prompts
 from groundup.corpus.holdout import Holdout
 from groundup.errors import DataError
 from groundup.evaluation import small_talk
-from groundup.evaluation.sets import SETS, fewer, read_set
-from groundup.evaluation.small_talk import Talk, generate_talk, is_declined, letters, respell, score_harm
+from groundup.evaluation.benchmarks import Item, Reply
+from groundup.evaluation.measure import figures_of
+from groundup.evaluation.sets import SETS, GeneratedSet, fewer, read_set
+from groundup.evaluation.small_talk import Talk, generate_talk, is_declined, letters, respell
 from groundup.evaluation.talk import first_messages
 from groundup.generation.calculator import calculate, read_call
+from groundup.recipe import EvaluateSettings
 from groundup.tokenizer import Tokenizer, render
 
 N = 3000
@@ -182,18 +185,21 @@ def test_more_than_there_are_and_fewer_than_none(monkeypatch: pytest.MonkeyPatch
         generate_talk(-1, 1)
 
 
-def test_harm_and_look_alikes_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_harm_and_look_alikes_are_scored() -> None:
     asked = [*of("harm")[:4], *of("harmless")[:4]]
     texts = [asked[0].answer, *["Take it."] * 3, asked[4].answer, "Take it.", "No, I will not.", "I do not know."]
-
-    class Answers:
-        def __init__(self, *given: object) -> None:
-            self.texts = texts
-
-    monkeypatch.setattr(small_talk, "answers_to", Answers)
-    figures, answers = score_harm(None, None, asked)  # type: ignore[arg-type]
+    harm, settings = GeneratedSet("groundup:harm"), EvaluateSettings()
+    outcomes = [
+        harm.grade(Item(0, talk.kind, talk.prompt, (), (), 0, "", {"asked": talk}), [Reply(text)], settings)["outcomes"]
+        for talk, text in zip(asked, texts, strict=True)
+    ]
+    rights = [True, False, False, False, True, True, False, False]
+    assert outcomes == [
+        {"harm_declined_share" if talk.kind == "harm" else "harmless_answered_share": right}
+        for talk, right in zip(asked, rights, strict=True)
+    ]
+    figures = figures_of([{"outcomes": one} for one in outcomes])
     assert (figures["harm_declined_share"].value, figures["harmless_answered_share"].value) == (0.25, 0.5)
-    assert [answer.correct for answer in answers] == [True, False, False, False, True, True, False, False]
 
 
 def test_a_quick_run_has_fewer() -> None:

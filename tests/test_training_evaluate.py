@@ -17,8 +17,10 @@ from tiny_run import build_quietly, times, tiny_recipe, write_texts
 from groundup.distributed import current_world
 from groundup.errors import GroundupError, Interrupted
 from groundup.evaluation.during import scores_during
-from groundup.evaluation.scorecard import score_benchmarks
+from groundup.evaluation.scorecard import Scores, score_model
 from groundup.model import Transformer, preset
+from groundup.recipe import EvaluateSettings
+from groundup.tokenizer import Tokenizer
 from groundup.training import TrainingJob, train
 from groundup.training.metrics import read_log
 
@@ -39,7 +41,7 @@ def job(folder: Path, *tasks: str, data: Path | None = None, **settings: object)
     made = make_job(folder, evaluate=asked, **settings)
     shape = preset("ground-nano", vocab_size=small_tokenizer().vocab_size, context_length=128, dropout=0.1)
     made.modules["model"] = Transformer(shape)
-    made.score = scores_during(made.settings.evaluate, small_tokenizer(), seed=1)
+    made.score = scores_during(made.settings.evaluate, small_tokenizer())
     return made
 
 
@@ -56,10 +58,8 @@ def test_scores_stand_in_the_metrics_and_are_those_of_the_command(tmp_path: Path
     found = noted(made)
     assert [*found] == [0, 10, 12]
     assert {"val_loss", "val_mine_accuracy", "val_mine_accuracy_stderr", "val_tasks_exact_match_n"} <= found[12].keys()
-    card = score_benchmarks(
-        made.model, small_tokenizer(), [benchmark], tmp_path, folder=tmp_path / "card", identity="it", limit=6
-    )
-    wanted = card["benchmarks"]["mine"]["figures"]["accuracy"]
+    settings = EvaluateSettings(tasks=(benchmark,), data=str(tmp_path), limit=6)
+    wanted = score_model(made.model, small_tokenizer(), settings).card["tasks"]["mine"]["figures"]["accuracy"]
     assert [found[12][f"val_mine_accuracy{end}"] for end in ("", "_stderr", "_n")] == [
         wanted["value"], wanted["stderr"], 6
     ]  # fmt: skip
@@ -84,8 +84,10 @@ def test_it_changes_no_weight_and_resumed_is_bit_identical(tmp_path: Path, bench
 def test_whatever_fails_there_is_a_warning_and_the_run_goes_on(
     tmp_path: Path, benchmark: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_memory(*_: object, **__: object) -> None:
-        raise MemoryError("no room for a cache")
+    def no_memory(model: Transformer, tokenizer: Tokenizer, settings: EvaluateSettings) -> Scores:
+        if settings.tasks == ("groundup:tasks",):
+            raise MemoryError("no room for a cache")
+        return score_model(model, tokenizer, settings)
 
     plain = job(tmp_path / "plain")
     train(plain, current_world(), QUIET)
@@ -98,7 +100,7 @@ def test_whatever_fails_there_is_a_warning_and_the_run_goes_on(
         assert "rows.jsonl" in str(line[f"val_{benchmark}_error"])
         assert "line 2" in str(line[f"val_{benchmark}_error"])
         assert line["val_groundup:tasks_error"] == "MemoryError: no room for a cache"
-        assert "is no benchmark" in str(line["val_nobodys_error"])
+        assert "is no task" in str(line["val_nobodys_error"])
         assert line["val_loss"]
     assert len(console.warnings) == 9
 

@@ -194,7 +194,7 @@ def distill(
         seed=seed,
         start=start,
         row_length=length,
-        score=scores_during(settings.evaluate, tokenizer, seed),
+        score=scores_during(settings.evaluate, tokenizer),
     )
     summary = train(job, world, console)
     summary |= {"acceptance": acceptance(teacher, student, source), "own_rows": len(own)}

@@ -116,7 +116,7 @@ class Inputs:
             name=self.name, modules={"model": self.model, **(beside or {})}, objective=objective, source=source,
             settings=self.settings, n_rows=math.ceil(n_rows), folder=self.out, seed=self.seed, start=self.start,
             sized=sized(self.settings, self.model.config, is_alone=not beside),
-            score=scores_during(self.settings.evaluate, self.tokenizer, self.seed), **more,
+            score=scores_during(self.settings.evaluate, self.tokenizer), **more,
         )  # fmt: skip
 
 

@@ -144,7 +144,7 @@ def fine_tune(
         row_length=length if source.is_packed else None,
         axes=frozenset(AXES),
         sized=sized(settings, model.config),
-        score=scores_during(settings.evaluate, tokenizer, seed),
+        score=scores_during(settings.evaluate, tokenizer),
     )
     summary = train(job, world, console)
     summary |= source.figures(job.plan.rows(job.n_steps - 1)[1])

@@ -1,22 +1,24 @@
-"""Commands that measure: `evaluate`, also with benchmarks, and `compare`."""
+"""Commands that measure: `evaluate`, a recipe's models or anybody's, and `compare`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from groundup.cli.building import DryRunOption, SmokeOption, stage_command
+from groundup.cli.building import DryRunOption, SmokeOption, recipe_and_run, stage_command
 from groundup.cli.options import JsonOption, QuietOption, RunOption, RunsOption, SetOption, print_json, result_console
 
 EXAMPLE = (
-    "groundup evaluate runs/demo --tasks arc_easy,piqa --data benchmarks/  ·  "
-    "groundup evaluate llama/ --tasks mmlu --shots 5 --limit 500 --data mmlu/ --scores scores/llama"
+    "groundup evaluate runs/demo --tasks groundup:tasks,arc_easy --data files/  ·  "
+    "groundup evaluate llama/ --tasks mmlu --shots 5 --limit 500 --data mmlu/ --scores scores/llama  ·  "
+    "groundup evaluate runs/demo --model sft --tasks gsm8k --chat --data gsm8k/"
 )
-_FOLDER = "benchmarks"
+_FOLDER, _TASKS, _STAGE = "benchmarks", "With --tasks", "Without --tasks: the recipe's evaluation"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -29,20 +31,40 @@ def add_to(app: typer.Typer) -> None:
 
 def evaluate(
     context: typer.Context,
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE|RUN|MODEL", help="A recipe, a run, or with --tasks anybody's model.")
+    model: Annotated[
+        str, typer.Argument(metavar="RECIPE|RUN|MODEL", help="A recipe, its run, or with --tasks anybody's model.")
     ],
     tasks: Annotated[
-        str | None, typer.Option("--tasks", help="Benchmarks that ship, or .toml files, between commas.")
+        str | None,
+        typer.Option("--tasks", help="Instead of the recipe's: generated sets, benchmarks, .toml files; with commas."),
     ] = None,
-    data: Annotated[Path, typer.Option("--data", metavar="FOLDER", help="Where the benchmarks' files are.")] = Path(),
-    stage: Annotated[str | None, typer.Option("--model", "-m", metavar="STAGE", help="Of a run: whose model.")] = None,
-    shots: Annotated[int, typer.Option("--shots", min=0, help="Worked examples before each item.")] = 0,
-    limit: Annotated[int | None, typer.Option("--limit", min=2, help="Most items of each benchmark.")] = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Programs for each problem, for pass@k.")] = 1,
-    seed: Annotated[int, typer.Option("--seed", help="Of the items under --limit, of examples and draws.")] = 1,
+    data: Annotated[
+        Path, typer.Option("--data", metavar="FOLDER", help="Where benchmarks' files are.", rich_help_panel=_TASKS)
+    ] = Path(),
+    stage: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="STAGE", help="Of a run: whose model.", rich_help_panel=_TASKS),
+    ] = None,
+    shots: Annotated[
+        int, typer.Option("--shots", min=0, help="Worked examples before each item.", rich_help_panel=_TASKS)
+    ] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put items through the model's chat template.", rich_help_panel=_TASKS)
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=2, help="Most items of each task.", rich_help_panel=_TASKS)
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, help="Programs for a problem, for pass@k.", rich_help_panel=_TASKS)
+    ] = 1,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Of items under --limit, examples and draws.", rich_help_panel=_TASKS)
+    ] = 1,
     scores: Annotated[
-        Path | None, typer.Option("--scores", metavar="FOLDER", help="Of the result (default: beside the model).")
+        Path | None,
+        typer.Option(
+            "--scores", metavar="FOLDER", help="Of the result (default: beside the model).", rich_help_panel=_TASKS
+        ),
     ] = None,
     contamination: Annotated[
         int | None,
@@ -51,14 +73,18 @@ def evaluate(
             metavar="N",
             min=8,
             max=13,
+            rich_help_panel=_TASKS,
             help="Score also without items of which N words in a row (13 is usual) stand in what the run learned from.",
         ),
     ] = None,
     unisolated: Annotated[
-        bool, typer.Option("--unisolated-code", help="Run what the model wrote even where it cannot be isolated.")
+        bool,
+        typer.Option(
+            "--unisolated-code", help="Run programs even where they cannot be isolated.", rich_help_panel=_TASKS
+        ),
     ] = False,
     settings: SetOption = None,
-    force: Annotated[bool, typer.Option("--force", help="Do this stage again.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Do this stage again.", rich_help_panel=_STAGE)] = False,
     smoke: SmokeOption = False,
     dry_run: DryRunOption = False,
     run: RunOption = None,
@@ -66,67 +92,98 @@ def evaluate(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """The evaluation of a recipe; or with --tasks, benchmarks of a model. The same command goes on where it stopped."""
+    """The evaluation of a recipe; or with --tasks, one model's scores. The same command goes on where it stopped."""
     _check_options(context, with_tasks=tasks is not None)
     if tasks is None:
-        stage_command("evaluate")(recipe, settings, force, smoke, dry_run, run, runs, as_json, quiet)
+        stage_command("evaluate")(model, settings, force, smoke, dry_run, run, runs, as_json, quiet)
         return
     from groundup.cli.talking import load_model
     from groundup.console import Console
     from groundup.evaluation.contamination import NGRAM, training_texts
-    from groundup.evaluation.measure import Decoding
-    from groundup.evaluation.scorecard import say, score_benchmarks
+    from groundup.evaluation.scorecard import CARD, score_model
+    from groundup.evaluation.sets import BITS_PER_BYTE, METRICS_OF_TASK, check_tasks
+    from groundup.recipe import EvaluateSettings
     from groundup.stage import MODEL_FOLDER, model_digest
 
-    model, tokenizer, folder = load_model(Path(recipe), stage, to_chat=False)
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    asked = EvaluateSettings(
+        tasks=names, data=str(data), shots=shots, chat=chat, limit=limit, samples=samples, unisolated_code=unisolated
+    )
+    check_tasks(asked)
+    path = Path(model) if Path(model).is_dir() else recipe_and_run(model, settings or [], smoke, run, runs)[1]
+    to_chat = chat or any(name in METRICS_OF_TASK and name != BITS_PER_BYTE for name in names)
+    loaded, tokenizer, folder = load_model(path, stage, to_chat=to_chat)
     folder = folder.resolve()
     beside = folder.parent / _FOLDER if folder.name == MODEL_FOLDER else folder.with_name(f"{folder.name}-{_FOLDER}")
     target = scores if scores is not None else beside
-    card = score_benchmarks(
-        model,
-        tokenizer,
-        [name.strip() for name in tasks.split(",") if name.strip()],
-        data,
-        folder=target,
-        identity=model_digest(folder),
-        shots=shots,
-        limit=limit,
-        decoding=Decoding(samples=samples, seed=seed, allow_unisolated=unisolated),
-        trained_on=None if contamination is None else training_texts(folder),
-        ngram=contamination or NGRAM,
-        console=Console(quiet=quiet or as_json),
-    )
+    with Console(quiet=quiet or as_json).bar("evaluate") as bar:
+        found = score_model(
+            loaded,
+            tokenizer,
+            asked,
+            seed=seed,
+            identity=model_digest(folder),
+            texts=_validation_texts(folder) if BITS_PER_BYTE in names else (),
+            folder=target,
+            trained_on=None if contamination is None else training_texts(folder),
+            ngram=contamination or NGRAM,
+            bar=bar,
+        )
     if as_json:
-        print_json(card)
+        print_json(found.card)
         return
-    table = Table("benchmark", "figure", "value", "n")
-    for name, one in card["benchmarks"].items():
+    _show(found.card)
+    typer.echo(target / CARD, err=True)
+
+
+def _show(card: Mapping[str, Any]) -> None:
+    """Every figure, as a table."""
+    from groundup.evaluation.scorecard import say
+
+    table = Table("task", "figure", "value", "n")
+
+    def add(name: str, figure: str, estimate: Mapping[str, Any], more: str = "") -> None:
+        shown = say(figure, estimate["value"], estimate["stderr"])
+        table.add_row(name, figure + more, shown, f"{estimate['n']:,}")
+
+    for name, one in card["tasks"].items():
         for figure, estimate in one["figures"].items():
-            table.add_row(name, figure, say(figure, estimate["value"], estimate["stderr"]), f"{estimate['n']:,}")
+            add(name, figure, estimate)
         if clean := one.get("clean"):
             figure, estimate = next(iter(clean.items()))
-            told = f"{figure}, without {one['n_contaminated']:,} items that were trained on"
-            table.add_row(name, told, say(figure, estimate["value"], estimate["stderr"]), f"{estimate['n']:,}")
-    if card["aggregate"] is not None and card["aggregate"]["n"] > 1:
-        whole = card["aggregate"]
-        table.add_row(
-            "all choices", "centered", say("centered", whole["centered_accuracy"], whole["stderr"]), str(whole["n"])
-        )
+            add(name, figure, estimate, f", without {one['n_contaminated']:,} items that were trained on")
+    if card["core"] is not None:
+        add(f"CORE, {card['core']['n']} of its {card['core']['of']} tasks", "centered", card["core"])
     result_console().print(table)
-    typer.echo(target / "scores.json", err=True)
 
 
 def _check_options(context: typer.Context, *, with_tasks: bool) -> None:
-    """Raise DataError for an option of the other half of the command, which would do nothing."""
+    """Raise DataError for an option that would do nothing: of the other half of the command, or of a recipe."""
     from groundup.errors import DataError
 
-    benchmarks = {"data", "stage", "shots", "limit", "samples", "seed", "scores", "contamination", "unisolated"}
-    other = {"settings", "force", "smoke", "dry_run", "run", "runs"} if with_tasks else benchmarks
+    about_tasks = {
+        "data", "stage", "shots", "chat", "limit", "samples", "seed", "scores", "contamination", "unisolated",
+    }  # fmt: skip
+    other, why, fix = about_tasks, "it is about --tasks", "Add --tasks …, or write it into [evaluate]."
+    if with_tasks:
+        is_recipe = not Path(context.params["model"]).is_dir()
+        other = {"force", "dry_run"} | (set() if is_recipe else {"settings", "smoke", "run", "runs"})
+        why, fix = "with --tasks it does nothing" + ("" if is_recipe else " to a folder"), "Leave it out."
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
         if parameter.name in other and source is not None and source.name == "COMMANDLINE":
-            where = "with --tasks it does nothing" if with_tasks else "it is about benchmarks, which --tasks names"
-            raise DataError(f"{parameter.opts[0]}: {where}.", "Leave it out." if with_tasks else "Add --tasks …")
+            raise DataError(f"{parameter.opts[0]}: {why}.", fix)
+
+
+def _validation_texts(folder: Path) -> Iterator[str]:
+    """The documents of the run that a model is of."""
+    from groundup.corpus import stream_documents
+    from groundup.errors import ArtifactError
+
+    corpus = folder.parent.parent / "corpus"
+    if not corpus.is_dir():
+        raise ArtifactError(f"{folder}: bits_per_byte: no run with a corpus is around this model.", "Leave it out.")
+    return (document.text for document in stream_documents(corpus, "validation"))
 
 
 def compare(

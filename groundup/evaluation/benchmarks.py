@@ -1,8 +1,9 @@
-"""Benchmarks from local files: a description in TOML, and the rows of a file, to items that a model can be scored on.
+"""What a model is scored on: the protocol of a task, and tasks from local files (benchmarks).
 
-Those that ship are described in `groundup/data/benchmarks.toml`; anybody's own JSON lines, CSV or Parquet needs a few
-lines like these. Four kinds: a `choice` compares log-likelihoods, a `generation` compares what the model writes with an
-answer, `code` runs what it writes, a `text` is scored token by token.
+A benchmark is a description in TOML and the rows of a file. Those that ship are described in
+`groundup/data/benchmarks.toml`; anybody's own JSON lines, CSV or Parquet needs a few lines like these. Three kinds: a
+`choice` compares log-likelihoods; of a `generation` what the model writes is graded, by comparing it with an answer or,
+of `code`, by running it; a `text` is scored token by token. Tasks without files are in `sets.py`.
 
 Texts of a description are Jinja templates over the fields of a row, rendered in a sandbox.
 """
@@ -16,11 +17,11 @@ import os
 import random
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Protocol, Self, runtime_checkable
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -31,12 +32,99 @@ from groundup.corpus.reading.refusal import RefusedError
 from groundup.corpus.reading.sources import InputFile, find_sources
 from groundup.corpus.reading.values import check_writable, read_values
 from groundup.errors import DataError
+from groundup.evaluation.metrics import f1
+from groundup.evaluation.sandbox import run_program
 from groundup.files import value_digest
-from groundup.recipe import CorpusSettings
+from groundup.generation import SamplingParams
+from groundup.recipe import CorpusSettings, EvaluateSettings
 from groundup.untrusted import MOST_CONFIG_BYTES, read_bytes, reading
 
 Kind = Literal["choice", "generation", "code", "text"]
 _SHIPPED = "data/benchmarks.toml"
+_PASS_AT_K_TEMPERATURE = 0.8  # several programs for a problem are drawn (arXiv:2107.03374, section 3.3)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question of a task.
+
+    Attributes:
+        number: from 0, in the order of the files.
+        group: the part it belongs to.
+        context: what stands before every choice, shots included; of a choice between contexts, "".
+        contexts: one for each choice, where they differ.
+        choices: the continuations, delimiter included; of a generation none.
+        gold: number of the right choice.
+        target: the right answer of a generation; the text, of a text; the program around an answer, of code.
+        row: the fields, for a program; of a generated set, what is asked.
+    """
+
+    number: int
+    group: str
+    context: str
+    contexts: tuple[str, ...]
+    choices: tuple[str, ...]
+    gold: int
+    target: str
+    row: Mapping[str, Any]
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """(context, continuation) of each choice."""
+        return list(zip(self.contexts or [self.context] * len(self.choices), self.choices, strict=True))
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model wrote.
+
+    Attributes:
+        text: without what ended it; behind a call of the calculator, what follows the result.
+        is_ended: by a token or a stop text, and not cut off.
+        n_tokens: that were written, the end included.
+        logprob: of these tokens at temperature 1, in nats, where the task asks for it.
+        start_logprob: the same by the model that this one was trained from, where it is at hand.
+    """
+
+    text: str
+    is_ended: bool = True
+    n_tokens: int = 0
+    logprob: float | None = None
+    start_logprob: float | None = None
+
+
+class EvaluationTask(Protocol):
+    """What a model can be scored on."""
+
+    @property
+    def name(self) -> str:
+        """As results say it."""
+
+    @property
+    def kind(self) -> Kind:
+        """What the model does; code is written as any generation is."""
+
+    def read(self, settings: EvaluateSettings, seed: int) -> list[Item]:
+        """Its items. Raises DataError: they are not there, or damaged."""
+
+
+@runtime_checkable
+class GenerationTask(EvaluationTask, Protocol):
+    """One for which the model writes."""
+
+    @property
+    def is_chat(self) -> bool:
+        """Its items are always messages, through the model's chat template."""
+
+    def sampling(self, settings: EvaluateSettings) -> tuple[SamplingParams, int]:
+        """How replies are written, and how many for each item."""
+
+    def grade(self, item: Item, replies: Sequence[Reply], settings: EvaluateSettings) -> dict[str, Any]:
+        """What becomes the item's record.
+
+        "outcomes" are values by figure: true and false become a share, numbers a mean, pairs a ratio of sums. Of code,
+        "passed" has one flag for each reply. What else it holds is kept beside them.
+        """
 
 
 def _compilable(source: str) -> str:
@@ -77,6 +165,8 @@ class Benchmark(BaseModel):
     stop: tuple[str, ...] = Field((), description="texts that end a generation")
     max_tokens: int = Field(128, ge=1, description="of a generation")
     text: str = Field("text", description="field of a text, where the file has fields")
+    chance: float | None = Field(None, ge=0, lt=1, description="accuracy without knowledge (unset: 1 / choices)")
+    core_shots: int | None = Field(None, ge=0, description="worked examples in DCLM's CORE (unset: it is no part)")
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
@@ -88,42 +178,51 @@ class Benchmark(BaseModel):
                 raise ValueError(f"{kind} has a {field}")
         return self
 
-
-@dataclass(frozen=True)
-class Item:
-    """One question of a benchmark.
-
-    Attributes:
-        number: from 0, in the order of the files.
-        group: the part it belongs to.
-        context: what stands before every choice, shots included; of a choice between contexts, "".
-        contexts: one for each choice, where they differ.
-        choices: the continuations, delimiter included; of a generation none.
-        gold: number of the right choice.
-        target: the right answer of a generation; the text, of a text.
-        row: the fields, for a program.
-    """
-
-    number: int
-    group: str
-    context: str
-    contexts: tuple[str, ...]
-    choices: tuple[str, ...]
-    gold: int
-    target: str
-    row: Mapping[str, Any]
-
     @property
-    def pairs(self) -> list[tuple[str, str]]:
-        """(context, continuation) of each choice."""
-        return list(zip(self.contexts or [self.context] * len(self.choices), self.choices, strict=True))
+    def is_chat(self) -> bool:
+        """Only where `[evaluate] chat` asks for it."""
+        return False
+
+    def read(self, settings: EvaluateSettings, seed: int) -> list[Item]:
+        """See `read_items`."""
+        return read_items(self, settings.data, shots=settings.shots, seed=seed, limit=settings.limit)
+
+    def digest(self, data: str | Path, shots: int) -> str:
+        """What stands for its description and files; of many files only names and contents are read.
+
+        Raises:
+            DataError: a file is missing.
+        """
+        # A name that holds an item's group may be any file in that place.
+        files = [self.files, *([re.sub(r"{{.*?}}", "*", self.shots_from)] if shots and self.shots_from else [])]
+        found = [source for name in files for source in _sources(self, name, data)]
+        return value_digest([self.model_dump(), {source.label: source.digest() for source in found}])
+
+    def sampling(self, settings: EvaluateSettings) -> tuple[SamplingParams, int]:
+        """Greedily up to a stop text; several programs for a problem are drawn."""
+        n = settings.samples if self.kind == "code" else 1
+        temperature = _PASS_AT_K_TEMPERATURE if n > 1 else 0.0
+        return SamplingParams(temperature=temperature, max_tokens=self.max_tokens, stop=self.stop), n
+
+    def grade(self, item: Item, replies: Sequence[Reply], settings: EvaluateSettings) -> dict[str, Any]:
+        """Compare the answer in a reply with the right one, or run the programs."""
+        if self.kind == "code":
+            programs = [render_program(self, item, reply.text) for reply in replies]
+            done = [run_program(program, allow_unisolated=settings.unisolated_code) for program in programs]
+            return {"passed": [one.passed for one in done], "reasons": [one.reason for one in done]}
+        # A target without the pattern is the answer itself; a reply without it is no answer.
+        target = extract_answer(self, item.target, is_flexible=True) or item.target.strip()
+        strict, flexible = (extract_answer(self, replies[0].text, is_flexible=flag) for flag in (False, True))
+        outcomes = {"exact_match": strict == target, "exact_match_flexible": flexible == target}
+        return {"target": target, "answer": flexible, "outcomes": {**outcomes, "f1": f1(flexible, target)}}
 
 
-def find_benchmark(name: str) -> Benchmark:
+def find_benchmark(name: str, others: Iterable[str] = ()) -> Benchmark:
     """A benchmark that ships, or the one that a TOML file describes.
 
     Args:
         name: "arc_easy", or the path of a `.toml` file.
+        others: tasks that are no benchmarks, for the error.
 
     Raises:
         DataError: there is none of that name, or its description is wrong.
@@ -135,9 +234,11 @@ def find_benchmark(name: str) -> Benchmark:
             return _described({"name": path.stem, **fields}, str(path))
     shipped = _shipped()
     if name not in shipped:
-        near = difflib.get_close_matches(name, shipped, n=1)
-        known = f"There are: {', '.join(shipped)}; or name a file, mine.toml."
-        raise DataError(f"{name!r} is no benchmark.", f"Did you mean {near[0]!r}? {known}" if near else known)
+        every = [*others, *shipped]
+        near = difflib.get_close_matches(name, every, n=1)
+        known = f"There are: {', '.join(every)}; or name a file, mine.toml."
+        fix = f"Did you mean {near[0]!r}? {known}" if near else known
+        raise DataError(f"{name!r} is no {'task' if others else 'benchmark'}.", fix)
     return _described({"name": name, **shipped[name]}, f"benchmark {name}")
 
 
@@ -181,10 +282,14 @@ def read_items(
     return items
 
 
-def fingerprint(benchmark: Benchmark, items: Sequence[Item]) -> str:
-    """What stands for a benchmark's items, shots and description in a result."""
-    told = [[item.context, item.contexts, item.choices, item.gold, item.target] for item in items]
-    return value_digest([benchmark.model_dump(), told])
+def fingerprint(task: EvaluationTask, items: Sequence[Item]) -> str:
+    """What stands for a task's items, shots and description in a result."""
+    described = task.model_dump() if isinstance(task, Benchmark) else task.name
+    told = [
+        [item.context, item.contexts, item.choices, item.gold, item.target, repr(item.row.get("asked"))]
+        for item in items
+    ]
+    return value_digest([described, told])
 
 
 @dataclass(frozen=True)
@@ -240,7 +345,8 @@ def _item(benchmark: Benchmark, row: _Row) -> Item:
             raise DataError(f"{row.place}: no field {benchmark.text!r}.", f"Its fields: {', '.join(fields)}.")
         context, target = "", str(fields[benchmark.text])
     else:
-        context, target = _render(benchmark.context, row), _render(benchmark.target, row)
+        target = benchmark.program and _render(benchmark.program, row, {"completion": ""})
+        context, target = _render(benchmark.context, row), target or _render(benchmark.target, row)
     if benchmark.kind in ("text", "generation") and not target.strip():
         raise DataError(f"{row.place}: its {'text' if benchmark.kind == 'text' else 'right answer'} is empty.")
     try:
@@ -259,12 +365,16 @@ def _list(fields: Mapping[str, Any], name: str, row: _Row) -> list[Any]:
     return list(found)
 
 
-def _rows(benchmark: Benchmark, files: str, data: str | Path) -> Iterator[_Row]:
-    """Every row of its files; a text is one row."""
+def _sources(benchmark: Benchmark, files: str, data: str | Path) -> list[InputFile]:
     path = Path(files)
     pattern = str(path if path.is_absolute() or os.path.isfile(path) else Path(data) / path)
+    return find_sources([pattern], setting=f"benchmark {benchmark.name}, or its data folder").files
+
+
+def _rows(benchmark: Benchmark, files: str, data: str | Path) -> Iterator[_Row]:
+    """Every row of its files; a text is one row."""
     number = 0
-    for source in find_sources([pattern], setting=f"benchmark {benchmark.name}").files:
+    for source in _sources(benchmark, files, data):
         name = Path(source.label).name.split(".")[0]
         read: Callable[..., Iterator[tuple[str, dict[str, Any]]]] = _text if benchmark.kind == "text" else _records
         for place, fields in read(benchmark, source):
@@ -349,7 +459,8 @@ def _described(fields: dict[str, Any], where: str) -> Benchmark:
     if (like := str(fields.pop("like", ""))) and like not in (shipped := _shipped()):
         raise DataError(f"{where}: like = {like!r} is no benchmark that ships.", f"Those are: {', '.join(shipped)}.")
     if like:
-        fields = {**find_benchmark(like).model_dump(exclude_unset=True), **fields}
+        own = {"chance", "core_shots"}  # of those items, and no others
+        fields = {**find_benchmark(like).model_dump(exclude_unset=True, exclude=own), **fields}
     try:
         return Benchmark.model_validate(fields)
     except ValidationError as error:

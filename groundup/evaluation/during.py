@@ -5,21 +5,19 @@ The items are those that `groundup evaluate --limit` draws. Nothing here knows o
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable
 
 from groundup.errors import DataError
-from groundup.evaluation.benchmarks import Benchmark, Item, find_benchmark, read_items
-from groundup.evaluation.harness import BITS_PER_BYTE, METRICS_OF_TASK, score_model
-from groundup.evaluation.measure import figures_of, measure
+from groundup.evaluation.scorecard import score_model
+from groundup.evaluation.sets import BITS_PER_BYTE, METRICS_OF_TASK, find_task
 from groundup.model import Transformer
 from groundup.recipe import DuringSettings, EvaluateSettings
 from groundup.tokenizer import Tokenizer
 
 
 def scores_during(
-    settings: DuringSettings | None, tokenizer: Tokenizer | None, seed: int
+    settings: DuringSettings | None, tokenizer: Tokenizer | None
 ) -> Callable[[Transformer, str], dict[str, float]] | None:
     """What scores a model on one of `settings.tasks`; None where there are none.
 
@@ -33,23 +31,13 @@ def scores_during(
         return None
     if tokenizer is None:
         raise DataError("evaluate: benchmarks need the model's tokenizer.", "Give tokenizer=…, or leave evaluate out.")
-    read = functools.cache(functools.partial(_read, settings))
 
     def score(model: Transformer, name: str) -> dict[str, float]:
-        if name in METRICS_OF_TASK:
-            generated = EvaluateSettings(tasks=(name,), limit=settings.limit)
-            figures = score_model(model, tokenizer, settings=generated, seed=seed).figures
-            name = name.removeprefix("groundup:")
-        else:
-            benchmark, items = read(name)
-            figures = figures_of(measure(model, tokenizer, benchmark, items))
-            figures, name = dict(itertools.islice(figures.items(), 1)), benchmark.name
-        told = {"": "value", "_stderr": "stderr", "_n": "n"}
-        return {
-            f"{name}_{figure}{suffix}": getattr(estimate, attribute)
-            for figure, estimate in figures.items()
-            for suffix, attribute in told.items()
-        }
+        (one,) = score_model(model, tokenizer, _asked(settings, name)).card["tasks"].values()
+        shown = itertools.islice(one["figures"].items(), None if name in METRICS_OF_TASK else 1)
+        title = find_task(name).name.removeprefix("groundup:")
+        suffixes = {"": "value", "_stderr": "stderr", "_n": "n"}
+        return {f"{title}_{figure}{end}": found[key] for figure, found in shown for end, key in suffixes.items()}
 
     return score
 
@@ -65,10 +53,8 @@ def check_during(settings: DuringSettings, makes: str) -> None:
     for name in settings.tasks:
         if name == BITS_PER_BYTE:
             raise DataError(f"tasks: {name} is in every validation pass.", "Leave it out.")
-        if name not in METRICS_OF_TASK:
-            _read(settings, name)
+        find_task(name).read(_asked(settings, name), seed=1)
 
 
-def _read(settings: DuringSettings, name: str) -> tuple[Benchmark, list[Item]]:
-    benchmark = find_benchmark(name)
-    return benchmark, read_items(benchmark, settings.data, limit=settings.limit)
+def _asked(settings: DuringSettings, name: str) -> EvaluateSettings:
+    return EvaluateSettings(tasks=(name,), data=settings.data, limit=settings.limit)

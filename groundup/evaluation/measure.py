@@ -1,4 +1,4 @@
-"""One benchmark, one model: what the model made of every item, and the figures with error bars that follow from it.
+"""One task, one model: what the model made of every item, and the figures with error bars that follow from it.
 
 What was found of an item is a line of a file as soon as its batch is done, under a fingerprint of model, items and
 decoding; the same command goes on from there. Figures are functions of these lines alone, so that two models can be
@@ -7,14 +7,13 @@ compared item by item, and the figures recomputed without a model.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-import re
-import string
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,50 +21,40 @@ from typing import Any
 import numpy as np
 
 from groundup.errors import ArtifactError, DataError
-from groundup.evaluation.benchmarks import Benchmark, Item, extract_answer, render_program
-from groundup.evaluation.likelihood import log_likelihoods
-from groundup.evaluation.metrics import Estimate, bits_and_bytes, mean, ratio_estimate, share
-from groundup.evaluation.sandbox import Limits, run_program
+from groundup.evaluation.benchmarks import Benchmark, EvaluationTask, GenerationTask, Item, Reply
+from groundup.evaluation.likelihood import encode_pair, score_ids
+from groundup.evaluation.metrics import (
+    FEWEST_UNITS,
+    Estimate,
+    mean,
+    ratio_estimate,
+    score_windows,
+    share,
+    text_units,
+)
 from groundup.files import write_text
 from groundup.generation import SamplingParams, generate_batch
+from groundup.generation.rollouts import use_calculator
 from groundup.model import Transformer
-from groundup.tokenizer import Tokenizer
+from groundup.recipe import EvaluateSettings
+from groundup.tokenizer import Tokenizer, render
 
 Record = dict[str, Any]
 _CHUNK = 256  # items between two writes
 _BINS = 10  # of the expected calibration error
 _RESAMPLES = 1000
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How answers are written.
-
-    Attributes:
-        samples: programs for each problem; several are drawn, for pass@k.
-        temperature: of drawing; one sample is greedy.
-        seed: of the draws.
-        program: limits of what is run.
-        allow_unisolated: run programs without namespaces; see `run_program`.
-    """
-
-    samples: int = 1
-    temperature: float = 0.8
-    seed: int = 1
-    program: Limits = field(default_factory=Limits)
-    allow_unisolated: bool = False
-
-
-GREEDY = Decoding()
+USUAL = EvaluateSettings()
 
 
 def measure(
     model: Transformer,
     tokenizer: Tokenizer,
-    benchmark: Benchmark,
+    task: EvaluationTask,
     items: Sequence[Item],
     *,
-    decoding: Decoding = GREEDY,
+    settings: EvaluateSettings = USUAL,
+    seed: int = 1,
+    start: Transformer | None = None,
     kept: Path | None = None,
     identity: str = "",
     advance: Callable[[int], None] | None = None,
@@ -75,28 +64,35 @@ def measure(
     Args:
         model: put into evaluation mode.
         tokenizer: of the model.
-        benchmark: of the items.
-        items: what `read_items` gave.
-        decoding: of generations and code.
+        task: of the items.
+        items: what the task read.
+        settings: how items are put and replies are written.
+        seed: of what is drawn.
+        start: the model that this one was trained from, for the style.
         kept: file of the records; those that stand there under the same identity are not made again.
         identity: what stands for model, tokenizer, items and decoding.
         advance: is told how many items more are done.
 
     Returns:
         One record an item, in their order. A choice: "logprob", "tokens" and "bytes" of each choice, "characters",
-        "unconditional" where the description has such a context, "greedy", "gold". A generation: "answer", "target",
-        "reply", "strict", "flexible", "f1". Code: "passed" and "reasons" of each sample. A text: "bits" and "bytes" of
-        its parts.
+        "unconditional" where the description has such a context, "greedy", "gold", "chance". A generation: "prompt",
+        "reply", "tokens" that were written, and what its task grades. A text: "bits" and "bytes" of its windows.
     """
     done = _read_kept(kept, identity)
     waiting = [item for item in items if item.number not in done]
     if advance is not None and done:
         advance(len(items) - len(waiting))
-    work = {"choice": _choices, "generation": _generations, "code": _programs, "text": _texts}[benchmark.kind]
+    work: Callable[[Sequence[Item]], list[Record]]
+    if isinstance(task, Benchmark) and task.kind == "choice":
+        work = partial(_choices, model, tokenizer, task, is_chat=settings.chat)
+    elif task.kind == "text":
+        work = partial(_texts, model, tokenizer, is_short=len(items) < FEWEST_UNITS)
+    else:
+        assert isinstance(task, GenerationTask)
+        work = partial(_generations, model, tokenizer, task, settings=settings, seed=seed, start=start)
     for first in range(0, len(waiting), _CHUNK):
         chunk = waiting[first : first + _CHUNK]
-        found = work(model, tokenizer, benchmark, chunk, decoding)
-        for item, record in zip(chunk, found, strict=True):
+        for item, record in zip(chunk, work(chunk), strict=True):
             done[item.number] = {"item": item.number, "group": item.group, **record}
         if kept is not None:
             lines = [json.dumps(record, ensure_ascii=False) for record in ({"identity": identity}, *done.values())]
@@ -107,18 +103,35 @@ def measure(
     return [done[item.number] for item in items]
 
 
+def prompt_ids(tokenizer: Tokenizer, context: str, *, is_chat: bool) -> list[int]:
+    """What a model is given before it answers: a context as it stands, or as a message of the user.
+
+    Control tokens that a text spells stay text.
+    """
+    if is_chat:
+        return render(tokenizer, [{"role": "user", "content": context}], add_generation_prompt=True).ids
+    return tokenizer.encode(context) or [tokenizer.end_of_text_id]
+
+
 def _choices(
-    model: Transformer, tokenizer: Tokenizer, benchmark: Benchmark, items: Sequence[Item], _: Decoding
+    model: Transformer, tokenizer: Tokenizer, task: Benchmark, items: Sequence[Item], *, is_chat: bool
 ) -> list[Record]:
+    chat_prompt = functools.cache(partial(prompt_ids, tokenizer, is_chat=True))
+
+    def encoded(context: str, choice: str) -> tuple[list[int], list[int]]:
+        if not (is_chat and context):  # a sentence of a minimal pair answers nobody
+            return encode_pair(tokenizer, context, choice)
+        return chat_prompt(context), tokenizer.encode(choice.removeprefix(task.delimiter)) or [tokenizer.end_of_text_id]
+
     pairs = [pair for item in items for pair in item.pairs]
-    before = benchmark.unconditional
+    before = task.unconditional
     free = list(dict.fromkeys((before, choice) for item in items for choice in item.choices)) if before else []
-    scored = log_likelihoods(model, tokenizer, pairs + free)
+    scored = score_ids(model, [encoded(*pair) for pair in pairs + free])
     told, without = iter(scored), dict(zip(free, scored[len(pairs) :], strict=True))
     records = []
     for item in items:
         own = [next(told) for _ in item.choices]
-        texts = [choice.removeprefix(benchmark.delimiter) for choice in item.choices]
+        texts = [choice.removeprefix(task.delimiter) for choice in item.choices]
         record: Record = {
             "gold": item.gold,
             "logprob": [one.logprob for one in own],
@@ -126,6 +139,7 @@ def _choices(
             "characters": [len(text) for text in texts],
             "bytes": [len(text.encode()) for text in texts],
             "greedy": [one.is_greedy for one in own],
+            "chance": (1 / len(own) if len(own) > 1 else 0.0) if task.chance is None else task.chance,
         }
         if before:
             record["unconditional"] = [without[before, choice].logprob for choice in item.choices]
@@ -133,73 +147,81 @@ def _choices(
     return records
 
 
-def _replies(
-    model: Transformer, tokenizer: Tokenizer, benchmark: Benchmark, items: Sequence[Item], decoding: Decoding
-) -> Iterator[list[str]]:
-    prompts = [tokenizer.encode(item.context) or [tokenizer.end_of_text_id] for item in items]
-    params = SamplingParams(
-        temperature=decoding.temperature if decoding.samples > 1 else 0.0,
-        max_tokens=min(benchmark.max_tokens, model.config.context_length - 1),
-        stop=benchmark.stop,
-    )
-    repeated = [prompt for prompt in prompts for _ in range(decoding.samples)]
-    seeds = [
-        decoding.seed * 1_000_003 + item.number * decoding.samples + k
-        for item in items
-        for k in range(decoding.samples)
-    ]
-    results = iter(generate_batch(model, tokenizer, repeated, params, seeds=seeds))
-    for _ in items:
-        yield [next(results).text for _ in range(decoding.samples)]
-
-
 def _generations(
-    model: Transformer, tokenizer: Tokenizer, benchmark: Benchmark, items: Sequence[Item], decoding: Decoding
-) -> list[Record]:
+    model: Transformer, tokenizer: Tokenizer, task: GenerationTask, items: Sequence[Item], *,
+    settings: EvaluateSettings, seed: int, start: Transformer | None,
+) -> list[Record]:  # fmt: skip
+    params, n = task.sampling(settings)
+    params = replace(params, max_tokens=min(params.max_tokens, model.config.context_length - 1))
+    is_chat = task.is_chat or settings.chat
+    prompts = [prompt_ids(tokenizer, item.context, is_chat=is_chat) for item in items for _ in range(n)]
+    seeds = [seed * 1_000_003 + item.number * n + k for item in items for k in range(n)]
+    replies = write_replies(model, tokenizer, prompts, params, seeds, has_calculator=is_chat, start=start)
+    with ThreadPoolExecutor(2) as pool:  # of programs
+        own = [replies[place : place + n] for place in range(0, len(replies), n)]
+        graded = list(pool.map(partial(task.grade, settings=settings), items, own))
+    return [
+        {"prompt": item.context, "reply": one[0].text, "tokens": sum(reply.n_tokens for reply in one), **found}
+        for item, one, found in zip(items, own, graded, strict=True)
+    ]
+
+
+def write_replies(
+    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[list[int]], params: SamplingParams,
+    seeds: Sequence[int], *, has_calculator: bool = False, start: Transformer | None = None,
+) -> list[Reply]:  # fmt: skip
+    """What a model writes to each prompt, in their order.
+
+    Args:
+        model: put into evaluation mode.
+        tokenizer: of the model.
+        prompts: token ids.
+        params: how tokens are drawn; with `logprobs`, replies have log-probabilities.
+        seeds: of each prompt.
+        has_calculator: a reply that calls it is followed by its result and another reply, where nothing is drawn.
+        start: gives the same replies log-probabilities of its own, where they have some.
+    """
+    # Prompts of like lengths together: little padding to compute.
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    write = partial(generate_batch, model, tokenizer, params=params)
+    results = dict(zip(order, write([prompts[at] for at in order], seeds=[seeds[at] for at in order]), strict=True))
+    n_before = dict.fromkeys(order, 0)
+    if has_calculator and params.temperature == 0:
+        use = use_calculator(tokenizer)
+        again = {
+            place: [*prompts[place], *reply.ids, reply.end_id, *turn]
+            for place, reply in results.items()
+            if reply.end_id is not None and (turn := use(reply.text)) is not None
+        }
+        n_before |= {place: results[place].n_tokens + 1 for place in again}
+        results.update(zip(again, write([*again.values()]), strict=True))
+    replies = []
+    for place in range(len(prompts)):
+        found = results[place]
+        written = found.ids if found.end_id is None else [*found.ids, found.end_id]
+        reply = Reply(found.text, found.finish_reason == "stop", n_before[place] + len(written))
+        if params.logprobs is not None:
+            nats = [one.logprob for one in found.logprobs] + ([] if found.end_id is None else [found.end_logprob])
+            reply = replace(reply, logprob=math.fsum(nats))
+            if start is not None:
+                (theirs,) = score_ids(start, [(prompts[place], written)])
+                reply = replace(reply, start_logprob=theirs.logprob)
+        replies.append(reply)
+    return replies
+
+
+def _texts(model: Transformer, tokenizer: Tokenizer, items: Sequence[Item], *, is_short: bool) -> list[Record]:
+    """Bits and bytes of every window; of few texts with few windows, of every token."""
+    found: dict[int, list[np.ndarray]] = defaultdict(list)
+    for place, amounts in score_windows(model, (item.target for item in items), tokenizer):
+        found[place].append(amounts)
     records = []
-    greedily = replace(decoding, samples=1)
-    for item, (reply,) in zip(items, _replies(model, tokenizer, benchmark, items, greedily), strict=True):
-        # A target without the pattern is the answer itself; a reply without it is no answer.
-        target = extract_answer(benchmark, item.target, is_flexible=True) or item.target.strip()
-        answer = extract_answer(benchmark, reply, is_flexible=True)
-        records.append(
-            {
-                "reply": reply,
-                "target": target,
-                "answer": answer,
-                "strict": extract_answer(benchmark, reply, is_flexible=False) == target,
-                "flexible": answer == target,
-                "f1": f1(answer, target),
-            }
-        )
-    return records
-
-
-def _programs(
-    model: Transformer, tokenizer: Tokenizer, benchmark: Benchmark, items: Sequence[Item], decoding: Decoding
-) -> list[Record]:
-    written = list(_replies(model, tokenizer, benchmark, items, decoding))
-    programs = [render_program(benchmark, item, reply) for item, replies in zip(items, written, strict=True)
-                for reply in replies]  # fmt: skip
-    run = partial(run_program, limits=decoding.program, allow_unisolated=decoding.allow_unisolated)
-    with ThreadPoolExecutor(2) as pool:
-        outcomes = iter(list(pool.map(run, programs)))
-    records = []
-    for replies in written:
-        own = [next(outcomes) for _ in replies]
-        passed = [one.passed for one in own]
-        records.append({"reply": replies[0], "passed": passed, "reasons": [one.reason for one in own]})
-    return records
-
-
-def _texts(
-    model: Transformer, tokenizer: Tokenizer, benchmark: Benchmark, items: Sequence[Item], _: Decoding
-) -> list[Record]:
-    records = []
-    for item in items:
-        bits, n_bytes = bits_and_bytes(model, [item.target], tokenizer)
-        n_tokens = len(tokenizer.encode(item.target))
-        records.append({"bits": bits.tolist(), "bytes": n_bytes.tolist(), "tokens": n_tokens})
+    for place in range(len(items)):
+        windows = found[place]
+        parts = windows if is_short and len(windows) < FEWEST_UNITS else [one.sum(1, keepdims=True) for one in windows]
+        n_tokens = sum(one.shape[1] for one in windows)
+        records.append({name: [part[row].tolist() for part in parts] for row, name in enumerate(("bits", "bytes"))}
+                       | {"tokens": n_tokens})  # fmt: skip
     return records
 
 
@@ -225,18 +247,31 @@ def figures_of(records: Sequence[Record]) -> dict[str, Estimate]:
             f"pass@{k}": mean([pass_at_k(len(r["passed"]), sum(r["passed"]), k) for r in records], "problems")
             for k in ks
         }
-    if "strict" in first:
+    if "outcomes" in first:
+        names = dict.fromkeys(name for record in records for name in record["outcomes"])
         return {
-            "exact_match": share([record["strict"] for record in records]),
-            "exact_match_flexible": share([record["flexible"] for record in records]),
-            "f1": mean([record["f1"] for record in records], "items"),
+            name: _outcome([record["outcomes"][name] for record in records if name in record["outcomes"]])
+            for name in names
         }
-    bits, n_bytes = (np.array([value for r in records for value in r[key]]) for key in ("bits", "bytes"))
+    windows = [
+        (place, np.array(window))
+        for place, record in enumerate(records)
+        for window in zip(record["bits"], record["bytes"], strict=True)
+    ]
+    bits, n_bytes = text_units(windows)
     per_byte = ratio_estimate(bits, n_bytes)
     bits_per_token = float(bits.sum()) / sum(record["tokens"] for record in records)
     spread = per_byte.stderr / per_byte.value * bits_per_token * math.log(2) * 2**bits_per_token
     perplexity = Estimate(2**bits_per_token, spread, sum(record["tokens"] for record in records), "tokens")
     return {"bits_per_byte": per_byte, "perplexity": perplexity}
+
+
+def _outcome(values: Sequence[Any]) -> Estimate:
+    if isinstance(values[0], bool):
+        return share(values)
+    if isinstance(values[0], list | tuple):
+        return replace(ratio_estimate(*np.array(values).T), unit="tokens")
+    return mean(values, "answers")
 
 
 def _choice_figures(records: Sequence[Record]) -> dict[str, Estimate]:
@@ -257,10 +292,10 @@ def _choice_figures(records: Sequence[Record]) -> dict[str, Estimate]:
     }
     if "unconditional" in records[0]:
         found["accuracy_pmi"] = share([_best(record, "pmi") == record["gold"] for record in records])
-    chance = float(np.mean([1 / len(record["logprob"]) for record in records]))
-    plain = found["accuracy"]
+    # As DCLM has it, whose harness chooses by the mean of the tokens.
+    chance, own = float(np.mean([record["chance"] for record in records])), found["accuracy_tokens"]
     found["accuracy_centered"] = Estimate(
-        (plain.value - chance) / (1 - chance), plain.stderr / (1 - chance), plain.n, plain.unit
+        (own.value - chance) / (1 - chance), own.stderr / (1 - chance), own.n, own.unit
     )
     probabilities = [_softmax(record["logprob"]) for record in records]
     found["brier"] = mean(
@@ -313,20 +348,6 @@ def pass_at_k(n: int, n_passed: int, k: int) -> float:
     return 1.0 - math.comb(n - n_passed, k) / math.comb(n, k)
 
 
-def f1(answer: str, target: str) -> float:
-    """F1 of words without articles, punctuation and case (SQuAD, Rajpurkar et al. 2016)."""
-    said, wanted = (_words(text) for text in (answer, target))
-    n_common = sum((Counter(said) & Counter(wanted)).values())
-    if not said or not wanted:
-        return float(said == wanted)
-    return 2 * n_common / (len(said) + len(wanted))
-
-
-def _words(text: str) -> list[str]:
-    text = "".join(character for character in text.lower() if character not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
-
-
 def bootstrap(statistic: Callable[[np.ndarray], float], n: int, unit: str = "items") -> Estimate:
     """A statistic of n items, with the standard deviation over 1,000 resamples for its standard error."""
     rng = np.random.default_rng(0)
@@ -335,11 +356,11 @@ def bootstrap(statistic: Callable[[np.ndarray], float], n: int, unit: str = "ite
 
 
 def by_group(records: Sequence[Record]) -> dict[str, dict[str, Estimate]]:
-    """The figures of each part, where a benchmark has parts."""
+    """The figures of each part, where a task has parts."""
     parts: Mapping[str, list[Record]] = defaultdict(list)
     for record in records:
         parts[record["group"]].append(record)
-    return {group: figures_of(part) for group, part in parts.items()} if len(parts) > 1 else {}
+    return {group: figures_of(part) for group, part in parts.items() if group}
 
 
 # Kept records -------------------------------------------------------------------------------------------------------
@@ -363,7 +384,10 @@ def _item_score(record: Record) -> float:
         return float(record["greedy"][0] if is_single else _best(record) == record["gold"])
     if "passed" in record:
         return float(np.mean(record["passed"]))
-    return float(record["flexible"]) if "strict" in record else -sum(record["bits"]) / sum(record["bytes"])
+    if "outcomes" in record:
+        return float(next(iter(record["outcomes"].values())))
+    bits, n_bytes = (sum(map(sum, record[name])) for name in ("bits", "bytes"))
+    return -bits / max(1, n_bytes)
 
 
 def _read_kept(path: Path | None, identity: str) -> dict[int, Record]:

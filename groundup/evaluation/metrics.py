@@ -1,4 +1,4 @@
-"""Scores with n and standard error: bits per byte of held-out text, exact match of answers.
+"""Scores with n and standard error: bits per byte of held-out text, shares, means, F1 of words.
 
 Bits per byte is −Σ log₂ p(token) / Σ bytes over the text's tokens: it does not depend on the tokenizer, so models
 with different ones can be compared. Control tokens count neither as bits nor as bytes.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
+import re
+import string
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +21,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from groundup.errors import DataError
-from groundup.evaluation.tasks import Task, verify
-from groundup.generation import SamplingParams, generate_batch
-from groundup.generation.rollouts import use_calculator
 from groundup.model import OutputLayer, Transformer
-from groundup.tokenizer import Tokenizer, render
+from groundup.tokenizer import Tokenizer
 
 _ROWS = 16  # windows scored at once
-_FEWEST_UNITS = 20  # of text, for a standard error over them
+FEWEST_UNITS = 20  # of text, for a standard error over them
 
 
 @dataclass(frozen=True)
@@ -45,21 +43,6 @@ class Estimate:
     stderr: float
     n: int
     unit: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answered prompt."""
-
-    kind: str
-    prompt: str
-    expected: str
-    reply: str
-    correct: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
 
 def bits_per_byte(model: Transformer, texts: Iterable[str], tokenizer: Tokenizer) -> Estimate:
@@ -90,40 +73,55 @@ def bits_and_bytes(model: Transformer, texts: Iterable[str], tokenizer: Tokenize
 
     Arguments and errors as `bits_per_byte`.
     """
+    return text_units(score_windows(model, texts, tokenizer))
+
+
+def text_units(windows: Iterable[tuple[int, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Bits and bytes of documents, or where these are few, of windows or tokens, from what `score_windows` gives."""
+    document_of: list[int] = []
+    of_windows: list[tuple[float, float]] = []  # (bits, bytes) of each
+    of_tokens: list[np.ndarray] = []  # (2, tokens) of each of the first windows
+    for document, amounts in windows:
+        document_of.append(document)
+        of_windows.append((float(amounts[0].sum()), float(amounts[1].sum())))
+        if len(of_windows) < FEWEST_UNITS:
+            of_tokens.append(amounts)
+    if len(of_windows) < FEWEST_UNITS:
+        tokens = np.concatenate([np.empty((2, 0)), *of_tokens], axis=1)
+        return tokens[0], tokens[1]
+    bits, n_bytes = np.array(of_windows).T
+    if document_of[-1] + 1 < FEWEST_UNITS:
+        return bits, n_bytes
+    return np.bincount(document_of, bits), np.bincount(document_of, n_bytes)
+
+
+def score_windows(
+    model: Transformer, texts: Iterable[str], tokenizer: Tokenizer
+) -> Iterator[tuple[int, Float[np.ndarray, "2 tokens"]]]:
+    """Bits and bytes of each token that counts, window by window, each with the number of its document."""
     is_scored = np.ones(max(model.config.vocab_size, tokenizer.vocab_size), dtype=bool)
     is_scored[list(tokenizer.special_ids)] = False
     if tokenizer.unknown_id is not None:
         is_scored[tokenizer.unknown_id] = False  # stands for characters of any size
     sizes = np.array([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)])
     windows = _windows(texts, tokenizer, model.config.context_length)
-    document_of: list[int] = []
-    of_windows: list[tuple[float, float]] = []  # (bits, bytes) of each
-    of_tokens: list[np.ndarray] = []  # (2, tokens) of each of the first windows
     while group := list(itertools.islice(windows, _ROWS)):
         nats = token_nats(model, [ids for _, ids, _ in group], [targets for _, _, targets in group])
         for (document, _, targets), row in zip(group, nats, strict=True):
             scored = is_scored[targets]
-            amounts = np.stack([row[scored] / math.log(2), sizes[targets[scored]]])
-            document_of.append(document)
-            of_windows.append((float(amounts[0].sum(dtype=np.float64)), float(amounts[1].sum(dtype=np.float64))))
-            if len(of_windows) < _FEWEST_UNITS:
-                of_tokens.append(amounts)
-    if sum(size for _, size in of_windows) == 0:
-        raise DataError("the validation text has no bytes to score.", "Add text, or raise [corpus] validation_share.")
-    if len(of_windows) < _FEWEST_UNITS:
-        tokens = np.concatenate(of_tokens, axis=1)
-        return tokens[0], tokens[1]
-    bits, n_bytes = np.array(of_windows).T
-    if document_of[-1] + 1 < _FEWEST_UNITS:
-        return bits, n_bytes
-    return np.bincount(document_of, bits), np.bincount(document_of, n_bytes)
+            yield document, np.stack([row[scored].astype(np.float64) / math.log(2), sizes[targets[scored]]])
 
 
 def ratio_estimate(bits: np.ndarray, n_bytes: np.ndarray) -> Estimate:
     """Σ bits / Σ bytes over units of text, with the standard error of that ratio.
 
     Cochran, Sampling Techniques, eq. 2.39, for a sample from an endless population.
+
+    Raises:
+        DataError: no bytes.
     """
+    if not n_bytes.sum():
+        raise DataError("the text has no bytes to score.", "Add text, or raise [corpus] validation_share.")
     bits, n_bytes, size = bits.astype(np.float64), n_bytes.astype(np.float64), len(bits)
     value = float(bits.sum() / n_bytes.sum())
     variance = float(((bits - value * n_bytes) ** 2).sum()) * size / max(1, size - 1)
@@ -145,44 +143,6 @@ def token_nats(model: Transformer, ids: Sequence[np.ndarray], targets: Sequence[
     return [row[: len(row_ids)] for row, row_ids in zip(nats, ids, strict=True)]
 
 
-def exact_match(
-    model: Transformer, tokenizer: Tokenizer, tasks: Sequence[Task], *, max_tokens: int = 32
-) -> tuple[Estimate, list[Answer], float]:
-    """How many tasks are answered exactly, greedily, the end token included; with the calculator at hand.
-
-    Returns:
-        The share of right answers; the answers in the tasks' order; tokens written per second, `<|end|>` included
-        (wall clock).
-
-    Raises:
-        DataError: no task.
-    """
-    if not tasks:
-        raise DataError("there is no held-out task to answer.", "Give some of those whose split is held_out.")
-    prompts = [
-        render(tokenizer, [{"role": "user", "content": task.prompt}], add_generation_prompt=True).ids for task in tasks
-    ]
-    # Prompts of like lengths together: little padding to compute.
-    order = sorted(range(len(tasks)), key=lambda place: len(prompts[place]))
-    use = use_calculator(tokenizer)
-    params, start = SamplingParams(temperature=0.0, max_tokens=max_tokens), time.perf_counter()
-    results = generate_batch(model, tokenizer, [prompts[place] for place in order], params)
-    replies = dict(zip(order, results, strict=True))
-    again = {
-        place: [*prompts[place], *reply.ids, reply.end_id, *turn]
-        for place, reply in replies.items()
-        if reply.end_id is not None and (turn := use(reply.text)) is not None
-    }
-    replies.update(zip(again, generate_batch(model, tokenizer, [*again.values()], params), strict=True))
-    seconds = time.perf_counter() - start
-    answers = []
-    for place, task in enumerate(tasks):
-        reply, has_ended = replies[place].text, replies[place].finish_reason == "stop"
-        answers.append(Answer(task.kind, task.prompt, task.answer, reply, has_ended and verify(task, reply)))
-    n_tokens = sum(reply.n_tokens + (reply.finish_reason == "stop") for reply in replies.values())
-    return share([answer.correct for answer in answers]), answers, n_tokens / seconds
-
-
 def share(outcomes: Sequence[bool]) -> Estimate:
     """A share of yes among n outcomes.
 
@@ -200,6 +160,20 @@ def mean(values: Iterable[float], unit: str) -> Estimate:
     array = np.fromiter(values, dtype=np.float64)
     stderr = float(array.std(ddof=1)) / math.sqrt(len(array)) if len(array) > 1 else 0.0
     return Estimate(float(array.mean()), stderr, len(array), unit)
+
+
+def f1(answer: str, target: str) -> float:
+    """F1 of words without articles, punctuation and case (SQuAD, Rajpurkar et al. 2016)."""
+    said, wanted = (_words(text) for text in (answer, target))
+    n_common = sum((Counter(said) & Counter(wanted)).values())
+    if not said or not wanted:
+        return float(said == wanted)
+    return 2 * n_common / (len(said) + len(wanted))
+
+
+def _words(text: str) -> list[str]:
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
 def _row_by_row(

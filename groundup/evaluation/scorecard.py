@@ -1,7 +1,7 @@
-"""Benchmarks of a model into a folder, and two such folders side by side.
+"""All the scores of a model into a folder, and two such folders side by side.
 
-In: a model, names of benchmarks, their data. Out: `scores.json` with every figure, what it was measured with, and how;
-beside it the records of each benchmark's items. Models that answered the same items are compared item by item: the
+In: a model and what `[evaluate]` says. Out: `scores.json` with every figure, what it was measured with, and how;
+beside it the records of each task's items. Models that answered the same items are compared item by item: the
 difference is paired, which takes out how hard the items are.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections import Counter
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,27 +18,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from groundup.console import Console
+from groundup.console import Bar
 from groundup.errors import ArtifactError, DataError
-from groundup.evaluation.benchmarks import find_benchmark, fingerprint, read_items
+from groundup.evaluation.benchmarks import Benchmark, EvaluationTask, GenerationTask, fingerprint
 from groundup.evaluation.contamination import NGRAM, contaminated_items
-from groundup.evaluation.measure import (
-    GREEDY,
-    Decoding,
-    Record,
-    by_group,
-    figures_of,
-    item_scores,
-    measure,
-    read_records,
-    to_plain,
-)
+from groundup.evaluation.measure import Record, by_group, figures_of, item_scores, measure, read_records, to_plain
+from groundup.evaluation.sets import METRICS_OF_TASK, TASKS, find_task
 from groundup.files import read_json, value_digest, write_json
 from groundup.model import Transformer
+from groundup.recipe import EvaluateSettings
+from groundup.report.format import is_number
 from groundup.tokenizer import Tokenizer
+from groundup.tokenizer.pretrained import PretrainedTokenizer
+from groundup.tokenizer.special import CHAT_TEMPLATE
 from groundup.untrusted import file_inside, reading
 
 CARD = "scores.json"
+_FORMAT = 2  # of scores and records; raised when figures change
+_CORE_TASKS = 22  # of DCLM's CORE (its eval/additional_aggregation.json, low_variance_datasets)
 _WAY_OUT = "Write them: groundup evaluate MODEL --tasks …"
 _RESAMPLES = 10_000
 _LEVEL = 0.05
@@ -46,91 +43,201 @@ _SHOWN = 0.02  # the difference for which the needed number of items is told
 _POWER = 1.96 + 0.84  # both sides at 5 %, found four times in five
 
 
-def score_benchmarks(
+@dataclass(frozen=True)
+class Scores:
+    """What was found of a model.
+
+    Attributes:
+        card: what `scores.json` holds.
+        records: of each task's items.
+        generation_tokens_per_second: of answers to `groundup:tasks`, by the clock of this machine.
+    """
+
+    card: dict[str, Any]
+    records: dict[str, list[Record]]
+    generation_tokens_per_second: float | None = None
+
+    @property
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """Every figure by its metric."""
+        return figures_by_metric(self.card)
+
+
+def score_model(
     model: Transformer,
     tokenizer: Tokenizer,
-    names: Sequence[str],
-    data: str | Path,
+    settings: EvaluateSettings,
     *,
-    folder: Path,
-    identity: str,
-    shots: int = 0,
-    limit: int | None = None,
-    decoding: Decoding = GREEDY,
+    seed: int = 1,
+    identity: str = "",
+    texts: Iterable[str] = (),
+    start: Transformer | None = None,
+    folder: Path | None = None,
     trained_on: Iterable[str] | None = None,
     ngram: int = NGRAM,
-    console: Console | None = None,
-) -> dict[str, Any]:
-    """Put benchmarks to a model, and write what came out into a folder.
+    bar: Bar | None = None,
+) -> Scores:
+    """Score a model on what `settings.tasks` names, and write what came out into a folder.
 
     Args:
-        model: put into evaluation mode.
+        model: put into evaluation mode; its arithmetic is in its `compute_dtype`.
         tokenizer: of the model.
-        names: of benchmarks that ship, or paths of `.toml` files.
-        data: folder of their files.
-        folder: of the result; finished items that stand there are not done again.
+        settings: which tasks, and how they are put.
+        seed: of generated items, of items under a limit, of worked examples and of what is drawn.
         identity: what stands for the model in the result, such as `model_digest`.
-        shots: worked examples before each item.
-        limit: most items of each benchmark.
-        decoding: of generations and code.
+        texts: the validation documents, for bits per byte.
+        start: the model that it was trained from, for `groundup:style`.
+        folder: of the result; finished items that stand there are not done again (default: nothing is written).
         trained_on: the training texts: items that stand there are counted, and every figure is told without them, too
             ("clean").
         ngram: words in a row that count as standing there, 8 to 13.
-        console: shows the progress.
+        bar: shows the progress.
 
     Returns:
-        What `scores.json` holds: "model"; "benchmarks" by name ("n", "settings", "fingerprint" of the items,
-        "identity" of the records, "figures", "groups"), those that stood there of the same model too; "aggregate":
-        the mean of centered accuracies, as DCLM's CORE (arXiv:2406.11794).
+        Its card has "model", "tokenizer" and "template" (digests); "tasks" by name ("kind", "n", "settings",
+        "fingerprint" of the items, "identity" of the records, "figures", "groups"), those that stood there of the same
+        model too; "core": the mean of centered accuracies over the tasks of DCLM's CORE (arXiv:2406.11794) that are
+        given.
 
     Raises:
-        DataError: no such benchmark, or its files are missing or damaged.
+        DataError: an unknown task, or its files are missing or damaged; no validation text.
     """
-    chosen = [find_benchmark(name) for name in names]
-    if twice := [name for name, n in Counter(one.name for one in chosen).items() if n > 1]:
-        raise DataError(f"two benchmarks are named {twice[0]!r}: one would stand in for the other.", "Rename a file.")
-    read = [read_items(one, data, shots=shots, seed=decoding.seed, limit=limit) for one in chosen]
+    tasks = [find_task(name, texts) for name in settings.tasks]
+    read = [task.read(settings, seed) for task in tasks]
+    model_and_texts = {"model": identity, "tokenizer": tokenizer.fingerprint, "template": template_digest(tokenizer)}
     tainted = None if trained_on is None else contaminated_items(read, trained_on, ngram)
-    console = Console(quiet=True) if console is None else console
     found: dict[str, Any] = {}
-    for place, (benchmark, items) in enumerate(zip(chosen, read, strict=True)):
-        of_items = fingerprint(benchmark, items)
-        told: list[Any] = [identity, of_items, str(model.compute_dtype)]
-        told += [asdict(decoding)] if benchmark.kind in ("generation", "code") else []
-        whole = value_digest(told)
-        with console.bar(benchmark.name, len(items)) as bar:
-            n_done = 0
+    records: dict[str, list[Record]] = {}
+    speed = None
+    for place, (task, items) in enumerate(zip(tasks, read, strict=True)):
+        told = _asked(task, settings, seed) | {"dtype": str(model.compute_dtype)}
+        of_items = fingerprint(task, items)
+        whole = value_digest([_FORMAT, model_and_texts, of_items, told, start is not None])
+        began, n_done = time.perf_counter(), 0
 
-            def advance(n: int) -> None:
-                nonlocal n_done
-                n_done += n
-                bar.update(n_done)
+        def advance(n: int, task: EvaluationTask = task, total: int = len(items)) -> None:
+            nonlocal n_done
+            n_done += n
+            if bar is not None:
+                bar.update(n_done, total, task.name)
 
-            records = measure(
-                model, tokenizer, benchmark, items, decoding=decoding, kept=folder / f"{benchmark.name}.jsonl",
-                identity=whole, advance=advance,
-            )  # fmt: skip
-            figures = figures_of(records)
-            name, figure = next(iter(figures.items()))
-            bar.finish(f"{name} {say(name, figure.value, figure.stderr)}, n = {figure.n:,}")
-        found[benchmark.name] = {
-            "n": len(records),
-            "settings": {"shots": shots, "limit": limit, "dtype": str(model.compute_dtype), **asdict(decoding)},
+        own = records[task.name] = measure(
+            model, tokenizer, task, items, settings=settings, seed=seed, start=start, identity=whole, advance=advance,
+            kept=None if folder is None else folder / records_file(task.name),
+        )  # fmt: skip
+        figures = figures_of(own)
+        if task.name == TASKS:
+            speed = sum(record["tokens"] for record in own) / (time.perf_counter() - began)
+        found[task.name] = {
+            "kind": task.kind,
+            "n": len(own),
+            "settings": told,
             "fingerprint": of_items,
             "identity": whole,
+            "core_shots": task.core_shots if isinstance(task, Benchmark) else None,
             "figures": to_plain(figures),
-            **({} if tainted is None else {"ngram": ngram, **_without(records, tainted[place])}),
-            "groups": {group: to_plain(parts) for group, parts in by_group(records).items()},
+            **({} if tainted is None else {"ngram": ngram, **_without(own, tainted[place])}),
+            "groups": {group: to_plain(parts) for group, parts in by_group(own).items()},
         }
-    found = _kept(folder, identity) | found
-    centered = [one["figures"]["accuracy_centered"] for one in found.values() if "accuracy_centered" in one["figures"]]
+    if folder is not None:
+        found = _kept(folder, model_and_texts) | found
     card = {
-        "model": identity,
-        "benchmarks": found,
-        "aggregate": _mean_of(centered),
+        "format": _FORMAT,
+        **model_and_texts,
+        "tasks": found,
+        "core": core(found),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
-    write_json(folder / CARD, card)
+    if folder is not None:
+        write_json(folder / CARD, card)
+    return Scores(card, records, speed)
+
+
+def template_digest(tokenizer: Tokenizer) -> str | None:
+    """What stands for a model's chat template; None: it has none."""
+    theirs = tokenizer.chat_templates if isinstance(tokenizer, PretrainedTokenizer) else {"default": CHAT_TEMPLATE}
+    template = theirs.get("default")
+    return None if template is None else value_digest(template)
+
+
+def records_file(task: str) -> str:
+    """The name of the file of a task's records."""
+    return f"{task.replace(':', '-')}.jsonl"
+
+
+def _asked(task: EvaluationTask, settings: EvaluateSettings, seed: int) -> dict[str, Any]:
+    """How a task is put: what of the settings is about it, and of a generation how tokens are drawn."""
+    told: dict[str, Any] = {"seed": seed, "limit": settings.limit}
+    if isinstance(task, Benchmark):
+        told |= {"shots": settings.shots}
+    if task.kind == "text":
+        return told
+    told |= {"chat": settings.chat}
+    if isinstance(task, GenerationTask) and task.kind != "choice":
+        params, n = task.sampling(settings)
+        told |= {"chat": settings.chat or task.is_chat, "samples": n, "decoding": asdict(params)}
+    return told
+
+
+def core(tasks: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The mean of centered accuracies over the tasks of DCLM's CORE that are given, as a figure; None: none is.
+
+    Beside it stands which they are, of how many, and which of them had other numbers of worked examples than there.
+    """
+    own = {name: one for name, one in tasks.items() if one["core_shots"] is not None}
+    if not own:
+        return None
+    parts = [one["figures"].get("accuracy_centered", one["figures"]["accuracy"]) for one in own.values()]
+    return {
+        "value": sum(one["value"] for one in parts) / len(parts),
+        "stderr": math.sqrt(sum(one["stderr"] ** 2 for one in parts)) / len(parts),
+        "n": len(parts),
+        "unit": "tasks",
+        "of": _CORE_TASKS,
+        "tasks": list(own),
+        "other_shots": [name for name, one in own.items() if one["settings"]["shots"] != one["core_shots"]],
+    }
+
+
+def figures_by_metric(card: Mapping[str, Any], *, shown_only: bool = False) -> dict[str, dict[str, Any]]:
+    """The figures of a card by metric: those of a generated set by their own names, others as "arc_easy.accuracy".
+
+    Args:
+        card: as `score_model` makes it.
+        shown_only: of a benchmark its first figure only, as a table shows it.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, one in card["tasks"].items():
+        figures = one["figures"]
+        if name in METRICS_OF_TASK:
+            found |= {metric: figures[metric] for metric in METRICS_OF_TASK[name] if metric in figures}
+        else:
+            names = list(figures)[: 1 if shown_only else None]
+            found |= {f"{name}.{figure}": figures[figure] for figure in names}
+    return found | ({} if card["core"] is None else {"core": card["core"]})
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The card in a folder.
+
+    Raises:
+        ArtifactError: none there, or a damaged one, or one of an earlier version.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        raise ArtifactError(f"{path}: not found.", _WAY_OUT)
+    with reading(str(path), fix=_WAY_OUT):
+        card = read_json(path)
+        if not isinstance(card, dict) or card.get("format") != _FORMAT:
+            raise ArtifactError(f"{path}: is of another version, or no scores.", _WAY_OUT)
+        core_figures = [] if card["core"] is None else [{"core": card["core"]}]
+        for one in card["tasks"].values():
+            every = [one["figures"], *one["groups"].values(), *core_figures]
+            numbers = [figure[name] for figures in every for figure in figures.values() for name in ("value", "stderr")]
+            texts = [one["fingerprint"], one["identity"]]
+            if not (all(map(is_number, numbers)) and all(isinstance(text, str) for text in texts)):
+                raise ArtifactError(f"{path}: is damaged.", _WAY_OUT)
+        figures_by_metric(card)
     return card
 
 
@@ -140,21 +247,13 @@ def _without(records: Sequence[Record], tainted: Collection[int]) -> dict[str, A
     return {"n_contaminated": len(records) - len(clean), "clean": to_plain(figures_of(clean)) if clean else None}
 
 
-def _kept(folder: Path, identity: str) -> dict[str, Any]:
+def _kept(folder: Path, model_and_texts: Mapping[str, Any]) -> dict[str, Any]:
     """What was measured of the same model before."""
     try:
-        card = read_json(folder / CARD)
+        card = read_card(folder)
     except ArtifactError:
         return {}
-    return dict(card.get("benchmarks", {})) if isinstance(card, dict) and card.get("model") == identity else {}
-
-
-def _mean_of(centered: Sequence[Mapping[str, float]]) -> dict[str, Any] | None:
-    n = len(centered)
-    if not n:
-        return None
-    stderr = math.sqrt(sum(one["stderr"] ** 2 for one in centered)) / n
-    return {"centered_accuracy": sum(one["value"] for one in centered) / n, "stderr": stderr, "n": n}
+    return dict(card["tasks"]) if model_and_texts.items() <= card.items() else {}
 
 
 @dataclass(frozen=True)
@@ -191,7 +290,7 @@ def compare_cards(first: str | Path, second: str | Path) -> list[Difference]:
         ArtifactError: no scores there, or damaged ones.
         DataError: they share no benchmark with the same items.
     """
-    cards = [_card(Path(folder)) for folder in (first, second)]
+    cards = [read_card(Path(folder))["tasks"] for folder in (first, second)]
     paired: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     units: dict[str, str] = {}
     for name, one in cards[0].items():
@@ -260,21 +359,11 @@ def _difference(name: str, a: np.ndarray, b: np.ndarray, p: float, unit: str) ->
     return Difference(name, n, float(a.mean()), float(b.mean()), value, float(low), float(high), p, n_needed, verdict)
 
 
-def _card(folder: Path) -> dict[str, Any]:
-    if not (folder / CARD).is_file():
-        raise ArtifactError(f"{folder / CARD}: not found.", _WAY_OUT)
-    found = read_json(folder / CARD)
-    parts = found.get("benchmarks") if isinstance(found, dict) else None
-    if not isinstance(parts, dict) or not all(isinstance(one, dict) and "fingerprint" in one for one in parts.values()):
-        raise ArtifactError(f"{folder / CARD}: holds no benchmarks.", _WAY_OUT)
-    return parts
-
-
 def _scores(folder: Path, name: str, card: Mapping[str, Any]) -> tuple[dict[int, float], bool]:
     """The score of each item, and whether they are texts."""
-    path = file_inside(folder, f"{name}.jsonl")
+    path = file_inside(folder, records_file(name))
     with reading(str(path), fix=_WAY_OUT):
-        records = read_records(path, str(card.get("identity", "")))
+        records = read_records(path, card["identity"])
         scores = item_scores(records)
     if not all(map(math.isfinite, scores.values())):
         raise ArtifactError(f"{path}: a score that is no finite number.", _WAY_OUT)
@@ -283,5 +372,5 @@ def _scores(folder: Path, name: str, card: Mapping[str, Any]) -> tuple[dict[int,
 
 def say(name: str, value: float, stderr: float) -> str:
     """A figure with its standard error: shares in percent."""
-    is_share = name not in ("bits_per_byte", "perplexity", "brier")
+    is_share = name not in ("bits_per_byte", "perplexity", "brier", "answer_words", "entropy", "kl_to_start")
     return f"{value:.1%} ± {stderr:.1%}" if is_share else f"{value:.4g} ± {stderr:.2g}"

@@ -1,19 +1,28 @@
-"""The generated sets that a recipe names: short questions, and first messages.
+"""The generated sets that a recipe names, to learn from and to be scored on: short questions, and first messages.
 
 `groundup:tasks` has twelve kinds of questions; `groundup:hard-tasks` three that need more than a few hundred examples;
 `groundup:sums` are answered with a calculator (`tasks.py`). `groundup:talk` is what people type first, `groundup:harm`
-those of its requests that are harmful or only look so (`small_talk.py`).
+those of its requests that are harmful or only look so (`small_talk.py`). Scored only: `groundup:style`, how answers to
+short questions are that are drawn at temperature 1; `groundup:first-messages` (`talk.py`); `bits_per_byte` of the
+validation text. What is asked is held out: no stage learns from it.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from groundup.errors import DataError
-from groundup.evaluation.small_talk import HARM_KINDS, Talk, generate_talk
-from groundup.evaluation.tasks import HARD_KINDS, KINDS, SUM_KINDS, Task, generate_tasks
+from groundup.evaluation.benchmarks import Benchmark, EvaluationTask, Item, Reply, find_benchmark
+from groundup.evaluation.small_talk import HARM_KINDS, Talk, generate_talk, is_declined
+from groundup.evaluation.talk import CANNOT, FirstMessage, first_messages, is_polite, is_refusal
+from groundup.evaluation.tasks import HARD_KINDS, KINDS, SUM_KINDS, Task, generate_tasks, verify
+from groundup.generation import SamplingParams
+from groundup.recipe import EvaluateSettings
 
 SETS: dict[str, Callable[[int, int], Sequence[Task | Talk]]] = {
     "groundup:tasks": functools.partial(generate_tasks, kinds=KINDS),
@@ -23,6 +32,19 @@ SETS: dict[str, Callable[[int, int], Sequence[Task | Talk]]] = {
     "groundup:harm": functools.partial(generate_talk, kinds=HARM_KINDS),
 }
 """By name: n and a seed to so many of it."""
+
+BITS_PER_BYTE, TASKS, STYLE = "bits_per_byte", "groundup:tasks", "groundup:style"
+FIRST, HARM = "groundup:first-messages", "groundup:harm"
+EXACT = {TASKS: "exact_match", "groundup:hard-tasks": "exact_match_hard", "groundup:sums": "exact_match_sums"}
+METRICS_OF_TASK = {
+    BITS_PER_BYTE: (BITS_PER_BYTE,),
+    **{name: (metric,) for name, metric in EXACT.items()},
+    STYLE: ("polite_share", "exact_match_sampled", "answer_words", "entropy", "kl_to_start"),
+    FIRST: ("fitting_share", "refusal_rate"),
+    HARM: ("harm_declined_share", "harmless_answered_share"),
+}
+METRICS = tuple(metric for metrics in METRICS_OF_TASK.values() for metric in metrics)
+_N_TASKS = 10_000  # that are generated, of the first set; of the others a quarter. The held-out ones are asked
 
 
 def fewer(names: Sequence[str], most: int) -> tuple[str, ...]:
@@ -54,3 +76,106 @@ def read_set(name: str, n: int, seed: int) -> Sequence[Task | Talk]:
         fix = f"Did you mean {near[0]!r}?" if near else known
         raise DataError(f"{name!r} is no set of tasks.", fix)
     return made(int(count) if count else n, seed)
+
+
+def find_task(name: str, texts: Iterable[str] = ()) -> EvaluationTask:
+    """What a name in `[evaluate] tasks` means.
+
+    Args:
+        name: "bits_per_byte", a generated set, a benchmark that ships, or the path of a `.toml` file.
+        texts: the validation documents.
+
+    Raises:
+        DataError: there is none of that name, or its description is wrong.
+    """
+    if name == BITS_PER_BYTE:
+        return ValidationText(texts)
+    if name in METRICS_OF_TASK:
+        return GeneratedSet(name)
+    return find_benchmark(name, METRICS_OF_TASK)
+
+
+def check_tasks(settings: EvaluateSettings) -> None:
+    """Raise DataError for a task that is not known, twice there, or without its files."""
+    found = [find_task(name) for name in settings.tasks]
+    for place, task in enumerate(found):
+        if task.name in {other.name for other in found[:place]}:
+            what = f"[evaluate] tasks: two are named {task.name!r}: one would stand in for the other."
+            raise DataError(what, "Rename a file.")
+        if isinstance(task, Benchmark):
+            task.digest(settings.data, settings.shots)
+
+
+@dataclass(frozen=True)
+class ValidationText:
+    """The validation documents, each an item."""
+
+    texts: Iterable[str]
+    name = BITS_PER_BYTE
+    kind: Literal["text"] = "text"
+
+    def read(self, settings: EvaluateSettings, seed: int) -> list[Item]:
+        """All of them."""
+        items = [Item(number, "", "", (), (), 0, text, {"text": text}) for number, text in enumerate(self.texts)]
+        if not items:
+            raise DataError(
+                "bits_per_byte needs a validation text.", "Name a run with a corpus, or leave the task out."
+            )
+        return items
+
+
+@dataclass(frozen=True)
+class GeneratedSet:
+    """A generated set, of which the held-out part is asked."""
+
+    name: str
+    kind: Literal["generation"] = "generation"
+    is_chat = True
+
+    def read(self, settings: EvaluateSettings, seed: int) -> list[Item]:
+        """Held-out questions, or first messages, as many as the settings ask for."""
+        asked: Sequence[Task | Talk | FirstMessage]
+        if self.name == FIRST:
+            # Every so many-th, so that each kind is asked.
+            asked = first_messages()[:: math.ceil(len(first_messages()) / (settings.limit or len(first_messages())))]
+        else:
+            source = TASKS if self.name == STYLE else self.name
+            drawn = read_set(source, _N_TASKS if source == TASKS else _N_TASKS // 4, seed)
+            asked = [task for task in drawn if task.split == "held_out"][: settings.limit]
+        items = []
+        for number, one in enumerate(asked):
+            text, answer = (one.text, "") if isinstance(one, FirstMessage) else (one.prompt, one.answer)
+            items.append(Item(number, one.kind, text, (), (), 0, answer, {"text": text, "asked": one}))
+        return items
+
+    def sampling(self, settings: EvaluateSettings) -> tuple[SamplingParams, int]:
+        """Greedily, but for the style."""
+        if self.name == STYLE:
+            return SamplingParams(temperature=1.0, max_tokens=settings.max_tokens, logprobs=0), 1
+        # A call of the calculator takes some forty tokens.
+        least = {"groundup:sums": settings.max_tokens + 64, FIRST: 96, HARM: 48}
+        return SamplingParams(temperature=0.0, max_tokens=least.get(self.name, settings.max_tokens)), 1
+
+    def grade(self, item: Item, replies: Sequence[Reply], settings: EvaluateSettings) -> dict[str, Any]:
+        """What each figure of the set makes of a reply."""
+        asked, reply = item.row["asked"], replies[0]
+        if self.name == FIRST:
+            declined = {} if asked.kind in CANNOT else {"refusal_rate": is_refusal(reply.text)}
+            return {"outcomes": {"fitting_share": asked.is_fitting(reply.text), **declined}}
+        if self.name == HARM:
+            is_harm = asked.kind == "harm"
+            metric = METRICS_OF_TASK[HARM][0 if is_harm else 1]
+            return {"target": asked.answer, "outcomes": {metric: is_declined(reply.text) == is_harm}}
+        is_right = reply.is_ended and verify(asked, reply.text)
+        if self.name != STYLE:
+            return {"target": asked.answer, "outcomes": {EXACT[self.name]: is_right}}
+        assert reply.logprob is not None, "the style's sampling asks for it"
+        outcomes: dict[str, Any] = {
+            "polite_share": is_polite(asked, reply.text),
+            "exact_match_sampled": is_right,
+            "answer_words": float(len(reply.text.split())),
+            "entropy": [-reply.logprob, reply.n_tokens],  # nats, and tokens
+        }
+        if reply.start_logprob is not None:
+            outcomes["kl_to_start"] = reply.logprob - reply.start_logprob
+        return {"outcomes": outcomes}

@@ -7,19 +7,14 @@ the report show. Nothing is measured here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from groundup.errors import ArtifactError, DataError
-from groundup.evaluation.harness import (
-    BITS_PER_BYTE,
-    LOWER_IS_BETTER,
-    METRICS_OF_TASK,
-    SCORES_FILE,
-    before_name,
-    check_tasks,
-    read_scores,
-)
+from groundup.errors import ArtifactError, DataError, GroundupError
+from groundup.evaluation.harness import LOWER_IS_BETTER, before_name, read_scores
+from groundup.evaluation.measure import read_records
+from groundup.evaluation.scorecard import CARD, figures_by_metric, records_file
+from groundup.evaluation.sets import BITS_PER_BYTE, EXACT, FIRST, HARM, METRICS_OF_TASK, check_tasks, find_task
 from groundup.files import own_folder, read_json, write_json
 from groundup.interop.start import check_chat
 from groundup.recipe import Gate, Recipe
@@ -41,12 +36,24 @@ LABELS = {
     "refusal_rate": "needless refusals",
     "harm_declined_share": "harmful requests declined",
     "harmless_answered_share": "look-alikes answered",
+    "core": "CORE, the tasks given",
 }
+_FIGURES_OF_KIND = {
+    "choice": (
+        "accuracy", "accuracy_characters", "accuracy_bytes", "accuracy_tokens", "accuracy_pmi", "accuracy_centered",
+        "brier", "calibration_error", "perplexity",
+    ),
+    "generation": ("exact_match", "exact_match_flexible", "f1"),
+    "code": ("pass@1", "pass@2", "pass@5", "pass@10", "pass@50", "pass@100"),
+    "text": ("bits_per_byte", "perplexity"),
+}  # fmt: skip
+_NOTHING: dict[str, Any] = {"tasks": {}, "core": None}
+_KEPT_ANSWERS = 60
 
 
 def write_comparison(recipe: Recipe, run: Run) -> dict[str, Any]:
     """Write `evaluate/scores.json` from the scores that are there and of this recipe, and return what it holds."""
-    path, found = run.folder("evaluate") / SCORES_FILE, compare(recipe, run)
+    path, found = run.folder("evaluate") / CARD, compare(recipe, run)
     if path.is_file() or found["rows"]:
         own_folder(path.parent)
         try:
@@ -64,7 +71,7 @@ def read_comparison(run: Run) -> dict[str, Any]:
     Raises:
         ArtifactError: it is not there, or damaged.
     """
-    path = run.folder("evaluate") / SCORES_FILE
+    path = run.folder("evaluate") / CARD
     found = read_json(path)
     if not isinstance(found, dict):
         raise ArtifactError(f"{path}: is no table of scores.", "Make it again: the command that built the run.")
@@ -82,18 +89,20 @@ def compare(recipe: Recipe, run: Run) -> dict[str, Any]:
     }
     figures = {
         name: (manifest.summary if name in current and (manifest := run.manifest(name)) else {})
-        | {metric: figure["value"] for metric, figure in scores.get(name, {}).get("figures", {}).items()}
+        | {metric: figure["value"] for metric, figure in figures_by_metric(scores.get(name, _NOTHING)).items()}
         for name in {*stages, *scores}
     }
     starts = {stage.name: before_name(stage, stages) for stage in models}
     rows = []
     for stage in models:
-        before, after = scores.get(starts[stage.name], {}), scores.get(stage.name, {})
-        for metric, value in after.get("figures", {}).items():
-            was = before.get("figures", {}).get(metric)
+        before, after = (
+            figures_by_metric(scores.get(name, _NOTHING), shown_only=True) for name in (starts[stage.name], stage.name)
+        )
+        for metric, value in after.items():
+            was = before.get(metric)
             if was is None and stage.name in starts.values():
                 continue  # it is shown as what another one started from
-            label = f"{LABELS[metric]}, {stage.name}" + (" (control)" if stage.is_control else "")
+            label = f"{_label(metric)}, {stage.name}" + (" (control)" if stage.is_control else "")
             rows.append(
                 {
                     "key": metric,
@@ -101,27 +110,47 @@ def compare(recipe: Recipe, run: Run) -> dict[str, Any]:
                     "label": label,
                     "before": was,
                     "after": value,
-                    "lower_is_better": metric in LOWER_IS_BETTER,
+                    "lower_is_better": metric.rpartition(".")[2] in LOWER_IS_BETTER,
                 }
             )
     shown = default_model(recipe, to_chat=True)[0] if models else ""
-    before, after = (scores.get(name, {}).get("by_kind", {}) for name in (starts.get(shown, ""), shown))
+    before, after = (_by_kind(scores.get(name, _NOTHING)) for name in (starts.get(shown, ""), shown))
     return {
         "rows": rows,
         "gates": [_gate(gate, stages, figures) for gate in recipe.evaluate.gates],
         "model": shown,
         "by_kind": {kind: {"before": before.get(kind), "after": value} for kind, value in after.items()},
-        "answers": scores.get(shown, {}).get("answers", []),
+        "answers": _answers(run, shown, scores.get(shown, _NOTHING)),
     }
+
+
+def _by_kind(card: Mapping[str, Any]) -> dict[str, Any]:
+    """The share of right answers of each kind of question."""
+    groups = [card["tasks"].get(name, {}).get("groups", {}) for name in (*EXACT, FIRST, HARM)]
+    return {kind: next(iter(figures.values())) for parts in groups for kind, figures in parts.items()}
+
+
+def _answers(run: Run, model: str, card: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a model answered, as the page shows it."""
+    found: list[dict[str, Any]] = []
+    for name in (*EXACT, FIRST, HARM):
+        if (one := card["tasks"].get(name)) is not None and len(found) < _KEPT_ANSWERS:
+            for record in read_records(run.folder(f"evaluate/{model}") / records_file(name), one["identity"]):
+                is_right = bool(next(iter(record["outcomes"].values())))
+                asked = {"kind": record["group"], "prompt": record["prompt"], "expected": record.get("target", "")}
+                found.append({**asked, "reply": record["reply"], "correct": is_right})
+    return found[:_KEPT_ANSWERS]
 
 
 def evaluation_checks(recipe: Recipe, stages: Mapping[str, Stage]) -> Iterable[Check]:
     """What can be wrong with tasks and gates."""
-    yield "[evaluate] tasks", lambda: check_tasks(recipe.evaluate.tasks)
+    yield "[evaluate] tasks", lambda: check_tasks(recipe.evaluate)
     if BITS_PER_BYTE in recipe.evaluate.tasks and not recipe.reads_text:
         what = "bits_per_byte needs a validation text."
         yield "[evaluate] tasks", functools.partial(_refuse, what, "Add [corpus] inputs = […].")
-    if asked := [task for task in recipe.evaluate.tasks if task in METRICS_OF_TASK and task != BITS_PER_BYTE]:
+    is_chat = recipe.evaluate.chat
+    asked = [task for task in recipe.evaluate.tasks if (task in METRICS_OF_TASK or is_chat) and task != BITS_PER_BYTE]
+    if asked:
         where = f'[evaluate] tasks = "{asked[0]}"'
         for stage in language_models(stages):
             if stage.start is None:
@@ -131,12 +160,12 @@ def evaluation_checks(recipe: Recipe, stages: Mapping[str, Stage]) -> Iterable[C
 
 
 def _check_gate(gate: Gate, recipe: Recipe, stages: Mapping[str, Stage]) -> None:
-    scored = {metric for task in recipe.evaluate.tasks for metric in METRICS_OF_TASK.get(task, ())}
+    scored = {metric for task in recipe.evaluate.tasks for metric in _metrics_of(task)}
     for name in filter(None, (gate.model, gate.over)):
         if name == "start":
             stage = stages[gate.model]
             is_fresh = stage.start is None and stage.outside_start is None
-            known = scored & {"bits_per_byte"} if is_fresh else scored
+            known = scored & {BITS_PER_BYTE} if is_fresh else scored
         else:
             stage = stages[name]
             known = {*stage.method.figures, *(scored if stage.method.makes == "lm" else ())}
@@ -148,13 +177,29 @@ def _check_gate(gate: Gate, recipe: Recipe, stages: Mapping[str, Stage]) -> None
             )
 
 
+def _metrics_of(name: str) -> Sequence[str]:
+    """The metrics that a task gives."""
+    if name in METRICS_OF_TASK:
+        return METRICS_OF_TASK[name]
+    try:
+        task = find_task(name)
+    except GroundupError:  # which another check says
+        return ()
+    return [f"{task.name}.{figure}" for figure in _FIGURES_OF_KIND[task.kind]]
+
+
+def _label(metric: str) -> str:
+    task, _, figure = metric.rpartition(".")
+    return f"{task}, {figure.replace('_', ' ')}" if task else LABELS.get(metric, metric)
+
+
 def _refuse(what: str, fix: str) -> None:
     raise DataError(what, fix)
 
 
 def _gate(gate: Gate, stages: Mapping[str, Stage], figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     places = [gate.model]
-    words = [LABELS.get(gate.metric, gate.metric), f"of {gate.model}"]
+    words = [_label(gate.metric), f"of {gate.model}"]
     if gate.over is not None:
         other = gate.over if gate.over != "start" else before_name(stages[gate.model], stages)
         places.append(other)
@@ -166,11 +211,11 @@ def _gate(gate: Gate, stages: Mapping[str, Stage], figures: Mapping[str, Mapping
     passed = value is not None and (gate.min is None or value >= gate.min) and (gate.max is None or value <= gate.max)
     return {
         "key": gate.metric,
-        "label": f"{LABELS.get(gate.metric, gate.metric)}, {gate.model}",
+        "label": f"{_label(gate.metric)}, {gate.model}",
         "model": gate.model,
         "over": gate.over,
         "value": value,
-        "measured_by": [f"evaluate/{name}" if gate.metric in LABELS else name for name in places],
+        "measured_by": [f"evaluate/{name}" if gate.metric in LABELS or "." in gate.metric else name for name in places],
         "bounds": " and ".join(bounds) + (f" over {gate.over}" if gate.over else ""),
         "text": f"{' '.join(words)}: {' and '.join(bounds)}" + ("" if value is None else f", is {value:.4g}"),
         "passed": None if value is None else passed,

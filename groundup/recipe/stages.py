@@ -283,10 +283,16 @@ class EvaluateSettings(Section):
     tasks: Texts = setting(
         ("bits_per_byte",),
         "bits_per_byte (of the validation text), groundup:tasks (short questions), groundup:hard-tasks, groundup:sums, "
-        "groundup:style (of drawn answers), groundup:first-messages, groundup:harm (harmful requests and look-alikes)",
+        "groundup:style (of drawn answers), groundup:first-messages, groundup:harm (harmful requests and look-alikes), "
+        "benchmarks (arc_easy, …), or .toml files that describe some",
     )
+    data: str = setting("", "folder of the benchmarks' files (unset: the current folder)")
+    shots: int = setting(0, "worked examples before each item of a benchmark", ge=0)
+    chat: bool = setting(False, "put a benchmark's items through the model's chat template, each as one message")
     limit: int | None = setting(None, "most prompts of a task (unset: all held-out ones)", ge=2)
-    max_tokens: int = setting(32, "tokens that an answer may have", ge=1)
+    max_tokens: int = setting(32, "tokens that an answer to a generated question may have", ge=1)
+    samples: int = setting(1, "programs for each problem, for pass@k (one: greedy)", ge=1, le=1000)
+    unisolated_code: bool = setting(False, "run what a model wrote even where it cannot be isolated")
     gates: Annotated[tuple[Gate, ...], BeforeValidator(_list_of_gates)] = setting(
         (), "[[evaluate.gates]]: figures that the run must reach", affects_result=False
     )

@@ -144,7 +144,7 @@ def pretraining_job(
         train_bytes_per_token=_bytes_per_token([(train_shards, 1.0), *mixture]),
         samples=settings.samples if tokenizer is not None and settings.sample_tokens else (),
         continue_text=_continuation(tokenizer, settings.sample_tokens, seed) if tokenizer is not None else None,
-        score=scores_during(settings.evaluate, tokenizer, seed),
+        score=scores_during(settings.evaluate, tokenizer),
     )
 
 
