@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import json
 import os
 import re
@@ -273,7 +274,7 @@ def _mark(folder: Path) -> None:
 
 
 def clear_folder(folder: Path, keeps: Collection[str] = ()) -> None:
-    """Remove a folder of ours; or, with `keeps`, all that is in it but these entries.
+    """Remove a folder of ours; or, with `keeps`, all that is in it but entries of these patterns.
 
     Raises:
         RunError: it is somebody else's.
@@ -286,7 +287,7 @@ def clear_folder(folder: Path, keeps: Collection[str] = ()) -> None:
 
 def _clear(folder: Path, keeps: Collection[str] = ()) -> None:
     for entry in list(folder.iterdir()):
-        if entry.name == MARK or entry.name in keeps:
+        if entry.name == MARK or any(fnmatch.fnmatchcase(entry.name, keep) for keep in keeps):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

@@ -208,7 +208,7 @@ class Run:
         Args:
             stage: its name.
             fingerprint: what it will be finished with.
-            keeps: subfolders that the stage itself checks piece by piece, and which stay.
+            keeps: patterns of what the stage itself checks piece by piece, and which stays.
 
         Returns:
             The folder. Until `finish`, the stage counts as not done.
@@ -241,7 +241,7 @@ class Run:
             (self.folder(stage) / STARTED).unlink(missing_ok=True)
 
     def forget(self, stage: str, keeps: Sequence[str] = ()) -> None:
-        """Remove a stage's artifact, all but the subfolders `keeps`, so that it is made again.
+        """Remove a stage's artifact, all but the entries `keeps`, so that it is made again.
 
         Raises:
             RunError: the folder is not ours.

@@ -53,7 +53,7 @@ class Method:
     is_default: ClassVar[bool] = True  # its model may be the one that is meant where none is named
     trainable: ClassVar[bool] = True  # a stage that trains can start from its model
     figures: ClassVar[tuple[str, ...]] = ()  # names in its summary that a gate may be on
-    # Subfolders that outlive a change of the recipe, because the stage checks them piece by piece
+    # Patterns of entries that outlive a change of the recipe, because the stage checks them piece by piece
     keeps: ClassVar[tuple[str, ...]] = ()
     # Patterns of the files that other stages take from it
     outputs: ClassVar[tuple[str, ...]] = (f"{MODEL_FOLDER}/[!.]*",)

@@ -79,6 +79,23 @@ def test_duplicates_are_found_after_normalization_and_the_first_survives(tmp_pat
     assert curated(tmp_path / "raw", path, **{**kept, "unicode": "none"})["removed"] == {}
 
 
+def test_short_lines_are_compared_where_that_is_asked_for(tmp_path: Path) -> None:
+    """Navigation is short: the setting reaches the search."""
+    texts = [f"Home\nContact us\nWhat page {n} has to say stands here and nowhere else." for n in ("one", "two")]
+    path, kept = write_jsonl(tmp_path / "a.jsonl", texts), {"languages": [], "dedup_within": "lines"}
+    for characters, n in ((20, 2), (4, 1)):
+        out = tmp_path / str(characters)
+        curated(out, path, **kept, dedup_within_characters=characters)
+        assert "".join(document.text for document in stream_documents(out)).count("Home") == n
+
+
+def test_near_duplicates_are_found_where_no_spaces_stand(tmp_path: Path) -> None:
+    one = "从前有一座山，山上有一座庙，庙里有一个老和尚给小和尚讲故事。他说很久以前有一位国王住在海边的城里。"
+    other = "春天来了，花园里的花都开了，孩子们高兴地跑来跑去，鸟儿在树上唱歌，老师坐在长椅上看着他们慢慢长大。"
+    path = write_jsonl(tmp_path / "a.jsonl", [one * 3, one * 3 + "故事讲完了。", other * 3])
+    assert curated(tmp_path / "out", path, languages=[], dedup="near")["removed"] == {"near-duplicate": 1}
+
+
 @pytest.mark.parametrize("by", ["document", "tail"])
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path, by: str) -> None:
     texts = [ENGLISH.format(n) for n in range(50)] + [FRENCH, "{broken"]

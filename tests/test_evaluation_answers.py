@@ -12,7 +12,7 @@ from groundup.evaluation import bits_per_byte, generate_tasks, score_model, veri
 from groundup.evaluation.benchmarks import Item
 from groundup.evaluation.measure import figures_of, measure
 from groundup.evaluation.sets import TASKS as SHORT_QUESTIONS
-from groundup.evaluation.sets import GeneratedSet, check_tasks
+from groundup.evaluation.sets import GeneratedSet, task_digests
 from groundup.evaluation.tasks import Task
 from groundup.generation import Generation
 from groundup.generation.calculator import write_call
@@ -147,4 +147,4 @@ def test_bits_per_byte_without_a_text_are_refused(parrot, tokenizer):
 
 def test_an_unknown_task_is_named_with_the_nearest_one():
     with pytest.raises(DataError, match=r"'bits_per_bite' is no task[\s\S]*Did you mean 'bits_per_byte'"):
-        check_tasks(EvaluateSettings(tasks=("groundup:tasks", "bits_per_bite")))
+        task_digests(EvaluateSettings(tasks=("groundup:tasks", "bits_per_bite")))

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from groundup.errors import ArtifactError, DataError
-from groundup.evaluation.benchmarks import extract_answer, find_benchmark, read_items
+from groundup.evaluation.benchmarks import Reply, extract_answer, find_benchmark, fingerprint, read_items
 from groundup.evaluation.contamination import contaminated_items
 from groundup.evaluation.measure import (
     Record,
@@ -23,9 +24,9 @@ from groundup.evaluation.measure import (
     reliability,
     to_plain,
 )
-from groundup.evaluation.metrics import f1
+from groundup.evaluation.metrics import bits_per_byte, f1
 from groundup.evaluation.scorecard import Scores, compare_cards, core, holm, read_card, score_model
-from groundup.evaluation.sets import check_tasks
+from groundup.evaluation.sets import task_digests
 from groundup.model import ModelConfig, Transformer
 from groundup.recipe import EvaluateSettings
 from groundup.tokenizer import Tokenizer
@@ -172,13 +173,13 @@ def test_tasks_are_checked_before_a_model_is_read(mine: Path) -> None:
     (mine / "other" / "mine.toml").write_text(MINE)
     own = str(mine / "mine.toml")
     for names, words in (
-        ((own, str(mine / "other" / "mine.toml")), "two are named 'mine'"),
+        ((own, str(mine / "other" / "mine.toml")), "two of mine have one name"),
         ((own, "arc_eazy"), "'arc_eazy' is no task"),
         ((own, "groundup:taks"), "Did you mean 'groundup:tasks'"),
         ((own, "piqa"), "piqa.jsonl"),
     ):
         with pytest.raises(DataError, match=words):
-            check_tasks(EvaluateSettings(tasks=names, data=str(mine)))
+            task_digests(EvaluateSettings(tasks=names, data=str(mine)))
 
 
 def test_examples_are_found_however_often_an_item_is_repeated(mine: Path) -> None:
@@ -322,10 +323,38 @@ def test_calibration_by_hand() -> None:
     assert calibration_error(confidence, is_right) == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize(("n", "passed", "k"), [(5, 0, 2), (5, 2, 1), (5, 2, 3), (6, 3, 4), (4, 4, 1)])
+@pytest.mark.parametrize(("n", "passed", "k"), [(5, 0, 2), (5, 2, 1), (5, 2, 3), (6, 3, 4), (4, 4, 1), (8, 1, 4)])
 def test_pass_at_k_is_the_share_of_all_draws(n: int, passed: int, k: int) -> None:
     draws = list(itertools.combinations([True] * passed + [False] * (n - passed), k))
     assert pass_at_k(n, passed, k) == pytest.approx(sum(any(draw) for draw in draws) / len(draws))
+
+
+def test_programs_are_graded_by_running_them(tmp_path: Path) -> None:
+    row = {"prompt": "def double(n):\n", "test": "def check(f):\n    assert f(2) == 4", "entry_point": "double"}
+    (tmp_path / "HumanEval.jsonl").write_text(json.dumps(row))
+    task = find_benchmark("humaneval")
+    (item,) = read_items(task, tmp_path)
+    replies = [Reply(f"    {body}\n") for body in ("return 2 * n", "return n", "raise SystemExit(0)", "return 4")]
+    graded = task.grade(item, replies, EvaluateSettings(unisolated_code=True))
+    assert graded["passed"] == [True, False, False, True]
+    assert figures_of([{"item": 0, "group": "", **graded}])["pass@2"].value == pytest.approx(1 - 1 / 6)
+    (tmp_path / "HumanEval.jsonl").write_text(json.dumps({**row, "test": "def check(f):\n    pass"}))
+    assert fingerprint(task, [item]) != fingerprint(task, read_items(task, tmp_path))  # another program judges
+
+
+@pytest.mark.parametrize("n_texts", [3, 30])
+def test_a_texts_figures_are_those_of_all_its_tokens(
+    n_texts: int, tmp_path: Path, small: tuple[Transformer, Tokenizer]
+) -> None:
+    (tmp_path / "text.toml").write_text('kind = "text"\nfiles = "text.jsonl"')
+    texts = [f"number {n} is two " * (40 + n) for n in range(n_texts)]  # of several windows
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = scored(small, tmp_path / "text.toml", tmp_path, tmp_path / "s").figures
+    wanted = bits_per_byte(small[0], texts, small[1])
+    assert found["text.bits_per_byte"] == pytest.approx(asdict(wanted))
+    n_tokens = sum(len(small[1].encode(text)) for text in texts)
+    assert found["text.perplexity"]["n"] == n_tokens
+    assert found["text.perplexity"]["value"] == pytest.approx(2 ** (wanted.value * wanted.n / n_tokens))
 
 
 def test_f1_of_words_by_hand() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,17 @@ def test_the_template_stands_in_the_scores_and_text_has_none(mine: Path) -> None
 # --- In a recipe
 
 
-def with_benchmarks(run: Run, mine: Path, gates: str = "") -> Any:
+def with_benchmarks(run: Run, mine: Path, gates: str = "", *more: Path) -> Any:
     text = (run.root / "recipe.toml").read_text()
     head, _, _ = text.partition("[evaluate]")
-    tasks = ["bits_per_byte", "groundup:tasks", str(mine / "mine.toml")]
+    tasks = ["bits_per_byte", "groundup:tasks", str(mine / "mine.toml"), *map(str, more)]
     asked = f'[evaluate]\ntasks = {json.dumps(tasks)}\ndata = "{mine}"\nshots = 1\nlimit = 4\nmax_tokens = 8\n{gates}'
     return parse_recipe(head + asked, "tiny.toml")
 
 
-def test_a_build_scores_benchmarks_of_every_model_and_gates_name_them(tmp_path: Path, mine: Path) -> None:
+def test_a_build_scores_benchmarks_of_every_model_and_gates_name_them(
+    tmp_path: Path, mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = copy_of_finished(tmp_path / "runs")
     gate = '[[evaluate.gates]]\nmetric = "mine.accuracy_tokens"\nmodel = "sft"\nmin = 0.0\n'
     recipe = with_benchmarks(run, mine, gate)
@@ -111,6 +114,15 @@ def test_a_build_scores_benchmarks_of_every_model_and_gates_name_them(tmp_path: 
     assert [one["passed"] for one in table["gates"]] == [True]
     both = compare_cards(run.folder("evaluate/pretrain"), run.folder("evaluate/sft"))
     assert {one.benchmark for one in both} == {"bits_per_byte", "groundup:tasks", "mine"}
+    # Another task: what stands there of the others is not asked again.
+    shutil.copy(mine / "mine.toml", mine / "other.toml")
+    wanted = read_comparison(run)["answers"]
+    with monkeypatch.context() as patched:
+        patched.setattr("groundup.evaluation.measure.generate_batch", None)
+        build_quietly(with_benchmarks(run, mine, gate, mine / "other.toml"), run.root)
+    assert read_comparison(run)["answers"] == wanted
+    assert ("sft", "other.accuracy") in {(row["model"], row["key"]) for row in read_comparison(run)["rows"]}
+    build_quietly(recipe, run.root)
     # Another file: the models are scored again; nothing else is done.
     marks = {name: run.manifest(name) for name in graph(recipe)}
     (mine / "mine.jsonl").write_text((mine / "mine.jsonl").read_text().replace("cat", "dog"))

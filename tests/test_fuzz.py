@@ -247,7 +247,7 @@ def scores() -> list[Files]:
         told = [{"identity": "x"}, *({"item": n, "group": "", **row} for n, row in enumerate(rows))]
         files[f"{name}.jsonl"] = "".join(json.dumps(row) + "\n" for row in told).encode()
     one = {"fingerprint": "f", "identity": "x", "figures": {}, "groups": {}}
-    card = {"format": 2, "model": "x", "core": None, "tasks": {name.removesuffix(".jsonl"): one for name in files}}
+    card = {"format": 2, "model": "x", "core": None, "tasks": {Path(name).stem: one for name in files}}
     files["scores.json"] = json.dumps(card).encode()
     return [{f"{side}/{name}": data for side in "ab" for name, data in files.items()}]
 

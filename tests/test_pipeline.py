@@ -330,7 +330,7 @@ def test_what_only_the_whole_recipe_shows_is_told_at_once(tmp_path: Path) -> Non
         "[corpus] languages = 'english': not a code",
         "[pretrain] sequence_length = 128: longer than the model's context of 64.",
         "[align.sft] data: no/talks.jsonl: no such file or folder",
-        "[evaluate] tasks: 'bits_per_bite' is not known. Did you mean 'bits_per_byte'?",
+        "[evaluate] tasks: 'bits_per_bite' is no task. Did you mean 'bits_per_byte'?",
     ]
     assert len(found) == len(places)
     for problem, place in zip(found, places, strict=True):
@@ -392,13 +392,16 @@ def test_a_mark_that_a_kill_left_behind_a_manifest_goes(tmp_path: Path) -> None:
 # --- Killed anywhere
 
 
-def build_in_child(recipe: Recipe, root: Path, events_to_live: int | None = None) -> None:
+def build_in_child(recipe: Recipe, root: Path, events_to_live: int | None = None, days_back: int = 0) -> None:
     """Build in this (forked) process; with `events_to_live` it kills itself at that sync to disk or rename.
 
-    Nothing is flushed, since what a process has written outlives it, and only its own garbage is collected.
+    Its clock is set back by `days_back`. Nothing is flushed, since what a process has written outlives it, and only its
+    own garbage is collected.
     """
     gc.freeze()
     os.fsync = lambda descriptor: None  # type: ignore[assignment]
+    now = time.time
+    time.time = lambda: now() - 86400 * days_back
     if events_to_live is not None:
         left = iter(range(events_to_live))
 
@@ -435,12 +438,12 @@ def assert_whole(run: Run, uninterrupted: Run) -> None:
 def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path) -> None:
     # As the finished run, but with a checkpoint after every step.
     recipe = changed(finished_run().recipe, "pretrain.checkpoint_seconds=0.0", "align.sft.checkpoint_seconds=0.0")
-    context, draw = server(), random.Random(5)
+    context, draw, days = server(), random.Random(5), itertools.count()  # each process finds its clock set back
 
     def start(run: Run) -> multiprocessing.process.BaseProcess:
         """A child that has just taken the run's lock."""
         (run.root / ".groundup/holder.json").unlink(missing_ok=True)
-        process = context.Process(target=build_in_child, args=(recipe, run.root))
+        process = context.Process(target=build_in_child, args=(recipe, run.root, None, next(days)))
         process.start()
         while process.is_alive() and not (run.root / ".groundup/holder.json").exists():
             time.sleep(0.001)
@@ -468,6 +471,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path) -> 
             assert process.exitcode in (0, -signal.SIGKILL)
             killed = process.exitcode == -signal.SIGKILL
     last = start(run)
+    assert last.pid is not None
+    os.kill(last.pid, signal.SIGSTOP)
+    time.sleep(0.1)
+    os.kill(last.pid, signal.SIGCONT)
     last.join()
     assert last.exitcode == 0
     assert_whole(run, uninterrupted)

@@ -107,7 +107,7 @@ def lines(path: Path, values: list[dict]) -> None:
 def done(run: Run, stage: str, seconds: float, summary: dict) -> None:
     own_folder(run.folder(stage))
     if stage.startswith("evaluate/"):
-        write_json(run.folder(stage) / "scores.json", {"figures": {}, "by_kind": {}, "answers": []})
+        write_json(run.folder(stage) / "scores.json", {"format": 2, "tasks": {}, "core": None})
     known = graph(run.recipe)[stage]
     shown = asdict(known.method.shown(known, summary))
     settings = {

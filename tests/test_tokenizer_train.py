@@ -159,8 +159,11 @@ def test_vocabulary_and_merges_are_plain_objects() -> None:
 
 
 def test_it_is_trained_on_a_file_by_its_name(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text(TEXTS[0], encoding="utf-8")
-    trained = {Tokenizer.train(name, vocab_size=400).fingerprint for name in (tmp_path, str(tmp_path / "text.txt"))}
+    paths = [tmp_path / "texts" / "text.txt", tmp_path / "chapter.tex"]
+    paths[0].parent.mkdir()
+    for path in paths:
+        path.write_text(TEXTS[0], encoding="utf-8")
+    trained = {Tokenizer.train(name, vocab_size=400).fingerprint for name in (paths[0].parent, *map(str, paths))}
     assert trained == {Tokenizer.train([TEXTS[0]], vocab_size=400).fingerprint}
     with pytest.raises(DataError, match=r"missing\.txt"):
         Tokenizer.train("missing.txt")

@@ -149,7 +149,7 @@ def test_a_short_run_is_neither_compiled_nor_tried(tmp_path):
     assert (summary["compiled"], summary["compiled_reason"]) == (False, "the run is too short for it to pay")
 
 
-def test_a_resumed_run_does_as_it_did_before(tmp_path, monkeypatch):
+def test_a_resumed_run_does_as_it_did_before(tmp_path, capsys, monkeypatch):
     """What was decided is in the checkpoint; the trial of another day does not count."""
     monkeypatch.setitem(TRIED_FROM_FLOPS, "cpu", 0.0)
     decided = []
@@ -163,7 +163,8 @@ def test_a_resumed_run_does_as_it_did_before(tmp_path, monkeypatch):
     job = interrupted_at(4, make_job(tmp_path, n_steps=6))  # the trial's pass counts
     job.row_length = 12
     with pytest.raises(Interrupted):
-        train(job, current_world(), Console(quiet=True))
+        train(job, current_world(), Console())
+    assert "to repeat it on any machine: compile = false" in capsys.readouterr().err
     (newest, *_) = complete_checkpoints(tmp_path / "checkpoints")
     assert json.loads((newest / "state.json").read_text(encoding="utf-8"))["compiled"] is False
     job = make_job(tmp_path, n_steps=6)

@@ -101,7 +101,7 @@ def evaluate(
     from groundup.console import Console
     from groundup.evaluation.contamination import NGRAM, training_texts
     from groundup.evaluation.scorecard import CARD, score_model
-    from groundup.evaluation.sets import BITS_PER_BYTE, METRICS_OF_TASK, check_tasks
+    from groundup.evaluation.sets import BITS_PER_BYTE, METRICS_OF_TASK, task_digests
     from groundup.recipe import EvaluateSettings
     from groundup.stage import MODEL_FOLDER, model_digest
 
@@ -109,7 +109,7 @@ def evaluate(
     asked = EvaluateSettings(
         tasks=names, data=str(data), shots=shots, chat=chat, limit=limit, samples=samples, unisolated_code=unisolated
     )
-    check_tasks(asked)
+    task_digests(asked)  # which refuses what is wrong before a model is read
     path = Path(model) if Path(model).is_dir() else recipe_and_run(model, settings or [], smoke, run, runs)[1]
     to_chat = chat or any(name in METRICS_OF_TASK and name != BITS_PER_BYTE for name in names)
     loaded, tokenizer, folder = load_model(path, stage, to_chat=to_chat)
@@ -132,7 +132,7 @@ def evaluate(
     if as_json:
         print_json(found.card)
         return
-    _show(found.card)
+    _show({**found.card, "tasks": {name: found.card["tasks"][name] for name in found.records}})
     typer.echo(target / CARD, err=True)
 
 
@@ -153,7 +153,7 @@ def _show(card: Mapping[str, Any]) -> None:
             figure, estimate = next(iter(clean.items()))
             add(name, figure, estimate, f", without {one['n_contaminated']:,} items that were trained on")
     if card["core"] is not None:
-        add(f"CORE, {card['core']['n']} of its {card['core']['of']} tasks", "centered", card["core"])
+        add(f"CORE, {card['core']['n']} of its {card['core']['of']} tasks", "core", card["core"])
     result_console().print(table)
 
 

@@ -12,9 +12,8 @@ from typing import Any
 
 from groundup.corpus import stream_documents
 from groundup.errors import ArtifactError
-from groundup.evaluation.benchmarks import Benchmark
 from groundup.evaluation.scorecard import read_card, score_model
-from groundup.evaluation.sets import BITS_PER_BYTE, EXACT, METRICS, STYLE, find_task
+from groundup.evaluation.sets import BITS_PER_BYTE, EXACT, METRICS, STYLE, task_digests
 from groundup.interop import load_model
 from groundup.interop.start import starting_point
 from groundup.model import Transformer
@@ -33,6 +32,7 @@ class Evaluate(Method):
 
     settings = EvaluateSettings
     version = 5
+    keeps = ("*.jsonl",)  # each is of one model, items and settings: another task asks nothing again
 
     def subjects(self, stage: Stage, stages: Mapping[str, Stage]) -> list[str]:
         """What is scored for a stage that makes a language model: what it started from, once, and what it made."""
@@ -57,13 +57,9 @@ class Evaluate(Method):
 
     def outside(self, stage: Stage) -> dict[str, str]:
         """A model made elsewhere, and the benchmarks' files."""
-        after, settings = _stage_after(stage), stage.recipe.evaluate
+        after = _stage_after(stage)
         start = None if after is None else after.outside_start
-        found = {} if start is None else {"model": model_digest(start)}
-        for task in map(find_task, _tasks(stage)):
-            if isinstance(task, Benchmark):
-                found[task.name] = task.digest(settings.data, settings.shots)
-        return found
+        return task_digests(_asked(stage)) | ({} if start is None else {"model": model_digest(start)})
 
     def is_whole(self, folder: Path) -> bool:
         """Its scores can be read."""
@@ -78,7 +74,7 @@ class Evaluate(Method):
     def work(self, context: Context) -> dict[str, Any]:
         """Load the model and score it."""
         stage, recipe, run = context.stage, context.recipe, context.run
-        settings, after = recipe.evaluate.model_copy(update={"tasks": _tasks(stage)}), _stage_after(stage)
+        settings, after = _asked(stage), _stage_after(stage)
         with context.console.bar(stage.name) as bar:
             model, tokenizer, identity = _model(stage, after, run)
             documents = stream_documents(run.folder("corpus"), "validation") if recipe.reads_text else iter(())
@@ -128,11 +124,11 @@ def _stage_after(stage: Stage) -> Stage | None:
     return graph(stage.recipe)[stage.subject.removeprefix(BEFORE)]
 
 
-def _tasks(stage: Stage) -> tuple[str, ...]:
-    """What is asked: of an untrained model text only."""
-    after = _stage_after(stage)
+def _asked(stage: Stage) -> EvaluateSettings:
+    """What the recipe asks; of an untrained model text only."""
+    after, settings = _stage_after(stage), stage.recipe.evaluate
     is_fresh = after is not None and after.outside_start is None
-    return (BITS_PER_BYTE,) if is_fresh else tuple(stage.recipe.evaluate.tasks)
+    return settings.model_copy(update={"tasks": (BITS_PER_BYTE,)}) if is_fresh else settings
 
 
 def _model(stage: Stage, after: Stage | None, run: Run) -> tuple[Transformer, Tokenizer, str]:

@@ -8,6 +8,7 @@ compared item by item, and the figures recomputed without a model.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 from collections import defaultdict
@@ -57,7 +58,7 @@ def measure(
     start: Transformer | None = None,
     kept: Path | None = None,
     identity: str = "",
-    advance: Callable[[int], None] | None = None,
+    advance: Callable[[int], object] | None = None,
 ) -> list[Record]:
     """Put every item to a model.
 
@@ -71,7 +72,7 @@ def measure(
         start: the model that this one was trained from, for the style.
         kept: file of the records; those that stand there under the same identity are not made again.
         identity: what stands for model, tokenizer, items and decoding.
-        advance: is told how many items more are done.
+        advance: is told how many items are done.
 
     Returns:
         One record an item, in their order. A choice: "logprob", "tokens" and "bytes" of each choice, "characters",
@@ -80,8 +81,6 @@ def measure(
     """
     done = _read_kept(kept, identity)
     waiting = [item for item in items if item.number not in done]
-    if advance is not None and done:
-        advance(len(items) - len(waiting))
     work: Callable[[Sequence[Item]], list[Record]]
     if isinstance(task, Benchmark) and task.kind == "choice":
         work = partial(_choices, model, tokenizer, task, is_chat=settings.chat)
@@ -99,7 +98,7 @@ def measure(
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_text(kept, "\n".join([*lines, ""]))
         if advance is not None:
-            advance(len(chunk))
+            advance(len(done))
     return [done[item.number] for item in items]
 
 
@@ -195,19 +194,21 @@ def write_replies(
         }
         n_before |= {place: results[place].n_tokens + 1 for place in again}
         results.update(zip(again, write([*again.values()]), strict=True))
-    replies = []
-    for place in range(len(prompts)):
-        found = results[place]
-        written = found.ids if found.end_id is None else [*found.ids, found.end_id]
-        reply = Reply(found.text, found.finish_reason == "stop", n_before[place] + len(written))
-        if params.logprobs is not None:
-            nats = [one.logprob for one in found.logprobs] + ([] if found.end_id is None else [found.end_logprob])
-            reply = replace(reply, logprob=math.fsum(nats))
-            if start is not None:
-                (theirs,) = score_ids(start, [(prompts[place], written)])
-                reply = replace(reply, start_logprob=theirs.logprob)
-        replies.append(reply)
-    return replies
+    found = [results[place] for place in range(len(prompts))]
+    written = [one.ids if one.end_id is None else [*one.ids, one.end_id] for one in found]
+    replies = [
+        Reply(one.text, one.finish_reason == "stop", n_before[place] + len(written[place]))
+        for place, one in enumerate(found)
+    ]
+    if params.logprobs is None:
+        return replies
+    ends = [[] if one.end_id is None else [one.end_logprob] for one in found]
+    own = [math.fsum([token.logprob for token in one.logprobs] + end) for one, end in zip(found, ends, strict=True)]
+    theirs = [] if start is None else score_ids(start, list(zip(prompts, written, strict=True)))
+    return [
+        replace(reply, logprob=one, start_logprob=other and other.logprob)
+        for reply, one, other in itertools.zip_longest(replies, own, theirs)
+    ]
 
 
 def _texts(model: Transformer, tokenizer: Tokenizer, items: Sequence[Item], *, is_short: bool) -> list[Record]:

@@ -7,6 +7,7 @@ difference is paired, which takes out how hard the items are.
 
 from __future__ import annotations
 
+import functools
 import math
 import platform
 import time
@@ -23,10 +24,11 @@ from groundup.errors import ArtifactError, DataError
 from groundup.evaluation.benchmarks import Benchmark, EvaluationTask, GenerationTask, fingerprint
 from groundup.evaluation.contamination import NGRAM, contaminated_items
 from groundup.evaluation.measure import Record, by_group, figures_of, item_scores, measure, read_records, to_plain
-from groundup.evaluation.sets import METRICS_OF_TASK, TASKS, find_task
+from groundup.evaluation.sets import METRICS_OF_TASK, TASKS, find_tasks
 from groundup.files import read_json, value_digest, write_json
 from groundup.model import Transformer
 from groundup.recipe import EvaluateSettings
+from groundup.report.closing import is_share
 from groundup.report.format import is_number
 from groundup.tokenizer import Tokenizer
 from groundup.tokenizer.pretrained import PretrainedTokenizer
@@ -102,7 +104,7 @@ def score_model(
     Raises:
         DataError: an unknown task, or its files are missing or damaged; no validation text.
     """
-    tasks = [find_task(name, texts) for name in settings.tasks]
+    tasks = find_tasks(settings, texts)
     read = [task.read(settings, seed) for task in tasks]
     model_and_texts = {"model": identity, "tokenizer": tokenizer.fingerprint, "template": template_digest(tokenizer)}
     tainted = None if trained_on is None else contaminated_items(read, trained_on, ngram)
@@ -113,17 +115,11 @@ def score_model(
         told = _asked(task, settings, seed) | {"dtype": str(model.compute_dtype)}
         of_items = fingerprint(task, items)
         whole = value_digest([_FORMAT, model_and_texts, of_items, told, start is not None])
-        began, n_done = time.perf_counter(), 0
-
-        def advance(n: int, task: EvaluationTask = task, total: int = len(items)) -> None:
-            nonlocal n_done
-            n_done += n
-            if bar is not None:
-                bar.update(n_done, total, task.name)
-
+        began = time.perf_counter()
         own = records[task.name] = measure(
-            model, tokenizer, task, items, settings=settings, seed=seed, start=start, identity=whole, advance=advance,
+            model, tokenizer, task, items, settings=settings, seed=seed, start=start, identity=whole,
             kept=None if folder is None else folder / records_file(task.name),
+            advance=None if bar is None else functools.partial(bar.update, total=len(items), note=task.name),
         )  # fmt: skip
         figures = figures_of(own)
         if task.name == TASKS:
@@ -170,12 +166,11 @@ def _asked(task: EvaluationTask, settings: EvaluateSettings, seed: int) -> dict[
     told: dict[str, Any] = {"seed": seed, "limit": settings.limit}
     if isinstance(task, Benchmark):
         told |= {"shots": settings.shots}
-    if task.kind == "text":
-        return told
-    told |= {"chat": settings.chat}
-    if isinstance(task, GenerationTask) and task.kind != "choice":
-        params, n = task.sampling(settings)
-        told |= {"chat": settings.chat or task.is_chat, "samples": n, "decoding": asdict(params)}
+    if isinstance(task, GenerationTask) and task.kind != "text":
+        told |= {"chat": settings.chat or task.is_chat}
+        if task.kind != "choice":
+            params, n = task.sampling(settings)
+            told |= {"samples": n, "decoding": asdict(params)}
     return told
 
 
@@ -184,7 +179,7 @@ def core(tasks: Mapping[str, Any]) -> dict[str, Any] | None:
 
     Beside it stands which they are, of how many, and which of them had other numbers of worked examples than there.
     """
-    own = {name: one for name, one in tasks.items() if one["core_shots"] is not None}
+    own = {name: one for name, one in tasks.items() if one.get("core_shots") is not None}
     if not own:
         return None
     parts = [one["figures"].get("accuracy_centered", one["figures"]["accuracy"]) for one in own.values()]
@@ -230,15 +225,15 @@ def read_card(folder: Path) -> dict[str, Any]:
         card = read_json(path)
         if not isinstance(card, dict) or card.get("format") != _FORMAT:
             raise ArtifactError(f"{path}: is of another version, or no scores.", _WAY_OUT)
-        core_figures = [] if card["core"] is None else [{"core": card["core"]}]
+        core(card["tasks"])
+        figures = [*figures_by_metric(card).values()]
         for one in card["tasks"].values():
-            every = [one["figures"], *one["groups"].values(), *core_figures]
-            numbers = [figure[name] for figures in every for figure in figures.values() for name in ("value", "stderr")]
-            texts = [one["fingerprint"], one["identity"]]
-            if not (all(map(is_number, numbers)) and all(isinstance(text, str) for text in texts)):
+            figures += [figure for part in one["groups"].values() for figure in part.values()]
+            if not (isinstance(one["fingerprint"], str) and isinstance(one["identity"], str)):
                 raise ArtifactError(f"{path}: is damaged.", _WAY_OUT)
-        figures_by_metric(card)
-    return card
+        if not all(is_number(figure[name]) for figure in figures for name in ("value", "stderr")):
+            raise ArtifactError(f"{path}: is damaged.", _WAY_OUT)
+    return dict(card)
 
 
 def _without(records: Sequence[Record], tainted: Collection[int]) -> dict[str, Any]:
@@ -372,5 +367,4 @@ def _scores(folder: Path, name: str, card: Mapping[str, Any]) -> tuple[dict[int,
 
 def say(name: str, value: float, stderr: float) -> str:
     """A figure with its standard error: shares in percent."""
-    is_share = name not in ("bits_per_byte", "perplexity", "brier", "answer_words", "entropy", "kl_to_start")
-    return f"{value:.1%} ± {stderr:.1%}" if is_share else f"{value:.4g} ± {stderr:.2g}"
+    return f"{value:.1%} ± {stderr:.1%}" if is_share(name) else f"{value:.4g} ± {stderr:.2g}"

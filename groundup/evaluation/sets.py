@@ -95,15 +95,20 @@ def find_task(name: str, texts: Iterable[str] = ()) -> EvaluationTask:
     return find_benchmark(name, METRICS_OF_TASK)
 
 
-def check_tasks(settings: EvaluateSettings) -> None:
-    """Raise DataError for a task that is not known, twice there, or without its files."""
-    found = [find_task(name) for name in settings.tasks]
-    for place, task in enumerate(found):
-        if task.name in {other.name for other in found[:place]}:
-            what = f"[evaluate] tasks: two are named {task.name!r}: one would stand in for the other."
-            raise DataError(what, "Rename a file.")
-        if isinstance(task, Benchmark):
-            task.digest(settings.data, settings.shots)
+def find_tasks(settings: EvaluateSettings, texts: Iterable[str] = ()) -> list[EvaluationTask]:
+    """All that the settings name. Raises DataError: as `find_task`, or two of one name."""
+    found = {(task := find_task(name, texts)).name: task for name in settings.tasks}
+    if len(found) < len(settings.tasks):
+        twice = ", ".join(found)
+        raise DataError(f"[evaluate] tasks: two of {twice} have one name, and one would stand in for the other.",
+                        "Name each once, or rename a file.")  # fmt: skip
+    return [*found.values()]
+
+
+def task_digests(settings: EvaluateSettings) -> dict[str, str]:
+    """What stands for the benchmarks' descriptions and files, by task. Raises DataError: one is wrong or missing."""
+    tasks = [task for task in find_tasks(settings) if isinstance(task, Benchmark)]
+    return {task.name: task.digest(settings.data, settings.shots) for task in tasks}
 
 
 @dataclass(frozen=True)

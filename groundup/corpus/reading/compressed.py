@@ -2,7 +2,8 @@
 
 A stream ends only where its file ends and every member of it is whole; otherwise it raises `RefusedError`, when
 what was read before has been handed out: cut off, a checksum that does not fit, something else behind the data, a bomb.
-(Python's own readers of bzip2 and xz take whatever follows the data for its end.)
+(Python's own readers of bzip2 and xz take whatever follows the data for its end; pyarrow's streams know neither xz nor
+gzip's padding of zeros, and say nothing of how far the stored bytes were read, which archives and bombs need.)
 """
 
 from __future__ import annotations
