@@ -50,7 +50,7 @@ def parrot(tokenizer):
 
 def asked(model, tokenizer, tasks: list[Task], **settings):
     """The share of right answers to these tasks, and the records."""
-    items = [Item(n, task.kind, task.prompt, (), (), 0, task.answer, {"asked": task}) for n, task in enumerate(tasks)]
+    items = [Item(n, task.kind, task.prompt, target=task.answer, row={"asked": task}) for n, task in enumerate(tasks)]
     of_set = GeneratedSet(SHORT_QUESTIONS)
     records = measure(model, tokenizer, of_set, items, settings=EvaluateSettings(**settings))
     return figures_of(records)["exact_match"], records

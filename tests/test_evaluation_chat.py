@@ -147,6 +147,9 @@ def test_benchmarks_of_a_recipe_are_checked_before_anything_runs(
         f'data = "{mine}"\n[[evaluate.gates]]\nmetric = "mine.accuracy"\nmodel = "sft"\nmin = 0.1\n'
     )
     check_recipe(parse_recipe(text, "my.toml"), "my.toml")
+    shutil.copy(mine / "mine.jsonl", mine / "piqa.jsonl")
+    of_core = text.replace(f"{mine}/mine.toml", "piqa").replace("mine.accuracy", "core")
+    check_recipe(parse_recipe(of_core, "my.toml"), "my.toml")
     with pytest.raises(GroundupError) as caught:
         check_recipe(parse_recipe(text.replace(*change), "my.toml"), "my.toml")
     assert words in str(caught.value)

@@ -123,7 +123,7 @@ def few_tasks(monkeypatch):
 
 def exact_match(model, tasks):
     """The share of right answers, which are right, and the replies."""
-    items = [Item(n, task.kind, task.prompt, (), (), 0, task.answer, {"asked": task}) for n, task in enumerate(tasks)]
+    items = [Item(n, task.kind, task.prompt, target=task.answer, row={"asked": task}) for n, task in enumerate(tasks)]
     records = measure(model, TOKENIZER, evaluation_sets.GeneratedSet("groundup:tasks"), items)
     rights = [record["outcomes"]["exact_match"] for record in records]
     return figures_of(records)["exact_match"], rights, [record["reply"] for record in records]
@@ -230,6 +230,13 @@ def test_a_model_made_elsewhere_is_the_start_it_was(tmp_path):
         (folder / "groundup-tasks.jsonl").write_text("\n".join(lines))
     (row,) = compare(recipe, run)["rows"]
     assert (row["before"]["value"], row["after"]["value"]) == (0.5, 1.0)
+    assert [answer["correct"] for answer in compare(recipe, run)["answers"]] == [True, True]
+    # Scores stand without the answers.
+    for damaged in ('{"identity": "x"}\n{"item": 0, "outcomes": 3}', "", None):
+        path = run.folder("evaluate/sft") / "groundup-tasks.jsonl"
+        path.unlink() if damaged is None else path.write_text(damaged)
+        found = compare(recipe, run)
+        assert (found["answers"], len(found["rows"])) == ([], 1)
 
 
 def test_the_gate_on_bits_passes_at_its_border_and_fails_beyond(tmp_path):

@@ -61,7 +61,7 @@ def test_declining_is_seen():
 
 
 def style(model: Transformer, start: Transformer | None = None) -> dict[str, Estimate]:
-    items = [Item(n, task.kind, task.prompt, (), (), 0, task.answer, {"asked": task}) for n, task in enumerate(TASKS)]
+    items = [Item(n, task.kind, task.prompt, target=task.answer, row={"asked": task}) for n, task in enumerate(TASKS)]
     settings = EvaluateSettings(max_tokens=4)
     return figures_of(measure(model, tokenizer(), GeneratedSet(STYLE), items, settings=settings, start=start))
 

@@ -18,7 +18,7 @@ import random
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Self, runtime_checkable
@@ -62,11 +62,11 @@ class Item:
     number: int
     group: str
     context: str
-    contexts: tuple[str, ...]
-    choices: tuple[str, ...]
-    gold: int
-    target: str
-    row: Mapping[str, Any]
+    contexts: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    gold: int = 0
+    target: str = ""
+    row: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -173,9 +173,9 @@ class Benchmark(BaseModel):
         """What its kind cannot do without."""
         if self.kind == "choice" and not (self.choices or self.continuation):
             raise ValueError("a choice has choices, or a continuation")
-        for kind, field in (("generation", "target"), ("code", "program")):
-            if self.kind == kind and not getattr(self, field):
-                raise ValueError(f"{kind} has a {field}")
+        for kind, need in (("generation", "target"), ("code", "program")):
+            if self.kind == kind and not getattr(self, need):
+                raise ValueError(f"{kind} has a {need}")
         return self
 
     @property

@@ -41,7 +41,7 @@ from groundup.recipe import EvaluateSettings
 from groundup.tokenizer import Tokenizer, render
 
 Record = dict[str, Any]
-_CHUNK = 256  # items between two writes
+_CHUNK = 512  # items between two writes
 _BINS = 10  # of the expected calibration error
 _RESAMPLES = 1000
 USUAL = EvaluateSettings()

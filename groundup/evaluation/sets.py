@@ -121,7 +121,7 @@ class ValidationText:
 
     def read(self, settings: EvaluateSettings, seed: int) -> list[Item]:
         """All of them."""
-        items = [Item(number, "", "", (), (), 0, text, {"text": text}) for number, text in enumerate(self.texts)]
+        items = [Item(number, "", "", target=text, row={"text": text}) for number, text in enumerate(self.texts)]
         if not items:
             raise DataError(
                 "bits_per_byte needs a validation text.", "Name a run with a corpus, or leave the task out."
@@ -150,7 +150,7 @@ class GeneratedSet:
         items = []
         for number, one in enumerate(asked):
             text, answer = (one.text, "") if isinstance(one, FirstMessage) else (one.prompt, one.answer)
-            items.append(Item(number, one.kind, text, (), (), 0, answer, {"text": text, "asked": one}))
+            items.append(Item(number, one.kind, text, target=answer, row={"text": text, "asked": one}))
         return items
 
     def sampling(self, settings: EvaluateSettings) -> tuple[SamplingParams, int]:

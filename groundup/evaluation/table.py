@@ -6,11 +6,13 @@ the report show. Nothing is measured here.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from groundup.errors import ArtifactError, DataError, GroundupError
+from groundup.evaluation.benchmarks import Benchmark
 from groundup.evaluation.harness import LOWER_IS_BETTER, before_name, read_scores
 from groundup.evaluation.measure import read_records
 from groundup.evaluation.scorecard import CARD, figures_by_metric, records_file
@@ -21,6 +23,7 @@ from groundup.recipe import Gate, Recipe
 from groundup.report.format import is_number
 from groundup.run import Run
 from groundup.stage import Check, Stage, current_stages, default_model, graph, language_models
+from groundup.untrusted import reading
 
 LABELS = {
     "bits_per_byte": "bits per byte",
@@ -134,8 +137,11 @@ def _answers(run: Run, model: str, card: Mapping[str, Any]) -> list[dict[str, An
     """What a model answered, as the page shows it."""
     found: list[dict[str, Any]] = []
     for name in (*EXACT, FIRST, HARM):
-        if (one := card["tasks"].get(name)) is not None and len(found) < _KEPT_ANSWERS:
-            for record in read_records(run.folder(f"evaluate/{model}") / records_file(name), one["identity"]):
+        path, one = run.folder(f"evaluate/{model}") / records_file(name), card["tasks"].get(name)
+        if one is None or len(found) >= _KEPT_ANSWERS:
+            continue
+        with contextlib.suppress(ArtifactError), reading(str(path)):  # scores stand without them
+            for record in read_records(path, one["identity"])[:_KEPT_ANSWERS]:
                 is_right = bool(next(iter(record["outcomes"].values())))
                 asked = {"kind": record["group"], "prompt": record["prompt"], "expected": record.get("target", "")}
                 found.append({**asked, "reply": record["reply"], "correct": is_right})
@@ -185,7 +191,8 @@ def _metrics_of(name: str) -> Sequence[str]:
         task = find_task(name)
     except GroundupError:  # which another check says
         return ()
-    return [f"{task.name}.{figure}" for figure in _FIGURES_OF_KIND[task.kind]]
+    is_of_core = isinstance(task, Benchmark) and task.core_shots is not None
+    return [*(f"{task.name}.{figure}" for figure in _FIGURES_OF_KIND[task.kind]), *(["core"] if is_of_core else [])]
 
 
 def _label(metric: str) -> str:
