@@ -348,6 +348,18 @@ def append_file(handle: IO[bytes], path: Path) -> None:
         shutil.copyfileobj(source, handle, 1 << 20)
 
 
+def append_line(path: Path, line: bytes) -> None:
+    """One whole line, behind whole lines: what a full disk or a kill left of the last one is ended first."""
+    with path.open("a+b") as handle:
+        size = handle.seek(0, os.SEEK_END)
+        if size:
+            handle.seek(size - 1)
+            line = line if handle.read(1) == b"\n" else b"\n" + line
+        handle.write(line + b"\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
 def file_digest(path: Path) -> str:
     """The 128-bit xxh3 digest of a file's bytes, in hex."""
     digest = xxhash.xxh3_128()

@@ -193,6 +193,17 @@ def test_several_texts_of_one_prompt_share_it_and_differ():
     assert [tuple(result.ids) for result in best] == [max(means, key=means.get)]
 
 
+def test_of_the_best_a_text_that_ends_at_once_has_no_advantage():
+    model, params = random_model(std=0.05, vocab_size=40), {"max_tokens": 4, "seed": 1, "logprobs": 0}
+    request = Request([1, 2, 3], SamplingParams(n=60, **params), stop_ids=range(20))
+    written = Engine(model).run([request])[0]
+    assert {len(one.ids) for one in written} >= {0, 1, 2}
+    sums = [[one.logprob for one in text.logprobs] + [text.end_logprob] * (text.end_id is not None) for text in written]
+    means = sorted((sum(parts) / len(parts) for parts in sums), reverse=True)
+    best = Engine(model).run([Request([1, 2, 3], SamplingParams(n=2, best_of=60, **params), stop_ids=range(20))])[0]
+    assert [one.score for one in best] == pytest.approx(means[:2])
+
+
 @torch.inference_mode()
 def test_log_probabilities_are_the_models():
     model, prompt = random_model(std=0.05), random_prompts([9], 512)[0]

@@ -11,7 +11,8 @@ from generation_models import random_model, random_prompts, small_tokenizer
 from lengths import IS_LONG
 
 from groundup.errors import DataError, GroundupError
-from groundup.generation import Constraint, Engine, Request, SamplingParams
+from groundup.generation import Constraint, Engine, Request, SamplingParams, step
+from groundup.generation.native import library
 from groundup.generation.step import Row
 
 LAYOUTS = [{}, {"pages": True}]
@@ -414,6 +415,24 @@ def test_in_bfloat16_a_batch_differs_only_where_two_tokens_are_nearly_equal():
         if place is not None:
             first, second = model(torch.tensor([[*prompt, *ids[:place]]]))[0, -1].float().topk(2).values
             assert first - second < 0.1
+
+
+def test_the_trial_is_made_once_and_remembered(monkeypatch, tmp_path):
+    library()  # compiled already
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, trials = random_model(vocab_size=77), []
+
+    def trials_of_a_process(spread):
+        trials.clear()
+        monkeypatch.setattr(step, "_MEASURED", {})
+        monkeypatch.setattr(step, "fastest", lambda ways: (dict.fromkeys(ways, trials.append(1) or 0.5), spread))
+        for _ in range(2):
+            Engine(model)
+        return len(trials)
+
+    once = trials_of_a_process(spread=3.0)  # disturbed: of no use to the next
+    assert once > 0
+    assert [trials_of_a_process(spread=1.0) for _ in range(3)] == [once, 0, 0]
 
 
 def test_a_step_of_more_tokens_than_were_timed_takes_as_much_longer_as_the_last_of_them():

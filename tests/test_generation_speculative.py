@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from generation_models import chi_square, random_model, random_prompts
+from generation_models import chi_square, random_model, random_prompts, small_tokenizer
 from lengths import IS_LONG
 
 from groundup.errors import DataError
@@ -68,11 +68,11 @@ def test_copied_guesses_draw_the_very_sample_of_plain_decoding():
 
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.7}, {"top_p": 0.8}], ids=str)
-@pytest.mark.parametrize("draft", ["model", 1])
+@pytest.mark.parametrize("draft", ["model", 1, "ngrams"])
 def test_sampled_texts_have_the_targets_distribution(draft, params):
     """Counts of all texts of three tokens against their exact probabilities, from the model's own logits."""
     model = random_model("llama-nano", std=0.25, vocab_size=VOCAB, context_length=8)
-    prompt, n = [2, 1], 110_000 if IS_LONG else 1_500
+    prompt, n = [2, 1, 2, 1], 110_000 if IS_LONG else 1_500  # n-grams find it again
     sampling = SamplingParams(max_tokens=LENGTH, **params)
     exact = torch.zeros(VOCAB**LENGTH, dtype=torch.float64)
     grid = torch.cartesian_prod(*[torch.arange(VOCAB)] * LENGTH)
@@ -101,6 +101,21 @@ def test_a_token_that_is_kept_or_replaced_has_the_targets_law(seed):
         counts[verify(p, [guess], q[:1], row[:1], row[1:2], row[2:3])[0]] += 1
     assert counts[seed] == 0
     assert chi_square(counts, n * p[0].double().exp()) < 4
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_a_stop_text_ends_a_run_of_guesses_and_is_not_streamed(draft):
+    tokenizer = small_tokenizer()
+    model = random_model("llama-nano", std=0.1, vocab_size=tokenizer.vocab_size, context_length=128)
+    prompt, params = tokenizer.encode("the cat and the cat and"), SamplingParams(temperature=0, max_tokens=60)
+    whole = Engine(model, tokenizer).run([Request(prompt, params)])[0][0].text
+    for size in (1, 3, 7):
+        stop = whole[20 : 20 + size]
+        stopped = Request(prompt, SamplingParams(temperature=0, max_tokens=60, stop=(stop,)))
+        engine = engine_with(draft, model, tokenizer=tokenizer)
+        pieces = "".join(chunk.text for chunk in engine.stream(stopped))
+        assert pieces == stopped.results[0].text == whole[: whole.find(stop)]
+        assert (stopped.results[0].finish_reason, engine.n_used) == ("stop", 0)
 
 
 def test_what_followed_before_is_proposed():

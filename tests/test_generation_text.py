@@ -187,6 +187,20 @@ def test_what_is_held_back_for_a_stop_text_is_given_out_at_the_end():
     assert pieces[-1] == whole[-3:]
 
 
+def test_several_texts_are_not_dropped_or_mixed():
+    """A reference's server drops `n` in silence."""
+    for options in ({"n": 2}, {"n": 2, "best_of": 3}):
+        with pytest.raises(GroundupError, match=r"Engine\.run returns all"):
+            generate(MODEL, TOKENIZER, "Once", **options)
+    for options in ({"n": 2}, {"best_of": 3}):
+        with pytest.raises(GroundupError, match=r"Engine\.run returns all"):
+            stream(MODEL, TOKENIZER, "Once", **options)
+    question = [{"role": "user", "content": "Hello"}]
+    for ask in (chat_reply, lambda *arguments: list(stream_chat(*arguments))):
+        with pytest.raises(GroundupError, match=r"Engine\.run returns all"):
+            ask(MODEL, TOKENIZER, question, SamplingParams(n=2))
+
+
 def test_an_empty_prompt_starts_a_document():
     result = generate(MODEL, TOKENIZER, "", max_tokens=8, temperature=0)
     assert (
@@ -353,7 +367,7 @@ class Scripted:
         return [[Generation(text=self.answers.pop(0))] for _ in requests]
 
 
-def test_a_conversation_runs_the_calculator_once():
+def test_a_conversation_runs_the_calculator_once(monkeypatch):
     question = {"role": "user", "content": "3*4?"}
     call = write_call("3 * 4")
     params = SamplingParams(max_tokens=8)
@@ -365,7 +379,8 @@ def test_a_conversation_runs_the_calculator_once():
     turns = [question, {"role": "assistant", "content": call}, {"role": "tool", "content": "12"}]
     assert engine.asked[1] == render(TOKENIZER, turns, add_generation_prompt=True).ids
     whole = Scripted(call, "It is 12.")
-    assert chat_reply(model, TOKENIZER, [question], params, engine=whole).text == "[3 * 4 = 12] It is 12."
+    monkeypatch.setattr("groundup.generation.text.Engine", lambda *_, **options: whole)
+    assert chat_reply(model, TOKENIZER, [question], params).text == "[3 * 4 = 12] It is 12."
     assert whole.asked == engine.asked
     for answer in ("It is 12.", '<tool>{"name": "other"}</tool>', "<to", "", "a <tool>"):
         engine = Scripted(answer)

@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 import transformers
 from generation_models import TEXT, random_model, small_tokenizer
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from serving_client import serving
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -278,6 +278,7 @@ CALLS = st.lists(
 
 @pytest.mark.parametrize("form", [OURS, HERMES, LLAMA, MISTRAL], ids=lambda form: form.name)
 @given(calls=CALLS, cuts=st.lists(st.integers(0, 400), max_size=8), before=st.sampled_from(["", "I look. ", "a < b\n"]))
+@example(calls=[ToolCall("f", {})], cuts=[6, 12], before="I look. ")  # text was given out, then half a mark
 def test_calls_are_read_back_from_what_was_written_however_it_comes(
     form: ToolFormat, calls: list[ToolCall], cuts: list[int], before: str
 ) -> None:

@@ -29,10 +29,12 @@ from torch import Tensor, nn
 from groundup.alignment.conversations import HELD_OUT_SHARE, count_reasons, read_data, too_little
 from groundup.alignment.heads import Head, HeadMethod, at_ends, load_with_head, outputs_of
 from groundup.alignment.method import Inputs, RecordRows, RecordsSettings, reported, share, share_with_error
+from groundup.alignment.preferences import Preference, load_preferences
 from groundup.console import Console
 from groundup.corpus.document import Reason
 from groundup.corpus.reading.refusal import RefusedError
 from groundup.corpus.reading.values import check_writable
+from groundup.evaluation.safety import LABELS, label_answer
 from groundup.files import value_digest
 from groundup.model import ModelConfig, Transformer
 from groundup.recipe import Texts, setting
@@ -43,6 +45,7 @@ from groundup.training import Batch, Term, TrainingJob, pass_flops
 MOST_LABELS = 1000
 """More are numbers or names, and no labels."""
 BINS = 10
+_HELD_OUT = ("accuracy", "accuracy_n", "majority_accuracy")
 
 
 class ClassifySettings(RecordsSettings):
@@ -53,6 +56,11 @@ class ClassifySettings(RecordsSettings):
     )
     text_field: str = setting("text", "the field or column that holds the text", min_length=1)
     label_field: str = setting("label", "the field or column that holds the label", min_length=1)
+    safety: bool = setting(
+        False,
+        "data are preferences for harmless answers (chosen, rejected): every last answer is a text, and its label is "
+        "refusal, harmless or harmful, for groundup safety",
+    )
     epochs: float = setting(3.0, "passes over the texts", gt=0.0, le=1000.0)
 
 
@@ -72,6 +80,10 @@ def load_labelled(settings: ClassifySettings, section: str, console: Console | N
     Raises:
         DataError: a file is missing, one side of the split is empty, or there are not two labels at least.
     """
+    if settings.safety:
+        found = load_preferences(settings.data, section, console).judged()
+        sides = [[*map(_answer, side)] for side in (found.train, found.held_out)]
+        return Labelled(sides[0][: settings.limit], sides[1], sorted(LABELS), found.set_aside)
     read, aside = read_data(settings.data, section, functools.partial(_labelled, settings), console)
     train: list[tuple[str, str]] = []
     held_out: list[tuple[str, str]] = []
@@ -84,6 +96,11 @@ def load_labelled(settings: ClassifySettings, section: str, console: Console | N
         needs = f'a "{settings.text_field}" and a "{settings.label_field}", of which there are 2 to {MOST_LABELS}'
         raise too_little(settings.data, section, what, needs, aside)
     return Labelled(train, held_out, labels, count_reasons(aside))
+
+
+def _answer(one: Preference) -> tuple[str, str]:
+    text = one.answers[0][-1]["content"]
+    return text, label_answer(text, bool(one.is_good))
 
 
 def _labelled(settings: ClassifySettings, data: Any) -> tuple[str, str]:
@@ -198,12 +215,15 @@ class Classifier:
     Attributes:
         model, tokenizer, head: its parts.
         labels: in the order of its outputs.
+        held_out: its "accuracy" on texts that it did not learn, their number "accuracy_n", and what the most frequent
+            label gets right of them, "majority_accuracy"; empty where nobody wrote it down.
     """
 
     model: Transformer
     tokenizer: Tokenizer
     head: Head
     labels: list[str]
+    held_out: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: str | Path) -> Classifier:
@@ -213,7 +233,9 @@ class Classifier:
             ArtifactError: missing, damaged, or no classifier.
         """
         model, tokenizer, head, values = load_with_head(folder, "classifier")
-        return cls(model, tokenizer, head, [str(label) for label in values["labels"]])
+        figures = {name: value for name in _HELD_OUT if isinstance(value := values.get(name), int | float)}
+        held_out = figures if len(figures) == len(_HELD_OUT) else {}
+        return cls(model, tokenizer, head, [str(label) for label in values["labels"]], held_out)
 
     def probabilities(self, texts: Sequence[str]) -> Float[Tensor, "texts labels"]:
         """Of every label."""
@@ -233,7 +255,7 @@ class ClassifyMethod(HeadMethod):
     makes = "classifier"
     figures = ("val_loss", "val_accuracy", "final_loss", "accuracy", "majority_accuracy", "calibration_error", "brier")
     is_chat = False
-    saved = (("labels", "labels"),)
+    saved = (("labels", "labels"), *((name, name) for name in _HELD_OUT))
     title = "Classifier"
     facts = (
         ("texts", "{texts_train:,}"),

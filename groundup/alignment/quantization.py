@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,6 @@ def quantize_and_measure(
     *,
     texts: Sequence[str] = (),
     calibration: Tensor | None = None,
-    on_layer: Callable[[int], object] = lambda layer: None,
 ) -> dict[str, Any]:
     """Quantize a model in place, save it, and say what that gains and costs.
 
@@ -61,7 +60,6 @@ def quantize_and_measure(
         out: the new model's folder.
         texts: to measure bits per byte on, apart from those of the calibration; none: it is not measured.
         calibration: (windows, tokens) for GPTQ.
-        on_layer: called with the number of each block that GPTQ is done with.
 
     Returns:
         `method`, and under names that end in `_before` and `_after` what was measured: `bytes`, `bits_per_byte`,
@@ -75,7 +73,7 @@ def quantize_and_measure(
     how = Quantization(settings.bits, settings.group_size, settings.activations)
     figures: dict[str, Any] = {"method": method, "bytes_before": weight_bytes(model.config)}
     before = _measure(model, tokenizer, texts)
-    quantize(model, how, method=method, calibration=calibration, on_layer=on_layer)
+    quantize(model, how, method=method, calibration=calibration)
     after = _measure(model, tokenizer, texts)
     save_model(out, model, tokenizer)
     figures["bytes_after"] = (Path(out) / WEIGHTS_FILE).stat().st_size

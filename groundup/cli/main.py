@@ -22,6 +22,7 @@ from groundup.cli import (
     crawling,
     evaluating,
     inspecting,
+    judging,
     modelling,
     moving,
     planning,
@@ -72,7 +73,7 @@ def make_app() -> typer.Typer:
         "shards": (shards, "groundup shards verify runs/demo"),
     }
     building.add_to(app, groups, {"evaluate": (evaluating.evaluate, evaluating.EXAMPLE)})
-    for room in (planning, scaling, talking, evaluating, serving, modelling, moving, inspecting):
+    for room in (planning, scaling, talking, evaluating, judging, serving, modelling, moving, inspecting):
         room.add_to(app)
     return app
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import math
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,13 +101,14 @@ class Remote:
         url: of the server, with or without /v1.
         key: that it wants.
         name: of the model; None: its first.
+        seconds: that an answer may take; None: any time.
 
     Raises:
         GroundupError: no server answers there, it wants another key, or has no such model.
     """
 
-    def __init__(self, url: str, key: str | None = None, name: str | None = None) -> None:
-        self._url, self._key = url.rstrip("/").removesuffix("/v1"), key
+    def __init__(self, url: str, key: str | None = None, name: str | None = None, seconds: float | None = None) -> None:
+        self._url, self._key, self._seconds = url.rstrip("/").removesuffix("/v1"), key, seconds
         self.n_tokens = 0
         try:
             with self._open("/v1/models") as response:
@@ -127,8 +130,11 @@ class Remote:
         given = {one.name: getattr(params, one.name) for one in fields(params)}
         body |= {name: value for name, value in given.items() if value != getattr(plain, name)}
         body["max_tokens"] = params.max_tokens
+        end = math.inf if self._seconds is None else time.monotonic() + self._seconds
         with contextlib.suppress(*_NOT_UNDERSTOOD), self._open("/v1/chat/completions", body) as response:
             for line in response:
+                if time.monotonic() > end:
+                    raise TimeoutError
                 data = line.decode().removeprefix("data:").strip()
                 if data == "[DONE]":
                     return
@@ -157,7 +163,9 @@ class Remote:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         try:
             data = None if body is None else json.dumps(body).encode()
-            return urllib.request.urlopen(urllib.request.Request(self._url + path, data, headers))
+            return urllib.request.urlopen(
+                urllib.request.Request(self._url + path, data, headers), timeout=self._seconds
+            )
         except urllib.error.HTTPError as error:
             try:
                 message = str(json.load(error)["error"]["message"])

@@ -34,6 +34,7 @@ from groundup.corpus.reading.values import check_writable, read_values
 from groundup.errors import DataError
 from groundup.evaluation.metrics import f1
 from groundup.evaluation.sandbox import run_program
+from groundup.evaluation.text_metrics import rouge
 from groundup.files import value_digest
 from groundup.generation import SamplingParams
 from groundup.recipe import CorpusSettings, EvaluateSettings
@@ -164,6 +165,7 @@ class Benchmark(BaseModel):
     program: str = Field("", description="of code: what is run; {{ completion }} is what the model wrote")
     stop: tuple[str, ...] = Field((), description="texts that end a generation")
     max_tokens: int = Field(128, ge=1, description="of a generation")
+    rouge: bool = Field(False, description="of a generation: ROUGE-1, -2 and -L of the answer, too")
     text: str = Field("text", description="field of a text, where the file has fields")
     chance: float | None = Field(None, ge=0, lt=1, description="accuracy without knowledge (unset: 1 / choices)")
     core_shots: int | None = Field(None, ge=0, description="worked examples in DCLM's CORE (unset: it is no part)")
@@ -214,7 +216,8 @@ class Benchmark(BaseModel):
         target = extract_answer(self, item.target, is_flexible=True) or item.target.strip()
         strict, flexible = (extract_answer(self, replies[0].text, is_flexible=flag) for flag in (False, True))
         outcomes = {"exact_match": strict == target, "exact_match_flexible": flexible == target}
-        return {"target": target, "answer": flexible, "outcomes": {**outcomes, "f1": f1(flexible, target)}}
+        shares = {"f1": f1(flexible, target), **(rouge(flexible, target) if self.rouge else {})}
+        return {"target": target, "answer": flexible, "outcomes": {**outcomes, **shares}}
 
 
 def find_benchmark(name: str, others: Iterable[str] = ()) -> Benchmark:

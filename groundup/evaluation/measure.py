@@ -306,12 +306,18 @@ def _choice_figures(records: Sequence[Record]) -> dict[str, Estimate]:
         ],
         "items",
     )
-    confidence = np.array([p.max() for p in probabilities])
-    is_right = np.array([int(p.argmax()) == record["gold"] for p, record in zip(probabilities, records, strict=True)])
+    confidence, is_right = confidences(records)
     found["calibration_error"] = bootstrap(
         lambda places: calibration_error(confidence[places], is_right[places]), len(records)
     )
     return found
+
+
+def confidences(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
+    """The probability of the likeliest choice of each item, and whether it is the right one."""
+    probabilities = [_softmax(record["logprob"]) for record in records]
+    is_right = [int(p.argmax()) == record["gold"] for p, record in zip(probabilities, records, strict=True)]
+    return np.array([p.max() for p in probabilities]), np.array(is_right)
 
 
 def _best(record: Record, unit: str = "") -> int:

@@ -23,9 +23,19 @@ from groundup.console import Bar
 from groundup.errors import ArtifactError, DataError
 from groundup.evaluation.benchmarks import Benchmark, EvaluationTask, GenerationTask, fingerprint
 from groundup.evaluation.contamination import NGRAM, contaminated_items
-from groundup.evaluation.measure import Record, by_group, figures_of, item_scores, measure, read_records, to_plain
+from groundup.evaluation.measure import (
+    Record,
+    by_group,
+    confidences,
+    figures_of,
+    item_scores,
+    measure,
+    read_records,
+    reliability,
+    to_plain,
+)
 from groundup.evaluation.sets import METRICS_OF_TASK, TASKS, find_tasks
-from groundup.files import read_json, value_digest, write_json
+from groundup.files import read_json, value_digest, write_json, write_text
 from groundup.model import Transformer
 from groundup.recipe import EvaluateSettings
 from groundup.report.closing import is_share
@@ -97,9 +107,9 @@ def score_model(
 
     Returns:
         Its card has "model", "tokenizer" and "template" (digests); "tasks" by name ("kind", "n", "settings",
-        "fingerprint" of the items, "identity" of the records, "figures", "groups"), those that stood there of the same
-        model too; "core": the mean of centered accuracies over the tasks of DCLM's CORE (arXiv:2406.11794) that are
-        given.
+        "fingerprint" of the items, "identity" of the records, "figures", "groups"; of choices "reliability", as
+        `measure.reliability` gives it, which is drawn beside), those that stood there of the same model too; "core":
+        the mean of centered accuracies over the tasks of DCLM's CORE (arXiv:2406.11794) that are given.
 
     Raises:
         DataError: an unknown task, or its files are missing or damaged; no validation text.
@@ -134,6 +144,7 @@ def score_model(
             "figures": to_plain(figures),
             **({} if tainted is None else {"ngram": ngram, **_without(own, tainted[place])}),
             "groups": {group: to_plain(parts) for group, parts in by_group(own).items()},
+            **_reliability(own, None if folder is None else folder / f"{task.name}-reliability.svg"),
         }
     if folder is not None:
         found = _kept(folder, model_and_texts) | found
@@ -147,6 +158,18 @@ def score_model(
     if folder is not None:
         write_json(folder / CARD, card)
     return Scores(card, records, speed)
+
+
+def _reliability(records: Sequence[Record], path: Path | None) -> dict[str, Any]:
+    """The bins of a reliability plot, and the plot in a file; nothing of what is no choice between several."""
+    if len(records[0].get("logprob", ())) < 2:
+        return {}
+    bins = reliability(*confidences(records))
+    if path is not None:
+        from groundup.report.charts import reliability_chart, standing_alone  # matplotlib: half a second
+
+        write_text(path, standing_alone(reliability_chart("reliability", bins)))
+    return {"reliability": bins}
 
 
 def template_digest(tokenizer: Tokenizer) -> str | None:

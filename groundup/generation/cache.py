@@ -48,6 +48,11 @@ class LayerCache:
         """Entries of a block."""
         return self.keys.shape[2]
 
+    @property
+    def parts(self) -> list[Tensor]:
+        """All that is stored."""
+        return [part for part in (self.keys, self.values, self.key_scales, self.value_scales) if part is not None]
+
     def index(self, positions: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         """Where in a slot positions stand."""
         if not self.ring:
@@ -89,6 +94,9 @@ class KVCache:
         chunk: most new tokens of a slot in one call. With it, layers with a window keep a ring of the window and a
             chunk instead of the whole length; not with pages. None: no rings.
         is_int8: entries are kept in 8 bits with a scale for each head of each token: half of bfloat16's memory.
+
+    Attributes:
+        shortest_ring: tokens up to which no layer has overwritten one of a slot; None: none ever does.
     """
 
     def __init__(
@@ -114,6 +122,7 @@ class KVCache:
         elif self.n_blocks >= batch * per_slot:  # until a pool hands them out
             self.table[:] = torch.arange(batch * per_slot).view(batch, per_slot)
         self.layers = [self._layer(layer, is_int8) for layer in range(config.n_layers)]
+        self.shortest_ring = min((layer.ring for layer in self.layers if layer.ring), default=None)
         self._rows: Rows | None = None
 
     def _layer(self, layer: int, is_int8: bool) -> LayerCache:
@@ -134,22 +143,15 @@ class KVCache:
     @property
     def n_bytes(self) -> int:
         """Memory of all entries."""
-        parts = (part for layer in self.layers for part in vars(layer).values())
-        return sum(part.nbytes for part in parts if isinstance(part, Tensor))
-
-    @property
-    def shortest_ring(self) -> int | None:
-        """Tokens up to which no layer has overwritten one of a slot; None: none ever does."""
-        return min((layer.ring for layer in self.layers if layer.ring), default=None)
+        return sum(part.nbytes for layer in self.layers for part in layer.parts)
 
     def copy(self, source: int, target: int, n_tokens: int) -> None:
         """Put the first tokens of one slot over the beginning of another; not with pages."""
         assert self.page_size is None
         for layer in self.layers:
             n = min(n_tokens, layer.block_size)
-            for part in (layer.keys, layer.values, layer.key_scales, layer.value_scales):
-                if part is not None:
-                    part[target, :, :n] = part[source, :, :n]
+            for part in layer.parts:
+                part[target, :, :n] = part[source, :, :n]
 
     def update(
         self, layer: int, keys: NewEntries, values: NewEntries, positions: Int[Tensor, "batch seq"]

@@ -7,7 +7,8 @@
 Requests join and leave the batch at every step (continuous batching; Orca, Yu et al. 2022). A step reads a chunk of
 prompts that are not read yet, so that a long one delays nobody for long, and then adds a token to each text that is
 being written, or several that a draft guessed right (`speculative.py`). A request's tokens depend on its own prompt,
-settings and seed, never on what else is in the batch.
+settings and seed, never on what else is in the batch; but where a draft draws its guesses, that is true of their law
+only: how many it makes depends on the batch and on the machine.
 """
 
 from __future__ import annotations
@@ -297,8 +298,9 @@ class Engine:
             self._take_in()
             self._drop_cancelled()
             self._admit()
-            reading = [text for text in self._running if not text.is_writing]
-            writing = [text for text in self._running if text.is_writing]
+            reading, writing = list[Text](), list[Text]()
+            for text in self._running:
+                (writing if text.is_writing else reading).append(text)
             try:
                 self._read(reading)
                 self._write(writing)
@@ -628,7 +630,9 @@ def _close(request: Request) -> None:
     results = [text.result for text in request._texts]
     if len(results) > request.params.n:
         for result in results:
-            result.score = sum(one.logprob for one in result.logprobs) / max(1, len(result.logprobs))
+            found = [one.logprob for one in result.logprobs]
+            found += [result.end_logprob] * (result.end_id is not None)
+            result.score = sum(found) / max(1, len(found))
         results = sorted(results, key=lambda result: -result.score)[: request.params.n]
     request.results = results
     request._finished.set()

@@ -50,7 +50,7 @@ class GraphStep:
     def _capture(self, batch: int, length: int) -> tuple[Tensor, Rows, torch.cuda.CUDAGraph, Tensor]:
         rows, graph = fixed_rows(self._cache, batch, length), torch.cuda.CUDAGraph()
         ids = torch.zeros_like(rows.positions)
-        first = [part[:1, :, :1] for layer in self._cache.layers for part in (layer.keys, layer.values)]
+        first = [part[:1, :, :1] for layer in self._cache.layers for part in layer.parts]
         kept = [part.clone() for part in first]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())

@@ -203,7 +203,6 @@ def quantize(
     *,
     method: QuantizationMethod = "rtn",
     calibration: Int[Tensor, "windows seq"] | None = None,
-    on_layer: Callable[[int], object] = lambda layer: None,
 ) -> Transformer:
     """Quantize a model's matrices in place, and return it.
 
@@ -213,7 +212,6 @@ def quantize(
         method: "rtn", or "gptq": layer by layer, each for the inputs that the quantized layers before it give. GPTQ is
             of the blocks' matrices; embedding and output layer are rounded to the nearest.
         calibration: token ids of text as the model will see it, for GPTQ.
-        on_layer: called with the number of each block that GPTQ is done with.
 
     Raises:
         GroundupError: the model is quantized already, or there is no text to calibrate with.
@@ -230,7 +228,7 @@ def quantize(
         if calibration is None or not len(calibration):
             raise GroundupError("GPTQ needs text to calibrate with.", 'Give some, or choose method = "rtn".')
         _round(model, "embed_tokens", *chosen.pop("embed_tokens"))
-        for name, grams in _layer_inputs(model, chosen, calibration, on_layer):
+        for name, grams in _layer_inputs(model, chosen, calibration):
             _round(model, name, *chosen.pop(name), grams)
     for name, (bits, size) in chosen.items():
         _round(model, name, bits, size)
@@ -282,7 +280,7 @@ def _round(model: Transformer, name: str, bits: Bits, size: int, grams: list[Ten
 
 
 def _layer_inputs(
-    model: Transformer, chosen: Mapping[str, Any], calibration: Tensor, on_layer: Callable[[int], object]
+    model: Transformer, chosen: Mapping[str, Any], calibration: Tensor
 ) -> Iterator[tuple[str, list[Tensor]]]:
     """The blocks' matrices in order, each with XᵀX of its inputs; to be quantized before the next is asked for."""
     states: list[Tensor] = []  # what goes into the next block, batch by batch
@@ -320,4 +318,3 @@ def _layer_inputs(
             hook.remove()
             yield from ((f"layers.{layer}.{name}", list(grams)) for name in names)
         states = [block(x, *told[layer]) for x in states]
-        on_layer(layer)

@@ -31,7 +31,7 @@ class Generation:
         offsets: of each token in the text, in characters, where a tokenizer is at hand.
         guesses: of each new token: what a draft had guessed to stand there. Where its first is another token, all of
             them were thrown away.
-        score: of `beam_search`, and of `best_of` the mean log-probability.
+        score: of `beam_search`, and of `best_of` the mean log-probability, that of the stop token included.
         end_id: the stop token that ended it, or None; `end_logprob`: its log-probability, where they were asked for.
     """
 

@@ -30,7 +30,7 @@ from groundup.errors import ArtifactError, GroundupError
 from groundup.generation.params import SamplingParams
 
 _BLOCK = 128  # tokens that are summed at once before a draw looks inside
-_TOGETHER = 2**18  # most logits of rows without filters that are faster together than in turn
+_TOGETHER = 4  # rows without filters that are faster together than in turn
 _COLDEST = 1e-30  # a temperature at which no difference of logits is too small, and no quotient overflows
 _WORD, _GAMMA = 2**64 - 1, 0x9E3779B97F4A7C15  # SplitMix64's
 
@@ -127,7 +127,7 @@ def sample(
     if len(greedy) < len(rows):
         uniform = uniforms(seeds, positions).numpy()
         together = [row for row, own in enumerate(rows) if not own.has_filters and row not in changed]
-        if len(together) < 4 or logits.numel() > _TOGETHER:
+        if len(together) < _TOGETHER:
             together = []
         weights = np.empty(logits.shape[-1], np.float32)  # of one row: it stays in the cache
         for row in sorted(set(range(len(rows))).difference(greedy, together)):
@@ -135,7 +135,8 @@ def sample(
             tokens[row] = _draw_row(weights, uniform[row])
         if together:
             temperatures = [rows[row].temperature for row in together]
-            tokens[together] = _draw_rows(array[together], temperatures, uniform[together])
+            same = array if len(together) == len(rows) else array[together]
+            tokens[together] = _draw_rows(same, temperatures, uniform[together])
     return torch.from_numpy(tokens)
 
 
@@ -367,16 +368,16 @@ def _draw_rows(logits: np.ndarray, temperatures: Sequence[float], uniform: np.nd
     n, vocab_size = logits.shape
     largest = logits.max(axis=-1, keepdims=True)
     _check(largest[:, 0].tolist())
-    weights = logits - largest
+    blocks = np.zeros((n, -(-vocab_size // _BLOCK), _BLOCK), np.float32)
+    weights = blocks.reshape(n, -1)[:, :vocab_size]
+    np.subtract(logits, largest, out=weights)
     if any(temperature != 1 for temperature in temperatures):
         weights /= np.maximum(np.array(temperatures, np.float32), _COLDEST)[:, None]
     np.exp(weights, out=weights)
     sums = np.add.reduceat(weights, _block_starts(vocab_size), axis=-1).cumsum(axis=-1, dtype=np.float64)
     target, rows = uniform * sums[:, -1], np.arange(n)
     block = (sums <= target[:, None]).sum(axis=-1)
-    places = block[:, None] * _BLOCK + np.arange(_BLOCK)
-    inside = np.where(places < vocab_size, weights[rows[:, None], np.minimum(places, vocab_size - 1)], 0)
-    inside = inside.cumsum(axis=-1, dtype=np.float64)
+    inside = blocks[rows, block].cumsum(axis=-1, dtype=np.float64)
     target = np.maximum(target - np.where(block, sums[rows, block - 1], 0), 0)
     return block * _BLOCK + np.minimum((inside <= target[:, None]).sum(axis=-1), (inside < inside[:, -1:]).sum(axis=-1))
 

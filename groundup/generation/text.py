@@ -48,8 +48,7 @@ def stream(model: Transformer, tokenizer: Tokenizer, prompt: str, **options: Any
     """As `generate` for one text, piece by piece; the pieces put together are the same text."""
     params = _params(options)
     request = text_request(model, tokenizer, prompt, params)
-    length = len(request.ids) + params.max_tokens
-    return _pieces(Engine(model, tokenizer, slots=params.best_of or 1, length=length), request)
+    return _pieces(Engine(model, tokenizer, slots=1, length=len(request.ids) + params.max_tokens), request)
 
 
 def chat_reply(
@@ -58,14 +57,13 @@ def chat_reply(
     messages: Sequence[Message],
     params: SamplingParams,
     on_left_out: Callable[[int], None] | None = None,
-    *,
-    engine: Engine | None = None,
 ) -> Generation:
     """The assistant's answer; where it called the calculator, ids and log-probabilities are those behind the result.
 
     Arguments, text and errors as `stream_chat`.
     """
-    used, replies = engine or Engine(model, tokenizer, slots=1), list[Generation]()
+    _check_single(params.n)
+    used, replies = Engine(model, tokenizer, slots=1), list[Generation]()
 
     def ask(turns: Sequence[Message]) -> Iterator[str]:
         replies.append(used.run([chat_request(model, tokenizer, turns, params, on_left_out)])[0][0])
@@ -98,7 +96,7 @@ def stream_chat(
         engine: of this model; one that is kept reads a conversation's earlier turns once.
 
     Raises:
-        GroundupError: not even the last message fits.
+        GroundupError: not even the last message fits, or several texts are asked for.
     """
     used = engine or Engine(model, tokenizer, slots=1)
 
@@ -132,8 +130,9 @@ def generate_batch(
 
     Raises:
         DataError: an empty prompt, or an id the model does not have.
-        GroundupError: the model's logits are not numbers.
+        GroundupError: the model's logits are not numbers, or `params.n` is not 1.
     """
+    _check_single(params.n)
     if not prompts:
         return []
     context = model.config.context_length
@@ -206,7 +205,14 @@ def chat_request(
 
 
 def _pieces(engine: Engine, request: Request) -> Iterator[str]:
+    _check_single(request.params.best_of or request.params.n)
     return (chunk.text for chunk in engine.stream(request) if chunk.text)
+
+
+def _check_single(n: int) -> None:
+    """Hold that no text is left out, or mixed with another's pieces."""
+    if n > 1:
+        raise GroundupError(f"{n} texts of a prompt were asked for: one is returned.", "Engine.run returns all.")
 
 
 def _params(options: dict[str, Any]) -> SamplingParams:

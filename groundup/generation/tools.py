@@ -109,12 +109,12 @@ class ToolFormat:
                 place = _behind(text, place, skipped)
         return calls
 
-    def begins(self, text: str) -> int:
-        """Where a call begins, or else may begin as more text comes; the text's length: nowhere."""
+    def begins(self, text: str, said: str = "") -> int:
+        """Where in a text, behind what was said, a call begins or may begin as more comes; its length: nowhere."""
         mark = self.opening.strip()
         if (place := text.find(mark)) >= 0:
             return place
-        if self.is_bare and text.lstrip()[:1] in ("", "{"):
+        if self.is_bare and (said + text).lstrip()[:1] in ("", "{"):
             return 0
         sizes = range(min(len(mark) - 1, len(text)), 0, -1)
         return len(text) - next((size for size in sizes if text.endswith(mark[:size])), 0)
@@ -189,7 +189,7 @@ class ToolReader:
         self._held += piece
         if self._is_begun:
             return ""
-        place = self._form.begins(self._held) if not (self._form.is_bare and self._said) else self._marked()
+        place = self._form.begins(self._held, self._said)
         text, self._held = self._held[:place], self._held[place:]
         self._is_begun = self._held.startswith(self._form.opening.strip())
         self._said += text
@@ -199,8 +199,3 @@ class ToolReader:
         """The rest: text, or calls."""
         calls = self._form.read(self._held) if self._held.strip() else []
         return ("", calls) if calls else (self._held, [])
-
-    def _marked(self) -> int:
-        """Of a format whose calls may be bare, behind a text: only a mark begins a call."""
-        place = self._held.find(self._form.opening.strip())
-        return place if place >= 0 else len(self._held)

@@ -7,11 +7,13 @@ stay readable. Colours are the page's CSS variables (light and dark); the same r
 
 from __future__ import annotations
 
+import html
 import io
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 import matplotlib
@@ -210,6 +212,47 @@ def exact_match_chart(name: str, by_kind: Mapping[str, Any]) -> Chart | None:
     return _chart(name, height, paint, words)
 
 
+def reliability_chart(name: str, bins: Sequence[tuple[float, float, float, int]]) -> Chart:
+    """How often answers are right, by the probability that the model gives them, and how many there are of each.
+
+    Args:
+        name: unique on the page.
+        bins: lower edge, mean probability, share of right answers and their number, as `measure.reliability` gives.
+    """
+    _, sure, right, counts = (np.array(column, dtype=float) for column in zip(*bins, strict=True))
+    error = float((np.abs(right - sure) * counts).sum() / counts.sum())
+    words = f"Calibration: expected calibration error {error:.1%}. " + ", ".join(
+        f"at {probability:.0%} right {share:.0%} of {n:,}" for _, probability, share, n in bins
+    )
+
+    def paint(figure: Figure, canvas: _Canvas) -> None:
+        grid = figure.add_gridspec(
+            2, 1, height_ratios=(4, 1), hspace=0.14, **_margins(canvas, 400, left=72, right=26, bottom=46)
+        )
+        above = figure.add_subplot(grid[0])
+        below = figure.add_subplot(grid[1], sharex=above)
+        for axes in (above, below):
+            _quiet(axes)
+        above.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=":", label="as sure as it is right")
+        spread = np.sqrt(right * (1 - right) / counts)
+        style: dict[str, Any] = {"color": TRAIN, "linewidth": 2, "marker": "o", "markersize": 5, "capsize": 2.5}
+        above.errorbar(sure, right, yerr=[np.minimum(spread, right), np.minimum(spread, 1 - right)], **style)
+        above.set_ylim(0, 1.03)
+        above.set_ylabel("right")
+        above.tick_params(labelbottom=False)
+        above.legend(loc="upper left", frameon=False, labelcolor=INK)
+        below.bar([edge + 0.05 for edge, *_ in bins], counts, width=0.09, color=TRAIN)
+        below.set_ylabel("answers")
+        below.set_xlabel("probability of the answer")
+        below.yaxis.set_major_locator(MaxNLocator(2, integer=True))
+        below.set_xlim(0, 1)
+        figure.align_ylabels([above, below])
+        for axis in (above.yaxis, below.xaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+
+    return _chart(name, 400, paint, words)
+
+
 def histogram_chart(name: str, histograms: Mapping[str, Mapping[str, Any]]) -> Chart | None:
     """How the documents' signals are distributed, small plots side by side, each with the threshold that cuts it."""
     shown = [(signal, found) for signal, found in histograms.items() if sum(found.get("counts", ())) > 0]
@@ -257,6 +300,14 @@ def histogram_chart(name: str, histograms: Mapping[str, Mapping[str, Any]]) -> C
                 axes.tick_params(labelsize=canvas.font_size - 2)
 
     return _chart(name, height_of, paint, words)
+
+
+def standing_alone(chart: Chart) -> str:
+    """A plot as an SVG file of its own, in the page's colours, light and dark."""
+    style = (resources.files("groundup.report") / "style.css").read_text(encoding="utf-8").partition("\n* {")[0]
+    opening = '<svg xmlns="http://www.w3.org/2000/svg" role="img" style="background: var(--paper)"'
+    told = f"<title>{html.escape(chart.words)}</title><style>{style}</style>"
+    return chart.wide.replace(' aria-hidden="true">', f">{told}", 1).replace("<svg", opening, 1)
 
 
 def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -119,7 +119,7 @@ def is_share(key: str) -> bool:
     """Whether a metric is a share between 0 and 1, shown in percent; a benchmark's is named "arc_easy.accuracy"."""
     figure = key.rpartition(".")[2]
     is_named = figure.startswith(("exact_match", "accuracy", "pass@")) or figure.endswith(("accuracy", "share", "rate"))
-    return is_named or figure in ("core", "f1", "calibration_error")
+    return is_named or figure in ("core", "f1", "calibration_error", "rouge1", "rouge2", "rougeL")
 
 
 def _row(row: Mapping[str, Any], gates: Sequence[Mapping[str, Any]] = ()) -> ClosingRow:

@@ -12,7 +12,6 @@ Every line also has "model" and "time". Fine-tuning reads conversations; the rew
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +21,7 @@ import orjson
 from filelock import FileLock
 
 from groundup.errors import DataError
-from groundup.files import write_error
+from groundup.files import append_line, write_error
 from groundup.run import OWN_FOLDER
 
 PREFERENCES, CONVERSATIONS = "preferences.jsonl", "conversations.jsonl"
@@ -65,18 +64,6 @@ def keep(folder: Path, model: str, messages: Sequence[Mapping[str, Any]], opinio
         (folder / OWN_FOLDER).mkdir(exist_ok=True)
         with FileLock(folder / OWN_FOLDER / "feedback.lock"):
             for name, values in lines:
-                _append(folder / name, orjson.dumps({**values, **seen}) + b"\n")
+                append_line(folder / name, orjson.dumps({**values, **seen}))
     except OSError as error:
         raise write_error(folder / PREFERENCES, error) from error
-
-
-def _append(path: Path, line: bytes) -> None:
-    """One whole line, behind whole lines: what a full disk or a kill left of the last one is ended first."""
-    with path.open("a+b") as handle:
-        size = handle.seek(0, os.SEEK_END)
-        if size:
-            handle.seek(size - 1)
-            line = line if handle.read(1) == b"\n" else b"\n" + line
-        handle.write(line)
-        handle.flush()
-        os.fsync(handle.fileno())
