@@ -504,6 +504,16 @@ def soak(result: dict[str, Any]) -> str:
     return rows_of(head, [[*(f"{cell:,g}" for cell in cells), f"{memory['early']:.0f}", f"{memory['late']:.0f}"]])
 
 
+def evaluation(result: dict[str, Any]) -> str:
+    """How many times as fast benchmarks are as in lm-evaluation-harness, by the clock and in CPU seconds."""
+    head = ["parameters", "benchmark", "worked examples", "items", "times as fast", "CPU seconds: times fewer"]
+    return rows_of(head, [
+        [row["shape"], f"`{row['task']}`", str(row["shots"]), str(row["items"]), amount(row["ratio"], 1),
+         amount(row["cpu_ratio"], 1)]
+        for row in result["rows"]
+    ])  # fmt: skip
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     function.__name__: function
     for function in (
@@ -529,6 +539,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
         quantize,
         serving,
         soak,
+        evaluation,
     )
 }
 

@@ -484,15 +484,15 @@ def test_items_that_were_trained_on_are_counted_and_scored_without(
     (mine / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts = ["Nothing of it.", f"Before. {rows[4]['q'].upper()}! After.", "the quiet river bends beyond the mill"]
     settings = EvaluateSettings(tasks=(str(mine / "mine.toml"),), data=str(mine))
-    card = score_model(*small, settings, trained_on=lambda: iter(texts)).card["tasks"]["mine"]
+    card = score_model(*small, settings, trained_on=iter(texts)).card["tasks"]["mine"]
     assert card["n_contaminated"] == 1
     assert card["clean"]["accuracy"]["n"] == 11
     items = read_items(benchmark(mine), mine, shots=2)
-    assert contaminated_items(items, texts, ngram=13) == {4}
-    assert contaminated_items(items, texts[:1]) == set()
-    assert contaminated_items(items, texts, ngram=8) == {4}  # a phrase of all of them is the task's own wording
+    assert contaminated_items([items], texts, ngram=13) == [{4}]
+    assert contaminated_items([items], texts[:1]) == [set()]
+    assert contaminated_items([items], texts, ngram=8) == [{4}]  # a phrase of all of them is the task's own wording
     with pytest.raises(DataError, match="8 to 13"):
-        contaminated_items(items, texts, ngram=3)
+        contaminated_items([items], texts, ngram=3)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_in_any_company_a_continuation_is_as_probable_as_alone(shape: str, token
 def test_the_size_of_a_batch_changes_nothing(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
     model, pairs = model_of("rope", tokenizer), pairs_of(2)
     whole = log_likelihoods(model, tokenizer, pairs)
-    monkeypatch.setattr("groundup.evaluation.likelihood._ROW_TOKENS", 1)
+    monkeypatch.setattr("groundup.evaluation.likelihood._batch_tokens", lambda model: 1)
     for one, other in zip(whole, log_likelihoods(model, tokenizer, pairs), strict=True):
         assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
         assert one.is_greedy == other.is_greedy
@@ -97,6 +97,7 @@ def test_long_contexts_that_share_nothing_are_batched_all_the_same(
         likelihood, "_score", lambda model, prefix, groups: batches.append(len(groups)) or score(model, prefix, groups)
     )
     pairs = [(f"{word} " * 40, " mat") for word in WORDS]
+    monkeypatch.setattr("groundup.evaluation.likelihood._batch_tokens", lambda model: 4096)
     log_likelihoods(model_of("rope", tokenizer), tokenizer, pairs)
     assert batches == [len(WORDS)]
 

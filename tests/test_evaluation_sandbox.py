@@ -1,8 +1,12 @@
 """Programs that a model wrote can do no harm: every way out fails, and only one that runs to its end has passed."""
 
 import os
+import shlex
 import socket
+import subprocess
 import sys
+import sysconfig
+import tempfile
 import threading
 from pathlib import Path
 
@@ -27,6 +31,33 @@ def test_continuous_integration_has_the_sandbox() -> None:
     if "CI" not in os.environ:
         pytest.skip("not in continuous integration")
     assert sandbox_level() == "namespaces and seccomp"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() != 0, reason="nobody but root is anybody else here")
+@isolated
+def test_all_of_it_holds_for_an_ordinary_user() -> None:
+    """Root runs this file once more as a user without privileges, to whom it shows Python, packages and checkout."""
+    shown = {
+        "python": sys.base_prefix,
+        "packages": sysconfig.get_path("purelib"),
+        "checkout": Path(__file__).parents[1],
+    }
+    with tempfile.TemporaryDirectory(dir="/var") as place:
+        binds = [f"mkdir {place}/{name}; mount --bind '{path}' {place}/{name}" for name, path in shown.items()]
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        run = [
+            "setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", "--inh-caps=-all",
+            "env", f"HOME={place}/home", f"PYTHONPATH={place}/checkout:{place}/packages",
+            f"{place}/python/bin/{version}", "-m", "pytest", "-q",
+            "-p", "no:cacheprovider", f"{place}/checkout/tests/{Path(__file__).name}",
+        ]  # fmt: skip
+        lines = ["set -e", f"mount -t tmpfs -o mode=755 none {place}", *binds, f"cd {place}", f"exec {shlex.join(run)}"]
+        done = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=600
+        )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "1 skipped" in done.stdout  # this one alone
 
 
 @isolated
@@ -70,6 +101,16 @@ def test_what_does_not_run_to_its_end_has_not_passed(program: str, reason: str) 
         pytest.param("import socket; socket.create_connection(('127.0.0.1', PORT), 1)", id="a-socket"),
         pytest.param("import socket; socket.socket(socket.AF_UNIX)", id="a-local-socket"),
         pytest.param("import os; os.kill(PARENT, 9)", id="killing-the-parent"),
+        pytest.param("import os; os.kill(os.getppid(), 9); os.kill(-1, 9); assert 0", id="killing-whoever-is-there"),
+        pytest.param("import os; os.symlink('/', '/tmp/r'); open('/tmp/r/usr/mine', 'w')", id="writing-through-a-link"),
+        pytest.param(
+            "import os; os.symlink('../../../../etc', '/tmp/e'); print(os.listdir('/tmp/e'))", id="a-relative-link-out"
+        ),
+        pytest.param("import os; os.chroot('/tmp')", id="another-root"),
+        pytest.param("import os; assert os.environ.get('GROUNDUP_SECRET')", id="the-parents-environment"),
+        pytest.param("import os\nfor n in range(3, 64): os.listdir(n)", id="folders-that-were-left-open"),
+        pytest.param("import os\nwhile True: os.write(1, bytes(1 << 20))", id="gigabytes-past-the-buffer"),
+        pytest.param("import os; os.truncate('/tmp/f', 1 << 40) if open('/tmp/f', 'w') else 0", id="a-file-of-holes"),
         pytest.param("import os; os.setuid(0); os.chown('/tmp', 1, 1)", id="becoming-root"),
         pytest.param("import ctypes; assert ctypes.CDLL(None).unshare(0x10020000) == 0", id="new-namespaces"),
         pytest.param(
@@ -93,7 +134,8 @@ def test_what_does_not_run_to_its_end_has_not_passed(program: str, reason: str) 
         pytest.param("import resource as r; r.setrlimit(r.RLIMIT_AS, (1 << 40, 1 << 40))", id="raising-a-limit"),
     ],
 )
-def test_every_way_out_fails(program: str) -> None:
+def test_every_way_out_fails(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GROUNDUP_SECRET", "secret")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
         outcome = run_program(
@@ -101,6 +143,7 @@ def test_every_way_out_fails(program: str) -> None:
             Limits(seconds=5, memory_bytes=256 * MIB, disk_bytes=8 * MIB),
         )
     assert not outcome.passed
+    assert outcome.seconds < 60
     assert len(outcome.output) <= 64 * 1024
     assert "/etc" not in outcome.reason or "No such file" in outcome.reason
 
@@ -148,6 +191,28 @@ def test_a_link_to_the_interpreters_folder_is_followed(tmp_path: Path, monkeypat
     (tmp_path / "python").symlink_to(sys.base_prefix)
     monkeypatch.setattr(sys, "base_prefix", os.fspath(tmp_path / "python"))
     assert run_program("import json").passed
+
+
+@isolated
+def test_nobody_outside_is_killed() -> None:
+    with subprocess.Popen(["sleep", "60"]) as other:
+        everyone = f"for victim in (os.getppid(), {other.pid}, -1, 0):\n    with suppress(OSError): os.kill(victim, 9)"
+        outcome = run_program(f"import os\nfrom contextlib import suppress\n{everyone}")
+        assert other.poll() is None
+        other.kill()
+    assert not outcome.passed
+
+
+@isolated
+def test_an_interpreter_below_tmp_is_seen_and_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        os.chmod(place, 0o755)
+        (Path(place) / "mine.txt").write_text("seen")
+        monkeypatch.setattr(sys, "base_prefix", place)
+        monkeypatch.setattr(sandbox, "_python", lambda: os.path.realpath(sys.executable))
+        assert run_program(f"assert open('{place}/mine.txt').read() == 'seen'").passed
+        assert not run_program(f"open('{place}/mine.txt', 'w')").passed
+        assert (Path(place) / "mine.txt").read_text() == "seen"
 
 
 @isolated

@@ -37,6 +37,7 @@ from groundup.alignment.sft import SFTSettings, fine_tune
 from groundup.console import Console
 from groundup.distributed import World, current_world
 from groundup.errors import DataError
+from groundup.evaluation.during import scores_during
 from groundup.files import atomic_folder, own_folder, value_digest, write_tensors, write_text
 from groundup.generation import Engine, Request, SamplingParams
 from groundup.interop import save_model
@@ -193,6 +194,7 @@ def distill(
         seed=seed,
         start=start,
         row_length=length,
+        score=scores_during(settings.evaluate, tokenizer),
     )
     summary = train(job, world, console)
     summary |= {"acceptance": acceptance(teacher, student, source), "own_rows": len(own)}

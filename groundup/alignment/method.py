@@ -25,6 +25,7 @@ from groundup.alignment.lora import (
 )
 from groundup.console import Console
 from groundup.distributed import World, current_world
+from groundup.evaluation.during import scores_during
 from groundup.interop import save_model
 from groundup.interop.start import check_chat, check_start, starting_config, starting_point
 from groundup.model import ModelConfig, Transformer
@@ -114,7 +115,8 @@ class Inputs:
         return TrainingJob(
             name=self.name, modules={"model": self.model, **(beside or {})}, objective=objective, source=source,
             settings=self.settings, n_rows=math.ceil(n_rows), folder=self.out, seed=self.seed, start=self.start,
-            sized=sized(self.settings, self.model.config, is_alone=not beside), **more,
+            sized=sized(self.settings, self.model.config, is_alone=not beside),
+            score=scores_during(self.settings.evaluate, self.tokenizer), **more,
         )  # fmt: skip
 
 

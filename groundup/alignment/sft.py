@@ -26,6 +26,7 @@ from groundup.alignment.packing import Text, lay_out, pack
 from groundup.console import Console
 from groundup.distributed import AXES, World, current_world
 from groundup.errors import DataError, GroundupError
+from groundup.evaluation.during import scores_during
 from groundup.evaluation.sets import fewer
 from groundup.files import value_digest
 from groundup.interop.start import shards_fit, starting_point
@@ -143,6 +144,7 @@ def fine_tune(
         row_length=length if source.is_packed else None,
         axes=frozenset(AXES),
         sized=sized(settings, model.config),
+        score=scores_during(settings.evaluate, tokenizer),
     )
     summary = train(job, world, console)
     summary |= source.figures(job.plan.rows(job.n_steps - 1)[1])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -58,9 +58,16 @@ def evaluate(
         ),
     ] = None,
     contamination: Annotated[
-        bool,
-        typer.Option("--contamination", help="Score also without what the run was trained on.", rich_help_panel=_TASKS),
-    ] = False,
+        int | None,
+        typer.Option(
+            "--contamination",
+            metavar="N",
+            min=8,
+            max=13,
+            rich_help_panel=_TASKS,
+            help="Score also without items of which N words in a row (13 is usual) stand in what the run learned from.",
+        ),
+    ] = None,
     unisolated: Annotated[
         bool,
         typer.Option(
@@ -83,6 +90,7 @@ def evaluate(
         return
     from groundup.cli.talking import load_model
     from groundup.console import Console
+    from groundup.evaluation.contamination import NGRAM, training_texts
     from groundup.evaluation.scorecard import CARD, score_model
     from groundup.evaluation.sets import BITS_PER_BYTE, METRICS_OF_TASK, task_digests
     from groundup.recipe import EvaluateSettings
@@ -106,9 +114,10 @@ def evaluate(
             asked,
             seed=seed,
             identity=model_digest(folder),
-            texts=_texts(folder, "validation", BITS_PER_BYTE)() if BITS_PER_BYTE in names else (),
+            texts=_validation_texts(folder) if BITS_PER_BYTE in names else (),
             folder=target,
-            trained_on=_texts(folder, "train", "--contamination") if contamination else None,
+            trained_on=None if contamination is None else training_texts(folder),
+            ngram=contamination or NGRAM,
             bar=bar,
         )
     if as_json:
@@ -157,12 +166,12 @@ def _check_options(context: typer.Context, *, with_tasks: bool) -> None:
             raise DataError(f"{parameter.opts[0]}: {why}.", fix)
 
 
-def _texts(folder: Path, split: Literal["train", "validation"], asked: str) -> Callable[[], Iterator[str]]:
+def _validation_texts(folder: Path) -> Iterator[str]:
     """The documents of the run that a model is of."""
     from groundup.corpus import stream_documents
     from groundup.errors import ArtifactError
 
     corpus = folder.parent.parent / "corpus"
     if not corpus.is_dir():
-        raise ArtifactError(f"{folder}: {asked}: no run with a corpus is around this model.", "Leave it out.")
-    return lambda: (document.text for document in stream_documents(corpus, split))
+        raise ArtifactError(f"{folder}: bits_per_byte: no run with a corpus is around this model.", "Leave it out.")
+    return (document.text for document in stream_documents(corpus, "validation"))

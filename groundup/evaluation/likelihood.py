@@ -22,7 +22,6 @@ from torch import Tensor
 from groundup.model import OutputLayer, Transformer
 from groundup.tokenizer import Tokenizer
 
-_ROW_TOKENS = 4096  # of a batch, padding included
 _WORTH_SHARING = 32  # tokens; fewer are computed again
 _HIDDEN = 1 << 30  # a position that no query reaches
 
@@ -59,9 +58,14 @@ def score_ids(model: Transformer, requests: Sequence[tuple[list[int], list[int]]
     """`log_likelihoods` of token ids: (context, continuation), at least one of each."""
     model.eval()
     found: dict[int, Likelihood] = {}
-    for prefix, groups in _batches(requests, model.config.context_length):
+    for prefix, groups in _batches(requests, model.config.context_length, _batch_tokens(model)):
         found |= _score(model, prefix, groups)
     return [found[place] for place in range(len(requests))]
+
+
+def _batch_tokens(model: Transformer) -> int:
+    """Of a batch, padding included: on a CPU as few as keep it busy, for more are more padding."""
+    return 512 if next(model.parameters()).device.type == "cpu" else 4096
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -88,7 +92,7 @@ class _Group:
 
 
 def _batches(
-    requests: Sequence[tuple[list[int], list[int]]], context_length: int
+    requests: Sequence[tuple[list[int], list[int]]], context_length: int, n_tokens: int
 ) -> Iterator[tuple[list[int], list[_Group]]]:
     """(what all contexts begin with, groups without it), longest first, few enough tokens at once."""
     grouped: dict[tuple[int, ...], list[tuple[int, list[int]]]] = defaultdict(list)
@@ -108,7 +112,7 @@ def _batches(
         rest = [_Group(group.context[len(prefix) :], group.continuations) for group in family]
         rest.sort(key=lambda group: -group.length)
         while rest:
-            n = max(1, _ROW_TOKENS // rest[0].length)
+            n = max(1, n_tokens // rest[0].length)
             yield prefix, rest[:n]
             rest = rest[n:]
 
@@ -180,7 +184,7 @@ def _score(model: Transformer, prefix: list[int], groups: Sequence[_Group]) -> d
     hidden = contexts.hiding(torch.tensor(starts, device=device)[:, None])
     others.sort(key=lambda other: -len(other[2]))
     while others:
-        n = max(1, _ROW_TOKENS // len(others[0][2]))
+        n = max(1, _batch_tokens(model) // len(others[0][2]))
         part, others = others[:n], others[n:]
         rows = torch.tensor([row for row, _, _ in part], device=device)
         told = [([groups[row].context[-1]], place, ids) for row, place, ids in part]

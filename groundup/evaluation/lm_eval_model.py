@@ -9,7 +9,9 @@ program reads (`lm_eval --model hf --model_args pretrained=runs/demo/sft/model`)
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,12 @@ from groundup.evaluation.benchmarks import Benchmark
 from groundup.evaluation.likelihood import score_ids
 from groundup.generation import SamplingParams, generate_batch
 from groundup.interop import load
+from groundup.tokenizer.pretrained import PretrainedTokenizer
+from groundup.tokenizer.special import CHAT_TEMPLATE
+from groundup.tokenizer.template import ChatTemplate, LaidOut
 
 _MAX_TOKENS = 256
+_CONTROL, _SAID = "\ufdef", "\ufdee"  # no characters, so in no text: before a control token, inside what spells one
 
 
 @register_model("groundup")
@@ -48,6 +54,7 @@ class GroundupLM(TemplateLM):
             raise ArtifactError(f"{pretrained}: this model has no tokenizer beside it.", "Copy its tokenizer.json.")
         self.network, self.cutter = loaded.model.eval(), loaded.tokenizer
         self.network.compute_dtype = getattr(torch, dtype)
+        self._name = str(pretrained)
 
     @property
     def eot_token_id(self) -> int:
@@ -55,8 +62,41 @@ class GroundupLM(TemplateLM):
         return self.cutter.end_of_text_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **more: Any) -> list[int]:
-        """Token ids; nothing is added, and text stays text."""
-        return self.cutter.encode(string)
+        """Token ids; nothing is added, and text stays text: control tokens are those of `apply_chat_template` alone."""
+        if _CONTROL not in string:
+            return self.cutter.encode(string)
+        parts = re.split(_CONTROL + self._layout.names.pattern, string)  # text, name, text, …
+        if isinstance(self.cutter, PretrainedTokenizer):
+            parts[::2] = (self._layout.names.sub(lambda name: name[0][0] + _SAID + name[0][1:], text)
+                          for text in parts[::2])  # fmt: skip
+            return self.cutter.encode_laid_out(LaidOut("".join(parts), _SAID, [])).ids
+        texts, names = self.cutter.encode_batch(parts[::2]), [[self.cutter.control_tokens[one]] for one in parts[1::2]]
+        return [index for pair in zip(texts, [*names, []], strict=True) for part in pair for index in part]
+
+    @functools.cached_property
+    def _layout(self) -> ChatTemplate:
+        if isinstance(self.cutter, PretrainedTokenizer):
+            return self.cutter.chat_template()
+        return ChatTemplate(CHAT_TEMPLATE, self.cutter.control_tokens, {})
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness's caches know it by."""
+        return self._name.replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The program that lays out its chats."""
+        return self._layout.source if chat_template else ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text, for `tok_encode`: a mark stands before what are control tokens.
+
+        Without `add_generation_prompt` the last message is left open, to be gone on with.
+        """
+        laid_out = self._layout.lay_out(chat_history, add_generation_prompt=add_generation_prompt)
+        text = self._layout.names.sub(_CONTROL + r"\1", laid_out.text).replace(laid_out.mark, "")
+        said = chat_history[-1]["content"].rstrip()
+        return text if add_generation_prompt else text[: text.rindex(said) + len(said)]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **more: Any

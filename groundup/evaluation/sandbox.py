@@ -165,8 +165,14 @@ def _isolated(home: str, limits: Limits) -> list[str]:
         if path.exists() and not any(path != other and path.is_relative_to(other) for other in shown)
     )
     root = shlex.quote(home)
-    lines = ["set -e", f"mount -t tmpfs -o mode=755,nosuid,nodev,size=1m none {root}", f"cd {root}"]
-    for folder in folders:
+    lines = [
+        "set -e",
+        f"mount -t tmpfs -o mode=755,nosuid,nodev,size=1m none {root}",
+        f"cd {root}",
+        "mkdir tmp",
+        f"mount -t tmpfs -o mode=1777,nosuid,nodev,size={limits.disk_bytes},nr_inodes=1000 none tmp",
+    ]
+    for folder in folders:  # one of them may be below /tmp
         inside = shlex.quote(f".{folder}")
         lines += [
             f"mkdir -p {inside}",
@@ -180,8 +186,7 @@ def _isolated(home: str, limits: Limits) -> list[str]:
         drop += [f"--reuid={user}", f"--regid={user}", "--clear-groups"]
     driver = shlex.join([*drop, _python(), "-I", "-S", "-c", _DRIVER])
     lines += [
-        "mkdir tmp dev",
-        f"mount -t tmpfs -o mode=1777,nosuid,nodev,size={limits.disk_bytes},nr_inodes=1000 none tmp",
+        "mkdir dev",
         "for device in null urandom; do touch dev/$device; mount --bind /dev/$device dev/$device; done",
         "mkdir old proc",
         "mount --rbind /proc proc",  # umount reads it; it goes last

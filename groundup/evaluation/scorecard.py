@@ -10,7 +10,7 @@ import functools
 import math
 import platform
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from groundup.console import Bar
 from groundup.errors import ArtifactError
 from groundup.evaluation.benchmarks import Benchmark, EvaluationTask, GenerationTask, fingerprint
-from groundup.evaluation.contamination import contaminated_items
+from groundup.evaluation.contamination import NGRAM, contaminated_items
 from groundup.evaluation.measure import (
     Record,
     by_group,
@@ -77,7 +77,8 @@ def score_model(
     texts: Iterable[str] = (),
     start: Transformer | None = None,
     folder: Path | None = None,
-    trained_on: Callable[[], Iterable[str]] | None = None,
+    trained_on: Iterable[str] | None = None,
+    ngram: int = NGRAM,
     bar: Bar | None = None,
 ) -> Scores:
     """Score a model on what `settings.tasks` names, and write what came out into a folder.
@@ -91,8 +92,9 @@ def score_model(
         texts: the validation documents, for bits per byte.
         start: the model that it was trained from, for `groundup:style`.
         folder: of the result; finished items that stand there are not done again (default: nothing is written).
-        trained_on: gives the training documents: items that stand there are counted, and every figure is told
-            without them, too ("clean").
+        trained_on: the training texts: items that stand there are counted, and every figure is told without them, too
+            ("clean").
+        ngram: words in a row that count as standing there, 8 to 13.
         bar: shows the progress.
 
     Returns:
@@ -107,14 +109,14 @@ def score_model(
     tasks = find_tasks(settings, texts)
     read = [task.read(settings, seed) for task in tasks]
     model_and_texts = {"model": identity, "tokenizer": tokenizer.fingerprint, "template": template_digest(tokenizer)}
+    tainted = None if trained_on is None else contaminated_items(read, trained_on, ngram)
     found: dict[str, Any] = {}
     records: dict[str, list[Record]] = {}
     speed = None
-    for task, items in zip(tasks, read, strict=True):
+    for place, (task, items) in enumerate(zip(tasks, read, strict=True)):
         told = _asked(task, settings, seed) | {"dtype": str(model.compute_dtype)}
         of_items = fingerprint(task, items)
         whole = value_digest([_FORMAT, model_and_texts, of_items, told, start is not None])
-        tainted = set() if trained_on is None else contaminated_items(items, trained_on())
         began = time.perf_counter()
         own = records[task.name] = measure(
             model, tokenizer, task, items, settings=settings, seed=seed, start=start, identity=whole,
@@ -132,7 +134,7 @@ def score_model(
             "identity": whole,
             "core_shots": task.core_shots if isinstance(task, Benchmark) else None,
             "figures": to_plain(figures),
-            **({} if trained_on is None else _without(own, tainted)),
+            **({} if tainted is None else {"ngram": ngram, **_without(own, tainted[place])}),
             "groups": {group: to_plain(parts) for group, parts in by_group(own).items()},
             **_reliability(own, None if folder is None else folder / f"{task.name}-reliability.svg"),
         }

@@ -22,6 +22,7 @@ from groundup.recipe.sections import Section, Texts, setting
 from groundup.recipe.stages import (
     AlignSettings,
     ControlSettings,
+    DuringSettings,
     EvaluateSettings,
     Gate,
     GenerateSettings,
@@ -41,6 +42,7 @@ __all__ = [
     "AlignSettings",
     "ControlSettings",
     "CorpusSettings",
+    "DuringSettings",
     "EvaluateSettings",
     "Gate",
     "GenerateSettings",

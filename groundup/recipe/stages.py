@@ -33,6 +33,17 @@ class GroupSettings(Section):
         return self
 
 
+class DuringSettings(Section):
+    """What a model is asked while it trains."""
+
+    tasks: Texts = setting(
+        ..., "benchmarks (arc_easy, or a .toml file) and generated sets (groundup:tasks), as groundup evaluate has them"
+    )
+    data: str = setting("", "folder of the benchmarks' files")
+    limit: int = setting(100, "most items of each, the same every time", ge=2)
+    every: int = setting(5, "validation passes from one time to the next; it is done after the last pass, too", ge=1)
+
+
 class OptimizerSettings(Section):
     """What every training stage can be told about its optimizer, schedule and numbers.
 
@@ -110,6 +121,9 @@ class OptimizerSettings(Section):
     eval_every: int | None = setting(None, "steps between validation passes (unset: 20 over the run)", ge=1)
     eval_tokens: int | None = setting(
         None, "validation tokens scored each time while training (unset: at most 50,000)", ge=1
+    )
+    evaluate: DuringSettings | None = setting(
+        None, "benchmarks that are scored after validation passes, for metrics.jsonl", affects_result=False
     )
     log_every: int = setting(10, "steps between log lines", ge=1, affects_result=False)
     checkpoint_seconds: float = setting(30.0, "seconds between checkpoints", ge=0.0, affects_result=False)

@@ -168,7 +168,8 @@ def _training(record: RunRecord, name: str, curve: Curve) -> dict[str, Any]:
     stage, summary = record.stages[name], record.summary(name)
     expected = summary.get("expected_initial_loss")
     facts = [tuple(pair) for pair in stage.shown.get("facts", ()) if len(pair) == 2 and pair[1]]
-    plots = [(keys.split(), curve.lines) for keys in stage.shown.get("curves", ())]
+    asked = [key.removesuffix("_stderr") for key in summary if key.startswith("val_") and key.endswith("_stderr")]
+    plots = [(keys.split(), curve.lines) for keys in (*stage.shown.get("curves", ()), *asked)]
     plots.append((["tokens_per_second"], curve.timings))
     others = [curve_chart("-".join([name, *keys]), keys, lines) for keys, lines in plots]
     return {

@@ -73,7 +73,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, control_tokens: Collection[str], named_tokens: Mapping[str, str]) -> None:
-        self._source, self._named = source, named_tokens
+        self.source, self._named = source, named_tokens
         names = sorted(control_tokens, key=len, reverse=True)  # where one begins another, the longer is meant
         self.names = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
 
@@ -100,7 +100,7 @@ class ChatTemplate:
                 "Give it one that does (chat_template.jinja in the model's folder).",
             )
         marks = _unused_marks(messages)
-        if _GENERATION.search(self._source):
+        if _GENERATION.search(self.source):
             text, spans = _spans(self._text(messages, marks), marks)
             n_before = len(_spans(self._text(messages[:first], marks), marks)[1]) if first else 0
             return LaidOut(text, marks.said, spans[n_before:])
@@ -168,7 +168,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def _program(self) -> jinja2.Template:
-        return _environment().from_string(self._source)
+        return _environment().from_string(self.source)
 
     def _broken(self, value: Any, mark: str) -> Any:
         """With a mark behind the first letter of each name of a control token."""

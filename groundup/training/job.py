@@ -112,6 +112,8 @@ class TrainingJob:
     train_bytes_per_token: float | None = None
     samples: tuple[str, ...] = ()  # prompts to continue at each validation pass, and what continues them
     continue_text: Callable[[Transformer, str], str] | None = None
+    # Figures of one of `settings.evaluate.tasks`, by their names in metrics.jsonl
+    score: Callable[[Transformer, str], dict[str, float]] | None = None
     row_length: int | None = None  # tokens in every row, where all are alike
     row_sequences: int = 1  # sequences in a row, each of that length: two where a row is a pair
     unit: str = "tokens"  # what the objective's first term counts, in the plural, for people

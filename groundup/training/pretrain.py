@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 from groundup.console import Console
 from groundup.distributed import AXES, World, current_world
 from groundup.errors import DataError
+from groundup.evaluation.during import check_during, scores_during
 from groundup.generation import generate
 from groundup.interop import save_model
 from groundup.interop.start import starting_config, starting_point
@@ -142,6 +144,7 @@ def pretraining_job(
         train_bytes_per_token=_bytes_per_token([(train_shards, 1.0), *mixture]),
         samples=settings.samples if tokenizer is not None and settings.sample_tokens else (),
         continue_text=_continuation(tokenizer, settings.sample_tokens, seed) if tokenizer is not None else None,
+        score=scores_during(settings.evaluate, tokenizer),
     )
 
 
@@ -263,6 +266,9 @@ def training_checks(stage: Stage, shapes: Callable[[], Shapes] | None = None) ->
     yield where, lambda: check_precision(settings.precision, world.device.type, stage.section)
     yield where, lambda: check_optimizer(settings, stage.section, world.size)
     yield where, lambda: group_parameters(trained(), settings, stage.section)
+    if settings.evaluate is not None:
+        check = functools.partial(check_during, settings.evaluate, stage.method.makes)
+        yield f"[{stage.section}.evaluate]", check
 
 
 def check_training_memory(stage: Stage, length: int, sized: OptimizerSettings | None = None) -> None:

@@ -1,7 +1,7 @@
-"""What happens at intervals while a model trains: the loss on held-out rows, samples, and which model was best so far.
+"""What happens at intervals while a model trains: loss on held-out rows, benchmarks, samples, the best model so far.
 
 By the averaged weights, where there are some. All of it is left early when the run is asked to stop, and done again
-when it goes on: the checkpoint was written before.
+when it goes on: the checkpoint was written before. A benchmark that fails is a warning, here and in the metrics.
 """
 
 from __future__ import annotations
@@ -51,10 +51,11 @@ class Validation:
         with averaged:
             found = self.terms(progress)
             loss = next(iter(found.values()), math.nan)
-            if found:
-                scores = {f"val_{name}": value for name, value in found.items()}
-                if job.bytes_per_token is not None:
-                    scores["val_bits_per_byte"] = loss / math.log(2) / job.bytes_per_token
+            scores: dict[str, Any] = {f"val_{name}": value for name, value in found.items()}
+            if found and job.bytes_per_token is not None:
+                scores["val_bits_per_byte"] = loss / math.log(2) / job.bytes_per_token
+            scores |= self.benchmarks(progress)
+            if scores:
                 self.note("metrics", {"step": step, "tokens": progress.tokens, **scores})
                 self.console.log({"step": f"{step}/{job.n_steps}", **scores})
             if job.continue_text is not None:
@@ -69,6 +70,21 @@ class Validation:
                 if job.settings.keep_best:
                     self.writer.save_best(weights_of(self.state.trained), progress)
         return progress
+
+    def benchmarks(self, progress: Progress) -> dict[str, Any]:
+        """Figures of what `[….evaluate]` names, where they are due; of what failed, the error."""
+        job, asked, found = self.job, self.job.settings.evaluate, dict[str, Any]()
+        interval = 0 if asked is None else asked.every * validation_interval(job.settings, job.n_steps)
+        if asked is None or job.score is None or (progress.step % interval and progress.step != job.n_steps):
+            return found
+        for name in asked.tasks:
+            self.leave_if_asked(progress)
+            try:
+                found |= {f"val_{figure}": value for figure, value in job.score(job.model.eval(), name).items()}
+            except Exception as error:  # whatever it is, the run is worth more
+                found[f"val_{name}_error"] = f"{type(error).__name__}: {error}"
+                self.console.warn(f"{job.name}, step {progress.step}: {name} was not scored: {error}")
+        return found
 
     @torch.no_grad()
     def terms(self, progress: Progress) -> dict[str, float]:

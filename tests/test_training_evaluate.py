@@ -1,0 +1,156 @@
+"""What a model is asked while it trains: it changes no weight, and whatever fails there costs the run nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from generation_models import small_tokenizer
+from test_training_faults import Listening, bits
+from test_training_loop import QUIET, interrupted_at, make_job, weights
+from tiny_run import build_quietly, times, tiny_recipe, write_texts
+
+from groundup.distributed import current_world
+from groundup.errors import GroundupError, Interrupted
+from groundup.evaluation.during import scores_during
+from groundup.evaluation.scorecard import Scores, score_model
+from groundup.model import Transformer, preset
+from groundup.recipe import EvaluateSettings
+from groundup.tokenizer import Tokenizer
+from groundup.training import TrainingJob, train
+from groundup.training.metrics import read_log
+
+ROWS = [{"q": f"{n} and", "a": ["one", "two", "three"], "right": n % 3} for n in range(9)]
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path) -> str:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    described = '''kind = "choice"\nfiles = "rows.jsonl"\ncontext = "{{ q }}"\nchoices = "a"\ngold = "{{ right }}"'''
+    (tmp_path / "mine.toml").write_text(described, encoding="utf-8")
+    return str(tmp_path / "mine.toml")
+
+
+def job(folder: Path, *tasks: str, data: Path | None = None, **settings: object) -> TrainingJob:
+    """Twelve steps with passes at 0, 5, 10 and 12, and these tasks after every second of them, and the last."""
+    asked = {"tasks": tasks, "data": str(data or folder.parent), "limit": 6, "every": 2} if tasks else None
+    made = make_job(folder, evaluate=asked, **settings)
+    shape = preset("ground-nano", vocab_size=small_tokenizer().vocab_size, context_length=128, dropout=0.1)
+    made.modules["model"] = Transformer(shape)
+    made.score = scores_during(made.settings.evaluate, small_tokenizer())
+    return made
+
+
+def noted(made: TrainingJob) -> dict[int, dict[str, object]]:
+    """What stands of the tasks in the metrics, by step."""
+    lines = read_log(made.folder / "metrics.jsonl")
+    asked = {line["step"]: {name: line[name] for name in line if name.startswith("val_")} for line in lines}
+    return {step: line for step, line in asked.items() if len(line) > 1}
+
+
+def test_scores_stand_in_the_metrics_and_are_those_of_the_command(tmp_path: Path, benchmark: str) -> None:
+    made = job(tmp_path / "run", benchmark, "groundup:tasks")
+    summary = train(made, current_world(), QUIET)
+    found = noted(made)
+    assert [*found] == [0, 10, 12]
+    assert {"val_loss", "val_mine_accuracy", "val_mine_accuracy_stderr", "val_tasks_exact_match_n"} <= found[12].keys()
+    settings = EvaluateSettings(tasks=(benchmark,), data=str(tmp_path), limit=6)
+    wanted = score_model(made.model, small_tokenizer(), settings).card["tasks"]["mine"]["figures"]["accuracy"]
+    assert [found[12][f"val_mine_accuracy{end}"] for end in ("", "_stderr", "_n")] == [
+        wanted["value"], wanted["stderr"], 6
+    ]  # fmt: skip
+    assert summary["val_mine_accuracy"] == wanted["value"]
+    assert summary["val_loss"] == found[12]["val_loss"]
+
+
+def test_it_changes_no_weight_and_resumed_is_bit_identical(tmp_path: Path, benchmark: str) -> None:
+    plain = job(tmp_path / "plain", ema=0.9)
+    train(plain, current_world(), QUIET)
+    whole = job(tmp_path / "whole", benchmark, "groundup:tasks", ema=0.9)
+    train(whole, current_world(), QUIET)
+    assert all(torch.equal(weights(plain)[name], value) for name, value in weights(whole).items())
+    with pytest.raises(Interrupted):
+        train(interrupted_at(9, job(tmp_path / "parts", benchmark, "groundup:tasks", ema=0.9)), current_world(), QUIET)
+    parts = job(tmp_path / "parts", benchmark, "groundup:tasks", ema=0.9)
+    train(parts, current_world(), QUIET)
+    assert bits(whole.folder) == bits(parts.folder)
+    assert len(noted(whole)) == 3
+
+
+def test_whatever_fails_there_is_a_warning_and_the_run_goes_on(
+    tmp_path: Path, benchmark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(model: Transformer, tokenizer: Tokenizer, settings: EvaluateSettings) -> Scores:
+        if settings.tasks == ("groundup:tasks",):
+            raise MemoryError("no room for a cache")
+        return score_model(model, tokenizer, settings)
+
+    plain = job(tmp_path / "plain")
+    train(plain, current_world(), QUIET)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1])[:20], encoding="utf-8")
+    monkeypatch.setattr("groundup.evaluation.during.score_model", no_memory)
+    console, made = Listening(), job(tmp_path / "run", benchmark, "groundup:tasks", "nobodys")
+    train(made, current_world(), console)
+    assert all(torch.equal(weights(plain)[name], value) for name, value in weights(made).items())
+    for line in noted(made).values():
+        assert "rows.jsonl" in str(line[f"val_{benchmark}_error"])
+        assert "line 2" in str(line[f"val_{benchmark}_error"])
+        assert line["val_groundup:tasks_error"] == "MemoryError: no room for a cache"
+        assert "is no task" in str(line["val_nobodys_error"])
+        assert line["val_loss"]
+    assert len(console.warnings) == 9
+
+
+def test_asked_to_stop_between_two_tasks_it_is_done_again(tmp_path: Path, benchmark: str) -> None:
+    asks = []
+    made = job(tmp_path / "run", benchmark, "groundup:tasks")
+    score = made.score
+    assert score is not None
+
+    def stopped(model: Transformer, name: str) -> dict[str, float]:
+        asks.append(name)
+        if len(asks) == 3:  # the first of the second time
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(model, name)
+
+    made.score = stopped
+    with pytest.raises(Interrupted, match="step 10"):
+        train(made, current_world(), QUIET)
+    assert [*noted(made)] == [0]
+    again = job(tmp_path / "run", benchmark, "groundup:tasks")
+    train(again, current_world(), QUIET)
+    assert [*noted(again)] == [0, 10, 12]
+
+
+def test_a_recipe_asks_for_it_and_changing_it_trains_nothing_again(tmp_path: Path, benchmark: str) -> None:
+    texts = write_texts(tmp_path / "texts.jsonl")
+    asked = [f'pretrain.evaluate.tasks=["{benchmark}"]', f'pretrain.evaluate.data="{tmp_path}"', "evaluate.tasks=[]"]
+    sft = ["align.sft.evaluate.tasks=groundup:tasks", "align.sft.evaluate.limit=4"]
+    run = build_quietly(tiny_recipe(texts, *asked, *sft), tmp_path / "tiny")
+    for stage, name in (("pretrain", "mine_accuracy"), ("sft", "tasks_exact_match")):
+        manifest = run.manifest(stage)
+        assert manifest is not None
+        assert 0 <= manifest.summary[f"val_{name}"] <= 1
+        assert f"{stage}-val_{name}" in (run.root / "report.html").read_text(encoding="utf-8")
+    before = times(run)
+    build_quietly(tiny_recipe(texts, *asked), tmp_path / "tiny")
+    weight = "pretrain/model/model.safetensors"
+    assert times(run)[weight] == before[weight]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [("arc_eassy", "Did you mean"), ("bits_per_byte", "every validation pass"), ("piqa", "piqa.jsonl")],
+)
+def test_a_recipe_that_asks_for_what_there_is_not_is_refused_before_it_runs(
+    tmp_path: Path, tasks: str, message: str
+) -> None:
+    recipe = tiny_recipe(write_texts(tmp_path / "texts.jsonl"), f"pretrain.evaluate.tasks={tasks}")
+    with pytest.raises(GroundupError, match=message) as error:
+        build_quietly(recipe, tmp_path / "tiny")
+    assert "[pretrain.evaluate]" in str(error.value)
+    assert not (tmp_path / "tiny" / "pretrain").exists()
