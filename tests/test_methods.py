@@ -139,6 +139,7 @@ def test_no_method_is_named_outside_its_room_and_the_registry() -> None:
                 continue
             if path.parent.name == own.parent.name:
                 continue
-            named = re.compile(rf"""["']{name}["']|align\.{name}\b""", re.IGNORECASE)
+            # A field of a logged line, such as a rollout's reward, is none.
+            named = re.compile(rf"""(?<!line\[)(?<!line\.get\()["']{name}["']|align\.{name}\b""", re.IGNORECASE)
             found += [f"{path}: {line}" for line in path.read_text().splitlines() if named.search(line)]
     assert found == []
