@@ -46,7 +46,8 @@ def evaluate(
         int | None, typer.Option("--limit", min=2, help="Most items of each task.", rich_help_panel=_TASKS)
     ] = None,
     samples: Annotated[
-        int, typer.Option("--samples", min=1, help="Programs for a problem, for pass@k.", rich_help_panel=_TASKS)
+        int,
+        typer.Option("--samples", min=1, max=1000, help="Programs for a problem, for pass@k.", rich_help_panel=_TASKS),
     ] = 1,
     seed: Annotated[
         int, typer.Option("--seed", help="Of items under --limit, examples and draws.", rich_help_panel=_TASKS)
