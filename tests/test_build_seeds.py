@@ -56,6 +56,11 @@ def test_seeds_that_are_none_are_refused(groundup: CommandLine, tmp_path: Path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_seed_beside_seeds_is_refused(groundup: CommandLine) -> None:
+    done = groundup("build", "demo", "--seeds", "1,2", "--set", "seed=5")
+    assert (done.code, "--set seed=5: --seeds 1,2 says which seeds" in done.err) == (1, True)
+
+
 def test_a_folder_of_somebody_else_is_left_alone(groundup: CommandLine, tmp_path: Path) -> None:
     (tmp_path / "demo-seeds").mkdir()
     (tmp_path / "demo-seeds" / "letters.txt").write_text("mine")

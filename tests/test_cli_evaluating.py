@@ -86,6 +86,8 @@ def test_a_wrong_task_is_refused_before_a_model_is_read(groundup: CommandLine, m
     ("options", "words"),
     [
         (["--limit", "5"], "--limit: it is about --tasks"),
+        (["--tasks", ","], "--tasks ',' names none"),
+        (["--tasks", "groundup:tasks", "--samples", "1001"], "equal to 1000"),
         (["--tasks", "groundup:tasks", "--force"], "--force: with --tasks it does nothing"),
         (["--tasks", "groundup:tasks", "--smoke"], "--smoke: with --tasks it does nothing to a folder"),
     ],

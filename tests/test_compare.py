@@ -169,7 +169,8 @@ def test_page_of_two_runs_shows_what_differs(groundup: CommandLine, two: tuple[R
 def test_page_with_scores_tells_intervals(groundup: CommandLine, tmp_path: Path) -> None:
     root = finished_run().root
     written = tmp_path / "same.html"
-    assert groundup("compare", "--html", written, root, root, root).code == 0
+    done = groundup("compare", "--json", "--html", written, root, root, root)
+    assert {one["value"] for one in done.json} == {0.0}
     page = Page(written)
     assert "no difference shown" in page.text
     assert "None: the runs have the same recipe." in page.text

@@ -166,6 +166,8 @@ def test_the_command_holds_training_text_against_other_text(groundup: CommandLin
         "memorized_train": 10, "memorized_validation": done.json["common_prefix_validation"]["n"]
     }  # fmt: skip
     assert "--tokens 32" in groundup("memorization", finished_run().root).err
+    assert "no run in this folder" in groundup("memorization", finished_run().root / "sft").err
+    assert "sft: holds no classifier" in groundup("safety", finished_run().root, finished_run().root / "sft").err
 
 
 # Safety

@@ -108,9 +108,12 @@ def load_with_head(folder: str | Path, kind: str) -> tuple[Transformer, Tokenize
         ArtifactError: missing, damaged, or of another kind.
     """
     place = Path(folder) / HEAD_FOLDER
+    fix = f"Name the folder of a stage that makes a {kind}."
+    if not (place / _CONFIG).is_file():
+        raise ArtifactError(f"{folder}: holds no {kind}.", fix)
     values = read_object(file_inside(place, _CONFIG))
     if values.get("kind") != kind:
-        raise ArtifactError(f"{folder}: is a {values.get('kind')}, not a {kind}.")
+        raise ArtifactError(f"{folder}: is a {values.get('kind')}, not a {kind}.", fix)
     model, tokenizer = load_model(Path(folder) / "model")
     with reading(str(place / _WEIGHTS)):
         tensors = load_file(file_inside(place, _WEIGHTS))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,7 +65,7 @@ def add_to(
         if name not in groups:
             command, more = others.get(name, (stage_command(name), ""))
             examples += f"  ·  {more}" if more else ""
-            app.command(name, help=about, epilog=examples, rich_help_panel=PANEL)(command)
+            app.command(name, help=command.__doc__ or about, epilog=examples, rich_help_panel=PANEL)(command)
             continue
         group, more = groups[name]
         group.command(DEFAULT, help=about, epilog=examples)(stage_command(name))
@@ -107,7 +107,7 @@ def build(
     if seeds is not None:
         recipes = {
             seed: recipe_and_run(recipe, [*(settings or []), f"seed={seed}"], smoke, run, runs)[0]
-            for seed in _seeds(seeds)
+            for seed in _seeds(seeds, settings or [])
         }
         root = run or runs / f"{chosen.name}-seeds"
         _build_seeds(recipes, root, only or None, start_from, force, dry_run, as_json, quiet)
@@ -164,14 +164,16 @@ def _of_method(recipe: Recipe, name: str) -> list[str]:
     return found
 
 
-def _seeds(text: str) -> list[int]:
+def _seeds(text: str, settings: Sequence[str]) -> list[int]:
     """The numbers that --seeds names.
 
     Raises:
-        RunError: they are none, too few, or one stands there twice.
+        RunError: they are none, too few, or one stands there twice; or a setting names a seed, too.
     """
     from groundup.errors import RunError
 
+    if twice := next((one for one in settings if one.partition("=")[0].strip() == "seed"), None):
+        raise RunError(f"--set {twice}: --seeds {text} says which seeds.", "Leave one of them out.")
     words = [word.strip() for word in text.split(",")]
     seeds = [int(word) for word in words if word.isdecimal()]
     if len(seeds) < 2 or len({*seeds}) < len(words):
@@ -347,7 +349,7 @@ def recipe_and_run(source: str, settings: list[str], smoke: bool, run: Path | No
         if smoke:
             raise RunError(
                 f"{source}: --smoke makes another recipe of one, and this is a run's folder.",
-                f"For example: {command_line('build', 'demo', '--smoke')}",
+                "Leave --smoke out, or name a recipe; a folder here hides a shipped one of its name.",
             )
         return read_recipe(path / RECIPE_FILE, settings), run or path
     recipe = read_recipe(source, settings)

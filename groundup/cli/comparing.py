@@ -38,24 +38,25 @@ def compare(
     """
     from groundup.errors import DataError
     from groundup.evaluation.comparison import compare_cards
+    from groundup.run import Run
 
     if len(scores) < 2:
         raise DataError(f"{scores[0]}: there is nothing to compare it with.", "Name two or more.")
+    runs = [] if html is None else [Run.existing(path) for path in scores]
+    try:
+        found = compare_cards(*scores)
+    except DataError:
+        if html is None:
+            raise
+        found = []  # they share no scores: there is the rest to see
     if html is not None:
         from groundup.report.versus import write_versus
-        from groundup.run import Run
 
-        runs = [Run.existing(path) for path in scores]
-        try:
-            found = compare_cards(*scores)
-        except DataError:  # they share no scores: there is the rest to see
-            found = []
         write_versus(runs, html, found)
-        typer.echo(html)
-        return
-    found = compare_cards(*scores)
+        typer.echo(html, err=as_json)
     if as_json:
         print_json([asdict(one) for one in found])
+    if as_json or html is not None:
         return
     is_many = len(scores) > 2
     print_table(

@@ -46,7 +46,8 @@ def evaluate(
         int | None, typer.Option("--limit", min=2, help="Most items of each task.", rich_help_panel=_TASKS)
     ] = None,
     samples: Annotated[
-        int, typer.Option("--samples", min=1, help="Programs for a problem, for pass@k.", rich_help_panel=_TASKS)
+        int,
+        typer.Option("--samples", min=1, max=1000, help="Programs for a problem, for pass@k.", rich_help_panel=_TASKS),
     ] = 1,
     seed: Annotated[
         int, typer.Option("--seed", help="Of items under --limit, examples and draws.", rich_help_panel=_TASKS)
@@ -83,13 +84,17 @@ def evaluate(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """The evaluation of a recipe; or with --tasks, one model's scores. The same command goes on where it stopped."""
+    """Models to scores with error bars: those of a recipe, or with --tasks one of anybody's.
+
+    Stages that a recipe's evaluation stands on are brought up to date first. The same command goes on where it stopped.
+    """
     _check_options(context, with_tasks=tasks is not None)
     if tasks is None:
         stage_command("evaluate")(model, settings, force, smoke, dry_run, run, runs, as_json, quiet)
         return
     from groundup.cli.talking import load_model
     from groundup.console import Console
+    from groundup.errors import DataError
     from groundup.evaluation.contamination import NGRAM, training_texts
     from groundup.evaluation.scorecard import CARD, score_model
     from groundup.evaluation.sets import BITS_PER_BYTE, METRICS_OF_TASK, task_digests
@@ -97,6 +102,8 @@ def evaluate(
     from groundup.stage import MODEL_FOLDER, model_digest
 
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    if not names:
+        raise DataError(f"--tasks {tasks!r} names none.", "For example: --tasks groundup:tasks,arc_easy")
     asked = EvaluateSettings(
         tasks=names, data=str(data), shots=shots, chat=chat, limit=limit, samples=samples, unisolated_code=unisolated
     )

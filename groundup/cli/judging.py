@@ -24,7 +24,11 @@ _WAITS = (1.0, 4.0, 16.0)  # seconds between one request to a judge that is down
 _WORKERS = 4  # requests to a server at the same time
 PromptsOption = Annotated[
     str,
-    typer.Option("--prompts", metavar="FILE|SET", help='Records with a "prompt" (JSON lines, CSV), or groundup:talk.'),
+    typer.Option(
+        "--prompts",
+        metavar="FILE|SET",
+        help='Records with a "prompt" (JSON lines, CSV), or groundup:talk, groundup:harm.',
+    ),
 ]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=2, help="Most prompts.")]
 MaxTokensOption = Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Most tokens of an answer.")]
@@ -240,7 +244,9 @@ def memorization(
     from groundup.corpus import stream_documents
     from groundup.evaluation.measure import to_plain
     from groundup.evaluation.text_metrics import memorization as measure
+    from groundup.run import Run
 
+    Run.existing(run)
     network, tokenizer, _ = load_model(run, stage, to_chat=False)
     figures: dict[str, Estimate] = {}
     for split in ("train", "validation"):

@@ -28,7 +28,7 @@ from groundup.stage import stages_done
 from groundup.untrusted import file_inside, reading
 
 BENCHMARKS = "benchmarks"
-_WAY_OUT = "Write them: groundup evaluate MODEL --tasks …"
+_WAY_OUT = "Write them: groundup evaluate RUN, or of any model: groundup evaluate MODEL --tasks …"
 _RESAMPLES = 10_000
 _LEVEL = 0.05
 _SHOWN = 0.02  # the difference for which the needed number of items is told

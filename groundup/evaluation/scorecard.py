@@ -44,7 +44,7 @@ from groundup.untrusted import reading
 CARD = "scores.json"
 _FORMAT = 2  # of scores and records; raised when figures change
 _CORE_TASKS = 22  # of DCLM's CORE (its eval/additional_aggregation.json, low_variance_datasets)
-_WAY_OUT = "Write them: groundup evaluate MODEL --tasks …"
+_WAY_OUT = "Write them: groundup evaluate RUN, or of any model: groundup evaluate MODEL --tasks …"
 
 
 @dataclass(frozen=True)
