@@ -1,6 +1,6 @@
 """A shipped recipe from nothing, with one seed or several: the closing table, seconds and peak memory of each stage.
 
-With several seeds, each figure of each model is a mean over them with its standard error, and what one seed alone would
+With several seeds, each figure of each model is a mean over them with its 95 % interval, and what one seed alone would
 have said stands beside it.
 
 Examples:
@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from record import write_result
+
+from groundup.evaluation.seeds import over_seeds
+from groundup.run import Run
 
 
 def main() -> None:
@@ -36,20 +36,24 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="the quick version of the recipe; nothing is recorded")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        root = arguments.runs or Path(folder)
+        folders = [root / f"{arguments.recipe}-seed-{seed}" for seed in arguments.seeds]
         runs = [
-            build(arguments.recipe, seed, arguments.runs or Path(folder), arguments.smoke) for seed in arguments.seeds
+            build(arguments.recipe, seed, run, arguments.smoke)
+            for seed, run in zip(arguments.seeds, folders, strict=True)
         ]
-    table = over_seeds(runs)
-    show(table)
+        table = over_seeds([Run(run) for run in folders]) if len(runs) > 1 else []
+    if table:
+        show(table)
     if not arguments.smoke:
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-        result = {"recipe": arguments.recipe, "peak_memory_bytes": peak, "table": table, "runs": runs}
-        write_result(arguments.recipe.replace("-", "_"), result if len(runs) > 1 else {**result, **runs[0]})
+        more = {"table": table, "runs": runs} if table else runs[0]
+        result = {"recipe": arguments.recipe, "peak_memory_bytes": peak, **more}
+        write_result(arguments.recipe.replace("-", "_"), result)
 
 
-def build(recipe: str, seed: int, runs: Path, smoke: bool) -> dict[str, Any]:
+def build(recipe: str, seed: int, run: Path, smoke: bool) -> dict[str, Any]:
     """One run, and what its stages and its closing table say."""
-    run = runs / f"{recipe}-seed-{seed}"
     command = [sys.executable, "-m", "groundup", "build", recipe, "--out", str(run), "--set", f"seed={seed}"]
     start = time.perf_counter()
     done = subprocess.run([*command, *(["--smoke"] if smoke else [])], check=False)
@@ -67,27 +71,12 @@ def build(recipe: str, seed: int, runs: Path, smoke: bool) -> dict[str, Any]:
     }
 
 
-def over_seeds(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each score of each model: the mean over seeds, its standard error (of one seed, its sample's), all values."""
-    found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for run in runs:
-        for row in run["rows"]:
-            found[row["key"], row["model"]].append(row["after"])
-    table = []
-    for (metric, model), scores in found.items():
-        values = [score["value"] for score in scores]
-        stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else scores[0]["stderr"]
-        mean = statistics.mean(values)
-        table.append({"metric": metric, "model": model, "mean": mean, "stderr": stderr, "values": values})
-    return table
-
-
 def show(table: list[dict[str, Any]]) -> None:
     """Metrics down, models across."""
     models = list(dict.fromkeys(row["model"] for row in table))
-    cells = {(row["metric"], row["model"]): f"{row['mean']:.3f} ± {row['stderr']:.3f}" for row in table}
+    cells = {(row["key"], row["model"]): f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" for row in table}
     print(f"| | {' | '.join(models)} |\n|---|{'---|' * len(models)}")
-    for metric in dict.fromkeys(row["metric"] for row in table):
+    for metric in dict.fromkeys(row["key"] for row in table):
         print(f"| {metric} | {' | '.join(cells.get((metric, model), '') for model in models)} |")
 
 

@@ -26,6 +26,7 @@ from groundup.evaluation.measure import (
     to_plain,
 )
 from groundup.evaluation.metrics import bits_per_byte, f1
+from groundup.evaluation.sandbox import sandbox_level
 from groundup.evaluation.scorecard import Scores, core, read_card, score_model
 from groundup.evaluation.sets import task_digests
 from groundup.model import ModelConfig, Transformer
@@ -341,6 +342,14 @@ def test_programs_are_graded_by_running_them(tmp_path: Path) -> None:
     assert figures_of([{"item": 0, "group": "", **graded}])["pass@2"].value == pytest.approx(1 - 1 / 6)
     (tmp_path / "HumanEval.jsonl").write_text(json.dumps({**row, "test": "def check(f):\n    pass"}))
     assert fingerprint(task, [item]) != fingerprint(task, read_items(task, tmp_path))  # another program judges
+
+
+def test_scores_of_programs_say_what_isolated_them(tmp_path: Path, small: tuple[Transformer, Tokenizer]) -> None:
+    fields = 'kind = "code"\nfiles = "a.jsonl"\ncontext = "Q"\nprogram = "{{ completion }}"\nmax_tokens = 3'
+    (tmp_path / "a.toml").write_text(fields)
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    found = scored(small, tmp_path / "a.toml", tmp_path, tmp_path / "s", unisolated_code=True)
+    assert found.card["tasks"]["a"]["sandbox"] == sandbox_level()
 
 
 @pytest.mark.parametrize("n_texts", [3, 30])

@@ -21,7 +21,8 @@ from tiny_run import finished_run
 from groundup.cli import judging
 from groundup.cli.judging import UrlJudge
 from groundup.errors import DataError, GroundupError
-from groundup.evaluation.judge import Pair, Verdict, judge_pairs, verdict_in, wilson, win_rate
+from groundup.evaluation.judge import Pair, Verdict, judge_pairs, verdict_in, win_rate
+from groundup.evaluation.metrics import wilson
 from groundup.evaluation.prompts import Prompt, read_prompts
 from groundup.user_code import trust
 

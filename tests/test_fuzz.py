@@ -389,7 +389,7 @@ def runs() -> list[Files]:
     scores = {"format": 2, "model": "x", "core": None, "tasks": tasks}
     record = {"item": 0, "group": "capital", "prompt": "Capital?", "target": "b", "reply": "b"}
     records = [{"identity": "x"}, {**record, "outcomes": {"exact_match": True}}]
-    row = {"key": "bits_per_byte", "model": "pretrain", "label": "bits per byte, pretrain", "lower_is_better": True}
+    row = {"key": "bits_per_byte", "model": "pretrain", "label": "bits per byte, pretrain"}
     table = {
         "rows": [{**row, "before": None, "after": score}],
         "gates": [],

@@ -251,9 +251,17 @@ def test_what_is_not_computed_is_refused_by_name():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_one_openmp_runtime():
-    config = tiny()
-    NativeStep(random_model(config), KVCache(config, 1, 8), threads=2)([1], [0], [0])
-    lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    """In a process of its own: libraries of other tests bring theirs."""
+    code = (
+        "from model_parts import random_model, tiny\n"
+        "from groundup.generation.cache import KVCache\n"
+        "from groundup.generation.native import NativeStep\n"
+        "config = tiny()\n"
+        "NativeStep(random_model(config), KVCache(config, 1, 8), threads=2)([1], [0], [0])\n"
+        "print(open('/proc/self/maps').read())"
+    )
+    asked = {"capture_output": True, "text": True, "check": True, "cwd": Path(__file__).parent}
+    lines = subprocess.run([sys.executable, "-c", code], **asked).stdout.splitlines()
     assert len({line.split()[-1] for line in lines if "gomp" in line or "iomp" in line or "libomp" in line}) == 1
 
 

@@ -101,7 +101,9 @@ def test_a_run_with_quantized_models(tmp_path: Path) -> None:
         assert figures["bits_per_byte_change_stderr"] > 0
         assert abs(figures["bits_per_byte_change"]) < most
         scores = json.loads((run.folder(f"evaluate/{name}") / "scores.json").read_text())["tasks"]
-        assert scores["bits_per_byte"]["figures"]["bits_per_byte"]["value"] == pytest.approx(figures["bits_per_byte_after"], rel=0.05)
+        assert scores["bits_per_byte"]["figures"]["bits_per_byte"]["value"] == pytest.approx(
+            figures["bits_per_byte_after"], rel=0.05
+        )
         loaded = gu.load(run.root, stage=name)
         assert quantization_of(loaded.model) == Quantization(bits)  # type: ignore[arg-type]
         page = (run.root / "report.html").read_text()

@@ -48,7 +48,6 @@ SCORES = {
             "label": "bits/byte, pretrain",
             "before": {"value": 7.9, "stderr": 0.01, "n": 51_234, "unit": "bytes"},
             "after": {"value": 2.31, "stderr": 0.02, "n": 51_234, "unit": "bytes"},
-            "lower_is_better": True,
         },
         {
             "key": "exact_match",
@@ -56,7 +55,6 @@ SCORES = {
             "label": "exact match, sft",
             "before": {"value": 0.0, "stderr": 0.0, "n": 450, "unit": "prompts"},
             "after": {"value": 0.912, "stderr": 0.0133, "n": 450, "unit": "prompts"},
-            "lower_is_better": False,
         },
         {
             "key": "bits_per_byte",
@@ -64,7 +62,6 @@ SCORES = {
             "label": "bits/byte, sft",
             "before": {"value": 2.31, "stderr": 0.02, "n": 51_234, "unit": "bytes"},
             "after": {"value": 2.56, "stderr": 0.03, "n": 51_234, "unit": "bytes"},
-            "lower_is_better": True,
         },
     ],
     "gates": [

@@ -61,6 +61,8 @@ _SLICE_LOGITS = 1 << 22
 """Logits of each model that are held at once: 16 MiB."""
 _TEXTS_AT_ONCE = 64
 """Texts that each process writes before all put theirs together."""
+_ACCEPTANCE_TOKENS = 20_000
+"""Held-out tokens over which guesses are compared."""
 
 
 class DistillSettings(AlignSettings, OptimizerSettings):
@@ -265,14 +267,12 @@ class DistillRows:
 
 
 @torch.inference_mode()
-def acceptance(
-    teacher: Transformer, student: Transformer, source: DistillRows | ShardBatches, limit_tokens: int = 20_000
-) -> float:
+def acceptance(teacher: Transformer, student: Transformer, source: DistillRows | ShardBatches) -> float:
     """The mean over held-out positions of Σ_x min(p(x), q(x)): the share of guesses that are kept."""
     kept, n = 0.0, 0
     teacher.eval(), student.eval()
     device = next(student.parameters()).device
-    for batch in source.validation(1, limit_tokens):
+    for batch in source.validation(1, _ACCEPTANCE_TOKENS):
         ids, mask = batch["ids"].to(device), (batch["targets"] != IGNORED).to(device)
         p, q = (model(ids).softmax(dim=-1) for model in (teacher, student))
         kept += float(torch.minimum(p, q).sum(dim=-1)[mask].sum())

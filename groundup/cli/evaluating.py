@@ -17,7 +17,7 @@ EXAMPLE = (
     "groundup evaluate llama/ --tasks mmlu --shots 5 --limit 500 --data mmlu/ --scores scores/llama  ·  "
     "groundup evaluate runs/demo --model sft --tasks gsm8k --chat --data gsm8k/"
 )
-_FOLDER, _TASKS, _STAGE = "benchmarks", "With --tasks", "Without --tasks: the recipe's evaluation"
+_TASKS, _STAGE = "With --tasks", "Without --tasks: the recipe's evaluation"
 
 
 def evaluate(
@@ -34,7 +34,7 @@ def evaluate(
     ] = Path(),
     stage: Annotated[
         str | None,
-        typer.Option("--model", "-m", metavar="STAGE", help="Of a run: whose model.", rich_help_panel=_TASKS),
+        typer.Option("--model", "-m", metavar="STAGE", help="The stage of a run.", rich_help_panel=_TASKS),
     ] = None,
     shots: Annotated[
         int, typer.Option("--shots", min=0, help="Worked examples before each item.", rich_help_panel=_TASKS)
@@ -43,19 +43,19 @@ def evaluate(
         bool, typer.Option("--chat", help="Put items through the model's chat template.", rich_help_panel=_TASKS)
     ] = False,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=2, help="Most items of each task.", rich_help_panel=_TASKS)
+        int | None, typer.Option("--limit", min=2, help="At most so many items a task.", rich_help_panel=_TASKS)
     ] = None,
     samples: Annotated[
         int,
         typer.Option("--samples", min=1, max=1000, help="Programs for a problem, for pass@k.", rich_help_panel=_TASKS),
     ] = 1,
     seed: Annotated[
-        int, typer.Option("--seed", help="Of items under --limit, examples and draws.", rich_help_panel=_TASKS)
+        int, typer.Option("--seed", help="Seed of --limit, of worked examples and of sampling.", rich_help_panel=_TASKS)
     ] = 1,
     scores: Annotated[
         Path | None,
         typer.Option(
-            "--scores", metavar="FOLDER", help="Of the result (default: beside the model).", rich_help_panel=_TASKS
+            "--scores", metavar="FOLDER", help="Where to write (default: beside the model).", rich_help_panel=_TASKS
         ),
     ] = None,
     contamination: Annotated[
@@ -96,7 +96,7 @@ def evaluate(
     from groundup.console import Console
     from groundup.errors import DataError
     from groundup.evaluation.contamination import NGRAM, training_texts
-    from groundup.evaluation.scorecard import CARD, score_model
+    from groundup.evaluation.scorecard import BENCHMARKS, CARD, score_model
     from groundup.evaluation.sets import BITS_PER_BYTE, METRICS_OF_TASK, task_digests
     from groundup.recipe import EvaluateSettings
     from groundup.stage import MODEL_FOLDER, model_digest
@@ -112,7 +112,8 @@ def evaluate(
     to_chat = chat or any(name in METRICS_OF_TASK and name != BITS_PER_BYTE for name in names)
     loaded, tokenizer, folder = load_model(path, stage, to_chat=to_chat)
     folder = folder.resolve()
-    beside = folder.parent / _FOLDER if folder.name == MODEL_FOLDER else folder.with_name(f"{folder.name}-{_FOLDER}")
+    is_runs = folder.name == MODEL_FOLDER
+    beside = folder.parent / BENCHMARKS if is_runs else folder.with_name(f"{folder.name}-{BENCHMARKS}")
     target = scores if scores is not None else beside
     with Console(quiet=quiet or as_json).bar("evaluate") as bar:
         found = score_model(
@@ -145,8 +146,9 @@ def _show(card: Mapping[str, Any]) -> None:
         table.add_row(name, figure + more, shown, f"{estimate['n']:,}")
 
     for name, one in card["tasks"].items():
+        ran = f", isolation: {one['sandbox']}" if "sandbox" in one else ""
         for figure, estimate in one["figures"].items():
-            add(name, figure, estimate)
+            add(name, figure, estimate, ran)
         if clean := one.get("clean"):
             figure, estimate = next(iter(clean.items()))
             add(name, figure, estimate, f", without {one['n_contaminated']:,} items that were trained on")

@@ -30,7 +30,7 @@ PromptsOption = Annotated[
         help='Records with a "prompt" (JSON lines, CSV), or groundup:talk, groundup:harm.',
     ),
 ]
-LimitOption = Annotated[int | None, typer.Option("--limit", min=2, help="Most prompts.")]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=2, help="Ask at most so many prompts.")]
 MaxTokensOption = Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Most tokens of an answer.")]
 
 
@@ -49,19 +49,19 @@ def add_to(app: typer.Typer) -> None:
 
 def judge(
     first: Annotated[Path, typer.Argument(metavar="MODEL", help="A stage of a run, or a model's folder.")],
-    second: Annotated[Path, typer.Argument(metavar="MODEL", help="The one that it is held against.")],
+    second: Annotated[Path, typer.Argument(metavar="MODEL", help="The model to compare it with.")],
     prompts: PromptsOption,
     by: Annotated[
         str, typer.Option("--judge", metavar="URL|FILE.py:NAME", help="An OpenAI-compatible server, or a function.")
     ],
     judge_model: Annotated[
-        str | None, typer.Option("--judge-model", metavar="NAME", help="Of the server's models (default: its first).")
+        str | None, typer.Option("--judge-model", metavar="NAME", help="The judge's model (default: the first).")
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option("--api-key", envvar="GROUNDUP_API_KEY", help="That the judge's server wants.")
+        str | None, typer.Option("--api-key", envvar="GROUNDUP_API_KEY", help="Key of the judge's server.")
     ] = None,
-    seconds: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds that a reply may take.")] = 120.0,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Of the verdicts.")] = Path("judged"),
+    seconds: Annotated[float, typer.Option("--timeout", min=0.1, help="Wait so many seconds for a reply.")] = 120.0,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Keeps the verdicts.")] = Path("judged"),
     limit: LimitOption = None,
     max_tokens: MaxTokensOption = 128,
     as_json: JsonOption = False,
@@ -203,8 +203,8 @@ def safety(
     """
     from groundup.alignment import Classifier
     from groundup.errors import ArtifactError
-    from groundup.evaluation.judge import wilson
     from groundup.evaluation.measure import to_plain
+    from groundup.evaluation.metrics import wilson
     from groundup.evaluation.prompts import answer_prompts, read_prompts
     from groundup.evaluation.safety import LABELS, safety_figures
 
@@ -236,8 +236,8 @@ def safety(
 def memorization(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, with its corpus.")],
     stage: ModelOption = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="That are given, and that are to follow.")] = 50,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Most documents of each split.")] = 500,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens to give, and to compare after.")] = 50,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many documents a split.")] = 500,
     as_json: JsonOption = False,
 ) -> None:
     """How much of its training text a model continues word for word, beside text that it was not trained on."""

@@ -17,7 +17,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, a run's folder, or a shipped recipe: demo, shakespeare.")
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, a run's folder, or a shipped recipe, such as demo.")
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/demo.")]
 SetOption = Annotated[

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -19,7 +19,7 @@ from scipy import stats
 from groundup.errors import ArtifactError, DataError
 from groundup.evaluation.harness import LOWER_IS_BETTER
 from groundup.evaluation.measure import Record, item_scores, read_records
-from groundup.evaluation.scorecard import CARD, read_card, records_file
+from groundup.evaluation.scorecard import BENCHMARKS, CARD, WAY_OUT, read_card, records_file
 from groundup.evaluation.seeds import SEEDS_FILE, read_seeds
 from groundup.evaluation.sets import METRICS_OF_TASK
 from groundup.report.closing import is_share
@@ -27,8 +27,6 @@ from groundup.run import RECIPE_FILE, Run
 from groundup.stage import stages_done
 from groundup.untrusted import file_inside, reading
 
-BENCHMARKS = "benchmarks"
-_WAY_OUT = "Write them: groundup evaluate RUN, or of any model: groundup evaluate MODEL --tasks …"
 _RESAMPLES = 10_000
 _LEVEL = 0.05
 _SHOWN = 0.02  # the difference for which the needed number of items is told
@@ -43,20 +41,19 @@ class Difference:
     """How two models differ on one benchmark or figure.
 
     Attributes:
-        benchmark: its name; of runs, with the stage.
-        other: what is compared with the first.
         sample: "items" that both answered, "seeds" of both, or "samples", each model's own.
         n: how many.
         first, second: their means; of texts, each counts the same.
         value: second − first.
         low, high: of the 95 % interval: by 10,000 paired resamples, Welch's for seeds, of two normal means else.
         p: two-sided, corrected for the number of comparisons (Holm 1979).
+        spread: standard deviation of one draw of the difference.
+        benchmark: its name; of runs, with the stage.
+        other: what is compared with the first.
         n_needed: how many would show a difference of 0.02 four times in five; 0 where 0.02 means nothing.
         verdict: in words.
     """
 
-    benchmark: str
-    other: str
     sample: Literal["items", "seeds", "samples"]
     n: int
     first: float
@@ -65,8 +62,11 @@ class Difference:
     low: float
     high: float
     p: float
-    n_needed: int
-    verdict: str
+    spread: float
+    benchmark: str = ""
+    other: str = ""
+    n_needed: int = 0
+    verdict: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,20 +80,6 @@ class _Figure:
     seeds: Sequence[float] = ()
     unit: str = ""
     better: int = 0  # which way; 0: neither
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A difference before it is corrected and told."""
-
-    sample: Literal["items", "seeds", "samples"]
-    n: int
-    first: float
-    second: float
-    low: float
-    high: float
-    p: float
-    spread: float  # standard deviation of one draw of the difference
 
 
 def compare_cards(*paths: str | Path) -> list[Difference]:
@@ -123,7 +109,11 @@ def compare_cards(*paths: str | Path) -> list[Difference]:
     corrected = holm({key: result.p for key, result in found.items()})
     names = ["the second"] if len(others) == 1 else [str(path) for path in paths[1:]]
     return [
-        _difference(name, str(paths[1 + place]), result, corrected[place, name], pairs[place, name][0], names[place])
+        _told(
+            replace(result, benchmark=name, other=str(paths[1 + place]), p=corrected[place, name]),
+            pairs[place, name][0],
+            names[place],
+        )
         for (place, name), result in found.items()
     ]
 
@@ -138,8 +128,8 @@ def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
     return {name: found[name] for name in p_values}
 
 
-def _compared(a: _Figure, b: _Figure) -> _Found | None:
-    """None: there are not two of anything."""
+def _compared(a: _Figure, b: _Figure) -> Difference | None:
+    """A difference before it is corrected and told; None: there are not two of anything."""
     if a.items and a.fingerprint == b.fingerprint:
         places = sorted(a.items.keys() & b.items.keys())
         if len(places) < 2:
@@ -150,53 +140,48 @@ def _compared(a: _Figure, b: _Figure) -> _Found | None:
     return _two_samples(a.estimate, b.estimate) if a.estimate and b.estimate else None
 
 
-def _two_samples(a: Mapping[str, Any], b: Mapping[str, Any]) -> _Found:
+def _two_samples(a: Mapping[str, Any], b: Mapping[str, Any]) -> Difference:
     error, middle = math.hypot(a["stderr"], b["stderr"]), b["value"] - a["value"]
     p = float(2 * stats.norm.sf(abs(middle) / error)) if error else float(not middle)
     reach = stats.norm.ppf(1 - _LEVEL / 2) * error
     spread = math.hypot(*(one["stderr"] * math.sqrt(one["n"]) for one in (a, b)))
     n = min(a["n"], b["n"])
-    return _Found("samples", n, a["value"], b["value"], middle - reach, middle + reach, p, spread)
+    return Difference("samples", n, a["value"], b["value"], middle, middle - reach, middle + reach, p, spread)
 
 
-def _paired(a: np.ndarray, b: np.ndarray) -> _Found:
-    rng = np.random.default_rng(0)
-    differences, n = b - a, len(a)
-    resampled = [differences[rng.integers(0, n, n)].mean() for _ in range(_RESAMPLES)]
-    low, high = map(float, np.quantile(resampled, [_LEVEL / 2, 1 - _LEVEL / 2]))
-    spread = float(differences.std(ddof=1))
-    return _Found("items", n, float(a.mean()), float(b.mean()), low, high, _p_value(differences), spread)
+def _paired(a: np.ndarray, b: np.ndarray) -> Difference:
+    """By resampled items, and by random signs: of two equal models, either could have been the better at any item."""
+    first, second, differences = float(a.mean()), float(b.mean()), b - a
+    how: dict[str, Any] = {"n_resamples": _RESAMPLES, "batch": 500}
+    low, high = stats.bootstrap(
+        (differences,), np.mean, confidence_level=1 - _LEVEL, method="percentile", rng=np.random.default_rng(0), **how
+    ).confidence_interval
+    signs = stats.permutation_test(
+        (differences,), np.mean, permutation_type="samples", rng=np.random.default_rng(0), **how
+    )
+    p, spread = float(signs.pvalue), float(differences.std(ddof=1))
+    return Difference("items", len(a), first, second, second - first, float(low), float(high), p, spread)
 
 
-def _p_value(differences: np.ndarray) -> float:
-    """Two-sided, by 10,000 random signs: of two equal models, either could have been the better one at any item."""
-    rng = np.random.default_rng(0)
-    seen = abs(differences.sum())
-    if not seen:
-        return 1.0
-    signs = (rng.integers(0, 2, (len(differences), 1000)) * 2 - 1 for _ in range(_RESAMPLES // 1000))
-    n_beyond = sum(int((abs(differences @ part) >= seen - 1e-9).sum()) for part in signs)
-    return (n_beyond + 1) / (_RESAMPLES + 1)
-
-
-def _over_seeds(a: np.ndarray, b: np.ndarray) -> _Found:
+def _over_seeds(a: np.ndarray, b: np.ndarray) -> Difference:
     """Welch's test: each group of runs has its own spread."""
     first, second, n = float(a.mean()), float(b.mean()), min(len(a), len(b))
-    spread = math.hypot(a.std(ddof=1), b.std(ddof=1))
+    value, spread = second - first, math.hypot(a.std(ddof=1), b.std(ddof=1))
     if not spread:
-        return _Found("seeds", n, first, second, second - first, second - first, float(first == second), 0.0)
+        return Difference("seeds", n, first, second, value, value, value, float(not value), 0.0)
     test = stats.ttest_ind(b, a, equal_var=False)
     low, high = test.confidence_interval(1 - _LEVEL)
-    return _Found("seeds", n, first, second, float(low), float(high), float(test.pvalue), spread)
+    return Difference("seeds", n, first, second, value, float(low), float(high), float(test.pvalue), spread)
 
 
-def _difference(name: str, other: str, found: _Found, p: float, figure: _Figure, second: str) -> Difference:
+def _told(found: Difference, figure: _Figure, second: str) -> Difference:
+    """With a verdict, and how many would be needed."""
     is_scaled = bool(figure.unit) or is_share(figure.metric)
     n_needed = max(2, math.ceil((_POWER * found.spread / _SHOWN) ** 2)) if is_scaled else 0
-    value, of = found.second - found.first, f"n = {found.n:,}" if found.sample != "seeds" else f"{found.n} seeds each"
+    value, of = found.value, f"n = {found.n:,}" if found.sample != "seeds" else f"{found.n} seeds each"
     in_units = bool(figure.unit) or not is_scaled
     least = f"{_SHOWN}{figure.unit}" if in_units else f"{_SHOWN * 100:g} points"
-    if p < _LEVEL:
+    if found.p < _LEVEL:
         by = f"{abs(value):.3g}{figure.unit}" if in_units else f"{abs(value):.1%}"
         better = second if value * (figure.better or _UP) > 0 else "the first"
         verdict = f"{better} is {'better' if figure.better else 'higher'} by {by}"
@@ -207,10 +192,7 @@ def _difference(name: str, other: str, found: _Found, p: float, figure: _Figure,
         verdict = f"no difference shown at {of}; {n_needed:,} {what} would show one of {least}"
     else:
         verdict = f"no difference shown at {of}, where one of {least} would have been seen"
-    return Difference(
-        name, other, found.sample, found.n, found.first, found.second, value, found.low, found.high, p, n_needed,
-        verdict,
-    )  # fmt: skip
+    return replace(found, n_needed=n_needed, verdict=verdict)
 
 
 def _figures(path: Path) -> dict[str, _Figure]:
@@ -246,11 +228,11 @@ def _of_folder(folder: Path) -> dict[str, _Figure]:
     found: dict[str, _Figure] = {}
     for task, card in read_card(folder)["tasks"].items():
         path = file_inside(folder, records_file(task))
-        with reading(str(path), fix=_WAY_OUT):
+        with reading(str(path), fix=WAY_OUT):
             records = read_records(path, card["identity"])
             for name, metric, items in _items(task, card, records):
                 if not all(map(math.isfinite, items.values())):
-                    raise ArtifactError(f"{path}: a score that is no finite number.", _WAY_OUT)
+                    raise ArtifactError(f"{path}: a score that is no finite number.", WAY_OUT)
                 # Another seed draws other items of a generated set, but texts are of different difficulty.
                 estimate = card["figures"][metric] if task in METRICS_OF_TASK and metric not in _UNITS else None
                 found[name] = _figure(metric, items=items, fingerprint=card["fingerprint"], estimate=estimate)

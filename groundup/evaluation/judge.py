@@ -11,7 +11,6 @@ nothing is asked twice, and the same command goes on.
 
 from __future__ import annotations
 
-import math
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from typing import NamedTuple
 
 import orjson
 
-from groundup.evaluation.metrics import Estimate, share
+from groundup.evaluation.metrics import Estimate, share, wilson
 from groundup.files import append_line, value_digest
 
 Verdict = float | None
@@ -147,13 +146,6 @@ def win_rate(verdicts: Sequence[tuple[Verdict, Verdict]]) -> WinRate | None:
     preferring = [one > 0 for both in verdicts for one in both if one]
     place = replace(share(preferring), unit="verdicts") if preferring else None
     return WinRate(value, *wilson(value, n), n, wins, losses, n_ties, len(verdicts) - n, place)
-
-
-def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of a share of n outcomes (Wilson 1927); z = 1.96: of 95 %."""
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _read(path: Path) -> dict[str, Verdict]:

@@ -355,11 +355,11 @@ def pass_at_k(n: int, n_passed: int, k: int) -> float:
     return 1.0 - math.comb(n - n_passed, k) / math.comb(n, k)
 
 
-def bootstrap(statistic: Callable[[np.ndarray], float], n: int, unit: str = "items") -> Estimate:
+def bootstrap(statistic: Callable[[np.ndarray], float], n: int) -> Estimate:
     """A statistic of n items, with the standard deviation over 1,000 resamples for its standard error."""
     rng = np.random.default_rng(0)
     resampled = [statistic(rng.integers(0, n, n)) for _ in range(_RESAMPLES)]
-    return Estimate(statistic(np.arange(n)), float(np.std(resampled)), n, unit)
+    return Estimate(statistic(np.arange(n)), float(np.std(resampled)), n, "items")
 
 
 def by_group(records: Sequence[Record]) -> dict[str, dict[str, Estimate]]:

@@ -151,8 +151,15 @@ def share(outcomes: Sequence[bool]) -> Estimate:
     """
     n = len(outcomes)
     value = sum(outcomes) / n
-    stderr = math.sqrt(value * (1 - value) / n + 1 / (4 * n * n)) / (1 + 1 / n)
-    return Estimate(value, stderr, n, "prompts")
+    low, high = wilson(value, n, z=1.0)
+    return Estimate(value, (high - low) / 2, n, "prompts")
+
+
+def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval of a share of n outcomes (Wilson 1927); z = 1.96: of 95 %."""
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def mean(values: Iterable[float], unit: str) -> Estimate:

@@ -30,6 +30,7 @@ from groundup.evaluation.measure import (
     reliability,
     to_plain,
 )
+from groundup.evaluation.sandbox import sandbox_level
 from groundup.evaluation.sets import METRICS_OF_TASK, TASKS, find_tasks
 from groundup.files import read_json, value_digest, write_json, write_text
 from groundup.model import Transformer
@@ -41,10 +42,10 @@ from groundup.tokenizer.pretrained import PretrainedTokenizer
 from groundup.tokenizer.special import CHAT_TEMPLATE
 from groundup.untrusted import reading
 
-CARD = "scores.json"
+CARD, BENCHMARKS = "scores.json", "benchmarks"  # a file of scores, and the folder beside a model that may hold it
 _FORMAT = 2  # of scores and records; raised when figures change
 _CORE_TASKS = 22  # of DCLM's CORE (its eval/additional_aggregation.json, low_variance_datasets)
-_WAY_OUT = "Write them: groundup evaluate RUN, or of any model: groundup evaluate MODEL --tasks …"
+WAY_OUT = "Write them: groundup evaluate RUN, or of any model: groundup evaluate MODEL --tasks …"
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,9 @@ def score_model(
     Returns:
         Its card has "model", "tokenizer" and "template" (digests); "tasks" by name ("kind", "n", "settings",
         "fingerprint" of the items, "identity" of the records, "figures", "groups"; of choices "reliability", as
-        `measure.reliability` gives it, which is drawn beside), those that stood there of the same model too; "core":
-        the mean of centered accuracies over the tasks of DCLM's CORE (arXiv:2406.11794) that are given.
+        `measure.reliability` gives it, which is drawn beside; of code "sandbox", what isolated its programs), those
+        that stood there of the same model too; "core": the mean of centered accuracies over
+        the tasks of DCLM's CORE (arXiv:2406.11794) that are given.
 
     Raises:
         DataError: an unknown task, or its files are missing or damaged; no validation text.
@@ -136,6 +138,7 @@ def score_model(
             "figures": to_plain(figures),
             **({} if tainted is None else {"ngram": ngram, **_without(own, tainted[place])}),
             "groups": {group: to_plain(parts) for group, parts in by_group(own).items()},
+            **({"sandbox": sandbox_level()} if task.kind == "code" else {}),
             **_reliability(own, None if folder is None else folder / f"{task.name}-reliability.svg"),
         }
     if folder is not None:
@@ -235,19 +238,19 @@ def read_card(folder: Path) -> dict[str, Any]:
     """
     path = folder / CARD
     if not path.is_file():
-        raise ArtifactError(f"{path}: not found.", _WAY_OUT)
-    with reading(str(path), fix=_WAY_OUT):
+        raise ArtifactError(f"{path}: not found.", WAY_OUT)
+    with reading(str(path), fix=WAY_OUT):
         card = read_json(path)
         if not isinstance(card, dict) or card.get("format") != _FORMAT:
-            raise ArtifactError(f"{path}: is of another version, or no scores.", _WAY_OUT)
+            raise ArtifactError(f"{path}: is of another version, or no scores.", WAY_OUT)
         core(card["tasks"])
         figures = [*figures_by_metric(card).values()]
         for one in card["tasks"].values():
             figures += [figure for part in one["groups"].values() for figure in part.values()]
             if not (isinstance(one["fingerprint"], str) and isinstance(one["identity"], str)):
-                raise ArtifactError(f"{path}: is damaged.", _WAY_OUT)
+                raise ArtifactError(f"{path}: is damaged.", WAY_OUT)
         if not all(is_number(figure[name]) for figure in figures for name in ("value", "stderr")):
-            raise ArtifactError(f"{path}: is damaged.", _WAY_OUT)
+            raise ArtifactError(f"{path}: is damaged.", WAY_OUT)
     return dict(card)
 
 

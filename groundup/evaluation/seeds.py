@@ -38,18 +38,22 @@ def write_seeds(root: Path, seeds: Sequence[int]) -> dict[str, Any]:
         "seeds", and "rows": "key" of the metric, "model", "label", "mean", "low" and "high" of the 95 % interval (that
         of Student's t, which takes the runs for draws from a normal distribution), and "values", one for each seed.
     """
-    values: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for seed in seeds:
-        for place, value in _figures(Run(seed_folder(root, seed))).items():
-            values[place].append(value)
-    rows = [
-        {"key": key, "model": model, "label": f"{LABELS.get(key, key)}, {model}", **_interval(found), "values": found}
-        for (key, model), found in values.items()
-        if len(found) == len(seeds)
-    ]
-    found = {"seeds": list(seeds), "rows": rows}
+    found = {"seeds": list(seeds), "rows": over_seeds([Run(seed_folder(root, seed)) for seed in seeds])}
     write_json(root / SEEDS_FILE, found)
     return found
+
+
+def over_seeds(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The rows that `write_seeds` writes, of two runs or more wherever they are."""
+    values: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for run in runs:
+        for place, value in _figures(run).items():
+            values[place].append(value)
+    return [
+        {"key": key, "model": model, "label": f"{LABELS.get(key, key)}, {model}", **_interval(found), "values": found}
+        for (key, model), found in values.items()
+        if len(found) == len(runs)
+    ]
 
 
 def read_seeds(root: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from groundup.errors import ArtifactError, DataError, GroundupError
 from groundup.evaluation.benchmarks import Benchmark
-from groundup.evaluation.harness import LOWER_IS_BETTER, before_name, read_scores
+from groundup.evaluation.harness import before_name, read_scores
 from groundup.evaluation.measure import read_records
 from groundup.evaluation.scorecard import CARD, figures_by_metric, records_file
 from groundup.evaluation.sets import BITS_PER_BYTE, EXACT, FIRST, HARM, METRICS_OF_TASK, find_task, task_digests
@@ -113,7 +113,6 @@ def compare(recipe: Recipe, run: Run) -> dict[str, Any]:
                     "label": label,
                     "before": was,
                     "after": value,
-                    "lower_is_better": metric.rpartition(".")[2] in LOWER_IS_BETTER,
                 }
             )
     shown = default_model(recipe, to_chat=True)[0] if models else ""

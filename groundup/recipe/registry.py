@@ -76,7 +76,7 @@ QUANTIZE = Registered(
     "groundup.alignment.quantization:QUANTIZE", "A model to the same in 8 or 4 bits a weight, and what that costs."
 )
 EVALUATE = Registered(
-    "groundup.evaluation.harness:EVALUATE", "Models to scores with error bars: bits per byte, exact match."
+    "groundup.evaluation.harness:EVALUATE", "Models to scores with error bars: a recipe's, or with --tasks any model."
 )
 
 

@@ -93,11 +93,7 @@ def loss_chart(name: str, curve: Curve, expected_initial_loss: float | None) -> 
 
     def paint(figure: Figure, canvas: _Canvas) -> None:
         rates = [(line["step"], line["lr"]) for line in curve.train if is_number(line.get("lr"))]
-        grid = figure.add_gridspec(2, 1, height_ratios=(4, 1), hspace=0.14, **_margins(canvas, 400, bottom=46))
-        above = figure.add_subplot(grid[0])
-        below = figure.add_subplot(grid[1], sharex=above)
-        for axes in (above, below):
-            _quiet(axes)
+        above, below = _above_and_below(figure, canvas)
         above.plot(*_thinned(steps, losses), color=TRAIN, alpha=0.45, linewidth=1, label="train, each step")
         above.plot(*_thinned(steps, smooth), color=TRAIN, linewidth=2, label=f"train, smoothed: {final:.2f}")
         if curve.validation:
@@ -113,7 +109,6 @@ def loss_chart(name: str, curve: Curve, expected_initial_loss: float | None) -> 
         top = max(float(losses.max()), expected_initial_loss or 0.0)
         above.set_ylim(max(0.0, float(losses.min()) - 0.06 * top), top * 1.09)
         above.set_ylabel("loss, nats per token")
-        above.tick_params(labelbottom=False)
         above.legend(loc="upper right", frameon=False, labelcolor=INK, bbox_to_anchor=(1, 0.88))
         if rates:
             x, y = np.array([step for step, _ in rates]), np.array([rate for _, rate in rates], dtype=float)
@@ -126,7 +121,6 @@ def loss_chart(name: str, curve: Curve, expected_initial_loss: float | None) -> 
         below.set_xlabel("step")
         below.xaxis.set_major_locator(MaxNLocator(2 * canvas.columns, integer=True))
         below.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        figure.align_ylabels([above, below])
         above.set_xlim(0, float(steps[-1]) * 1.01 + 1)
 
     return _chart(name, 400, paint, words)
@@ -277,27 +271,19 @@ def reliability_chart(name: str, bins: Sequence[tuple[float, float, float, int]]
     )
 
     def paint(figure: Figure, canvas: _Canvas) -> None:
-        grid = figure.add_gridspec(
-            2, 1, height_ratios=(4, 1), hspace=0.14, **_margins(canvas, 400, left=72, right=26, bottom=46)
-        )
-        above = figure.add_subplot(grid[0])
-        below = figure.add_subplot(grid[1], sharex=above)
-        for axes in (above, below):
-            _quiet(axes)
+        above, below = _above_and_below(figure, canvas, left=72, right=26)
         above.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=":", label="as sure as it is right")
         spread = np.sqrt(right * (1 - right) / counts)
         style: dict[str, Any] = {"color": TRAIN, "linewidth": 2, "marker": "o", "markersize": 5, "capsize": 2.5}
         above.errorbar(sure, right, yerr=[np.minimum(spread, right), np.minimum(spread, 1 - right)], **style)
         above.set_ylim(0, 1.03)
         above.set_ylabel("right")
-        above.tick_params(labelbottom=False)
         above.legend(loc="upper left", frameon=False, labelcolor=INK)
         below.bar([edge + 0.05 for edge, *_ in bins], counts, width=0.09, color=TRAIN)
         below.set_ylabel("answers")
         below.set_xlabel("probability of the answer")
         below.yaxis.set_major_locator(MaxNLocator(2, integer=True))
         below.set_xlim(0, 1)
-        figure.align_ylabels([above, below])
         for axis in (above.yaxis, below.xaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
 
@@ -449,6 +435,16 @@ def _axes(figure: Figure, canvas: _Canvas, height: float, *, bottom: float = 46,
     axes: Axes = figure.add_subplot(grid[0])
     _quiet(axes)
     return axes
+
+
+def _above_and_below(figure: Figure, canvas: _Canvas, **margins: float) -> tuple[Axes, Axes]:
+    """Two axes over the same x, the upper one four times as high; 400 pixels together."""
+    place = _margins(canvas, 400, bottom=46, **margins)
+    above, below = figure.subplots(2, sharex=True, height_ratios=(4, 1), gridspec_kw={"hspace": 0.14, **place})
+    for axes in (above, below):
+        _quiet(axes)
+    figure.align_ylabels([above, below])
+    return above, below
 
 
 def _margins(

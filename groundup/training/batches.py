@@ -82,14 +82,13 @@ def batched_rows(rows: Iterable[Row], batch_size: int) -> Iterator[Batch]:
         yield pad_rows(group, batch_size)
 
 
-def pad_rows(rows: Sequence[Row], n_rows: int, pad_id: int = 0) -> Batch:
+def pad_rows(rows: Sequence[Row], n_rows: int) -> Batch:
     """Rows of several lengths as one batch: padded on the right, with empty rows up to `n_rows`.
 
     Causal attention keeps what stands on the right out of everything before it, so the pads change nothing.
     """
     width = max(len(row["ids"]) for row in rows)
-    fill = {"ids": pad_id, "targets": IGNORED}
-    batch = {name: torch.full((n_rows, width), fill.get(name, 0), dtype=torch.int64) for name in rows[0]}
+    batch = {name: torch.full((n_rows, width), IGNORED if name == "targets" else 0) for name in rows[0]}
     for index, row in enumerate(rows):
         for name, values in row.items():
             batch[name][index, : len(values)] = torch.from_numpy(np.asarray(values, dtype=np.int64))

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from groundup.distributed import full_tensor, like_parameter
 
 # Chosen by Jordan for the steepest slope at 0 with five steps; singular values land in about [0.7, 1.2].
-_A, _B, _C = 3.4445, -4.7750, 2.0315
+_A, _B, _C, _STEPS = 3.4445, -4.7750, 2.0315, 5
 
 # Of one batch of matrices in the dtype of the steps. On a CPU about a core's second-level cache: about as fast as all
 # matrices at once (benchmarks/optimizer_step.py), and little is held. On a GPU only memory sets a limit.
@@ -30,7 +30,7 @@ BATCH_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 
 
 def orthogonalize(
-    matrices: Float[Tensor, "*n rows cols"], *, steps: int = 5, dtype: torch.dtype = torch.float32
+    matrices: Float[Tensor, "*n rows cols"], *, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "*n rows cols"]:
     """Move every singular value of each matrix to about 1; computed and returned in `dtype`."""
     shape = matrices.shape
@@ -39,7 +39,7 @@ def orthogonalize(
     # Divided before the cast: float16 could not hold what a small gradient is.
     norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
     x = (x / (norms + 1e-7)).to(dtype)
-    for _ in range(steps):
+    for _ in range(_STEPS):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
         x = torch.baddbmm(x, polynomial, x, beta=_A)

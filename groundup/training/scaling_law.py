@@ -250,13 +250,12 @@ _LEAST_SHARE = 1e-3
 Array = NDArray[np.float64]
 
 
-def fit_scaling_law(points: Sequence[ScalingPoint], data: LawData | None = None, *, seed: int = 1) -> ScalingLaw:
+def fit_scaling_law(points: Sequence[ScalingPoint], data: LawData | None = None) -> ScalingLaw:
     """The law of these points, with its uncertainty.
 
     Args:
         points: at least six finished runs: three sizes or more, three token budgets or more.
         data: what text they were trained on.
-        seed: of the bootstrap.
 
     Raises:
         DataError: too few points, numbers that are none, or losses that do not follow the law.
@@ -278,7 +277,7 @@ def fit_scaling_law(points: Sequence[ScalingPoint], data: LawData | None = None,
 
     # From the minimum, and once more from afar: most starts end in the same place.
     tried = np.stack([best, starts[np.argsort(objective)[len(starts) // 2]]])
-    made_up = fitted + noise * np.random.default_rng(seed).standard_normal((N_REPLICATES, len(points)))
+    made_up = fitted + noise * np.random.default_rng(1).standard_normal((N_REPLICATES, len(points)))
     replicates = _best_of(tried, x, y, made_up)
     without = 1.0 - np.eye(len(points))
     others = _best_of(tried, x, y, np.broadcast_to(target, without.shape), without)
