@@ -379,6 +379,12 @@ def test_derived_values_say_why() -> None:
     assert optimal["pretrain.tokens"][1].startswith("20 for each of")
 
 
+@pytest.mark.timeout(60)
+def test_values_of_a_batch_without_measure_are_derived_at_once() -> None:
+    recipe = changed(finished_run().recipe, "pretrain.batch_size=900_000_000_000")
+    assert any(name == "pretrain.steps" for name, _, _ in derived_values(recipe))
+
+
 def test_a_mark_that_a_kill_left_behind_a_manifest_goes(tmp_path: Path) -> None:
     shutil.copytree(finished_run().root, tmp_path / "tiny")
     run = Run(tmp_path / "tiny")
