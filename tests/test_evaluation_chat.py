@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -12,11 +13,11 @@ import torch
 from generation_models import random_model, small_tokenizer
 from tiny_run import build_quietly, copy_of_finished
 
-from groundup.errors import GroundupError
+from groundup.errors import GroundupError, RecipeError
 from groundup.evaluation import read_comparison, score_model
 from groundup.evaluation.benchmarks import find_benchmark, read_items
 from groundup.evaluation.comparison import compare_cards
-from groundup.evaluation.measure import measure, prompt_ids
+from groundup.evaluation.measure import asked_ids, measure
 from groundup.evaluation.scorecard import template_digest
 from groundup.preview import check_recipe
 from groundup.recipe import EvaluateSettings, parse_recipe
@@ -61,9 +62,9 @@ def test_no_text_of_an_item_becomes_a_control_token(mine: Path) -> None:
     tokenizer = small_tokenizer()
     (item, *_) = read_items(find_benchmark(str(mine / "mine.toml")), mine)
     assert INJECTED in item.context
-    controls = [token for token in prompt_ids(tokenizer, item.context, is_chat=True) if token in tokenizer.special_ids]
+    controls = [token for token in asked_ids(tokenizer, item.context, is_chat=True) if token in tokenizer.special_ids]
     assert controls == [tokenizer.role_id("user"), tokenizer.end_id, tokenizer.role_id("assistant")]
-    assert not {*tokenizer.special_ids} & {*prompt_ids(tokenizer, item.context, is_chat=False)}
+    assert not {*tokenizer.special_ids} & {*asked_ids(tokenizer, item.context, is_chat=False)}
 
 
 def test_the_template_stands_in_the_scores_and_text_has_none(mine: Path) -> None:
@@ -154,3 +155,15 @@ def test_benchmarks_of_a_recipe_are_checked_before_anything_runs(
     with pytest.raises(GroundupError) as caught:
         check_recipe(parse_recipe(text.replace(*change), "my.toml"), "my.toml")
     assert words in str(caught.value)
+
+
+def test_a_gate_may_be_on_rouge_where_the_benchmark_gives_it(tmp_path: Path) -> None:
+    run = copy_of_finished(tmp_path / "runs")
+    (tmp_path / "mine.jsonl").write_text('{"q": "the cat", "a": "sat"}\n')
+    gate = '[[evaluate.gates]]\nmetric = "mine.rougeL"\nmodel = "sft"\nmin = 0.0\n'
+    for rouge in (True, False):
+        told = 'kind = "generation"\nfiles = "mine.jsonl"\ncontext = "{{ q }}"\ntarget = "{{ a }}"\n'
+        (tmp_path / "mine.toml").write_text(told + f"rouge = {str(rouge).lower()}\n")
+        recipe = with_benchmarks(run, tmp_path, gate)
+        with contextlib.nullcontext() if rouge else pytest.raises(RecipeError, match=r"mine\.rougeL"):
+            check_recipe(recipe, "tiny.toml")

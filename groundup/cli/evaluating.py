@@ -161,13 +161,12 @@ def _check_options(context: typer.Context, *, with_tasks: bool) -> None:
     """Raise DataError for an option that would do nothing: of the other half of the command, or of a recipe."""
     from groundup.errors import DataError
 
-    about_tasks = {
-        "data", "stage", "shots", "chat", "limit", "samples", "seed", "scores", "contamination", "unisolated",
-    }  # fmt: skip
-    other, why, fix = about_tasks, "it is about --tasks", "Add --tasks …, or write it into [evaluate]."
+    panels = [(parameter.name, getattr(parameter, "rich_help_panel", None)) for parameter in context.command.params]
+    other = {name for name, panel in panels if panel == (_STAGE if with_tasks else _TASKS)}
+    why, fix = "it is about --tasks", "Add --tasks …, or write it into [evaluate]."
     if with_tasks:
         is_recipe = not Path(context.params["model"]).is_dir()
-        other = {"force", "dry_run"} | (set() if is_recipe else {"settings", "smoke", "run", "runs"})
+        other |= {"dry_run"} | (set() if is_recipe else {"settings", "smoke", "run", "runs"})
         why, fix = "with --tasks it does nothing" + ("" if is_recipe else " to a folder"), "Leave it out."
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")

@@ -102,7 +102,7 @@ def measure(
     return [done[item.number] for item in items]
 
 
-def prompt_ids(tokenizer: Tokenizer, context: str, *, is_chat: bool) -> list[int]:
+def asked_ids(tokenizer: Tokenizer, context: str, *, is_chat: bool) -> list[int]:
     """What a model is given before it answers: a context as it stands, or as a message of the user.
 
     Control tokens that a text spells stay text.
@@ -115,7 +115,7 @@ def prompt_ids(tokenizer: Tokenizer, context: str, *, is_chat: bool) -> list[int
 def _choices(
     model: Transformer, tokenizer: Tokenizer, task: Benchmark, items: Sequence[Item], *, is_chat: bool
 ) -> list[Record]:
-    chat_prompt = functools.cache(partial(prompt_ids, tokenizer, is_chat=True))
+    chat_prompt = functools.cache(partial(asked_ids, tokenizer, is_chat=True))
 
     def encoded(context: str, choice: str) -> tuple[list[int], list[int]]:
         if not (is_chat and context):  # a sentence of a minimal pair answers nobody
@@ -153,7 +153,7 @@ def _generations(
     params, n = task.sampling(settings)
     params = replace(params, max_tokens=min(params.max_tokens, model.config.context_length - 1))
     is_chat = task.is_chat or settings.chat
-    prompts = [prompt_ids(tokenizer, item.context, is_chat=is_chat) for item in items for _ in range(n)]
+    prompts = [asked_ids(tokenizer, item.context, is_chat=is_chat) for item in items for _ in range(n)]
     seeds = [seed * 1_000_003 + item.number * n + k for item in items for k in range(n)]
     replies = write_replies(model, tokenizer, prompts, params, seeds, has_calculator=is_chat, start=start)
     with ThreadPoolExecutor(2) as pool:  # of programs

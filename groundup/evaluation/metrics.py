@@ -155,10 +155,10 @@ def share(outcomes: Sequence[bool]) -> Estimate:
     return Estimate(value, (high - low) / 2, n, "prompts")
 
 
-def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(value: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """The interval of a share of n outcomes (Wilson 1927); z = 1.96: of 95 %."""
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    middle = (value + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from groundup.errors import DataError
 from groundup.evaluation.benchmarks import Benchmark, read_items
-from groundup.evaluation.measure import prompt_ids, write_replies
+from groundup.evaluation.measure import asked_ids, write_replies
 from groundup.evaluation.sets import GeneratedSet
 from groundup.evaluation.small_talk import HARM_KINDS
 from groundup.generation import SamplingParams
@@ -54,7 +54,7 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
 
 def answer_prompts(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> list[str]:
     """What an assistant says to each text as the first message of a conversation, greedily, a calculator at hand."""
-    prompts = [prompt_ids(tokenizer, text, is_chat=True) for text in texts]
+    prompts = [asked_ids(tokenizer, text, is_chat=True) for text in texts]
     params = SamplingParams(temperature=0.0, max_tokens=min(max_tokens, model.config.context_length - 1))
     replies = write_replies(model, tokenizer, prompts, params, range(len(prompts)), has_calculator=True)
     return [reply.text for reply in replies]

@@ -102,8 +102,8 @@ def score_model(
         Its card has "model", "tokenizer" and "template" (digests); "tasks" by name ("kind", "n", "settings",
         "fingerprint" of the items, "identity" of the records, "figures", "groups"; of choices "reliability", as
         `measure.reliability` gives it, which is drawn beside; of code "sandbox", what isolated its programs), those
-        that stood there of the same model too; "core": the mean of centered accuracies over
-        the tasks of DCLM's CORE (arXiv:2406.11794) that are given.
+        that stood there of the same model too; "core": the mean of centered accuracies over the tasks of DCLM's CORE
+        (arXiv:2406.11794) that are given.
 
     Raises:
         DataError: an unknown task, or its files are missing or damaged; no validation text.

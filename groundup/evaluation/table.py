@@ -50,6 +50,7 @@ _FIGURES_OF_KIND = {
     "code": ("pass@1", "pass@2", "pass@5", "pass@10", "pass@50", "pass@100"),
     "text": ("bits_per_byte", "perplexity"),
 }  # fmt: skip
+_ROUGE = ("rouge1", "rouge2", "rougeL")  # of a generation that asks for them
 _NOTHING: dict[str, Any] = {"tasks": {}, "core": None}
 _KEPT_ANSWERS = 60
 
@@ -190,8 +191,11 @@ def _metrics_of(name: str) -> Sequence[str]:
         task = find_task(name)
     except GroundupError:  # which another check says
         return ()
-    is_of_core = isinstance(task, Benchmark) and task.core_shots is not None
-    return [*(f"{task.name}.{figure}" for figure in _FIGURES_OF_KIND[task.kind]), *(["core"] if is_of_core else [])]
+    own = [f"{task.name}.{figure}" for figure in _FIGURES_OF_KIND[task.kind]]
+    if isinstance(task, Benchmark):
+        own += [f"{task.name}.{figure}" for figure in _ROUGE if task.rouge]
+        own += ["core"] if task.core_shots is not None else []
+    return own
 
 
 def _label(metric: str) -> str:

@@ -40,9 +40,8 @@ class StageRecord:
     state: Literal["done", "changed", "unfinished", "to come"]
     manifest: Manifest | None
     needs: tuple[str, ...] = ()  # the stage it starts from, or those that it needs
-    beside: tuple[
-        str, ...
-    ] = ()  # stages of [align.NAME] that it needs too: a reward model, one whose compute it spends
+    # Stages of [align.NAME] that it needs too: a reward model, one whose compute it spends
+    beside: tuple[str, ...] = ()
     is_control: bool = False
 
     @property
