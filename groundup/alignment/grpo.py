@@ -20,19 +20,9 @@ from pydantic import model_validator
 from torch import Tensor
 
 from groundup.alignment import losses
-from groundup.alignment.on_policy import (
-    STAT,
-    OnPolicySettings,
-    PolicyMethod,
-    PolicyObjective,
-    RolloutSource,
-    answer_kl,
-    reference_logprobs,
-)
-from groundup.model.cost import forward_flops
+from groundup.alignment.on_policy import STAT, OnPolicyAlgorithm, OnPolicySettings, PolicyMethod
 from groundup.recipe import setting
-from groundup.training import Batch
-from groundup.training.objective import Term
+from groundup.training import Batch, Term
 
 
 class GRPOSettings(OnPolicySettings):
@@ -58,34 +48,19 @@ class GRPOSettings(OnPolicySettings):
         return self
 
 
-class GroupRollouts(RolloutSource):
-    """Answers in groups, with advantages."""
+class GRPO(OnPolicyAlgorithm):
+    """Answers in groups, and their clipped loss by what they are worth in the group."""
 
     settings: GRPOSettings
 
-    @property
-    def group(self) -> int:  # type: ignore[override]
-        """Answers to each prompt."""
-        return self.settings.group
-
-    def learn_from(self, modules: Mapping[str, Any], batch: Batch, last: Batch) -> tuple[Batch, float]:
+    def learn_from(self, modules: Mapping[str, Any], batch: Batch, reference: Tensor, last: Batch) -> Batch:
         """Advantages within each group, wherever its answers were written."""
-        settings, world = self.settings, self.world
+        settings, world = self.settings, self.inputs.world
         rewards = world.gather(batch["rewards"]).view(-1, settings.group)
         advantages = losses.group_advantages(rewards, settings.advantages)
         silent = (advantages == 0).all(1, keepdim=True).float().expand_as(rewards)
-        share = world.rows(self.buffer_rows)
-        reference = reference_logprobs(modules, batch, settings.temperature)
-        return {
-            "advantages": advantages.flatten()[share], "reference": reference, STAT + "kl": answer_kl(batch, reference),
-            STAT + "silent_groups": silent.flatten()[share].contiguous(),
-        }, len(reference) * forward_flops(modules["model"].config, self.width)  # fmt: skip
-
-
-class GRPO(PolicyObjective):
-    """The clipped loss of answers, by their advantages in the group."""
-
-    settings: GRPOSettings
+        advantages, silent = (part.flatten()[world.rows(self.buffer_rows)] for part in (advantages, silent))
+        return batch | {"advantages": advantages, "reference": reference, STAT + "silent_groups": silent.contiguous()}
 
     def divisors(self, mask: Bool[Tensor, "rows seq"]) -> dict[str, float]:
         """What the aggregation divides by."""
@@ -117,7 +92,7 @@ class GRPOMethod(PolicyMethod):
 
     name = "grpo"
     settings = GRPOSettings
-    source, objective = GroupRollouts, GRPO
+    algorithm = GRPO
     title = "Group-relative policy optimization"
     curves = ("reward", "held_out_reward", "silent_groups", "kl", "entropy", "clipped")
 

@@ -26,13 +26,7 @@ from torch import Tensor, nn
 from groundup.alignment.heads import HeadMethod, at_ends, load_with_head, outputs_of
 from groundup.alignment.losses import bradley_terry_loss
 from groundup.alignment.method import Inputs, reported, share, share_with_error
-from groundup.alignment.preferences import (
-    FACTS,
-    Encoded,
-    Preferences,
-    PreferenceSettings,
-    rows_to_learn,
-)
+from groundup.alignment.preferences import FACTS, Encoded, PreferenceRows, Preferences, PreferenceSettings
 from groundup.model import ModelConfig
 from groundup.recipe import setting
 from groundup.tokenizer import Message, render
@@ -68,16 +62,13 @@ class PairwiseRanking:
         scores = score_batch(modules, batch)  # (rows, answers)
         better, worse = torch.combinations(torch.arange(scores.shape[1], device=scores.device)).T
         counts = is_there[:, better] & is_there[:, worse]  # (rows, pairs)
-        each = bradley_terry_loss(
-            scores[:, better], scores[:, worse], margin=self.settings.margin, centering=self.settings.centering
-        )
         weights = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+        margin, centering = self.settings.margin, self.settings.centering
+        each = bradley_terry_loss(scores[:, better], scores[:, worse], margin=margin, centering=centering)
         loss = (each * weights).sum()
-        with torch.no_grad():
-            ahead = ((scores[:, better] > scores[:, worse]) * weights).sum()
-            last = scores.gather(1, (is_there.sum(-1, keepdim=True) - 1).clamp(min=0))[:, 0]
-            is_real = is_there.any(-1)
-            best, worst = (values.where(is_real, 0.0).sum() for values in (scores[:, 0], last))
+        ahead = ((scores[:, better] > scores[:, worse]) * weights).sum()
+        last = scores.gather(1, (is_there.sum(-1, keepdim=True) - 1).clamp(min=0))[:, 0]
+        best, worst = (values.where(is_there.any(-1), 0.0).sum() for values in (scores[:, 0], last))
         return {"loss": Term(loss, loss.detach()), **reported(accuracy=ahead, best=best, worst=worst)}
 
     def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
@@ -183,11 +174,9 @@ class RewardMethod(HeadMethod):
 
     def job(self, inputs: Inputs, *, preferences: Preferences | None = None) -> TrainingJob:  # type: ignore[override]
         """Pairs and rankings (default: what `settings.data` names), and a head that scores them."""
-        source = rows_to_learn(inputs, preferences, Preferences.ranked, for_scores=True)
-        return self.head_job(
-            inputs, 1, PairwiseRanking(inputs.settings), source, inputs.settings.epochs * len(source.train),
-            unit="prompts", row_sequences=source.most_answers,
-        )  # fmt: skip
+        source = PreferenceRows.of_stage(inputs, preferences, Preferences.ranked, for_scores=True)
+        objective, n_rows = PairwiseRanking(inputs.settings), inputs.settings.epochs * len(source.train)
+        return self.head_job(inputs, 1, objective, source, n_rows, unit="prompts", row_sequences=source.most_answers)
 
     def measure(self, inputs: Inputs, job: TrainingJob, summary: dict[str, Any]) -> dict[str, Any]:
         """What scores are normalized by, and how they rank held-out answers."""
