@@ -28,7 +28,6 @@ from groundup.alignment.method import AlignmentMethod, Inputs, reported
 from groundup.alignment.packing import COLUMNS
 from groundup.alignment.reward import Scorer
 from groundup.alignment.rewards import VERIFY, FunctionReward, Prompt, Prompts, is_right, load_prompts
-from groundup.distributed import World
 from groundup.errors import DataError, GroundupError
 from groundup.files import file_digest, value_digest, write_text
 from groundup.generation import Engine, SamplingParams
@@ -53,7 +52,6 @@ MOST_GAP, MOST_MEAN_GAP = 1e-4, 0.05
 """Between the engine's log-probabilities and the trainer's: the largest in float32, the mean in bfloat16."""
 PASS_ROWS = 32
 """Of a forward pass without gradients."""
-_AT_ONCE = 64
 
 
 class AnswerSettings(Section):
@@ -228,7 +226,7 @@ class OnPolicyAlgorithm:
             held_out = self._held_out(engine, place)
         rewards = scores_of(self.reward, prompts, rolled) - settings.missing_end * (~rolled.is_ended)
         if isinstance(self.reward, FunctionReward) and bool(self.inputs.world.gather(rewards).isnan().all()):
-            first = f"; the first: {self.reward.failures[0]}" if self.reward.failures else ""
+            first = "".join(f"; the first: {failure}" for failure in self.reward.failures[:1])
             raise DataError(f"{self.reward.where}: it fails for all answers{first}.")
         targets = rolled.ids.where(rolled.is_answer, IGNORED)[:, 1:]
         batch = {"ids": rolled.ids, "targets": targets, "rewards": rewards}
@@ -258,8 +256,13 @@ class OnPolicyAlgorithm:
         return found | counts
 
     def _engine(self, model: Transformer) -> Engine:
-        whole = whole_model(model, self.inputs.world)
-        return Engine(whole, self.inputs.tokenizer, slots=min(self.buffer_rows, _AT_ONCE), dtype=model.compute_dtype)
+        """Over a model that this process can run by itself: of a sharded one, a copy; every process must call it."""
+        whole, world = model, self.inputs.world
+        if world.size > 1:
+            whole = Transformer(model.config, device="meta").to_empty(device=world.device)
+            load_weights(whole, weights_of(model))
+            whole.compute_dtype = model.compute_dtype
+        return Engine(whole, self.inputs.tokenizer, slots=min(self.buffer_rows, 64), dtype=model.compute_dtype)
 
     def _roll_out(
         self, engine: Engine, prompts: Sequence[Prompt], seeds: Sequence[int | None], temperature: float
@@ -352,16 +355,6 @@ def reference_logprobs(modules: Mapping[str, Any], batch: Batch, temperature: fl
         return buffer_logprobs(modules["reference"], batch, temperature)
     with adapters_off(modules["model"]):
         return buffer_logprobs(modules["model"], batch, temperature)
-
-
-def whole_model(model: Transformer, world: World) -> Transformer:
-    """A model that this process can run by itself: of a sharded one, a copy (every process must call it)."""
-    if world.size == 1:
-        return model
-    copy = Transformer(model.config, device="meta").to_empty(device=world.device)
-    load_weights(copy, weights_of(model))
-    copy.compute_dtype = model.compute_dtype
-    return copy.eval()
 
 
 def without_dropout(model: Transformer) -> Transformer:

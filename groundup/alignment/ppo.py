@@ -137,8 +137,8 @@ class PPO(OnPolicyAlgorithm):
         settings, ids, value = self.settings, batch["ids"][:, :-1], modules["value"]
         statistics = losses.logprobs_head(batch["targets"], settings.temperature)
         if settings.shared_trunk:
-            head = lambda hidden, output: (statistics(hidden, output), value(hidden))  # noqa: E731
-            found, values = modules["model"](ids, head=head)
+            both = modules["model"](ids, head=lambda hidden, output: (statistics(hidden, output), value(hidden)))
+            found, values = both
         else:
             found, values = modules["model"](ids, head=statistics), value(ids)
         policy = losses.ppo_policy_loss(found.logprobs, batch["old"], batch["advantages"], clip=settings.clip)

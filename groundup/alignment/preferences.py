@@ -156,30 +156,33 @@ def _preference(data: Any) -> Preference:
     """
     if not isinstance(data, Mapping):
         raise RefusedError(Reason.NO_TEXT, "no object")
-    is_judged = False
-    ranking = data.get("ranking")
+    ranking, sides, is_good = data.get("ranking"), [data.get("chosen"), data.get("rejected")], None
     if isinstance(ranking, list) and ranking:
         said = ranking
-    elif data.get("chosen") is not None or data.get("rejected") is not None:
-        said = [data.get("chosen"), data.get("rejected")]
-    elif isinstance(data.get("label"), bool):
-        is_judged, said = True, [data.get("completion")]
+    elif sides != [None, None]:
+        said = sides
+    elif isinstance(is_good := data.get("label"), bool):
+        said = [data.get("completion")]
     else:
         what = 'neither "chosen" and "rejected", nor "ranking", nor "completion" and "label"'
         raise RefusedError(Reason.NO_TEXT, what)
     prompt = _prompt(data)
     answers = [_said(value, "assistant") for value in said]
-    if prompt is None or all(answer[0]["role"] != "assistant" for answer in answers):  # whole conversations
-        prompt = _common_prefix(answers)
+    if prompt is None or all(answer[0]["role"] != "assistant" for answer in answers):
+        # Whole conversations: the prompt is what they have in common, the last turn never.
+        turns = zip(*(answer[:-1] for answer in answers), strict=False)
+        prompt = [one[0] for one in itertools.takewhile(lambda one: one.count(one[0]) == len(one), turns)]
+        if not prompt:
+            raise RefusedError(Reason.NO_TEXT, "no prompt, and the answers do not begin with the same turn")
         answers = [answer[len(prompt) :] for answer in answers]
     for answer in answers:
         if not answer or answer[-1]["role"] != "assistant" or not answer[-1]["content"].strip():
             raise RefusedError(Reason.EMPTY, "an answer in which the assistant says nothing")
     if len({json.dumps(answer) for answer in answers}) < len(answers):
         raise RefusedError(Reason.DUPLICATE, "two answers are the same, so neither is the better one")
-    if len(answers) < 2 and not is_judged:
+    if len(answers) < 2 and is_good is None:
         raise RefusedError(Reason.EMPTY, "a ranking of fewer than two answers")
-    return Preference(prompt, answers, data["label"] if is_judged else None)
+    return Preference(prompt, answers, is_good)
 
 
 def _prompt(data: Mapping[str, Any]) -> list[Message] | None:
@@ -204,16 +207,6 @@ def _said(value: Any, role: str) -> list[Message]:
         return messages_of(value, role)
     who = ("user" if name == "Human" else "assistant" for name in parts[::2])
     return messages_of([{"role": role, "content": said.strip()} for role, said in zip(who, parts[1::2], strict=True)])
-
-
-def _common_prefix(talks: Sequence[list[Message]]) -> list[Message]:
-    """The turns that conversations have in common; the last one is never."""
-    n_common = 0
-    while n_common < min(map(len, talks)) - 1 and all(talk[n_common] == talks[0][n_common] for talk in talks):
-        n_common += 1
-    if not n_common:
-        raise RefusedError(Reason.NO_TEXT, "no prompt, and the answers do not begin with the same turn")
-    return talks[0][:n_common]
 
 
 # Rows
@@ -347,9 +340,7 @@ class PreferenceRows(RecordRows[Encoded]):
     def _encode(self, one: Preference) -> Encoded | None:
         prompt = one.prompt
         while True:
-            texts = [
-                encode_answer(self._tokenizer, prompt, answer, for_scores=self._for_scores) for answer in one.answers
-            ]
+            texts = [encode_answer(self._tokenizer, prompt, said, for_scores=self._for_scores) for said in one.answers]
             if max(len(ids) for ids, _ in texts) <= self._most:
                 break
             if len(prompt) < 2:
