@@ -20,8 +20,8 @@ over one forward pass's rows, each a prompt with another prompt's answer; so it 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -136,8 +136,7 @@ class PreferenceLoss:
 
     def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
         """A forward and a backward pass over each answer; none backward over KTO's mismatched ones."""
-        share = 2 / 3 if self.settings.loss == "kto" else 1.0
-        return share * pass_flops(config, (math.prod(shape[:-1]), shape[-1]))
+        return (2 / 3 if self.settings.loss == "kto" else 1.0) * pass_flops(config, shape)
 
     def _logprobs(self, model: nn.Module, ids: Tensor, targets: Tensor) -> Float[Tensor, "rows answers seq"]:
         if self.settings.loss == "kto" and ids.shape[1] == 2:
@@ -215,10 +214,9 @@ class DPOMethod(AlignmentMethod):
         source = PreferenceRows.of_stage(inputs, preferences, _mismatched if is_judged else Preferences.pairs)
         if settings.loss not in WITHOUT_REFERENCE:
             model.to(world.device).compute_dtype = choose_precision(settings.precision, world.device.type)[0]
-            what = f"{inputs.name}: reference"
-            both = (answer_logprobs(model, source, side, world, inputs.console, what)
-                    for side in (source.train, source.held_out))  # fmt: skip
-            source.with_reference(*both)
+            for side in (source.train, source.held_out):
+                found = answer_logprobs(model, source, side, world, inputs.console, f"{inputs.name}: reference")
+                side[:] = [replace(one, reference=row) for one, row in zip(side, found, strict=True)]
         unit, n_rows = "answers" if is_judged else "pairs", settings.epochs * len(source.train)
         return inputs.job(PreferenceLoss(settings), source, n_rows, row_sequences=2, unit=unit)
 
@@ -232,8 +230,9 @@ class DPOMethod(AlignmentMethod):
             figures["flops"] = summary["flops"] + sum(pass_flops(config, (1, length)) for length in lengths) / 3
         if loss == "kto":
             return figures
-        what = f"{inputs.name}: held out"
-        found = answer_logprobs(job.model, source, source.held_out, inputs.world, inputs.console, what)
+        found = answer_logprobs(
+            job.model, source, source.held_out, inputs.world, inputs.console, f"{inputs.name}: held out"
+        )
         if loss not in WITHOUT_REFERENCE:
             found = found - np.stack([one.reference for one in source.held_out if one.reference is not None])
         if loss in AVERAGED:

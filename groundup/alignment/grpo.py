@@ -15,14 +15,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from jaxtyping import Bool
 from pydantic import model_validator
 from torch import Tensor
 
 from groundup.alignment import losses
-from groundup.alignment.on_policy import STAT, OnPolicyAlgorithm, OnPolicySettings, PolicyMethod
+from groundup.alignment.on_policy import STAT, OnPolicyAlgorithm, OnPolicySettings, PolicyMethod, TokenLosses
 from groundup.recipe import setting
-from groundup.training import Batch, Term
+from groundup.training import Batch
 
 
 class GRPOSettings(OnPolicySettings):
@@ -62,29 +61,24 @@ class GRPO(OnPolicyAlgorithm):
         advantages, silent = (part.flatten()[world.rows(self.buffer_rows)] for part in (advantages, silent))
         return batch | {"advantages": advantages, "reference": reference, STAT + "silent_groups": silent.contiguous()}
 
-    def divisors(self, mask: Bool[Tensor, "rows seq"]) -> dict[str, float]:
-        """What the aggregation divides by."""
-        count = losses.aggregate_count(mask, self.settings.aggregation, self.settings.max_tokens)
-        return dict.fromkeys(("policy", "divergence"), count)
+    @property
+    def weights(self) -> dict[str, float]:
+        """L = L_π + β KL, each put together as `settings.aggregation` says."""
+        return {"policy": 1.0, "divergence": self.settings.kl_coef}
 
-    def losses(
-        self, modules: Mapping[str, Any], batch: Batch, mask: Bool[Tensor, "rows seq"]
-    ) -> tuple[losses.TokenStatistics, losses.PolicyLoss, dict[str, Term]]:
+    def token_losses(self, modules: Mapping[str, Any], batch: Batch, mask: losses.Mask) -> TokenLosses:
         """One pass of the policy."""
         settings, old, advantages = self.settings, batch["old"], batch["advantages"][:, None]
         clip, high = settings.clip, settings.clip_high
-        found = modules["model"](
-            batch["ids"][:, :-1], head=losses.logprobs_head(batch["targets"], settings.temperature)
-        )
+        head = losses.logprobs_head(batch["targets"], settings.temperature)
+        found = modules["model"](batch["ids"][:, :-1], head=head)
         if settings.ratio == "answer":
             policy = losses.gspo_policy_loss(found.logprobs, old, advantages, mask, clip=clip, clip_high=high)
         else:
             policy = losses.ppo_policy_loss(found.logprobs, old, advantages, clip=clip, clip_high=high)
         # k3 times the ratio has the gradient of KL(π ‖ π_ref); k3 alone has that of the other direction.
         divergence = losses.kl_estimate(found.logprobs, batch["reference"], "k3", old=old)
-        loss, kl = (losses.aggregate(part, mask, settings.aggregation) for part in (policy.losses, divergence))
-        terms = {"policy": Term(loss, loss.detach()), "divergence": Term(kl, kl.detach(), settings.kl_coef)}
-        return found, policy, terms
+        return found, policy, {"divergence": divergence}
 
 
 class GRPOMethod(PolicyMethod):

@@ -12,18 +12,19 @@ import copy
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
 import xxhash
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from pydantic import model_validator
 from torch import Tensor, nn
 
+from groundup.alignment import losses
 from groundup.alignment.heads import HEAD_FOLDER
 from groundup.alignment.lora import AdapterSettings, adapters_off, merged
-from groundup.alignment.losses import PolicyLoss, TokenStatistics, kl_estimate, logprobs_head, sequence_logprobs
+from groundup.alignment.losses import aggregate, aggregate_count, kl_estimate, logprobs_head, sequence_logprobs
 from groundup.alignment.method import AlignmentMethod, Inputs, reported
 from groundup.alignment.packing import COLUMNS
 from groundup.alignment.reward import Scorer
@@ -45,13 +46,13 @@ from groundup.training.checkpoint import load_weights, weights_of
 from groundup.training.objective import micro_batches
 from groundup.user_code import function_fingerprint, load_function
 
-ROLLOUTS_FILE = "rollouts.jsonl"
 STAT = "stat_"
 """Columns of a buffer that are only reported: a figure of each row, or of the buffer; NaN: none."""
 MOST_GAP, MOST_MEAN_GAP = 1e-4, 0.05
 """Between the engine's log-probabilities and the trainer's: the largest in float32, the mean in bfloat16."""
 PASS_ROWS = 32
 """Of a forward pass without gradients."""
+TokenLosses: TypeAlias = tuple[losses.TokenStatistics, losses.PolicyLoss, dict[str, losses.Tokens]]
 
 
 class AnswerSettings(Section):
@@ -113,7 +114,7 @@ class OnPolicySettings(AlignSettings, AnswerSettings, AdapterSettings, Optimizer
 class OnPolicyAlgorithm:
     """An algorithm: which rows its buffers have, and what is minimized over them (`OnPolicySource`, `Objective`).
 
-    A subclass gives `learn_from`, and `divisors` and `losses`.
+    A subclass gives `learn_from`, `weights` and `token_losses`.
 
     Args:
         inputs: of the stage.
@@ -149,22 +150,28 @@ class OnPolicyAlgorithm:
         """
         raise NotImplementedError
 
-    def divisors(self, mask: Bool[Tensor, "rows seq"]) -> dict[str, float]:
-        """What each of the losses is divided by."""
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the losses by name, in what is minimized: of "policy", and of those beside it."""
         raise NotImplementedError
 
-    def losses(
-        self, modules: Mapping[str, Any], batch: Batch, mask: Bool[Tensor, "rows seq"]
-    ) -> tuple[TokenStatistics, PolicyLoss, dict[str, Term]]:
-        """The policy's pass over a minibatch, its loss by token, and the losses summed."""
+    def token_losses(self, modules: Mapping[str, Any], batch: Batch, mask: losses.Mask) -> TokenLosses:
+        """The policy's pass over a minibatch, its loss, and those beside it, of each token."""
         raise NotImplementedError
 
     # What is minimized
 
+    @property
+    def aggregation(self) -> losses.Aggregation:
+        """How the losses of tokens become one: their mean, unless the settings say otherwise."""
+        return getattr(self.settings, "aggregation", "dapo")
+
     def counts(self, batch: Batch) -> dict[str, float]:
         """Of the losses, tokens of answers, and rows that have a figure."""
         mask = batch["targets"] != IGNORED
-        return {**self.divisors(mask), **dict.fromkeys(("entropy", "clipped"), int(mask.sum())), **stat_counts(batch)}
+        count = aggregate_count(mask, self.aggregation, self.settings.max_tokens)
+        shown = dict.fromkeys(("entropy", "clipped"), int(mask.sum()))
+        return {**dict.fromkeys(self.weights, count), **shown, **stat_counts(batch)}
 
     def terms(self, modules: Mapping[str, Any], batch: Batch) -> dict[str, Term]:
         """The losses, entropy, the share of tokens that are clipped, and the buffer's figures.
@@ -177,7 +184,7 @@ class OnPolicyAlgorithm:
         last = -(-int((batch["targets"] != IGNORED).any(0).nonzero().max() + 1) // COLUMNS) * COLUMNS
         batch = {name: t[:, : last + (name == "ids")] if t.dim() == 2 else t for name, t in batch.items()}
         mask = batch["targets"] != IGNORED
-        found, policy, losses = self.losses(modules, batch, mask)
+        found, policy, others = self.token_losses(modules, batch, mask)
         if modules["model"].training and self._is_first and bool(mask.any()):
             gap = float((found.logprobs.detach() - batch["old"]).abs()[mask].max())
             most = MOST_GAP if modules["model"].compute_dtype == torch.float32 else 0.5
@@ -187,12 +194,15 @@ class OnPolicyAlgorithm:
                     f"{gap:.2g} (at most {most:g}).",
                     "Does the model draw at random in training (dropout)? Set [model] dropout = 0.",
                 )
+        each = {"policy": policy.losses, **others}
+        sums = {name: aggregate(each[name], mask, self.aggregation) for name in self.weights}
+        terms = {name: Term(total, total.detach(), self.weights[name]) for name, total in sums.items()}
         entropy, clipped = found.entropy.where(mask, 0.0).sum(), (policy.is_clipped & mask).sum()
-        return losses | reported(entropy=entropy, clipped=clipped) | stats
+        return terms | reported(entropy=entropy, clipped=clipped) | stats
 
     def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
         """A forward and a backward pass of what is trained."""
-        return self.n_models * pass_flops(config, (math.prod(shape[:-1]), shape[-1]))
+        return self.n_models * pass_flops(config, shape)
 
     # Buffers
 
@@ -312,7 +322,7 @@ class OnPolicyAlgorithm:
         """A few answers, to be read: those of buffers that are made again are replaced."""
         if not self.inputs.world.is_first:
             return
-        path = self.inputs.out / ROLLOUTS_FILE
+        path = self.inputs.out / "rollouts.jsonl"
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
         lines = [line for line in lines if json.loads(line)["step"] < place]
         for prompt, text, reward in zip(prompts[:8], rolled.texts, rewards.tolist(), strict=False):

@@ -22,18 +22,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from groundup.alignment import losses
 from groundup.alignment.lora import freeze, merge
 from groundup.alignment.method import Inputs
-from groundup.alignment.on_policy import PASS_ROWS, STAT, OnPolicyAlgorithm, OnPolicySettings, PolicyMethod
+from groundup.alignment.on_policy import PASS_ROWS, STAT, OnPolicyAlgorithm, OnPolicySettings, PolicyMethod, TokenLosses
 from groundup.model import ModelConfig, Transformer
 from groundup.model.cost import parameter_shapes
 from groundup.recipe import setting
 from groundup.stage import Stage
-from groundup.training import IGNORED, Batch, Term
+from groundup.training import IGNORED, Batch
 from groundup.training.objective import micro_batches
 from groundup.training.optimizers import Shapes
 
@@ -126,13 +126,12 @@ class PPO(OnPolicyAlgorithm):
         ids, value = part["ids"][:, :-1].to(next(modules["model"].parameters()).device), modules["value"]
         return (modules["model"](ids, head=value) if self.settings.shared_trunk else value(ids)).cpu()
 
-    def divisors(self, mask: Bool[Tensor, "rows seq"]) -> dict[str, float]:
-        """Tokens of answers."""
-        return dict.fromkeys(("policy", "value"), int(mask.sum()))
+    @property
+    def weights(self) -> dict[str, float]:
+        """L = L_π + c_V L_V, each a mean over the tokens of answers."""
+        return {"policy": 1.0, "value": self.settings.value_coef}
 
-    def losses(
-        self, modules: Mapping[str, Any], batch: Batch, mask: Bool[Tensor, "rows seq"]
-    ) -> tuple[losses.TokenStatistics, losses.PolicyLoss, dict[str, Term]]:
+    def token_losses(self, modules: Mapping[str, Any], batch: Batch, mask: losses.Mask) -> TokenLosses:
         """One pass of the policy, and one of the value model."""
         settings, ids, value = self.settings, batch["ids"][:, :-1], modules["value"]
         statistics = losses.logprobs_head(batch["targets"], settings.temperature)
@@ -143,12 +142,7 @@ class PPO(OnPolicyAlgorithm):
             found, values = modules["model"](ids, head=statistics), value(ids)
         policy = losses.ppo_policy_loss(found.logprobs, batch["old"], batch["advantages"], clip=settings.clip)
         error = losses.ppo_value_loss(values, batch["values"], batch["returns"], clip=settings.value_clip)
-        loss, value_loss = policy.losses.where(mask, 0.0).sum(), error.where(mask, 0.0).sum()
-        terms = {
-            "policy": Term(loss, loss.detach()),
-            "value": Term(value_loss, value_loss.detach(), settings.value_coef),
-        }
-        return found, policy, terms
+        return found, policy, {"value": error}
 
 
 class PPOMethod(PolicyMethod):

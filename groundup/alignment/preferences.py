@@ -18,7 +18,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -156,7 +156,8 @@ def _preference(data: Any) -> Preference:
     """
     if not isinstance(data, Mapping):
         raise RefusedError(Reason.NO_TEXT, "no object")
-    ranking, sides, is_good = data.get("ranking"), [data.get("chosen"), data.get("rejected")], None
+    ranking, sides = data.get("ranking"), [data.get("chosen"), data.get("rejected")]
+    is_good: bool | None = None
     if isinstance(ranking, list) and ranking:
         said = ranking
     elif sides != [None, None]:
@@ -297,11 +298,6 @@ class PreferenceRows(RecordRows[Encoded]):
     def most_answers(self) -> int:
         """Of one prompt."""
         return max(len(one.texts) for one in self.train)
-
-    def with_reference(self, train: np.ndarray, held_out: np.ndarray) -> None:
-        """Take the reference's log-probabilities of all answers, (preferences, answers) each."""
-        self.train = [replace(one, reference=row) for one, row in zip(self.train, train, strict=True)]
-        self.held_out = [replace(one, reference=row) for one, row in zip(self.held_out, held_out, strict=True)]
 
     def length(self, one: Encoded) -> int:
         """Tokens of all its texts."""

@@ -13,8 +13,8 @@ says how much of it follows the length.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,11 @@ class RewardSettings(PreferenceSettings):
     centering: float = setting(0.0, "weight of (s_i + s_j)², which keeps scores around 0 (0.01 is usual)", ge=0.0)
 
 
+@dataclass(frozen=True)
 class PairwiseRanking:
     """The objective: Bradley-Terry over all pairs of a prompt; `accuracy`, `best` and `worst` (scores) are shown."""
 
-    def __init__(self, settings: RewardSettings) -> None:
-        self.settings = settings
+    settings: RewardSettings
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Prompts."""
@@ -73,7 +73,7 @@ class PairwiseRanking:
 
     def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
         """A forward and a backward pass over each answer; the head's are nothing beside them."""
-        return pass_flops(config, (math.prod(shape[:-1]), shape[-1]))
+        return pass_flops(config, shape)
 
 
 def score_batch(modules: Mapping[str, nn.Module], batch: Batch) -> Float[Tensor, "rows answers"]:
@@ -96,20 +96,17 @@ def ranking_figures(scores: Sequence[Sequence[float]], chosen: Sequence[Encoded]
         chosen: the answers in tokens, the best first.
     """
     lengths = [[len(ids) for ids, _ in one.texts] for one in chosen]
-    right, longer_is_better, longer_scores_higher = [], [], []
-    for own, long in zip(scores, lengths, strict=True):
-        pairs = [*itertools.combinations(range(len(own)), 2)]
-        right.append(np.mean([float(own[i] > own[j]) + 0.5 * float(own[i] == own[j]) for i, j in pairs]))
-        unequal = [(i, j) for i, j in pairs if long[i] != long[j]]
-        longer_is_better += [long[i] > long[j] for i, j in unequal]
-        longer_scores_higher += [(long[i] > long[j]) == (own[i] > own[j]) for i, j in unequal]
+    right, longer = [], []
+    for one in zip(scores, lengths, strict=True):
+        pairs = [*itertools.combinations(zip(*one, strict=True), 2)]  # of (score, length), the better answer's first
+        right.append(np.mean([(better > worse) + 0.5 * (better == worse) for (better, _), (worse, _) in pairs]))
+        longer += [(m > n, (m > n) == (better > worse)) for (better, m), (worse, n) in pairs if m != n]
     figures = share_with_error("pair_accuracy", np.array(right))
     both = np.array([[*itertools.chain.from_iterable(part)] for part in (scores, lengths)])
     if both.std(axis=1).min() > 0:
         figures["length_correlation"] = float(np.corrcoef(both)[0, 1])
-    if longer_is_better:
-        figures["longer_preferred"] = float(np.mean(longer_is_better))
-        figures["longer_scored_higher"] = float(np.mean(longer_scores_higher))
+    if longer:
+        figures["longer_preferred"], figures["longer_scored_higher"] = np.mean(longer, axis=0).tolist()
     return figures
 
 
