@@ -88,7 +88,6 @@ def compare(folder: Path, place: Path, name: str, arguments: argparse.Namespace)
     if all(len(item.choices) == 1 for item in items):
         asked = {"continuation": "{{ choices[0] }}"}
     benchmark = Benchmark(name=name, kind="choice", files=f"{name}.jsonl", context="{{ context }}", **asked)
-    same = read_items(benchmark, place)
     task = task_file(benchmark, place, place)
     manager = TaskManager(include_path=str(place), include_defaults=False)
     loaded = load(folder)
@@ -100,7 +99,7 @@ def compare(folder: Path, place: Path, name: str, arguments: argparse.Namespace)
     found: dict[str, Any] = {}
 
     def ours() -> None:
-        found["groundup"] = measure(loaded.model, tokenizer, benchmark, same)
+        found["groundup"] = measure(loaded.model, tokenizer, benchmark, read_items(benchmark, place))
 
     def harness() -> None:
         found["lm_eval"] = lm_eval.simple_evaluate(

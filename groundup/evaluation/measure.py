@@ -23,7 +23,7 @@ import numpy as np
 
 from groundup.errors import ArtifactError, DataError
 from groundup.evaluation.benchmarks import Benchmark, EvaluationTask, GenerationTask, Item, Reply
-from groundup.evaluation.likelihood import encode_pair, score_ids
+from groundup.evaluation.likelihood import encode_pairs, score_ids
 from groundup.evaluation.metrics import (
     FEWEST_UNITS,
     Estimate,
@@ -115,17 +115,18 @@ def asked_ids(tokenizer: Tokenizer, context: str, *, is_chat: bool) -> list[int]
 def _choices(
     model: Transformer, tokenizer: Tokenizer, task: Benchmark, items: Sequence[Item], *, is_chat: bool
 ) -> list[Record]:
-    chat_prompt = functools.cache(partial(asked_ids, tokenizer, is_chat=True))
-
-    def encoded(context: str, choice: str) -> tuple[list[int], list[int]]:
-        if not (is_chat and context):  # a sentence of a minimal pair answers nobody
-            return encode_pair(tokenizer, context, choice)
-        return chat_prompt(context), tokenizer.encode(choice.removeprefix(task.delimiter)) or [tokenizer.end_of_text_id]
-
-    pairs = [pair for item in items for pair in item.pairs]
     before = task.unconditional
     free = list(dict.fromkeys((before, choice) for item in items for choice in item.choices)) if before else []
-    scored = score_ids(model, [encoded(*pair) for pair in pairs + free])
+    pairs = [pair for item in items for pair in item.pairs]
+    requests = encode_pairs(tokenizer, pairs + free)
+    if is_chat:  # but for a sentence of a minimal pair, which answers nobody
+        prompt = functools.cache(partial(asked_ids, tokenizer, is_chat=True))
+        answers = tokenizer.encode_batch([choice.removeprefix(task.delimiter) for _, choice in pairs + free])
+        requests = [
+            (prompt(context), answer or [tokenizer.end_of_text_id]) if context else plain
+            for (context, _), answer, plain in zip(pairs + free, answers, requests, strict=True)
+        ]
+    scored = score_ids(model, requests)
     told, without = iter(scored), dict(zip(free, scored[len(pairs) :], strict=True))
     records = []
     for item in items:
