@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
 import xxhash
 
@@ -149,22 +149,11 @@ def generate_tasks(n: int, seed: int, kinds: Sequence[str] = KINDS) -> list[Task
     return ordered
 
 
-class _Asked(Protocol):
-    @property
-    def prompt(self) -> str: ...
-
-
-AnyAsked = TypeVar("AnyAsked", bound=_Asked)
-
-
-def take(
-    source: Iterator[AnyAsked], goal: int, found: dict[str, AnyAsked],
-    is_refused: Callable[[str], bool] = lambda prompt: False,
-) -> bool:  # fmt: skip
+def take(source: Iterator[Any], goal: int, found: dict[str, Any], refused: Callable[[str], bool] | None = None) -> bool:
     """Add questions with new prompts, until there are `goal` in all; whether there were so many."""
     repeats = 0
     while len(found) < goal and repeats < _MOST_REPEATS and (one := next(source, None)) is not None:
-        is_new = one.prompt not in found and not is_refused(one.prompt)
+        is_new = one.prompt not in found and not (refused and refused(one.prompt))
         repeats = 0 if is_new else repeats + 1
         if is_new:
             found[one.prompt] = one
