@@ -24,15 +24,7 @@ import numpy as np
 from groundup.errors import ArtifactError, DataError
 from groundup.evaluation.benchmarks import Benchmark, EvaluationTask, GenerationTask, Item, Kind, Reply
 from groundup.evaluation.likelihood import encode_pairs, score_ids
-from groundup.evaluation.metrics import (
-    FEWEST_UNITS,
-    Estimate,
-    mean,
-    ratio_estimate,
-    score_windows,
-    share,
-    text_units,
-)
+from groundup.evaluation.metrics import FEWEST_UNITS, Estimate, mean, ratio_estimate, score_windows, share, text_units
 from groundup.evaluation.text_metrics import ROUGE
 from groundup.files import write_text
 from groundup.generation import SamplingParams, generate_batch

@@ -98,15 +98,7 @@ def compare(recipe: Recipe, run: Run) -> dict[str, Any]:
             if was is None and stage.name in starts.values():
                 continue  # it is shown as what another one started from
             label = f"{_label(metric)}, {stage.name}" + (" (control)" if stage.is_control else "")
-            rows.append(
-                {
-                    "key": metric,
-                    "model": stage.name,
-                    "label": label,
-                    "before": was,
-                    "after": value,
-                }
-            )
+            rows.append({"key": metric, "model": stage.name, "label": label, "before": was, "after": value})
     shown = default_model(recipe, to_chat=True)[0] if models else ""
     before, after = (_by_kind(scores.get(name, _NOTHING)) for name in (starts.get(shown, ""), shown))
     return {
