@@ -137,14 +137,14 @@ def _families(
         n_continuation = min(len(continuation), len(kept) - 1)
         grouped[tuple(kept[:-n_continuation])].append((place, kept[-n_continuation:]))
     families: dict[tuple[int, ...], list[tuple[int, ...]]] = defaultdict(list)
-    for context in grouped:
-        families[context[:_WORTH_SHARING] if len(context) > _WORTH_SHARING else ()].append(context)
+    for key in grouped:
+        families[key[:_WORTH_SHARING] if len(key) > _WORTH_SHARING else ()].append(key)
     for begin in [begin for begin, family in families.items() if begin and len(family) == 1]:
         families[()] += families.pop(begin)  # who shares nothing is batched with the others of that kind
     for begin, family in families.items():
         # Each keeps a token of its own.
         n = min(_common(min(family), max(family)), min(map(len, family)) - 1) if begin else 0
-        yield list(family[0][:n]), [_Tree.of(context[n:], grouped[context]) for context in family]
+        yield list(family[0][:n]), [_Tree.of(key[n:], grouped[key]) for key in family]
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
