@@ -397,14 +397,15 @@ class AnswersMethod(AlignmentMethod):
 
     def given(self, context: Context) -> dict[str, Any]:
         """A reward model that another stage makes, and what stands for the weights of model and reward."""
-        stage, name = context.stage, context.stage.settings.reward
+        stage, name, given = context.stage, context.stage.settings.reward, super().given(context)
         started = [model_digest(stage.outside_start or context.run.folder(stage.settings.start) / "model")]
-        if name not in stage.recipe.branches:
+        if name in stage.recipe.branches:
+            folder = context.run.folder(name)
+            started += [model_digest(folder / "model"), *map(file_digest, sorted((folder / HEAD_FOLDER).iterdir()))]
+            given["reward"] = Scorer.load(folder)
+        else:
             started.append(VERIFY if name == VERIFY else function_fingerprint(name, _where(stage)))
-            return {"start": value_digest(started)}
-        folder = context.run.folder(name)
-        started += [model_digest(folder / "model"), *map(file_digest, sorted((folder / HEAD_FOLDER).iterdir()))]
-        return {"start": value_digest(started), "reward": Scorer.load(folder)}
+        return {**given, "start": value_digest(started)}
 
     def prompts_and_reward(
         self, inputs: Inputs, prompts: Prompts | None, reward: FunctionReward | nn.Module | None
