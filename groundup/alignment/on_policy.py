@@ -346,7 +346,7 @@ def scores_of(
         return torch.tensor(reward(prompts, rolled.texts), dtype=torch.float32)
     lengths = rolled.ids.shape[1] - rolled.is_answer.flip(1).int().argmax(1)
     device = next(reward.parameters()).device
-    pairs = zip(rolled.ids.split(PASS_ROWS), lengths.split(PASS_ROWS), strict=True)
+    pairs = zip(*(torch.split(part, PASS_ROWS) for part in (rolled.ids, lengths)), strict=True)
     return torch.cat([reward(ids.to(device), n.to(device)).float().cpu() for ids, n in pairs])
 
 
