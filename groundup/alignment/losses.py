@@ -77,7 +77,7 @@ def logprobs_head(
         n_slice = max(1, SLICE_BYTES // (4 * output.weight.shape[0]))
         slices = [*zip(*(torch.split(part[where], n_slice) for part in (hidden, targets)), strict=True)]
         make = piece if len(slices) == 1 else functools.partial(checkpoint, piece, use_reentrant=False)
-        found = zip(*(make(*one, output) for one in slices), strict=True)
+        found = zip(*(make(part, wanted, output) for part, wanted in slices), strict=True)
         empty = torch.zeros(targets.shape, device=hidden.device)
         return TokenStatistics(*(empty.index_put(where, torch.cat(values)) for values in found))
 
