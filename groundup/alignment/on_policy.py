@@ -346,7 +346,7 @@ def scores_of(
         return torch.tensor(reward(prompts, rolled.texts), dtype=torch.float32)
     lengths = rolled.ids.shape[1] - rolled.is_answer.flip(1).int().argmax(1)
     device = next(reward.parameters()).device
-    pairs = zip(rolled.ids.split(PASS_ROWS), lengths.split(PASS_ROWS), strict=True)
+    pairs = zip(*(torch.split(part, PASS_ROWS) for part in (rolled.ids, lengths)), strict=True)
     return torch.cat([reward(ids.to(device), n.to(device)).float().cpu() for ids, n in pairs])
 
 
@@ -397,14 +397,15 @@ class AnswersMethod(AlignmentMethod):
 
     def given(self, context: Context) -> dict[str, Any]:
         """A reward model that another stage makes, and what stands for the weights of model and reward."""
-        stage, name = context.stage, context.stage.settings.reward
+        stage, name, given = context.stage, context.stage.settings.reward, super().given(context)
         started = [model_digest(stage.outside_start or context.run.folder(stage.settings.start) / "model")]
-        if name not in stage.recipe.branches:
+        if name in stage.recipe.branches:
+            folder = context.run.folder(name)
+            started += [model_digest(folder / "model"), *map(file_digest, sorted((folder / HEAD_FOLDER).iterdir()))]
+            given["reward"] = Scorer.load(folder)
+        else:
             started.append(VERIFY if name == VERIFY else function_fingerprint(name, _where(stage)))
-            return {"start": value_digest(started)}
-        folder = context.run.folder(name)
-        started += [model_digest(folder / "model"), *map(file_digest, sorted((folder / HEAD_FOLDER).iterdir()))]
-        return {"start": value_digest(started), "reward": Scorer.load(folder)}
+        return {**given, "start": value_digest(started)}
 
     def prompts_and_reward(
         self, inputs: Inputs, prompts: Prompts | None, reward: FunctionReward | nn.Module | None

@@ -7,29 +7,26 @@ prompt become conversations, on which the model is fine-tuned as on any other (`
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pydantic import model_validator
 from torch import nn
 
 from groundup.alignment.conversations import Conversations
-from groundup.alignment.method import AlignmentMethod, Inputs, in_words
+from groundup.alignment.method import Inputs
 from groundup.alignment.on_policy import AnswerSettings, AnswersMethod, answer_seed, scores_of
 from groundup.alignment.rewards import FunctionReward, Prompt, Prompts
-from groundup.alignment.sft import SFTSettings, SupervisedFineTuning, fine_tune
+from groundup.alignment.sft import SFTSettings, SupervisedFineTuning
 from groundup.errors import DataError
 from groundup.files import own_folder, value_digest, write_text
 from groundup.generation import Engine, SamplingParams
 from groundup.generation.rollouts import roll_out
 from groundup.recipe import setting
-from groundup.stage import Context, Shown, Stage
 from groundup.tokenizer import Message
-from groundup.training import TrainedModel
-from groundup.training.precision import choose_precision
+from groundup.training import TrainedModel, choose_precision
 
 _AT_ONCE = 256
 
@@ -61,8 +58,8 @@ class RejectionMethod(AnswersMethod, SupervisedFineTuning):
         ("answers written", "{answers:,}"),
         ("of them good", "{answers_good:,}"),
         ("prompts solved", "{prompts_solved:,}"),
+        *SupervisedFineTuning.facts,
     )
-    work = AlignmentMethod.work
 
     def run(
         self, inputs: Inputs, *, prompts: Prompts | None = None, reward: FunctionReward | nn.Module | None = None,
@@ -93,29 +90,15 @@ class RejectionMethod(AnswersMethod, SupervisedFineTuning):
                 f"{held_out['written']:,} to held-out prompts {len(held_out['messages'])}: nothing to learn from.",
                 f"Lower least = {settings.least:g}, or start from a model that is right now and then.",
             )
-        done = fine_tune(
-            inputs.model, tokenizer, settings, out=out, seed=inputs.seed, name=inputs.name, world=world,
-            conversations=Conversations(train["messages"], held_out["messages"], {}), console=inputs.console, **options,
-        )  # fmt: skip
+        learned = Conversations(train["messages"], held_out["messages"], {})
+        done = super().run(inputs, conversations=learned, **options)
         done.summary.update(answers=train["written"], answers_good=train["good"], prompts_solved=train["solved"])
         return done
-
-    def given(self, context: Context) -> dict[str, Any]:
-        """Text to replay, and how long to train, as of fine-tuning."""
-        shards = context.run.folder("shards") if "shards" in context.stage.needs else None
-        options = {"replay_shards": shards, "flops": context.compute(), "verify": context.recipe.verify}
-        return super().given(context) | options
 
     def quick(self, settings: Any) -> Any:
         """Few prompts."""
         less = {"prompts": min(settings.prompts, 64), "samples": 2, "keep": 1}
         return super().quick(settings).model_copy(update=less)
-
-    def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:
-        """Answers, and the fine-tuning on them."""
-        tuned = super().shown(stage, summary)
-        counts = [(label, in_words(summary, form)) for label, form in self.facts]
-        return dataclasses.replace(tuned, title=self.title, facts=[*counts, *tuned.facts])
 
 
 def _good_answers(
