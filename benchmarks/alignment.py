@@ -28,7 +28,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 SIZES: dict[str, dict[str, int]] = {
@@ -261,7 +260,8 @@ def groundup_step(what: dict[str, Any]) -> Step:
             add_adapters(policy, lora)
     else:
         settings = GRPOSettings(rollouts=ROWS, batch_size=ROWS, aggregation="dapo", max_tokens=MAX_TOKENS, lr=1e-6)
-        objective = GRPO(settings, SimpleNamespace(is_first=False))  # type: ignore[arg-type]
+        objective = GRPO.__new__(GRPO)  # its losses alone, without prompts to answer
+        objective.settings = settings
         old = logprobs(policy)[:, 0]
         batch = {"ids": ids[:, 0], "targets": targets[:, 0], "old": old, "reference": old, "advantages": advantages()}
     policy.train()

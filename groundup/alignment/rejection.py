@@ -8,7 +8,7 @@ prompt become conversations, on which the model is fine-tuned as on any other (`
 from __future__ import annotations
 
 import json
-import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -26,6 +26,7 @@ from groundup.generation import Engine, SamplingParams
 from groundup.generation.rollouts import roll_out
 from groundup.recipe import setting
 from groundup.stage import Context
+from groundup.tokenizer import Message
 from groundup.training import TrainedModel
 from groundup.training.precision import choose_precision
 
@@ -104,9 +105,8 @@ class RejectionMethod(AnswersMethod, SupervisedFineTuning):
 
     def quick(self, settings: Any) -> Any:
         """Few prompts."""
-        return (
-            super().quick(settings).model_copy(update={"prompts": min(settings.prompts, 64), "samples": 2, "keep": 1})
-        )
+        less = {"prompts": min(settings.prompts, 64), "samples": 2, "keep": 1}
+        return super().quick(settings).model_copy(update=less)
 
 
 def _good_answers(
@@ -120,8 +120,7 @@ def _good_answers(
     width = max(len(prompt.ids) for prompt in prompts) + settings.max_tokens
     params = SamplingParams(temperature=settings.temperature, max_tokens=settings.max_tokens)
     engine = Engine(inputs.model.to(world.device), tokenizer, slots=64, dtype=dtype)
-    found: dict[int, list[tuple[float, str]]] = {}
-    good = 0
+    good: dict[int, list[tuple[float, str]]] = defaultdict(list)  # rewards and answers, by the prompt's number
     with inputs.console.bar(what, len(todo)) as bar:
         for first in range(0, len(todo), _AT_ONCE * world.size):
             chunk = todo[first : first + _AT_ONCE * world.size]
@@ -130,22 +129,21 @@ def _good_answers(
             asked = [prompts[number] for number, _ in own]
             seeds = [answer_seed(inputs.seed, what, number, sample) for number, sample in own]
             rolled = roll_out(engine, [prompt.ids for prompt in asked], params, seeds, width=width)
-            rewards = world.gather(scores_of(reward, asked, rolled)).tolist()
-            answers = world.gather(rolled.ids.where(rolled.is_answer, -1)).tolist()
-            ended = world.gather(rolled.is_ended.int()).tolist()
-            for (number, _), value, ids, has_end in zip(dict.fromkeys(chunk), rewards, answers, ended, strict=False):
-                if has_end and not math.isnan(value) and value >= settings.least:
-                    text = tokenizer.decode([token for token in ids if token >= 0][:-1])
-                    found.setdefault(number, []).append((value, text))
-                    good += 1
+            answers = rolled.ids.where(rolled.is_answer & rolled.is_ended[:, None], -1)  # none of those without an end
+            gathered = (world.gather(part).tolist() for part in (scores_of(reward, asked, rolled), answers))
+            for (number, _), value, ids in zip(dict.fromkeys(chunk), *gathered, strict=False):
+                written = [token for token in ids if token >= 0]
+                if written and value >= settings.least:  # NaN, a reward that failed, is not
+                    good[number].append((value, tokenizer.decode(written[:-1])))
             bar.update(min(len(todo), first + len(chunk)))
-        bar.finish(f"{good:,} of {len(todo):,} answers are good, to {len(found):,} of {len(prompts):,} prompts")
+        n_good = sum(map(len, good.values()))
+        bar.finish(f"{n_good:,} of {len(todo):,} answers are good, to {len(good):,} of {len(prompts):,} prompts")
     messages = []
-    for number, answers_of in sorted(found.items()):
+    for number, answers_of in sorted(good.items()):
         best = dict.fromkeys(text for _, text in sorted(answers_of, key=lambda one: -one[0]))
-        chosen = list(best)[: settings.keep]
-        messages += [[*prompts[number].messages, {"role": "assistant", "content": text}] for text in chosen]
-    return {"messages": messages, "written": len(todo), "good": good, "solved": len(found)}
+        chosen: list[Message] = [{"role": "assistant", "content": text} for text in [*best][: settings.keep]]
+        messages += [[*prompts[number].messages, answer] for answer in chosen]
+    return {"messages": messages, "written": len(todo), "good": n_good, "solved": len(good)}
 
 
 REJECTION = RejectionMethod()
