@@ -149,7 +149,7 @@ class AlignmentMethod(Method):
             start: what stands for the weights it begins with: a checkpoint of another start is not gone on from.
             world: the processes to train on (default: those of `torchrun`, or this one).
             console: where progress is shown.
-            given: see the method's `job`.
+            given: what else the method's `job` takes, or its `run`.
 
         Raises:
             DataError: nothing to learn from.
