@@ -22,6 +22,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+COMMANDS = {"demo_full": "demo.py --recipe demo-full --seeds 1 2 3"}
+"""Of results that are not written by the script of their name alone."""
 FIGURE = re.compile(r"(<!-- figure: (\w+) ([^>]+?) (\S+) -->).*?<!-- end -->")
 
 
@@ -68,11 +70,12 @@ def table(name: str) -> str:
         return f"Not measured yet: `python benchmarks/{name}.py`."
     result = read(name)
     machine, shown = result["environment"], TABLES[name](result)
+    script = f"`benchmarks/{COMMANDS.get(name, f'{name}.py')}`"
     if "measured on" in shown:  # each row has its machine
-        return f"{shown}\n\n`benchmarks/{name}.py`."
+        return f"{shown}\n\n{script}."
     where = f"{machine['cores']} cores of an {machine['cpu']}, {result['date']}"
     spread = "; median (least … most) of n" if " … " in shown else ""
-    return f"{shown}\n\n`benchmarks/{name}.py`, {where}{spread}."
+    return f"{shown}\n\n{script}, {where}{spread}."
 
 
 def rows_of(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -106,11 +109,13 @@ def demo(result: dict[str, Any]) -> str:
 
 def demo_full(result: dict[str, Any]) -> str:
     """Means over seeds with 95 % intervals, the controls beside what they control."""
-    cells = {(named(row), row["model"]): over_seeds(row) for row in result["table"]}
+    of_training = ("val_loss", "val_bits_per_byte", "val_accuracy", "final_loss", "length_correlation")
+    rows = [row for row in result["table"] if row["key"] not in of_training]
+    cells = {(named(row), row["model"]): over_seeds(row) for row in rows}
     minutes = ", ".join(f"{run['seconds'] / 60:.1f}" for run in result["runs"])
     gates = [gate for run in result["runs"] for gate in run["gates"]]
     lines = (
-        f"Means of {len(result['runs'])} seeds, 95 % interval of Student's t; {minutes} minutes; "
+        f"Means of {len(result['runs'])} seeds, 95 % interval of Student's t; {minutes} minutes beside other work; "
         f"{sum(gate['passed'] for gate in gates)} of {len(gates)} gates held."
     )
     return f"{across('mean over seeds', cells)}\n\n{lines}"
@@ -127,7 +132,7 @@ def across(corner: str, cells: dict[tuple[str, str], str]) -> str:
 
 def named(row: dict[str, Any]) -> str:
     """A figure's name, without its model."""
-    return str(row["label"]).removesuffix(f", {row['model']}")
+    return str(row["label"]).removesuffix(f", {row['model']}").replace("_", " ")
 
 
 def with_error(row: dict[str, Any]) -> str:

@@ -46,9 +46,12 @@ class KeyValueStore(Protocol):
     ) -> tuple[
         Float[Tensor, "batch kv_heads length head_dim"],
         Float[Tensor, "batch kv_heads length head_dim"],
-        Int[Tensor, "batch length"] | None,
+        Int[Tensor, "batch *seq length"] | None,
     ]:
-        """Store keys and values at each row's positions; return those stored, and their positions (None: 0, 1, …)."""
+        """Store keys and values at each row's positions; return those stored, and their positions (None: 0, 1, …).
+
+        Positions may differ from query to query: a key that stands beyond a query is hidden from it.
+        """
         ...
 
 
@@ -60,7 +63,7 @@ class Cached:
     positions: Int[Tensor, "batch seq"]  # of this call's tokens
     _biases: dict[tuple[AttentionRule, int], Tensor] = field(default_factory=dict)
 
-    def bias(self, rule: AttentionRule, length: int, where: Int[Tensor, "batch length"] | None = None) -> Bias:
+    def bias(self, rule: AttentionRule, length: int, where: Int[Tensor, "batch *seq length"] | None = None) -> Bias:
         """The bias of queries at `positions` over so many keys, at these positions (None: 0, 1, …).
 
         It is made once for all layers with the rule.
