@@ -209,6 +209,7 @@ def test_real_pairs(tmp_path: Path, shared_data: Path) -> None:
         ({"gamma": 1.0}, "gamma: not of"),
         ({"loss": "robust"}, "needs label_smoothing"),
         ({"loss": "ipo", "label_smoothing": 0.1, "desirable_weight": 2.0}, "label_smoothing, desirable_weight"),
+        ({"loss": "kto", "nll_weight": 0.5}, "nll_weight: not of loss"),
         ({"z_loss": 1e-4}, "z_loss"),
         ({"beta": 0.0}, "greater than 0"),
         ({"loss": "dpp"}, "dpp"),

@@ -206,19 +206,14 @@ def classification_figures(probabilities: Float[np.ndarray, "texts labels"], tru
 
 @dataclass(frozen=True)
 class Classifier:
-    """A finished classifier.
-
-    Attributes:
-        model, tokenizer, head: its parts.
-        labels: in the order of its outputs.
-        held_out: its "accuracy" on texts that it did not learn, their number "accuracy_n", and what the most frequent
-            label gets right of them, "majority_accuracy"; empty where nobody wrote it down.
-    """
+    """A finished classifier."""
 
     model: Transformer
     tokenizer: Tokenizer
     head: Head
-    labels: list[str]
+    labels: list[str]  # in the order of its outputs
+    # Its "accuracy" on texts that it did not learn, their number "accuracy_n", and what the most frequent label gets
+    # right of them, "majority_accuracy"; empty where nobody wrote it down
     held_out: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod

@@ -86,13 +86,9 @@ class DistillSettings(AlignSettings, OptimizerSettings):
 
 @dataclass(frozen=True)
 class Distillation:
-    """KL(teacher ‖ student) at every position that has a target, in nats.
+    """KL(teacher ‖ student) at every position that has a target, in nats."""
 
-    Attributes:
-        teacher: its shape, for the FLOPs of its passes.
-    """
-
-    teacher: ModelConfig
+    teacher: ModelConfig  # for the FLOPs of its passes
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Positions that have a target."""

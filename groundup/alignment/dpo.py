@@ -68,6 +68,7 @@ class DPOSettings(PreferenceSettings):
         said = self.model_fields_set
         owners = {"label_smoothing": ("dpo", "robust"), "gamma": ("simpo",), "desirable_weight": ("kto",)}
         wrong = [name for name, owner in owners.items() if name in said and self.loss not in owner]
+        wrong += ["nll_weight"] if self.loss == "kto" and self.nll_weight else []
         if wrong:
             raise ValueError(f'{", ".join(wrong)}: not of loss = "{self.loss}": leave unset')
         if self.loss == "robust" and not self.label_smoothing:
@@ -84,7 +85,7 @@ class PreferenceLoss:
 
     def __init__(self, settings: DPOSettings) -> None:
         self.settings = settings
-        self.nll_weight = 0.0 if settings.loss == "kto" else settings.nll_weight + (settings.loss == "orpo")
+        self.nll_weight = settings.nll_weight + (settings.loss == "orpo")
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Pairs or answers; the tokens of the chosen ones."""

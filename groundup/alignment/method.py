@@ -35,14 +35,10 @@ Item = TypeVar("Item")
 
 
 class RecordsSettings(AlignSettings, AdapterSettings, OptimizerSettings):
-    """What every stage can be told that learns from records of a file, each of them a row.
-
-    Attributes:
-        without: settings of the next token's loss that its own loss has no use for.
-    """
+    """What every stage can be told that learns from records of a file, each of them a row."""
 
     rates_follow_size: ClassVar[bool] = False
-    without: ClassVar[tuple[str, ...]] = ("z_loss",)
+    without: ClassVar[tuple[str, ...]] = ("z_loss",)  # of the next token's loss, for which its own has no use
 
     limit: int | None = setting(None, "most records to learn from (unset: all)", ge=1)
     epochs: float = setting(1.0, "passes over them", gt=0.0, le=1000.0)
@@ -91,21 +87,14 @@ class Inputs:
 
 
 class AlignmentMethod(Method):
-    """A method that starts from a model; a subclass gives its `settings`, its `job`, and what differs.
-
-    Attributes:
-        name: of the stage where none is given.
-        row_sequences: texts in a row, each as long as the context at most: two where a row is a pair.
-        is_chat: it needs a tokenizer that can lay out conversations.
-        reads: the setting that names its files.
-        title, facts, lines, curves: what the report shows; facts and lines are templates of the summary's figures.
-    """
+    """A method that starts from a model; a subclass gives its `settings`, its `job`, and what differs."""
 
     trains = True
-    name: ClassVar[str] = ""
-    row_sequences: ClassVar[int] = 1
-    is_chat: ClassVar[bool] = True
-    reads: ClassVar[str] = "data"
+    name: ClassVar[str] = ""  # of the stage where none is given
+    row_sequences: ClassVar[int] = 1  # texts in a row, each as long as the context at most: two where a row is a pair
+    is_chat: ClassVar[bool] = True  # it needs a tokenizer that can lay out conversations
+    reads: ClassVar[str] = "data"  # the setting that names its files
+    # What the report shows; facts and lines are templates of the summary's figures
     title: ClassVar[str] = ""
     facts: ClassVar[tuple[tuple[str, str], ...]] = ()
     lines: ClassVar[tuple[str, ...]] = ()
@@ -160,7 +149,7 @@ class AlignmentMethod(Method):
             start: what stands for the weights it begins with: a checkpoint of another start is not gone on from.
             world: the processes to train on (default: those of `torchrun`, or this one).
             console: where progress is shown.
-            given: see the method's `job`.
+            given: what else the method's `job` takes, or its `run`.
 
         Raises:
             DataError: nothing to learn from.
@@ -293,16 +282,11 @@ def share_with_error(name: str, values: np.ndarray) -> dict[str, float]:
 
 
 class RecordRows(Generic[Item]):
-    """Rows of encoded records, each a pure function of (seed, place).
-
-    Attributes:
-        train, held_out: the records.
-        seed: of the order.
-    """
+    """Rows of encoded records, each a pure function of (seed, place)."""
 
     train: list[Item]
     held_out: list[Item]
-    seed: int
+    seed: int  # of the order
 
     def lay_out(self, chosen: Sequence[Any], n_rows: int | None = None) -> Batch:
         """Records, or what `into_rows` makes of them, as a batch, with empty rows up to `n_rows`."""
