@@ -2,8 +2,7 @@
 
 Both score the same folder in float32, in this process, one after the other in every round; log-likelihoods have to
 agree before a time counts. Models have random weights: what they answer costs as much as what a trained one does. Needs
-the extra `harness` and a folder with the benchmarks' files. With 48 items and 3 rounds 14M takes about three minutes on
-two cores, with 16 items and 2 rounds 124M about five.
+the extra `harness` and a folder with the benchmarks' files; 124M needs 12 GiB for the harness's logits.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import lm_eval
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from record import spread, write_result
+from record import RESULTS, spread, write_result
 
 import groundup as gu
 from groundup.corpus import read as read_corpus
@@ -76,6 +75,9 @@ def main() -> None:
                     f"| {shape} | {name} | {row['ratio']['median']:.2f}× | {row['cpu_ratio']['median']:.2f}× |",
                     flush=True,
                 )
+    known = RESULTS / "evaluation.json"  # another size may be measured by another call
+    before = json.loads(known.read_text(encoding="utf-8"))["rows"] if known.is_file() else []
+    rows = [*{(row["shape"], row["task"]): row for row in [*before, *rows]}.values()]
     given = {name: value for name, value in vars(arguments).items() if name != "data"}
     write_result("evaluation", {**given, "n": arguments.rounds, "lm_eval": lm_eval.__version__, "rows": rows})
 

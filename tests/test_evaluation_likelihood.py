@@ -115,6 +115,9 @@ def test_what_is_shared_is_computed_once(monkeypatch: pytest.MonkeyPatch, tokeni
     )
     assert batches == [[20 + 2 + 2, 10 + 1]]
     batches.clear()
+    score_ids(model, [(other, [n, n, n]) for n in range(200)])  # 400 tokens behind one context
+    assert [length for lengths in batches for length in lengths] == [10 + 128] * 3 + [10 + 16]
+    batches.clear()
     monkeypatch.setattr("groundup.evaluation.likelihood._batch_tokens", lambda model: 4096)
     log_likelihoods(model, tokenizer, [(f"{word} " * 40, " mat") for word in WORDS])
     assert [len(lengths) for lengths in batches] == [len(WORDS)]  # long contexts that share nothing are one batch

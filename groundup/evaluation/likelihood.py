@@ -12,6 +12,8 @@ positions are computed that are asked for.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -63,7 +65,7 @@ def score_ids(model: Transformer, requests: Sequence[tuple[list[int], list[int]]
     model.eval()
     found: dict[int, Likelihood] = {}
     n_tokens = _batch_tokens(model)
-    for prefix, trees in _families(requests, model.config.context_length):
+    for prefix, trees in _families(requests, model.config.context_length, n_tokens // _ROWS):
         before = _read(model, prefix) if prefix else None
         for rows in _batches(trees, n_tokens):
             found |= _score(model, before, rows)
@@ -106,9 +108,9 @@ class _Tree:
 
     @classmethod
     def of(cls, context: Sequence[int], continuations: Sequence[tuple[int, list[int]]]) -> _Tree:
-        """The tree of a context, and of continuations by the number of their pair."""
+        """The tree of a context, and of sorted continuations with the number of their pair."""
         found, path = cls([], [], [], []), list[int]()  # from the root to the token that was put in last
-        for place, continuation in sorted(continuations, key=lambda one: one[1]):
+        for place, continuation in continuations:
             told = [*context, *continuation[:-1]]
             shared = _common(told, [found.ids[index] for index in path])
             for index in path[shared:]:
@@ -127,8 +129,18 @@ class _Tree:
         return self.depths[-1] == len(self.ids) - 1
 
 
+def _trees(context: Sequence[int], continuations: Sequence[tuple[int, list[int]]], room: int) -> Iterator[_Tree]:
+    """One; of very many continuations several, for each token of a row is held against all others."""
+    left = sorted(continuations, key=lambda one: one[1])
+    while left:
+        sizes = [*itertools.accumulate(len(ids) - 1 for _, ids in left)]
+        n = max(1, bisect.bisect(sizes, max(room, len(context))))
+        yield _Tree.of(context, left[:n])
+        left = left[n:]
+
+
 def _families(
-    requests: Sequence[tuple[list[int], list[int]]], context_length: int
+    requests: Sequence[tuple[list[int], list[int]]], context_length: int, room: int
 ) -> Iterator[tuple[list[int], list[_Tree]]]:
     """(what all of some contexts begin with, trees without it)."""
     grouped: dict[tuple[int, ...], list[tuple[int, list[int]]]] = defaultdict(list)
@@ -144,7 +156,7 @@ def _families(
     for begin, family in families.items():
         # Each keeps a token of its own.
         n = min(_common(min(family), max(family)), min(map(len, family)) - 1) if begin else 0
-        yield list(family[0][:n]), [_Tree.of(key[n:], grouped[key]) for key in family]
+        yield list(family[0][:n]), [tree for key in family for tree in _trees(key[n:], grouped[key], room)]
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
