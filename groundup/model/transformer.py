@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from groundup.model.attention import Attention, AttentionMask, Cached, KeyValueStore, capped
 from groundup.model.config import ModelConfig
 from groundup.model.cost import count_parameters
+from groundup.model.documents import plan_documents
 from groundup.model.experts import Experts
 from groundup.model.feedforward import make_feedforward
 from groundup.model.flex import plan_attention
@@ -160,8 +161,8 @@ class Transformer(nn.Module):
             ids: token ids, int64.
             positions: each token's position in its row or document (default 0, 1, 2, …). With a cache, rows may
                 differ.
-            documents: which document of its row each token belongs to, where rows hold several; a token attends to its
-                own only. Not with a cache.
+            documents: which document of its row each token belongs to, where rows hold several, each in one piece; a
+                token attends to its own only. Not with a cache.
             cache: keys and values of earlier calls; each query attends to the cached positions up to its own.
             head: computes the result from the last hidden states (batch, seq, d_model) and the output layer instead
                 of logits: a loss that never holds all logits, for instance.
@@ -232,6 +233,8 @@ class Transformer(nn.Module):
                 masks[rule] = plan_attention(
                     rule, seq, where.device, softcap=softcap, positions=positions, documents=documents
                 )
+            elif documents is not None and softcap is None and not rule.alibi_heads:
+                masks[rule] = plan_documents(documents, rule, self.config.n_heads, self.compute_dtype)
             elif not is_plain:
                 both = None if documents is None else (documents, documents)
                 masks[rule] = attention_bias(rule, where, where, self.compute_dtype, both)
