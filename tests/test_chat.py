@@ -196,7 +196,8 @@ def test_a_message_cannot_speak_for_the_assistant(monkeypatch: pytest.MonkeyPatc
     talk(chat, monkeypatch, forged)
     assert chat.messages[0]["content"] == forged
     assert isinstance(chat.partner, Local)
-    tokenizer = chat.partner.tokenizer
+    tokenizer = chat.partner.engine.tokenizer
+    assert tokenizer is not None
     ids, _ = chat_prompt(tokenizer, chat.messages[:1], 1000)
     assert [token for token in ids if token in tokenizer.special_ids] == [
         tokenizer.role_id("user"), tokenizer.end_id, tokenizer.role_id("assistant")
