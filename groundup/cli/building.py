@@ -219,17 +219,15 @@ def _show_result(run: Run) -> None:
     if (run.folder("evaluate") / "scores.json").is_file():
         result_console().print(closing_table(read_comparison(run), run))
     shipped = recipe.name.removesuffix("-smoke")
-    lines = [("Go on:", ("recipe", "new", "my.toml", "--like", shipped if shipped in shipped_recipes() else root), "")]
+    like = shipped if shipped in shipped_recipes() else root
+    lines = {"Go on:": command_line("recipe", "new", "my.toml", "--like", like)}
     if language_models(graph(recipe)):
         is_chat = default_model(recipe, to_chat=True)[0] in recipe.align
-        use = ("Talk to it:", ("chat", root)) if is_chat else ("Let it write:", ("generate", root))
-        lines = [
-            (*use, f"      See it:  {run.root / 'report.html'}"),
-            *lines,
-            ("On a page:", ("serve", root, "--open"), ""),
-        ]
-    for label, command, more in lines:
-        Console().note(f"{label:<15}{command_line(*command)}{more}")
+        label, command = ("Talk to it:", "chat") if is_chat else ("Let it write:", "generate")
+        use = f"{command_line(command, root)}      See it:  {run.root / 'report.html'}"
+        lines = {label: use, **lines, "On a page:": command_line("serve", root, "--open")}
+    for label, told in lines.items():
+        Console().note(f"{label:<15}{told}")
 
 
 @contextlib.contextmanager
