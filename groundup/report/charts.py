@@ -297,9 +297,9 @@ def histogram_chart(name: str, histograms: Mapping[str, Mapping[str, Any]]) -> C
 
     def paint(figure: Figure, canvas: _Canvas) -> None:
         _margins(figure, left=8, right=8, top=26, bottom=40)
-        grid = figure.subplots(-(-len(shown) // canvas.columns), canvas.columns, squeeze=False).flat
+        grid = [*figure.subplots(-(-len(shown) // canvas.columns), canvas.columns, squeeze=False).flat]
         figure.subplots_adjust(hspace=1.1, wspace=0.18)
-        for axes in [*grid][len(shown) :]:
+        for axes in grid[len(shown) :]:
             axes.remove()
         for axes, (signal, found) in zip(grid, shown, strict=False):
             counts, edges = np.array(found["counts"], dtype=float), np.array(found["edges"], dtype=float)
