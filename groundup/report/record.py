@@ -168,7 +168,11 @@ def _read_curve(folder: Path, warnings: list[str]) -> Curve | None:
         timings=lines("timings", "tokens_per_second", "seconds"),
         samples=[line for line in lines("samples", "step") if isinstance(line.get("text"), str)],
         lines=metrics,
-        rollouts=[line for line in lines("rollouts", "step", "reward") if {"prompt", "answer"} <= line.keys()],
+        rollouts=[
+            line
+            for line in lines("rollouts", "step")
+            if is_number(line.get("reward")) and {"prompt", "answer"} <= line.keys()
+        ],
     )
 
 
