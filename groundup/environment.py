@@ -9,6 +9,8 @@ import functools
 import importlib.metadata
 import os
 import platform
+import tomllib
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,15 @@ def describe_environment() -> dict[str, Any]:
         "cores": usable_cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
     }
+
+
+@functools.cache
+def device_table() -> dict[str, dict[str, float]]:
+    """The figures of `data/devices.toml`, by the name of the accelerator."""
+    table: dict[str, dict[str, float]] = tomllib.loads(
+        resources.files("groundup").joinpath("data", "devices.toml").read_text(encoding="utf-8")
+    )
+    return table
 
 
 def version_of(package: str) -> str:

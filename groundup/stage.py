@@ -357,7 +357,7 @@ def find_model(path: str | Path, *, stage: str | None = None) -> Path:
             f"{path}: adapters of PEFT without the model that they belong to.",
             "Put them into it: gu.alignment.load_adapter(folder, model), gu.alignment.merge(model), gu.save_model.",
         )
-    there = [folder.parent.name for folder in models if (folder / CONFIG_FILE).is_file()]
+    there = models_there(path)
     raise ArtifactError(
         f"{path}: no model here" + (f" of stage {stage!r}." if stage else "."),
         f"Its models: {', '.join(there)}." if there else "Name a run (runs/demo) or a model's folder; `groundup runs` "
@@ -374,6 +374,11 @@ def model_digest(start: str | Path) -> str:
     folder = find_model(start)
     files = [folder / name for name in (CONFIG_FILE, "tokenizer.json") if (folder / name).is_file()]
     return value_digest({path.name: file_digest(path) for path in [*files, *sorted(folder.glob("*.safetensors"))]})
+
+
+def models_there(path: Path) -> list[str]:
+    """The stages of a run whose models are there, that of the default first; empty for what is no run."""
+    return [folder.parent.name for folder in _models_of_run(path) if (folder / CONFIG_FILE).is_file()]
 
 
 def _models_of_run(path: Path) -> Iterator[Path]:

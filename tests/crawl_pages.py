@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("scrapy")
 
-from groundup.cli.building import stopped_by_sigterm
+from groundup.cli.building import stopping
 from groundup.corpus.crawl import CrawlReport, CrawlSettings, crawl, fetch, warc
 from groundup.errors import Interrupted
 
@@ -34,7 +34,7 @@ def crawl_and_exit(url: str, out: str, delay: float) -> None:
     """For a process of its own."""
     warc.FILE_BYTES = 20_000
     try:
-        with stopped_by_sigterm():
+        with stopping("Nothing."):
             crawl([url], out, CrawlSettings(allow_private=True, delay_seconds=delay, depth=3))
     except Interrupted as stop:
         sys.exit(stop.exit_code)

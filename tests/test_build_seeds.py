@@ -8,9 +8,10 @@ import statistics
 from pathlib import Path
 
 import pytest
-from command import CommandLine, groundup
-from tiny_run import times, write_recipe
+from command import CommandLine, groundup, start
+from tiny_run import bits, build_quietly, times, write_recipe
 
+from groundup.errors import Interrupted
 from groundup.recipe import read_recipe
 from groundup.run import Run
 
@@ -46,6 +47,44 @@ def test_two_seeds_give_means_with_intervals_and_are_done_once(groundup: Command
     again = groundup(*asked)
     assert "bits per byte, pretrain" in again.out
     assert [times(run) for run in runs] == before
+
+
+@pytest.mark.slow
+def test_killed_in_the_second_seed_the_same_command_goes_on_to_its_end(groundup: CommandLine, tmp_path: Path) -> None:
+    recipe, scored = write_recipe(tmp_path, without="align.sft"), 'evaluate.tasks=["bits_per_byte"]'
+    asked = ("build", recipe, "--seeds", "3,5", "--runs", tmp_path, "--set", scored)
+    first, second = (Run(tmp_path / "tiny-seeds" / f"seed-{seed}") for seed in (3, 5))
+    with start(*asked) as process:
+        while not second.folder("pretrain").is_dir():
+            assert process.poll() is None
+        process.kill()
+    assert first.manifest("evaluate/pretrain") is not None
+    assert second.manifest("evaluate/pretrain") is None
+    before = times(first)
+    done = groundup(*asked, "--json")
+    assert done.code == 0, done.err
+    assert {len(row["values"]) for row in done.json["rows"]} == {2}
+    assert times(first) == before
+    assert bits(second) == bits(build_quietly(read_recipe(recipe, [scored, "seed=5"]), tmp_path / "whole"))
+
+
+def test_what_is_forced_is_forgotten_in_all_seeds_before_the_first(
+    groundup: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the command that goes on, which is told without --force, does the later ones again too."""
+    asked = ("build", write_recipe(tmp_path), "--seeds", "3,5", "--runs", tmp_path, "--only", "corpus")
+    assert groundup(*asked).code == 0
+    runs = [Run(tmp_path / "tiny-seeds" / f"seed-{seed}") for seed in (3, 5)]
+    assert all(run.manifest("corpus") for run in runs)
+
+    def stop(*arguments: object, **options: object) -> None:
+        raise Interrupted("corpus: stopped.")
+
+    monkeypatch.setattr("groundup.pipeline.build", stop)
+    stopped = groundup(*asked, "--force")
+    assert stopped.code == 130
+    assert "--force" not in stopped.err
+    assert [run.manifest("corpus") for run in runs] == [None, None]
 
 
 @pytest.mark.parametrize("seeds", ["1", "1,1", "1,01", "1,two", "1,,2"])

@@ -24,8 +24,7 @@ from tiny_run import finished_run
 
 from groundup import SamplingParams, load
 from groundup.alignment.conversations import load_conversations
-from groundup.cli.chat import Chat, printable, reader
-from groundup.cli.partners import Local
+from groundup.cli.chat import Chat, Local, printable, reader
 from groundup.errors import GroundupError
 from groundup.generation import Engine, chat_prompt, chat_reply
 from groundup.generation.calculator import write_call
@@ -46,7 +45,7 @@ def new_chat(seed: int | None = 1, max_tokens: int = 6, system: str | None = Non
     assert loaded.tokenizer is not None
     params = SamplingParams(temperature=1.5, max_tokens=max_tokens, seed=seed)
     engine = Engine(loaded.model, loaded.tokenizer, slots=1)
-    return Chat(Local("a model", engine, loaded.tokenizer, folder), params, system=system)
+    return Chat(Local("a model", engine, folder or Path(), lambda name: engine), params, system=system)
 
 
 def talk(chat: Chat, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
@@ -197,7 +196,8 @@ def test_a_message_cannot_speak_for_the_assistant(monkeypatch: pytest.MonkeyPatc
     talk(chat, monkeypatch, forged)
     assert chat.messages[0]["content"] == forged
     assert isinstance(chat.partner, Local)
-    tokenizer = chat.partner.tokenizer
+    tokenizer = chat.partner.engine.tokenizer
+    assert tokenizer is not None
     ids, _ = chat_prompt(tokenizer, chat.messages[:1], 1000)
     assert [token for token in ids if token in tokenizer.special_ids] == [
         tokenizer.role_id("user"), tokenizer.end_id, tokenizer.role_id("assistant")

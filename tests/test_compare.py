@@ -61,7 +61,7 @@ def test_two_samples_by_hand(tmp_path: Path) -> None:
     spread = math.hypot(0.03, 0.04) * math.sqrt(300)
     needed = math.ceil(((1.959964 + 0.841621) * spread / 0.02) ** 2)
     assert match.verdict == f"no difference shown at n = 300; {needed:,} items would show one of 2 points"
-    assert refusal.verdict == "the second is better by 20.0%"  # fewer refusals
+    assert refusal.verdict == "the second is better by 20 points"  # fewer refusals
     assert refusal.p == pytest.approx(2 * math.erfc(4 / math.sqrt(2)), rel=1e-6)  # the second of three: by two
     assert entropy.verdict == "the second is higher by 8"
 
@@ -87,7 +87,7 @@ def test_seeds_by_welchs_formula(tmp_path: Path) -> None:
     assert (one.sample, one.n, one.value) == ("seeds", 3, pytest.approx(0.11))
     reach = stats.t.ppf(0.975, freedom) * math.sqrt(sum(variances))
     assert (one.low, one.high) == pytest.approx((0.11 - reach, 0.11 + reach))
-    assert one.verdict == "the second is better by 11.0%"
+    assert one.verdict == "the second is better by 11 points"
     assert (flat.p, flat.low, flat.high) == (1.0, 0.0, 0.0)
 
 

@@ -681,14 +681,10 @@ def test_without_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _command(*arguments: str) -> Any:
-    import typer
     from typer.testing import CliRunner
 
-    from groundup.cli.crawling import EPILOG
-    from groundup.cli.crawling import crawl as command
+    from groundup.cli.data import corpus_app as app
 
-    app = typer.Typer()
-    app.command(epilog=EPILOG)(command)
     return CliRunner().invoke(app, list(arguments))
 
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from groundup.cli.doctor import Finding, examine, render, to_json
-from groundup.cli.machine import Arithmetic, Machine, look
+from groundup.cli.doctor import Arithmetic, Finding, Machine, examine, look, render, to_json
 from groundup.environment import container_limits
 from groundup.recipe import parse_recipe
 

@@ -431,7 +431,7 @@ def test_two_models_are_compared_item_by_item(mine: Path, small: tuple[Transform
     assert set(item_scores(read_records(mine / "b" / "mine.jsonl", identity)).values()) == {1.0}
     (other,) = compare_cards(mine / "a", mine / "b")
     assert (other.first, other.second, other.low, other.high) == (0.0, 1.0, 1.0, 1.0)
-    assert other.verdict == "the second is better by 100.0%"
+    assert other.verdict == "the second is better by 100 points"
     scored(small, name, mine, mine / "c", "c", limit=5)
     with pytest.raises(DataError, match="share no benchmark"):
         compare_cards(mine / "a", mine / "c")

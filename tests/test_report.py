@@ -15,7 +15,7 @@ from rich.console import Console
 from groundup.errors import RunError
 from groundup.files import own_folder, write_json
 from groundup.recipe import read_recipe
-from groundup.report.charts import curve_chart
+from groundup.report.charts import curve_chart, histogram_chart
 from groundup.report.closing import closing_table
 from groundup.report.page import write_report
 from groundup.run import Manifest, Run
@@ -491,6 +491,16 @@ def test_where_a_held_out_score_stops_to_follow_the_reward_is_marked():
         assert all(f">{key}<" in drawn for key in ("reward", "held out right", "kl"))
     alone = curve_chart("ppo", ["held_out_right"], lines)
     assert "best" not in alone.words + alone.wide  # beside nothing that could go on rising
+
+
+def test_signals_of_documents_are_drawn_with_the_threshold_that_cuts_them():
+    found = {"counts": [1, 4, 9], "edges": [0, 1, 2, 3], "rule": "too_short", "least": 1}
+    chart = histogram_chart("signals", {"words": found, "lines": {**found, "edges": [0, 10, 1000, 10_000]}})
+    assert chart.words == "Signals of all documents: words, too_short at 1; lines, too_short at 1"
+    for drawn in (chart.wide, chart.narrow):
+        assert drawn.count("fill: var(--blue)") == 6
+        assert drawn.count("stroke: var(--orange)") == 2
+        assert all(f">{words}<" in drawn for words in ("words", "lines", "10 k"))
 
 
 def test_recipe_without_sft_offers_no_chat(tmp_path):

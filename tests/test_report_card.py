@@ -13,7 +13,7 @@ from command import CommandLine, groundup
 from tiny_run import copy_of_finished, finished_run
 
 from groundup.files import own_folder, write_json
-from groundup.report.card import model_card, modelfile, run_of
+from groundup.report.card import model_card, run_of, write_modelfile
 from groundup.report.record import read_record
 
 __all__ = ["groundup"]
@@ -79,7 +79,8 @@ def test_a_gguf_has_a_modelfile_beside_it(groundup: CommandLine, tmp_path: Path)
     lines = (tmp_path / "Modelfile").read_text().splitlines()
     assert lines[0] == "FROM ./small.gguf"
     assert lines[1].startswith("PARAMETER temperature ")
-    assert modelfile("a.gguf", can_chat=False, temperature=0).splitlines()[2] == 'TEMPLATE "{{ .Prompt }}"'
+    made = write_modelfile(finished_run().folder("pretrain") / "model", tmp_path / "base" / "a.gguf")
+    assert made.read_text().splitlines()[2] == 'TEMPLATE "{{ .Prompt }}"'
 
 
 def test_a_folder_of_anybody_is_no_runs(tmp_path: Path) -> None:

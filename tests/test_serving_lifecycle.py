@@ -21,7 +21,7 @@ from command import CommandLine, groundup, start
 from generation_models import small_tokenizer
 from serving_client import Served, request_bytes, serving, slow_down, small_model, small_state, wait_until
 
-from groundup.cli.serving import read_models
+from groundup.cli.talking import read_models
 from groundup.errors import ArtifactError
 from groundup.generation.quantize import Quantization, quantize
 from groundup.interop import save_model

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pytest
-import typer
 from typer.testing import CliRunner, Result
 
-from groundup.cli import sharding
+from groundup.cli.data import shards_app
 from groundup.corpus import Document
 from groundup.errors import ArtifactError, DataError
 from groundup.shards import write_shards_from_file
@@ -38,9 +37,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(*arguments: str | Path) -> Result:
-    group = typer.Typer()
-    sharding.add_to(group)
-    return CliRunner().invoke(group, [str(argument) for argument in arguments], catch_exceptions=True)
+    return CliRunner().invoke(shards_app, [str(argument) for argument in arguments], catch_exceptions=True)
 
 
 def test_verify(run_folder: Path, tmp_path: Path) -> None:

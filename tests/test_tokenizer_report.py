@@ -14,12 +14,11 @@ from pathlib import Path
 import pytest
 import tiktoken
 import tiktoken.load
-import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from groundup.cli import tokenizing
+from groundup.cli.data import tokenizer_app as app
 from groundup.corpus import Document
 from groundup.errors import DataError
 from groundup.tokenizer import Tokenizer, measure
@@ -35,9 +34,6 @@ DOCUMENTS = [
     Document("3", "日本語", "pages", "ja"),
 ]
 
-app = typer.Typer()
-app.command("report", epilog=tokenizing.REPORT_EXAMPLES)(tokenizing.report)
-app.command("try", epilog=tokenizing.TRY_EXAMPLES)(tokenizing.try_text)
 runner = CliRunner()
 
 

@@ -1,8 +1,9 @@
-"""Commands that build: `build`, and one for each method."""
+"""Commands that build: `build`, and what does the stages of one method."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,115 +11,65 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
-from groundup.cli.grouping import DEFAULT, StageGroup
-from groundup.cli.options import (
-    JsonOption,
-    QuietOption,
-    RecipeArgument,
-    RunOption,
-    RunsOption,
-    SetOption,
-    command_line,
-    print_json,
-    print_table,
-    result_console,
-)
-from groundup.recipe.registry import registered
+from groundup.cli import options
+from groundup.cli.output import command_line, print_json, print_table, result_console
+from groundup.errors import GateError, Interrupted, RunError
+from groundup.files import check_ours, own_folder
+from groundup.recipe import Recipe, read_recipe, shipped_recipes
 
 if TYPE_CHECKING:
-    from groundup.console import Console
-    from groundup.recipe import Recipe
     from groundup.run import Run
 
-SmokeOption = Annotated[
-    bool, typer.Option("--smoke", help="The same pipeline in a fraction of the time, to see that it works.")
-]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+app = typer.Typer()
 
 
-PANEL = "Build, stage by stage"
-
-
-def add_to(
-    app: typer.Typer,
-    groups: Mapping[str, tuple[typer.Typer, str]],
-    others: Mapping[str, tuple[Callable[..., None], str]],
-) -> None:
-    """Add these commands to the command line: `build`, and one for each method, those of others too.
-
-    Args:
-        app: the command line.
-        groups: for stages that have other commands too, these, and an example.
-        others: for stages whose command can do more, that command, and an example.
-    """
-    app.command(
-        rich_help_panel=PANEL,
-        epilog="Examples:  groundup build demo  ·  groundup build shakespeare --set corpus.inputs=my.txt  ·  "
-        "groundup build my.toml --from pretrain  ·  groundup build demo --seeds 1,2,3  ·  "
-        "torchrun --nproc-per-node 2 -m groundup build demo",
-    )(build)
-    app.command(rich_help_panel=PANEL, epilog="Example:  groundup trust my_reward.py")(trust)
-    for name, method in registered().items():
-        about = f"{method.about}\n\nStages it stands on are brought up to date first."
-        examples = f"Examples:  groundup {name} demo  ·  groundup {name} my.toml --force"
-        if name not in groups:
-            command, more = others.get(name, (stage_command(name), ""))
-            examples += f"  ·  {more}" if more else ""
-            app.command(name, help=command.__doc__ or about, epilog=examples, rich_help_panel=PANEL)(command)
-            continue
-        group, more = groups[name]
-        group.command(DEFAULT, help=about, epilog=examples)(stage_command(name))
-        about, examples = f"{about} The other commands look at it.", f"{examples}  ·  {more}"
-        app.add_typer(
-            group, name=name, cls=StageGroup, help=about, epilog=examples, no_args_is_help=True, rich_help_panel=PANEL
-        )
-
-
+@app.command(
+    rich_help_panel=options.BUILD,
+    epilog="Examples:  groundup build demo  ·  groundup build shakespeare --set corpus.inputs=my.txt  ·  "
+    "groundup build my.toml --from pretrain  ·  groundup build demo --seeds 1,2,3  ·  "
+    "torchrun --nproc-per-node 2 -m groundup build demo",
+)
 def build(
-    recipe: RecipeArgument,
-    settings: SetOption = None,
+    recipe: options.Recipe,
+    settings: options.Set = None,
     start_from: Annotated[
-        str | None, typer.Option("--from", metavar="STAGE", help="Do this stage and all that stand on it again.")
+        str | None, Option("--from", metavar="STAGE", help="Do this stage and all that stand on it again.")
     ] = None,
     only: Annotated[
-        list[str] | None,
-        typer.Option("--only", metavar="STAGE", help="Do this stage and what it stands on; may be given many times."),
+        list[str] | None, Option(metavar="STAGE", help="Do this stage and what it stands on; may be given many times.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Do every stage again.")] = False,
-    smoke: SmokeOption = False,
-    dry_run: DryRunOption = False,
-    run: RunOption = None,
-    runs: RunsOption = Path("runs"),
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    force: Annotated[bool, Option("--force", help="Do every stage again.")] = False,
+    smoke: options.Smoke = False,
+    dry_run: options.DryRun = False,
+    run: options.Out = None,
+    runs: options.Runs = Path("runs"),
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
     seeds: Annotated[
         str | None,
-        typer.Option(
-            "--seeds", metavar="1,2,3", help="A run for each seed, in RUNS/NAME-seeds/, and every figure's interval."
-        ),
+        Option(metavar="1,2,3", help="A run for each seed, in RUNS/NAME-seeds/, and every figure's interval."),
     ] = None,
 ) -> None:
     """Run the whole pipeline of a recipe: text in, models, their scores and a report out.
 
     Finished stages are skipped. Interrupted anywhere, the same command goes on.
     """
-    chosen, folder = recipe_and_run(recipe, settings or [], smoke, run, runs)
-    if seeds is not None:
-        recipes = {
-            seed: recipe_and_run(recipe, [*(settings or []), f"seed={seed}"], smoke, run, runs)[0]
-            for seed in _seeds(seeds, settings or [])
-        }
-        root = run or runs / f"{chosen.name}-seeds"
-        _build_seeds(recipes, root, only or None, start_from, force, dry_run, as_json, quiet)
+    how = {"only": only or None, "start_from": start_from, "force": force}
+    chosen, folder = recipe_and_run(recipe, settings, smoke, run, runs)
+    if seeds is None:
+        _build(chosen, folder, how, dry_run, as_json, quiet)
         return
-    if dry_run:
-        _show_plans([_plan(chosen, folder, only or None, start_from, force)], as_json)
-        return
-    _build(chosen, folder, only or None, start_from, force, as_json, quiet)
+    recipes = {
+        seed: recipe_and_run(recipe, [*(settings or ()), f"seed={seed}"], smoke, run, runs)[0]
+        for seed in _seeds(seeds, settings or ())
+    }
+    _build_seeds(recipes, run or runs / f"{chosen.name}-seeds", how, dry_run, as_json, quiet)
 
 
-def trust(file: Annotated[Path, typer.Argument(help="A Python file that a recipe names.")]) -> None:
+@app.command(rich_help_panel=options.BUILD, epilog="Example:  groundup trust my_reward.py")
+def trust(file: Annotated[Path, Argument(help="A Python file that a recipe names.")]) -> None:
     """Allow recipes to run the code in a file, as it is now: a predicate, a reward. Read it first.
 
     A file that changes is asked for again. `groundup --trust build …` asks for none, for scripts.
@@ -132,46 +83,30 @@ def stage_command(name: str) -> Callable[..., None]:
     """A command that brings the stages of a method up to date."""
 
     def command(
-        recipe: RecipeArgument,
-        settings: SetOption = None,
-        force: Annotated[bool, typer.Option("--force", help="Do this stage again.")] = False,
-        smoke: SmokeOption = False,
-        dry_run: DryRunOption = False,
-        run: RunOption = None,
-        runs: RunsOption = Path("runs"),
-        as_json: JsonOption = False,
-        quiet: QuietOption = False,
+        recipe: options.Recipe,
+        settings: options.Set = None,
+        force: Annotated[bool, Option("--force", help="Do this stage again.")] = False,
+        smoke: options.Smoke = False,
+        dry_run: options.DryRun = False,
+        run: options.Out = None,
+        runs: options.Runs = Path("runs"),
+        as_json: options.Json = False,
+        quiet: options.Quiet = False,
     ) -> None:
-        chosen, folder = recipe_and_run(recipe, settings or [], smoke, run, runs)
-        only = _of_method(chosen, name)
-        if dry_run:
-            _show_plans([_plan(chosen, folder, only, None, force)], as_json)
-            return
-        _build(chosen, folder, only, None, force, as_json, quiet)
+        from groundup.stage import graph
+
+        chosen, folder = recipe_and_run(recipe, settings, smoke, run, runs)
+        stages = graph(chosen)
+        only = [stage.name for stage in stages.values() if stage.kind == name]
+        if not only:
+            raise RunError(f"no stage of this recipe is done by {name}.", f"Its stages: {', '.join(stages)}.")
+        _build(chosen, folder, {"only": only, "force": force}, dry_run, as_json, quiet)
 
     return command
 
 
-def _of_method(recipe: Recipe, name: str) -> list[str]:
-    """The stages of a method, whatever they are called."""
-    from groundup.errors import RunError
-    from groundup.stage import graph
-
-    stages = graph(recipe)
-    found = [stage.name for stage in stages.values() if stage.kind == name]
-    if not found:
-        raise RunError(f"no stage of this recipe is done by {name}.", f"Its stages: {', '.join(stages)}.")
-    return found
-
-
 def _seeds(text: str, settings: Sequence[str]) -> list[int]:
-    """The numbers that --seeds names.
-
-    Raises:
-        RunError: they are none, too few, or one stands there twice; or a setting names a seed, too.
-    """
-    from groundup.errors import RunError
-
+    """The numbers that --seeds names."""
     if twice := next((one for one in settings if one.partition("=")[0].strip() == "seed"), None):
         raise RunError(f"--set {twice}: --seeds {text} says which seeds.", "Leave one of them out.")
     words = [word.strip() for word in text.split(",")]
@@ -182,79 +117,77 @@ def _seeds(text: str, settings: Sequence[str]) -> list[int]:
 
 
 def _build_seeds(
-    recipes: Mapping[int, Recipe], root: Path, only: list[str] | None, start_from: str | None, force: bool,
-    dry_run: bool, as_json: bool, quiet: bool,
-) -> None:  # fmt: skip
+    recipes: Mapping[int, Recipe], root: Path, how: Mapping[str, Any], dry_run: bool, as_json: bool, quiet: bool
+) -> None:
     """A run for each seed, one after the other, and a line for each figure; a missed gate is told at the end."""
     from groundup.distributed import current_world
-    from groundup.errors import GateError
     from groundup.evaluation.seeds import seed_folder, write_seeds
-    from groundup.files import check_ours, own_folder
+    from groundup.report.closing import format_figure
+    from groundup.run import Run
 
-    of_seeds = [(recipe, seed_folder(root, seed)) for seed, recipe in recipes.items()]
     check_ours(root)
+    folders = {seed: seed_folder(root, seed) for seed in recipes}
     if dry_run:
-        _show_plans([_plan(one, folder, only, start_from, force) for one, folder in of_seeds], as_json)
+        _show_plans([_plan(recipe, folders[seed], how) for seed, recipe in recipes.items()], as_json)
         return
-    if current_world().is_first:
+    is_first = current_world().is_first
+    if is_first:
         own_folder(root)
-    missed = []
-    for one, folder in of_seeds:
-        try:
-            _run(one, folder, only, start_from, force, quiet or as_json)
-        except GateError as error:
-            missed.append(error)
-    if current_world().is_first:
+        # All at once, as in one run: if this is interrupted, the same command without --force does what is left.
+        for seed, recipe in recipes.items():
+            states = _plan(recipe, folders[seed], how)["stages"].items()
+            if forced := [name for name, state in states if state == "forced"]:
+                with (run := Run(folders[seed])).lock():
+                    for name in forced:
+                        run.forget(name)
+    missed = [_run(recipe, folders[seed], how, quiet or as_json) for seed, recipe in recipes.items()]
+    if is_first:
         found = write_seeds(root, list(recipes))
         if as_json:
             print_json(found)
         elif not quiet:
             titles = ["", "mean", "95 % interval", f"seeds {', '.join(map(str, recipes))}"]
-            print_table(titles, [_seeds_row(row) for row in found["rows"]], right=(1, 2, 3))
-    if missed:
-        raise missed[0]
+            print_table(
+                titles, [_seeds_row(row, functools.partial(format_figure, row["key"])) for row in found["rows"]]
+            )
+    if gate := next(filter(None, missed), None):
+        raise gate
 
 
-def _seeds_row(row: Mapping[str, Any]) -> list[str]:
-    from groundup.report.closing import format_figure
-
-    values = row["mean"], row["low"], row["high"], *row["values"]
-    mean, low, high, *each = (format_figure(row["key"], value) for value in values)
-    return [row["label"], mean, f"{low} to {high}", "  ".join(each)]
+def _seeds_row(row: Mapping[str, Any], shown: Callable[[float], str]) -> list[str]:
+    interval = f"{shown(row['low'])} to {shown(row['high'])}"
+    return [row["label"], shown(row["mean"]), interval, "  ".join(map(shown, row["values"]))]
 
 
-def _build(
-    recipe: Recipe, folder: Path, only: list[str] | None, start_from: str | None, force: bool, as_json: bool,
-    quiet: bool,
-) -> None:  # fmt: skip
-    from groundup.console import Console
+def _build(recipe: Recipe, folder: Path, how: Mapping[str, Any], dry_run: bool, as_json: bool, quiet: bool) -> None:
+    """One run, and what came of it."""
     from groundup.distributed import current_world
-    from groundup.errors import GateError
     from groundup.run import Run
+    from groundup.stage import graph, select
 
-    missed: GateError | None = None
-    try:
-        _run(recipe, folder, only, start_from, force, quiet)
-    except GateError as error:
-        missed = error
-    is_first = current_world().is_first
-    if is_first and as_json:
-        print_json(_result(Run(folder), recipe, only))
-    elif is_first and not quiet and (only is None or _is_scored(recipe, only)):
-        show_table(Run(folder), Console(quiet=quiet))
+    if dry_run:
+        _show_plans([_plan(recipe, folder, how)], as_json)
+        return
+    missed = _run(recipe, folder, how, quiet)
+    if current_world().is_first:
+        stages = graph(recipe)
+        asked = select(stages, how["only"] or stages)
+        is_scored = any(stages[name].subject is not None for name in asked)
+        if as_json:
+            print_json(_result(Run(folder), asked, is_scored))
+        elif not quiet and (how["only"] is None or is_scored):
+            _show_result(Run(folder))
     if missed is not None:
         raise missed
 
 
-def _run(
-    recipe: Recipe, folder: Path, only: list[str] | None, start_from: str | None, force: bool, quiet: bool
-) -> None:
+def _run(recipe: Recipe, folder: Path, how: Mapping[str, Any], quiet: bool) -> GateError | None:
+    """Run the pipeline, and return what says that a gate is missed, to be raised when all is shown."""
     import torch
 
     from groundup import __version__
     from groundup.console import Console
     from groundup.distributed import current_world
-    from groundup.errors import Interrupted
     from groundup.pipeline import build as run_pipeline
     from groundup.training import choose_precision
 
@@ -268,80 +201,74 @@ def _run(
         + f", {str(dtype).removeprefix('torch.')} ({reason})"
     )
     try:
-        with stopped_by_sigterm():
-            run_pipeline(recipe, folder, only=only, start_from=start_from, force=force, console=console)
-    except KeyboardInterrupt as error:
-        raise Interrupted("Stopped. Finished stages are kept, and no file is half written.") from error
+        with stopping("Finished stages are kept, and no file is half written."):
+            run_pipeline(recipe, folder, console=console, **how)
+    except GateError as error:
+        return error
+    return None
 
 
-def _is_scored(recipe: Recipe, only: list[str] | None) -> bool:
-    from groundup.stage import graph, select
-
-    stages = graph(recipe)
-    names = stages if only is None else select(stages, only)
-    return any(stages[name].subject is not None for name in names)
-
-
-def show_table(run: Run, console: Console) -> None:
+def _show_result(run: Run) -> None:
     """The closing table, and how to go on."""
+    from groundup.console import Console
     from groundup.evaluation import read_comparison
-    from groundup.recipe import shipped_recipes
     from groundup.report.closing import closing_table
     from groundup.stage import default_model, graph, language_models
 
-    recipe, page = run.recipe, run.root / "report.html"
+    recipe, root = run.recipe, str(run.root)
     if (run.folder("evaluate") / "scores.json").is_file():
         result_console().print(closing_table(read_comparison(run), run))
-    models = language_models(graph(recipe))
-    if models and default_model(recipe, to_chat=True)[0] in recipe.align:
-        console.note(f"Talk to it:    {command_line('chat', str(run.root))}      See it:  {page}")
-    elif models:
-        console.note(f"Let it write:  {command_line('generate', str(run.root))}      See it:  {page}")
     shipped = recipe.name.removesuffix("-smoke")
-    like = shipped if shipped in shipped_recipes() else str(run.root)
-    console.note(f"Go on:         {command_line('recipe', 'new', 'my.toml', '--like', like)}")
-    if models:
-        console.note(f"On a page:     {command_line('serve', str(run.root), '--open')}")
+    like = shipped if shipped in shipped_recipes() else root
+    lines = {"Go on:": command_line("recipe", "new", "my.toml", "--like", like)}
+    if language_models(graph(recipe)):
+        is_chat = default_model(recipe, to_chat=True)[0] in recipe.align
+        label, command = ("Talk to it:", "chat") if is_chat else ("Let it write:", "generate")
+        use = f"{command_line(command, root)}      See it:  {run.root / 'report.html'}"
+        lines = {label: use, **lines, "On a page:": command_line("serve", root, "--open")}
+    for label, told in lines.items():
+        Console().note(f"{label:<15}{told}")
 
 
 @contextlib.contextmanager
-def stopped_by_sigterm() -> Iterator[None]:
-    """Within this block SIGTERM stops as Ctrl-C does, with the same message."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def stopping(kept: str) -> Iterator[None]:
+    """Within this block SIGTERM stops as Ctrl-C does, and both say what is kept.
+
+    Raises:
+        Interrupted: it was stopped.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
     try:
         yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"Stopped. {kept}") from error
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
 
 
-def _result(run: Run, recipe: Recipe, only: list[str] | None) -> dict[str, object]:
+def _result(run: Run, asked: Sequence[str], is_scored: bool) -> dict[str, Any]:
     """What a program wants to know of a build."""
     from groundup.evaluation import read_comparison
-    from groundup.stage import ancestors, graph, select
+    from groundup.stage import ancestors, graph
 
-    stages = graph(recipe)
-    wanted = ancestors(stages, select(stages, stages if only is None else only))
-    manifests = {name: run.manifest(name) for name in stages if name in wanted}
-    found = read_comparison(run) if _is_scored(recipe, only) else {"rows": None, "gates": None}
+    stages = graph(run.recipe)
+    wanted = ancestors(stages, asked)
+    manifests = {name: manifest for name in stages if name in wanted and (manifest := run.manifest(name))}
+    found = read_comparison(run) if is_scored else {"rows": None, "gates": None}
     return {
         "run": str(run.root),
-        "stages": {
-            name: {"seconds": manifest.seconds, "summary": manifest.summary}
-            for name, manifest in manifests.items()
-            if manifest is not None
-        },
+        "stages": {name: {"seconds": one.seconds, "summary": one.summary} for name, one in manifests.items()},
         "scores": found["rows"],
         "gates": found["gates"],
     }
 
 
-def recipe_and_run(source: str, settings: list[str], smoke: bool, run: Path | None, runs: Path) -> tuple[Recipe, Path]:
+def recipe_and_run(
+    source: str, settings: Sequence[str] | None, smoke: bool, run: Path | None, runs: Path
+) -> tuple[Recipe, Path]:
     """The recipe asked for and the folder it is built in; a run's folder stands for its own recipe."""
-    from groundup.errors import RunError
-    from groundup.recipe import read_recipe
     from groundup.run import RECIPE_FILE
 
     path = Path(source)
@@ -351,8 +278,8 @@ def recipe_and_run(source: str, settings: list[str], smoke: bool, run: Path | No
                 f"{source}: --smoke makes another recipe of one, and this is a run's folder.",
                 "Leave --smoke out, or name a recipe; a folder here hides a shipped one of its name.",
             )
-        return read_recipe(path / RECIPE_FILE, settings), run or path
-    recipe = read_recipe(source, settings)
+        return read_recipe(path / RECIPE_FILE, settings or ()), run or path
+    recipe = read_recipe(source, settings or ())
     if smoke:
         from groundup.preview import smoke_profile
 
@@ -360,7 +287,7 @@ def recipe_and_run(source: str, settings: list[str], smoke: bool, run: Path | No
     return recipe, run or runs / recipe.name
 
 
-def _plan(recipe: Recipe, folder: Path, only: list[str] | None, start_from: str | None, force: bool) -> dict[str, Any]:
+def _plan(recipe: Recipe, folder: Path, how: Mapping[str, Any]) -> dict[str, Any]:
     """What would be done with each stage."""
     from groundup.pipeline import plan
     from groundup.preview import check_recipe
@@ -369,7 +296,7 @@ def _plan(recipe: Recipe, folder: Path, only: list[str] | None, start_from: str 
 
     check_recipe(recipe, recipe.name)
     Run(folder).check(recipe, graph(recipe))
-    plans = plan(recipe, Run(folder), only=only, start_from=start_from, force=force)
+    plans = plan(recipe, Run(folder), **how)
     states = {item.stage.name: "forced" if item.forced and item.state != "missing" else item.state for item in plans}
     return {"run": str(folder), "stages": states}
 

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from groundup.cli.partners import Partner
+import typer
+
 from groundup.errors import GroundupError
 from groundup.files import write_json
-from groundup.generation import SamplingParams
+from groundup.generation import Engine, SamplingParams, chat_request
 from groundup.generation.calculator import with_calculator
 from groundup.measured import cache_root
+from groundup.serving.feedback import keep
 
 if TYPE_CHECKING:
+    from groundup.serving.client import Remote
     from groundup.tokenizer import Message
 
 _HELP = """A line that ends with \\ goes on in the next; on a terminal Alt-Enter does the same.
@@ -48,7 +51,7 @@ class Chat:
         system: the system message, or None.
     """
 
-    def __init__(self, partner: Partner, params: SamplingParams, *, system: str | None = None) -> None:
+    def __init__(self, partner: Local | Remote, params: SamplingParams, *, system: str | None = None) -> None:
         self.partner, self.params = partner, params
         self._first: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages: list[Message] = list(self._first)
@@ -113,7 +116,7 @@ class Chat:
 
     def _obey(self, name: str, argument: str) -> None:
         if name == "/help":
-            _write(_HELP + "\n")
+            typer.echo(_HELP)
         elif name == "/reset":
             self.messages = list(self._first)
             _hint("Forgotten.")
@@ -134,7 +137,7 @@ class Chat:
         elif name == "/set":
             self._set(*_split(argument))
         elif name == "/settings":
-            _write("".join(f"{one} {getattr(self.params, one)}\n" for one in _SETTINGS))
+            typer.echo("\n".join(f"{one} {getattr(self.params, one)}" for one in _SETTINGS))
         elif name == "/model":
             if argument:
                 self.partner.use(argument)
@@ -201,6 +204,49 @@ class Chat:
         self._n_left_out = n_messages
 
 
+class Local:
+    """Models of this process, as `groundup.serving.client.Remote` has a server's.
+
+    Args:
+        name: of the first.
+        engine: with the first, and its tokenizer; it keeps what it has read of the conversation.
+        folder: where feedback goes, a run's or a model's.
+        load: gives the engine of another name.
+        names: that `load` knows.
+    """
+
+    def __init__(
+        self, name: str, engine: Engine, folder: Path, load: Callable[[str], Engine], names: Sequence[str] = ()
+    ) -> None:
+        self.name, self.engine, self.names = name, engine, names
+        self.n_tokens, self._folder, self._load = 0, folder, load
+
+    def stream(
+        self, messages: Sequence[Message], params: SamplingParams, on_left_out: Callable[[int], None]
+    ) -> Iterator[str]:
+        """The answer, piece by piece; `on_left_out` is told how many of the oldest messages did not fit.
+
+        Errors are those of `chat_request`.
+        """
+        tokenizer = self.engine.tokenizer
+        assert tokenizer is not None, "a chat's engine has one"
+        for chunk in self.engine.stream(chat_request(self.engine.model, tokenizer, messages, params, on_left_out)):
+            self.n_tokens += len(chunk.ids)
+            yield chunk.text
+
+    def use(self, name: str) -> None:
+        """Talk to another model from now on."""
+        if name not in self.names:
+            known = f"There are: {', '.join(self.names)}." if self.names else "There is only this one."
+            raise GroundupError(f"/model {name}: there is no such model.", known)
+        self.engine, self.name = self._load(name), name
+
+    def tell(self, messages: Sequence[Message], opinion: Mapping[str, Any]) -> str:
+        """Keep what somebody thinks of answers, in the fields of `/feedback`; where it is kept."""
+        keep(self._folder, self.name, messages, opinion)
+        return str(self._folder)
+
+
 def _split(line: str) -> tuple[str, str]:
     name, _, argument = line.partition(" ")
     return name, argument.strip()
@@ -228,12 +274,10 @@ def printable(text: str) -> str:
 
 
 def _write(text: str) -> None:
-    """What the model says, or what was asked for."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def _hint(text: str) -> None:
-    """What is said about the talk, to standard error."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    """What is said about the talk, to standard error; what the model says goes to standard output."""
+    typer.echo(text, err=True)

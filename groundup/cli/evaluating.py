@@ -7,83 +7,68 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from typer import Argument, Option
 
-from groundup.cli.building import DryRunOption, SmokeOption, recipe_and_run, stage_command
-from groundup.cli.options import JsonOption, QuietOption, RunOption, RunsOption, SetOption, print_json, result_console
+from groundup.cli import options
+from groundup.cli.building import recipe_and_run, stage_command
+from groundup.cli.output import print_json, print_table
+from groundup.errors import ArtifactError, DataError
+from groundup.recipe import EvaluateSettings
 
-EXAMPLE = (
+_TASKS, _STAGE = "With --tasks", "Without --tasks: the recipe's evaluation"
+app = typer.Typer()
+
+
+def _about_tasks(*names: str, help: str, **kind: Any) -> Any:
+    return Option(*names, help=help, rich_help_panel=_TASKS, **kind)
+
+
+@app.command(
+    rich_help_panel=options.BUILD,
+    epilog="Examples:  groundup evaluate demo  ·  groundup evaluate my.toml --force  ·  "
     "groundup evaluate runs/demo --tasks groundup:tasks,arc_easy --data files/  ·  "
     "groundup evaluate llama/ --tasks mmlu --shots 5 --limit 500 --data mmlu/ --scores scores/llama  ·  "
-    "groundup evaluate runs/demo --model sft --tasks gsm8k --chat --data gsm8k/"
+    "groundup evaluate runs/demo --model sft --tasks gsm8k --chat --data gsm8k/",
 )
-_TASKS, _STAGE = "With --tasks", "Without --tasks: the recipe's evaluation"
-
-
 def evaluate(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(metavar="RECIPE|RUN|MODEL", help="A recipe, its run, or with --tasks anybody's model.")
+        str, Argument(metavar="RECIPE|RUN|MODEL", help="A recipe, its run, or with --tasks anybody's model.")
     ],
     tasks: Annotated[
-        str | None,
-        typer.Option("--tasks", help="Instead of the recipe's: generated sets, benchmarks, .toml files; with commas."),
+        str | None, Option(help="Instead of the recipe's: generated sets, benchmarks, .toml files; with commas.")
     ] = None,
-    data: Annotated[
-        Path, typer.Option("--data", metavar="FOLDER", help="Where benchmarks' files are.", rich_help_panel=_TASKS)
-    ] = Path(),
+    data: Annotated[Path, _about_tasks(metavar="FOLDER", help="Where benchmarks' files are.")] = Path(),
     stage: Annotated[
-        str | None,
-        typer.Option("--model", "-m", metavar="STAGE", help="The stage of a run.", rich_help_panel=_TASKS),
+        str | None, _about_tasks("--model", "-m", metavar="STAGE", help="The stage of a run.")
     ] = None,
-    shots: Annotated[
-        int, typer.Option("--shots", min=0, help="Worked examples before each item.", rich_help_panel=_TASKS)
-    ] = 0,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put items through the model's chat template.", rich_help_panel=_TASKS)
-    ] = False,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=2, help="At most so many items a task.", rich_help_panel=_TASKS)
-    ] = None,
-    samples: Annotated[
-        int,
-        typer.Option("--samples", min=1, max=1000, help="Programs for a problem, for pass@k.", rich_help_panel=_TASKS),
-    ] = 1,
-    seed: Annotated[
-        int, typer.Option("--seed", help="Seed of --limit, of worked examples and of sampling.", rich_help_panel=_TASKS)
-    ] = 1,
+    shots: Annotated[int, _about_tasks(min=0, help="Worked examples before each item.")] = 0,
+    chat: Annotated[bool, _about_tasks("--chat", help="Put items through the model's chat template.")] = False,
+    limit: Annotated[int | None, _about_tasks(min=2, help="At most so many items a task.")] = None,
+    samples: Annotated[int, _about_tasks(min=1, max=1000, help="Programs for a problem, for pass@k.")] = 1,
+    seed: Annotated[int, _about_tasks(help="Seed of --limit, of worked examples and of sampling.")] = 1,
     scores: Annotated[
-        Path | None,
-        typer.Option(
-            "--scores", metavar="FOLDER", help="Where to write (default: beside the model).", rich_help_panel=_TASKS
-        ),
+        Path | None, _about_tasks(metavar="FOLDER", help="Where to write (default: beside the model).")
     ] = None,
     contamination: Annotated[
         int | None,
-        typer.Option(
-            "--contamination",
-            metavar="N",
-            min=8,
-            max=13,
-            rich_help_panel=_TASKS,
+        _about_tasks(
+            metavar="N", min=8, max=13,
             help="Score also without items of which N words in a row (13 is usual) stand in what the run learned from.",
         ),
     ] = None,
     unisolated: Annotated[
-        bool,
-        typer.Option(
-            "--unisolated-code", help="Run programs even where they cannot be isolated.", rich_help_panel=_TASKS
-        ),
+        bool, _about_tasks("--unisolated-code", help="Run programs even where they cannot be isolated.")
     ] = False,
-    settings: SetOption = None,
-    force: Annotated[bool, typer.Option("--force", help="Do this stage again.", rich_help_panel=_STAGE)] = False,
-    smoke: SmokeOption = False,
-    dry_run: DryRunOption = False,
-    run: RunOption = None,
-    runs: RunsOption = Path("runs"),
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
+    settings: options.Set = None,
+    force: Annotated[bool, Option("--force", help="Do this stage again.", rich_help_panel=_STAGE)] = False,
+    smoke: options.Smoke = False,
+    dry_run: options.DryRun = False,
+    run: options.Out = None,
+    runs: options.Runs = Path("runs"),
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:  # fmt: skip
     """Models to scores with error bars: those of a recipe, or with --tasks one of anybody's.
 
     Stages that a recipe's evaluation stands on are brought up to date first. The same command goes on where it stopped.
@@ -94,11 +79,9 @@ def evaluate(
         return
     from groundup.cli.talking import load_model
     from groundup.console import Console
-    from groundup.errors import DataError
     from groundup.evaluation.contamination import NGRAM, training_texts
     from groundup.evaluation.scorecard import BENCHMARKS, CARD, score_model
     from groundup.evaluation.sets import BITS_PER_BYTE, METRICS_OF_TASK, task_digests
-    from groundup.recipe import EvaluateSettings
     from groundup.stage import MODEL_FOLDER, model_digest
 
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
@@ -108,59 +91,46 @@ def evaluate(
         tasks=names, data=str(data), shots=shots, chat=chat, limit=limit, samples=samples, unisolated_code=unisolated
     )
     task_digests(asked)  # which refuses what is wrong before a model is read
-    path = Path(model) if Path(model).is_dir() else recipe_and_run(model, settings or [], smoke, run, runs)[1]
+    path = Path(model) if Path(model).is_dir() else recipe_and_run(model, settings, smoke, run, runs)[1]
     to_chat = chat or any(name in METRICS_OF_TASK and name != BITS_PER_BYTE for name in names)
     loaded, tokenizer, folder = load_model(path, stage, to_chat=to_chat)
     folder = folder.resolve()
     is_runs = folder.name == MODEL_FOLDER
-    beside = folder.parent / BENCHMARKS if is_runs else folder.with_name(f"{folder.name}-{BENCHMARKS}")
-    target = scores if scores is not None else beside
+    target = scores or (folder.parent / BENCHMARKS if is_runs else folder.with_name(f"{folder.name}-{BENCHMARKS}"))
     with Console(quiet=quiet or as_json).bar("evaluate") as bar:
         found = score_model(
-            loaded,
-            tokenizer,
-            asked,
-            seed=seed,
-            identity=model_digest(folder),
+            loaded, tokenizer, asked, seed=seed, identity=model_digest(folder), folder=target, bar=bar,
             texts=_validation_texts(folder) if BITS_PER_BYTE in names else (),
-            folder=target,
-            trained_on=None if contamination is None else training_texts(folder),
-            ngram=contamination or NGRAM,
-            bar=bar,
-        )
+            trained_on=None if contamination is None else training_texts(folder), ngram=contamination or NGRAM,
+        )  # fmt: skip
     if as_json:
         print_json(found.card)
         return
-    _show({**found.card, "tasks": {name: found.card["tasks"][name] for name in found.records}})
+    print_table(
+        ("task", "figure", "value", "n"),
+        _rows({name: found.card["tasks"][name] for name in found.records}, found.card["core"]),
+    )
     typer.echo(target / CARD, err=True)
 
 
-def _show(card: Mapping[str, Any]) -> None:
-    """Every figure, as a table."""
+def _rows(tasks: Mapping[str, Any], core: Mapping[str, Any] | None) -> Iterator[tuple[Any, ...]]:
+    """Every figure, for the table."""
     from groundup.evaluation.scorecard import say
 
-    table = Table("task", "figure", "value", "n")
+    def row(name: str, figure: str, estimate: Mapping[str, Any], more: str = "") -> tuple[Any, ...]:
+        return name, figure + more, say(figure, estimate["value"], estimate["stderr"]), estimate["n"]
 
-    def add(name: str, figure: str, estimate: Mapping[str, Any], more: str = "") -> None:
-        shown = say(figure, estimate["value"], estimate["stderr"])
-        table.add_row(name, figure + more, shown, f"{estimate['n']:,}")
-
-    for name, one in card["tasks"].items():
+    for name, one in tasks.items():
         ran = f", isolation: {one['sandbox']}" if "sandbox" in one else ""
-        for figure, estimate in one["figures"].items():
-            add(name, figure, estimate, ran)
-        if clean := one.get("clean"):
-            figure, estimate = next(iter(clean.items()))
-            add(name, figure, estimate, f", without {one['n_contaminated']:,} items that were trained on")
-    if card["core"] is not None:
-        add(f"CORE, {card['core']['n']} of its {card['core']['of']} tasks", "core", card["core"])
-    result_console().print(table)
+        yield from (row(name, figure, estimate, ran) for figure, estimate in one["figures"].items())
+        for figure, estimate in [*(one.get("clean") or {}).items()][:1]:
+            yield row(name, figure, estimate, f", without {one['n_contaminated']:,} items that were trained on")
+    if core is not None:
+        yield row(f"CORE, {core['n']} of its {core['of']} tasks", "core", core)
 
 
 def _check_options(context: typer.Context, *, with_tasks: bool) -> None:
     """Raise DataError for an option that would do nothing: of the other half of the command, or of a recipe."""
-    from groundup.errors import DataError
-
     panels = [(parameter.name, getattr(parameter, "rich_help_panel", None)) for parameter in context.command.params]
     other = {name for name, panel in panels if panel == (_STAGE if with_tasks else _TASKS)}
     why, fix = "it is about --tasks", "Add --tasks …, or write it into [evaluate]."
@@ -177,7 +147,6 @@ def _check_options(context: typer.Context, *, with_tasks: bool) -> None:
 def _validation_texts(folder: Path) -> Iterator[str]:
     """The documents of the run that a model is of."""
     from groundup.corpus import stream_documents
-    from groundup.errors import ArtifactError
 
     corpus = folder.parent.parent / "corpus"
     if not corpus.is_dir():

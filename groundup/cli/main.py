@@ -17,27 +17,23 @@ from rich.console import Console as RichConsole
 from rich.text import Text
 from typer.core import TyperGroup
 
-from groundup.cli import (
-    building,
-    comparing,
-    crawling,
-    evaluating,
-    inspecting,
-    judging,
-    modelling,
-    moving,
-    planning,
-    scaling,
-    serving,
-    sharding,
-    talking,
-    tokenizing,
-)
-from groundup.cli.options import same_command
+from groundup.cli import building, comparing, data, evaluating, inspecting, modelling, planning, talking
+from groundup.cli.options import BUILD
+from groundup.cli.output import same_command
 from groundup.errors import GroundupError, Interrupted
 from groundup.files import write_error
 from groundup.recipe.registry import registered
 from groundup.user_code import TRUST_ALL
+
+
+class StageGroup(TyperGroup):
+    """A group whose `build` command may be left out: what is not the name of another command is its argument."""
+
+    def parse_args(self, context: Any, arguments: list[str]) -> list[str]:
+        """Put `build` first where no command is named."""
+        if arguments and arguments[0] not in (*self.commands, "--help", "-h"):
+            arguments = ["build", *arguments]
+        return super().parse_args(context, arguments)
 
 
 class PipelineGroup(TyperGroup):
@@ -47,6 +43,14 @@ class PipelineGroup(TyperGroup):
         """`build`, the stages in their order, then the others."""
         order = {name: place for place, name in enumerate(("build", *registered()))}
         return sorted(super().list_commands(context), key=lambda name: order.get(name, len(order)))
+
+
+GROUPS = {
+    "corpus": (data.corpus_app, "groundup corpus crawl https://example.org/ --out pages"),
+    "tokenizer": (data.tokenizer_app, 'groundup tokenizer try runs/demo "How is this cut?"'),
+    "shards": (data.shards_app, "groundup shards verify runs/demo"),
+}
+"""Stages that have commands of their own beside being done, and an example of them."""
 
 
 def make_app() -> typer.Typer:
@@ -63,19 +67,21 @@ def make_app() -> typer.Typer:
         epilog="Examples:  groundup build demo  ·  groundup chat runs/demo  ·  groundup recipe show demo",
     )
     app.callback(invoke_without_command=True)(_root)
-    corpus, tokenizer, shards = typer.Typer(), typer.Typer(), typer.Typer()
-    corpus.command(epilog=crawling.EPILOG)(crawling.crawl)
-    tokenizer.command(epilog=tokenizing.REPORT_EXAMPLES)(tokenizing.report)
-    tokenizer.command("try", epilog=tokenizing.TRY_EXAMPLES)(tokenizing.try_text)
-    sharding.add_to(shards)
-    groups = {
-        "corpus": (corpus, "groundup corpus crawl https://example.org/ --out pages"),
-        "tokenizer": (tokenizer, 'groundup tokenizer try runs/demo "How is this cut?"'),
-        "shards": (shards, "groundup shards verify runs/demo"),
-    }
-    building.add_to(app, groups, {"evaluate": (evaluating.evaluate, evaluating.EXAMPLE)})
-    for room in (planning, scaling, talking, comparing, judging, serving, modelling, moving, inspecting):
-        room.add_to(app)
+    for name, method in registered().items():
+        about = f"{method.about}\n\nStages it stands on are brought up to date first."
+        told = f"Examples:  groundup {name} demo  ·  groundup {name} my.toml --force"
+        command = building.stage_command(name)
+        if name not in GROUPS:
+            app.command(name, help=about, epilog=told, rich_help_panel=BUILD)(command)
+            continue
+        group, (more, example) = typer.Typer(cls=StageGroup, no_args_is_help=True), GROUPS[name]
+        group.command("build", help=about, epilog=told)(command)
+        group.add_typer(more)
+        about, told = f"{about} The other commands look at it.", f"{told}  ·  {example}"
+        app.add_typer(group, name=name, help=about, epilog=told, rich_help_panel=BUILD)
+    # What is added later takes the place of what has its name: `evaluate` can do more than its stage.
+    for room in (building, evaluating, planning, talking, comparing, modelling, inspecting):
+        app.add_typer(room.app)
     return app
 
 
@@ -121,7 +127,7 @@ def _run() -> None:
         make_app()(prog_name="groundup")
     except Interrupted as stop:
         if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
-            _say(f"\n{stop.message}", f"Go on:  {same_command(*_arguments_to_go_on())}")
+            typer.echo(f"\n{stop.message}\nGo on:  {same_command(*_arguments_to_go_on())}", err=True)
         sys.exit(stop.exit_code)
     except GroundupError as error:
         _show(error)
@@ -136,14 +142,9 @@ def _run() -> None:
 
 
 def _show(error: GroundupError) -> None:
-    first, *rest = str(error).split("\n")
-    _say(Text.assemble(("groundup: ", "bold red"), first), *(f"          {line}" for line in rest))
-
-
-def _say(*lines: str | Text) -> None:
-    errors = RichConsole(stderr=True, highlight=False, soft_wrap=True)
-    for line in lines:
-        errors.print(Text(line) if isinstance(line, str) else line)
+    told = str(error).replace("\n", "\n          ")
+    console = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+    console.print(Text.assemble(("groundup: ", "bold red"), told))
 
 
 def _arguments_to_go_on() -> list[str]:

@@ -173,7 +173,7 @@ def _told(found: Difference, figure: _Figure, second: str) -> Difference:
     in_units = bool(figure.unit) or not is_scaled
     least = f"{_SHOWN}{figure.unit}" if in_units else f"{_SHOWN * 100:g} points"
     if found.p < _LEVEL:
-        by = f"{abs(value):.3g}{figure.unit}" if in_units else f"{abs(value):.1%}"
+        by = f"{abs(value):.3g}{figure.unit}" if in_units else f"{100 * abs(value):.3g} points"
         better = second if value * (figure.better or _UP) > 0 else "the first"
         verdict = f"{better} is {'better' if figure.better else 'higher'} by {by}"
     elif not is_scaled:

@@ -5,14 +5,16 @@ In: a run and a stage of it. Out: Markdown. Nothing in it is made up: what was n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from groundup.console import format_bytes, format_count
-from groundup.files import read_json
-from groundup.report.record import RunRecord, read_record
+from groundup.files import read_json, write_text
+from groundup.recipe.registry import TRUNK
+from groundup.report.record import RunRecord, StageRecord, read_record
 from groundup.run import RECIPE_FILE, Run
 from groundup.stage import MODEL_FOLDER
 
@@ -36,6 +38,23 @@ def run_of(model: Path) -> tuple[Run, str] | None:
     return (Run(stage.parent), stage.name) if (stage.parent / RECIPE_FILE).is_file() else None
 
 
+def write_card(model: Path, folder: Path) -> Path | None:
+    """Write the card of a run's model into the folder that it is exported to; None: it is no run's."""
+    found = run_of(model)
+    if found is not None:
+        write_text(folder / CARD, model_card(*found, folder.name))
+    return None if found is None else folder / CARD
+
+
+def write_modelfile(model: Path, gguf: Path) -> Path:
+    """Write Ollama's Modelfile beside a GGUF file, which carries its template: `ollama create NAME -f Modelfile`."""
+    run, stage = run_of(model) or (None, "")
+    lines = [f"FROM ./{gguf.name}", f"PARAMETER temperature {run.recipe.generate.temperature if run else 0.7:g}"]
+    lines += ['TEMPLATE "{{ .Prompt }}"'] if stage in TRUNK else []
+    write_text(gguf.with_name("Modelfile"), "\n".join(lines) + "\n")
+    return gguf.with_name("Modelfile")
+
+
 def model_card(run: Run, stage: str, folder: str) -> str:
     """The card of a stage's model.
 
@@ -46,9 +65,8 @@ def model_card(run: Run, stage: str, folder: str) -> str:
     """
     record = read_record(run)
     config = read_json(run.folder(stage) / MODEL_FOLDER / "config.json")
-    statistics = record.filter_statistics
+    statistics, scores, path = record.filter_statistics, _scores(record, stage), _path(record, stage)
     steps = statistics.get("steps", [])
-    scores = _scores(record, stage)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("groundup.report", ""), undefined=jinja2.StrictUndefined, trim_blocks=True
     )
@@ -65,10 +83,10 @@ def model_card(run: Run, stage: str, folder: str) -> str:
         machine=", ".join(str(made_on[key]) for key in ("cpu", "platform") if key in made_on),
         languages=sorted(statistics.get("languages", {})),
         sources=list(statistics.get("by_source", {})),
-        licences=_licences(record, stage),
+        licences=_licences(record, ["corpus", *path]),
         steps=steps,
         dropped=[(step["step"], step["in"] - step["out"]) for step in steps if step["in"] > step["out"]],
-        stages=_stages(record, stage),
+        stages=[_training(record.stages[name]) for name in path],
         recipe=record.recipe_text,
         scores=scores,
         is_aligned=stage != record.base,
@@ -77,10 +95,8 @@ def model_card(run: Run, stage: str, folder: str) -> str:
             for name, one in record.benchmarks.get(stage, {}).items()
             if one.get("n_contaminated")
         ],
-        unmeasured=[
-            words for key, words in _MEASURABLE.items() if key not in {score["key"] for score in scores}
-        ],
-    )  # fmt: skip
+        unmeasured=[words for key, words in _MEASURABLE.items() if key not in {score["key"] for score in scores}],
+    )
 
 
 def _scores(record: RunRecord, stage: str) -> list[dict[str, Any]]:
@@ -97,41 +113,29 @@ def _scores(record: RunRecord, stage: str) -> list[dict[str, Any]]:
     return [{"key": key, "data": key.rpartition(".")[0], **score} for key, score in found.items()]
 
 
-def _licences(record: RunRecord, stage: str) -> list[tuple[str, str, str]]:
-    """What the stages up to this one read, in their order, and its licence if it is known."""
-    manifests = [one.manifest for name in ("corpus", *_path(record, stage)) if (one := record.stages.get(name))]
-    return [
-        (manifest.stage, source, next((told for known, told in _LICENCES.items() if source.startswith(known)), ""))
-        for manifest in manifests
-        if manifest
-        for key in ("inputs", "data", "prompts")
-        for source in manifest.settings.get(key) or ()
-    ]
-
-
 def _path(record: RunRecord, stage: str) -> list[str]:
     """The stages that trained something, from the first to this one."""
     path: list[str] = []
     at: str | None = stage
     while at is not None and at in record.stages and at not in path:
-        path.append(at)
-        at = next((name for name in record.stages[at].needs if record.stages[name].summary.get("flops")), None)
-    return path[::-1]
+        path.insert(0, at)
+        at = next((name for name in record.stages[at].needs if record.summary(name).get("flops")), None)
+    return path
 
 
-def _stages(record: RunRecord, stage: str) -> list[dict[str, str]]:
-    """How each of them was trained."""
-    found = []
-    for name in _path(record, stage):
-        summary, seconds = record.summary(name), record.stages[name].seconds
-        counts = {key: format_count(summary[key]) if key in summary else "–" for key in ("tokens", "steps")}
-        flops = f"{summary['flops']:.2g}" if "flops" in summary else "–"
-        minutes = "–" if seconds is None else f"{seconds / 60:.1f}"
-        found.append({"name": name, **counts, "flops": flops, "minutes": minutes})
-    return found
+def _licences(record: RunRecord, names: Sequence[str]) -> list[tuple[str, str, str]]:
+    """What stages read, in their order, and its licence if it is known."""
+    return [
+        (name, source, next((told for known, told in _LICENCES.items() if source.startswith(known)), ""))
+        for name in names
+        if name in record.stages and (manifest := record.stages[name].manifest)
+        for key in ("inputs", "data", "prompts")
+        for source in manifest.settings.get(key) or ()
+    ]
 
 
-def modelfile(gguf: str, *, can_chat: bool, temperature: float) -> str:
-    """Ollama's Modelfile of a GGUF file beside it: `ollama create NAME -f Modelfile`; the file carries its template."""
-    lines = [f"FROM ./{gguf}", f"PARAMETER temperature {temperature:g}"]
-    return "\n".join(lines + ([] if can_chat else ['TEMPLATE "{{ .Prompt }}"'])) + "\n"
+def _training(stage: StageRecord) -> dict[str, str]:
+    """How a stage was trained."""
+    told = {key: format_count(stage.summary[key]) if key in stage.summary else "–" for key in ("tokens", "steps")}
+    told["flops"] = f"{stage.summary['flops']:.2g}" if "flops" in stage.summary else "–"
+    return {"name": stage.name, **told, "minutes": "–" if stage.seconds is None else f"{stage.seconds / 60:.1f}"}

@@ -19,7 +19,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from groundup.report.format import format_many, is_number, mapping
@@ -66,6 +66,7 @@ class _Canvas:
     height_factor: float = 1.0
 
 
+_TICKS = {"color": SOFT, "major.size": 0, "minor.size": 0, "major.pad": 6}
 WIDE = _Canvas("wide", 920, 13, 4)
 NARROW = _Canvas("narrow", 350, 12, 2, 0.85)
 
@@ -93,35 +94,31 @@ def loss_chart(name: str, curve: Curve, expected_initial_loss: float | None) -> 
 
     def paint(figure: Figure, canvas: _Canvas) -> None:
         rates = [(line["step"], line["lr"]) for line in curve.train if is_number(line.get("lr"))]
-        above, below = _above_and_below(figure, canvas)
+        above, below = _above_and_below(figure)
         above.plot(*_thinned(steps, losses), color=TRAIN, alpha=0.45, linewidth=1, label="train, each step")
-        above.plot(*_thinned(steps, smooth), color=TRAIN, linewidth=2, label=f"train, smoothed: {final:.2f}")
+        above.plot(*_thinned(steps, smooth), color=TRAIN, label=f"train, smoothed: {final:.2f}")
         if curve.validation:
             seen = [line["step"] for line in curve.validation]
             values = [line["val_loss"] for line in curve.validation]
             style: dict[str, Any] = {"linestyle": "--", "marker": "o" if len(seen) <= 60 else "", "markersize": 4}
-            above.plot(seen, values, color=VALIDATION, linewidth=2, label=f"validation: {values[-1]:.2f}", **style)
+            above.plot(seen, values, color=VALIDATION, label=f"validation: {values[-1]:.2f}", **style)
         if expected_initial_loss is not None:
             above.axhline(expected_initial_loss, color=SOFT, linewidth=1, linestyle=":")
             above.plot(steps[:1], losses[:1], color=INK, marker="o", markersize=6, markerfacecolor="none", linestyle="")
             words_there = f"{expected_initial_loss:.2f}: knowing nothing"
             _note(above, words_there, (0, expected_initial_loss), (12, 4), va="bottom", color=SOFT)
         top = max(float(losses.max()), expected_initial_loss or 0.0)
-        above.set_ylim(max(0.0, float(losses.min()) - 0.06 * top), top * 1.09)
-        above.set_ylabel("loss, nats per token")
-        above.legend(loc="upper right", frameon=False, labelcolor=INK, bbox_to_anchor=(1, 0.88))
+        above.set(ylim=(max(0.0, float(losses.min()) - 0.06 * top), top * 1.09), ylabel="loss, nats per token")
+        above.legend(loc="upper right", bbox_to_anchor=(1, 0.88))
         if rates:
-            x, y = np.array([step for step, _ in rates]), np.array([rate for _, rate in rates], dtype=float)
+            x, y = np.array(rates, dtype=float).T
             below.fill_between(*_thinned(x, y), color=SOFT, alpha=0.2, linewidth=0)
             below.plot(*_thinned(x, y), color=SOFT, linewidth=1.5)
-            below.set_ylim(0, float(y.max()) * 1.15 or 1.0)
-            below.set_yticks([0.0, float(y.max())])
-            below.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        below.set_ylabel("lr")
-        below.set_xlabel("step")
+            below.set(ylim=(0, float(y.max()) * 1.15 or 1.0), yticks=[0.0, float(y.max())])
+            below.yaxis.set_major_formatter("{x:g}")
+        below.set(xlabel="step", ylabel="lr", xlim=(0, float(steps[-1]) * 1.01 + 1))
         below.xaxis.set_major_locator(MaxNLocator(2 * canvas.columns, integer=True))
-        below.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        above.set_xlim(0, float(steps[-1]) * 1.01 + 1)
+        below.xaxis.set_major_formatter("{x:,.0f}")
 
     return _chart(name, 400, paint, words)
 
@@ -150,16 +147,14 @@ def curve_chart(name: str, keys: Sequence[str], lines: Sequence[Mapping[str, Any
     height = 150 * len(series) + 60
 
     def paint(figure: Figure, canvas: _Canvas) -> None:
-        place = {"hspace": 0.2, **_margins(canvas, height, bottom=46)}
-        panels = figure.subplots(len(series), sharex=True, squeeze=False, gridspec_kw=place)[:, 0]
+        panels = figure.subplots(len(series), sharex=True, squeeze=False)[:, 0]
         for axes, (key, (steps, values)) in zip(panels, series.items(), strict=True):
-            _quiet(axes)
             colour = VALIDATION if key.startswith(HELD_OUT) else TRAIN
             axes.plot(*_thinned(steps, values), color=colour, alpha=0.45, linewidth=1)
-            axes.plot(*_thinned(steps, smoothed(values)), color=colour, linewidth=2)
+            axes.plot(*_thinned(steps, smoothed(values)), color=colour)
             axes.set_ylabel(key.replace("_", " "))
             if values.min() > 1000:
-                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g} k"))
+                axes.yaxis.set_major_formatter(lambda value, _: f"{value / 1000:g} k")
             if best is not None:
                 axes.axvline(best, color=VALIDATION, linewidth=1.6, linestyle="--")
                 if key.startswith(HELD_OUT):
@@ -194,18 +189,17 @@ def overlay_chart(name: str, curves: Mapping[str, Curve]) -> Chart | None:
     words = f"{unit}, over tokens: " + "; ".join(f"{run} ends at {end:.3f}" for run, end in ends.items()) + "."
 
     def paint(figure: Figure, canvas: _Canvas) -> None:
-        axes = _axes(figure, canvas, 360)
+        axes = figure.subplots()
         for colour, (run, (train, held_out)) in zip(SERIES, drawn.items(), strict=False):
             axes.plot(*_thinned(train[:, 0], smoothed(train[:, 1])), color=colour, linewidth=1.6, label=run)
             if len(held_out):
                 axes.plot(*held_out.T, "o--", color=colour, markersize=3, linewidth=1)
         smooth = np.concatenate([smoothed(train[:, 1]) for train, _ in drawn.values()])
         lowest = min([smooth.min(), *(held_out[:, 1].min() for _, held_out in drawn.values() if len(held_out))])
-        axes.set_ylim(0.94 * lowest, 1.03 * smooth.max())
-        axes.set(xlabel="tokens; dashed: held-out", ylabel=unit)
+        axes.set(xlabel="tokens; dashed: held-out", ylabel=unit, ylim=(0.94 * lowest, 1.03 * smooth.max()))
         axes.xaxis.set_major_locator(MaxNLocator(canvas.columns + 1))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_many(value)))
-        axes.legend(loc="upper right", frameon=False, labelcolor=INK)
+        axes.xaxis.set_major_formatter(lambda value, _: format_many(value))
+        axes.legend(loc="upper right")
 
     return _chart(name, 360, paint, words)
 
@@ -218,41 +212,39 @@ def estimates_chart(name: str, rows: Mapping[str, Mapping[str, Any]], series: Ma
         rows: for each row, estimates ("value", "stderr") by series; what is missing is left out.
         series: the colour of each.
     """
-    figures = {row: [(one, *found) for one in series if (found := _estimate(rows[row], one))] for row in rows}
-    figures = {row: found for row, found in figures.items() if found}
-    if not figures:
+    shown = {
+        row: found
+        for row, of_row in rows.items()
+        if (found := {one: estimate for one in series if (estimate := _estimate(of_row, one))})
+    }
+    if not shown:
         return None
-    ordered = sorted(figures.items(), key=lambda item: (item[1][-1][1], item[0]))
+    ordered = sorted(shown.items(), key=lambda item: ([*item[1].values()][-1][0], item[0]))
     words = "; ".join(
-        f"{row}: " + ", ".join(f"{one} {value:.0%} ± {error:.1%}" for one, value, error in found)
+        f"{row}: " + ", ".join(f"{one} {value:.0%} ± {error:.1%}" for one, (value, error) in found.items())
         for row, found in reversed(ordered)
     )
     height = (22 + 12 * len(series)) * len(ordered) + 84
 
     def paint(figure: Figure, canvas: _Canvas) -> None:
-        left = min(max(map(len, figures)) * canvas.font_size * 0.58 + 18, canvas.width * 0.42)
-        axes = _axes(figure, canvas, height, left=left, right=64, bottom=60)
+        left = min(max(map(len, shown)) * canvas.font_size * 0.58 + 18, canvas.width * 0.42)
+        _margins(figure, left=left, right=64, bottom=60)
+        axes = figure.subplots()
         for place, (one, colour) in enumerate(series.items()):
             offset = 0.7 * (place + 0.5) / len(series) - 0.35
-            points = [
-                (row - offset, value, error)
-                for row, (_, found) in enumerate(ordered)
-                for known, value, error in found
-                if known == one
-            ]
+            points = [(row - offset, *found[one]) for row, (_, found) in enumerate(ordered) if one in found]
             if points:
-                y, x, error = (np.array(column, dtype=float) for column in zip(*points, strict=True))
+                y, x, error = np.array(points).T
                 spread = [np.minimum(error, x), np.minimum(error, 1 - x)]
                 axes.errorbar(x, y, xerr=spread, fmt="o", color=colour, markersize=6, elinewidth=1.6, capsize=3)
                 axes.plot([], [], marker="o", linestyle="", color=colour, label=one)
         for row, (_, found) in enumerate(ordered):
-            _note(axes, f"{found[-1][1]:.0%}", (1, row), (8, 0), va="center", color=INK)
+            _note(axes, f"{[*found.values()][-1][0]:.0%}", (1, row), (8, 0), va="center", color=INK)
         axes.set_yticks(range(len(ordered)), [row for row, _ in ordered], color=INK)
-        axes.set_xlim(0, 1)
-        axes.set_ylim(-0.6, len(ordered) - 0.4)
+        axes.set(xlim=(0, 1), ylim=(-0.6, len(ordered) - 0.4))
         axes.xaxis.set_major_locator(MaxNLocator(canvas.columns))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-        figure.legend(loc="lower center", frameon=False, labelcolor=INK, ncols=canvas.columns)
+        axes.xaxis.set_major_formatter("{x:.0%}")
+        figure.legend(loc="lower center", ncols=canvas.columns)
 
     return _chart(name, height, paint, words)
 
@@ -271,21 +263,19 @@ def reliability_chart(name: str, bins: Sequence[tuple[float, float, float, int]]
     )
 
     def paint(figure: Figure, canvas: _Canvas) -> None:
-        above, below = _above_and_below(figure, canvas, left=72, right=26)
+        _margins(figure, left=72, right=26)
+        above, below = _above_and_below(figure)
         above.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=":", label="as sure as it is right")
         spread = np.sqrt(right * (1 - right) / counts)
-        style: dict[str, Any] = {"color": TRAIN, "linewidth": 2, "marker": "o", "markersize": 5, "capsize": 2.5}
+        style: dict[str, Any] = {"color": TRAIN, "marker": "o", "markersize": 5, "capsize": 2.5}
         above.errorbar(sure, right, yerr=[np.minimum(spread, right), np.minimum(spread, 1 - right)], **style)
-        above.set_ylim(0, 1.03)
-        above.set_ylabel("right")
-        above.legend(loc="upper left", frameon=False, labelcolor=INK)
+        above.set(ylim=(0, 1.03), ylabel="right")
+        above.legend(loc="upper left")
         below.bar([edge + 0.05 for edge, *_ in bins], counts, width=0.09, color=TRAIN)
-        below.set_ylabel("answers")
-        below.set_xlabel("probability of the answer")
+        below.set(xlabel="probability of the answer", ylabel="answers", xlim=(0, 1))
         below.yaxis.set_major_locator(MaxNLocator(2, integer=True))
-        below.set_xlim(0, 1)
         for axis in (above.yaxis, below.xaxis):
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+            axis.set_major_formatter("{x:.0%}")
 
     return _chart(name, 400, paint, words)
 
@@ -306,30 +296,27 @@ def histogram_chart(name: str, histograms: Mapping[str, Mapping[str, Any]]) -> C
         return 112 * -(-len(shown) // canvas.columns) / canvas.height_factor + 10
 
     def paint(figure: Figure, canvas: _Canvas) -> None:
-        margins = _margins(canvas, height_of(canvas), left=8, right=8, top=26)
-        n_rows = -(-len(shown) // canvas.columns)
-        grid = figure.add_gridspec(n_rows, canvas.columns, hspace=1.1, wspace=0.18, **margins)
-        for place, (signal, found) in enumerate(shown):
-            axes = figure.add_subplot(grid[place // canvas.columns, place % canvas.columns])
-            _quiet(axes)
+        _margins(figure, left=8, right=8, top=26, bottom=40)
+        grid = [*figure.subplots(-(-len(shown) // canvas.columns), canvas.columns, squeeze=False).flat]
+        figure.subplots_adjust(hspace=1.1, wspace=0.18)
+        for axes in grid[len(shown) :]:
+            axes.remove()
+        for axes, (signal, found) in zip(grid, shown, strict=False):
             counts, edges = np.array(found["counts"], dtype=float), np.array(found["edges"], dtype=float)
-            grows = bool(edges[-1] > 1000)
-            if grows:
-                axes.set_xscale("symlog", linthresh=1)
             # Square roots: the few documents that a rule removes stay visible beside the many that it keeps.
             axes.bar(edges[:-1], np.sqrt(counts), width=np.diff(edges), align="edge", color=TRAIN, linewidth=0)
             for bound in (found.get("least"), found.get("most")):
                 if bound is not None:
                     axes.axvline(bound, color=VALIDATION, linewidth=1.6)
             axes.set_title(signal.replace("_", " "), fontsize=canvas.font_size - 1, color=INK, loc="left")
-            axes.set_yticks([])
-            axes.set_xlim(edges[0], edges[-1])
-            if grows:
-                axes.set_xticks([1, 100, 10_000, 1_000_000], ["1", "100", "10 k", "1 M"], fontsize=canvas.font_size - 2)
+            axes.set(yticks=[], xlim=(edges[0], edges[-1]))
+            axes.tick_params(labelsize=canvas.font_size - 2)
+            if edges[-1] > 1000:
+                axes.set_xscale("symlog", linthresh=1)
+                axes.set_xticks([1, 100, 10_000, 1_000_000], ["1", "100", "10 k", "1 M"])
                 axes.minorticks_off()
             else:
                 axes.xaxis.set_major_locator(MaxNLocator(2))
-                axes.tick_params(labelsize=canvas.font_size - 2)
 
     return _chart(name, height_of, paint, words)
 
@@ -392,23 +379,36 @@ def _note(
 
 
 def _drawn(name: str, canvas: _Canvas, height: float, paint: Callable[[Figure, _Canvas], None]) -> str:
-    """Paint a figure for one width and give its SVG, fit for the page."""
+    """Paint a figure for one width and give its SVG, fit for the page: no box, thin grid, soft words."""
     name = f"{name}-{canvas.suffix}"
-    # Matplotlib's own defaults, so that nobody's matplotlibrc changes the page.
-    settings: Any = {key: value for key, value in matplotlib.rcParamsDefault.items() if "backend" not in key}
-    settings |= {
-        "font.size": canvas.font_size,
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "text.parse_math": False,
-    }
-    buffer = io.StringIO()
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(canvas.width / 72, height * canvas.height_factor / 72))
-        figure.patch.set_alpha(0)
+    settings = {
+        "font.size": canvas.font_size, "svg.fonttype": "none", "svg.hashsalt": name, "figure.facecolor": "none",
+        "axes.facecolor": "none", "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
+        "axes.edgecolor": LINE, "axes.labelcolor": SOFT, "axes.grid": True, "axes.axisbelow": True,
+        "grid.color": LINE, "grid.linewidth": 1, "lines.linewidth": 2, "legend.frameon": False,
+        "legend.labelcolor": INK, "figure.subplot.hspace": 0.2,
+        **{f"{axis}tick.{what}": value for axis in "xy" for what, value in _TICKS.items()},
+    }  # fmt: skip
+
+    def fill(figure: Figure) -> None:
+        _margins(figure)
         paint(figure, canvas)
+
+    size = canvas.width / 72, height * canvas.height_factor / 72
+    return _fit_page(draw(size, settings, fill), name)
+
+
+def draw(size: tuple[float, float], settings: Mapping[str, Any], fill: Callable[[Figure], None]) -> str:
+    """A figure of so many inches as SVG; the same gives the same bytes."""
+    # Matplotlib's own defaults, so that nobody's matplotlibrc changes the picture.
+    all_settings: Any = {key: value for key, value in matplotlib.rcParamsDefault.items() if "backend" not in key}
+    all_settings |= {"text.parse_math": False, **settings}
+    buffer = io.StringIO()
+    with matplotlib.rc_context(all_settings):
+        figure = Figure(figsize=size)
+        fill(figure)
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return _fit_page(buffer.getvalue(), name)
+    return buffer.getvalue()
 
 
 def _fit_page(svg: str, name: str) -> str:
@@ -429,45 +429,14 @@ def _fit_page(svg: str, name: str) -> str:
     return re.sub(r"\n\s*", "\n", svg)
 
 
-def _axes(figure: Figure, canvas: _Canvas, height: float, *, bottom: float = 46, **margins: float) -> Axes:
-    """The only axes of a figure."""
-    grid = figure.add_gridspec(1, 1, **_margins(canvas, height, bottom=bottom, **margins))
-    axes: Axes = figure.add_subplot(grid[0])
-    _quiet(axes)
-    return axes
-
-
-def _above_and_below(figure: Figure, canvas: _Canvas, **margins: float) -> tuple[Axes, Axes]:
-    """Two axes over the same x, the upper one four times as high; 400 pixels together."""
-    place = _margins(canvas, 400, bottom=46, **margins)
-    above, below = figure.subplots(2, sharex=True, height_ratios=(4, 1), gridspec_kw={"hspace": 0.14, **place})
-    for axes in (above, below):
-        _quiet(axes)
+def _above_and_below(figure: Figure) -> tuple[Axes, Axes]:
+    """Two axes over the same x, the upper one four times as high."""
+    above, below = figure.subplots(2, sharex=True, height_ratios=(4, 1), gridspec_kw={"hspace": 0.14})
     figure.align_ylabels([above, below])
     return above, below
 
 
-def _margins(
-    canvas: _Canvas, height: float, *, left: float = 58, right: float = 10, bottom: float = 40, top: float = 10
-) -> dict[str, float]:
-    """Margins in pixels as gridspec's shares."""
-    height *= canvas.height_factor
-    return {
-        "left": left / canvas.width,
-        "right": 1 - right / canvas.width,
-        "bottom": bottom / height,
-        "top": 1 - top / height,
-    }
-
-
-def _quiet(axes: Axes) -> None:
-    """No box, thin grid, soft words."""
-    axes.set_facecolor("none")
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(LINE)
-    axes.grid(color=LINE, linewidth=1)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, colors=SOFT, pad=6)
-    axes.xaxis.label.set_color(SOFT)
-    axes.yaxis.label.set_color(SOFT)
+def _margins(figure: Figure, left: float = 58, right: float = 10, bottom: float = 46, top: float = 10) -> None:
+    """Margins in pixels."""
+    width, height = 72 * figure.get_size_inches()
+    figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)

@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from groundup.report.format import format_many, is_number, mapping
+from groundup.report.format import format_many, is_number, mapping, mappings
 from groundup.run import Run
 from groundup.stage import stages_done
 
@@ -65,9 +65,11 @@ def closing_table(scores: Mapping[str, Any], run: Run | None = None) -> Table:
 def closing_rows(scores: Mapping[str, Any]) -> list[ClosingRow]:
     """The rows of the closing table, formatted: scores with their gates, then gates on a stage's own figures."""
     gates: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for gate in _mappings(scores.get("gates")):
+    for gate in mappings(scores.get("gates")):
         gates.setdefault((str(gate.get("key")), str(gate.get("model"))), []).append(gate)
-    rows = [_row(row, gates.pop((str(row.get("key")), str(row.get("model"))), ())) for row in score_rows(scores)]
+    rows = [
+        _row(row, gates.pop((str(row.get("key")), str(row.get("model"))), ())) for row in mappings(scores.get("rows"))
+    ]
     for (key, model), others in gates.items():
         value = next((gate.get("value") for gate in others if gate.get("over") is None), None)
         rows.append(
@@ -94,11 +96,6 @@ def pipeline_rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[ClosingRow
         for key, label, before, after, n, unit in figures
         if is_number(after)
     ]
-
-
-def score_rows(scores: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The rows of `scores.json` as they stand."""
-    return _mappings(scores.get("rows"))
 
 
 def format_figure(key: str, value: object) -> str:
@@ -142,7 +139,3 @@ def _row(row: Mapping[str, Any], gates: Sequence[Mapping[str, Any]] = ()) -> Clo
         gate="; ".join(str(gate.get("bounds", "")) for gate in gates) + (", not measured" if None in outcomes else ""),
         gate_passed=all(outcomes) if outcomes and None not in outcomes else None,
     )
-
-
-def _mappings(values: object) -> list[Mapping[str, Any]]:
-    return [value for value in values if isinstance(value, Mapping)] if isinstance(values, list) else []

@@ -6,11 +6,9 @@ the most that its maker names (`data/devices.toml`), of a CPU an assumed figure 
 
 from __future__ import annotations
 
-import functools
-import tomllib
-from importlib import resources
 from typing import NamedTuple
 
+from groundup.environment import device_table
 from groundup.report.format import is_number
 from groundup.report.picture import format_seconds
 from groundup.report.record import RunRecord, StageRecord
@@ -62,14 +60,8 @@ def _power(stage: StageRecord) -> tuple[float, float]:
     threads, processes = (float(n) if is_number(n := made_on.get(key)) else 1.0 for key in ("threads", "processes"))
     if "device" not in made_on:
         return processes * WATTS_A_THREAD * threads, 0.0
-    known = _device(str(made_on["device"]))
+    # "a100-80" is "A100-SXM4-80GB": all its parts stand in the device's name.
+    name = str(made_on["device"]).lower().replace(" ", "")
+    fitting = [known for known in device_table() if all(part in name for part in known.split("-"))]
+    known = device_table()[max(fitting, key=len)] if fitting else {}
     return processes * known.get("power", 0.0), processes * known.get("price", 0.0)
-
-
-@functools.cache
-def _device(name: str) -> dict[str, float]:
-    """The entry of `data/devices.toml` all of whose parts stand in a device's name: "a100-80" in "A100-SXM4-80GB"."""
-    table = tomllib.loads(resources.files("groundup").joinpath("data", "devices.toml").read_text(encoding="utf-8"))
-    plain = name.lower().replace(" ", "")
-    fitting = [known for known in table if all(part in plain for part in known.split("-"))]
-    return table[max(fitting, key=len)] if fitting else {}

@@ -17,6 +17,11 @@ def mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
+def mappings(values: object) -> list[Mapping[str, Any]]:
+    """The objects of what should be a list of them."""
+    return [value for value in values if isinstance(value, Mapping)] if isinstance(values, list) else []
+
+
 def format_many(count: object) -> str:
     """A count in few digits: `950`, `51 k`, `0.48 M`, `1.20 B`."""
     if not is_number(count):

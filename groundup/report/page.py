@@ -8,24 +8,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from jinja2 import DictLoader, Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from groundup.console import format_bytes
-from groundup.report.attention import attention_section
 from groundup.report.charts import BEFORE, TRAIN, curve_chart, estimates_chart, loss_chart
 from groundup.report.closing import ClosingRow, closing_rows, pipeline_rows
-from groundup.report.corpus import corpus_section
 from groundup.report.cost import HOW, costs
-from groundup.report.format import format_many, format_number, format_whole, is_number, mapping
-from groundup.report.picture import LANE, NARROW_STOP, WIDE_STOP, format_seconds, pipeline_stops, pipeline_words
+from groundup.report.format import format_many, format_number, format_whole, is_number, mapping, mappings
+from groundup.report.picture import LANE, NARROW_STOP, WIDE_STOP, format_seconds, pipeline_stops
 from groundup.report.record import Curve, RunRecord, read_record
-from groundup.report.scores import benchmark_chart, benchmark_rows, models_table
+from groundup.report.sections import attention_section, benchmark_chart, benchmark_rows, corpus_section, models_table
 from groundup.run import REPORT_FILE, Run
 
 MOST_SAMPLES_SHOWN = 6
@@ -53,7 +50,6 @@ def write_report(run: Run) -> Path:
     models, shown = models_table(record), rows
     if models is not None:  # the table of all rows would say the same once more
         shown = [row for row in rows if row.gate or not row.n]
-    stops = pipeline_stops(record, record.end)
     page = (
         environment()
         .get_template("page.html.j2")
@@ -62,8 +58,7 @@ def write_report(run: Run) -> Path:
             verdict=verdict(record, rows),
             rows=shown,
             figures=_headline_figures(record),
-            stops=stops,
-            pipeline_words=pipeline_words(stops),
+            stops=pipeline_stops(record, record.end),
             wide_stop=WIDE_STOP,
             narrow_stop=NARROW_STOP,
             lane=LANE,
@@ -123,10 +118,8 @@ def verdict(record: RunRecord, rows: Sequence[ClosingRow]) -> str:
 
 def environment() -> Environment:
     """The templates, with all that a text says escaped."""
-    files = resources.files("groundup.report")
-    names = ("macros.html.j2", "page.html.j2", "pipeline.svg.j2", "style.css", "versus.html.j2")
     made = Environment(
-        loader=DictLoader({name: files.joinpath(name).read_text("utf-8") for name in names}),
+        loader=PackageLoader("groundup.report", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -225,7 +218,7 @@ def _spread(count: int, most: int, power: float = 1.0) -> list[int]:
 
 def _answers(answers: object) -> dict[str, Any] | None:
     """A sample of graded answers that holds every kind, the wrong ones not hidden: kinds take turns."""
-    graded = [answer for answer in answers if isinstance(answer, Mapping)] if isinstance(answers, list) else []
+    graded = mappings(answers)
     queues: dict[tuple[str, bool], list[Mapping[str, Any]]] = {}
     for answer in graded:
         queues.setdefault((str(answer.get("kind", "")), bool(answer.get("correct"))), []).append(answer)

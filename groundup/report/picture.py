@@ -83,17 +83,6 @@ def pipeline_stops(record: RunRecord, end: str) -> list[Stop]:
     return stops
 
 
-def pipeline_words(stops: list[Stop]) -> str:
-    """The picture in words, for those who cannot see it."""
-    parts = []
-    for place, stop in enumerate(stops):
-        told = ", ".join(stop.lines or (stop.state,))
-        origin = f" (after {stops[stop.after].name})" if stop.after not in (-1, place - 1) else ""
-        origin += "".join(f" (with {stops[other].name})" for other in stop.beside)
-        parts.append(f"{stop.name}{origin}: {told}" + (f", {stop.took}" if stop.took else ""))
-    return "The pipeline. " + "; ".join(parts) + "."
-
-
 def format_seconds(seconds: float) -> str:
     """`0.6 s`, `48 s`, `2:10 min`, `1:02:10 h`."""
     if seconds < 59.5:

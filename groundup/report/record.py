@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from groundup.errors import ArtifactError, GroundupError, RunError
+from groundup.errors import ArtifactError, GroundupError
 from groundup.files import read_json
 from groundup.report.format import is_number, mapping
 from groundup.run import MANIFEST, RECIPE_FILE, Manifest, Run
@@ -43,26 +43,14 @@ class StageRecord:
     # Stages of [align.NAME] that it needs too: a reward model, one whose compute it spends
     beside: tuple[str, ...] = ()
     is_control: bool = False
+    shown: Mapping[str, Any] = field(default_factory=dict)  # what it says of itself, once done
+    summary: dict[str, Any] = field(default_factory=dict)  # its figures
+    seconds: float | None = None  # wall-clock time of its work
 
     @property
     def title(self) -> str:
         """Its heading."""
         return str(self.shown.get("title", self.name))
-
-    @property
-    def shown(self) -> Mapping[str, Any]:
-        """What it says of itself (empty until it is done)."""
-        return self.manifest.shown if self.manifest else {}
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """The stage's figures (empty until it is done)."""
-        return self.manifest.summary if self.manifest else {}
-
-    @property
-    def seconds(self) -> float | None:
-        """Wall-clock seconds of the work, once done."""
-        return self.manifest.seconds if self.manifest else None
 
 
 @dataclass(frozen=True)
@@ -99,14 +87,10 @@ def read_record(run: Run) -> RunRecord:
     Raises:
         RunError: the folder has no recipe, so it is no run.
     """
-    recipe_path = run.root / RECIPE_FILE
-    if not recipe_path.is_file():
-        raise RunError(
-            f"{run.root}: no run in this folder (it has no {RECIPE_FILE}).", "Make one: groundup build demo."
-        )
+    Run.existing(run.root)
     warnings: list[str] = []
     about, seed, base, end = "", None, "", ""
-    known = {name: StageRecord(name, "to come", None) for name in run.finished()}
+    stages = {name: StageRecord(name, "to come", None) for name in run.finished()}
     changed: Set[str] = set()
     try:
         recipe = run.recipe
@@ -115,7 +99,7 @@ def read_record(run: Run) -> RunRecord:
         if models:
             base, end = models[0], default_model(recipe, to_chat=True)[0]
         changed = stages_now.keys() - current_stages(stages_now, run)
-        known = {
+        stages = {
             name: StageRecord(
                 name, "to come", None, (stage.start,) if stage.start else stage.needs,
                 tuple(need for need in stage.needs if need in recipe.branches and need != stage.start),
@@ -125,9 +109,10 @@ def read_record(run: Run) -> RunRecord:
         }  # fmt: skip
     except GroundupError as error:
         warnings.append(f"The recipe cannot be read: {error}")
-    stages = {name: _read_stage(run, stage, warnings) for name, stage in known.items()}
-    for name in changed & {name for name, stage in stages.items() if stage.state == "done"}:
-        stages[name] = replace(stages[name], state="changed")
+    stages = {name: _read_stage(run, stage, name in changed, warnings) for name, stage in stages.items()}
+    evaluations, corpus = run.folder("evaluate"), run.folder("corpus")
+    attention = {name: _read_mapping(evaluations / name / "attention.json", warnings) for name in stages}
+    benchmarks = {name: _benchmarks(run, name, warnings) for name in stages}
     return RunRecord(
         name=run.name,
         path=shlex.quote(run.root.as_posix()),
@@ -135,17 +120,13 @@ def read_record(run: Run) -> RunRecord:
         seed=seed,
         base=base,
         end=end,
-        recipe_text=recipe_path.read_text(encoding="utf-8", errors="replace"),
+        recipe_text=(run.root / RECIPE_FILE).read_text(encoding="utf-8", errors="replace"),
         stages=stages,
         curves={name: curve for name in stages if (curve := _read_curve(run.folder(name), warnings))},
-        scores=_read_mapping(run.folder("evaluate") / "scores.json", warnings),
-        filter_statistics=_read_mapping(run.folder("corpus") / "filter_statistics.json", warnings),
-        benchmarks={name: found for name in stages if (found := _benchmarks(run, name, warnings))},
-        attention={
-            name: found
-            for name in stages
-            if (found := _read_mapping(run.folder("evaluate") / name / "attention.json", warnings))
-        },
+        scores=_read_mapping(evaluations / "scores.json", warnings),
+        filter_statistics=_read_mapping(corpus / "filter_statistics.json", warnings),
+        benchmarks={name: found for name, found in benchmarks.items() if found},
+        attention={name: found for name, found in attention.items() if found},
         warnings=warnings,
     )
 
@@ -162,39 +143,35 @@ def _benchmarks(run: Run, model: str, warnings: list[str]) -> dict[str, Any]:
     return found
 
 
-def _read_stage(run: Run, stage: StageRecord, warnings: list[str]) -> StageRecord:
-    name = stage.name
-    manifest = run.manifest(name)
+def _read_stage(run: Run, stage: StageRecord, is_changed: bool, warnings: list[str]) -> StageRecord:
+    manifest, folder = run.manifest(stage.name), run.folder(stage.name)
     mappings = () if manifest is None else (manifest.summary, manifest.environment, manifest.shown)
     if manifest is not None and all(isinstance(value, dict) for value in mappings):
-        return replace(stage, state="done", manifest=manifest)
-    if (run.folder(name) / MANIFEST).is_file():
-        warnings.append(f"{name}/{MANIFEST} is damaged.")
-    return replace(stage, state="unfinished" if run.folder(name).is_dir() else "to come")
+        told: dict[str, Any] = {"shown": manifest.shown, "summary": manifest.summary, "seconds": manifest.seconds}
+        return replace(stage, state="changed" if is_changed else "done", manifest=manifest, **told)
+    if (folder / MANIFEST).is_file():
+        warnings.append(f"{stage.name}/{MANIFEST} is damaged.")
+    return replace(stage, state="unfinished" if folder.is_dir() else "to come")
 
 
 def _read_curve(folder: Path, warnings: list[str]) -> Curve | None:
-    metrics = [line for line in _lines(folder / "metrics.jsonl", warnings) if is_number(line.get("step"))]
+    def lines(name: str, *numbers: str) -> list[dict[str, Any]]:
+        found = _lines(folder / f"{name}.jsonl", warnings)
+        return [line for line in found if all(is_number(line.get(number)) for number in numbers)]
+
+    metrics = lines("metrics", "step")
     if not metrics:
         return None
     return Curve(
         train=[line for line in metrics if is_number(line.get("loss"))],
         validation=[line for line in metrics if is_number(line.get("val_loss"))],
-        timings=[
-            line
-            for line in _lines(folder / "timings.jsonl", warnings)
-            if is_number(line.get("tokens_per_second")) and is_number(line.get("seconds"))
-        ],
-        samples=[
-            line
-            for line in _lines(folder / "samples.jsonl", warnings)
-            if is_number(line.get("step")) and isinstance(line.get("text"), str)
-        ],
+        timings=lines("timings", "tokens_per_second", "seconds"),
+        samples=[line for line in lines("samples", "step") if isinstance(line.get("text"), str)],
         lines=metrics,
         rollouts=[
             line
-            for line in _lines(folder / "rollouts.jsonl", warnings)
-            if is_number(line.get("step")) and is_number(line.get("reward")) and {"prompt", "answer"} <= line.keys()
+            for line in lines("rollouts", "step")
+            if is_number(line.get("reward")) and {"prompt", "answer"} <= line.keys()
         ],
     )
 

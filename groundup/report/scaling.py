@@ -7,23 +7,19 @@ The same law gives the same bytes.
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import NullFormatter
 
 from groundup.console import format_count
+from groundup.report.charts import draw
 
-N_SAMPLES = 80
-"""Places at which a curve is drawn."""
-_AHEAD = 10.0
-"""The frontier is drawn up to so many times the compute of the largest run."""
-
-
+N_SAMPLES = 80  # places at which a curve is drawn
+_AHEAD = 10.0  # the frontier is drawn up to so many times the compute of the largest run
 Law = Any
 """A `ScalingLaw`: training stands above this room, so it is not imported."""
 
@@ -32,24 +28,22 @@ def draw_scaling(law: Law) -> str:
     """The picture of a law, as SVG text."""
     sizes = sorted({point.n_parameters for point in law.points})
     colours = dict(zip(sizes, matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, len(sizes))), strict=True))
-    # Matplotlib's own defaults, so that nobody's matplotlibrc changes the picture.
-    settings: Any = {key: value for key, value in matplotlib.rcParamsDefault.items() if "backend" not in key}
-    settings |= {"svg.fonttype": "path", "svg.hashsalt": "groundup", "font.size": 10, "text.parse_math": False}
-    buffer = io.StringIO()
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(9.8, 4.2), layout="constrained", facecolor="white")
+    settings = {
+        "svg.fonttype": "path", "svg.hashsalt": "groundup", "font.size": 10, "figure.constrained_layout.use": True,
+        "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#dddddd", "grid.linewidth": 0.6,
+        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+    }  # fmt: skip
+
+    def fill(figure: Figure) -> None:
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
         _draw_losses(left, law, colours)
         _draw_errors(right, law, colours)
         for axes in (left, right):
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e")))
+            axes.set(xscale="log", xlabel="FLOPs of training")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e+", "e"))
             axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.set_xlabel("FLOPs of training")
-            axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-            axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+
+    return draw((9.8, 4.2), settings, fill)
 
 
 def _draw_losses(axes: Axes, law: Law, colours: dict[int, Any]) -> None:
@@ -60,15 +54,9 @@ def _draw_losses(axes: Axes, law: Law, colours: dict[int, Any]) -> None:
         curve = [law.loss(n_parameters, float(count)) for count in tokens]
         axes.plot(tokens * per_token, curve, color=colour, linewidth=1.3, gid=f"curve-{n_parameters}")
         axes.plot(
-            [point.flops for point in points],
-            [point.loss for point in points],
-            color=colour,
-            linestyle="none",
-            marker="o",
-            markersize=5,
-            label=f"{format_count(n_parameters)} parameters",
-            gid=f"runs-{n_parameters}",
-        )
+            [point.flops for point in points], [point.loss for point in points], "o", color=colour, markersize=5,
+            label=f"{format_count(n_parameters)} parameters", gid=f"runs-{n_parameters}",
+        )  # fmt: skip
     budgets = [point.flops for point in law.points]
     flops = np.geomspace(min(budgets), max(budgets) * _AHEAD, N_SAMPLES)
     best = [law.compute_optimal(float(value)).prediction for value in flops]
@@ -82,12 +70,12 @@ def _draw_losses(axes: Axes, law: Law, colours: dict[int, Any]) -> None:
     highest, lowest = max(point.loss for point in law.points), min(one.low for one in best)
     axes.set_ylim(lowest - 0.03 * (highest - lowest), highest + 0.08 * (highest - lowest))
     axes.set(title="validation loss, and the law", ylabel="nats per token")
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(fontsize=9)
 
 
 def _draw_errors(axes: Axes, law: Law, colours: dict[int, Any]) -> None:
     for point, error in zip(law.points, law.left_out, strict=True):
         axes.plot([point.flops], [100 * error], color=colours[point.n_parameters], marker="o", markersize=5)
     axes.axhline(0.0, color="black", linewidth=0.8)
-    axes.set(title=f"each run, by the others: {100 * law.left_out_error:.2g} % (rms)")
-    axes.set_ylabel("measured over predicted loss, %")
+    title = f"each run, by the others: {100 * law.left_out_error:.2g} % (rms)"
+    axes.set(title=title, ylabel="measured over predicted loss, %")

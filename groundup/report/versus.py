@@ -17,7 +17,7 @@ from groundup.recipe import Recipe, resolved_settings
 from groundup.report.charts import SERIES, overlay_chart
 from groundup.report.closing import closing_rows
 from groundup.report.cost import Cost, costs
-from groundup.report.format import mapping
+from groundup.report.format import mappings
 from groundup.report.page import environment, verdict
 from groundup.report.record import RunRecord, read_record
 from groundup.run import Run
@@ -51,7 +51,7 @@ def write_versus(runs: Sequence[Run], path: Path, differences: Sequence[Any] = (
         verdicts=[(name, verdict(record, closing_rows(record.scores))) for name, record in records.items()],
         settings=_settings([run.recipe for run in runs]),
         curves=[(stage, overlay_chart(f"over-{stage}", curves)) for stage, curves in logged.items()],
-        differences=[(one, _interval(one.low, one.value, one.high)) for one in differences],
+        differences=differences,
         samples=_same_prompts({name: _last_samples(record) for name, record in records.items()}),
         answers=_same_prompts({name: _answers(record) for name, record in records.items()}),
         costs=[(name, *costs(record).get("all", Cost()).told()) for name, record in records.items()],
@@ -70,16 +70,6 @@ def _settings(recipes: Sequence[Recipe]) -> list[tuple[str, ...]]:
     return stages + [row for row in rows if len({*row[1:]}) > 1]
 
 
-def _interval(low: float, value: float, high: float) -> str:
-    """An interval and its middle as SVG, zero in the middle of the picture."""
-    reach = max(abs(low), abs(high)) or 1.0
-    start, middle, end = (round(48 * x / reach, 1) for x in (low, value, high))
-    return (
-        '<svg class="interval" viewBox="-50 -8 100 16" aria-hidden="true"><path class="zero" d="M0-8v16"/>'
-        f'<path d="M{start} 0H{end}"/><circle cx="{middle}" r="3"/></svg>'
-    )
-
-
 def _last_samples(record: RunRecord) -> dict[str, str]:
     """What each model that trains wrote last, by stage and prompt."""
     return {
@@ -92,10 +82,9 @@ def _last_samples(record: RunRecord) -> dict[str, str]:
 
 def _answers(record: RunRecord) -> dict[str, str]:
     """What the run's last model answered, with whether it was right, by prompt."""
-    answers = record.scores.get("answers")
     return {
         str(answer["prompt"]): f"{'✓' if answer.get('correct') else '✗'} {answer.get('reply', '')}"
-        for answer in map(mapping, answers if isinstance(answers, list) else ())
+        for answer in mappings(record.scores.get("answers"))
         if "prompt" in answer
     }
 

@@ -11,10 +11,9 @@ import difflib
 import functools
 import math
 import re
-import tomllib
 from dataclasses import dataclass
-from importlib import resources
 
+from groundup.environment import device_table
 from groundup.errors import GroundupError
 from groundup.model import ModelConfig
 from groundup.model.activations import Arithmetic
@@ -63,8 +62,7 @@ class Device:
 @functools.cache
 def devices() -> dict[str, Device]:
     """All of the table, by name."""
-    text = resources.files("groundup").joinpath("data", "devices.toml").read_text(encoding="utf-8")
-    return {name: Device(name=name, **values) for name, values in tomllib.loads(text).items()}
+    return {name: Device(name=name, **values) for name, values in device_table().items()}
 
 
 def find_device(text: str) -> tuple[Device, int]:
