@@ -63,6 +63,7 @@ class Drafter(Protocol):
 
     def read(self, texts: Sequence[Text]) -> None:
         """Catch up with what was written without it."""
+        return
 
     def propose(self, texts: Sequence[Text], most: Sequence[int]) -> list[Draft]:
         """Up to so many for each text, which was read."""
@@ -328,18 +329,18 @@ def _guess(
     drafts = [Draft([]) for _ in texts]
     if not (places := [place for place, n in enumerate(most) if n > 0]):
         return drafts
-    texts, rows, most = ([part[place] for place in places] for part in (texts, rows, most))
-    params, n = [text.params for text in texts], max(most)
-    seeds = [text.seed for text in texts for _ in range(n)]
-    positions = [len(text.ids) - text.n_prompt + i for text in texts for i in range(n)]
+    own, unread, limits = [texts[i] for i in places], [rows[i] for i in places], [most[i] for i in places]
+    params, n = [text.params for text in own], max(limits)
+    seeds = [text.seed for text in own for _ in range(n)]
+    positions = [len(text.ids) - text.n_prompt + i for text in own for i in range(n)]
     uniform = uniforms(seeds, positions, _GUESSED).view(-1, n)
     found = None
-    if not any(text.history is not None or text.params.logit_bias for text in texts):
-        found = step.guess(rows, most, params, uniform, n_layers)
-    tokens, laws = found or _guess_in_turn(step, texts, rows, most, uniform, n_layers)
+    if not any(text.history is not None or text.params.logit_bias for text in own):
+        found = step.guess(unread, limits, params, uniform, n_layers)
+    tokens, laws = found or _guess_in_turn(step, own, unread, limits, uniform, n_layers)
     for number, place in enumerate(places):
-        is_drawn = laws is not None and params[number].temperature
-        drafts[place] = Draft(tokens[number], laws[number][: most[number]] if is_drawn else None)
+        law = None if laws is None or not params[number].temperature else laws[number][: limits[number]]
+        drafts[place] = Draft(tokens[number], law)
     return drafts
 
 
