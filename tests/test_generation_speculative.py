@@ -11,6 +11,7 @@ from groundup.errors import DataError
 from groundup.generation import Engine, Request, SamplingParams, speculative
 from groundup.generation.cache import KVCache
 from groundup.generation.request import Text
+from groundup.generation.slots import Lease
 from groundup.generation.speculative import Draft, Drafter, NGramDrafter, Speculation, verify
 from groundup.generation.step import ModelStep, Row
 
@@ -124,6 +125,7 @@ def test_a_stop_text_ends_a_run_of_guesses_and_is_not_streamed(draft):
 
 def test_what_followed_before_is_proposed():
     text = Text(Request([1, 2, 3, 4, 5, 9, 2, 3]), 0, (), None, 20)
+    text.lease = Lease(0, 0, [], [])
     drafter = NGramDrafter()
     assert drafter.propose([text], [3]) == [Draft([4, 5, 9])]
     text.ids = [*text.ids, 7]
@@ -181,14 +183,13 @@ def test_guesses_are_made_where_they_pay_and_lose_less_than_a_twentieth_elsewher
     monkeypatch.undo()
     guess, check = COSTS[cost]
     now, generator = [0.0], random.Random(1)
-    monkeypatch.setattr("groundup.generation.speculative.time.perf_counter", lambda: now[0])
 
     class Costly(Drafter):
         def propose(self, texts, most):
             now[0] += guess * most[0]
             return [Draft([0] * most[0])]
 
-    speculation, disturbed, n_written = Speculation(Costly()), 0.0, 0
+    speculation, disturbed, n_written = Speculation(Costly(), lambda: now[0]), 0.0, 0
     text = Text(Request([1]), 0, (), None, 20)
     while n_written < 256:
         n = len(speculation.propose([text], [255 - n_written])[0].ids)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Literal, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
@@ -114,10 +114,10 @@ def verified(text: Text, draft: Draft, logits: Float[Tensor, "n_plus_1 vocab"]) 
 
 
 class Speculation:
-    """A drafter, how many guesses it is asked for, and what they cost."""
+    """A drafter, how many guesses it is asked for, and what they cost by a clock."""
 
-    def __init__(self, drafter: Drafter) -> None:
-        self._drafter = drafter
+    def __init__(self, drafter: Drafter, clock: Callable[[], float]) -> None:
+        self._drafter, self._clock = drafter, clock
         self._costs: defaultdict[int, _Costs] = defaultdict(_Costs)  # by texts in the batch
         self._rates: WeakKeyDictionary[Text, _Rate] = WeakKeyDictionary()
         self._overall = _Rate()
@@ -128,7 +128,7 @@ class Speculation:
 
     def propose(self, texts: Sequence[Text], room: Sequence[int]) -> list[Draft]:
         """A step begins: guesses for each text, no more than it has room for."""
-        self._begin = self._drafted = time.perf_counter()
+        self._begin = self._drafted = self._clock()
         self._n_texts, self._n_guessed, self._n_kept, self._is_try = len(texts), 0, 0, False
         costs = self._costs[len(texts)]
         costs.n_steps += 1
@@ -139,9 +139,9 @@ class Speculation:
         if not any(wanted):
             return [Draft([]) for _ in texts]
         self._drafter.read([text for text, n in zip(texts, wanted, strict=True) if n])
-        start = time.perf_counter()
+        start = self._clock()
         drafts = self._drafter.propose(texts, wanted)
-        self._drafted = time.perf_counter()
+        self._drafted = self._clock()
         if n_guesses := max(len(draft.ids) for draft in drafts):
             costs.guess.append((self._drafted - start) / n_guesses)
         return drafts
@@ -156,7 +156,7 @@ class Speculation:
 
     def end(self) -> None:
         """The step is over: what it took."""
-        now, costs = time.perf_counter(), self._costs[self._n_texts]
+        now, costs = self._clock(), self._costs[self._n_texts]
         if not self._n_guessed:
             costs.plain.append(now - self._drafted)
             return
@@ -244,14 +244,15 @@ def speculation_with(
             f"draft = {draft!r} is no draft.",
             f'Give "ngrams", a model, or a number of blocks from 1 to {config.n_layers - 1}.',
         )
-    return Speculation(drafter)
+    # On a CPU the thread's own time, in which no other program counts.
+    return Speculation(drafter, time.thread_time if cache.device.type == "cpu" else time.perf_counter)
 
 
 class NGramDrafter(Drafter):
     """Prompt lookup: what followed the last few tokens where they stood before (Saxena, 2023)."""
 
     def __init__(self) -> None:
-        self._seen: WeakKeyDictionary[Text, tuple[int, dict[tuple[int, ...], int]]] = WeakKeyDictionary()
+        self._seen: dict[int, tuple[Text, int, dict[tuple[int, ...], int]]] = {}  # by slots, which are few
 
     def propose(self, texts: Sequence[Text], most: Sequence[int]) -> list[Draft]:
         """Copies of what stands behind the newest earlier place."""
@@ -259,12 +260,14 @@ class NGramDrafter(Drafter):
 
     def _continuation(self, text: Text) -> list[int]:
         ids = text.ids
-        done, places = self._seen.get(text, (0, {}))
+        known, done, places = self._seen.get(text.slot, (text, 0, {}))
+        if known is not text:
+            done, places = 0, {}
         for end in range(max(done, 1), len(ids)):  # an ending that something follows already
             for size in _ENDINGS:
                 if size <= end:
                     places[tuple(ids[end - size : end])] = end
-        self._seen[text] = len(ids), places
+        self._seen[text.slot] = text, len(ids), places
         for size in _ENDINGS:
             if (place := places.get(tuple(ids[-size:]))) is not None and size <= len(ids):
                 return ids[place : place + MOST_GUESSES]
