@@ -28,7 +28,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 SIZES: dict[str, dict[str, int]] = {
@@ -261,7 +260,8 @@ def groundup_step(what: dict[str, Any]) -> Step:
             add_adapters(policy, lora)
     else:
         settings = GRPOSettings(rollouts=ROWS, batch_size=ROWS, aggregation="dapo", max_tokens=MAX_TOKENS, lr=1e-6)
-        objective = GRPO(settings, SimpleNamespace(is_first=False))  # type: ignore[arg-type]
+        objective = GRPO.__new__(GRPO)  # its losses alone, without prompts to answer
+        objective.settings = settings
         old = logprobs(policy)[:, 0]
         batch = {"ids": ids[:, 0], "targets": targets[:, 0], "old": old, "reference": old, "advantages": advantages()}
     policy.train()
@@ -400,7 +400,7 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             print(f"Dolly is left out: {arguments.dolly} is not there")
             continue
         padded = {"data": (data,), "packing": False, "batch_size": 64 if what == "demo" else 32}
-        packed = {"data": (data,), "batch_size": 16 if what == "demo" else 8}
+        packed = {"data": (data,), "batch_size": 16}  # of Dolly's as many conversations a step as padded
         variants = [Variant(settings, tokenizer, None, precision, context) for settings in (padded, packed)]
         for number in range(arguments.rounds + 2):
             for variant in variants:

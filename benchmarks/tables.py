@@ -22,6 +22,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+COMMANDS = {"demo_full": "demo.py --recipe demo-full --seeds 1 2 3"}
+"""Of results that are not written by the script of their name alone."""
 FIGURE = re.compile(r"(<!-- figure: (\w+) ([^>]+?) (\S+) -->).*?<!-- end -->")
 
 
@@ -68,11 +70,12 @@ def table(name: str) -> str:
         return f"Not measured yet: `python benchmarks/{name}.py`."
     result = read(name)
     machine, shown = result["environment"], TABLES[name](result)
+    script = f"`benchmarks/{COMMANDS.get(name, f'{name}.py')}`"
     if "measured on" in shown:  # each row has its machine
-        return f"{shown}\n\n`benchmarks/{name}.py`."
+        return f"{shown}\n\n{script}."
     where = f"{machine['cores']} cores of an {machine['cpu']}, {result['date']}"
     spread = "; median (least … most) of n" if " … " in shown else ""
-    return f"{shown}\n\n`benchmarks/{name}.py`, {where}{spread}."
+    return f"{shown}\n\n{script}, {where}{spread}."
 
 
 def rows_of(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -88,31 +91,66 @@ def amount(values: dict[str, float], digits: int = 0) -> str:
 
 
 def demo(result: dict[str, Any]) -> str:
-    """What the demo reaches, and what it takes."""
+    """What each model of the demo reaches, and what it takes."""
     stages = {name: stage["summary"] for name, stage in result["stages"].items()}
     base, tuned = stages["evaluate/pretrain"], stages["evaluate/sft"]
-    rows = [row_of(row) for row in result["rows"]]
-    seconds = {name: stage["seconds"] for name, stage in result["stages"].items()}
+    cells = {(named(row), row["model"]): with_error(row) for row in result["rows"]}
+    parts = ", ".join(f"{name} {stage['seconds']:.0f}" for name, stage in result["stages"].items() if "/" not in name)
     lines = (
         f"A model of {stages['pretrain']['parameters'] / 1e6:.1f} M parameters; {stages['corpus']['documents_kept']} "
         f"of {stages['corpus']['documents_in']} documents kept, {stages['tokenizer']['bytes_per_token']:.2f} bytes per "
         f"token, {stages['pretrain']['tokens_per_second']:,.0f} tokens/s in pretraining; fine-tuning costs "
         f"{tuned['bits_per_byte'] - base['bits_per_byte']:.2f} bits per byte of plain text. "
-        f"{result['seconds'] / 60:.1f} minutes ({seconds['pretrain']:.0f} s pretraining, {seconds['sft']:.0f} s "
-        f"fine-tuning) and {result['peak_memory_bytes'] / 2**30:.1f} GiB in all, {stages['pretrain']['precision']}, "
-        "one run, seed 1."
+        f"{result['seconds'] / 60:.1f} minutes and {result['peak_memory_bytes'] / 2**30:.1f} GiB in all "
+        f"({parts} s), {stages['pretrain']['precision']}, one run, seed 1."
     )
-    return f"{rows_of(['on held-out data', 'before', 'after', 'n'], rows)}\n\n{lines}"
+    return f"{across('on held-out data', cells)}\n\n{lines}"
 
 
-def row_of(row: dict[str, Any]) -> list[str]:
-    """One figure of the closing table."""
-    key, before, after = row["key"], row["before"] or {}, row["after"]
-    is_share = key.startswith("exact_match") or key.endswith(("share", "rate"))
-    form, scale = (".1%", 100) if is_share else (".2f", 1)
-    was = f"{before['value']:{form}}" if before else ""
-    error = f"{scale * after['stderr']:.{1 if is_share else 2}f}"
-    return [row["label"], was, f"**{after['value']:{form}}** ± {error}", f"{after['n']:,} {after['unit']}"]
+def demo_full(result: dict[str, Any]) -> str:
+    """Means over seeds with 95 % intervals, the controls beside what they control."""
+    of_training = ("val_loss", "val_bits_per_byte", "val_accuracy", "final_loss", "length_correlation")
+    rows = [row for row in result["table"] if row["key"] not in of_training]
+    cells = {(named(row), row["model"]): over_seeds(row) for row in rows}
+    minutes = ", ".join(f"{run['seconds'] / 60:.1f}" for run in result["runs"])
+    gates = [gate for run in result["runs"] for gate in run["gates"]]
+    lines = (
+        f"Means of {len(result['runs'])} seeds, 95 % interval of Student's t; {minutes} minutes beside other work; "
+        f"{sum(gate['passed'] for gate in gates)} of {len(gates)} gates held."
+    )
+    return f"{across('mean over seeds', cells)}\n\n{lines}"
+
+
+def across(corner: str, cells: dict[tuple[str, str], str]) -> str:
+    """Figures down, models across."""
+    models = list(dict.fromkeys(model for _, model in cells))
+    labels = dict.fromkeys(label for label, _ in cells)
+    return rows_of(
+        [corner, *models], ([label, *(cells.get((label, model), "") for model in models)] for label in labels)
+    )
+
+
+def named(row: dict[str, Any]) -> str:
+    """A figure's name, without its model."""
+    return str(row["label"]).removesuffix(f", {row['model']}").replace("_", " ")
+
+
+def with_error(row: dict[str, Any]) -> str:
+    """One figure of one model, with its standard error."""
+    form, scale, digits = scale_of(row["key"])
+    return f"{row['after']['value']:{form}} ± {scale * row['after']['stderr']:.{digits}f}"
+
+
+def over_seeds(row: dict[str, Any]) -> str:
+    """A mean over seeds, with half the width of its interval."""
+    form, scale, digits = scale_of(row["key"])
+    return f"{row['mean']:{form}} ± {scale * (row['high'] - row['mean']):.{digits}f}"
+
+
+def scale_of(key: str) -> tuple[str, int, int]:
+    """How a figure is written: as a percentage or as it is; its factor; digits of its error."""
+    is_share = key.startswith("exact_match") or key.endswith(("share", "rate", "accuracy", "right"))
+    return (".1%", 100, 1) if is_share else (".2f", 1, 2)
 
 
 def shakespeare(_: dict[str, Any]) -> str:
@@ -371,6 +409,33 @@ def llama_cpp(result: dict[str, Any]) -> str:
     return rows_of(["`--dtype`", "bits a weight", "bits per token", "divergence from ours", "same best token"], rows)
 
 
+def alignment(result: dict[str, Any]) -> str:
+    """Steps beside TRL's, packed rows beside padded ones, and the memory of adapters."""
+    steps = [
+        [
+            f"{race['method'].upper()}, {race['size'].upper()}",
+            row["contestant"],
+            amount(
+                {name: 1000 * value if name != "n" else value for name, value in row["seconds_per_step"].items()}, 1
+            ),
+            f"{row['times_as_fast']:.2f}×" if "times_as_fast" in row else "",
+        ]
+        for race in result["steps"]
+        for row in race["rows"]
+    ]
+    packed = ", ".join(
+        f"{row['times_as_fast']:.2f} times as fast on {row['lengths']}'s lengths "
+        f"({row['packed']['packing_efficiency']:.0%} of the positions filled)"
+        for row in result["rows"]
+    )
+    memory = result["memory"]
+    head = ["", "", "ms a step", "as fast as TRL's of the same kind"]
+    return (
+        f"{rows_of(head, steps)}\n\nPacked rows, an epoch: {packed}. DPO of {memory['size'].upper()}: "
+        f"{memory['bytes']['full'] / 2**20:,.0f} MiB, with LoRA {memory['share']:.0%} of that."
+    )
+
+
 def engine(result: dict[str, Any]) -> str:
     """The engine beside transformers and beside itself, and the demo's ladder."""
     head = ["", "", "tokens per second", "beside", "tokens per second", "ratio", "wanted"]
@@ -518,6 +583,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     function.__name__: function
     for function in (
         demo,
+        demo_full,
+        alignment,
         shakespeare,
         initialization,
         extraction,

@@ -67,12 +67,12 @@ class Method:
         return (stage.settings,)
 
     def outside(self, stage: Stage) -> dict[str, str]:
-        """Digests of what it reads from outside the run.
+        """Digests of what it reads from outside the run; here, of a model made elsewhere that it starts from.
 
         Raises:
             GroundupError: something is missing.
         """
-        return {}
+        return {} if stage.outside_start is None else {"start": model_digest(stage.outside_start)}
 
     def checks(self, stage: Stage) -> Iterable[Check]:
         """What can be found wrong with its settings before anything runs."""

@@ -57,8 +57,8 @@ def run(folder: Path, teacher: Path) -> TrainedModel:
         level="sequence", prompts=(str(teacher / "asked.jsonl"),), own_share=0.8, tokens=2000, temperature=0.7,
         precision="float32", **FAST,
     )  # fmt: skip
-    models = load(teacher / "model").model, random("ground-nano", 2)
-    return distill(*models, tokenizer(), teacher / "shards", settings, out=folder, console=Console(quiet=True))
+    given = {"teacher": load(teacher / "model").model, "shards": teacher / "shards"}
+    return distill(random("ground-nano", 2), tokenizer(), settings, out=folder, console=Console(quiet=True), **given)
 
 
 if __name__ == "__main__":

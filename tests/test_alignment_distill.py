@@ -72,15 +72,14 @@ def test_a_student_comes_near_its_teacher_and_takes_up_where_it_was(tokenizer, s
     teacher = random("ground-nano", 1)
     options = {"tokens": 40 * 32, "own_tokens": 33 * 20, "batch_size": 4, "compile": False, "eval_tokens": 64}
     student = random("ground-nano", 2)
-    trained = distill(teacher, student, tokenizer, shards, DistillSettings(**options), out=tmp_path / "a")
+    given = {"teacher": teacher, "shards": shards}
+    trained = distill(student, tokenizer, DistillSettings(**options), out=tmp_path / "a", **given)
     assert trained.summary["own_rows"] == 20
     none = DistillSettings(**{**options, "tokens": 1, "lr": 1e-9, "muon_lr": 1e-9})
-    untrained = distill(teacher, random("ground-nano", 2), tokenizer, shards, none, out=tmp_path / "b")
+    untrained = distill(random("ground-nano", 2), tokenizer, none, out=tmp_path / "b", **given)
     assert trained.summary["acceptance"] > untrained.summary["acceptance"]
     assert trained.summary["val_loss"] < untrained.summary["val_loss"]
-    again = distill(
-        teacher, random("ground-nano", 2), tokenizer, shards, DistillSettings(**options), out=tmp_path / "c"
-    )
+    again = distill(random("ground-nano", 2), tokenizer, DistillSettings(**options), out=tmp_path / "c", **given)
     for one, other in zip(trained.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -91,7 +90,8 @@ def test_what_the_teacher_wrote_is_kept_for_a_run_that_goes_on(tokenizer, shards
     def own_rows(seed=1, **options):
         student = random("ground-nano", 2)
         options = DistillSettings(tokens=1, **settings, **options)
-        return distill(teacher, student, tokenizer, shards, options, out=tmp_path, seed=seed).summary["own_rows"]
+        made = distill(student, tokenizer, options, out=tmp_path, seed=seed, teacher=teacher, shards=shards)
+        return made.summary["own_rows"]
 
     assert own_rows(own_tokens=33 * 7) == 7
     monkeypatch.setattr("groundup.alignment.distill.Engine.run", None)
@@ -113,8 +113,8 @@ def test_a_student_learns_the_answers_that_its_teacher_samples(tokenizer, shards
     )  # fmt: skip
 
     def distilled():
-        models = load(teacher / "model").model, random("ground-nano", 2)
-        return distill(*models, tokenizer, shards, settings, out=tmp_path / "student")
+        given = {"teacher": load(teacher / "model").model, "shards": shards}
+        return distill(random("ground-nano", 2), tokenizer, settings, out=tmp_path / "student", **given)
 
     made = distilled()
     (kept,) = (tmp_path / "student").glob("own-text-*.jsonl")
@@ -153,15 +153,15 @@ def test_two_processes_distil_answers_as_one_does(teacher, tmp_path):
 def test_prompts_without_a_question_are_refused(tokenizer, shards, tmp_path):
     data = tmp_path / "answers.jsonl"
     data.write_text('{"messages": [{"role": "assistant", "content": "Yes."}]}\n' * 20)
-    teacher, student = random("ground-nano", 1), random("ground-nano", 2)
+    given = {"teacher": random("ground-nano", 1), "shards": shards, "out": tmp_path / "out"}
     with pytest.raises(DataError, match="question before its answer"):
-        distill(teacher, student, tokenizer, shards, DistillSettings(prompts=(str(data),)), out=tmp_path / "out")
+        distill(random("ground-nano", 2), tokenizer, DistillSettings(prompts=(str(data),)), **given)
 
 
 def test_models_of_other_tokens_are_refused(tokenizer, shards, tmp_path):
     other = Transformer(preset("ground-nano", vocab_size=99))
     with pytest.raises(DataError, match="the smaller model has 99 tokens"):
-        distill(random("ground-nano", 1), other, tokenizer, shards, out=tmp_path)
+        distill(other, tokenizer, out=tmp_path, teacher=random("ground-nano", 1), shards=shards)
 
 
 @pytest.mark.slow

@@ -66,7 +66,6 @@ def test_terms_are_the_losses_of_every_pair(rows: PreferenceRows) -> None:
         for side, text in enumerate(preference.texts):
             for one, values in zip((policy, reference), found, strict=True):
                 assert values[row, side] == pytest.approx(alone(one, *text), abs=1e-4)
-    rows.with_reference(np.zeros((len(rows.train), 2), np.float32), np.zeros((len(rows.held_out), 2), np.float32))
     rows.held_out[:3] = [type(one)(one.texts, None, values) for one, values in zip(chosen, found[1], strict=True)]
     batch = rows.lay_out(rows.held_out[:3], 5)  # two rows are empty
     ratios = torch.from_numpy(found[0] - found[1])
@@ -210,6 +209,7 @@ def test_real_pairs(tmp_path: Path, shared_data: Path) -> None:
         ({"gamma": 1.0}, "gamma: not of"),
         ({"loss": "robust"}, "needs label_smoothing"),
         ({"loss": "ipo", "label_smoothing": 0.1, "desirable_weight": 2.0}, "label_smoothing, desirable_weight"),
+        ({"loss": "kto", "nll_weight": 0.5}, "nll_weight: not of loss"),
         ({"z_loss": 1e-4}, "z_loss"),
         ({"beta": 0.0}, "greater than 0"),
         ({"loss": "dpp"}, "dpp"),

@@ -101,10 +101,7 @@ def test_answers_are_a_function_of_prompt_and_seed_and_end_where_the_model_ended
 
 
 def test_an_engine_that_writes_with_another_policy_is_found(tmp_path, monkeypatch):
-    def other(model, world):
-        return policy(n_layers=1)
-
-    monkeypatch.setattr(on_policy, "whole_model", other)
+    monkeypatch.setattr(on_policy, "Engine", lambda _, *given, **more: Engine(policy(n_layers=1), *given, **more))
     with pytest.raises(GroundupError, match="from another policy than the one that wrote"):
         run(tmp_path)
 

@@ -25,11 +25,12 @@ from tiny_run import finished_run
 from groundup import SamplingParams, load
 from groundup.alignment.conversations import load_conversations
 from groundup.cli.chat import Chat, printable, reader
-from groundup.cli.partners import Local, Remote
+from groundup.cli.partners import Local
 from groundup.errors import GroundupError
 from groundup.generation import Engine, chat_prompt, chat_reply
 from groundup.generation.calculator import write_call
 from groundup.interop import LoadedModel
+from groundup.serving.client import Remote
 from groundup.tokenizer import Message
 
 __all__ = ["groundup"]

@@ -18,10 +18,9 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from tiny_run import finished_run
 
-from groundup.cli import judging
-from groundup.cli.judging import UrlJudge
 from groundup.errors import DataError, GroundupError
-from groundup.evaluation.judge import Pair, Verdict, judge_pairs, verdict_in, win_rate
+from groundup.evaluation import judge as judging
+from groundup.evaluation.judge import Pair, Verdict, by_url, judge_pairs, verdict_in, win_rate
 from groundup.evaluation.metrics import wilson
 from groundup.evaluation.prompts import Prompt, read_prompts
 from groundup.user_code import trust
@@ -185,19 +184,23 @@ class Server:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_judge_that_fails_once_is_asked_again(fault: str, tmp_path: Path) -> None:
+def test_a_judge_that_fails_once_is_asked_again(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "_WAITS", (0.01,))
     with Server(lambda n: FAULTS[fault] if n % 2 else GOOD) as server:
-        judge, began = UrlJudge(server.url, "wise", None, 0.3, waits=(0.01,)), time.monotonic()
+        (judge, _), began = by_url(server.url, "wise", seconds=0.3), time.monotonic()
         assert judge("Hello?", "Hi", "Go away") == 1.0
         assert server.n_asked == 2
         assert time.monotonic() - began < 3
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_judge_that_stays_down_loses_no_verdict_and_the_same_call_goes_on(fault: str, tmp_path: Path) -> None:
+def test_a_judge_that_stays_down_loses_no_verdict_and_the_same_call_goes_on(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judging, "_WAITS", (0.01, 0.01))
     kept, pairs, is_up = tmp_path / "verdicts.jsonl", PAIRS[1:5], False
     with Server(lambda n: GOOD if n <= 5 or is_up else FAULTS[fault]) as server:
-        judge = UrlJudge(server.url, None, None, 0.3, waits=(0.01, 0.01))
+        judge, _ = by_url(server.url, seconds=0.3)
         with pytest.raises(GroundupError):
             judge_pairs(pairs, judge, "wise", kept, workers=2)
         n_kept = len(kept.read_text().splitlines())

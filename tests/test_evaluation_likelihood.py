@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from groundup.evaluation import likelihood
-from groundup.evaluation.likelihood import Likelihood, encode_pair, log_likelihoods
+from groundup.evaluation.likelihood import Likelihood, encode_pairs, log_likelihoods, score_ids
 from groundup.model import ModelConfig, Transformer
 from groundup.tokenizer import Tokenizer
 
@@ -16,6 +16,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "rope": {"n_kv_heads": 1},
     "learned positions": {"position": "learned", "norm": "layernorm", "activation": "gelu"},
     "windows": {"attention": ("window", "full"), "window": 24},
+    "first tokens seen through windows": {"attention": ("window",), "window": 16, "sink_tokens": 4},
+    "strides": {"attention": ("strided",), "stride": 8},
+    "alibi and capped scores": {"position": "alibi", "attention_softcap": 5.0, "logit_softcap": 8.0},
+    "norms behind": {"position": "sinusoidal", "norm_placement": "post"},
+    "experts": {"n_experts": 4, "experts_per_token": 2},
 }
 
 
@@ -35,6 +40,10 @@ def model_of(shape: str, tokenizer: Tokenizer) -> Transformer:
     return model
 
 
+def encode_pair(tokenizer: Tokenizer, *pair: str) -> tuple[list[int], list[int]]:
+    return encode_pairs(tokenizer, [(pair[0], pair[1])])[0]
+
+
 def pairs_of(seed: int) -> list[tuple[str, str]]:
     rng = random.Random(seed)
 
@@ -47,6 +56,7 @@ def pairs_of(seed: int) -> list[tuple[str, str]]:
         context = (shots + " . " if number % 3 else "") + text(rng.randint(1, 20))
         pairs += [(context, " " + text(rng.randint(1, 6))) for _ in range(rng.randint(1, 4))]
     pairs += [("", "alone"), (text(200), " too long"), ("a space at the end  ", "word")] + [("the", " cat")] * 2
+    pairs += [("a mat", " and saw" + end) for end in ("", " the", " the king", " the king Lear", " the old", " a")]
     return rng.sample(pairs, len(pairs))
 
 
@@ -88,18 +98,33 @@ def test_white_space_at_the_end_of_a_context_is_read_with_what_follows(tokenizer
     assert encode_pair(tokenizer, "", "sat") == ([tokenizer.end_of_text_id], tokenizer.encode("sat"))
 
 
-def test_long_contexts_that_share_nothing_are_batched_all_the_same(
-    monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer
-) -> None:
-    batches: list[int] = []
+def test_what_is_shared_is_computed_once(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
+    batches: list[list[int]] = []
     score = likelihood._score
     monkeypatch.setattr(
-        likelihood, "_score", lambda model, prefix, groups: batches.append(len(groups)) or score(model, prefix, groups)
+        likelihood,
+        "_score",
+        lambda model, before, rows: (
+            batches.append([len(tree.ids) for row in rows for tree in row]) or score(model, before, rows)
+        ),
     )
-    pairs = [(f"{word} " * 40, " mat") for word in WORDS]
+    model = model_of("rope", tokenizer)
+    one, other = list(range(1, 21)), list(range(2, 12))
+    score_ids(
+        model, [(one, [7, 8, 9]), (one, [7, 8, 1]), (one, [5]), (one, [7, 3, 9, 9]), (other, [1]), (other, [1, 2])]
+    )
+    assert batches == [[20 + 2 + 2, 10 + 1]]
+    batches.clear()
+    score_ids(model, [(other, [n, n, n]) for n in range(200)])  # 400 tokens behind one context
+    assert [length for lengths in batches for length in lengths] == [10 + 128] * 3 + [10 + 16]
+    batches.clear()
     monkeypatch.setattr("groundup.evaluation.likelihood._batch_tokens", lambda model: 4096)
-    log_likelihoods(model_of("rope", tokenizer), tokenizer, pairs)
-    assert batches == [len(WORDS)]
+    log_likelihoods(model, tokenizer, [(f"{word} " * 40, " mat") for word in WORDS])
+    assert [len(lengths) for lengths in batches] == [len(WORDS)]  # long contexts that share nothing are one batch
+    batches.clear()
+    log_likelihoods(model, tokenizer, [("the cat sat on a mat and " * 6 + word, " mat") for word in WORDS])
+    assert len(batches) == 1
+    assert max(batches[0]) < 10
 
 
 @pytest.mark.parametrize("context", ["the cat", "the cat ", "the\n\n", "", "  ", "the ca", "a mat, naïve 日本"])

@@ -13,7 +13,7 @@ from groundup.evaluation.benchmarks import Item
 from groundup.evaluation.measure import figures_of, measure
 from groundup.evaluation.metrics import Estimate
 from groundup.evaluation.sets import METRICS, METRICS_OF_TASK, STYLE, GeneratedSet
-from groundup.evaluation.talk import FirstMessage, first_messages, is_refusal
+from groundup.evaluation.small_talk import FirstMessage, first_messages, is_refusal
 from groundup.model import Transformer
 from groundup.recipe import EvaluateSettings
 

@@ -57,6 +57,15 @@ def test_a_token_sees_only_itself_and_what_came_before(name):
     assert not torch.allclose(before[:, 12:], after[:, 12:])
 
 
+@pytest.mark.parametrize("change", [{}, {"norm_placement": "post"}, {"n_experts": 4, "experts_per_token": 2}])
+def test_results_that_are_wanted_are_those_of_the_whole(change):
+    config = preset("ground-nano", **change)
+    model = Transformer(config).eval()
+    ids, wanted = tokens(config, 3, 20), (torch.tensor([0, 2, 2]), torch.tensor([19, 0, 7]))
+    with torch.no_grad():
+        assert torch.allclose(model(ids, wanted=wanted)[0], model(ids)[wanted], atol=1e-5)
+
+
 def test_same_seed_same_weights_other_seed_others():
     config = preset("ground-nano")
     one, same, other = (dict(Transformer(config, seed=seed).named_parameters()) for seed in (1, 1, 2))

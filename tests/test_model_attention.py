@@ -12,7 +12,8 @@ from model_parts import distance, normal, random_model, tiny, tokens
 from pairwise import pairwise
 from torch import Tensor
 
-from groundup.model.attention import attend_to_cache, causal_attention
+from groundup.model.attention import KEPT_UP_TO, PRODUCTS_UP_TO, attend_to_cache, causal_attention
+from groundup.model.documents import plan_documents
 from groundup.model.flex import plan_attention
 from groundup.model.masks import AttentionRule, alibi_slopes, attention_bias
 from groundup.reference import masks
@@ -167,6 +168,80 @@ def test_plain_products_in_bfloat16_are_near_the_textbook(name: str) -> None:
     expected = expected_output(q.double(), k.double(), v.double(), RULES[name], None, False)
     assert out.dtype == torch.bfloat16
     assert distance(out, expected) < 0.01
+
+
+def packed_rows(lengths: list[list[int]], dtype: torch.dtype, head_dim: int = 4) -> tuple[list[Tensor], Tensor]:
+    """Queries, keys, values of two query heads to a key head, as projections lay them out, and the documents.
+
+    Every row is filled up by one more document.
+    """
+    seq = max(map(sum, lengths)) + 1
+    ends = [torch.tensor([*row, seq - sum(row)]) for row in lengths]
+    documents = torch.stack([torch.arange(len(row)).repeat_interleave(row) for row in ends])
+    parts = [normal(len(lengths), seq, heads, head_dim, seed=heads, dtype=dtype) for heads in (4, 2, 2)]
+    return [part.transpose(1, 2).requires_grad_() for part in parts], documents
+
+
+def alone(parts: list[Tensor], documents: Tensor, rule: AttentionRule) -> Tensor:
+    """Each document by itself, in plain tensors."""
+    q, k, v = (part.repeat_interleave(4 // part.shape[1], dim=1) for part in parts)
+    out = torch.zeros_like(q)
+    for row, numbers in enumerate(documents):
+        for document in numbers.unique():
+            here = numbers == document
+            where = torch.arange(int(here.sum()))
+            scores = q[row, :, here] @ k[row, :, here].mT * 0.3
+            hidden = ~rule.visible(where[:, None], where)
+            out[row, :, here] = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1) @ v[row, :, here]
+    return out
+
+
+def check_documents(lengths: list[list[int]], rule: AttentionRule, dtype: torch.dtype, most: float) -> None:
+    parts, documents = packed_rows(lengths, dtype)
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    out, expected = (
+        causal_attention(*parts, 0.3, plan_documents(documents, rule, 4, dtype)),
+        alone(exact, documents, rule),
+    )
+    assert (out.shape, out.dtype) == (expected.shape, dtype)
+    assert distance(out, expected) < most
+    upstream = normal(*out.shape, seed=9)
+    (out * upstream.to(dtype)).sum().backward()
+    (expected * upstream).sum().backward()
+    for part, exact_part in zip(parts, exact, strict=True):
+        assert distance(part.grad, exact_part.grad) < most
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 90), max_size=9), min_size=1, max_size=4),
+    name=st.sampled_from([name for name in RULES if "alibi" not in name]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_documents_of_any_lengths_are_as_alone(lengths: list[list[int]], name: str, dtype: torch.dtype) -> None:
+    """Forward and backward: nothing comes from other documents, or from what they are padded with."""
+    check_documents(lengths, RULES[name], dtype, 1e-5)
+
+
+@pytest.mark.parametrize("length", [KEPT_UP_TO, KEPT_UP_TO + 1, PRODUCTS_UP_TO - 3, PRODUCTS_UP_TO + 70])
+@pytest.mark.parametrize("name", ["full", "window-with-sinks"])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_long_documents_are_as_alone(length: int, name: str, dtype: torch.dtype, most: float) -> None:
+    """In blocks of queries; of the longest the weights are computed again."""
+    check_documents([[length, 9, 40], [3, length]], RULES[name], dtype, most)
+
+
+@given(st.lists(st.lists(st.integers(1, 200), max_size=40), min_size=1, max_size=8))
+def test_documents_are_computed_in_few_shapes(lengths: list[list[int]]) -> None:
+    """Every token has a slot of its own; whatever the lengths, a width is near, and numbers are powers of two."""
+    _, documents = packed_rows(lengths, torch.float32)
+    plan = plan_documents(documents, AttentionRule(), 4, torch.float32)
+    slots = sum(n * width for n, width, _ in plan.batches)
+    assert torch.equal(torch.cat([plan.slot, plan.empty]).sort().values, torch.arange(slots))
+    assert torch.equal(plan.token[plan.slot], torch.arange(documents.numel() * 4))
+    for n, width, _ in plan.batches:
+        assert (n // 4).bit_count() == 1
+        assert width in (16, 32) or width % 64 == 0
+    assert slots <= 4 * (2 * documents.numel() + 16 * sum(len(row) + 1 for row in lengths))
 
 
 def test_full_attention_is_plain_causal_attention() -> None:

@@ -350,7 +350,7 @@ def test_a_single_missing_file_is_no_wrong_recipe(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["demo", "assistant", "demo-full", "shakespeare"])
+@pytest.mark.parametrize("name", ["demo", "demo-full", "shakespeare"])
 def test_shipped_recipes_and_their_smoke_profiles_are_sound(name: str) -> None:
     recipe = read_recipe(name)
     check_recipe(recipe, name)

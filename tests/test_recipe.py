@@ -193,7 +193,7 @@ def test_broken_toml_names_the_line() -> None:
 def test_a_missing_recipe_names_the_nearest_shipped_one(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="Did you mean 'demo'"):
         read_recipe("demoo")
-    with pytest.raises(RecipeError, match="Shipped recipes: assistant, demo"):
+    with pytest.raises(RecipeError, match="Shipped recipes: demo"):
         read_recipe(tmp_path / "gone.toml")
 
 
@@ -290,12 +290,17 @@ def test_every_shipped_recipe_is_valid_and_says_what_it_is() -> None:
         assert recipe.about == about != ""
 
 
-def test_the_assistant_is_the_demo_that_goes_on() -> None:
-    demo, longer = read_recipe("demo"), read_recipe("assistant")
-    for name in ("corpus", "tokenizer", "model", "pretrain"):
-        assert getattr(longer, name) == getattr(demo, name)
-    assert list(longer.align) == ["sft", "reward", "ppo", "dpo", "grpo", "grpo-control"]
-    assert {(gate.metric, gate.model) for gate in longer.evaluate.gates} > {("polite_share", "ppo")}
+def test_the_full_demo_is_the_demo_with_more_branches() -> None:
+    demo, full = read_recipe("demo"), read_recipe("demo-full")
+    for name in ("corpus", "tokenizer", "model", "pretrain", "generate"):
+        assert getattr(full, name) == getattr(demo, name)
+    assert list(demo.align) == ["sft", "reward", "ppo", "dpo", "grpo", "grpo-control"]
+    assert {name: full.align[name] for name in demo.align} == demo.align
+    assert full.align.keys() - demo.align.keys() == {"ppo-control", "ppo-loose", "dpo-control"}
+    assert full.evaluate.tasks == demo.evaluate.tasks
+    assert {(gate.metric, gate.model, gate.over) for gate in full.evaluate.gates} > {
+        (gate.metric, gate.model, gate.over) for gate in demo.evaluate.gates
+    }
 
 
 def test_the_demo_holds_its_gates() -> None:
@@ -303,8 +308,16 @@ def test_the_demo_holds_its_gates() -> None:
     assert [(gate.metric, gate.model, gate.over, gate.min, gate.max) for gate in gates] == [
         ("bits_per_byte", "pretrain", "start", None, -1.5),
         ("exact_match", "pretrain", None, None, 0.05),
-        ("exact_match", "sft", None, 0.8, None),
+        ("exact_match", "sft", None, 0.95, None),
         ("bits_per_byte", "sft", "start", None, 0.1),
+        ("fitting_share", "sft", None, 0.8, None),
+        ("refusal_rate", "sft", None, None, 0.05),
+        ("pair_accuracy", "reward", None, 0.8, None),
+        ("polite_share", "ppo", None, 0.9, None),
+        ("exact_match", "ppo", "start", -0.08, None),
+        ("preference_accuracy", "dpo", None, 0.93, None),
+        ("exact_match_hard", "grpo", "start", 0.1, None),
+        ("exact_match_hard", "grpo", "grpo-control", 0.0, None),
     ]
 
 

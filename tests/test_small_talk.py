@@ -18,8 +18,7 @@ from groundup.evaluation import small_talk
 from groundup.evaluation.benchmarks import Item, Reply
 from groundup.evaluation.measure import figures_of
 from groundup.evaluation.sets import SETS, GeneratedSet, fewer, read_set
-from groundup.evaluation.small_talk import Talk, generate_talk, is_declined, letters, respell
-from groundup.evaluation.talk import first_messages
+from groundup.evaluation.small_talk import Talk, first_messages, generate_talk, is_declined, letters, respell
 from groundup.generation.calculator import calculate, read_call
 from groundup.recipe import EvaluateSettings
 from groundup.tokenizer import Tokenizer, render

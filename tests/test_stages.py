@@ -295,7 +295,7 @@ def test_a_model_made_elsewhere_stands_beside_a_trunk_of_another_shape() -> None
     (problem,) = problems_of(recipe.model_copy(update={"align": read(
         f'[align.other]\nmethod = "sft"\nreplay = 0.5\nstart = "{start}"\n[align.sft]'
     ).align}))  # fmt: skip
-    assert problem.startswith("[align.other] replay: this recipe's shards have another tokenizer")
+    assert problem.startswith("[align.other] replay = 0.5: this recipe's shards have another tokenizer")
 
 
 def test_one_start_of_several_stages_is_scored_once() -> None:

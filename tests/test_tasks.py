@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from groundup.errors import DataError
 from groundup.evaluation.sets import read_set
-from groundup.evaluation.tasks import CLOSED_KINDS, KINDS, Task, generate_tasks, reward, verify
+from groundup.evaluation.tasks import CLOSED_KINDS, KINDS, Task, generate_tasks, verify
 from groundup.generation.calculator import calculate, read_call
 
 TASKS = generate_tasks(10_000, seed=1)
@@ -162,7 +162,7 @@ def test_the_verifier_takes_both_styles_and_nothing_else(task: Task) -> None:
         assert not verify(task, task.form.format(wrong))
     for reply in ("", plain + ".", plain * 2, f"{plain} {plain}", polite + " I think.", f"No. {polite}", polite[:-1]):
         assert not verify(task, reply), reply
-    assert (reward(task, polite), reward(task, task.wrong[0])) == (1.0, 0.0)
+    assert (verify(task, polite), verify(task, task.wrong[0])) == (True, False)
 
 
 @given(task=some_task, seed=st.integers(0, 10**6))

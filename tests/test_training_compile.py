@@ -283,3 +283,23 @@ def test_only_training_is_compiled(monkeypatch):
     assert torch._dynamo.utils.counters["frames"]["total"] == before
     model(ids).sum().backward()
     assert torch._dynamo.utils.counters["frames"]["total"] > before
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_packed_rows_are_compiled_once_whatever_their_documents(monkeypatch, backend):
+    """Loss and gradients of uncompiled rows, and of one text each; other lengths compile nothing anew."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    plain, compiled = tiny_model(), tiny_model()
+    blocks = CompiledBlocks(compiled, Console(quiet=True))
+    for lengths in ([5, 1, 10], [16], [2] * 8, [3, 13]):
+        ids = torch.randint(0, 64, (1, 16), generator=torch.Generator().manual_seed(lengths[0]))
+        documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        with torch._dynamo.config.patch(error_on_recompile=lengths[0] != 5):
+            compiled(ids, documents=documents, positions=positions).square().sum().backward()
+        assert blocks.failure is None
+        for text in ids[0].split(lengths):
+            plain(text[None]).square().sum().backward()
+        for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)

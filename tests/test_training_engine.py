@@ -71,9 +71,11 @@ def test_the_linear_schedule_is_a_line():
 
 @pytest.mark.parametrize("kind", ["selective", "full"])
 @pytest.mark.parametrize("over", [{}, {"dropout": 0.3}, {"n_experts": 4}, {"attention": ("window",), "window": 4}])
-def test_recomputed_activations_change_no_bit(kind, over):
+@pytest.mark.parametrize("packed", [False, True])
+def test_recomputed_activations_change_no_bit(kind, over, packed):
     config = preset("ground-nano", **over)
     ids = torch.arange(60).view(2, 30) % config.vocab_size
+    borders = {"documents": ids % 30 // 7, "positions": ids % 30 % 7} if packed else {}
     found = []
     for one in ("none", kind):
         model = Transformer(config).train()
@@ -81,7 +83,7 @@ def test_recomputed_activations_change_no_bit(kind, over):
             torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(place))
         set_checkpointing(model, one)
         torch.manual_seed(3)
-        loss = model(ids, head=head_loss(ids)).objective
+        loss = model(ids, head=head_loss(ids), **borders).objective
         balance = model.balance_loss()
         (loss if balance is None else loss + balance).backward()
         found.append((loss.item(), [parameter.grad for parameter in model.parameters()]))

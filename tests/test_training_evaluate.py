@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from tiny_run import build_quietly, times, tiny_recipe, write_texts
 
 from groundup.distributed import current_world
 from groundup.errors import GroundupError, Interrupted
+from groundup.evaluation.benchmarks import EvaluationTask, Item
 from groundup.evaluation.during import scores_during
-from groundup.evaluation.scorecard import Scores, score_model
+from groundup.evaluation.measure import Record, measure
+from groundup.evaluation.scorecard import score_model
 from groundup.model import Transformer, preset
 from groundup.recipe import EvaluateSettings
 from groundup.tokenizer import Tokenizer
@@ -84,15 +87,17 @@ def test_it_changes_no_weight_and_resumed_is_bit_identical(tmp_path: Path, bench
 def test_whatever_fails_there_is_a_warning_and_the_run_goes_on(
     tmp_path: Path, benchmark: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_memory(model: Transformer, tokenizer: Tokenizer, settings: EvaluateSettings) -> Scores:
-        if settings.tasks == ("groundup:tasks",):
+    def no_memory(
+        model: Transformer, tokenizer: Tokenizer, task: EvaluationTask, items: list[Item], **more: Any
+    ) -> list[Record]:
+        if task.name == "groundup:tasks":
             raise MemoryError("no room for a cache")
-        return score_model(model, tokenizer, settings)
+        return measure(model, tokenizer, task, items, **more)
 
     plain = job(tmp_path / "plain")
     train(plain, current_world(), QUIET)
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1])[:20], encoding="utf-8")
-    monkeypatch.setattr("groundup.evaluation.during.score_model", no_memory)
+    monkeypatch.setattr("groundup.evaluation.during.measure", no_memory)
     console, made = Listening(), job(tmp_path / "run", benchmark, "groundup:tasks", "nobodys")
     train(made, current_world(), console)
     assert all(torch.equal(weights(plain)[name], value) for name, value in weights(made).items())

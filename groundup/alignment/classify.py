@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from groundup.alignment.conversations import HELD_OUT_SHARE, count_reasons, read_data, too_little
 from groundup.alignment.heads import Head, HeadMethod, at_ends, load_with_head, outputs_of
 from groundup.alignment.method import Inputs, RecordRows, RecordsSettings, reported, share, share_with_error
-from groundup.alignment.preferences import Preference, load_preferences
+from groundup.alignment.preferences import load_preferences
 from groundup.console import Console
 from groundup.corpus.document import Reason
 from groundup.corpus.reading.refusal import RefusedError
@@ -82,8 +82,11 @@ def load_labelled(settings: ClassifySettings, section: str, console: Console | N
     """
     if settings.safety:
         found = load_preferences(settings.data, section, console).judged()
-        sides = [[*map(_answer, side)] for side in (found.train, found.held_out)]
-        return Labelled(sides[0][: settings.limit], sides[1], sorted(LABELS), found.set_aside)
+        learned, other = (
+            [(text := one.answers[0][-1]["content"], label_answer(text, bool(one.is_good))) for one in side]
+            for side in (found.train, found.held_out)
+        )
+        return Labelled(learned[: settings.limit], other, sorted(LABELS), found.set_aside)
     read, aside = read_data(settings.data, section, functools.partial(_labelled, settings), console)
     train: list[tuple[str, str]] = []
     held_out: list[tuple[str, str]] = []
@@ -98,28 +101,23 @@ def load_labelled(settings: ClassifySettings, section: str, console: Console | N
     return Labelled(train, held_out, labels, count_reasons(aside))
 
 
-def _answer(one: Preference) -> tuple[str, str]:
-    text = one.answers[0][-1]["content"]
-    return text, label_answer(text, bool(one.is_good))
-
-
 def _labelled(settings: ClassifySettings, data: Any) -> tuple[str, str]:
     """A record's text and label; whole numbers, true and false are labels by their names.
 
     Raises:
         RefusedError: it has none.
     """
-    text, label = (
-        (data.get(settings.text_field), data.get(settings.label_field)) if isinstance(data, Mapping) else (None,) * 2
-    )
+    fields = data if isinstance(data, Mapping) else {}
+    text, label = fields.get(settings.text_field), fields.get(settings.label_field)
     if not isinstance(text, str) or not isinstance(label, str | int):
         what = f"no text {settings.text_field!r}, or no text or whole number {settings.label_field!r}"
         raise RefusedError(Reason.NO_TEXT, what)
-    if not text.strip() or (isinstance(label, str) and not label.strip()):
+    label = str(label).strip()
+    if not text.strip() or not label:
         raise RefusedError(Reason.EMPTY, "no text or no label in it")
-    for one in (text, str(label)):
+    for one in (text, label):
         check_writable(one)
-    return text, label.strip() if isinstance(label, str) else str(label)
+    return text, label
 
 
 class LabelledRows(RecordRows[tuple[list[int], int]]):
@@ -131,16 +129,15 @@ class LabelledRows(RecordRows[tuple[list[int], int]]):
     """
 
     def __init__(self, data: Labelled, tokenizer: Tokenizer, context_length: int, seed: int) -> None:
-        self.cut, self._pad_id, self.seed, self.data = 0, tokenizer.pad_id, seed, data
-        place = {label: number for number, label in enumerate(data.labels)}
-
-        def encode(text: str) -> list[int]:
-            ids = encode_text(tokenizer, text)
-            self.cut += len(ids) > context_length
-            return ids[:context_length]
-
+        self._pad_id, self.seed, self.data = tokenizer.pad_id, seed, data
+        number = {label: place for place, label in enumerate(data.labels)}
+        train, held_out = (
+            [(encode_text(tokenizer, text), number[label]) for text, label in side]
+            for side in (data.train, data.held_out)
+        )
+        self.cut = sum(len(ids) > context_length for ids, _ in (*train, *held_out))
         self.train, self.held_out = (
-            [(encode(text), place[label]) for text, label in side] for side in (data.train, data.held_out)
+            [(ids[:context_length], label) for ids, label in side] for side in (train, held_out)
         )
         digest = value_digest([[ids, label] for ids, label in self.train])
         self.fingerprint = value_digest([tokenizer.fingerprint, context_length, seed, data.labels, digest])
@@ -165,11 +162,11 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     return [tokenizer.end_of_text_id, *tokenizer.encode(text)]
 
 
+@dataclass(frozen=True)
 class LabelLoss:
     """The objective: cross-entropy of the label; `accuracy` is shown."""
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
-        self.label_smoothing = label_smoothing
+    label_smoothing: float = 0.0
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Texts."""
@@ -180,13 +177,12 @@ class LabelLoss:
         """One forward pass."""
         logits = modules["head"](modules["model"](batch["ids"], head=at_ends(batch["ends"])))
         labels = batch["labels"]
-
-        def cross_entropy(smoothing: float) -> Tensor:
-            return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum", label_smoothing=smoothing)
-
+        smoothed, plain = (
+            F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum", label_smoothing=smoothing)
+            for smoothing in (self.label_smoothing, 0.0)
+        )
         right = ((logits.argmax(-1) == labels) & (labels >= 0)).sum().float()
-        loss = Term(cross_entropy(self.label_smoothing), cross_entropy(0.0).detach())
-        return {"loss": loss, **reported(accuracy=right)}
+        return {"loss": Term(smoothed, plain.detach()), **reported(accuracy=right)}
 
     def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
         """One forward and one backward pass."""
@@ -210,19 +206,14 @@ def classification_figures(probabilities: Float[np.ndarray, "texts labels"], tru
 
 @dataclass(frozen=True)
 class Classifier:
-    """A finished classifier.
-
-    Attributes:
-        model, tokenizer, head: its parts.
-        labels: in the order of its outputs.
-        held_out: its "accuracy" on texts that it did not learn, their number "accuracy_n", and what the most frequent
-            label gets right of them, "majority_accuracy"; empty where nobody wrote it down.
-    """
+    """A finished classifier."""
 
     model: Transformer
     tokenizer: Tokenizer
     head: Head
-    labels: list[str]
+    labels: list[str]  # in the order of its outputs
+    # Its "accuracy" on texts that it did not learn, their number "accuracy_n", and what the most frequent label gets
+    # right of them, "majority_accuracy"; empty where nobody wrote it down
     held_out: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod

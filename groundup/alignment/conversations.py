@@ -20,7 +20,7 @@ from groundup.console import Console
 from groundup.corpus.document import Reason, SetAside
 from groundup.corpus.reading.jsonl import parse_json
 from groundup.corpus.reading.refusal import RefusedError
-from groundup.corpus.reading.sources import InputFiles, find_sources
+from groundup.corpus.reading.sources import find_sources
 from groundup.corpus.reading.values import check_writable, read_values
 from groundup.errors import DataError
 from groundup.evaluation.sets import fewer, read_set
@@ -70,13 +70,17 @@ def load_conversations(
         for task in read_set(name, n_tasks, seed) if name.startswith(GENERATED) else ():
             (train if task.split == "train" else held_out).append(list(task.messages))
     read, aside = read_data(data, section, conversation_of, console)
+
+    def digest(messages: list[Message]) -> int:
+        return xxhash.xxh3_64_intdigest(json.dumps(messages, ensure_ascii=False).encode())
+
     for _, messages in read:
-        (train if _hash(messages) % HELD_OUT_SHARE else held_out).append(messages)
+        (train if digest(messages) % HELD_OUT_SHARE else held_out).append(messages)
     if read and console is not None:
         forms = Counter(form for form, _ in read).most_common()
         console.note(f"[{section}] data: {', '.join(f'{n:,} records of {form}' for form, n in forms)}.")
     if len(train) > 1 and not held_out:
-        held_out.append(train.pop(min(range(len(train)), key=lambda place: _hash(train[place]))))
+        held_out.append(train.pop(min(range(len(train)), key=lambda place: digest(train[place]))))
     if not train or not held_out:
         what = f"{len(train)} conversations to learn from, {len(held_out)} held out"
         needs = '{"messages": [{"role": "user", "content": …}, {"role": "assistant", …}]}, or a prompt and a response'
@@ -93,12 +97,8 @@ def data_fingerprint(data: Sequence[str], section: str) -> list[str]:
     made = [name for name in data if name.startswith(GENERATED)]
     for name in fewer(made, 1):
         read_set(name, 1, 1)
-    return [*made, *(source.digest() for source in _files(data, section).files)]
-
-
-def _files(data: Sequence[str], section: str) -> InputFiles:
-    named = [item for item in data if not item.startswith(GENERATED)]
-    return find_sources(named, setting=f"[{section}] data")
+    named = [name for name in data if name not in made]
+    return [*made, *(source.digest() for source in find_sources(named, setting=f"[{section}] data").files)]
 
 
 def read_data(
@@ -115,7 +115,8 @@ def read_data(
     Raises:
         DataError: a file is missing.
     """
-    found, read = _files(data, section), []
+    named = [name for name in data if not name.startswith(GENERATED)]
+    found, read = find_sources(named, setting=f"[{section}] data"), []
     aside = [*found.aside]
     for source in found.files:
         names: list[str] | None = None
@@ -199,7 +200,3 @@ def messages_of(items: Any, role: str = "") -> list[Message]:
             raise RefusedError(Reason.NUL, f"in message {place}")
         messages.append({"role": known, "content": content})  # type: ignore[typeddict-item]
     return messages
-
-
-def _hash(messages: list[Message]) -> int:
-    return xxhash.xxh3_64_intdigest(json.dumps(messages, ensure_ascii=False).encode())

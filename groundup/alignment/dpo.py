@@ -20,8 +20,8 @@ over one forward pass's rows, each a prompt with another prompt's answer; so it 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -33,15 +33,7 @@ from torch import Tensor, nn
 from groundup.alignment import losses
 from groundup.alignment.method import AlignmentMethod, Inputs, reported, share, share_with_error
 from groundup.alignment.packing import by_length
-from groundup.alignment.preferences import (
-    FACTS,
-    Encoded,
-    Preference,
-    PreferenceRows,
-    Preferences,
-    PreferenceSettings,
-    rows_to_learn,
-)
+from groundup.alignment.preferences import FACTS, Encoded, Preference, PreferenceRows, Preferences, PreferenceSettings
 from groundup.console import Console
 from groundup.distributed import World
 from groundup.model import ModelConfig, Transformer
@@ -49,8 +41,6 @@ from groundup.recipe import setting
 from groundup.training import IGNORED, Batch, Term, TrainingJob, choose_precision, pass_flops
 
 Loss = Literal["dpo", "robust", "ipo", "hinge", "kto", "simpo", "orpo"]
-TOKENS_AT_ONCE = 8192
-"""In one forward pass without gradients."""
 AVERAGED, WITHOUT_REFERENCE = ("ipo", "simpo", "orpo"), ("simpo", "orpo")
 
 
@@ -78,6 +68,7 @@ class DPOSettings(PreferenceSettings):
         said = self.model_fields_set
         owners = {"label_smoothing": ("dpo", "robust"), "gamma": ("simpo",), "desirable_weight": ("kto",)}
         wrong = [name for name, owner in owners.items() if name in said and self.loss not in owner]
+        wrong += ["nll_weight"] if self.loss == "kto" and self.nll_weight else []
         if wrong:
             raise ValueError(f'{", ".join(wrong)}: not of loss = "{self.loss}": leave unset')
         if self.loss == "robust" and not self.label_smoothing:
@@ -100,15 +91,13 @@ class PreferenceLoss:
         """Pairs or answers; the tokens of the chosen ones."""
         is_target = batch["targets"] != IGNORED
         n = int(is_target.any(-1)[:, 0].sum())
-        found: dict[str, float] = dict.fromkeys(("loss", "accuracy"), n)
-        if self.settings.loss == "kto":
-            return found | {"kl": n}
-        found |= dict.fromkeys(("margin", "chosen", "rejected"), n)
+        shown = ("kl",) if self.settings.loss == "kto" else ("margin", "chosen", "rejected")
+        found: dict[str, float] = dict.fromkeys(("loss", "accuracy", *shown), n)
         return found | ({"nll": int(is_target[:, 0].sum())} if self.nll_weight else {})
 
     def terms(self, modules: Mapping[str, nn.Module], batch: Batch) -> dict[str, Term]:
         """One forward pass over both sides together."""
-        settings, targets = self.settings, batch["targets"]
+        settings, beta, targets = self.settings, self.settings.beta, batch["targets"]
         mask = targets != IGNORED
         is_real = mask.any(-1)[:, 0]
         logprobs = self._logprobs(modules["model"], batch["ids"], targets)
@@ -116,13 +105,31 @@ class PreferenceLoss:
         found = losses.sequence_logprobs(logprobs, mask, average=is_averaged)  # (rows, 2)
         if settings.loss not in WITHOUT_REFERENCE:
             found = found - batch["reference"] / (mask.sum(-1).clamp(min=1) if is_averaged else 1)
-        if settings.loss == "kto":
-            return self._judged(found, batch["is_good"], is_real)
         chosen, rejected = found.unbind(1)
-        ahead = (chosen > rejected).float() + 0.5 * (chosen == rejected)
-        margin = settings.beta * (chosen - rejected)
-        each = {"accuracy": ahead, "margin": margin, "chosen": chosen, "rejected": rejected}
-        terms = _summed(self._pairs(chosen, rejected), is_real, **each)
+        shown = {
+            "accuracy": (chosen > rejected).float() + 0.5 * (chosen == rejected),
+            "margin": beta * (chosen - rejected), "chosen": chosen, "rejected": rejected,
+        }  # fmt: skip
+        match settings.loss:
+            case "dpo":
+                each = losses.dpo_loss(chosen, rejected, beta=beta, label_smoothing=settings.label_smoothing)
+            case "robust":
+                each = losses.robust_dpo_loss(chosen, rejected, beta=beta, label_smoothing=settings.label_smoothing)
+            case "ipo":
+                each = losses.ipo_loss(chosen, rejected, beta=beta)
+            case "hinge":
+                each = losses.hinge_loss(chosen, rejected, beta=beta)
+            case "simpo":
+                each = losses.simpo_loss(chosen, rejected, beta=beta, gamma=settings.gamma)
+            case "orpo":
+                each = beta * losses.orpo_loss(chosen, rejected)
+            case "kto":  # an answer, and beside it another prompt's
+                is_good, mismatched = batch["is_good"], rejected.detach()
+                kl = losses.masked_mean(mismatched, is_real).clamp(min=0)
+                each = losses.kto_loss(chosen, is_good, kl, beta=beta, desirable_weight=settings.desirable_weight)
+                shown = {"accuracy": ((chosen > kl) == is_good).float(), "kl": mismatched}
+        loss, *sums = (values.where(is_real, 0.0).sum() for values in (each, *shown.values()))
+        terms = {"loss": Term(loss, loss.detach()), **reported(**dict(zip(shown, sums, strict=True)))}
         if self.nll_weight:
             nll = -logprobs[:, 0].sum()
             terms["nll"] = Term(nll, nll.detach(), self.nll_weight)
@@ -130,8 +137,7 @@ class PreferenceLoss:
 
     def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
         """A forward and a backward pass over each answer; none backward over KTO's mismatched ones."""
-        share = 2 / 3 if self.settings.loss == "kto" else 1.0
-        return share * pass_flops(config, (math.prod(shape[:-1]), shape[-1]))
+        return (2 / 3 if self.settings.loss == "kto" else 1.0) * pass_flops(config, shape)
 
     def _logprobs(self, model: nn.Module, ids: Tensor, targets: Tensor) -> Float[Tensor, "rows answers seq"]:
         if self.settings.loss == "kto" and ids.shape[1] == 2:
@@ -139,40 +145,8 @@ class PreferenceLoss:
             with torch.no_grad():
                 mismatched = self._logprobs(model, ids[:, 1:], targets[:, 1:])
             return torch.cat([own, mismatched], dim=1)
-        head = losses.logprobs_head(targets.flatten(0, 1))
-        found: Tensor = model(ids.flatten(0, 1), head=head).logprobs
+        found: Tensor = model(ids.flatten(0, 1), head=losses.logprobs_head(targets.flatten(0, 1))).logprobs
         return found.view_as(targets)
-
-    def _pairs(self, chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
-        settings, beta = self.settings, self.settings.beta
-        match settings.loss:
-            case "dpo":
-                return losses.dpo_loss(chosen, rejected, beta=beta, label_smoothing=settings.label_smoothing)
-            case "robust":
-                return losses.robust_dpo_loss(chosen, rejected, beta=beta, label_smoothing=settings.label_smoothing)
-            case "ipo":
-                return losses.ipo_loss(chosen, rejected, beta=beta)
-            case "hinge":
-                return losses.hinge_loss(chosen, rejected, beta=beta)
-            case "simpo":
-                return losses.simpo_loss(chosen, rejected, beta=beta, gamma=settings.gamma)
-            case _:
-                return beta * losses.orpo_loss(chosen, rejected)
-
-    def _judged(self, ratios: Float[Tensor, "rows 2"], is_good: Tensor, is_real: Tensor) -> dict[str, Term]:
-        own, mismatched = ratios[:, 0], ratios[:, 1].detach()
-        kl = losses.masked_mean(mismatched, is_real).clamp(min=0)
-        each = losses.kto_loss(
-            own, is_good, kl, beta=self.settings.beta, desirable_weight=self.settings.desirable_weight
-        )
-        return _summed(each, is_real, accuracy=((own > kl) == is_good).float(), kl=mismatched)
-
-
-def _summed(losses: Tensor, is_real: Tensor, **shown: Tensor) -> dict[str, Term]:
-    """Sums over the rows that are there."""
-    loss = losses.where(is_real, 0.0).sum()
-    sums = {name: values.where(is_real, 0.0).sum() for name, values in shown.items()}
-    return {"loss": Term(loss, loss.detach()), **reported(**sums)}
 
 
 @torch.no_grad()
@@ -183,11 +157,10 @@ def answer_logprobs(
     """Σ log p of every answer, in evaluation mode; every process takes its share, and all must call it."""
     model.eval()
     n_answers = max(len(one.texts) for one in chosen)
-    found = torch.zeros(len(chosen), n_answers)
+    found, done = torch.zeros(len(chosen), n_answers), 0
     lengths = [n_answers * max(len(ids) for ids, _ in one.texts) for one in chosen]
     with (console or Console(quiet=True)).bar(what, len(chosen)) as bar:
-        done = 0
-        for places in by_length(lengths, world.size * TOKENS_AT_ONCE):
+        for places in by_length(lengths, world.size * 8192):
             n_own = -(-len(places) // world.size)
             own = [chosen[place] for place in places[world.rank * n_own :][:n_own]]
             batch = rows.lay_out(own or [chosen[0]], n_own)  # every process makes the same passes
@@ -201,17 +174,19 @@ def answer_logprobs(
     return found.numpy()
 
 
-def _mismatched(preferences: Preferences) -> Preferences:
+def _mismatched(found: Preferences) -> Preferences:
     """Every judged answer, and beside it, for KTO's z₀, its prompt with an answer to another one."""
-    both = []
-    for side in (preferences.judged().train, preferences.judged().held_out):
+
+    def beside(side: Sequence[Preference]) -> list[Preference]:
         rows, half = [], len(side) // 2
         for place, one in enumerate(side):
             others = (side[(place + half + step) % len(side)] for step in range(len(side)))
             other = next((other for other in others if other.prompt != one.prompt), one)
-            rows.append(Preference(one.prompt, [one.answers[0], other.answers[0]], one.is_good))
-        both.append(rows)
-    return Preferences(both[0], both[1], preferences.set_aside)
+            rows.append(one._replace(answers=[one.answers[0], other.answers[0]]))
+        return rows
+
+    found = found.judged()
+    return Preferences(beside(found.train), beside(found.held_out), found.set_aside)
 
 
 class DPOMethod(AlignmentMethod):
@@ -237,13 +212,12 @@ class DPOMethod(AlignmentMethod):
         """Pairs or judged answers (default: what `settings.data` names), with the reference's log-probabilities."""
         settings, model, world = inputs.settings, inputs.model, inputs.world
         is_judged = settings.loss == "kto"
-        source = rows_to_learn(inputs, preferences, _mismatched if is_judged else Preferences.pairs)
+        source = PreferenceRows.of_stage(inputs, preferences, _mismatched if is_judged else Preferences.pairs)
         if settings.loss not in WITHOUT_REFERENCE:
             model.to(world.device).compute_dtype = choose_precision(settings.precision, world.device.type)[0]
-            what = f"{inputs.name}: reference"
-            both = (answer_logprobs(model, source, side, world, inputs.console, what)
-                    for side in (source.train, source.held_out))  # fmt: skip
-            source.with_reference(*both)
+            for side in (source.train, source.held_out):
+                found = answer_logprobs(model, source, side, world, inputs.console, f"{inputs.name}: reference")
+                side[:] = [replace(one, reference=row) for one, row in zip(side, found, strict=True)]
         unit, n_rows = "answers" if is_judged else "pairs", settings.epochs * len(source.train)
         return inputs.job(PreferenceLoss(settings), source, n_rows, row_sequences=2, unit=unit)
 
@@ -257,8 +231,9 @@ class DPOMethod(AlignmentMethod):
             figures["flops"] = summary["flops"] + sum(pass_flops(config, (1, length)) for length in lengths) / 3
         if loss == "kto":
             return figures
-        what = f"{inputs.name}: held out"
-        found = answer_logprobs(job.model, source, source.held_out, inputs.world, inputs.console, what)
+        found = answer_logprobs(
+            job.model, source, source.held_out, inputs.world, inputs.console, f"{inputs.name}: held out"
+        )
         if loss not in WITHOUT_REFERENCE:
             found = found - np.stack([one.reference for one in source.held_out if one.reference is not None])
         if loss in AVERAGED:

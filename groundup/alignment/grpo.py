@@ -15,24 +15,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from jaxtyping import Bool
 from pydantic import model_validator
 from torch import Tensor
 
 from groundup.alignment import losses
-from groundup.alignment.on_policy import (
-    STAT,
-    OnPolicySettings,
-    PolicyMethod,
-    PolicyObjective,
-    RolloutSource,
-    answer_kl,
-    reference_logprobs,
-)
-from groundup.model.cost import forward_flops
+from groundup.alignment.on_policy import STAT, OnPolicyAlgorithm, OnPolicySettings, PolicyMethod, TokenLosses
 from groundup.recipe import setting
 from groundup.training import Batch
-from groundup.training.objective import Term
 
 
 class GRPOSettings(OnPolicySettings):
@@ -58,58 +47,38 @@ class GRPOSettings(OnPolicySettings):
         return self
 
 
-class GroupRollouts(RolloutSource):
-    """Answers in groups, with advantages."""
+class GRPO(OnPolicyAlgorithm):
+    """Answers in groups, and their clipped loss by what they are worth in the group."""
 
     settings: GRPOSettings
 
-    @property
-    def group(self) -> int:  # type: ignore[override]
-        """Answers to each prompt."""
-        return self.settings.group
-
-    def learn_from(self, modules: Mapping[str, Any], batch: Batch, last: Batch) -> tuple[Batch, float]:
+    def learn_from(self, modules: Mapping[str, Any], batch: Batch, reference: Tensor, last: Batch) -> Batch:
         """Advantages within each group, wherever its answers were written."""
-        settings, world = self.settings, self.world
+        settings, world = self.settings, self.inputs.world
         rewards = world.gather(batch["rewards"]).view(-1, settings.group)
         advantages = losses.group_advantages(rewards, settings.advantages)
         silent = (advantages == 0).all(1, keepdim=True).float().expand_as(rewards)
-        share = world.rows(self.buffer_rows)
-        reference = reference_logprobs(modules, batch, settings.temperature)
-        return {
-            "advantages": advantages.flatten()[share], "reference": reference, STAT + "kl": answer_kl(batch, reference),
-            STAT + "silent_groups": silent.flatten()[share].contiguous(),
-        }, len(reference) * forward_flops(modules["model"].config, self.width)  # fmt: skip
+        advantages, silent = (part.flatten()[world.rows(self.buffer_rows)] for part in (advantages, silent))
+        return batch | {"advantages": advantages, "reference": reference, STAT + "silent_groups": silent.contiguous()}
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """L = L_π + β KL, each put together as `settings.aggregation` says."""
+        return {"policy": 1.0, "divergence": self.settings.kl_coef}
 
-class GRPO(PolicyObjective):
-    """The clipped loss of answers, by their advantages in the group."""
-
-    settings: GRPOSettings
-
-    def divisors(self, mask: Bool[Tensor, "rows seq"]) -> dict[str, float]:
-        """What the aggregation divides by."""
-        count = losses.aggregate_count(mask, self.settings.aggregation, self.settings.max_tokens)
-        return dict.fromkeys(("policy", "divergence"), count)
-
-    def losses(
-        self, modules: Mapping[str, Any], batch: Batch, mask: Bool[Tensor, "rows seq"]
-    ) -> tuple[losses.TokenStatistics, losses.PolicyLoss, dict[str, Term]]:
+    def token_losses(self, modules: Mapping[str, Any], batch: Batch, mask: losses.Mask) -> TokenLosses:
         """One pass of the policy."""
         settings, old, advantages = self.settings, batch["old"], batch["advantages"][:, None]
         clip, high = settings.clip, settings.clip_high
-        found = modules["model"](
-            batch["ids"][:, :-1], head=losses.logprobs_head(batch["targets"], settings.temperature)
-        )
+        head = losses.logprobs_head(batch["targets"], settings.temperature)
+        found = modules["model"](batch["ids"][:, :-1], head=head)
         if settings.ratio == "answer":
             policy = losses.gspo_policy_loss(found.logprobs, old, advantages, mask, clip=clip, clip_high=high)
         else:
             policy = losses.ppo_policy_loss(found.logprobs, old, advantages, clip=clip, clip_high=high)
         # k3 times the ratio has the gradient of KL(π ‖ π_ref); k3 alone has that of the other direction.
         divergence = losses.kl_estimate(found.logprobs, batch["reference"], "k3", old=old)
-        loss, kl = (losses.aggregate(part, mask, settings.aggregation) for part in (policy.losses, divergence))
-        terms = {"policy": Term(loss, loss.detach()), "divergence": Term(kl, kl.detach(), settings.kl_coef)}
-        return found, policy, terms
+        return found, policy, {"divergence": divergence}
 
 
 class GRPOMethod(PolicyMethod):
@@ -117,7 +86,7 @@ class GRPOMethod(PolicyMethod):
 
     name = "grpo"
     settings = GRPOSettings
-    source, objective = GroupRollouts, GRPO
+    algorithm = GRPO
     title = "Group-relative policy optimization"
     curves = ("reward", "held_out_reward", "silent_groups", "kl", "entropy", "clipped")
 

@@ -61,15 +61,11 @@ def at_ends(ends: Int[Tensor, " batch"]) -> Callable[[Tensor, OutputLayer], Floa
 
 
 class HeadMethod(AlignmentMethod):
-    """A method that trains a model, or adapters beside it, and a fresh head.
-
-    Attributes:
-        saved: what `head/` keeps of the summary: its name there, and the figure's.
-    """
+    """A method that trains a model, or adapters beside it, and a fresh head."""
 
     is_default = False
     outputs = ("model/[!.]*", f"{HEAD_FOLDER}/[!.]*")
-    saved: ClassVar[tuple[tuple[str, str], ...]]
+    saved: ClassVar[tuple[tuple[str, str], ...]]  # what `head/` keeps of the summary: its name there, and the figure's
 
     def beside(self, stage: Stage, config: ModelConfig) -> dict[str, Shapes]:
         """The head; how many outputs it has, the data say."""
@@ -89,10 +85,10 @@ class HeadMethod(AlignmentMethod):
         """Write `model/`, and `head/` with what else there is to know of it."""
         super().save(inputs, job, summary)
         tensors = {name: full_tensor(part).detach().cpu() for name, part in job.modules["head"].named_parameters()}
+        values = {name: summary[figure] for name, figure in self.saved}
         if inputs.world.is_first:
             with atomic_folder(job.folder / HEAD_FOLDER) as partial:
                 write_tensors(partial / _WEIGHTS, tensors)
-                values = {name: summary[figure] for name, figure in self.saved}
                 write_json(partial / _CONFIG, {"kind": self.makes, **values})
         inputs.world.wait()
 

@@ -42,7 +42,6 @@ from groundup.model.linear import Linear
 from groundup.recipe import Section, Texts, setting
 from groundup.untrusted import file_inside, read_object, reading
 
-ADAPTER_FOLDER = "adapter"
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
@@ -107,12 +106,12 @@ class LoraLinear(nn.Module):
         return y if bias is None else y + bias.to(x.dtype)
 
     @torch.no_grad()
-    def merged_weight(self) -> Float[Tensor, "d_out d_in"]:
-        """W with the adapter in it, float32; every process must call it."""
+    def merged(self) -> Linear:
+        """A plain layer with the adapter in its matrix, float32; every process must call it."""
         weight = self.base.weight.float() + self.scale * (full_tensor(self.lora_B) @ full_tensor(self.lora_A))
-        if self.magnitude is None:
-            return weight
-        return weight * (full_tensor(self.magnitude) / weight.norm(dim=1))[:, None]
+        if self.magnitude is not None:
+            weight = weight * (full_tensor(self.magnitude) / weight.norm(dim=1))[:, None]
+        return _linear(weight, self.base.bias).train(self.training)
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -158,21 +157,19 @@ def target_layers(shapes: dict[str, tuple[int, ...]], settings: LoraSettings) ->
     Raises:
         GroundupError: a target that no layer has the name of.
     """
-    layers = [
-        name.removesuffix(".weight")
+    layers = {
+        name.removesuffix(".weight"): name.split(".")[-2]
         for name, shape in shapes.items()
         if name.startswith("layers.") and name.endswith("_proj.weight") and len(shape) == 2
-    ]
-    known = {*layers, *(name.rpartition(".")[2] for name in layers)}
-    unknown = [target for target in settings.targets if target not in known]
-    if unknown:
-        parts = sorted({name.rpartition(".")[2] for name in layers})
+    }
+    parts = sorted({*layers.values()})
+    if unknown := [target for target in settings.targets if target not in (*layers, *parts)]:
         near = difflib.get_close_matches(unknown[0], parts, n=1)
         raise GroundupError(
             f"lora targets {', '.join(unknown)}: no linear layer of the model's blocks has that name.",
             f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(parts)}.",
         )
-    return [name for name in layers if not settings.targets or {name, name.rpartition(".")[2]} & {*settings.targets}]
+    return [name for name, part in layers.items() if not settings.targets or {name, part} & {*settings.targets}]
 
 
 def adapters(model: nn.Module) -> dict[str, LoraLinear]:
@@ -201,7 +198,7 @@ def merged(model: nn.Module) -> Iterator[None]:
     """
     layers = adapters(model)
     for name, layer in layers.items():
-        model.set_submodule(name, _plain(layer))
+        model.set_submodule(name, layer.merged())
     try:
         yield
     finally:
@@ -212,7 +209,7 @@ def merged(model: nn.Module) -> Iterator[None]:
 def merge(model: Transformer) -> None:
     """Put the adapters into the matrices for good, in place: an ordinary model again; every process must call it."""
     for name, layer in adapters(model).items():
-        model.set_submodule(name, _plain(layer))
+        model.set_submodule(name, layer.merged())
     for name, module in [*model.named_modules()]:
         if isinstance(module, Quantized):
             weight, is_embedding = module.weight, name == "embed_tokens"
@@ -241,10 +238,6 @@ def thaw(module: nn.Module) -> None:
                 del part._buffers[name]
                 part.register_parameter(name, nn.Parameter(buffer))
     module.requires_grad_(True)
-
-
-def _plain(layer: LoraLinear) -> Linear:
-    return _linear(layer.merged_weight(), layer.base.bias).train(layer.training)
 
 
 def _linear(weight: Tensor, bias: Tensor | nn.Module | None) -> Linear:
@@ -288,17 +281,13 @@ def save_adapter(
         world: the processes; the first one writes.
     """
     world, keys = world or current_world(), _keys_in_file(model)
-    tensors = {
-        keys[name]: full_tensor(part).detach().cpu().contiguous()
-        for name, part in model.named_parameters()
-        if name in keys
-    }
+    parts = {keys[name]: part for name, part in model.named_parameters() if name in keys}
+    tensors = {key: full_tensor(part).detach().cpu().contiguous() for key, part in parts.items()}
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout, "bias": "none",
         "use_dora": settings.dora, "fan_in_fan_out": False,
-        "target_modules": sorted({key.removesuffix(".lora_A.weight").rpartition(".")[2]
-                                  for key in tensors if key.endswith("lora_A.weight")}),
+        "target_modules": sorted({key.split(".")[-3] for key in tensors if key.endswith(".lora_A.weight")}),
     }  # fmt: skip
     if world.is_first:
         with atomic_folder(Path(folder)) as partial:
@@ -323,11 +312,9 @@ def load_adapter(folder: str | Path, model: Transformer) -> LoraSettings:
         strange = [f"{name} = {values[name]}" for name, value in usual.items() if (values.get(name) or value) != value]
         if strange:
             raise ArtifactError(f"{folder / _CONFIG}: {', '.join(strange)}: groundup does not compute this.")
+        read, magnitude = load_file(file_inside(folder, _WEIGHTS)), _PARTS["magnitude"]
         # Some versions write the magnitude with an ending.
-        tensors = {
-            key.replace(f"{_PARTS['magnitude']}.weight", _PARTS["magnitude"]): tensor
-            for key, tensor in load_file(file_inside(folder, _WEIGHTS)).items()
-        }
+        tensors = {key.replace(f"{magnitude}.weight", magnitude): tensor for key, tensor in read.items()}
         rank, alpha = int(values["r"]), float(values["lora_alpha"])
         settings = LoraSettings(
             rank=rank, alpha=alpha * math.sqrt(rank) if values.get("use_rslora") else alpha,

@@ -12,6 +12,7 @@ are the reductions.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -37,15 +38,10 @@ Mask: TypeAlias = Bool[Tensor, "batch seq"]
 
 
 class TokenStatistics(NamedTuple):
-    """Of each target, (batch, seq), float32; 0 where there is none.
+    """Of each target, (batch, seq), float32; 0 where there is none."""
 
-    Attributes:
-        logprobs: log p(target).
-        entropy: of the distribution it is of, in nats, without gradient.
-    """
-
-    logprobs: Tokens
-    entropy: Tokens
+    logprobs: Tokens  # log p(target)
+    entropy: Tokens  # of the distribution that it is of, in nats, without gradient
 
 
 def token_logprobs(
@@ -72,23 +68,18 @@ def logprobs_head(
     pass, so that they are never held whole.
     """
 
-    def piece(rows: Tensor, weight: Tensor, output: OutputLayer, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        logits = OutputLayer(weight, output.vocab_size, output.softcap).logits(rows)
+    def piece(rows: Tensor, wanted: Tensor, output: OutputLayer) -> tuple[Tensor, Tensor]:
+        logits = output.logits(rows)
         return token_logprobs(logits, wanted, temperature), entropy(logits.detach(), temperature)
 
     def statistics(hidden: Float[Tensor, "batch seq d_model"], output: OutputLayer) -> TokenStatistics:
         where = (targets != IGNORED).nonzero(as_tuple=True)
-        rows, wanted = hidden[where], targets[where]
         n_slice = max(1, SLICE_BYTES // (4 * output.weight.shape[0]))
-        found = []
-        for part, own in zip(torch.split(rows, n_slice), torch.split(wanted, n_slice), strict=True):
-            if len(rows) <= n_slice:
-                found.append(piece(part, output.weight, output, own))
-            else:
-                found.append(checkpoint(piece, part, output.weight, output, own, use_reentrant=False))
-        both = [torch.cat(values) for values in zip(*found, strict=True)]
+        slices = [*zip(*(torch.split(part[where], n_slice) for part in (hidden, targets)), strict=True)]
+        make = piece if len(slices) == 1 else functools.partial(checkpoint, piece, use_reentrant=False)
+        found = zip(*(make(part, wanted, output) for part, wanted in slices), strict=True)
         empty = torch.zeros(targets.shape, device=hidden.device)
-        return TokenStatistics(*(empty.index_put(where, values) for values in both))
+        return TokenStatistics(*(empty.index_put(where, torch.cat(values)) for values in found))
 
     return statistics
 
@@ -218,13 +209,8 @@ def kl_estimate(
     KL's, that of k3 is the gradient of KL(reference ‖ policy). With `old`, the log-probabilities with which the tokens
     were drawn, the estimate is multiplied by π / π_old: then k3 has the KL's gradient, too (and k1).
     """
-    ratio = logprobs - reference
-    if estimator == "k1":
-        found = ratio
-    elif estimator == "k2":
-        found = ratio.square() / 2
-    else:
-        found = torch.expm1(-ratio) + ratio
+    d = logprobs - reference
+    found = d if estimator == "k1" else d.square() / 2 if estimator == "k2" else torch.expm1(-d) + d
     return found if old is None else found * (logprobs - old).exp()
 
 
@@ -260,17 +246,11 @@ def gae(rewards: Tokens, values: Tokens, mask: Mask, *, gamma: float = 1.0, lam:
 
 
 class PolicyLoss(NamedTuple):
-    """Of each token, (batch, seq).
+    """Of each token, (batch, seq)."""
 
-    Attributes:
-        losses: what is minimized; has the gradient.
-        ratio: π / π_old, without gradient.
-        is_clipped: where the clipped form is the larger one, so that the token has no gradient.
-    """
-
-    losses: Tokens
-    ratio: Tokens
-    is_clipped: Mask
+    losses: Tokens  # what is minimized; has the gradient
+    ratio: Tokens  # π / π_old, without gradient
+    is_clipped: Mask  # where the clipped form is the larger one, so that the token has no gradient
 
 
 def ppo_policy_loss(

@@ -13,66 +13,32 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from groundup.alignment.conversations import data_fingerprint
-from groundup.alignment.lora import (
-    ADAPTER_FOLDER,
-    AdapterSettings,
-    LoraSettings,
-    adapter_shapes,
-    add_adapters,
-    merge,
-    save_adapter,
-    thaw,
-)
+from groundup.alignment.lora import AdapterSettings, adapter_shapes, add_adapters, merge, save_adapter, thaw
 from groundup.console import Console
 from groundup.distributed import World, current_world
 from groundup.evaluation.during import scores_during
 from groundup.interop import save_model
 from groundup.interop.start import check_chat, check_start, starting_config, starting_point
 from groundup.model import ModelConfig, Transformer
-from groundup.recipe import (
-    AlignSettings,
-    GroupSettings,
-    OptimizerName,
-    OptimizerSettings,
-    Section,
-    resolve_optimizer,
-    setting,
-)
+from groundup.recipe import AlignSettings, GroupSettings, OptimizerName, OptimizerSettings, Section, setting
+from groundup.recipe.resolve import resolve_optimizer
 from groundup.report.format import training_facts
 from groundup.shards.order import shuffled_epochs
-from groundup.stage import Check, Context, Method, Shown, Stage, model_digest
+from groundup.stage import Check, Context, Method, Shown, Stage
 from groundup.tokenizer import Tokenizer
-from groundup.training import (
-    Batch,
-    Objective,
-    Source,
-    Term,
-    TrainedModel,
-    TrainingJob,
-    forget_checkpoints,
-    train,
-)
+from groundup.training import Batch, Objective, Source, Term, TrainedModel, TrainingJob, forget_checkpoints, train
 from groundup.training.job import OnPolicySource
 from groundup.training.optimizers import Shapes
-from groundup.training.pretrain import (
-    QUICK_VALIDATION,
-    check_training_memory,
-    training_checks,
-    training_derived,
-)
+from groundup.training.pretrain import QUICK_VALIDATION, check_training_memory, training_checks, training_derived
 
 Item = TypeVar("Item")
 
 
 class RecordsSettings(AlignSettings, AdapterSettings, OptimizerSettings):
-    """What every stage can be told that learns from records of a file, each of them a row.
-
-    Attributes:
-        without: settings of the next token's loss that its own loss has no use for.
-    """
+    """What every stage can be told that learns from records of a file, each of them a row."""
 
     rates_follow_size: ClassVar[bool] = False
-    without: ClassVar[tuple[str, ...]] = ("z_loss",)
+    without: ClassVar[tuple[str, ...]] = ("z_loss",)  # of the next token's loss, for which its own has no use
 
     limit: int | None = setting(None, "most records to learn from (unset: all)", ge=1)
     epochs: float = setting(1.0, "passes over them", gt=0.0, le=1000.0)
@@ -121,19 +87,14 @@ class Inputs:
 
 
 class AlignmentMethod(Method):
-    """A method that starts from a model; a subclass gives its `settings`, its `job`, and what differs.
-
-    Attributes:
-        name: of the stage where none is given.
-        row_sequences: texts in a row, each as long as the context at most: two where a row is a pair.
-        is_chat: it needs a tokenizer that can lay out conversations.
-        title, facts, lines, curves: what the report shows; facts and lines are templates of the summary's figures.
-    """
+    """A method that starts from a model; a subclass gives its `settings`, its `job`, and what differs."""
 
     trains = True
-    name: ClassVar[str] = ""
-    row_sequences: ClassVar[int] = 1
-    is_chat: ClassVar[bool] = True
+    name: ClassVar[str] = ""  # of the stage where none is given
+    row_sequences: ClassVar[int] = 1  # texts in a row, each as long as the context at most: two where a row is a pair
+    is_chat: ClassVar[bool] = True  # it needs a tokenizer that can lay out conversations
+    reads: ClassVar[str] = "data"  # the setting that names its files
+    # What the report shows; facts and lines are templates of the summary's figures
     title: ClassVar[str] = ""
     facts: ClassVar[tuple[tuple[str, str], ...]] = ()
     lines: ClassVar[tuple[str, ...]] = ()
@@ -150,9 +111,17 @@ class AlignmentMethod(Method):
         return {}
 
     def save(self, inputs: Inputs, job: TrainingJob, summary: dict[str, Any]) -> None:
-        """Write what was trained; every process must call it."""
-        settings = inputs.settings
-        finish(job.folder, job.model, inputs.tokenizer, settings.lora, settings.start, inputs.world)
+        """Write `adapter/`, if one was trained, and always `model/`, with it merged; every process must call it."""
+        lora, model, world = inputs.settings.lora, job.model, inputs.world
+        if lora is not None:
+            save_adapter(job.folder / "adapter", model, lora, inputs.settings.start, world=world)
+            merge(model)
+        thaw(model)
+        save_model(job.folder / "model", model, inputs.tokenizer, world=world)
+
+    def trained_config(self, stage: Stage) -> ModelConfig:
+        """The shape of the model that is trained."""
+        return starting_config(stage)[0]
 
     def beside(self, stage: Stage, config: ModelConfig) -> dict[str, Shapes]:
         """Shapes of what is trained beside the model, by module and parameter."""
@@ -180,7 +149,7 @@ class AlignmentMethod(Method):
             start: what stands for the weights it begins with: a checkpoint of another start is not gone on from.
             world: the processes to train on (default: those of `torchrun`, or this one).
             console: where progress is shown.
-            given: see the method's `job`.
+            given: what else the method's `job` takes, or its `run`.
 
         Raises:
             DataError: nothing to learn from.
@@ -196,7 +165,8 @@ class AlignmentMethod(Method):
 
     def run(self, inputs: Inputs, **given: Any) -> TrainedModel:
         """Prepare, train, measure, save."""
-        begin(inputs.model, inputs.settings.lora, inputs.seed)
+        if inputs.settings.lora is not None:
+            add_adapters(inputs.model, inputs.settings.lora, inputs.seed)
         job = self.job(inputs, **given)
         summary = train(job, inputs.world, inputs.console)
         summary |= self.measure(inputs, job, summary)
@@ -218,7 +188,7 @@ class AlignmentMethod(Method):
 
     def shapes(self, stage: Stage) -> Shapes:
         """Of all that is trained, by the names that optimizers know."""
-        config, _ = starting_config(stage)
+        config = self.trained_config(stage)
         own, beside = adapter_shapes(config, stage.settings.lora), self.beside(stage, config)
         if not beside:
             return own
@@ -227,9 +197,9 @@ class AlignmentMethod(Method):
 
     def outside(self, stage: Stage) -> dict[str, str]:
         """The data, and a model made elsewhere."""
-        start = stage.outside_start
-        digests = {} if start is None else {"start": model_digest(start)}
-        return {**digests, "data": ",".join(data_fingerprint(stage.settings.data, stage.section))}
+        data = getattr(stage.settings, self.reads)
+        read = {self.reads: ",".join(data_fingerprint(data, stage.section))} if data else {}
+        return super().outside(stage) | read
 
     def sections(self, stage: Stage) -> tuple[Section, ...]:
         """`[model]` can change a model made elsewhere."""
@@ -241,7 +211,8 @@ class AlignmentMethod(Method):
         if self.is_chat:
             yield f"[{stage.section}]", lambda: check_chat(stage, f"[{stage.section}]")
         yield from training_checks(stage, lambda: self.shapes(stage))
-        yield f"[{stage.section}] data", lambda: data_fingerprint(stage.settings.data, stage.section)
+        data = getattr(stage.settings, self.reads)
+        yield f"[{stage.section}] {self.reads}", lambda: data_fingerprint(data, stage.section)
 
     def derived(self, stage: Stage) -> Iterable[tuple[str, str, str]]:
         """Micro-batch and memory."""
@@ -250,7 +221,7 @@ class AlignmentMethod(Method):
 
     def check_memory(self, stage: Stage) -> None:
         """Refuse what cannot fit."""
-        check_training_memory(stage, *self._row(stage)[1:])
+        check_training_memory(stage, *self._row(stage))
 
     def quick(self, settings: Any) -> Any:
         """Fewer records."""
@@ -265,12 +236,12 @@ class AlignmentMethod(Method):
 
     def _row(self, stage: Stage) -> tuple[ModelConfig, int, OptimizerSettings]:
         """The model, the tokens of a row, and the settings by which memory is estimated."""
-        config, _ = starting_config(stage)
+        config = self.trained_config(stage)
         size = sized(stage.settings, config, is_alone=not self.beside(stage, config))
         return config, self.row_sequences * config.context_length, size
 
 
-def sized(settings: OptimizerSettings, config: ModelConfig, *, is_alone: bool = True) -> OptimizerSettings:
+def sized(settings: Any, config: ModelConfig, *, is_alone: bool = True) -> OptimizerSettings:
     """Settings by which memory is estimated: with adapters, matrices have neither gradients nor optimizer state.
 
     Args:
@@ -278,36 +249,12 @@ def sized(settings: OptimizerSettings, config: ModelConfig, *, is_alone: bool = 
         config: of its model.
         is_alone: nothing else is trained; else patterns of groups are of longer names, and are left out.
     """
-    if getattr(settings, "lora", None) is not None:
-        matrices = (
-            "layers.*.self_attn.*",
-            "layers.*.mlp.*",
-            "embed_*",
-            *(() if config.tied_embeddings else ("lm_head*",)),
-        )
+    matrices = ["layers.*.self_attn.*", "layers.*.mlp.*", "embed_*", *["lm_head*"] * (not config.tied_embeddings)]
+    if settings.lora is not None:
         groups = tuple(GroupSettings(match=one, frozen=True) for one in matrices)
-    elif is_alone:
-        return settings
     else:
-        groups = ()
-    return settings.model_copy(update={"groups": groups})
-
-
-def begin(model: Transformer, lora: LoraSettings | None, seed: int) -> None:
-    """Put adapters beside the model's matrices, if the settings ask for some."""
-    if lora is not None:
-        add_adapters(model, lora, seed)
-
-
-def finish(
-    out: Path, model: Transformer, tokenizer: Tokenizer, lora: LoraSettings | None, base: str, world: World
-) -> None:
-    """Write what was trained: `adapter/`, if it is one, and always `model/`, with the adapters merged into it."""
-    if lora is not None:
-        save_adapter(out / ADAPTER_FOLDER, model, lora, base, world=world)
-        merge(model)
-    thaw(model)
-    save_model(out / "model", model, tokenizer, world=world)
+        groups = settings.groups if is_alone else ()
+    return settings if groups == settings.groups else settings.model_copy(update={"groups": groups})
 
 
 def in_words(summary: Mapping[str, Any], form: str) -> str:
@@ -335,20 +282,19 @@ def share_with_error(name: str, values: np.ndarray) -> dict[str, float]:
 
 
 class RecordRows(Generic[Item]):
-    """Rows of encoded records, each a pure function of (seed, place).
-
-    Attributes:
-        train, held_out: the records.
-        seed: of the order.
-    """
+    """Rows of encoded records, each a pure function of (seed, place)."""
 
     train: list[Item]
     held_out: list[Item]
-    seed: int
+    seed: int  # of the order
 
-    def lay_out(self, chosen: Sequence[Item], n_rows: int | None = None) -> Batch:
-        """Records as a batch, with empty rows up to `n_rows`."""
+    def lay_out(self, chosen: Sequence[Any], n_rows: int | None = None) -> Batch:
+        """Records, or what `into_rows` makes of them, as a batch, with empty rows up to `n_rows`."""
         raise NotImplementedError
+
+    def into_rows(self, records: Sequence[Item]) -> Sequence[Any]:
+        """What stands in each row."""
+        return records
 
     def length(self, one: Item) -> int:
         """Tokens of a record."""
@@ -364,5 +310,6 @@ class RecordRows(Generic[Item]):
         taken = self.held_out
         if limit is not None:
             taken = taken[: int(np.searchsorted(np.cumsum([self.length(one) for one in taken]), limit)) + 1]
-        for first in range(0, len(taken), batch_size):
-            yield self.lay_out(taken[first : first + batch_size], batch_size)
+        rows = self.into_rows(taken)
+        for first in range(0, len(rows), batch_size):
+            yield self.lay_out(rows[first : first + batch_size], batch_size)

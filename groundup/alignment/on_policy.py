@@ -12,23 +12,23 @@ import copy
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
 import xxhash
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from pydantic import model_validator
 from torch import Tensor, nn
 
+from groundup.alignment import losses
 from groundup.alignment.heads import HEAD_FOLDER
 from groundup.alignment.lora import AdapterSettings, adapters_off, merged
-from groundup.alignment.losses import PolicyLoss, TokenStatistics, kl_estimate, logprobs_head, sequence_logprobs
+from groundup.alignment.losses import aggregate, aggregate_count, kl_estimate, logprobs_head, sequence_logprobs
 from groundup.alignment.method import AlignmentMethod, Inputs, reported
 from groundup.alignment.packing import COLUMNS
 from groundup.alignment.reward import Scorer
 from groundup.alignment.rewards import VERIFY, FunctionReward, Prompt, Prompts, is_right, load_prompts
-from groundup.distributed import World
 from groundup.errors import DataError, GroundupError
 from groundup.files import file_digest, value_digest, write_text
 from groundup.generation import Engine, SamplingParams
@@ -41,18 +41,18 @@ from groundup.shards import Permutation
 from groundup.shards.order import shuffled_epochs
 from groundup.stage import Check, Context, Stage, graph, model_digest
 from groundup.tokenizer import Tokenizer
-from groundup.training import IGNORED, Batch, TrainingJob
+from groundup.training import IGNORED, Batch, Term, TrainingJob, pass_flops
 from groundup.training.checkpoint import load_weights, weights_of
-from groundup.training.objective import Term, pass_flops
+from groundup.training.objective import micro_batches
 from groundup.user_code import function_fingerprint, load_function
 
-ROLLOUTS_FILE = "rollouts.jsonl"
 STAT = "stat_"
 """Columns of a buffer that are only reported: a figure of each row, or of the buffer; NaN: none."""
 MOST_GAP, MOST_MEAN_GAP = 1e-4, 0.05
 """Between the engine's log-probabilities and the trainer's: the largest in float32, the mean in bfloat16."""
-_PASS_ROWS = 32
-_AT_ONCE = 64
+PASS_ROWS = 32
+"""Of a forward pass without gradients."""
+TokenLosses: TypeAlias = tuple[losses.TokenStatistics, losses.PolicyLoss, dict[str, losses.Tokens]]
 
 
 class AnswerSettings(Section):
@@ -101,38 +101,110 @@ class OnPolicySettings(AlignSettings, AnswerSettings, AdapterSettings, Optimizer
         return self
 
     @property
+    def buffer_rows(self) -> int:
+        """What a buffer's answers make: a row each, unless a method learns from several at once."""
+        return self.rollouts
+
+    @property
     def steps_per_buffer(self) -> int:
         """Optimizer steps that learn from one buffer."""
-        return self.epochs * self.rollouts // self.batch_size
+        return self.epochs * self.buffer_rows // self.batch_size
 
 
-class RolloutSource:
-    """Buffers of answers, made when they are due; see `training.OnPolicySource`.
+class OnPolicyAlgorithm:
+    """An algorithm: which rows its buffers have, and what is minimized over them (`OnPolicySource`, `Objective`).
 
-    Subclasses say in `learn_from` what else a buffer has, and in `group` how many answers a prompt gets.
+    A subclass gives `learn_from`, `weights` and `token_losses`.
 
     Args:
         inputs: of the stage.
         prompts: to answer; each is met once before any is met again.
         reward: a function, or a model.
+
+    Attributes:
+        n_models: that are trained, each as large as the policy.
     """
 
-    group = 1
+    n_models: int = 1
+    _is_first = False
 
     def __init__(self, inputs: Inputs, prompts: Prompts, reward: FunctionReward | nn.Module) -> None:
-        settings = inputs.settings
-        self.prompts, self.settings, self.world, self._reward = prompts, settings, inputs.world, reward
-        self._tokenizer, self._seed, self._file = inputs.tokenizer, inputs.seed, inputs.out / ROLLOUTS_FILE
-        self.buffer_rows = settings.rollouts
-        self.width = max(len(prompt.ids) for side in (prompts.train, prompts.held_out) for prompt in side)
-        self.width += settings.max_tokens
-        self.is_first = False
+        self.inputs, self.settings, self.prompts, self.reward = inputs, inputs.settings, prompts, reward
+        self.buffer_rows: int = self.settings.buffer_rows
+        self.group: int = getattr(self.settings, "group", 1)  # answers to each prompt
+        longest = max(len(prompt.ids) for prompt in (*prompts.train, *prompts.held_out))
+        self.width: int = longest + self.settings.max_tokens  # tokens in a row
         ids = [prompt.ids for prompt in prompts.train]
-        self.fingerprint = value_digest([self._tokenizer.fingerprint, inputs.seed, self.group, inputs.start, ids])
+        self.fingerprint = value_digest([inputs.tokenizer.fingerprint, inputs.seed, self.group, inputs.start, ids])
 
-    def learn_from(self, modules: Mapping[str, Any], batch: Batch, last: Batch) -> tuple[Batch, float]:
-        """What else a buffer has, of `ids`, `targets`, `rewards`, `old`; and FLOPs."""
+    # What an algorithm gives
+
+    def learn_from(self, modules: Mapping[str, Any], batch: Batch, reference: Tensor, last: Batch) -> Batch:
+        """The rows to learn from, of answers that are there: advantages, and what else the losses need.
+
+        Args:
+            modules: all of the job.
+            batch: of this process's answers `ids`, `targets`, `rewards`, `old`, and figures (`STAT`).
+            reference: log-probabilities of their tokens, (answers, seq), of the model that the stage started from.
+            last: the buffer before.
+        """
         raise NotImplementedError
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the losses by name, in what is minimized: of "policy", and of those beside it."""
+        raise NotImplementedError
+
+    def token_losses(self, modules: Mapping[str, Any], batch: Batch, mask: losses.Mask) -> TokenLosses:
+        """The policy's pass over a minibatch, its loss, and those beside it, of each token."""
+        raise NotImplementedError
+
+    # What is minimized
+
+    @property
+    def aggregation(self) -> losses.Aggregation:
+        """How the losses of tokens become one: their mean, unless the settings say otherwise."""
+        return getattr(self.settings, "aggregation", "dapo")
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Of the losses, tokens of answers, and rows that have a figure."""
+        mask = batch["targets"] != IGNORED
+        count = aggregate_count(mask, self.aggregation, self.settings.max_tokens)
+        shown = dict.fromkeys(("entropy", "clipped"), int(mask.sum()))
+        return {**dict.fromkeys(self.weights, count), **shown, **stat_counts(batch)}
+
+    def terms(self, modules: Mapping[str, Any], batch: Batch) -> dict[str, Term]:
+        """The losses, entropy, the share of tokens that are clipped, and the buffer's figures.
+
+        Raises:
+            GroundupError: something has moved between a buffer's making and its first minibatch: the ratio is not 1.
+        """
+        stats = stat_terms(batch)
+        # Columns that are padding in all of these rows are left out; so that widths are few (`COLUMNS`).
+        last = -(-int((batch["targets"] != IGNORED).any(0).nonzero().max() + 1) // COLUMNS) * COLUMNS
+        batch = {name: t[:, : last + (name == "ids")] if t.dim() == 2 else t for name, t in batch.items()}
+        mask = batch["targets"] != IGNORED
+        found, policy, others = self.token_losses(modules, batch, mask)
+        if modules["model"].training and self._is_first and bool(mask.any()):
+            gap = float((found.logprobs.detach() - batch["old"]).abs()[mask].max())
+            most = MOST_GAP if modules["model"].compute_dtype == torch.float32 else 0.5
+            if not gap <= most:
+                raise GroundupError(
+                    "before the first update the ratio to the policy that wrote is not 1: log-probabilities differ by "
+                    f"{gap:.2g} (at most {most:g}).",
+                    "Does the model draw at random in training (dropout)? Set [model] dropout = 0.",
+                )
+        each = {"policy": policy.losses, **others}
+        sums = {name: aggregate(each[name], mask, self.aggregation) for name in self.weights}
+        terms = {name: Term(total, total.detach(), self.weights[name]) for name, total in sums.items()}
+        entropy, clipped = found.entropy.where(mask, 0.0).sum(), (policy.is_clipped & mask).sum()
+        return terms | reported(entropy=entropy, clipped=clipped) | stats
+
+    def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
+        """A forward and a backward pass of what is trained."""
+        return self.n_models * pass_flops(config, shape)
+
+    # Buffers
 
     def is_due(self, place: int) -> bool:
         """Before the first batch that learns from it."""
@@ -141,9 +213,9 @@ class RolloutSource:
     def minibatch(self, place: int, n_rows: int) -> Int[Tensor, " n_rows"]:
         """Each epoch takes every row once, in another order."""
         number = place % self.settings.steps_per_buffer
-        self.is_first = number == 0
+        self._is_first = number == 0
         epoch, part = divmod(number, self.buffer_rows // n_rows)
-        order = Permutation(self.buffer_rows, (self._seed, place - number, epoch))
+        order = Permutation(self.buffer_rows, (self.inputs.seed, place - number, epoch))
         return torch.from_numpy(order(np.arange(part * n_rows, (part + 1) * n_rows)))
 
     def validation(self, batch_size: int, limit_tokens: int | None) -> Iterator[Batch]:
@@ -152,54 +224,63 @@ class RolloutSource:
 
     def collect(self, modules: Mapping[str, Any], place: int, rows: slice, last: Batch) -> tuple[Batch, float]:
         """These rows of a new buffer, and how many FLOPs they took."""
-        model, numbers = modules["model"], range(rows.start, rows.stop)
-        prompts = [self._prompt(place, number) for number in numbers]
-        seeds = [answer_seed(self._seed, place, number) for number in numbers]
+        model, settings, seed = modules["model"], self.settings, self.inputs.seed
+        per_row = settings.rollouts // self.buffer_rows
+        numbers = np.arange(rows.start * per_row, rows.stop * per_row)
+        asked = (place // settings.steps_per_buffer * settings.rollouts + numbers) // self.group
+        prompts = [self.prompts.train[index] for index in shuffled_epochs(asked, len(self.prompts.train), seed)]
+        seeds = [answer_seed(seed, place, number) for number in numbers]
         with merged(model):
             engine = self._engine(model)
-            rolled = self._roll_out(engine, prompts, seeds, self.settings.temperature)
+            rolled = self._roll_out(engine, prompts, seeds, settings.temperature)
             held_out = self._held_out(engine, place)
-        rewards = scores_of(self._reward, prompts, rolled) - self.settings.missing_end * (~rolled.is_ended)
-        if isinstance(self._reward, FunctionReward) and bool(self.world.gather(rewards).isnan().all()):
-            first = f"; the first: {self._reward.failures[0]}" if self._reward.failures else ""
-            raise DataError(f"{self._reward.where}: it fails for all answers{first}.")
+        rewards = scores_of(self.reward, prompts, rolled) - settings.missing_end * (~rolled.is_ended)
+        if isinstance(self.reward, FunctionReward) and bool(self.inputs.world.gather(rewards).isnan().all()):
+            first = "".join(f"; the first: {failure}" for failure in self.reward.failures[:1])
+            raise DataError(f"{self.reward.where}: it fails for all answers{first}.")
         targets = rolled.ids.where(rolled.is_answer, IGNORED)[:, 1:]
         batch = {"ids": rolled.ids, "targets": targets, "rewards": rewards}
         batch["old"], gap = self._own_logprobs(model, batch, rolled.logprobs[:, 1:])
-        more, flops = self.learn_from(modules, batch, last)
+        reference = reference_logprobs(modules, batch, settings.temperature)
         stats = {
-            "reward": rewards.clone(),
-            "reward_failed": rewards.isnan().float(),
+            "reward": rewards.clone(), "reward_failed": rewards.isnan().float(), "ended": rolled.is_ended.float(),
             "answer_tokens": rolled.is_answer.sum(1).float(),
-            "ended": rolled.is_ended.float(),
-            **{name: torch.full((len(prompts),), value) for name, value in {"logprob_gap": gap, **held_out}.items()},
-        }
-        flops += len(prompts) * 2 * forward_flops(model.config, self.width)  # written, and read again
+            # Σ_t log π_old − log π_ref of each answer: its mean is the KL divergence to the start
+            "kl": sequence_logprobs(kl_estimate(batch["old"], reference), targets != IGNORED),
+            **{name: torch.full_like(rewards, value) for name, value in {"logprob_gap": gap, **held_out}.items()},
+        }  # fmt: skip
+        batch |= {STAT + name: values for name, values in stats.items()}
         self._keep(place, prompts, rolled, rewards)
-        return {**batch, **more, **{STAT + name: values for name, values in stats.items()}}, float(flops)
+        # The policy writes, what is trained reads, and so does the reference.
+        flops = len(prompts) * (2 + self.n_models) * forward_flops(model.config, self.width)
+        return self.learn_from(modules, batch, reference, last), float(flops)
 
     def final(self, model: Transformer) -> dict[str, float]:
-        """What held-out prompts earn at the end, and of how many that is the mean."""
+        """What held-out prompts earn at the end, of how many that is the mean, and how much was written."""
         with torch.no_grad(), merged(model):
             found = self._held_out(self._engine(model), 0)
-        return found | ({"held_out_n": min(self.settings.held_out, len(self.prompts.held_out))} if found else {})
+        if found:
+            found["held_out_n"] = min(self.settings.held_out, len(self.prompts.held_out))
+        written = self.settings.buffers * self.settings.rollouts
+        counts = {"prompts": len(self.prompts.train), "prompts_too_long": self.prompts.too_long, "answers": written}
+        return found | counts
 
     def _engine(self, model: Transformer) -> Engine:
-        whole = whole_model(model, self.world)
-        return Engine(whole, self._tokenizer, slots=min(self.buffer_rows, _AT_ONCE), dtype=model.compute_dtype)
-
-    def _prompt(self, place: int, row: int) -> Prompt:
-        number = (place // self.settings.steps_per_buffer * self.settings.rollouts + row) // self.group
-        (index,) = shuffled_epochs(np.array([number]), len(self.prompts.train), self._seed)
-        return self.prompts.train[index]
+        """Over a model that this process can run by itself: of a sharded one, a copy; every process must call it."""
+        whole, world = model, self.inputs.world
+        if world.size > 1:
+            whole = Transformer(model.config, device="meta").to_empty(device=world.device)
+            load_weights(whole, weights_of(model))
+            whole.compute_dtype = model.compute_dtype
+        return Engine(whole, self.inputs.tokenizer, slots=min(self.buffer_rows, 64), dtype=model.compute_dtype)
 
     def _roll_out(
         self, engine: Engine, prompts: Sequence[Prompt], seeds: Sequence[int | None], temperature: float
     ) -> Rollouts:
         params = SamplingParams(temperature=temperature, max_tokens=self.settings.max_tokens)
-        ids = [prompt.ids for prompt in prompts]
-        tool = use_calculator(self._tokenizer)
-        return roll_out(engine, ids, params, seeds, width=self.width, pad_id=self._tokenizer.pad_id, use_tool=tool)
+        ids, pad_id = [prompt.ids for prompt in prompts], self.inputs.tokenizer.pad_id
+        tool = use_calculator(self.inputs.tokenizer)
+        return roll_out(engine, ids, params, seeds, width=self.width, pad_id=pad_id, use_tool=tool)
 
     def _own_logprobs(
         self, model: Transformer, batch: Batch, theirs: Float[Tensor, "rows seq"]
@@ -213,9 +294,8 @@ class RolloutSource:
         if self.settings.temperature != 1:
             plain = buffer_logprobs(model, batch, 1.0)
         gaps = (plain - theirs).abs()[batch["targets"] != IGNORED]
-        largest, mean = float(gaps.max()), float(gaps.mean())
-        is_exact = model.compute_dtype == torch.float32
-        gap, most = (largest, MOST_GAP) if is_exact else (mean, MOST_MEAN_GAP)
+        mean = float(gaps.mean())
+        gap, most = (float(gaps.max()), MOST_GAP) if model.compute_dtype == torch.float32 else (mean, MOST_MEAN_GAP)
         if not gap <= most:
             raise GroundupError(
                 f"the engine's log-probabilities of the answers are {gap:.2g} away from the trainer's (at most "
@@ -226,30 +306,30 @@ class RolloutSource:
 
     def _held_out(self, engine: Engine, place: int) -> dict[str, float]:
         """How held-out prompts are answered, the most probable answers: by the reward, and by what is known."""
-        settings, size = self.settings, self.world.size
-        n = min(settings.held_out, len(self.prompts.held_out)) // size * size
+        settings, world = self.settings, self.inputs.world
+        n = min(settings.held_out, len(self.prompts.held_out)) // world.size * world.size
         if not n or place // settings.steps_per_buffer % settings.held_out_every:
             return {}
-        prompts = self.prompts.held_out[self.world.rows(n)]
+        prompts = self.prompts.held_out[world.rows(n)]
         rolled = self._roll_out(engine, prompts, [0] * len(prompts), 0.0)
-        rewards = self.world.gather(scores_of(self._reward, prompts, rolled))
-        found = {"held_out_reward": float(rewards.nanmean())}
+        found = {"held_out_reward": float(world.gather(scores_of(self.reward, prompts, rolled)).nanmean())}
         if settings.reward != VERIFY and any(prompt.known for prompt in prompts):
             right = [float(is_right(prompt, text)) for prompt, text in zip(prompts, rolled.texts, strict=True)]
-            found["held_out_right"] = float(self.world.gather(torch.tensor(right)).mean())
+            found["held_out_right"] = float(world.gather(torch.tensor(right)).mean())
         return found
 
     def _keep(self, place: int, prompts: Sequence[Prompt], rolled: Rollouts, rewards: Tensor) -> None:
         """A few answers, to be read: those of buffers that are made again are replaced."""
-        if not self.world.is_first:
+        if not self.inputs.world.is_first:
             return
-        lines = self._file.read_text(encoding="utf-8").split("\n")[:-1] if self._file.is_file() else []
+        path = self.inputs.out / "rollouts.jsonl"
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
         lines = [line for line in lines if json.loads(line)["step"] < place]
-        for prompt, text, reward in list(zip(prompts, rolled.texts, rewards.tolist(), strict=True))[:8]:
+        for prompt, text, reward in zip(prompts[:8], rolled.texts, rewards.tolist(), strict=False):
             record: dict[str, Any] = {"step": place, "prompt": prompt.messages[-1]["content"], "answer": text}
             record["reward"] = None if math.isnan(reward) else reward
             lines.append(json.dumps(record, ensure_ascii=False))
-        write_text(self._file, "".join(f"{line}\n" for line in lines))
+        write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def answer_seed(*key: object) -> int:
@@ -266,20 +346,14 @@ def scores_of(
         return torch.tensor(reward(prompts, rolled.texts), dtype=torch.float32)
     lengths = rolled.ids.shape[1] - rolled.is_answer.flip(1).int().argmax(1)
     device = next(reward.parameters()).device
-    pairs = zip(torch.split(rolled.ids, _PASS_ROWS), torch.split(lengths, _PASS_ROWS), strict=True)
+    pairs = zip(*(torch.split(part, PASS_ROWS) for part in (rolled.ids, lengths)), strict=True)
     return torch.cat([reward(ids.to(device), n.to(device)).float().cpu() for ids, n in pairs])
 
 
-def passes(batch: Batch) -> Iterator[Batch]:
-    """A buffer in pieces for forward passes: as many on every process, whose shares are equally large."""
-    for first in range(0, len(batch["ids"]), _PASS_ROWS):
-        yield {name: values[first : first + _PASS_ROWS] for name, values in batch.items()}
-
-
 def buffer_logprobs(model: nn.Module, batch: Batch, temperature: float) -> Float[Tensor, "rows seq"]:
-    """Log-probability of each target of a buffer."""
+    """Log-probability of each target of a buffer; every process, whose shares are equally large, makes the passes."""
     device, found = next(model.parameters()).device, []
-    for part in passes(batch):
+    for part in micro_batches(batch, PASS_ROWS):
         head = logprobs_head(part["targets"].to(device), temperature)
         found.append(model(part["ids"].to(device)[:, :-1], head=head).logprobs.cpu())
     return torch.cat(found)
@@ -291,21 +365,6 @@ def reference_logprobs(modules: Mapping[str, Any], batch: Batch, temperature: fl
         return buffer_logprobs(modules["reference"], batch, temperature)
     with adapters_off(modules["model"]):
         return buffer_logprobs(modules["model"], batch, temperature)
-
-
-def answer_kl(batch: Batch, reference: Float[Tensor, "rows seq"]) -> Float[Tensor, " rows"]:
-    """Σ_t log π_old − log π_ref of each answer: its mean is the KL divergence to the start."""
-    return sequence_logprobs(kl_estimate(batch["old"], reference), batch["targets"] != IGNORED)
-
-
-def whole_model(model: Transformer, world: World) -> Transformer:
-    """A model that this process can run by itself: of a sharded one, a copy (every process must call it)."""
-    if world.size == 1:
-        return model
-    copy = Transformer(model.config, device="meta").to_empty(device=world.device)
-    load_weights(copy, weights_of(model))
-    copy.compute_dtype = model.compute_dtype
-    return copy.eval()
 
 
 def without_dropout(model: Transformer) -> Transformer:
@@ -328,65 +387,6 @@ def stat_terms(batch: Batch) -> dict[str, Term]:
     return reported(**sums)
 
 
-class PolicyObjective:
-    """What is minimized over a buffer's rows: a method gives `divisors` and `losses`.
-
-    Args:
-        settings: of the stage.
-        source: says whether a minibatch is the first of its buffer.
-    """
-
-    def __init__(self, settings: Any, source: RolloutSource) -> None:
-        self.settings, self.source = settings, source
-
-    def divisors(self, mask: Bool[Tensor, "rows seq"]) -> dict[str, float]:
-        """What each of the losses is divided by."""
-        raise NotImplementedError
-
-    def losses(
-        self, modules: Mapping[str, Any], batch: Batch, mask: Bool[Tensor, "rows seq"]
-    ) -> tuple[TokenStatistics, PolicyLoss, dict[str, Term]]:
-        """The policy's pass over a minibatch, its loss by token, and the losses summed."""
-        raise NotImplementedError
-
-    def counts(self, batch: Batch) -> dict[str, float]:
-        """Of the losses, tokens of answers, and rows that have a figure."""
-        mask = batch["targets"] != IGNORED
-        return {**self.divisors(mask), **dict.fromkeys(("entropy", "clipped"), int(mask.sum())), **stat_counts(batch)}
-
-    def terms(self, modules: Mapping[str, Any], batch: Batch) -> dict[str, Term]:
-        """The losses, entropy, the share of tokens that are clipped, and the buffer's figures."""
-        stats = stat_terms(batch)
-        # Columns that are padding in all of these rows are left out; so that widths are few (`COLUMNS`).
-        last = -(-int((batch["targets"] != IGNORED).any(0).nonzero().max() + 1) // COLUMNS) * COLUMNS
-        batch = {name: t[:, : last + (name == "ids")] if t.dim() == 2 else t for name, t in batch.items()}
-        mask = batch["targets"] != IGNORED
-        found, policy, losses = self.losses(modules, batch, mask)
-        if modules["model"].training and self.source.is_first and bool(mask.any()):
-            self._check_ratio(found.logprobs, batch["old"], mask, modules["model"].compute_dtype)
-        entropy, clipped = found.entropy.where(mask, 0.0).sum(), (policy.is_clipped & mask).sum()
-        return losses | reported(entropy=entropy, clipped=clipped) | stats
-
-    def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
-        """The policy's forward and backward pass."""
-        return pass_flops(config, shape)
-
-    def _check_ratio(self, logprobs: Tensor, old: Tensor, mask: Tensor, dtype: torch.dtype) -> None:
-        """Hold that nothing has moved between a buffer's making and its first minibatch.
-
-        Raises:
-            GroundupError: the ratio is not 1.
-        """
-        gap = float((logprobs.detach() - old).abs()[mask].max())
-        most = MOST_GAP if dtype == torch.float32 else 0.5
-        if not gap <= most:
-            raise GroundupError(
-                "before the first update the ratio to the policy that wrote is not 1: log-probabilities differ by "
-                f"{gap:.2g} (at most {most:g}).",
-                "Does the model draw at random in training (dropout)? Set [model] dropout = 0.",
-            )
-
-
 class AnswersMethod(AlignmentMethod):
     """A method that has the model answer prompts, and rewards the answers."""
 
@@ -397,14 +397,15 @@ class AnswersMethod(AlignmentMethod):
 
     def given(self, context: Context) -> dict[str, Any]:
         """A reward model that another stage makes, and what stands for the weights of model and reward."""
-        stage, name = context.stage, context.stage.settings.reward
+        stage, name, given = context.stage, context.stage.settings.reward, super().given(context)
         started = [model_digest(stage.outside_start or context.run.folder(stage.settings.start) / "model")]
-        if name not in stage.recipe.branches:
+        if name in stage.recipe.branches:
+            folder = context.run.folder(name)
+            started += [model_digest(folder / "model"), *map(file_digest, sorted((folder / HEAD_FOLDER).iterdir()))]
+            given["reward"] = Scorer.load(folder)
+        else:
             started.append(VERIFY if name == VERIFY else function_fingerprint(name, _where(stage)))
-            return {"start": value_digest(started)}
-        folder = context.run.folder(name)
-        started += [model_digest(folder / "model"), *map(file_digest, sorted((folder / HEAD_FOLDER).iterdir()))]
-        return {"start": value_digest(started), "reward": Scorer.load(folder)}
+        return {**given, "start": value_digest(started)}
 
     def prompts_and_reward(
         self, inputs: Inputs, prompts: Prompts | None, reward: FunctionReward | nn.Module | None
@@ -441,13 +442,12 @@ class AnswersMethod(AlignmentMethod):
 
 
 class PolicyMethod(AnswersMethod):
-    """A method that learns from its answers buffer by buffer; a subclass gives its source and its objective."""
+    """A method that learns from its answers buffer by buffer; a subclass names its algorithm."""
 
     makes = "lm"
     version = 2
     figures: ClassVar[tuple[str, ...]] = ("held_out_reward", "held_out_right")
-    source: ClassVar[type[RolloutSource]]
-    objective: ClassVar[type[Any]]
+    algorithm: ClassVar[type[OnPolicyAlgorithm]]
     unit: ClassVar[str] = "tokens"
     facts = (
         ("reward on held-out prompts", "{held_out_reward:.3f}"),
@@ -470,19 +470,17 @@ class PolicyMethod(AnswersMethod):
         frozen: dict[str, nn.Module] = {} if settings.lora else {"reference": copy.deepcopy(inputs.model)}
         if isinstance(reward, nn.Module):
             frozen["reward"] = reward
-        source = self.source(inputs, prompts, reward)
+        algorithm = self.algorithm(inputs, prompts, reward)
         n_rows = settings.buffers * settings.steps_per_buffer * settings.batch_size
         return inputs.job(
-            self.objective(settings, source), source, n_rows, beside=self.modules(inputs), frozen=frozen,
-            row_length=source.width, row_sequences=self.row_sequences, unit=self.unit,
+            algorithm, algorithm, n_rows, beside=self.modules(inputs), frozen=frozen, row_length=algorithm.width,
+            row_sequences=self.row_sequences, unit=self.unit,
         )  # fmt: skip
 
     def measure(self, inputs: Inputs, job: TrainingJob, summary: dict[str, Any]) -> dict[str, Any]:
         """What held-out prompts earn."""
-        source: Any = job.source
-        prompts, written = source.prompts, inputs.settings.buffers * inputs.settings.rollouts
-        counts = {"prompts": len(prompts.train), "prompts_too_long": prompts.too_long, "answers": written}
-        return source.final(job.model) | counts
+        algorithm: Any = job.source
+        return algorithm.final(job.model)
 
     def quick(self, settings: Any) -> Any:
         """A few buffers."""

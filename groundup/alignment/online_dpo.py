@@ -8,6 +8,7 @@ says nothing and has no gradient: the share of such prompts is reported as `sile
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,29 +16,17 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
+from groundup.alignment import on_policy
 from groundup.alignment.dpo import DPOSettings, PreferenceLoss
 from groundup.alignment.losses import sequence_logprobs
-from groundup.alignment.method import Inputs
-from groundup.alignment.on_policy import (
-    STAT,
-    OnPolicySettings,
-    PolicyMethod,
-    RolloutSource,
-    answer_kl,
-    reference_logprobs,
-    stat_counts,
-    stat_terms,
-)
-from groundup.alignment.rewards import FunctionReward, Prompts
-from groundup.model.cost import forward_flops
+from groundup.alignment.on_policy import STAT
 from groundup.recipe import setting
-from groundup.training import IGNORED, Batch
-from groundup.training.objective import Term
+from groundup.training import IGNORED, Batch, Term
 
 
-class OnlineDPOSettings(OnPolicySettings):
+class OnlineDPOSettings(on_policy.OnPolicySettings):
     """A model and a reward to a model that prefers its better answers."""
 
     batch_size: int = setting(8, "pairs in one optimizer step, over all devices", ge=1)
@@ -54,41 +43,41 @@ class OnlineDPOSettings(OnPolicySettings):
         return self
 
     @property
-    def steps_per_buffer(self) -> int:
-        """Optimizer steps that learn from one buffer."""
-        return self.epochs * (self.rollouts // self.group) // self.batch_size
+    def buffer_rows(self) -> int:
+        """A pair for each prompt."""
+        return self.rollouts // self.group
 
 
-class PairRollouts(RolloutSource):
-    """Answers in groups, of which two are a row: ids and targets are (pairs, 2, seq)."""
+class OnlineDPO(on_policy.OnPolicyAlgorithm):
+    """Answers in groups, of which two are a row: ids and targets are (pairs, 2, seq); and DPO's loss of the pairs."""
 
-    def __init__(self, inputs: Inputs, prompts: Prompts, reward: FunctionReward | nn.Module) -> None:
-        self.group = inputs.settings.group
-        super().__init__(inputs, prompts, reward)
-        self.buffer_rows = self.settings.rollouts // self.group
+    settings: OnlineDPOSettings
 
-    def learn_from(self, modules: Mapping[str, Any], batch: Batch, last: Batch) -> tuple[Batch, float]:
-        """What the reference gives for each answer."""
-        temperature = self.settings.temperature
-        reference = reference_logprobs(modules, batch, temperature)
-        kl = answer_kl(batch, reference)
-        if temperature != 1:  # DPO is about what the model says at 1
-            reference = reference_logprobs(modules, batch, 1.0)
+    def learn_from(self, modules: Mapping[str, Any], batch: Batch, reference: Tensor, last: Batch) -> Batch:
+        """The pairs, and what the reference gives for each answer."""
+        if self.settings.temperature != 1:  # DPO is about what the model says at 1
+            reference = on_policy.reference_logprobs(modules, batch, 1.0)
         sums = sequence_logprobs(reference, batch["targets"] != IGNORED)
-        return {"reference": sums, STAT + "kl": kl}, len(kl) * forward_flops(modules["model"].config, self.width)
-
-    def collect(self, modules: Mapping[str, Any], place: int, rows: slice, last: Batch) -> tuple[Batch, float]:
-        """Pairs of a new buffer, and how many FLOPs they took."""
-        answers = slice(rows.start * self.group, rows.stop * self.group)
-        batch, flops = super().collect(modules, place, answers, last)
         pairs, is_silent = best_and_worst(batch["rewards"].view(-1, self.group))
         both = pairs + self.group * torch.arange(len(pairs))[:, None]
-        stats = {name: t.view(-1, self.group).nanmean(1) for name, t in batch.items() if name.startswith(STAT)}
+        figures = {name: t.view(-1, self.group).nanmean(1) for name, t in batch.items() if name.startswith(STAT)}
         return {
-            "ids": batch["ids"][both][..., :-1], "reference": batch["reference"][both],
+            "ids": batch["ids"][both][..., :-1], "reference": sums[both],
             "targets": batch["targets"][both].where(~is_silent[:, None, None], IGNORED),
-            **stats, STAT + "silent_groups": is_silent.float(),
-        }, flops  # fmt: skip
+            **figures, STAT + "silent_groups": is_silent.float(),
+        }  # fmt: skip
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """All pairs, silent ones too; those that say something; those that have a figure."""
+        return self._dpo.counts(batch) | {"loss": len(batch["ids"])} | on_policy.stat_counts(batch)
+
+    def terms(self, modules: Mapping[str, Any], batch: Batch) -> dict[str, Term]:
+        """One forward pass over both sides together."""
+        return self._dpo.terms(modules, batch) | on_policy.stat_terms(batch)
+
+    @functools.cached_property
+    def _dpo(self) -> PreferenceLoss:
+        return PreferenceLoss(DPOSettings(beta=self.settings.beta))
 
 
 def best_and_worst(
@@ -100,27 +89,12 @@ def best_and_worst(
     return torch.stack([best, worst], dim=1), ~(most > least)
 
 
-class OnlineDPO(PreferenceLoss):
-    """DPO's loss of the pairs, and the buffer's figures."""
-
-    def __init__(self, settings: OnlineDPOSettings, source: RolloutSource) -> None:
-        super().__init__(DPOSettings(beta=settings.beta))
-
-    def counts(self, batch: Batch) -> dict[str, float]:
-        """All pairs, silent ones too; those that say something; those that have a figure."""
-        return super().counts(batch) | {"loss": len(batch["ids"])} | stat_counts(batch)
-
-    def terms(self, modules: Mapping[str, Any], batch: Batch) -> dict[str, Term]:
-        """One forward pass over both sides together."""
-        return super().terms(modules, batch) | stat_terms(batch)
-
-
-class OnlineDPOMethod(PolicyMethod):
+class OnlineDPOMethod(on_policy.PolicyMethod):
     """The stage: preference optimization on the model's own answers."""
 
     name = "online-dpo"
     settings = OnlineDPOSettings
-    source, objective = PairRollouts, OnlineDPO
+    algorithm = OnlineDPO
     row_sequences, unit = 2, "pairs"
     title = "Preference optimization on its own answers"
     curves = ("reward", "held_out_reward", "accuracy", "chosen", "rejected", "kl", "silent_groups")

@@ -18,32 +18,23 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from groundup.alignment import losses
 from groundup.alignment.lora import freeze, merge
 from groundup.alignment.method import Inputs
-from groundup.alignment.on_policy import (
-    STAT,
-    OnPolicySettings,
-    PolicyMethod,
-    PolicyObjective,
-    RolloutSource,
-    answer_kl,
-    passes,
-    reference_logprobs,
-)
-from groundup.model import ModelConfig, OutputLayer, Transformer
-from groundup.model.cost import forward_flops, parameter_shapes
+from groundup.alignment.on_policy import PASS_ROWS, STAT, OnPolicyAlgorithm, OnPolicySettings, PolicyMethod, TokenLosses
+from groundup.model import ModelConfig, Transformer
+from groundup.model.cost import parameter_shapes
 from groundup.recipe import setting
 from groundup.stage import Stage
 from groundup.training import IGNORED, Batch
-from groundup.training.objective import Term
+from groundup.training.objective import micro_batches
 from groundup.training.optimizers import Shapes
 
 
@@ -66,8 +57,24 @@ class PPOSettings(OnPolicySettings):
     reward_clip: float | None = setting(10.0, "the most that a score counts, either way", gt=0.0)
 
 
+class ValueHead(nn.Linear):
+    """What is still to be earned, in float32: at t, of the state after token t, before the next is drawn. 0 at first.
+
+    Args:
+        d_model: of the hidden states.
+    """
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__(d_model, 1)
+        nn.init.zeros_(self.weight), nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: Float[Tensor, "rows seq d_model"], output: object = None) -> Float[Tensor, "rows seq"]:
+        """Values, in the form that `Transformer.forward(head=…)` takes."""
+        return super().forward(hidden.float())[..., 0]
+
+
 class ValueModel(nn.Module):
-    """What is still to be earned, at every token: a Transformer with a head that begins at zero.
+    """A Transformer with a value head.
 
     Args:
         model: its weights are taken, not copied.
@@ -75,102 +82,67 @@ class ValueModel(nn.Module):
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
-        self.model, self.head = model, value_head(model.config)
+        self.model, self.head = model, ValueHead(model.config.d_model)
         if model.lm_head is not None:
             freeze(model.lm_head)  # it has no gradient
 
     def forward(self, ids: Int[Tensor, "rows seq"]) -> Float[Tensor, "rows seq"]:
-        """Values in float32: at t, of the state after token t, before the next is drawn."""
-        return self.model(ids, head=lambda hidden, _: self.head(hidden.float())[..., 0])
+        """The values at every token."""
+        return self.model(ids, head=self.head)
 
 
-def value_head(config: ModelConfig) -> nn.Linear:
-    """A head whose values are 0 at first."""
-    head = nn.Linear(config.d_model, 1)
-    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
-    return head
-
-
-class PPORollouts(RolloutSource):
-    """Answers with advantages and returns."""
+class PPO(OnPolicyAlgorithm):
+    """Answers with advantages and returns, and the clipped losses of policy and values."""
 
     settings: PPOSettings
 
-    def learn_from(self, modules: Mapping[str, Any], batch: Batch, last: Batch) -> tuple[Batch, float]:
+    @property
+    def n_models(self) -> int:  # type: ignore[override]
+        """The policy, and the value model."""
+        return 1 if self.settings.shared_trunk else 2
+
+    def learn_from(self, modules: Mapping[str, Any], batch: Batch, reference: Tensor, last: Batch) -> Batch:
         """Rewards of tokens, values, advantages; the same on any number of processes."""
-        settings, world, mask = self.settings, self.world, batch["targets"] != IGNORED
-        reference = reference_logprobs(modules, batch, settings.temperature)
-        values = torch.cat([self._values(modules, part["ids"][:, :-1]) for part in passes(batch)]).where(mask, 0.0)
-        kl, coef = answer_kl(batch, reference), self._kl_coef(last)
+        settings, world, mask = self.settings, self.inputs.world, batch["targets"] != IGNORED
+        coef = float(last[STAT + "kl_coef"][0]) if last else settings.kl_coef
+        if last and settings.kl_target is not None:
+            kl = float(last[STAT + "kl"].mean())
+            coef = losses.adaptive_kl_coef(coef, kl, target=settings.kl_target, horizon=10_000, n=self.buffer_rows)
         most = math.inf if settings.reward_clip is None else settings.reward_clip
         scores = batch["rewards"].nan_to_num(0.0).clamp(-most, most)
         rewards = losses.token_rewards(scores, losses.kl_estimate(batch["old"], reference), mask, kl_coef=coef)
+        values = torch.cat([self._values(modules, part) for part in micro_batches(batch, PASS_ROWS)]).where(mask, 0.0)
         mask &= ~batch["rewards"].isnan()[:, None]  # nothing is learned from an answer without a reward
         batch["targets"][~mask] = IGNORED
         advantages, returns = losses.gae(rewards, values, mask, gamma=settings.gamma, lam=settings.lam)
         everyone = [world.gather(part) for part in (advantages, returns, values, mask)]
         whitened = losses.whiten(everyone[0], everyone[3])[world.rows(self.buffer_rows)]
         explained = float(losses.explained_variance(everyone[2], everyone[1], everyone[3]))
-        of_all = torch.ones(len(mask))
-        flops = (1 + (not settings.shared_trunk)) * len(mask) * forward_flops(modules["model"].config, self.width)
-        return {
-            "advantages": whitened, "returns": returns, "values": values, STAT + "kl": kl,
-            STAT + "kl_coef": coef * of_all, STAT + "explained_variance": explained * of_all,
-        }, flops  # fmt: skip
+        figures = {"kl_coef": coef, "explained_variance": explained}
+        batch |= {STAT + name: torch.full((len(mask),), value) for name, value in figures.items()}
+        return batch | {"advantages": whitened, "returns": returns, "values": values}
 
-    def _values(self, modules: Mapping[str, Any], ids: Tensor) -> Float[Tensor, "rows seq"]:
-        value, model = modules["value"], modules["model"]
-        ids = ids.to(next(model.parameters()).device)
-        if self.settings.shared_trunk:
-            return model(ids, head=lambda hidden, _: value(hidden.float())[..., 0]).cpu()
-        return value(ids).cpu()
+    def _values(self, modules: Mapping[str, Any], part: Batch) -> Float[Tensor, "rows seq"]:
+        ids, value = part["ids"][:, :-1].to(next(modules["model"].parameters()).device), modules["value"]
+        return (modules["model"](ids, head=value) if self.settings.shared_trunk else value(ids)).cpu()
 
-    def _kl_coef(self, last: Batch) -> float:
-        settings = self.settings
-        if not last:
-            return settings.kl_coef
-        before = float(last[STAT + "kl_coef"][0])
-        if settings.kl_target is None:
-            return before
-        kl = float(last[STAT + "kl"].mean())
-        return losses.adaptive_kl_coef(before, kl, target=settings.kl_target, horizon=10_000, n=self.buffer_rows)
+    @property
+    def weights(self) -> dict[str, float]:
+        """L = L_π + c_V L_V, each a mean over the tokens of answers."""
+        return {"policy": 1.0, "value": self.settings.value_coef}
 
-
-class PPO(PolicyObjective):
-    """The clipped losses of policy and values."""
-
-    settings: PPOSettings
-
-    def divisors(self, mask: Bool[Tensor, "rows seq"]) -> dict[str, float]:
-        """Tokens of answers."""
-        return dict.fromkeys(("policy", "value"), int(mask.sum()))
-
-    def losses(
-        self, modules: Mapping[str, Any], batch: Batch, mask: Bool[Tensor, "rows seq"]
-    ) -> tuple[losses.TokenStatistics, losses.PolicyLoss, dict[str, Term]]:
+    def token_losses(self, modules: Mapping[str, Any], batch: Batch, mask: losses.Mask) -> TokenLosses:
         """One pass of the policy, and one of the value model."""
-        settings, ids = self.settings, batch["ids"][:, :-1]
+        settings, ids, value = self.settings, batch["ids"][:, :-1], modules["value"]
         statistics = losses.logprobs_head(batch["targets"], settings.temperature)
-
-        def both(hidden: Tensor, output: OutputLayer) -> tuple[losses.TokenStatistics, Tensor]:
-            return statistics(hidden, output), modules["value"](hidden.float())[..., 0]
-
         if settings.shared_trunk:
-            found, values = modules["model"](ids, head=both)
+            both = modules["model"](ids, head=lambda hidden, output: (statistics(hidden, output), value(hidden)))
+            found, values = both
         else:
-            found, values = modules["model"](ids, head=statistics), modules["value"](ids)
+            found, values = modules["model"](ids, head=statistics), value(ids)
         policy = losses.ppo_policy_loss(found.logprobs, batch["old"], batch["advantages"], clip=settings.clip)
-        value = losses.ppo_value_loss(values, batch["values"], batch["returns"], clip=settings.value_clip)
-        loss, value_loss = policy.losses.where(mask, 0.0).sum(), value.where(mask, 0.0).sum()
-        terms = {
-            "policy": Term(loss, loss.detach()),
-            "value": Term(value_loss, value_loss.detach(), settings.value_coef),
-        }
-        return found, policy, terms
-
-    def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
-        """Policy and value model."""
-        return super().flops(config, shape) * (1 if self.settings.shared_trunk else 2)
+        error = losses.ppo_value_loss(values, batch["values"], batch["returns"], clip=settings.value_clip)
+        return found, policy, {"value": error}
 
 
 class PPOMethod(PolicyMethod):
@@ -178,14 +150,14 @@ class PPOMethod(PolicyMethod):
 
     name = "ppo"
     settings = PPOSettings
-    source, objective = PPORollouts, PPO
+    algorithm = PPO
     title = "Proximal policy optimization"
     curves = ("reward held_out_right kl", "held_out_reward", "entropy", "clipped", "explained_variance")
 
     def modules(self, inputs: Inputs) -> dict[str, nn.Module]:
         """The value model."""
         if inputs.settings.shared_trunk:
-            return {"value": value_head(inputs.model.config)}
+            return {"value": ValueHead(inputs.model.config.d_model)}
         trunk = copy.deepcopy(inputs.model)
         merge(trunk)
         return {"value": ValueModel(trunk)}

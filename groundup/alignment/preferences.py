@@ -18,7 +18,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,9 +46,6 @@ from groundup.tokenizer import Message, Tokenizer, render
 from groundup.training import IGNORED, Batch
 
 _TURN = re.compile(r"\n\n(Human|Assistant):[ \t]?")
-_ROLES = {"Human": "user", "Assistant": "assistant"}
-
-
 FACTS = (
     ("preferences", "{preferences_train:,}"),
     ("held out", "{preferences_held_out:,}"),
@@ -70,17 +67,11 @@ class PreferenceSettings(RecordsSettings):
 
 
 class Preference(NamedTuple):
-    """What somebody preferred.
+    """What somebody preferred."""
 
-    Attributes:
-        prompt: the conversation so far.
-        answers: how it goes on, the best first; each ends with what the assistant says.
-        is_good: of a single answer, whether it is; None: there are several.
-    """
-
-    prompt: list[Message]
-    answers: list[list[Message]]
-    is_good: bool | None = None
+    prompt: list[Message]  # the conversation so far
+    answers: list[list[Message]]  # how it goes on, the best first; each ends with what the assistant says
+    is_good: bool | None = None  # of a single answer, whether it is; None: there are several
 
 
 @dataclass(frozen=True)
@@ -103,13 +94,13 @@ class Preferences:
 
     def judged(self) -> Preferences:
         """Every answer by itself: of pairs and rankings the best is good and the worst is bad."""
-        return self.each(
-            lambda one: (
-                [one]
-                if one.is_good is not None
-                else [Preference(one.prompt, [one.answers[at]], is_good) for at, is_good in ((0, True), (-1, False))]
-            )
-        )
+
+        def alone(one: Preference) -> list[Preference]:
+            if one.is_good is not None:
+                return [one]
+            return [Preference(one.prompt, [one.answers[at]], is_good) for at, is_good in ((0, True), (-1, False))]
+
+        return self.each(alone)
 
     def each(self, parts: Callable[[Preference], list[Preference]]) -> Preferences:
         """What a function makes of each of them."""
@@ -165,29 +156,34 @@ def _preference(data: Any) -> Preference:
     """
     if not isinstance(data, Mapping):
         raise RefusedError(Reason.NO_TEXT, "no object")
-    is_judged = False
-    ranking = data.get("ranking")
+    ranking, sides = data.get("ranking"), [data.get("chosen"), data.get("rejected")]
+    is_good: bool | None = None
     if isinstance(ranking, list) and ranking:
         said = ranking
-    elif data.get("chosen") is not None or data.get("rejected") is not None:
-        said = [data.get("chosen"), data.get("rejected")]
-    elif isinstance(data.get("label"), bool):
-        is_judged, said = True, [data.get("completion")]
+    elif sides != [None, None]:
+        said = sides
+    elif isinstance(is_good := data.get("label"), bool):
+        said = [data.get("completion")]
     else:
         what = 'neither "chosen" and "rejected", nor "ranking", nor "completion" and "label"'
         raise RefusedError(Reason.NO_TEXT, what)
     prompt = _prompt(data)
     answers = [_said(value, "assistant") for value in said]
-    if prompt is None or all(answer[0]["role"] != "assistant" for answer in answers):  # whole conversations
-        prompt, answers = _common_prefix(answers)
+    if prompt is None or all(answer[0]["role"] != "assistant" for answer in answers):
+        # Whole conversations: the prompt is what they have in common, the last turn never.
+        turns = zip(*(answer[:-1] for answer in answers), strict=False)
+        prompt = [one[0] for one in itertools.takewhile(lambda one: one.count(one[0]) == len(one), turns)]
+        if not prompt:
+            raise RefusedError(Reason.NO_TEXT, "no prompt, and the answers do not begin with the same turn")
+        answers = [answer[len(prompt) :] for answer in answers]
     for answer in answers:
         if not answer or answer[-1]["role"] != "assistant" or not answer[-1]["content"].strip():
             raise RefusedError(Reason.EMPTY, "an answer in which the assistant says nothing")
     if len({json.dumps(answer) for answer in answers}) < len(answers):
         raise RefusedError(Reason.DUPLICATE, "two answers are the same, so neither is the better one")
-    if len(answers) < 2 and not is_judged:
+    if len(answers) < 2 and is_good is None:
         raise RefusedError(Reason.EMPTY, "a ranking of fewer than two answers")
-    return Preference(prompt, answers, data["label"] if is_judged else None)
+    return Preference(prompt, answers, is_good)
 
 
 def _prompt(data: Mapping[str, Any]) -> list[Message] | None:
@@ -204,74 +200,26 @@ def _prompt(data: Mapping[str, Any]) -> list[Message] | None:
 
 
 def _said(value: Any, role: str) -> list[Message]:
-    """A part of a conversation: messages; a transcript; or what `role` says."""
-    if isinstance(value, str):
-        return _transcript(value) or messages_of(value, role)
-    return messages_of([value] if isinstance(value, Mapping) else value)
-
-
-def _transcript(text: str) -> list[Message]:
-    """The turns of "\\n\\nHuman: …\\n\\nAssistant: …"; none if it is no transcript."""
-    parts = _TURN.split(text)
-    if len(parts) < 3 or parts[0].strip():
-        return []
-    turns = zip(parts[1::2], parts[2::2], strict=True)
-    return messages_of([{"role": _ROLES[who], "content": said.strip()} for who, said in turns])
-
-
-def _common_prefix(talks: Sequence[list[Message]]) -> tuple[list[Message], list[list[Message]]]:
-    """What conversations have in common, and how each goes on; the last turn is never in common."""
-    n_common = 0
-    shortest = min(map(len, talks))
-    while n_common < shortest - 1 and all(talk[n_common] == talks[0][n_common] for talk in talks):
-        n_common += 1
-    if not n_common:
-        raise RefusedError(Reason.NO_TEXT, "no prompt, and the answers do not begin with the same turn")
-    return talks[0][:n_common], [talk[n_common:] for talk in talks]
+    """A part of a conversation: messages; a transcript "\\n\\nHuman: …\\n\\nAssistant: …"; or what `role` says."""
+    if not isinstance(value, str):
+        return messages_of([value] if isinstance(value, Mapping) else value)
+    before, *parts = _TURN.split(value)
+    if not parts or before.strip():
+        return messages_of(value, role)
+    who = ("user" if name == "Human" else "assistant" for name in parts[::2])
+    return messages_of([{"role": role, "content": said.strip()} for role, said in zip(who, parts[1::2], strict=True)])
 
 
 # Rows
 
 
-def rows_to_learn(
-    inputs: Inputs, preferences: Preferences | None, form: Callable[[Preferences], Preferences],
-    *, for_scores: bool = False,
-) -> PreferenceRows:  # fmt: skip
-    """The rows of a stage.
-
-    Args:
-        inputs: of the stage.
-        preferences: what to learn (default: what `settings.data` names).
-        form: as pairs, as they are ranked, or judged one by one.
-        for_scores: as of `PreferenceRows`.
-    """
-    settings, console, length = inputs.settings, inputs.console, inputs.model.config.context_length
-    preferences = preferences or load_preferences(
-        settings.data, inputs.section, console, n_tasks=settings.examples, seed=inputs.seed, limit=settings.limit
-    )
-    rows = PreferenceRows(
-        form(preferences), inputs.tokenizer, length, inputs.seed, inputs.section, for_scores=for_scores
-    )
-    if rows.left_out or rows.shortened:
-        console.warn(
-            f"{inputs.name}: {rows.left_out} preferences are longer than the context of {length} tokens and are left "
-            f"out; {rows.shortened} lost their oldest turns."
-        )
-    return rows
-
-
 @dataclass(frozen=True)
 class Encoded:
-    """A preference in tokens.
+    """A preference in tokens."""
 
-    Attributes:
-        texts: each prompt with one of its answers, whose tokens are the targets; the best first.
-        is_good: of a single answer.
-        reference: of each text, what the model to start from gives for its answer: a sum of log-probabilities.
-    """
-
-    texts: list[Text]
-    is_good: bool | None = None
+    texts: list[Text]  # each prompt with one of its answers, whose tokens are the targets; the best first
+    is_good: bool | None = None  # of a single answer
+    # Of each text, what the model to start from gives for its answer: a sum of log-probabilities
     reference: np.ndarray | None = None
 
 
@@ -309,8 +257,10 @@ class PreferenceRows(RecordRows[Encoded]):
         self.shortened = self.left_out = 0
         self.seed, self.set_aside = seed, sum(preferences.set_aside.values())
         self._tokenizer, self._most, self._for_scores = tokenizer, context_length, for_scores
-        self.train = [found for one in preferences.train if (found := self._encode(one)) is not None]
-        self.held_out = [found for one in preferences.held_out if (found := self._encode(one)) is not None]
+        self.train, self.held_out = (
+            [found for one in side if (found := self._encode(one)) is not None]
+            for side in (preferences.train, preferences.held_out)
+        )
         if not self.train or not self.held_out:
             raise DataError(
                 f"[{section}]: of {self.left_out} preferences no answer fits into the model's context.",
@@ -323,15 +273,31 @@ class PreferenceRows(RecordRows[Encoded]):
                 digest.update(part.tobytes())
         self.fingerprint = value_digest([tokenizer.fingerprint, context_length, seed, for_scores, digest.hexdigest()])
 
+    @classmethod
+    def of_stage(
+        cls, inputs: Inputs, preferences: Preferences | None, form: Callable[[Preferences], Preferences],
+        *, for_scores: bool = False,
+    ) -> PreferenceRows:  # fmt: skip
+        """The rows of a stage, in a form: as pairs, as they are ranked, or judged one by one.
+
+        Without preferences those that `settings.data` names.
+        """
+        settings, console, length = inputs.settings, inputs.console, inputs.model.config.context_length
+        preferences = preferences or load_preferences(
+            settings.data, inputs.section, console, n_tasks=settings.examples, seed=inputs.seed, limit=settings.limit
+        )
+        rows = cls(form(preferences), inputs.tokenizer, length, inputs.seed, inputs.section, for_scores=for_scores)
+        if rows.left_out or rows.shortened:
+            console.warn(
+                f"{inputs.name}: {rows.left_out} preferences are longer than the context of {length} tokens and are "
+                f"left out; {rows.shortened} lost their oldest turns."
+            )
+        return rows
+
     @property
     def most_answers(self) -> int:
         """Of one prompt."""
         return max(len(one.texts) for one in self.train)
-
-    def with_reference(self, train: np.ndarray, held_out: np.ndarray) -> None:
-        """Take the reference's log-probabilities of all answers, (preferences, answers) each."""
-        self.train = [replace(one, reference=row) for one, row in zip(self.train, train, strict=True)]
-        self.held_out = [replace(one, reference=row) for one, row in zip(self.held_out, held_out, strict=True)]
 
     def length(self, one: Encoded) -> int:
         """Tokens of all its texts."""
@@ -370,9 +336,7 @@ class PreferenceRows(RecordRows[Encoded]):
     def _encode(self, one: Preference) -> Encoded | None:
         prompt = one.prompt
         while True:
-            texts = [
-                encode_answer(self._tokenizer, prompt, answer, for_scores=self._for_scores) for answer in one.answers
-            ]
+            texts = [encode_answer(self._tokenizer, prompt, said, for_scores=self._for_scores) for said in one.answers]
             if max(len(ids) for ids, _ in texts) <= self._most:
                 break
             if len(prompt) < 2:

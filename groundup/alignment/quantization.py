@@ -26,14 +26,14 @@ from groundup.generation import Engine, Request, SamplingParams
 from groundup.generation.quantize import Quantization, QuantizationMethod, quantize
 from groundup.interop import save_model
 from groundup.interop.folder import WEIGHTS_FILE
-from groundup.interop.start import check_start, shards_fit, starting_config, starting_point
+from groundup.interop.start import check_shards, check_start, starting_config, starting_point
 from groundup.model import Transformer
 from groundup.model.cost import weight_bytes
 from groundup.recipe import QuantizeSettings
 from groundup.report.format import format_lines
 from groundup.run import RECIPE_FILE, Run
 from groundup.shards import TokenShards
-from groundup.stage import MODEL_FOLDER, Check, Context, Method, Shown, Stage, model_digest
+from groundup.stage import MODEL_FOLDER, Check, Context, Method, Shown, Stage
 from groundup.tokenizer import Tokenizer
 from groundup.training.planning.memory import device_memory
 from groundup.untrusted import read_bytes
@@ -43,14 +43,9 @@ _SPEED_TOKENS, _SPEED_ROUNDS = 32, 3
 
 
 def quantize_and_measure(
-    model: Transformer,
-    tokenizer: Tokenizer | None,
-    settings: QuantizeSettings,
-    out: str | Path,
-    *,
-    texts: Sequence[str] = (),
-    calibration: Tensor | None = None,
-) -> dict[str, Any]:
+    model: Transformer, tokenizer: Tokenizer | None, settings: QuantizeSettings, out: str | Path,
+    *, texts: Sequence[str] = (), calibration: Tensor | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Quantize a model in place, save it, and say what that gains and costs.
 
     Args:
@@ -71,20 +66,16 @@ def quantize_and_measure(
     """
     method = method_of(settings, has_text=calibration is not None)
     how = Quantization(settings.bits, settings.group_size, settings.activations)
-    figures: dict[str, Any] = {"method": method, "bytes_before": weight_bytes(model.config)}
-    before = _measure(model, tokenizer, texts)
+    before, bits, n_bytes = _measure(model, tokenizer, texts)
     quantize(model, how, method=method, calibration=calibration)
-    after = _measure(model, tokenizer, texts)
+    after, bits_after, _ = _measure(model, tokenizer, texts)
     save_model(out, model, tokenizer)
-    figures["bytes_after"] = (Path(out) / WEIGHTS_FILE).stat().st_size
-    if before is None or after is None:
-        return figures
-    for name, (bits, n_bytes, speed) in (("before", before), ("after", after)):
-        figures[f"tokens_per_second_{name}"] = speed
-        if len(bits):
-            figures[f"bits_per_byte_{name}"] = ratio_estimate(bits, n_bytes).value
-    if len(before[0]):
-        change = ratio_estimate(after[0] - before[0], before[1])
+    size = (Path(out) / WEIGHTS_FILE).stat().st_size
+    figures: dict[str, Any] = {"method": method, "bytes_before": weight_bytes(model.config), "bytes_after": size}
+    for when, measured in (("before", before), ("after", after)):
+        figures |= {f"{name}_{when}": value for name, value in measured.items()}
+    if len(bits):
+        change = ratio_estimate(bits_after - bits, n_bytes)
         figures |= {"bits_per_byte_change": change.value, "bits_per_byte_change_stderr": change.stderr}
     return figures
 
@@ -159,31 +150,34 @@ def file_text(path: Path, tokenizer: Tokenizer, shape: tuple[int, int]) -> tuple
 
 def scored_texts(run: Run) -> list[str]:
     """The first held-out documents: enough for an error bar far below what 4 bits cost."""
-    found: list[str] = []
-    size = 0
+    found, room = [], _MOST_SCORED
     for document in stream_documents(run.folder("corpus"), "validation"):
-        found.append(document.text[: _MOST_SCORED - size])
-        size += len(found[-1])
-        if size >= _MOST_SCORED:
+        found.append(document.text[:room])
+        room -= len(found[-1])
+        if room <= 0:
             break
     return found
 
 
 def _measure(
     model: Transformer, tokenizer: Tokenizer | None, texts: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray, float] | None:
-    """Bits and bytes of the units of a text, and tokens a second: the fastest of a few short rounds."""
+) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+    """Bits per byte and tokens a second, the fastest of a few short rounds; bits and bytes of the units of the text."""
+    figures: dict[str, float] = {}
+    bits = n_bytes = np.zeros(0)
     if tokenizer is None:
-        return None
-    nothing = np.zeros(0)
-    bits, n_bytes = bits_and_bytes(model, texts, tokenizer) if texts else (nothing, nothing)
+        return figures, bits, n_bytes
+    if texts:
+        bits, n_bytes = bits_and_bytes(model, texts, tokenizer)
+    if len(bits):
+        figures["bits_per_byte"] = ratio_estimate(bits, n_bytes).value
     params, fastest = SamplingParams(temperature=0.0, max_tokens=_SPEED_TOKENS), math.inf
     engine = Engine(model, slots=1)
     for _ in range(_SPEED_ROUNDS):
         start = time.perf_counter()
         engine.run([Request([tokenizer.end_of_text_id], params)])
         fastest = min(fastest, time.perf_counter() - start)
-    return bits, n_bytes, _SPEED_TOKENS / fastest
+    return {**figures, "tokens_per_second": _SPEED_TOKENS / fastest}, bits, n_bytes
 
 
 class Quantize(Method):
@@ -201,14 +195,11 @@ class Quantize(Method):
         calibrates = has_text and method_of(stage.settings, has_text=has_text) == "gptq"
         return (*(("corpus",) if has_text else ()), *(("shards",) if calibrates else ()))
 
-    def outside(self, stage: Stage) -> dict[str, str]:
-        """A model made elsewhere."""
-        return {} if stage.outside_start is None else {"start": model_digest(stage.outside_start)}
-
     def checks(self, stage: Stage) -> Iterable[Check]:
         """The model, and the text."""
         yield f"[{stage.section}] start", lambda: check_start(stage)
-        yield f"[{stage.section}] method", lambda: _check_shards(stage)
+        if method_of(stage.settings, has_text=stage.recipe.reads_text) == "gptq":
+            yield f"[{stage.section}] method", lambda: check_shards(stage, "method", ', or set method = "rtn"')
 
     def derived(self, stage: Stage) -> Iterable[tuple[str, str, str]]:
         """How weights are rounded."""
@@ -257,24 +248,6 @@ class Quantize(Method):
             (summary.get("bits_per_byte_change"), lambda change: f"{change:+.4f} bits/byte"),
         )
         return Shown(f"{stage.settings.bits} bits a weight", in_words(summary), lines)
-
-
-def _check_shards(stage: Stage) -> None:
-    """Hold that GPTQ has text, in the tokens of the model.
-
-    Raises:
-        DataError: it has not.
-    """
-    recipe, where = stage.recipe, f"[{stage.section}]"
-    if method_of(stage.settings, has_text=recipe.reads_text) != "gptq":
-        return
-    if not recipe.reads_text:
-        raise DataError(f'{where} method = "gptq": this recipe reads no text.', 'Add [corpus], or set method = "rtn".')
-    if not shards_fit(stage):
-        raise DataError(
-            f"{where} method: this recipe's shards have another tokenizer than the model in {stage.settings.start}.",
-            'Set method = "rtn", or quantize that model in a recipe of its own.',
-        )
 
 
 QUANTIZE = Quantize()

@@ -7,28 +7,26 @@ prompt become conversations, on which the model is fine-tuned as on any other (`
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pydantic import model_validator
 from torch import nn
 
 from groundup.alignment.conversations import Conversations
-from groundup.alignment.method import AlignmentMethod, Inputs, in_words
+from groundup.alignment.method import Inputs
 from groundup.alignment.on_policy import AnswerSettings, AnswersMethod, answer_seed, scores_of
 from groundup.alignment.rewards import FunctionReward, Prompt, Prompts
-from groundup.alignment.sft import SFTSettings, SupervisedFineTuning, fine_tune
+from groundup.alignment.sft import SFTSettings, SupervisedFineTuning
 from groundup.errors import DataError
 from groundup.files import own_folder, value_digest, write_text
 from groundup.generation import Engine, SamplingParams
 from groundup.generation.rollouts import roll_out
 from groundup.recipe import setting
-from groundup.stage import Context, Shown, Stage
-from groundup.training import TrainedModel
-from groundup.training.precision import choose_precision
+from groundup.tokenizer import Message
+from groundup.training import TrainedModel, choose_precision
 
 _AT_ONCE = 256
 
@@ -60,8 +58,8 @@ class RejectionMethod(AnswersMethod, SupervisedFineTuning):
         ("answers written", "{answers:,}"),
         ("of them good", "{answers_good:,}"),
         ("prompts solved", "{prompts_solved:,}"),
+        *SupervisedFineTuning.facts,
     )
-    work = AlignmentMethod.work
 
     def run(
         self, inputs: Inputs, *, prompts: Prompts | None = None, reward: FunctionReward | nn.Module | None = None,
@@ -92,30 +90,15 @@ class RejectionMethod(AnswersMethod, SupervisedFineTuning):
                 f"{held_out['written']:,} to held-out prompts {len(held_out['messages'])}: nothing to learn from.",
                 f"Lower least = {settings.least:g}, or start from a model that is right now and then.",
             )
-        done = fine_tune(
-            inputs.model, tokenizer, settings, out=out, seed=inputs.seed, name=inputs.name, world=world,
-            conversations=Conversations(train["messages"], held_out["messages"], {}), console=inputs.console, **options,
-        )  # fmt: skip
+        learned = Conversations(train["messages"], held_out["messages"], {})
+        done = super().run(inputs, conversations=learned, **options)
         done.summary.update(answers=train["written"], answers_good=train["good"], prompts_solved=train["solved"])
         return done
 
-    def given(self, context: Context) -> dict[str, Any]:
-        """Text to replay, and how long to train, as of fine-tuning."""
-        shards = context.run.folder("shards") if "shards" in context.stage.needs else None
-        options = {"replay_shards": shards, "flops": context.compute(), "verify": context.recipe.verify}
-        return super().given(context) | options
-
     def quick(self, settings: Any) -> Any:
         """Few prompts."""
-        return (
-            super().quick(settings).model_copy(update={"prompts": min(settings.prompts, 64), "samples": 2, "keep": 1})
-        )
-
-    def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:
-        """Answers, and the fine-tuning on them."""
-        tuned = super().shown(stage, summary)
-        counts = [(label, in_words(summary, form)) for label, form in self.facts]
-        return dataclasses.replace(tuned, title=self.title, facts=[*counts, *tuned.facts])
+        less = {"prompts": min(settings.prompts, 64), "samples": 2, "keep": 1}
+        return super().quick(settings).model_copy(update=less)
 
 
 def _good_answers(
@@ -129,8 +112,7 @@ def _good_answers(
     width = max(len(prompt.ids) for prompt in prompts) + settings.max_tokens
     params = SamplingParams(temperature=settings.temperature, max_tokens=settings.max_tokens)
     engine = Engine(inputs.model.to(world.device), tokenizer, slots=64, dtype=dtype)
-    found: dict[int, list[tuple[float, str]]] = {}
-    good = 0
+    good: dict[int, list[tuple[float, str]]] = defaultdict(list)  # rewards and answers, by the prompt's number
     with inputs.console.bar(what, len(todo)) as bar:
         for first in range(0, len(todo), _AT_ONCE * world.size):
             chunk = todo[first : first + _AT_ONCE * world.size]
@@ -139,22 +121,21 @@ def _good_answers(
             asked = [prompts[number] for number, _ in own]
             seeds = [answer_seed(inputs.seed, what, number, sample) for number, sample in own]
             rolled = roll_out(engine, [prompt.ids for prompt in asked], params, seeds, width=width)
-            rewards = world.gather(scores_of(reward, asked, rolled)).tolist()
-            answers = world.gather(rolled.ids.where(rolled.is_answer, -1)).tolist()
-            ended = world.gather(rolled.is_ended.int()).tolist()
-            for (number, _), value, ids, has_end in zip(dict.fromkeys(chunk), rewards, answers, ended, strict=False):
-                if has_end and not math.isnan(value) and value >= settings.least:
-                    text = tokenizer.decode([token for token in ids if token >= 0][:-1])
-                    found.setdefault(number, []).append((value, text))
-                    good += 1
+            answers = rolled.ids.where(rolled.is_answer & rolled.is_ended[:, None], -1)  # none of those without an end
+            gathered = (world.gather(part).tolist() for part in (scores_of(reward, asked, rolled), answers))
+            for (number, _), value, ids in zip(dict.fromkeys(chunk), *gathered, strict=False):
+                written = [token for token in ids if token >= 0]
+                if written and value >= settings.least:  # NaN, a reward that failed, is not
+                    good[number].append((value, tokenizer.decode(written[:-1])))
             bar.update(min(len(todo), first + len(chunk)))
-        bar.finish(f"{good:,} of {len(todo):,} answers are good, to {len(found):,} of {len(prompts):,} prompts")
+        n_good = sum(map(len, good.values()))
+        bar.finish(f"{n_good:,} of {len(todo):,} answers are good, to {len(good):,} of {len(prompts):,} prompts")
     messages = []
-    for number, answers_of in sorted(found.items()):
+    for number, answers_of in sorted(good.items()):
         best = dict.fromkeys(text for _, text in sorted(answers_of, key=lambda one: -one[0]))
-        chosen = list(best)[: settings.keep]
-        messages += [[*prompts[number].messages, {"role": "assistant", "content": text}] for text in chosen]
-    return {"messages": messages, "written": len(todo), "good": good, "solved": len(found)}
+        chosen: list[Message] = [{"role": "assistant", "content": text} for text in [*best][: settings.keep]]
+        messages += [[*prompts[number].messages, answer] for answer in chosen]
+    return {"messages": messages, "written": len(todo), "good": n_good, "solved": len(good)}
 
 
 REJECTION = RejectionMethod()

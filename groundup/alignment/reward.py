@@ -13,8 +13,8 @@ says how much of it follows the length.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,7 @@ from torch import Tensor, nn
 from groundup.alignment.heads import HeadMethod, at_ends, load_with_head, outputs_of
 from groundup.alignment.losses import bradley_terry_loss
 from groundup.alignment.method import Inputs, reported, share, share_with_error
-from groundup.alignment.preferences import (
-    FACTS,
-    Encoded,
-    Preferences,
-    PreferenceSettings,
-    rows_to_learn,
-)
+from groundup.alignment.preferences import FACTS, Encoded, PreferenceRows, Preferences, PreferenceSettings
 from groundup.model import ModelConfig
 from groundup.recipe import setting
 from groundup.tokenizer import Message, render
@@ -51,11 +45,11 @@ class RewardSettings(PreferenceSettings):
     centering: float = setting(0.0, "weight of (s_i + s_j)², which keeps scores around 0 (0.01 is usual)", ge=0.0)
 
 
+@dataclass(frozen=True)
 class PairwiseRanking:
     """The objective: Bradley-Terry over all pairs of a prompt; `accuracy`, `best` and `worst` (scores) are shown."""
 
-    def __init__(self, settings: RewardSettings) -> None:
-        self.settings = settings
+    settings: RewardSettings
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Prompts."""
@@ -68,21 +62,18 @@ class PairwiseRanking:
         scores = score_batch(modules, batch)  # (rows, answers)
         better, worse = torch.combinations(torch.arange(scores.shape[1], device=scores.device)).T
         counts = is_there[:, better] & is_there[:, worse]  # (rows, pairs)
-        each = bradley_terry_loss(
-            scores[:, better], scores[:, worse], margin=self.settings.margin, centering=self.settings.centering
-        )
         weights = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+        margin, centering = self.settings.margin, self.settings.centering
+        each = bradley_terry_loss(scores[:, better], scores[:, worse], margin=margin, centering=centering)
         loss = (each * weights).sum()
-        with torch.no_grad():
-            ahead = ((scores[:, better] > scores[:, worse]) * weights).sum()
-            last = scores.gather(1, (is_there.sum(-1, keepdim=True) - 1).clamp(min=0))[:, 0]
-            is_real = is_there.any(-1)
-            best, worst = (values.where(is_real, 0.0).sum() for values in (scores[:, 0], last))
+        ahead = ((scores[:, better] > scores[:, worse]) * weights).sum()
+        last = scores.gather(1, (is_there.sum(-1, keepdim=True) - 1).clamp(min=0))[:, 0]
+        best, worst = (values.where(is_there.any(-1), 0.0).sum() for values in (scores[:, 0], last))
         return {"loss": Term(loss, loss.detach()), **reported(accuracy=ahead, best=best, worst=worst)}
 
     def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
         """A forward and a backward pass over each answer; the head's are nothing beside them."""
-        return pass_flops(config, (math.prod(shape[:-1]), shape[-1]))
+        return pass_flops(config, shape)
 
 
 def score_batch(modules: Mapping[str, nn.Module], batch: Batch) -> Float[Tensor, "rows answers"]:
@@ -105,20 +96,17 @@ def ranking_figures(scores: Sequence[Sequence[float]], chosen: Sequence[Encoded]
         chosen: the answers in tokens, the best first.
     """
     lengths = [[len(ids) for ids, _ in one.texts] for one in chosen]
-    right, longer_is_better, longer_scores_higher = [], [], []
-    for own, long in zip(scores, lengths, strict=True):
-        pairs = [*itertools.combinations(range(len(own)), 2)]
-        right.append(np.mean([float(own[i] > own[j]) + 0.5 * float(own[i] == own[j]) for i, j in pairs]))
-        unequal = [(i, j) for i, j in pairs if long[i] != long[j]]
-        longer_is_better += [long[i] > long[j] for i, j in unequal]
-        longer_scores_higher += [(long[i] > long[j]) == (own[i] > own[j]) for i, j in unequal]
+    right, longer = [], []
+    for one in zip(scores, lengths, strict=True):
+        pairs = [*itertools.combinations(zip(*one, strict=True), 2)]  # of (score, length), the better answer's first
+        right.append(np.mean([(better > worse) + 0.5 * (better == worse) for (better, _), (worse, _) in pairs]))
+        longer += [(m > n, (m > n) == (better > worse)) for (better, m), (worse, n) in pairs if m != n]
     figures = share_with_error("pair_accuracy", np.array(right))
     both = np.array([[*itertools.chain.from_iterable(part)] for part in (scores, lengths)])
     if both.std(axis=1).min() > 0:
         figures["length_correlation"] = float(np.corrcoef(both)[0, 1])
-    if longer_is_better:
-        figures["longer_preferred"] = float(np.mean(longer_is_better))
-        figures["longer_scored_higher"] = float(np.mean(longer_scores_higher))
+    if longer:
+        figures["longer_preferred"], figures["longer_scored_higher"] = np.mean(longer, axis=0).tolist()
     return figures
 
 
@@ -183,11 +171,9 @@ class RewardMethod(HeadMethod):
 
     def job(self, inputs: Inputs, *, preferences: Preferences | None = None) -> TrainingJob:  # type: ignore[override]
         """Pairs and rankings (default: what `settings.data` names), and a head that scores them."""
-        source = rows_to_learn(inputs, preferences, Preferences.ranked, for_scores=True)
-        return self.head_job(
-            inputs, 1, PairwiseRanking(inputs.settings), source, inputs.settings.epochs * len(source.train),
-            unit="prompts", row_sequences=source.most_answers,
-        )  # fmt: skip
+        source = PreferenceRows.of_stage(inputs, preferences, Preferences.ranked, for_scores=True)
+        objective, n_rows = PairwiseRanking(inputs.settings), inputs.settings.epochs * len(source.train)
+        return self.head_job(inputs, 1, objective, source, n_rows, unit="prompts", row_sequences=source.most_answers)
 
     def measure(self, inputs: Inputs, job: TrainingJob, summary: dict[str, Any]) -> dict[str, Any]:
         """What scores are normalized by, and how they rank held-out answers."""

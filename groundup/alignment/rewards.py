@@ -10,13 +10,12 @@ A function that raises, hangs or returns no number has no reward for that answer
 
 from __future__ import annotations
 
-import contextlib
 import math
 import multiprocessing
 import re
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,21 +29,16 @@ from groundup.user_code import answer_calls, in_words, load_function
 VERIFY = "groundup:verify"
 _MARK = "####"
 _NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
+_EXAMPLE = "def {name}(messages, answer, known): return 1.0 if answer == known else 0.0"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is to be answered.
+    """What is to be answered."""
 
-    Attributes:
-        messages: the conversation so far.
-        ids: the same, with what opens the answer.
-        known: right answers, the one to learn from first; none where nobody knows.
-    """
-
-    messages: list[Message]
-    ids: list[int]
-    known: tuple[str, ...]
+    messages: list[Message]  # the conversation so far
+    ids: list[int]  # the same, with what opens the answer
+    known: tuple[str, ...]  # right answers, the one to learn from first; none where nobody knows
 
 
 @dataclass(frozen=True)
@@ -74,53 +68,53 @@ def load_prompts(
     Raises:
         DataError: no prompt is left.
     """
-    sides: tuple[list[tuple[list[Message], tuple[str, ...]]], ...] = ([], [])
+    sides: tuple[list[Prompt], list[Prompt]] = ([], [])
+    too_long = 0
+
+    def add(side: int, messages: Sequence[Message], known: tuple[str, ...]) -> None:
+        nonlocal too_long
+        ids = render(tokenizer, messages, add_generation_prompt=True).ids
+        if len(ids) > room:
+            too_long += 1
+        else:
+            sides[side].append(Prompt([*messages], ids, known))
+
     for name in data:
         for task in read_set(name, n_tasks, seed) if name.startswith(GENERATED) else ():
-            asked: list[Message] = [{"role": "user", "content": task.prompt}]
-            sides[task.split == "held_out"].append((asked, task.known))
+            add(task.split == "held_out", [{"role": "user", "content": task.prompt}], task.known)
     if files := [name for name in data if not name.startswith(GENERATED)]:
         found = load_conversations(files, 0, seed, section, console)
-        for side, conversations in zip(sides, (found.train, found.held_out), strict=True):
+        for side, conversations in enumerate((found.train, found.held_out)):
             for messages in conversations:
                 last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
                 if last:
-                    side.append((messages[:last], (messages[last]["content"],)))
-    kept: list[list[Prompt]] = []
-    for side in sides:
-        prompts = [
-            Prompt(list(messages), render(tokenizer, messages, add_generation_prompt=True).ids, known)
-            for messages, known in side
-        ]
-        kept.append([prompt for prompt in prompts if len(prompt.ids) <= room])
-    too_long = sum(map(len, sides)) - sum(map(len, kept))
+                    add(side, messages[:last], (messages[last]["content"],))
     if console is not None and too_long:
         console.warn(f"[{section}] data: {too_long:,} prompts have more than {room} tokens and were left out.")
-    if not kept[0] or not kept[1]:
+    if not all(sides):
         raise DataError(
-            f"[{section}] data = {list(data)}: {len(kept[0])} prompts to answer, {len(kept[1])} held out"
+            f"[{section}] data = {list(data)}: {len(sides[0])} prompts to answer, {len(sides[1])} held out"
             + (f", {too_long:,} longer than {room} tokens." if too_long else "."),
             "Raise the model's context_length, lower max_tokens, or give conversations with a question.",
         )
-    return Prompts(kept[0], kept[1], too_long)
+    return Prompts(*sides, too_long)
 
 
 def is_right(prompt: Prompt, answer: str) -> bool:
     """Whether an answer is one of the known ones; of a known one with a marked result, whether it ends in that."""
-    said = answer.strip()
+
+    def result(text: str) -> list[float]:
+        """The last number, of what stands behind the mark if there is one."""
+        numbers = _NUMBER.findall(text.rpartition(_MARK)[2])[-1:]
+        return [float(number.replace(",", "").rstrip(".")) for number in numbers]
+
     for known in prompt.known:
-        marked, wanted = _MARK in known, _NUMBER.findall(known.rpartition(_MARK)[2])
-        if marked and wanted:
-            numbers = _NUMBER.findall(said.rpartition(_MARK)[2])
-            if numbers and _value(numbers[-1]) == _value(wanted[-1]):
+        if _MARK in known and (wanted := result(known)):
+            if result(answer.strip()) == wanted:
                 return True
-        elif said == known.strip():
+        elif answer.strip() == known.strip():
             return True
     return False
-
-
-def _value(number: str) -> float:
-    return float(number.replace(",", "").rstrip("."))
 
 
 class FunctionReward:
@@ -165,11 +159,7 @@ class FunctionReward:
             return float(is_right(prompt, answer))
         arguments = prompt.messages, answer, prompt.known[0] if prompt.known else ""
         try:
-            if self._in_process:
-                value = self._ask(arguments)
-            else:
-                with _alarm(self._seconds):
-                    value = self._function(*arguments)
+            value = self._ask(arguments) if self._in_process else _in_time(self._seconds, self._function, arguments)
             reward = float(value) if not isinstance(value, str | bytes) else math.nan
         except (Exception, SystemExit) as error:
             self.failures.append(in_words(error))
@@ -194,7 +184,7 @@ class FunctionReward:
             if not pipe.poll(self._seconds):
                 raise TimeoutError(f"no answer in {self._seconds:g} s")
             failed, value = pipe.recv()
-        except (TimeoutError, EOFError, OSError) as error:
+        except (EOFError, OSError) as error:  # a TimeoutError is one of the latter
             self.close()
             raise RuntimeError(str(error) or "its process ended") from error
         if failed:
@@ -202,15 +192,10 @@ class FunctionReward:
         return value
 
 
-_EXAMPLE = "def {name}(messages, answer, known): return 1.0 if answer == known else 0.0"
-
-
-@contextlib.contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in this block after so long; only the main thread can be interrupted."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
+def _in_time(seconds: float, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """What it returns, or TimeoutError after so long; only the main thread can be interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        return function(*arguments)
 
     def ring(*_: object) -> None:
         raise TimeoutError(f"no answer in {seconds:g} s")
@@ -218,7 +203,7 @@ def _alarm(seconds: float) -> Iterator[None]:
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        yield
+        return function(*arguments)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

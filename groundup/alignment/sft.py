@@ -8,11 +8,12 @@ it a small model forgets how to write. The sum of losses is divided by the step'
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,27 +22,24 @@ from pydantic import model_validator
 
 from groundup.alignment.conversations import Conversations, load_conversations
 from groundup.alignment.lora import AdapterSettings
-from groundup.alignment.method import AlignmentMethod, begin, finish, sized
+from groundup.alignment.method import AlignmentMethod, Inputs, RecordRows
 from groundup.alignment.packing import Text, lay_out, pack
-from groundup.console import Console
-from groundup.distributed import AXES, World, current_world
+from groundup.distributed import AXES
 from groundup.errors import DataError, GroundupError
-from groundup.evaluation.during import scores_during
 from groundup.evaluation.sets import fewer
 from groundup.files import value_digest
-from groundup.interop.start import shards_fit, starting_point
-from groundup.model import Transformer
-from groundup.recipe import ControlSettings, OptimizerSettings, Texts, resolve_optimizer, setting
-from groundup.report.format import format_lines, format_whole, loss_line, training_facts
+from groundup.interop.start import check_shards
+from groundup.recipe import ControlSettings, OptimizerSettings, Texts, setting
 from groundup.shards import PackedLoader, TokenShards, WindowLoader
 from groundup.shards.mixture import Shares, integer_weights
 from groundup.shards.order import shuffled_epochs
-from groundup.stage import Check, Context, Shown, Stage
+from groundup.stage import Check, Context, Stage
 from groundup.tokenizer import Message, Tokenizer, render
 from groundup.tokenizer.pretrained import PretrainedTokenizer
-from groundup.training import IGNORED, Batch, NextToken, TrainedModel, TrainingJob, forget_checkpoints, train
-from groundup.training.objective import pass_flops
+from groundup.training import IGNORED, Batch, NextToken, TrainedModel, TrainingJob, pass_flops
 from groundup.training.pretrain import QUICK_VALIDATION
+
+_WITHOUT_REPLAY = ", or set replay = 0 (the model then forgets much of what it has read)"
 
 
 class SFTSettings(ControlSettings, AdapterSettings, OptimizerSettings):
@@ -59,10 +57,7 @@ class SFTSettings(ControlSettings, AdapterSettings, OptimizerSettings):
         True, "a row holds several whole conversations (false: one, padded; the same loss in more time)"
     )
     replay: float = setting(
-        0.0,
-        "share of the rows that are text of pretraining, against forgetting (try 0.25)",
-        ge=0.0,
-        lt=1.0,
+        0.0, "share of the rows that are text of pretraining, against forgetting (try 0.25)", ge=0.0, lt=1.0
     )
 
     @model_validator(mode="after")
@@ -75,87 +70,8 @@ class SFTSettings(ControlSettings, AdapterSettings, OptimizerSettings):
         return self
 
 
-def fine_tune(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    settings: SFTSettings | None = None,
-    *,
-    out: str | Path,
-    conversations: Conversations | None = None,
-    replay_shards: str | Path | None = None,
-    seed: int = 1,
-    flops: float | None = None,
-    name: str = "sft",
-    verify: bool = True,
-    world: World | None = None,
-    console: Console | None = None,
-) -> TrainedModel:
-    """Fine-tune a model on conversations; go on from a checkpoint in `out` if there is one.
-
-    Args:
-        model: trained in place.
-        tokenizer: of the model.
-        settings: what `[align.sft]` of a recipe says; its `start` loads nothing.
-        out: the folder for logs, checkpoints and the model.
-        conversations: what to learn (default: what `settings.data` names).
-        replay_shards: a folder written by `write_shards` with this tokenizer, for `settings.replay`.
-        seed: of the generated tasks, the order and dropout.
-        flops: how many to spend, for a control, instead of so many epochs.
-        name: of the stage, in messages.
-        verify: compare the digests of the shards to replay; else only sizes.
-        world: the processes to train on (default: those of `torchrun`, or this one).
-        console: where progress is shown.
-
-    Raises:
-        ArtifactError: shards missing, damaged or of another tokenizer.
-        DataError: no usable conversation, or no shards to replay.
-        Interrupted: asked to stop; everything is saved.
-    """
-    settings = resolve_optimizer(settings or SFTSettings())
-    console, world = console or Console(), world or current_world()
-    out, length = Path(out), model.config.context_length
-    if isinstance(tokenizer, PretrainedTokenizer):
-        tokenizer = tokenizer.with_chat_end()
-    section = f"align.{name}"
-    conversations = conversations or load_conversations(settings.data, settings.examples, seed, section, console)
-    verify = verify and world.is_first
-    source = ConversationRows(conversations, tokenizer, length, settings, seed, replay_shards, section, verify=verify)
-    if source.truncated:
-        console.warn(
-            f"{name}: {source.truncated} conversations are longer than the context of {length} tokens and were cut; "
-            f"{source.unsupervised} had no answer left and were dropped."
-        )
-    if source.refused:
-        console.warn(
-            f"{name}: {len(source.refused)} conversations cannot be laid out and were dropped. The first: "
-            f"{source.refused[0]}"
-        )
-    begin(model, settings.lora, seed)
-    row_flops = pass_flops(model.config, (1, length))
-    job = TrainingJob(
-        name=name,
-        modules={"model": model},
-        objective=NextToken(settings.label_smoothing, settings.z_loss),
-        source=source,
-        settings=settings,
-        n_rows=source.rows_of_epochs(settings.epochs) if flops is None else math.ceil(flops / row_flops),
-        folder=out,
-        seed=seed,
-        row_length=length if source.is_packed else None,
-        axes=frozenset(AXES),
-        sized=sized(settings, model.config),
-        score=scores_during(settings.evaluate, tokenizer),
-    )
-    summary = train(job, world, console)
-    summary |= source.figures(job.plan.rows(job.n_steps - 1)[1])
-    summary["conversations_set_aside"] = sum(conversations.set_aside.values())
-    finish(out, model, tokenizer, settings.lora, settings.start, world)
-    forget_checkpoints(job, world)
-    return TrainedModel(model, out, summary)
-
-
-class ConversationRows:
-    """Rows of conversations, with text of pretraining between them; each a pure function of (seed, place).
+class ConversationRows(RecordRows[Text]):
+    """Rows of conversations, with text of pretraining between them.
 
     Args:
         conversations: both sides of the split.
@@ -163,7 +79,7 @@ class ConversationRows:
         context_length: of the model; longer conversations are cut at the end, and counted in `truncated`.
         settings: how to pack, and how much to replay.
         seed: of the order.
-        replay_shards: the text, for `settings.replay`.
+        replay_shards: a folder with the text, for `settings.replay`.
         section: of the recipe, in messages.
         verify: compare the digests of the text's shards.
 
@@ -182,13 +98,13 @@ class ConversationRows:
         self, conversations: Conversations, tokenizer: Tokenizer, context_length: int, settings: SFTSettings,
         seed: int, replay_shards: str | Path | None = None, section: str = "align.sft", *, verify: bool = True,
     ) -> None:  # fmt: skip
-        check_replay(settings, replay_shards is not None, section)
         self.truncated = self.unsupervised = 0
         self.refused: list[GroundupError] = []
-        self._width, self._pad_id, self._seed = context_length, tokenizer.pad_id, seed
-        self._train = self._encode(conversations.train, tokenizer)
-        self._held_out = self._encode(conversations.held_out, tokenizer)
-        if not self._train or not self._held_out:
+        self._width, self._pad_id, self.seed = context_length, tokenizer.pad_id, seed
+        self._set_aside = sum(conversations.set_aside.values())
+        self.train = self._encode(conversations.train, tokenizer)
+        self.held_out = self._encode(conversations.held_out, tokenizer)
+        if not self.train or not self.held_out:
             if self.refused:
                 raise self.refused[0]
             raise DataError(
@@ -197,15 +113,20 @@ class ConversationRows:
             )
         self._packs, self._replay = settings.packing, settings.replay
         self._text: PackedLoader | None = None
-        if settings.replay and replay_shards is not None:
+        if settings.replay:
+            if replay_shards is None:
+                raise DataError(
+                    f"[{section}] replay = {settings.replay:g}: there are no token shards to replay text from.",
+                    f"Name their folder{_WITHOUT_REPLAY}.",
+                )
             expected = tokenizer.fingerprint
             shards = TokenShards.open(replay_shards, "train", tokenizer_fingerprint=expected, verify=verify)
             self._text = PackedLoader(WindowLoader(shards, context_length, settings.batch_size, seed))
         self.is_packed = self._packs or self._text is not None
-        self._rows = self._into_rows(self._train)
+        self._rows = self.into_rows(self.train)
         self._shares = Shares(integer_weights([1 - self._replay, self._replay] if self._replay else [1]), seed)
         digest = xxhash.xxh3_128()
-        for part in itertools.chain.from_iterable(self._train):
+        for part in itertools.chain.from_iterable(self.train):
             digest.update(part.tobytes())
         text = None if self._text is None else self._text.identity()
         self.fingerprint = value_digest(
@@ -221,56 +142,48 @@ class ConversationRows:
         components, numbers = self._shares(np.arange(first, last))
         is_text = components == 1
         rows: list[list[Text]] = [[] for _ in components]
-        shuffled = shuffled_epochs(numbers[~is_text], len(self._rows), self._seed)
+        shuffled = shuffled_epochs(numbers[~is_text], len(self._rows), self.seed)
         for place, row in zip(np.flatnonzero(~is_text), shuffled, strict=True):
             rows[place] = self._rows[row]
-        batch = self._lay_out(rows)
+        batch = self.lay_out(rows)
         if self._text is not None and is_text.any():
             text = self._text.rows(numbers[is_text])
             parts = (text.ids, text.targets, text.document_ids, text.positions)
             for name, part in zip(("ids", "targets", "documents", "positions"), parts, strict=True):
-                batch[name][is_text, : part.shape[1]] = part
-        return {name: torch.from_numpy(values) for name, values in batch.items()}
+                batch[name].numpy()[is_text, : part.shape[1]] = part
+        return batch
 
-    def validation(self, batch_size: int, limit: int | None) -> Iterator[Batch]:
-        """Held-out conversations, until `limit` supervised tokens are passed; the last batch has empty rows."""
-        taken = len(self._held_out)
-        if limit is not None:
-            seen = np.cumsum([supervised(text) for text in self._held_out])
-            taken = min(taken, int(np.searchsorted(seen, limit)) + 1)
-        rows = self._into_rows(self._held_out[:taken])
-        for first in range(0, len(rows), batch_size):
-            part = rows[first : first + batch_size]
-            batch = self._lay_out([*part, *[[]] * (batch_size - len(part))])
-            yield {name: torch.from_numpy(values) for name, values in batch.items()}
+    def length(self, one: Text) -> int:
+        """How many targets a text has."""
+        return int((one[1] != IGNORED).sum())
+
+    def into_rows(self, records: Sequence[Text]) -> list[list[Text]]:
+        """Several in each, or one."""
+        if not self._packs:
+            return [[text] for text in records]
+        return [[records[number] for number in row] for row in pack([len(ids) for ids, _ in records], self._width)]
+
+    def lay_out(self, chosen: Sequence[Sequence[Text]], n_rows: int | None = None) -> Batch:
+        """Rows of texts as a batch, with empty rows up to `n_rows`."""
+        rows = [*chosen, *[[]] * ((n_rows or 0) - len(chosen))]
+        # A text by itself begins its row: what stands behind it is hidden by causal attention alone.
+        width = self._width if self.is_packed else max(len(ids) for row in rows for ids, _ in row)
+        batch = lay_out(rows, width, self._pad_id)
+        return {name: torch.from_numpy(batch[name]) for name in (batch if self.is_packed else ("ids", "targets"))}
 
     def figures(self, n_rows: int) -> dict[str, float]:
         """What the first `n_rows` rows were made of."""
         figures: dict[str, float] = {
-            "conversations_train": len(self._train),
-            "conversations_held_out": len(self._held_out),
-            "conversations_truncated": self.truncated,
-            "supervised_tokens": sum(supervised(text) for text in self._train),
-            "rows": n_rows,
-        }
+            "conversations_train": len(self.train), "conversations_held_out": len(self.held_out),
+            "conversations_truncated": self.truncated, "conversations_set_aside": self._set_aside,
+            "supervised_tokens": sum(map(self.length, self.train)), "rows": n_rows,
+        }  # fmt: skip
         if self._packs:
-            tokens = sum(len(ids) for ids, _ in self._train)
+            tokens = sum(len(ids) for ids, _ in self.train)
             figures["packing_efficiency"] = tokens / (len(self._rows) * self._width)
         if self._text is not None:
             figures["replay_share"] = self._shares.counts(n_rows)[1] / n_rows
         return figures
-
-    def _into_rows(self, texts: Sequence[Text]) -> list[list[Text]]:
-        if not self._packs:
-            return [[text] for text in texts]
-        return [[texts[number] for number in row] for row in pack([len(ids) for ids, _ in texts], self._width)]
-
-    def _lay_out(self, rows: Sequence[Sequence[Text]]) -> dict[str, np.ndarray]:
-        if self.is_packed:
-            return lay_out(rows, self._width, self._pad_id)
-        # One text begins every row: what stands behind it is hidden by causal attention alone.
-        batch = lay_out(rows, max(len(ids) for row in rows for ids, _ in row), self._pad_id)
-        return {name: batch[name] for name in ("ids", "targets")}
 
     def _encode(self, conversations: Sequence[list[Message]], tokenizer: Tokenizer) -> list[Text]:
         texts = []
@@ -284,53 +197,90 @@ class ConversationRows:
             mask = np.array(rendered.loss_mask, dtype=bool)
             self.truncated += len(ids) - 1 > self._width
             text = ids[:-1][: self._width], np.where(mask, ids, IGNORED)[1:][: self._width]
-            if supervised(text):
+            if self.length(text):
                 texts.append(text)
             else:
                 self.unsupervised += 1
         return texts
 
 
-def check_replay(settings: SFTSettings, has_shards: bool, section: str) -> None:
-    """Hold that there is text to replay if some is to be.
-
-    Raises:
-        DataError: there is none.
-    """
-    if settings.replay and not has_shards:
-        raise DataError(
-            f"[{section}] replay = {settings.replay:g}: there are no token shards to replay text from.",
-            "Give the recipe a [corpus], or set replay = 0 (the model then forgets much of what it has read).",
-        )
-
-
-def _check_shards(stage: Stage) -> None:
-    """Hold that there is text to replay, in the tokens of the model that is to.
-
-    Raises:
-        DataError: there is none.
-    """
-    check_replay(stage.settings, stage.recipe.reads_text, stage.section)
-    if stage.settings.replay and not shards_fit(stage):
-        raise DataError(
-            f"[{stage.section}] replay: this recipe's shards have another tokenizer than the model in "
-            f"{stage.settings.start}.",
-            "Set replay = 0, or fine-tune that model in a recipe of its own.",
-        )
-
-
-def supervised(text: Text) -> int:
-    """How many targets a text has."""
-    return int((text[1] != IGNORED).sum())
-
-
 class SupervisedFineTuning(AlignmentMethod):
     """The stage: a model learns to answer."""
 
+    name = "sft"
     settings = SFTSettings
     version = 8
     makes = "lm"
     figures = ("val_loss", "final_loss")
+    title = "Supervised fine-tuning"
+    facts: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("conversations", "{conversations_train:,}"),
+        ("held out", "{conversations_held_out:,}"),
+        ("set aside", "{conversations_set_aside:,}"),
+        ("supervised tokens", "{supervised_tokens:,}"),
+        ("rows filled", "{packing_efficiency:.1%}"),
+        ("rows of replayed text", "{replay_share:.1%}"),
+    )
+    lines = ("{conversations_train:,} dialogues", "loss {initial_loss:.2f} → {final_loss:.2f}")
+
+    def run(self, inputs: Inputs, **given: Any) -> TrainedModel:
+        """As every method; an imported model's tokenizer then knows what ends an answer."""
+        if isinstance(inputs.tokenizer, PretrainedTokenizer):
+            inputs = dataclasses.replace(inputs, tokenizer=inputs.tokenizer.with_chat_end())
+        return super().run(inputs, **given)
+
+    def job(  # type: ignore[override]
+        self, inputs: Inputs, *, conversations: Conversations | None = None, replay_shards: str | Path | None = None,
+        flops: float | None = None, verify: bool = True,
+    ) -> TrainingJob:  # fmt: skip
+        """Conversations, and text between them.
+
+        Args:
+            inputs: of the stage.
+            conversations: what to learn (default: what `settings.data` names).
+            replay_shards: a folder written by `write_shards` with this tokenizer, for `settings.replay`.
+            flops: how many to spend, for a control, instead of so many epochs.
+            verify: compare the digests of the shards; else only sizes.
+
+        Raises:
+            ArtifactError: shards missing, damaged or of another tokenizer.
+            DataError: no usable conversation, or no shards to replay.
+        """
+        settings, console, name = inputs.settings, inputs.console, inputs.name
+        config, length = inputs.model.config, inputs.model.config.context_length
+        conversations = conversations or load_conversations(
+            settings.data, settings.examples, inputs.seed, inputs.section, console
+        )
+        source = ConversationRows(
+            conversations, inputs.tokenizer, length, settings, inputs.seed, replay_shards, inputs.section,
+            verify=verify and inputs.world.is_first,
+        )  # fmt: skip
+        if source.truncated:
+            console.warn(
+                f"{name}: {source.truncated} conversations are longer than the context of {length} tokens and were "
+                f"cut; {source.unsupervised} had no answer left and were dropped."
+            )
+        if source.refused:
+            console.warn(
+                f"{name}: {len(source.refused)} conversations cannot be laid out and were dropped. The first: "
+                f"{source.refused[0]}"
+            )
+        n_rows = source.rows_of_epochs(settings.epochs) if flops is None else flops / pass_flops(config, (1, length))
+        return inputs.job(
+            NextToken(settings.label_smoothing, settings.z_loss), source, n_rows,
+            row_length=length if source.is_packed else None, axes=frozenset(AXES),
+        )  # fmt: skip
+
+    def measure(self, inputs: Inputs, job: TrainingJob, summary: dict[str, Any]) -> dict[str, Any]:
+        """What the rows were made of."""
+        source: Any = job.source
+        figures: dict[str, Any] = source.figures(job.plan.rows(job.n_steps - 1)[1])
+        return figures
+
+    def given(self, context: Context) -> dict[str, Any]:
+        """Text to replay, and for a control how long to train."""
+        shards = context.run.folder("shards") if "shards" in context.stage.needs else None
+        return {"replay_shards": shards, "flops": context.compute(), "verify": context.recipe.verify}
 
     def needs(self, stage: Stage) -> tuple[str, ...]:
         """The text to replay."""
@@ -339,7 +289,8 @@ class SupervisedFineTuning(AlignmentMethod):
     def checks(self, stage: Stage) -> Iterable[Check]:
         """Data, model, adapters, optimizer, text to replay."""
         yield from super().checks(stage)
-        yield f"[{stage.section}] replay", lambda: _check_shards(stage)
+        if replay := stage.settings.replay:
+            yield f"[{stage.section}] replay", lambda: check_shards(stage, f"replay = {replay:g}", _WITHOUT_REPLAY)
 
     def quick(self, settings: SFTSettings) -> SFTSettings:
         """Fewer conversations."""
@@ -348,33 +299,6 @@ class SupervisedFineTuning(AlignmentMethod):
         epochs = {} if settings.compute is not None else {"epochs": min(settings.epochs, 2.0)}
         return settings.model_copy(update=less | epochs)
 
-    def work(self, context: Context) -> dict[str, Any]:
-        """See `fine_tune`."""
-        stage = context.stage
-        model, tokenizer = starting_point(stage, context.run, context.console)
-        shards = context.run.folder("shards") if "shards" in stage.needs else None
-        return fine_tune(
-            model, tokenizer, stage.settings, out=context.folder, replay_shards=shards, seed=context.recipe.seed,
-            flops=context.compute(), name=stage.name, verify=context.recipe.verify, world=context.world,
-            console=context.console,
-        ).summary  # fmt: skip
-
-    def shown(self, stage: Stage, summary: Mapping[str, Any]) -> Shown:
-        """Conversations and loss."""
-        counts = [
-            ("conversations", format_whole(summary.get("conversations_train"))),
-            ("held out", format_whole(summary.get("conversations_held_out"))),
-            ("set aside", format_whole(summary.get("conversations_set_aside"))),
-            ("supervised tokens", format_whole(summary.get("supervised_tokens"))),
-            ("rows filled", _percent(summary.get("packing_efficiency"))),
-            ("rows of replayed text", _percent(summary.get("replay_share"))),
-        ]
-        lines = format_lines((summary.get("conversations_train"), "{} dialogues"), loss_line(summary))
-        return Shown("Supervised fine-tuning", [*counts, *training_facts(summary)], lines)
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"
-
 
 SFT = SupervisedFineTuning()
+fine_tune = SFT.train

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +18,6 @@ if TYPE_CHECKING:
     from groundup.evaluation.metrics import Estimate
 
 _PANEL = "Look at runs, recipes and this machine"
-_WAITS = (1.0, 4.0, 16.0)  # seconds between one request to a judge that is down and the next
 _WORKERS = 4  # requests to a server at the same time
 PromptsOption = Annotated[
     str,
@@ -74,17 +71,15 @@ def judge(
     """
     from groundup.console import Console
     from groundup.errors import DataError, GroundupError
-    from groundup.evaluation.judge import QUESTION, Pair, judge_pairs, win_rate
+    from groundup.evaluation.judge import Pair, by_url, judge_pairs, win_rate
     from groundup.evaluation.measure import to_plain
     from groundup.evaluation.prompts import read_prompts
     from groundup.evaluation.text_metrics import variety
-    from groundup.files import value_digest
     from groundup.user_code import function_fingerprint
 
     chosen: Judge
     if by.startswith(("http://", "https://")):
-        chosen = UrlJudge(by, judge_model, api_key, seconds, _WAITS)
-        identity, workers = value_digest([by, chosen.model, QUESTION]), _WORKERS
+        (chosen, identity), workers = by_url(by, judge_model, api_key, seconds), _WORKERS
     else:
         chosen, identity, workers = _function(by), function_fingerprint(by, "--judge"), 1
     asked = [one.text for one in read_prompts(prompts, limit=limit)]
@@ -115,45 +110,6 @@ def judge(
     names = [*dict.fromkeys([*texts[0], *texts[1]])]
     rows = [(name, *(_say(own[name]) if name in own else "" for own in texts)) for name in names]
     print_table(("answers", str(first), str(second)), rows)
-
-
-class UrlJudge:
-    """A judge behind an OpenAI-compatible URL.
-
-    Args:
-        url: of the server.
-        name: of its model (default: its first).
-        key: that it wants.
-        seconds: that a reply may take.
-        waits: seconds before each further try.
-
-    Raises:
-        GroundupError: no server answers there; of a call, however often it is asked.
-    """
-
-    def __init__(self, url: str, name: str | None, key: str | None, seconds: float, waits: Sequence[float]) -> None:
-        from groundup.cli.partners import Remote
-
-        self._server, self._waits = Remote(url, key, name, seconds), waits
-        self.model = self._server.name
-
-    def __call__(self, prompt: str, first: str, second: str) -> Verdict:
-        """Its verdict, greedily; a reply without one is none."""
-        from groundup.errors import GroundupError
-        from groundup.evaluation.judge import QUESTION, verdict_in
-
-        question = QUESTION.format(prompt=prompt, first=first, second=second)
-        for wait in self._waits:
-            with contextlib.suppress(GroundupError):
-                return verdict_in(self._reply(question))
-            time.sleep(wait)
-        return verdict_in(self._reply(question))
-
-    def _reply(self, question: str) -> str:
-        from groundup.generation import SamplingParams
-
-        params = SamplingParams(temperature=0.0, max_tokens=512)
-        return "".join(self._server.stream([{"role": "user", "content": question}], params, lambda n: None))
 
 
 def _function(spec: str) -> Judge:

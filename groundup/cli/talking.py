@@ -157,8 +157,9 @@ def chat(
 ) -> None:
     """Talk to the assistant, streaming. Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands."""
     from groundup.cli.chat import Chat
-    from groundup.cli.partners import Partner, Remote
+    from groundup.cli.partners import Partner
     from groundup.errors import GroundupError
+    from groundup.serving.client import Remote
 
     if (model is None) == (url is None):
         example = command_line("chat", "runs/demo")

@@ -3,7 +3,7 @@
 from groundup.evaluation.metrics import Estimate, bits_per_byte
 from groundup.evaluation.scorecard import Scores, score_model
 from groundup.evaluation.table import compare, evaluation_checks, read_comparison, write_comparison
-from groundup.evaluation.tasks import Task, generate_tasks, reward, verify
+from groundup.evaluation.tasks import Task, generate_tasks, verify
 
 __all__ = [
     "Estimate",
@@ -14,7 +14,6 @@ __all__ = [
     "evaluation_checks",
     "generate_tasks",
     "read_comparison",
-    "reward",
     "score_model",
     "verify",
     "write_comparison",

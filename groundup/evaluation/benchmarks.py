@@ -17,7 +17,7 @@ import os
 import random
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -309,15 +309,11 @@ def _with_shots(benchmark: Benchmark, item: Item, row: _Row, drawn: Sequence[Ite
     others = [*itertools.islice((shot for shot in drawn if (shot.context, shot.contexts) != asked), shots)]
     if len(others) < shots:
         raise DataError(f"benchmark {benchmark.name}: {len(others)} worked examples, {shots} wanted.", "Ask for fewer.")
-    told = "".join(
-        f"{shot.contexts[shot.gold] if shot.contexts else shot.context}{_right(benchmark, shot)}\n\n" for shot in others
-    )
-    before = _render(benchmark.header, row, {"group": item.group}) + told
+    before = _render(benchmark.header, row, {"group": item.group})
+    for shot in others:
+        context, right = shot.pairs[shot.gold] if shot.choices else (shot.context, benchmark.delimiter + shot.target)
+        before += f"{context}{right}\n\n"
     return replace(item, context=before + item.context, contexts=tuple(before + one for one in item.contexts))
-
-
-def _right(benchmark: Benchmark, item: Item) -> str:
-    return item.choices[item.gold] if item.choices else benchmark.delimiter + item.target
 
 
 def _item(benchmark: Benchmark, row: _Row) -> Item:
@@ -376,21 +372,17 @@ def _sources(benchmark: Benchmark, files: str, data: str | Path) -> list[InputFi
 
 def _rows(benchmark: Benchmark, files: str, data: str | Path) -> Iterator[_Row]:
     """Every row of its files; a text is one row."""
-    number = 0
+    numbers = itertools.count()
     for source in _sources(benchmark, files, data):
         name = Path(source.label).name.split(".")[0]
-        read: Callable[..., Iterator[tuple[str, dict[str, Any]]]] = _text if benchmark.kind == "text" else _records
-        for place, fields in read(benchmark, source):
-            yield _Row(number, f"{source.label}, {place}", {"file": name, **fields})
-            number += 1
-
-
-def _text(benchmark: Benchmark, source: InputFile) -> Iterator[tuple[str, dict[str, Any]]]:
-    if source.kind != "text":
-        yield from _records(benchmark, source)
-    else:
-        with source.open() as handle:
-            yield "whole", {benchmark.text: handle.read().decode()}
+        if benchmark.kind == "text" and source.kind == "text":
+            with source.open() as handle:
+                yield _Row(
+                    next(numbers), f"{source.label}, whole", {"file": name, benchmark.text: handle.read().decode()}
+                )
+        else:
+            for place, fields in _records(benchmark, source):
+                yield _Row(next(numbers), f"{source.label}, {place}", {"file": name, **fields})
 
 
 def _records(benchmark: Benchmark, source: InputFile) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -413,14 +405,8 @@ def _records(benchmark: Benchmark, source: InputFile) -> Iterator[tuple[str, dic
         yield f"{value.place} {value.number}", fields
 
 
-@functools.cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    return ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-
-
-@functools.lru_cache(maxsize=256)
-def _template(source: str) -> jinja2.Template:
-    return _environment().from_string(source)
+_ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+_template = functools.lru_cache(maxsize=256)(_ENVIRONMENT.from_string)
 
 
 def _render(source: str, row: _Row, more: Mapping[str, Any] | None = None) -> str:

@@ -8,10 +8,10 @@ takes out how hard the items are; where both have several seeds, these are the s
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
@@ -33,7 +33,6 @@ _SHOWN = 0.02  # the difference for which the needed number of items is told
 _POWER = stats.norm.ppf(1 - _LEVEL / 2) + stats.norm.ppf(0.8)  # both sides at 5 %, found four times in five
 _UNITS = {"bits_per_byte": " bits per byte", "val_bits_per_byte": " bits per byte"}
 _UP, _DOWN = 1, -1
-Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -94,38 +93,30 @@ def compare_cards(*paths: str | Path) -> list[Difference]:
         DataError: no other one shares a figure of the same items with the first.
     """
     first, *others = (_figures(Path(path)) for path in paths)
-    pairs = {
-        (place, name): (one, other[name])
+    found = [
+        (place, name, one, result)
         for place, other in enumerate(others)
         for name, one in first.items()
-        if name in other
-    }
-    found = {key: result for key, (a, b) in pairs.items() if (result := _compared(a, b)) is not None}
+        if name in other and (result := _compared(one, other[name])) is not None
+    ]
     if not found:
         raise DataError(
             f"{paths[0]} and {', '.join(map(str, paths[1:]))} share no benchmark with two or more of the same items.",
             "Score both with the same --tasks, --shots, --limit and --seed.",
         )
-    corrected = holm({key: result.p for key, result in found.items()})
     names = ["the second"] if len(others) == 1 else [str(path) for path in paths[1:]]
     return [
-        _told(
-            replace(result, benchmark=name, other=str(paths[1 + place]), p=corrected[place, name]),
-            pairs[place, name][0],
-            names[place],
-        )
-        for (place, name), result in found.items()
+        _told(replace(result, benchmark=name, other=str(paths[1 + place]), p=p), one, names[place])
+        for (place, name, one, result), p in zip(found, holm([result.p for *_, result in found]), strict=True)
     ]
 
 
-def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
+def holm(p_values: Sequence[float]) -> list[float]:
     """P-values corrected for how many there are (Holm 1979): the smallest times n, the next times n − 1, …"""
-    found: dict[Key, float] = {}
-    most = 0.0
-    for place, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
-        most = max(most, min(1.0, p * (len(p_values) - place)))
-        found[name] = most
-    return {name: found[name] for name in p_values}
+    p = np.array(p_values)
+    order, found = p.argsort(kind="stable"), np.empty(len(p))
+    found[order] = np.maximum.accumulate(np.minimum(1.0, p[order] * np.arange(len(p), 0, -1)))
+    return [float(one) for one in found]
 
 
 def _compared(a: _Figure, b: _Figure) -> Difference | None:
@@ -249,13 +240,10 @@ def _items(
         yield task, main, {item: sign * score for item, score in item_scores(records).items()}
         return
     for metric in card["figures"]:
-        outcomes = {record["item"]: record["outcomes"].get(metric) for record in records}
-        yield metric, metric, {item: _mean(value) for item, value in outcomes.items() if value is not None}
-
-
-def _mean(outcome: Any) -> float:
-    """Of one answer: what it is worth, or a sum and over how much it goes."""
-    return outcome[0] / max(1, outcome[1]) if isinstance(outcome, list) else float(outcome)
+        outcomes = {one["item"]: one["outcomes"][metric] for one in records if metric in one["outcomes"]}
+        # Of one answer: what it is worth, or a sum and over how much it goes.
+        scores = {item: value if isinstance(value, list) else (value, 1) for item, value in outcomes.items()}
+        yield metric, metric, {item: float(total) / max(1, n) for item, (total, n) in scores.items()}
 
 
 def _figure(metric: str, **known: Any) -> _Figure:

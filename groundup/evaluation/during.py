@@ -5,11 +5,13 @@ The items are those that `groundup evaluate --limit` draws. Nothing here knows o
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 
 from groundup.errors import DataError
-from groundup.evaluation.scorecard import score_model
+from groundup.evaluation.benchmarks import EvaluationTask, Item
+from groundup.evaluation.measure import figures_of, measure
 from groundup.evaluation.sets import BITS_PER_BYTE, METRICS_OF_TASK, find_task
 from groundup.model import Transformer
 from groundup.recipe import DuringSettings, EvaluateSettings
@@ -31,13 +33,15 @@ def scores_during(
         return None
     if tokenizer is None:
         raise DataError("evaluate: benchmarks need the model's tokenizer.", "Give tokenizer=…, or leave evaluate out.")
+    read = functools.cache(functools.partial(_read, settings))
 
     def score(model: Transformer, name: str) -> dict[str, float]:
-        (one,) = score_model(model, tokenizer, _asked(settings, name)).card["tasks"].values()
-        shown = itertools.islice(one["figures"].items(), None if name in METRICS_OF_TASK else 1)
-        title = find_task(name).name.removeprefix("groundup:")
+        task, items, asked = read(name)
+        found = figures_of(measure(model, tokenizer, task, items, settings=asked))
+        shown = itertools.islice(found.items(), None if name in METRICS_OF_TASK else 1)
+        title = task.name.removeprefix("groundup:")
         suffixes = {"": "value", "_stderr": "stderr", "_n": "n"}
-        return {f"{title}_{figure}{end}": found[key] for figure, found in shown for end, key in suffixes.items()}
+        return {f"{title}_{figure}{end}": getattr(one, key) for figure, one in shown for end, key in suffixes.items()}
 
     return score
 
@@ -53,8 +57,10 @@ def check_during(settings: DuringSettings, makes: str) -> None:
     for name in settings.tasks:
         if name == BITS_PER_BYTE:
             raise DataError(f"tasks: {name} is in every validation pass.", "Leave it out.")
-        find_task(name).read(_asked(settings, name), seed=1)
+        _read(settings, name)
 
 
-def _asked(settings: DuringSettings, name: str) -> EvaluateSettings:
-    return EvaluateSettings(tasks=(name,), data=settings.data, limit=settings.limit)
+def _read(settings: DuringSettings, name: str) -> tuple[EvaluationTask, list[Item], EvaluateSettings]:
+    asked = EvaluateSettings(tasks=(name,), data=settings.data, limit=settings.limit)
+    task = find_task(name)
+    return task, task.read(asked, seed=1), asked

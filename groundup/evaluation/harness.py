@@ -11,21 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from groundup.corpus import stream_documents
-from groundup.errors import ArtifactError
-from groundup.evaluation.attention import write_attention
+from groundup.errors import ArtifactError, DataError
 from groundup.evaluation.scorecard import read_card, score_model
 from groundup.evaluation.sets import BITS_PER_BYTE, EXACT, METRICS, STYLE, task_digests
+from groundup.files import write_json
+from groundup.generation import prompt_ids
 from groundup.interop import load_model
 from groundup.interop.start import starting_point
 from groundup.model import Transformer
 from groundup.recipe import BEFORE, EvaluateSettings, Gate, Section, StartSettings
 from groundup.report.format import format_lines
 from groundup.run import Run
+from groundup.serving.inspect import inspect
 from groundup.stage import MODEL_FOLDER, Context, Method, Shown, Stage, graph, model_digest
 from groundup.tokenizer import Tokenizer
 
 LOWER_IS_BETTER = ("bits_per_byte", "refusal_rate", "kl_to_start", "perplexity", "brier", "calibration_error")
 _QUICK_PROMPTS = 100
+_SHOWN_TOKENS, _SHOWN_HEADS = 24, 8  # of `attention.json`
 
 
 class Evaluate(Method):
@@ -89,7 +92,7 @@ class Evaluate(Method):
             )  # fmt: skip
             if recipe.reads_text and after is None:
                 text = next(document.text for document in stream_documents(run.folder("corpus"), "validation"))
-                write_attention(model, tokenizer, text, context.folder)
+                _write_attention(model, tokenizer, text, context.folder)
             figures = {metric: figure["value"] for metric, figure in scores.figures.items()}
             bar.finish(" · ".join(_lines(figures)))
         speed = scores.generation_tokens_per_second
@@ -145,6 +148,23 @@ def _model(stage: Stage, after: Stage | None, run: Run) -> tuple[Transformer, To
     model, tokenizer = load_model(folder, verify=False)  # the pipeline did
     assert tokenizer is not None, "a stage saves its model with its tokenizer"
     return model, tokenizer, model_digest(folder)
+
+
+def _write_attention(model: Transformer, tokenizer: Tokenizer, text: str, folder: Path) -> None:
+    """For the report: what heads of the first, middle and last layer look at in a text, in percent.
+
+    A model whose attention cannot be told (`DataError` of `inspect`) leaves none.
+    """
+    try:
+        seen = inspect(model, tokenizer, prompt_ids(tokenizer, text)[:_SHOWN_TOKENS], top=1)
+    except DataError:
+        return
+    last = len(seen.attention) - 1
+    layers = [
+        {"layer": layer + 1, "heads": (100 * seen.attention[layer, :_SHOWN_HEADS]).round().int().tolist()}
+        for layer in sorted({0, last // 2, last})
+    ]
+    write_json(folder / "attention.json", {"tokens": [token.shown for token in seen.tokens], "layers": layers})
 
 
 def _direction(gate: Gate) -> Gate | None:

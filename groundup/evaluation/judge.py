@@ -11,8 +11,10 @@ nothing is asked twice, and the same command goes on.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,8 +23,11 @@ from typing import NamedTuple
 
 import orjson
 
+from groundup.errors import GroundupError
 from groundup.evaluation.metrics import Estimate, share, wilson
 from groundup.files import append_line, value_digest
+from groundup.generation import SamplingParams
+from groundup.serving.client import Remote
 
 Verdict = float | None
 Judge = Callable[[str, str, str], Verdict]
@@ -44,6 +49,7 @@ harmless and to the point. Neither its length nor its place counts.
 </answer_B>
 
 Explain in one sentence. Then end with [[A]] if answer A is better, [[B]] if answer B is better, or [[C]] for a tie."""
+_WAITS = (1.0, 4.0, 16.0)  # seconds between one request to a server that is down and the next
 _VERDICTS = {"A": 1.0, "B": -1.0, "C": 0.0}
 
 
@@ -88,6 +94,36 @@ def verdict_in(reply: str) -> Verdict:
     """What a judge's reply says: its last [[A]], [[B]] or [[C]], or the letter alone; None: neither."""
     found = re.findall(r"\[\[([ABC])\]\]", reply) or re.findall(r"\A\W*([ABC])\W*\Z", reply)
     return _VERDICTS[found[-1]] if found else None
+
+
+def by_url(
+    url: str, model: str | None = None, key: str | None = None, seconds: float | None = 120.0
+) -> tuple[Judge, str]:
+    """A judge behind an OpenAI-compatible URL, which answers greedily, and its identity, for `judge_pairs`.
+
+    Args:
+        url: of the server.
+        model: its name there (default: the first).
+        key: that the server wants.
+        seconds: that a reply may take.
+
+    Raises:
+        GroundupError: no server answers there, or it has no such model; of the judge: however often it is asked.
+    """
+    server, params = Remote(url, key, model, seconds), SamplingParams(temperature=0.0, max_tokens=512)
+
+    def reply(question: str) -> str:
+        return "".join(server.stream([{"role": "user", "content": question}], params, lambda n: None))
+
+    def judge(prompt: str, first: str, second: str) -> Verdict:
+        question = QUESTION.format(prompt=prompt, first=first, second=second)
+        for wait in _WAITS:
+            with contextlib.suppress(GroundupError):
+                return verdict_in(reply(question))
+            time.sleep(wait)
+        return verdict_in(reply(question))
+
+    return judge, value_digest([url, server.name, QUESTION])
 
 
 def judge_pairs(

@@ -4,26 +4,32 @@ Tokens are cut as the field's harness cuts them (lm-evaluation-harness, `Templat
 context's end belongs to the continuation, which is what the two have together beyond the context alone; a context that
 is too long loses its beginning. So scores can be compared.
 
-Work that requests share is done once: the beginning that all contexts of a batch have in common (worked examples), and
-a context before its several continuations. Both stand in a store of keys and values, from which later rows read.
+Work that requests share is done once. A context and its continuations are a tree of tokens: a row of a batch holds
+whole trees, depth first, and each token attends to its own ancestors only. Keys and values of a beginning that many
+contexts share (worked examples) are computed once for all of them. Of the last block and the vocabulary only those
+positions are computed that are asked for.
 """
 
 from __future__ import annotations
 
-import functools
-from collections import defaultdict
+import bisect
+import itertools
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from groundup.generation.cache import KVCache
 from groundup.model import OutputLayer, Transformer
 from groundup.tokenizer import Tokenizer
 
 _WORTH_SHARING = 32  # tokens; fewer are computed again
 _HIDDEN = 1 << 30  # a position that no query reaches
+_ROWS = 4  # of a batch at least, where trees are short
 
 Pair = tuple[str, str]
 
@@ -51,15 +57,18 @@ def log_likelihoods(model: Transformer, tokenizer: Tokenizer, pairs: Sequence[Pa
         tokenizer: of the model.
         pairs: (context, continuation); without a context the continuation follows `<|endoftext|>`.
     """
-    return score_ids(model, [encode_pair(tokenizer, *pair) for pair in pairs])
+    return score_ids(model, encode_pairs(tokenizer, pairs))
 
 
 def score_ids(model: Transformer, requests: Sequence[tuple[list[int], list[int]]]) -> list[Likelihood]:
     """`log_likelihoods` of token ids: (context, continuation), at least one of each."""
     model.eval()
     found: dict[int, Likelihood] = {}
-    for prefix, groups in _batches(requests, model.config.context_length, _batch_tokens(model)):
-        found |= _score(model, prefix, groups)
+    n_tokens = _batch_tokens(model)
+    for prefix, trees in _families(requests, model.config.context_length, n_tokens // _ROWS):
+        before = _read(model, prefix) if prefix else None
+        for rows in _batches(trees, n_tokens):
+            found |= _score(model, before, rows)
     return [found[place] for place in range(len(requests))]
 
 
@@ -68,178 +77,187 @@ def _batch_tokens(model: Transformer) -> int:
     return 512 if next(model.parameters()).device.type == "cpu" else 4096
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """The ids of a context and of what follows it; at least one of each."""
-    stripped = context.rstrip()
-    context, continuation = stripped, context[len(stripped) :] + continuation
-    if not context:
-        return [tokenizer.end_of_text_id], tokenizer.encode(continuation) or [tokenizer.end_of_text_id]
-    before, whole = tokenizer.encode(context), tokenizer.encode(context + continuation)
-    n_before = min(len(before), len(whole) - 1)  # a tokenizer may merge over the border
-    return whole[:n_before] or [tokenizer.end_of_text_id], whole[n_before:]
+def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
+    """The ids of each context and of what follows it; at least one of each."""
+    ends = [len(context.rstrip()) for context, _ in pairs]
+    told = [(context[:end], context + continuation) for (context, continuation), end in zip(pairs, ends, strict=True)]
+    texts = [*dict.fromkeys(text for pair in told for text in pair)]
+    ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+    end_of_text, found = [tokenizer.end_of_text_id], []
+    for before, whole in ((ids[context], ids[text]) for context, text in told):
+        n_before = min(len(before), max(0, len(whole) - 1))  # a tokenizer may merge over the border
+        found.append((whole[:n_before] or end_of_text, whole[n_before:] or end_of_text))
+    return found
 
 
-@dataclass(frozen=True)
-class _Group:
-    """A context, and its continuations by the number of their pair; the longest first."""
+@dataclass
+class _Tree:
+    """A context and its continuations but their last tokens, depth first; what they share stands there once.
 
-    context: list[int]
-    continuations: list[tuple[int, list[int]]]
+    Attributes:
+        ids: of the tokens.
+        depths: how many tokens stand before each.
+        ends: index of the first token behind each one's descendants.
+        asked: (number of the pair, indexes whose outputs predict its continuation, continuation).
+    """
+
+    ids: list[int]
+    depths: list[int]
+    ends: list[int]
+    asked: list[tuple[int, list[int], list[int]]]
+
+    @classmethod
+    def of(cls, context: Sequence[int], continuations: Sequence[tuple[int, list[int]]]) -> _Tree:
+        """The tree of a context, and of sorted continuations with the number of their pair."""
+        found, path = cls([], [], [], []), list[int]()  # from the root to the token that was put in last
+        for place, continuation in continuations:
+            told = [*context, *continuation[:-1]]
+            shared = _common(told, [found.ids[index] for index in path])
+            for index in path[shared:]:
+                found.ends[index] = len(found.ids)
+            path = [*path[:shared], *range(len(found.ids), len(found.ids) + len(told) - shared)]
+            found.depths += range(shared, len(told))
+            found.ids += told[shared:]
+            found.ends += [0] * (len(told) - shared)
+            found.asked.append((place, path[len(context) - 1 :], continuation))
+        for index in path:
+            found.ends[index] = len(found.ids)
+        return found
 
     @property
-    def length(self) -> int:
-        return len(self.context) + len(self.continuations[0][1]) - 1
+    def is_chain(self) -> bool:
+        return self.depths[-1] == len(self.ids) - 1
 
 
-def _batches(
-    requests: Sequence[tuple[list[int], list[int]]], context_length: int, n_tokens: int
-) -> Iterator[tuple[list[int], list[_Group]]]:
-    """(what all contexts begin with, groups without it), longest first, few enough tokens at once."""
+def _trees(context: Sequence[int], continuations: Sequence[tuple[int, list[int]]], room: int) -> Iterator[_Tree]:
+    """One; of very many continuations several, for each token of a row is held against all others."""
+    left = sorted(continuations, key=lambda one: one[1])
+    while left:
+        sizes = [*itertools.accumulate(len(ids) - 1 for _, ids in left)]
+        n = max(1, bisect.bisect(sizes, max(room, len(context))))
+        yield _Tree.of(context, left[:n])
+        left = left[n:]
+
+
+def _families(
+    requests: Sequence[tuple[list[int], list[int]]], context_length: int, room: int
+) -> Iterator[tuple[list[int], list[_Tree]]]:
+    """(what all of some contexts begin with, trees without it)."""
     grouped: dict[tuple[int, ...], list[tuple[int, list[int]]]] = defaultdict(list)
     for place, (context, continuation) in enumerate(requests):
         kept = (context + continuation)[-(context_length + 1) :]
         n_continuation = min(len(continuation), len(kept) - 1)
         grouped[tuple(kept[:-n_continuation])].append((place, kept[-n_continuation:]))
-    families: dict[tuple[int, ...], list[_Group]] = defaultdict(list)
-    for key, items in grouped.items():
-        group = _Group(list(key), sorted(items, key=lambda item: -len(item[1])))
-        families[key[:_WORTH_SHARING] if len(key) > _WORTH_SHARING else ()].append(group)
+    families: dict[tuple[int, ...], list[tuple[int, ...]]] = defaultdict(list)
+    for key in grouped:
+        families[key[:_WORTH_SHARING] if len(key) > _WORTH_SHARING else ()].append(key)
     for begin in [begin for begin, family in families.items() if begin and len(family) == 1]:
         families[()] += families.pop(begin)  # who shares nothing is batched with the others of that kind
-    for family in families.values():
-        common = _common([group.context for group in family]) if len(family) > 1 else 0
-        prefix = family[0].context[:common] if common >= _WORTH_SHARING else []
-        rest = [_Group(group.context[len(prefix) :], group.continuations) for group in family]
-        rest.sort(key=lambda group: -group.length)
-        while rest:
-            n = max(1, n_tokens // rest[0].length)
-            yield prefix, rest[:n]
-            rest = rest[n:]
+    for begin, family in families.items():
+        # Each keeps a token of its own.
+        n = min(_common(min(family), max(family)), min(map(len, family)) - 1) if begin else 0
+        yield list(family[0][:n]), [tree for key in family for tree in _trees(key[n:], grouped[key], room)]
 
 
-def _common(contexts: Sequence[list[int]]) -> int:
-    """With how many tokens all begin; each keeps one of its own."""
-    first, last = min(contexts), max(contexts)
-    n = next((n for n, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
-    return min(n, min(map(len, contexts)) - 1)
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """With how many tokens both begin."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-@dataclass
-class _Store:
-    """Keys and values of one call, behind those of an earlier one.
-
-    Attributes:
-        where: positions of this call's tokens, (batch, seq); `_HIDDEN` beyond a row's end.
-        before: the earlier call's store, and which of its rows each row follows.
-        layers: keys and values by layer, (batch, kv_heads, length, head_dim).
-    """
-
-    where: Tensor
-    before: tuple[_Store, Tensor] | None = None
-    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    @functools.cached_property
-    def positions(self) -> Tensor:
-        """Of all that rows can see."""
-        if self.before is None:
-            return self.where
-        store, rows = self.before
-        return torch.cat([store.positions[rows], self.where], dim=1)
-
-    def update(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Store them, and return them behind what stands before; see `KeyValueStore`."""
-        if self.before is not None:
-            store, rows = self.before
-            old_keys, old_values = store.layers[layer]
-            keys, values = torch.cat([old_keys[rows], keys], dim=2), torch.cat([old_values[rows], values], dim=2)
-        self.layers[layer] = keys, values
-        return keys, values, self.positions
-
-    def hiding(self, ends: Tensor) -> _Store:
-        """The same, of which rows see only what stands before their ends, (batch, 1)."""
-        found = _Store(self.where, layers=self.layers)
-        found.positions = torch.where(self.positions < ends, self.positions, _HIDDEN)
-        return found
+def _batches(trees: Sequence[_Tree], n_tokens: int) -> Iterator[list[list[_Tree]]]:
+    """Rows of trees, the longest first, few enough tokens at once; short trees fill a row together."""
+    left = deque(sorted(trees, key=lambda tree: -len(tree.ids)))
+    rows: list[list[_Tree]] = []
+    width = 0  # of the batch
+    while left:
+        row = [left.popleft()]
+        room = n_tokens // _ROWS - len(row[0].ids)
+        while left and len(left[-1].ids) <= room:
+            room -= len(left[-1].ids)
+            row.append(left.pop())
+        length = sum(len(tree.ids) for tree in row)
+        if rows and (len(rows) + 1) * max(width, length) > n_tokens:
+            yield rows
+            rows, width = [], 0
+        rows.append(row)
+        width = max(width, length)
+    if rows:
+        yield rows
 
 
 @torch.inference_mode()
-def _score(model: Transformer, prefix: list[int], groups: Sequence[_Group]) -> dict[int, Likelihood]:
-    """Every continuation of some contexts, all of which follow `prefix`."""
+def _read(model: Transformer, prefix: Sequence[int]) -> KVCache:
+    """Keys and values of what contexts begin with."""
     device = next(model.parameters()).device
-    before = None
-    if prefix:
-        store = _Store(torch.arange(len(prefix), device=device)[None])
-        model(torch.tensor([prefix], device=device), cache=store, head=lambda hidden, output: hidden)
-        before = store, torch.zeros(len(groups), dtype=torch.int64, device=device)
-    # Each context with its longest continuation, then the others behind the contexts' keys and values.
-    first = [(group.context, *group.continuations[0]) for group in groups]
-    others = [(row, place, ids) for row, group in enumerate(groups) for place, ids in group.continuations[1:]]
-    if not others and not prefix:
-        return _pass(model, first, [0] * len(groups), None)[0]
-    found, contexts = _pass(model, first, [len(prefix)] * len(groups), before, is_stored=True)
-    # The last token of a context is computed once more: its output predicts the first of a continuation. So it is
-    # hidden there, with the continuation that was stored with it.
-    starts = [len(prefix) + len(group.context) - 1 for group in groups]
-    assert contexts is not None
-    hidden = contexts.hiding(torch.tensor(starts, device=device)[:, None])
-    others.sort(key=lambda other: -len(other[2]))
-    while others:
-        n = max(1, _batch_tokens(model) // len(others[0][2]))
-        part, others = others[:n], others[n:]
-        rows = torch.tensor([row for row, _, _ in part], device=device)
-        told = [([groups[row].context[-1]], place, ids) for row, place, ids in part]
-        found |= _pass(model, told, [starts[row] for row, _, _ in part], (hidden, rows), is_stored=True)[0]
-    return found
+    cache = KVCache(model.config, 1, len(prefix), model.compute_dtype, device)
+    model(torch.tensor([prefix], device=device), cache=cache, head=lambda hidden, output: None)
+    return cache
 
 
-def _pass(
-    model: Transformer,
-    rows: Sequence[tuple[list[int], int, list[int]]],
-    starts: Sequence[int],
-    before: tuple[_Store, Tensor] | None,
-    *,
-    is_stored: bool = False,
-) -> tuple[dict[int, Likelihood], _Store | None]:
-    """Score one continuation a row: (context, number of the pair, continuation), the first token at its start."""
+@dataclass
+class _Behind:
+    """Keys and values of a batch behind those of a beginning, as the model's `KeyValueStore`.
+
+    Attributes:
+        before: the beginning's, one row for all.
+        where: positions of all keys as each query sees them, (batch, seq, length); `_HIDDEN` if it does not.
+    """
+
+    before: KVCache | None
+    where: Tensor
+
+    def update(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return them."""
+        if self.before is not None:
+            stored, n = self.before.layers[layer], len(keys)
+            keys = torch.cat([stored.keys.expand(n, -1, -1, -1), keys], dim=2)
+            values = torch.cat([stored.values.expand(n, -1, -1, -1), values], dim=2)
+        return keys, values, self.where
+
+
+@torch.inference_mode()
+def _score(model: Transformer, before: KVCache | None, rows: Sequence[Sequence[_Tree]]) -> dict[int, Likelihood]:
+    """Every continuation of the trees, all of which follow `before`."""
     device = next(model.parameters()).device
-    width = max(len(context) + len(ids) - 1 for context, _, ids in rows)
-    ids = torch.zeros((len(rows), width), dtype=torch.int64)
-    where = torch.full((len(rows), width), _HIDDEN)
-    at_row: list[int] = []
-    at_column: list[int] = []
+    width = max(sum(len(tree.ids) for tree in row) for row in rows)
+    shape = (len(rows), width)
+    ids, depths = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    ends = np.tile(np.arange(1, width + 1), (len(rows), 1))  # what stands behind a row's end sees itself
+    asked: list[tuple[int, int]] = []  # numbers of the pairs, and of their tokens
+    outputs: list[int] = []
     targets: list[int] = []
-    for row, (context, _, continuation) in enumerate(rows):
-        told = context + continuation[:-1]
-        ids[row, : len(told)] = torch.tensor(told)
-        where[row, : len(told)] = torch.arange(starts[row], starts[row] + len(told))
-        at_row += [row] * len(continuation)
-        at_column += range(len(context) - 1, len(told))
-        targets += continuation
-    head = functools.partial(
-        _token_scores,
-        at=(torch.tensor(at_row, device=device), torch.tensor(at_column, device=device)),
-        targets=torch.tensor(targets, device=device),
-    )
-    store = _Store(where.to(device), before) if is_stored else None
-    # What follows a row's end is computed as if it stood at the last position of the row, and seen by nobody.
-    last = torch.tensor(starts)[:, None] + torch.tensor([[len(context) + len(ids) - 2] for context, _, ids in rows])
-    at = None if store is None else torch.minimum(where, last).to(device)
-    logprobs, best = model(ids.to(device), positions=at, cache=store, head=head)
-    sizes = [len(continuation) for _, _, continuation in rows]
-    parts = zip(rows, logprobs.cpu().split(sizes), best.cpu().split(sizes), strict=True)
-    return {
-        place: Likelihood(float(part.double().sum()), len(part), bool(is_best.all()))
-        for (_, place, _), part, is_best in parts
-    }, store
+    for row, trees in enumerate(rows):
+        start = 0
+        for tree in trees:
+            inside = slice(start, start + len(tree.ids))
+            ids[row, inside], depths[row, inside] = tree.ids, tree.depths
+            ends[row, inside] = np.array(tree.ends) + start
+            for place, indexes, continuation in tree.asked:
+                asked.append((place, len(continuation)))
+                outputs += [row * width + start + index for index in indexes]
+                targets += continuation
+            start = inside.stop
+    # The output behind a context predicts the first token of each of its continuations.
+    places, output_of = np.unique(outputs, return_inverse=True)
+    row_of, column_of = (torch.from_numpy(part).to(device) for part in np.divmod(places, width))
 
+    def head(hidden: Float[Tensor, "1 n d_model"], output: OutputLayer) -> tuple[Tensor, Tensor]:
+        """log p of each target, and whether it is the most probable token."""
+        logits, at = output.logits(hidden[0]), torch.from_numpy(output_of).to(device)
+        wished = torch.tensor(targets, device=device)
+        return logits[at, wished] - logits.logsumexp(dim=1)[at], logits.argmax(dim=1)[at] == wished
 
-def _token_scores(
-    hidden: Float[Tensor, "batch seq d_model"],
-    output: OutputLayer,
-    at: tuple[Tensor, Tensor],
-    targets: Int[Tensor, " targets"],
-) -> tuple[Float[Tensor, " targets"], Tensor]:
-    """log p of each target, and whether it is the most probable token; logits of these places only."""
-    logits = output.logits(hidden[at])
-    chosen = logits.gather(1, targets[:, None])[:, 0]
-    return chosen - logits.logsumexp(dim=1), logits.argmax(dim=1) == targets
+    told = torch.from_numpy(ids).to(device)
+    if before is None and all(len(row) == 1 and row[0].is_chain for row in rows):
+        logprobs, best = model(told, head=head, wanted=(row_of, column_of))
+    else:
+        n_before, order = 0 if before is None else before.length, np.arange(width)
+        is_seen = (order <= order[:, None]) & (order[:, None] < ends[:, None])  # itself, and its ancestors
+        where = np.where(is_seen, n_before + depths[:, None], _HIDDEN)
+        beginning = np.broadcast_to(np.arange(n_before), (*shape, n_before))
+        store = _Behind(before, torch.from_numpy(np.concatenate([beginning, where], axis=2)).to(device))
+        positions = torch.from_numpy(n_before + depths).to(device)
+        logprobs, best = model(told, positions=positions, cache=store, head=head, wanted=(row_of, column_of))
+    sizes = [n for _, n in asked]
+    parts = zip(asked, logprobs.cpu().split(sizes), best.cpu().split(sizes), strict=True)
+    return {place: Likelihood(float(own.double().sum()), n, bool(is_best.all())) for (place, n), own, is_best in parts}

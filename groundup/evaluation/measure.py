@@ -22,17 +22,10 @@ from typing import Any
 import numpy as np
 
 from groundup.errors import ArtifactError, DataError
-from groundup.evaluation.benchmarks import Benchmark, EvaluationTask, GenerationTask, Item, Reply
-from groundup.evaluation.likelihood import encode_pair, score_ids
-from groundup.evaluation.metrics import (
-    FEWEST_UNITS,
-    Estimate,
-    mean,
-    ratio_estimate,
-    score_windows,
-    share,
-    text_units,
-)
+from groundup.evaluation.benchmarks import Benchmark, EvaluationTask, GenerationTask, Item, Kind, Reply
+from groundup.evaluation.likelihood import encode_pairs, score_ids
+from groundup.evaluation.metrics import FEWEST_UNITS, Estimate, mean, ratio_estimate, score_windows, share, text_units
+from groundup.evaluation.text_metrics import ROUGE
 from groundup.files import write_text
 from groundup.generation import SamplingParams, generate_batch
 from groundup.generation.rollouts import use_calculator
@@ -43,7 +36,7 @@ from groundup.tokenizer import Tokenizer, render
 Record = dict[str, Any]
 _CHUNK = 512  # items between two writes
 _BINS = 10  # of the expected calibration error
-_RESAMPLES = 1000
+_RESAMPLES = 1000  # for the standard error of the calibration error
 USUAL = EvaluateSettings()
 
 
@@ -115,17 +108,18 @@ def asked_ids(tokenizer: Tokenizer, context: str, *, is_chat: bool) -> list[int]
 def _choices(
     model: Transformer, tokenizer: Tokenizer, task: Benchmark, items: Sequence[Item], *, is_chat: bool
 ) -> list[Record]:
-    chat_prompt = functools.cache(partial(asked_ids, tokenizer, is_chat=True))
-
-    def encoded(context: str, choice: str) -> tuple[list[int], list[int]]:
-        if not (is_chat and context):  # a sentence of a minimal pair answers nobody
-            return encode_pair(tokenizer, context, choice)
-        return chat_prompt(context), tokenizer.encode(choice.removeprefix(task.delimiter)) or [tokenizer.end_of_text_id]
-
-    pairs = [pair for item in items for pair in item.pairs]
     before = task.unconditional
     free = list(dict.fromkeys((before, choice) for item in items for choice in item.choices)) if before else []
-    scored = score_ids(model, [encoded(*pair) for pair in pairs + free])
+    pairs = [pair for item in items for pair in item.pairs]
+    requests = encode_pairs(tokenizer, pairs + free)
+    if is_chat:  # but for a sentence of a minimal pair, which answers nobody
+        prompt = functools.cache(partial(asked_ids, tokenizer, is_chat=True))
+        answers = tokenizer.encode_batch([choice.removeprefix(task.delimiter) for _, choice in pairs + free])
+        requests = [
+            (prompt(context), answer or [tokenizer.end_of_text_id]) if context else plain
+            for (context, _), answer, plain in zip(pairs + free, answers, requests, strict=True)
+        ]
+    scored = score_ids(model, requests)
     told, without = iter(scored), dict(zip(free, scored[len(pairs) :], strict=True))
     records = []
     for item in items:
@@ -228,6 +222,17 @@ def _texts(model: Transformer, tokenizer: Tokenizer, items: Sequence[Item], *, i
 
 # Figures ------------------------------------------------------------------------------------------------------------
 
+LENGTHS = ("characters", "bytes", "tokens")
+PASS_AT = (1, 2, 5, 10, 50, 100)
+FIGURES: dict[Kind, tuple[str, ...]] = {
+    "choice": ("accuracy", *(f"accuracy_{unit}" for unit in (*LENGTHS, "pmi", "centered")),
+               "brier", "calibration_error", "perplexity"),
+    "generation": ("exact_match", "exact_match_flexible", "f1", *ROUGE),
+    "code": tuple(f"pass@{k}" for k in PASS_AT),
+    "text": ("bits_per_byte", "perplexity"),
+}  # fmt: skip
+"""Names of all figures that a benchmark of a kind may have."""
+
 
 def figures_of(records: Sequence[Record]) -> dict[str, Estimate]:
     """Every figure that the records of one benchmark give.
@@ -241,19 +246,17 @@ def figures_of(records: Sequence[Record]) -> dict[str, Estimate]:
     if "gold" in first:
         return _choice_figures(records)
     if "passed" in first:
-        ks = [k for k in (1, 2, 5, 10, 50, 100) if k <= len(first["passed"])]
-        if ks == [1]:
-            return {"pass@1": share([record["passed"][0] for record in records])}
-        return {
-            f"pass@{k}": mean([pass_at_k(len(r["passed"]), sum(r["passed"]), k) for r in records], "problems")
-            for k in ks
-        }
+        passed = [record["passed"] for record in records]
+        if len(passed[0]) == 1:
+            return {"pass@1": share([one for (one,) in passed])}
+        ks = [k for k in PASS_AT if k <= len(passed[0])]
+        return {f"pass@{k}": mean([pass_at_k(len(one), sum(one), k) for one in passed], "problems") for k in ks}
     if "outcomes" in first:
-        names = dict.fromkeys(name for record in records for name in record["outcomes"])
-        return {
-            name: _outcome([record["outcomes"][name] for record in records if name in record["outcomes"]])
-            for name in names
-        }
+        values: dict[str, list[Any]] = defaultdict(list)
+        for record in records:
+            for name, value in record["outcomes"].items():
+                values[name].append(value)
+        return {name: _outcome(own) for name, own in values.items()}
     windows = [
         (place, np.array(window))
         for place, record in enumerate(records)
@@ -284,33 +287,24 @@ def _choice_figures(records: Sequence[Record]) -> dict[str, Estimate]:
             "accuracy": share([record["greedy"][0] for record in records]),
             "perplexity": Estimate(perplexity, perplexity * level.stderr, len(records), "items"),
         }
+    units = ("", *LENGTHS, *(("pmi",) if "unconditional" in records[0] else ()))
     found = {
-        "accuracy": share([_best(record) == record["gold"] for record in records]),
-        **{
-            f"accuracy_{unit}": share([_best(record, unit) == record["gold"] for record in records])
-            for unit in ("characters", "bytes", "tokens")
-        },
+        f"accuracy_{unit}".rstrip("_"): share([_best(record, unit) == record["gold"] for record in records])
+        for unit in units
     }
-    if "unconditional" in records[0]:
-        found["accuracy_pmi"] = share([_best(record, "pmi") == record["gold"] for record in records])
     # As DCLM has it, whose harness chooses by the mean of the tokens.
     chance, own = float(np.mean([record["chance"] for record in records])), found["accuracy_tokens"]
     found["accuracy_centered"] = Estimate(
         (own.value - chance) / (1 - chance), own.stderr / (1 - chance), own.n, own.unit
     )
-    probabilities = [_softmax(record["logprob"]) for record in records]
-    found["brier"] = mean(
-        [
-            float(((p - np.eye(len(p))[record["gold"]]) ** 2).sum())
-            for p, record in zip(probabilities, records, strict=True)
-        ],
-        "items",
-    )
+    squares = [(_softmax(one["logprob"]) - np.eye(len(one["logprob"]))[one["gold"]]) ** 2 for one in records]
+    found["brier"] = mean([float(one.sum()) for one in squares], "items")
     confidence, is_right = confidences(records)
-    found["calibration_error"] = bootstrap(
-        lambda places: calibration_error(confidence[places], is_right[places]), len(records)
-    )
-    return found
+    rng, n = np.random.default_rng(0), len(records)
+    drawn = (rng.integers(0, n, n) for _ in range(_RESAMPLES))
+    resampled = [calibration_error(confidence[places], is_right[places]) for places in drawn]
+    error, spread = calibration_error(confidence, is_right), float(np.std(resampled))
+    return found | {"calibration_error": Estimate(error, spread, n, "items")}
 
 
 def confidences(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
@@ -353,13 +347,6 @@ def reliability(confidence: np.ndarray, is_right: np.ndarray) -> list[tuple[floa
 def pass_at_k(n: int, n_passed: int, k: int) -> float:
     """The chance that one of k samples passes, unbiased: 1 − C(n − c, k) / C(n, k) (Chen et al. 2021)."""
     return 1.0 - math.comb(n - n_passed, k) / math.comb(n, k)
-
-
-def bootstrap(statistic: Callable[[np.ndarray], float], n: int) -> Estimate:
-    """A statistic of n items, with the standard deviation over 1,000 resamples for its standard error."""
-    rng = np.random.default_rng(0)
-    resampled = [statistic(rng.integers(0, n, n)) for _ in range(_RESAMPLES)]
-    return Estimate(statistic(np.arange(n)), float(np.std(resampled)), n, "items")
 
 
 def by_group(records: Sequence[Record]) -> dict[str, dict[str, Estimate]]:

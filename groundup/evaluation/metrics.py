@@ -184,9 +184,7 @@ def _words(text: str) -> list[str]:
 
 
 def _row_by_row(
-    hidden: Float[Tensor, "batch seq d_model"],
-    output: OutputLayer,
-    targets: Int[Tensor, "batch seq"],
+    hidden: Float[Tensor, "batch seq d_model"], output: OutputLayer, targets: Int[Tensor, "batch seq"]
 ) -> Float[Tensor, "batch seq"]:
     """−log p of the targets, one row's logits at a time."""
     rows = [

@@ -21,15 +21,7 @@ from groundup.console import Bar
 from groundup.errors import ArtifactError
 from groundup.evaluation.benchmarks import Benchmark, EvaluationTask, GenerationTask, fingerprint
 from groundup.evaluation.contamination import NGRAM, contaminated_items
-from groundup.evaluation.measure import (
-    Record,
-    by_group,
-    confidences,
-    figures_of,
-    measure,
-    reliability,
-    to_plain,
-)
+from groundup.evaluation.measure import Record, by_group, confidences, figures_of, measure, reliability, to_plain
 from groundup.evaluation.sandbox import sandbox_level
 from groundup.evaluation.sets import METRICS_OF_TASK, TASKS, find_tasks
 from groundup.files import read_json, value_digest, write_json, write_text

@@ -3,7 +3,7 @@
 `groundup:tasks` has twelve kinds of questions; `groundup:hard-tasks` three that need more than a few hundred examples;
 `groundup:sums` are answered with a calculator (`tasks.py`). `groundup:talk` is what people type first, `groundup:harm`
 those of its requests that are harmful or only look so (`small_talk.py`). Scored only: `groundup:style`, how answers to
-short questions are that are drawn at temperature 1; `groundup:first-messages` (`talk.py`); `bits_per_byte` of the
+short questions are that are drawn at temperature 1; `groundup:first-messages`; `bits_per_byte` of the
 validation text. What is asked is held out: no stage learns from it.
 """
 
@@ -18,8 +18,16 @@ from typing import Any, Literal
 
 from groundup.errors import DataError
 from groundup.evaluation.benchmarks import Benchmark, EvaluationTask, Item, Reply, find_benchmark
-from groundup.evaluation.small_talk import HARM_KINDS, Talk, generate_talk, is_declined
-from groundup.evaluation.talk import CANNOT, FirstMessage, first_messages, is_polite, is_refusal
+from groundup.evaluation.small_talk import (
+    CANNOT,
+    HARM_KINDS,
+    FirstMessage,
+    Talk,
+    first_messages,
+    generate_talk,
+    is_declined,
+    is_refusal,
+)
 from groundup.evaluation.tasks import HARD_KINDS, KINDS, SUM_KINDS, Task, generate_tasks, verify
 from groundup.generation import SamplingParams
 from groundup.recipe import EvaluateSettings
@@ -176,7 +184,7 @@ class GeneratedSet:
             return {"target": asked.answer, "outcomes": {EXACT[self.name]: is_right}}
         assert reply.logprob is not None, "the style's sampling asks for it"
         outcomes: dict[str, Any] = {
-            "polite_share": is_polite(asked, reply.text),
+            "polite_share": asked.is_polite(reply.text),
             "exact_match_sampled": is_right,
             "answer_words": float(len(reply.text.split())),
             "entropy": [-reply.logprob, reply.n_tokens],  # nats, and tokens

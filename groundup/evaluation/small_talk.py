@@ -4,8 +4,11 @@ In: how many and a seed. Out: messages of many kinds: a greeting, who are you, a
 cannot know, nonsense, a harmful request and its harmless look-alike; each in spellings that people use. They are split
 into "train" and "held_out" by a hash of a message's letters. The same messages serve two ends: conversations for
 supervised fine-tuning (`messages`) and preference pairs (`pair`). Stories are passages of the classics that ship with
-groundup, of documents that a corpus of them would not hold out. No letters of a message are those of one of the first
-messages that `talk.py` asks. Lists are in `groundup/data/small_talk.toml`.
+groundup, of documents that a corpus of them would not hold out. Lists are in `groundup/data/small_talk.toml`.
+
+`groundup:first-messages` asks 200 others, of whose letters no message here is (`groundup/data/first_messages.toml`). An
+answer to one of them fits if it says what such an answer must say, by patterns; declining what can be answered is
+counted by itself.
 """
 
 from __future__ import annotations
@@ -25,15 +28,15 @@ import xxhash
 
 from groundup.corpus.holdout import Holdout
 from groundup.errors import DataError
-from groundup.evaluation.talk import first_messages
-from groundup.evaluation.tasks import KINDS, SUM_KINDS, Task, generate_tasks
+from groundup.evaluation.tasks import KINDS, SUM_KINDS, Task, generate_tasks, take
 from groundup.generation.calculator import calculate
 from groundup.recipe import CorpusSettings
 from groundup.tokenizer import Message
 
 HARM_KINDS = ("harm", "harmless")
+CANNOT = ("unknown", "nonsense")
+"""Kinds of first messages that may be declined."""
 _HELD_OUT_ONE_IN = 10
-_MOST_REPEATS = 1000  # draws in a row without a new message, before a kind counts as used up
 _EARLIER_SHARE = 0.3
 _STORY_WORDS = (45, 80)
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -80,6 +83,45 @@ class Talk:
         return self.answer, rng.choice(self.wrong)
 
 
+@dataclass(frozen=True)
+class FirstMessage:
+    """Something that people type first, to be asked and not learned from.
+
+    Attributes:
+        kind: of message, "greeting".
+        text: what they type.
+        fits: patterns, of which one must be found in an answer.
+        least_words: that an answer must have.
+    """
+
+    kind: str
+    text: str
+    fits: tuple[str, ...]
+    least_words: int
+
+    def is_fitting(self, answer: str) -> bool:
+        """Whether an answer says what it must; a story is none if it is declined."""
+        if len(answer.split()) < self.least_words or (self.least_words and is_refusal(answer)):
+            return False
+        return any(re.search(pattern, answer, re.IGNORECASE) for pattern in self.fits)
+
+
+@functools.cache
+def first_messages() -> tuple[FirstMessage, ...]:
+    """All of them."""
+    found = []
+    for kind, group in _lists("first_messages").items():
+        for message in group["messages"] if isinstance(group, dict) else ():
+            text, fits = (message, group["fits"]) if isinstance(message, str) else (message[0], [message[1]])
+            found.append(FirstMessage(kind, text, tuple(fits), group.get("least_words", 0)))
+    return tuple(found)
+
+
+def is_refusal(answer: str) -> bool:
+    """Whether an answer declines."""
+    return re.search(_lists("first_messages")["refusal"], answer, re.IGNORECASE) is not None
+
+
 def letters(text: str) -> str:
     """What of a message is not case, punctuation or space; of one without letters and digits, all of it."""
     return re.sub(r"[\W_]", "", text.lower()) or text.strip()
@@ -113,7 +155,7 @@ def generate_talk(n: int, seed: int, kinds: Sequence[str] = ()) -> list[Talk]:
         missing, total = n - len(found), sum(shares[kind] for kind in sources)
         for kind, source in list(sources.items()):
             goal = min(n, len(found) + -(-missing * shares[kind] // total))
-            if not _take(source, goal, found, apart):
+            if not take(source, goal, found, lambda prompt: letters(prompt) in apart):
                 del sources[kind]
     if len(found) < n:
         raise DataError(f"generate_talk: n = {n:,}, but only {len(found):,} different messages were found.")
@@ -125,20 +167,6 @@ def generate_talk(n: int, seed: int, kinds: Sequence[str] = ()) -> list[Talk]:
         if rng.random() < _EARLIER_SHARE and (others := short[talk.split]):
             ordered[place] = replace(talk, earlier=tuple(rng.choice(others).messages))
     return ordered
-
-
-def _take(source: Iterator[Talk], goal: int, found: dict[str, Talk], apart: set[str]) -> bool:
-    """Add new messages up to `goal` in all; whether there were so many."""
-    repeats = 0
-    while len(found) < goal:
-        talk = next(source)
-        is_new = talk.prompt not in found and letters(talk.prompt) not in apart
-        repeats = 0 if is_new else repeats + 1
-        if repeats >= _MOST_REPEATS:
-            return False
-        if is_new:
-            found[talk.prompt] = talk
-    return True
 
 
 # How people spell
@@ -197,8 +225,8 @@ def _slip(text: str, rng: random.Random, kept: set[str]) -> str:
 
 
 @functools.cache
-def _lists() -> dict[str, Any]:
-    return tomllib.loads((resources.files("groundup") / "data" / "small_talk.toml").read_text(encoding="utf-8"))
+def _lists(name: str = "small_talk") -> dict[str, Any]:
+    return tomllib.loads((resources.files("groundup") / "data" / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 @functools.cache

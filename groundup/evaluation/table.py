@@ -14,9 +14,10 @@ from typing import Any
 from groundup.errors import ArtifactError, DataError, GroundupError
 from groundup.evaluation.benchmarks import Benchmark
 from groundup.evaluation.harness import before_name, read_scores
-from groundup.evaluation.measure import read_records
+from groundup.evaluation.measure import FIGURES, read_records
 from groundup.evaluation.scorecard import CARD, figures_by_metric, records_file
 from groundup.evaluation.sets import BITS_PER_BYTE, EXACT, FIRST, HARM, METRICS_OF_TASK, find_task, task_digests
+from groundup.evaluation.text_metrics import ROUGE
 from groundup.files import own_folder, read_json, write_json
 from groundup.interop.start import check_chat
 from groundup.recipe import Gate, Recipe
@@ -41,16 +42,6 @@ LABELS = {
     "harmless_answered_share": "look-alikes answered",
     "core": "CORE, the tasks given",
 }
-_FIGURES_OF_KIND = {
-    "choice": (
-        "accuracy", "accuracy_characters", "accuracy_bytes", "accuracy_tokens", "accuracy_pmi", "accuracy_centered",
-        "brier", "calibration_error", "perplexity",
-    ),
-    "generation": ("exact_match", "exact_match_flexible", "f1"),
-    "code": ("pass@1", "pass@2", "pass@5", "pass@10", "pass@50", "pass@100"),
-    "text": ("bits_per_byte", "perplexity"),
-}  # fmt: skip
-_ROUGE = ("rouge1", "rouge2", "rougeL")  # of a generation that asks for them
 _NOTHING: dict[str, Any] = {"tasks": {}, "core": None}
 _KEPT_ANSWERS = 60
 
@@ -107,15 +98,7 @@ def compare(recipe: Recipe, run: Run) -> dict[str, Any]:
             if was is None and stage.name in starts.values():
                 continue  # it is shown as what another one started from
             label = f"{_label(metric)}, {stage.name}" + (" (control)" if stage.is_control else "")
-            rows.append(
-                {
-                    "key": metric,
-                    "model": stage.name,
-                    "label": label,
-                    "before": was,
-                    "after": value,
-                }
-            )
+            rows.append({"key": metric, "model": stage.name, "label": label, "before": was, "after": value})
     shown = default_model(recipe, to_chat=True)[0] if models else ""
     before, after = (_by_kind(scores.get(name, _NOTHING)) for name in (starts.get(shown, ""), shown))
     return {
@@ -191,11 +174,10 @@ def _metrics_of(name: str) -> Sequence[str]:
         task = find_task(name)
     except GroundupError:  # which another check says
         return ()
-    own = [f"{task.name}.{figure}" for figure in _FIGURES_OF_KIND[task.kind]]
-    if isinstance(task, Benchmark):
-        own += [f"{task.name}.{figure}" for figure in _ROUGE if task.rouge]
-        own += ["core"] if task.core_shots is not None else []
-    return own
+    assert isinstance(task, Benchmark), "what else there is has its metrics in METRICS_OF_TASK"
+    without = () if task.rouge else ROUGE
+    own = [f"{task.name}.{figure}" for figure in FIGURES[task.kind] if figure not in without]
+    return [*own, "core"] if task.core_shots is not None else own
 
 
 def _label(metric: str) -> str:

@@ -2,7 +2,7 @@
 
 In: how many and a seed. Out: tasks of several kinds, evenly spread, each prompt once, split into "train" and
 "held_out" by a hash of the prompt. The same tasks serve three ends: conversations for supervised fine-tuning
-(`messages`), preference pairs (`pair`), and a reward of 0 or 1 for reinforcement learning (`reward`). Lists and
+(`messages`), preference pairs (`pair`), and a reward of 0 or 1 for reinforcement learning (`verify`). Lists and
 phrasings are in `groundup/data/tasks.toml`.
 """
 
@@ -99,6 +99,12 @@ class Task:
         """An answer in a style."""
         return self.form.format(answer) if style == "polite" else answer
 
+    def is_polite(self, answer: str) -> bool:
+        """Whether an answer is in the polite style, right or not."""
+        before, _, after = self.form.partition("{}")
+        said = answer.strip()
+        return said.startswith(before) and said.endswith(after) and len(said) > len(before) + len(after)
+
     def pair(self, rng: random.Random) -> tuple[str, str]:
         """A preference: (chosen, rejected) replies.
 
@@ -113,11 +119,6 @@ class Task:
 def verify(task: Task, reply: str) -> bool:
     """Whether a reply is exactly the right answer, in either style; white space around it is ignored."""
     return reply.strip() in task.known
-
-
-def reward(task: Task, reply: str) -> float:
-    """1.0 for a reply that `verify` accepts, else 0.0."""
-    return float(verify(task, reply))
 
 
 def generate_tasks(n: int, seed: int, kinds: Sequence[str] = KINDS) -> list[Task]:
@@ -140,7 +141,7 @@ def generate_tasks(n: int, seed: int, kinds: Sequence[str] = KINDS) -> list[Task
         share = -(-(n - len(tasks)) // (len(kinds) - place))
         rng = random.Random(f"{seed}/{kind}")
         source = _closed(kind, share, rng) if kind in CLOSED_KINDS else _open(kind, rng)
-        _take(source, share, tasks)
+        take(source, len(tasks) + share, tasks)
     if len(tasks) < n:
         raise DataError(f"generate_tasks: n = {n:,}, but only {len(tasks):,} different prompts were found.")
     ordered = list(tasks.values())
@@ -148,26 +149,19 @@ def generate_tasks(n: int, seed: int, kinds: Sequence[str] = KINDS) -> list[Task
     return ordered
 
 
-def _take(source: Iterator[Task], share: int, tasks: dict[str, Task]) -> None:
-    """Add up to `share` tasks with new prompts."""
-    goal, repeats = len(tasks) + share, 0
-    while len(tasks) < goal and repeats < _MOST_REPEATS:
-        task = next(source, None)
-        if task is None:
-            return
-        repeats = repeats + 1 if task.prompt in tasks else 0
-        tasks.setdefault(task.prompt, task)
+def take(source: Iterator[Any], goal: int, found: dict[str, Any], refused: Callable[[str], bool] | None = None) -> bool:
+    """Add questions with new prompts, until there are `goal` in all; whether there were so many."""
+    repeats = 0
+    while len(found) < goal and repeats < _MOST_REPEATS and (one := next(source, None)) is not None:
+        is_new = one.prompt not in found and not (refused and refused(one.prompt))
+        repeats = 0 if is_new else repeats + 1
+        if is_new:
+            found[one.prompt] = one
+    return len(found) >= goal
 
 
-@dataclass(frozen=True, slots=True)
-class _Fact:
-    """One entry of a closed list: what is asked about, and all there is to answer."""
-
-    about: str
-    prompts: tuple[str, ...]
-    answer: str
-    form: str
-    wrong: tuple[str, ...]
+_Fact = tuple[str, tuple[str, ...], str, str, tuple[str, ...]]  # about, prompts, answer, form, wrong
+_Draw = tuple[str, str, str, tuple[str, ...]]  # the same without prompts
 
 
 def _closed(kind: str, share: int, rng: random.Random) -> Iterator[Task]:
@@ -175,12 +169,11 @@ def _closed(kind: str, share: int, rng: random.Random) -> Iterator[Task]:
 
     With a small share only some facts are used, so that each is met under several phrasings.
     """
-    facts = _FACTS[kind]()
+    facts = _facts(kind)
     rng.shuffle(facts)
-    facts = facts[: max(1, share // _PHRASINGS_PER_FACT)]
     columns = []
-    for fact in facts:
-        column = [_task(kind, prompt, fact.about, fact.answer, fact.form, fact.wrong, rng) for prompt in fact.prompts]
+    for about, prompts, answer, form, wrong in facts[: max(1, share // _PHRASINGS_PER_FACT)]:
+        column = [_task(kind, prompt, (about, answer, form, wrong), rng) for prompt in prompts]
         rng.shuffle(column)
         first = next(place for place, task in enumerate(column) if task.split == "train")
         column[0], column[first] = column[first], column[0]
@@ -193,13 +186,12 @@ def _open(kind: str, rng: random.Random) -> Iterator[Task]:
     """Endless tasks, each drawn anew."""
     phrasings = _lists()["phrasings"][kind]
     while True:
-        about, answer, form, wrong = _DRAWS[kind](rng)
-        yield _task(kind, rng.choice(phrasings).format(x=about), about, answer, form, wrong, rng)
+        drawn = _drawn(kind, rng)
+        yield _task(kind, rng.choice(phrasings).format(x=drawn[0]), drawn, rng)
 
 
-def _task(
-    kind: str, prompt: str, about: str, answer: str, form: str, wrong: tuple[str, ...], rng: random.Random
-) -> Task:
+def _task(kind: str, prompt: str, asked: _Draw, rng: random.Random) -> Task:
+    about, answer, form, wrong = asked
     style: Style = "polite" if rng.random() < 0.5 else "plain"
     return Task(kind, prompt, about, answer, form, style, wrong)
 
@@ -214,8 +206,43 @@ def _words() -> tuple[str, ...]:
     return tuple(_lists()["words"].split())
 
 
-def _asked(kind: str, about: str) -> tuple[str, ...]:
-    return tuple(phrasing.format(x=about) for phrasing in _lists()["phrasings"][kind])
+def _facts(kind: str) -> list[_Fact]:
+    """What a closed list asks, with all there is to answer."""
+    lists, form = _lists(), "It is {}."
+    entries: list[tuple[str, str, tuple[str, ...]]]  # about, answer, wrong
+    if kind == "identity":
+        openings = lists["identity"]["openings"]
+        return [
+            (
+                question,
+                tuple(opening + (question if opening else question[0].upper() + question[1:]) for opening in openings),
+                group["answer"],
+                group["polite"],
+                tuple(group["wrong"]),
+            )
+            for group in lists["identity"]["groups"]
+            for question in group["questions"]
+        ]
+    if kind == "fact":
+        form = "The answer is {}."
+        sides = (("yes", "no"), ("no", "yes"))
+        entries = [(statement, answer, (wrong,)) for answer, wrong in sides for statement in lists["facts"][answer]]
+    elif kind == "capital":
+        cities = list(lists["capitals"].values())
+        entries = [(*pair, _others(cities, place)) for place, pair in enumerate(lists["capitals"].items())]
+    elif kind == "opposite":
+        pairs = [pair.split() for pair in lists["opposites"]["pairs"].split(",")]
+        both = [(a, b) for left, right in pairs for a, b in ((left, right), (right, left))]
+        answers = [answer for _, answer in both]
+        # The word asked about is the likeliest wrong answer.
+        entries = [(a, b, (a, *_others(answers, place)[1:])) for place, (a, b) in enumerate(both)]
+    else:
+        words = lists["short_words"].split()
+        upper = [word.upper() for word in words]
+        entries = [(word, upper[n], (word, word.capitalize(), *_others(upper, n))) for n, word in enumerate(words)]
+    phrasings = lists["phrasings"][kind]
+    return [(about, tuple(one.format(x=about) for one in phrasings), answer, form, wrong)
+            for about, answer, wrong in entries]  # fmt: skip
 
 
 def _others(answers: Sequence[str], place: int) -> tuple[str, ...]:
@@ -224,147 +251,38 @@ def _others(answers: Sequence[str], place: int) -> tuple[str, ...]:
     return tuple(answer for answer in following if answer != answers[place])[:3]
 
 
-def _opposites() -> list[_Fact]:
-    pairs = [pair.split() for pair in _lists()["opposites"]["pairs"].split(",")]
-    sides = [(a, b) for left, right in pairs for a, b in ((left, right), (right, left))]
-    answers = [answer for _, answer in sides]
-    # The word asked about is the likeliest wrong answer.
-    return [
-        _Fact(word, _asked("opposite", word), answer, "It is {}.", (word, *_others(answers, place)[1:]))
-        for place, (word, answer) in enumerate(sides)
-    ]
-
-
-def _capitals() -> list[_Fact]:
-    capitals = _lists()["capitals"]
-    cities = list(capitals.values())
-    return [
-        _Fact(country, _asked("capital", country), city, "It is {}.", _others(cities, place))
-        for place, (country, city) in enumerate(capitals.items())
-    ]
-
-
-def _upper_case() -> list[_Fact]:
-    words = _lists()["short_words"].split()
-    upper = [word.upper() for word in words]
-    return [
-        _Fact(
-            word,
-            _asked("upper_case", word),
-            word.upper(),
-            "It is {}.",
-            (word, word.capitalize(), *_others(upper, place)),
-        )
-        for place, word in enumerate(words)
-    ]
-
-
-def _facts() -> list[_Fact]:
-    sides = (("yes", "no"), ("no", "yes"))
-    return [
-        _Fact(statement, _asked("fact", statement), answer, "The answer is {}.", (wrong,))
-        for answer, wrong in sides
-        for statement in _lists()["facts"][answer]
-    ]
-
-
-def _identity() -> list[_Fact]:
-    openings = _lists()["identity"]["openings"]
-    return [
-        _Fact(
-            question,
-            tuple(opening + (question if opening else question[0].upper() + question[1:]) for opening in openings),
-            group["answer"],
-            group["polite"],
-            tuple(group["wrong"]),
-        )
-        for group in _lists()["identity"]["groups"]
-        for question in group["questions"]
-    ]
-
-
-_FACTS: dict[str, Callable[[], list[_Fact]]] = {
-    "opposite": _opposites,
-    "capital": _capitals,
-    "upper_case": _upper_case,
-    "fact": _facts,
-    "identity": _identity,
-}
-
-_Draw = tuple[str, str, str, tuple[str, ...]]  # about, answer, form, wrong
-
-
-def _larger(rng: random.Random) -> _Draw:
-    first, second = rng.sample(range(1, 100), 2)
-    return f"{first} or {second}", str(max(first, second)), "It is {}.", (str(min(first, second)),)
-
-
-def _rearranged(rng: random.Random, arrange: Callable[[str], str], n: int = 3) -> _Draw:
-    """So many digits, not all the same, and how they stand afterwards."""
-    digits = "".join(rng.choices("0123456789", k=n))
-    if len(set(digits)) == 1:
-        return _rearranged(rng, arrange, n)
-    answer = arrange(digits)
-    orders = sorted({"".join(order) for order in itertools.islice(itertools.permutations(digits), 24)} - {answer})
-    return digits, answer, "It is {}.", tuple(orders)
-
-
-def _sorted(digits: str) -> str:
-    return "".join(sorted(digits))
-
-
-def _reversed(digits: str) -> str:
-    return digits[::-1]
-
-
-def _count_letters(rng: random.Random) -> _Draw:
-    """How often a letter stands in two words."""
-    words = " ".join(rng.sample(_words(), 2))
-    letter = rng.choice(sorted({*words} - {" "}))
-    count = words.count(letter)
-    return f"{letter} in {words}", str(count), "It is there {} times.", (str(count - 1), str(count + 1))
-
-
-def _sum(rng: random.Random) -> _Draw:
-    """Two numbers and an operation, too large to be learned by heart."""
-    first, second, sign = rng.randint(10, 999), rng.randint(2, 99), rng.choice("+-*")
-    about = f"{first} {sign} {second}"
-    value = int(calculate(about))
-    return about, str(value), "It is {}.", (str(value + 1), str(value - 10), str(value + 100))
-
-
-def _count_words(rng: random.Random) -> _Draw:
-    count = rng.randint(2, 7)
-    near = (str(count - 1), str(count + 1))
-    return " ".join(rng.sample(_words(), count)), str(count), "There are {} words.", near
-
-
-def _first_word(rng: random.Random) -> _Draw:
+def _drawn(kind: str, rng: random.Random) -> _Draw:
+    """A question of an open kind."""
+    form = "It is {}."
+    if kind == "larger":
+        first, second = rng.sample(range(1, 100), 2)
+        return f"{first} or {second}", str(max(first, second)), form, (str(min(first, second)),)
+    if kind == "sum":  # too large to be learned by heart
+        first, second, sign = rng.randint(10, 999), rng.randint(2, 99), rng.choice("+-*")
+        about = f"{first} {sign} {second}"
+        value = int(calculate(about))
+        return about, str(value), form, (str(value + 1), str(value - 10), str(value + 100))
+    if kind.startswith(("sort", "reverse")):
+        n = 5 if kind.endswith("five") else 3
+        digits = "0"
+        while len(set(digits)) == 1:
+            digits = "".join(rng.choices("0123456789", k=n))
+        answer = "".join(sorted(digits)) if kind.startswith("sort") else digits[::-1]
+        orders = {"".join(order) for order in itertools.islice(itertools.permutations(digits), 24)} - {answer}
+        return digits, answer, form, tuple(sorted(orders))
+    if kind == "count_letters":
+        words = rng.sample(_words(), 2)
+        letter = rng.choice(sorted({*"".join(words)}))
+        count = "".join(words).count(letter)
+        return f"{letter} in {' '.join(words)}", str(count), "It is there {} times.", (str(count - 1), str(count + 1))
+    if kind == "count_words":
+        count = rng.randint(2, 7)
+        near = (str(count - 1), str(count + 1))
+        return " ".join(rng.sample(_words(), count)), str(count), "There are {} words.", near
+    if kind == "repeat":
+        words = rng.sample(_words(), rng.randint(2, 3))
+        said = " ".join(words)
+        return said, said, "You said {}.", (" ".join(reversed(words)), " ".join(words[1:]), " ".join(words[:-1]))
     words = rng.sample(_words(), rng.randint(2, 4))
-    return " ".join(words), words[0], "It is {}.", tuple(words[1:])
-
-
-def _last_word(rng: random.Random) -> _Draw:
-    words = rng.sample(_words(), rng.randint(2, 4))
-    return " ".join(words), words[-1], "It is {}.", tuple(words[:-1])
-
-
-def _repeat(rng: random.Random) -> _Draw:
-    words = rng.sample(_words(), rng.randint(2, 3))
-    said = " ".join(words)
-    return said, said, "You said {}.", (" ".join(reversed(words)), " ".join(words[1:]), " ".join(words[:-1]))
-
-
-_DRAWS: dict[str, Callable[[random.Random], _Draw]] = {
-    "larger": _larger,
-    "sort_digits": functools.partial(_rearranged, arrange=_sorted),
-    "reverse_digits": functools.partial(_rearranged, arrange=_reversed),
-    "sort_five": functools.partial(_rearranged, arrange=_sorted, n=5),
-    "reverse_five": functools.partial(_rearranged, arrange=_reversed, n=5),
-    "count_letters": _count_letters,
-    "sum": _sum,
-    "count_words": _count_words,
-    "first_word": _first_word,
-    "last_word": _last_word,
-    "repeat": _repeat,
-}
+    right = 0 if kind == "first_word" else len(words) - 1
+    return " ".join(words), words[right], form, (*words[:right], *words[right + 1 :])

@@ -26,6 +26,7 @@ from groundup.generation import SamplingParams, generate_batch
 from groundup.model import Transformer
 from groundup.tokenizer import Tokenizer
 
+ROUGE = ("rouge1", "rouge2", "rougeL")
 _REPEATED = 4  # words in a row
 
 
@@ -77,7 +78,7 @@ def _scorer() -> Any:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise GroundupError("ROUGE needs rouge-score.", "pip install 'groundup[rouge]'") from None
-    return RougeScorer(["rouge1", "rouge2", "rougeL"])
+    return RougeScorer([*ROUGE])
 
 
 def memorization(

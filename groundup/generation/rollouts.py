@@ -22,40 +22,26 @@ from groundup.generation.request import Generation, Request
 from groundup.generation.sampling import request_seed
 from groundup.tokenizer import Message, Tokenizer, render
 
-
-@dataclass(frozen=True)
-class Rollouts:
-    """Answers to prompts, one a row, padded on the right.
-
-    Attributes:
-        ids: prompt, answer and end.
-        is_answer: which of them are the answer's, the end included.
-        logprobs: of the answer's tokens, log π(token | all before it) as the engine had it, at temperature 1; else 0.
-        is_ended: whether an end was written, or the answer was cut off.
-        texts: the answers; of rows that used a tool, what follows it.
-    """
-
-    ids: Int[Tensor, "rows seq"]
-    is_answer: Bool[Tensor, "rows seq"]
-    logprobs: Float[Tensor, "rows seq"]
-    is_ended: Bool[Tensor, " rows"]
-    texts: list[str]
-
-
 UseTool = Callable[[str], Sequence[int] | None]
 """What a tool says to an answer that calls it, as ids: its turn, and what opens the next answer. None: no call."""
 
 
+@dataclass(frozen=True)
+class Rollouts:
+    """Answers to prompts, one a row, padded on the right."""
+
+    ids: Int[Tensor, "rows seq"]  # prompt, answer and end
+    is_answer: Bool[Tensor, "rows seq"]  # which of them are the answer's, the end included
+    # Of the answer's tokens, log π(token | all before it) as the engine had it, at temperature 1; else 0
+    logprobs: Float[Tensor, "rows seq"]
+    is_ended: Bool[Tensor, " rows"]  # whether an end was written, or the answer was cut off
+    texts: list[str]  # the answers; of rows that used a tool, what follows it
+
+
 def roll_out(
-    engine: Engine,
-    prompts: Sequence[Sequence[int]],
-    params: SamplingParams,
-    seeds: Sequence[int | None],
-    *,
-    width: int | None = None,
-    pad_id: int = 0,
-    use_tool: UseTool | None = None,
-) -> Rollouts:
+    engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int | None],
+    *, width: int | None = None, pad_id: int = 0, use_tool: UseTool | None = None,
+) -> Rollouts:  # fmt: skip
     """Have a model answer each prompt once.
 
     Args:
@@ -80,32 +66,45 @@ def roll_out(
             "Lower max_tokens, or leave long prompts out.",
         )
     params = replace(params, n=1, best_of=None, logprobs=params.logprobs or 0)
-    rows = [_Row(list(prompt), [False] * len(prompt), [0.0] * len(prompt)) for prompt in prompts]
+    rows = [_given(prompt) for prompt in prompts]
     requests = [Request(ids, params, seed=seed) for ids, seed in zip(prompts, seeds, strict=True)]
-    for row, (result, *_) in zip(rows, engine.run(requests), strict=True):
-        row.add(result)
+    answers = _answer(engine, requests, rows)
     if use_tool is not None:
-        again = []
-        for row, prompt, seed in zip(rows, prompts, seeds, strict=True):
-            said = use_tool(row.text) if row.is_ended else None
-            left = params.max_tokens - (len(row.ids) - len(prompt)) - len(said or ())
+        again: dict[int, Request] = {}
+        for place, (row, request, answer) in enumerate(zip(rows, requests, answers, strict=True)):
+            said = use_tool(answer.text) if answer.end_id is not None else None
+            left = params.max_tokens - (len(row) - len(request.ids)) - len(said or ())
             if said is not None and left > 0:
-                row.ids += said
-                row.is_answer += [False] * len(said)
-                row.logprobs += [0.0] * len(said)
-                second = None if seed is None else request_seed(seed, 1)
-                again.append((row, Request(row.ids, replace(params, max_tokens=left), seed=second)))
-        for (row, _), (result, *_) in zip(again, engine.run([request for _, request in again]), strict=True):
-            row.add(result)
+                row += _given(said)
+                seed = None if request.seed is None else request_seed(request.seed, 1)
+                again[place] = Request([token for token, *_ in row], replace(params, max_tokens=left), seed=seed)
+        second = _answer(engine, [*again.values()], [rows[place] for place in again])
+        for place, answer in zip(again, second, strict=True):
+            answers[place] = answer
     shape = len(rows), width or longest
-    ids, is_answer = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.bool)
-    logprobs = torch.zeros(shape)
+    ids, is_answer, logprobs = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
     for place, row in enumerate(rows):
-        n = len(row.ids)
-        ids[place, :n], is_answer[place, :n] = torch.tensor(row.ids), torch.tensor(row.is_answer)
-        logprobs[place, :n] = torch.tensor(row.logprobs)
-    ended = torch.tensor([row.is_ended for row in rows])
-    return Rollouts(ids, is_answer, logprobs, ended, [row.text for row in rows])
+        parts = map(torch.tensor, zip(*row, strict=True))
+        ids[place, : len(row)], is_answer[place, : len(row)], logprobs[place, : len(row)] = parts
+    is_ended = torch.tensor([answer.end_id is not None for answer in answers])
+    return Rollouts(ids, is_answer, logprobs, is_ended, [answer.text for answer in answers])
+
+
+_Row = list[tuple[int, bool, float]]
+"""Of each token its id, whether it is the answer's, and its log-probability."""
+
+
+def _given(ids: Sequence[int]) -> _Row:
+    return [(token, False, 0.0) for token in ids]
+
+
+def _answer(engine: Engine, requests: Sequence[Request], rows: Sequence[_Row]) -> list[Generation]:
+    """The answers, each put behind its row."""
+    answers = [answer for answer, *_ in engine.run(requests)]
+    for row, answer in zip(rows, answers, strict=True):
+        row += [(token, True, one.logprob) for token, one in zip(answer.ids, answer.logprobs, strict=True)]
+        row += [] if answer.end_id is None else [(answer.end_id, True, answer.end_logprob)]
+    return answers
 
 
 def use_calculator(tokenizer: Tokenizer) -> UseTool:
@@ -127,20 +126,3 @@ def use_calculator(tokenizer: Tokenizer) -> UseTool:
             return None
 
     return use
-
-
-@dataclass
-class _Row:
-    ids: list[int]
-    is_answer: list[bool]
-    logprobs: list[float]
-    text: str = ""
-    is_ended: bool = False
-
-    def add(self, result: Generation) -> None:
-        """An answer, behind what is there."""
-        end = [] if result.end_id is None else [result.end_id]
-        self.ids += [*result.ids, *end]
-        self.is_answer += [True] * (len(result.ids) + len(end))
-        self.logprobs += [one.logprob for one in result.logprobs] + [result.end_logprob] * len(end)
-        self.text, self.is_ended = result.text, bool(end)

@@ -85,11 +85,25 @@ def check_start(stage: Stage) -> None:
         starting_tokenizer(stage)
 
 
-def shards_fit(stage: Stage) -> bool:
-    """Whether the run's shards are of the tokens of the model that a stage starts from."""
-    recipe, own = stage.recipe, starting_tokenizer(stage)
-    theirs = given_tokenizer(recipe.tokenizer.use, recipe.init)
-    return own is None or (theirs is not None and theirs.fingerprint == own.fingerprint)
+def check_shards(stage: Stage, setting: str, instead: str = "") -> None:
+    """Check that there are shards of the tokens of the model that a stage starts from.
+
+    Args:
+        stage: one that needs them.
+        setting: why it does, in messages.
+        instead: another way out: ", or set …".
+
+    Raises:
+        DataError: there are none.
+    """
+    recipe, where = stage.recipe, f"[{stage.section}] {setting}"
+    if not recipe.reads_text:
+        what = "there are no token shards: this recipe reads no text."
+        raise DataError(f"{where}: {what}", f"Give the recipe a [corpus] like the model's{instead}.")
+    own, theirs = starting_tokenizer(stage), given_tokenizer(recipe.tokenizer.use, recipe.init)
+    if own is not None and (theirs is None or theirs.fingerprint != own.fingerprint):
+        what = f"this recipe's shards have another tokenizer than the model in {stage.settings.start}."
+        raise DataError(f"{where}: {what}", f"Start from that model in a recipe of its own{instead}.")
 
 
 def check_chat(stage: Stage, where: str) -> None:

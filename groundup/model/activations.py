@@ -12,7 +12,8 @@ bfloat16). What they are, for N = batch · length tokens:
 
 Activation checkpointing keeps less (`training/compilation.py`): "full" the input of each block, "selective" also the
 results of its products. On a GPU RMSNorm keeps its input and a number a row, attention never a square. Rows that hold
-several documents and texts with positions of their own keep their masks as well, which is not counted.
+several documents and texts with positions of their own keep their masks as well, on a CPU padded documents with their
+squares of weights, which is not counted.
 """
 
 from __future__ import annotations

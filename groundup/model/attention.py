@@ -3,7 +3,8 @@
 softmax(cap(q kᵀ · scale) + bias) v (arXiv:1706.03762, section 3.2.1; the bias is the mask of `masks.py`), by the
 fastest form at hand: torch's fused kernel (`scaled_dot_product_attention`); on a GPU, where the bias is sparse or
 scores are capped, FlexAttention (arXiv:2412.05496), which never holds the bias; plain products with a cache, with
-capped scores elsewhere, and on a CPU in bfloat16. `groundup.reference.attention` is the textbook form of all.
+capped scores elsewhere, and on a CPU in bfloat16 or inside the documents of packed rows (`documents.py`).
+`groundup.reference.attention` is the textbook form of all.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from groundup.model.config import ModelConfig
+from groundup.model.documents import DocumentPlan
 from groundup.model.flex import FlexPlan, flex_attention
 from groundup.model.linear import Linear
 from groundup.model.masks import AttentionRule, attention_bias
@@ -27,11 +30,12 @@ from groundup.model.positions import Rotation, rotate
 # plain products are faster, forward and backward: a quarter off a step of ground-1m (benchmarks/cpu_ladder.py).
 PRODUCTS_UP_TO = 512
 KEPT_UP_TO = 256
-"""Positions up to which the weights are kept for the backward pass; beyond, computing them again is faster."""
+"""Positions up to which the weights are kept for the backward pass; beyond, computing them again is faster. Also
+the queries of a block."""
 
 Bias = Float[Tensor, "*batch heads q k"]
-AttentionMask = Bias | FlexPlan | None
-"""What a layer's queries attend to: a bias, a plan for FlexAttention, or None for plain causal attention."""
+AttentionMask = Bias | FlexPlan | DocumentPlan | None
+"""What a layer's queries attend to: a bias, a plan for FlexAttention or documents, None for plain causal attention."""
 
 
 class KeyValueStore(Protocol):
@@ -46,9 +50,12 @@ class KeyValueStore(Protocol):
     ) -> tuple[
         Float[Tensor, "batch kv_heads length head_dim"],
         Float[Tensor, "batch kv_heads length head_dim"],
-        Int[Tensor, "batch length"] | None,
+        Int[Tensor, "batch *seq length"] | None,
     ]:
-        """Store keys and values at each row's positions; return those stored, and their positions (None: 0, 1, …)."""
+        """Store keys and values at each row's positions; return those stored, and their positions (None: 0, 1, …).
+
+        Positions may differ from query to query: a key that stands beyond a query is hidden from it.
+        """
         ...
 
 
@@ -60,7 +67,7 @@ class Cached:
     positions: Int[Tensor, "batch seq"]  # of this call's tokens
     _biases: dict[tuple[AttentionRule, int], Tensor] = field(default_factory=dict)
 
-    def bias(self, rule: AttentionRule, length: int, where: Int[Tensor, "batch length"] | None = None) -> Bias:
+    def bias(self, rule: AttentionRule, length: int, where: Int[Tensor, "batch *seq length"] | None = None) -> Bias:
         """The bias of queries at `positions` over so many keys, at these positions (None: 0, 1, …).
 
         It is made once for all layers with the rule.
@@ -155,6 +162,8 @@ def causal_attention(
     """Attention among the positions of one call, by the fastest implementation for their number."""
     if isinstance(mask, FlexPlan):
         return flex_attention(q, k, v, scale, mask)
+    if isinstance(mask, DocumentPlan):
+        return _document_attention(q, k, v, scale, mask)
     seq = q.shape[2]
     is_small = q.device.type == "cpu" and q.dtype == torch.bfloat16 and seq <= PRODUCTS_UP_TO
     if is_small and seq > KEPT_UP_TO and mask is None and softcap is None:
@@ -172,8 +181,7 @@ def _plain_attention(
 ) -> Tensor:
     batch, heads, seq, head_dim = q.shape
     k, v = (_for_every_query_head(part, heads) for part in (k, v))
-    if bias is None:
-        bias = torch.full((seq, seq), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+    bias = _causal_bias(q, seq) if bias is None else bias
     flat = (batch * heads, seq, head_dim)
     q, k = (q * scale).reshape(flat), k.reshape(flat).transpose(1, 2)
     if softcap is not None or bias.ndim > 2:
@@ -195,7 +203,7 @@ def _recomputed_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tens
 
 
 class _RecomputedAttention(torch.autograd.Function):
-    """softmax(q kᵀ + causal bias) v, one block of queries after the other, over the keys up to the block's end.
+    """softmax(q kᵀ + causal bias) v.
 
     The backward pass computes the weights again, as FlashAttention does (arXiv:2205.14135, algorithm 4).
     """
@@ -203,37 +211,86 @@ class _RecomputedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        blocks = [_weights(q[:, rows], k[:, : rows.stop]) @ v[:, : rows.stop] for rows in _blocks(q.shape[1])]
-        return torch.cat(blocks, dim=1)
+        return _attend(q, k, v)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = ctx.saved_tensors
-        d_q, d_k, d_v = [], torch.empty(0), torch.empty(0)
-        for rows in reversed(_blocks(q.shape[1])):  # the last queries first: they see every key
-            queries, keys, d_out = q[:, rows], k[:, : rows.stop], gradients[0][:, rows]
-            weights = _weights(queries, keys)
-            d_weights = d_out @ v[:, : rows.stop].mT
-            d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-            d_q.append(d_scores @ keys)
-            d_keys, d_values = d_scores.mT @ queries, weights.mT @ d_out
-            if rows.stop == q.shape[1]:
-                d_k, d_v = d_keys, d_values
-            else:
-                d_k[:, : rows.stop] += d_keys
-                d_v[:, : rows.stop] += d_values
-        return torch.cat(d_q[::-1], dim=1), d_k, d_v
+        return _attend_backward(gradients[0], *ctx.saved_tensors)
+
+
+@_disable_dynamo  # compiled, it would be anew for every batch; torch.compiler.disable takes a second to import
+def _document_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, plan: DocumentPlan) -> Tensor:
+    batch, heads, seq, head_dim = q.shape
+    k, v = (_for_every_query_head(part, heads) for part in (k, v))
+    tokens = (part.transpose(1, 2).reshape(-1, head_dim) for part in (q * scale, k, v))
+    out: Tensor = _DocumentAttention.apply(*tokens, plan)  # type: ignore[no-untyped-call]
+    return out.view(batch, seq, heads, head_dim).transpose(1, 2)
+
+
+class _DocumentAttention(torch.autograd.Function):
+    """softmax(q kᵀ + bias) v in each text of a plan, (tokens, head_dim); weights of long documents are not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: DocumentPlan) -> Tensor:
+        parts, kept = [plan.to_slots(part) for part in (q, k, v)], list[Tensor]()
+        batches = plan.texts(*parts)
+        out = [_attend(*own, kept=kept if own[0].shape[1] <= PRODUCTS_UP_TO else None) for own in batches]
+        ctx.plan = plan
+        ctx.save_for_backward(*parts, *kept)
+        return torch.cat([part.flatten(0, 1) for part in out]).index_select(0, plan.slot)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        plan: DocumentPlan = ctx.plan
+        q, k, v, *kept = ctx.saved_tensors
+        batches = reversed([*plan.texts(plan.to_slots(gradients[0]), q, k, v)])  # as the weights are taken
+        found = [_attend_backward(*own, kept=kept if own[0].shape[1] <= PRODUCTS_UP_TO else None) for own in batches]
+        parts = (torch.cat([part.flatten(0, 1) for part in one]) for one in zip(*found[::-1], strict=True))
+        return *(part.index_select(0, plan.slot) for part in parts), None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, kept: list[Tensor] | None = None) -> Tensor:
+    """One block of queries after the other, over the keys up to the block's end; weights are added to `kept`."""
+    out = []
+    for rows in _blocks(q.shape[1]):
+        weights = _weights(q, k, rows, bias)
+        out.append(weights @ v[:, : rows.stop])
+        if kept is not None:
+            kept.append(weights)
+    return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+
+def _attend_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, kept: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_q, d_k, d_v = [], torch.empty(0), torch.empty(0)
+    for rows in reversed(_blocks(q.shape[1])):  # the last queries first: they see every key
+        d_block = d_out[:, rows]
+        weights = _weights(q, k, rows, bias) if kept is None else kept.pop()
+        d_weights = d_block @ v[:, : rows.stop].mT
+        d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+        d_q.append(d_scores @ k[:, : rows.stop])
+        d_keys, d_values = d_scores.mT @ q[:, rows], weights.mT @ d_block
+        if rows.stop == q.shape[1]:
+            d_k, d_v = d_keys, d_values
+        else:
+            d_k[:, : rows.stop] += d_keys
+            d_v[:, : rows.stop] += d_values
+    return d_q[0] if len(d_q) == 1 else torch.cat(d_q[::-1], dim=1), d_k, d_v
 
 
 def _blocks(seq: int) -> list[slice]:
     return [slice(first, min(first + KEPT_UP_TO, seq)) for first in range(0, seq, KEPT_UP_TO)]
 
 
-def _weights(q: Float[Tensor, "rows q head_dim"], k: Float[Tensor, "rows k head_dim"]) -> Float[Tensor, "rows q k"]:
-    """Attention weights of the last `q` of the positions over all of them."""
-    n_queries, n_keys = q.shape[1], k.shape[1]
-    bias = torch.full((n_queries, n_keys), float("-inf"), dtype=q.dtype, device=q.device).triu(n_keys - n_queries + 1)
-    return torch.baddbmm(bias, q, k.mT).softmax(dim=-1)
+def _weights(q: Tensor, k: Tensor, rows: slice, bias: Tensor | None) -> Float[Tensor, "texts queries keys"]:
+    own = _causal_bias(q[:, rows], rows.stop) if bias is None else bias[rows, : rows.stop]
+    return torch.baddbmm(own, q[:, rows], k[:, : rows.stop].mT).softmax(dim=-1)
+
+
+def _causal_bias(queries: Tensor, n_keys: int) -> Float[Tensor, "queries keys"]:
+    bias = torch.full((queries.shape[-2], n_keys), float("-inf"), dtype=queries.dtype, device=queries.device)
+    return bias.triu(n_keys - queries.shape[-2] + 1)
 
 
 def _for_every_query_head(x: Tensor, heads: int) -> Tensor:

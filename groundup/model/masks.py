@@ -85,7 +85,7 @@ def alibi_slopes(n_heads: int) -> Float[Tensor, " heads"]:
 def attention_bias(
     rule: AttentionRule,
     queries: Int[Tensor, "*rows q"],
-    keys: Int[Tensor, "*rows k"],
+    keys: Int[Tensor, "*rows_or_queries k"],
     dtype: torch.dtype,
     documents: tuple[Int[Tensor, "*rows q"], Int[Tensor, "*rows k"]] | None = None,
 ) -> Float[Tensor, "*rows heads q k"]:
@@ -94,14 +94,14 @@ def attention_bias(
     Args:
         rule: the layer's.
         queries: positions of the queries in their documents.
-        keys: positions of the keys.
+        keys: positions of the keys; or of each query's own (rows, q, k), those beyond it hidden from that query.
         dtype: of the result.
         documents: which document each query and each key belongs to; None: all to one.
 
     Returns:
         One bias for all heads (heads = 1), or with ALiBi one for each.
     """
-    i, j = queries[..., :, None], keys[..., None, :]
+    i, j = queries[..., :, None], keys if keys.ndim > queries.ndim else keys[..., None, :]
     seen = rule.visible(i, j)
     if documents is not None:
         seen = seen & (documents[0][..., :, None] == documents[1][..., None, :])

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from groundup.model.attention import Attention, AttentionMask, Cached, KeyValueStore, capped
 from groundup.model.config import ModelConfig
 from groundup.model.cost import count_parameters
+from groundup.model.documents import plan_documents
 from groundup.model.experts import Experts
 from groundup.model.feedforward import make_feedforward
 from groundup.model.flex import plan_attention
@@ -71,20 +72,26 @@ class Block(nn.Module):
         rotation: Rotation | None,
         mask: AttentionMask = None,
         cached: Cached | None = None,
+        wanted: tuple[Tensor, Tensor] | None = None,
     ) -> Float[Tensor, "batch seq d_model"]:
-        """Apply both sub-layers."""
+        """Apply both sub-layers; of the last block only `wanted` may be, see `Transformer.forward`."""
+        if wanted is not None:
+            return self.eager(x, rotation, mask, cached, wanted)
         if self.recompute is not None and self.training:
             return self.recompute(self.compute, x, rotation, mask, cached)
         return self.compute(x, rotation, mask, cached)
 
     def eager(
-        self, x: Tensor, rotation: Rotation | None, mask: AttentionMask = None, cached: Cached | None = None
-    ) -> Tensor:
+        self, x: Tensor, rotation: Rotation | None, mask: AttentionMask = None, cached: Cached | None = None,
+        wanted: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Both sub-layers, uncompiled."""
+        told = x if self.is_post_norm else self.input_layernorm(x)
+        x = x + self._drop(self.self_attn(told, rotation, mask, cached))
+        x = x if wanted is None else x[wanted][None]  # what follows looks at each position by itself
         if self.is_post_norm:
-            x = self.input_layernorm(x + self._drop(self.self_attn(x, rotation, mask, cached)))
+            x = self.input_layernorm(x)
             return self.post_attention_layernorm(x + self._drop(self.mlp(x)))
-        x = x + self._drop(self.self_attn(self.input_layernorm(x), rotation, mask, cached))
         return x + self._drop(self.mlp(self.post_attention_layernorm(x)))
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -146,6 +153,7 @@ class Transformer(nn.Module):
         documents: Int[Tensor, "batch seq"] | None = None,
         cache: KeyValueStore | None = None,
         head: Callable[[Tensor, OutputLayer], Any] | None = None,
+        wanted: tuple[Int[Tensor, " n"], Int[Tensor, " n"]] | None = None,
     ) -> Any:
         """Logits of the next token at every position, in float32.
 
@@ -153,13 +161,15 @@ class Transformer(nn.Module):
             ids: token ids, int64.
             positions: each token's position in its row or document (default 0, 1, 2, …). With a cache, rows may
                 differ.
-            documents: which document of its row each token belongs to, where rows hold several; a token attends to its
-                own only. Not with a cache.
+            documents: which document of its row each token belongs to, where rows hold several, each in one piece; a
+                token attends to its own only. Not with a cache.
             cache: keys and values of earlier calls; each query attends to the cached positions up to its own.
             head: computes the result from the last hidden states (batch, seq, d_model) and the output layer instead
                 of logits: a loss that never holds all logits, for instance.
+            wanted: rows and columns of the n positions whose results are wanted, (1, n, …); others are not computed
+                where no other position needs them.
         """
-        hidden = self._hidden(ids, positions, documents, cache)
+        hidden = self._hidden(ids, positions, documents, cache, wanted)
         weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         output = OutputLayer(weight, self.config.vocab_size, self.config.logit_softcap)
         return output.logits(hidden) if head is None else head(hidden, output)
@@ -180,6 +190,7 @@ class Transformer(nn.Module):
         positions: Int[Tensor, "batch seq"] | None,
         documents: Int[Tensor, "batch seq"] | None,
         cache: KeyValueStore | None,
+        wanted: tuple[Tensor, Tensor] | None,
     ) -> Float[Tensor, "batch seq d_model"]:
         config = self.config
         batch, seq = ids.shape
@@ -203,7 +214,8 @@ class Transformer(nn.Module):
         for layer in experts:
             layer.takes_balance = True
         for block, rule in zip(self.layers, self._rules, strict=True):
-            x = block(x, rotation, masks.get(rule), cached)
+            is_last = block is self.layers[-1]
+            x = block(x, rotation, masks.get(rule), cached, wanted if is_last else None)
         for layer in experts:
             layer.takes_balance = False
         return x if self.norm is None else self.norm(x)
@@ -221,6 +233,8 @@ class Transformer(nn.Module):
                 masks[rule] = plan_attention(
                     rule, seq, where.device, softcap=softcap, positions=positions, documents=documents
                 )
+            elif documents is not None and softcap is None and not rule.alibi_heads:
+                masks[rule] = plan_documents(documents, rule, self.config.n_heads, self.compute_dtype)
             elif not is_plain:
                 both = None if documents is None else (documents, documents)
                 masks[rule] = attention_bias(rule, where, where, self.compute_dtype, both)

@@ -210,7 +210,7 @@ class _Watched(nn.Module):
         super().__init__()
         self.block = block
 
-    def forward(self, x: Tensor, rotation: Any, mask: Any, cached: Any) -> Tensor:
+    def forward(self, x: Tensor, rotation: Any, mask: Any, cached: Any, wanted: None) -> Tensor:
         block = self.block
         self.before = x
         inputs = x if block.is_post_norm else block.input_layernorm(x)

@@ -24,6 +24,7 @@ where ε = ζ = 0 is plain cross-entropy. What is reported is always the plain o
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -116,8 +117,8 @@ class NextToken:
 
 
 def pass_flops(config: ModelConfig, shape: Sequence[int]) -> float:
-    """FLOPs of one forward and one backward pass over rows of ids of this shape: (rows, positions)."""
-    return shape[0] * _row_flops(config, shape[1])
+    """FLOPs of one forward and one backward pass over ids of this shape, the last dimension of which is positions."""
+    return math.prod(shape[:-1]) * _row_flops(config, shape[-1])
 
 
 def weighted_sum(terms: Mapping[str, Term], factors: Mapping[str, Tensor | float]) -> Float[Tensor, ""]:

@@ -227,7 +227,8 @@ class Pretrain(Method):
 
     def check_memory(self, stage: Stage) -> None:
         """Refuse what cannot fit."""
-        check_training_memory(stage, sequence_length(starting_config(stage)[0], stage.settings))
+        config, _ = starting_config(stage)
+        check_training_memory(stage, config, sequence_length(config, stage.settings))
 
     def quick(self, settings: PretrainSettings) -> PretrainSettings:
         """A few seconds of training."""
@@ -271,13 +272,15 @@ def training_checks(stage: Stage, shapes: Callable[[], Shapes] | None = None) ->
         yield f"[{stage.section}.evaluate]", check
 
 
-def check_training_memory(stage: Stage, length: int, sized: OptimizerSettings | None = None) -> None:
-    """Refuse a stage that cannot fit into memory with rows of so many tokens, by the stage's settings or these.
+def check_training_memory(
+    stage: Stage, config: ModelConfig, length: int, sized: OptimizerSettings | None = None
+) -> None:
+    """Refuse a stage whose model cannot fit into memory with rows of so many tokens, by its settings or these.
 
     Raises:
         GroundupError: with the parts and the ways out.
     """
-    config, world, settings = starting_config(stage)[0], current_world(), sized or stage.settings
+    world, settings = current_world(), sized or stage.settings
     Workload(config, settings, length, device_memory(world), world.size, stage.section).refuse_what_cannot_fit()
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import platform
 import resource
 import sys
@@ -33,12 +32,15 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 _KEPT_BYTES = 1 << 30
 
 
-@functools.cache
 def keep_freed_memory() -> bool:
-    """Tell glibc to serve buffers up to 1 GiB from its heap and to keep them; whether it listened."""
+    """Tell glibc to serve buffers up to 1 GiB from its heap and to keep them; whether it listened.
+
+    What the stages before have left is given back first: it lies in pieces of their sizes.
+    """
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)
     return all(libc.mallopt(option, _KEPT_BYTES) == 1 for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
 
 
