@@ -17,6 +17,7 @@ Examples:
     python benchmarks/speculation.py
     python benchmarks/speculation.py --threads 1
     nice -n 15 python benchmarks/speculation.py --train-only
+    python benchmarks/speculation.py --run benchmarks/.cache/speculation/run
     python benchmarks/speculation.py --quick
 """
 
@@ -119,10 +120,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="hardly trained models, two rounds; nothing is recorded")
     parser.add_argument("--train-only", action="store_true", help="train what is not trained yet, measure nothing")
+    parser.add_argument("--run", type=Path, help="a run that has the three models already, of any version")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     setting = Setting(arguments.threads, 2 if arguments.quick else arguments.rounds, arguments.quick)
-    run = trained(is_quick=arguments.quick)
+    run = arguments.run or trained(is_quick=arguments.quick)
     if arguments.train_only:
         return
     stages = ("pretrain", "copying", "draft")

@@ -319,9 +319,9 @@ def default_model(recipe: Recipe, *, to_chat: bool) -> tuple[str, str]:
     Raises:
         RunError: the recipe makes none.
     """
-    models = language_models(graph(recipe))
-    if not to_chat and any(stage.name == "pretrain" for stage in models):
+    if not to_chat and recipe.has_trunk:  # whatever its methods are: their modules take longer to import than to write
         return "pretrain", "the base model"
+    models = language_models(graph(recipe))
     if recipe.generate.model is not None:
         return recipe.generate.model, "[generate] model"
     models = [stage for stage in models if stage.method.is_default] or models
@@ -343,6 +343,9 @@ def find_model(path: str | Path, *, stage: str | None = None) -> Path:
     """
     path = Path(path)
     with reading(str(path)):  # a name may be longer than any can be
+        base = path / "pretrain" / MODEL_FOLDER
+        if stage == "pretrain" and (path / RECIPE_FILE).is_file() and (base / CONFIG_FILE).is_file():
+            return base
         models = list(_models_of_run(path))
     if stage is not None and stage not in {folder.parent.name for folder in models}:
         names = ", ".join(folder.parent.name for folder in models)

@@ -27,8 +27,9 @@ import numpy as np
 import orjson
 import xxhash
 
+from groundup.batches import batches
 from groundup.corpus.dedup.minhash import HASH_VERSION, NO_SHINGLES, signatures
-from groundup.corpus.document import EXCERPT_CHARACTERS, Document, Reason, Record, SetAside, batches, excerpt_of
+from groundup.corpus.document import EXCERPT_CHARACTERS, Document, Reason, Record, SetAside, excerpt_of
 from groundup.corpus.quality.language import detect_languages
 from groundup.corpus.quality.lines import clean_lines, line_rules_of
 from groundup.corpus.quality.predicate import load_predicate, predicate_fingerprint

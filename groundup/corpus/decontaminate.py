@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from groundup.batches import batches
 from groundup.corpus.dedup.files import is_new
-from groundup.corpus.document import Reason, SetAside, batches
+from groundup.corpus.document import Reason, SetAside
 from groundup.corpus.reading.intake import limit_bytes
 from groundup.corpus.reading.sources import InputFile, find_sources
 from groundup.corpus.reading.values import read_values, strings_of

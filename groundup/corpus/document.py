@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import xxhash
-
-Item = TypeVar("Item")
 
 
 class Record(NamedTuple):
@@ -155,17 +153,3 @@ def text_id(text: str) -> str:
 def derived_id(document_id: str, what: str) -> str:
     """The id of a copy or a part of a document: 128-bit xxh3 of its id and `what`, in hex."""
     return xxhash.xxh3_128_hexdigest(f"{document_id}\0{what}".encode())
-
-
-def batches(items: Iterable[Item], most: int, size: Callable[[Any], int] = len) -> Iterator[list[Item]]:
-    """Items (texts, if no `size` is given) in groups; each ends with the item that brings its size to `most`."""
-    batch: list[Item] = []
-    so_far = 0
-    for item in items:
-        batch.append(item)
-        so_far += size(item)
-        if so_far >= most:
-            yield batch
-            batch, so_far = [], 0
-    if batch:
-        yield batch

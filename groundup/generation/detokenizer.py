@@ -56,13 +56,13 @@ class Detokenizer:
         decoded = self._decoder.decode(self._shown.get(token) or self._tokenizer.token_bytes(token))
         self._n_decoded += len(decoded)
         self._held += decoded
-        place = self._find_stop()
-        if place is not None:
+        found = [(place + len(text), place) for text in self._stop if (place := self._held.find(text)) >= 0]
+        if found:  # the one that is complete first
             self.stopped = True
-            certain = self._held[:place]
-            self._held = ""
+            certain, self._held = self._held[: min(found)[1]], ""
         else:
-            cut = len(self._held) - self._n_held_back()
+            sizes = range(min(self._most_held, len(self._held)), 0, -1)
+            cut = len(self._held) - next((size for size in sizes if self._held[-size:] in self._beginnings), 0)
             certain, self._held = self._held[:cut], self._held[cut:]
         self._given_out.append(certain)
         return certain
@@ -72,13 +72,3 @@ class Detokenizer:
         rest, self._held = self._held, ""
         self._given_out.append(rest)
         return rest
-
-    def _find_stop(self) -> int | None:
-        """Where the stop text begins that is complete first, or None."""
-        found = [(place + len(text), place) for text in self._stop if (place := self._held.find(text)) >= 0]
-        return min(found)[1] if found else None
-
-    def _n_held_back(self) -> int:
-        """Length of the longest end that may be the beginning of a stop text."""
-        sizes = range(min(self._most_held, len(self._held)), 0, -1)
-        return next((size for size in sizes if self._held[-size:] in self._beginnings), 0)

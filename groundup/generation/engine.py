@@ -173,7 +173,8 @@ class Engine:
                 try:
                     chunk = chunks.get(block=self._thread is not None, timeout=0.05)
                 except Empty:
-                    self._advance()
+                    if self._thread is None:
+                        self.step()
                     continue
                 if chunk is None:
                     break
@@ -431,11 +432,13 @@ class Engine:
                 for text, draft in zip(texts, drafts, strict=True)
             ]
             self._verify(texts, drafts, self._logits(texts, rows))
-            return
-        logits = self._logits(texts, [Row(text.slot, text.ids[-1:], text.n_stored) for text in texts])
-        for text in texts:
-            text.n_stored += 1
-        self._draw(texts, logits)
+        else:
+            logits = self._logits(texts, [Row(text.slot, text.ids[-1:], text.n_stored) for text in texts])
+            for text in texts:
+                text.n_stored += 1
+            self._draw(texts, logits)
+        if self._speculation is not None:
+            self._speculation.end()
 
     def _room(self, text: Text) -> int:
         """Most tokens that can be guessed: one more is drawn behind them, and all must have a place."""
@@ -591,13 +594,9 @@ class Engine:
             self._inbox.append(request)
             self._work.notify()
 
-    def _advance(self) -> bool:
-        """Take a step, unless the engine's own thread does."""
-        return self._thread is None and self.step()
-
     def _wait(self, request: Request) -> None:
         while not request.is_finished:
-            if not self._advance():
+            if self._thread is not None or not self.step():
                 request._finished.wait(0.05)
         _raise_error(request)
 

@@ -80,6 +80,15 @@ typedef struct {
     int32_t n, n_wanted, n_slots, n_layers, threads;
 } Call;
 
+typedef struct {
+    const float *settings;  /* (n_texts, 4): temperature (0: the most probable token), top-k (0: all), top-p, min-p */
+    const double *uniforms; /* (n_texts, length), of [0, 1) */
+    const int32_t *most;    /* (n_texts,): guesses of each text, 1 to `length` */
+    int32_t *tokens;        /* (n_texts, length) */
+    float *laws;            /* (n_texts, length, vocab_size): what each is drawn from; NULL: all temperatures are 0 */
+    int32_t length;
+} Guesses;
+
 /* --- vectors ---------------------------------------------------------------------------------------------------- */
 
 /* Of each four numbers of two vectors a and b: a0 b0 a1 b1, a2 b2 a3 b3, a0 a1 b0 b1, a2 a3 b2 b3. */
@@ -789,7 +798,7 @@ static int fault(const Model *m, const Call *c)
     return 0;
 }
 
-int step(const Model *m, const Call *c)
+static int take_step(const Model *m, const Call *c)
 {
     const int found = fault(m, c), is_post = m->is_post_norm;
     if (found || !c->n) return found;
@@ -821,6 +830,80 @@ int step(const Model *m, const Call *c)
             after = &l->feedforward_norm;
         }
         predict(w, is_post ? after : &m->norm);
+    }
+    return 0;
+}
+
+int step(const Model *m, const Call *c) { return take_step(m, c); } /* glibc has a `step`, which calls from within find */
+
+/* --- guesses ------------------------------------------------------------------------------------------------------ */
+
+/* The weight from which on tokens are kept, the best one's being 1. Halving finds the border of top-k and top-p only
+   nearly: any law will do for guesses, and the model's own filters are exact. */
+static float least_weight(const float *weights, int64_t n, const float *settings, float total)
+{
+    const float top_k = settings[1], top_p = settings[2], min_p = settings[3];
+    float low = 0.0f, high = 2.0f, middle = 1e-6f;
+    for (int i = 0; i < 24 && (top_k > 0 || top_p < 1); i++, middle = sqrtf(fmaxf(low, 1e-9f) * high)) {
+        vf mass = {0}, count = {0};
+        for (int64_t j = 0; j < n; j += W) {
+            vf x = load(F32, weights, j, smaller(W, n - j));
+            mass += where(x >= middle, x, (vf){0});
+            count += where(x >= middle, (vf){0} + 1.0f, (vf){0});
+        }
+        if (sum(mass) >= top_p * total || (top_k > 0 && sum(count) >= top_k)) low = middle;
+        else high = middle;
+    }
+    return low > min_p ? low : min_p;
+}
+
+/* A token of the law that settings make of logits, and that law; at temperature 0 the most probable token. */
+static int32_t draw(const float *logits, int64_t n, const float *settings, double uniform, float *law)
+{
+    float largest = logits[0];
+    int64_t token = 0, i;
+    for (i = 1; i < n; i++)
+        if (logits[i] > largest) largest = logits[i], token = i;
+    if (settings[0] == 0) return token;
+    double total = 0, kept = 0, passed = 0, next;
+    for (i = 0; i < n; i += W) {
+        const int64_t lanes = smaller(W, n - i);
+        store(law + i, exponential((load(F32, logits, i, lanes) - largest) / fmaxf(settings[0], 1e-30f)), lanes);
+        total += sum(load(F32, law, i, lanes));
+    }
+    const float least = least_weight(law, n, settings, total);
+    for (i = 0; i < n; i += W) {
+        const vf x = load(F32, law, i, smaller(W, n - i));
+        store(law + i, where(x >= least, x, (vf){0}), smaller(W, n - i));
+        kept += sum(load(F32, law, i, smaller(W, n - i)));
+    }
+    for (i = 0; i + W < n && (next = passed + sum(load(F32, law, i, W))) <= uniform * kept; i += W) passed = next;
+    for (; i < n && passed <= uniform * kept; i++)
+        if (law[i] > 0) token = i, passed += law[i];
+    for (i = 0; i < n; i++) law[i] /= (float)kept;
+    return token;
+}
+
+/* Tokens one after the other behind each text of a call, whose one wanted token is its last. */
+int guess(const Model *m, const Call *first, const Guesses *g)
+{
+    Call c = *first;
+    const int64_t size = m->vocab_size;
+    int32_t ids[c.n_wanted], slots[c.n_wanted], positions[c.n_wanted], wanted[c.n_wanted], text[c.n_wanted];
+    for (int32_t i = 0; i < c.n_wanted; i++) text[i] = i;
+    for (int64_t place = 0; c.n_wanted; place++) {
+        const int found = take_step(m, &c);
+        if (found) return found;
+        int32_t n = 0;
+        for (int32_t i = 0; i < c.n_wanted; i++) {
+            const int64_t at = text[i] * (int64_t)g->length + place, from = c.wanted[i];
+            float *law = g->laws ? g->laws + at * size : 0;
+            g->tokens[at] = draw(c.logits + i * size, size, g->settings + 4 * text[i], g->uniforms[at], law);
+            if (place + 1 >= g->most[text[i]]) continue;
+            ids[n] = g->tokens[at], slots[n] = c.slots[from], positions[n] = c.positions[from] + 1;
+            wanted[n] = n, text[n++] = text[i];
+        }
+        c.ids = ids, c.slots = slots, c.positions = positions, c.wanted = wanted, c.n = c.n_wanted = n;
     }
     return 0;
 }

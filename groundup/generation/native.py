@@ -26,7 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64
 from torch import Tensor, nn
 
 from groundup.environment import cpu_features, cpu_name
@@ -124,6 +124,7 @@ def library() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"the compiled step cannot be kept or loaded: {error}"
     found.scratch_floats.restype = c_int64
     found.scratch_floats.argtypes = found.step.argtypes = (POINTER(_C.Model), POINTER(_C.Call))
+    found.guess.argtypes = (*found.step.argtypes, POINTER(_C.Guesses))
     return found, None
 
 
@@ -168,7 +169,7 @@ class NativeStep:
         self._threads = threads or torch.get_num_threads()
         self._kept: list[Any] = []
         self._model = self._describe(model)
-        self._scratch, self._memory, self._room = torch.empty(0), 0, 0
+        self._scratch, self._memory, self._room, self._laws = torch.empty(0), 0, 0, torch.empty(0)
 
     def __call__(
         self,
@@ -190,22 +191,64 @@ class NativeStep:
         Raises:
             IndexError: an id, slot, position or number of layers is out of range; nothing was computed.
         """
-        n, table = len(ids), self._cache.table
-        lists = [array("i", values) for values in (ids, slots, positions, range(n) if wanted is None else wanted)]
+        lists = [
+            array("i", values) for values in (ids, slots, positions, range(len(ids)) if wanted is None else wanted)
+        ]
+        call, logits = self._call(lists, n_layers)
+        _hold(self._library.step(self._model, call))
+        return logits
+
+    def guess(
+        self,
+        lists: Sequence[Sequence[int]],
+        most: Sequence[int],
+        settings: Sequence[float],
+        uniforms: Float64[Tensor, "texts most"],
+        n_layers: int | None = None,
+    ) -> tuple[list[list[int]], Float32[Tensor, "texts most vocab"] | None]:
+        """Draw tokens one after the other behind some texts, storing all but the last.
+
+        Args:
+            lists: ids, slots, positions and wanted, as `__call__` has them; of each text its last is wanted.
+            most: tokens of each text.
+            settings: temperature, top_k, top_p and min_p of each.
+            uniforms: a number of [0, 1) for each token.
+            n_layers: as `__call__`.
+
+        Returns:
+            tokens: of each text.
+            laws: what each token was drawn from, until the next call; None: all temperatures are 0.
+        """
+        arrays = [array("i", values) for values in lists]
+        call, _logits = self._call(arrays, n_layers)  # both live until the call has ended
+        length, laws = uniforms.shape[1], None
+        if any(settings[::4]):
+            size = len(most) * length * self._model.vocab_size
+            if len(self._laws) < size:
+                self._laws = torch.empty(size, dtype=torch.float32)
+            laws = self._laws[:size].view(len(most), length, -1)
+        wide, limits, tokens = array("f", settings), array("i", most), torch.empty(uniforms.shape, dtype=torch.int32)
+        guesses = _C.Guesses(
+            wide.buffer_info()[0], uniforms.data_ptr(), limits.buffer_info()[0], tokens.data_ptr(),
+            None if laws is None else laws.data_ptr(), length,
+        )  # fmt: skip
+        _hold(self._library.guess(self._model, call, guesses))
+        return [row[:n] for row, n in zip(tokens.tolist(), most, strict=True)], laws
+
+    def _call(self, lists: Sequence[array[int]], n_layers: int | None) -> tuple[Any, Float32[Tensor, "wanted vocab"]]:
+        """What the library is told, while `lists` and the result live."""
+        n, n_wanted, table = len(lists[0]), len(lists[3]), self._cache.table
         assert n == len(lists[1]) == len(lists[2]), "as many ids as slots and positions are needed"
-        logits = torch.empty(len(lists[3]), self._model.vocab_size, dtype=torch.float32)
+        logits = torch.empty(n_wanted, self._model.vocab_size, dtype=torch.float32)
         call = _C.Call(
             *(one.buffer_info()[0] for one in lists), table.data_ptr(), logits.data_ptr(), self._memory, n,
-            len(lists[3]), table.shape[0], self._model.n_layers if n_layers is None else n_layers, self._threads,
+            n_wanted, table.shape[0], self._model.n_layers if n_layers is None else n_layers, self._threads,
         )  # fmt: skip
         if n > self._room:
             self._room = n
             self._scratch = torch.empty(self._library.scratch_floats(self._model, call) + 16, dtype=torch.float32)
             self._memory = call.memory = -(-self._scratch.data_ptr() // 64) * 64
-        fault = self._library.step(self._model, call)
-        if fault:
-            raise IndexError(f"{_FAULTS[fault]}.")
-        return logits
+        return call, logits
 
     def _describe(self, model: Transformer) -> Any:
         config, cache = model.config, self._cache
@@ -303,3 +346,9 @@ class NativeStep:
         kept = values.detach().to(torch.float32).contiguous()
         self._kept.append(kept)
         return kept.data_ptr()
+
+
+def _hold(fault: int) -> None:
+    """Hold that the library found nothing wrong."""
+    if fault:
+        raise IndexError(f"{_FAULTS[fault]}.")

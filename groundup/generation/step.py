@@ -9,22 +9,22 @@ On a GPU one token for each slot is a CUDA graph (`graphs.py`), if a trial says 
 from __future__ import annotations
 
 import copy
-import functools
-import math
 from bisect import bisect
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32, Float64
 from torch import Tensor, nn
 
 from groundup.files import value_digest
 from groundup.generation.cache import KVCache, Rows
 from groundup.generation.graphs import BUCKET, GraphStep
 from groundup.generation.native import NativeStep, library, why_not
+from groundup.generation.params import SamplingParams
 from groundup.measured import fastest, machine, measured_once
 from groundup.model import OutputLayer, Transformer
 
@@ -64,33 +64,16 @@ class ModelStep:
         self._graphs = None
         if is_native and cache.device.type == "cuda":
             self._graphs, self.reason = _graphs_if_faster(model, cache)
-        self._seconds: dict[int, float] = {}  # asked for many times in every step that may guess
         if self._native is not None:
-            self.seconds(1)  # the trial, unless this machine has made it before
-
-    @functools.cached_property
-    def _timings(self) -> dict[str, list[float]]:
-        return _time_steps(self._model, self._cache, is_native=self._native is not None)
-
-    def seconds(self, n_tokens: int) -> float:
-        """What a step of so many tokens takes, by the trial."""
-        if n_tokens not in self._seconds:
-            self._seconds[n_tokens] = min(self._estimate(way, n_tokens) for way in self._timings if self._timings[way])
-        return self._seconds[n_tokens]
+            self._timings = _time_steps(model, cache)
 
     def _estimate(self, way: str, n_tokens: int) -> float:
-        """Of one way; beyond the trial's most tokens each costs as much as the last ones did."""
+        """What a step takes in C or by the forward pass; beyond the trial's most tokens each costs as the last ones."""
         times = self._timings[way]
         place = min(bisect(_TRIED, n_tokens), len(times) - 1)
         fewer, more = _TRIED[place - 1], _TRIED[place]
         each = (times[place] - times[place - 1]) / (more - fewer)
         return times[place - 1] + (n_tokens - fewer) * (each if n_tokens <= more else max(0.0, each))
-
-    def share_of(self, n_layers: int) -> float:
-        """The share of the weights that a step of the first so many blocks reads."""
-        blocks = sum(parameter.numel() for parameter in self._model.blocks[0].parameters())
-        head = self._model.embed_tokens.weight.numel()
-        return (n_layers * blocks + head) / (self._model.config.n_layers * blocks + head)
 
     def __call__(self, rows: Sequence[Row], n_layers: int | None = None) -> Float[Tensor, "wanted vocab"]:
         """Store the rows' tokens; the logits that they ask for, row after row, float32.
@@ -103,11 +86,28 @@ class ModelStep:
             counts = [len(row.ids) for row in rows]
             padded = len(counts) * max(counts)  # what the forward pass computes
             if self._estimate("native", sum(counts)) < self._estimate("eager", padded):
-                return _native_step(self._native, rows, n_layers)
+                return self._native(*_flat(rows), n_layers)
         if self._graphs is not None and n_layers is None and all(len(row.ids) == row.n_logits == 1 for row in rows):
             return self._graphs([row.ids[0] for row in rows], [row.slot for row in rows], [row.start for row in rows])
         model = self._model if n_layers is None else self._model.first_blocks(n_layers)
         return _eager_step(model, self._cache, rows)
+
+    def guess(
+        self,
+        rows: Sequence[Row],
+        most: Sequence[int],
+        params: Sequence[SamplingParams],
+        uniforms: Float64[Tensor, "rows most"],
+        n_layers: int | None = None,
+    ) -> tuple[list[list[int]], Float32[Tensor, "rows most vocab"] | None] | None:
+        """Draw tokens one after the other behind each row in one call (`NativeStep.guess`); None: not possible here.
+
+        Temperature, top-k, top-p and min-p are those of `params`, the last three nearly.
+        """
+        if self._native is None:
+            return None
+        settings = [value for own in params for value in (own.temperature, own.top_k, own.top_p, own.min_p)]
+        return self._native.guess(_flat(rows), most, settings, uniforms, n_layers)
 
 
 def inference_copy(model: Transformer, dtype: torch.dtype | None = None) -> Transformer:
@@ -158,7 +158,8 @@ def _eager_step(model: Transformer, cache: KVCache, rows: Sequence[Row]) -> Floa
     return model(padded, positions=view.positions, cache=view, head=logits_of_wanted)
 
 
-def _native_step(step: NativeStep, rows: Sequence[Row], n_layers: int | None) -> Float[Tensor, "wanted vocab"]:
+def _flat(rows: Sequence[Row]) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Ids, slots, positions and what is wanted, token by token."""
     ids: list[int] = []
     slots: list[int] = []
     positions: list[int] = []
@@ -169,16 +170,15 @@ def _native_step(step: NativeStep, rows: Sequence[Row], n_layers: int | None) ->
         slots += [row.slot] * count
         positions += range(row.start, row.start + count)
         wanted += range(len(ids) - row.n_logits, len(ids))
-    return step(ids, slots, positions, wanted, n_layers)
+    return ids, slots, positions, wanted
 
 
-def _time_steps(model: Transformer, cache: KVCache, *, is_native: bool) -> dict[str, list[float]]:
+def _time_steps(model: Transformer, cache: KVCache) -> dict[str, list[float]]:
     """Seconds of steps of `_TRIED` tokens, in C and by the forward pass; measured once."""
     kinds = sorted({f"{type(module).__name__} {getattr(module, 'bits', '')}" for module in model.modules()})
-    native = Path(getattr(library()[0], "_name", "")).stem if is_native else ""
     key = {
         "config": value_digest(model.config.to_dict()), "dtype": str(model.compute_dtype), "modules": kinds,
-        "tried": _TRIED, "native": native,
+        "tried": _TRIED, "native": Path(getattr(library()[0], "_name", "")).stem,
     }  # fmt: skip
     known = value_digest([key, machine(cache.device)])
 
@@ -187,17 +187,18 @@ def _time_steps(model: Transformer, cache: KVCache, *, is_native: bool) -> dict[
         for n in _TRIED:
             scratch = KVCache(model.config, n, min(64, model.config.context_length), cache.dtype, cache.device)
             rows = [Row(slot, [0], scratch.length // 2) for slot in range(n)]
-            ways: dict[str, Callable[[], Tensor]] = {
-                "eager": partial(_whole_step, cache.device, partial(_eager_step, model, scratch, rows))
+            ways = {
+                "native": partial(NativeStep(model, scratch), *_flat(rows)),
+                "eager": partial(_eager_step, model, scratch, rows),
             }
-            if is_native:
-                ways["native"] = partial(_native_step, NativeStep(model, scratch), rows, None)
             seconds, spread = fastest(ways)
             for name, best in seconds.items():
                 found[name].append(best)
             found["spread"] = max(found["spread"], spread)
-            if n >= 64 and seconds.get("native", math.inf) > seconds["eager"]:
+            if n >= 64 and seconds["native"] > seconds["eager"]:
                 break
+        for way in ways:  # more tokens take no less: what is above that was disturbed
+            found[way] = list(accumulate(reversed(found[way]), min))[::-1]
         return found
 
     if known not in _MEASURED:
@@ -206,21 +207,18 @@ def _time_steps(model: Transformer, cache: KVCache, *, is_native: bool) -> dict[
     return _MEASURED[known]
 
 
-def _whole_step(device: torch.device, run: Callable[[], Tensor]) -> Tensor:
-    """A step that is over when this returns, as one that is timed must be."""
-    found = run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return found
-
-
 def _graphs_if_faster(model: Transformer, cache: KVCache) -> tuple[GraphStep | None, str | None]:
     """CUDA graphs, if they can be captured here, give the forward pass's logits and are faster; else why not."""
     scratch = KVCache(model.config, 1, min(BUCKET, model.config.context_length), cache.dtype, cache.device)
     graphs, row = GraphStep(model, scratch), Row(0, [0], 1)
 
-    run_graph = partial(_whole_step, cache.device, partial(graphs, [0], [0], [1]))
-    run_eager = partial(_whole_step, cache.device, partial(_eager_step, model, scratch, [row]))
+    def whole(run: Callable[[], Tensor]) -> Tensor:
+        found = run()
+        torch.cuda.synchronize(cache.device)  # a step that is timed must be over
+        return found
+
+    run_graph = partial(whole, partial(graphs, [0], [0], [1]))
+    run_eager = partial(whole, partial(_eager_step, model, scratch, [row]))
     key = {"config": value_digest(model.config.to_dict()), "dtype": str(model.compute_dtype)}
     try:
         if not torch.allclose(run_graph(), run_eager(), atol=0.1, rtol=0.02):

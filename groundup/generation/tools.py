@@ -21,11 +21,6 @@ _DECODER = json.JSONDecoder()
 _NAMED = re.compile(r"\s*([A-Za-z0-9_.\-]+)\s*(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{)")
 
 
-def call_id() -> str:
-    """Nine letters and digits, which Mistral's templates insist on."""
-    return secrets.token_hex(5)[:9]
-
-
 @dataclass(frozen=True)
 class ToolCall:
     """A function and its arguments.
@@ -33,12 +28,12 @@ class ToolCall:
     Attributes:
         name: of the function.
         arguments: by name.
-        id: which the tool's result refers to.
+        id: which the tool's result refers to; nine letters and digits, which Mistral's templates insist on.
     """
 
     name: str
     arguments: dict[str, Any]
-    id: str = field(default_factory=call_id, compare=False)
+    id: str = field(default_factory=lambda: secrets.token_hex(5)[:9], compare=False)
 
     @property
     def value(self) -> dict[str, Any]:

@@ -27,8 +27,7 @@ from groundup.model import Transformer
 from groundup.stage import find_model
 from groundup.tokenizer import Tokenizer
 from groundup.tokenizer.files import GENERATION_FILE
-from groundup.tokenizer.pretrained import token_ids
-from groundup.tokenizer.stage import tokenizer_beside
+from groundup.tokenizer.pretrained import token_ids, tokenizer_beside
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "LoadedModel", "find_model", "load", "load_model", "save_model"]
 

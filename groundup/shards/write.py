@@ -21,8 +21,9 @@ import numpy as np
 import orjson
 import xxhash
 
+from groundup.batches import batches
 from groundup.console import Console, format_bytes, format_count
-from groundup.corpus.document import Document, batches
+from groundup.corpus.document import Document
 from groundup.corpus.engine import Engine, engine_for
 from groundup.corpus.passes import DOCUMENTS
 from groundup.errors import ArtifactError, DataError

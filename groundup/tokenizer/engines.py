@@ -26,7 +26,7 @@ import numpy as np
 import psutil
 from tokenizers import Tokenizer as HuggingFace
 
-from groundup.corpus.document import batches
+from groundup.batches import batches
 from groundup.environment import usable_cores
 from groundup.errors import DataError
 from groundup.tokenizer.adversarial import adversarial_texts

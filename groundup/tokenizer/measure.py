@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from groundup.corpus.document import Document, batches
+from groundup.batches import batches
+from groundup.corpus.document import Document
 from groundup.errors import DataError
 from groundup.tokenizer.pieces import cut, piece_of
 from groundup.tokenizer.split import replace_surrogates

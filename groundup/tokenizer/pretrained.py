@@ -66,6 +66,28 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return read_tokenizer(files, str(file), read_object(file_inside(file.parent, MODEL_FILE)) if has_model else {})
 
 
+def tokenizer_beside(folder: Path) -> Tokenizer | None:
+    """The tokenizer beside a model: groundup's or a pretrained one; None without `tokenizer.json`.
+
+    Raises:
+        ArtifactError: damaged, or with more tokens than the model has.
+    """
+    files = read_files(folder, TOKENIZER_FILES)
+    if TOKENIZER_FILE not in files:
+        return None
+    values = read_object(file_inside(folder, MODEL_FILE))
+    ours = values.get("groundup")
+    known = {**(ours if isinstance(ours, dict) else {}), **values}.get("vocab_size")
+    path, n_ids = folder / TOKENIZER_FILE, known if type(known) is int else 0
+    tokenizer = read_tokenizer(files, str(path), values, n_ids)
+    if n_ids and tokenizer.vocab_size > n_ids:
+        raise ArtifactError(
+            f"{path}: has {tokenizer.vocab_size} tokens, the model beside it {n_ids}.",
+            "Put the tokenizer there that the model was trained with.",
+        )
+    return tokenizer
+
+
 def read_tokenizer(files: Mapping[str, bytes], source: str, values: Mapping[str, Any], n_ids: int = 0) -> Tokenizer:
     """A tokenizer from its files.
 

@@ -13,11 +13,10 @@ from groundup.corpus import stream_documents
 from groundup.errors import ArtifactError, DataError
 from groundup.recipe import TokenizerSettings
 from groundup.report.format import format_lines
-from groundup.stage import CONFIG_FILE, Check, Context, Method, Shown, Stage, find_model
-from groundup.tokenizer.files import TOKENIZER_FILE, TOKENIZER_FILES, read_files
-from groundup.tokenizer.pretrained import load_tokenizer, read_tokenizer
+from groundup.stage import Check, Context, Method, Shown, Stage, find_model
+from groundup.tokenizer.files import TOKENIZER_FILE, TOKENIZER_FILES
+from groundup.tokenizer.pretrained import load_tokenizer, tokenizer_beside
 from groundup.tokenizer.tokenizer import Tokenizer
-from groundup.untrusted import file_inside, read_object
 
 
 class TokenizerStage(Method):
@@ -106,28 +105,6 @@ def start_tokenizer(init: str | Path) -> Tokenizer:
             'Name the one it was trained with: [tokenizer] use = "…".',
         )
     return found
-
-
-def tokenizer_beside(folder: Path) -> Tokenizer | None:
-    """The tokenizer beside a model: groundup's or a pretrained one; None without `tokenizer.json`.
-
-    Raises:
-        ArtifactError: damaged, or with more tokens than the model has.
-    """
-    files = read_files(folder, TOKENIZER_FILES)
-    if TOKENIZER_FILE not in files:
-        return None
-    values = read_object(file_inside(folder, CONFIG_FILE))
-    ours = values.get("groundup")
-    known = {**(ours if isinstance(ours, dict) else {}), **values}.get("vocab_size")
-    path, n_ids = folder / TOKENIZER_FILE, known if type(known) is int else 0
-    tokenizer = read_tokenizer(files, str(path), values, n_ids)
-    if n_ids and tokenizer.vocab_size > n_ids:
-        raise ArtifactError(
-            f"{path}: has {tokenizer.vocab_size} tokens, the model beside it {n_ids}.",
-            "Put the tokenizer there that the model was trained with.",
-        )
-    return tokenizer
 
 
 def check_vocabulary(own: Tokenizer, tokenizer: Tokenizer, init: str | Path) -> None:

@@ -14,12 +14,11 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from groundup.console import Console
-from groundup.corpus.document import Document
 from groundup.errors import DataError
 from groundup.files import value_digest, write_json, write_text
 from groundup.tokenizer import special
@@ -29,6 +28,9 @@ from groundup.tokenizer.letters import LETTERS, unspelled
 from groundup.tokenizer.split import PATTERNS, PIECE_CHARACTERS, cut_into_pieces, word_pre_tokenizer
 from groundup.tokenizer.text_engine import text_spec
 from groundup.untrusted import parse_object, reading
+
+if TYPE_CHECKING:
+    from groundup.corpus.document import Document
 
 _TRAIN_AGAIN = "Train it again: groundup build --from tokenizer."
 _KINDS = {"BPE": "bpe", "WordPiece": "wordpiece", "Unigram": "unigram", "WordLevel": "characters"}

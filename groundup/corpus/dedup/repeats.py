@@ -26,6 +26,7 @@ from typing import Literal
 import numpy as np
 import xxhash
 
+from groundup.batches import batches
 from groundup.corpus.dedup.files import (
     COPIES,
     KeyStore,
@@ -42,7 +43,6 @@ from groundup.corpus.dedup.files import (
     save,
     write_ranges,
 )  # fmt: skip
-from groundup.corpus.document import batches
 from groundup.corpus.engine import Engine
 from groundup.corpus.words import Words, has_bits, run_hashes, set_bits, words_of
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from groundup.corpus.document import batches
+from groundup.batches import batches
 from groundup.corpus.words import WORDS_VERSION, words_of
 from groundup.errors import ArtifactError, DataError
 from groundup.files import atomic_writer, file_digest, read_json, write_json

@@ -20,7 +20,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from groundup.corpus.document import batches
+from groundup.batches import batches
 from groundup.corpus.quality import textbatch
 from groundup.corpus.quality.repetition import Shares, repeated_ngrams, repeated_parts, share
 from groundup.corpus.quality.textbatch import Bools, Ints, TextBatch, letters
