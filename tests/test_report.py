@@ -14,7 +14,7 @@ from rich.console import Console
 
 from groundup.errors import RunError
 from groundup.files import own_folder, write_json
-from groundup.recipe import read_recipe
+from groundup.recipe import parse_recipe, read_recipe
 from groundup.report.charts import curve_chart, histogram_chart
 from groundup.report.closing import closing_table
 from groundup.report.page import write_report
@@ -158,10 +158,35 @@ def training_summary(steps: int, start: float, end: float) -> dict:
     }
 
 
+RECIPE = """
+name = "demo"
+
+[corpus]
+inputs = ["groundup:classics"]
+
+[tokenizer]
+vocab_size = 2_048
+
+[model]
+preset         = "ground-1m"
+context_length = 256
+
+[pretrain]
+tokens  = 3_000_000
+samples = ["Once upon a time", "The Wizard said"]
+
+[align.sft]
+data = ["groundup:tasks"]
+
+[evaluate]
+tasks = ["bits_per_byte", "groundup:tasks"]
+"""
+
+
 def fake_run(root: Path, *, prompt: str = "Once upon a time", source: str = "groundup:classics") -> Run:
     """A finished demo, as its stages would leave it."""
     run = Run(root)
-    run.create(read_recipe("demo"))
+    run.create(parse_recipe(RECIPE, "demo"))
     examples = {
         "invalid JSON": [("line 15", "the line ends in the middle", '{"text": "The Ant and the Grasshop')],
         "language": [
