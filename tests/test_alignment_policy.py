@@ -238,6 +238,21 @@ def test_nothing_is_learned_from_an_answer_without_a_reward(tmp_path):
         assert math.isfinite(line["policy"])
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_pass_in_which_no_answer_has_a_reward_teaches_nothing(tmp_path, batch_size):
+    (tmp_path / "once.py").write_text(
+        "calls = []\ndef score(m, a, k):\n    calls.append(a)\n    return 1 / (len(calls) - 1)\n"
+    )
+    shape = {"rollouts": 4, "buffers": 1, "epochs": 1, "held_out": 0, "batch_size": batch_size, "micro_batch_size": 1}
+    reward = FunctionReward(f"{tmp_path}/once.py:score", "[x] reward")
+    ppo(policy(), tokenizer(), PPOSettings(**COMMON | shape), prompts=prompts(), reward=reward, out=tmp_path / "out")
+    lines = read_log(tmp_path / "out" / "metrics.jsonl")
+    assert sum(line["reward_failed"] for line in lines) == pytest.approx(1 / batch_size)
+    assert all(math.isfinite(line["policy"]) for line in lines)
+    alone = [(line["policy"], line["grad_norm"]) for line in lines if line["reward_failed"] == 1]
+    assert alone == [(0.0, 0.0)] * (batch_size == 1)
+
+
 def test_best_answers_are_kept_and_learned(tmp_path):
     (tmp_path / "short.py").write_text("def score(m, answer, k):\n    return -float(len(answer))\n")
     reward = FunctionReward(f"{tmp_path}/short.py:score", "[x] reward")

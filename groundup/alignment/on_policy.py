@@ -181,7 +181,8 @@ class OnPolicyAlgorithm:
         """
         stats = stat_terms(batch)
         # Columns that are padding in all of these rows are left out; so that widths are few (`COLUMNS`).
-        last = -(-int((batch["targets"] != IGNORED).any(0).nonzero().max() + 1) // COLUMNS) * COLUMNS
+        used = (batch["targets"] != IGNORED).any(0).nonzero().flatten().tolist()
+        last = (max(used, default=0) // COLUMNS + 1) * COLUMNS  # none is used where no answer has a reward
         batch = {name: t[:, : last + (name == "ids")] if t.dim() == 2 else t for name, t in batch.items()}
         mask = batch["targets"] != IGNORED
         found, policy, others = self.token_losses(modules, batch, mask)

@@ -349,7 +349,8 @@ class _Loop:
         *counts, flops = work.tolist()
         found = {name: part / count for name, part, count in zip(own, sums, counts, strict=True) if count}
         first = next(iter(own))
-        loss, grad_norm = found.get(first, math.nan), math.sqrt(squared)
+        # Nothing is counted where no answer of the batch has a reward: then nothing is learned from it.
+        loss, grad_norm = found.get(first, 0.0), math.sqrt(squared)
         scale_to_norm(parameters, job.settings.max_grad_norm, grad_norm)
         lr_share = learning_rate_share(job.settings, step, job.n_steps)
         line = {first: loss}
