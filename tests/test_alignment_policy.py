@@ -21,10 +21,10 @@ from groundup.alignment.on_policy import without_dropout
 from groundup.alignment.online_dpo import OnlineDPOSettings, best_and_worst, online_dpo
 from groundup.alignment.ppo import PPOSettings
 from groundup.alignment.rejection import RejectionSettings, rejection_sampling
-from groundup.alignment.rewards import FunctionReward, Prompt, is_right, load_prompts
+from groundup.alignment.rewards import VERIFY, FunctionReward, Prompt, is_right, load_prompts
 from groundup.errors import DataError, GroundupError
 from groundup.generation import Engine, SamplingParams
-from groundup.generation.rollouts import roll_out
+from groundup.generation.rollouts import Rollouts, roll_out
 from groundup.interop import load_model
 from groundup.training.metrics import read_log
 
@@ -236,6 +236,21 @@ def test_nothing_is_learned_from_an_answer_without_a_reward(tmp_path):
         assert 0 < line["reward_failed"] < 1
         assert line["reward"] == 1.0  # of those that have one
         assert math.isfinite(line["policy"])
+
+
+def test_an_answer_that_was_cut_off_is_not_right_and_costs_its_missing_end(tmp_path, monkeypatch):
+    asked = [Prompt([], [1], ("4",))] * 2
+    rolled = Rollouts(*[torch.zeros(2, 3)] * 3, torch.tensor([True, False]), ["4", "4"])
+    assert on_policy.scores_of(FunctionReward(VERIFY, "x"), asked, rolled).tolist() == [1.0, 0.0]
+    monkeypatch.setattr(on_policy, "is_right", lambda prompt, text: True)
+    shape = {"buffers": 1, "epochs": 1, "max_tokens": 1, "reward": "x"}
+    earned = []
+    for missing_end in (0.0, 0.5):
+        run(tmp_path / str(missing_end), **shape, missing_end=missing_end)
+        first = read_log(tmp_path / str(missing_end) / "metrics.jsonl")[0]
+        assert (first["ended"], first["held_out_right"]) == (0.0, 0.0)
+        earned.append((first["reward"], first["held_out_reward"]))
+    assert earned[1] == pytest.approx([found - 0.5 for found in earned[0]])
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

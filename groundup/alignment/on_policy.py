@@ -235,7 +235,7 @@ class OnPolicyAlgorithm:
             engine = self._engine(model)
             rolled = self._roll_out(engine, prompts, seeds, settings.temperature)
             held_out = self._held_out(engine, place)
-        rewards = scores_of(self.reward, prompts, rolled) - settings.missing_end * (~rolled.is_ended)
+        rewards = self._rewards(prompts, rolled)
         if isinstance(self.reward, FunctionReward) and bool(self.inputs.world.gather(rewards).isnan().all()):
             first = "".join(f"; the first: {failure}" for failure in self.reward.failures[:1])
             raise DataError(f"{self.reward.where}: it fails for all answers{first}.")
@@ -248,7 +248,8 @@ class OnPolicyAlgorithm:
             "answer_tokens": rolled.is_answer.sum(1).float(),
             # Σ_t log π_old − log π_ref of each answer: its mean is the KL divergence to the start
             "kl": sequence_logprobs(kl_estimate(batch["old"], reference), targets != IGNORED),
-            **{name: torch.full_like(rewards, value) for name, value in {"logprob_gap": gap, **held_out}.items()},
+            "logprob_gap": torch.full_like(rewards, gap),
+            **{name: torch.full_like(rewards, float(each.nanmean())) for name, each in held_out.items()},
         }  # fmt: skip
         batch |= {STAT + name: values for name, values in stats.items()}
         self._keep(place, prompts, rolled, rewards)
@@ -258,10 +259,11 @@ class OnPolicyAlgorithm:
 
     def final(self, model: Transformer) -> dict[str, float]:
         """What held-out prompts earn at the end, of how many that is the mean, and how much was written."""
+        found: dict[str, float] = {}
         with torch.no_grad(), merged(model):
-            found = self._held_out(self._engine(model), 0)
-        if found:
-            found["held_out_n"] = min(self.settings.held_out, len(self.prompts.held_out))
+            asked = self._held_out(self._engine(model), 0)
+        for name, values in asked.items():
+            found |= {"held_out_n": len(values), name: float(values.nanmean())}
         written = self.settings.buffers * self.settings.rollouts
         counts = {"prompts": len(self.prompts.train), "prompts_too_long": self.prompts.too_long, "answers": written}
         return found | counts
@@ -305,18 +307,21 @@ class OnPolicyAlgorithm:
             )
         return old, mean
 
-    def _held_out(self, engine: Engine, place: int) -> dict[str, float]:
-        """How held-out prompts are answered, the most probable answers: by the reward, and by what is known."""
+    def _rewards(self, prompts: Sequence[Prompt], rolled: Rollouts) -> Float[Tensor, " rows"]:
+        return scores_of(self.reward, prompts, rolled) - self.settings.missing_end * (~rolled.is_ended)
+
+    def _held_out(self, engine: Engine, place: int) -> dict[str, Float[Tensor, " prompts"]]:
+        """How each held-out prompt is answered, by its most probable answer: by the reward, and by what is known."""
         settings, world = self.settings, self.inputs.world
         n = min(settings.held_out, len(self.prompts.held_out)) // world.size * world.size
         if not n or place // settings.steps_per_buffer % settings.held_out_every:
             return {}
         prompts = self.prompts.held_out[world.rows(n)]
         rolled = self._roll_out(engine, prompts, [0] * len(prompts), 0.0)
-        found = {"held_out_reward": float(world.gather(scores_of(self.reward, prompts, rolled)).nanmean())}
+        found = {"held_out_reward": world.gather(self._rewards(prompts, rolled))}
         if settings.reward != VERIFY and any(prompt.known for prompt in prompts):
             right = [float(is_right(prompt, text)) for prompt, text in zip(prompts, rolled.texts, strict=True)]
-            found["held_out_right"] = float(world.gather(torch.tensor(right)).mean())
+            found["held_out_right"] = world.gather(torch.tensor(right) * rolled.is_ended)
         return found
 
     def _keep(self, place: int, prompts: Sequence[Prompt], rolled: Rollouts, rewards: Tensor) -> None:
@@ -342,9 +347,13 @@ def answer_seed(*key: object) -> int:
 def scores_of(
     reward: FunctionReward | nn.Module, prompts: Sequence[Prompt], rolled: Rollouts
 ) -> Float[Tensor, " rows"]:
-    """What answers earn: by a function, or by a reward model, which reads them up to their ends."""
+    """What answers earn: by a function, or by a reward model, which reads them up to their ends.
+
+    An answer that was cut off is not right, whatever it says so far: evaluation counts it so, too.
+    """
     if isinstance(reward, FunctionReward):
-        return torch.tensor(reward(prompts, rolled.texts), dtype=torch.float32)
+        found = torch.tensor(reward(prompts, rolled.texts), dtype=torch.float32)
+        return found * rolled.is_ended if reward.is_verification else found
     lengths = rolled.ids.shape[1] - rolled.is_answer.flip(1).int().argmax(1)
     device = next(reward.parameters()).device
     pairs = zip(*(torch.split(part, PASS_ROWS) for part in (rolled.ids, lengths)), strict=True)

@@ -127,6 +127,7 @@ class FunctionReward:
         in_process: call it in a process of its own, which is ended if it hangs or dies.
 
     Attributes:
+        is_verification: it is `is_right`.
         failures: of the last call, in words.
 
     Raises:
@@ -135,8 +136,9 @@ class FunctionReward:
 
     def __init__(self, spec: str, where: str, *, seconds: float = 10.0, in_process: bool = False) -> None:
         self._spec, self.where, self._seconds = spec, where, seconds
-        self._function = None if spec == VERIFY else load_function(spec, where, _EXAMPLE)
-        self._in_process = in_process and spec != VERIFY
+        self.is_verification = spec == VERIFY
+        self._function = None if self.is_verification else load_function(spec, where, _EXAMPLE)
+        self._in_process = in_process and not self.is_verification
         self._worker: Any = None
         self.failures: list[str] = []
 
