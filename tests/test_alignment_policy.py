@@ -310,9 +310,11 @@ def test_settings_that_do_not_fit_are_named():
     for settings, said in (
         ({"rollouts": 50}, "does not divide rollouts 50"),
         ({"batch_warmup_from": 8}, "batch_warmup_from"),
+        ({"lora": {"dropout": 0.1}}, "lora dropout 0.1: .* ratio not 1"),
     ):
-        with pytest.raises(ValueError, match=said):
-            PPOSettings(**settings)
+        for kind in (PPOSettings, GRPOSettings, OnlineDPOSettings):
+            with pytest.raises(ValueError, match=said):
+                kind(**settings)
     with pytest.raises(ValueError, match="group 7 does not divide"):
         GRPOSettings(group=7)
 

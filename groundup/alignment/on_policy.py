@@ -98,6 +98,11 @@ class OnPolicySettings(AlignSettings, AnswerSettings, AdapterSettings, Optimizer
             )
         if self.batch_warmup_from is not None:
             raise ValueError("batch_warmup_from: a buffer serves batches of one size; leave it unset")
+        if self.lora is not None and self.lora.dropout:
+            raise ValueError(
+                f"lora dropout {self.lora.dropout:g}: the policy that learns would be another one than the one that "
+                "wrote, their ratio not 1; leave it unset"
+            )
         return self
 
     @property
