@@ -19,7 +19,7 @@ from groundup.alignment.preferences import load_preferences
 from groundup.alignment.reward import RewardSettings, train_reward
 from groundup.alignment.rewards import VERIFY, FunctionReward, Prompts, is_right, load_prompts
 
-TINY: dict[str, Any] = {"precision": "float32", "compile": False, "eval_tokens": 512, "optimizer": "adamw"}
+TINY: dict[str, Any] = {"precision": "float32", "compile": False, "optimizer": "adamw"}
 INSTRUCTIONS = {
     "dolly_hhrlhf_small/dolly_hhrlhf_train_small.jsonl": "prompt/response",
     "oasst_sample/oasst_sft_paths.jsonl": "messages",
@@ -47,7 +47,7 @@ def test_instructions_are_learned_from_jsonl_json_and_parquet_alike(
     ]
     assert read[0] == read[1] == read[2]
     assert len(read[0].train) + len(read[0].held_out) + sum(read[0].set_aside.values()) == 60
-    settings = SFTSettings(batch_size=2, epochs=0.2, **TINY)
+    settings = SFTSettings(batch_size=2, epochs=0.2, eval_tokens=512, **TINY)
     summary = fine_tune(
         model(context_length=256), tokenizer(), settings, out=tmp_path / "out", conversations=read[2], console=QUIET
     ).summary
@@ -62,7 +62,7 @@ def test_a_reward_model_learns_from_peoples_votes(tmp_path: Path, shared_data: P
     path = str(shared_data / "preference" / "hh_harmless" / "pairs.jsonl.gz")
     found = load_preferences([path], "align.reward", limit=12)
     few = type(found)(found.train, found.held_out[:6], found.set_aside)
-    settings = RewardSettings(data=(path,), batch_size=4, **TINY)
+    settings = RewardSettings(data=(path,), batch_size=4, eval_tokens=512, **TINY)
     summary = train_reward(
         model(context_length=1024), tokenizer(), settings, out=tmp_path, preferences=few, console=QUIET
     ).summary

@@ -28,7 +28,10 @@ from groundup.alignment.classify import (
     classification_figures,
     load_labelled,
 )
+from groundup.alignment.distill import DistillSettings
 from groundup.alignment.heads import Head, outputs_of
+from groundup.alignment.online_dpo import OnlineDPOSettings
+from groundup.alignment.ppo import PPOSettings
 from groundup.alignment.preferences import Encoded, PreferenceRows, load_preferences
 from groundup.alignment.reward import PairwiseRanking, RewardSettings, Scorer, ranking_figures, score_batch
 from groundup.errors import ArtifactError, DataError
@@ -241,9 +244,19 @@ def test_two_processes_do_what_one_does(tmp_path: Path, kind: str) -> None:
         assert one == pytest.approx(other, rel=1e-3, abs=2e-4)
 
 
-def test_settings_of_the_next_token_are_refused() -> None:
-    with pytest.raises(ValidationError, match="label_smoothing, z_loss"):
-        RewardSettings(data="x", z_loss=1e-4, label_smoothing=0.1)
-    with pytest.raises(ValidationError, match="z_loss"):
-        ClassifySettings(data="x", z_loss=1e-4)
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        (RewardSettings, {"z_loss": 1e-4, "label_smoothing": 0.1}, "label_smoothing, z_loss: would do nothing"),
+        (ClassifySettings, {"data": "x", "z_loss": 1e-4}, "z_loss: would do nothing"),
+        (ClassifySettings, {"data": "x", "safety": True, "text_field": "said"}, "no text_field"),
+        (OnlineDPOSettings, {"label_smoothing": 0.1}, "label_smoothing: would do nothing"),
+        (PPOSettings, {"eval_tokens": 9, "keep_best": True}, "eval_tokens, keep_best: would do nothing"),
+        (DistillSettings, {"z_loss": 1e-4}, "label_smoothing and z_loss are of answers"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(kind: Any, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        kind(**settings)
     assert ClassifySettings(data="x", label_smoothing=0.1)
+    assert DistillSettings(level="sequence", prompts="x", z_loss=1e-4)

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 import xxhash
 from jaxtyping import Float
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from groundup.alignment.conversations import HELD_OUT_SHARE, count_reasons, read_data, too_little
@@ -62,6 +63,12 @@ class ClassifySettings(RecordsSettings):
         "refusal, harmless or harmful, for groundup safety",
     )
     epochs: float = setting(3.0, "passes over the texts", gt=0.0, le=1000.0)
+
+    @model_validator(mode="after")
+    def _one_kind_of_data(self) -> ClassifySettings:
+        if self.safety and self.model_fields_set & {"text_field", "label_field"}:
+            raise ValueError("safety = true: preferences have no text_field and no label_field: leave them unset")
+        return self
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,8 @@ class DistillSettings(AlignSettings, OptimizerSettings):
     def _answers_need_questions(self) -> DistillSettings:
         if self.level == "sequence" and not (self.prompts and self.own_share and self.own_tokens):
             raise ValueError('level = "sequence": name prompts to answer, and leave own_share and own_tokens above 0')
+        if self.level == "token" and (self.label_smoothing or self.z_loss):
+            raise ValueError('label_smoothing and z_loss are of answers, level = "sequence": leave them unset')
         return self
 
 

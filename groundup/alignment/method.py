@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
-from pydantic import model_validator
 from torch import Tensor, nn
 
 from groundup.alignment.conversations import data_fingerprint
@@ -38,20 +37,13 @@ class RecordsSettings(AlignSettings, AdapterSettings, OptimizerSettings):
     """What every stage can be told that learns from records of a file, each of them a row."""
 
     rates_follow_size: ClassVar[bool] = False
-    without: ClassVar[tuple[str, ...]] = ("z_loss",)  # of the next token's loss, for which its own has no use
+    without: ClassVar[tuple[str, ...]] = ("z_loss",)  # of the next token's loss
 
     limit: int | None = setting(None, "most records to learn from (unset: all)", ge=1)
     epochs: float = setting(1.0, "passes over them", gt=0.0, le=1000.0)
     optimizer: OptimizerName = setting("adamw", "adamw, muon, lion or adafactor")
     lr: float = setting(5e-5, "peak learning rate of all but Muon (with adapters, ten times that)", gt=0.0, le=1.0)
     weight_decay: float = setting(0.0, "decoupled weight decay, on matrices only", ge=0.0, le=10.0)
-
-    @model_validator(mode="after")
-    def _of_its_loss(self) -> RecordsSettings:
-        wrong = [name for name in self.without if getattr(self, name)]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong)}: of the next token's loss, which is not learned here: leave unset")
-        return self
 
 
 @dataclass(frozen=True)

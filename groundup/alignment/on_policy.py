@@ -73,6 +73,7 @@ class OnPolicySettings(AlignSettings, AnswerSettings, AdapterSettings, Optimizer
     """What every method can be told that learns from its own answers."""
 
     rates_follow_size: ClassVar[bool] = False
+    without = ("label_smoothing", "z_loss", "eval_tokens", "keep_best")  # of other losses, and of a held-out one
 
     optimizer: OptimizerName = setting("adamw", "adamw, muon, lion or adafactor")
     lr: float = setting(1e-5, "peak learning rate of all but Muon (small models: 1e-4 and more)", gt=0.0, le=1.0)

@@ -49,9 +49,11 @@ class OptimizerSettings(Section):
 
     Attributes:
         rates_follow_size: of next-token prediction, the rates follow from the model's one number, if it has one.
+        without: what would do nothing in this stage, and is refused.
     """
 
     rates_follow_size: ClassVar[bool] = True
+    without: ClassVar[tuple[str, ...]] = ()
 
     batch_size: int = setting(32, "sequences in one optimizer step, over all devices", ge=1)
     micro_batch_size: int | None = setting(
@@ -149,6 +151,8 @@ class OptimizerSettings(Section):
             )
         if self.batch_warmup_from is not None and self.batch_size % self.batch_warmup_from:
             raise ValueError(f"batch_warmup_from {self.batch_warmup_from} does not divide batch_size {self.batch_size}")
+        if idle := [name for name in self.without if getattr(self, name)]:
+            raise ValueError(f"{', '.join(idle)}: would do nothing in this stage: leave unset")
         return self
 
     def fingerprint_values(self) -> dict[str, Any]:
