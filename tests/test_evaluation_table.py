@@ -281,10 +281,13 @@ def test_the_gates_on_answers_pass_at_their_border_and_fail_beyond(gates, passes
 def test_a_gate_may_be_on_a_figure_of_the_stages_own(tmp_path):
     own = gate("val_loss", model="sft", max=1.5)
     recipe, run = read("[align.sft]", (), own), Run(tmp_path)
-    for loss, passes in ((None, None), (1.5, True), (1.6, False)):
+    (waiting,) = compare(recipe, run)["gates"]
+    assert (waiting["passed"], waiting["text"]) == (None, "val_loss of sft: at most 1.5")
+    for loss, passes, words in ((None, False, "was not measured"), (1.5, True, "is 1.5"), (1.6, False, "is 1.6")):
         mark_done(recipe, run, {"sft": {"val_loss": loss}})
         (found,) = compare(recipe, run)["gates"]
         assert found["passed"] is passes
+        assert found["text"] == f"val_loss of sft: at most 1.5, {words}"
     (stale,) = compare(read("[align.sft]\nepochs = 2.0", (), own), run)["gates"]
     assert stale["passed"] is None
 

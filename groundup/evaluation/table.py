@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from groundup.errors import ArtifactError, DataError, GroundupError
@@ -103,7 +103,7 @@ def compare(recipe: Recipe, run: Run) -> dict[str, Any]:
     before, after = (_by_kind(scores.get(name, _NOTHING)) for name in (starts.get(shown, ""), shown))
     return {
         "rows": rows,
-        "gates": [_gate(gate, stages, figures) for gate in recipe.evaluate.gates],
+        "gates": [_gate(gate, stages, figures, current) for gate in recipe.evaluate.gates],
         "model": shown,
         "by_kind": {kind: {"before": before.get(kind), "after": value} for kind, value in after.items()},
         "answers": _answers(run, shown, scores.get(shown, _NOTHING)),
@@ -189,7 +189,10 @@ def _refuse(what: str, fix: str) -> None:
     raise DataError(what, fix)
 
 
-def _gate(gate: Gate, stages: Mapping[str, Stage], figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _gate(
+    gate: Gate, stages: Mapping[str, Stage], figures: Mapping[str, Mapping[str, Any]], done: Set[str]
+) -> dict[str, Any]:
+    """How a gate is met; one on a figure that its finished stages did not measure is missed."""
     places = [gate.model]
     words = [_label(gate.metric), f"of {gate.model}"]
     if gate.over is not None:
@@ -201,14 +204,17 @@ def _gate(gate: Gate, stages: Mapping[str, Stage], figures: Mapping[str, Mapping
     bounds = [f"at least {gate.min:g}"] if gate.min is not None else []
     bounds += [f"at most {gate.max:g}"] if gate.max is not None else []
     passed = value is not None and (gate.min is None or value >= gate.min) and (gate.max is None or value <= gate.max)
+    measured_by = [f"evaluate/{name}" if gate.metric in LABELS or "." in gate.metric else name for name in places]
+    is_done = {*measured_by} <= done
+    outcome = f", is {value:.4g}" if value is not None else ", was not measured" if is_done else ""
     return {
         "key": gate.metric,
         "label": f"{_label(gate.metric)}, {gate.model}",
         "model": gate.model,
         "over": gate.over,
         "value": value,
-        "measured_by": [f"evaluate/{name}" if gate.metric in LABELS or "." in gate.metric else name for name in places],
+        "measured_by": measured_by,
         "bounds": " and ".join(bounds) + (f" over {gate.over}" if gate.over else ""),
-        "text": f"{' '.join(words)}: {' and '.join(bounds)}" + ("" if value is None else f", is {value:.4g}"),
-        "passed": None if value is None else passed,
+        "text": f"{' '.join(words)}: {' and '.join(bounds)}{outcome}",
+        "passed": passed if is_done or value is not None else None,
     }

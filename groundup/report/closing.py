@@ -128,6 +128,7 @@ def _row(row: Mapping[str, Any], gates: Sequence[Mapping[str, Any]] = ()) -> Clo
     key = str(row.get("key", ""))
     before, after = (mapping(row.get(name)) for name in ("before", "after"))
     n, outcomes = format_many(after.get("n")), [gate.get("passed") for gate in gates]
+    is_measured = all(is_number(gate.get("value")) for gate in gates)
     return ClosingRow(
         key=key,
         model=str(row.get("model", "")),
@@ -136,6 +137,6 @@ def _row(row: Mapping[str, Any], gates: Sequence[Mapping[str, Any]] = ()) -> Clo
         after=format_figure(key, after.get("value")),
         stderr=format_stderr(key, after.get("stderr")),
         n=f"{n} {after.get('unit') or ''}".strip() if n else "",
-        gate="; ".join(str(gate.get("bounds", "")) for gate in gates) + (", not measured" if None in outcomes else ""),
+        gate="; ".join(str(gate.get("bounds", "")) for gate in gates) + ("" if is_measured else ", not measured"),
         gate_passed=all(outcomes) if outcomes and None not in outcomes else None,
     )
