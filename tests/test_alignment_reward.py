@@ -31,12 +31,12 @@ from groundup.alignment.classify import (
 from groundup.alignment.distill import DistillSettings
 from groundup.alignment.heads import Head, outputs_of
 from groundup.alignment.online_dpo import OnlineDPOSettings
-from groundup.alignment.ppo import PPOSettings
+from groundup.alignment.ppo import PPOSettings, ppo
 from groundup.alignment.preferences import Encoded, PreferenceRows, load_preferences
 from groundup.alignment.reward import PairwiseRanking, RewardSettings, Scorer, ranking_figures, score_batch
 from groundup.errors import ArtifactError, DataError
 from groundup.interop import load_model
-from groundup.tokenizer import render
+from groundup.tokenizer import Tokenizer, render
 from groundup.training.process import limited_threads
 
 RANKED = [
@@ -128,6 +128,9 @@ def test_a_reward_model_learns_and_says_what_it_learned(tmp_path: Path) -> None:
         Classifier.load(tmp_path / "after" / "out")
     loaded, _ = load_model(tmp_path / "after" / "out" / "model")
     assert loaded.lm_head is not None
+    stranger, settings = Tokenizer.train(["Other words."], vocab_size=300), PPOSettings(reward="rm", examples=100)
+    with pytest.raises(DataError, match=r"\[align\.ppo\] reward = 'rm': the reward model has another tokenizer"):
+        ppo(model(context_length=256), stranger, settings, reward=scorer, out=tmp_path / "ppo")
 
 
 def test_figures_of_rankings() -> None:

@@ -426,7 +426,11 @@ class AnswersMethod(AlignmentMethod):
     def prompts_and_reward(
         self, inputs: Inputs, prompts: Prompts | None, reward: FunctionReward | nn.Module | None
     ) -> tuple[Prompts, FunctionReward | nn.Module]:
-        """Those that are given, or those that the settings name."""
+        """Those that are given, or those that the settings name.
+
+        Raises:
+            DataError: no prompts, no such function, or a reward model of another tokenizer.
+        """
         settings = inputs.settings
         if prompts is None:
             room = inputs.model.config.context_length - settings.max_tokens
@@ -436,6 +440,12 @@ class AnswersMethod(AlignmentMethod):
         if reward is None:
             where, seconds = f"[{inputs.section}] reward = {settings.reward!r}", settings.reward_seconds
             reward = FunctionReward(settings.reward, where, seconds=seconds, in_process=settings.reward_process)
+        if isinstance(reward, Scorer) and reward.tokenizer.fingerprint != inputs.tokenizer.fingerprint:
+            raise DataError(
+                f"[{inputs.section}] reward = {settings.reward!r}: the reward model has another tokenizer than the "
+                "model that answers, whose ids it would read.",
+                "Start both stages from models of one tokenizer.",
+            )
         return prompts, reward
 
     def needs(self, stage: Stage) -> tuple[str, ...]:
