@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from test_serving_templates import CHATML, FAMILIES, make_folder
 
 from groundup.alignment import ConversationRows, Conversations, SFTSettings, fine_tune
-from groundup.alignment.preferences import encode_answer
+from groundup.alignment.preferences import Preference, PreferenceRows, Preferences, encode_answer
+from groundup.alignment.rewards import load_prompts
 from groundup.console import Console
 from groundup.errors import DataError
 from groundup.generation.calculator import write_call
@@ -131,11 +133,23 @@ def rows(tokenizer: Any, talks: list[list[Message]]) -> ConversationRows:
     return ConversationRows(Conversations(talks[:half], talks[half:], {}), tokenizer, 256, SFTSettings(batch_size=2), 1)
 
 
-def test_a_conversation_that_the_template_refuses_is_counted() -> None:
+def test_a_conversation_that_the_template_refuses_is_counted(tmp_path: Path) -> None:
     tokenizer, _ = family("llama3")
     odd: list[Message] = [{"role": "user", "content": "\ufdd0" + "".join(map(chr, range(0xFDD0, 0xFDF0)))}, TALKS[0][1]]
     source = rows(tokenizer, [TALKS[0], odd, TALKS[0], TALKS[0]])
     assert [str(error) for error in source.refused] == ["the conversation has code points that are no characters."]
+    wrong: list[Message] = [{"role": "assistant", "content": "No."}]
+    pairs = [Preference(talk[:1], [talk[1:], wrong]) for talk in (TALKS[0], odd, TALKS[0], TALKS[0])]
+    found = PreferenceRows(Preferences(pairs[:2], pairs[2:], {}), tokenizer, 256, seed=1)
+    assert (len(found.train), len(found.held_out), len(found.refused)) == (1, 2, 1)
+    talks = [odd, *([{**TALKS[0][0], "content": str(n)}, TALKS[0][1]] for n in range(30))]
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    prompts = load_prompts([str(path)], 0, 1, tokenizer, 256, "align.grpo")
+    assert len(prompts.train) + len(prompts.held_out) == 30
+    path.write_text((json.dumps({"messages": odd}) + "\n") * 2)
+    with pytest.raises(DataError, match="no characters"):
+        load_prompts([str(path)], 0, 1, tokenizer, 256, "align.grpo")
 
 
 def test_what_is_learned_of_a_preference_is_its_answer() -> None:

@@ -245,6 +245,7 @@ class PreferenceRows(RecordRows[Encoded]):
         train, held_out: the preferences in tokens.
         shortened: how many lost turns of their prompt.
         left_out: how many did not fit.
+        refused: why the chat template of an imported model does not take some, which are dropped, too.
 
     Raises:
         DataError: nothing fits.
@@ -255,6 +256,7 @@ class PreferenceRows(RecordRows[Encoded]):
         section: str = "align", *, for_scores: bool = False,
     ) -> None:  # fmt: skip
         self.shortened = self.left_out = 0
+        self.refused: list[DataError] = []
         self.seed, self.set_aside = seed, sum(preferences.set_aside.values())
         self._tokenizer, self._most, self._for_scores = tokenizer, context_length, for_scores
         self.train, self.held_out = (
@@ -262,6 +264,8 @@ class PreferenceRows(RecordRows[Encoded]):
             for side in (preferences.train, preferences.held_out)
         )
         if not self.train or not self.held_out:
+            if self.refused:
+                raise self.refused[0]
             raise DataError(
                 f"[{section}]: of {self.left_out} preferences no answer fits into the model's context.",
                 f"Raise [model] context_length = {context_length}, or use shorter answers.",
@@ -291,6 +295,11 @@ class PreferenceRows(RecordRows[Encoded]):
             console.warn(
                 f"{inputs.name}: {rows.left_out} preferences are longer than the context of {length} tokens and are "
                 f"left out; {rows.shortened} lost their oldest turns."
+            )
+        if rows.refused:
+            console.warn(
+                f"{inputs.name}: {len(rows.refused)} preferences cannot be laid out and were dropped. The first: "
+                f"{rows.refused[0]}"
             )
         return rows
 
@@ -336,7 +345,13 @@ class PreferenceRows(RecordRows[Encoded]):
     def _encode(self, one: Preference) -> Encoded | None:
         prompt = one.prompt
         while True:
-            texts = [encode_answer(self._tokenizer, prompt, said, for_scores=self._for_scores) for said in one.answers]
+            try:
+                texts = [
+                    encode_answer(self._tokenizer, prompt, said, for_scores=self._for_scores) for said in one.answers
+                ]
+            except DataError as error:
+                self.refused.append(error)
+                return None
             if max(len(ids) for ids, _ in texts) <= self._most:
                 break
             if len(prompt) < 2:

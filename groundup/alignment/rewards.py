@@ -69,11 +69,16 @@ def load_prompts(
         DataError: no prompt is left.
     """
     sides: tuple[list[Prompt], list[Prompt]] = ([], [])
+    refused: list[DataError] = []
     too_long = 0
 
     def add(side: int, messages: Sequence[Message], known: tuple[str, ...]) -> None:
         nonlocal too_long
-        ids = render(tokenizer, messages, add_generation_prompt=True).ids
+        try:
+            ids = render(tokenizer, messages, add_generation_prompt=True).ids
+        except DataError as error:  # the chat template of an imported model does not take it
+            refused.append(error)
+            return
         if len(ids) > room:
             too_long += 1
         else:
@@ -91,7 +96,13 @@ def load_prompts(
                     add(side, messages[:last], (messages[last]["content"],))
     if console is not None and too_long:
         console.warn(f"[{section}] data: {too_long:,} prompts have more than {room} tokens and were left out.")
+    if console is not None and refused:
+        console.warn(
+            f"[{section}] data: {len(refused):,} prompts cannot be laid out and were dropped. The first: {refused[0]}"
+        )
     if not all(sides):
+        if refused:
+            raise refused[0]
         raise DataError(
             f"[{section}] data = {list(data)}: {len(sides[0])} prompts to answer, {len(sides[1])} held out"
             + (f", {too_long:,} longer than {room} tokens." if too_long else "."),
