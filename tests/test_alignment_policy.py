@@ -127,13 +127,14 @@ def test_a_model_with_dropout_learns_without_it():
     assert plain.train()(torch.tensor([[1, 2, 3]])).equal(model.eval()(torch.tensor([[1, 2, 3]])))
 
 
-def test_beta_follows_the_divergence_and_goes_on_with_the_checkpoint(tmp_path):
-    run(tmp_path, buffers=4, kl_target=0.001)
+@pytest.mark.parametrize(("horizon", "share"), [({}, 32 / 1000), ({"kl_horizon": 64}, 0.5), ({"kl_horizon": 2}, 1.0)])
+def test_beta_follows_the_divergence_and_goes_on_with_the_checkpoint(tmp_path, horizon, share):
+    run(tmp_path, buffers=4, kl_target=0.001, **horizon)
     found = [line["kl_coef"] for line in read_log(tmp_path / "metrics.jsonl")]
     steps = PPOSettings(**COMMON).steps_per_buffer
     # kl is over its target in every buffer but the first: each time as much as one step may be
     assert found[steps] < found[0]
-    assert found[2 * steps] / found[steps] == pytest.approx(1 + 0.2 * 32 / 10_000, rel=1e-5)
+    assert found[2 * steps] / found[steps] == pytest.approx(1 + 0.2 * share, rel=1e-5)
 
 
 def test_pairs_are_the_best_and_the_worst_of_their_prompts_answers(tmp_path):
@@ -315,6 +316,8 @@ def test_settings_that_do_not_fit_are_named():
         for kind in (PPOSettings, GRPOSettings, OnlineDPOSettings):
             with pytest.raises(ValueError, match=said):
                 kind(**settings)
+    with pytest.raises(ValueError, match="kl_horizon: β stays without kl_target"):
+        PPOSettings(kl_horizon=10)
     with pytest.raises(ValueError, match="group 7 does not divide"):
         GRPOSettings(group=7)
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from groundup.alignment import losses
@@ -46,6 +47,9 @@ class PPOSettings(OnPolicySettings):
     kl_target: float | None = setting(
         None, "adapt β so that an answer's KL divergence to the start comes to this, in nats (unset: β stays)", gt=0.0
     )
+    kl_horizon: int = setting(
+        1_000, "kl_target: in so many answers β changes by a fifth, where the divergence is far from its target", ge=1
+    )
     gamma: float = setting(1.0, "γ: what a reward one token later is worth", gt=0.0, le=1.0)
     lam: float = setting(
         0.95, "λ of the advantages: 1: unbiased and noisy, 0: from the value model alone", ge=0.0, le=1.0
@@ -55,6 +59,17 @@ class PPOSettings(OnPolicySettings):
     value_coef: float = setting(0.5, "c_V: the weight of the value model's loss", ge=0.0)
     shared_trunk: bool = setting(False, "values come from a head on the policy: half the memory, and less stable")
     reward_clip: float | None = setting(10.0, "the most that a score counts, either way", gt=0.0)
+
+    @model_validator(mode="after")
+    def _a_horizon_has_a_target(self) -> PPOSettings:
+        if self.kl_target is None and "kl_horizon" in self.model_fields_set:
+            raise ValueError("kl_horizon: β stays without kl_target: set it, or leave both unset")
+        return self
+
+    def fingerprint_values(self) -> dict[str, Any]:
+        """Without a target it is as if there were no horizon."""
+        values = super().fingerprint_values()
+        return values if self.kl_target is not None else {name: v for name, v in values.items() if name != "kl_horizon"}
 
 
 class ValueHead(nn.Linear):
@@ -107,7 +122,8 @@ class PPO(OnPolicyAlgorithm):
         coef = float(last[STAT + "kl_coef"][0]) if last else settings.kl_coef
         if last and settings.kl_target is not None:
             kl = float(last[STAT + "kl"].mean())
-            coef = losses.adaptive_kl_coef(coef, kl, target=settings.kl_target, horizon=10_000, n=self.buffer_rows)
+            n, horizon = min(self.buffer_rows, settings.kl_horizon), settings.kl_horizon  # a fifth at most, or β < 0
+            coef = losses.adaptive_kl_coef(coef, kl, target=settings.kl_target, horizon=horizon, n=n)
         most = math.inf if settings.reward_clip is None else settings.reward_clip
         scores = batch["rewards"].nan_to_num(0.0).clamp(-most, most)
         rewards = losses.token_rewards(scores, losses.kl_estimate(batch["old"], reference), mask, kl_coef=coef)
