@@ -199,8 +199,8 @@ def test_values_from_a_shared_trunk_are_learned_too(tmp_path):
     assert summary["parameters"] < 1.1 * sum(p.numel() for p in policy().parameters())
 
 
-@pytest.mark.parametrize("in_process", [False, True])
-def test_a_reward_that_fails_is_counted_and_has_no_say(tmp_path, in_process):
+@pytest.mark.parametrize("own_process", [False, True])
+def test_a_reward_that_fails_is_counted_and_has_no_say(tmp_path, own_process):
     (tmp_path / "bad.py").write_text(
         "import time, os\n"
         "def score(messages, answer, known):\n"
@@ -209,12 +209,12 @@ def test_a_reward_that_fails_is_counted_and_has_no_say(tmp_path, in_process):
         "    if answer == 'die' and messages[0]['content'] == 'process': os._exit(3)\n"
         "    return {'nan': float('nan'), 'text': '1.0', 'none': None, 'true': True}.get(answer, 0.5)\n"
     )
-    reward = FunctionReward(f"{tmp_path}/bad.py:score", "[x] reward", seconds=0.5, in_process=in_process)
-    prompt = Prompt([{"role": "user", "content": "process" if in_process else "here"}], [1], ("4",))
+    reward = FunctionReward(f"{tmp_path}/bad.py:score", "[x] reward", seconds=0.5, own_process=own_process)
+    prompt = Prompt([{"role": "user", "content": "process" if own_process else "here"}], [1], ("4",))
     answers = ["raise", "fine", "hang", "nan", "text", "none", "true", "die", "fine"]
     found = reward([prompt] * len(answers), answers)
     reward.close()
-    expected = [math.nan, 0.5, math.nan, math.nan, math.nan, math.nan, 1.0, math.nan if in_process else 0.5, 0.5]
+    expected = [math.nan, 0.5, math.nan, math.nan, math.nan, math.nan, 1.0, math.nan if own_process else 0.5, 0.5]
     assert [repr(value) for value in found] == [repr(value) for value in expected]
     assert len(reward.failures) == sum(map(math.isnan, expected))
 

@@ -459,6 +459,14 @@ def test_interrupted_pretraining_shows_its_curve_so_far(tmp_path):
     assert "damaged" not in page.text
 
 
+def test_interrupted_reinforcement_learning_says_where_its_figures_end(tmp_path):
+    run = fake_run(tmp_path / "part")
+    run.forget("evaluate")
+    (run.folder("sft") / "stage.json").unlink()
+    lines(run.folder("sft") / "metrics.jsonl", [{"step": step, "policy": 0.1, "reward": 0.5} for step in (1, 7)])
+    assert "Not finished: the figures end at step 7" in Page(write_report(run)).text
+
+
 def test_single_step_and_overflowed_losses(tmp_path):
     run = fake_run(tmp_path / "short")
     first = {"step": 1, "tokens": 10, "loss": 7.6, "lr": 0.0, "grad_norm": 1.0}

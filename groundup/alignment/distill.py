@@ -362,9 +362,9 @@ def _texts(
     each write a share.
     """
     settings, world = inputs.settings, inputs.world
-    dtype, _ = choose_precision(settings.precision, next(teacher.parameters()).device.type)
+    dtype, _ = choose_precision(settings.precision, world.device.type)
     dtype = dtype if dtype == torch.bfloat16 else torch.float32
-    engine = Engine(teacher, inputs.tokenizer, slots=32, dtype=dtype)
+    engine = Engine(teacher.to(world.device), inputs.tokenizer, slots=32, dtype=dtype)
     waiting, place, n_tokens = iter(prompts), inputs.seed, 0
     with inputs.console.bar(f"{inputs.name}: {what}", settings.own_tokens) as bar:
         while chunk := list(itertools.islice(waiting, world.size * _TEXTS_AT_ONCE)):

@@ -439,7 +439,7 @@ class AnswersMethod(AlignmentMethod):
             )
         if reward is None:
             where, seconds = f"[{inputs.section}] reward = {settings.reward!r}", settings.reward_seconds
-            reward = FunctionReward(settings.reward, where, seconds=seconds, in_process=settings.reward_process)
+            reward = FunctionReward(settings.reward, where, seconds=seconds, own_process=settings.reward_process)
         if isinstance(reward, Scorer) and reward.tokenizer.fingerprint != inputs.tokenizer.fingerprint:
             raise DataError(
                 f"[{inputs.section}] reward = {settings.reward!r}: the reward model has another tokenizer than the "

@@ -135,7 +135,7 @@ class FunctionReward:
         spec: `file.py:function`; `groundup:verify` is `is_right`.
         where: in the recipe, for messages.
         seconds: that it may take for an answer; then it has failed.
-        in_process: call it in a process of its own, which is ended if it hangs or dies.
+        own_process: call it in a process of its own, which is ended if it hangs or dies.
 
     Attributes:
         is_verification: it is `is_right`.
@@ -145,11 +145,11 @@ class FunctionReward:
         DataError: there is no such function, or its file is not trusted.
     """
 
-    def __init__(self, spec: str, where: str, *, seconds: float = 10.0, in_process: bool = False) -> None:
+    def __init__(self, spec: str, where: str, *, seconds: float = 10.0, own_process: bool = False) -> None:
         self._spec, self.where, self._seconds = spec, where, seconds
         self.is_verification = spec == VERIFY
         self._function = None if self.is_verification else load_function(spec, where, _EXAMPLE)
-        self._in_process = in_process and not self.is_verification
+        self._own_process = own_process and not self.is_verification
         self._worker: Any = None
         self.failures: list[str] = []
 
@@ -172,7 +172,7 @@ class FunctionReward:
             return float(is_right(prompt, answer))
         arguments = prompt.messages, answer, prompt.known[0] if prompt.known else ""
         try:
-            value = self._ask(arguments) if self._in_process else _in_time(self._seconds, self._function, arguments)
+            value = self._ask(arguments) if self._own_process else _in_time(self._seconds, self._function, arguments)
             reward = float(value) if not isinstance(value, str | bytes) else math.nan
         except (Exception, SystemExit) as error:
             self.failures.append(in_words(error))

@@ -1,6 +1,6 @@
 """Rollouts: answers that a model writes to prompts, as tensors to learn from or to score.
 
-PPO, GRPO, rejection sampling and evaluation take theirs here. A row is a prompt, the answer, and the token that ended
+PPO, GRPO, online DPO and rejection sampling take theirs here. A row is a prompt, the answer, and the token that ended
 it, which is part of the answer: a model has to learn to stop. A row's answer is a function of its prompt and seed,
 whatever else is written beside it, so that any process can make any row.
 """

@@ -169,7 +169,7 @@ def _training(record: RunRecord, name: str, curve: Curve) -> dict[str, Any]:
         "stage": name,
         "title": stage.title if stage.title == name else f"{stage.title}: {name}",
         "state": stage.state,
-        "last_step": curve.train[-1]["step"] if curve.train else 0,
+        "last_step": curve.lines[-1]["step"] if curve.lines else 0,
         "facts": facts,
         "loss": loss_chart(f"{name}-loss", curve, expected if is_number(expected) else None) if curve.train else None,
         "curves": [chart for chart in others if chart is not None],
