@@ -127,9 +127,9 @@ def test_a_model_with_dropout_learns_without_it():
     assert plain.train()(torch.tensor([[1, 2, 3]])).equal(model.eval()(torch.tensor([[1, 2, 3]])))
 
 
-@pytest.mark.parametrize(("horizon", "share"), [({}, 32 / 1000), ({"kl_horizon": 64}, 0.5), ({"kl_horizon": 2}, 1.0)])
+@pytest.mark.parametrize(("horizon", "share"), [({}, 32 / 1000), ({"kl_horizon": 2}, 1.0)])
 def test_beta_follows_the_divergence_and_goes_on_with_the_checkpoint(tmp_path, horizon, share):
-    run(tmp_path, buffers=4, kl_target=0.001, **horizon)
+    run(tmp_path, buffers=3, held_out=0, kl_target=0.001, **horizon)
     found = [line["kl_coef"] for line in read_log(tmp_path / "metrics.jsonl")]
     steps = PPOSettings(**COMMON).steps_per_buffer
     # kl is over its target in every buffer but the first: each time as much as one step may be
@@ -252,6 +252,17 @@ def test_an_answer_that_was_cut_off_is_not_right_and_costs_its_missing_end(tmp_p
         assert (first["ended"], first["held_out_right"]) == (0.0, 0.0)
         earned.append((first["reward"], first["held_out_reward"]))
     assert earned[1] == pytest.approx([found - 0.5 for found in earned[0]])
+
+
+def test_held_out_figures_have_standard_errors_over_the_prompts_with_a_reward(tmp_path, monkeypatch):
+    def scores(reward, asked, rolled):
+        return torch.arange(len(asked)).float().where(torch.arange(len(asked)) > 0, torch.nan)
+
+    monkeypatch.setattr(on_policy, "scores_of", scores)
+    summary = run(tmp_path, buffers=1, epochs=1).summary
+    known = torch.arange(1.0, summary["held_out_n"])
+    assert (summary["held_out_reward"], summary["held_out_reward_n"]) == (known.mean(), len(known))
+    assert summary["held_out_reward_stderr"] == pytest.approx(float(known.std()) / math.sqrt(len(known)))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

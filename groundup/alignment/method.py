@@ -268,7 +268,7 @@ def reported(**sums: Tensor) -> dict[str, Term]:
 
 
 def share_with_error(name: str, values: np.ndarray) -> dict[str, float]:
-    """A mean of values between 0 and 1 as figures: itself, its standard error, and of how many."""
+    """A mean as figures: itself, its standard error, and of how many."""
     error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
     return {name: float(values.mean()), f"{name}_stderr": error, f"{name}_n": len(values)}
 

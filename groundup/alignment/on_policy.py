@@ -25,7 +25,7 @@ from groundup.alignment import losses
 from groundup.alignment.heads import HEAD_FOLDER
 from groundup.alignment.lora import AdapterSettings, adapters_off, merged
 from groundup.alignment.losses import aggregate, aggregate_count, kl_estimate, logprobs_head, sequence_logprobs
-from groundup.alignment.method import AlignmentMethod, Inputs, reported
+from groundup.alignment.method import AlignmentMethod, Inputs, reported, share, share_with_error
 from groundup.alignment.packing import COLUMNS
 from groundup.alignment.reward import Scorer
 from groundup.alignment.rewards import VERIFY, FunctionReward, Prompt, Prompts, is_right, load_prompts
@@ -264,12 +264,13 @@ class OnPolicyAlgorithm:
         return self.learn_from(modules, batch, reference, last), float(flops)
 
     def final(self, model: Transformer) -> dict[str, float]:
-        """What held-out prompts earn at the end, of how many that is the mean, and how much was written."""
+        """What held-out prompts earn at the end, with standard errors, and how much was written."""
         found: dict[str, float] = {}
         with torch.no_grad(), merged(model):
             asked = self._held_out(self._engine(model), 0)
         for name, values in asked.items():
-            found |= {"held_out_n": len(values), name: float(values.nanmean())}
+            earned = values[~values.isnan()].double().numpy()
+            found |= {**(share_with_error(name, earned) if len(earned) else {}), "held_out_n": len(values)}
         written = self.settings.buffers * self.settings.rollouts
         counts = {"prompts": len(self.prompts.train), "prompts_too_long": self.prompts.too_long, "answers": written}
         return found | counts
@@ -476,8 +477,8 @@ class PolicyMethod(AnswersMethod):
     algorithm: ClassVar[type[OnPolicyAlgorithm]]
     unit: ClassVar[str] = "tokens"
     facts = (
-        ("reward on held-out prompts", "{held_out_reward:.3f}"),
-        ("of them right", "{held_out_right:.1%}"),
+        ("reward on held-out prompts", "{held_out_reward:.3f} ±{held_out_reward_stderr:.3f}"),
+        ("of them right", share("held_out_right")),
         ("prompts", "{prompts:,}"),
         ("answers written", "{answers:,}"),
     )
