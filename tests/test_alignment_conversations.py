@@ -73,9 +73,11 @@ def test_the_forms_that_people_have_are_found_and_said(
     tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines([FORMS[form]] * 20))
-    found = load(tmp_path / "a.jsonl", Console())
+    (tmp_path / "b.jsonl").write_bytes(lines([talk("Q?", "A.")] * 9))
+    found = load(tmp_path, Console())
     assert found.train[0] == talk("Q?", "A.")["messages"]
-    assert f"20 records of {form}." in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"a.jsonl: 20 records of {form}; b.jsonl: 9 records of messages." in said
 
 
 def test_what_a_question_is_about_follows_it(tmp_path: Path) -> None:

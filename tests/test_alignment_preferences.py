@@ -72,6 +72,7 @@ PAIR = Preference([USER], [[GOOD], [BAD]])
 FORMATS = {
     "strings": {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."},
     "messages": {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+    "messages in cells": {"prompt": json.dumps([USER]), "chosen": json.dumps([GOOD]), "rejected": json.dumps([BAD])},
     "one message": {"prompt": [USER], "chosen": GOOD, "rejected": BAD},
     "whole conversations": {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
     "both": {"prompt": "Hi", "chosen": [USER, GOOD], "rejected": [USER, BAD], "score_chosen": 3},
@@ -96,7 +97,10 @@ def test_formats_that_people_have(tmp_path: Path, name: str) -> None:
 
 def test_rankings_judged_answers_and_what_is_made_of_them(tmp_path: Path) -> None:
     ranking = {"messages": [USER], "ranking": ["a", "b", "c"]}
-    judged = [{"prompt": "Hi", "completion": text, "label": text == "Hello!"} for text in ("Hello!", "Go away.")]
+    judged = [
+        {"prompt": "Hi", "completion": text, "label": label}
+        for text, label in (("Hello!", "true"), ("Go away.", False))
+    ]
     found = load(written(tmp_path / "a.jsonl", [*RECORDS, ranking, *judged]))
     [one] = [one for one in everything(found) if len(one.answers) == 3]
     assert [answer[0]["content"] for answer in one.answers] == ["a", "b", "c"]
@@ -125,6 +129,7 @@ BAD_RECORDS = {
     "no text field   ": {"prompt": [{"role": "robot", "content": "Hi"}], "chosen": "a", "rejected": "b"},
     "no text field    ": {"chosen": "a", "rejected": "b"},
     "no text field     ": {"prompt": "Hi", "ranking": "[" * 100_000},
+    "invalid JSON ": {"prompt": "Hi", "chosen": '[{"role": "assistant", "content": "a', "rejected": "b"},
     "empty  ": {"prompt": "Hi", "chosen": "[" * 100_000, "rejected": ""},
     "NUL characters": {"prompt": "Hi\0", "chosen": "a", "rejected": "b"},
 }

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from distill_job import FAST
 from rl_job import policy, prompts, tokenizer
+from shards_bytes import document
 
+from groundup.alignment import Conversations, SFTSettings, fine_tune
+from groundup.alignment.distill import DistillSettings, distill
+from groundup.alignment.rejection import RejectionSettings, rejection_sampling
+from groundup.alignment.rewards import load_prompts
 from groundup.generation import Engine, SamplingParams
 from groundup.generation.calculator import calculate, write_call
 from groundup.generation.rollouts import roll_out, use_calculator
+from groundup.model import Transformer, preset
+from groundup.recipe import ShardsSettings
+from groundup.shards import write_shards
+from groundup.tokenizer import Message, Tokenizer
 
 
 @pytest.mark.parametrize(
@@ -55,3 +67,41 @@ def test_what_a_tool_says_is_read_and_not_learned():
         expected = logits[:-1].gather(1, rolled.ids[row, 1:end, None])[:, 0].where(rolled.is_answer[row, 1:end], 0.0)
         torch.testing.assert_close(rolled.logprobs[row, 1:end], expected.detach())
     assert used
+
+
+def test_a_call_its_result_and_the_answer_to_that_are_turns_of_what_is_learned(tmp_path):
+    """By rejection sampling, and by the student of a teacher that calls."""
+    asked = [f"{n} times 3 * 4?" for n in range(40)]
+    said: list[Message] = [
+        {"role": "assistant", "content": write_call("3 * 4")},
+        {"role": "tool", "content": "12"},
+        {"role": "assistant", "content": "It is 12."},
+    ]
+    talks: list[list[Message]] = [[{"role": "user", "content": text}, *said] for text in asked]
+    words = Tokenizer.train([" ".join(turn["content"] for turn in talk) for talk in talks], vocab_size=400)
+
+    def random(seed):
+        return Transformer(preset("ground-nano", vocab_size=words.vocab_size, context_length=96), seed=seed)
+
+    quick, model = {**FAST, "precision": "float32"}, random(1)
+    conversations = Conversations(talks[:36], talks[36:], {})
+    fine_tune(model, words, SFTSettings(epochs=20, **quick), out=tmp_path / "start", conversations=conversations)
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"prompt": text, "response": "It is 12."}) + "\n" for text in asked)
+    )
+    write_shards(
+        [document("It is 12. " * 60), document("It is 12. " * 60, "validation")], words, tmp_path / "shards",
+        ShardsSettings(),
+    )  # fmt: skip
+    settings = DistillSettings(
+        level="sequence", prompts=(str(tmp_path / "a.jsonl"),), tokens=400, temperature=0.5, **quick
+    )
+    distill(random(2), words, settings, out=tmp_path / "student", teacher=model, shards=tmp_path / "shards")
+    answers = {"prompts": 12, "samples": 2, "max_tokens": 60, "temperature": 0.5, "epochs": 1, **quick}
+    given = {"prompts": load_prompts([str(tmp_path / "a.jsonl")], 0, 1, words, 36, "align.best")}
+    rejection_sampling(model, words, RejectionSettings(**answers), **given, out=tmp_path / "best")
+    (best,), (own,) = (tmp_path / "best").glob("answers-*.jsonl"), (tmp_path / "student").glob("own-text-*.jsonl")
+    kept = [json.loads(line)["messages"] for line in best.read_bytes().splitlines()]
+    for learned in (*kept, *map(json.loads, own.read_bytes().splitlines())):
+        assert [talk for talk in learned if talk in talks]
+    assert all(talk in talks for learned in kept for talk in learned)  # what is not right is not learned

@@ -97,7 +97,7 @@ def load_labelled(settings: ClassifySettings, section: str, console: Console | N
     read, aside = read_data(settings.data, section, functools.partial(_labelled, settings), console)
     train: list[tuple[str, str]] = []
     held_out: list[tuple[str, str]] = []
-    for one in read:
+    for _, one in read:
         (train if xxhash.xxh3_64_intdigest(one[0].encode()) % HELD_OUT_SHARE else held_out).append(one)
     train = train[: settings.limit]
     labels = sorted({label for _, label in (*train, *held_out)})

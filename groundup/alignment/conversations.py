@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, TypeVar
 
 import xxhash
@@ -30,6 +31,7 @@ from groundup.tokenizer.special import ROLE_TOKENS
 
 GENERATED = "groundup:"
 HELD_OUT_SHARE = 10  # one conversation in so many
+_MOST_LISTED = 8  # files whose forms are said
 Parsed = TypeVar("Parsed")
 _QUESTIONS = ("prompt", "instruction", "question", "query")
 _MORE = ("input", "context")  # what a question is about, where it stands in a field of its own
@@ -74,11 +76,13 @@ def load_conversations(
     def digest(messages: list[Message]) -> int:
         return xxhash.xxh3_64_intdigest(json.dumps(messages, ensure_ascii=False).encode())
 
-    for _, messages in read:
+    for _, (_, messages) in read:
         (train if digest(messages) % HELD_OUT_SHARE else held_out).append(messages)
     if read and console is not None:
-        forms = Counter(form for form, _ in read).most_common()
-        console.note(f"[{section}] data: {', '.join(f'{n:,} records of {form}' for form, n in forms)}.")
+        forms = Counter((PurePath(name).name, form) for name, (form, _) in read).most_common()
+        listed = [f"{name}: {n:,} records of {form}" for (name, form), n in forms[:_MOST_LISTED]]
+        more = [f"and {len(forms) - _MOST_LISTED:,} more"] if len(forms) > _MOST_LISTED else []
+        console.note(f"[{section}] data: {'; '.join(listed + more)}.")
     if len(train) > 1 and not held_out:
         held_out.append(train.pop(min(range(len(train)), key=lambda place: digest(train[place]))))
     if not train or not held_out:
@@ -103,8 +107,8 @@ def data_fingerprint(data: Sequence[str], section: str) -> list[str]:
 
 def read_data(
     data: Sequence[str], section: str, parse: Callable[[Any], Parsed], console: Console | None = None
-) -> tuple[list[Parsed], list[SetAside]]:
-    """Every record of some files, as `parse` has it, and those that were set aside.
+) -> tuple[list[tuple[str, Parsed]], list[SetAside]]:
+    """Every record of some files, with its file's name and as `parse` has it, and those that were set aside.
 
     Args:
         data: files, folders, globs or addresses; generated sets are passed over.
@@ -116,7 +120,7 @@ def read_data(
         DataError: a file is missing.
     """
     named = [name for name in data if not name.startswith(GENERATED)]
-    found, read = find_sources(named, setting=f"[{section}] data"), []
+    found, read = find_sources(named, setting=f"[{section}] data"), list[tuple[str, Parsed]]()
     aside = [*found.aside]
     for source in found.files:
         names: list[str] | None = None
@@ -127,7 +131,7 @@ def read_data(
                     continue
                 value = value._replace(data=dict(zip(names, value.data, strict=False)))
             try:
-                read.append(parse(value.data))
+                read.append((source.label, parse(value.data)))
             except RefusedError as refused:
                 aside.append(value.aside(source, refused))
     if console is not None and (words := found.in_words()):

@@ -36,6 +36,8 @@ from groundup.alignment.sft import SFTSettings, fine_tune
 from groundup.errors import DataError
 from groundup.files import atomic_folder, own_folder, value_digest, write_tensors, write_text
 from groundup.generation import Engine, Request, SamplingParams
+from groundup.generation.calculator import calculate, read_call
+from groundup.generation.rollouts import use_calculator
 from groundup.interop.start import check_shards, starting_config, starting_point
 from groundup.model import ModelConfig, OutputLayer, Transformer
 from groundup.model.cost import forward_flops
@@ -312,20 +314,29 @@ def _own_rows(inputs: Inputs, teacher: Transformer, length: int, n_tokens: int, 
 def _own_answers(inputs: Inputs, teacher: Transformer, length: int, kept: Path) -> Conversations:
     """Conversations whose last answers are the teacher's; a run that goes on finds the very same.
 
-    Those without an end are left out.
+    Those without an end are left out. A call of the calculator is followed by its result and, in a second round, which
+    may write as much again, by the answer to that.
 
     Raises:
         DataError: no answer came to its end.
     """
     sides: list[list[list[Message]]] = []
+    use_tool = use_calculator(inputs.tokenizer)
     for questions in [] if inputs.world.any(kept.is_file()) else _questions(inputs):
-        asked = [(talk, ids) for talk, ids in questions if len(ids) <= length // 2]
-        texts = _texts(inputs, teacher, length, (ids for _, ids in asked), "answers")
-        said: list[list[Message]] = [
-            [*talk, {"role": "assistant", "content": inputs.tokenizer.decode(text[len(ids) :])}]
-            for (talk, ids), (text, is_ended) in zip(asked, texts, strict=False)
-            if is_ended
-        ]
+        asked, said = [(talk, ids) for talk, ids in questions if len(ids) <= length // 2], list[list[Message]]()
+        for may_call in (True, False):
+            texts = _texts(inputs, teacher, length, (ids for _, ids in asked), "answers")
+            called = []
+            for (talk, ids), (text, is_ended) in zip(asked, texts, strict=False):
+                answer = inputs.tokenizer.decode(text[len(ids) :])
+                turns: list[Message] = [*talk, {"role": "assistant", "content": answer}]
+                result = use_tool(answer) if is_ended else None
+                if is_ended and result is None:
+                    said.append(turns)
+                elif result is not None and may_call and len(text) + len(result) < length:
+                    tool: Message = {"role": "tool", "content": calculate(read_call(answer) or "")}
+                    called.append(([*turns, tool], [*text, *result]))
+            asked = called
         if not said:
             raise DataError(
                 f"[{inputs.section}] prompts: no answer came to its end within the context of {length} tokens.",

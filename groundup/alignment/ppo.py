@@ -54,7 +54,9 @@ class PPOSettings(OnPolicySettings):
     lam: float = setting(
         0.95, "λ of the advantages: 1: unbiased and noisy, 0: from the value model alone", ge=0.0, le=1.0
     )
-    clip: float = setting(0.2, "ε: a token's probability moves no further from the buffer's than by this share", gt=0.0)
+    clip: float = setting(
+        0.2, "ε: beyond this share of the buffer's probability nothing pushes a token further", gt=0.0
+    )
     value_clip: float | None = setting(0.2, "ε_V of the value model, in units of reward", gt=0.0)
     value_coef: float = setting(0.5, "c_V: the weight of the value model's loss", ge=0.0)
     shared_trunk: bool = setting(False, "values come from a head on the policy: half the memory, and less stable")

@@ -7,8 +7,9 @@ Each record is one of these; answers and prompts are strings or lists of message
     {"prompt" | "messages": …, "ranking": [best, …, worst]}                                    a ranking
     {"prompt" | "messages": …, "completion": …, "label": true | false}                         one answer, judged
 
-Files are read as the corpus reads its own. One prompt in ten is held out with all that was said of it, chosen by a
-hash. A row of training is a record: its answers side by side, as (rows, answers, seq).
+In a cell of a table, lists of messages are JSON text and labels "true" or "false". Files are read as the corpus reads
+its own. One prompt in ten is held out with all that was said of it, chosen by a hash. A row of training is a record:
+its answers side by side, as (rows, answers, seq).
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from groundup.recipe import Texts, setting
 from groundup.tokenizer import Message, Tokenizer, render
 from groundup.training import IGNORED, Batch
 
+_CELL = re.compile(r'\s*\[\s*\{\s*"(role|from|content|value)"\s*:')  # messages as JSON text, in a cell of a table
 _TURN = re.compile(r"\n\n(Human|Assistant):[ \t]?")
 FACTS = (
     ("preferences", "{preferences_train:,}"),
@@ -125,7 +127,8 @@ def load_preferences(
     Raises:
         DataError: a file is missing, or one side of the split is empty.
     """
-    parsed, aside = read_data(data, section, _preference, console)
+    read, aside = read_data(data, section, _preference, console)
+    parsed = [one for _, one in read]
     prompts = [xxhash.xxh3_64_intdigest(json.dumps(one.prompt, ensure_ascii=False).encode()) for one in parsed]
     held_out = {prompt for prompt in prompts if prompt % HELD_OUT_SHARE == 0} or {min(prompts, default=0)}
     sides: list[list[Preference]] = [[], []]
@@ -162,7 +165,7 @@ def _preference(data: Any) -> Preference:
         said = ranking
     elif sides != [None, None]:
         said = sides
-    elif isinstance(is_good := data.get("label"), bool):
+    elif (is_good := {"true": True, "false": False}.get(str(data.get("label")).strip().lower())) is not None:
         said = [data.get("completion")]
     else:
         what = 'neither "chosen" and "rejected", nor "ranking", nor "completion" and "label"'
@@ -200,8 +203,8 @@ def _prompt(data: Mapping[str, Any]) -> list[Message] | None:
 
 
 def _said(value: Any, role: str) -> list[Message]:
-    """A part of a conversation: messages; a transcript "\\n\\nHuman: …\\n\\nAssistant: …"; or what `role` says."""
-    if not isinstance(value, str):
+    """A part of a conversation: messages, or JSON of such; "\\n\\nHuman: …\\n\\nAssistant: …"; or what `role` says."""
+    if not isinstance(value, str) or _CELL.match(value):
         return messages_of([value] if isinstance(value, Mapping) else value)
     before, *parts = _TURN.split(value)
     if not parts or before.strip():

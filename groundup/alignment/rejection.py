@@ -1,12 +1,14 @@
 """Rejection-sampling fine-tuning: a model learns from its own best answers (arXiv:2308.01825; arXiv:2203.14465).
 
 Each prompt gets some answers; those that earn at least `least` are good, and the best `keep` different ones of each
-prompt become conversations, on which the model is fine-tuned as on any other (`sft.py`). What was written is kept in
-`answers-….jsonl`, so that a run that goes on finds the very conversations that it began with.
+prompt become conversations, on which the model is fine-tuned as on any other (`sft.py`); a call of the calculator, its
+result and the answer to that are turns of their own. What was written is kept in `answers-….jsonl`, so that a run that
+goes on finds the very conversations that it began with.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,7 +25,8 @@ from groundup.alignment.sft import SFTSettings, SupervisedFineTuning
 from groundup.errors import DataError
 from groundup.files import own_folder, value_digest, write_text
 from groundup.generation import Engine, SamplingParams
-from groundup.generation.rollouts import roll_out
+from groundup.generation.calculator import calculate, read_call
+from groundup.generation.rollouts import roll_out, use_calculator
 from groundup.recipe import setting
 from groundup.tokenizer import Message
 from groundup.training import TrainedModel, choose_precision
@@ -51,7 +54,7 @@ class RejectionMethod(AnswersMethod, SupervisedFineTuning):
 
     name = "rejection"
     settings = RejectionSettings
-    version = 1
+    version = 2
     figures: ClassVar[tuple[str, ...]] = ("val_loss", "final_loss", "prompts_solved")  # type: ignore[assignment]
     title = "Rejection-sampling fine-tuning"
     facts = (
@@ -112,7 +115,8 @@ def _good_answers(
     width = max(len(prompt.ids) for prompt in prompts) + settings.max_tokens
     params = SamplingParams(temperature=settings.temperature, max_tokens=settings.max_tokens)
     engine = Engine(inputs.model.to(world.device), tokenizer, slots=64, dtype=dtype)
-    good: dict[int, list[tuple[float, str]]] = defaultdict(list)  # rewards and answers, by the prompt's number
+    good: dict[int, list[tuple[float, tuple[str, ...]]]] = defaultdict(list)  # rewards and texts, by prompts' numbers
+    tool = use_calculator(tokenizer)
     with inputs.console.bar(what, len(todo)) as bar:
         for first in range(0, len(todo), _AT_ONCE * world.size):
             chunk = todo[first : first + _AT_ONCE * world.size]
@@ -120,22 +124,31 @@ def _good_answers(
             own = chunk[world.rows(len(chunk))]
             asked = [prompts[number] for number, _ in own]
             seeds = [answer_seed(inputs.seed, what, number, sample) for number, sample in own]
-            rolled = roll_out(engine, [prompt.ids for prompt in asked], params, seeds, width=width)
+            rolled = roll_out(engine, [prompt.ids for prompt in asked], params, seeds, width=width, use_tool=tool)
             answers = rolled.ids.where(rolled.is_answer & rolled.is_ended[:, None], -1)  # none of those without an end
             gathered = (world.gather(part).tolist() for part in (scores_of(reward, asked, rolled), answers))
             for (number, _), value, ids in zip(dict.fromkeys(chunk), *gathered, strict=False):
-                written = [token for token in ids if token >= 0]
-                if written and value >= settings.least:  # NaN, a reward that failed, is not
-                    good[number].append((value, tokenizer.decode(written[:-1])))
+                # An answer and its end; or a call, what the calculator says (−1), and the answer to that.
+                parts = itertools.groupby(ids, key=lambda token: token >= 0)
+                texts = tuple(tokenizer.decode([*part][:-1]) for is_written, part in parts if is_written)
+                if texts and value >= settings.least:  # NaN, a reward that failed, is not
+                    good[number].append((value, texts))
             bar.update(min(len(todo), first + len(chunk)))
         n_good = sum(map(len, good.values()))
         bar.finish(f"{n_good:,} of {len(todo):,} answers are good, to {len(good):,} of {len(prompts):,} prompts")
     messages = []
     for number, answers_of in sorted(good.items()):
-        best = dict.fromkeys(text for _, text in sorted(answers_of, key=lambda one: -one[0]))
-        chosen: list[Message] = [{"role": "assistant", "content": text} for text in [*best][: settings.keep]]
-        messages += [[*prompts[number].messages, answer] for answer in chosen]
+        best = dict.fromkeys(texts for _, texts in sorted(answers_of, key=lambda one: -one[0]))
+        messages += [[*prompts[number].messages, *_turns(texts)] for texts in [*best][: settings.keep]]
     return {"messages": messages, "written": len(todo), "good": n_good, "solved": len(good)}
+
+
+def _turns(texts: Sequence[str]) -> list[Message]:
+    """An answer as a turn; or a call of the calculator, its result, and the answer to that."""
+    turns: list[Message] = [{"role": "assistant", "content": text} for text in texts]
+    if len(turns) > 1:
+        turns.insert(1, {"role": "tool", "content": calculate(read_call(texts[0]) or "")})
+    return turns
 
 
 REJECTION = RejectionMethod()

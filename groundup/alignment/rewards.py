@@ -3,7 +3,7 @@
     "groundup:verify"        1 if the answer is right, else 0: equal to the known one, or ending in the same number
                              where that is marked with "####" (GSM8K)
     "my_reward.py:score"     score(messages, answer, known) of the user's own; a number
-    "rm"                     a stage that makes a reward model
+    "reward"                 a stage that makes a reward model
 
 A function that raises, hangs or returns no number has no reward for that answer (NaN), and is counted.
 """
