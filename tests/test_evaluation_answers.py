@@ -1,6 +1,8 @@
 """Generated sets: answers, their grading, and what is scored of a model."""
 
 import dataclasses
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,6 +140,19 @@ def test_scores_are_the_same_every_time_but_for_the_clock(tokenizer):
     assert other.figures["bits_per_byte"] == one.figures["bits_per_byte"]
     prompts = [[record["prompt"] for record in found.records["groundup:tasks"]] for found in (one, other)]
     assert prompts[0] != prompts[1]
+
+
+def test_the_speed_is_that_of_what_was_written_in_this_call(tokenizer, tmp_path, monkeypatch):
+    model = random_model(vocab_size=tokenizer.vocab_size, context_length=96)
+    settings, kept = EvaluateSettings(tasks=("groundup:tasks",), limit=6), tmp_path / "groundup-tasks.jsonl"
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__)  # one second passes between two looks
+    monkeypatch.setattr("groundup.evaluation.scorecard.time", clock)
+    whole = score_model(model, tokenizer, settings, folder=tmp_path)
+    n_tokens = [record["tokens"] for record in whole.records["groundup:tasks"]]
+    assert whole.generation_tokens_per_second == sum(n_tokens)
+    kept.write_text("".join(kept.read_text().splitlines(keepends=True)[:5]))
+    assert score_model(model, tokenizer, settings, folder=tmp_path).generation_tokens_per_second == sum(n_tokens[4:])
+    assert score_model(model, tokenizer, settings, folder=tmp_path).generation_tokens_per_second is None
 
 
 def test_bits_per_byte_without_a_text_are_refused(parrot, tokenizer):

@@ -72,7 +72,7 @@ def measure(
         "unconditional" where the description has such a context, "greedy", "gold", "chance". A generation: "prompt",
         "reply", "tokens" that were written, and what its task grades. A text: "bits" and "bytes" of its windows.
     """
-    done = _read_kept(kept, identity)
+    done = kept_records(kept, identity)
     waiting = [item for item in items if item.number not in done]
     work: Callable[[Sequence[Item]], list[Record]]
     if isinstance(task, Benchmark) and task.kind == "choice":
@@ -362,7 +362,7 @@ def by_group(records: Sequence[Record]) -> dict[str, dict[str, Estimate]]:
 
 def read_records(path: Path, identity: str) -> list[Record]:
     """The records that `measure` kept under an identity. Raises ArtifactError: none there."""
-    if not (found := _read_kept(path, identity)):
+    if not (found := kept_records(path, identity)):
         raise ArtifactError(f"{path}: holds no records of these scores.", "Write them again: groundup evaluate …")
     return list(found.values())
 
@@ -384,8 +384,8 @@ def _item_score(record: Record) -> float:
     return -bits / max(1, n_bytes)
 
 
-def _read_kept(path: Path | None, identity: str) -> dict[int, Record]:
-    """Records that stand in a file under this identity; a last line that is cut off does not count."""
+def kept_records(path: Path | None, identity: str) -> dict[int, Record]:
+    """Records that stand in a file under this identity, by item; a last line that is cut off does not count."""
     if path is None or not path.is_file():
         return {}
     found: dict[int, Record] = {}
