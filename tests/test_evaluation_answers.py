@@ -12,7 +12,7 @@ from generation_models import random_model
 from groundup.errors import DataError
 from groundup.evaluation import bits_per_byte, generate_tasks, score_model, verify
 from groundup.evaluation.benchmarks import Item
-from groundup.evaluation.measure import figures_of, measure
+from groundup.evaluation.measure import figures_of, kept_records, measure
 from groundup.evaluation.sets import TASKS as SHORT_QUESTIONS
 from groundup.evaluation.sets import GeneratedSet, task_digests
 from groundup.evaluation.tasks import Task
@@ -112,6 +112,20 @@ def test_a_call_of_the_calculator_is_followed_by_its_result_and_the_answer(token
     assert second[0].startswith(first[0] + write_call("3 * 4"))
     assert "12" in second[0].removeprefix(first[0])
     assert record["tokens"] == len(tokenizer.encode(write_call("3 * 4"))) + len(tokenizer.encode("12")) + 2
+
+
+def test_answers_are_kept_every_32_items(tokenizer, tmp_path, monkeypatch):
+    def write(model, tokenizer, prompts, params, seeds=None):
+        if len(prompts) < 32:
+            raise MemoryError
+        return [Generation([], "stop", "1", end_id=tokenizer.end_id) for _ in prompts]
+
+    monkeypatch.setattr("groundup.evaluation.measure.generate_batch", write)
+    items = [Item(n, "sum", task.prompt, row={"asked": task}) for n, task in enumerate(ALL[:70])]
+    model = random_model(vocab_size=tokenizer.vocab_size, context_length=96)
+    with pytest.raises(MemoryError):
+        measure(model, tokenizer, GeneratedSet(SHORT_QUESTIONS), items, kept=tmp_path / "kept.jsonl")
+    assert len(kept_records(tmp_path / "kept.jsonl", "")) == 64
 
 
 TEXTS = [" ".join(task.prompt for task in ALL[:30])]

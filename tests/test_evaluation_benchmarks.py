@@ -15,6 +15,7 @@ from groundup.evaluation.benchmarks import Reply, extract_answer, find_benchmark
 from groundup.evaluation.comparison import compare_cards, holm
 from groundup.evaluation.contamination import contaminated_items
 from groundup.evaluation.measure import (
+    _CHUNK,
     Record,
     calibration_error,
     figures_of,
@@ -381,7 +382,7 @@ def test_many_comparisons_are_corrected() -> None:
 def test_finished_items_are_not_scored_again(
     mine: Path, small: tuple[Transformer, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("groundup.evaluation.measure._CHUNK", 5)
+    monkeypatch.setitem(_CHUNK, "choice", 5)
     name, folder = mine / "mine.toml", mine / "scores"
     whole = scored(small, name, mine, folder).card
     assert whole["tasks"]["mine"]["n"] == 12

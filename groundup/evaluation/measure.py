@@ -1,8 +1,8 @@
 """One task, one model: what the model made of every item, and the figures with error bars that follow from it.
 
-What was found of an item is a line of a file as soon as its batch is done, under a fingerprint of model, items and
-decoding; the same command goes on from there. Figures are functions of these lines alone, so that two models can be
-compared item by item, and the figures recomputed without a model.
+What was found of an item is a line of a file, written every so many items (of answers, which take long, every 32),
+under a fingerprint of model, items and decoding; the same command goes on from there. Figures are functions of these
+lines alone, so that two models can be compared item by item, and the figures recomputed without a model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from groundup.recipe import EvaluateSettings
 from groundup.tokenizer import Tokenizer, render
 
 Record = dict[str, Any]
-_CHUNK = 512  # items between two writes
+_CHUNK: dict[Kind, int] = {"choice": 512, "text": 512, "generation": 32, "code": 32}  # items between two writes
 _BINS = 10  # of the expected calibration error
 _RESAMPLES = 1000  # for the standard error of the calibration error
 USUAL = EvaluateSettings()
@@ -82,8 +82,8 @@ def measure(
     else:
         assert isinstance(task, GenerationTask)
         work = partial(_generations, model, tokenizer, task, settings=settings, seed=seed, start=start)
-    for first in range(0, len(waiting), _CHUNK):
-        chunk = waiting[first : first + _CHUNK]
+    for first in range(0, len(waiting), size := _CHUNK[task.kind]):
+        chunk = waiting[first : first + size]
         for item, record in zip(chunk, work(chunk), strict=True):
             done[item.number] = {"item": item.number, "group": item.group, **record}
         if kept is not None:
