@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from command import CommandLine, groundup
 from scipy import stats
 from test_report import Page, assert_harmless, fake_run
-from tiny_run import finished_run
+from tiny_run import copy_of_finished, finished_run
 
+from groundup.errors import ArtifactError
 from groundup.evaluation.comparison import compare_cards
 from groundup.evaluation.scorecard import records_file
 from groundup.files import own_folder, read_json, write_json
@@ -117,6 +119,19 @@ def test_stages_and_runs_by_their_names(groundup: CommandLine) -> None:
     }
     assert {one["value"] for one in same} == {0.0}
     assert "exact_match" in groundup("compare", run.root / "pretrain", run.root / "sft", run.root / "sft").out
+
+
+def test_scores_of_an_earlier_model_are_refused_with_the_command_that_makes_them_anew(tmp_path: Path) -> None:
+    run = copy_of_finished(tmp_path)
+    assert compare_cards(run.folder("sft"), run.folder("sft"))
+    manifest = run.manifest("sft")
+    assert manifest is not None
+    run.finish(replace(manifest, fingerprint="trained again"))
+    for path in (run.root, run.folder("sft")):
+        with pytest.raises(
+            ArtifactError, match=r"evaluate/sft: these scores are of an earlier[\s\S]*groundup evaluate"
+        ):
+            compare_cards(path, path)
 
 
 def test_one_alone_and_a_folder_without_scores_name_the_way_out(groundup: CommandLine, tmp_path: Path) -> None:
