@@ -4,13 +4,14 @@ import itertools
 import json
 import math
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from groundup.errors import ArtifactError, DataError
+from groundup.errors import ArtifactError, DataError, GroundupError
 from groundup.evaluation.benchmarks import Reply, extract_answer, find_benchmark, fingerprint, read_items
 from groundup.evaluation.comparison import compare_cards, holm
 from groundup.evaluation.contamination import contaminated_items
@@ -29,7 +30,7 @@ from groundup.evaluation.measure import (
 from groundup.evaluation.metrics import bits_per_byte, f1
 from groundup.evaluation.sandbox import sandbox_level
 from groundup.evaluation.scorecard import Scores, core, read_card, score_model
-from groundup.evaluation.sets import task_digests
+from groundup.evaluation.sets import check_tasks, task_digests
 from groundup.model import ModelConfig, Transformer
 from groundup.recipe import EvaluateSettings
 from groundup.tokenizer import Tokenizer
@@ -343,6 +344,26 @@ def test_programs_are_graded_by_running_them(tmp_path: Path) -> None:
     assert figures_of([{"item": 0, "group": "", **graded}])["pass@2"].value == pytest.approx(1 - 1 / 6)
     (tmp_path / "HumanEval.jsonl").write_text(json.dumps({**row, "test": "def check(f):\n    pass"}))
     assert fingerprint(task, [item]) != fingerprint(task, read_items(task, tmp_path))  # another program judges
+
+
+def test_what_this_machine_cannot_grade_is_refused_before_anything_is_written(
+    tmp_path: Path, small: tuple[Transformer, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_rouge() -> None:
+        raise GroundupError("ROUGE needs rouge-score.")
+
+    monkeypatch.setattr("groundup.evaluation.sandbox.sandbox_level", lambda: "none")
+    monkeypatch.setattr("groundup.evaluation.benchmarks.rouge_scorer", no_rouge)
+    monkeypatch.setattr("groundup.evaluation.measure.generate_batch", lambda *given, **more: pytest.fail("it writes"))
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    for fields, words in (
+        ('kind = "code"\nprogram = "{{ completion }}"', "no namespaces to isolate it"),
+        ('kind = "generation"\ntarget = "1"\nrouge = true', "ROUGE needs rouge-score"),
+    ):
+        (tmp_path / "a.toml").write_text(f'files = "a.jsonl"\ncontext = "Q"\n{fields}')
+        for check in (check_tasks, partial(score_model, *small)):
+            with pytest.raises(GroundupError, match=words):
+                check(EvaluateSettings(tasks=(str(tmp_path / "a.toml"),), data=str(tmp_path)))
 
 
 def test_scores_of_programs_say_what_isolated_them(tmp_path: Path, small: tuple[Transformer, Tokenizer]) -> None:

@@ -33,8 +33,8 @@ from groundup.corpus.reading.sources import InputFile, find_sources
 from groundup.corpus.reading.values import check_writable, read_values
 from groundup.errors import DataError
 from groundup.evaluation.metrics import f1
-from groundup.evaluation.sandbox import run_program
-from groundup.evaluation.text_metrics import rouge
+from groundup.evaluation.sandbox import check_sandbox, run_program
+from groundup.evaluation.text_metrics import rouge, rouge_scorer
 from groundup.files import value_digest
 from groundup.generation import SamplingParams
 from groundup.recipe import CorpusSettings, EvaluateSettings
@@ -186,8 +186,21 @@ class Benchmark(BaseModel):
         return False
 
     def read(self, settings: EvaluateSettings, seed: int) -> list[Item]:
-        """See `read_items`."""
+        """See `check` and `read_items`."""
+        self.check(settings)
         return read_items(self, settings.data, shots=settings.shots, seed=seed, limit=settings.limit)
+
+    def check(self, settings: EvaluateSettings) -> None:
+        """Hold that this machine can grade what the model will have written.
+
+        Raises:
+            DataError: nothing isolates its programs, and the settings do not allow that.
+            GroundupError: rouge-score is not installed.
+        """
+        if self.kind == "code":
+            check_sandbox(allow_unisolated=settings.unisolated_code)
+        if self.rouge:
+            rouge_scorer()
 
     def digest(self, data: str | Path, shots: int) -> str:
         """What stands for its description and files; of many files only names and contents are read.

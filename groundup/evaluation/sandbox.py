@@ -83,15 +83,9 @@ def run_program(program: str, limits: Limits = USUAL, *, allow_unisolated: bool 
         allow_unisolated: run it with limits only where there are no namespaces, as the user of this process.
 
     Raises:
-        DataError: there are no namespaces on this machine, and `allow_unisolated` is False.
+        DataError: as `check_sandbox`.
     """
-    isolation = sandbox_level()
-    if isolation == "none" and not allow_unisolated:
-        raise DataError(
-            "a program written by a model is not run: this machine gives no namespaces to isolate it.",
-            "Run it on Linux with util-linux and user namespaces (in a container: --privileged), or allow it to run "
-            "as yourself, with limits only: allow_unisolated=True, on the command line --unisolated-code.",
-        )
+    isolation = check_sandbox(allow_unisolated=allow_unisolated)
     word = secrets.token_hex(16)
     order = {"program": program, "word": word, **asdict(limits)}
     reader, writer = os.pipe()
@@ -126,6 +120,17 @@ def run_program(program: str, limits: Limits = USUAL, *, allow_unisolated: bool 
     else:
         reason = (output.strip().splitlines() or [f"exit code {process.returncode}"])[-1][:200]
     return Outcome(passed, reason, output, seconds)
+
+
+def check_sandbox(*, allow_unisolated: bool) -> str:
+    """`sandbox_level`. Raises DataError: there are no namespaces on this machine, and nothing allows to do without."""
+    if (isolation := sandbox_level()) == "none" and not allow_unisolated:
+        raise DataError(
+            "a program written by a model is not run: this machine gives no namespaces to isolate it.",
+            "Run it on Linux with util-linux and user namespaces (in a container: --privileged), or allow it to run "
+            "as yourself, with limits only: allow_unisolated=True, on the command line --unisolated-code.",
+        )
+    return isolation
 
 
 @functools.cache
