@@ -82,6 +82,16 @@ def test_a_row_becomes_a_context_with_choices(mine: Path) -> None:
     assert items[4].choices == (" one", " two", " number 4")
 
 
+def test_the_data_folder_goes_before_a_file_of_that_name_in_the_current_folder(
+    mine: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path_factory.mktemp("here")
+    (here / "mine.jsonl").write_text(json.dumps(ROWS[0]))
+    monkeypatch.chdir(here)
+    assert len(read_items(benchmark(mine), mine)) == 12
+    assert len(read_items(benchmark(mine), here / "nothing")) == 1  # a path
+
+
 def test_minimal_pairs_of_sentences_have_no_context(tmp_path: Path) -> None:
     row = {"sentence_good": "Cats sleep.", "sentence_bad": "Cats sleeps.", "UID": "agreement"}
     (tmp_path / "agreement.jsonl").write_text(json.dumps(row) + "\n")

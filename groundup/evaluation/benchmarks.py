@@ -378,8 +378,8 @@ def _list(fields: Mapping[str, Any], name: str, row: _Row) -> list[Any]:
 
 
 def _sources(benchmark: Benchmark, files: str, data: str | Path) -> list[InputFile]:
-    path = Path(files)
-    pattern = str(path if path.is_absolute() or os.path.isfile(path) else Path(data) / path)
+    own = Path(data) / files  # of an absolute path, that
+    pattern = files if os.path.isfile(files) and not own.is_file() else str(own)
     return find_sources([pattern], setting=f"benchmark {benchmark.name}, or its data folder").files
 
 
