@@ -93,6 +93,15 @@ def test_seeds_by_welchs_formula(tmp_path: Path) -> None:
     assert (flat.p, flat.low, flat.high) == (1.0, 0.0, 0.0)
 
 
+def test_a_benchmarks_figure_over_seeds_has_its_unit_and_direction(tmp_path: Path) -> None:
+    found = [
+        {"wikitext2.bits_per_byte": [1.0 + more, 1.01 + more], "arc_easy.brier": [0.5 + more, 0.51 + more]}
+        for more in (0.0, 0.4)
+    ]
+    told = compare_cards(*(seeds(tmp_path / str(place), **values) for place, values in enumerate(found)))
+    assert [one.verdict for one in told] == ["the first is better by 0.4 bits per byte", "the first is better by 0.4"]
+
+
 def test_bits_per_byte_of_other_texts_are_not_compared(tmp_path: Path) -> None:
     paths = [
         figures(tmp_path / name, bits_per_byte=(value, 0.1, n), exact_match=(0.5, 0.1, 9))

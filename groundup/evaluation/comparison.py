@@ -255,7 +255,8 @@ def _items(
 
 
 def _figure(metric: str, **known: Any) -> _Figure:
-    """Told in its unit, and which way it is better, if it is known."""
+    """Told in its unit, and which way it is better, if known. Over seeds a metric is "wikitext2.bits_per_byte"."""
+    metric = metric.rpartition(".")[2]
     lower = metric in LOWER_IS_BETTER or metric in _UNITS or metric.endswith("loss")
     better = _DOWN if lower else _UP if is_share(metric) else 0
     return _Figure(metric, unit=_UNITS.get(metric, ""), better=better, **known)
