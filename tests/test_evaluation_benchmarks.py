@@ -356,7 +356,7 @@ def test_programs_are_graded_by_running_them(tmp_path: Path) -> None:
     assert fingerprint(task, [item]) != fingerprint(task, read_items(task, tmp_path))  # another program judges
 
 
-def test_what_this_machine_cannot_grade_is_refused_before_anything_is_written(
+def test_what_cannot_be_asked_or_graded_is_refused_before_anything_is_written(
     tmp_path: Path, small: tuple[Transformer, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_rouge() -> None:
@@ -366,14 +366,16 @@ def test_what_this_machine_cannot_grade_is_refused_before_anything_is_written(
     monkeypatch.setattr("groundup.evaluation.benchmarks.rouge_scorer", no_rouge)
     monkeypatch.setattr("groundup.evaluation.measure.generate_batch", lambda *given, **more: pytest.fail("it writes"))
     (tmp_path / "a.jsonl").write_text("{}\n")
-    for fields, words in (
-        ('kind = "code"\nprogram = "{{ completion }}"', "no namespaces to isolate it"),
-        ('kind = "generation"\ntarget = "1"\nrouge = true', "ROUGE needs rouge-score"),
+    for shots, fields, words in (
+        (0, 'kind = "code"\nprogram = "{{ completion }}"', "no namespaces to isolate it"),
+        (0, 'kind = "generation"\ntarget = "1"\nrouge = true', "ROUGE needs rouge-score"),
+        (2, 'kind = "code"\nprogram = "{{ completion }}"', 'benchmark a: kind = "code" has no worked examples'),
+        (2, 'kind = "text"', 'benchmark a: kind = "text" has no worked examples'),
     ):
         (tmp_path / "a.toml").write_text(f'files = "a.jsonl"\ncontext = "Q"\n{fields}')
         for check in (check_tasks, partial(score_model, *small)):
             with pytest.raises(GroundupError, match=words):
-                check(EvaluateSettings(tasks=(str(tmp_path / "a.toml"),), data=str(tmp_path)))
+                check(EvaluateSettings(tasks=(str(tmp_path / "a.toml"),), data=str(tmp_path), shots=shots))
 
 
 def test_scores_of_programs_say_what_isolated_them(tmp_path: Path, small: tuple[Transformer, Tokenizer]) -> None:

@@ -191,12 +191,16 @@ class Benchmark(BaseModel):
         return read_items(self, settings.data, shots=settings.shots, seed=seed, limit=settings.limit)
 
     def check(self, settings: EvaluateSettings) -> None:
-        """Hold that this machine can grade what the model will have written.
+        """Hold that it can be asked so, and that this machine can grade what the model will have written.
 
         Raises:
-            DataError: nothing isolates its programs, and the settings do not allow that.
+            DataError: worked examples of code or a text; nothing isolates its programs, and the settings do not allow
+                that.
             GroundupError: rouge-score is not installed.
         """
+        if settings.shots and self.kind in ("code", "text"):
+            what = f'benchmark {self.name}: kind = "{self.kind}" has no worked examples, and shots = {settings.shots}.'
+            raise DataError(what, "Leave shots out, or score it in a call of its own.")
         if self.kind == "code":
             check_sandbox(allow_unisolated=settings.unisolated_code)
         if self.rouge:
