@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from command import CommandLine, groundup
 from scipy import stats
 from test_report import Page, assert_harmless, fake_run
-from tiny_run import finished_run
+from tiny_run import copy_of_finished, finished_run
 
+from groundup.errors import ArtifactError
 from groundup.evaluation.comparison import compare_cards
 from groundup.evaluation.scorecard import records_file
 from groundup.files import own_folder, read_json, write_json
@@ -91,6 +93,15 @@ def test_seeds_by_welchs_formula(tmp_path: Path) -> None:
     assert (flat.p, flat.low, flat.high) == (1.0, 0.0, 0.0)
 
 
+def test_a_benchmarks_figure_over_seeds_has_its_unit_and_direction(tmp_path: Path) -> None:
+    found = [
+        {"wikitext2.bits_per_byte": [1.0 + more, 1.01 + more], "arc_easy.brier": [0.5 + more, 0.51 + more]}
+        for more in (0.0, 0.4)
+    ]
+    told = compare_cards(*(seeds(tmp_path / str(place), **values) for place, values in enumerate(found)))
+    assert [one.verdict for one in told] == ["the first is better by 0.4 bits per byte", "the first is better by 0.4"]
+
+
 def test_bits_per_byte_of_other_texts_are_not_compared(tmp_path: Path) -> None:
     paths = [
         figures(tmp_path / name, bits_per_byte=(value, 0.1, n), exact_match=(0.5, 0.1, 9))
@@ -117,6 +128,19 @@ def test_stages_and_runs_by_their_names(groundup: CommandLine) -> None:
     }
     assert {one["value"] for one in same} == {0.0}
     assert "exact_match" in groundup("compare", run.root / "pretrain", run.root / "sft", run.root / "sft").out
+
+
+def test_scores_of_an_earlier_model_are_refused_with_the_command_that_makes_them_anew(tmp_path: Path) -> None:
+    run = copy_of_finished(tmp_path)
+    assert compare_cards(run.folder("sft"), run.folder("sft"))
+    manifest = run.manifest("sft")
+    assert manifest is not None
+    run.finish(replace(manifest, fingerprint="trained again"))
+    for path in (run.root, run.folder("sft")):
+        with pytest.raises(
+            ArtifactError, match=r"evaluate/sft: these scores are of an earlier[\s\S]*groundup evaluate"
+        ):
+            compare_cards(path, path)
 
 
 def test_one_alone_and_a_folder_without_scores_name_the_way_out(groundup: CommandLine, tmp_path: Path) -> None:

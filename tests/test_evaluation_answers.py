@@ -1,6 +1,8 @@
 """Generated sets: answers, their grading, and what is scored of a model."""
 
 import dataclasses
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from generation_models import random_model
 from groundup.errors import DataError
 from groundup.evaluation import bits_per_byte, generate_tasks, score_model, verify
 from groundup.evaluation.benchmarks import Item
-from groundup.evaluation.measure import figures_of, measure
+from groundup.evaluation.measure import figures_of, kept_records, measure
 from groundup.evaluation.sets import TASKS as SHORT_QUESTIONS
 from groundup.evaluation.sets import GeneratedSet, task_digests
 from groundup.evaluation.tasks import Task
@@ -112,6 +114,20 @@ def test_a_call_of_the_calculator_is_followed_by_its_result_and_the_answer(token
     assert record["tokens"] == len(tokenizer.encode(write_call("3 * 4"))) + len(tokenizer.encode("12")) + 2
 
 
+def test_answers_are_kept_every_32_items(tokenizer, tmp_path, monkeypatch):
+    def write(model, tokenizer, prompts, params, seeds=None):
+        if 0 < len(prompts) < 32:
+            raise MemoryError
+        return [Generation([], "stop", "1", end_id=tokenizer.end_id) for _ in prompts]
+
+    monkeypatch.setattr("groundup.evaluation.measure.generate_batch", write)
+    items = [Item(n, "sum", task.prompt, row={"asked": task}) for n, task in enumerate(ALL[:70])]
+    model = random_model(vocab_size=tokenizer.vocab_size, context_length=96)
+    with pytest.raises(MemoryError):
+        measure(model, tokenizer, GeneratedSet(SHORT_QUESTIONS), items, kept=tmp_path / "kept.jsonl")
+    assert len(kept_records(tmp_path / "kept.jsonl", "")) == 64
+
+
 TEXTS = [" ".join(task.prompt for task in ALL[:30])]
 
 
@@ -138,6 +154,19 @@ def test_scores_are_the_same_every_time_but_for_the_clock(tokenizer):
     assert other.figures["bits_per_byte"] == one.figures["bits_per_byte"]
     prompts = [[record["prompt"] for record in found.records["groundup:tasks"]] for found in (one, other)]
     assert prompts[0] != prompts[1]
+
+
+def test_the_speed_is_that_of_what_was_written_in_this_call(tokenizer, tmp_path, monkeypatch):
+    model = random_model(vocab_size=tokenizer.vocab_size, context_length=96)
+    settings, kept = EvaluateSettings(tasks=("groundup:tasks",), limit=6), tmp_path / "groundup-tasks.jsonl"
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__)  # one second passes between two looks
+    monkeypatch.setattr("groundup.evaluation.scorecard.time", clock)
+    whole = score_model(model, tokenizer, settings, folder=tmp_path)
+    n_tokens = [record["tokens"] for record in whole.records["groundup:tasks"]]
+    assert whole.generation_tokens_per_second == sum(n_tokens)
+    kept.write_text("".join(kept.read_text().splitlines(keepends=True)[:5]))
+    assert score_model(model, tokenizer, settings, folder=tmp_path).generation_tokens_per_second == sum(n_tokens[4:])
+    assert score_model(model, tokenizer, settings, folder=tmp_path).generation_tokens_per_second is None
 
 
 def test_bits_per_byte_without_a_text_are_refused(parrot, tokenizer):

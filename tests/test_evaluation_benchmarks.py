@@ -4,17 +4,19 @@ import itertools
 import json
 import math
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from groundup.errors import ArtifactError, DataError
+from groundup.errors import ArtifactError, DataError, GroundupError
 from groundup.evaluation.benchmarks import Reply, extract_answer, find_benchmark, fingerprint, read_items
 from groundup.evaluation.comparison import compare_cards, holm
 from groundup.evaluation.contamination import contaminated_items
 from groundup.evaluation.measure import (
+    _CHUNK,
     Record,
     calibration_error,
     figures_of,
@@ -28,7 +30,7 @@ from groundup.evaluation.measure import (
 from groundup.evaluation.metrics import bits_per_byte, f1
 from groundup.evaluation.sandbox import sandbox_level
 from groundup.evaluation.scorecard import Scores, core, read_card, score_model
-from groundup.evaluation.sets import task_digests
+from groundup.evaluation.sets import check_tasks, task_digests
 from groundup.model import ModelConfig, Transformer
 from groundup.recipe import EvaluateSettings
 from groundup.tokenizer import Tokenizer
@@ -78,6 +80,16 @@ def test_a_row_becomes_a_context_with_choices(mine: Path) -> None:
     assert [item.gold for item in items] == [row["right"] for row in ROWS]
     assert items[4].context == "Q: what is 4\nA:"
     assert items[4].choices == (" one", " two", " number 4")
+
+
+def test_the_data_folder_goes_before_a_file_of_that_name_in_the_current_folder(
+    mine: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path_factory.mktemp("here")
+    (here / "mine.jsonl").write_text(json.dumps(ROWS[0]))
+    monkeypatch.chdir(here)
+    assert len(read_items(benchmark(mine), mine)) == 12
+    assert len(read_items(benchmark(mine), here / "nothing")) == 1  # a path
 
 
 def test_minimal_pairs_of_sentences_have_no_context(tmp_path: Path) -> None:
@@ -344,6 +356,28 @@ def test_programs_are_graded_by_running_them(tmp_path: Path) -> None:
     assert fingerprint(task, [item]) != fingerprint(task, read_items(task, tmp_path))  # another program judges
 
 
+def test_what_cannot_be_asked_or_graded_is_refused_before_anything_is_written(
+    tmp_path: Path, small: tuple[Transformer, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_rouge() -> None:
+        raise GroundupError("ROUGE needs rouge-score.")
+
+    monkeypatch.setattr("groundup.evaluation.sandbox.sandbox_level", lambda: "none")
+    monkeypatch.setattr("groundup.evaluation.benchmarks.rouge_scorer", no_rouge)
+    monkeypatch.setattr("groundup.evaluation.measure.generate_batch", lambda *given, **more: pytest.fail("it writes"))
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    for shots, fields, words in (
+        (0, 'kind = "code"\nprogram = "{{ completion }}"', "no namespaces to isolate it"),
+        (0, 'kind = "generation"\ntarget = "1"\nrouge = true', "ROUGE needs rouge-score"),
+        (2, 'kind = "code"\nprogram = "{{ completion }}"', 'benchmark a: kind = "code" has no worked examples'),
+        (2, 'kind = "text"', 'benchmark a: kind = "text" has no worked examples'),
+    ):
+        (tmp_path / "a.toml").write_text(f'files = "a.jsonl"\ncontext = "Q"\n{fields}')
+        for check in (check_tasks, partial(score_model, *small)):
+            with pytest.raises(GroundupError, match=words):
+                check(EvaluateSettings(tasks=(str(tmp_path / "a.toml"),), data=str(tmp_path), shots=shots))
+
+
 def test_scores_of_programs_say_what_isolated_them(tmp_path: Path, small: tuple[Transformer, Tokenizer]) -> None:
     fields = 'kind = "code"\nfiles = "a.jsonl"\ncontext = "Q"\nprogram = "{{ completion }}"\nmax_tokens = 3'
     (tmp_path / "a.toml").write_text(fields)
@@ -381,7 +415,7 @@ def test_many_comparisons_are_corrected() -> None:
 def test_finished_items_are_not_scored_again(
     mine: Path, small: tuple[Transformer, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("groundup.evaluation.measure._CHUNK", 5)
+    monkeypatch.setitem(_CHUNK, "choice", 5)
     name, folder = mine / "mine.toml", mine / "scores"
     whole = scored(small, name, mine, folder).card
     assert whole["tasks"]["mine"]["n"] == 12

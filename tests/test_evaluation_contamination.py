@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_run import build_quietly, finished_run, tiny_recipe, write_texts
+from tiny_run import build_quietly, copy_of_finished, finished_run, tiny_recipe, write_texts
 
 from groundup.corpus import stream_documents
 from groundup.errors import ArtifactError
@@ -63,6 +63,17 @@ def test_what_a_stage_learned_from_is_read_of_those_models_that_went_through_it(
     assert len(learned["sft"]) == len(documents) + 40
     items = [item(5, f"{QUESTION} 7")]
     assert [contaminated_items([items], learned[name]) for name in learned] == [[set()], [{5}]]
+
+
+def test_questions_that_a_distilled_models_teacher_answered_are_read(tmp_path: Path) -> None:
+    run = copy_of_finished(tmp_path)
+    talk = {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "There."}]}
+    (tmp_path / "talks.jsonl").write_text(json.dumps(talk) + "\n", encoding="utf-8")
+    asked = f'align.draft={{method="distill", level="sequence", prompts=["{tmp_path / "talks.jsonl"}"]}}'
+    run.create(tiny_recipe(write_texts(tmp_path / "texts.jsonl"), asked))
+    texts = [*training_texts(run.folder("draft") / "model")]
+    assert contaminated_items([[item(5, QUESTION)]], texts) == [{5}]
+    assert len(texts) == 1 + len([*stream_documents(run.folder("corpus"), "train")])
 
 
 def test_of_a_model_without_a_run_it_is_said_that_nobody_knows(tmp_path: Path) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs pip install 'groundup[harness]'")
 
-from generation_models import small_tokenizer  # noqa: E402
+from generation_models import TEXT, small_tokenizer  # noqa: E402
+from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
@@ -93,6 +95,20 @@ def test_the_same_items_get_the_same_numbers_all_ways(
         for record, sample in zip(records, theirs["samples"], strict=True):
             # Theirs are sums in float32.
             assert record["logprob"] == pytest.approx(logprobs(sample), rel=1e-6, abs=1e-4), way
+
+
+def test_whole_texts_get_the_same_numbers(folder: Path) -> None:
+    adapter, more = GroundupLM(folder), {"device": "cpu", "dtype": "float32", "batch_size": 4}
+    # Without it theirs begin behind the tokenizer's "eos_token", <|end|>.
+    exported = HFLM(pretrained=str(folder), prefix_token_id=adapter.eot_token_id, **more)
+    texts = ["Once upon a time", TEXT * 24, "naïve café 🙂 " * 30]  # of one window, and of several
+    asked = [Instance("loglikelihood_rolling", {}, (text,), place) for place, text in enumerate(texts)]
+    kept: list[tuple[Any, ...]] = []
+    adapter.cache_hook = SimpleNamespace(add_partial=lambda *given: kept.append(given))
+    found = adapter.loglikelihood_rolling(asked)
+    assert found == pytest.approx(exported.loglikelihood_rolling(asked, disable_tqdm=True), rel=1e-6, abs=1e-4)
+    assert kept == [("loglikelihood_rolling", (text,), one) for text, one in zip(texts, found, strict=True)]
+    assert len(adapter.tok_encode(texts[1])) > adapter.network.config.context_length
 
 
 def test_chats_are_laid_out_alike_and_nothing_that_was_said_is_a_control_token(

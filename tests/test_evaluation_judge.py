@@ -275,11 +275,16 @@ def test_prompts_of_a_file_and_of_a_set(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "one", "harmful": true}\n{"prompt": "two"}\n')
     assert read_prompts(str(path)) == [Prompt("one", True), Prompt("two", None)]
+    table = tmp_path / "a.csv"
+    table.write_text("prompt,harmful\none,true\ntwo,False\nthree,\n")
+    assert [one.is_harmful for one in read_prompts(str(table))] == [True, False, None]
     assert {one.is_harmful for one in read_prompts("groundup:harm", limit=30)} == {True, False}
     assert len(read_prompts("groundup:first-messages", limit=7)) == 7
     for line, words in (
         ('{"prompt": ["x"]}', "record 2"),
         ('{"prompt": "x", "harmful": "no"}', "record 2"),
+        ('{"prompt": "x", "harmful": 1}', "record 2"),
+        ('{"prompt": "x", "harmful": 0}', "record 2"),
         ("{", "line 2"),
     ):
         path.write_text(f'{{"prompt": "one"}}\n{line}\n')

@@ -1,11 +1,13 @@
 """Log-likelihoods of continuations: whatever is shared and batched, each is what the model alone gives."""
 
+import math
 import random
 from typing import Any
 
 import pytest
 import torch
 
+from groundup.errors import ArtifactError
 from groundup.evaluation import likelihood
 from groundup.evaluation.likelihood import Likelihood, encode_pairs, log_likelihoods, score_ids
 from groundup.model import ModelConfig, Transformer
@@ -80,6 +82,15 @@ def test_in_any_company_a_continuation_is_as_probable_as_alone(shape: str, token
         wanted = alone(model, tokenizer, *pair)
         assert one.logprob == pytest.approx(wanted.logprob, abs=1e-4)
         assert (one.n_tokens, one.is_greedy) == (wanted.n_tokens, wanted.is_greedy)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_refused(value: float, tokenizer: Tokenizer) -> None:
+    model = model_of("rope", tokenizer)
+    with torch.no_grad():
+        next(model.parameters()).fill_(value)
+    with pytest.raises(ArtifactError, match="not numbers"):
+        log_likelihoods(model, tokenizer, [("", "the cat"), ("", "the old cat")])
 
 
 def test_the_size_of_a_batch_changes_nothing(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:

@@ -57,7 +57,7 @@ def test_all_of_it_holds_for_an_ordinary_user() -> None:
             ["unshare", "--mount", "sh", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=600
         )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "1 skipped" in done.stdout  # this one alone
+    assert "2 skipped" in done.stdout  # this one, and what is about root
 
 
 @isolated
@@ -160,6 +160,24 @@ def test_a_program_sees_no_environment_and_is_not_root(monkeypatch: pytest.Monke
     assert said[:2] == ["[] [] 1", "no /proc"]
     if os.getuid() == 0:
         assert said[2] == "False"
+
+
+@pytest.mark.skipif(
+    os.getuid() != 0 or not os.path.exists("/usr/bin/python3"), reason="about root, and anybody's Python"
+)
+def test_without_isolation_root_runs_nothing_as_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "sandbox_level", lambda: "none")
+    monkeypatch.setattr(sandbox, "_python", lambda: "/usr/bin/python3")  # this one may lie in root's own folder
+    program = "import os; assert 0 not in (os.getuid(), os.getegid(), *os.getgroups()); open('mine', 'w')"
+    outcome = run_program(program, allow_unisolated=True)
+    assert outcome.passed, outcome.output
+
+    def refused(*given: object, **more: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("subprocess.Popen", refused)
+    with pytest.raises(DataError, match="not run as root"):
+        run_program(program, allow_unisolated=True)
 
 
 @isolated

@@ -81,7 +81,7 @@ def evaluate(
     from groundup.console import Console
     from groundup.evaluation.contamination import NGRAM, training_texts
     from groundup.evaluation.scorecard import BENCHMARKS, CARD, score_model
-    from groundup.evaluation.sets import BITS_PER_BYTE, METRICS_OF_TASK, task_digests
+    from groundup.evaluation.sets import BITS_PER_BYTE, METRICS_OF_TASK, check_tasks
     from groundup.stage import MODEL_FOLDER, model_digest
 
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
@@ -90,7 +90,7 @@ def evaluate(
     asked = EvaluateSettings(
         tasks=names, data=str(data), shots=shots, chat=chat, limit=limit, samples=samples, unisolated_code=unisolated
     )
-    task_digests(asked)  # which refuses what is wrong before a model is read
+    check_tasks(asked)  # before a model is read
     path = Path(model) if Path(model).is_dir() else recipe_and_run(model, settings, smoke, run, runs)[1]
     to_chat = chat or any(name in METRICS_OF_TASK and name != BITS_PER_BYTE for name in names)
     loaded, tokenizer, folder = load_model(path, stage, to_chat=to_chat)

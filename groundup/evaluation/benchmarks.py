@@ -33,8 +33,8 @@ from groundup.corpus.reading.sources import InputFile, find_sources
 from groundup.corpus.reading.values import check_writable, read_values
 from groundup.errors import DataError
 from groundup.evaluation.metrics import f1
-from groundup.evaluation.sandbox import run_program
-from groundup.evaluation.text_metrics import rouge
+from groundup.evaluation.sandbox import check_sandbox, run_program
+from groundup.evaluation.text_metrics import rouge, rouge_scorer
 from groundup.files import value_digest
 from groundup.generation import SamplingParams
 from groundup.recipe import CorpusSettings, EvaluateSettings
@@ -186,8 +186,25 @@ class Benchmark(BaseModel):
         return False
 
     def read(self, settings: EvaluateSettings, seed: int) -> list[Item]:
-        """See `read_items`."""
+        """See `check` and `read_items`."""
+        self.check(settings)
         return read_items(self, settings.data, shots=settings.shots, seed=seed, limit=settings.limit)
+
+    def check(self, settings: EvaluateSettings) -> None:
+        """Hold that it can be asked so, and that this machine can grade what the model will have written.
+
+        Raises:
+            DataError: worked examples of code or a text; nothing isolates its programs, and the settings do not allow
+                that.
+            GroundupError: rouge-score is not installed.
+        """
+        if settings.shots and self.kind in ("code", "text"):
+            what = f'benchmark {self.name}: kind = "{self.kind}" has no worked examples, and shots = {settings.shots}.'
+            raise DataError(what, "Leave shots out, or score it in a call of its own.")
+        if self.kind == "code":
+            check_sandbox(allow_unisolated=settings.unisolated_code)
+        if self.rouge:
+            rouge_scorer()
 
     def digest(self, data: str | Path, shots: int) -> str:
         """What stands for its description and files; of many files only names and contents are read.
@@ -365,8 +382,8 @@ def _list(fields: Mapping[str, Any], name: str, row: _Row) -> list[Any]:
 
 
 def _sources(benchmark: Benchmark, files: str, data: str | Path) -> list[InputFile]:
-    path = Path(files)
-    pattern = str(path if path.is_absolute() or os.path.isfile(path) else Path(data) / path)
+    own = Path(data) / files  # of an absolute path, that
+    pattern = files if os.path.isfile(files) and not own.is_file() else str(own)
     return find_sources([pattern], setting=f"benchmark {benchmark.name}, or its data folder").files
 
 

@@ -8,7 +8,7 @@ takes out how hard the items are; where both have several seeds, these are the s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -198,20 +198,28 @@ def _figures(path: Path) -> dict[str, _Figure]:
             for row in read_seeds(path)["rows"]
         }
     if (path / RECIPE_FILE).is_file():
-        names = [name for name in stages_done(Run(path)) if "/" not in name]
+        done = stages_done(Run(path))
         return {
             f"{figure}, {name}": value
-            for name in names
-            for folder in _of_stage(path, name)
+            for name in done
+            if "/" not in name
+            for folder in _of_stage(path, name, done)
             for figure, value in _of_folder(folder).items()
         }
-    folders = _of_stage(path.parent, path.name) if (path.parent / RECIPE_FILE).is_file() else []
+    run = path.parent
+    folders = _of_stage(run, path.name, stages_done(Run(run))) if (run / RECIPE_FILE).is_file() else []
     return {name: value for folder in folders or [path] for name, value in _of_folder(folder).items()}
 
 
-def _of_stage(run: Path, stage: str) -> list[Path]:
-    folders = (run / "evaluate" / stage, run / stage / BENCHMARKS)
-    return [folder for folder in folders if (folder / CARD).is_file()]
+def _of_stage(run: Path, stage: str, done: Collection[str]) -> list[Path]:
+    """Folders with scores of a stage's model. Raises ArtifactError: they are of an earlier model or recipe."""
+    scores = run / "evaluate" / stage
+    if (scores / CARD).is_file() and f"evaluate/{stage}" not in done:
+        raise ArtifactError(
+            f"{scores}: these scores are of an earlier model or recipe.",
+            f"Score it anew: groundup evaluate {run}; or remove that folder.",
+        )
+    return [folder for folder in (scores, run / stage / BENCHMARKS) if (folder / CARD).is_file()]
 
 
 def _of_folder(folder: Path) -> dict[str, _Figure]:
@@ -247,7 +255,8 @@ def _items(
 
 
 def _figure(metric: str, **known: Any) -> _Figure:
-    """Told in its unit, and which way it is better, if it is known."""
+    """Told in its unit, and which way it is better, if known. Over seeds a metric is "wikitext2.bits_per_byte"."""
+    metric = metric.rpartition(".")[2]
     lower = metric in LOWER_IS_BETTER or metric in _UNITS or metric.endswith("loss")
     better = _DOWN if lower else _UP if is_share(metric) else 0
     return _Figure(metric, unit=_UNITS.get(metric, ""), better=better, **known)

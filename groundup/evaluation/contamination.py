@@ -83,7 +83,8 @@ def training_texts(folder: Path) -> Iterator[str]:
         for document in stream_documents(run.folder("corpus"), "train"):
             yield document.text
     for stage in (stages[one] for one in sorted(before)):
-        data = [one for one in getattr(stage.settings, "data", ()) if not one.startswith("groundup:")]
-        for source in find_sources(data, setting=f"[{stage.section}] data").files:
+        reads = getattr(stage.method, "reads", "data")  # the setting: "prompts" of distillation
+        data = [one for one in getattr(stage.settings, reads, ()) if not one.startswith("groundup:")]
+        for source in find_sources(data, setting=f"[{stage.section}] {reads}").files:
             for value in read_values(source, CorpusSettings(text_field=""), lambda aside: None):
                 yield "\n".join(strings_of(value.data))

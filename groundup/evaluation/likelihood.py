@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from groundup.errors import ArtifactError
 from groundup.generation.cache import KVCache
 from groundup.model import OutputLayer, Transformer
 from groundup.tokenizer import Tokenizer
@@ -61,7 +62,11 @@ def log_likelihoods(model: Transformer, tokenizer: Tokenizer, pairs: Sequence[Pa
 
 
 def score_ids(model: Transformer, requests: Sequence[tuple[list[int], list[int]]]) -> list[Likelihood]:
-    """`log_likelihoods` of token ids: (context, continuation), at least one of each."""
+    """`log_likelihoods` of token ids: (context, continuation), at least one of each.
+
+    Raises:
+        ArtifactError: the model's logits are not numbers.
+    """
     model.eval()
     found: dict[int, Likelihood] = {}
     n_tokens = _batch_tokens(model)
@@ -258,6 +263,11 @@ def _score(model: Transformer, before: KVCache | None, rows: Sequence[Sequence[_
         store = _Behind(before, torch.from_numpy(np.concatenate([beginning, where], axis=2)).to(device))
         positions = torch.from_numpy(n_before + depths).to(device)
         logprobs, best = model(told, positions=positions, cache=store, head=head, wanted=(row_of, column_of))
+    if not bool(logprobs.isfinite().all()):  # argmax of NaN is 0, which would be the right choice of many sets
+        raise ArtifactError(
+            "the model gave logits that are not numbers (NaN or infinite): its weights are damaged, or diverged.",
+            "Take an earlier checkpoint, or train again with a lower learning rate.",
+        )
     sizes = [n for _, n in asked]
     parts = zip(asked, logprobs.cpu().split(sizes), best.cpu().split(sizes), strict=True)
     return {place: Likelihood(float(own.double().sum()), n, bool(is_best.all())) for (place, n), own, is_best in parts}

@@ -117,6 +117,7 @@ class GroundupLM(TemplateLM):
             )
             parts = [utils.make_disjoint_window(window) for window in windows]
             found.append(sum(one.logprob for one in score_ids(self.network, parts)))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), found[-1])
         return found
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:

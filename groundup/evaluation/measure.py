@@ -1,8 +1,8 @@
 """One task, one model: what the model made of every item, and the figures with error bars that follow from it.
 
-What was found of an item is a line of a file as soon as its batch is done, under a fingerprint of model, items and
-decoding; the same command goes on from there. Figures are functions of these lines alone, so that two models can be
-compared item by item, and the figures recomputed without a model.
+What was found of an item is a line of a file, written every so many items (of answers, which take long, every 32),
+under a fingerprint of model, items and decoding; the same command goes on from there. Figures are functions of these
+lines alone, so that two models can be compared item by item, and the figures recomputed without a model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from groundup.recipe import EvaluateSettings
 from groundup.tokenizer import Tokenizer, render
 
 Record = dict[str, Any]
-_CHUNK = 512  # items between two writes
+_CHUNK: dict[Kind, int] = {"choice": 512, "text": 512, "generation": 32, "code": 32}  # items between two writes
 _BINS = 10  # of the expected calibration error
 _RESAMPLES = 1000  # for the standard error of the calibration error
 USUAL = EvaluateSettings()
@@ -72,7 +72,7 @@ def measure(
         "unconditional" where the description has such a context, "greedy", "gold", "chance". A generation: "prompt",
         "reply", "tokens" that were written, and what its task grades. A text: "bits" and "bytes" of its windows.
     """
-    done = _read_kept(kept, identity)
+    done = kept_records(kept, identity)
     waiting = [item for item in items if item.number not in done]
     work: Callable[[Sequence[Item]], list[Record]]
     if isinstance(task, Benchmark) and task.kind == "choice":
@@ -82,8 +82,8 @@ def measure(
     else:
         assert isinstance(task, GenerationTask)
         work = partial(_generations, model, tokenizer, task, settings=settings, seed=seed, start=start)
-    for first in range(0, len(waiting), _CHUNK):
-        chunk = waiting[first : first + _CHUNK]
+    for first in range(0, len(waiting), size := _CHUNK[task.kind]):
+        chunk = waiting[first : first + size]
         for item, record in zip(chunk, work(chunk), strict=True):
             done[item.number] = {"item": item.number, "group": item.group, **record}
         if kept is not None:
@@ -362,7 +362,7 @@ def by_group(records: Sequence[Record]) -> dict[str, dict[str, Estimate]]:
 
 def read_records(path: Path, identity: str) -> list[Record]:
     """The records that `measure` kept under an identity. Raises ArtifactError: none there."""
-    if not (found := _read_kept(path, identity)):
+    if not (found := kept_records(path, identity)):
         raise ArtifactError(f"{path}: holds no records of these scores.", "Write them again: groundup evaluate …")
     return list(found.values())
 
@@ -384,8 +384,8 @@ def _item_score(record: Record) -> float:
     return -bits / max(1, n_bytes)
 
 
-def _read_kept(path: Path | None, identity: str) -> dict[int, Record]:
-    """Records that stand in a file under this identity; a last line that is cut off does not count."""
+def kept_records(path: Path | None, identity: str) -> dict[int, Record]:
+    """Records that stand in a file under this identity, by item; a last line that is cut off does not count."""
     if path is None or not path.is_file():
         return {}
     found: dict[int, Record] = {}

@@ -16,6 +16,7 @@ from groundup.recipe import EvaluateSettings
 from groundup.tokenizer import Tokenizer
 
 _IS_HARMFUL = dict(zip(HARM_KINDS, (True, False), strict=True))
+_CELLS: dict[str, bool | None] = {"true": True, "false": False, "": None}  # of a CSV, whose cells are text
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
     found = []
     for item in read_items(Benchmark(name="prompts", kind="generation", files=source, target="-"), "", limit=limit):
         text, harmful = item.row.get("prompt"), item.row.get("harmful")
-        if not isinstance(text, str) or not text.strip() or harmful not in (None, True, False):
+        if isinstance(harmful, str):
+            harmful = _CELLS.get(harmful.strip().lower(), harmful)
+        if not isinstance(text, str) or not text.strip() or not isinstance(harmful, bool | None):  # 1 == True
             raise DataError(
                 f"{source}, record {item.number + 1}: its 'prompt' is no text, or 'harmful' not true or false.",
                 'A record is {"prompt": "…"}, for `groundup safety` with "harmful": true or false.',

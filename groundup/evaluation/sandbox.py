@@ -8,7 +8,7 @@ capabilities, limits on time, memory, processes, files and output, and a system-
 A program has passed when it ran to its end: then the process that holds it sends a random word, which neither an exit
 code of 0 nor anything printed can replace. A program that is written to attack its own process may find that word; what
 it cannot do is to reach anything outside. One that turns its alarm off is ended from outside, 20 seconds later. Where
-the namespaces cannot be had, nothing runs unless the caller says so.
+the namespaces cannot be had, nothing runs unless the caller says so, and then never as root.
 """
 
 from __future__ import annotations
@@ -80,18 +80,14 @@ def run_program(program: str, limits: Limits = USUAL, *, allow_unisolated: bool 
     Args:
         program: the source. It passes if it runs to its end without an exception.
         limits: what it may use.
-        allow_unisolated: run it with limits only where there are no namespaces, as the user of this process.
+        allow_unisolated: run it with limits only where there are no namespaces, as the user of this process; in place
+            of root, as nobody's.
 
     Raises:
-        DataError: there are no namespaces on this machine, and `allow_unisolated` is False.
+        DataError: as `check_sandbox`; or this process is root, and can start nothing as another user.
     """
-    isolation = sandbox_level()
-    if isolation == "none" and not allow_unisolated:
-        raise DataError(
-            "a program written by a model is not run: this machine gives no namespaces to isolate it.",
-            "Run it on Linux with util-linux and user namespaces (in a container: --privileged), or allow it to run "
-            "as yourself, with limits only: allow_unisolated=True, on the command line --unisolated-code.",
-        )
+    isolation = check_sandbox(allow_unisolated=allow_unisolated)
+    user = _nobodys() if isolation == "none" and os.geteuid() == 0 else None
     word = secrets.token_hex(16)
     order = {"program": program, "word": word, **asdict(limits)}
     reader, writer = os.pipe()
@@ -99,17 +95,30 @@ def run_program(program: str, limits: Limits = USUAL, *, allow_unisolated: bool 
     with tempfile.TemporaryFile() as printed, os.fdopen(reader, "rb") as answer, tempfile.TemporaryDirectory() as home:
         order |= {"answer": writer, "isolated": isolation != "none"}
         command = [_python(), "-I", "-S", "-c", _DRIVER] if isolation == "none" else _isolated(home, limits)
-        with subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=printed,
-            stderr=subprocess.STDOUT,
-            pass_fds=[writer],
-            cwd=home,
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
-            start_new_session=True,
-        ) as process:
+        try:
+            if user is not None:
+                os.chown(home, user, user)
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                pass_fds=[writer],
+                cwd=home,
+                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+                start_new_session=True,
+                user=user,
+                group=user,
+                extra_groups=None if user is None else [],
+            )
+        except OSError as error:
+            if user is None:
+                raise
+            what = f"a program written by a model is not run as root, and not as another user either ({error})."
+            raise DataError(what, "Run groundup as an ordinary user.") from error
+        finally:
             os.close(writer)
+        with process:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.communicate(json.dumps(order).encode(), timeout=limits.seconds + 2 * _START_SECONDS)
             with contextlib.suppress(ProcessLookupError):
@@ -126,6 +135,17 @@ def run_program(program: str, limits: Limits = USUAL, *, allow_unisolated: bool 
     else:
         reason = (output.strip().splitlines() or [f"exit code {process.returncode}"])[-1][:200]
     return Outcome(passed, reason, output, seconds)
+
+
+def check_sandbox(*, allow_unisolated: bool) -> str:
+    """`sandbox_level`. Raises DataError: there are no namespaces on this machine, and nothing allows to do without."""
+    if (isolation := sandbox_level()) == "none" and not allow_unisolated:
+        raise DataError(
+            "a program written by a model is not run: this machine gives no namespaces to isolate it.",
+            "Run it on Linux with util-linux and user namespaces (in a container: --privileged), or allow it to run "
+            "as yourself, with limits only: allow_unisolated=True, on the command line --unisolated-code.",
+        )
+    return isolation
 
 
 @functools.cache
@@ -149,6 +169,11 @@ def sandbox_level() -> str:
 def _python() -> str:
     """The interpreter behind a virtual environment."""
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+
+
+def _nobodys() -> int:
+    """The number of a user and group that nobody has."""
+    return secrets.randbelow(_USERS[1] - _USERS[0]) + _USERS[0]
 
 
 def _isolated(home: str, limits: Limits) -> list[str]:
@@ -182,7 +207,7 @@ def _isolated(home: str, limits: Limits) -> list[str]:
     is_root = os.geteuid() == 0
     drop = ["setpriv", "--inh-caps=-all", "--bounding-set=-all", "--no-new-privs"]
     if is_root:
-        user = secrets.randbelow(_USERS[1] - _USERS[0]) + _USERS[0]
+        user = _nobodys()
         drop += [f"--reuid={user}", f"--regid={user}", "--clear-groups"]
     driver = shlex.join([*drop, _python(), "-I", "-S", "-c", _DRIVER])
     lines += [

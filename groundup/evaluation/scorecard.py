@@ -21,7 +21,16 @@ from groundup.console import Bar
 from groundup.errors import ArtifactError
 from groundup.evaluation.benchmarks import Benchmark, EvaluationTask, GenerationTask, fingerprint
 from groundup.evaluation.contamination import NGRAM, contaminated_items
-from groundup.evaluation.measure import Record, by_group, confidences, figures_of, measure, reliability, to_plain
+from groundup.evaluation.measure import (
+    Record,
+    by_group,
+    confidences,
+    figures_of,
+    kept_records,
+    measure,
+    reliability,
+    to_plain,
+)
 from groundup.evaluation.sandbox import sandbox_level
 from groundup.evaluation.sets import METRICS_OF_TASK, TASKS, find_tasks
 from groundup.files import read_json, value_digest, write_json, write_text
@@ -47,7 +56,8 @@ class Scores:
     Attributes:
         card: what `scores.json` holds.
         records: of each task's items.
-        generation_tokens_per_second: of answers to `groundup:tasks`, by the clock of this machine.
+        generation_tokens_per_second: of the answers to `groundup:tasks` that were written in this call, by the clock of
+            this machine; None: none was.
     """
 
     card: dict[str, Any]
@@ -111,15 +121,15 @@ def score_model(
         told = _asked(task, settings, seed) | {"dtype": str(model.compute_dtype)}
         of_items = fingerprint(task, items)
         whole = value_digest([_FORMAT, model_and_texts, of_items, told, start is not None])
-        began = time.perf_counter()
+        path = None if folder is None else folder / records_file(task.name)
+        before, began = kept_records(path, whole), time.perf_counter()
         own = records[task.name] = measure(
-            model, tokenizer, task, items, settings=settings, seed=seed, start=start, identity=whole,
-            kept=None if folder is None else folder / records_file(task.name),
+            model, tokenizer, task, items, settings=settings, seed=seed, start=start, identity=whole, kept=path,
             advance=None if bar is None else functools.partial(bar.update, total=len(items), note=task.name),
         )  # fmt: skip
-        figures = figures_of(own)
-        if task.name == TASKS:
-            speed = sum(record["tokens"] for record in own) / (time.perf_counter() - began)
+        seconds, figures = time.perf_counter() - began, figures_of(own)
+        if task.name == TASKS and len(before) < len(own):
+            speed = sum(one["tokens"] for one in own if one["item"] not in before) / seconds
         found[task.name] = {
             "kind": task.kind,
             "n": len(own),

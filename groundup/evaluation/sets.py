@@ -119,6 +119,14 @@ def task_digests(settings: EvaluateSettings) -> dict[str, str]:
     return {task.name: task.digest(settings.data, settings.shots) for task in tasks}
 
 
+def check_tasks(settings: EvaluateSettings) -> None:
+    """Find what is wrong before anything runs. Raises GroundupError: as `task_digests` and `Benchmark.check`."""
+    task_digests(settings)
+    for task in find_tasks(settings):
+        if isinstance(task, Benchmark):
+            task.check(settings)
+
+
 @dataclass(frozen=True)
 class ValidationText:
     """The validation documents, each an item."""

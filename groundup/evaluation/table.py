@@ -16,7 +16,7 @@ from groundup.evaluation.benchmarks import Benchmark
 from groundup.evaluation.harness import before_name, read_scores
 from groundup.evaluation.measure import FIGURES, read_records
 from groundup.evaluation.scorecard import CARD, figures_by_metric, records_file
-from groundup.evaluation.sets import BITS_PER_BYTE, EXACT, FIRST, HARM, METRICS_OF_TASK, find_task, task_digests
+from groundup.evaluation.sets import BITS_PER_BYTE, EXACT, FIRST, HARM, METRICS_OF_TASK, check_tasks, find_task
 from groundup.evaluation.text_metrics import ROUGE
 from groundup.files import own_folder, read_json, write_json
 from groundup.interop.start import check_chat
@@ -133,7 +133,7 @@ def _answers(run: Run, model: str, card: Mapping[str, Any]) -> list[dict[str, An
 
 def evaluation_checks(recipe: Recipe, stages: Mapping[str, Stage]) -> Iterable[Check]:
     """What can be wrong with tasks and gates."""
-    yield "[evaluate] tasks", lambda: task_digests(recipe.evaluate)
+    yield "[evaluate] tasks", lambda: check_tasks(recipe.evaluate)
     if BITS_PER_BYTE in recipe.evaluate.tasks and not recipe.reads_text:
         what = "bits_per_byte needs a validation text."
         yield "[evaluate] tasks", functools.partial(_refuse, what, "Add [corpus] inputs = […].")

@@ -68,12 +68,13 @@ def rouge(answer: str, target: str) -> dict[str, float]:
     Raises:
         GroundupError: it is not installed.
     """
-    found = _scorer().score(target, answer)
+    found = rouge_scorer().score(target, answer)
     return {name: float(score.fmeasure) for name, score in found.items()}
 
 
 @functools.cache
-def _scorer() -> Any:
+def rouge_scorer() -> Any:
+    """Google's rouge-score. Raises GroundupError: it is not installed."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
