@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # the data rooms and their worker processes start without tor
     from groundup.distributed import World
 
 MODEL_FOLDER, CONFIG_FILE, ADAPTER_FILE = "model", "config.json", "adapter_config.json"
+CARD_FILE = "README.md"  # of an exported model
 Check = tuple[str, Callable[[], object]]
 """Where in the recipe, and what raises a GroundupError if something is wrong there."""
 

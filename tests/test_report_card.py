@@ -22,6 +22,7 @@ __all__ = ["groundup"]
 def test_an_exported_folder_has_a_card_with_the_figures_of_its_run(groundup: CommandLine, tmp_path: Path) -> None:
     run = finished_run()
     assert groundup("export", run.root, tmp_path / "out", "--to", "hf").code == 0
+    assert groundup("export", run.root, tmp_path / "out", "--to", "hf", "--force").code == 0
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     data = huggingface_hub.ModelCard(text).data
     assert (data.library_name, data.pipeline_tag, data.tags) == ("transformers", "text-generation", ["groundup"])
