@@ -13,10 +13,9 @@ import jinja2
 
 from groundup.console import format_bytes, format_count
 from groundup.files import read_json, write_signed
-from groundup.recipe.registry import TRUNK
 from groundup.report.record import RunRecord, StageRecord, read_record
 from groundup.run import RECIPE_FILE, Run
-from groundup.stage import CARD_FILE, MODEL_FOLDER
+from groundup.stage import CARD_FILE, MODEL_FOLDER, is_assistant
 
 MODELFILE = "Modelfile"
 _LICENCES = {
@@ -48,9 +47,9 @@ def write_card(model: Path, folder: Path) -> Path | None:
 
 def write_modelfile(model: Path, gguf: Path) -> Path:
     """Write Ollama's Modelfile beside a GGUF file, which carries its template: `ollama create NAME -f Modelfile`."""
-    run, stage = run_of(model) or (None, "")
+    run, _ = run_of(model) or (None, "")
     lines = [f"FROM ./{gguf.name}", f"PARAMETER temperature {run.recipe.generate.temperature if run else 0.7:g}"]
-    lines += ['TEMPLATE "{{ .Prompt }}"'] if stage in TRUNK else []
+    lines += [] if is_assistant(model) else ['TEMPLATE "{{ .Prompt }}"']
     write_signed(gguf.with_name(MODELFILE), "\n".join(lines), "# {}")
     return gguf.with_name(MODELFILE)
 
@@ -89,7 +88,7 @@ def model_card(run: Run, stage: str, folder: str) -> str:
         stages=[_training(record.stages[name]) for name in path],
         recipe=record.recipe_text,
         scores=scores,
-        is_aligned=stage != record.base,
+        is_assistant=is_assistant(run.folder(stage) / MODEL_FOLDER),
         contaminated=[
             (name, one["n_contaminated"], one["n"])
             for name, one in record.benchmarks.get(stage, {}).items()
