@@ -63,7 +63,8 @@ def run_with_branches(root: Path) -> Run:
     for stage, value in (("pretrain", 0.25), ("sft", 0.5)):
         own_folder(run.folder(stage) / "benchmarks")
         card = {"figures": {"accuracy": estimate(value, 0.02), "brier": estimate(0.3, 0.01)}}
-        write_json(run.folder(stage) / "benchmarks" / "scores.json", {"tasks": {"arc_easy": card}})
+        text = {"figures": {"bits_per_byte": estimate(0.9, 0.01)}}  # which is no share
+        write_json(run.folder(stage) / "benchmarks" / "scores.json", {"tasks": {"arc_easy": card, "poems": text}})
     for stage in SECONDS:
         done(run, f"evaluate/{stage}", 0.0, {})
     attention = {"tokens": ["<|endoftext|>", "A"], "layers": [{"layer": 1, "heads": [[[100, 0], [37, 63]]] * 2}]}
@@ -114,6 +115,7 @@ def test_benchmarks_have_error_bars(page: Page) -> None:
     chart = next(label for figure in page.named("figure") if "arc_easy" in (label := figure.get("aria-label") or ""))
     assert chart == "arc_easy: pretrain 25% ± 2.0%, sft 50% ± 2.0%"
     assert "arc_easysftaccuracy50.0%±2.0500" in "".join(page.text.split())
+    assert "poemssftbits_per_byte0.90±0.01500" in "".join(page.text.split())
 
 
 def test_rollouts_are_shown_with_their_rewards(page: Page) -> None:
