@@ -32,6 +32,8 @@ def test_models_of_anybody_keep_their_scores_apart_and_are_compared(groundup: Co
         assert done.code == 0
         assert done.json["tasks"]["mine"]["n"] == 6
         assert (mine.parent / f"{name}-benchmarks" / "scores.json").is_file()
+    quiet = groundup("evaluate", mine.parent / "one", "--tasks", mine, "--data", mine.parent, "--quiet")
+    assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
     found = groundup("compare", mine.parent / "one-benchmarks", mine.parent / "two-benchmarks", "--json").json
     assert [(one["benchmark"], one["n"]) for one in found] == [("mine", 6)]
     assert "mine" in groundup("compare", mine.parent / "one-benchmarks", mine.parent / "two-benchmarks").out

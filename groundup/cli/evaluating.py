@@ -109,12 +109,12 @@ def evaluate(
         )  # fmt: skip
     if as_json:
         print_json(found.card)
-        return
-    print_table(
-        ("task", "figure", "value", "n"),
-        _rows({name: found.card["tasks"][name] for name in found.records}, found.card["core"]),
-    )
-    typer.echo(target / CARD, err=True)
+    elif not quiet:
+        print_table(
+            ("task", "figure", "value", "n"),
+            _rows({name: found.card["tasks"][name] for name in found.records}, found.card["core"]),
+        )
+        typer.echo(target / CARD, err=True)
 
 
 def _rows(tasks: Mapping[str, Any], core: Mapping[str, Any] | None) -> Iterator[tuple[Any, ...]]:
