@@ -137,6 +137,7 @@ FAULTS = {
     "another protocol": (200, b"<html><body>It works!</body></html>"),
     "silence": (4.0, event("[[A]]") + DONE),
     "no word for a long time": (0.0, b": wait\n\n" * 12 + event("[[A]]") + DONE),
+    "no line for a long time": (0.0, b"\r" * 150 + event("[[A]]") + DONE),
     "a broken connection": (None, b""),
 }
 
