@@ -261,6 +261,7 @@ def test_a_judge_without_verdicts_and_one_that_goes_down_are_told(groundup: Comm
         stopped = groundup(*asked, "--judge", server.url)
         assert stopped.code == 1
         assert "out of memory" in stopped.err
+        assert " ".join(stopped.err.split()).count("answers 6 ") == 2
         assert "the same command goes on" in stopped.err
         is_up = True
         done = groundup(*asked, "--judge", server.url)

@@ -189,7 +189,7 @@ def test_damaged_attention_rollouts_and_benchmarks_are_left_out(tmp_path: Path) 
 
 def test_scores_of_an_earlier_model_are_not_shown(tmp_path: Path) -> None:
     run = run_with_branches(tmp_path / "demo")
-    card = {"figures": {"accuracy": estimate(0.7, 0.02)}}
+    card = {"figures": {"accuracy": estimate(0.7, 0.02)}, "groups": {}, "fingerprint": "", "identity": ""}
     write_json(run.folder("evaluate") / "grpo" / "scores.json", {"format": 2, "tasks": {"piqa": card}, "core": None})
     assert read_record(run).benchmarks["grpo"] == {"piqa": card}
     assert "Attention of grpo" in Page(write_report(run)).text
