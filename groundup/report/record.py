@@ -146,7 +146,11 @@ def _scores(table: Mapping[str, Any], done: Set[str]) -> dict[str, Any]:
     return {
         **table,
         "rows": [row for row in mappings(table.get("rows")) if f"evaluate/{row.get('model')}" in done],
-        "gates": [gate for gate in mappings(table.get("gates")) if {*gate.get("measured_by", ())} <= done],
+        "gates": [
+            gate
+            for gate in mappings(table.get("gates"))
+            if not isinstance(by := gate.get("measured_by"), list) or {*map(str, by)} <= done
+        ],
         **({} if is_answered else {"by_kind": {}, "answers": []}),
     }
 
