@@ -10,6 +10,7 @@ command line and report walk over stages and know none by name.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # the data rooms and their worker processes start without tor
     from groundup.distributed import World
 
 MODEL_FOLDER, CONFIG_FILE, ADAPTER_FILE = "model", "config.json", "adapter_config.json"
+CARD_FILE = "README.md"  # of an exported model
 Check = tuple[str, Callable[[], object]]
 """Where in the recipe, and what raises a GroundupError if something is wrong there."""
 
@@ -52,6 +54,7 @@ class Method:
     trains: ClassVar[bool] = False  # every process takes part in its work
     is_default: ClassVar[bool] = True  # its model may be the one that is meant where none is named
     trainable: ClassVar[bool] = True  # a stage that trains can start from its model
+    teaches: ClassVar[bool] = True  # its model answers, whatever it starts from; False: as that model does
     figures: ClassVar[tuple[str, ...]] = ()  # names in its summary that a gate may be on
     # Patterns of entries that outlive a change of the recipe, because the stage checks them piece by piece
     keeps: ClassVar[tuple[str, ...]] = ()
@@ -366,6 +369,21 @@ def find_model(path: str | Path, *, stage: str | None = None) -> Path:
         f"Its models: {', '.join(there)}." if there else "Name a run (runs/demo) or a model's folder; `groundup runs` "
         "lists the runs.",
     )  # fmt: skip
+
+
+def is_assistant(model: Path) -> bool:
+    """Whether the model in a folder was taught to answer: by its stage of a run, or one that this starts from.
+
+    A model that was made elsewhere is taken for one that was.
+    """
+    stage = model.resolve().parent
+    with contextlib.suppress(GroundupError, KeyError):  # no run, of another version, or a stage that was taken out
+        stages = graph(Run(stage.parent).recipe)
+        at = stages[stage.name]
+        while at.kind not in TRUNK and not at.method.teaches and at.start is not None:
+            at = stages[at.start]
+        return at.kind not in TRUNK
+    return stage.name not in TRUNK
 
 
 def model_digest(start: str | Path) -> str:

@@ -32,6 +32,8 @@ def test_models_of_anybody_keep_their_scores_apart_and_are_compared(groundup: Co
         assert done.code == 0
         assert done.json["tasks"]["mine"]["n"] == 6
         assert (mine.parent / f"{name}-benchmarks" / "scores.json").is_file()
+    quiet = groundup("evaluate", mine.parent / "one", "--tasks", mine, "--data", mine.parent, "--quiet")
+    assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
     found = groundup("compare", mine.parent / "one-benchmarks", mine.parent / "two-benchmarks", "--json").json
     assert [(one["benchmark"], one["n"]) for one in found] == [("mine", 6)]
     assert "mine" in groundup("compare", mine.parent / "one-benchmarks", mine.parent / "two-benchmarks").out
@@ -90,9 +92,21 @@ def test_a_wrong_task_is_refused_before_a_model_is_read(groundup: CommandLine, m
         (["--tasks", "groundup:tasks", "--samples", "1001"], "equal to 1000"),
         (["--tasks", "groundup:tasks", "--force"], "--force: with --tasks it does nothing"),
         (["--tasks", "groundup:tasks", "--smoke"], "--smoke: with --tasks it does nothing to a folder"),
+        (["--tasks", "groundup:tasks", "--samples", "2"], "--samples: does nothing for groundup:tasks"),
+        (["--tasks", "groundup:tasks", "--unisolated-code"], "--unisolated-code: does nothing for groundup:tasks"),
+        (["--tasks", "groundup:tasks,bits_per_byte", "--shots", "2"], "--shots: does nothing for groundup:tasks, bits"),
+        (["--tasks", "groundup:tasks", "--data", "."], "--data: does nothing for groundup:tasks"),
+        (["--tasks", "bits_per_byte", "--chat"], "--chat: does nothing for bits_per_byte"),
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused(groundup: CommandLine, options: list[str], words: str) -> None:
     done = groundup("evaluate", finished_run().root, *options)
     assert done.code != 0
     assert words in done.err
+
+
+def test_of_a_recipe_only_the_name_can_be_set_beside_tasks(groundup: CommandLine, mine: Path) -> None:
+    recipe = write_recipe(mine.parent, "groundup:classics")
+    done = groundup("evaluate", recipe, "--tasks", mine, "--set", "name=other", "--set", "pretrain.tokens=9000")
+    assert done.code != 0
+    assert "--set: with --tasks only the recipe's name counts" in done.err

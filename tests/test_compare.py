@@ -19,6 +19,7 @@ from groundup.evaluation.scorecard import records_file
 from groundup.files import own_folder, read_json, write_json
 from groundup.recipe import parse_recipe
 from groundup.run import Run
+from groundup.stage import graph
 
 __all__ = ["groundup"]
 
@@ -159,6 +160,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
     text = (second.root / "recipe.toml").read_text(encoding="utf-8").rpartition("#")[0]
     changed = text.replace("vocab_size = 2048", "vocab_size = 4096") + '\n[quantize.int8]\nstart = "sft"\n'
     second.create(parse_recipe(changed, "changed"))
+    for name, stage in graph(second.recipe).items():
+        if (manifest := second.manifest(name)) is not None:
+            second.finish(replace(manifest, identity=stage.identity))
     samples = second.folder("pretrain") / "samples.jsonl"
     samples.write_text(samples.read_text().replace("there was a poor woodcutter", "there were <b>two</b>"))
     scores = second.folder("evaluate") / "scores.json"

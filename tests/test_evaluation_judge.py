@@ -137,6 +137,7 @@ FAULTS = {
     "another protocol": (200, b"<html><body>It works!</body></html>"),
     "silence": (4.0, event("[[A]]") + DONE),
     "no word for a long time": (0.0, b": wait\n\n" * 12 + event("[[A]]") + DONE),
+    "no line for a long time": (0.0, b"\r" * 150 + event("[[A]]") + DONE),
     "a broken connection": (None, b""),
 }
 
@@ -260,6 +261,7 @@ def test_a_judge_without_verdicts_and_one_that_goes_down_are_told(groundup: Comm
         stopped = groundup(*asked, "--judge", server.url)
         assert stopped.code == 1
         assert "out of memory" in stopped.err
+        assert " ".join(stopped.err.split()).count("answers 6 ") == 2
         assert "the same command goes on" in stopped.err
         is_up = True
         done = groundup(*asked, "--judge", server.url)

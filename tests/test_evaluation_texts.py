@@ -219,6 +219,7 @@ def test_a_classifier_of_real_answers_judges_and_its_own_accuracy_stands_beside(
     asked = ("safety", finished_run().root, tmp_path / "safety", "--limit", "12", "-n", "8")
     done = groundup(*asked)
     assert f"right in {trained.summary['accuracy']:.1%}" in done.out
+    assert "answers 12" in " ".join(done.err.split())
     assert f"most frequent label: {trained.summary['majority_accuracy']:.1%}" in done.out
     figures = groundup(*asked, "--json").json
     assert [one["label"] for one in figures["answers"]] == classifier.classify(

@@ -198,7 +198,10 @@ def test_nothing_but_a_model_is_replaced_and_only_if_forced(folder: Path, tmp_pa
         export_folder(folder, tmp_path / "out")
     export_folder(folder, tmp_path / "out", dtype="bf16", force=True)
     (tmp_path / "out" / "README.md").write_text("My model card")
-    with pytest.raises(GroundupError, match=r"also holds README\.md"):
+    with pytest.raises(GroundupError, match=r"README\.md: was not written by groundup"):
+        export_folder(folder, tmp_path / "out", force=True)
+    (tmp_path / "out" / "README.md").rename(tmp_path / "out" / "notes.md")
+    with pytest.raises(GroundupError, match=r"also holds notes\.md"):
         export_folder(folder, tmp_path / "out", force=True)
     (tmp_path / "papers").mkdir()
     export_folder(folder, tmp_path / "papers")  # an empty folder is no loss

@@ -42,10 +42,10 @@ def blocks(page: Path, *languages: str) -> list[str]:
 
 def commands(page: Path) -> Iterator[list[str]]:
     """The arguments of every groundup command of a page: whole lines of blocks, and what stands in backticks."""
-    lines = [line for block in blocks(page, "", "bash") for line in block.splitlines()]
+    lines = [line for block in blocks(page, "", "bash", "sh", "console") for line in block.splitlines()]
     prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     for line in [*lines, *re.findall(r"`(groundup [^`]*)`", prose)]:
-        words = shlex.split(line.split("  #")[0].replace("…", ""), comments=False)
+        words = shlex.split(line.removeprefix("$ ").split("  #")[0].replace("…", ""), comments=False)
         while words and "=" in words[0]:
             words = words[1:]
         if words and words[0].removeprefix(".venv/bin/") == "groundup":

@@ -11,7 +11,7 @@ from command import CommandLine, groundup  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lengths import examples
-from tiny_run import write_recipe, write_texts
+from tiny_run import finished_run, write_recipe, write_texts
 
 from groundup.corpus import curate
 from groundup.corpus.crawl import CrawlSettings, crawl
@@ -256,6 +256,25 @@ def test_a_recipe_and_a_page_of_ones_own_are_not_replaced(here: Path, groundup: 
     assert refused.code == 1
     assert "report.html: was not written by groundup" in refused.err
     assert (here / "report.html").read_text() == "my page"
+
+
+@pytest.mark.parametrize(("out", "to", "name"), [("out", "hf", "out/README.md"), ("out.gguf", "gguf", "Modelfile")])
+def test_what_stands_beside_an_exported_model_is_not_replaced(
+    out: str,
+    to: str,
+    name: str,
+    tmp_path: Path,
+    groundup: CommandLine,  # noqa: F811
+) -> None:
+    export = ("export", finished_run().root, tmp_path / out, "--to", to, "--force")
+    assert [groundup(*export).code for _ in range(2)] == [0, 0]
+    (tmp_path / name).write_text("mine")
+    before = theirs(tmp_path)
+    refused = groundup(*export)
+    assert refused.code == 1
+    assert f"{name}: was not written by groundup, or was changed since" in refused.err
+    assert theirs(tmp_path) == before
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_what_groundup_wrote_is_written_again_until_somebody_changes_it(tmp_path: Path) -> None:

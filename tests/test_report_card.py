@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from command import CommandLine, groundup
 from tiny_run import copy_of_finished, finished_run
 
 from groundup.files import own_folder, write_json
+from groundup.recipe import parse_recipe
 from groundup.report.card import model_card, run_of, write_modelfile
 from groundup.report.record import read_record
 
@@ -22,6 +24,7 @@ __all__ = ["groundup"]
 def test_an_exported_folder_has_a_card_with_the_figures_of_its_run(groundup: CommandLine, tmp_path: Path) -> None:
     run = finished_run()
     assert groundup("export", run.root, tmp_path / "out", "--to", "hf").code == 0
+    assert groundup("export", run.root, tmp_path / "out", "--to", "hf", "--force").code == 0
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     data = huggingface_hub.ModelCard(text).data
     assert (data.library_name, data.pipeline_tag, data.tags) == ("transformers", "text-generation", ["groundup"])
@@ -81,6 +84,35 @@ def test_a_gguf_has_a_modelfile_beside_it(groundup: CommandLine, tmp_path: Path)
     assert lines[1].startswith("PARAMETER temperature ")
     made = write_modelfile(finished_run().folder("pretrain") / "model", tmp_path / "base" / "a.gguf")
     assert made.read_text().splitlines()[2] == 'TEMPLATE "{{ .Prompt }}"'
+
+
+COPIES = """
+[align.draft]
+method = "distill"
+start = "pretrain"
+[quantize.small]
+start = "pretrain"
+[quantize.small-draft]
+start = "draft"
+[quantize.small-sft]
+start = "sft"
+[quantize.theirs]
+start = "their/model"
+"""
+
+
+@pytest.mark.parametrize(
+    ("stage", "answers"),
+    [("small", False), ("draft", False), ("small-draft", False), ("small-sft", True), ("theirs", True)],
+)
+def test_a_copy_of_a_model_answers_if_that_does(stage: str, answers: bool, tmp_path: Path) -> None:
+    run = copy_of_finished(tmp_path)
+    written = (run.root / "recipe.toml").read_text(encoding="utf-8").rpartition("#")[0]
+    run.create(parse_recipe(written + COPIES, "tiny"))
+    shutil.copytree(run.folder("pretrain"), run.folder(stage))
+    assert ("It was taught to answer" in model_card(run, stage, "out")) == answers
+    modelfile = write_modelfile(run.folder(stage) / "model", tmp_path / "a.gguf")
+    assert ("TEMPLATE" in modelfile.read_text()) == (not answers)
 
 
 def test_a_folder_of_anybody_is_no_runs(tmp_path: Path) -> None:

@@ -63,8 +63,10 @@ def run_with_branches(root: Path) -> Run:
     for stage, value in (("pretrain", 0.25), ("sft", 0.5)):
         own_folder(run.folder(stage) / "benchmarks")
         card = {"figures": {"accuracy": estimate(value, 0.02), "brier": estimate(0.3, 0.01)}}
-        write_json(run.folder(stage) / "benchmarks" / "scores.json", {"tasks": {"arc_easy": card}})
-    own_folder(run.folder("evaluate") / "grpo")
+        text = {"figures": {"bits_per_byte": estimate(0.9, 0.01)}}  # which is no share
+        write_json(run.folder(stage) / "benchmarks" / "scores.json", {"tasks": {"arc_easy": card, "poems": text}})
+    for stage in SECONDS:
+        done(run, f"evaluate/{stage}", 0.0, {})
     attention = {"tokens": ["<|endoftext|>", "A"], "layers": [{"layer": 1, "heads": [[[100, 0], [37, 63]]] * 2}]}
     write_json(run.folder("evaluate") / "grpo" / "attention.json", attention)
     return run
@@ -113,6 +115,7 @@ def test_benchmarks_have_error_bars(page: Page) -> None:
     chart = next(label for figure in page.named("figure") if "arc_easy" in (label := figure.get("aria-label") or ""))
     assert chart == "arc_easy: pretrain 25% ± 2.0%, sft 50% ± 2.0%"
     assert "arc_easysftaccuracy50.0%±2.0500" in "".join(page.text.split())
+    assert "poemssftbits_per_byte0.90±0.01500" in "".join(page.text.split())
 
 
 def test_rollouts_are_shown_with_their_rewards(page: Page) -> None:
@@ -182,6 +185,27 @@ def test_damaged_attention_rollouts_and_benchmarks_are_left_out(tmp_path: Path) 
         page = Page(write_report(run))
         assert "Attention of" not in page.text
         assert "Answers it learned from" not in page.text
+
+
+def test_scores_of_an_earlier_model_are_not_shown(tmp_path: Path) -> None:
+    run = run_with_branches(tmp_path / "demo")
+    card = {"figures": {"accuracy": estimate(0.7, 0.02)}, "groups": {}, "fingerprint": "", "identity": ""}
+    write_json(run.folder("evaluate") / "grpo" / "scores.json", {"format": 2, "tasks": {"piqa": card}, "core": None})
+    assert read_record(run).benchmarks["grpo"] == {"piqa": card}
+    assert "Attention of grpo" in Page(write_report(run)).text
+    manifest = run.manifest("grpo")
+    assert manifest is not None
+    run.finish(replace(manifest, fingerprint="e" * 32))  # made again, and not yet scored
+    record, told = read_record(run), Page(write_report(run)).text
+    assert {row["model"] for row in record.scores["rows"]} == {"pretrain", "sft", "dpo", "dpo-control"}
+    assert record.scores["answers"]
+    assert "grpo" not in record.benchmarks.keys() | record.attention.keys()
+    assert "Attention of grpo" not in told
+    assert "of an earlier model or recipe: the scores in evaluate/grpo." in told
+    run.forget("evaluate/sft")
+    record = read_record(run)
+    assert [gate["key"] for gate in record.scores["gates"]] == ["bits_per_byte", "val_loss"]
+    assert record.scores["answers"] == []
 
 
 @pytest.mark.slow

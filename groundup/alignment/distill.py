@@ -183,6 +183,7 @@ class DistillMethod(AlignmentMethod):
     version = 1
     makes = "lm"
     is_default = False
+    teaches = False
     is_chat = False
     reads = "prompts"
     figures = ("val_loss", "final_loss", "acceptance")

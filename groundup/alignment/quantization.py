@@ -186,6 +186,7 @@ class Quantize(Method):
     settings = QuantizeSettings
     makes = "lm"
     trainable = False
+    teaches = False
     is_default = False
     figures = ("bits_per_byte_change", "bytes_after", "tokens_per_second_after")
 

@@ -134,7 +134,7 @@ def _build_seeds(
     if is_first:
         own_folder(root)
         # All at once, as in one run: if this is interrupted, the same command without --force does what is left.
-        for seed, recipe in recipes.items():
+        for seed, recipe in recipes.items() if how["force"] or how["start_from"] else ():
             states = _plan(recipe, folders[seed], how)["stages"].items()
             if forced := [name for name, state in states if state == "forced"]:
                 with (run := Run(folders[seed])).lock():

@@ -19,8 +19,11 @@ from groundup.files import read_json, value_digest, write_json
 from groundup.user_code import function_fingerprint, in_words, load_function
 
 if TYPE_CHECKING:
+    from groundup.console import Console
     from groundup.evaluation.judge import Judge, Verdict
     from groundup.evaluation.metrics import Estimate
+    from groundup.model import Transformer
+    from groundup.tokenizer import Tokenizer
 
 _WORKERS = 4  # requests to a server at the same time
 Prompts = Annotated[
@@ -120,9 +123,10 @@ def judge(
     else:
         chosen, identity, workers = _function(by), function_fingerprint(by, "--judge"), 1
     asked = [one.text for one in read_prompts(prompts, limit=limit)]
-    answers = [_kept_answers(path, asked, out, max_tokens) for path in (first, second)]
+    console = Console(quiet=quiet or as_json)
+    answers = [_kept_answers(path, asked, out, max_tokens, console) for path in (first, second)]
     pairs = [Pair(*row) for row in zip(asked, *answers, strict=True)]
-    with Console(quiet=quiet or as_json).bar("judge", len(pairs)) as bar:
+    with console.bar("judge", len(pairs)) as bar:
         try:
             verdicts = judge_pairs(pairs, chosen, identity, out / "verdicts.jsonl", workers=workers, advance=bar.update)
         except GroundupError as error:
@@ -163,16 +167,27 @@ def _function(spec: str) -> Judge:
     return better
 
 
-def _kept_answers(path: Path, asked: Sequence[str], out: Path, max_tokens: int) -> list[str]:
-    """A model's answers, made once."""
+def _answers(
+    model: Transformer, tokenizer: Tokenizer, asked: Sequence[str], max_tokens: int, console: Console
+) -> list[str]:
+    """A model's answers, and a bar meanwhile."""
     from groundup.evaluation.prompts import answer_prompts
+
+    with console.bar("answers") as bar:
+        answers = answer_prompts(model, tokenizer, asked, max_tokens)
+        bar.finish(f"{len(answers):,}")
+    return answers
+
+
+def _kept_answers(path: Path, asked: Sequence[str], out: Path, max_tokens: int, console: Console) -> list[str]:
+    """A model's answers, made once."""
     from groundup.stage import model_digest
 
     model, tokenizer, folder = load_model(path, None, to_chat=True)
     place = out / f"answers-{value_digest([model_digest(folder), asked, max_tokens])[:16]}.json"
     if not place.is_file():
         out.mkdir(parents=True, exist_ok=True)
-        answers = answer_prompts(model, tokenizer, asked, max_tokens)
+        answers = _answers(model, tokenizer, asked, max_tokens, console)
         write_json(place, {"model": str(folder), "answers": answers})
     return list(read_json(place)["answers"])
 
@@ -194,9 +209,10 @@ def safety(
     Prompts say what they are: {"prompt": "…", "harmful": true}.
     """
     from groundup.alignment import Classifier
+    from groundup.console import Console
     from groundup.evaluation.measure import to_plain
     from groundup.evaluation.metrics import wilson
-    from groundup.evaluation.prompts import answer_prompts, read_prompts
+    from groundup.evaluation.prompts import read_prompts
     from groundup.evaluation.safety import LABELS, safety_figures
 
     by = Classifier.load(classifier)
@@ -207,7 +223,7 @@ def safety(
         raise ArtifactError(f"{classifier}: nothing says how often this classifier is right.", fix)
     asked = read_prompts(prompts, limit=limit)
     network, tokenizer, _ = load_model(model, stage, to_chat=True)
-    answers = answer_prompts(network, tokenizer, [one.text for one in asked], max_tokens)
+    answers = _answers(network, tokenizer, [one.text for one in asked], max_tokens, Console(quiet=as_json))
     labels = by.classify(answers)
     figures = safety_figures(asked, labels)
     if as_json:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -14,6 +14,9 @@ from groundup.cli.building import recipe_and_run, stage_command
 from groundup.cli.output import print_json, print_table
 from groundup.errors import ArtifactError, DataError
 from groundup.recipe import EvaluateSettings
+
+if TYPE_CHECKING:
+    from groundup.evaluation.benchmarks import EvaluationTask
 
 _TASKS, _STAGE = "With --tasks", "Without --tasks: the recipe's evaluation"
 app = typer.Typer()
@@ -81,7 +84,7 @@ def evaluate(
     from groundup.console import Console
     from groundup.evaluation.contamination import NGRAM, training_texts
     from groundup.evaluation.scorecard import BENCHMARKS, CARD, score_model
-    from groundup.evaluation.sets import BITS_PER_BYTE, METRICS_OF_TASK, check_tasks
+    from groundup.evaluation.sets import BITS_PER_BYTE, METRICS_OF_TASK, check_tasks, find_tasks
     from groundup.stage import MODEL_FOLDER, model_digest
 
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
@@ -91,6 +94,7 @@ def evaluate(
         tasks=names, data=str(data), shots=shots, chat=chat, limit=limit, samples=samples, unisolated_code=unisolated
     )
     check_tasks(asked)  # before a model is read
+    _check_tasks(context, find_tasks(asked))
     path = Path(model) if Path(model).is_dir() else recipe_and_run(model, settings, smoke, run, runs)[1]
     to_chat = chat or any(name in METRICS_OF_TASK and name != BITS_PER_BYTE for name in names)
     loaded, tokenizer, folder = load_model(path, stage, to_chat=to_chat)
@@ -105,12 +109,12 @@ def evaluate(
         )  # fmt: skip
     if as_json:
         print_json(found.card)
-        return
-    print_table(
-        ("task", "figure", "value", "n"),
-        _rows({name: found.card["tasks"][name] for name in found.records}, found.card["core"]),
-    )
-    typer.echo(target / CARD, err=True)
+    elif not quiet:
+        print_table(
+            ("task", "figure", "value", "n"),
+            _rows({name: found.card["tasks"][name] for name in found.records}, found.card["core"]),
+        )
+        typer.echo(target / CARD, err=True)
 
 
 def _rows(tasks: Mapping[str, Any], core: Mapping[str, Any] | None) -> Iterator[tuple[Any, ...]]:
@@ -138,9 +142,27 @@ def _check_options(context: typer.Context, *, with_tasks: bool) -> None:
         is_recipe = not Path(context.params["model"]).is_dir()
         other |= {"dry_run"} | (set() if is_recipe else {"settings", "smoke", "run", "runs"})
         why, fix = "with --tasks it does nothing" + ("" if is_recipe else " to a folder"), "Leave it out."
+        if any(one.partition("=")[0].strip() != "name" for one in context.params["settings"] or () if is_recipe):
+            other, why = other | {"settings"}, "with --tasks only the recipe's name counts, by which its run is found"
+    _refuse(context, other, why, fix)
+
+
+def _check_tasks(context: typer.Context, tasks: Sequence[EvaluationTask]) -> None:
+    """Raise DataError for an option that would do nothing for these tasks."""
+    from groundup.evaluation.benchmarks import Benchmark
+
+    kinds = {task.kind for task in tasks if isinstance(task, Benchmark)}
+    nothing = set() if "code" in kinds else {"samples", "unisolated"}
+    nothing |= set() if kinds else {"data", "shots"}
+    nothing |= set() if kinds - {"text"} else {"chat"}  # the generated sets are always asked so
+    _refuse(context, nothing, f"does nothing for {', '.join(task.name for task in tasks)}", "Leave it out.")
+
+
+def _refuse(context: typer.Context, names: Set[str], why: str, fix: str) -> None:
+    """Raise DataError for the first of these parameters that the command line gives."""
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
-        if parameter.name in other and source is not None and source.name == "COMMANDLINE":
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
             raise DataError(f"{parameter.opts[0]}: {why}.", fix)
 
 

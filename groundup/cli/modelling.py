@@ -13,6 +13,7 @@ from typer import Argument, Option
 from groundup.cli import options
 from groundup.cli.output import command_line, print_json, print_table
 from groundup.errors import GroundupError, Problem, RecipeError
+from groundup.files import check_signed
 from groundup.recipe import parse_recipe
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ def export_model(
 ) -> None:
     """Give a model to other programs: a folder that transformers loads as it stands, or one GGUF file."""
     from groundup.interop import export_folder, load
-    from groundup.report.card import write_card, write_modelfile
+    from groundup.report.card import MODELFILE, write_card, write_modelfile
     from groundup.stage import find_model
 
     if to == "gguf":
@@ -211,6 +212,7 @@ def export_model(
 
         if out.exists() and (out.is_dir() or not force):
             raise GroundupError(f"{out}: is there already.", "Name another file, or replace it with --force.")
+        check_signed(out.with_name(MODELFILE))  # before the model is written
         loaded = load(source, stage=stage)
         summary = {"file": str(out), **export_gguf(loaded.model, loaded.tokenizer, out, dtype=dtype)}
         summary["modelfile"] = str(write_modelfile(loaded.folder, out))

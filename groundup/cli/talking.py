@@ -13,7 +13,6 @@ from groundup.cli import options
 from groundup.cli.output import command_line, print_json
 from groundup.errors import ArtifactError, GroundupError
 from groundup.recipe import GenerateSettings
-from groundup.recipe.registry import TRUNK
 from groundup.untrusted import read_bytes
 
 if TYPE_CHECKING:
@@ -133,7 +132,7 @@ def chat(
     """Talk to the assistant, streaming. Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands."""
     from groundup.cli.chat import Chat, Local
     from groundup.serving.client import Remote
-    from groundup.stage import models_there
+    from groundup.stage import is_assistant, models_there
 
     if (model is None) == (url is None):
         example = command_line("chat", "runs/demo")
@@ -147,7 +146,7 @@ def chat(
 
         def load(name: str | None) -> tuple[Engine, Path]:
             network, tokenizer, folder = load_model(model, name, to_chat=True)
-            if folder.parent.name in TRUNK:
+            if not is_assistant(folder):
                 typer.echo("note: this model was not taught to answer; it only continues text.", err=True)
             return make_engine(model, network, tokenizer, draft, precision, slots=1), folder
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from groundup.errors import ArtifactError, GroundupError
-from groundup.files import MARK, atomic_folder, check_ours, write_json
+from groundup.files import MARK, atomic_folder, check_ours, check_signed, write_json
 from groundup.integrity import CHECKED
 from groundup.interop.digests import DIGESTS_FILE, write_digests
 from groundup.interop.families import FAMILIES, differences
@@ -25,6 +25,7 @@ from groundup.interop.read_weights import DTYPES, INDEX_FILE
 from groundup.interop.stored import OURS_KEY, StoredModel, open_stored, target_layout
 from groundup.interop.write_weights import TensorSpec, write_weights
 from groundup.model import count_parameters
+from groundup.stage import CARD_FILE
 from groundup.tokenizer.files import GENERATION_FILE, TOKENIZER_FILE, TOKENIZER_FILES, read_files
 from groundup.tokenizer.pretrained import SPECIAL_TOKENS, read_tokenizer, token_ids
 from groundup.untrusted import parse_object
@@ -173,8 +174,9 @@ def check_new_folder(out: Path, source: Path, *, force: bool) -> None:
     if (out / CONFIG_FILE).is_file():
         if not force:
             raise GroundupError(f"{out}: holds a model already.", "Name another folder, or replace it with --force.")
-        known = {CHECKED, CONFIG_FILE, DIGESTS_FILE, GENERATION_FILE, INDEX_FILE, MARK, *TOKENIZER_FILES}
+        known = {CARD_FILE, CHECKED, CONFIG_FILE, DIGESTS_FILE, GENERATION_FILE, INDEX_FILE, MARK, *TOKENIZER_FILES}
         more = [path.name for path in out.iterdir() if path.name not in known and path.suffix != ".safetensors"]
         if more:
             raise GroundupError(f"{out}: also holds {', '.join(sorted(more)[:4])}.", "Move that away first.")
+        check_signed(out / CARD_FILE)
     check_ours(out)

@@ -12,13 +12,12 @@ from typing import Any
 import jinja2
 
 from groundup.console import format_bytes, format_count
-from groundup.files import read_json, write_text
-from groundup.recipe.registry import TRUNK
+from groundup.files import read_json, write_signed
 from groundup.report.record import RunRecord, StageRecord, read_record
 from groundup.run import RECIPE_FILE, Run
-from groundup.stage import MODEL_FOLDER
+from groundup.stage import CARD_FILE, MODEL_FOLDER, is_assistant
 
-CARD = "README.md"
+MODELFILE = "Modelfile"
 _LICENCES = {
     "groundup:classics": "CC0-1.0 (texts in the public domain in the United States)",
     "groundup:shakespeare": "public domain",
@@ -42,17 +41,17 @@ def write_card(model: Path, folder: Path) -> Path | None:
     """Write the card of a run's model into the folder that it is exported to; None: it is no run's."""
     found = run_of(model)
     if found is not None:
-        write_text(folder / CARD, model_card(*found, folder.name))
-    return None if found is None else folder / CARD
+        write_signed(folder / CARD_FILE, model_card(*found, folder.name), "<!-- {} -->")
+    return None if found is None else folder / CARD_FILE
 
 
 def write_modelfile(model: Path, gguf: Path) -> Path:
     """Write Ollama's Modelfile beside a GGUF file, which carries its template: `ollama create NAME -f Modelfile`."""
-    run, stage = run_of(model) or (None, "")
+    run, _ = run_of(model) or (None, "")
     lines = [f"FROM ./{gguf.name}", f"PARAMETER temperature {run.recipe.generate.temperature if run else 0.7:g}"]
-    lines += ['TEMPLATE "{{ .Prompt }}"'] if stage in TRUNK else []
-    write_text(gguf.with_name("Modelfile"), "\n".join(lines) + "\n")
-    return gguf.with_name("Modelfile")
+    lines += [] if is_assistant(model) else ['TEMPLATE "{{ .Prompt }}"']
+    write_signed(gguf.with_name(MODELFILE), "\n".join(lines), "# {}")
+    return gguf.with_name(MODELFILE)
 
 
 def model_card(run: Run, stage: str, folder: str) -> str:
@@ -89,7 +88,7 @@ def model_card(run: Run, stage: str, folder: str) -> str:
         stages=[_training(record.stages[name]) for name in path],
         recipe=record.recipe_text,
         scores=scores,
-        is_aligned=stage != record.base,
+        is_assistant=is_assistant(run.folder(stage) / MODEL_FOLDER),
         contaminated=[
             (name, one["n_contaminated"], one["n"])
             for name, one in record.benchmarks.get(stage, {}).items()

@@ -1,21 +1,21 @@
 """What a run's folder says: manifests, logs, samples, scores and the corpus's filter statistics.
 
 In: a `Run`. Out: a `RunRecord` of plain values. A run that is unfinished, or whose files are damaged, still
-gives a record: what cannot be read is left out and named in `warnings`.
+gives a record: what cannot be read is left out and named in `warnings`, and so are scores of an earlier model.
 """
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from groundup.errors import ArtifactError, GroundupError
 from groundup.files import read_json
-from groundup.report.format import is_number, mapping
+from groundup.report.format import is_number, mapping, mappings
 from groundup.run import MANIFEST, RECIPE_FILE, Manifest, Run
 from groundup.stage import current_stages, default_model, graph, language_models
 
@@ -111,8 +111,17 @@ def read_record(run: Run) -> RunRecord:
         warnings.append(f"The recipe cannot be read: {error}")
     stages = {name: _read_stage(run, stage, name in changed, warnings) for name, stage in stages.items()}
     evaluations, corpus = run.folder("evaluate"), run.folder("corpus")
-    attention = {name: _read_mapping(evaluations / name / "attention.json", warnings) for name in stages}
-    benchmarks = {name: _benchmarks(run, name, warnings) for name in stages}
+    done = {name for name, stage in stages.items() if stage.state == "done"}
+    if old := [name for name, stage in stages.items() if stage.state == "changed" and name.startswith("evaluate/")]:
+        warnings.append(f"Not shown, since they are of an earlier model or recipe: the scores in {', '.join(old)}.")
+    scored = [name for name in stages if f"evaluate/{name}" in done]
+    attention = {name: _read_mapping(evaluations / name / "attention.json", warnings) for name in scored}
+    benchmarks = {
+        name: _benchmarks(
+            [*([evaluations / name] if name in scored else []), run.folder(name) / "benchmarks"], warnings
+        )
+        for name in stages
+    }
     return RunRecord(
         name=run.name,
         path=shlex.quote(run.root.as_posix()),
@@ -123,7 +132,7 @@ def read_record(run: Run) -> RunRecord:
         recipe_text=(run.root / RECIPE_FILE).read_text(encoding="utf-8", errors="replace"),
         stages=stages,
         curves={name: curve for name in stages if (curve := _read_curve(run.folder(name), warnings))},
-        scores=_read_mapping(evaluations / "scores.json", warnings),
+        scores=_scores(_read_mapping(evaluations / "scores.json", warnings), done),
         filter_statistics=_read_mapping(corpus / "filter_statistics.json", warnings),
         benchmarks={name: found for name, found in benchmarks.items() if found},
         attention={name: found for name, found in attention.items() if found},
@@ -131,10 +140,25 @@ def read_record(run: Run) -> RunRecord:
     )
 
 
-def _benchmarks(run: Run, model: str, warnings: list[str]) -> dict[str, Any]:
+def _scores(table: Mapping[str, Any], done: Set[str]) -> dict[str, Any]:
+    """The table of scores without what evaluations measured that are not done as the recipe and its models are now."""
+    is_answered = f"evaluate/{table.get('model')}" in done
+    return {
+        **table,
+        "rows": [row for row in mappings(table.get("rows")) if f"evaluate/{row.get('model')}" in done],
+        "gates": [
+            gate
+            for gate in mappings(table.get("gates"))
+            if not isinstance(by := gate.get("measured_by"), list) or {*map(str, by)} <= done
+        ],
+        **({} if is_answered else {"by_kind": {}, "answers": []}),
+    }
+
+
+def _benchmarks(folders: Iterable[Path], warnings: list[str]) -> dict[str, Any]:
     """What a model was asked from files, by its recipe and beside it; a generated set has a colon in its name."""
     found = {}
-    for folder in (run.folder("evaluate") / model, run.folder(model) / "benchmarks"):
+    for folder in folders:
         for name, card in mapping(_read_mapping(folder / "scores.json", warnings).get("tasks")).items():
             figures = [mapping(one) for one in mapping(mapping(card).get("figures")).values()]
             is_whole = figures and all(is_number(one.get(key)) for one in figures for key in ("value", "stderr", "n"))

@@ -10,7 +10,7 @@ from typing import Any
 
 from groundup.console import format_bytes, format_count
 from groundup.report.charts import SERIES, Chart, estimates_chart, histogram_chart
-from groundup.report.closing import format_figure, format_stderr
+from groundup.report.closing import format_figure, format_stderr, is_share
 from groundup.report.format import format_whole, is_number, mapping, mappings
 from groundup.report.record import RunRecord
 
@@ -52,12 +52,14 @@ def benchmark_rows(record: RunRecord) -> list[tuple[str, ...]]:
 
 
 def benchmark_chart(record: RunRecord) -> Chart | None:
-    """The first figure of each benchmark, which is the usual one, of the last models."""
+    """The first figure of each benchmark, which is the usual one, of the last models; where it is a share."""
     models = list(record.benchmarks)[-len(SERIES) :]
     rows: dict[str, dict[str, Any]] = {}
     for model in models:
         for name, card in record.benchmarks[model].items():
-            rows.setdefault(name, {})[model] = next(iter(card["figures"].values()))
+            figure, estimate = next(iter(card["figures"].items()))
+            if is_share(figure):
+                rows.setdefault(name, {})[model] = estimate
     return estimates_chart("benchmarks-chart", rows, dict(zip(models, SERIES, strict=False)))
 
 

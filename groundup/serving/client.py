@@ -59,9 +59,7 @@ class Remote:
         body["max_tokens"] = params.max_tokens
         end = math.inf if self._seconds is None else time.monotonic() + self._seconds
         with contextlib.suppress(*_NOT_UNDERSTOOD), self._open("/v1/chat/completions", body) as response:
-            for line in response:
-                if time.monotonic() > end:
-                    raise TimeoutError
+            for line in _lines(response, end):
                 data = line.decode().removeprefix("data:").strip()
                 if data == "[DONE]":
                     return
@@ -104,3 +102,18 @@ class Remote:
             reason = getattr(error, "reason", error)
             fix = "Start one: groundup serve runs/demo"
             raise GroundupError(f"{self._url}: no server answers there ({reason}).", fix) from None
+
+
+def _lines(response: http.client.HTTPResponse, end: float) -> Iterator[bytes]:
+    """Lines as they come, up to a moment of `time.monotonic`: bytes that never become a line take no longer.
+
+    Raises:
+        TimeoutError: it is past that moment.
+    """
+    begun = b""
+    while read := response.read1():
+        if time.monotonic() > end:
+            raise TimeoutError
+        *lines, begun = (begun + read).split(b"\n")
+        yield from lines
+    yield begun
