@@ -95,6 +95,7 @@ def demo(result: dict[str, Any]) -> str:
     stages = {name: stage["summary"] for name, stage in result["stages"].items()}
     base, tuned = stages["evaluate/pretrain"], stages["evaluate/sft"]
     cells = {(named(row), row["model"]): with_error(row) for row in result["rows"]}
+    cells |= {(named(row), "n"): f"{row['after']['n']:,} {row['after']['unit']}" for row in result["rows"]}
     parts = ", ".join(f"{name} {stage['seconds']:.0f}" for name, stage in result["stages"].items() if "/" not in name)
     lines = (
         f"A model of {stages['pretrain']['parameters'] / 1e6:.1f} M parameters; {stages['corpus']['documents_kept']} "
@@ -132,7 +133,7 @@ def across(corner: str, cells: dict[tuple[str, str], str]) -> str:
 
 def named(row: dict[str, Any]) -> str:
     """A figure's name, without its model."""
-    return str(row["label"]).removesuffix(f", {row['model']}").replace("_", " ")
+    return str(row["label"]).removesuffix(" (control)").removesuffix(f", {row['model']}").replace("_", " ")
 
 
 def with_error(row: dict[str, Any]) -> str:
