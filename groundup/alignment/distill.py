@@ -36,7 +36,7 @@ from groundup.alignment.sft import SFTSettings, fine_tune
 from groundup.errors import DataError
 from groundup.files import atomic_folder, own_folder, value_digest, write_tensors, write_text
 from groundup.generation import Engine, Request, SamplingParams
-from groundup.generation.calculator import calculate, read_call
+from groundup.generation.calculator import tool_turn
 from groundup.generation.rollouts import use_calculator
 from groundup.interop.start import check_shards, starting_config, starting_point
 from groundup.model import ModelConfig, OutputLayer, Transformer
@@ -331,11 +331,10 @@ def _own_answers(inputs: Inputs, teacher: Transformer, length: int, kept: Path) 
             for (talk, ids), (text, is_ended) in zip(asked, texts, strict=False):
                 answer = inputs.tokenizer.decode(text[len(ids) :])
                 turns: list[Message] = [*talk, {"role": "assistant", "content": answer}]
-                result = use_tool(answer) if is_ended else None
+                tool, result = tool_turn(answer), use_tool(answer) if is_ended else None
                 if is_ended and result is None:
                     said.append(turns)
-                elif result is not None and may_call and len(text) + len(result) < length:
-                    tool: Message = {"role": "tool", "content": calculate(read_call(answer) or "")}
+                elif result is not None and tool is not None and may_call and len(text) + len(result) < length:
                     called.append(([*turns, tool], [*text, *result]))
             asked = called
         if not said:

@@ -25,7 +25,7 @@ from groundup.alignment.sft import SFTSettings, SupervisedFineTuning
 from groundup.errors import DataError
 from groundup.files import own_folder, value_digest, write_text
 from groundup.generation import Engine, SamplingParams
-from groundup.generation.calculator import calculate, read_call
+from groundup.generation.calculator import tool_turn
 from groundup.generation.rollouts import roll_out, use_calculator
 from groundup.recipe import setting
 from groundup.tokenizer import Message
@@ -146,8 +146,8 @@ def _good_answers(
 def _turns(texts: Sequence[str]) -> list[Message]:
     """An answer as a turn; or a call of the calculator, its result, and the answer to that."""
     turns: list[Message] = [{"role": "assistant", "content": text} for text in texts]
-    if len(turns) > 1:
-        turns.insert(1, {"role": "tool", "content": calculate(read_call(texts[0]) or "")})
+    if len(turns) > 1 and (result := tool_turn(texts[0])) is not None:
+        turns.insert(1, result)
     return turns
 
 

@@ -50,6 +50,12 @@ def read_call(text: str) -> str | None:
     return expression if isinstance(expression, str) else None
 
 
+def tool_turn(answer: str) -> Message | None:
+    """What the calculator says to an answer that is one call of it, or None."""
+    expression = read_call(answer)
+    return None if expression is None else {"role": "tool", "content": calculate(expression)}
+
+
 def with_calculator(ask: Callable[[Sequence[Message]], Iterator[str]], turns: list[Message]) -> Iterator[str]:
     """An answer, piece by piece, in which one call of the calculator is run.
 

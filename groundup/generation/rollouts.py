@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from groundup.errors import DataError
-from groundup.generation.calculator import calculate, read_call
+from groundup.generation.calculator import tool_turn
 from groundup.generation.engine import Engine
 from groundup.generation.params import SamplingParams
 from groundup.generation.request import Generation, Request
@@ -111,14 +111,9 @@ def use_calculator(tokenizer: Tokenizer) -> UseTool:
     """The turn of the calculator behind an answer that is a call of it."""
 
     def use(text: str) -> list[int] | None:
-        expression = read_call(text)
-        if expression is None:
+        if (result := tool_turn(text)) is None:
             return None
-        said: list[Message] = [
-            {"role": "user", "content": ""},
-            {"role": "assistant", "content": text},
-            {"role": "tool", "content": calculate(expression)},
-        ]
+        said: list[Message] = [{"role": "user", "content": ""}, {"role": "assistant", "content": text}, result]
         try:
             n_before = render(tokenizer, said[:2]).n_answered
             return render(tokenizer, said, add_generation_prompt=True).ids[n_before:]
