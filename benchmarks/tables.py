@@ -116,7 +116,8 @@ def demo_full(result: dict[str, Any]) -> str:
     minutes = ", ".join(f"{run['seconds'] / 60:.1f}" for run in result["runs"])
     gates = [gate for run in result["runs"] for gate in run["gates"]]
     lines = (
-        f"Means of {len(result['runs'])} seeds, 95 % interval of Student's t; {minutes} minutes beside other work; "
+        f"Means of {len(result['runs'])} seeds, 95 % interval of Student's t; {minutes} minutes "
+        f"(load average {result['load_average'][2]:.1f} on {result['environment']['cores']} cores); "
         f"{sum(gate['passed'] for gate in gates)} of {len(gates)} gates held."
     )
     return f"{across('mean over seeds', cells)}\n\n{lines}"
