@@ -1,4 +1,4 @@
-"""Tiny runs of the methods that learn from preferences and labels; as a program, one of them, which may be killed.
+"""Tiny runs of the methods that learn from records of a file; as a program, one of them, which may be killed.
 
 KIND FOLDER            train to the end
 KIND FOLDER kill N     SIGKILL at the N-th forward pass in training
@@ -18,13 +18,19 @@ from typing import Any
 
 import torch
 from model_parts import random_model
+from shards_bytes import document
 
+from groundup.alignment import SFTSettings, fine_tune
 from groundup.alignment.classify import ClassifySettings, train_classifier
 from groundup.alignment.dpo import DPOSettings, train_dpo
+from groundup.alignment.rejection import RejectionSettings, rejection_sampling
 from groundup.alignment.reward import RewardSettings, train_reward
+from groundup.alignment.rewards import FunctionReward
 from groundup.console import Console
 from groundup.distributed import World, current_world, end_process
 from groundup.model import Transformer, preset
+from groundup.recipe import ShardsSettings
+from groundup.shards import write_shards
 from groundup.tokenizer import Tokenizer
 from groundup.training import TrainedModel
 
@@ -35,8 +41,10 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "dpo": {}, "dpo-lora": {"lora": {"rank": 4, "dropout": 0.1}, "lr": 1e-2}, "kto": {"loss": "kto"},
-    "reward": {}, "classify": {},
+    "reward": {}, "classify": {}, "sft": {"replay": 0.3},
+    "rejection": {"replay": 0.3, "prompts": 24, "samples": 4, "keep": 2, "least": -8.0, "max_tokens": 6, "epochs": 4.0},
 }  # fmt: skip
+SHORT = "def score(messages, answer, known):\n    return -float(len(answer))\n"
 
 
 def records(n: int = 90) -> list[dict[str, Any]]:
@@ -79,7 +87,7 @@ def data(folder: Path, lines: list[dict[str, Any]] | None = None) -> str:
 
 def run(kind: str, folder: Path, world: World | None = None, kill: int | None = None, **more: Any) -> TrainedModel:
     """Train one of them; the process ends at the `kill`-th forward pass in training."""
-    made, passes = model(tied_embeddings=kind in ("dpo", "dpo-lora", "kto")), itertools.count(1)
+    made, passes = model(tied_embeddings=kind not in ("reward", "classify")), itertools.count(1)
 
     def count(module: torch.nn.Module, arguments: object) -> None:
         if module.training and next(passes) == kill:
@@ -87,7 +95,24 @@ def run(kind: str, folder: Path, world: World | None = None, kill: int | None = 
 
     made.register_forward_pre_hook(count)
     settings = OPTIONS | KINDS[kind] | more
-    common: dict[str, Any] = {"out": folder / "out", "world": world or current_world(), "console": QUIET}
+    world = world or current_world()
+    common: dict[str, Any] = {"out": folder / "out", "world": world, "console": QUIET}
+    if kind in ("sft", "rejection"):
+        talks = [{"prompt": one["prompt"], "response": one["chosen"]} for one in records()]
+        if world.is_first and not (folder / "shards").exists():
+            data(folder, talks), (folder / "short.py").write_text(SHORT)
+            texts = [document(f"{one['rejected']} {one['chosen']}") for one in records(40)]
+            write_shards([*texts, document("It is.", "validation")], tokenizer(), folder / "shards", ShardsSettings())
+        world.wait()
+        common["replay_shards"] = folder / "shards"
+        if kind == "sft":
+            return fine_tune(made, tokenizer(), SFTSettings(data=data(folder), **settings), **common)
+        with torch.no_grad():
+            made.embed_tokens.weight[tokenizer().end_id] *= 8  # so that some answers end
+        reward = FunctionReward(f"{folder / 'short.py'}:score", "[align.x] reward")
+        return rejection_sampling(
+            made, tokenizer(), RejectionSettings(data=data(folder), **settings), reward=reward, **common
+        )
     if kind == "reward":
         return train_reward(made, tokenizer(), RewardSettings(data=data(folder), **settings), **common)
     if kind == "classify":

@@ -5,6 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from alignment_runs import run
 from hypothesis import given
 from hypothesis import strategies as st
 from model_parts import random_model, tiny
@@ -27,7 +33,11 @@ from groundup.shards import PackedLoader, TokenShards, WindowLoader, write_shard
 from groundup.stage import Stage, graph
 from groundup.tokenizer import Tokenizer, render
 from groundup.training import IGNORED
+from groundup.training.metrics import read_log
+from groundup.training.process import limited_threads
 
+WORKER = Path(__file__).with_name("alignment_runs.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{WORKER.parent}:{WORKER.parents[1]}"}
 CONTEXT, SEED = 96, 3
 TEXTS = [f"{number} times the cat sat on the mat, and then it left." * (number % 4 + 1) for number in range(40)]
 Talk = tuple[int, ...]
@@ -239,3 +249,41 @@ def test_validation_loss_is_the_same_packed_and_padded(tmp_path: Path, packing: 
         nats += float(F.cross_entropy(logits[learned], ids[1:][learned], reduction="sum"))
         count += int(learned.sum())
     assert tuned.summary["val_loss"] == pytest.approx(nats / count, rel=1e-5)
+
+
+def kept_answers(folder: Path) -> list[bytes]:
+    """What rejection sampling learns from; of fine-tuning on a file, nothing. (Names depend on where the data are.)"""
+    return [path.read_bytes() for path in (folder / "out").glob("answers-*.jsonl")]
+
+
+@pytest.mark.parametrize("kind", ["sft", "rejection"])
+def test_killed_and_resumed_gives_the_same_bits(tmp_path: Path, kind: str) -> None:
+    options = '{"checkpoint_seconds": 0.0}'
+    with limited_threads(1):
+        whole = run(kind, tmp_path / "whole", checkpoint_seconds=0.0)
+    assert (n_steps := whole.summary["steps"]) >= 3
+    at = random.Random(os.urandom(8)).randrange(1, n_steps + 1)
+    arguments = [sys.executable, str(WORKER), kind, str(tmp_path / "parts"), "kill", str(at), options]
+    done = subprocess.run(arguments, env=ENVIRONMENT, timeout=200, check=False)
+    assert done.returncode == -signal.SIGKILL, at
+    with limited_threads(1):
+        again = run(kind, tmp_path / "parts", checkpoint_seconds=0.0)
+    assert (tmp_path / "parts/out/metrics.jsonl").read_bytes() == (tmp_path / "whole/out/metrics.jsonl").read_bytes()
+    assert kept_answers(tmp_path / "parts") == kept_answers(tmp_path / "whole")
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(again.model.get_parameter(name), parameter), (name, at)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sft", "rejection"])
+def test_two_processes_do_what_one_does(tmp_path: Path, kind: str) -> None:
+    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"])):
+        arguments = [sys.executable, *launch, str(WORKER), kind, str(tmp_path / name)]
+        subprocess.run(arguments, env=ENVIRONMENT, timeout=200, check=True, capture_output=True)
+    assert kept_answers(tmp_path / "one") == kept_answers(tmp_path / "two")
+    assert len(kept_answers(tmp_path / "one")) == (kind == "rejection")
+    logs = [read_log(tmp_path / name / "out" / "metrics.jsonl") for name in ("one", "two")]
+    assert len(logs[0]) == len(logs[1]) >= 3
+    for one, two in zip(*logs, strict=True):
+        losses = [{name: value for name, value in line.items() if "loss" in name} for line in (one, two)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
