@@ -117,8 +117,8 @@ def run(kind: str, folder: Path, world: World | None = None, kill: int | None = 
         return train_reward(made, tokenizer(), RewardSettings(data=data(folder), **settings), **common)
     if kind == "classify":
         texts = [{"text": f"{one['prompt']} {one['chosen']}", "label": colour_of(one)} for one in records()]
-        chosen = ClassifySettings(data=data(folder, texts), **settings)
-        return train_classifier(made, tokenizer(), chosen, **common)
+        labelled = ClassifySettings(data=data(folder, texts), **settings)
+        return train_classifier(made, tokenizer(), labelled, **common)
     return train_dpo(made, tokenizer(), DPOSettings(data=data(folder), **settings), **common)
 
 

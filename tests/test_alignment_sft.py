@@ -261,7 +261,8 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path: Path, kind: str) -> No
     options = '{"checkpoint_seconds": 0.0}'
     with limited_threads(1):
         whole = run(kind, tmp_path / "whole", checkpoint_seconds=0.0)
-    assert (n_steps := whole.summary["steps"]) >= 3
+    n_steps = whole.summary["steps"]
+    assert n_steps >= 3
     at = random.Random(os.urandom(8)).randrange(1, n_steps + 1)
     arguments = [sys.executable, str(WORKER), kind, str(tmp_path / "parts"), "kill", str(at), options]
     done = subprocess.run(arguments, env=ENVIRONMENT, timeout=200, check=False)

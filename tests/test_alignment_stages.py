@@ -11,6 +11,7 @@ from alignment_runs import records
 from command import CommandLine, groundup  # noqa: F401
 from tiny_run import build_quietly
 
+from groundup.alignment import on_policy
 from groundup.alignment.reward import Scorer
 from groundup.errors import GroundupError
 from groundup.files import read_json
@@ -42,6 +43,30 @@ start = "sft"
 data = ["{data}"]
 batch_size = 8
 lr = 3e-3
+
+[align.best]
+method = "rejection"
+start = "sft"
+examples = 200
+reward = "reward"
+least = -100
+prompts = 40
+samples = 4
+max_tokens = 16
+batch_size = 4
+
+[align.best-more]
+method = "sft"
+start = "best"
+examples = 100
+epochs = 0.2
+
+[align.best-control]
+method = "sft"
+start = "sft"
+compute = "best"
+examples = 100
+batch_size = 4
 
 [align.spam]
 method = "classify"
@@ -78,7 +103,8 @@ def run(recipe_file: Path) -> Run:
 
 def test_they_are_built_scored_gated_and_shown(run: Run) -> None:
     scores = read_json(run.folder("evaluate") / "scores.json")
-    assert {row["model"] for row in scores["rows"]} == {"pretrain", "sft", "dpo", "more"}  # language models alone
+    language_models = {"pretrain", "sft", "dpo", "more", "best", "best-more", "best-control"}
+    assert {row["model"] for row in scores["rows"]} == language_models
     assert [gate["passed"] for gate in scores["gates"]] == [True, True]
     page = (run.root / "report.html").read_text()
     for words in (
@@ -101,6 +127,25 @@ def test_nothing_is_done_twice_and_damage_is_found(run: Run, recipe_file: Path) 
     changed = parse_recipe(recipe_file.read_text(), "tiny.toml", ["align.dpo.beta=0.2"])
     due = {item.stage.name for item in plan(changed, run) if item.is_due}
     assert due == {"dpo", "more", "evaluate/dpo", "evaluate/more"}
+
+
+def test_a_model_that_learned_from_its_best_answers_stands_beside_the_others(run: Run, monkeypatch) -> None:
+    best, control = run.manifest("best"), run.manifest("best-control")
+    assert best is not None
+    assert control is not None
+    assert best.needs.keys() == {"sft", "reward"}
+    assert best.summary["answers"] == 160
+    assert 0 < best.summary["prompts_solved"] <= best.summary["answers_good"] <= 160
+    one_step = control.summary["flops"] / control.summary["steps"]
+    assert control.summary["flops"] == pytest.approx(best.summary["flops"], abs=one_step)
+    assert "Rejection-sampling fine-tuning: best" in (run.root / "report.html").read_text()
+    weights = [load(run.root, stage=name).model.embed_tokens.weight for name in ("sft", "best", "best-more")]
+    assert not weights[0].equal(weights[1])
+    assert not weights[1].equal(weights[2])
+    monkeypatch.setattr(on_policy, "VERIFIER_VERSION", on_policy.VERIFIER_VERSION + 1)
+    after = {"best", "best-more", "best-control"}
+    due = {item.stage.name for item in plan(run.recipe, run) if item.is_due}
+    assert due == after | {f"evaluate/{name}" for name in after}
 
 
 def test_the_command_line_knows_them(run: Run, recipe_file: Path, groundup: CommandLine) -> None:  # noqa: F811

@@ -28,7 +28,15 @@ from groundup.alignment.losses import aggregate, aggregate_count, kl_estimate, l
 from groundup.alignment.method import AlignmentMethod, Inputs, reported, share, share_with_error
 from groundup.alignment.packing import COLUMNS
 from groundup.alignment.reward import Scorer
-from groundup.alignment.rewards import VERIFY, FunctionReward, Prompt, Prompts, is_right, load_prompts
+from groundup.alignment.rewards import (
+    VERIFIER_VERSION,
+    VERIFY,
+    FunctionReward,
+    Prompt,
+    Prompts,
+    is_right,
+    load_prompts,
+)
 from groundup.errors import DataError, GroundupError
 from groundup.files import file_digest, value_digest, write_text
 from groundup.generation import Engine, SamplingParams
@@ -421,7 +429,8 @@ class AnswersMethod(AlignmentMethod):
             started += [model_digest(folder / "model"), *map(file_digest, sorted((folder / HEAD_FOLDER).iterdir()))]
             given["reward"] = Scorer.load(folder)
         else:
-            started.append(VERIFY if name == VERIFY else function_fingerprint(name, _where(stage)))
+            own = f"{VERIFY} {VERIFIER_VERSION}"
+            started.append(own if name == VERIFY else function_fingerprint(name, _where(stage)))
         return {**given, "start": value_digest(started)}
 
     def prompts_and_reward(
@@ -455,8 +464,8 @@ class AnswersMethod(AlignmentMethod):
         return (*own, *super().needs(stage))
 
     def outside(self, stage: Stage) -> dict[str, str]:
-        """Prompts, a model made elsewhere, a reward's file."""
-        name, found = stage.settings.reward, super().outside(stage)
+        """Prompts, a model made elsewhere, a reward's file; the verifier, which judges held-out answers, too."""
+        name, found = stage.settings.reward, {"verifier": str(VERIFIER_VERSION), **super().outside(stage)}
         if name == VERIFY or name in stage.recipe.branches:
             return found
         return {**found, "reward": function_fingerprint(name, _where(stage))}

@@ -27,6 +27,8 @@ from groundup.tokenizer import Message, Tokenizer, render
 from groundup.user_code import answer_calls, in_words, load_function
 
 VERIFY = "groundup:verify"
+VERIFIER_VERSION = 1
+"""Of `is_right`: raised when it finds other answers right. Stages with rewards are then done again."""
 _MARK = "####"
 _NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
 _EXAMPLE = "def {name}(messages, answer, known): return 1.0 if answer == known else 0.0"
@@ -106,7 +108,7 @@ def load_prompts(
         raise DataError(
             f"[{section}] data = {list(data)}: {len(sides[0])} prompts to answer, {len(sides[1])} held out"
             + (f", {too_long:,} longer than {room} tokens." if too_long else "."),
-            "Raise the model's context_length, lower max_tokens, or give conversations with a question.",
+            "Give conversations with a question, shorter ones, or raise the model's context_length.",
         )
     return Prompts(*sides, too_long)
 
