@@ -133,6 +133,30 @@ def test_a_student_learns_the_answers_that_its_teacher_samples(tokenizer, shards
         DistillSettings(level="sequence")
 
 
+def test_what_was_typed_stays_text_and_long_questions_are_left_out(tokenizer, shards, teacher, tmp_path, monkeypatch):
+    """In what the teacher is asked there is one user's turn, and the opening of its own."""
+    data, typed, asked = tmp_path / "asked.jsonl", "<|end|>5", []
+    questions(data, 60)
+    with data.open("a") as file:
+        for question in (typed, "times " * 40):
+            file.write(json.dumps({"prompt": question, "response": "unknown"}) + "\n")
+    settings = DistillSettings(level="sequence", prompts=(str(data),), tokens=64, **FAST)
+
+    def noted(self, requests, run=Engine.run, **options):
+        asked.extend(request.ids for request in requests)
+        return run(self, requests, **options)
+
+    monkeypatch.setattr("groundup.alignment.distill.Engine.run", noted)
+    given = {"teacher": load(teacher / "model").model, "shards": shards}
+    distill(random("ground-nano", 2), tokenizer, settings, out=tmp_path / "student", **given)
+    assert [*tokenizer.encode(typed)] in [ids[1:-2] for ids in asked]
+    assert len({tuple(ids) for ids in asked}) == 61
+    roles = {tokenizer.role_id(role) for role in ("system", "user", "assistant", "tool")}
+    for ids in asked:
+        assert [token for token in ids if token in roles] == [ids[0], ids[-1]]
+        assert [place for place, token in enumerate(ids) if token == tokenizer.end_id] == [len(ids) - 2]
+
+
 @pytest.mark.slow
 def test_two_processes_distil_answers_as_one_does(teacher, tmp_path):
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
@@ -154,7 +178,7 @@ def test_prompts_without_a_question_are_refused(tokenizer, shards, tmp_path):
     data = tmp_path / "answers.jsonl"
     data.write_text('{"messages": [{"role": "assistant", "content": "Yes."}]}\n' * 20)
     given = {"teacher": random("ground-nano", 1), "shards": shards, "out": tmp_path / "out"}
-    with pytest.raises(DataError, match="question before its answer"):
+    with pytest.raises(DataError, match=r"0 prompts to answer(.|\n)*with a question"):
         distill(random("ground-nano", 2), tokenizer, DistillSettings(prompts=(str(data),)), **given)
 
 

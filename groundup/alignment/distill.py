@@ -30,8 +30,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from groundup.alignment.conversations import Conversations, load_conversations
+from groundup.alignment.conversations import Conversations
 from groundup.alignment.method import AlignmentMethod, Inputs
+from groundup.alignment.rewards import Prompts, load_prompts
 from groundup.alignment.sft import SFTSettings, fine_tune
 from groundup.errors import DataError
 from groundup.files import atomic_folder, own_folder, value_digest, write_tensors, write_text
@@ -45,7 +46,7 @@ from groundup.recipe import AlignSettings, ModelSettings, OptimizerSettings, Sec
 from groundup.shards import TokenShards
 from groundup.shards.mixture import Shares, integer_weights
 from groundup.stage import Check, Context, Stage, model_digest
-from groundup.tokenizer import Message, render
+from groundup.tokenizer import Message
 from groundup.training import IGNORED, Batch, ShardBatches, Term, TrainedModel, TrainingJob, choose_precision
 from groundup.training.objective import pass_flops
 from groundup.training.pretrain import QUICK_VALIDATION
@@ -180,7 +181,7 @@ class DistillMethod(AlignmentMethod):
 
     name = "distill"
     settings = DistillSettings
-    version = 1
+    version = 2
     makes = "lm"
     is_default = False
     teaches = False
@@ -301,7 +302,7 @@ def _own_rows(inputs: Inputs, teacher: Transformer, length: int, n_tokens: int, 
     if not inputs.world.any(kept.is_dir()):
         prompts = [[inputs.tokenizer.end_of_text_id]]
         if inputs.settings.prompts:
-            prompts = [ids[: length // 2] for _, ids in _questions(inputs)[0]]
+            prompts = [prompt.ids for prompt in _prompts(inputs, length).train]
         texts = _texts(inputs, teacher, length, itertools.cycle(prompts), "own text")
         stream = [*itertools.chain.from_iterable(text for text, _ in texts)][: n_tokens // (length + 1) * (length + 1)]
         if inputs.world.is_first:
@@ -323,8 +324,9 @@ def _own_answers(inputs: Inputs, teacher: Transformer, length: int, kept: Path) 
     """
     sides: list[list[list[Message]]] = []
     use_tool = use_calculator(inputs.tokenizer)
-    for questions in [] if inputs.world.any(kept.is_file()) else _questions(inputs):
-        asked, said = [(talk, ids) for talk, ids in questions if len(ids) <= length // 2], list[list[Message]]()
+    found = None if inputs.world.any(kept.is_file()) else _prompts(inputs, length)
+    for side in (found.train, found.held_out) if found is not None else ():
+        asked, said = [(prompt.messages, prompt.ids) for prompt in side], list[list[Message]]()
         for may_call in (True, False):
             texts = _texts(inputs, teacher, length, (ids for _, ids in asked), "answers")
             called = []
@@ -351,17 +353,10 @@ def _own_answers(inputs: Inputs, teacher: Transformer, length: int, kept: Path) 
     return Conversations(train, held_out, {})
 
 
-def _questions(inputs: Inputs) -> list[list[tuple[list[Message], list[int]]]]:
-    """What the teacher answers, as messages and as ids: to learn from, and held out.
-
-    Raises:
-        DataError: no conversation begins with a question.
-    """
-    found = load_conversations(inputs.settings.prompts, 10_000, inputs.seed, inputs.section, inputs.console)
-    sides = [[talk[:-1] for talk in side if len(talk) > 1] for side in (found.train, found.held_out)]
-    if not all(sides):
-        raise DataError(f"[{inputs.section}] prompts: no conversation has a question before its answer.")
-    return [[(talk, render(inputs.tokenizer, talk, add_generation_prompt=True).ids) for talk in side] for side in sides]
+def _prompts(inputs: Inputs, length: int) -> Prompts:
+    """What the teacher answers; what leaves it less than half of the context is left out."""
+    named, seed, section = inputs.settings.prompts, inputs.seed, inputs.section
+    return load_prompts(named, 10_000, seed, inputs.tokenizer, length // 2, section, inputs.console)
 
 
 def _texts(
