@@ -1,7 +1,8 @@
 """Trains a tiny model on random rows in each of some folders; a program that torchrun runs, or in this process.
 
 A file `stop-at` in a folder names the step at which one process is asked to stop, `micro-batch-size` the rows of a
-micro-batch, `settings.json` other settings. The trained weights go to `weights.safetensors`.
+micro-batch, `settings.json` other settings, `fails-on` the process in which a task of `evaluate` fails, in the midst of
+a forward pass. The trained weights go to `weights.safetensors`, what each process was warned of to `warnings-RANK`.
 """
 
 import itertools
@@ -20,6 +21,16 @@ from groundup.distributed import World, current_world, end_process, full_tensor
 from groundup.model import Transformer, preset
 from groundup.recipe import OptimizerSettings
 from groundup.training import NextToken, TrainingJob, train
+
+
+class Warned(Console):
+    def __init__(self, path: Path) -> None:
+        super().__init__(quiet=True)
+        self.path = path
+
+    def warn(self, text: str) -> None:
+        with self.path.open("a") as lines:
+            lines.write(f"{text}\n")
 
 
 def train_in(folder: Path, world: World) -> None:
@@ -46,7 +57,19 @@ def train_in(folder: Path, world: World) -> None:
 
     if (folder / "stop-at").exists():
         job.model.register_forward_pre_hook(stop)
-    train(job, world, Console(quiet=True))
+
+    def probe(model, name):
+        def fail(block, arguments):
+            raise MemoryError("no memory left")
+
+        if world.rank == int((folder / "fails-on").read_text()):
+            model.layers[1].register_forward_pre_hook(fail)
+        with torch.inference_mode():
+            return {"probe": float(model(torch.arange(12)[None]).logsumexp(dim=-1).sum())}
+
+    if job.settings.evaluate is not None:
+        job.score = probe
+    train(job, world, Warned(folder / f"warnings-{world.rank}"))
     trained = {name: full_tensor(parameter).detach() for name, parameter in job.model.named_parameters()}
     if world.is_first:
         save_file(trained, folder / "weights.safetensors")

@@ -160,7 +160,8 @@ def on_two_processes(*folders: Path) -> subprocess.CompletedProcess[str]:
     """`train_in` each folder, one after the other, on two processes."""
     script, launcher = Path(__file__).with_name("distributed_worker.py"), "torch.distributed.run"
     command = [sys.executable, "-m", launcher, "--standalone", "--nproc-per-node=2", str(script), *map(str, folders)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    path = os.pathsep.join([str(script.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
 
 

@@ -6,11 +6,17 @@ state are split over the processes; each block is gathered when it computes (arX
 
 from __future__ import annotations
 
+import copy
+from typing import TypeVar
+
+import torch
 from torch import Tensor, nn
 
 from groundup.distributed.world import World
 from groundup.model.initialization import is_sharded
 from groundup.model.transformer import Block
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def shard_module(module: nn.Module, world: World) -> None:
@@ -38,3 +44,20 @@ def like_parameter(whole: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(
         whole.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
     )
+
+
+def empty_copy(module: AnyModule) -> AnyModule:
+    """A copy of a module that is not sharded yet, whose parameters and buffers have shapes only (on "meta")."""
+    shapes: dict[int, Tensor] = {id(buffer): buffer.to("meta") for buffer in module.buffers()}
+    shapes |= {id(one): nn.Parameter(one.detach().to("meta"), one.requires_grad) for one in module.parameters()}
+    return copy.deepcopy(module, shapes)
+
+
+@torch.no_grad()
+def fill_copy(module: nn.Module, whole: nn.Module | None) -> None:
+    """Copy a module's parameters and buffers into a whole one, if there is one here; every process must call it."""
+    own = {} if whole is None else {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        value = full_tensor(tensor)
+        if name in own:
+            own[name].copy_(value)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -73,6 +74,21 @@ class World:
             return flag
         return bool(self.sum(torch.tensor([float(flag)]))[0] > 0)
 
+    def first_says(self, say: Callable[[], str]) -> str:
+        """The text that `say` gives in the first process, which alone calls it; the others wait, for up to a day.
+
+        All must call it. `say` may take long, but must not raise: the others would wait in vain.
+        """
+        if self.size == 1:
+            return say()
+        group = _patient_group()
+        text = torch.tensor(list(say().encode()) if self.is_first else [], dtype=torch.uint8)
+        n_bytes = torch.tensor([len(text)])
+        dist.broadcast(n_bytes, 0, group=group)
+        text = text if self.is_first else text.new_empty(int(n_bytes))
+        dist.broadcast(text, 0, group=group)
+        return bytes(text.tolist()).decode()
+
     def wait(self) -> None:
         """Return when every process has called it (a barrier)."""
         if self.size > 1:
@@ -92,6 +108,12 @@ class World:
             )
         share = batch_size // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
+
+
+@functools.cache
+def _patient_group() -> dist.ProcessGroup:
+    """All processes once more, on the CPU, to wait in for longer than a hanging device may take."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
 @functools.cache

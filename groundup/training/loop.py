@@ -28,7 +28,7 @@ import xxhash
 from torch import Tensor
 
 from groundup.console import Bar, Console
-from groundup.distributed import World, shard_module
+from groundup.distributed import World, empty_copy, shard_module
 from groundup.errors import GroundupError, Interrupted
 from groundup.files import own_folder, remove_folder, remove_partials
 from groundup.model import Transformer
@@ -95,6 +95,8 @@ def _train(job: TrainingJob, world: World, console: Console, stop: StopRequest) 
         world.rows(size)
     for module in job.frozen.values():
         module.requires_grad_(False)
+    # Shapes alone, filled while it is asked (`Validation.benchmarks`); on one device it is asked itself.
+    whole = empty_copy(job.model) if settings.evaluate is not None and world.size > 1 and world.is_first else None
     for module in job.all_modules.values():
         shard_module(module, world)
         for model in (part for part in module.modules() if isinstance(part, Transformer)):
@@ -131,7 +133,7 @@ def _train(job: TrainingJob, world: World, console: Console, stop: StopRequest) 
         writer = CheckpointWriter(folder, world, config, settings.keep_checkpoints, beside=in_thread)
         stack.callback(writer.close)
         bar = stack.enter_context(console.bar(job.name, job.n_steps))
-        loop = _Loop(job, state, log, trackers, writer, world, console, bar, stop)
+        loop = _Loop(job, state, log, trackers, writer, world, console, bar, stop, whole)
         progress = loop.run(progress)
         log.flush()
         writer.wait()
@@ -154,7 +156,7 @@ class _Loop:
 
     def __init__(
         self, job: TrainingJob, state: TrainingState, log: MetricLog, trackers: Trackers, writer: CheckpointWriter,
-        world: World, console: Console, bar: Bar, stop: StopRequest,
+        world: World, console: Console, bar: Bar, stop: StopRequest, whole: Transformer | None,
     ) -> None:  # fmt: skip
         self.job, self.state, self.modules = job, state, job.all_modules
         self.on_policy = job.source if isinstance(job.source, OnPolicySource) else None
@@ -162,7 +164,7 @@ class _Loop:
         self.world, self.console, self.bar, self.stop = world, console, bar, stop
         self.eval_every = validation_interval(job.settings, job.n_steps)
         self.micro = job.micro_rows
-        self.validation = Validation(job, state, writer, world, console, self.note, self.leave_if_asked)
+        self.validation = Validation(job, state, writer, world, console, self.note, self.leave_if_asked, whole)
         self.speed = ThroughputMeter(job.model.compute_dtype, world.device, world.size, measures=world.is_first)
 
     def run(self, progress: Progress) -> Progress:

@@ -1,21 +1,25 @@
 """What happens at intervals while a model trains: loss on held-out rows, benchmarks, samples, the best model so far.
 
 By the averaged weights, where there are some. All of it is left early when the run is asked to stop, and done again
-when it goes on: the checkpoint was written before. A benchmark that fails is a warning, here and in the metrics.
+when it goes on: the checkpoint was written before. A benchmark that fails is a warning, here and in the metrics: the
+first process alone is asked, with a whole copy of a sharded model, so that a failure leaves no other one waiting.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from groundup.console import Console
-from groundup.distributed import World
+from groundup.distributed import World, fill_copy
+from groundup.model import Transformer
 from groundup.recipe import OptimizerSettings
 from groundup.training.checkpoint import CheckpointWriter, Progress, TrainingState, weights_of
 from groundup.training.job import TrainingJob
@@ -43,6 +47,7 @@ class Validation:
     console: Console  # is told the loss
     note: Callable[[str, dict[str, Any]], None]  # writes a line to a log of this name
     leave_if_asked: Callable[[Progress], None]  # raises `Interrupted` where someone asked to stop
+    whole: Transformer | None = None  # of the first of several processes: the model unsharded, empty in between
 
     def run(self, progress: Progress) -> Progress:
         """One pass; `progress` with the lowest loss so far, which is the objective's first term."""
@@ -77,14 +82,43 @@ class Validation:
         interval = 0 if asked is None else asked.every * validation_interval(job.settings, job.n_steps)
         if asked is None or job.score is None or (progress.step % interval and progress.step != job.n_steps):
             return found
-        for name in asked.tasks:
-            self.leave_if_asked(progress)
-            try:
-                found |= {f"val_{figure}": value for figure, value in job.score(job.model.eval(), name).items()}
-            except Exception as error:  # whatever it is, the run is worth more
-                found[f"val_{name}_error"] = f"{type(error).__name__}: {error}"
-                self.console.warn(f"{job.name}, step {progress.step}: {name} was not scored: {error}")
+        with self.whole_model() as model:
+            for name in asked.tasks:
+                self.leave_if_asked(progress)
+                one = json.loads(self.world.first_says(functools.partial(self.scored, model, name)))
+                if (error := one.get(f"val_{name}_error")) is not None:
+                    self.console.warn(f"{job.name}, step {progress.step}: {name} was not scored: {error}")
+                found |= one
         return found
+
+    @contextlib.contextmanager
+    def whole_model(self) -> Iterator[Transformer | Exception]:
+        """The model, for the first process to ask by itself, or why it cannot be; every process must enter it."""
+        given: Transformer | Exception = self.job.model
+        if self.whole is not None:
+            try:
+                given = self.whole.to_empty(device=self.world.device)
+                given.compute_dtype = self.job.model.compute_dtype
+            except Exception as error:
+                given = error
+        if self.world.size > 1:
+            fill_copy(self.job.model, given if given is self.whole else None)
+        try:
+            yield given
+        finally:
+            if self.whole is not None:
+                self.whole.to_empty(device="meta")
+
+    def scored(self, model: Transformer | Exception, name: str) -> str:
+        """Figures of a task, or the error, as JSON."""
+        try:
+            if isinstance(model, Exception):
+                raise model
+            assert self.job.score is not None
+            figures = self.job.score(model.eval(), name)
+            return json.dumps({f"val_{figure}": value for figure, value in figures.items()})
+        except Exception as error:  # whatever it is, the run is worth more
+            return json.dumps({f"val_{name}_error": f"{type(error).__name__}: {error}"})
 
     @torch.no_grad()
     def terms(self, progress: Progress) -> dict[str, float]:
