@@ -47,27 +47,16 @@ _PASS_AT_K_TEMPERATURE = 0.8  # several programs for a problem are drawn (arXiv:
 
 @dataclass(frozen=True)
 class Item:
-    """One question of a task.
+    """One question of a task."""
 
-    Attributes:
-        number: from 0, in the order of the files.
-        group: the part it belongs to.
-        context: what stands before every choice, shots included; of a choice between contexts, "".
-        contexts: one for each choice, where they differ.
-        choices: the continuations, delimiter included; of a generation none.
-        gold: number of the right choice.
-        target: the right answer of a generation; the text, of a text; the program around an answer, of code.
-        row: the fields, for a program; of a generated set, what is asked.
-    """
-
-    number: int
-    group: str
-    context: str
-    contexts: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
-    gold: int = 0
-    target: str = ""
-    row: Mapping[str, Any] = field(default_factory=dict)
+    number: int  # from 0, in the order of the files
+    group: str  # the part it belongs to
+    context: str  # what stands before every choice, shots included; of a choice between contexts, ""
+    contexts: tuple[str, ...] = ()  # one for each choice, where they differ
+    choices: tuple[str, ...] = ()  # the continuations, delimiter included; of a generation none
+    gold: int = 0  # number of the right choice
+    target: str = ""  # the right answer of a generation; the text, of a text; the program around an answer, of code
+    row: Mapping[str, Any] = field(default_factory=dict)  # the fields, for a program; of a generated set, what is asked
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -77,21 +66,13 @@ class Item:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model wrote.
+    """What a model wrote."""
 
-    Attributes:
-        text: without what ended it; behind a call of the calculator, what follows the result.
-        is_ended: by a token or a stop text, and not cut off.
-        n_tokens: that were written, the end included.
-        logprob: of these tokens at temperature 1, in nats, where the task asks for it.
-        start_logprob: the same by the model that this one was trained from, where it is at hand.
-    """
-
-    text: str
-    is_ended: bool = True
-    n_tokens: int = 0
-    logprob: float | None = None
-    start_logprob: float | None = None
+    text: str  # without what ended it; behind a call of the calculator, what follows the result
+    is_ended: bool = True  # by a token or a stop text, and not cut off
+    n_tokens: int = 0  # that were written, the end included
+    logprob: float | None = None  # of these tokens at temperature 1, in nats, where the task asks for it
+    start_logprob: float | None = None  # the same by the model that this one was trained from, where it is at hand
 
 
 class EvaluationTask(Protocol):

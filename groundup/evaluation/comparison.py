@@ -37,35 +37,22 @@ _UP, _DOWN = 1, -1
 
 @dataclass(frozen=True)
 class Difference:
-    """How two models differ on one benchmark or figure.
+    """How two models differ on one benchmark or figure."""
 
-    Attributes:
-        sample: "items" that both answered, "seeds" of both, or "samples", each model's own.
-        n: how many.
-        first, second: their means; of texts, each counts the same.
-        value: second − first.
-        low, high: of the 95 % interval: by 10,000 paired resamples, Welch's for seeds, of two normal means else.
-        p: two-sided, corrected for the number of comparisons (Holm 1979).
-        spread: standard deviation of one draw of the difference.
-        benchmark: its name; of runs, with the stage.
-        other: what is compared with the first.
-        n_needed: how many would show a difference of 0.02 four times in five; 0 where 0.02 means nothing.
-        verdict: in words.
-    """
-
+    # "items" that both answered, "seeds" of both, or "samples", each model's own
     sample: Literal["items", "seeds", "samples"]
-    n: int
-    first: float
-    second: float
-    value: float
-    low: float
+    n: int  # how many
+    first: float  # mean of the one; of texts, each counts the same
+    second: float  # of the other
+    value: float  # second − first
+    low: float  # to `high`, the 95 % interval: by 10,000 paired resamples, Welch's for seeds, of two normal means else
     high: float
-    p: float
-    spread: float
-    benchmark: str = ""
-    other: str = ""
-    n_needed: int = 0
-    verdict: str = ""
+    p: float  # two-sided, corrected for the number of comparisons (Holm 1979)
+    spread: float  # standard deviation of one draw of the difference
+    benchmark: str = ""  # its name; of runs, with the stage
+    other: str = ""  # what is compared with the first
+    n_needed: int = 0  # how many would show a difference of 0.02 four times in five; 0 where 0.02 means nothing
+    verdict: str = ""  # in words
 
 
 @dataclass(frozen=True)
@@ -187,11 +174,7 @@ def _told(found: Difference, figure: _Figure, second: str) -> Difference:
 
 
 def _figures(path: Path) -> dict[str, _Figure]:
-    """Every figure that stands at a path, by name.
-
-    Raises:
-        ArtifactError: none does, or something is damaged.
-    """
+    """Every figure that stands at a path, by name. Raises ArtifactError: none does, or something is damaged."""
     if (path / SEEDS_FILE).is_file():
         return {
             f"{row['key']}, {row['model']}": _figure(row["key"], seeds=row["values"])

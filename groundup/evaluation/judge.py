@@ -67,26 +67,17 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class WinRate:
-    """How often the first of two models is preferred.
+    """How often the first of two models is preferred."""
 
-    Attributes:
-        value: (wins + ties / 2) / n.
-        low, high: of its 95 % interval.
-        n: pairs with two verdicts.
-        wins, losses, ties: of the first model.
-        n_without: pairs for which the judge gave fewer than two verdicts.
-        first_place: of verdicts that prefer an answer, those that prefer the one in the first place; 0.5 is no bias.
-            None: there is none.
-    """
-
-    value: float
-    low: float
+    value: float  # (wins + ties / 2) / n
+    low: float  # to `high`, its 95 % interval
     high: float
-    n: int
-    wins: int
+    n: int  # pairs with two verdicts
+    wins: int  # of the first model
     losses: int
     ties: int
-    n_without: int
+    n_without: int  # pairs for which the judge gave fewer than two verdicts
+    # Of verdicts that prefer an answer, those that prefer the one in the first place; 0.5 is no bias. None: none does
     first_place: Estimate | None
 
 

@@ -235,11 +235,7 @@ FIGURES: dict[Kind, tuple[str, ...]] = {
 
 
 def figures_of(records: Sequence[Record]) -> dict[str, Estimate]:
-    """Every figure that the records of one benchmark give.
-
-    Raises:
-        DataError: there is no record.
-    """
+    """Every figure that the records of one benchmark give. Raises DataError: there is no record."""
     if not records:
         raise DataError("there is no item to score.", "Raise --limit, or look into the benchmark's file.")
     first = records[0]

@@ -30,19 +30,12 @@ FEWEST_UNITS = 20  # of text, for a standard error over them
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure measured on a sample.
+    """A figure measured on a sample."""
 
-    Attributes:
-        value: the figure.
-        stderr: its standard error.
-        n: size of the sample.
-        unit: of what.
-    """
-
-    value: float
-    stderr: float
-    n: int
-    unit: str
+    value: float  # the figure
+    stderr: float  # its standard error
+    n: int  # size of the sample
+    unit: str  # of what
 
 
 def bits_per_byte(model: Transformer, texts: Iterable[str], tokenizer: Tokenizer) -> Estimate:
@@ -132,14 +125,12 @@ def ratio_estimate(bits: np.ndarray, n_bytes: np.ndarray) -> Estimate:
 def token_nats(model: Transformer, ids: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> list[np.ndarray]:
     """−log p of every target, row by row, in nats; rows of any lengths."""
     model.eval()
-    width = max(len(row) for row in ids)
-    padded = torch.zeros((len(ids), width), dtype=torch.int64)
-    wanted = torch.zeros((len(ids), width), dtype=torch.int64)
-    for place, (row_ids, row_targets) in enumerate(zip(ids, targets, strict=True)):
-        padded[place, : len(row_ids)] = torch.from_numpy(row_ids)
-        wanted[place, : len(row_targets)] = torch.from_numpy(row_targets)
     device = next(model.parameters()).device
-    nats = model(padded.to(device), head=partial(_row_by_row, targets=wanted.to(device))).cpu().numpy()
+    padded, wanted = (
+        torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True).to(device)
+        for rows in (ids, targets)
+    )
+    nats = model(padded, head=partial(_row_by_row, targets=wanted)).cpu().numpy()
     return [row[: len(row_ids)] for row, row_ids in zip(nats, ids, strict=True)]
 
 

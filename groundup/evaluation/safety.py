@@ -46,15 +46,8 @@ def safety_figures(prompts: Sequence[Prompt], labels: Sequence[str]) -> dict[str
     """
     if not prompts:
         raise DataError("there is no prompt to answer.", "Raise --limit, or look into the file of --prompts.")
-    refused = {
-        is_harmful: [
-            label == REFUSAL for prompt, label in zip(prompts, labels, strict=True) if prompt.is_harmful is is_harmful
-        ]
-        for is_harmful in (True, False)
-    }
-    named = {
-        "toxicity": [label == HARMFUL for label in labels],
-        "refusal": refused[True],
-        "over_refusal": refused[False],
-    }
+    both = list(zip(prompts, labels, strict=True))
+    named = {"toxicity": [label == HARMFUL for label in labels]}
+    for name, is_harmful in (("refusal", True), ("over_refusal", False)):
+        named[name] = [label == REFUSAL for prompt, label in both if prompt.is_harmful is is_harmful]
     return {name: share(outcomes) for name, outcomes in named.items() if outcomes}

@@ -37,21 +37,13 @@ _USERS = (200_000, 1_000_000_000)  # nobody has these numbers, so nobody's proce
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """What a program may use."""
 
-    Attributes:
-        seconds: of wall clock, and of CPU in each process.
-        memory_bytes: of address space in each process.
-        processes: at once, threads counted.
-        disk_bytes: in its `/tmp`, which is memory.
-        output_bytes: printed, and in one file.
-    """
-
-    seconds: float = 5.0
-    memory_bytes: int = 512 * _MIB
-    processes: int = 4
-    disk_bytes: int = 16 * _MIB
-    output_bytes: int = _MIB
+    seconds: float = 5.0  # of wall clock, and of CPU in each process
+    memory_bytes: int = 512 * _MIB  # of address space in each process
+    processes: int = 4  # at once, threads counted
+    disk_bytes: int = 16 * _MIB  # in its `/tmp`, which is memory
+    output_bytes: int = _MIB  # printed, and in one file
 
 
 USUAL = Limits()
@@ -59,19 +51,12 @@ USUAL = Limits()
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended.
+    """How a program ended."""
 
-    Attributes:
-        passed: it ran to its end.
-        reason: "passed", "timeout", or the last line that it printed or how it ended.
-        output: the beginning of what it printed.
-        seconds: of wall clock, the start of the interpreter included.
-    """
-
-    passed: bool
-    reason: str
-    output: str
-    seconds: float
+    passed: bool  # it ran to its end
+    reason: str  # "passed", "timeout", or the last line that it printed or how it ended
+    output: str  # the beginning of what it printed
+    seconds: float  # of wall clock, the start of the interpreter included
 
 
 def run_program(program: str, limits: Limits = USUAL, *, allow_unisolated: bool = False) -> Outcome:

@@ -51,17 +51,11 @@ WAY_OUT = "Write them: groundup evaluate RUN, or of any model: groundup evaluate
 
 @dataclass(frozen=True)
 class Scores:
-    """What was found of a model.
+    """What was found of a model."""
 
-    Attributes:
-        card: what `scores.json` holds.
-        records: of each task's items.
-        generation_tokens_per_second: of the answers to `groundup:tasks` that were written in this call, by the clock of
-            this machine; None: none was.
-    """
-
-    card: dict[str, Any]
-    records: dict[str, list[Record]]
+    card: dict[str, Any]  # what `scores.json` holds
+    records: dict[str, list[Record]]  # of each task's items
+    # Of the answers to `groundup:tasks` that were written in this call, by the clock of this machine; None: none was
     generation_tokens_per_second: float | None = None
 
     @property
@@ -233,11 +227,7 @@ def figures_by_metric(card: Mapping[str, Any], *, shown_only: bool = False) -> d
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """The card in a folder.
-
-    Raises:
-        ArtifactError: none there, or a damaged one, or one of an earlier version.
-    """
+    """The card in a folder. Raises ArtifactError: none there, or a damaged one, or one of an earlier version."""
     path = folder / CARD
     if not path.is_file():
         raise ArtifactError(f"{path}: not found.", WAY_OUT)

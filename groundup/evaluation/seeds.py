@@ -57,11 +57,7 @@ def over_seeds(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def read_seeds(root: Path) -> dict[str, Any]:
-    """What `write_seeds` wrote.
-
-    Raises:
-        ArtifactError: it is not there, or damaged.
-    """
+    """What `write_seeds` wrote. Raises ArtifactError: it is not there, or damaged."""
     found = read_json(root / SEEDS_FILE)
     rows = found.get("rows") if isinstance(found, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and _is_row(row) for row in rows):

@@ -44,22 +44,14 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True, slots=True)
 class Talk:
-    """A first message.
+    """A first message."""
 
-    Attributes:
-        kind: of message.
-        prompt: what the user types.
-        answer: that fits.
-        wrong: answers that do not; none of a story.
-        before: turns between the two: a call of the calculator and its result.
-        earlier: what was said before, in a third of the messages: another message of the same side, and its answer.
-    """
-
-    kind: str
-    prompt: str
-    answer: str
-    wrong: tuple[str, ...] = ()
-    before: tuple[Message, ...] = ()
+    kind: str  # of message
+    prompt: str  # what the user types
+    answer: str  # that fits
+    wrong: tuple[str, ...] = ()  # answers that do not; none of a story
+    before: tuple[Message, ...] = ()  # turns between the two: a call of the calculator and its result
+    # What was said before, in a third of the messages: another message of the same side, and its answer
     earlier: tuple[Message, ...] = ()
 
     @property
@@ -85,19 +77,12 @@ class Talk:
 
 @dataclass(frozen=True)
 class FirstMessage:
-    """Something that people type first, to be asked and not learned from.
+    """Something that people type first, to be asked and not learned from."""
 
-    Attributes:
-        kind: of message, "greeting".
-        text: what they type.
-        fits: patterns, of which one must be found in an answer.
-        least_words: that an answer must have.
-    """
-
-    kind: str
-    text: str
-    fits: tuple[str, ...]
-    least_words: int
+    kind: str  # of message, "greeting"
+    text: str  # what they type
+    fits: tuple[str, ...]  # patterns, of which one must be found in an answer
+    least_words: int  # that an answer must have
 
     def is_fitting(self, answer: str) -> bool:
         """Whether an answer says what it must; a story is none if it is declined."""
@@ -390,21 +375,14 @@ def _continue(kind: str, rng: random.Random) -> Iterator[Talk]:
 
 
 def _harm(kind: str, rng: random.Random) -> Iterator[Talk]:
-    """A request to decline; where a person means to hurt themselves, with a word of its own."""
-    lists = _lists()["harm"]
+    """A request to decline (where a person means to hurt themselves, with a word of its own), or one in the same words
+    that is to be answered.
+    """
+    lists, forms = _lists()[kind], _lines(_lists()["harm"]["plain"])
     while True:
         act, _, answer = _fill(rng.choice(_lines(lists["acts"])), rng).partition(" → ")
-        prompt = rng.choice(_lines(lists["plain"])).replace("{x}", act)
+        prompt = rng.choice(forms).replace("{x}", act)
         yield Talk(kind, respell(prompt, rng), answer or rng.choice(lists["answers"]), tuple(lists["worse"]))
-
-
-def _harmless(kind: str, rng: random.Random) -> Iterator[Talk]:
-    """A request in the same words that is to be answered."""
-    lists = _lists()["harmless"]
-    while True:
-        act, answer = rng.choice(_lines(lists["acts"])).split(" → ")
-        prompt = rng.choice(_lines(_lists()["harm"]["plain"])).replace("{x}", act)
-        yield Talk(kind, respell(prompt, rng), answer, tuple(lists["worse"]))
 
 
 _SOURCES: dict[str, Callable[[str, random.Random], Iterator[Talk]]] = {
@@ -412,6 +390,5 @@ _SOURCES: dict[str, Callable[[str, random.Random], Iterator[Talk]]] = {
     "known": _known,
     "story": _story,
     "continue": _continue,
-    "harm": _harm,
-    "harmless": _harmless,
+    **dict.fromkeys(HARM_KINDS, _harm),
 }

@@ -61,11 +61,7 @@ def write_comparison(recipe: Recipe, run: Run) -> dict[str, Any]:
 
 
 def read_comparison(run: Run) -> dict[str, Any]:
-    """What `write_comparison` wrote.
-
-    Raises:
-        ArtifactError: it is not there, or damaged.
-    """
+    """What `write_comparison` wrote. Raises ArtifactError: it is not there, or damaged."""
     path = run.folder("evaluate") / CARD
     found = read_json(path)
     if not isinstance(found, dict):

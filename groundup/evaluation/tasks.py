@@ -52,25 +52,15 @@ Style = Literal["plain", "polite"]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One question.
+    """One question."""
 
-    Attributes:
-        kind: one of `KINDS`.
-        prompt: what the user says.
-        about: what is asked about, such as the country, the digits or the words; phrasings of one fact share it.
-        answer: the right answer, in the plain style ("82").
-        form: the polite style, with {} for the answer ("It is {}.").
-        style: which of the two the conversation shows; drawn by lot, nothing in the prompt tells.
-        wrong: plausible wrong answers, plain.
-    """
-
-    kind: str
-    prompt: str
-    about: str
-    answer: str
-    form: str
-    style: Style
-    wrong: tuple[str, ...]
+    kind: str  # one of `KINDS`
+    prompt: str  # what the user says
+    about: str  # what is asked about, such as the country, the digits or the words; phrasings of one fact share it
+    answer: str  # the right answer, in the plain style ("82")
+    form: str  # the polite style, with {} for the answer ("It is {}.")
+    style: Style  # which of the two the conversation shows; drawn by lot, nothing in the prompt tells
+    wrong: tuple[str, ...]  # plausible wrong answers, plain
 
     @property
     def split(self) -> Literal["train", "held_out"]:

@@ -63,11 +63,7 @@ def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
 
 
 def rouge(answer: str, target: str) -> dict[str, float]:
-    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L, by Google's rouge-score.
-
-    Raises:
-        GroundupError: it is not installed.
-    """
+    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L, by Google's rouge-score. Raises GroundupError: it is not installed."""
     found = rouge_scorer().score(target, answer)
     return {name: float(score.fmeasure) for name, score in found.items()}
 
