@@ -39,7 +39,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "124M": {"name": "gpt2"},
 }  # fmt: skip
 TASKS: dict[str, tuple[str, int, dict[str, Any]]] = {  # folder, worked examples, what is otherwise
-    **dict.fromkeys(("arc_easy", "piqa", "lambada", "boolq"), ("multiple_choice", 0, {})),
+    **dict.fromkeys(("arc_easy", "openbook_qa", "piqa", "winogrande", "lambada", "boolq"), ("multiple_choice", 0, {})),
     # Of one subject, whose items share their worked examples, as those of all 57 do.
     "mmlu": ("mmlu", 5, {"files": "test/high_school_biology_test.csv"}),
 }
@@ -91,13 +91,19 @@ def compare(folder: Path, place: Path, name: str, arguments: argparse.Namespace)
     source = find_benchmark(name).model_copy(update=otherwise)
     items = read_items(source, arguments.data / data, shots=shots, limit=arguments.items)
     told = [
-        {"context": item.context, "choices": [one.strip() for one in item.choices], "gold": item.gold} for item in items
-    ]
+        {
+            "context": item.context, "contexts": item.contexts, "choices": [one.strip() for one in item.choices],
+            "gold": item.gold,
+        }
+        for item in items
+    ]  # fmt: skip
     (place / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in told), encoding="utf-8")
-    asked = {"choices": "choices", "gold": "{{ gold }}"}
-    if all(len(item.choices) == 1 for item in items):
-        asked = {"continuation": "{{ choices[0] }}"}
-    benchmark = Benchmark(name=name, kind="choice", files=f"{name}.jsonl", context="{{ context }}", **asked)
+    asked = {"context": "{{ context }}", "choices": "choices", "gold": "{{ gold }}"}
+    if source.contexts:
+        asked = {"contexts": "contexts", "continuation": "{{ choices[0] }}", "gold": "{{ gold }}"}
+    elif source.continuation:
+        asked = {"context": "{{ context }}", "continuation": "{{ choices[0] }}"}
+    benchmark = Benchmark(name=name, kind="choice", files=f"{name}.jsonl", **asked)
     task = task_file(benchmark, place, place)
     manager = TaskManager(include_path=str(place), include_defaults=False)
     loaded = load(folder)

@@ -146,7 +146,7 @@ def task_file(benchmark: Benchmark, data: str | Path, folder: str | Path) -> Pat
     """Write a benchmark of ours as a task of the harness, for local files and offline.
 
     Args:
-        benchmark: a choice with one context for all choices, or one continuation.
+        benchmark: a choice whose choices are a field, or one continuation behind one context or several.
         data: folder of its files.
         folder: where to write; give it to `TaskManager(include_path=…)`.
 
@@ -157,7 +157,7 @@ def task_file(benchmark: Benchmark, data: str | Path, folder: str | Path) -> Pat
         ArtifactError: of a kind that the harness asks otherwise.
     """
     is_told = isinstance(benchmark.choices, str) or benchmark.continuation
-    if benchmark.kind != "choice" or benchmark.contexts or not is_told:
+    if benchmark.kind != "choice" or not is_told:
         raise ArtifactError(f"benchmark {benchmark.name}: lm-evaluation-harness cannot be told it in a file.")
     asked: dict[str, Any] = {
         "task": f"groundup_{benchmark.name}",
@@ -167,14 +167,18 @@ def task_file(benchmark: Benchmark, data: str | Path, folder: str | Path) -> Pat
         "doc_to_text": benchmark.context,
         "target_delimiter": benchmark.delimiter,
     }
-    if benchmark.continuation:
+    metrics: tuple[str, ...] = ("acc", "acc_norm")
+    if benchmark.contexts:  # a text that is a number stands for several contexts, which it takes from the choices
+        asked |= {"output_type": "multiple_choice", "doc_to_choice": f"{{{{ {benchmark.contexts} }}}}"}
+        asked |= {"doc_to_text": benchmark.gold, "doc_to_target": benchmark.continuation}
+        metrics = ("acc",)
+    elif benchmark.continuation:
         # of one continuation the harness puts no delimiter before it
         asked |= {"output_type": "loglikelihood", "doc_to_target": benchmark.delimiter + benchmark.continuation}
         metrics = ("acc", "perplexity")
     else:
         asked |= {"output_type": "multiple_choice", "doc_to_choice": f"{{{{ {benchmark.choices} }}}}"}
         asked |= {"doc_to_target": benchmark.gold}
-        metrics = ("acc", "acc_norm")
     asked["metric_list"] = [{"metric": metric} for metric in metrics]
     path = Path(folder) / f"{asked['task']}.yaml"
     path.write_text(json.dumps(asked, ensure_ascii=False, indent=1), encoding="utf-8")  # JSON is YAML
