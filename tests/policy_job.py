@@ -45,7 +45,7 @@ class Draws:
             sums = model(ids)[:, -1].double().softmax(-1).cumsum(-1)
             drawn = (sums < torch.stack(luck)[:, number, None]).sum(-1, keepdim=True).clamp(max=VOCAB - 1)
             ids = torch.cat([ids, drawn], dim=1)
-        flops = sum(pass_flops(model.config, (len(numbers), length)) / 3 for length in range(1, N_TOKENS + 1))
+        flops = len(numbers) * pass_flops(model.config, range(1, N_TOKENS + 1)) / 3
         return {"ids": ids, "rewards": (ids[:, 1:] == LUCKY).float().mean(1)}, flops
 
     def minibatch(self, place: int, n_rows: int) -> Tensor:
@@ -71,8 +71,8 @@ class PolicyGradient:
             "reward": Term(batch["rewards"].sum(), batch["rewards"].sum(), weight=0.0),
         }
 
-    def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
-        return pass_flops(config, (shape[0], shape[1] - 1))
+    def flops(self, config: ModelConfig, lengths: Sequence[int]) -> float:
+        return pass_flops(config, [length - 1 for length in lengths])
 
 
 def policy_job(folder: Path, **settings: Any) -> TrainingJob:

@@ -20,7 +20,8 @@ from groundup.interop import load
 from groundup.model import Transformer, preset
 from groundup.recipe import parse_recipe
 from groundup.stage import default_model
-from groundup.training import IGNORED
+from groundup.tokenizer import render
+from groundup.training import IGNORED, pass_flops
 from groundup.training.metrics import read_log
 
 WORKER = Path(__file__).with_name("distill_job.py")
@@ -118,7 +119,7 @@ def test_a_student_learns_the_answers_that_its_teacher_samples(tokenizer, shards
 
     made = distilled()
     (kept,) = (tmp_path / "student").glob("own-text-*.jsonl")
-    written = [talk for line in kept.read_bytes().splitlines() for talk in json.loads(line)]
+    written = [talk for line in kept.read_bytes().splitlines()[:2] for talk in json.loads(line)]
     answers = Counter(talk[-1]["content"] for talk in written)
     assert answers.most_common(1)[0][0] == "the mat"
     asked = {talk[0]["content"] for talk in written}
@@ -127,8 +128,18 @@ def test_a_student_learns_the_answers_that_its_teacher_samples(tokenizer, shards
     assert made.summary["replay_share"] == pytest.approx(0.2, abs=0.1)
     reply = chat_reply(made.model, tokenizer, [{"role": "user", "content": "7 times?"}], SamplingParams(temperature=0))
     assert reply.text == "the mat"
+    # Its FLOPs are those of its tokens, and of the teacher's answers, of which a few without an end are not learned.
+    said, _, (spent, _) = map(json.loads, kept.read_bytes().splitlines())
+    teacher_config, config = load(teacher / "model").model.config, made.model.config
+    answering = pass_flops(teacher_config, [len(render(tokenizer, talk).ids) - 1 for talk in said]) / 3
+    assert answering <= spent < 1.5 * answering
+    row = pass_flops(config, [length := min(config.context_length, teacher_config.context_length)])
+    over = made.summary["flops"] - spent - -(-settings.tokens // length) * row
+    assert 0 <= over <= settings.batch_size * row
     monkeypatch.setattr("groundup.alignment.distill.Engine.run", None)
-    assert distilled().summary["val_loss"] == made.summary["val_loss"]
+    again = distilled()
+    assert again.summary["val_loss"] == made.summary["val_loss"]
+    assert again.summary["flops"] == made.summary["flops"]
     with pytest.raises(ValueError, match="name prompts"):
         DistillSettings(level="sequence")
 

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from rl_job import COMMON, grpo, policy, ppo, prompts, run, tokenizer
+from torch import nn
 
 from groundup.alignment import on_policy
-from groundup.alignment.grpo import GRPOSettings
+from groundup.alignment.grpo import GRPO, GRPOSettings
 from groundup.alignment.on_policy import without_dropout
 from groundup.alignment.online_dpo import OnlineDPOSettings, best_and_worst, online_dpo
 from groundup.alignment.ppo import PPOSettings
@@ -26,7 +27,10 @@ from groundup.errors import DataError, GroundupError
 from groundup.generation import Engine, SamplingParams
 from groundup.generation.rollouts import Rollouts, roll_out
 from groundup.interop import load_model
+from groundup.tokenizer import render
+from groundup.training import IGNORED, pass_flops
 from groundup.training.metrics import read_log
+from groundup.training.objective import row_lengths
 
 WORKER = Path(__file__).with_name("rl_job.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{WORKER.parent}:{WORKER.parents[1]}"}
@@ -79,6 +83,82 @@ def test_two_processes_learn_what_one_does(method, tmp_path):
     for mine, theirs in zip(one[:4], two[:4], strict=True):
         loss = "loss" if method == "online-dpo" else "policy"
         assert mine[loss] == pytest.approx(theirs[loss], abs=1e-5)
+
+
+def test_answers_of_about_one_length_are_learned_from_together(tmp_path, monkeypatch):
+    """Micro-batches are as wide as their longest answer; what is learned is what one wide micro-batch teaches."""
+    passes: list[tuple[int, list[int]]] = []
+
+    def noted(self, modules, batch, mask, plain=GRPO.token_losses):
+        passes.append((mask.shape[1], row_lengths(batch).tolist()))
+        return plain(self, modules, batch, mask)
+
+    monkeypatch.setattr(GRPO, "token_losses", noted)
+    for name, micro in (("four", 4), ("all", 16)):
+        run(tmp_path / name, "grpo", buffers=2, micro_batch_size=micro)
+    four, (whole, *_) = [passes[n : n + 4] for n in range(0, 16, 4)], passes[16:]
+    for step in four:
+        assert all(max(lengths) <= width <= max(lengths) + on_policy.COLUMNS for width, lengths in step)
+    assert sorted(length for _, lengths in four[0] for length in lengths) == sorted(whole[1])
+    assert four[0][-1][0] < whole[0] - on_policy.COLUMNS
+    one, other = (read_log(tmp_path / name / "metrics.jsonl") for name in ("four", "all"))
+    for mine, theirs in zip(one, other, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+
+
+def test_passes_without_gradient_are_those_of_whole_rows():
+    model, ids = policy(), [prompt.ids for prompt in prompts().train[:40]]
+    rolled = roll_out(Engine(model, tokenizer(), dtype=torch.float32), ids, SamplingParams(max_tokens=6), range(40))
+    batch = {"ids": rolled.ids, "targets": rolled.ids.where(rolled.is_answer, IGNORED)[:, 1:]}
+    with torch.no_grad():
+        found = on_policy.buffer_logprobs(model, batch, 1.0)
+        expected = model(rolled.ids[:, :-1]).log_softmax(-1).gather(2, rolled.ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(found, expected.where(rolled.is_answer[:, 1:], 0.0))
+
+
+class Judge(nn.Module):
+    """A reward model of a size of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = policy(n_layers=3)
+
+    def forward(self, ids, lengths):
+        return self.model(ids)[:, :, 0].gather(1, lengths[:, None] - 1)[:, 0]
+
+
+def test_compute_is_that_of_tokens_and_has_the_reward_models_passes(tmp_path, monkeypatch):
+    written: list[Rollouts] = []
+
+    def noted(*given, plain=roll_out, **more):
+        written.append(plain(*given, **more))
+        return written[-1]
+
+    monkeypatch.setattr(on_policy, "roll_out", noted)
+    settings, judge = GRPOSettings(**COMMON | {"buffers": 2, "held_out": 0}), Judge()
+    given = {"prompts": prompts(), "reward": judge, "out": tmp_path}
+    done = grpo(policy(), tokenizer(), settings, **given).summary
+    lengths = [length for rolled in written for length in (rolled.ids != tokenizer().pad_id).sum(1).tolist()]
+    assert len(lengths) == 64
+    config = policy().config
+    rollouts, learned = 3 * pass_flops(config, lengths) / 3, pass_flops(config, [length - 1 for length in lengths])
+    assert done["flops"] == pytest.approx(rollouts + pass_flops(judge.model.config, lengths) / 3 + learned)
+    monkeypatch.setattr("groundup.alignment.rejection.roll_out", noted)
+    written.clear()
+    shape = {"prompts": 8, "samples": 4, "least": -1e9, "max_tokens": 6, "epochs": 1, "batch_size": 1}
+    model = policy()
+    with torch.no_grad():
+        model.embed_tokens.weight[tokenizer().end_id] *= 8  # so that some answers end
+    plain = RejectionSettings(**shape, precision="float32", compile=False)
+    done = rejection_sampling(model, tokenizer(), plain, prompts=prompts(), reward=judge, out=tmp_path / "best").summary
+    (path,) = (tmp_path / "best").glob("answers-*.jsonl")
+    train = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
+    lengths = written[0].lengths.tolist()
+    answers = sum(pass_flops(each, lengths) / 3 for each in (config, judge.model.config))
+    assert len(lengths) == 32
+    assert train["flops"] == pytest.approx(answers)
+    texts = [render(tokenizer(), messages).ids[:-1] for messages in train["messages"]]
+    assert done["flops"] == pytest.approx(answers + pass_flops(config, [*map(len, texts)]))
 
 
 def test_answers_are_a_function_of_prompt_and_seed_and_end_where_the_model_ended(tmp_path):

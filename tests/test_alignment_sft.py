@@ -35,6 +35,7 @@ from groundup.tokenizer import Tokenizer, render
 from groundup.training import IGNORED
 from groundup.training.metrics import read_log
 from groundup.training.process import limited_threads
+from groundup.training.objective import text_lengths
 
 WORKER = Path(__file__).with_name("alignment_runs.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{WORKER.parent}:{WORKER.parents[1]}"}
@@ -97,6 +98,9 @@ def test_epochs_count_conversations_and_replay_counts_rows(shards: Path, packing
     assert len(text) == pytest.approx(replay * n_rows, abs=1)
     assert sum(found.values()) == pytest.approx(2 * sum(once.values()), rel=0.05 if replay else 0)
     assert set(found) == set(once)
+    if not replay:  # the FLOPs are those of the conversations, however they lie in rows
+        lengths = [len(talk) for talk, n in found.items() for _ in range(n)]
+        assert sorted(text_lengths(rows.rows(0, n_rows))) == sorted(lengths)
     assert all(abs(found[talk] - 2 * n) <= n for talk, n in once.items())
     figures = rows.figures(n_rows)
     assert figures.get("replay_share", 0) == pytest.approx(len(text) / n_rows)

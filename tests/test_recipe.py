@@ -317,6 +317,7 @@ def test_the_demo_holds_its_gates() -> None:
         ("exact_match", "ppo", "start", -0.08, None),
         ("preference_accuracy", "dpo", None, 0.93, None),
         ("exact_match_hard", "grpo", "start", 0.1, None),
+        ("exact_match_sums", "grpo", "start", -0.02, None),
         ("exact_match_hard", "grpo", "grpo-control", 0.0, None),
     ]
 

@@ -102,7 +102,7 @@ def test_utilization_is_flops_over_what_the_processes_could_do(monkeypatch):
     monkeypatch.setattr(throughput, "peak_matmul_flops", lambda dtype, device: {torch.bfloat16: 5e11}[dtype])
     config = preset("ground-nano")
     meter = ThroughputMeter(torch.bfloat16, CPU, n_processes=2)
-    flops = NextToken().flops(config, (8, 32))
+    flops = NextToken().flops(config, [32] * 8)
     assert flops == 8 * flops_by_hand(config, 32)
     meter.add(4.0, 700, flops)
     assert meter.overall() == Throughput(175.0, None)  # too short to be worth measuring
@@ -116,8 +116,8 @@ def test_utilization_is_flops_over_what_the_processes_could_do(monkeypatch):
     assert other.overall() == Throughput(10.0, None)
 
 
-def test_a_run_counts_all_positions_and_the_time_of_its_steps_alone(tmp_path, monkeypatch, own_cache):
-    """Rows have masked targets: tokens are those that are predicted, FLOPs those of every position."""
+def test_a_run_counts_all_tokens_and_the_time_of_its_steps_alone(tmp_path, monkeypatch, own_cache):
+    """Rows have masked targets: tokens are those that are predicted, FLOPs those of every token."""
     added: list[tuple[float, float, float]] = []
     add = ThroughputMeter.add
 

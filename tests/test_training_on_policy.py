@@ -72,8 +72,8 @@ def test_a_policy_learns_what_is_rewarded(whole):
 def test_flops_of_the_summary_count_rollouts_too(whole):
     _, job, summary = whole
     config, steps = job.model.config, job.n_steps
-    drawn = sum(pass_flops(config, (32, length)) / 3 for length in range(1, N_TOKENS + 1))
-    assert summary["flops"] == pytest.approx(steps * pass_flops(config, (16, N_TOKENS)) + steps / EVERY * drawn)
+    drawn = 32 * pass_flops(config, range(1, N_TOKENS + 1)) / 3
+    assert summary["flops"] == pytest.approx(steps * pass_flops(config, [N_TOKENS] * 16) + steps / EVERY * drawn)
 
 
 def test_killed_and_resumed_gives_the_same_bits(whole, tmp_path):
@@ -138,8 +138,8 @@ class TokensAndRows:
         square = (modules["head"](hidden[:, -1]) - 1).square().sum()
         return {"loss": Term(nats, nats.detach()), "score": Term(square, square.detach(), weight=0.5)}
 
-    def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
-        return 2 * pass_flops(config, shape)
+    def flops(self, config: ModelConfig, lengths: Sequence[int]) -> float:
+        return 2 * pass_flops(config, lengths)
 
 
 def heads_job(folder: Path, **settings: object) -> TrainingJob:

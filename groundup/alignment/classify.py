@@ -191,9 +191,9 @@ class LabelLoss:
         right = ((logits.argmax(-1) == labels) & (labels >= 0)).sum().float()
         return {"loss": Term(smoothed, plain.detach()), **reported(accuracy=right)}
 
-    def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
+    def flops(self, config: ModelConfig, lengths: Sequence[int]) -> float:
         """One forward and one backward pass."""
-        return pass_flops(config, shape)
+        return pass_flops(config, lengths)
 
 
 def classification_figures(probabilities: Float[np.ndarray, "texts labels"], truth: np.ndarray) -> dict[str, Any]:

@@ -41,7 +41,6 @@ from groundup.generation.calculator import tool_turn
 from groundup.generation.rollouts import use_calculator
 from groundup.interop.start import check_shards, starting_config, starting_point
 from groundup.model import ModelConfig, OutputLayer, Transformer
-from groundup.model.cost import forward_flops
 from groundup.recipe import AlignSettings, ModelSettings, OptimizerSettings, Section, Texts, setting
 from groundup.shards import TokenShards
 from groundup.shards.mixture import Shares, integer_weights
@@ -109,9 +108,9 @@ class Distillation:
         balance = student.balance_loss()  # type: ignore[operator]
         return {"loss": Term(loss if balance is None else loss + balance, loss.detach())}
 
-    def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
+    def flops(self, config: ModelConfig, lengths: Sequence[int]) -> float:
         """The student's forward and backward pass, and the teacher's forward pass."""
-        return pass_flops(config, shape) + shape[0] * forward_flops(self.teacher, shape[1])
+        return pass_flops(config, lengths) + pass_flops(self.teacher, lengths) / 3
 
 
 def _divergence_sum(
@@ -228,15 +227,16 @@ class DistillMethod(AlignmentMethod):
         if settings.level == "token":
             own = _own_rows(inputs, teacher, length, n_own, kept)
             return super().run(inputs, teacher=teacher, text=text, own=own)
-        answers = _own_answers(inputs, teacher, length, kept.with_suffix(".jsonl"))
+        answers, n_flops = _own_answers(inputs, teacher, length, kept.with_suffix(".jsonl"))
         shared = {name: getattr(settings, name) for name in OptimizerSettings.model_fields}
         tuned = fine_tune(
             student, inputs.tokenizer, SFTSettings(start=settings.start, replay=1 - settings.own_share, **shared),
             out=inputs.out, conversations=answers, replay_shards=shards, seed=inputs.seed, name=inputs.name,
-            flops=-(-settings.tokens // length) * pass_flops(student.config, (1, length)), verify=verify, world=world,
+            flops=-(-settings.tokens // length) * pass_flops(student.config, [length]), verify=verify, world=world,
             console=inputs.console,
         )  # fmt: skip
         kept_share = acceptance(teacher.to(world.device), student, text)
+        tuned.summary["flops"] += n_flops
         tuned.summary.update(acceptance=kept_share, own_rows=len(answers.train))
         return tuned
 
@@ -252,9 +252,12 @@ class DistillMethod(AlignmentMethod):
         )  # fmt: skip
 
     def measure(self, inputs: Inputs, job: TrainingJob, summary: dict[str, Any]) -> dict[str, Any]:
-        """How often guesses are kept."""
+        """How often guesses are kept; the FLOPs of the teacher's own rows."""
         source: Any = job.source
-        return {"acceptance": acceptance(job.frozen["teacher"], job.model, source), "own_rows": len(source.own)}
+        teacher: Any = job.frozen["teacher"]
+        flops = summary["flops"] + pass_flops(teacher.config, [source.own.shape[1]] * len(source.own)) / 3
+        kept_share = acceptance(teacher, job.model, source)
+        return {"acceptance": kept_share, "own_rows": len(source.own), "flops": flops}
 
     def trained_config(self, stage: Stage) -> ModelConfig:
         """The student's; its vocabulary is the teacher's, and unless it says otherwise its context."""
@@ -313,8 +316,10 @@ def _own_rows(inputs: Inputs, teacher: Transformer, length: int, n_tokens: int, 
     return load_file(kept / "rows.safetensors")["rows"].numpy()
 
 
-def _own_answers(inputs: Inputs, teacher: Transformer, length: int, kept: Path) -> Conversations:
-    """Conversations whose last answers are the teacher's; a run that goes on finds the very same.
+def _own_answers(inputs: Inputs, teacher: Transformer, length: int, kept: Path) -> tuple[Conversations, float]:
+    """Conversations whose last answers are the teacher's, and the FLOPs of those to learn from.
+
+    A run that goes on finds the very same.
 
     Those without an end are left out. A call of the calculator is followed by its result and, in a second round, which
     may write as much again, by the answer to that.
@@ -323,14 +328,17 @@ def _own_answers(inputs: Inputs, teacher: Transformer, length: int, kept: Path) 
         DataError: no answer came to its end.
     """
     sides: list[list[list[Message]]] = []
+    flops: list[float] = []
     use_tool = use_calculator(inputs.tokenizer)
     found = None if inputs.world.any(kept.is_file()) else _prompts(inputs, length)
     for side in (found.train, found.held_out) if found is not None else ():
         asked, said = [(prompt.messages, prompt.ids) for prompt in side], list[list[Message]]()
+        lengths: list[int] = []
         for may_call in (True, False):
             texts = _texts(inputs, teacher, length, (ids for _, ids in asked), "answers")
             called = []
             for (talk, ids), (text, is_ended) in zip(asked, texts, strict=False):
+                lengths.append(len(text))
                 answer = inputs.tokenizer.decode(text[len(ids) :])
                 turns: list[Message] = [*talk, {"role": "assistant", "content": answer}]
                 tool, result = tool_turn(answer), use_tool(answer) if is_ended else None
@@ -345,12 +353,13 @@ def _own_answers(inputs: Inputs, teacher: Transformer, length: int, kept: Path) 
                 "Start from a model that has learned to answer.",
             )
         sides.append(said)
+        flops.append(pass_flops(teacher.config, lengths) / 3)
     if sides and inputs.world.is_first:
         own_folder(inputs.out)
-        write_text(kept, "".join(json.dumps(side, ensure_ascii=False) + "\n" for side in sides))
+        write_text(kept, "".join(json.dumps(side, ensure_ascii=False) + "\n" for side in (*sides, flops)))
     inputs.world.wait()
-    train, held_out = map(json.loads, kept.read_bytes().splitlines())
-    return Conversations(train, held_out, {})
+    train, held_out, (n_flops, _) = map(json.loads, kept.read_bytes().splitlines())
+    return Conversations(train, held_out, {}), n_flops
 
 
 def _prompts(inputs: Inputs, length: int) -> Prompts:

@@ -135,9 +135,9 @@ class PreferenceLoss:
             terms["nll"] = Term(nll, nll.detach(), self.nll_weight)
         return terms
 
-    def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
+    def flops(self, config: ModelConfig, lengths: Sequence[int]) -> float:
         """A forward and a backward pass over each answer; none backward over KTO's mismatched ones."""
-        return (2 / 3 if self.settings.loss == "kto" else 1.0) * pass_flops(config, shape)
+        return (2 / 3 if self.settings.loss == "kto" else 1.0) * pass_flops(config, lengths)
 
     def _logprobs(self, model: nn.Module, ids: Tensor, targets: Tensor) -> Float[Tensor, "rows answers seq"]:
         if self.settings.loss == "kto" and ids.shape[1] == 2:
@@ -194,7 +194,7 @@ class DPOMethod(AlignmentMethod):
 
     name = "dpo"
     settings = DPOSettings
-    version = 2
+    version = 3
     makes = "lm"
     figures = ("val_loss", "val_accuracy", "final_loss", "preference_accuracy")
     row_sequences = 2
@@ -228,7 +228,7 @@ class DPOMethod(AlignmentMethod):
         figures = source.figures()
         if loss not in WITHOUT_REFERENCE:
             lengths = [len(ids) for one in source.train for ids, _ in one.texts]
-            figures["flops"] = summary["flops"] + sum(pass_flops(config, (1, length)) for length in lengths) / 3
+            figures["flops"] = summary["flops"] + pass_flops(config, lengths) / 3
         if loss == "kto":
             return figures
         found = answer_logprobs(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -43,7 +43,6 @@ from groundup.generation import Engine, SamplingParams
 from groundup.generation.rollouts import Rollouts, roll_out, use_calculator
 from groundup.interop.start import starting_config
 from groundup.model import ModelConfig, Transformer, reshaped
-from groundup.model.cost import forward_flops
 from groundup.recipe import AlignSettings, OptimizerName, OptimizerSettings, Section, Texts, setting
 from groundup.shards import Permutation
 from groundup.shards.order import shuffled_epochs
@@ -51,7 +50,7 @@ from groundup.stage import Check, Context, Stage, graph, model_digest
 from groundup.tokenizer import Tokenizer
 from groundup.training import IGNORED, Batch, Term, TrainingJob, pass_flops
 from groundup.training.checkpoint import load_weights, weights_of
-from groundup.training.objective import micro_batches
+from groundup.training.objective import longest_first
 from groundup.user_code import function_fingerprint, load_function
 
 STAT = "stat_"
@@ -194,10 +193,7 @@ class OnPolicyAlgorithm:
             GroundupError: something has moved between a buffer's making and its first minibatch: the ratio is not 1.
         """
         stats = stat_terms(batch)
-        # Columns that are padding in all of these rows are left out; so that widths are few (`COLUMNS`).
-        used = (batch["targets"] != IGNORED).any(0).nonzero().flatten().tolist()
-        last = (max(used, default=0) // COLUMNS + 1) * COLUMNS  # none is used where no answer has a reward
-        batch = {name: t[:, : last + (name == "ids")] if t.dim() == 2 else t for name, t in batch.items()}
+        batch = trimmed(batch)
         mask = batch["targets"] != IGNORED
         found, policy, others = self.token_losses(modules, batch, mask)
         if modules["model"].training and self._is_first and bool(mask.any()):
@@ -215,9 +211,9 @@ class OnPolicyAlgorithm:
         entropy, clipped = found.entropy.where(mask, 0.0).sum(), (policy.is_clipped & mask).sum()
         return terms | reported(entropy=entropy, clipped=clipped) | stats
 
-    def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
+    def flops(self, config: ModelConfig, lengths: Sequence[int]) -> float:
         """A forward and a backward pass of what is trained."""
-        return self.n_models * pass_flops(config, shape)
+        return self.n_models * pass_flops(config, lengths)
 
     # Buffers
 
@@ -268,8 +264,8 @@ class OnPolicyAlgorithm:
         batch |= {STAT + name: values for name, values in stats.items()}
         self._keep(place, prompts, rolled, rewards)
         # The policy writes, what is trained reads, and so does the reference.
-        flops = len(prompts) * (2 + self.n_models) * forward_flops(model.config, self.width)
-        return self.learn_from(modules, batch, reference, last), float(flops)
+        flops = answer_flops(rolled, model.config, 2 + self.n_models, self.reward)
+        return self.learn_from(modules, batch, reference, last), flops
 
     def final(self, model: Transformer) -> dict[str, float]:
         """What held-out prompts earn at the end, with standard errors, and how much was written."""
@@ -369,19 +365,53 @@ def scores_of(
     if isinstance(reward, FunctionReward):
         found = torch.tensor(reward(prompts, rolled.texts), dtype=torch.float32)
         return found * rolled.is_ended if reward.is_verification else found
-    lengths = rolled.ids.shape[1] - rolled.is_answer.flip(1).int().argmax(1)
-    device = next(reward.parameters()).device
-    pairs = zip(*(torch.split(part, PASS_ROWS) for part in (rolled.ids, lengths)), strict=True)
-    return torch.cat([reward(ids.to(device), n.to(device)).float().cpu() for ids, n in pairs])
+    device, found = next(reward.parameters()).device, torch.empty(len(prompts))
+    for rows in torch.split(rolled.lengths.argsort(stable=True, descending=True), PASS_ROWS):
+        n = rolled.lengths[rows]
+        width = -(-int(n[0]) // COLUMNS) * COLUMNS
+        found[rows] = reward(rolled.ids[rows, :width].to(device), n.to(device)).float().cpu()
+    return found
+
+
+def answer_flops(
+    rolled: Rollouts, config: ModelConfig, n_passes: int, reward: FunctionReward | nn.Module | None = None
+) -> float:
+    """FLOPs of forward passes over answers and their prompts, and of one more by a reward model."""
+    lengths, scorers = rolled.lengths.tolist(), [] if not isinstance(reward, nn.Module) else reward.modules()
+    passes = [config] * n_passes + [module.config for module in scorers if isinstance(module, Transformer)]
+    return sum(pass_flops(each, lengths) for each in passes) / 3
+
+
+def trimmed(batch: Batch) -> Batch:
+    """The same rows without the columns that are padding in all of them; so that widths are few (`COLUMNS`)."""
+    used = (batch["targets"] != IGNORED).flatten(0, -2).any(0).nonzero().flatten().tolist()
+    last = (max(used, default=0) // COLUMNS + 1) * COLUMNS  # none is used where no answer has a reward
+    more = {"ids": batch["ids"].shape[-1] - batch["targets"].shape[-1]}
+    return {name: t[..., : last + more.get(name, 0)] if t.dim() > 1 else t for name, t in batch.items()}
+
+
+def in_passes(batch: Batch, of_pass: Callable[[Batch], Tensor]) -> Float[Tensor, "rows seq"]:
+    """What passes without gradients say of each target of a buffer, rows of about one length together; else 0.
+
+    Every process, whose shares are equally large, makes as many.
+    """
+    found = torch.zeros(batch["targets"].shape)
+    for rows in torch.split(longest_first(batch), PASS_ROWS):
+        one = of_pass(trimmed({name: batch[name][rows] for name in ("ids", "targets")}))
+        found[rows, : one.shape[1]] = one.cpu()
+    return found
 
 
 def buffer_logprobs(model: nn.Module, batch: Batch, temperature: float) -> Float[Tensor, "rows seq"]:
-    """Log-probability of each target of a buffer; every process, whose shares are equally large, makes the passes."""
-    device, found = next(model.parameters()).device, []
-    for part in micro_batches(batch, PASS_ROWS):
+    """Log-probability of each target of a buffer."""
+    device = next(model.parameters()).device
+
+    def of_pass(part: Batch) -> Tensor:
         head = logprobs_head(part["targets"].to(device), temperature)
-        found.append(model(part["ids"].to(device)[:, :-1], head=head).logprobs.cpu())
-    return torch.cat(found)
+        found: Tensor = model(part["ids"].to(device)[:, :-1], head=head).logprobs
+        return found
+
+    return in_passes(batch, of_pass)
 
 
 def reference_logprobs(modules: Mapping[str, Any], batch: Batch, temperature: float) -> Float[Tensor, "rows seq"]:
@@ -481,7 +511,7 @@ class PolicyMethod(AnswersMethod):
     """A method that learns from its answers buffer by buffer; a subclass names its algorithm."""
 
     makes = "lm"
-    version = 2
+    version = 3
     figures: ClassVar[tuple[str, ...]] = ("held_out_reward", "held_out_right")
     algorithm: ClassVar[type[OnPolicyAlgorithm]]
     unit: ClassVar[str] = "tokens"

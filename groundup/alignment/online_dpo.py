@@ -73,7 +73,7 @@ class OnlineDPO(on_policy.OnPolicyAlgorithm):
 
     def terms(self, modules: Mapping[str, Any], batch: Batch) -> dict[str, Term]:
         """One forward pass over both sides together."""
-        return self._dpo.terms(modules, batch) | on_policy.stat_terms(batch)
+        return self._dpo.terms(modules, on_policy.trimmed(batch)) | on_policy.stat_terms(batch)
 
     @functools.cached_property
     def _dpo(self) -> PreferenceLoss:

@@ -17,6 +17,7 @@ a copy of the policy (or a head on the policy, `shared_trunk`), and predicts wha
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -29,13 +30,12 @@ from torch import Tensor, nn
 from groundup.alignment import losses
 from groundup.alignment.lora import freeze, merge
 from groundup.alignment.method import Inputs
-from groundup.alignment.on_policy import PASS_ROWS, STAT, OnPolicyAlgorithm, OnPolicySettings, PolicyMethod, TokenLosses
+from groundup.alignment.on_policy import STAT, OnPolicyAlgorithm, OnPolicySettings, PolicyMethod, TokenLosses, in_passes
 from groundup.model import ModelConfig, Transformer
 from groundup.model.cost import parameter_shapes
 from groundup.recipe import setting
 from groundup.stage import Stage
 from groundup.training import IGNORED, Batch
-from groundup.training.objective import micro_batches
 from groundup.training.optimizers import Shapes
 
 
@@ -129,7 +129,7 @@ class PPO(OnPolicyAlgorithm):
         most = math.inf if settings.reward_clip is None else settings.reward_clip
         scores = batch["rewards"].nan_to_num(0.0).clamp(-most, most)
         rewards = losses.token_rewards(scores, losses.kl_estimate(batch["old"], reference), mask, kl_coef=coef)
-        values = torch.cat([self._values(modules, part) for part in micro_batches(batch, PASS_ROWS)]).where(mask, 0.0)
+        values = in_passes(batch, functools.partial(self._values, modules)).where(mask, 0.0)
         mask &= ~batch["rewards"].isnan()[:, None]  # nothing is learned from an answer without a reward
         batch["targets"][~mask] = IGNORED
         advantages, returns = losses.gae(rewards, values, mask, gamma=settings.gamma, lam=settings.lam)
@@ -142,7 +142,7 @@ class PPO(OnPolicyAlgorithm):
 
     def _values(self, modules: Mapping[str, Any], part: Batch) -> Float[Tensor, "rows seq"]:
         ids, value = part["ids"][:, :-1].to(next(modules["model"].parameters()).device), modules["value"]
-        return (modules["model"](ids, head=value) if self.settings.shared_trunk else value(ids)).cpu()
+        return modules["model"](ids, head=value) if self.settings.shared_trunk else value(ids)
 
     @property
     def weights(self) -> dict[str, float]:

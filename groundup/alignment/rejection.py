@@ -14,12 +14,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from pydantic import model_validator
 from torch import nn
 
 from groundup.alignment.conversations import Conversations
 from groundup.alignment.method import Inputs
-from groundup.alignment.on_policy import AnswerSettings, AnswersMethod, answer_seed, scores_of
+from groundup.alignment.on_policy import AnswerSettings, AnswersMethod, answer_flops, answer_seed, scores_of
 from groundup.alignment.rewards import FunctionReward, Prompt, Prompts
 from groundup.alignment.sft import SFTSettings, SupervisedFineTuning
 from groundup.errors import DataError
@@ -54,7 +55,7 @@ class RejectionMethod(AnswersMethod, SupervisedFineTuning):
 
     name = "rejection"
     settings = RejectionSettings
-    version = 2
+    version = 3
     figures: ClassVar[tuple[str, ...]] = ("val_loss", "final_loss", "prompts_solved")  # type: ignore[assignment]
     title = "Rejection-sampling fine-tuning"
     facts = (
@@ -95,6 +96,7 @@ class RejectionMethod(AnswersMethod, SupervisedFineTuning):
             )
         learned = Conversations(train["messages"], held_out["messages"], {})
         done = super().run(inputs, conversations=learned, **options)
+        done.summary["flops"] += train["flops"]  # of the answers; those to held-out prompts are not learned from
         done.summary.update(answers=train["written"], answers_good=train["good"], prompts_solved=train["solved"])
         return done
 
@@ -116,7 +118,7 @@ def _good_answers(
     params = SamplingParams(temperature=settings.temperature, max_tokens=settings.max_tokens)
     engine = Engine(inputs.model.to(world.device), tokenizer, slots=64, dtype=dtype)
     good: dict[int, list[tuple[float, tuple[str, ...]]]] = defaultdict(list)  # rewards and texts, by prompts' numbers
-    tool = use_calculator(tokenizer)
+    tool, flops = use_calculator(tokenizer), 0.0
     with inputs.console.bar(what, len(todo)) as bar:
         for first in range(0, len(todo), _AT_ONCE * world.size):
             chunk = todo[first : first + _AT_ONCE * world.size]
@@ -125,6 +127,8 @@ def _good_answers(
             asked = [prompts[number] for number, _ in own]
             seeds = [answer_seed(inputs.seed, what, number, sample) for number, sample in own]
             rolled = roll_out(engine, [prompt.ids for prompt in asked], params, seeds, width=width, use_tool=tool)
+            spent = answer_flops(rolled, inputs.model.config, 1, reward)
+            flops += float(world.sum(torch.tensor([spent], dtype=torch.float64))[0])
             answers = rolled.ids.where(rolled.is_answer & rolled.is_ended[:, None], -1)  # none of those without an end
             gathered = (world.gather(part).tolist() for part in (scores_of(reward, asked, rolled), answers))
             for (number, _), value, ids in zip(dict.fromkeys(chunk), *gathered, strict=False):
@@ -140,7 +144,7 @@ def _good_answers(
     for number, answers_of in sorted(good.items()):
         best = dict.fromkeys(texts for _, texts in sorted(answers_of, key=lambda one: -one[0]))
         messages += [[*prompts[number].messages, *_turns(texts)] for texts in [*best][: settings.keep]]
-    return {"messages": messages, "written": len(todo), "good": n_good, "solved": len(good)}
+    return {"messages": messages, "written": len(todo), "good": n_good, "solved": len(good), "flops": flops}
 
 
 def _turns(texts: Sequence[str]) -> list[Message]:

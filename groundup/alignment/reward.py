@@ -71,9 +71,9 @@ class PairwiseRanking:
         best, worst = (values.where(is_there.any(-1), 0.0).sum() for values in (scores[:, 0], last))
         return {"loss": Term(loss, loss.detach()), **reported(accuracy=ahead, best=best, worst=worst)}
 
-    def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
+    def flops(self, config: ModelConfig, lengths: Sequence[int]) -> float:
         """A forward and a backward pass over each answer; the head's are nothing beside them."""
-        return pass_flops(config, shape)
+        return pass_flops(config, lengths)
 
 
 def score_batch(modules: Mapping[str, nn.Module], batch: Batch) -> Float[Tensor, "rows answers"]:
@@ -153,7 +153,7 @@ class RewardMethod(HeadMethod):
 
     name = "reward"
     settings = RewardSettings
-    version = 2
+    version = 3
     makes = "scorer"
     figures = ("val_loss", "val_accuracy", "final_loss", "pair_accuracy", "length_correlation")
     row_sequences = 2

@@ -29,6 +29,7 @@ from groundup.errors import DataError, GroundupError
 from groundup.evaluation.sets import fewer
 from groundup.files import value_digest
 from groundup.interop.start import check_shards
+from groundup.model import ModelConfig
 from groundup.recipe import ControlSettings, OptimizerSettings, Texts, setting
 from groundup.shards import PackedLoader, TokenShards, WindowLoader
 from groundup.shards.mixture import Shares, integer_weights
@@ -37,6 +38,7 @@ from groundup.stage import Check, Context, Stage
 from groundup.tokenizer import Message, Tokenizer, render
 from groundup.tokenizer.pretrained import PretrainedTokenizer
 from groundup.training import IGNORED, Batch, NextToken, TrainedModel, TrainingJob, pass_flops
+from groundup.training.objective import text_lengths
 from groundup.training.pretrain import QUICK_VALIDATION
 
 _WITHOUT_REPLAY = ", or set replay = 0 (the model then forgets much of what it has read)"
@@ -62,11 +64,8 @@ class SFTSettings(ControlSettings, AdapterSettings, OptimizerSettings):
 
     @model_validator(mode="after")
     def _one_length(self) -> SFTSettings:
-        if self.compute is not None and ("epochs" in self.model_fields_set or not self.packing):
-            raise ValueError(
-                f'compute = "{self.compute}" says how long to train: leave epochs unset, and packing on (the FLOPs of '
-                "rows of several lengths are not known beforehand)"
-            )
+        if self.compute is not None and "epochs" in self.model_fields_set:
+            raise ValueError(f'compute = "{self.compute}" says how long to train: leave epochs unset')
         return self
 
 
@@ -136,6 +135,14 @@ class ConversationRows(RecordRows[Text]):
     def rows_of_epochs(self, epochs: float) -> int:
         """Rows in which every conversation is met so often; text comes on top."""
         return math.ceil(epochs * len(self._rows) / (1 - self._replay))
+
+    def rows_of_compute(self, flops: float, config: ModelConfig, at_once: int) -> int:
+        """Rows, whole batches of `at_once`, whose forward and backward passes take so many FLOPs, or just more."""
+        n_rows, spent = 0, 0.0
+        while spent < flops or not n_rows:
+            spent += pass_flops(config, text_lengths(self.rows(n_rows, n_rows + at_once)))
+            n_rows += at_once
+        return n_rows
 
     def rows(self, first: int, last: int) -> Batch:
         """Rows `first` … `last` − 1 of the endless order."""
@@ -209,7 +216,7 @@ class SupervisedFineTuning(AlignmentMethod):
 
     name = "sft"
     settings = SFTSettings
-    version = 8
+    version = 9
     makes = "lm"
     figures = ("val_loss", "final_loss")
     title = "Supervised fine-tuning"
@@ -265,7 +272,10 @@ class SupervisedFineTuning(AlignmentMethod):
                 f"{name}: {len(source.refused)} conversations cannot be laid out and were dropped. The first: "
                 f"{source.refused[0]}"
             )
-        n_rows = source.rows_of_epochs(settings.epochs) if flops is None else flops / pass_flops(config, (1, length))
+        if flops is None:
+            n_rows = source.rows_of_epochs(settings.epochs)
+        else:
+            n_rows = source.rows_of_compute(flops, config, settings.batch_size)
         return inputs.job(
             NextToken(settings.label_smoothing, settings.z_loss), source, n_rows,
             row_length=length if source.is_packed else None, axes=frozenset(AXES),

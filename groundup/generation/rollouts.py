@@ -37,6 +37,11 @@ class Rollouts:
     is_ended: Bool[Tensor, " rows"]  # whether an end was written, or the answer was cut off
     texts: list[str]  # the answers; of rows that used a tool, what follows it
 
+    @property
+    def lengths(self) -> Int[Tensor, " rows"]:
+        """Tokens of each row, padding left out."""
+        return self.ids.shape[1] - self.is_answer.flip(1).int().argmax(1)
+
 
 def roll_out(
     engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int | None],

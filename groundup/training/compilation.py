@@ -66,7 +66,7 @@ def choose_compilation(
     if decided is not None:
         choice: Choice | None = Choice(decided, "as before it was interrupted")
     else:
-        n_flops = job.objective.flops(config, (job.n_rows, job.row_length or config.context_length))
+        n_flops = job.n_rows * job.objective.flops(config, [job.row_length or config.context_length])
         choice = choose_without_trial(
             settings.compile, world.device.type, n_flops, world.size, rows_are_alike=job.row_length is not None
         )

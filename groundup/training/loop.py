@@ -36,7 +36,7 @@ from groundup.training.checkpoint import CheckpointWriter, Progress, TrainingSta
 from groundup.training.compilation import choose_compilation, set_checkpointing
 from groundup.training.job import OnPolicySource, TrainingJob
 from groundup.training.metrics import MetricLog, Trackers, live_line, summarize, summary_line
-from groundup.training.objective import Batch, micro_batches, weighted_sum
+from groundup.training.objective import Batch, longest_first, micro_batches, text_lengths, weighted_sum
 from groundup.training.optimizers import (
     Optimizers,
     WeightAverage,
@@ -284,18 +284,20 @@ class _Loop:
             return list(flags)
         return [count > 0 for count in self.world.sum(torch.tensor(flags, dtype=torch.float32)).tolist()]
 
-    def batch(self, place: int) -> tuple[Batch, dict[str, float]]:
-        """This process's rows of the batch at a place of the plan, and what each term of them is divided by."""
+    def batch(self, place: int) -> tuple[Batch, dict[str, float], float]:
+        """This process's rows of the batch at a place of the plan, what each term of them is divided by, and FLOPs."""
         first, last = self.job.plan.rows(place)
         share = self.world.rows(last - first)
         if isinstance(self.job.source, OnPolicySource):
             chosen = self.job.source.minibatch(place, last - first)[share]
+            chosen = chosen[longest_first({name: tensor[chosen] for name, tensor in self.state.buffer.items()})]
             rows = {name: tensor[chosen] for name, tensor in self.state.buffer.items()}
         else:
             rows = self.job.source.rows(first + share.start, first + share.stop)
         # Counted here, before they go to a GPU, which would have to be waited for.
-        counts = self.job.objective.counts(rows)
-        return {name: to_device(tensor, self.world.device) for name, tensor in rows.items()}, counts
+        objective = self.job.objective
+        counts, flops = objective.counts(rows), objective.flops(self.job.model.config, text_lengths(rows))
+        return {name: to_device(tensor, self.world.device) for name, tensor in rows.items()}, counts, flops
 
     def validation_due(self, step: int) -> bool:
         """Whether validation and samples come after this step."""
@@ -331,8 +333,7 @@ class _Loop:
         place = step + shift
         self.seed_dropout(place)
         is_ahead = self.on_policy is None and step + 1 < job.n_steps
-        batch, own = self.batches.take(place, place + 1 if is_ahead else None)
-        flops_here = job.objective.flops(job.model.config, batch["ids"].shape)
+        batch, own, flops_here = self.batches.take(place, place + 1 if is_ahead else None)
         work = self.world.sum(torch.tensor([*own.values(), flops_here], dtype=torch.float64))
         for name, module in self.modules.items():
             module.train(name in job.modules)

@@ -24,7 +24,6 @@ where ε = ζ = 0 is plain cross-entropy. What is reported is always the plain o
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -83,8 +82,8 @@ class Objective(Protocol):
         """
         ...
 
-    def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
-        """FLOPs of all its passes, forward and backward, over rows whose `ids` have this shape; see `pass_flops`."""
+    def flops(self, config: ModelConfig, lengths: Sequence[int]) -> float:
+        """FLOPs of all its passes, forward and backward, over texts of these lengths; see `pass_flops`."""
         ...
 
 
@@ -111,14 +110,37 @@ class NextToken:
         balance = model.balance_loss()  # type: ignore[operator]
         return {"loss": Term(loss.objective if balance is None else loss.objective + balance, loss.nats)}
 
-    def flops(self, config: ModelConfig, shape: Sequence[int]) -> float:
+    def flops(self, config: ModelConfig, lengths: Sequence[int]) -> float:
         """One forward and one backward pass."""
-        return pass_flops(config, shape)
+        return pass_flops(config, lengths)
 
 
-def pass_flops(config: ModelConfig, shape: Sequence[int]) -> float:
-    """FLOPs of one forward and one backward pass over ids of this shape, the last dimension of which is positions."""
-    return math.prod(shape[:-1]) * _row_flops(config, shape[-1])
+def pass_flops(config: ModelConfig, lengths: Sequence[int]) -> float:
+    """FLOPs of one forward and one backward pass over texts of so many tokens, each of which sees itself alone."""
+    return float(sum(_text_flops(config, length) for length in lengths))
+
+
+def row_lengths(batch: Batch) -> Int[Tensor, "*texts"]:
+    """Positions of each row, or of each text in it where a row is several: up to the last that something depends on."""
+    if "ends" in batch:  # the last token of each text; −1: there is none
+        return batch["ends"] + 1
+    if "targets" not in batch:
+        return torch.full(batch["ids"].shape[:-1], batch["ids"].shape[-1])
+    targets = batch["targets"]
+    return ((targets != IGNORED) * torch.arange(1, targets.shape[-1] + 1)).amax(-1)
+
+
+def text_lengths(batch: Batch) -> list[int]:
+    """Tokens of each text of a batch, one beside the other in a row or packed into it; padding is none."""
+    if (documents := batch.get("documents")) is None:
+        return [length for length in row_lengths(batch).flatten().tolist() if length]
+    numbers = documents + torch.arange(len(documents))[:, None] * documents.shape[1]  # of documents, over all rows
+    return [length for length in numbers[documents >= 0].bincount().tolist() if length]
+
+
+def longest_first(batch: Batch) -> Int[Tensor, " rows"]:
+    """The rows by their lengths, so that those of about one length come into one micro-batch."""
+    return row_lengths(batch).view(len(batch["ids"]), -1).amax(1).argsort(stable=True, descending=True)
 
 
 def weighted_sum(terms: Mapping[str, Term], factors: Mapping[str, Tensor | float]) -> Float[Tensor, ""]:
@@ -136,7 +158,7 @@ def micro_batches(batch: Batch, n_rows: int) -> Iterator[Batch]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _row_flops(config: ModelConfig, length: int) -> int:
+def _text_flops(config: ModelConfig, length: int) -> int:
     return training_flops(config, length)
 
 

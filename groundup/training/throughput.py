@@ -1,8 +1,8 @@
 """How fast a run is: tokens per second, and model FLOPs utilization (MFU; arXiv:2204.02311, appendix B).
 
 Both are of the training steps alone, without validation, samples and checkpoints. Tokens are targets that are
-predicted. FLOPs are those of every position that is computed, masked targets and padding too, forward and backward once
-each (`model/cost.py`); activations that are computed again do not count. MFU is their share of this machine's peak
+predicted. FLOPs are those of every token, masked targets too and padding not, each text by itself, forward and backward
+once each (`model/cost.py`); activations that are computed again do not count. MFU is their share of this machine's peak
 matmul FLOP/s in the dtype of the arithmetic: not a published figure, but the fastest square product that was timed
 here, which `process.py` remembers.
 """
