@@ -9,6 +9,7 @@ wrote (TRL issues 3867 and 4772 are about that). All of it is in the checkpoint 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -342,7 +343,11 @@ class OnPolicyAlgorithm:
         path = self.inputs.out / "rollouts.jsonl"
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
         lines = [line for line in lines if json.loads(line)["step"] < place]
-        for prompt, text, reward in zip(prompts[:8], rolled.texts, rewards.tolist(), strict=False):
+        rows = zip(prompts[:8], rolled.ids.tolist(), rolled.is_answer.tolist(), rolled.lengths.tolist(), strict=False)
+        for (prompt, ids, is_own, length), reward in zip(rows, rewards.tolist(), strict=False):
+            # A call of a tool, what that says, and the answer to it, one below the other
+            turns = itertools.groupby(range(len(prompt.ids), length), key=is_own.__getitem__)
+            text = "\n".join(self.inputs.tokenizer.decode(ids[n] for n in turn) for _, turn in turns)
             record: dict[str, Any] = {"step": place, "prompt": prompt.messages[-1]["content"], "answer": text}
             record["reward"] = None if math.isnan(reward) else reward
             lines.append(json.dumps(record, ensure_ascii=False))
