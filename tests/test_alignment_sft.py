@@ -34,8 +34,8 @@ from groundup.stage import Stage, graph
 from groundup.tokenizer import Tokenizer, render
 from groundup.training import IGNORED
 from groundup.training.metrics import read_log
-from groundup.training.process import limited_threads
 from groundup.training.objective import text_lengths
+from groundup.training.process import limited_threads
 
 WORKER = Path(__file__).with_name("alignment_runs.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{WORKER.parent}:{WORKER.parents[1]}"}
