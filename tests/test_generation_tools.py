@@ -102,6 +102,6 @@ def test_a_call_its_result_and_the_answer_to_that_are_turns_of_what_is_learned(t
     rejection_sampling(model, words, RejectionSettings(**answers), **given, out=tmp_path / "best")
     (best,), (own,) = (tmp_path / "best").glob("answers-*.jsonl"), (tmp_path / "student").glob("own-text-*.jsonl")
     kept = [json.loads(line)["messages"] for line in best.read_bytes().splitlines()]
-    for learned in (*kept, *map(json.loads, own.read_bytes().splitlines())):
+    for learned in (*kept, *map(json.loads, own.read_bytes().splitlines()[:2])):  # then its FLOPs
         assert [talk for talk in learned if talk in talks]
     assert all(talk in talks for learned in kept for talk in learned)  # what is not right is not learned
