@@ -378,9 +378,32 @@ def test_best_answers_are_kept_and_learned(tmp_path):
     for messages in train["messages"]:
         assert messages[0]["content"] in asked
         assert len(messages[1]["content"]) <= 8
+    assert done.summary["answers_failed"] == 0
     settings = settings.model_copy(update={"least": 1.0})
     with pytest.raises(DataError, match="Lower least = 1"):
         rejection_sampling(policy(), tokenizer(), settings, **given, out=tmp_path / "none")
+
+
+@pytest.mark.parametrize("value", ["1 / (len(m[0]['content']) % 2)", "str(len(answer))"])
+def test_answers_whose_reward_fails_are_counted_and_not_learned(tmp_path, value):
+    (tmp_path / "bad.py").write_text(f"def score(m, answer, k):\n    return {value}\n")
+    settings = RejectionSettings(
+        prompts=24, samples=8, least=-8.0, max_tokens=6, epochs=1, batch_size=4, precision="float32", compile=False
+    )
+    model = policy()
+    with torch.no_grad():
+        model.embed_tokens.weight[tokenizer().end_id] *= 20
+    reward = FunctionReward(f"{tmp_path}/bad.py:score", "[align.x] reward")
+    given = {"prompts": prompts(), "reward": reward, "out": tmp_path / "out"}
+    if "str" in value:
+        with pytest.raises(DataError, match="it fails for all answers; the first: it returns '"):
+            rejection_sampling(model, tokenizer(), settings, **given)
+        return
+    summary = rejection_sampling(model, tokenizer(), settings, **given).summary
+    assert 0 < summary["answers_failed"] < summary["answers"] == 192
+    (path,) = (tmp_path / "out").glob("answers-*.jsonl")
+    for messages in json.loads(path.read_text(encoding="utf-8").splitlines()[0])["messages"]:
+        assert len(messages[0]["content"]) % 2
 
 
 @pytest.mark.parametrize(

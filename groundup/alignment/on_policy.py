@@ -248,8 +248,7 @@ class OnPolicyAlgorithm:
             held_out = self._held_out(engine, place)
         rewards = self._rewards(prompts, rolled)
         if isinstance(self.reward, FunctionReward) and bool(self.inputs.world.gather(rewards).isnan().all()):
-            first = "".join(f"; the first: {failure}" for failure in self.reward.failures[:1])
-            raise DataError(f"{self.reward.where}: it fails for all answers{first}.")
+            raise self.reward.all_failed()
         targets = rolled.ids.where(rolled.is_answer, IGNORED)[:, 1:]
         batch = {"ids": rolled.ids, "targets": targets, "rewards": rewards}
         batch["old"], gap = self._own_logprobs(model, batch, rolled.logprobs[:, 1:])

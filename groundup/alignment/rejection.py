@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -61,6 +62,7 @@ class RejectionMethod(AnswersMethod, SupervisedFineTuning):
     facts = (
         ("answers written", "{answers:,}"),
         ("of them good", "{answers_good:,}"),
+        ("of them without a reward", "{answers_failed:,}"),
         ("prompts solved", "{prompts_solved:,}"),
         *SupervisedFineTuning.facts,
     )
@@ -72,7 +74,7 @@ class RejectionMethod(AnswersMethod, SupervisedFineTuning):
         """Sample, select, fine-tune; go on from what is in the stage's folder.
 
         Raises:
-            DataError: too few good answers to learn from.
+            DataError: too few good answers to learn from, or the reward function fails for all of them.
         """
         settings, world, tokenizer, out = inputs.settings, inputs.world, inputs.tokenizer, inputs.out
         prompts, reward = self.prompts_and_reward(inputs, prompts, reward)
@@ -97,7 +99,8 @@ class RejectionMethod(AnswersMethod, SupervisedFineTuning):
         learned = Conversations(train["messages"], held_out["messages"], {})
         done = super().run(inputs, conversations=learned, **options)
         done.summary["flops"] += train["flops"]  # of the answers; those to held-out prompts are not learned from
-        done.summary.update(answers=train["written"], answers_good=train["good"], prompts_solved=train["solved"])
+        names = {"answers": "written", "answers_good": "good", "answers_failed": "failed", "prompts_solved": "solved"}
+        done.summary.update({figure: train[name] for figure, name in names.items()})
         return done
 
     def quick(self, settings: Any) -> Any:
@@ -118,7 +121,7 @@ def _good_answers(
     params = SamplingParams(temperature=settings.temperature, max_tokens=settings.max_tokens)
     engine = Engine(inputs.model.to(world.device), tokenizer, slots=64, dtype=dtype)
     good: dict[int, list[tuple[float, tuple[str, ...]]]] = defaultdict(list)  # rewards and texts, by prompts' numbers
-    tool, flops = use_calculator(tokenizer), 0.0
+    tool, n_failed, flops = use_calculator(tokenizer), 0, 0.0
     with inputs.console.bar(what, len(todo)) as bar:
         for first in range(0, len(todo), _AT_ONCE * world.size):
             chunk = todo[first : first + _AT_ONCE * world.size]
@@ -134,17 +137,21 @@ def _good_answers(
             for (number, _), value, ids in zip(dict.fromkeys(chunk), *gathered, strict=False):
                 # An answer and its end; or a call, what the calculator says (−1), and the answer to that.
                 parts = itertools.groupby(ids, key=lambda token: token >= 0)
+                n_failed += math.isnan(value)
                 texts = tuple(tokenizer.decode([*part][:-1]) for is_written, part in parts if is_written)
-                if texts and value >= settings.least:  # NaN, a reward that failed, is not
+                if texts and value >= settings.least:  # NaN is not
                     good[number].append((value, texts))
             bar.update(min(len(todo), first + len(chunk)))
+        if n_failed == len(todo) and isinstance(reward, FunctionReward):
+            raise reward.all_failed()
         n_good = sum(map(len, good.values()))
         bar.finish(f"{n_good:,} of {len(todo):,} answers are good, to {len(good):,} of {len(prompts):,} prompts")
     messages = []
     for number, answers_of in sorted(good.items()):
         best = dict.fromkeys(texts for _, texts in sorted(answers_of, key=lambda one: -one[0]))
         messages += [[*prompts[number].messages, *_turns(texts)] for texts in [*best][: settings.keep]]
-    return {"messages": messages, "written": len(todo), "good": n_good, "solved": len(good), "flops": flops}
+    told = {"written": len(todo), "good": n_good, "failed": n_failed, "solved": len(good), "flops": flops}
+    return {"messages": messages, **told}
 
 
 def _turns(texts: Sequence[str]) -> list[Message]:

@@ -160,6 +160,11 @@ class FunctionReward:
         self.failures = []
         return [self._one(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
+    def all_failed(self) -> DataError:
+        """The error of a pass in which no answer has a reward."""
+        first = "".join(f"; the first: {failure}" for failure in self.failures[:1])
+        return DataError(f"{self.where}: it fails for all answers{first}.")
+
     def close(self) -> None:
         """End the process."""
         if self._worker is not None:
