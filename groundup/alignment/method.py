@@ -15,6 +15,7 @@ from groundup.alignment.conversations import data_fingerprint
 from groundup.alignment.lora import AdapterSettings, adapter_shapes, add_adapters, merge, save_adapter, thaw
 from groundup.console import Console
 from groundup.distributed import World, current_world
+from groundup.errors import DataError, GroundupError
 from groundup.evaluation.during import scores_during
 from groundup.interop import save_model
 from groundup.interop.start import check_chat, check_start, starting_config, starting_point
@@ -278,7 +279,21 @@ class RecordRows(Generic[Item]):
 
     train: list[Item]
     held_out: list[Item]
+    refused: list[GroundupError]  # why the chat template of an imported model does not take some, which are dropped
     seed: int  # of the order
+
+    def check_sides(self, problem: str, fix: str) -> None:
+        """Refuse data of which nothing is left, for a reason of its own if there is one."""
+        if not self.train or not self.held_out:
+            raise self.refused[0] if self.refused else DataError(problem, fix)
+
+    def warn_of_refused(self, inputs: Inputs, what: str) -> None:
+        """Say how many were dropped, and why."""
+        if self.refused:
+            inputs.console.warn(
+                f"{inputs.name}: {len(self.refused)} {what} cannot be laid out and were dropped. The first: "
+                f"{self.refused[0]}"
+            )
 
     def lay_out(self, chosen: Sequence[Any], n_rows: int | None = None) -> Batch:
         """Records, or what `into_rows` makes of them, as a batch, with empty rows up to `n_rows`."""

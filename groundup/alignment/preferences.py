@@ -248,7 +248,6 @@ class PreferenceRows(RecordRows[Encoded]):
         train, held_out: the preferences in tokens.
         shortened: how many lost turns of their prompt.
         left_out: how many did not fit.
-        refused: why the chat template of an imported model does not take some, which are dropped, too.
 
     Raises:
         DataError: nothing fits.
@@ -259,20 +258,17 @@ class PreferenceRows(RecordRows[Encoded]):
         section: str = "align", *, for_scores: bool = False,
     ) -> None:  # fmt: skip
         self.shortened = self.left_out = 0
-        self.refused: list[DataError] = []
+        self.refused = []
         self.seed, self.set_aside = seed, sum(preferences.set_aside.values())
         self._tokenizer, self._most, self._for_scores = tokenizer, context_length, for_scores
         self.train, self.held_out = (
             [found for one in side if (found := self._encode(one)) is not None]
             for side in (preferences.train, preferences.held_out)
         )
-        if not self.train or not self.held_out:
-            if self.refused:
-                raise self.refused[0]
-            raise DataError(
-                f"[{section}]: of {self.left_out} preferences no answer fits into the model's context.",
-                f"Raise [model] context_length = {context_length}, or use shorter answers.",
-            )
+        self.check_sides(
+            f"[{section}]: of {self.left_out} preferences no answer fits into the model's context.",
+            f"Raise [model] context_length = {context_length}, or use shorter answers.",
+        )
         digest = xxhash.xxh3_128()
         for one in self.train:
             digest.update(str(one.is_good).encode())
@@ -299,11 +295,7 @@ class PreferenceRows(RecordRows[Encoded]):
                 f"{inputs.name}: {rows.left_out} preferences are longer than the context of {length} tokens and are "
                 f"left out; {rows.shortened} lost their oldest turns."
             )
-        if rows.refused:
-            console.warn(
-                f"{inputs.name}: {len(rows.refused)} preferences cannot be laid out and were dropped. The first: "
-                f"{rows.refused[0]}"
-            )
+        rows.warn_of_refused(inputs, "preferences")
         return rows
 
     @property

@@ -25,7 +25,7 @@ from groundup.alignment.lora import AdapterSettings
 from groundup.alignment.method import AlignmentMethod, Inputs, RecordRows
 from groundup.alignment.packing import Text, lay_out, pack
 from groundup.distributed import AXES
-from groundup.errors import DataError, GroundupError
+from groundup.errors import DataError
 from groundup.evaluation.sets import fewer
 from groundup.files import value_digest
 from groundup.interop.start import check_shards
@@ -86,7 +86,6 @@ class ConversationRows(RecordRows[Text]):
         is_packed: whether all rows have the context's length, and say where their documents are.
         truncated: conversations that were cut.
         unsupervised: those of them without an answer left, which are dropped.
-        refused: why the chat template of an imported model does not take some, which are dropped, too.
 
     Raises:
         ArtifactError: shards missing, damaged or of another tokenizer.
@@ -98,18 +97,15 @@ class ConversationRows(RecordRows[Text]):
         seed: int, replay_shards: str | Path | None = None, section: str = "align.sft", *, verify: bool = True,
     ) -> None:  # fmt: skip
         self.truncated = self.unsupervised = 0
-        self.refused: list[GroundupError] = []
+        self.refused = []
         self._width, self._pad_id, self.seed = context_length, tokenizer.pad_id, seed
         self._set_aside = sum(conversations.set_aside.values())
         self.train = self._encode(conversations.train, tokenizer)
         self.held_out = self._encode(conversations.held_out, tokenizer)
-        if not self.train or not self.held_out:
-            if self.refused:
-                raise self.refused[0]
-            raise DataError(
-                f"[{section}]: no answer fits into the model's context.",
-                f"Raise [model] context_length = {context_length}, or use shorter conversations.",
-            )
+        self.check_sides(
+            f"[{section}]: no answer fits into the model's context.",
+            f"Raise [model] context_length = {context_length}, or use shorter conversations.",
+        )
         self._packs, self._replay = settings.packing, settings.replay
         self._text: PackedLoader | None = None
         if settings.replay:
@@ -267,11 +263,7 @@ class SupervisedFineTuning(AlignmentMethod):
                 f"{name}: {source.truncated} conversations are longer than the context of {length} tokens and were "
                 f"cut; {source.unsupervised} had no answer left and were dropped."
             )
-        if source.refused:
-            console.warn(
-                f"{name}: {len(source.refused)} conversations cannot be laid out and were dropped. The first: "
-                f"{source.refused[0]}"
-            )
+        source.warn_of_refused(inputs, "conversations")
         if flops is None:
             n_rows = source.rows_of_epochs(settings.epochs)
         else:
