@@ -118,7 +118,7 @@ def _labelled(settings: ClassifySettings, data: Any) -> tuple[str, str]:
     text, label = fields.get(settings.text_field), fields.get(settings.label_field)
     if not isinstance(text, str) or not isinstance(label, str | int):
         what = f"no text {settings.text_field!r}, or no text or whole number {settings.label_field!r}"
-        raise RefusedError(Reason.NO_TEXT, what)
+        raise RefusedError(Reason.NO_TEXT, f"{what}; there is: {', '.join(map(repr, fields)):.100}")
     label = str(label).strip()
     if not text.strip() or not label:
         raise RefusedError(Reason.EMPTY, "no text or no label in it")
