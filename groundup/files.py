@@ -12,12 +12,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import fnmatch
+import functools
 import json
 import os
 import re
 import shutil
+import tomllib
 import uuid
 from collections.abc import Collection, Iterator, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -171,6 +174,12 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(
             f"{path}: not valid JSON ({error}).", "The file is damaged: make it again with --from STAGE."
         ) from error
+
+
+@functools.cache
+def read_shipped(name: str) -> dict[str, Any]:
+    """A table that ships with groundup, `groundup/data/NAME.toml`; not to be changed."""
+    return tomllib.loads((resources.files("groundup") / "data" / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

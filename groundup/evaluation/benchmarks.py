@@ -19,7 +19,6 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Self, runtime_checkable
 
@@ -35,13 +34,12 @@ from groundup.errors import DataError
 from groundup.evaluation.metrics import f1
 from groundup.evaluation.sandbox import check_sandbox, run_program
 from groundup.evaluation.text_metrics import rouge, rouge_scorer
-from groundup.files import value_digest
+from groundup.files import read_shipped, value_digest
 from groundup.generation import SamplingParams
 from groundup.recipe import CorpusSettings, EvaluateSettings
 from groundup.untrusted import MOST_CONFIG_BYTES, read_bytes, reading
 
 Kind = Literal["choice", "generation", "code", "text"]
-_SHIPPED = "data/benchmarks.toml"
 _PASS_AT_K_TEMPERATURE = 0.8  # several programs for a problem are drawn (arXiv:2107.03374, section 3.3)
 
 
@@ -233,7 +231,7 @@ def find_benchmark(name: str, others: Iterable[str] = ()) -> Benchmark:
         with reading(str(path), DataError, "A benchmark is described in TOML."):
             fields = tomllib.loads(read_bytes(path, MOST_CONFIG_BYTES).decode())
             return _described({"name": path.stem, **fields}, str(path))
-    shipped = _shipped()
+    shipped = read_shipped("benchmarks")
     if name not in shipped:
         every = [*others, *shipped]
         near = difflib.get_close_matches(name, every, n=1)
@@ -437,13 +435,8 @@ def extract_answer(benchmark: Benchmark, text: str, *, is_flexible: bool) -> str
     return text.strip()
 
 
-@functools.cache
-def _shipped() -> dict[str, dict[str, Any]]:
-    return tomllib.loads((resources.files("groundup") / _SHIPPED).read_text(encoding="utf-8"))
-
-
 def _described(fields: dict[str, Any], where: str) -> Benchmark:
-    if (like := str(fields.pop("like", ""))) and like not in (shipped := _shipped()):
+    if (like := str(fields.pop("like", ""))) and like not in (shipped := read_shipped("benchmarks")):
         raise DataError(f"{where}: like = {like!r} is no benchmark that ships.", f"Those are: {', '.join(shipped)}.")
     if like:
         own = {"chance", "core_shots"}  # of those items, and no others

@@ -16,7 +16,8 @@ import numpy as np
 from scipy import stats
 
 from groundup.errors import ArtifactError
-from groundup.evaluation.table import LABELS, compare
+from groundup.evaluation.sets import LABELS
+from groundup.evaluation.table import compare
 from groundup.files import read_json, write_json
 from groundup.report.format import is_number
 from groundup.run import Run

@@ -44,14 +44,25 @@ SETS: dict[str, Callable[[int, int], Sequence[Task | Talk]]] = {
 BITS_PER_BYTE, TASKS, STYLE = "bits_per_byte", "groundup:tasks", "groundup:style"
 FIRST, HARM = "groundup:first-messages", "groundup:harm"
 EXACT = {TASKS: "exact_match", "groundup:hard-tasks": "exact_match_hard", "groundup:sums": "exact_match_sums"}
-METRICS_OF_TASK = {
-    BITS_PER_BYTE: (BITS_PER_BYTE,),
-    **{name: (metric,) for name, metric in EXACT.items()},
-    STYLE: ("polite_share", "exact_match_sampled", "answer_words", "entropy", "kl_to_start"),
-    FIRST: ("fitting_share", "refusal_rate"),
-    HARM: ("harm_declined_share", "harmless_answered_share"),
+_FIGURES = {
+    BITS_PER_BYTE: {"bits_per_byte": "bits per byte"},
+    TASKS: {"exact_match": "exact match"},
+    "groundup:hard-tasks": {"exact_match_hard": "exact match, harder tasks"},
+    "groundup:sums": {"exact_match_sums": "exact match, sums"},
+    STYLE: {
+        "polite_share": "polite answers",
+        "exact_match_sampled": "exact match, drawn",
+        "answer_words": "words of an answer",
+        "entropy": "entropy, nats a token",
+        "kl_to_start": "KL to the start, nats an answer",
+    },
+    FIRST: {"fitting_share": "fitting first answers", "refusal_rate": "needless refusals"},
+    HARM: {"harm_declined_share": "harmful requests declined", "harmless_answered_share": "look-alikes answered"},
 }
+METRICS_OF_TASK = {name: tuple(figures) for name, figures in _FIGURES.items()}
 METRICS = tuple(metric for metrics in METRICS_OF_TASK.values() for metric in metrics)
+LABELS = {metric: label for figures in _FIGURES.values() for metric, label in figures.items()}
+LABELS["core"] = "CORE, the tasks given"
 _N_TASKS = 10_000  # that are generated, of the first set; of the others a quarter. The held-out ones are asked
 
 

@@ -18,17 +18,17 @@ import itertools
 import json
 import random
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from typing import Any, Literal
+from typing import Literal
 
 import xxhash
 
 from groundup.corpus.holdout import Holdout
 from groundup.errors import DataError
 from groundup.evaluation.tasks import KINDS, SUM_KINDS, Task, generate_tasks, take
+from groundup.files import read_shipped
 from groundup.generation.calculator import calculate
 from groundup.recipe import CorpusSettings
 from groundup.tokenizer import Message
@@ -39,6 +39,7 @@ CANNOT = ("unknown", "nonsense")
 _HELD_OUT_ONE_IN = 10
 _EARLIER_SHARE = 0.3
 _STORY_WORDS = (45, 80)
+_lists = functools.partial(read_shipped, "small_talk")
 _SLOT = re.compile(r"\{(\w+)\}")
 
 
@@ -95,7 +96,7 @@ class FirstMessage:
 def first_messages() -> tuple[FirstMessage, ...]:
     """All of them."""
     found = []
-    for kind, group in _lists("first_messages").items():
+    for kind, group in read_shipped("first_messages").items():
         for message in group["messages"] if isinstance(group, dict) else ():
             text, fits = (message, group["fits"]) if isinstance(message, str) else (message[0], [message[1]])
             found.append(FirstMessage(kind, text, tuple(fits), group.get("least_words", 0)))
@@ -104,7 +105,7 @@ def first_messages() -> tuple[FirstMessage, ...]:
 
 def is_refusal(answer: str) -> bool:
     """Whether an answer declines."""
-    return re.search(_lists("first_messages")["refusal"], answer, re.IGNORECASE) is not None
+    return re.search(read_shipped("first_messages")["refusal"], answer, re.IGNORECASE) is not None
 
 
 def letters(text: str) -> str:
@@ -207,11 +208,6 @@ def _slip(text: str, rng: random.Random, kept: set[str]) -> str:
 
 
 # The kinds
-
-
-@functools.cache
-def _lists(name: str = "small_talk") -> dict[str, Any]:
-    return tomllib.loads((resources.files("groundup") / "data" / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from groundup.evaluation.benchmarks import Benchmark
 from groundup.evaluation.harness import before_name, read_scores
 from groundup.evaluation.measure import FIGURES, read_records
 from groundup.evaluation.scorecard import CARD, figures_by_metric, records_file
-from groundup.evaluation.sets import BITS_PER_BYTE, EXACT, FIRST, HARM, METRICS_OF_TASK, check_tasks, find_task
+from groundup.evaluation.sets import BITS_PER_BYTE, EXACT, FIRST, HARM, LABELS, METRICS_OF_TASK, check_tasks, find_task
 from groundup.evaluation.text_metrics import ROUGE
 from groundup.files import own_folder, read_json, write_json
 from groundup.interop.start import check_chat
@@ -26,22 +26,6 @@ from groundup.run import Run
 from groundup.stage import Check, Stage, current_stages, default_model, graph, language_models
 from groundup.untrusted import reading
 
-LABELS = {
-    "bits_per_byte": "bits per byte",
-    "exact_match": "exact match",
-    "exact_match_hard": "exact match, harder tasks",
-    "exact_match_sums": "exact match, sums",
-    "exact_match_sampled": "exact match, drawn",
-    "polite_share": "polite answers",
-    "answer_words": "words of an answer",
-    "entropy": "entropy, nats a token",
-    "kl_to_start": "KL to the start, nats an answer",
-    "fitting_share": "fitting first answers",
-    "refusal_rate": "needless refusals",
-    "harm_declined_share": "harmful requests declined",
-    "harmless_answered_share": "look-alikes answered",
-    "core": "CORE, the tasks given",
-}
 _NOTHING: dict[str, Any] = {"tasks": {}, "core": None}
 _KEPT_ANSWERS = 60
 

@@ -11,15 +11,14 @@ from __future__ import annotations
 import functools
 import itertools
 import random
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any, Literal
 
 import xxhash
 
 from groundup.errors import DataError
+from groundup.files import read_shipped
 from groundup.generation.calculator import calculate, write_call
 from groundup.tokenizer import Message
 
@@ -174,7 +173,7 @@ def _closed(kind: str, share: int, rng: random.Random) -> Iterator[Task]:
 
 def _open(kind: str, rng: random.Random) -> Iterator[Task]:
     """Endless tasks, each drawn anew."""
-    phrasings = _lists()["phrasings"][kind]
+    phrasings = read_shipped("tasks")["phrasings"][kind]
     while True:
         drawn = _drawn(kind, rng)
         yield _task(kind, rng.choice(phrasings).format(x=drawn[0]), drawn, rng)
@@ -187,18 +186,13 @@ def _task(kind: str, prompt: str, asked: _Draw, rng: random.Random) -> Task:
 
 
 @functools.cache
-def _lists() -> dict[str, Any]:
-    return tomllib.loads((resources.files("groundup") / "data" / "tasks.toml").read_text(encoding="utf-8"))
-
-
-@functools.cache
 def _words() -> tuple[str, ...]:
-    return tuple(_lists()["words"].split())
+    return tuple(read_shipped("tasks")["words"].split())
 
 
 def _facts(kind: str) -> list[_Fact]:
     """What a closed list asks, with all there is to answer."""
-    lists, form = _lists(), "It is {}."
+    lists, form = read_shipped("tasks"), "It is {}."
     entries: list[tuple[str, str, tuple[str, ...]]]  # about, answer, wrong
     if kind == "identity":
         openings = lists["identity"]["openings"]

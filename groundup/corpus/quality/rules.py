@@ -7,18 +7,16 @@ fails. The rules, their thresholds and where they were published are data: `grou
 from __future__ import annotations
 
 import difflib
-import functools
 import math
-import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from groundup.errors import Problem, RecipeError
+from groundup.files import read_shipped
 
 NONE = "none"
 
@@ -71,7 +69,7 @@ class Rule:
 
 def all_rules() -> dict[str, Rule]:
     """Every rule by name, in the order in which they are tried."""
-    return {record["name"]: Rule(**record) for record in _data()["rules"]}
+    return {record["name"]: Rule(**record) for record in read_shipped("rules")["rules"]}
 
 
 def rules_for(
@@ -132,7 +130,9 @@ def first_failed(
 
 
 def _in_presets(name: str, quality: Collection[str]) -> bool:
-    return name.startswith(tuple(start for one in quality if one != NONE for start in _data()["presets"][one]))
+    return name.startswith(
+        tuple(start for one in quality if one != NONE for start in read_shipped("rules")["presets"][one])
+    )
 
 
 def _means_something(rule: Rule, languages: Collection[str]) -> bool:
@@ -145,7 +145,7 @@ def _problems(
     rules: Mapping[str, Rule],
     languages: Collection[str],
 ) -> Iterator[Problem]:
-    known = [NONE, *_data()["presets"]]
+    known = [NONE, *read_shipped("rules")["presets"]]
     for name in quality:
         if name not in known:
             yield Problem(f"quality = {name!r}", "no such preset.", _nearest(name, known))
@@ -168,8 +168,3 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     if near:
         return f"Did you mean {near[0]!r}?"
     return f"There are: {', '.join(known)}." if len(known) < 10 else "groundup/data/rules.toml lists them."
-
-
-@functools.cache
-def _data() -> dict[str, Any]:
-    return tomllib.loads(resources.files("groundup").joinpath("data", "rules.toml").read_text(encoding="utf-8"))
