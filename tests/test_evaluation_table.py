@@ -20,9 +20,9 @@ from groundup.evaluation import bits_per_byte, compare, generate_tasks, read_com
 from groundup.evaluation import metrics as evaluation_metrics
 from groundup.evaluation import sets as evaluation_sets
 from groundup.evaluation.benchmarks import Item
-from groundup.evaluation.harness import read_scores
 from groundup.evaluation.measure import figures_of, measure
 from groundup.evaluation.metrics import share
+from groundup.evaluation.scorecard import read_scores
 from groundup.files import own_folder, read_json, write_json
 from groundup.interop import load_model
 from groundup.model import ModelConfig, OutputLayer

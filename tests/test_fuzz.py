@@ -50,7 +50,7 @@ from groundup.corpus.reading.sources import find_sources
 from groundup.distributed import current_world
 from groundup.evaluation.benchmarks import find_benchmark, read_items
 from groundup.evaluation.comparison import compare_cards
-from groundup.evaluation.harness import read_scores
+from groundup.evaluation.scorecard import read_scores
 from groundup.evaluation.table import compare, read_comparison
 from groundup.files import write_json
 from groundup.interop import export_folder, load_model, save_model

@@ -18,8 +18,7 @@ from groundup.alignment import LoraSettings, add_adapters, load_adapter, merge, 
 from groundup.console import Console
 from groundup.errors import ArtifactError, DataError, GroundupError, RecipeError
 from groundup.evaluation import read_comparison
-from groundup.evaluation.harness import read_scores
-from groundup.evaluation.scorecard import figures_by_metric
+from groundup.evaluation.scorecard import figures_by_metric, read_scores
 from groundup.files import value_digest
 from groundup.generation import SamplingParams, chat_reply
 from groundup.interop import load, load_model, save_model

@@ -27,6 +27,10 @@ def test_the_built_wheel_runs_the_smoke_recipe_outside_the_checkout(tmp_path: Pa
         ).stdout
 
     assert Path(python("-c", "import groundup; print(groundup.__file__)").strip()).is_relative_to(installed)
+    for folder in ("data", "recipes"):  # tables, texts and recipes that ship
+        own = {path.name: path.read_bytes() for path in (checkout / "groundup" / folder).glob("*.*")}
+        assert len(own) > 3
+        assert {name: (installed / "groundup" / folder / name).read_bytes() for name in own} == own
     page = {path.name for path in (installed / "groundup" / "serving" / "page").rglob("*")}
     assert page >= {"index.html", "app.js", "style.css", "purify.js", "LICENSE-marked"}
     shorter = ("--set", "pretrain.tokens=40_000")  # of 160,000

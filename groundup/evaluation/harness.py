@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from groundup.corpus import stream_documents
-from groundup.errors import ArtifactError, DataError
-from groundup.evaluation.scorecard import read_card, score_model
+from groundup.errors import DataError
+from groundup.evaluation.scorecard import read_scores, score_model
 from groundup.evaluation.sets import BITS_PER_BYTE, EXACT, METRICS, STYLE, task_digests
 from groundup.files import write_json
 from groundup.generation import prompt_ids
@@ -104,14 +104,6 @@ class Evaluate(Method):
 
 
 EVALUATE = Evaluate()
-
-
-def read_scores(folder: Path) -> dict[str, Any]:
-    """The card of the scores in a folder; nothing if it is not there, damaged, or of another version."""
-    try:
-        return read_card(folder)
-    except ArtifactError:
-        return {}
 
 
 def before_name(stage: Stage, stages: Mapping[str, Stage]) -> str:

@@ -246,6 +246,14 @@ def read_card(folder: Path) -> dict[str, Any]:
     return dict(card)
 
 
+def read_scores(folder: Path) -> dict[str, Any]:
+    """The card in a folder; nothing if it is not there, damaged, or of another version."""
+    try:
+        return read_card(folder)
+    except ArtifactError:
+        return {}
+
+
 def _without(records: Sequence[Record], tainted: Collection[int]) -> dict[str, Any]:
     """How many items the training text repeats, and the figures of the others."""
     clean = [record for record in records if record["item"] not in tainted]
@@ -254,10 +262,7 @@ def _without(records: Sequence[Record], tainted: Collection[int]) -> dict[str, A
 
 def _kept(folder: Path, model_and_texts: Mapping[str, Any]) -> dict[str, Any]:
     """What was measured of the same model before."""
-    try:
-        card = read_card(folder)
-    except ArtifactError:
-        return {}
+    card = read_scores(folder)
     return dict(card["tasks"]) if model_and_texts.items() <= card.items() else {}
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from groundup.errors import ArtifactError, DataError, GroundupError
 from groundup.evaluation.benchmarks import Benchmark
-from groundup.evaluation.harness import before_name, read_scores
+from groundup.evaluation.harness import before_name
 from groundup.evaluation.measure import FIGURES, read_records
-from groundup.evaluation.scorecard import CARD, figures_by_metric, records_file
+from groundup.evaluation.scorecard import CARD, figures_by_metric, read_scores, records_file
 from groundup.evaluation.sets import BITS_PER_BYTE, EXACT, FIRST, HARM, LABELS, METRICS_OF_TASK, check_tasks, find_task
 from groundup.evaluation.text_metrics import ROUGE
 from groundup.files import own_folder, read_json, write_json

@@ -23,19 +23,9 @@ from groundup.generation.calculator import calculate, write_call
 from groundup.tokenizer import Message
 
 KINDS = (
-    "opposite",
-    "capital",
-    "upper_case",
-    "fact",
-    "identity",
-    "larger",
-    "sort_digits",
-    "reverse_digits",
-    "count_words",
-    "first_word",
-    "last_word",
-    "repeat",
-)
+    "opposite", "capital", "upper_case", "fact", "identity",
+    "larger", "sort_digits", "reverse_digits", "count_words", "first_word", "last_word", "repeat",
+)  # fmt: skip
 """The first five draw on closed lists, where a held-out fact is always learned under other phrasings."""
 
 CLOSED_KINDS = KINDS[:5]
@@ -259,14 +249,12 @@ def _drawn(kind: str, rng: random.Random) -> _Draw:
         letter = rng.choice(sorted({*"".join(words)}))
         count = "".join(words).count(letter)
         return f"{letter} in {' '.join(words)}", str(count), "It is there {} times.", (str(count - 1), str(count + 1))
+    count = rng.randint(2, {"count_words": 7, "repeat": 3}.get(kind, 4))
+    words = rng.sample(_words(), count)
+    said = " ".join(words)
     if kind == "count_words":
-        count = rng.randint(2, 7)
-        near = (str(count - 1), str(count + 1))
-        return " ".join(rng.sample(_words(), count)), str(count), "There are {} words.", near
+        return said, str(count), "There are {} words.", (str(count - 1), str(count + 1))
     if kind == "repeat":
-        words = rng.sample(_words(), rng.randint(2, 3))
-        said = " ".join(words)
         return said, said, "You said {}.", (" ".join(reversed(words)), " ".join(words[1:]), " ".join(words[:-1]))
-    words = rng.sample(_words(), rng.randint(2, 4))
-    right = 0 if kind == "first_word" else len(words) - 1
-    return " ".join(words), words[right], form, (*words[:right], *words[right + 1 :])
+    right = 0 if kind == "first_word" else count - 1
+    return said, words[right], form, (*words[:right], *words[right + 1 :])
