@@ -21,13 +21,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from typing import Literal
 
 import xxhash
 
 from groundup.corpus.holdout import Holdout
 from groundup.errors import DataError
-from groundup.evaluation.tasks import KINDS, SUM_KINDS, Task, generate_tasks, take
+from groundup.evaluation.tasks import KINDS, SUM_KINDS, Side, Task, generate_tasks, side_of, take
 from groundup.files import read_shipped
 from groundup.generation.calculator import calculate
 from groundup.recipe import CorpusSettings
@@ -36,7 +35,6 @@ from groundup.tokenizer import Message
 HARM_KINDS = ("harm", "harmless")
 CANNOT = ("unknown", "nonsense")
 """Kinds of first messages that may be declined."""
-_HELD_OUT_ONE_IN = 10
 _EARLIER_SHARE = 0.3
 _STORY_WORDS = (45, 80)
 _lists = functools.partial(read_shipped, "small_talk")
@@ -56,9 +54,9 @@ class Talk:
     earlier: tuple[Message, ...] = ()
 
     @property
-    def split(self) -> Literal["train", "held_out"]:
-        """The side of the split; a function of the message's letters alone."""
-        return "train" if xxhash.xxh3_64_intdigest(letters(self.prompt).encode()) % _HELD_OUT_ONE_IN else "held_out"
+    def split(self) -> Side:
+        """A function of the message's letters alone."""
+        return side_of(letters(self.prompt))
 
     @property
     def messages(self) -> list[Message]:

@@ -37,6 +37,7 @@ _PHRASINGS_PER_FACT = 4  # at least so many, so that a fact is seen often enough
 _MOST_REPEATS = 1000  # draws in a row without a new prompt, before a kind counts as used up
 
 Style = Literal["plain", "polite"]
+Side = Literal["train", "held_out"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +53,9 @@ class Task:
     wrong: tuple[str, ...]  # plausible wrong answers, plain
 
     @property
-    def split(self) -> Literal["train", "held_out"]:
-        """The side of the split; a function of the prompt alone."""
-        return "held_out" if xxhash.xxh3_64_intdigest(self.prompt.encode()) % _HELD_OUT_ONE_IN == 0 else "train"
+    def split(self) -> Side:
+        """A function of the prompt alone."""
+        return side_of(self.prompt)
 
     @property
     def expected(self) -> str:
@@ -93,6 +94,11 @@ class Task:
         flaw = rng.choices(("style", "answer", "both"), weights=(5, 3, 2))[0]
         answer = self.answer if flaw == "style" else rng.choice(self.wrong)
         return self.say(self.answer, "polite"), self.say(answer, "polite" if flaw == "answer" else "plain")
+
+
+def side_of(text: str) -> Side:
+    """The side of the split on which questions with this text are: one in ten is held out."""
+    return "train" if xxhash.xxh3_64_intdigest(text.encode()) % _HELD_OUT_ONE_IN else "held_out"
 
 
 def verify(task: Task, reply: str) -> bool:
