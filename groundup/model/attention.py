@@ -108,6 +108,7 @@ class Attention(nn.Module):
         rotation: Rotation | None,
         mask: AttentionMask = None,
         cached: Cached | None = None,
+        wanted: tuple[Tensor, Tensor] | None = None,
     ) -> Float[Tensor, "batch seq d_model"]:
         """Attend to this and earlier positions.
 
@@ -116,6 +117,7 @@ class Attention(nn.Module):
             rotation: RoPE's table, or None.
             mask: what this layer's queries attend to; not used with a cache.
             cached: keys and values of earlier calls; the mask follows from their positions.
+            wanted: rows and columns of the n positions whose results are wanted, (1, n, d_model).
         """
         batch, seq, _ = x.shape
         q, k = self.queries_and_keys(x, rotation)
@@ -126,7 +128,8 @@ class Attention(nn.Module):
             keys, values, where = cached.store.update(self.layer, k, v, cached.positions)
             bias = cached.bias(self.rule, keys.shape[2], where)
             out = attend_to_cache(q, keys, values, bias, self.scale, self.softcap)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, seq, -1))
+        out = out.transpose(1, 2).reshape(batch, seq, -1)
+        return self.o_proj(out if wanted is None else out[wanted][None])
 
     def queries_and_keys(
         self, x: Float[Tensor, "batch seq d_model"], rotation: Rotation | None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -47,7 +48,8 @@ class FeedForward(nn.Module):
         """Apply the layer."""
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(x)))
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.activation(self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x) if torch.is_grad_enabled() else gate.mul_(self.up_proj(x)))
 
 
 def make_feedforward(config: ModelConfig) -> nn.Module:

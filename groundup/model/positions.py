@@ -39,6 +39,11 @@ def rotate(
     cos, sin = rotation
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    if x.dtype == torch.float32 and not torch.is_grad_enabled():  # half as many passes over memory
+        out = x.clone()
+        out[..., :half].mul_(cos).addcmul_(second, sin, value=-1)
+        out[..., half : 2 * half].mul_(cos).addcmul_(first, sin)
+        return out
     turned = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1)
 

@@ -87,8 +87,9 @@ class Block(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Both sub-layers, uncompiled."""
         told = x if self.is_post_norm else self.input_layernorm(x)
-        x = x + self._drop(self.self_attn(told, rotation, mask, cached))
+        attended = self.self_attn(told, rotation, mask, cached, wanted)
         x = x if wanted is None else x[wanted][None]  # what follows looks at each position by itself
+        x = x + self._drop(attended)
         if self.is_post_norm:
             x = self.input_layernorm(x)
             return self.post_attention_layernorm(x + self._drop(self.mlp(x)))
