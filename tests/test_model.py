@@ -57,13 +57,30 @@ def test_a_token_sees_only_itself_and_what_came_before(name):
     assert not torch.allclose(before[:, 12:], after[:, 12:])
 
 
-@pytest.mark.parametrize("change", [{}, {"norm_placement": "post"}, {"n_experts": 4, "experts_per_token": 2}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"norm_placement": "post"},
+        {"n_experts": 4, "experts_per_token": 2},
+        {"n_kv_heads": 1, "qk_norm": True, "partial_rotary_factor": 0.5, "bias": True, "tied_embeddings": False},
+        {"position": "learned", "norm": "layernorm", "activation": "gelu", "attention_softcap": 5.0},
+        {"attention": ("window",), "window": 8},
+        {"position": "alibi", "activation": "geglu"},
+    ],
+)
 def test_results_that_are_wanted_are_those_of_the_whole(change):
     config = preset("ground-nano", **change)
     model = Transformer(config).eval()
-    ids, wanted = tokens(config, 3, 20), (torch.tensor([0, 2, 2]), torch.tensor([19, 0, 7]))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    ids = tokens(config, 3, 20)
+    whole = model(ids)  # with gradients: without them, several parts are computed in other ways
+    few, all_of_them = (torch.tensor([0, 2, 2]), torch.tensor([19, 0, 7])), torch.where(ids >= 0)
     with torch.no_grad():
-        assert torch.allclose(model(ids, wanted=wanted)[0], model(ids)[wanted], atol=1e-5)
+        assert torch.allclose(model(ids), whole, atol=1e-5)
+        for wanted in (few, all_of_them):
+            assert torch.allclose(model(ids, wanted=wanted)[0], whole[wanted], atol=1e-5)
 
 
 def test_same_seed_same_weights_other_seed_others():

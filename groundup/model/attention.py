@@ -33,6 +33,9 @@ KEPT_UP_TO = 256
 """Positions up to which the weights are kept for the backward pass; beyond, computing them again is faster. Also
 the queries of a block."""
 
+FEW_WANTED = 4
+"""Queries per row, of which keys and values are copied for each; for more wanted ones all are computed."""
+
 Bias = Float[Tensor, "*batch heads q k"]
 AttentionMask = Bias | FlexPlan | DocumentPlan | None
 """What a layer's queries attend to: a bias, a plan for FlexAttention or documents, None for plain causal attention."""
@@ -120,8 +123,11 @@ class Attention(nn.Module):
             wanted: rows and columns of the n positions whose results are wanted, (1, n, d_model).
         """
         batch, seq, _ = x.shape
+        v = self._heads(self.v_proj(x))
+        if wanted is not None and cached is None and mask is None and len(wanted[0]) <= FEW_WANTED * batch:
+            k = self._heads(self.k_proj(x), self.k_norm, rotation)
+            return self.o_proj(self._few(x, k, v, rotation, wanted))
         q, k = self.queries_and_keys(x, rotation)
-        v = self.v_proj(x).view(batch, seq, self.n_kv_heads, self.head_dim).transpose(1, 2)
         if cached is None:
             out = causal_attention(q, k, v, self.scale, mask, self.softcap)
         else:
@@ -135,13 +141,28 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "batch seq d_model"], rotation: Rotation | None
     ) -> tuple[Float[Tensor, "batch heads seq head_dim"], Float[Tensor, "batch kv_heads seq head_dim"]]:
         """What the scores are products of: normalized and rotated, where the model does so."""
-        batch, seq, _ = x.shape
-        q = self.q_proj(x).view(batch, seq, self.n_heads, self.head_dim)
-        k = self.k_proj(x).view(batch, seq, self.n_kv_heads, self.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = q.transpose(1, 2), k.transpose(1, 2)
-        return (q, k) if rotation is None else (rotate(q, rotation), rotate(k, rotation))
+        q = self._heads(self.q_proj(x), self.q_norm, rotation)
+        return q, self._heads(self.k_proj(x), self.k_norm, rotation)
+
+    def _heads(
+        self, x: Float[Tensor, "batch seq width"], norm: RMSNorm | None = None, rotation: Rotation | None = None
+    ) -> Float[Tensor, "batch heads seq head_dim"]:
+        x = x.view(*x.shape[:2], -1, self.head_dim)
+        x = (x if norm is None else norm(x)).transpose(1, 2)
+        return x if rotation is None else rotate(x, rotation)
+
+    def _few(
+        self, x: Tensor, k: Tensor, v: Tensor, rotation: Rotation | None, wanted: tuple[Tensor, Tensor]
+    ) -> Float[Tensor, "1 n width"]:
+        """Plain causal attention of the wanted queries alone, each over the keys and values of its row."""
+        rows, columns = wanted
+        if rotation is not None:
+            cos, sin = (part[0, columns, None, None] for part in rotation)  # (n, 1, 1, half)
+            rotation = cos, sin
+        q = self._heads(self.q_proj(x[rows, columns][:, None]), self.q_norm, rotation)  # (n, heads, 1, head_dim)
+        where = torch.arange(x.shape[1], device=x.device)
+        bias = attention_bias(self.rule, columns[:, None], where, torch.float32)
+        return attend_to_cache(q, k[rows], v[rows], bias, self.scale, self.softcap).reshape(1, len(rows), -1)
 
     def weights(
         self, x: Float[Tensor, "batch seq d_model"], rotation: Rotation | None
