@@ -28,10 +28,12 @@ from groundup.alignment.method import sized
 from groundup.console import Console
 from groundup.errors import ArtifactError, GroundupError
 from groundup.generation import generate
-from groundup.generation.quantize import quantization_of
+from groundup.generation.quantize import Quantized, quantization_of
 from groundup.interop import load_model, save_model
 from groundup.model import ModelConfig, Transformer, preset
+from groundup.model.linear import Linear
 from groundup.tokenizer import Tokenizer
+from groundup.training.compilation import set_checkpointing
 from groundup.training.metrics import read_log
 from groundup.training.planning.memory import Step, step_memory
 
@@ -140,6 +142,51 @@ def test_gradients_pass_through_a_quantized_base(bits: int) -> None:
         one(IDS).square().mean().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, plain.get_parameter(name).grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_copy_of_a_frozen_matrix_is_kept_for_the_backward_pass(kind: str) -> None:
+    model, kept = adapted(**KINDS[kind]).train(), list[Tensor]()
+    model.compute_dtype = torch.bfloat16
+    copies = {module.weight.shape for module in model.modules() if isinstance(module, Linear | Quantized)}
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        model(IDS).square().mean().backward()
+    assert kept
+    assert not copies & {shape for tensor in kept for shape in (tensor.shape, tensor.shape[::-1])}
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_arithmetic_in_bfloat16_is_that_of_a_cast_matrix(kind: str) -> None:
+    """To the bit: gradients of what is frozen but not kept, beside those of matrices that take gradients."""
+    model = adapted(**KINDS[kind]).train()
+    model.compute_dtype = torch.bfloat16
+    plain = copy.deepcopy(model)
+    for layer in adapters(plain).values():
+        layer.base = Linear(*reversed(layer.base.weight.shape), bias=False).requires_grad_(True)
+    for one, other in zip(adapters(model).values(), adapters(plain).values(), strict=True):
+        other.base.weight.data = one.base.weight.clone()
+    for one in (model, plain):
+        one(IDS).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, plain.get_parameter(name).grad)
+
+
+def test_checkpointing_keeps_nothing_that_adapters_add() -> None:
+    """Selective: as much as without adapters, and the gradients are those of a pass that keeps everything."""
+    from torch.profiler import ProfilerActivity, profile
+
+    ids, gradients, kept = tokens(config(), 4, 64), [], {}
+    for name, kind in (("whole", "selective"), ("adapters", "selective"), ("all", "none")):
+        model = random_model(config()).requires_grad_(True) if name == "whole" else adapted(rank=4)
+        set_checkpointing(model.train(), kind)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            loss = model(ids).square().mean()
+        events = recorded.profiler.kineto_results.events()
+        kept[name] = sum(event.nbytes() for event in events if event.name() == "[memory]")
+        loss.backward()
+        gradients += [[parameter.grad for parameter in model.parameters()]] if name != "whole" else []
+    assert kept["adapters"] < 1.05 * kept["whole"] < kept["all"]
+    assert all(map(torch.equal, *gradients))
 
 
 def test_text_is_the_merged_models() -> None:

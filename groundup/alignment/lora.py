@@ -38,7 +38,7 @@ from groundup.interop.layouts import shapes_in_file
 from groundup.interop.stored import target_layout
 from groundup.model import ModelConfig, Transformer
 from groundup.model.cost import parameter_shapes
-from groundup.model.linear import Linear
+from groundup.model.linear import Linear, product
 from groundup.recipe import Section, Texts, setting
 from groundup.untrusted import file_inside, read_object, reading
 
@@ -92,10 +92,7 @@ class LoraLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Apply the layer, in x's dtype."""
         bias = self.base.bias
-        if isinstance(self.base, Quantized):
-            y = _FrozenProduct.apply(x, self.base)  # type: ignore[no-untyped-call]
-        else:
-            y = F.linear(x, self.base.weight.to(x.dtype))
+        y = product(x, self.base)
         if self.is_on:
             inputs = F.dropout(x, self.dropout, self.training) if self.dropout else x
             update = F.linear(F.linear(inputs, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
@@ -112,19 +109,6 @@ class LoraLinear(nn.Module):
         if self.magnitude is not None:
             weight = weight * (full_tensor(self.magnitude) / weight.norm(dim=1))[:, None]
         return _linear(weight, self.base.bias).train(self.training)
-
-
-class _FrozenProduct(torch.autograd.Function):
-    """x Wᵀ for a quantized W, which is dequantized again in the backward pass instead of being kept for it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, base: Quantized) -> Tensor:
-        ctx.base = base
-        return F.linear(x, base.weight.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] @ ctx.base.weight.to(gradients[0].dtype), None
 
 
 def add_adapters(model: Transformer, settings: LoraSettings, seed: int = 1) -> None:

@@ -26,6 +26,7 @@ from groundup.generation.rounding import RUN, Bits, dequantize, pack, round_to_n
 from groundup.model import Transformer
 from groundup.model.cost import Shape
 from groundup.model.experts import StackedLinear
+from groundup.model.linear import product
 
 QuantizationMethod = Literal["rtn", "gptq"]
 """Round to nearest, or GPTQ."""
@@ -163,7 +164,7 @@ class QuantizedLinear(Quantized):
         if self.rounds_activations and not x.is_cuda and x.numel():
             y = self._integer_product(x).to(x.dtype)
             return y if bias is None else y + bias
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return product(x, self, bias)
 
     def _integer_product(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         rows = x.reshape(-1, x.shape[-1]).float()

@@ -25,7 +25,7 @@ from groundup.model.experts import Experts
 from groundup.model.feedforward import make_feedforward
 from groundup.model.flex import plan_attention
 from groundup.model.initialization import initialize
-from groundup.model.linear import Linear
+from groundup.model.linear import Linear, product
 from groundup.model.masks import AttentionRule, attention_bias
 from groundup.model.normalization import make_norm
 from groundup.model.positions import Rotation, rotation_table, sinusoids
@@ -42,7 +42,7 @@ class OutputLayer:
 
     def logits(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """Logits of the tokens, float32; the products are taken in the dtype of `hidden`."""
-        found = F.linear(hidden, self.weight.to(hidden.dtype))[..., : self.vocab_size].float()
+        found = product(hidden, self)[..., : self.vocab_size].float()
         return found if self.softcap is None else capped(found, self.softcap)
 
 

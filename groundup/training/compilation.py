@@ -11,7 +11,7 @@ run.
 Activation checkpointing (arXiv:1604.06174) computes again what the backward pass needs instead of keeping it:
 
     none        everything is kept: fastest
-    selective   a block keeps the outputs of its matrix products and computes what is cheap between them again
+    selective   a block keeps the outputs of its large matrix products and computes what is cheap between them again
                 (arXiv:2205.05198, section 5: most of the memory for a few percent of the work)
     full        a block keeps its input only: least memory for one more forward pass, a third more work
 
@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from groundup.console import Console
 from groundup.distributed import World
@@ -266,15 +266,19 @@ def _is_truncated(path: Path) -> bool:
 Checkpointing = Literal["none", "selective", "full"]
 
 # The outputs of matrix products are kept, everything else is computed again.
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention",
-             "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention",
-             "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable")  # fmt: skip
+_PRODUCTS = [
+    getattr(torch.ops.aten, name).default
+    for name in ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention",
+                 "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention",
+                 "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable")
+]  # fmt: skip
+_NARROW = 8
+"""A product whose result is so many times as wide as the sums that it is made of are long is cheap, too."""
 
 
 def set_checkpointing(model: Transformer, kind: Checkpointing) -> None:
     """Make every block keep as much as `kind` says, in training."""
-    products = [getattr(torch.ops.aten, name).default for name in _PRODUCTS]
-    selective = partial(create_selective_checkpoint_contexts, products)
+    selective = partial(create_selective_checkpoint_contexts, _selected)
     ways: dict[Checkpointing, Callable[..., Tensor] | None] = {
         "none": None,
         "selective": partial(checkpoint, use_reentrant=False, context_fn=selective),
@@ -282,3 +286,10 @@ def set_checkpointing(model: Transformer, kind: Checkpointing) -> None:
     }
     for block in model.blocks:
         block.recompute = ways[kind]
+
+
+def _selected(_: object, operation: object, *arguments: Any, **__: object) -> CheckpointPolicy:
+    is_kept = operation in _PRODUCTS
+    if operation is torch.ops.aten.mm.default:  # (tokens, inner) × (inner, width): an adapter's costs next to nothing
+        is_kept = _NARROW * arguments[0].shape[1] > arguments[1].shape[1]
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
