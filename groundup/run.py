@@ -132,6 +132,11 @@ class Run:
         """The recipe the run was last built with."""
         return read_recipe(self.root / RECIPE_FILE)
 
+    @property
+    def outline(self) -> Recipe:
+        """The recipe with its `[align.NAME]` sections as they are written: read in a moment, for those who generate."""
+        return read_recipe(self.root / RECIPE_FILE, outline=True)
+
     def check(self, recipe: Recipe, stages: Iterable[str]) -> None:
         """Hold that a build would replace nothing that is not ours; called before anything is done.
 

@@ -322,7 +322,7 @@ def default_model(recipe: Recipe, *, to_chat: bool) -> tuple[str, str]:
     Raises:
         RunError: the recipe makes none.
     """
-    if not to_chat and recipe.has_trunk:  # whatever its methods are: their modules take longer to import than to write
+    if not to_chat and recipe.has_trunk:  # whatever its methods are: `recipe` may be an outline
         return "pretrain", "the base model"
     models = language_models(graph(recipe))
     if recipe.generate.model is not None:

@@ -62,6 +62,20 @@ def test_help_and_version_do_not_import_torch() -> None:
     assert done.stdout == f"groundup {__version__}\n"
 
 
+def test_what_generates_imports_nothing_that_trains() -> None:
+    run = finished_run()
+    assert run.recipe.align
+    code = (
+        "import sys\nfrom groundup.cli.main import main\n"
+        "try: main()\n"
+        "finally: print([name for name in sys.modules if name.startswith(('groundup.training', 'groundup.alignment'))])"
+    )
+    command = [sys.executable, "-c", code, "generate", str(run.root), "The", "-n", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("The")
+    assert done.stdout.endswith("\n[]\n")
+
+
 def test_importing_the_package_costs_nothing() -> None:
     code = "import sys, groundup; print([name for name in ('torch', 'numpy', 'pydantic') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

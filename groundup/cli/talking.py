@@ -251,7 +251,7 @@ def _params(model: Path, **given: Any) -> SamplingParams:
     from groundup.run import RECIPE_FILE, Run
 
     around = next((at for at in (model, *model.resolve().parents[:2]) if (at / RECIPE_FILE).is_file()), None)
-    settings = GenerateSettings() if around is None else Run(around).recipe.generate
+    settings = GenerateSettings() if around is None else Run(around).outline.generate
     defaults = settings.model_dump(include={"temperature", "top_k", "top_p", "max_tokens"})
     return SamplingParams(**defaults | {name: value for name, value in given.items() if value is not None})
 
@@ -324,7 +324,10 @@ def load_model(path: Path, stage: str | None, *, to_chat: bool) -> tuple[Transfo
     from groundup.stage import default_model
 
     if stage is None and (path / RECIPE_FILE).is_file():
-        stage, why = default_model(Run(path).recipe, to_chat=to_chat)
+        recipe = Run(path).outline
+        if to_chat or not recipe.has_trunk:
+            recipe = Run(path).recipe
+        stage, why = default_model(recipe, to_chat=to_chat)
         typer.echo(f"model: {path / stage} ({why}; --model STAGE takes another)", err=True)
     loaded = load(path, stage=stage)
     if loaded.tokenizer is None:

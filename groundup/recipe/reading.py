@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from groundup.errors import ArtifactError, Problem, RecipeError
-from groundup.recipe.recipe import Recipe
+from groundup.recipe.recipe import OUTLINE, Recipe
 from groundup.recipe.registry import METHODS, find_method
 from groundup.recipe.sections import Section, section_class
 from groundup.recipe.stages import QuantizeSettings
@@ -45,22 +45,25 @@ def shipped_recipes() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(source: str | Path, overrides: Sequence[str] = (), *, outline: bool = False) -> Recipe:
     """Read a recipe by path, or by the name of one that ships with groundup.
 
     Args:
         source: path of a TOML file, or a shipped recipe's name such as "demo".
         overrides: `section.key=value` strings; the value is read as TOML, or else as plain text.
+        outline: leave the `[align.NAME]` sections as they are written, so that no method has to be imported.
 
     Raises:
         RecipeError: with every problem found, each with a way out.
     """
     text, label = _recipe_text(str(source))
-    return parse_recipe(text, label, overrides, default_name=Path(label).stem)
+    return parse_recipe(text, label, overrides, Path(label).stem, outline=outline)
 
 
-def parse_recipe(text: str, label: str, overrides: Sequence[str] = (), default_name: str | None = None) -> Recipe:
-    """Turn TOML text into a `Recipe`; `label` names it in messages. Raises as `read_recipe`."""
+def parse_recipe(
+    text: str, label: str, overrides: Sequence[str] = (), default_name: str | None = None, *, outline: bool = False
+) -> Recipe:
+    """Turn TOML text into a `Recipe`; `label` names it in messages. The rest is as of `read_recipe`."""
     try:
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also of whole numbers of thousands of digits
@@ -76,7 +79,7 @@ def parse_recipe(text: str, label: str, overrides: Sequence[str] = (), default_n
         raise RecipeError(label, [Problem("recipe", f"is nested more than {DEEPEST} deep, which no section is.")])
     values.setdefault("name", default_name or "mine")
     try:
-        recipe = Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values, context=OUTLINE if outline else None)
     except ValidationError as error:
         # A value that could be of several types has one error for each: one problem is enough.
         found = [_problem(item, values) for item in error.errors()]

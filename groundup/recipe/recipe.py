@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationInfo, model_validator
 
 from groundup.errors import RunError
 from groundup.recipe.data import CorpusSettings, ShardsSettings, TokenizerSettings
@@ -29,10 +29,20 @@ BEFORE = "before-"
 """Begins the name under which the model is scored that a stage starts from, where no stage of the recipe made it."""
 
 
-def _method_settings(value: Any) -> Any:
+OUTLINE = "outline"
+"""The context of a validation that leaves the sections of methods as they are written."""
+
+
+class _AsWritten(AlignSettings):
+    model_config = ConfigDict(extra="allow")
+
+
+def _method_settings(value: Any, info: ValidationInfo) -> Any:
     """An `[align.NAME]` section as the settings of its method; `Recipe` has put the method's name into it."""
     if not isinstance(value, dict | AlignSettings):
         return value
+    if info.context == OUTLINE:
+        return _AsWritten.model_validate(value)
     method = value.get("method") if isinstance(value, dict) else value.method
     try:
         settings: type[AlignSettings] = find_method(str(method)).settings
