@@ -227,9 +227,9 @@ class Run:
     def __call__(self, number: int) -> float:
         """One round."""
         prompts = [self._prompt(number * N_TEXTS + place) for place in range(N_TEXTS)]
-        params = SamplingParams(self._case.temperature, max_tokens=N_NEW, ignore_eos=self._case.model != "copying")
-        ends = None if self._case.model != "copying" else [self._tokenizer.end_id]
-        requests = [Request(ids, params, seed=place, stop_ids=ends) for place, (ids, _) in enumerate(prompts)]
+        ends = (self._tokenizer.end_id,) if self._case.model == "copying" else ()
+        params = SamplingParams(self._case.temperature, max_tokens=N_NEW, stop_ids=ends, ignore_eos=True)
+        requests = [Request(ids, params, seed=place) for place, (ids, _) in enumerate(prompts)]
         seconds = self._setting.seconds(lambda: [self._engine.run([request]) for request in requests])
         results = [request.results[0] for request in requests]
         for result, (_, answer) in zip(results, prompts, strict=True):

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,7 +99,8 @@ def test_a_stop_token_ends_its_row_only_and_is_not_written():
     prompts = random_prompts([5, 5, 5], model.config.vocab_size)
     free = [result.ids for result in generate_batch(model, None, prompts, GREEDY)]
     stop = free[1][4]
-    for ids, result in zip(free, generate_batch(model, None, prompts, GREEDY, stop_ids={stop}), strict=True):
+    params = replace(GREEDY, stop_ids=(stop,))
+    for ids, result in zip(free, generate_batch(model, None, prompts, params), strict=True):
         assert result.ids == (ids[: ids.index(stop)] if stop in ids else ids)
         assert result.finish_reason == ("stop" if stop in ids else "length")
 
@@ -194,13 +196,14 @@ def test_several_texts_of_one_prompt_share_it_and_differ():
 
 
 def test_of_the_best_a_text_that_ends_at_once_has_no_advantage():
-    model, params = random_model(std=0.05, vocab_size=40), {"max_tokens": 4, "seed": 1, "logprobs": 0}
-    request = Request([1, 2, 3], SamplingParams(n=60, **params), stop_ids=range(20))
+    model = random_model(std=0.05, vocab_size=40)
+    params = {"max_tokens": 4, "seed": 1, "logprobs": 0, "stop_ids": (*range(20),)}
+    request = Request([1, 2, 3], SamplingParams(n=60, **params))
     written = Engine(model).run([request])[0]
     assert {len(one.ids) for one in written} >= {0, 1, 2}
     sums = [[one.logprob for one in text.logprobs] + [text.end_logprob] * (text.end_id is not None) for text in written]
     means = sorted((sum(parts) / len(parts) for parts in sums), reverse=True)
-    best = Engine(model).run([Request([1, 2, 3], SamplingParams(n=2, best_of=60, **params), stop_ids=range(20))])[0]
+    best = Engine(model).run([Request([1, 2, 3], SamplingParams(n=2, best_of=60, **params))])[0]
     assert [one.score for one in best] == pytest.approx(means[:2])
 
 

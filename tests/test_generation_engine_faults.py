@@ -355,7 +355,7 @@ def test_more_texts_than_slots_and_a_first_token_that_ends_all():
     many = [text.ids for text in engine.run([Request(prompt, params)])[0]]
     assert many == [text.ids for text in Engine(model, slots=8, pages=True).run([Request(prompt, params)])[0]]
     stop = alone(model, prompt, greedy(1))[0]
-    results = engine.run([Request(prompt, greedy(5, n=3, best_of=4), stop_ids=[stop])])[0]
+    results = engine.run([Request(prompt, greedy(5, n=3, best_of=4, stop_ids=(stop,)))])[0]
     assert [(text.ids, text.finish_reason) for text in results] == [([], "stop")] * 3
     assert unused(engine)
 

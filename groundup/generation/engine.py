@@ -584,8 +584,7 @@ class Engine:
         if request._texts:
             raise DataError("a request was submitted before: it can be used once.", "Make another.")
         params = request.params
-        ends = self._ends if request.stop_ids is None else frozenset(request.stop_ids)
-        ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else ends)
+        ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self._ends)
         n = params.best_of or params.n
         request._texts = [Text(request, index, ends, self.tokenizer, self.config.vocab_size) for index in range(n)]
         with self._work:

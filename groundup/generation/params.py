@@ -46,8 +46,8 @@ class SamplingParams:
         presence_penalty: subtracted from the logits of tokens in the output.
         frequency_penalty: subtracted from the logits of tokens in the output, once for each occurrence.
         logit_bias: added to the logits of these token ids; −100 excludes a token.
-        stop_ids: tokens that end the text, besides those that end it anyway.
-        ignore_eos: write on past the tokens that end a text or an answer (not past `stop_ids`).
+        stop_ids: tokens that end the text and are not written, besides the tokenizer's end tokens.
+        ignore_eos: write on past the tokenizer's end tokens; `stop_ids` alone end the text.
         min_tokens: tokens before which none that ends the text is drawn.
         n: texts to return.
         best_of: texts to write, of which the `n` with the highest mean log-probability are returned; None: n.

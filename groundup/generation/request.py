@@ -81,7 +81,6 @@ class Request:
         ids: the prompt.
         params: how tokens are drawn.
         seed: instead of `params.seed`.
-        stop_ids: tokens that end a text and are not written (default: the engine's).
         client: whose request it is: the engine is fair between clients, and none can use another's prefixes.
         slides: go on past the context's end, reading the last half again, instead of finishing with "length".
         shown: names of control tokens that stand in the text where they are written, such as those of tool calls.
@@ -93,7 +92,6 @@ class Request:
     ids: Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     seed: int | None = None
-    stop_ids: Collection[int] | None = None
     client: str = ""
     slides: bool = False
     shown: Collection[str] = ()

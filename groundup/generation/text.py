@@ -6,7 +6,7 @@ answer in a conversation ends at the context's end; the oldest turns are left ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
 from groundup.errors import GroundupError
@@ -111,7 +111,6 @@ def generate_batch(
     tokenizer: Tokenizer | None,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
-    stop_ids: Collection[int] | None = None,
     *,
     seeds: Sequence[int | None] | None = None,
     slides: bool = False,
@@ -124,7 +123,6 @@ def generate_batch(
         prompts: at least one token each; of one as long as the context, the end is read, so that `max_tokens` more
             have room, or at least half the context remains.
         params: how tokens are drawn.
-        stop_ids: tokens that end a text and are not written (default: the tokenizer's).
         seeds: of each prompt (default: `params.seed`).
         slides: go on past the context's end, reading the last half again, instead of finishing with "length".
 
@@ -138,7 +136,7 @@ def generate_batch(
     context = model.config.context_length
     seeds = [None] * len(prompts) if seeds is None else seeds
     requests = [
-        Request(_fit(prompt, context, params.max_tokens), params, seed, stop_ids, slides=slides)
+        Request(_fit(prompt, context, params.max_tokens), params, seed, slides=slides)
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
     length = max(len(request.ids) for request in requests) + params.max_tokens

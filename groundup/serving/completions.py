@@ -14,6 +14,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -54,11 +55,9 @@ async def completions(http: HTTPRequest) -> Reply:
     params = body.params(max_tokens, body.logprobs, None)
     scored = body.logprobs if body.echo else None
     # What ends a text is left out of it. Where one token is asked for with its log-probability, it is to be seen.
-    shows_end = max_tokens == 1 and body.logprobs is not None
-    requests = [
-        Request(ids, params, client=_client(http, body), prompt_logprobs=scored, stop_ids=() if shows_end else None)
-        for ids in prompts
-    ]
+    if max_tokens == 1 and body.logprobs is not None:
+        params = replace(params, ignore_eos=True)
+    requests = [Request(ids, params, client=_client(http, body), prompt_logprobs=scored) for ids in prompts]
     return TextReply(state, served, body, requests)
 
 
@@ -307,7 +306,7 @@ class TextReply(Reply):
         """A whole text, behind its prompt if that was asked for."""
         request, reason = self.requests[number], text.finish_reason
         ids, logprobs = [*text.ids], list[TokenLogprob | None](text.logprobs)
-        if ids and ids[-1] in self.served.tokenizer.end_ids and not request.params.ignore_eos:
+        if ids and ids[-1] in self.served.tokenizer.end_ids and not self.body.ignore_eos:
             reason = "stop"  # shown though it ends the text
         if request.prompt_logprobs is not None:
             ids = [*request.ids, *ids]
