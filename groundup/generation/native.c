@@ -22,7 +22,8 @@
 #endif
 #define ROWS 4
 #define MOST_TOKENS 6
-#define TOKENS (W == 8 ? 2 : MOST_TOKENS) /* ROWS · TOKENS sums stand in registers at once */
+#define TOKENS (W == 8 ? 3 : MOST_TOKENS) /* ROWS · TOKENS sums stand in registers at once */
+#define PANEL 3 /* vectors of tokens */
 #define UNROLL _Pragma("GCC unroll 8")
 #define FEW 8 /* tokens */
 #define INLINE static inline __attribute__((always_inline))
@@ -99,13 +100,14 @@ typedef struct {
 #define UPPER_PAIRS(a, b) ((vf)_mm512_unpackhi_pd((__m512d)(a), (__m512d)(b)))
 #define KEEP(x) __asm__("" : "+v"(x)) /* in a register: it is used many times */
 #else
-#define KEEP(x)
 #if W == 8
+#define KEEP(x) __asm__("" : "+x"(x))
 #define LOWER(a, b) ((vf)_mm256_unpacklo_ps((__m256)(a), (__m256)(b)))
 #define UPPER(a, b) ((vf)_mm256_unpackhi_ps((__m256)(a), (__m256)(b)))
 #define LOWER_PAIRS(a, b) ((vf)_mm256_unpacklo_pd((__m256d)(a), (__m256d)(b)))
 #define UPPER_PAIRS(a, b) ((vf)_mm256_unpackhi_pd((__m256d)(a), (__m256d)(b)))
 #else
+#define KEEP(x)
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -373,6 +375,61 @@ KERNELS(F32) KERNELS(INT8) KERNELS(INT8_GROUPS) KERNELS(INT4)
 KERNELS(BF16)
 static const Kernel kernels[][MOST_TOKENS] = {NAMES(F32), NAMES(BF16), NAMES(INT8), NAMES(INT8_GROUPS), NAMES(INT4)};
 
+/* How many of the vectors of tokens that are left are multiplied at once: 2 or 3. */
+INLINE int64_t panel_of(int64_t left) { return left == 4 ? 2 : smaller(left, PANEL); }
+
+/* Tokens (n, cols) as `multiply_panel` reads them: of each lane, of each of its columns, all tokens from `first` on. */
+static void turn(const float *x, int64_t x_stride, int64_t cols, int64_t first, int64_t n, int64_t size, float *out)
+{
+    const int64_t steps = (cols + W - 1) / W;
+    for (int64_t t = 0; t < size; t += 4)
+        for (int64_t step = 0; step < steps; step++) {
+            vf in[4], part[4];
+            UNROLL for (int a = 0; a < 4; a++) /* behind the last token: that one again */
+                in[a] = load(F32, x + smaller(first + t + a, n - 1) * x_stride, step * W, smaller(W, cols - step * W));
+            const vf lower[2] = {LOWER(in[0], in[1]), LOWER(in[2], in[3])};
+            const vf upper[2] = {UPPER(in[0], in[1]), UPPER(in[2], in[3])};
+            part[0] = LOWER_PAIRS(lower[0], lower[1]), part[1] = UPPER_PAIRS(lower[0], lower[1]);
+            part[2] = LOWER_PAIRS(upper[0], upper[1]), part[3] = UPPER_PAIRS(upper[0], upper[1]);
+            UNROLL for (int a = 0; a < W; a++)
+                memcpy(out + (a * steps + step) * size + t, (const float *)&part[a % 4] + a / 4 * 4, sizeof(v4));
+        }
+}
+
+/* `multiply_block` of float32 for vectors · W tokens, a token in each lane: no sum of a vector is needed, and the sums
+   are those of the other form to the bit. */
+INLINE void multiply_panel(const int vectors, const Matrix *m, const char *const *weight, const float *x,
+                           vf y[ROWS][PANEL])
+{
+    const int64_t cols = m->cols, steps = (cols + W - 1) / W, n = vectors * W;
+    vf lanes[4][ROWS][PANEL];
+    for (int first = 0; first < W; first += 4) {
+        for (int a = 0; a < 4; a++) {
+            const float *inputs = x + (first + a) * steps * n;
+            vf total[ROWS][PANEL];
+            UNROLL for (int i = 0; i < ROWS; i++)
+                UNROLL for (int v = 0; v < vectors; v++) total[i][v] = (vf){0};
+            for (int64_t k = first + a; k < cols; k += W, inputs += n) {
+                vf in[PANEL];
+                UNROLL for (int v = 0; v < vectors; v++) {
+                    in[v] = load(F32, inputs, v * W, W);
+                    KEEP(in[v]);
+                }
+                UNROLL for (int i = 0; i < ROWS; i++)
+                    UNROLL for (int v = 0; v < vectors; v++)
+                        total[i][v] += in[v] * ((const float *)weight[i])[k];
+            }
+            UNROLL for (int i = 0; i < ROWS; i++)
+                UNROLL for (int v = 0; v < vectors; v++) lanes[a][i][v] = total[i][v];
+        }
+        UNROLL for (int i = 0; i < ROWS; i++)
+            UNROLL for (int v = 0; v < vectors; v++) {
+                vf part = (lanes[0][i][v] + lanes[2][i][v]) + (lanes[1][i][v] + lanes[3][i][v]);
+                y[i][v] = first ? y[i][v] + part : part;
+            }
+    }
+}
+
 /* A row as floats; of INT8 without its scale. */
 INLINE void unpack_as(const int kind, const Matrix *m, int64_t row, float *out)
 {
@@ -430,6 +487,14 @@ static void multiply(const Matrix *m, Span rows, const float *x, int64_t x_strid
     }
 #endif
     if (kind != F32 && size == 4 && n > 2 * TOKENS) kind = F32, tile = padded(m->cols);
+    /* Many tokens stand in lanes; a vector that is less than three quarters full is worse than none. */
+    const int64_t full = (n + W / 4) / W, vectors = kind == F32 && full > 1 ? full : 0;
+    const int64_t length = (m->cols + W - 1) / W * W;
+    float *panels = memory + ROWS * padded(m->cols);
+    for (int64_t v = 0, count; v < vectors; v += count) {
+        count = panel_of(vectors - v);
+        turn(x, x_stride, m->cols, v * W, n, count * W, panels + v * W * length);
+    }
     for (int64_t row = rows.first; row < rows.first + gap; row++) {
         const int64_t n_rows = smaller(ROWS, (rows.end - row + gap - 1) / gap);
         const char *weight[ROWS];
@@ -447,7 +512,17 @@ static void multiply(const Matrix *m, Span rows, const float *x, int64_t x_strid
             if (m->kind == INT8) scale[i] = from_half(scales[i][0]);
             if (m->bias) bias[i] = m->bias[at[i]];
         }
-        for (int64_t t = 0; t < n; t += most) {
+        for (int64_t v = 0, count; v < vectors; v += count) {
+            vf y[ROWS][PANEL];
+            count = panel_of(vectors - v);
+            if (count == 2) multiply_panel(2, m, weight, panels + v * W * length, y);
+            else multiply_panel(3, m, weight, panels + v * W * length, y);
+            for (int64_t t = v * W; t < smaller(n, (v + count) * W); t++)
+                for (int i = 0; i < n_rows; i++)
+                    to.out[t * to.stride + at[i]] = y[i][t / W - v][t % W] * scale[i] + bias[i]
+                                                    + (to.base ? to.base[t * to.base_stride + at[i]] : 0.0f);
+        }
+        for (int64_t t = vectors * W; t < n; t += most) {
             const int64_t count = smaller(n - t, most);
             v4 y[MOST_TOKENS];
             kernels[kind][count - 1](m, weight, scales, inputs + t * x_stride * size, x_stride, y);
@@ -527,7 +602,7 @@ static Work layout(const Model *m, const Call *c, int thread, int threads)
     w.attended = w.values + n * w.kv;
     w.gate = w.attended + n * w.q;
     w.up = w.gate + n * w.ff;
-    const int64_t products = (n + ROWS) * (w.d + w.q + w.ff);
+    const int64_t products = (n + ROWS + W) * (w.d + w.q + w.ff);
     w.own = w.up + n * w.ff + thread * (few * w.d + products + 3 * reach);
     w.products = w.own + few * w.d;
     w.scores = w.products + products;
