@@ -26,6 +26,7 @@ from groundup.alignment.lora import (
 )
 from groundup.alignment.method import sized
 from groundup.console import Console
+from groundup.distributed import empty_copy, fill_copy
 from groundup.errors import ArtifactError, GroundupError
 from groundup.generation import generate
 from groundup.generation.quantize import Quantized, quantization_of
@@ -111,6 +112,13 @@ def test_a_merged_model_is_saved_like_any_other(tmp_path: Path) -> None:
     merge(model)
     save_model(tmp_path / "model", model)
     assert torch.equal(logits(load_model(tmp_path / "model")[0]), logits(model))
+
+
+def test_a_copy_of_a_model_with_a_quantized_base_is_filled() -> None:
+    model = adapted(base_bits=8).eval()
+    whole = empty_copy(model).to_empty(device="cpu")
+    fill_copy(model, whole)
+    assert torch.equal(logits(whole), logits(model))
 
 
 def test_at_full_rank_a_step_of_b_is_a_step_of_the_matrix() -> None:

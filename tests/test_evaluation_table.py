@@ -65,7 +65,7 @@ class Scripted(nn.Module):
             for row, places in enumerate(positions.tolist()):
                 for column, place in enumerate(places):
                     hidden[row, column, self.next_token(read[row, 0, : place + 1, 0].long().tolist())] = 1.0
-        return hidden if head is None else head(hidden, OutputLayer(self.weight, self.config.vocab_size))
+        return hidden if head is None else head(hidden, OutputLayer(self, self.config.vocab_size))
 
     def next_token(self, read):
         if TOKENIZER.role_id("assistant") not in read:

@@ -233,6 +233,13 @@ def test_what_is_no_number_of_a_setting_is_refused(text: str, words: str) -> Non
 # --- Overrides
 
 
+@pytest.mark.parametrize("value", ['["grpo"]', "{ a = 1 }", "3"])
+def test_an_outline_is_refused_like_a_recipe(value: str) -> None:
+    """Of a section that no method has read, `compute` is looked up in the graph all the same."""
+    with pytest.raises(RecipeError, match="compute"):
+        parse_recipe(f"[align.sft]\ncompute = {value}", "mine.toml", outline=True)
+
+
 def test_overrides_are_read_as_toml_or_else_as_text() -> None:
     recipe = parse_recipe(
         "[pretrain]\nlr = 0.5",

@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_training_loop import interrupted_at, make_job, weights
 
+from groundup.alignment.lora import LoraSettings, add_adapters
 from groundup.console import Console
 from groundup.distributed import current_world
 from groundup.errors import Interrupted
@@ -283,6 +284,23 @@ def test_only_training_is_compiled(monkeypatch):
     assert torch._dynamo.utils.counters["frames"]["total"] == before
     model(ids).sum().backward()
     assert torch._dynamo.utils.counters["frames"]["total"] > before
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("bits", [None, 8])
+def test_blocks_with_adapters_are_compiled_in_one_piece(monkeypatch, bits):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    found = []
+    for is_compiled in (False, True):
+        torch.manual_seed(0)
+        model = tiny_model()
+        add_adapters(model, LoraSettings(rank=4, base_bits=bits))
+        blocks = CompiledBlocks(model, Console(quiet=True)) if is_compiled else None
+        model(torch.arange(32).view(2, 16)).square().sum().backward()
+        assert blocks is None or blocks.failure is None
+        found.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+    assert len(found[0]) > 0
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 @needs_a_compiler

@@ -74,7 +74,7 @@ def logprobs_head(
 
     def statistics(hidden: Float[Tensor, "batch seq d_model"], output: OutputLayer) -> TokenStatistics:
         where = (targets != IGNORED).nonzero(as_tuple=True)
-        n_slice = max(1, SLICE_BYTES // (4 * output.weight.shape[0]))
+        n_slice = max(1, SLICE_BYTES // (4 * output.vocab_size))
         slices = [*zip(*(torch.split(part[where], n_slice) for part in (hidden, targets)), strict=True)]
         make = piece if len(slices) == 1 else functools.partial(checkpoint, piece, use_reentrant=False)
         found = zip(*(make(part, wanted, output) for part, wanted in slices), strict=True)

@@ -264,7 +264,7 @@ class OnPolicyAlgorithm:
         batch |= {STAT + name: values for name, values in stats.items()}
         self._keep(place, prompts, rolled, rewards)
         # The policy writes, what is trained reads, and so does the reference.
-        flops = answer_flops(rolled, model.config, 2 + self.n_models, self.reward)
+        flops = answer_flops(rolled.lengths.tolist(), model.config, 2 + self.n_models, self.reward)
         return self.learn_from(modules, batch, reference, last), flops
 
     def final(self, model: Transformer) -> dict[str, float]:
@@ -378,10 +378,10 @@ def scores_of(
 
 
 def answer_flops(
-    rolled: Rollouts, config: ModelConfig, n_passes: int, reward: FunctionReward | nn.Module | None = None
+    lengths: Sequence[int], config: ModelConfig, n_passes: int, reward: FunctionReward | nn.Module | None = None
 ) -> float:
-    """FLOPs of forward passes over answers and their prompts, and of one more by a reward model."""
-    lengths, scorers = rolled.lengths.tolist(), [] if not isinstance(reward, nn.Module) else reward.modules()
+    """FLOPs of forward passes over prompts with their answers, of so many tokens, and of one more by a reward model."""
+    scorers = reward.modules() if isinstance(reward, nn.Module) else []
     passes = [config] * n_passes + [module.config for module in scorers if isinstance(module, Transformer)]
     return sum(pass_flops(each, lengths) for each in passes) / 3
 

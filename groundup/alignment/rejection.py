@@ -125,12 +125,15 @@ def _good_answers(
     with inputs.console.bar(what, len(todo)) as bar:
         for first in range(0, len(todo), _AT_ONCE * world.size):
             chunk = todo[first : first + _AT_ONCE * world.size]
-            chunk += [chunk[-1]] * (-len(chunk) % world.size)  # as many for every process
-            own = chunk[world.rows(len(chunk))]
+            n_real = len(chunk)
+            chunk += [chunk[-1]] * (-n_real % world.size)  # as many for every process
+            rows = world.rows(len(chunk))
+            own = chunk[rows]
             asked = [prompts[number] for number, _ in own]
             seeds = [answer_seed(inputs.seed, what, number, sample) for number, sample in own]
             rolled = roll_out(engine, [prompt.ids for prompt in asked], params, seeds, width=width, use_tool=tool)
-            spent = answer_flops(rolled, inputs.model.config, 1, reward)
+            lengths = rolled.lengths[: max(0, n_real - rows.start)].tolist()
+            spent = answer_flops(lengths, inputs.model.config, 1, reward)
             flops += float(world.sum(torch.tensor([spent], dtype=torch.float64))[0])
             answers = rolled.ids.where(rolled.is_answer & rolled.is_ended[:, None], -1)  # none of those without an end
             gathered = (world.gather(part).tolist() for part in (scores_of(reward, asked, rolled), answers))

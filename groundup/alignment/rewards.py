@@ -108,7 +108,7 @@ def load_prompts(
         raise DataError(
             f"[{section}] data = {list(data)}: {len(sides[0])} prompts to answer, {len(sides[1])} held out"
             + (f", {too_long:,} longer than {room} tokens." if too_long else "."),
-            "Give conversations with a question, shorter ones, or raise the model's context_length.",
+            "Give conversations with a question, shorter ones, lower max_tokens, or raise the model's context_length.",
         )
     return Prompts(*sides, too_long)
 

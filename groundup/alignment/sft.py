@@ -63,7 +63,7 @@ class SFTSettings(ControlSettings, AdapterSettings, OptimizerSettings):
     )
 
     @model_validator(mode="after")
-    def _one_length(self) -> SFTSettings:
+    def _one_duration(self) -> SFTSettings:
         if self.compute is not None and "epochs" in self.model_fields_set:
             raise ValueError(f'compute = "{self.compute}" says how long to train: leave epochs unset')
         return self

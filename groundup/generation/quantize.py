@@ -145,7 +145,8 @@ class Quantized(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = self.scales.data
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.scales.data = kept.to(self.packed.device)
+        if not kept.is_meta or self.packed.is_meta:
+            self.scales.data = kept.to(self.packed.device)
         return self
 
 

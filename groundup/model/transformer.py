@@ -35,14 +35,19 @@ from groundup.model.positions import Rotation, rotation_table, sinusoids
 class OutputLayer:
     """The output layer, for a `head` that computes something else than all logits: some rows', or a loss."""
 
-    # (padded_vocab, d_model), float32; rows from `vocab_size` on are padding
-    weight: Float[Tensor, "padded_vocab d_model"]
+    layer: Any  # the module that has the weights
     vocab_size: int  # tokens
     softcap: float | None = None  # of the logits, or None
 
+    @property
+    def weight(self) -> Float[Tensor, "padded_vocab d_model"]:
+        """Float32; rows from `vocab_size` on are padding."""
+        weight: Tensor = self.layer.weight
+        return weight
+
     def logits(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """Logits of the tokens, float32; the products are taken in the dtype of `hidden`."""
-        found = product(hidden, self)[..., : self.vocab_size].float()
+        found = product(hidden, self.layer)[..., : self.vocab_size].float()
         return found if self.softcap is None else capped(found, self.softcap)
 
 
@@ -171,8 +176,8 @@ class Transformer(nn.Module):
                 where no other position needs them.
         """
         hidden = self._hidden(ids, positions, documents, cache, wanted)
-        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        output = OutputLayer(weight, self.config.vocab_size, self.config.logit_softcap)
+        layer = self.embed_tokens if self.lm_head is None else self.lm_head
+        output = OutputLayer(layer, self.config.vocab_size, self.config.logit_softcap)
         return output.logits(hidden) if head is None else head(hidden, output)
 
     def balance_loss(self) -> Float[Tensor, ""] | None:

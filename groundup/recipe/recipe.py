@@ -15,6 +15,7 @@ from groundup.recipe.registry import TRUNK, find_method
 from groundup.recipe.sections import Section, setting
 from groundup.recipe.stages import (
     AlignSettings,
+    ControlSettings,
     EvaluateSettings,
     GenerateSettings,
     PretrainSettings,
@@ -33,7 +34,7 @@ OUTLINE = "outline"
 """The context of a validation that leaves the sections of methods as they are written."""
 
 
-class _AsWritten(AlignSettings):
+class _AsWritten(ControlSettings):
     model_config = ConfigDict(extra="allow")
 
 

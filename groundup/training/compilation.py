@@ -265,7 +265,7 @@ def _is_truncated(path: Path) -> bool:
 
 Checkpointing = Literal["none", "selective", "full"]
 
-# The outputs of matrix products are kept, everything else is computed again.
+# The outputs of matrix products are kept, but for those that `_NARROW` finds cheap; all else is computed again.
 _PRODUCTS = [
     getattr(torch.ops.aten, name).default
     for name in ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention",
