@@ -207,17 +207,23 @@ def test_an_extractor_that_is_stopped_while_it_loads_is_an_error(monkeypatch: py
         extractor.extract(PAGES[0])
 
 
-def kill_busy_children(extractor: Extractor, number: signal.Signals, times: int, stop: threading.Event) -> None:
-    """Kill the extractor's child while it works on a page, so many times."""
+def cpu_seconds(process_id: int) -> float:
+    return sum(psutil.Process(process_id).cpu_times()[:2])
+
+
+def kill_busy_children(
+    extractor: Extractor, number: signal.Signals, times: int, loading: float, stop: threading.Event
+) -> None:
+    """Kill the extractor's child while it works on a page, so many times; `loading` takes so many CPU seconds."""
     killed = set()
     while len(killed) < times and not stop.is_set():
         process_id = id_of(extractor)
         if process_id is not None and process_id not in killed:
             try:
-                used = sum(psutil.Process(process_id).cpu_times()[:2])
+                used = cpu_seconds(process_id)
             except psutil.Error:
                 continue
-            if used > 0.3:  # past its loading
+            if used > loading + 0.2:
                 os.kill(process_id, number)
                 killed.add(process_id)
         time.sleep(0.01)
@@ -227,7 +233,10 @@ def kill_busy_children(extractor: Extractor, number: signal.Signals, times: int,
 def test_page_whose_process_dies_is_tried_once_more(kills: int, number: signal.Signals) -> None:
     stop = threading.Event()
     with Extractor("trafilatura", 60.0) as extractor:
-        killer = threading.Thread(target=kill_busy_children, args=(extractor, number, kills, stop))
+        answer_of(extractor, PAGES[0])
+        first = id_of(extractor)
+        assert first is not None
+        killer = threading.Thread(target=kill_busy_children, args=(extractor, number, kills, cpu_seconds(first), stop))
         killer.start()
         try:
             # So slow that it cannot be done before it is caught, on a busy machine either.

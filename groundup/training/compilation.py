@@ -265,20 +265,19 @@ def _is_truncated(path: Path) -> bool:
 
 Checkpointing = Literal["none", "selective", "full"]
 
-# The outputs of matrix products are kept, but for those that `_NARROW` finds cheap; all else is computed again.
+# The outputs of matrix products are kept, everything else is computed again.
 _PRODUCTS = [
     getattr(torch.ops.aten, name).default
     for name in ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention",
                  "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention",
                  "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable")
 ]  # fmt: skip
-_NARROW = 8
-"""A product whose result is so many times as wide as the sums that it is made of are long is cheap, too."""
 
 
 def set_checkpointing(model: Transformer, kind: Checkpointing) -> None:
     """Make every block keep as much as `kind` says, in training."""
-    selective = partial(create_selective_checkpoint_contexts, _selected)
+    ranks = frozenset(module.lora_A.shape[0] for module in model.modules() if hasattr(module, "lora_A"))
+    selective = partial(create_selective_checkpoint_contexts, partial(_selected, ranks))
     ways: dict[Checkpointing, Callable[..., Tensor] | None] = {
         "none": None,
         "selective": partial(checkpoint, use_reentrant=False, context_fn=selective),
@@ -288,8 +287,8 @@ def set_checkpointing(model: Transformer, kind: Checkpointing) -> None:
         block.recompute = ways[kind]
 
 
-def _selected(_: object, operation: object, *arguments: Any, **__: object) -> CheckpointPolicy:
+def _selected(ranks: frozenset[int], _: object, operation: object, *arguments: Any, **__: object) -> CheckpointPolicy:
     is_kept = operation in _PRODUCTS
-    if operation is torch.ops.aten.mm.default:  # (tokens, inner) × (inner, width): an adapter's costs next to nothing
-        is_kept = _NARROW * arguments[0].shape[1] > arguments[1].shape[1]
+    if operation is torch.ops.aten.mm.default:  # (tokens, inner) × (inner, width): an adapter costs next to nothing
+        is_kept = arguments[0].shape[1] not in ranks
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
