@@ -6,8 +6,9 @@ loss at the first step is checked. TRL's step is its trainer's loss with the sam
 trainer adds. TRL runs the reference model in each step of DPO, unless it was told to do that before, as we do: so both
 are there, and ours with the reference's pass beside it.
 
-Rows are of the demo's conversations and, where its file is there, of Dolly's. Memory is the peak of a process that
-makes two steps with a micro-batch of two pairs, above what it held before the model was loaded.
+Rows are of the demo's conversations and, where its file is there, of Dolly's. Memory is that of two steps with a
+micro-batch of two pairs, each in a process of its own: all its tensors together at the fullest moment, as torch's
+profiler records every allocation, and the process's peak above what it held before the model was loaded.
 
 Examples:
     python benchmarks/alignment.py --python .venv-trl/bin/python    # an environment with trl==1.16.0
@@ -18,6 +19,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -61,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=("steps", "rows", "memory"), default=["steps", "rows", "memory"])
     parser.add_argument("--sizes", nargs="*", choices=SIZES, default=["1m", "14m"], help="of the steps")
-    parser.add_argument("--memory-size", choices=SIZES, default="124m")
+    parser.add_argument("--memory-sizes", nargs="*", choices=SIZES, default=[*SIZES])
     parser.add_argument("--rounds", type=int, default=10, help="turns of each contestant, of two steps and more")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--python", help="of an environment with TRL (default: ours alone is measured)")
@@ -73,7 +75,7 @@ def main() -> None:
         serve(json.loads(arguments.child))
         return
     if arguments.quick:
-        arguments.sizes, arguments.memory_size, arguments.rounds = ["1m"], "14m", 2
+        arguments.sizes, arguments.memory_sizes, arguments.rounds = ["1m"], ["1m"], 2
     found: dict[str, Any] = {"threads": arguments.threads}
     if "steps" in arguments.only:
         found["steps"] = [race(size, method, arguments) for size in arguments.sizes for method in CONTESTANTS]
@@ -192,8 +194,13 @@ def serve(what: dict[str, Any]) -> None:
 
     torch.set_num_threads(what["threads"])
     if what["who"] == "groundup":  # what is imported is no memory of a step
+        import torch._dynamo  # of the optimizer's first step
+
         import groundup.alignment.dpo
         import groundup.alignment.grpo  # noqa: F401
+    if what.get("traced"):
+        print(json.dumps({"bytes": traced_peak(what)}))
+        return
     before = resident()
     step: Step = {"groundup": groundup_step, "trl": trl_step}[what["who"]](what)
     print(json.dumps({"losses": [step(), step()], "bytes": peak() - before}), flush=True)
@@ -415,18 +422,46 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     """Of a micro-batch of DPO, two pairs: all weights, and adapters of rank 8."""
+    found = []
+    for size in arguments.memory_sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            make_models(size, Path(folder))
+            common = {"who": "groundup", "method": "dpo", "pairs": 2, "folder": folder, "size": size}
+            common["threads"] = arguments.threads
+            for bfloat16 in (False, True):
+                full, lora = (peaks(common | {"bfloat16": bfloat16, "lora": lora}) for lora in (False, True))
+                share = {what: lora[what] / full[what] for what in full}
+                precision = "bfloat16" if bfloat16 else "float32"
+                found.append({"size": size, "precision": precision, "full": full, "lora": lora, "share": share})
+                shown = ", ".join(
+                    f"{what} {full[what] / 2**20:,.0f} MiB, with LoRA {part:.0%} of that"
+                    for what, part in share.items()
+                )
+                print(f"DPO of {size}, {precision}: {shown}", flush=True)
+    return {"date": time.strftime("%Y-%m-%d"), "threads": arguments.threads, "rows": found}
+
+
+def peaks(what: dict[str, Any]) -> dict[str, int]:
+    """Bytes at the fullest moment: of the tensors, and of another process that nothing records."""
     found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        make_models(arguments.memory_size, Path(folder))
-        for name, lora in (("full", False), ("lora", True)):
-            what = {"who": "groundup", "method": "dpo", "pairs": 2, "lora": lora, "folder": folder}
-            what |= {"size": arguments.memory_size, "threads": arguments.threads}
-            command = [sys.executable, __file__, "--child", json.dumps(what)]
-            done = subprocess.run(command, input="", stdout=subprocess.PIPE, text=True, check=True)
-            found[name] = json.loads(done.stdout)["bytes"]
-    share = found["lora"] / found["full"]
-    print(f"\nDPO of {arguments.memory_size}: {found['full'] / 2**20:,.0f} MiB, with LoRA {share:.0%} of that")
-    return {"size": arguments.memory_size, "bytes": found, "share": share}
+    for name, traced in (("tensors", True), ("process", False)):
+        command = [sys.executable, __file__, "--child", json.dumps(what | {"traced": traced})]
+        done = subprocess.run(command, input="", stdout=subprocess.PIPE, text=True, check=True)
+        found[name] = json.loads(done.stdout)["bytes"]
+    return found
+
+
+def traced_peak(what: dict[str, Any]) -> int:
+    """Bytes of all tensors together at the fullest moment, from the loading of the model to the end of two steps."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step = groundup_step(what)
+        step()
+        step()
+    events = recorded.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate(n_bytes for _, n_bytes in changes))
 
 
 if __name__ == "__main__":

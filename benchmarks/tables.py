@@ -430,11 +430,20 @@ def alignment(result: dict[str, Any]) -> str:
         f"({row['packed']['packing_efficiency']:.0%} of the positions filled)"
         for row in result["rows"]
     )
-    memory = result["memory"]
+    memory = (
+        [
+            f"{row['size'].upper()}, {row['precision']}",
+            *(cell for what in ("tensors", "process") for cell in (f"{row['full'][what] / 2**20:,.0f}",
+              f"{row['lora'][what] / 2**20:,.0f}", f"{row['share'][what]:.0%}")),
+        ]
+        for row in result["memory"]["rows"]
+    )  # fmt: skip
     head = ["", "", "ms a step", "as fast as TRL's of the same kind"]
+    sides = ["MiB, all weights", "with LoRA", "share"]
     return (
-        f"{rows_of(head, steps)}\n\nPacked rows, an epoch: {packed}. DPO of {memory['size'].upper()}: "
-        f"{memory['bytes']['full'] / 2**20:,.0f} MiB, with LoRA {memory['share']:.0%} of that."
+        f"{rows_of(head, steps)}\n\nPacked rows, an epoch: {packed}.\n\nMemory of DPO, two pairs, rank 8: all tensors "
+        "together at the fullest moment, and the process above what it held before the model was loaded.\n\n"
+        + rows_of(["", *(f"{what}: {side}" for what in ("tensors", "process") for side in sides)], memory)
     )
 
 
