@@ -276,7 +276,7 @@ _PRODUCTS = [
 
 def set_checkpointing(model: Transformer, kind: Checkpointing) -> None:
     """Make every block keep as much as `kind` says, in training."""
-    ranks = frozenset(module.lora_A.shape[0] for module in model.modules() if hasattr(module, "lora_A"))
+    ranks = frozenset(each.shape[0] for name, each in model.named_parameters() if name.endswith("lora_A"))
     selective = partial(create_selective_checkpoint_contexts, partial(_selected, ranks))
     ways: dict[Checkpointing, Callable[..., Tensor] | None] = {
         "none": None,
