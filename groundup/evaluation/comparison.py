@@ -45,7 +45,8 @@ class Difference:
     first: float  # mean of the one; of texts, each counts the same
     second: float  # of the other
     value: float  # second − first
-    low: float  # to `high`, the 95 % interval: by 10,000 paired resamples, Welch's for seeds, of two normal means else
+    # Ends of the 95 % interval: by 10,000 paired resamples, Welch's for seeds, of two normal means else
+    low: float
     high: float
     p: float  # two-sided, corrected for the number of comparisons (Holm 1979)
     spread: float  # standard deviation of one draw of the difference

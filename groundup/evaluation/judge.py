@@ -70,8 +70,8 @@ class WinRate:
     """How often the first of two models is preferred."""
 
     value: float  # (wins + ties / 2) / n
-    low: float  # to `high`, its 95 % interval
-    high: float
+    low: float  # the lower end of its 95 % interval
+    high: float  # the upper end
     n: int  # pairs with two verdicts
     wins: int  # of the first model
     losses: int

@@ -11,8 +11,8 @@ run.
 Activation checkpointing (arXiv:1604.06174) computes again what the backward pass needs instead of keeping it:
 
     none        everything is kept: fastest
-    selective   a block keeps the outputs of its large matrix products and computes what is cheap between them again
-                (arXiv:2205.05198, section 5: most of the memory for a few percent of the work)
+    selective   a block keeps the outputs of its matrix products, those of adapters aside, and computes what is cheap
+                between them again (arXiv:2205.05198, section 5: most of the memory for a few percent of the work)
     full        a block keeps its input only: least memory for one more forward pass, a third more work
 
 Losses and gradients stay the same: the same operations on the same numbers, dropout's included.
